@@ -1,0 +1,206 @@
+"""The config of a run: what a user writes, typed and checked before anything starts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from reinforce.errors import UserError
+from teachers.spec import CaptionerSpec, TeacherSpec
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _layer_name(name: str) -> str:
+    if not _NAME.fullmatch(name) or name in ("caption", "images"):
+        raise ValueError(
+            f"{name!r} cannot name a layer: use letters, digits, '.', '_' and '-'; 'caption' and 'images' are taken"
+        )
+    return name
+
+
+LayerName = Annotated[str, AfterValidator(_layer_name)]
+
+
+class Section(BaseModel):
+    """Base of every part of a config: unknown keys and loose types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Limits(Section):
+    """Bounds on what one sample may be; above them it is quarantined (captions are cut)."""
+
+    image_bytes: int = Field(64 * 2**20, ge=1, description="encoded bytes of an image")
+    pixels: int = Field(89_478_485, ge=1, description="width x height, by the header, before decoding")
+    aspect: float = Field(50.0, ge=1, description="longer side / shorter side")
+    caption_chars: int = Field(2_000, ge=1, description="a longer caption is cut here")
+    sidecar_bytes: int = Field(2**20, ge=1, description="a larger caption or json member is ignored")
+
+
+class Input(Section):
+    """How members of a shard become samples."""
+
+    captions: list[str] = Field(
+        default=["txt", "json:caption"],
+        description="where the true caption stands, first hit wins: a member's extension, or json:FIELD",
+    )
+    metadata: Literal["all", "none"] | list[str] = Field(
+        "all", description="what is kept of the json sidecar: all of it, nothing, or these fields"
+    )
+    limits: Limits = Limits()
+
+
+class RandAugment(Section):
+    """RandAugment as in torchvision; the DataCompDR policy by default."""
+
+    ops: int = Field(2, ge=0)
+    magnitude: int = Field(9, ge=0, lt=31)
+    probability: float = Field(1.0, ge=0, le=1, description="of applying it at all")
+
+
+class Augmentations(Section):
+    """The policy that augmentation records are sampled from."""
+
+    count: int = Field(2, ge=1, le=1000, description="records per image")
+    size: int = Field(224, ge=8, le=4096, description="side in pixels that crops are resized to")
+    scale: tuple[float, float] = Field((0.08, 1.0), strict=False, description="area of the crop / area of the image")
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), strict=False, description="width / height of the crop")
+    rand_augment: RandAugment = RandAugment()
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Augmentations:
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < low <= high:
+                raise ValueError(f"{name}: want 0 < low <= high, got {[low, high]}")
+        if self.scale[1] > 1:
+            raise ValueError("scale: a crop cannot be larger than the image")
+        return self
+
+
+class Workers(Section):
+    """The pool of worker actors; it grows and shrinks with the cluster between ``min`` and ``max``."""
+
+    min: int = Field(1, ge=1, description="the run gives up if fewer have started after `start_timeout`")
+    max: int = Field(10_000, ge=1)
+    gpus: float = Field(0.0, ge=0, description="accelerators per worker")
+    cpus: int = Field(1, ge=1, description="cores per worker: its decoding threads")
+    batch: int = Field(256, ge=1, description="images in one forward pass")
+    start_timeout: float = Field(600.0, gt=0, description="seconds to wait for `min` workers")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Workers:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        if self.gpus > 1:
+            raise ValueError("a worker drives one accelerator: gpus must be at most 1")
+        return self
+
+
+class Failures(Section):
+    """When to try again, when to give up on a shard, and when the run has failed."""
+
+    attempts: int = Field(3, ge=1, description="attempts at a shard that raises before it is quarantined")
+    solo_attempts: int = Field(2, ge=1, description="times a shard may kill its worker alone before it is quarantined")
+    allowed_share: float = Field(0.01, ge=0, le=1, description="share of shards in quarantine above which a run fails")
+
+
+class Config(Section):
+    """A run: source shards in, layers out."""
+
+    source: str | list[str] = Field(
+        description="WebDataset shards by fsspec URL: braces, globs, a .txt file of URLs, or a list of these"
+    )
+    output: str = Field(min_length=1, description="folder or fsspec URL of the reinforced dataset")
+    seed: int = 0
+    images: Literal["embed", "reference"] = Field(
+        "embed", description="keep the encoded images, or (url, offset, length) into uncompressed tars"
+    )
+    input: Input = Input()
+    augmentations: Augmentations = Augmentations()
+    captioners: dict[LayerName, CaptionerSpec] = {}
+    teachers: dict[LayerName, TeacherSpec] = {}
+    workers: Workers = Workers()
+    failures: Failures = Failures()
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config and apply ``key.sub=value`` overrides (values are YAML). Raises UserError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror or error}. Give the path of a YAML file.") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(
+            f"config {path}: want a mapping of keys such as `source` and `output`, got {type(data).__name__}"
+        )
+    for override in overrides or []:
+        _override(data, override)
+    return parse_config(data, where=f"config {path}")
+
+
+def parse_config(data: dict[str, Any], where: str = "config") -> Config:
+    """Check a mapping against the schema. Raises UserError with one line for each fault."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        lines = [f"  {_location(fault['loc'])}: {_explain(dict(fault))}" for fault in error.errors()]
+        raise UserError(f"{where} has {len(lines)} fault{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None
+
+
+def _location(loc: tuple[int | str, ...]) -> str:
+    parts = [str(part) for part in loc if part not in ("[key]", "str", "list[str]", "literal['all','none']")]
+    return ".".join(parts) or "(whole)"
+
+
+def _explain(fault: dict[str, Any]) -> str:
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key; {_neighbours(fault['loc'])}"
+    if fault["type"] == "missing":
+        return "is required"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return message
+    return f"{message}, got {fault['input']!r}"
+
+
+def _neighbours(loc: tuple[int | str, ...]) -> str:
+    """Name the keys that would have been right at this place."""
+    model: Any = Config
+    for part in loc[:-1]:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = model.model_fields[str(part)].annotation
+        elif part == "captioners" or model == Config.model_fields["captioners"].annotation:
+            model = CaptionerSpec
+        elif model == Config.model_fields["teachers"].annotation:
+            model = TeacherSpec
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return "remove it"
+    keys = [field.alias or name for name, field in model.model_fields.items()]
+    return "known keys here: " + ", ".join(keys)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {override!r}: want key.sub=value, for example --set workers.cpus=4")
+    *parents, last = path.split(".")
+    node: Any = data
+    for part in parents:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override!r}: `{part}` is not a section")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not YAML: {error}") from error

@@ -1,0 +1,7 @@
+"""Errors that are the user's to mend: printed as one message, without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something in the config, the source or the environment is wrong; the message says what and the mend."""

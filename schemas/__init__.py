@@ -1,0 +1,21 @@
+"""The pyarrow schema of every Parquet file that is written, with its version. One place, no logic."""
+
+from schemas.layers import (
+    AUGMENTATION,
+    SCHEMA_VERSION,
+    captions_schema,
+    embeddings_schema,
+    quarantine_schema,
+    samples_schema,
+)
+from schemas.reasons import Reason
+
+__all__ = [
+    "AUGMENTATION",
+    "SCHEMA_VERSION",
+    "Reason",
+    "captions_schema",
+    "embeddings_schema",
+    "quarantine_schema",
+    "samples_schema",
+]

@@ -1,0 +1,106 @@
+"""Schemas of the layers. Every field carries a ``description`` in its metadata.
+
+Version 1. A reader refuses files of a higher version. All layers of one shard have the same rows in the
+same order and the same row groups; ``key`` is repeated in each so that readers can check it.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+
+def _field(name: str, type_: pa.DataType, description: str, nullable: bool = True) -> pa.Field:
+    return pa.field(name, type_, nullable=nullable, metadata={"description": description})
+
+
+_KEY = _field("key", pa.string(), "the sample's key in its source shard, as webdataset forms it", nullable=False)
+
+CROP = pa.struct(
+    [
+        _field("top", pa.int32(), "first row of the crop, in pixels of the RGB image", nullable=False),
+        _field("left", pa.int32(), "first column of the crop, in pixels of the RGB image", nullable=False),
+        _field("height", pa.int32(), "rows of the crop", nullable=False),
+        _field("width", pa.int32(), "columns of the crop", nullable=False),
+    ]
+)
+OP = pa.struct(
+    [
+        _field("name", pa.string(), "RandAugment operation, by torchvision's name", nullable=False),
+        _field("magnitude", pa.float32(), "signed; TranslateX/Y in pixels at `size`", nullable=False),
+    ]
+)
+#: One augmentation record: crop -> resize to (size, size), bicubic -> the ops in order. ``ops`` is null where
+#: RandAugment was skipped.
+AUGMENTATION = pa.struct(
+    [
+        _field("crop", CROP, "RandomResizedCrop's box", nullable=False),
+        _field("size", pa.int32(), "side in pixels of the square the crop was resized to", nullable=False),
+        _field("ops", pa.list_(pa.field("element", OP, nullable=False)), "RandAugment's operations in order"),
+    ]
+)
+
+
+def samples_schema(images: str) -> pa.Schema:
+    """Schema of ``samples/<shard>.parquet``; ``images`` is ``embed`` or ``reference``."""
+    fields = [
+        _KEY,
+        _field("caption", pa.string(), "the true caption after the caption policy; null where there is none"),
+        _field("metadata", pa.string(), "the json sidecar or its chosen fields, as JSON text"),
+        _field("width", pa.int32(), "of the RGB image (orientation applied), in pixels", nullable=False),
+        _field("height", pa.int32(), "of the RGB image (orientation applied), in pixels", nullable=False),
+    ]
+    if images == "embed":
+        fields.append(_field("image", pa.binary(), "the encoded image as it stood in the source", nullable=False))
+    else:
+        reference = pa.struct(
+            [
+                _field("url", pa.string(), "the uncompressed tar that holds the image", nullable=False),
+                _field("offset", pa.int64(), "first byte of the encoded image in it", nullable=False),
+                _field("length", pa.int64(), "bytes of the encoded image", nullable=False),
+            ]
+        )
+        fields.append(_field("image_ref", reference, "where the encoded image lies", nullable=False))
+    fields.append(
+        _field(
+            "augmentations",
+            pa.list_(pa.field("element", AUGMENTATION, nullable=False)),
+            "K augmentation records; embedding k of a teacher's images belongs to record k",
+            nullable=False,
+        )
+    )
+    return pa.schema(fields)
+
+
+def captions_schema() -> pa.Schema:
+    """Schema of ``captions/<captioner>/<shard>.parquet``."""
+    return pa.schema([_KEY, _field("captions", pa.list_(pa.string()), "N synthetic captions of the image")])
+
+
+def embeddings_schema(count: int, dim: int, dtype: str) -> pa.Schema:
+    """Schema of an embeddings layer: [count, dim] vectors a row, unit norm.
+
+    ``dtype`` is ``float16``, ``float32`` or ``int8``. With int8, vector j is ``embeddings[j] * scales[j]``.
+    """
+    value = {"float16": pa.float16(), "float32": pa.float32(), "int8": pa.int8()}[dtype]
+    fields = [
+        _KEY,
+        _field("embeddings", pa.fixed_shape_tensor(value, [count, dim]), "unit-norm vectors, one a row of the tensor"),
+    ]
+    if dtype == "int8":
+        fields.append(
+            _field("scales", pa.fixed_shape_tensor(pa.float32(), [count]), "vector j = embeddings[j] * scales[j]")
+        )
+    return pa.schema(fields)
+
+
+def quarantine_schema() -> pa.Schema:
+    """Schema of ``quarantine/<layer>/<shard>.parquet``."""
+    return pa.schema(
+        [
+            _field("key", pa.string(), "the sample's key; null for the shard as a whole"),
+            _field("reason", pa.string(), "one of schemas.Reason", nullable=False),
+            _field("detail", pa.string(), "what was found, for people", nullable=False),
+        ]
+    )

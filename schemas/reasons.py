@@ -1,0 +1,27 @@
+"""Why a sample or a shard is in quarantine: a small fixed vocabulary, so that reports can count."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Reason(str, Enum):
+    """Reasons of refusal. The value is what stands in the quarantine files."""
+
+    # a sample, refused while reading: it is in no layer
+    NO_IMAGE = "no_image"  # members of a key without an image among them
+    DUPLICATE_KEY = "duplicate_key"  # the key occurred before in the same shard
+    IMAGE_BYTES = "image_bytes"  # encoded image larger than limits.image_bytes
+    IMAGE_PIXELS = "image_pixels"  # more pixels than limits.pixels, told by the header, not decoded
+    IMAGE_ASPECT = "image_aspect"  # longer side / shorter side above limits.aspect
+    IMAGE_FORMAT = "image_format"  # not an image in a format that is read
+    IMAGE_BROKEN = "image_broken"  # truncated or corrupt
+    # a row that a layer cannot serve: null there, whole elsewhere
+    NO_TEXT = "no_text"  # no caption to encode
+    NOT_FINITE = "not_finite"  # the model gave NaN or infinity
+    # a shard as a whole (key is null)
+    SHARD_MISSING = "shard_missing"  # the URL does not exist
+    SHARD_UNREADABLE = "shard_unreadable"  # it exists and cannot be read: no tar, no permission
+    SHARD_DAMAGED = "shard_damaged"  # broken at a byte; the rows before it are kept
+    SHARD_FAILED = "shard_failed"  # raised at every attempt
+    SHARD_CRASHED = "shard_crashed"  # killed its process alone at every attempt
