@@ -1,0 +1,142 @@
+"""Small checkpoints with seeded weights, in the folders and formats that the libraries save."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def open_clip_config(
+    *, image_size: int = 32, width: int = 32, embed_dim: int = 16, context_length: int = 77, **text: Any
+) -> dict[str, Any]:
+    """A ``model_cfg`` of two layers a side; ``text`` goes to its text_cfg."""
+    vision = {"image_size": image_size, "layers": 2, "width": width, "head_width": 16, "patch_size": 8}
+    heads = width // 16
+    tower = {"context_length": context_length, "vocab_size": 49408, "width": width, "heads": heads, "layers": 2}
+    return {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": {**tower, **text}}
+
+
+def open_clip_model(
+    folder: Path,
+    *,
+    image_size: int = 32,
+    width: int = 32,
+    embed_dim: int = 16,
+    seed: int = 0,
+    custom_text: bool = False,
+    preprocess: dict[str, Any] | None = None,
+    **text: Any,
+) -> str:
+    """Save an open_clip model of its own and return its name, ``local-dir:FOLDER``."""
+    import open_clip
+
+    config = open_clip_config(image_size=image_size, width=width, embed_dim=embed_dim, **text)
+    build = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
+    model = seeded(lambda: build(**config), seed)
+    if custom_text:
+        config["custom_text"] = True
+    preprocessing = {
+        "size": image_size,
+        "mean": MEAN,
+        "std": STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = {"model_cfg": config, "preprocess_cfg": {**preprocessing, **(preprocess or {})}}
+    (folder / "open_clip_config.json").write_text(json.dumps(saved))
+    save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
+    return f"local-dir:{folder}"
+
+
+def seeded(build: Any, seed: int) -> Any:
+    """A module whose parameters all depend on the seed and are large enough for outputs to differ."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build()
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 0 and "logit" not in name:
+                torch.nn.init.normal_(parameter, mean=1.0 if _is_norm(name) else 0.0, std=0.1)
+    return model.eval()
+
+
+def _is_norm(name: str) -> bool:
+    return name.endswith("weight") and ("ln" in name or "norm" in name.lower())
+
+
+def tokenizer(folder: Path, *, start: str, end: str, pad: str, length: int) -> None:
+    """Save a byte-level BPE tokenizer that lowercases and frames texts with the start and end tokens."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[pad, start, end], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(["a photo of a cat and a photo of a dog"], trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, 1), (end, 2)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=start, eos_token=end, pad_token=pad, model_max_length=length
+    )
+    fast.save_pretrained(folder)
+
+
+def transformers_clip(folder: Path, *, seed: int = 0, image_size: int = 32, dim: int = 24) -> str:
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    text = {**_TOWER, "vocab_size": 300, "max_position_embeddings": 24, "bos_token_id": 1, "eos_token_id": 2}
+    vision = {**_TOWER, "image_size": image_size, "patch_size": 8}
+    config = CLIPConfig(text_config={**text, "pad_token_id": 0}, vision_config=vision, projection_dim=dim)
+    seeded(lambda: CLIPModel(config), seed).save_pretrained(folder)
+    square = {"height": image_size, "width": image_size}
+    CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=square).save_pretrained(folder)
+    tokenizer(folder, start="<|startoftext|>", end="<|endoftext|>", pad="<pad>", length=24)
+    return str(folder)
+
+
+def transformers_siglip(folder: Path, *, seed: int = 0, image_size: int = 32) -> str:
+    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
+
+    text = {**_TOWER, "vocab_size": 300, "max_position_embeddings": 24, "bos_token_id": 1, "eos_token_id": 2}
+    vision = {**_TOWER, "image_size": image_size, "patch_size": 8}
+    config = SiglipConfig(text_config={**text, "pad_token_id": 0}, vision_config=vision)
+    seeded(lambda: SiglipModel(config), seed).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": image_size, "width": image_size}).save_pretrained(folder)
+    tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=24)
+    return str(folder)
+
+
+def transformers_dinov2(folder: Path, *, seed: int = 0, image_size: int = 28) -> str:
+    """Images only."""
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=image_size)
+    seeded(lambda: Dinov2Model(config), seed).save_pretrained(folder)
+    square = {"height": image_size, "width": image_size}
+    BitImageProcessor(size={"shortest_edge": image_size + 4}, crop_size=square).save_pretrained(folder)
+    return str(folder)
+
+
+def transformers_bert(folder: Path, *, seed: int = 0) -> str:
+    """Texts only."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=300, max_position_embeddings=24, **_TOWER)
+    seeded(lambda: BertModel(config), seed).save_pretrained(folder)
+    tokenizer(folder, start="[CLS]", end="[SEP]", pad="[PAD]", length=24)
+    return str(folder)
+
+
+_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
