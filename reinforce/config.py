@@ -86,7 +86,11 @@ class Workers(Section):
     """The pool of worker actors; it grows and shrinks with the cluster between ``min`` and ``max``."""
 
     min: int = Field(1, ge=1, description="the run gives up if fewer have started after `start_timeout`")
-    max: int = Field(10_000, ge=1)
+    max: int | None = Field(
+        None,
+        ge=1,
+        description="default: what the cluster can place; a number is asked for, so that autoscalers add nodes",
+    )
     gpus: float = Field(0.0, ge=0, description="accelerators per worker")
     cpus: int = Field(1, ge=1, description="cores per worker: its decoding threads")
     batch: int = Field(256, ge=1, description="images in one forward pass")
@@ -94,7 +98,7 @@ class Workers(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Workers:
-        if self.min > self.max:
+        if self.max is not None and self.min > self.max:
             raise ValueError(f"min ({self.min}) is above max ({self.max})")
         if self.gpus > 1:
             raise ValueError("a worker drives one accelerator: gpus must be at most 1")

@@ -1,0 +1,299 @@
+"""The driver: plans what is missing, leases shards to workers, and sees every one of them to an end.
+
+What it does when something fails:
+
+- a lease that raises is tried again a few times; then the layer whose model raised (or the shard) is quarantined;
+- when a worker's process dies, every shard in flight in it is a suspect and runs alone next; only a shard that
+  kills its process alone, again and again, is quarantined;
+- a node that is lost counts against nobody;
+- an error that is the user's to mend (a fingerprint, missing weights) ends the run at once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+import time
+from collections import Counter, deque
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from reinforce.config import Config
+from reinforce.errors import UserError
+from reinforce.events import Events
+from reinforce.layers import SAMPLES
+from reinforce.manifest import update_manifest
+from reinforce.plan import Plan, Work
+from reinforce.pool import Pool, Slot, cause_of, node_alive
+from reinforce.progress import Progress, Snapshot
+from reinforce.shard import LayerFailure, ShardResult
+from reinforce.store import MANIFEST, Store
+from reinforce.summary import RunSummary, verdict
+from reinforce.worker import SHARDS_IN_FLIGHT, Started
+from schemas import Reason
+
+_TICK = 0.5
+_POLL_SECONDS = 5.0
+_MAX_FAILED_STARTS = 3
+
+
+class Driver:
+    """Runs one plan to its end on the Ray cluster that is initialised."""
+
+    def __init__(self, plan: Plan, store: Store, progress: Progress) -> None:
+        self.plan, self.store, self.progress = plan, store, progress
+        self.config: Config = plan.config
+        self.queue: deque[Work] = deque(plan.work)
+        self.suspects: deque[Work] = deque()
+        self.delayed: list[tuple[float, int, Work]] = []
+        self.tie = itertools.count()
+        self.attempts: Counter[str] = Counter()
+        self.deaths_alone: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self.finished: set[str] = set()
+        self.quarantined: set[str] = set()
+        self.samples = self.bytes = 0
+        self.busy = self.gone_busy = self.gone_alive = 0.0
+        self.manifest_written = False
+
+    def run(self) -> RunSummary:
+        start = time.monotonic()
+        self.events = Events(self.store, self.config)
+        needed = frozenset(name for work in self.plan.work for name in work.layers)
+        self.events.add("start", shards=len(self.plan.work), layers=sorted(needed), ray=ray.__version__)
+        self.pool = Pool(self.config, self.plan.layers, needed)
+        outcome = "stopped"
+        try:
+            self._loop(start)
+            outcome = "done"
+        except UserError as error:
+            outcome = str(error)
+            raise
+        finally:
+            self.pool.close()
+            summary = self._summary(time.monotonic() - start, outcome)
+            self.events.finish(asdict(summary))
+        return summary
+
+    # -- the loop
+
+    def _loop(self, start: float) -> None:
+        waiting_said = False
+        polled: dict[Any, Slot] = {}
+        last_poll = time.monotonic()
+        while left := self._left():
+            self.pool.grow(left)
+            self.pool.shrink(left)
+            self._hand_out()
+            refs = [*self.pool.loading, *(ref for ref, _ in self.pool.leases()), *polled]
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
+            if not ready and refs:
+                ready, _ = ray.wait(refs, num_returns=1, timeout=_TICK)
+            for ref in ready:
+                if ref in polled:
+                    self._counted(polled.pop(ref), ref)
+                elif ref in self.pool.loading:
+                    self._started(ref)
+                else:
+                    self._ended(ref)
+            if time.monotonic() - last_poll > _POLL_SECONDS:
+                last_poll = time.monotonic()
+                polled = {s.actor.counters.options(concurrency_group="control").remote(): s for s in self.pool.started}
+            waited = time.monotonic() - start
+            if not self.manifest_written and waited > 15 and not waiting_said:
+                waiting_said = True
+                self.progress.say(self.pool.check_feasible() or "waiting for workers to load their models ...")
+            if not self.manifest_written and waited > self.config.workers.start_timeout:
+                why = self.pool.check_feasible() or "see the workers' logs"
+                raise UserError(
+                    f"{len(self.pool.started)} of workers.min = {self.config.workers.min} workers have started in "
+                    f"{waited:.0f} s (workers.start_timeout): {why}"
+                )
+            self.progress.show(self._snapshot())
+
+    def _left(self) -> int:
+        """Leases to come and in flight."""
+        waiting = len(self.queue) + len(self.suspects) + len(self.delayed)
+        return waiting + sum(len(slot.leases) for slot in self.pool.slots)
+
+    def _hand_out(self) -> None:
+        """Two shards to every worker; a suspect to a worker that has nothing else."""
+        if len(self.pool.started) < self.config.workers.min and not self.manifest_written:
+            return
+        while self.delayed and self.delayed[0][0] <= time.monotonic():
+            self.queue.append(heapq.heappop(self.delayed)[2])
+        quiet = [slot for slot in self.pool.started if slot.free == SHARDS_IN_FLIGHT]
+        while self.suspects and quiet:
+            self.pool.lease(quiet.pop(), self.suspects.popleft(), alone=True)
+        draining = sum(slot.draining for slot in self.pool.started)
+        for slot in self.pool.started:
+            if draining < len(self.suspects) and not slot.draining and slot.free < SHARDS_IN_FLIGHT and not slot.alone:
+                slot.draining, draining = True, draining + 1
+            elif slot.draining and not self.suspects:
+                slot.draining = False
+        for _ in range(SHARDS_IN_FLIGHT):
+            for slot in self.pool.started:
+                if self.queue and slot.free and not slot.draining:
+                    self.pool.lease(slot, self.queue.popleft())
+
+    # -- what comes back
+
+    def _started(self, ref: Any) -> None:
+        slot = self.pool.loading.pop(ref)
+        try:
+            started: Started = ray.get(ref)
+        except RayTaskError as error:
+            cause = cause_of(error)
+            if isinstance(cause, UserError):
+                raise cause from None
+            raise UserError(f"a worker could not load its models: {type(cause).__name__}: {cause}") from error
+        except RayError as error:
+            self.pool.failed_starts += 1
+            self.events.add("worker_failed_to_start", error=str(error)[:500])
+            if self.pool.failed_starts >= _MAX_FAILED_STARTS and not self.pool.started:
+                raise UserError(
+                    f"workers die while they load their models ({str(error).splitlines()[0]}): too little memory, or a "
+                    "crash in a library; see the Ray logs."
+                ) from error
+            self.pool.slots.remove(slot)
+            return
+        slot.started, slot.since = started, time.monotonic()
+        self.events.add("worker_started", node=started.node, pid=started.pid, accelerator=started.accelerator)
+        if not self.manifest_written and len(self.pool.started) >= self.config.workers.min:
+            old = self.store.read_json(MANIFEST)
+            self.store.write_json(update_manifest(old, self.config, self.plan.layers, started.models), MANIFEST)
+            self.manifest_written = True
+
+    def _ended(self, ref: Any) -> None:
+        slot = next((slot for other, slot in self.pool.leases() if other == ref), None)
+        if slot is None:  # its worker was found dead through another lease a moment ago
+            return
+        try:
+            result: ShardResult = ray.get(ref)
+        except RayTaskError as error:
+            self._raised(slot, slot.leases.pop(ref), cause_of(error))
+            slot.alone = False
+        except RayError as error:
+            self._died(slot, error)
+        else:
+            work = slot.leases.pop(ref)
+            slot.alone = False
+            self._finished(work, result)
+
+    def _finished(self, work: Work, result: ShardResult) -> None:
+        self.finished.add(work.shard)
+        self.samples += result.samples
+        self.bytes += result.bytes
+        self.busy += result.busy
+        self.refused.update(result.refused)
+        if result.given_up:
+            self.quarantined.add(work.shard)
+            self.progress.say(f"{work.shard}: {result.given_up}, in quarantine")
+        self.events.add("shard", **asdict(result))
+
+    def _raised(self, slot: Slot, work: Work, error: Exception) -> None:
+        """A lease raised: again after a while, and at last into quarantine."""
+        if isinstance(error, UserError):
+            raise error
+        self.attempts[work.shard] += 1
+        tries, limit = self.attempts[work.shard], self.config.failures.attempts
+        text = f"{type(error).__name__}: {error}"
+        self.events.add("shard_raised", shard=work.shard, attempt=tries, error=text[:2000])
+        self.progress.say(f"{work.shard}: attempt {tries} of {limit} raised {text[:500]}")
+        if tries < limit:
+            pause = min(60.0, 2.0 ** (tries - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
+            heapq.heappush(self.delayed, (time.monotonic() + pause, next(self.tie), work))
+            return
+        layer = error.layer if isinstance(error, LayerFailure) else work.layers[0]
+        self._give_up(work, layer, Reason.SHARD_FAILED, text)
+
+    def _died(self, slot: Slot, error: RayError) -> None:
+        """A worker is gone, with all its leases."""
+        works, alone = list(slot.leases.values()), slot.alone
+        slot.leases.clear()
+        self.gone_busy, self.gone_alive = self.gone_busy + slot.busy, self.gone_alive + time.monotonic() - slot.since
+        self.pool.remove(slot)
+        assert slot.started is not None
+        unavailable = not isinstance(error, RayActorError) or "Unavailable" in type(error).__name__
+        lost_node = not node_alive(slot.started.node, patience=10.0 if unavailable else 2.0)
+        names = [work.shard for work in works]
+        why = str(error).strip().splitlines()[0][:300]
+        self.events.add("worker_died", pid=slot.started.pid, shards=names, node_lost=lost_node, error=str(error)[:2000])
+        self.progress.say(f"a worker died ({'its node was lost' if lost_node else why}); in flight: {', '.join(names)}")
+        for work in works:
+            if lost_node:
+                self.queue.appendleft(work)
+                continue
+            if alone:
+                self.deaths_alone[work.shard] += 1
+                if self.deaths_alone[work.shard] >= self.config.failures.solo_attempts:
+                    self._give_up(work, work.layers[0], Reason.SHARD_CRASHED, why)
+                    continue
+            self.suspects.append(work)
+
+    def _give_up(self, work: Work, layer: str, reason: Reason, detail: str) -> None:
+        """Quarantine a shard in ``layer`` and in what needs it; its other layers get another chance without them."""
+        self.store.quarantine(layer, work.shard, [(None, reason, detail)])
+        self.quarantined.add(work.shard)
+        self.events.add("shard_quarantined", shard=work.shard, layer=layer, reason=reason.value, detail=detail[:2000])
+        self.progress.say(f"{work.shard}: {reason.value} in {layer}, in quarantine")
+        lost = {layer}
+        for name in work.layers:
+            if not lost.isdisjoint(self.plan.layers[name].needs):
+                lost.add(name)
+        rest = tuple(name for name in work.layers if name not in lost)
+        if rest:
+            self.attempts[work.shard] = self.deaths_alone[work.shard] = 0
+            self.queue.append(Work(work.shard, work.url, rest))
+        else:
+            self.finished.add(work.shard)
+
+    # -- numbers
+
+    def _counted(self, slot: Slot, ref: Any) -> None:
+        try:
+            counters = ray.get(ref)
+        except RayError:  # its death comes back through its leases
+            return
+        slot.samples, slot.busy = counters.samples, counters.busy
+
+    def _snapshot(self) -> Snapshot:
+        slots = self.pool.started
+        now = time.monotonic()
+        return Snapshot(
+            shards_done=len(self.finished),
+            shards=len(self.plan.work),
+            samples=max(self.samples, sum(slot.samples for slot in slots)),
+            busy=self.gone_busy + sum(slot.busy for slot in slots),
+            alive=self.gone_alive + sum(now - slot.since for slot in slots),
+            workers=len(slots),
+            in_flight=sum(len(slot.leases) for slot in slots),
+            quarantined_shards=len(self.quarantined),
+            refused_rows=sum(self.refused.values()),
+        )
+
+    def _summary(self, seconds: float, outcome: str) -> RunSummary:
+        given_up = self.plan.quarantined + len(self.quarantined)
+        status, message = verdict(given_up, self.plan.shards, self.config.failures.allowed_share)
+        if outcome != "done":
+            status, message = 1, outcome
+        elif self.samples == 0 and any(SAMPLES in work.layers for work in self.plan.work):
+            status = 1
+            message = "no samples: not one image-text pair could be read from the source; see the quarantine"
+        alive = self._snapshot().alive or seconds
+        return RunSummary(
+            self.events.run,
+            len(self.finished),
+            self.samples,
+            round(seconds, 3),
+            round(min(1.0, self.busy / alive), 4),
+            self.bytes,
+            dict(self.refused),
+            given_up,
+            status,
+            message,
+        )

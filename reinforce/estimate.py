@@ -1,0 +1,70 @@
+"""What a plan will write, in bytes: from the files that are there, else from a look at the first shard."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+
+from reinforce.errors import UserError
+from reinforce.plan import Plan
+from reinforce.source import RawSample, read_shard
+from reinforce.urls import filesystem
+
+_LOOK_BYTES = 8 * 2**20
+_RECORD_BYTES = 40  # an augmentation record after compression
+_CAPTION_BYTES = 40
+
+
+@dataclass(frozen=True)
+class _Glimpse:
+    rows: float  # per shard
+    image_bytes: float  # per row
+    text_bytes: float  # per row
+
+
+def expected_bytes(plan: Plan) -> dict[str, int | None]:
+    """Bytes still to be written, by layer; None where nothing lets one tell."""
+    glimpse = _glimpse(plan) if plan.work else None
+    rows = glimpse.rows if glimpse else None
+    sizes: dict[str, int | None] = {}
+    for name, layer in plan.layers.items():
+        state = plan.states[name]
+        per_shard: float | None = None
+        if state.missing == 0:
+            per_shard = 0
+        elif state.done:
+            per_shard = state.done_bytes / state.done
+        elif rows is not None and glimpse is not None:
+            if layer.kind == "samples":
+                image = glimpse.image_bytes if plan.config.images == "embed" else 24
+                per_shard = rows * (image + glimpse.text_bytes + _RECORD_BYTES * plan.config.augmentations.count)
+            elif layer.kind == "captions":
+                per_shard = rows * layer.count * _CAPTION_BYTES
+            elif layer.row_bytes is not None:
+                per_shard = rows * layer.row_bytes
+        sizes[name] = None if per_shard is None else round(per_shard * state.missing)
+    return sizes
+
+
+def _glimpse(plan: Plan) -> _Glimpse | None:
+    """Rows a shard and bytes a row, from the first few megabytes of the first shard that can be read."""
+    for work in plan.work[:3]:
+        try:
+            fs, path = filesystem(work.url)
+            size = int(fs.size(path) or 0)
+            samples, seen = [], 0
+            for item in itertools.islice(read_shard(work.url, plan.config.input.limits), 2000):
+                if isinstance(item, RawSample):
+                    samples.append(item)
+                    seen = item.offset + item.length
+                if seen > _LOOK_BYTES:
+                    break
+        except (OSError, UserError):
+            continue
+        if not samples:
+            continue
+        image = sum(item.length for item in samples) / len(samples)
+        text = sum(len(json.dumps(v.decode("utf-8", "replace"))) for i in samples for v in i.sidecars.values())
+        return _Glimpse(size / max(1, seen) * len(samples), image, 0.5 * text / len(samples))
+    return None

@@ -1,0 +1,132 @@
+"""What is missing: the (shard, layers) that a run would compute. The same for a fresh run, a resume and an added
+teacher; nothing is started or written here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from reinforce.config import Config
+from reinforce.errors import UserError
+from reinforce.layers import SAMPLES, Layer, describe_models, layers_of
+from reinforce.store import MANIFEST, Store, fingerprint_error, footer_of
+from reinforce.urls import canonical, expand, shard_name
+from schemas import Reason
+
+#: Reasons for which a shard has no file in a layer; a damaged one has a file with the rows before the damage.
+WHOLE_SHARD = frozenset(
+    r.value for r in (Reason.SHARD_MISSING, Reason.SHARD_UNREADABLE, Reason.SHARD_FAILED, Reason.SHARD_CRASHED)
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One shard and the layers it lacks, in the order they depend on each other."""
+
+    shard: str
+    url: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """Shards of one layer: committed (with their bytes), given up, and still to do."""
+
+    done: int
+    done_bytes: int
+    quarantined: int
+    missing: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: Config
+    layers: Mapping[str, Layer]
+    shards: int
+    states: Mapping[str, LayerState]
+    work: list[Work]
+
+    @property
+    def quarantined(self) -> int:
+        """Shards given up in some layer."""
+        return max(state.quarantined for state in self.states.values())
+
+
+def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
+    """List the source and every layer once, and subtract. Raises UserError."""
+    layers = layers_of(config, describe_models(config))
+    urls = shards_of(config)
+    store = Store(config.output)
+    check_fingerprints(store, layers)
+
+    committed = {name: store.shards(name) for name in layers}
+    refused = {name: {} if retry_quarantined else _refused(store, name, committed[name]) for name in layers}
+    work = []
+    missing = dict.fromkeys(layers, 0)
+    quarantined = dict.fromkeys(layers, 0)
+    interned: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for shard, url in urls.items():
+        todo: list[str] = []
+        lost: set[str] = set()
+        for name, layer in layers.items():
+            if shard in committed[name]:
+                continue
+            if shard in refused[name] or not lost.isdisjoint(layer.needs):
+                lost.add(name)
+                quarantined[name] += 1
+            else:
+                todo.append(name)
+                missing[name] += 1
+        if todo:
+            key = tuple(todo)
+            work.append(Work(shard, url, interned.setdefault(key, key)))
+    states = {}
+    for name in layers:
+        sizes = [committed[name][shard] for shard in urls if shard in committed[name]]
+        states[name] = LayerState(len(sizes), sum(sizes), quarantined[name], missing[name])
+    return Plan(config, layers, len(urls), states, work)
+
+
+def shards_of(config: Config) -> dict[str, str]:
+    """Source URLs by shard name. Raises UserError for an empty source or two shards of one name."""
+    urls: dict[str, str] = {}
+    for url in expand(config.source):
+        name = shard_name(url)
+        if name in urls:
+            raise UserError(f"source: {urls[name]} and {url} are the same shard ({name}). List it once.")
+        if config.images == "reference" and not url.split("?")[0].endswith(".tar"):
+            raise UserError(
+                f"source: images: reference needs uncompressed .tar shards; {canonical(url)} is none: use images: embed"
+            )
+        urls[name] = url
+    return urls
+
+
+def check_fingerprints(store: Store, layers: Mapping[str, Layer]) -> None:
+    """Raise UserError where a layer exists already and was made by another recipe."""
+    manifest = store.read_json(MANIFEST)
+    known = (manifest or {}).get("layers", {})
+    for name, layer in layers.items():
+        if name in known:
+            if known[name]["fingerprint"] != layer.fingerprint:
+                raise fingerprint_error(store.path(name), known[name]["fingerprint"], layer.fingerprint)
+        elif found := next(iter(store.shards(name)), None):
+            # No word of this layer in dataset.json, yet files: believe their footers.
+            with store.open_layer(name, found, layer.fingerprint) as file:
+                footer_of(file)
+    if known and SAMPLES not in known:
+        raise UserError(f"{store.path(MANIFEST)} names layers but no samples. Restore the file or start a new output.")
+
+
+def _refused(store: Store, layer: str, committed: Mapping[str, int]) -> set[str]:
+    """Shards of a layer that were given up as a whole.
+
+    A quarantine file is written before the layer's own, so one without the other can also be the trace of a kill
+    between the two: only its rows tell.
+    """
+    suspects = store.shards(f"quarantine/{layer}").keys() - committed.keys()
+    return {
+        shard
+        for shard in suspects
+        if any(row["key"] is None and row["reason"] in WHOLE_SHARD for row in store.quarantined(layer, shard))
+    }

@@ -1,0 +1,127 @@
+"""The pool of worker actors: asks the cluster for as many as may be of use, knows what each is doing, and tells a
+worker's death from the death of its node."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from reinforce.config import Config
+from reinforce.layers import Layer
+from reinforce.plan import Work
+from reinforce.worker import SHARDS_IN_FLIGHT, Started, as_actor
+
+_COUNT_SECONDS = 5.0
+
+
+@dataclass(eq=False)
+class Slot:
+    """One actor. ``alone`` means that its one lease is a suspect and nothing may run beside it."""
+
+    actor: Any
+    started: Started | None = None
+    leases: dict[Any, Work] = field(default_factory=dict)
+    alone: bool = False
+    draining: bool = False
+    samples: int = 0
+    busy: float = 0.0
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def free(self) -> int:
+        """Further leases it can take."""
+        return 0 if self.started is None or self.alone else SHARDS_IN_FLIGHT - len(self.leases)
+
+
+class Pool:
+    """Actors that are asked for and cannot be placed stay pending in Ray: they start when a node joins."""
+
+    def __init__(self, config: Config, layers: Mapping[str, Layer], needed: frozenset[str]) -> None:
+        self._arguments = [ray.put(value) for value in (config, layers, needed)]
+        self._config = config
+        self._class = as_actor(config)
+        self.slots: list[Slot] = []
+        self.loading: dict[Any, Slot] = {}
+        self.failed_starts = 0
+        self._places = 0
+        self._counted = -_COUNT_SECONDS
+
+    def grow(self, size: int) -> None:
+        """Ask for actors until ``size`` (at most ``workers.max``) exist or are pending."""
+        limit = self._config.workers.max
+        if limit is None:
+            limit = max(self._config.workers.min, self._room())
+        for _ in range(min(size, limit) - len(self.slots)):
+            slot = Slot(self._class.remote(*self._arguments))
+            self.slots.append(slot)
+            self.loading[slot.actor.load.remote()] = slot
+
+    def shrink(self, size: int) -> None:
+        """Let go of workers without a lease, those first that have not started."""
+        idle = sorted((s for s in self.slots if not s.leases), key=lambda slot: slot.started is not None)
+        for slot in idle[: max(0, len(self.slots) - size)]:
+            self.remove(slot)
+
+    def remove(self, slot: Slot) -> None:
+        self.slots.remove(slot)
+        self.loading = {ref: other for ref, other in self.loading.items() if other is not slot}
+        ray.kill(slot.actor)
+
+    def close(self) -> None:
+        for slot in list(self.slots):
+            self.remove(slot)
+
+    @property
+    def started(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.started is not None]
+
+    def leases(self) -> Iterator[tuple[Any, Slot]]:
+        return ((ref, slot) for slot in self.slots for ref in slot.leases)
+
+    def lease(self, slot: Slot, work: Work, alone: bool = False) -> None:
+        slot.alone, slot.draining = alone, False
+        slot.leases[slot.actor.process.remote(work)] = work
+
+    def _room(self) -> int:
+        """Workers that the cluster's nodes can hold, counted anew every few seconds."""
+        if time.monotonic() - self._counted > _COUNT_SECONDS:
+            self._counted = time.monotonic()
+            cpus, gpus = self._config.workers.cpus, self._config.workers.gpus
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            self._places = sum(
+                int(min(n.get("CPU", 0) // cpus, n.get("GPU", 0) // gpus if gpus else float("inf"))) for n in nodes
+            )
+        return self._places
+
+    def check_feasible(self) -> str | None:
+        """What no node of the cluster can offer a worker, in words; None where one can."""
+        workers = self._config.workers
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(n.get("CPU", 0) >= workers.cpus and n.get("GPU", 0) >= workers.gpus for n in nodes):
+            return None
+        best = max(nodes, key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)), default={})
+        return (
+            f"a worker wants {workers.cpus} CPUs and {workers.gpus:g} GPUs, the largest node has "
+            f"{best.get('CPU', 0):g} CPUs and {best.get('GPU', 0):g} GPUs. Set workers.cpus and workers.gpus to fit."
+        )
+
+
+def node_alive(node: str, patience: float = 0.0) -> bool:
+    """Whether a node still stands; a node that has just died may be listed as alive for ``patience`` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        if not any(n["NodeID"] == node and n["Alive"] for n in ray.nodes()):
+            return False
+        if time.monotonic() >= deadline:
+            return True
+        time.sleep(0.5)
+
+
+def cause_of(error: Exception) -> Exception:
+    """The error a task raised, out of Ray's wrapping."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, Exception) else error

@@ -1,0 +1,93 @@
+"""What a person sees while a run goes on: a live line on a terminal, a plain line now and then in a job's log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+_LOG_SECONDS = 10.0
+_WINDOW_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Totals at one moment; ``busy`` is in accelerator-seconds, ``alive`` in worker-seconds."""
+
+    shards_done: int
+    shards: int
+    samples: int
+    busy: float
+    alive: float
+    workers: int
+    in_flight: int
+    quarantined_shards: int
+    refused_rows: int
+
+
+class Progress:
+    """Call ``show`` as often as you like; it decides when there is something to print."""
+
+    def __init__(self) -> None:
+        self._console = Console(file=sys.stdout, highlight=False)
+        self._live = Live(console=self._console, refresh_per_second=4, transient=True) if sys.stdout.isatty() else None
+        self._history: deque[tuple[float, Snapshot]] = deque()
+        self._start = self._printed = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """One plain line that stays."""
+        self._console.print(text, soft_wrap=True, markup=False)
+
+    def show(self, now: Snapshot) -> None:
+        moment = time.monotonic()
+        self._history.append((moment, now))
+        while moment - self._history[0][0] > _WINDOW_SECONDS and len(self._history) > 2:
+            self._history.popleft()
+        if self._live:
+            self._live.update(Text(self.line(now)))
+        elif moment - self._printed >= _LOG_SECONDS:
+            self._printed = moment
+            self.say(self.line(now))
+
+    def line(self, now: Snapshot) -> str:
+        then_moment, then = self._history[0] if self._history else (self._start, now)
+        span = time.monotonic() - then_moment
+        parts = [f"{now.shards_done:,} of {now.shards:,} shards", f"{now.samples:,} samples"]
+        if span > 0 and now.samples > then.samples:
+            parts.append(f"{(now.samples - then.samples) / span:,.0f} samples/s")
+        if now.alive > then.alive:
+            parts.append(f"accelerator busy {min(1.0, (now.busy - then.busy) / (now.alive - then.alive)):.0%}")
+        parts.append(f"{now.workers} worker{'s' * (now.workers != 1)}")
+        eta = self._eta(now)
+        if eta is not None:
+            parts.append(f"ETA {_clock(eta)}")
+        if now.quarantined_shards or now.refused_rows:
+            parts.append(f"quarantine: {now.quarantined_shards} shards, {now.refused_rows:,} rows")
+        return "  ".join(parts)
+
+    def _eta(self, now: Snapshot) -> float | None:
+        """Seconds to go at the pace of this run so far."""
+        if now.shards_done == 0:
+            return None
+        return (time.monotonic() - self._start) / now.shards_done * (now.shards - now.shards_done)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days}d {hours:02d}:{minutes:02d}:{rest:02d}" if days else f"{hours}:{minutes:02d}:{rest:02d}"

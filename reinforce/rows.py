@@ -1,0 +1,182 @@
+"""Rows of a shard, ready for the models: read from the source the first time, from the samples layer ever after.
+
+Both ways give the same rows in the same order and the same row groups. A bounded window of rows is decoded and
+augmented ahead in threads (Pillow frees the interpreter lock while it works); memory grows with the window and the
+row group, never with the shard.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL.Image import Image
+from PIL.Image import new as new_image
+
+from reinforce.augment import Augmentation, Crop, from_records, replay, sample
+from reinforce.config import Config
+from reinforce.image import ImageRefused, decode
+from reinforce.source import RawSample, Refusal, read_ranges, read_shard
+from reinforce.text import caption_of, metadata_of
+from teachers.protocols import ImageSpec
+
+#: Row groups close at this many bytes of images, or of vectors at this width: small enough to shuffle and to stream.
+GROUP_BYTES = 32 * 2**20
+GROUP_ROWS = 1024
+_NOMINAL_VECTOR_BYTES = 1536 * 2
+_WHOLE = Crop(0, 0, 8, 8)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass
+class Row:
+    """One sample on its way through the models. ``group`` numbers its row group.
+
+    ``crops`` is uint8 [K, S, S, 3], ``views`` the whole image as each captioner wants it, uint8 [h, w, 3].
+    ``refusal`` says why a stored row's image can no longer be read; its pixels are black then.
+    """
+
+    key: str
+    caption: str | None
+    group: int = 0
+    metadata: str | None = None
+    width: int = 0
+    height: int = 0
+    image: bytes = b""
+    offset: int = 0
+    augmentations: tuple[Augmentation, ...] = ()
+    crops: np.ndarray | None = None
+    views: dict[ImageSpec, np.ndarray] = field(default_factory=dict)
+    refusal: Refusal | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the models of a lease want of each image; nothing wanted, nothing decoded."""
+
+    crops: bool
+    views: tuple[ImageSpec, ...] = ()
+
+    @property
+    def pixels(self) -> bool:
+        return self.crops or bool(self.views)
+
+
+def group_rows(count: int) -> int:
+    """Most rows of a row group. Depends on the augmentations alone, so that a teacher added later fits."""
+    return max(1, min(GROUP_ROWS, GROUP_BYTES // (count * _NOMINAL_VECTOR_BYTES)))
+
+
+def rows_from_source(
+    config: Config, url: str, wanted: Wanted, pool: ThreadPoolExecutor, window: int
+) -> Iterator[Row | Refusal]:
+    """Read a source shard; every image is decoded, so that what cannot be is refused here and nowhere else."""
+
+    def prepare(item: RawSample | Refusal) -> Row | Refusal:
+        if isinstance(item, Refusal):
+            return item
+        return _first_time(config, item, wanted)
+
+    limit = group_rows(config.augmentations.count)
+    group = rows = size = 0
+    for row in ahead(pool, prepare, read_shard(url, config.input.limits), window):
+        if isinstance(row, Row):
+            if rows and (rows == limit or size + len(row.image) > GROUP_BYTES):
+                group, rows, size = group + 1, 0, 0
+            row.group, rows, size = group, rows + 1, size + len(row.image)
+        yield row
+
+
+def rows_from_samples(
+    config: Config, file: pq.ParquetFile, wanted: Wanted, pool: ThreadPoolExecutor, window: int
+) -> Iterator[Row]:
+    """Read the rows back from the samples layer, images only where they are wanted."""
+    columns = ["key", "caption"]
+    if wanted.pixels:
+        columns += ["augmentations", "image" if config.images == "embed" else "image_ref"]
+
+    def stored() -> Iterator[Row]:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=columns)
+            images: Iterable[bytes] = itertools.repeat(b"")
+            if "image" in columns:
+                images = (value.as_py() for value in table["image"])
+            elif "image_ref" in columns:
+                images = referenced_images(table["image_ref"].to_pylist())
+            records = table["augmentations"].to_pylist() if wanted.pixels else itertools.repeat([])
+            captions = table["caption"].to_pylist()
+            for key, caption, image, record in zip(table["key"].to_pylist(), captions, images, records, strict=False):
+                yield Row(key, caption, group, image=image, augmentations=tuple(from_records(record)))
+
+    def prepare(row: Row) -> Row:
+        if not wanted.pixels:
+            return row
+        try:
+            image = decode(row.image, config.input.limits)
+        except ImageRefused as refused:  # only a referenced image can change after it was accepted
+            row.refusal = Refusal(row.key, refused.reason, refused.detail)
+            image = new_image("RGB", (config.augmentations.size,) * 2)
+            row.augmentations = tuple(replace(a, crop=_WHOLE) for a in row.augmentations)
+        _pixels(row, image, wanted)
+        row.image = b""
+        return row
+
+    yield from ahead(pool, prepare, stored(), window)
+
+
+def ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
+    """Map in threads, in order, at most ``window`` items ahead of the consumer."""
+    iterator = iter(items)
+    futures: deque[Future[R]] = deque(pool.submit(function, item) for item in itertools.islice(iterator, window))
+    try:
+        while futures:
+            result = futures.popleft().result()
+            for item in itertools.islice(iterator, 1):
+                futures.append(pool.submit(function, item))
+            yield result
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _first_time(config: Config, raw: RawSample, wanted: Wanted) -> Row | Refusal:
+    limits, policy = config.input.limits, config.augmentations
+    try:
+        image = decode(raw.image, limits)
+    except ImageRefused as refused:
+        return Refusal(raw.key, refused.reason, refused.detail)
+    width, height = image.size
+    row = Row(
+        raw.key,
+        caption_of(raw.sidecars, config.input.captions, limits),
+        metadata=metadata_of(raw.sidecars, config.input.metadata),
+        width=width,
+        height=height,
+        image=raw.image,
+        offset=raw.offset,
+        augmentations=tuple(sample(policy, config.seed, raw.key, k, width, height) for k in range(policy.count)),
+    )
+    _pixels(row, image, wanted)
+    return row
+
+
+def _pixels(row: Row, image: Image, wanted: Wanted) -> None:
+    from teachers.pixels import fit  # imports torch, which planning does without
+
+    if wanted.crops:
+        row.crops = np.stack([np.asarray(replay(image, record)) for record in row.augmentations])
+    row.views = {spec: fit(image, spec) for spec in wanted.views}
+
+
+def referenced_images(references: list[dict[str, object]]) -> Iterator[bytes]:
+    """Images of one row group from their tar: consecutive rows of one URL are one sequential read."""
+    for url, rows in itertools.groupby(references, key=lambda reference: str(reference["url"])):
+        yield from read_ranges(url, ((int(str(r["offset"])), int(str(r["length"]))) for r in rows))

@@ -1,0 +1,107 @@
+"""``reinforce.run``: check, plan, and drive what is missing to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from reinforce.config import Config, load_config, parse_config
+from reinforce.errors import UserError
+from reinforce.layers import SAMPLES
+from reinforce.manifest import update_manifest
+from reinforce.plan import WHOLE_SHARD, Plan, make_plan
+from reinforce.progress import Progress
+from reinforce.store import MANIFEST, Store
+from reinforce.summary import RunSummary, nothing_to_do
+from reinforce.urls import canonical, filesystem
+
+
+def run(
+    config: Config | str | Path | dict[str, Any], *, address: str | None = None, retry_quarantined: bool = False
+) -> RunSummary:
+    """Compute every layer of ``config`` that is missing and nothing else.
+
+    Uses the Ray that is initialised, else the cluster at ``address`` (or RAY_ADDRESS), else this machine.
+    ``retry_quarantined`` forgets which shards were given up as a whole and tries them again. Raises UserError for
+    what the user has to mend.
+    """
+    config = as_config(config)
+    store = Store(config.output)
+    store.check_writable()
+    with store.lock():
+        plan = make_plan(config, retry_quarantined)
+        if not plan.work:
+            manifest = store.read_json(MANIFEST)
+            updated = update_manifest(manifest, config, plan.layers, {})
+            if updated != manifest:  # a logit scale may have changed
+                store.write_json(updated, MANIFEST)
+            return nothing_to_do(plan)
+        check_source(plan)
+        if retry_quarantined:
+            _forget_quarantine(plan, store)
+        with ray_cluster(address), Progress() as progress:
+            from reinforce.driver import Driver
+
+            return Driver(plan, store, progress).run()
+
+
+def as_config(config: Config | str | Path | dict[str, Any]) -> Config:
+    """A checked config from a config, a YAML file or a mapping."""
+    if isinstance(config, Config):
+        return config
+    return parse_config(config) if isinstance(config, dict) else load_config(config)
+
+
+def check_source(plan: Plan) -> None:
+    """Raise UserError if the first, a middle and the last shard to read are all out of reach."""
+    urls = [work.url for work in plan.work if SAMPLES in work.layers]
+    faults = []
+    probes = {urls[0], urls[len(urls) // 2], urls[-1]} if urls else set()
+    for url in probes:
+        try:
+            fs, path = filesystem(url)
+            if fs.exists(path):
+                return
+            faults.append(f"{canonical(url)} does not exist")
+        except Exception as error:
+            faults.append(f"{canonical(url)}: {type(error).__name__}: {error}")
+    if faults:
+        raise UserError(
+            f"source cannot be read: {'; '.join(sorted(faults))}. Check the URL pattern and the credentials."
+        )
+
+
+def _forget_quarantine(plan: Plan, store: Store) -> None:
+    for work in plan.work:
+        for layer in work.layers:
+            path = store.quarantine_path(layer, work.shard)
+            if store.fs.exists(path) and any(r["reason"] in WHOLE_SHARD for r in store.quarantined(layer, work.shard)):
+                store.fs.rm_file(path)
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str | None) -> Iterator[None]:
+    """Ray as a run finds it: initialised, at an address, or started here and ended with the run."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError) as error:
+            raise UserError(f"no Ray cluster at {address}: {error}") from error
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()

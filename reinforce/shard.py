@@ -1,0 +1,360 @@
+"""One shard through all models that its missing layers need: rows in, committed layer files out."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from reinforce import vectors
+from reinforce.augment import to_records
+from reinforce.config import Config
+from reinforce.layers import SAMPLES, Layer, captions_layer
+from reinforce.plan import Work
+from reinforce.rows import Row, Wanted, rows_from_samples, rows_from_source
+from reinforce.seeds import seed_for
+from reinforce.source import Refusal
+from reinforce.store import LayerWriter, Store
+from reinforce.urls import canonical
+from schemas import Reason
+from teachers.device import Accelerator
+from teachers.pixels import to_pixels
+from teachers.protocols import Captioner, ImageSpec, Teacher
+
+Refused = tuple[str | None, Reason, str]
+
+
+@dataclass
+class Counters:
+    """What a worker has done so far; read by the driver while shards run."""
+
+    samples: int = 0
+    busy: float = 0.0  # seconds the accelerator worked
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What came of one lease."""
+
+    shard: str
+    layers: tuple[str, ...]  # committed now
+    samples: int
+    refused: Mapping[str, int]  # rows in quarantine now, by reason
+    given_up: str | None  # why the shard as a whole was refused, if it was
+    seconds: float
+    busy: float
+    bytes: int
+
+
+class LayerFailure(RuntimeError):
+    """A model raised; ``args`` are the layer's name and the error's text."""
+
+    @property
+    def layer(self) -> str:
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[1]}"
+
+
+@dataclass
+class Models:
+    """The loaded models of a worker and the accelerator they share, one batch at a time."""
+
+    teachers: Mapping[str, Teacher]
+    captioners: Mapping[str, Captioner]
+    accelerator: Accelerator
+    counters: Counters = field(default_factory=Counters)
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """The accelerator to oneself; time in here is what counts as busy."""
+        with self._turn, torch.inference_mode():
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                self.counters.busy += time.perf_counter() - start
+
+
+def process_shard(
+    work: Work, config: Config, layers: Mapping[str, Layer], store: Store, models: Models, pool: ThreadPoolExecutor
+) -> ShardResult:
+    """Compute and commit the layers of ``work``. Raises whatever reading, a model or writing raises."""
+    return _Shard(work, config, layers, store, models, pool).run()
+
+
+class _Shard:
+    def __init__(
+        self,
+        work: Work,
+        config: Config,
+        layers: Mapping[str, Layer],
+        store: Store,
+        models: Models,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self.work, self.config, self.store, self.models, self.pool = work, config, store, models, pool
+        self.all_layers = layers
+        self.layers = {name: layers[name] for name in work.layers}
+        self.rows_per_batch = max(1, config.workers.batch // config.augmentations.count)
+        self.source = canonical(work.url)
+        self.refused: dict[str, list[Refused]] = {}
+        self.given_up: str | None = None
+        self.samples = 0
+        self.busy = 0.0
+
+    def run(self) -> ShardResult:
+        start = time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            writers = {name: stack.enter_context(self._writer(layer)) for name, layer in self.layers.items()}
+            stored_captions = {
+                name: stack.enter_context(
+                    self.store.open_layer(name, self.work.shard, self.all_layers[name].fingerprint)
+                )
+                for name in self._stored_captions()
+            }
+            rows = self._rows(stack)
+            with contextlib.closing(rows):
+                for index, group in itertools.groupby(rows, key=lambda row: row.group):
+                    done = self._group(group, {n: f.read_row_group(index) for n, f in stored_captions.items()})
+                    for name, table in done.items():
+                        writers[name].write(table)
+            self._publish(writers)
+            size = sum(writer.bytes for writer in writers.values())
+        return ShardResult(
+            self.work.shard,
+            () if self.given_up else self.work.layers,
+            self.samples,
+            _count(self.refused),
+            self.given_up,
+            time.perf_counter() - start,
+            self.busy,
+            size,
+        )
+
+    # -- rows
+
+    def _wanted(self) -> Wanted:
+        specs = {self._captioner(layer).image for layer in self.layers.values() if layer.kind == "captions"}
+        crops = any(layer.kind == "images" for layer in self.layers.values())
+        return Wanted(crops, tuple(sorted(specs, key=repr)))
+
+    def _rows(self, stack: contextlib.ExitStack) -> Generator[Row]:
+        """The rows of the shard; what is refused on the way is noted for the quarantine."""
+        window = 2 * self.rows_per_batch
+        if SAMPLES not in self.layers:
+            fingerprint = self.all_layers[SAMPLES].fingerprint
+            file = stack.enter_context(self.store.open_layer(SAMPLES, self.work.shard, fingerprint))
+            yield from rows_from_samples(self.config, file, self._wanted(), self.pool, window)
+            return
+        for row in rows_from_source(self.config, self.work.url, self._wanted(), self.pool, window):
+            if isinstance(row, Refusal):
+                self._refuse(SAMPLES, row.key, row.reason, row.detail)
+            else:
+                yield row
+
+    def _stored_captions(self) -> set[str]:
+        """Captions layers that exist already and whose texts are to be encoded."""
+        needed = {captions_layer(layer.texts) for layer in self.layers.values() if layer.texts not in (None, "caption")}
+        return needed - self.layers.keys()
+
+    def _refuse(self, layer: str, key: str | None, reason: Reason, detail: str) -> None:
+        self.refused.setdefault(layer, []).append((key, reason, detail))
+        if key is None and reason in (Reason.SHARD_MISSING, Reason.SHARD_UNREADABLE):
+            self.given_up = reason.value
+
+    # -- one row group
+
+    def _group(self, rows: Iterator[Row], stored_captions: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
+        """All layers of one row group."""
+        kept: list[Row] = []
+        batches: dict[str, list[Any]] = {
+            n: [] for n, layer in self.layers.items() if layer.kind in ("images", "captions")
+        }
+        while batch := list(itertools.islice(rows, self.rows_per_batch)):
+            with self._turn():
+                self._batch(batch, batches)
+            for row in batch:
+                row.crops, row.views = None, {}
+            kept += batch
+            self.samples += len(batch)
+            self.models.counters.samples += len(batch)
+
+        keys = [row.key for row in kept]
+        captions = {name: _aligned(name, table, keys) for name, table in stored_captions.items()}
+        tables: dict[str, pa.Table] = {}
+        for name, layer in self.layers.items():
+            if layer.kind == "samples":
+                tables[name] = self._samples_table(kept)
+            elif layer.kind == "captions":
+                captions[name] = [
+                    None if row.refusal else texts for row, texts in zip(kept, batches[name], strict=True)
+                ]
+                self._note_unreadable(name, kept)
+                arrays = [pa.array(keys, pa.string()), pa.array(captions[name], pa.list_(pa.string()))]
+                tables[name] = pa.table(arrays, schema=self._schema(layer))
+            elif layer.kind == "images":
+                self._note_unreadable(name, kept)
+                valid = np.array([row.refusal is None for row in kept])
+                tables[name] = self._vectors_table(layer, keys, np.concatenate(batches[name]), valid)
+            else:
+                texts = [row.caption and [row.caption] for row in kept]
+                if layer.texts != "caption":
+                    texts = captions[captions_layer(str(layer.texts))]
+                tables[name] = self._texts_table(layer, keys, texts)
+        return tables
+
+    def _batch(self, rows: Sequence[Row], into: Mapping[str, list[Any]]) -> None:
+        """Images of one batch through every captioner and teacher that has something to do with them."""
+        put = self.models.accelerator.put
+        prepared: dict[ImageSpec, torch.Tensor] = {}
+        count = self.config.augmentations.count
+        crops = [layer for layer in self.layers.values() if layer.kind == "images"]
+        if crops:
+            uint8 = put(np.concatenate([row.crops for row in rows if row.crops is not None]))
+        for layer in crops:
+            teacher = self.models.teachers[str(layer.model)]
+            assert teacher.image is not None
+            if teacher.image not in prepared:
+                prepared[teacher.image] = to_pixels(uint8, teacher.image)
+            with _naming(layer):
+                out = _checked(teacher.encode_images(prepared[teacher.image]), len(rows) * count, teacher.dim)
+            into[layer.name].append(out.reshape(len(rows), count, teacher.dim))
+        for layer in self.layers.values():
+            if layer.kind != "captions":
+                continue
+            captioner = self._captioner(layer)
+            seeds = [[seed_for(self.config.seed, r.key, layer.name, n) for n in range(layer.count)] for r in rows]
+            pixels = to_pixels(put(np.stack([row.views[captioner.image] for row in rows])), captioner.image)
+            with _naming(layer):
+                texts = captioner.caption(pixels, np.array(seeds, dtype=np.uint64))
+                if len(texts) != len(rows) or any(len(t) != layer.count for t in texts):
+                    raise ValueError(f"{layer.model}: caption() must give {layer.count} texts for each of {len(rows)}")
+            into[layer.name] += texts
+
+    def _texts_table(self, layer: Layer, keys: list[str], texts: Sequence[list[str] | None]) -> pa.Table:
+        """Encode each distinct text once, batched with texts of its length."""
+        teacher = self.models.teachers[str(layer.model)]
+        distinct = sorted({t for row in texts if row for t in row}, key=lambda t: (len(t), t))
+        place = {text: i for i, text in enumerate(distinct)}
+        encoded = np.zeros((len(distinct), teacher.dim), np.float32)
+        batch = self.config.workers.batch
+        for i in range(0, len(distinct), batch):
+            chunk = distinct[i : i + batch]
+            with self._turn(), _naming(layer):
+                encoded[i : i + batch] = _checked(teacher.encode_texts(chunk), len(chunk), teacher.dim)
+        values = np.zeros((len(keys), layer.count, teacher.dim), np.float32)
+        valid = np.zeros(len(keys), bool)
+        for i, row in enumerate(texts):
+            if row:
+                values[i] = encoded[[place[text] for text in row]]
+                valid[i] = True
+            else:
+                self._refuse(layer.name, keys[i], Reason.NO_TEXT, "no caption to encode")
+        return self._vectors_table(layer, keys, values, valid)
+
+    # -- tables
+
+    def _samples_table(self, rows: Sequence[Row]) -> pa.Table:
+        columns: dict[str, list[Any]] = {
+            "key": [row.key for row in rows],
+            "caption": [row.caption for row in rows],
+            "metadata": [row.metadata for row in rows],
+            "width": [row.width for row in rows],
+            "height": [row.height for row in rows],
+            "augmentations": [to_records(row.augmentations) for row in rows],
+        }
+        if self.config.images == "embed":
+            columns["image"] = [row.image for row in rows]
+        else:
+            columns["image_ref"] = [
+                {"url": self.source, "offset": row.offset, "length": len(row.image)} for row in rows
+            ]
+        schema = self._schema(self.layers[SAMPLES])
+        return pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+
+    def _vectors_table(self, layer: Layer, keys: list[str], values: np.ndarray, valid: np.ndarray) -> pa.Table:
+        finite = np.isfinite(values).all(axis=(1, 2))
+        for i in np.flatnonzero(valid & ~finite):
+            self._refuse(layer.name, keys[i], Reason.NOT_FINITE, f"{layer.model} gave NaN or infinity")
+        valid = valid & finite
+        with _naming(layer):
+            columns = vectors.encode(values, layer.dtype, valid)
+        return pa.table([pa.array(keys, pa.string()), *columns], schema=self._schema(layer))
+
+    def _note_unreadable(self, layer: str, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if row.refusal:
+                self._refuse(layer, row.key, row.refusal.reason, row.refusal.detail)
+
+    # -- models and files
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self.models.turn():
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                self.busy += time.perf_counter() - start
+
+    def _captioner(self, layer: Layer) -> Captioner:
+        return self.models.captioners[str(layer.model)]
+
+    def _schema(self, layer: Layer) -> pa.Schema:
+        dim = self.models.teachers[str(layer.model)].dim if layer.kind in ("images", "texts") else None
+        return layer.schema(self.config.images, dim)
+
+    def _writer(self, layer: Layer) -> LayerWriter:
+        return self.store.writer(layer, self._schema(layer), self.work.shard, self.source)
+
+    def _publish(self, writers: Mapping[str, LayerWriter]) -> None:
+        """Quarantine first, then each layer after those it needs: a file that is there has nothing left to say."""
+        for name, rows in self.refused.items():
+            self.store.quarantine(name, self.work.shard, rows)
+        if self.given_up is None:
+            for writer in writers.values():
+                writer.commit()
+
+
+@contextlib.contextmanager
+def _naming(layer: Layer) -> Iterator[None]:
+    """Say in whose forward pass an error arose, so that a failing model costs its own layers only."""
+    try:
+        yield
+    except Exception as error:
+        raise LayerFailure(layer.name, f"{type(error).__name__}: {error}") from error
+
+
+def _checked(out: torch.Tensor, rows: int, dim: int) -> np.ndarray:
+    if tuple(out.shape) != (rows, dim):
+        raise ValueError(f"want embeddings of shape {(rows, dim)}, got {tuple(out.shape)}")
+    return out.float().cpu().numpy()
+
+
+def _aligned(layer: str, table: pa.Table, keys: list[str]) -> list[list[str] | None]:
+    if table["key"].to_pylist() != keys:
+        raise ValueError(
+            f"{layer} does not have the rows of {SAMPLES}: the dataset was changed by hand; delete {layer}"
+        )
+    captions: list[list[str] | None] = table["captions"].to_pylist()
+    return captions
+
+
+def _count(refused: Mapping[str, list[Refused]]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for rows in refused.values():
+        for _, reason, _ in rows:
+            counts[reason.value] = counts.get(reason.value, 0) + 1
+    return counts

@@ -1,0 +1,83 @@
+"""The state of a dataset, for people: layers, quarantine, the last run."""
+
+from __future__ import annotations
+
+import posixpath
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from reinforce.errors import UserError
+from reinforce.layers import SAMPLES
+from reinforce.plan import Plan
+from reinforce.store import MANIFEST, Store
+from reinforce.summary import human_bytes
+
+_QUARANTINE_FILES = 1000
+
+
+def plan_table(plan: Plan, expected: Mapping[str, int | None]) -> Table:
+    """A plan as a table: per layer what is there, what is missing, and how much it will be."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("layer", "done", "missing", "quarantined", "expected"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for name, state in plan.states.items():
+        size = expected[name]
+        text = "?" if size is None else human_bytes(size)
+        table.add_row(name, f"{state.done:,}", f"{state.missing:,}", f"{state.quarantined:,}", text)
+    return table
+
+
+def status_of(url: str) -> dict[str, Any]:
+    """Layers with shards and bytes, quarantined rows by layer and reason, and the last run's summary."""
+    store = Store(url)
+    manifest = store.read_json(MANIFEST)
+    if manifest is None:
+        raise UserError(f"{url} is not a reinforced dataset: it has no {MANIFEST}.")
+    layers, quarantine = {}, {}
+    for name, entry in manifest["layers"].items():
+        sizes = store.shards(name)
+        layers[name] = {**entry, "shards": len(sizes), "bytes": sum(sizes.values())}
+        files = store.shards(f"quarantine/{name}")
+        reasons: Counter[str] = Counter()
+        for shard in sorted(files)[:_QUARANTINE_FILES]:
+            for row in store.quarantined(name, shard):
+                reasons[f"{row['reason']}" + (" (shard)" if row["key"] is None else "")] += 1
+        if files:
+            quarantine[name] = {"files": len(files), "reasons": dict(reasons.most_common())}
+    return {
+        "url": url,
+        "samples": layers[SAMPLES]["shards"],
+        "layers": layers,
+        "quarantine": quarantine,
+        "last_run": _last_run(store),
+    }
+
+
+def status_table(status: dict[str, Any]) -> Table:
+    """``status_of`` as a table."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("layer", "shards", "of", "bytes", "what", "fingerprint"):
+        table.add_column(heading, justify="right" if heading in ("shards", "of", "bytes") else "left")
+    for name, layer in status["layers"].items():
+        what = {
+            "samples": "rows, images, augmentation records",
+            "captions": f"{layer.get('count')} captions",
+        }.get(layer["kind"], f"[{layer.get('count')}, {layer.get('dim')}] {layer.get('dtype')}")
+        row = (name, f"{layer['shards']:,}", f"{status['samples']:,}", human_bytes(layer["bytes"]))
+        table.add_row(*row, what.replace("[", "\\["), layer["fingerprint"])
+    return table
+
+
+def _last_run(store: Store) -> dict[str, Any] | None:
+    try:
+        runs = store.fs.ls(store.path("runs"), detail=False)
+    except FileNotFoundError:
+        return None
+    for run in sorted(runs, reverse=True):
+        summary = store.read_json("runs", posixpath.basename(str(run).rstrip("/")), "summary.json")
+        if summary is not None:
+            return summary
+    return None

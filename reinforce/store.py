@@ -1,0 +1,255 @@
+"""A reinforced dataset on disk or in an object store: paths, listings, and the one way files get there.
+
+Nothing but a committed Parquet file says that work is done. A file is finished elsewhere first and then appears
+whole: on a local disk by ``os.replace`` of a synced temporary file of the same file system, in an object store by
+one put of the finished file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import posixpath
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+import schemas
+from reinforce.errors import UserError
+from reinforce.layers import Layer
+from reinforce.urls import filesystem
+from schemas import Reason
+
+MANIFEST = "dataset.json"
+_TEMP = ".tmp"
+_INCOMPRESSIBLE = ("image", "embeddings")
+
+
+def fingerprint_error(path: str, found: str | None, wanted: str) -> UserError:
+    """A file or layer was made by another recipe than the config's."""
+    return UserError(
+        f"{path} has fingerprint {found}, this config makes {wanted}: they differ in something that changes the "
+        "content (seed, augmentations, limits, model, weights, precision, dtype). Write to another `output`, give "
+        "the changed model another name, or delete the old layer's folder and its entry in dataset.json."
+    )
+
+
+class Store:
+    """The files of one dataset at ``url`` (a folder or any fsspec URL)."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.fs, root = filesystem(self.url)
+        self.root = root.rstrip("/")
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    # -- paths and listings
+
+    def path(self, *parts: str) -> str:
+        return posixpath.join(self.root, *parts)
+
+    def layer_path(self, layer: str, shard: str) -> str:
+        return self.path(layer, f"{shard}.parquet")
+
+    def quarantine_path(self, layer: str, shard: str) -> str:
+        return self.path("quarantine", layer, f"{shard}.parquet")
+
+    def shards(self, layer: str) -> dict[str, int]:
+        """Committed shards of a layer (or of ``quarantine/<layer>``) and their bytes, by one listing."""
+        try:
+            entries = self.fs.ls(self.path(layer), detail=True, refresh=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        names = ((posixpath.basename(str(e["name"]).rstrip("/")), e) for e in entries if e["type"] == "file")
+        return {
+            name.removesuffix(".parquet"): int(entry["size"] or 0)
+            for name, entry in names
+            if name.endswith(".parquet") and not name.startswith(".")
+        }
+
+    # -- small files
+
+    def read_json(self, *parts: str) -> dict[str, Any] | None:
+        """A JSON object, or None where the file does not exist."""
+        path = self.path(*parts)
+        try:
+            data = json.loads(self.fs.cat_file(path))
+        except FileNotFoundError:
+            return None
+        except (ValueError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not JSON ({error}). Restore it from a backup or from another copy.") from error
+        if not isinstance(data, dict):
+            raise UserError(f"{path} does not hold a JSON object.")
+        return data
+
+    def write_bytes(self, data: bytes, *parts: str) -> None:
+        """Publish a small file atomically."""
+        with self._staging() as (file, local_path):
+            file.write(data)
+            file.flush()
+            self._publish(file, local_path, self.path(*parts))
+
+    def write_json(self, data: Mapping[str, Any], *parts: str) -> None:
+        self.write_bytes((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), *parts)
+
+    def check_writable(self) -> None:
+        """Raise UserError if nothing can be written here."""
+        probe = (_TEMP, f"write-test-{uuid.uuid4().hex}")
+        try:
+            self.write_bytes(b"", *probe)
+            self.fs.rm_file(self.path(*probe))
+        except Exception as error:
+            raise UserError(
+                f"output {self.url} cannot be written: {type(error).__name__}: {error}. "
+                "Check the path, the permissions and (for an object store) the credentials."
+            ) from error
+
+    # -- Parquet
+
+    def writer(self, layer: Layer, schema: pa.Schema, shard: str, source: str) -> LayerWriter:
+        return LayerWriter(self, layer, schema, shard, source)
+
+    def quarantine(self, layer: str, shard: str, rows: list[tuple[str | None, Reason, str]]) -> None:
+        """Publish why samples (or, with key None, the shard) are not in a layer."""
+        keys, reasons, details = zip(*[(k, r.value, d[:2000]) for k, r, d in rows], strict=True)
+        table = pa.table([keys, reasons, details], schema=schemas.quarantine_schema())
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, compression="zstd")
+        self.write_bytes(buffer.getvalue().to_pybytes(), "quarantine", layer, f"{shard}.parquet")
+
+    def quarantined(self, layer: str, shard: str) -> list[dict[str, str | None]]:
+        """Rows of a quarantine file: key, reason, detail."""
+        with self.fs.open(self.quarantine_path(layer, shard), "rb") as file:
+            rows: list[dict[str, str | None]] = pq.read_table(file).to_pylist()
+        return rows
+
+    @contextlib.contextmanager
+    def open_layer(self, layer: str, shard: str, fingerprint: str | None = None) -> Iterator[pq.ParquetFile]:
+        """Open a committed file for reading. Raises UserError if it is not the one expected."""
+        path = self.layer_path(layer, shard)
+        with self.fs.open(path, "rb", block_size=8 * 2**20) as raw, pq.ParquetFile(raw) as file:
+            footer = footer_of(file)
+            if int(footer.get("schema_version", 0)) > schemas.SCHEMA_VERSION:
+                raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
+            if fingerprint is not None and footer.get("fingerprint") != fingerprint:
+                raise fingerprint_error(path, footer.get("fingerprint"), fingerprint)
+            yield file
+
+    # -- how files appear
+
+    @contextlib.contextmanager
+    def _staging(self) -> Iterator[tuple[IO[bytes], str]]:
+        """A local temporary file, gone at the end unless it was published."""
+        folder = os.path.join(self.root, _TEMP) if self.local else tempfile.gettempdir()
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, f"reinforce-{uuid.uuid4().hex}")
+        try:
+            with open(path, "xb") as file:
+                yield file, path
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def _publish(self, file: IO[bytes], local_path: str, path: str) -> None:
+        if not self.local:
+            self.fs.put_file(local_path, path)
+            return
+        os.fsync(file.fileno())
+        folder = os.path.dirname(path)
+        os.makedirs(folder, exist_ok=True)
+        os.replace(local_path, path)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second run from a local dataset, and sweep what a killed run left half written.
+
+        Object stores need no lock: there are no temporary files, and two runs of one config put equal objects.
+        """
+        if not self.local:
+            yield
+            return
+        import fcntl
+
+        folder = Path(self.root, _TEMP)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"another run is writing to {self.url}. Wait for it, or stop it.") from error
+            for stale in folder.glob("reinforce-*"):
+                stale.unlink(missing_ok=True)
+            yield
+
+
+class LayerWriter:
+    """Writes one layer of one shard, a row group at a time, and publishes it with ``commit``.
+
+    As a context manager it drops everything that was not committed.
+    """
+
+    def __init__(self, store: Store, layer: Layer, schema: pa.Schema, shard: str, source: str) -> None:
+        self._store = store
+        self._path = store.layer_path(layer.name, shard)
+        self._stack = contextlib.ExitStack()
+        self._file, self._local_path = self._stack.enter_context(store._staging())
+        plain = {f.name: "none" if f.name in _INCOMPRESSIBLE else "zstd" for f in schema}
+        self._parquet = pq.ParquetWriter(
+            self._file,
+            schema.with_metadata(
+                {
+                    "reinforce.schema_version": str(schemas.SCHEMA_VERSION),
+                    "reinforce.layer": layer.name,
+                    "reinforce.fingerprint": layer.fingerprint,
+                    "reinforce.source": source,
+                }
+            ),
+            compression=plain,
+            use_dictionary=[f.name for f in schema if f.name in ("augmentations", "image_ref")],
+            write_statistics=["key"],
+        )
+        self.schema = schema
+        self.rows = 0
+        self.bytes = 0
+
+    def write(self, table: pa.Table) -> None:
+        """Write one row group."""
+        self._parquet.write_table(table, row_group_size=max(1, table.num_rows))
+        self.rows += table.num_rows
+
+    def commit(self) -> None:
+        self._parquet.add_key_value_metadata({"reinforce.rows": str(self.rows)})
+        self._parquet.close()
+        self._file.flush()
+        self.bytes = self._file.tell()
+        self._store._publish(self._file, self._local_path, self._path)
+
+    def __enter__(self) -> LayerWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._parquet.is_open:
+            self._parquet.close()
+        self._stack.close()
+
+
+def footer_of(file: pq.ParquetFile) -> dict[str, str]:
+    """schema_version, layer, fingerprint, source and rows, as written in the footer."""
+    metadata = file.metadata.metadata or {}
+    prefix = b"reinforce."
+    return {k.removeprefix(prefix).decode(): v.decode() for k, v in metadata.items() if k.startswith(prefix)}

@@ -1,0 +1,232 @@
+"""Whole runs on a local Ray: what is written, and that nothing is computed twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import reinforce
+from reinforce.augment import replay
+from reinforce.config import parse_config
+from reinforce.image import decode
+from reinforce.urls import shard_name
+from teachers.pixels import to_pixels
+from tests.conftest import config_of, members_of, picture, tree, write_tar
+from tests.models import Colour
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def events_of(output: Path) -> list[dict[str, Any]]:
+    parts = sorted(output.glob("runs/*/events-*.jsonl"))
+    return [json.loads(line) for part in parts for line in part.read_text().splitlines()]
+
+
+def test_every_layer_has_the_rows_of_samples_in_their_order(shards: Callable[..., str], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    summary = reinforce.run(config_of(shards(40, 7), output))
+    assert (summary.status, summary.samples, summary.shards) == (0, 47, 2)
+    layers = {p.parent.relative_to(output).as_posix() for p in output.rglob("*.parquet")}
+    assert layers == {
+        "samples",
+        "captions/namer",
+        *(f"embeddings/{t}/{what}" for t in ("red", "blue") for what in ("images", "caption", "namer")),
+    }
+    for samples in (output / "samples").glob("*.parquet"):
+        keys = pq.read_table(samples)["key"].to_pylist()
+        assert keys == sorted(keys)
+        for layer in layers:
+            file = pq.ParquetFile(output / layer / samples.name)
+            assert file.read(["key"])["key"].to_pylist() == keys
+            assert file.num_row_groups == pq.ParquetFile(samples).num_row_groups
+
+
+def test_embeddings_are_the_teachers_for_the_replayed_augmentation(shards: Callable[..., str], tmp_path: Path) -> None:
+    reinforce.run(config_of(shards(20), tmp_path / "out"))
+    teacher = Colour(torch.device("cpu"), size=16, dim=8)
+    limits = parse_config(config_of("x", "y")).input.limits
+    seen = 0
+    for sample in reinforce.open(str(tmp_path / "out"), teachers=["red"]):
+        image = decode(sample.image, limits)
+        crops = np.stack([np.asarray(replay(image, record)) for record in sample.augmentations])
+        expected = teacher.encode_images(to_pixels(torch.from_numpy(crops), teacher.image)).numpy()
+        np.testing.assert_allclose(sample.images["red"], expected, atol=1e-3)
+        assert sample.caption is not None
+        np.testing.assert_allclose(
+            sample.texts["red"]["caption"], teacher.encode_texts([sample.caption]).numpy(), atol=1e-3
+        )
+        captions = sample.captions["namer"]
+        assert captions is not None
+        assert len(captions) == 2
+        np.testing.assert_allclose(sample.texts["red"]["namer"], teacher.encode_texts(captions).numpy(), atol=1e-3)
+        assert sample.metadata is not None
+        assert sample.metadata["uid"] == sample.key
+        seen += 1
+    assert seen == 20
+
+
+def test_a_second_run_does_nothing(shards: Callable[..., str], tmp_path: Path) -> None:
+    config = config_of(shards(10, 3), tmp_path / "out")
+    reinforce.run(config)
+    before = tree(tmp_path / "out", layers_only=False)
+    summary = reinforce.run(config)
+    assert summary.run is None
+    assert "nothing to do" in summary.message
+    assert tree(tmp_path / "out", layers_only=False) == before
+
+
+@pytest.mark.parametrize("images", ["embed", "reference"])
+def test_two_runs_into_two_folders_give_equal_files(shards: Callable[..., str], tmp_path: Path, images: str) -> None:
+    source = shards(30, 30, 5)
+    for folder in ("a", "b"):
+        reinforce.run(config_of(source, tmp_path / folder, images=images))
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+@pytest.mark.parametrize("images", ["embed", "reference"])
+def test_an_added_teacher_and_captioner_compute_only_their_layers_and_end_as_a_fresh_run(
+    shards: Callable[..., str], tmp_path: Path, images: str
+) -> None:
+    source = shards(40, 9)
+    whole = config_of(source, tmp_path / "fresh", images=images)
+    whole["captioners"] = {**whole["captioners"], "other": {"class": "tests.models:Namer", "captions": 2}}
+    reinforce.run(whole)
+
+    first = {**whole, "output": str(tmp_path / "grown"), "teachers": {"red": whole["teachers"]["red"]}}
+    first["captioners"] = {"namer": whole["captioners"]["namer"]}
+    reinforce.run(first)
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "grown").rglob("*.parquet")}
+    reinforce.run({**first, "teachers": whole["teachers"]})
+    added = {layer for event in events_of(tmp_path / "grown") if event["event"] == "shard" for layer in event["layers"]}
+    assert {"embeddings/blue/images", "embeddings/blue/caption", "embeddings/blue/namer"} <= added
+    reinforce.run({**whole, "output": str(tmp_path / "grown")})
+    last_run = sorted((tmp_path / "grown" / "runs").iterdir())[-1]
+    computed = {
+        layer
+        for part in last_run.glob("events-*.jsonl")
+        for event in map(json.loads, part.read_text().splitlines())
+        if event["event"] == "shard"
+        for layer in event["layers"]
+    }
+    assert computed == {"captions/other", "embeddings/red/other", "embeddings/blue/other"}
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    grown, fresh = tree(tmp_path / "grown"), tree(tmp_path / "fresh")
+    manifests = [json.loads(files.pop("dataset.json")) for files in (grown, fresh)]
+    assert grown == fresh
+    assert manifests[0] == manifests[1]
+
+
+def test_teachers_with_one_side_have_that_sides_layers_only(shards: Callable[..., str], tmp_path: Path) -> None:
+    config = config_of(shards(5), tmp_path / "out")
+    config["teachers"] = {"eye": {"class": "tests.models:ImageOnly"}, "ear": {"class": "tests.models:TextOnly"}}
+    assert reinforce.run(config).status == 0
+    folders = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out" / "embeddings").glob("*/*")}
+    assert folders == {"embeddings/eye/images", "embeddings/ear/caption", "embeddings/ear/namer"}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("float32", 1e-7), ("int8", 8e-3)])
+def test_embeddings_are_stored_as_the_config_says(
+    shards: Callable[..., str], tmp_path: Path, dtype: str, tolerance: float
+) -> None:
+    config = config_of(shards(6), tmp_path / "out")
+    config["teachers"]["red"]["dtype"] = dtype
+    reinforce.run(config)
+    [file] = (tmp_path / "out" / "embeddings" / "red" / "caption").glob("*.parquet")
+    assert str(np.dtype(dtype)) in str(pq.read_schema(file).field("embeddings").type).replace(
+        "halffloat", "float16"
+    ).replace("value_type=float,", "value_type=float32,")
+    for sample in reinforce.open(str(tmp_path / "out"), teachers=["red"]):
+        assert sample.caption is not None
+        expected = Colour(torch.device("cpu")).encode_texts([sample.caption]).numpy()
+        np.testing.assert_allclose(sample.texts["red"]["caption"], expected, atol=tolerance)
+
+
+def test_odd_shards_give_the_right_rows_and_the_right_quarantine(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_tar(source / "0-many.tar", members_of(0, 50))  # more than a batch of 8 rows
+    write_tar(source / "1-one.tar", members_of(1, 1))
+    write_tar(source / "2-empty.tar", [])
+    broken = members_of(3, 4)
+    broken[3] = (broken[3][0], broken[3][1][:300])
+    write_tar(source / "3-broken.tar", broken)
+    (source / "4-text.tar").write_text("this is no tar\n" * 100)
+    write_tar(source / "5-no-caption.tar", [("a.png", picture(1)), ("b.png", picture(2)), ("b.txt", b"a thing")])
+    cut = write_tar(source / "7-cut.tar", members_of(7, 5))
+    cut.write_bytes(cut.read_bytes()[:-20_000])
+    names = ["0-many", "1-one", "2-empty", "3-broken", "4-text", "5-no-caption", "6-missing", "7-cut"]
+    urls = [f"{source}/{name}.tar" for name in names]
+    summary = reinforce.run(config_of(urls, tmp_path / "out"))  # type: ignore[arg-type]
+    assert summary.status == 0
+
+    def rows(layer: str, name: str) -> int | None:
+        path = tmp_path / "out" / layer / f"{shard_name(f'{source}/{name}.tar')}.parquet"
+        return pq.read_metadata(path).num_rows if path.exists() else None
+
+    def quarantine(layer: str, name: str) -> list[tuple[Any, Any]]:
+        path = tmp_path / "out" / "quarantine" / layer / f"{shard_name(f'{source}/{name}.tar')}.parquet"
+        return [(r["key"], r["reason"]) for r in pq.read_table(path).to_pylist()] if path.exists() else []
+
+    found = {name: rows("samples", name) for name in names}
+    kept = found.pop("7-cut")
+    assert kept is not None
+    assert 1 <= kept < 5
+    assert found == {
+        "0-many": 50, "1-one": 1, "2-empty": 0, "3-broken": 3, "4-text": None, "5-no-caption": 2, "6-missing": None,
+    }  # fmt: skip
+    for layer in ("captions/namer", "embeddings/red/images", "embeddings/blue/namer"):
+        assert {name: rows(layer, name) for name in found} == found
+    assert quarantine("samples", "3-broken") == [("00300001", "image_broken")]
+    assert quarantine("samples", "4-text") == [(None, "shard_unreadable")]
+    assert quarantine("samples", "6-missing") == [(None, "shard_missing")]
+    assert (None, "shard_damaged") in quarantine("samples", "7-cut")
+    assert quarantine("embeddings/red/caption", "5-no-caption") == [("a", "no_text")]
+    assert all(quarantine("samples", name) == [] for name in ("0-many", "1-one", "2-empty", "5-no-caption"))
+    again = reinforce.run(config_of(urls, tmp_path / "out"))  # type: ignore[arg-type]
+    assert again.run is None, "what is in quarantine is not tried again unasked"
+
+
+def test_quarantined_shards_are_tried_again_when_asked(tmp_path: Path) -> None:
+    urls = [f"{tmp_path}/source/{name}.tar" for name in ("a", "b")]
+    write_tar(tmp_path / "source" / "a.tar", members_of(0, 3))
+    config = config_of(urls, tmp_path / "out")  # type: ignore[arg-type]
+    assert reinforce.run(config).quarantined_shards == 1
+    write_tar(tmp_path / "source" / "b.tar", members_of(1, 3))
+    assert reinforce.run(config, retry_quarantined=True).quarantined_shards == 0
+    write_tar(tmp_path / "source" / "a.tar", members_of(0, 3))
+    reinforce.run({**config, "output": str(tmp_path / "fresh")})
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_a_row_whose_embedding_is_not_finite_is_null_and_named(shards: Callable[..., str], tmp_path: Path) -> None:
+    config = config_of(shards(12), tmp_path / "out", captioners={})
+    config["teachers"] = {
+        "ill": {"class": "tests.models:Trouble", "options": {"word": "thing 7 ", "harm": "nan"}},
+        "red": config["teachers"]["red"],
+    }
+    assert reinforce.run(config).refused == {"not_finite": 1}
+    rows = {s.key: s for s in reinforce.open(str(tmp_path / "out"))}
+    assert np.isnan(rows["00000007"].texts["ill"]["caption"]).all()
+    assert np.isfinite(rows["00000007"].texts["red"]["caption"]).all()
+    assert np.isfinite(rows["00000006"].texts["ill"]["caption"]).all()
+
+
+def test_a_source_without_a_sample_fails_the_run(tmp_path: Path) -> None:
+    write_tar(tmp_path / "source" / "0.tar", [("a.txt", b"no image here")])
+    summary = reinforce.run(config_of(f"{tmp_path}/source/*.tar", tmp_path / "out"))
+    assert summary.status == 1
+    assert "no samples" in summary.message
+
+
+def test_too_many_quarantined_shards_fail_the_run(tmp_path: Path) -> None:
+    write_tar(tmp_path / "source" / "a.tar", members_of(0, 3))
+    urls = [f"{tmp_path}/source/{name}.tar" for name in ("a", "b")]
+    config = config_of(urls, tmp_path / "out", failures={"allowed_share": 0.4})  # type: ignore[arg-type]
+    assert reinforce.run(config).status == 1
+    assert reinforce.run(config).status == 1, "also when there is nothing left to do"

@@ -1,0 +1,105 @@
+"""Small models of the kind that users plug in: exact, fast, and failing on demand."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from teachers.protocols import ImageSpec
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def _unit(values: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(values.float(), dim=-1)
+
+
+class Colour:
+    """A dual encoder by seeded projections of the pixels and of the letters' counts."""
+
+    def __init__(self, device: torch.device, size: int = 16, dim: int = 8, seed: int = 0, delay: float = 0.0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.dim = dim
+        self.image = ImageSpec(size, HALF, HALF)
+        self.logit_scale = 30.0
+        self.delay = delay
+        self._pixels = torch.randn(3 * size * size, dim, generator=generator).to(device)
+        self._letters = torch.randn(128, dim, generator=generator).to(device)
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.delay)
+        return _unit(pixels.flatten(1) @ self._pixels)
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        counts = torch.zeros(len(texts), 128)
+        for row, text in enumerate(texts):
+            for letter in text:
+                counts[row, ord(letter) % 128] += 1
+        return _unit((counts + 0.01) @ self._letters)
+
+
+class ImageOnly:
+    """An image encoder without a text side."""
+
+    dim = 5
+
+    def __init__(self, device: torch.device) -> None:
+        self.image = ImageSpec(8, HALF, HALF)
+        self._inner = Colour(device, size=8, dim=5)
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._inner.encode_images(pixels)
+
+
+class TextOnly:
+    """A text encoder without an image side."""
+
+    dim = 6
+
+    def __init__(self, device: torch.device) -> None:
+        self._inner = Colour(device, size=8, dim=6)
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return self._inner.encode_texts(texts)
+
+
+class Trouble(Colour):
+    """Does harm when a text of the batch holds a word: raise, nan, or the death of the process."""
+
+    def __init__(self, device: torch.device, word: str, harm: str, once: str | None = None) -> None:
+        super().__init__(device, size=8, dim=4)
+        self.word, self.harm, self.once = word, harm, once
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        out = super().encode_texts(texts)
+        hit = [i for i, text in enumerate(texts) if self.word in text]
+        if hit and (self.once is None or not os.path.exists(self.once)):
+            if self.once is not None:
+                with open(self.once, "w"):
+                    pass
+            if self.harm == "raise":
+                raise RuntimeError(f"cannot stand {self.word}")
+            if self.harm == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            out[hit] = float("nan")
+        return out
+
+
+class Namer:
+    """A captioner whose texts tell its seeds."""
+
+    def __init__(self, device: torch.device, captions: int = 2) -> None:
+        self.captions = captions
+        self.image = ImageSpec(8, HALF, HALF)
+
+    def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
+        means = pixels.mean(dim=(1, 2, 3)).tolist()
+        return [
+            [f"a picture of {mean:.3f}, seed {int(seed) % 1000}" for seed in row]
+            for mean, row in zip(means, seeds, strict=True)
+        ]
