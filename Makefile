@@ -1,0 +1,36 @@
+# Needs Python 3.10 or newer and a package index; everything else is made in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" * (sys.version_info < (3, 10)))'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e '.[demo,test]' -c constraints.txt
+	touch $@
+
+install: $(INSTALLED) ## make .venv with the tested versions of everything
+
+demo: $(INSTALLED) ## reinforce 4,009 emoji with small models and show the result (minutes, no network)
+	$(BIN)/python -m reinforce.demo data
+	$(BIN)/python -m reinforce.demo models
+	$(BIN)/reinforce run configs/demo.yaml
+	$(BIN)/python -m reinforce.demo show
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean: ## remove what the demo and the tools wrote; .venv stays
+	rm -rf demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
