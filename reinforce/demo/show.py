@@ -1,0 +1,160 @@
+"""A tour of a finished dataset: what lies where, one sample in full, and a picture of some.
+
+Reads with pyarrow and numpy alone, as any program can; only the pictures use this package's replay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from reinforce.augment import Augmentation, from_records, replay
+from reinforce.config import Limits
+from reinforce.demo.sheet import Card, draw_sheet
+from reinforce.errors import UserError
+from reinforce.image import decode
+
+_PICTURED = 8
+_NEXT = """\
+What to try next
+  reinforce status {dataset}
+      the state of every layer
+  reinforce run configs/demo.yaml
+      the same run again: nothing is missing, so nothing is computed
+  uncomment `resnet-64` in configs/demo.yaml and run again
+      a teacher is added: only its layers are computed
+  README.md
+      reading a dataset, training a student, your own data, your own teachers"""
+
+
+def show_dataset(dataset: str | Path, picture: str | Path) -> None:
+    """Print a tree of the dataset and its first sample, and draw a contact sheet to ``picture``. Raises UserError."""
+    root = Path(dataset)
+    shards = sorted((root / "samples").glob("*.parquet"))
+    if not shards:
+        raise UserError(f"{root} holds no samples layer. Run `reinforce run configs/demo.yaml` first.")
+    print("\n".join(tree(root)), end="\n\n")
+    print("\n".join(describe_sample(root, shards[0].name)), end="\n\n")
+    cards = list(_cards(root, shards[0].name))
+    Path(picture).parent.mkdir(parents=True, exist_ok=True)
+    draw_sheet(cards).save(picture)
+    print(f"{picture} shows {len(cards)} images, each followed by its replayed augmentations\n")
+    print(_NEXT.format(dataset=root))
+
+
+def tree(root: Path) -> list[str]:
+    """One line for each folder with files: its size and a sentence."""
+    folders = sorted({path.parent for path in root.rglob("*") if path.is_file()} - {root})
+    lines = [f"{root}/  {_size(_bytes(root))}"]
+    entries = [root / "dataset.json", *folders] if (root / "dataset.json").exists() else folders
+    for path in entries:
+        name = path.name if path.is_file() else f"{path.relative_to(root)}/"
+        lines.append(f"  {name:<34} {_size(_bytes(path)):>9}  {_sentence(root, path)}")
+    return lines
+
+
+def describe_sample(root: Path, shard: str, row: int = 0) -> list[str]:
+    """Everything the dataset holds about one row of a shard, a line each."""
+    sample = _read(root / "samples" / shard, row)
+    lines = [
+        f"One sample: row {row} of {shard} in every layer",
+        f"  {'key':<34} {sample['key']}",
+        f"  {'caption':<34} {sample['caption']}",
+        f"  {'image':<34} {sample['width']} x {sample['height']} pixels",
+    ]
+    for k, augmentation in enumerate(from_records(sample["augmentations"])):
+        lines.append(f"  {f'augmentation {k}':<34} {_augmentation(augmentation)}")
+    for path in sorted((root / "captions").glob(f"*/{shard}")):
+        for n, caption in enumerate(_read(path, row)["captions"] or []):
+            lines.append(f"  {f'captions/{path.parent.name} {n}':<34} {caption!r}")
+    for path in sorted((root / "embeddings").glob(f"*/*/{shard}")):
+        vectors = _tensor(path, row)
+        norm = np.linalg.norm(vectors.astype(np.float32), axis=1).mean()
+        lines.append(
+            f"  {path.parent.relative_to(root)!s:<34} {list(vectors.shape)} {vectors.dtype}, mean norm {norm:.3f}"
+        )
+    return lines
+
+
+def _sentence(root: Path, path: Path) -> str:
+    first, *rest = path.relative_to(root).parts
+    if first == "dataset.json":
+        return "what every layer is and how it was made"
+    if first == "samples":
+        return "key, caption, image and augmentation records; decides rows and order"
+    if first == "captions":
+        return f"synthetic captions by {rest[0]}"
+    if first == "embeddings":
+        shard = next(path.glob("*.parquet"))
+        shape = pq.read_schema(shard).field("embeddings").type.shape
+        what = {"images": "the augmented images", "caption": "the true caption"}.get(rest[1], f"{rest[1]}'s captions")
+        return f"{rest[0]}'s vectors of {what}, {shape} a sample"
+    if first == "quarantine":
+        return "what was refused, and why"
+    return "config, events and timings of a run" if first == "runs" else ""
+
+
+def _augmentation(augmentation: Augmentation) -> str:
+    crop = augmentation.crop
+    ops = [f"{op.name} {op.magnitude:.3g}" for op in augmentation.ops or ()]
+    box = f"rows {crop.top} to {crop.top + crop.height}, columns {crop.left} to {crop.left + crop.width}"
+    return f"{box}, resized to {augmentation.size} x {augmentation.size}" + "".join(f", {op}" for op in ops)
+
+
+def _cards(root: Path, shard: str) -> Iterator[Card]:
+    """One sample of each category, with the synthetic captions of the first captioner."""
+    table = pq.read_table(root / "samples" / shard)
+    synthetic = next(iter(sorted((root / "captions").glob(f"*/{shard}"))), None)
+    captions = pq.read_table(synthetic).column("captions") if synthetic else None
+    seen: set[str] = set()
+    for row in range(table.num_rows):
+        sample = table.slice(row, 1).to_pylist()[0]
+        category = json.loads(sample["metadata"] or "{}").get("category", str(row))
+        if category in seen or not (sample["caption"] or "").isascii():  # the sheet's font is Latin
+            continue
+        seen.add(category)
+        image = decode(_encoded(sample), Limits())
+        replays = [replay(image, augmentation) for augmentation in from_records(sample["augmentations"])]
+        texts = captions[row].as_py() or [] if captions is not None else []
+        yield Card(image, replays, sample["caption"] or sample["key"], texts)
+        if len(seen) == _PICTURED:
+            return
+
+
+def _encoded(sample: dict[str, Any]) -> bytes:
+    if "image" in sample:
+        return bytes(sample["image"])
+    import fsspec
+
+    reference = sample["image_ref"]
+    with fsspec.open(reference["url"]) as file:
+        file.seek(reference["offset"])
+        return bytes(file.read(reference["length"]))
+
+
+def _read(path: Path, row: int) -> dict[str, Any]:
+    return dict(pq.read_table(path).slice(row, 1).to_pylist()[0])
+
+
+def _tensor(path: Path, row: int) -> np.ndarray:
+    """Row ``row`` of an embeddings layer: [N, D]."""
+    table = pq.read_table(path).slice(row, 1).combine_chunks()
+    column: pa.FixedShapeTensorArray = table.column("embeddings").chunk(0)
+    vectors: np.ndarray = column.to_numpy_ndarray()[0]
+    if "scales" in table.column_names:
+        vectors = vectors * table.column("scales").chunk(0).to_numpy_ndarray()[0][:, None]
+    return vectors
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
