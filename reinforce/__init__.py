@@ -4,9 +4,25 @@
 >>> for sample in reinforce.open("demo/dataset", teachers=["small"]): ...
 """
 
-from reinforce.config import Config, load_config
-from reinforce.dataset import Dataset, Sample, open
-from reinforce.errors import UserError
-from reinforce.runner import run
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reinforce.config import Config, load_config
+    from reinforce.dataset import Dataset, Sample, open  # noqa: A004
+    from reinforce.errors import UserError
+    from reinforce.runner import run
 
 __all__ = ["Config", "Dataset", "Sample", "UserError", "load_config", "open", "run"]
+
+_HOMES = {"Config": "config", "load_config": "config", "Dataset": "dataset", "Sample": "dataset", "open": "dataset"}
+_HOMES |= {"UserError": "errors", "run": "runner"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: whoever reads a dataset does not need Ray, whoever plans does not need torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'reinforce' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"reinforce.{_HOMES[name]}"), name)
