@@ -1,0 +1,217 @@
+"""The image policy: how the bytes of an encoded image become RGB pixels, or a refusal with its reason."""
+
+from __future__ import annotations
+
+import functools
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from reinforce.config import Limits
+from reinforce.errors import UserError
+from schemas import Reason
+
+#: Name and version of what :func:`decode` does to pixels; recorded in dataset.json.
+IMAGE_POLICY = "rgb-1"
+
+#: Formats that are read, by Pillow's names, in the order in which they are tried.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+
+_WHITE = (255, 255, 255)
+_ORIENTATION = 0x0112  # EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageRefused(Exception):
+    """The image cannot be had; ``reason`` is one of the IMAGE_ reasons."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason.value}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def decode(data: bytes, limits: Limits) -> Image.Image:
+    """An encoded image as RGB, upright, in its own size: policy ``rgb-1``.
+
+    - The content decides the format, not the name. Size and aspect are checked by the header, before decoding.
+    - Of an animation the first frame. EXIF orientation is applied. Transparent pixels are composited over white.
+    - 16-bit grey is divided by 257; 32-bit and float grey is scaled so that white is the first of 1 (float),
+      255, 65535 and the image's maximum that no pixel exceeds, with negative and NaN pixels black.
+    - CMYK, YCbCr, LAB, HSV and 1-bit images are converted as Pillow does.
+    - ICC profiles are ignored: most are sRGB, and a broken one must not matter.
+
+    Raises ImageRefused, also for truncated data; thread-safe.
+    """
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise UserError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so broken images would pass. Leave it off.")
+    try:
+        image = _open(data)
+        _check_size(image.size, limits)
+        image.load()
+        _check_size(image.size, limits)  # a first frame may enlarge the canvas
+        if image.format == "PNG":
+            _check_png_complete(image, data)
+        return _upright(_to_rgb(image, data), image)
+    except ImageRefused:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageRefused(Reason.IMAGE_PIXELS, _describe(error)) from error
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise ImageRefused(Reason.IMAGE_BROKEN, _describe(error)) from error
+
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # AVIF depends on how Pillow was built
+
+
+def _open(data: bytes) -> Image.Image:
+    """Parse the header. As ``Image.open`` does, less its process-wide pixel limit: ours decides."""
+    faults = []
+    for name in _formats():
+        factory, accept = Image.OPEN[name]
+        accepted = accept(data[:16]) if accept else True
+        if isinstance(accepted, str):  # known to Pillow, but this build lacks the decoder
+            raise ImageRefused(Reason.IMAGE_FORMAT, accepted)
+        if accepted:
+            try:
+                return factory(io.BytesIO(data), "")
+            except (SyntaxError, IndexError, TypeError, struct.error) as error:  # what plugins say "not mine" with
+                faults.append(f"{name}: {error}")
+    if faults:
+        raise ImageRefused(Reason.IMAGE_BROKEN, "; ".join(faults)[:200])
+    raise ImageRefused(Reason.IMAGE_FORMAT, f"no known format, begins with {data[:8]!r}" if data else "no data")
+
+
+def _check_size(size: tuple[int, int], limits: Limits) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageRefused(Reason.IMAGE_BROKEN, f"{width}x{height} pixels")
+    if width * height > limits.pixels:
+        raise ImageRefused(Reason.IMAGE_PIXELS, f"{width}x{height} pixels, above limits.pixels of {limits.pixels}")
+    if max(size) > limits.aspect * min(size):
+        raise ImageRefused(Reason.IMAGE_ASPECT, f"{width}x{height} pixels, above limits.aspect of {limits.aspect:g}")
+
+
+def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
+    """A loaded image in its own mode -> RGB."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _grey_to_rgb(image)
+    transparency = image.info.get("transparency")
+    if image.mode == "La":  # Pillow goes from premultiplied grey to LA alone
+        image = image.convert("LA")
+    if transparency is None and image.mode not in ("LA", "PA", "RGBA", "RGBa"):
+        return image.convert("RGB")
+    if transparency is not None and image.format == "PNG" and image.mode in ("L", "RGB"):
+        image.info["transparency"] = _in_8_bits(transparency, _png_header(data).depth)
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, _WHITE)
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def _in_8_bits(colour: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
+    """A PNG's transparent colour at the depth that Pillow has brought the pixels to."""
+    if isinstance(colour, tuple):
+        return tuple(sample >> 8 if depth == 16 else sample for sample in colour)
+    return colour * 255 // (2**depth - 1)
+
+
+def _grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits -> RGB."""
+    pixels = np.asarray(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 16 bits by format
+        grey = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        transparency = image.info.get("transparency")
+        if isinstance(transparency, int):
+            grey[pixels == transparency] = 255
+    else:
+        top = float(pixels.max(where=np.isfinite(pixels), initial=0))
+        ceilings = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        white = next((ceiling for ceiling in ceilings if top <= ceiling), top)
+        scaled = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=white, neginf=0.0) * (255 / white)
+        grey = scaled.clip(0, 255).round().astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
+    try:
+        orientation = original.getexif().get(_ORIENTATION)
+    except Exception:  # broken EXIF must not cost the image
+        return rgb
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return rgb if method is None else rgb.transpose(method)
+
+
+class _PngHeader(NamedTuple):
+    width: int
+    height: int
+    depth: int  # bits of a sample
+    colour: int  # type: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA
+    compression: int
+    filter: int
+    interlace: int  # 0, or 1 for Adam7
+
+
+def _check_png_complete(image: Image.Image, data: bytes) -> None:
+    """Refuse a PNG whose pixel data is well formed but ends early: Pillow leaves the rows it lacks at zero.
+
+    Rows come in order, so a last row that is not all zero proves the others; only else is the data inflated
+    once more, to count it.
+    """
+    header = _png_header(data)
+    last_row = image.crop((0, image.height - 1, image.width, image.height)).tobytes()
+    if header.interlace == 0 and last_row.strip(b"\0"):
+        return
+    bits = header.depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[header.colour]
+    missing = 0
+    for x, y, step_x, step_y in _ADAM7 if header.interlace else ((0, 0, 1, 1),):
+        columns, rows = len(range(x, header.width, step_x)), len(range(y, header.height, step_y))
+        missing += rows * (1 + (columns * bits + 7) // 8) if columns else 0
+    inflate = zlib.decompressobj()
+    for body in (body for kind, body in _png_chunks(data) if kind == b"IDAT"):
+        pending: bytes | memoryview = body
+        while missing > 0 and len(pending):
+            missing -= len(inflate.decompress(pending, 2**16))
+            pending = inflate.unconsumed_tail
+    missing -= len(inflate.flush()) if missing > 0 else 0
+    if missing > 0:
+        raise ImageRefused(Reason.IMAGE_BROKEN, f"the PNG lacks {missing} bytes of pixel data")
+
+
+#: First column and row, and steps, of the passes of an interlaced PNG.
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
+def _png_header(data: bytes) -> _PngHeader:
+    return _PngHeader._make(
+        struct.unpack(">IIBBBBB", next(body for kind, body in _png_chunks(data) if kind == b"IHDR"))
+    )
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    view = memoryview(data)
+    at = 8
+    while at + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", view[at : at + 8])
+        yield kind, view[at + 8 : at + 8 + length]
+        at += 12 + length
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200].encode("utf-8", "replace").decode()

@@ -1,0 +1,262 @@
+"""Source shards as streams of samples. Whatever cannot become a sample comes out as a refusal with its reason."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import lzma
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from reinforce.config import Limits
+from reinforce.errors import UserError
+from reinforce.tar import DamagedTar, Member, Readable, members
+from reinforce.urls import canonical, compression, filesystem
+from schemas import Reason
+
+#: Members that are images, in formats that reinforce.image reads.
+IMAGE_EXTENSIONS = frozenset(
+    {"jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif"}
+    | {"pnm", "pbm", "pgm", "ppm"}
+)
+_BLOCK = 8 * 2**20  # bytes of one request to an object store
+_MOST_SIDECARS = 64  # per sample; bounds memory where one key has any number of members
+_META = re.compile(r"__[^/]*__(/|$)")
+_MAGIC = {b"\x1f\x8b": ".tar.gz", b"\xfd7zXZ": ".tar.xz", b"BZh": ".tar.bz2", b"\x28\xb5\x2f\xfd": ".tar.zst"}
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as it stands in its shard. ``offset`` and ``length`` place the image in the uncompressed tar."""
+
+    key: str  # bytes of the name that are not UTF-8 are written %XX
+    image: bytes
+    offset: int
+    length: int
+    sidecars: dict[str, bytes]  # by lower-case extension: txt, json, ...
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A sample that cannot be read, or with key None something about the shard as a whole."""
+
+    key: str | None
+    reason: Reason
+    detail: str
+
+
+def read_shard(url: str, limits: Limits) -> Iterator[RawSample | Refusal]:
+    """The samples of a tar in its order, as webdataset groups them, with refusals in between.
+
+    A sample is a run of members with one key: the path up to the first dot of the file name; the rest, in lower
+    case, is the extension. Hidden files, ``__MACOSX`` and ``__meta__`` names are no samples. The image is the
+    first member with an image extension; ``jpg`` goes before a compound one such as ``depth.png``. Of the other
+    members up to 64 of at most ``limits.sidecar_bytes`` are kept. A shard that is missing, unreadable or damaged
+    gives a Refusal without a key, after all samples before the damage. Memory does not grow with the shard,
+    except for 8-byte hashes of its keys.
+    Raises what the storage raises otherwise (timeouts, lost connections): that is worth another attempt.
+    """
+    try:
+        with _open(url) as stream:
+            yield from _samples(stream, limits)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        yield Refusal(None, Reason.SHARD_MISSING, _describe(error))
+    except (IsADirectoryError, PermissionError) as error:
+        yield Refusal(None, Reason.SHARD_UNREADABLE, _describe(error))
+    except DamagedTar as damage:
+        if damage.offset > 0:
+            yield Refusal(None, Reason.SHARD_DAMAGED, str(damage))
+        else:
+            yield Refusal(None, Reason.SHARD_UNREADABLE, f"not a tar: {damage.detail}")
+
+
+def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """The bytes at (offset, length) of an uncompressed tar, for ascending ranges.
+
+    Read ahead in blocks of 8 MiB, so neighbouring ranges share requests. Raises DamagedTar where the file ends
+    before a range does, and what the storage raises.
+    """
+    if compression(url):
+        raise UserError(f"{canonical(url)}: images cannot be read by reference from a compressed tar. Unpack it.")
+    fs, path = filesystem(url)
+    with fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead") as file:
+        for offset, length in ranges:
+            file.seek(offset)
+            data = bytearray()
+            while len(data) < length and (part := file.read(length - len(data))):
+                data += part
+            if len(data) < length:
+                raise DamagedTar(offset + len(data), f"{length} bytes at {offset} are referred to, but the file ends")
+            yield bytes(data)
+
+
+@dataclass
+class _Group:
+    """Members of one key, as far as they have been read."""
+
+    key: str
+    duplicate: bool
+    extensions: list[str] = field(default_factory=list)
+    repeated: str | None = None
+    image: Member | None = None
+    image_extension: str = ""
+    data: bytes | None = None  # None: over the limit
+    cut_off: bool = False
+    sidecars: dict[str, bytes] = field(default_factory=dict)
+
+    def add(self, extension: str, member: Member, limits: Limits) -> None:
+        if extension in self.extensions:
+            self.repeated = extension
+            return
+        if len(self.extensions) < _MOST_SIDECARS:
+            self.extensions.append(extension)
+        if self.duplicate:
+            return
+        if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+            if self.image is None or ("." in self.image_extension and "." not in extension):
+                self.image, self.image_extension, self.cut_off = member, extension, True
+                self.data = member.read(limits.image_bytes)
+                self.cut_off = False
+        elif len(self.sidecars) < _MOST_SIDECARS:
+            data = member.read(limits.sidecar_bytes)
+            if data is not None:
+                self.sidecars[extension] = data
+
+    def close(self, limits: Limits) -> Iterator[RawSample | Refusal]:
+        key = _valid(self.key)
+        if self.duplicate:
+            yield Refusal(key, Reason.DUPLICATE_KEY, "the key came before in this shard; the first is kept")
+        elif self.image is None:
+            yield Refusal(key, Reason.NO_IMAGE, "no image among: " + ", ".join(map(_valid, self.extensions))[:200])
+        elif self.cut_off:
+            yield Refusal(key, Reason.IMAGE_BROKEN, "cut off where the shard is damaged")
+        elif self.data is None:
+            detail = f"{self.image.size} bytes, above limits.image_bytes of {limits.image_bytes}"
+            yield Refusal(key, Reason.IMAGE_BYTES, detail)
+        else:
+            yield RawSample(key, self.data, self.image.offset, self.image.size, self.sidecars)
+        if self.repeated is not None and not self.duplicate:
+            detail = f"member .{_valid(self.repeated)[:100]} came twice; the first is kept"
+            yield Refusal(key, Reason.DUPLICATE_KEY, detail)
+
+
+def _samples(stream: Readable, limits: Limits) -> Iterator[RawSample | Refusal]:
+    group: _Group | None = None
+    seen: set[bytes] = set()
+    try:
+        for member in members(stream):
+            key, extension = _split(member.name)
+            if not key:
+                continue
+            if group is None or group.key != key:
+                if group is not None:
+                    yield from group.close(limits)
+                digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+                group = _Group(key, duplicate=digest in seen)
+                seen.add(digest)
+            group.add(extension, member, limits)
+    except DamagedTar:
+        if group is not None:  # what it has is whole; its later members are lost with the rest of the shard
+            yield from group.close(limits)
+        raise
+    if group is not None:
+        yield from group.close(limits)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and lower-case extension of a member; an empty key where it belongs to no sample."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not stem or not dot or _META.match(name) or "__MACOSX" in folder.split("/"):
+        return "", ""
+    return folder + slash + stem, extension.lower()
+
+
+def _valid(name: str) -> str:
+    """A name with the bytes that are not UTF-8 as %XX, so that different names stay different."""
+    return re.sub(r"[\udc80-\udcff]", lambda match: f"%{ord(match[0]) - 0xDC00:02X}", name)
+
+
+def _describe(error: OSError) -> str:
+    return _valid(error.strerror or str(error) or type(error).__name__)
+
+
+@contextmanager
+def _open(url: str) -> Iterator[Readable]:
+    """The uncompressed bytes of a shard."""
+    fs, path = filesystem(url)
+    kind = compression(url)
+    with fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead") as file:
+        yield _Plain(file) if kind is None else _Decompressed(file, kind)
+
+
+class _Plain:
+    """An uncompressed stream; compressed data under a plain name is told from junk."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._begun = False
+
+    def read(self, size: int, /) -> bytes:
+        data: bytes = self._file.read(size)
+        if not self._begun:
+            self._begun = True
+            for magic, ending in _MAGIC.items():
+                if data.startswith(magic):
+                    raise EOFError(f"compressed data; name the file {ending}")
+        return data
+
+
+class _Decompressed:
+    """A decompressing stream. EOFError: the data is broken. What the storage raises passes through."""
+
+    def __init__(self, file: Any, kind: str) -> None:
+        self._file = _Watched(file)
+        decompressor, self._step = _DECOMPRESSORS[kind]
+        self._stream = decompressor(self._file)
+        self._kind = kind
+
+    def read(self, size: int, /) -> bytes:
+        try:  # little at a time: what a decompressor holds when it fails is lost
+            data: bytes = self._stream.read1(min(size, self._step))
+        except Exception as error:  # zlib.error, LZMAError, OSError, EOFError: each library its own
+            if self._file.error is not None:
+                raise self._file.error from None
+            raise EOFError(f"broken {self._kind} data ({error})") from error
+        return data
+
+
+class _Watched:
+    """A compressed file that remembers whether it raised, so that its errors are told from a decompressor's."""
+
+    closed = False
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: Exception | None = None
+
+    def read(self, size: int = -1, /) -> bytes:
+        try:
+            data: bytes = self._file.read(size)
+        except Exception as error:
+            self.error = error
+            raise
+        return data
+
+    def seek(self, *_: object) -> int:
+        raise OSError("read from front to back only")
+
+
+#: How to open each kind of compression, and how many bytes to take from it at a time.
+_DECOMPRESSORS: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "gzip": (lambda file: gzip.GzipFile(fileobj=file, mode="rb"), 2**16),
+    "xz": (lzma.LZMAFile, 2**16),
+    "bzip2": (bz2.BZ2File, 2**16),
+    "zstd": (lambda file: pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"), 2**12),
+}
