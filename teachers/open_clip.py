@@ -1,0 +1,128 @@
+"""Teachers of open_clip: built-in names, hub models and local folders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+
+from teachers import open_clip_catalog as catalog
+from teachers import weights
+from teachers.device import Accelerator
+from teachers.open_clip_text import TextSide
+from teachers.pixels import channels
+from teachers.protocols import ImageSpec
+from teachers.spec import ModelSpec, TeacherSpec
+
+
+class OpenClipTeacher:
+    """Both sides of an open_clip model (CLIP, SigLIP, MobileCLIP, CoCa, ...), preprocessed as the model says.
+
+    Raises ValueError or FileNotFoundError for what the spec has wrong.
+    """
+
+    def __init__(self, spec: TeacherSpec, device: Accelerator) -> None:
+        model = load_model(spec)
+        self._device = device
+        self._model = device.prepare(model)
+        self.dim = int(open_clip.get_model_config(_name(spec))["embed_dim"])
+        self.image: ImageSpec | None = image_spec(open_clip.get_model_preprocess_cfg(model))
+        self.logit_scale: float | None = spec.logit_scale or float(self._model.logit_scale.exp())
+        self._text = TextSide(self._model, open_clip.get_tokenizer(_name(spec)), device)
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
+        with self._device.forward():
+            features = self._model.encode_image(self._device.layout(pixels))
+            return torch.nn.functional.normalize(features.float(), dim=-1)
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """B strings -> [B, dim] float32, unit norm."""
+        with self._device.forward():
+            return torch.nn.functional.normalize(self._text.encode(texts).float(), dim=-1)
+
+
+def load_model(spec: ModelSpec) -> Any:
+    """The model of a spec with its weights, in float32 on the CPU. Never with random weights.
+
+    Raises ValueError for an unknown name or tag, for an activation that the weights were not trained with, and for
+    weights that do not fit; FileNotFoundError for files that are not there.
+    """
+    name = _name(spec)
+    catalog.check(name, spec.pretrained)
+    path, preprocessing = _weights(name, spec.pretrained)
+    with _without_warning_of_random_weights():
+        model = open_clip.create_model(
+            name, load_weights=False, pretrained_text=False, force_preprocess_cfg=preprocessing
+        )
+    try:
+        open_clip.load_checkpoint(model, str(weights.as_safetensors(path)), strict=True)
+    except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the weights in {path} do not fit {name}: {reason}") from error
+    return model.float()
+
+
+def image_spec(config: dict[str, Any]) -> ImageSpec:
+    """open_clip's ``preprocess_cfg`` as an ImageSpec. Raises ValueError where it cannot be one."""
+    resize = {"shortest": "crop", "squash": "squash"}.get(config["resize_mode"])
+    if resize is None:
+        raise ValueError(
+            f"resize_mode {config['resize_mode']!r} pads images, which augmented crops never are: "
+            "set `resize_mode` to shortest or squash in the model's preprocess_cfg"
+        )
+    size = config["size"]
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+    bilinear = config["interpolation"] == "bilinear" and (resize == "squash" or height == width)
+    return ImageSpec(
+        size=height if height == width else (height, width),
+        mean=channels(config["mean"]),
+        std=channels(config["std"]),
+        # open_clip takes "random" as bicubic at inference, and bicubic always for a crop that is not square
+        interpolation="bilinear" if bilinear else "bicubic",
+        resize="crop" if resize == "crop" else "squash",
+    )
+
+
+def _name(spec: ModelSpec) -> str:
+    assert spec.model is not None
+    return spec.model if ":" in spec.model else catalog.builtin_name(spec.model)
+
+
+def _weights(name: str, pretrained: str | None) -> tuple[Path, dict[str, Any] | None]:
+    """The checkpoint, and the preprocessing that belongs to it where a tag says so."""
+    if name.startswith(catalog.FOLDER):
+        return catalog.folder_weights(name), None
+    if name.startswith(catalog.HUB):
+        hub = name.removeprefix(catalog.HUB)
+        return _download(name, lambda: open_clip.pretrained.download_pretrained_from_hf(hub)), None
+    assert pretrained is not None
+    if catalog.is_checkpoint(pretrained):
+        return weights.fetch(pretrained), None
+    tag = catalog.tag_config(name, pretrained)
+    return _download(f"{name} {pretrained}", lambda: open_clip.download_pretrained(tag)), tag
+
+
+def _download(name: str, get: Callable[[], str]) -> Path:
+    with weights.locked(f"open_clip {name}"):
+        return Path(get())
+
+
+@contextmanager
+def _without_warning_of_random_weights() -> Iterator[None]:
+    """open_clip warns of random weights when it builds a model whose weights are loaded afterwards."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "initialized randomly" not in record.getMessage()
+
+    root = logging.getLogger()  # open_clip logs to the root
+    root.addFilter(keep)
+    try:
+        yield
+    finally:
+        root.removeFilter(keep)

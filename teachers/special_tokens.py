@@ -1,0 +1,25 @@
+"""Captions are text: what looks like a tokenizer's special token in them must not become one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+
+def neutraliser(tokens: Iterable[str]) -> Callable[[str], str]:
+    """A function that breaks every spelling of the tokens, in any case, by a space after its first character.
+
+    ``<end_of_text>`` becomes ``< end_of_text>``, which tokenizes as plain characters. Other text is unchanged.
+    """
+    spellings = sorted({token for token in tokens if len(token) > 1}, key=len, reverse=True)
+    if not spellings:
+        return lambda text: text
+    pattern = re.compile("|".join(re.escape(token) for token in spellings), re.IGNORECASE)
+
+    def neutralise(text: str) -> str:
+        # Breaking one token can leave an overlapping one whole, so look again.
+        while (broken := pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)) != text:
+            text = broken
+        return text
+
+    return neutralise

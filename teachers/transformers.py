@@ -1,0 +1,211 @@
+"""Teachers of Hugging Face transformers: CLIP, SigLIP and models of one side, by hub name or local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+import transformers
+
+from teachers import transformers_catalog as catalog
+from teachers.device import Accelerator
+from teachers.pixels import channels
+from teachers.protocols import ImageSpec, Teacher
+from teachers.spec import TeacherSpec
+from teachers.special_tokens import neutraliser
+from teachers.trimming import PROBES, is_exact
+
+_RESAMPLING: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+
+
+def load(spec: TeacherSpec, device: Accelerator) -> Teacher:
+    """The teacher of a spec: both sides, or the one that the model has.
+
+    Raises ValueError for a model that cannot be a teacher or lacks weights; OSError for one that is not there.
+    """
+    assert spec.model is not None
+    if catalog.is_folder(spec.model):
+        catalog.config_of(spec.model)  # says what is wrong with a folder better than transformers does
+    config = transformers.AutoConfig.from_pretrained(spec.model, trust_remote_code=False)
+    images, texts = catalog.sides(config.to_dict())
+    if images and texts:
+        return TransformersTeacher(spec, device)
+    return cast(Teacher, ImageTeacher(spec, device) if images else TextTeacher(spec, device))
+
+
+class TransformersTeacher:
+    """A dual encoder: any model with ``get_image_features`` and ``get_text_features``.
+
+    Texts are padded to the longest of the batch and masked, which is checked against the full length; SigLIP was
+    trained on texts padded to the full length, without a mask, and gets them so.
+    """
+
+    def __init__(self, spec: TeacherSpec, device: Accelerator) -> None:
+        self._device = device
+        self._model, _ = _load_model(spec, device)
+        for method in ("get_image_features", "get_text_features"):
+            if not hasattr(self._model, method):
+                raise ValueError(f"{type(self._model).__name__} has no `{method}`: it is no dual encoder")
+        self.image: ImageSpec | None = _load_image_spec(spec)
+        siglip = self._model.config.model_type == "siglip"
+        positions = self._model.config.text_config.max_position_embeddings
+        self._tokenize = _Tokenizer(spec, positions, masked=not siglip)
+        with _trial(self._model):
+            self.dim = _dim_of_images(self.encode_images, self.image, device)
+            self._trims = not siglip and is_exact(self._encode)
+        scale = getattr(self._model, "logit_scale", None)
+        self.logit_scale = spec.logit_scale or (float(scale.exp()) if scale is not None else None)
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
+        with self._device.forward():
+            return _unit(_features(self._model.get_image_features(pixel_values=self._device.layout(pixels))))
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """B strings -> [B, dim] float32, unit norm."""
+        with self._device.forward():
+            return _unit(self._encode(texts, trim=self._trims))
+
+    def _encode(self, texts: Sequence[str], trim: bool) -> torch.Tensor:
+        return _features(self._model.get_text_features(**self._tokenize(texts, self._device, full_length=not trim)))
+
+
+class ImageTeacher:
+    """An image encoder (DINOv2, ViT, ...): the pooled output if the model has one with weights, else the CLS token."""
+
+    def __init__(self, spec: TeacherSpec, device: Accelerator) -> None:
+        self._device = device
+        self._model, self._pools = _load_model(spec, device)
+        self.image: ImageSpec | None = _load_image_spec(spec)
+        self.logit_scale = spec.logit_scale
+        with _trial(self._model):
+            self.dim = _dim_of_images(self.encode_images, self.image, device)
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
+        with self._device.forward():
+            output = self._model(pixel_values=self._device.layout(pixels))
+            pooled = getattr(output, "pooler_output", None) if self._pools else None
+            return _unit(output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1))
+
+
+class TextTeacher:
+    """A text encoder (BERT and the like): the mean of the last hidden states over the tokens that are not padding."""
+
+    image = None
+
+    def __init__(self, spec: TeacherSpec, device: Accelerator) -> None:
+        self._device = device
+        self._model, _ = _load_model(spec, device)
+        self._tokenize = _Tokenizer(spec, getattr(self._model.config, "max_position_embeddings", 512), masked=True)
+        self.logit_scale = spec.logit_scale
+        with _trial(self._model):
+            self.dim = self.encode_texts(PROBES).shape[1]
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """B strings -> [B, dim] float32, unit norm."""
+        with self._device.forward():
+            tokens = self._tokenize(texts, self._device)
+            hidden = self._model(**tokens).last_hidden_state.float()
+            mask = tokens["attention_mask"].unsqueeze(-1)
+            return _unit((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
+
+
+class _Tokenizer:
+    """The model's tokenizer, reading special tokens in texts as text."""
+
+    def __init__(self, spec: TeacherSpec, positions: int, masked: bool) -> None:
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model, trust_remote_code=False)
+        if self._tokenizer.pad_token is None:
+            raise ValueError(f"the tokenizer of {spec.model} has no padding token")
+        self._neutralise = neutraliser(self._tokenizer.all_special_tokens)
+        # Models without a limit of their own report an astronomical one.
+        self._length = min(positions, self._tokenizer.model_max_length)
+        self._masked = masked
+
+    def __call__(self, texts: Sequence[str], device: Accelerator, full_length: bool = False) -> dict[str, torch.Tensor]:
+        tokens = self._tokenizer(
+            [self._neutralise(text) for text in texts],
+            padding="max_length" if full_length else "longest",
+            truncation=True,
+            max_length=self._length,
+            return_attention_mask=self._masked,
+            return_tensors="pt",
+        )
+        names = [name for name in tokens if self._masked or name == "input_ids"]
+        return {name: device.put(tokens[name]) for name in names}
+
+
+def image_spec(config: dict[str, Any]) -> ImageSpec:
+    """An image processor's config as an ImageSpec. Raises ValueError where it cannot be one.
+
+    A margin (DINOv2 resizes to 256 and cuts 224) is not kept: the shorter side fills the frame.
+    """
+    crop = config.get("crop_size") if config.get("do_center_crop") else None
+    size = config.get("size")
+    if isinstance(size, int):
+        size = {"shortest_edge": size} if crop else {"height": size, "width": size}
+    if isinstance(crop, int):
+        crop = {"height": crop, "width": crop}
+    frame = crop or size or {}
+    if not config.get("do_resize", True) or "height" not in frame or "width" not in frame:
+        raise ValueError(f"its images have no fixed size (size {size}, crop_size {crop}): it cannot be a teacher")
+    if not config.get("do_rescale", True) or abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise ValueError(f"its pixels are not scaled by 1/255 (rescale_factor {config.get('rescale_factor')})")
+    resample = int(config.get("resample", 3))
+    if resample not in _RESAMPLING:
+        raise ValueError(f"its images are resized by Pillow's filter {resample}: want nearest, bilinear or bicubic")
+    normalizes = config.get("do_normalize", True)
+    height, width = int(frame["height"]), int(frame["width"])
+    return ImageSpec(
+        size=height if height == width else (height, width),
+        mean=channels(config["image_mean"]) if normalizes else (0.0, 0.0, 0.0),
+        std=channels(config["image_std"]) if normalizes else (1.0, 1.0, 1.0),
+        interpolation=_RESAMPLING[resample],
+        resize="crop" if size and "shortest_edge" in size else "squash",
+    )
+
+
+def _load_image_spec(spec: TeacherSpec) -> ImageSpec:
+    processor = transformers.AutoImageProcessor.from_pretrained(spec.model, trust_remote_code=False)
+    return image_spec(processor.to_dict())
+
+
+def _load_model(spec: TeacherSpec, device: Accelerator) -> tuple[Any, bool]:
+    """The model, and whether its pooler has weights. Hub files are downloaded under the hub's own file locks."""
+    model, report = transformers.AutoModel.from_pretrained(
+        spec.model, trust_remote_code=False, output_loading_info=True
+    )
+    missing = sorted(report["missing_keys"])
+    # Checkpoints of other heads often lack the pooler, and then it is not used; anything else would be random.
+    needed = [key for key in missing if not key.startswith("pooler.")]
+    if needed or report["mismatched_keys"]:
+        wrong = [*needed, *map(str, report["mismatched_keys"])]
+        raise ValueError(f"the weights of {spec.model} do not fill {type(model).__name__}: {', '.join(wrong[:5])}")
+    return device.prepare(model.float()), not missing
+
+
+@contextmanager
+def _trial(model: Any) -> Iterator[None]:
+    """Say which model failed when it is tried on a first input."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} cannot be a teacher: {type(error).__name__}: {error}") from error
+
+
+def _dim_of_images(encode: Callable[[torch.Tensor], torch.Tensor], spec: ImageSpec | None, device: Accelerator) -> int:
+    assert spec is not None
+    return encode(torch.zeros(1, 3, spec.height, spec.width, device=device.device)).shape[1]
+
+
+def _features(output: Any) -> torch.Tensor:
+    """The embeddings themselves, which transformers 5 wraps in a model output."""
+    features: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
+    return features
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(features.float(), dim=-1)

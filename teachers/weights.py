@@ -1,0 +1,215 @@
+"""Weights by path or URL: fetched once per node, converted once per node, and known by their content.
+
+Files are kept in the folder ``REINFORCE_CACHE`` (default ``~/.cache/reinforce``). Locks make the processes of a
+node wait for one of them; where nodes share the folder, an atomic rename keeps it right all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+#: Suffixes of the checkpoints that are read.
+CHECKPOINTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+# What object stores call a content identity; below them what at least changes when a file is replaced.
+_TAGS = ("ETag", "etag", "Content-MD5", "md5Hash", "md5", "checksum", "crc32c")
+_TIMES = ("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "created")
+
+
+def is_url(location: str | Path) -> bool:
+    """Whether a location is for fsspec rather than a local path."""
+    return "://" in str(location) and not str(location).startswith("file://")
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("REINFORCE_CACHE", "~/.cache/reinforce")).expanduser()
+
+
+def identity(location: str | Path) -> str:
+    """What a file's content is known by: sha256 of a local file, size and ETag (or time) of a remote one.
+
+    Raises FileNotFoundError; ValueError if the URL's protocol cannot be read.
+    """
+    if not is_url(location):
+        return f"sha256:{_sha256(_local(location))}"
+    return _remote_identity(_info(str(location))[2])
+
+
+def fetch(location: str | Path) -> Path:
+    """A local path of the file: itself if it is local, else its copy in the cache, downloaded if need be.
+
+    The cache key holds the remote content's identity, so an object that was replaced is fetched anew.
+    Raises FileNotFoundError; ValueError if the URL's protocol cannot be read.
+    """
+    if not is_url(location):
+        return _local(location)
+    url = str(location)
+    fs, path, info = _info(url)
+    name = path.partition("?")[0].rsplit("/", 1)[-1]
+    target = cache_folder() / "weights" / _digest(url, _remote_identity(info)) / name
+    with _only_once(target) as missing:
+        if missing:
+            with _replacing(target) as temporary:
+                fs.get_file(path, str(temporary))
+                _check_size(url, temporary, info.get("size"))
+    return target
+
+
+def as_safetensors(path: Path) -> Path:
+    """The weights as a safetensors file, which processes map into memory and share.
+
+    A torch checkpoint (.bin, .pt, .pth, .ckpt) is converted in the cache: its ``state_dict`` if it has one, without
+    DistributedDataParallel's ``module.``. Pickled code is never run. Raises ValueError if the file is neither.
+    """
+    if path.suffix == ".safetensors":
+        return path
+    if path.suffix not in CHECKPOINTS:
+        raise ValueError(f"{path} is not a checkpoint that is read: want one of {', '.join(CHECKPOINTS)}")
+    stat = path.stat()
+    key = _digest(str(path.resolve()), f"{stat.st_size}-{stat.st_mtime_ns}")
+    target = cache_folder() / "safetensors" / key / f"{path.stem}.safetensors"
+    with _only_once(target) as missing:
+        if missing:
+            from safetensors.torch import save_file
+
+            state = _state_dict(path)
+            with _replacing(target) as temporary:
+                save_file(state, str(temporary))
+    return target
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Hold the lock that the processes of this node share under a name."""
+    from filelock import FileLock
+
+    folder = cache_folder() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{_digest(name)}.lock"):
+        yield
+
+
+@contextmanager
+def _only_once(target: Path) -> Iterator[bool]:
+    """Yields whether the file has still to be made, to one process at a time."""
+    if target.exists():
+        yield False
+        return
+    with locked(str(target)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield not target.exists()
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary file beside the target that takes its place if all went well."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _state_dict(path: Path) -> dict[str, torch.Tensor]:
+    import pickle
+
+    import torch
+
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before zip files
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{path} cannot be read as plain tensors, and code in checkpoints is not run: {reason[0]} "
+            "Save the state_dict with safetensors.torch.save_file."
+        ) from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not loaded:
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state_dict")
+    others = [str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ValueError(
+            f"{path} is not a state_dict: {', '.join(others[:5])} are no tensors. Save the state_dict alone."
+        )
+    if all(key.startswith("module.") for key in loaded):
+        loaded = {key.removeprefix("module."): value for key, value in loaded.items()}
+    return _unshared(loaded)
+
+
+def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors without common storage, as safetensors wants them; tied weights are written twice."""
+    seen: set[int] = set()
+    result = {}
+    for key, value in state.items():
+        pointer = value.untyped_storage().data_ptr()
+        result[key] = value.clone() if pointer in seen else value.contiguous()
+        seen.add(pointer)
+    return result
+
+
+def _local(location: str | Path) -> Path:
+    path = Path(str(location).removeprefix("file://")).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is {'a folder, not a file' if path.is_dir() else 'not there'}")
+    return path
+
+
+def _info(url: str) -> tuple[Any, str, dict[str, Any]]:
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"{url} cannot be read: {error}") from error
+    try:
+        info = fs.info(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{url} is not there") from error
+    except Exception as error:  # every store has its own errors for credentials and connections
+        raise OSError(f"{url} cannot be read: {type(error).__name__}: {error}") from error
+    if info.get("type") == "directory":
+        raise FileNotFoundError(f"{url} is a folder, not a file")
+    return fs, path, info
+
+
+def _remote_identity(info: dict[str, Any]) -> str:
+    for key in (*_TAGS, *_TIMES):
+        if info.get(key):
+            return f"size:{info.get('size')} {key.lower()}:{str(info[key]).strip(chr(34))}"
+    return f"size:{info.get('size')}"
+
+
+def _check_size(url: str, path: Path, size: int | None) -> None:
+    found = path.stat().st_size
+    if size is not None and found != size:
+        raise OSError(f"{url}: {found} bytes arrived of {size}")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
