@@ -56,8 +56,7 @@ def _draw_card(sheet: Image.Image, draw: ImageDraw.ImageDraw, card: Card, at: tu
     y = top + _TILE + _GAP
     draw.text((left, y), _fit(draw, card.caption, 17, width), fill=_INK, font=_font(17))
     for n, text in enumerate(card.synthetic, start=1):
-        printable = "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
-        draw.text((left, y + 4 + n * _LINE), _fit(draw, printable, 14, width), fill=_GREY, font=_font(14))
+        draw.text((left, y + 4 + n * _LINE), _fit(draw, text, 14, width), fill=_GREY, font=_font(14))
 
 
 def _square(image: Image.Image) -> Image.Image:
@@ -69,6 +68,7 @@ def _square(image: Image.Image) -> Image.Image:
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
+    text = "".join(c if c.isprintable() and c < "\u0180" else "?" for c in text)  # Pillow's font is Latin
     if draw.textlength(text, _font(size)) <= width:
         return text
     while text and draw.textlength(text + "...", _font(size)) > width:

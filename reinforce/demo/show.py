@@ -19,6 +19,7 @@ from reinforce.config import Limits
 from reinforce.demo.sheet import Card, draw_sheet
 from reinforce.errors import UserError
 from reinforce.image import decode
+from reinforce.summary import human_bytes
 
 _PICTURED = 8
 _NEXT = """\
@@ -36,9 +37,9 @@ What to try next
 def show_dataset(dataset: str | Path, picture: str | Path) -> None:
     """Print a tree of the dataset and its first sample, and draw a contact sheet to ``picture``. Raises UserError."""
     root = Path(dataset)
-    shards = sorted((root / "samples").glob("*.parquet"))
+    shards = [path for path in sorted((root / "samples").glob("*.parquet")) if pq.read_metadata(path).num_rows]
     if not shards:
-        raise UserError(f"{root} holds no samples layer. Run `reinforce run configs/demo.yaml` first.")
+        raise UserError(f"{root} holds no samples. Run `reinforce run configs/demo.yaml` first.")
     print("\n".join(tree(root)), end="\n\n")
     print("\n".join(describe_sample(root, shards[0].name)), end="\n\n")
     cards = list(_cards(root, shards[0].name))
@@ -51,11 +52,11 @@ def show_dataset(dataset: str | Path, picture: str | Path) -> None:
 def tree(root: Path) -> list[str]:
     """One line for each folder with files: its size and a sentence."""
     folders = sorted({path.parent for path in root.rglob("*") if path.is_file()} - {root})
-    lines = [f"{root}/  {_size(_bytes(root))}"]
+    lines = [f"{root}/  {human_bytes(_bytes(root))}"]
     entries = [root / "dataset.json", *folders] if (root / "dataset.json").exists() else folders
     for path in entries:
         name = path.name if path.is_file() else f"{path.relative_to(root)}/"
-        lines.append(f"  {name:<34} {_size(_bytes(path)):>9}  {_sentence(root, path)}")
+        lines.append(f"  {name:<34} {human_bytes(_bytes(path)):>10}  {_sentence(root, path)}")
     return lines
 
 
@@ -102,7 +103,7 @@ def _sentence(root: Path, path: Path) -> str:
 
 def _augmentation(augmentation: Augmentation) -> str:
     crop = augmentation.crop
-    ops = [f"{op.name} {op.magnitude:.3g}" for op in augmentation.ops or ()]
+    ops = [f"{op.name} {op.magnitude:.3g}" if op.magnitude else op.name for op in augmentation.ops or ()]
     box = f"rows {crop.top} to {crop.top + crop.height}, columns {crop.left} to {crop.left + crop.width}"
     return f"{box}, resized to {augmentation.size} x {augmentation.size}" + "".join(f", {op}" for op in ops)
 
@@ -116,7 +117,7 @@ def _cards(root: Path, shard: str) -> Iterator[Card]:
     for row in range(table.num_rows):
         sample = table.slice(row, 1).to_pylist()[0]
         category = json.loads(sample["metadata"] or "{}").get("category", str(row))
-        if category in seen or not (sample["caption"] or "").isascii():  # the sheet's font is Latin
+        if category in seen:
             continue
         seen.add(category)
         image = decode(_encoded(sample), Limits())
@@ -154,7 +155,3 @@ def _tensor(path: Path, row: int) -> np.ndarray:
 
 def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
