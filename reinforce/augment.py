@@ -59,9 +59,7 @@ class Augmentation:
     ops: tuple[Op, ...] | None
 
 
-def sample(  # noqa: PLR0917
-    policy: Augmentations, seed: int, key: str, index: int, width: int, height: int
-) -> Augmentation:
+def sample(policy: Augmentations, seed: int, key: str, index: int, width: int, height: int) -> Augmentation:
     """Draw record ``index`` of the sample ``key``, whose RGB image has ``width`` x ``height`` pixels.
 
     Depends on the arguments alone: equal in every process and on every machine.

@@ -1,0 +1,204 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from teachers.coca import CocaCaptioner, FullForward
+from teachers.device import Accelerator
+from teachers.protocols import Captioner, ImageSpec
+from teachers.spec import CaptionerSpec
+from tests.tiny_coca import END, IMAGE_SIZE, coca_config, coca_model
+
+START = END - 1
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return coca_model(tmp_path_factory.mktemp("coca"))
+
+
+def captioner(model: str, **options) -> CocaCaptioner:
+    precision = options.get("precision", "fp32")
+    return CocaCaptioner(CaptionerSpec(model=model, **options), Accelerator("cpu", precision))
+
+
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def seeds(rows: int, count: int, first: int = 0) -> np.ndarray:
+    return np.arange(first, first + rows * count, dtype=np.uint64).reshape(rows, count)
+
+
+def decoded(made: CocaCaptioner, pixels: torch.Tensor, row_seeds: np.ndarray) -> list[list[int]]:
+    """The tokens of each caption, before they become text."""
+    with torch.inference_mode():
+        _, embeddings = made._model._encode_image(pixels)
+        return made._decode(embeddings.repeat_interleave(made.captions, 0), row_seeds.reshape(-1))
+
+
+def test_it_is_a_captioner_with_the_models_own_preprocessing(model):
+    made = captioner(model, captions=3)
+    typed: Captioner = made
+    assert typed.captions == 3
+    assert typed.image == ImageSpec(IMAGE_SIZE, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", "crop")
+
+
+def test_a_caption_depends_on_its_image_and_seed_alone(model):
+    made, pixels, all_seeds = captioner(model, captions=3), images(6), seeds(6, 3)
+    together = made.caption(pixels, all_seeds)
+    assert len({text for row in together for text in row}) > 6  # seeds and images do matter
+    assert len({len(tokens) for tokens in decoded(made, pixels, all_seeds)}) > 3  # rows end at different steps
+
+    alone = [made.caption(pixels[i : i + 1], all_seeds[i : i + 1])[0] for i in range(6)]
+    assert alone == together
+    order = [4, 0, 5, 2, 1, 3]
+    assert made.caption(pixels[order], all_seeds[order]) == [together[i] for i in order]
+    assert made.caption(pixels, all_seeds[:, ::-1].copy()) == [row[::-1] for row in together]
+
+
+def test_more_rows_than_fit_side_by_side_give_the_same_captions(model, monkeypatch):
+    made, pixels, all_seeds = captioner(model, captions=3), images(5), seeds(5, 3)
+    together = made.caption(pixels, all_seeds)
+    for rows in (1, 7):
+        monkeypatch.setattr("teachers.coca._ROWS", rows)
+        assert made.caption(pixels, all_seeds) == together
+
+
+def test_logits_are_those_of_the_models_own_forward(model):
+    made = captioner(model)
+    tokens = torch.tensor([[START, 320, 0, 0, 1929], [START, 0, 518, 9000, 0]])  # 0 is "!", and padding to the model
+    with torch.inference_mode():
+        latent, embeddings = made._model._encode_image(images(2))
+        forward = FullForward(made._model, embeddings)
+        for length in range(1, 6):
+            prefix = tokens[:, :length]
+            own = made._model(None, prefix, image_latent=latent, image_embs=embeddings, output_labels=False)["logits"]
+            assert torch.allclose(forward.next_logits(prefix), own[:, -1], atol=1e-4)
+        forward.keep(torch.tensor([False, True]))
+        assert torch.allclose(forward.next_logits(tokens[1:]), own[1:, -1], atol=1e-4)
+
+
+def test_a_tiny_top_p_walks_the_greedy_path_of_the_models_own_forward(model):
+    made = captioner(model, captions=1, top_p=1e-6, min_length=3, max_length=12)
+    pixels = images(4)
+    for tokens, pixel in zip(decoded(made, pixels, seeds(4, 1)), pixels, strict=True):
+        path = [START]
+        while len(path) < 11:
+            with torch.no_grad():
+                out = made._model(pixel[None], torch.tensor([path]), output_labels=False)
+            logits = out["logits"][0, -1]
+            logits[START] = -torch.inf
+            if len(path) <= 3:
+                logits[END] = -torch.inf
+            best = int(logits.argmax())
+            if best == END:
+                break
+            path.append(best)
+        assert tokens == path[1:]
+
+
+@pytest.mark.parametrize(("shortest", "longest"), [(0, 2), (0, 6), (4, 6), (10, 12)])
+def test_lengths_keep_their_bounds_and_no_special_token_is_among_the_words(model, shortest, longest):
+    made = captioner(model, captions=8, min_length=shortest, max_length=longest, temperature=3.0, top_p=1.0)
+    rows = decoded(made, images(8), seeds(8, 8))
+    assert all(shortest <= len(tokens) <= longest - 2 for tokens in rows)
+    assert not {START, END} & {token for tokens in rows for token in tokens}
+
+
+def test_the_start_token_is_never_sampled_however_probable(tmp_path):
+    name = coca_model(tmp_path)
+    made = captioner(name, captions=4, top_p=1.0)
+    with torch.no_grad():
+        projection = made._model.text_decoder.text_projection
+        projection[:, START] = 50 * made._model.text_decoder.ln_final.bias
+    rows = decoded(made, images(2), seeds(2, 4))
+    assert rows
+    assert all(START not in tokens for tokens in rows)
+
+
+def test_the_image_is_encoded_once_for_all_its_captions(model):
+    made = captioner(model, captions=4)
+    batches = []
+    made._model.visual.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
+    made.caption(images(3), seeds(3, 4))
+    assert batches == [3]
+
+
+def test_captions_are_the_tokenizers_text_without_special_tokens_and_margins(model):
+    made = captioner(model, captions=4)
+    tokenizer = open_clip.SimpleTokenizer()
+    expected = [tokenizer.decode(tokens).strip() for tokens in decoded(made, images(3), seeds(3, 4))]
+    captions = made.caption(images(3), seeds(3, 4))
+    assert [text for row in captions for text in row] == expected
+    assert all(text == text.strip() and "_of_text>" not in text for text in expected)
+
+
+def test_bf16_captions_are_repeatable(model):
+    made = captioner(model, captions=2, precision="bf16")
+    first = made.caption(images(2), seeds(2, 2))
+    assert first == made.caption(images(2), seeds(2, 2))
+    assert all(text for row in first for text in row)
+
+
+def test_words_of_a_hugging_face_tokenizer_are_its_own(tmp_path):
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "cat": 4, "dog": 5, "Grass": 6, "on": 7}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $0 </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    wrapped.save_pretrained(tmp_path)
+    # Two outputs more than there are words.
+    name = coca_model(tmp_path, vocab_size=10, hf_tokenizer_name="words")
+    captions = captioner(name, captions=6, top_p=1.0, temperature=50.0).caption(images(6), seeds(6, 6))
+    found = {word for row in captions for text in row for word in text.split()}
+    assert found == {"cat", "dog", "Grass", "on"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config["model_cfg"].pop("multimodal_cfg"), "is not a CoCa"),
+        (lambda config: config["model_cfg"]["text_cfg"].update(no_causal_mask=True), "not causal"),
+    ],
+)
+def test_a_model_that_cannot_caption_is_refused_by_name(tmp_path, change, message):
+    name = coca_model(tmp_path)
+    config = coca_config()
+    change(config)
+    Path(tmp_path, "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as refusal:
+        captioner(name)
+    assert name in str(refusal.value)
+
+
+def test_a_known_model_that_is_no_coca_is_refused_before_its_weights_are_fetched():
+    with pytest.raises(ValueError, match=r"'ViT-B-32' is not a CoCa .* coca_ViT-L-14"):
+        captioner("ViT-B-32", pretrained="laion2b_s34b_b79k")
+
+
+def test_captions_longer_than_the_context_are_refused(model):
+    with pytest.raises(ValueError, match=r"max_length 77 .* context of 76"):
+        captioner(model, max_length=77)
+    long = captioner(model, captions=1, min_length=74, max_length=76)
+    assert [len(tokens) for tokens in decoded(long, images(1), seeds(1, 1))] == [74]
+
+
+def test_seeds_of_the_wrong_shape_are_refused(model):
+    with pytest.raises(ValueError, match=r"seeds of shape \(2, 5\)"):
+        captioner(model).caption(images(2), seeds(2, 4))
+
+
+def test_weights_that_give_nan_are_an_error(model):
+    made = captioner(model)
+    with torch.no_grad():
+        made._model.text_decoder.text_projection[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        made.caption(images(1), seeds(1, 5))

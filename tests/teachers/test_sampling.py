@@ -1,0 +1,118 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from teachers.sampling import sample_nucleus, uniforms
+
+TEN_THOUSAND = torch.from_numpy((np.arange(10_000) + 0.5) / 10_000)
+GOLDEN = [0.8720734548204874, 0.29536538151378366, 0.42009767850724233]
+
+
+def nucleus(probabilities: list[float], top_p: float) -> dict[int, float]:
+    """By the definition, for probabilities without ties -> token: probability in the nucleus."""
+    kept: dict[int, float] = {}
+    for token in sorted(range(len(probabilities)), key=lambda i: -probabilities[i]):
+        if sum(kept.values()) >= top_p:
+            break
+        kept[token] = probabilities[token]
+    return {token: p / sum(kept.values()) for token, p in kept.items()}
+
+
+def chi_square(tokens: torch.Tensor, expected: dict[int, float]) -> float:
+    found, counts = np.unique(tokens.numpy(), return_counts=True)
+    assert set(found) <= set(expected)
+    observed = dict(zip(found.tolist(), counts.tolist(), strict=True))
+    return sum((observed.get(token, 0) - p * len(tokens)) ** 2 / (p * len(tokens)) for token, p in expected.items())
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_distributed_as_their_probabilities_in_the_nucleus(top_p, temperature):
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.9, -math.inf, 1.9, -0.2])
+    expected = nucleus(torch.softmax(logits / temperature, 0).tolist(), top_p)
+    expected = {token: p for token, p in expected.items() if p > 0}
+    u = torch.from_numpy(uniforms(np.arange(20_000, dtype=np.uint64), 1)[:, 0])
+    tokens = sample_nucleus(logits.repeat(20_000, 1), u, temperature, top_p)
+    assert chi_square(tokens, expected) < 22.5  # at most 6 degrees, p = 0.001
+    # Without the noise of drawing: ten thousand even steps of u count the probabilities themselves.
+    exact = torch.bincount(sample_nucleus(logits.repeat(10_000, 1), TEN_THOUSAND, temperature, top_p), minlength=8)
+    assert torch.allclose(exact / 10_000, torch.tensor([expected.get(i, 0.0) for i in range(8)]), atol=2e-4)
+
+
+@pytest.mark.parametrize("spread", [0.5, 4.0])
+def test_wide_and_narrow_nuclei_of_a_large_vocabulary_are_exact(spread):
+    """At 0.5 the nucleus holds thousands of tokens, at 4.0 fewer than a hundred; both stand in one batch."""
+    logits = spread * torch.randn(5_000, generator=torch.Generator().manual_seed(0))
+    probabilities = torch.softmax(logits.double(), 0)
+    expected = torch.zeros(5_000, dtype=torch.float64)
+    for token, p in nucleus(probabilities.tolist(), 0.9).items():
+        expected[token] = p
+    other = 4.5 - spread
+    batch = torch.stack([logits, other * logits / spread]).repeat(1_000, 1)
+    tokens = sample_nucleus(batch, TEN_THOUSAND[::10].repeat_interleave(2), 1.0, 0.9)[::2]
+    shares = torch.bincount(tokens, minlength=5_000) / 1_000
+    assert (shares.cumsum(0) - expected.cumsum(0)).abs().max() < 2e-3
+    assert set(tokens.tolist()) <= set(expected.nonzero().squeeze(1).tolist())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    arrays.arrays(
+        np.float32, st.tuples(st.integers(1, 5), st.integers(1, 400)), elements=st.sampled_from([-9, 0, 0.5, 3])
+    ),
+    st.floats(0, 1, exclude_min=True),
+    st.floats(1e-3, 1),
+    st.data(),
+)
+def test_a_token_depends_on_its_row_alone_and_is_possible(logits, u, top_p, data):
+    possible = data.draw(arrays.arrays(np.bool_, logits.shape[1]))
+    possible[data.draw(st.integers(0, len(possible) - 1))] = True
+    masked = torch.from_numpy(np.where(possible, logits, -np.inf).astype(np.float32))
+    us = torch.full((len(masked),), u, dtype=torch.float64)
+    together = sample_nucleus(masked, us, 1.0, top_p)
+    alone = torch.cat([sample_nucleus(masked[i : i + 1], us[:1], 1.0, top_p) for i in range(len(masked))])
+    assert torch.equal(together, alone)
+    assert possible[together.numpy()].all()
+
+
+def test_a_tiny_top_p_is_greedy():
+    logits = torch.randn(50, 1_000, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(sample_nucleus(logits, TEN_THOUSAND[::200], 1.0, 1e-6), logits.argmax(-1))
+
+
+def test_equals_at_the_edge_of_the_nucleus_stay_together():
+    logits = torch.tensor([1.0, 0.0, 1.0, 1.0, -1.0]).repeat(10_000, 1)
+    assert set(sample_nucleus(logits, TEN_THOUSAND, 1.0, 0.1).tolist()) == {0, 2, 3}
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_the_largest_u_gives_the_last_possible_token(top_p):
+    logits = torch.tensor([[0.0, 1.0, 0.5, -math.inf]])
+    assert sample_nucleus(logits, torch.ones(1, dtype=torch.float64), 1.0, top_p).item() == 2
+    assert sample_nucleus(logits, torch.full((1,), 2.0**-53, dtype=torch.float64), 1.0, top_p).item() == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_refused(value):
+    logits = torch.zeros(2, 10)
+    logits[1, 3] = value
+    with pytest.raises(ValueError, match="not finite"):
+        sample_nucleus(logits, torch.ones(2, dtype=torch.float64), 1.0, 0.9)
+
+
+def test_uniforms_belong_to_their_seed_and_have_always_been_these():
+    seeds = np.array([0, 7, 2**64 - 1], np.uint64)
+    drawn = uniforms(seeds, 3)
+    assert np.array_equal(uniforms(seeds[::-1], 3), drawn[::-1])
+    assert np.array_equal(uniforms(seeds[1:2], 5)[0, :3], drawn[1])
+    assert drawn[1].tolist() == GOLDEN
+    many = uniforms(np.arange(200, dtype=np.uint64), 50)
+    assert many.min() > 0
+    assert many.max() <= 1
+    assert abs(many.mean() - 0.5) < 4 / math.sqrt(12 * 10_000)
+    assert abs(np.corrcoef(many[:-1].ravel(), many[1:].ravel())[0, 1]) < 0.04
