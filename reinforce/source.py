@@ -73,7 +73,7 @@ def read_shard(url: str, limits: Limits) -> Iterator[RawSample | Refusal]:
         if damage.offset > 0:
             yield Refusal(None, Reason.SHARD_DAMAGED, str(damage))
         else:
-            yield Refusal(None, Reason.SHARD_UNREADABLE, f"not a tar: {damage.detail}")
+            yield Refusal(None, Reason.SHARD_UNREADABLE, damage.detail)
 
 
 def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
@@ -248,6 +248,9 @@ class _Watched:
             self.error = error
             raise
         return data
+
+    def close(self) -> None:
+        """pyarrow closes what it reads from; the file below is closed by who opened it."""
 
     def seek(self, *_: object) -> int:
         raise OSError("read from front to back only")

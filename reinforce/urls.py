@@ -28,7 +28,7 @@ COMPRESSIONS: dict[str, str | None] = {
     ".tar.zst": "zstd",
     ".tzst": "zstd",
 }
-_MOST_URLS = 20_000_000
+_MOST_URLS = 10_000_000
 _LONGEST_STEM = 100  # with the hash and .parquet well below the 255 bytes a file name may have
 _GLOB = re.compile(r"[*?\[]")
 _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
@@ -60,7 +60,7 @@ def expand(source: str | Sequence[str]) -> list[str]:
         for url in _expand(entry.strip()):
             urls[url] = None
             if len(urls) > _MOST_URLS:
-                raise UserError(f"source {_shown(entry)}: more than {_MOST_URLS:,} URLs. Check the ranges in braces.")
+                raise _too_many(entry)
     if not urls:
         raise UserError("source is empty. Give at least one URL of a WebDataset tar.")
     return list(urls)
@@ -103,6 +103,10 @@ def shard_names(urls: Sequence[str]) -> list[str]:
 def compression(url: str) -> str | None:
     """``gzip``, ``xz``, ``bzip2`` or ``zstd`` by the URL's ending; None for a plain tar."""
     return COMPRESSIONS.get(_ending(canonical(url)))
+
+
+def _too_many(pattern: str) -> UserError:
+    return UserError(f"source {_shown(pattern)}: more than {_MOST_URLS:,} URLs. Check the ranges in braces.")
 
 
 def _ending(path: str) -> str:
@@ -183,6 +187,9 @@ def _glob(pattern: str) -> list[str]:
     try:
         fs, path = filesystem("::".join(segments[at:]))
         found = fs.glob(path, detail=True)
+        names = sorted(name for name, info in found.items() if info["type"] != "directory")
+        if not names and fs.isfile(path):
+            return [pattern]  # its name has a glob's characters
     except UserError:
         raise
     except Exception as error:  # each driver has its own exceptions
@@ -190,7 +197,6 @@ def _glob(pattern: str) -> list[str]:
             f"source {_shown(pattern)}: cannot be listed ({type(error).__name__}: {error}). "
             "Check the address and your credentials for it."
         ) from error
-    names = sorted(name for name, info in found.items() if info["type"] != "directory")
     if not names:
         raise UserError(f"source {_shown(pattern)}: no file matches. Check the folder and the pattern.")
     # a driver's paths lack the scheme, some also the host: take from the pattern what stood before its path
@@ -242,6 +248,8 @@ def _range(body: str, whole: str) -> Iterator[str] | None:
         if stride == 0:
             raise UserError(f"source {_shown(whole)}: the step of {{{body}}} is 0. Write a positive step.")
         numbers = range(low, high + 1, stride) if low <= high else range(low, high - 1, -stride)
+        if len(numbers) > _MOST_URLS:
+            raise _too_many(whole)
         return (f"{number:0{width}d}" for number in numbers)
     if match := _LETTERS.fullmatch(body):
         low, high = map(ord, match.groups())
