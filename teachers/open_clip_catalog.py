@@ -111,11 +111,12 @@ def tag_config(model: str, tag: str) -> dict[str, Any]:
         where = f"; models with that tag: {', '.join(models)}" if models else _similar(tag, tags)
         known = f"; tags of {name}: {', '.join(tags)}" if tags else f"; {name} has no tags"
         raise ValueError(f"pretrained {tag!r} is neither a tag of {name} nor a checkpoint file{where}{known}")
-    quick = bool(found.get("quick_gelu", False))
     config = model_config(name)
     assert config is not None
-    if quick != bool(config.get("quick_gelu", False)):
-        other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
+    quick = bool(found.get("quick_gelu", False))
+    other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
+    # A model without a twin (roberta-ViT-B-32) is the one that the weights were trained as, whatever the table says.
+    if quick != bool(config.get("quick_gelu", False)) and other != name and other in builtin_models():
         raise ValueError(
             f"pretrained {tag!r} was trained with{'' if quick else 'out'} QuickGELU and {name} is built "
             f"with{'out' if quick else ''} it, which gives wrong embeddings: use model {other}"

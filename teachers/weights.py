@@ -156,11 +156,13 @@ def _state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous tensors without common storage, as safetensors wants them; tied weights are written twice."""
+    import torch
+
     seen: set[int] = set()
     result = {}
     for key, value in state.items():
         pointer = value.untyped_storage().data_ptr()
-        result[key] = value.clone() if pointer in seen else value.contiguous()
+        result[key] = value.clone(memory_format=torch.contiguous_format) if pointer in seen else value.contiguous()
         seen.add(pointer)
     return result
 
