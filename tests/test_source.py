@@ -157,12 +157,15 @@ def test_a_tar_without_zero_blocks_is_whole_and_one_of_zero_blocks_is_empty():
     assert read(tar_bytes([])) == []
 
 
-NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=120)
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=120).filter(
+    lambda name: not name.endswith("/")  # no file's name; tarfile drops the slash in some formats
+)
 MEMBERS = st.lists(st.tuples(NAMES, st.binary(max_size=1500)), max_size=8)
 FORMATS = st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 
 
 @given(MEMBERS, FORMATS, st.booleans())
+@settings(deadline=None)
 def test_members_come_back_as_tarfile_wrote_them(written, format, end):
     data = tar_bytes([*written, ("last", b"x")], format, end)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
@@ -174,7 +177,7 @@ def test_members_come_back_as_tarfile_wrote_them(written, format, end):
 
 
 @given(st.lists(st.tuples(st.from_regex(r"[a-z]{1,30}(/[a-z]{1,60}){0,3}", fullmatch=True), st.binary(max_size=900))))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_samples_survive_every_format(pairs):
     images = dict(pairs)
     written = [(f"{key}.{extension}", data) for key, data in images.items() for extension in ("jpg", "txt")]
@@ -287,7 +290,7 @@ MUTATIONS = st.lists(st.tuples(st.integers(0, len(THREE) - 1), st.integers(0, 25
 
 
 @given(MUTATIONS, st.integers(1, len(THREE)), st.sampled_from(["x.tar", "x.tar.gz", "x.tar.zst"]))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_no_bytes_make_reading_raise(mutations, cut, name):
     data = bytearray({"x.tar": THREE, "x.tar.gz": gzip.compress(THREE), "x.tar.zst": zstd(THREE)}[name])
     for at, value in mutations:
