@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import get_clean_fn
+from safetensors.torch import save_file
 
 from teachers import open_clip_catalog as catalog
 from teachers.device import Accelerator
@@ -181,6 +183,21 @@ def test_a_models_own_tokenizer_is_used_and_its_special_tokens_are_only_text(tmp
     tokens = teacher._text.tokenize(["a </s> b </S> c <pad>"])[0]
     assert int((tokens == 2).sum()) == 1
     assert _length_seen(teacher, ["a", "a cat"]) < 24
+
+
+def test_text_towers_of_transformers_get_the_full_length(tmp_path: Path) -> None:
+    tower = tiny_models.transformers_bert(tmp_path / "bert")
+    config = tiny_models.open_clip_config()
+    config["text_cfg"] = {"hf_model_name": tower, "hf_tokenizer_name": tower, "context_length": 24}
+    model = tiny_models.seeded(lambda: open_clip.CustomTextCLIP(**config), 0)
+    folder = tmp_path / "model"
+    tiny_models.tokenizer(folder, start="[CLS]", end="[SEP]", pad="[PAD]", length=24)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
+    teacher = _teacher(f"local-dir:{folder}")
+    with torch.no_grad():
+        expected = model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS), normalize=True)
+    torch.testing.assert_close(teacher.encode_texts(TEXTS), expected, rtol=0, atol=1e-6)
 
 
 def test_weights_that_do_not_fit_are_refused(models: dict[str, str], tmp_path: Path) -> None:
