@@ -54,7 +54,8 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
     - CMYK, YCbCr, LAB, HSV and 1-bit images are converted as Pillow does.
     - ICC profiles are ignored: most are sRGB, and a broken one must not matter.
 
-    Raises ImageRefused, also for truncated data; thread-safe.
+    Raises ImageRefused, also for truncated data; what libjpeg repairs by itself (too little data before an end
+    mark) passes. Thread-safe.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise UserError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so broken images would pass. Leave it off.")
@@ -81,7 +82,10 @@ def _formats() -> list[str]:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Parse the header. As ``Image.open`` does, less its process-wide pixel limit: ours decides."""
+    """Parse the header. As ``Image.open`` does, less its process-wide pixel limit: ours decides.
+
+    Pillow's WebP and TIFF plugins keep a ceiling of their own, twice ``Image.MAX_IMAGE_PIXELS``.
+    """
     faults = []
     for name in _formats():
         factory, accept = Image.OPEN[name]
