@@ -106,9 +106,10 @@ def build_model(name: str, seed: int = 0) -> torch.nn.Module:
         if "multimodal_cfg" in config:
             del config["custom_text"]
             model: torch.nn.Module = open_clip.CoCa(**config)
-            # open_clip allocates the decoder's head without filling it
+            # open_clip allocates the decoder's head without filling it. Logits of deviation 5 make few tokens likely,
+            # as in a trained model: nearly uniform ones are slow to sample from, for the nucleus is most of them.
             projection = model.get_parameter("text_decoder.text_projection")
-            torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
+            torch.nn.init.normal_(projection, std=5 * projection.shape[0] ** -0.5)
         else:
             model = open_clip.CLIP(**config)
     return model
