@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reinforce.config import Config, load_config
-    from reinforce.dataset import Dataset, Sample, open  # noqa: A004
+    from reinforce.dataset import Dataset, Sample, open
     from reinforce.errors import UserError
     from reinforce.runner import run
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -44,10 +43,14 @@ def run(
     A fresh run, a resume after a crash and an added teacher are the same command. Exits 0 when every shard is
     either finished or quarantined within failures.allowed_share.
     """
-    from reinforce.run import run as run_config
+    from reinforce.runner import run as run_config
 
     checked = load_config(config, set_)
-    summary = run_config(checked, address=address, retry_quarantined=retry_quarantined)
+    try:
+        summary = run_config(checked, address=address, retry_quarantined=retry_quarantined)
+    except KeyboardInterrupt:
+        typer.echo("stopped; what is finished is kept, run again to go on", err=True)
+        raise typer.Exit(130) from None
     typer.echo(summary.text(checked.output))
     raise typer.Exit(summary.status)
 
@@ -90,16 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors of the user's are one message, and the exit status tells."""
     if os.getcwd() not in sys.path:  # a class of the user's own lies beside the config
         sys.path.insert(0, os.getcwd())
-    signal.signal(signal.SIGTERM, _terminate)
     try:
         app(args=arguments)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("stopped; what is finished is kept, run again to go on", err=True)
-        raise SystemExit(130) from None
-
-
-def _terminate(*_: Any) -> None:
-    raise KeyboardInterrupt

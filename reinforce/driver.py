@@ -11,11 +11,15 @@ What it does when something fails:
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import random
+import signal
+import threading
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -68,7 +72,8 @@ class Driver:
         self.pool = Pool(self.config, self.plan.layers, needed)
         outcome = "stopped"
         try:
-            self._loop(start)
+            with _stop_requests() as stop:
+                self._loop(start, stop)
             outcome = "done"
         except UserError as error:
             outcome = str(error)
@@ -81,11 +86,13 @@ class Driver:
 
     # -- the loop
 
-    def _loop(self, start: float) -> None:
+    def _loop(self, start: float, stop: threading.Event) -> None:
         waiting_said = False
         polled: dict[Any, Slot] = {}
         last_poll = time.monotonic()
         while left := self._left():
+            if stop.is_set():
+                raise KeyboardInterrupt
             self.pool.grow(left)
             self.pool.shrink(left)
             self._hand_out()
@@ -297,3 +304,18 @@ class Driver:
             status,
             message,
         )
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set: an exception in the middle of a call into Ray would be lost there."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

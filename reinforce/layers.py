@@ -44,7 +44,7 @@ class Layer:
     texts: str | None = None
     count: int = 0
     dim: int | None = None
-    dtype: str = "float16"
+    dtype: Literal["float16", "float32", "int8"] = "float16"
     recipe: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -94,7 +94,7 @@ def describe_models(config: Config) -> dict[str, ModelInfo]:
 
 def layers_of(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer]:
     """Every layer of the config by name, each after the ones it needs."""
-    recipe = {
+    recipe: dict[str, Any] = {
         "images": config.images,
         "seed": config.seed,
         "policies": {"image": IMAGE_POLICY, "caption": CAPTION_POLICY, "augmentation": AUGMENTATION_BACKEND},

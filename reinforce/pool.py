@@ -103,7 +103,7 @@ class Pool:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if any(n.get("CPU", 0) >= workers.cpus and n.get("GPU", 0) >= workers.gpus for n in nodes):
             return None
-        best = max(nodes, key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)), default={})
+        best: dict[str, float] = max(nodes, key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)), default={})
         return (
             f"a worker wants {workers.cpus} CPUs and {workers.gpus:g} GPUs, the largest node has "
             f"{best.get('CPU', 0):g} CPUs and {best.get('GPU', 0):g} GPUs. Set workers.cpus and workers.gpus to fit."

@@ -166,7 +166,7 @@ class _Shard:
 
     def _stored_captions(self) -> set[str]:
         """Captions layers that exist already and whose texts are to be encoded."""
-        needed = {captions_layer(layer.texts) for layer in self.layers.values() if layer.texts not in (None, "caption")}
+        needed = {_captions_of(layer) for layer in self.layers.values() if layer.texts not in (None, "caption")}
         return needed - self.layers.keys()
 
     def _refuse(self, layer: str, key: str | None, reason: Reason, detail: str) -> None:
@@ -209,9 +209,8 @@ class _Shard:
                 valid = np.array([row.refusal is None for row in kept])
                 tables[name] = self._vectors_table(layer, keys, np.concatenate(batches[name]), valid)
             else:
-                texts = [row.caption and [row.caption] for row in kept]
-                if layer.texts != "caption":
-                    texts = captions[captions_layer(str(layer.texts))]
+                true = layer.texts == "caption"
+                texts = [[r.caption] if r.caption else None for r in kept] if true else captions[_captions_of(layer)]
                 tables[name] = self._texts_table(layer, keys, texts)
         return tables
 
@@ -335,6 +334,12 @@ def _naming(layer: Layer) -> Iterator[None]:
         yield
     except Exception as error:
         raise LayerFailure(layer.name, f"{type(error).__name__}: {error}") from error
+
+
+def _captions_of(layer: Layer) -> str:
+    """The captions layer whose texts this one encodes."""
+    assert layer.texts is not None
+    return captions_layer(layer.texts)
 
 
 def _checked(out: torch.Tensor, rows: int, dim: int) -> np.ndarray:

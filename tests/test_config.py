@@ -1,0 +1,84 @@
+"""What a user gets told about a config that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce.config import load_config, parse_config
+from reinforce.errors import UserError
+
+MINIMAL = {"source": "shards/{0..3}.tar", "output": "out"}
+
+
+def test_a_minimal_config_has_the_published_policy() -> None:
+    config = parse_config(MINIMAL)
+    policy = config.augmentations
+    assert (policy.size, policy.scale, policy.rand_augment.ops, policy.rand_augment.magnitude) == (
+        224,
+        (0.08, 1.0),
+        2,
+        9,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"bogus": 1}, "bogus: unknown key; known keys here: source, output"),
+        ({"workers": {"cpu": 2}}, "workers.cpu: unknown key; known keys here: min, max, gpus, cpus"),
+        (
+            {"teachers": {"t": {"model": "m", "scale": 3}}},
+            "teachers.t.scale: unknown key; known keys here: family, model",
+        ),
+        ({"input": {"limits": {"pixel": 1}}}, "input.limits.pixel: unknown key; known keys here: image_bytes, pixels"),
+        ({"augmentations": {"count": "3"}}, "augmentations.count: Input should be a valid integer, got '3'"),
+        ({"augmentations": {"scale": [0.5, 2.0]}}, "augmentations: scale: a crop cannot be larger than the image"),
+        ({"workers": {"min": 9, "max": 2}}, "min (9) is above max (2)"),
+        ({"teachers": {"images": {"model": "m"}}}, "'images' cannot name a layer"),
+        ({"captioners": {"a/b": {"model": "m"}}}, "'a/b' cannot name a layer"),
+        ({"teachers": {"t": {}}}, "give either `model`"),
+        ({"teachers": {"t": {"class": "nocolon"}}}, "`class` must be package.module:Class"),
+        ({"captioners": {"c": {"model": "m", "min_length": 30}}}, "max_length must be at least min_length + 2"),
+        ({"images": "link"}, "images: Input should be 'embed' or 'reference', got 'link'"),
+    ],
+)
+def test_a_fault_is_named_with_its_place_and_the_mend(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_config({**MINIMAL, **changes})
+    assert told in str(caught.value)
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(UserError, match="3 faults"):
+        parse_config({"output": "x", "seed": "a", "bogus": 1})
+
+
+def test_overrides_are_yaml_and_reach_into_sections(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("source: a.tar\noutput: out\nworkers: {cpus: 1}\n")
+    config = load_config(path, ["workers.cpus=4", "teachers.t.model=ViT-B-32", "augmentations.scale=[0.5, 1.0]"])
+    assert (config.workers.cpus, config.teachers["t"].model, config.augmentations.scale) == (4, "ViT-B-32", (0.5, 1.0))
+
+
+@pytest.mark.parametrize("override", ["workers", "=3", "source.x=1", "seed=[1"])
+def test_a_bad_override_is_told(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("source: a.tar\noutput: out\n")
+    with pytest.raises(UserError, match="--set"):
+        load_config(path, [override])
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [", ""])
+def test_a_file_that_is_no_config_is_told(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=str(path)):
+        load_config(path)
+
+
+def test_a_missing_config_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Give the path of a YAML file"):
+        load_config(tmp_path / "none.yaml")
