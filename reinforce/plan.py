@@ -10,7 +10,7 @@ from reinforce.config import Config
 from reinforce.errors import UserError
 from reinforce.layers import SAMPLES, Layer, describe_models, layers_of
 from reinforce.store import MANIFEST, Store, fingerprint_error, footer_of
-from reinforce.urls import canonical, expand, shard_name
+from reinforce.urls import canonical, compression, expand, shard_names
 from schemas import Reason
 
 #: Reasons for which a shard has no file in a layer; a damaged one has a file with the rows before the damage.
@@ -89,17 +89,12 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
 
 def shards_of(config: Config) -> dict[str, str]:
     """Source URLs by shard name. Raises UserError for an empty source or two shards of one name."""
-    urls: dict[str, str] = {}
-    for url in expand(config.source):
-        name = shard_name(url)
-        if name in urls:
-            raise UserError(f"source: {urls[name]} and {url} are the same shard ({name}). List it once.")
-        if config.images == "reference" and not url.split("?")[0].endswith(".tar"):
-            raise UserError(
-                f"source: images: reference needs uncompressed .tar shards; {canonical(url)} is none: use images: embed"
-            )
-        urls[name] = url
-    return urls
+    urls = expand(config.source)
+    if config.images == "reference" and (packed := next(filter(compression, urls), None)):
+        raise UserError(
+            f"source: images: reference needs uncompressed .tar shards; {canonical(packed)} is none: use images: embed"
+        )
+    return dict(zip(shard_names(urls), urls, strict=True))
 
 
 def check_fingerprints(store: Store, layers: Mapping[str, Layer]) -> None:

@@ -78,12 +78,12 @@ def canonical(url: str) -> str:
 
 
 def shard_name(url: str) -> str:
-    """``<stem>-<8 hex>``: the file name without its ending and a hash of the canonical URL, from the URL alone."""
+    """``<stem>-<10 hex>``: the file name without its ending and a hash of the canonical URL, from the URL alone."""
     where = canonical(url)
     stem = where.rpartition("/")[2]
     stem = stem[: len(stem) - len(_ending(stem))]
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", stem)[:_LONGEST_STEM].lstrip("._-") or "shard"
-    digest = hashlib.blake2b(where.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(where.encode("utf-8", "surrogateescape"), digest_size=5).hexdigest()
     return f"{stem}-{digest}"
 
 

@@ -82,7 +82,7 @@ def test_a_changed_fingerprint_is_told_with_both_and_the_mend(shards: Callable[.
 def test_the_same_shard_twice_is_told(shards: Callable[..., str], tmp_path: Path) -> None:
     shards(1)
     url = f"{tmp_path}/source/00000.tar"
-    with pytest.raises(UserError, match="same shard"):
+    with pytest.raises(UserError, match="same shard name"):
         shards_of(parse_config(config_of([url, f"{tmp_path}/source/../source/00000.tar"], "out")))  # type: ignore[arg-type]
 
 
