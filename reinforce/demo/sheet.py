@@ -68,7 +68,9 @@ def _square(image: Image.Image) -> Image.Image:
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
-    text = "".join(c if c.isprintable() and c < "\u0180" else "?" for c in text)  # Pillow's font is Latin
+    text = "".join(
+        c if (c.isascii() or c.isalpha()) and c.isprintable() and c < "\u0180" else "?" for c in text
+    )  # Pillow's font is Latin
     if draw.textlength(text, _font(size)) <= width:
         return text
     while text and draw.textlength(text + "...", _font(size)) > width:

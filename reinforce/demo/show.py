@@ -51,7 +51,7 @@ def show_dataset(dataset: str | Path, picture: str | Path) -> None:
 
 def tree(root: Path) -> list[str]:
     """One line for each folder with files: its size and a sentence."""
-    folders = sorted({path.parent for path in root.rglob("*") if path.is_file()} - {root})
+    folders = sorted({path.parent for path in root.glob("[!.]*/**/*") if path.is_file()})
     lines = [f"{root}/  {human_bytes(_bytes(root))}"]
     entries = [root / "dataset.json", *folders] if (root / "dataset.json").exists() else folders
     for path in entries:
