@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,9 +69,9 @@ def _square(image: Image.Image) -> Image.Image:
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
-    text = "".join(
-        c if (c.isascii() or c.isalpha()) and c.isprintable() and c < "\u0180" else "?" for c in text
-    )  # Pillow's font is Latin
+    # Pillow's own font is ASCII: letters lose their accents, the rest becomes a question mark
+    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    text = "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
     if draw.textlength(text, _font(size)) <= width:
         return text
     while text and draw.textlength(text + "...", _font(size)) > width:
