@@ -1,0 +1,83 @@
+"""The real families end to end: open_clip teachers of two sizes, a transformers teacher and a CoCa captioner."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import reinforce
+from reinforce.augment import from_records, replay
+from tests.conftest import config_of
+from tests.tiny_coca import coca_model
+from tests.tiny_models import open_clip_model, transformers_siglip
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture
+def config(shards: Callable[..., str], tmp_path: Path) -> dict[str, Any]:
+    small = open_clip_model(tmp_path / "small", image_size=32, width=32, embed_dim=16, seed=0)
+    large = open_clip_model(tmp_path / "large", image_size=48, width=48, embed_dim=24, seed=1)
+    coca = {"model": coca_model(tmp_path / "coca"), "captions": 3, "max_length": 12}
+    teachers = {
+        "small": {"model": small, "dtype": "float32"},
+        "large": {"model": large},
+        "siglip": {"family": "transformers", "model": transformers_siglip(tmp_path / "siglip")},
+    }
+    made = config_of(shards(12, 5), tmp_path / "out", captioners={"coca": coca}, teachers=teachers)
+    return {**made, "augmentations": {"count": 2, "size": 32}}
+
+
+def test_stored_embeddings_are_open_clips_own_for_the_replayed_image_and_the_captions(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    assert reinforce.run(config).status == 0
+    name = config["teachers"]["small"]["model"]
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    tokenizer = open_clip.get_tokenizer(name)
+    model.eval()
+    [shard] = [p.name for p in (tmp_path / "out" / "samples").glob("00000-*.parquet")]
+    samples = pq.read_table(tmp_path / "out" / "samples" / shard)
+    captions = pq.read_table(tmp_path / "out" / "captions" / "coca" / shard)["captions"].to_pylist()
+
+    def stored(what: str) -> np.ndarray:
+        column = pq.read_table(tmp_path / "out" / "embeddings" / "small" / what / shard)["embeddings"]
+        return column.combine_chunks().to_numpy_ndarray()
+
+    for row, sample in enumerate(samples.to_pylist()):
+        image = Image.open(io.BytesIO(sample["image"])).convert("RGB")
+        crops = [preprocess(replay(image, record)) for record in from_records(sample["augmentations"])]
+        with torch.no_grad():
+            images = model.encode_image(torch.stack(crops), normalize=True).numpy()
+            texts = model.encode_text(tokenizer([sample["caption"], *captions[row]]), normalize=True).numpy()
+        np.testing.assert_allclose(stored("images")[row], images, atol=1e-5)
+        np.testing.assert_allclose(stored("caption")[row], texts[:1], atol=1e-5)
+        np.testing.assert_allclose(stored("coca")[row], texts[1:], atol=1e-5)
+
+
+def test_ensembles_of_different_sizes_families_and_dimensions_work(config: dict[str, Any], tmp_path: Path) -> None:
+    assert reinforce.run(config).status == 0
+    data = reinforce.open(str(tmp_path / "out"))
+    shapes = {name: teacher["dim"] for name, teacher in data.manifest["teachers"].items()}
+    count = 0
+    for sample in data:
+        captions = sample.captions["coca"]
+        assert captions is not None
+        assert len(captions) == 3
+        assert all(isinstance(text, str) for text in captions)
+        for teacher, dim in shapes.items():
+            assert sample.images[teacher].shape == (2, dim)
+            assert sample.texts[teacher]["caption"].shape == (1, dim)
+            assert sample.texts[teacher]["coca"].shape == (3, dim)
+            np.testing.assert_allclose(np.linalg.norm(sample.images[teacher], axis=-1), 1, atol=2e-3)
+        count += 1
+    assert (count, len(set(shapes.values()))) == (17, len(shapes))

@@ -1,0 +1,62 @@
+"""S3 in and out, against moto's server: the same files as on a local disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
+
+import reinforce
+from tests.conftest import config_of, tree
+
+
+@pytest.fixture(scope="module")
+def s3(ray_session: None) -> Iterator[s3fs.S3FileSystem]:
+    """An S3 with an empty bucket, at the endpoint that tests/conftest.py put into everybody's environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=urlsplit(os.environ["AWS_ENDPOINT_URL"]).port or 0)
+    server.start()
+    fs = s3fs.S3FileSystem()
+    fs.mkdir("bucket")
+    yield fs
+    server.stop()
+
+
+@pytest.mark.parametrize("images", ["embed", "reference"])
+def test_a_dataset_in_s3_equals_one_on_disk_and_is_resumed(
+    s3: s3fs.S3FileSystem, shards: Callable[..., str], tmp_path: Path, images: str
+) -> None:
+    shards(20, 6)
+    s3.put(f"{tmp_path}/source/", f"bucket/{images}/source/", recursive=True)
+    source = f"s3://bucket/{images}/source/{{00000..00001}}.tar"
+    config = config_of(source, tmp_path / "local", images=images, captioners={})
+    assert reinforce.run(config).status == 0
+
+    remote = {**config, "output": f"s3://bucket/{images}/out"}
+    first = {**remote, "teachers": {"red": config["teachers"]["red"]}}
+    assert reinforce.run(first).status == 0
+    assert reinforce.run(remote).status == 0
+    assert reinforce.run(remote).run is None
+    files = s3.find(f"bucket/{images}/out")
+    names = {f.removeprefix(f"bucket/{images}/out/"): f for f in files}
+    layers = {name: s3.cat_file(path) for name, path in names.items() if not name.startswith("runs/")}
+    assert layers == tree(tmp_path / "local")
+
+    here = {sample.key: sample for sample in reinforce.open(str(tmp_path / "local"))}
+    for sample in reinforce.open(f"s3://bucket/{images}/out"):
+        assert sample.image == here[sample.key].image
+        assert (sample.images["red"] == here[sample.key].images["red"]).all()
+
+
+def test_a_missing_bucket_is_told(s3: s3fs.S3FileSystem, shards: Callable[..., str]) -> None:
+    with pytest.raises(reinforce.UserError, match="cannot be written"):
+        reinforce.run(config_of(shards(1), "s3://no-such-bucket-here/out"))
+
+
+def test_a_source_that_cannot_be_read_is_told(s3: s3fs.S3FileSystem, tmp_path: Path) -> None:
+    with pytest.raises(reinforce.UserError, match="source cannot be read"):
+        reinforce.run(config_of("s3://bucket/nothing/{0..9}.tar", tmp_path / "out"))
