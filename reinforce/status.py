@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -22,7 +22,7 @@ def plan_table(plan: Plan, expected: Mapping[str, int | None]) -> Table:
     """A plan as a table: per layer what is there, what is missing, and how much it will be."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("layer", "done", "missing", "quarantined", "expected"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
+        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
     for name, state in plan.states.items():
         size = expected[name]
         text = "?" if size is None else human_bytes(size)
@@ -59,15 +59,16 @@ def status_of(url: str) -> dict[str, Any]:
 def status_table(status: dict[str, Any]) -> Table:
     """``status_of`` as a table."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("layer", "shards", "of", "bytes", "what", "fingerprint"):
-        table.add_column(heading, justify="right" if heading in ("shards", "of", "bytes") else "left")
+    for heading in ("layer", "shards", "of", "bytes", "what"):
+        justify: Literal["left", "right"] = "right" if heading in ("shards", "of", "bytes") else "left"
+        table.add_column(heading, justify=justify, no_wrap=True)
     for name, layer in status["layers"].items():
         what = {
             "samples": "rows, images, augmentation records",
             "captions": f"{layer.get('count')} captions",
         }.get(layer["kind"], f"[{layer.get('count')}, {layer.get('dim')}] {layer.get('dtype')}")
         row = (name, f"{layer['shards']:,}", f"{status['samples']:,}", human_bytes(layer["bytes"]))
-        table.add_row(*row, what.replace("[", "\\["), layer["fingerprint"])
+        table.add_row(*row, what.replace("[", "\\["))
     return table
 
 

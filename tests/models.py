@@ -90,6 +90,14 @@ class Trouble(Colour):
         return out
 
 
+class Misshapen(Colour):
+    """States a dimension that it does not give."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device, size=8, dim=7)
+        self.dim = 6
+
+
 class Namer:
     """A captioner whose texts tell its seeds."""
 
