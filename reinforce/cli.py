@@ -40,8 +40,9 @@ def run(
 ) -> None:
     """Compute the layers that are missing, and nothing else.
 
-    A fresh run, a resume after a crash and an added teacher are the same command. Exits 0 when every shard is
-    either finished or quarantined within failures.allowed_share.
+    A fresh run, a resume after a crash and an added teacher are the same command.
+
+    Exits 0 when every shard is finished, or quarantined within failures.allowed_share.
     """
     from reinforce.runner import run as run_config
 

@@ -275,10 +275,10 @@ class Driver:
             shards_done=len(self.finished),
             shards=len(self.plan.work),
             samples=max(self.samples, sum(slot.samples for slot in slots)),
+            samples_done=self.samples,
             busy=self.gone_busy + sum(slot.busy for slot in slots),
             alive=self.gone_alive + sum(now - slot.since for slot in slots),
             workers=len(slots),
-            in_flight=sum(len(slot.leases) for slot in slots),
             quarantined_shards=len(self.quarantined),
             refused_rows=sum(self.refused.values()),
         )

@@ -3,6 +3,7 @@ worker's death from the death of its node."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class Pool:
     """Actors that are asked for and cannot be placed stay pending in Ray: they start when a node joins."""
 
     def __init__(self, config: Config, layers: Mapping[str, Layer], needed: frozenset[str]) -> None:
-        self._arguments = [ray.put(value) for value in (config, layers, needed)]
+        self._arguments = [ray.put(value) for value in (config, layers, needed, os.getcwd())]
         self._config = config
         self._class = as_actor(config)
         self.slots: list[Slot] = []

@@ -17,15 +17,16 @@ _WINDOW_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Totals at one moment; ``busy`` is in accelerator-seconds, ``alive`` in worker-seconds."""
+    """Totals at one moment; ``busy`` is in accelerator-seconds, ``alive`` in worker-seconds. ``samples`` counts those
+    of unfinished shards too, ``samples_done`` does not."""
 
     shards_done: int
     shards: int
     samples: int
+    samples_done: int
     busy: float
     alive: float
     workers: int
-    in_flight: int
     quarantined_shards: int
     refused_rows: int
 
@@ -80,10 +81,11 @@ class Progress:
         return "  ".join(parts)
 
     def _eta(self, now: Snapshot) -> float | None:
-        """Seconds to go at the pace of this run so far."""
-        if now.shards_done == 0:
+        """Seconds to go at the pace of this run so far, if the other shards are as long as the finished ones."""
+        if now.samples_done == 0:
             return None
-        return (time.monotonic() - self._start) / now.shards_done * (now.shards - now.shards_done)
+        expected = max(now.samples, now.samples_done / now.shards_done * now.shards)
+        return (time.monotonic() - self._start) / now.samples * (expected - now.samples)
 
 
 def _clock(seconds: float) -> str:

@@ -59,15 +59,15 @@ def status_of(url: str) -> dict[str, Any]:
 def status_table(status: dict[str, Any]) -> Table:
     """``status_of`` as a table."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("layer", "shards", "of", "bytes", "what"):
-        justify: Literal["left", "right"] = "right" if heading in ("shards", "of", "bytes") else "left"
+    for heading in ("layer", "shards", "bytes", "what"):
+        justify: Literal["left", "right"] = "right" if heading in ("shards", "bytes") else "left"
         table.add_column(heading, justify=justify, no_wrap=True)
     for name, layer in status["layers"].items():
         what = {
-            "samples": "rows, images, augmentation records",
+            "samples": "rows and images",
             "captions": f"{layer.get('count')} captions",
         }.get(layer["kind"], f"[{layer.get('count')}, {layer.get('dim')}] {layer.get('dtype')}")
-        row = (name, f"{layer['shards']:,}", f"{status['samples']:,}", human_bytes(layer["bytes"]))
+        row = (name, f"{layer['shards']:,}/{status['samples']:,}", human_bytes(layer["bytes"]))
         table.add_row(*row, what.replace("[", "\\["))
     return table
 

@@ -42,8 +42,10 @@ class Started:
 class Worker:
     """Runs leases, two at a time; ``as_actor`` makes it a Ray actor."""
 
-    def __init__(self, config: Config, layers: Mapping[str, Layer], needed: frozenset[str]) -> None:
+    def __init__(self, config: Config, layers: Mapping[str, Layer], needed: frozenset[str], folder: str) -> None:
+        """``folder`` is where the driver was started: a class of the user's own may lie there."""
         self.config, self.layers, self.needed = config, layers, needed
+        self.folders = [path for path in (os.getcwd(), folder) if os.path.isdir(path)]
         self.pool = ThreadPoolExecutor(config.workers.cpus, thread_name_prefix="decode")
         self.store = Store(config.output)
         self.models: Models | None = None
@@ -56,8 +58,7 @@ class Worker:
         from teachers.registry import load_captioner, load_teacher
 
         torch.set_num_threads(self.config.workers.cpus)
-        if os.getcwd() not in sys.path:  # a class of the user's own lies beside the config
-            sys.path.insert(0, os.getcwd())
+        sys.path[:0] = [path for path in self.folders if path not in sys.path]
         device = "cuda" if self.config.workers.gpus else "cpu"
         kinds = {
             (layer.kind == "captions", str(layer.model)) for name, layer in self.layers.items() if name in self.needed

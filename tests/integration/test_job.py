@@ -1,0 +1,99 @@
+"""`ray job submit` against a head started as README.md says: followed to its end, then submitted again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import config_of
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    """A port outside the range that Ray gives to workers (10002 to 19999)."""
+    while True:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port: int = free.getsockname()[1]
+        if port > 20_000:
+            return port
+
+
+@pytest.fixture
+def head() -> Iterator[dict[str, str]]:
+    """The environment of one who submits to a head of its own."""
+    dashboard = free_port()
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "AWS_ENDPOINT_URL")}
+    environment |= {
+        "PATH": f"{BIN}:{environment['PATH']}",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
+    command += [f"--port={free_port()}", f"--dashboard-port={dashboard}"]
+    command += ["--min-worker-port=30000", "--max-worker-port=30999"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # the session's own Ray has the default
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not _answers(dashboard):
+        assert process.poll() is None, "the head did not start"
+        assert time.monotonic() < deadline, "the head does not answer"
+        time.sleep(0.2)
+    yield environment
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_submitted_job_runs_to_its_end_and_submitted_again_does_nothing(
+    head: dict[str, str], shards: Callable[..., str], tmp_path: Path
+) -> None:
+    work = tmp_path / "checkout"
+    for folder in ("reinforce", "teachers", "schemas", "jobs", "tests"):
+        shutil.copytree(ROOT / folder, work / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (work / "job.yaml").write_text(yaml.safe_dump(config_of(shards(6, 3), tmp_path / "out")))
+
+    def submit(*overrides: str) -> subprocess.CompletedProcess[str]:
+        command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--"]
+        command += ["python", "jobs/reinforce_dfn.py", "--config", "job.yaml", *overrides]
+        for _ in range(20):
+            done = subprocess.run(command, cwd=work, env=head, capture_output=True, text=True, timeout=60, check=False)
+            if "No available agent" not in done.stderr:  # the head is still starting
+                break
+            time.sleep(1)
+        return done
+
+    first = submit()
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "9 samples" in first.stdout
+    assert "\x1b[2K" not in first.stdout, "a job's log has plain lines"
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")}
+    assert len(stamps) == 2 * 8
+    again = submit()
+    assert again.returncode == 0
+    assert "nothing to do" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")} == stamps
+    wrong = submit("--set", "seed=1")
+    assert wrong.returncode != 0
+    assert "fingerprint" in wrong.stdout
