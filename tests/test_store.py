@@ -43,9 +43,14 @@ def test_a_committed_layer_is_listed_and_tells_its_origin(tmp_path: Path, url: s
 @pytest.mark.parametrize("url", ["local", "memory://store-test/dropped"])
 def test_an_error_while_writing_leaves_nothing(tmp_path: Path, url: str) -> None:
     store = Store(str(tmp_path / "out") if url == "local" else url)
-    with pytest.raises(ValueError, match="schema"), store.writer(LAYER, schemas.captions_schema(), "s", "u") as writer:
-        writer.write(table("a"))
-        writer.write(table("b").select(["key"]))
+
+    def write() -> None:
+        with store.writer(LAYER, schemas.captions_schema(), "s", "u") as writer:
+            writer.write(table("a"))
+            writer.write(table("b").select(["key"]))
+
+    with pytest.raises(ValueError, match="schema"):
+        write()
     assert store.shards("captions/c") == {}
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
