@@ -29,7 +29,7 @@ from reinforce.rows import Wanted, rows_from_source
 from reinforce.shard import Models, process_shard
 from reinforce.store import Store
 from teachers.device import Accelerator
-from teachers.protocols import ImageSpec
+from teachers.protocols import ImageSpec, Teacher
 
 ROUNDS = 5
 
@@ -38,8 +38,8 @@ class Fixed:
     """A teacher whose accelerator takes a fixed time per image and none of the CPU's: what is left is the pipeline."""
 
     dim = 512
-    logit_scale = 50.0
-    image = ImageSpec(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    logit_scale: float | None = 50.0
+    image: ImageSpec | None = ImageSpec(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
     def __init__(self, device: torch.device, seconds_per_image: float = 0.0) -> None:
         self.seconds = seconds_per_image
@@ -133,7 +133,8 @@ class Bench:
             config = self.config(Path(output).name)
             layers: dict[str, Layer] = layers_of(config, describe_models(config))
             work: list[Work] = make_plan(config).work
-            models = Models({"fixed": Fixed(self.accelerator.device, seconds_per_image)}, {}, self.accelerator)
+            teacher: Teacher = Fixed(self.accelerator.device, seconds_per_image)
+            models = Models({"fixed": teacher}, {}, self.accelerator)
             store = Store(config.output)
             with ThreadPoolExecutor(self.threads) as pool, ThreadPoolExecutor(in_flight) as leases:
                 start = time.perf_counter()
@@ -157,7 +158,7 @@ def texts(device: str, count: int = 64) -> dict[str, float]:
         side._trims = trim
         start = time.perf_counter()
         with accelerator.forward():
-            side.encode(batch)
+            side.encode(side.tokenize(batch))
         accelerator.synchronize()
         return count / (time.perf_counter() - start)
 
@@ -175,19 +176,16 @@ def main() -> None:
         bench = Bench(Path(folder), options.device, options.threads, options.images)
         print(f"device {bench.accelerator.device}, {options.threads} threads, 512 px JPEG, 2 augmentations at 224")
         read = compare({"bare": bench.bare, "rows": bench.rows, "shards": lambda: bench.shards(2, 0.0)[0]})
-        print(f"decode and augment alone        {read['bare']:8.0f} samples/s, the limit")
-        print(f"rows read ahead for the models  {read['rows']:8.0f} samples/s, {read['rows'] / read['bare']:.2f} of it")
-        print(
-            f"whole shards, models for free   {read['shards']:8.0f} samples/s, {read['shards'] / read['bare']:.2f} of it"
-        )
-        pace = 1.4 / (2 * read["bare"])  # an accelerator that needs 1.4 times as long as reading does
+        limit = read["bare"]
+        print(f"decode and augment alone        {limit:8.0f} samples/s, the limit")
+        print(f"rows read ahead for the models  {read['rows']:8.0f} samples/s, {read['rows'] / limit:.2f} of it")
+        print(f"whole shards, models for free   {read['shards']:8.0f} samples/s, {read['shards'] / limit:.2f} of it")
+        pace = 1.4 / (2 * limit)  # an accelerator that needs 1.4 times as long as reading does
         busy = compare({"one": lambda: bench.shards(1, pace)[1], "two": lambda: bench.shards(2, pace)[1]})
         print(f"accelerator busy, one shard in flight {busy['one']:.2f}, two {busy['two']:.2f}")
     speed = texts(options.device)
-    print(
-        f"texts of 10 tokens              {speed['trimmed']:8.0f} /s cut to the longest, {speed['full length']:.0f} /s at "
-        f"full length: {speed['trimmed'] / speed['full length']:.1f} times"
-    )
+    ratio = speed["trimmed"] / speed["full length"]
+    print(f"texts cut to the longest        {speed['trimmed']:8.0f} /s, {ratio:.1f} times those at full length")
 
 
 if __name__ == "__main__":

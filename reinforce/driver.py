@@ -42,6 +42,7 @@ from schemas import Reason
 
 _TICK = 0.5
 _POLL_SECONDS = 5.0
+_MOST_POLLED = 256  # workers asked at a time for their counts between shards
 _MAX_FAILED_STARTS = 3
 
 
@@ -96,7 +97,7 @@ class Driver:
             self.pool.grow(left)
             self.pool.shrink(left)
             self._hand_out()
-            refs = [*self.pool.loading, *(ref for ref, _ in self.pool.leases()), *polled]
+            refs = [*self.pool.loading, *self.pool.leases, *polled]
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
             if not ready and refs:
                 ready, _ = ray.wait(refs, num_returns=1, timeout=_TICK)
@@ -109,7 +110,9 @@ class Driver:
                     self._ended(ref)
             if time.monotonic() - last_poll > _POLL_SECONDS:
                 last_poll = time.monotonic()
-                polled = {s.actor.counters.options(concurrency_group="control").remote(): s for s in self.pool.started}
+                slots = self.pool.started
+                asked = random.sample(slots, min(_MOST_POLLED, len(slots)))
+                polled = {slot.actor.counters.options(concurrency_group="control").remote(): slot for slot in asked}
             waited = time.monotonic() - start
             if not self.manifest_written and waited > 15 and not waiting_said:
                 waiting_said = True
@@ -125,7 +128,7 @@ class Driver:
     def _left(self) -> int:
         """Leases to come and in flight."""
         waiting = len(self.queue) + len(self.suspects) + len(self.delayed)
-        return waiting + sum(len(slot.leases) for slot in self.pool.slots)
+        return waiting + len(self.pool.leases)
 
     def _hand_out(self) -> None:
         """Two shards to every worker; a suspect to a worker that has nothing else."""
@@ -176,20 +179,17 @@ class Driver:
             self.manifest_written = True
 
     def _ended(self, ref: Any) -> None:
-        slot = next((slot for other, slot in self.pool.leases() if other == ref), None)
+        slot = self.pool.leases.get(ref)
         if slot is None:  # its worker was found dead through another lease a moment ago
             return
         try:
             result: ShardResult = ray.get(ref)
         except RayTaskError as error:
-            self._raised(slot, slot.leases.pop(ref), cause_of(error))
-            slot.alone = False
+            self._raised(self.pool.returned(ref), cause_of(error))
         except RayError as error:
             self._died(slot, error)
         else:
-            work = slot.leases.pop(ref)
-            slot.alone = False
-            self._finished(work, result)
+            self._finished(self.pool.returned(ref), result)
 
     def _finished(self, work: Work, result: ShardResult) -> None:
         self.finished.add(work.shard)
@@ -202,7 +202,7 @@ class Driver:
             self.progress.say(f"{work.shard}: {result.given_up}, in quarantine")
         self.events.add("shard", **asdict(result))
 
-    def _raised(self, slot: Slot, work: Work, error: Exception) -> None:
+    def _raised(self, work: Work, error: Exception) -> None:
         """A lease raised: again after a while, and at last into quarantine."""
         if isinstance(error, UserError):
             raise error
@@ -221,7 +221,6 @@ class Driver:
     def _died(self, slot: Slot, error: RayError) -> None:
         """A worker is gone, with all its leases."""
         works, alone = list(slot.leases.values()), slot.alone
-        slot.leases.clear()
         self.gone_busy, self.gone_alive = self.gone_busy + slot.busy, self.gone_alive + time.monotonic() - slot.since
         self.pool.remove(slot)
         assert slot.started is not None

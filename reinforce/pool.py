@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,7 @@ class Pool:
         self._class = as_actor(config)
         self.slots: list[Slot] = []
         self.loading: dict[Any, Slot] = {}
+        self.leases: dict[Any, Slot] = {}
         self.failed_starts = 0
         self._places = 0
         self._counted = -_COUNT_SECONDS
@@ -63,12 +64,17 @@ class Pool:
 
     def shrink(self, size: int) -> None:
         """Let go of workers without a lease, those first that have not started."""
+        if len(self.slots) <= size:
+            return
         idle = sorted((s for s in self.slots if not s.leases), key=lambda slot: slot.started is not None)
         for slot in idle[: max(0, len(self.slots) - size)]:
             self.remove(slot)
 
     def remove(self, slot: Slot) -> None:
+        """End a worker; its leases are nobody's then."""
         self.slots.remove(slot)
+        for ref in slot.leases:
+            del self.leases[ref]
         self.loading = {ref: other for ref, other in self.loading.items() if other is not slot}
         ray.kill(slot.actor)
 
@@ -80,12 +86,18 @@ class Pool:
     def started(self) -> list[Slot]:
         return [slot for slot in self.slots if slot.started is not None]
 
-    def leases(self) -> Iterator[tuple[Any, Slot]]:
-        return ((ref, slot) for slot in self.slots for ref in slot.leases)
-
     def lease(self, slot: Slot, work: Work, alone: bool = False) -> None:
+        """Hand a shard to a worker."""
         slot.alone, slot.draining = alone, False
-        slot.leases[slot.actor.process.remote(work)] = work
+        ref = slot.actor.process.remote(work)
+        slot.leases[ref] = work
+        self.leases[ref] = slot
+
+    def returned(self, ref: Any) -> Work:
+        """Take back a lease that has ended."""
+        slot = self.leases.pop(ref)
+        slot.alone = False
+        return slot.leases.pop(ref)
 
     def _room(self) -> int:
         """Workers that the cluster's nodes can hold, counted anew every few seconds."""

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,6 +75,16 @@ class Models:
     accelerator: Accelerator
     counters: Counters = field(default_factory=Counters)
     _turn: threading.Lock = field(default_factory=threading.Lock)
+    _tokenizing: threading.Lock = field(default_factory=threading.Lock)
+
+    def text_encoder(self, teacher: Teacher, texts: Sequence[str]) -> Callable[[], torch.Tensor]:
+        """What is left to do at the accelerator for a batch of texts, tokenized now where the teacher lets us."""
+        tokenize = getattr(teacher, "tokenize", None)
+        if tokenize is None:
+            return lambda: teacher.encode_texts(texts)
+        with self._tokenizing:
+            tokens = tokenize(texts)
+        return lambda: teacher.encode_tokens(tokens)  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -183,8 +193,7 @@ class _Shard:
             n: [] for n, layer in self.layers.items() if layer.kind in ("images", "captions")
         }
         while batch := list(itertools.islice(rows, self.rows_per_batch)):
-            with self._turn():
-                self._batch(batch, batches)
+            self._batch(batch, batches)
             for row in batch:
                 row.crops, row.views = None, {}
             kept += batch
@@ -217,30 +226,45 @@ class _Shard:
     def _batch(self, rows: Sequence[Row], into: Mapping[str, list[Any]]) -> None:
         """Images of one batch through every captioner and teacher that has something to do with them."""
         put = self.models.accelerator.put
-        prepared: dict[ImageSpec, torch.Tensor] = {}
         count = self.config.augmentations.count
-        crops = [layer for layer in self.layers.values() if layer.kind == "images"]
-        if crops:
-            uint8 = put(np.concatenate([row.crops for row in rows if row.crops is not None]))
-        for layer in crops:
-            teacher = self.models.teachers[str(layer.model)]
-            assert teacher.image is not None
-            if teacher.image not in prepared:
-                prepared[teacher.image] = to_pixels(uint8, teacher.image)
-            with _naming(layer):
-                out = _checked(teacher.encode_images(prepared[teacher.image]), len(rows) * count, teacher.dim)
-            into[layer.name].append(out.reshape(len(rows), count, teacher.dim))
-        for layer in self.layers.values():
-            if layer.kind != "captions":
-                continue
-            captioner = self._captioner(layer)
-            seeds = [[seed_for(self.config.seed, r.key, layer.name, n) for n in range(layer.count)] for r in rows]
-            pixels = to_pixels(put(np.stack([row.views[captioner.image] for row in rows])), captioner.image)
-            with _naming(layer):
-                texts = captioner.caption(pixels, np.array(seeds, dtype=np.uint64))
-                if len(texts) != len(rows) or any(len(t) != layer.count for t in texts):
-                    raise ValueError(f"{layer.model}: caption() must give {layer.count} texts for each of {len(rows)}")
-            into[layer.name] += texts
+        of_crops = [layer for layer in self.layers.values() if layer.kind == "images"]
+        captioning = [layer for layer in self.layers.values() if layer.kind == "captions"]
+        # All that the CPU can do comes before the turn.
+        crops = put(np.concatenate([r.crops for r in rows if r.crops is not None])) if of_crops else None
+        specs = {self._captioner(layer).image for layer in captioning}
+        views = {spec: put(np.stack([row.views[spec] for row in rows])) for spec in specs}
+        with self._turn():
+            prepared: dict[ImageSpec, torch.Tensor] = {}
+            outputs: dict[str, torch.Tensor] = {}
+            for layer in of_crops:
+                teacher = self.models.teachers[str(layer.model)]
+                assert teacher.image is not None
+                assert crops is not None
+                with _naming(layer):
+                    if teacher.image not in prepared:
+                        prepared[teacher.image] = to_pixels(crops, teacher.image)
+                    outputs[layer.name] = teacher.encode_images(prepared[teacher.image])
+            # Queued for all teachers before the first is waited for.
+            for layer in of_crops:
+                dim = self.models.teachers[str(layer.model)].dim
+                with _naming(layer):
+                    values = _checked(outputs[layer.name], len(rows) * count, dim)
+                into[layer.name].append(values.reshape(len(rows), count, dim))
+            for layer in captioning:
+                captioner = self._captioner(layer)
+                with _naming(layer):
+                    into[layer.name] += self._captions(
+                        captioner, layer, to_pixels(views[captioner.image], captioner.image), rows
+                    )
+
+    def _captions(
+        self, captioner: Captioner, layer: Layer, pixels: torch.Tensor, rows: Sequence[Row]
+    ) -> list[list[str]]:
+        seeds = [[seed_for(self.config.seed, row.key, layer.name, n) for n in range(layer.count)] for row in rows]
+        texts = captioner.caption(pixels, np.array(seeds, dtype=np.uint64))
+        if len(texts) != len(rows) or any(len(row) != layer.count for row in texts):
+            raise ValueError(f"{layer.model}: caption() must give {layer.count} texts for each of {len(rows)} images")
+        return texts
 
     def _texts_table(self, layer: Layer, keys: list[str], texts: Sequence[list[str] | None]) -> pa.Table:
         """Encode each distinct text once, batched with texts of its length."""
@@ -251,8 +275,10 @@ class _Shard:
         batch = self.config.workers.batch
         for i in range(0, len(distinct), batch):
             chunk = distinct[i : i + batch]
-            with self._turn(), _naming(layer):
-                encoded[i : i + batch] = _checked(teacher.encode_texts(chunk), len(chunk), teacher.dim)
+            with _naming(layer):
+                encode = self.models.text_encoder(teacher, chunk)
+                with self._turn():
+                    encoded[i : i + batch] = _checked(encode(), len(chunk), teacher.dim)
         values = np.zeros((len(keys), layer.count, teacher.dim), np.float32)
         valid = np.zeros(len(keys), bool)
         for i, row in enumerate(texts):

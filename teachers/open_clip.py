@@ -43,8 +43,16 @@ class OpenClipTeacher:
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, dim] float32, unit norm."""
+        return self.encode_tokens(self.tokenize(texts))
+
+    def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
+        """B strings -> tokens, int64 [B, context length] on the CPU: slow Python that needs no accelerator."""
+        return self._text.tokenize(texts)
+
+    def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What ``tokenize`` gave -> [B, dim] float32, unit norm."""
         with self._device.forward():
-            return torch.nn.functional.normalize(self._text.encode(texts).float(), dim=-1)
+            return torch.nn.functional.normalize(self._text.encode(tokens).float(), dim=-1)
 
 
 def load_model(spec: ModelSpec) -> Any:

@@ -33,9 +33,9 @@ class TextSide:
         _keep_texts(tokenizer)
         self._trims = _can_trim(model) and is_exact(lambda texts, trim: self._encode(self.tokenize(texts), trim))
 
-    def encode(self, texts: Sequence[str]) -> torch.Tensor:
-        """B strings -> [B, dim], not normalised. Call inside ``Accelerator.forward``."""
-        return self._encode(self.tokenize(texts), trim=self._trims)
+    def encode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, context length] -> [B, dim], not normalised. Call inside ``Accelerator.forward``."""
+        return self._encode(tokens, trim=self._trims)
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> int64 [B, context length]."""

@@ -36,7 +36,11 @@ class ImageSpec:
 
 class Teacher(Protocol):
     """A dual encoder. One side may be missing: without ``encode_images`` (or with ``image = None``) it has
-    text layers only, without ``encode_texts`` image layers only."""
+    text layers only, without ``encode_texts`` image layers only.
+
+    A teacher whose tokenizer is slow may split ``encode_texts`` into ``tokenize(texts) -> tokens`` and
+    ``encode_tokens(tokens)``: tokens are then made while another shard has the accelerator.
+    """
 
     dim: int
     image: ImageSpec | None
