@@ -18,16 +18,33 @@ from PIL import Image
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 
+def free_port() -> int:
+    """A port above the range that Ray gives to workers (10002 to 19999)."""
+    while True:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port: int = free.getsockname()[1]
+        if port > 20_000:
+            return port
+
+
+#: Where tests/integration/test_s3.py runs its S3, for itself and for the workers of the session's Ray.
+S3_ENVIRONMENT = {
+    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}",
+    "AWS_ACCESS_KEY_ID": "k",
+    "AWS_SECRET_ACCESS_KEY": "s",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     import ray
 
-    # The workers' environment is that of the first ray.init: name the S3 of tests/integration/test_s3.py now.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{free.getsockname()[1]}"
-    os.environ |= {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patch:  # the workers' environment is that of the first ray.init
+        for name, value in S3_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -15,20 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import config_of
+from tests.conftest import config_of, free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    """A port outside the range that Ray gives to workers (10002 to 19999)."""
-    while True:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port: int = free.getsockname()[1]
-        if port > 20_000:
-            return port
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,17 +11,22 @@ import s3fs
 from moto.server import ThreadedMotoServer
 
 import reinforce
-from tests.conftest import config_of, tree
+from tests.conftest import S3_ENVIRONMENT, config_of, tree
 
 
 @pytest.fixture(scope="module")
 def s3(ray_session: None) -> Iterator[s3fs.S3FileSystem]:
-    """An S3 with an empty bucket, at the endpoint that tests/conftest.py put into everybody's environment."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=urlsplit(os.environ["AWS_ENDPOINT_URL"]).port or 0)
+    """An S3 with an empty bucket, named in the environment as users name theirs."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=urlsplit(S3_ENVIRONMENT["AWS_ENDPOINT_URL"]).port or 0)
     server.start()
-    fs = s3fs.S3FileSystem()
-    fs.mkdir("bucket")
-    yield fs
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in S3_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        fs = s3fs.S3FileSystem()
+        fs.mkdir("bucket")
+        yield fs
+    s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
 
 
