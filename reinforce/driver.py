@@ -20,11 +20,11 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from reinforce.config import Config
 from reinforce.errors import UserError
@@ -44,6 +44,18 @@ _TICK = 0.5
 _POLL_SECONDS = 5.0
 _MOST_POLLED = 256  # workers asked at a time for their counts between shards
 _MAX_FAILED_STARTS = 3
+_NODE_VERDICT_SECONDS = 60.0  # Ray takes up to that long to notice that a node is gone
+
+
+@dataclass(frozen=True)
+class Death:
+    """A worker that is gone; by ``deadline`` its node counts as standing if it is not known to be lost."""
+
+    worker: Started
+    works: list[Work]
+    alone: bool
+    why: str
+    deadline: float
 
 
 class Driver:
@@ -55,6 +67,7 @@ class Driver:
         self.queue: deque[Work] = deque(plan.work)
         self.suspects: deque[Work] = deque()
         self.delayed: list[tuple[float, int, Work]] = []
+        self.deaths: list[Death] = []
         self.tie = itertools.count()
         self.attempts: Counter[str] = Counter()
         self.deaths_alone: Counter[str] = Counter()
@@ -96,12 +109,10 @@ class Driver:
                 raise KeyboardInterrupt
             self.pool.grow(left)
             self.pool.shrink(left)
+            self._judge_deaths()
             self._hand_out()
             refs = [*self.pool.loading, *self.pool.leases, *polled]
-            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
-            if not ready and refs:
-                ready, _ = ray.wait(refs, num_returns=1, timeout=_TICK)
-            for ref in ready:
+            for ref in _ready(refs):
                 if ref in polled:
                     self._counted(polled.pop(ref), ref)
                 elif ref in self.pool.loading:
@@ -124,11 +135,12 @@ class Driver:
                     f"{waited:.0f} s (workers.start_timeout): {why}"
                 )
             self.progress.show(self._snapshot())
+            self.events.flush_when_due()
 
     def _left(self) -> int:
         """Leases to come and in flight."""
         waiting = len(self.queue) + len(self.suspects) + len(self.delayed)
-        return waiting + len(self.pool.leases)
+        return waiting + len(self.pool.leases) + sum(len(death.works) for death in self.deaths)
 
     def _hand_out(self) -> None:
         """Two shards to every worker; a suspect to a worker that has nothing else."""
@@ -219,27 +231,36 @@ class Driver:
         self._give_up(work, layer, Reason.SHARD_FAILED, text)
 
     def _died(self, slot: Slot, error: RayError) -> None:
-        """A worker is gone, with all its leases."""
-        works, alone = list(slot.leases.values()), slot.alone
+        """A worker is gone, with all its leases; whose fault it was may not be known yet."""
+        assert slot.started is not None
+        works = list(slot.leases.values())
         self.gone_busy, self.gone_alive = self.gone_busy + slot.busy, self.gone_alive + time.monotonic() - slot.since
         self.pool.remove(slot)
-        assert slot.started is not None
-        unavailable = not isinstance(error, RayActorError) or "Unavailable" in type(error).__name__
-        lost_node = not node_alive(slot.started.node, patience=10.0 if unavailable else 2.0)
-        names = [work.shard for work in works]
+        # A process that dies is known to be dead at once; a worker out of reach may be on a node that is being lost.
+        patience = _NODE_VERDICT_SECONDS if isinstance(error, ActorUnavailableError) else 0.0
         why = str(error).strip().splitlines()[0][:300]
-        self.events.add("worker_died", pid=slot.started.pid, shards=names, node_lost=lost_node, error=str(error)[:2000])
-        self.progress.say(f"a worker died ({'its node was lost' if lost_node else why}); in flight: {', '.join(names)}")
-        for work in works:
-            if lost_node:
-                self.queue.appendleft(work)
+        self.deaths.append(Death(slot.started, works, slot.alone, why, time.monotonic() + patience))
+
+    def _judge_deaths(self) -> None:
+        """Send the shards of dead workers on: nobody's fault where the node is lost, else suspects."""
+        for death in list(self.deaths):
+            lost_node = not node_alive(death.worker.node)
+            if not lost_node and time.monotonic() < death.deadline:
                 continue
-            if alone:
-                self.deaths_alone[work.shard] += 1
-                if self.deaths_alone[work.shard] >= self.config.failures.solo_attempts:
-                    self._give_up(work, work.layers[0], Reason.SHARD_CRASHED, why)
+            self.deaths.remove(death)
+            names = [work.shard for work in death.works]
+            self.events.add("worker_died", pid=death.worker.pid, shards=names, node_lost=lost_node, error=death.why)
+            why = "its node was lost" if lost_node else death.why
+            self.progress.say(f"a worker died ({why}); in flight: {', '.join(names)}")
+            for work in death.works:
+                if lost_node:
+                    self.queue.appendleft(work)
                     continue
-            self.suspects.append(work)
+                self.deaths_alone[work.shard] += death.alone
+                if self.deaths_alone[work.shard] >= self.config.failures.solo_attempts:
+                    self._give_up(work, work.layers[0], Reason.SHARD_CRASHED, death.why)
+                else:
+                    self.suspects.append(work)
 
     def _give_up(self, work: Work, layer: str, reason: Reason, detail: str) -> None:
         """Quarantine a shard in ``layer`` and in what needs it; its other layers get another chance without them."""
@@ -303,6 +324,15 @@ class Driver:
             status,
             message,
         )
+
+
+def _ready(refs: list[Any]) -> list[Any]:
+    """All that have come back, after a wait for the first."""
+    if not refs:
+        time.sleep(_TICK)
+        return []
+    first, others = ray.wait(refs, num_returns=1, timeout=_TICK)
+    return [*first, *ray.wait(others, num_returns=len(others), timeout=0)[0]] if first and others else first
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from reinforce.urls import canonical
 
 _PART_BYTES = 2**20
 _FLUSH_SECONDS = 10.0
+_FLUSH_SECONDS_LOCAL = 1.0
 
 
 class Events:
@@ -30,6 +31,7 @@ class Events:
         self._lines: list[bytes] = []
         self._dirty = False
         self._flushed = time.monotonic()
+        self._interval = _FLUSH_SECONDS_LOCAL if store.local else _FLUSH_SECONDS
         self._folder = ("runs", self.run)
         text = yaml.safe_dump(_public(config), sort_keys=False, allow_unicode=True)
         store.write_bytes(text.encode(), *self._folder, "config.yaml")
@@ -38,13 +40,15 @@ class Events:
         record = {"time": round(time.time(), 3), "event": event, **values}
         self._lines.append(json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n")
         self._dirty = True
-        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+
+    def flush_when_due(self) -> None:
+        """Publish what was added, every few seconds."""
+        if self._dirty and time.monotonic() - self._flushed > self._interval:
             self.flush()
 
     def flush(self) -> None:
+        """Publish what was added."""
         self._flushed = time.monotonic()
-        if not self._dirty:
-            return
         self._store.write_bytes(b"".join(self._lines), *self._folder, f"events-{self._part:05d}.jsonl")
         self._dirty = False
         if sum(map(len, self._lines)) > _PART_BYTES:

@@ -123,15 +123,9 @@ class Pool:
         )
 
 
-def node_alive(node: str, patience: float = 0.0) -> bool:
-    """Whether a node still stands; a node that has just died may be listed as alive for ``patience`` seconds."""
-    deadline = time.monotonic() + patience
-    while True:
-        if not any(n["NodeID"] == node and n["Alive"] for n in ray.nodes()):
-            return False
-        if time.monotonic() >= deadline:
-            return True
-        time.sleep(0.5)
+def node_alive(node: str) -> bool:
+    """Whether Ray holds a node for alive."""
+    return any(n["NodeID"] == node and n["Alive"] for n in ray.nodes())
 
 
 def cause_of(error: Exception) -> Exception:

@@ -1,0 +1,78 @@
+"""A cluster of several nodes: the pool grows when one joins, and one that is lost counts against nobody."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.conftest import config_of, tree
+
+ROOT = Path(__file__).parents[2]
+
+#: Ray's nodes in one process of their own, so that the session's Ray is not touched.
+SCRIPT = """
+import json, subprocess, sys, time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+
+config, output, log = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+
+def events(kind):
+    lines = [l for p in output.glob("runs/*/events-*.jsonl") for l in p.read_text().splitlines()]
+    return [e for e in map(json.loads, lines) if e["event"] == kind]
+
+def wait(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert run.poll() is None, f"the run ended too soon: {run.returncode}"
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.1)
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+first = cluster.add_node(num_cpus=1)
+with open(log, "w") as out:
+    command = [sys.executable, "-m", "reinforce", "run", config, "--address", cluster.address]
+    run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    wait(lambda: len(list((output / "samples").glob("*.parquet"))) >= 2)
+    second = cluster.add_node(num_cpus=1)
+    wait(lambda: len(events("worker_started")) >= 2)
+    cluster.remove_node(first, allow_graceful=False)
+    status = run.wait(150)
+print(json.dumps({"status": status, "died": events("worker_died"), "quarantined": events("shard_quarantined")}))
+cluster.shutdown()
+"""
+
+
+def test_the_pool_follows_the_cluster_and_a_lost_node_costs_no_shard(
+    shards: Callable[..., str], tmp_path: Path
+) -> None:
+    source = shards(*[32] * 40)
+
+    def config(output: str) -> dict[str, Any]:
+        made = config_of(source, tmp_path / output, captioners={})
+        made["teachers"] = {"red": {"class": "tests.models:Colour", "options": {"delay": 0.3}}}
+        return {**made, "workers": {"batch": 32}}
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config("out")))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(path), str(tmp_path / "out"), str(tmp_path / "log")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["status"] == 0, log
+    assert [event["node_lost"] for event in found["died"]] == [True]
+    assert found["quarantined"] == []
+    assert len(tree(tmp_path / "out")) == 40 * 3 + 1
