@@ -23,10 +23,12 @@ from PIL import Image
 from reinforce.augment import replay, sample
 from reinforce.config import Config, parse_config
 from reinforce.image import decode
-from reinforce.layers import Layer, describe_models, layers_of
+from reinforce.layers import Layer
+from reinforce.models import Models
 from reinforce.plan import Work, make_plan
+from reinforce.recipe import describe_models, layers_of
 from reinforce.rows import Wanted, rows_from_source
-from reinforce.shard import Models, process_shard
+from reinforce.shard import process_shard
 from reinforce.store import Store
 from teachers.device import Accelerator
 from teachers.protocols import ImageSpec, Teacher

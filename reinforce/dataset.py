@@ -16,7 +16,7 @@ from reinforce import vectors
 from reinforce.augment import Augmentation, from_records
 from reinforce.errors import UserError
 from reinforce.layers import SAMPLES, captions_layer, embeddings_layer
-from reinforce.rows import referenced_images
+from reinforce.source import referenced_images
 from reinforce.store import MANIFEST, Store
 
 

@@ -1,4 +1,4 @@
-"""The layers that a config asks for, what each needs, and the fingerprint of all that determines its content.
+"""What a layer is, by which names layers go, and the fingerprint of all that determines one's content.
 
 Fingerprints form a chain: every layer's holds that of ``samples`` (rows, images, augmentation records), and an
 embedding of synthetic captions holds that of the captions. What changes no stored number (logit scales, batch
@@ -16,12 +16,6 @@ from typing import Any, Literal
 import pyarrow as pa
 
 import schemas
-from reinforce.augment import AUGMENTATION_BACKEND
-from reinforce.config import Config
-from reinforce.errors import UserError
-from reinforce.image import IMAGE_POLICY
-from reinforce.text import CAPTION_POLICY
-from teachers.registry import ModelInfo, describe_captioner, describe_teacher
 
 SAMPLES = "samples"
 Kind = Literal["samples", "captions", "images", "texts"]
@@ -31,8 +25,8 @@ Kind = Literal["samples", "captions", "images", "texts"]
 class Layer:
     """One product for all shards; ``name`` is its folder in the dataset.
 
-    ``model`` names the captioner or teacher that makes it, ``source`` the layer its texts come from (``texts``
-    only), ``count`` the vectors or captions a row (K or N). ``dim`` is None until a model of unknown dimension
+    ``needs`` names the layers it is computed from, ``model`` the captioner or teacher that makes it, ``texts`` what
+    the latter encodes (``caption`` or a captioner's name), ``count`` the vectors or captions a row (K or N). ``dim`` is None until a model of unknown dimension
     has been loaded.
     """
 
@@ -46,10 +40,6 @@ class Layer:
     dim: int | None = None
     dtype: Literal["float16", "float32", "int8"] = "float16"
     recipe: Mapping[str, Any] = field(default_factory=dict, compare=False)
-
-    @property
-    def reads_images(self) -> bool:
-        return self.kind != "texts"
 
     @property
     def row_bytes(self) -> int | None:
@@ -77,70 +67,6 @@ def captions_layer(captioner: str) -> str:
 def embeddings_layer(teacher: str, what: str) -> str:
     """``what`` is ``images``, ``caption`` (the true one) or a captioner's name."""
     return f"embeddings/{teacher}/{what}"
-
-
-def describe_models(config: Config) -> dict[str, ModelInfo]:
-    """What is known of every model of the config without loading it, by layer prefix. Raises UserError."""
-    infos: dict[str, ModelInfo] = {}
-    try:
-        for name, captioner in config.captioners.items():
-            infos[captions_layer(name)] = describe_captioner(name, captioner)
-        for name, teacher in config.teachers.items():
-            infos[f"embeddings/{name}"] = describe_teacher(name, teacher)
-    except (ValueError, OSError, ImportError) as error:
-        raise UserError(str(error)) from error
-    return infos
-
-
-def layers_of(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer]:
-    """Every layer of the config by name, each after the ones it needs."""
-    recipe: dict[str, Any] = {
-        "images": config.images,
-        "seed": config.seed,
-        "policies": {"image": IMAGE_POLICY, "caption": CAPTION_POLICY, "augmentation": AUGMENTATION_BACKEND},
-        "input": config.input.model_dump(mode="json"),
-        "augmentations": config.augmentations.model_dump(mode="json"),
-    }
-    samples = Layer(SAMPLES, "samples", fingerprint_of(recipe), recipe=recipe)
-    layers = {SAMPLES: samples}
-
-    for name, captioner in config.captioners.items():
-        recipe = {"samples": samples.fingerprint, "model": infos[captions_layer(name)].identity}
-        layer = Layer(
-            captions_layer(name),
-            "captions",
-            fingerprint_of(recipe),
-            needs=(SAMPLES,),
-            model=name,
-            count=captioner.captions,
-            recipe=recipe,
-        )
-        layers[layer.name] = layer
-
-    for name, teacher in config.teachers.items():
-        info = infos[f"embeddings/{name}"]
-        sides: list[tuple[str, Kind, str, int]] = []
-        if info.images:
-            sides.append(("images", "images", SAMPLES, config.augmentations.count))
-        if info.texts:
-            sides.append(("caption", "texts", SAMPLES, 1))
-            sides += [(c, "texts", captions_layer(c), spec.captions) for c, spec in config.captioners.items()]
-        for what, kind, source, count in sides:
-            recipe = {"source": layers[source].fingerprint, "model": info.identity, "dtype": teacher.dtype}
-            layer = Layer(
-                embeddings_layer(name, what),
-                kind,
-                fingerprint_of({**recipe, "what": kind}),
-                needs=(SAMPLES,) if source == SAMPLES else (SAMPLES, source),
-                model=name,
-                texts=what if kind == "texts" else None,
-                count=count,
-                dim=info.dim,
-                dtype=teacher.dtype,
-                recipe=recipe,
-            )
-            layers[layer.name] = layer
-    return layers
 
 
 def fingerprint_of(recipe: Mapping[str, Any]) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from reinforce.config import Config
 from reinforce.errors import UserError
-from reinforce.layers import SAMPLES, Layer, describe_models, layers_of
+from reinforce.layers import SAMPLES, Layer
+from reinforce.recipe import describe_models, layers_of
 from reinforce.store import MANIFEST, Store, fingerprint_error, footer_of
 from reinforce.urls import canonical, compression, expand, shard_names
 from schemas import Reason

@@ -22,7 +22,7 @@ from PIL.Image import new as new_image
 from reinforce.augment import Augmentation, Crop, from_records, replay, sample
 from reinforce.config import Config
 from reinforce.image import ImageRefused, decode
-from reinforce.source import RawSample, Refusal, read_ranges, read_shard
+from reinforce.source import RawSample, Refusal, read_shard, referenced_images
 from reinforce.text import caption_of, metadata_of
 from teachers.protocols import ImageSpec
 
@@ -174,9 +174,3 @@ def _pixels(row: Row, image: Image, wanted: Wanted) -> None:
     if wanted.crops:
         row.crops = np.stack([np.asarray(replay(image, record)) for record in row.augmentations])
     row.views = {spec: fit(image, spec) for spec in wanted.views}
-
-
-def referenced_images(references: list[dict[str, object]]) -> Iterator[bytes]:
-    """Images of one row group from their tar: consecutive rows of one URL are one sequential read."""
-    for url, rows in itertools.groupby(references, key=lambda reference: str(reference["url"])):
-        yield from read_ranges(url, ((int(str(r["offset"])), int(str(r["length"]))) for r in rows))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from reinforce import vectors
 from reinforce.augment import to_records
 from reinforce.config import Config
 from reinforce.layers import SAMPLES, Layer, captions_layer
+from reinforce.models import Models
 from reinforce.plan import Work
 from reinforce.rows import Row, Wanted, rows_from_samples, rows_from_source
 from reinforce.seeds import seed_for
@@ -26,19 +26,10 @@ from reinforce.source import Refusal
 from reinforce.store import LayerWriter, Store
 from reinforce.urls import canonical
 from schemas import Reason
-from teachers.device import Accelerator
 from teachers.pixels import to_pixels
-from teachers.protocols import Captioner, ImageSpec, Teacher
+from teachers.protocols import Captioner, ImageSpec
 
 Refused = tuple[str | None, Reason, str]
-
-
-@dataclass
-class Counters:
-    """What a worker has done so far; read by the driver while shards run."""
-
-    samples: int = 0
-    busy: float = 0.0  # seconds the accelerator worked
 
 
 @dataclass(frozen=True)
@@ -64,37 +55,6 @@ class LayerFailure(RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.args[0]}: {self.args[1]}"
-
-
-@dataclass
-class Models:
-    """The loaded models of a worker and the accelerator they share, one batch at a time."""
-
-    teachers: Mapping[str, Teacher]
-    captioners: Mapping[str, Captioner]
-    accelerator: Accelerator
-    counters: Counters = field(default_factory=Counters)
-    _turn: threading.Lock = field(default_factory=threading.Lock)
-    _tokenizing: threading.Lock = field(default_factory=threading.Lock)
-
-    def text_encoder(self, teacher: Teacher, texts: Sequence[str]) -> Callable[[], torch.Tensor]:
-        """What is left to do at the accelerator for a batch of texts, tokenized now where the teacher lets us."""
-        tokenize = getattr(teacher, "tokenize", None)
-        if tokenize is None:
-            return lambda: teacher.encode_texts(texts)
-        with self._tokenizing:
-            tokens = tokenize(texts)
-        return lambda: teacher.encode_tokens(tokens)  # type: ignore[attr-defined]
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """The accelerator to oneself; time in here is what counts as busy."""
-        with self._turn, torch.inference_mode():
-            start = time.perf_counter()
-            try:
-                yield
-            finally:
-                self.counters.busy += time.perf_counter() - start
 
 
 def process_shard(

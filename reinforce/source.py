@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import itertools
 import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -94,6 +95,12 @@ def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
             if len(data) < length:
                 raise DamagedTar(offset + len(data), f"{length} bytes at {offset} are referred to, but the file ends")
             yield bytes(data)
+
+
+def referenced_images(references: list[dict[str, object]]) -> Iterator[bytes]:
+    """Images of one row group from their tar: consecutive rows of one URL are one sequential read."""
+    for url, rows in itertools.groupby(references, key=lambda reference: str(reference["url"])):
+        yield from read_ranges(url, ((int(str(r["offset"])), int(str(r["length"]))) for r in rows))
 
 
 @dataclass

@@ -13,8 +13,8 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.errors import UserError
 from reinforce.estimate import expected_bytes
-from reinforce.layers import describe_models, layers_of
 from reinforce.plan import make_plan, shards_of
+from reinforce.recipe import describe_models, layers_of
 from reinforce.store import Store
 from schemas import Reason
 from tests.conftest import config_of, members_of
