@@ -26,8 +26,8 @@ class Layer:
     """One product for all shards; ``name`` is its folder in the dataset.
 
     ``needs`` names the layers it is computed from, ``model`` the captioner or teacher that makes it, ``texts`` what
-    the latter encodes (``caption`` or a captioner's name), ``count`` the vectors or captions a row (K or N). ``dim`` is None until a model of unknown dimension
-    has been loaded.
+    the latter encodes (``caption`` or a captioner's name), ``count`` the vectors or captions a row (K or N). ``dim``
+    is None until a model of unknown dimension has been loaded.
     """
 
     name: str
