@@ -93,8 +93,8 @@ class Driver:
             outcome = str(error)
             raise
         finally:
-            self.pool.close()
             summary = self._summary(time.monotonic() - start, outcome)
+            self.pool.close()
             self.events.finish(asdict(summary))
         return summary
 

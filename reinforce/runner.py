@@ -92,15 +92,15 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": True}
     if address:
         try:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError) as error:
             raise UserError(f"no Ray cluster at {address}: {error}") from error
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+        # On ERROR, since on WARNING Ray explains its token authentication, which nobody meets on one machine.
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
