@@ -75,7 +75,7 @@ class Driver:
         self.finished: set[str] = set()
         self.quarantined: set[str] = set()
         self.samples = self.bytes = 0
-        self.busy = self.gone_busy = self.gone_alive = 0.0
+        self.busy = 0.0
         self.manifest_written = False
 
     def run(self) -> RunSummary:
@@ -234,7 +234,6 @@ class Driver:
         """A worker is gone, with all its leases; whose fault it was may not be known yet."""
         assert slot.started is not None
         works = list(slot.leases.values())
-        self.gone_busy, self.gone_alive = self.gone_busy + slot.busy, self.gone_alive + time.monotonic() - slot.since
         self.pool.remove(slot)
         # A process that dies is known to be dead at once; a worker out of reach may be on a node that is being lost.
         patience = _NODE_VERDICT_SECONDS if isinstance(error, ActorUnavailableError) else 0.0
@@ -296,8 +295,8 @@ class Driver:
             shards=len(self.plan.work),
             samples=max(self.samples, sum(slot.samples for slot in slots)),
             samples_done=self.samples,
-            busy=self.gone_busy + sum(slot.busy for slot in slots),
-            alive=self.gone_alive + sum(now - slot.since for slot in slots),
+            busy=self.pool.gone_busy + sum(slot.busy for slot in slots),
+            alive=self.pool.gone_alive + sum(now - slot.since for slot in slots),
             workers=len(slots),
             quarantined_shards=len(self.quarantined),
             refused_rows=sum(self.refused.values()),

@@ -49,6 +49,7 @@ class Pool:
         self.loading: dict[Any, Slot] = {}
         self.leases: dict[Any, Slot] = {}
         self.failed_starts = 0
+        self.gone_busy = self.gone_alive = 0.0  # of workers that are no more
         self._places = 0
         self._counted = -_COUNT_SECONDS
 
@@ -73,6 +74,11 @@ class Pool:
     def remove(self, slot: Slot) -> None:
         """End a worker; its leases are nobody's then."""
         self.slots.remove(slot)
+        if slot.started is not None:
+            self.gone_busy, self.gone_alive = (
+                self.gone_busy + slot.busy,
+                self.gone_alive + time.monotonic() - slot.since,
+            )
         for ref in slot.leases:
             del self.leases[ref]
         self.loading = {ref: other for ref, other in self.loading.items() if other is not slot}
