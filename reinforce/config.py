@@ -110,7 +110,9 @@ class Failures(Section):
 
     attempts: int = Field(3, ge=1, description="attempts at a shard that raises before it is quarantined")
     solo_attempts: int = Field(2, ge=1, description="times a shard may kill its worker alone before it is quarantined")
-    allowed_share: float = Field(0.01, ge=0, le=1, description="share of shards in quarantine above which a run fails")
+    allowed_share: float = Field(
+        0.01, ge=0, le=1, description="share of shards in quarantine above which a run fails (from 11 on it stops)"
+    )
 
 
 class Config(Section):

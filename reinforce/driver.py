@@ -43,6 +43,7 @@ from schemas import Reason
 _TICK = 0.5
 _POLL_SECONDS = 5.0
 _MOST_POLLED = 256  # workers asked at a time for their counts between shards
+_FEW_SHARDS = 10  # given up, before a run is stopped for their share
 _MAX_FAILED_STARTS = 3
 _NODE_VERDICT_SECONDS = 60.0  # Ray takes up to that long to notice that a node is gone
 
@@ -210,8 +211,8 @@ class Driver:
         self.busy += result.busy
         self.refused.update(result.refused)
         if result.given_up:
-            self.quarantined.add(work.shard)
             self.progress.say(f"{work.shard}: {result.given_up}, in quarantine")
+            self._count_quarantined(work.shard)
         self.events.add("shard", **asdict(result))
 
     def _raised(self, work: Work, error: Exception) -> None:
@@ -264,9 +265,9 @@ class Driver:
     def _give_up(self, work: Work, layer: str, reason: Reason, detail: str) -> None:
         """Quarantine a shard in ``layer`` and in what needs it; its other layers get another chance without them."""
         self.store.quarantine(layer, work.shard, [(None, reason, detail)])
-        self.quarantined.add(work.shard)
         self.events.add("shard_quarantined", shard=work.shard, layer=layer, reason=reason.value, detail=detail[:2000])
         self.progress.say(f"{work.shard}: {reason.value} in {layer}, in quarantine")
+        self._count_quarantined(work.shard)
         lost = {layer}
         for name in work.layers:
             if not lost.isdisjoint(self.plan.layers[name].needs):
@@ -277,6 +278,17 @@ class Driver:
             self.queue.append(Work(work.shard, work.url, rest))
         else:
             self.finished.add(work.shard)
+
+    def _count_quarantined(self, shard: str) -> None:
+        """Stop a run that has failed already: what hits so many shards (credentials, a disk) would hit the rest."""
+        self.quarantined.add(shard)
+        count, share = self.plan.quarantined + len(self.quarantined), self.config.failures.allowed_share
+        if count > max(_FEW_SHARDS, share * self.plan.shards):
+            raise UserError(
+                f"stopped: {count:,} of {self.plan.shards:,} shards are in quarantine, more than "
+                f"failures.allowed_share = {share:g}, which looks like one fault of them all. See quarantine/ for the "
+                "reasons, mend it and run with --retry-quarantined."
+            )
 
     # -- numbers
 

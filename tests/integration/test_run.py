@@ -230,3 +230,14 @@ def test_too_many_quarantined_shards_fail_the_run(tmp_path: Path) -> None:
     config = config_of(urls, tmp_path / "out", failures={"allowed_share": 0.4})  # type: ignore[arg-type]
     assert reinforce.run(config).status == 1
     assert reinforce.run(config).status == 1, "also when there is nothing left to do"
+
+
+def test_a_fault_of_all_shards_stops_the_run_before_it_quarantines_the_rest(tmp_path: Path) -> None:
+    write_tar(tmp_path / "source" / "00000.tar", members_of(0, 3))
+    source = f"{tmp_path}/source/{{00000..00199}}.tar"
+    config = config_of(source, tmp_path / "out", failures={"allowed_share": 0.05})
+    with pytest.raises(reinforce.UserError, match=r"stopped: 11 of 200 shards .* --retry-quarantined"):
+        reinforce.run(config)
+    assert len(list((tmp_path / "out" / "quarantine" / "samples").iterdir())) < 20
+    last_run = sorted((tmp_path / "out" / "runs").iterdir())[-1]
+    assert json.loads((last_run / "summary.json").read_text())["status"] == 1
