@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test bench lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ demo: $(INSTALLED) ## reinforce 4,009 emoji with small models and show the resul
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest
+
+bench: $(INSTALLED) ## how near the pipeline comes to this machine's limits (two minutes)
+	$(BIN)/python -m reinforce.bench
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check

@@ -69,9 +69,8 @@ def plan(config: ConfigPath, set_: Overrides = None) -> None:
     expected = expected_bytes(made)
     Console().print(plan_table(made, expected))
     total = sum(size or 0 for size in expected.values())
-    typer.echo(
-        f"{made.shards:,} shards, {len(made.work):,} with something missing, about {human_bytes(total)} to write"
-    )
+    size = human_bytes(total) if None not in expected.values() else f"{human_bytes(total)} or more"
+    typer.echo(f"{made.shards:,} shards, {len(made.work):,} with something missing, about {size} to write")
 
 
 @app.command()

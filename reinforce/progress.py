@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 _LOG_SECONDS = 10.0
@@ -59,7 +61,10 @@ class Progress:
         while moment - self._history[0][0] > _WINDOW_SECONDS and len(self._history) > 2:
             self._history.popleft()
         if self._live:
-            self._live.update(Text(self.line(now)))
+            row = Table.grid(padding=(0, 1))
+            bar = ProgressBar(total=_expected(now) or 1, completed=now.samples if now.samples_done else 0, width=20)
+            row.add_row(bar, Text(self.line(now), no_wrap=True, overflow="ellipsis"))
+            self._live.update(row)
         elif moment - self._printed >= _LOG_SECONDS:
             self._printed = moment
             self.say(self.line(now))
@@ -70,7 +75,7 @@ class Progress:
         parts = [f"{now.shards_done:,} of {now.shards:,} shards", f"{now.samples:,} samples"]
         if span > 0 and now.samples > then.samples:
             parts.append(f"{(now.samples - then.samples) / span:,.0f} samples/s")
-        if now.alive > then.alive:
+        if now.busy > 0 and now.alive > then.alive:
             parts.append(f"accelerator busy {min(1.0, (now.busy - then.busy) / (now.alive - then.alive)):.0%}")
         parts.append(f"{now.workers} worker{'s' * (now.workers != 1)}")
         eta = self._eta(now)
@@ -81,11 +86,18 @@ class Progress:
         return "  ".join(parts)
 
     def _eta(self, now: Snapshot) -> float | None:
-        """Seconds to go at the pace of this run so far, if the other shards are as long as the finished ones."""
-        if now.samples_done == 0:
+        """Seconds to go at the pace of this run so far."""
+        expected = _expected(now)
+        if expected is None:
             return None
-        expected = max(now.samples, now.samples_done / now.shards_done * now.shards)
         return (time.monotonic() - self._start) / now.samples * (expected - now.samples)
+
+
+def _expected(now: Snapshot) -> float | None:
+    """Samples of all shards, if the others are as long as the finished ones."""
+    if now.samples_done == 0:
+        return None
+    return max(now.samples, now.samples_done / now.shards_done * now.shards)
 
 
 def _clock(seconds: float) -> str:
