@@ -189,6 +189,8 @@ class _Shard:
         count = self.config.augmentations.count
         of_crops = [layer for layer in self.layers.values() if layer.kind == "images"]
         captioning = [layer for layer in self.layers.values() if layer.kind == "captions"]
+        if not of_crops and not captioning:
+            return
         # All that the CPU can do comes before the turn.
         crops = put(np.concatenate([r.crops for r in rows if r.crops is not None])) if of_crops else None
         specs = {self._captioner(layer).image for layer in captioning}

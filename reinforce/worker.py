@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -50,6 +51,7 @@ class Worker:
     def load(self) -> Started:
         """Load the models of the layers in ``needed``. Raises UserError if one cannot be."""
         torch.set_num_threads(self.config.workers.cpus)
+        warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, one line an image; what is refused is told
         sys.path[:0] = [path for path in self.folders if path not in sys.path]
         self.models = load_models(self.config, [self.layers[name] for name in self.needed])
         known = {

@@ -21,7 +21,7 @@ from tests.conftest import config_of, members_of, tree, write_tar
 ROOT = Path(__file__).parents[2]
 
 
-def slow_config(source: str, output: Path, delay: float = 0.05) -> dict[str, Any]:
+def slow_config(source: str, output: Path, delay: float = 0.15) -> dict[str, Any]:
     config = config_of(source, output, captioners={})
     config["teachers"] = {"red": {"class": "tests.models:Colour", "options": {"delay": delay}}}
     return config
