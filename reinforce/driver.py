@@ -6,6 +6,7 @@ What it does when something fails:
 - when a worker's process dies, every shard in flight in it is a suspect and runs alone next; only a shard that
   kills its process alone, again and again, is quarantined;
 - a node that is lost counts against nobody;
+- a worker at which one shard after the other fails is replaced;
 - an error that is the user's to mend (a fingerprint, missing weights) ends the run at once.
 """
 
@@ -43,6 +44,7 @@ from schemas import Reason
 _TICK = 0.5
 _POLL_SECONDS = 5.0
 _MOST_POLLED = 256  # workers asked at a time for their counts between shards
+_FAILURES_OF_A_WORKER = 3
 _FEW_SHARDS = 10  # given up, before a run is stopped for their share
 _MAX_FAILED_STARTS = 3
 _NODE_VERDICT_SECONDS = 60.0  # Ray takes up to that long to notice that a node is gone
@@ -198,10 +200,11 @@ class Driver:
         try:
             result: ShardResult = ray.get(ref)
         except RayTaskError as error:
-            self._raised(self.pool.returned(ref), cause_of(error))
+            self._raised(slot, self.pool.returned(ref), cause_of(error))
         except RayError as error:
             self._died(slot, error)
         else:
+            slot.failures = 0
             self._finished(self.pool.returned(ref), result)
 
     def _finished(self, work: Work, result: ShardResult) -> None:
@@ -215,10 +218,13 @@ class Driver:
             self._count_quarantined(work.shard)
         self.events.add("shard", **asdict(result))
 
-    def _raised(self, work: Work, error: Exception) -> None:
+    def _raised(self, slot: Slot, work: Work, error: Exception) -> None:
         """A lease raised: again after a while, and at last into quarantine."""
         if isinstance(error, UserError):
             raise error
+        slot.failures += 1
+        if slot.failures >= _FAILURES_OF_A_WORKER:
+            self._replace(slot)
         self.attempts[work.shard] += 1
         tries, limit = self.attempts[work.shard], self.config.failures.attempts
         text = f"{type(error).__name__}: {error}"
@@ -230,6 +236,14 @@ class Driver:
             return
         layer = error.layer if isinstance(error, LayerFailure) else work.layers[0]
         self._give_up(work, layer, Reason.SHARD_FAILED, text)
+
+    def _replace(self, slot: Slot) -> None:
+        """End a worker at which everything fails, such as one whose accelerator is in a bad state; others follow."""
+        assert slot.started is not None
+        self.events.add("worker_replaced", node=slot.started.node, pid=slot.started.pid, failures=slot.failures)
+        self.progress.say(f"a worker is replaced: {slot.failures} shards in a row have failed at it")
+        self.queue.extendleft(slot.leases.values())
+        self.pool.remove(slot)
 
     def _died(self, slot: Slot, error: RayError) -> None:
         """A worker is gone, with all its leases; whose fault it was may not be known yet."""

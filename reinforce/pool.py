@@ -28,6 +28,7 @@ class Slot:
     leases: dict[Any, Work] = field(default_factory=dict)
     alone: bool = False
     draining: bool = False
+    failures: int = 0  # leases that raised since the last one that did not
     samples: int = 0
     busy: float = 0.0
     since: float = field(default_factory=time.monotonic)

@@ -90,6 +90,22 @@ class Trouble(Colour):
         return out
 
 
+class Poisoned(Colour):
+    """From the first text with the word on, everything fails in this process, as after a fault of an accelerator."""
+
+    def __init__(self, device: torch.device, word: str, once: str) -> None:
+        super().__init__(device, size=8, dim=4)
+        self.word, self.once, self.broken = word, once, False
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        if any(self.word in text for text in texts) and not os.path.exists(self.once):
+            with open(self.once, "w"):
+                self.broken = True
+        if self.broken:
+            raise RuntimeError("device-side assert triggered")
+        return super().encode_texts(texts)
+
+
 class Misshapen(Colour):
     """States a dimension that it does not give."""
 

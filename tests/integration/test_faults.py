@@ -169,6 +169,20 @@ def test_a_fault_that_passes_leaves_no_trace(shards: Callable[..., str], tmp_pat
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_a_worker_at_which_everything_fails_is_replaced_and_costs_no_shard(
+    shards: Callable[..., str], tmp_path: Path
+) -> None:
+    config = config_of(shards(*[10] * 8), tmp_path / "out", captioners={})
+    config["workers"] = {"batch": 16, "max": 1}
+    options = {"word": "thing 3 of shard 1", "once": str(tmp_path / "flag")}
+    config["teachers"] = {"ill": {"class": "tests.models:Poisoned", "options": options}}
+    summary = reinforce.run(config)
+    assert (summary.status, summary.quarantined_shards, summary.samples) == (0, 0, 80)
+    events = "".join(path.read_text() for path in tmp_path.glob("out/runs/*/events-*.jsonl"))
+    assert events.count('"worker_replaced"') == 1
+
+
 def test_a_second_run_on_the_same_dataset_is_refused_and_ctrl_c_ends_the_first(source: str, tmp_path: Path) -> None:
     config = slow_config(source, tmp_path / "out", delay=0.1)
     first = start(config, tmp_path)
