@@ -182,7 +182,7 @@ def main() -> None:
         print(f"decode and augment alone        {limit:8.0f} samples/s, the limit")
         print(f"rows read ahead for the models  {read['rows']:8.0f} samples/s, {read['rows'] / limit:.2f} of it")
         print(f"whole shards, models for free   {read['shards']:8.0f} samples/s, {read['shards'] / limit:.2f} of it")
-        pace = 1.4 / (2 * limit)  # an accelerator that needs 1.4 times as long as reading does
+        pace = 1.4 / (2 * read["shards"])  # an accelerator that needs 1.4 times as long as all the rest
         busy = compare({"one": lambda: bench.shards(1, pace)[1], "two": lambda: bench.shards(2, pace)[1]})
         print(f"accelerator busy, one shard in flight {busy['one']:.2f}, two {busy['two']:.2f}")
     speed = texts(options.device)
