@@ -59,7 +59,6 @@ class Dataset:
         self.layers = [SAMPLES, *(name for name in wanted if name in manifest["layers"])]
         listings = [self.store.shards(name) for name in self.layers]
         self.shards = sorted(set(listings[0]).intersection(*listings[1:]))
-        self.incomplete = sorted(set(listings[0]) - set(self.shards))
         if not self.shards:
             raise UserError(f"{url} has no shard that is complete in {', '.join(self.layers)}. Finish the run.")
 

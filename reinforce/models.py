@@ -22,7 +22,7 @@ from teachers.registry import load_captioner, load_teacher
 
 @dataclass
 class Counters:
-    """What a worker has done so far; read by the driver while shards run."""
+    """What a worker (read by the driver while shards run) or one of its shards has done so far."""
 
     samples: int = 0
     busy: float = 0.0  # seconds the accelerator worked
@@ -49,14 +49,17 @@ class Models:
         return lambda: teacher.encode_tokens(tokens)  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """The accelerator to oneself; time in here is what counts as busy."""
+    def turn(self, shard: Counters | None = None) -> Iterator[None]:
+        """The accelerator to oneself; time in here is what counts as busy, for the worker and for ``shard``."""
         with self._turn, torch.inference_mode():
             start = time.perf_counter()
             try:
                 yield
             finally:
-                self.counters.busy += time.perf_counter() - start
+                seconds = time.perf_counter() - start
+                self.counters.busy += seconds
+                if shard is not None:
+                    shard.busy += seconds
 
 
 def load_models(config: Config, layers: Iterable[Layer]) -> Models:

@@ -10,7 +10,7 @@ from reinforce.config import Config
 from reinforce.errors import UserError
 from reinforce.layers import SAMPLES, Layer
 from reinforce.recipe import describe_models, layers_of
-from reinforce.store import MANIFEST, Store, fingerprint_error, footer_of
+from reinforce.store import MANIFEST, Store, fingerprint_error
 from reinforce.urls import canonical, compression, expand, shard_names
 from schemas import Reason
 
@@ -58,10 +58,9 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
     layers = layers_of(config, describe_models(config))
     urls = shards_of(config)
     store = Store(config.output)
-    check_fingerprints(store, layers)
-
     committed = {name: store.shards(name) for name in layers}
-    refused = {name: {} if retry_quarantined else _refused(store, name, committed[name]) for name in layers}
+    check_fingerprints(store, layers, committed)
+    refused = {name: {} if retry_quarantined else given_up(store, name, committed[name]) for name in layers}
     work = []
     missing = dict.fromkeys(layers, 0)
     quarantined = dict.fromkeys(layers, 0)
@@ -98,7 +97,7 @@ def shards_of(config: Config) -> dict[str, str]:
     return dict(zip(shard_names(urls), urls, strict=True))
 
 
-def check_fingerprints(store: Store, layers: Mapping[str, Layer]) -> None:
+def check_fingerprints(store: Store, layers: Mapping[str, Layer], committed: Mapping[str, Mapping[str, int]]) -> None:
     """Raise UserError where a layer exists already and was made by another recipe."""
     manifest = store.read_json(MANIFEST)
     known = (manifest or {}).get("layers", {})
@@ -106,15 +105,15 @@ def check_fingerprints(store: Store, layers: Mapping[str, Layer]) -> None:
         if name in known:
             if known[name]["fingerprint"] != layer.fingerprint:
                 raise fingerprint_error(store.path(name), known[name]["fingerprint"], layer.fingerprint)
-        elif found := next(iter(store.shards(name)), None):
-            # No word of this layer in dataset.json, yet files: believe their footers.
-            with store.open_layer(name, found, layer.fingerprint) as file:
-                footer_of(file)
+        elif found := next(iter(committed[name]), None):
+            # No word of this layer in dataset.json, yet files: opening one compares its footer.
+            with store.open_layer(name, found, layer.fingerprint):
+                pass
     if known and SAMPLES not in known:
         raise UserError(f"{store.path(MANIFEST)} names layers but no samples. Restore the file or start a new output.")
 
 
-def _refused(store: Store, layer: str, committed: Mapping[str, int]) -> set[str]:
+def given_up(store: Store, layer: str, committed: Mapping[str, int]) -> set[str]:
     """Shards of a layer that were given up as a whole.
 
     A quarantine file is written before the layer's own, so one without the other can also be the trace of a kill

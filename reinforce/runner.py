@@ -13,7 +13,7 @@ from reinforce.config import Config, load_config, parse_config
 from reinforce.errors import UserError
 from reinforce.layers import SAMPLES
 from reinforce.manifest import update_manifest
-from reinforce.plan import WHOLE_SHARD, Plan, make_plan
+from reinforce.plan import Plan, given_up, make_plan
 from reinforce.progress import Progress
 from reinforce.store import MANIFEST, Store
 from reinforce.summary import RunSummary, nothing_to_do
@@ -76,11 +76,10 @@ def check_source(plan: Plan) -> None:
 
 
 def _forget_quarantine(plan: Plan, store: Store) -> None:
-    for work in plan.work:
-        for layer in work.layers:
-            path = store.quarantine_path(layer, work.shard)
-            if store.fs.exists(path) and any(r["reason"] in WHOLE_SHARD for r in store.quarantined(layer, work.shard)):
-                store.fs.rm_file(path)
+    planned = {work.shard for work in plan.work}
+    for layer in plan.layers:
+        for shard in given_up(store, layer, store.shards(layer)) & planned:
+            store.fs.rm_file(store.quarantine_path(layer, shard))
 
 
 @contextlib.contextmanager

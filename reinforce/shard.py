@@ -18,7 +18,7 @@ from reinforce import vectors
 from reinforce.augment import to_records
 from reinforce.config import Config
 from reinforce.layers import SAMPLES, Layer, captions_layer
-from reinforce.models import Models
+from reinforce.models import Counters, Models
 from reinforce.plan import Work
 from reinforce.rows import Row, Wanted, rows_from_samples, rows_from_source
 from reinforce.seeds import seed_for
@@ -81,8 +81,7 @@ class _Shard:
         self.source = canonical(work.url)
         self.refused: dict[str, list[Refused]] = {}
         self.given_up: str | None = None
-        self.samples = 0
-        self.busy = 0.0
+        self.counters = Counters()
 
     def run(self) -> ShardResult:
         start = time.perf_counter()
@@ -105,11 +104,11 @@ class _Shard:
         return ShardResult(
             self.work.shard,
             () if self.given_up else self.work.layers,
-            self.samples,
+            self.counters.samples,
             _count(self.refused),
             self.given_up,
             time.perf_counter() - start,
-            self.busy,
+            self.counters.busy,
             size,
         )
 
@@ -157,7 +156,7 @@ class _Shard:
             for row in batch:
                 row.crops, row.views = None, {}
             kept += batch
-            self.samples += len(batch)
+            self.counters.samples += len(batch)
             self.models.counters.samples += len(batch)
 
         keys = [row.key for row in kept]
@@ -195,7 +194,7 @@ class _Shard:
         crops = put(np.concatenate([r.crops for r in rows if r.crops is not None])) if of_crops else None
         specs = {self._captioner(layer).image for layer in captioning}
         views = {spec: put(np.stack([row.views[spec] for row in rows])) for spec in specs}
-        with self._turn():
+        with self.models.turn(self.counters):
             prepared: dict[ImageSpec, torch.Tensor] = {}
             outputs: dict[str, torch.Tensor] = {}
             for layer in of_crops:
@@ -239,7 +238,7 @@ class _Shard:
             chunk = distinct[i : i + batch]
             with _naming(layer):
                 encode = self.models.text_encoder(teacher, chunk)
-                with self._turn():
+                with self.models.turn(self.counters):
                     encoded[i : i + batch] = _checked(encode(), len(chunk), teacher.dim)
         values = np.zeros((len(keys), layer.count, teacher.dim), np.float32)
         valid = np.zeros(len(keys), bool)
@@ -286,15 +285,6 @@ class _Shard:
                 self._refuse(layer, row.key, row.refusal.reason, row.refusal.detail)
 
     # -- models and files
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        with self.models.turn():
-            start = time.perf_counter()
-            try:
-                yield
-            finally:
-                self.busy += time.perf_counter() - start
 
     def _captioner(self, layer: Layer) -> Captioner:
         return self.models.captioners[str(layer.model)]

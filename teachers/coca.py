@@ -11,7 +11,7 @@ import torch
 
 from teachers import open_clip_catalog as catalog
 from teachers.device import Accelerator
-from teachers.open_clip import image_spec, load_model
+from teachers.open_clip import image_spec, load_model, model_name
 from teachers.sampling import sample_nucleus, uniforms
 from teachers.spec import CaptionerSpec
 
@@ -35,9 +35,7 @@ class CocaCaptioner:
         self._spec = spec
         self._accelerator = accelerator
         self._model = accelerator.prepare(model)
-        self._tokens = Vocabulary(
-            open_clip.get_tokenizer(spec.model if ":" in spec.model else catalog.builtin_name(spec.model))
-        )
+        self._tokens = Vocabulary(open_clip.get_tokenizer(model_name(spec)))
         size = model.text_decoder.text_projection.shape[1]
         self._impossible = self._tokens.impossible(size).to(accelerator.device)
 

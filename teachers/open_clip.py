@@ -30,10 +30,10 @@ class OpenClipTeacher:
         model = load_model(spec)
         self._device = device
         self._model = device.prepare(model)
-        self.dim = int(open_clip.get_model_config(_name(spec))["embed_dim"])
+        self.dim = int(open_clip.get_model_config(model_name(spec))["embed_dim"])
         self.image: ImageSpec | None = image_spec(open_clip.get_model_preprocess_cfg(model))
         self.logit_scale: float | None = spec.logit_scale or float(self._model.logit_scale.exp())
-        self._text = TextSide(self._model, open_clip.get_tokenizer(_name(spec)), device)
+        self._text = TextSide(self._model, open_clip.get_tokenizer(model_name(spec)), device)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
@@ -61,7 +61,7 @@ def load_model(spec: ModelSpec) -> Any:
     Raises ValueError for an unknown name or tag, for an activation that the weights were not trained with, and for
     weights that do not fit; FileNotFoundError for files that are not there.
     """
-    name = _name(spec)
+    name = model_name(spec)
     catalog.check(name, spec.pretrained)
     path, preprocessing = _weights(name, spec.pretrained)
     with _without_warning_of_random_weights():
@@ -97,7 +97,8 @@ def image_spec(config: dict[str, Any]) -> ImageSpec:
     )
 
 
-def _name(spec: ModelSpec) -> str:
+def model_name(spec: ModelSpec) -> str:
+    """The spec's model as open_clip spells it."""
     assert spec.model is not None
     return spec.model if ":" in spec.model else catalog.builtin_name(spec.model)
 
