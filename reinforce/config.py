@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from reinforce.errors import UserError
+from reinforce import settings
+from reinforce.settings import Section
 from teachers.spec import CaptionerSpec, TeacherSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -24,12 +24,6 @@ def _layer_name(name: str) -> str:
 
 
 LayerName = Annotated[str, AfterValidator(_layer_name)]
-
-
-class Section(BaseModel):
-    """Base of every part of a config: unknown keys and loose types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Limits(Section):
@@ -128,85 +122,17 @@ class Config(Section):
     )
     input: Input = Input()
     augmentations: Augmentations = Augmentations()
-    captioners: dict[LayerName, CaptionerSpec] = {}
-    teachers: dict[LayerName, TeacherSpec] = {}
+    captioners: dict[LayerName, CaptionerSpec] = Field(default_factory=dict)
+    teachers: dict[LayerName, TeacherSpec] = Field(default_factory=dict)
     workers: Workers = Workers()
     failures: Failures = Failures()
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML config and apply ``key.sub=value`` overrides (values are YAML). Raises UserError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"config {path}: {error.strerror or error}. Give the path of a YAML file.") from error
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"config {path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(
-            f"config {path}: want a mapping of keys such as `source` and `output`, got {type(data).__name__}"
-        )
-    for override in overrides or []:
-        _override(data, override)
-    return parse_config(data, where=f"config {path}")
+    return settings.load(Config, path, overrides)
 
 
 def parse_config(data: dict[str, Any], where: str = "config") -> Config:
     """Check a mapping against the schema. Raises UserError with one line for each fault."""
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        lines = [f"  {_location(fault['loc'])}: {_explain(dict(fault))}" for fault in error.errors()]
-        raise UserError(f"{where} has {len(lines)} fault{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None
-
-
-def _location(loc: tuple[int | str, ...]) -> str:
-    parts = [str(part) for part in loc if part not in ("[key]", "str", "list[str]", "literal['all','none']")]
-    return ".".join(parts) or "(whole)"
-
-
-def _explain(fault: dict[str, Any]) -> str:
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key; {_neighbours(fault['loc'])}"
-    if fault["type"] == "missing":
-        return "is required"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":
-        return message
-    return f"{message}, got {fault['input']!r}"
-
-
-def _neighbours(loc: tuple[int | str, ...]) -> str:
-    """Name the keys that would have been right at this place."""
-    model: Any = Config
-    for part in loc[:-1]:
-        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-            model = model.model_fields[str(part)].annotation
-        elif part == "captioners" or model == Config.model_fields["captioners"].annotation:
-            model = CaptionerSpec
-        elif model == Config.model_fields["teachers"].annotation:
-            model = TeacherSpec
-    if not (isinstance(model, type) and issubclass(model, BaseModel)):
-        return "remove it"
-    keys = [field.alias or name for name, field in model.model_fields.items()]
-    return "known keys here: " + ", ".join(keys)
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    path, equals, value = override.partition("=")
-    if not equals or not path:
-        raise UserError(f"--set {override!r}: want key.sub=value, for example --set workers.cpus=4")
-    *parents, last = path.split(".")
-    node: Any = data
-    for part in parents:
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict):
-            raise UserError(f"--set {override!r}: `{part}` is not a section")
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not YAML: {error}") from error
+    return settings.parse(Config, data, where)

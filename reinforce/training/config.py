@@ -1,0 +1,67 @@
+"""The parts of a training's config that do not depend on what is trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from reinforce.settings import Section
+
+
+class Optimizer(Section):
+    """AdamW with linear warm-up and a cosine down to ``final_lr``; defaults as MobileCLIP2 trains."""
+
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    final_lr: float = Field(1e-6, ge=0, description="learning rate of the last step")
+    warmup: int = Field(1000, ge=0, description="steps to the peak")
+    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.2, ge=0, description="of matrices; gains, biases and logit scales have none")
+    clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null: unbounded")
+
+
+class Compute(Section):
+    """Ranks and arithmetic. One rank drives one accelerator, or some cores."""
+
+    ranks: int = Field(1, ge=1, description="processes that train together; under torchrun its own number counts")
+    gpus: float = Field(0.0, ge=0, le=1, description="accelerators per rank")
+    cpus: int = Field(1, ge=1, description="cores per rank, its loader's processes included")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the forward pass (autocast)")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="parts in which a rank's batch passes the model; the loss still contrasts the whole batch",
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
+    compile: bool = Field(False, description="torch.compile the model")
+
+
+class Checkpoints(Section):
+    """When the state is saved; a killed training goes on from the last one, bit for bit."""
+
+    every: int = Field(1000, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="the latest ones that are kept; the best is kept besides")
+
+
+class Training(Section):
+    """Length and shape of a training."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps; give this or `epochs`")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; give this or `steps`")
+    batch: int = Field(1024, ge=2, description="samples of one step over all ranks")
+    optimizer: Optimizer = Optimizer()
+    compute: Compute = Compute()
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights, which is exported")
+    checkpoints: Checkpoints = Checkpoints()
+    log_every: int = Field(50, ge=1, description="steps between log lines")
+    retries: int = Field(3, ge=0, description="times that Ray Train starts the ranks again after a failure")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`")
+        parts = self.compute.ranks * self.compute.accumulate
+        if self.batch % parts:
+            raise ValueError(f"batch ({self.batch}) must be a multiple of compute.ranks x compute.accumulate ({parts})")
+        return self

@@ -1,0 +1,67 @@
+"""The seam between the training loop and what is learnt.
+
+The loop knows optimizers, ranks, parts of batches, checkpoints and logs; a task knows a model, a loss and how the
+result is judged and shipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+#: Nested mappings of tensors and lists, each with one entry a sample along its first dimension.
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the model makes of (a part of) a batch.
+
+    ``features`` [part, ...] are contrasted over the whole batch and all ranks; ``losses`` are means over the part's
+    samples, already weighted, and simply add up; ``scalars`` are learnt numbers the loss needs (the logit scale).
+    """
+
+    features: dict[str, torch.Tensor]
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    scalars: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """What a training needs to know of its subject; see ``reinforce.student.task`` for one."""
+
+    #: All that is learnt, heads included: ``model(batch) -> Encoded``. The loop moves it, compiles it, wraps it
+    #: in DistributedDataParallel, averages it and saves it.
+    model: torch.nn.Module
+
+    def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
+        """Weighted losses of a rank's whole batch, whose sum is minimised; gathers over ranks by itself.
+
+        Their mean over the ranks is the loss of the global batch.
+        """
+        ...
+
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        """Metrics by name; called on rank 0 with the (averaged) weights in eval mode."""
+        ...
+
+    def export(self, model: torch.nn.Module, folder: str) -> None:
+        """Write what users load into a local folder, safetensors and configs."""
+        ...
+
+
+class Feed(Protocol):
+    """Where the loop gets its batches from."""
+
+    #: Samples of one epoch over all ranks.
+    samples: int
+
+    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterable[Batch]:
+        """Endless batches of ``batch`` samples for one rank, from step ``start`` on.
+
+        A pure function of its arguments, so that a training that was killed goes on with the batches it would have
+        seen; epochs follow one another without an end.
+        """
+        ...
