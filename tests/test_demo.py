@@ -23,10 +23,11 @@ from safetensors.torch import load_file
 import schemas
 from reinforce.augment import sample, to_records
 from reinforce.config import Augmentations, load_config
-from reinforce.demo.data import PIXELS, SAMPLES_PER_SHARD, write_shards
+from reinforce.demo.data import SAMPLES_PER_SHARD, write_concepts, write_shards
 from reinforce.demo.models import MODELS, build_model, write_models
 from reinforce.demo.names import name_emoji, phrase
 from reinforce.demo.show import show_dataset
+from reinforce.demo.styles import PIXELS
 from reinforce.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -162,6 +163,29 @@ def test_credits_name_the_artists_and_the_licence(shards: list[Path]) -> None:
     text = shards[0].with_name("CREDITS.txt").read_text()
     assert "Twitter" in text
     assert "CC-BY 4.0" in text
+
+
+def test_concepts_are_the_same_emoji_in_every_style_and_told_apart_by_name(tmp_path: Path) -> None:
+    members: dict[str, dict[str, bytes]] = {}
+    for style in ("twemoji", "openmoji"):
+        members[style] = {}
+        for path in write_concepts(tmp_path / style, style):
+            with tarfile.open(path) as tar:
+                members[style] |= {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+    ours, theirs = members["twemoji"], members["openmoji"]
+    assert ours.keys() == theirs.keys()
+    captions = {name for name in ours if name.endswith(".txt")}
+    assert all(ours[name] == theirs[name] for name in captions)
+    pictures = [name for name in ours if name.endswith(".png")]
+    assert len(pictures) == len(captions) > 1000
+    assert not any(ours[name] == theirs[name] for name in pictures)
+    for drawn in members.values():
+        assert len({drawn[name] for name in pictures}) == len(pictures)
+    classes = [json.loads(data)["class"] for name, data in ours.items() if name.endswith(".json")]
+    assert len(set(classes)) == len(classes)
+    apple = json.loads(theirs["1f34e.json"])
+    assert (apple["class"], apple["group"]) == ("red apple", "food-fruit")
+    assert "OpenMoji" in (tmp_path / "openmoji" / "CREDITS.txt").read_text()
 
 
 def test_a_folder_that_cannot_be_made_is_a_users_error(tmp_path: Path) -> None:

