@@ -1,0 +1,63 @@
+"""Configs in general: faults are told with their place, whatever the section is nested in."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import pytest
+from pydantic import BeforeValidator, Field
+
+from reinforce import settings
+from reinforce.errors import UserError
+from reinforce.settings import Section
+
+
+class Leaf(Section):
+    size: int = 1
+    lambda_: float = Field(1.0, alias="lambda")
+
+
+class Root(Section):
+    name: str
+    one: Leaf = Leaf()
+    many: list[Leaf] = Field(default_factory=list)
+    named: dict[str, Leaf] = Field(default_factory=dict)
+    maybe: Leaf | None = None
+    either: str | list[str] = "a"
+    wrapped: Annotated[list[Leaf], BeforeValidator(lambda v: v if isinstance(v, list) else [v])] = Field(
+        default_factory=list
+    )
+
+
+@pytest.mark.parametrize("at", ["one", "maybe"])
+def test_a_misspelt_key_is_told_with_its_neighbours(at: str) -> None:
+    with pytest.raises(UserError, match=f"{at}.sise: unknown key; known keys here: size, lambda"):
+        settings.parse(Root, {"name": "n", at: {"sise": 2}})
+
+
+@pytest.mark.parametrize(
+    ("data", "place"),
+    [
+        ({"many": [{}, {"sise": 2}]}, "many.1.sise"),
+        ({"named": {"x": {"sise": 2}}}, "named.x.sise"),
+        ({"wrapped": {"sise": 2}}, "wrapped.0.sise"),
+    ],
+)
+def test_the_place_reaches_into_lists_and_mappings(data: dict[str, object], place: str) -> None:
+    with pytest.raises(UserError, match=f"{place}: unknown key; known keys here: size, lambda"):
+        settings.parse(Root, {"name": "n", **data})
+
+
+def test_a_wrong_type_in_a_union_is_told_at_its_key() -> None:
+    with pytest.raises(UserError) as caught:
+        settings.parse(Root, {"name": "n", "either": 3})
+    assert all(line.strip().startswith("either:") for line in str(caught.value).splitlines()[1:])
+
+
+def test_an_alias_is_the_key_that_users_write() -> None:
+    assert settings.parse(Root, {"name": "n", "one": {"lambda": 0.5}}).one.lambda_ == 0.5
+
+
+def test_sections_cannot_be_changed_after_they_were_checked() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        settings.parse(Root, {"name": "n"}).one.size = 3
