@@ -21,7 +21,8 @@ class Encoded:
     """What the model makes of (a part of) a batch.
 
     ``features`` [part, ...] are contrasted over the whole batch and all ranks; ``losses`` are means over the part's
-    samples, already weighted, and simply add up; ``scalars`` are learnt numbers the loss needs (the logit scale).
+    samples, already weighted, and simply add up; ``scalars`` are learnt numbers the loss needs (the logit scale), and
+    are logged under their names.
     """
 
     features: dict[str, torch.Tensor]
@@ -30,21 +31,27 @@ class Encoded:
 
 
 class Task(Protocol):
-    """What a training needs to know of its subject; see ``reinforce.student.task`` for one."""
+    """What a training needs to know of its subject; see ``reinforce.student.task`` for one.
+
+    Draw random numbers (dropout) from torch's global generators alone: the loop seeds them for each step, rank and
+    part, so that a training goes on with the numbers it would have had.
+    """
 
     #: All that is learnt, heads included: ``model(batch) -> Encoded``. The loop moves it, compiles it, wraps it
-    #: in DistributedDataParallel, averages it and saves it.
+    #: in DistributedDataParallel, averages it and saves it. The forward pass runs under autocast where the precision
+    #: asks for it. Parameters named ``logit_scale`` hold logarithms and are kept within [0, ln 100].
     model: torch.nn.Module
 
     def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
-        """Weighted losses of a rank's whole batch, whose sum is minimised; gathers over ranks by itself.
+        """Weighted losses of a rank's whole batch, whose sum is minimised, without ``encoded.losses``.
 
-        Their mean over the ranks is the loss of the global batch.
+        Gathers over ranks by itself; the mean over the ranks is the loss of the global batch. Called outside of
+        autocast, with features in the dtype in which the model left them and a batch on the device.
         """
         ...
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        """Metrics by name; called on rank 0 with the (averaged) weights in eval mode."""
+        """Metrics by name, the higher the better; called on rank 0 with the (averaged) weights in eval mode."""
         ...
 
     def export(self, model: torch.nn.Module, folder: str) -> None:
