@@ -42,6 +42,13 @@ class Task(Protocol):
     #: asks for it. Parameters named ``logit_scale`` hold logarithms and are kept within [0, ln 100].
     model: torch.nn.Module
 
+    def prepare(self, batch: Batch) -> Batch:
+        """The rank's whole batch, on its device, as ``model`` and ``losses`` want it; called once, before it is cut.
+
+        Here teachers in the loop add their embeddings. Runs without gradients and outside of autocast.
+        """
+        ...
+
     def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
         """Weighted losses of a rank's whole batch, whose sum is minimised, without ``encoded.losses``.
 
