@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import posixpath
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
@@ -96,6 +97,19 @@ class Store:
             file.write(data)
             file.flush()
             self._publish(file, local_path, self.path(*parts))
+
+    @contextlib.contextmanager
+    def new_file(self, *parts: str) -> Iterator[str]:
+        """A local path for a file of any size, which is published when the block ends and dropped if it raises.
+
+        Whoever writes may replace the file at the path: it keeps the permissions that files here have.
+        """
+        with self._staging() as (file, local_path):
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            yield local_path
+            os.chmod(local_path, mode)
+            with open(local_path, "rb") as written:
+                self._publish(written, local_path, self.path(*parts))
 
     def write_json(self, data: Mapping[str, Any], *parts: str) -> None:
         self.write_bytes((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), *parts)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal, TypeVar
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Module = TypeVar("Module", bound=torch.nn.Module)
+Mark: TypeAlias = "float | torch.cuda.Event"
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,10 +43,18 @@ class Accelerator:
             raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
         self.device = device
         self.precision = precision
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def prepare(self, module: Module) -> Module:
-        """Move a module here for inference: eval mode, no gradients, convolutions channels-last on CUDA."""
-        module.eval().requires_grad_(False).to(self.device)
+    def prepare(self, module: Module, cast: bool = False) -> Module:
+        """Move a module here for inference: eval mode, no gradients, convolutions channels-last on CUDA.
+
+        ``cast`` holds the weights in the precision itself: language models were trained so, and a step of theirs
+        reads every weight for a few rows.
+        """
+        module.eval().requires_grad_(False)
+        if cast:
+            return module.to(self.device, _DTYPES[self.precision])
+        module.to(self.device)
         if self.device.type == "cuda":
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module
@@ -68,6 +80,41 @@ class Accelerator:
         if self.device.type == "cuda" and tensor.device.type == "cpu":
             tensor = tensor.pin_memory()  # the allocator keeps it from reuse until the copy is done
         return tensor.to(self.device, non_blocking=True)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is put inside travels while the computation that is queued goes on; `arrived` ends the journey."""
+        with torch.cuda.stream(self._copies) if self._copies else nullcontext():
+            yield
+
+    def arrived(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Let the computation wait for tensors that were put `beside` it."""
+        if self._copies:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_stream(self._copies)
+            for tensor in tensors:
+                tensor.record_stream(stream)  # their memory is not reused before what is queued here is done
+
+    def mark(self) -> Mark:
+        """A moment on the device's own clock: when it gets to what is queued next."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds(self, start: Mark, end: Mark) -> float:
+        """Seconds from one mark to another that the device has passed, such as those it was idle in between."""
+        if isinstance(start, float) and isinstance(end, float):
+            return end - start
+        return float(start.elapsed_time(end)) / 1000  # type: ignore[union-attr, arg-type]
+
+    def peak_memory(self) -> int:
+        """Most bytes that tensors took on the device so far; on CPU, that the process took."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was queued; CPU work is done when its call returns."""
