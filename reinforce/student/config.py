@@ -64,20 +64,25 @@ class Data(Section):
 
 
 class Loss(Section):
-    """(1 - lambda) x CLIP's loss + lambda x distillation, over the true and over the synthetic captions, summed."""
+    """(1 - lambda) x CLIP's loss + lambda x (distillation + features), over true and over synthetic captions."""
 
-    lambda_: float = Field(1.0, ge=0, le=1, alias="lambda", description="1 is best for zero-shot, 0.7 for retrieval")
+    lambda_: float = Field(
+        1.0, ge=0, le=1, alias="lambda", description="1 is best for zero-shot, 0.7 for retrieval; 0 reads no teacher"
+    )
     targets: Literal["stored", "online"] = Field(
         "stored", description="`online` runs the teachers in the loop instead of reading their embeddings"
     )
     form: Literal["softmax", "sigmoid"] = Field("softmax", description="of CLIP's and of the distillation loss")
     logit_scales: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="by teacher, instead of the dataset's"
+        default_factory=dict, description="by teacher, instead of the dataset's or the model's own"
+    )
+    logit_biases: dict[str, float] = Field(
+        default_factory=dict, description="by teacher, with `sigmoid`; default: from each batch, see student/loss.py"
     )
     features: Literal["none", "one-sided", "all"] = Field(
         "one-sided", description="teachers whose vectors a projection of the student's approaches by cosine"
     )
-    features_weight: float = Field(1.0, gt=0)
+    features_weight: float = Field(1.0, gt=0, description="of that, beside distillation's 1")
     teachers: dict[str, TeacherSpec] = Field(
         default_factory=dict, description="with `online`: the models that are run, as in `reinforce run`"
     )
@@ -88,6 +93,8 @@ class Loss(Section):
             raise ValueError("targets `online` needs `teachers`: the models to run")
         if self.targets == "stored" and self.teachers:
             raise ValueError("`teachers` are run only with `targets: online`; name stored ones under `data.teachers`")
+        if self.logit_biases and self.form != "sigmoid":
+            raise ValueError("`logit_biases` belong to `form: sigmoid`: a softmax has none; remove them")
         return self
 
 

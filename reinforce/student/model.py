@@ -1,0 +1,184 @@
+"""The student: an open_clip model, with projections towards teachers' vectors while it learns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import open_clip
+import torch
+from torch.nn.functional import normalize
+
+from reinforce.errors import UserError
+from reinforce.student import config
+from reinforce.student.lesson import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, Known
+from reinforce.student.loss import Form
+from reinforce.training.task import Batch, Encoded
+from teachers import open_clip_catalog as catalog
+from teachers.open_clip import image_spec, load_model, model_name
+from teachers.pixels import to_pixels
+from teachers.protocols import ImageSpec
+from teachers.spec import ModelSpec
+
+#: Where SigLIP's logits start (arXiv 2303.15343).
+_SIGMOID_SCALE, _SIGMOID_BIAS = 10.0, -10.0
+
+
+class Student(torch.nn.Module):
+    """An open_clip model in training.
+
+    ``clip`` is the model itself, ``config`` its ``model_cfg``, ``name`` what open_clip knows both by. ``heads`` project
+    its features to the vectors of the teachers in ``features``; each of these costs ``features_weight`` x (1 - cosine).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        clip: Any,
+        config: Mapping[str, Any],
+        image: ImageSpec,
+        features: Mapping[str, Known] | None = None,
+        features_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.clip = clip
+        self.config = config
+        self.image = image
+        self.features = dict(features or {})
+        self.features_weight = features_weight
+        self.heads = torch.nn.ModuleDict()
+        for teacher, known in self.features.items():
+            for side in sorted(known.sides):
+                self.heads[_head(teacher, side)] = torch.nn.Linear(config["embed_dim"], known.dim, bias=False)
+
+    def forward(self, batch: Batch) -> Encoded:
+        """Unit-norm float32 features [part, D] of ``image`` and of each kind of text, which pass the tower at once."""
+        size = tuple(batch["image"].shape[1:3])
+        if size != (self.image.height, self.image.width):
+            raise UserError(f"images of {size[0]} x {size[1]} reach a student that takes {self.image.size}.")
+        kinds = [kind for kind in (CAPTION, SYNTHETIC) if kind in batch]
+        images = _unit(self.clip.encode_image(to_pixels(batch["image"], self.image)))
+        texts = _unit(self.clip.encode_text(torch.cat([batch[kind] for kind in kinds])))
+        features = {IMAGE: images, **dict(zip(kinds, texts.chunk(len(kinds)), strict=True))}
+        scalars = {"logit_scale": self.clip.logit_scale.exp().reshape(())}
+        if self.clip.logit_bias is not None:
+            scalars["logit_bias"] = self.clip.logit_bias.reshape(())
+        return Encoded(features, self._feature_losses(features, batch), scalars)
+
+    def _feature_losses(self, features: Mapping[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
+        """``features/WHAT``: weight x the mean over the teachers that have WHAT of 1 - cos(head(feature), vector)."""
+        losses: dict[str, torch.Tensor] = {}
+        for what, rows in features.items():
+            distances = []
+            for teacher, known in self.features.items():
+                if known.has(what):
+                    projected = _unit(self.heads[_head(teacher, IMAGES if what == IMAGE else TEXTS)](rows))
+                    distances.append(1 - (projected * batch["targets"][teacher][what]).sum(dim=-1).mean())
+            if distances:
+                losses[f"features/{what}"] = self.features_weight * torch.stack(distances).mean()
+        return losses
+
+
+def build_student(
+    spec: config.Student,
+    *,
+    seed: int,
+    form: Form = "softmax",
+    features: Mapping[str, Known] | None = None,
+    features_weight: float = 1.0,
+    checkpointing: bool = False,
+) -> Student:
+    """The model of a config, float32 on the CPU: with pretrained weights, or with random ones that ``seed`` decides.
+
+    ``local-dir:`` starts from the folder's weights if there are any. The bias that some models add to all logits is
+    nothing to a softmax and keeps its value there; with ``sigmoid`` a random model that was built without gets one.
+    Raises UserError.
+    """
+    try:
+        model = ModelSpec(model=spec.model, pretrained=spec.pretrained)
+        pretrained = _has_weights(model)
+        clip = load_model(model) if pretrained else _random_model(model_name(model), seed)
+        image = image_spec(open_clip.get_model_preprocess_cfg(clip))
+        _check_towers(model_name(model), image)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        raise UserError(f"student: {error}") from error
+    config = dict(open_clip.get_model_config(model_name(model)))
+    if form == "softmax" and clip.logit_bias is not None:
+        clip.logit_bias.requires_grad_(False)
+    if form == "sigmoid" and clip.logit_bias is None:
+        if pretrained:
+            raise UserError(
+                f"student: the weights of {spec.model} come from a softmax and have no logit bias, which `loss.form: "
+                "sigmoid` needs. Start from random weights or from those of a SigLIP model, or use `form: softmax`."
+            )
+        config |= {"init_logit_bias": _SIGMOID_BIAS, "init_logit_scale": math.log(_SIGMOID_SCALE)}
+        clip.logit_bias = torch.nn.Parameter(torch.full_like(clip.logit_scale, config["init_logit_bias"]))
+        torch.nn.init.constant_(clip.logit_scale, config["init_logit_scale"])
+    if checkpointing:
+        clip.set_grad_checkpointing()
+    with _seeded(seed):
+        return Student(model_name(model), clip.train(), config, image, features, features_weight)
+
+
+def tokenizer_of(student: Student) -> Any:
+    """open_clip's tokenizer of the model, whose texts fit its context. Raises UserError."""
+    try:
+        tokenizer = open_clip.get_tokenizer(student.name)
+        length = tokenizer(["a photo"]).shape[1]
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(f"student: the tokenizer of {student.name} cannot be loaded: {error}") from error
+    context = student.clip.context_length
+    fits = length <= context if "hf_model_name" in student.config["text_cfg"] else length == context
+    if not fits:
+        raise UserError(
+            f"student: the tokenizer of {student.name} gives {length} tokens and its text tower takes {context}. "
+            f"Set text_cfg.context_length to {context}."
+        )
+    return tokenizer
+
+
+def _has_weights(model: ModelSpec) -> bool:
+    name = model_name(model)
+    if name.startswith(catalog.FOLDER) and model.pretrained is None:
+        try:
+            catalog.folder_weights(name)
+        except FileNotFoundError:
+            catalog.model_config(name)  # without a config it is no model either
+            return False
+        return True
+    return name.startswith(catalog.HUB) or model.pretrained is not None
+
+
+def _random_model(name: str, seed: int) -> Any:
+    catalog.model_config(name)
+    with _seeded(seed):
+        return open_clip.create_model(name, load_weights=False, pretrained_text=False)
+
+
+def _check_towers(name: str, image: ImageSpec) -> None:
+    if image.height != image.width:
+        raise ValueError(
+            f"{name} takes images of {image.height} x {image.width}, and augmented crops are square: choose a model "
+            "with a square `image_size`"
+        )
+    if "multimodal_cfg" in open_clip.get_model_config(name):
+        raise ValueError(f"{name} is a captioner, whose decoder this loss would not train: choose a CLIP model")
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, torch draws as the seed says; outside, as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _unit(vectors: torch.Tensor) -> torch.Tensor:
+    return normalize(vectors.float(), dim=-1)
+
+
+def _head(teacher: str, side: str) -> str:
+    return f"{teacher.replace('.', '_')}/{side}"  # names of modules have no dots
