@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,20 +21,14 @@ from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec, TeacherSpec
 
 
-class OpenClipTeacher:
-    """Both sides of an open_clip model (CLIP, SigLIP, MobileCLIP, CoCa, ...), preprocessed as the model says.
+class OpenClipEncoder:
+    """Both sides of an open_clip model that is in memory, on its device and in eval mode; it is left as it is."""
 
-    Raises ValueError or FileNotFoundError for what the spec has wrong.
-    """
-
-    def __init__(self, spec: TeacherSpec, device: Accelerator) -> None:
-        model = load_model(spec)
+    def __init__(self, model: Any, image: ImageSpec, tokenizer: Any, device: Accelerator) -> None:
         self._device = device
-        self._model = device.prepare(model)
-        self.dim = int(open_clip.get_model_config(model_name(spec))["embed_dim"])
-        self.image: ImageSpec | None = image_spec(open_clip.get_model_preprocess_cfg(model))
-        self.logit_scale: float | None = spec.logit_scale or float(self._model.logit_scale.exp())
-        self._text = TextSide(self._model, open_clip.get_tokenizer(model_name(spec)), device)
+        self._model = model
+        self.image: ImageSpec | None = image
+        self._text = TextSide(model, copy.copy(tokenizer), device)  # which changes how the tokenizer cleans texts
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
@@ -53,6 +48,20 @@ class OpenClipTeacher:
         """What ``tokenize`` gave -> [B, dim] float32, unit norm."""
         with self._device.forward():
             return torch.nn.functional.normalize(self._text.encode(tokens).float(), dim=-1)
+
+
+class OpenClipTeacher(OpenClipEncoder):
+    """A model by its spec (CLIP, SigLIP, MobileCLIP, CoCa, ...), preprocessed as the model says.
+
+    Raises ValueError or FileNotFoundError for what the spec has wrong.
+    """
+
+    def __init__(self, spec: TeacherSpec, device: Accelerator) -> None:
+        model = device.prepare(load_model(spec))
+        image = image_spec(open_clip.get_model_preprocess_cfg(model))
+        super().__init__(model, image, open_clip.get_tokenizer(model_name(spec)), device)
+        self.logit_scale: float | None = spec.logit_scale or float(model.logit_scale.exp())
+        self.dim = int(open_clip.get_model_config(model_name(spec))["embed_dim"])
 
 
 def load_model(spec: ModelSpec) -> Any:
