@@ -19,6 +19,8 @@ from teachers import open_clip_catalog, transformers_catalog, weights
 from teachers.spec import CaptionerSpec, ModelSpec, TeacherSpec
 
 _SAMPLING = ("temperature", "top_p", "min_length", "max_length")
+#: What chat models of transformers alone are told; part of an identity only where it is set.
+_CHAT = ("prompt", "image_size")
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,34 @@ def describe_captioner(name: str, spec: CaptionerSpec) -> ModelInfo:
             cls = import_class(spec)
             if not callable(getattr(cls, "caption", None)):
                 raise ValueError(f"class {spec.class_} has no method `caption(pixels, seeds)`")
-            given = [field for field in _SAMPLING if field in spec.model_fields_set]
+            given = [field for field in (*_SAMPLING, *_CHAT) if field in spec.model_fields_set]
             if given:
                 raise ValueError(f"{', '.join(given)}: not used with `class`; pass them to your class in `options`")
             identity = {**_class_identity(spec, cls), "captions": spec.captions}
             return ModelInfo(dim=None, images=True, texts=False, identity=identity)
-        if spec.family != "open_clip":
-            raise ValueError(f"family {spec.family!r} has no captioners: use an open_clip CoCa model or a `class`")
-        info = _describe_open_clip(spec)
-        assert spec.model is not None
-        config = open_clip_catalog.model_config(spec.model)
-        if config is not None and "multimodal_cfg" not in config:
-            captioners = [known for known in open_clip_catalog.builtin_models() if known.startswith("coca_")]
-            raise ValueError(f"model {spec.model} does not write captions: use one of {', '.join(captioners)}")
+        model = _transformers_captioner(spec) if spec.family == "transformers" else _coca(spec)
         sampling = {field: getattr(spec, field) for field in ("captions", *_SAMPLING)}
-        return ModelInfo(dim=None, images=True, texts=False, identity={**info.identity, **sampling})
+        chat = {field: value for field in _CHAT if (value := getattr(spec, field)) is not None}
+        return ModelInfo(dim=None, images=True, texts=False, identity={**model, **sampling, **chat})
+
+
+def _coca(spec: CaptionerSpec) -> dict[str, Any]:
+    assert spec.model is not None
+    if given := [field for field in _CHAT if getattr(spec, field) is not None]:
+        raise ValueError(f"{', '.join(given)}: used by chat models of `family: transformers` alone; remove it")
+    identity = _describe_open_clip(spec).identity
+    config = open_clip_catalog.model_config(spec.model)
+    if config is not None and "multimodal_cfg" not in config:
+        captioners = [known for known in open_clip_catalog.builtin_models() if known.startswith("coca_")]
+        raise ValueError(f"model {spec.model} does not write captions: use one of {', '.join(captioners)}")
+    return identity
+
+
+def _transformers_captioner(spec: CaptionerSpec) -> dict[str, Any]:
+    assert spec.model is not None
+    config = _transformers_config(spec)
+    transformers_catalog.check_captioner(config, spec)
+    return _transformers_identity(spec, transformers_catalog.CAPTIONER_SETTINGS)
 
 
 @contextmanager
@@ -154,16 +169,26 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 
 
 def _describe_transformers(spec: ModelSpec) -> ModelInfo:
-    model = spec.model
-    assert model is not None
+    config = _transformers_config(spec)
+    images, texts = transformers_catalog.sides(config)
+    dim = transformers_catalog.dimension(config)
+    return ModelInfo(dim=dim, images=images, texts=texts, identity=_transformers_identity(spec))
+
+
+def _transformers_config(spec: ModelSpec) -> dict[str, Any] | None:
+    assert spec.model is not None
     if spec.pretrained is not None:
         raise ValueError("`pretrained` is not used with family transformers: the model brings its weights; remove it")
-    config = transformers_catalog.config_of(model)
-    images, texts = transformers_catalog.sides(config)
+    return transformers_catalog.config_of(spec.model)
+
+
+def _transformers_identity(spec: ModelSpec, also: tuple[str, ...] = ()) -> dict[str, Any]:
+    """``also`` are files of a local model, beside those of any, that decide its outputs."""
+    assert spec.model is not None
     identity: dict[str, Any] = {"family": "transformers", "precision": spec.precision}
-    if transformers_catalog.is_folder(model):
-        files = transformers_catalog.content_files(Path(model).expanduser())
+    if transformers_catalog.is_folder(spec.model):
+        files = transformers_catalog.content_files(Path(spec.model).expanduser(), also)
         identity["files"] = {path.name: weights.identity(path) for path in files}
     else:
-        identity["model"] = model
-    return ModelInfo(dim=transformers_catalog.dimension(config), images=images, texts=texts, identity=identity)
+        identity["model"] = spec.model
+    return identity

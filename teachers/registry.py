@@ -39,9 +39,14 @@ def load_captioner(name: str, spec: CaptionerSpec, device: str) -> Captioner:
     with naming(f"captioner {name}"):
         if spec.class_ is not None:
             return _own_captioner(spec, device)
+        accelerator = Accelerator(device, spec.precision)
+        if spec.family == "transformers":
+            from teachers.transformers_captioner import load
+
+            return load(spec, accelerator)
         from teachers.coca import CocaCaptioner
 
-        return CocaCaptioner(spec, Accelerator(device, spec.precision))
+        return CocaCaptioner(spec, accelerator)
 
 
 def _own_teacher(spec: TeacherSpec, device: str) -> Teacher:

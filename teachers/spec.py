@@ -52,6 +52,10 @@ class CaptionerSpec(ModelSpec):
     """One entry of ``captioners:``. Sampling is nucleus sampling, seeded per (key, index)."""
 
     captions: int = Field(5, ge=1, le=64, description="captions per image")
+    prompt: str | None = Field(None, min_length=1, description="what a chat model of transformers is asked")
+    image_size: int | None = Field(
+        None, ge=8, description="side in pixels of the square that a chat model of any resolution sees"
+    )
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(0.9, gt=0, le=1)
     min_length: int = Field(5, ge=0, description="the end token is impossible before that many tokens")

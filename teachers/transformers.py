@@ -151,7 +151,7 @@ def image_spec(config: dict[str, Any]) -> ImageSpec:
         crop = {"height": crop, "width": crop}
     frame = crop or size or {}
     if not config.get("do_resize", True) or "height" not in frame or "width" not in frame:
-        raise ValueError(f"its images have no fixed size (size {size}, crop_size {crop}): it cannot be a teacher")
+        raise ValueError(f"its images have no fixed size (size {size}, crop_size {crop})")
     if not config.get("do_rescale", True) or abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise ValueError(f"its pixels are not scaled by 1/255 (rescale_factor {config.get('rescale_factor')})")
     resample = int(config.get("resample", 3))

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from teachers.spec import CaptionerSpec
+
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -27,6 +29,29 @@ _SETTINGS = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+)
+
+#: What decides a caption beside them: end tokens, and how a prompt is framed.
+CAPTIONER_SETTINGS = ("generation_config.json", "chat_template.jinja", "chat_template.json")
+#: Models that write captions of an image alone, and the class that does.
+CAPTIONERS = {
+    "blip": "BlipForConditionalGeneration",
+    "git": "GitForCausalLM",
+    "vision-encoder-decoder": "VisionEncoderDecoderModel",
+}
+#: Models that are asked for one.
+CHAT = (
+    "gemma3",
+    "idefics3",
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+    "smolvlm",
 )
 
 
@@ -87,8 +112,9 @@ def dimension(config: dict[str, Any] | None) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def content_files(folder: Path) -> list[Path]:
-    """The files that decide a local model's outputs. Raises FileNotFoundError if there are no weights."""
+def content_files(folder: Path, also: tuple[str, ...] = ()) -> list[Path]:
+    """The files that decide a local model's outputs, ``also`` among them. Raises FileNotFoundError if there are no
+    weights."""
     for name in _WEIGHTS:
         if (folder / name).is_file():
             files = [folder / name]
@@ -98,4 +124,28 @@ def content_files(folder: Path) -> list[Path]:
     if name.endswith(".index.json"):
         shards = set(json.loads(files[0].read_text(encoding="utf-8"))["weight_map"].values())
         files += [folder / shard for shard in sorted(shards)]
-    return files + [folder / setting for setting in _SETTINGS if (folder / setting).is_file()]
+    return files + [folder / setting for setting in (*_SETTINGS, *also) if (folder / setting).is_file()]
+
+
+def check_captioner(config: dict[str, Any] | None, spec: CaptionerSpec) -> None:
+    """Raises ValueError where a model does not caption, or not as the spec wants. One not known yet is taken to."""
+    if config is None:
+        return
+    kind = config["model_type"]
+    if kind not in CAPTIONERS and kind not in CHAT:
+        raise ValueError(
+            f"a model of type {kind!r} is no captioner that is supported: want {', '.join((*CAPTIONERS, *CHAT))}, an "
+            "open_clip CoCa, or a `class` of your own"
+        )
+    architectures = config.get("architectures") or []
+    if kind in CAPTIONERS and architectures and CAPTIONERS[kind] not in architectures:
+        raise ValueError(f"{architectures[0]} does not write captions: want the weights of a {CAPTIONERS[kind]}")
+    if kind in CHAT and not spec.prompt:
+        raise ValueError(f'a model of type {kind!r} must be asked: prompt: "Describe the image in one sentence."')
+    for name in ("prompt", "image_size"):
+        if kind in CAPTIONERS and getattr(spec, name) is not None:
+            raise ValueError(f"`{name}` is not used by a model of type {kind!r}: remove it")
+    text = config.get("decoder" if kind == "vision-encoder-decoder" else "text_config") or config
+    positions = text.get("max_position_embeddings") or text.get("n_positions")
+    if positions is not None and spec.max_length > positions:
+        raise ValueError(f"max_length {spec.max_length} exceeds the model's context of {positions} tokens")

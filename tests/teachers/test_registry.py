@@ -251,7 +251,11 @@ def test_a_users_captioner_is_built_and_told_how_many_captions() -> None:
         ({"class": f"{HERE}:Radiology", "options": {"weights": "w"}}, r"has no method `caption\(pixels, seeds\)`"),
         ({"class": f"{HERE}:Writer", "top_p": 0.5}, "top_p: not used with `class`"),
         ({"model": "ViT-B-32-quickgelu", "pretrained": "openai"}, "does not write captions: use one of coca_ViT-B-32"),
-        ({"model": "a/b", "family": "transformers"}, "has no captioners: use an open_clip CoCa model"),
+        ({"class": f"{HERE}:Writer", "prompt": "What?"}, "prompt: not used with `class`"),
+        (
+            {"model": "coca_ViT-B-32", "pretrained": "laion2b_s13b_b90k", "prompt": "What?"},
+            "prompt: used by chat models of `family: transformers` alone",
+        ),
     ],
 )
 def test_a_captioner_that_cannot_be_is_refused_before_loading(spec: dict[str, Any], message: str) -> None:

@@ -1,0 +1,281 @@
+"""Tiny captioners of transformers, saved as their makers save theirs: seeded weights, processors and tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+SIDE = 32
+_SQUARE = {"height": SIDE, "width": SIDE}
+_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+_VISION = {**_TOWER, "image_size": SIDE, "patch_size": 8}
+_TEXT = {**_TOWER, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_LLAMA = {**_TEXT, "num_key_value_heads": 1}
+_GEMMA = {**_LLAMA, "head_dim": 16}
+_TEMPLATE = (
+    "{% for message in messages %}USER: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+def _tokenizer(*special: str, **names: str) -> Any:
+    """Byte-level BPE: padding is 0, start 1, end 2, then the special tokens; ``names`` become its attributes."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    first = ["<pad>", "<s>", "</s>", *special]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=first, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(["a photo of a cat and a photo of a dog on the green grass"], trainer)
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=names or list(special),
+    )
+
+
+def _save(folder: Path, model: Callable[[], Any], *processors: Any, seed: int = 0) -> str:
+    """With weights for distributions as peaked as a trained model's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = model()
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    made.save_pretrained(folder)
+    for processor in processors:
+        processor.save_pretrained(folder)
+    return str(folder)
+
+
+def _template(image: str) -> str:
+    return _TEMPLATE.replace("IMAGE", image)
+
+
+def blip(folder: Path, seed: int = 0) -> str:
+    """Two outputs more than there are words."""
+    tokenizer = _tokenizer("[DEC]")
+    text = {**_TEXT, "vocab_size": len(tokenizer) + 2, "bos_token_id": 3, "sep_token_id": 2, "encoder_hidden_size": 32}
+    config = hf.BlipConfig(text_config={**text, "max_position_embeddings": 64}, vision_config=_VISION)
+    processor = hf.BlipProcessor(hf.BlipImageProcessor(size=_SQUARE), tokenizer)
+    return _save(folder, lambda: hf.BlipForConditionalGeneration(config), processor, seed=seed)
+
+
+def git(folder: Path, seed: int = 0) -> str:
+    tokenizer = _tokenizer()
+    config = hf.GitConfig(
+        vision_config=_VISION, **{**_TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    )
+    images = hf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=_SQUARE)
+    return _save(folder, lambda: hf.GitForCausalLM(config), hf.GitProcessor(images, tokenizer), seed=seed)
+
+
+def vision_encoder_decoder(folder: Path, seed: int = 0) -> str:
+    """A ViT and a narrower GPT-2, whose start and end are one token."""
+    tokenizer = _tokenizer()
+    size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    decoder = hf.GPT2Config(vocab_size=len(tokenizer), bos_token_id=2, eos_token_id=2, **size)
+    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf.ViTConfig(**_VISION), decoder)
+    config.decoder_start_token_id, config.eos_token_id, config.pad_token_id = 2, 2, 0
+    images = hf.ViTImageProcessor(size=_SQUARE)
+    return _save(folder, lambda: hf.VisionEncoderDecoderModel(config=config), images, tokenizer, seed=seed)
+
+
+def llava(folder: Path, seed: int = 0, template: bool = True) -> str:
+    tokenizer = _tokenizer("<image>")
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**_VISION),
+        text_config=hf.LlamaConfig(vocab_size=len(tokenizer), **_LLAMA),
+        image_token_index=3,
+        vision_feature_layer=-1,
+    )
+    processor = hf.LlavaProcessor(
+        hf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=_SQUARE),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_template("<image>") if template else None,
+    )
+    return _save(folder, lambda: hf.LlavaForConditionalGeneration(config), processor, seed=seed)
+
+
+def llava_next(folder: Path, seed: int = 0) -> str:
+    tokenizer, grid = _tokenizer("<image>"), [[32, 64], [64, 64]]
+    config = hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**_VISION),
+        text_config=hf.LlamaConfig(vocab_size=len(tokenizer), **_LLAMA),
+        image_token_index=3,
+        vision_feature_layer=-1,
+        image_grid_pinpoints=grid,
+    )
+    processor = hf.LlavaNextProcessor(
+        hf.LlavaNextImageProcessor(size={"shortest_edge": SIDE}, crop_size=_SQUARE, image_grid_pinpoints=grid),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_template("<image>"),
+    )
+    return _save(folder, lambda: hf.LlavaNextForConditionalGeneration(config), processor, seed=seed)
+
+
+def llava_onevision(folder: Path, seed: int = 0) -> str:
+    tokenizer, grid = _tokenizer("<image>", "<video>"), [[32, 32], [64, 64]]
+    config = hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**_VISION),
+        text_config=hf.Qwen2Config(vocab_size=len(tokenizer), **_LLAMA),
+        image_token_index=3,
+        video_token_index=4,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_grid_pinpoints=grid,
+    )
+    processor = hf.LlavaOnevisionProcessor(
+        hf.LlavaOnevisionImageProcessor(size=_SQUARE, image_grid_pinpoints=grid),
+        tokenizer,
+        hf.LlavaOnevisionVideoProcessor(),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=_template("<image>"),
+    )
+    return _save(folder, lambda: hf.LlavaOnevisionForConditionalGeneration(config), processor, seed=seed)
+
+
+def _qwen(folder: Path, seed: int, names: str, vision: dict[str, Any], **text: Any) -> str:
+    tokenizer = _tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    rope = {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"}
+    config = getattr(hf, f"{names}Config")(
+        text_config={**_LLAMA, "vocab_size": len(tokenizer), "rope_scaling": rope, **text},
+        vision_config={"depth": 2, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2, **vision},
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        image_token_id=5,
+        video_token_id=6,
+    )
+    processor = getattr(hf, f"{names}Processor")(
+        hf.Qwen2VLImageProcessor(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=128 * 128),
+        tokenizer,
+        hf.Qwen2VLVideoProcessor(patch_size=8, merge_size=2),
+        chat_template=_template("<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+    return _save(folder, lambda: getattr(hf, f"{names}ForConditionalGeneration")(config), processor, seed=seed)
+
+
+def qwen2_vl(folder: Path, seed: int = 0) -> str:
+    return _qwen(folder, seed, "Qwen2VL", {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2})
+
+
+def qwen2_5_vl(folder: Path, seed: int = 0) -> str:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
+    return _qwen(folder, seed, "Qwen2_5_VL", {**sizes, "window_size": 32, "fullatt_block_indexes": [1]})
+
+
+def qwen3_vl(folder: Path, seed: int = 0) -> str:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
+    vision = {**sizes, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return _qwen(folder, seed, "Qwen3VL", vision, head_dim=16)
+
+
+def _idefics(folder: Path, seed: int, names: str, *more: Any) -> str:
+    tokenizer = _tokenizer("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>")
+    config = getattr(hf, f"{names}Config")(
+        image_token_id=4,
+        scale_factor=2,
+        pad_token_id=0,
+        vision_config=_VISION,
+        text_config=hf.LlamaConfig(vocab_size=len(tokenizer), **_LLAMA),
+    )
+    images = getattr(hf, f"{names}ImageProcessor")(
+        size={"longest_edge": 4 * SIDE}, max_image_size={"longest_edge": SIDE}
+    )
+    processor = getattr(hf, f"{names}Processor")(
+        images, tokenizer, *more, image_seq_len=4, chat_template=_template("<image>")
+    )
+    return _save(folder, lambda: getattr(hf, f"{names}ForConditionalGeneration")(config), processor, seed=seed)
+
+
+def idefics3(folder: Path, seed: int = 0) -> str:
+    return _idefics(folder, seed, "Idefics3")
+
+
+def smolvlm(folder: Path, seed: int = 0) -> str:
+    return _idefics(folder, seed, "SmolVLM", hf.SmolVLMVideoProcessor())
+
+
+def paligemma(folder: Path, seed: int = 0) -> str:
+    """Has no chat template: its prompts are plain text behind the image."""
+    tokenizer = _tokenizer("<image>")
+    images = hf.SiglipImageProcessor(size=_SQUARE)
+    images.image_seq_length = 16
+    processor = hf.PaliGemmaProcessor(images, tokenizer)  # adds tokens for places
+    config = hf.PaliGemmaConfig(
+        vision_config=hf.SiglipVisionConfig(**_VISION, projection_dim=32),
+        text_config=hf.GemmaConfig(vocab_size=len(tokenizer), **_GEMMA),
+        image_token_index=3,
+        projection_dim=32,
+    )
+    return _save(folder, lambda: hf.PaliGemmaForConditionalGeneration(config), processor, seed=seed)
+
+
+def gemma3(folder: Path, seed: int = 0) -> str:
+    tokenizer = _tokenizer(
+        "<image_soft_token>", "<start_of_image>", "<end_of_image>",
+        image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>",
+    )  # fmt: skip
+    config = hf.Gemma3Config(
+        vision_config=hf.SiglipVisionConfig(**_VISION),
+        text_config=hf.Gemma3TextConfig(vocab_size=len(tokenizer), sliding_window=16, **_GEMMA),
+        image_token_index=3,
+        boi_token_index=4,
+        eoi_token_index=5,
+        mm_tokens_per_image=4,
+    )
+    images = hf.Gemma3ImageProcessor(size=_SQUARE)
+    processor = hf.Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=_template("<start_of_image>"))
+    return _save(folder, lambda: hf.Gemma3ForConditionalGeneration(config), processor, seed=seed)
+
+
+def internvl(folder: Path, seed: int = 0) -> str:
+    tokenizer = _tokenizer(
+        "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
+        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>",
+    )  # fmt: skip
+    config = hf.InternVLConfig(
+        vision_config={**_VISION, "image_size": [SIDE, SIDE], "patch_size": [8, 8]},
+        text_config=hf.Qwen2Config(vocab_size=len(tokenizer), **_LLAMA),
+        image_token_id=5,
+        downsample_ratio=0.5,
+    )
+    processor = hf.InternVLProcessor(
+        hf.GotOcr2ImageProcessor(size=_SQUARE),
+        tokenizer,
+        hf.InternVLVideoProcessor(),
+        image_seq_length=4,
+        chat_template=_template("<IMG_CONTEXT>"),
+    )
+    return _save(folder, lambda: hf.InternVLForConditionalGeneration(config), processor, seed=seed)
+
+
+PLAIN = {"blip": blip, "git": git, "vision-encoder-decoder": vision_encoder_decoder}
+CHAT = {
+    "gemma3": gemma3,
+    "idefics3": idefics3,
+    "internvl": internvl,
+    "llava": llava,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
+    "paligemma": paligemma,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen2_vl": qwen2_vl,
+    "qwen3_vl": qwen3_vl,
+    "smolvlm": smolvlm,
+}
