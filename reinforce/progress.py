@@ -6,12 +6,16 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from typing import Self
 
 _LOG_SECONDS = 10.0
 _WINDOW_SECONDS = 60.0
@@ -33,16 +37,15 @@ class Snapshot:
     refused_rows: int
 
 
-class Progress:
-    """Call ``show`` as often as you like; it decides when there is something to print."""
+class Screen:
+    """A bar with a line beside it on a terminal; elsewhere the line alone, every few seconds."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stdout, highlight=False)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True) if sys.stdout.isatty() else None
-        self._history: deque[tuple[float, Snapshot]] = deque()
-        self._start = self._printed = time.monotonic()
+        self._printed = time.monotonic()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self
@@ -55,19 +58,33 @@ class Progress:
         """One plain line that stays."""
         self._console.print(text, soft_wrap=True, markup=False)
 
+    def draw(self, line: str, done: float, total: float) -> None:
+        """Show how much of a total is done; call it as often as you like."""
+        if self._live:
+            row = Table.grid(padding=(0, 1))
+            row.add_row(
+                ProgressBar(total=total, completed=done, width=20), Text(line, no_wrap=True, overflow="ellipsis")
+            )
+            self._live.update(row)
+        elif time.monotonic() - self._printed >= _LOG_SECONDS:
+            self._printed = time.monotonic()
+            self.say(line)
+
+
+class Progress(Screen):
+    """Call ``show`` as often as you like; it decides when there is something to print."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._history: deque[tuple[float, Snapshot]] = deque()
+        self._start = time.monotonic()
+
     def show(self, now: Snapshot) -> None:
         moment = time.monotonic()
         self._history.append((moment, now))
         while moment - self._history[0][0] > _WINDOW_SECONDS and len(self._history) > 2:
             self._history.popleft()
-        if self._live:
-            row = Table.grid(padding=(0, 1))
-            bar = ProgressBar(total=_expected(now) or 1, completed=now.samples if now.samples_done else 0, width=20)
-            row.add_row(bar, Text(self.line(now), no_wrap=True, overflow="ellipsis"))
-            self._live.update(row)
-        elif moment - self._printed >= _LOG_SECONDS:
-            self._printed = moment
-            self.say(self.line(now))
+        self.draw(self.line(now), now.samples if now.samples_done else 0, _expected(now) or 1)
 
     def line(self, now: Snapshot) -> str:
         then_moment, then = self._history[0] if self._history else (self._start, now)
@@ -80,7 +97,7 @@ class Progress:
         parts.append(f"{now.workers} worker{'s' * (now.workers != 1)}")
         eta = self._eta(now)
         if eta is not None:
-            parts.append(f"ETA {_clock(eta)}")
+            parts.append(f"ETA {clock(eta)}")
         if now.quarantined_shards or now.refused_rows:
             parts.append(f"quarantine: {now.quarantined_shards} shards, {now.refused_rows:,} rows")
         return "  ".join(parts)
@@ -100,7 +117,8 @@ def _expected(now: Snapshot) -> float | None:
     return max(now.samples, now.samples_done / now.shards_done * now.shards)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Days, hours, minutes and seconds as a clock shows them."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
