@@ -1,9 +1,11 @@
-"""A trained student as a folder that plain open_clip loads, by the name ``local-dir:FOLDER``."""
+"""Trained models as folders that plain open_clip loads, by the name ``local-dir:FOLDER``."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import open_clip
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
@@ -13,17 +15,18 @@ from reinforce.student.model import Student, tokenizer_of
 
 
 def export(student: Student, folder: str) -> None:
-    """Write weights, ``model_cfg`` with ``preprocess_cfg`` and, of a Hugging Face tokenizer, its files.
+    """Write the student without its heads; the logit scale is that of ``student``."""
+    write_open_clip(student.clip, student.config, tokenizer_of(student), folder)
 
-    Heads stay behind. The weights are those of ``student``, logit scale included, in float32.
-    """
+
+def write_open_clip(clip: Any, config: Mapping[str, Any], tokenizer: Any, folder: str) -> None:
+    """Write weights in float32, ``model_cfg`` with ``preprocess_cfg`` and, of a Hugging Face tokenizer, its files."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     # clones, since safetensors refuses tied weights, which some text towers have
-    state = {name: value.detach().cpu().clone() for name, value in student.clip.state_dict().items()}
+    state = {name: value.detach().cpu().clone() for name, value in clip.state_dict().items()}
     save_file({name: value.contiguous() for name, value in state.items()}, target / HF_SAFE_WEIGHTS_NAME)
-    config = {"model_cfg": student.config, "preprocess_cfg": open_clip.get_model_preprocess_cfg(student.clip)}
-    (target / HF_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tokenizer = tokenizer_of(student)
+    whole = {"model_cfg": config, "preprocess_cfg": open_clip.get_model_preprocess_cfg(clip)}
+    (target / HF_CONFIG_NAME).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
