@@ -1,0 +1,200 @@
+"""The loss against its equations written out in numpy, against open_clip's, and at its edges."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reinforce.student.loss import Objective, contrast, implied_bias
+
+KINDS = {"both": ("caption", "synthetic"), "mixed": ("caption",)}
+SCALES = {"one": 70.0, "two": 60.0, "three": 33.0}
+DIMS = {"student": 12, "one": 8, "two": 5, "three": 9}
+PAIRS = 7
+
+
+def unit(rows: int, dim: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    values = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.nn.functional.normalize(values, dim=-1).to(dtype)
+
+
+def vectors(name: str, captions: str = "both", pairs: int = PAIRS) -> dict[str, torch.Tensor]:
+    seeds = itertools.count(10 * list(DIMS).index(name))
+    return {what: unit(pairs, DIMS[name], next(seeds)) for what in ("image", *KINDS[captions])}
+
+
+def reference(features, scale, bias, teachers, scales, biases, share, form):  # type: ignore[no-untyped-def]
+    """L of reinforce/student/loss.py, in numpy and float64."""
+
+    def softmax(logits):  # type: ignore[no-untyped-def]
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
+
+    def probabilities(v, kind, s, b):  # type: ignore[no-untyped-def]
+        logits = s * v["image"] @ v[kind].T
+        if form == "softmax":
+            return [softmax(logits), softmax(logits.T)]
+        if b is None:
+            rows = [np.log(np.exp(np.delete(row, i)).sum()) for i, row in enumerate(logits)]
+            b = -np.mean(rows)
+        return [1 / (1 + np.exp(-logits - b))]
+
+    def loss(wanted, answers):  # type: ignore[no-untyped-def]
+        terms = [
+            p * np.log(q) + (form == "sigmoid") * (1 - p) * np.log1p(-q) for p, q in zip(wanted, answers, strict=True)
+        ]
+        return -np.mean([term.sum() / len(term) for term in terms])
+
+    total = 0.0
+    for kind in [what for what in features if what != "image"]:
+        answers = probabilities(features, kind, scale, bias)
+        identity = [np.eye(len(answers[0]))] * len(answers)
+        each = [probabilities(v, kind, scales[t], biases.get(t)) for t, v in teachers.items()]
+        ensemble = [np.mean(ps, axis=0) for ps in zip(*each, strict=True)]
+        total += (1 - share) * loss(identity, answers) + (share * loss(ensemble, answers) if share else 0.0)
+    return total
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("teachers", [["one"], ["one", "two", "three"]])
+@pytest.mark.parametrize("captions", ["both", "mixed"])
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_the_loss_is_its_equation(form: str, captions: str, teachers: list[str], share: float) -> None:
+    features = vectors("student", captions)
+    targets = {name: vectors(name, captions) for name in teachers}
+    scales = {name: SCALES[name] for name in teachers}
+    biases = {"two": -9.0} if form == "sigmoid" and "two" in teachers else {}
+    scale, bias = torch.tensor(20.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
+    losses = contrast(Objective(share, form, scales, biases), features, scale, bias, targets)  # type: ignore[arg-type]
+    arrays = {name: {what: value.numpy() for what, value in of.items()} for name, of in targets.items()}
+    expected = reference(
+        {what: value.numpy() for what, value in features.items()}, 20.0, -3.0, arrays, scales, biases, share, form
+    )
+    assert sum(losses.values()).item() == pytest.approx(expected, rel=1e-12)
+    terms = {0.0: {"clip"}, 1.0: {"distill"}}.get(share, {"clip", "distill"})
+    assert set(losses) == {f"{term}/{kind}" for term in terms for kind in KINDS[captions]}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_gradients_reach_features_and_scalars(form: str, share: float) -> None:
+    features = vectors("student", pairs=4)
+    targets = {name: vectors(name, pairs=4) for name in ("one", "two")}
+    objective = Objective(share, form, {"one": 9.0, "two": 4.0})  # type: ignore[arg-type]
+
+    def loss(scale: torch.Tensor, bias: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
+        return torch.stack(
+            list(contrast(objective, dict(zip(features, rows, strict=True)), scale, bias, targets).values())
+        ).sum()
+
+    inputs = [torch.tensor(5.0, dtype=torch.float64), torch.tensor(-1.0, dtype=torch.float64), *features.values()]
+    assert torch.autograd.gradcheck(loss, [value.requires_grad_() for value in inputs], check_undefined_grad=False)
+    gradients = torch.autograd.grad(loss(*inputs), inputs, allow_unused=True)
+    used = [gradient is not None and bool(gradient.abs().max() > 0) for gradient in gradients]
+    assert used == [True, form == "sigmoid", True, True, True]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_with_one_teacher_it_is_open_clips_distillation(share: float) -> None:
+    student, teacher = vectors("student", "mixed"), vectors("one", "mixed")
+    scale = torch.tensor(25.0, dtype=torch.float64)
+    theirs = open_clip.loss.DistillClipLoss()(
+        student["image"], student["caption"], scale, teacher["image"], teacher["caption"], 70.0, output_dict=True
+    )
+    expected = (1 - share) * theirs["contrastive_loss"] + share * theirs["distill_loss"]
+    losses = contrast(Objective(share, "softmax", {"one": 70.0}), student, scale, None, {"one": teacher})
+    torch.testing.assert_close(sum(losses.values()), expected)
+
+
+def test_without_teachers_it_is_open_clips_loss_of_either_form() -> None:
+    student = vectors("student", "mixed")
+    scale, bias = torch.tensor(25.0, dtype=torch.float64), torch.tensor(-7.0, dtype=torch.float64)
+    clip = contrast(Objective(0.0), student, scale, None, {})["clip/caption"]
+    torch.testing.assert_close(clip, open_clip.ClipLoss()(student["image"], student["caption"], scale))
+    siglip = contrast(Objective(0.0, "sigmoid"), student, scale, bias, {})["clip/caption"]
+    torch.testing.assert_close(siglip, open_clip.loss.SigLipLoss()(student["image"], student["caption"], scale, bias))
+
+
+def test_lambda_0_reads_no_targets() -> None:
+    class Unread(dict):  # type: ignore[type-arg]
+        def __getitem__(self, key: object) -> object:
+            raise AssertionError(f"{key} was read")
+
+    contrast(Objective(0.0, "softmax", SCALES), vectors("student"), torch.tensor(10.0), None, Unread())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_the_greatest_scales_in_half_precision_stay_finite(form: str, dtype: torch.dtype) -> None:
+    same = unit(1, 16, 0, dtype).expand(6, -1)
+    features = {"image": same.clone().requires_grad_(), "caption": (-same).clone().requires_grad_()}
+    targets = {"one": {"image": same, "caption": unit(6, 16, 1, dtype)}, "two": {"image": same, "caption": same}}
+    scale, bias = torch.tensor(100.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+    objective = Objective(0.5, form, {"one": 100.0, "two": 100.0})  # type: ignore[arg-type]
+    losses = contrast(objective, features, scale, bias, targets)
+    total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    assert total.dtype == torch.float32
+    assert total.isfinite()
+    for value in (*features.values(), scale):
+        assert value.grad is not None
+        assert value.grad.isfinite().all()
+
+
+def test_half_precision_features_are_multiplied_in_full() -> None:
+    features = {what: value.half() for what, value in vectors("student").items()}
+    scale = torch.tensor(100.0)
+    half = contrast(Objective(0.0), features, scale, None, {})
+    full = contrast(Objective(0.0), {what: value.double() for what, value in features.items()}, scale, None, {})
+    for name, value in half.items():
+        assert value.item() == pytest.approx(full[name].item(), abs=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 9), st.sampled_from(["softmax", "sigmoid"]), st.permutations(range(9)))
+def test_the_order_of_samples_is_nothing_to_it(seed: int, pairs: int, form: str, order: list[int]) -> None:
+    order = [place for place in order if place < pairs]
+    features = {what: unit(pairs, 6, seed + i) for i, what in enumerate(("image", "caption", "synthetic"))}
+    targets = {"one": {what: unit(pairs, 4, seed + 10 + i) for i, what in enumerate(features)}}
+    objective = Objective(0.5, form, {"one": 30.0})  # type: ignore[arg-type]
+
+    def loss(order: list[int]) -> torch.Tensor:
+        rows = {what: value[order] for what, value in features.items()}
+        taught = {"one": {what: value[order] for what, value in targets["one"].items()}}
+        return sum(contrast(objective, rows, torch.tensor(12.0), torch.tensor(-2.0), taught).values())  # type: ignore[return-value]
+
+    torch.testing.assert_close(loss(order), loss(list(range(pairs))))
+
+
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(form: str) -> None:
+    teacher = vectors("one")
+    student = {what: value.clone().requires_grad_() for what, value in teacher.items()}
+    scale = torch.tensor(40.0, dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(-11.0, dtype=torch.float64, requires_grad=True)
+    objective = Objective(1.0, form, {"one": 40.0}, {"one": -11.0})  # type: ignore[arg-type]
+    torch.stack(list(contrast(objective, student, scale, bias, {"one": teacher}).values())).sum().backward()
+    for value in (*student.values(), scale):
+        assert value.grad is not None
+        assert value.grad.abs().max() < 1e-12
+
+
+def test_the_implied_bias_gives_back_the_softmax_where_rows_are_alike() -> None:
+    # Every row of a circulant has the same entries, so that one constant is exact for all.
+    row = torch.tensor([31.0, 22.0, 26.5, 12.0, 29.0], dtype=torch.float64)
+    logits = torch.stack([row.roll(shift) for shift in range(5)])
+    bias = implied_bias(logits)
+    torch.testing.assert_close((logits + bias).sigmoid().diagonal(), logits.softmax(dim=1).diagonal())
+
+
+def test_the_implied_bias_follows_the_size_of_the_batch() -> None:
+    few, many = (implied_bias(torch.zeros(size, size)).item() for size in (9, 65))
+    assert few == pytest.approx(-math.log(8))
+    assert many == pytest.approx(-math.log(64))
