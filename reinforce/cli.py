@@ -1,11 +1,11 @@
-"""The command line: ``reinforce run``, ``plan``, ``status``."""
+"""The command line: ``reinforce run``, ``plan``, ``status``, ``evaluate``."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -87,6 +87,77 @@ def status(
         typer.echo(f"quarantine/{layer}: {entry['files']:,} shards; {reasons}")
     if last := found["last_run"]:
         typer.echo(f"last run {last['run']}: {last['shards']:,} shards in {last['seconds']:.0f} s, {last['message']}")
+
+
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="open_clip's NAME,TAG (or NAME with --pretrained), local-dir:PATH, hf-hub:ORG/REPO, or the folder "
+            "that a training wrote. Several stand side by side.",
+        ),
+    ],
+    pretrained: Annotated[
+        str | None, typer.Option(metavar="TAG", help="Tag or checkpoint of models that bring none.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file whose `evaluate` section names sets.")] = None,
+    zero_shot: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=URL", help="Images with classes: a folder with a folder a class, or shards."),
+    ] = None,
+    retrieval: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=URL", help="Images with captions: shards, or a reinforced dataset."),
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Of --zero-shot: `imagenet` or a text file; default: the folders' names.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Of --zero-shot: where shards hold it, `cls` or json:FIELD.")
+    ] = None,
+    templates: Annotated[
+        str | None, typer.Option(help="Of --zero-shot: `openai`, `simple` (default), `none`, or a text file.")
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Of --zero-shot: json:FIELD or a JSON file that gives each class a group.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Judge by so many images of each set of the command line.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images or texts in one forward pass.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the forward pass.")
+    ] = "fp32",
+    json_: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write all of it here, refused images by name.")
+    ] = None,
+    clip_benchmark: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also let the package clip_benchmark judge by the sets it downloads; needs a network.",
+        ),
+    ] = None,
+) -> None:
+    """Judge models by zero-shot classification and image-text retrieval.
+
+    Models are given their own preprocessing. Images that cannot be decoded are left out and told.
+    """
+    from reinforce.evaluation import command
+
+    common = {"classes": classes, "label": label, "templates": templates, "groups": groups}
+    common = {key: value for key, value in common.items() if value is not None}
+    sets = command.evaluation_of(config, zero_shot or [], retrieval or [], common, limit, batch)
+    if not sets.metrics and clip_benchmark is None:
+        raise UserError("nothing to judge by: name sets with --zero-shot, --retrieval or --config.")
+    with command.models_of(models, pretrained) as specs:
+        report = command.judge(specs, sets, device, precision, clip_benchmark)
+    Console().print(report.table())
+    for line in report.lines():
+        typer.echo(line)
+    if json_ is not None:
+        report.write(json_)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -22,8 +22,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
 
-def load(model: type[Model], path: str | Path, overrides: list[str] | None = None) -> Model:
-    """Read a YAML config and apply ``key.sub=value`` overrides (values are YAML). Raises UserError."""
+def load(model: type[Model], path: str | Path, overrides: list[str] | None = None, section: str | None = None) -> Model:
+    """Read a YAML config, or one ``section`` of it, and apply ``key.sub=value`` overrides (values are YAML).
+
+    Raises UserError.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -32,6 +35,11 @@ def load(model: type[Model], path: str | Path, overrides: list[str] | None = Non
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"config {path} is not YAML: {error}") from error
+    if section is not None and isinstance(data, dict):
+        if section not in data:
+            raise UserError(f"config {path} has no `{section}`: add it, or give a config that has it.")
+        data = data[section]
+        path = f"{path}, {section}"
     if not isinstance(data, dict):
         raise UserError(f"config {path}: want a mapping of keys such as {_example(model)}, got {type(data).__name__}")
     for override in overrides or []:
@@ -49,8 +57,9 @@ def parse(model: type[Model], data: Mapping[str, Any], where: str = "config") ->
 
 
 def _example(model: type[BaseModel]) -> str:
-    required = [field.alias or name for name, field in model.model_fields.items() if field.is_required()]
-    return " and ".join(f"`{name}`" for name in required[:2])
+    fields = model.model_fields.items()
+    required = [(name, field) for name, field in fields if field.is_required()] or [*fields]
+    return " and ".join(f"`{field.alias or name}`" for name, field in required[:2])
 
 
 def _location(loc: tuple[int | str, ...]) -> str:

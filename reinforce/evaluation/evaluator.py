@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,31 +16,14 @@ from reinforce.evaluation.config import RECALLS, Evaluation
 from reinforce.evaluation.encoding import Encoder, classifier, encode_texts
 from reinforce.evaluation.pictures import Memory, Pictures
 from reinforce.evaluation.ranking import accuracies, choose, ranks_of_matches
+from reinforce.evaluation.report import Judged, Result
 from reinforce.evaluation.sets import Retrieval, ZeroShot, retrieval_set, zero_shot_set
-from reinforce.source import Refusal
 from teachers.device import Accelerator
 from teachers.open_clip import OpenClipEncoder
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 
 _log = logging.getLogger(__name__)
-_NAMED = 3  # refused images in a log line
-
-
-@dataclass(frozen=True)
-class Judged:
-    """How many images a set's metrics are over, and which it went without."""
-
-    images: int
-    refused: list[Refusal]
-
-
-@dataclass(frozen=True)
-class Result:
-    """``metrics`` by the names of ``Evaluation.metrics``, within 0 and 1; ``sets`` by ``zero_shot/NAME``."""
-
-    metrics: dict[str, float]
-    sets: dict[str, Judged]
 
 
 class Evaluator:
@@ -74,7 +56,6 @@ class Evaluator:
                 scores, images = self._retrieve(part, model, accelerator)
             metrics |= {f"{part.name}/{name}": score for name, score in scores.items()}
             judged[part.name] = Judged(images, self._pictures[part.name].refused)
-            _tell(part.name, judged[part.name])
         return Result(metrics, judged)
 
     def evaluate_module(
@@ -86,7 +67,11 @@ class Evaluator:
         modules, gradients and the global random numbers are untouched, so a training goes on as if nothing had been.
         """
         with _untouched(model, accelerator):
-            return self.evaluate(OpenClipEncoder(model, image, tokenizer, accelerator), accelerator)
+            result = self.evaluate(OpenClipEncoder(model, image, tokenizer, accelerator), accelerator)
+        for name, judged in result.sets.items():
+            if judged.refused:
+                _log.warning("%s: %s", name, judged)
+        return result
 
     def _classify(self, part: ZeroShot, model: Encoder, accelerator: Accelerator) -> tuple[dict[str, float], int]:
         weights = accelerator.put(classifier(model, part.classes, part.templates, self.config.batch))
@@ -137,14 +122,6 @@ class Evaluator:
                 f"{part.name}: every image is refused, the first ({refused.key}) for {refused.reason.value}: "
                 f"{refused.detail}. Check that these are images, or widen `limits`."
             )
-
-
-def _tell(name: str, judged: Judged) -> None:
-    if judged.refused:
-        some = ", ".join(f"{r.key} ({r.reason.value})" for r in judged.refused[:_NAMED])
-        more = ", ..." if len(judged.refused) > _NAMED else ""
-        total = judged.images + len(judged.refused)
-        _log.warning("%s goes without %d of %d images: %s%s", name, len(judged.refused), total, some, more)
 
 
 @contextlib.contextmanager

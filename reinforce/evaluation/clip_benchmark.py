@@ -1,0 +1,85 @@
+"""Handing models over to clip_benchmark, which knows the sets that image-text models are compared by.
+
+It is a program of its own with a downloader and metrics of its own; it decodes images by plain ``convert("RGB")``.
+Its shards can also be judged here: label `cls`, its classnames.txt and zeroshot_classification_templates.txt.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from reinforce.errors import UserError
+from teachers.spec import ModelSpec
+
+#: Where its authors publish the sets as shards.
+ROOT = "https://huggingface.co/datasets/clip-benchmark/wds_{dataset_cleaned}/tree/main"
+_VTAB = (
+    "caltech101 cifar10 cifar100 clevr_count_all clevr_closest_object_distance diabetic_retinopathy dmlab "
+    "dsprites_label_orientation dsprites_label_x_position dsprites_label_y_position dtd eurosat "
+    "kitti_closest_vehicle_distance flowers pets pcam resisc45 smallnorb_label_azimuth smallnorb_label_elevation svhn"
+)
+_OTHERS = (
+    "mscoco_captions flickr8k flickr30k imagenet1k imagenetv2 imagenet_sketch imagenet-a imagenet-r imagenet-o "
+    "objectnet fer2013 voc2007 sun397 cars fgvc_aircraft mnist stl10 gtsrb country211 renderedsst2"
+)
+SETS = [f"wds/{name}" for name in _OTHERS.split()] + [f"wds/vtab/{name}" for name in _VTAB.split()]
+
+
+def arguments(spec: ModelSpec, folder: Path, sets: list[str] | None = None, root: str = ROOT) -> list[str]:
+    """The command that writes one JSON a set into ``folder``. Raises UserError for a model that it cannot take."""
+    name = str(spec.model)
+    if "," in name:
+        raise UserError(f"{name}: clip_benchmark splits names at commas. Move the folder to a path without one.")
+    if name.startswith("local-dir:"):
+        name = f"local-dir:{Path(name.removeprefix('local-dir:')).absolute()}"
+    output = re.sub(r"([{}])", r"\1\1", str(folder.absolute())) + "/{dataset}_{task}.json"
+    return [
+        *(sys.executable, "-m", "clip_benchmark.cli", "eval"),
+        *("--pretrained_model", f"{name},{spec.pretrained or ''}"),
+        *("--dataset", *(sets or SETS)),
+        *("--dataset_root", root),
+        *("--recall_k", "1", "5", "10"),
+        *("--output", output),
+    ]
+
+
+def commands(specs: Mapping[str, ModelSpec], folder: Path) -> dict[str, list[str]]:
+    """The command for each model. Raises UserError, with these commands, where the package is not installed."""
+    made = {label: arguments(spec, folder / _slug(label)) for label, spec in specs.items()}
+    if importlib.util.find_spec("clip_benchmark") is None:
+        shown = "\n".join(f"  mkdir -p {folder / _slug(label)} && {shlex.join(c)}" for label, c in made.items())
+        raise UserError(f"clip_benchmark is not installed. Run `pip install clip-benchmark` and again, or:\n{shown}")
+    return made
+
+
+def run(command: Sequence[str], label: str, folder: Path) -> dict[str, float]:
+    """Let clip_benchmark judge a model -> metrics by ``clip_benchmark/SET/METRIC``. Raises UserError if it fails."""
+    folder = folder / _slug(label)
+    folder.mkdir(parents=True, exist_ok=True)
+    ended = subprocess.run(command, check=False)  # noqa: S603  (our own interpreter and arguments, no shell)
+    if ended.returncode:
+        raise UserError(
+            f"clip_benchmark ended with status {ended.returncode} at {label}; {folder} has what it finished."
+        )
+    return results(folder)
+
+
+def results(folder: Path) -> dict[str, float]:
+    """Metrics of all JSON files that clip_benchmark wrote into a folder."""
+    found: dict[str, float] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        name = result["dataset"].removeprefix("wds/")
+        found |= {f"clip_benchmark/{name}/{metric}": float(value) for metric, value in result["metrics"].items()}
+    return found
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", label).strip("_.") or "model"
