@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 import schemas
 from reinforce import vectors
@@ -41,22 +42,72 @@ class Sample:
     texts: Mapping[str, Mapping[str, np.ndarray]]
 
 
+class ZippedShard:
+    """The open files of one shard's layers."""
+
+    def __init__(self, shard: str, files: Mapping[str, pq.ParquetFile], columns: Mapping[str, Sequence[str]]) -> None:
+        self._shard, self._files, self._columns = shard, files, columns
+        self.row_groups: int = files[SAMPLES].num_row_groups
+
+    def read(self, row_group: int) -> dict[str, pa.Table]:
+        """Tables of one row group by layer, aligned by key. Raises UserError where they are not."""
+        tables = {}
+        for name, file in self._files.items():
+            with naming(f"{name}/{self._shard}.parquet"):
+                tables[name] = file.read_row_group(row_group, self._columns.get(name), use_threads=False)
+        keys = tables[SAMPLES]["key"]
+        for name, table in tables.items():
+            if not table["key"].equals(keys):
+                raise UserError(
+                    f"{name}/{self._shard}.parquet does not have the keys of {SAMPLES}/{self._shard}.parquet: one of "
+                    "them was changed. Delete the file of the layer and run again."
+                )
+        return tables
+
+
+@dataclass(frozen=True)
+class Zip:
+    """Layers of a dataset that are read side by side. ``columns`` restricts what is read of a layer to these."""
+
+    store: Store
+    fingerprints: Mapping[str, str]  # by layer, `samples` among them
+    columns: Mapping[str, Sequence[str]]
+
+    @contextlib.contextmanager
+    def open(self, shard: str) -> Iterator[ZippedShard]:
+        """Raises UserError where a file is missing, damaged or made by another recipe."""
+        with contextlib.ExitStack() as stack:
+            files = {}
+            for name, fingerprint in self.fingerprints.items():
+                with naming(self.store.layer_path(name, shard)):
+                    files[name] = stack.enter_context(self.store.open_layer(name, shard, fingerprint))
+            yield ZippedShard(shard, files, self.columns)
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Say which file an error is about, and what to do."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing. Finish the run that makes it: `reinforce run`.") from error
+    except (pa.ArrowException, EOFError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}). Delete it and run `reinforce run` again: only what is missing is computed."
+        ) from error
+
+
 class Dataset:
     """Iterates over the samples of the shards that are complete in every chosen layer; see ``open``."""
 
     def __init__(self, url: str, teachers: Sequence[str] | None, captioners: Sequence[str] | None) -> None:
         self.store = Store(url)
-        manifest = self.store.read_json(MANIFEST)
-        if manifest is None:
-            raise UserError(f"{url} is not a reinforced dataset: it has no {MANIFEST}.")
-        if manifest["schema_version"] > schemas.SCHEMA_VERSION:
-            raise UserError(f"{url} was written by a newer version of this program. Upgrade to read it.")
-        self.manifest = manifest
-        self.teachers = _chosen(url, "teachers", teachers, manifest)
-        self.captioners = _chosen(url, "captioners", captioners, manifest)
+        self.manifest = read_manifest(self.store)
+        self.teachers = chosen(url, "teachers", teachers, self.manifest)
+        self.captioners = chosen(url, "captioners", captioners, self.manifest)
         wanted = [captions_layer(c) for c in self.captioners]
         wanted += [embeddings_layer(t, w) for t in self.teachers for w in ("images", "caption", *self.captioners)]
-        self.layers = [SAMPLES, *(name for name in wanted if name in manifest["layers"])]
+        self.layers = [SAMPLES, *(name for name in wanted if name in self.manifest["layers"])]
         listings = [self.store.shards(name) for name in self.layers]
         self.shards = sorted(set(listings[0]).intersection(*listings[1:]))
         if not self.shards:
@@ -69,19 +120,9 @@ class Dataset:
 
     def row_groups(self, shard: str) -> Iterator[dict[str, pa.Table]]:
         """Tables of one row group by layer, aligned by key. Raises UserError where they are not."""
-        with contextlib.ExitStack() as stack:
-            fingerprints = {name: self.manifest["layers"][name]["fingerprint"] for name in self.layers}
-            files = {n: stack.enter_context(self.store.open_layer(n, shard, fingerprints[n])) for n in self.layers}
-            for index in range(files[SAMPLES].num_row_groups):
-                tables = {name: file.read_row_group(index) for name, file in files.items()}
-                keys = tables[SAMPLES]["key"]
-                for name, table in tables.items():
-                    if not table["key"].equals(keys):
-                        raise UserError(
-                            f"{name}/{shard}.parquet does not have the keys of {SAMPLES}/{shard}.parquet: one of them "
-                            "was changed. Delete the file of the layer and run again."
-                        )
-                yield tables
+        fingerprints = {name: self.manifest["layers"][name]["fingerprint"] for name in self.layers}
+        with Zip(self.store, fingerprints, {}).open(shard) as layers:
+            yield from map(layers.read, range(layers.row_groups))
 
     def _samples(self, tables: Mapping[str, pa.Table]) -> Iterator[Sample]:
         rows = tables[SAMPLES].to_pylist()
@@ -120,7 +161,18 @@ def open(url: str, teachers: Sequence[str] | None = None, captioners: Sequence[s
     return Dataset(url, teachers, captioners)
 
 
-def _chosen(url: str, kind: str, names: Sequence[str] | None, manifest: Mapping[str, Any]) -> list[str]:
+def read_manifest(store: Store) -> dict[str, Any]:
+    """What dataset.json says. Raises UserError where there is no dataset, or one of a newer program."""
+    manifest = store.read_json(MANIFEST)
+    if manifest is None:
+        raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST}.")
+    if manifest["schema_version"] > schemas.SCHEMA_VERSION:
+        raise UserError(f"{store.url} was written by a newer version of this program. Upgrade to read it.")
+    return manifest
+
+
+def chosen(url: str, kind: str, names: Sequence[str] | None, manifest: Mapping[str, Any]) -> list[str]:
+    """The named ``teachers`` or ``captioners``; None: all of them. Raises UserError for one that is not there."""
     known = list(manifest[kind])
     for name in names or []:
         if name not in known:

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 
 def seed_for(seed: int, key: str, purpose: str, index: int = 0) -> int:
     """64-bit seed, equal on every machine and Python version."""
     text = f"{seed}\0{key}\0{purpose}\0{index}"
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def uniforms(seed: int, keys: Sequence[str], purpose: str, index: int, count: int) -> npt.NDArray[np.float64]:
+    """Up to 8 numbers in [0, 1) for each key, [len(keys), count], equal on every machine and numpy version."""
+    tail = f"\0{purpose}\0{index}"
+    digests = (
+        hashlib.blake2b(f"{seed}\0{key}{tail}".encode("utf-8", "surrogatepass"), digest_size=8 * count).digest()
+        for key in keys
+    )
+    bits = np.frombuffer(b"".join(digests), "<u8").reshape(-1, count)
+    return (bits >> np.uint64(11)) * np.float64(2.0**-53)

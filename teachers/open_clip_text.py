@@ -29,8 +29,7 @@ class TextSide:
     def __init__(self, model: Any, tokenizer: Any, device: Accelerator) -> None:
         self._model = model
         self._device = device
-        self._tokenizer = tokenizer
-        _keep_texts(tokenizer)
+        self._tokenizer = keep_texts(tokenizer)
         self._trims = _can_trim(model) and is_exact(lambda texts, trim: self._encode(self.tokenize(texts), trim))
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -54,15 +53,15 @@ class TextSide:
         return features
 
 
-def _keep_texts(tokenizer: Any) -> None:
-    """Make the tokenizer read special tokens in captions as plain text.
+def keep_texts(tokenizer: Any) -> Any:
+    """Make the tokenizer read special tokens in captions as plain text, and return it.
 
     It has to happen after cleaning, which turns ``&lt;end_of_text&gt;`` into ``<end_of_text>``. The one tokenizer
     without a cleaning function to extend strips all punctuation.
     """
     clean = getattr(tokenizer, "clean_fn", None)
     if clean is None:
-        return
+        return tokenizer
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         special = [tokenizer.decoder[index] for index in tokenizer.all_special_ids]
     else:
@@ -71,6 +70,7 @@ def _keep_texts(tokenizer: Any) -> None:
         clean = clean_fast
     neutralise = neutraliser(special)
     tokenizer.clean_fn = lambda text: neutralise(clean(text))
+    return tokenizer
 
 
 def clean_fast(text: str) -> str:

@@ -1,0 +1,215 @@
+"""From the rows of a row group to examples: one augmentation, one text of each kind, and the teachers' vectors of them.
+
+Only what was picked is taken out of the columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from reinforce import vectors
+from reinforce.augment import Augmentation, from_records
+from reinforce.layers import SAMPLES, captions_layer, embeddings_layer
+from reinforce.seeds import uniforms
+from reinforce.source import referenced_images
+
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.intp]
+Floats = npt.NDArray[np.float32]
+
+#: The true caption among the sources of texts; the others are captioners.
+TRUE = "caption"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an example takes of a sample, and how it is picked.
+
+    ``seeing`` and ``reading`` are the teachers whose vectors of images and of texts are wanted, ``captioners`` have
+    weights. With ``mixed`` an example has one text, a synthetic one with probability ``synthetic``; with ``both`` it
+    has the true caption and, where there are captioners, a synthetic one.
+    """
+
+    seeing: tuple[str, ...]
+    reading: tuple[str, ...]
+    captioners: Mapping[str, float]
+    captions: Literal["both", "mixed"]
+    synthetic: float
+    pick: Literal["random", "sequential"]
+    seed: int
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of an example's texts in a batch."""
+        return ("caption", "synthetic") if self.captions == "both" and self.captioners else ("caption",)
+
+    def sources(self, kind: str) -> dict[str, float]:
+        """Where texts of a kind come from: TRUE or captioners, with weights."""
+        if self.captions == "both" or not self.captioners:
+            return {TRUE: 1.0} if kind == "caption" else dict(self.captioners)
+        total = sum(self.captioners.values()) or 1.0
+        mixed = {TRUE: 1 - self.synthetic, **{c: self.synthetic * w / total for c, w in self.captioners.items()}}
+        return {source: weight for source, weight in mixed.items() if weight > 0}
+
+    @property
+    def targets(self) -> list[tuple[str, str]]:
+        """(teacher, ``image`` or kind of text) of an example's vectors, in their order."""
+        return [(t, "image") for t in self.seeing] + [(t, kind) for kind in self.kinds for t in self.reading]
+
+    def columns(self, images: Literal["embed", "reference"]) -> dict[str, tuple[str, ...]]:
+        """Columns that are read, by layer; of a dataset whose samples layer keeps ``images`` in that way."""
+        sources = list(dict.fromkeys(source for kind in self.kinds for source in self.sources(kind)))
+        samples = ["key", "augmentations", "image" if images == "embed" else "image_ref"]
+        columns: dict[str, tuple[str, ...]] = {SAMPLES: (*samples, "caption") if TRUE in sources else (*samples,)}
+        columns |= {captions_layer(source): ("key", "captions") for source in sources if source != TRUE}
+        layers = [embeddings_layer(t, "images") for t in self.seeing]
+        layers += [embeddings_layer(t, source) for t in self.reading for source in sources]
+        return columns | dict.fromkeys(layers, ("key", "embeddings"))
+
+
+class Example(NamedTuple):
+    """One training example whose pixels and tokens are still to be made."""
+
+    shard: str
+    key: str
+    image: bytes
+    augmentation: Augmentation
+    texts: tuple[str, ...]  # by ``Choice.kinds``
+    vectors: Floats  # those of ``Choice.targets`` end to end
+
+
+class Examples(NamedTuple):
+    """Examples of consecutive rows, None where a row is not usable, and how many are not for which reason."""
+
+    rows: list[Example | None]
+    unusable: dict[str, int]
+
+
+def examples_of(
+    tables: Mapping[str, pa.Table], first: int, stop: int, shard: str, choice: Choice, epoch: int
+) -> Examples:
+    """Rows ``first`` to ``stop`` of a row group as examples of one pass.
+
+    A row is usable where a text of every kind and all vectors are there; if one captioner could not serve it, its
+    text comes from another. Images that are referred to are read from their tar, in its order.
+    """
+    tables = {name: table.slice(first, stop - first) for name, table in tables.items()}
+    samples = tables[SAMPLES]
+    keys: list[str] = samples["key"].to_pylist()
+    rows = np.arange(len(keys))
+    draws = _Draws(choice, epoch, keys)
+    usable, unusable = np.ones(len(keys), bool), {}
+
+    def need(present: Bools, reason: str) -> None:
+        if lost := int((usable & ~present).sum()):
+            unusable[reason] = lost
+            usable[~present] = False
+
+    records = _Lists(samples["augmentations"])
+    views = draws.index(0, records.counts)
+    augmentations = from_records(records.take(rows, views))
+    blocks = []
+    for teacher in choice.seeing:
+        layer = embeddings_layer(teacher, "images")
+        need(vectors.valid(tables[layer]), f"{layer} is null")
+        blocks.append(vectors.pick(tables[layer], rows, views))
+    texts = []
+    for number, kind in enumerate(choice.kinds):
+        sources = {name: _Source(tables, name, choice.reading) for name in choice.sources(kind)}
+        which, found = draws.source(2 + number, choice.sources(kind), sources)
+        need(found, "no caption" if kind == TRUE else "no synthetic caption")
+        text, of_teachers = _text(sources, which, draws)
+        texts.append(text)
+        blocks += of_teachers
+    block = np.concatenate(blocks, axis=1) if blocks else np.empty((len(keys), 0), np.float32)
+
+    places = np.flatnonzero(usable)
+    examples: list[Example | None] = [None] * len(keys)
+    for i, image in zip(places.tolist(), _images(samples, places), strict=True):
+        examples[i] = Example(shard, keys[i], image, augmentations[i], tuple(t[i] for t in texts), block[i])
+    return Examples(examples, unusable)
+
+
+class _Draws:
+    """The random numbers of every row in one pass, or its turns."""
+
+    def __init__(self, choice: Choice, epoch: int, keys: Sequence[str]) -> None:
+        self._fresh = uniforms(choice.seed, keys, "example", epoch, 2 + len(choice.kinds))
+        self._turn = uniforms(choice.seed, keys, "turn", 0, 2) if choice.pick == "sequential" else None
+        self._epoch = epoch
+
+    def index(self, number: int, counts: Ints) -> Ints:
+        """One of ``counts`` things for every row; by turns, all of them come up in as many passes."""
+        if self._turn is None:
+            return (self._fresh[:, number] * counts).astype(np.intp)
+        return ((self._turn[:, number] * counts).astype(np.intp) + self._epoch) % np.maximum(counts, 1)
+
+    def source(self, number: int, weights: Mapping[str, float], sources: Mapping[str, _Source]) -> tuple[Ints, Bools]:
+        """Which source each row's text comes from, by weight among those that have one, and whether one has."""
+        edges = np.cumsum([sources[name].present * weight for name, weight in weights.items()], axis=0)
+        draws = self._fresh[:, number] * edges[-1]
+        which = np.minimum((edges <= draws).sum(axis=0), len(edges) - 1)
+        return which, edges[-1] > 0
+
+
+class _Source:
+    """The texts of one source for every row, and the vectors that teachers gave them."""
+
+    def __init__(self, tables: Mapping[str, pa.Table], name: str, reading: Sequence[str]) -> None:
+        self.vectors = [tables[embeddings_layer(teacher, name)] for teacher in reading]
+        if name == TRUE:
+            self._true = tables[SAMPLES]["caption"]
+            self.counts = np.asarray(self._true.is_valid()).astype(np.intp)
+        else:
+            self._true, self._lists = None, _Lists(tables[captions_layer(name)]["captions"])
+            self.counts = self._lists.counts
+        self.present = self.counts > 0
+        for table in self.vectors:
+            self.present = self.present & vectors.valid(table)
+
+    def take(self, rows: Ints, index: Ints) -> list[str | None]:
+        return self._lists.take(rows, index) if self._true is None else self._true.take(pa.array(rows)).to_pylist()
+
+
+def _text(sources: Mapping[str, _Source], which: Ints, draws: _Draws) -> tuple[list[str], list[Floats]]:
+    """Every row's text from its source, "" where it has none, and the vectors [rows, D] of every teacher."""
+    texts = [""] * len(which)
+    blocks: list[Floats] = []
+    for number, source in enumerate(sources.values()):
+        rows = np.flatnonzero((which == number) & source.present)
+        index = draws.index(1, source.counts)[rows]
+        for row, text in zip(rows.tolist(), source.take(rows, index), strict=True):
+            texts[row] = text or ""
+        for place, table in enumerate(source.vectors):
+            picked = vectors.pick(table, rows, index)
+            if number == 0:
+                blocks.append(np.zeros((len(which), picked.shape[1]), np.float32))
+            blocks[place][rows] = picked
+    return texts, blocks
+
+
+def _images(samples: pa.Table, rows: Ints) -> Iterator[bytes]:
+    """Encoded images of ascending rows."""
+    if "image" in samples.column_names:
+        column = samples["image"]
+        return (column[row].as_py() for row in rows.tolist())
+    return referenced_images(samples["image_ref"].take(pa.array(rows)).to_pylist())
+
+
+class _Lists:
+    """A column of lists, of which single elements are taken."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        offsets = array.offsets.to_numpy()
+        self._values, self._starts = array.values, offsets[:-1]
+        self.counts: Ints = np.where(np.asarray(array.is_valid()), np.diff(offsets), 0)
+
+    def take(self, rows: Ints, index: Ints) -> list[Any]:
+        return self._values.take(pa.array(self._starts[rows] + index)).to_pylist()

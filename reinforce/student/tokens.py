@@ -1,0 +1,34 @@
+"""Captions to the tokens of an open_clip model, in any process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Tokenizer:
+    """An open_clip model's tokenizer by the model's name, in which special tokens within texts are plain text.
+
+    It is loaded where it is first called, so that it can be sent to loader processes.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self._side: Any = None
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """B texts -> int64 [B, context length]."""
+        if self._side is None:
+            import open_clip
+
+            from teachers.open_clip_text import keep_texts
+
+            self._side = keep_texts(open_clip.get_tokenizer(self.model))
+        tokens: torch.Tensor = self._side(list(texts))
+        return tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "_side": None}
