@@ -233,11 +233,18 @@ def gemma3(folder: Path, seed: int = 0) -> str:
     )  # fmt: skip
     config = hf.Gemma3Config(
         vision_config=hf.SiglipVisionConfig(**_VISION),
-        text_config=hf.Gemma3TextConfig(vocab_size=len(tokenizer), sliding_window=16, **_GEMMA),
+        text_config=hf.Gemma3TextConfig(
+            vocab_size=len(tokenizer),
+            sliding_window=16,
+            layer_types=["full_attention", "sliding_attention"],
+            tie_word_embeddings=False,  # a tiny one that is tied repeats its last word for ever
+            **_GEMMA,
+        ),
         image_token_index=3,
         boi_token_index=4,
         eoi_token_index=5,
         mm_tokens_per_image=4,
+        tie_word_embeddings=False,
     )
     images = hf.Gemma3ImageProcessor(size=_SQUARE)
     processor = hf.Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=_template("<start_of_image>"))
