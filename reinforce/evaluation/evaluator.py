@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from reinforce.errors import UserError
-from reinforce.evaluation.config import RECALLS, Evaluation
+from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import Encoder, classifier, encode_texts
 from reinforce.evaluation.pictures import Memory, Pictures
-from reinforce.evaluation.ranking import accuracies, choose, ranks_of_matches
+from reinforce.evaluation.ranking import accuracies, choose, recalls
 from reinforce.evaluation.report import Judged, Result
 from reinforce.evaluation.sets import Retrieval, ZeroShot, retrieval_set, zero_shot_set
 from teachers.device import Accelerator
@@ -95,13 +95,7 @@ class Evaluator:
                 images += [count] * len(captions)
                 count += 1
         of_images, of_texts = torch.cat(vectors), encode_texts(model, list(place), self.config.batch)
-        pairs = np.array([images, texts], np.int64)
-        by_text = pairs[:, np.argsort(pairs[1], kind="stable")]
-        ranks = {
-            "text_to_image": ranks_of_matches(of_texts, of_images, (by_text[1], by_text[0]), accelerator),
-            "image_to_text": ranks_of_matches(of_images, of_texts, (pairs[0], pairs[1]), accelerator),
-        }
-        return {f"{way}/r{k}": float((rank < k).mean()) for way, rank in ranks.items() for k in RECALLS}, count
+        return recalls(of_images, of_texts, np.array([images, texts], np.int64), accelerator), count
 
     def _images(
         self, part: ZeroShot | Retrieval, model: Encoder, accelerator: Accelerator

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from reinforce.evaluation.config import RECALLS
 from teachers.device import Accelerator
 
 #: Queries and candidates of one block of scores, which takes 8 + 4 bytes for each pair while it is looked at.
@@ -69,6 +70,20 @@ def ranks_of_matches(
             before += _before(scores, best[:, None], place[:, None], order)
         ranks.append(before.cpu())
     return torch.cat(ranks).numpy()
+
+
+def recalls(images: torch.Tensor, texts: torch.Tensor, pairs: np.ndarray, accelerator: Accelerator) -> dict[str, float]:
+    """``text_to_image/r1`` and so on: how often a true match is among the first k, both ways.
+
+    ``images`` and ``texts`` are float32 [N, D] on the CPU, of unit norm; ``pairs`` int64 [2, P] are the indices of all
+    true pairs, sorted by image.
+    """
+    by_text = pairs[:, np.argsort(pairs[1], kind="stable")]
+    ranks = {
+        "text_to_image": ranks_of_matches(texts, images, (by_text[1], by_text[0]), accelerator),
+        "image_to_text": ranks_of_matches(images, texts, (pairs[0], pairs[1]), accelerator),
+    }
+    return {f"{way}/r{k}": float((rank < k).mean()) for way, rank in ranks.items() for k in RECALLS}
 
 
 def accuracies(
