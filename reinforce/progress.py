@@ -44,6 +44,7 @@ class Screen:
         self._console = Console(file=sys.stdout, highlight=False)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True) if sys.stdout.isatty() else None
         self._printed = time.monotonic()
+        self._shown: tuple[str, float] | None = None
 
     def __enter__(self) -> Self:
         if self._live:
@@ -60,6 +61,7 @@ class Screen:
 
     def draw(self, line: str, done: float, total: float) -> None:
         """Show how much of a total is done; call it as often as you like."""
+        self._shown = line, total
         if self._live:
             row = Table.grid(padding=(0, 1))
             row.add_row(
@@ -69,6 +71,11 @@ class Screen:
         elif time.monotonic() - self._printed >= _LOG_SECONDS:
             self._printed = time.monotonic()
             self.say(line)
+
+    def advance(self, done: float) -> None:
+        """Move the bar alone, where there is one."""
+        if self._live and self._shown:
+            self.draw(self._shown[0], done, self._shown[1])
 
 
 class Progress(Screen):

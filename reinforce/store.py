@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import posixpath
+import shutil
 import stat
 import tempfile
 import uuid
@@ -110,6 +111,17 @@ class Store:
             os.chmod(local_path, mode)
             with open(local_path, "rb") as written:
                 self._publish(written, local_path, self.path(*parts))
+
+    def put_folder(self, folder: str, *parts: str) -> None:
+        """Publish the files of a local folder, each whole."""
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                target = (*parts, *path.relative_to(folder).parts)
+                if self.local:
+                    with self.new_file(*target) as local_path:
+                        shutil.copyfile(path, local_path)
+                else:
+                    self.fs.put_file(str(path), self.path(*target))
 
     def write_json(self, data: Mapping[str, Any], *parts: str) -> None:
         self.write_bytes((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), *parts)

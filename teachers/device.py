@@ -45,30 +45,35 @@ class Accelerator:
         self.precision = precision
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def prepare(self, module: Module, cast: bool = False) -> Module:
-        """Move a module here for inference: eval mode, no gradients, convolutions channels-last on CUDA.
-
-        ``cast`` holds the weights in the precision itself: language models were trained so, and a step of theirs
-        reads every weight for a few rows.
-        """
-        module.eval().requires_grad_(False)
-        if cast:
-            return module.to(self.device, _DTYPES[self.precision])
+    def place(self, module: Module) -> Module:
+        """Move a module here, convolutions channels-last on CUDA."""
         module.to(self.device)
         if self.device.type == "cuda":
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module
 
+    def prepare(self, module: Module, cast: bool = False) -> Module:
+        """Place a module for inference: eval mode, no gradients.
+
+        ``cast`` holds the weights in the precision itself: language models were trained so, and a step of theirs
+        reads every weight for a few rows.
+        """
+        module.eval().requires_grad_(False)
+        return module.to(self.device, _DTYPES[self.precision]) if cast else self.place(module)
+
+    def autocast(self) -> torch.autocast:
+        """Run forward passes of a training inside: autocast when the precision is not fp32."""
+        enabled = self.precision != "fp32"
+        return torch.autocast(self.device.type, dtype=_DTYPES[self.precision] if enabled else None, enabled=enabled)
+
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Run forward passes inside: no autograd, autocast when the precision is not fp32."""
-        enabled = self.precision != "fp32"
-        dtype = _DTYPES[self.precision] if enabled else None
-        with torch.inference_mode(), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+        """Run forward passes of an inference inside: no autograd, autocast when the precision is not fp32."""
+        with torch.inference_mode(), self.autocast():
             yield
 
     def layout(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] in the memory layout that `prepare` gave the convolutions."""
+        """[B, C, H, W] in the memory layout that `place` gave the convolutions."""
         return pixels.contiguous(memory_format=torch.channels_last) if self.device.type == "cuda" else pixels
 
     def put(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -105,9 +110,9 @@ class Accelerator:
 
     def seconds(self, start: Mark, end: Mark) -> float:
         """Seconds from one mark to another that the device has passed, such as those it was idle in between."""
-        if isinstance(start, float) and isinstance(end, float):
-            return end - start
-        return float(start.elapsed_time(end)) / 1000  # type: ignore[union-attr, arg-type]
+        if isinstance(start, float) or isinstance(end, float):
+            return end - start  # type: ignore[operator]
+        return start.elapsed_time(end) / 1000
 
     def peak_memory(self) -> int:
         """Most bytes that tensors took on the device so far; on CPU, that the process took."""

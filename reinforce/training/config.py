@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from reinforce.settings import Section
 
@@ -65,3 +66,34 @@ class Training(Section):
         if self.batch % parts:
             raise ValueError(f"batch ({self.batch}) must be a multiple of compute.ranks x compute.accumulate ({parts})")
         return self
+
+
+#: Keys of a `Training` that may change when it goes on: its length, where it runs, and what only tells of it.
+FREE = (
+    *("steps", "epochs", "checkpoints", "log_every", "retries"),
+    *(f"compute.{name}" for name in Compute.model_fields if name != "precision"),
+)
+
+
+def course(config: BaseModel, free: Iterable[str]) -> dict[str, Any]:
+    """The part of a config that determines a training, by dotted keys; what is under the keys ``free`` is not."""
+    prefixes = tuple(f"{key}." for key in free)
+    values = _flat(config.model_dump(mode="json", by_alias=True))
+    return {key: value for key, value in values if not f"{key}.".startswith(prefixes)}
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two courses, in words."""
+    return [
+        f"{key}: {then.get(key)!r} then, {now.get(key)!r} now"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

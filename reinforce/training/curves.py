@@ -1,0 +1,42 @@
+"""The curves of a training in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from reinforce.report import plots
+
+_PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Mapping[str, Any]]], ...] = (
+    ("Loss", "loss", lambda row: {"all": row["loss"], **row["losses"]} if "losses" in row else {}),
+    ("Learning rate", "learning rate", lambda row: {"": row["lr"]} if "lr" in row else {}),
+    ("Learnt scalars", "value", lambda row: row.get("scalars", {})),
+    ("Evaluation", "metric", lambda row: row.get("metrics", {})),
+)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], url: str) -> None:
+    """Draw a log's rows as PNG at a path or URL: a panel each for losses, learning rate, scalars and metrics."""
+    panels = [(title, y, _series(rows, values)) for title, y, values in _PANELS]
+    panels = [panel for panel in panels if panel[2]]
+    if not panels:
+        return
+    made, axes = plots.figure(len(panels), width=4.6 * len(panels), height=3.6)
+    for panel, (title, y, series) in zip(axes, panels, strict=True):
+        plots.name(panel, title, "step", y)
+        for index, (label, points) in enumerate(series.items()):
+            marker = "o" if len(points) == 1 else None
+            panel.plot(*zip(*points, strict=True), color=plots.colour(index), label=label or None, marker=marker)
+        plots.legend(panel)
+    plots.save(made, url)
+
+
+def _series(
+    rows: Sequence[Mapping[str, Any]], values: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> dict[str, list[tuple[int, float]]]:
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in values(row).items():
+            if value is not None:
+                series.setdefault(name, []).append((row["step"], value))
+    return series

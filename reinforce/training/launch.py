@@ -1,0 +1,45 @@
+"""Where the loop runs: in this process, as one of torchrun's ranks, or on the workers of Ray Train."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+
+import torch
+
+from reinforce.store import Store
+from reinforce.training.loop import Job, fit
+from reinforce.training.ranks import Ranks, join, under_torchrun
+from reinforce.training.results import Results
+from reinforce.training.stop import Stop
+from reinforce.training.task import Feed, Task
+from teachers.device import Accelerator
+
+#: Makes a rank's task and feed. It travels to Ray's workers: a function of a module, or a partial of one.
+Build = Callable[[Accelerator], tuple[Task, Feed]]
+
+
+def launch(build: Build, job: Job, address: str | None = None) -> Results:
+    """Train, and return what came of it.
+
+    Runs on Ray Train where ``compute.ranks`` is more than one or an address (or RAY_ADDRESS) names a cluster, and in
+    this process otherwise, or when torchrun started it. Raises UserError and Stopped as the loop does.
+    """
+    compute = job.training.compute
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not under_torchrun() and (compute.ranks > 1 or address):
+        from reinforce.training.ray_train import launch_on_ray
+
+        return launch_on_ray(build, job, address)
+    with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(join(compute))
+        ranks.on_first(lambda: stack.enter_context(Store(job.output).lock()))
+        return run_rank(build, job, ranks, Stop())
+
+
+def run_rank(build: Build, job: Job, ranks: Ranks, stop: Stop) -> Results:
+    """One rank's part of a training."""
+    torch.manual_seed(job.seed)
+    task, feed = build(ranks.accelerator)
+    return fit(task, feed, job, ranks, stop)

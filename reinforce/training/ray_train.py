@@ -1,0 +1,169 @@
+"""Trainings on Ray Train: it starts the ranks, and starts them again when one dies; all else is the loop's own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+
+import ray
+
+from reinforce.errors import UserError
+from reinforce.runner import ray_cluster
+from reinforce.store import Store
+from reinforce.training.config import Compute
+from reinforce.training.launch import Build, run_rank
+from reinforce.training.loop import Job
+from reinforce.training.ranks import join
+from reinforce.training.results import Results, read_results
+from reinforce.training.stop import Stop, Stopped
+
+_TICK = 0.2
+_AGREEMENT_SECONDS = 5.0
+
+
+def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
+    """Train on a cluster: the one that is initialised, the one at ``address``, or this machine.
+
+    Ray Train restarts all ranks up to ``retries`` times; they go on from the last checkpoint in ``job.output``, which
+    every node must reach. Nothing of Ray's is kept: its own storage is a folder that goes with this process.
+    """
+    # Ray Train would move the ranks to a folder of its own, and paths of the config would lead nowhere.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    compute = job.training.compute
+    store = Store(job.output)
+    with store.lock(), ray_cluster(address), tempfile.TemporaryDirectory(prefix="reinforce-ray-") as storage:
+        _check_room(compute)
+        desk = ray.remote(num_cpus=0)(_Desk).remote()
+        trainer = TorchTrainer(
+            _rank,
+            train_loop_config={"build": build, "job": job, "desk": desk, "folder": os.getcwd()},
+            scaling_config=ScalingConfig(
+                num_workers=compute.ranks,
+                use_gpu=compute.gpus > 0,
+                resources_per_worker={"CPU": compute.cpus, **({"GPU": compute.gpus} if compute.gpus else {})},
+            ),
+            run_config=RunConfig(
+                name="training",
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=job.training.retries),
+            ),
+        )
+        fault = _run(trainer, desk)
+        faults, signum = ray.get(desk.word.remote())
+        if faults:
+            raise UserError(faults[min(faults)])
+        if signum:
+            raise Stopped(signum)
+        if fault is not None:
+            raise fault
+    results = read_results(store)
+    assert results is not None
+    return results
+
+
+def _run(trainer: Any, desk: Any) -> Exception | None:
+    """Let Ray Train work in a thread, since this one has to hear signals; returns what it raised."""
+    faults: list[Exception] = []
+
+    def work() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            faults.append(error)
+
+    stop, asked = Stop(), False
+    with stop.listening():
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_TICK)
+            if stop.signum and not asked:
+                desk.ask.remote(stop.signum)
+                asked = True
+    return faults[0] if faults else None
+
+
+class _Desk:
+    """Where driver and ranks leave word for each other."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+        self._signum = 0
+        self._stopped = 0
+        self._faults: dict[int, str] = {}
+
+    async def ask(self, signum: int) -> None:
+        """The driver got a signal."""
+        self._signum = signum
+        self._asked.set()
+
+    async def asked(self) -> int:
+        """Wait for a signal."""
+        await self._asked.wait()
+        return self._signum
+
+    async def stopped(self, signum: int) -> None:
+        """The ranks have written a checkpoint and ended, as they were asked to."""
+        self._stopped = signum
+
+    async def fault(self, rank: int, message: str) -> None:
+        """A rank met something that the user has to mend."""
+        self._faults[rank] = message
+
+    async def word(self) -> tuple[dict[int, str], int]:
+        """Faults by rank, and the signal that ended the training, or 0."""
+        return self._faults, self._stopped
+
+
+def _rank(settings: dict[str, Any]) -> None:
+    """What each of Ray Train's workers runs."""
+    import ray.train.torch
+
+    folder, desk, job = settings["folder"], settings["desk"], settings["job"]
+    if os.path.isdir(folder):  # paths of the config, and classes of the user's own, are relative to it
+        os.chdir(folder)
+        sys.path[:0] = [folder] if folder not in sys.path else []
+    if ray.get(desk.word.remote())[0]:
+        return  # started again, but another start would not mend it
+    stop = Stop()
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    if rank == 0:
+        threading.Thread(target=_hear, args=(desk, stop), daemon=True).start()
+    try:
+        with join(job.training.compute, device=str(ray.train.torch.get_device())) as ranks:
+            run_rank(settings["build"], job, ranks, stop)
+    except Stopped as stopped:
+        ray.get(desk.stopped.remote(stopped.signum))
+    except UserError as error:
+        ray.get(desk.fault.remote(rank, str(error)))
+        deadline = time.monotonic() + _AGREEMENT_SECONDS
+        while time.monotonic() < deadline:
+            if len(ray.get(desk.word.remote())[0]) == size:
+                return
+            time.sleep(_TICK)
+        raise  # the other ranks wait for this one: only Ray can end them
+
+
+def _hear(desk: Any, stop: Stop) -> None:
+    stop.signum = ray.get(desk.asked.remote())
+
+
+def _check_room(compute: Compute) -> None:
+    """Raise UserError where no node can hold a rank: Ray would wait for one for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(n.get("CPU", 0) >= compute.cpus and n.get("GPU", 0) >= compute.gpus for n in nodes):
+        largest = max(nodes, key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)))
+        raise UserError(
+            f"a rank wants {compute.cpus} CPUs and {compute.gpus:g} GPUs, the largest node has "
+            f"{largest.get('CPU', 0):g} CPUs and {largest.get('GPU', 0):g} GPUs. "
+            "Set train.compute.cpus and train.compute.gpus to fit."
+        )
