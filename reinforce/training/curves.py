@@ -11,8 +11,20 @@ _PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]
     ("Loss", "loss", lambda row: {"all": row["loss"], **row["losses"]} if "losses" in row else {}),
     ("Learning rate", "learning rate", lambda row: {"": row["lr"]} if "lr" in row else {}),
     ("Learnt scalars", "value", lambda row: row.get("scalars", {})),
-    ("Evaluation", "metric", lambda row: row.get("metrics", {})),
+    ("Evaluation: losses", "loss", lambda row: _metrics(row, "loss")),
+    ("Evaluation: retrieval", "metric", lambda row: _metrics(row, "retrieval")),
+    ("Evaluation", "metric", lambda row: _metrics(row, "")),
 )
+
+
+def _metrics(row: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """Metrics of a kind: losses, which are on another scale, those of retrieval sets, and the rest."""
+    return {name: value for name, value in row.get("metrics", {}).items() if _kind(name) == kind}
+
+
+def _kind(metric: str) -> str:
+    first = metric.partition("/")[0]
+    return "loss" if metric.endswith("_loss") else first if first == "retrieval" else ""
 
 
 def draw(rows: Sequence[Mapping[str, Any]], url: str) -> None:

@@ -38,8 +38,8 @@ class Job:
     """What a loop needs to know beside the task and its data.
 
     ``course`` is the part of the config that determines the training, by dotted keys: a checkpoint of another course
-    is refused. ``export`` names the folder of ``output`` for the final weights, ``best`` the metric whose best
-    checkpoint is kept (default: the first).
+    is refused. ``evaluate_start`` asks for metrics of what the training starts from, too. ``export`` names the folder
+    of ``output`` for the final weights, ``best`` the metric whose best checkpoint is kept (default: the first).
     """
 
     training: Training
@@ -47,6 +47,7 @@ class Job:
     seed: int
     course: Mapping[str, Any]
     evaluate_every: int | None = None
+    evaluate_start: bool = False
     best: str | None = None
     export: str = "student"
 
@@ -230,7 +231,9 @@ class _Loop:
 
     def _evaluation_due(self) -> bool:
         step, every = self.record.step, self.job.evaluate_every
-        return step == self.steps or (every is not None and step > 0 and step % every == 0)
+        if step == 0:
+            return self.job.evaluate_start
+        return step == self.steps or (every is not None and step % every == 0)
 
     def _evaluate(self) -> None:
         if self._evaluation_due():
@@ -250,7 +253,8 @@ class _Loop:
             chosen = self.job.best or next(iter(metrics))
             if chosen not in metrics:
                 raise UserError(f"evaluate.best: there is no metric {chosen}; there are {', '.join(metrics)}.")
-            self.checkpoints.rate(step, chosen, metrics[chosen])
+            if step:  # of step 0 there is no checkpoint
+                self.checkpoints.rate(step, chosen, metrics[chosen])
             self.screen.say(f"step {step:,}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         self.log.add({"step": step, "metrics": metrics})
         self.log.publish()
