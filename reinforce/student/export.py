@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,14 @@ from safetensors.torch import save_file
 
 from reinforce.student.model import Student, tokenizer_of
 
+_log = logging.getLogger(__name__)
+
 
 def export(student: Student, folder: str) -> None:
     """Write the student without its heads; the logit scale is that of ``student``."""
+    tower = student.config["text_cfg"].get("hf_model_name")
+    if tower is not None and Path(tower).is_dir():
+        _log.warning("%s needs the folder %s, where the architecture of its text tower stands", folder, tower)
     write_open_clip(student.clip, student.config, tokenizer_of(student), folder)
 
 

@@ -30,7 +30,7 @@ class Student(torch.nn.Module):
     """An open_clip model in training.
 
     ``clip`` is the model itself, ``config`` its ``model_cfg``, ``name`` what open_clip knows both by. ``heads`` project
-    its features to the vectors of the teachers in ``features``; each of these costs ``features_weight`` x (1 - cosine).
+    its features to the vectors of the teachers in ``features``, at ``features_weight`` x (1 - cosine).
     """
 
     def __init__(
@@ -99,13 +99,17 @@ def build_student(
     """
     try:
         model = ModelSpec(model=spec.model, pretrained=spec.pretrained)
-        pretrained = _has_weights(model)
-        clip = load_model(model) if pretrained else _random_model(model_name(model), seed)
+        name, pretrained = model_name(model), _has_weights(model)
+        config = _config(name)
+        clip = load_model(model) if pretrained else _random_model(name, seed)
         image = image_spec(open_clip.get_model_preprocess_cfg(clip))
-        _check_towers(model_name(model), image)
+        if image.height != image.width:
+            raise ValueError(
+                f"{name} takes images of {image.height} x {image.width}, and augmented crops are square: choose a "
+                "model with a square `image_size`"
+            )
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"student: {error}") from error
-    config = dict(open_clip.get_model_config(model_name(model)))
     if form == "softmax" and clip.logit_bias is not None:
         clip.logit_bias.requires_grad_(False)
     if form == "sigmoid" and clip.logit_bias is None:
@@ -120,7 +124,7 @@ def build_student(
     if checkpointing:
         clip.set_grad_checkpointing()
     with _seeded(seed):
-        return Student(model_name(model), clip.train(), config, image, features, features_weight)
+        return Student(name, clip.train(), config, image, features, features_weight)
 
 
 def tokenizer_of(student: Student) -> Any:
@@ -143,29 +147,25 @@ def tokenizer_of(student: Student) -> Any:
 def _has_weights(model: ModelSpec) -> bool:
     name = model_name(model)
     if name.startswith(catalog.FOLDER) and model.pretrained is None:
+        catalog.folder_of(name)
         try:
             catalog.folder_weights(name)
         except FileNotFoundError:
-            catalog.model_config(name)  # without a config it is no model either
             return False
         return True
     return name.startswith(catalog.HUB) or model.pretrained is not None
 
 
+def _config(name: str) -> dict[str, Any]:
+    config = catalog.model_config(name) or open_clip.get_model_config(name)
+    if "multimodal_cfg" in config:
+        raise ValueError(f"{name} is a captioner, whose decoder this loss would not train: choose a CLIP model")
+    return dict(config)
+
+
 def _random_model(name: str, seed: int) -> Any:
-    catalog.model_config(name)
     with _seeded(seed):
         return open_clip.create_model(name, load_weights=False, pretrained_text=False)
-
-
-def _check_towers(name: str, image: ImageSpec) -> None:
-    if image.height != image.width:
-        raise ValueError(
-            f"{name} takes images of {image.height} x {image.width}, and augmented crops are square: choose a model "
-            "with a square `image_size`"
-        )
-    if "multimodal_cfg" in open_clip.get_model_config(name):
-        raise ValueError(f"{name} is a captioner, whose decoder this loss would not train: choose a CLIP model")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from reinforce.errors import UserError
+from reinforce.evaluation.evaluator import Evaluator
 from reinforce.store import MANIFEST, Store
 from reinforce.student import gather, online
 from reinforce.student.config import StudentConfig
@@ -15,6 +16,7 @@ from reinforce.student.lesson import Lesson, plan_lesson, stored_teachers
 from reinforce.student.loss import Objective, contrast
 from reinforce.student.model import Student, build_student, tokenizer_of
 from reinforce.training.task import Batch, Encoded
+from teachers.device import Accelerator
 from teachers.protocols import Teacher
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class StudentTask:
             checkpointing=config.train.compute.gradient_checkpointing,
         )
         self.tokenizer = tokenizer_of(self.model)
+        self._evaluator = Evaluator(config.evaluate) if gather.rank() == 0 else None
         if gather.rank() == 0:
             for note in self.lesson.notes:
                 log.info(note)
@@ -68,7 +71,12 @@ class StudentTask:
         )
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        return {}
+        """Metrics of the sets under ``evaluate``, by the names in ``reinforce.evaluation``; on rank 0 alone."""
+        assert isinstance(model, Student)
+        assert self._evaluator is not None
+        device = str(next(model.parameters()).device)
+        accelerator = Accelerator(device, self._config.train.compute.precision)
+        return self._evaluator.evaluate_module(model.clip, model.image, self.tokenizer, accelerator).metrics
 
     def export(self, model: torch.nn.Module, folder: str) -> None:
         """A folder for ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` and its ``get_tokenizer``."""
