@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from reinforce.dataset import Dataset, Sample, open
     from reinforce.errors import UserError
     from reinforce.runner import run
+    from reinforce.student.train import train
 
-__all__ = ["Config", "Dataset", "Sample", "UserError", "load_config", "open", "run"]
+__all__ = ["Config", "Dataset", "Sample", "UserError", "load_config", "open", "run", "train"]
 
 _HOMES = {"Config": "config", "load_config": "config", "Dataset": "dataset", "Sample": "dataset", "open": "dataset"}
-_HOMES |= {"UserError": "errors", "run": "runner"}
+_HOMES |= {"UserError": "errors", "run": "runner", "train": "student.train"}
 
 
 def __getattr__(name: str) -> Any:

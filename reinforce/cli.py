@@ -1,7 +1,8 @@
-"""The command line: ``reinforce run``, ``plan``, ``status``, ``evaluate``."""
+"""The command line: ``reinforce run``, ``plan``, ``status``, ``train``, ``evaluate``."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -87,6 +88,35 @@ def status(
         typer.echo(f"quarantine/{layer}: {entry['files']:,} shards; {reasons}")
     if last := found["last_run"]:
         typer.echo(f"last run {last['run']}: {last['shards']:,} shards in {last['seconds']:.0f} s, {last['message']}")
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    set_: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to train on: 'auto' or HOST:PORT. Default: RAY_ADDRESS, else this machine."),
+    ] = None,
+) -> None:
+    """Train a student from reinforced datasets, or go on after the last checkpoint of its output.
+
+    With one rank it runs in this process, with more on Ray Train; started by torchrun, it takes torchrun's ranks.
+    """
+    from reinforce.student.config import load_student_config
+    from reinforce.student.train import train as train_student
+    from reinforce.training.stop import Stopped
+
+    checked = load_student_config(config, set_)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("reinforce").setLevel(logging.INFO)
+    try:
+        results = train_student(checked, address=address)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        typer.echo("stopped; run again to go on after the last checkpoint", err=True)
+        raise typer.Exit(stopped.status if isinstance(stopped, Stopped) else 130) from None
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(results.text())
 
 
 @app.command()

@@ -23,19 +23,21 @@ Build = Callable[[Accelerator], tuple[Task, Feed]]
 def launch(build: Build, job: Job, address: str | None = None) -> Results:
     """Train, and return what came of it.
 
-    Runs on Ray Train where ``compute.ranks`` is more than one or an address (or RAY_ADDRESS) names a cluster, and in
-    this process otherwise, or when torchrun started it. Raises UserError and Stopped as the loop does.
+    Runs on Ray Train or in this process, see `runs_on_ray`. Raises UserError and Stopped as the loop does.
     """
-    compute = job.training.compute
-    address = address or os.environ.get("RAY_ADDRESS")
-    if not under_torchrun() and (compute.ranks > 1 or address):
+    if runs_on_ray(job, address):
         from reinforce.training.ray_train import launch_on_ray
 
         return launch_on_ray(build, job, address)
     with contextlib.ExitStack() as stack:
-        ranks = stack.enter_context(join(compute))
+        ranks = stack.enter_context(join(job.training.compute))
         ranks.on_first(lambda: stack.enter_context(Store(job.output).lock()))
         return run_rank(build, job, ranks, Stop())
+
+
+def runs_on_ray(job: Job, address: str | None) -> bool:
+    """With more than one rank, or an address (or RAY_ADDRESS) of a cluster; never where torchrun started us."""
+    return not under_torchrun() and bool(job.training.compute.ranks > 1 or address or os.environ.get("RAY_ADDRESS"))
 
 
 def run_rank(build: Build, job: Job, ranks: Ranks, stop: Stop) -> Results:

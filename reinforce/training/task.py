@@ -37,10 +37,15 @@ class Task(Protocol):
     part, so that a training goes on with the numbers it would have had.
     """
 
-    #: All that is learnt, heads included: ``model(batch) -> Encoded``. The loop moves it, compiles it, wraps it
-    #: in DistributedDataParallel, averages it and saves it. The forward pass runs under autocast where the precision
-    #: asks for it. Parameters named ``logit_scale`` hold logarithms and are kept within [0, ln 100].
-    model: torch.nn.Module
+    @property
+    def model(self) -> torch.nn.Module:
+        """All that is learnt, heads included: ``model(batch) -> Encoded``.
+
+        The loop moves it, compiles it, wraps it in DistributedDataParallel, averages it and saves it. The forward pass
+        runs under autocast where the precision asks for it. Parameters named ``logit_scale`` hold logarithms and are
+        kept within [0, ln 100].
+        """
+        ...
 
     def prepare(self, batch: Batch) -> Batch:
         """The rank's whole batch, on its device, as ``model`` and ``losses`` want it; called once, before it is cut.
@@ -69,8 +74,10 @@ class Task(Protocol):
 class Feed(Protocol):
     """Where the loop gets its batches from."""
 
-    #: Samples of one epoch over all ranks.
-    samples: int
+    @property
+    def samples(self) -> int:
+        """Samples of one epoch over all ranks."""
+        ...
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterable[Batch]:
         """Endless batches of ``batch`` samples for one rank, from step ``start`` on.
