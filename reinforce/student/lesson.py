@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reinforce.dataset import chosen
 from reinforce.errors import UserError
 from reinforce.student.config import Data, Loss, StudentConfig
 
@@ -52,11 +53,11 @@ def plan_lesson(loss: Loss, known: Mapping[str, Known]) -> Lesson:
 
     Raises UserError for a teacher without a logit scale, and where nothing would bring images and texts together.
     """
+    if loss.lambda_ == 0:
+        return Lesson({}, {}, ["lambda 0: no teacher is used"])
     for name in (*loss.logit_scales, *loss.logit_biases):
         if name not in known:
             raise UserError(f"loss: there is no teacher {name!r}; there is: {', '.join(known) or 'none'}.")
-    if loss.lambda_ == 0:
-        return Lesson({}, {}, ["lambda 0: no teacher is used"])
     scales: dict[str, float] = {}
     features: dict[str, Known] = {}
     notes = []
@@ -115,14 +116,9 @@ def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, 
 
 
 def _names(data: Data, manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    by_url = {url: list(manifest["teachers"]) for url, manifest in manifests.items()}
-    if data.teachers is not None:
-        for name in data.teachers:
-            for url, there in by_url.items():
-                if name not in there:
-                    raise UserError(f"{url} has no teacher {name!r}; it has: {', '.join(there) or 'none'}.")
-        return data.teachers
-    (url, names), *others = by_url.items()
+    (url, names), *others = (
+        (url, chosen(url, "teachers", data.teachers, manifest)) for url, manifest in manifests.items()
+    )
     for other_url, there in others:
         if set(there) != set(names):
             raise UserError(
@@ -134,7 +130,8 @@ def _names(data: Data, manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _stored(name: str, data: Data, url: str, manifest: Mapping[str, Any]) -> Known:
     entry, layers = manifest["teachers"][name], manifest["layers"]
-    texts = ("caption", *(manifest["captioners"] if data.captioners is None else data.captioners))
+    captioners = chosen(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)
+    texts = ("caption", *captioners)
     found = [what for what in texts if f"embeddings/{name}/{what}" in layers]
     missing = [what for what in texts if what not in found]
     if found and missing:

@@ -29,8 +29,9 @@ _SIGMOID_SCALE, _SIGMOID_BIAS = 10.0, -10.0
 class Student(torch.nn.Module):
     """An open_clip model in training.
 
-    ``clip`` is the model itself, ``config`` its ``model_cfg``, ``name`` what open_clip knows both by. ``heads`` project
-    its features to the vectors of the teachers in ``features``, at ``features_weight`` x (1 - cosine).
+    ``clip`` is the model itself, ``config`` its ``model_cfg``, ``name`` what open_clip knows both by, ``pretrained``
+    whether it started from weights. ``heads`` project its features to the vectors of the teachers in ``features``, at
+    ``features_weight`` x (1 - cosine).
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Student(torch.nn.Module):
         clip: Any,
         config: Mapping[str, Any],
         image: ImageSpec,
+        pretrained: bool,
         features: Mapping[str, Known] | None = None,
         features_weight: float = 1.0,
     ) -> None:
@@ -47,6 +49,7 @@ class Student(torch.nn.Module):
         self.clip = clip
         self.config = config
         self.image = image
+        self.pretrained = pretrained
         self.features = dict(features or {})
         self.features_weight = features_weight
         self.heads = torch.nn.ModuleDict()
@@ -124,7 +127,7 @@ def build_student(
     if checkpointing:
         clip.set_grad_checkpointing()
     with _seeded(seed):
-        return Student(name, clip.train(), config, image, features, features_weight)
+        return Student(name, clip.train(), config, image, pretrained, features, features_weight)
 
 
 def tokenizer_of(student: Student) -> Any:

@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
-from reinforce.errors import UserError
+from reinforce.dataset import read_manifest
 from reinforce.evaluation.evaluator import Evaluator
-from reinforce.store import MANIFEST, Store
+from reinforce.store import Store
 from reinforce.student import gather, online
 from reinforce.student.config import StudentConfig
 from reinforce.student.export import export
-from reinforce.student.lesson import Lesson, plan_lesson, stored_teachers
+from reinforce.student.lesson import Known, Lesson, plan_lesson, stored_teachers
 from reinforce.student.loss import Objective, contrast
 from reinforce.student.model import Student, build_student, tokenizer_of
 from reinforce.training.task import Batch, Encoded
 from teachers.device import Accelerator
 from teachers.protocols import Teacher
 
-log = logging.getLogger(__name__)
-
 
 class StudentTask:
-    """Distils what the config says into the student it names; see ``reinforce.training.task.Task``.
+    """Distils what a config says into the student it names; see ``reinforce.training.task.Task``.
 
-    Reads dataset.json of the datasets, loads the student on the CPU and, with ``targets: online``, the teachers on
-    ``device``. Raises UserError for what cannot be trained.
+    Reads dataset.json of the datasets and the sets to evaluate by, loads the student on the CPU and, with
+    ``targets: online``, the teachers on ``device``. ``notes`` tell what each teacher is used for, and the logit
+    scales. Raises UserError for what cannot be trained.
     """
 
     def __init__(self, config: StudentConfig, device: str = "cpu") -> None:
         loss = config.loss
-        self._config = config
-        self._teachers: dict[str, Teacher] = {}
+        teachers: dict[str, Teacher] = {}
+        known: dict[str, Known] = {}
         if loss.lambda_ > 0 and loss.targets == "online":
-            self._teachers = online.load_teachers(loss.teachers, device)
-            known = {name: online.known_of(teacher, loss.teachers[name]) for name, teacher in self._teachers.items()}
-        else:
-            known = stored_teachers(config, {source.url: _manifest(source.url) for source in config.data.datasets})
+            teachers = online.load_teachers(loss.teachers, device)
+            known = {name: online.known_of(teacher, loss.teachers[name]) for name, teacher in teachers.items()}
+        elif loss.lambda_ > 0:
+            known = stored_teachers(config, {s.url: read_manifest(Store(s.url)) for s in config.data.datasets})
         self.lesson: Lesson = plan_lesson(loss, known)
-        self._teachers = {name: self._teachers[name] for name in self.lesson.teachers if name in self._teachers}
-        self._objective = Objective(loss.lambda_, loss.form, self.lesson.scales, loss.logit_biases)
         self.model: Student = build_student(
             config.student,
             seed=config.seed,
@@ -50,14 +45,17 @@ class StudentTask:
             checkpointing=config.train.compute.gradient_checkpointing,
         )
         self.tokenizer = tokenizer_of(self.model)
-        self._evaluator = Evaluator(config.evaluate) if gather.rank() == 0 else None
+        self._online = {name: teachers[name] for name in self.lesson.teachers if name in teachers}
+        self._objective = Objective(loss.lambda_, loss.form, self.lesson.scales, loss.logit_biases)
+        self._precision = config.train.compute.precision
+        self._evaluator: Evaluator | None = None
         if gather.rank() == 0:
-            for note in self.lesson.notes:
-                log.info(note)
+            self._evaluator = Evaluator(config.evaluate)
+        self.notes = [_described(self.model, config), *self.lesson.notes]
 
     def prepare(self, batch: Batch) -> Batch:
         """Teachers in the loop, if there are any, put their targets in the place of views and texts."""
-        return online.teach(batch, self._teachers) if self._teachers else batch
+        return online.teach(batch, self._online) if self._online else batch
 
     def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
         """``clip/KIND`` and ``distill/KIND`` over the batches of all ranks; see ``reinforce.student.loss``."""
@@ -75,7 +73,7 @@ class StudentTask:
         assert isinstance(model, Student)
         assert self._evaluator is not None
         device = str(next(model.parameters()).device)
-        accelerator = Accelerator(device, self._config.train.compute.precision)
+        accelerator = Accelerator(device, self._precision)
         return self._evaluator.evaluate_module(model.clip, model.image, self.tokenizer, accelerator).metrics
 
     def export(self, model: torch.nn.Module, folder: str) -> None:
@@ -84,8 +82,7 @@ class StudentTask:
         export(model, folder)
 
 
-def _manifest(url: str) -> dict:
-    manifest = Store(url).read_json(MANIFEST)
-    if manifest is None:
-        raise UserError(f"{url} is not a reinforced dataset: it has no {MANIFEST}.")
-    return manifest
+def _described(student: Student, config: StudentConfig) -> str:
+    millions = sum(parameter.numel() for parameter in student.clip.parameters()) / 1e6
+    start = "pretrained" if student.pretrained else f"random weights of seed {config.seed}"
+    return f"student {student.name}: {millions:.1f} M parameters, {student.image.size} pixels, {start}"

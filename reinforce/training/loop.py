@@ -90,6 +90,8 @@ class _Loop:
             if self.ranks.first:
                 self.log = stack.enter_context(Log(self.store, self.record.step))
                 self.screen = stack.enter_context(Screen())
+                for note in self.task.notes:
+                    self.screen.say(note)
                 if self.record.step:
                     self.screen.say(f"going on after step {self.record.step:,} of {self.steps:,}")
             self._evaluate()  # if a kill came between a checkpoint and its evaluation

@@ -6,7 +6,7 @@ result is judged and shipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -45,6 +45,11 @@ class Task(Protocol):
         runs under autocast where the precision asks for it. Parameters named ``logit_scale`` hold logarithms and are
         kept within [0, ln 100].
         """
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What is learnt from what, in lines that a user is told at the start."""
         ...
 
     def prepare(self, batch: Batch) -> Batch:
