@@ -32,6 +32,7 @@ from schemas import Reason
 
 MANIFEST = "dataset.json"
 _TEMP = ".tmp"
+_HALF = "reinforce-"  # begins the names of what is being made
 _INCOMPRESSIBLE = ("image", "embeddings")
 
 
@@ -103,14 +104,16 @@ class Store:
     def new_file(self, *parts: str) -> Iterator[str]:
         """A local path for a file of any size, which is published when the block ends and dropped if it raises.
 
-        Whoever writes may replace the file at the path: it keeps the permissions that files here have.
+        Whoever writes may put a file of its own at the path, and others beside it.
         """
-        with self._staging() as (file, local_path):
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        with tempfile.TemporaryDirectory(prefix=_HALF, dir=self._temporary()) as folder:
+            local_path = os.path.join(folder, parts[-1])
+            with open(local_path, "xb") as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # which files here have
             yield local_path
             os.chmod(local_path, mode)
-            with open(local_path, "rb") as written:
-                self._publish(written, local_path, self.path(*parts))
+            with open(local_path, "rb") as file:
+                self._publish(file, local_path, self.path(*parts))
 
     def put_folder(self, folder: str, *parts: str) -> None:
         """Publish the files of a local folder, each whole."""
@@ -174,15 +177,19 @@ class Store:
     @contextlib.contextmanager
     def _staging(self) -> Iterator[tuple[IO[bytes], str]]:
         """A local temporary file, gone at the end unless it was published."""
-        folder = os.path.join(self.root, _TEMP) if self.local else tempfile.gettempdir()
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, f"reinforce-{uuid.uuid4().hex}")
+        path = os.path.join(self._temporary(), f"{_HALF}{uuid.uuid4().hex}")
         try:
             with open(path, "xb") as file:
                 yield file, path
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+
+    def _temporary(self) -> str:
+        """Where files are made: for a local dataset, in its own file system."""
+        folder = os.path.join(self.root, _TEMP) if self.local else tempfile.gettempdir()
+        os.makedirs(folder, exist_ok=True)
+        return folder
 
     def _publish(self, file: IO[bytes], local_path: str, path: str) -> None:
         if not self.local:
@@ -216,8 +223,11 @@ class Store:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(f"another run is writing to {self.url}. Wait for it, or stop it.") from error
-            for stale in folder.glob("reinforce-*"):
-                stale.unlink(missing_ok=True)
+            for stale in folder.glob(f"{_HALF}*"):
+                if stale.is_dir():
+                    shutil.rmtree(stale, ignore_errors=True)
+                else:
+                    stale.unlink(missing_ok=True)
             yield
 
 

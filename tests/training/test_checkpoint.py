@@ -1,0 +1,136 @@
+"""Checkpoints are whole or not there, and hold all of a training."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from reinforce.errors import UserError
+from reinforce.store import Store
+from reinforce.training.checkpoint import Best, Checkpoints, Record
+from reinforce.training.config import Optimizer
+from reinforce.training.optimizer import adamw
+from reinforce.training.state import State, average_of
+from tests.training.tiny import Towers
+
+
+def checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
+    return Checkpoints(Store(str(folder)), keep)
+
+
+def test_a_record_and_its_tensors_come_back(tmp_path: Path) -> None:
+    record = Record(7, {"train.batch": 16, "data.teachers": None, "train.optimizer.betas": [0.9, 0.95]}, 1.5, 2)
+    tensors = {
+        "model/w": torch.randn(3, 4).T,
+        "model/scale": torch.tensor(2.5),
+        "model/steps": torch.tensor(3),
+        "model/bf": torch.randn(2, 2).bfloat16(),
+        "model/conv": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+    }
+    made = checkpoints(tmp_path)
+    made.save(record, tensors)
+    found, loaded = made.load(7)
+    assert found == record
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "checkpoints/step-000000007.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
+    made = checkpoints(tmp_path, keep=2)
+    for step, value in enumerate([0.1, 0.7, 0.3, 0.7, 0.2, 0.5], start=1):
+        made.save(Record(step, {}), {"model/w": torch.ones(1)})
+        made.rate(step, "top1", value)
+    assert made.steps() == [2, 5, 6]
+    assert made.best() == Best(2, "top1", 0.7)
+
+
+def test_a_best_by_another_metric_is_forgotten(tmp_path: Path) -> None:
+    made = checkpoints(tmp_path)
+    made.rate(1, "top1", 0.7)
+    assert made.rate(2, "recall", 0.1) == Best(2, "recall", 0.1)
+
+
+def test_tied_weights_are_saved(tmp_path: Path) -> None:
+    shared = torch.randn(3)
+    made = checkpoints(tmp_path)
+    made.save(Record(1, {}), {"model/a": shared, "model/b": shared})
+    assert torch.equal(made.load(1)[1]["model/b"], shared)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not safetensors", b"\x02\0\0\0\0\0\0\0{}"])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "checkpoints" / "step-000000003.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(damage)
+    with pytest.raises(UserError, match=r"step-000000003.safetensors is not a checkpoint.*Delete it"):
+        checkpoints(tmp_path).load(3)
+
+
+def sizes(folder: Path) -> Iterator[int]:
+    """Of the files in a folder in which files come and go."""
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            yield path.stat().st_size
+
+
+def test_what_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch; from reinforce.store import Store; from reinforce.training.checkpoint import *\n"
+        "made = Checkpoints(Store(sys.argv[1]), 2)\n"
+        "made.save(Record(1, {}), {'model/w': torch.ones(4)})\n"
+        "print('first', flush=True)\n"
+        "made.save(Record(2, {}), {f'model/{i}': torch.ones(5_000_000) for i in range(12)})\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "first\n"
+    deadline = time.monotonic() + 30
+    while not any(size > 1_000_000 for size in sizes(tmp_path / ".tmp")):
+        assert process.poll() is None, "it was done before it could be killed"
+        assert time.monotonic() < deadline
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    made = checkpoints(tmp_path)
+    assert made.steps() == [1]
+    assert torch.equal(made.load(1)[1]["model/w"], torch.ones(4))
+    with Store(str(tmp_path)).lock():
+        assert [p.name for p in (tmp_path / ".tmp").iterdir()] == ["lock"], "the half file is swept"
+
+
+def test_a_state_goes_on_as_if_it_had_never_been_saved() -> None:
+    def state() -> State:
+        model = Towers(norm=True)
+        return State(model, adamw(model, Optimizer(lr=0.1)), average_of(model, 0.9))
+
+    def step(state: State, seed: int) -> None:
+        rows = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+        encoded = state.model({"left": rows, "deep": {"right": rows}})
+        (encoded.losses["closeness"] * encoded.scalars["logit_scale"]).backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        assert state.average is not None
+        state.average.update(state.model, seed + 1)
+
+    one, two = state(), state()
+    for seed in range(3):
+        step(one, seed)
+    two.load({name: tensor.clone() for name, tensor in one.tensors().items()})
+    for seed in range(3, 6):
+        step(one, seed)
+        step(two, seed)
+    assert one.tensors().keys() == two.tensors().keys()
+    assert "optimizer/left.0.weight/exp_avg_sq" in one.tensors()
+    assert "average/left.1.running_mean" in one.tensors()
+    assert all(torch.equal(two.tensors()[name], tensor) for name, tensor in one.tensors().items())

@@ -1,0 +1,58 @@
+"""The learning rate of every step, and which parameters decay."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reinforce.training.config import Optimizer
+from reinforce.training.optimizer import adamw, learning_rate, undecayed
+from tests.tiny_models import open_clip_config
+
+
+def test_the_rate_rises_to_its_peak_and_falls_as_a_cosine_to_the_last() -> None:
+    config = Optimizer(lr=1.0, final_lr=0.1, warmup=4)
+    rates = [learning_rate(step, 9, config) for step in range(9)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[6] == pytest.approx(0.55)  # half way, between 1 and 0.1
+    assert rates[8] == pytest.approx(0.1)
+
+
+@given(steps=st.integers(1, 300), data=st.data())
+def test_the_rate_never_rises_after_the_warm_up_nor_leaves_its_bounds(steps: int, data: st.DataObject) -> None:
+    warmup = data.draw(st.integers(0, steps - 1))
+    config = Optimizer(lr=1.0, final_lr=0.01, warmup=warmup)
+    rates = [learning_rate(step, steps, config) for step in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert steps == warmup + 1 or rates[-1] == pytest.approx(0.01)
+
+
+def test_matrices_decay_and_gains_biases_scales_and_positions_do_not() -> None:
+    model = torch.nn.ModuleDict({"clip": open_clip.CLIP(**open_clip_config())})
+    bare = undecayed(model)
+    assert {"clip.logit_scale", "clip.positional_embedding", "clip.visual.positional_embedding"} <= bare
+    assert {"clip.ln_final.weight", "clip.ln_final.bias", "clip.visual.ln_post.weight"} <= bare
+    decayed = dict(model.named_parameters()).keys() - bare
+    assert "clip.token_embedding.weight" in decayed
+    assert "clip.visual.conv1.weight" in decayed
+    assert all(dict(model.named_parameters())[name].ndim >= 2 for name in decayed)
+
+
+def test_the_gain_of_a_channel_does_not_decay_whatever_its_shape() -> None:
+    model = torch.nn.Module()
+    model.gamma = torch.nn.Parameter(torch.ones(8, 1, 1))  # as timm's LayerScale2d has it
+    assert undecayed(model) == {"gamma"}
+
+
+def test_what_is_frozen_is_not_optimised() -> None:
+    model = torch.nn.Linear(2, 3)
+    model.bias.requires_grad_(False)
+    optimizer = adamw(model, Optimizer(weight_decay=0.3))
+    weights = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert weights == {id(model.weight): 0.3}
