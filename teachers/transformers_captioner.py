@@ -211,15 +211,15 @@ def load(spec: CaptionerSpec, accelerator: Accelerator) -> Captioner:
     assert spec.model is not None
     if catalog.is_folder(spec.model):
         catalog.config_of(spec.model)  # says what is wrong with a folder better than transformers does
-    config = transformers.AutoConfig.from_pretrained(spec.model, trust_remote_code=False)
-    catalog.check_captioner(config.to_dict(), spec)
+    config = transformers.AutoConfig.from_pretrained(spec.model, trust_remote_code=False).to_dict()
+    catalog.check_captioner(config, spec)
     model, report = transformers.AutoModelForImageTextToText.from_pretrained(
         spec.model, trust_remote_code=False, output_loading_info=True
     )
     wrong = [*sorted(report["missing_keys"]), *map(str, report["mismatched_keys"])]
     if wrong:
         raise ValueError(f"the weights of {spec.model} do not fill {type(model).__name__}: {', '.join(wrong[:5])}")
-    if config.model_type in catalog.CHAT:
+    if config["model_type"] in catalog.CHAT:
         from teachers.chat_captioner import Chat
 
         chat = Chat(spec, accelerator, model)
@@ -227,7 +227,7 @@ def load(spec: CaptionerSpec, accelerator: Accelerator) -> Captioner:
     processor = transformers.AutoImageProcessor.from_pretrained(spec.model, trust_remote_code=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model, trust_remote_code=False)
     model = accelerator.prepare(model.float())
-    kind: Any = Git if config.model_type == "git" else Attending
+    kind: Any = Git if config["model_type"] == "git" else Attending
     return TransformersCaptioner(
         spec, accelerator, kind(model, accelerator, image_spec(processor.to_dict())), tokenizer
     )

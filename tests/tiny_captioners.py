@@ -38,7 +38,9 @@ def _tokenizer(*special: str, **names: str) -> Any:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens=names or list(special),
+        additional_special_tokens=list(special),
+        model_input_names=["input_ids", "attention_mask"],
+        **({"extra_special_tokens": names} if names else {}),
     )
 
 
