@@ -1,0 +1,1 @@
+"""Judging image-text models: zero-shot classification and retrieval."""

@@ -1,15 +1,16 @@
 """Handing models over to clip_benchmark, which knows the sets that image-text models are compared by.
 
-It is a program of its own with a downloader and metrics of its own; it decodes images by plain ``convert("RGB")``.
-Its shards can also be judged here: label `cls`, its classnames.txt and zeroshot_classification_templates.txt.
+It is a program of its own, with a downloader of its own, that decodes images by plain ``convert("RGB")``. Its shards
+can be judged here too: labels in ``cls``, names in its classnames.txt, and zeroshot_classification_templates.txt.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,12 @@ from pathlib import Path
 
 from reinforce.errors import UserError
 from teachers.spec import ModelSpec
+
+PROGRAM = "clip_benchmark"
+_INSTALL = (
+    "Its release 1.6.2 fails at zero-shot sets with numpy 2.4, so give it an environment of its own: "
+    "`python -m venv bench && bench/bin/pip install clip-benchmark 'numpy<2.4'`, and add bench/bin to the PATH."
+)
 
 #: Where its authors publish the sets as shards.
 ROOT = "https://huggingface.co/datasets/clip-benchmark/wds_{dataset_cleaned}/tree/main"
@@ -41,7 +48,7 @@ def arguments(spec: ModelSpec, folder: Path, sets: list[str] | None = None, root
         name = f"local-dir:{Path(name.removeprefix('local-dir:')).absolute()}"
     output = re.sub(r"([{}])", r"\1\1", str(folder.absolute())) + "/{dataset}_{task}.json"
     return [
-        *(sys.executable, "-m", "clip_benchmark.cli", "eval"),
+        *(PROGRAM, "eval"),
         *("--pretrained_model", f"{name},{spec.pretrained or ''}"),
         *("--dataset", *(sets or SETS)),
         *("--dataset_root", root),
@@ -51,19 +58,21 @@ def arguments(spec: ModelSpec, folder: Path, sets: list[str] | None = None, root
 
 
 def commands(specs: Mapping[str, ModelSpec], folder: Path) -> dict[str, list[str]]:
-    """The command for each model. Raises UserError, with these commands, where the package is not installed."""
+    """The command for each model. Raises UserError, with these commands, where the program is not to be found."""
     made = {label: arguments(spec, folder / _slug(label)) for label, spec in specs.items()}
-    if importlib.util.find_spec("clip_benchmark") is None:
+    places = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    program = shutil.which(PROGRAM, path=places)
+    if program is None:
         shown = "\n".join(f"  mkdir -p {folder / _slug(label)} && {shlex.join(c)}" for label, c in made.items())
-        raise UserError(f"clip_benchmark is not installed. Run `pip install clip-benchmark` and again, or:\n{shown}")
-    return made
+        raise UserError(f"{PROGRAM} is not on the PATH. {_INSTALL} Then run this again, or:\n{shown}")
+    return {label: [program, *rest] for label, (_, *rest) in made.items()}
 
 
 def run(command: Sequence[str], label: str, folder: Path) -> dict[str, float]:
     """Let clip_benchmark judge a model -> metrics by ``clip_benchmark/SET/METRIC``. Raises UserError if it fails."""
     folder = folder / _slug(label)
     folder.mkdir(parents=True, exist_ok=True)
-    ended = subprocess.run(command, check=False)  # noqa: S603  (our own interpreter and arguments, no shell)
+    ended = subprocess.run(command, check=False)  # noqa: S603  (our own arguments, no shell)
     if ended.returncode:
         raise UserError(
             f"clip_benchmark ended with status {ended.returncode} at {label}; {folder} has what it finished."

@@ -59,7 +59,10 @@ class ZeroShotSet(Section):
 
 
 class RetrievalSet(Section):
-    """Images with captions, each the other's match."""
+    """Images with captions: a hit is any true match.
+
+    All captions of an image are right for it. Equal captions are one text, for which all of their images are right.
+    """
 
     pairs: str | list[str] = Field(min_length=1, description="WebDataset shards, or a reinforced dataset")
     captions: list[str] = Field(

@@ -104,7 +104,7 @@ class Evaluator:
         spec = model.image
         if spec is None:
             raise UserError(f"{part.name}: the model has no image side, so it cannot be judged by images.")
-        threads = self.config.threads or len(os.sched_getaffinity(0))
+        threads = self.config.threads or _cores()
         empty = True
         for batch in self._pictures[part.name].batches(spec, self.config.batch, threads):
             empty = False
@@ -116,6 +116,11 @@ class Evaluator:
                 f"{part.name}: every image is refused, the first ({refused.key}) for {refused.reason.value}: "
                 f"{refused.detail}. Check that these are images, or widen `limits`."
             )
+
+
+def _cores() -> int:
+    """The cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

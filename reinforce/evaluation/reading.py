@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.config import Limits
 from reinforce.dataset import Dataset
@@ -39,35 +42,38 @@ class File:
 
 
 def kind_of(urls: str | Sequence[str]) -> Literal["folder", "dataset", "shards"]:
-    """What a set's URL means: a directory is a reinforced dataset or has a folder for each class; else shards."""
-    if not isinstance(urls, str) or urls.lower().endswith((*COMPRESSIONS, ".txt")):
+    """What a set's URL means: a directory is a reinforced dataset or has a folder for each class; else shards.
+
+    Raises UserError where the storage cannot be asked.
+    """
+    if not isinstance(urls, str) or canonical(urls).lower().endswith((*COMPRESSIONS, ".txt")):
         return "shards"
     fs, path = filesystem(urls)
-    if not fs.isdir(path):
-        return "shards"
-    return "dataset" if fs.isfile(posixpath.join(path, MANIFEST)) else "folder"
+    try:
+        if not fs.isdir(path):
+            return "shards"
+        return "dataset" if fs.isfile(posixpath.join(path, MANIFEST)) else "folder"
+    except Exception as error:  # each driver has its own exceptions
+        raise UserError(
+            f"{canonical(urls)} cannot be looked at: {type(error).__name__}: {error}. Check the address and your "
+            "credentials for it."
+        ) from error
 
 
 def class_folders(url: str, where: str) -> dict[str, list[File]]:
     """Images by class folder, both sorted, at any depth below; hidden names are skipped. Raises UserError."""
     fs, root = filesystem(url)
-    root = root.rstrip("/")
-    found: dict[str, list[File]] = {
-        posixpath.basename(str(entry["name"]).rstrip("/")): []
-        for entry in fs.ls(root, detail=True)
-        if entry["type"] == "directory"
-    }
+    names, files = _local_tree(root) if isinstance(fs, LocalFileSystem) else _remote_tree(fs, root.rstrip("/"))
+    folders: dict[str, list[File]] = {name: [] for name in sorted(names) if not name.startswith(".")}
     loose = 0
-    for path, info in fs.find(root, detail=True).items():
-        key = path[len(root) :].lstrip("/")
-        parts = key.split("/")
-        if any(part.startswith(".") for part in parts) or not _is_image(key):
+    for file in sorted(files, key=lambda file: file.key):
+        name, below, _ = file.key.partition("/")
+        if any(part.startswith(".") for part in file.key.split("/")) or not _is_image(file.key):
             continue
-        if len(parts) == 1:
+        if below:
+            folders[name].append(file)
+        else:
             loose += 1
-            continue
-        found.setdefault(parts[0], []).append(File(key, path, int(info["size"] or 0)))
-    folders = {name: sorted(found[name], key=lambda file: file.key) for name in sorted(found) if name[:1] != "."}
     shown = canonical(url)
     if not folders:
         raise UserError(f"{where}: {shown} holds no folder of a class; to read shards in it write {shown}/*.tar.")
@@ -80,6 +86,26 @@ def class_folders(url: str, where: str) -> dict[str, list[File]]:
             "remove them, or add their images."
         )
     return folders
+
+
+def _local_tree(root: str) -> tuple[list[str], list[File]]:
+    """Folders in ``root`` and all files below; links are followed, as sets are often made of them."""
+    names: list[str] = []
+    files = []
+    for folder, below, inside in os.walk(root, followlinks=True):
+        names = names or below
+        for name in inside:
+            path = os.path.join(folder, name)
+            size = os.path.getsize(path) if os.path.exists(path) else 0  # a broken link fails when it is read
+            files.append(File(os.path.relpath(path, root).replace(os.sep, "/"), path, size))
+    return names, files
+
+
+def _remote_tree(fs: Any, root: str) -> tuple[list[str], list[File]]:
+    entries = fs.ls(root, detail=True)
+    names = [posixpath.basename(str(e["name"]).rstrip("/")) for e in entries if e["type"] == "directory"]
+    found = fs.find(root, detail=True).items()
+    return names, [File(path[len(root) :].lstrip("/"), path, int(info["size"] or 0)) for path, info in found]
 
 
 def loader(url: str) -> Callable[[str], bytes]:

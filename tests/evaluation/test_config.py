@@ -1,0 +1,72 @@
+"""Which metrics a config gives, and which one decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce import settings
+from reinforce.errors import UserError
+from reinforce.evaluation.config import Evaluation
+
+SETS: dict[str, Any] = {
+    "zero_shot": {"emoji": {"images": "a.tar", "groups": "json:group"}, "in1k": {"images": "val"}},
+    "retrieval": {"coco": {"pairs": "b.tar"}},
+}
+
+
+def test_metrics_are_named_by_kind_set_and_score() -> None:
+    recalls = [f"retrieval/coco/{way}/r{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+    assert settings.parse(Evaluation, SETS).metrics == [
+        "zero_shot/emoji/top1",
+        "zero_shot/emoji/top5",
+        "zero_shot/emoji/mean_per_class",
+        "zero_shot/emoji/group",
+        "zero_shot/in1k/top1",
+        "zero_shot/in1k/top5",
+        "zero_shot/in1k/mean_per_class",
+        *recalls,
+    ]
+
+
+def test_the_first_metric_decides_unless_another_is_named() -> None:
+    assert settings.parse(Evaluation, SETS).best_metric == "zero_shot/emoji/top1"
+    retrieval = settings.parse(Evaluation, {"retrieval": SETS["retrieval"]})
+    assert retrieval.best_metric == "retrieval/coco/text_to_image/r1"
+    named = settings.parse(Evaluation, {**SETS, "best": "retrieval/coco/image_to_text/r5"})
+    assert named.best_metric == "retrieval/coco/image_to_text/r5"
+    assert Evaluation().best_metric is None
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({**SETS, "best": "zero_shot/emojis/top1"}, "no set gives 'zero_shot/emojis/top1'; the metrics are: zero_shot"),
+        ({**SETS, "best": "zero_shot/in1k/group"}, "no set gives 'zero_shot/in1k/group'"),
+        ({"best": "zero_shot/in1k/top1"}, "none, since there are no sets"),
+        ({"zero_shot": {"a/b": {"images": "x"}}}, "'a/b' cannot name a set"),
+        ({"zero_shot": {"a": {"images": "x", "class": "y"}}}, "known keys here: images, classes, label"),
+        ({"retrieval": {"a": {"pairs": "x", "captions": []}}}, "retrieval.a.captions"),
+    ],
+)
+def test_a_fault_is_told_before_anything_is_read(config: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        settings.parse(Evaluation, config)
+    assert told in str(error.value)
+
+
+def test_the_section_of_a_trainings_config_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("output: x\nevaluate: {retrieval: {coco: {pairs: b.tar}}}\n")
+    assert list(settings.load(Evaluation, path, section="evaluate").retrieval) == ["coco"]
+    path.write_text("output: x\nevaluate: {retrieval: {coco: {pears: b.tar}}}\n")
+    with pytest.raises(UserError, match=r"config\.yaml, evaluate has 2 faults:\n  retrieval\.coco\.pairs: is required"):
+        settings.load(Evaluation, path, section="evaluate")
+    path.write_text("output: x\n")
+    with pytest.raises(UserError, match=r"config\.yaml has no `evaluate`: add it"):
+        settings.load(Evaluation, path, section="evaluate")
+    path.write_text("evaluate:\n")
+    with pytest.raises(UserError, match=r"want a mapping of keys such as `every` and `zero_shot`"):
+        settings.load(Evaluation, path, section="evaluate")
