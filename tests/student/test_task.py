@@ -1,0 +1,170 @@
+"""The student's task on batches of a real reinforced dataset, with stored targets and with teachers in the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+
+from reinforce import settings
+from reinforce.errors import UserError
+from reinforce.student.config import StudentConfig
+from reinforce.student.lesson import IMAGES, TEXTS
+from reinforce.student.task import StudentTask
+from reinforce.student.train import build
+from reinforce.training.task import Batch
+from teachers.device import Accelerator
+from tests.conftest import config_of, members_of, write_tar
+from tests.student.reinforced import reinforce_here
+from tests.student.students import student_folder
+from tests.tiny_models import open_clip_model
+
+PAIRS = 6
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Of every kind: a user's own class, an open_clip model, and one side alone."""
+    return {
+        "red": {"class": "tests.models:Colour", "options": {"size": 16}, "logit_scale": 50.0, "dtype": "float32"},
+        "vit": {"model": open_clip_model(tmp_path_factory.mktemp("vit")), "logit_scale": 20.0, "dtype": "float32"},
+        "eyes": {"class": "tests.models:ImageOnly", "dtype": "float32"},
+        "ears": {"class": "tests.models:TextOnly", "dtype": "float32"},
+    }
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, dict[str, Any]]) -> str:
+    folder = tmp_path_factory.mktemp("dataset")
+    write_tar(folder / "source" / "0.tar", members_of(0, 12))
+    return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "reinforced", teachers=teachers))
+
+
+@pytest.fixture
+def config(tmp_path: Path, dataset: str) -> Any:
+    """Builds a StudentConfig; ``loss`` and ``train`` add to those sections, the rest replaces them."""
+    model = student_folder(tmp_path / "student")
+
+    def make(loss: dict[str, Any] | None = None, **sections: Any) -> StudentConfig:
+        return settings.parse(
+            StudentConfig,
+            {
+                "output": str(tmp_path / "out"),
+                "student": {"model": model},
+                "data": {"datasets": dataset, "workers": 0, "window": 12},
+                "loss": loss or {},
+                "train": {"steps": 1, "batch": PAIRS},
+                **sections,
+            },
+        )
+
+    return make
+
+
+def first_batch(config: StudentConfig) -> tuple[StudentTask, Batch]:
+    task, feed = build(config, Accelerator("cpu"))
+    return task, task.prepare(next(iter(feed.batches(0, 1, PAIRS, 0))))
+
+
+def losses_of(task: StudentTask, batch: Batch) -> dict[str, torch.Tensor]:
+    encoded = task.model(batch)
+    return {**task.losses(encoded, batch), **encoded.losses}
+
+
+def test_stored_targets_give_a_loss_for_every_text_and_all_teachers(config: Any) -> None:
+    task, batch = first_batch(config({"lambda": 0.7}))
+    losses = losses_of(task, batch)
+    texts = ("caption", "synthetic")
+    terms = {f"{term}/{kind}" for term in ("clip", "distill", "features") for kind in texts} | {"features/image"}
+    assert losses.keys() == terms
+    torch.stack(list(losses.values())).sum().backward()
+    trained = [value for value in task.model.parameters() if value.requires_grad]
+    assert all(value.grad is not None and value.grad.isfinite().all() for value in trained)
+    assert task.lesson.scales == {"red": 50.0, "vit": 20.0}
+    assert {name: known.sides for name, known in task.lesson.features.items()} == {"eyes": {IMAGES}, "ears": {TEXTS}}
+
+
+def test_what_is_learnt_from_whom_is_told(config: Any) -> None:
+    task = StudentTask(config({"logit_scales": {"vit": 30.0}}))
+    assert [note.split(": ", 1)[0] for note in task.notes] == [
+        f"student {task.model.name}", "teacher red", "teacher vit", "teacher eyes", "teacher ears",
+    ]  # fmt: skip
+    assert "random weights of seed 0" in task.notes[0]
+    assert "logit scale 50 (dataset: config)" in task.notes[1]
+    assert "logit scale 30 (config: loss.logit_scales.vit)" in task.notes[2]
+
+
+def test_teachers_in_the_loop_give_what_is_stored(config: Any, teachers: dict[str, dict[str, Any]]) -> None:
+    stored_task, stored = first_batch(config({"features": "all", "lambda": 0.5}))
+    online_task, online = first_batch(
+        config({"features": "all", "lambda": 0.5, "targets": "online", "teachers": teachers})
+    )
+    assert stored["key"] == online["key"]
+    assert not {"views", "texts"} & online.keys()
+    assert {name: set(of) for name, of in stored["targets"].items()} == {
+        name: set(of) for name, of in online["targets"].items()
+    }
+    for name, of in stored["targets"].items():
+        for what, vectors in of.items():
+            torch.testing.assert_close(online["targets"][name][what], vectors, rtol=0, atol=2e-6)
+    found, expected = losses_of(online_task, online), losses_of(stored_task, stored)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.stack(list(found.values())).sum().backward()
+
+
+def test_lambda_0_is_plain_clip_without_any_teacher(config: Any, teachers: dict[str, dict[str, Any]]) -> None:
+    for online in ({}, {"targets": "online", "teachers": teachers}):
+        task, batch = first_batch(config({"lambda": 0.0, **online}))
+        assert not batch.get("targets")
+        encoded = task.model(batch)
+        expected = open_clip.ClipLoss()
+        losses = task.losses(encoded, batch)
+        assert encoded.losses == {}
+        for kind in ("caption", "synthetic"):
+            theirs = expected(encoded.features["image"], encoded.features[kind], encoded.scalars["logit_scale"])
+            torch.testing.assert_close(losses[f"clip/{kind}"], theirs)
+
+
+def test_mixed_captions_are_one_batch(config: Any, dataset: str) -> None:
+    data = {"datasets": dataset, "workers": 0, "window": 12, "captions": "mixed"}
+    task, batch = first_batch(config({"features": "none"}, data=data))
+    assert losses_of(task, batch).keys() == {"distill/caption"}
+
+
+def test_sigmoids_learn_from_teachers_of_a_softmax(config: Any) -> None:
+    task, batch = first_batch(config({"form": "sigmoid", "lambda": 0.5, "features": "none"}))
+    losses = losses_of(task, batch)
+    assert losses.keys() == {f"{term}/{kind}" for term in ("clip", "distill") for kind in ("caption", "synthetic")}
+    torch.stack(list(losses.values())).sum().backward()
+    assert task.model.clip.logit_bias.grad.abs() > 0
+
+
+def test_what_is_exported_is_what_was_evaluated(config: Any, dataset: str, tmp_path: Path) -> None:
+    task = StudentTask(config(evaluate={"retrieval": {"own": {"pairs": dataset}}}))
+    metrics = task.evaluate(task.model)
+    assert {name.rpartition("/")[0] for name in metrics} == {
+        "retrieval/own/text_to_image", "retrieval/own/image_to_text",
+    }  # fmt: skip
+    task.export(task.model, str(tmp_path / "exported"))
+    again = StudentTask(
+        config(
+            student={"model": f"local-dir:{tmp_path / 'exported'}"},
+            evaluate={"retrieval": {"own": {"pairs": dataset}}},
+        )
+    )
+    assert "pretrained" in again.notes[0]
+    assert again.evaluate(again.model) == metrics
+
+
+def test_a_teacher_in_the_loop_that_cannot_be_loaded_is_told(config: Any) -> None:
+    wrong = {"big": {"model": "ViT-B-33", "pretrained": "openai"}}
+    with pytest.raises(UserError, match=r"teacher big: model 'ViT-B-33' is unknown .* did you mean ViT-B-32"):
+        StudentTask(config({"targets": "online", "teachers": wrong}))
+
+
+def test_a_folder_that_is_no_dataset_is_told(config: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a reinforced dataset"):
+        StudentTask(config(data={"datasets": str(tmp_path / "nothing")}))
