@@ -80,6 +80,7 @@ def status(
 ) -> None:
     """Show what a dataset holds, what is in quarantine and why, and how the last run ended."""
     from reinforce.status import status_of, status_table
+    from reinforce.summary import cleaned_lines
 
     found = status_of(dataset)
     Console().print(status_table(found))
@@ -88,6 +89,8 @@ def status(
         typer.echo(f"quarantine/{layer}: {entry['files']:,} shards; {reasons}")
     if last := found["last_run"]:
         typer.echo(f"last run {last['run']}: {last['shards']:,} shards in {last['seconds']:.0f} s, {last['message']}")
+        for line in cleaned_lines(last.get("cleaned", {})):
+            typer.echo(line)
 
 
 @app.command()

@@ -75,6 +75,7 @@ class Driver:
         self.attempts: Counter[str] = Counter()
         self.deaths_alone: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
+        self.cleaned: dict[str, Counter[str]] = {}
         self.finished: set[str] = set()
         self.quarantined: set[str] = set()
         self.samples = self.bytes = 0
@@ -213,6 +214,8 @@ class Driver:
         self.bytes += result.bytes
         self.busy += result.busy
         self.refused.update(result.refused)
+        for captioner, counts in result.cleaned.items():
+            self.cleaned.setdefault(captioner, Counter()).update(counts)
         if result.given_up:
             self.progress.say(f"{work.shard}: {result.given_up}, in quarantine")
             self._count_quarantined(work.shard)
@@ -348,6 +351,7 @@ class Driver:
             given_up,
             status,
             message,
+            {captioner: dict(counts) for captioner, counts in self.cleaned.items()},
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from reinforce.store import LayerWriter, Store
 from reinforce.urls import canonical
 from schemas import Reason
 from teachers.pixels import to_pixels
+from teachers.postprocess import clean
 from teachers.protocols import Captioner, ImageSpec
 
 Refused = tuple[str | None, Reason, str]
@@ -44,6 +46,9 @@ class ShardResult:
     seconds: float
     busy: float
     bytes: int
+    cleaned: Mapping[
+        str, Mapping[str, int]
+    ]  # what `clean` did to captions, by captioner and teachers.postprocess.COUNTS
 
 
 class LayerFailure(RuntimeError):
@@ -81,6 +86,7 @@ class _Shard:
         self.source = canonical(work.url)
         self.refused: dict[str, list[Refused]] = {}
         self.given_up: str | None = None
+        self.cleaned: dict[str, Counter[str]] = {}
         self.counters = Counters()
 
     def run(self) -> ShardResult:
@@ -110,6 +116,7 @@ class _Shard:
             time.perf_counter() - start,
             self.counters.busy,
             size,
+            {captioner: dict(+counts) for captioner, counts in self.cleaned.items()},
         )
 
     # -- rows
@@ -166,10 +173,11 @@ class _Shard:
             if layer.kind == "samples":
                 tables[name] = self._samples_table(kept)
             elif layer.kind == "captions":
-                captions[name] = [
-                    None if row.refusal else texts for row, texts in zip(kept, batches[name], strict=True)
-                ]
                 self._note_unreadable(name, kept)
+                captions[name] = [
+                    None if row.refusal else self._cleaned(layer, row.key, texts)
+                    for row, texts in zip(kept, batches[name], strict=True)
+                ]
                 arrays = [pa.array(keys, pa.string()), pa.array(captions[name], pa.list_(pa.string()))]
                 tables[name] = pa.table(arrays, schema=self._schema(layer))
             elif layer.kind == "images":
@@ -226,6 +234,18 @@ class _Shard:
         if len(texts) != len(rows) or any(len(row) != layer.count for row in texts):
             raise ValueError(f"{layer.model}: caption() must give {layer.count} texts for each of {len(rows)} images")
         return texts
+
+    def _cleaned(self, layer: Layer, key: str, texts: list[str]) -> list[str] | None:
+        """One image's captions as the config's ``clean`` wants them; None where it leaves none."""
+        captioner = str(layer.model)
+        rules = self.config.captioners[captioner].clean
+        if rules is None:
+            return texts
+        kept, counts = clean(texts, rules)
+        self.cleaned.setdefault(captioner, Counter()).update(counts)
+        if kept is None:
+            self._refuse(layer.name, key, Reason.NO_TEXT, f"`clean` dropped all captions, {texts[0]!r} among them")
+        return kept
 
     def _texts_table(self, layer: Layer, keys: list[str], texts: Sequence[list[str] | None]) -> pa.Table:
         """Encode each distinct text once, batched with texts of its length."""

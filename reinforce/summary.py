@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from reinforce.plan import Plan
+from teachers.postprocess import COUNTS
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class RunSummary:
     """Figures of one run. ``status`` is the exit status of the command: 0 where all is well.
 
     ``samples`` were written or added to, ``busy_share`` is the accelerators' busy time over the workers' time,
-    ``refused`` counts quarantined rows by reason, ``quarantined_shards`` all shards given up in some layer.
+    ``refused`` counts quarantined rows by reason, ``quarantined_shards`` all shards given up in some layer, ``cleaned``
+    what became of captions, by captioner.
     """
 
     run: str | None
@@ -26,6 +28,7 @@ class RunSummary:
     quarantined_shards: int
     status: int
     message: str
+    cleaned: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def text(self, output: str) -> str:
         """The summary for people, a few lines."""
@@ -36,6 +39,7 @@ class RunSummary:
             f"{self.shards:,} shards, {self.samples:,} samples in {self.seconds:.1f} s ({rate:,.0f} samples/s, "
             f"accelerator busy {self.busy_share:.0%}), {human_bytes(self.bytes)} written to {output}"
         ]
+        lines += cleaned_lines(self.cleaned)
         if self.refused:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.refused.items()))
             lines.append(f"quarantined rows: {reasons}")
@@ -47,6 +51,15 @@ class RunSummary:
         if self.message != "done":
             lines.append(self.message)
         return "\n".join(lines)
+
+
+def cleaned_lines(cleaned: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """One line for each captioner with a ``clean`` section: how many captions were what."""
+    lines = []
+    for captioner, counts in sorted(cleaned.items()):
+        what = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in COUNTS if counts.get(name)]
+        lines.append(f"captions by {captioner}: {', '.join(what)}")
+    return lines
 
 
 def verdict(quarantined: int, shards: int, allowed_share: float) -> tuple[int, str]:

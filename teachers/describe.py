@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teachers import open_clip_catalog, transformers_catalog, weights
+from teachers import open_clip_catalog, postprocess, transformers_catalog, weights
 from teachers.spec import CaptionerSpec, ModelSpec, TeacherSpec
 
 _SAMPLING = ("temperature", "top_p", "min_length", "max_length")
@@ -52,12 +52,18 @@ def describe_captioner(name: str, spec: CaptionerSpec) -> ModelInfo:
             given = [field for field in (*_SAMPLING, *_CHAT) if field in spec.model_fields_set]
             if given:
                 raise ValueError(f"{', '.join(given)}: not used with `class`; pass them to your class in `options`")
-            identity = {**_class_identity(spec, cls), "captions": spec.captions}
+            identity = {**_class_identity(spec, cls), "captions": spec.captions, **_cleaning(spec)}
             return ModelInfo(dim=None, images=True, texts=False, identity=identity)
         model = _transformers_captioner(spec) if spec.family == "transformers" else _coca(spec)
         sampling = {field: getattr(spec, field) for field in ("captions", *_SAMPLING)}
         chat = {field: value for field in _CHAT if (value := getattr(spec, field)) is not None}
-        return ModelInfo(dim=None, images=True, texts=False, identity={**model, **sampling, **chat})
+        identity = {**model, **sampling, **chat, **_cleaning(spec)}
+        return ModelInfo(dim=None, images=True, texts=False, identity=identity)
+
+
+def _cleaning(spec: CaptionerSpec) -> dict[str, Any]:
+    """Nothing where no cleaning is asked for, so that captions of before stay what they are."""
+    return {"clean": {"policy": postprocess.POLICY, **spec.clean.model_dump()}} if spec.clean else {}
 
 
 def _coca(spec: CaptionerSpec) -> dict[str, Any]:

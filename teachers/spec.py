@@ -48,6 +48,18 @@ class TeacherSpec(ModelSpec):
     dtype: Literal["float16", "float32", "int8"] = Field("float16", description="storage of the embeddings")
 
 
+class Clean(BaseModel):
+    """What is done to captions before they are stored. White space becomes single spaces and empty ones are dropped."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    first_sentence: bool = Field(False, description="keep the first sentence of each")
+    words: int | None = Field(None, ge=1, description="cut behind that many words")
+    characters: int | None = Field(None, ge=1, description="cut at the last word that ends within that many characters")
+    drop_repetitive: bool = Field(True, description="drop a caption in which some words stand three times in a row")
+    drop_duplicates: bool = Field(True, description="drop a caption that an image has already, in any case")
+
+
 class CaptionerSpec(ModelSpec):
     """One entry of ``captioners:``. Sampling is nucleus sampling, seeded per (key, index)."""
 
@@ -60,6 +72,10 @@ class CaptionerSpec(ModelSpec):
     top_p: float = Field(0.9, gt=0, le=1)
     min_length: int = Field(5, ge=0, description="the end token is impossible before that many tokens")
     max_length: int = Field(30, ge=2, description="longest caption in tokens, start and end included")
+
+    clean: Clean | None = Field(
+        None, description="what is done to captions before they are stored; the slots of dropped ones repeat the others"
+    )
 
     @model_validator(mode="after")
     def _lengths(self) -> CaptionerSpec:

@@ -127,3 +127,14 @@ class Namer:
             [f"a picture of {mean:.3f}, seed {int(seed) % 1000}" for seed in row]
             for mean, row in zip(means, seeds, strict=True)
         ]
+
+
+class Stammerer(Namer):
+    """Says something good, something long and something bad; to a first seed that four divides, bad things alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device, captions=3)
+
+    def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
+        good = ["good", "longer. And more.", "bad bad bad"]
+        return [["no no no"] * 3 if int(row[0]) % 4 == 0 else good for row in seeds]
