@@ -8,10 +8,12 @@ from schemas.layers import (
     quarantine_schema,
     samples_schema,
 )
+from schemas.pairs import PAIRS
 from schemas.reasons import Reason
 
 __all__ = [
     "AUGMENTATION",
+    "PAIRS",
     "SCHEMA_VERSION",
     "Reason",
     "captions_schema",

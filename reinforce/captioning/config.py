@@ -1,0 +1,164 @@
+"""The config of a captioner's fine-tuning: what a user writes, typed and checked before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from reinforce import settings
+from reinforce.config import Limits
+from reinforce.evaluation.config import RECALLS
+from reinforce.settings import Section
+from reinforce.training.config import Training
+from teachers.spec import CaptionerSpec
+
+Tower = Literal["image", "text", "decoder"]
+
+TOWERS: tuple[Tower, ...] = ("image", "text", "decoder")
+
+
+class Captioner(Section):
+    """The CoCa that learns, by open_clip's names."""
+
+    model: str = Field(min_length=1, description="coca_ViT-L-14, coca_ViT-B-32, hf-hub:ORG/REPO or local-dir:PATH")
+    pretrained: str | None = Field(None, description="pretrained tag, or a checkpoint by path or fsspec URL")
+    freeze: list[Tower] = Field(
+        default_factory=list, description="towers that keep their weights: image, text, decoder; default: all learn"
+    )
+
+
+class Data(Section):
+    """Images with captions, and how one example is made of them."""
+
+    source: str | list[str] = Field(
+        description="WebDataset shards by fsspec URL, uncompressed (braces, globs, a .txt file of URLs, or a list), or "
+        "the folder or URL of a reinforced dataset"
+    )
+    captions: list[str] = Field(
+        default=["json:captions", "txt", "json:caption"],
+        min_length=1,
+        description="where an image's captions stand, first hit wins: a member's extension, lines:EXTENSION for one "
+        "caption a line, or json:FIELD (text or a list of texts); `txt` of a reinforced dataset is its caption",
+    )
+    use: Literal["one", "all"] = Field(
+        "one", description="`one` caption of each image an epoch, drawn anew each time, or `all` of them"
+    )
+    crop: tuple[float, float] = Field(
+        (0.9, 1.0), strict=False, description="RandomResizedCrop: area of the crop / area of the image"
+    )
+    threads: int = Field(4, ge=1, description="per rank; they read, decode and tokenize whole batches ahead")
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Data:
+        if not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise ValueError(f"crop: want 0 < low <= high <= 1, got {list(self.crop)}")
+        return self
+
+
+class HeldOut(Section):
+    """Images that are never learnt from."""
+
+    source: str | list[str] | None = Field(None, description="shards or a dataset of their own, read as `data` is")
+    share: float | None = Field(
+        None, gt=0, lt=1, description="of the images of `data`, those whose key has a seeded hash below it"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> HeldOut:
+        if (self.source is None) == (self.share is None):
+            raise ValueError("give either `source` or `share`")
+        return self
+
+
+class Loss(Section):
+    """contrastive x CLIP's loss + caption x the cross-entropy of each next token."""
+
+    contrastive: float = Field(1.0, ge=0, description="as in pre-training; open_clip's fine-tuning recipe has 0")
+    caption: float = Field(2.0, ge=0, description="as in pre-training; open_clip's fine-tuning recipe has 1")
+
+    @model_validator(mode="after")
+    def _some(self) -> Loss:
+        if not self.contrastive and not self.caption:
+            raise ValueError("both weights are 0: nothing would be learnt")
+        return self
+
+
+class Generation(Section):
+    """How captions of held-out images are made, as in ``captioners:`` of a run."""
+
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(0.1, gt=0, le=1, description="low: nearly the likeliest words, which scores are given for")
+    min_length: int = Field(5, ge=0, description="the end token is impossible before that many tokens")
+    max_length: int = Field(30, ge=2, description="longest caption in tokens, start and end included")
+
+    def captioner(self, model: str, pretrained: str | None = None) -> CaptionerSpec:
+        return CaptionerSpec(model=model, pretrained=pretrained, captions=1, **self.model_dump())
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Generation:
+        self.captioner("any")
+        return self
+
+
+class Evaluation(Section):
+    """What is measured on held-out images before the fine-tuning, every so often, and at its end."""
+
+    every: int | None = Field(None, ge=1, description="steps between evaluations; default: at the start and the end")
+    images: int | None = Field(None, ge=2, description="held-out images that are judged; default: all")
+    captioned: int | None = Field(
+        None, ge=0, description="of these, how many are captioned for CIDEr-D and BLEU; default: all; 0: none"
+    )
+    generate: Generation = Generation()
+    best: str | None = Field(
+        None,
+        description="metric by which the best checkpoint is kept, the higher the better; default: cider, or "
+        "token_accuracy where nothing is captioned",
+    )
+    batch: int = Field(128, ge=2, description="images in one forward pass; contrastive_loss is that of such batches")
+
+    @property
+    def ratings(self) -> list[str]:
+        """Names of the metrics that are better when higher; the losses are not among them."""
+        recalls = [f"retrieval/{way}/r{k}" for way in ("text_to_image", "image_to_text") for k in RECALLS]
+        return [*(("cider", "bleu") if self.captioned != 0 else ()), "token_accuracy", *recalls]
+
+    @property
+    def best_metric(self) -> str:
+        return self.best or self.ratings[0]
+
+    @model_validator(mode="after")
+    def _best_is_given(self) -> Evaluation:
+        if self.best is not None and self.best not in self.ratings:
+            raise ValueError(f"best: want one of {', '.join(self.ratings)}, got {self.best!r}")
+        return self
+
+
+class CaptionerConfig(Section):
+    """A fine-tuning of a captioner on images with captions."""
+
+    output: str = Field(min_length=1, description="folder or fsspec URL of checkpoints, logs and the final weights")
+    seed: int = Field(0, ge=0)
+    captioner: Captioner
+    data: Data
+    held_out: HeldOut = HeldOut(share=0.02)
+    loss: Loss = Loss()
+    train: Training
+    evaluate: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> CaptionerConfig:
+        reached = [tower for tower in TOWERS if tower != "decoder" or self.loss.caption]
+        if not set(reached) - set(self.captioner.freeze):
+            raise ValueError(
+                f"captioner.freeze: with {', '.join(self.captioner.freeze)} frozen nothing is left to learn by `loss`, "
+                f"which reaches {', '.join(reached)}: take a tower out of `freeze`"
+            )
+        return self
+
+
+def load_captioner_config(path: str | Path, overrides: list[str] | None = None) -> CaptionerConfig:
+    """Read a YAML config and apply ``key.sub=value`` overrides. Raises UserError."""
+    return settings.load(CaptionerConfig, path, overrides)
