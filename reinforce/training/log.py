@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from reinforce.store import Store
 from reinforce.training.curves import draw
 
+_DRAWING_SECONDS = 30.0
 LOG, CURVES, EVENTS = "log.jsonl", "curves.png", "tensorboard"
 
 
@@ -36,6 +38,7 @@ class Log:
         else:
             Path(home, LOG).write_bytes(text)
         self._file = open(Path(home, LOG), "a", encoding="utf-8")  # noqa: SIM115
+        self._drawn = time.monotonic()
         self._events = SummaryWriter(str(home / EVENTS), purge_step=start + 1 if start else None, flush_secs=30)
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -48,10 +51,12 @@ class Log:
             if name != "step":
                 self._events.add_scalar(name, value, row["step"])
 
-    def publish(self) -> None:
-        """Draw the curves, and bring all files to where they belong."""
+    def publish(self, last: bool = False) -> None:
+        """Bring all files to where they belong; the curves, which take a second, now and then and when it is last."""
         self._events.flush()
-        draw(self.rows, f"{self._store.url}/{CURVES}")
+        if last or time.monotonic() - self._drawn > _DRAWING_SECONDS:
+            draw(self.rows, f"{self._store.url}/{CURVES}")
+            self._drawn = time.monotonic()
         if self._folder is not None:
             self._store.put_folder(self._folder.name)
 

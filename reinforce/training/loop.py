@@ -126,11 +126,11 @@ class _Loop:
         self.state.load(tensors)
         self.record = record
 
-    def _save(self) -> None:
+    def _save(self, last: bool = False) -> None:
         def save() -> None:
             self.checkpoints.save(self.record, self.state.tensors())
             assert self.log is not None
-            self.log.publish()
+            self.log.publish(last)
 
         self.ranks.on_first(save)
 
@@ -151,9 +151,9 @@ class _Loop:
             asked = self.ranks.highest(self.stop.signum)
             self._step(model, ahead, share, eta)
             last = self.record.step == self.steps
-            signum = asked()
+            signum = asked() if self.ranks.size > 1 else self.stop.signum
             if signum or last or self._evaluation_due() or self.record.step % self.training.checkpoints.every == 0:
-                self._save()
+                self._save(last=bool(signum))
             if signum:
                 raise Stopped(signum)
             self._evaluate()
@@ -286,6 +286,7 @@ class _Loop:
             best=self.checkpoints.best(),
             skipped=self.record.skipped,
         )
+        self.log.publish(last=True)
         results.write(self.store)
 
 

@@ -26,14 +26,14 @@ WIDTH = 6
 class Towers(torch.nn.Module):
     """Features of both sides, a local loss, and a parameter that no loss reaches."""
 
-    def __init__(self, dropout: float = 0.0, norm: bool = False) -> None:
+    def __init__(self, dropout: float = 0.0, norm: bool = False, scale: float = 10.0) -> None:
         super().__init__()
         middle = torch.nn.BatchNorm1d(16) if norm else torch.nn.GELU()
         self.left = torch.nn.Sequential(
             torch.nn.Linear(WIDTH, 16), middle, torch.nn.Dropout(dropout), torch.nn.Linear(16, 8)
         )
         self.right = torch.nn.Linear(WIDTH, 8)
-        self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(10)))
+        self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(scale)))
         self.unused = torch.nn.Parameter(torch.ones(3))
 
     def forward(self, batch: Batch) -> Encoded:
@@ -65,7 +65,7 @@ class TowersTask:
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
         assert not model.training
         torch.rand(3)  # draws of an evaluation are nothing to the training
-        return {"sharpness": float(model.logit_scale), "weight": float(model.right.weight.sum())}
+        return {"sharpness": model.logit_scale.item(), "weight": model.right.weight.sum().item()}
 
     def export(self, model: torch.nn.Module, folder: str) -> None:
         Path(folder, "weights").mkdir()

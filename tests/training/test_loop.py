@@ -1,0 +1,285 @@
+"""A training is one curve, however often it is stopped, and leaves what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from reinforce.errors import UserError
+from reinforce.training.loop import Job, fit
+from reinforce.training.ranks import Ranks
+from reinforce.training.results import Results
+from reinforce.training.stop import Stop, Stopped
+from reinforce.training.task import Batch
+from teachers.device import Accelerator
+from tests.training.tiny import PairFeed, TowersTask, curve, job, rows
+
+
+class StoppingFeed(PairFeed):
+    """Asks the training to stop after step ``at``."""
+
+    def __init__(self, stop: Stop, at: int) -> None:
+        super().__init__()
+        self.stop, self.at = stop, at
+
+    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
+        for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
+            if step == self.at:  # while the step before is computed
+                self.stop.ask(signal.SIGTERM)
+            yield made
+
+
+def run(job: Job, feed: PairFeed | None = None, stop: Stop | None = None, **options: Any) -> tuple[Results, TowersTask]:
+    torch.manual_seed(job.seed)
+    task = TowersTask(**options)
+    return fit(
+        task, feed or PairFeed(), job, Ranks(0, 1, Accelerator("cpu", job.training.compute.precision)), stop
+    ), task
+
+
+def state_at_the_end(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((output / "checkpoints").glob("*.safetensors"))[-1])
+
+
+def stopped_after(step: int, job: Job, **options: Any) -> None:
+    stop = Stop()
+    with pytest.raises(Stopped) as raised:
+        run(job, StoppingFeed(stop, step), stop, **options)
+    assert raised.value.status == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "norm": True}])
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path: Path, options: dict[str, Any]) -> None:
+    changes: dict[str, Any] = {"ema": 0.9, "compute": {"accumulate": 2}}
+    run(job(tmp_path / "whole", evaluate_every=4, **changes), **options)
+    parted = job(tmp_path / "parted", evaluate_every=4, **changes)
+    stopped_after(3, parted, **options)
+    stopped_after(8, parted, **options)
+    feed = PairFeed()
+    results, _ = run(parted, feed, **options)
+    assert feed.seen[0] == 8, "it reads on where it was"
+    assert curve(tmp_path / "parted") == curve(tmp_path / "whole")
+    assert [row["step"] for row in rows(tmp_path / "parted") if "loss" in row] == list(range(1, 13))
+    whole, again = state_at_the_end(tmp_path / "whole"), state_at_the_end(tmp_path / "parted")
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    metrics = [
+        [(r["step"], r["metrics"]) for r in rows(tmp_path / name) if "metrics" in r] for name in ("whole", "parted")
+    ]
+    assert metrics[0] == metrics[1]
+    assert [step for step, _ in metrics[0]] == [4, 8, 12]
+    assert results.seconds > 0
+
+
+def test_steps_after_the_last_checkpoint_are_in_the_log_once(tmp_path: Path) -> None:
+    """A kill leaves rows beyond the checkpoint, and half a row."""
+    killed = job(tmp_path, checkpoints={"every": 4, "keep": 1})
+    stopped_after(4, killed)
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "loss": 77.0, "losses": {}, "lr": 1.0}\n{"step": 6, "lo')
+    run(killed)
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, 13))
+    assert 77.0 not in curve(tmp_path)
+
+
+def test_a_finished_training_does_nothing_again(tmp_path: Path) -> None:
+    first, _ = run(job(tmp_path))
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    feed = PairFeed()
+    again, _ = run(job(tmp_path), feed)
+    assert again == first
+    assert feed.seen == []
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == stamps
+
+
+def test_a_finished_training_can_be_made_longer(tmp_path: Path) -> None:
+    run(job(tmp_path))
+    longer, _ = run(job(tmp_path, steps=15))
+    assert (longer.steps, longer.samples) == (15, 240)
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, 16))
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_evaluation_loses_nothing(tmp_path: Path) -> None:
+    class Killed(TowersTask):
+        def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+            raise KeyboardInterrupt
+
+    ranks = Ranks(0, 1, Accelerator("cpu"))
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Killed(), PairFeed(), job(tmp_path), ranks)
+    feed = PairFeed()
+    results, _ = run(job(tmp_path), feed)
+    assert feed.seen == []
+    assert results.metrics.keys() == {"sharpness", "weight"}
+    assert (tmp_path / "student/weights/right.json").exists()
+
+
+def test_a_signal_during_an_evaluation_ends_it_at_once(tmp_path: Path) -> None:
+    class Slow(TowersTask):
+        def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait(30)
+            raise AssertionError("it went on")
+
+    with pytest.raises(Stopped) as raised:
+        fit(Slow(), PairFeed(), job(tmp_path), Ranks(0, 1, Accelerator("cpu")))
+    assert raised.value.status == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "signals are as they were"
+
+
+def test_another_config_is_refused_with_what_differs(tmp_path: Path) -> None:
+    stopped_after(2, job(tmp_path))
+    with pytest.raises(UserError) as raised:
+        run(job(tmp_path, batch=32, optimizer={"lr": 0.02, "warmup": 3}))
+    assert "batch: 16 then, 32 now" in str(raised.value)
+    assert "optimizer.warmup: 2 then, 3 now" in str(raised.value)
+    assert "betas" not in str(raised.value)
+    run(job(tmp_path, steps=6, log_every=2, checkpoints={"every": 3}, compute={"accumulate": 4}, retries=0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"optimizer": {"warmup": 12}}, r"optimizer.warmup \(12\) must be below the training's 12 steps"),
+        ({"steps": None, "epochs": 0.5, "optimizer": {"warmup": 2}}, "below the training's 2 steps"),
+    ],
+)
+def test_a_length_that_does_not_fit_is_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        run(job(tmp_path, **changes))
+
+
+def test_a_training_beyond_the_length_of_the_config_is_told(tmp_path: Path) -> None:
+    stopped_after(6, job(tmp_path))
+    with pytest.raises(UserError, match="is at step 6 already, beyond the 5 of this config"):
+        run(job(tmp_path, steps=5))
+
+
+def test_epochs_are_passes_over_the_data(tmp_path: Path) -> None:
+    results, _ = run(job(tmp_path, steps=None, epochs=2.5))
+    assert results.steps == 10  # 2.5 x 64 / 16
+    assert rows(tmp_path)[3]["epoch"] == 1.0
+
+
+def test_the_average_is_evaluated_and_exported(tmp_path: Path) -> None:
+    """It follows the weights as stated, w += (1 - decay) (weight - w), and is what comes out."""
+    results, task = run(job(tmp_path, ema=0.5, checkpoints={"every": 1, "keep": 99}, steps=6))
+    weights = [
+        load_file(path)["model/right.weight"] for path in sorted((tmp_path / "checkpoints").glob("*.safetensors"))
+    ]
+    average = weights[0]
+    for step, weight in enumerate(weights[1:], start=2):
+        average = average + max(1 - 0.5, (1 + step - 1) ** -0.75) * (weight - average)
+    exported = torch.tensor(json.loads((tmp_path / "student/weights/right.json").read_text()))
+    torch.testing.assert_close(exported, average)
+    assert results.metrics["weight"] == pytest.approx(float(average.sum()), abs=1e-5)
+    assert not torch.allclose(exported, task.model.right.weight.detach(), atol=1e-4)
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_counted(tmp_path: Path) -> None:
+    results, _ = run(job(tmp_path, checkpoints={"every": 1, "keep": 99}), PairFeed(poisoned=range(4, 7)))
+    assert results.skipped == 3
+    found = rows(tmp_path)
+    assert [row["skipped"] for row in found if "loss" in row] == [0, 0, 0, 0, 1, 2, 3, 3, 3, 3, 3, 3]
+    assert [row["step"] for row in found if row.get("loss", 0) is None] == [5, 6, 7]
+    assert math.isfinite(curve(tmp_path)[-1])
+    before, after = (load_file(tmp_path / f"checkpoints/step-00000000{step}.safetensors") for step in (4, 7))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_training_without_a_finite_gradient_ends(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not finite in 20 steps in a row up to step 23.*Lower train.optimizer.lr"):
+        run(job(tmp_path, steps=40), PairFeed(poisoned=range(3, 40)))
+
+
+def test_the_logit_scale_stays_below_a_hundred(tmp_path: Path) -> None:
+    _, task = run(job(tmp_path, steps=4), scale=1000.0)
+    scales = [row["scalars"]["logit_scale"] for row in rows(tmp_path) if "loss" in row]
+    assert scales[0] == pytest.approx(1000)
+    assert all(scale <= 100.001 for scale in scales[1:])
+    assert task.model.logit_scale.item() <= math.log(100) + 1e-6
+
+
+def test_the_best_checkpoint_is_kept_beside_the_latest(tmp_path: Path) -> None:
+    class Worsening(TowersTask):
+        scores = iter([0.2, 0.9, 0.4, 0.3])
+
+        def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+            return {"other": 0.0, "top1": next(self.scores)}
+
+    torch.manual_seed(0)
+    made = job(tmp_path, evaluate_every=3, best="top1", checkpoints={"every": 100, "keep": 1})
+    results = fit(Worsening(), PairFeed(), made, Ranks(0, 1, Accelerator("cpu")))
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "best.json",
+        "step-000000006.safetensors",
+        "step-000000012.safetensors",
+    ]
+    assert results.best is not None
+    assert (results.best.step, results.best.value) == (6, 0.9)
+    assert "best top1: 0.9000 at step 6" in results.text()
+
+
+def test_logs_tell_the_pace_and_what_was_waited_for(tmp_path: Path) -> None:
+    class SlowFeed(PairFeed):
+        def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
+            for made in super().batches(rank, ranks, batch, start):
+                threading.Event().wait(0.05)
+                yield made
+
+    run(job(tmp_path / "slow", log_every=5), SlowFeed())
+    run(job(tmp_path / "fast", log_every=5))
+    slow, fast = rows(tmp_path / "slow"), rows(tmp_path / "fast")
+    assert [row["step"] for row in slow if "loss" in row] == [5, 10, 12]
+    assert slow[1]["waiting"] > 0.7
+    assert fast[1]["waiting"] < 0.5
+    assert slow[1]["samples_per_second"] < 16 / 0.05
+    assert slow[1]["memory"] > 10_000_000
+    assert slow[1]["lr"] == pytest.approx(0.02 * 0.5 * (1 + math.cos(math.pi * 7 / 9)), rel=1e-3)
+
+
+def test_tensorboard_and_a_picture_show_the_curves(tmp_path: Path) -> None:
+    stopped_after(5, job(tmp_path))
+    run(job(tmp_path))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert [step for step, _ in shown] == list(range(1, 13))
+    np.testing.assert_allclose([value for _, value in shown], curve(tmp_path), rtol=1e-6)
+    assert {"losses/contrast", "lr", "scalars/logit_scale", "grad_norm", "metrics/sharpness"} <= set(
+        events.Tags()["scalars"]
+    )
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > picture.height > 300
+
+
+def test_results_are_told_in_json_and_in_words(tmp_path: Path) -> None:
+    results, _ = run(job(tmp_path))
+    told = json.loads((tmp_path / "results.json").read_text())
+    assert told["steps"] == 12
+    assert told["samples"] == 192
+    assert told["seconds_per_step"] == pytest.approx(results.seconds / 12)
+    assert told["metrics"] == results.metrics
+    assert f"weights: {tmp_path}/student" in results.text()
+    assert "12 steps" in results.text()
+
+
+def test_a_compiled_model_learns_the_same(tmp_path: Path) -> None:
+    run(job(tmp_path / "plain", steps=5))
+    run(job(tmp_path / "compiled", steps=5, compute={"compile": True}))
+    np.testing.assert_allclose(curve(tmp_path / "compiled"), curve(tmp_path / "plain"), rtol=1e-4)
+    plain, compiled = state_at_the_end(tmp_path / "plain"), state_at_the_end(tmp_path / "compiled")
+    assert plain.keys() == compiled.keys()
