@@ -1,18 +1,22 @@
-"""The command line: ``reinforce run``, ``plan``, ``status``, ``train``, ``evaluate``."""
+"""The command line: ``reinforce run``, ``plan``, ``status``, ``train``, ``finetune-captioner``, ``evaluate``."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from reinforce.config import load_config
 from reinforce.errors import UserError
+
+if TYPE_CHECKING:
+    from reinforce.training.results import Results
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +28,12 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, f
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config, e.g. --set workers.cpus=4"),
+]
+
+
+TrainingAddress = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to train on: 'auto' or HOST:PORT. Default: RAY_ADDRESS, else this machine."),
 ]
 
 
@@ -97,10 +107,7 @@ def status(
 def train(
     config: ConfigPath,
     set_: Overrides = None,
-    address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster to train on: 'auto' or HOST:PORT. Default: RAY_ADDRESS, else this machine."),
-    ] = None,
+    address: TrainingAddress = None,
 ) -> None:
     """Train a student from reinforced datasets, or go on after the last checkpoint of its output.
 
@@ -108,18 +115,28 @@ def train(
     """
     from reinforce.student.config import load_student_config
     from reinforce.student.train import train as train_student
-    from reinforce.training.stop import Stopped
 
     checked = load_student_config(config, set_)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("reinforce").setLevel(logging.INFO)
-    try:
-        results = train_student(checked, address=address)
-    except (Stopped, KeyboardInterrupt) as stopped:
-        typer.echo("stopped; run again to go on after the last checkpoint", err=True)
-        raise typer.Exit(stopped.status if isinstance(stopped, Stopped) else 130) from None
-    if os.environ.get("RANK", "0") == "0":
+    results = _trained(lambda: train_student(checked, address=address))
+    if _is_first_rank():
         typer.echo(results.text())
+
+
+@app.command("finetune-captioner")
+def finetune_captioner(config: ConfigPath, set_: Overrides = None, address: TrainingAddress = None) -> None:
+    """Fine-tune a CoCa captioner on images with captions, or go on after the last checkpoint of its output.
+
+    Runs where `train` would. The result is a model for `captioners:` of `reinforce run`.
+    """
+    from reinforce.captioning.config import load_captioner_config
+    from reinforce.captioning.finetune import comparison, finetune
+
+    checked = load_captioner_config(config, set_)
+    results = _trained(lambda: finetune(checked, address=address))
+    if _is_first_rank():
+        typer.echo(results.text())
+        typer.echo("held-out images, before and after:")
+        typer.echo(comparison(results))
 
 
 @app.command()
@@ -191,6 +208,24 @@ def evaluate(
         typer.echo(line)
     if json_ is not None:
         report.write(json_)
+
+
+def _trained(work: Callable[[], Results]) -> Results:
+    """Do a training; one that was stopped says so, and ends with the signal's exit status."""
+    from reinforce.training.stop import Stopped
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("reinforce").setLevel(logging.INFO)
+    try:
+        return work()
+    except (Stopped, KeyboardInterrupt) as stopped:
+        typer.echo("stopped; run again to go on after the last checkpoint", err=True)
+        raise typer.Exit(stopped.status if isinstance(stopped, Stopped) else 130) from None
+
+
+def _is_first_rank() -> bool:
+    """Whether torchrun made this process rank 0, or no rank at all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -22,8 +22,6 @@ _CLIP = Objective(share=0.0)
 class CaptioningTask:
     """CoCa's two losses (arXiv 2205.01917), and a judge; see ``reinforce.training.task.Task``."""
 
-    notes = ()  # what a user is told at the start
-
     def __init__(self, model: CaptionerModel, loss: Loss, judge: Judge, notes: Sequence[str] = ()) -> None:
         self.model: torch.nn.Module = model
         self.notes: Sequence[str] = notes

@@ -1,0 +1,29 @@
+"""Fine-tune a captioner on a Ray cluster.
+
+    ray job submit --working-dir . -- python jobs/finetune_captioner.py --config configs/finetune-coco38k.yaml
+
+The same program as ``reinforce finetune-captioner CONFIG``; workers need only the dependencies, the code travels with
+the job. ``ray job stop`` lets it write a checkpoint if RAY_JOB_STOP_WAIT_TIME_S on the head leaves it the time
+(default: 3 s).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from reinforce.cli import main
+
+
+def job() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML config, for example configs/finetune-coco38k.yaml")
+    known, rest = parser.parse_known_args()
+    main(["finetune-captioner", known.config, *rest])
+
+
+if __name__ == "__main__":
+    job()
