@@ -4,10 +4,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint clean
+.PHONY: help install demo test bench bench-step lint clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12")'
@@ -28,6 +28,9 @@ test: $(INSTALLED) ## run the tests
 
 bench: $(INSTALLED) ## how near the pipeline comes to this machine's limits (two minutes)
 	$(BIN)/python -m reinforce.bench
+
+bench-step: $(INSTALLED) ## what a training step with stored targets costs beside plain CLIP (ten minutes)
+	$(BIN)/python -m benchmarks.step
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check

@@ -1,0 +1,234 @@
+"""``make bench-step``: what a training step costs beside a step of plain CLIP on the same images and texts.
+
+Three kinds of step on one student, in turns: *plain* (lambda 0, no targets), *stored* (lambda 0.7, so that both losses
+are computed, from stored vectors of two teachers of 768 dimensions) and *online* (the same two run in the loop). All
+have a true and a synthetic caption an image, and go forward, through the loss, back and through AdamW.
+
+Seconds are the process's own on a CPU (what else runs there does not count) and the clock's on CUDA; ratios are of
+medians. The limit of the ratio is that of floating point operations, which torch counts in matrix products and
+convolutions: it is what would be left if the rest of the loss, its exponentials and memory traffic, were free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from reinforce import settings
+from reinforce.student.config import StudentConfig
+from reinforce.student.task import StudentTask
+from reinforce.training.batches import Ahead
+from reinforce.training.config import Optimizer
+from reinforce.training.optimizer import adamw
+from reinforce.training.step import backpropagate
+from teachers.device import Accelerator
+
+BOUND = 1.1
+DIM = 768
+TEACHERS = ("first", "second")
+KINDS = ("caption", "synthetic")
+TEACHER = "two ViT-B-32 of 768 dimensions with random weights"
+RESULTS = Path(__file__).parent / "results" / "step.json"
+
+#: The worst share of a loss there is in practice: a student of no size at a batch of some size.
+TINY = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """``rounds`` of which ``online`` have that step too."""
+
+    student: str
+    batch: int
+    rounds: int
+    online: int
+
+
+class Bench:
+    """Models in ``folder`` and steps on them."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder = folder
+        self.accelerator = Accelerator(device)
+        self.tiny = model_folder(folder / "tiny", TINY, weights=False)
+        self.teacher = model_folder(
+            folder / "teacher", {**open_clip.get_model_config("ViT-B-32"), "embed_dim": DIM}, weights=True
+        )
+        (folder / "data").mkdir()
+        (folder / "data" / "dataset.json").write_text(json.dumps(manifest()))
+
+    def measure(self, case: Case) -> dict[str, Any]:
+        """Seconds and operations of each kind of step, in turns."""
+        steps = self.steps(case)
+        operations = {}
+        for name, step in steps.items():  # which also warms up
+            with FlopCounterMode(display=False) as counter:
+                step()
+            operations[name] = counter.get_total_flops()
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for turn in range(case.rounds):
+            for name, step in steps.items():
+                if name != "online" or turn < case.online:
+                    seconds[name].append(self.timed(step))
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        return {
+            "batch": case.batch,
+            "ratio": {name: value / medians["plain"] for name, value in medians.items()},
+            "limit": {name: value / operations["plain"] for name, value in operations.items()},
+            "median seconds": medians,
+            "seconds": seconds,
+            "operations": operations,
+        }
+
+    def steps(self, case: Case) -> dict[str, Callable[[], None]]:
+        spec = {"model": f"local-dir:{self.folder / 'teacher'}"}
+        losses: dict[str, dict[str, Any]] = {"plain": {"lambda": 0.0}, "stored": {"lambda": 0.7}}
+        if case.online:
+            losses["online"] = {"lambda": 0.7, "targets": "online", "teachers": dict.fromkeys(TEACHERS, spec)}
+        tasks = {name: self.task(case, loss) for name, loss in losses.items()}
+        model = self.accelerator.place(tasks["plain"].model).train()
+        optimizer = adamw(model, Optimizer(lr=1e-5))
+        made = examples(tasks["plain"], case.batch)
+        unread = {"plain": ("targets", "views", "texts"), "stored": ("views", "texts"), "online": ("targets",)}
+        ahead = {name: Ahead([without(made, unread[name])], self.accelerator) for name in tasks}
+        for one in ahead.values():
+            one.fetch()
+        batches = {name: one.take() for name, one in ahead.items()}
+
+        def step(name: str) -> None:
+            backpropagate(tasks[name], model, batches[name], case.batch, [0], self.accelerator)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return {name: lambda name=name: step(name) for name in tasks}  # type: ignore[misc]
+
+    def task(self, case: Case, loss: dict[str, Any]) -> StudentTask:
+        config = {
+            "output": str(self.folder / "out"),
+            "student": {"model": self.tiny if case.student == "tiny" else case.student},
+            "data": {"datasets": str(self.folder / "data")},
+            "loss": loss,
+            "train": {"steps": 1, "batch": case.batch},
+        }
+        return StudentTask(settings.parse(StudentConfig, config), str(self.accelerator.device))
+
+    def timed(self, step: Callable[[], None]) -> float:
+        cuda = self.accelerator.device.type == "cuda"
+        clock = time.perf_counter if cuda else time.process_time
+        self.accelerator.synchronize()
+        start = clock()
+        step()
+        self.accelerator.synchronize()
+        return clock() - start
+
+
+def model_folder(folder: Path, config: dict[str, Any], weights: bool) -> str:
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    if weights:
+        save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+def manifest() -> dict[str, Any]:
+    """dataset.json of a dataset with the two teachers; its layers are not read here."""
+    whats = ("images", "caption", "captioner")
+    return {
+        "schema_version": 1,
+        "teachers": {t: {"dim": DIM, "logit_scale": 60.0, "logit_scale_from": "config"} for t in TEACHERS},
+        "captioners": {"captioner": {}},
+        "layers": {f"embeddings/{teacher}/{what}": {} for teacher in TEACHERS for what in whats},
+    }
+
+
+def examples(task: StudentTask, count: int) -> dict[str, Any]:
+    """Noise in the shapes of ``reinforce.student.batch``."""
+    torch.manual_seed(0)
+    size = task.model.image.height
+    texts = {kind: [f"a {kind} text about thing {i} on a table" for i in range(count)] for kind in KINDS}
+    images = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
+    targets = {
+        teacher: {what: torch.nn.functional.normalize(torch.randn(count, DIM), dim=-1) for what in ("image", *KINDS)}
+        for teacher in TEACHERS
+    }
+    tokens = {kind: task.tokenizer(values) for kind, values in texts.items()}
+    views = dict.fromkeys(TEACHERS, images)
+    return {"image": images, **tokens, "targets": targets, "views": views, "texts": texts}
+
+
+def without(batch: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name not in names}
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [f"{'student':<16}{'batch':>6}{'step':>9}{'seconds':>10}{'x plain':>9}{'limit':>9}"]
+    for student, result in results.items():
+        for name, seconds in result["median seconds"].items():
+            lines.append(
+                f"{student:<16}{result['batch']:>6}{name:>9}{seconds:>10.3f}{result['ratio'][name]:>9.3f}"
+                f"{result['limit'][name]:>9.4f}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--student", default="MobileCLIP2-S0", help="an open_clip name, beside the tiny one")
+    parser.add_argument("--batch", type=int, default=32, help="of that student")
+    parser.add_argument("--rounds", type=int, default=3, help="of that student")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    cases = [
+        Case("tiny", 256, 15, online=0),
+        Case(options.student, options.batch, options.rounds, online=max(1, options.rounds // 2)),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), options.device)
+        results = {case.student: bench.measure(case) for case in cases}
+    print(f"{options.device}, {options.threads} threads; online: {TEACHER}")
+    print(table(results))
+    worst = max(result["ratio"]["stored"] for result in results.values())
+    print(f"stored targets cost {worst:.3f} of a plain step at worst; the bound is {BOUND}")
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
+        "threads": options.threads,
+        "clock": "process" if options.device == "cpu" else "wall",
+        "teachers in the loop": TEACHER,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "open_clip": open_clip.__version__,
+            "timm": timm.__version__,
+        },
+        "bound": BOUND,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({**about, "students": results}, indent=2) + "\n")
+    return 0 if worst <= BOUND else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
