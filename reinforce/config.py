@@ -27,13 +27,16 @@ LayerName = Annotated[str, AfterValidator(_layer_name)]
 
 
 class Limits(Section):
-    """Bounds on what one sample may be; above them it is quarantined (captions are cut)."""
+    """Bounds on what a sample may be; above them it, or what is left out of it, is in quarantine (captions are cut)."""
 
     image_bytes: int = Field(64 * 2**20, ge=1, description="encoded bytes of an image")
     pixels: int = Field(89_478_485, ge=1, description="width x height, by the header, before decoding")
     aspect: float = Field(50.0, ge=1, description="longer side / shorter side")
     caption_chars: int = Field(2_000, ge=1, description="a longer caption is cut here")
-    sidecar_bytes: int = Field(2**20, ge=1, description="a larger caption or json member is ignored")
+    sidecar_bytes: int = Field(2**20, ge=1, description="a larger caption or json member is left out")
+    members: int = Field(64, ge=1, description="members of one sample; more are left out")
+    key_chars: int = Field(1_000, ge=1, description="characters of a key")
+    shard_samples: int = Field(1_000_000, ge=1, description="samples of a shard; what follows is not read")
 
 
 class Input(Section):

@@ -14,9 +14,17 @@ from reinforce.store import MANIFEST, Store, fingerprint_error
 from reinforce.urls import canonical, compression, expand, shard_names
 from schemas import Reason
 
-#: Reasons for which a shard has no file in a layer; a damaged one has a file with the rows before the damage.
+#: Reasons for which a shard has no file in a layer; a damaged one has a file with the rows beside the damage.
 WHOLE_SHARD = frozenset(
-    r.value for r in (Reason.SHARD_MISSING, Reason.SHARD_UNREADABLE, Reason.SHARD_FAILED, Reason.SHARD_CRASHED)
+    reason.value
+    for reason in (
+        Reason.SHARD_MISSING,
+        Reason.SHARD_UNREADABLE,
+        Reason.SHARD_UNSORTED,
+        Reason.SHARD_FAILED,
+        Reason.SHARD_CRASHED,
+        Reason.SHARD_HUNG,
+    )
 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from reinforce.augment import AUGMENTATION_BACKEND
-from reinforce.config import Config
+from reinforce.config import Config, Limits
 from reinforce.errors import UserError
 from reinforce.image import IMAGE_POLICY
 from reinforce.layers import SAMPLES, Kind, Layer, captions_layer, embeddings_layer, fingerprint_of
@@ -27,13 +27,26 @@ def describe_models(config: Config) -> dict[str, ModelInfo]:
     return infos
 
 
+#: Limits that came after the first data sets. At their defaults they are no part of a recipe, so that what was made
+#: before stays what it is.
+_LATER_LIMITS = ("members", "key_chars", "shard_samples")
+
+
+def _input_of(config: Config) -> dict[str, Any]:
+    recipe = config.input.model_dump(mode="json")
+    for name in _LATER_LIMITS:
+        if recipe["limits"][name] == Limits.model_fields[name].default:
+            del recipe["limits"][name]
+    return recipe
+
+
 def layers_of(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer]:
     """Every layer of the config by name, each after the ones it needs."""
     recipe: dict[str, Any] = {
         "images": config.images,
         "seed": config.seed,
         "policies": {"image": IMAGE_POLICY, "caption": CAPTION_POLICY, "augmentation": AUGMENTATION_BACKEND},
-        "input": config.input.model_dump(mode="json"),
+        "input": _input_of(config),
         "augmentations": config.augmentations.model_dump(mode="json"),
     }
     samples = Layer(SAMPLES, "samples", fingerprint_of(recipe), recipe=recipe)

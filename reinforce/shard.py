@@ -20,7 +20,7 @@ from reinforce.augment import to_records
 from reinforce.config import Config
 from reinforce.layers import SAMPLES, Layer, captions_layer
 from reinforce.models import Counters, Models
-from reinforce.plan import Work
+from reinforce.plan import WHOLE_SHARD, Work
 from reinforce.rows import Row, Wanted, rows_from_samples, rows_from_source
 from reinforce.seeds import seed_for
 from reinforce.source import Refusal
@@ -147,7 +147,7 @@ class _Shard:
 
     def _refuse(self, layer: str, key: str | None, reason: Reason, detail: str) -> None:
         self.refused.setdefault(layer, []).append((key, reason, detail))
-        if key is None and reason in (Reason.SHARD_MISSING, Reason.SHARD_UNREADABLE):
+        if key is None and reason.value in WHOLE_SHARD:
             self.given_up = reason.value
 
     # -- one row group

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import hashlib
 import itertools
 import lzma
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
@@ -27,7 +31,6 @@ IMAGE_EXTENSIONS = frozenset(
     | {"pnm", "pbm", "pgm", "ppm"}
 )
 _BLOCK = 8 * 2**20  # bytes of one request to an object store
-_MOST_SIDECARS = 64  # per sample; bounds memory where one key has any number of members
 _META = re.compile(r"__[^/]*__(/|$)")
 _MAGIC = {b"\x1f\x8b": ".tar.gz", b"\xfd7zXZ": ".tar.xz", b"BZh": ".tar.bz2", b"\x28\xb5\x2f\xfd": ".tar.zst"}
 
@@ -41,11 +44,12 @@ class RawSample:
     offset: int
     length: int
     sidecars: dict[str, bytes]  # by lower-case extension: txt, json, ...
+    too_large: Mapping[str, int] = field(default_factory=dict)  # sidecars that were not read, and their bytes
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A sample that cannot be read, or with key None something about the shard as a whole."""
+    """A sample or a part of it that cannot be read, or with key None something about the shard as a whole."""
 
     key: str | None
     reason: Reason
@@ -58,23 +62,19 @@ def read_shard(url: str, limits: Limits) -> Iterator[RawSample | Refusal]:
     A sample is a run of members with one key: the path up to the first dot of the file name; the rest, in lower
     case, is the extension. Hidden files, ``__MACOSX`` and ``__meta__`` names are no samples. The image is the
     first member with an image extension; ``jpg`` goes before a compound one such as ``depth.png``. Of the other
-    members up to 64 of at most ``limits.sidecar_bytes`` are kept. A shard that is missing, unreadable or damaged
-    gives a Refusal without a key, after all samples before the damage. Memory does not grow with the shard,
-    except for 8-byte hashes of its keys.
+    members those of at most ``limits.sidecar_bytes`` are kept. A key that comes again is refused: its members must
+    lie side by side, and where those of most samples do not, the shard as a whole is refused at its end.
+    A shard that is missing, unreadable or damaged gives a Refusal without a key; samples before and behind the damage
+    are read. Memory does not grow with the shard, except for 8-byte hashes of its keys.
     Raises what the storage raises otherwise (timeouts, lost connections): that is worth another attempt.
     """
     try:
-        with _open(url) as stream:
-            yield from _samples(stream, limits)
+        with _open(url) as (stream, size):
+            yield from _samples(stream, size, limits)
     except (FileNotFoundError, NotADirectoryError) as error:
         yield Refusal(None, Reason.SHARD_MISSING, _describe(error))
     except (IsADirectoryError, PermissionError) as error:
         yield Refusal(None, Reason.SHARD_UNREADABLE, _describe(error))
-    except DamagedTar as damage:
-        if damage.offset > 0:
-            yield Refusal(None, Reason.SHARD_DAMAGED, str(damage))
-        else:
-            yield Refusal(None, Reason.SHARD_UNREADABLE, damage.detail)
 
 
 def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
@@ -105,75 +105,121 @@ def referenced_images(references: list[dict[str, object]]) -> Iterator[bytes]:
 
 @dataclass
 class _Group:
-    """Members of one key, as far as they have been read."""
+    """Members of one key, as far as they have been read. ``before`` is None for a new key, else whether it came with
+    an image."""
 
     key: str
-    duplicate: bool
+    before: bool | None
     extensions: list[str] = field(default_factory=list)
     repeated: str | None = None
+    unread: int = 0  # members above limits.members
     image: Member | None = None
     image_extension: str = ""
     data: bytes | None = None  # None: over the limit
     cut_off: bool = False
     sidecars: dict[str, bytes] = field(default_factory=dict)
+    too_large: dict[str, int] = field(default_factory=dict)
 
     def add(self, extension: str, member: Member, limits: Limits) -> None:
         if extension in self.extensions:
             self.repeated = extension
             return
-        if len(self.extensions) < _MOST_SIDECARS:
-            self.extensions.append(extension)
-        if self.duplicate:
+        if len(self.extensions) == limits.members:
+            self.unread += 1
             return
+        self.extensions.append(extension)
         if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
             if self.image is None or ("." in self.image_extension and "." not in extension):
-                self.image, self.image_extension, self.cut_off = member, extension, True
-                self.data = member.read(limits.image_bytes)
-                self.cut_off = False
-        elif len(self.sidecars) < _MOST_SIDECARS:
-            data = member.read(limits.sidecar_bytes)
+                self.image, self.image_extension = member, extension
+                self.data, self.cut_off = _read(member, limits.image_bytes)
+        else:
+            data, cut_off = _read(member, limits.sidecar_bytes)
             if data is not None:
                 self.sidecars[extension] = data
+            elif not cut_off:  # else it is lost with the damage, which is told
+                self.too_large[extension] = member.size
 
     def close(self, limits: Limits) -> Iterator[RawSample | Refusal]:
         key = _valid(self.key)
-        if self.duplicate:
-            yield Refusal(key, Reason.DUPLICATE_KEY, "the key came before in this shard; the first is kept")
-        elif self.image is None:
-            yield Refusal(key, Reason.NO_IMAGE, "no image among: " + ", ".join(map(_valid, self.extensions))[:200])
+        if len(key) > limits.key_chars:
+            detail = f"{len(key)} characters, above limits.key_chars of {limits.key_chars}"
+            yield Refusal(key[:100], Reason.KEY_CHARS, detail)
+            return
+        extensions = ", ".join(map(_valid, self.extensions))[:200]
+        if self.before is not None:
+            if self.before and self.image is not None:
+                yield Refusal(key, Reason.DUPLICATE_KEY, "the key came before in this shard; the first is kept")
+            else:
+                yield Refusal(key, Reason.SPLIT_KEY, f"not beside the other members of the key: {extensions}")
+            return
+        if self.image is None:
+            yield Refusal(key, Reason.NO_IMAGE, f"no image among: {extensions}")
         elif self.cut_off:
             yield Refusal(key, Reason.IMAGE_BROKEN, "cut off where the shard is damaged")
         elif self.data is None:
             detail = f"{self.image.size} bytes, above limits.image_bytes of {limits.image_bytes}"
             yield Refusal(key, Reason.IMAGE_BYTES, detail)
         else:
-            yield RawSample(key, self.data, self.image.offset, self.image.size, self.sidecars)
-        if self.repeated is not None and not self.duplicate:
+            yield RawSample(key, self.data, self.image.offset, self.image.size, self.sidecars, self.too_large)
+        if self.repeated is not None:
             detail = f"member .{_valid(self.repeated)[:100]} came twice; the first is kept"
             yield Refusal(key, Reason.DUPLICATE_KEY, detail)
+        if self.unread:
+            yield Refusal(key, Reason.MEMBERS, f"{self.unread} more than limits.members of {limits.members}, not read")
 
 
-def _samples(stream: Readable, limits: Limits) -> Iterator[RawSample | Refusal]:
-    group: _Group | None = None
-    seen: set[bytes] = set()
+def _read(member: Member, limit: int) -> tuple[bytes | None, bool]:
+    """A member's data, None where it is above the limit or cut off, and whether it is the latter."""
     try:
-        for member in members(stream):
-            key, extension = _split(member.name)
-            if not key:
+        return member.read(limit), False
+    except DamagedTar:  # comes again between the members
+        return None, True
+
+
+def _samples(stream: Readable, size: int | None, limits: Limits) -> Iterator[RawSample | Refusal]:
+    seen: dict[bytes, bool] = {}  # keys by hash, and whether they came with an image
+    split = 0
+    damages: list[tuple[DamagedTar, str]] = []
+    last = ""  # member
+
+    def named() -> Iterator[tuple[str, str, Member]]:
+        nonlocal last
+        for item in members(stream, size):
+            if isinstance(item, DamagedTar):
+                damages.append((item, last))
                 continue
-            if group is None or group.key != key:
-                if group is not None:
-                    yield from group.close(limits)
-                digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-                group = _Group(key, duplicate=digest in seen)
-                seen.add(digest)
+            last = _valid(item.name)[-200:]
+            key, extension = _split(item.name)
+            if key:
+                yield key, extension, item
+
+    for key, run in itertools.groupby(named(), key=lambda item: item[0]):
+        digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        if len(seen) == limits.shard_samples and digest not in seen:
+            detail = (
+                f"more than limits.shard_samples of {limits.shard_samples}; the rest, from {_valid(key)[:100]!r} on"
+            )
+            yield Refusal(None, Reason.SHARD_SAMPLES, f"{detail}, is not read")
+            break
+        group = _Group(key, seen.get(digest))
+        for _, extension, member in run:
             group.add(extension, member, limits)
-    except DamagedTar:
-        if group is not None:  # what it has is whole; its later members are lost with the rest of the shard
-            yield from group.close(limits)
-        raise
-    if group is not None:
         yield from group.close(limits)
+        split += group.before is not None and not (group.before and group.image)
+        seen[digest] = bool(group.before or group.image)
+    if damages and not last:
+        yield Refusal(None, Reason.SHARD_UNREADABLE, damages[0][0].detail)
+        return
+    for damage, before in damages:
+        detail = f"{damage}; " + (f"the member before it is {before!r}" if before else "no member comes before it")
+        yield Refusal(None, Reason.SHARD_DAMAGED, detail)
+    if 2 * split > len(seen):
+        yield Refusal(
+            None,
+            Reason.SHARD_UNSORTED,
+            f"the members of most of its {len(seen)} samples do not lie side by side, as WebDatasets have them: unpack "
+            "it, and pack it with `tar --sort=name`",
+        )
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -195,12 +241,14 @@ def _describe(error: OSError) -> str:
 
 
 @contextmanager
-def _open(url: str) -> Iterator[Readable]:
-    """The uncompressed bytes of a shard."""
+def _open(url: str) -> Iterator[tuple[Readable, int | None]]:
+    """The uncompressed bytes of a shard and their number, where it is known beforehand."""
     fs, path = filesystem(url)
     kind = compression(url)
+    if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise IsADirectoryError(errno.EISDIR, "a folder, pipe or device, not a file")  # opening a pipe would wait
     with fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead") as file:
-        yield _Plain(file) if kind is None else _Decompressed(file, kind)
+        yield (_Plain(file), getattr(file, "size", None)) if kind is None else (_Decompressed(file, kind), None)
 
 
 class _Plain:

@@ -1,18 +1,24 @@
-"""A tar read once from front to back, whose damage is told: tarfile and webdataset end silently at a bad header."""
+"""A tar read once from front to back, whose damage is told and passed over: tarfile and webdataset end silently at a
+bad header."""
 
 from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 BLOCK = 512
+_RECORDS = (20 * BLOCK, 2**20)  # what writers pad a tar to, if they do
 _CHUNK = 2**20
 _MOST_EXTENDED = 2**20  # bytes of one pax or long-name header
 _MOST_SIZE = 2**40
 _MOST_PADDING = 4 * 2**20  # zeros after the last member: writers pad to 10 KiB, some to 1 MiB; more is a hole
+_MOST_SEARCHED = 2**30  # bytes behind damage in which the next header is looked for
+_MOST_DAMAGES = 100
+_MAGIC = b"ustar"
+_MAGIC_AT = 257
 _EXTENDED = {
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -21,10 +27,11 @@ _EXTENDED = {
     tarfile.XGLTYPE,
 }
 _PAX_RECORD = re.compile(rb"(\d{1,8}) ([^=]+)=")
+_OWN_NAME = re.compile(rb"[^\0?]{1,99}\0")
 
 
 class DamagedTar(Exception):
-    """The tar cannot be read beyond byte ``offset`` (of the uncompressed stream)."""
+    """The tar is broken at byte ``offset`` (of the uncompressed stream)."""
 
     def __init__(self, offset: int, detail: str) -> None:
         super().__init__(f"damaged at byte {offset}: {detail}")
@@ -48,10 +55,13 @@ class Member:
     name: str  # bytes that are not UTF-8 as lone surrogates (surrogateescape)
     offset: int
     size: int
+    cut_off: bool  # known before it is read: the stream is too short for it
     _stream: _Stream
 
     def read(self, limit: int) -> bytes | None:
         """The data, or None without reading if it has more than ``limit`` bytes. Raises DamagedTar if cut off."""
+        if self.cut_off:
+            raise _cut_off(self)
         if self.size > limit:
             return None
         if self._stream.position != self.offset:
@@ -62,72 +72,121 @@ class Member:
         return data
 
 
-def members(stream: Readable) -> Iterator[Member]:
+def members(stream: Readable, size: int | None = None) -> Iterator[Member | DamagedTar]:
     """The regular files of a tar: ustar, GNU and pax; links, folders and devices are skipped.
 
-    Zero blocks end it, and so does the end of the stream right after a member. Members behind zero blocks
-    (concatenated tars) are read too; anything else there is damage. Memory stays at 1 MiB and what a caller
-    reads. Raises DamagedTar after all members before the damage.
+    Damage comes, not raised, where it stands between them. Reading goes on at the next header that can be told to be
+    one: magic, checksum, and a name that no lost long-name header may have replaced. (A member that is a tar itself
+    would be read for part of this one, if its own header is what is broken.) What follows is damage, too: an end
+    without zero blocks, since the tar may be cut between members; zeros of a length that no writer leaves between
+    concatenated tars; a member longer than what is left of ``size``, the stream's bytes where they are known.
+    Memory stays at 1 MiB and what a caller reads.
     """
-    source = _Stream(stream)
-    common: dict[str, str] = {}  # pax records for all members that follow
-    own: dict[str, str] = {}  # pax records and GNU long name of the next member
-    while True:
-        expected = source.position
-        block = _next_block(source)
-        start = source.position - len(block)
-        if own and (not block or start > expected):
-            raise DamagedTar(expected, "nothing follows an extended header")
-        if not block:
-            if start == 0:
-                raise DamagedTar(0, "the file is empty")
+    reader = _Reader(_Stream(stream), size)
+    for _ in range(_MOST_DAMAGES):
+        try:
+            yield from reader
             return
-        header = _header(block, start)
-        if header.type in _EXTENDED:
-            records = _extended(source, header, start)
-            (common if header.type == tarfile.XGLTYPE else own).update(records)
-            continue
-        member = _member(source, header, {**common, **own}, start)
-        own = {}
-        if header.isreg():
-            yield member
-        _finish(source, member)
+        except DamagedTar as damage:
+            yield damage
+        try:
+            if not reader.resume():
+                return
+        except DamagedTar as damage:  # a decompressor's, which does not go on
+            yield damage
+            return
+    yield DamagedTar(reader.position, f"after {_MOST_DAMAGES} places of damage the rest is not read")
 
 
-def _next_block(source: _Stream) -> bytes:
-    """The next block that is not zeros; nothing at the end."""
-    start = source.position
-    while True:
-        block = source.read(BLOCK)
-        if block.strip(b"\0") or not block:
-            return block
-        if source.position - start > _MOST_PADDING:
-            raise DamagedTar(start, f"more than {_MOST_PADDING} zero bytes where members should be")
+class _Reader:
+    """Goes from member to member. Raises DamagedTar once for each damage; ``resume`` goes on behind it."""
 
+    def __init__(self, source: _Stream, size: int | None) -> None:
+        self._source = source
+        self._size = size
+        self._begin = 0  # of the current one of concatenated tars
+        self._common: dict[str, str] = {}  # pax records for all members that follow
+        self._own: dict[str, str] = {}  # pax records and GNU long name of the next member
 
-def _member(source: _Stream, header: tarfile.TarInfo, records: dict[str, str], start: int) -> Member:
-    name = records.get("path") or header.name
-    if header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in records):
-        raise DamagedTar(start, f"{name[:100]!r} is stored sparsely, which is not read: write tars without --sparse")
-    size = header.size
-    if not header.isreg() and header.type in tarfile.SUPPORTED_TYPES:
-        size = 0  # links, folders and devices have no data, whatever their size field says
-    elif pax := records.get("size"):
-        if not re.fullmatch(r"[0-9]{1,13}", pax) or int(pax) > _MOST_SIZE:
-            raise DamagedTar(start, f"a size of {pax[:20]!r} bytes")
-        size = int(pax)
-    return Member(name, source.position, size, source)
+    @property
+    def position(self) -> int:
+        return self._source.position
 
+    def __iter__(self) -> Iterator[Member]:
+        while block := self._next_block():
+            start = self.position - BLOCK
+            try:
+                header = _header(block, start)
+            except DamagedTar:
+                self._source.unread(block)  # the next one may begin in it
+                raise
+            if header.type in _EXTENDED:
+                records = _extended(self._source, header, start)
+                (self._common if header.type == tarfile.XGLTYPE else self._own).update(records)
+                continue
+            records, self._own = {**self._common, **self._own}, {}
+            member = self._member(header, records, start)
+            if header.isreg():
+                yield member
+            self._finish(member)
 
-def _finish(source: _Stream, member: Member) -> None:
-    """Skip what is left of a member's data and its padding."""
-    end = member.offset + member.size
-    padded = end + -end % BLOCK
-    source.skip(padded - source.position)
-    if source.position < end:
-        raise _cut_off(member)
-    if source.position < padded:
-        raise DamagedTar(source.position, f"it ends in the padding after {member.name[:100]!r}")
+    def resume(self) -> bool:
+        """Go to the next header behind damage; False if there is none."""
+        self._own = {}
+        return not self._source.broken and self._source.find(_is_header)
+
+    def _next_block(self) -> bytes:
+        """The next block that is not zeros; nothing at the end."""
+        source, start = self._source, self.position
+        while not (block := source.read(BLOCK)).strip(b"\0") and block:
+            if self.position - start > _MOST_PADDING:
+                raise DamagedTar(start, f"more than {_MOST_PADDING} zero bytes where members should be")
+        at = self.position - len(block)
+        zeros = at - start
+        if 0 < len(block) < BLOCK:
+            raise DamagedTar(at, "it ends inside a header")
+        if self._own and (zeros or not block):
+            source.unread(block)
+            raise DamagedTar(start, "nothing follows an extended header")
+        if not block:
+            if at == 0:
+                raise DamagedTar(0, "the file is empty")
+            if zeros < 2 * BLOCK:
+                raise DamagedTar(start, "it ends without two blocks of zeros, so it may be cut off between members")
+        elif zeros == 2 * BLOCK or (zeros and any((at - self._begin) % record == 0 for record in _RECORDS)):
+            self._begin = at
+        elif zeros:
+            source.unread(block)
+            raise DamagedTar(start, f"{zeros} zero bytes between members")
+        return block
+
+    def _member(self, header: tarfile.TarInfo, records: dict[str, str], start: int) -> Member:
+        name = records.get("path") or header.name
+        if header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in records):
+            raise DamagedTar(
+                start, f"{name[:100]!r} is stored sparsely, which is not read: write tars without --sparse"
+            )
+        size = header.size
+        if not header.isreg() and header.type in tarfile.SUPPORTED_TYPES:
+            size = 0  # links, folders and devices have no data, whatever their size field says
+        elif pax := records.get("size"):
+            if not re.fullmatch(r"[0-9]{1,13}", pax) or int(pax) > _MOST_SIZE:
+                raise DamagedTar(start, f"a size of {pax[:20]!r} bytes")
+            size = int(pax)
+        cut_off = self._size is not None and self.position + size > self._size
+        return Member(name, self.position, size, cut_off, self._source)
+
+    def _finish(self, member: Member) -> None:
+        """Skip what is left of a member's data and its padding."""
+        if member.cut_off:  # or its size is wrong, and members follow
+            raise _cut_off(member)
+        end = member.offset + member.size
+        padded = end + -member.size % BLOCK
+        self._source.skip(padded - self.position)
+        if self.position < end:
+            raise _cut_off(member)
+        if self.position < padded:
+            raise DamagedTar(self.position, f"it ends in the padding after {member.name[:100]!r}")
 
 
 class _Stream:
@@ -137,6 +196,7 @@ class _Stream:
         self._below = stream
         self._chunk = b""
         self._used = 0
+        self.broken = False  # its data is, so nothing follows
         self.position = 0
 
     def read(self, size: int) -> bytes:
@@ -148,13 +208,37 @@ class _Stream:
         for _ in self._parts(size):
             pass
 
+    def unread(self, data: bytes) -> None:
+        """Give back what was read last."""
+        self._chunk, self._used = data + self._chunk[self._used :], 0
+        self.position -= len(data)
+
+    def find(self, accepts: Callable[[bytes], bool]) -> bool:
+        """Go on to the next block, at any byte, that has a tar's magic and is accepted; False if there is none."""
+        data = self._chunk[self._used :]
+        last = self.position + _MOST_SEARCHED
+        while self.position < last:
+            at = data.find(_MAGIC, _MAGIC_AT)
+            while 0 <= at <= len(data) - BLOCK + _MAGIC_AT:
+                start = at - _MAGIC_AT
+                if accepts(data[start : start + BLOCK]):
+                    self._chunk, self._used = data, start
+                    self.position += start
+                    return True
+                at = data.find(_MAGIC, at + 1)
+            tail = data[-(BLOCK - 1) :]  # of which a header may be the beginning
+            self.position += len(data) - len(tail)
+            more = self._next_chunk()
+            if not more:
+                break
+            data = tail + more
+        self._chunk, self._used = b"", 0
+        return False
+
     def _parts(self, missing: int) -> Iterator[bytes]:
         while missing > 0:
             if self._used == len(self._chunk):
-                try:
-                    self._chunk, self._used = self._below.read(_CHUNK), 0
-                except EOFError as error:
-                    raise DamagedTar(self.position, str(error)) from error
+                self._chunk, self._used = self._next_chunk(), 0
                 if not self._chunk:
                     return
             part = self._chunk[self._used : self._used + missing]
@@ -162,6 +246,13 @@ class _Stream:
             self.position += len(part)
             missing -= len(part)
             yield part
+
+    def _next_chunk(self) -> bytes:
+        try:
+            return self._below.read(_CHUNK)
+        except EOFError as error:
+            self.broken = True
+            raise DamagedTar(self.position, str(error)) from error
 
 
 def _cut_off(member: Member) -> DamagedTar:
@@ -176,6 +267,19 @@ def _header(block: bytes, start: int) -> tarfile.TarInfo:
     if not 0 <= header.size <= _MOST_SIZE:
         raise DamagedTar(start, f"a size of {header.size} bytes")
     return header
+
+
+def _is_header(block: bytes) -> bool:
+    """Whether a block found behind damage begins a member whose name is its own.
+
+    One of a hundred bytes, or with ``?`` for letters that are not ASCII, is what stands in a header when the name is
+    in an extended header before it, which may be what is lost.
+    """
+    try:
+        header = _header(block, 0)
+    except DamagedTar:
+        return False
+    return header.type in _EXTENDED or bool(_OWN_NAME.match(block))
 
 
 def _extended(source: _Stream, header: tarfile.TarInfo, start: int) -> dict[str, str]:

@@ -33,7 +33,8 @@ def sample_members(key: str, image: bytes = b"pixels") -> list[Member]:
 
 
 KEYS = ["a", "b", "c"]
-THREE = tar_bytes([member for key in KEYS for member in sample_members(key, key.encode() * 700)], end=False)
+BODY = tar_bytes([member for key in KEYS for member in sample_members(key, key.encode() * 700)], end=False)
+THREE = BODY + bytes(1024)
 LIMITS = Limits(image_bytes=5_000, sidecar_bytes=300)
 
 

@@ -49,6 +49,16 @@ print("megabytes", int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)
     assert float(figures["megabytes"]) < 500
 
 
+def test_limits_that_came_later_change_fingerprints_only_where_they_are_set(shards: Callable[..., str]) -> None:
+    def samples(**limits: int) -> str:
+        config = parse_config({"source": shards(1), "output": "out", "input": {"limits": limits}})
+        return layers_of(config, {})["samples"].fingerprint
+
+    assert samples() == "9a59ea0ee9feb030", "every dataset made with the defaults so far has this one"
+    assert samples(members=64) == samples()
+    assert len({samples(), samples(members=65), samples(key_chars=10), samples(shard_samples=9)}) == 4
+
+
 def test_what_changes_no_stored_number_changes_no_fingerprint() -> None:
     config = config_of("x/{0..1}.tar", "out")
     before = layers_for()

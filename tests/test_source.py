@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import random
 import re
 import tarfile
@@ -78,6 +79,42 @@ def test_a_key_that_came_before_is_refused_and_the_first_stays():
     assert brief(rows) == [("a", "1"), ("b", "2"), ("a", "duplicate_key"), ("c", "4")]
 
 
+def test_members_that_are_not_beside_the_others_of_their_key_are_refused():
+    rows = read(tar_bytes([("a.jpg", b"1"), ("b.txt", b"t"), ("c.jpg", b"2"), ("a.txt", b"t"), ("b.jpg", b"3")]))
+    assert brief(rows)[:5] == [("a", "1"), ("b", "no_image"), ("c", "2"), ("a", "split_key"), ("b", "split_key")]
+    assert "txt" in rows[3].detail
+
+
+@pytest.mark.parametrize("order", [("jpg", "txt"), ("txt", "jpg"), ("json", "jpg", "txt")])
+def test_a_shard_of_which_most_keys_are_in_pieces_is_refused_as_a_whole(order):
+    rows = read(tar_bytes([(f"{i}.{extension}", b"x") for extension in order for i in range(4)]))
+    assert {row.key for row in rows} == {*"0123", None}
+    assert (rows[-1].key, rows[-1].reason) == (None, Reason.SHARD_UNSORTED)
+    assert "tar --sort=name" in rows[-1].detail
+    few = read(tar_bytes([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"t"), ("b.txt", b"t"), *sample_members("c")]))
+    assert few[-1].reason is Reason.SHARD_UNSORTED
+    more = [member for key in "cdefg" for member in sample_members(key)]
+    assert Reason.SHARD_UNSORTED not in {
+        getattr(row, "reason", None)
+        for row in read(tar_bytes([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"t"), *more]))
+    }
+
+
+def test_bounds_of_members_keys_and_samples_are_told():
+    members = [("a.jpg", b"A"), *((f"a.{i}", b"x") for i in range(70))]
+    rows = read(tar_bytes(members), limits=Limits(members=8))
+    assert brief(rows) == [("a", "A"), ("a", "members")]
+    assert len(rows[0].sidecars) == 7
+    assert rows[1].detail == "63 more than limits.members of 8, not read"
+
+    rows = read(tar_bytes([("k" * 100 + ".jpg", b"A"), ("k" * 101 + ".jpg", b"B")]), limits=Limits(key_chars=100))
+    assert brief(rows) == [("k" * 100, "A"), ("k" * 100, "key_chars")]
+
+    rows = read(tar_bytes([(f"{i}.jpg", b"A") for i in range(5)]), limits=Limits(shard_samples=3))
+    assert brief(rows) == [("0", "A"), ("1", "A"), ("2", "A"), (None, "shard_samples")]
+    assert "from '3' on" in rows[-1].detail
+
+
 def test_a_member_that_comes_twice_in_a_row_is_refused_and_the_first_stays():
     rows = read(tar_bytes([("a.jpg", b"1"), ("a.txt", b"t"), ("a.jpg", b"2"), ("a.txt", b"u")]))
     assert brief(rows) == [("a", "1"), ("a", "duplicate_key")]
@@ -91,6 +128,7 @@ def test_limits_refuse_a_large_image_and_drop_a_large_sidecar():
     )
     assert brief(rows) == [("a", "image_bytes"), ("b", fits.decode()), ("c", "C")]
     assert rows[1].sidecars == {"json": bytes(300)}
+    assert rows[1].too_large == {"txt": 301}
 
 
 def test_names_that_are_not_utf8_give_different_valid_keys():
@@ -122,8 +160,18 @@ def test_compressed_data_under_a_plain_name_says_the_name_it_wants():
     assert ".tar.gz" in read(gzip.compress(THREE))[0].detail
 
 
-def test_a_folder_is_unreadable(tmp_path):
-    assert [row.reason for row in read_shard(str(tmp_path), LIMITS)] == [Reason.SHARD_UNREADABLE]
+def test_a_folder_or_a_pipe_is_unreadable(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        assert [row.reason for row in read_shard(str(path), LIMITS)] == [Reason.SHARD_UNREADABLE]
+
+
+def test_a_link_is_read_and_one_that_leads_nowhere_is_missing(tmp_path):
+    (tmp_path / "x.tar").write_bytes(THREE)
+    for name in ("x.tar", "nowhere.tar"):
+        (tmp_path / f"link-{name}").symlink_to(tmp_path / name)
+    assert list(read_shard(f"{tmp_path}/link-x.tar", LIMITS)) == read(THREE)
+    assert [row.reason for row in read_shard(f"{tmp_path}/link-nowhere.tar", LIMITS)] == [Reason.SHARD_MISSING]
 
 
 COMPRESS = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": zstd}
