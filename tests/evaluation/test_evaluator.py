@@ -182,13 +182,13 @@ def test_any_true_match_is_a_hit(tmp_path: Path) -> None:
     """Two red images share a caption; the blue one has two, of which one is misleading."""
     samples = [
         ("0", plain("red"), {"json": {"texts": ["some red"]}}),
-        ("1", plain("red", 1), {"json": {"texts": ["some red"]}}),
-        ("2", plain("blue"), {"json": {"texts": ["a blue sky", "not green"]}}),
+        ("1", plain("blue"), {"json": {"texts": ["a blue sky", "not green"]}}),
+        ("2", plain("red", 1), {"json": {"texts": ["some red"]}}),
         ("3", plain("green"), {"json": {"texts": ["grass, green"]}}),
     ]
     sets = {"pairs": shard(tmp_path / "a.tar", samples), "captions": ["json:texts"]}
     found = evaluator(retrieval={"set": sets}).evaluate(Seer(), CPU)
-    # four texts: "some red" finds image 0, "not green" finds image 3 and not 2
+    # four texts: "some red" finds image 0, "not green" finds image 3 and not 1
     assert found.metrics["retrieval/set/text_to_image/r1"] == pytest.approx(3 / 4)
     # green finds "not green" first, as it ties with its own and stands before it
     assert found.metrics["retrieval/set/image_to_text/r1"] == pytest.approx(3 / 4)
@@ -330,17 +330,21 @@ def test_a_training_goes_on_as_if_nothing_had_been(names: dict[str, str], folder
         random.seed(0)
         model = open_clip.create_model(names["shortest"], force_patch_dropout=0.5)
         model.train()
+        model.visual.register_forward_pre_hook(lambda *_: modes_seen.append([m.training for m in model.modules()]))
         model.visual.ln_post.eval()  # a module that is frozen in another mode than its parent
         model.token_embedding.requires_grad_(False)
         model.set_grad_checkpointing(True)
         modes = {name: (m.training, [p.requires_grad for p in m.parameters()]) for name, m in model.named_modules()}
         tokenizer = open_clip.get_tokenizer(names["shortest"])
+        spec = image_spec(open_clip.get_model_preprocess_cfg(model))
         clean = tokenizer.clean_fn
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
         for step in range(3):
             if judge is not None and step:
-                spec = image_spec(open_clip.get_model_preprocess_cfg(model))
+                modes_seen.clear()
                 metrics.append(judge.evaluate_module(model, spec, tokenizer, CPU).metrics)
+                assert modes_seen
+                assert not any(map(any, modes_seen)), "judged in eval mode"
             pixels = torch.randn(4, 3, 32, 32)
             images, texts, _ = model(pixels, tokenizer(["a", "b", "c", "d"]))
             loss = (images @ texts.T).diagonal().sum()
@@ -350,11 +354,10 @@ def test_a_training_goes_on_as_if_nothing_had_been(names: dict[str, str], folder
                 name: (m.training, [p.requires_grad for p in m.parameters()]) for name, m in model.named_modules()
             } == modes
         assert tokenizer.clean_fn is clean
-        drawn = [torch.rand(1).item(), float(np.random.rand()), random.random()]
-        return [p.detach() for p in model.parameters()] + [p.grad for p in model.parameters() if p.grad is not None], [
-            *drawn
-        ]
+        learnt = [value.detach() for p in model.parameters() for value in (p, p.grad) if value is not None]
+        return learnt, [torch.rand(1).item(), float(np.random.rand()), random.random()]
 
+    modes_seen: list[list[bool]] = []
     metrics: list[dict[str, float]] = []
     judge = evaluator(zero_shot={"a": {"images": folder}}, retrieval={"b": {"pairs": photo_shard}})
     (alone, drawn), (judged, drawn_judged) = train(None), train(judge)

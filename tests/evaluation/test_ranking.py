@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reinforce.evaluation.ranking import accuracies, choose, ranks_of_matches
+from reinforce.evaluation.config import RECALLS
+from reinforce.evaluation.ranking import BLOCK, accuracies, choose, ranks_of_matches, recalls
 from teachers.device import Accelerator
 
 CPU = Accelerator("cpu")
@@ -74,6 +75,21 @@ def test_blocks_do_not_change_ranks_of_real_numbers() -> None:
     assert whole.max() > 10
     for block in (30, 64, 499):
         assert ranks_of_matches(images, texts, pairs, CPU, block).tolist() == whole.tolist()
+
+
+def test_recall_of_more_texts_than_one_block_holds_is_that_of_sorting_them_all() -> None:
+    rng = np.random.default_rng(0)
+    images, texts = vectors(rng, 300, 9), vectors(rng, BLOCK + 100, 9)
+    matches = np.zeros((len(images), len(texts)), bool)
+    matches[np.arange(len(images)), rng.integers(0, len(texts), len(images))] = True
+    matches[rng.integers(0, len(images), len(texts)), np.arange(len(texts))] = True
+    found = recalls(torch.from_numpy(images), torch.from_numpy(texts), np.stack(np.nonzero(matches)), CPU)
+    for way, places in (
+        ("image_to_text", best_places(images @ texts.T, matches)),
+        ("text_to_image", best_places(texts @ images.T, matches.T)),
+    ):
+        assert {k: found[f"{way}/r{k}"] for k in RECALLS} == {k: float((places < k).mean()) for k in RECALLS}
+    assert 0 < found["text_to_image/r1"] < found["text_to_image/r10"] < 1
 
 
 def test_what_is_not_a_number_is_never_right() -> None:
