@@ -7,6 +7,7 @@ can be judged here too: labels in ``cls``, names in its classnames.txt, and zero
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -81,12 +82,14 @@ def run(command: Sequence[str], label: str, folder: Path) -> dict[str, float]:
 
 
 def results(folder: Path) -> dict[str, float]:
-    """Metrics of all JSON files that clip_benchmark wrote into a folder."""
+    """Metrics of all JSON files that clip_benchmark wrote into a folder, without those that a set does not have."""
     found: dict[str, float] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         name = result["dataset"].removeprefix("wds/")
-        found |= {f"clip_benchmark/{name}/{metric}": float(value) for metric, value in result["metrics"].items()}
+        for metric, value in result["metrics"].items():
+            if math.isfinite(value):  # top 5 of less than five classes is NaN
+                found[f"clip_benchmark/{name}/{metric}"] = float(value)
     return found
 
 

@@ -1,0 +1,175 @@
+"""``reinforce evaluate`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import yaml
+
+from reinforce.cli import main
+from reinforce.evaluation import clip_benchmark
+from teachers.spec import ModelSpec
+from tests import tiny_models
+from tests.evaluation.samples import colour_folder, colour_shard, plain, shard
+
+Told = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def evaluate(capfd: pytest.CaptureFixture[str]) -> Told:
+    """Run the command -> (exit status, standard output, standard error)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["evaluate", *arguments])
+        out, err = capfd.readouterr()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, one of them where a training leaves it, and sets."""
+    root = tmp_path_factory.mktemp("evaluate")
+    tiny_models.open_clip_model(root / "plain")
+    tiny_models.open_clip_model(root / "trained" / "student", image_size=24, seed=1)
+    colour_folder(root / "folder")
+    colour_shard(root / "colours.tar")
+    samples = [("a", plain("red"), {"txt": "red"}), ("b", b"bad", {"txt": "blue"}), ("c", plain("grey"), {"txt": "g"})]
+    shard(root / "holes.tar", samples)
+    return root
+
+
+def test_models_stand_side_by_side_with_what_was_refused(evaluate: Told, root: Path, tmp_path: Path) -> None:
+    models = [f"local-dir:{root}/plain", f"{root}/trained", f"{root}/trained/student"]
+    sets = ["--zero-shot", f"colours={root}/folder", "--templates", "none", "--retrieval", f"holes={root}/holes.tar"]
+    status, out, _ = evaluate(*models, *sets, "--json", f"{tmp_path}/out/found.json", "--batch", "4")
+    assert status == 0
+    for told in ("zero_shot/colours/top1", "retrieval/holes/image_to_text/r10", "zero_shot/colours: 12 images"):
+        assert told in out
+    assert "retrieval/holes: 2 images; without 1 that were refused: b (image_format)" in out
+    found = json.loads((tmp_path / "out" / "found.json").read_text())["models"]
+    assert list(found) == models
+    one, other, same = (found[model] for model in models)
+    assert other == same, "the folder of a training is that of its student"
+    assert one["metrics"] != other["metrics"]
+    assert one["sets"]["zero_shot/colours"] == {"images": 12, "refused": []}
+    (refused,) = one["sets"]["retrieval/holes"]["refused"]
+    assert (refused["key"], refused["reason"]) == ("b", "image_format")
+    assert f"{100 * one['metrics']['zero_shot/colours/top1']:.2f}" in out
+
+
+def test_sets_of_a_trainings_config_and_of_the_command_line_are_joined(
+    evaluate: Told, root: Path, tmp_path: Path
+) -> None:
+    section: dict[str, Any] = {"zero_shot": {"a": {"images": f"{root}/folder"}, "b": {"images": "nowhere.tar"}}}
+    config = tmp_path / "student.yaml"
+    config.write_text(yaml.safe_dump({"output": "x", "student": {"model": "y"}, "evaluate": section}))
+    b = ("--zero-shot", f"b={root}/colours.tar", "--label", "json:class", "--groups", "json:group", "--limit", "5")
+    status, out, _ = evaluate(f"{root}/plain", "--config", str(config), *b)
+    assert status == 0
+    assert "zero_shot/a: 12 images" in out
+    assert "zero_shot/b: 5 images" in out
+    assert "zero_shot/b/group" in out
+
+
+def test_a_model_in_an_object_store_is_judged_as_it_is_here(evaluate: Told, root: Path, tmp_path: Path) -> None:
+    fsspec.filesystem("memory").put(str(root / "trained"), "/run", recursive=True)
+    models = [f"{root}/trained", "memory://run"]
+    assert evaluate(*models, "--retrieval", f"x={root}/colours.tar", "--json", f"{tmp_path}/x.json")[0] == 0
+    here, there = json.loads((tmp_path / "x.json").read_text())["models"].values()
+    assert here == there
+
+
+FAULTS: dict[str, tuple[list[str], str]] = {
+    "nothing to judge by": (["{root}/plain"], "nothing to judge by: name sets with --zero-shot"),
+    "no model of that name": (["ViT-L14", "--zero-shot", "a={root}/folder"], "did you mean ViT-L-14"),
+    "no weights": (["ViT-B-32", "--zero-shot", "a={root}/folder"], "has no weights without `pretrained`"),
+    "no such tag": (["ViT-B-32,opnai", "--zero-shot", "a={root}/folder"], "did you mean openai"),
+    "no such tag by option": (["RN50", "--pretrained", "x", "--zero-shot", "a={root}/folder"], "'x' is neither a tag"),
+    "no model in the folder": (["{root}/folder", "--zero-shot", "a={root}/folder"], "its `student` has open_clip_con"),
+    "missing local-dir": (["local-dir:{root}/no", "--zero-shot", "a={root}/folder"], "no is not there"),
+    "model named twice": (["{root}/plain", "{root}/plain", "--zero-shot", "a={root}/folder"], "named twice"),
+    "no name of the set": (["{root}/plain", "--zero-shot", "{root}/folder"], "want NAME=URL"),
+    "bad name of the set": (["{root}/plain", "--zero-shot", "a/b={root}/folder"], "'a/b' cannot name a set"),
+    "missing folder": (["{root}/plain", "--zero-shot", "a={root}/none"], "shard_missing"),
+    "unknown templates": (["{root}/plain", "--zero-shot", "a={root}/folder", "--templates", "x"], "use openai, simple"),
+    "options without a set": (["{root}/plain", "--templates", "x", "--retrieval", "a=b"], "of the sets of --zero-shot"),
+    "limit of nothing": (["{root}/plain", "--zero-shot", "a={root}/folder", "--limit", "0"], "greater than or equal"),
+    "unknown device": (["{root}/plain", "--zero-shot", "a={root}/folder", "--device", "abc"], "use auto, cpu, cuda"),
+    "unwritable JSON": (
+        ["{root}/plain", "--zero-shot", "a={root}/folder", "--json", "{root}/colours.tar/x.json"],
+        "cannot be written",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_message_with_the_mend(evaluate: Told, root: Path, fault: str) -> None:
+    arguments, told = FAULTS[fault]
+    status, out, err = evaluate(*(argument.format(root=root) for argument in arguments))
+    assert status == 2
+    assert err.startswith("error: ")
+    assert told in err
+    assert "Traceback" not in out + err
+
+
+# --- clip_benchmark
+
+
+def test_the_command_is_told_where_clip_benchmark_is_not_installed(
+    evaluate: Told, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    status, _, err = evaluate(f"{root}/plain", "--clip-benchmark", f"{tmp_path}/b")
+    assert status == 2
+    assert "pip install clip-benchmark 'numpy<2.4'" in err
+    assert f"clip_benchmark eval --pretrained_model local-dir:{root}/plain, --dataset wds/mscoco_captions" in err
+    assert "wds/vtab/svhn --dataset_root 'https://huggingface.co/datasets/clip-benchmark/wds_{dataset_cleaned}" in err
+    assert not (tmp_path / "b").exists()
+
+
+def test_clip_benchmark_is_given_names_that_it_understands(tmp_path: Path) -> None:
+    arguments = clip_benchmark.arguments(ModelSpec(model="ViT-B-32", pretrained="openai"), tmp_path / "{a}", ["wds/x"])
+    named = dict(zip(arguments[2::2], arguments[3::2], strict=False))
+    assert named["--pretrained_model"] == "ViT-B-32,openai"
+    assert arguments[arguments.index("--output") + 1].format(dataset="x", task="y") == f"{tmp_path}/{{a}}/x_y.json"
+    with pytest.raises(Exception, match="splits names at commas"):
+        clip_benchmark.arguments(ModelSpec(model="local-dir:/a,b"), tmp_path)
+
+
+def test_what_clip_benchmark_finds_stands_beside_the_rest(
+    evaluate: Told, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program of the same name writes what release 1.6.2 writes for a set of each kind."""
+    program = tmp_path / "bin" / "clip_benchmark"
+    program.parent.mkdir()
+    program.write_text(
+        "#!/bin/sh\n"
+        'while [ "$1" != --output ]; do shift; done\n'
+        'out=$(dirname "$2")\n'
+        'echo \'{"dataset": "wds/vtab/pets", "metrics": {"acc1": 0.25, "acc5": NaN}}\' > "$out/pets.json"\n'
+        'echo \'{"dataset": "wds/flickr8k", "metrics": {"image_retrieval_recall@5": 0.5}}\' > "$out/flickr8k.json"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    arguments = [f"{root}/plain", "--clip-benchmark", f"{tmp_path}/b", "--json", f"{tmp_path}/x.json"]
+    status, out, _ = evaluate(*arguments)
+    assert status == 0
+    assert "clip_benchmark/vtab/pets/acc1" in out
+    (found,) = json.loads((tmp_path / "x.json").read_text())["models"].values()
+    assert found["metrics"] == {
+        "clip_benchmark/flickr8k/image_retrieval_recall@5": 0.5,
+        "clip_benchmark/vtab/pets/acc1": 0.25,
+    }
+    program.write_text("#!/bin/sh\nexit 3\n")
+    status, _, err = evaluate(*arguments)
+    assert (status, "clip_benchmark ended with status 3" in err) == (2, True)
