@@ -140,11 +140,14 @@ class CaptionFeed:
     def _note(self, image: int, refused: ImageRefused) -> None:
         with self._lock:
             self.refused[refused.reason.value] += 1
-            known = image in self._known
+            if image in self._known:
+                return
             self._known.add(image)
-        if not known:
-            key, url = self._pairs.key(image), self._pairs.table["url"][image]
-            _log.warning("%s of %s is left out, another image stands in for it: %s", key, url, refused)
+            count = len(self._known)
+        key, url = self._pairs.key(image), self._pairs.table["url"][image]
+        _log.warning(
+            "image %s of %s is left out, another one stands in for it: %s (%d images so far)", key, url, refused, count
+        )
 
 
 def predicted(tokens: torch.Tensor, end: int) -> list[int]:
