@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import normalize
 
 from reinforce.errors import UserError
-from reinforce.student import config
+from reinforce.student.config import Student as StudentSpec
 from reinforce.student.lesson import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, Known
 from reinforce.student.loss import Form
 from reinforce.training.task import Batch, Encoded
@@ -21,9 +21,6 @@ from teachers.open_clip import image_spec, load_model, model_name
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec
-
-#: Where SigLIP's logits start (arXiv 2303.15343).
-_SIGMOID_SCALE, _SIGMOID_BIAS = 10.0, -10.0
 
 
 class Student(torch.nn.Module):
@@ -86,7 +83,7 @@ class Student(torch.nn.Module):
 
 
 def build_student(
-    spec: config.Student,
+    spec: StudentSpec,
     *,
     seed: int,
     form: Form = "softmax",
@@ -111,19 +108,17 @@ def build_student(
                 f"{name} takes images of {image.height} x {image.width}, and augmented crops are square: choose a "
                 "model with a square `image_size`"
             )
+        if form == "sigmoid" and clip.logit_bias is None:
+            if pretrained:
+                raise ValueError(
+                    f"the weights of {name} come from a softmax and have no logit bias, which `loss.form: sigmoid` "
+                    "needs: start from random weights or from those of a SigLIP model, or use `form: softmax`"
+                )
+            config |= _as_siglip_starts(clip)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"student: {error}") from error
     if form == "softmax" and clip.logit_bias is not None:
         clip.logit_bias.requires_grad_(False)
-    if form == "sigmoid" and clip.logit_bias is None:
-        if pretrained:
-            raise UserError(
-                f"student: the weights of {spec.model} come from a softmax and have no logit bias, which `loss.form: "
-                "sigmoid` needs. Start from random weights or from those of a SigLIP model, or use `form: softmax`."
-            )
-        config |= {"init_logit_bias": _SIGMOID_BIAS, "init_logit_scale": math.log(_SIGMOID_SCALE)}
-        clip.logit_bias = torch.nn.Parameter(torch.full_like(clip.logit_scale, config["init_logit_bias"]))
-        torch.nn.init.constant_(clip.logit_scale, config["init_logit_scale"])
     if checkpointing:
         clip.set_grad_checkpointing()
     with _seeded(seed):
@@ -169,6 +164,14 @@ def _config(name: str) -> dict[str, Any]:
 def _random_model(name: str, seed: int) -> Any:
     with _seeded(seed):
         return open_clip.create_model(name, load_weights=False, pretrained_text=False)
+
+
+def _as_siglip_starts(clip: Any) -> dict[str, float]:
+    """Give a model scale 10 and bias -10 (arXiv 2303.15343); returns what its ``model_cfg`` has to say of that."""
+    start = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+    torch.nn.init.constant_(clip.logit_scale, start["init_logit_scale"])
+    clip.logit_bias = torch.nn.Parameter(torch.full_like(clip.logit_scale, start["init_logit_bias"]))
+    return start
 
 
 @contextmanager

@@ -198,3 +198,29 @@ def test_the_implied_bias_follows_the_size_of_the_batch() -> None:
     few, many = (implied_bias(torch.zeros(size, size)).item() for size in (9, 65))
     assert few == pytest.approx(-math.log(8))
     assert many == pytest.approx(-math.log(64))
+
+
+@pytest.mark.parametrize(("form", "matrices"), [("softmax", 4), ("sigmoid", 2)])
+def test_what_is_kept_for_the_gradient_does_not_grow_with_the_teachers(form: str, matrices: int) -> None:
+    pairs = 64
+    features = {what: value.requires_grad_() for what, value in vectors("student", pairs=pairs).items()}
+    targets = {name: vectors(name, pairs=pairs) for name in SCALES}
+    scale, bias = torch.tensor(20.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
+
+    def kept(teachers: int) -> int:
+        """Matrices of all pairs that autograd holds: log-probabilities (or logits), and P, by text and direction."""
+        storages = {}
+
+        def keep(value: torch.Tensor) -> torch.Tensor:
+            if value.shape == (pairs, pairs):
+                storages[value.untyped_storage().data_ptr()] = value  # which keeps the address from being used again
+            return value
+
+        objective = Objective(0.7, form, dict(list(SCALES.items())[:teachers]))  # type: ignore[arg-type]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            losses = contrast(objective, features, scale, bias, targets)
+        assert len(losses) == 4
+        return len(storages)
+
+    identity = form == "sigmoid"  # which the loss of true pairs is held against
+    assert kept(1) == kept(3) == (matrices + identity) * len(KINDS["both"])
