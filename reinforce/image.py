@@ -14,6 +14,7 @@ from PIL import Image, ImageFile
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
+from reinforce.jpeg import is_mended
 from schemas import Reason
 
 #: Name and version of what :func:`decode` does to pixels; recorded in dataset.json.
@@ -44,7 +45,7 @@ class ImageRefused(Exception):
         self.detail = detail
 
 
-def decode(data: bytes, limits: Limits) -> Image.Image:
+def decode(data: bytes, limits: Limits, first: bool = False) -> Image.Image:
     """An encoded image as RGB, upright, in its own size: policy ``rgb-1``.
 
     - The content decides the format, not the name. Size and aspect are checked by the header, before decoding.
@@ -54,8 +55,9 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
     - CMYK, YCbCr, LAB, HSV and 1-bit images are converted as Pillow does.
     - ICC profiles are ignored: most are sRGB, and a broken one must not matter.
 
-    Raises ImageRefused, also for truncated data; what libjpeg repairs by itself (too little data before an end
-    mark) passes. Thread-safe.
+    ``first`` says that the image is met for the first time and not stored yet: then a JPEG is refused, too, that
+    has an end mark and too little data before it, which libjpeg mends by itself. What is stored stays readable.
+    Raises ImageRefused, also for truncated data. Thread-safe.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise UserError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so broken images would pass. Leave it off.")
@@ -66,6 +68,8 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
         _check_size(image.size, limits)  # a first frame may enlarge the canvas
         if image.format == "PNG":
             _check_png_complete(image, data)
+        elif first and image.format in ("JPEG", "MPO") and is_mended(image, data, _loaded):
+            raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG lacks scan data")
         return _upright(_to_rgb(image, data), image)
     except ImageRefused:
         raise
@@ -73,6 +77,12 @@ def decode(data: bytes, limits: Limits) -> Image.Image:
         raise ImageRefused(Reason.IMAGE_PIXELS, _describe(error)) from error
     except Exception as error:  # decoders raise whatever a broken file leads them to
         raise ImageRefused(Reason.IMAGE_BROKEN, _describe(error)) from error
+
+
+def _loaded(data: bytes) -> Image.Image:
+    image = _open(data)
+    image.load()
+    return image
 
 
 @functools.cache

@@ -252,6 +252,59 @@ def test_a_png_with_too_few_scanlines_is_broken_and_one_with_black_rows_is_not(d
         assert refusal(short) is Reason.IMAGE_BROKEN
 
 
+def scan_of(data: bytes) -> tuple[int, int]:
+    """Where a JPEG's scan data begins, behind its first start of scan, and where its end mark is."""
+    start = data.index(b"\xff\xda")
+    return start + 2 + int.from_bytes(data[start + 2 : start + 4], "big"), len(data) - 2
+
+
+def without_scan_data(data: bytes, share: float) -> bytes:
+    """The JPEG with that share of its scan data, and an end mark behind it."""
+    start, end = scan_of(data)
+    cut = start + int((end - start) * share)
+    while data[cut - 1] == 0xFF:
+        cut -= 1
+    return data[:cut] + b"\xff\xd9"
+
+
+JPEGS = [{}, {"subsampling": 0}, {"restart_marker_blocks": 3}, {"optimize": True, "quality": 95}]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", JPEGS)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_jpeg_that_libjpeg_mends_is_refused_the_first_time_and_read_once_it_is_stored(mode, options, share):
+    data = without_scan_data(encode(noise(100, 70, mode), "JPEG", **options), share)
+    with pytest.raises(ImageRefused, match="image_broken: the JPEG lacks scan data"):
+        decode(data, LIMITS, first=True)
+    assert decode(data, LIMITS).size == (100, 70)
+
+
+def test_a_progressive_jpeg_is_refused_if_its_first_scan_is_cut_and_passes_if_a_later_one_is():
+    data = encode(noise(100, 70), "JPEG", progressive=True)
+    begin, end = scan_of(data)
+    first_scan = data.index(b"\xff\xda", begin) - begin
+    with pytest.raises(ImageRefused):
+        decode(without_scan_data(data, 0.5 * first_scan / (end - begin)), LIMITS, first=True)
+    assert decode(without_scan_data(data, 0.9), LIMITS, first=True).size == (100, 70)
+
+
+@given(
+    st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    st.sampled_from([0, 127, 128, None]),
+    st.sampled_from(["L", "RGB", "CMYK"]),
+    st.sampled_from([*JPEGS, {"progressive": True}]),
+    st.integers(1, 100),
+)
+@settings(max_examples=100, deadline=None)
+def test_no_whole_jpeg_is_refused(size, colour, mode, options, quality):
+    image = noise(*size, mode)
+    if colour is not None:  # grey is what missing data looks like
+        image.paste(colour if mode == "L" else (colour,) * len(mode), (0, 0, *size))
+    data = encode(image, "JPEG", **{"quality": quality, **options})
+    assert decode(data, LIMITS, first=True).tobytes() == decode(data, LIMITS).tobytes()
+
+
 def test_limits_hold_by_the_header_before_decoding():
     limits = Limits(pixels=10_000, aspect=10)
     assert decode(encode(Image.new("RGB", (100, 100))), limits).size == (100, 100)
