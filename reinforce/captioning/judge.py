@@ -145,10 +145,11 @@ class Judge:
     ) -> Iterator[tuple[torch.Tensor, list[int]]]:
         """Pixels of the first ``limit`` images that can be decoded, with their rows."""
         for batch in self._pictures.batches(spec, self._evaluation.batch, self._threads):
-            rows = [row for row in batch.targets if row < limit]
-            if not rows:
-                break
+            rows = batch.targets[:limit]
             yield to_pixels(accelerator.put(batch.pixels[: len(rows)]), spec), rows
+            limit -= len(rows)
+            if not limit:
+                return
 
     def _examples(self) -> Iterator[Example]:
         for row in range(len(self._pairs)):
