@@ -74,26 +74,32 @@ class Zip:
     columns: Mapping[str, Sequence[str]]
 
     @contextlib.contextmanager
-    def open(self, shard: str) -> Iterator[ZippedShard]:
-        """Raises UserError where a file is missing, damaged or made by another recipe."""
+    def open(self, shard: str, *, whole: bool = True) -> Iterator[ZippedShard]:
+        """Open a shard's files, to be read as a ``whole`` or for single row groups.
+
+        Raises UserError where one is missing, damaged or made by another recipe.
+        """
         with contextlib.ExitStack() as stack:
             files = {}
             for name, fingerprint in self.fingerprints.items():
                 with naming(self.store.layer_path(name, shard)):
-                    files[name] = stack.enter_context(self.store.open_layer(name, shard, fingerprint))
+                    files[name] = stack.enter_context(self.store.open_layer(name, shard, fingerprint, whole=whole))
             yield ZippedShard(shard, files, self.columns)
 
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Say which file an error is about, and what to do."""
+    """Say which file cannot be read, and what to do. Raises UserError."""
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing. Finish the run that makes it: `reinforce run`.") from error
-    except (pa.ArrowException, EOFError) as error:
+        raise UserError(f"{path} is missing. `reinforce run` with its config computes what is missing.") from error
+    except Exception as error:  # each driver has its own exceptions, and Arrow several for damage
         raise UserError(
-            f"{path} is damaged ({error}). Delete it and run `reinforce run` again: only what is missing is computed."
+            f"{path} cannot be read ({type(error).__name__}: {error}). If it is damaged, delete it: "
+            "`reinforce run` with its config computes what is missing."
         ) from error
 
 

@@ -161,15 +161,17 @@ class Store:
         return rows
 
     @contextlib.contextmanager
-    def open_layer(self, layer: str, shard: str, fingerprint: str | None = None) -> Iterator[pq.ParquetFile]:
-        """Open a committed file for reading. Raises UserError if it is not the one expected."""
+    def open_layer(
+        self, layer: str, shard: str, fingerprint: str | None = None, *, whole: bool = True
+    ) -> Iterator[pq.ParquetFile]:
+        """Open a committed file, to be read as a ``whole`` or for single row groups, which then cost one request each.
+
+        Raises UserError if it is not the one expected.
+        """
         path = self.layer_path(layer, shard)
-        with self.fs.open(path, "rb", block_size=8 * 2**20) as raw, pq.ParquetFile(raw) as file:
-            footer = footer_of(file)
-            if int(footer.get("schema_version", 0)) > schemas.SCHEMA_VERSION:
-                raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
-            if fingerprint is not None and footer.get("fingerprint") != fingerprint:
-                raise fingerprint_error(path, footer.get("fingerprint"), fingerprint)
+        options: dict[str, Any] = {"block_size": 8 * 2**20} if whole else {"cache_type": "none"}
+        with self.fs.open(path, "rb", **options) as raw, pq.ParquetFile(raw, pre_buffer=not whole) as file:
+            check_footer(path, file.metadata, fingerprint)
             yield file
 
     # -- how files appear
@@ -284,8 +286,17 @@ class LayerWriter:
         self._stack.close()
 
 
-def footer_of(file: pq.ParquetFile) -> dict[str, str]:
+def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) -> None:
+    """Raise UserError if a file is from a newer program or, where one is given, of another fingerprint."""
+    footer = footer_of(metadata)
+    if int(footer.get("schema_version", 0)) > schemas.SCHEMA_VERSION:
+        raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
+    if fingerprint is not None and footer.get("fingerprint") != fingerprint:
+        raise fingerprint_error(path, footer.get("fingerprint"), fingerprint)
+
+
+def footer_of(metadata: pq.FileMetaData) -> dict[str, str]:
     """schema_version, layer, fingerprint, source and rows, as written in the footer."""
-    metadata = file.metadata.metadata or {}
+    pairs = metadata.metadata or {}
     prefix = b"reinforce."
-    return {k.removeprefix(prefix).decode(): v.decode() for k, v in metadata.items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix).decode(): v.decode() for k, v in pairs.items() if k.startswith(prefix)}

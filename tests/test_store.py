@@ -34,7 +34,7 @@ def test_a_committed_layer_is_listed_and_tells_its_origin(tmp_path: Path, url: s
     with store.open_layer("captions/c", "shard-1", "f00d") as file:
         assert file.num_row_groups == 2
         assert file.read()["key"].to_pylist() == ["a", "b", "c"]
-        assert footer_of(file) == {
+        assert footer_of(file.metadata) == {
             "schema_version": "1", "layer": "captions/c", "fingerprint": "f00d", "source": "s3://b/1.tar", "rows": "3",
         }  # fmt: skip
         assert file.schema_arrow.field("key").metadata[b"description"]

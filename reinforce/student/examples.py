@@ -15,9 +15,12 @@ import pyarrow as pa
 
 from reinforce import vectors
 from reinforce.augment import Augmentation, from_records
+from reinforce.config import Limits
+from reinforce.errors import UserError
 from reinforce.layers import SAMPLES, captions_layer, embeddings_layer
 from reinforce.seeds import uniforms
 from reinforce.source import referenced_images
+from reinforce.tar import DamagedTar
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.intp]
@@ -73,10 +76,17 @@ class Choice:
         return columns | dict.fromkeys(layers, ("key", "embeddings"))
 
 
+class Origin(NamedTuple):
+    """The samples file that an example stands in, and the limits within which its image was read."""
+
+    path: str
+    limits: Limits
+
+
 class Example(NamedTuple):
     """One training example whose pixels and tokens are still to be made."""
 
-    shard: str
+    origin: Origin
     key: str
     image: bytes
     augmentation: Augmentation
@@ -92,12 +102,13 @@ class Examples(NamedTuple):
 
 
 def examples_of(
-    tables: Mapping[str, pa.Table], first: int, stop: int, shard: str, choice: Choice, epoch: int
+    tables: Mapping[str, pa.Table], first: int, stop: int, origin: Origin, choice: Choice, epoch: int
 ) -> Examples:
     """Rows ``first`` to ``stop`` of a row group as examples of one pass.
 
     A row is usable where a text of every kind and all vectors are there; if one captioner could not serve it, its
-    text comes from another. Images that are referred to are read from their tar, in its order.
+    text comes from another. Images that are referred to are read from their tar, in its order; raises UserError where
+    they cannot be.
     """
     tables = {name: table.slice(first, stop - first) for name, table in tables.items()}
     samples = tables[SAMPLES]
@@ -132,7 +143,7 @@ def examples_of(
     places = np.flatnonzero(usable)
     examples: list[Example | None] = [None] * len(keys)
     for i, image in zip(places.tolist(), _images(samples, places), strict=True):
-        examples[i] = Example(shard, keys[i], image, augmentations[i], tuple(t[i] for t in texts), block[i])
+        examples[i] = Example(origin, keys[i], image, augmentations[i], tuple(t[i] for t in texts), block[i])
     return Examples(examples, unusable)
 
 
@@ -198,8 +209,16 @@ def _images(samples: pa.Table, rows: Ints) -> Iterator[bytes]:
     """Encoded images of ascending rows."""
     if "image" in samples.column_names:
         column = samples["image"]
-        return (column[row].as_py() for row in rows.tolist())
-    return referenced_images(samples["image_ref"].take(pa.array(rows)).to_pylist())
+        yield from (column[row].as_py() for row in rows.tolist())
+        return
+    references = samples["image_ref"].take(pa.array(rows)).to_pylist()
+    try:
+        yield from referenced_images(references)
+    except (OSError, DamagedTar) as error:
+        tars = ", ".join(sorted({reference["url"] for reference in references}))
+        raise UserError(
+            f"images are kept by reference, and {tars} cannot be read: {type(error).__name__}: {error}. Restore it."
+        ) from error
 
 
 class _Lists:

@@ -1,24 +1,44 @@
-"""Batches for the training loop: datasets opened and checked, streams read by loader processes, parts put together."""
+"""Batches for the training loop: streams read by loader processes, and their parts put together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import logging
+import multiprocessing
+import os
+import queue
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from reinforce.errors import UserError
 from reinforce.student.config import Data
-from reinforce.student.stream import Maker, Part, Stream, Tokenize
+from reinforce.student.parts import Maker, Part, Tokenize
+from reinforce.student.stream import Plan, Stream
 from reinforce.student.survey import survey
 from reinforce.training.task import Batch
+
+_LOG = logging.getLogger(__name__)
+_SHARED = Path("/dev/shm")  # where Linux keeps what processes share
+#: Modules that loader processes need and that take seconds to import: the server they are forked from has them.
+_PRELOADED = ["open_clip", "reinforce.student.stream", "teachers.open_clip_text"]
+
+T = TypeVar("T")
 
 
 class StudentFeed:
     """Batches as ``reinforce.student.batch`` describes them, from reinforced datasets.
 
     ``size`` is the side in pixels of the student's images. ``teachers`` are those whose stored vectors are read,
-    instead of ``data.teachers``; for those ``online``, batches have ``views`` and ``texts``.
+    instead of ``data.teachers``; for those ``online``, batches have ``views`` and ``texts``. ``pin`` puts batches
+    into pinned memory, from where a CUDA device fetches them by itself.
     """
 
     def __init__(
@@ -29,53 +49,157 @@ class StudentFeed:
         tokenize: Tokenize,
         teachers: Sequence[str] | None = None,
         online: Sequence[str] = (),
+        pin: bool = False,
     ) -> None:
-        self._data, self._seed, self._online = data, seed, tuple(online)
+        self._data, self._seed, self._online, self._pin = data, seed, tuple(online), pin
         self._corpora = survey(data, seed, data.teachers if teachers is None else teachers)
-        view = max(corpus.size for corpus in self._corpora) if online else None
-        self._maker = Maker(size, tokenize, view)
-        self._choice = self._corpora[0].choice
-        self.samples: int = data.samples or sum(int(corpus.groups[:, 2].sum()) for corpus in self._corpora)
+        self._choice, self._targets = self._corpora[0].choice, self._corpora[0].targets
+        self._maker = Maker(size, tokenize, max(corpus.size for corpus in self._corpora) if online else None)
+        self.samples: int = data.samples or sum(corpus.rows for corpus in self._corpora)
 
-    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
-        """See ``reinforce.training.task.Feed``."""
+    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Generator[Batch]:
+        """See ``reinforce.training.task.Feed``. Raises UserError for what is found amiss on the way.
+
+        The number of a step is all that has to be known to go on, so a plain DataLoader does: there is no state of
+        its processes to be collected and kept.
+        """
         processes = max(1, self._data.workers)
         streams = self._data.streams or ranks * processes
         if streams % (ranks * processes):
             raise UserError(
                 f"data.streams ({streams}) must be a multiple of ranks x data.workers ({ranks} x {processes})."
             )
-        stream = Stream(self._corpora, self._maker, self._seed, streams, self._data.window, rank, ranks, batch, start)
-        if self._data.workers == 0:
-            for part in stream:
-                yield self._batch([part])
-            return
-        loader = DataLoader(
-            stream,
-            batch_size=None,
-            num_workers=self._data.workers,
-            prefetch_factor=self._data.prefetch,
-            multiprocessing_context="forkserver",
-        )
-        parts = iter(loader)
-        while True:
-            yield self._batch([next(parts) for _ in range(processes)])
+        plan = Plan(self._corpora, self._maker, self._seed, streams, self._data.window)
+        parts = self._received(Stream(plan, rank, ranks, batch, start))
+        unusable, samples = Counter[str](), start * batch * ranks
+        with contextlib.closing(_ahead(parts) if self._data.workers else parts) as batches:
+            for assembled, passed_over in batches:
+                yield assembled
+                unusable.update(passed_over)
+                epoch, samples = samples // self.samples, samples + batch * ranks
+                if unusable and samples // self.samples > epoch:
+                    told = ", ".join(f"{reason}: {count:,}" for reason, count in unusable.most_common())
+                    _LOG.warning("epoch %d, rank %d: rows that others stood in for: %s", epoch + 1, rank, told)
+                    unusable.clear()
 
-    def _batch(self, parts: Sequence[Part]) -> Batch:
-        keys = [key for part in parts for key in part.keys]
-        batch: dict[str, object] = {"key": keys, "image": torch.cat([part.image for part in parts])}
-        tokens = torch.cat([part.tokens for part in parts], dim=1)
-        batch |= {kind: tokens[i] for i, kind in enumerate(self._choice.kinds)}
-        vectors = torch.cat([part.vectors for part in parts])
+    def _received(self, stream: Stream) -> Generator[tuple[Batch, Counter[str]]]:
+        """Batches as they come in, and which rows were passed over on the way."""
+        processes = self._data.workers
+        if not processes:
+            for part in stream:
+                yield self._assembled([part]), part.unusable
+            return
+        self._check_shared_memory(stream.batch)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        loader: DataLoader[Part | UserError] = DataLoader(
+            _Guarded(stream),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=processes,
+            prefetch_factor=self._data.prefetch,
+            # A fork of this process would copy locks that threads hold which do not exist in it: Ray's, s3fs's.
+            multiprocessing_context=context,
+            worker_init_fn=partial(_enter, dict(os.environ)),
+        )
+        received = iter(loader)
+        while True:
+            parts = [next(received) for _ in range(processes)]
+            for part in parts:
+                if isinstance(part, UserError):
+                    raise part
+            yield self._assembled(parts), sum((part.unusable for part in parts), Counter())
+
+    def _assembled(self, parts: Sequence[Part]) -> Batch:
+        """One batch of the parts, laid end to end."""
+        batch: dict[str, Any] = {
+            "key": [key for part in parts for key in part.keys],
+            "image": self._joined([part.image for part in parts]),
+        }
+        for number, kind in enumerate(self._choice.kinds):
+            batch[kind] = self._joined([part.tokens[number] for part in parts])
         targets: dict[str, dict[str, torch.Tensor]] = {}
-        at = 0
-        for (teacher, what), dim in self._corpora[0].targets:
-            targets.setdefault(teacher, {})[what] = vectors[:, at : at + dim].contiguous()
-            at += dim
+        start = 0
+        for (teacher, what), dim in self._targets:
+            vectors = [part.vectors[:, start : start + dim] for part in parts]
+            targets.setdefault(teacher, {})[what] = self._joined(vectors)
+            start += dim
         batch["targets"] = targets
         if self._online:
-            view = torch.cat([part.view for part in parts if part.view is not None])
+            views = [part.view for part in parts if part.view is not None]
+            view = batch["image"] if views[0] is parts[0].image else self._joined(views)
             batch["views"] = dict.fromkeys(self._online, view)
-            rows = [texts for part in parts for texts in part.texts]
-            batch["texts"] = {kind: [texts[i] for texts in rows] for i, kind in enumerate(self._choice.kinds)}
+            texts = [row for part in parts for row in part.texts]
+            batch["texts"] = {kind: [row[i] for row in texts] for i, kind in enumerate(self._choice.kinds)}
         return batch
+
+    def _joined(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        if len(tensors) == 1 and not self._pin:
+            return tensors[0].contiguous()
+        rows = sum(len(tensor) for tensor in tensors)
+        out = torch.empty((rows, *tensors[0].shape[1:]), dtype=tensors[0].dtype, pin_memory=self._pin)
+        return torch.cat(list(tensors), out=out)
+
+    def _check_shared_memory(self, batch: int) -> None:
+        pixels = 3 * (self._maker.size**2 + (self._maker.view or 0) ** 2)
+        sample = pixels + 4 * sum(dim for _, dim in self._targets)
+        needed = batch * sample * (self._data.prefetch + 2)
+        if _SHARED.exists() and (free := shutil.disk_usage(_SHARED).free) < needed:
+            raise UserError(
+                f"{_SHARED} has {free / 1e6:,.0f} MB free, and loader processes keep up to {needed / 1e6:,.0f} MB of "
+                "batches there. Enlarge it (docker run --shm-size), lower data.prefetch, or set data.workers to 0."
+            )
+
+
+class _Guarded(IterableDataset[Any]):
+    """A stream whose errors for users come as its last item: a DataLoader would wrap them into its own traceback."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Part | UserError]:
+        try:
+            yield from self._stream
+        except UserError as error:
+            yield error
+
+
+def _as_it_is(item: T) -> T:
+    return item
+
+
+def _enter(environment: Mapping[str, str], _: int) -> None:
+    """Take over the environment: a fork server keeps that of its own start."""
+    os.environ.update(environment)
+
+
+def _ahead(items: Generator[T]) -> Generator[T]:
+    """The same items, made in a thread while the one before is used."""
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=1)
+    closed = threading.Event()
+
+    def run() -> None:
+        try:
+            for item in items:
+                ready.put((item, None))
+                if closed.is_set():
+                    break
+        except BaseException as error:
+            ready.put((None, error))
+        finally:
+            items.close()
+
+    thread = threading.Thread(target=run, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            assert item is not None
+            yield item
+    finally:
+        closed.set()
+        while thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                ready.get(timeout=0.05)

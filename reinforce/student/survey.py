@@ -1,46 +1,57 @@
-"""Before the first step: which layers a training reads, whether they are whole, and how many rows lie where."""
+"""Before the first step: which layers a training reads, whether they are whole and fit together, and their rows."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from reinforce.augment import AUGMENTATION_BACKEND
 from reinforce.config import Limits
-from reinforce.dataset import Zip, chosen, naming, read_manifest
+from reinforce.dataset import Zip, chosen, read_manifest
 from reinforce.errors import UserError
+from reinforce.image import IMAGE_POLICY
 from reinforce.layers import SAMPLES, embeddings_layer
+from reinforce.plan import given_up
 from reinforce.store import Store
 from reinforce.student.config import Data
+from reinforce.student.counts import row_groups
 from reinforce.student.examples import TRUE, Choice
-from reinforce.student.stream import Corpus
+from reinforce.student.reader import Corpus, Targets
 
 _LOG = logging.getLogger(__name__)
-_THREADS = 32  # footers read at a time
+#: Shards that are opened beforehand, in all layers; the others are checked when they are read.
+_OPENED = 16
 
 
 def survey(data: Data, seed: int, teachers: Sequence[str] | None) -> list[Corpus]:
-    """The datasets of a training, checked. ``teachers`` are those whose vectors are read; default: all.
+    """The datasets of a training. ``teachers`` are those whose vectors are read; default: all.
 
     Raises UserError where something is missing, damaged or does not fit together.
     """
     corpora = [_corpus(source.url, source.weight, data, seed, teachers) for source in data.datasets]
+    first = corpora[0]
+    for corpus in corpora[1:]:
+        if (corpus.targets, corpus.choice.kinds) != (first.targets, first.choice.kinds):
+            raise UserError(
+                f"{first.url} and {corpus.url} give different examples: {_told(first)}; {_told(corpus)}. "
+                "Name teachers and captioners that they share under `data`."
+            )
     return corpora
 
 
 def _corpus(url: str, weight: float, data: Data, seed: int, teachers: Sequence[str] | None) -> Corpus:
     store = Store(url)
     manifest = read_manifest(store)
+    _check_policies(url, manifest)
     layers = manifest["layers"]
-    teachers = chosen(url, "teachers", teachers, manifest)
-    names = chosen(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)
+    chosen_teachers = chosen(url, "teachers", teachers, manifest)
+    captioners = chosen(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)
     choice = Choice(
-        seeing=tuple(t for t in teachers if embeddings_layer(t, "images") in layers),
-        reading=tuple(t for t in teachers if embeddings_layer(t, TRUE) in layers),
-        captioners={name: (data.captioners or {}).get(name, 1.0) for name in names},
+        seeing=tuple(t for t in chosen_teachers if embeddings_layer(t, "images") in layers),
+        reading=tuple(t for t in chosen_teachers if embeddings_layer(t, TRUE) in layers),
+        captioners={name: (data.captioners or {}).get(name, 1.0) for name in captioners},
         captions=data.captions,
         synthetic=data.synthetic,
         pick=data.pick,
@@ -50,35 +61,79 @@ def _corpus(url: str, weight: float, data: Data, seed: int, teachers: Sequence[s
     for layer in columns:
         if layer not in layers:
             raise UserError(
-                f"{url} has no layer {layer}. Run the config that has both models, or leave one out under `data`."
+                f"{url} has no layer {layer}. Run a config with both models on it, or leave one out under `data`."
             )
-    shards = _whole(store, list(columns))
-    zipped = Zip(store, {layer: layers[layer]["fingerprint"] for layer in columns}, columns)
-    groups = _row_groups(zipped, shards)
-    limits = Limits.model_validate(manifest["input"]["limits"])
-    targets = [
+    fingerprints = {layer: layers[layer]["fingerprint"] for layer in columns}
+    zipped = Zip(store, fingerprints, columns)
+    sizes = _whole(store, list(columns))
+    groups = row_groups(store, fingerprints[SAMPLES], sizes)
+    if not groups[:, 2].sum():
+        raise UserError(f"{url} has no sample in {len(sizes)} shards. `reinforce status {url}` tells what was refused.")
+    shards = tuple(sizes)
+    _open_some(zipped, shards)
+    targets: Targets = tuple(
         ((teacher, what), layers[embeddings_layer(teacher, "images" if what == "image" else TRUE)]["dim"])
         for teacher, what in choice.targets
-    ]
+    )
+    limits = Limits.model_validate(manifest["input"]["limits"])
     size = manifest["augmentations"]["size"]
-    return Corpus(url, zipped, choice, limits, tuple(shards), groups, weight, size, tuple(targets))
+    return Corpus(url, weight, zipped, choice, targets, limits, size, shards, groups)
 
 
-def _whole(store: Store, layers: Sequence[str]) -> list[str]:
-    """Shards that are in every layer."""
+def _check_policies(url: str, manifest: Mapping[str, Any]) -> None:
+    """Images can be replayed only as they were when teachers saw them."""
+    for name, known in (("image", IMAGE_POLICY), ("augmentation", AUGMENTATION_BACKEND)):
+        if (found := manifest["policies"][name]) != known:
+            raise UserError(
+                f"{url} has {name} policy {found}, this program knows {known}. Use the program that wrote it."
+            )
+
+
+def _whole(store: Store, layers: Sequence[str]) -> dict[str, int]:
+    """Shards that every layer has, and the bytes of their samples.
+
+    Shards that a run has given up in some layer are left out. Raises UserError where others are missing.
+    """
     listings = {layer: store.shards(layer) for layer in layers}
-    return sorted(set.intersection(*(set(listing) for listing in listings.values())))
+    samples = listings[SAMPLES]
+    lacking = {layer: samples.keys() - listing.keys() for layer, listing in listings.items()}
+    lost: set[str] = set()
+    if any(lacking.values()):
+        lost = set().union(*(given_up(store, layer, listing) for layer, listing in listings.items()))
+    for layer, shards in lacking.items():
+        if missing := sorted(shards - lost):
+            raise UserError(
+                f"{store.url}: {layer} lacks {len(missing):,} of {len(samples):,} shards ({', '.join(missing[:3])}"
+                f"{', ...' if len(missing) > 3 else ''}). Finish it by `reinforce run` with its config."
+            )
+    whole = {shard: size for shard, size in sorted(samples.items()) if shard not in lost}
+    if len(whole) < len(samples):
+        _LOG.warning(
+            "%s: %d shards are left out, since a layer was given up there", store.url, len(samples) - len(whole)
+        )
+    return whole
 
 
-def _row_groups(zipped: Zip, shards: Sequence[str]) -> npt.NDArray[np.int64]:
-    """[row groups, 3]: number of the shard, place in its file, rows; by the footers of the samples layer."""
+def _open_some(zipped: Zip, shards: Sequence[str]) -> None:
+    """Open some shards in all layers, first and last among them: footers, and keys of the first row group.
 
-    def rows(shard: str) -> list[int]:
-        path = zipped.store.layer_path(SAMPLES, shard)
-        with naming(path), zipped.store.open_layer(SAMPLES, shard, zipped.fingerprints[SAMPLES]) as file:
-            return [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    Raises UserError where a file is damaged, of another recipe or out of step.
+    """
+    some = sorted({shards[round(i * (len(shards) - 1) / (_OPENED - 1))] for i in range(_OPENED)})
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        counts = list(pool.map(rows, shards))
-    table = [(shard, i, n) for shard, counted in enumerate(counts) for i, n in enumerate(counted)]
-    return np.array(table, np.int64).reshape(-1, 3)
+    def check(shard: str) -> None:
+        with keys.open(shard, whole=False) as layers:
+            if layers.row_groups:
+                layers.read(0)
+
+    keys = Zip(zipped.store, zipped.fingerprints, dict.fromkeys(zipped.fingerprints, ("key",)))
+    with ThreadPoolExecutor(_OPENED) as pool:
+        list(pool.map(check, some))
+    _LOG.info(
+        "%s: opened %d of %d shards in %d layers", zipped.store.url, len(some), len(shards), len(keys.fingerprints)
+    )
+
+
+def _told(corpus: Corpus) -> str:
+    targets = ", ".join(f"{what} of {teacher} [{dim}]" for (teacher, what), dim in corpus.targets)
+    return f"{corpus.url} has {' and '.join(corpus.choice.kinds)} with {targets or 'no vectors'}"
