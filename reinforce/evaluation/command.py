@@ -7,7 +7,7 @@ import posixpath
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reinforce import settings
 from reinforce.errors import UserError
@@ -16,8 +16,10 @@ from reinforce.evaluation.config import RETRIEVAL, ZERO_SHOT, Evaluation
 from reinforce.evaluation.report import Report
 from reinforce.urls import filesystem
 from teachers import open_clip_catalog as catalog
-from teachers.device import Precision
 from teachers.spec import ModelSpec, TeacherSpec
+
+if TYPE_CHECKING:
+    from teachers.device import Precision
 
 _CONFIG = "open_clip_config.json"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +84,8 @@ class Pictures:
                 else:
                     yield item
 
-        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-            items = good(pool)
+        # whoever stops early does not wait for what was to be decoded ahead
+        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool, closing(good(pool)) as items:
             while taken := list(itertools.islice(items, size)):
                 batch = Batch(np.stack([pixels for pixels, _ in taken]), [target for _, target in taken])
                 if keeps:
