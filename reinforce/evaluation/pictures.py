@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ class Pictures:
         targets: list[Any] = []
         refused: list[Refusal] = []
 
-        def good(pool: ThreadPoolExecutor) -> Iterator[tuple[np.ndarray, Any]]:
+        def good(pool: ThreadPoolExecutor) -> Generator[tuple[np.ndarray, Any], None, None]:
             for item in ahead(pool, lambda item: self._decode(item, spec), self._examples(), 2 * size + threads):
                 if isinstance(item, Refusal):
                     refused.append(item)

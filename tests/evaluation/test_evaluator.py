@@ -307,6 +307,19 @@ def test_what_fits_is_decoded_once(folder: str, tmp_path: Path, monkeypatch: pyt
     assert all(metrics == expected[0] for metrics in expected)
 
 
+def test_what_was_left_before_its_end_is_not_kept(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(Seer):
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+    decodes = Decodes(monkeypatch)
+    judge = evaluator(zero_shot={"a": {"images": folder}})
+    with pytest.raises(KeyboardInterrupt):
+        judge.evaluate(Interrupted(), CPU)
+    assert decodes.during(lambda: judge.evaluate(Seer(), CPU)) == 12
+    assert judge.evaluate(Seer(), CPU).metrics["zero_shot/a/top1"] == 1
+
+
 def test_another_size_takes_the_place_of_what_is_kept(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Larger(Seer):
         image = ImageSpec(12, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
