@@ -58,11 +58,16 @@ class ZippedShard:
         keys = tables[SAMPLES]["key"]
         for name, table in tables.items():
             if not table["key"].equals(keys):
-                raise UserError(
-                    f"{name}/{self._shard}.parquet does not have the keys of {SAMPLES}/{self._shard}.parquet: one of "
-                    "them was changed. Delete the file of the layer and run again."
-                )
+                raise _out_of_step(name, self._shard)
         return tables
+
+
+def _out_of_step(layer: str, shard: str) -> UserError:
+    """A file of a layer has other rows than the samples."""
+    return UserError(
+        f"{layer}/{shard}.parquet does not have the keys of {SAMPLES}/{shard}.parquet: one of them was changed. "
+        "Delete the file of the layer and run again."
+    )
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Zip:
             for name, fingerprint in self.fingerprints.items():
                 with naming(self.store.layer_path(name, shard)):
                     files[name] = stack.enter_context(self.store.open_layer(name, shard, fingerprint, whole=whole))
+                if files[name].num_row_groups != files[SAMPLES].num_row_groups:
+                    raise _out_of_step(name, shard)
             yield ZippedShard(shard, files, self.columns)
 
 

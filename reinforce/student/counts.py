@@ -32,10 +32,8 @@ def row_groups(store: Store, fingerprint: str, shards: Mapping[str, int]) -> npt
 
     One request a shard, many at a time. Raises UserError where a file is damaged or of another recipe.
     """
-    if len(shards) < _MANY:
-        counts = dict(_footers(store, fingerprint, shards))
-    else:
-        counts = _kept(store, fingerprint, shards)
+    count = _kept if len(shards) >= _MANY else _footers
+    counts = dict(count(store, fingerprint, shards))
     table = [(number, place, rows) for number, s in enumerate(shards) for place, rows in enumerate(counts[s])]
     return np.array(table, np.int64).reshape(-1, 3)
 

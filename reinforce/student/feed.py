@@ -26,7 +26,7 @@ from reinforce.student.survey import survey
 from reinforce.training.task import Batch
 
 _LOG = logging.getLogger(__name__)
-_SHARED = Path("/dev/shm")  # where Linux keeps what processes share
+_SHARED = Path("/dev/shm")  # noqa: S108 - where Linux keeps what processes share
 #: Modules that loader processes need and that take seconds to import: the server they are forked from has them.
 _PRELOADED = ["open_clip", "reinforce.student.stream", "teachers.open_clip_text"]
 

@@ -15,21 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from reinforce.seeds import seed_for
-
-Ints = npt.NDArray[np.int64]
+from reinforce.seeds import Ints, permutation
 
 #: Samples of a stream among which every dataset comes exactly by its weight.
 TURNS = 10_000
-
-
-def permutation(length: int, seed: int, purpose: str, index: int = 0) -> Ints:
-    """A seeded order of ``range(length)``, the same under every version of numpy."""
-    # The raw stream of a bit generator is fixed across numpy versions; the methods of Generator are not.
-    draws = np.random.Philox(key=seed_for(seed, "", purpose, index)).random_raw(length)
-    return np.argsort(draws, kind="stable")
 
 
 def share(total: int, parts: int, part: int) -> int:

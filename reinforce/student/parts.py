@@ -49,9 +49,9 @@ class Maker:
                     image[i] = np.asarray(replay(whole, example.augmentation, size))
             except (ImageRefused, ValueError) as error:
                 raise UserError(
-                    f"{example.origin.path}, key {example.key}: its image is not the one that was augmented "
-                    f"({error}). If it is kept by reference, its tar was changed: restore it. Else the file is damaged: "
-                    "delete it, and what else there is of the shard, and run again."
+                    f"{example.origin.path}, key {example.key}: this is not the image that was augmented ({error}). "
+                    "If images are kept by reference, restore the tar that was changed. Else the file is damaged: "
+                    "delete it, and the shard's files of all other layers, and run again."
                 ) from error
         pixels = [torch.from_numpy(image) for image in images]
         return Part(
