@@ -210,6 +210,28 @@ def evaluate(
         report.write(json_)
 
 
+@app.command(name="captions-report")
+def captions_report(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="folder or fsspec URL of a reinforced dataset")],
+    captioner: Annotated[
+        list[str] | None, typer.Option(help="Captioner to report on, repeatable. Default: all.")
+    ] = None,
+    teacher: Annotated[list[str] | None, typer.Option(help="Teacher to judge by, repeatable. Default: all.")] = None,
+    out: Annotated[str, typer.Option(help="Folder or fsspec URL for report.json and the plots.")] = "captions-report",
+    limit: Annotated[int, typer.Option(min=1, help="Most images to look at, evenly over the dataset.")] = 10_000,
+) -> None:
+    """Tell how diverse a dataset's captions are and how near to their images, beside the true captions.
+
+    What each figure is stands in report.json, under `definitions`.
+    """
+    from reinforce.report.captions import captions_report as report_on
+    from reinforce.report.captions_view import captions_table, write_report
+
+    report = report_on(dataset, captioner, teacher, limit)
+    Console().print(captions_table(report))
+    typer.echo(f"{report['rows']:,} images; written: {', '.join(write_report(report, out))}")
+
+
 def _trained(work: Callable[[], Results]) -> Results:
     """Do a training; one that was stopped says so, and ends with the signal's exit status."""
     from reinforce.training.stop import Stopped
