@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import secrets
 import tempfile
 import time
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from reinforce.training.stop import Stop, Stopped
 from reinforce.training.task import Feed, Task
 
 _MOST_SKIPPED = 20  # steps in a row without a finite gradient
+_MEETING = (".tmp", "meeting.json")
 _HIGHEST_LOGIT_SCALE = math.log(100)
 
 
@@ -82,6 +84,7 @@ class _Loop:
         self.screen: Screen | None = None
 
     def run(self) -> Results:
+        self._check_shared()
         self._resume()
         results = read_results(self.store)
         if results is not None and results.steps == self.record.step == self.steps:
@@ -103,13 +106,23 @@ class _Loop:
 
     # -- from and to checkpoints
 
-    def _resume(self) -> None:
-        latest = max(self.checkpoints.steps(), default=0)
-        if self.ranks.highest(latest)() != -self.ranks.highest(-latest)():
+    def _check_shared(self) -> None:
+        """Raise UserError if a rank does not see what rank 0 writes."""
+        if self.ranks.size == 1:
+            return
+        token = secrets.randbits(62) if self.ranks.first else 0
+        self.ranks.on_first(lambda: self.store.write_json({"token": token}, *_MEETING))
+        token = self.ranks.highest(token)()
+        seen = self.store.read_json(*_MEETING)
+        if self.ranks.highest(seen != {"token": token})():
             raise UserError(
-                f"the ranks see different checkpoints in {self.job.output}. "
+                f"not every rank sees what another writes to {self.job.output}. "
                 "Set `output` to a folder that all nodes share or to an object store."
             )
+        self.ranks.on_first(lambda: self.store.fs.rm_file(self.store.path(*_MEETING)))
+
+    def _resume(self) -> None:
+        latest = self.ranks.highest(max(self.checkpoints.steps(), default=0))()
         if not latest:
             return
         record, tensors = self.checkpoints.load(latest)

@@ -1,0 +1,114 @@
+"""Ranks in processes of their own come to what one comes to, stop together and fail together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reinforce.errors import UserError
+from reinforce.training.launch import launch, run_rank
+from reinforce.training.ranks import join
+from reinforce.training.stop import Stop, Stopped
+from reinforce.training.task import Feed, Task
+from teachers.device import Accelerator
+from tests.conftest import free_port
+from tests.training.tiny import PairFeed, TowersTask, builder, curve, job, rows
+
+RANKS = 2
+
+
+class Failing(TowersTask):
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        raise UserError("the set is gone")
+
+
+def failing(accelerator: Accelerator) -> tuple[Task, Feed]:
+    return Failing(), PairFeed()
+
+
+def work(rank: int, folder: str, port: int) -> None:
+    """All the trainings of this file, one after the other: processes take seconds to start."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    told: dict[str, Any] = {}
+    with join(job(folder).training.compute) as ranks:
+
+        def train(name: str, stop: Stop | None = None, build: Any = None, output: str = "", **changes: Any) -> None:
+            made = job(f"{folder}/{output or name}", evaluate_every=6, **changes)
+            try:
+                results = run_rank(build or builder(), made, ranks, stop or Stop())
+                told[name] = results.steps
+            except (UserError, Stopped, RuntimeError) as error:
+                told[name] = f"{type(error).__name__}: {error}"
+
+        train("two")
+        train("parts", compute={"accumulate": 4})
+        asked = Stop()
+        asked.signum = signal.SIGTERM if rank == 1 else 0
+        train("stopped", asked)
+        train("went on", output="stopped")
+        train("apart", output=f"apart-{rank}")  # as a folder that two machines do not share
+        train("failed", build=failing)
+        train("poisoned", build=builder({"poisoned": range(4, 6)}))
+    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (str(folder), free_port()), nprocs=RANKS)
+    return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("one")
+    launch(builder(), job(output, evaluate_every=6))
+    return output
+
+
+def test_two_ranks_come_to_the_curve_of_one_with_the_whole_batch(trained: tuple[Path, Any], one: Path) -> None:
+    np.testing.assert_allclose(curve(trained[0] / "two"), curve(one), rtol=2e-4)
+    metrics = [[row["metrics"] for row in rows(output) if "metrics" in row] for output in (trained[0] / "two", one)]
+    assert len(metrics[0]) == 2
+    for ours, theirs in zip(*metrics, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_two_ranks_in_parts_come_to_the_same_curve(trained: tuple[Path, Any], one: Path) -> None:
+    np.testing.assert_allclose(curve(trained[0] / "parts"), curve(one), rtol=2e-4)
+
+
+def test_all_ranks_stop_after_the_step_when_one_is_asked_to(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert [told["stopped"] for told in trained[1]] == [f"Stopped: {int(signal.SIGTERM)}"] * RANKS
+    assert [told["went on"] for told in trained[1]] == [12] * RANKS
+    assert curve(trained[0] / "stopped") == curve(trained[0] / "two"), "bit for bit"
+
+
+def test_an_output_that_ranks_do_not_share_is_refused_at_the_start(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    for told in trained[1]:
+        assert "not every rank sees what another writes" in told["apart"]
+        assert "Set `output` to a folder that all nodes share" in told["apart"]
+    assert not (trained[0] / "apart-0/log.jsonl").exists()
+
+
+def test_what_fails_on_rank_0_ends_all(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert [told["failed"] for told in trained[1]] == [
+        "UserError: the set is gone",
+        "UserError: rank 0 failed: see its message",
+    ]
+
+
+def test_ranks_skip_together(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Rank 1 has finite losses of its own in the steps that rank 0's data spoils."""
+    assert [told["poisoned"] for told in trained[1]] == [12] * RANKS
+    skipped = [row["skipped"] for row in rows(trained[0] / "poisoned") if "loss" in row]
+    assert skipped == [0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2]
