@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from timm.utils import ModelEmaV3
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 _MODEL, _OPTIMIZER, _AVERAGE = "model/", "optimizer/", "average/"
 
@@ -16,6 +19,8 @@ def average_of(model: torch.nn.Module, decay: float) -> ModelEmaV3:
 
     Its decay rises from 0 to ``decay`` as 1 - (1 + step)^(-3/4), so that short trainings do not export their start.
     """
+    from timm.utils import ModelEmaV3
+
     return ModelEmaV3(model, decay=decay, use_warmup=True, warmup_power=3 / 4)
 
 
