@@ -35,7 +35,7 @@ def known_of(teacher: Teacher, spec: TeacherSpec) -> Known:
 
 @torch.no_grad()
 def teach(batch: Batch, teachers: Mapping[str, Teacher]) -> Batch:
-    """The batch with ``targets`` on its device, in the place of ``views`` and ``texts``; see ``batch.py``."""
+    """The batch with ``targets`` on its device, made of its ``views`` and ``texts``; see ``batch.py``."""
     device = batch["image"].device
     targets: dict[str, dict[str, torch.Tensor]] = {}
     for name, teacher in teachers.items():
@@ -45,8 +45,7 @@ def teach(batch: Batch, teachers: Mapping[str, Teacher]) -> Batch:
         if callable(getattr(teacher, "encode_texts", None)):
             for kind, texts in batch["texts"].items():
                 targets[name][kind] = _encode_texts(teacher, texts).to(device)
-    rest = {name: value for name, value in batch.items() if name not in ("views", "texts")}
-    return {**rest, "targets": targets}
+    return {**batch, "targets": targets}
 
 
 def _encode_images(teacher: Teacher, views: torch.Tensor) -> torch.Tensor:

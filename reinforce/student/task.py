@@ -10,7 +10,7 @@ from reinforce.store import Store
 from reinforce.student import gather, online
 from reinforce.student.config import StudentConfig
 from reinforce.student.export import export
-from reinforce.student.lesson import Known, Lesson, plan_lesson, stored_teachers
+from reinforce.student.lesson import CAPTION, IMAGE, SYNTHETIC, Known, Lesson, plan_lesson, stored_teachers
 from reinforce.student.loss import Objective, contrast
 from reinforce.student.model import Student, build_student, tokenizer_of
 from reinforce.training.task import Batch, Encoded
@@ -54,8 +54,13 @@ class StudentTask:
         self.notes = [_described(self.model, config), *self.lesson.notes]
 
     def prepare(self, batch: Batch) -> Batch:
-        """Teachers in the loop, if there are any, put their targets in the place of views and texts."""
-        return online.teach(batch, self._online) if self._online else batch
+        """Images, tokens and targets, those of teachers in the loop included; nothing else.
+
+        A compiled model would take the keys of samples for constants, and be compiled anew for each batch.
+        """
+        if self._online:
+            batch = online.teach(batch, self._online)
+        return {name: batch[name] for name in (IMAGE, CAPTION, SYNTHETIC, "targets") if name in batch}
 
     def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
         """``clip/KIND`` and ``distill/KIND`` over the batches of all ranks; see ``reinforce.student.loss``."""
