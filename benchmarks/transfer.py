@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
@@ -75,7 +74,7 @@ def training(
             "steps": steps,
             "batch": batch,
             "optimizer": {"lr": 2e-3, "warmup": min(100, steps // 5), "weight_decay": 0.1},
-            "compute": {"cpus": os.cpu_count()},
+            "compute": {"cpus": torch.get_num_threads()},
             "checkpoints": {"every": 100, "keep": 1},
         },
         "evaluate": {"zero_shot": zero_shot},
@@ -108,7 +107,7 @@ def main(out: Path, seeds: int, teacher_steps: int, steps: int, batch: int) -> N
                 "output": str(out / "dataset"),
                 "augmentations": {**AUGMENTATIONS, "count": 10},
                 "teachers": {"small": {"model": f"local-dir:{out / 'teacher' / 'student'}"}},
-                "workers": {"cpus": os.cpu_count()},
+                "workers": {"cpus": torch.get_num_threads()},
             }
         )
     )
@@ -154,7 +153,7 @@ def report(
         ]
         table.add_row(f"student, {arm}", *cells, f"{summary[arm]['seconds_per_step']['mean']:.2f}")
     Console().print(table)
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
+    machine = {"threads": torch.get_num_threads(), "machine": platform.machine(), "torch": torch.__version__}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"setting": {**setting, **machine}, "teacher": teacher, **summary}, indent=2) + "\n")
     print(f"written to {RESULTS}")
