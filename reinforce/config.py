@@ -32,6 +32,7 @@ class Limits(Section):
     image_bytes: int = Field(64 * 2**20, ge=1, description="encoded bytes of an image")
     pixels: int = Field(89_478_485, ge=1, description="width x height, by the header, before decoding")
     aspect: float = Field(50.0, ge=1, description="longer side / shorter side")
+    scans: int = Field(500, ge=1, description="scans of a progressive JPEG: each costs time, and ten are usual")
     caption_chars: int = Field(2_000, ge=1, description="a longer caption is cut here")
     sidecar_bytes: int = Field(2**20, ge=1, description="a larger caption or json member is left out")
     members: int = Field(64, ge=1, description="members of one sample; more are left out")
@@ -106,7 +107,15 @@ class Failures(Section):
     """When to try again, when to give up on a shard, and when the run has failed."""
 
     attempts: int = Field(3, ge=1, description="attempts at a shard that raises before it is quarantined")
-    solo_attempts: int = Field(2, ge=1, description="times a shard may kill its worker alone before it is quarantined")
+    solo_attempts: int = Field(
+        2, ge=1, description="times a shard may kill or hang its worker alone before it is quarantined"
+    )
+    sample_seconds: float = Field(
+        300.0, gt=0, description="a worker that decodes and augments one image for longer hangs, and is ended"
+    )
+    stall_seconds: float = Field(
+        3600.0, gt=0, description="a worker that gets on with nothing for longer hangs; a slow model's batch must fit"
+    )
     allowed_share: float = Field(
         0.01, ge=0, le=1, description="share of shards in quarantine above which a run fails (from 11 on it stops)"
     )

@@ -5,6 +5,7 @@ What it does when something fails:
 - a lease that raises is tried again a few times; then the layer whose model raised (or the shard) is quarantined;
 - when a worker's process dies, every shard in flight in it is a suspect and runs alone next; only a shard that
   kills its process alone, again and again, is quarantined;
+- a worker that is at one image for too long, or gets on with nothing, is ended, and its shards are suspects likewise;
 - a node that is lost counts against nobody;
 - a worker at which one shard after the other fails is replaced;
 - an error that is the user's to mend (a fingerprint, missing weights) ends the run at once.
@@ -43,7 +44,7 @@ from schemas import Reason
 
 _TICK = 0.5
 _POLL_SECONDS = 5.0
-_MOST_POLLED = 256  # workers asked at a time for their counts between shards
+_MOST_POLLED = 256  # workers asked at a time, in turns, for their counts between shards
 _FAILURES_OF_A_WORKER = 3
 _FEW_SHARDS = 10  # given up, before a run is stopped for their share
 _MAX_FAILED_STARTS = 3
@@ -59,6 +60,7 @@ class Death:
     alone: bool
     why: str
     deadline: float
+    reason: Reason = Reason.SHARD_CRASHED
 
 
 class Driver:
@@ -107,7 +109,7 @@ class Driver:
     def _loop(self, start: float, stop: threading.Event) -> None:
         waiting_said = False
         polled: dict[Any, Slot] = {}
-        last_poll = time.monotonic()
+        last_poll, polls = time.monotonic(), 0
         while left := self._left():
             if stop.is_set():
                 raise KeyboardInterrupt
@@ -126,8 +128,10 @@ class Driver:
             if time.monotonic() - last_poll > _POLL_SECONDS:
                 last_poll = time.monotonic()
                 slots = self.pool.started
-                asked = random.sample(slots, min(_MOST_POLLED, len(slots)))
-                polled = {slot.actor.counters.options(concurrency_group="control").remote(): slot for slot in asked}
+                step = len(slots) // _MOST_POLLED + 1
+                asked, polls = slots[polls % step :: step], polls + 1
+                polled = {slot.actor.pulse.options(concurrency_group="control").remote(): slot for slot in asked}
+            self._end_hanging()
             waited = time.monotonic() - start
             if not self.manifest_written and waited > 15 and not waiting_said:
                 waiting_said = True
@@ -258,6 +262,18 @@ class Driver:
         why = str(error).strip().splitlines()[0][:300]
         self.deaths.append(Death(slot.started, works, slot.alone, why, time.monotonic() + patience))
 
+    def _end_hanging(self) -> None:
+        """End workers that hang: their threads cannot be, and what they are at may never end."""
+        for slot in self.pool.started:
+            why = slot.hangs(self.config.failures)
+            if why is not None:
+                assert slot.started is not None
+                works = list(slot.leases.values())
+                self.pool.remove(slot)
+                self.deaths.append(
+                    Death(slot.started, works, slot.alone, why, time.monotonic(), reason=Reason.SHARD_HUNG)
+                )
+
     def _judge_deaths(self) -> None:
         """Send the shards of dead workers on: nobody's fault where the node is lost, else suspects."""
         for death in list(self.deaths):
@@ -266,16 +282,19 @@ class Driver:
                 continue
             self.deaths.remove(death)
             names = [work.shard for work in death.works]
-            self.events.add("worker_died", pid=death.worker.pid, shards=names, node_lost=lost_node, error=death.why)
+            hung = death.reason is Reason.SHARD_HUNG
+            event = "worker_hung" if hung else "worker_died"
+            self.events.add(event, pid=death.worker.pid, shards=names, node_lost=lost_node, error=death.why)
             why = "its node was lost" if lost_node else death.why
-            self.progress.say(f"a worker died ({why}); in flight: {', '.join(names)}")
+            what = "hung and was ended" if hung else "died"
+            self.progress.say(f"a worker {what} ({why}); in flight: {', '.join(names)}")
             for work in death.works:
                 if lost_node:
                     self.queue.appendleft(work)
                     continue
                 self.deaths_alone[work.shard] += death.alone
                 if self.deaths_alone[work.shard] >= self.config.failures.solo_attempts:
-                    self._give_up(work, work.layers[0], Reason.SHARD_CRASHED, death.why)
+                    self._give_up(work, work.layers[0], death.reason, death.why)
                 else:
                     self.suspects.append(work)
 
@@ -310,11 +329,8 @@ class Driver:
     # -- numbers
 
     def _counted(self, slot: Slot, ref: Any) -> None:
-        try:
-            counters = ray.get(ref)
-        except RayError:  # its death comes back through its leases
-            return
-        slot.samples, slot.busy = counters.samples, counters.busy
+        with contextlib.suppress(RayError):  # its death comes back through its leases
+            slot.felt(ray.get(ref))
 
     def _snapshot(self) -> Snapshot:
         slots = self.pool.started
@@ -322,9 +338,9 @@ class Driver:
         return Snapshot(
             shards_done=len(self.finished),
             shards=len(self.plan.work),
-            samples=max(self.samples, sum(slot.samples for slot in slots)),
+            samples=max(self.samples, sum(slot.pulse.samples for slot in slots)),
             samples_done=self.samples,
-            busy=self.pool.gone_busy + sum(slot.busy for slot in slots),
+            busy=self.pool.gone_busy + sum(slot.pulse.busy for slot in slots),
             alive=self.pool.gone_alive + sum(now - slot.since for slot in slots),
             workers=len(slots),
             quarantined_shards=len(self.quarantined),

@@ -24,6 +24,7 @@ IMAGE_POLICY = "rgb-1"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 _WHITE = (255, 255, 255)
+_START_OF_SCAN = b"\xff\xda"  # of a JPEG
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,7 +57,8 @@ def decode(data: bytes, limits: Limits, first: bool = False) -> Image.Image:
     - ICC profiles are ignored: most are sRGB, and a broken one must not matter.
 
     ``first`` says that the image is met for the first time and not stored yet: then a JPEG is refused, too, that
-    has an end mark and too little data before it, which libjpeg mends by itself. What is stored stays readable.
+    has an end mark and too little data before it, which libjpeg mends by itself, or scans enough to keep it busy for
+    hours. What is stored stays readable.
     Raises ImageRefused, also for truncated data. Thread-safe.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
@@ -64,11 +66,14 @@ def decode(data: bytes, limits: Limits, first: bool = False) -> Image.Image:
     try:
         image = _open(data)
         _check_size(image.size, limits)
+        is_jpeg = image.format in ("JPEG", "MPO")
+        if first and is_jpeg and (scans := data.count(_START_OF_SCAN)) > limits.scans:
+            raise ImageRefused(Reason.IMAGE_SCANS, f"{scans} scans, above limits.scans of {limits.scans}")
         image.load()
         _check_size(image.size, limits)  # a first frame may enlarge the canvas
         if image.format == "PNG":
             _check_png_complete(image, data)
-        elif first and image.format in ("JPEG", "MPO") and is_mended(image, data, _loaded):
+        elif first and is_jpeg and is_mended(image, data, _loaded):
             raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG lacks scan data")
         return _upright(_to_rgb(image, data), image)
     except ImageRefused:

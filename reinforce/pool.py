@@ -11,9 +11,10 @@ from typing import Any
 
 import ray
 
-from reinforce.config import Config
+from reinforce.config import Config, Failures
 from reinforce.layers import Layer
 from reinforce.plan import Work
+from reinforce.watch import Pulse
 from reinforce.worker import SHARDS_IN_FLIGHT, Started, as_actor
 
 _COUNT_SECONDS = 5.0
@@ -29,14 +30,32 @@ class Slot:
     alone: bool = False
     draining: bool = False
     failures: int = 0  # leases that raised since the last one that did not
-    samples: int = 0
-    busy: float = 0.0
+    pulse: Pulse = field(default_factory=Pulse)
     since: float = field(default_factory=time.monotonic)
+    moved: float = field(default_factory=time.monotonic)  # when it was last known to have got on
 
     @property
     def free(self) -> int:
         """Further leases it can take."""
         return 0 if self.started is None or self.alone else SHARDS_IN_FLIGHT - len(self.leases)
+
+    def felt(self, pulse: Pulse) -> None:
+        """Note what the worker said of itself."""
+        before = self.pulse
+        self.pulse = pulse
+        if (before.samples, before.busy, before.prepared) != (pulse.samples, pulse.busy, pulse.prepared):
+            self.moved = time.monotonic()
+
+    def hangs(self, failures: Failures) -> str | None:
+        """Why the worker must be taken to hang, if it must."""
+        if not self.leases:
+            return None
+        where = f" at key {self.pulse.key!r}" if self.pulse.key is not None else ""
+        if self.pulse.seconds > failures.sample_seconds:
+            return f"one image takes more than failures.sample_seconds = {failures.sample_seconds:g}{where}"
+        if time.monotonic() - self.moved > failures.stall_seconds:
+            return f"nothing has moved for failures.stall_seconds = {failures.stall_seconds:g}{where}"
+        return None
 
 
 class Pool:
@@ -77,7 +96,7 @@ class Pool:
         self.slots.remove(slot)
         if slot.started is not None:
             self.gone_busy, self.gone_alive = (
-                self.gone_busy + slot.busy,
+                self.gone_busy + slot.pulse.busy,
                 self.gone_alive + time.monotonic() - slot.since,
             )
         for ref in slot.leases:
@@ -95,6 +114,8 @@ class Pool:
 
     def lease(self, slot: Slot, work: Work, alone: bool = False) -> None:
         """Hand a shard to a worker."""
+        if not slot.leases:
+            slot.moved = time.monotonic()
         slot.alone, slot.draining = alone, False
         ref = slot.actor.process.remote(work)
         slot.leases[ref] = work
@@ -103,7 +124,7 @@ class Pool:
     def returned(self, ref: Any) -> Work:
         """Take back a lease that has ended."""
         slot = self.leases.pop(ref)
-        slot.alone = False
+        slot.alone, slot.moved = False, time.monotonic()
         return slot.leases.pop(ref)
 
     def _room(self) -> int:

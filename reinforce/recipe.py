@@ -29,7 +29,7 @@ def describe_models(config: Config) -> dict[str, ModelInfo]:
 
 #: Limits that came after the first data sets. At their defaults they are no part of a recipe, so that what was made
 #: before stays what it is.
-_LATER_LIMITS = ("members", "key_chars", "shard_samples")
+_LATER_LIMITS = ("scans", "members", "key_chars", "shard_samples")
 
 
 def _input_of(config: Config) -> dict[str, Any]:

@@ -23,13 +23,15 @@ from reinforce.augment import Augmentation, Crop, from_records, replay, sample
 from reinforce.config import Config
 from reinforce.image import ImageRefused, decode
 from reinforce.source import RawSample, Refusal, read_shard, referenced_images
-from reinforce.text import caption_of, metadata_of
+from reinforce.text import caption_of, json_fault, metadata_of
+from schemas import Reason
 from teachers.protocols import ImageSpec
 
 #: Row groups close at this many bytes of images, or of vectors at this width: small enough to shuffle and to stream.
 GROUP_BYTES = 32 * 2**20
 GROUP_ROWS = 1024
 _NOMINAL_VECTOR_BYTES = 1536 * 2
+_AHEAD_BYTES = 128 * 2**20  # of encoded images and their sidecars
 _WHOLE = Crop(0, 0, 8, 8)
 
 T = TypeVar("T")
@@ -41,7 +43,8 @@ class Row:
     """One sample on its way through the models. ``group`` numbers its row group.
 
     ``crops`` is uint8 [K, S, S, 3], ``views`` the whole image as each captioner wants it, uint8 [h, w, 3].
-    ``refusal`` says why a stored row's image can no longer be read; its pixels are black then.
+    ``refusal`` says why a stored row's image can no longer be read; its pixels are black then. ``notes`` say what of
+    the sample was left out when it was read from the source.
     """
 
     key: str
@@ -56,6 +59,7 @@ class Row:
     crops: np.ndarray | None = None
     views: dict[ImageSpec, np.ndarray] = field(default_factory=dict)
     refusal: Refusal | None = None
+    notes: tuple[Refusal, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def rows_from_source(
 
     limit = group_rows(config.augmentations.count)
     group = rows = size = 0
-    for row in ahead(pool, prepare, read_shard(url, config.input.limits), window):
+    for row in ahead(pool, prepare, read_shard(url, config.input.limits), window, _encoded_bytes):
         if isinstance(row, Row):
             if rows and (rows == limit or size + len(row.image) > GROUP_BYTES):
                 group, rows, size = group + 1, 0, 0
@@ -129,43 +133,82 @@ def rows_from_samples(
         row.image = b""
         return row
 
-    yield from ahead(pool, prepare, stored(), window)
+    yield from ahead(pool, prepare, stored(), window, _encoded_bytes)
 
 
-def ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
-    """Map in threads, in order, at most ``window`` items ahead of the consumer."""
-    iterator = iter(items)
-    futures: deque[Future[R]] = deque(pool.submit(function, item) for item in itertools.islice(iterator, window))
+def ahead(
+    pool: ThreadPoolExecutor,
+    function: Callable[[T], R],
+    items: Iterable[T],
+    window: int,
+    size_of: Callable[[T], int] = lambda item: 0,
+) -> Iterator[R]:
+    """Map in threads, in order, ahead of the consumer: at most ``window`` items, and none beyond 128 MiB of them."""
+    futures: deque[tuple[Future[R], int]] = deque()
+    waiting = 0
     try:
+        for item in items:
+            size = size_of(item)
+            futures.append((pool.submit(function, item), size))
+            waiting += size
+            while len(futures) > window or (waiting > _AHEAD_BYTES and len(futures) > 1):
+                future, size = futures.popleft()
+                waiting -= size
+                yield future.result()
         while futures:
-            result = futures.popleft().result()
-            for item in itertools.islice(iterator, 1):
-                futures.append(pool.submit(function, item))
-            yield result
+            yield futures.popleft()[0].result()
     finally:
-        for future in futures:
+        for future, _ in futures:
             future.cancel()
+
+
+def _encoded_bytes(item: RawSample | Refusal | Row) -> int:
+    if isinstance(item, RawSample):
+        return len(item.image) + sum(map(len, item.sidecars.values()))
+    return len(item.image) if isinstance(item, Row) else 0
 
 
 def _first_time(config: Config, raw: RawSample, wanted: Wanted) -> Row | Refusal:
     limits, policy = config.input.limits, config.augmentations
     try:
-        image = decode(raw.image, limits)
+        image = decode(raw.image, limits, first=True)
     except ImageRefused as refused:
         return Refusal(raw.key, refused.reason, refused.detail)
     width, height = image.size
+    metadata = metadata_of(raw.sidecars, config.input.metadata)
     row = Row(
         raw.key,
         caption_of(raw.sidecars, config.input.captions, limits),
-        metadata=metadata_of(raw.sidecars, config.input.metadata),
+        metadata=metadata,
         width=width,
         height=height,
         image=raw.image,
         offset=raw.offset,
         augmentations=tuple(sample(policy, config.seed, raw.key, k, width, height) for k in range(policy.count)),
+        notes=tuple(_left_out(config, raw, metadata)),
     )
     _pixels(row, image, wanted)
     return row
+
+
+def _left_out(config: Config, raw: RawSample, metadata: str | None) -> Iterator[Refusal]:
+    """What the config reads of a sample's sidecars and could not be had."""
+    fields = [field.partition(":") for field in config.input.captions]
+    keeps = config.input.metadata != "none"
+    for extension in sorted({extension for extension, _, _ in fields} | ({"json"} if keeps else set())):
+        if extension in raw.left_out:
+            yield raw.left_out[extension]
+    for extension in sorted(
+        {extension for extension, is_json, _ in fields if is_json} | ({"json"} if keeps else set())
+    ):
+        data = raw.sidecars.get(extension)
+        if data is None or (extension == "json" and metadata is not None):
+            continue
+        fault = json_fault(data)
+        if fault is None and extension == "json" and config.input.metadata == "all":
+            fault = "JSON that is nested too deeply to be written"
+        if fault is not None:
+            yield Refusal(raw.key, Reason.SIDECAR_BROKEN, f".{extension}: {fault}")
 
 
 def _pixels(row: Row, image: Image, wanted: Wanted) -> None:

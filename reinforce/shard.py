@@ -138,6 +138,8 @@ class _Shard:
             if isinstance(row, Refusal):
                 self._refuse(SAMPLES, row.key, row.reason, row.detail)
             else:
+                for note in row.notes:
+                    self._refuse(SAMPLES, note.key, note.reason, note.detail)
                 yield row
 
     def _stored_captions(self) -> set[str]:

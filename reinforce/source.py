@@ -36,6 +36,15 @@ _MAGIC = {b"\x1f\x8b": ".tar.gz", b"\xfd7zXZ": ".tar.xz", b"BZh": ".tar.bz2", b"
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """A sample or a part of it that cannot be read, or with key None something about the shard as a whole."""
+
+    key: str | None
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True)
 class RawSample:
     """A sample as it stands in its shard. ``offset`` and ``length`` place the image in the uncompressed tar."""
 
@@ -44,16 +53,7 @@ class RawSample:
     offset: int
     length: int
     sidecars: dict[str, bytes]  # by lower-case extension: txt, json, ...
-    too_large: Mapping[str, int] = field(default_factory=dict)  # sidecars that were not read, and their bytes
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A sample or a part of it that cannot be read, or with key None something about the shard as a whole."""
-
-    key: str | None
-    reason: Reason
-    detail: str
+    left_out: Mapping[str, Refusal] = field(default_factory=dict)  # sidecars that were not read, and why
 
 
 def read_shard(url: str, limits: Limits) -> Iterator[RawSample | Refusal]:
@@ -118,7 +118,7 @@ class _Group:
     data: bytes | None = None  # None: over the limit
     cut_off: bool = False
     sidecars: dict[str, bytes] = field(default_factory=dict)
-    too_large: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, Refusal] = field(default_factory=dict)
 
     def add(self, extension: str, member: Member, limits: Limits) -> None:
         if extension in self.extensions:
@@ -127,8 +127,10 @@ class _Group:
         if len(self.extensions) == limits.members:
             self.unread += 1
             return
-        self.extensions.append(extension)
-        if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+        self.extensions.append(f"{extension} (a link)" if member.is_link else extension)
+        if member.is_link:
+            self._leave_out(extension, Reason.SIDECAR_BROKEN, "a link, which is not followed")
+        elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
             if self.image is None or ("." in self.image_extension and "." not in extension):
                 self.image, self.image_extension = member, extension
                 self.data, self.cut_off = _read(member, limits.image_bytes)
@@ -137,7 +139,11 @@ class _Group:
             if data is not None:
                 self.sidecars[extension] = data
             elif not cut_off:  # else it is lost with the damage, which is told
-                self.too_large[extension] = member.size
+                why = f"{member.size} bytes, above limits.sidecar_bytes of {limits.sidecar_bytes}"
+                self._leave_out(extension, Reason.SIDECAR_BYTES, why)
+
+    def _leave_out(self, extension: str, reason: Reason, why: str) -> None:
+        self.left_out[extension] = Refusal(_valid(self.key), reason, f".{_valid(extension)}: {why}")
 
     def close(self, limits: Limits) -> Iterator[RawSample | Refusal]:
         key = _valid(self.key)
@@ -160,7 +166,7 @@ class _Group:
             detail = f"{self.image.size} bytes, above limits.image_bytes of {limits.image_bytes}"
             yield Refusal(key, Reason.IMAGE_BYTES, detail)
         else:
-            yield RawSample(key, self.data, self.image.offset, self.image.size, self.sidecars, self.too_large)
+            yield RawSample(key, self.data, self.image.offset, self.image.size, self.sidecars, self.left_out)
         if self.repeated is not None:
             detail = f"member .{_valid(self.repeated)[:100]} came twice; the first is kept"
             yield Refusal(key, Reason.DUPLICATE_KEY, detail)

@@ -50,11 +50,12 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file in a tar. ``offset`` is the first byte of its data; ``read`` works until the next member."""
+    """A file or link in a tar. ``offset`` is the first byte of its data; ``read`` works until the next member."""
 
     name: str  # bytes that are not UTF-8 as lone surrogates (surrogateescape)
     offset: int
     size: int
+    is_link: bool  # symbolic or hard, without data
     cut_off: bool  # known before it is read: the stream is too short for it
     _stream: _Stream
 
@@ -73,7 +74,7 @@ class Member:
 
 
 def members(stream: Readable, size: int | None = None) -> Iterator[Member | DamagedTar]:
-    """The regular files of a tar: ustar, GNU and pax; links, folders and devices are skipped.
+    """The regular files and links of a tar: ustar, GNU and pax; folders and devices are skipped.
 
     Damage comes, not raised, where it stands between them. Reading goes on at the next header that can be told to be
     one: magic, checksum, and a name that no lost long-name header may have replaced. (A member that is a tar itself
@@ -126,7 +127,7 @@ class _Reader:
                 continue
             records, self._own = {**self._common, **self._own}, {}
             member = self._member(header, records, start)
-            if header.isreg():
+            if header.isreg() or member.is_link:
                 yield member
             self._finish(member)
 
@@ -174,7 +175,8 @@ class _Reader:
                 raise DamagedTar(start, f"a size of {pax[:20]!r} bytes")
             size = int(pax)
         cut_off = self._size is not None and self.position + size > self._size
-        return Member(name, self.position, size, cut_off, self._source)
+        is_link = header.issym() or header.islnk()
+        return Member(name, self.position, size, is_link, cut_off, self._source)
 
     def _finish(self, member: Member) -> None:
         """Skip what is left of a member's data and its padding."""

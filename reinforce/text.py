@@ -64,6 +64,14 @@ def metadata_of(sidecars: Mapping[str, bytes], keep: str | Sequence[str]) -> str
     return _SURROGATES.sub("\ufffd", text)
 
 
+def json_fault(data: bytes) -> str | None:
+    """Why a json member gives neither caption nor metadata; None where it can be read and is an object."""
+    document = _parse(data)
+    if isinstance(document, dict):
+        return None
+    return f"JSON, but {document!r:.40}, no object" if document is not None else "no JSON, null, or nested too deeply"
+
+
 def _decode(data: bytes) -> str:
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if utf16 else "utf-8-sig", "replace")

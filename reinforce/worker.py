@@ -10,7 +10,6 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from reinforce.models import Counters, Models, load_models
 from reinforce.plan import Work
 from reinforce.shard import ShardResult, process_shard
 from reinforce.store import Store
+from reinforce.watch import Pulse, WatchedThreads
 
 SHARDS_IN_FLIGHT = 2
 
@@ -44,7 +44,7 @@ class Worker:
         """``folder`` is where the driver was started: a class of the user's own may lie there."""
         self.config, self.layers, self.needed = config, layers, needed
         self.folders = [path for path in (os.getcwd(), folder) if os.path.isdir(path)]
-        self.pool = ThreadPoolExecutor(config.workers.cpus, thread_name_prefix="decode")
+        self.pool = WatchedThreads(config.workers.cpus)
         self.store = Store(config.output)
         self.models: Models | None = None
 
@@ -70,9 +70,10 @@ class Worker:
         assert self.models is not None
         return process_shard(work, self.config, self.layers, self.store, self.models, self.pool)
 
-    def counters(self) -> Counters:
-        """Samples and busy seconds so far, also while shards run."""
-        return self.models.counters if self.models else Counters()
+    def pulse(self) -> Pulse:
+        """What is done so far and what is being done, also while shards run."""
+        counters = self.models.counters if self.models else Counters()
+        return Pulse(counters.samples, counters.busy, self.pool.finished, *self.pool.longest())
 
 
 def as_actor(config: Config) -> Any:

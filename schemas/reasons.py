@@ -16,11 +16,12 @@ class Reason(str, Enum):
     IMAGE_BYTES = "image_bytes"  # encoded image larger than limits.image_bytes
     IMAGE_PIXELS = "image_pixels"  # more pixels than limits.pixels, told by the header, not decoded
     IMAGE_ASPECT = "image_aspect"  # longer side / shorter side above limits.aspect
+    IMAGE_SCANS = "image_scans"  # a progressive JPEG with more scans than limits.scans
     IMAGE_FORMAT = "image_format"  # not an image in a format that is read
     IMAGE_BROKEN = "image_broken"  # truncated or corrupt
     # a part of a sample that was left out; the row is there
     SIDECAR_BYTES = "sidecar_bytes"  # a caption or json member larger than limits.sidecar_bytes
-    SIDECAR_BROKEN = "sidecar_broken"  # a json member that is no JSON object
+    SIDECAR_BROKEN = "sidecar_broken"  # a json member that is no JSON object, or a member that is a link
     MEMBERS = "members"  # more members than limits.members
     # a row that a layer cannot serve: null there, whole elsewhere
     NO_TEXT = "no_text"  # no caption to encode

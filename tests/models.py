@@ -69,7 +69,7 @@ class TextOnly:
 
 
 class Trouble(Colour):
-    """Does harm when a text of the batch holds a word: raise, nan, or the death of the process."""
+    """Does harm when a text of the batch holds a word: raise, nan, an hour's sleep, or the death of the process."""
 
     def __init__(self, device: torch.device, word: str, harm: str, once: str | None = None) -> None:
         super().__init__(device, size=8, dim=4)
@@ -84,6 +84,8 @@ class Trouble(Colour):
                     pass
             if self.harm == "raise":
                 raise RuntimeError(f"cannot stand {self.word}")
+            if self.harm == "hang":
+                time.sleep(3600)
             if self.harm == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             out[hit] = float("nan")

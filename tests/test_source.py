@@ -128,7 +128,8 @@ def test_limits_refuse_a_large_image_and_drop_a_large_sidecar():
     )
     assert brief(rows) == [("a", "image_bytes"), ("b", fits.decode()), ("c", "C")]
     assert rows[1].sidecars == {"json": bytes(300)}
-    assert rows[1].too_large == {"txt": 301}
+    detail = ".txt: 301 bytes, above limits.sidecar_bytes of 300"
+    assert rows[1].left_out == {"txt": Refusal("b", Reason.SIDECAR_BYTES, detail)}
 
 
 def test_names_that_are_not_utf8_give_different_valid_keys():

@@ -17,17 +17,21 @@ from tests.shards import BODY, KEYS, THREE, brief, read, sample_members, tar_byt
 # --- formats
 
 
-def test_links_folders_and_devices_are_skipped():
+def test_folders_and_devices_are_skipped_and_links_are_told_and_not_followed():
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
-            info = tarfile.TarInfo("a.jpg")
-            info.type, info.linkname = kind, "b.jpg"
+        for kind in (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            info = tarfile.TarInfo("d.jpg")
+            info.type = kind
             tar.addfile(info)
-        info = tarfile.TarInfo("b.jpg")
-        info.size = 1
-        tar.addfile(info, io.BytesIO(b"B"))
-    assert brief(read(buffer.getvalue())) == [("b", "B")]
+        for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.txt", tarfile.LNKTYPE), ("b.jpg", tarfile.REGTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, "/etc/passwd", 1 if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(b"B"))
+    rows = read(buffer.getvalue())
+    assert rows[0] == Refusal("a", Reason.NO_IMAGE, "no image among: jpg (a link)")
+    assert brief(rows)[1:] == [("b", "B")]
+    assert rows[1].left_out["txt"] == Refusal("b", Reason.SIDECAR_BROKEN, ".txt: a link, which is not followed")
 
 
 def test_pax_headers_give_names_and_sizes():
