@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def free_port() -> int:
             return port
 
 
-#: Where tests/integration/test_s3.py runs its S3, for itself and for the workers of the session's Ray.
+#: Where the fixture s3 runs, for itself and for the workers of the session's Ray.
 S3_ENVIRONMENT = {
     "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}",
     "AWS_ACCESS_KEY_ID": "k",
@@ -47,6 +48,25 @@ def ray_session() -> Iterator[None]:
         ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def s3(ray_session: None) -> Iterator[Any]:
+    """An S3 with an empty bucket, named in the environment as users name theirs."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=urlsplit(S3_ENVIRONMENT["AWS_ENDPOINT_URL"]).port or 0)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in S3_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        fs = s3fs.S3FileSystem()
+        fs.mkdir("bucket")
+        yield fs
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
 
 
 def picture(seed: int, width: int = 40, height: int = 30, format_: str = "PNG") -> bytes:

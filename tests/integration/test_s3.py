@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 import s3fs
-from moto.server import ThreadedMotoServer
 
 import reinforce
-from tests.conftest import S3_ENVIRONMENT, config_of, tree
-
-
-@pytest.fixture(scope="module")
-def s3(ray_session: None) -> Iterator[s3fs.S3FileSystem]:
-    """An S3 with an empty bucket, named in the environment as users name theirs."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=urlsplit(S3_ENVIRONMENT["AWS_ENDPOINT_URL"]).port or 0)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in S3_ENVIRONMENT.items():
-            patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        fs = s3fs.S3FileSystem()
-        fs.mkdir("bucket")
-        yield fs
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+from tests.conftest import config_of, tree
 
 
 @pytest.mark.parametrize("images", ["embed", "reference"])
