@@ -98,7 +98,7 @@ def try_out(models: Models, layers: Iterable[Layer]) -> None:
                     captioner = models.captioners[layer.model]
                     pixels = _grey(models, captioner.image)
                     texts = captioner.caption(pixels, np.arange(layer.count, dtype=np.uint64)[None])
-                    if [len(row) for row in texts] != [layer.count]:
+                    if [row is not None and len(row) for row in texts] != [layer.count]:
                         raise ValueError(f"caption() gave {texts!r} for one image, want a list of {layer.count} texts")
                     continue
                 teacher = models.teachers[layer.model]

@@ -230,16 +230,19 @@ class _Shard:
 
     def _captions(
         self, captioner: Captioner, layer: Layer, pixels: torch.Tensor, rows: Sequence[Row]
-    ) -> list[list[str]]:
+    ) -> Sequence[list[str] | None]:
         seeds = [[seed_for(self.config.seed, row.key, layer.name, n) for n in range(layer.count)] for row in rows]
         texts = captioner.caption(pixels, np.array(seeds, dtype=np.uint64))
-        if len(texts) != len(rows) or any(len(row) != layer.count for row in texts):
+        if len(texts) != len(rows) or any(row is not None and len(row) != layer.count for row in texts):
             raise ValueError(f"{layer.model}: caption() must give {layer.count} texts for each of {len(rows)} images")
         return texts
 
-    def _cleaned(self, layer: Layer, key: str, texts: list[str]) -> list[str] | None:
+    def _cleaned(self, layer: Layer, key: str, texts: list[str] | None) -> list[str] | None:
         """One image's captions as the config's ``clean`` wants them; None where it leaves none."""
         captioner = str(layer.model)
+        if texts is None:
+            self._refuse(layer.name, key, Reason.NOT_FINITE, f"{captioner} gave NaN or infinity")
+            return None
         rules = self.config.captioners[captioner].clean
         if rules is None:
             return texts

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from teachers import open_clip_catalog, postprocess, transformers_catalog, weights
-from teachers.spec import CaptionerSpec, ModelSpec, TeacherSpec
+from teachers.spec import DECODING, CaptionerSpec, ModelSpec, TeacherSpec
 
-_SAMPLING = ("temperature", "top_p", "min_length", "max_length")
 #: What chat models of transformers alone are told; part of an identity only where it is set.
 _CHAT = ("prompt", "image_size")
 
@@ -49,15 +48,14 @@ def describe_captioner(name: str, spec: CaptionerSpec) -> ModelInfo:
             cls = import_class(spec)
             if not callable(getattr(cls, "caption", None)):
                 raise ValueError(f"class {spec.class_} has no method `caption(pixels, seeds)`")
-            given = [field for field in (*_SAMPLING, *_CHAT) if field in spec.model_fields_set]
+            given = [field for field in (*DECODING, *_CHAT) if field in spec.model_fields_set]
             if given:
                 raise ValueError(f"{', '.join(given)}: not used with `class`; pass them to your class in `options`")
             identity = {**_class_identity(spec, cls), "captions": spec.captions, **_cleaning(spec)}
             return ModelInfo(dim=None, images=True, texts=False, identity=identity)
         model = _transformers_captioner(spec) if spec.family == "transformers" else _coca(spec)
-        sampling = {field: getattr(spec, field) for field in ("captions", *_SAMPLING)}
         chat = {field: value for field in _CHAT if (value := getattr(spec, field)) is not None}
-        identity = {**model, **sampling, **chat, **_cleaning(spec)}
+        identity = {**model, **spec.decoding(), **chat, **_cleaning(spec)}
         return ModelInfo(dim=None, images=True, texts=False, identity=identity)
 
 
@@ -80,6 +78,8 @@ def _coca(spec: CaptionerSpec) -> dict[str, Any]:
 
 def _transformers_captioner(spec: CaptionerSpec) -> dict[str, Any]:
     assert spec.model is not None
+    if spec.compile:
+        raise ValueError("`compile` is for CoCa alone; remove it")
     config = _transformers_config(spec)
     transformers_catalog.check_captioner(config, spec)
     return _transformers_identity(spec, transformers_catalog.CAPTIONER_SETTINGS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Literal, TypeAlias, TypeVar
 
@@ -60,6 +60,16 @@ class Accelerator:
         """
         module.eval().requires_grad_(False)
         return module.to(self.device, _DTYPES[self.precision]) if cast else self.place(module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matrix products are computed in."""
+        return _DTYPES[self.precision]
+
+    def compile(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """``torch.compile`` for few, static shapes; on CUDA each is captured as a graph and replayed."""
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
     def autocast(self) -> torch.autocast:
         """Run forward passes of a training inside: autocast when the precision is not fp32."""

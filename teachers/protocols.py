@@ -61,9 +61,10 @@ class Captioner(Protocol):
     image: ImageSpec
     captions: int
 
-    def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
+    def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> Sequence[list[str] | None]:
         """[B, 3, H, W] float32 and uint64 seeds [B, captions] -> captions of each image.
 
-        Caption (b, n) depends on image b and seeds[b, n] alone, never on its neighbours in the batch.
+        Caption (b, n) depends on image b and seeds[b, n] alone, never on its neighbours in the batch. None stands for
+        an image that has no captions because the model's numbers were not finite: its row goes to quarantine.
         """
         ...

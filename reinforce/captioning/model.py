@@ -16,8 +16,7 @@ from reinforce.captioning.config import TOWERS, CaptionerConfig, Loss, Tower
 from reinforce.errors import UserError
 from reinforce.training.task import Batch, Encoded
 from teachers import open_clip_catalog as catalog
-from teachers.coca import _refuse_models_that_cannot_caption as refuse_models_that_cannot_caption
-from teachers.coca import _refuse_other_models as refuse_other_models
+from teachers.coca import refuse_models_that_cannot_caption, refuse_other_models
 from teachers.open_clip import image_spec, load_model, model_name
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec

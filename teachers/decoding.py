@@ -1,0 +1,93 @@
+"""From a model's next-token logits to captions, in the way that a config's ``strategy`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from teachers.beams import Beams, search
+from teachers.rules import Forward, Rules, compact
+from teachers.sampling import sample_nucleus, sample_top_k, uniforms
+from teachers.spec import CaptionerSpec
+
+#: Logits [rows, vocabulary] and float64 [rows] in (0, 1] -> tokens [rows].
+Choice = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def decode(
+    forward: Forward, rules: Rules, spec: CaptionerSpec, seeds: npt.NDArray[np.uint64]
+) -> list[list[list[int]] | None]:
+    """A row for each image, and seeds [images, captions] -> the words of each image's captions.
+
+    Caption (b, n) is a function of image b and seeds[b, n], of image b alone where nothing is drawn, up to the
+    rounding of matrix products. None stands for an image whose logits were not finite. Raises ValueError where that
+    is so for each of several images: then it is not for the images' sake.
+    """
+    images, captions = seeds.shape
+    device = rules.impossible.device
+    if spec.strategy in ("beams", "diverse_beams"):
+        groups, diversity = (spec.groups, spec.diversity) if spec.strategy == "diverse_beams" else (1, 0.0)
+        texts = search(forward, rules, images, captions, Beams(spec.beams, groups, diversity, spec.length_penalty))
+    else:
+        drawn = uniforms(seeds.reshape(-1), rules.max_words).reshape(images, captions, rules.max_words)
+        texts = sample(forward, rules, choice_of(spec), torch.from_numpy(drawn).to(device))
+    if images > 1 and not any(texts):
+        raise ValueError("next-token logits are not finite: check the weights, or use `precision: bf16` or `fp32`")
+    return texts
+
+
+def choice_of(spec: CaptionerSpec) -> Choice:
+    """How the next word is drawn, of a strategy without beams."""
+    if spec.strategy == "greedy":
+        return greedy
+    if spec.strategy == "top_k":
+        return partial(sample_top_k, temperature=spec.temperature, top_k=spec.top_k)
+    return partial(sample_nucleus, temperature=spec.temperature, top_p=spec.top_p)
+
+
+def greedy(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """Logits [rows, vocabulary] -> the likeliest tokens [rows]."""
+    return logits.argmax(dim=-1)
+
+
+def sample(forward: Forward, rules: Rules, choose: Choice, drawn: torch.Tensor) -> list[list[list[int]] | None]:
+    """One word after the other: word i of caption n of image b by ``choose`` with ``drawn`` [b, n, i].
+
+    -> the words of each image's captions; None for an image whose logits were not finite. Rows that have ended leave
+    the batch.
+    """
+    images, captions, _ = drawn.shape
+    drawn = drawn.flatten(0, 1)
+    tokens = torch.full((len(drawn), 1), rules.start, device=drawn.device)
+    running = np.arange(len(drawn))  # the caption that each row is
+    texts: list[list[int]] = [[] for _ in running]
+    failed = np.zeros(images, bool)
+    for words in range(rules.max_words):
+        rows = tokens if words else tokens[::captions]  # until something is drawn, an image's captions are one
+        logits = rules.apply(forward.next_logits(rows), rows)
+        if not words:
+            forward.take(torch.arange(images).repeat_interleave(captions))
+            logits = logits.repeat_interleave(captions, dim=0)
+        chosen = choose(logits, drawn[:, words])
+        broken = ~logits.amax(-1).isfinite()
+        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+        # Waits for the device, once a step.
+        ended, lost = torch.stack([(chosen == rules.end) | broken, broken]).cpu().numpy()
+        if not ended.any():
+            continue
+        failed[running[lost] // captions] = True
+        for caption, text in zip(running[ended], tokens[torch.from_numpy(ended), 1:-1].tolist(), strict=True):
+            texts[caption] = text
+        order = compact(~ended)
+        running, kept = running[order], torch.from_numpy(order)
+        tokens, drawn = (part[kept.to(part.device)] for part in (tokens, drawn))
+        if not len(order):
+            break
+        forward.take(kept)
+    for caption, text in zip(running, tokens[:, 1:].tolist(), strict=True):
+        texts[caption] = text
+    return [None if failed[i] else texts[i * captions : (i + 1) * captions] for i in range(images)]

@@ -1,0 +1,24 @@
+"""CoCa's next words by open_clip's own forward pass over all words so far: what the cached one is measured against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class FullForward:
+    """A ``teachers.rules.Forward`` that keeps nothing but the image tokens [B, n, width]."""
+
+    def __init__(self, model: Any, images: torch.Tensor) -> None:
+        self._model, self._images = model, images
+
+    @torch.inference_mode()
+    def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        latent = self._images[:, 0]  # open_clip returns it and computes nothing of it
+        out = self._model(None, tokens, image_latent=latent, image_embs=self._images, output_labels=False)
+        logits: torch.Tensor = out["logits"][:, -1]
+        return logits
+
+    def take(self, rows: torch.Tensor) -> None:
+        self._images = self._images[rows]
