@@ -16,8 +16,8 @@ from reinforce.captioning.model import build_captioner, check_captioner, describ
 from reinforce.captioning.pairs import FILE, Pairs, find_pairs
 from reinforce.captioning.task import CaptioningTask
 from reinforce.store import Store
-from reinforce.student import gather
 from reinforce.student.tokens import Tokenizer
+from reinforce.training import gather
 from reinforce.training.config import FREE, course
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.log import LOG

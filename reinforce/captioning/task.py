@@ -10,9 +10,9 @@ import torch
 from reinforce.captioning.config import Loss
 from reinforce.captioning.judge import Judge
 from reinforce.captioning.model import CaptionerModel
-from reinforce.student import gather
 from reinforce.student.export import write_open_clip
 from reinforce.student.loss import Objective, contrast
+from reinforce.training import gather
 from reinforce.training.task import Batch, Encoded
 
 #: CLIP's own loss and nothing else.

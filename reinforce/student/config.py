@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from reinforce import settings
+from reinforce.config import LayerName
 from reinforce.evaluation.config import Evaluation
 from reinforce.settings import Section
 from reinforce.training.config import Training
@@ -83,7 +84,7 @@ class Loss(Section):
         "one-sided", description="teachers whose vectors a projection of the student's approaches by cosine"
     )
     features_weight: float = Field(1.0, gt=0, description="of that, beside distillation's 1")
-    teachers: dict[str, TeacherSpec] = Field(
+    teachers: dict[LayerName, TeacherSpec] = Field(
         default_factory=dict, description="with `online`: the models that are run, as in `reinforce run`"
     )
 

@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from reinforce.student import gather
+from reinforce.training import gather
 
 Form = Literal["softmax", "sigmoid"]
 Features = Mapping[str, torch.Tensor]

@@ -187,4 +187,4 @@ def _unit(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _head(teacher: str, side: str) -> str:
-    return f"{teacher.replace('.', '_')}/{side}"  # names of modules have no dots
+    return f"{teacher.replace('.', ',')}/{side}"  # names of modules have no dots, and of teachers no commas

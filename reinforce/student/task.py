@@ -7,12 +7,13 @@ import torch
 from reinforce.dataset import read_manifest
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.store import Store
-from reinforce.student import gather, online
+from reinforce.student import online
 from reinforce.student.config import StudentConfig
 from reinforce.student.export import export
 from reinforce.student.lesson import CAPTION, IMAGE, SYNTHETIC, Known, Lesson, plan_lesson, stored_teachers
 from reinforce.student.loss import Objective, contrast
 from reinforce.student.model import Student, build_student, tokenizer_of
+from reinforce.training import gather
 from reinforce.training.task import Batch, Encoded
 from teachers.device import Accelerator
 from teachers.protocols import Teacher

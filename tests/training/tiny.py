@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from reinforce.student.gather import gather
 from reinforce.training.config import Training, course
+from reinforce.training.gather import gather
 from reinforce.training.launch import Build
 from reinforce.training.loop import Job
 from reinforce.training.task import Batch, Encoded
