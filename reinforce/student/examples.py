@@ -134,7 +134,9 @@ def examples_of(
     for number, kind in enumerate(choice.kinds):
         sources = {name: _Source(tables, name, choice.reading) for name in choice.sources(kind)}
         which, found = draws.source(2 + number, choice.sources(kind), sources)
-        need(found, "no caption" if kind == TRUE else "no synthetic caption")
+        name = "caption" if kind == TRUE else "synthetic caption"
+        need(np.any([source.counts > 0 for source in sources.values()], axis=0), f"no {name}")
+        need(found, f"no vectors of the {name}")
         text, of_teachers = _text(sources, which, draws)
         texts.append(text)
         blocks += of_teachers

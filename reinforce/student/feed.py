@@ -74,13 +74,13 @@ class StudentFeed:
         unusable, samples = Counter[str](), start * batch * ranks
         with contextlib.closing(_ahead(parts) if self._data.workers else parts) as batches:
             for assembled, passed_over in batches:
-                yield assembled
                 unusable.update(passed_over)
                 epoch, samples = samples // self.samples, samples + batch * ranks
                 if unusable and samples // self.samples > epoch:
                     told = ", ".join(f"{reason}: {count:,}" for reason, count in unusable.most_common())
                     _LOG.warning("epoch %d, rank %d: rows that others stood in for: %s", epoch + 1, rank, told)
                     unusable.clear()
+                yield assembled
 
     def _received(self, stream: Stream) -> Generator[tuple[Batch, Counter[str]]]:
         """Batches as they come in, and which rows were passed over on the way."""
