@@ -12,22 +12,23 @@ from typing import Any
 import torch
 import transformers
 
+from teachers.cached_rows import CachedRows
 from teachers.device import Accelerator
+from teachers.image_to_text import ends_of
 from teachers.protocols import ImageSpec
 from teachers.spec import CaptionerSpec
 from teachers.transformers import image_spec
-from teachers.transformers_captioner import CachedRows, ends_of
 
 #: Side of the square that models of any resolution are shown, unless the config says so: 256 tokens for Qwen2-VL.
 _SIDE = 448
 
 
 class Chat:
-    """A ``Family`` of ``transformers_captioner``: a decoder over a prompt in which the image stands."""
+    """A ``Family`` of ``image_to_text``: a decoder over a prompt in which the image stands."""
 
     def __init__(self, spec: CaptionerSpec, accelerator: Accelerator, model: Any) -> None:
         assert spec.prompt is not None
-        self.model = accelerator.prepare(model, cast=True)
+        self.model, self._accelerator = accelerator.prepare(model, cast=True), accelerator
         processor = transformers.AutoProcessor.from_pretrained(spec.model, trust_remote_code=False)
         self.tokenizer, self._processor = processor.tokenizer, processor.image_processor
         text = model.config.get_text_config()
@@ -48,7 +49,7 @@ class Chat:
         return {**prompts, **{name: self._put(processed[name]) for name in self._images}}
 
     def begin(self, pixels: torch.Tensor) -> CachedRows:
-        rows = CachedRows(self.model, self.inputs(pixels))
+        rows = CachedRows(self.model, self._accelerator, self.inputs(pixels), self.ends)
         if self._shifted is not None:
             rows.positions = (self._length + int(self._shifted.rope_deltas[0]), (3,))
         return rows

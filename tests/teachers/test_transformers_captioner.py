@@ -20,11 +20,12 @@ from teachers import transformers_captioner
 from teachers import transformers_catalog as catalog
 from teachers.chat_captioner import view_of
 from teachers.device import Accelerator
+from teachers.image_to_text import Git
 from teachers.pixels import fit, to_pixels
 from teachers.protocols import ImageSpec
 from teachers.registry import describe_captioner, load_captioner
 from teachers.spec import CaptionerSpec
-from teachers.transformers_captioner import Git, TransformersCaptioner, load
+from teachers.transformers_captioner import TransformersCaptioner, load
 from tests import tiny_captioners, tiny_models
 
 KINDS = [*tiny_captioners.PLAIN, *tiny_captioners.CHAT]
@@ -128,8 +129,7 @@ def test_the_most_probable_caption_is_that_of_transformers_own_pipeline(
     size = {"image_size": 64} if kind.startswith("qwen") else {}
     made = captioner(kind, captions=1, top_p=1e-6, min_length=0, max_length=10, **size)
     images = [image.resize((made.image.width, made.image.height)) for image in pictures(3)]
-    end = made._family.ends[0]
-    suppressed = [token for token in made._impossible.nonzero().squeeze(1).tolist() if token != end]
+    suppressed = made._rules.impossible.nonzero().squeeze(1).tolist()
     expected = generated(folder(kind), kind, images, 8, suppressed)
     assert [row[0] for row in made.caption(pixels_of(images, made.image), seeds(3, 1))] == expected
     assert len(set(expected)) > 1
@@ -211,6 +211,42 @@ def test_logits_that_are_not_those_of_generate_are_refused_at_loading(
     monkeypatch.setattr(Git, "begin", counting_the_image)
     with pytest.raises(ValueError, match=r"GitForCausalLM of transformers \S+ gives other logits .* at word 2\)"):
         load(spec_of(folder("git"), "git"), Accelerator("cpu"))
+
+
+def test_weights_that_give_nan_are_refused_at_loading(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    for path in folder("git").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    state = load_file(tmp_path / "model.safetensors")
+    state["output.bias"][7] = torch.nan
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="captioner mine: its logits are not finite: check the weights"):
+        load_captioner("mine", spec_of(tmp_path, "git"), "cpu")
+
+
+@pytest.mark.parametrize("kind", ["blip", "git", "qwen2_vl"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"strategy": "top_k", "top_k": 5},
+        {"strategy": "beams", "beams": 4},
+        {"strategy": "diverse_beams", "beams": 4, "groups": 2, "length_penalty": 0.5},
+    ],
+)
+def test_every_strategy_gives_an_image_alone_what_it_gives_it_in_a_batch(
+    captioner: Captioners, kind: str, strategy: dict[str, Any]
+) -> None:
+    made = captioner(kind, captions=3, min_length=1, max_length=9, repetition_penalty=1.3, **strategy)
+    pixels, all_seeds = pixels_of(pictures(3), made.image), seeds(3, 3)
+    together = made.caption(pixels, all_seeds)
+    assert [made.caption(pixels[i : i + 1], all_seeds[i : i + 1])[0] for i in range(3)] == together
+    assert len({tuple(row or []) for row in together}) == 3, "images do matter"
+    made._rows = 5
+    assert made.caption(pixels, all_seeds) == together
+
+
+def test_greedy_captions_are_those_of_the_smallest_nucleus(captioner: Captioners) -> None:
+    greedy = captioned(captioner("llava", captions=1, strategy="greedy", max_length=9))
+    assert greedy == captioned(captioner("llava", captions=1, top_p=1e-9, max_length=9))
 
 
 def test_a_prompt_is_framed_by_the_models_template_unless_it_holds_the_image_itself(captioner: Captioners) -> None:
