@@ -1,0 +1,89 @@
+"""Streaming out of S3, against moto's server: the same batches as from a disk, in few requests."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import s3fs
+import torch
+from moto.server import ThreadedMotoServer
+
+from reinforce.student.config import Data
+from reinforce.student.feed import StudentFeed
+from reinforce.student.order import Chunk
+from reinforce.training.task import Batch
+from tests.conftest import config_of, free_port, members_of, write_tar
+from tests.student.reinforced import letters, reinforce_here
+
+SIZES = (40, 25)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[s3fs.S3FileSystem]:
+    port = free_port()
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "k")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        fs = s3fs.S3FileSystem()
+        fs.mkdir("bucket")
+        yield fs
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def urls(s3: s3fs.S3FileSystem, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One dataset on disk, with images embedded, and its likes in S3."""
+    folder = tmp_path_factory.mktemp("dataset")
+    for number, size in enumerate(SIZES):
+        write_tar(folder / "source" / f"{number:05d}.tar", members_of(number, size))
+    s3.put(f"{folder}/source/", "bucket/source/", recursive=True)
+    source = "s3://bucket/source/{00000..00001}.tar"
+    made = {"disk": reinforce_here(config_of(source, folder / "out"))}
+    for images in ("embed", "reference"):
+        made[images] = reinforce_here(config_of(source, f"s3://bucket/{images}", images=images))
+    return made
+
+
+def take(url: str, count: int, **data: Any) -> list[Batch]:
+    feed = StudentFeed(Data.model_validate({"datasets": url, "workers": 0, "window": 16, **data}), 0, 16, letters)
+    assert feed.samples == sum(SIZES)
+    return list(itertools.islice(feed.batches(0, 1, 6, 0), count))
+
+
+@pytest.mark.parametrize(("images", "workers"), [("embed", 1), ("reference", 0)])
+def test_batches_out_of_s3_are_those_from_disk(urls: dict[str, str], images: str, workers: int) -> None:
+    for here, there in zip(take(urls["disk"], 12), take(urls[images], 12, workers=workers), strict=True):
+        assert here["key"] == there["key"]
+        assert torch.equal(here["image"], there["image"])
+        assert torch.equal(here["targets"]["blue"]["synthetic"], there["targets"]["blue"]["synthetic"])
+
+
+@pytest.mark.parametrize("images", ["embed", "reference"])
+def test_a_row_group_is_few_requests(urls: dict[str, str], images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = StudentFeed(Data.model_validate({"datasets": urls[images], "workers": 0}), 0, 16, letters)
+    [corpus] = feed._corpora
+    asked = Counter[str]()
+    original = s3fs.S3FileSystem._call_s3
+
+    async def counted(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        asked[kwargs["Key"].split("/")[0] if method == "get_object" else method] += 1
+        return await original(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    groups = [Chunk(group, 0, rows) for group, rows in enumerate(corpus.groups[:, 2].tolist())]
+    examples = [row for chunk in groups for row in corpus.load(chunk, 0).rows]
+    assert (len(groups), len(examples)) == (9, 65)
+    layers = 8
+    # Of each layer its footer and, in one range, its columns; of the tar, one range for all images of the group.
+    assert asked[images] == len(groups) * layers * 2
+    assert asked["source"] == (len(groups) if images == "reference" else 0)
