@@ -43,11 +43,16 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
         whole = rows.new_empty(ranks() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(whole, rows.contiguous())
+        _collective("all_gather_single", "all_gather_into_tensor")(whole, rows.contiguous())
         return whole
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         own = gradient.new_empty(len(gradient) // ranks(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, gradient.contiguous())
         return own
+
+
+def _collective(name: str, before: str) -> Any:
+    """Of torch.distributed, by its name since torch 2.13, where the one before warns."""
+    return getattr(dist, name, None) or getattr(dist, before)
