@@ -87,19 +87,24 @@ class Loss(Section):
 
 
 class Generation(Section):
-    """How captions of held-out images are made, as in ``captioners:`` of a run."""
+    """How captions of held-out images are made, as in ``captioners:`` of a run; nothing is drawn."""
 
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(0.1, gt=0, le=1, description="low: nearly the likeliest words, which scores are given for")
+    strategy: Literal["greedy", "beams"] = Field(
+        "greedy", description="the likeliest word each time, or a search for the likeliest caption"
+    )
+    beams: int = Field(6, ge=2, le=64, description="of beams: captions that grow side by side")
     min_length: int = Field(5, ge=0, description="the end token is impossible before that many tokens")
     max_length: int = Field(30, ge=2, description="longest caption in tokens, start and end included")
 
     def captioner(self, model: str, pretrained: str | None = None) -> CaptionerSpec:
-        return CaptionerSpec(model=model, pretrained=pretrained, captions=1, **self.model_dump())
+        """A captioner of a run that makes one such caption an image."""
+        values = self.model_dump(exclude=set() if self.strategy == "beams" else {"beams"})
+        return CaptionerSpec(model=model, pretrained=pretrained, captions=1, **values)
 
     @model_validator(mode="after")
     def _lengths(self) -> Generation:
-        self.captioner("any")
+        if self.min_length + 2 > self.max_length:
+            raise ValueError("max_length must be at least min_length + 2 (start and end count)")
         return self
 
 

@@ -16,7 +16,6 @@ from reinforce.captioning.pairs import Pairs, find_pairs
 from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.image import decode
-from reinforce.seeds import seed_for
 from reinforce.student.tokens import Tokenizer
 from teachers.coca import CocaCaptioner
 from teachers.device import Accelerator
@@ -88,8 +87,8 @@ def test_captions_are_those_of_a_run(tmp_path: Path) -> None:
     judge, pairs, model = judge_of(tmp_path)
     metrics = judge(model)
     spec = captioner_config(tmp_path).evaluate.generate.captioner(f"local-dir:{tmp_path}/model")
-    seeds = np.array([[seed_for(0, pairs.key(row), "held out")] for row in range(3)], np.uint64)
-    texts = [text for [text] in CocaCaptioner(spec, Accelerator("cpu")).caption(pixels_of(pairs, model)[:3], seeds)]
+    made = CocaCaptioner(spec, Accelerator("cpu")).caption(pixels_of(pairs, model)[:3], np.zeros((3, 1), np.uint64))
+    texts = [text[0] for text in made if text is not None]
     assert judge.captions(model, Accelerator("cpu")) == dict(enumerate(texts))
     references = [pairs.captions(row) for row in range(3)]
     assert metrics["cider"] == pytest.approx(cider(texts, references))
