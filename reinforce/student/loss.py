@@ -12,10 +12,11 @@ the softmax, never logits.
 
 ``sigmoid``: each of the B^2 pairs is a question of its own, answered by z_ij = s cos_ij + b. L_CLIP is SigLIP's loss
 (arXiv 2303.15343), 1/B sum_ij BCE(z_ij, [i = j]); L_distill is 1/B sum_ij BCE(z_ij, P_ij) with
-P = 1/T sum_t sigmoid(s_t cos_t + b_t). A teacher trained with softmax has no b_t, but its softmax implies one for each
-row, since softmax_j(l_i) = sigmoid(l_ij - log sum_{k != j} exp l_ik) exactly. Unless b_t is given it is therefore
-minus the mean over the batch's images of log sum_{k != i} exp(s_t cos_ik): the constant nearest to those of the true
-pairs. It falls with log B, as it must: the prior chance of a match is one in B, which is also why SigLIP starts at
+P = 1/T sum_t sigmoid(s_t cos_t + b_t). A teacher trained with softmax has no b_t. No publication is known that says
+what to take, so it is derived from what the teacher does say: its softmax is a sigmoid with a bias of its own in each
+place, softmax_j(l_i) = sigmoid(l_ij - log sum_{k != j} exp l_ik). Unless b_t is given, it is minus the mean over the
+batch's images of log sum_{k != i} exp(s_t cos_ik), which is the constant nearest (in least squares) to the biases of
+the true pairs. It falls with log B, as the prior chance of a match falls with B, which is also why SigLIP starts at
 b = -10.
 
 Over ranks each takes its b rows against the columns of all; the mean over the ranks is the loss of the whole batch.
