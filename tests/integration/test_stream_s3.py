@@ -34,7 +34,7 @@ def s3() -> Iterator[s3fs.S3FileSystem]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         s3fs.S3FileSystem.clear_instance_cache()
         fs = s3fs.S3FileSystem()
-        fs.mkdir("bucket")
+        fs.mkdir("streamed")  # servers of one process share their buckets
         yield fs
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
@@ -46,11 +46,11 @@ def urls(s3: s3fs.S3FileSystem, tmp_path_factory: pytest.TempPathFactory) -> dic
     folder = tmp_path_factory.mktemp("dataset")
     for number, size in enumerate(SIZES):
         write_tar(folder / "source" / f"{number:05d}.tar", members_of(number, size))
-    s3.put(f"{folder}/source/", "bucket/source/", recursive=True)
-    source = "s3://bucket/source/{00000..00001}.tar"
+    s3.put(f"{folder}/source/", "streamed/source/", recursive=True)
+    source = "s3://streamed/source/{00000..00001}.tar"
     made = {"disk": reinforce_here(config_of(source, folder / "out"))}
     for images in ("embed", "reference"):
-        made[images] = reinforce_here(config_of(source, f"s3://bucket/{images}", images=images))
+        made[images] = reinforce_here(config_of(source, f"s3://streamed/{images}", images=images))
     return made
 
 
