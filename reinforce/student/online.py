@@ -27,6 +27,7 @@ def load_teachers(specs: Mapping[str, TeacherSpec], device: str) -> dict[str, Te
 
 
 def known_of(teacher: Teacher, spec: TeacherSpec) -> Known:
+    """What a loaded teacher states of itself."""
     sides = {IMAGES} if teacher.image is not None else set()
     sides |= {TEXTS} if callable(getattr(teacher, "encode_texts", None)) else set()
     origin = "config: loss.teachers" if spec.logit_scale is not None else "model"
@@ -59,6 +60,4 @@ def _encode_texts(teacher: Teacher, texts: Sequence[str]) -> torch.Tensor:
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     parts = [teacher.encode_texts([texts[i] for i in order[at : at + _PART]]) for at in range(0, len(texts), _PART)]
     found = torch.cat(parts).float()
-    places = torch.empty(len(texts), dtype=torch.long, device=found.device)
-    places[torch.tensor(order, device=found.device)] = torch.arange(len(texts), device=found.device)
-    return found[places]
+    return found[torch.tensor(order, device=found.device).argsort()]
