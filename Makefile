@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench bench-step lint clean
+.PHONY: help install demo test bench bench-step lint clean fuzz audit
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,8 +30,15 @@ test: $(INSTALLED) ## run the tests
 bench: $(INSTALLED) ## how near the pipeline comes to this machine's limits (two minutes)
 	$(BIN)/python -m reinforce.bench
 
-bench-step: $(INSTALLED) ## what a training step with stored targets costs beside plain CLIP (ten minutes)
+bench-step: $(INSTALLED) ## what a training step with stored targets costs beside plain CLIP (five minutes)
 	$(BIN)/python -m benchmarks.step
+
+fuzz: $(INSTALLED) ## broken shards, images and texts at random, for SECONDS (default 600)
+	$(BIN)/python -W ignore -m tests.fuzz --seconds $(SECONDS)
+
+audit: $(INSTALLED) ## known vulnerabilities of the tested versions; fails where their database is out of reach
+	test -x .venv/audit/bin/pip-audit || ($(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit)
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check

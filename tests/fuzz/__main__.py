@@ -1,0 +1,64 @@
+"""``python -m tests.fuzz --seconds 600``: all targets in turns, with other cases each time (``make fuzz``)."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from tests.fuzz.targets import TARGETS
+from tests.fuzz.watchdog import bounded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--target", choices=[*TARGETS], action="append", help="default: all of them")
+    parser.add_argument("--seed", type=int, default=secrets.randbits(32))
+    parser.add_argument("--examples", type=int, default=200, help="of a target before it is the next one's turn")
+    last = Path(tempfile.gettempdir(), "reinforce-fuzz-case.txt")
+    parser.add_argument("--last", type=Path, default=last, help=f"file that holds the case while it runs ({last})")
+    arguments = parser.parse_args()
+    names = arguments.target or [*TARGETS]
+    cases: Counter[str] = Counter()
+    slowest: dict[str, float] = dict.fromkeys(names, 0.0)
+
+    def watched(name: str, target: Callable[..., None]) -> Callable[..., None]:
+        def case(**values: Any) -> None:
+            arguments.last.write_text(f"{name}: {values!r}\n")  # a hang or a crash leaves no other trace
+            begin = time.monotonic()
+            with bounded():
+                target(**values)
+            cases[name] += 1
+            slowest[name] = max(slowest[name], time.monotonic() - begin)
+
+        return case
+
+    start, turn = time.monotonic(), arguments.seed
+    print(f"seed {turn}", flush=True)
+    while time.monotonic() - start < arguments.seconds:
+        for name in names:
+            target, strategies = TARGETS[name]
+            run = settings(
+                max_examples=arguments.examples,
+                deadline=None,
+                database=None,
+                phases=(Phase.generate, Phase.shrink),
+                suppress_health_check=[*HealthCheck],
+            )(seed(turn)(given(**strategies)(watched(name, target))))
+            run()
+            turn += 1
+    arguments.last.unlink(missing_ok=True)
+    told = ", ".join(f"{cases[name]:,} of {name} (slowest {slowest[name]:.1f} s)" for name in names)
+    print(f"{sum(cases.values()):,} cases in {time.monotonic() - start:.0f} s: {told}; nothing lost, nothing hung")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""What is fuzzed: shards, members, images and texts on their way from bytes to crops, and what must hold of each.
+
+Nothing is lost: every sample is a row, refused by its key, or in a shard that is told to be broken. What no mutation
+touched comes out as it was. Nothing hangs and nothing takes a gigabyte; ``Watchdog`` sees to that.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import re
+import tarfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+from hypothesis import strategies as st
+from PIL import Image
+
+from reinforce.augment import replay, sample
+from reinforce.config import Config, Limits, parse_config
+from reinforce.image import FORMATS, ImageRefused, decode
+from reinforce.rows import Row, Wanted, rows_from_source
+from reinforce.source import Refusal, _split, _valid
+from reinforce.text import caption_of, json_fault, metadata_of
+from tests.conftest import picture
+from tests.hostile.images import IMAGES, encoded, photo
+from tests.hostile.texts import TEXTS
+from tests.shards import tar_bytes, zstd
+
+CONFIG: Config = parse_config({"source": "x", "output": "y", "augmentations": {"count": 2, "size": 24}})
+LIMITS = Limits()
+KEYS = [f"{i}/k{i}" for i in range(5)]
+BLOCK = 512
+
+
+# --- any shard, mutated
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``count`` bytes at ``at`` become ``value``, which may be longer or shorter."""
+
+    at: int
+    count: int
+    value: bytes
+
+
+Span = tuple[int, int]
+
+
+def _shard() -> tuple[bytes, dict[str, Span], dict[str, list[Span]], dict[str, Row]]:
+    """A tar of good samples, the bytes that each lies in, those of its headers, and its rows."""
+    members = []
+    for i, key in enumerate(KEYS):
+        format_ = ("PNG", "JPEG", "WEBP", "PNG", "JPEG")[i]
+        image = picture(i, 40, 30, format_)
+        members += [(f"{key}.{format_.lower()}", image), (f"{key}.txt", f"thing {i}".encode()), (f"{key}.json", b"{}")]
+    data = tar_bytes(members)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        infos = tar.getmembers()
+    spans: dict[str, Span] = {}
+    headers: dict[str, list[Span]] = {key: [] for key in KEYS}
+    for info in infos:
+        key, _ = _split(info.name)
+        end = info.offset_data + info.size + -info.size % BLOCK
+        spans[key] = (spans.get(key, (info.offset, 0))[0], end)
+        headers[key].append((info.offset, info.offset_data))
+    return data, spans, headers, {row.key: row for row in rows(data) if isinstance(row, Row)}
+
+
+def rows(data: bytes, name: str = "x.tar") -> list[Row | Refusal]:
+    """The whole way of a shard, crops included."""
+    fsspec.filesystem("memory").pipe(f"/fuzz/{name}", data)
+    with ThreadPoolExecutor(1) as pool:
+        return list(rows_from_source(CONFIG, f"memory://fuzz/{name}", Wanted(crops=True), pool, window=4))
+
+
+GOOD, SPANS, HEADERS, ROWS = _shard()
+_PLACES = sorted({at + more for span in SPANS.values() for at in span for more in (0, 124, 156, 257, 512)})
+VALUES = st.one_of(
+    st.binary(max_size=8),
+    st.integers(0, 3 * BLOCK).map(bytes),
+    st.integers(0, 3 * BLOCK).map(lambda count: b"\xff" * count),
+    st.integers(0, len(GOOD) - 1).flatmap(lambda at: st.integers(0, 2 * BLOCK).map(lambda n: GOOD[at : at + n])),
+)
+MUTATIONS = st.lists(
+    st.builds(
+        Mutation,
+        st.one_of(st.integers(0, len(GOOD)), st.sampled_from(_PLACES)),
+        st.one_of(st.integers(0, 8), st.integers(0, 8 * BLOCK), st.sampled_from([BLOCK, len(GOOD)])),
+        VALUES,
+    ),
+    max_size=3,
+)
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "x.tar.gz": lambda data: gzip.compress(data, 1),
+    "x.tar.xz": lambda data: lzma.compress(data, preset=0),
+    "x.tar.bz2": bz2.compress,
+    "x.tar.zst": zstd,
+}
+
+
+def shard(mutations: list[Mutation]) -> None:
+    """A plain tar with bytes replaced, put in or taken out."""
+    data, touched = GOOD, []
+    for mutation in sorted(mutations, key=lambda m: -m.at):  # from the end, so that places stay what they are
+        end = min(mutation.at + mutation.count, len(GOOD))
+        if touched and end > touched[-1][0]:
+            end = max(mutation.at, touched[-1][0])
+        data = data[: mutation.at] + mutation.value + data[end:]
+        touched.append((mutation.at, max(end, mutation.at)))
+    found = rows(data)
+    by_key = {row.key: row for row in found if isinstance(row, Row)}
+    refused = {row.key for row in found if isinstance(row, Refusal)}
+    for key, (start, end) in SPANS.items():
+        clear = not any(at < end and to >= start for at, to in touched)
+        before = all(at >= end for at, _ in touched)
+        if key in by_key and (clear or before):
+            assert (by_key[key].image, by_key[key].caption) == (ROWS[key].image, ROWS[key].caption)
+            assert np.array_equal(by_key[key].crops, ROWS[key].crops)
+        if before:
+            assert key in by_key, f"{key} stands before all that was changed"
+        elif key not in by_key and key not in refused:
+            renamed = any(at < end and to >= start for at, to in touched for start, end in HEADERS[key])
+            assert renamed or None in refused, f"{key} is lost"
+    for row in by_key.values():
+        assert data[row.offset : row.offset + len(row.image)] == row.image
+
+
+def packed(name: str, mutations: list[Mutation]) -> None:
+    """A compressed tar with bytes replaced, put in or taken out."""
+    data = PACKED[name]
+    for mutation in mutations:
+        at = mutation.at * len(data) // (len(GOOD) + 1)
+        data = data[:at] + mutation.value + data[at + mutation.count // 4 :]
+    found = rows(data, name)
+    keys = {row.key for row in found}
+    assert keys >= {*KEYS} or None in keys or data == PACKED[name]
+
+
+PACKED = {name: pack(GOOD) for name, pack in PACKERS.items()}
+
+# --- any members
+
+NAMES = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=200),
+    st.builds(
+        "{}{}.{}".format,
+        st.sampled_from(["", "./", "../", "/", "a/", "__MACOSX/", "__x__/"]),
+        st.sampled_from(["a", "b", "c", "d.e", "._f", "", "k" * 120]),
+        st.sampled_from(["jpg", "JPG", "png", "txt", "json", "left.png", "cls", ""]),
+    ),
+)
+CONTENTS = st.one_of(
+    st.binary(max_size=700),
+    st.sampled_from(
+        [b"", b"{}", b"null", b"a cat", picture(1), picture(2, format_="JPEG"), tar_bytes([("x.png", b"x")])]
+    ),
+)
+KINDS = st.sampled_from([tarfile.REGTYPE] * 6 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
+MEMBERS = st.lists(st.tuples(NAMES, KINDS, CONTENTS), max_size=12)
+TAR_FORMATS = st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+
+
+def members(listed: list[tuple[str, bytes, bytes]], tar_format: int) -> None:
+    """A good tar of any files and links: each key is a row or refused, and none comes that is not there."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
+        for name, kind, content in listed:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            info.size = len(content) if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(content))
+    with tarfile.open(fileobj=io.BytesIO(buffer.getvalue())) as tar:
+        expected = {_split(i.name)[0] for i in tar if i.isreg() or i.issym() or i.islnk()} - {""}
+    found = rows(buffer.getvalue())
+    assert {row.key for row in found} - {None} == {_valid(key) for key in expected}
+    made = [row.key for row in found if isinstance(row, Row)]
+    assert len(made) == len({*made}), "a key is one row"
+    assert {row.reason.value for row in found if isinstance(row, Refusal) and row.key is None} <= {"shard_unsorted"}
+
+
+# --- images
+
+SEEDS = [encoded(photo(), format_) for format_ in FORMATS]
+SEEDS += [encoded(photo(200, 150), "JPEG", progressive=True), encoded(photo(99, 70), "JPEG", restart_marker_blocks=4)]
+SEEDS += [encoded(photo().convert(mode), "PNG") for mode in ("1", "L", "LA", "P", "RGBA")]
+SEEDS += [encoded(photo().convert("CMYK"), "JPEG"), encoded(photo(), "TIFF", compression="tiff_lzw")]
+SEEDS += [encoded(photo(), "TIFF", compression="jpeg"), encoded(Image.fromarray(np.eye(9, dtype=np.float32)), "TIFF")]
+SEEDS += [data for data in (case.data() for case in IMAGES) if len(data) < 20_000]
+IMAGE_BYTES = st.builds(
+    lambda seed, changes, cut, more: _changed(seed, changes)[: cut and max(1, len(seed) * cut // 100)] + more,
+    st.sampled_from(SEEDS),
+    st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.one_of(st.integers(0, 255), st.binary(max_size=6))), max_size=5
+    ),
+    st.one_of(st.none(), st.integers(1, 99)),
+    st.one_of(st.just(b""), st.binary(max_size=20), st.sampled_from([b"\xff\xd9", b"\0\0\0\0IEND\xaeB`\x82"])),
+)
+
+
+def _changed(seed: bytes, changes: list[tuple[float, int | bytes]]) -> bytes:
+    data = bytearray(seed)
+    for place, value in changes:
+        # headers decide more than pixels: half of the changes go to the first bytes
+        at = int((place * 2 % 1) * min(len(data), 120 if place < 0.5 else len(data)))
+        written = bytes([value]) if isinstance(value, int) else value
+        data[at : at + len(written)] = written
+    return bytes(data)
+
+
+def image(data: bytes) -> None:
+    """Any image: RGB within the limits, the same each time and readable once it is stored, or refused in valid text."""
+    first = _decoded(data)
+    if isinstance(first, ImageRefused):
+        assert first.reason.value.startswith("image_")
+        assert first.detail.encode()
+        return
+    assert first.mode == "RGB"
+    assert first.width * first.height <= LIMITS.pixels
+    assert max(first.size) <= LIMITS.aspect * min(first.size)
+    if first.width * first.height < 10**6:
+        assert decode(data, LIMITS).tobytes() == first.tobytes()
+    for index in range(2):
+        record = sample(CONFIG.augmentations, 0, "key", index, *first.size)
+        assert replay(first, record).size == (24, 24)
+
+
+def _decoded(data: bytes) -> Image.Image | ImageRefused:
+    try:
+        return decode(data, LIMITS, first=True)
+    except ImageRefused as refused:
+        return refused
+
+
+# --- texts
+
+TEXT_BYTES = st.one_of(
+    st.binary(max_size=300),
+    st.text(st.characters(), max_size=300).map(lambda text: text.encode("utf-8", "surrogatepass")),
+    st.text(max_size=100).map(lambda text: text.encode("utf-16")),
+    st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20)),
+        lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
+    ).map(lambda value: json.dumps({"caption": value}).encode()),
+    st.builds(
+        lambda data, at, put_in: data[:at] + put_in + data[at:],
+        st.sampled_from([data for case in TEXTS for _, data in case.members()]),
+        st.integers(0, 10**5),
+        st.binary(max_size=4),
+    ),
+)  # fmt: skip
+
+
+def text(caption: bytes, document: bytes) -> None:
+    """Any caption and json member: clean text within the limit, valid JSON, or nothing, and then a reason."""
+    for sidecars in ({"txt": caption, "json": document}, {"json": caption}, {"txt": document}):
+        found = caption_of(sidecars, CONFIG.input.captions, LIMITS)
+        if found is not None:
+            assert 0 < len(found) <= LIMITS.caption_chars
+            assert not re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", found)
+        metadata = metadata_of(sidecars, "all")
+        if metadata is not None:
+            metadata.encode()
+            assert isinstance(json.loads(metadata), dict)
+        if "json" in sidecars and json_fault(sidecars["json"]) is not None:
+            assert metadata is None
+
+
+TARGETS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
+    "shard": (shard, {"mutations": MUTATIONS}),
+    "packed": (packed, {"name": st.sampled_from([*PACKERS]), "mutations": MUTATIONS}),
+    "members": (members, {"listed": MEMBERS, "tar_format": TAR_FORMATS}),
+    "image": (image, {"data": IMAGE_BYTES}),
+    "text": (text, {"caption": TEXT_BYTES, "document": TEXT_BYTES}),
+}

@@ -1,0 +1,159 @@
+"""One run over shards with every defect: each sample that was put in is a row, or in quarantine with its reason."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import reinforce
+from reinforce.config import Limits
+from reinforce.image import decode
+from reinforce.summary import RunSummary
+from reinforce.urls import shard_name
+from tests.conftest import config_of, picture, tree, write_tar
+from tests.hostile.images import IMAGE_BYTES, IMAGES, ImageCase
+from tests.hostile.tars import KEY_CHARS, SHARD_SAMPLES, TARS, TarCase
+from tests.hostile.texts import MEMBERS, SIDECAR_BYTES, TEXTS, TextCase
+from tests.hostile.words import slug
+
+LIMITS = {
+    "image_bytes": IMAGE_BYTES,
+    "sidecar_bytes": SIDECAR_BYTES,
+    "members": MEMBERS,
+    "key_chars": KEY_CHARS,
+    "shard_samples": SHARD_SAMPLES,
+}
+CONFIG: dict[str, Any] = {
+    "captioners": {},
+    "input": {"limits": LIMITS},
+    "teachers": {"red": {"class": "tests.models:Colour", "options": {"size": 16, "dim": 8}}},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run over all cases left behind. ``refused`` and ``of_shard`` are quarantine/samples by shard."""
+
+    output: Path
+    shards: dict[str, str]  # by the defect, or `images` and `texts`
+    summary: RunSummary
+    rows: dict[str, list[dict[str, Any]]]
+    refused: dict[str, dict[str, list[str]]]
+    of_shard: dict[str, list[tuple[str, str]]]  # with the detail
+    details: list[str]
+
+    def row(self, shard: str, key: str) -> dict[str, Any] | None:
+        return next((row for row in self.rows.get(shard, []) if row["key"] == key), None)
+
+
+@pytest.fixture(scope="module")
+def outcome(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    source = tmp_path_factory.mktemp("hostile")
+    paths = {case.defect: source / f"{slug(case.defect)}{case.ending}" for case in TARS}
+    for case in TARS:
+        case.write(paths[case.defect])
+    write_tar(source / "images.tar", [m for c in IMAGES for m in
+        ((f"{slug(c.defect)}.{c.extension}", c.data()), (f"{slug(c.defect)}.txt", b"a thing"))])  # fmt: skip
+    write_tar(source / "texts.tar", [m for c in TEXTS for m in
+        ((f"{slug(c.defect)}.png", picture(1)), *((f"{slug(c.defect)}.{e}", d) for e, d in c.members()))])  # fmt: skip
+    paths |= {"images": source / "images.tar", "texts": source / "texts.tar"}
+    output = tmp_path_factory.mktemp("out")
+    urls = [str(path) for path in paths.values()]
+    summary = reinforce.run(config_of(urls, output, **CONFIG))  # type: ignore[arg-type]
+
+    shards = {defect: shard_name(str(path)) for defect, path in paths.items()}
+    rows, refused, of_shard, details = {}, {}, {}, []
+    for shard in shards.values():
+        file, quarantine = output / "samples" / f"{shard}.parquet", output / "quarantine/samples" / f"{shard}.parquet"
+        if file.exists():
+            rows[shard] = pq.read_table(file).to_pylist()
+        noted = pq.read_table(quarantine).to_pylist() if quarantine.exists() else []
+        of_shard[shard] = [(row["reason"], row["detail"]) for row in noted if row["key"] is None]
+        details += [row["detail"] for row in noted]
+        refused[shard] = {}
+        for row in noted:
+            if row["key"] is not None:
+                refused[shard].setdefault(row["key"], []).append(row["reason"])
+    return Outcome(output, shards, summary, rows, refused, of_shard, details)
+
+
+@pytest.mark.parametrize("case", IMAGES, ids=lambda case: slug(case.defect))
+def test_images(outcome: Outcome, case: ImageCase) -> None:
+    shard, key = outcome.shards["images"], slug(case.defect)
+    row = outcome.row(shard, key)
+    assert outcome.refused[shard].get(key, []) == ([case.refused] if case.refused else [])
+    assert (row is None) == bool(case.refused)
+    if row is not None:
+        assert row["image"] == case.data()
+        assert (row["width"], row["height"]) == case.size
+        if case.colour is not None:
+            pixels = np.asarray(decode(row["image"], Limits()), float)
+            assert np.abs(pixels.mean(axis=(0, 1)) - case.colour).max() < 6
+
+
+@pytest.mark.parametrize("case", TEXTS, ids=lambda case: slug(case.defect))
+def test_texts(outcome: Outcome, case: TextCase) -> None:
+    shard, key = outcome.shards["texts"], slug(case.defect)
+    row = outcome.row(shard, key)
+    assert row is not None
+    assert (row["caption"], row["metadata"]) == (case.caption, case.metadata)
+    assert outcome.refused[shard].get(key, []) == list(case.notes)
+    without_text = pq.read_table(outcome.output / f"quarantine/embeddings/red/caption/{shard}.parquet").to_pylist()
+    assert (key in {r["key"] for r in without_text if r["reason"] == "no_text"}) == (case.caption is None)
+
+
+@pytest.mark.parametrize("case", TARS, ids=lambda case: slug(case.defect))
+def test_tars(outcome: Outcome, case: TarCase) -> None:
+    shard = outcome.shards[case.defect]
+    assert [row["key"] for row in outcome.rows.get(shard, [])] == list(case.rows)
+    assert {key: tuple(reasons) for key, reasons in outcome.refused[shard].items()} == dict(case.refused)
+    assert tuple(dict.fromkeys(reason for reason, _ in outcome.of_shard[shard])) == case.shard
+    if not case.shard:  # else the keys that are lost are the shard's loss, which is told with its place
+        told = {key[:100] if len(key) > KEY_CHARS else key for key in case.put_in}
+        assert told == {*case.rows, *case.refused}
+
+
+def test_every_sample_that_was_put_in_is_a_row_or_refused_or_in_a_shard_that_is(outcome: Outcome) -> None:
+    put_in = [("images", slug(c.defect)) for c in IMAGES] + [("texts", slug(c.defect)) for c in TEXTS]
+    put_in += [(case.defect, key[:100] if len(key) > KEY_CHARS else key) for case in TARS for key in case.put_in]
+    rows = {(defect, row["key"]) for defect, shard in outcome.shards.items() for row in outcome.rows.get(shard, [])}
+    refused = {(defect, key) for defect, shard in outcome.shards.items() for key in outcome.refused[shard]}
+    damaged = {defect for defect, shard in outcome.shards.items() if outcome.of_shard[shard]}
+    assert {defect for defect, key in {*put_in} - rows - refused} <= damaged
+    assert (rows | refused) - {*put_in} == set(), "nothing comes that was not there"
+
+
+def test_the_summary_and_the_layers_agree_with_the_quarantine(outcome: Outcome) -> None:
+    counted = Counter(reason for reasons in outcome.of_shard.values() for reason, _ in reasons)
+    counted.update(r for refused in outcome.refused.values() for reasons in refused.values() for r in reasons)
+    assert {r: n for r, n in outcome.summary.refused.items() if r != "no_text"} == counted
+    assert outcome.summary.samples >= sum(map(len, outcome.rows.values()))
+    whole = {"shard_missing", "shard_unreadable", "shard_unsorted"}
+    assert outcome.summary.quarantined_shards == sum(not whole.isdisjoint(dict(r)) for r in outcome.of_shard.values())
+    for layer in ("embeddings/red/images", "embeddings/red/caption"):
+        files = {path.stem: path for path in (outcome.output / layer).glob("*.parquet")}
+        assert files.keys() == outcome.rows.keys()
+        for shard, file in files.items():
+            assert pq.read_table(file, columns=["key"])["key"].to_pylist() == [r["key"] for r in outcome.rows[shard]]
+
+
+def test_damage_is_told_with_the_byte_and_the_bound_with_its_name(outcome: Outcome) -> None:
+    damaged = [d for details in outcome.of_shard.values() for reason, d in details if reason == "shard_damaged"]
+    assert len(damaged) > 10
+    assert all(re.match(r"damaged at byte \d+: ", detail) for detail in damaged)
+    told = " ".join(outcome.details)
+    named = {name for name in Limits.model_fields if f"limits.{name}" in told}
+    assert named == Limits.model_fields.keys() - {"caption_chars"}, "captions are cut, not refused"
+
+
+def test_nothing_is_written_outside_the_dataset_by_a_name_in_a_tar(outcome: Outcome) -> None:
+    names = "|".join(re.escape(name) for name in ("etc", "passwd", "x.png", "x.txt", "[red]"))
+    assert not [name for name in tree(outcome.output, layers_only=False) if re.search(f"(^|/)({names})($|/)", name)]
+    assert not (outcome.output.parent / "x.png").exists()
