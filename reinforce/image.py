@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -24,6 +26,9 @@ IMAGE_POLICY = "rgb-1"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 _WHITE = (255, 255, 255)
+_STRIP_PIXELS = 2**20
+_LARGE_PIXELS = 16 * 2**20
+_large = threading.Lock()  # a large image takes up to a gigabyte while it is decoded: one of them at a time
 _START_OF_SCAN = b"\xff\xda"  # of a JPEG
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
@@ -69,13 +74,14 @@ def decode(data: bytes, limits: Limits, first: bool = False) -> Image.Image:
         is_jpeg = image.format in ("JPEG", "MPO")
         if first and is_jpeg and (scans := data.count(_START_OF_SCAN)) > limits.scans:
             raise ImageRefused(Reason.IMAGE_SCANS, f"{scans} scans, above limits.scans of {limits.scans}")
-        image.load()
-        _check_size(image.size, limits)  # a first frame may enlarge the canvas
-        if image.format == "PNG":
-            _check_png_complete(image, data)
-        elif first and is_jpeg and is_mended(image, data, _loaded):
-            raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG lacks scan data")
-        return _upright(_to_rgb(image, data), image)
+        with _large if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext():
+            image.load()
+            _check_size(image.size, limits)  # a first frame may enlarge the canvas
+            if image.format == "PNG":
+                _check_png_complete(image, data)
+            elif first and is_jpeg and is_mended(image, data, _loaded):
+                raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG lacks scan data")
+            return _upright(_to_rgb(image, data), image)
     except ImageRefused:
         raise
     except Image.DecompressionBombError as error:
@@ -135,7 +141,7 @@ def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
     if image.mode == "La":  # Pillow goes from premultiplied grey to LA alone
         image = image.convert("LA")
     if transparency is None and image.mode not in ("LA", "PA", "RGBA", "RGBa"):
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     if transparency is not None and image.format == "PNG" and image.mode in ("L", "RGB"):
         image.info["transparency"] = _in_8_bits(transparency, _png_header(data).depth)
     image = image.convert("RGBA")
@@ -152,20 +158,30 @@ def _in_8_bits(colour: int | tuple[int, ...], depth: int) -> int | tuple[int, ..
 
 
 def _grey_to_rgb(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits -> RGB."""
-    pixels = np.asarray(image)
+    """Grey of more than 8 bits -> RGB, a few rows at a time: in between a pixel takes up to 8 bytes."""
+    grey = Image.new("L", image.size)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 16 bits by format
-        grey = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
         transparency = image.info.get("transparency")
-        if isinstance(transparency, int):
-            grey[pixels == transparency] = 255
+        for top, pixels in _strips(image):
+            values = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+            if isinstance(transparency, int):
+                values[pixels == transparency] = 255
+            grey.paste(Image.fromarray(values), (0, top))
     else:
-        top = float(pixels.max(where=np.isfinite(pixels), initial=0))
+        most = max(float(pixels.max(where=np.isfinite(pixels), initial=0)) for _, pixels in _strips(image))
         ceilings = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        white = next((ceiling for ceiling in ceilings if top <= ceiling), top)
-        scaled = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=white, neginf=0.0) * (255 / white)
-        grey = scaled.clip(0, 255).round().astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+        white = next((ceiling for ceiling in ceilings if most <= ceiling), most)
+        for top, pixels in _strips(image):
+            scaled = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=white, neginf=0.0) * (255 / white)
+            grey.paste(Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8)), (0, top))
+    return grey.convert("RGB")
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+    """The first row and the pixels of one strip after the other."""
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
 
 
 def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
