@@ -13,7 +13,9 @@ from tests.hostile.words import slug
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "hostile.md"
 RUN = "tests/hostile/test_run.py"
-HANG = "tests/hostile/test_hang.py::test_an_image_that_decodes_for_minutes_and_a_model_that_stands_still_cost_their_shards_alone"
+HANG = (
+    "tests/hostile/test_hang.py::test_an_image_that_takes_minutes_and_a_model_that_stands_still_cost_their_shards_alone"
+)
 FAULTS = "tests/integration/test_faults.py"
 #: What is shown elsewhere: defect, what happens, the test.
 OTHERS = [

@@ -17,7 +17,7 @@ from tests.hostile.images import scan_bomb
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def test_an_image_that_decodes_for_minutes_and_a_model_that_stands_still_cost_their_shards_alone(
+def test_an_image_that_takes_minutes_and_a_model_that_stands_still_cost_their_shards_alone(
     shards: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "_POLL_SECONDS", 0.2)
