@@ -151,8 +151,5 @@ class CaptionFeed:
 
 
 def predicted(tokens: torch.Tensor, end: int) -> list[int]:
-    """How many tokens of each row [context] are predicted: those behind the start, up to the first end.
-
-    Told by the place of the end, not by what stands behind it: open_clip pads with 0, which is a word as well ("!").
-    """
+    """How many tokens of each row [context] are predicted: those behind the start, up to the first end."""
     return [int(place) for place in (tokens == end).int().argmax(dim=1)]

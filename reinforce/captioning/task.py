@@ -9,18 +9,14 @@ import torch
 
 from reinforce.captioning.config import Loss
 from reinforce.captioning.judge import Judge
+from reinforce.captioning.loss import captioning_losses
 from reinforce.captioning.model import CaptionerModel
 from reinforce.student.export import write_open_clip
-from reinforce.student.loss import Objective, contrast
-from reinforce.training import gather
 from reinforce.training.task import Batch, Encoded
-
-#: CLIP's own loss and nothing else.
-_CLIP = Objective(share=0.0)
 
 
 class CaptioningTask:
-    """CoCa's two losses (arXiv 2205.01917), and a judge; see ``reinforce.training.task.Task``."""
+    """CoCa's two losses and a judge; see ``reinforce.training.task.Task``."""
 
     def __init__(self, model: CaptionerModel, loss: Loss, judge: Judge, notes: Sequence[str] = ()) -> None:
         self.model: torch.nn.Module = model
@@ -33,22 +29,9 @@ class CaptioningTask:
         return batch
 
     def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
-        """Weighted ``contrastive`` and ``caption`` loss of the global batch.
-
-        As in open_clip's CoCaLoss, the caption loss is the mean over tokens, not over captions; here over those of
-        all ranks and parts, however many each of them has.
-        """
-        losses = {}
-        features = encoded.features
-        if self._loss.contrastive:
-            pairs = {"image": features["image"], "text": features["text"]}
-            [clip] = contrast(_CLIP, pairs, encoded.scalars["logit_scale"], None, {}).values()
-            losses["contrastive"] = self._loss.contrastive * clip
-        if self._loss.caption:
-            nll = features["nll"]
-            tokens = torch.tensor(float(sum(batch["length"])), device=nll.device)
-            losses["caption"] = self._loss.caption * nll.sum() / gather.mean(tokens)
-        return losses
+        """``contrastive`` and ``caption``; see ``reinforce.captioning.loss``."""
+        scale = encoded.scalars["logit_scale"]
+        return captioning_losses(self._loss, encoded.features, scale, batch["length"])
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
         """Metrics of the held-out images; see ``reinforce.captioning.judge``."""

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 
 from reinforce.captioning.config import Loss
-from reinforce.captioning.task import CaptioningTask
-from reinforce.training.task import Encoded
+from reinforce.captioning.loss import captioning_losses
 
 RANKS, PAIRS = 2, 3  # pairs of a rank
 LENGTHS = [2, 3, 4, 30, 40, 50]  # the ranks' captions differ in length
@@ -22,9 +21,7 @@ def computed(rows: slice) -> dict[str, torch.Tensor]:
     shapes = {"image": (RANKS * PAIRS, 5), "text": (RANKS * PAIRS, 5), "nll": (RANKS * PAIRS,)}
     whole = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     features = {name: value[rows].clone().requires_grad_() for name, value in whole.items()}
-    task = CaptioningTask(None, Loss(), judge=None)  # type: ignore[arg-type]
-    encoded = Encoded(features, scalars={"logit_scale": torch.tensor(10.0)})
-    losses = task.losses(encoded, {"length": LENGTHS[rows]})
+    losses = captioning_losses(Loss(), features, torch.tensor(10.0), LENGTHS[rows])
     torch.stack(list(losses.values())).sum().backward()
     gradients = {f"of {name}": value.grad for name, value in features.items() if value.grad is not None}
     return {name: value.detach() for name, value in losses.items()} | gradients
