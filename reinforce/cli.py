@@ -14,6 +14,8 @@ from rich.console import Console
 
 from reinforce.config import load_config
 from reinforce.errors import UserError
+from reinforce.terminal import plain
+from teachers.redact import told
 
 if TYPE_CHECKING:
     from reinforce.training.results import Results
@@ -63,7 +65,7 @@ def run(
     except KeyboardInterrupt:
         typer.echo("stopped; what is finished is kept, run again to go on", err=True)
         raise typer.Exit(130) from None
-    typer.echo(summary.text(checked.output))
+    typer.echo(plain(summary.text(checked.output)))
     raise typer.Exit(summary.status)
 
 
@@ -96,9 +98,10 @@ def status(
     Console().print(status_table(found))
     for layer, entry in found["quarantine"].items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in entry["reasons"].items())
-        typer.echo(f"quarantine/{layer}: {entry['files']:,} shards; {reasons}")
+        typer.echo(plain(f"quarantine/{layer}: {entry['files']:,} shards; {reasons}"))
     if last := found["last_run"]:
-        typer.echo(f"last run {last['run']}: {last['shards']:,} shards in {last['seconds']:.0f} s, {last['message']}")
+        text = f"last run {last['run']}: {last['shards']:,} shards in {last['seconds']:.0f} s, {last['message']}"
+        typer.echo(plain(text))
         for line in cleaned_lines(last.get("cleaned", {})):
             typer.echo(line)
 
@@ -257,5 +260,5 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments)
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {plain(told(str(error)))}", err=True)
         raise SystemExit(2) from None

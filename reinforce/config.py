@@ -12,11 +12,12 @@ from reinforce import settings
 from reinforce.settings import Section
 from teachers.spec import CaptionerSpec, TeacherSpec
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+#: Names of teachers and captioners, which become folders.
+LAYER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def _layer_name(name: str) -> str:
-    if not _NAME.fullmatch(name) or name in ("caption", "images"):
+    if not LAYER_NAME.fullmatch(name) or name in ("caption", "images"):
         raise ValueError(
             f"{name!r} cannot name a layer: use letters, digits, '.', '_' and '-'; 'caption' and 'images' are taken"
         )

@@ -17,6 +17,7 @@ from reinforce import vectors
 from reinforce.augment import Augmentation, from_records
 from reinforce.errors import UserError
 from reinforce.layers import SAMPLES, captions_layer, embeddings_layer
+from reinforce.manifest import check_names
 from reinforce.source import referenced_images
 from reinforce.store import MANIFEST, Store
 
@@ -181,6 +182,7 @@ def read_manifest(store: Store) -> dict[str, Any]:
         raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST}.")
     if manifest["schema_version"] > schemas.SCHEMA_VERSION:
         raise UserError(f"{store.url} was written by a newer version of this program. Upgrade to read it.")
+    check_names(manifest, store.url)
     return manifest
 
 

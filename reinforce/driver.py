@@ -36,11 +36,12 @@ from reinforce.manifest import update_manifest
 from reinforce.plan import Plan, Work
 from reinforce.pool import Pool, Slot, cause_of, node_alive
 from reinforce.progress import Progress, Snapshot
-from reinforce.shard import LayerFailure, ShardResult
+from reinforce.shard import LayerFailure, ShardFailure, ShardResult
 from reinforce.store import MANIFEST, Store
 from reinforce.summary import RunSummary, verdict
 from reinforce.worker import SHARDS_IN_FLIGHT, Started
 from schemas import Reason
+from teachers.redact import Discretion
 
 _TICK = 0.5
 _POLL_SECONDS = 5.0
@@ -69,6 +70,7 @@ class Driver:
     def __init__(self, plan: Plan, store: Store, progress: Progress) -> None:
         self.plan, self.store, self.progress = plan, store, progress
         self.config: Config = plan.config
+        self.tell = Discretion(self.config.model_dump(mode="json"))
         self.queue: deque[Work] = deque(plan.work)
         self.suspects: deque[Work] = deque()
         self.delayed: list[tuple[float, int, Work]] = []
@@ -86,7 +88,7 @@ class Driver:
 
     def run(self) -> RunSummary:
         start = time.monotonic()
-        self.events = Events(self.store, self.config)
+        self.events = Events(self.store, self.config, self.tell)
         needed = frozenset(name for work in self.plan.work for name in work.layers)
         self.events.add("start", shards=len(self.plan.work), layers=sorted(needed), ray=ray.__version__)
         self.pool = Pool(self.config, self.plan.layers, needed)
@@ -96,7 +98,7 @@ class Driver:
                 self._loop(start, stop)
             outcome = "done"
         except UserError as error:
-            outcome = str(error)
+            outcome = self.tell(str(error))
             raise
         finally:
             summary = self._summary(time.monotonic() - start, outcome)
@@ -135,7 +137,7 @@ class Driver:
             waited = time.monotonic() - start
             if not self.manifest_written and waited > 15 and not waiting_said:
                 waiting_said = True
-                self.progress.say(self.pool.check_feasible() or "waiting for workers to load their models ...")
+                self._say(self.pool.check_feasible() or "waiting for workers to load their models ...")
             if not self.manifest_written and waited > self.config.workers.start_timeout:
                 why = self.pool.check_feasible() or "see the workers' logs"
                 raise UserError(
@@ -221,7 +223,7 @@ class Driver:
         for captioner, counts in result.cleaned.items():
             self.cleaned.setdefault(captioner, Counter()).update(counts)
         if result.given_up:
-            self.progress.say(f"{work.shard}: {result.given_up}, in quarantine")
+            self._say(f"{work.shard}: {result.given_up}, in quarantine")
             self._count_quarantined(work.shard)
         self.events.add("shard", **asdict(result))
 
@@ -234,9 +236,9 @@ class Driver:
             self._replace(slot)
         self.attempts[work.shard] += 1
         tries, limit = self.attempts[work.shard], self.config.failures.attempts
-        text = f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, ShardFailure) else f"{type(error).__name__}: {error}"
         self.events.add("shard_raised", shard=work.shard, attempt=tries, error=text[:2000])
-        self.progress.say(f"{work.shard}: attempt {tries} of {limit} raised {text[:500]}")
+        self._say(f"{work.shard}: attempt {tries} of {limit} raised {text[:500]}")
         if tries < limit:
             pause = min(60.0, 2.0 ** (tries - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
             heapq.heappush(self.delayed, (time.monotonic() + pause, next(self.tie), work))
@@ -248,7 +250,7 @@ class Driver:
         """End a worker at which everything fails, such as one whose accelerator is in a bad state; others follow."""
         assert slot.started is not None
         self.events.add("worker_replaced", node=slot.started.node, pid=slot.started.pid, failures=slot.failures)
-        self.progress.say(f"a worker is replaced: {slot.failures} shards in a row have failed at it")
+        self._say(f"a worker is replaced: {slot.failures} shards in a row have failed at it")
         self.queue.extendleft(slot.leases.values())
         self.pool.remove(slot)
 
@@ -287,7 +289,7 @@ class Driver:
             self.events.add(event, pid=death.worker.pid, shards=names, node_lost=lost_node, error=death.why)
             why = "its node was lost" if lost_node else death.why
             what = "hung and was ended" if hung else "died"
-            self.progress.say(f"a worker {what} ({why}); in flight: {', '.join(names)}")
+            self._say(f"a worker {what} ({why}); in flight: {', '.join(names)}")
             for work in death.works:
                 if lost_node:
                     self.queue.appendleft(work)
@@ -300,9 +302,9 @@ class Driver:
 
     def _give_up(self, work: Work, layer: str, reason: Reason, detail: str) -> None:
         """Quarantine a shard in ``layer`` and in what needs it; its other layers get another chance without them."""
-        self.store.quarantine(layer, work.shard, [(None, reason, detail)])
+        self.store.quarantine(layer, work.shard, [(None, reason, self.tell(detail))])
         self.events.add("shard_quarantined", shard=work.shard, layer=layer, reason=reason.value, detail=detail[:2000])
-        self.progress.say(f"{work.shard}: {reason.value} in {layer}, in quarantine")
+        self._say(f"{work.shard}: {reason.value} in {layer}, in quarantine")
         self._count_quarantined(work.shard)
         lost = {layer}
         for name in work.layers:
@@ -325,6 +327,9 @@ class Driver:
                 f"failures.allowed_share = {share:g}, which looks like one fault of them all. See quarantine/ for the "
                 "reasons, mend it and run with --retry-quarantined."
             )
+
+    def _say(self, text: str) -> None:
+        self.progress.say(self.tell(text))
 
     # -- numbers
 

@@ -6,6 +6,7 @@ import datetime
 import json
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ import yaml
 from reinforce.config import Config
 from reinforce.store import Store
 from reinforce.urls import canonical
+from teachers.redact import public
 
 _PART_BYTES = 2**20
 _FLUSH_SECONDS = 10.0
@@ -23,10 +25,12 @@ class Events:
     """Appends events; in an object store nothing can be appended, so the current part is put again, whole, every few
     seconds until it holds a megabyte and the next begins."""
 
-    def __init__(self, store: Store, config: Config) -> None:
+    def __init__(self, store: Store, config: Config, tell: Callable[[str], str]) -> None:
+        """``tell`` takes secrets out of texts."""
         now = datetime.datetime.now(datetime.timezone.utc)
         self.run = f"{now:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
         self._store = store
+        self._tell = tell
         self._part = 0
         self._lines: list[bytes] = []
         self._dirty = False
@@ -38,7 +42,8 @@ class Events:
 
     def add(self, event: str, **values: Any) -> None:
         record = {"time": round(time.time(), 3), "event": event, **values}
-        self._lines.append(json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n")
+        line = self._tell(json.dumps(record, ensure_ascii=False, default=str))
+        self._lines.append(line.encode("utf-8", "replace") + b"\n")
         self._dirty = True
 
     def flush_when_due(self) -> None:
@@ -61,8 +66,8 @@ class Events:
 
 
 def _public(config: Config) -> dict[str, Any]:
-    """The config without credentials that URLs may carry."""
-    data = config.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    """The config without the credentials that URLs and options may carry."""
+    data: dict[str, Any] = public(config.model_dump(mode="json", by_alias=True, exclude_defaults=True))
     source = config.source if isinstance(config.source, list) else [config.source]
     data["source"] = [_without_credentials(url) for url in source]
     data["output"] = canonical(config.output)

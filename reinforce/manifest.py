@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import schemas
-from reinforce.config import Config
+from reinforce.config import LAYER_NAME, Config
+from reinforce.errors import UserError
 from reinforce.layers import SAMPLES, Layer
 
 
@@ -56,6 +57,18 @@ def update_manifest(
     for name in config.captioners:
         manifest["captioners"][name] = {"model": _model_of(layers, name, "captions")}
     return manifest
+
+
+def check_names(manifest: Mapping[str, Any], where: str) -> None:
+    """Raise UserError where a name that becomes part of a path cannot be one of a layer, as in a forged manifest."""
+    try:
+        parts = [part for name in manifest["layers"] for part in name.split("/")]
+        names = [*parts, *manifest["teachers"], *manifest["captioners"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: dataset.json is not one of a reinforced dataset. Restore it.") from error
+    for name in names:
+        if not LAYER_NAME.fullmatch(name):
+            raise UserError(f"{where}: dataset.json names a layer {name!r}, which no run does. Restore it.")
 
 
 def _model_of(layers: Mapping[str, Layer], name: str, folder: str) -> Any:

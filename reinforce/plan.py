@@ -3,6 +3,7 @@ teacher; nothing is started or written here."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from reinforce.errors import UserError
 from reinforce.layers import SAMPLES, Layer
 from reinforce.recipe import describe_models, layers_of
 from reinforce.store import MANIFEST, Store, fingerprint_error
-from reinforce.urls import canonical, compression, expand, shard_names
+from reinforce.urls import canonical, compression, expand, is_public, shard_names
 from schemas import Reason
 
 #: Reasons for which a shard has no file in a layer; a damaged one has a file with the rows beside the damage.
@@ -101,6 +102,12 @@ def shards_of(config: Config) -> dict[str, str]:
     if config.images == "reference" and (packed := next(filter(compression, urls), None)):
         raise UserError(
             f"source: images: reference needs uncompressed .tar shards; {canonical(packed)} is none: use images: embed"
+        )
+    if config.images == "reference" and (private := next(itertools.filterfalse(is_public, urls), None)):
+        raise UserError(
+            f"source: images: reference stores where each image lies, without user, password and query, and "
+            f"{canonical(private)} cannot be read without its own: give credentials by the environment (such as "
+            "AWS_ACCESS_KEY_ID, or fsspec's configuration), or use images: embed"
         )
     return dict(zip(shard_names(urls), urls, strict=True))
 

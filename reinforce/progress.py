@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from reinforce.terminal import plain
+
 if TYPE_CHECKING:
     from typing import Self
 
@@ -57,7 +59,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """One plain line that stays."""
-        self._console.print(text, soft_wrap=True, markup=False)
+        self._console.print(plain(text), soft_wrap=True, markup=False)
 
     def draw(self, line: str, done: float, total: float) -> None:
         """Show how much of a total is done; call it as often as you like."""

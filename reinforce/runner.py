@@ -18,6 +18,7 @@ from reinforce.progress import Progress
 from reinforce.store import MANIFEST, Store
 from reinforce.summary import RunSummary, nothing_to_do
 from reinforce.urls import canonical, filesystem
+from teachers.redact import Discretion
 
 
 def run(
@@ -30,6 +31,13 @@ def run(
     what the user has to mend.
     """
     config = as_config(config)
+    try:
+        return _run(config, address, retry_quarantined)
+    except UserError as error:  # what a storage or a model says may hold what the config says
+        raise UserError(Discretion(config.model_dump(mode="json"))(str(error))) from None
+
+
+def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSummary:
     store = Store(config.output)
     store.check_writable()
     with store.lock():

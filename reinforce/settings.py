@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from reinforce.errors import UserError
+from teachers.redact import is_secret, public
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -34,7 +35,7 @@ def load(model: type[Model], path: str | Path, overrides: list[str] | None = Non
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"config {path} is not YAML: {error}") from error
+        raise UserError(f"config {path} is not YAML: {_problem(error)}") from None  # the error quotes the file
     if section is not None and isinstance(data, dict):
         if section not in data:
             raise UserError(f"config {path} has no `{section}`: add it, or give a config that has it.")
@@ -77,7 +78,8 @@ def _explain(model: type[BaseModel], fault: dict[str, Any]) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return message
-    return f"{message}, got {fault['input']!r}"
+    hidden = any(is_secret(str(part)) for part in fault["loc"])
+    return message if hidden else f"{message}, got {public(fault['input'])!r}"
 
 
 def _neighbours(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
@@ -119,9 +121,9 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _override(data: dict[str, Any], override: str) -> None:
-    path, equals, value = override.partition("=")
+    path, equals, value = override.partition("=")  # of which the value is not told: it may be a secret
     if not equals or not path:
-        raise UserError(f"--set {override!r}: want key.sub=value, for example --set workers.cpus=4")
+        raise UserError(f"--set {path!r}: want key.sub=value, for example --set workers.cpus=4")
     *parents, last = path.split(".")
     node: Any = data
     for part in parents:
@@ -129,8 +131,14 @@ def _override(data: dict[str, Any], override: str) -> None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            raise UserError(f"--set {override!r}: `{part}` is not a section")
+            raise UserError(f"--set {path}: `{part}` is not a section")
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not YAML: {error}") from error
+        raise UserError(f"--set {path}: the value is not YAML: {_problem(error)}") from None
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the text itself."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or type(error).__name__
+    return f"{problem} in line {mark.line + 1}, column {mark.column + 1}" if mark else problem

@@ -30,6 +30,7 @@ from schemas import Reason
 from teachers.pixels import to_pixels
 from teachers.postprocess import clean
 from teachers.protocols import Captioner, ImageSpec
+from teachers.redact import Discretion
 
 Refused = tuple[str | None, Reason, str]
 
@@ -60,6 +61,10 @@ class LayerFailure(RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.args[0]}: {self.args[1]}"
+
+
+class ShardFailure(RuntimeError):
+    """What came of a shard that raised, in words: errors of many storages cannot travel between processes."""
 
 
 def process_shard(
@@ -323,8 +328,9 @@ class _Shard:
 
     def _publish(self, writers: Mapping[str, LayerWriter]) -> None:
         """Quarantine first, then each layer after those it needs: a file that is there has nothing left to say."""
+        tell = Discretion(self.config.model_dump(mode="json")) if self.refused else str
         for name, rows in self.refused.items():
-            self.store.quarantine(name, self.work.shard, rows)
+            self.store.quarantine(name, self.work.shard, [(key, reason, tell(detail)) for key, reason, detail in rows])
         if self.given_up is None:
             for writer in writers.values():
                 writer.commit()

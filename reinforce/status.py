@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rich.table import Table
+from rich.text import Text
 
 from reinforce.errors import UserError
 from reinforce.layers import SAMPLES
+from reinforce.manifest import check_names
 from reinforce.plan import Plan
 from reinforce.store import MANIFEST, Store
 from reinforce.summary import human_bytes
+from reinforce.terminal import plain
 
 _QUARANTINE_FILES = 1000
 
@@ -35,7 +38,8 @@ def status_of(url: str) -> dict[str, Any]:
     store = Store(url)
     manifest = store.read_json(MANIFEST)
     if manifest is None:
-        raise UserError(f"{url} is not a reinforced dataset: it has no {MANIFEST}.")
+        raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST}.")
+    check_names(manifest, store.url)
     layers, quarantine = {}, {}
     for name, entry in manifest["layers"].items():
         sizes = store.shards(name)
@@ -48,7 +52,7 @@ def status_of(url: str) -> dict[str, Any]:
         if files:
             quarantine[name] = {"files": len(files), "reasons": dict(reasons.most_common())}
     return {
-        "url": url,
+        "url": store.url,
         "samples": layers[SAMPLES]["shards"],
         "layers": layers,
         "quarantine": quarantine,
@@ -68,7 +72,7 @@ def status_table(status: dict[str, Any]) -> Table:
             "captions": f"{layer.get('count')} captions",
         }.get(layer["kind"], f"[{layer.get('count')}, {layer.get('dim')}] {layer.get('dtype')}")
         row = (name, f"{layer['shards']:,}/{status['samples']:,}", human_bytes(layer["bytes"]))
-        table.add_row(*row, what.replace("[", "\\["))
+        table.add_row(*(Text(plain(cell)) for cell in (*row, what)))
     return table
 
 

@@ -29,6 +29,7 @@ from reinforce.errors import UserError
 from reinforce.layers import Layer
 from reinforce.urls import filesystem
 from schemas import Reason
+from teachers.redact import told
 
 MANIFEST = "dataset.json"
 _TEMP = ".tmp"
@@ -49,8 +50,8 @@ class Store:
     """The files of one dataset at ``url`` (a folder or any fsspec URL)."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self.fs, root = filesystem(self.url)
+        self.url = told(url.rstrip("/"))  # as it may be told
+        self.fs, root = filesystem(url.rstrip("/"))
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from reinforce.plan import Plan
 from teachers.postprocess import COUNTS
+from teachers.redact import told
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class RunSummary:
 
     def text(self, output: str) -> str:
         """The summary for people, a few lines."""
+        output = told(output)
         if self.run is None:
             return self.message
         rate = self.samples / self.seconds if self.seconds else 0.0
@@ -75,7 +77,7 @@ def verdict(quarantined: int, shards: int, allowed_share: float) -> tuple[int, s
 def nothing_to_do(plan: Plan) -> RunSummary:
     """The summary of a run that found every layer complete."""
     status, message = verdict(plan.quarantined, plan.shards, plan.config.failures.allowed_share)
-    text = f"nothing to do: {plan.shards:,} shards, {len(plan.layers)} layers, all there in {plan.config.output}"
+    text = f"nothing to do: {plan.shards:,} shards, {len(plan.layers)} layers, all there in {told(plan.config.output)}"
     if plan.quarantined:
         text += f" but for {plan.quarantined:,} quarantined shards (--retry-quarantined tries them again)"
     if status:

@@ -15,6 +15,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import UserError
+from teachers.redact import USER_IS_ADDRESS
 
 #: Endings of a tar and how it is compressed.
 COMPRESSIONS: dict[str, str | None] = {
@@ -33,7 +34,6 @@ _LONGEST_STEM = 100  # with the hash and .parquet well below the 255 bytes a fil
 _GLOB = re.compile(r"[*?\[]")
 _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])")
-_USER_IS_ADDRESS = {"abfs", "abfss", "wasb", "wasbs", "github"}  # what stands before the @ is a container or repository
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -75,6 +75,15 @@ def canonical(url: str) -> str:
     segments = url.split("::")
     kept = [segment for segment in segments[:-1] if "://" in segment] + segments[-1:]
     return "::".join(_canonical(segment) for segment in kept)
+
+
+def is_public(url: str) -> bool:
+    """Whether its canonical form still says all that it takes to read the file."""
+    return all(
+        _canonical(segment).partition("://")[2] == segment.partition("://")[2]
+        for segment in url.split("::")
+        if "://" in segment and not segment.lower().startswith(("file://", "local://"))
+    )
 
 
 def shard_name(url: str) -> str:
@@ -121,7 +130,7 @@ def _canonical(segment: str) -> str:
         return os.path.abspath(LocalFileSystem._strip_protocol(segment))
     rest = re.split(r"[?#]", rest, maxsplit=1)[0]
     authority, slash, path = rest.partition("/")
-    if scheme not in _USER_IS_ADDRESS:
+    if scheme not in USER_IS_ADDRESS:
         authority = authority.rpartition("@")[2]
     return f"{scheme}://{authority}{slash}{path}"
 

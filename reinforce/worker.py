@@ -17,12 +17,14 @@ import ray
 import torch
 
 from reinforce.config import Config
+from reinforce.errors import UserError
 from reinforce.layers import Layer
 from reinforce.models import Counters, Models, load_models
 from reinforce.plan import Work
-from reinforce.shard import ShardResult, process_shard
+from reinforce.shard import LayerFailure, ShardFailure, ShardResult, process_shard
 from reinforce.store import Store
 from reinforce.watch import Pulse, WatchedThreads
+from teachers.redact import Discretion
 
 SHARDS_IN_FLIGHT = 2
 
@@ -46,6 +48,7 @@ class Worker:
         self.folders = [path for path in (os.getcwd(), folder) if os.path.isdir(path)]
         self.pool = WatchedThreads(config.workers.cpus)
         self.store = Store(config.output)
+        self.tell = Discretion(config.model_dump(mode="json"))
         self.models: Models | None = None
 
     def load(self) -> Started:
@@ -66,9 +69,16 @@ class Worker:
         return Started(node, os.getpid(), str(self.models.accelerator.device), known)
 
     def process(self, work: Work) -> ShardResult:
-        """Compute and commit the missing layers of one shard."""
+        """Compute and commit the missing layers of one shard. Raises UserError, LayerFailure or ShardFailure."""
         assert self.models is not None
-        return process_shard(work, self.config, self.layers, self.store, self.models, self.pool)
+        try:
+            return process_shard(work, self.config, self.layers, self.store, self.models, self.pool)
+        except UserError:
+            raise
+        except LayerFailure as error:
+            raise LayerFailure(error.layer, self.tell(str(error.args[1]))) from None
+        except Exception as error:
+            raise ShardFailure(self.tell(f"{type(error).__name__}: {error}")) from None
 
     def pulse(self) -> Pulse:
         """What is done so far and what is being done, also while shards run."""

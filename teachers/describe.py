@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from teachers import open_clip_catalog, postprocess, transformers_catalog, weights
+from teachers.redact import public
 from teachers.spec import DECODING, CaptionerSpec, ModelSpec, TeacherSpec
 
 #: What chat models of transformers alone are told; part of an identity only where it is set.
@@ -140,7 +141,7 @@ def _describe_class(spec: TeacherSpec) -> ModelInfo:
 
 
 def _class_identity(spec: ModelSpec, cls: type) -> dict[str, Any]:
-    identity: dict[str, Any] = {"class": spec.class_, "options": spec.options}
+    identity: dict[str, Any] = {"class": spec.class_, "options": public(spec.options)}
     version = getattr(cls, "version", None)
     if isinstance(version, (str, int, float)):
         identity["version"] = version

@@ -108,6 +108,19 @@ class Poisoned(Colour):
         return super().encode_texts(texts)
 
 
+class Chatty(Colour):
+    """Tells its token in every error, as services do."""
+
+    def __init__(self, device: torch.device, hf_token: str, endpoint: str) -> None:
+        super().__init__(device, size=8, dim=4)
+        self.token, self.endpoint = hf_token, endpoint
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        if len(texts) > 1:
+            raise RuntimeError(f"{self.endpoint} does not let {self.token} in")
+        return super().encode_texts(texts)
+
+
 class Misshapen(Colour):
     """States a dimension that it does not give."""
 

@@ -1,0 +1,204 @@
+"""What a config knows to get in is used, and never told or stored."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reinforce
+from reinforce.config import parse_config
+from reinforce.plan import make_plan
+from reinforce.terminal import plain
+from teachers.redact import SECRET, Discretion, is_secret, public, told
+from tests.conftest import config_of, members_of, write_tar
+
+PASSWORD, SIGNATURE, TOKEN = "p4ssw0rd-of-eve", "c0ffee-signature", "hf_t0ken-of-eve"
+
+
+class _Server(http.server.SimpleHTTPRequestHandler):
+    """Files by ranges to whom the user and the signature are known; those with ``broken`` in their name never."""
+
+    folder: Path
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        data = (self.folder / path.strip("/")).read_bytes()
+        allowed = self.headers.get("Authorization", "").startswith("Basic ") and SIGNATURE in query
+        if not allowed or ("broken" in path and self.command == "GET"):
+            self.send_error(403 if not allowed else 500)
+            return
+        begin, end = 0, len(data)
+        if found := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            begin, end = int(found[1]), min(end, int(found[2] or end) + 1)
+        self.send_response(206 if found else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
+        self.send_header("Content-Length", str(end - begin))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[begin:end])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    write_tar(tmp_path / "good.tar", members_of(0, 5))
+    write_tar(tmp_path / "broken.tar", members_of(1, 5))
+    handler = type("Handler", (_Server,), {"folder": tmp_path})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def secretive(address: str, output: Path, **changes: Any) -> dict[str, Any]:
+    urls = [f"http://eve:{PASSWORD}@{address}/{name}.tar?X-Amz-Signature={SIGNATURE}" for name in ("good", "broken")]
+    options = {"hf_token": TOKEN, "endpoint": f"https://eve:{PASSWORD}@models.example/v1?sig={SIGNATURE}"}
+    config = config_of(urls, output, captioners={}, **changes)  # type: ignore[arg-type]
+    config["teachers"] = {
+        "red": {"class": "tests.models:Colour"},
+        "chatty": {"class": "tests.models:Chatty", "options": options},
+    }
+    config["failures"] = {"allowed_share": 1.0, "attempts": 1}
+    return config
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_with_secrets_reads_its_source_and_tells_and_stores_none_of_them(
+    address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "k3y-of-the-environment")
+    output = tmp_path / "out"
+    summary = reinforce.run(secretive(address, output))
+    assert summary.refused == {}
+    assert summary.quarantined_shards == 2, "the broken one, and the good one at the teacher that is not let in"
+    said = "".join(capfd.readouterr())
+    assert f"500, message='Internal Server Error', url='http://{address}/broken.tar'" in said
+    assert f"https://models.example/v1 does not let {SECRET} in" in said
+
+    files = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    files |= {path: path.read_bytes() for path in logs.rglob("*") if path.is_file()}
+    assert any(path.name.startswith("worker") for path in files)
+    for secret in (PASSWORD, SIGNATURE, TOKEN, "k3y-of-the-environment"):
+        assert secret not in said
+        assert [str(path) for path, data in files.items() if secret.encode() in data] == []
+
+    config = yaml.safe_load(next(path for path in files if path.name == "config.yaml").read_text())
+    assert config["source"] == [f"http://{address}/{name}.tar" for name in ("good", "broken")]
+    assert config["teachers"]["chatty"]["options"] == {"hf_token": SECRET, "endpoint": "https://models.example/v1"}
+    manifest = json.loads((output / "dataset.json").read_text())
+    assert manifest["teachers"]["chatty"]["model"]["options"]["hf_token"] == SECRET
+    [samples] = (output / "samples").glob("*.parquet")
+    assert pq.read_metadata(samples).metadata[b"reinforce.source"].decode() == f"http://{address}/good.tar"
+
+
+def test_another_token_or_signature_is_the_same_layer_and_another_option_is_not(address: str, tmp_path: Path) -> None:
+    def fingerprint(**options: str) -> str:
+        config = secretive(address, tmp_path / "out")
+        config["source"] = "x.tar"
+        config["teachers"]["chatty"]["options"] |= options
+        return make_plan(parse_config(config)).layers["embeddings/chatty/caption"].fingerprint
+
+    assert fingerprint() == fingerprint(hf_token="another") == fingerprint(endpoint="https://models.example/v1?sig=2")
+    assert fingerprint() != fingerprint(endpoint="https://models.example/v2")
+    assert fingerprint() != fingerprint(endpoint="https://models.example/v1?version=2")
+
+
+def test_references_that_could_not_be_read_again_without_a_secret_are_refused(address: str, tmp_path: Path) -> None:
+    config = secretive(address, tmp_path / "out", images="reference")
+    with pytest.raises(reinforce.UserError, match="give credentials by the environment") as caught:
+        reinforce.run(config)
+    assert PASSWORD not in str(caught.value)
+    assert SIGNATURE not in str(caught.value)
+
+
+def test_errors_of_configs_and_storages_do_not_quote_secrets(tmp_path: Path) -> None:
+    from reinforce.config import load_config
+
+    path = tmp_path / "config.yaml"
+    path.write_text(f"source: x\noutput: y\ntoken: {TOKEN}\nteachers: {{a: {{class: [{TOKEN}: }}}}\n")
+    faults = []
+    for text, overrides in (
+        (path.read_text(), []),
+        (f"source: {{password: {TOKEN}}}\noutput: y", []),
+        (f"source: 'https://eve:{PASSWORD}@h/x.tar'\noutput: y\nseed: 'https://h/x?sig={SIGNATURE}'", []),
+        ("source: x\noutput: y", [f"source.deep.token={TOKEN}"]),
+        ("source: x\noutput: y", [f"teachers.a.options.token=[{TOKEN}"]),
+    ):
+        path.write_text(text)
+        with pytest.raises(reinforce.UserError) as caught:
+            load_config(path, overrides)
+        faults.append(str(caught.value))
+    with pytest.raises(reinforce.UserError) as caught:
+        reinforce.open(f"memory://eve:{PASSWORD}@h/nothing?sig={SIGNATURE}")
+    faults.append(str(caught.value))
+    for secret in (PASSWORD, SIGNATURE, TOKEN):
+        assert not [fault for fault in faults if secret in fault]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["token", "hf_token", "hfToken", "HF_TOKEN", "password", "db_password", "secret", "client-secret", "apiKey",
+     "api_key", "AWS_SECRET_ACCESS_KEY", "aws_access_key_id", "account_key",
+     "credentials", "SAS_TOKEN", "connection_string"],
+)  # fmt: skip
+def test_names_of_secrets_are_known(name: str) -> None:
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize("name", ["tokens", "max_tokens", "pad_token", "key", "keys", "sort_key", "tokenizer", "width"])
+def test_names_of_other_options_are_left_alone(name: str) -> None:
+    assert not is_secret(name)
+
+
+WORDS = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=8, max_size=20)
+
+
+@given(WORDS, WORDS, WORDS)
+def test_urls_in_any_text_are_told_without_their_secrets(user: str, password: str, signature: str) -> None:
+    url = f"https://{user}:{password}@host.example/a/b.tar?X-Amz-Signature={signature}&x=1#{password}"
+    for text in (url, f"could not get '{url}': 403", f'{{"url": "{url}"}}', f"simplecache::{url}"):
+        expected = text.replace(url, "https://host.example/a/b.tar")
+        assert told(text) == expected
+        assert Discretion({"source": url})(text) == expected
+    bare = f"Max retries exceeded with url: /b.tar?X-Amz-Signature={signature}"  # no URL any more
+    assert signature not in Discretion({"source": [url]})(bare)
+    assert public({"a": [url], "n": 3, "secret": [user]}) == {
+        "a": ["https://host.example/a/b.tar"], "n": 3, "secret": SECRET
+    }  # fmt: skip
+
+
+@given(st.text())
+def test_no_text_moves_the_cursor_or_turns_the_line(text: str) -> None:
+    shown = plain(text + "\x1b[2J\x9b31m\u202egnp.exe\r")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown)
+    assert "\\x1b[2J" in shown
+
+
+def test_a_forged_manifest_names_no_path_and_no_markup(tmp_path: Path) -> None:
+    from reinforce.status import status_of
+
+    for name in ("../../etc", "embeddings/../x", "[red]x", "\x1b[2J"):
+        manifest = {"schema_version": 1, "layers": {"samples": {}, name: {}}, "teachers": {}, "captioners": {}}
+        (tmp_path / "dataset.json").write_text(json.dumps(manifest))
+        for read in (reinforce.open, status_of):
+            with pytest.raises(reinforce.UserError, match=r"names a layer .*, which no run does"):
+                read(str(tmp_path))
