@@ -12,7 +12,10 @@ import pytest
 import yaml
 
 import reinforce
+from reinforce import settings
+from reinforce.cli import app
 from reinforce.config import parse_config
+from reinforce.student.config import StudentConfig
 from tests.conftest import members_of, write_tar
 from tests.tiny_coca import coca_model
 from tests.tiny_models import open_clip_model
@@ -60,15 +63,19 @@ def test_the_snippets_run_and_agree(demo: Path, capsys: pytest.CaptureFixture[st
     assert first.images["tiny"].shape == (2, 64)
 
 
-def test_the_config_shown_is_valid() -> None:
-    config = parse_config(yaml.safe_load(blocks("yaml")[0]))
-    assert set(config.teachers) == {"dfn2b", "siglip", "ours"}
+def test_the_configs_shown_are_valid() -> None:
+    run, captioners, student = (yaml.safe_load(block) for block in blocks("yaml"))
+    assert set(parse_config(run).teachers) == {"dfn2b", "siglip", "ours"}
+    assert set(parse_config({**run, **captioners}).captioners) == {"coca", "blip", "chat"}
+    assert settings.parse(StudentConfig, student).evaluate.best_metric == "zero_shot/imagenet/top1"
 
 
 def test_every_file_and_command_named_exists() -> None:
     root = Path(__file__).parents[1]
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (root / link).exists(), link
-    targets = re.findall(r"^([a-z]+):.*##", (root / "Makefile").read_text(), flags=re.MULTILINE)
-    for target in re.findall(r"`?make ([a-z]+)", "\n".join(blocks("console"))):
+    targets = re.findall(r"^([a-z-]+):.*##", (root / "Makefile").read_text(), flags=re.MULTILINE)
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert set(re.findall(r"^reinforce ([a-z-]+)", "\n".join(blocks("console")), flags=re.MULTILINE)) <= commands
+    for target in re.findall(r"`?make ([a-z-]+)", "\n".join(blocks("console"))):
         assert target in targets
