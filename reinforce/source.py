@@ -194,7 +194,7 @@ def _samples(stream: Readable, size: int | None, limits: Limits) -> Iterator[Raw
             if isinstance(item, DamagedTar):
                 damages.append((item, last))
                 continue
-            last = _valid(item.name)[-200:]
+            last = item.name
             key, extension = _split(item.name)
             if key:
                 yield key, extension, item
@@ -217,7 +217,8 @@ def _samples(stream: Readable, size: int | None, limits: Limits) -> Iterator[Raw
         yield Refusal(None, Reason.SHARD_UNREADABLE, damages[0][0].detail)
         return
     for damage, before in damages:
-        detail = f"{damage}; " + (f"the member before it is {before!r}" if before else "no member comes before it")
+        name = _valid(before)[-200:]
+        detail = f"{damage}; " + (f"the member before it is {name!r}" if before else "no member comes before it")
         yield Refusal(None, Reason.SHARD_DAMAGED, detail)
     if 2 * split > len(seen):
         yield Refusal(
