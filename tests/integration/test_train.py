@@ -1,0 +1,221 @@
+"""`reinforce train` as users start it: killed, interrupted, on two ranks, and told what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import reinforce
+from reinforce.cli import main
+from tests.student.reinforced import small_dataset
+from tests.student.students import student_folder
+from tests.training.tiny import curve, rows
+
+ROOT = Path(__file__).parents[2]
+Start = Callable[..., subprocess.Popen[str]]
+STEPS, BATCH = 60, 8  # 44 samples: an epoch ends in the middle of a step
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A config but for its output."""
+    folder = tmp_path_factory.mktemp("train")
+    url = small_dataset(folder)
+    return {
+        "output": "",
+        "seed": 3,
+        "student": {"model": student_folder(folder / "student")},
+        "data": {"datasets": url, "workers": 1, "streams": 2, "window": 16},
+        "loss": {"lambda": 0.7, "logit_scales": {"blue": 60.0}},
+        "train": {
+            "steps": STEPS,
+            "batch": BATCH,
+            "optimizer": {"lr": 0.002, "warmup": 5},
+            "ema": 0.9,
+            "checkpoints": {"every": 7, "keep": 2},
+            "log_every": 1,
+        },
+        "evaluate": {"every": 20, "retrieval": {"own": {"pairs": url}}},
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed")
+    results = reinforce.train({**base, "output": str(output)})
+    assert results.steps == STEPS
+    return output
+
+
+def written(config: dict[str, Any], output: Path, changes: dict[str, Any] | None = None) -> str:
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump({**config, "output": str(output), **(changes or {})}))
+    return str(path)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts Python with the given arguments; what still runs at the end is killed, with its children."""
+    processes = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**environment, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    log = output / "log.jsonl"
+    while not log.exists() or f'"step": {step},' not in log.read_text():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def assert_same(output: Path, undisturbed: Path) -> None:
+    """The same rows, but for what the clock says, and the same weights, bit for bit."""
+    timing = ("samples_per_second", "waiting", "memory")
+    ours, theirs = (
+        [{k: v for k, v in row.items() if k not in timing} for row in rows(o)] for o in (output, undisturbed)
+    )
+    assert ours == theirs
+    for name in (f"checkpoints/step-{STEPS:09d}.safetensors", "student/open_clip_model.safetensors"):
+        one, two = load_file(output / name), load_file(undisturbed / name)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_killed_and_interrupted_it_goes_on_with_the_same_batches_and_curve(
+    start: Start, base: dict[str, Any], undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    config = written(base, output)
+    killed = start("-m", "reinforce", "train", config)
+    wait_for_step(killed, output, 12)
+    killed.send_signal(signal.SIGSTOP)  # while it holds the lock
+    with pytest.raises(SystemExit) as refused:
+        main(["train", config])
+    assert refused.value.code == 2
+    assert "another run is writing to" in capfd.readouterr().err
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    reached = rows(output)[-1]["step"]
+    saved = max(int(path.stem.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*"))
+    assert 12 <= reached < STEPS
+
+    interrupted = start("jobs/train_student.py", "--config", config)
+    wait_for_step(interrupted, output, max(25, reached + 2))
+    interrupted.send_signal(signal.SIGINT)
+    said, _ = interrupted.communicate(timeout=60)
+    assert interrupted.returncode == 130, said
+    assert "run again to go on" in said
+    assert f"going on after step {saved} of" in said
+    assert "Traceback" not in said
+    stopped_at = rows(output)[-1]["step"]
+    assert stopped_at < STEPS
+    assert (output / f"checkpoints/step-{stopped_at:09d}.safetensors").exists()
+
+    with pytest.raises(SystemExit) as ended:
+        main(["train", config])
+    assert ended.value.code == 0
+    told = capfd.readouterr().out
+    assert f"going on after step {stopped_at} of {STEPS}" in told
+    assert f"for {STEPS} steps on {STEPS * BATCH} samples" in told
+    assert "retrieval/own/text_to_image/r1" in told
+    assert_same(output, undisturbed)
+
+
+def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_their_curve_is_that_of_one(
+    start: Start, base: dict[str, Any], undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    config = written(base, output)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "reinforce", "train"]
+    stopped = start(*command, config)
+    wait_for_step(stopped, output, 10)
+    stopped.send_signal(signal.SIGTERM)
+    said, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode != 0
+    stopped_at = rows(output)[-1]["step"]
+    assert (output / f"checkpoints/step-{stopped_at:09d}.safetensors").exists(), said
+
+    done = start(*command, config)
+    said, _ = done.communicate(timeout=120)
+    assert done.returncode == 0, said
+    assert f"going on after step {stopped_at}" in said
+    assert said.count(f"for {STEPS} steps on") == 1, "rank 0 alone tells"
+    np.testing.assert_allclose(curve(output), curve(undisturbed), rtol=2e-3)
+
+
+def test_what_comes_out_loads_in_plain_open_clip(undisturbed: Path) -> None:
+    model = open_clip.create_model(f"local-dir:{undisturbed}/student")
+    averaged = load_file(undisturbed / f"checkpoints/step-{STEPS:09d}.safetensors")
+    weights = dict(model.named_parameters())
+    assert torch.equal(weights["text_projection"], averaged["average/clip.text_projection"])
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert results["steps"] == STEPS
+    assert results["metrics"].keys() == {
+        f"retrieval/own/{way}/r{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)
+    }
+
+
+Fault = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (lambda c: {"train": {**c["train"], "stepz": 3}}, "train.stepz: unknown key; known keys here: steps"),
+        (lambda c: {"train": {**c["train"], "epochs": 2}}, "give either `steps` or `epochs`"),
+        (lambda c: {"train": {**c["train"], "compute": {"accumulate": 3}}}, "batch (8) must be a multiple of"),
+        (lambda c: {"data": {**c["data"], "datasets": "nowhere"}}, "nowhere"),
+        (lambda c: {"data": {**c["data"], "teachers": ["green"]}}, "no teacher 'green'"),
+        (lambda c: {"student": {"model": "ViT-Z-99"}}, "ViT-Z-99"),
+        (lambda c: {"loss": {"lambda": 0.7}}, "teacher blue has no logit scale"),
+        (lambda c: {"train": {**c["train"], "compute": {"gpus": 1}}}, "Set train.compute.gpus to 0"),
+        (lambda c: {"evaluate": {"retrieval": {"own": {"pairs": "nothing-here"}}}}, "nothing-here"),
+        (lambda c: {"output": "/proc/no"}, "output /proc/no cannot be written"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_starts(
+    base: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str], fault: Fault, told: str
+) -> None:
+    if "gpus" in told and torch.cuda.is_available():
+        pytest.skip("there is one")
+    config = written(base, tmp_path / "out", fault(base))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", config])
+    assert ended.value.code == 2
+    assert told in capfd.readouterr().err
+    assert not (tmp_path / "out/log.jsonl").exists()
