@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,17 +50,30 @@ class ZippedShard:
         self._shard, self._files, self._columns = shard, files, columns
         self.row_groups: int = files[SAMPLES].num_row_groups
 
-    def read(self, row_group: int) -> dict[str, pa.Table]:
-        """Tables of one row group by layer, aligned by key. Raises UserError where they are not."""
-        tables = {}
-        for name, file in self._files.items():
-            with naming(f"{name}/{self._shard}.parquet"):
-                tables[name] = file.read_row_group(row_group, self._columns.get(name), use_threads=False)
-        keys = tables[SAMPLES]["key"]
-        for name, table in tables.items():
+    def row_group(self, number: int) -> tuple[pa.Table, Callable[[str], pa.Table]]:
+        """The samples of a row group, and a function that reads another layer of it, aligned by key.
+
+        Raises UserError where it is not, and where a file is damaged.
+        """
+        samples = self._read(SAMPLES, number)
+        keys = samples["key"]
+
+        def layer(name: str) -> pa.Table:
+            table = self._read(name, number)
             if not table["key"].equals(keys):
                 raise _out_of_step(name, self._shard)
-        return tables
+            return table
+
+        return samples, layer
+
+    def read(self, number: int) -> dict[str, pa.Table]:
+        """All layers of a row group, as ``row_group`` reads them."""
+        samples, layer = self.row_group(number)
+        return {name: samples if name == SAMPLES else layer(name) for name in self._files}
+
+    def _read(self, name: str, row_group: int) -> pa.Table:
+        with naming(f"{name}/{self._shard}.parquet"):
+            return self._files[name].read_row_group(row_group, self._columns.get(name), use_threads=False)
 
 
 def _out_of_step(layer: str, shard: str) -> UserError:

@@ -54,19 +54,16 @@ def decode(data: pa.Table | pa.RecordBatch) -> Floats:
     return vectors
 
 
-def valid(data: pa.Table | pa.RecordBatch) -> npt.NDArray[np.bool_]:
-    """Which rows are not null, [rows]."""
-    return np.asarray(data.column("embeddings").is_valid())
+def pick(data: pa.Table | pa.RecordBatch, index: npt.NDArray[np.intp]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Vector ``index[row]`` of every row -> float32 [rows, dim] of unit norm, and which rows are not null [rows].
 
-
-def pick(data: pa.Table | pa.RecordBatch, rows: npt.NDArray[np.intp], index: npt.NDArray[np.intp]) -> Floats:
-    """Vector ``index[i]`` of row ``rows[i]`` -> float32 [len(rows), dim] of unit norm; anything where a row is null.
-
-    Only what is picked is decoded. What storage took from the norm is given back, with int8's scales as well.
+    Only what is picked is decoded, and what storage took from the norm is given back, int8's scales included. The
+    vectors of null rows are anything.
     """
-    vectors: Floats = _rows(data.column("embeddings"))[0][rows, index].astype(np.float32)
+    stored, valid = _rows(data.column("embeddings"))
+    vectors: Floats = stored[np.arange(len(index)), index].astype(np.float32)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, norms, out=vectors, where=norms > 0)
+    return np.divide(vectors, norms, out=vectors, where=norms > 0), valid
 
 
 def _refuse_not_finite(values: npt.NDArray[np.floating]) -> None:

@@ -56,12 +56,20 @@ class Data(Section):
         "random", description="which augmentation and which synthetic caption: drawn, or by turns over the epochs"
     )
     samples: int | None = Field(None, ge=1, description="samples of one epoch; default: all of the datasets")
-    window: int = Field(4096, ge=1, description="samples among which rows are shuffled, beside shards and row groups")
+    window: int = Field(
+        4096,
+        ge=1,
+        description="samples of a stream among which rows are shuffled, beside all row groups; that many encoded images "
+        "are in memory for each stream",
+    )
     streams: int | None = Field(
-        None, ge=1, description="parallel runs of the order; equal streams give equal batches at any number of ranks"
+        None,
+        ge=1,
+        description="parts in which the data is read side by side, a multiple of ranks x workers (the default); equal "
+        "streams that divide the batch give equal batches at any number of ranks and workers",
     )
     workers: int = Field(1, ge=0, description="loader processes per rank; 0: the training process reads")
-    prefetch: int = Field(4, ge=1, description="batches that each loader process keeps ready")
+    prefetch: int = Field(4, ge=1, description="batches that are kept ready; each process makes its part of every one")
 
 
 class Loss(Section):

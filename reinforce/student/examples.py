@@ -5,9 +5,9 @@ Only what was picked is taken out of the columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ from reinforce.tar import DamagedTar
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.intp]
 Floats = npt.NDArray[np.float32]
+
+#: Reads one layer of a row group.
+ReadLayer: TypeAlias = Callable[[str], pa.Table]
 
 #: The true caption among the sources of texts; the others are captioners.
 TRUE = "caption"
@@ -102,20 +105,21 @@ class Examples(NamedTuple):
 
 
 def examples_of(
-    tables: Mapping[str, pa.Table], first: int, stop: int, origin: Origin, choice: Choice, epoch: int
+    samples: pa.Table, read: ReadLayer, first: int, stop: int, origin: Origin, choice: Choice, epoch: int
 ) -> Examples:
     """Rows ``first`` to ``stop`` of a row group as examples of one pass.
 
-    A row is usable where a text of every kind and all vectors are there; if one captioner could not serve it, its
-    text comes from another. Images that are referred to are read from their tar, in its order; raises UserError where
-    they cannot be.
+    ``read`` gives the row group of another layer; one is in memory at a time. A row is usable where a text of every
+    kind and all vectors are there; if one captioner could not serve it, its text comes from another. Images that are
+    referred to are read from their tar, in its order; raises UserError where they cannot be.
     """
-    tables = {name: table.slice(first, stop - first) for name, table in tables.items()}
-    samples = tables[SAMPLES]
+    samples = samples.slice(first, stop - first)
     keys: list[str] = samples["key"].to_pylist()
-    rows = np.arange(len(keys))
     draws = _Draws(choice, epoch, keys)
     usable, unusable = np.ones(len(keys), bool), {}
+
+    def rows_of(layer: str) -> pa.Table:
+        return read(layer).slice(first, stop - first)
 
     def need(present: Bools, reason: str) -> None:
         if lost := int((usable & ~present).sum()):
@@ -124,28 +128,30 @@ def examples_of(
 
     records = _Lists(samples["augmentations"])
     views = draws.index(0, records.counts)
-    augmentations = from_records(records.take(rows, views))
-    blocks = []
+    augmentations = from_records(records.take(views))
+    blocks: list[Floats] = []
     for teacher in choice.seeing:
         layer = embeddings_layer(teacher, "images")
-        need(vectors.valid(tables[layer]), f"{layer} is null")
-        blocks.append(vectors.pick(tables[layer], rows, views))
-    texts = []
+        picked, valid = vectors.pick(rows_of(layer), views)
+        need(valid, f"{layer} is null")
+        blocks.append(picked)
+    texts: list[list[str]] = []
     for number, kind in enumerate(choice.kinds):
-        sources = {name: _Source(tables, name, choice.reading) for name in choice.sources(kind)}
-        which, found = draws.source(2 + number, choice.sources(kind), sources)
+        weights = choice.sources(kind)
+        sources = [_source(samples, rows_of, name, choice.reading, draws) for name in weights]
+        which, found = draws.source(2 + number, [source.whole for source in sources], list(weights.values()))
         name = "caption" if kind == TRUE else "synthetic caption"
-        need(np.any([source.counts > 0 for source in sources.values()], axis=0), f"no {name}")
+        need(np.any([source.written for source in sources], axis=0), f"no {name}")
         need(found, f"no vectors of the {name}")
-        text, of_teachers = _text(sources, which, draws)
-        texts.append(text)
-        blocks += of_teachers
+        texts.append([sources[source].texts[row] or "" for row, source in enumerate(which.tolist())])
+        for of_sources in zip(*(source.vectors for source in sources), strict=True):
+            blocks.append(np.stack(of_sources)[which, np.arange(len(keys))])
     block = np.concatenate(blocks, axis=1) if blocks else np.empty((len(keys), 0), np.float32)
 
-    places = np.flatnonzero(usable)
+    places = np.flatnonzero(usable).tolist()
     examples: list[Example | None] = [None] * len(keys)
-    for i, image in zip(places.tolist(), _images(samples, places), strict=True):
-        examples[i] = Example(origin, keys[i], image, augmentations[i], tuple(t[i] for t in texts), block[i])
+    for i, image in zip(places, _images(samples, places), strict=True):
+        examples[i] = Example(origin, keys[i], image, augmentations[i], tuple(text[i] for text in texts), block[i])
     return Examples(examples, unusable)
 
 
@@ -163,55 +169,42 @@ class _Draws:
             return (self._fresh[:, number] * counts).astype(np.intp)
         return ((self._turn[:, number] * counts).astype(np.intp) + self._epoch) % np.maximum(counts, 1)
 
-    def source(self, number: int, weights: Mapping[str, float], sources: Mapping[str, _Source]) -> tuple[Ints, Bools]:
-        """Which source each row's text comes from, by weight among those that have one, and whether one has."""
-        edges = np.cumsum([sources[name].present * weight for name, weight in weights.items()], axis=0)
-        draws = self._fresh[:, number] * edges[-1]
-        which = np.minimum((edges <= draws).sum(axis=0), len(edges) - 1)
-        return which, edges[-1] > 0
+    def source(self, number: int, whole: Sequence[Bools], weights: Sequence[float]) -> tuple[Ints, Bools]:
+        """Which source each row's text comes from, by weight among those that are whole, and whether one is."""
+        edges = np.cumsum([rows * weight for rows, weight in zip(whole, weights, strict=True)], axis=0)
+        which = (edges <= self._fresh[:, number] * edges[-1]).sum(axis=0)
+        return np.minimum(which, len(edges) - 1), edges[-1] > 0
 
 
-class _Source:
-    """The texts of one source for every row, and the vectors that teachers gave them."""
+class _Source(NamedTuple):
+    """What was picked of one source of texts, for every row."""
 
-    def __init__(self, tables: Mapping[str, pa.Table], name: str, reading: Sequence[str]) -> None:
-        self.vectors = [tables[embeddings_layer(teacher, name)] for teacher in reading]
-        if name == TRUE:
-            self._true = tables[SAMPLES]["caption"]
-            self.counts = np.asarray(self._true.is_valid()).astype(np.intp)
-        else:
-            self._true, self._lists = None, _Lists(tables[captions_layer(name)]["captions"])
-            self.counts = self._lists.counts
-        self.present = self.counts > 0
-        for table in self.vectors:
-            self.present = self.present & vectors.valid(table)
-
-    def take(self, rows: Ints, index: Ints) -> list[str | None]:
-        return self._lists.take(rows, index) if self._true is None else self._true.take(pa.array(rows)).to_pylist()
+    texts: list[str | None]
+    vectors: list[Floats]  # by teacher
+    written: Bools  # where there is a text
+    whole: Bools  # and all vectors of it
 
 
-def _text(sources: Mapping[str, _Source], which: Ints, draws: _Draws) -> tuple[list[str], list[Floats]]:
-    """Every row's text from its source, "" where it has none, and the vectors [rows, D] of every teacher."""
-    texts = [""] * len(which)
-    blocks: list[Floats] = []
-    for number, source in enumerate(sources.values()):
-        rows = np.flatnonzero((which == number) & source.present)
-        index = draws.index(1, source.counts)[rows]
-        for row, text in zip(rows.tolist(), source.take(rows, index), strict=True):
-            texts[row] = text or ""
-        for place, table in enumerate(source.vectors):
-            picked = vectors.pick(table, rows, index)
-            if number == 0:
-                blocks.append(np.zeros((len(which), picked.shape[1]), np.float32))
-            blocks[place][rows] = picked
-    return texts, blocks
+def _source(samples: pa.Table, read: ReadLayer, name: str, reading: Sequence[str], draws: _Draws) -> _Source:
+    if name == TRUE:
+        texts = samples["caption"].to_pylist()
+        written = np.asarray(samples["caption"].is_valid())
+        index = np.zeros(len(texts), np.intp)
+    else:
+        lists = _Lists(read(captions_layer(name))["captions"])
+        written = lists.counts > 0
+        index = draws.index(1, lists.counts)
+        texts = lists.take(index)
+    picked = [vectors.pick(read(embeddings_layer(teacher, name)), index) for teacher in reading]
+    whole = np.logical_and.reduce([written, *(valid for _, valid in picked)])
+    return _Source(texts, [found for found, _ in picked], written, whole)
 
 
-def _images(samples: pa.Table, rows: Ints) -> Iterator[bytes]:
+def _images(samples: pa.Table, rows: Sequence[int]) -> Iterator[bytes]:
     """Encoded images of ascending rows."""
     if "image" in samples.column_names:
         column = samples["image"]
-        yield from (column[row].as_py() for row in rows.tolist())
+        yield from (column[row].as_py() for row in rows)
         return
     references = samples["image_ref"].take(pa.array(rows)).to_pylist()
     try:
@@ -224,7 +217,7 @@ def _images(samples: pa.Table, rows: Ints) -> Iterator[bytes]:
 
 
 class _Lists:
-    """A column of lists, of which single elements are taken."""
+    """A column of lists, of each of which one element is taken."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
@@ -232,5 +225,6 @@ class _Lists:
         self._values, self._starts = array.values, offsets[:-1]
         self.counts: Ints = np.where(np.asarray(array.is_valid()), np.diff(offsets), 0)
 
-    def take(self, rows: Ints, index: Ints) -> list[Any]:
-        return self._values.take(pa.array(self._starts[rows] + index)).to_pylist()
+    def take(self, index: Ints) -> list[Any]:
+        """Element ``index[row]`` of every row, None where there is none."""
+        return self._values.take(pa.array(self._starts + index, mask=self.counts == 0)).to_pylist()

@@ -15,8 +15,8 @@ from reinforce.student.order import Mixture, Order, share
 from reinforce.student.parts import Maker, Part
 from reinforce.student.reader import Corpus, Reader
 
-#: Row groups that a process reads at a time: an object store answers late, but many at once.
-_READERS = 4
+#: Row groups that a process reads at a time: enough to hide how late an object store answers, and each is in memory.
+_READERS = 2
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,339 @@
+"""``make bench-loader``: how fast a student's images come, beside what is possible and beside what is usual.
+
+Three sides in turns, with as many processes, on the same photograph-like JPEGs and with the same distribution of
+augmentations (of `bare` and `loader` the very same records), fed to a consumer that does nothing:
+
+- *bare*: decoding and augmenting alone, out of memory; nothing is read, tokenized, batched or sent;
+- *loader*: ``StudentFeed``: Parquet layers zipped, picked, decoded, replayed, true and synthetic caption tokenized,
+  vectors of two teachers, in batches of uint8 pixels;
+- *webdataset*: tars through webdataset with torchvision's RandomResizedCrop (bicubic), RandAugment, ToTensor and
+  Normalize on PIL images, the true caption by the same tokenizer, in batches of float32 pixels.
+
+Images a second are the machine's; ratios of medians travel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from reinforce.augment import replay
+from reinforce.config import Augmentations, parse_config
+from reinforce.image import decode
+from reinforce.manifest import update_manifest
+from reinforce.models import load_models
+from reinforce.plan import make_plan
+from reinforce.shard import process_shard
+from reinforce.store import MANIFEST, Store
+from reinforce.student.config import Data
+from reinforce.student.feed import StudentFeed
+from reinforce.student.order import Chunk
+from reinforce.student.survey import survey
+from reinforce.student.tokens import Tokenizer
+from teachers.protocols import ImageSpec
+
+RESULTS = Path(__file__).parent / "results" / "loader.json"
+SIZE = 224
+AUGMENTATIONS = {"count": 5, "size": SIZE}
+SHARDS = 4
+PHOTOS = 256  # different ones
+BATCH = 256
+PREFETCH = 2
+STEPS = 8  # batches of one measurement
+SETTLE = 8  # batches before it: more than are kept ready
+TOKENIZER = "ViT-B-32"
+HALF = (0.5, 0.5, 0.5)
+BOUNDS = {"loader / bare": 0.9, "loader / webdataset": 1.5}
+WORDS = ("a", "photo", "of", "the", "small", "old", "brown", "dog", "house", "street", "on", "near", "green", "wooden")
+
+
+class Wide:
+    """A teacher of a common width that costs nothing: only what it gives to store matters here."""
+
+    dim = 768
+    logit_scale = 50.0
+    image = ImageSpec(224, HALF, HALF)
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._vectors(len(pixels))
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return self._vectors(len(texts))
+
+    def _vectors(self, rows: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.randn(rows, self.dim, generator=self._generator), dim=-1)
+
+
+class Wordy:
+    """A captioner of five captions of a common length."""
+
+    image = ImageSpec(8, HALF, HALF)
+
+    def __init__(self, device: torch.device, captions: int = 5) -> None:
+        self.captions = captions
+
+    def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
+        return [[sentence(int(seed)) for seed in row] for row in seeds]
+
+
+def sentence(seed: int, words: int = 14) -> str:
+    return " ".join(np.random.default_rng(seed).choice(WORDS, words))
+
+
+def photo(seed: int) -> bytes:
+    """A JPEG of an ordinary web size whose spectrum falls as that of photographs does: about 1.2 bits a pixel."""
+    rng = np.random.default_rng(seed)
+    width = int(rng.integers(500, 801))
+    height = width * 3 // 4
+    if rng.random() < 0.3:
+        width, height = height, width
+    pixels = np.zeros((height, width, 3), np.float32)
+    for octave in range(2, 9):
+        cells = 2**octave * np.array([height, width]) // max(width, height)
+        noise = rng.normal(size=(*cells, 3)).astype(np.float32)
+        noise = 0.75 * noise.mean(axis=2, keepdims=True) + 0.35 * noise  # more light and dark than colour
+        for channel in range(3):
+            layer = Image.fromarray(noise[..., channel]).resize((width, height), Image.Resampling.BICUBIC)
+            pixels[..., channel] += np.asarray(layer) * 2 ** (-0.9 * octave)
+    pixels = 128 + pixels * (50 / pixels.std()) + rng.normal(scale=4, size=pixels.shape)
+    out = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=int(rng.integers(85, 91)))
+    return out.getvalue()
+
+
+def write_source(folder: Path, images: int, processes: int) -> tuple[str, dict[str, float]]:
+    """Shards of photographs with captions; their URL and what the photographs are like."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        photos = list(pool.map(photo, range(PHOTOS), chunksize=8))
+    for shard in range(SHARDS):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for i in range(shard, images, SHARDS):
+                members = {"jpg": photos[i % PHOTOS], "txt": sentence(i).encode(), "json": b'{"uid": "%d"}' % i}
+                for extension, data in members.items():
+                    info = tarfile.TarInfo(f"{i:08d}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    pixels = [width * height for width, height in (Image.open(io.BytesIO(data)).size for data in photos)]
+    described = {"bytes": statistics.mean(map(len, photos)), "pixels": statistics.mean(pixels)}
+    return f"{folder}/{{00000..{SHARDS - 1:05d}}}.tar", described
+
+
+def reinforce(source: str, output: str) -> None:
+    """What ``reinforce run`` does, in this process."""
+    teachers = {name: {"class": f"{__name__}:Wide", "options": {"seed": seed}} for seed, name in enumerate("ab")}
+    captioners = {"wordy": {"class": f"{__name__}:Wordy", "captions": 5}}
+    config = parse_config(
+        {
+            "source": source,
+            "output": output,
+            "augmentations": AUGMENTATIONS,
+            "teachers": teachers,
+            "captioners": captioners,
+        }
+    )
+    plan, store = make_plan(config), Store(output)
+    models = load_models(config, plan.layers.values())
+    loaded = {name: {"dim": teacher.dim} for name, teacher in models.teachers.items()}
+    with ThreadPoolExecutor(1) as pool:
+        for work in plan.work:
+            process_shard(work, config, plan.layers, store, models, pool)
+    store.write_json(update_manifest(None, config, plan.layers, loaded), MANIFEST)
+
+
+class Bare:
+    """Processes that decode and augment examples which they have in memory."""
+
+    def __init__(self, url: str, processes: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self._pipes = []
+        for number in range(processes):
+            here, there = context.Pipe()
+            context.Process(target=work_barely, args=(url, number, processes, there), daemon=True).start()
+            self._pipes.append(here)
+        self._wait()
+
+    def run(self, images: int) -> None:
+        for pipe in self._pipes:
+            pipe.send(images // len(self._pipes))
+        self._wait()
+
+    def _wait(self) -> None:
+        for pipe in self._pipes:
+            pipe.recv()
+
+
+def work_barely(url: str, number: int, processes: int, pipe: Connection) -> None:
+    """Ready, then as many images as asked for, again and again until the benchmark is over."""
+    [corpus] = survey(Data.model_validate({"datasets": url}), 0, [])
+    chunks = [Chunk(g, 0, int(corpus.groups[g, 2])) for g in range(number, len(corpus.groups), processes)]
+    examples = itertools.cycle([row for chunk in chunks for row in corpus.load(chunk, 0).rows if row is not None])
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send("done")
+            for example in itertools.islice(examples, pipe.recv()):
+                np.asarray(replay(decode(example.image, example.origin.limits), example.augmentation))
+
+
+def loader_batches(url: str, processes: int) -> Iterator[Any]:
+    """This project's batches."""
+    data = Data.model_validate({"datasets": url, "workers": processes, "prefetch": PREFETCH, "window": 1024})
+    return iter(StudentFeed(data, 0, SIZE, Tokenizer(TOKENIZER)).batches(0, 1, BATCH, 0))
+
+
+def classic_batches(source: str, processes: int) -> Iterator[Any]:
+    """webdataset's batches, endless, with the same distribution of augmentations."""
+    policy = Augmentations()
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(
+                SIZE, policy.scale, policy.ratio, interpolation=transforms.InterpolationMode.BICUBIC
+            ),
+            transforms.RandAugment(policy.rand_augment.ops, policy.rand_augment.magnitude),
+            transforms.ToTensor(),
+            transforms.Normalize(HALF, HALF),
+        ]
+    )
+    dataset = webdataset.WebDataset(source, resampled=True, shardshuffle=False).shuffle(1000).decode("pil")
+    dataset = dataset.to_tuple("jpg", "txt").map_tuple(transform, One(Tokenizer(TOKENIZER))).batched(BATCH)
+    context = multiprocessing.get_context("forkserver")
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=processes,
+            prefetch_factor=PREFETCH,
+            multiprocessing_context=context,
+        )
+    )
+
+
+class One:
+    """A tokenizer of single texts."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> torch.Tensor:
+        return self._tokenizer([text])[0]
+
+
+def compare(sides: dict[str, Callable[[int], None]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Images a second, and milliseconds of all processes' time an image, of each side in turns."""
+    figures: dict[str, dict[str, list[float]]] = {name: {"images/s": [], "cpu ms": []} for name in sides}
+    for number in range(rounds):
+        for name, run in sides.items():
+            run(SETTLE * BATCH)  # what was made ahead is gone
+            start, cpu = time.perf_counter(), cpu_seconds()
+            run(STEPS * BATCH)
+            seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
+            figures[name]["images/s"].append(STEPS * BATCH / seconds)
+            figures[name]["cpu ms"].append(1000 * cpu / (STEPS * BATCH))
+        print(f"round {number + 1}: " + ", ".join(f"{n} {f['images/s'][-1]:.0f} images/s" for n, f in figures.items()))
+    return figures
+
+
+def cpu_seconds() -> float:
+    """Of this process and its loader processes, which Linux tells."""
+    tick = os.sysconf("SC_CLK_TCK")
+    stats = (Path(f"/proc/{child.pid}/stat").read_text() for child in multiprocessing.active_children())
+    fields = (stat.rpartition(")")[2].split() for stat in stats)
+    return time.process_time() + sum(int(field[11]) + int(field[12]) for field in fields) / tick
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--processes", type=int, default=cores, help="loader processes of each side; default: cores")
+    parser.add_argument("--images", type=int, default=2048, help="in the data set")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        source, photos = write_source(Path(folder), options.images, cores)
+        reinforce(source, f"{folder}/out")
+        batches = {
+            "loader": loader_batches(f"{folder}/out", options.processes),
+            "webdataset": classic_batches(source, options.processes),
+        }
+
+        def consume(name: str, images: int) -> None:
+            for _ in range(images // BATCH):
+                next(batches[name])
+
+        sides = {"bare": Bare(f"{folder}/out", options.processes).run}
+        sides |= {name: partial(consume, name) for name in batches}
+        figures = compare(sides, options.rounds)
+    report(figures, photos, options)
+
+
+def report(figures: dict[str, dict[str, list[float]]], photos: dict[str, float], options: argparse.Namespace) -> None:
+    medians = {name: {k: statistics.median(v) for k, v in of.items()} for name, of in figures.items()}
+    ratios = {
+        f"loader / {other}": {
+            "images/s": medians["loader"]["images/s"] / medians[other]["images/s"],
+            "cpu ms": medians[other]["cpu ms"] / medians["loader"]["cpu ms"],
+        }
+        for other in ("bare", "webdataset")
+    }
+    table = Table("side", "images/s", "cpu ms an image", title=f"{options.processes} processes, batches of {BATCH}")
+    for name, of in medians.items():
+        table.add_row(name, f"{of['images/s']:.0f}", f"{of['cpu ms']:.2f}")
+    bounds = Table("ratio", "by images/s", "by cpu ms", "wanted")
+    for name, of in ratios.items():
+        bounds.add_row(name, f"{of['images/s']:.2f}", f"{of['cpu ms']:.2f}", f"{BOUNDS[name]}")
+    console = Console()
+    console.print(table)
+    console.print(bounds)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "cores": len(os.sched_getaffinity(0)),
+        "processes": options.processes,
+        "batch": BATCH,
+        "photographs": {"mean bytes": round(photos["bytes"]), "mean pixels": round(photos["pixels"])},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "torchvision", "pillow", "pyarrow", "numpy", "webdataset")},
+        "ratios": ratios,
+        "bounds": BOUNDS,
+        "medians": medians,
+        "figures": figures,
+    }
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    console.print(f"written to {options.results}")
+
+
+if __name__ == "__main__":
+    from benchmarks.loader import main as imported  # classes by a name that other processes can import
+
+    imported()
