@@ -59,8 +59,8 @@ class Data(Section):
     window: int = Field(
         4096,
         ge=1,
-        description="samples of a stream among which rows are shuffled, beside all row groups; that many encoded images "
-        "are in memory for each stream",
+        description="samples of a stream among which rows are shuffled, beside row groups; so many encoded images are "
+        "in memory for each stream",
     )
     streams: int | None = Field(
         None,

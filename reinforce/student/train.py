@@ -55,6 +55,7 @@ def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask,
         Tokenizer(task.model.name),
         teachers=[] if online else task.lesson.teachers,
         online=task.lesson.teachers if online else (),
+        pin=accelerator.device.type == "cuda",
     )
     return task, feed
 
