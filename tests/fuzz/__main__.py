@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import secrets
 import tempfile
 import time
@@ -43,18 +44,19 @@ def main() -> None:
 
     start, turn = time.monotonic(), arguments.seed
     print(f"seed {turn}", flush=True)
-    while time.monotonic() - start < arguments.seconds:
-        for name in names:
-            target, strategies = TARGETS[name]
-            run = settings(
-                max_examples=arguments.examples,
-                deadline=None,
-                database=None,
-                phases=(Phase.generate, Phase.shrink),
-                suppress_health_check=[*HealthCheck],
-            )(seed(turn)(given(**strategies)(watched(name, target))))
-            run()
-            turn += 1
+    for name in itertools.cycle(names):
+        if time.monotonic() - start > arguments.seconds:
+            break
+        target, strategies = TARGETS[name]
+        run = settings(
+            max_examples=arguments.examples,
+            deadline=None,
+            database=None,
+            phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=[*HealthCheck],
+        )(seed(turn)(given(**strategies)(watched(name, target))))
+        run()
+        turn += 1
     arguments.last.unlink(missing_ok=True)
     told = ", ".join(f"{cases[name]:,} of {name} (slowest {slowest[name]:.1f} s)" for name in names)
     print(f"{sum(cases.values()):,} cases in {time.monotonic() - start:.0f} s: {told}; nothing lost, nothing hung")
