@@ -19,7 +19,8 @@ _PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]
 
 def _metrics(row: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     """Metrics of a kind: losses, which are on another scale, those of retrieval sets, and the rest."""
-    return {name: value for name, value in row.get("metrics", {}).items() if _kind(name) == kind}
+    metrics = row.get("metrics", {})
+    return {name.removeprefix("retrieval/"): value for name, value in metrics.items() if _kind(name) == kind}
 
 
 def _kind(metric: str) -> str:

@@ -91,7 +91,8 @@ def test_a_killed_fine_tuning_goes_on_as_if_nothing_had_been(trained: tuple[Path
     config = config_of(folder, output="killed")
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "reinforce", "finetune-captioner", str(path)]
+    job = Path(__file__).parents[2] / "jobs" / "finetune_captioner.py"
+    command = [sys.executable, str(job), "--config", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         checkpoints = folder / "killed" / "checkpoints"
