@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ class TextOnly:
 
 
 class Trouble(Colour):
-    """Does harm when a text of the batch holds a word: raise, nan, an hour's sleep, or the death of the process."""
+    """Does harm when a text of the batch holds a word: raise, nan, a halt, or the death of the process."""
 
     def __init__(self, device: torch.device, word: str, harm: str, once: str | None = None) -> None:
         super().__init__(device, size=8, dim=4)
@@ -85,7 +86,7 @@ class Trouble(Colour):
             if self.harm == "raise":
                 raise RuntimeError(f"cannot stand {self.word}")
             if self.harm == "hang":
-                time.sleep(3600)
+                re.match("(a+)+$", "a" * 99 + "b")  # in C, with the interpreter's lock, for longer than there are stars
             if self.harm == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             out[hit] = float("nan")
