@@ -14,7 +14,7 @@ from teachers.device import Accelerator
 from teachers.special_tokens import neutraliser
 from teachers.trimming import is_exact
 
-#: Words that SimpleTokenizer may remember: it would keep every word it ever saw, and a worker lives for days.
+#: Words that SimpleTokenizer may remember: it would keep every word it ever saw, and workers and loaders live for days.
 _REMEMBERED_WORDS = 200_000
 
 
@@ -38,11 +38,7 @@ class TextSide:
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> int64 [B, context length]."""
-        tokens: torch.Tensor = self._tokenizer(list(texts))
-        cache = getattr(self._tokenizer, "cache", None)
-        if isinstance(cache, dict) and len(cache) > _REMEMBERED_WORDS:
-            cache.clear()
-        return tokens
+        return tokens_of(self._tokenizer, texts)
 
     def _encode(self, tokens: torch.Tensor, trim: bool) -> torch.Tensor:
         if trim:
@@ -51,6 +47,15 @@ class TextSide:
             return _encode_trimmed(tower, self._device.put(tokens[:, :end].contiguous()))
         features: torch.Tensor = self._model.encode_text(self._device.put(tokens))
         return features
+
+
+def tokens_of(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+    """B strings -> int64 [B, context length], by an open_clip tokenizer whose memory stays bounded."""
+    tokens: torch.Tensor = tokenizer(list(texts))
+    cache = getattr(tokenizer, "cache", None)
+    if isinstance(cache, dict) and len(cache) > _REMEMBERED_WORDS:
+        cache.clear()
+    return tokens
 
 
 def keep_texts(tokenizer: Any) -> Any:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from reinforce.vectors import decode, encode
+from reinforce.vectors import decode, encode, pick
 from schemas import embeddings_schema
 
 DTYPES = ["float16", "float32", "int8"]
@@ -118,3 +118,18 @@ def test_a_valid_row_that_is_not_finite_is_refused_by_its_number(dtype, value):
     with pytest.raises(ValueError, match="row 1 is not finite"):
         encode(vectors, dtype, np.ones(3, bool))
     assert np.isnan(decode(table(vectors, dtype, np.array([True, False, True])))[1]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_picked_vectors_are_those_of_decoding_brought_back_to_unit_norm(dtype):
+    valid = np.array([True, True, False, True, True, True])
+    written = table(unit_vectors(6, 3, 16), dtype, valid)
+    index = np.array([0, 2, 1, 1, 0, 2])
+    for start, part in ((0, written), (2, written.slice(2, 3))):
+        chosen = index[start : start + len(part)]
+        picked, present = pick(part, chosen)
+        expected = decode(part)[np.arange(len(part)), chosen]
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        assert present.tolist() == valid[start : start + len(part)].tolist()
+        assert np.allclose(np.linalg.norm(picked[present], axis=1), 1, atol=1e-6)
+        assert np.allclose(picked[present], expected[present], atol=1e-6)

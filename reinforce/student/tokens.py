@@ -17,18 +17,17 @@ class Tokenizer:
 
     def __init__(self, model: str) -> None:
         self.model = model
-        self._side: Any = None
+        self._tokenizer: Any = None
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """B texts -> int64 [B, context length]."""
-        if self._side is None:
-            import open_clip
+        import open_clip
 
-            from teachers.open_clip_text import keep_texts
+        from teachers.open_clip_text import keep_texts, tokens_of
 
-            self._side = keep_texts(open_clip.get_tokenizer(self.model))
-        tokens: torch.Tensor = self._side(list(texts))
-        return tokens
+        if self._tokenizer is None:
+            self._tokenizer = keep_texts(open_clip.get_tokenizer(self.model))
+        return tokens_of(self._tokenizer, texts)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "_side": None}
+        return {"model": self.model, "_tokenizer": None}
