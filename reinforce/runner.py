@@ -91,8 +91,11 @@ def _forget_quarantine(plan: Plan, store: Store) -> None:
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str | None) -> Iterator[None]:
-    """Ray as a run finds it: initialised, at an address, or started here and ended with the run."""
+def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[None]:
+    """Ray as a run finds it: initialised, at an address, or started here and ended with the run.
+
+    ``log_to_driver`` lets what workers print appear here, under Ray's prefix.
+    """
     import ray
 
     if ray.is_initialized():
@@ -101,13 +104,14 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, logging_level=logging.WARNING)
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
         except (ConnectionError, RuntimeError) as error:
             raise UserError(f"no Ray cluster at {address}: {error}") from error
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # On ERROR, since on WARNING Ray explains its token authentication, which nobody meets on one machine.
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, logging_level=logging.ERROR)
+        quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
+        ray.init(address="local", num_cpus=cores, log_to_driver=log_to_driver, **quiet)
     try:
         yield
     finally:

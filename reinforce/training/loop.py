@@ -54,20 +54,22 @@ class Job:
     export: str = "student"
 
 
-def fit(task: Task, feed: Feed, job: Job, ranks: Ranks, stop: Stop | None = None) -> Results:
+def fit(
+    task: Task, feed: Feed, job: Job, ranks: Ranks, stop: Stop | None = None, screen: Screen | None = None
+) -> Results:
     """Train ``task`` on ``feed`` to its end, from the last checkpoint in ``job.output`` if there is one.
 
-    Every rank calls it and has the results. Raises UserError for what the user has to mend, Stopped when ``stop`` was
-    asked, which SIGINT and SIGTERM do where this is the main thread.
+    Every rank calls it and has the results; rank 0 shows progress on ``screen``. Raises UserError for what the user
+    has to mend, Stopped when ``stop`` was asked, which SIGINT and SIGTERM do where this is the main thread.
     """
     stop = stop or Stop()
     with stop.listening():
-        return _Loop(task, feed, job, ranks, stop).run()
+        return _Loop(task, feed, job, ranks, stop, screen or Screen()).run()
 
 
 class _Loop:
-    def __init__(self, task: Task, feed: Feed, job: Job, ranks: Ranks, stop: Stop) -> None:
-        self.task, self.feed, self.job, self.ranks, self.stop = task, feed, job, ranks, stop
+    def __init__(self, task: Task, feed: Feed, job: Job, ranks: Ranks, stop: Stop, screen: Screen) -> None:
+        self.task, self.feed, self.job, self.ranks, self.stop, self.screen = task, feed, job, ranks, stop, screen
         self.training = job.training
         self.steps = _length(self.training, feed, ranks)
         self.accelerator = ranks.accelerator
@@ -81,7 +83,6 @@ class _Loop:
         self.skipped_in_a_row = 0
         self.meter = Meter()
         self.log: Log | None = None  # on rank 0
-        self.screen: Screen | None = None
 
     def run(self) -> Results:
         self._check_shared()
@@ -92,7 +93,7 @@ class _Loop:
         with contextlib.ExitStack() as stack:
             if self.ranks.first:
                 self.log = stack.enter_context(Log(self.store, self.record.step))
-                self.screen = stack.enter_context(Screen())
+                stack.enter_context(self.screen)
                 for note in self.task.notes:
                     self.screen.say(note)
                 if self.record.step:
@@ -191,7 +192,7 @@ class _Loop:
         self.record = replace(self.record, step=step + 1, seconds=self.record.seconds + seconds)
         if self.record.step % self.training.log_every == 0 or self.record.step == self.steps:
             self._tell(outcome, lr, norm, eta)
-        elif self.screen is not None:
+        elif self.ranks.first:
             self.screen.advance(self.record.step)
 
     def _update(self) -> float:
@@ -224,7 +225,7 @@ class _Loop:
     def _tell(self, outcome: Outcome, lr: float, norm: float, eta: Eta) -> None:
         """Write a row of the log; the losses are those of this step, over all ranks."""
         losses = self.ranks.mean(torch.stack([loss.float() for loss in outcome.losses.values()])).tolist()
-        if self.log is None or self.screen is None:
+        if self.log is None:
             return
         step = self.record.step
         row = {
@@ -256,7 +257,6 @@ class _Loop:
 
     def _evaluate_here(self) -> None:
         assert self.log is not None
-        assert self.screen is not None
         step = self.record.step
         if self._metrics() is not None:
             return

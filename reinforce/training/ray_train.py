@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from reinforce.errors import UserError
+from reinforce.progress import Screen
 from reinforce.runner import ray_cluster
 from reinforce.store import Store
 from reinforce.training.config import Compute
@@ -39,7 +40,9 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
 
     compute = job.training.compute
     store = Store(job.output)
-    with store.lock(), ray_cluster(address), tempfile.TemporaryDirectory(prefix="reinforce-ray-") as storage:
+    # What ranks print stays in Ray's logs: Ray Train tells much. What matters comes by the desk, as plain lines.
+    cluster = ray_cluster(address, log_to_driver=False)
+    with store.lock(), cluster, tempfile.TemporaryDirectory(prefix="reinforce-ray-") as storage:
         _check_room(compute)
         desk = ray.remote(num_cpus=0)(_Desk).remote()
         trainer = TorchTrainer(
@@ -56,6 +59,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
                 failure_config=FailureConfig(max_failures=job.training.retries),
             ),
         )
+        ray.get(desk.say.remote(f"starting {compute.ranks} rank{'s' * (compute.ranks > 1)} on Ray"))
         fault = _run(trainer, desk)
         faults, signum = ray.get(desk.word.remote())
         if faults:
@@ -80,21 +84,52 @@ def _run(trainer: Any, desk: Any) -> Exception | None:
             faults.append(error)
 
     stop, asked = Stop(), False
-    with stop.listening():
+    with stop.listening(), Screen() as screen:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         while thread.is_alive():
             thread.join(_TICK)
+            _show(desk, screen)
             if stop.signum and not asked:
                 desk.ask.remote(stop.signum)
                 asked = True
+        _show(desk, screen)
     return faults[0] if faults else None
+
+
+def _show(desk: Any, screen: Screen) -> None:
+    """What rank 0 has shown since the last time."""
+    lines, bar = ray.get(desk.read.remote())
+    for line in lines:
+        screen.say(line)
+    if bar is not None:
+        screen.draw(*bar)
+
+
+class _DeskScreen(Screen):
+    """Rank 0's screen is the driver's."""
+
+    def __init__(self, desk: Any) -> None:
+        super().__init__()
+        self._desk = desk
+
+    def say(self, text: str) -> None:
+        self._desk.say.remote(text)
+
+    def draw(self, line: str, done: float, total: float) -> None:
+        self._desk.draw.remote((line, done, total))
+
+    def advance(self, done: float) -> None:
+        """Nothing: a message for each step would be too many."""
 
 
 class _Desk:
     """Where driver and ranks leave word for each other."""
 
     def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._bar: tuple[str, float, float] | None = None
+        self._starts = 0
         self._asked = asyncio.Event()
         self._signum = 0
         self._stopped = 0
@@ -118,6 +153,25 @@ class _Desk:
         """A rank met something that the user has to mend."""
         self._faults[rank] = message
 
+    async def start(self) -> int:
+        """The ranks start; returns how often they have before."""
+        self._starts += 1
+        return self._starts - 1
+
+    async def say(self, line: str) -> None:
+        """A line for the driver's screen."""
+        self._lines.append(line)
+
+    async def draw(self, bar: tuple[str, float, float]) -> None:
+        """The bar of the driver's screen."""
+        self._bar = bar
+
+    async def read(self) -> tuple[list[str], tuple[str, float, float] | None]:
+        """What is to be shown since the last time."""
+        lines, bar = self._lines, self._bar
+        self._lines, self._bar = [], None
+        return lines, bar
+
     async def word(self) -> tuple[dict[int, str], int]:
         """Faults by rank, and the signal that ended the training, or 0."""
         return self._faults, self._stopped
@@ -138,9 +192,11 @@ def _rank(settings: dict[str, Any]) -> None:
     rank, size = context.get_world_rank(), context.get_world_size()
     if rank == 0:
         threading.Thread(target=_hear, args=(desk, stop), daemon=True).start()
+        if ray.get(desk.start.remote()):
+            desk.say.remote("all ranks were started again")
     try:
         with join(job.training.compute, device=str(ray.train.torch.get_device())) as ranks:
-            run_rank(settings["build"], job, ranks, stop)
+            run_rank(settings["build"], job, ranks, stop, _DeskScreen(desk))
     except Stopped as stopped:
         ray.get(desk.stopped.remote(stopped.signum))
     except UserError as error:
@@ -151,6 +207,9 @@ def _rank(settings: dict[str, Any]) -> None:
                 return
             time.sleep(_TICK)
         raise  # the other ranks wait for this one: only Ray can end them
+    except Exception as error:
+        ray.get(desk.say.remote(f"rank {rank} failed: {type(error).__name__}: {error}"))
+        raise
 
 
 def _hear(desk: Any, stop: Stop) -> None:
