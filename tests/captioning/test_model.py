@@ -146,6 +146,20 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_bf16_comes_near_to_fp32(tmp_path: Path) -> None:
+    model = captioner(tmp_path)
+    task = CaptioningTask(model, model.loss, judge=None)  # type: ignore[arg-type]
+    batch = batch_of(TEXTS)
+    full, half = (
+        backpropagate(task, model, batch, len(TEXTS), [0], Accelerator("cpu", precision)).losses
+        for precision in ("fp32", "bf16")
+    )
+    for name, value in full.items():
+        assert half[name].dtype == torch.float32
+        assert half[name] != value
+        torch.testing.assert_close(half[name], value, rtol=0.03, atol=0.03)
+
+
 def test_other_models_are_refused_before_they_are_loaded(tmp_path: Path) -> None:
     clip = open_clip_model(tmp_path / "clip")
     with pytest.raises(UserError, match="is not a CoCa and cannot caption"):
