@@ -144,9 +144,10 @@ def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     if transparency is not None and image.format == "PNG" and image.mode in ("L", "RGB"):
         image.info["transparency"] = _in_8_bits(transparency, _png_header(data).depth)
-    image = image.convert("RGBA")
     white = Image.new("RGB", image.size, _WHITE)
-    white.paste(image, mask=image.getchannel("A"))
+    for top, strip in _strips(image):
+        rgba = strip.convert("RGBA")
+        white.paste(rgba, (0, top), mask=rgba.getchannel("A"))
     return white
 
 
@@ -158,30 +159,34 @@ def _in_8_bits(colour: int | tuple[int, ...], depth: int) -> int | tuple[int, ..
 
 
 def _grey_to_rgb(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits -> RGB, a few rows at a time: in between a pixel takes up to 8 bytes."""
+    """Grey of more than 8 bits -> RGB."""
     grey = Image.new("L", image.size)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 16 bits by format
         transparency = image.info.get("transparency")
-        for top, pixels in _strips(image):
+        for top, pixels in _pixels(image):
             values = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
             if isinstance(transparency, int):
                 values[pixels == transparency] = 255
             grey.paste(Image.fromarray(values), (0, top))
     else:
-        most = max(float(pixels.max(where=np.isfinite(pixels), initial=0)) for _, pixels in _strips(image))
+        most = max(float(pixels.max(where=np.isfinite(pixels), initial=0)) for _, pixels in _pixels(image))
         ceilings = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         white = next((ceiling for ceiling in ceilings if most <= ceiling), most)
-        for top, pixels in _strips(image):
+        for top, pixels in _pixels(image):
             scaled = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=white, neginf=0.0) * (255 / white)
             grey.paste(Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8)), (0, top))
     return grey.convert("RGB")
 
 
-def _strips(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
-    """The first row and the pixels of one strip after the other."""
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The image a few rows at a time, each strip with its first row: what is made in between takes much memory."""
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
-        yield top, np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _pixels(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+    return ((top, np.asarray(strip)) for top, strip in _strips(image))
 
 
 def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:

@@ -211,6 +211,18 @@ def test_of_an_animation_the_first_frame_is_taken(format):
     assert np.abs(np.asarray(image).astype(int) - RED).max() <= 8
 
 
+def test_what_is_converted_a_few_rows_at_a_time_is_what_is_converted_at_once(monkeypatch):
+    rgba = noise(mode="RGBA")
+    rgba.putalpha(noise(mode="L"))
+    values = np.random.default_rng(1).normal(100, 90, (30, 40)).astype(np.float32)
+    images = [encode(rgba), encode(rgba.convert("LA")), encode(Image.fromarray(values), "TIFF")]
+    images += [encode(noise(mode="P"), transparency=bytes(range(256))), encode(noise(), transparency=(1, 2, 3))]
+    images += [encode(Image.fromarray(values.clip(0).astype(np.uint16)), transparency=7)]
+    at_once = [decode(data, LIMITS).tobytes() for data in images]
+    monkeypatch.setattr("reinforce.image._STRIP_PIXELS", 1)
+    assert [decode(data, LIMITS).tobytes() for data in images] == at_once
+
+
 # --- refusals
 
 

@@ -44,22 +44,26 @@ def main() -> None:
 
     start, turn = time.monotonic(), arguments.seed
     print(f"seed {turn}", flush=True)
-    for name in itertools.cycle(names):
-        if time.monotonic() - start > arguments.seconds:
-            break
-        target, strategies = TARGETS[name]
-        run = settings(
-            max_examples=arguments.examples,
-            deadline=None,
-            database=None,
-            phases=(Phase.generate, Phase.shrink),
-            suppress_health_check=[*HealthCheck],
-        )(seed(turn)(given(**strategies)(watched(name, target))))
-        run()
-        turn += 1
-    arguments.last.unlink(missing_ok=True)
-    told = ", ".join(f"{cases[name]:,} of {name} (slowest {slowest[name]:.1f} s)" for name in names)
-    print(f"{sum(cases.values()):,} cases in {time.monotonic() - start:.0f} s: {told}; nothing lost, nothing hung")
+    outcome = "stopped at a fault"
+    try:
+        for name in itertools.cycle(names):
+            if time.monotonic() - start > arguments.seconds:
+                break
+            target, strategies = TARGETS[name]
+            run = settings(
+                max_examples=arguments.examples,
+                deadline=None,
+                database=None,
+                phases=(Phase.generate, Phase.shrink),
+                suppress_health_check=[*HealthCheck],
+            )(seed(turn)(given(**strategies)(watched(name, target))))
+            run()
+            turn += 1
+        outcome = "nothing lost, nothing hung"
+        arguments.last.unlink(missing_ok=True)
+    finally:
+        told = ", ".join(f"{cases[name]:,} of {name} (slowest {slowest[name]:.1f} s)" for name in names)
+        print(f"{sum(cases.values()):,} cases in {time.monotonic() - start:.0f} s: {told}; {outcome}")
 
 
 if __name__ == "__main__":
