@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import GOOD, HEADERS, TARGETS, Mutation, shard
 from tests.fuzz.watchdog import bounded
 
 EXAMPLES = {"shard": 60, "packed": 40, "members": 60, "image": 150, "text": 150}
@@ -23,3 +23,10 @@ def test_nothing_is_lost_and_nothing_hangs(name: str) -> None:
             target(**values)
 
     run()
+
+
+def test_a_header_that_is_copied_to_the_front_may_win_and_its_sample_is_told() -> None:
+    """Found by fuzzing: the copy takes what follows for its data, and comes first."""
+    for starts in HEADERS.values():
+        for start, _ in starts:
+            shard([Mutation(0, 0, GOOD[start : start + 1024])])
