@@ -48,6 +48,7 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_checkpoint_that_holds_code_does_not_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
     torch.save({"weight": torch.zeros(2), "extra": Bomb(tmp_path / "ran")}, tmp_path / "a.pt")
