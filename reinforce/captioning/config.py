@@ -112,7 +112,7 @@ class Evaluation(Section):
     """What is measured on held-out images before the fine-tuning, every so often, and at its end."""
 
     every: int | None = Field(None, ge=1, description="steps between evaluations; default: at the start and the end")
-    images: int | None = Field(None, ge=2, description="held-out images that are judged; default: all")
+    images: int | None = Field(None, ge=2, description="held-out images that are judged, a seeded sample; default: all")
     captioned: int | None = Field(
         None, ge=0, description="of these, how many are captioned for CIDEr-D and BLEU; default: all; 0: none"
     )

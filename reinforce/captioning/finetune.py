@@ -63,7 +63,7 @@ def build(config: CaptionerConfig, accelerator: Accelerator) -> tuple[Captioning
     pairs = find_pairs(config)
     tokenize = Tokenizer(model.name)
     end = int(tokenize([""])[0, 1])
-    learnt, held_out = pairs.learnt(), pairs.held_out(config.evaluate.images)
+    learnt, held_out = pairs.learnt(), pairs.held_out().shuffled(config.seed).first(config.evaluate.images)
     feed = CaptionFeed(learnt, config.data, config.seed, model.image.height, tokenize, end)
     judge = Judge(held_out, config, tokenize, end)
     notes = [describe(model), *_notes(pairs, model.name)] if gather.rank() == 0 else []

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,24 +18,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import schemas
-from reinforce.captioning.config import CaptionerConfig, Data
-from reinforce.dataset import Dataset
+from reinforce.captioning.config import CaptionerConfig
+from reinforce.captioning.scan import files_of, scan
 from reinforce.errors import UserError
-from reinforce.evaluation.reading import captions_of, kind_of, samples
-from reinforce.layers import SAMPLES
 from reinforce.seeds import seed_for
-from reinforce.source import Refusal
 from reinforce.store import Store
 from reinforce.text import CAPTION_POLICY
-from reinforce.urls import canonical, compression, expand, filesystem
-from schemas import Reason
+from reinforce.urls import canonical, filesystem
 
 FILE = "pairs.parquet"
 _FINGERPRINT = b"fingerprint"
-_READERS = 8
-_MOST_NAMED = 10  # refusals that are logged one by one
-
-_log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
@@ -80,9 +69,16 @@ class Pairs:
     def learnt(self) -> Pairs:
         return Pairs(self.table.filter(pc.invert(self.table["held_out"])).combine_chunks(), self.urls)
 
-    def held_out(self, limit: int | None = None) -> Pairs:
-        """Those held out; the first ``limit`` of them."""
-        return Pairs(self.table.filter(self.table["held_out"]).slice(0, limit).combine_chunks(), self.urls)
+    def held_out(self) -> Pairs:
+        return Pairs(self.table.filter(self.table["held_out"]).combine_chunks(), self.urls)
+
+    def shuffled(self, seed: int) -> Pairs:
+        """In a seeded order of keys, so that the first ones are a fair sample."""
+        order = np.argsort([seed_for(seed, key, "sample") for key in self.table["key"].to_pylist()], kind="stable")
+        return Pairs(self.table.take(order).combine_chunks(), self.urls)
+
+    def first(self, limit: int | None) -> Pairs:
+        return Pairs(self.table.slice(0, limit).combine_chunks(), self.urls)
 
 
 def find_pairs(config: CaptionerConfig) -> Pairs:
@@ -94,27 +90,15 @@ def find_pairs(config: CaptionerConfig) -> Pairs:
     sources = {"data": config.data.source}
     if config.held_out.source is not None:
         sources["held_out"] = config.held_out.source
-    files = {where: _files(source, where) for where, source in sources.items()}
+    files = {where: files_of(source, where) for where, source in sources.items()}
     fingerprint = _fingerprint(config, files)
     table = _stored(store, fingerprint)
     if table is None:
-        scanned = [_scan(source, files[where], config.data, where) for where, source in sources.items()]
-        table = _divided(config, scanned)
+        table = _divided(config, [scan(source, config.data, where) for where, source in sources.items()])
         _write(store, table, fingerprint)
     pairs = Pairs(table, {canonical(url): url for urls in files.values() for url in urls})
     _check(config, pairs)
     return pairs
-
-
-def _files(source: str | list[str], where: str) -> list[str]:
-    """The files that hold the images: tars, or the samples of a reinforced dataset."""
-    if kind_of(source) == "dataset":
-        return [_samples_file(str(source), shard) for shard in Dataset(str(source), [], []).shards]
-    urls = expand(source)
-    for url in urls:
-        if compression(url):
-            raise UserError(f"{where}: {canonical(url)}: images are read in any order, so tars must not be compressed.")
-    return urls
 
 
 def _fingerprint(config: CaptionerConfig, files: Mapping[str, Sequence[str]]) -> str:
@@ -154,94 +138,6 @@ def _write(store: Store, table: pa.Table, fingerprint: str) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({_FINGERPRINT: fingerprint}), sink, compression="zstd")
     store.write_bytes(sink.getvalue().to_pybytes(), FILE)
-
-
-def _scan(source: str | list[str], files: Sequence[str], data: Data, where: str) -> pa.Table:
-    """All pairs of a source, without ``held_out``. What is refused is counted and logged."""
-    if kind_of(source) == "dataset":
-        found = [_of_dataset(str(source), shard, data) for shard in Dataset(str(source), [], []).shards]
-    else:
-        with ThreadPoolExecutor(_READERS) as pool:
-            found = list(pool.map(lambda url: _of_shard(url, data, where), files))
-    refused = [refusal for _, refusals in found for refusal in refusals]
-    table = pa.Table.from_batches([batch for batch, _ in found], schema=_PLACED)
-    _report(refused, table.num_rows, data, where)
-    return table
-
-
-_PLACED = pa.schema([field for field in schemas.PAIRS if field.name != "held_out"])
-
-
-def _of_shard(url: str, data: Data, where: str) -> tuple[pa.RecordBatch, list[Refusal]]:
-    rows: list[dict[str, Any]] = []
-    refused: list[Refusal] = []
-    for item in samples([url], data.limits, where):
-        if isinstance(item, Refusal):
-            refused.append(item)
-            continue
-        captions = captions_of(item.sidecars, data.captions, data.limits)
-        if captions:
-            rows.append(
-                {
-                    "key": item.key,
-                    "url": canonical(url),
-                    "offset": item.offset,
-                    "length": item.length,
-                    "captions": captions,
-                }
-            )
-        else:
-            refused.append(_without_caption(item.key, item.sidecars))
-    return pa.RecordBatch.from_pylist(rows, schema=_PLACED), refused
-
-
-def _of_dataset(dataset: str, shard: str, data: Data) -> tuple[pa.RecordBatch, list[Refusal]]:
-    rows: list[dict[str, Any]] = []
-    refused: list[Refusal] = []
-    offset = 0
-    for tables in Dataset(dataset, [], []).row_groups(shard):
-        table = tables[SAMPLES]
-        if "image" in table.column_names:
-            lengths = pc.binary_length(table["image"]).to_pylist()
-            starts = (offset + np.cumsum([0, *lengths])).tolist()
-            offset = starts[-1]
-            url = canonical(_samples_file(dataset, shard))
-            places = [Place(url, start, length) for start, length in zip(starts, lengths, strict=False)]
-        else:
-            places = [Place(**reference) for reference in table["image_ref"].to_pylist()]
-        texts = table.select(["key", "caption", "metadata"]).to_pylist()
-        for place, text in zip(places, texts, strict=True):
-            members = {"txt": text["caption"], "json": text["metadata"]}
-            sidecars = {name: value.encode() for name, value in members.items() if value is not None}
-            captions = captions_of(sidecars, data.captions, data.limits)
-            if captions:
-                rows.append({"key": text["key"], "captions": captions, **place._asdict()})
-            else:
-                refused.append(_without_caption(text["key"], sidecars))
-    return pa.RecordBatch.from_pylist(rows, schema=_PLACED), refused
-
-
-def _samples_file(dataset: str, shard: str) -> str:
-    return f"{dataset.rstrip('/')}/{SAMPLES}/{shard}.parquet"
-
-
-def _without_caption(key: str, sidecars: Mapping[str, bytes]) -> Refusal:
-    return Refusal(key, Reason.NO_TEXT, f"beside the image: {', '.join(sidecars) or 'nothing'}")
-
-
-def _report(refused: Sequence[Refusal], pairs: int, data: Data, where: str) -> None:
-    if not pairs:
-        why = f", for instance {refused[0].key}: {refused[0].reason.value}, {refused[0].detail}" if refused else ""
-        raise UserError(
-            f"{where}: none of {len(refused)} samples has an image and a caption at {', '.join(data.captions)}{why}. "
-            "Name the member or field in data.captions."
-        )
-    for refusal in refused[:_MOST_NAMED]:
-        _log.warning("%s: %s is left out: %s (%s)", where, refusal.key, refusal.reason.value, refusal.detail)
-    if refused:
-        counts = Counter(refusal.reason.value for refusal in refused)
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
-        _log.warning("%s: %d samples are left out (%s), %d are there", where, len(refused), reasons, pairs)
 
 
 def _divided(config: CaptionerConfig, tables: Sequence[pa.Table]) -> pa.Table:

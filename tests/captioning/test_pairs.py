@@ -60,7 +60,16 @@ def test_the_share_held_out_is_seeded_by_key_and_written_down(tmp_path: Path) ->
     held_out = stored.filter(stored["held_out"])["key"].to_pylist()
     assert held_out == keys(first.held_out())
     assert not set(held_out) & set(keys(first.learnt()))
-    assert keys(first.held_out(2)) == held_out[:2]
+
+
+def test_some_of_the_held_out_images_are_a_seeded_sample(tmp_path: Path) -> None:
+    write_shards(tmp_path, 60)
+    held_out = find_pairs(captioner_config(tmp_path)).held_out()
+    order = keys(held_out.shuffled(0))
+    assert sorted(order) == keys(held_out) != order
+    assert keys(held_out.shuffled(0).first(3)) == order[:3]
+    assert keys(held_out.shuffled(1)) != order
+    assert keys(held_out.first(None)) == keys(held_out)
 
 
 def test_the_list_is_made_anew_only_where_the_data_has_changed(tmp_path: Path) -> None:
@@ -82,8 +91,8 @@ def test_samples_without_captions_are_left_out_and_named(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING):
         pairs = find_pairs(captioner_config(tmp_path))
     assert keys(pairs) == [str(i) for i in range(40, 60)]
-    assert "32 samples are left out (31 no_text, 1 no_image), 20 are there" in caplog.text
-    assert "0 is left out: no_text" in caplog.text
+    assert "32 refused (31 no_text, 1 no_image); 20 images with captions are there" in caplog.text
+    assert "refused 0: no_text (beside the image: nothing)" in caplog.text
 
 
 def test_faults_of_the_data_are_told_with_the_mend(tmp_path: Path) -> None:
@@ -101,7 +110,7 @@ def test_faults_of_the_data_are_told_with_the_mend(tmp_path: Path) -> None:
     shard = tmp_path / "shards" / "00000.tar"
     packed = shard.with_name("packed.tar.gz")
     packed.write_bytes(gzip.compress(shard.read_bytes()))
-    assert "tars must not be compressed" in fault(source=str(packed))
+    assert "which a compressed tar does not allow" in fault(source=str(packed))
     shard.write_bytes(shard.read_bytes()[:5000])
     assert "shard_damaged" in fault()
     shard.write_bytes(b"no tar" * 200)
