@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench bench-step lint clean fuzz audit
+.PHONY: help install demo test bench bench-step bench-captions bench-loader bench-transfer lint clean fuzz audit
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -18,11 +18,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 install: $(INSTALLED) ## make .venv with the tested versions of everything
 
-demo: $(INSTALLED) ## reinforce 4,009 emoji with small models and show the result (minutes, no network)
+demo: $(INSTALLED) ## reinforce 4,009 emoji, show the result, train a student from it (minutes, no network)
 	$(BIN)/python -m reinforce.demo data
 	$(BIN)/python -m reinforce.demo models
 	$(BIN)/reinforce run configs/demo.yaml
 	$(BIN)/python -m reinforce.demo show
+	$(BIN)/reinforce train configs/student-demo.yaml
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest
@@ -39,6 +40,9 @@ fuzz: $(INSTALLED) ## broken shards, images and texts at random, for SECONDS (de
 audit: $(INSTALLED) ## known vulnerabilities of the tested versions; fails where their database is out of reach
 	test -x .venv/audit/bin/pip-audit || ($(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit)
 	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
+bench-transfer: $(INSTALLED) ## what a student learns from stored embeddings that its own pictures cannot teach (an hour)
+	$(BIN)/python -m benchmarks.transfer
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check

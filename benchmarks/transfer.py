@@ -91,7 +91,7 @@ def main(out: Path, seeds: int, teacher_steps: int, steps: int, batch: int) -> N
     teacher = reinforce.train(
         training(
             out / "teacher",
-            model_folder(out / "models" / "teacher", width=48, dim=128, text_width=128),
+            model_folder(out / "models" / "teacher", width=32, dim=128, text_width=128),
             out / "samples",
             share=0.0,
             seed=0,
@@ -163,8 +163,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo/transfer"), help="folder for data, models, trainings")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--teacher-steps", type=int, default=800)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--teacher-steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=192)
     arguments = parser.parse_args()
     main(arguments.out, arguments.seeds, arguments.teacher_steps, arguments.steps, arguments.batch)
