@@ -73,6 +73,7 @@ class CachedForward(torch.nn.Module):
             for layer, block in enumerate(self.vision):
                 assert isinstance(block, CrossBlock)
                 self.seen[: len(images), layer] = block.keys_values(images)
+        self.visible.zero_()
         self._filled, self._masked = 0, self._compiled
         self._place(torch.arange(len(images)))
 
@@ -142,7 +143,7 @@ class CachedForward(torch.nn.Module):
         rows = len(newest)
         self.visible[:rows].index_copy_(1, position, ~hidden[:, None])
         visible = self.visible[:rows, None, None, :reach] if masked else None
-        written = torch.arange(reach, device=position.device) <= position if self._compiled else None
+        written = (torch.arange(reach, device=position.device) <= position)[None] if self._compiled else None
         layers = self.past[:rows].unbind(1)
         of_words, of_context = layers[: len(self.words)], layers[len(self.words) :]
         of_images = self.seen[:images].unbind(1)

@@ -104,7 +104,7 @@ def _invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     inside = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK)).squeeze(1)
     last = (inside > 0).to(torch.int8).flip(-1).argmax(-1)  # the sum of a block may be rounded another way
     place = torch.minimum(_first(inside.cumsum(-1, dtype=torch.float64) + before, target), _BLOCK - 1 - last)
-    return block.squeeze(-1) * _BLOCK + place
+    return (block.squeeze(-1) * _BLOCK + place).clamp(max=weights.shape[-1] - 1)  # for rows that are not finite
 
 
 def _first(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

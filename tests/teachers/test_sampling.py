@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from teachers.sampling import sample_nucleus, uniforms
+from teachers.sampling import sample_nucleus, sample_top_k, uniforms
 
 TEN_THOUSAND = torch.from_numpy((np.arange(10_000) + 0.5) / 10_000)
 GOLDEN = [0.8720734548204874, 0.29536538151378366, 0.42009767850724233]
@@ -58,6 +58,59 @@ def test_wide_and_narrow_nuclei_of_a_large_vocabulary_are_exact(spread):
     shares = torch.bincount(tokens, minlength=5_000) / 1_000
     assert (shares.cumsum(0) - expected.cumsum(0)).abs().max() < 2e-3
     assert set(tokens.tolist()) <= set(expected.nonzero().squeeze(1).tolist())
+
+
+def by_sorting(logits: torch.Tensor, u: torch.Tensor, top_p: float) -> list[int]:
+    """The tokens that sample_nucleus is to give, from whole rows in sorted order."""
+    tokens = []
+    for row, at in zip(torch.softmax(logits, -1).double().numpy(), u.tolist(), strict=True):
+        falling = np.sort(row)[::-1]
+        before = np.cumsum(falling) - falling
+        weights = np.where(row >= falling[np.flatnonzero(before < top_p)[-1]], row, 0)
+        tokens.append(int(np.searchsorted(np.cumsum(weights), at * np.cumsum(weights)[-1])))
+    return tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(300, 9_000),
+    st.sampled_from([0.0, 1e-3, 0.1, 1.0, 3.0, 8.0]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.floats(0.01, 1, exclude_max=True),
+    st.integers(0, 2**32),
+)
+def test_nuclei_of_any_width_are_those_of_sorted_rows(size, spread, dtype, top_p, seed):
+    """Rounded to bfloat16, logits tie by the hundred; with no spread at all, every one of them does."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (spread * torch.randn(4, size, generator=generator)).to(dtype).float()
+    logits[:, :50] = -torch.inf
+    logits[1] *= 0.01
+    u = torch.rand(4, dtype=torch.float64, generator=generator).clamp(min=2**-53)
+    assert sample_nucleus(logits, u, 1.0, top_p).tolist() == by_sorting(logits, u, top_p)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 50])
+def test_top_k_draws_among_the_likeliest_and_the_equals_of_the_last(top_k):
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.1, 1.1, -math.inf, 1.9, -0.2])
+    expected = {token: math.exp(logits[token] / 2) for token in sorted(range(8), key=lambda i: -logits[i])[:top_k]}
+    if top_k == 3:
+        expected[4] = expected[3]
+    exact = torch.bincount(sample_top_k(logits.repeat(10_000, 1), TEN_THOUSAND, 2.0, top_k), minlength=8)
+    wanted = torch.tensor([expected.get(i, 0.0) / sum(expected.values()) for i in range(8)])
+    assert torch.allclose(exact / 10_000, wanted, atol=2e-4)
+
+
+def test_rows_that_are_not_finite_get_some_token_and_their_neighbours_their_own():
+    logits = torch.randn(3, 5_000, generator=torch.Generator().manual_seed(1))
+    u = TEN_THOUSAND[[500, 5000, 9000]]
+    for top_p in (0.5, 1.0):
+        alone = sample_nucleus(logits, u, 1.0, top_p)
+        for value in (math.nan, math.inf):
+            broken = logits.clone()
+            broken[1, 7] = value
+            found = sample_nucleus(broken, u, 1.0, top_p)
+            assert found[[0, 2]].tolist() == alone[[0, 2]].tolist()
+            assert 0 <= found[1] < 5_000
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,184 @@
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from teachers.coca_decoder import CachedForward, check
+from teachers.decoding import greedy, sample
+from teachers.device import Accelerator
+from teachers.rules import Rules, compact
+from tests.teachers.full_forward import FullForward
+from tests.tiny_coca import coca_config
+
+VOCABULARY, START, END, LENGTH = 60, 58, 59, 8
+#: What a text tower of the family may have, by the keys of its ``text_cfg``.
+TOWERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layer scale": {"ls_init_value": 0.3},
+    "query and key norms": {"qk_norm": True},
+    "scaled heads": {"scale_heads": True},
+    "norms inside": {"scale_attn_inner": True, "scale_attn": True, "scale_fc": True},
+    "custom block without any of them": {"block_type": "custom"},
+    "tanh": {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}},
+    "another padding": {"pad_id": 7},
+    "more layers, wider words": {"layers": 3, "mlp_ratio": 2.0},
+    "a linear projection with bias": {"proj_bias": True},
+}
+
+
+def coca(text: dict[str, Any], **model: Any) -> Any:
+    """A tiny CoCa whose every parameter is random."""
+    config = coca_config(vocab_size=VOCABULARY, **text)["model_cfg"]
+    config["multimodal_cfg"].update(model.pop("multimodal", {}))
+    config["vision_cfg"].update(model.pop("vision", {}))
+    del config["custom_text"]
+    made = open_clip.CoCa(**config, **model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.ndim:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (2.0 if "gamma" in name else 0.5))
+    return made.eval().requires_grad_(False)
+
+
+def image_tokens(model: Any, count: int) -> torch.Tensor:
+    pixels = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        tokens: torch.Tensor = model._encode_image(pixels)[1]
+    return tokens
+
+
+def walk(forward: Any, images: int) -> list[torch.Tensor]:
+    """Logits of rows that fork, end, move and repeat, along words that do not depend on them; 0 is a word."""
+    words = torch.randint(0, VOCABULARY - 2, (LENGTH, 20), generator=torch.Generator().manual_seed(2))
+    words[2, ::2] = words[4, 1::3] = 0  # padding to the model
+    words[3, ::2] = 7
+    taken = {0: torch.arange(images).repeat_interleave(3), 3: [0, 5, 2, 3], 4: [1, 1, 0, 3, 2], 6: [4, 2]}
+    tokens = torch.full((images, 1), START)
+    logits = []
+    for step in range(LENGTH):
+        logits.append(forward.next_logits(tokens))
+        rows = torch.as_tensor(taken.get(step, torch.arange(len(tokens))))
+        forward.take(rows)
+        tokens = torch.cat([tokens[rows], words[step, : len(rows), None]], dim=1)
+    return logits
+
+
+def difference(model: Any, precision: str = "fp32", compiled: bool = False) -> float:
+    forward = CachedForward(model, Accelerator("cpu", precision), LENGTH, compiled)
+    images = image_tokens(model, 3)
+    for _ in range(2):  # a second batch begins on the caches of the first
+        forward.begin(images, 3)
+        found = walk(forward, 3)
+    with Accelerator("cpu", precision).forward():
+        wanted = walk(FullForward(model, images), 3)
+    assert [len(rows) for rows in found] == [3, 9, 9, 9, 4, 5, 5, 2]
+    return max((a - b).abs().max().item() / b.abs().max().item() for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("text", TOWERS.values(), ids=TOWERS)
+def test_logits_are_those_of_the_whole_forward_pass_for_every_kind_of_text_tower(text):
+    assert difference(coca(text)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quick_gelu": True},
+        {"multimodal": {"ls_init_value": 0.3, "layers": 3}},
+        {"multimodal": {"heads": 4}},
+        {"vision": {"attentional_pool": False}},
+        {"cast_dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+def test_logits_are_those_of_the_whole_forward_pass_for_every_kind_of_decoder(options):
+    assert difference(coca({}, **options)) < 1e-5
+
+
+def test_a_class_token_whose_mask_is_right_hides_padding_itself():
+    model = coca({})
+    model.text.correct_cls_mask = True
+    assert difference(model) < 1e-5
+
+
+def test_a_tower_without_class_token_gives_the_logits_of_a_text_that_fills_its_context():
+    model = coca({"embed_cls": False})
+    forward, images = CachedForward(model, Accelerator("cpu"), LENGTH), image_tokens(model, 2)
+    forward.begin(images, 1)
+    tokens = torch.full((2, 76), START)  # open_clip's forward pass takes no shorter text
+    tokens[:, 1:] = torch.randint(0, VOCABULARY, (2, 75), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        wanted = model(None, tokens, image_latent=images[:, 0], image_embs=images, output_labels=False)["logits"]
+        for length in range(1, LENGTH + 1):
+            found = forward.next_logits(tokens[:, :length])
+            torch.testing.assert_close(found, wanted[:, length - 1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "apart"), [("bf16", 0.03), ("fp16", 0.005)])
+def test_lower_precisions_round_as_autocast_does(precision, apart):
+    model = coca({})
+    assert difference(model, precision) < apart
+    full = CachedForward(model, Accelerator("cpu"), LENGTH)
+    low = CachedForward(model, Accelerator("cpu", precision), LENGTH)
+    assert low.bytes_per_image(5, 10) * 2 == full.bytes_per_image(5, 10)
+
+
+def test_a_compiled_step_has_one_graph_for_each_power_of_two_and_the_same_logits(monkeypatch):
+    graphs, plain = [], torch.compile
+
+    def backend(graph: Any, _: Any) -> Any:  # code for the graphs is torch's own matter, and takes it a minute
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda step, mode, **options: plain(step, backend=backend, **options))
+    monkeypatch.setattr("teachers.coca_decoder._FEWEST", 2)
+    assert difference(coca({}), compiled=True) < 1e-5
+    assert len(graphs) == 4  # of 2, 4 and 8 rows, and of the 9 that are the most
+
+
+def test_greedy_captions_are_token_for_token_those_without_a_cache():
+    model = coca({"layers": 2})
+    impossible = torch.zeros(VOCABULARY, dtype=torch.bool)
+    impossible[START] = True
+    rules = Rules(START, END, impossible, min_words=2, max_words=40)
+    images, drawn = image_tokens(model, 6), torch.ones(6, 1, 40)
+    forward = CachedForward(model, Accelerator("cpu"), 40)
+    forward.begin(images, 1)
+    with torch.inference_mode():
+        found = sample(forward, rules, greedy, drawn)
+        assert found == sample(FullForward(model, images), rules, greedy, drawn)
+    assert len({tuple(text) for [text] in found}) > 1
+
+
+def test_the_caches_take_the_bytes_that_are_told_and_stay_for_the_next_batch():
+    model = coca({})
+    forward, images = CachedForward(model, Accelerator("cpu"), LENGTH), image_tokens(model, 4)
+    forward.begin(images, 3)
+    caches = forward.past, forward.seen
+    assert sum(cache.nbytes for cache in caches) == 4 * forward.bytes_per_image(3, images.shape[1])
+    forward.begin(images[:2], 3)
+    assert forward.past is caches[0]
+    assert forward.seen is caches[1]
+
+
+def test_towers_that_open_clip_cannot_run_are_refused():
+    with pytest.raises(ValueError, match="scaled_cosine_attn"):
+        check(coca({"scaled_cosine_attn": True}))
+    with pytest.raises(ValueError, match="not causal"):
+        check(coca({"no_causal_mask": True}))
+    odd = coca({})
+    odd.text_decoder.resblocks[0].attn = torch.nn.Identity()
+    with pytest.raises(ValueError, match="blocks of type ResidualAttentionBlock"):
+        check(odd)
+
+
+def test_rows_that_go_on_move_only_to_fill_gaps():
+    for seed in range(200):
+        going = np.random.default_rng(seed).random(seed % 13) < 0.6
+        order = compact(going)
+        assert sorted(order) == np.flatnonzero(going).tolist()
+        stay = going[: len(order)]
+        assert (order[stay] == np.flatnonzero(stay)).all()
