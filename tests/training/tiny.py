@@ -26,11 +26,11 @@ WIDTH = 6
 class Towers(torch.nn.Module):
     """Features of both sides, a local loss, and a parameter that no loss reaches."""
 
-    def __init__(self, dropout: float = 0.0, norm: bool = False, scale: float = 10.0) -> None:
+    def __init__(self, dropout: float = 0.0, norm: bool = False, scale: float = 10.0, width: int = 16) -> None:
         super().__init__()
-        middle = torch.nn.BatchNorm1d(16) if norm else torch.nn.GELU()
+        middle = torch.nn.BatchNorm1d(width) if norm else torch.nn.GELU()
         self.left = torch.nn.Sequential(
-            torch.nn.Linear(WIDTH, 16), middle, torch.nn.Dropout(dropout), torch.nn.Linear(16, 8)
+            torch.nn.Linear(WIDTH, width), middle, torch.nn.Dropout(dropout), torch.nn.Linear(width, 8)
         )
         self.right = torch.nn.Linear(WIDTH, 8)
         self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(scale)))
