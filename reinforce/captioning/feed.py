@@ -20,7 +20,6 @@ import functools
 import itertools
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -59,11 +58,10 @@ class CaptionFeed:
     """The feed of a fine-tuning.
 
     ``tokenize`` gives int64 [B, context] of B texts, ``end`` is its token behind the last word. An image that cannot
-    be decoded is counted in ``refused`` and logged; another one, which follows from its place, stands in for it.
+    be decoded is logged with the reason and counted; another one, which follows from its place, stands in for it.
     """
 
     def __init__(self, pairs: Pairs, data: Data, seed: int, size: int, tokenize: Tokenize, end: int) -> None:
-        self.refused: Counter[str] = Counter()  # by reason, in this process
         self._pairs = pairs
         self._data = data
         self._seed = seed
@@ -71,7 +69,7 @@ class CaptionFeed:
         self._tokenize = tokenize
         self._end = end
         self._lock = threading.Lock()
-        self._known: set[int] = set()  # images that were logged as broken
+        self._known: set[int] = set()  # images that turned out to be broken
         counts = pairs.counts() if data.use == "all" else np.ones(len(pairs), np.int64)
         self._ends = np.cumsum(counts)  # of each image's examples
         self.samples = int(self._ends[-1])
@@ -139,7 +137,6 @@ class CaptionFeed:
 
     def _note(self, image: int, refused: ImageRefused) -> None:
         with self._lock:
-            self.refused[refused.reason.value] += 1
             if image in self._known:
                 return
             self._known.add(image)

@@ -4,7 +4,8 @@
 
 As in open_clip's CoCaLoss the second term is a mean over tokens, not over captions; here it is one over the tokens of
 the global batch, however they are spread over ranks and parts. A token counts by its place in the caption, up to the
-end: open_clip leaves out by number what it pads with, 0, which is a word as well ("!").
+end: open_clip leaves out by number what it pads with, 0, which is a word as well ("!"). (CoCa's text tower hides by
+that number, too. That is part of the model, in training and in use, and is left as it is.)
 """
 
 from __future__ import annotations

@@ -135,7 +135,6 @@ def test_another_image_stands_in_for_a_broken_one(tmp_path: Path, caplog: pytest
     assert len(seen) == 60
     assert not broken & set(seen)
     assert all(same(a, b) for a, b in zip(batches[4:], take(feed_of(pairs, data), 16, batch=3, start=4), strict=True))
-    assert feed.refused["image_broken"] >= 6
 
 
 def test_nothing_but_broken_images_is_an_error(tmp_path: Path) -> None:
