@@ -1,0 +1,90 @@
+"""Trainings on Ray Train and on S3."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+
+from reinforce.errors import UserError
+from reinforce.training.launch import launch, run_rank
+from reinforce.training.ranks import Ranks
+from reinforce.training.stop import Stop, Stopped
+from reinforce.training.task import Batch
+from teachers.device import Accelerator
+from tests.training.tiny import PairFeed, TowersTask, builder, curve, job
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+class FatalFeed(PairFeed):
+    """Kills rank 1 at a step, the first time."""
+
+    def __init__(self, scars: str, at: int) -> None:
+        super().__init__()
+        self.scar, self.at = Path(scars, "scar"), at
+
+    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
+        for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
+            if (rank, step) == (1, self.at) and not self.scar.exists():
+                self.scar.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield made
+
+
+def fatal(accelerator: Accelerator, scars: str) -> tuple[TowersTask, PairFeed]:
+    return TowersTask(), FatalFeed(scars, at=8)
+
+
+def test_a_killed_rank_is_started_again_and_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"checkpoints": {"every": 5, "keep": 2}}
+    made = job(tmp_path / "two", compute={"ranks": 2}, retries=1, **changes)
+    results = launch(partial(fatal, scars=str(tmp_path)), made)
+    assert results.steps == 12
+    assert (tmp_path / "scar").exists()
+    launch(builder(), job(tmp_path / "one", **changes))
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-4)
+    with pytest.raises(UserError, match=r"training of another config:\n  batch: 16 then, 32 now"):
+        launch(builder(), job(tmp_path / "two", batch=32, compute={"ranks": 2}, retries=1, **changes))
+
+
+def test_a_training_in_s3_is_stopped_and_goes_on_as_on_a_disk(s3: Any, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"checkpoints": {"every": 5, "keep": 1}, "ema": 0.9}
+    launch(builder(), job(tmp_path / "disk", evaluate_every=5, **changes))
+
+    remote = job("s3://bucket/trainings/one", evaluate_every=5, **changes)
+    stop = Stop()
+    stop.signum = signal.SIGTERM
+    with pytest.raises(Stopped):
+        run_rank(builder(), remote, Ranks(0, 1, Accelerator("cpu")), stop)
+    assert s3.glob("bucket/trainings/one/checkpoints/*") == [
+        "bucket/trainings/one/checkpoints/step-000000001.safetensors"
+    ]
+    results = launch(builder(), remote)
+    assert results.steps == 12
+
+    def lines(text: str) -> list[dict[str, Any]]:
+        timing = ("samples_per_second", "waiting", "memory")
+        return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in text.splitlines()]
+
+    assert lines(s3.cat_file("bucket/trainings/one/log.jsonl").decode()) == lines(
+        (tmp_path / "disk/log.jsonl").read_text()
+    )
+    names = {name.removeprefix("bucket/trainings/one/") for name in s3.find("bucket/trainings/one")}
+    events = {name for name in names if name.startswith("tensorboard/")}
+    assert len(events) == 2, "one file a start"
+    here = {path.relative_to(tmp_path / "disk").as_posix() for path in (tmp_path / "disk").rglob("*") if path.is_file()}
+    assert names - events == {name for name in here if not name.startswith(("tensorboard/", ".tmp/"))}
+    one = load(s3.cat_file("bucket/trainings/one/checkpoints/step-000000012.safetensors"))
+    two = load((tmp_path / "disk/checkpoints/step-000000012.safetensors").read_bytes())
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
