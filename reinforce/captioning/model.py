@@ -191,7 +191,8 @@ def describe(model: CaptionerModel) -> str:
     """What learns and what does not, for the log."""
     total = sum(p.numel() for p in model.parameters())
     learnt = model.learnt()
-    parts = ", ".join(f"{name} {count / 1e6:,.2f} M" for name, count in learnt.items() if count)
+    sizes = {name: f"{count / 1e6:,.2f} M" if count >= 10_000 else f"{count:,}" for name, count in learnt.items()}
+    parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if learnt[name])
     frozen = f"; frozen: {', '.join(model.frozen)}" if model.frozen else ""
     return f"{sum(learnt.values()) / 1e6:,.2f} of {total / 1e6:,.2f} M parameters learn ({parts}){frozen}"
 
