@@ -257,6 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors of the user's are one message, and the exit status tells."""
     if os.getcwd() not in sys.path:  # a class of the user's own lies beside the config
         sys.path.insert(0, os.getcwd())
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of settings that are meant
     try:
         app(args=arguments)
     except UserError as error:

@@ -178,6 +178,21 @@ def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_their_curv
     np.testing.assert_allclose(curve(output), curve(undisturbed), rtol=2e-3)
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_two_ranks_of_ray_train_come_to_the_curve_of_one(
+    base: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, ranks in (("one", 1), ("two", 2)):
+        config = written(base, tmp_path / name)
+        with pytest.raises(SystemExit) as ended:
+            main(["train", config, "--set", "train.steps=10", "--set", f"train.compute.ranks={ranks}"])
+        assert ended.value.code == 0
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-4)
+    said = capfd.readouterr().out
+    assert "starting 2 ranks on Ray" in said
+    assert said.count("step 10: retrieval/own/text_to_image/r1") == 2, "what rank 0 says is heard here"
+
+
 def test_what_comes_out_loads_in_plain_open_clip(undisturbed: Path) -> None:
     model = open_clip.create_model(f"local-dir:{undisturbed}/student")
     averaged = load_file(undisturbed / f"checkpoints/step-{STEPS:09d}.safetensors")
