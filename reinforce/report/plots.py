@@ -26,14 +26,17 @@ _INK, _GREY, _EDGE = "#1f2328", "#6b7280", "#e1e4e8"
 _DPI = 160
 
 
-def figure(panels: int = 1, width: float = 8.0, height: float = 4.5) -> tuple[Figure, list[Axes]]:
-    """An empty figure with ``panels`` axes side by side; ``width`` and ``height`` in inches."""
+def figure(
+    panels: int = 1, width: float = 8.0, height: float = 4.5, columns: int | None = None
+) -> tuple[Figure, list[Axes]]:
+    """An empty figure with ``panels`` axes, side by side or in rows of ``columns``; sizes in inches, of the whole."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(made)
-    axes = [made.add_subplot(1, panels, i + 1) for i in range(panels)]
+    columns = columns or panels
+    axes = [made.add_subplot(-(-panels // columns), columns, i + 1) for i in range(panels)]
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.spines[["left", "bottom"]].set_color(_EDGE)

@@ -7,6 +7,7 @@ from typing import Any
 
 from reinforce.report import plots
 
+_COLUMNS = 3
 _PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Mapping[str, Any]]], ...] = (
     ("Loss", "loss", lambda row: {"all": row["loss"], **row["losses"]} if "losses" in row else {}),
     ("Learning rate", "learning rate", lambda row: {"": row["lr"]} if "lr" in row else {}),
@@ -34,7 +35,9 @@ def draw(rows: Sequence[Mapping[str, Any]], url: str) -> None:
     panels = [panel for panel in panels if panel[2]]
     if not panels:
         return
-    made, axes = plots.figure(len(panels), width=4.6 * len(panels), height=3.6)
+    columns = min(len(panels), _COLUMNS)
+    lines = -(-len(panels) // columns)
+    made, axes = plots.figure(len(panels), width=4.6 * columns, height=3.6 * lines, columns=columns)
     for panel, (title, y, series) in zip(axes, panels, strict=True):
         plots.name(panel, title, "step", y)
         for index, (label, points) in enumerate(series.items()):
