@@ -14,6 +14,7 @@ from teachers import open_clip_catalog as catalog
 from teachers.coca_decoder import CachedForward
 from teachers.decoding import decode
 from teachers.device import Accelerator
+from teachers.fixed import fix
 from teachers.open_clip import image_spec, load_model, model_name
 from teachers.rules import Rules
 from teachers.spec import CaptionerSpec
@@ -39,8 +40,9 @@ class CocaCaptioner:
         self._accelerator = accelerator
         self._tokens = Vocabulary(open_clip.get_tokenizer(model_name(spec)))
         accelerator.prepare(model)
-        # Of the model only what is needed stays: the forward has the texts' towers in a layout of its own.
+        # Nothing else of the model stays: both have its weights in layouts of their own.
         self._visual = model.visual
+        fix(self._visual, accelerator)
         self._forward = CachedForward(model, accelerator, spec.max_length - 2, spec.compile)
         size = model.text_decoder.text_projection.shape[1]
         self._rules = Rules(

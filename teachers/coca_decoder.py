@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from teachers.coca_blocks import CrossBlock, SelfBlock, check_block
 from teachers.device import Accelerator
-from teachers.linear import FixedLinear
+from teachers.fixed import FixedLinear
 from teachers.rules import compact
 
 #: Fewest rows of a compiled step, so that the tail of a batch does not compile shapes of its own.
