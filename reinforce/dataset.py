@@ -16,7 +16,7 @@ import schemas
 from reinforce import vectors
 from reinforce.augment import Augmentation, from_records
 from reinforce.errors import UserError
-from reinforce.layers import SAMPLES, captions_layer, embeddings_layer
+from reinforce.layers import SAMPLES, TRUE, captions_layer, embeddings_layer
 from reinforce.manifest import check_names
 from reinforce.source import referenced_images
 from reinforce.store import MANIFEST, Store
@@ -133,7 +133,7 @@ class Dataset:
         self.teachers = chosen(url, "teachers", teachers, self.manifest)
         self.captioners = chosen(url, "captioners", captioners, self.manifest)
         wanted = [captions_layer(c) for c in self.captioners]
-        wanted += [embeddings_layer(t, w) for t in self.teachers for w in ("images", "caption", *self.captioners)]
+        wanted += [embeddings_layer(t, w) for t in self.teachers for w in ("images", TRUE, *self.captioners)]
         self.layers = [SAMPLES, *(name for name in wanted if name in self.manifest["layers"])]
         listings = [self.store.shards(name) for name in self.layers]
         self.shards = sorted(set(listings[0]).intersection(*listings[1:]))

@@ -18,6 +18,8 @@ import pyarrow as pa
 import schemas
 
 SAMPLES = "samples"
+#: The true caption among the texts that teachers encode; the others are captioners.
+TRUE = "caption"
 Kind = Literal["samples", "captions", "images", "texts"]
 
 

@@ -9,7 +9,7 @@ from reinforce.augment import AUGMENTATION_BACKEND
 from reinforce.config import Config, Limits
 from reinforce.errors import UserError
 from reinforce.image import IMAGE_POLICY
-from reinforce.layers import SAMPLES, Kind, Layer, captions_layer, embeddings_layer, fingerprint_of
+from reinforce.layers import SAMPLES, TRUE, Kind, Layer, captions_layer, embeddings_layer, fingerprint_of
 from reinforce.text import CAPTION_POLICY
 from teachers.registry import ModelInfo, describe_captioner, describe_teacher
 
@@ -71,7 +71,7 @@ def layers_of(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer
         if info.images:
             sides.append(("images", "images", SAMPLES, config.augmentations.count))
         if info.texts:
-            sides.append(("caption", "texts", SAMPLES, 1))
+            sides.append((TRUE, "texts", SAMPLES, 1))
             sides += [(c, "texts", captions_layer(c), spec.captions) for c, spec in config.captioners.items()]
         for what, kind, source, count in sides:
             recipe = {"source": layers[source].fingerprint, "model": info.identity, "dtype": teacher.dtype}

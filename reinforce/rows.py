@@ -8,17 +8,16 @@ row group, never with the shard.
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
 from PIL.Image import Image
 from PIL.Image import new as new_image
 
+from reinforce.ahead import ahead
 from reinforce.augment import Augmentation, Crop, from_records, replay, sample
 from reinforce.config import Config
 from reinforce.image import ImageRefused, decode
@@ -31,11 +30,7 @@ from teachers.protocols import ImageSpec
 GROUP_BYTES = 32 * 2**20
 GROUP_ROWS = 1024
 _NOMINAL_VECTOR_BYTES = 1536 * 2
-_AHEAD_BYTES = 128 * 2**20  # of encoded images and their sidecars
 _WHOLE = Crop(0, 0, 8, 8)
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass
@@ -134,32 +129,6 @@ def rows_from_samples(
         return row
 
     yield from ahead(pool, prepare, stored(), window, _encoded_bytes)
-
-
-def ahead(
-    pool: ThreadPoolExecutor,
-    function: Callable[[T], R],
-    items: Iterable[T],
-    window: int,
-    size_of: Callable[[T], int] = lambda item: 0,
-) -> Iterator[R]:
-    """Map in threads, in order, ahead of the consumer: at most ``window`` items, and none beyond 128 MiB of them."""
-    futures: deque[tuple[Future[R], int]] = deque()
-    waiting = 0
-    try:
-        for item in items:
-            size = size_of(item)
-            futures.append((pool.submit(function, item), size))
-            waiting += size
-            while len(futures) > window or (waiting > _AHEAD_BYTES and len(futures) > 1):
-                future, size = futures.popleft()
-                waiting -= size
-                yield future.result()
-        while futures:
-            yield futures.popleft()[0].result()
-    finally:
-        for future, _ in futures:
-            future.cancel()
 
 
 def _encoded_bytes(item: RawSample | Refusal | Row) -> int:

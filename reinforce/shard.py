@@ -18,7 +18,7 @@ import torch
 from reinforce import vectors
 from reinforce.augment import to_records
 from reinforce.config import Config
-from reinforce.layers import SAMPLES, Layer, captions_layer
+from reinforce.layers import SAMPLES, TRUE, Layer, captions_layer
 from reinforce.models import Counters, Models
 from reinforce.plan import WHOLE_SHARD, Work
 from reinforce.rows import Row, Wanted, rows_from_samples, rows_from_source
@@ -149,7 +149,7 @@ class _Shard:
 
     def _stored_captions(self) -> set[str]:
         """Captions layers that exist already and whose texts are to be encoded."""
-        needed = {_captions_of(layer) for layer in self.layers.values() if layer.texts not in (None, "caption")}
+        needed = {_captions_of(layer) for layer in self.layers.values() if layer.texts not in (None, TRUE)}
         return needed - self.layers.keys()
 
     def _refuse(self, layer: str, key: str | None, reason: Reason, detail: str) -> None:
@@ -192,7 +192,7 @@ class _Shard:
                 valid = np.array([row.refusal is None for row in kept])
                 tables[name] = self._vectors_table(layer, keys, np.concatenate(batches[name]), valid)
             else:
-                true = layer.texts == "caption"
+                true = layer.texts == TRUE
                 texts = [[r.caption] if r.caption else None for r in kept] if true else captions[_captions_of(layer)]
                 tables[name] = self._texts_table(layer, keys, texts)
         return tables

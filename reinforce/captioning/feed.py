@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from reinforce.ahead import ahead
 from reinforce.augment import replay, sample
 from reinforce.captioning.config import Data
 from reinforce.captioning.images import read_images
@@ -34,7 +35,6 @@ from reinforce.captioning.pairs import Pairs
 from reinforce.config import Augmentations, RandAugment
 from reinforce.errors import UserError
 from reinforce.image import ImageRefused, decode
-from reinforce.rows import ahead
 from reinforce.seeds import uniforms
 from reinforce.student.order import permutation
 

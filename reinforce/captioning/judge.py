@@ -23,9 +23,9 @@ from reinforce.errors import UserError
 from reinforce.evaluation.pictures import Memory, Pictures
 from reinforce.evaluation.ranking import recalls
 from reinforce.evaluation.reading import Example
-from reinforce.student.export import write_open_clip
 from teachers.coca import CocaCaptioner
 from teachers.device import Accelerator
+from teachers.export import write_open_clip
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 

@@ -11,8 +11,8 @@ from reinforce.captioning.config import Loss
 from reinforce.captioning.judge import Judge
 from reinforce.captioning.loss import captioning_losses
 from reinforce.captioning.model import CaptionerModel
-from reinforce.student.export import write_open_clip
 from reinforce.training.task import Batch, Encoded
+from teachers.export import write_open_clip
 
 
 class CaptioningTask:

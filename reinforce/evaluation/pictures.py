@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from reinforce.ahead import ahead
 from reinforce.config import Limits
 from reinforce.evaluation.reading import Example
 from reinforce.evaluation.sets import Examples
 from reinforce.image import ImageRefused, decode
-from reinforce.rows import ahead
 from reinforce.source import Refusal
 from schemas import Reason
 from teachers.pixels import fit

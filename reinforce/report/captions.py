@@ -17,11 +17,9 @@ import pyarrow as pa
 from reinforce import vectors
 from reinforce.dataset import Dataset, Zip
 from reinforce.errors import UserError
-from reinforce.layers import SAMPLES, captions_layer, embeddings_layer
+from reinforce.layers import SAMPLES, TRUE, captions_layer, embeddings_layer
 from reinforce.report.texts import DEFINITIONS, Texts
 
-#: The true captions among the captioners; no captioner can have this name.
-TRUE = "caption"
 #: Shards that a sample is taken from at most, where it is smaller than the dataset.
 _SHARDS = 64
 _BINS = 200

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
+from reinforce.layers import TRUE
 from reinforce.report import plots
-from reinforce.report.captions import TRUE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from reinforce import vectors
 from reinforce.augment import Augmentation, from_records
 from reinforce.config import Limits
 from reinforce.errors import UserError
-from reinforce.layers import SAMPLES, captions_layer, embeddings_layer
+from reinforce.layers import SAMPLES, TRUE, captions_layer, embeddings_layer
 from reinforce.seeds import uniforms
 from reinforce.source import referenced_images
 from reinforce.tar import DamagedTar
@@ -28,9 +28,6 @@ Floats = npt.NDArray[np.float32]
 
 #: Reads one layer of a row group.
 ReadLayer: TypeAlias = Callable[[str], pa.Table]
-
-#: The true caption among the sources of texts; the others are captioners.
-TRUE = "caption"
 
 
 @dataclass(frozen=True)

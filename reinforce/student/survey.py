@@ -12,12 +12,12 @@ from reinforce.config import Limits
 from reinforce.dataset import Zip, chosen, read_manifest
 from reinforce.errors import UserError
 from reinforce.image import IMAGE_POLICY
-from reinforce.layers import SAMPLES, embeddings_layer
+from reinforce.layers import SAMPLES, TRUE, embeddings_layer
 from reinforce.plan import given_up
 from reinforce.store import Store
 from reinforce.student.config import Data
 from reinforce.student.counts import row_groups
-from reinforce.student.examples import TRUE, Choice
+from reinforce.student.examples import Choice
 from reinforce.student.reader import Corpus, Targets
 
 _LOG = logging.getLogger(__name__)

@@ -159,20 +159,28 @@ class _Loop:
         share = self.training.batch // self.ranks.size
         batches = self.feed.batches(self.ranks.rank, self.ranks.size, share, self.record.step)
         ahead = Ahead(batches, self.accelerator)
-        ahead.fetch()
+        self._fetch(ahead)
+        if signum := self.ranks.highest(self.stop.signum)():
+            raise Stopped(signum)
         eta = Eta(self.record.step, self.steps)
         while self.record.step < self.steps:
-            asked = self.ranks.highest(self.stop.signum)
-            self._step(model, ahead, share, eta)
+            signum = self._step(model, ahead, share, eta)
             last = self.record.step == self.steps
-            signum = asked() if self.ranks.size > 1 else self.stop.signum
             if signum or last or self._evaluation_due() or self.record.step % self.training.checkpoints.every == 0:
                 self._save(last=bool(signum))
             if signum:
                 raise Stopped(signum)
             self._evaluate()
 
-    def _step(self, model: Any, ahead: Ahead, share: int, eta: Eta) -> None:
+    def _fetch(self, ahead: Ahead) -> None:
+        try:
+            ahead.fetch()
+        except RuntimeError:
+            if not self.stop.signum:  # Ctrl-C ends the loader's processes, too
+                raise
+
+    def _step(self, model: Any, ahead: Ahead, share: int, eta: Eta) -> int:
+        """Take a step with the batch that is ready; returns the signal by which some rank was asked to stop, or 0."""
         step, begun = self.record.step, time.perf_counter()
         lr = learning_rate(step, self.steps, self.training.optimizer)
         for group in self.state.optimizer.param_groups:
@@ -184,8 +192,9 @@ class _Loop:
         outcome = backpropagate(self.task, model, ahead.take(), share, seeds, self.accelerator)
         computed = self.accelerator.mark()
         if step + 1 < self.steps:
-            ahead.fetch()  # while the device computes
+            self._fetch(ahead)  # while the device computes
         fetched = self.accelerator.mark()
+        asked = self.ranks.highest(self.stop.signum)
         norm = self._update()
         seconds = time.perf_counter() - begun
         self.meter.add(seconds, self.accelerator.seconds(computed, fetched))
@@ -194,6 +203,7 @@ class _Loop:
             self._tell(outcome, lr, norm, eta)
         elif self.ranks.first:
             self.screen.advance(self.record.step)
+        return asked() if self.ranks.size > 1 else self.stop.signum
 
     def _update(self) -> float:
         """Take the step that the gradients point to, unless they are not finite; returns their norm."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
+
+_ECHO_SECONDS = 2.0
 
 
 class Stopped(Exception):
@@ -27,13 +30,19 @@ class Stop:
 
     def __init__(self) -> None:
         self.signum = 0
+        self._asked = 0.0
         self._safe = False
 
     def ask(self, signum: int) -> None:
-        """End after the current step, or at once where nothing can be lost. A second time: KeyboardInterrupt."""
+        """End after the current step, or at once where nothing can be lost. Later again: KeyboardInterrupt.
+
+        torchrun passes a signal on that its ranks have got from the terminal already.
+        """
         if self.signum:
-            raise KeyboardInterrupt
-        self.signum = signum
+            if time.monotonic() - self._asked > _ECHO_SECONDS:
+                raise KeyboardInterrupt
+            return
+        self.signum, self._asked = signum, time.monotonic()
         if self._safe:
             raise Stopped(signum)
 

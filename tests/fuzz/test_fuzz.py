@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +12,7 @@ from hypothesis import given, settings
 from tests.fuzz.targets import GOOD, HEADERS, TARGETS, Mutation, shard
 from tests.fuzz.watchdog import bounded
 
+ROOT = Path(__file__).parents[2]
 EXAMPLES = {"shard": 60, "packed": 40, "members": 60, "image": 150, "text": 150}
 
 
@@ -19,7 +24,7 @@ def test_nothing_is_lost_and_nothing_hangs(name: str) -> None:
     @settings(max_examples=EXAMPLES[name], deadline=None, derandomize=True)  # `make fuzz` has other cases each time
     @given(**strategies)
     def run(**values: Any) -> None:
-        with bounded(60):  # a machine that is shared is slow at times
+        with bounded():
             target(**values)
 
     run()
@@ -30,3 +35,11 @@ def test_a_header_that_is_copied_to_the_front_may_win_and_its_sample_is_told() -
     for starts in HEADERS.values():
         for start, _ in starts:
             shard([Mutation(0, 0, GOOD[start : start + 1024])])
+
+
+@pytest.mark.parametrize("hang", ["while True: pass", "import re; re.match('(a+)+$', 'a' * 99 + 'b')"])
+def test_a_hang_ends_the_process_and_says_where(hang: str) -> None:
+    code = f"from tests.fuzz import watchdog; watchdog.SECONDS = 0.5\nwith watchdog.bounded():\n  exec({hang!r})"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGPROF
+    assert "most recent call first" in ended.stderr

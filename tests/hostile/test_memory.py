@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from reinforce.rows import ahead
+from reinforce.ahead import ahead
 
 
 @pytest.mark.parametrize(("mebibytes", "most"), [(0, 16), (10, 12), (50, 2), (500, 1)])

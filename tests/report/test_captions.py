@@ -16,7 +16,8 @@ from rich.console import Console
 
 import reinforce
 from reinforce.cli import main
-from reinforce.report.captions import TRUE, _shares, captions_report
+from reinforce.layers import TRUE
+from reinforce.report.captions import _shares, captions_report
 from reinforce.report.captions_view import captions_table, write_report
 from tests.conftest import config_of
 from tests.student.reinforced import reinforce_here
