@@ -28,7 +28,7 @@ from tests.training.tiny import curve, rows
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., subprocess.Popen[str]]
-STEPS, BATCH = 60, 8  # 44 samples: an epoch ends in the middle of a step
+STEPS, BATCH = 40, 8  # 44 samples: an epoch ends in the middle of a step
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def start() -> Iterator[Start]:
 
 
 def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     log = output / "log.jsonl"
     while not log.exists() or f'"step": {step},' not in log.read_text():
         assert process.poll() is None, process.communicate()[0]
@@ -135,9 +135,9 @@ def test_killed_and_interrupted_it_goes_on_with_the_same_batches_and_curve(
     assert 12 <= reached < STEPS
 
     interrupted = start("jobs/train_student.py", "--config", config)
-    wait_for_step(interrupted, output, max(25, reached + 2))
+    wait_for_step(interrupted, output, max(22, reached + 2))
     os.killpg(interrupted.pid, signal.SIGINT)  # as a terminal does: the loader's processes get it, too
-    said, _ = interrupted.communicate(timeout=60)
+    said, _ = interrupted.communicate(timeout=300)
     assert interrupted.returncode == 130, said
     assert "run again to go on" in said
     assert f"going on after step {saved} of" in said
@@ -165,13 +165,13 @@ def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_their_curv
     stopped = start(*command, config)
     wait_for_step(stopped, output, 10)
     stopped.send_signal(signal.SIGTERM)
-    said, _ = stopped.communicate(timeout=60)
+    said, _ = stopped.communicate(timeout=300)
     assert stopped.returncode != 0
     stopped_at = rows(output)[-1]["step"]
     assert (output / f"checkpoints/step-{stopped_at:09d}.safetensors").exists(), said
 
     done = start(*command, config)
-    said, _ = done.communicate(timeout=120)
+    said, _ = done.communicate(timeout=300)
     assert done.returncode == 0, said
     assert f"going on after step {stopped_at}" in said
     assert said.count(f"for {STEPS} steps on") == 1, "rank 0 alone tells"
