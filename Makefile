@@ -34,6 +34,9 @@ bench: $(INSTALLED) ## how near the pipeline comes to this machine's limits (two
 bench-step: $(INSTALLED) ## what a training step with stored targets costs beside plain CLIP (five minutes)
 	$(BIN)/python -m benchmarks.step
 
+bench-captions: $(INSTALLED) ## decoding of CoCa's captions beside open_clip's own (ten minutes)
+	$(BIN)/python -m benchmarks.captions
+
 fuzz: $(INSTALLED) ## broken shards, images and texts at random, for SECONDS (default 600)
 	$(BIN)/python -W ignore -m tests.fuzz --seconds $(SECONDS)
 

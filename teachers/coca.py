@@ -117,8 +117,9 @@ def refuse_models_that_cannot_caption(spec: CaptionerSpec, model: Any) -> None:
         coca_decoder.check(model)
     except ValueError as error:
         raise ValueError(f"captioner model {spec.model!r} cannot caption: {error}") from error
-    context = min(model.text.context_length, model.text_decoder.context_length)
-    if spec.max_length > context:
+    # The end is written, never read: one token more than the context holds.
+    longest = min(model.text.context_length, model.text_decoder.context_length) + 1
+    if spec.max_length > longest:
         raise ValueError(
-            f"max_length {spec.max_length} of captioner model {spec.model!r} exceeds its context of {context}"
+            f"max_length {spec.max_length} exceeds the {longest} tokens that captioner model {spec.model!r} can write"
         )

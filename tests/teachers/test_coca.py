@@ -175,11 +175,11 @@ def test_a_known_model_that_is_no_coca_is_refused_before_its_weights_are_fetched
         captioner("ViT-B-32", pretrained="laion2b_s34b_b79k")
 
 
-def test_captions_longer_than_the_context_are_refused(model):
-    with pytest.raises(ValueError, match=r"max_length 77 .* context of 76"):
-        captioner(model, max_length=77)
-    long = captioner(model, captions=1, min_length=74, max_length=76)
-    assert [len(tokens) for tokens in decoded(long, images(1), seeds(1, 1))] == [74]
+def test_captions_fill_the_context_and_longer_ones_are_refused(model):
+    with pytest.raises(ValueError, match=r"max_length 78 exceeds the 77 tokens .* can write"):
+        captioner(model, max_length=78)
+    long = captioner(model, captions=1, min_length=75, max_length=77)
+    assert [len(tokens) for tokens in decoded(long, images(1), seeds(1, 1))] == [75]
 
 
 def test_seeds_of_the_wrong_shape_are_refused(model):

@@ -1,0 +1,396 @@
+"""``make bench-captions``: five captions an image by CoCa, decoded here and as open_clip decodes them.
+
+Both sides have the same random weights, draw the same words (nucleus sampling, top_p 0.9) from the same numbers, and
+take turns in one process with the same threads. Where a single word differs, no speed is reported. Two cases: captions
+of the full 30 tokens, start and end included; and captions that end where real ones do, whose number of words is drawn
+(5 + Poisson(7), 12 in the mean), since random weights never end one.
+
+open_clip's side is the loop of its ``CoCa.generate``, written out with its own forward pass and transformers' own
+logits processors, but for one thing: the draw inverts the distribution at a given number, where ``generate`` calls
+``torch.multinomial``, so that the words can be compared. ``generate`` is called once for each caption of an image, as
+RayGen does: it encodes the images each time, runs the towers over all words so far at each step, gives logits of all
+positions, computes rows that have ended until all have, and at the last step makes a forward pass of which it uses
+nothing. ``generate`` itself is timed beside it where it runs: it needs a class that transformers 5 no longer has.
+
+The bound is one encoding of the images and the cached steps, their floating point operations at the speed that this
+machine reaches in matrix products of these shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from teachers.coca_decoder import CachedForward
+from teachers.decoding import greedy, sample
+from teachers.device import Accelerator
+from teachers.fixed import FixedLinear, fix
+from teachers.rules import Rules
+from teachers.sampling import sample_nucleus, uniforms
+
+CAPTIONS, TOKENS, TOP_P = 5, 30, 0.9
+WORDS = TOKENS - 2
+START, END, PAD = 49406, 49407, 0
+TARGETS = {"fixed": 8.0, "natural": 12.0}
+RESULTS = Path(__file__).parent / "results" / "captions.json"
+#: A draw that ends a caption: a number no other is.
+STOP = 2.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the images that are captioned at once, and how often."""
+
+    model: str
+    images: int
+    rounds: int
+
+
+class Bench:
+    """A model of a case and both ways of decoding it. Texts are [images][captions] lists of words."""
+
+    def __init__(self, case: Case) -> None:
+        self.model = random_model(case.model)
+        self.accelerator = Accelerator("cpu")
+        self.visual = copy.deepcopy(self.model.visual)
+        fix(self.visual, self.accelerator)
+        self.forward = CachedForward(self.model, self.accelerator, WORDS)
+        impossible = torch.zeros(self.model.text.vocab_size, dtype=torch.bool)
+        impossible[[START, PAD]] = True  # `generate` takes the padding, which is the word "!", for an end
+        self.rules = Rules(START, END, impossible, min_words=WORDS, max_words=WORDS)
+        size = self.model.visual.image_size
+        self.pixels = torch.randn(case.images, 3, *(size if isinstance(size, tuple) else (size, size)))
+        drawn = uniforms(np.arange(case.images * CAPTIONS, dtype=np.uint64), WORDS)
+        self.drawn = torch.from_numpy(drawn).unflatten(0, (-1, CAPTIONS))
+        lengths = 5 + np.random.default_rng(0).poisson(7, (case.images, CAPTIONS))
+        self.lengths = {"fixed": np.full_like(lengths, WORDS), "natural": lengths.clip(max=WORDS)}
+
+    def ours(self, lengths: np.ndarray, choose: Callable[..., torch.Tensor] | None = None) -> list[list[list[int]]]:
+        choose = choose or partial(sample_nucleus, temperature=1.0, top_p=TOP_P)
+
+        def until_the_end(logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+            return torch.where(drawn == STOP, END, choose(logits, drawn.clamp(max=1)))
+
+        stops = torch.arange(WORDS) >= torch.from_numpy(lengths)[..., None]
+        with torch.inference_mode():
+            self.forward.begin(self.encode(), CAPTIONS)
+            texts = sample(self.forward, self.rules, until_the_end, self.drawn.masked_fill(stops, STOP))
+        return [text for text in texts if text is not None]
+
+    def encode(self) -> torch.Tensor:
+        tokens: torch.Tensor = self.visual(self.pixels)[1]
+        return tokens
+
+    def open_clips(self, lengths: np.ndarray) -> list[list[list[int]]]:
+        by_caption = [self._generate(self.drawn[:, n], lengths[:, n]) for n in range(CAPTIONS)]
+        return [list(texts) for texts in zip(*by_caption, strict=True)]
+
+    def _generate(self, drawn: torch.Tensor, lengths: np.ndarray) -> list[list[int]]:
+        """The loop of open_clip's ``CoCa.generate`` with ``generation_type="top_p"`` and ``seq_len=TOKENS``."""
+        model = self.model
+        processors = transformers.LogitsProcessorList(
+            [
+                transformers.MinLengthLogitsProcessor(TOKENS, END, device="cpu"),
+                transformers.RepetitionPenaltyLogitsProcessor(1.0),
+            ]
+        )
+        warper = transformers.TopPLogitsWarper(TOP_P)
+        with torch.no_grad():
+            latent, tokens = model._encode_image(self.pixels)
+            out = torch.full((len(self.pixels), 1), START)
+            while out.shape[1] < TOKENS:
+                logits = model(self.pixels, out, image_latent=latent, image_embs=tokens, output_labels=False)
+                logits = logits["logits"][:, -1]
+                words = out.shape[1] - 1
+                mask = (out[:, -1] == END) | (out[:, -1] == PAD)
+                if mask.all():
+                    break
+                sampled = torch.full((len(out), 1), PAD)
+                rows = logits[~mask].masked_fill_(self.rules.impossible, -torch.inf)
+                rows = warper(out[~mask], processors(out[~mask], rows))
+                probabilities = torch.softmax(rows, dim=-1)
+                if words + 2 == TOKENS:
+                    sampled[~mask] = END
+                else:
+                    sums = probabilities.cumsum(-1, dtype=torch.float64)
+                    word = torch.searchsorted(sums, drawn[~mask, words, None] * sums[:, -1:])
+                    ends = torch.from_numpy(lengths <= words)[~mask, None]
+                    sampled[~mask] = torch.where(ends, END, word)
+                out = torch.cat([out, sampled], dim=-1)
+        return [row[1 : row.index(END)] for row in out.tolist()]
+
+    def check(self) -> float:
+        """Greedy captions against open_clip's forward pass over them -> the largest difference of a logit.
+
+        Raises SystemExit where a word is not the likeliest there, or a logit is more than 1e-4 off.
+        """
+        kept: list[torch.Tensor] = []
+
+        def likeliest(logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+            kept.append(logits[::CAPTIONS])
+            return greedy(logits, drawn)
+
+        texts = [of_image[0] for of_image in self.ours(self.lengths["fixed"], likeliest)]
+        ours = torch.stack(kept, dim=1)
+        with torch.inference_mode():
+            tokens = torch.tensor([[START, *words[:-1]] for words in texts])
+            theirs = self.model(self.pixels, tokens, output_labels=False)["logits"]
+            barred = self.rules.impossible | (torch.arange(theirs.shape[-1]) == END)
+            words = theirs.masked_fill(barred, -torch.inf).argmax(-1).tolist()
+            worst = (ours - theirs)[..., ~barred].abs().max().item()
+        if words != texts or worst > 1e-4:
+            raise SystemExit(f"greedy words or logits are not open_clip's (logits up to {worst:.1e} off): no speed-up")
+        return worst
+
+    def turns(self, rounds: int) -> dict[str, dict[str, Any]]:
+        """Seconds of both sides in each case, in turns."""
+        results = {}
+        for case, lengths in self.lengths.items():
+            sides = {"ours": self.ours, "open_clip": self.open_clips}
+            clocks = {"wall": time.perf_counter, "cpu": time.process_time}
+            seconds: dict[str, dict[str, list[float]]] = {side: {clock: [] for clock in clocks} for side in sides}
+            self.ours(lengths)  # memory is taken, code is loaded
+            for _ in range(rounds):
+                texts = {}
+                for side, decode in sides.items():
+                    starts = {name: clock() for name, clock in clocks.items()}
+                    texts[side] = decode(lengths)
+                    for name, clock in clocks.items():
+                        seconds[side][name].append(clock() - starts[name])
+                if texts["ours"] != texts["open_clip"]:
+                    raise SystemExit(f"{case}: the words are not those of open_clip's loop: no speed-up")
+            of = {side: {c: statistics.median(values) for c, values in of.items()} for side, of in seconds.items()}
+            ratio = {clock: of["open_clip"][clock] / of["ours"][clock] for clock in clocks}
+            results[case] = {"speedup": ratio, "median seconds": of, "seconds": seconds}
+        return results
+
+    def generate(self) -> float | None:
+        """Seconds of ``CoCa.generate`` itself for captions of the full length; None where it does not run."""
+        options = {"generation_type": "top_p", "top_p": TOP_P, "seq_len": TOKENS, "min_seq_len": TOKENS - 1}
+        start = time.perf_counter()
+        try:
+            for _ in range(CAPTIONS):
+                self.model.generate(self.pixels, **options)
+        except AssertionError:  # "Please install transformers": what it imports is not all there
+            return None
+        return time.perf_counter() - start
+
+    def profile(self, lengths: np.ndarray) -> dict[str, float]:
+        """Seconds of each part of one decoding of ours."""
+        clock, forward = Clock(), self.forward
+        blocks = [*forward.words, *forward.context, *forward.vision]
+        watched = [
+            *((block, "blocks") for block in blocks),
+            *((block.mlp, "mlp") for block in blocks),
+            *((block.project_image, "image keys and values") for block in forward.vision),
+            (forward.vocabulary, "vocabulary"),
+            (self.visual, "image encoder"),
+        ]
+        hooks = [hook for module, part in watched for hook in clock.watch(module, part)]
+
+        def choose(logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+            with clock.running("sampling"):
+                return sample_nucleus(logits, drawn, 1.0, TOP_P)
+
+        with clock.running("all"):
+            self.ours(lengths, choose)
+        for hook in hooks:
+            hook.remove()
+        seconds = clock.seconds
+        seconds["attention and its projections"] = seconds.pop("blocks") - seconds["mlp"]
+        seconds["rest"] = 2 * seconds["all"] - sum(seconds.values())
+        return dict(seconds)
+
+    def bound(self, lengths: np.ndarray) -> dict[str, float]:
+        """Operations of one decoding of ours, and the seconds that they take at the speed of matrix products."""
+        visual, width = self.visual, self.forward.places.shape[1]
+        encoding, all_of_it = operations(self.encode), operations(lambda: self.ours(lengths))
+        rows = round(int(lengths.sum()) / int(lengths.max()))
+        patches = len(self.pixels) * (visual.grid_size[0] * visual.grid_size[1] + 1)
+        speed = {"encoding": product_speed(patches, visual.conv1.out_channels), "step": product_speed(rows, width)}
+        seconds = encoding / speed["encoding"] + (all_of_it - encoding) / speed["step"]
+        return {
+            "operations of encoding": encoding,
+            "operations of steps": all_of_it - encoding,
+            "operations a second in encoding": speed["encoding"],
+            f"operations a second of {rows} rows": speed["step"],
+            "seconds": seconds,
+        }
+
+
+class Clock:
+    """Seconds by part."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()  # type: ignore[type-arg]
+
+    @contextmanager
+    def running(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+    def watch(self, module: torch.nn.Module, part: str) -> list[Any]:
+        """Count what a module takes; the hooks are to be removed."""
+        starts: list[float] = []
+
+        def before(*_: Any) -> None:
+            starts.append(time.perf_counter())
+
+        def after(*_: Any) -> None:
+            self.seconds[part] += time.perf_counter() - starts.pop()
+
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+def random_model(name: str) -> Any:
+    """An open_clip CoCa with seeded random weights that are as sure of the next word as a trained one."""
+    config = open_clip.get_model_config(name)
+    torch.manual_seed(0)
+    model = open_clip.CoCa(**{key: value for key, value in config.items() if key != "custom_text"})
+    projection = model.text_decoder.text_projection  # which open_clip leaves as the memory was
+    torch.nn.init.normal_(projection, std=5 * projection.shape[0] ** -0.5)
+    return model.eval().requires_grad_(False)
+
+
+def operations(function: Callable[[], Any]) -> int:
+    """Floating point operations of matrix products, attention and convolutions."""
+
+    def packed(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * math.prod(x) * weight[0]
+
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: packed})
+    with torch.inference_mode(), counter:
+        function()
+    return int(counter.get_total_flops())
+
+
+def product_speed(rows: int, width: int) -> float:
+    """Operations a second of [rows, width] by matrices [width, 4 * width] that do not lie in a cache."""
+    accelerator = Accelerator("cpu")
+    count = max(2, 2**26 // width**2 // 4)
+    maps = [FixedLinear(torch.randn(4 * width, width), None, accelerator) for _ in range(count)]
+    x = torch.randn(rows, width)
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(5):
+            start = time.perf_counter()
+            for linear in maps:
+                linear(x)
+            seconds.append(time.perf_counter() - start)
+    return 8 * rows * width**2 * count / min(seconds)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    bench = Bench(case)
+    print(f"{case.model}: {case.images} images, {CAPTIONS} captions each, {case.rounds} rounds", flush=True)
+    worst = bench.check()
+    print(f"  greedy words are open_clip's, logits within {worst:.1e}", flush=True)
+    result: dict[str, Any] = {"images": case.images, "rounds": case.rounds, "largest difference of a logit": worst}
+    turns = bench.turns(case.rounds)
+    for name, turn in turns.items():
+        lengths = bench.lengths[name]
+        bound = bench.bound(lengths)
+        times = turn["median seconds"]["ours"]["wall"] / bound["seconds"]
+        turn |= {
+            "words": float(lengths.mean()),
+            "parts": bench.profile(lengths),
+            "bound": bound,
+            "times the bound": times,
+        }
+        result[f"speedup_{name}_length"] = turn["speedup"]["wall"]
+    return {**result, "cases": turns, "seconds of generate itself": bench.generate()}
+
+
+def report(name: str, result: dict[str, Any]) -> str:
+    """Seconds are those of a caption."""
+    lines = []
+    for case, turn in result["cases"].items():
+        ours, theirs = (of["wall"] / result["images"] / CAPTIONS for of in turn["median seconds"].values())
+        ratio = turn["speedup"]
+        lines.append(
+            f"{name:<14}{case:>9}{turn['words']:>7.1f}{ours:>10.3f}{theirs:>11.3f}{ratio['wall']:>8.1f}{ratio['cpu']:>9.1f}"
+            f"{TARGETS[case]:>8.0f}{turn['times the bound']:>9.2f}"
+        )
+        shares = sorted(turn["parts"].items(), key=lambda part: -part[1])
+        of_all = turn["parts"]["all"]
+        lines.append("    " + ", ".join(f"{part} {value / of_all:.0%}" for part, value in shares if part != "all"))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", help="an open_clip CoCa; again for more; default: both sizes")
+    parser.add_argument("--images", type=int, default=4, help="captioned at once")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the median is taken")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="one image, one round; nothing is stored")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = {}
+    for model in options.model or ["coca_ViT-B-32", "coca_ViT-L-14"]:
+        case = Case(model, 1, 1) if options.quick else Case(model, options.images, options.rounds)
+        results[model] = measure(case)
+    runs = all(result["seconds of generate itself"] is not None for result in results.values())
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu_name(),
+        "threads": options.threads,
+        "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"],
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "open_clip": open_clip.__version__,
+            "transformers": transformers.__version__,
+        },
+        "open_clip's side": "the loop of CoCa.generate, written out"
+        + ("" if runs else f"; generate itself does not run with transformers {transformers.__version__}"),
+    }
+    print("\n".join(f"{key}: {value}" for key, value in about.items()))
+    print(
+        f"{'model':<14}{'case':>9}{'words':>7}{'ours, s':>10}{'open_clip':>11}{'faster':>8}{'(cpu)':>9}"
+        f"{'target':>8}{'x bound':>9}"
+    )
+    for name, result in results.items():
+        print(report(name, result))
+    if not options.quick:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps({**about, "targets": TARGETS, "models": results}, indent=2) + "\n")
+    reached = all(r[f"speedup_{case}_length"] >= target for r in results.values() for case, target in TARGETS.items())
+    return 0 if reached or options.quick else 1
+
+
+def cpu_name() -> str:
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+if __name__ == "__main__":
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is loaded: begin again
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})  # noqa: S606
+    sys.exit(main())
