@@ -28,7 +28,7 @@ class Compute(Section):
 
     ranks: int = Field(1, ge=1, description="processes that train together; under torchrun its own number counts")
     gpus: float = Field(0.0, ge=0, le=1, description="accelerators per rank")
-    cpus: int = Field(1, ge=1, description="cores per rank, its loader's processes included")
+    cpus: int = Field(1, ge=1, description="cores per rank: threads of its arithmetic, and what Ray keeps for it")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the forward pass (autocast)")
     accumulate: int = Field(
         1,
@@ -54,7 +54,12 @@ class Training(Section):
     batch: int = Field(1024, ge=2, description="samples of one step over all ranks")
     optimizer: Optimizer = Optimizer()
     compute: Compute = Compute()
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights, which is exported")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of an average of the weights, which is judged and exported; it rises to this from 0",
+    )
     checkpoints: Checkpoints = Checkpoints()
     log_every: int = Field(50, ge=1, description="steps between log lines")
     retries: int = Field(3, ge=0, description="times that Ray Train starts the ranks again after a failure")

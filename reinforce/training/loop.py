@@ -29,6 +29,7 @@ from reinforce.training.state import State, average_of
 from reinforce.training.step import Outcome, backpropagate
 from reinforce.training.stop import Stop, Stopped
 from reinforce.training.task import Feed, Task
+from teachers.redact import told
 
 _MOST_SKIPPED = 20  # steps in a row without a finite gradient
 _MEETING = (".tmp", "meeting.json")
@@ -298,7 +299,7 @@ class _Loop:
             self.store.put_folder(folder, self.job.export)
         losses = [row["loss"] for row in self.log.rows if "loss" in row]
         results = Results(
-            output=self.job.output,
+            output=told(self.job.output),
             export=self.job.export,
             steps=self.steps,
             samples=self.steps * self.training.batch,

@@ -8,7 +8,8 @@ from typing import Any
 
 from reinforce.progress import clock
 from reinforce.store import Store
-from reinforce.training.checkpoint import Best
+from reinforce.training.checkpoint import FOLDER, Best
+from reinforce.training.log import CURVES, EVENTS, LOG
 
 RESULTS = "results.json"
 
@@ -52,12 +53,13 @@ class Results:
             )
         if self.skipped:
             lines.append(f"{self.skipped:,} steps were skipped, since their gradient was not finite")
-        lines.append(f"weights: {self.output}/{self.export}   curves: {self.output}/curves.png")
+        lines.append(f"weights: {self.output}/{self.export}   curves: {self.output}/{CURVES}")
         return "\n".join(lines)
 
     def write(self, store: Store) -> None:
         rates = {"seconds_per_step": self.seconds_per_step, "samples_per_second": self.samples_per_second}
-        store.write_json({**asdict(self), **rates}, RESULTS)
+        files = {"weights": self.export, "checkpoints": FOLDER, "log": LOG, "tensorboard": EVENTS, "curves": CURVES}
+        store.write_json({**asdict(self), **rates, "files": files}, RESULTS)
 
 
 def read_results(store: Store) -> Results | None:
