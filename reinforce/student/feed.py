@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import itertools
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import shutil
@@ -13,14 +16,14 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from reinforce.errors import UserError
 from reinforce.student.config import Data
-from reinforce.student.parts import Maker, Part, Tokenize
+from reinforce.student.parts import Maker, Part, Room, Tokenize
 from reinforce.student.stream import Plan, Stream
 from reinforce.student.survey import survey
 from reinforce.training.task import Batch
@@ -31,6 +34,7 @@ _SHARED = Path("/dev/shm")  # noqa: S108 - where Linux keeps what processes shar
 _PRELOADED = ["open_clip", "reinforce.student.stream", "teachers.open_clip_text"]
 
 T = TypeVar("T")
+_Made: TypeAlias = "tuple[Batch, Counter[str]]"  # a batch, and rows that were passed over on the way, by reason
 
 
 class StudentFeed:
@@ -54,7 +58,8 @@ class StudentFeed:
         self._data, self._seed, self._online, self._pin = data, seed, tuple(online), pin
         self._corpora = survey(data, seed, data.teachers if teachers is None else teachers)
         self._choice, self._targets = self._corpora[0].choice, self._corpora[0].targets
-        self._maker = Maker(size, tokenize, max(corpus.size for corpus in self._corpora) if online else None)
+        width = sum(dim for _, dim in self._targets)
+        self._maker = Maker(size, width, tokenize, max(corpus.size for corpus in self._corpora) if online else None)
         self.samples: int = data.samples or sum(corpus.rows for corpus in self._corpora)
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Generator[Batch]:
@@ -69,10 +74,13 @@ class StudentFeed:
             raise UserError(
                 f"data.streams ({streams}) must be a multiple of ranks x data.workers ({ranks} x {processes})."
             )
+        if batch < processes:
+            raise UserError(f"data.workers ({processes}) must be at most the batch of a rank ({batch}).")
         plan = Plan(self._corpora, self._maker, self._seed, streams, self._data.window)
-        parts = self._received(Stream(plan, rank, ranks, batch, start))
+        stream = Stream(plan, rank, ranks, batch, start)
+        batches = _ahead(self._by_processes(stream)) if self._data.workers else self._by_this_process(stream)
         unusable, samples = Counter[str](), start * batch * ranks
-        with contextlib.closing(_ahead(parts) if self._data.workers else parts) as batches:
+        with contextlib.closing(batches):
             for assembled, passed_over in batches:
                 unusable.update(passed_over)
                 epoch, samples = samples // self.samples, samples + batch * ranks
@@ -82,14 +90,17 @@ class StudentFeed:
                     unusable.clear()
                 yield assembled
 
-    def _received(self, stream: Stream) -> Generator[tuple[Batch, Counter[str]]]:
-        """Batches as they come in, and which rows were passed over on the way."""
-        processes = self._data.workers
-        if not processes:
-            for part in stream:
-                yield self._assembled([part]), part.unusable
-            return
-        self._check_shared_memory(stream.batch)
+    def _by_this_process(self, stream: Stream) -> Generator[_Made]:
+        for part in stream:
+            assert part.room is not None
+            yield self._assembled([part], [part.room]), part.unusable
+
+    def _by_processes(self, stream: Stream) -> Generator[_Made]:
+        processes, start = self._data.workers, stream.step
+        # While the parts of one step are put together, a process is at most `prefetch` steps ahead of them.
+        depth, rows = self._data.prefetch + 1, -(-stream.batch // processes)
+        self._check_shared_memory(processes, depth, rows)
+        rooms = stream.rooms = self._maker.room(processes, depth, rows).shared()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         loader: DataLoader[Part | UserError] = DataLoader(
@@ -103,63 +114,69 @@ class StudentFeed:
             worker_init_fn=partial(_enter, dict(os.environ)),
         )
         received = iter(loader)
-        while True:
-            parts = [next(received) for _ in range(processes)]
-            for part in parts:
+        for step in itertools.count(start):
+            parts = []
+            for _ in range(processes):
+                part = next(received)
                 if isinstance(part, UserError):
                     raise part
-            yield self._assembled(parts), sum((part.unusable for part in parts), Counter())
+                parts.append(part)
+            made_in = [rooms.at(p, step % depth, slice(len(part.keys))) for p, part in enumerate(parts)]
+            yield self._assembled(parts, made_in), sum((part.unusable for part in parts), Counter())
 
-    def _assembled(self, parts: Sequence[Part]) -> Batch:
+    def _assembled(self, parts: Sequence[Part], rooms: Sequence[Room]) -> Batch:
         """One batch of the parts, laid end to end."""
         batch: dict[str, Any] = {
             "key": [key for part in parts for key in part.keys],
-            "image": self._joined([part.image for part in parts]),
+            "image": self._joined([room.image for room in rooms]),
         }
         for number, kind in enumerate(self._choice.kinds):
             batch[kind] = self._joined([part.tokens[number] for part in parts])
         targets: dict[str, dict[str, torch.Tensor]] = {}
         start = 0
         for (teacher, what), dim in self._targets:
-            vectors = [part.vectors[:, start : start + dim] for part in parts]
+            vectors = [room.vectors[:, start : start + dim] for room in rooms]
             targets.setdefault(teacher, {})[what] = self._joined(vectors)
             start += dim
         batch["targets"] = targets
         if self._online:
-            views = [part.view for part in parts if part.view is not None]
-            view = batch["image"] if views[0] is parts[0].image else self._joined(views)
+            apart = bool(rooms[0].view.numel())
+            view = self._joined([room.view for room in rooms]) if apart else batch["image"]
             batch["views"] = dict.fromkeys(self._online, view)
             texts = [row for part in parts for row in part.texts]
             batch["texts"] = {kind: [row[i] for row in texts] for i, kind in enumerate(self._choice.kinds)}
         return batch
 
     def _joined(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        if len(tensors) == 1 and not self._pin:
+        """A copy of all, one after the other: their rooms are used again."""
+        if not self._data.workers and not self._pin:  # the one part of this process, made in a room of its own
             return tensors[0].contiguous()
         rows = sum(len(tensor) for tensor in tensors)
         out = torch.empty((rows, *tensors[0].shape[1:]), dtype=tensors[0].dtype, pin_memory=self._pin)
         return torch.cat(list(tensors), out=out)
 
-    def _check_shared_memory(self, batch: int) -> None:
-        pixels = 3 * (self._maker.size**2 + (self._maker.view or 0) ** 2)
-        sample = pixels + 4 * sum(dim for _, dim in self._targets)
-        needed = batch * sample * (self._data.prefetch + 2)
+    def _check_shared_memory(self, *rows: int) -> None:
+        needed = self._maker.room_bytes(*rows)
         if _SHARED.exists() and (free := shutil.disk_usage(_SHARED).free) < needed:
             raise UserError(
-                f"{_SHARED} has {free / 1e6:,.0f} MB free, and loader processes keep up to {needed / 1e6:,.0f} MB of "
-                "batches there. Enlarge it (docker run --shm-size), lower data.prefetch, or set data.workers to 0."
+                f"{_SHARED} has {free / 1e6:,.0f} MB free, and loader processes need {needed / 1e6:,.0f} MB there for "
+                "batches. Enlarge it (docker run --shm-size), lower data.prefetch, or set data.workers to 0."
             )
 
 
 class _Guarded(IterableDataset[Any]):
-    """A stream whose errors for users come as its last item: a DataLoader would wrap them into its own traceback."""
+    """A stream as it is sent: without what is in shared memory, and with an error for users as its last item.
+
+    A DataLoader would wrap the error into its own traceback.
+    """
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
 
     def __iter__(self) -> Iterator[Part | UserError]:
         try:
-            yield from self._stream
+            for part in self._stream:
+                yield part._replace(room=None)
         except UserError as error:
             yield error
 
@@ -169,8 +186,18 @@ def _as_it_is(item: T) -> T:
 
 
 def _enter(environment: Mapping[str, str], _: int) -> None:
-    """Take over the environment: a fork server keeps that of its own start."""
-    os.environ.update(environment)
+    """Begin a loader process."""
+    os.environ.update(environment)  # a fork server keeps that of its own start
+    gc.freeze()  # spares every collection a walk through all modules
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), name="end", daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """End with the training: torch watches the process that forked this one, the server, which never ends before."""
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _ahead(items: Generator[T]) -> Generator[T]:

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from reinforce.student.examples import Example
 from reinforce.student.order import Mixture, Order, share
-from reinforce.student.parts import Maker, Part
+from reinforce.student.parts import Maker, Part, Room
 from reinforce.student.reader import Corpus, Reader
 
 #: Row groups that a process reads at a time: enough to hide how late an object store answers, and each is in memory.
@@ -36,10 +36,12 @@ class Stream(IterableDataset[Part]):
     A loader process reads every n-th stream of the rank and makes one part a step, so that n parts in a row, one of
     each process, are a batch. All the state there is is the number of the next step; a loader that saves it per
     process, such as torchdata's StatefulDataLoader, goes on exactly.
+
+    With ``rooms`` [processes, depth, n], process p makes its part of step s in room (p, s mod depth).
     """
 
-    def __init__(self, plan: Plan, rank: int, ranks: int, batch: int, step: int = 0) -> None:
-        self.plan, self.rank, self.ranks, self.batch, self.step = plan, rank, ranks, batch, step
+    def __init__(self, plan: Plan, rank: int, ranks: int, batch: int, step: int = 0, rooms: Room | None = None) -> None:
+        self.plan, self.rank, self.ranks, self.batch, self.step, self.rooms = plan, rank, ranks, batch, step, rooms
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}
@@ -68,8 +70,13 @@ class Stream(IterableDataset[Part]):
                 for number, lane in lanes.items():
                     done, due = (share(self.batch * step, local, number) for step in (self.step, self.step + 1))
                     examples += [next(lane) for _ in range(due - done)]
+                if self.rooms is None:
+                    room = self.plan.maker.room(len(examples))
+                else:
+                    room = self.rooms.at(process, self.step % self.rooms.image.shape[1])
+                unusable = sum((lane.unusable() for lane in lanes.values()), Counter[str]())
                 self.step += 1
-                yield self.plan.maker.part(examples, sum((lane.unusable() for lane in lanes.values()), Counter()))
+                yield self.plan.maker.part(examples, room, unusable)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -161,9 +161,14 @@ def test_streams_must_suit_ranks_and_processes(made: Path) -> None:
         next(open_(made, streams=3).batches(0, 2, 4, 0))
 
 
+def test_more_processes_than_samples_of_a_batch_are_told(made: Path) -> None:
+    with pytest.raises(UserError, match=r"data.workers \(5\) must be at most the batch of a rank \(4\)"):
+        next(open_(made, workers=5).batches(0, 1, 4, 0))
+
+
 def test_too_little_shared_memory_is_told_before_processes_start(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**26))
-    with pytest.raises(UserError, match=r"has 67 MB free.*up to 81 MB.*docker run --shm-size"):
+    with pytest.raises(UserError, match=r"has 67 MB free.*need 71 MB.*docker run --shm-size"):
         next(open_(made, workers=2, prefetch=6).batches(0, 1, 10_000, 0))
 
 
