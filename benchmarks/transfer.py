@@ -163,7 +163,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo/transfer"), help="folder for data, models, trainings")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--teacher-steps", type=int, default=1000)
+    parser.add_argument("--teacher-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=192)
     arguments = parser.parse_args()
