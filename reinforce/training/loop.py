@@ -138,7 +138,13 @@ class _Loop:
                 f"{self.job.output} is at step {latest:,} already, beyond the {self.steps:,} of this config. "
                 "Raise train.steps (or epochs), or write to another `output`."
             )
-        self.state.load(tensors)
+        try:
+            self.state.load(tensors)
+        except (KeyError, RuntimeError) as error:
+            raise UserError(
+                f"the checkpoint of step {latest:,} in {self.job.output} is of another model: {error}. Write to "
+                "another `output`, or go on with the versions of this program and of open_clip that wrote it."
+            ) from error
         self.record = record
 
     def _save(self, last: bool = False) -> None:
@@ -279,13 +285,13 @@ class _Loop:
             chosen = self.job.best or next(iter(metrics))
             if chosen not in metrics:
                 raise UserError(f"evaluate.best: there is no metric {chosen}; there are {', '.join(metrics)}.")
-            if step:  # of step 0 there is no checkpoint
+            if step and math.isfinite(metrics[chosen]):  # of step 0 there is no checkpoint
                 self.checkpoints.rate(step, chosen, metrics[chosen])
             self.screen.say(f"step {step:,}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         self.log.add({"step": step, "metrics": metrics})
         self.log.publish()
 
-    def _metrics(self) -> dict[str, float] | None:
+    def _metrics(self) -> dict[str, float | None] | None:
         """Metrics of this step, if it was evaluated."""
         assert self.log is not None
         found = [row["metrics"] for row in self.log.rows if row["step"] == self.record.step and "metrics" in row]

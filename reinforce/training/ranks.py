@@ -20,16 +20,8 @@ from teachers.device import Accelerator
 T = TypeVar("T")
 #: Rank 0 may evaluate and write for longer than any collective of a step takes.
 _PATIENCE = timedelta(hours=12)
-
-
 #: What rank 0 tells of its work; else it is the signal that stopped it.
 _GOOD, _FAULT, _USER = 0, -1, -2
-
-
-def _code(error: Exception) -> int:
-    if isinstance(error, Stopped):
-        return error.signum
-    return _USER if isinstance(error, UserError) else _FAULT
 
 
 @dataclass(frozen=True)
@@ -119,6 +111,12 @@ def join(compute: Compute, device: str | None = None) -> Iterator[Ranks]:
         torch.set_num_threads(threads)
         if made_here:
             dist.destroy_process_group()
+
+
+def _code(error: Exception) -> int:
+    if isinstance(error, Stopped):
+        return error.signum
+    return _USER if isinstance(error, UserError) else _FAULT
 
 
 def under_torchrun() -> bool:

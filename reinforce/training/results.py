@@ -16,7 +16,11 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Results:
-    """The end of a training. ``seconds`` were spent in steps, over all starts; ``export`` is a folder of ``output``."""
+    """The end of a training.
+
+    ``seconds`` were spent in steps, over all starts; ``export`` is a folder of ``output``; numbers that were not finite
+    are None.
+    """
 
     output: str
     export: str
@@ -25,7 +29,7 @@ class Results:
     seconds: float
     parameters: int
     loss: float | None
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float | None]
     best: Best | None
     skipped: int
 
@@ -46,7 +50,8 @@ class Results:
         ]
         if self.loss is not None:
             lines.append(f"loss at the end: {self.loss:.4f}")
-        lines += [f"{name}: {value:.4f}" for name, value in self.metrics.items()]
+        for name, value in self.metrics.items():
+            lines.append(f"{name}: {'not finite' if value is None else f'{value:.4f}'}")
         if self.best is not None and self.best.step != self.steps:
             lines.append(
                 f"best {self.best.metric}: {self.best.value:.4f} at step {self.best.step:,}, kept as checkpoint"

@@ -168,6 +168,26 @@ def test_a_training_beyond_the_length_of_the_config_is_told(tmp_path: Path) -> N
         run(job(tmp_path, steps=5))
 
 
+def test_a_checkpoint_of_another_model_is_told(tmp_path: Path) -> None:
+    stopped_after(6, job(tmp_path))
+    with pytest.raises(UserError, match=r"(?s)checkpoint of step 6 in .* is of another model: .*size mismatch"):
+        run(job(tmp_path), width=20)
+
+
+def test_a_metric_that_is_no_number_is_told_and_never_the_best(tmp_path: Path) -> None:
+    class Undecided(TowersTask):
+        scores = iter([math.nan, 0.1, math.nan])
+
+        def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+            return {"top1": next(self.scores)}
+
+    torch.manual_seed(0)
+    results = fit(Undecided(), PairFeed(), job(tmp_path, evaluate_every=4), Ranks(0, 1, Accelerator("cpu")))
+    assert results.best is not None
+    assert results.best.step == 8
+    assert "top1: not finite" in results.text()
+
+
 def test_epochs_are_passes_over_the_data(tmp_path: Path) -> None:
     results, _ = run(job(tmp_path, steps=None, epochs=2.5))
     assert results.steps == 10  # 2.5 x 64 / 16
