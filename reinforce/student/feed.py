@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -149,11 +150,13 @@ class StudentFeed:
 
     def _joined(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """A copy of all, one after the other: their rooms are used again."""
-        if not self._data.workers and not self._pin:  # the one part of this process, made in a room of its own
+        if self._pin:
+            shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
+            return torch.cat(list(tensors), out=torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True))
+        if not self._data.workers:  # the one part of this process, made in a room of its own
             return tensors[0].contiguous()
-        rows = sum(len(tensor) for tensor in tensors)
-        out = torch.empty((rows, *tensors[0].shape[1:]), dtype=tensors[0].dtype, pin_memory=self._pin)
-        return torch.cat(list(tensors), out=out)
+        # New pages are most of what such a copy costs, and numpy asks for huge ones.
+        return torch.from_numpy(np.concatenate([tensor.numpy() for tensor in tensors]))
 
     def _check_shared_memory(self, *rows: int) -> None:
         needed = self._maker.room_bytes(*rows)

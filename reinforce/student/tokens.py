@@ -23,11 +23,12 @@ class Tokenizer:
         """B texts -> int64 [B, context length]."""
         import open_clip
 
-        from teachers.open_clip_text import keep_texts, tokens_of
+        from teachers.open_clip_text import keep_texts
 
         if self._tokenizer is None:
             self._tokenizer = keep_texts(open_clip.get_tokenizer(self.model))
-        return tokens_of(self._tokenizer, texts)
+        tokens: torch.Tensor = self._tokenizer(list(texts))
+        return tokens
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "_tokenizer": None}

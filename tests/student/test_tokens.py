@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import pickle
 
 import open_clip
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reinforce.student.tokens import Tokenizer
+
+OWN, SAFE = open_clip.get_tokenizer("ViT-B-32"), Tokenizer("ViT-B-32")
 
 
 def test_captions_give_the_tokens_of_the_models_own_tokenizer_also_after_a_journey() -> None:
@@ -16,6 +21,13 @@ def test_captions_give_the_tokens_of_the_models_own_tokenizer_also_after_a_journ
     expected = open_clip.get_tokenizer("ViT-B-32")(texts)
     assert torch.equal(here(texts), expected)
     assert torch.equal(pickle.loads(pickle.dumps(here))(texts), expected)
+
+
+@given(st.text(max_size=60).filter(lambda text: "<" not in html.unescape(html.unescape(text))))
+@settings(max_examples=300, deadline=None)
+def test_any_text_gives_the_tokens_of_the_models_own_tokenizer(text: str) -> None:
+    twice = [text, text]  # the second time by words that are known
+    assert torch.equal(SAFE(twice), OWN(twice))
 
 
 def test_what_looks_like_a_special_token_stays_text() -> None:
