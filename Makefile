@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench bench-step bench-captions bench-loader bench-transfer lint clean fuzz audit
+.PHONY: help install demo test bench bench-step bench-loader bench-captions bench-loader bench-transfer lint clean fuzz audit
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ bench: $(INSTALLED) ## how near the pipeline comes to this machine's limits (two
 
 bench-step: $(INSTALLED) ## what a training step with stored targets costs beside plain CLIP (five minutes)
 	$(BIN)/python -m benchmarks.step
+
+bench-loader: $(INSTALLED) ## how fast a student's images come, beside bare decoding and webdataset (three minutes)
+	$(BIN)/python -m benchmarks.loader
 
 bench-captions: $(INSTALLED) ## decoding of CoCa's captions beside open_clip's own (ten minutes)
 	$(BIN)/python -m benchmarks.captions
