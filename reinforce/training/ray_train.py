@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from reinforce.training.stop import Stop, Stopped
 
 _TICK = 0.2
 _AGREEMENT_SECONDS = 5.0
+_WAITING_SECONDS = 30.0
 
 
 def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
@@ -42,8 +44,9 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
     store = Store(job.output)
     # What ranks print stays in Ray's logs: Ray Train tells much. What matters comes by the desk, as plain lines.
     cluster = ray_cluster(address, log_to_driver=False)
+    grows = ray.is_initialized() or bool(address or os.environ.get("RAY_ADDRESS"))
     with store.lock(), cluster, tempfile.TemporaryDirectory(prefix="reinforce-ray-") as storage:
-        _check_room(compute)
+        _check_room(compute, grows)
         desk = ray.remote(num_cpus=0)(_Desk).remote()
         trainer = TorchTrainer(
             _rank,
@@ -60,7 +63,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
             ),
         )
         ray.get(desk.say.remote(f"starting {compute.ranks} rank{'s' * (compute.ranks > 1)} on Ray"))
-        fault = _run(trainer, desk)
+        fault = _run(trainer, desk, compute)
         faults, signum = ray.get(desk.word.remote())
         if faults:
             raise UserError(faults[min(faults)])
@@ -73,7 +76,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
     return results
 
 
-def _run(trainer: Any, desk: Any) -> Exception | None:
+def _run(trainer: Any, desk: Any, compute: Compute) -> Exception | None:
     """Let Ray Train work in a thread, since this one has to hear signals; returns what it raised."""
     faults: list[Exception] = []
 
@@ -83,13 +86,16 @@ def _run(trainer: Any, desk: Any) -> Exception | None:
         except Exception as error:
             faults.append(error)
 
-    stop, asked = Stop(), False
+    stop, asked, waiting = Stop(), False, time.monotonic()
     with stop.listening(), Screen() as screen:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         while thread.is_alive():
             thread.join(_TICK)
-            _show(desk, screen)
+            started = _show(desk, screen)
+            if not started and time.monotonic() - waiting > _WAITING_SECONDS:
+                waiting = time.monotonic()
+                screen.say(f"waiting until the cluster has room for {compute.ranks} ranks, each of {_needs(compute)}")
             if stop.signum and not asked:
                 desk.ask.remote(stop.signum)
                 asked = True
@@ -97,27 +103,28 @@ def _run(trainer: Any, desk: Any) -> Exception | None:
     return faults[0] if faults else None
 
 
-def _show(desk: Any, screen: Screen) -> None:
-    """What rank 0 has shown since the last time."""
-    lines, bar = ray.get(desk.read.remote())
+def _show(desk: Any, screen: Screen) -> int:
+    """Show what rank 0 has shown since the last time; returns how often the ranks were started."""
+    lines, bar, starts = ray.get(desk.read.remote())
     for line in lines:
         screen.say(line)
     if bar is not None:
         screen.draw(*bar)
+    return int(starts)
 
 
 class _DeskScreen(Screen):
-    """Rank 0's screen is the driver's."""
+    """Rank 0's screen is the driver's. It waits for each word to arrive: else they might overtake each other."""
 
     def __init__(self, desk: Any) -> None:
         super().__init__()
         self._desk = desk
 
     def say(self, text: str) -> None:
-        self._desk.say.remote(text)
+        ray.get(self._desk.say.remote(text))
 
     def draw(self, line: str, done: float, total: float) -> None:
-        self._desk.draw.remote((line, done, total))
+        ray.get(self._desk.draw.remote((line, done, total)))
 
     def advance(self, done: float) -> None:
         """Nothing: a message for each step would be too many."""
@@ -166,11 +173,11 @@ class _Desk:
         """The bar of the driver's screen."""
         self._bar = bar
 
-    async def read(self) -> tuple[list[str], tuple[str, float, float] | None]:
-        """What is to be shown since the last time."""
+    async def read(self) -> tuple[list[str], tuple[str, float, float] | None, int]:
+        """What is to be shown since the last time, and how often the ranks were started."""
         lines, bar = self._lines, self._bar
         self._lines, self._bar = [], None
-        return lines, bar
+        return lines, bar, self._starts
 
     async def word(self) -> tuple[dict[int, str], int]:
         """Faults by rank, and the signal that ended the training, or 0."""
@@ -193,7 +200,7 @@ def _rank(settings: dict[str, Any]) -> None:
     if rank == 0:
         threading.Thread(target=_hear, args=(desk, stop), daemon=True).start()
         if ray.get(desk.start.remote()):
-            desk.say.remote("all ranks were started again")
+            ray.get(desk.say.remote("all ranks were started again"))
     try:
         with join(job.training.compute, device=str(ray.train.torch.get_device())) as ranks:
             run_rank(settings["build"], job, ranks, stop, _DeskScreen(desk))
@@ -216,13 +223,26 @@ def _hear(desk: Any, stop: Stop) -> None:
     stop.signum = ray.get(desk.asked.remote())
 
 
-def _check_room(compute: Compute) -> None:
-    """Raise UserError where no node can hold a rank: Ray would wait for one for ever."""
+def _check_room(compute: Compute, grows: bool) -> None:
+    """Raise UserError where no node can hold a rank, or all of a cluster that does not grow cannot hold all ranks.
+
+    Ray would wait for ever.
+    """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(n.get("CPU", 0) >= compute.cpus and n.get("GPU", 0) >= compute.gpus for n in nodes):
-        largest = max(nodes, key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)))
+    places = sum(_places(node, compute) for node in nodes)
+    if places == 0 or (places < compute.ranks and not grows):
+        cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
         raise UserError(
-            f"a rank wants {compute.cpus} CPUs and {compute.gpus:g} GPUs, the largest node has "
-            f"{largest.get('CPU', 0):g} CPUs and {largest.get('GPU', 0):g} GPUs. "
-            "Set train.compute.cpus and train.compute.gpus to fit."
+            f"there is room for {places} of {compute.ranks} ranks: each wants {_needs(compute)} on one node, and there "
+            f"are {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)}. Set train.compute.ranks, cpus and gpus to fit."
         )
+
+
+def _places(node: dict[str, float], compute: Compute) -> int:
+    """Ranks that a node can hold."""
+    by_gpus = node.get("GPU", 0) // compute.gpus if compute.gpus else math.inf
+    return int(min(node.get("CPU", 0) // compute.cpus, by_gpus))
+
+
+def _needs(compute: Compute) -> str:
+    return f"{compute.cpus} CPUs and {compute.gpus:g} GPUs"

@@ -21,7 +21,7 @@ from reinforce.training.ranks import Ranks
 from reinforce.training.stop import Stop, Stopped
 from reinforce.training.task import Batch
 from teachers.device import Accelerator
-from tests.training.tiny import PairFeed, TowersTask, builder, curve, job
+from tests.training.tiny import PairFeed, StoppingFeed, TowersTask, builder, curve, job
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -57,17 +57,25 @@ def test_a_killed_rank_is_started_again_and_goes_on_from_the_last_checkpoint(tmp
         launch(builder(), job(tmp_path / "two", batch=32, compute={"ranks": 2}, retries=1, **changes))
 
 
+def test_ranks_that_no_node_can_hold_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"room for 0 of 2 ranks: each wants 64 CPUs and 0 GPUs on one node"):
+        launch(builder(), job(tmp_path, compute={"ranks": 2, "cpus": 64}))
+
+
+def stopping(accelerator: Accelerator, stop: Stop) -> tuple[TowersTask, PairFeed]:
+    return TowersTask(), StoppingFeed(stop, at=3)
+
+
 def test_a_training_in_s3_is_stopped_and_goes_on_as_on_a_disk(s3: Any, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"checkpoints": {"every": 5, "keep": 1}, "ema": 0.9}
     launch(builder(), job(tmp_path / "disk", evaluate_every=5, **changes))
 
     remote = job("s3://bucket/trainings/one", evaluate_every=5, **changes)
     stop = Stop()
-    stop.signum = signal.SIGTERM
     with pytest.raises(Stopped):
-        run_rank(builder(), remote, Ranks(0, 1, Accelerator("cpu")), stop)
+        run_rank(partial(stopping, stop=stop), remote, Ranks(0, 1, Accelerator("cpu")), stop)
     assert s3.glob("bucket/trainings/one/checkpoints/*") == [
-        "bucket/trainings/one/checkpoints/step-000000001.safetensors"
+        "bucket/trainings/one/checkpoints/step-000000003.safetensors"
     ]
     results = launch(builder(), remote)
     assert results.steps == 12

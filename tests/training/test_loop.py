@@ -25,21 +25,7 @@ from reinforce.training.results import Results
 from reinforce.training.stop import Stop, Stopped
 from reinforce.training.task import Batch
 from teachers.device import Accelerator
-from tests.training.tiny import PairFeed, TowersTask, curve, job, rows
-
-
-class StoppingFeed(PairFeed):
-    """Asks the training to stop after step ``at``."""
-
-    def __init__(self, stop: Stop, at: int) -> None:
-        super().__init__()
-        self.stop, self.at = stop, at
-
-    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
-        for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
-            if step == self.at:  # while the step before is computed
-                self.stop.ask(signal.SIGTERM)
-            yield made
+from tests.training.tiny import PairFeed, StoppingFeed, TowersTask, curve, job, rows
 
 
 def run(job: Job, feed: PairFeed | None = None, stop: Stop | None = None, **options: Any) -> tuple[Results, TowersTask]:

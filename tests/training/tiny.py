@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from reinforce.training.config import Training, course
 from reinforce.training.gather import gather
 from reinforce.training.launch import Build
 from reinforce.training.loop import Job
+from reinforce.training.stop import Stop
 from reinforce.training.task import Batch, Encoded
 from teachers.device import Accelerator
 
@@ -97,6 +99,20 @@ class PairFeed:
                 "deep": {"right": torch.from_numpy(right[mine])},
             }
             step += 1
+
+
+class StoppingFeed(PairFeed):
+    """Asks the training to stop after step ``at``."""
+
+    def __init__(self, stop: Stop, at: int) -> None:
+        super().__init__()
+        self.stop, self.at = stop, at
+
+    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
+        for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
+            if step == self.at:  # while the step before is computed
+                self.stop.ask(signal.SIGTERM)
+            yield made
 
 
 def training(**changes: Any) -> Training:
