@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench bench-step bench-loader bench-captions bench-loader bench-transfer lint clean fuzz audit
+.PHONY: help install demo test bench bench-step bench-loader bench-captions bench-transfer lint clean fuzz audit
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
