@@ -18,13 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from reinforce.errors import UserError
+from reinforce.student.assembly import Assembler
 from reinforce.student.config import Data
-from reinforce.student.parts import Maker, Part, Room, Tokenize
+from reinforce.student.parts import Maker, Part, Tokenize
 from reinforce.student.stream import Plan, Stream
 from reinforce.student.survey import survey
 from reinforce.training.task import Batch
@@ -43,7 +42,7 @@ class StudentFeed:
 
     ``size`` is the side in pixels of the student's images. ``teachers`` are those whose stored vectors are read,
     instead of ``data.teachers``; for those ``online``, batches have ``views`` and ``texts``. ``pin`` puts batches
-    into pinned memory, from where a CUDA device fetches them by itself.
+    into pinned memory.
     """
 
     def __init__(
@@ -56,10 +55,11 @@ class StudentFeed:
         online: Sequence[str] = (),
         pin: bool = False,
     ) -> None:
-        self._data, self._seed, self._online, self._pin = data, seed, tuple(online), pin
+        self._data, self._seed = data, seed
         self._corpora = survey(data, seed, data.teachers if teachers is None else teachers)
-        self._choice, self._targets = self._corpora[0].choice, self._corpora[0].targets
-        width = sum(dim for _, dim in self._targets)
+        choice, targets = self._corpora[0].choice, self._corpora[0].targets
+        self._assembler = Assembler(choice.kinds, targets, tuple(online), pin)
+        width = sum(dim for _, dim in targets)
         self._maker = Maker(size, width, tokenize, max(corpus.size for corpus in self._corpora) if online else None)
         self.samples: int = data.samples or sum(corpus.rows for corpus in self._corpora)
 
@@ -92,9 +92,10 @@ class StudentFeed:
                 yield assembled
 
     def _by_this_process(self, stream: Stream) -> Generator[_Made]:
+        stream.rooms = self._maker.room(1, 1, stream.batch)
         for part in stream:
             assert part.room is not None
-            yield self._assembled([part], [part.room]), part.unusable
+            yield self._assembler.batch([part], [part.room]), part.unusable
 
     def _by_processes(self, stream: Stream) -> Generator[_Made]:
         processes, start = self._data.workers, stream.step
@@ -123,40 +124,7 @@ class StudentFeed:
                     raise part
                 parts.append(part)
             made_in = [rooms.at(p, step % depth, slice(len(part.keys))) for p, part in enumerate(parts)]
-            yield self._assembled(parts, made_in), sum((part.unusable for part in parts), Counter())
-
-    def _assembled(self, parts: Sequence[Part], rooms: Sequence[Room]) -> Batch:
-        """One batch of the parts, laid end to end."""
-        batch: dict[str, Any] = {
-            "key": [key for part in parts for key in part.keys],
-            "image": self._joined([room.image for room in rooms]),
-        }
-        for number, kind in enumerate(self._choice.kinds):
-            batch[kind] = self._joined([part.tokens[number] for part in parts])
-        targets: dict[str, dict[str, torch.Tensor]] = {}
-        start = 0
-        for (teacher, what), dim in self._targets:
-            vectors = [room.vectors[:, start : start + dim] for room in rooms]
-            targets.setdefault(teacher, {})[what] = self._joined(vectors)
-            start += dim
-        batch["targets"] = targets
-        if self._online:
-            apart = bool(rooms[0].view.numel())
-            view = self._joined([room.view for room in rooms]) if apart else batch["image"]
-            batch["views"] = dict.fromkeys(self._online, view)
-            texts = [row for part in parts for row in part.texts]
-            batch["texts"] = {kind: [row[i] for row in texts] for i, kind in enumerate(self._choice.kinds)}
-        return batch
-
-    def _joined(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """A copy of all, one after the other: their rooms are used again."""
-        if self._pin:
-            shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
-            return torch.cat(list(tensors), out=torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True))
-        if not self._data.workers:  # the one part of this process, made in a room of its own
-            return tensors[0].contiguous()
-        # New pages are most of what such a copy costs, and numpy asks for huge ones.
-        return torch.from_numpy(np.concatenate([tensor.numpy() for tensor in tensors]))
+            yield self._assembler.batch(parts, made_in), sum((part.unusable for part in parts), Counter())
 
     def _check_shared_memory(self, *rows: int) -> None:
         needed = self._maker.room_bytes(*rows)

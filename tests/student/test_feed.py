@@ -18,6 +18,7 @@ import reinforce
 from reinforce.augment import replay
 from reinforce.config import Limits
 from reinforce.image import decode
+from reinforce.student.assembly import Assembler
 from reinforce.student.config import Data
 from reinforce.student.feed import StudentFeed
 from reinforce.student.stream import Plan, Stream
@@ -124,13 +125,13 @@ def test_loader_processes_give_every_sample_once_and_go_on_exactly(url: str) -> 
 def test_a_process_that_is_ahead_leaves_alone_what_is_still_put_together(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_once = StudentFeed._assembled
+    at_once = Assembler.batch
 
     def late(*args: Any) -> Batch:
         time.sleep(0.05)  # in which processes go as far ahead as they may
         return at_once(*args)
 
-    monkeypatch.setattr(StudentFeed, "_assembled", late)
+    monkeypatch.setattr(Assembler, "batch", late)
     batches = take(feed_of(url, workers=1, prefetch=1), 20, 2)
     assert all(map(same, batches, take(feed_of(url), 20, 2)))
 
