@@ -40,6 +40,12 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            # The cleaner is for drivers that stay; where there is no dashboard to ask, it holds the end up for 10 s.
+            made = super()._create_default_callbacks()
+            return [callback for callback in made if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+
     compute = job.training.compute
     store = Store(job.output)
     # What ranks print stays in Ray's logs: Ray Train tells much. What matters comes by the desk, as plain lines.
@@ -48,7 +54,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
     with store.lock(), cluster, tempfile.TemporaryDirectory(prefix="reinforce-ray-") as storage:
         _check_room(compute, grows)
         desk = ray.remote(num_cpus=0)(_Desk).remote()
-        trainer = TorchTrainer(
+        trainer = Trainer(
             _rank,
             train_loop_config={"build": build, "job": job, "desk": desk, "folder": os.getcwd()},
             scaling_config=ScalingConfig(
