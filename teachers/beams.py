@@ -107,7 +107,7 @@ class _Pool:
         """Best first: each group's best, then each group's second best, and so on."""
         scores, words = self.scores[image].tolist(), self.words[image].tolist()
         ranked = sorted((rank, -score, group) for group, of in enumerate(scores) for rank, score in enumerate(of))
-        texts = [words[group][rank] for rank, score, group in ranked if score < torch.inf]
+        texts = [words[group][rank] for rank, cost, group in ranked if cost < torch.inf]
         distinct = list(dict.fromkeys(tuple(itertools.takewhile(self.end.__ne__, text)) for text in texts))
         return [list(distinct[n % len(distinct)]) for n in range(captions)]
 

@@ -74,6 +74,8 @@ class CachedForward(torch.nn.Module):
                 assert isinstance(block, CrossBlock)
                 self.seen[: len(images), layer] = block.keys_values(images)
         self.visible.zero_()
+        if self._compiled:
+            self.past.zero_()  # what is masked must be finite: NaN times 0 is NaN
         self._filled, self._masked = 0, self._compiled
         self._place(torch.arange(len(images)))
 
@@ -166,7 +168,7 @@ class CachedForward(torch.nn.Module):
         self._side = captions
 
     def _cache(self, *shape: int) -> torch.Tensor:
-        # Zeros: what is masked must be finite. Pages of the CPU's memory are taken when they are first written.
+        # Not `empty`: a compiled step reads what is masked.
         return torch.zeros(shape, dtype=self._accelerator.dtype, device=self._accelerator.device)
 
 
