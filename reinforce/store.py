@@ -171,7 +171,9 @@ class Store:
         """
         path = self.layer_path(layer, shard)
         options: dict[str, Any] = {"block_size": 8 * 2**20} if whole else {"cache_type": "none"}
-        with self.fs.open(path, "rb", **options) as raw, pq.ParquetFile(raw, pre_buffer=not whole) as file:
+        with contextlib.ExitStack() as stack:
+            source = path if self.local else stack.enter_context(self.fs.open(path, "rb", **options))
+            file = stack.enter_context(pq.ParquetFile(source, memory_map=self.local, pre_buffer=not whole))
             check_footer(path, file.metadata, fingerprint)
             yield file
 
