@@ -154,3 +154,11 @@ class Stammerer(Namer):
     def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
         good = ["good", "longer. And more.", "bad bad bad"]
         return [["no no no"] * 3 if int(row[0]) % 4 == 0 else good for row in seeds]
+
+
+class Speechless(Namer):
+    """Has no captions, as where logits are NaN, for a first seed that is one more than a multiple of four."""
+
+    def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str] | None]:
+        texts = super().caption(pixels, seeds)
+        return [None if int(row[0]) % 4 == 1 else text for row, text in zip(seeds, texts, strict=True)]

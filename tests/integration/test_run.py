@@ -16,6 +16,7 @@ import reinforce
 from reinforce.augment import replay
 from reinforce.config import parse_config
 from reinforce.image import decode
+from reinforce.seeds import seed_for
 from reinforce.urls import shard_name
 from teachers.pixels import to_pixels
 from tests.conftest import config_of, members_of, picture, tree, write_tar
@@ -215,6 +216,23 @@ def test_a_row_whose_embedding_is_not_finite_is_null_and_named(shards: Callable[
     assert np.isnan(rows["00000007"].texts["ill"]["caption"]).all()
     assert np.isfinite(rows["00000007"].texts["red"]["caption"]).all()
     assert np.isfinite(rows["00000006"].texts["ill"]["caption"]).all()
+
+
+def test_an_image_without_captions_is_null_and_named_and_its_neighbours_have_theirs(
+    shards: Callable[..., str], tmp_path: Path
+) -> None:
+    captioner = {"class": "tests.models:Speechless", "captions": 2}
+    config = config_of(shards(12), tmp_path / "out", captioners={"ill": captioner})
+    assert reinforce.run(config).status == 0
+    samples = {s.key: s.captions["ill"] for s in reinforce.open(str(tmp_path / "out"))}
+    silent = [key for key in samples if seed_for(0, key, "captions/ill") % 4 == 1]
+    assert 0 < len(silent) < 12
+    assert sorted(key for key, texts in samples.items() if texts is None) == sorted(silent)
+    assert all(len(texts) == 2 for texts in samples.values() if texts)
+    [quarantined] = (tmp_path / "out" / "quarantine" / "captions" / "ill").glob("*.parquet")
+    table = pq.read_table(quarantined)
+    assert set(table["key"].to_pylist()) == set(silent)
+    assert set(table["reason"].to_pylist()) == {"not_finite"}
 
 
 def test_a_source_without_a_sample_fails_the_run(tmp_path: Path) -> None:

@@ -137,6 +137,34 @@ def test_bf16_captions_are_repeatable(model):
     assert all(text for row in first for text in row)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strategy": "top_k", "top_k": 20},
+        {"strategy": "greedy", "captions": 1},
+        {"strategy": "beams", "beams": 4},
+        {"strategy": "diverse_beams", "beams": 4, "groups": 2, "repetition_penalty": 1.3},
+    ],
+    ids=lambda options: options["strategy"],
+)
+def test_every_strategy_gives_an_image_alone_what_it_gives_it_in_a_batch(model, options):
+    made = captioner(model, **{"captions": 3, "max_length": 14, **options})
+    pixels, all_seeds = images(5), seeds(5, made.captions)
+    together = made.caption(pixels, all_seeds)
+    assert all(len(row) == made.captions and all(row) for row in together)
+    assert [made.caption(pixels[i : i + 1], all_seeds[i : i + 1])[0] for i in range(5)] == together
+
+
+def test_a_compiled_captioner_says_the_same(model, monkeypatch):
+    plain = torch.compile
+    # Without code generation, which is torch's own and takes a minute.
+    monkeypatch.setattr(torch, "compile", lambda step, mode, **options: plain(step, backend="eager", **options))
+    compiled, pixels = captioner(model, captions=3, compile=True), images(4)
+    for count in (4, 2):
+        wanted = captioner(model, captions=3).caption(pixels[:count], seeds(count, 3))
+        assert compiled.caption(pixels[:count], seeds(count, 3)) == wanted
+
+
 def test_words_of_a_hugging_face_tokenizer_are_its_own(tmp_path):
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "cat": 4, "dog": 5, "Grass": 6, "on": 7}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from teachers.decoding import decode, greedy, sample
+from teachers.describe import describe_captioner
 from teachers.rules import Rules
 from teachers.spec import CaptionerSpec
 from tests.teachers.toy_language import (
@@ -166,3 +167,9 @@ def test_what_decides_the_words_is_told_and_what_was_added_later_only_where_it_i
     }
     beams = {"strategy": "beams", "captions": 3, "beams": 6, "length_penalty": 1.0}
     assert spec("beams").decoding() == {**beams, **lengths}
+
+
+def test_only_coca_is_compiled():
+    made = CaptionerSpec.model_validate({"model": "any", "family": "transformers", "compile": True})
+    with pytest.raises(ValueError, match="captioner blip: `compile` is for CoCa alone"):
+        describe_captioner("blip", made)
