@@ -85,6 +85,11 @@ class Loss(Section):
     logit_scales: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="by teacher, instead of the dataset's or the model's own"
     )
+    learn_scales: bool = Field(
+        False,
+        description="learn each teacher's logit scale, from there on, by how well it matches the batch's true pairs; "
+        "see student/loss.py",
+    )
     logit_biases: dict[str, float] = Field(
         default_factory=dict, description="by teacher, with `sigmoid`; default: from each batch, see student/loss.py"
     )
@@ -104,6 +109,8 @@ class Loss(Section):
             raise ValueError("`teachers` are run only with `targets: online`; name stored ones under `data.teachers`")
         if self.logit_biases and self.form != "sigmoid":
             raise ValueError("`logit_biases` belong to `form: sigmoid`: a softmax has none; remove them")
+        if self.learn_scales and (self.form != "softmax" or self.lambda_ == 0):
+            raise ValueError("`learn_scales` needs `form: softmax` and a lambda above 0: else no scale is learnt by it")
         return self
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from reinforce.dataset import chosen
 from reinforce.errors import UserError
 from reinforce.student.config import Data, Loss, StudentConfig
+from reinforce.training.config import HIGHEST_LOGIT_SCALE
 
 #: What a batch has of its examples; the second kind of text only where captioners are read.
 IMAGE, CAPTION, SYNTHETIC = "image", "caption", "synthetic"
@@ -66,7 +67,7 @@ def plan_lesson(loss: Loss, known: Mapping[str, Known]) -> Lesson:
         both = teacher.sides == {IMAGES, TEXTS}
         if both:
             scales[name], origin = _scale(name, teacher, loss)
-            uses.append(f"similarities, logit scale {scales[name]:g} ({origin})")
+            uses.append(f"similarities, logit scale {scales[name]:g} ({origin}){_learnt(name, scales[name], loss)}")
         if loss.features == "all" or (loss.features == "one-sided" and not both):
             features[name] = teacher
             uses.append(f"vectors of {' and '.join(sorted(teacher.sides))}, {teacher.dim} dimensions")
@@ -81,13 +82,32 @@ def plan_lesson(loss: Loss, known: Mapping[str, Known]) -> Lesson:
 
 def _scale(name: str, teacher: Known, loss: Loss) -> tuple[float, str]:
     if name in loss.logit_scales:
-        return loss.logit_scales[name], f"config: loss.logit_scales.{name}"
+        return loss.logit_scales[name], f"config: loss.logit_scales.{name}{_unused(name, teacher, loss)}"
     if teacher.logit_scale is None:
         raise UserError(
             f"teacher {name} has no logit scale, which distillation needs. Set loss.logit_scales.{name} "
             "(1 / temperature; 50 to 90 for CLIP models), or leave it out of data.teachers."
         )
     return teacher.logit_scale, teacher.origin
+
+
+def _unused(name: str, teacher: Known, loss: Loss) -> str:
+    """The scale that the config's replaces, where it is another."""
+    if teacher.logit_scale in (None, loss.logit_scales[name]):
+        return ""
+    return f", instead of {teacher.logit_scale:g} of the {teacher.origin}"
+
+
+def _learnt(name: str, scale: float, loss: Loss) -> str:
+    """What the note of a scale adds where it is learnt. Raises UserError for one that cannot be."""
+    if not loss.learn_scales:
+        return ""
+    if not 1 <= scale <= HIGHEST_LOGIT_SCALE:
+        raise UserError(
+            f"teacher {name} has logit scale {scale:g}, and loss.learn_scales keeps scales within 1 and "
+            f"{HIGHEST_LOGIT_SCALE:g}. Set loss.logit_scales.{name} to a start within, or learn_scales to false."
+        )
+    return ", learnt from there on by its own contrastive loss"
 
 
 def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, Known]:

@@ -19,6 +19,12 @@ batch's images of log sum_{k != i} exp(s_t cos_ik), which is the constant neares
 the true pairs. It falls with log B, as the prior chance of a match falls with B, which is also why SigLIP starts at
 b = -10.
 
+A teacher's scale cannot be learnt by L_distill: over s_t that is lowest where P says most nearly what the student
+answers already, so targets would follow the student and not what is true. But how far a teacher may be trusted can be
+asked of itself: the s_t that makes the true pairs of the batch likeliest minimises the cross-entropy of
+softmax(s_t I_t X_t^T) with the identity (temperature scaling, arXiv 1706.04599). ``matching`` is that loss; its only
+gradient is the scale's, and L_distill takes the scale as a constant.
+
 Over ranks each takes its b rows against the columns of all; the mean over the ranks is the loss of the whole batch.
 """
 
@@ -43,7 +49,7 @@ class Objective:
 
     share: float  # lambda
     form: Form = "softmax"
-    scales: Mapping[str, float] = field(default_factory=dict)
+    scales: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
     biases: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -72,6 +78,23 @@ def contrast(
             losses[f"clip/{kind}"] = (1 - share) * _cross_entropy(form, answers, None)
         if kind in soft:
             losses[f"distill/{kind}"] = share * _cross_entropy(form, answers, soft[kind])
+    return losses
+
+
+def matching(scales: Mapping[str, torch.Tensor], targets: Mapping[str, Features]) -> dict[str, torch.Tensor]:
+    """``scale/TEACHER``: the cross-entropy of softmax(s_t I_t X_t^T) with the true pairs, mean over the kinds of text.
+
+    ``scales`` are scalars with gradients, ``targets`` as in ``contrast``.
+    """
+    losses = {}
+    for teacher, scale in scales.items():
+        rows = {name: _full(value) for name, value in targets[teacher].items()}
+        columns = _columns("softmax", rows)
+        of_kinds = [
+            _cross_entropy("softmax", [values.log_softmax(dim=1) for values in logits], None)
+            for logits in (_logits("softmax", rows, columns, kind, scale, None) for kind in rows if kind != "image")
+        ]
+        losses[f"scale/{teacher}"] = torch.stack(of_kinds).mean()
     return losses
 
 

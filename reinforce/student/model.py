@@ -28,7 +28,7 @@ class Student(torch.nn.Module):
 
     ``clip`` is the model itself, ``config`` its ``model_cfg``, ``name`` what open_clip knows both by, ``pretrained``
     whether it started from weights. ``heads`` project its features to the vectors of the teachers in ``features``, at
-    ``features_weight`` x (1 - cosine).
+    ``features_weight`` x (1 - cosine). ``scales`` are the logit scales of teachers, by name, that are learnt beside it.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Student(torch.nn.Module):
         pretrained: bool,
         features: Mapping[str, Known] | None = None,
         features_weight: float = 1.0,
+        scales: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -53,6 +54,9 @@ class Student(torch.nn.Module):
         for teacher, known in self.features.items():
             for side in sorted(known.sides):
                 self.heads[_head(teacher, side)] = torch.nn.Linear(config["embed_dim"], known.dim, bias=False)
+        self.scales = torch.nn.ModuleDict(
+            {_module(teacher): _Scale(start) for teacher, start in (scales or {}).items()}
+        )
 
     def forward(self, batch: Batch) -> Encoded:
         """Unit-norm float32 features [part, D] of ``image`` and of each kind of text, which pass the tower at once."""
@@ -66,6 +70,7 @@ class Student(torch.nn.Module):
         scalars = {"logit_scale": self.clip.logit_scale.exp().reshape(())}
         if self.clip.logit_bias is not None:
             scalars["logit_bias"] = self.clip.logit_bias.reshape(())
+        scalars |= {scale_of(_teacher(name)): scale() for name, scale in self.scales.items()}
         return Encoded(features, self._feature_losses(features, batch), scalars)
 
     def _feature_losses(self, features: Mapping[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
@@ -82,6 +87,22 @@ class Student(torch.nn.Module):
         return losses
 
 
+class _Scale(torch.nn.Module):
+    """A teacher's logit scale, by the name that the loop bounds and does not decay."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(start)))
+
+    def forward(self) -> torch.Tensor:
+        return self.logit_scale.exp()
+
+
+def scale_of(teacher: str) -> str:
+    """The name of a teacher's learnt scale among a batch's scalars."""
+    return f"logit_scale/{teacher}"
+
+
 def build_student(
     spec: StudentSpec,
     *,
@@ -89,6 +110,7 @@ def build_student(
     form: Form = "softmax",
     features: Mapping[str, Known] | None = None,
     features_weight: float = 1.0,
+    scales: Mapping[str, float] | None = None,
     checkpointing: bool = False,
 ) -> Student:
     """The model of a config, float32 on the CPU: with pretrained weights, or with random ones that ``seed`` decides.
@@ -122,7 +144,7 @@ def build_student(
     if checkpointing:
         clip.set_grad_checkpointing()
     with _seeded(seed):
-        return Student(name, clip.train(), config, image, pretrained, features, features_weight)
+        return Student(name, clip.train(), config, image, pretrained, features, features_weight, scales)
 
 
 def tokenizer_of(student: Student) -> Any:
@@ -187,4 +209,12 @@ def _unit(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _head(teacher: str, side: str) -> str:
-    return f"{teacher.replace('.', ',')}/{side}"  # names of modules have no dots, and of teachers no commas
+    return f"{_module(teacher)}/{side}"
+
+
+def _module(teacher: str) -> str:
+    return teacher.replace(".", ",")  # names of modules have no dots, and of teachers no commas
+
+
+def _teacher(module: str) -> str:
+    return module.replace(",", ".")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from reinforce.dataset import read_manifest
@@ -11,8 +13,8 @@ from reinforce.student import online
 from reinforce.student.config import StudentConfig
 from reinforce.student.export import export
 from reinforce.student.lesson import CAPTION, IMAGE, SYNTHETIC, Known, Lesson, plan_lesson, stored_teachers
-from reinforce.student.loss import Objective, contrast
-from reinforce.student.model import Student, build_student, tokenizer_of
+from reinforce.student.loss import Objective, contrast, matching
+from reinforce.student.model import Student, build_student, scale_of, tokenizer_of
 from reinforce.training import gather
 from reinforce.training.task import Batch, Encoded
 from teachers.device import Accelerator
@@ -43,6 +45,7 @@ class StudentTask:
             form=loss.form,
             features=self.lesson.features,
             features_weight=loss.lambda_ * loss.features_weight,
+            scales=self.lesson.scales if loss.learn_scales else None,
             checkpointing=config.train.compute.gradient_checkpointing,
         )
         self.tokenizer = tokenizer_of(self.model)
@@ -64,15 +67,17 @@ class StudentTask:
         return {name: batch[name] for name in (IMAGE, CAPTION, SYNTHETIC, "targets") if name in batch}
 
     def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
-        """``clip/KIND`` and ``distill/KIND`` over the batches of all ranks; see ``reinforce.student.loss``."""
-        scalars = encoded.scalars
-        return contrast(
-            self._objective,
-            encoded.features,
-            scalars["logit_scale"],
-            scalars.get("logit_bias"),
-            batch.get("targets", {}),
-        )
+        """``clip/KIND`` and ``distill/KIND`` over the batches of all ranks; see ``reinforce.student.loss``.
+
+        Where scales are learnt, ``scale/TEACHER`` as well, which moves nothing but them.
+        """
+        scalars, targets = encoded.scalars, batch.get("targets", {})
+        objective = self._objective
+        learnt = {name: scalars[scale_of(name)] for name in objective.scales if scale_of(name) in scalars}
+        if learnt:
+            objective = replace(objective, scales={name: scale.detach() for name, scale in learnt.items()})
+        losses = contrast(objective, encoded.features, scalars["logit_scale"], scalars.get("logit_bias"), targets)
+        return losses | matching(learnt, targets)
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
         """Metrics of the sets under ``evaluate``, by the names in ``reinforce.evaluation``; on rank 0 alone."""

@@ -10,6 +10,9 @@ from pydantic import BaseModel, Field, model_validator
 from reinforce.settings import Section
 from teachers.redact import public
 
+#: The loop keeps learnt logit scales within 1 and this, as open_clip does.
+HIGHEST_LOGIT_SCALE = 100.0
+
 
 class Optimizer(Section):
     """AdamW with linear warm-up and a cosine down to ``final_lr``; defaults as MobileCLIP2 trains."""

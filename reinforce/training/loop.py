@@ -19,7 +19,7 @@ from reinforce.seeds import seed_for
 from reinforce.store import Store
 from reinforce.training.batches import Ahead
 from reinforce.training.checkpoint import Checkpoints, Record
-from reinforce.training.config import Training, differences
+from reinforce.training.config import HIGHEST_LOGIT_SCALE, Training, differences
 from reinforce.training.log import Log
 from reinforce.training.optimizer import adamw, learning_rate
 from reinforce.training.progress import Eta, Meter, line
@@ -33,7 +33,6 @@ from teachers.redact import told
 
 _MOST_SKIPPED = 20  # steps in a row without a finite gradient
 _MEETING = (".tmp", "meeting.json")
-_HIGHEST_LOGIT_SCALE = math.log(100)
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ class _Loop:
             optimizer.step()
             with torch.no_grad():
                 for scale in self.logit_scales:
-                    scale.clamp_(0, _HIGHEST_LOGIT_SCALE)
+                    scale.clamp_(0, math.log(HIGHEST_LOGIT_SCALE))
             if self.state.average is not None:
                 self.state.average.update(self.state.model, self.record.step + 1)
         else:

@@ -73,7 +73,7 @@ def test_lambda_0_takes_nothing_from_anyone() -> None:
 def test_a_logit_scale_of_the_config_goes_before_that_of_the_dataset() -> None:
     lesson = plan_lesson(loss(logit_scales={"vit": 55.0}), {"vit": TWO})
     assert lesson.scales == {"vit": 55.0}
-    assert "55 (config: loss.logit_scales.vit)" in lesson.notes[0]
+    assert "55 (config: loss.logit_scales.vit, instead of 70 of the dataset: config)" in lesson.notes[0]
     assert plan_lesson(loss(logit_scales={"vit": 5.0}), {"vit": UNSCALED}).scales == {"vit": 5.0}
 
 

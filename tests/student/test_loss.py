@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reinforce.student.loss import Objective, contrast, implied_bias
+from reinforce.student.loss import Objective, contrast, implied_bias, matching
 
 KINDS = {"both": ("caption", "synthetic"), "mixed": ("caption",)}
 SCALES = {"one": 70.0, "two": 60.0, "three": 33.0}
@@ -224,3 +224,39 @@ def test_what_is_kept_for_the_gradient_does_not_grow_with_the_teachers(form: str
 
     identity = form == "sigmoid"  # which the loss of true pairs is held against
     assert kept(1) == kept(3) == (matrices + identity) * len(KINDS["both"])
+
+
+def test_a_learnt_scale_goes_where_the_true_pairs_are_likeliest() -> None:
+    """Gradient descent on ``matching`` ends at the minimum of the cross-entropy written out on a grid."""
+    image = unit(40, 6, 1)
+    text = torch.nn.functional.normalize(image + 0.8 * unit(40, 6, 2), dim=-1)
+    targets = {"one": {"image": image, "caption": text}}
+    found = torch.tensor(math.log(5.0), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([found], line_search_fn="strong_wolfe", max_iter=50)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = matching({"one": found.exp()}, targets)["scale/one"]
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    grid = np.geomspace(2, 100, 2000)
+    logits = grid[:, None, None] * (image @ text.T).numpy()
+    both = [np.log(np.exp(values).sum(axis=-1)) for values in (logits, logits.transpose(0, 2, 1))]
+    curve = np.mean(both, axis=(0, 2)) - grid * (image * text).sum(dim=1).mean().item()
+    best = grid[curve.argmin()]
+    assert 2.1 < best < 95
+    assert found.exp().item() == pytest.approx(best, rel=5e-3)
+    assert loss().item() == pytest.approx(curve.min(), abs=1e-5)
+
+
+def test_scales_as_tensors_give_the_loss_of_their_numbers() -> None:
+    features, teachers = vectors("student"), {name: vectors(name) for name in ("one", "two")}
+    numbers = {"one": 70.0, "two": 60.0}
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+    scale = torch.tensor(20.0, dtype=torch.float64)
+    losses = [
+        contrast(Objective(0.7, "softmax", scales), features, scale, None, teachers) for scales in (numbers, tensors)
+    ]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)

@@ -8,19 +8,23 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import reinforce
 from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.student.lesson import IMAGES, TEXTS
 from reinforce.student.task import StudentTask
 from reinforce.student.train import build
+from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
 from teachers.device import Accelerator
 from tests.conftest import config_of, members_of, write_tar
 from tests.student.reinforced import reinforce_here
 from tests.student.students import student_folder
 from tests.tiny_models import open_clip_model
+from tests.training.tiny import rows
 
 PAIRS = 6
 
@@ -94,7 +98,7 @@ def test_what_is_learnt_from_whom_is_told(config: Any) -> None:
     ]  # fmt: skip
     assert "random weights of seed 0" in task.notes[0]
     assert "logit scale 50 (dataset: config)" in task.notes[1]
-    assert "logit scale 30 (config: loss.logit_scales.vit)" in task.notes[2]
+    assert "logit scale 30 (config: loss.logit_scales.vit, instead of 20 of the dataset: config)" in task.notes[2]
 
 
 def test_teachers_in_the_loop_give_what_is_stored(config: Any, teachers: dict[str, dict[str, Any]]) -> None:
@@ -182,3 +186,59 @@ def test_a_teacher_in_the_loop_that_cannot_be_loaded_is_told(config: Any) -> Non
 def test_a_folder_that_is_no_dataset_is_told(config: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a reinforced dataset"):
         StudentTask(config(data={"datasets": str(tmp_path / "nothing")}))
+
+
+def test_learning_scales_leaves_the_students_loss_and_gradient_as_they_were(config: Any) -> None:
+    accelerator = Accelerator("cpu")
+
+    def gradients(parts: int, **loss: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        task, batch = first_batch(config({"lambda": 0.7, **loss}))
+        outcome = backpropagate(task, task.model, batch, PAIRS, [1] * parts, accelerator)
+        return outcome.losses, {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}
+
+    plain, of_plain = gradients(1)
+    learnt, of_learnt = gradients(1, learn_scales=True)
+    assert learnt.keys() - plain.keys() == {"scale/red", "scale/vit"}
+    assert of_learnt.keys() - of_plain.keys() == {"scales.red.logit_scale", "scales.vit.logit_scale"}
+    torch.testing.assert_close({name: learnt[name] for name in plain}, plain)
+    torch.testing.assert_close({name: of_learnt[name] for name in of_plain}, of_plain)
+    assert all(of_learnt[f"scales.{name}.logit_scale"] != 0 for name in ("red", "vit"))
+    _, of_parts = gradients(2, learn_scales=True)
+    torch.testing.assert_close(of_parts, of_learnt, rtol=1e-4, atol=1e-6)
+
+
+def test_learnt_scales_are_told_logged_kept_and_gone_on_with(config: Any, tmp_path: Path) -> None:
+    loss = {"learn_scales": True, "logit_scales": {"red": 40.0}}
+    train = {"batch": PAIRS, "log_every": 1, "optimizer": {"lr": 0.01, "warmup": 0}}
+    notes = StudentTask(config(loss)).notes
+    assert "logit scale 20 (dataset: config), learnt from there on" in notes[2]
+    assert "logit scale 40 (config: loss.logit_scales.red, instead of 50 of the dataset: config), learnt" in notes[1]
+    training = config(loss, train={**train, "steps": 3, "checkpoints": {"every": 1, "keep": 3}})
+
+    def learnt() -> list[float]:
+        return [row["scalars"]["logit_scale/red"] for row in rows(tmp_path / "out") if "scalars" in row]
+
+    reinforce.train(training)
+    undisturbed = learnt()
+    assert undisturbed[0] == pytest.approx(40)
+    assert len(set(undisturbed)) == 3
+    last = tmp_path / "out" / "checkpoints" / "step-000000003.safetensors"
+    saved = load_file(last)["model/scales.red.logit_scale"]
+    for path in (last, tmp_path / "out" / "results.json"):
+        path.unlink()
+    reinforce.train(training)
+    assert learnt() == undisturbed
+    assert torch.equal(load_file(last)["model/scales.red.logit_scale"], saved)
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        ({"form": "sigmoid"}, "learn_scales` needs `form: softmax`"),
+        ({"lambda": 0.0}, "a lambda above 0"),
+        ({"logit_scales": {"red": 120.0}}, "keeps scales within 1 and 100"),
+    ],
+)
+def test_scales_that_cannot_be_learnt_are_told(config: Any, loss: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        StudentTask(config({"learn_scales": True, **loss}))
