@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -29,44 +29,49 @@ def free_port() -> int:
             return port
 
 
-#: Where the fixture s3 runs, for itself and for the workers of the session's Ray.
-S3_ENVIRONMENT = {
-    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}",
-    "AWS_ACCESS_KEY_ID": "k",
-    "AWS_SECRET_ACCESS_KEY": "s",
-    "AWS_DEFAULT_REGION": "us-east-1",
-}
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The endpoint of an S3 that stays for the session: moto's server does not let go of its port when it stops."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+def _as_users_name_it(patch: pytest.MonkeyPatch, endpoint: str) -> None:
+    patch.setenv("AWS_ENDPOINT_URL", endpoint)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        patch.setenv(name, "k")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def ray_session(s3_server: str) -> Iterator[None]:
     import ray
 
     with pytest.MonkeyPatch.context() as patch:  # the workers' environment is that of the first ray.init
-        for name, value in S3_ENVIRONMENT.items():
-            patch.setenv(name, value)
+        _as_users_name_it(patch, s3_server)
         ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def s3(ray_session: None) -> Iterator[Any]:
+def s3(s3_server: str) -> Iterator[Any]:
     """An S3 with an empty bucket, named in the environment as users name theirs."""
     import s3fs
-    from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=urlsplit(S3_ENVIRONMENT["AWS_ENDPOINT_URL"]).port or 0)
-    server.start()
+    with urlopen(Request(f"{s3_server}/moto-api/reset", method="POST")):
+        pass
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in S3_ENVIRONMENT.items():
-            patch.setenv(name, value)
+        _as_users_name_it(patch, s3_server)
         s3fs.S3FileSystem.clear_instance_cache()
         fs = s3fs.S3FileSystem()
         fs.mkdir("bucket")
         yield fs
     s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 def picture(seed: int, width: int = 40, height: int = 30, format_: str = "PNG") -> bytes:

@@ -296,24 +296,8 @@ def test_ranges_beyond_the_file_and_in_compressed_tars_are_errors(tmp_path):
 # --- S3
 
 
-@pytest.fixture(scope="module")
-def s3():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        fs = fsspec.filesystem("s3", skip_instance_cache=True)
-        fs.mkdir("shards")
-        yield fs
-    server.stop()
-
-
 def test_shards_are_read_from_s3(s3):
+    s3.mkdir("shards")
     s3.pipe({"shards/x/1.tar": THREE, "shards/x/2.tar.gz": gzip.compress(THREE), "shards/x/3.tar": THREE[:-600]})
     assert [row.key for row in read_shard("s3://shards/x/1.tar", LIMITS)] == KEYS
     assert list(read_shard("s3://shards/x/2.tar.gz", LIMITS)) == read(THREE)

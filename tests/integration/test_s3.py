@@ -11,6 +11,8 @@ import s3fs
 import reinforce
 from tests.conftest import config_of, tree
 
+pytestmark = pytest.mark.usefixtures("ray_session")
+
 
 @pytest.mark.parametrize("images", ["embed", "reference"])
 def test_a_dataset_in_s3_equals_one_on_disk_and_is_resumed(

@@ -4,40 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import s3fs
 import torch
-from moto.server import ThreadedMotoServer
 
 from reinforce.student.config import Data
 from reinforce.student.feed import StudentFeed
 from reinforce.student.order import Chunk
 from reinforce.training.task import Batch
-from tests.conftest import config_of, free_port, members_of, write_tar
+from tests.conftest import config_of, members_of, write_tar
 from tests.student.reinforced import letters, reinforce_here
 
 SIZES = (40, 25)
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[s3fs.S3FileSystem]:
-    port = free_port()
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "k")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem.clear_instance_cache()
-        fs = s3fs.S3FileSystem()
-        fs.mkdir("streamed")  # servers of one process share their buckets
-        yield fs
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +26,11 @@ def urls(s3: s3fs.S3FileSystem, tmp_path_factory: pytest.TempPathFactory) -> dic
     folder = tmp_path_factory.mktemp("dataset")
     for number, size in enumerate(SIZES):
         write_tar(folder / "source" / f"{number:05d}.tar", members_of(number, size))
-    s3.put(f"{folder}/source/", "streamed/source/", recursive=True)
-    source = "s3://streamed/source/{00000..00001}.tar"
+    s3.put(f"{folder}/source/", "bucket/source/", recursive=True)
+    source = "s3://bucket/source/{00000..00001}.tar"
     made = {"disk": reinforce_here(config_of(source, folder / "out"))}
     for images in ("embed", "reference"):
-        made[images] = reinforce_here(config_of(source, f"s3://streamed/{images}", images=images))
+        made[images] = reinforce_here(config_of(source, f"s3://bucket/{images}", images=images))
     return made
 
 
