@@ -198,13 +198,14 @@ def evaluate(
     Models are given their own preprocessing. Images that cannot be decoded are left out and told.
     """
     from reinforce.evaluation import command
+    from reinforce.naming import models_of
 
     common = {"classes": classes, "label": label, "templates": templates, "groups": groups}
     common = {key: value for key, value in common.items() if value is not None}
     sets = command.evaluation_of(config, zero_shot or [], retrieval or [], common, limit, batch)
     if not sets.metrics and clip_benchmark is None:
         raise UserError("nothing to judge by: name sets with --zero-shot, --retrieval or --config.")
-    with command.models_of(models, pretrained) as specs:
+    with models_of(models, pretrained) as specs:
         report = command.judge(specs, sets, device, precision, clip_benchmark)
     Console().print(report.table())
     for line in report.lines():
