@@ -25,8 +25,8 @@ demo: $(INSTALLED) ## reinforce 4,009 emoji, show the result, train a student fr
 	$(BIN)/python -m reinforce.demo show
 	$(BIN)/reinforce train configs/student-demo.yaml
 
-test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## run the tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(INSTALLED) ## how near the pipeline comes to this machine's limits (two minutes)
 	$(BIN)/python -m reinforce.bench

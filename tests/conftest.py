@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.storage.proxy import Proxy
+
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # else other tests at the same time starve those that wait for workers
 
 
 def free_port() -> int:
@@ -30,14 +33,22 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """The endpoint of an S3 that stays for the session: moto's server does not let go of its port when it stops."""
+def s3_proxy() -> Iterator[Proxy]:
+    """What stands before an S3 that stays for the session: moto's server does not let go of its port when it stops."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
+    proxy = Proxy(0, server.get_host_and_port()[1])
+    yield proxy
+    proxy.close()
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_server(s3_proxy: Proxy) -> str:
+    """The endpoint of the S3, for the tests and for the workers of their Ray."""
+    return s3_proxy.url
 
 
 def _as_users_name_it(patch: pytest.MonkeyPatch, endpoint: str) -> None:
@@ -128,7 +139,7 @@ def config_of(source: str, output: Path | str, **changes: Any) -> dict[str, Any]
             "red": {"class": "tests.models:Colour", "options": {"size": 16, "dim": 8}, "logit_scale": 50.0},
             "blue": {"class": "tests.models:Colour", "options": {"size": 24, "dim": 12, "seed": 1}},
         },
-        "workers": {"batch": 16, "max": 2},
+        "workers": {"batch": 16, "max": 1},
         "failures": {"allowed_share": 1.0},
     }
     return {**config, **changes}

@@ -38,7 +38,7 @@ def head() -> Iterator[dict[str, str]]:
     process = subprocess.Popen(
         command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not _answers(dashboard):
         assert process.poll() is None, "the head did not start"
         assert time.monotonic() < deadline, "the head does not answer"
@@ -68,7 +68,7 @@ def test_a_submitted_job_runs_to_its_end_and_submitted_again_does_nothing(
         command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--"]
         command += ["python", "jobs/reinforce_dfn.py", "--config", "job.yaml", *overrides]
         for _ in range(20):
-            done = subprocess.run(command, cwd=work, env=head, capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(command, cwd=work, env=head, capture_output=True, text=True, timeout=240, check=False)
             if "No available agent" not in done.stderr:  # the head is still starting
                 break
             time.sleep(1)

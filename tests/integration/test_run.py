@@ -86,8 +86,8 @@ def test_a_second_run_does_nothing(shards: Callable[..., str], tmp_path: Path) -
 @pytest.mark.parametrize("images", ["embed", "reference"])
 def test_two_runs_into_two_folders_give_equal_files(shards: Callable[..., str], tmp_path: Path, images: str) -> None:
     source = shards(30, 30, 5)
-    for folder in ("a", "b"):
-        reinforce.run(config_of(source, tmp_path / folder, images=images))
+    for folder, workers in (("a", 1), ("b", 2)):
+        reinforce.run(config_of(source, tmp_path / folder, images=images, workers={"batch": 16, "max": workers}))
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 

@@ -243,16 +243,15 @@ def test_logs_tell_the_pace_and_what_was_waited_for(tmp_path: Path) -> None:
     class SlowFeed(PairFeed):
         def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
             for made in super().batches(rank, ranks, batch, start):
-                threading.Event().wait(0.05)
+                threading.Event().wait(0.15)
                 yield made
 
     run(job(tmp_path / "slow", log_every=5), SlowFeed())
     run(job(tmp_path / "fast", log_every=5))
     slow, fast = rows(tmp_path / "slow"), rows(tmp_path / "fast")
     assert [row["step"] for row in slow if "loss" in row] == [5, 10, 12]
-    assert slow[1]["waiting"] > 0.7
-    assert fast[1]["waiting"] < 0.5
-    assert slow[1]["samples_per_second"] < 16 / 0.05
+    assert slow[1]["waiting"] > max(0.5, fast[1]["waiting"])
+    assert slow[1]["samples_per_second"] < 16 / 0.15
     assert slow[1]["memory"] > 10_000_000
     assert slow[1]["lr"] == pytest.approx(0.02 * 0.5 * (1 + math.cos(math.pi * 7 / 9)), rel=1e-3)
 
