@@ -7,8 +7,8 @@ What it does when something fails:
   kills its process alone, again and again, is quarantined;
 - a worker that is at one image for too long, or gets on with nothing, is ended, and its shards are suspects likewise;
 - a node that is lost counts against nobody;
-- a worker at which one shard after the other fails is replaced;
-- an error that is the user's to mend (a fingerprint, missing weights) ends the run at once.
+- a worker at which one shard after the other fails, not for a storage's sake, is replaced;
+- what is the user's to mend (a fingerprint, missing weights, a full disk) ends the run at once.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class Driver:
         finally:
             summary = self._summary(time.monotonic() - start, outcome)
             self.pool.close()
-            self.events.finish(asdict(summary))
+            with contextlib.nullcontext() if outcome == "done" else contextlib.suppress(UserError):
+                self.events.finish(asdict(summary))
         return summary
 
     # -- the loop
@@ -231,7 +232,7 @@ class Driver:
         """A lease raised: again after a while, and at last into quarantine."""
         if isinstance(error, UserError):
             raise error
-        slot.failures += 1
+        slot.failures += error.of_worker if isinstance(error, ShardFailure) else 1
         if slot.failures >= _FAILURES_OF_A_WORKER:
             self._replace(slot)
         self.attempts[work.shard] += 1
@@ -284,8 +285,7 @@ class Driver:
                 continue
             self.deaths.remove(death)
             names = [work.shard for work in death.works]
-            hung = death.reason is Reason.SHARD_HUNG
-            event = "worker_hung" if hung else "worker_died"
+            event = "worker_hung" if (hung := death.reason is Reason.SHARD_HUNG) else "worker_died"
             self.events.add(event, pid=death.worker.pid, shards=names, node_lost=lost_node, error=death.why)
             why = "its node was lost" if lost_node else death.why
             what = "hung and was ended" if hung else "died"

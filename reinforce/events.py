@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from reinforce.config import Config
+from reinforce.errors import StorageError
 from reinforce.store import Store
 from reinforce.urls import canonical
 from teachers.redact import public
@@ -19,6 +20,7 @@ from teachers.redact import public
 _PART_BYTES = 2**20
 _FLUSH_SECONDS = 10.0
 _FLUSH_SECONDS_LOCAL = 1.0
+_PATIENCE_SECONDS = 300.0  # with a storage that does not take them
 
 
 class Events:
@@ -34,7 +36,7 @@ class Events:
         self._part = 0
         self._lines: list[bytes] = []
         self._dirty = False
-        self._flushed = time.monotonic()
+        self._flushed = self._taken = time.monotonic()
         self._interval = _FLUSH_SECONDS_LOCAL if store.local else _FLUSH_SECONDS
         self._folder = ("runs", self.run)
         text = yaml.safe_dump(_public(config), sort_keys=False, allow_unicode=True)
@@ -47,15 +49,22 @@ class Events:
         self._dirty = True
 
     def flush_when_due(self) -> None:
-        """Publish what was added, every few seconds."""
-        if self._dirty and time.monotonic() - self._flushed > self._interval:
-            self.flush()
+        """Publish what was added, every few seconds; a storage that does not take it now may take it later."""
+        now = time.monotonic()
+        if not self._dirty:
+            self._taken = now
+        elif now - self._flushed > self._interval:
+            try:
+                self.flush()
+            except StorageError:
+                if time.monotonic() - self._taken > _PATIENCE_SECONDS:
+                    raise
 
     def flush(self) -> None:
         """Publish what was added."""
         self._flushed = time.monotonic()
         self._store.write_bytes(b"".join(self._lines), *self._folder, f"events-{self._part:05d}.jsonl")
-        self._dirty = False
+        self._dirty, self._taken = False, time.monotonic()
         if sum(map(len, self._lines)) > _PART_BYTES:
             self._part, self._lines = self._part + 1, []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.config import Config, load_config, parse_config
-from reinforce.errors import UserError
+from reinforce.errors import StorageError, UserError
 from reinforce.layers import SAMPLES
 from reinforce.manifest import update_manifest
 from reinforce.plan import Plan, given_up, make_plan
@@ -33,6 +33,9 @@ def run(
     config = as_config(config)
     try:
         return _run(config, address, retry_quarantined)
+    except StorageError as error:
+        tell = Discretion(config.model_dump(mode="json"))
+        raise UserError(tell(f"{error} What is finished is kept: run again to go on.")) from None
     except UserError as error:  # what a storage or a model says may hold what the config says
         raise UserError(Discretion(config.model_dump(mode="json"))(str(error))) from None
 

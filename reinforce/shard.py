@@ -64,7 +64,17 @@ class LayerFailure(RuntimeError):
 
 
 class ShardFailure(RuntimeError):
-    """What came of a shard that raised, in words: errors of many storages cannot travel between processes."""
+    """What came of a shard that raised, in words: errors of many storages cannot travel between processes.
+
+    ``args`` are the text and whether the worker may be at fault, as where an accelerator is in a bad state.
+    """
+
+    @property
+    def of_worker(self) -> bool:
+        return bool(self.args[1])
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def process_shard(

@@ -8,6 +8,7 @@ one put of the finished file.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import posixpath
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 import schemas
-from reinforce.errors import UserError
+from reinforce.errors import StorageError, UserError
 from reinforce.layers import Layer
 from reinforce.urls import filesystem
 from schemas import Reason
@@ -35,6 +36,7 @@ MANIFEST = "dataset.json"
 _TEMP = ".tmp"
 _HALF = "reinforce-"  # begins the names of what is being made
 _INCOMPRESSIBLE = ("image", "embeddings")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def fingerprint_error(path: str, found: str | None, wanted: str) -> UserError:
@@ -69,7 +71,8 @@ class Store:
     def shards(self, layer: str) -> dict[str, int]:
         """Committed shards of a layer (or of ``quarantine/<layer>``) and their bytes, by one listing."""
         try:
-            entries = self.fs.ls(self.path(layer), detail=True, refresh=True)
+            with self._asked("listed", layer):
+                entries = self.fs.ls(self.path(layer), detail=True, refresh=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
         names = ((posixpath.basename(str(e["name"]).rstrip("/")), e) for e in entries if e["type"] == "file")
@@ -85,7 +88,9 @@ class Store:
         """A JSON object, or None where the file does not exist."""
         path = self.path(*parts)
         try:
-            data = json.loads(self.fs.cat_file(path))
+            with self._asked("read", *parts):
+                content = self.fs.cat_file(path)
+            data = json.loads(content)
         except FileNotFoundError:
             return None
         except (ValueError, UnicodeDecodeError) as error:
@@ -96,7 +101,7 @@ class Store:
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
         """Publish a small file atomically."""
-        with self._staging() as (file, local_path):
+        with self._asked("written", *parts), self._staging() as (file, local_path):
             file.write(data)
             file.flush()
             self._publish(file, local_path, self.path(*parts))
@@ -113,7 +118,7 @@ class Store:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # which files here have
             yield local_path
             os.chmod(local_path, mode)
-            with open(local_path, "rb") as file:
+            with self._asked("written", *parts), open(local_path, "rb") as file:
                 self._publish(file, local_path, self.path(*parts))
 
     def put_folder(self, folder: str, *parts: str) -> None:
@@ -137,9 +142,28 @@ class Store:
             self.write_bytes(b"", *probe)
             self.fs.rm_file(self.path(*probe))
         except Exception as error:
+            told_by = error.__cause__ or error
             raise UserError(
-                f"output {self.url} cannot be written: {type(error).__name__}: {error}. "
-                "Check the path, the permissions and (for an object store) the credentials."
+                f"output {self.url} cannot be written: {type(told_by).__name__}: {told_by}. "
+                "Check the path, the permissions and (for an object store) the address and the credentials."
+            ) from error
+
+    @contextlib.contextmanager
+    def _asked(self, what: str, *parts: str) -> Iterator[None]:
+        """Turn what a storage raises into one clear error, but for a file or folder that is not there."""
+        try:
+            yield
+        except (UserError, ValueError, TypeError, LookupError):  # no storage's
+            raise
+        except Exception as error:  # each driver has its own exceptions
+            if what != "written" and isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                raise
+            full = isinstance(error, OSError) and error.errno in _FULL
+            place = self.url if self.local else f"{tempfile.gettempdir()} of the machine that writes it"
+            mend = f"make room in {place}" if full else "check the storage, the network and the permissions"
+            # A full disk is so for all shards, if it is the dataset's own.
+            raise (UserError if full and self.local else StorageError)(
+                f"{self.path(*parts)} cannot be {what}: {type(error).__name__}: {error}; {mend}."
             ) from error
 
     # -- Parquet
@@ -157,8 +181,9 @@ class Store:
 
     def quarantined(self, layer: str, shard: str) -> list[dict[str, str | None]]:
         """Rows of a quarantine file: key, reason, detail."""
-        with self.fs.open(self.quarantine_path(layer, shard), "rb") as file:
-            rows: list[dict[str, str | None]] = pq.read_table(file).to_pylist()
+        with self._asked("read", "quarantine", layer, f"{shard}.parquet"):
+            content = self.fs.cat_file(self.quarantine_path(layer, shard))
+        rows: list[dict[str, str | None]] = pq.read_table(pa.BufferReader(content)).to_pylist()
         return rows
 
     @contextlib.contextmanager
@@ -183,10 +208,12 @@ class Store:
     def _staging(self) -> Iterator[tuple[IO[bytes], str]]:
         """A local temporary file, gone at the end unless it was published."""
         path = os.path.join(self._temporary(), f"{_HALF}{uuid.uuid4().hex}")
+        file = open(path, "xb")  # noqa: SIM115 - what cannot be closed is not published either
         try:
-            with open(path, "xb") as file:
-                yield file, path
+            yield file, path
         finally:
+            with contextlib.suppress(OSError):
+                file.close()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
@@ -244,7 +271,7 @@ class LayerWriter:
 
     def __init__(self, store: Store, layer: Layer, schema: pa.Schema, shard: str, source: str) -> None:
         self._store = store
-        self._path = store.layer_path(layer.name, shard)
+        self._parts = (layer.name, f"{shard}.parquet")
         self._stack = contextlib.ExitStack()
         self._file, self._local_path = self._stack.enter_context(store._staging())
         plain = {f.name: "none" if f.name in _INCOMPRESSIBLE else "zstd" for f in schema}
@@ -268,15 +295,17 @@ class LayerWriter:
 
     def write(self, table: pa.Table) -> None:
         """Write one row group."""
-        self._parquet.write_table(table, row_group_size=max(1, table.num_rows))
+        with self._store._asked("written", *self._parts):
+            self._parquet.write_table(table, row_group_size=max(1, table.num_rows))
         self.rows += table.num_rows
 
     def commit(self) -> None:
-        self._parquet.add_key_value_metadata({"reinforce.rows": str(self.rows)})
-        self._parquet.close()
-        self._file.flush()
-        self.bytes = self._file.tell()
-        self._store._publish(self._file, self._local_path, self._path)
+        with self._store._asked("written", *self._parts):
+            self._parquet.add_key_value_metadata({"reinforce.rows": str(self.rows)})
+            self._parquet.close()
+            self._file.flush()
+            self.bytes = self._file.tell()
+            self._store._publish(self._file, self._local_path, self._store.path(*self._parts))
 
     def __enter__(self) -> LayerWriter:
         return self
@@ -284,9 +313,10 @@ class LayerWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._parquet.is_open:
-            self._parquet.close()
-        self._stack.close()
+        with self._stack:
+            if self._parquet.is_open:
+                with contextlib.suppress(OSError):  # what is not committed need not be whole
+                    self._parquet.close()
 
 
 def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) -> None:

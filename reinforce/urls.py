@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os.path
+import os
 import re
 from collections.abc import Iterator, Sequence
 from glob import escape
@@ -30,6 +30,8 @@ COMPRESSIONS: dict[str, str | None] = {
     ".tzst": "zstd",
 }
 _MOST_URLS = 10_000_000
+_BOTOCORE_ATTEMPTS = 4
+_S3_ATTEMPTS = 3
 _LONGEST_STEM = 100  # with the hash and .parquet well below the 255 bytes a file name may have
 _GLOB = re.compile(r"[*?\[]")
 _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
@@ -38,13 +40,28 @@ _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])")
 
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL and the path in it. Raises UserError if there is no driver for it."""
+    patience = _patience(url)
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = fsspec.core.url_to_fs(url, **patience)
     except (ValueError, ImportError) as error:
         raise UserError(
             f"{canonical(url)}: {error}. Check the part before `://`, or install the fsspec driver for it."
         ) from error
+    if patience and "s3" in fs.protocol:
+        fs.retries = _S3_ATTEMPTS  # of s3fs, each of which makes botocore's
     return fs, path
+
+
+def _patience(url: str) -> dict[str, Any]:
+    """How often S3 is asked again, with exponential backoff, jitter and a budget, unless the user has said it.
+
+    An error of the server costs seconds before it is raised, an address at which nobody is a minute, one that accepts
+    and is silent three. What is raised then costs a shard an attempt.
+    """
+    said = "config_kwargs" in fsspec.config.conf.get("s3", {}) or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & {*os.environ}
+    options = {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": _BOTOCORE_ATTEMPTS}}}
+    schemes = {segment.partition("://")[0] for segment in url.split("::") if "://" in segment}
+    return {} if said else dict.fromkeys(schemes & {"s3", "s3a"}, options)
 
 
 def expand(source: str | Sequence[str]) -> list[str]:

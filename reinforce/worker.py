@@ -17,7 +17,7 @@ import ray
 import torch
 
 from reinforce.config import Config
-from reinforce.errors import UserError
+from reinforce.errors import StorageError, UserError
 from reinforce.layers import Layer
 from reinforce.models import Counters, Models, load_models
 from reinforce.plan import Work
@@ -73,12 +73,15 @@ class Worker:
         assert self.models is not None
         try:
             return process_shard(work, self.config, self.layers, self.store, self.models, self.pool)
+        except StorageError as error:
+            raise ShardFailure(self.tell(str(error)), False) from None
         except UserError:
             raise
         except LayerFailure as error:
             raise LayerFailure(error.layer, self.tell(str(error.args[1]))) from None
         except Exception as error:
-            raise ShardFailure(self.tell(f"{type(error).__name__}: {error}")) from None
+            of_worker = isinstance(error, (RuntimeError, MemoryError))  # and not a storage's
+            raise ShardFailure(self.tell(f"{type(error).__name__}: {error}"), of_worker) from None
 
     def pulse(self) -> Pulse:
         """What is done so far and what is being done, also while shards run."""

@@ -17,6 +17,8 @@ HANG = (
     "tests/hostile/test_hang.py::test_an_image_that_takes_minutes_and_a_model_that_stands_still_cost_their_shards_alone"
 )
 FAULTS = "tests/integration/test_faults.py"
+S3 = "tests/storage/test_faults.py"
+PARTIAL = "tests/storage/test_partial.py"
 #: What is shown elsewhere: defect, what happens, the test.
 OTHERS = [
     (
@@ -81,6 +83,49 @@ OTHERS = [
         "tests/fuzz/test_fuzz.py::test_nothing_is_lost_and_nothing_hangs",
     ),
 ]
+PASSES = f"{S3}::test_faults_that_pass_leave_no_trace"
+LASTS = f"{S3}::test_shards_that_cannot_be_read_are_quarantined_and_their_neighbours_finish"
+STORAGE = [
+    ("503 SlowDown or 500 for a while, whatever is asked", "asked again; the files of an undisturbed run", PASSES),
+    ("500 on put for longer than is borne", "the shard is tried again; the files of an undisturbed run", PASSES),
+    ("a connection lost in the middle of a body", "that block is read again", PASSES),
+    ("reads that take long", "waited for", PASSES),
+    ("an object that changes while it is read", "the shard is read anew: no mixture of the two", PASSES),
+    ("an object that vanishes while it is read", "`shard_missing`", LASTS),
+    ("503 for ever at one object", "`shard_failed` after a bounded number of requests", LASTS),
+    ("permission denied for one object", "`shard_unreadable`", LASTS),
+    (
+        "permission denied for what is written",
+        "a few attempts, then the run ends with one error; what is finished is kept",
+        f"{S3}::test_an_output_that_refuses_files_is_one_clear_error",
+    ),
+    ("wrong credentials", "one error, at once", f"{S3}::test_wrong_credentials_are_one_clear_error"),
+    (
+        "an endpoint that is silent",
+        "one error, after three minutes",
+        f"{S3}::test_an_endpoint_that_is_silent_is_one_clear_error_and_soon",
+    ),
+    (
+        "kill -9 in the middle of a multipart upload",
+        "no object; the next run makes it (an orphaned upload is left for the bucket's lifecycle rule)",
+        f"{PARTIAL}::test_a_process_killed_in_the_middle_of_an_upload_leaves_no_object",
+    ),
+    (
+        "an error in the middle of a multipart upload",
+        "no object, no orphan",
+        f"{PARTIAL}::test_an_error_in_the_middle_of_an_upload_leaves_no_object",
+    ),
+    (
+        "two runs at once into one dataset",
+        "both put equal objects",
+        f"{S3}::test_two_runs_at_once_put_equal_objects",
+    ),
+    (
+        "many shards",
+        "each layer is listed once in a run",
+        f"{S3}::test_each_layer_is_listed_once_in_a_run",
+    ),
+]
 _HEAD = """\
 # What becomes of bad data
 
@@ -107,6 +152,7 @@ def document() -> str:
         ("Captions and metadata", ((c.defect, c.what, f"{RUN}::test_texts[{slug(c.defect)}]") for c in TEXTS)),
         ("Shards", ((c.defect, c.what, f"{RUN}::test_tars[{slug(c.defect)}]") for c in TARS)),
         ("Beyond single files", iter(OTHERS)),
+        ("Object stores", iter(STORAGE)),
     ]
     return _HEAD + "".join(f"\n## {title}\n\n{_table(rows)}" for title, rows in sections)
 
