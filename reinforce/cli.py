@@ -1,4 +1,4 @@
-"""The command line: ``reinforce run``, ``plan``, ``status``, ``train``, ``finetune-captioner``, ``evaluate``."""
+"""The command line: ``reinforce run``, ``plan``, ``status``, ``train``, ``evaluate``, ``export onnx`` and others."""
 
 from __future__ import annotations
 
@@ -212,6 +212,75 @@ def evaluate(
         typer.echo(line)
     if json_ is not None:
         report.write(json_)
+
+
+export = typer.Typer(no_args_is_help=True, help="Ship a model: what runs it where neither torch nor open_clip is.")
+app.add_typer(export, name="export")
+
+
+@export.command("onnx")
+def export_onnx(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="The folder that a training wrote, local-dir:PATH, open_clip's NAME,TAG, or hf-hub:ORG/REPO.",
+        ),
+    ],
+    pretrained: Annotated[str | None, typer.Option(metavar="TAG", help="Tag or checkpoint of a NAME alone.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="New folder or fsspec URL. Default: MODEL's name and -onnx."),
+    ] = None,
+) -> None:
+    """Write image.onnx and text.onnx, tokenizer.json, preprocess.json, and a README.md with an example.
+
+    The towers are reparameterised where the model can be, take any batch, and are compared with torch before the
+    folder appears. Needs the extra: pip install 'reinforce[export]'
+    """
+    from reinforce.naming import models_of, short_name
+    from reinforce.shipping.packages import require
+
+    require()
+    from reinforce.shipping import export as shipping
+
+    with models_of([model], pretrained) as specs:
+        exported = shipping.export_onnx(model, specs[model], output or f"{short_name(model)}-onnx")
+    for line in exported.lines():
+        typer.echo(line)
+
+
+@app.command()
+def latency(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="open_clip's names, local-dir:PATH, or folders that trainings wrote."),
+    ],
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each tower is measured, in turns.")] = 20,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's, as many as there are cores.")] = None,
+    clock: Annotated[
+        Literal["wall", "process"],
+        typer.Option(help="process: seconds of the process itself on all threads, where a machine is not idle."),
+    ] = "wall",
+    onnx_: Annotated[bool, typer.Option("--onnx", help="Also in onnxruntime; needs reinforce[export].")] = False,
+    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write all of it here.")] = None,
+) -> None:
+    """Tell parameters, operations and latency at batch 1 of models side by side, on this machine's CPU.
+
+    Architectures are measured, with random weights and reparameterised as they are shipped; nothing is downloaded.
+    """
+    from reinforce.naming import models_of
+    from reinforce.shipping.latency import measure
+    from reinforce.shipping.packages import require
+
+    if onnx_:
+        require()
+    with models_of(models, weights=False) as specs:
+        found = measure(specs, rounds=rounds, threads=threads, onnx=onnx_, clock=clock)
+    Console().print(found.table())
+    typer.echo(found.line())
+    if json_ is not None:
+        found.write(json_)
 
 
 @app.command(name="captions-report")

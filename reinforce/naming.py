@@ -42,6 +42,11 @@ def models_of(
         yield specs
 
 
+def short_name(name: str) -> str:
+    """``runs/s0`` -> ``s0``; ``MobileCLIP2-S0,dfndr2b`` -> ``MobileCLIP2-S0-dfndr2b``: without the folders."""
+    return name.rstrip("/").rpartition("/")[2].rpartition(":")[2].replace(",", "-")
+
+
 @contextlib.contextmanager
 def telling(name: str) -> Iterator[None]:
     """What a model has wrong, as the user's to mend."""

@@ -85,6 +85,12 @@ def load_model(spec: ModelSpec) -> Any:
     return model.float()
 
 
+def random_model(name: str) -> Any:
+    """An architecture by open_clip's name or ``local-dir:PATH``, with random weights; nothing is downloaded for it."""
+    with _without_warning_of_random_weights():
+        return open_clip.create_model(name, load_weights=False, pretrained_text=False).float().eval()
+
+
 def image_spec(config: dict[str, Any]) -> ImageSpec:
     """open_clip's ``preprocess_cfg`` as an ImageSpec. Raises ValueError where it cannot be one."""
     resize = {"shortest": "crop", "squash": "squash"}.get(config["resize_mode"])
@@ -136,7 +142,7 @@ def _without_warning_of_random_weights() -> Iterator[None]:
     """open_clip warns of random weights when it builds a model whose weights are loaded afterwards."""
 
     def keep(record: logging.LogRecord) -> bool:
-        return "initialized randomly" not in record.getMessage()
+        return "initialized randomly" not in record.getMessage() and "no CLIP weights" not in record.getMessage()
 
     root = logging.getLogger()  # open_clip logs to the root
     root.addFilter(keep)

@@ -1,0 +1,16 @@
+"""What shipping needs beyond the dependencies of the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from reinforce.errors import UserError
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def require() -> None:
+    """Raise UserError where a package of the extra `export` is missing."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"ONNX needs {', '.join(missing)}: pip install 'reinforce[export]'")

@@ -1,0 +1,165 @@
+"""An open_clip model's tokenizer as a ``tokenizer.json``, which the package ``tokenizers`` reads with nothing else.
+
+open_clip cleans a text in Python before it looks for words. Here the cleaning is written as normalizers: ftfy's
+tables (quotes, ligatures, widths, control characters), HTML entities, white space and case. What no table can say is
+left out: repairing text that was decoded by the wrong encoding, and entities that are neither of HTML 4 nor common.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from html.entities import name2codepoint
+from typing import Any
+
+import open_clip
+from ftfy.chardata import CONTROL_CHARS, LIGATURES, WIDTH_MAP
+from open_clip.tokenizer import HFTokenizer, get_clean_fn
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from reinforce.student.tokens import Tokenizer as Reference
+
+#: Texts whose tokens are compared before a tokenizer is shipped.
+PROBES = (
+    "a photo of a cat",
+    "A Dog, running   through the snow!\n",
+    "",
+    "it's the artist's 2nd work; they'll say I'd've won't",
+    "1,234.5 km² at 45° — costs $9.99/€8 (20% off)…",
+    "“Curly” quotes, an author’s ‘word’ and ﬁne ﬂags",
+    "Caf&eacute; &amp; Bar &quot;Zum L&ouml;wen&quot; &#39;99 &nbsp; &lt;3 &amp;amp;",
+    "Ünïcödé naïve façade Œuvre Straße ΟΔΥΣΣΕΥΣ İstanbul",
+    "Кошка спит на окне. 猫が窓で寝ている。 고양이 گربه बिल्ली",
+    "ＦＵＬＬ　ｗｉｄｔｈ １２３ ｶﾀｶﾅ",
+    "cafe\u0301 by the A\u030angstro\u0308m line\u200b\ufeff",
+    "family 👨‍👩‍👧‍👦 flag 🇨🇭 heart ❤️ thumbs 👍🏽",
+    "snake_case file-name.jpg https://example.org/a?b=c&d=e user@example.org #tag @you",
+    "<start_of_text> <END_OF_TEXT> <mask> </s> [SEP]",
+    "tab\tand\r\nlines\u2028and\u00a0spaces\u3000of\x1call\x85kinds",
+    "the quick brown fox jumps over the lazy dog " * 12,
+    "antidisestablishmentarianism" * 12,
+)
+
+#: Where Python's ``str.split`` splits.
+_SPACES = "[\t-\r\x1c- \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+"
+_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^`{|}~]"""  # string.punctuation without _
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+#: Control characters that were meant to be read as Windows-1252.
+_C1 = {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
+#: Characters that are often written as their number.
+_NUMBERED = (34, 38, 39, 60, 62, 160, 8211, 8212, 8216, 8217, 8220, 8221, 8226, 8230)
+
+
+def shipped(model: str) -> Tokenizer:
+    """The tokenizer of an open_clip model: pads and truncates to its context, special tokens included.
+
+    Raises ValueError if the package ``tokenizers`` alone cannot give its tokens.
+    """
+    original = open_clip.get_tokenizer(model)
+    if isinstance(original, open_clip.SimpleTokenizer):
+        made = _of_clip(original)
+    elif isinstance(original, HFTokenizer):
+        made = _of_hugging_face(original)
+    else:
+        raise ValueError(f"its tokenizer, a {type(original).__name__}, has no tokenizer.json")
+    reference = Reference(model)
+    for text in PROBES:
+        if made.encode(text).ids != reference([text])[0].tolist():
+            raise ValueError(f"its tokenizer does what a tokenizer.json cannot say: other tokens for {text[:60]!r}")
+    return made
+
+
+def _of_clip(original: open_clip.SimpleTokenizer) -> Tokenizer:
+    made = Tokenizer(models.BPE(vocab=original.encoder, merges=list(original.bpe_ranks), end_of_word_suffix="</w>"))
+    special = [original.decoder[index] for index in original.all_special_ids]
+    start, end = special[:2]
+    made.normalizer = normalizers.Sequence([*_cleaning(_clean_name(original)), *_apart(special)])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, original.sot_token_id), (end, original.eot_token_id)]
+    )
+    made.enable_truncation(original.context_length)
+    made.enable_padding(length=original.context_length, pad_id=0, pad_token=original.decoder[0])
+    return made
+
+
+def _of_hugging_face(original: HFTokenizer) -> Tokenizer:
+    fast = original.tokenizer
+    if not getattr(fast, "is_fast", False):
+        raise ValueError(f"its tokenizer, a {type(fast).__name__}, has no tokenizer.json")
+    saved = json.loads(fast.backend_tokenizer.to_str())
+    # special tokens within texts are plain text; those around texts have their numbers in the post_processor
+    saved["added_tokens"] = [token for token in saved["added_tokens"] if not token["special"]]
+    made = Tokenizer.from_str(json.dumps(saved))
+    own = [] if made.normalizer is None else [made.normalizer]
+    made.normalizer = normalizers.Sequence([*_cleaning(_clean_name(original)), *_apart(fast.all_special_tokens), *own])
+    made.enable_truncation(original.context_length)
+    made.enable_padding(
+        direction=fast.padding_side,
+        length=original.context_length,
+        pad_id=fast.pad_token_id,
+        pad_type_id=fast.pad_token_type_id,
+        pad_token=fast.pad_token,
+    )
+    return made
+
+
+def _clean_name(original: Any) -> str:
+    """Which of open_clip's three ways to clean texts a tokenizer has."""
+    for name in ("lower", "whitespace", "canonicalize"):
+        if original.clean_fn is get_clean_fn(name):
+            return name
+    raise ValueError("its tokenizer cleans texts in a way of its own")
+
+
+def _cleaning(name: str) -> Iterator[normalizers.Normalizer]:
+    """``get_clean_fn(name)`` of open_clip."""
+    yield normalizers.Replace("&amp;", "&")
+    for entity, character in _entities():
+        yield normalizers.Replace(entity, character)
+    yield normalizers.Replace(Regex("\x1b\\[[0-9;]*[a-zA-Z]"), "")
+    yield from _table(_C1)
+    yield from _table(LIGATURES)
+    yield from _table(WIDTH_MAP)
+    yield normalizers.Replace(Regex("[\u02bc\u2018-\u201b]"), "'")
+    yield normalizers.Replace(Regex("[\u201c-\u201f]"), '"')
+    yield normalizers.Replace(Regex(f"[{''.join(map(chr, CONTROL_CHARS))}]"), "")
+    yield normalizers.NFC()
+    if name == "canonicalize":
+        yield normalizers.Replace("_", " ")
+        yield normalizers.Replace(Regex(_PUNCTUATION), "")
+    if name in ("lower", "canonicalize"):
+        yield normalizers.Replace(Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς")  # as Python has it at the end of a word
+        yield normalizers.Lowercase()
+    yield normalizers.Replace(Regex(_SPACES), " ")
+    yield normalizers.Strip()
+
+
+def _entities() -> Iterator[tuple[str, str]]:
+    for name, code in name2codepoint.items():
+        yield f"&{name};", chr(code)
+    for code in _NUMBERED:
+        for number in {f"{code}", f"0{code}", f"x{code:x}", f"x{code:X}"}:
+            yield f"&#{number};", chr(code)
+
+
+def _table(table: Mapping[int, str | int | None]) -> Iterator[normalizers.Normalizer]:
+    """What ``str.translate`` would do."""
+    for code, new in table.items():
+        yield normalizers.Replace(chr(code), chr(new) if isinstance(new, int) else new or "")
+
+
+def _apart(special: list[str]) -> Iterator[normalizers.Normalizer]:
+    """A space behind the first character of what is spelt as a special token, which makes plain text of it."""
+    for token in sorted({token for token in special if len(token) > 1}, key=len, reverse=True):
+        head, tail = _escaped(token[0]), "".join(map(_escaped, token[1:]))
+        yield normalizers.Replace(Regex(f"(?i){head}(?={tail})"), f"{token[0]} ")
+
+
+def _escaped(character: str) -> str:
+    return character if character.isalnum() or ord(character) > 127 else f"\\{character}"
