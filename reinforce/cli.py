@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,8 +17,7 @@ from reinforce.errors import UserError
 from reinforce.terminal import plain
 from teachers.redact import told
 
-if TYPE_CHECKING:
-    from reinforce.training.results import Results
+T = TypeVar("T")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -140,6 +139,39 @@ def finetune_captioner(config: ConfigPath, set_: Overrides = None, address: Trai
         typer.echo(results.text())
         typer.echo("held-out images, before and after:")
         typer.echo(comparison(results))
+
+
+@app.command()
+def tune(
+    config: ConfigPath,
+    set_: Overrides = None,
+    address: TrainingAddress = None,
+    screen_only: Annotated[
+        bool, typer.Option("--screen-only", help="Tell what stored embeddings alone say of the scales; train nothing.")
+    ] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Put the scales that are found into dataset.json of the datasets.")
+    ] = False,
+) -> None:
+    """Find the teachers' logit scales, and lambda, by short trainings; or go on after what is finished.
+
+    Writes a table, a plot and a config that `reinforce train` takes to the output.
+    """
+    from reinforce.tuning import command
+    from reinforce.tuning.config import load_tune_config
+    from reinforce.tuning.view import results_table, screening_table
+
+    checked = load_tune_config(config, set_)
+    if screen_only:
+        screened = _trained(lambda: command.screen_only(checked))
+        Console().print(screening_table(screened))
+        typer.echo(f"plot: {told(checked.output)}/{command.PICTURE}")
+        return
+    tuned = _trained(lambda: command.tune(checked, address=address))
+    Console().print(screening_table(tuned.screened))
+    Console().print(results_table(tuned.rows, tuned.metric))
+    for line in tuned.lines() + (command.record(checked, tuned) if record else []):
+        typer.echo(plain(line))
 
 
 @app.command()
@@ -305,7 +337,7 @@ def captions_report(
     typer.echo(f"{report['rows']:,} images; written: {', '.join(write_report(report, out))}")
 
 
-def _trained(work: Callable[[], Results]) -> Results:
+def _trained(work: Callable[[], T]) -> T:
     """Do a training; one that was stopped says so, and ends with the signal's exit status."""
     from reinforce.training.stop import Stopped
 

@@ -10,6 +10,9 @@ from reinforce.config import LAYER_NAME, Config
 from reinforce.errors import UserError
 from reinforce.layers import SAMPLES, Layer
 
+#: In a teacher's entry: what its logit scale was before a tuned one was recorded.
+TUNED = "logit_scale_tuned"
+
 
 def update_manifest(
     old: Mapping[str, Any] | None,
@@ -46,17 +49,61 @@ def update_manifest(
     for name, teacher in config.teachers.items():
         before = manifest["teachers"].get(name, {})
         known = loaded.get(name, {})
-        scale, origin = (teacher.logit_scale, "config") if teacher.logit_scale else (known.get("logit_scale"), "model")
         manifest["teachers"][name] = {
             "model": _model_of(layers, name, "embeddings") or before.get("model"),
-            "logit_scale": scale if scale is not None else before.get("logit_scale"),
-            "logit_scale_from": origin,
+            **_scale(before, teacher.logit_scale, known.get("logit_scale")),
             "dim": known.get("dim") or before.get("dim"),
             "image": known.get("image") or before.get("image"),
         }
     for name in config.captioners:
         manifest["captioners"][name] = {"model": _model_of(layers, name, "captions")}
     return manifest
+
+
+def _scale(before: Mapping[str, Any], of_config: float | None, of_model: float | None) -> dict[str, Any]:
+    """The logit scale in force and where it comes from.
+
+    One that was tuned stays until the config's is changed: to what it was when that was recorded is no change.
+    """
+    tuned = before.get(TUNED)
+    if tuned is not None and of_config in (None, tuned["config"]):
+        return {key: before[key] for key in ("logit_scale", "logit_scale_from", TUNED)}
+    if of_config:
+        return {"logit_scale": of_config, "logit_scale_from": "config"}
+    scale = of_model if of_model is not None else before.get("logit_scale")
+    return {"logit_scale": scale, "logit_scale_from": "model"}
+
+
+def record_scales(manifest: Mapping[str, Any], scales: Mapping[str, float], origin: str) -> dict[str, Any]:
+    """The manifest with tuned logit scales in force, and with what the config said when they were recorded."""
+    teachers = dict(manifest["teachers"])
+    for name, scale in scales.items():
+        entry = teachers[name]
+        if TUNED in entry:
+            then = entry[TUNED]
+        else:
+            of_config = entry["logit_scale"] if entry["logit_scale_from"] == "config" else None
+            then = {"config": of_config, "before": entry["logit_scale"], "before_from": entry["logit_scale_from"]}
+        teachers[name] = {**entry, "logit_scale": scale, "logit_scale_from": origin, TUNED: then}
+    return {**manifest, "teachers": teachers}
+
+
+def scale_notes(old: Mapping[str, Any] | None, config: Config) -> list[str]:
+    """What a run tells of scales that were tuned: a line for each of the config's teachers that has one."""
+    notes = []
+    for name, teacher in config.teachers.items():
+        before = (old or {}).get("teachers", {}).get(name, {})
+        if TUNED not in before:
+            continue
+        tuned = f"{before['logit_scale']:g} ({before['logit_scale_from']})"
+        if TUNED not in _scale(before, teacher.logit_scale, None):
+            notes.append(f"teacher {name}: logit scale {teacher.logit_scale:g} of this config replaces {tuned}")
+        elif teacher.logit_scale not in (None, before["logit_scale"]):
+            notes.append(
+                f"teacher {name}: logit scale {tuned} stays in force, not the {teacher.logit_scale:g} of this config, "
+                "which was there before; another value would replace it"
+            )
+    return notes
 
 
 def check_names(manifest: Mapping[str, Any], where: str) -> None:

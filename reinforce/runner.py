@@ -12,13 +12,15 @@ from typing import Any
 from reinforce.config import Config, load_config, parse_config
 from reinforce.errors import StorageError, UserError
 from reinforce.layers import SAMPLES
-from reinforce.manifest import update_manifest
+from reinforce.manifest import scale_notes, update_manifest
 from reinforce.plan import Plan, given_up, make_plan
 from reinforce.progress import Progress
 from reinforce.store import MANIFEST, Store
 from reinforce.summary import RunSummary, nothing_to_do
 from reinforce.urls import canonical, filesystem
 from teachers.redact import Discretion
+
+_LOG = logging.getLogger(__name__)
 
 
 def run(
@@ -45,8 +47,10 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
     store.check_writable()
     with store.lock():
         plan = make_plan(config, retry_quarantined)
+        manifest = store.read_json(MANIFEST)
+        for note in scale_notes(manifest, config):
+            _LOG.warning(note)
         if not plan.work:
-            manifest = store.read_json(MANIFEST)
             updated = update_manifest(manifest, config, plan.layers, {})
             if updated != manifest:  # a logit scale may have changed
                 store.write_json(updated, MANIFEST)

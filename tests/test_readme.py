@@ -16,6 +16,7 @@ from reinforce import settings
 from reinforce.cli import app
 from reinforce.config import parse_config
 from reinforce.student.config import StudentConfig
+from reinforce.tuning.config import TuneConfig
 from tests.conftest import members_of, write_tar
 from tests.tiny_coca import coca_model
 from tests.tiny_models import open_clip_model
@@ -64,10 +65,11 @@ def test_the_snippets_run_and_agree(demo: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_the_configs_shown_are_valid() -> None:
-    run, captioners, student = (yaml.safe_load(block) for block in blocks("yaml"))
+    run, captioners, student, tuning = (yaml.safe_load(block) for block in blocks("yaml"))
     assert set(parse_config(run).teachers) == {"dfn2b", "siglip", "ours"}
     assert set(parse_config({**run, **captioners}).captioners) == {"coca", "blip", "chat"}
     assert settings.parse(StudentConfig, student).evaluate.best_metric == "zero_shot/imagenet/top1"
+    assert settings.parse(TuneConfig, tuning).scales.keys() == {"dfn2b", "siglip"}
 
 
 def test_every_file_and_command_named_exists() -> None:

@@ -53,18 +53,13 @@ class Stream(IterableDataset[Part]):
         info = get_worker_info()
         process, processes = (info.id, info.num_workers) if info else (0, 1)
         local = self.plan.streams // self.ranks
-        weights = [corpus.weight for corpus in self.plan.corpora]
-        windows = [max(1, round(self.plan.window * weight / sum(weights))) for weight in weights]
-        orders = [
-            Order(corpus.groups[:, 2], self.plan.seed, f"dataset {number}", self.plan.streams, window)
-            for number, (corpus, window) in enumerate(zip(self.plan.corpora, windows, strict=True))
-        ]
+        orders = orders_of(self.plan.corpora, self.plan.seed, self.plan.streams, self.plan.window)
         pool = ThreadPoolExecutor(_READERS, "reader")
         try:
-            lanes: dict[int, _Lane] = {}
+            lanes: dict[int, Lane] = {}
             for number in range(process, local, processes):
                 stream, position = self.rank * local + number, share(self.batch * self.step, local, number)
-                lanes[number] = _Lane(self.plan, orders, stream, position, pool)
+                lanes[number] = Lane(self.plan.corpora, orders, self.plan.seed, stream, position, pool)
             while True:
                 examples: list[Example] = []
                 for number, lane in lanes.items():
@@ -81,17 +76,33 @@ class Stream(IterableDataset[Part]):
             pool.shutdown(cancel_futures=True)
 
 
-class _Lane:
+def orders_of(corpora: Sequence[Corpus], seed: int, streams: int, window: int) -> list[Order]:
+    """The order of each dataset's samples; a window is shared by their weights."""
+    weights = [corpus.weight for corpus in corpora]
+    windows = [max(1, round(window * weight / sum(weights))) for weight in weights]
+    return [
+        Order(corpus.groups[:, 2], seed, f"dataset {number}", streams, share_of)
+        for number, (corpus, share_of) in enumerate(zip(corpora, windows, strict=True))
+    ]
+
+
+class Lane:
     """The examples of one stream, drawn from all datasets, from a position on."""
 
     def __init__(
-        self, plan: Plan, orders: Sequence[Order], stream: int, position: int, pool: ThreadPoolExecutor
+        self,
+        corpora: Sequence[Corpus],
+        orders: Sequence[Order],
+        seed: int,
+        stream: int,
+        position: int,
+        pool: ThreadPoolExecutor,
     ) -> None:
-        mixture = Mixture([corpus.weight for corpus in plan.corpora], plan.seed)
+        mixture = Mixture([corpus.weight for corpus in corpora], seed)
         self._draws = mixture.draws(stream, position)
         self._readers = [
             Reader(corpus, order, stream, start, pool)
-            for corpus, order, start in zip(plan.corpora, orders, mixture.before(stream, position), strict=True)
+            for corpus, order, start in zip(corpora, orders, mixture.before(stream, position), strict=True)
         ]
         self._examples = [iter(reader) for reader in self._readers]
 

@@ -31,7 +31,15 @@ def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str |
     """
     config = _as_student_config(config)
     Store(config.output).check_writable()
-    job = Job(
+    job = job_of(config)
+    if runs_on_ray(job, address) and config.loss.targets == "stored":
+        build(config, Accelerator("cpu"))  # to tell faults of the config before Ray starts
+    return launch(partial(build, config), job, address)
+
+
+def job_of(config: StudentConfig) -> Job:
+    """What the loop has to know of a student's training."""
+    return Job(
         training=config.train,
         output=config.output,
         seed=config.seed,
@@ -39,9 +47,6 @@ def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str |
         evaluate_every=config.evaluate.every,
         best=config.evaluate.best_metric,
     )
-    if runs_on_ray(job, address) and config.loss.targets == "stored":
-        build(config, Accelerator("cpu"))  # to tell faults of the config before Ray starts
-    return launch(partial(build, config), job, address)
 
 
 def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask, StudentFeed]:

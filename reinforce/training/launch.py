@@ -10,7 +10,7 @@ import torch
 
 from reinforce.progress import Screen
 from reinforce.store import Store
-from reinforce.training.loop import Job, fit
+from reinforce.training.loop import Evaluated, Job, fit
 from reinforce.training.ranks import Ranks, join, under_torchrun
 from reinforce.training.results import Results
 from reinforce.training.stop import Stop
@@ -41,8 +41,15 @@ def runs_on_ray(job: Job, address: str | None) -> bool:
     return not under_torchrun() and bool(job.training.compute.ranks > 1 or address or os.environ.get("RAY_ADDRESS"))
 
 
-def run_rank(build: Build, job: Job, ranks: Ranks, stop: Stop, screen: Screen | None = None) -> Results:
-    """One rank's part of a training."""
+def run_rank(
+    build: Build,
+    job: Job,
+    ranks: Ranks,
+    stop: Stop,
+    screen: Screen | None = None,
+    evaluated: Evaluated | None = None,
+) -> Results:
+    """One rank's part of a training; see ``reinforce.training.loop.fit``."""
     torch.manual_seed(job.seed)
     task, feed = build(ranks.accelerator)
-    return fit(task, feed, job, ranks, stop, screen)
+    return fit(task, feed, job, ranks, stop, screen, evaluated)

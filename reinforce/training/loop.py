@@ -7,7 +7,7 @@ import math
 import secrets
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,24 +54,46 @@ class Job:
     export: str = "student"
 
 
+#: Is given each new evaluation, on rank 0: the step and the metrics.
+Evaluated = Callable[[int, Mapping[str, float]], None]
+
+
 def fit(
-    task: Task, feed: Feed, job: Job, ranks: Ranks, stop: Stop | None = None, screen: Screen | None = None
+    task: Task,
+    feed: Feed,
+    job: Job,
+    ranks: Ranks,
+    stop: Stop | None = None,
+    screen: Screen | None = None,
+    evaluated: Evaluated | None = None,
 ) -> Results:
     """Train ``task`` on ``feed`` to its end, from the last checkpoint in ``job.output`` if there is one.
 
-    Every rank calls it and has the results; rank 0 shows progress on ``screen``. Raises UserError for what the user
-    has to mend, Stopped when ``stop`` was asked, which SIGINT and SIGTERM do where this is the main thread.
+    Every rank calls it and has the results; rank 0 shows progress on ``screen``. When ``evaluated`` is called, all that
+    was learnt is saved: what it raises ends the training, which goes on from there when it is started again. Raises
+    UserError for what the user has to mend, Stopped when ``stop`` was asked, which SIGINT and SIGTERM do where this is
+    the main thread.
     """
     stop = stop or Stop()
     with stop.listening():
-        return _Loop(task, feed, job, ranks, stop, screen or Screen()).run()
+        return _Loop(task, feed, job, ranks, stop, screen or Screen(), evaluated).run()
 
 
 class _Loop:
-    def __init__(self, task: Task, feed: Feed, job: Job, ranks: Ranks, stop: Stop, screen: Screen) -> None:
+    def __init__(
+        self,
+        task: Task,
+        feed: Feed,
+        job: Job,
+        ranks: Ranks,
+        stop: Stop,
+        screen: Screen,
+        evaluated: Evaluated | None,
+    ) -> None:
         self.task, self.feed, self.job, self.ranks, self.stop, self.screen = task, feed, job, ranks, stop, screen
+        self.evaluated = evaluated
         self.training = job.training
-        self.steps = _length(self.training, feed, ranks)
+        self.steps = length(self.training, feed.samples, ranks.size)
         self.accelerator = ranks.accelerator
         self.store = Store(job.output)
         self.checkpoints = Checkpoints(self.store, self.training.checkpoints.keep)
@@ -289,6 +311,8 @@ class _Loop:
             self.screen.say(f"step {step:,}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         self.log.add({"step": step, "metrics": metrics})
         self.log.publish()
+        if self.evaluated is not None:
+            self.evaluated(step, metrics)
 
     def _metrics(self) -> dict[str, float | None] | None:
         """Metrics of this step, if it was evaluated."""
@@ -319,9 +343,12 @@ class _Loop:
         results.write(self.store)
 
 
-def _length(training: Training, feed: Feed, ranks: Ranks) -> int:
-    """Steps of a training. Raises UserError where the length, the ranks or the warm-up do not fit it."""
-    parts = ranks.size * training.compute.accumulate
+def length(training: Training, samples: int, ranks: int) -> int:
+    """Steps of a training, by the samples of an epoch.
+
+    Raises UserError where the length, the ranks or the warm-up do not fit it.
+    """
+    parts = ranks * training.compute.accumulate
     if training.batch % parts:
         raise UserError(
             f"train.batch ({training.batch}) must be a multiple of ranks x compute.accumulate ({parts}). Change either."
@@ -330,7 +357,7 @@ def _length(training: Training, feed: Feed, ranks: Ranks) -> int:
         steps = training.steps
     else:
         assert training.epochs is not None
-        steps = max(1, round(training.epochs * feed.samples / training.batch))
+        steps = max(1, round(training.epochs * samples / training.batch))
     if training.optimizer.warmup >= steps:
         raise UserError(
             f"train.optimizer.warmup ({training.optimizer.warmup:,}) must be below the training's {steps:,} steps. "

@@ -1,0 +1,121 @@
+"""Scales and lambda in one picture: what training found above, what the screening said below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from reinforce.report import plots
+from reinforce.tuning.prediction import Prediction
+from reinforce.tuning.screening import Screened
+from reinforce.tuning.space import LAMBDA
+from reinforce.tuning.table import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_LINES = {
+    "entropy": "entropy / log B",
+    "true_pair": "probability of the true pair",
+    "agreement": "agreement of the teachers",
+    "calibration": "calibration loss / its highest",
+}
+_GREY = "#6b7280"
+
+
+def draw(
+    curves: Sequence[Curve],
+    screened: Mapping[str, Screened],
+    predictions: Mapping[str, Prediction],
+    metric: str,
+    url: str,
+) -> None:
+    """PNG at a path or URL: a column for each curve, and for each teacher that was only screened."""
+    columns: list[tuple[str, Curve | None]] = [(curve.axis, curve) for curve in curves]
+    drawn = {axis for axis, _ in columns}
+    columns += [(teacher, None) for teacher in screened if teacher not in drawn]
+    upper, lower = bool(curves), bool(screened)
+    lines = upper + lower
+    made, axes = plots.figure(
+        len(columns) * lines, width=max(6.0, 5.2 * len(columns)), height=3.9 * lines, columns=len(columns)
+    )
+    for number, (axis, curve) in enumerate(columns):
+        if upper:
+            _draw_curve(axes[number], axis, curve, metric, screened.get(axis), number)
+        if lower:
+            panel = axes[number + len(columns) * upper]
+            _draw_screening(panel, axis, screened.get(axis), predictions.get(axis))
+            if upper and curve is not None and axis in screened:
+                panel.set_xlim(axes[number].get_xlim())
+    plots.save(made, url)
+
+
+def _draw_curve(
+    panel: Axes, axis: str, curve: Curve | None, metric: str, screened: Screened | None, number: int
+) -> None:
+    if curve is None:
+        panel.set_axis_off()
+        return
+    colour = plots.colour(number)
+    _name(panel, axis, metric, [value for value, _ in curve.rows])
+    if curve.plateau is not None and curve.plateau.low < curve.plateau.high:
+        low, high = curve.plateau.low, curve.plateau.high
+        panel.axvspan(low, high, color=colour, alpha=0.12, linewidth=0, label=f"plateau {low:g} to {high:g}")
+    finished = [(value, row) for value, row in curve.rows if row.mean is not None]
+    stopped = [(value, row) for value, row in curve.rows if row.mean is None and row.last is not None]
+    if finished:
+        values, means = zip(*[(value, row.mean) for value, row in finished], strict=True)
+        errors = [row.deviation or 0.0 for _, row in finished]
+        seeds = len(finished[0][1].values)
+        label = f"mean and deviation of {seeds} seeds" if seeds > 1 else "one seed"
+        panel.errorbar(values, means, yerr=errors, color=colour, marker="o", markersize=4, capsize=3, label=label)
+        for value, row in finished:
+            panel.plot(
+                [value] * len(row.values), list(row.values.values()), ".", color=colour, alpha=0.45, markersize=4
+            )
+    if stopped:
+        values, lasts = zip(*[(value, row.last) for value, row in stopped], strict=True)
+        panel.plot(values, lasts, "o", markerfacecolor="none", color=_GREY, markersize=5, label="stopped early, there")
+        for value, row in stopped:
+            panel.annotate(
+                f"step {row.reached:,}", (value, row.last or 0.0), (0, -12), textcoords="offset points",
+                ha="center", fontsize=7, color=_GREY,
+            )  # fmt: skip
+    if screened is not None:
+        panel.axvline(screened.calibrated, color=_GREY, linestyle=":", label=f"most likely: {screened.calibrated:g}")
+    if curve.best is not None:
+        panel.axvline(curve.best, color=colour, linestyle="--", linewidth=1, label=f"best: {curve.best:g}")
+    panel.margins(y=0.15)
+    panel.legend(frameon=False, fontsize=8)
+
+
+def _draw_screening(panel: Axes, axis: str, screened: Screened | None, prediction: Prediction | None) -> None:
+    if screened is None:
+        panel.set_axis_off()
+        return
+    scales = [measured.scale for measured in screened.scales]
+    _name(panel, f"{axis}: screening without training", "share", scales)
+    for number, (measure, told) in enumerate(_LINES.items()):
+        numbers = screened.curve(measure)
+        known = [number for number in numbers if number is not None]
+        if len(known) < len(numbers):
+            continue
+        highest = max(known) if measure == "calibration" else 1.0
+        rank = prediction.ranks[measure] if prediction is not None else None
+        label = told if rank is None else f"{told}, rank correlation {rank:+.2f}"
+        points = [number / highest for number in known]
+        panel.plot(scales, points, color=plots.colour(number + 1), marker="o", markersize=3, label=label)
+    panel.axvline(screened.calibrated, color=_GREY, linestyle=":")
+    panel.set_ylim(0, 1.35)  # room for the legend
+    panel.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    panel.legend(frameon=False, fontsize=8, loc="upper left", ncols=1)
+
+
+def _name(panel: Axes, title: str, y: str, values: Sequence[float]) -> None:
+    from matplotlib.ticker import NullLocator
+
+    plots.name(panel, title, "lambda" if title == LAMBDA else "logit scale", y)
+    if title != LAMBDA:
+        panel.set_xscale("log")
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.set_xticks(values, [f"{value:g}" for value in values])

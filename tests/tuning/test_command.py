@@ -1,0 +1,162 @@
+"""`reinforce tune` from end to end on a tiny dataset, gone on with, and told what is wrong before it trains."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from reinforce.cli import main
+from reinforce.dataset import read_manifest
+from reinforce.store import Store
+from reinforce.student.config import load_student_config
+from reinforce.student.train import build
+from reinforce.training.log import LOG
+from teachers.device import Accelerator
+from tests.student.reinforced import small_dataset
+from tests.student.students import student_folder
+
+STEPS = 4
+METRIC = "retrieval/own/text_to_image/r10"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A tuning but for its output."""
+    folder = tmp_path_factory.mktemp("tuning")
+    url = small_dataset(folder, sizes=(21, 9))
+    student = {
+        "output": str(folder / "student"),
+        "student": {"model": student_folder(folder / "model")},
+        "data": {"datasets": url, "workers": 0, "streams": 2, "window": 16},
+        "loss": {"logit_scales": {"blue": 30.0}},
+        "train": {"epochs": 40, "batch": 8, "optimizer": {"lr": 0.002, "warmup": 1}},
+        "evaluate": {"every": 500, "retrieval": {"own": {"pairs": url}}},
+    }
+    (folder / "student.yaml").write_text(yaml.safe_dump(student))
+    return {
+        "output": "",
+        "student": str(folder / "student.yaml"),
+        "trial": {"train": {"steps": STEPS}, "evaluate": {"every": 2}},
+        "scales": {"red": [5.0, 50.0]},
+        "seeds": [0, 1],
+        "concurrent": 1,
+        "metric": METRIC,
+        "screening": {"batches": 2},
+    }
+
+
+def tune(config: dict[str, Any], output: Path, *options: str) -> int:
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump({**config, "output": str(output)}))
+    with pytest.raises(SystemExit) as ended:
+        main(["tune", str(path), *options])
+    return ended.value.code if isinstance(ended.value.code, int) else 0
+
+
+def table_of(output: Path) -> dict[str, Any]:
+    """table.json without what the clock says."""
+    table: dict[str, Any] = json.loads((output / "table.json").read_text())
+    return {key: value for key, value in table.items() if key != "seconds"}
+
+
+def test_a_tuning_from_its_screening_to_a_config_that_trains(
+    ray_session: None, config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert tune(config, output) == 0
+    said, _ = capfd.readouterr()
+    table = table_of(output)
+    (curve,) = table["curves"]
+    assert (curve["axis"], table["found"]) == ("red", {"red": curve["best"]})
+    assert curve["told"] in said.replace("\n", " ")
+    finished = [row for row in table["rows"] if row["state"] == "finished"]
+    assert finished
+    for row in finished:
+        for seed, value in row["values"].items():
+            results = json.loads((output / "trials" / f"red-{row['red']:g}_seed-{seed}" / "results.json").read_text())
+            assert (results["steps"], results["metrics"][METRIC]) == (STEPS, value)
+    assert (output / "scales.png").read_bytes().startswith(b"\x89PNG")
+    assert set(json.loads((output / "screening.json").read_text())) == {"red"}
+    assert not (output / ".ray").exists()
+    written = load_student_config(output / "student.yaml")
+    assert written.loss.logit_scales == {"blue": 30.0, **table["found"]}
+    assert (written.train.epochs, written.train.steps) == (40, None)
+    build(written, Accelerator("cpu"))
+
+    # What is finished is not trained again; what was killed in the middle ends as it would have.
+    logs = {path: path.read_bytes() for path in output.glob(f"trials/*/{LOG}")}
+    best = output / "trials" / f"red-{curve['best']:g}_seed-1"
+    (best / "results.json").unlink()
+    shutil.rmtree(best / "student")
+    (best / "checkpoints" / f"step-{STEPS:09d}.safetensors").unlink()
+    (best / "checkpoints" / "best.json").unlink()
+    del logs[best / LOG]
+    assert tune(config, output, "--record") == 0
+    said, _ = capfd.readouterr()
+    assert f"red-{curve['best']:g}_seed-1: step {STEPS} of {STEPS}" in said
+    assert table_of(output) == table
+    assert {path: path.read_bytes() for path in logs} == logs
+
+    url = str(written.data.datasets[0].url)
+    entry = read_manifest(Store(url))["teachers"]["red"]
+    assert entry["logit_scale"] == curve["best"]
+    assert entry["logit_scale_from"].startswith(f"tuned by {METRIC}")
+    assert f"the logit scale of red is {curve['best']:g} now, was 50 (config)" in said
+
+
+def test_the_screening_alone_trains_nothing(
+    config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert tune({**config, "scales": {"red": [5.0, 50.0], "blue": [5.0, 9.0]}}, output, "--screen-only") == 0
+    assert "likely" in capfd.readouterr().out
+    assert {path.name for path in output.iterdir()} == {".tmp", "screening.json", "scales.png"}
+
+
+def with_student(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def changed(config: dict[str, Any]) -> dict[str, Any]:
+        student = yaml.safe_load(Path(config["student"]).read_text())
+        change(student)
+        return {**config, "student": student}
+
+    return changed
+
+
+FAULTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "no set": (with_student(lambda s: s.pop("evaluate")), "has no set to evaluate by"),
+    "one value": (lambda c: {**c, "scales": {"red": [50.0]}}, "there is nothing to compare"),
+    "another teacher": (lambda c: {**c, "scales": {"green": [5.0, 9.0]}}, "no teacher 'green'; it has: red, blue"),
+    "another metric": (lambda c: {**c, "metric": "loss"}, "no set gives 'loss'; there are: retrieval/own"),
+    "no early evaluation": (lambda c: {**c, "trial": {"train": {"steps": 4}}}, "Set evaluate.every to 1 in `trial`"),
+    "no teacher counts": (with_student(lambda s: s.update(loss={"lambda": 0})), "loss.lambda is 0"),
+    "two ranks": (with_student(lambda s: s["train"].update(compute={"ranks": 2})), "a trial is one rank"),
+    "moving scales": (with_student(lambda s: s.update(loss={"learn_scales": True})), "set it to false"),
+    "no such file": (lambda c: {**c, "student": "nowhere.yaml"}, "config nowhere.yaml: No such file"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_is_told_before_anything_trains(
+    config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str], fault: str
+) -> None:
+    change, told = FAULTS[fault]
+    assert tune(change(config), tmp_path / "out") == 2
+    assert told in capfd.readouterr().err
+    assert not (tmp_path / "out" / "trials").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told(
+    config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    path = tmp_path / "tune.yaml"
+    path.write_text(yaml.safe_dump({**config, "output": str(tmp_path / "file" / "out")}))
+    with pytest.raises(SystemExit):
+        main(["tune", str(path)])
+    assert "cannot be written" in capfd.readouterr().err

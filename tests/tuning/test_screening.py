@@ -1,0 +1,85 @@
+"""The screening against its definitions written out in numpy, on a real dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reinforce import settings
+from reinforce.student.config import StudentConfig
+from reinforce.tuning.screening import Screened, _batches, screen
+from tests.student.reinforced import small_dataset
+
+SIZE, COUNT = 12, 3
+SCALES = {"red": [0.01, 5.0, 40.0], "blue": [20.0, 60.0]}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> StudentConfig:
+    folder: Path = tmp_path_factory.mktemp("screening")
+    return settings.parse(
+        StudentConfig,
+        {
+            "output": str(folder / "student"),
+            "student": {"model": "MobileCLIP2-S0"},
+            "data": {"datasets": small_dataset(folder), "window": 16},
+            "train": {"steps": 1, "batch": SIZE},
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def screened(config: StudentConfig) -> dict[str, Screened]:
+    return screen(config, ["red", "blue"], SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def test_measures_are_their_definitions(config: StudentConfig, screened: dict[str, Screened]) -> None:
+    entropies, true, losses, agreements = [], [], [], []
+    for batch in _batches(config, ["red", "blue"], COUNT, SIZE):
+        for kind in ("caption", "synthetic"):
+            for turn in (lambda m: m, lambda m: m.T):
+                one = softmax(turn(5.0 * batch["red"][kind].numpy().astype(np.float64)))
+                other = softmax(turn(30.0 * batch["blue"][kind].numpy().astype(np.float64)))
+                entropies.append(-(one * np.log(one)).sum(axis=1).mean() / np.log(SIZE))
+                true.append(np.diag(one).mean())
+                losses.append(-np.log(np.diag(one)).mean())
+                middle = (one + other) / 2
+                divergence = [(p * np.log(p / middle)).sum(axis=1).mean() for p in (one, other)]
+                agreements.append(1 - np.mean(divergence) / np.log(2))
+    found = screened["red"].scales[1]
+    assert found.scale == 5.0
+    expected = [np.mean(values) for values in (entropies, true, losses, agreements)]
+    assert [found.entropy, found.true_pair, found.calibration, found.agreement] == pytest.approx(expected, rel=1e-4)
+    assert np.mean([found.entropy_of_images, found.entropy_of_texts]) == pytest.approx(found.entropy)
+
+
+def test_a_scale_of_nothing_says_nothing(screened: dict[str, Screened]) -> None:
+    flat = screened["red"].scales[0]
+    assert flat.entropy == pytest.approx(1, abs=1e-3)
+    assert flat.true_pair == pytest.approx(1 / SIZE, abs=1e-3)
+    assert flat.calibration == pytest.approx(np.log(SIZE), abs=1e-3)
+    sharper = [at.entropy for at in screened["red"].scales]
+    assert sharper == sorted(sharper, reverse=True)
+
+
+def test_the_most_likely_scale_has_the_lowest_loss_on_a_grid(config: StudentConfig) -> None:
+    grid = [float(scale) for scale in np.geomspace(1, 30, 60)]
+    found = screen(config, ["blue"], {"blue": grid}, {"blue": 30.0}, COUNT, None)["blue"]
+    losses = found.curve("calibration")
+    best = grid[int(np.argmin(losses))]  # type: ignore[arg-type]
+    assert found.calibrated == pytest.approx(best, rel=0.06)
+    assert found.curve("agreement") == [None] * 60  # with itself alone there is nothing to agree on
+
+
+def test_it_is_the_same_again_and_follows_the_seed(config: StudentConfig, screened: dict[str, Screened]) -> None:
+    again = screen(config, ["red", "blue"], SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None)
+    assert again == screened
+    other = config.model_copy(update={"seed": 1})
+    assert screen(other, ["red", "blue"], SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None) != screened
