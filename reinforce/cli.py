@@ -170,8 +170,10 @@ def tune(
     tuned = _trained(lambda: command.tune(checked, address=address))
     Console().print(screening_table(tuned.screened))
     Console().print(results_table(tuned.rows, tuned.metric))
-    for line in tuned.lines() + (command.record(checked, tuned) if record else []):
+    for line in tuned.lines() + (command.record(checked, tuned) if record and not tuned.faults else []):
         typer.echo(plain(line))
+    if tuned.faults:
+        raise UserError("trials failed, and are tried again by the same command:\n  " + "\n  ".join(tuned.faults))
 
 
 @app.command()

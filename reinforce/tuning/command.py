@@ -58,6 +58,11 @@ class Tuned:
     found: Mapping[str, float]
     seconds: float
 
+    @property
+    def faults(self) -> list[str]:
+        """What is not known because trials failed; they are tried again at the next start."""
+        return [f"{row.setting.name}: {row.fault}" for row in self.rows if row.state == "failed"]
+
     def lines(self) -> list[str]:
         """What people are told."""
         lines = [curve.text() for curve in self.curves]
@@ -161,7 +166,8 @@ def tune(config: TuneConfig, address: str | None = None) -> Tuned:
             rows = rows_of(outcomes, config.seeds)
             found = _found(config, rows)
             scales = {**checked.in_force, **found}
-            later = _stage(config, checked.base, search, lambda_settings(config, scales))
+            failed = any(row.state == "failed" for row in rows)  # then another scale may be the best
+            later = _stage(config, checked.base, search, [] if failed else lambda_settings(config, scales))
         outcomes |= later
         rows += rows_of(later, config.seeds)
         best = best_of(rows, LAMBDA)
@@ -173,8 +179,7 @@ def tune(config: TuneConfig, address: str | None = None) -> Tuned:
             store.write_bytes(_student(config, checked, tuned).encode(), STUDENT)
         _draw(config, tuned.curves, screened, tuned.predictions, checked.metric)
     if not any(row.state == "finished" for row in rows):
-        faults = [f"{row.setting.name}: {row.fault}" for row in rows if row.fault]
-        raise UserError("no setting was trained to its end:\n  " + "\n  ".join(faults))
+        raise UserError("no setting was trained to its end:\n  " + "\n  ".join(tuned.faults))
     return tuned
 
 

@@ -38,7 +38,7 @@ class Prediction:
         told += f"most likely scale {self.calibrated:g}"
         if self.best is not None:
             told += f", best {self.best:g}"
-            short = "was stopped early" if self.lost is None else f"is {self.lost:.4f} below the best"
+            short = "was not trained to the end" if self.lost is None else f"is {self.lost:.4f} below the best"
             told += f"; {self.nearest:g}, the value next to it, {short}"
         return told
 

@@ -95,3 +95,13 @@ def test_where_trials_were_stopped_it_is_held_against_the_last_step_that_all_rea
     assert told.step == 5
     assert told.ranks["true_pair"] == pytest.approx(1)
     assert "at step 5, which all reached" in told.text("red")
+
+
+def test_a_setting_with_a_trial_that_failed_is_told_and_not_compared() -> None:
+    made = outcomes({10.0: [0.2, 0.2], 20.0: [0.9]})
+    made[Trial(Setting("red", {"red": 20.0}, alone=True), 1)] = Outcome("open", [(5, 0.9)], fault="no memory")
+    rows = rows_of(made, [0, 1])
+    assert [(row.state, row.mean) for row in rows] == [("finished", 0.2), ("failed", None)]
+    assert rows[1].json()["fault"] == "no memory"
+    (found,) = curves_of(rows)
+    assert found.best == 10.0
