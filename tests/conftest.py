@@ -19,7 +19,7 @@ from PIL import Image
 from tests.storage.proxy import Proxy
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # else other tests at the same time starve those that wait for workers
+os.environ.setdefault("RAY_worker_niceness", "0")  # else tests at the same time starve those that wait for workers
 
 
 def free_port() -> int:
