@@ -60,6 +60,7 @@ def begin(config: StudentConfig, steps: int) -> None:
 def outcome_of(config: StudentConfig, steps: int, metric: str) -> Outcome:
     """What a trial's folder says. One that was stopped by another metric is open again."""
     store = Store(config.output)
+    store.fs.invalidate_cache(store.root)  # a worker has written there since this process looked last
     curve = _curve(store, metric)
     results = read_results(store)
     if results is not None and results.steps == steps and curve and curve[-1][0] == steps:
