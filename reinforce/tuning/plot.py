@@ -75,18 +75,30 @@ def _draw_curve(
             )
     if stopped:
         values, lasts = zip(*[(value, row.last) for value, row in stopped], strict=True)
-        panel.plot(values, lasts, "o", markerfacecolor="none", color=_GREY, markersize=5, label="stopped early, there")
+        panel.plot(
+            values, lasts, "o", markerfacecolor="none", color=_GREY, markersize=5, label="stopped early, the last value"
+        )
         for value, row in stopped:
             panel.annotate(
                 f"step {row.reached:,}", (value, row.last or 0.0), (0, -12), textcoords="offset points",
                 ha="center", fontsize=7, color=_GREY,
             )  # fmt: skip
     if screened is not None:
-        panel.axvline(screened.calibrated, color=_GREY, linestyle=":", label=f"most likely: {screened.calibrated:g}")
+        _mark_most_likely(panel, screened, f"most likely: {screened.calibrated:g}")
     if curve.best is not None:
         panel.axvline(curve.best, color=colour, linestyle="--", linewidth=1, label=f"best: {curve.best:g}")
-    panel.margins(y=0.15)
-    panel.legend(frameon=False, fontsize=8)
+    low, high = panel.get_ylim()
+    panel.set_ylim(low - 0.1 * (high - low), high + 0.45 * (high - low))  # room for the legend
+    panel.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def _mark_most_likely(panel: Axes, screened: Screened, label: str | None = None) -> None:
+    """A line at the scale, or, where that is far from all that were tried, words alone."""
+    scales = [measured.scale for measured in screened.scales]
+    if min(scales) / 1.5 <= screened.calibrated <= max(scales) * 1.5:
+        panel.axvline(screened.calibrated, color=_GREY, linestyle=":", label=label)
+    elif label is not None:
+        panel.plot([], [], color=_GREY, linestyle=":", label=f"{label}, outside")
 
 
 def _draw_screening(panel: Axes, axis: str, screened: Screened | None, prediction: Prediction | None) -> None:
@@ -105,10 +117,10 @@ def _draw_screening(panel: Axes, axis: str, screened: Screened | None, predictio
         label = told if rank is None else f"{told}, rank correlation {rank:+.2f}"
         points = [number / highest for number in known]
         panel.plot(scales, points, color=plots.colour(number + 1), marker="o", markersize=3, label=label)
-    panel.axvline(screened.calibrated, color=_GREY, linestyle=":")
+    _mark_most_likely(panel, screened)
     panel.set_ylim(0, 1.35)  # room for the legend
     panel.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    panel.legend(frameon=False, fontsize=8, loc="upper left", ncols=1)
+    panel.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def _name(panel: Axes, title: str, y: str, values: Sequence[float]) -> None:
