@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench bench-step bench-loader bench-captions bench-transfer lint clean fuzz audit
+.PHONY: help install demo test bench bench-step bench-loader bench-captions bench-transfer lint clean fuzz soak audit
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ bench-captions: $(INSTALLED) ## decoding of CoCa's captions beside open_clip's o
 
 fuzz: $(INSTALLED) ## broken shards, images and texts at random, for SECONDS (default 600)
 	$(BIN)/python -W ignore -m tests.fuzz --seconds $(SECONDS)
+
+soak: $(INSTALLED) ## runs that are killed and starved at random for SECONDS (default 600), and must end complete
+	$(BIN)/python -m tests.soak --seconds $(SECONDS)
 
 audit: $(INSTALLED) ## known vulnerabilities of the tested versions; fails where their database is out of reach
 	test -x .venv/audit/bin/pip-audit || ($(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit)

@@ -36,7 +36,7 @@ MANIFEST = "dataset.json"
 _TEMP = ".tmp"
 _HALF = "reinforce-"  # begins the names of what is being made
 _INCOMPRESSIBLE = ("image", "embeddings")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of the disk, of a quota, of what one file may have
 
 
 def fingerprint_error(path: str, found: str | None, wanted: str) -> UserError:

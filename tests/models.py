@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import resource
 import signal
 import time
 from collections.abc import Sequence
@@ -33,7 +35,7 @@ class Colour:
         self._letters = torch.randn(128, dim, generator=generator).to(device)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        time.sleep(self.delay)
+        time.sleep(self.delay or float(os.environ.get("TESTS_DELAY", "0")))
         return _unit(pixels.flatten(1) @ self._pixels)
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -70,16 +72,21 @@ class TextOnly:
 
 
 class Trouble(Colour):
-    """Does harm when a text of the batch holds a word: raise, nan, a halt, or the death of the process."""
+    """Does harm when a text of the batch holds a word: raise, nan, a halt, all memory, or the death of the process.
 
-    def __init__(self, device: torch.device, word: str, harm: str, once: str | None = None) -> None:
+    ``once``: and makes this file, beside which it does none; ``until``: as long as there is no such file.
+    """
+
+    def __init__(
+        self, device: torch.device, word: str, harm: str, once: str | None = None, until: str | None = None
+    ) -> None:
         super().__init__(device, size=8, dim=4)
-        self.word, self.harm, self.once = word, harm, once
+        self.word, self.harm, self.once, self.until = word, harm, once, until
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         out = super().encode_texts(texts)
         hit = [i for i, text in enumerate(texts) if self.word in text]
-        if hit and (self.once is None or not os.path.exists(self.once)):
+        if hit and not any(path is not None and os.path.exists(path) for path in (self.once, self.until)):
             if self.once is not None:
                 with open(self.once, "w"):
                     pass
@@ -89,8 +96,30 @@ class Trouble(Colour):
                 re.match("(a+)+$", "a" * 99 + "b")  # in C, with the interpreter's lock, for longer than there are stars
             if self.harm == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.harm == "segfault":
+                ctypes.string_at(0)
+            if self.harm == "memory":
+                _take_memory()
             out[hit] = float("nan")
         return out
+
+
+def _take_memory(gigabytes: float = 4.0, seconds: float = 60.0) -> None:
+    """Take so much, and hold it until someone minds; raises where nobody does."""
+    taken = [np.ones(2**27, np.uint8) for _ in range(int(gigabytes * 8))]
+    time.sleep(seconds)
+    raise AssertionError(f"{len(taken)} pieces of 128 MiB were let have")
+
+
+class Cramped(Colour):
+    """Its process cannot write files above a number of bytes, as long as there is a file that says how many."""
+
+    def __init__(self, device: torch.device, limit: str) -> None:
+        super().__init__(device, size=8, dim=4)
+        if os.path.exists(limit):
+            with open(limit) as file:
+                size = int(file.read())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 class Poisoned(Colour):

@@ -19,6 +19,8 @@ HANG = (
 FAULTS = "tests/integration/test_faults.py"
 S3 = "tests/storage/test_faults.py"
 PARTIAL = "tests/storage/test_partial.py"
+SCARCITY = "tests/integration/test_scarcity.py"
+CLUSTER = "tests/integration/test_cluster.py"
 #: What is shown elsewhere: defect, what happens, the test.
 OTHERS = [
     (
@@ -35,17 +37,12 @@ OTHERS = [
     (
         "an image that kills its process",
         "`shard_crashed`, found in the same way",
-        f"{FAULTS}::test_a_shard_that_kills_its_process_every_time_is_quarantined_and_its_neighbours_finish",
+        f"{FAULTS}::test_what_passes_leaves_no_trace_and_a_shard_that_segfaults_each_time_is_quarantined",
     ),
     (
         "a model that raises at a shard",
         "tried again, then `shard_failed` in the layers of that model alone",
         f"{FAULTS}::test_a_model_that_always_raises_costs_its_own_layers_only",
-    ),
-    (
-        "a fault that passes: a lost connection, a full memory",
-        "tried again; the files are those of an undisturbed run",
-        f"{FAULTS}::test_a_fault_that_passes_leaves_no_trace",
     ),
     (
         "an embedding of NaN or infinity",
@@ -81,6 +78,38 @@ OTHERS = [
         "any bytes whatever",
         "rows and refusals, within ten seconds and a gigabyte, and no sample is lost",
         "tests/fuzz/test_fuzz.py::test_nothing_is_lost_and_nothing_hangs",
+    ),
+]
+ENDED = f"{FAULTS}::test_a_run_whose_driver_is_ended_goes_on_where_it_was"
+ONCE = f"{FAULTS}::test_what_passes_leaves_no_trace_and_a_shard_that_segfaults_each_time_is_quarantined"
+SECOND = f"{FAULTS}::test_a_second_run_is_refused_and_a_killed_worker_costs_nothing"
+NODES = f"{CLUSTER}::test_the_pool_follows_the_cluster_and_a_lost_node_costs_no_shard"
+FULL = f"{SCARCITY}::test_a_full_disk_ends_a_run_with_one_error_and_nothing_half_written"
+MEMORY = f"{SCARCITY}::test_a_worker_that_the_memory_monitor_kills_costs_nothing"
+PROCESSES = [
+    ("kill -9 of a worker", "its shards go to another", SECOND),
+    ("kill -9 of the driver", "the same command goes on where it was", ENDED),
+    ("SIGTERM or Ctrl-C", "a clean stop; what is finished is kept, and the same command goes on", ENDED),
+    ("a second run on a local dataset", "refused: another run is writing", SECOND),
+    ("a worker that raises, or dies, once", "its shards are tried again", ONCE),
+    (
+        "a shard that segfaults its process each time",
+        "`shard_crashed` after failures.solo_attempts alone; its neighbours finish",
+        ONCE,
+    ),
+    (
+        "a worker at which everything fails",
+        "replaced by another; costs no shard",
+        f"{FAULTS}::test_a_worker_at_which_everything_fails_is_replaced_and_costs_no_shard",
+    ),
+    ("a worker that Ray's memory monitor kills", "its shards run again, alone", MEMORY),
+    ("a node that is lost, with all that runs on it", "counts against no shard", NODES),
+    ("a node that joins late", "gets workers", NODES),
+    ("a full disk", "one error; what is there is whole; goes on when there is room", FULL),
+    (
+        "clocks that are years apart, files from the past and the future",
+        "nothing: only the monotonic clock decides anything",
+        f"{FAULTS}::test_no_clock_but_the_monotonic_one_decides_anything",
     ),
 ]
 PASSES = f"{S3}::test_faults_that_pass_leave_no_trace"
@@ -139,7 +168,9 @@ quarantine with its reason. This is each defect that the tests build, what happe
 - `reinforce status` counts the reasons, and `reinforce run --retry-quarantined` tries shards again that were given up.
 
 Cases marked by a name in brackets are of one real run over shards with all these defects,
-[tests/hostile/test_run.py](../tests/hostile/test_run.py); `make fuzz` looks for further ones.
+[tests/hostile/test_run.py](../tests/hostile/test_run.py); `make fuzz` looks for further ones. Faults of processes and
+storages are done for real, and what a run makes in spite of them is compared byte for byte with what an undisturbed one
+makes; `make soak` does so with many faults, at random, for ten minutes.
 
 This page is written from the cases by `python -m tests.hostile.table`.
 """
@@ -152,6 +183,7 @@ def document() -> str:
         ("Captions and metadata", ((c.defect, c.what, f"{RUN}::test_texts[{slug(c.defect)}]") for c in TEXTS)),
         ("Shards", ((c.defect, c.what, f"{RUN}::test_tars[{slug(c.defect)}]") for c in TARS)),
         ("Beyond single files", iter(OTHERS)),
+        ("Processes, nodes and disks", iter(PROCESSES)),
         ("Object stores", iter(STORAGE)),
     ]
     return _HEAD + "".join(f"\n## {title}\n\n{_table(rows)}" for title, rows in sections)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,113 +23,151 @@ from reinforce.urls import shard_name
 from tests.conftest import config_of, members_of, tree, write_tar
 
 ROOT = Path(__file__).parents[2]
+LAST = "embeddings/red/caption"  # the layer that a shard's files end with
+SHARDS = 8
 
 
-def slow_config(source: str, output: Path, delay: float = 0.15) -> dict[str, Any]:
-    config = config_of(source, output, captioners={})
-    config["teachers"] = {"red": {"class": "tests.models:Colour", "options": {"delay": delay}}}
-    return config
+def simple_config(source: str, output: Path, **changes: Any) -> dict[str, Any]:
+    changes = {"captioners": {}, "teachers": {"red": {"class": "tests.models:Colour"}}, **changes}
+    return config_of(source, output, **changes)
 
 
-def start(config: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def slow_run(config: dict[str, Any], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run with a Ray of its own whose shards take half a second each."""
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"TESTS_DELAY": "0.15"}
     command = [sys.executable, "-m", "reinforce", "run", str(path)]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
-def wait_for_files(folder: Path, count: int, seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
-    while len(list(folder.glob("*.parquet"))) < count:
+    while not condition():
         assert time.monotonic() < deadline, "the run does not get on"
         time.sleep(0.05)
+
+
+def finished(out: Path) -> int:
+    return len(list((out / LAST).glob("*.parquet")))
+
+
+def events(out: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [line for path in sorted(out.glob("runs/*/events-*.jsonl")) for line in path.read_text().splitlines()]
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("source")
-    for shard in range(8):
+    for shard in range(SHARDS):
         write_tar(folder / f"{shard:05d}.tar", members_of(shard, 40))
     return f"{folder}/*.tar"
 
 
 @pytest.fixture(scope="module")
-def undisturbed(source: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert start(slow_config(source, folder / "out"), folder).wait(90) == 0
-    return tree(folder / "out")
+def undisturbed(ray_session: None, source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert reinforce.run(simple_config(source, out)).status == 0
+    return out
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_whose_driver_is_killed_goes_on_where_it_was(
-    source: str, undisturbed: dict[str, bytes], tmp_path: Path, sent: signal.Signals
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_whose_driver_is_ended_goes_on_where_it_was(
+    source: str, undisturbed: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
-    config = slow_config(source, tmp_path / "out")
-    process = start(config, tmp_path)
-    wait_for_files(tmp_path / "out" / "embeddings" / "red" / "caption", 2)
-    process.send_signal(sent)
-    output = process.communicate(timeout=240)[0]
-    if sent == signal.SIGTERM:
+    out = tmp_path / "out"
+    with slow_run(simple_config(source, out), tmp_path) as process:
+        wait_for(lambda: finished(out) >= 2)
+        process.send_signal(sent)
+        output = process.communicate(timeout=240)[0]
+    if sent != signal.SIGKILL:
         assert process.returncode == 130, output
         assert "run again to go on" in output
         assert "Traceback" not in output
-    done = len(list((tmp_path / "out" / "embeddings" / "red" / "caption").glob("*.parquet")))
-    assert 2 <= done < 8
+    there, whole = tree(out), tree(undisturbed)
+    assert 2 <= finished(out) < SHARDS
+    assert there.items() <= whole.items(), "what is there is what it shall be"
     time.sleep(1.0 if sent == signal.SIGKILL else 0.0)  # workers notice that their driver is gone
 
-    again = start(config, tmp_path)
-    output = again.communicate(timeout=240)[0]
-    assert again.returncode == 0, output
-    assert tree(tmp_path / "out") == undisturbed
-    assert not list((tmp_path / "out" / ".tmp").glob("reinforce-*")), "nothing half written is left"
+    assert reinforce.run(simple_config(source, out)).status == 0
+    assert tree(out) == whole
+    assert not list((out / ".tmp").glob("reinforce-*")), "nothing half written is left"
 
 
-def test_a_run_loses_nothing_when_a_worker_is_killed(
-    source: str, undisturbed: dict[str, bytes], tmp_path: Path
+def test_a_second_run_is_refused_and_a_killed_worker_costs_nothing(
+    source: str, undisturbed: Path, tmp_path: Path
 ) -> None:
-    process = start(slow_config(source, tmp_path / "out"), tmp_path)
-    wait_for_files(tmp_path / "out" / "samples", 1)
-    victims = subprocess.run(["pgrep", "-f", "ray::Worker"], capture_output=True, text=True, check=False)
-    mine = [int(p) for p in victims.stdout.split() if _descends(int(p), process.pid)]
-    assert mine, victims
-    os.kill(mine[0], signal.SIGKILL)
-    output = process.communicate(timeout=240)[0]
+    out, config = tmp_path / "out", simple_config(source, tmp_path / "out")
+    with slow_run(config, tmp_path) as process:
+        wait_for(lambda: finished(out) >= 1 and events(out, "worker_started"))
+        with pytest.raises(reinforce.UserError, match="another run is writing"):
+            reinforce.run(config)
+        os.kill(events(out, "worker_started")[0]["pid"], signal.SIGKILL)
+        output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     assert "a worker died" in output
-    assert tree(tmp_path / "out") == undisturbed
+    assert [event["node_lost"] for event in events(out, "worker_died")] == [False]
+    assert tree(out) == tree(undisturbed)
 
 
-def _descends(pid: int, ancestor: int) -> bool:
-    """Whether the Ray that ``ancestor`` started holds ``pid`` (its session folder stands in the environment)."""
-    while pid > 1:
-        if pid == ancestor:
-            return True
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            return False
-    return False
+def test_no_clock_but_the_monotonic_one_decides_anything(
+    source: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's hour jumps by years at each look, and files are from long ago and from times to come."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    gone = sorted(out.rglob("*.parquet"))[::5]
+    for path in gone:
+        path.unlink()
+    for number, path in enumerate(sorted(path for path in out.rglob("*") if path.is_file())):
+        os.utime(path, (number % 2 * 2**32, number % 2 * 2**32))
+    years = itertools.cycle((0, 1, -1, 50, -50))
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 31_557_600 * next(years))
+    assert reinforce.run(simple_config(source, out)).status == 0
+    monkeypatch.undo()
+    assert tree(out) == tree(undisturbed)
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_shard_that_kills_its_process_every_time_is_quarantined_and_its_neighbours_finish(
+def test_what_passes_leaves_no_trace_and_a_shard_that_segfaults_each_time_is_quarantined(
     shards: Callable[..., str], tmp_path: Path
 ) -> None:
-    source = shards(*[10] * 5)
-    config = config_of(source, tmp_path / "out", captioners={})
-    config["teachers"] = {
-        "ill": {"class": "tests.models:Trouble", "options": {"word": "thing 7 of shard 2", "harm": "kill"}}
+    source, out = shards(*[10] * 5), tmp_path / "out"
+    well = tmp_path / "well"
+    ills: dict[str, dict[str, Any]] = {
+        "raises": {"word": "thing 3 of shard 0", "harm": "raise", "once": str(tmp_path / "raised")},
+        "dies": {"word": "thing 3 of shard 1", "harm": "kill", "once": str(tmp_path / "died")},
+        "faults": {"word": "thing 7 of shard 2", "harm": "segfault", "until": str(well)},
     }
+    teachers = {name: {"class": "tests.models:Trouble", "options": options} for name, options in ills.items()}
+    config = config_of(source, out, captioners={}, teachers=teachers)
     summary = reinforce.run(config)
-    assert (summary.quarantined_shards, summary.shards) == (1, 5)
+    assert (summary.status, summary.quarantined_shards, summary.shards, summary.samples) == (0, 1, 5, 40)
+    assert (tmp_path / "raised").exists()
+    assert (tmp_path / "died").exists()
+    assert len(events(out, "shard_raised")) == 1
+    assert len(events(out, "worker_died")) >= 1 + 2, "one that died once, one that died alone again and again"
     bad = shard_name(f"{tmp_path}/source/00002.tar")
-    done = {p.stem for p in (tmp_path / "out" / "embeddings" / "ill" / "caption").glob("*.parquet")}
-    assert len(done) == 4
-    assert bad not in done
-    assert (tmp_path / "out" / "quarantine" / "samples" / f"{bad}.parquet").exists()
+    [given_up] = events(out, "shard_quarantined")
+    assert (given_up["shard"], given_up["layer"], given_up["reason"]) == (bad, "samples", "shard_crashed")
+    well.touch()
+    assert reinforce.run({**config, "output": str(tmp_path / "whole")}).status == 0
+    there, whole = tree(out), tree(tmp_path / "whole")
+    assert there.keys() - whole.keys() == {f"quarantine/samples/{bad}.parquet"}
+    assert {name for name in whole.keys() - there.keys() if bad not in name} == set()
+    assert all(there[name] == data for name, data in whole.items() if bad not in name)
+    assert reinforce.run(config, retry_quarantined=True).status == 0
+    assert tree(out) == whole
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -148,28 +190,6 @@ def test_a_model_that_always_raises_costs_its_own_layers_only(shards: Callable[.
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("harm", ["raise", "kill"])
-def test_a_fault_that_passes_leaves_no_trace(shards: Callable[..., str], tmp_path: Path, harm: str) -> None:
-    source = shards(*[10] * 4)
-
-    def config(output: str, once: str) -> dict[str, Any]:
-        made = config_of(source, tmp_path / output, captioners={})
-        made["teachers"] = {
-            "ill": {
-                "class": "tests.models:Trouble",
-                "options": {"word": "thing 3 of shard 1", "harm": harm, "once": str(tmp_path / once)},
-            }
-        }
-        return made
-
-    summary = reinforce.run(config("out", "flag"))
-    assert (summary.status, summary.quarantined_shards) == (0, 0)
-    assert (tmp_path / "flag").exists(), "the fault did happen"
-    reinforce.run({**config("whole", "flag")})
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-
-
-@pytest.mark.usefixtures("ray_session")
 def test_a_worker_at_which_everything_fails_is_replaced_and_costs_no_shard(
     shards: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -181,14 +201,3 @@ def test_a_worker_at_which_everything_fails_is_replaced_and_costs_no_shard(
     assert (summary.status, summary.quarantined_shards, summary.samples) == (0, 0, 80)
     events = "".join(path.read_text() for path in tmp_path.glob("out/runs/*/events-*.jsonl"))
     assert events.count('"worker_replaced"') == 1
-
-
-def test_a_second_run_on_the_same_dataset_is_refused_and_ctrl_c_ends_the_first(source: str, tmp_path: Path) -> None:
-    config = slow_config(source, tmp_path / "out", delay=0.1)
-    first = start(config, tmp_path)
-    wait_for_files(tmp_path / "out" / "samples", 1)
-    with pytest.raises(reinforce.UserError, match="another run is writing"):
-        reinforce.run(config)
-    first.send_signal(signal.SIGINT)
-    assert "run again to go on" in first.communicate(timeout=240)[0]
-    assert first.returncode == 130

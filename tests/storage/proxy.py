@@ -104,8 +104,7 @@ class Proxy:
         self.healed = threading.Event()
         self._rules: list[_Rule] = []
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Bound", (Handler,), {"proxy": self}))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", port), type("Bound", (Handler,), {"proxy": self}))
         self.url = "http://{}:{}".format(*self._server.server_address)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -144,6 +143,13 @@ class _Rule:
     when: Callable[[Request], bool]
     times: int | None
     done: list[Request] = field(default_factory=list)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Who asked was killed: nothing to tell."""
 
 
 class Handler(BaseHTTPRequestHandler):

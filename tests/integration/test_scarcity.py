@@ -1,0 +1,100 @@
+"""What runs out, for real: a disk while files are written, and the memory of a machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import reinforce
+from tests.conftest import config_of, tree
+
+ROOT = Path(__file__).parents[2]
+ROOM = 300_000  # bytes, in which the first of the shards fit
+
+#: A Ray of its own, whose memory monitor minds two gigabytes more than there are in use now.
+SCRIPT = """
+import json, sys
+import ray, yaml
+from ray._private.utils import get_system_memory, get_used_memory
+import reinforce
+
+limit = (get_used_memory() + 2.5 * 2**30) / get_system_memory()
+assert limit < 0.97, "too little memory is free for this test"
+system = {"memory_usage_threshold": limit, "memory_monitor_refresh_ms": 100}
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _system_config=system)
+summary = reinforce.run(yaml.safe_load(open(sys.argv[1])))
+print(json.dumps([summary.status, summary.quarantined_shards]))
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A folder on a full disk of its own and how to make room on it.
+
+    Where nobody may mount one, the worker may not write large files instead.
+    """
+    disk, limit = tmp_path / "disk", tmp_path / "limit"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        limit.write_text("20000")
+        yield disk, limit.unlink
+        return
+    try:
+        yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True) and None
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_full_disk_ends_a_run_with_one_error_and_nothing_half_written(
+    shards: Callable[..., str], tmp_path: Path, small_disk: tuple[Path, Callable[[], None]]
+) -> None:
+    disk, make_room = small_disk
+    out = disk / "out"
+    teachers = {"red": {"class": "tests.models:Cramped", "options": {"limit": str(tmp_path / "limit")}}}
+    config = config_of(shards(2, *[30] * 4), out, captioners={}, teachers=teachers)
+    with pytest.raises(reinforce.UserError, match=r"cannot be written: .*make room in") as raised:
+        reinforce.run(config)
+    assert "\n" not in str(raised.value)
+    assert not list(out.glob("quarantine/**/*.parquet")), "it is no shard's fault"
+    there = {name: data for name, data in tree(out).items() if name.endswith(".parquet")}
+    assert 3 <= len(there) < 15
+
+    make_room()
+    assert reinforce.run(config).status == 0
+    assert not list((out / ".tmp").glob("reinforce-*"))
+    assert reinforce.run({**config, "output": str(tmp_path / "whole")}).status == 0
+    assert tree(out) == tree(tmp_path / "whole")
+    assert there.items() <= tree(out).items(), "what was there on the full disk was whole"
+
+
+def test_a_worker_that_the_memory_monitor_kills_costs_nothing(
+    ray_session: None, shards: Callable[..., str], tmp_path: Path
+) -> None:
+    options = {"word": "thing 3 of shard 1", "harm": "memory", "once": str(tmp_path / "taken")}
+    teachers = {"ill": {"class": "tests.models:Trouble", "options": options}}
+    config = config_of(shards(*[10] * 3), tmp_path / "out", captioners={}, teachers=teachers)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, 0]
+    lines = [line for path in tmp_path.glob("out/runs/*/events-*.jsonl") for line in path.read_text().splitlines()]
+    died = [event for event in map(json.loads, lines) if event["event"] == "worker_died"]
+    assert len(died) == 1
+    assert "memory" in died[0]["error"]
+    assert reinforce.run({**config, "output": str(tmp_path / "whole")}).status == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
