@@ -52,7 +52,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
     cluster = ray_cluster(address, log_to_driver=False)
     grows = ray.is_initialized() or bool(address or os.environ.get("RAY_ADDRESS"))
     with store.lock(), cluster, tempfile.TemporaryDirectory(prefix="reinforce-ray-") as storage:
-        _check_room(compute, grows)
+        check_room(compute, grows)
         desk = ray.remote(num_cpus=0)(_Desk).remote()
         trainer = Trainer(
             _rank,
@@ -229,7 +229,7 @@ def _hear(desk: Any, stop: Stop) -> None:
     stop.signum = ray.get(desk.asked.remote())
 
 
-def _check_room(compute: Compute, grows: bool) -> None:
+def check_room(compute: Compute, grows: bool) -> None:
     """Raise UserError where no node can hold a rank, or all of a cluster that does not grow cannot hold all ranks.
 
     Ray would wait for ever.

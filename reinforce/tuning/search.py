@@ -27,6 +27,7 @@ from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, job_of
 from reinforce.training.launch import run_rank
 from reinforce.training.ranks import join
+from reinforce.training.ray_train import check_room
 from reinforce.training.stop import Stop, Stopped
 from reinforce.tuning.config import EarlyStopping
 from reinforce.tuning.space import Trial
@@ -72,6 +73,7 @@ class Search:
         if done := len(trials) - len(open_):
             self.screen.say(f"{done} of {len(trials)} trials are done already")
         if open_:
+            _hush()  # before Ray starts, whose workers have this process's environment
             self.cluster()
             self._tune({trial.name: trials[trial] for trial in open_}, judges)
         return {trial: self._outcome(config, judges.faults.get(trial.name)) for trial, config in trials.items()}
@@ -81,14 +83,9 @@ class Search:
         return found if fault is None else Outcome("open", found.curve, fault=fault)
 
     def _tune(self, configs: Mapping[str, StudentConfig], judges: _Judges) -> None:
-        # Tune would move trials to a folder of its own, log each in three formats, and catch Ctrl-C itself.
-        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-        os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # whose header comes at any verbosity
-        logging.getLogger("ray.tune").setLevel(logging.ERROR)
         training = next(iter(configs.values())).train
         compute = training.compute
+        check_room(compute, grows=True)
         work = tune.with_parameters(partial(_trial, folder=os.getcwd(), metric=self.metric), configs=dict(configs))
         room = {"cpu": compute.cpus, **({"gpu": compute.gpus} if compute.gpus else {})}
         stop = Stop()
@@ -116,6 +113,15 @@ class Search:
                     judges.faults.setdefault(name, str(result.error).strip().splitlines()[-1])
         if stop.signum:
             raise Stopped(stop.signum)
+
+
+def _hush() -> None:
+    """Tune would move trials to folders of its own, log each in three formats, catch Ctrl-C itself and tell much."""
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # whose header comes at any verbosity
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
 
 class _Signals(tune.Stopper):
@@ -211,9 +217,11 @@ def _trial(
     config: dict[str, Any], *, configs: Mapping[str, StudentConfig], folder: str, metric: str
 ) -> dict[str, Any] | None:
     """What a worker of Tune runs: a training as `reinforce train` does it, which tells its evaluations."""
-    if os.path.isdir(folder):  # paths of the config, and classes of the user's own, are relative to it
-        os.chdir(folder)
-        sys.path[:0] = [folder] if folder not in sys.path else []
+    # Paths of the config, and classes of the user's own, are relative to where the driver is, or, in a job, to where
+    # its files are on this node; on a cluster that was there before, Tune has gone elsewhere.
+    home = next(filter(os.path.isdir, [folder, os.environ.get("TUNE_ORIG_WORKING_DIR", "")]), os.getcwd())
+    os.chdir(home)
+    sys.path[:0] = [home] if home not in sys.path else []
     student = configs[config["name"]]
     job = job_of(student)
 

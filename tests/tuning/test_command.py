@@ -160,3 +160,12 @@ def test_an_output_that_cannot_be_written_is_told(
     with pytest.raises(SystemExit):
         main(["tune", str(path)])
     assert "cannot be written" in capfd.readouterr().err
+
+
+def test_trials_that_fit_no_machine_are_told(
+    ray_session: None, config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ray would wait for ever."""
+    trial = {**config["trial"], "train": {"steps": STEPS, "compute": {"cpus": 64}}}
+    assert tune({**config, "trial": trial}, tmp_path / "out") == 2
+    assert "each wants 64 CPUs and 0 GPUs on one node" in capfd.readouterr().err
