@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench bench-step bench-loader bench-captions bench-transfer lint clean fuzz soak audit
+.PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-captions bench-latency bench-transfer lint clean fuzz soak audit
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -18,12 +18,25 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 install: $(INSTALLED) ## make .venv with the tested versions of everything
 
-demo: $(INSTALLED) ## reinforce 4,009 emoji, show the result, train a student from it (minutes, no network)
+demo: $(INSTALLED) ## reinforce 1,364 emoji, train a student with and without it, compare (minutes, no network)
 	$(BIN)/python -m reinforce.demo data
-	$(BIN)/python -m reinforce.demo models
 	$(BIN)/reinforce run configs/demo.yaml
 	$(BIN)/python -m reinforce.demo show
-	$(BIN)/reinforce train configs/student-demo.yaml
+	$(BIN)/python -m reinforce.demo students
+	$(BIN)/python -m reinforce.demo compare
+
+demo-teachers: $(INSTALLED) ## train the demo's teachers and captioner anew, which are committed (three quarters of an hour, npm)
+	$(BIN)/python -m reinforce.demo data
+	$(BIN)/python -m reinforce.demo lessons
+	$(BIN)/python -m reinforce.demo blanks
+	$(BIN)/reinforce run configs/demo-teachers/samples.yaml
+	$(BIN)/reinforce train configs/demo-teachers/conv-64.yaml
+	$(BIN)/reinforce train configs/demo-teachers/vit-56.yaml
+	$(BIN)/reinforce finetune-captioner configs/demo-teachers/coca-pretrain.yaml
+	$(BIN)/reinforce finetune-captioner configs/demo-teachers/coca-finetune.yaml
+	$(BIN)/python -m reinforce.demo keep demo/teachers/conv-64/student configs/demo-models/conv-64
+	$(BIN)/python -m reinforce.demo keep demo/teachers/vit-56/student configs/demo-models/vit-56
+	$(BIN)/python -m reinforce.demo keep demo/teachers/coca-finetune/captioner configs/demo-models/coca-64
 
 test: $(INSTALLED) ## run the tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -40,6 +53,10 @@ bench-loader: $(INSTALLED) ## how fast a student's images come, beside bare deco
 bench-captions: $(INSTALLED) ## decoding of CoCa's captions beside open_clip's own (ten minutes)
 	$(BIN)/python -m benchmarks.captions
 
+bench-latency: $(INSTALLED) ## MobileCLIP2 beside ViT-L/14 on one core, in torch and onnxruntime (fifteen minutes)
+	$(BIN)/reinforce latency MobileCLIP2-S0 MobileCLIP2-S2 MobileCLIP2-B MobileCLIP2-S3 MobileCLIP2-S4 ViT-L-14 \
+		--threads 1 --clock process --rounds 10 --onnx --json benchmarks/results/latency.json
+
 fuzz: $(INSTALLED) ## broken shards, images and texts at random, for SECONDS (default 600)
 	$(BIN)/python -W ignore -m tests.fuzz --seconds $(SECONDS)
 
@@ -50,7 +67,7 @@ audit: $(INSTALLED) ## known vulnerabilities of the tested versions; fails where
 	test -x .venv/audit/bin/pip-audit || ($(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit)
 	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
-bench-transfer: $(INSTALLED) ## what a student learns from stored embeddings that its own pictures cannot teach (an hour)
+bench-transfer: $(INSTALLED) ## the demo's two students from three seeds each, after `make demo` (ten minutes)
 	$(BIN)/python -m benchmarks.transfer
 
 lint: $(INSTALLED) ## ruff and mypy

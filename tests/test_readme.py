@@ -42,7 +42,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None) -> 
         "output": f"{tmp_path}/demo/dataset",
         "augmentations": {"count": 2, "size": 32},
         "captioners": {"coca": {"model": coca_model(tmp_path / "coca"), "captions": 2, "max_length": 10}},
-        "teachers": {"vit-64": {"model": vit}, "tiny": {"class": "our_teachers:Tiny", "options": {"width": 32}}},
+        "teachers": {"conv-64": {"model": vit}, "tiny": {"class": "our_teachers:Tiny", "options": {"width": 32}}},
         "workers": {"max": 1},
     }
     assert reinforce.run(config).status == 0
@@ -59,7 +59,7 @@ def test_the_snippets_run_and_agree(demo: Path, capsys: pytest.CaptureFixture[st
     exec(zipped, scope)
     assert "(16,)" in capsys.readouterr().out
     first = next(iter(reinforce.open("demo/dataset")))
-    np.testing.assert_array_equal(scope["vectors"][0].astype(np.float32), first.images["vit-64"])
+    np.testing.assert_array_equal(scope["vectors"][0].astype(np.float32), first.images["conv-64"])
     assert scope["crop"].size == (32, 32)
     assert first.images["tiny"].shape == (2, 64)
 
@@ -78,6 +78,7 @@ def test_every_file_and_command_named_exists() -> None:
         assert (root / link).exists(), link
     targets = re.findall(r"^([a-z-]+):.*##", (root / "Makefile").read_text(), flags=re.MULTILINE)
     commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    commands |= {group.name for group in app.registered_groups if group.name}
     assert set(re.findall(r"^reinforce ([a-z-]+)", "\n".join(blocks("console")), flags=re.MULTILINE)) <= commands
     for target in re.findall(r"`?make ([a-z-]+)", "\n".join(blocks("console"))):
         assert target in targets

@@ -1,4 +1,4 @@
-"""python -m reinforce.demo data | models | show: the steps of `make demo` around `reinforce run`."""
+"""python -m reinforce.demo COMMAND: the steps of `make demo` and `make demo-teachers` beside the program's own."""
 
 from __future__ import annotations
 
@@ -13,40 +13,54 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 
 @app.command()
-def data(out: Annotated[Path, typer.Option(help="folder for the shards")] = Path("demo/shards")) -> None:
-    """Write the demo's shards: emoji with captions."""
-    from reinforce.demo.data import write_shards
+def data(
+    out: Annotated[Path, typer.Option(help="folder for the student's shards")] = Path("demo/shards"),
+    tests: Annotated[Path, typer.Option(help="folder for what students are judged by")] = Path("demo/tests"),
+) -> None:
+    """Write the demo's shards: emoji with captions to learn from, and others to be judged by."""
+    from reinforce.demo.data import write_shards, write_tests
 
     paths = write_shards(out)
     print(f"data: {len(paths)} shards in {out} (Twemoji, CC-BY 4.0, see {out / 'CREDITS.txt'})")
+    paths = write_tests(tests)
+    print(f"data: {len(paths)} shards in {tests} (OpenMoji, CC BY-SA 4.0), which no student learns from")
 
 
 @app.command()
-def concepts(
-    style: Annotated[str, typer.Option(help="who drew them: twemoji or openmoji")] = "openmoji",
-    out: Annotated[Path, typer.Option(help="folder for the shards")] = Path("demo/openmoji"),
+def lessons(
+    out: Annotated[Path, typer.Option(help="folder for the shards")] = Path("demo/lessons"),
+    fetched: Annotated[Path, typer.Option(help="folder for what npm brings")] = Path("demo/npm"),
 ) -> None:
-    """Write the emoji that students are asked to name, in one style, with class and group beside the caption."""
-    from reinforce.demo.data import write_concepts
-    from reinforce.demo.styles import STYLES
+    """Write what the demo's teachers learn from: eight styles, six of which npm fetches."""
+    from reinforce.demo.lessons import write_lessons
 
-    if style not in STYLES:
-        raise UserError(f"--style {style}: want one of {', '.join(STYLES)}")
-    paths = write_concepts(out, style)
-    print(f"concepts: {len(paths)} shards of {style} in {out} (authors and licence: {out / 'CREDITS.txt'})")
+    paths = write_lessons(out, fetched)
+    print(f"lessons: {len(paths)} shards in {out} (authors and licences: CREDITS.txt in each folder)")
 
 
 @app.command()
-def models(
-    out: Annotated[Path, typer.Option(help="folder for the models")] = Path("demo/models"),
-    seed: Annotated[int, typer.Option(help="of the random weights")] = 0,
+def blanks(
+    lessons: Annotated[Path, typer.Option(help="folder of the shards whose captions make the vocabulary")] = Path(
+        "demo/lessons"
+    ),
+    out: Annotated[Path, typer.Option(help="folder for the models")] = Path("demo/blanks"),
 ) -> None:
-    """Write the demo's teachers and captioner."""
-    from reinforce.demo.models import write_models
+    """Write the demo's teachers and captioner as their trainings start."""
+    from reinforce.demo.models import write_blanks
 
-    folders = write_models(out, seed)
-    print(f"models: {', '.join(folder.name for folder in folders)} in {out}")
-    print("models: weights are random until trained ones exist, so embeddings and captions mean nothing yet")
+    folders = write_blanks(out, lessons)
+    print(f"blanks: {', '.join(folder.name for folder in folders)} in {out}, which know nothing yet")
+
+
+@app.command()
+def keep(
+    trained: Annotated[Path, typer.Argument(help="an exported model, such as demo/teachers/conv-64/student")],
+    folder: Annotated[Path, typer.Argument(help="where it goes, such as configs/demo-models/conv-64")],
+) -> None:
+    """Copy a trained model in float16, to be committed."""
+    from reinforce.demo.models import keep
+
+    print(f"keep: {folder}, {keep(trained, folder) / 1e6:.1f} MB of weights")
 
 
 @app.command()
@@ -58,6 +72,31 @@ def show(
     from reinforce.demo.show import show_dataset
 
     show_dataset(dataset, picture)
+
+
+@app.command()
+def students(
+    out: Annotated[Path, typer.Option(help="folder for the students")] = Path("demo/students"),
+    seed: Annotated[int, typer.Option(help="of both trainings")] = 0,
+) -> None:
+    """Train a plain and a distilled student, at equal steps from equal starts."""
+    from reinforce.demo.compare import ARMS, CONFIG, student_config
+    from reinforce.student.train import train
+
+    for arm, changes in ARMS.items():
+        print(" ".join(["reinforce train", CONFIG, *(f"--set {change}" for change in changes)]), flush=True)
+        train(student_config(arm, out / arm, seed))
+
+
+@app.command()
+def compare(
+    students: Annotated[Path, typer.Argument(help="folder of the students")] = Path("demo/students"),
+    out: Annotated[Path, typer.Option(help="folder for results.json and curves.png")] = Path("demo"),
+) -> None:
+    """What the two students can do, as a table."""
+    from reinforce.demo.compare import compare
+
+    compare(students, out)
 
 
 if __name__ == "__main__":

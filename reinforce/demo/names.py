@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 
-TONES = {"1f3fb": "light", "1f3fc": "medium light", "1f3fd": "medium", "1f3fe": "medium dark", "1f3ff": "dark"}
+TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 _VARIATION = "fe0f"
 
 #: Emoji that the drawings have and the list of names does not, by code points without tones and FE0F.
@@ -53,21 +53,17 @@ _NEWER["2764"] = ("red heart", "Smileys & Emotion")  # Unicode calls it HEAVY BL
 
 @dataclass(frozen=True)
 class Emoji:
-    """One emoji: ``key`` is its code points, ``phrase`` a noun phrase ('a red apple'), ``tones`` skin tones."""
+    """One emoji: ``key`` is its code points, ``phrase`` a noun phrase ('a red apple')."""
 
     key: str
     phrase: str
     category: str
-    tones: tuple[str, ...]
 
     @property
     def caption(self) -> str:
         """One sentence; the template is chosen by a hash of the key."""
         template = _TEMPLATES[hashlib.blake2b(self.key.encode()).digest()[0] % len(_TEMPLATES)]
-        text = template.format(phrase=self.phrase, category=self.category)
-        if self.tones:
-            text += f", {' and '.join(self.tones)} skin tone{'s' * (len(self.tones) > 1)}"
-        return text
+        return template.format(phrase=self.phrase, category=self.category)
 
 
 _TEMPLATES = (
@@ -94,15 +90,17 @@ def read_names() -> dict[str, tuple[str, str, str]]:
 
 
 def name_emoji(keys: Iterable[str]) -> list[Emoji]:
-    """The emoji among ``keys`` (file stems such as '1f44b-1f3fd') that have a name, in the order of their keys."""
+    """The emoji among ``keys`` (file stems such as '1f34e') that have a name, in the order of their keys.
+
+    Skin tones ('1f44b-1f3fd') are left out: their drawings differ in a colour.
+    """
     names = read_names()
     emoji = []
     for key in sorted(keys):
-        if bare(key) not in names:
+        if bare(key) not in names or set(TONES) & set(key.split("-")):
             continue
         name, short_name, category = names[bare(key)]
-        tones = tuple(dict.fromkeys(TONES[code] for code in key.split("-") if code in TONES))
-        emoji.append(Emoji(key, phrase(name, short_name), category.lower().replace("&", "and"), tones))
+        emoji.append(Emoji(key, phrase(name, short_name), category.lower().replace("&", "and")))
     return emoji
 
 

@@ -22,16 +22,6 @@ from reinforce.image import decode
 from reinforce.summary import human_bytes
 
 _PICTURED = 8
-_NEXT = """\
-What to try next
-  reinforce status {dataset}
-      the state of every layer
-  reinforce run configs/demo.yaml
-      the same run again: nothing is missing, so nothing is computed
-  uncomment `resnet-64` in configs/demo.yaml and run again
-      a teacher is added: only its layers are computed
-  README.md
-      reading a dataset, training a student, your own data, your own teachers"""
 
 
 def show_dataset(dataset: str | Path, picture: str | Path) -> None:
@@ -45,8 +35,7 @@ def show_dataset(dataset: str | Path, picture: str | Path) -> None:
     cards = list(_cards(root, shards[0].name))
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(cards).save(picture)
-    print(f"{picture} shows {len(cards)} images, each followed by its replayed augmentations\n")
-    print(_NEXT.format(dataset=root))
+    print(f"{picture} shows {len(cards)} images, each followed by its replayed augmentations")
 
 
 def tree(root: Path) -> list[str]:

