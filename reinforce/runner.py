@@ -94,7 +94,7 @@ def _forget_quarantine(plan: Plan, store: Store) -> None:
     planned = {work.shard for work in plan.work}
     for layer in plan.layers:
         for shard in given_up(store, layer, store.shards(layer)) & planned:
-            store.fs.rm_file(store.quarantine_path(layer, shard))
+            store.forget_quarantine(layer, shard)
 
 
 @contextlib.contextmanager

@@ -186,6 +186,11 @@ class Store:
         rows: list[dict[str, str | None]] = pq.read_table(pa.BufferReader(content)).to_pylist()
         return rows
 
+    def forget_quarantine(self, layer: str, shard: str) -> None:
+        """Remove a quarantine file."""
+        with self._asked("removed", "quarantine", layer, f"{shard}.parquet"):
+            self.fs.rm_file(self.quarantine_path(layer, shard))
+
     @contextlib.contextmanager
     def open_layer(
         self, layer: str, shard: str, fingerprint: str | None = None, *, whole: bool = True
