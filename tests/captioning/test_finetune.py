@@ -156,6 +156,6 @@ def test_faults_are_told_before_anything_runs(tmp_path: Path, capsys: pytest.Cap
     assert "give either `source` or `share`" in fault("held_out.source=x")
     assert "want one of cider, bleu, token_accuracy" in fault("evaluate.best=caption_loss")
     assert "evaluate.generate: max_length" in fault("evaluate.generate.min_length=9")
-    assert "exceeds its context of 76" in fault("evaluate.generate.max_length=90")
+    assert "exceeds the 77 tokens" in fault("evaluate.generate.max_length=90")
     assert "data.crop: want 0 < low" in fault("data.crop=[0.9, 1.1]") or "want 0 < low" in fault("data.crop=[0.9,1.1]")
     assert "images are held out" in fault("held_out.share=1.0e-9")

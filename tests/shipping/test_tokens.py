@@ -45,8 +45,12 @@ def test_real_texts_have_the_tokens_of_open_clip() -> None:
     agree([text for text in texts if not text.isascii()])
 
 
+#: Without what is no character in some version of Unicode: libraries know different ones.
+CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cn"])
+
+
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.one_of(st.text(st.characters(codec="utf-8"), max_size=8), st.sampled_from(PARTS)), max_size=8))
+@given(st.lists(st.one_of(st.text(CHARACTERS, max_size=8), st.sampled_from(PARTS)), max_size=8))
 def test_any_text_has_the_tokens_of_open_clip(parts: list[str]) -> None:
     text = "".join(parts)
     assume(ftfy.fix_encoding(text) == text)  # what was decoded wrongly is repaired by open_clip alone
