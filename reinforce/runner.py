@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +75,22 @@ def as_config(config: Config | str | Path | dict[str, Any]) -> Config:
 def check_source(plan: Plan) -> None:
     """Raise UserError if the first, a middle and the last shard to read are all out of reach."""
     urls = [work.url for work in plan.work if SAMPLES in work.layers]
-    faults = []
-    probes = {urls[0], urls[len(urls) // 2], urls[-1]} if urls else set()
-    for url in probes:
-        try:
-            fs, path = filesystem(url)
-            if fs.exists(path):
-                return
-            faults.append(f"{canonical(url)} does not exist")
-        except Exception as error:
-            faults.append(f"{canonical(url)}: {type(error).__name__}: {error}")
-    if faults:
+    probes = sorted({urls[0], urls[len(urls) // 2], urls[-1]}) if urls else []
+    with ThreadPoolExecutor(3) as pool:  # since a storage that is silent lets each wait for minutes
+        faults = [*pool.map(_fault, probes)]
+    if faults and None not in faults:
         raise UserError(
-            f"source cannot be read: {'; '.join(sorted(faults))}. Check the URL pattern and the credentials."
+            f"source cannot be read: {'; '.join(map(str, faults))}. Check the URL pattern and the credentials."
         )
+
+
+def _fault(url: str) -> str | None:
+    """What is wrong with a file, if anything is."""
+    try:
+        fs, path = filesystem(url)
+        return None if fs.exists(path) else f"{canonical(url)} does not exist"
+    except Exception as error:  # each driver has its own exceptions
+        return f"{canonical(url)}: {type(error).__name__}: {error}"
 
 
 def _forget_quarantine(plan: Plan, store: Store) -> None:

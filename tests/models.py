@@ -35,7 +35,8 @@ class Colour:
         self._letters = torch.randn(128, dim, generator=generator).to(device)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        time.sleep(self.delay or float(os.environ.get("TESTS_DELAY", "0")))
+        if not os.path.exists(os.environ.get("TESTS_UNTIL", "")):
+            time.sleep(self.delay or float(os.environ.get("TESTS_DELAY", "0")))
         return _unit(pixels.flatten(1) @ self._pixels)
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:

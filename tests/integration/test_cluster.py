@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+import reinforce
 from tests.conftest import config_of, tree
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ import json, subprocess, sys, time
 from pathlib import Path
 from ray.cluster_utils import Cluster
 
-config, output, log = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+config, output, log, quick = sys.argv[1], Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 
 def events(kind):
     lines = [l for p in output.glob("runs/*/events-*.jsonl") for l in p.read_text().splitlines()]
@@ -43,6 +44,7 @@ with open(log, "w") as out:
     second = cluster.add_node(num_cpus=1)
     wait(lambda: len(events("worker_started")) >= 2)
     cluster.remove_node(first, allow_graceful=False)
+    quick.touch()
     status = run.wait(150)
 print(json.dumps({"status": status, "died": events("worker_died"), "quarantined": events("shard_quarantined")}))
 cluster.shutdown()
@@ -50,20 +52,16 @@ cluster.shutdown()
 
 
 def test_the_pool_follows_the_cluster_and_a_lost_node_costs_no_shard(
-    shards: Callable[..., str], tmp_path: Path
+    ray_session: None, shards: Callable[..., str], tmp_path: Path
 ) -> None:
-    source = shards(*[32] * 40)
-
-    def config(output: str) -> dict[str, Any]:
-        made = config_of(source, tmp_path / output, captioners={})
-        made["teachers"] = {"red": {"class": "tests.models:Colour", "options": {"delay": 0.3}}}
-        return {**made, "workers": {"batch": 32}}
-
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config("out")))
+    config = config_of(shards(*[32] * 40), tmp_path / "out", captioners={}, workers={"batch": 32})
+    config["teachers"] = {"red": {"class": "tests.models:Colour"}}
+    path, quick = tmp_path / "config.yaml", tmp_path / "quick"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(path), str(tmp_path / "out"), str(tmp_path / "log")],
+        [sys.executable, "-c", SCRIPT, str(path), str(tmp_path / "out"), str(tmp_path / "log"), str(quick)],
         cwd=ROOT,
+        env={**os.environ, "TESTS_DELAY": "1", "TESTS_UNTIL": str(quick), "RAY_raylet_start_wait_time_s": "240"},
         capture_output=True,
         text=True,
         timeout=540,
@@ -75,4 +73,5 @@ def test_the_pool_follows_the_cluster_and_a_lost_node_costs_no_shard(
     assert found["status"] == 0, log
     assert [event["node_lost"] for event in found["died"]] == [True]
     assert found["quarantined"] == []
-    assert len(tree(tmp_path / "out")) == 40 * 3 + 1
+    assert reinforce.run({**config, "output": str(tmp_path / "whole")}).status == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
