@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,7 +221,10 @@ def _screen(config: TuneConfig, checked: Checked) -> dict[str, Screened]:
 
 
 def _stage(config: TuneConfig, base: Base, search: Search, settings: list[Setting]) -> dict[Trial, Outcome]:
-    """Train settings with the first seed, and those left with the others; all at once where none is stopped."""
+    """Train settings with the first seed, and those left with the others; all at once where none is stopped.
+
+    What was stopped next to a plateau is trained to the end after all, else nobody knew where the plateau ends.
+    """
     if not settings:
         return {}
     if config.early_stopping is None:
@@ -230,8 +233,19 @@ def _stage(config: TuneConfig, base: Base, search: Search, settings: list[Settin
     first, *others = config.seeds
     outcomes = search.run({trial: base.of(trial) for trial in (Trial(s, first) for s in settings)}, judged=True)
     left = [trial.setting for trial, outcome in outcomes.items() if outcome.state == "finished"]
-    trials = {trial: base.of(trial) for trial in (Trial(s, seed) for seed in others for s in left)}
-    return {**outcomes, **(search.run(trials, judged=False) if trials else {})}
+    again: Sequence[int] = others
+    after_all: set[Setting] = set()
+    while left:
+        trials = {trial: base.of(trial) for trial in (Trial(s, seed) for seed in again for s in left)}
+        if trials:
+            outcomes = {**outcomes, **search.run(trials, judged=False)}
+        ends = [row for curve in curves_of(rows_of(outcomes, config.seeds)) for row in curve.neighbours]
+        left = list(dict.fromkeys(r.setting for r in ends if r.state == "stopped" and r.setting not in after_all))
+        after_all.update(left)
+        again = config.seeds
+        if left:
+            search.screen.say(f"to tell where plateaus end: {', '.join(s.name for s in left)}, after all")
+    return outcomes
 
 
 def _found(config: TuneConfig, rows: list[Row]) -> dict[str, float]:

@@ -33,7 +33,8 @@ Scales = Annotated[list[Scale], BeforeValidator(_grid)]
 class EarlyStopping(Section):
     """ASHA (arXiv 1810.05934): a trial goes on beyond a rung if it is among the best there so far.
 
-    It judges the trials of the first seed. The settings it leaves are trained with the other seeds, to the end.
+    It judges the trials of the first seed. The settings it leaves, and those next to the best, without which no plateau
+    can be told, are trained with the other seeds, to the end.
     """
 
     grace: float = Field(0.3, gt=0, lt=1, description="share of a trial's steps at the first rung")

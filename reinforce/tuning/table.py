@@ -75,6 +75,16 @@ class Curve:
     best: float | None
     plateau: Plateau | None
 
+    @property
+    def neighbours(self) -> list[Row]:
+        """What stands next to the plateau, or to the best alone where no plateau is known."""
+        if self.best is None:
+            return []
+        low, high = (self.best, self.best) if self.plateau is None else (self.plateau.low, self.plateau.high)
+        below = [row for value, row in self.rows if value < low]
+        above = [row for value, row in self.rows if value > high]
+        return below[-1:] + above[:1]
+
     def text(self) -> str:
         """The plateau by name."""
         if self.best is None:

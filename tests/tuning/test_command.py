@@ -76,7 +76,7 @@ def test_a_tuning_from_its_screening_to_a_config_that_trains(
     assert (curve["axis"], table["found"]) == ("red", {"red": curve["best"]})
     assert curve["told"] in said.replace("\n", " ")
     finished = [row for row in table["rows"] if row["state"] == "finished"]
-    assert finished
+    assert len(finished) == 2  # one was stopped, perhaps, and trained on as the other's neighbour
     for row in finished:
         for seed, value in row["values"].items():
             results = json.loads((output / "trials" / f"red-{row['red']:g}_seed-{seed}" / "results.json").read_text())

@@ -48,6 +48,7 @@ def test_a_plateau_may_be_wider_where_trials_were_stopped() -> None:
     assert found.plateau is not None
     assert (found.plateau.low, found.plateau.high, found.plateau.unknown) == (20.0, 40.0, ["below"])
     assert "the value below it was not trained to the end" in found.text()
+    assert [row.setting.scales["red"] for row in found.neighbours] == [10.0, 80.0]
 
 
 def test_one_seed_tells_no_plateau_and_a_missing_seed_no_mean() -> None:
