@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SECONDS ?= 600
+ROUNDS ?= 10
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-captions bench-latency bench-transfer lint clean fuzz soak audit
@@ -53,9 +54,9 @@ bench-loader: $(INSTALLED) ## how fast a student's images come, beside bare deco
 bench-captions: $(INSTALLED) ## decoding of CoCa's captions beside open_clip's own (ten minutes)
 	$(BIN)/python -m benchmarks.captions
 
-bench-latency: $(INSTALLED) ## MobileCLIP2 beside ViT-L/14 on one core, in torch and onnxruntime (fifteen minutes)
+bench-latency: $(INSTALLED) ## MobileCLIP2 beside ViT-L/14 on one core (minutes)
 	$(BIN)/reinforce latency MobileCLIP2-S0 MobileCLIP2-S2 MobileCLIP2-B MobileCLIP2-S3 MobileCLIP2-S4 ViT-L-14 \
-		--threads 1 --clock process --rounds 10 --onnx --json benchmarks/results/latency.json
+		--threads 1 --clock process --rounds $(ROUNDS) --json benchmarks/results/latency.json
 
 fuzz: $(INSTALLED) ## broken shards, images and texts at random, for SECONDS (default 600)
 	$(BIN)/python -W ignore -m tests.fuzz --seconds $(SECONDS)

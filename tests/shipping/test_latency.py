@@ -124,3 +124,18 @@ def test_what_cannot_be_measured_is_told(latency: Told, tmp_path: Path) -> None:
     }.items():
         status, _, err = latency(model)
         assert (status, told in err) == (2, True)
+
+
+def test_the_documentation_shows_what_was_measured() -> None:
+    root = Path(__file__).parents[2]
+    found = json.loads((root / "benchmarks" / "results" / "latency.json").read_text())
+    rows = [line.strip("| ").split(" | ") for line in (root / "docs" / "latency.md").read_text().splitlines()]
+    table = {row[0]: row for row in rows if row[0] in found["models"]}
+    assert list(table) == list(found["models"])
+    slowest = found["models"]["ViT-L-14"]["milliseconds"]["torch"]
+    for model, about in found["models"].items():
+        times = about["milliseconds"]["torch"]
+        image, text = (times[side]["median"] for side in ("image", "text"))
+        assert [cell.split()[0] for cell in table[model][3:5]] == [f"{image:.1f}", f"{text:.1f}"]
+        both = slowest["image"]["median"] + slowest["text"]["median"]
+        assert table[model][5:] == [f"{slowest['image']['median'] / image:.1f}", f"{both / (image + text):.1f}"]
