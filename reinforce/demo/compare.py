@@ -57,8 +57,10 @@ What to try next
       a longer training
   reinforce evaluate {students}/plain {students}/distilled --config configs/student-demo.yaml
       both students, judged again
+  make bench-transfer
+      this table over three seeds; it writes docs/transfer.md
   README.md
-      reading a dataset, your own data, your own teachers; docs/transfer.md has this table over several seeds"""
+      reading a dataset, your own data, your own teachers"""
 
 
 def student_config(arm: str, folder: str | Path, seed: int = 0, changes: Sequence[str] = ()) -> StudentConfig:

@@ -21,7 +21,7 @@ from reinforce.errors import UserError
 from reinforce.image import decode
 from reinforce.summary import human_bytes
 
-_PICTURED = 8
+_PICTURED, _REPLAYED = 8, 4
 
 
 def show_dataset(dataset: str | Path, picture: str | Path) -> None:
@@ -35,7 +35,7 @@ def show_dataset(dataset: str | Path, picture: str | Path) -> None:
     cards = list(_cards(root, shards[0].name))
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(cards).save(picture)
-    print(f"{picture} shows {len(cards)} images, each followed by its replayed augmentations")
+    print(f"{picture} shows {len(cards)} images, each followed by augmentations replayed")
 
 
 def tree(root: Path) -> list[str]:
@@ -110,7 +110,7 @@ def _cards(root: Path, shard: str) -> Iterator[Card]:
             continue
         seen.add(category)
         image = decode(_encoded(sample), Limits())
-        replays = [replay(image, augmentation) for augmentation in from_records(sample["augmentations"])]
+        replays = [replay(image, augmentation) for augmentation in from_records(sample["augmentations"])[:_REPLAYED]]
         texts = captions[row].as_py() or [] if captions is not None else []
         yield Card(image, replays, sample["caption"] or sample["key"], texts)
         if len(seen) == _PICTURED:
