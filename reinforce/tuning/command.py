@@ -194,7 +194,8 @@ def record(config: TuneConfig, tuned: Tuned) -> list[str]:
             manifest = read_manifest(store)
             for name, scale in scales.items():
                 plateau = plateaus.get(name)
-                flat = f", plateau {plateau.low:g} to {plateau.high:g}" if plateau else ""
+                wide = plateau is not None and plateau.low < plateau.high
+                flat = f", plateau {plateau.low:g} to {plateau.high:g}" if plateau and wide else ""
                 origin = f"tuned by {tuned.metric}{flat}, see {tuned.output}"
                 before = manifest["teachers"][name]
                 manifest = record_scales(manifest, {name: scale}, origin)
