@@ -6,7 +6,7 @@ SECONDS ?= 600
 ROUNDS ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-captions bench-latency bench-transfer lint clean fuzz soak audit
+.PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-captions bench-latency bench-transfer ablations lint clean fuzz soak audit
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -73,6 +73,9 @@ audit: $(INSTALLED) ## known vulnerabilities of the tested versions; fails where
 
 bench-transfer: $(INSTALLED) ## the demo's two students from three seeds each, after `make demo` (ten minutes)
 	$(BIN)/python -m benchmarks.transfer
+
+ablations: $(INSTALLED) ## the papers' questions at the demo's scale, after `make demo`; goes on where it was (hours)
+	$(BIN)/python -m benchmarks.ablations
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check

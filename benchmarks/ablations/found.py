@@ -1,0 +1,157 @@
+"""What folders say: which trainings are finished, and the numbers of the questions that are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from benchmarks.ablations.arms import Arm, Study
+from benchmarks.ablations.measures import BYTES, KEPT, REACH, Curve, Numbers, reached_at
+from benchmarks.ablations.questions import Question
+from reinforce.dataset import read_manifest
+from reinforce.demo.compare import MEASURES, measures
+from reinforce.errors import UserError
+from reinforce.layers import SAMPLES
+from reinforce.store import MANIFEST, Store
+from reinforce.student.config import StudentConfig
+from reinforce.student.train import job_of
+from reinforce.training.config import differences
+from reinforce.training.log import LOG
+from reinforce.training.results import Results, read_results
+
+_TRAINING = "training.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One seed of an arm. ``course`` is all that determines it: its config, its length, and what its dataset holds."""
+
+    name: str
+    config: StudentConfig
+    steps: int
+    course: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output)
+
+    def begin(self) -> None:
+        """Say in its folder what the training is. Raises UserError where there is another already."""
+        store = Store(self.config.output)
+        then = store.read_json(_TRAINING)
+        if then is None:
+            store.write_json(dict(self.course), _TRAINING)
+        elif changed := differences(then, self.course):
+            raise UserError(
+                f"{self.folder} is a training of another config or dataset:\n  " + "\n  ".join(changed) + "\n"
+                f"Delete {self.folder.parent} to train all anew, restore these values, or give another --out."
+            )
+
+    def results(self) -> Results | None:
+        """What came of it, if it has ended."""
+        store = Store(self.config.output)
+        if store.read_json(_TRAINING) != self.course:
+            return None
+        results = read_results(store)
+        return results if results is not None and results.steps == self.steps else None
+
+    @property
+    def step(self) -> int:
+        """The last step that its log knows."""
+        rows = _rows(self.folder)
+        return int(rows[-1]["step"]) if rows else 0
+
+
+def training_of(study: Study, arm: Arm, seed: int) -> Training | None:
+    """One seed of an arm; None while its dataset has not been begun."""
+    config, manifest = study.student(arm, seed), _manifest(study, arm.dataset)
+    if manifest is None:
+        return None
+    course = {
+        "train.steps": study.steps,
+        **job_of(config).course,
+        **{f"fingerprint of {name}": layer["fingerprint"] for name, layer in manifest["layers"].items()},
+        **{f"logit scale of {name}": teacher["logit_scale"] for name, teacher in manifest["teachers"].items()},
+    }
+    return Training(f"{arm.name}-{seed}", config, study.steps, json.loads(json.dumps(course)))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question with the numbers of all its arms and seeds.
+
+    ``curves`` hold a curve for each seed by label and measure, where a question follows arms over steps.
+    """
+
+    question: Question
+    numbers: Numbers
+    curves: Mapping[str, Mapping[str, Sequence[Curve]]] = field(default_factory=dict)
+
+
+def answer(study: Study, question: Question, seeds: int) -> Answer | None:
+    """None unless every arm has ended with every seed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    curves: dict[str, dict[str, list[Curve]]] = {}
+    for arm in question.arms:
+        trainings = [training_of(study, arm, seed) for seed in range(seeds)]
+        rows: dict[str, list[float]] = {}
+        for training in trainings:
+            results = None if training is None else training.results()
+            if training is None or results is None:
+                return None
+            for name, value in measures(results).items():
+                rows.setdefault(name, []).append(value)
+            if question.target is not None:
+                for name, (_, metric) in MEASURES.items():
+                    curves.setdefault(arm.label, {}).setdefault(name, []).append(_curve(training.folder, metric))
+        if BYTES in question.columns:
+            rows[BYTES] = [bytes_per_sample(study.dataset_url(arm.dataset))] * seeds
+        found[arm.label] = rows
+    return derived(Answer(question, found, curves))
+
+
+def derived(given: Answer) -> Answer:
+    """The answer with what follows from its numbers: KEPT, and steps to the accuracy of the target."""
+    question, numbers = given.question, {label: dict(values) for label, values in given.numbers.items()}
+    for label, clean in question.clean.items():
+        pairs = zip(numbers[label]["own_style"], numbers[clean]["own_style"], strict=True)
+        numbers[label][KEPT] = [value / before if before else 0.0 for value, before in pairs]
+    if question.target is not None:
+        for label, by_measure in given.curves.items():
+            for name, curves in by_measure.items():
+                finals = numbers[question.target][name]
+                numbers[label][name + REACH] = [
+                    reached_at(curve, final) for curve, final in zip(curves, finals, strict=True)
+                ]
+    return Answer(question, numbers, given.curves)
+
+
+def bytes_per_sample(url: str) -> float:
+    """Bytes of all files of embeddings of a local dataset, over its samples."""
+    folder = Path(url)
+    size = sum(path.stat().st_size for path in (folder / "embeddings").rglob("*.parquet"))
+    return size / sum(pq.read_metadata(path).num_rows for path in (folder / SAMPLES).rglob("*.parquet"))
+
+
+def _manifest(study: Study, dataset: str) -> dict[str, Any] | None:
+    store = Store(study.dataset_url(dataset))
+    return read_manifest(store) if Path(store.root, MANIFEST).exists() else None
+
+
+def _curve(folder: Path, metric: str) -> Curve:
+    return [(row["step"], row["metrics"][metric] or 0.0) for row in _rows(folder) if metric in row.get("metrics", {})]
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    try:
+        for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
+            rows.append(json.loads(line))
+    except (FileNotFoundError, ValueError):  # not begun, or cut in the middle by a kill
+        pass
+    return rows

@@ -1,0 +1,101 @@
+"""A picture for each question: accuracy of its arms, every seed a dot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.ablations.found import Answer
+from benchmarks.ablations.measures import ALL, Measure
+from reinforce.report import plots
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_GREY = "#6b7280"
+
+
+def draw(given: Answer, path: Path) -> None:
+    """PNG with a panel for each of the question's measures."""
+    question = given.question
+    sweep = question.axis is not None
+    height = 3.6 if sweep or given.curves else 1.4 + 0.42 * len(question.arms)
+    figure, axes = plots.figure(len(question.panels), width=3.3 * len(question.panels) + 1.0, height=height)
+    for number, (panel, name) in enumerate(zip(axes, question.panels, strict=True)):
+        if given.curves:
+            _curves(panel, given, name)
+        elif sweep:
+            _sweep(panel, given, name, number)
+        else:
+            _rows(panel, given, name, number)
+    plots.save(figure, str(path))
+
+
+def _rows(panel: Axes, given: Answer, name: str, number: int) -> None:
+    """An arm a line."""
+    arms = given.question.arms
+    for row, arm in enumerate(arms):
+        values = _shown(ALL[name], given.numbers[arm.label][name])
+        panel.plot(values, [row] * len(values), ".", color=plots.colour(row), alpha=0.5, markersize=6)
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        panel.errorbar(statistics.fmean(values), row, xerr=spread, color=plots.colour(row), marker="o", capsize=3)
+    panel.set_yticks(range(len(arms)), [arm.label if number == 0 else "" for arm in arms])
+    panel.set_ylim(len(arms) - 0.5, -0.5)
+    panel.set_xlim(left=0)
+    panel.grid(axis="x", color="#e1e4e8", linewidth=0.8)
+    plots.name(panel, ALL[name].title, _unit(ALL[name]), "")
+
+
+def _sweep(panel: Axes, given: Answer, name: str, number: int) -> None:
+    """Arms along an axis, and as levels those that have no place on it."""
+    from matplotlib.ticker import NullLocator
+
+    question, measure, colour = given.question, ALL[name], plots.colour(number)
+    if question.log:
+        panel.set_xscale("log")
+    points = []
+    for arm in question.arms:
+        values = _shown(measure, given.numbers[arm.label][name])
+        mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        if arm.x is None:
+            panel.axhline(mean, color=_GREY, linestyle="--", linewidth=1, label=arm.label)
+        else:
+            panel.plot([arm.x] * len(values), values, ".", color=colour, alpha=0.5, markersize=6)
+            points.append((arm.x, mean, spread))
+    places, means, spreads = zip(*points, strict=True)
+    label = f"mean and deviation of {len(values)} seeds"
+    panel.errorbar(places, means, yerr=spreads, color=colour, marker="o", markersize=4, capsize=3, label=label)
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.set_xticks(places, [f"{place:g}" for place in places])
+    low, high = panel.get_ylim()
+    panel.set_ylim(max(0.0, low), high + 0.25 * (high - low))  # room for the legend
+    plots.name(panel, measure.title, question.axis or "", _unit(measure))
+    plots.legend(panel)
+
+
+def _curves(panel: Axes, given: Answer, name: str) -> None:
+    """A measure over steps: each seed thin, their mean thick; the target's end as a level."""
+    for number, (label, curves) in enumerate(given.curves.items()):
+        colour = plots.colour(number)
+        steps = [step for step, _ in curves[name][0]]
+        seeds = [_shown(ALL[name], [value for _, value in curve]) for curve in curves[name]]
+        for values in seeds:
+            panel.plot(steps, values, color=colour, alpha=0.35, linewidth=0.8)
+        means = [statistics.fmean(at) for at in zip(*seeds, strict=True)]
+        panel.plot(steps, means, color=colour, marker="o", markersize=3, label=label)
+        if label == given.question.target:
+            panel.axhline(means[-1], color=_GREY, linestyle="--", linewidth=1)
+    panel.set_ylim(bottom=0)
+    plots.name(panel, ALL[name].title, "step", _unit(ALL[name]))
+    plots.legend(panel)
+
+
+def _shown(measure: Measure, values: Sequence[float]) -> list[float]:
+    """Shares in per cent."""
+    return [100 * value if measure.unit == "share" else value for value in values]
+
+
+def _unit(measure: Measure) -> str:
+    return {"share": "%", "seconds": "seconds", "bytes": "bytes", "steps": "steps"}[measure.unit]
