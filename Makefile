@@ -31,15 +31,12 @@ demo-teachers: $(INSTALLED) ## train the demo's teachers and captioner anew, whi
 	$(BIN)/python -m reinforce.demo lessons
 	$(BIN)/python -m reinforce.demo blanks
 	$(BIN)/reinforce run configs/demo-teachers/samples.yaml
-	$(BIN)/reinforce run configs/demo-teachers/names.yaml
 	$(BIN)/reinforce train configs/demo-teachers/conv-64.yaml
-	$(BIN)/reinforce train configs/demo-teachers/conv-64-names.yaml
-	$(BIN)/reinforce train configs/demo-teachers/vit-56.yaml
-	$(BIN)/reinforce train configs/demo-teachers/vit-56-names.yaml
+	$(BIN)/reinforce train configs/demo-teachers/conv-48.yaml
 	$(BIN)/reinforce finetune-captioner configs/demo-teachers/coca-pretrain.yaml
 	$(BIN)/reinforce finetune-captioner configs/demo-teachers/coca-finetune.yaml
-	$(BIN)/python -m reinforce.demo keep demo/teachers/conv-64-names/student configs/demo-models/conv-64
-	$(BIN)/python -m reinforce.demo keep demo/teachers/vit-56-names/student configs/demo-models/vit-56
+	$(BIN)/python -m reinforce.demo keep demo/teachers/conv-64/student configs/demo-models/conv-64
+	$(BIN)/python -m reinforce.demo keep demo/teachers/conv-48/student configs/demo-models/conv-48
 	$(BIN)/python -m reinforce.demo keep demo/teachers/coca-finetune/captioner configs/demo-models/coca-64
 
 test: $(INSTALLED) ## run the tests, two files at a time

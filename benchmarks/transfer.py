@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from reinforce.demo.compare import ARMS, MEASURES, SECONDS, measures, print_table, student_config
-from reinforce.student.train import train
+from reinforce.demo.compare import ARMS, MEASURES, SECONDS, changes, print_table, table_of
+from reinforce.demo.students import train_side_by_side
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 PAGE = Path(__file__).parents[1] / "docs" / "transfer.md"
@@ -64,15 +64,17 @@ _ROWS = {
 }
 
 
-def main(out: Path, seeds: int, changes: Sequence[str]) -> None:
-    """Train ``seeds`` students of each arm, with ``changes`` of their config, print the table and write it down."""
-    rows: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    steps = 0
-    for seed in range(seeds):
-        for arm in ARMS:
-            results = train(student_config(arm, out / f"{arm}-{seed}", seed, changes))
-            rows[arm].append(measures(results))
-            steps = results.steps
+def main(out: Path, seeds: int, more: Sequence[str]) -> None:
+    """Train ``seeds`` students of each arm, with ``more`` overrides, print the table and write it down."""
+    folders = {arm: [out / f"{arm}-{seed}" for seed in range(seeds)] for arm in ARMS}
+    train_side_by_side(
+        {
+            folders[arm][seed].name: [*changes(arm, folders[arm][seed], seed), *more]
+            for seed in range(seeds)
+            for arm in ARMS
+        }
+    )
+    rows, steps = table_of(folders)
     print_table(f"{seeds} seeds after {steps:,} steps: the mean (from the lowest to the highest)", rows)
     for name in ("unseen_style", "unseen_pictures"):
         plain, distilled = (statistics.fmean(row[name] for row in rows[arm]) for arm in ("plain", "distilled"))

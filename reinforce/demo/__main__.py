@@ -79,13 +79,11 @@ def students(
     out: Annotated[Path, typer.Option(help="folder for the students")] = Path("demo/students"),
     seed: Annotated[int, typer.Option(help="of both trainings")] = 0,
 ) -> None:
-    """Train a plain and a distilled student, at equal steps from equal starts."""
-    from reinforce.demo.compare import ARMS, CONFIG, student_config
-    from reinforce.student.train import train
+    """Train a plain and a distilled student, at equal steps from equal starts, side by side."""
+    from reinforce.demo.compare import ARMS, changes
+    from reinforce.demo.students import train_side_by_side
 
-    for arm, changes in ARMS.items():
-        print(" ".join(["reinforce train", CONFIG, *(f"--set {change}" for change in changes)]), flush=True)
-        train(student_config(arm, out / arm, seed))
+    train_side_by_side({arm: changes(arm, out / arm, seed) for arm in ARMS})
 
 
 @app.command()

@@ -63,9 +63,14 @@ What to try next
       reading a dataset, your own data, your own teachers"""
 
 
-def student_config(arm: str, folder: str | Path, seed: int = 0, changes: Sequence[str] = ()) -> StudentConfig:
-    """The config of one of ARMS, which writes to ``folder``. Raises UserError."""
-    return load_student_config(CONFIG, [*ARMS[arm], f"output={folder}", f"seed={seed}", *changes])
+def changes(arm: str, folder: str | Path, seed: int = 0) -> list[str]:
+    """What one of ARMS, which writes to ``folder``, has otherwise than CONFIG, for `reinforce train --set`."""
+    return [*ARMS[arm], f"output={folder}", f"seed={seed}"]
+
+
+def student_config(arm: str, folder: str | Path, seed: int = 0, more: Sequence[str] = ()) -> StudentConfig:
+    """The config of one of ARMS. Raises UserError."""
+    return load_student_config(CONFIG, [*changes(arm, folder, seed), *more])
 
 
 def measures(results: Results) -> dict[str, float]:
@@ -82,15 +87,24 @@ def compare(students: str | Path, out: str | Path) -> None:
 
     Raises UserError where a training has not ended.
     """
-    found = {arm: _results(Path(students) / arm) for arm in ARMS}
-    values = {arm: measures(results) for arm, results in found.items()}
-    steps = {results.steps for results in found.values()}
-    if len(steps) > 1:
-        raise UserError(f"the students learnt for {' and '.join(map(str, sorted(steps)))} steps: train them alike.")
-    print_table(f"two students after {steps.pop():,} steps", {arm: [row] for arm, row in values.items()})
+    rows, steps = table_of({arm: [Path(students) / arm] for arm in ARMS})
+    values = {arm: row for arm, (row,) in rows.items()}
+    print_table(f"two students after {steps:,} steps", rows)
     (Path(out) / "results.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     draw(Path(students), str(Path(out) / "curves.png"))
     print(f"{SPLITS}\n\n{_NEXT.format(students=students, out=out)}")
+
+
+def table_of(folders: Mapping[str, Sequence[Path]]) -> tuple[dict[str, list[dict[str, float]]], int]:
+    """The measures of each training of each name, and how many steps all have learnt for.
+
+    Raises UserError where a training has not ended, and where their steps differ.
+    """
+    found = {name: [_results(folder) for folder in several] for name, several in folders.items()}
+    steps = {results.steps for several in found.values() for results in several}
+    if len(steps) > 1:
+        raise UserError(f"the students learnt for {' and '.join(map(str, sorted(steps)))} steps: train them alike.")
+    return {name: [measures(results) for results in several] for name, several in found.items()}, steps.pop()
 
 
 def print_table(title: str, rows: Mapping[str, Sequence[Mapping[str, float]]]) -> None:

@@ -41,13 +41,13 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "preprocess_cfg": {"size": 64, **_OPENAI, "interpolation": "bicubic", "resize_mode": "shortest"},
     },
-    "vit-56": {
+    "conv-48": {
         "model_cfg": {
             "embed_dim": 96,
-            "vision_cfg": {"image_size": 56, "patch_size": 8, "width": 128, "layers": 3, "head_width": 32},
+            "vision_cfg": {"image_size": 48, "patch_size": None, "width": 16, "layers": [1, 1, 1, 1]},
             "text_cfg": _TEXT,
         },
-        "preprocess_cfg": {"size": 56, **_HALF, "interpolation": "bicubic", "resize_mode": "squash"},
+        "preprocess_cfg": {"size": 48, **_HALF, "interpolation": "bicubic", "resize_mode": "squash"},
     },
     "coca-64": {
         "model_cfg": {

