@@ -164,6 +164,12 @@ def test_credits_name_the_artists_and_the_licence(shards: list[Path]) -> None:
     assert "CC-BY 4.0" in text
 
 
+def test_drawings_fill_their_square(tests: Path) -> None:
+    for members in _all(sorted((tests / UNSEEN_PICTURES).glob("*.tar"))).values():
+        left, top, right, bottom = Image.open(io.BytesIO(members["png"])).convert("RGBA").getchannel("A").getbbox()
+        assert max(right - left, bottom - top) >= PIXELS - 2
+
+
 def test_a_quarter_of_the_concepts_is_kept_from_teachers_and_each_is_told_apart_by_name(
     shards: list[Path], tests: Path
 ) -> None:

@@ -24,6 +24,7 @@ from reinforce.demo.data import (
 )
 from reinforce.demo.models import MODELS
 from reinforce.demo.show import show_dataset
+from reinforce.demo.students import train_side_by_side
 from reinforce.demo.styles import PIXELS
 from reinforce.errors import UserError
 from reinforce.store import Store
@@ -201,3 +202,15 @@ def test_the_two_students_differ_in_what_they_learn_from_alone(monkeypatch: pyte
     assert plain == distilled
     assert plain["seed"] == 3
     assert {name for _, name in MEASURES.values()} <= set(student_config("plain", "out").evaluate.metrics)
+
+
+def test_a_training_that_fails_ends_those_beside_it_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    trainings = {name: [f"output=out/{name}", f"data.datasets=no-{name}"] for name in ("first", "second", "third")}
+    with pytest.raises(UserError, match=r"the training '(first|second)' ended with status 2"):
+        train_side_by_side(trainings)
+    printed = capfd.readouterr().out
+    assert re.search(r"(first |second) \| error: .*no-(first|second)", printed)
+    assert "third" not in printed

@@ -53,7 +53,7 @@ What was made
 What to try next
   reinforce run configs/demo.yaml
       the same run again: nothing is missing, so nothing is computed
-  reinforce train configs/student-demo.yaml --set train.steps=600 --set output=demo/students/longer
+  reinforce train configs/student-demo.yaml --set train.steps=1000 --set output=demo/students/longer
       a longer training
   reinforce evaluate {students}/plain {students}/distilled --config configs/student-demo.yaml
       both students, judged again

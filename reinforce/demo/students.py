@@ -46,7 +46,9 @@ def train_side_by_side(trainings: Mapping[str, Sequence[str]]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             tell(name, line.rstrip("\n"))
-        return process.wait()
+        if status := process.wait():
+            failed.set()
+        return status
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         started = {pool.submit(run, name, changes): name for name, changes in trainings.items()}
@@ -55,8 +57,8 @@ def train_side_by_side(trainings: Mapping[str, Sequence[str]]) -> None:
                 if status := ended.result():
                     raise UserError(f"the training {started[ended]!r} ended with status {status}; see its lines above.")
         finally:
+            failed.set()
             with telling:
-                failed.set()
                 for process in running:
                     if process.poll() is None:
                         process.terminate()
