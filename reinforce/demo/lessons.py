@@ -1,4 +1,4 @@
-"""What the demo's teachers learn from: eight styles, and of OpenMoji three quarters of the concepts alone."""
+"""What the demo's teachers learn from: three styles and five more for the vocabulary, and of OpenMoji three quarters of the concepts alone."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ what it does on bad days. Each round must end with every shard finished and the 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import secrets
@@ -45,6 +46,7 @@ class Soak:
     def run(self) -> None:
         from moto.server import ThreadedMotoServer
 
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # who asked for what
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         server.start()
         self.proxy = Proxy(0, server.get_host_and_port()[1])
@@ -164,10 +166,17 @@ class Soak:
         self._signal(signal.SIGKILL)
 
     def _driver_asked_to_stop(self) -> None:
-        self._signal(signal.SIGTERM)
+        self._ask(signal.SIGTERM)
 
     def _driver_interrupted(self) -> None:
-        self._signal(signal.SIGINT)
+        self._ask(signal.SIGINT)
+
+    def _ask(self, number: signal.Signals) -> None:
+        """A program that still loads its modules ends as any Python does: one that has begun to speak ends well."""
+        begun = time.monotonic()
+        while not self._log() and time.monotonic() - begun < 60:
+            time.sleep(0.2)
+        self._signal(number)
 
     def _signal(self, number: signal.Signals) -> None:
         assert self.driver is not None
