@@ -1,4 +1,7 @@
-"""What the demo's teachers learn from: three styles and five more for the vocabulary, and of OpenMoji three quarters of the concepts alone."""
+"""What the demo's models learn from: eight styles, and of OpenMoji three quarters of the concepts alone.
+
+The recipes train on three of them, Twemoji, OpenMoji and Noto; the captions of all make the vocabulary.
+"""
 
 from __future__ import annotations
 
