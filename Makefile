@@ -51,7 +51,7 @@ bench-step: $(INSTALLED) ## what a training step with stored targets costs besid
 bench-loader: $(INSTALLED) ## how fast a student's images come, beside bare decoding and webdataset (three minutes)
 	$(BIN)/python -m benchmarks.loader
 
-bench-captions: $(INSTALLED) ## decoding of CoCa's captions beside open_clip's own (ten minutes)
+bench-captions: $(INSTALLED) ## decoding of CoCa's captions beside open_clip's own (twenty minutes)
 	$(BIN)/python -m benchmarks.captions
 
 bench-latency: $(INSTALLED) ## MobileCLIP2 beside ViT-L/14 on one core (minutes)

@@ -69,7 +69,7 @@ class Case:
     rounds: int
 
 
-CASES = (Case("coca_ViT-B-32", images=4, rounds=3), Case("coca_ViT-L-14", images=4, rounds=3))
+CASES = (Case("coca_ViT-B-32", images=4, rounds=3), Case("coca_ViT-L-14", images=8, rounds=2))
 
 
 class Bench:
