@@ -44,6 +44,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
+from reinforce.shipping.machine import cpu_name
 from teachers.coca_decoder import CachedForward
 from teachers.decoding import greedy, sample
 from teachers.device import Accelerator
@@ -385,15 +386,6 @@ def main() -> int:
         RESULTS.write_text(json.dumps({**about, "targets": TARGETS, "models": results}, indent=2) + "\n")
     reached = all(r[f"speedup_{case}_length"] >= target for r in results.values() for case, target in TARGETS.items())
     return 0 if reached or options.quick else 1
-
-
-def cpu_name() -> str:
-    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 if __name__ == "__main__":

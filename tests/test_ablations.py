@@ -7,6 +7,7 @@ import math
 import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,12 +188,12 @@ def _answer(question: Question, levels: Mapping[str, float], seeds: int = 3) -> 
         numbers[arm.label] = dict.fromkeys((*MEASURES, SECONDS, BYTES), values)
         if question.target is not None:
             curves[arm.label] = {name: [[(50, v / 2), (100, v)] for v in values] for name in MEASURES}
-    return derived(Answer(question, numbers, curves))
+    return derived(Answer(question, numbers, "this one", curves))
 
 
 def _written(study: Study, answers: Sequence[Answer], folder: Path, seeds: int = 3) -> tuple[str, dict[str, object]]:
     told = page.about(study, seeds, [given.question.name for given in answers])
-    page.write(answers, told, folder / "page.md", folder / "numbers.json")
+    page.write(study, answers, told, folder / "page.md", folder / "numbers.json")
     return (folder / "page.md").read_text(), json.loads((folder / "numbers.json").read_text())
 
 
@@ -244,6 +245,30 @@ def test_pictures_and_what_follows_from_numbers(study: Study, tmp_path: Path) ->
     assert noise[wrong[0]][KEPT]["mean"] == pytest.approx(noise[wrong[0]]["own_style"]["mean"] / 0.101, rel=0.01)
     assert steps["plain"]["own_style" + REACH]["mean"] == 100
     assert steps["distilled"]["own_style" + REACH]["mean"] == pytest.approx(100 * 0.101 / 0.151, rel=0.01)
+
+
+def test_answers_stay_while_their_arms_do(study: Study, tmp_path: Path) -> None:
+    asked = questions(study)
+    given = [_rising(asked[name]) for name in ("noise", "steps")]
+    given[1].numbers["plain"]["own_style" + REACH] = [50.0, math.inf, 60.0]  # type: ignore[index]
+    text, numbers = _written(study, given, tmp_path)
+    kept = page.kept(study, 3, tmp_path / "numbers.json")
+    assert list(kept) == ["noise", "steps"]
+    assert _written(study, [*kept.values()], tmp_path / "again") == (text, numbers)
+    assert not page.kept(study, 2, tmp_path / "numbers.json")
+    assert not page.kept(study, 3, tmp_path / "nothing.json")
+    assert not page.kept(Study(study.out, ["train.steps=120"]), 3, tmp_path / "numbers.json")
+    numbers["questions"]["steps"]["recipe"] = "of other weights"  # type: ignore[index]
+    (tmp_path / "numbers.json").write_text(json.dumps(numbers))
+    assert list(page.kept(study, 3, tmp_path / "numbers.json")) == ["noise"]
+
+
+def test_machines_are_told_with_their_questions_where_they_differ(study: Study, tmp_path: Path) -> None:
+    asked = questions(study)
+    here, there = _rising(asked["lambda"]), replace(_rising(asked["scales"]), machine="another")
+    assert "(torch" in _written(study, [here], tmp_path)[0]
+    assert ";\nthis one).\n" in _written(study, [here], tmp_path)[0]
+    assert "\nthis one: Lambda; another: Logit scales).\n" in _written(study, [here, there], tmp_path)[0]
 
 
 def test_one_seed_concludes_nothing(study: Study) -> None:

@@ -34,12 +34,16 @@ def main(out: Path, names: Sequence[str], seeds: int, changes: Sequence[str], ad
     arms = {arm.name: arm for question in chosen for arm in question.arms}
     written: list[str] = []
 
+    before = page.kept(study, seeds)
+
     def write() -> None:
-        """Write the page anew if a further question is answered."""
-        answers = [found for question in every.values() if (found := answer(study, question, seeds)) is not None]
-        if (answered := [found.question.name for found in answers]) != written:
-            written[:] = answered
-            page.write(answers, page.about(study, seeds, answered, None if out == OUT else out))
+        """Write the page anew if a further question is answered; what it has of the same arms stays."""
+        here = {name: found for name in every if (found := answer(study, every[name], seeds)) is not None}
+        if [*here] != written:
+            written[:] = here
+            answers = [{**before, **here}[name] for name in every if name in here or name in before]
+            answered = [given.question.name for given in answers]
+            page.write(study, answers, page.about(study, seeds, answered, None if out == OUT else out))
             screen.say(f"{page.PAGE} and {page.RESULTS} have: {', '.join(answered)}")
 
     with contextlib.ExitStack() as stack:

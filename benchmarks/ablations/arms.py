@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +14,13 @@ from reinforce.demo.compare import CONFIG, student_config
 from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.training.loop import length
+from teachers import weights
 from teachers.spec import ModelSpec
 
 DEMO = "configs/demo.yaml"
 BASE = "base"
 WRONG = "wrong-captions"
+LOCAL = "local-dir:"
 #: Arms whose accuracy is followed over the steps, at so many points; others are judged at their end.
 FOLLOWED, POINTS = ("plain", "distilled"), 12
 #: A training takes one core, its reading included, so that as many run side by side as there are cores.
@@ -106,6 +109,15 @@ class Study:
     def dataset_config(self, name: str) -> Config:
         """The run that makes a dataset."""
         return load_config(DEMO, [*self.datasets[name], assigned("output", self.dataset_url(name))])
+
+    def recipe(self, arms: Sequence[Arm]) -> str:
+        """16 hex digits over all that determines these arms: configs of students and datasets, weights of the demo."""
+        students = [self.student(arm, 0).model_dump_json(exclude={"output", "seed"}) for arm in arms]
+        datasets = [self.dataset_config(arm.dataset).model_dump_json(exclude={"output"}) for arm in arms]
+        models = [model.model for model in (*self.demo.teachers.values(), *self.demo.captioners.values())]
+        folders = [Path(model.removeprefix(LOCAL)) for model in models if model.startswith(LOCAL)]
+        known = [weights.identity(file) for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+        return hashlib.sha256("\0".join([*students, *datasets, *known]).encode()).hexdigest()[:16]
 
     def dataset_url(self, name: str) -> str:
         return str(self.out / "datasets" / name)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from reinforce.dataset import read_manifest
 from reinforce.demo.compare import MEASURES, measures
 from reinforce.errors import UserError
 from reinforce.layers import SAMPLES
+from reinforce.shipping.machine import cpu_name
 from reinforce.store import MANIFEST, Store
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import job_of
@@ -83,13 +85,14 @@ def training_of(study: Study, arm: Arm, seed: int) -> Training | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """A question with the numbers of all its arms and seeds.
+    """A question with the numbers of all its arms and seeds, and the ``machine`` they were measured on.
 
     ``curves`` hold a curve for each seed by label and measure, where a question follows arms over steps.
     """
 
     question: Question
     numbers: Numbers
+    machine: str
     curves: Mapping[str, Mapping[str, Sequence[Curve]]] = field(default_factory=dict)
 
 
@@ -112,7 +115,7 @@ def answer(study: Study, question: Question, seeds: int) -> Answer | None:
         if BYTES in question.columns:
             rows[BYTES] = [bytes_per_sample(study.dataset_url(arm.dataset))] * seeds
         found[arm.label] = rows
-    return derived(Answer(question, found, curves))
+    return derived(Answer(question, found, this_machine(), curves))
 
 
 def derived(given: Answer) -> Answer:
@@ -128,7 +131,11 @@ def derived(given: Answer) -> Answer:
                 numbers[label][name + REACH] = [
                     reached_at(curve, final) for curve, final in zip(curves, finals, strict=True)
                 ]
-    return Answer(question, numbers, given.curves)
+    return replace(given, numbers=numbers)
+
+
+def this_machine() -> str:
+    return f"{cpu_name()}, {os.cpu_count()} cores"
 
 
 def bytes_per_sample(url: str) -> float:

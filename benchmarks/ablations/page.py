@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from benchmarks.ablations.arms import Study
 from benchmarks.ablations.claims import ERRORS, ERRORS_OF_PICKED, Verdict, agreement
 from benchmarks.ablations.found import Answer
 from benchmarks.ablations.measures import ALL
-from benchmarks.ablations.questions import questions
+from benchmarks.ablations.questions import Question, questions
 from reinforce.report import plots
 
 RESULTS = Path(__file__).parents[1] / "results" / "ablations.json"
@@ -47,8 +45,8 @@ further apart than the noise, which is {errors:g} standard errors of a differenc
 worst of several is taken; the error is from the deviations of all arms of the question together. That two arms are
 level says that {seeds} seeds do not tell them apart. *Own style* and the other sets are those of the demo: each picture
 is to be named among the names of all concepts, and for retrieval the right picture is to be among the five nearest to a
-caption. Seconds are of one core each, with as many trainings side by side as there are cores ({machine}, torch
-{torch}).
+caption. Seconds are of one core each, with as many trainings side by side as there are cores (torch {torch};
+{machines}).
 """
 _SECTION = """
 ## {title}
@@ -77,7 +75,6 @@ class About:
     batch: int
     seeds: int
     changes: Sequence[str]
-    machine: str
     torch: str
 
 
@@ -88,11 +85,36 @@ def about(study: Study, seeds: int, answered: Sequence[str], out: Path | None = 
     words += [word for change in study.changes for word in ("--set", change)]
     words += ["--out", str(out)] if out is not None else []
     command = " ".join([_PROGRAM, shlex.join(words)]).strip()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    return About(command, study.steps, study.batch, seeds, study.changes, machine, torch.__version__)
+    return About(command, study.steps, study.batch, seeds, study.changes, torch.__version__)
 
 
-def write(answers: Sequence[Answer], told: About, page: Path = PAGE, results: Path = RESULTS) -> None:
+def kept(study: Study, seeds: int, results: Path = RESULTS) -> dict[str, Answer]:
+    """Answers by question that ``write`` wrote down, of equal arms, steps and seeds, on whichever machine."""
+    found = json.loads(results.read_text()) if results.exists() else {"questions": {}}
+    now = json.loads(json.dumps(asdict(about(study, seeds, []))))
+    if any(found.get(key) != value for key, value in now.items() if key != "command"):
+        return {}
+    return {
+        name: _answer(question, found["questions"][name])
+        for name, question in questions(study).items()
+        if found["questions"].get(name, {}).get("recipe") == study.recipe(question.arms)
+    }
+
+
+def _answer(question: Question, found: Mapping[str, Any]) -> Answer:
+    """What ``_numbers`` has of it."""
+    numbers = {
+        label: {
+            name: [math.inf if value is None else value for value in values["seeds"]]
+            for name, values in arm.items()
+            if name != "arm"
+        }
+        for label, arm in found["arms"].items()
+    }
+    return Answer(question, numbers, found["machine"], found.get("curves", {}))
+
+
+def write(study: Study, answers: Sequence[Answer], told: About, page: Path = PAGE, results: Path = RESULTS) -> None:
     """Write the page, its pictures into a folder of its name beside it, and the numbers.
 
     Nothing stays there of questions without an answer.
@@ -105,7 +127,7 @@ def write(answers: Sequence[Answer], told: About, page: Path = PAGE, results: Pa
     for old in page.with_suffix("").glob("*.png"):
         if old.stem not in {given.question.name for given in answers}:
             old.unlink()
-    by_question = {given.question.name: _numbers(given, verdicts) for given, verdicts in judged}
+    by_question = {given.question.name: _numbers(study, given, verdicts) for given, verdicts in judged}
     found = {**asdict(told), "questions": by_question}
     plots.write((json.dumps(found, indent=2) + "\n").encode(), str(results))
     plots.write(text(judged, told).encode(), str(page))
@@ -124,7 +146,8 @@ def text(judged: Sequence[tuple[Answer, Sequence[Verdict]]], told: About) -> str
         title = given.question.title
         rows.append(f"| [{title}](#{_anchor(title)}) | {agreement(verdicts)} |")
     top = _TEXT.format(
-        **{key: getattr(told, key) for key in ("steps", "batch", "seeds", "machine", "torch")},
+        **{key: getattr(told, key) for key in ("steps", "batch", "seeds", "torch")},
+        machines=_machines(judged),
         command="make ablations            # this page" if told.command == _PROGRAM else told.command,
         summary="\n".join(rows),
         errors=ERRORS,
@@ -156,7 +179,7 @@ def _table(given: Answer) -> str:
     return "\n".join(lines)
 
 
-def _numbers(given: Answer, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def _numbers(study: Study, given: Answer, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """What results/ablations.json has of a question; None stands for never."""
     arms: dict[str, Any] = {}
     for arm in given.question.arms:
@@ -164,7 +187,8 @@ def _numbers(given: Answer, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         arms[arm.label] = {"arm": arm.name, **{name: _spread(values) for name, values in measured.items()}}
     curves = {label: {name: by[name] for name in given.question.panels} for label, by in given.curves.items()}
     judged = [asdict(verdict) for verdict in verdicts]
-    return {"title": given.question.title, "claims": judged, "arms": arms, **({"curves": curves} if curves else {})}
+    of_it = {"title": given.question.title, "machine": given.machine, "recipe": study.recipe(given.question.arms)}
+    return {**of_it, "claims": judged, "arms": arms, **({"curves": curves} if curves else {})}
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
@@ -173,6 +197,15 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
         return {"mean": None, "deviation": None, "seeds": finite}
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "deviation": deviation, "seeds": finite}
+
+
+def _machines(judged: Sequence[tuple[Answer, Sequence[Verdict]]]) -> str:
+    by_machine: dict[str, list[str]] = {}
+    for given, _ in judged:
+        by_machine.setdefault(given.machine, []).append(given.question.title)
+    if len(by_machine) == 1:
+        return next(iter(by_machine))
+    return "; ".join(f"{machine}: {', '.join(titles)}" for machine, titles in by_machine.items())
 
 
 def _anchor(title: str) -> str:
