@@ -2,18 +2,20 @@
 
 open_clip cleans a text in Python before it looks for words. Here the cleaning is written as normalizers: ftfy's
 tables (quotes, ligatures, widths, control characters), HTML entities, white space and case. What no table can say is
-left out: repairing text that was decoded by the wrong encoding, and entities that are neither of HTML 4 nor common.
+left out: repairing text that was decoded by the wrong encoding, entities that are neither of HTML 4 nor common, and
+that ftfy leaves entities alone beside a <, where open_clip reads them later and as HTML does.
 """
 
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Iterator, Mapping
-from html.entities import name2codepoint
+from html.entities import html5, name2codepoint
 from typing import Any
 
 import open_clip
-from ftfy.chardata import CONTROL_CHARS, LIGATURES, WIDTH_MAP
+from ftfy.chardata import CONTROL_CHARS, HTML_ENTITIES, LIGATURES, WIDTH_MAP
 from open_clip.tokenizer import HFTokenizer, get_clean_fn
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -33,6 +35,7 @@ PROBES = (
     "ＦＵＬＬ　ｗｉｄｔｈ １２３ ｶﾀｶﾅ",
     "cafe\u0301 by the A\u030angstro\u0308m line\u200b\ufeff",
     "family 👨‍👩‍👧‍👦 flag 🇨🇭 heart ❤️ thumbs 👍🏽",
+    "https://example.org/shop?item=cup&currency=EUR&copy=2&amp=3 &#39tis &copy2026 AT&ampT",
     "snake_case file-name.jpg https://example.org/a?b=c&d=e user@example.org #tag @you",
     "<start_of_text> <END_OF_TEXT> <mask> </s> [SEP]",
     "tab\tand\r\nlines\u2028and\u00a0spaces\u3000of\x1call\x85kinds",
@@ -47,7 +50,7 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 #: Control characters that were meant to be read as Windows-1252.
 _C1 = {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
 #: Characters that are often written as their number.
-_NUMBERED = (34, 38, 39, 60, 62, 160, 8211, 8212, 8216, 8217, 8220, 8221, 8226, 8230)
+_NUMBERED = (*map(ord, string.punctuation), 160, 8211, 8212, 8216, 8217, 8220, 8221, 8226, 8230)
 
 
 def shipped(model: str) -> Tokenizer:
@@ -121,7 +124,7 @@ def _cleaning(name: str) -> Iterator[normalizers.Normalizer]:
     """``get_clean_fn(name)`` of open_clip."""
     yield normalizers.Replace("&amp;", "&")
     for entity, character in _entities():
-        yield normalizers.Replace(entity, character)
+        yield normalizers.Replace(Regex(entity), character)
     yield normalizers.Replace(Regex("\x1b\\[[0-9;]*[a-zA-Z]"), "")
     yield from _table(_C1)
     yield from _table(LIGATURES)
@@ -141,11 +144,15 @@ def _cleaning(name: str) -> Iterator[normalizers.Normalizer]:
 
 
 def _entities() -> Iterator[tuple[str, str]]:
-    for name, code in name2codepoint.items():
-        yield f"&{name};", chr(code)
+    """Patterns of entities; numbers, and the oldest names within longer words, need no semicolon, as in HTML."""
+    known = {name.lower() for name in name2codepoint}
+    yield from ((entity, text) for entity, text in HTML_ENTITIES.items() if entity[1:-1].lower() in known)
     for code in _NUMBERED:
-        for number in {f"{code}", f"0{code}", f"x{code:x}", f"x{code:X}"}:
-            yield f"&#{number};", chr(code)
+        yield f"&#0?{code}(?:;|(?![0-9]))", chr(code)
+        yield f"(?i)&#x0?{code:x}(?:;|(?![0-9a-f]))", chr(code)
+    old = [name for name in html5 if not name.endswith(";")]
+    for name in sorted(old, key=lambda name: (name != "amp", -len(name))):
+        yield f"&{name};?", html5[name]
 
 
 def _table(table: Mapping[int, str | int | None]) -> Iterator[normalizers.Normalizer]:

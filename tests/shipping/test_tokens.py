@@ -20,12 +20,20 @@ from reinforce.student.tokens import Tokenizer as Reference
 from tests.student.students import student_folder
 
 NAME = "MobileCLIP2-S0"
-PARTS = ("“", "’", "ﬁ", "Ǆ", "Ｑ", "ｶ", "&amp;", "&quot;", "&#39;", "&eacute;", "\u00a0", "\u200b", "\r\n", "e\u0301")
+ENTITIES = ("&amp;", "&quot;", "&#39;", "&#39", "&copy", "&currency", "&eacute;", "&EACUTE;")
+PARTS = (*ENTITIES, "“", "’", "ﬁ", "Ǆ", "Ｑ", "ｶ", "\u00a0", "\u200b", "\r\n", "e\u0301")
 
 
 @cache
 def both() -> tuple[Tokenizer, Reference]:
     return tokens.shipped(NAME), Reference(NAME)
+
+
+def told_by_tables(text: str) -> bool:
+    """What was decoded wrongly is repaired by open_clip alone, in any of ftfy's rounds, as are entities beside a <."""
+    if ftfy.fix_text(text) != ftfy.fix_text(text, fix_encoding=False):
+        return False
+    return "<" not in text or ftfy.fix_text(text) == ftfy.fix_text(text, unescape_html=True)
 
 
 def agree(texts: list[str]) -> None:
@@ -39,10 +47,10 @@ def test_real_texts_have_the_tokens_of_open_clip() -> None:
     """The descriptions of what is installed here: English, Markdown, code, names of people from all over the world."""
     described = [found.metadata.get_payload() or found.metadata["Description"] or "" for found in distributions()]
     lines = {line for text in described for line in str(text).splitlines() if line.strip()}
-    texts = sorted(text for text in lines if ftfy.fix_encoding(text) == text)
+    texts = sorted(filter(told_by_tables, lines))
     assert len(texts) > 3000
     agree(texts[:: len(texts) // 3000])
-    agree([text for text in texts if not text.isascii()])
+    agree([text for text in texts if not text.isascii() or "&" in text])
 
 
 #: Without what is no character in some version of Unicode: libraries know different ones.
@@ -53,7 +61,7 @@ CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cn"])
 @given(st.lists(st.one_of(st.text(CHARACTERS, max_size=8), st.sampled_from(PARTS)), max_size=8))
 def test_any_text_has_the_tokens_of_open_clip(parts: list[str]) -> None:
     text = "".join(parts)
-    assume(ftfy.fix_encoding(text) == text)  # what was decoded wrongly is repaired by open_clip alone
+    assume(told_by_tables(text))
     agree([text])
 
 
