@@ -39,7 +39,7 @@ class Question:
     arms: Sequence[Arm]
     claims: Sequence[Claim]
     note: str = ""
-    columns: Sequence[str] = (*ACCURACY, SECONDS)
+    columns: Sequence[str] = ACCURACY
     panels: Sequence[str] = ACCURACY
     axis: str | None = None
     log: bool = False
@@ -71,6 +71,7 @@ def _ways(study: Study) -> Question:
         "Online, the same teachers see the same crops in every step. A step's seconds are those of one core, reading "
         "included. The demo's teachers are hardly larger than its student; those of the papers are many times as "
         "large, and cost as much more.",
+        columns=(*ACCURACY, SECONDS),
         panels=(OWN, UNSEEN, PICTURES, SECONDS),
     )
 
@@ -193,7 +194,7 @@ def _storage(study: Study) -> Question:
             for measure in (OWN, UNSEEN)
         ),
         "Bytes are those of the files of all embeddings, keys included.",
-        columns=(*ACCURACY, SECONDS, BYTES),
+        columns=(*ACCURACY, BYTES),
         panels=(OWN, UNSEEN, PICTURES, BYTES),
     )
 
@@ -218,7 +219,7 @@ def _noise(study: Study) -> Question:
         f"Of the student's samples, {share} have the caption of another sample, the same ones with every seed. The "
         "dataset is made from such shards: the teachers embed the wrong captions as they stand, and the captioner sees "
         "pictures alone. `Kept` is the accuracy on the own style beside that of the same seed with true captions.",
-        columns=(*ACCURACY, SECONDS, KEPT),
+        columns=(*ACCURACY, KEPT),
         panels=(OWN, UNSEEN, PICTURES, RETRIEVAL),
         clean={plain.label: "plain", distilled.label: "distilled"},
     )
