@@ -33,7 +33,6 @@ def main(out: Path, names: Sequence[str], seeds: int, changes: Sequence[str], ad
     chosen = [every[name] for name in names or every]
     arms = {arm.name: arm for question in chosen for arm in question.arms}
     written: list[str] = []
-
     before = page.kept(study, seeds)
 
     def write() -> None:
@@ -41,7 +40,8 @@ def main(out: Path, names: Sequence[str], seeds: int, changes: Sequence[str], ad
         here = {name: found for name in every if (found := answer(study, every[name], seeds)) is not None}
         if [*here] != written:
             written[:] = here
-            answers = [{**before, **here}[name] for name in every if name in here or name in before]
+            known = {**before, **here}
+            answers = [known[name] for name in every if name in known]
             answered = [given.question.name for given in answers]
             page.write(study, answers, page.about(study, seeds, answered, None if out == OUT else out))
             screen.say(f"{page.PAGE} and {page.RESULTS} have: {', '.join(answered)}")

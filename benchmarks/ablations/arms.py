@@ -15,12 +15,12 @@ from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.training.loop import length
 from teachers import weights
+from teachers.open_clip_catalog import FOLDER
 from teachers.spec import ModelSpec
 
 DEMO = "configs/demo.yaml"
 BASE = "base"
 WRONG = "wrong-captions"
-LOCAL = "local-dir:"
 #: Arms whose accuracy is followed over the steps, at so many points; others are judged at their end.
 FOLLOWED, POINTS = ("plain", "distilled"), 12
 #: A training takes one core, its reading included, so that as many run side by side as there are cores.
@@ -115,7 +115,7 @@ class Study:
         students = [self.student(arm, 0).model_dump_json(exclude={"output", "seed"}) for arm in arms]
         datasets = [self.dataset_config(arm.dataset).model_dump_json(exclude={"output"}) for arm in arms]
         models = [model.model for model in (*self.demo.teachers.values(), *self.demo.captioners.values())]
-        folders = [Path(model.removeprefix(LOCAL)) for model in models if model.startswith(LOCAL)]
+        folders = [Path(model.removeprefix(FOLDER)) for model in models if model.startswith(FOLDER)]
         known = [weights.identity(file) for folder in folders for file in sorted(folder.glob("*.safetensors"))]
         return hashlib.sha256("\0".join([*students, *datasets, *known]).encode()).hexdigest()[:16]
 
