@@ -279,7 +279,6 @@ class LayerWriter:
         self._parts = (layer.name, f"{shard}.parquet")
         self._stack = contextlib.ExitStack()
         self._file, self._local_path = self._stack.enter_context(store._staging())
-        plain = {f.name: "none" if f.name in _INCOMPRESSIBLE else "zstd" for f in schema}
         self._parquet = pq.ParquetWriter(
             self._file,
             schema.with_metadata(
@@ -290,8 +289,7 @@ class LayerWriter:
                     "reinforce.source": source,
                 }
             ),
-            compression=plain,
-            use_dictionary=[f.name for f in schema if f.name in ("augmentations", "image_ref")],
+            **_encodings(schema),
             write_statistics=["key"],
         )
         self.schema = schema
@@ -322,6 +320,24 @@ class LayerWriter:
             if self._parquet.is_open:
                 with contextlib.suppress(OSError):  # what is not committed need not be whole
                     self._parquet.close()
+
+
+def _encodings(schema: pa.Schema) -> dict[str, Any]:
+    """Compression and encoding of every column, as arguments of ParquetWriter.
+
+    It knows a nested column by the whole path of its values, ``augmentations.list.element.crop.top``, and ignores
+    shorter names. Parquet keeps int8 as 32-bit integers; by dictionary each is the one byte it was.
+    """
+    empty = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), empty)
+    columns = pq.ParquetFile(empty.getvalue()).schema
+    paths = {columns.column(i).path: columns.column(i).path.split(".")[0] for i in range(len(columns))}
+    tensors = [f.name for f in schema if isinstance(f.type, pa.FixedShapeTensorType) and f.type.value_type == pa.int8()]
+    few_values = ("augmentations", "image_ref", *tensors)
+    return {
+        "compression": {path: "none" if name in _INCOMPRESSIBLE else "zstd" for path, name in paths.items()},
+        "use_dictionary": [path for path, name in paths.items() if name in few_values],
+    }
 
 
 def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) -> None:

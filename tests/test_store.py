@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import schemas
+from reinforce.augment import sample, to_records
+from reinforce.config import Augmentations
 from reinforce.errors import UserError
 from reinforce.layers import Layer
 from reinforce.store import Store, footer_of
+from reinforce.vectors import encode
 from schemas import Reason
 
 LAYER = Layer("captions/c", "captions", "f00d", needs=("samples",), model="c", count=1)
@@ -53,6 +57,45 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path, url: str) -> None
         write()
     assert store.shards("captions/c") == {}
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def column_bytes(store: Store, layer: Layer, written: pa.Table) -> dict[str, float]:
+    """Bytes a row of each column, by its path in Parquet."""
+    with store.writer(layer, written.schema, "s", "u") as writer:
+        writer.write(written)
+        writer.commit()
+    with store.open_layer(layer.name, "s", layer.fingerprint) as file:
+        assert file.read() == written
+        group = file.metadata.row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    return {column.path_in_schema: column.total_compressed_size / written.num_rows for column in columns}
+
+
+def test_augmentation_records_and_captions_are_compressed(tmp_path: Path) -> None:
+    policy, keys = Augmentations(count=10), [str(i) for i in range(200)]
+    drawn = [to_records(sample(policy, 0, key, i, 640, 480) for i in range(10)) for key in keys]
+    rows = [
+        {"key": key, "width": 640, "height": 480, "image": b"", "augmentations": records}
+        for key, records in zip(keys, drawn, strict=True)
+    ]
+    samples = Layer("samples", "samples", "f00d")
+    sizes = column_bytes(Store(str(tmp_path)), samples, pa.Table.from_pylist(rows, schemas.samples_schema("embed")))
+    records = sum(size for path, size in sizes.items() if path.startswith("augmentations.")) / 10
+    assert records < 10, f"{records} bytes a record; 54 are its plain values"
+    texts = [[f"a picture of a dog and {i} other animals by the sea" for i in range(5)] for _ in keys]
+    sizes = column_bytes(Store(str(tmp_path)), LAYER, pa.table([keys, texts], schema=schemas.captions_schema()))
+    assert sizes["captions.list.element"] < 50, "of 250 bytes of text"
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("float16", 2), ("int8", 1)])
+def test_a_component_of_a_vector_takes_the_bytes_of_its_type(tmp_path: Path, dtype: str, width: int) -> None:
+    made = np.random.default_rng(0).normal(size=(256, 3, 64)).astype(np.float32)
+    schema = schemas.embeddings_schema(3, 64, dtype)
+    columns = [[str(i) for i in range(256)], *encode(made, dtype, np.ones(256, bool))]
+    layer = Layer("embeddings/t/images", "images", "f00d", ("samples",), "t", count=3, dim=64, dtype=dtype)
+    sizes = column_bytes(Store(str(tmp_path)), layer, pa.table(columns, schema=schema))
+    assert sizes["embeddings.list.element"] == pytest.approx(3 * 64 * width, rel=0.05)
+    assert sum(size for path, size in sizes.items() if path != "key") == pytest.approx(layer.row_bytes, rel=0.05)
 
 
 def test_another_fingerprint_is_refused_with_both_named(tmp_path: Path) -> None:
