@@ -211,16 +211,25 @@ class Store:
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[tuple[IO[bytes], str]]:
-        """A local temporary file, gone at the end unless it was published."""
-        path = os.path.join(self._temporary(), f"{_HALF}{uuid.uuid4().hex}")
-        file = open(path, "xb")  # noqa: SIM115 - what cannot be closed is not published either
+        """A local temporary file and its path; gone at the end unless it was published.
+
+        On the way to an object store it has no name, so that a process that is killed leaves nothing behind. For a
+        local dataset it lies in the dataset, where the next run sweeps it.
+        """
+        file: IO[bytes]
+        if self.local:
+            path = os.path.join(self._temporary(), f"{_HALF}{uuid.uuid4().hex}")
+            file = open(path, "xb")  # noqa: SIM115 - what cannot be closed is not published either
+        else:
+            file = tempfile.TemporaryFile()  # noqa: SIM115 - as above
+            path = f"/dev/fd/{file.fileno()}"
         try:
             yield file, path
         finally:
             with contextlib.suppress(OSError):
                 file.close()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+            if self.local:
+                Path(path).unlink(missing_ok=True)
 
     def _temporary(self) -> str:
         """Where files are made: for a local dataset, in its own file system."""

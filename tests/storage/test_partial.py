@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,21 @@ def test_a_process_killed_in_the_middle_of_an_upload_leaves_no_object(s3: s3fs.S
         process.wait()
     assert s3.find("bucket/killed", refresh=True) == []
     assert uploads(s3, "killed") == 1, "which costs money until a lifecycle rule ends it: see README.md"
+
+
+def test_a_process_killed_while_it_puts_a_file_leaves_none_on_its_machine(
+    s3: s3fs.S3FileSystem, s3_proxy: Proxy, tmp_path: Path
+) -> None:
+    code = "from reinforce.store import Store; Store('s3://bucket/put').write_bytes(b'whole', 'file')"
+    with s3_proxy.harm(hold, lambda request: request.method == "PUT") as reached:
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)})
+        while not reached:
+            assert process.poll() is None, "it ended before its request"
+        process.kill()
+        process.wait()
+    assert [*tmp_path.iterdir()] == []
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert s3.cat("bucket/put/file") == b"whole"
 
 
 def test_an_error_in_the_middle_of_an_upload_leaves_no_object(s3: s3fs.S3FileSystem, s3_proxy: Proxy) -> None:
