@@ -140,6 +140,11 @@ STORAGE = [
         f"{PARTIAL}::test_a_process_killed_in_the_middle_of_an_upload_leaves_no_object",
     ),
     (
+        "kill -9 while a file is put into an object store",
+        "the same, and nothing is left in the machine's temporary folder",
+        f"{PARTIAL}::test_a_process_killed_while_it_puts_a_file_leaves_none_on_its_machine",
+    ),
+    (
         "an error in the middle of a multipart upload",
         "no object, no orphan",
         f"{PARTIAL}::test_an_error_in_the_middle_of_an_upload_leaves_no_object",
