@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 
 from reinforce.demo.compare import ARMS, MEASURES, SECONDS, changes, print_table, table_of
 from reinforce.demo.students import train_side_by_side
+from reinforce.shipping.machine import machine_name
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 PAGE = Path(__file__).parents[1] / "docs" / "transfer.md"
@@ -79,7 +78,7 @@ def main(out: Path, seeds: int, more: Sequence[str]) -> None:
     for name in ("unseen_style", "unseen_pictures"):
         plain, distilled = (statistics.fmean(row[name] for row in rows[arm]) for arm in ("plain", "distilled"))
         print(f"{MEASURES[name][0]}: distilled is {distilled / max(plain, 1e-9):.2f} times plain")
-    found = {**summary(rows), "steps": steps, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    found = {**summary(rows), "steps": steps, "machine": machine_name()}
     found["torch"] = torch.__version__
     RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     PAGE.write_text(page(found, seeds), encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from reinforce.dataset import read_manifest
 from reinforce.demo.compare import MEASURES, measures
 from reinforce.errors import UserError
 from reinforce.layers import SAMPLES
-from reinforce.shipping.machine import cpu_name
+from reinforce.shipping.machine import machine_name
 from reinforce.store import MANIFEST, Store
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import job_of
@@ -115,7 +114,7 @@ def answer(study: Study, question: Question, seeds: int) -> Answer | None:
         if BYTES in question.columns:
             rows[BYTES] = [bytes_per_sample(study.dataset_url(arm.dataset))] * seeds
         found[arm.label] = rows
-    return derived(Answer(question, found, this_machine(), curves))
+    return derived(Answer(question, found, machine_name(), curves))
 
 
 def derived(given: Answer) -> Answer:
@@ -132,10 +131,6 @@ def derived(given: Answer) -> Answer:
                     reached_at(curve, final) for curve, final in zip(curves, finals, strict=True)
                 ]
     return replace(given, numbers=numbers)
-
-
-def this_machine() -> str:
-    return f"{cpu_name()}, {os.cpu_count()} cores"
 
 
 def bytes_per_sample(url: str) -> float:

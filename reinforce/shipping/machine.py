@@ -1,4 +1,4 @@
-"""What a latency was measured on."""
+"""What figures were measured on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+
+def machine_name() -> str:
+    """Processor and cores, in words."""
+    return f"{cpu_name()}, {os.cpu_count()} cores"
 
 
 def machine(packages: Iterator[str] | tuple[str, ...]) -> dict[str, Any]:
