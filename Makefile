@@ -14,7 +14,8 @@ help: ## list the targets
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e '.[demo,test]' -c constraints.txt
+	@# What is imported is compiled then; all that is installed takes a minute of a core.
+	$(BIN)/python -m pip install --no-compile -e '.[demo,test]' -c constraints.txt
 	touch $@
 
 install: $(INSTALLED) ## make .venv with the tested versions of everything
