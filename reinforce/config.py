@@ -129,6 +129,11 @@ class Config(Section):
         description="WebDataset shards by fsspec URL: braces, globs, a .txt file of URLs, or a list of these"
     )
     output: str = Field(min_length=1, description="folder or fsspec URL of the reinforced dataset")
+    reinforcements: str | list[str] | None = Field(
+        None,
+        description="shards that others have published for those of `source` (DataCompDR, DFNDR), named like them or "
+        "in their order, or `source` again: augmentations, and all of `family: published`, are read from them",
+    )
     seed: int = 0
     images: Literal["embed", "reference"] = Field(
         "embed", description="keep the encoded images, or (url, offset, length) into uncompressed tars"
@@ -139,6 +144,22 @@ class Config(Section):
     teachers: dict[LayerName, TeacherSpec] = Field(default_factory=dict)
     workers: Workers = Workers()
     failures: Failures = Failures()
+
+    @model_validator(mode="after")
+    def _published(self) -> Config:
+        models = {**self.teachers, **self.captioners}
+        published = [name for name, spec in models.items() if spec.family == "published"]
+        if published and self.reinforcements is None:
+            raise ValueError(
+                f"{', '.join(published)}: family published is read from `reinforcements`, which are not set"
+            )
+        drawn = self.augmentations.model_fields_set - {"count", "size"}
+        if self.reinforcements is not None and drawn:
+            raise ValueError(
+                f"augmentations.{sorted(drawn)[0]}: augmentations are read from `reinforcements`, not drawn; remove "
+                "it, and set `count` and `size` as they were published"
+            )
+        return self
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -22,7 +22,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
@@ -33,10 +33,10 @@ from reinforce.errors import UserError
 from reinforce.events import Events
 from reinforce.layers import SAMPLES
 from reinforce.manifest import update_manifest
+from reinforce.outcome import LayerFailure, ShardFailure, ShardResult
 from reinforce.plan import Plan, Work
 from reinforce.pool import Pool, Slot, cause_of, node_alive
 from reinforce.progress import Progress, Snapshot
-from reinforce.shard import LayerFailure, ShardFailure, ShardResult
 from reinforce.store import MANIFEST, Store
 from reinforce.summary import RunSummary, verdict
 from reinforce.worker import SHARDS_IN_FLIGHT, Started
@@ -313,7 +313,7 @@ class Driver:
         rest = tuple(name for name in work.layers if name not in lost)
         if rest:
             self.attempts[work.shard] = self.deaths_alone[work.shard] = 0
-            self.queue.append(Work(work.shard, work.url, rest))
+            self.queue.append(replace(work, layers=rest))
         else:
             self.finished.add(work.shard)
 

@@ -21,6 +21,8 @@ from schemas import Reason
 
 #: Name and version of what :func:`decode` does to pixels; recorded in dataset.json.
 IMAGE_POLICY = "rgb-1"
+#: Likewise, of images whose published augmentations were made by Pillow's ``convert("RGB")`` alone.
+PUBLISHED_POLICY = "pillow-rgb-1"
 
 #: Formats that are read, by Pillow's names, in the order in which they are tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
@@ -51,7 +53,7 @@ class ImageRefused(Exception):
         self.detail = detail
 
 
-def decode(data: bytes, limits: Limits, first: bool = False) -> Image.Image:
+def decode(data: bytes, limits: Limits, first: bool = False, policy: str = IMAGE_POLICY) -> Image.Image:
     """An encoded image as RGB, upright, in its own size: policy ``rgb-1``.
 
     - The content decides the format, not the name. Size and aspect are checked by the header, before decoding.
@@ -64,6 +66,8 @@ def decode(data: bytes, limits: Limits, first: bool = False) -> Image.Image:
     ``first`` says that the image is met for the first time and not stored yet: then a JPEG is refused, too, that
     has an end mark and too little data before it, which libjpeg mends by itself, or scans enough to keep it busy for
     hours. What is stored stays readable.
+    By ``policy`` ``pillow-rgb-1`` pixels become what ``Image.convert("RGB")`` makes of them instead: as they lie in the
+    file, whatever EXIF says, and without regard to transparency.
     Raises ImageRefused, also for truncated data. Thread-safe.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
@@ -81,6 +85,8 @@ def decode(data: bytes, limits: Limits, first: bool = False) -> Image.Image:
                 _check_png_complete(image, data)
             elif first and is_jpeg and is_mended(image, data, _loaded):
                 raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG lacks scan data")
+            if policy == PUBLISHED_POLICY:
+                return image if image.mode == "RGB" else image.convert("RGB")
             return _upright(_to_rgb(image, data), image)
     except ImageRefused:
         raise

@@ -29,7 +29,8 @@ class Layer:
 
     ``needs`` names the layers it is computed from, ``model`` the captioner or teacher that makes it, ``texts`` what
     the latter encodes (``caption`` or a captioner's name), ``count`` the vectors or captions a row (K or N). ``dim``
-    is None until a model of unknown dimension has been loaded.
+    is None until a model of unknown dimension has been loaded. A ``published`` layer is read from the reinforcements
+    that others have stored, and no model is loaded for it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Layer:
     count: int = 0
     dim: int | None = None
     dtype: Literal["float16", "float32", "int8"] = "float16"
+    published: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property

@@ -64,7 +64,7 @@ class Models:
 
 def load_models(config: Config, layers: Iterable[Layer]) -> Models:
     """The models that make these layers, tried out once. Raises UserError if one cannot be loaded or does not fit."""
-    layers = list(layers)
+    layers = [layer for layer in layers if not layer.published]
     device = "cuda" if config.workers.gpus else "cpu"
     captioners = {layer.model for layer in layers if layer.kind == "captions"}
     teachers = {layer.model for layer in layers if layer.kind in ("images", "texts")}

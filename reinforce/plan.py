@@ -13,20 +13,7 @@ from reinforce.layers import SAMPLES, Layer
 from reinforce.recipe import describe_models, layers_of
 from reinforce.store import MANIFEST, Store, fingerprint_error
 from reinforce.urls import canonical, compression, expand, is_public, shard_names
-from schemas import Reason
-
-#: Reasons for which a shard has no file in a layer; a damaged one has a file with the rows beside the damage.
-WHOLE_SHARD = frozenset(
-    reason.value
-    for reason in (
-        Reason.SHARD_MISSING,
-        Reason.SHARD_UNREADABLE,
-        Reason.SHARD_UNSORTED,
-        Reason.SHARD_FAILED,
-        Reason.SHARD_CRASHED,
-        Reason.SHARD_HUNG,
-    )
-)
+from schemas import WHOLE_SHARD
 
 
 @dataclass(frozen=True)
@@ -36,6 +23,7 @@ class Work:
     shard: str
     url: str
     layers: tuple[str, ...]
+    reinforcements: str | None = None  # the URL of what others have published for it
 
 
 @dataclass(frozen=True)
@@ -66,6 +54,7 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
     """List the source and every layer once, and subtract. Raises UserError."""
     layers = layers_of(config, describe_models(config))
     urls = shards_of(config)
+    published = _published_for(config, urls)
     store = Store(config.output)
     committed = {name: store.shards(name) for name in layers}
     check_fingerprints(store, layers, committed)
@@ -88,7 +77,7 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
                 missing[name] += 1
         if todo:
             key = tuple(todo)
-            work.append(Work(shard, url, interned.setdefault(key, key)))
+            work.append(Work(shard, url, interned.setdefault(key, key), published.get(shard)))
     states = {}
     for name in layers:
         sizes = [committed[name][shard] for shard in urls if shard in committed[name]]
@@ -110,6 +99,33 @@ def shards_of(config: Config) -> dict[str, str]:
             "AWS_ACCESS_KEY_ID, or fsspec's configuration), or use images: embed"
         )
     return dict(zip(shard_names(urls), urls, strict=True))
+
+
+def _published_for(config: Config, urls: Mapping[str, str]) -> dict[str, str]:
+    """The URL of published reinforcements by shard of ``urls``: that of its file name, else that of its place.
+
+    Raises UserError where shards have none of their own.
+    """
+    if config.reinforcements is None:
+        return {}
+    found = expand(config.reinforcements)
+    for parts in (1, 2):  # file names, or with their folders, as far as these tell the files apart
+        by_name = {_tail(url, parts): url for url in found}
+        names = {shard: _tail(url, parts) for shard, url in urls.items()}
+        if len(by_name) == len(found) and len({*names.values()} & by_name.keys()) == len(urls):
+            return {shard: by_name[name] for shard, name in names.items()}
+    if len(found) == len(urls):
+        return dict(zip(urls, found, strict=True))
+    raise UserError(
+        f"reinforcements: {len(found):,} shards for the {len(urls):,} of `source`, and not all of these have one of "
+        "their name. Name as many, in the same order or by the same names."
+    )
+
+
+def _tail(url: str, parts: int) -> str:
+    """The last parts of a URL's path, without what follows the first dot of the file's name."""
+    *folders, name = canonical(url).split("/")[-parts:]
+    return "/".join([*folders, name.partition(".")[0]])
 
 
 def check_fingerprints(store: Store, layers: Mapping[str, Layer], committed: Mapping[str, Mapping[str, int]]) -> None:

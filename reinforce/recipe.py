@@ -8,8 +8,9 @@ from typing import Any
 from reinforce.augment import AUGMENTATION_BACKEND
 from reinforce.config import Config, Limits
 from reinforce.errors import UserError
-from reinforce.image import IMAGE_POLICY
+from reinforce.image import IMAGE_POLICY, PUBLISHED_POLICY
 from reinforce.layers import SAMPLES, TRUE, Kind, Layer, captions_layer, embeddings_layer, fingerprint_of
+from reinforce.published import FORMAT
 from reinforce.text import CAPTION_POLICY
 from teachers.registry import ModelInfo, describe_captioner, describe_teacher
 
@@ -40,14 +41,29 @@ def _input_of(config: Config) -> dict[str, Any]:
     return recipe
 
 
+def image_policy(config: Config) -> str:
+    """The policy by which images become RGB: as they were when their augmentations were made."""
+    return IMAGE_POLICY if config.reinforcements is None else PUBLISHED_POLICY
+
+
+def _augmentations_of(config: Config) -> dict[str, Any]:
+    if config.reinforcements is not None:
+        return {"published": FORMAT, "count": config.augmentations.count, "size": config.augmentations.size}
+    return config.augmentations.model_dump(mode="json")
+
+
 def layers_of(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer]:
     """Every layer of the config by name, each after the ones it needs."""
     recipe: dict[str, Any] = {
         "images": config.images,
         "seed": config.seed,
-        "policies": {"image": IMAGE_POLICY, "caption": CAPTION_POLICY, "augmentation": AUGMENTATION_BACKEND},
+        "policies": {
+            "image": image_policy(config),
+            "caption": CAPTION_POLICY,
+            "augmentation": AUGMENTATION_BACKEND,
+        },
         "input": _input_of(config),
-        "augmentations": config.augmentations.model_dump(mode="json"),
+        "augmentations": _augmentations_of(config),
     }
     samples = Layer(SAMPLES, "samples", fingerprint_of(recipe), recipe=recipe)
     layers = {SAMPLES: samples}
@@ -61,6 +77,7 @@ def layers_of(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer
             needs=(SAMPLES,),
             model=name,
             count=captioner.captions,
+            published=captioner.family == "published",
             recipe=recipe,
         )
         layers[layer.name] = layer
@@ -72,7 +89,11 @@ def layers_of(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer
             sides.append(("images", "images", SAMPLES, config.augmentations.count))
         if info.texts:
             sides.append((TRUE, "texts", SAMPLES, 1))
-            sides += [(c, "texts", captions_layer(c), spec.captions) for c, spec in config.captioners.items()]
+            sides += [
+                (c, "texts", captions_layer(c), spec.captions)
+                for c, spec in config.captioners.items()
+                if spec.family == "published" or teacher.family != "published"
+            ]
         for what, kind, source, count in sides:
             recipe = {"source": layers[source].fingerprint, "model": info.identity, "dtype": teacher.dtype}
             layer = Layer(
@@ -85,6 +106,7 @@ def layers_of(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer
                 count=count,
                 dim=info.dim,
                 dtype=teacher.dtype,
+                published=teacher.family == "published",
                 recipe=recipe,
             )
             layers[layer.name] = layer

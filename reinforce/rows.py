@@ -8,7 +8,7 @@ row group, never with the shard.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +21,8 @@ from reinforce.ahead import ahead
 from reinforce.augment import Augmentation, Crop, from_records, replay, sample
 from reinforce.config import Config
 from reinforce.image import ImageRefused, decode
+from reinforce.published import Brought, Reinforcements, Unreadable
+from reinforce.recipe import image_policy
 from reinforce.source import RawSample, Refusal, read_shard, referenced_images
 from reinforce.text import caption_of, json_fault, metadata_of
 from schemas import Reason
@@ -37,9 +39,9 @@ _WHOLE = Crop(0, 0, 8, 8)
 class Row:
     """One sample on its way through the models. ``group`` numbers its row group.
 
-    ``crops`` is uint8 [K, S, S, 3], ``views`` the whole image as each captioner wants it, uint8 [h, w, 3].
-    ``refusal`` says why a stored row's image can no longer be read; its pixels are black then. ``notes`` say what of
-    the sample was left out when it was read from the source.
+    ``crops`` is uint8 [K, S, S, 3], ``views`` the whole image as each captioner wants it, uint8 [h, w, 3], ``brought``
+    what published layers hold of it. ``refusal`` says why a stored row's image can no longer be read; its pixels are
+    black then. ``notes`` say what of the sample was left out when it was read from the source.
     """
 
     key: str
@@ -53,16 +55,18 @@ class Row:
     augmentations: tuple[Augmentation, ...] = ()
     crops: np.ndarray | None = None
     views: dict[ImageSpec, np.ndarray] = field(default_factory=dict)
+    brought: Mapping[str, Brought] = field(default_factory=dict)
     refusal: Refusal | None = None
     notes: tuple[Refusal, ...] = ()
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the models of a lease want of each image; nothing wanted, nothing decoded."""
+    """What the layers of a lease want of each image; nothing wanted, nothing decoded."""
 
     crops: bool
     views: tuple[ImageSpec, ...] = ()
+    published: Reinforcements | None = None
 
     @property
     def pixels(self) -> bool:
@@ -86,12 +90,25 @@ def rows_from_source(
 
     limit = group_rows(config.augmentations.count)
     group = rows = size = 0
+    published = wanted.published
+    if published is not None and published.fault is not None:
+        yield published.fault
+        return
+    seen: set[str] = set()  # published keys, which those of the source may share
     for row in ahead(pool, prepare, read_shard(url, config.input.limits), window, _encoded_bytes):
+        if isinstance(row, Row) and published is not None:
+            if row.key in seen:
+                yield Refusal(row.key, Reason.DUPLICATE_KEY, "another sample has these reinforcements; it is kept")
+                continue
+            seen.add(row.key)
         if isinstance(row, Row):
             if rows and (rows == limit or size + len(row.image) > GROUP_BYTES):
                 group, rows, size = group + 1, 0, 0
             row.group, rows, size = group, rows + 1, size + len(row.image)
         yield row
+    if published is not None:
+        yield from published.refusals
+        yield from published.without_image()
 
 
 def rows_from_samples(
@@ -116,10 +133,12 @@ def rows_from_samples(
                 yield Row(key, caption, group, image=image, augmentations=tuple(from_records(record)))
 
     def prepare(row: Row) -> Row:
+        if wanted.published is not None:
+            row.brought = wanted.published.of(row.key)
         if not wanted.pixels:
             return row
         try:
-            image = decode(row.image, config.input.limits)
+            image = decode(row.image, config.input.limits, policy=image_policy(config))
         except ImageRefused as refused:  # only a referenced image can change after it was accepted
             row.refusal = Refusal(row.key, refused.reason, refused.detail)
             image = new_image("RGB", (config.augmentations.size,) * 2)
@@ -138,22 +157,32 @@ def _encoded_bytes(item: RawSample | Refusal | Row) -> int:
 
 
 def _first_time(config: Config, raw: RawSample, wanted: Wanted) -> Row | Refusal:
-    limits, policy = config.input.limits, config.augmentations
+    limits, policy, published = config.input.limits, config.augmentations, wanted.published
+    key = raw.key if published is None else published.key_of(raw)
+    if key is None:
+        return Refusal(raw.key, Reason.NOT_REINFORCED, "nothing of this key, or of its uid, among the reinforcements")
     try:
-        image = decode(raw.image, limits, first=True)
+        image = decode(raw.image, limits, first=True, policy=image_policy(config))
+        width, height = image.size
+        if published is None:
+            augmentations = tuple(sample(policy, config.seed, key, k, width, height) for k in range(policy.count))
+        else:
+            augmentations = published.augmentations(key, width, height)
     except ImageRefused as refused:
         return Refusal(raw.key, refused.reason, refused.detail)
-    width, height = image.size
+    except Unreadable as error:
+        return Refusal(key, Reason.REINFORCEMENT_BROKEN, str(error))
     metadata = metadata_of(raw.sidecars, config.input.metadata)
     row = Row(
-        raw.key,
+        key,
         caption_of(raw.sidecars, config.input.captions, limits),
         metadata=metadata,
         width=width,
         height=height,
         image=raw.image,
         offset=raw.offset,
-        augmentations=tuple(sample(policy, config.seed, raw.key, k, width, height) for k in range(policy.count)),
+        augmentations=augmentations,
+        brought={} if published is None else published.of(key),
         notes=tuple(_left_out(config, raw, metadata)),
     )
     _pixels(row, image, wanted)

@@ -16,6 +16,7 @@ from reinforce.layers import SAMPLES
 from reinforce.manifest import scale_notes, update_manifest
 from reinforce.plan import Plan, given_up, make_plan
 from reinforce.progress import Progress
+from reinforce.published import check as published_check
 from reinforce.store import MANIFEST, Store
 from reinforce.summary import RunSummary, nothing_to_do
 from reinforce.urls import canonical, filesystem
@@ -73,14 +74,23 @@ def as_config(config: Config | str | Path | dict[str, Any]) -> Config:
 
 
 def check_source(plan: Plan) -> None:
-    """Raise UserError if the first, a middle and the last shard to read are all out of reach."""
-    urls = [work.url for work in plan.work if SAMPLES in work.layers]
+    """Raise UserError if what is to be read is out of reach, or not what the config says."""
+    _check_reach("source", [work.url for work in plan.work if SAMPLES in work.layers])
+    published = [work for work in plan.work if work.reinforcements]
+    _check_reach("reinforcements", [str(work.reinforcements) for work in published])
+    if published:
+        layers = [plan.layers[name] for name in published[0].layers]
+        published_check(str(published[0].reinforcements), plan.config, layers)
+
+
+def _check_reach(key: str, urls: list[str]) -> None:
+    """Raise UserError if the first, a middle and the last of the files are all out of reach."""
     probes = sorted({urls[0], urls[len(urls) // 2], urls[-1]}) if urls else []
     with ThreadPoolExecutor(3) as pool:  # since a storage that is silent lets each wait for minutes
         faults = [*pool.map(_fault, probes)]
     if faults and None not in faults:
         raise UserError(
-            f"source cannot be read: {'; '.join(map(str, faults))}. Check the URL pattern and the credentials."
+            f"{key} cannot be read: {'; '.join(map(str, faults))}. Check the URL pattern and the credentials."
         )
 
 

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,61 +19,21 @@ from reinforce.augment import to_records
 from reinforce.config import Config
 from reinforce.layers import SAMPLES, TRUE, Layer, captions_layer
 from reinforce.models import Counters, Models
-from reinforce.plan import WHOLE_SHARD, Work
+from reinforce.outcome import LayerFailure, ShardResult
+from reinforce.plan import Work
+from reinforce.published import Brought, Reinforcements
 from reinforce.rows import Row, Wanted, rows_from_samples, rows_from_source
 from reinforce.seeds import seed_for
 from reinforce.source import Refusal
 from reinforce.store import LayerWriter, Store
 from reinforce.urls import canonical
-from schemas import Reason
+from schemas import WHOLE_SHARD, Reason
 from teachers.pixels import to_pixels
 from teachers.postprocess import clean
 from teachers.protocols import Captioner, ImageSpec
 from teachers.redact import Discretion
 
 Refused = tuple[str | None, Reason, str]
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """What came of one lease."""
-
-    shard: str
-    layers: tuple[str, ...]  # committed now
-    samples: int
-    refused: Mapping[str, int]  # rows in quarantine now, by reason
-    given_up: str | None  # why the shard as a whole was refused, if it was
-    seconds: float
-    busy: float
-    bytes: int
-    cleaned: Mapping[
-        str, Mapping[str, int]
-    ]  # what `clean` did to captions, by captioner and teachers.postprocess.COUNTS
-
-
-class LayerFailure(RuntimeError):
-    """A model raised; ``args`` are the layer's name and the error's text."""
-
-    @property
-    def layer(self) -> str:
-        return str(self.args[0])
-
-    def __str__(self) -> str:
-        return f"{self.args[0]}: {self.args[1]}"
-
-
-class ShardFailure(RuntimeError):
-    """What came of a shard that raised, in words: errors of many storages cannot travel between processes.
-
-    ``args`` are the text and whether the worker may be at fault, as where an accelerator is in a bad state.
-    """
-
-    @property
-    def of_worker(self) -> bool:
-        return bool(self.args[1])
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 def process_shard(
@@ -136,20 +95,31 @@ class _Shard:
 
     # -- rows
 
-    def _wanted(self) -> Wanted:
-        specs = {self._captioner(layer).image for layer in self.layers.values() if layer.kind == "captions"}
-        crops = any(layer.kind == "images" for layer in self.layers.values())
-        return Wanted(crops, tuple(sorted(specs, key=repr)))
+    def _computed(self, kind: str) -> list[Layer]:
+        """The layers of a kind that models of ours make."""
+        return [layer for layer in self.layers.values() if layer.kind == kind and not layer.published]
+
+    def _wanted(self, stack: contextlib.ExitStack) -> Wanted:
+        specs = {self._captioner(layer).image for layer in self._computed("captions")}
+        published = None
+        if self.work.reinforcements and (SAMPLES in self.layers or any(x.published for x in self.layers.values())):
+            published = Reinforcements(self.work.reinforcements, self.config, self.layers.values())
+            stack.enter_context(contextlib.closing(published))
+        return Wanted(bool(self._computed("images")), tuple(sorted(specs, key=repr)), published)
 
     def _rows(self, stack: contextlib.ExitStack) -> Generator[Row]:
         """The rows of the shard; what is refused on the way is noted for the quarantine."""
         window = 2 * self.rows_per_batch
+        wanted = self._wanted(stack)
         if SAMPLES not in self.layers:
             fingerprint = self.all_layers[SAMPLES].fingerprint
             file = stack.enter_context(self.store.open_layer(SAMPLES, self.work.shard, fingerprint))
-            yield from rows_from_samples(self.config, file, self._wanted(), self.pool, window)
+            if wanted.published is not None and (fault := wanted.published.fault):
+                published = next(name for name, layer in self.layers.items() if layer.published)
+                raise LayerFailure(published, f"{fault.reason.value}: {fault.detail}")
+            yield from rows_from_samples(self.config, file, wanted, self.pool, window)
             return
-        for row in rows_from_source(self.config, self.work.url, self._wanted(), self.pool, window):
+        for row in rows_from_source(self.config, self.work.url, wanted, self.pool, window):
             if isinstance(row, Refusal):
                 self._refuse(SAMPLES, row.key, row.reason, row.detail)
             else:
@@ -173,7 +143,7 @@ class _Shard:
         """All layers of one row group."""
         kept: list[Row] = []
         batches: dict[str, list[Any]] = {
-            n: [] for n, layer in self.layers.items() if layer.kind in ("images", "captions")
+            layer.name: [] for layer in (*self._computed("images"), *self._computed("captions"))
         }
         while batch := list(itertools.islice(rows, self.rows_per_batch)):
             self._batch(batch, batches)
@@ -189,14 +159,18 @@ class _Shard:
         for name, layer in self.layers.items():
             if layer.kind == "samples":
                 tables[name] = self._samples_table(kept)
+            elif layer.published and layer.kind == "captions":
+                captions[name] = list(self._brought(layer, kept))
+                tables[name] = self._captions_table(layer, keys, captions[name])
+            elif layer.published:
+                tables[name] = self._brought_table(layer, kept)
             elif layer.kind == "captions":
                 self._note_unreadable(name, kept)
                 captions[name] = [
                     None if row.refusal else self._cleaned(layer, row.key, texts)
                     for row, texts in zip(kept, batches[name], strict=True)
                 ]
-                arrays = [pa.array(keys, pa.string()), pa.array(captions[name], pa.list_(pa.string()))]
-                tables[name] = pa.table(arrays, schema=self._schema(layer))
+                tables[name] = self._captions_table(layer, keys, captions[name])
             elif layer.kind == "images":
                 self._note_unreadable(name, kept)
                 valid = np.array([row.refusal is None for row in kept])
@@ -211,8 +185,7 @@ class _Shard:
         """Images of one batch through every captioner and teacher that has something to do with them."""
         put = self.models.accelerator.put
         count = self.config.augmentations.count
-        of_crops = [layer for layer in self.layers.values() if layer.kind == "images"]
-        captioning = [layer for layer in self.layers.values() if layer.kind == "captions"]
+        of_crops, captioning = self._computed("images"), self._computed("captions")
         if not of_crops and not captioning:
             return
         # All that the CPU can do comes before the turn.
@@ -290,7 +263,33 @@ class _Shard:
                 self._refuse(layer.name, keys[i], Reason.NO_TEXT, "no caption to encode")
         return self._vectors_table(layer, keys, values, valid)
 
+    # -- what others have published
+
+    def _brought(self, layer: Layer, rows: Sequence[Row]) -> Iterator[Any]:
+        """What a published layer holds of each row, texts or vectors; None, which is noted, where it cannot be had."""
+        for row in rows:
+            value: Brought | None = row.brought[layer.name]
+            if isinstance(value, Refusal):
+                self._refuse(layer.name, row.key, value.reason, value.detail)
+                value = None
+            elif layer.texts == TRUE and not row.caption:
+                self._refuse(layer.name, row.key, Reason.NO_TEXT, "no caption that the published vector could be of")
+                value = None
+            yield value
+
+    def _brought_table(self, layer: Layer, rows: Sequence[Row]) -> pa.Table:
+        values = np.zeros((len(rows), layer.count, layer.dim or 0), np.float32)
+        valid = np.zeros(len(rows), bool)
+        for i, vectors_of_row in enumerate(self._brought(layer, rows)):
+            if vectors_of_row is not None:
+                values[i], valid[i] = vectors_of_row, True
+        return self._vectors_table(layer, [row.key for row in rows], values, valid)
+
     # -- tables
+
+    def _captions_table(self, layer: Layer, keys: list[str], captions: Sequence[list[str] | None]) -> pa.Table:
+        arrays = [pa.array(keys, pa.string()), pa.array(captions, pa.list_(pa.string()))]
+        return pa.table(arrays, schema=self._schema(layer))
 
     def _samples_table(self, rows: Sequence[Row]) -> pa.Table:
         columns: dict[str, list[Any]] = {
@@ -330,7 +329,8 @@ class _Shard:
         return self.models.captioners[str(layer.model)]
 
     def _schema(self, layer: Layer) -> pa.Schema:
-        dim = self.models.teachers[str(layer.model)].dim if layer.kind in ("images", "texts") else None
+        computed = layer.kind in ("images", "texts") and not layer.published
+        dim = self.models.teachers[str(layer.model)].dim if computed else None
         return layer.schema(self.config.images, dim)
 
     def _writer(self, layer: Layer) -> LayerWriter:

@@ -56,7 +56,7 @@ class RawSample:
     left_out: Mapping[str, Refusal] = field(default_factory=dict)  # sidecars that were not read, and why
 
 
-def read_shard(url: str, limits: Limits) -> Iterator[RawSample | Refusal]:
+def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSample | Refusal]:
     """The samples of a tar in its order, as webdataset groups them, with refusals in between.
 
     A sample is a run of members with one key: the path up to the first dot of the file name; the rest, in lower
@@ -66,11 +66,12 @@ def read_shard(url: str, limits: Limits) -> Iterator[RawSample | Refusal]:
     lie side by side, and where those of most samples do not, the shard as a whole is refused at its end.
     A shard that is missing, unreadable or damaged gives a Refusal without a key; samples before and behind the damage
     are read. Memory does not grow with the shard, except for 8-byte hashes of its keys.
+    Without ``images`` it is the sidecars that are wanted: samples need no image, and images are not read.
     Raises what the storage raises otherwise (timeouts, lost connections): that is worth another attempt.
     """
     try:
         with _open(url) as (stream, size):
-            yield from _samples(stream, size, limits)
+            yield from _samples(stream, size, limits, images)
     except (FileNotFoundError, NotADirectoryError) as error:
         yield Refusal(None, Reason.SHARD_MISSING, _describe(error))
     except (IsADirectoryError, PermissionError) as error:
@@ -110,6 +111,7 @@ class _Group:
 
     key: str
     before: bool | None
+    images: bool
     extensions: list[str] = field(default_factory=list)
     repeated: str | None = None
     unread: int = 0  # members above limits.members
@@ -131,7 +133,7 @@ class _Group:
         if member.is_link:
             self._leave_out(extension, Reason.SIDECAR_BROKEN, "a link, which is not followed")
         elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
-            if self.image is None or ("." in self.image_extension and "." not in extension):
+            if self.images and (self.image is None or ("." in self.image_extension and "." not in extension)):
                 self.image, self.image_extension = member, extension
                 self.data, self.cut_off = _read(member, limits.image_bytes)
         else:
@@ -141,6 +143,11 @@ class _Group:
             elif not cut_off:  # else it is lost with the damage, which is told
                 why = f"{member.size} bytes, above limits.sidecar_bytes of {limits.sidecar_bytes}"
                 self._leave_out(extension, Reason.SIDECAR_BYTES, why)
+
+    @property
+    def whole(self) -> bool:
+        """Whether what a sample needs is there."""
+        return self.image is not None or not self.images
 
     def _leave_out(self, extension: str, reason: Reason, why: str) -> None:
         self.left_out[extension] = Refusal(_valid(self.key), reason, f".{_valid(extension)}: {why}")
@@ -153,12 +160,14 @@ class _Group:
             return
         extensions = ", ".join(map(_valid, self.extensions))[:200]
         if self.before is not None:
-            if self.before and self.image is not None:
+            if self.before and self.whole:
                 yield Refusal(key, Reason.DUPLICATE_KEY, "the key came before in this shard; the first is kept")
             else:
                 yield Refusal(key, Reason.SPLIT_KEY, f"not beside the other members of the key: {extensions}")
             return
-        if self.image is None:
+        if not self.images:
+            yield RawSample(key, b"", 0, 0, self.sidecars, self.left_out)
+        elif self.image is None:
             yield Refusal(key, Reason.NO_IMAGE, f"no image among: {extensions}")
         elif self.cut_off:
             yield Refusal(key, Reason.IMAGE_BROKEN, "cut off where the shard is damaged")
@@ -182,7 +191,7 @@ def _read(member: Member, limit: int) -> tuple[bytes | None, bool]:
         return None, True
 
 
-def _samples(stream: Readable, size: int | None, limits: Limits) -> Iterator[RawSample | Refusal]:
+def _samples(stream: Readable, size: int | None, limits: Limits, images: bool) -> Iterator[RawSample | Refusal]:
     seen: dict[bytes, bool] = {}  # keys by hash, and whether they came with an image
     split = 0
     damages: list[tuple[DamagedTar, str]] = []
@@ -207,12 +216,12 @@ def _samples(stream: Readable, size: int | None, limits: Limits) -> Iterator[Raw
             )
             yield Refusal(None, Reason.SHARD_SAMPLES, f"{detail}, is not read")
             break
-        group = _Group(key, seen.get(digest))
+        group = _Group(key, seen.get(digest), images)
         for _, extension, member in run:
             group.add(extension, member, limits)
         yield from group.close(limits)
-        split += group.before is not None and not (group.before and group.image)
-        seen[digest] = bool(group.before or group.image)
+        split += group.before is not None and not (group.before and group.whole)
+        seen[digest] = bool(group.before or group.whole)
     if damages and not last:
         yield Refusal(None, Reason.SHARD_UNREADABLE, damages[0][0].detail)
         return

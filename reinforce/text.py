@@ -31,7 +31,7 @@ def caption_of(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Lim
         if data is None:
             continue
         if is_json:
-            document = _parse(data)
+            document = parse_json(data)
             text = document.get(name) if isinstance(document, dict) else None
         else:
             text = _decode(data)
@@ -50,7 +50,7 @@ def metadata_of(sidecars: Mapping[str, bytes], keep: str | Sequence[str]) -> str
     data = sidecars.get("json")
     if keep == "none" or data is None:
         return None
-    document = _parse(data)
+    document = parse_json(data)
     if not isinstance(document, dict):
         return None
     if keep != "all":
@@ -66,7 +66,7 @@ def metadata_of(sidecars: Mapping[str, bytes], keep: str | Sequence[str]) -> str
 
 def json_fault(data: bytes) -> str | None:
     """Why a json member gives neither caption nor metadata; None where it can be read and is an object."""
-    document = _parse(data)
+    document = parse_json(data)
     if isinstance(document, dict):
         return None
     return f"JSON, but {document!r:.40}, no object" if document is not None else "no JSON, null, or nested too deeply"
@@ -77,7 +77,7 @@ def _decode(data: bytes) -> str:
     return data.decode("utf-16" if utf16 else "utf-8-sig", "replace")
 
 
-def _parse(data: bytes) -> Any:
+def parse_json(data: bytes) -> Any:
     """The JSON value, or None where it is invalid, nested too deeply or has a number of thousands of digits."""
     try:
         return json.loads(_decode(data), strict=False, parse_constant=lambda _: None, parse_float=_finite)

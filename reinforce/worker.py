@@ -20,8 +20,9 @@ from reinforce.config import Config
 from reinforce.errors import StorageError, UserError
 from reinforce.layers import Layer
 from reinforce.models import Counters, Models, load_models
+from reinforce.outcome import LayerFailure, ShardFailure, ShardResult
 from reinforce.plan import Work
-from reinforce.shard import LayerFailure, ShardFailure, ShardResult, process_shard
+from reinforce.shard import process_shard
 from reinforce.store import Store
 from reinforce.watch import Pulse, WatchedThreads
 from teachers.redact import Discretion

@@ -9,12 +9,13 @@ from schemas.layers import (
     samples_schema,
 )
 from schemas.pairs import PAIRS
-from schemas.reasons import Reason
+from schemas.reasons import WHOLE_SHARD, Reason
 
 __all__ = [
     "AUGMENTATION",
     "PAIRS",
     "SCHEMA_VERSION",
+    "WHOLE_SHARD",
     "Reason",
     "captions_schema",
     "embeddings_schema",

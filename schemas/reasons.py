@@ -9,7 +9,9 @@ class Reason(str, Enum):
     """Reasons of refusal. The value is what stands in the quarantine files."""
 
     # a sample, refused while reading: it is in no layer
-    NO_IMAGE = "no_image"  # members of a key without an image among them
+    NO_IMAGE = "no_image"  # members of a key without an image among them, or published reinforcements without one
+    NOT_REINFORCED = "not_reinforced"  # no published reinforcements of this key
+    REINFORCEMENT_BROKEN = "reinforcement_broken"  # published ones that cannot be read, or are not of this image
     DUPLICATE_KEY = "duplicate_key"  # the key, or a member of it, occurred before in the same shard
     SPLIT_KEY = "split_key"  # members of a key that are not beside its others
     KEY_CHARS = "key_chars"  # key longer than limits.key_chars
@@ -35,3 +37,17 @@ class Reason(str, Enum):
     SHARD_FAILED = "shard_failed"  # raised at every attempt
     SHARD_CRASHED = "shard_crashed"  # killed its process alone at every attempt
     SHARD_HUNG = "shard_hung"  # stood still alone at every attempt, at the sample that is named
+
+
+#: Reasons for which a shard has no file in a layer; a damaged one has a file with the rows beside the damage.
+WHOLE_SHARD = frozenset(
+    reason.value
+    for reason in (
+        Reason.SHARD_MISSING,
+        Reason.SHARD_UNREADABLE,
+        Reason.SHARD_UNSORTED,
+        Reason.SHARD_FAILED,
+        Reason.SHARD_CRASHED,
+        Reason.SHARD_HUNG,
+    )
+)

@@ -39,6 +39,9 @@ def describe_teacher(name: str, spec: TeacherSpec) -> ModelInfo:
     with naming(f"teacher {name}"):
         if spec.class_ is not None:
             return _describe_class(spec)
+        if spec.columns is not None:
+            identity = {"family": spec.family, "model": spec.model, "columns": [*spec.columns]}
+            return ModelInfo(spec.columns[1] - spec.columns[0], images=True, texts=True, identity=identity)
         return _describe_transformers(spec) if spec.family == "transformers" else _describe_open_clip(spec)
 
 
@@ -53,6 +56,9 @@ def describe_captioner(name: str, spec: CaptionerSpec) -> ModelInfo:
             if given:
                 raise ValueError(f"{', '.join(given)}: not used with `class`; pass them to your class in `options`")
             identity = {**_class_identity(spec, cls), "captions": spec.captions, **_cleaning(spec)}
+            return ModelInfo(dim=None, images=True, texts=False, identity=identity)
+        if spec.family == "published":
+            identity = {"family": spec.family, "texts": spec.model, "captions": spec.captions}
             return ModelInfo(dim=None, images=True, texts=False, identity=identity)
         model = _transformers_captioner(spec) if spec.family == "transformers" else _coca(spec)
         chat = {field: value for field in _CHAT if (value := getattr(spec, field)) is not None}

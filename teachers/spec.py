@@ -12,10 +12,14 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
-    family: Literal["open_clip", "transformers"] = Field("open_clip", description="library that `model` belongs to")
+    family: Literal["open_clip", "transformers", "published"] = Field(
+        "open_clip",
+        description="library that `model` belongs to; published: its outputs are read from `reinforcements`",
+    )
     model: str | None = Field(
         None,
-        description="open_clip: a model name, hf-hub:ORG/REPO or local-dir:PATH; transformers: hub name or folder",
+        description="open_clip: a model name, hf-hub:ORG/REPO or local-dir:PATH; transformers: hub name or folder; "
+        "published: of a teacher its name, of a captioner the list in syn.json, such as syn_text",
     )
     pretrained: str | None = Field(
         None, description="open_clip: pretrained tag, or a checkpoint file by path or fsspec URL"
@@ -36,6 +40,8 @@ class ModelSpec(BaseModel):
                 raise ValueError("`pretrained` belongs to `model`; pass weights to your class in `options`")
         elif self.options:
             raise ValueError("`options` are for a `class` of your own")
+        if self.family == "published" and (unused := self.model_fields_set & {"pretrained", "precision", "class_"}):
+            raise ValueError(f"{', '.join(sorted(unused))}: not used with family published; remove it")
         return self
 
 
@@ -46,6 +52,20 @@ class TeacherSpec(ModelSpec):
         None, gt=0, description="1/temperature students distil with; default: the model's own"
     )
     dtype: Literal["float16", "float32", "int8"] = Field("float16", description="storage of the embeddings")
+    columns: tuple[int, int] | None = Field(
+        None, strict=False, description="of family published: where its vectors begin and end among all teachers'"
+    )
+
+    @model_validator(mode="after")
+    def _of_published(self) -> TeacherSpec:
+        if (self.family == "published") != (self.columns is not None):
+            raise ValueError("`columns` and `family: published` belong together, as in `columns: [0, 768]`")
+        if self.columns is not None:
+            if not 0 <= self.columns[0] < self.columns[1]:
+                raise ValueError(f"columns: want 0 <= first < end, got {[*self.columns]}")
+            if self.logit_scale is None:
+                raise ValueError("a teacher of family published needs its `logit_scale`: no model is there to tell it")
+        return self
 
 
 class Clean(BaseModel):
@@ -126,6 +146,13 @@ class CaptionerSpec(ModelSpec):
             raise ValueError(f"{self.captions} captions of {self.beams} beams: set `beams` to {self.captions} or more")
         if self.strategy == "diverse_beams" and self.beams % self.groups:
             raise ValueError(f"{self.beams} beams cannot be divided among {self.groups} groups of equal size")
+        return self
+
+    @model_validator(mode="after")
+    def _of_published(self) -> CaptionerSpec:
+        used = {"family", "model", "captions"}
+        if self.family == "published" and (unused := self.model_fields_set - used):
+            raise ValueError(f"{', '.join(sorted(unused))}: not used with family published; remove it")
         return self
 
     @property

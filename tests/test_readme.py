@@ -65,9 +65,10 @@ def test_the_snippets_run_and_agree(demo: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_the_configs_shown_are_valid() -> None:
-    run, captioners, student, tuning = (yaml.safe_load(block) for block in blocks("yaml"))
+    run, captioners, published, student, tuning = (yaml.safe_load(block) for block in blocks("yaml"))
     assert set(parse_config(run).teachers) == {"dfn2b", "siglip", "ours"}
     assert set(parse_config({**run, **captioners}).captioners) == {"coca", "blip", "chat"}
+    assert {spec.family for spec in parse_config(published).captioners.values()} == {"published"}
     assert settings.parse(StudentConfig, student).evaluate.best_metric == "zero_shot/imagenet/top1"
     assert settings.parse(TuneConfig, tuning).scales.keys() == {"dfn2b", "siglip"}
 

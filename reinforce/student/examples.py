@@ -17,6 +17,7 @@ from reinforce import vectors
 from reinforce.augment import Augmentation, from_records
 from reinforce.config import Limits
 from reinforce.errors import UserError
+from reinforce.image import IMAGE_POLICY
 from reinforce.layers import SAMPLES, TRUE, captions_layer, embeddings_layer
 from reinforce.seeds import uniforms
 from reinforce.source import referenced_images
@@ -77,10 +78,11 @@ class Choice:
 
 
 class Origin(NamedTuple):
-    """The samples file that an example stands in, and the limits within which its image was read."""
+    """The samples file that an example stands in, and within which limits and by which policy its image was read."""
 
     path: str
     limits: Limits
+    policy: str = IMAGE_POLICY
 
 
 class Example(NamedTuple):

@@ -75,7 +75,7 @@ class Maker:
         pixels = [(room.image.numpy(), self.size), (room.view.numpy(), self.sides[1])]
         for i, example in enumerate(examples):
             try:
-                whole = decode(example.image, example.origin.limits)
+                whole = decode(example.image, example.origin.limits, policy=example.origin.policy)
                 for images, side in pixels:
                     if side:
                         images[i] = np.asarray(replay(whole, example.augmentation, side))

@@ -29,8 +29,8 @@ Targets: TypeAlias = tuple[tuple[tuple[str, str], int], ...]
 class Corpus:
     """One dataset as it is streamed.
 
-    ``groups`` [row groups, 3] are the number of the shard, the place in its file and the rows; ``size`` is the side in
-    pixels that augmentations were recorded at.
+    ``policy`` is the one by which images become RGB, ``size`` the side in pixels that augmentations were recorded at.
+    ``groups`` [row groups, 3] are the number of the shard, the place in its file and the rows.
     """
 
     url: str
@@ -39,6 +39,7 @@ class Corpus:
     choice: Choice
     targets: Targets
     limits: Limits
+    policy: str
     size: int
     shards: tuple[str, ...]
     groups: npt.NDArray[np.int64]
@@ -57,7 +58,7 @@ class Corpus:
                 raise UserError(
                     f"{self.url}: samples/{shard}.parquet changed after the training began. Start it again."
                 )
-            origin = Origin(self.zip.store.layer_path(SAMPLES, shard), self.limits)
+            origin = Origin(self.zip.store.layer_path(SAMPLES, shard), self.limits, self.policy)
             return examples_of(samples, read, chunk.first, chunk.stop, origin, self.choice, epoch)
 
 

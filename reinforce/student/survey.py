@@ -11,7 +11,7 @@ from reinforce.augment import AUGMENTATION_BACKEND
 from reinforce.config import Limits
 from reinforce.dataset import Zip, chosen, read_manifest
 from reinforce.errors import UserError
-from reinforce.image import IMAGE_POLICY
+from reinforce.image import IMAGE_POLICY, PUBLISHED_POLICY
 from reinforce.layers import SAMPLES, TRUE, embeddings_layer
 from reinforce.plan import given_up
 from reinforce.store import Store
@@ -77,15 +77,17 @@ def _corpus(url: str, weight: float, data: Data, seed: int, teachers: Sequence[s
     )
     limits = Limits.model_validate(manifest["input"]["limits"])
     size = manifest["augmentations"]["size"]
-    return Corpus(url, weight, zipped, choice, targets, limits, size, shards, groups)
+    policy = manifest["policies"]["image"]
+    return Corpus(url, weight, zipped, choice, targets, limits, policy, size, shards, groups)
 
 
 def _check_policies(url: str, manifest: Mapping[str, Any]) -> None:
     """Images can be replayed only as they were when teachers saw them."""
-    for name, known in (("image", IMAGE_POLICY), ("augmentation", AUGMENTATION_BACKEND)):
-        if (found := manifest["policies"][name]) != known:
+    for name, known in (("image", (IMAGE_POLICY, PUBLISHED_POLICY)), ("augmentation", (AUGMENTATION_BACKEND,))):
+        if (found := manifest["policies"][name]) not in known:
             raise UserError(
-                f"{url} has {name} policy {found}, this program knows {known}. Use the program that wrote it."
+                f"{url} has {name} policy {found}, this program knows {' and '.join(known)}. Use the program that "
+                "wrote it."
             )
 
 

@@ -1,4 +1,5 @@
-"""What is fuzzed: shards, members, images and texts on their way from bytes to crops, and what must hold of each.
+"""What is fuzzed: shards, members, images and texts on their way from bytes to crops, published reinforcements on
+theirs to layers, and what must hold of each.
 
 Nothing is lost: every sample is a row, refused by its key, or in a shard that is told to be broken. What no mutation
 touched comes out as it was. Nothing hangs and nothing takes a gigabyte; ``Watchdog`` sees to that.
@@ -30,6 +31,7 @@ from reinforce.rows import Row, Wanted, rows_from_source
 from reinforce.source import Refusal, _split, _valid
 from reinforce.text import caption_of, json_fault, metadata_of
 from tests.conftest import picture
+from tests.fuzz import reinforcements
 from tests.hostile.images import IMAGES, encoded, photo
 from tests.hostile.texts import TEXTS
 from tests.shards import tar_bytes, zstd
@@ -281,4 +283,5 @@ TARGETS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "members": (members, {"listed": MEMBERS, "tar_format": TAR_FORMATS}),
     "image": (image, {"data": IMAGE_BYTES}),
     "text": (text, {"caption": TEXT_BYTES, "document": TEXT_BYTES}),
+    "published": (reinforcements.published, {"member": reinforcements.MEMBERS}),
 }

@@ -13,7 +13,7 @@ from tests.fuzz.targets import GOOD, HEADERS, TARGETS, Mutation, shard
 from tests.fuzz.watchdog import bounded
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = {"shard": 60, "packed": 40, "members": 60, "image": 150, "text": 150}
+EXAMPLES = {"shard": 60, "packed": 40, "members": 60, "image": 150, "text": 150, "published": 100}
 
 
 @pytest.mark.filterwarnings("ignore")

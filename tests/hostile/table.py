@@ -17,6 +17,7 @@ HANG = (
     "tests/hostile/test_hang.py::test_an_image_that_takes_minutes_and_a_model_that_stands_still_cost_their_shards_alone"
 )
 FAULTS = "tests/integration/test_faults.py"
+PUBLISHED = "tests/published/test_published.py"
 S3 = "tests/storage/test_faults.py"
 PARTIAL = "tests/storage/test_partial.py"
 SCARCITY = "tests/integration/test_scarcity.py"
@@ -48,6 +49,21 @@ OTHERS = [
         "an embedding of NaN or infinity",
         "`not_finite`: the row is null in that layer",
         "tests/integration/test_run.py::test_a_row_whose_embedding_is_not_finite_is_null_and_named",
+    ),
+    (
+        "an image that the published reinforcements do not have, and the other way round",
+        "`not_reinforced`; `no_image`",
+        f"{PUBLISHED}::test_samples_are_joined_by_key_or_uid_in_the_source_s_order",
+    ),
+    (
+        "published augmentations that cannot be read, or are not of this image",
+        "`reinforcement_broken`",
+        f"{PUBLISHED}::test_what_cannot_be_read_costs_its_own_row",
+    ),
+    (
+        "published captions or vectors that are pickles, unpack without end or are not what they say",
+        "`reinforcement_broken`: the row is null in that layer; nothing is executed",
+        f"{PUBLISHED}::test_what_cannot_be_read_costs_its_own_row",
     ),
     (
         "a storage that fails in the middle of a shard",

@@ -1,0 +1,81 @@
+"""Published reinforcements with anything in one of their members: what is given fits, and all else is told."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+from pathlib import Path
+
+import fsspec
+import numpy as np
+from hypothesis import strategies as st
+
+from reinforce.config import parse_config
+from reinforce.published import Reinforcements, Unreadable
+from reinforce.recipe import describe_models, layers_of
+from reinforce.source import Refusal
+from tests.published.shards import COUNT, HEIGHT, WIDTH, config_of, reinforcement, stored
+from tests.shards import tar_bytes
+
+CONFIG = parse_config(config_of(Path("x")))
+LAYERS = layers_of(CONFIG, describe_models(CONFIG))
+SPOILT, WHOLE = stored(1), stored(2)
+_JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.just([0, 0, 9, 9])),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
+)
+
+
+def _spoilt(name: str, within: bool) -> st.SearchStrategy[bytes]:
+    """A member with bytes replaced, put in or taken out; ``within``: of what is in the gzip."""
+    data = dict(reinforcement(SPOILT, name if name in ("npz", "pth.gz") else "npz"))[f"{SPOILT.key}.{name}"]
+    data = gzip.decompress(data) if within else data
+    change = st.tuples(st.integers(0, len(data)), st.integers(0, 40), st.binary(max_size=40))
+    return (
+        st.lists(change, min_size=1, max_size=3)
+        .map(lambda changes: _changed(data, changes))
+        .map(lambda changed: gzip.compress(changed, 1) if within else changed)
+    )
+
+
+def _changed(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
+    for at, count, value in changes:
+        data = data[:at] + value + data[at + count :]
+    return data
+
+
+MEMBERS = st.one_of(
+    st.tuples(st.just("npz"), _spoilt("npz", False)),
+    st.tuples(st.just("pth.gz"), _spoilt("pth.gz", False)),
+    st.tuples(st.just("pth.gz"), _spoilt("pth.gz", True)),
+    st.tuples(st.just("paug.json"), _spoilt("paug.json", False)),
+    st.tuples(st.just("syn.json"), _spoilt("syn.json", False)),
+    st.tuples(st.just("paug.json"), _JSON.map(lambda value: json.dumps({"param_aug": [value] * COUNT}).encode())),
+    st.tuples(st.just("syn.json"), _JSON.map(lambda value: json.dumps({"syn_text": value}).encode())),
+)
+
+
+def published(member: tuple[str, bytes]) -> None:
+    name, data = member
+    changed: dict[str, bytes | None] = {"npz": None, name: data} if name == "pth.gz" else {name: data}
+    tar = tar_bytes([*reinforcement(SPOILT, **changed), *reinforcement(WHOLE)])
+    fsspec.filesystem("memory").pipe("/fuzz/dr.tar", tar)
+    with contextlib.closing(Reinforcements("memory://fuzz/dr.tar", CONFIG, LAYERS.values())) as found:
+        assert [*found] == [SPOILT.key, WHOLE.key]
+        for key in found:
+            with contextlib.suppress(Unreadable):
+                for record in found.augmentations(key, WIDTH, HEIGHT):
+                    assert 0 <= record.crop.top < record.crop.top + record.crop.height <= HEIGHT
+                    assert 0 <= record.crop.left < record.crop.left + record.crop.width <= WIDTH
+            for layer, value in found.of(key).items():
+                kind = LAYERS[layer]
+                if isinstance(value, Refusal):
+                    assert key == SPOILT.key
+                    assert value.detail
+                elif isinstance(value, list):
+                    assert len(value) == kind.count
+                    assert all(isinstance(text, str) for text in value)
+                else:
+                    assert value.shape == (kind.count, kind.dim)
+                    np.testing.assert_allclose(np.linalg.norm(value, axis=1), 1, atol=1e-4)
