@@ -239,6 +239,7 @@ class Store:
 
     def _publish(self, file: IO[bytes], local_path: str, path: str) -> None:
         if not self.local:
+            file.seek(0)  # where opening /dev/fd gives the same file again, as on macOS, and not a new one
             self.fs.put_file(local_path, path)
             return
         os.fsync(file.fileno())
