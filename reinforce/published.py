@@ -23,10 +23,10 @@ import numpy.typing as npt
 
 from reinforce.augment import OPS, Augmentation, Crop, Op
 from reinforce.config import Config
-from reinforce.errors import UserError
+from reinforce.errors import StorageError, UserError
 from reinforce.layers import SAMPLES, TRUE, Layer
 from reinforce.source import RawSample, Refusal, read_shard
-from reinforce.text import parse_json
+from reinforce.text import clean, parse_json
 from reinforce.urls import canonical
 from schemas import WHOLE_SHARD, Reason
 
@@ -64,7 +64,8 @@ class Reinforcements:
         self._config = config
         self._layers = [layer for layer in layers if layer.published]
         self._members: dict[str, dict[str, tuple[int, int]]] = {}
-        self._keys: dict[str, str] = {}  # by uid, where that is not the key
+        self._keys: dict[str, str] = {}  # by uid
+        self._known: set[str] = set()  # keys of those that have a uid
         self._met: set[str] = set()
         self.refusals: list[Refusal] = []
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
@@ -76,13 +77,14 @@ class Reinforcements:
             members = self._members[item.key] = {}
             if (uid := _uid(item.sidecars)) is not None:
                 self._keys.setdefault(uid, item.key)
+                self._known.add(item.key)
             for name in (_PARAMETERS, _CAPTIONS, *_VECTORS):
                 if name in item.left_out:
                     self.refusals.append(item.left_out[name])
                 if (data := item.sidecars.get(name)) is not None:
                     members[name] = (at, len(data))
-                    at += self._file.write(data)
-        self._file.flush()
+                    at += self._kept(data)
+        self._kept(b"", flush=True)
 
     @property
     def fault(self) -> Refusal | None:
@@ -92,19 +94,32 @@ class Reinforcements:
     def close(self) -> None:
         self._file.close()
 
+    def _kept(self, data: bytes, flush: bool = False) -> int:
+        try:
+            count = self._file.write(data)
+            if flush:
+                self._file.flush()
+        except OSError as error:
+            raise StorageError(
+                f"reinforcements cannot wait in {tempfile.gettempdir()}: {error}; make room, or set TMPDIR."
+            ) from error
+        return count
+
     def __iter__(self) -> Iterator[str]:
         """The keys."""
         return iter(self._members)
 
     def key_of(self, raw: RawSample) -> str | None:
-        """The key under which a sample of the source is reinforced: its own, or that of its ``uid``."""
-        key: str | None = raw.key
-        if key not in self._members:
-            uid = _uid(raw.sidecars)
-            key = uid if uid in self._members else self._keys.get(uid or "")
-        if key is not None:
-            self._met.add(key)
-        return key
+        """The key under which a sample of the source is reinforced: that of its ``uid``, else its own."""
+        uid = _uid(raw.sidecars)
+        possible = [raw.key] if uid is None else [self._keys.get(uid, uid)]
+        if raw.key not in self._known:  # else it is another sample's
+            possible.append(raw.key)
+        for key in possible:
+            if key in self._members:
+                self._met.add(key)
+                return key
+        return None
 
     def without_image(self) -> Iterator[Refusal]:
         """Those that no sample of the source was met for."""
@@ -136,8 +151,9 @@ class Reinforcements:
                 if layer.kind == "captions":
                     brought[layer.name] = self._captions(key, layer)
                 else:
-                    arrays = arrays or self._vectors(key)
-                    brought[layer.name] = self._part(arrays, layer)
+                    with np.errstate(all="ignore"):  # what overflows is refused for its norm
+                        arrays = arrays or self._vectors(key)
+                        brought[layer.name] = self._part(arrays, layer)
             except Unreadable as error:
                 brought[layer.name] = Refusal(key, Reason.REINFORCEMENT_BROKEN, str(error))
         return brought
@@ -163,7 +179,7 @@ class Reinforcements:
             raise Unreadable(f"no list {name!r} of texts in {_CAPTIONS}, which has: {_some(document)}")
         if len(texts) < layer.count:
             raise Unreadable(f"{len(texts)} captions in {name!r}, want {layer.count}: set `captions`")
-        return texts[: layer.count]
+        return [clean(text, self._config.input.limits.caption_chars) for text in texts[: layer.count]]
 
     def _vectors(self, key: str) -> dict[str, Floats]:
         """The sample's arrays by name. Raises Unreadable."""

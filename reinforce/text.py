@@ -35,7 +35,7 @@ def caption_of(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Lim
             text = document.get(name) if isinstance(document, dict) else None
         else:
             text = _decode(data)
-        caption = _clean(text, limits.caption_chars) if isinstance(text, str) else ""
+        caption = clean(text, limits.caption_chars) if isinstance(text, str) else ""
         if caption:
             return caption
     return None
@@ -90,6 +90,7 @@ def _finite(digits: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _clean(text: str, longest: int) -> str:
+def clean(text: str, longest: int) -> str:
+    """A text by policy ``text-1``, at most ``longest`` characters of it."""
     text = _SURROGATES.sub("\ufffd", _CONTROLS.sub(" ", text)).strip()
     return text[:longest].rstrip()

@@ -114,6 +114,25 @@ def test_samples_are_joined_by_key_or_uid_in_the_source_s_order(tmp_path: Path) 
     )
 
 
+def test_a_uid_goes_before_a_key_that_is_another_sample_s(tmp_path: Path) -> None:
+    first, second, third = ALL[:3]
+    source = [image(first, second.key), image(second, first.key), image(stored(77), third.key)]
+    published(tmp_path, source, [reinforcement(one) for one in (first, second, third)])
+    samples = list(reinforce.open(reinforce_here(config_of(tmp_path))))
+    assert [(sample.key, sample.caption) for sample in samples] == [
+        (first.key, f"true {first.key}"),
+        (second.key, f"true {second.key}"),
+    ]
+    assert quarantine(tmp_path) == [(third.key, "not_reinforced"), (third.key, "no_image")]
+
+
+def test_captions_are_text_whatever_was_published(tmp_path: Path) -> None:
+    texts = spoilt("syn.json", lambda _: {"syn_text": ["one\ud800\0\n two ", "x" * 9000]})
+    published(tmp_path, [image(ALL[0])], [reinforcement(ALL[0], **{"syn.json": texts})])
+    [sample] = reinforce.open(reinforce_here(config_of(tmp_path)))
+    assert sample.captions["coca"] == ["one\ufffd   two", "x" * 2000]
+
+
 def test_images_and_reinforcements_may_lie_in_the_same_tars(tmp_path: Path) -> None:
     merged = [image(one) + [m for m in reinforcement(one) if not m[0].endswith("url.txt")] for one in ALL]
     published(tmp_path, merged, [])
@@ -269,6 +288,7 @@ BROKEN: dict[str, tuple[str, dict[str, bytes | None]]] = {
     "no vectors of texts": ("embeddings/one/caption", {"npz": without("text_emb")}),
     "no zip": ("embeddings/one/images", {"npz": b"PK\x03\x04 and no more"}),
     "vectors of no length": ("embeddings/one/images", {"npz": npz({"image_emb": np.zeros((COUNT, sum(DIMS)))})}),
+    "vectors that are too large": ("embeddings/one/images", {"npz": npz({"image_emb": np.full((COUNT, 10), 1e200)})}),
     "vectors with NaN": ("embeddings/one/images", {"npz": npz({"image_emb": np.full((COUNT, 10), np.nan)})}),
     "too few columns": ("embeddings/two/images", {"npz": npz({"image_emb": ALL[0].vectors["image_emb"][:, :8]})}),
     "vectors that are whole numbers": ("embeddings/one/images", {"npz": npz({"image_emb": np.ones((3, 10), int)})}),
