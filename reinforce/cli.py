@@ -72,6 +72,7 @@ def run(
 def plan(config: ConfigPath, set_: Overrides = None) -> None:
     """Show what is missing, per layer, and how many bytes it will be. Starts and writes nothing."""
     from reinforce.plan import make_plan
+    from reinforce.runner import check_source
     from reinforce.status import plan_table
     from reinforce.summary import human_bytes
 
@@ -83,6 +84,11 @@ def plan(config: ConfigPath, set_: Overrides = None) -> None:
     total = sum(size or 0 for size in expected.values())
     size = human_bytes(total) if None not in expected.values() else f"{human_bytes(total)} or more"
     typer.echo(f"{made.shards:,} shards, {len(made.work):,} with something missing, about {size} to write")
+    if None in expected.values():
+        try:
+            check_source(made)
+        except UserError as error:
+            typer.echo(f"sizes are not known: {plain(told(str(error)))}", err=True)
 
 
 @app.command()

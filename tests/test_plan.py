@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 
+from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.errors import UserError
 from reinforce.estimate import expected_bytes
@@ -128,3 +130,20 @@ def test_expected_bytes_come_near_what_is_written(shards: Callable[..., str], tm
     samples = expected["samples"]
     assert samples is not None
     assert images < samples < 1.3 * images
+
+
+def test_a_source_that_lets_nobody_in_is_told_beside_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    changes = ["--set", "source=s3://nobody/x.tar", "--set", f"output={tmp_path}/out"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", str(ROOT / "configs/dfn5b.yaml"), *changes])
+    told = capsys.readouterr()
+    assert "1 shards, 1 with something missing" in told.out
+    assert "sizes are not known: source cannot be read: s3://nobody/x.tar: NoCredentialsError" in told.err
+    s3fs.S3FileSystem.clear_instance_cache()
