@@ -27,7 +27,7 @@ demo: $(INSTALLED) ## reinforce 1,364 emoji, train a student with and without it
 	$(BIN)/python -m reinforce.demo students
 	$(BIN)/python -m reinforce.demo compare
 
-demo-teachers: $(INSTALLED) ## train the demo's teachers and captioner anew, which are committed (three quarters of an hour, npm)
+demo-teachers: $(INSTALLED) ## train the demo's teachers and captioner anew, which are committed (35 minutes on two cores, npm)
 	$(BIN)/python -m reinforce.demo data
 	$(BIN)/python -m reinforce.demo lessons
 	$(BIN)/python -m reinforce.demo blanks
