@@ -23,7 +23,7 @@ class Work:
     shard: str
     url: str
     layers: tuple[str, ...]
-    reinforcements: str | None = None  # the URL of what others have published for it
+    reinforcements: str | None = None  # the URL of what others have published for it, where that is to be read
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
                 missing[name] += 1
         if todo:
             key = tuple(todo)
-            work.append(Work(shard, url, interned.setdefault(key, key), published.get(shard)))
+            wanted = any(name == SAMPLES or layers[name].published for name in todo)
+            work.append(Work(shard, url, interned.setdefault(key, key), published.get(shard) if wanted else None))
     states = {}
     for name in layers:
         sizes = [committed[name][shard] for shard in urls if shard in committed[name]]

@@ -436,6 +436,15 @@ def test_reinforcements_that_are_missing_later_cost_the_layer(tmp_path: Path) ->
         reinforce_here(config_of(tmp_path, reinforcements=f"{tmp_path}/nowhere/00000.tar"))
 
 
+def test_a_teacher_of_ours_is_added_without_the_reinforcements(tmp_path: Path) -> None:
+    published(tmp_path, [image(one) for one in ALL], [reinforcement(one) for one in ALL])
+    reinforce_here(config_of(tmp_path))
+    later = config_of(tmp_path, reinforcements=f"{tmp_path}/nowhere/{{00000..00000}}.tar")
+    later["teachers"]["ours"] = {"class": "tests.models:Colour", "options": {"size": 16, "dim": 8}}
+    assert [work.reinforcements for work in make_plan(parse_config(later)).work] == [None]
+    assert {sample.images["ours"].shape for sample in reinforce.open(reinforce_here(later))} == {(COUNT, 8)}
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_a_run_on_ray_reads_them_and_adds_a_teacher_of_ours(tmp_path: Path) -> None:
     published(tmp_path, [image(one) for one in ALL], [reinforcement(one) for one in ALL])
