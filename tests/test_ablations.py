@@ -268,7 +268,7 @@ def test_machines_are_told_with_their_questions_where_they_differ(study: Study, 
     here, there = _rising(asked["lambda"]), replace(_rising(asked["scales"]), machine="another")
     assert "(torch" in _written(study, [here], tmp_path)[0]
     assert ";\nthis one).\n" in _written(study, [here], tmp_path)[0]
-    assert "\nthis one: Lambda; another: Logit scales).\n" in _written(study, [here, there], tmp_path)[0]
+    assert "\nthis one; another, for *Logit scales*).\n" in _written(study, [here, there], tmp_path)[0]
 
 
 def test_one_seed_concludes_nothing(study: Study) -> None:

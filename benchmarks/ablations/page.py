@@ -203,9 +203,8 @@ def _machines(judged: Sequence[tuple[Answer, Sequence[Verdict]]]) -> str:
     by_machine: dict[str, list[str]] = {}
     for given, _ in judged:
         by_machine.setdefault(given.machine, []).append(given.question.title)
-    if len(by_machine) == 1:
-        return next(iter(by_machine))
-    return "; ".join(f"{machine}: {', '.join(titles)}" for machine, titles in by_machine.items())
+    first, *others = sorted(by_machine, key=lambda machine: -len(by_machine[machine]))
+    return "; ".join([first, *(f"{machine}, for *{', '.join(by_machine[machine])}*" for machine in others)])
 
 
 def _anchor(title: str) -> str:
