@@ -86,6 +86,7 @@ def decode(data: bytes, limits: Limits, first: bool = False, policy: str = IMAGE
             elif first and is_jpeg and is_mended(image, data, _loaded):
                 raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG lacks scan data")
             if policy == PUBLISHED_POLICY:
+                image = image.convert("RGBA") if image.mode == "P" else image  # the same colours without a warning
                 return image if image.mode == "RGB" else image.convert("RGB")
             return _upright(_to_rgb(image, data), image)
     except ImageRefused:
