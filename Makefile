@@ -4,6 +4,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 SECONDS ?= 600
 ROUNDS ?= 10
+# Else every process of a run compiles what it imports anew: see below.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-captions bench-latency bench-transfer ablations lint clean fuzz soak audit
@@ -14,7 +16,7 @@ help: ## list the targets
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	@# What is imported is compiled then; all that is installed takes a minute of a core.
+	@# What is imported is compiled then, once; all that is installed takes a minute of a core.
 	$(BIN)/python -m pip install --no-compile -e '.[demo,test]' -c constraints.txt
 	touch $@
 
