@@ -147,8 +147,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _published(self) -> Config:
-        models = {**self.teachers, **self.captioners}
-        published = [name for name, spec in models.items() if spec.family == "published"]
+        models = (*self.teachers.items(), *self.captioners.items())
+        published = [name for name, spec in models if spec.family == "published"]
         if published and self.reinforcements is None:
             raise ValueError(
                 f"{', '.join(published)}: family published is read from `reinforcements`, which are not set"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -62,6 +62,11 @@ class Layer:
         dim = dim or self.dim
         assert dim is not None
         return schemas.embeddings_schema(self.count, dim, self.dtype)
+
+
+def reads_reinforcements(layers: Iterable[Layer]) -> bool:
+    """Whether any of them holds something of the reinforcements that others have published, if a config names such."""
+    return any(layer.published or layer.name == SAMPLES for layer in layers)
 
 
 def captions_layer(captioner: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from reinforce.config import Config
 from reinforce.errors import UserError
-from reinforce.layers import SAMPLES, Layer
+from reinforce.layers import SAMPLES, Layer, reads_reinforcements
 from reinforce.recipe import describe_models, layers_of
 from reinforce.store import MANIFEST, Store, fingerprint_error
 from reinforce.urls import canonical, compression, expand, is_public, shard_names
@@ -77,8 +77,8 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
                 missing[name] += 1
         if todo:
             key = tuple(todo)
-            wanted = any(name == SAMPLES or layers[name].published for name in todo)
-            work.append(Work(shard, url, interned.setdefault(key, key), published.get(shard) if wanted else None))
+            beside = published.get(shard) if reads_reinforcements(layers[name] for name in todo) else None
+            work.append(Work(shard, url, interned.setdefault(key, key), beside))
     states = {}
     for name in layers:
         sizes = [committed[name][shard] for shard in urls if shard in committed[name]]

@@ -83,8 +83,10 @@ class Reinforcements:
                     self.refusals.append(item.left_out[name])
                 if (data := item.sidecars.get(name)) is not None:
                     members[name] = (at, len(data))
-                    at += self._kept(data)
-        self._kept(b"", flush=True)
+                    with _room():
+                        at += self._file.write(data)
+        with _room():
+            self._file.flush()
 
     @property
     def fault(self) -> Refusal | None:
@@ -94,17 +96,6 @@ class Reinforcements:
     def close(self) -> None:
         self._file.close()
 
-    def _kept(self, data: bytes, flush: bool = False) -> int:
-        try:
-            count = self._file.write(data)
-            if flush:
-                self._file.flush()
-        except OSError as error:
-            raise StorageError(
-                f"reinforcements cannot wait in {tempfile.gettempdir()}: {error}; make room, or set TMPDIR."
-            ) from error
-        return count
-
     def __iter__(self) -> Iterator[str]:
         """The keys."""
         return iter(self._members)
@@ -112,14 +103,13 @@ class Reinforcements:
     def key_of(self, raw: RawSample) -> str | None:
         """The key under which a sample of the source is reinforced: that of its ``uid``, else its own."""
         uid = _uid(raw.sidecars)
-        possible = [raw.key] if uid is None else [self._keys.get(uid, uid)]
-        if raw.key not in self._known:  # else it is another sample's
-            possible.append(raw.key)
-        for key in possible:
-            if key in self._members:
-                self._met.add(key)
-                return key
-        return None
+        key = raw.key if uid is None else self._keys.get(uid, uid)
+        if key not in self._members and raw.key not in self._known:  # else that key is another sample's
+            key = raw.key
+        if key not in self._members:
+            return None
+        self._met.add(key)
+        return key
 
     def without_image(self) -> Iterator[Refusal]:
         """Those that no sample of the source was met for."""
@@ -227,7 +217,18 @@ class Reinforcements:
         return str(self._config.captioners[captioner].model)
 
 
-def check(url: str, config: Config, layers: Iterable[Layer]) -> None:
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    """Say what to do where a temporary file finds none. Raises StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"reinforcements cannot wait in {tempfile.gettempdir()}: {error}; make room, or set TMPDIR."
+        ) from error
+
+
+def check_reinforcements(url: str, config: Config, layers: Iterable[Layer]) -> None:
     """Raise UserError where the config cannot be meant for these reinforcements, by the first samples of a shard."""
     with contextlib.closing(Reinforcements(url, config, layers, _TRIED)) as some:
         faults = [_faults(some, key) for key in some]

@@ -96,12 +96,12 @@ def rows_from_source(
         return
     seen: set[str] = set()  # published keys, which those of the source may share
     for row in ahead(pool, prepare, read_shard(url, config.input.limits), window, _encoded_bytes):
-        if isinstance(row, Row) and published is not None:
+        if isinstance(row, Row):
             if row.key in seen:
                 yield Refusal(row.key, Reason.DUPLICATE_KEY, "another sample has these reinforcements; it is kept")
                 continue
-            seen.add(row.key)
-        if isinstance(row, Row):
+            if published is not None:
+                seen.add(row.key)
             if rows and (rows == limit or size + len(row.image) > GROUP_BYTES):
                 group, rows, size = group + 1, 0, 0
             row.group, rows, size = group, rows + 1, size + len(row.image)

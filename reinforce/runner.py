@@ -16,7 +16,7 @@ from reinforce.layers import SAMPLES
 from reinforce.manifest import scale_notes, update_manifest
 from reinforce.plan import Plan, given_up, make_plan
 from reinforce.progress import Progress
-from reinforce.published import check as published_check
+from reinforce.published import check_reinforcements
 from reinforce.store import MANIFEST, Store
 from reinforce.summary import RunSummary, nothing_to_do
 from reinforce.urls import canonical, filesystem
@@ -80,7 +80,7 @@ def check_source(plan: Plan) -> None:
     _check_reach("reinforcements", [str(work.reinforcements) for work in published])
     if published:
         layers = [plan.layers[name] for name in published[0].layers]
-        published_check(str(published[0].reinforcements), plan.config, layers)
+        check_reinforcements(str(published[0].reinforcements), plan.config, layers)
 
 
 def _check_reach(key: str, urls: list[str]) -> None:

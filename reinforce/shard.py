@@ -17,7 +17,7 @@ import torch
 from reinforce import vectors
 from reinforce.augment import to_records
 from reinforce.config import Config
-from reinforce.layers import SAMPLES, TRUE, Layer, captions_layer
+from reinforce.layers import SAMPLES, TRUE, Layer, captions_layer, reads_reinforcements
 from reinforce.models import Counters, Models
 from reinforce.outcome import LayerFailure, ShardResult
 from reinforce.plan import Work
@@ -102,7 +102,7 @@ class _Shard:
     def _wanted(self, stack: contextlib.ExitStack) -> Wanted:
         specs = {self._captioner(layer).image for layer in self._computed("captions")}
         published = None
-        if self.work.reinforcements and (SAMPLES in self.layers or any(x.published for x in self.layers.values())):
+        if self.work.reinforcements and reads_reinforcements(self.layers.values()):
             published = Reinforcements(self.work.reinforcements, self.config, self.layers.values())
             stack.enter_context(contextlib.closing(published))
         return Wanted(bool(self._computed("images")), tuple(sorted(specs, key=repr)), published)
@@ -329,9 +329,8 @@ class _Shard:
         return self.models.captioners[str(layer.model)]
 
     def _schema(self, layer: Layer) -> pa.Schema:
-        computed = layer.kind in ("images", "texts") and not layer.published
-        dim = self.models.teachers[str(layer.model)].dim if computed else None
-        return layer.schema(self.config.images, dim)
+        teacher = self.models.teachers.get(str(layer.model))
+        return layer.schema(self.config.images, teacher.dim if teacher else None)
 
     def _writer(self, layer: Layer) -> LayerWriter:
         return self.store.writer(layer, self._schema(layer), self.work.shard, self.source)

@@ -106,8 +106,8 @@ def referenced_images(references: list[dict[str, object]]) -> Iterator[bytes]:
 
 @dataclass
 class _Group:
-    """Members of one key, as far as they have been read. ``before`` is None for a new key, else whether it came with
-    an image."""
+    """Members of one key, as far as they have been read. ``before`` is None for a new key, else whether it came
+    ``whole``."""
 
     key: str
     before: bool | None
@@ -192,7 +192,7 @@ def _read(member: Member, limit: int) -> tuple[bytes | None, bool]:
 
 
 def _samples(stream: Readable, size: int | None, limits: Limits, images: bool) -> Iterator[RawSample | Refusal]:
-    seen: dict[bytes, bool] = {}  # keys by hash, and whether they came with an image
+    seen: dict[bytes, bool] = {}  # keys by hash, and whether they came whole
     split = 0
     damages: list[tuple[DamagedTar, str]] = []
     last = ""  # member

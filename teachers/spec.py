@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +11,7 @@ class ModelSpec(BaseModel):
     """A model by name and weights, or a class of the user's own."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    _PUBLISHED: ClassVar[tuple[str, ...]] = ()  # what is said of one of family published, beside its name
 
     family: Literal["open_clip", "transformers", "published"] = Field(
         "open_clip",
@@ -40,13 +41,15 @@ class ModelSpec(BaseModel):
                 raise ValueError("`pretrained` belongs to `model`; pass weights to your class in `options`")
         elif self.options:
             raise ValueError("`options` are for a `class` of your own")
-        if self.family == "published" and (unused := self.model_fields_set & {"pretrained", "precision", "class_"}):
+        if self.family == "published" and (unused := self.model_fields_set - {"family", "model", *self._PUBLISHED}):
             raise ValueError(f"{', '.join(sorted(unused))}: not used with family published; remove it")
         return self
 
 
 class TeacherSpec(ModelSpec):
     """One entry of ``teachers:``."""
+
+    _PUBLISHED: ClassVar[tuple[str, ...]] = ("columns", "logit_scale", "dtype")
 
     logit_scale: float | None = Field(
         None, gt=0, description="1/temperature students distil with; default: the model's own"
@@ -86,6 +89,8 @@ class CaptionerSpec(ModelSpec):
     ``strategy`` says how words are chosen, and which of the fields below it are used. The two that sample are seeded
     per (key, index); the others depend on the image alone.
     """
+
+    _PUBLISHED: ClassVar[tuple[str, ...]] = ("captions",)
 
     captions: int = Field(
         5, ge=1, le=64, description="captions per image; of beams the best, of greedy, which has but one, 1"
@@ -146,13 +151,6 @@ class CaptionerSpec(ModelSpec):
             raise ValueError(f"{self.captions} captions of {self.beams} beams: set `beams` to {self.captions} or more")
         if self.strategy == "diverse_beams" and self.beams % self.groups:
             raise ValueError(f"{self.beams} beams cannot be divided among {self.groups} groups of equal size")
-        return self
-
-    @model_validator(mode="after")
-    def _of_published(self) -> CaptionerSpec:
-        used = {"family", "model", "captions"}
-        if self.family == "published" and (unused := self.model_fields_set - used):
-            raise ValueError(f"{', '.join(sorted(unused))}: not used with family published; remove it")
         return self
 
     @property

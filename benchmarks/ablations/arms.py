@@ -115,9 +115,10 @@ class Study:
 
         What is not set is not told, so that a key that comes to the program later changes nothing.
         """
-        options: dict[str, Any] = {"exclude_none": True}
-        students = [self.student(arm, 0).model_dump_json(exclude={"output", "seed"}, **options) for arm in arms]
-        datasets = [self.dataset_config(arm.dataset).model_dump_json(exclude={"output"}, **options) for arm in arms]
+        students = [self.student(arm, 0).model_dump_json(exclude={"output", "seed"}, exclude_none=True) for arm in arms]
+        datasets = [
+            self.dataset_config(arm.dataset).model_dump_json(exclude={"output"}, exclude_none=True) for arm in arms
+        ]
         models = [model.model for model in (*self.demo.teachers.values(), *self.demo.captioners.values())]
         folders = [Path(model.removeprefix(FOLDER)) for model in models if model.startswith(FOLDER)]
         known = [weights.identity(file) for folder in folders for file in sorted(folder.glob("*.safetensors"))]
