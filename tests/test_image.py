@@ -3,7 +3,6 @@ from __future__ import annotations
 import concurrent.futures
 import io
 import struct
-import warnings
 import zlib
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image, ImageCms, ImageFile
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
-from reinforce.image import FORMATS, PUBLISHED_POLICY, ImageRefused, decode
+from reinforce.image import FORMATS, ImageRefused, decode
 from reinforce.source import IMAGE_EXTENSIONS
 from schemas import Reason
 
@@ -396,21 +395,3 @@ def test_every_image_extension_of_a_shard_is_of_a_format_that_is_read():
     Image.init()
     for extension in IMAGE_EXTENSIONS - {"jfif", "jpe"}:
         assert Image.EXTENSION[f".{extension}"] in FORMATS
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
-@pytest.mark.parametrize("transparent", [False, True])
-def test_the_published_policy_is_pillow_s_conversion_alone(mode: str, transparent: bool) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image = noise().convert("L").convert("I;16") if mode == "I;16" else noise().convert(mode)
-    options = {"transparency": bytes(range(0, 256, 2)) if mode == "P" else 7} if transparent and mode in "LP" else {}
-    if transparent and mode in ("LA", "RGBA"):
-        image.putalpha(noise(mode="L"))
-    data = encode(image, exif=exif, **options)
-    made = decode(data, LIMITS, policy=PUBLISHED_POLICY)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert made.tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
-    assert made.size == (40, 30), "lying as it is in the file"

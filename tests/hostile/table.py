@@ -18,6 +18,7 @@ HANG = (
 )
 FAULTS = "tests/integration/test_faults.py"
 PUBLISHED = "tests/published/test_published.py"
+BROKEN = "tests/published/test_broken.py"
 S3 = "tests/storage/test_faults.py"
 PARTIAL = "tests/storage/test_partial.py"
 SCARCITY = "tests/integration/test_scarcity.py"
@@ -58,12 +59,12 @@ OTHERS = [
     (
         "published augmentations that cannot be read, or are not of this image",
         "`reinforcement_broken`",
-        f"{PUBLISHED}::test_what_cannot_be_read_costs_its_own_row",
+        f"{BROKEN}::test_what_cannot_be_read_costs_its_own_row",
     ),
     (
         "published captions or vectors that are pickles, unpack without end or are not what they say",
         "`reinforcement_broken`: the row is null in that layer; nothing is executed",
-        f"{PUBLISHED}::test_what_cannot_be_read_costs_its_own_row",
+        f"{BROKEN}::test_what_cannot_be_read_costs_its_own_row",
     ),
     (
         "a storage that fails in the middle of a shard",

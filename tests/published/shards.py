@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+import reinforce
 from reinforce.augment import OPS
+from reinforce.store import Store
+from tests import conftest
 from tests.conftest import picture, write_tar
 
 COUNT, CAPTIONS, DIMS = 3, 2, (6, 4)
@@ -96,17 +99,46 @@ def published(
 
 def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
     """The config that reads them."""
-    config: dict[str, Any] = {
-        "source": f"{folder}/source/*.tar",
+    own: dict[str, Any] = {
         "reinforcements": f"{folder}/dr/*.tar",
-        "output": f"{folder}/out",
         "augmentations": {"count": COUNT, "size": SIZE},
         "captioners": {"coca": {"family": "published", "model": "syn_text", "captions": CAPTIONS}},
         "teachers": {
             "one": {"family": "published", "model": "ONE", "columns": [0, 6], "logit_scale": 70, "dtype": "float32"},
             "two": {"family": "published", "model": "TWO", "columns": [6, 10], "logit_scale": 60, "dtype": "float32"},
         },
-        "workers": {"batch": 16, "max": 1},
-        "failures": {"allowed_share": 1.0},
     }
-    return {**config, **changes}
+    return {**conftest.config_of(f"{folder}/source/*.tar", f"{folder}/out"), **own, **changes}
+
+
+ALL = [stored(number) for number in range(12)]
+
+
+def quarantine(folder: Path, layer: str = "samples") -> list[tuple[str | None, str]]:
+    store = Store(f"{folder}/out")
+    return [
+        (row["key"], str(row["reason"]))
+        for shard in store.shards(f"quarantine/{layer}")
+        for row in store.quarantined(layer, shard)
+    ]
+
+
+def check(one: Stored, sample: reinforce.Sample, tolerance: float = 1e-6) -> None:
+    """A sample of the dataset is what was published."""
+    first, second = slice(0, DIMS[0]), slice(DIMS[0], sum(DIMS))
+    for teacher, columns in (("one", first), ("two", second)):
+        np.testing.assert_allclose(sample.images[teacher], one.vectors["image_emb"][:, columns], atol=tolerance)
+        texts = one.vectors["text_emb"][:, columns]
+        np.testing.assert_allclose(sample.texts[teacher]["caption"], texts[:1], atol=tolerance)
+        np.testing.assert_allclose(sample.texts[teacher]["coca"], texts[1:], atol=tolerance)
+    assert sample.caption == f"true {one.key}"
+    assert sample.captions["coca"] == one.captions["syn_text"]
+    records = [
+        [
+            [a.crop.top, a.crop.left, a.crop.height, a.crop.width],
+            a.ops and [[OPS.index(o.name), o.magnitude] for o in a.ops],
+        ]
+        for a in sample.augmentations
+    ]
+    assert records == one.records
+    assert {a.size for a in sample.augmentations} == {SIZE}
