@@ -46,7 +46,7 @@ test: $(INSTALLED) ## run the tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(INSTALLED) ## how near the pipeline comes to this machine's limits (two minutes)
-	$(BIN)/python -m reinforce.bench
+	$(BIN)/python -m benchmarks.pipeline
 
 bench-step: $(INSTALLED) ## what a training step with stored targets costs beside plain CLIP (five minutes)
 	$(BIN)/python -m benchmarks.step
@@ -77,11 +77,12 @@ bench-transfer: $(INSTALLED) ## the demo's two students from three seeds each, a
 ablations: $(INSTALLED) ## the papers' questions at the demo's scale, after `make demo`; goes on where it was (hours)
 	$(BIN)/python -m benchmarks.ablations
 
-lint: $(INSTALLED) ## ruff and mypy
+lint: $(INSTALLED) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 clean: ## remove what the demo and the tools wrote; .venv stays
-	rm -rf demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf demo build dist *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

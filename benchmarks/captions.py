@@ -30,7 +30,7 @@ import platform
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -249,7 +249,7 @@ class Clock:
     """Seconds by part."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()  # type: ignore[type-arg]
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def running(self, part: str) -> Iterator[None]:

@@ -27,7 +27,7 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
@@ -44,19 +44,19 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from reinforce.augment import replay
 from reinforce.config import Augmentations, parse_config
-from reinforce.image import decode
-from reinforce.manifest import update_manifest
-from reinforce.models import load_models
-from reinforce.plan import make_plan
-from reinforce.shard import process_shard
-from reinforce.store import MANIFEST, Store
+from reinforce.dataset.augment import replay
+from reinforce.dataset.manifest import update_manifest
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.models import load_models
+from reinforce.engine.plan import make_plan
+from reinforce.engine.shard import process_shard
+from reinforce.source.image import decode
 from reinforce.student.config import Data
-from reinforce.student.feed import StudentFeed
-from reinforce.student.order import Chunk
-from reinforce.student.survey import survey
-from reinforce.student.tokens import Tokenizer
+from reinforce.student.data.feed import StudentFeed
+from reinforce.student.data.survey import survey
+from reinforce.training.order import Chunk
+from teachers.open_clip_tokens import Tokenizer
 from teachers.protocols import ImageSpec
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
@@ -247,7 +247,7 @@ class One:
         return self._tokenizer([text])[0]
 
 
-def compare(sides: dict[str, Callable[[int], None]], rounds: int) -> dict[str, dict[str, list[float]]]:
+def compare(sides: Mapping[str, Callable[[int], None]], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Images a second, and milliseconds of all processes' time an image, of each side in turns."""
     figures: dict[str, dict[str, list[float]]] = {name: {"images/s": [], "cpu ms": []} for name in sides}
     for number in range(rounds):

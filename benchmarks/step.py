@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from reinforce import settings
 from reinforce.student.config import StudentConfig
 from reinforce.student.task import StudentTask
-from reinforce.training.batches import Ahead
+from reinforce.training.batches import Prefetcher
 from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import adamw
 from reinforce.training.step import backpropagate
@@ -114,7 +114,7 @@ class Bench:
         optimizer = adamw(model, Optimizer(lr=1e-5))
         made = examples(tasks["plain"], case.batch)
         unread = {"plain": ("targets", "views", "texts"), "stored": ("views", "texts"), "online": ("targets",)}
-        ahead = {name: Ahead([without(made, unread[name])], self.accelerator) for name in tasks}
+        ahead = {name: Prefetcher([without(made, unread[name])], self.accelerator) for name in tasks}
         for one in ahead.values():
             one.fetch()
         batches = {name: one.take() for name, one in ahead.items()}
@@ -166,7 +166,7 @@ def manifest() -> dict[str, Any]:
 
 
 def examples(task: StudentTask, count: int) -> dict[str, Any]:
-    """Noise in the shapes of ``reinforce.student.batch``."""
+    """Noise in the shapes of ``reinforce.student.data.batch``."""
     torch.manual_seed(0)
     size = task.model.image.height
     texts = {kind: [f"a {kind} text about thing {i} on a table" for i in range(count)] for kind in KINDS}

@@ -9,21 +9,12 @@ the job. ``ray job stop`` lets it write a checkpoint if RAY_JOB_STOP_WAIT_TIME_S
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the code of the job lies
 
-from reinforce.cli import main
-
-
-def job() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML config, for example configs/finetune-coco38k.yaml")
-    known, rest = parser.parse_known_args()
-    main(["finetune-captioner", known.config, *rest])
-
+from jobs.entry import run
 
 if __name__ == "__main__":
-    job()
+    run("finetune-captioner", __doc__, "configs/finetune-coco38k.yaml")

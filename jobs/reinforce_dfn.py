@@ -7,21 +7,12 @@ The same program as ``reinforce run CONFIG``; workers need only the dependencies
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the code of the job lies
 
-from reinforce.cli import main
-
-
-def job() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML config, for example configs/dfn5b.yaml")
-    known, rest = parser.parse_known_args()
-    main(["run", known.config, *rest])
-
+from jobs.entry import run
 
 if __name__ == "__main__":
-    job()
+    run("run", __doc__, "configs/dfn5b.yaml")

@@ -8,21 +8,12 @@ same job again goes on after the trials that are finished.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the code of the job lies
 
-from reinforce.cli import main
-
-
-def job() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML config, for example configs/tune-demo.yaml")
-    known, rest = parser.parse_known_args()
-    main(["tune", known.config, *rest])
-
+from jobs.entry import run
 
 if __name__ == "__main__":
-    job()
+    run("tune", __doc__, "configs/tune-demo.yaml")

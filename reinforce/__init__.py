@@ -11,15 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reinforce.config import Config, load_config
-    from reinforce.dataset import Dataset, Sample, open
+    from reinforce.dataset.reader import Dataset, Sample, open
+    from reinforce.engine.runner import run
     from reinforce.errors import UserError
-    from reinforce.runner import run
     from reinforce.student.train import train
 
 __all__ = ["Config", "Dataset", "Sample", "UserError", "load_config", "open", "run", "train"]
 
-_HOMES = {"Config": "config", "load_config": "config", "Dataset": "dataset", "Sample": "dataset", "open": "dataset"}
-_HOMES |= {"UserError": "errors", "run": "runner", "train": "student.train"}
+_HOMES = {
+    "Config": "config",
+    "Dataset": "dataset.reader",
+    "Sample": "dataset.reader",
+    "UserError": "errors",
+    "load_config": "config",
+    "open": "dataset.reader",
+    "run": "engine.runner",
+    "train": "student.train",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from reinforce.config import load_config
 from reinforce.errors import UserError
-from reinforce.terminal import plain
-from teachers.redact import told
+from reinforce.terminal import escape
+from teachers.redact import redact
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ def run(
 
     Exits 0 when every shard is finished, or quarantined within failures.allowed_share.
     """
-    from reinforce.runner import run as run_config
+    from reinforce.engine.runner import run as run_config
 
     checked = load_config(config, set_)
     try:
@@ -64,19 +64,19 @@ def run(
     except KeyboardInterrupt:
         typer.echo("stopped; what is finished is kept, run again to go on", err=True)
         raise typer.Exit(130) from None
-    typer.echo(plain(summary.text(checked.output)))
+    typer.echo(escape(summary.text(checked.output)))
     raise typer.Exit(summary.status)
 
 
 @app.command()
 def plan(config: ConfigPath, set_: Overrides = None) -> None:
     """Show what is missing, per layer, and how many bytes it will be. Starts and writes nothing."""
-    from reinforce.plan import make_plan
-    from reinforce.runner import check_source
-    from reinforce.status import plan_table
-    from reinforce.summary import human_bytes
+    from reinforce.engine.estimate import plan_table
+    from reinforce.engine.plan import make_plan
+    from reinforce.engine.runner import check_source
+    from reinforce.terminal import human_bytes
 
-    from reinforce.estimate import expected_bytes  # isort: skip
+    from reinforce.engine.estimate import expected_bytes  # isort: skip
 
     made = make_plan(load_config(config, set_))
     expected = expected_bytes(made)
@@ -88,7 +88,7 @@ def plan(config: ConfigPath, set_: Overrides = None) -> None:
         try:
             check_source(made)
         except UserError as error:
-            typer.echo(f"sizes are not known: {plain(told(str(error)))}", err=True)
+            typer.echo(f"sizes are not known: {escape(redact(str(error)))}", err=True)
 
 
 @app.command()
@@ -96,17 +96,17 @@ def status(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="folder or fsspec URL of a reinforced dataset")],
 ) -> None:
     """Show what a dataset holds, what is in quarantine and why, and how the last run ended."""
-    from reinforce.status import status_of, status_table
-    from reinforce.summary import cleaned_lines
+    from reinforce.dataset.status import status_of, status_table
+    from reinforce.engine.summary import cleaned_lines
 
     found = status_of(dataset)
     Console().print(status_table(found))
     for layer, entry in found["quarantine"].items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in entry["reasons"].items())
-        typer.echo(plain(f"quarantine/{layer}: {entry['files']:,} shards; {reasons}"))
+        typer.echo(escape(f"quarantine/{layer}: {entry['files']:,} shards; {reasons}"))
     if last := found["last_run"]:
         text = f"last run {last['run']}: {last['shards']:,} shards in {last['seconds']:.0f} s, {last['message']}"
-        typer.echo(plain(text))
+        typer.echo(escape(text))
         for line in cleaned_lines(last.get("cleaned", {})):
             typer.echo(line)
 
@@ -171,13 +171,13 @@ def tune(
     if screen_only:
         screened = _trained(lambda: command.screen_only(checked))
         Console().print(screening_table(screened))
-        typer.echo(f"plot: {told(checked.output)}/{command.PICTURE}")
+        typer.echo(f"plot: {redact(checked.output)}/{command.PICTURE}")
         return
     tuned = _trained(lambda: command.tune(checked, address=address))
     Console().print(screening_table(tuned.screened))
     Console().print(results_table(tuned.rows, tuned.metric))
     for line in tuned.lines() + (command.record(checked, tuned) if record and not tuned.faults else []):
-        typer.echo(plain(line))
+        typer.echo(escape(line))
     if tuned.faults:
         raise UserError("trials failed, and are tried again by the same command:\n  " + "\n  ".join(tuned.faults))
 
@@ -238,7 +238,7 @@ def evaluate(
     Models are given their own preprocessing. Images that cannot be decoded are left out and told.
     """
     from reinforce.evaluation import command
-    from reinforce.naming import models_of
+    from reinforce.model_names import models_of
 
     common = {"classes": classes, "label": label, "templates": templates, "groups": groups}
     common = {key: value for key, value in common.items() if value is not None}
@@ -278,7 +278,7 @@ def export_onnx(
     The towers are reparameterised where the model can be, take any batch, and are compared with torch before the
     folder appears. Needs the extra: pip install 'reinforce[export]'
     """
-    from reinforce.naming import models_of, short_name
+    from reinforce.model_names import models_of, short_name
     from reinforce.shipping.packages import require
 
     require()
@@ -309,7 +309,7 @@ def latency(
 
     Architectures are measured, with random weights and reparameterised as they are shipped; nothing is downloaded.
     """
-    from reinforce.naming import models_of
+    from reinforce.model_names import models_of
     from reinforce.shipping.latency import measure
     from reinforce.shipping.packages import require
 
@@ -371,5 +371,5 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments)
     except UserError as error:
-        typer.echo(f"error: {plain(told(str(error)))}", err=True)
+        typer.echo(f"error: {escape(redact(str(error)))}", err=True)
         raise SystemExit(2) from None

@@ -40,12 +40,12 @@ def public(value: Any) -> Any:
     return _URL.sub(_without_signature, value) if isinstance(value, str) else value
 
 
-def told(text: str) -> str:
+def redact(text: str) -> str:
     """Text with its URLs as they may be told: no user, password, query or fragment."""
     return _URL.sub(lambda url: f"{url[1]}://{_address(url[1], re.split('[?#]', url[2])[0])}", text)
 
 
-class Discretion:
+class Redactor:
     """Takes the secrets of a config and of the environment out of whatever is told: messages, events, quarantine."""
 
     def __init__(self, values: Any) -> None:
@@ -56,7 +56,7 @@ class Discretion:
     def __call__(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, SECRET)
-        return told(text)
+        return redact(text)
 
 
 def _hides(name: Any, value: Any) -> bool:

@@ -1,35 +1,20 @@
-"""One Ray for the whole session: it takes seconds to start."""
+"""Fixtures that tests share: one Ray and one S3 for the whole session, since each takes seconds to start."""
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import socket
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from tests.storage.proxy import Proxy
+from tests.helpers.data import members_of, write_tar
+from tests.helpers.s3_proxy import Proxy
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # else tests at the same time starve those that wait for workers
-
-
-def free_port() -> int:
-    """A port above the range that Ray gives to workers (10002 to 19999)."""
-    while True:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port: int = free.getsockname()[1]
-        if port > 20_000:
-            return port
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves workers while other tests run
 
 
 @pytest.fixture(scope="session")
@@ -85,37 +70,6 @@ def s3(s3_server: str) -> Iterator[Any]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def picture(seed: int, width: int = 40, height: int = 30, format_: str = "PNG") -> bytes:
-    """A drawn picture: coloured noise over a gradient."""
-    rng = np.random.default_rng(seed)
-    ramp = np.linspace(0, 200, width)[None, :, None] * rng.random(3)
-    pixels = (ramp + rng.random((height, width, 3)) * 50).astype(np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, format_)
-    return out.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def members_of(shard: int, count: int, **picture_options: Any) -> list[tuple[str, bytes]]:
-    """``count`` samples in img2dataset's layout."""
-    members = []
-    for i in range(count):
-        key = f"{shard:03d}{i:05d}"
-        members.append((f"{key}.png", picture(shard * 10_000 + i, **picture_options)))
-        members.append((f"{key}.txt", f"thing {i} of shard {shard}".encode()))
-        members.append((f"{key}.json", json.dumps({"uid": key, "url": f"https://example.org/{key}"}).encode()))
-    return members
-
-
 @pytest.fixture
 def shards(tmp_path: Path) -> Callable[..., str]:
     """Writes shards of the given sizes and returns their glob."""
@@ -126,27 +80,3 @@ def shards(tmp_path: Path) -> Callable[..., str]:
         return f"{tmp_path}/{folder}/*.tar"
 
     return write
-
-
-def config_of(source: str, output: Path | str, **changes: Any) -> dict[str, Any]:
-    """A config with two small teachers of the user's own kind and a captioner."""
-    config: dict[str, Any] = {
-        "source": source,
-        "output": str(output),
-        "augmentations": {"count": 2, "size": 24},
-        "captioners": {"namer": {"class": "tests.models:Namer", "captions": 2}},
-        "teachers": {
-            "red": {"class": "tests.models:Colour", "options": {"size": 16, "dim": 8}, "logit_scale": 50.0},
-            "blue": {"class": "tests.models:Colour", "options": {"size": 24, "dim": 12, "seed": 1}},
-        },
-        "workers": {"batch": 16, "max": 1},
-        "failures": {"allowed_share": 1.0},
-    }
-    return {**config, **changes}
-
-
-def tree(folder: Path, layers_only: bool = True) -> dict[str, bytes]:
-    """Relative path -> bytes of a dataset's files."""
-    skipped = ("runs/", ".tmp/") if layers_only else ()
-    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(skipped)}

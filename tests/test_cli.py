@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from reinforce.cli import main
-from tests.conftest import config_of
+from tests.helpers.data import config_of
 
 Told = Callable[..., tuple[int, str, str]]
 
@@ -55,9 +55,9 @@ def faults(folder: Path, source: str) -> dict[str, tuple[dict[str, Any], str]]:
             {**good, "teachers": {"dfn": {"model": "ViT-L-14", "pretrained": "dfn2b"}}},
             "ViT-L-14-quickgelu",
         ),
-        "unknown class": ({**good, "teachers": {"mine": {"class": "tests.models:Colours"}}}, "Colours"),
+        "unknown class": ({**good, "teachers": {"mine": {"class": "tests.helpers.models:Colours"}}}, "Colours"),
         "unknown option": (
-            {**good, "teachers": {"mine": {"class": "tests.models:Colour", "options": {"sice": 3}}}},
+            {**good, "teachers": {"mine": {"class": "tests.helpers.models:Colour", "options": {"sice": 3}}}},
             "sice",
         ),
         "no match": ({**good, "source": f"{folder}/none/*.tar"}, f"{folder}/none/*.tar"),
@@ -130,7 +130,7 @@ def test_a_model_that_gives_the_wrong_shape_ends_the_run_before_it_starts(
     command: Told, shards: Callable[..., str], tmp_path: Path, ray_session: None
 ) -> None:
     config = config_of(shards(3), tmp_path / "out")
-    config["teachers"] = {"odd": {"class": "tests.models:Misshapen"}}
+    config["teachers"] = {"odd": {"class": "tests.helpers.models:Misshapen"}}
     status, _, err = command("run", write_config(tmp_path, config))
     assert status == 2
     assert "odd" in err

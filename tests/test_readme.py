@@ -17,9 +17,9 @@ from reinforce.cli import app
 from reinforce.config import parse_config
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig
-from tests.conftest import members_of, write_tar
-from tests.tiny_coca import coca_model
-from tests.tiny_models import open_clip_model
+from tests.helpers.data import members_of, write_tar
+from tests.helpers.tiny_coca import coca_model
+from tests.helpers.tiny_models import open_clip_model
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -13,7 +13,7 @@ from benchmarks.ablations.arms import Study
 from benchmarks.ablations.found import answer, training_of
 from benchmarks.ablations.questions import questions
 from reinforce.errors import UserError
-from reinforce.progress import Screen
+from reinforce.terminal import Screen
 from reinforce.training.stop import Stopped
 
 OUT = Path("demo/ablations")
@@ -22,7 +22,7 @@ OUT = Path("demo/ablations")
 def main(out: Path, names: Sequence[str], seeds: int, changes: Sequence[str], address: str | None) -> None:
     """Answer the questions, from where an earlier start left off. Raises UserError, and Stopped after a signal."""
     from benchmarks.ablations.trainings import make_datasets, train_all
-    from reinforce.runner import ray_cluster
+    from reinforce.cluster import ray_cluster
 
     study, screen = Study(out, changes), Screen()
     every = questions(study)
@@ -44,7 +44,7 @@ def main(out: Path, names: Sequence[str], seeds: int, changes: Sequence[str], ad
             answers = [known[name] for name in every if name in known]
             answered = [given.question.name for given in answers]
             page.write(study, answers, page.about(study, seeds, answered, None if out == OUT else out))
-            screen.say(f"{page.PAGE} and {page.RESULTS} have: {', '.join(answered)}")
+            screen.log(f"{page.PAGE} and {page.RESULTS} have: {', '.join(answered)}")
 
     with contextlib.ExitStack() as stack:
         started: list[bool] = []
@@ -59,7 +59,7 @@ def main(out: Path, names: Sequence[str], seeds: int, changes: Sequence[str], ad
         make_datasets(study, dict.fromkeys(arm.dataset for arm in arms.values()), cluster, screen)
         trainings = [one for arm in arms.values() for seed in range(seeds) if (one := training_of(study, arm, seed))]
         open_ = [training for training in trainings if training.results() is None]
-        screen.say(f"{len(arms)} arms, {len(trainings)} trainings, {len(trainings) - len(open_)} of them done")
+        screen.log(f"{len(arms)} arms, {len(trainings)} trainings, {len(trainings) - len(open_)} of them done")
         write()
         if open_:
             cluster()

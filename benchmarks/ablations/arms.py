@@ -120,7 +120,7 @@ class Study:
             self.dataset_config(arm.dataset).model_dump_json(exclude={"output"}, exclude_none=True) for arm in arms
         ]
         models = [model.model for model in (*self.demo.teachers.values(), *self.demo.captioners.values())]
-        folders = [Path(model.removeprefix(FOLDER)) for model in models if model.startswith(FOLDER)]
+        folders = [Path(model.removeprefix(FOLDER)) for model in models if model and model.startswith(FOLDER)]
         known = [weights.identity(file) for folder in folders for file in sorted(folder.glob("*.safetensors"))]
         return hashlib.sha256("\0".join([*students, *datasets, *known]).encode()).hexdigest()[:16]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from reinforce.errors import UserError
 from reinforce.seeds import permutation
-from reinforce.urls import expand
+from reinforce.source.urls import expand
 
 
 def write_wrong(source: str | Sequence[str], out: Path, share: float, seed: int = 0) -> list[Path]:

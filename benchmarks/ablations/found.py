@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 from benchmarks.ablations.arms import Arm, Study
 from benchmarks.ablations.measures import BYTES, KEPT, REACH, Curve, Numbers, reached_at
 from benchmarks.ablations.questions import Question
-from reinforce.dataset import read_manifest
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.reader import read_manifest
+from reinforce.dataset.store import MANIFEST, Store
 from reinforce.demo.compare import MEASURES, measures
 from reinforce.errors import UserError
-from reinforce.layers import SAMPLES
 from reinforce.shipping.machine import machine_name
-from reinforce.store import MANIFEST, Store
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import job_of
 from reinforce.training.config import differences

@@ -19,7 +19,7 @@ from benchmarks.ablations.claims import ERRORS, ERRORS_OF_PICKED, Verdict, agree
 from benchmarks.ablations.found import Answer
 from benchmarks.ablations.measures import ALL
 from benchmarks.ablations.questions import Question, questions
-from reinforce.report import plots
+from reinforce import plots
 
 RESULTS = Path(__file__).parents[1] / "results" / "ablations.json"
 PAGE = Path(__file__).parents[2] / "docs" / "ablations.md"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.ablations.found import Answer
 from benchmarks.ablations.measures import ALL, Measure
-from reinforce.report import plots
+from reinforce import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

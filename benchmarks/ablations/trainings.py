@@ -17,15 +17,15 @@ from benchmarks.ablations.arms import WRONG, Study
 from benchmarks.ablations.captions import write_wrong
 from benchmarks.ablations.found import Training
 from benchmarks.ablations.questions import WRONG_SHARE
+from reinforce.cluster import cause_of
+from reinforce.engine.plan import make_plan
+from reinforce.engine.runner import run
 from reinforce.errors import UserError
-from reinforce.plan import make_plan
-from reinforce.pool import cause_of
-from reinforce.progress import Screen, clock
-from reinforce.runner import run
-from reinforce.store import Store
+from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, job_of
-from reinforce.training.launch import run_rank
+from reinforce.terminal import Screen, clock
+from reinforce.training.loop import run_rank
 from reinforce.training.ranks import join
 from reinforce.training.stop import Stop, Stopped
 
@@ -44,7 +44,7 @@ def make_datasets(study: Study, names: Iterable[str], cluster: Callable[[], None
         config = study.dataset_config(name)
         plan = make_plan(config)
         if plan.work:
-            screen.say(f"dataset {name}: {len(plan.work)} of {plan.shards} shards to do")
+            screen.log(f"dataset {name}: {len(plan.work)} of {plan.shards} shards to do")
             cluster()
         summary = run(config)
         if summary.status:
@@ -72,10 +72,10 @@ def train_all(trainings: Sequence[Training], done: int, ended: Callable[[], None
                     ray.get(ref)
                 except RayError as error:
                     faults.append(f"{training.name}: {cause_of(error)}")
-                    screen.say(f"{training.name} failed: {cause_of(error)}")
+                    screen.log(f"{training.name} failed: {cause_of(error)}")
                 else:
                     progress.ended(training)
-                    screen.say(f"{training.name} has ended")
+                    screen.log(f"{training.name} has ended")
                     ended()
             if stop.signum:
                 raise Stopped(stop.signum)
@@ -140,5 +140,5 @@ def _train(config: StudentConfig, folder: str) -> None:
         os.chdir(folder)
         sys.path[:0] = [folder] if folder not in sys.path else []
     job = job_of(config)
-    with join(config.train.compute) as ranks, Store(job.output).lock():
+    with join(config.train.compute) as ranks, Storage(job.output).lock():
         run_rank(partial(build, config), job, ranks, Stop())

@@ -27,16 +27,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from reinforce.ahead import ahead
-from reinforce.augment import replay, sample
 from reinforce.captioning.config import Data
 from reinforce.captioning.images import read_images
 from reinforce.captioning.pairs import Pairs
 from reinforce.config import Augmentations, RandAugment
+from reinforce.dataset.augment import replay, sample
 from reinforce.errors import UserError
-from reinforce.image import ImageRefused, decode
-from reinforce.seeds import uniforms
-from reinforce.student.order import permutation
+from reinforce.prefetch import prefetch
+from reinforce.seeds import permutation, uniforms
+from reinforce.source.image import ImageRefused, decode
 
 #: Images in a row that may be broken before that is no accident.
 _MOST_BROKEN = 100
@@ -83,7 +82,7 @@ class CaptionFeed:
         """
         with ThreadPoolExecutor(self._data.threads, thread_name_prefix="captions") as pool:
             firsts = ((step * ranks + rank) * batch for step in itertools.count(start))
-            yield from ahead(pool, lambda first: self._batch(first, batch), firsts, self._data.threads + 1)
+            yield from prefetch(pool, lambda first: self._batch(first, batch), firsts, self._data.threads + 1)
 
     def example(self, position: int) -> Example:
         """What stands at a position of the endless sequence of examples."""

@@ -15,8 +15,7 @@ from reinforce.captioning.judge import Judge
 from reinforce.captioning.model import build_captioner, check_captioner, describe
 from reinforce.captioning.pairs import FILE, Pairs, find_pairs
 from reinforce.captioning.task import CaptioningTask
-from reinforce.store import Store
-from reinforce.student.tokens import Tokenizer
+from reinforce.storage import Storage
 from reinforce.training import gather
 from reinforce.training.config import FREE, course
 from reinforce.training.launch import launch, runs_on_ray
@@ -24,6 +23,7 @@ from reinforce.training.log import LOG
 from reinforce.training.loop import Job
 from reinforce.training.results import Results
 from teachers.device import Accelerator
+from teachers.open_clip_tokens import Tokenizer
 
 #: Keys that may change when a fine-tuning goes on: where it writes, how it is judged, how fast it reads.
 _FREE = ("output", "evaluate", "data.threads", *(f"train.{key}" for key in FREE))
@@ -39,7 +39,7 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
     UserError for what the user has to mend, and ``reinforce.training.stop.Stopped`` after a signal.
     """
     config = _as_config(config)
-    Store(config.output).check_writable()
+    Storage(config.output).check_writable()
     check_captioner(config)
     find_pairs(config)  # once, before several ranks want them
     job = Job(
@@ -72,7 +72,7 @@ def build(config: CaptionerConfig, accelerator: Accelerator) -> tuple[Captioning
 
 def comparison(results: Results) -> str:
     """Metrics of the held-out images before and after, a line each."""
-    store = Store(results.output)
+    store = Storage(results.output)
     rows = [json.loads(line) for line in store.fs.cat_file(store.path(LOG)).splitlines()]
     before: dict[str, float] = next((row["metrics"] for row in rows if "metrics" in row and row["step"] == 0), {})
     return "\n".join(

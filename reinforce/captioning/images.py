@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from reinforce.captioning.pairs import Place
-from reinforce.urls import canonical, filesystem
+from reinforce.source.urls import canonical, filesystem
 from teachers.weights import cache_folder, locked
 
 _log = logging.getLogger(__name__)

@@ -22,9 +22,9 @@ from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.scan import files_of, scan
 from reinforce.errors import UserError
 from reinforce.seeds import seed_for
-from reinforce.store import Store
-from reinforce.text import CAPTION_POLICY
-from reinforce.urls import canonical, filesystem
+from reinforce.source.text import CAPTION_POLICY
+from reinforce.source.urls import canonical, filesystem
+from reinforce.storage import Storage
 
 FILE = "pairs.parquet"
 _FINGERPRINT = b"fingerprint"
@@ -86,7 +86,7 @@ def find_pairs(config: CaptionerConfig) -> Pairs:
 
     Raises UserError for shards that cannot be read to their end, and where nothing is there to learn or to judge by.
     """
-    store = Store(config.output)
+    store = Storage(config.output)
     sources = {"data": config.data.source}
     if config.held_out.source is not None:
         sources["held_out"] = config.held_out.source
@@ -123,7 +123,7 @@ def _fingerprint(config: CaptionerConfig, files: Mapping[str, Sequence[str]]) ->
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _stored(store: Store, fingerprint: str) -> pa.Table | None:
+def _stored(store: Storage, fingerprint: str) -> pa.Table | None:
     path = store.path(FILE)
     if not store.fs.exists(path):
         return None
@@ -134,7 +134,7 @@ def _stored(store: Store, fingerprint: str) -> pa.Table | None:
     return table
 
 
-def _write(store: Store, table: pa.Table, fingerprint: str) -> None:
+def _write(store: Storage, table: pa.Table, fingerprint: str) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({_FINGERPRINT: fingerprint}), sink, compression="zstd")
     store.write_bytes(sink.getvalue().to_pybytes(), FILE)

@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 
 import schemas
 from reinforce.captioning.config import Data
-from reinforce.dataset import Dataset
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.reader import Dataset
 from reinforce.errors import UserError
 from reinforce.evaluation.reading import captions_of, kind_of, samples
-from reinforce.layers import SAMPLES
-from reinforce.source import Refusal
-from reinforce.urls import canonical, compression, expand
+from reinforce.source.shards import Refusal
+from reinforce.source.urls import canonical, compression, expand
 from schemas import Reason
 
 #: The columns of a pair that its source decides.

@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from reinforce import plots
 from reinforce.errors import UserError
-from reinforce.report import plots
-from reinforce.store import Store
+from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig, load_student_config
 from reinforce.training.log import LOG
 from reinforce.training.results import Results, read_results
@@ -135,7 +135,7 @@ def draw(students: Path, url: str) -> None:
 
 
 def _results(folder: Path) -> Results:
-    results = read_results(Store(str(folder)))
+    results = read_results(Storage(str(folder)))
     if results is None:
         raise UserError(f"{folder} has no finished training. Run `python -m reinforce.demo students` first.")
     return results

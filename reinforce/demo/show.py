@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reinforce.augment import Augmentation, from_records, replay
 from reinforce.config import Limits
+from reinforce.dataset.augment import Augmentation, from_records, replay
 from reinforce.demo.sheet import Card, draw_sheet
 from reinforce.errors import UserError
-from reinforce.image import decode
-from reinforce.summary import human_bytes
+from reinforce.source.image import decode
+from reinforce.terminal import human_bytes
 
 _PICTURED, _REPLAYED = 8, 4
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from reinforce.errors import UserError
-from reinforce.urls import canonical, filesystem
+from reinforce.source.urls import canonical, filesystem
 
 #: A class's name -> a text about it.
 Template = Callable[[str], str]

@@ -11,7 +11,7 @@ from reinforce.errors import UserError
 from reinforce.evaluation import clip_benchmark
 from reinforce.evaluation.config import RETRIEVAL, ZERO_SHOT, Evaluation
 from reinforce.evaluation.report import Report
-from reinforce.naming import telling
+from reinforce.model_names import model_errors
 from teachers.spec import ModelSpec, TeacherSpec
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def judge(
     evaluator = Evaluator(evaluation)
     report = Report()
     for name, spec in specs.items():
-        with telling(name):
+        with model_errors(name):
             accelerator = Accelerator(device, precision)
             model = OpenClipTeacher(TeacherSpec(model=spec.model, pretrained=spec.pretrained), accelerator)
         report.add(name, evaluator.evaluate(model, accelerator))

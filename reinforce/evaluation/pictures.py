@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from reinforce.ahead import ahead
 from reinforce.config import Limits
 from reinforce.evaluation.reading import Example
 from reinforce.evaluation.sets import Examples
-from reinforce.image import ImageRefused, decode
-from reinforce.source import Refusal
+from reinforce.prefetch import prefetch
+from reinforce.source.image import ImageRefused, decode
+from reinforce.source.shards import Refusal
 from schemas import Reason
 from teachers.pixels import fit
 from teachers.protocols import ImageSpec
@@ -78,7 +78,7 @@ class Pictures:
         refused: list[Refusal] = []
 
         def good(pool: ThreadPoolExecutor) -> Generator[tuple[np.ndarray, Any], None, None]:
-            for item in ahead(pool, lambda item: self._decode(item, spec), self._examples(), 2 * size + threads):
+            for item in prefetch(pool, lambda item: self._decode(item, spec), self._examples(), 2 * size + threads):
                 if isinstance(item, Refusal):
                     refused.append(item)
                 else:

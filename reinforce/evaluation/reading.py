@@ -12,12 +12,12 @@ from typing import Any, Literal
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.config import Limits
-from reinforce.dataset import Dataset
+from reinforce.dataset.reader import Dataset
+from reinforce.dataset.store import MANIFEST
 from reinforce.errors import UserError
-from reinforce.source import IMAGE_EXTENSIONS, RawSample, Refusal, read_shard
-from reinforce.store import MANIFEST
-from reinforce.text import caption_of, metadata_of
-from reinforce.urls import COMPRESSIONS, canonical, expand, filesystem
+from reinforce.source.shards import IMAGE_EXTENSIONS, RawSample, Refusal, read_shard
+from reinforce.source.text import caption_of, metadata_of
+from reinforce.source.urls import COMPRESSIONS, canonical, expand, filesystem
 from schemas import Reason
 
 _JSON, _LINES = "json:", "lines:"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from rich.table import Table
 
 from reinforce.errors import UserError
-from reinforce.report.plots import write
-from reinforce.source import Refusal
+from reinforce.plots import write
+from reinforce.source.shards import Refusal
 
 _NAMED = 3  # refused images in a line
 

@@ -23,7 +23,7 @@ from reinforce.evaluation.reading import (
     samples,
     too_large,
 )
-from reinforce.source import RawSample, Refusal
+from reinforce.source.shards import RawSample, Refusal
 from schemas import Reason
 
 Examples = Callable[[], Iterator[Example | Refusal]]

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from reinforce import vectors
-from reinforce.dataset import Dataset, Zip
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
+from reinforce.dataset.reader import AlignedLayers, Dataset, vectors
 from reinforce.errors import UserError
-from reinforce.layers import SAMPLES, TRUE, captions_layer, embeddings_layer
 from reinforce.report.texts import DEFINITIONS, Texts
 
 #: Shards that a sample is taken from at most, where it is smaller than the dataset.
@@ -66,7 +65,7 @@ def captions_report(
     if not data.captioners:
         raise UserError(f"{url} has no captioner's captions. Add one to `captioners` and run `reinforce run`.")
     counts = {name: int(layers[captions_layer(name)]["count"]) for name in data.captioners}
-    texts = {name: Texts(count) for name, count in {**counts, TRUE: 1}.items()}
+    texts = {name: Texts(count) for name, count in {**counts, TRUE_CAPTION: 1}.items()}
     similarities: dict[str, dict[str, Similarities]] = {
         teacher: {what: Similarities() for what in texts if _comparable(layers, teacher, what)}
         for teacher in data.teachers
@@ -74,7 +73,7 @@ def captions_report(
     rows = 0
     for tables in _sampled(data, limit):
         rows += tables[SAMPLES].num_rows
-        texts[TRUE].add([None if text is None else [text] for text in tables[SAMPLES]["caption"].to_pylist()])
+        texts[TRUE_CAPTION].add([None if text is None else [text] for text in tables[SAMPLES]["caption"].to_pylist()])
         for name in data.captioners:
             texts[name].add(tables[captions_layer(name)]["captions"].to_pylist())
         for teacher, by_text in similarities.items():
@@ -103,7 +102,7 @@ def _comparable(layers: Mapping[str, Any], teacher: str, what: str) -> bool:
 def _sampled(data: Dataset, limit: int) -> Iterator[dict[str, pa.Table]]:
     """Row groups of every layer, the last of a shard cut, with at most ``limit`` rows in all."""
     fingerprints = {name: data.manifest["layers"][name]["fingerprint"] for name in data.layers}
-    zipped = Zip(data.store, fingerprints, {SAMPLES: ["key", "caption"]})
+    zipped = AlignedLayers(data.store, fingerprints, {SAMPLES: ["key", "caption"]})
     for shard, share in _shares(data, limit):
         with zipped.open(shard) as layers:
             left, groups = share, iter(range(layers.row_groups))

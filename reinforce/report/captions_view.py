@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from reinforce.layers import TRUE
-from reinforce.report import plots
+from reinforce import plots
+from reinforce.dataset.layers import TRUE_CAPTION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_NAMES = {TRUE: "true captions"}
+_NAMES = {TRUE_CAPTION: "true captions"}
 _TRUE_COLOUR = "#adb5bd"
 #: Line of the table, figure (or figure and n), and how it is written.
 _LINES = (
@@ -111,7 +111,7 @@ def _draw_distinct(report: Mapping[str, Any], url: str) -> None:
     for n, axes in enumerate(all_axes, start=1):
         for index, (name, figures) in enumerate(report["texts"].items()):
             shares = figures["distinct_within_image"][str(n)]
-            if name != TRUE and shares[0] is not None:
+            if name != TRUE_CAPTION and shares[0] is not None:
                 axes.plot(
                     range(1, len(shares) + 1), shares, color=plots.colour(index), label=name, marker="o", markersize=4
                 )
@@ -126,8 +126,8 @@ def _draw_histogram(axes: Axes, name: str, index: int, shares: np.ndarray, edges
     """True captions as an area behind, captioners as outlines; both where there are any."""
     there = np.flatnonzero(shares)
     shares, edges = shares[there[0] : there[-1] + 1], edges[there[0] : there[-1] + 2]
-    if name == TRUE:
-        axes.stairs(shares, edges, fill=True, color=_TRUE_COLOUR, alpha=0.6, label=_NAMES[TRUE], zorder=1)
+    if name == TRUE_CAPTION:
+        axes.stairs(shares, edges, fill=True, color=_TRUE_COLOUR, alpha=0.6, label=_NAMES[TRUE_CAPTION], zorder=1)
     else:
         axes.stairs(shares, edges, color=plots.colour(index), linewidth=1.8, label=name, zorder=2)
 

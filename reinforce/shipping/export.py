@@ -19,13 +19,13 @@ import torch
 from torch.nn.functional import normalize
 
 from reinforce.errors import UserError
-from reinforce.naming import short_name, telling
+from reinforce.model_names import model_errors, short_name
 from reinforce.shipping import graph, tokens, usage
 from reinforce.shipping.graph import Side
 from reinforce.shipping.packages import require
 from reinforce.shipping.towers import reparameterised, sides
-from reinforce.store import Store
-from reinforce.summary import human_bytes
+from reinforce.storage import Storage
+from reinforce.terminal import human_bytes
 from teachers.open_clip import image_spec, load_model, model_name
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
@@ -60,10 +60,10 @@ class Exported:
 def export_onnx(name: str, spec: ModelSpec, output: str) -> Exported:
     """Write a model to ``output``, a new folder or fsspec URL. Raises UserError, and then nothing is written."""
     require()
-    store = Store(output)
+    store = Storage(output)
     _check_new(store)
     exported = Exported(store.url)  # without secrets
-    with telling(name), _appearing(store) as folder:
+    with model_errors(name), _appearing(store) as folder:
         clip = load_model(spec).eval().requires_grad_(False)
         image = image_spec(open_clip.get_model_preprocess_cfg(clip))
         tokenizer = tokens.shipped(model_name(spec))
@@ -116,7 +116,7 @@ def _about(name: str, clip: Any, spec: ImageSpec, context_length: int) -> dict[s
     }
 
 
-def _check_new(store: Store) -> None:
+def _check_new(store: Storage) -> None:
     """Files of an old model must not stand beside those of a new one. Raises UserError."""
     if store.fs.exists(store.root) and (not store.fs.isdir(store.root) or store.fs.ls(store.root)):
         raise UserError(f"{store.url} is there already: remove it, or give another --output.")
@@ -128,7 +128,7 @@ def _check_new(store: Store) -> None:
 
 
 @contextlib.contextmanager
-def _appearing(store: Store) -> Iterator[Path]:
+def _appearing(store: Storage) -> Iterator[Path]:
     """A local folder, which is published when the block ends and dropped if it raises.
 
     On a disk it appears as a whole; in an object store each file does.

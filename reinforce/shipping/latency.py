@@ -20,13 +20,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from reinforce.naming import telling
+from reinforce.model_names import model_errors
 from reinforce.shipping import graph
 from reinforce.shipping.machine import machine
 from reinforce.shipping.report import Latencies
 from reinforce.shipping.towers import parameters, reparameterised, sides
-from reinforce.student.tokens import Tokenizer
 from teachers.open_clip import image_spec, model_name, random_model
+from teachers.open_clip_tokens import Tokenizer
 from teachers.pixels import to_pixels
 from teachers.spec import ModelSpec
 
@@ -70,7 +70,7 @@ def measure(
     models: dict[str, dict[str, Any]] = {}
     timed: list[Timed] = []
     for name, spec in specs.items():
-        with telling(name), tempfile.TemporaryDirectory(prefix="reinforce-latency-") as folder:
+        with model_errors(name), tempfile.TemporaryDirectory(prefix="reinforce-latency-") as folder:
             models[name], towers = _prepared(name, spec, threads, Path(folder) if onnx else None)
         timed += towers
     for turn in range(rounds):

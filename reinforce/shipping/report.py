@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from reinforce.errors import UserError
-from reinforce.report.plots import write
+from reinforce.plots import write
 
 SIDES = ("image", "text")
 

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from reinforce.errors import UserError
 from reinforce.student.config import Student as StudentSpec
-from reinforce.student.lesson import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, Known
+from reinforce.student.distillation import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
 from reinforce.student.loss import Form
 from reinforce.training.task import Batch, Encoded
 from teachers import open_clip_catalog as catalog
@@ -38,7 +38,7 @@ class Student(torch.nn.Module):
         config: Mapping[str, Any],
         image: ImageSpec,
         pretrained: bool,
-        features: Mapping[str, Known] | None = None,
+        features: Mapping[str, TeacherInfo] | None = None,
         features_weight: float = 1.0,
         scales: Mapping[str, float] | None = None,
     ) -> None:
@@ -110,7 +110,7 @@ def build_student(
     *,
     seed: int,
     form: Form = "softmax",
-    features: Mapping[str, Known] | None = None,
+    features: Mapping[str, TeacherInfo] | None = None,
     features_weight: float = 1.0,
     scales: Mapping[str, float] | None = None,
     checkpointing: bool = False,

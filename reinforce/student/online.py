@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from reinforce.errors import UserError
-from reinforce.student.lesson import IMAGE, IMAGES, TEXTS, Known
+from reinforce.student.distillation import IMAGE, IMAGES, TEXTS, TeacherInfo
 from reinforce.training.task import Batch
 from teachers.pixels import to_pixels
 from teachers.protocols import Teacher
@@ -26,12 +26,12 @@ def load_teachers(specs: Mapping[str, TeacherSpec], device: str) -> dict[str, Te
         raise UserError(str(error)) from error
 
 
-def known_of(teacher: Teacher, spec: TeacherSpec) -> Known:
+def known_of(teacher: Teacher, spec: TeacherSpec) -> TeacherInfo:
     """What a loaded teacher states of itself."""
     sides = {IMAGES} if teacher.image is not None else set()
     sides |= {TEXTS} if callable(getattr(teacher, "encode_texts", None)) else set()
     origin = "config: loss.teachers" if spec.logit_scale is not None else "model"
-    return Known(teacher.dim, frozenset(sides), teacher.logit_scale, origin)
+    return TeacherInfo(teacher.dim, frozenset(sides), teacher.logit_scale, origin)
 
 
 @torch.no_grad()

@@ -6,13 +6,21 @@ from dataclasses import replace
 
 import torch
 
-from reinforce.dataset import read_manifest
+from reinforce.dataset.reader import read_manifest
+from reinforce.dataset.store import Store
 from reinforce.evaluation.evaluator import Evaluator
-from reinforce.store import Store
 from reinforce.student import online
 from reinforce.student.config import StudentConfig
+from reinforce.student.distillation import (
+    CAPTION,
+    IMAGE,
+    SYNTHETIC,
+    DistillationPlan,
+    TeacherInfo,
+    plan_distillation,
+    stored_teachers,
+)
 from reinforce.student.export import export
-from reinforce.student.lesson import CAPTION, IMAGE, SYNTHETIC, Known, Lesson, plan_lesson, stored_teachers
 from reinforce.student.loss import Objective, contrast, matching
 from reinforce.student.model import Student, build_student, scale_of, tokenizer_of
 from reinforce.training import gather
@@ -32,30 +40,30 @@ class StudentTask:
     def __init__(self, config: StudentConfig, device: str = "cpu") -> None:
         loss = config.loss
         teachers: dict[str, Teacher] = {}
-        known: dict[str, Known] = {}
+        known: dict[str, TeacherInfo] = {}
         if loss.lambda_ > 0 and loss.targets == "online":
             teachers = online.load_teachers(loss.teachers, device)
             known = {name: online.known_of(teacher, loss.teachers[name]) for name, teacher in teachers.items()}
         elif loss.lambda_ > 0:
             known = stored_teachers(config, {s.url: read_manifest(Store(s.url)) for s in config.data.datasets})
-        self.lesson: Lesson = plan_lesson(loss, known)
+        self.plan: DistillationPlan = plan_distillation(loss, known)
         self.model: Student = build_student(
             config.student,
             seed=config.seed,
             form=loss.form,
-            features=self.lesson.features,
+            features=self.plan.features,
             features_weight=loss.lambda_ * loss.features_weight,
-            scales=self.lesson.scales if loss.learn_scales else None,
+            scales=self.plan.scales if loss.learn_scales else None,
             checkpointing=config.train.compute.gradient_checkpointing,
         )
         self.tokenizer = tokenizer_of(self.model)
-        self._online = {name: teachers[name] for name in self.lesson.teachers if name in teachers}
-        self._objective = Objective(loss.lambda_, loss.form, self.lesson.scales, loss.logit_biases)
+        self._online = {name: teachers[name] for name in self.plan.teachers if name in teachers}
+        self._objective = Objective(loss.lambda_, loss.form, self.plan.scales, loss.logit_biases)
         self._precision = config.train.compute.precision
         self._evaluator: Evaluator | None = None
         if gather.rank() == 0:
             self._evaluator = Evaluator(config.evaluate)
-        self.notes = [_described(self.model, config), *self.lesson.notes]
+        self.notes = [_described(self.model, config), *self.plan.notes]
 
     def prepare(self, batch: Batch) -> Batch:
         """Images, tokens and targets, those of teachers in the loop included; nothing else.

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from reinforce import settings
-from reinforce.store import Store
+from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig, load_student_config
-from reinforce.student.feed import StudentFeed
+from reinforce.student.data.feed import StudentFeed
 from reinforce.student.task import StudentTask
-from reinforce.student.tokens import Tokenizer
 from reinforce.training.config import FREE, course
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.loop import Job
 from reinforce.training.results import Results
 from teachers.device import Accelerator
+from teachers.open_clip_tokens import Tokenizer
 
 #: Keys that may change when a training goes on: where it writes, how it is judged, how fast it reads.
 _FREE = ("output", "evaluate", "data.workers", "data.prefetch", *(f"train.{key}" for key in FREE))
@@ -30,7 +30,7 @@ def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str |
     ``reinforce.training.stop.Stopped`` after a signal, when a checkpoint is written.
     """
     config = _as_student_config(config)
-    Store(config.output).check_writable()
+    Storage(config.output).check_writable()
     job = job_of(config)
     if runs_on_ray(job, address) and config.loss.targets == "stored":
         build(config, Accelerator("cpu"))  # to tell faults of the config before Ray starts
@@ -58,8 +58,8 @@ def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask,
         config.seed,
         task.model.image.height,
         Tokenizer(task.model.name),
-        teachers=[] if online else task.lesson.teachers,
-        online=task.lesson.teachers if online else (),
+        teachers=[] if online else task.plan.teachers,
+        online=task.plan.teachers if online else (),
         pin=accelerator.device.type == "cuda",
     )
     return task, feed

@@ -11,7 +11,7 @@ from reinforce.training.task import Batch
 from teachers.device import Accelerator
 
 
-class Ahead:
+class Prefetcher:
     """Batches on the device, each of which travels there while the one before it is computed."""
 
     def __init__(self, batches: Iterable[Batch], accelerator: Accelerator) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from reinforce.errors import UserError
-from reinforce.store import Store
+from reinforce.storage import Storage
 
 FOLDER = "checkpoints"
 _BEST = "best.json"
@@ -53,7 +53,7 @@ class Best:
 class Checkpoints:
     """The checkpoints of one output."""
 
-    def __init__(self, store: Store, keep: int) -> None:
+    def __init__(self, store: Storage, keep: int) -> None:
         self._store = store
         self._keep = keep
 

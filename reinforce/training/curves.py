@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from reinforce.report import plots
+from reinforce import plots
 
 _COLUMNS = 3
 _PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Mapping[str, Any]]], ...] = (

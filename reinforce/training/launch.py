@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
 
-import torch
-
-from reinforce.progress import Screen
-from reinforce.store import Store
-from reinforce.training.loop import Evaluated, Job, fit
-from reinforce.training.ranks import Ranks, join, under_torchrun
+from reinforce.storage import Storage
+from reinforce.training.loop import Job, run_rank
+from reinforce.training.ranks import join, under_torchrun
 from reinforce.training.results import Results
 from reinforce.training.stop import Stop
-from reinforce.training.task import Feed, Task
-from teachers.device import Accelerator
-
-#: Makes a rank's task and feed. It travels to Ray's workers: a function of a module, or a partial of one.
-Build = Callable[[Accelerator], tuple[Task, Feed]]
+from reinforce.training.task import Build
 
 
 def launch(build: Build, job: Job, address: str | None = None) -> Results:
@@ -32,24 +24,10 @@ def launch(build: Build, job: Job, address: str | None = None) -> Results:
         return launch_on_ray(build, job, address)
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(join(job.training.compute))
-        ranks.on_first(lambda: stack.enter_context(Store(job.output).lock()))
+        ranks.on_first(lambda: stack.enter_context(Storage(job.output).lock()))
         return run_rank(build, job, ranks, Stop())
 
 
 def runs_on_ray(job: Job, address: str | None) -> bool:
     """With more than one rank, or an address (or RAY_ADDRESS) of a cluster; never where torchrun started us."""
     return not under_torchrun() and bool(job.training.compute.ranks > 1 or address or os.environ.get("RAY_ADDRESS"))
-
-
-def run_rank(
-    build: Build,
-    job: Job,
-    ranks: Ranks,
-    stop: Stop,
-    screen: Screen | None = None,
-    evaluated: Evaluated | None = None,
-) -> Results:
-    """One rank's part of a training; see ``reinforce.training.loop.fit``."""
-    torch.manual_seed(job.seed)
-    task, feed = build(ranks.accelerator)
-    return fit(task, feed, job, ranks, stop, screen, evaluated)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from reinforce.store import Store
+from reinforce.storage import Storage
 from reinforce.training.curves import draw
 
 _DRAWING_SECONDS = 30.0
@@ -24,7 +24,7 @@ class Log:
     object store the files go with each ``publish``.
     """
 
-    def __init__(self, store: Store, start: int) -> None:
+    def __init__(self, store: Storage, start: int) -> None:
         """Go on after step ``start``: rows beyond it, from steps that are taken again, are cut."""
         from torch.utils.tensorboard import SummaryWriter
 
@@ -70,7 +70,7 @@ class Log:
             self._folder.cleanup()
 
 
-def _rows(store: Store) -> Iterator[dict[str, Any]]:
+def _rows(store: Storage) -> Iterator[dict[str, Any]]:
     try:
         lines = store.fs.cat_file(store.path(LOG)).decode().splitlines()
     except FileNotFoundError:

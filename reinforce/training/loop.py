@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from reinforce.errors import UserError
-from reinforce.progress import Screen
 from reinforce.seeds import seed_for
-from reinforce.store import Store
-from reinforce.training.batches import Ahead
+from reinforce.storage import Storage
+from reinforce.terminal import Screen
+from reinforce.training.batches import Prefetcher
 from reinforce.training.checkpoint import Checkpoints, Record
 from reinforce.training.config import HIGHEST_LOGIT_SCALE, Training, differences
 from reinforce.training.log import Log
@@ -28,8 +28,8 @@ from reinforce.training.results import Results, read_results
 from reinforce.training.state import State, average_of
 from reinforce.training.step import Outcome, backpropagate
 from reinforce.training.stop import Stop, Stopped
-from reinforce.training.task import Feed, Task
-from teachers.redact import told
+from reinforce.training.task import Build, Feed, Task
+from teachers.redact import redact
 
 _MOST_SKIPPED = 20  # steps in a row without a finite gradient
 _MEETING = (".tmp", "meeting.json")
@@ -79,6 +79,20 @@ def fit(
         return _Loop(task, feed, job, ranks, stop, screen or Screen(), evaluated).run()
 
 
+def run_rank(
+    build: Build,
+    job: Job,
+    ranks: Ranks,
+    stop: Stop,
+    screen: Screen | None = None,
+    evaluated: Evaluated | None = None,
+) -> Results:
+    """One rank's part of a training; see ``fit``."""
+    torch.manual_seed(job.seed)
+    task, feed = build(ranks.accelerator)
+    return fit(task, feed, job, ranks, stop, screen, evaluated)
+
+
 class _Loop:
     def __init__(
         self,
@@ -95,7 +109,7 @@ class _Loop:
         self.training = job.training
         self.steps = length(self.training, feed.samples, ranks.size)
         self.accelerator = ranks.accelerator
-        self.store = Store(job.output)
+        self.store = Storage(job.output)
         self.checkpoints = Checkpoints(self.store, self.training.checkpoints.keep)
         self.record = Record(0, job.course)
         model = self.accelerator.place(task.model).train()
@@ -117,9 +131,9 @@ class _Loop:
                 self.log = stack.enter_context(Log(self.store, self.record.step))
                 stack.enter_context(self.screen)
                 for note in self.task.notes:
-                    self.screen.say(note)
+                    self.screen.log(note)
                 if self.record.step:
-                    self.screen.say(f"going on after step {self.record.step:,} of {self.steps:,}")
+                    self.screen.log(f"going on after step {self.record.step:,} of {self.steps:,}")
             self._evaluate()  # if a kill came between a checkpoint and its evaluation
             self._train()
             self.ranks.on_first(self._finish)
@@ -186,7 +200,7 @@ class _Loop:
         model = wrapped(self.state.model, self.ranks)
         share = self.training.batch // self.ranks.size
         batches = self.feed.batches(self.ranks.rank, self.ranks.size, share, self.record.step)
-        ahead = Ahead(batches, self.accelerator)
+        ahead = Prefetcher(batches, self.accelerator)
         self._fetch(ahead)
         if signum := self.ranks.highest(self.stop.signum)():
             raise Stopped(signum)
@@ -200,14 +214,14 @@ class _Loop:
                 raise Stopped(signum)
             self._evaluate()
 
-    def _fetch(self, ahead: Ahead) -> None:
+    def _fetch(self, ahead: Prefetcher) -> None:
         try:
             ahead.fetch()
         except RuntimeError:
             if not self.stop.signum:  # Ctrl-C ends the loader's processes, too
                 raise
 
-    def _step(self, model: Any, ahead: Ahead, share: int, eta: Eta) -> int:
+    def _step(self, model: Any, ahead: Prefetcher, share: int, eta: Eta) -> int:
         """Take a step with the batch that is ready; returns the signal by which some rank was asked to stop, or 0."""
         step, begun = self.record.step, time.perf_counter()
         lr = learning_rate(step, self.steps, self.training.optimizer)
@@ -308,7 +322,7 @@ class _Loop:
                 raise UserError(f"evaluate.best: there is no metric {chosen}; there are {', '.join(metrics)}.")
             if step and math.isfinite(metrics[chosen]):  # of step 0 there is no checkpoint
                 self.checkpoints.rate(step, chosen, metrics[chosen])
-            self.screen.say(f"step {step:,}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            self.screen.log(f"step {step:,}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         self.log.add({"step": step, "metrics": metrics})
         self.log.publish()
         if self.evaluated is not None:
@@ -328,7 +342,7 @@ class _Loop:
             self.store.put_folder(folder, self.job.export)
         losses = [row["loss"] for row in self.log.rows if "loss" in row]
         results = Results(
-            output=told(self.job.output),
+            output=redact(self.job.output),
             export=self.job.export,
             steps=self.steps,
             samples=self.steps * self.training.batch,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from reinforce.progress import clock
+from reinforce.terminal import clock
 
 
 class Meter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import sys
 import tempfile
@@ -13,16 +12,16 @@ from typing import Any
 
 import ray
 
+from reinforce.cluster import capacity, live_resources, ray_cluster
 from reinforce.errors import UserError
-from reinforce.progress import Screen
-from reinforce.runner import ray_cluster
-from reinforce.store import Store
+from reinforce.storage import Storage
+from reinforce.terminal import Screen
 from reinforce.training.config import Compute
-from reinforce.training.launch import Build, run_rank
-from reinforce.training.loop import Job
+from reinforce.training.loop import Job, run_rank
 from reinforce.training.ranks import join
 from reinforce.training.results import Results, read_results
 from reinforce.training.stop import Stop, Stopped
+from reinforce.training.task import Build
 
 _TICK = 0.2
 _AGREEMENT_SECONDS = 5.0
@@ -47,7 +46,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
             return [callback for callback in made if type(callback).__name__ != "PlacementGroupCleanerCallback"]
 
     compute = job.training.compute
-    store = Store(job.output)
+    store = Storage(job.output)
     # What ranks print stays in Ray's logs: Ray Train tells much. What matters comes by the desk, as plain lines.
     cluster = ray_cluster(address, log_to_driver=False)
     grows = ray.is_initialized() or bool(address or os.environ.get("RAY_ADDRESS"))
@@ -68,7 +67,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
                 failure_config=FailureConfig(max_failures=job.training.retries),
             ),
         )
-        ray.get(desk.say.remote(f"starting {compute.ranks} rank{'s' * (compute.ranks > 1)} on Ray"))
+        ray.get(desk.log.remote(f"starting {compute.ranks} rank{'s' * (compute.ranks > 1)} on Ray"))
         fault = _run(trainer, desk, compute)
         faults, signum = ray.get(desk.word.remote())
         if faults:
@@ -101,7 +100,7 @@ def _run(trainer: Any, desk: Any, compute: Compute) -> Exception | None:
             started = _show(desk, screen)
             if not started and time.monotonic() - waiting > _WAITING_SECONDS:
                 waiting = time.monotonic()
-                screen.say(f"waiting until the cluster has room for {compute.ranks} ranks, each of {_needs(compute)}")
+                screen.log(f"waiting until the cluster has room for {compute.ranks} ranks, each of {_needs(compute)}")
             if stop.signum and not asked:
                 desk.ask.remote(stop.signum)
                 asked = True
@@ -113,7 +112,7 @@ def _show(desk: Any, screen: Screen) -> int:
     """Show what rank 0 has shown since the last time; returns how often the ranks were started."""
     lines, bar, starts = ray.get(desk.read.remote())
     for line in lines:
-        screen.say(line)
+        screen.log(line)
     if bar is not None:
         screen.draw(*bar)
     return int(starts)
@@ -126,8 +125,8 @@ class _DeskScreen(Screen):
         super().__init__()
         self._desk = desk
 
-    def say(self, text: str) -> None:
-        ray.get(self._desk.say.remote(text))
+    def log(self, text: str) -> None:
+        ray.get(self._desk.log.remote(text))
 
     def draw(self, line: str, done: float, total: float) -> None:
         ray.get(self._desk.draw.remote((line, done, total)))
@@ -171,7 +170,7 @@ class _Desk:
         self._starts += 1
         return self._starts - 1
 
-    async def say(self, line: str) -> None:
+    async def log(self, line: str) -> None:
         """A line for the driver's screen."""
         self._lines.append(line)
 
@@ -206,7 +205,7 @@ def _rank(settings: dict[str, Any]) -> None:
     if rank == 0:
         threading.Thread(target=_hear, args=(desk, stop), daemon=True).start()
         if ray.get(desk.start.remote()):
-            ray.get(desk.say.remote("all ranks were started again"))
+            ray.get(desk.log.remote("all ranks were started again"))
     try:
         with join(job.training.compute, device=str(ray.train.torch.get_device())) as ranks:
             run_rank(settings["build"], job, ranks, stop, _DeskScreen(desk))
@@ -221,7 +220,7 @@ def _rank(settings: dict[str, Any]) -> None:
             time.sleep(_TICK)
         raise  # the other ranks wait for this one: only Ray can end them
     except Exception as error:
-        ray.get(desk.say.remote(f"rank {rank} failed: {type(error).__name__}: {error}"))
+        ray.get(desk.log.remote(f"rank {rank} failed: {type(error).__name__}: {error}"))
         raise
 
 
@@ -234,20 +233,14 @@ def check_room(compute: Compute, grows: bool) -> None:
 
     Ray would wait for ever.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = sum(_places(node, compute) for node in nodes)
+    nodes = live_resources()
+    places = capacity(compute.cpus, compute.gpus)
     if places == 0 or (places < compute.ranks and not grows):
         cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
         raise UserError(
             f"there is room for {places} of {compute.ranks} ranks: each wants {_needs(compute)} on one node, and there "
             f"are {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)}. Set train.compute.ranks, cpus and gpus to fit."
         )
-
-
-def _places(node: dict[str, float], compute: Compute) -> int:
-    """Ranks that a node can hold."""
-    by_gpus = node.get("GPU", 0) // compute.gpus if compute.gpus else math.inf
-    return int(min(node.get("CPU", 0) // compute.cpus, by_gpus))
 
 
 def _needs(compute: Compute) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from reinforce.progress import clock
-from reinforce.store import Store
+from reinforce.storage import Storage
+from reinforce.terminal import clock
 from reinforce.training.checkpoint import FOLDER, Best
 from reinforce.training.log import CURVES, EVENTS, LOG
 
@@ -61,13 +61,13 @@ class Results:
         lines.append(f"weights: {self.output}/{self.export}   curves: {self.output}/{CURVES}")
         return "\n".join(lines)
 
-    def write(self, store: Store) -> None:
+    def write(self, store: Storage) -> None:
         rates = {"seconds_per_step": self.seconds_per_step, "samples_per_second": self.samples_per_second}
         files = {"weights": self.export, "checkpoints": FOLDER, "log": LOG, "tensorboard": EVENTS, "curves": CURVES}
         store.write_json({**asdict(self), **rates, "files": files}, RESULTS)
 
 
-def read_results(store: Store) -> Results | None:
+def read_results(store: Storage) -> Results | None:
     """The results in an output, if a training ended there."""
     found: dict[str, Any] | None = store.read_json(RESULTS)
     if found is None:

@@ -6,11 +6,13 @@ result is judged and shipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+
+from teachers.device import Accelerator
 
 #: Nested mappings of tensors and lists, each with one entry a sample along its first dimension.
 Batch = Mapping[str, Any]
@@ -91,3 +93,7 @@ class Feed(Protocol):
         seen; epochs follow one another without an end.
         """
         ...
+
+
+#: Makes a rank's task and feed. It travels to Ray's workers: a function of a module, or a partial of one.
+Build = Callable[[Accelerator], tuple[Task, Feed]]

@@ -10,14 +10,14 @@ from typing import Any
 
 import ray
 
-from reinforce.dataset import read_manifest
+from reinforce.cluster import ray_cluster
+from reinforce.dataset.manifest import record_scales
+from reinforce.dataset.reader import read_manifest
+from reinforce.dataset.store import MANIFEST, Store
 from reinforce.errors import UserError
-from reinforce.manifest import record_scales
-from reinforce.progress import Screen, clock
-from reinforce.runner import ray_cluster
-from reinforce.store import MANIFEST, Store
-from reinforce.student.lesson import IMAGES, TEXTS, plan_lesson, stored_teachers
+from reinforce.student.distillation import IMAGES, TEXTS, plan_distillation, stored_teachers
 from reinforce.student.train import build
+from reinforce.terminal import Screen, clock
 from reinforce.training.loop import length
 from reinforce.tuning import plot
 from reinforce.tuning.config import TuneConfig
@@ -29,7 +29,7 @@ from reinforce.tuning.table import Curve, Row, best_of, curves_of, rows_of
 from reinforce.tuning.trials import Outcome
 from reinforce.tuning.written import student_yaml
 from teachers.device import Accelerator
-from teachers.redact import told
+from teachers.redact import redact
 
 TABLE, PICTURE, STUDENT, SCREENING = "table.json", "scales.png", "student.yaml", "screening.json"
 
@@ -118,7 +118,7 @@ def check(config: TuneConfig) -> Checked:
             raise UserError(f"scales: teacher {name} has vectors of one side alone, which have no scale. Remove it.")
     guess = {name: values[0] for name, values in config.scales.items() if known[name].logit_scale is None}
     tried = loss.model_copy(update={"logit_scales": {**guess, **loss.logit_scales}, "lambda_": loss.lambda_ or 1.0})
-    in_force = plan_lesson(tried, known).scales
+    in_force = plan_distillation(tried, known).scales
     origins = {
         name: f"{scale:g}, {'loss.logit_scales' if name in loss.logit_scales else known[name].origin}"
         for name, scale in in_force.items()
@@ -245,7 +245,7 @@ def _stage(config: TuneConfig, base: Base, search: Search, settings: list[Settin
         after_all.update(left)
         again = config.seeds
         if left:
-            search.screen.say(f"to tell where plateaus end: {', '.join(s.name for s in left)}, after all")
+            search.screen.log(f"to tell where plateaus end: {', '.join(s.name for s in left)}, after all")
     return outcomes
 
 
@@ -278,7 +278,7 @@ def _tuned(
         if curve.axis in screened
     }
     seconds = sum(outcome.seconds for outcome in outcomes.values())
-    return Tuned(told(config.output), checked.metric, rows, curves, screened, predictions, found, seconds)
+    return Tuned(redact(config.output), checked.metric, rows, curves, screened, predictions, found, seconds)
 
 
 def _student(config: TuneConfig, checked: Checked, tuned: Tuned) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from reinforce.report import plots
+from reinforce import plots
 from reinforce.tuning.prediction import Prediction
 from reinforce.tuning.screening import Screened
 from reinforce.tuning.space import LAMBDA

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from reinforce.student.config import StudentConfig
-from reinforce.student.lesson import IMAGE
-from reinforce.student.stream import Lane, orders_of
-from reinforce.student.survey import survey
+from reinforce.student.data.stream import Lane, orders_of
+from reinforce.student.data.survey import survey
+from reinforce.student.distillation import IMAGE
 
 MEASURES = ("entropy", "true_pair", "calibration", "agreement")
 _LARGEST = 4096

@@ -21,11 +21,11 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from reinforce.errors import UserError
-from reinforce.progress import Screen
-from reinforce.store import Store
+from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, job_of
-from reinforce.training.launch import run_rank
+from reinforce.terminal import Screen
+from reinforce.training.loop import run_rank
 from reinforce.training.ranks import join
 from reinforce.training.ray_train import check_room
 from reinforce.training.stop import Stop, Stopped
@@ -71,7 +71,7 @@ class Search:
             outcomes = {trial: self._outcome(config) for trial, config in trials.items()}
             open_ = [trial for trial, outcome in outcomes.items() if outcome.state == "open"]
         if done := len(trials) - len(open_):
-            self.screen.say(f"{done} of {len(trials)} trials are done already")
+            self.screen.log(f"{done} of {len(trials)} trials are done already")
         if open_:
             _hush()  # before Ray starts, whose workers have this process's environment
             self.cluster()
@@ -89,7 +89,7 @@ class Search:
         work = tune.with_parameters(partial(_trial, folder=os.getcwd(), metric=self.metric), configs=dict(configs))
         room = {"cpu": compute.cpus, **({"gpu": compute.gpus} if compute.gpus else {})}
         stop = Stop()
-        with stop.listening(), _scratch(Store(self.output)) as storage, self.screen:
+        with stop.listening(), _scratch(Storage(self.output)) as storage, self.screen:
             tuner = tune.Tuner(
                 tune.with_resources(work, room),
                 param_space={"name": tune.grid_search(list(configs))},
@@ -187,7 +187,7 @@ class _Judges(FIFOScheduler):
         name = trial.config["name"]
         if _FAULT in result:
             self.faults[name] = result[_FAULT]
-            self._search.screen.say(f"{name}: failed: {result[_FAULT]}")
+            self._search.screen.log(f"{name}: failed: {result[_FAULT]}")
         if _STEP not in result:
             return str(TrialScheduler.CONTINUE)
         step, value = result[_STEP], result[_VALUE]
@@ -195,7 +195,7 @@ class _Judges(FIFOScheduler):
         if behind:
             mark_stopped(self._configs[name], self._search.metric, step, value)
         end = ", stopped early" if behind else ", finished" if step == self._search.steps else ""
-        self._search.screen.say(f"{name}: step {step:,} of {self._search.steps:,}  {value:.4f}{end}")
+        self._search.screen.log(f"{name}: step {step:,} of {self._search.steps:,}  {value:.4f}{end}")
         return str(TrialScheduler.STOP if behind else TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -229,7 +229,7 @@ def _trial(
         tune.report({_STEP: step, _VALUE: metrics[metric]})
 
     try:
-        with join(student.train.compute) as ranks, _waiting(Store(job.output).lock):
+        with join(student.train.compute) as ranks, _waiting(Storage(job.output).lock):
             run_rank(partial(build, student), job, ranks, Stop(), evaluated=evaluated)
     except UserError as error:  # another start would not mend it
         return {_FAULT: str(error)}
@@ -253,7 +253,7 @@ def _waiting(lock: Callable[[], contextlib.AbstractContextManager[None]]) -> Ite
 
 
 @contextlib.contextmanager
-def _scratch(store: Store) -> Iterator[dict[str, Any]]:
+def _scratch(store: Storage) -> Iterator[dict[str, Any]]:
     """A folder for what Ray Tune writes, which every node reaches as it does the output; it goes at the end."""
     path = store.path(_RAY)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from reinforce.errors import UserError
-from reinforce.store import Store
+from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import job_of
 from reinforce.training.checkpoint import Checkpoints
@@ -44,7 +44,7 @@ class Outcome:
 
 def begin(config: StudentConfig, steps: int) -> None:
     """Say what the training in a trial's folder is. Raises UserError where there is another already."""
-    store = Store(config.output)
+    store = Storage(config.output)
     now: dict[str, Any] = {"train.steps": steps, **job_of(config).course}
     now = json.loads(json.dumps(now))
     then = store.read_json(_TRIAL)
@@ -59,7 +59,7 @@ def begin(config: StudentConfig, steps: int) -> None:
 
 def outcome_of(config: StudentConfig, steps: int, metric: str) -> Outcome:
     """What a trial's folder says. One that was stopped by another metric is open again."""
-    store = Store(config.output)
+    store = Storage(config.output)
     store.fs.invalidate_cache(store.root)  # a worker has written there since this process looked last
     curve = _curve(store, metric)
     results = read_results(store)
@@ -74,10 +74,10 @@ def outcome_of(config: StudentConfig, steps: int, metric: str) -> Outcome:
 
 def mark_stopped(config: StudentConfig, metric: str, step: int, value: float) -> None:
     """Say that a trial was ended early, and by what."""
-    Store(config.output).write_json({"metric": metric, "step": step, "value": value, "by": "ASHA"}, _STOPPED)
+    Storage(config.output).write_json({"metric": metric, "step": step, "value": value, "by": "ASHA"}, _STOPPED)
 
 
-def _curve(store: Store, metric: str) -> list[tuple[int, float]]:
+def _curve(store: Storage, metric: str) -> list[tuple[int, float]]:
     try:
         lines = store.fs.cat_file(store.path(LOG)).decode().splitlines()
     except FileNotFoundError:

@@ -11,19 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reinforce.augment import replay, sample
 from reinforce.captioning.config import Data
 from reinforce.captioning.feed import CaptionFeed
 from reinforce.captioning.pairs import Pairs, find_pairs
 from reinforce.config import Augmentations, Limits, RandAugment
+from reinforce.dataset.augment import replay, sample
 from reinforce.errors import UserError
-from reinforce.image import decode
-from reinforce.student.tokens import Tokenizer
+from reinforce.source.image import decode
+from teachers.open_clip_tokens import Tokenizer
 from teachers.weights import cache_folder
-from tests.captioning.captioners import captioner_config, write_shards
-from tests.conftest import picture, write_tar
-from tests.student.reinforced import reinforce_here
-from tests.tiny_coca import END
+from tests.helpers.captioning import captioner_config, write_shards
+from tests.helpers.data import picture, write_tar
+from tests.helpers.reinforced import reinforce_here
+from tests.helpers.tiny_coca import END
 
 SIZE = 16
 tokenize = Tokenizer("coca_ViT-B-32")

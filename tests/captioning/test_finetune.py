@@ -20,9 +20,9 @@ from reinforce.captioning.finetune import comparison, finetune
 from reinforce.cli import main
 from reinforce.errors import UserError
 from reinforce.training.results import Results
-from tests.captioning.captioners import captioner_config, write_shards
-from tests.student.reinforced import reinforce_here
-from tests.tiny_coca import coca_model
+from tests.helpers.captioning import captioner_config, write_shards
+from tests.helpers.reinforced import reinforce_here
+from tests.helpers.tiny_coca import coca_model
 
 STEPS = 12
 

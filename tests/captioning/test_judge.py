@@ -15,14 +15,14 @@ from reinforce.captioning.model import CaptionerModel
 from reinforce.captioning.pairs import Pairs, find_pairs
 from reinforce.config import Limits
 from reinforce.errors import UserError
-from reinforce.image import decode
-from reinforce.student.tokens import Tokenizer
+from reinforce.source.image import decode
 from teachers.coca import CocaCaptioner
 from teachers.device import Accelerator
+from teachers.open_clip_tokens import Tokenizer
 from teachers.pixels import fit, to_pixels
-from tests.captioning.captioners import captioner, captioner_config, write_shards
-from tests.conftest import picture, write_tar
-from tests.tiny_coca import END
+from tests.helpers.captioning import captioner, captioner_config, write_shards
+from tests.helpers.data import picture, write_tar
+from tests.helpers.tiny_coca import END
 
 
 def judge_of(folder: Path, **changes: object) -> tuple[Judge, Pairs, CaptionerModel]:

@@ -12,14 +12,14 @@ from reinforce.captioning.feed import predicted
 from reinforce.captioning.model import CaptionerModel, build_captioner, describe
 from reinforce.captioning.task import CaptioningTask
 from reinforce.errors import UserError
-from reinforce.student.tokens import Tokenizer
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
 from teachers.device import Accelerator
+from teachers.open_clip_tokens import Tokenizer
 from teachers.pixels import to_pixels
-from tests.captioning.captioners import TEXTS, batch_of, captioner, captioner_config
-from tests.tiny_coca import END
-from tests.tiny_models import open_clip_model
+from tests.helpers.captioning import TEXTS, batch_of, captioner, captioner_config
+from tests.helpers.tiny_coca import END
+from tests.helpers.tiny_models import open_clip_model
 
 #: The tokenizer makes "&!;" the words 5, 0 and 282: its padding is also a word.
 WITH_ZERO = "a sign that says &!;"

@@ -12,8 +12,8 @@ import schemas
 from reinforce.captioning.images import read_images
 from reinforce.captioning.pairs import FILE, find_pairs
 from reinforce.errors import UserError
-from tests.captioning.captioners import captioner_config, write_shards
-from tests.conftest import picture, write_tar
+from tests.helpers.captioning import captioner_config, write_shards
+from tests.helpers.data import picture, write_tar
 
 
 def keys(pairs: object) -> list[str]:

@@ -15,8 +15,8 @@ import yaml
 from reinforce.cli import main
 from reinforce.evaluation import clip_benchmark
 from teachers.spec import ModelSpec
-from tests import tiny_models
-from tests.evaluation.samples import colour_folder, colour_shard, plain, shard
+from tests.helpers import tiny_models
+from tests.helpers.evaluation import colour_folder, colour_shard, plain, shard
 
 Told = Callable[..., tuple[int, str, str]]
 

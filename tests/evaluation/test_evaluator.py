@@ -32,10 +32,10 @@ from teachers.open_clip import OpenClipEncoder, OpenClipTeacher, image_spec
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import TeacherSpec
-from tests import tiny_models
-from tests.conftest import config_of, picture
-from tests.evaluation.samples import COLOURS, Blind, Diverged, Seer, colour_folder, colour_shard, plain, shard
-from tests.student.reinforced import reinforce_here
+from tests.helpers import tiny_models
+from tests.helpers.data import config_of, picture
+from tests.helpers.evaluation import COLOURS, Blind, Diverged, Seer, colour_folder, colour_shard, plain, shard
+from tests.helpers.reinforced import reinforce_here
 
 CPU = Accelerator("cpu")
 NAMES = list(COLOURS)

@@ -18,8 +18,8 @@ from reinforce.evaluation.classes import templates_of
 from reinforce.evaluation.config import RetrievalSet, ZeroShotSet
 from reinforce.evaluation.reading import Example, captions_of, label_of
 from reinforce.evaluation.sets import Examples, ZeroShot, retrieval_set, zero_shot_set
-from reinforce.source import Refusal
-from tests.evaluation.samples import COLOURS, colour_folder, colour_shard, plain, shard
+from reinforce.source.shards import Refusal
+from tests.helpers.evaluation import COLOURS, colour_folder, colour_shard, plain, shard
 
 LIMITS = Limits()
 NAMES = list(COLOURS)

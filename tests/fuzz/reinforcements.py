@@ -12,11 +12,11 @@ import numpy as np
 from hypothesis import strategies as st
 
 from reinforce.config import parse_config
-from reinforce.published import Reinforcements, Unreadable
-from reinforce.recipe import describe_models, layers_of
-from reinforce.source import Refusal
-from tests.published.shards import COUNT, HEIGHT, WIDTH, config_of, reinforcement, stored
-from tests.shards import tar_bytes
+from reinforce.engine.published import Reinforcements, Unreadable
+from reinforce.engine.recipe import describe_models, layers_of
+from reinforce.source.shards import Refusal
+from tests.helpers.published import COUNT, HEIGHT, WIDTH, config_of, reinforcement, stored
+from tests.helpers.tars import tar_bytes
 
 CONFIG = parse_config(config_of(Path("x")))
 LAYERS = layers_of(CONFIG, describe_models(CONFIG))

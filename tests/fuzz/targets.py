@@ -24,17 +24,17 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
-from reinforce.augment import replay, sample
 from reinforce.config import Config, Limits, parse_config
-from reinforce.image import FORMATS, ImageRefused, decode
-from reinforce.rows import Row, Wanted, rows_from_source
-from reinforce.source import Refusal, _split, _valid
-from reinforce.text import caption_of, json_fault, metadata_of
-from tests.conftest import picture
+from reinforce.dataset.augment import replay, sample
+from reinforce.engine.rows import Row, Wanted, rows_from_source
+from reinforce.source.image import FORMATS, ImageRefused, decode
+from reinforce.source.shards import Refusal, _split, _valid
+from reinforce.source.text import caption_of, json_fault, metadata_of
 from tests.fuzz import reinforcements
+from tests.helpers.data import picture
+from tests.helpers.tars import tar_bytes, zstd
 from tests.hostile.images import IMAGES, encoded, photo
 from tests.hostile.texts import TEXTS
-from tests.shards import tar_bytes, zstd
 
 CONFIG: Config = parse_config({"source": "x", "output": "y", "augmentations": {"count": 2, "size": 24}})
 LIMITS = Limits()

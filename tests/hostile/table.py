@@ -17,10 +17,10 @@ HANG = (
     "tests/hostile/test_hang.py::test_an_image_that_takes_minutes_and_a_model_that_stands_still_cost_their_shards_alone"
 )
 FAULTS = "tests/integration/test_faults.py"
-PUBLISHED = "tests/published/test_published.py"
-BROKEN = "tests/published/test_broken.py"
-S3 = "tests/storage/test_faults.py"
-PARTIAL = "tests/storage/test_partial.py"
+PUBLISHED = "tests/engine/test_published.py"
+BROKEN = "tests/engine/test_published_broken.py"
+S3 = "tests/integration/test_s3_faults.py"
+PARTIAL = "tests/integration/test_s3_partial.py"
 SCARCITY = "tests/integration/test_scarcity.py"
 CLUSTER = "tests/integration/test_cluster.py"
 #: What is shown elsewhere: defect, what happens, the test.
@@ -69,7 +69,7 @@ OTHERS = [
     (
         "a storage that fails in the middle of a shard",
         "raised, so that the shard is tried again; not taken for damage",
-        "tests/test_source.py::test_storage_errors_that_may_pass_are_raised_after_the_samples_before_them",
+        "tests/source/test_shards.py::test_storage_errors_that_may_pass_are_raised_after_the_samples_before_them",
     ),
     (
         "a special token of a tokenizer in a caption",
@@ -79,17 +79,17 @@ OTHERS = [
     (
         "a header that damage may have robbed of its long name",
         "the member is passed over, not given another name",
-        "tests/test_tar.py::test_a_member_behind_damage_whose_name_may_have_been_lost_is_not_given_another",
+        "tests/source/test_tar.py::test_a_member_behind_damage_whose_name_may_have_been_lost_is_not_given_another",
     ),
     (
         "damage in more than 100 places of a shard",
         "`shard_damaged`: the rest is not read",
-        "tests/test_tar.py::test_damage_without_end_is_told_a_hundred_times_and_then_no_more",
+        "tests/source/test_tar.py::test_damage_without_end_is_told_a_hundred_times_and_then_no_more",
     ),
     (
         "a shard of any length, a member of 100 MB",
         "memory stays at a few megabytes",
-        "tests/test_source.py::test_memory_does_not_grow_with_the_shard",
+        "tests/source/test_shards.py::test_memory_does_not_grow_with_the_shard",
     ),
     (
         "any bytes whatever",

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.conftest import picture
-from tests.shards import Member, tar_bytes
+from tests.helpers.data import picture
+from tests.helpers.tars import Member, tar_bytes
 
 SHARD_SAMPLES = 60  # limits.shard_samples of the run
 KEY_CHARS = 200  # limits.key_chars of the run

@@ -14,10 +14,10 @@ import pytest
 
 import reinforce
 from reinforce.config import Limits
-from reinforce.image import decode
-from reinforce.summary import RunSummary
-from reinforce.urls import shard_name
-from tests.conftest import config_of, picture, tree, write_tar
+from reinforce.engine.summary import RunSummary
+from reinforce.source.image import decode
+from reinforce.source.urls import shard_name
+from tests.helpers.data import config_of, picture, tree, write_tar
 from tests.hostile.images import IMAGE_BYTES, IMAGES, ImageCase
 from tests.hostile.tars import KEY_CHARS, SHARD_SAMPLES, TARS, TarCase
 from tests.hostile.texts import MEMBERS, SIDECAR_BYTES, TEXTS, TextCase
@@ -33,7 +33,7 @@ LIMITS = {
 CONFIG: dict[str, Any] = {
     "captioners": {},
     "input": {"limits": LIMITS},
-    "teachers": {"red": {"class": "tests.models:Colour", "options": {"size": 16, "dim": 8}}},
+    "teachers": {"red": {"class": "tests.helpers.models:Colour", "options": {"size": 16, "dim": 8}}},
 }
 
 

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.plan import make_plan
-from reinforce.terminal import plain
-from teachers.redact import SECRET, Discretion, is_secret, public, told
-from tests.conftest import config_of, members_of, write_tar
+from reinforce.engine.plan import make_plan
+from reinforce.terminal import escape
+from teachers.redact import SECRET, Redactor, is_secret, public, redact
+from tests.helpers.data import config_of, members_of, write_tar
 
 PASSWORD, SIGNATURE, TOKEN = "p4ssw0rd-of-eve", "c0ffee-signature", "hf_t0ken-of-eve"
 
@@ -73,8 +73,8 @@ def secretive(address: str, output: Path, **changes: Any) -> dict[str, Any]:
     options = {"hf_token": TOKEN, "endpoint": f"https://eve:{PASSWORD}@models.example/v1?sig={SIGNATURE}"}
     config = config_of(urls, output, captioners={}, **changes)  # type: ignore[arg-type]
     config["teachers"] = {
-        "red": {"class": "tests.models:Colour"},
-        "chatty": {"class": "tests.models:Chatty", "options": options},
+        "red": {"class": "tests.helpers.models:Colour"},
+        "chatty": {"class": "tests.helpers.models:Chatty", "options": options},
     }
     config["failures"] = {"allowed_share": 1.0, "attempts": 1}
     return config
@@ -177,10 +177,10 @@ def test_urls_in_any_text_are_told_without_their_secrets(user: str, password: st
     url = f"https://{user}:{password}@host.example/a/b.tar?X-Amz-Signature={signature}&x=1#{password}"
     for text in (url, f"could not get '{url}': 403", f'{{"url": "{url}"}}', f"simplecache::{url}"):
         expected = text.replace(url, "https://host.example/a/b.tar")
-        assert told(text) == expected
-        assert Discretion({"source": url})(text) == expected
+        assert redact(text) == expected
+        assert Redactor({"source": url})(text) == expected
     bare = f"Max retries exceeded with url: /b.tar?X-Amz-Signature={signature}"  # no URL any more
-    assert signature not in Discretion({"source": [url]})(bare)
+    assert signature not in Redactor({"source": [url]})(bare)
     assert public({"a": [url], "n": 3, "secret": [user]}) == {
         "a": ["https://host.example/a/b.tar"], "n": 3, "secret": SECRET
     }  # fmt: skip
@@ -188,13 +188,13 @@ def test_urls_in_any_text_are_told_without_their_secrets(user: str, password: st
 
 @given(st.text())
 def test_no_text_moves_the_cursor_or_turns_the_line(text: str) -> None:
-    shown = plain(text + "\x1b[2J\x9b31m\u202egnp.exe\r")
+    shown = escape(text + "\x1b[2J\x9b31m\u202egnp.exe\r")
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown)
     assert "\\x1b[2J" in shown
 
 
 def test_a_forged_manifest_names_no_path_and_no_markup(tmp_path: Path) -> None:
-    from reinforce.status import status_of
+    from reinforce.dataset.status import status_of
 
     for name in ("../../etc", "embeddings/../x", "[red]x", "\x1b[2J"):
         manifest = {"schema_version": 1, "layers": {"samples": {}, name: {}}, "teachers": {}, "captioners": {}}

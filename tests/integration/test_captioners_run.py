@@ -16,14 +16,14 @@ from PIL import Image
 import reinforce
 from reinforce.cli import main
 from reinforce.config import Limits
-from reinforce.image import decode
 from reinforce.seeds import seed_for
+from reinforce.source.image import decode
 from teachers.pixels import fit, to_pixels
 from teachers.registry import load_captioner
 from teachers.spec import CaptionerSpec
-from tests import tiny_captioners
-from tests.conftest import config_of
-from tests.tiny_coca import coca_model
+from tests.helpers import tiny_captioners
+from tests.helpers.data import config_of
+from tests.helpers.tiny_coca import coca_model
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -61,7 +61,7 @@ def _rgb(encoded: bytes) -> Image.Image:
 def test_dropped_captions_are_never_stored_and_are_counted_wherever_one_looks(
     shards: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stammers = {"class": "tests.models:Stammerer", "captions": 3, "clean": {"first_sentence": True}}
+    stammers = {"class": "tests.helpers.models:Stammerer", "captions": 3, "clean": {"first_sentence": True}}
     config = config_of(shards(20), tmp_path / "out", captioners={"stammerer": stammers})
     summary = reinforce.run(config)
     keys = [f"{number:08d}" for number in range(20)]

@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 import reinforce
-from reinforce.urls import shard_name
-from tests.conftest import config_of, members_of, tree, write_tar
+from reinforce.source.urls import shard_name
+from tests.helpers.data import config_of, members_of, tree, write_tar
 
 ROOT = Path(__file__).parents[2]
 LAST = "embeddings/red/caption"  # the layer that a shard's files end with
@@ -28,7 +28,7 @@ SHARDS = 8
 
 
 def simple_config(source: str, output: Path, **changes: Any) -> dict[str, Any]:
-    changes = {"captioners": {}, "teachers": {"red": {"class": "tests.models:Colour"}}, **changes}
+    changes = {"captioners": {}, "teachers": {"red": {"class": "tests.helpers.models:Colour"}}, **changes}
     return config_of(source, output, **changes)
 
 
@@ -149,7 +149,7 @@ def test_what_passes_leaves_no_trace_and_a_shard_that_segfaults_each_time_is_qua
         "dies": {"word": "thing 3 of shard 1", "harm": "kill", "once": str(tmp_path / "died")},
         "faults": {"word": "thing 7 of shard 2", "harm": "segfault", "until": str(well)},
     }
-    teachers = {name: {"class": "tests.models:Trouble", "options": options} for name, options in ills.items()}
+    teachers = {name: {"class": "tests.helpers.models:Trouble", "options": options} for name, options in ills.items()}
     config = config_of(source, out, captioners={}, teachers=teachers)
     summary = reinforce.run(config)
     assert (summary.status, summary.quarantined_shards, summary.shards, summary.samples) == (0, 1, 5, 40)
@@ -176,7 +176,7 @@ def test_a_model_that_always_raises_costs_its_own_layers_only(shards: Callable[.
     config = config_of(source, tmp_path / "out", captioners={})
     config["failures"] = {"attempts": 2, "allowed_share": 1.0}
     config["teachers"]["ill"] = {
-        "class": "tests.models:Trouble",
+        "class": "tests.helpers.models:Trouble",
         "options": {"word": "of shard 1", "harm": "raise"},
     }
     summary = reinforce.run(config)
@@ -196,7 +196,7 @@ def test_a_worker_at_which_everything_fails_is_replaced_and_costs_no_shard(
     config = config_of(shards(*[10] * 8), tmp_path / "out", captioners={})
     config["workers"] = {"batch": 16, "max": 1}
     options = {"word": "thing 3 of shard 1", "once": str(tmp_path / "flag")}
-    config["teachers"] = {"ill": {"class": "tests.models:Poisoned", "options": options}}
+    config["teachers"] = {"ill": {"class": "tests.helpers.models:Poisoned", "options": options}}
     summary = reinforce.run(config)
     assert (summary.status, summary.quarantined_shards, summary.samples) == (0, 0, 80)
     events = "".join(path.read_text() for path in tmp_path.glob("out/runs/*/events-*.jsonl"))

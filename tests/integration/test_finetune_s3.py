@@ -11,7 +11,7 @@ import pytest
 
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.finetune import finetune
-from tests.captioning.captioners import captioner_config, write_shards
+from tests.helpers.captioning import captioner_config, write_shards
 
 
 def config_of(folder: Path, source: str, output: str, steps: int = 4) -> CaptionerConfig:

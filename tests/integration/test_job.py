@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import config_of, free_port
+from tests.helpers.data import config_of, free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

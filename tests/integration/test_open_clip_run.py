@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import reinforce
-from reinforce.augment import from_records, replay
-from tests.conftest import config_of
-from tests.tiny_coca import coca_model
-from tests.tiny_models import open_clip_model, transformers_siglip
+from reinforce.dataset.augment import from_records, replay
+from tests.helpers.data import config_of
+from tests.helpers.tiny_coca import coca_model
+from tests.helpers.tiny_models import open_clip_model, transformers_siglip
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import reinforce
-from reinforce.augment import replay
 from reinforce.config import parse_config
-from reinforce.image import decode
+from reinforce.dataset.augment import replay
 from reinforce.seeds import seed_for
-from reinforce.urls import shard_name
+from reinforce.source.image import decode
+from reinforce.source.urls import shard_name
 from teachers.pixels import to_pixels
-from tests.conftest import config_of, members_of, picture, tree, write_tar
-from tests.models import Colour
+from tests.helpers.data import config_of, members_of, picture, tree, write_tar
+from tests.helpers.models import Colour
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -97,7 +97,7 @@ def test_an_added_teacher_and_captioner_compute_only_their_layers_and_end_as_a_f
 ) -> None:
     source = shards(40, 9)
     whole = config_of(source, tmp_path / "fresh", images=images)
-    whole["captioners"] = {**whole["captioners"], "other": {"class": "tests.models:Namer", "captions": 2}}
+    whole["captioners"] = {**whole["captioners"], "other": {"class": "tests.helpers.models:Namer", "captions": 2}}
     reinforce.run(whole)
 
     first = {**whole, "output": str(tmp_path / "grown"), "teachers": {"red": whole["teachers"]["red"]}}
@@ -126,7 +126,10 @@ def test_an_added_teacher_and_captioner_compute_only_their_layers_and_end_as_a_f
 
 def test_teachers_with_one_side_have_that_sides_layers_only(shards: Callable[..., str], tmp_path: Path) -> None:
     config = config_of(shards(5), tmp_path / "out")
-    config["teachers"] = {"eye": {"class": "tests.models:ImageOnly"}, "ear": {"class": "tests.models:TextOnly"}}
+    config["teachers"] = {
+        "eye": {"class": "tests.helpers.models:ImageOnly"},
+        "ear": {"class": "tests.helpers.models:TextOnly"},
+    }
     assert reinforce.run(config).status == 0
     folders = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out" / "embeddings").glob("*/*")}
     assert folders == {"embeddings/eye/images", "embeddings/ear/caption", "embeddings/ear/namer"}
@@ -208,7 +211,7 @@ def test_quarantined_shards_are_tried_again_when_asked(tmp_path: Path) -> None:
 def test_a_row_whose_embedding_is_not_finite_is_null_and_named(shards: Callable[..., str], tmp_path: Path) -> None:
     config = config_of(shards(12), tmp_path / "out", captioners={})
     config["teachers"] = {
-        "ill": {"class": "tests.models:Trouble", "options": {"word": "thing 7 ", "harm": "nan"}},
+        "ill": {"class": "tests.helpers.models:Trouble", "options": {"word": "thing 7 ", "harm": "nan"}},
         "red": config["teachers"]["red"],
     }
     assert reinforce.run(config).refused == {"not_finite": 1}
@@ -221,7 +224,7 @@ def test_a_row_whose_embedding_is_not_finite_is_null_and_named(shards: Callable[
 def test_an_image_without_captions_is_null_and_named_and_its_neighbours_have_theirs(
     shards: Callable[..., str], tmp_path: Path
 ) -> None:
-    captioner = {"class": "tests.models:Speechless", "captions": 2}
+    captioner = {"class": "tests.helpers.models:Speechless", "captions": 2}
     config = config_of(shards(12), tmp_path / "out", captioners={"ill": captioner})
     assert reinforce.run(config).status == 0
     samples = {s.key: s.captions["ill"] for s in reinforce.open(str(tmp_path / "out"))}

@@ -9,7 +9,7 @@ import pytest
 import s3fs
 
 import reinforce
-from tests.conftest import config_of, tree
+from tests.helpers.data import config_of, tree
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import reinforce
-from tests.conftest import config_of, tree
+from tests.helpers.data import config_of, tree
 
 ROOT = Path(__file__).parents[2]
 ROOM = 300_000  # bytes, in which the first of the shards fit
@@ -62,7 +62,7 @@ def test_a_full_disk_ends_a_run_with_one_error_and_nothing_half_written(
 ) -> None:
     disk, make_room = small_disk
     out = disk / "out"
-    teachers = {"red": {"class": "tests.models:Cramped", "options": {"limit": str(tmp_path / "limit")}}}
+    teachers = {"red": {"class": "tests.helpers.models:Cramped", "options": {"limit": str(tmp_path / "limit")}}}
     config = config_of(shards(2, *[30] * 4), out, captioners={}, teachers=teachers)
     with pytest.raises(reinforce.UserError, match=r"cannot be written: .*make room in") as raised:
         reinforce.run(config)
@@ -83,7 +83,7 @@ def test_a_worker_that_the_memory_monitor_kills_costs_nothing(
     ray_session: None, shards: Callable[..., str], tmp_path: Path
 ) -> None:
     options = {"word": "thing 3 of shard 1", "harm": "memory", "once": str(tmp_path / "taken")}
-    teachers = {"ill": {"class": "tests.models:Trouble", "options": options}}
+    teachers = {"ill": {"class": "tests.helpers.models:Trouble", "options": options}}
     config = config_of(shards(*[10] * 3), tmp_path / "out", captioners={}, teachers=teachers)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))

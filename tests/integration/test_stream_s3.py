@@ -11,11 +11,11 @@ import s3fs
 import torch
 
 from reinforce.student.config import Data
-from reinforce.student.feed import StudentFeed
-from reinforce.student.order import Chunk
+from reinforce.student.data.feed import StudentFeed
+from reinforce.training.order import Chunk
 from reinforce.training.task import Batch
-from tests.conftest import config_of, members_of, write_tar
-from tests.student.reinforced import letters, reinforce_here
+from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.reinforced import letters, reinforce_here
 
 SIZES = (40, 25)
 

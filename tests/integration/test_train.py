@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 import reinforce
 from reinforce.cli import main
-from tests.student.reinforced import small_dataset
-from tests.student.students import student_folder
-from tests.training.tiny import curve, rows
+from tests.helpers.reinforced import small_dataset
+from tests.helpers.students import student_folder
+from tests.helpers.trainings import curve, rows
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., subprocess.Popen[str]]

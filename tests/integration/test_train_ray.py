@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load
 
 from reinforce.errors import UserError
-from reinforce.training.launch import launch, run_rank
+from reinforce.training.launch import launch
+from reinforce.training.loop import run_rank
 from reinforce.training.ranks import Ranks
 from reinforce.training.stop import Stop, Stopped
 from reinforce.training.task import Batch
 from teachers.device import Accelerator
-from tests.training.tiny import PairFeed, StoppingFeed, TowersTask, builder, curve, job
+from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, builder, curve, job
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -16,11 +16,11 @@ from rich.console import Console
 
 import reinforce
 from reinforce.cli import main
-from reinforce.layers import TRUE
+from reinforce.dataset.layers import TRUE_CAPTION
 from reinforce.report.captions import _shares, captions_report
 from reinforce.report.captions_view import captions_table, write_report
-from tests.conftest import config_of
-from tests.student.reinforced import reinforce_here
+from tests.helpers.data import config_of
+from tests.helpers.reinforced import reinforce_here
 
 FILES = {"report.json", "lengths.png", "distinct.png", "similarity.png"}
 
@@ -28,10 +28,13 @@ FILES = {"report.json", "lengths.png", "distinct.png", "similarity.png"}
 @pytest.fixture
 def dataset(shards: Callable[..., str], tmp_path: Path) -> str:
     """Two captioners and teachers of both sides, of images alone and of texts alone."""
-    stammerer = {"class": "tests.models:Stammerer", "captions": 3, "clean": {}}
+    stammerer = {"class": "tests.helpers.models:Stammerer", "captions": 3, "clean": {}}
     config = config_of(shards(12, 5), tmp_path / "out")
     config["captioners"]["stammerer"] = stammerer
-    config["teachers"] |= {"eye": {"class": "tests.models:ImageOnly"}, "ear": {"class": "tests.models:TextOnly"}}
+    config["teachers"] |= {
+        "eye": {"class": "tests.helpers.models:ImageOnly"},
+        "ear": {"class": "tests.helpers.models:TextOnly"},
+    }
     return reinforce_here(config)
 
 
@@ -39,16 +42,16 @@ def test_figures_are_those_of_the_stored_captions_and_vectors(dataset: str) -> N
     report = captions_report(dataset)
     samples = list(reinforce.open(dataset))
     assert report["rows"] == len(samples) == 17
-    assert list(report["texts"]) == ["namer", "stammerer", TRUE]
+    assert list(report["texts"]) == ["namer", "stammerer", TRUE_CAPTION]
     null = sum(sample.captions["stammerer"] is None for sample in samples)
     assert null > 0
     assert report["texts"]["stammerer"]["null"] == null / 17
     assert report["texts"]["namer"]["captions"] == 2 * 17
     assert report["texts"]["stammerer"]["duplicates_within_image"] == pytest.approx(1 / 3), "what `clean` put in"
-    assert report["texts"][TRUE]["words"] == np.mean([len(str(sample.caption).split()) for sample in samples])
+    assert report["texts"][TRUE_CAPTION]["words"] == np.mean([len(str(sample.caption).split()) for sample in samples])
 
     for teacher in ("red", "blue"):
-        for what in ("namer", "stammerer", TRUE):
+        for what in ("namer", "stammerer", TRUE_CAPTION):
             cosines = [
                 float(text @ image)
                 for sample in samples
@@ -66,7 +69,7 @@ def test_figures_are_those_of_the_stored_captions_and_vectors(dataset: str) -> N
 
 def test_captioners_and_teachers_can_be_chosen_and_missing_ones_are_told(dataset: str) -> None:
     report = captions_report(dataset, captioners=["stammerer"], teachers=["blue"])
-    assert list(report["texts"]) == ["stammerer", TRUE]
+    assert list(report["texts"]) == ["stammerer", TRUE_CAPTION]
     assert list(report["similarity"]) == ["blue"]
     with pytest.raises(reinforce.UserError, match="has no captioner 'coca'; it has: namer, stammerer"):
         captions_report(dataset, captioners=["coca"])
@@ -122,12 +125,12 @@ def test_a_report_is_a_table_and_a_folder_of_json_and_plots(dataset: str, tmp_pa
 
 
 def test_a_report_of_rows_without_any_caption_is_drawn(shards: Callable[..., str], tmp_path: Path) -> None:
-    mute = {"class": "tests.models:Stammerer", "captions": 3, "clean": {"characters": 1}}
+    mute = {"class": "tests.helpers.models:Stammerer", "captions": 3, "clean": {"characters": 1}}
     config = config_of(shards(3), tmp_path / "mute", captioners={"mute": mute})
     config["input"] = {"captions": ["json:nothing"]}
     report = captions_report(reinforce_here(config))
-    assert report["texts"][TRUE]["null"] == 1
-    assert report["similarity"]["red"][TRUE]["mean"] is None
+    assert report["texts"][TRUE_CAPTION]["null"] == 1
+    assert report["similarity"]["red"][TRUE_CAPTION]["mean"] is None
     assert len(write_report(report, str(tmp_path / "report"))) == 4
     captions_table(report)
 

@@ -24,9 +24,9 @@ from reinforce.shipping import graph, packages
 from reinforce.shipping.towers import parameters, reparameterised
 from teachers.open_clip import load_model
 from teachers.spec import ModelSpec
-from tests.conftest import picture
-from tests.shipping import models
-from tests.tiny_coca import coca_model
+from tests.helpers import shipping as models
+from tests.helpers.data import picture
+from tests.helpers.tiny_coca import coca_model
 
 FILES = {"README.md", "image.onnx", "preprocess.json", "text.onnx", "tokenizer.json"}
 CLASSES = ["a cat", "a dog"]  # of the README

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from reinforce.cli import main
-from reinforce.naming import models_of
+from reinforce.model_names import models_of
 from reinforce.shipping.latency import measure
 from reinforce.shipping.report import Latencies
 from reinforce.shipping.towers import reparameterised
-from tests.shipping import models
-from tests.student.students import student_folder
-from tests.tiny_coca import coca_model
+from tests.helpers import shipping as models
+from tests.helpers.students import student_folder
+from tests.helpers.tiny_coca import coca_model
 
 Told = Callable[..., tuple[int, str, str]]
 

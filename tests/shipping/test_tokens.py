@@ -18,8 +18,8 @@ from open_clip.tokenizer import HFTokenizer
 from tokenizers import Tokenizer
 
 from reinforce.shipping import tokens
-from reinforce.student.tokens import Tokenizer as Reference
-from tests.student.students import student_folder
+from teachers.open_clip_tokens import Tokenizer as Reference
+from tests.helpers.students import student_folder
 
 NAME = "MobileCLIP2-S0"
 ENTITIES = ("&amp;", "&quot;", "&#39;", "&#39", "&copy", "&currency", "&eacute;", "&EACUTE;")

@@ -24,9 +24,9 @@ from typing import Any
 
 import yaml
 
-from tests.conftest import config_of, members_of, tree, write_tar
-from tests.storage.proxy import Proxy, cut, refuse, slow
-from tests.storage.runs import layers, puts_file
+from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.s3_proxy import Proxy, cut, refuse, slow
+from tests.helpers.s3_runs import layers, puts_file
 
 ROOT = Path(__file__).parents[2]
 NODES = 3
@@ -119,7 +119,7 @@ class Soak:
         changes: dict[str, Any] = {"captioners": {}, "workers": {"batch": 16, "max": NODES}}
         # Whoever is killed at random is not to blame, however often.
         changes["failures"] = {"attempts": 1000, "solo_attempts": 1000, "allowed_share": 0.0}
-        changes["teachers"] = {"red": {"class": "tests.models:Colour", "options": {"delay": 0.5}}}
+        changes["teachers"] = {"red": {"class": "tests.helpers.models:Colour", "options": {"delay": 0.5}}}
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(config_of("s3://bucket/source/*.tar", self.output, **changes)))
         command = [sys.executable, "-m", "reinforce", "run", str(path), "--address", self.cluster.address]

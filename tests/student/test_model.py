@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 
 from reinforce.errors import UserError
 from reinforce.student.config import Student as Spec
+from reinforce.student.distillation import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.export import export
-from reinforce.student.lesson import IMAGES, TEXTS, Known
 from reinforce.student.model import Student, build_student, tokenizer_of
 from teachers.pixels import fit
-from tests.student.students import KINDS, batch, student_folder
-from tests.tiny_models import open_clip_model
+from tests.helpers.students import KINDS, batch, student_folder
+from tests.helpers.tiny_models import open_clip_model
 
-IMAGE_TEACHER = Known(6, frozenset([IMAGES]), None, "")
-TEACHER = Known(5, frozenset([IMAGES, TEXTS]), 50.0, "")
+IMAGE_TEACHER = TeacherInfo(6, frozenset([IMAGES]), None, "")
+TEACHER = TeacherInfo(5, frozenset([IMAGES, TEXTS]), 50.0, "")
 SCALARS = ("logit_scale", "logit_bias")
 
 

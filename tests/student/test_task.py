@@ -14,17 +14,17 @@ import reinforce
 from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
-from reinforce.student.lesson import IMAGES, TEXTS
+from reinforce.student.distillation import IMAGES, TEXTS
 from reinforce.student.task import StudentTask
 from reinforce.student.train import build
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
 from teachers.device import Accelerator
-from tests.conftest import config_of, members_of, write_tar
-from tests.student.reinforced import reinforce_here
-from tests.student.students import student_folder
-from tests.tiny_models import open_clip_model
-from tests.training.tiny import rows
+from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.reinforced import reinforce_here
+from tests.helpers.students import student_folder
+from tests.helpers.tiny_models import open_clip_model
+from tests.helpers.trainings import rows
 
 PAIRS = 6
 
@@ -33,10 +33,15 @@ PAIRS = 6
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Of every kind: a user's own class, an open_clip model, and one side alone."""
     return {
-        "red": {"class": "tests.models:Colour", "options": {"size": 16}, "logit_scale": 50.0, "dtype": "float32"},
+        "red": {
+            "class": "tests.helpers.models:Colour",
+            "options": {"size": 16},
+            "logit_scale": 50.0,
+            "dtype": "float32",
+        },
         "vit": {"model": open_clip_model(tmp_path_factory.mktemp("vit")), "logit_scale": 20.0, "dtype": "float32"},
-        "eyes": {"class": "tests.models:ImageOnly", "dtype": "float32"},
-        "ears": {"class": "tests.models:TextOnly", "dtype": "float32"},
+        "eyes": {"class": "tests.helpers.models:ImageOnly", "dtype": "float32"},
+        "ears": {"class": "tests.helpers.models:TextOnly", "dtype": "float32"},
     }
 
 
@@ -87,8 +92,8 @@ def test_stored_targets_give_a_loss_for_every_text_and_all_teachers(config: Any)
     torch.stack(list(losses.values())).sum().backward()
     trained = [value for value in task.model.parameters() if value.requires_grad]
     assert all(value.grad is not None and value.grad.isfinite().all() for value in trained)
-    assert task.lesson.scales == {"red": 50.0, "vit": 20.0}
-    assert {name: known.sides for name, known in task.lesson.features.items()} == {"eyes": {IMAGES}, "ears": {TEXTS}}
+    assert task.plan.scales == {"red": 50.0, "vit": 20.0}
+    assert {name: known.sides for name, known in task.plan.features.items()} == {"eyes": {IMAGES}, "ears": {TEXTS}}
 
 
 def test_what_is_learnt_from_whom_is_told(config: Any) -> None:

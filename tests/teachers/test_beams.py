@@ -5,7 +5,7 @@ import torch
 
 from teachers.beams import Beams, search
 from teachers.rules import Rules
-from tests.teachers.toy_language import END, WORDS, ToyForward, all_texts, log_probabilities, rules
+from tests.helpers.toy_language import END, WORDS, ToyForward, all_texts, log_probabilities, rules
 
 IMAGES = (11, 12, 13, 14)
 

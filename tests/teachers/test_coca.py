@@ -14,7 +14,7 @@ from teachers.decoding import decode
 from teachers.device import Accelerator
 from teachers.protocols import Captioner, ImageSpec
 from teachers.spec import CaptionerSpec
-from tests.tiny_coca import END, IMAGE_SIZE, coca_config, coca_model
+from tests.helpers.tiny_coca import END, IMAGE_SIZE, coca_config, coca_model
 
 START = END - 1
 

@@ -9,8 +9,8 @@ from teachers.coca_decoder import CachedForward, check
 from teachers.decoding import greedy, sample
 from teachers.device import Accelerator
 from teachers.rules import Rules, compact
-from tests.teachers.full_forward import FullForward
-from tests.tiny_coca import coca_config
+from tests.helpers.full_forward import FullForward
+from tests.helpers.tiny_coca import coca_config
 
 VOCABULARY, START, END, LENGTH = 60, 58, 59, 8
 #: What a text tower of the family may have, by the keys of its ``text_cfg``.

@@ -8,7 +8,7 @@ from teachers.decoding import decode, greedy, sample
 from teachers.describe import describe_captioner
 from teachers.rules import Rules
 from teachers.spec import CaptionerSpec
-from tests.teachers.toy_language import (
+from tests.helpers.toy_language import (
     END,
     START,
     VOCABULARY,

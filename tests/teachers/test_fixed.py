@@ -4,7 +4,7 @@ import torch
 
 from teachers.device import Accelerator
 from teachers.fixed import FixedAttention, FixedLinear, fix
-from tests.tiny_coca import coca_config
+from tests.helpers.tiny_coca import coca_config
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

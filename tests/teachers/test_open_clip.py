@@ -19,7 +19,7 @@ from teachers.open_clip import OpenClipTeacher, image_spec
 from teachers.open_clip_text import clean_fast
 from teachers.spec import TeacherSpec
 from teachers.special_tokens import neutraliser
-from tests import tiny_models
+from tests.helpers import tiny_models
 
 CPU = Accelerator("cpu")
 TEXTS = ["a", "a photo of a dog on the beach", "", "so many words " * 60, "Ünïcode – 犬"]

@@ -13,7 +13,7 @@ import torch
 from teachers.protocols import ImageSpec
 from teachers.registry import describe_captioner, describe_teacher, load_captioner, load_teacher
 from teachers.spec import CaptionerSpec, TeacherSpec
-from tests import tiny_models
+from tests.helpers import tiny_models
 
 SPEC = ImageSpec(8, (0.5,) * 3, (0.5,) * 3)  # type: ignore[arg-type]
 HERE = __name__

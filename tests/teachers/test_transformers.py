@@ -23,7 +23,7 @@ from teachers import transformers_catalog as catalog
 from teachers.device import Accelerator
 from teachers.spec import TeacherSpec
 from teachers.transformers import ImageTeacher, TextTeacher, TransformersTeacher, image_spec, load
-from tests import tiny_models
+from tests.helpers import tiny_models
 
 CPU = Accelerator("cpu")
 TEXTS = ["a", "a photo of a dog on the beach", "", "so many words " * 60, "Ünïcode – 犬"]

@@ -26,7 +26,7 @@ from teachers.protocols import ImageSpec
 from teachers.registry import describe_captioner, load_captioner
 from teachers.spec import CaptionerSpec
 from teachers.transformers_captioner import TransformersCaptioner, load
-from tests import tiny_captioners, tiny_models
+from tests.helpers import tiny_captioners, tiny_models
 
 KINDS = [*tiny_captioners.PLAIN, *tiny_captioners.CHAT]
 PROMPT = "Describe it."

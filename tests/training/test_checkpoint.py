@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
-from reinforce.store import Store
 from reinforce.training.checkpoint import Best, Checkpoints, Record
 from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import adamw
 from reinforce.training.state import State, average_of
-from tests.training.tiny import Towers
+from tests.helpers.trainings import Towers
 
 
 def checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
@@ -87,7 +87,7 @@ def sizes(folder: Path) -> Iterator[int]:
 
 def test_what_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     script = (
-        "import sys, torch; from reinforce.store import Store; from reinforce.training.checkpoint import *\n"
+        "import sys, torch; from reinforce.dataset.store import Store; from reinforce.training.checkpoint import *\n"
         "made = Checkpoints(Store(sys.argv[1]), 2)\n"
         "made.save(Record(1, {}), {'model/w': torch.ones(4)})\n"
         "print('first', flush=True)\n"

@@ -25,7 +25,7 @@ from reinforce.training.results import Results
 from reinforce.training.stop import Stop, Stopped
 from reinforce.training.task import Batch
 from teachers.device import Accelerator
-from tests.training.tiny import PairFeed, StoppingFeed, TowersTask, curve, job, rows
+from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, curve, job, rows
 
 
 def run(job: Job, feed: PairFeed | None = None, stop: Stop | None = None, **options: Any) -> tuple[Results, TowersTask]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import adamw, learning_rate, undecayed
-from tests.tiny_models import open_clip_config
+from tests.helpers.tiny_models import open_clip_config
 
 
 def test_the_rate_rises_to_its_peak_and_falls_as_a_cosine_to_the_last() -> None:

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from reinforce.errors import UserError
-from reinforce.training.launch import launch, run_rank
+from reinforce.training.launch import launch
+from reinforce.training.loop import run_rank
 from reinforce.training.ranks import join
 from reinforce.training.stop import Stop, Stopped
 from reinforce.training.task import Feed, Task
 from teachers.device import Accelerator
-from tests.conftest import free_port
-from tests.training.tiny import PairFeed, TowersTask, builder, curve, job, rows
+from tests.helpers.data import free_port
+from tests.helpers.trainings import PairFeed, TowersTask, builder, curve, job, rows
 
 RANKS = 3
 BATCH = 24

@@ -11,7 +11,7 @@ from reinforce.training.batches import part
 from reinforce.training.step import Outcome, backpropagate
 from reinforce.training.task import Batch
 from teachers.device import Accelerator
-from tests.training.tiny import PairFeed, TowersTask
+from tests.helpers.trainings import PairFeed, TowersTask
 
 SIZE = 16
 

@@ -12,14 +12,14 @@ import pytest
 import yaml
 
 from reinforce.cli import main
-from reinforce.dataset import read_manifest
-from reinforce.store import Store
+from reinforce.dataset.reader import read_manifest
+from reinforce.dataset.store import Store
 from reinforce.student.config import load_student_config
 from reinforce.student.train import build
 from reinforce.training.log import LOG
 from teachers.device import Accelerator
-from tests.student.reinforced import small_dataset
-from tests.student.students import student_folder
+from tests.helpers.reinforced import small_dataset
+from tests.helpers.students import student_folder
 
 STEPS = 4
 METRIC = "retrieval/own/text_to_image/r10"

@@ -12,17 +12,17 @@ import yaml
 
 from reinforce import settings
 from reinforce.config import parse_config
-from reinforce.dataset import read_manifest
-from reinforce.manifest import record_scales, update_manifest
-from reinforce.plan import make_plan
-from reinforce.runner import run
-from reinforce.store import MANIFEST, Store
+from reinforce.dataset.manifest import record_scales, update_manifest
+from reinforce.dataset.reader import read_manifest
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.plan import make_plan
+from reinforce.engine.runner import run
 from reinforce.student.config import StudentConfig, load_student_config
-from reinforce.student.lesson import plan_lesson, stored_teachers
+from reinforce.student.distillation import plan_distillation, stored_teachers
 from reinforce.tuning.space import LAMBDA
 from reinforce.tuning.written import student_yaml
-from tests.conftest import config_of
-from tests.student.reinforced import small_dataset
+from tests.helpers.data import config_of
+from tests.helpers.reinforced import small_dataset
 
 ORIGIN = "tuned by retrieval/own/text_to_image/r1, plateau 40 to 60, see runs/tuning"
 
@@ -79,7 +79,7 @@ def test_a_training_says_that_its_scale_was_tuned(dataset: Store) -> None:
     dataset.write_json(record_scales(read_manifest(dataset), {"red": 43.0}, ORIGIN), MANIFEST)
     written = student(dataset.url, {"logit_scales": {"blue": 21.0}})
     config = settings.parse(StudentConfig, {**written, "data": {"datasets": dataset.url}})
-    lesson = plan_lesson(config.loss, stored_teachers(config, {dataset.url: read_manifest(dataset)}))
+    lesson = plan_distillation(config.loss, stored_teachers(config, {dataset.url: read_manifest(dataset)}))
     assert lesson.scales == {"red": 43.0, "blue": 21.0}
     assert f"logit scale 43 (dataset: {ORIGIN})" in lesson.notes[0]
 

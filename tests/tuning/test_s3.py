@@ -11,8 +11,8 @@ import s3fs
 from reinforce import settings
 from reinforce.tuning.command import tune
 from reinforce.tuning.config import TuneConfig
-from tests.student.reinforced import small_dataset
-from tests.student.students import student_folder
+from tests.helpers.reinforced import small_dataset
+from tests.helpers.students import student_folder
 
 STEPS = 3
 

@@ -10,7 +10,7 @@ import pytest
 from reinforce import settings
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.screening import Screened, _batches, screen
-from tests.student.reinforced import small_dataset
+from tests.helpers.reinforced import small_dataset
 
 SIZE, COUNT = 12, 3
 SCALES = {"red": [0.01, 5.0, 40.0], "blue": [20.0, 60.0]}

@@ -11,8 +11,8 @@ import pytest
 
 from reinforce import settings
 from reinforce.errors import UserError
-from reinforce.progress import Screen
 from reinforce.student.config import StudentConfig
+from reinforce.terminal import Screen
 from reinforce.tuning.config import EarlyStopping
 from reinforce.tuning.search import Search, _Judges
 from reinforce.tuning.space import Setting, Trial

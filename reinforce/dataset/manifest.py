@@ -1,0 +1,125 @@
+"""dataset.json: what every layer of a dataset is and by which recipe it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import schemas
+from reinforce.config import LAYER_NAME, Config
+from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.errors import UserError
+
+#: In a teacher's entry: what its logit scale was before a tuned one was recorded.
+TUNED = "logit_scale_tuned"
+
+
+def update_manifest(
+    old: Mapping[str, Any] | None,
+    config: Config,
+    layers: Mapping[str, Layer],
+    loaded: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The manifest after adding this config's layers; layers of other configs stay.
+
+    ``loaded`` holds, by model name, what only a loaded model knows: dim, logit_scale, image preprocessing.
+    """
+    manifest: dict[str, Any] = {
+        "format": "reinforced-dataset",
+        "schema_version": schemas.SCHEMA_VERSION,
+        **layers[SAMPLES].recipe,
+        "teachers": dict((old or {}).get("teachers", {})),
+        "captioners": dict((old or {}).get("captioners", {})),
+        "layers": dict((old or {}).get("layers", {})),
+    }
+    for name, layer in layers.items():
+        entry: dict[str, Any] = {"kind": layer.kind, "fingerprint": layer.fingerprint}
+        if layer.kind == "captions":
+            entry |= {"captioner": layer.model, "count": layer.count}
+        elif layer.model is not None:
+            known = loaded.get(layer.model, {})
+            entry |= {
+                "teacher": layer.model,
+                "texts": layer.texts,
+                "count": layer.count,
+                "dim": known.get("dim", layer.dim) or manifest["layers"].get(name, {}).get("dim"),
+                "dtype": layer.dtype,
+            }
+        manifest["layers"][name] = entry
+    for name, teacher in config.teachers.items():
+        before = manifest["teachers"].get(name, {})
+        known = loaded.get(name, {})
+        manifest["teachers"][name] = {
+            "model": _model_of(layers, name, "embeddings") or before.get("model"),
+            **_scale(before, teacher.logit_scale, known.get("logit_scale")),
+            "dim": known.get("dim") or before.get("dim"),
+            "image": known.get("image") or before.get("image"),
+        }
+    for name in config.captioners:
+        manifest["captioners"][name] = {"model": _model_of(layers, name, "captions")}
+    return manifest
+
+
+def _scale(before: Mapping[str, Any], of_config: float | None, of_model: float | None) -> dict[str, Any]:
+    """The logit scale in force and where it comes from.
+
+    One that was tuned stays until the config's is changed: to what it was when that was recorded is no change.
+    """
+    tuned = before.get(TUNED)
+    if tuned is not None and of_config in (None, tuned["config"]):
+        return {key: before[key] for key in ("logit_scale", "logit_scale_from", TUNED)}
+    if of_config:
+        return {"logit_scale": of_config, "logit_scale_from": "config"}
+    scale = of_model if of_model is not None else before.get("logit_scale")
+    return {"logit_scale": scale, "logit_scale_from": "model"}
+
+
+def record_scales(manifest: Mapping[str, Any], scales: Mapping[str, float], origin: str) -> dict[str, Any]:
+    """The manifest with tuned logit scales in force, and with what the config said when they were recorded."""
+    teachers = dict(manifest["teachers"])
+    for name, scale in scales.items():
+        entry = teachers[name]
+        if TUNED in entry:
+            then = entry[TUNED]
+        else:
+            of_config = entry["logit_scale"] if entry["logit_scale_from"] == "config" else None
+            then = {"config": of_config, "before": entry["logit_scale"], "before_from": entry["logit_scale_from"]}
+        teachers[name] = {**entry, "logit_scale": scale, "logit_scale_from": origin, TUNED: then}
+    return {**manifest, "teachers": teachers}
+
+
+def scale_notes(old: Mapping[str, Any] | None, config: Config) -> list[str]:
+    """What a run tells of scales that were tuned: a line for each of the config's teachers that has one."""
+    notes = []
+    for name, teacher in config.teachers.items():
+        before = (old or {}).get("teachers", {}).get(name, {})
+        if TUNED not in before:
+            continue
+        tuned = f"{before['logit_scale']:g} ({before['logit_scale_from']})"
+        if TUNED not in _scale(before, teacher.logit_scale, None):
+            notes.append(f"teacher {name}: logit scale {teacher.logit_scale:g} of this config replaces {tuned}")
+        elif teacher.logit_scale not in (None, before["logit_scale"]):
+            notes.append(
+                f"teacher {name}: logit scale {tuned} stays in force, not the {teacher.logit_scale:g} of this config, "
+                "which was there before; another value would replace it"
+            )
+    return notes
+
+
+def check_names(manifest: Mapping[str, Any], where: str) -> None:
+    """Raise UserError where a name that becomes part of a path cannot be one of a layer, as in a forged manifest."""
+    try:
+        parts = [part for name in manifest["layers"] for part in name.split("/")]
+        names = [*parts, *manifest["teachers"], *manifest["captioners"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: dataset.json is not one of a reinforced dataset. Restore it.") from error
+    for name in names:
+        if not LAYER_NAME.fullmatch(name):
+            raise UserError(f"{where}: dataset.json names a layer {name!r}, which no run does. Restore it.")
+
+
+def _model_of(layers: Mapping[str, Layer], name: str, folder: str) -> Any:
+    for layer in layers.values():
+        if layer.model == name and layer.name.startswith(f"{folder}/"):
+            return layer.recipe["model"]
+    return None

@@ -1,0 +1,73 @@
+"""The state of a dataset, for people: layers, quarantine, the last run."""
+
+from __future__ import annotations
+
+import posixpath
+from collections import Counter
+from typing import Any, Literal
+
+from rich.table import Table
+from rich.text import Text
+
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.manifest import check_names
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.errors import UserError
+from reinforce.terminal import escape, human_bytes
+
+_QUARANTINE_FILES = 1000
+
+
+def status_of(url: str) -> dict[str, Any]:
+    """Layers with shards and bytes, quarantined rows by layer and reason, and the last run's summary."""
+    store = Store(url)
+    manifest = store.read_json(MANIFEST)
+    if manifest is None:
+        raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST}.")
+    check_names(manifest, store.url)
+    layers, quarantine = {}, {}
+    for name, entry in manifest["layers"].items():
+        sizes = store.shards(name)
+        layers[name] = {**entry, "shards": len(sizes), "bytes": sum(sizes.values())}
+        files = store.shards(f"quarantine/{name}")
+        reasons: Counter[str] = Counter()
+        for shard in sorted(files)[:_QUARANTINE_FILES]:
+            for row in store.quarantined(name, shard):
+                reasons[f"{row['reason']}" + (" (shard)" if row["key"] is None else "")] += 1
+        if files:
+            quarantine[name] = {"files": len(files), "reasons": dict(reasons.most_common())}
+    return {
+        "url": store.url,
+        "samples": layers[SAMPLES]["shards"],
+        "layers": layers,
+        "quarantine": quarantine,
+        "last_run": _last_run(store),
+    }
+
+
+def status_table(status: dict[str, Any]) -> Table:
+    """``status_of`` as a table."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("layer", "shards", "bytes", "what"):
+        justify: Literal["left", "right"] = "right" if heading in ("shards", "bytes") else "left"
+        table.add_column(heading, justify=justify, no_wrap=True)
+    for name, layer in status["layers"].items():
+        what = {
+            "samples": "rows and images",
+            "captions": f"{layer.get('count')} captions",
+        }.get(layer["kind"], f"[{layer.get('count')}, {layer.get('dim')}] {layer.get('dtype')}")
+        row = (name, f"{layer['shards']:,}/{status['samples']:,}", human_bytes(layer["bytes"]))
+        table.add_row(*(Text(escape(cell)) for cell in (*row, what)))
+    return table
+
+
+def _last_run(store: Store) -> dict[str, Any] | None:
+    try:
+        runs = store.fs.ls(store.path("runs"), detail=False)
+    except FileNotFoundError:
+        return None
+    for run in sorted(runs, reverse=True):
+        summary = store.read_json("runs", posixpath.basename(str(run).rstrip("/")), "summary.json")
+        if summary is not None:
+            return summary
+    return None

@@ -1,0 +1,200 @@
+"""The layer files of a reinforced dataset: paths, listings, reading and writing.
+
+Only a committed Parquet file marks work as done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import posixpath
+from collections.abc import Collection, Iterator
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import schemas
+from reinforce.dataset.layers import Layer
+from reinforce.errors import UserError
+from reinforce.storage import Storage
+from schemas import WHOLE_SHARD, Reason
+
+MANIFEST = "dataset.json"
+_INCOMPRESSIBLE = ("image", "embeddings")
+
+
+def fingerprint_error(path: str, found: str | None, wanted: str) -> UserError:
+    """A file or layer was made by another recipe than the config's."""
+    return UserError(
+        f"{path} has fingerprint {found}, this config makes {wanted}: they differ in something that changes the "
+        "content (seed, augmentations, limits, model, weights, precision, dtype). Write to another `output`, give "
+        "the changed model another name, or delete the old layer's folder and its entry in dataset.json."
+    )
+
+
+class Store(Storage):
+    """The files of one dataset at ``url`` (a folder or any fsspec URL)."""
+
+    # -- paths and listings
+
+    def layer_path(self, layer: str, shard: str) -> str:
+        return self.path(layer, f"{shard}.parquet")
+
+    def quarantine_path(self, layer: str, shard: str) -> str:
+        return self.path("quarantine", layer, f"{shard}.parquet")
+
+    def shards(self, layer: str) -> dict[str, int]:
+        """Committed shards of a layer (or of ``quarantine/<layer>``) and their bytes, by one listing."""
+        try:
+            with self.asked("listed", layer):
+                entries = self.fs.ls(self.path(layer), detail=True, refresh=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        names = ((posixpath.basename(str(e["name"]).rstrip("/")), e) for e in entries if e["type"] == "file")
+        return {
+            name.removesuffix(".parquet"): int(entry["size"] or 0)
+            for name, entry in names
+            if name.endswith(".parquet") and not name.startswith(".")
+        }
+
+    # -- Parquet
+
+    def writer(self, layer: Layer, schema: pa.Schema, shard: str, source: str) -> LayerWriter:
+        return LayerWriter(self, layer, schema, shard, source)
+
+    def quarantine(self, layer: str, shard: str, rows: list[tuple[str | None, Reason, str]]) -> None:
+        """Publish why samples (or, with key None, the shard) are not in a layer."""
+        keys, reasons, details = zip(*[(k, r.value, d[:2000]) for k, r, d in rows], strict=True)
+        table = pa.table([keys, reasons, details], schema=schemas.quarantine_schema())
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, compression="zstd")
+        self.write_bytes(buffer.getvalue().to_pybytes(), "quarantine", layer, f"{shard}.parquet")
+
+    def quarantined(self, layer: str, shard: str) -> list[dict[str, str | None]]:
+        """Rows of a quarantine file: key, reason, detail."""
+        with self.asked("read", "quarantine", layer, f"{shard}.parquet"):
+            content = self.fs.cat_file(self.quarantine_path(layer, shard))
+        rows: list[dict[str, str | None]] = pq.read_table(pa.BufferReader(content)).to_pylist()
+        return rows
+
+    def quarantined_shards(self, layer: str, committed: Collection[str]) -> set[str]:
+        """Shards of a layer that are quarantined as a whole.
+
+        A quarantine file is written before the layer's file, so a quarantine file alone can also remain from a run
+        that was killed between the two. Only its rows tell the two cases apart.
+        """
+        return {
+            shard
+            for shard in self.shards(f"quarantine/{layer}").keys() - set(committed)
+            if any(row["key"] is None and row["reason"] in WHOLE_SHARD for row in self.quarantined(layer, shard))
+        }
+
+    def forget_quarantine(self, layer: str, shard: str) -> None:
+        """Remove a quarantine file."""
+        with self.asked("removed", "quarantine", layer, f"{shard}.parquet"):
+            self.fs.rm_file(self.quarantine_path(layer, shard))
+
+    @contextlib.contextmanager
+    def open_layer(
+        self, layer: str, shard: str, fingerprint: str | None = None, *, whole: bool = True
+    ) -> Iterator[pq.ParquetFile]:
+        """Open a committed file, to be read as a ``whole`` or for single row groups, which then cost one request each.
+
+        Raises UserError if it is not the one expected.
+        """
+        path = self.layer_path(layer, shard)
+        options: dict[str, Any] = {"block_size": 8 * 2**20} if whole else {"cache_type": "none"}
+        with contextlib.ExitStack() as stack:
+            source = path if self.local else stack.enter_context(self.fs.open(path, "rb", **options))
+            file = stack.enter_context(pq.ParquetFile(source, memory_map=self.local, pre_buffer=not whole))
+            check_footer(path, file.metadata, fingerprint)
+            yield file
+
+
+class LayerWriter:
+    """Writes one layer of one shard, a row group at a time, and publishes it with ``commit``.
+
+    As a context manager it drops everything that was not committed.
+    """
+
+    def __init__(self, store: Store, layer: Layer, schema: pa.Schema, shard: str, source: str) -> None:
+        self._store = store
+        self._parts = (layer.name, f"{shard}.parquet")
+        self._stack = contextlib.ExitStack()
+        self._file, self._local_path = self._stack.enter_context(store.staging())
+        self._parquet = pq.ParquetWriter(
+            self._file,
+            schema.with_metadata(
+                {
+                    "reinforce.schema_version": str(schemas.SCHEMA_VERSION),
+                    "reinforce.layer": layer.name,
+                    "reinforce.fingerprint": layer.fingerprint,
+                    "reinforce.source": source,
+                }
+            ),
+            **_encodings(schema),
+            write_statistics=["key"],
+        )
+        self.schema = schema
+        self.rows = 0
+        self.bytes = 0
+
+    def write(self, table: pa.Table) -> None:
+        """Write one row group."""
+        with self._store.asked("written", *self._parts):
+            self._parquet.write_table(table, row_group_size=max(1, table.num_rows))
+        self.rows += table.num_rows
+
+    def commit(self) -> None:
+        with self._store.asked("written", *self._parts):
+            self._parquet.add_key_value_metadata({"reinforce.rows": str(self.rows)})
+            self._parquet.close()
+            self._file.flush()
+            self.bytes = self._file.tell()
+            self._store.publish(self._file, self._local_path, self._store.path(*self._parts))
+
+    def __enter__(self) -> LayerWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            if self._parquet.is_open:
+                with contextlib.suppress(OSError):  # what is not committed need not be whole
+                    self._parquet.close()
+
+
+def _encodings(schema: pa.Schema) -> dict[str, Any]:
+    """Compression and encoding of every column, as arguments of ParquetWriter.
+
+    It knows a nested column by the whole path of its values, ``augmentations.list.element.crop.top``, and ignores
+    shorter names. Parquet keeps int8 as 32-bit integers; by dictionary each is the one byte it was.
+    """
+    empty = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), empty)
+    columns = pq.ParquetFile(empty.getvalue()).schema
+    paths = {columns.column(i).path: columns.column(i).path.split(".")[0] for i in range(len(columns))}
+    tensors = [f.name for f in schema if isinstance(f.type, pa.FixedShapeTensorType) and f.type.value_type == pa.int8()]
+    few_values = ("augmentations", "image_ref", *tensors)
+    return {
+        "compression": {path: "none" if name in _INCOMPRESSIBLE else "zstd" for path, name in paths.items()},
+        "use_dictionary": [path for path, name in paths.items() if name in few_values],
+    }
+
+
+def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) -> None:
+    """Raise UserError if a file is from a newer program or, where one is given, of another fingerprint."""
+    footer = footer_of(metadata)
+    if int(footer.get("schema_version", 0)) > schemas.SCHEMA_VERSION:
+        raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
+    if fingerprint is not None and footer.get("fingerprint") != fingerprint:
+        raise fingerprint_error(path, footer.get("fingerprint"), fingerprint)
+
+
+def footer_of(metadata: pq.FileMetaData) -> dict[str, str]:
+    """schema_version, layer, fingerprint, source and rows, as written in the footer."""
+    pairs = metadata.metadata or {}
+    prefix = b"reinforce."
+    return {k.removeprefix(prefix).decode(): v.decode() for k, v in pairs.items() if k.startswith(prefix)}

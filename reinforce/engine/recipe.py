@@ -1,0 +1,116 @@
+"""From a config to the layers it asks for, each with the recipe that its fingerprint covers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from reinforce.config import Config, Limits
+from reinforce.dataset.augment import AUGMENTATION_BACKEND
+from reinforce.dataset.layers import (
+    SAMPLES,
+    TRUE_CAPTION,
+    Kind,
+    Layer,
+    captions_layer,
+    embeddings_layer,
+    fingerprint_of,
+)
+from reinforce.engine.published import FORMAT
+from reinforce.errors import UserError
+from reinforce.source.image import image_policy
+from reinforce.source.text import CAPTION_POLICY
+from teachers.registry import ModelInfo, describe_captioner, describe_teacher
+
+
+def describe_models(config: Config) -> dict[str, ModelInfo]:
+    """What is known of every model of the config without loading it, by layer prefix. Raises UserError."""
+    infos: dict[str, ModelInfo] = {}
+    try:
+        for name, captioner in config.captioners.items():
+            infos[captions_layer(name)] = describe_captioner(name, captioner)
+        for name, teacher in config.teachers.items():
+            infos[f"embeddings/{name}"] = describe_teacher(name, teacher)
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(str(error)) from error
+    return infos
+
+
+#: Limits that came after the first data sets. At their defaults they are no part of a recipe, so that what was made
+#: before stays what it is.
+_LATER_LIMITS = ("scans", "members", "key_chars", "shard_samples")
+
+
+def _input_of(config: Config) -> dict[str, Any]:
+    recipe = config.input.model_dump(mode="json")
+    for name in _LATER_LIMITS:
+        if recipe["limits"][name] == Limits.model_fields[name].default:
+            del recipe["limits"][name]
+    return recipe
+
+
+def _augmentations_of(config: Config) -> dict[str, Any]:
+    if config.reinforcements is not None:
+        return {"published": FORMAT, "count": config.augmentations.count, "size": config.augmentations.size}
+    return config.augmentations.model_dump(mode="json")
+
+
+def layers_of(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer]:
+    """Every layer of the config by name, each after the ones it needs."""
+    recipe: dict[str, Any] = {
+        "images": config.images,
+        "seed": config.seed,
+        "policies": {
+            "image": image_policy(config),
+            "caption": CAPTION_POLICY,
+            "augmentation": AUGMENTATION_BACKEND,
+        },
+        "input": _input_of(config),
+        "augmentations": _augmentations_of(config),
+    }
+    samples = Layer(SAMPLES, "samples", fingerprint_of(recipe), recipe=recipe)
+    layers = {SAMPLES: samples}
+
+    for name, captioner in config.captioners.items():
+        recipe = {"samples": samples.fingerprint, "model": infos[captions_layer(name)].identity}
+        layer = Layer(
+            captions_layer(name),
+            "captions",
+            fingerprint_of(recipe),
+            needs=(SAMPLES,),
+            model=name,
+            count=captioner.captions,
+            published=captioner.family == "published",
+            recipe=recipe,
+        )
+        layers[layer.name] = layer
+
+    for name, teacher in config.teachers.items():
+        info = infos[f"embeddings/{name}"]
+        sides: list[tuple[str, Kind, str, int]] = []
+        if info.images:
+            sides.append(("images", "images", SAMPLES, config.augmentations.count))
+        if info.texts:
+            sides.append((TRUE_CAPTION, "texts", SAMPLES, 1))
+            sides += [
+                (c, "texts", captions_layer(c), spec.captions)
+                for c, spec in config.captioners.items()
+                if spec.family == "published" or teacher.family != "published"
+            ]
+        for what, kind, source, count in sides:
+            recipe = {"source": layers[source].fingerprint, "model": info.identity, "dtype": teacher.dtype}
+            layer = Layer(
+                embeddings_layer(name, what),
+                kind,
+                fingerprint_of({**recipe, "what": kind}),
+                needs=(SAMPLES,) if source == SAMPLES else (SAMPLES, source),
+                model=name,
+                texts=what if kind == "texts" else None,
+                count=count,
+                dim=info.dim,
+                dtype=teacher.dtype,
+                published=teacher.family == "published",
+                recipe=recipe,
+            )
+            layers[layer.name] = layer
+    return layers

@@ -1,0 +1,108 @@
+"""``reinforce.run``: check, plan, and drive what is missing to its end."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from reinforce.cluster import ray_cluster
+from reinforce.config import Config, load_config, parse_config
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.manifest import scale_notes, update_manifest
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.plan import Plan, make_plan
+from reinforce.engine.progress import Progress
+from reinforce.engine.published import check_reinforcements
+from reinforce.engine.summary import RunSummary, nothing_to_do
+from reinforce.errors import StorageError, UserError
+from reinforce.source.urls import canonical, filesystem
+from teachers.redact import Redactor
+
+_LOG = logging.getLogger(__name__)
+
+
+def run(
+    config: Config | str | Path | dict[str, Any], *, address: str | None = None, retry_quarantined: bool = False
+) -> RunSummary:
+    """Compute every layer of ``config`` that is missing and nothing else.
+
+    Uses the Ray that is initialised, else the cluster at ``address`` (or RAY_ADDRESS), else this machine.
+    ``retry_quarantined`` forgets which shards were given up as a whole and tries them again. Raises UserError for
+    what the user has to mend.
+    """
+    config = as_config(config)
+    try:
+        return _run(config, address, retry_quarantined)
+    except StorageError as error:
+        tell = Redactor(config.model_dump(mode="json"))
+        raise UserError(tell(f"{error} What is finished is kept: run again to go on.")) from None
+    except UserError as error:  # what a storage or a model says may hold what the config says
+        raise UserError(Redactor(config.model_dump(mode="json"))(str(error))) from None
+
+
+def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSummary:
+    store = Store(config.output)
+    store.check_writable()
+    with store.lock():
+        plan = make_plan(config, retry_quarantined)
+        manifest = store.read_json(MANIFEST)
+        for note in scale_notes(manifest, config):
+            _LOG.warning(note)
+        if not plan.work:
+            updated = update_manifest(manifest, config, plan.layers, {})
+            if updated != manifest:  # a logit scale may have changed
+                store.write_json(updated, MANIFEST)
+            return nothing_to_do(plan)
+        check_source(plan)
+        if retry_quarantined:
+            _forget_quarantine(plan, store)
+        with ray_cluster(address), Progress() as progress:
+            from reinforce.engine.driver import Driver
+
+            return Driver(plan, store, progress).run()
+
+
+def as_config(config: Config | str | Path | dict[str, Any]) -> Config:
+    """A checked config from a config, a YAML file or a mapping."""
+    if isinstance(config, Config):
+        return config
+    return parse_config(config) if isinstance(config, dict) else load_config(config)
+
+
+def check_source(plan: Plan) -> None:
+    """Raise UserError if what is to be read is out of reach, or not what the config says."""
+    _check_reach("source", [work.url for work in plan.work if SAMPLES in work.layers])
+    published = [work for work in plan.work if work.reinforcements]
+    _check_reach("reinforcements", [str(work.reinforcements) for work in published])
+    if published:
+        layers = [plan.layers[name] for name in published[0].layers]
+        check_reinforcements(str(published[0].reinforcements), plan.config, layers)
+
+
+def _check_reach(key: str, urls: list[str]) -> None:
+    """Raise UserError if the first, a middle and the last of the files are all out of reach."""
+    probes = sorted({urls[0], urls[len(urls) // 2], urls[-1]}) if urls else []
+    with ThreadPoolExecutor(3) as pool:  # since a storage that is silent lets each wait for minutes
+        faults = [*pool.map(_fault, probes)]
+    if faults and None not in faults:
+        raise UserError(
+            f"{key} cannot be read: {'; '.join(map(str, faults))}. Check the URL pattern and the credentials."
+        )
+
+
+def _fault(url: str) -> str | None:
+    """What is wrong with a file, if anything is."""
+    try:
+        fs, path = filesystem(url)
+        return None if fs.exists(path) else f"{canonical(url)} does not exist"
+    except Exception as error:  # each driver has its own exceptions
+        return f"{canonical(url)}: {type(error).__name__}: {error}"
+
+
+def _forget_quarantine(plan: Plan, store: Store) -> None:
+    planned = {work.shard for work in plan.work}
+    for layer in plan.layers:
+        for shard in store.quarantined_shards(layer, store.shards(layer)) & planned:
+            store.forget_quarantine(layer, shard)

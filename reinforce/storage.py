@@ -1,0 +1,197 @@
+"""Files that appear whole or not at all, in a local folder or in an object store.
+
+A file is finished elsewhere first and then appears whole: on a local disk by ``os.replace`` of a synced temporary file
+of the same file system, in an object store by one put of the finished file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import posixpath
+import shutil
+import stat
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+from reinforce.errors import StorageError, UserError
+from reinforce.source.urls import filesystem
+from teachers.redact import redact
+
+_TEMPORARY = ".tmp"
+_PREFIX = "reinforce-"  # of the names of temporary files
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full, a quota is reached, a file is too large
+
+
+class Storage:
+    """The files below ``url`` (a folder or any fsspec URL).
+
+    ``url`` is safe to print: it has no credentials. ``fs`` is the fsspec file system, ``root`` the path in it, and
+    ``local`` whether it is a local disk.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = redact(url.rstrip("/"))
+        self.fs, root = filesystem(url.rstrip("/"))
+        self.root = root.rstrip("/")
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def path(self, *parts: str) -> str:
+        return posixpath.join(self.root, *parts)
+
+    def read_json(self, *parts: str) -> dict[str, Any] | None:
+        """A JSON object, or None where the file does not exist."""
+        path = self.path(*parts)
+        try:
+            with self.asked("read", *parts):
+                content = self.fs.cat_file(path)
+            data = json.loads(content)
+        except FileNotFoundError:
+            return None
+        except (ValueError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not JSON ({error}). Restore it from a backup or from another copy.") from error
+        if not isinstance(data, dict):
+            raise UserError(f"{path} does not hold a JSON object.")
+        return data
+
+    def write_bytes(self, data: bytes, *parts: str) -> None:
+        """Publish a small file atomically."""
+        with self.asked("written", *parts), self.staging() as (file, local_path):
+            file.write(data)
+            file.flush()
+            self.publish(file, local_path, self.path(*parts))
+
+    @contextlib.contextmanager
+    def new_file(self, *parts: str) -> Iterator[str]:
+        """A local path for a file of any size, which is published when the block ends and dropped if it raises.
+
+        Whoever writes may put a file of its own at the path, and others beside it.
+        """
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=self._temporary()) as folder:
+            local_path = os.path.join(folder, parts[-1])
+            with open(local_path, "xb") as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # which files here have
+            yield local_path
+            os.chmod(local_path, mode)
+            with self.asked("written", *parts), open(local_path, "rb") as file:
+                self.publish(file, local_path, self.path(*parts))
+
+    def put_folder(self, folder: str, *parts: str) -> None:
+        """Publish the files of a local folder, each whole."""
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                target = (*parts, *path.relative_to(folder).parts)
+                if self.local:
+                    with self.new_file(*target) as local_path:
+                        shutil.copyfile(path, local_path)
+                else:
+                    self.fs.put_file(str(path), self.path(*target))
+
+    def write_json(self, data: Mapping[str, Any], *parts: str) -> None:
+        self.write_bytes((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), *parts)
+
+    def check_writable(self) -> None:
+        """Raise UserError if nothing can be written here."""
+        probe = (_TEMPORARY, f"write-test-{uuid.uuid4().hex}")
+        try:
+            self.write_bytes(b"", *probe)
+            self.fs.rm_file(self.path(*probe))
+        except Exception as error:
+            told_by = error.__cause__ or error
+            raise UserError(
+                f"output {self.url} cannot be written: {type(told_by).__name__}: {told_by}. "
+                "Check the path, the permissions and (for an object store) the address and the credentials."
+            ) from error
+
+    @contextlib.contextmanager
+    def asked(self, what: str, *parts: str) -> Iterator[None]:
+        """Turn what a storage raises into one clear error, but for a file or folder that is not there."""
+        try:
+            yield
+        except (UserError, ValueError, TypeError, LookupError):  # no storage's
+            raise
+        except Exception as error:  # each driver has its own exceptions
+            if what != "written" and isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                raise
+            full = isinstance(error, OSError) and error.errno in _FULL
+            place = self.url if self.local else f"{tempfile.gettempdir()} of the machine that writes it"
+            mend = f"make room in {place}" if full else "check the storage, the network and the permissions"
+            # A full disk is so for all shards, if it is the dataset's own.
+            raise (UserError if full and self.local else StorageError)(
+                f"{self.path(*parts)} cannot be {what}: {type(error).__name__}: {error}; {mend}."
+            ) from error
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[tuple[IO[bytes], str]]:
+        """A local temporary file and its path; gone at the end unless it was published.
+
+        On the way to an object store it has no name, so that a process that is killed leaves nothing behind. For a
+        local dataset it lies in the dataset, where the next run sweeps it.
+        """
+        file: IO[bytes]
+        if self.local:
+            path = os.path.join(self._temporary(), f"{_PREFIX}{uuid.uuid4().hex}")
+            file = open(path, "xb")  # noqa: SIM115 - what cannot be closed is not published either
+        else:
+            file = tempfile.TemporaryFile()  # noqa: SIM115 - as above
+            path = f"/dev/fd/{file.fileno()}"
+        try:
+            yield file, path
+        finally:
+            with contextlib.suppress(OSError):
+                file.close()
+            if self.local:
+                Path(path).unlink(missing_ok=True)
+
+    def _temporary(self) -> str:
+        """Where files are made: for a local dataset, in its own file system."""
+        folder = os.path.join(self.root, _TEMPORARY) if self.local else tempfile.gettempdir()
+        os.makedirs(folder, exist_ok=True)
+        return folder
+
+    def publish(self, file: IO[bytes], local_path: str, path: str) -> None:
+        if not self.local:
+            file.seek(0)  # where opening /dev/fd gives the same file again, as on macOS, and not a new one
+            self.fs.put_file(local_path, path)
+            return
+        os.fsync(file.fileno())
+        folder = os.path.dirname(path)
+        os.makedirs(folder, exist_ok=True)
+        os.replace(local_path, path)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second run from a local dataset, and sweep what a killed run left half written.
+
+        Object stores need no lock: there are no temporary files, and two runs of one config put equal objects.
+        """
+        if not self.local:
+            yield
+            return
+        import fcntl
+
+        folder = Path(self.root, _TEMPORARY)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"another run is writing to {self.url}. Wait for it, or stop it.") from error
+            for stale in folder.glob(f"{_PREFIX}*"):
+                if stale.is_dir():
+                    shutil.rmtree(stale, ignore_errors=True)
+                else:
+                    stale.unlink(missing_ok=True)
+            yield

@@ -1,0 +1,239 @@
+import io
+import math
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import InterpolationMode, RandAugment, RandomResizedCrop
+from torchvision.transforms import functional as F
+from torchvision.transforms.autoaugment import _apply_op
+
+from reinforce.config import Augmentations
+from reinforce.config import RandAugment as RandAugmentPolicy
+from reinforce.dataset.augment import OPS, Augmentation, Crop, Op, from_records, replay, sample, to_records
+from schemas import AUGMENTATION
+
+POLICY = Augmentations()
+# What this seed, key and index have always given: a change here breaks every dataset's reproducibility.
+GOLDEN_ARGUMENTS = (17, "00012/0003é", 1, 640, 427)
+GOLDEN = Augmentation(Crop(138, 288, 289, 318), 224, (Op("Color", -0.27000001072883606), Op("Identity", 0.0)))
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth gradients with noise: every op changes it."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    channels = [200 * x / width, 180 * y / height, 100 * (x + y) / (width + height)]
+    pixels = 30 + np.stack(channels, -1) + rng.normal(0, 6, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return one.mode == other.mode and np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def through_parquet(augmentations: list[Augmentation]) -> list[Augmentation]:
+    column = pa.array([to_records(augmentations)], pa.list_(AUGMENTATION))
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"augmentations": column}), buffer)
+    (records,) = pq.read_table(buffer)["augmentations"].to_pylist()
+    return from_records(records)
+
+
+@st.composite
+def policies(draw) -> Augmentations:
+    scale = sorted(draw(st.tuples(st.floats(0.01, 1), st.floats(0.01, 1))))
+    ratio = sorted(draw(st.tuples(st.floats(0.05, 20), st.floats(0.05, 20))))
+    rand_augment = RandAugmentPolicy(
+        ops=draw(st.integers(0, 4)),
+        magnitude=draw(st.integers(0, 30)),
+        probability=draw(st.sampled_from([0.0, 0.5, 1.0])),
+    )
+    return Augmentations(size=draw(st.integers(8, 64)), scale=scale, ratio=ratio, rand_augment=rand_augment)
+
+
+SIDES = st.one_of(st.integers(1, 8), st.integers(1, 200))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(policies(), st.integers(0, 2**63), st.text(max_size=8), SIDES, SIDES)
+def test_a_record_from_parquet_replays_to_the_same_pixels(policy, seed, key, width, height):
+    image = picture(width, height)
+    drawn = [sample(policy, seed, key, index, width, height) for index in range(3)]
+    stored = through_parquet(drawn)
+    assert stored == drawn
+    for one, other in zip(drawn, stored, strict=True):
+        assert same(replay(image, one), replay(image, other))
+        assert replay(image, other).size == (policy.size, policy.size)
+
+
+@settings(max_examples=300, deadline=None)
+@given(policies(), st.integers(0, 2**32), st.sampled_from([(1, 1), (1, 5000), (5000, 1), (2, 3), (97, 13)]))
+def test_the_crop_lies_inside_the_image(policy, seed, size):
+    width, height = size
+    crop = sample(policy, seed, "key", 0, width, height).crop
+    assert crop.height >= 1
+    assert crop.width >= 1
+    assert 0 <= crop.top <= height - crop.height
+    assert 0 <= crop.left <= width - crop.width
+
+
+def test_the_golden_record_is_drawn_here_and_in_another_process():
+    code = (
+        "from reinforce.dataset.augment import sample; from reinforce.config import Augmentations; import sys;"
+        f"print(sample(Augmentations(), *{GOLDEN_ARGUMENTS!a}), 'torch' in sys.modules, 'torchvision' in sys.modules)"
+    )
+    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert sample(POLICY, *GOLDEN_ARGUMENTS) == GOLDEN
+    assert other.strip() == f"{GOLDEN} False False"
+
+
+@pytest.mark.parametrize("change", [(18, "00012/0003é", 1), (17, "00012/0003e", 1), (17, "00012/0003é", 2)])
+def test_seed_key_and_index_each_change_the_record(change):
+    assert sample(POLICY, *change, 640, 427).crop != GOLDEN.crop
+
+
+def torchvision_magnitudes(size: int) -> dict[str, tuple[list[float], bool]]:
+    space = RandAugment()._augmentation_space(31, (size, size))
+    return {
+        name: ([float(value) for value in values] if values.ndim else [0.0] * 31, signed)
+        for name, (values, signed) in space.items()
+    }
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_is_torchvisions_at_every_magnitude(name):
+    image = picture(90, 70)
+    table, signed = torchvision_magnitudes(64)[name]
+    crop = Crop(7, 5, 50, 61)
+    resized = F.resized_crop(image, 7, 5, 50, 61, [64, 64], InterpolationMode.BICUBIC)
+    for value in table:
+        for magnitude in {value, -value if signed else value}:
+            ours = replay(image, Augmentation(crop, 64, (Op(name, magnitude), Op("Color", 0.27), Op(name, magnitude))))
+            theirs = resized
+            for op, m in [(name, magnitude), ("Color", 0.27), (name, magnitude)]:
+                theirs = _apply_op(theirs, op, m, InterpolationMode.NEAREST, None)
+            assert same(ours, theirs), f"{name} {magnitude}"
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["ShearX", "ShearY", "Rotate", "TranslateX", "TranslateY"]), st.floats(-60, 60, width=32))
+def test_geometric_ops_are_torchvisions_at_any_magnitude(name, magnitude):
+    image = picture(48, 48)
+    ours = replay(image, Augmentation(Crop(0, 0, 48, 48), 48, (Op(name, magnitude),)))
+    assert same(ours, _apply_op(image, name, magnitude, InterpolationMode.NEAREST, None))
+
+
+def test_magnitudes_are_torchvisions_table():
+    for size in (8, 160, 224, 336, 4096):
+        theirs = torchvision_magnitudes(size)
+        for bin_ in range(31):
+            policy = Augmentations(size=size, rand_augment=RandAugmentPolicy(ops=60, magnitude=bin_))
+            for op in sample(policy, bin_, "key", 0, 64, 64).ops:
+                table, signed = theirs[op.name]
+                magnitude = abs(op.magnitude) if signed else op.magnitude
+                assert math.isclose(magnitude, table[bin_], rel_tol=2e-7)
+                assert int(magnitude) == int(table[bin_])
+                assert op.magnitude == np.float32(op.magnitude)
+
+
+def statistic(counts: Counter, categories: list) -> float:
+    """Chi-square against equal shares."""
+    expected = sum(counts.values()) / len(categories)
+    assert set(counts) <= set(categories)
+    return sum((counts[category] - expected) ** 2 / expected for category in categories)
+
+
+def test_ops_and_signs_are_uniform():
+    drawn = [op for i in range(4000) for op in sample(POLICY, 0, str(i), 0, 64, 64).ops]
+    assert statistic(Counter(op.name for op in drawn), list(OPS)) < 34.5  # 13 degrees, p = 0.001
+    pairs = Counter((first.name, second.name) for first, second in zip(drawn[::2], drawn[1::2], strict=True))
+    assert statistic(pairs, [(a, b) for a in OPS for b in OPS]) < 261  # 195 degrees, p = 0.001
+    signed = {name for name, (_, signed) in torchvision_magnitudes(64).items() if signed}
+    signs = Counter((op.name, op.magnitude > 0) for op in drawn if op.name in signed)
+    assert statistic(signs, [(name, positive) for name in signed for positive in (True, False)]) < 41  # 17 degrees
+    assert all(op.magnitude >= 0 for op in drawn if op.name not in signed)
+
+
+def test_rand_augment_is_applied_with_its_probability():
+    policy = Augmentations(rand_augment=RandAugmentPolicy(probability=0.3))
+    applied = sum(sample(policy, 0, str(i), 0, 64, 64).ops is not None for i in range(4000))
+    assert abs(applied / 4000 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 4000)
+
+
+def largest_gap(one: list[float], other: list[float]) -> float:
+    """Kolmogorov-Smirnov distance of two samples."""
+    points = np.sort(np.concatenate([one, other]))
+    shares = [np.searchsorted(np.sort(values), points, side="right") / len(values) for values in (one, other)]
+    return float(np.abs(shares[0] - shares[1]).max())
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 427), (100, 320)])
+def test_crops_are_distributed_as_torchvisions(width, height):
+    count = 4000
+    torch.manual_seed(0)
+    image = Image.new("RGB", (width, height))
+    theirs = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
+    crops = [sample(POLICY, 0, str(i), 0, width, height).crop for i in range(count)]
+    ours = [(crop.top, crop.left, crop.height, crop.width) for crop in crops]
+    measures = {
+        "area": lambda top, left, h, w: h * w,
+        "ratio": lambda top, left, h, w: w / h,
+        "row": lambda top, left, h, w: top,
+        "column": lambda top, left, h, w: left,
+    }
+    for name, measure in measures.items():
+        gap = largest_gap([measure(*box) for box in ours], [measure(*box) for box in theirs])
+        assert gap < 1.95 * math.sqrt(2 / count), name  # p = 0.001
+
+
+@pytest.mark.parametrize("size", [112, 224, 336, 448])
+def test_translations_move_the_picture_by_the_same_share_at_any_size(size):
+    pixels = np.zeros((448, 448, 3), np.uint8)
+    pixels[192:256, 192:256] = 255
+    image = Image.fromarray(pixels)
+    moved = Augmentation(Crop(0, 0, 448, 448), 224, (Op("TranslateX", 28.0), Op("TranslateY", -56.0)))
+    still = Augmentation(Crop(0, 0, 448, 448), 224, None)
+    rows, columns = (np.nonzero(np.asarray(replay(image, moved, size))[..., 0] > 127)[axis] for axis in (0, 1))
+    rows0, columns0 = (np.nonzero(np.asarray(replay(image, still, size))[..., 0] > 127)[axis] for axis in (0, 1))
+    assert columns.mean() - columns0.mean() == size * 28 / 224
+    assert rows.mean() - rows0.mean() == -size * 56 / 224
+
+
+def test_other_ops_keep_their_magnitude_at_another_size():
+    image = picture(90, 70)
+    ops = tuple(
+        Op(name, table[9]) for name, (table, _) in torchvision_magnitudes(64).items() if "Translate" not in name
+    )
+    theirs = F.resized_crop(image, 2, 3, 60, 80, [100, 100], InterpolationMode.BICUBIC)
+    for op in ops:
+        theirs = _apply_op(theirs, op.name, op.magnitude, InterpolationMode.NEAREST, None)
+    assert same(replay(image, Augmentation(Crop(2, 3, 60, 80), 64, ops), 100), theirs)
+
+
+def test_skipped_and_empty_rand_augment_stay_apart_in_parquet():
+    crop = Crop(0, 0, 5, 5)
+    records = [Augmentation(crop, 224, None), Augmentation(crop, 224, ())]
+    assert through_parquet(records) == records
+
+
+@pytest.mark.parametrize(
+    ("image", "augmentation"),
+    [
+        (Image.new("RGB", (30, 20)), Augmentation(Crop(0, 0, 21, 5), 8, None)),
+        (Image.new("RGB", (30, 20)), Augmentation(Crop(0, -1, 5, 5), 8, None)),
+        (Image.new("L", (30, 20)), Augmentation(Crop(0, 0, 5, 5), 8, None)),
+        (Image.new("RGB", (30, 20)), Augmentation(Crop(0, 0, 5, 5), 8, (Op("Invert", 0.0),))),
+    ],
+)
+def test_a_record_of_another_image_or_another_policy_is_refused(image, augmentation):
+    with pytest.raises(ValueError, match=r"another image|unknown operation"):
+        replay(image, augmentation)

@@ -1,0 +1,143 @@
+"""How files appear: whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import schemas
+from reinforce.config import Augmentations
+from reinforce.dataset.augment import sample, to_records
+from reinforce.dataset.layers import Layer
+from reinforce.dataset.store import Store, footer_of
+from reinforce.dataset.vectors import encode
+from reinforce.errors import UserError
+from schemas import Reason
+
+LAYER = Layer("captions/c", "captions", "f00d", needs=("samples",), model="c", count=1)
+
+
+def table(*keys: str) -> pa.Table:
+    return pa.table([list(keys), [[f"a {k}"] for k in keys]], schema=schemas.captions_schema())
+
+
+@pytest.mark.parametrize("url", ["local", "memory://store-test/dataset"])
+def test_a_committed_layer_is_listed_and_tells_its_origin(tmp_path: Path, url: str) -> None:
+    store = Store(str(tmp_path / "out") if url == "local" else url)
+    assert store.shards("captions/c") == {}
+    with store.writer(LAYER, schemas.captions_schema(), "shard-1", "s3://b/1.tar") as writer:
+        writer.write(table("a", "b"))
+        writer.write(table("c"))
+        assert store.shards("captions/c") == {}, "nothing is visible before the commit"
+        writer.commit()
+    assert store.shards("captions/c") == {"shard-1": writer.bytes}
+    with store.open_layer("captions/c", "shard-1", "f00d") as file:
+        assert file.num_row_groups == 2
+        assert file.read()["key"].to_pylist() == ["a", "b", "c"]
+        assert footer_of(file.metadata) == {
+            "schema_version": "1", "layer": "captions/c", "fingerprint": "f00d", "source": "s3://b/1.tar", "rows": "3",
+        }  # fmt: skip
+        assert file.schema_arrow.field("key").metadata[b"description"]
+
+
+@pytest.mark.parametrize("url", ["local", "memory://store-test/dropped"])
+def test_an_error_while_writing_leaves_nothing(tmp_path: Path, url: str) -> None:
+    store = Store(str(tmp_path / "out") if url == "local" else url)
+
+    def write() -> None:
+        with store.writer(LAYER, schemas.captions_schema(), "s", "u") as writer:
+            writer.write(table("a"))
+            writer.write(table("b").select(["key"]))
+
+    with pytest.raises(ValueError, match="schema"):
+        write()
+    assert store.shards("captions/c") == {}
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def column_bytes(store: Store, layer: Layer, written: pa.Table) -> dict[str, float]:
+    """Bytes a row of each column, by its path in Parquet."""
+    with store.writer(layer, written.schema, "s", "u") as writer:
+        writer.write(written)
+        writer.commit()
+    with store.open_layer(layer.name, "s", layer.fingerprint) as file:
+        assert file.read() == written
+        group = file.metadata.row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    return {column.path_in_schema: column.total_compressed_size / written.num_rows for column in columns}
+
+
+def test_augmentation_records_and_captions_are_compressed(tmp_path: Path) -> None:
+    policy, keys = Augmentations(count=10), [str(i) for i in range(200)]
+    drawn = [to_records(sample(policy, 0, key, i, 640, 480) for i in range(10)) for key in keys]
+    rows = [
+        {"key": key, "width": 640, "height": 480, "image": b"", "augmentations": records}
+        for key, records in zip(keys, drawn, strict=True)
+    ]
+    samples = Layer("samples", "samples", "f00d")
+    sizes = column_bytes(Store(str(tmp_path)), samples, pa.Table.from_pylist(rows, schemas.samples_schema("embed")))
+    records = sum(size for path, size in sizes.items() if path.startswith("augmentations.")) / 10
+    assert records < 10, f"{records} bytes a record; 54 are its plain values"
+    texts = [[f"a picture of a dog and {i} other animals by the sea" for i in range(5)] for _ in keys]
+    sizes = column_bytes(Store(str(tmp_path)), LAYER, pa.table([keys, texts], schema=schemas.captions_schema()))
+    assert sizes["captions.list.element"] < 50, "of 250 bytes of text"
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("float16", 2), ("int8", 1)])
+def test_a_component_of_a_vector_takes_the_bytes_of_its_type(tmp_path: Path, dtype: str, width: int) -> None:
+    made = np.random.default_rng(0).normal(size=(256, 3, 64)).astype(np.float32)
+    schema = schemas.embeddings_schema(3, 64, dtype)
+    columns = [[str(i) for i in range(256)], *encode(made, dtype, np.ones(256, bool))]
+    layer = Layer("embeddings/t/images", "images", "f00d", ("samples",), "t", count=3, dim=64, dtype=dtype)
+    sizes = column_bytes(Store(str(tmp_path)), layer, pa.table(columns, schema=schema))
+    assert sizes["embeddings.list.element"] == pytest.approx(3 * 64 * width, rel=0.05)
+    assert sum(size for path, size in sizes.items() if path != "key") == pytest.approx(layer.row_bytes, rel=0.05)
+
+
+def test_another_fingerprint_is_refused_with_both_named(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with store.writer(LAYER, schemas.captions_schema(), "s", "u") as writer:
+        writer.commit()
+    with pytest.raises(UserError, match=r"f00d.*beef"), store.open_layer("captions/c", "s", "beef"):
+        pass
+
+
+def test_files_of_a_newer_schema_are_refused(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    (tmp_path / "captions" / "c").mkdir(parents=True)
+    newer = table("a").replace_schema_metadata({"reinforce.schema_version": str(schemas.SCHEMA_VERSION + 1)})
+    pq.write_table(newer, tmp_path / "captions" / "c" / "s.parquet")
+    with pytest.raises(UserError, match="newer version"), store.open_layer("captions/c", "s"):
+        pass
+
+
+def test_what_a_killed_run_left_half_written_is_swept_when_the_next_begins(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    half = tmp_path / ".tmp" / "reinforce-half"
+    half.parent.mkdir()
+    half.write_bytes(b"PAR1")
+    with store.lock():
+        assert not half.exists()
+        with pytest.raises(UserError, match="another run"), Store(str(tmp_path)).lock():
+            pass
+    with store.lock():
+        pass
+
+
+def test_an_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        Store(str(tmp_path / "file" / "out")).check_writable()
+
+
+def test_quarantine_rows_come_back(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.quarantine("samples", "s", [("k", Reason.IMAGE_BROKEN, "cut"), (None, Reason.SHARD_DAMAGED, "at byte 7")])
+    assert store.quarantined("samples", "s") == [
+        {"key": "k", "reason": "image_broken", "detail": "cut"},
+        {"key": None, "reason": "shard_damaged", "detail": "at byte 7"},
+    ]

@@ -1,0 +1,72 @@
+"""Images are read as whoever published their augmentations read them, to the pixel."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+from torchvision.transforms.autoaugment import _apply_op
+
+from reinforce.config import Limits
+from reinforce.dataset.augment import OPS
+from reinforce.source.image import PUBLISHED_POLICY, decode
+from reinforce.student.config import Data
+from reinforce.student.data.feed import StudentFeed
+from tests.helpers.published import COUNT, SIZE, config_of, image, published, reinforcement, stored
+from tests.helpers.reinforced import letters, read, reinforce_here
+from tests.hostile.images import encoded, photo
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("transparent", [False, True])
+def test_the_published_policy_is_pillow_s_conversion_alone(mode: str, transparent: bool) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = photo().convert("L").convert("I;16") if mode == "I;16" else photo().convert(mode)
+    options = {"transparency": bytes(range(0, 256, 2)) if mode == "P" else 7} if transparent and mode in "LP" else {}
+    if transparent and mode in ("LA", "RGBA"):
+        picture.putalpha(photo().convert("L"))
+    data = encoded(picture, "PNG", exif=exif, **options)
+    made = decode(data, Limits(), policy=PUBLISHED_POLICY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert made.tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+    assert made.size == (40, 30), "lying as it is in the file"
+
+
+def test_a_student_sees_what_the_published_trainer_would(tmp_path: Path) -> None:
+    """Pixels by torchvision itself, from an image that EXIF turns and whose transparent part has a colour."""
+    one = stored(5)
+    out = io.BytesIO()
+    pixels = np.random.default_rng(1).integers(0, 255, (30, 40, 4), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels, "RGBA").save(out, "PNG", exif=exif)
+    source = image(one)
+    published(tmp_path, [[(source[0][0], out.getvalue()), *source[1:]]], [reinforcement(one)])
+    url = reinforce_here(config_of(tmp_path))
+    feed = StudentFeed(Data.model_validate({"datasets": url, "workers": 0, "window": 1}), 0, SIZE, letters)
+    expected = []
+    for crop, ops in one.records:
+        view = F.resized_crop(
+            Image.open(io.BytesIO(out.getvalue())).convert("RGB"), *crop, [SIZE, SIZE], InterpolationMode.BICUBIC
+        )
+        for which, magnitude in ops or []:
+            view = _apply_op(view, OPS[which], magnitude, InterpolationMode.NEAREST, None)
+        expected.append(np.asarray(view))
+    seen: set[int] = set()
+    for batch in itertools.islice(feed.batches(0, 1, 1, 0), 12):
+        matches = [k for k in range(COUNT) if np.array_equal(batch["image"][0].numpy(), expected[k])]
+        assert len(matches) == 1
+        assert read(batch["caption"]) == [f"true {one.key}"]
+        assert read(batch["synthetic"])[0] in one.captions["syn_text"]
+        seen.update(matches)
+    assert seen == set(range(COUNT))

@@ -1,0 +1,74 @@
+"""A small CoCa in training, and batches for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reinforce.captioning.config import CaptionerConfig
+from reinforce.captioning.feed import predicted
+from reinforce.captioning.model import CaptionerModel, build_captioner
+from reinforce.settings import parse
+from teachers.open_clip_tokens import Tokenizer
+from tests.helpers.data import picture, write_tar
+from tests.helpers.tiny_coca import END, IMAGE_SIZE, coca_model
+
+TEXTS = ["a red apple on a table", "two dogs", "a small drawing of a cat with a hat, seen from behind", "fog"]
+
+
+def captioner_config(folder: Path, **changes: Any) -> CaptionerConfig:
+    """A fine-tuning of a tiny CoCa on ``folder``/shards, in ``folder``/out; ``changes`` are sections."""
+    model = folder / "model"
+    if not (model / "open_clip_model.safetensors").exists():
+        coca_model(model)
+    config: dict[str, Any] = {
+        "output": str(folder / "out"),
+        "captioner": {"model": f"local-dir:{model}"},
+        "data": {"source": f"{folder}/shards/*.tar", "threads": 1},
+        "held_out": {"share": 0.3},
+        "train": {
+            "steps": 4,
+            "batch": 4,
+            "optimizer": {"lr": 0.01, "warmup": 0, "weight_decay": 0.1},
+            "checkpoints": {"every": 2},
+            "log_every": 1,
+        },
+        "evaluate": {"captioned": 3, "generate": {"min_length": 0, "max_length": 8}, "batch": 4},
+    }
+    return parse(CaptionerConfig, {**config, **changes})
+
+
+def captioner(folder: Path, **changes: Any) -> CaptionerModel:
+    return build_captioner(captioner_config(folder, **changes))
+
+
+def batch_of(texts: list[str], seed: int = 0) -> dict[str, Any]:
+    """Noise with captions, as the feed gives them."""
+    tokens = Tokenizer("coca_ViT-B-32")(texts)
+    noise = torch.randint(
+        0, 256, (len(texts), IMAGE_SIZE, IMAGE_SIZE, 3), generator=torch.Generator().manual_seed(seed)
+    )
+    return {
+        "key": [str(i) for i in range(len(texts))],
+        "image": noise.to(torch.uint8),
+        "caption": tokens,
+        "length": predicted(tokens, END),
+    }
+
+
+def write_shards(folder: Path, *sizes: int, captions: int = 1) -> None:
+    """Shards of pictures with captions in a json list, and a text member."""
+    for shard, size in enumerate(sizes):
+        members = []
+        for i in range(size):
+            key = f"{shard:03d}{i:04d}"
+            texts = [f"thing {i} of shard {shard}, view {n}" for n in range(captions)]
+            members += [
+                (f"{key}.png", picture(shard * 1000 + i)),
+                (f"{key}.json", json.dumps({"captions": texts}).encode()),
+                (f"{key}.txt", f"text of {key}".encode()),
+            ]
+        write_tar(folder / "shards" / f"{shard:05d}.tar", members)

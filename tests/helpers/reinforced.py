@@ -1,0 +1,51 @@
+"""Small reinforced datasets, made by the real pipeline in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reinforce.engine.rows
+from reinforce.config import parse_config
+from reinforce.dataset.manifest import update_manifest
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.models import load_models
+from reinforce.engine.plan import make_plan
+from reinforce.engine.shard import process_shard
+from tests.helpers.data import config_of, members_of, write_tar
+
+
+def reinforce_here(config: dict[str, Any], group_rows: int = 8) -> str:
+    """Compute what is missing of a config, without Ray and in small row groups, and return the dataset's URL."""
+    parsed = parse_config(config)
+    plan, store = make_plan(parsed), Store(parsed.output)
+    models = load_models(parsed, plan.layers.values())
+    loaded = {name: {"dim": teacher.dim} for name, teacher in models.teachers.items()}
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(reinforce.engine.rows, "GROUP_ROWS", group_rows)
+        for work in plan.work:
+            process_shard(work, parsed, plan.layers, store, models, pool)
+    store.write_json(update_manifest(store.read_json(MANIFEST), parsed, plan.layers, loaded), MANIFEST)
+    return parsed.output
+
+
+def small_dataset(folder: Path, sizes: Sequence[int] = (21, 9, 14), **changes: Any) -> str:
+    """Shards of these sizes with the teachers and the captioner of ``config_of``, reinforced."""
+    for number, size in enumerate(sizes):
+        write_tar(folder / "source" / f"{number:05d}.tar", members_of(number, size))
+    return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "out", **changes))
+
+
+def letters(texts: Sequence[str]) -> torch.Tensor:
+    """A tokenizer for tests: code points, [B, 40]."""
+    return torch.tensor([[ord(letter) for letter in text[:40].ljust(40)] for text in texts])
+
+
+def read(tokens: torch.Tensor) -> list[str]:
+    """What ``letters`` was given."""
+    return ["".join(map(chr, row)).strip() for row in tokens.tolist()]

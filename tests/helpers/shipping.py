@@ -1,0 +1,73 @@
+"""Small models to ship: a ViT, and a FastViT with statistics of its own, in folders that open_clip reads."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models.fastvit import FastVit, RepConditionalPosEnc
+
+from tests.helpers.tiny_models import MEAN, STD, open_clip_config, open_clip_model
+
+CONTEXT = 16
+
+
+@timm.models.register_model
+def fastvit_of_the_tests(pretrained: bool = False, **options: Any) -> FastVit:
+    """All kinds of blocks of the image tower of MobileCLIP2-S0, one of each."""
+    model = FastVit(
+        layers=(1, 1),
+        embed_dims=(16, 32),
+        mlp_ratios=(3, 3),
+        downsamples=(False, True),
+        se_downsamples=(False, True),
+        pos_embs=(None, partial(RepConditionalPosEnc, spatial_shape=(7, 7))),
+        token_mixers=("repmixer", "attention"),
+        lkc_use_act=True,
+        num_classes=options["num_classes"],
+    )
+    model.default_cfg = {"pool_size": (8, 8)}
+    return model
+
+
+def vit(folder: Path) -> str:
+    return open_clip_model(folder, context_length=CONTEXT)
+
+
+def fastvit(folder: Path, weights: bool = True) -> str:
+    """Squashes images of another shape than its own, which is a portrait's; the text tower is not causal."""
+    folder.mkdir(parents=True)
+    config = open_clip_config(context_length=CONTEXT, no_causal_mask=True)
+    config["vision_cfg"] = {
+        "timm_model_name": "fastvit_of_the_tests",
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": None,
+        "image_size": [96, 64],
+    }
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "squash", "size": [96, 64]}
+    saved = {"model_cfg": {**config, "custom_text": True}, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(saved))
+    if weights:
+        save_file(_with_statistics(config).state_dict(), str(folder / "open_clip_model.safetensors"))
+    return f"local-dir:{folder}"
+
+
+def _with_statistics(config: dict[str, Any]) -> torch.nn.Module:
+    """Weights that keep apart what is shown to them, and the statistics of batches that training leaves."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.CustomTextCLIP(**config).train()
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):  # of layer scale, which starts at next to nothing
+                torch.nn.init.uniform_(parameter, 0.5, 1.0)
+        for _ in range(10):
+            clouds = torch.nn.functional.interpolate(torch.randn(8, 3, 4, 4), (96, 64), mode="bicubic")
+            model.encode_image(clouds)
+    return model.eval()

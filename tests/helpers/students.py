@@ -1,0 +1,63 @@
+"""Small students: architectures without weights, in folders that open_clip reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.helpers.tiny_models import open_clip_config, tokenizer
+
+KINDS = ("vit", "mobileclip", "hf")
+
+
+def student_folder(folder: Path, kind: str = "vit", **changes: Any) -> str:
+    """Write an ``open_clip_config.json`` and return the model's name. ``changes`` are of the ``model_cfg``.
+
+    ``vit`` is OpenAI's CLIP, ``mobileclip`` a FastViT with a text tower that is not causal, as MobileCLIP2-S0, and
+    ``hf`` has a text tower and a tokenizer of Hugging Face.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = open_clip_config(context_length=16)
+    if kind == "mobileclip":
+        config["vision_cfg"] = {
+            "timm_model_name": "fastvit_mci0",
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": None,
+            "timm_drop": 0.0,
+            "timm_drop_path": 0.0,
+            "image_size": 64,
+        }
+        config["text_cfg"]["no_causal_mask"] = True
+        config["custom_text"] = True
+    elif kind == "hf":
+        from transformers import RobertaConfig
+
+        tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        text = RobertaConfig(vocab_size=300, max_position_embeddings=32, pad_token_id=0, **tower)
+        text.save_pretrained(folder / "text")
+        tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=16)
+        config["text_cfg"] = {
+            "hf_model_name": str(folder / "text"),
+            "hf_tokenizer_name": "of this folder",
+            "hf_pooler_type": "mean_pooler",
+            "context_length": 16,
+        }
+    for key, value in changes.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    return f"local-dir:{folder}"
+
+
+def batch(size: int, pairs: int = 4, context: int = 16, kinds: tuple[str, ...] = ("caption", "synthetic")) -> Any:
+    """Noise as images, and tokens that end as texts do, of which all models above know the numbers."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (pairs, size, size, 3), generator=generator, dtype=torch.uint8)
+    made: dict[str, Any] = {"key": [str(i) for i in range(pairs)], "image": images}
+    for kind in kinds:
+        made[kind] = torch.randint(3, 298, (pairs, context), generator=generator)
+        made[kind][:, -1] = 299
+    return made

@@ -1,0 +1,141 @@
+"""A task and a feed as small as can be: two linear towers that learn to match random pairs."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+from reinforce.training.config import Training, course
+from reinforce.training.gather import gather
+from reinforce.training.loop import Job
+from reinforce.training.stop import Stop
+from reinforce.training.task import Batch, Build, Encoded
+from teachers.device import Accelerator
+
+WIDTH = 6
+
+
+class Towers(torch.nn.Module):
+    """Features of both sides, a local loss, and a parameter that no loss reaches."""
+
+    def __init__(self, dropout: float = 0.0, norm: bool = False, scale: float = 10.0, width: int = 16) -> None:
+        super().__init__()
+        middle = torch.nn.BatchNorm1d(width) if norm else torch.nn.GELU()
+        self.left = torch.nn.Sequential(
+            torch.nn.Linear(WIDTH, width), middle, torch.nn.Dropout(dropout), torch.nn.Linear(width, 8)
+        )
+        self.right = torch.nn.Linear(WIDTH, 8)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(scale)))
+        self.unused = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, batch: Batch) -> Encoded:
+        left = normalize(self.left(batch["left"]), dim=-1)
+        right = normalize(self.right(batch["deep"]["right"]), dim=-1)
+        local = {"closeness": 0.1 * (1 - (left * right).sum(-1)).mean()}
+        return Encoded({"left": left, "right": right}, local, {"logit_scale": self.logit_scale.exp()})
+
+
+class TowersTask:
+    notes = ("towers of lines",)
+
+    def __init__(self, **options: Any) -> None:
+        self.model = Towers(**options)
+        self.evaluated: list[int] = []
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
+    def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
+        assert len(batch["key"]) == len(encoded.features["left"])
+        left, right = encoded.features["left"].float(), encoded.features["right"].float()
+        others, first = gather({"right": right})["right"], 0
+        if len(others) > len(right):
+            first = torch.distributed.get_rank() * len(right)
+        logits = encoded.scalars["logit_scale"] * left @ others.T
+        return {"contrast": cross_entropy(logits, torch.arange(first, first + len(left)))}
+
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        assert not model.training
+        torch.rand(3)  # draws of an evaluation are nothing to the training
+        return {"sharpness": model.logit_scale.item(), "weight": model.right.weight.sum().item()}
+
+    def export(self, model: torch.nn.Module, folder: str) -> None:
+        Path(folder, "weights").mkdir()
+        Path(folder, "weights", "right.json").write_text(json.dumps(model.right.weight.tolist()))
+
+
+class PairFeed:
+    """Pairs drawn by step: a global batch is the same on any number of ranks."""
+
+    samples = 64
+
+    def __init__(self, poisoned: range = range(0), slow: float = 0.0) -> None:
+        self.poisoned, self.slow = poisoned, slow
+        self.seen: list[int] = []
+
+    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
+        step = start
+        while True:
+            rng = np.random.default_rng(step)
+            left = rng.standard_normal((batch * ranks, WIDTH), dtype=np.float32)
+            right = (left + 0.3 * rng.standard_normal(left.shape, dtype=np.float32)).astype(np.float32)
+            if step in self.poisoned:
+                left[0] = np.nan
+            mine = slice(rank * batch, (rank + 1) * batch)
+            self.seen.append(step)
+            yield {
+                "key": [f"{step}-{i}" for i in range(batch)],
+                "left": torch.from_numpy(left[mine]),
+                "deep": {"right": torch.from_numpy(right[mine])},
+            }
+            step += 1
+
+
+class StoppingFeed(PairFeed):
+    """Asks the training to stop after step ``at``."""
+
+    def __init__(self, stop: Stop, at: int) -> None:
+        super().__init__()
+        self.stop, self.at = stop, at
+
+    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
+        for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
+            if step == self.at:  # while the step before is computed
+                self.stop.ask(signal.SIGTERM)
+            yield made
+
+
+def training(**changes: Any) -> Training:
+    plain: dict[str, Any] = {"steps": 12, "batch": 16, "log_every": 1, "optimizer": {"lr": 0.02, "warmup": 2}}
+    return Training.model_validate({**plain, **changes})
+
+
+def job(output: Path | str, evaluate_every: int | None = None, best: str | None = None, **changes: Any) -> Job:
+    config = training(**changes)
+    free = ("steps", "checkpoints", "log_every", "compute.ranks", "compute.cpus", "compute.accumulate", "retries")
+    return Job(config, str(output), 0, course(config, free), evaluate_every=evaluate_every, best=best)
+
+
+def build(accelerator: Accelerator, options: dict[str, Any], feed: dict[str, Any]) -> tuple[TowersTask, PairFeed]:
+    return TowersTask(**options), PairFeed(**feed)
+
+
+def builder(feed: dict[str, Any] | None = None, **options: Any) -> Build:
+    return partial(build, options=options, feed=feed or {})
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def curve(output: Path) -> list[float]:
+    return [row["loss"] for row in rows(output) if "loss" in row]

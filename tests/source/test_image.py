@@ -1,0 +1,397 @@
+from __future__ import annotations
+
+import concurrent.futures
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, ImageFile
+
+from reinforce.config import Limits
+from reinforce.errors import UserError
+from reinforce.source.image import FORMATS, ImageRefused, decode
+from reinforce.source.shards import IMAGE_EXTENSIONS
+from schemas import Reason
+
+LIMITS = Limits()
+WHITE, RED, BLACK = (255, 255, 255), (255, 0, 0), (0, 0, 0)
+
+
+def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(width, height, depth, colour, scanlines: bytes, *extra: bytes, interlace: int = 0) -> bytes:
+    """A PNG of raw scanlines (each behind its filter byte)."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
+    body = b"".join(extra) + chunk(b"IDAT", zlib.compress(scanlines))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+
+
+def pixels(data: bytes, limits: Limits = LIMITS) -> list[tuple[int, int, int]]:
+    image = decode(data, limits)
+    assert image.mode == "RGB"
+    return [tuple(pixel) for pixel in np.asarray(image).reshape(-1, 3).tolist()]
+
+
+def refusal(data: bytes, limits: Limits = LIMITS) -> Reason:
+    with pytest.raises(ImageRefused) as caught:
+        decode(data, limits)
+    assert caught.value.detail
+    return caught.value.reason
+
+
+def noise(width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+# --- pixels
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_rgb_comes_back_as_it_was(format):
+    assert decode(encode(noise(), format), LIMITS).tobytes() == noise().tobytes()
+
+
+def test_an_ordinary_jpeg_decodes_as_pillow_alone_does():
+    data = encode(noise(), "JPEG")
+    with Image.open(io.BytesIO(data)) as image:
+        assert decode(data, LIMITS).tobytes() == image.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("format", ["WEBP", "AVIF", "GIF"])
+def test_other_formats_are_read(format):
+    assert decode(encode(Image.new("RGB", (32, 32), RED), format), LIMITS).size == (32, 32)
+
+
+def test_transparent_pixels_are_white():
+    rgba = Image.new("RGBA", (3, 1))
+    rgba.putdata([(0, 255, 0, 0), (255, 0, 0, 255), (0, 0, 0, 51)])
+    for format in ("PNG", "WEBP", "TIFF"):
+        options = {"lossless": True, "exact": True} if format == "WEBP" else {}
+        assert pixels(encode(rgba, format, **options)) == [WHITE, RED, (204, 204, 204)]
+    grey = Image.new("LA", (2, 1))
+    grey.putdata([(0, 0), (7, 255)])
+    assert pixels(encode(grey)) == [WHITE, (7, 7, 7)]
+
+
+def test_palettes_with_transparency_are_composited_by_their_own_colours():
+    image = Image.new("P", (3, 1))
+    image.putpalette([0, 255, 0, 255, 0, 0, 0, 0, 0])
+    image.putdata([0, 1, 2])
+    assert pixels(encode(image, transparency=0)) == [WHITE, RED, BLACK]
+    assert pixels(encode(image, "GIF", transparency=0)) == [WHITE, RED, BLACK]
+    assert pixels(encode(image, transparency=b"\x00\xff\x33")) == [WHITE, RED, (204, 204, 204)]
+    assert pixels(encode(image)) == [(0, 255, 0), RED, BLACK]
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "samples", "transparent", "expected"),
+    [
+        (1, 0, bytes([0b01000000]), struct.pack(">H", 0), [WHITE, WHITE]),
+        (2, 0, bytes([0b01100000]), struct.pack(">H", 1), [WHITE, (170,) * 3]),
+        (4, 0, bytes([0x12]), struct.pack(">H", 1), [WHITE, (34,) * 3]),
+        (8, 0, bytes([1, 2]), struct.pack(">H", 1), [WHITE, (2,) * 3]),
+        (16, 0, struct.pack(">2H", 257, 514), struct.pack(">H", 257), [WHITE, (2,) * 3]),
+        (8, 2, bytes([1, 2, 3, 4, 5, 6]), struct.pack(">3H", 1, 2, 3), [WHITE, (4, 5, 6)]),
+        (
+            16,
+            2,
+            struct.pack(">6H", *range(2000, 8000, 1000)),
+            struct.pack(">3H", 2000, 3000, 4000),
+            [WHITE, (19, 23, 27)],
+        ),
+    ],
+)
+def test_a_png_s_transparent_colour_holds_at_every_depth(depth, colour, samples, transparent, expected):
+    assert pixels(png(2, 1, depth, colour, b"\0" + samples, chunk(b"tRNS", transparent))) == expected
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa", "PA"])
+def test_alpha_modes_without_a_common_file_format_are_composited(mode, monkeypatch):
+    from reinforce.source import image as module
+
+    source = Image.new("LA", (1, 1), (0, 0)) if mode == "La" else Image.new("RGBA", (1, 1), (0, 255, 0, 0))
+    converted = source.convert(mode) if mode != "PA" else source.convert("P").convert("PA")
+    if mode == "PA":
+        converted.putalpha(0)
+    assert module._to_rgb(converted, b"").getpixel((0, 0)) == WHITE
+
+
+def test_sixteen_bit_grey_keeps_its_greys():
+    values = np.array([[0, 257, 32_896, 65_535, 128, 129]], dtype=np.uint16)
+    expected = [(value,) * 3 for value in (0, 1, 128, 255, 0, 1)]
+    assert pixels(png(6, 1, 16, 0, b"\0" + values.astype(">u2").tobytes())) == expected
+    assert pixels(encode(Image.fromarray(values), "TIFF")) == expected
+    assert pixels(b"P5 6 1 65535\n" + values.astype(">u2").tobytes()) == expected
+    big_endian = Image.frombytes("I;16B", (6, 1), values.astype(">u2").tobytes())
+    assert pixels(encode(big_endian, "TIFF")) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0.0, 0.5, 1.0, -3.0, np.nan, np.inf]], np.float32), [0, 128, 255, 0, 0, 255]),
+        (np.array([[0.0, 100.0, 255.0]], np.float32), [0, 100, 255]),
+        (np.array([[0.0, 5e5, 1e6]], np.float32), [0, 128, 255]),
+        (np.array([[np.nan, -1.0]], np.float32), [0, 0]),
+        (np.array([[0, 200, -5]], np.int32), [0, 200, 0]),
+        (np.array([[257, 65_535]], np.int32), [1, 255]),
+        (np.array([[0, 2**31 - 1]], np.int32), [0, 255]),
+    ],
+)
+def test_float_and_32_bit_grey_are_scaled_to_their_range(values, expected):
+    assert pixels(encode(Image.fromarray(values), "TIFF")) == [(value,) * 3 for value in expected]
+
+
+def test_one_bit_cmyk_and_lab_become_rgb():
+    bits = Image.new("1", (2, 1))
+    bits.putdata([0, 255])
+    assert pixels(encode(bits)) == [BLACK, WHITE]
+    assert pixels(encode(bits, "TIFF")) == [BLACK, WHITE]
+    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    assert np.abs(np.array(pixels(encode(cmyk, "TIFF"))) - RED).max() == 0
+    assert np.abs(np.array(pixels(encode(cmyk, "JPEG"))) - RED).max() <= 2  # as Adobe writes it, inverted
+    lab = ImageCms.profileToProfile(
+        Image.new("RGB", (1, 1), (200, 30, 40)),
+        ImageCms.createProfile("sRGB"),
+        ImageCms.createProfile("LAB"),
+        outputMode="LAB",
+    )
+    assert np.abs(np.array(pixels(encode(lab, "TIFF"))[0]) - (200, 30, 40)).max() <= 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied_once(format, orientation):
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[:8, :16] = RED
+    upright[8:, 16:] = 255
+    # how a camera held that way stores it: the inverse of what a viewer does
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(format, {})
+    image = decode(encode(Image.fromarray(np.ascontiguousarray(stored)), format, exif=exif, **options), LIMITS)
+    assert image.size == (32, 16)
+    assert np.abs(np.asarray(image).astype(int) - upright).max() <= 8
+
+
+def test_broken_exif_and_icc_profiles_do_not_matter():
+    plain = decode(encode(noise(), "JPEG"), LIMITS).tobytes()
+    for options in ({"exif": b"Exif\0\0MM\0*\0\0\0\x08\xff\xffjunk"}, {"icc_profile": b"junk" * 100}):
+        assert decode(encode(noise(), "JPEG", **options), LIMITS).tobytes() == plain
+    assert decode(encode(noise(), icc_profile=b"junk"), LIMITS).tobytes() == noise().tobytes()
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_of_an_animation_the_first_frame_is_taken(format):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in (RED, BLACK)]
+    image = decode(encode(frames[0], format, save_all=True, append_images=frames[1:]), LIMITS)
+    assert np.abs(np.asarray(image).astype(int) - RED).max() <= 8
+
+
+def test_what_is_converted_a_few_rows_at_a_time_is_what_is_converted_at_once(monkeypatch):
+    rgba = noise(mode="RGBA")
+    rgba.putalpha(noise(mode="L"))
+    values = np.random.default_rng(1).normal(100, 90, (30, 40)).astype(np.float32)
+    images = [encode(rgba), encode(rgba.convert("LA")), encode(Image.fromarray(values), "TIFF")]
+    images += [encode(noise(mode="P"), transparency=bytes(range(256))), encode(noise(), transparency=(1, 2, 3))]
+    images += [encode(Image.fromarray(values.clip(0).astype(np.uint16)), transparency=7)]
+    at_once = [decode(data, LIMITS).tobytes() for data in images]
+    monkeypatch.setattr("reinforce.source.image._STRIP_PIXELS", 1)
+    assert [decode(data, LIMITS).tobytes() for data in images] == at_once
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_what_is_no_image_is_a_matter_of_format(data):
+    assert refusal(data) is Reason.IMAGE_FORMAT
+
+
+@pytest.mark.parametrize("format", ["ICO", "TGA", "PCX", "JPEG2000", "SGI", "ICNS"])
+def test_exotic_formats_are_not_tried(format):
+    assert refusal(encode(Image.new("RGB", (32, 32)), format)) is Reason.IMAGE_FORMAT
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_truncated_images_are_broken(format):
+    data = encode(noise(), format)
+    for keep in (len(data) // 2, len(data) * 9 // 10):
+        assert refusal(data[:keep]) is Reason.IMAGE_BROKEN
+
+
+@pytest.mark.parametrize("interlace", [0, 1])
+@pytest.mark.parametrize(
+    ("depth", "colour", "bits"), [(1, 0, 1), (2, 3, 2), (8, 0, 8), (16, 0, 16), (8, 2, 24), (8, 6, 32)]
+)
+def test_a_png_with_too_few_scanlines_is_broken_and_one_with_black_rows_is_not(depth, colour, bits, interlace):
+    width, height = 13, 11
+    passes = [(0, 0, 1, 1)]
+    if interlace:
+        passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    lines = b""
+    for x, y, step_x, step_y in passes:
+        line = 1 + (len(range(x, width, step_x)) * bits + 7) // 8
+        lines += bytes(line * len(range(y, height, step_y)))
+    palette = [chunk(b"PLTE", bytes(12))] if colour == 3 else []
+    whole = png(width, height, depth, colour, lines, *palette, interlace=interlace)
+    assert decode(whole, LIMITS).size == (width, height)
+    for missing in (1, 1 + (width * bits + 7) // 8):
+        short = png(width, height, depth, colour, lines[:-missing], *palette, interlace=interlace)
+        assert refusal(short) is Reason.IMAGE_BROKEN
+
+
+def scan_of(data: bytes) -> tuple[int, int]:
+    """Where a JPEG's scan data begins, behind its first start of scan, and where its end mark is."""
+    start = data.index(b"\xff\xda")
+    return start + 2 + int.from_bytes(data[start + 2 : start + 4], "big"), len(data) - 2
+
+
+def without_scan_data(data: bytes, share: float) -> bytes:
+    """The JPEG with that share of its scan data, and an end mark behind it."""
+    start, end = scan_of(data)
+    cut = start + int((end - start) * share)
+    while data[cut - 1] == 0xFF:
+        cut -= 1
+    return data[:cut] + b"\xff\xd9"
+
+
+JPEGS = [{}, {"subsampling": 0}, {"restart_marker_blocks": 3}, {"optimize": True, "quality": 95}]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", JPEGS)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_jpeg_that_libjpeg_mends_is_refused_the_first_time_and_read_once_it_is_stored(mode, options, share):
+    data = without_scan_data(encode(noise(100, 70, mode), "JPEG", **options), share)
+    with pytest.raises(ImageRefused, match="image_broken: the JPEG lacks scan data"):
+        decode(data, LIMITS, first=True)
+    assert decode(data, LIMITS).size == (100, 70)
+
+
+def test_a_progressive_jpeg_is_refused_if_its_first_scan_is_cut_and_passes_if_a_later_one_is():
+    data = encode(noise(100, 70), "JPEG", progressive=True)
+    begin, end = scan_of(data)
+    first_scan = data.index(b"\xff\xda", begin) - begin
+    with pytest.raises(ImageRefused):
+        decode(without_scan_data(data, 0.5 * first_scan / (end - begin)), LIMITS, first=True)
+    assert decode(without_scan_data(data, 0.9), LIMITS, first=True).size == (100, 70)
+
+
+@given(
+    st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    st.sampled_from([0, 127, 128, None]),
+    st.sampled_from(["L", "RGB", "CMYK"]),
+    st.sampled_from([*JPEGS, {"progressive": True}]),
+    st.integers(1, 100),
+)
+@settings(max_examples=100, deadline=None)
+def test_no_whole_jpeg_is_refused(size, colour, mode, options, quality):
+    image = noise(*size, mode)
+    if colour is not None:  # grey is what missing data looks like
+        image.paste(colour if mode == "L" else (colour,) * len(mode), (0, 0, *size))
+    data = encode(image, "JPEG", **{"quality": quality, **options})
+    assert decode(data, LIMITS, first=True).tobytes() == decode(data, LIMITS).tobytes()
+
+
+def test_limits_hold_by_the_header_before_decoding():
+    limits = Limits(pixels=10_000, aspect=10)
+    assert decode(encode(Image.new("RGB", (100, 100))), limits).size == (100, 100)
+    assert refusal(encode(Image.new("RGB", (101, 100))), limits) is Reason.IMAGE_PIXELS
+    assert decode(encode(Image.new("RGB", (10, 100))), limits).size == (10, 100)
+    assert refusal(encode(Image.new("RGB", (101, 10))), limits) is Reason.IMAGE_ASPECT
+    assert refusal(png(2**31 - 1, 2**31 - 1, 8, 2, b"")) is Reason.IMAGE_PIXELS
+    assert refusal(png(0, 5, 8, 2, b"")) is Reason.IMAGE_BROKEN
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "BMP", "PPM"])
+def test_the_configured_pixel_limit_decides_not_pillows(format, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert decode(encode(noise(), format), LIMITS).size == (40, 30)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("format", ["WEBP", "TIFF"])
+def test_beyond_twice_pillows_limit_webp_and_tiff_are_refused_for_their_pixels(format, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert refusal(encode(noise(), format)) is Reason.IMAGE_PIXELS
+
+
+def test_a_frame_larger_than_its_canvas_counts_as_it_is_decoded():
+    data = bytearray(encode(Image.new("P", (200, 100), 1), "GIF"))
+    data[6:10] = struct.pack("<HH", 2, 2)
+    assert refusal(bytes(data), Limits(pixels=10_000)) is Reason.IMAGE_PIXELS
+
+
+def test_huge_text_and_profiles_are_broken_images():
+    bomb = zlib.compress(bytes(50 * 2**20))
+    for extra in (chunk(b"zTXt", b"a\0\0" + bomb), chunk(b"iCCP", b"a\0\0" + bomb)):
+        assert refusal(png(1, 1, 8, 0, b"\0\1", extra)) is Reason.IMAGE_BROKEN
+
+
+def test_refusals_name_the_fault_in_valid_text():
+    with pytest.raises(ImageRefused, match=r"^image_format: no known format, begins with b'\\xff\\xff'$") as caught:
+        decode(b"\xff\xff", LIMITS)
+    assert caught.value.reason is Reason.IMAGE_FORMAT
+
+
+def test_a_switch_that_lets_truncated_images_pass_is_an_error(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(UserError, match="LOAD_TRUNCATED_IMAGES"):
+        decode(encode(noise()), LIMITS)
+
+
+ENCODED = [encode(noise(), format) for format in FORMATS]
+ENCODED += [encode(noise(mode="P"), "GIF"), encode(noise(mode="RGBA")), encode(noise(), "TIFF", compression="tiff_lzw")]
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(st.sampled_from(ENCODED), st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 255)), max_size=4), st.data())
+@settings(max_examples=400, deadline=None)
+def test_any_bytes_give_rgb_or_a_refusal(data, mutations, draw):
+    changed = bytearray(data)
+    for at, value in mutations:
+        changed[at % len(changed)] = value
+    cut = draw.draw(st.integers(0, len(changed)))
+    try:
+        image = decode(bytes(changed[: len(changed) if cut % 2 else cut]), Limits(pixels=10**6))
+    except ImageRefused:
+        return
+    assert image.mode == "RGB"
+    assert image.width * image.height <= 10**6
+
+
+def test_decoding_is_the_same_in_many_threads():
+    expected = [decode(data, LIMITS).tobytes() for data in ENCODED]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda data: decode(data, LIMITS).tobytes(), ENCODED * 8))
+    assert found == expected * 8
+
+
+def test_every_image_extension_of_a_shard_is_of_a_format_that_is_read():
+    Image.init()
+    for extension in IMAGE_EXTENSIONS - {"jfif", "jpe"}:
+        assert Image.EXTENSION[f".{extension}"] in FORMATS

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import random
+import re
+import tarfile
+import tracemalloc
+
+import fsspec
+import pytest
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
+
+from reinforce.config import Limits
+from reinforce.errors import UserError
+from reinforce.source.shards import RawSample, Refusal, read_ranges, read_shard
+from reinforce.source.tar import DamagedTar
+from reinforce.source.urls import expand
+from schemas import Reason
+from tests.helpers.tars import KEYS, LIMITS, THREE, brief, read, sample_members, tar_bytes, zstd
+
+# --- grouping
+
+
+def test_members_of_one_key_are_one_sample():
+    data = tar_bytes(sample_members("a", b"A") + sample_members("b", b"B"))
+    first, second = read(data)
+    assert isinstance(first, RawSample)
+    assert (first.key, first.image) == ("a", b"A")
+    assert first.sidecars == {"txt": b"photo a", "json": b'{"uid": 1}'}
+    assert data[first.offset : first.offset + first.length] == b"A"
+    assert isinstance(second, RawSample)
+    assert second.key == "b"
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "extension"),
+    [
+        ("a.jpg", "a", "jpg"),
+        ("./a.JPG", "./a", "jpg"),
+        ("v1.0/part.2/a.b.Jpg", "v1.0/part.2/a", "b.jpg"),
+        (".git/a.jpg", ".git/a", "jpg"),
+        ("ü/日本.webp", "ü/日本", "webp"),
+    ],
+)
+def test_the_key_goes_up_to_the_first_dot_of_the_file_name(name, key, extension):
+    (sample,) = read(tar_bytes([(name, b"A"), (f"{key}.{extension}.TXT", b"t")]))
+    assert (sample.key, sample.sidecars) == (key, {f"{extension}.txt": b"t"})
+
+
+HIDDEN = ["README", "a/README", ".hidden.jpg", "a/.hidden.jpg", "a/._b.jpg"]
+META = ["__MACOSX/a.jpg", "x/__MACOSX/a.jpg", "__index__", "__meta__/a.jpg", "__a.b__"]
+
+
+@pytest.mark.parametrize("name", HIDDEN + META)
+def test_members_that_belong_to_no_sample_are_passed_over(name):
+    assert brief(read(tar_bytes([("b.jpg", b"B"), (name, b"x"), ("b.txt", b"t"), ("c.jpg", b"C")]))) == [
+        ("b", "B"),
+        ("c", "C"),
+    ]
+
+
+def test_the_first_image_wins_but_a_plain_extension_goes_before_a_compound_one():
+    assert brief(read(tar_bytes([("a.jpg", b"1"), ("a.png", b"2")]))) == [("a", "1")]
+    assert brief(read(tar_bytes([("a.depth.png", b"1"), ("a.jpg", b"2"), ("a.left.jpg", b"3")]))) == [("a", "2")]
+    assert brief(read(tar_bytes([("a.0.jpg", b"1"), ("a.1.jpg", b"2")]))) == [("a", "1")]
+
+
+def test_a_key_without_an_image_is_refused():
+    (refusal,) = read(tar_bytes([("a.txt", b"t"), ("a.json", b"{}")]))
+    assert refusal == Refusal("a", Reason.NO_IMAGE, "no image among: txt, json")
+
+
+def test_a_key_that_came_before_is_refused_and_the_first_stays():
+    rows = read(tar_bytes([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.jpg", b"3"), ("a.txt", b"t"), ("c.jpg", b"4")]))
+    assert brief(rows) == [("a", "1"), ("b", "2"), ("a", "duplicate_key"), ("c", "4")]
+
+
+def test_members_that_are_not_beside_the_others_of_their_key_are_refused():
+    rows = read(tar_bytes([("a.jpg", b"1"), ("b.txt", b"t"), ("c.jpg", b"2"), ("a.txt", b"t"), ("b.jpg", b"3")]))
+    assert brief(rows)[:5] == [("a", "1"), ("b", "no_image"), ("c", "2"), ("a", "split_key"), ("b", "split_key")]
+    assert "txt" in rows[3].detail
+
+
+@pytest.mark.parametrize("order", [("jpg", "txt"), ("txt", "jpg"), ("json", "jpg", "txt")])
+def test_a_shard_of_which_most_keys_are_in_pieces_is_refused_as_a_whole(order):
+    rows = read(tar_bytes([(f"{i}.{extension}", b"x") for extension in order for i in range(4)]))
+    assert {row.key for row in rows} == {*"0123", None}
+    assert (rows[-1].key, rows[-1].reason) == (None, Reason.SHARD_UNSORTED)
+    assert "tar --sort=name" in rows[-1].detail
+    few = read(tar_bytes([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"t"), ("b.txt", b"t"), *sample_members("c")]))
+    assert few[-1].reason is Reason.SHARD_UNSORTED
+    more = [member for key in "cdefg" for member in sample_members(key)]
+    assert Reason.SHARD_UNSORTED not in {
+        getattr(row, "reason", None)
+        for row in read(tar_bytes([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"t"), *more]))
+    }
+
+
+def test_bounds_of_members_keys_and_samples_are_told():
+    members = [("a.jpg", b"A"), *((f"a.{i}", b"x") for i in range(70))]
+    rows = read(tar_bytes(members), limits=Limits(members=8))
+    assert brief(rows) == [("a", "A"), ("a", "members")]
+    assert len(rows[0].sidecars) == 7
+    assert rows[1].detail == "63 more than limits.members of 8, not read"
+
+    rows = read(tar_bytes([("k" * 100 + ".jpg", b"A"), ("k" * 101 + ".jpg", b"B")]), limits=Limits(key_chars=100))
+    assert brief(rows) == [("k" * 100, "A"), ("k" * 100, "key_chars")]
+
+    rows = read(tar_bytes([(f"{i}.jpg", b"A") for i in range(5)]), limits=Limits(shard_samples=3))
+    assert brief(rows) == [("0", "A"), ("1", "A"), ("2", "A"), (None, "shard_samples")]
+    assert "from '3' on" in rows[-1].detail
+
+
+def test_a_member_that_comes_twice_in_a_row_is_refused_and_the_first_stays():
+    rows = read(tar_bytes([("a.jpg", b"1"), ("a.txt", b"t"), ("a.jpg", b"2"), ("a.txt", b"u")]))
+    assert brief(rows) == [("a", "1"), ("a", "duplicate_key")]
+    assert rows[0].sidecars == {"txt": b"t"}
+
+
+def test_limits_refuse_a_large_image_and_drop_a_large_sidecar():
+    big, fits = bytes(5_001), b"x" * 5_000
+    rows = read(
+        tar_bytes([("a.jpg", big), ("b.jpg", fits), ("b.txt", bytes(301)), ("b.json", bytes(300)), ("c.jpg", b"C")])
+    )
+    assert brief(rows) == [("a", "image_bytes"), ("b", fits.decode()), ("c", "C")]
+    assert rows[1].sidecars == {"json": bytes(300)}
+    detail = ".txt: 301 bytes, above limits.sidecar_bytes of 300"
+    assert rows[1].left_out == {"txt": Refusal("b", Reason.SIDECAR_BYTES, detail)}
+
+
+def test_names_that_are_not_utf8_give_different_valid_keys():
+    names = [b"caf\xe9.jpg".decode("utf-8", "surrogateescape"), b"caf\xe8.jpg".decode("utf-8", "surrogateescape")]
+    for format in (tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
+        assert brief(read(tar_bytes([(name, b"A") for name in names], format))) == [("caf%E9", "A"), ("caf%E8", "A")]
+
+
+# --- shards as a whole
+
+
+def test_a_missing_shard_is_one_refusal(tmp_path):
+    for url in (f"{tmp_path}/x.tar", f"file://{tmp_path}/no/x.tar", "memory://source/no.tar"):
+        assert [(row.key, row.reason) for row in read_shard(url, LIMITS)] == [(None, Reason.SHARD_MISSING)]
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"x" * 5000, gzip.compress(THREE)])
+def test_what_is_no_tar_is_unreadable(data):
+    assert brief(read(data)) == [(None, "shard_unreadable")]
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tar.xz", "x.tar.bz2", "x.tar.zst"])
+def test_what_is_not_compressed_as_its_name_says_is_unreadable(name):
+    for data in (THREE, b""):
+        assert brief(read(data, name)) == [(None, "shard_unreadable")]
+
+
+def test_compressed_data_under_a_plain_name_says_the_name_it_wants():
+    assert ".tar.gz" in read(gzip.compress(THREE))[0].detail
+
+
+def test_a_folder_or_a_pipe_is_unreadable(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        assert [row.reason for row in read_shard(str(path), LIMITS)] == [Reason.SHARD_UNREADABLE]
+
+
+def test_a_link_is_read_and_one_that_leads_nowhere_is_missing(tmp_path):
+    (tmp_path / "x.tar").write_bytes(THREE)
+    for name in ("x.tar", "nowhere.tar"):
+        (tmp_path / f"link-{name}").symlink_to(tmp_path / name)
+    assert list(read_shard(f"{tmp_path}/link-x.tar", LIMITS)) == read(THREE)
+    assert [row.reason for row in read_shard(f"{tmp_path}/link-nowhere.tar", LIMITS)] == [Reason.SHARD_MISSING]
+
+
+COMPRESS = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": zstd}
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_compressed_tars_read_as_plain_ones_and_cut_short_are_damage(ending):
+    noise = random.Random(0)
+    plain = tar_bytes([member for i in range(250) for member in sample_members(f"{i}", noise.randbytes(4_800))])
+    data = COMPRESS[ending](plain)
+    rows = read(plain)
+    assert len(rows) == 250
+    assert read(data, f"x.tar.{ending}") == rows
+    cut = read(data[:-20], f"x.tar.{ending}")
+    assert cut[-1].reason is Reason.SHARD_DAMAGED
+    assert cut[:100] == rows[:100]  # bzip2 loses the most, a block of 900 kB
+
+
+class Unsteady(AbstractFileSystem):
+    """A store of one content: it counts its requests, and fails beyond a byte with the error it is given."""
+
+    protocol = "unsteady"
+    cachable = False
+    content = b""
+    fails_at = 2**62
+    error: Exception = TimeoutError("no answer")
+    requests = 0
+
+    def info(self, path, **_):
+        return {"name": path, "size": len(self.content), "type": "file"}
+
+    def _open(self, path, mode="rb", block_size=None, **options):
+        return _UnsteadyFile(self, path, mode, block_size, **options)
+
+
+class _UnsteadyFile(AbstractBufferedFile):
+    def _fetch_range(self, start, end):
+        Unsteady.requests += 1
+        if end > Unsteady.fails_at:
+            raise Unsteady.error
+        return Unsteady.content[start:end]
+
+
+@pytest.fixture
+def unsteady(monkeypatch):
+    fsspec.register_implementation("unsteady", Unsteady, clobber=True)
+    for name in ("content", "fails_at", "error", "requests"):
+        monkeypatch.setattr(Unsteady, name, getattr(Unsteady, name))
+    return Unsteady
+
+
+@pytest.mark.parametrize("error", [TimeoutError("no answer"), ConnectionResetError("gone"), OSError("try again")])
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+def test_storage_errors_that_may_pass_are_raised_after_the_samples_before_them(unsteady, name, error):
+    images = [random.Random(i).randbytes(2**20) for i in range(12)]
+    plain = tar_bytes([(f"{i}.jpg", image) for i, image in enumerate(images)])
+    unsteady.content = plain if name == "x.tar" else gzip.compress(plain, 1)
+    unsteady.fails_at, unsteady.error = 9 * 2**20, error
+    rows = read_shard(f"unsteady://{name}", Limits())
+    assert [next(rows).key for _ in range(5)] == ["0", "1", "2", "3", "4"]
+    with pytest.raises(type(error), match=str(error)):
+        list(rows)
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_storage_errors_are_told_from_broken_compression(unsteady, ending):
+    unsteady.content, unsteady.fails_at = COMPRESS[ending](THREE), 100
+    with pytest.raises(TimeoutError, match="no answer"):
+        list(read_shard(f"unsteady://x.tar.{ending}", LIMITS))
+
+
+def test_a_shard_without_permission_is_unreadable(unsteady):
+    unsteady.content, unsteady.fails_at, unsteady.error = THREE, 0, PermissionError("Forbidden")
+    (refusal,) = read_shard("unsteady://x.tar", LIMITS)
+    assert (refusal.reason, refusal.detail) == (Reason.SHARD_UNREADABLE, "Forbidden")
+
+
+# --- memory and requests
+
+
+def test_memory_does_not_grow_with_the_shard(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i in range(150):
+            info = tarfile.TarInfo(f"{i}.jpg")
+            info.size = 2**20
+            tar.addfile(info, io.BytesIO(bytes(2**20)))
+        info = tarfile.TarInfo("large.jpg")
+        info.size = 100 * 2**20
+        tar.addfile(info, io.BytesIO(bytes(info.size)))
+    limits = Limits(image_bytes=2**20)
+    tracemalloc.start()
+    try:
+        reasons = [row.reason for row in read_shard(f"{tmp_path}/x.tar", limits) if isinstance(row, Refusal)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert reasons == [Reason.IMAGE_BYTES]
+    assert peak < 8 * 2**20
+
+
+def test_a_remote_shard_is_read_in_large_blocks_and_ranges_share_requests(unsteady):
+    unsteady.content = tar_bytes([(f"{i:04d}.jpg", bytes([i % 256]) * 20_000) for i in range(2_000)])
+    samples = list(read_shard("unsteady://x.tar", Limits()))
+    assert unsteady.requests <= len(unsteady.content) / (8 * 2**20) + 1
+    unsteady.requests = 0
+    ranges = [(sample.offset, sample.length) for sample in samples]
+    assert list(read_ranges("unsteady://x.tar", ranges)) == [sample.image for sample in samples]
+    assert unsteady.requests <= len(unsteady.content) / (8 * 2**20) + 1
+
+
+def test_ranges_beyond_the_file_and_in_compressed_tars_are_errors(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"0123456789")
+    ranges = read_ranges(f"{tmp_path}/x.tar", [(2, 3), (8, 5)])
+    assert next(ranges) == b"234"
+    with pytest.raises(DamagedTar, match="the file ends"):
+        next(ranges)
+    with pytest.raises(UserError, match=re.escape("from a compressed tar")):
+        next(read_ranges("s3://b/x.tar.gz", [(0, 1)]))
+
+
+# --- S3
+
+
+def test_shards_are_read_from_s3(s3):
+    s3.mkdir("shards")
+    s3.pipe({"shards/x/1.tar": THREE, "shards/x/2.tar.gz": gzip.compress(THREE), "shards/x/3.tar": THREE[:-600]})
+    assert [row.key for row in read_shard("s3://shards/x/1.tar", LIMITS)] == KEYS
+    assert list(read_shard("s3://shards/x/2.tar.gz", LIMITS)) == read(THREE)
+    assert list(read_shard("s3://shards/x/3.tar", LIMITS))[-1].reason is Reason.SHARD_DAMAGED
+    for missing in ("s3://shards/x/4.tar", "s3://nobucket/x.tar"):
+        assert [row.reason for row in read_shard(missing, LIMITS)] == [Reason.SHARD_MISSING]
+    assert [row.reason for row in read_shard("s3://shards/x", LIMITS)] == [Reason.SHARD_UNREADABLE]
+    assert expand("s3://shards/x/[12].tar*") == ["s3://shards/x/1.tar", "s3://shards/x/2.tar.gz"]
+    sample = next(read_shard("s3://shards/x/1.tar", LIMITS))
+    assert list(read_ranges("s3://shards/x/1.tar", [(sample.offset, sample.length)])) == [sample.image]

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reinforce.config import Limits
+from reinforce.source.shards import RawSample, Refusal
+from reinforce.source.tar import DamagedTar, Member, members
+from schemas import Reason
+from tests.helpers.tars import BODY, KEYS, THREE, brief, read, sample_members, tar_bytes, zstd
+
+# --- formats
+
+
+def test_folders_and_devices_are_skipped_and_links_are_told_and_not_followed():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for kind in (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            info = tarfile.TarInfo("d.jpg")
+            info.type = kind
+            tar.addfile(info)
+        for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.txt", tarfile.LNKTYPE), ("b.jpg", tarfile.REGTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, "/etc/passwd", 1 if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(b"B"))
+    rows = read(buffer.getvalue())
+    assert rows[0] == Refusal("a", Reason.NO_IMAGE, "no image among: jpg (a link)")
+    assert brief(rows)[1:] == [("b", "B")]
+    assert rows[1].left_out["txt"] == Refusal("b", Reason.SIDECAR_BROKEN, ".txt: a link, which is not followed")
+
+
+def test_pax_headers_give_names_and_sizes():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "=\n ="}) as tar:
+        info = tarfile.TarInfo("short.jpg")
+        info.size, info.pax_headers = 3, {"path": "ü" * 300 + ".jpg", "comment": "7 a=b\n"}
+        tar.addfile(info, io.BytesIO(b"abc"))
+    data = bytearray(buffer.getvalue())
+    assert brief(read(bytes(data))) == [("ü" * 300, "abc")]
+
+
+def test_base_256_sizes_are_read():
+    member = bytearray(tar_bytes([("a.jpg", b"abc")]))
+    member[124:136] = b"\x80" + (3).to_bytes(11, "big")
+    assert brief(read(checked(member))) == [("a", "abc")]
+
+
+def test_concatenated_tars_are_read_to_the_end():
+    parts = [tar_bytes(sample_members(key, key.encode())) for key in "abc"]
+    assert brief(read(b"".join(parts))) == [("a", "a"), ("b", "b"), ("c", "c")]
+
+
+def test_a_tar_of_zero_blocks_is_empty():
+    assert read(tar_bytes([])) == []
+
+
+def test_concatenated_tars_of_writers_that_pad_to_two_blocks_or_to_a_mebibyte_are_whole():
+    body = tar_bytes(sample_members("z"), end=False)
+    for padding in (1024, 2**20 - len(body)):
+        assert [row.key for row in read(body + bytes(padding) + THREE)] == ["z", *KEYS]
+
+
+def whole(item: Member | DamagedTar) -> bool:
+    if isinstance(item, DamagedTar):
+        raise item
+    return True
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=120).filter(
+    lambda name: not name.endswith("/")  # no file's name; tarfile drops the slash in some formats
+)
+MEMBERS = st.lists(st.tuples(NAMES, st.binary(max_size=1500)), max_size=8)
+FORMATS = st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+
+
+@given(MEMBERS, FORMATS, st.booleans())
+@settings(deadline=None)
+def test_members_come_back_as_tarfile_wrote_them(written, format, end):
+    data = tar_bytes([*written, ("last", b"x")], format, end) + bytes(0 if end else 1024)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        expected = [(info.name, info.offset_data, info.size) for info in tar if info.isreg()]
+    tar = members(io.BytesIO(data))
+    found = [(member.name, member.offset, member.size, member.read(10_000)) for member in tar if whole(member)]
+    assert [entry[:3] for entry in found] == expected
+    assert [data for _, _, _, data in found] == [data[at : at + size] for _, at, size in expected]
+
+
+@given(st.lists(st.tuples(st.from_regex(r"[a-z]{1,30}(/[a-z]{1,60}){0,3}", fullmatch=True), st.binary(max_size=900))))
+@settings(max_examples=50, deadline=None)
+def test_samples_survive_every_format(pairs):
+    images = dict(pairs)
+    written = [(f"{key}.{extension}", data) for key, data in images.items() for extension in ("jpg", "txt")]
+    for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        rows = read(tar_bytes(written, format), limits=Limits())
+        assert [(row.key, row.image, row.sidecars) for row in rows] == [
+            (key, data, {"txt": data}) for key, data in images.items()
+        ]
+
+
+# --- damage
+
+
+def checked(header: bytearray, start: int = 0) -> bytes:
+    """The tar with the checksum of the header at ``start`` mended."""
+    header[start + 148 : start + 156] = b" " * 8
+    header[start + 148 : start + 156] = b"%06o\0 " % sum(header[start : start + 512])
+    return bytes(header)
+
+
+ENDS = [len(BODY) // 3 * (i + 1) for i in range(3)]  # each sample's members are equally long
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])  # of a known size, and not
+def test_a_tar_cut_anywhere_gives_all_samples_before_the_cut_and_is_damaged(name):
+    with tarfile.open(fileobj=io.BytesIO(THREE)) as tar:
+        infos = tar.getmembers()
+    whole = [info.offset_data + info.size for info in infos if info.name.endswith(".json")]
+    for cut in sorted({*range(1, len(THREE), 61), *range(512, len(THREE), 512), *whole}):
+        rows = read(THREE[:cut] if name == "x.tar" else gzip.compress(THREE[:cut]), name)
+        complete = [row.key for row in rows if isinstance(row, RawSample) and len(row.sidecars) == 2]
+        assert complete == KEYS[: sum(end <= cut for end in whole)], cut
+        assert rows[-1].key is None, cut
+
+
+def test_a_tar_that_is_not_ended_may_be_cut_between_members():
+    for data in (BODY, BODY + bytes(512), BODY[: ENDS[1]]):
+        assert "it may be cut off between members" in read(data)[-1].detail
+
+
+def test_a_damaged_header_is_told_with_its_place_and_passed_over_where_tarfile_ends_silently():
+    data = bytearray(THREE)
+    data[ENDS[0] + 20] ^= 1
+    with tarfile.open(fileobj=io.BytesIO(bytes(data))) as tar:
+        assert len(tar.getnames()) == 3
+    rows = read(bytes(data))
+    assert [row.key for row in rows] == ["a", "b", "c", None]
+    assert rows[1].reason is Reason.NO_IMAGE
+    assert rows[2] == read(THREE)[2]
+    assert rows[-1].reason is Reason.SHARD_DAMAGED
+    assert rows[-1].detail.startswith(f"damaged at byte {ENDS[0]}: ")
+    assert rows[-1].detail.endswith("the member before it is 'a.json'")
+
+
+@pytest.mark.parametrize("change", [1, 100, 511, 513, 1000])
+def test_bytes_that_are_missing_or_too_many_cost_the_samples_they_are_in(change):
+    at = ENDS[0] + 600  # in the image of b
+    for data in (THREE[:at] + THREE[at + change :], THREE[:at] + b"x" * change + THREE[at:]):
+        rows = read(data)
+        assert rows[0] == read(THREE)[0]
+        assert rows[2].key == "c"
+        assert (rows[2].image, rows[2].sidecars) == (read(THREE)[2].image, read(THREE)[2].sidecars)
+        assert data[rows[2].offset : rows[2].offset + rows[2].length] == rows[2].image
+        assert rows[-1].reason is Reason.SHARD_DAMAGED
+
+
+@pytest.mark.parametrize("zeros", [512, 1536, 4096])
+def test_zeros_of_a_length_that_no_writer_leaves_are_damage(zeros):
+    rows = read(THREE[: ENDS[0]] + bytes(zeros) + THREE[ENDS[0] :])
+    assert [row.key for row in rows] == [*KEYS, None]
+    assert f"{zeros} zero bytes between members" in rows[-1].detail
+
+
+@pytest.mark.parametrize(
+    ("format", "long", "kind"),
+    [(tarfile.GNU_FORMAT, "n" * 150, b"L"), (tarfile.PAX_FORMAT, "n" * 150, b"x"), (tarfile.PAX_FORMAT, "é", b"x")],
+)
+def test_a_member_behind_damage_whose_name_may_have_been_lost_is_not_given_another(format, long, kind):
+    names = ["a.jpg", f"{long}.jpg", "c.jpg"]
+    data = bytearray(tar_bytes([(name, b"pixels") for name in names], format))
+    extended = 1024  # behind the first member: the header that gives the name of the second
+    assert data[extended + 156 : extended + 157] == kind
+    data[extended : extended + 512] = b"?" * 512
+    assert [row.key for row in read(bytes(data))] == ["a", "c", None]
+
+
+def test_a_shard_of_which_nothing_is_left_but_damage_is_unreadable_and_one_with_a_damaged_beginning_is_not():
+    assert brief(read(b"x" * len(THREE))) == [(None, "shard_unreadable")]
+    rows = read(b"x" * 512 + THREE[512:])
+    assert brief(rows)[1:] == [*brief(read(THREE))[1:], (None, "shard_damaged")]
+    assert brief(rows)[0] == ("a", "no_image")
+
+
+def test_damage_without_end_is_told_a_hundred_times_and_then_no_more():
+    header = bytearray(BODY[:512])
+    header[124:136] = b"77777777777\0"  # 8 GiB, more than there is
+    rows = read((checked(header) + bytes(512)) * 300 + THREE)
+    assert sum(row.key is None for row in rows) == 101
+    assert "the rest is not read" in rows[-1].detail
+
+
+def test_the_sample_that_damage_interrupts_is_kept_if_it_has_its_image():
+    image_end = ENDS[1] + 512 + 1024
+    assert [(row.key, type(row)) for row in read(THREE[: image_end + 100])][2:] == [("c", RawSample), (None, Refusal)]
+    rows = read(THREE[: image_end - 600])
+    assert brief(rows)[2:] == [("c", "image_broken"), (None, "shard_damaged")]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        b"\x80" + (2**62).to_bytes(11, "big"),
+        b"\xff" * 12,
+        b"-0000000010\0",
+        b"77777777777\0",
+        b"\x80" + (2**33).to_bytes(11, "big"),
+    ],
+)
+def test_negative_and_absurd_sizes_are_damage_behind_which_members_are_found(size):
+    data = bytearray(THREE)
+    data[ENDS[0] + 124 : ENDS[0] + 136] = size
+    rows = read(checked(data, ENDS[0]))
+    assert [row.key for row in rows if isinstance(row, RawSample)] == ["a", "c"]
+    assert rows[1].key == "b"
+    assert rows[-1].reason is Reason.SHARD_DAMAGED
+
+
+def test_a_size_beyond_the_end_of_a_stream_of_unknown_length_takes_what_follows_and_is_damage():
+    data = bytearray(THREE)
+    data[ENDS[0] + 124 : ENDS[0] + 136] = b"\x80" + (2**33).to_bytes(11, "big")
+    rows = read(gzip.compress(checked(data, ENDS[0])), "x.tar.gz")
+    assert brief(rows)[1:] == [("b", "image_bytes"), (None, "shard_damaged")]
+
+
+def pax(records: bytes, after: bytes) -> bytes:
+    header = bytearray(tar_bytes([("x", records)], end=False))
+    header[156:157] = b"x"
+    return checked(header) + after
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        b"9 size=-1\n",
+        b"27 size=99999999999999999999\n"[:27],
+        b"99 path=a\n",
+        b"junk",
+        b"5 a=b\n",
+        b"0 a=b\n",
+        b"6 a=b\n\xff",
+    ],
+)
+def test_malformed_pax_headers_are_damage(records):
+    rows = read(THREE[: ENDS[0]] + pax(records, THREE[ENDS[0] :]))
+    assert brief(rows) == [*brief(read(THREE)), (None, "shard_damaged")]
+
+
+def test_an_extended_header_that_nothing_follows_is_damage():
+    lone = pax(b"10 path=z\n", b"")
+    for data in (BODY + lone, BODY + lone + THREE[-1024:], BODY + lone + bytes(1024) + tar_bytes([("d.jpg", b"D")])):
+        *rows, damage = read(data)
+        assert damage.detail.startswith(f"damaged at byte {len(BODY + lone)}: nothing follows an extended header")
+        assert [row.key for row in rows] == [*KEYS, "d"][: len(rows)]
+
+
+def test_sparse_members_are_told_not_misread():
+    data = bytearray(THREE)
+    data[ENDS[0] + 156 : ENDS[0] + 157] = b"S"
+    rows = read(checked(data, ENDS[0]))
+    assert "sparse" in rows[-1].detail
+    assert [row.key for row in rows if isinstance(row, RawSample)] == ["a", "c"]
+
+
+def test_junk_behind_the_end_and_holes_of_zeros_are_damage():
+    assert brief(read(THREE + bytes(1024) + b"junk" * 128))[3:] == [(None, "shard_damaged")]
+    assert brief(read(THREE + bytes(5 * 2**20)))[3:] == [(None, "shard_damaged")]
+    assert len(read(THREE + bytes(2**20))) == 3
+
+
+MUTATIONS = st.lists(st.tuples(st.integers(0, len(THREE) - 1), st.integers(0, 255)), min_size=1, max_size=4)
+
+
+@given(MUTATIONS, st.integers(1, len(THREE)), st.sampled_from(["x.tar", "x.tar.gz", "x.tar.zst"]))
+@settings(max_examples=300, deadline=None)
+def test_no_bytes_make_reading_raise(mutations, cut, name):
+    data = bytearray({"x.tar": THREE, "x.tar.gz": gzip.compress(THREE), "x.tar.zst": zstd(THREE)}[name])
+    for at, value in mutations:
+        data[at % len(data)] = value
+    rows = read(bytes(data[:cut]), name)
+    assert rows
+    for row in rows:
+        row_text = f"{row.key} {row.detail if isinstance(row, Refusal) else row.sidecars}"
+        row_text.encode("utf-8")

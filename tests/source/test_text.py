@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reinforce.config import Input, Limits
+from reinforce.source.text import caption_of, metadata_of
+
+LIMITS = Limits()
+FIELDS = Input().captions
+
+
+def caption(data: bytes, limits: Limits = LIMITS) -> str | None:
+    return caption_of({"txt": data}, ["txt"], limits)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"a cat", "a cat"),
+        (b"  a  cat\t\r\n", "a  cat"),
+        (b"a\ncat\x00\x1b\x7f on\xc2\x85mats", "a cat    on mats"),
+        ("\ufeffein Käse 🧀".encode(), "ein Käse 🧀"),
+        ("Käse".encode("utf-16"), "Käse"),
+        (b"\xfe\xff" + "Käse".encode("utf-16-be"), "Käse"),
+        ("Käse".encode("latin-1"), "K\ufffdse"),
+        ("a\u3000b\u3000".encode(), "a\u3000b"),
+        (b"", None),
+        (b" \n\x00 ", None),
+        (b"\xef\xbb\xbf", None),
+    ],
+)
+def test_captions_are_clean_text(data, text):
+    assert caption(data) == text
+
+
+def test_long_captions_are_cut_and_trimmed_again():
+    assert caption("ä".encode() * 3000) == "ä" * 2000
+    assert caption(b"  abc  def", Limits(caption_chars=4)) == "abc"
+
+
+def test_the_first_field_with_text_wins():
+    sidecars = {"txt": b" ", "json": b'{"caption": "from json", "alt": 5}', "en.txt": b"english"}
+    assert caption_of(sidecars, FIELDS, LIMITS) == "from json"
+    assert caption_of(sidecars | {"txt": b"from txt"}, FIELDS, LIMITS) == "from txt"
+    assert caption_of(sidecars, ["json:alt", "json:none", "cls", "en.txt"], LIMITS) == "english"
+    assert caption_of({}, FIELDS, LIMITS) is None
+
+
+@pytest.mark.parametrize("value", ["null", "3", "true", '["a"]', '{"a": "b"}', "NaN"])
+def test_json_values_that_are_no_text_are_absent(value):
+    assert caption_of({"json": b'{"caption": %s}' % value.encode()}, FIELDS, LIMITS) is None
+
+
+def test_lone_surrogates_of_json_are_replaced_and_pairs_are_kept():
+    data = rb'{"caption": "\ud83d\ude00 \ud83d x"}'
+    assert caption_of({"json": data}, FIELDS, LIMITS) == "😀 \ufffd x"
+    assert metadata_of({"json": data}, "all") == '{"caption":"😀 \ufffd x"}'
+
+
+BROKEN = [b"", b"{", b"[1]", b'"text"', b'{"a": ' + b"[" * 100_000, b'{"a": ' + b"[" * 9000 + b"]" * 9000 + b"}"]
+BROKEN += [b'{"a": ' + b"1" * 5000 + b"}"]
+
+
+@pytest.mark.parametrize("data", BROKEN)
+def test_json_that_is_invalid_too_deep_or_no_object_gives_nothing(data):
+    assert metadata_of({"json": data}, "all") is None
+    assert caption_of({"json": data}, FIELDS, LIMITS) is None
+
+
+def test_metadata_is_compact_json_in_its_own_order():
+    data = {"json": '{"b": 1, "a": {"z": [1, 2.50]}, "big": 1180591620717411303424, "ü": "日"}'.encode()}
+    assert metadata_of(data, "all") == '{"b":1,"a":{"z":[1,2.5]},"big":1180591620717411303424,"ü":"日"}'
+    assert metadata_of(data, ["a", "b", "absent"]) == '{"a":{"z":[1,2.5]},"b":1}'
+    assert metadata_of(data, ["absent"]) is None
+    assert metadata_of(data, "none") is None
+    assert metadata_of({}, "all") is None
+
+
+def test_numbers_beyond_json_are_null():
+    data = {"json": b'{"a": NaN, "b": [Infinity, -Infinity], "c": 1e999, "d": -1e999}'}
+    assert metadata_of(data, "all") == '{"a":null,"b":[null,null],"c":null,"d":null}'
+
+
+def test_a_utf16_sidecar_is_understood():
+    assert metadata_of({"json": '{"a": "ü"}'.encode("utf-16")}, "all") == '{"a":"ü"}'
+
+
+TEXTS = st.text(st.characters())  # surrogates included
+
+
+@given(st.one_of(st.binary(max_size=200), TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass"))))
+@settings(deadline=None)
+def test_any_bytes_give_a_clean_caption_or_none(data):
+    text = caption(data, Limits(caption_chars=50))
+    assert text is None or (
+        text.encode("utf-8")
+        and text == text.strip()
+        and len(text) <= 50
+        and not re.search(r"[\x00-\x1f\x7f-\x9f]", text)
+    )
+    metadata_of({"json": data}, "all")
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(TEXTS, JSON, max_size=4), st.booleans())
+@settings(deadline=None)
+def test_any_json_object_gives_valid_json_and_keeps_what_json_can_say(document, ascii_only):
+    data = json.dumps(document, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    text = metadata_of({"json": data}, "all")
+    assert text is not None
+    text.encode("utf-8")
+    again = json.loads(text, parse_constant=pytest.fail)
+    if "\\u" not in json.dumps(document) and not re.search("NaN|Infinity", json.dumps(document)):
+        assert again == document

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import re
+import time
+
+import fsspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reinforce.errors import UserError
+from reinforce.source.urls import canonical, compression, expand, filesystem, shard_name, shard_names
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.tar", "a.tar", "c.txt.tar"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "d.tar").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "urls"),
+    [
+        ("s3://b/{08..11}.tar", ["s3://b/08.tar", "s3://b/09.tar", "s3://b/10.tar", "s3://b/11.tar"]),
+        ("{8..10}", ["8", "9", "10"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{0..6..3}", ["0", "3", "6"]),
+        ("{a..c}", ["a", "b", "c"]),
+        ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
+        ("{x,{0..1}y,}z", ["xz", "0yz", "1yz", "z"]),
+        ("{single}-{}-{0..1}", ["{single}-{}-0", "{single}-{}-1"]),
+        ("{{0..1}}", ["{0}", "{1}"]),
+    ],
+)
+def test_braces_expand_as_in_a_shell(pattern, urls):
+    assert expand(pattern) == urls
+
+
+@given(st.integers(0, 10**8), st.integers(0, 300), st.integers(1, 10))
+@settings(deadline=None)
+def test_a_padded_range_is_every_number_in_order_at_one_width(first, more, width):
+    last = first + more
+    width = max(width, len(str(last)))
+    urls = expand(f"{{{first:0{width}d}..{last:0{width}d}}}.tar")
+    assert urls == [f"{number:0{width}d}.tar" for number in range(first, last + 1)]
+
+
+def test_two_hundred_thousand_urls_expand_quickly():
+    begin = time.perf_counter()
+    urls = expand("s3://bucket/dfn5b/{00000000..00199999}.tar")
+    assert time.perf_counter() - begin < 1
+    assert len(urls) == 200_000
+    assert urls[-1] == "s3://bucket/dfn5b/00199999.tar"
+
+
+def test_lists_keep_their_order_and_lose_exact_duplicates():
+    assert expand(["b.tar", "{a,b}.tar", "b.tar"]) == ["b.tar", "a.tar"]
+
+
+def test_globs_give_files_sorted_and_no_folders(folder):
+    names = [f"{folder}/a.tar", f"{folder}/b.tar", f"{folder}/c.txt.tar"]
+    assert expand(f"{folder}/*.tar") == names
+    assert expand(f"file://{folder}/[ab].tar") == [f"file://{folder}/a.tar", f"file://{folder}/b.tar"]
+    assert expand(f"{folder}/{{b,a}}.t?r") == [names[1], names[0]]
+
+
+def test_globs_work_through_fsspec_and_keep_scheme_host_and_chain():
+    fs = fsspec.filesystem("memory")
+    fs.pipe({"/globs/y.tar": b"", "/globs/x.tar": b""})
+    assert expand("memory://globs/*.tar") == ["memory://globs/x.tar", "memory://globs/y.tar"]
+    assert expand("simplecache::memory://globs/x*") == ["simplecache::memory://globs/x.tar"]
+
+
+def test_a_question_mark_in_a_web_address_is_no_glob():
+    assert expand("https://host/a.tar?sig=[x]*") == ["https://host/a.tar?sig=[x]*"]
+
+
+def test_a_text_file_lists_urls_relative_to_its_folder(folder):
+    lists = folder / "lists[1]"
+    lists.mkdir()
+    (lists / "more.txt").write_text("last.tar\n")
+    (lists / "x1.tar").write_bytes(b"")
+    text = "\ufeff# shards\r\n\r\ns3://b/{0..1}.tar\r\n  ../a.tar  \r\n/abs/c.tar\r\nx*.tar\r\nmore.txt\r\n"
+    (lists / "shards.txt").write_bytes(text.encode())
+    assert expand(f"{lists}/shards.txt") == [
+        "s3://b/0.tar",
+        "s3://b/1.tar",
+        f"{lists}/../a.tar",
+        "/abs/c.tar",
+        f"{lists}/x1.tar",
+        f"{lists}/last.tar",
+    ]
+
+
+def test_a_remote_text_file_lists_urls_relative_to_its_folder():
+    fsspec.filesystem("memory").pipe("/listed/shards.txt", b"a.tar\nsub/b.tar\n")
+    assert expand("memory://listed/shards.txt") == ["memory://listed/a.tar", "memory://listed/sub/b.tar"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([], "source is empty"),
+        ("", "empty entry"),
+        ("/nowhere/*.tar", "/nowhere/*.tar: no file matches"),
+        ("/nowhere/list.txt", "/nowhere/list.txt: cannot read this list"),
+        ("nosuch://b/*.tar", "nosuch"),
+        ("s3://b/{0..9.tar", "brace is not closed"),
+        ("{0..9..0}", "step"),
+        ("{0..99999999}", "more than"),
+        ("pipe:cat x.tar", "commands are not run"),
+        ("ftp://me:secret@127.0.0.1:1/*.tar", "ftp://127.0.0.1:1/*.tar: cannot be listed"),
+    ],
+)
+def test_a_source_that_cannot_be_expanded_is_a_users_error_without_secrets(source, message):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        expand(source)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"# nothing\n", b"\xff\xfe\x00", b"self.txt\n"])
+def test_a_text_file_that_is_empty_binary_or_lists_itself_is_a_users_error(tmp_path, content):
+    (tmp_path / "self.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"self\.txt"):
+        expand(f"{tmp_path}/self.txt")
+
+
+@pytest.mark.parametrize(
+    ("url", "plain"),
+    [
+        ("s3://bucket/a/b.tar", "s3://bucket/a/b.tar"),
+        ("S3://bucket/a.tar?versionId=1#x", "s3://bucket/a.tar"),
+        ("https://me:pw@host:8/a.tar?token=1", "https://host:8/a.tar"),
+        ("ftp://me@host/a.tar", "ftp://host/a.tar"),
+        ("abfs://container@account.dfs.core.windows.net/a.tar", "abfs://container@account.dfs.core.windows.net/a.tar"),
+        ("file:///data/../data/a#1.tar", "/data/a#1.tar"),
+        ("simplecache::https://me:pw@host/a.tar", "https://host/a.tar"),
+        ("zip://a.tar::s3://bucket/x.zip", "zip://a.tar::s3://bucket/x.zip"),
+    ],
+)
+def test_canonical_urls_hold_no_secrets(url, plain):
+    assert canonical(url) == plain
+    assert canonical(plain) == plain
+
+
+def test_local_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert canonical("x/../a.tar") == f"{tmp_path}/a.tar"
+    assert shard_name("a.tar") == shard_name(f"file://{tmp_path}/a.tar")
+
+
+def test_shard_names_are_stable():
+    assert shard_name("s3://bucket/dfn5b/00000007.tar") == "00000007-2e61a44594"
+
+
+def test_shard_names_differ_between_folders_and_compressions():
+    urls = expand(["s3://b/{a,b}/{0..1}.{tar,tar.gz,TGZ}", "gs://b/a/0.tar"])
+    names = shard_names(urls)
+    assert len(set(names)) == len(urls)
+    assert {name.rpartition("-")[0] for name in names} == {"0", "1"}
+
+
+@given(st.text(max_size=300))
+@settings(deadline=None)
+def test_any_file_name_gives_a_safe_shard_name(stem):
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}-[0-9a-f]{10}", shard_name(f"s3://bucket/x/{stem}.tar.zst"))
+
+
+def test_two_urls_of_one_shard_name_are_a_users_error():
+    with pytest.raises(UserError, match="same shard name"):
+        shard_names(["https://host/a.tar?part=1", "https://host/a.tar?part=2"])
+
+
+def test_the_ending_tells_the_compression():
+    assert [compression(f"s3://b/a{ending}") for ending in (".tar", ".tar.gz", ".TGZ", ".tar.zst", ".tar.xz")] == [
+        None,
+        "gzip",
+        "gzip",
+        "zstd",
+        "xz",
+    ]
+
+
+def test_an_unknown_scheme_is_a_users_error():
+    with pytest.raises(UserError, match=r"nosuch://b/a\.tar"):
+        filesystem("nosuch://b/a.tar")

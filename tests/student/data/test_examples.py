@@ -1,0 +1,143 @@
+"""Examples out of tables: what is picked, from whom, and which rows have nothing to be picked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import schemas
+from reinforce.config import Limits
+from reinforce.dataset import vectors
+from reinforce.student.data.examples import Choice, Examples, Origin, examples_of
+
+ROWS = 400
+ORIGIN = Origin("samples/x.parquet", Limits())
+CHOICE = Choice(
+    seeing=("t",),
+    reading=("t",),
+    captioners={"a": 3.0, "b": 1.0},
+    captions="both",
+    synthetic=0.5,
+    pick="random",
+    seed=1,
+)
+
+
+def tables(**nulls: set[int]) -> dict[str, pa.Table]:
+    """Layers of ROWS rows with K = 2, N = 3, D = 4; ``nulls`` are rows that a layer (or ``caption``) lacks."""
+    records = [
+        {"crop": {"top": k, "left": 0, "height": 1, "width": 1}, "size": 8, "ops": None if k else []} for k in range(2)
+    ]
+    keys = [f"k{row}" for row in range(ROWS)]
+    samples: dict[str, list[Any]] = {
+        "key": keys,
+        "caption": [None if row in nulls.get("caption", ()) else f"true {row}" for row in range(ROWS)],
+        "metadata": [None] * ROWS,
+        "width": [1] * ROWS,
+        "height": [1] * ROWS,
+        "image": [str(row).encode() for row in range(ROWS)],
+        "augmentations": [records] * ROWS,
+    }
+    layers = {"samples": pa.Table.from_pydict(samples, schemas.samples_schema("embed"))}
+    for name in "ab":
+        texts = [None if row in nulls.get(name, ()) else [f"{name} {row} {n}" for n in range(3)] for row in range(ROWS)]
+        layers[f"captions/{name}"] = pa.table([keys, texts], schema=schemas.captions_schema())
+    for what, count in (("images", 2), ("caption", 1), ("a", 3), ("b", 3)):
+        values = np.zeros((ROWS, count, 4), np.float32)
+        values[:, range(count), range(count)] = 1  # vector n is the n-th unit vector
+        valid = np.array([row not in nulls.get(f"t_{what}", ()) for row in range(ROWS)])
+        columns = [pa.array(keys), *vectors.encode(values, "float16", valid)]
+        layers[f"embeddings/t/{what}"] = pa.table(columns, schema=schemas.embeddings_schema(count, 4, "float16"))
+    return layers
+
+
+def examples(layers: Mapping[str, pa.Table], choice: Choice = CHOICE, first: int = 0, epoch: int = 0) -> Examples:
+    return examples_of(layers["samples"], layers.__getitem__, first, ROWS, ORIGIN, choice, epoch)
+
+
+def test_what_is_picked_belongs_together() -> None:
+    made = examples(tables())
+    assert made.unusable == {}
+    for row, example in enumerate(made.rows):
+        assert example is not None
+        true, synthetic = example.texts
+        image, caption, other = example.vectors.reshape(3, 4)
+        assert (example.key, example.image, true) == (f"k{row}", str(row).encode(), f"true {row}")
+        assert image.argmax() == example.augmentation.crop.top
+        assert caption.argmax() == 0
+        assert synthetic.split() == [synthetic[0], str(row), str(other.argmax())]
+
+
+def test_picks_are_even_and_captioners_come_by_weight() -> None:
+    made = [example for example in examples(tables()).rows if example]
+    views = Counter(example.augmentation.crop.top for example in made)
+    sources = Counter(example.texts[1][0] for example in made)
+    texts = Counter(example.texts[1][-1] for example in made)
+    assert views[0] / ROWS == pytest.approx(1 / 2, abs=0.1)
+    assert sources["a"] / ROWS == pytest.approx(3 / 4, abs=0.1)
+    assert all(texts[n] / ROWS == pytest.approx(1 / 3, abs=0.1) for n in "012")
+
+
+def test_a_row_is_the_same_in_whatever_chunk_it_is_read() -> None:
+    whole, part = examples(tables()).rows, examples(tables(), first=150).rows
+    assert [str(example) for example in part] == [str(example) for example in whole[150:]]
+
+
+def test_a_captioner_that_has_nothing_leaves_the_row_to_the_other() -> None:
+    made = examples(tables(a={0, 1, 2}, t_a={3, 4}))
+    assert made.unusable == {}
+    assert [example.texts[1][0] for example in made.rows[:5] if example] == ["b"] * 5
+    rest = [(old, new) for old, new in zip(examples(tables()).rows[5:], made.rows[5:], strict=True)]
+    assert all(str(old) == str(new) for old, new in rest)
+
+
+def test_rows_with_nothing_to_be_picked_are_counted_by_reason() -> None:
+    made = examples(tables(caption={1}, a={2, 3}, b={2}, t_b={3}, t_images={1, 4}, t_caption={5}))
+    assert [row for row, example in enumerate(made.rows) if example is None] == [1, 2, 3, 4, 5]
+    assert made.unusable == {
+        "embeddings/t/images is null": 2,
+        "no vectors of the caption": 1,
+        "no synthetic caption": 1,
+        "no vectors of the synthetic caption": 1,
+    }
+
+
+def test_mixed_texts_come_from_all_sources_that_have_one() -> None:
+    mixed = replace(CHOICE, captions="mixed", synthetic=0.4)
+    assert mixed.kinds == ("caption",)
+    made = [example for example in examples(tables(caption={0, 1}), mixed).rows if example]
+    sources = Counter(example.texts[0].split()[0] for example in made)
+    assert len(made) == ROWS
+    assert sources["true"] / ROWS == pytest.approx(0.6, abs=0.1)
+    assert sources["a"] > sources["b"] > 0
+    assert {example.vectors.size for example in made} == {8}
+
+
+def test_in_turns_everything_comes_up_once_before_it_comes_again() -> None:
+    choice = replace(CHOICE, pick="sequential", captioners={"a": 1.0})
+    epochs = [examples(tables(), choice, epoch=epoch).rows for epoch in range(6)]
+    for row in range(ROWS):
+        seen = [epoch[row] for epoch in epochs]
+        assert {e.augmentation.crop.top for e in seen[:2] if e} == {0, 1}
+        assert {e.texts[1] for e in seen[:3] if e} == {f"a {row} {n}" for n in range(3)}
+        assert [e.texts[1] for e in seen[:3] if e] == [e.texts[1] for e in seen[3:] if e]
+    assert len({e.augmentation.crop.top for e in epochs[0] if e}) == 2
+
+
+def test_only_what_is_wanted_is_read() -> None:
+    plain = replace(CHOICE, seeing=(), reading=(), captioners={})
+    assert plain.columns("reference") == {"samples": ("key", "augmentations", "image_ref", "caption")}
+    synthetic = replace(CHOICE, captions="mixed", synthetic=1.0, seeing=())
+    assert synthetic.columns("embed") == {
+        "samples": ("key", "augmentations", "image"),
+        "captions/a": ("key", "captions"),
+        "captions/b": ("key", "captions"),
+        "embeddings/t/a": ("key", "embeddings"),
+        "embeddings/t/b": ("key", "embeddings"),
+    }

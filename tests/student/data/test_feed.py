@@ -1,0 +1,290 @@
+"""Batches out of reinforced datasets: what is in them, and that they are the same however they are read."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+import reinforce
+from reinforce.config import Limits
+from reinforce.dataset.augment import replay
+from reinforce.source.image import decode
+from reinforce.student.config import Data
+from reinforce.student.data.assembly import Assembler
+from reinforce.student.data.feed import StudentFeed
+from reinforce.student.data.stream import Plan, Stream
+from reinforce.training.task import Batch
+from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.reinforced import letters, read, reinforce_here, small_dataset
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+def feed_of(url: str | list[dict[str, Any]], size: int = 20, **data: Any) -> StudentFeed:
+    options = {"datasets": url, "workers": 0, "window": 10, **data}
+    return StudentFeed(Data.model_validate(options), seed=5, size=size, tokenize=letters)
+
+
+def take(feed: StudentFeed, count: int, batch: int, rank: int = 0, ranks: int = 1, start: int = 0) -> list[Batch]:
+    return list(itertools.islice(feed.batches(rank, ranks, batch, start), count))
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """Every tensor of a batch by its path."""
+    flat: dict[str, torch.Tensor] = {}
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            flat[name] = value
+        elif isinstance(value, dict):
+            flat |= {f"{name}/{inner}": tensor for inner, tensor in tensors(value).items()}
+    return flat
+
+
+def same(first: Batch, second: Batch) -> bool:
+    one, two = tensors(first), tensors(second)
+    equal = one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    return first["key"] == second["key"] and equal
+
+
+def test_a_batch_is_what_the_contract_says(url: str) -> None:
+    [batch] = take(feed_of(url), 1, 6)
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors(batch).items()}
+    texts = dict.fromkeys(("caption", "synthetic"), (torch.int64, (6, 40)))
+    vectors = {
+        f"targets/{teacher}/{what}": (torch.float32, (6, dim))
+        for teacher, dim in (("red", 8), ("blue", 12))
+        for what in ("image", "caption", "synthetic")
+    }
+    assert shapes == {"image": (torch.uint8, (6, 20, 20, 3)), **texts, **vectors}
+    assert len(set(batch["key"])) == 6
+    assert all(tensor.is_contiguous() for tensor in tensors(batch).values())
+
+
+def test_image_texts_and_vectors_belong_together_and_are_those_stored(url: str) -> None:
+    samples = {sample.key: sample for sample in reinforce.open(url)}
+    for batch in take(feed_of(url, size=24), 7, 6):
+        captions, synthetic = read(batch["caption"]), read(batch["synthetic"])
+        for i, key in enumerate(batch["key"]):
+            sample = samples[key]
+            image = decode(sample.image, Limits())
+            seen = [np.asarray(replay(image, record)) for record in sample.augmentations]
+            views = [k for k, pixels in enumerate(seen) if np.array_equal(pixels, batch["image"][i].numpy())]
+            assert views, "at the recorded size the image is what the teacher saw, pixel for pixel"
+            texts = [n for n, text in enumerate(sample.captions["namer"] or []) if text[:40] == synthetic[i]]
+            assert captions[i] == sample.caption
+            for teacher, targets in batch["targets"].items():
+                assert any(close(targets["image"][i], sample.images[teacher][k]) for k in views)
+                assert any(close(targets["synthetic"][i], sample.texts[teacher]["namer"][n]) for n in texts)
+                assert close(targets["caption"][i], sample.texts[teacher]["caption"][0])
+
+
+def close(found: torch.Tensor, stored: np.ndarray) -> bool:
+    """The stored vector, brought back to unit norm."""
+    return np.allclose(found.numpy(), stored / np.linalg.norm(stored), atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ranks_share_every_sample_once_an_epoch(url: str, ranks: int) -> None:
+    feed = feed_of(url)
+    assert feed.samples == 44
+    steps, batch = (11, 4) if ranks == 1 else (7, 2)  # 44 and 42 of the 44 samples
+    seen = Counter(
+        key for rank in range(ranks) for taken in take(feed, steps, batch, rank, ranks) for key in taken["key"]
+    )
+    assert set(seen.values()) == {1}
+    assert len(seen) == steps * batch * ranks
+
+
+def test_a_training_goes_on_with_the_batches_it_would_have_seen(url: str) -> None:
+    undisturbed = take(feed_of(url), 14, 6)
+    for start in (1, 6, 9):
+        assert all(map(same, take(feed_of(url), 3, 6, start=start), undisturbed[start:]))
+
+
+def test_loader_processes_give_every_sample_once_and_go_on_exactly(url: str) -> None:
+    undisturbed = take(feed_of(url, workers=2), 16, 4)
+    epoch = [key for batch in undisturbed[:11] for key in batch["key"]]
+    assert len(set(epoch)) == len(epoch) == 44
+    assert all(map(same, take(feed_of(url, workers=2), 5, 4, start=9), undisturbed[9:]))
+    # In one process, the same streams come one after the other.
+    assert all(map(same, take(feed_of(url, streams=2), 16, 4), undisturbed))
+
+
+def test_a_process_that_is_ahead_leaves_alone_what_is_still_put_together(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = Assembler.batch
+
+    def late(*args: Any) -> Batch:
+        time.sleep(0.05)  # in which processes go as far ahead as they may
+        return at_once(*args)
+
+    monkeypatch.setattr(Assembler, "batch", late)
+    batches = take(feed_of(url, workers=1, prefetch=1), 20, 2)
+    assert all(map(same, batches, take(feed_of(url), 20, 2)))
+
+
+def test_batches_are_the_same_at_any_number_of_ranks_where_streams_are_given(url: str) -> None:
+    def steps(ranks: int) -> list[list[str]]:
+        parts = [take(feed_of(url, streams=4), 13, 8 // ranks, rank, ranks) for rank in range(ranks)]
+        return [sorted(key for part in parts for key in part[step]["key"]) for step in range(13)]
+
+    assert steps(1) == steps(2) == steps(4)
+
+
+def test_state_dict_lets_a_stateful_loader_go_on_exactly(url: str) -> None:
+    def loader() -> StatefulDataLoader:
+        feed = feed_of(url)
+        stream = Stream(Plan(feed._corpora, feed._maker, 5, streams=2, window=10), 0, 1, batch=6)
+        return StatefulDataLoader(
+            stream, batch_size=None, num_workers=2, collate_fn=_as_it_is, multiprocessing_context="forkserver"
+        )
+
+    first = loader()
+    parts = list(itertools.islice(first, 12))
+    again = loader()
+    reading = iter(again)
+    for part in itertools.islice(reading, 5):
+        last = part
+    state = again.state_dict()
+    third = loader()
+    third.load_state_dict(state)
+    assert last.keys == parts[4].keys
+    resumed = list(itertools.islice(third, 7))
+    assert [part.keys for part in resumed] == [part.keys for part in parts[5:]]
+    assert all(torch.equal(part.room.image, old.room.image) for part, old in zip(resumed, parts[5:], strict=True))
+
+
+def _as_it_is(part: Any) -> Any:
+    return part
+
+
+def test_by_turns_all_augmentations_and_captions_come_up(url: str) -> None:
+    feed = feed_of(url, pick="sequential", window=100)
+    epochs = [{key: (i, t) for b in take(feed, 11, 4, start=11 * e) for key, i, t in parts_of(b)} for e in range(4)]
+    for key in epochs[0]:
+        images, texts = zip(*(epoch[key] for epoch in epochs), strict=True)
+        assert len(set(images)) == len(set(texts)) == 2, "two augmentations and two captions in turns of two"
+        assert (images[:2], texts[:2]) == (images[2:], texts[2:])
+    assert len({images for images, _ in epochs[0].values()}) > 2
+
+
+def parts_of(batch: Batch) -> list[tuple[str, bytes, str]]:
+    images = [image.numpy().tobytes() for image in batch["image"]]
+    return list(zip(batch["key"], images, read(batch["synthetic"]), strict=True))
+
+
+def test_picks_differ_between_epochs_and_seeds(url: str) -> None:
+    def picks(seed: int, epoch: int) -> dict[str, bytes]:
+        feed = StudentFeed(Data(datasets=url, workers=0), seed=seed, size=20, tokenize=letters)  # type: ignore[arg-type]
+        return {key: image for b in take(feed, 11, 4, start=11 * epoch) for key, image, _ in parts_of(b)}
+
+    first, second, other = picks(0, 0), picks(0, 1), picks(1, 0)
+    changed = sum(first[key] != second[key] for key in first)
+    assert 10 < changed < 34, "one of two augmentations, drawn anew"
+    assert first != other
+
+
+def test_captioners_and_datasets_are_mixed_by_weight(tmp_path: Path) -> None:
+    captioners = {name: {"class": "tests.helpers.models:Namer", "captions": 2} for name in ("often", "rare")}
+    urls = []
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", members_of(number, 40))
+        config = config_of(f"{tmp_path}/{number}.tar", tmp_path / f"out{number}", captioners=captioners)
+        config["teachers"] = {}
+        urls.append(reinforce_here(config))
+    sources = [{"url": urls[0], "weight": 3.0}, {"url": urls[1], "weight": 1.0}]
+    feed = feed_of(sources, captioners={"often": 4.0, "rare": 1.0}, captions="mixed", synthetic=0.5)
+    seen = Counter[str]()
+    texts = {
+        sample.key: {t[:40]: c for c in ("often", "rare") for t in sample.captions[c] or []}
+        for u in urls
+        for sample in reinforce.open(u)
+    }
+    for batch in take(feed, 40, 50):
+        assert "synthetic" not in batch
+        for key, text in zip(batch["key"], read(batch["caption"]), strict=True):
+            seen[key[:3]] += 1
+            seen["true" if text.startswith("thing") else texts[key][text]] += 1
+    assert seen["000"] / 2000 == pytest.approx(0.75, abs=0.03)
+    assert seen["true"] / 2000 == pytest.approx(0.5, abs=0.04)
+    assert seen["often"] / (seen["often"] + seen["rare"]) == pytest.approx(0.8, abs=0.04)
+
+
+def test_only_the_columns_and_layers_that_are_needed_are_read(url: str) -> None:
+    feed = feed_of(url, teachers=["blue"], captioners=[])
+    [corpus] = feed._corpora
+    assert corpus.zip.columns == {
+        "samples": ("key", "augmentations", "image", "caption"),
+        "embeddings/blue/images": ("key", "embeddings"),
+        "embeddings/blue/caption": ("key", "embeddings"),
+    }
+    with corpus.zip.open(corpus.shards[0], whole=False) as layers:
+        tables = layers.read(0)
+    assert {name: tuple(sorted(t.column_names)) for name, t in tables.items()} == {
+        name: tuple(sorted(columns)) for name, columns in corpus.zip.columns.items()
+    }
+    [batch] = take(feed, 1, 4)
+    assert set(batch["targets"]) == {"blue"}
+    assert "synthetic" not in batch
+
+
+def test_rows_that_cannot_be_used_are_stood_in_for_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = [m for m in members_of(0, 40) if m[0] not in ("00000003.txt", "00000017.txt")]
+    members = [(n, b"thing 7 x" if n == "00000007.txt" else d) for n, d in members]
+    members = [(n, b"" if n in ("00000003.json", "00000017.json") else d) for n, d in members]
+    write_tar(tmp_path / "0.tar", members)
+    config = config_of(f"{tmp_path}/0.tar", tmp_path / "out", captioners={})
+    trouble = {"class": "tests.helpers.models:Trouble", "options": {"word": "thing 7 x", "harm": "nan"}}
+    config["teachers"] = {"ill": trouble, "red": config["teachers"]["red"]}
+    feed = feed_of(reinforce_here(config))
+    with caplog.at_level(logging.WARNING, "reinforce"):
+        batches = take(feed, 20, 4)
+    first, second = ([key for batch in batches[e : e + 10] for key in batch["key"]] for e in (0, 10))
+    for keys in (first, second):
+        assert len(keys) == 40
+        assert len(set(keys)) == 37
+        assert not {"00000003", "00000007", "00000017"} & set(keys)
+    assert all(torch.isfinite(t).all() for b in batches for t in tensors(b).values())
+    lines = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    told = "rank 0: rows that others stood in for: no caption: 2, no vectors of the caption: 1"
+    assert lines == [f"epoch {epoch}, {told}" for epoch in (1, 2)]
+    assert same(take(feed, 1, 4, start=7)[0], batches[7])
+
+
+def test_a_dataset_without_a_usable_row_is_told(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [m for m in members_of(0, 20) if not m[0].endswith((".txt", ".json"))])
+    feed = feed_of(reinforce_here(config_of(f"{tmp_path}/0.tar", tmp_path / "out")))
+    with pytest.raises(reinforce.UserError, match=r"of 40 rows none can be used \(no caption\)"):
+        take(feed, 1, 4)
+    assert take(feed_of(f"{tmp_path}/out", teachers=[], captions="mixed", synthetic=1.0), 1, 4)
+
+
+def test_teachers_in_the_loop_get_the_views_and_texts_that_stored_ones_saw(url: str) -> None:
+    data = Data.model_validate({"datasets": url, "workers": 0})
+    [stored] = take(StudentFeed(data, 5, 24, letters), 1, 6)
+    [online] = take(StudentFeed(data, 5, 20, letters, teachers=[], online=["red", "new"]), 1, 6)
+    assert online["targets"] == {}
+    assert online["key"] == stored["key"]
+    assert torch.equal(online["views"]["red"], stored["image"])
+    assert online["views"]["new"] is online["views"]["red"]
+    assert online["image"].shape == (6, 20, 20, 3)
+    assert online["texts"] == {kind: read_whole(stored[kind], online["texts"][kind]) for kind in online["texts"]}
+
+
+def read_whole(tokens: torch.Tensor, texts: list[str]) -> list[str]:
+    """The texts, if tokens are of them."""
+    assert [text[:40] for text in texts] == read(tokens)
+    return texts

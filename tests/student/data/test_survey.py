@@ -1,0 +1,231 @@
+"""What a training is told before its first step, and what of it can only show later: each by file, with the mend."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from reinforce.dataset.store import Store
+from reinforce.errors import UserError
+from reinforce.student.config import Data
+from reinforce.student.data import counts, feed
+from reinforce.student.data.feed import StudentFeed
+from reinforce.student.data.survey import survey
+from schemas import Reason
+from tests.helpers.data import picture, write_tar
+from tests.helpers.reinforced import letters, small_dataset
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(small_dataset(tmp_path_factory.mktemp("dataset")))
+
+
+@pytest.fixture
+def dataset(made: Path, tmp_path: Path) -> Path:
+    """A copy to be spoilt."""
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+def open_(dataset: Path | str | list[Any], **data: Any) -> StudentFeed:
+    urls = dataset if isinstance(dataset, list) else str(dataset)
+    return StudentFeed(Data.model_validate({"datasets": urls, "workers": 0, **data}), 0, 16, letters)
+
+
+def epoch(feed: StudentFeed) -> list[str]:
+    steps = itertools.islice(feed.batches(0, 1, 4, 0), feed.samples // 4)
+    return [key for batch in steps for key in batch["key"]]
+
+
+def file_of(dataset: Path, layer: str, number: int = 0) -> Path:
+    return sorted((dataset / layer).glob("*.parquet"))[number]
+
+
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table], fingerprint: str | None = None) -> None:
+    """The same row groups and footer with other content."""
+    old = pq.ParquetFile(path)
+    tables = [change(old.read_row_group(i)) for i in range(old.num_row_groups)]
+    metadata = dict(tables[0].schema.metadata)
+    if fingerprint:
+        metadata[b"reinforce.fingerprint"] = fingerprint.encode()
+    with pq.ParquetWriter(path, tables[0].schema.with_metadata(metadata)) as writer:
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(metadata))
+
+
+def test_a_folder_that_is_no_dataset_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a reinforced dataset"):
+        open_(tmp_path)
+
+
+def test_unknown_names_are_told_with_those_there_are(made: Path) -> None:
+    with pytest.raises(UserError, match=r"has no teacher 'rde'; it has: red, blue"):
+        open_(made, teachers=["rde"])
+    with pytest.raises(UserError, match=r"has no captioner 'cocoa'; it has: namer"):
+        open_(made, captioners={"cocoa": 1.0})
+
+
+def test_a_layer_that_was_never_made_is_told(dataset: Path) -> None:
+    manifest = json.loads((dataset / "dataset.json").read_text())
+    del manifest["layers"]["embeddings/red/namer"]
+    (dataset / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"no layer embeddings/red/namer\. Run a config with both models"):
+        open_(dataset)
+    assert open_(dataset, captioners=[]).samples == 44
+
+
+def test_a_layer_that_lacks_shards_is_told_with_the_command_that_makes_them(dataset: Path) -> None:
+    lost = file_of(dataset, "embeddings/blue/images", 1)
+    lost.unlink()
+    with pytest.raises(UserError, match=rf"embeddings/blue/images lacks 1 of 3 shards \({lost.stem}\).*reinforce run"):
+        open_(dataset)
+    assert open_(dataset, teachers=["red"]).samples == 44
+
+
+def test_shards_that_were_given_up_are_left_out_and_told(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lost = file_of(dataset, "captions/namer", 1).stem
+    for layer in ("captions/namer", "embeddings/red/namer", "embeddings/blue/namer"):
+        file_of(dataset, layer, 1).unlink()
+    Store(str(dataset)).quarantine("captions/namer", lost, [(None, Reason.SHARD_FAILED, "the captioner raised")])
+    with caplog.at_level(logging.WARNING, "reinforce"):
+        assert open_(dataset).samples == 35
+    assert [record.message for record in caplog.records] == [
+        f"{dataset}: 1 shards are left out, since a layer was given up there"
+    ]
+
+
+@pytest.mark.parametrize("layer", ["samples", "captions/namer", "embeddings/red/images"])
+def test_a_truncated_file_is_told_by_its_name(dataset: Path, layer: str) -> None:
+    path = file_of(dataset, layer, 2)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"{path} cannot be read .*delete it: `reinforce run`"):
+        open_(dataset)
+
+
+@pytest.mark.parametrize("layer", ["samples", "embeddings/red/caption"])
+def test_a_file_of_another_recipe_is_told_by_its_name(dataset: Path, layer: str) -> None:
+    path = file_of(dataset, layer, 1)
+    rewrite(path, lambda table: table, fingerprint="0123456789abcdef")
+    with pytest.raises(UserError, match=rf"{path} has fingerprint 0123456789abcdef"):
+        open_(dataset)
+
+
+def test_rows_out_of_step_are_told(dataset: Path) -> None:
+    path = file_of(dataset, "embeddings/red/caption")
+    rewrite(
+        path, lambda table: table.set_column(0, table.schema.field(0), pa.array(reversed(table["key"].to_pylist())))
+    )
+    with pytest.raises(UserError, match=rf"embeddings/red/caption/{path.name} does not have the keys of samples"):
+        open_(dataset)
+
+
+def test_damage_inside_a_page_is_told_when_it_is_read_also_by_a_loader_process(dataset: Path) -> None:
+    path = file_of(dataset, "captions/namer")
+    data = bytearray(path.read_bytes())
+    at = pq.read_metadata(path).row_group(1).column(1).data_page_offset
+    data[at : at + 60] = b"\xff" * 60
+    path.write_bytes(data)
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=rf"^captions/namer/{path.name} cannot be read .*") as told:
+            epoch(open_(dataset, workers=workers))
+        assert "Traceback" not in str(told.value)
+
+
+def test_datasets_that_give_different_examples_are_told(made: Path, tmp_path: Path) -> None:
+    other = small_dataset(tmp_path, (5,), captioners={})
+    with pytest.raises(UserError, match=r"give different examples: .* caption and synthetic .*share under `data`"):
+        open_([str(made), other])
+    assert open_([str(made), other], captioners=[]).samples == 49
+
+
+def test_images_of_another_policy_are_not_replayed(dataset: Path) -> None:
+    manifest = json.loads((dataset / "dataset.json").read_text())
+    manifest["policies"]["image"] = "datacomp-1"
+    (dataset / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"image policy datacomp-1, this program"):
+        open_(dataset)
+
+
+def test_streams_must_suit_ranks_and_processes(made: Path) -> None:
+    with pytest.raises(UserError, match=r"data.streams \(3\) must be a multiple of ranks x data.workers \(2 x 1\)"):
+        next(open_(made, streams=3).batches(0, 2, 4, 0))
+
+
+def test_more_processes_than_samples_of_a_batch_are_told(made: Path) -> None:
+    with pytest.raises(UserError, match=r"data.workers \(5\) must be at most the batch of a rank \(4\)"):
+        next(open_(made, workers=5).batches(0, 1, 4, 0))
+
+
+def test_too_little_shared_memory_is_told_before_processes_start(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**26))
+    with pytest.raises(UserError, match=r"has 67 MB free.*need 71 MB.*docker run --shm-size"):
+        next(open_(made, workers=2, prefetch=6).batches(0, 1, 10_000, 0))
+
+
+class TestReferences:
+    """Images that stay in their tars."""
+
+    @pytest.fixture
+    def dataset(self, tmp_path: Path) -> Path:
+        return Path(small_dataset(tmp_path, (20,), images="reference"))
+
+    def test_a_tar_that_vanished_is_named(self, dataset: Path) -> None:
+        tar = dataset.parent / "source" / "00000.tar"
+        tar.rename(tar.with_suffix(".gone"))
+        with pytest.raises(UserError, match=rf"kept by reference, and {tar} cannot be read: FileNotFoundError"):
+            epoch(open_(dataset))
+
+    def test_an_image_that_changed_is_named_by_file_and_key(self, dataset: Path) -> None:
+        tar = dataset.parent / "source" / "00000.tar"
+        write_tar(tar, [(f"x{i}.png", picture(i, width=8, height=6)) for i in range(200)])
+        with pytest.raises(UserError, match=r"samples/.*\.parquet, key 000\d{5}: this is not the image that was augm"):
+            epoch(open_(dataset))
+
+
+class TestCounts:
+    """Row counts of many shards."""
+
+    @pytest.fixture(autouse=True)
+    def many(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(counts, "_MANY", 2)
+        monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
+
+    def footers_read(self, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[list[int]]]:
+        asked: list[str] = []
+        original = counts.check_footer
+        with monkeypatch.context() as patch:
+            patch.setattr(counts, "check_footer", lambda path, *rest: (asked.append(path), original(path, *rest)))
+            [corpus] = survey(Data.model_validate({"datasets": str(dataset)}), 0, [])
+        return len(asked), corpus.groups.tolist()
+
+    def test_they_are_asked_for_once_a_node_and_again_for_new_or_changed_shards(
+        self, dataset: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked, groups = self.footers_read(dataset, monkeypatch)
+        assert asked == 3
+        assert groups == [[0, 0, 8], [0, 1, 8], [0, 2, 5], [1, 0, 8], [1, 1, 1], [2, 0, 8], [2, 1, 6]]
+        assert self.footers_read(dataset, monkeypatch) == (0, groups)
+        rewrite(file_of(dataset, "samples", 1), lambda table: table)
+        assert self.footers_read(dataset, monkeypatch) == (1, groups)
+
+    def test_a_broken_cache_is_made_anew(self, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        _, groups = self.footers_read(dataset, monkeypatch)
+        [kept] = (tmp_path / "cache" / "rows").iterdir()
+        kept.write_bytes(b"PAR1 no")
+        assert self.footers_read(dataset, monkeypatch) == (3, groups)
+
+    def test_footers_longer_than_what_is_asked_for_are_read(
+        self, dataset: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(counts, "_TAIL", 100)
+        assert self.footers_read(dataset, monkeypatch)[0] == 3

@@ -1,0 +1,97 @@
+"""The order of samples: every one once a pass, equal streams, and any position found without reading on to it."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reinforce.training.order import TURNS, Mixture, Order, share
+
+groups = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any)
+streams = st.integers(1, 9)
+windows = st.integers(1, 40)
+
+
+def rows_of(order: Order, stream: int, position: int = 0) -> Iterator[tuple[int, int, int]]:
+    """(pass, row group, row) of a stream's samples from a position on."""
+    for window in order.windows(stream, position):
+        rows = [(window.epoch, c.group, row) for c in window.chunks for row in range(c.first, c.stop)]
+        yield from (rows[i] for i in window.order[window.skip :])
+
+
+@given(groups, streams, windows)
+@settings(max_examples=100, deadline=None)
+def test_every_row_comes_once_in_every_pass_and_streams_are_equal(rows: list[int], count: int, window: int) -> None:
+    order = Order(rows, 7, "d", count, window)
+    passes = 3
+    lengths = [order.before(s, passes) for s in range(count)]
+    assert sum(lengths) == passes * sum(rows)
+    assert max(lengths) - min(lengths) <= 1
+    seen = Counter(row for s in range(count) for row in itertools.islice(rows_of(order, s), lengths[s]))
+    assert seen == Counter((e, g, row) for e in range(passes) for g, n in enumerate(rows) for row in range(n))
+
+
+@given(groups, streams, windows, st.integers(0, 150))
+@settings(max_examples=100, deadline=None)
+def test_a_stream_is_entered_at_any_position(rows: list[int], count: int, window: int, position: int) -> None:
+    order = Order(rows, 7, "d", count, window)
+    stream = position % count
+    whole = list(itertools.islice(rows_of(order, stream), position + 20))
+    assert list(itertools.islice(rows_of(order, stream, position), 20)) == whole[position:]
+
+
+@given(groups, streams, windows)
+@settings(max_examples=50, deadline=None)
+def test_windows_are_whole_chunks_of_about_the_asked_rows(rows: list[int], count: int, window: int) -> None:
+    order = Order(rows, 7, "d", count, window)
+    for found in itertools.islice(order.windows(0), 20):
+        before_last = sum(chunk.rows for chunk in found.chunks[:-1])
+        assert before_last < window, "a reader that holds fewer rows than a window may load the next chunk"
+        assert sorted(found.order) == list(range(before_last + found.chunks[-1].rows))
+
+
+def test_passes_windows_streams_and_seeds_are_shuffled_differently() -> None:
+    order, other = Order([50] * 4, 7, "d", 1, 200), Order([50] * 4, 8, "d", 1, 200)
+    first, second = itertools.islice(order.windows(0), 2)
+    [elsewhere] = itertools.islice(other.windows(0), 1)
+    assert len({tuple(w.order) for w in (first, second, elsewhere)}) == 3
+    assert len({tuple(c.group for c in next(order.windows(0, 200 * e)).chunks) for e in range(8)}) > 1
+    assert sorted(first.order) != list(first.order)
+
+
+def test_the_order_is_the_same_under_every_version() -> None:
+    """Trainings go on after an upgrade: these numbers must stay."""
+    order = Order([3, 4, 5], 1, "dataset 0", 2, 100)
+    rows = [(group, row) for _, group, row in itertools.islice(rows_of(order, 1), 6)]
+    assert rows == [(2, 0), (2, 3), (2, 4), (2, 2), (1, 3), (2, 1)]
+    assert list(itertools.islice(Mixture([1, 3], 0).draws(0, 0), 8)) == [0, 1, 1, 0, 0, 1, 1, 0]
+
+
+@given(st.integers(0, 10_000), st.integers(1, 50))
+def test_shares_add_up_and_are_equal_to_one(total: int, parts: int) -> None:
+    shares = [share(total, parts, part) for part in range(parts)]
+    assert sum(shares) == total
+    assert max(shares) - min(shares) <= 1
+
+
+@given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=5), st.integers(0, 25_000))
+@settings(max_examples=30, deadline=None)
+def test_datasets_are_drawn_by_weight_and_from_any_position(weights: list[float], position: int) -> None:
+    mixture = Mixture(weights, 3)
+    drawn = list(itertools.islice(mixture.draws(1, 0), position + 50))
+    assert list(itertools.islice(mixture.draws(1, position), 50)) == drawn[position:]
+    assert mixture.before(1, position) == [drawn[:position].count(d) for d in range(len(weights))]
+    exact = np.array(weights) / sum(weights) * TURNS
+    assert mixture.quota.sum() == TURNS
+    assert (np.abs(mixture.quota - exact) <= len(weights)).all()
+
+
+def test_a_dataset_without_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one row"):
+        Order([0, 0], 0, "d", 1, 1)
