@@ -74,7 +74,7 @@ def plan(config: ConfigPath, set_: Overrides = None) -> None:
     from reinforce.engine.estimate import plan_table
     from reinforce.engine.plan import make_plan
     from reinforce.engine.runner import check_source
-    from reinforce.terminal import human_bytes
+    from reinforce.terminal import format_bytes
 
     from reinforce.engine.estimate import expected_bytes  # isort: skip
 
@@ -82,7 +82,7 @@ def plan(config: ConfigPath, set_: Overrides = None) -> None:
     expected = expected_bytes(made)
     Console().print(plan_table(made, expected))
     total = sum(size or 0 for size in expected.values())
-    size = human_bytes(total) if None not in expected.values() else f"{human_bytes(total)} or more"
+    size = format_bytes(total) if None not in expected.values() else f"{format_bytes(total)} or more"
     typer.echo(f"{made.shards:,} shards, {len(made.work):,} with something missing, about {size} to write")
     if None in expected.values():
         try:
@@ -238,14 +238,14 @@ def evaluate(
     Models are given their own preprocessing. Images that cannot be decoded are left out and told.
     """
     from reinforce.evaluation import command
-    from reinforce.model_names import models_of
+    from reinforce.model_names import resolve_models
 
     common = {"classes": classes, "label": label, "templates": templates, "groups": groups}
     common = {key: value for key, value in common.items() if value is not None}
     sets = command.evaluation_of(config, zero_shot or [], retrieval or [], common, limit, batch)
     if not sets.metrics and clip_benchmark is None:
         raise UserError("nothing to judge by: name sets with --zero-shot, --retrieval or --config.")
-    with models_of(models, pretrained) as specs:
+    with resolve_models(models, pretrained) as specs:
         report = command.judge(specs, sets, device, precision, clip_benchmark)
     Console().print(report.table())
     for line in report.lines():
@@ -278,13 +278,13 @@ def export_onnx(
     The towers are reparameterised where the model can be, take any batch, and are compared with torch before the
     folder appears. Needs the extra: pip install 'reinforce[export]'
     """
-    from reinforce.model_names import models_of, short_name
+    from reinforce.model_names import resolve_models, short_name
     from reinforce.shipping.packages import require
 
     require()
     from reinforce.shipping import export as shipping
 
-    with models_of([model], pretrained) as specs:
+    with resolve_models([model], pretrained) as specs:
         exported = shipping.export_onnx(model, specs[model], output or f"{short_name(model)}-onnx")
     for line in exported.lines():
         typer.echo(line)
@@ -309,13 +309,13 @@ def latency(
 
     Architectures are measured, with random weights and reparameterised as they are shipped; nothing is downloaded.
     """
-    from reinforce.model_names import models_of
+    from reinforce.model_names import resolve_models
     from reinforce.shipping.latency import measure
     from reinforce.shipping.packages import require
 
     if onnx_:
         require()
-    with models_of(models, weights=False) as specs:
+    with resolve_models(models, weights=False) as specs:
         found = measure(specs, rounds=rounds, threads=threads, onnx=onnx_, clock=clock)
     Console().print(found.table())
     typer.echo(found.line())

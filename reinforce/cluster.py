@@ -39,7 +39,7 @@ def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[Non
         ray.shutdown()
 
 
-def node_alive(node: str) -> bool:
+def is_node_alive(node: str) -> bool:
     """Whether Ray reports the node as alive."""
     return any(n["NodeID"] == node and n["Alive"] for n in ray.nodes())
 

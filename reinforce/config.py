@@ -145,6 +145,11 @@ class Config(Section):
     workers: Workers = Workers()
     failures: Failures = Failures()
 
+    @property
+    def embeds_images(self) -> bool:
+        """Whether the samples layer stores the encoded images, instead of references into the source tars."""
+        return self.images == "embed"
+
     @model_validator(mode="after")
     def _published(self) -> Config:
         models = (*self.teachers.items(), *self.captioners.items())

@@ -17,7 +17,7 @@ _CONFIG = "open_clip_config.json"
 
 
 @contextlib.contextmanager
-def models_of(
+def resolve_models(
     names: Sequence[str], pretrained: str | None = None, *, weights: bool = True
 ) -> Iterator[dict[str, ModelSpec]]:
     """Models by what the user calls them; those of a remote folder are kept here as long as this is open.

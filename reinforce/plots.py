@@ -51,7 +51,7 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def name(axes: Axes, title: str, x: str, y: str) -> None:
+def label(axes: Axes, title: str, x: str, y: str) -> None:
     """Title above the left edge and the names of both axes (with their units)."""
     axes.set_title(title, loc="left", color=_INK, fontsize=11, fontweight="bold", pad=10)
     axes.set_xlabel(x, color=_GREY, fontsize=9)
@@ -69,10 +69,10 @@ def save(made: Figure, url: str) -> None:
     buffer = io.BytesIO()
     # No date or version in the file: equal figures are equal bytes.
     made.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    write(buffer.getvalue(), url)
+    write_file(buffer.getvalue(), url)
 
 
-def write(data: bytes, url: str) -> None:
+def write_file(data: bytes, url: str) -> None:
     """A small file at a path or fsspec URL, whole or not at all; folders are made."""
     fs, path = filesystem(url)
     if not isinstance(fs, LocalFileSystem):

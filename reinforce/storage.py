@@ -50,7 +50,7 @@ class Storage:
         """A JSON object, or None where the file does not exist."""
         path = self.path(*parts)
         try:
-            with self.asked("read", *parts):
+            with self.storage_errors("read", *parts):
                 content = self.fs.cat_file(path)
             data = json.loads(content)
         except FileNotFoundError:
@@ -63,7 +63,7 @@ class Storage:
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
         """Publish a small file atomically."""
-        with self.asked("written", *parts), self.staging() as (file, local_path):
+        with self.storage_errors("written", *parts), self.staging() as (file, local_path):
             file.write(data)
             file.flush()
             self.publish(file, local_path, self.path(*parts))
@@ -80,7 +80,7 @@ class Storage:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # which files here have
             yield local_path
             os.chmod(local_path, mode)
-            with self.asked("written", *parts), open(local_path, "rb") as file:
+            with self.storage_errors("written", *parts), open(local_path, "rb") as file:
                 self.publish(file, local_path, self.path(*parts))
 
     def put_folder(self, folder: str, *parts: str) -> None:
@@ -111,7 +111,7 @@ class Storage:
             ) from error
 
     @contextlib.contextmanager
-    def asked(self, what: str, *parts: str) -> Iterator[None]:
+    def storage_errors(self, what: str, *parts: str) -> Iterator[None]:
         """Turn what a storage raises into one clear error, but for a file or folder that is not there."""
         try:
             yield

@@ -71,7 +71,7 @@ class Screen:
             self.draw(self._shown[0], done, self._shown[1])
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Days, hours, minutes and seconds as a clock shows them."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -79,7 +79,7 @@ def clock(seconds: float) -> str:
     return f"{days}d {hours:02d}:{minutes:02d}:{rest:02d}" if days else f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def human_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     """1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024 or unit == "TiB":

@@ -5,6 +5,7 @@ from schemas.layers import (
     SCHEMA_VERSION,
     captions_schema,
     embeddings_schema,
+    image_column,
     quarantine_schema,
     samples_schema,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "Reason",
     "captions_schema",
     "embeddings_schema",
+    "image_column",
     "quarantine_schema",
     "samples_schema",
 ]

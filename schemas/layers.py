@@ -42,6 +42,11 @@ AUGMENTATION = pa.struct(
 )
 
 
+def image_column(images: str) -> str:
+    """Column of a samples layer that holds the images: ``image`` (``embed``) or ``image_ref`` (``reference``)."""
+    return "image" if images == "embed" else "image_ref"
+
+
 def samples_schema(images: str) -> pa.Schema:
     """Schema of ``samples/<shard>.parquet``; ``images`` is ``embed`` or ``reference``."""
     fields = [
@@ -51,7 +56,7 @@ def samples_schema(images: str) -> pa.Schema:
         _field("width", pa.int32(), "of the RGB image (orientation applied), in pixels", nullable=False),
         _field("height", pa.int32(), "of the RGB image (orientation applied), in pixels", nullable=False),
     ]
-    if images == "embed":
+    if image_column(images) == "image":
         fields.append(_field("image", pa.binary(), "the encoded image as it stood in the source", nullable=False))
     else:
         reference = pa.struct(

@@ -19,7 +19,7 @@ from reinforce.errors import UserError
 def _drawn() -> Figure:
     made, (left, right) = plots.figure(panels=2, width=6, height=3)
     left.bar(range(3), [1, 2, 3], color=plots.colour(0))
-    plots.name(left, "Bars", "number", "height")
+    plots.label(left, "Bars", "number", "height")
     right.plot([0, 1], [0, 1], color=plots.colour(1), label="up")
     right.plot([0, 1], [1, 0], color=plots.colour(2), label="down")
     plots.legend(right)

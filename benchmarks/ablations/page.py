@@ -129,8 +129,8 @@ def write(study: Study, answers: Sequence[Answer], told: About, page: Path = PAG
             old.unlink()
     by_question = {given.question.name: _numbers(study, given, verdicts) for given, verdicts in judged}
     found = {**asdict(told), "questions": by_question}
-    plots.write((json.dumps(found, indent=2) + "\n").encode(), str(results))
-    plots.write(text(judged, told).encode(), str(page))
+    plots.write_file((json.dumps(found, indent=2) + "\n").encode(), str(results))
+    plots.write_file(text(judged, told).encode(), str(page))
 
 
 def verdicts_of(given: Answer) -> list[Verdict]:

@@ -45,7 +45,7 @@ def _rows(panel: Axes, given: Answer, name: str, number: int) -> None:
     panel.set_ylim(len(arms) - 0.5, -0.5)
     panel.set_xlim(left=0)
     panel.grid(axis="x", color="#e1e4e8", linewidth=0.8)
-    plots.name(panel, ALL[name].title, _unit(ALL[name]), "")
+    plots.label(panel, ALL[name].title, _unit(ALL[name]), "")
 
 
 def _sweep(panel: Axes, given: Answer, name: str, number: int) -> None:
@@ -71,7 +71,7 @@ def _sweep(panel: Axes, given: Answer, name: str, number: int) -> None:
     panel.set_xticks(places, [f"{place:g}" for place in places])
     low, high = panel.get_ylim()
     panel.set_ylim(max(0.0, low), high + 0.25 * (high - low))  # room for the legend
-    plots.name(panel, measure.title, question.axis or "", _unit(measure))
+    plots.label(panel, measure.title, question.axis or "", _unit(measure))
     plots.legend(panel)
 
 
@@ -88,7 +88,7 @@ def _curves(panel: Axes, given: Answer, name: str) -> None:
         if label == given.question.target:
             panel.axhline(means[-1], color=_GREY, linestyle="--", linewidth=1)
     panel.set_ylim(bottom=0)
-    plots.name(panel, ALL[name].title, "step", _unit(ALL[name]))
+    plots.label(panel, ALL[name].title, "step", _unit(ALL[name]))
     plots.legend(panel)
 
 

@@ -24,7 +24,7 @@ from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, job_of
-from reinforce.terminal import Screen, clock
+from reinforce.terminal import Screen, format_duration
 from reinforce.training.loop import run_rank
 from reinforce.training.ranks import join
 from reinforce.training.stop import Stop, Stopped
@@ -110,7 +110,7 @@ class _Progress:
             parts.append(f"{training.name} at {training.step:,} of {training.steps:,}")
         if (taken := self.steps - self._before) > 0:
             left = (time.monotonic() - self._begun) / taken * (self.whole - self.steps)
-            parts.append(f"about {clock(left)} left")
+            parts.append(f"about {format_duration(left)} left")
         return "  ".join(parts)
 
 

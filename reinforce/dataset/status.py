@@ -13,7 +13,7 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import check_names
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.errors import UserError
-from reinforce.terminal import escape, human_bytes
+from reinforce.terminal import escape, format_bytes
 
 _QUARANTINE_FILES = 1000
 
@@ -56,7 +56,7 @@ def status_table(status: dict[str, Any]) -> Table:
             "samples": "rows and images",
             "captions": f"{layer.get('count')} captions",
         }.get(layer["kind"], f"[{layer.get('count')}, {layer.get('dim')}] {layer.get('dtype')}")
-        row = (name, f"{layer['shards']:,}/{status['samples']:,}", human_bytes(layer["bytes"]))
+        row = (name, f"{layer['shards']:,}/{status['samples']:,}", format_bytes(layer["bytes"]))
         table.add_row(*(Text(escape(cell)) for cell in (*row, what)))
     return table
 

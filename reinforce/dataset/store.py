@@ -47,7 +47,7 @@ class Store(Storage):
     def shards(self, layer: str) -> dict[str, int]:
         """Committed shards of a layer (or of ``quarantine/<layer>``) and their bytes, by one listing."""
         try:
-            with self.asked("listed", layer):
+            with self.storage_errors("listed", layer):
                 entries = self.fs.ls(self.path(layer), detail=True, refresh=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
@@ -73,7 +73,7 @@ class Store(Storage):
 
     def quarantined(self, layer: str, shard: str) -> list[dict[str, str | None]]:
         """Rows of a quarantine file: key, reason, detail."""
-        with self.asked("read", "quarantine", layer, f"{shard}.parquet"):
+        with self.storage_errors("read", "quarantine", layer, f"{shard}.parquet"):
             content = self.fs.cat_file(self.quarantine_path(layer, shard))
         rows: list[dict[str, str | None]] = pq.read_table(pa.BufferReader(content)).to_pylist()
         return rows
@@ -92,7 +92,7 @@ class Store(Storage):
 
     def forget_quarantine(self, layer: str, shard: str) -> None:
         """Remove a quarantine file."""
-        with self.asked("removed", "quarantine", layer, f"{shard}.parquet"):
+        with self.storage_errors("removed", "quarantine", layer, f"{shard}.parquet"):
             self.fs.rm_file(self.quarantine_path(layer, shard))
 
     @contextlib.contextmanager
@@ -142,12 +142,12 @@ class LayerWriter:
 
     def write(self, table: pa.Table) -> None:
         """Write one row group."""
-        with self._store.asked("written", *self._parts):
+        with self._store.storage_errors("written", *self._parts):
             self._parquet.write_table(table, row_group_size=max(1, table.num_rows))
         self.rows += table.num_rows
 
     def commit(self) -> None:
-        with self._store.asked("written", *self._parts):
+        with self._store.storage_errors("written", *self._parts):
             self._parquet.add_key_value_metadata({"reinforce.rows": str(self.rows)})
             self._parquet.close()
             self._file.flush()

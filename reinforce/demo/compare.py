@@ -129,7 +129,7 @@ def draw(students: Path, url: str) -> None:
             points = [(row["step"], row["metrics"][metric]) for row in rows if metric in row.get("metrics", {})]
             panel.plot(*zip(*points, strict=True), marker="o", color=plots.colour(index), label=arm)
         panel.set_ylim(bottom=0)
-        plots.name(panel, title, "step", "zero-shot accuracy")
+        plots.label(panel, title, "step", "zero-shot accuracy")
         plots.legend(panel)
     plots.save(figure, url)
 

@@ -19,7 +19,7 @@ from reinforce.dataset.augment import Augmentation, from_records, replay
 from reinforce.demo.sheet import Card, draw_sheet
 from reinforce.errors import UserError
 from reinforce.source.image import decode
-from reinforce.terminal import human_bytes
+from reinforce.terminal import format_bytes
 
 _PICTURED, _REPLAYED = 8, 4
 
@@ -41,11 +41,11 @@ def show_dataset(dataset: str | Path, picture: str | Path) -> None:
 def tree(root: Path) -> list[str]:
     """One line for each folder with files: its size and a sentence."""
     folders = sorted({path.parent for path in root.glob("[!.]*/**/*") if path.is_file()})
-    lines = [f"{root}/  {human_bytes(_bytes(root))}"]
+    lines = [f"{root}/  {format_bytes(_bytes(root))}"]
     entries = [root / "dataset.json", *folders] if (root / "dataset.json").exists() else folders
     for path in entries:
         name = path.name if path.is_file() else f"{path.relative_to(root)}/"
-        lines.append(f"  {name:<34} {human_bytes(_bytes(path)):>10}  {_sentence(root, path)}")
+        lines.append(f"  {name:<34} {format_bytes(_bytes(path)):>10}  {_sentence(root, path)}")
     return lines
 
 

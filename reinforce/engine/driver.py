@@ -28,7 +28,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from reinforce.cluster import cause_of, node_alive
+from reinforce.cluster import cause_of, is_node_alive
 from reinforce.config import Config
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import update_manifest
@@ -281,7 +281,7 @@ class Driver:
     def _judge_deaths(self) -> None:
         """Send the shards of dead workers on: nobody's fault where the node is lost, else suspects."""
         for death in list(self.deaths):
-            lost_node = not node_alive(death.worker.node)
+            lost_node = not is_node_alive(death.worker.node)
             if not lost_node and time.monotonic() < death.deadline:
                 continue
             self.deaths.remove(death)

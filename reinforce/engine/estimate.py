@@ -12,7 +12,7 @@ from rich.table import Table
 from reinforce.engine.plan import Plan
 from reinforce.source.shards import RawSample, read_shard
 from reinforce.source.urls import filesystem
-from reinforce.terminal import human_bytes
+from reinforce.terminal import format_bytes
 
 _LOOK_BYTES = 8 * 2**20
 _RECORD_BYTES = 6  # an augmentation record, encoded by dictionary and compressed; 54 are its values
@@ -40,7 +40,7 @@ def expected_bytes(plan: Plan) -> dict[str, int | None]:
             per_shard = state.done_bytes / state.done
         elif rows is not None and glimpse is not None:
             if layer.kind == "samples":
-                image = glimpse.image_bytes if plan.config.images == "embed" else 24
+                image = glimpse.image_bytes if plan.config.embeds_images else 24
                 per_shard = rows * (image + glimpse.text_bytes + _RECORD_BYTES * plan.config.augmentations.count)
             elif layer.kind == "captions":
                 per_shard = rows * layer.count * _CAPTION_BYTES
@@ -57,7 +57,7 @@ def plan_table(plan: Plan, expected: Mapping[str, int | None]) -> Table:
         table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
     for name, state in plan.states.items():
         size = expected[name]
-        text = "?" if size is None else human_bytes(size)
+        text = "?" if size is None else format_bytes(size)
         table.add_row(name, f"{state.done:,}", f"{state.missing:,}", f"{state.quarantined:,}", text)
     return table
 

@@ -88,11 +88,11 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
 def shards_of(config: Config) -> dict[str, str]:
     """Source URLs by shard name. Raises UserError for an empty source or two shards of one name."""
     urls = expand(config.source)
-    if config.images == "reference" and (packed := next(filter(compression, urls), None)):
+    if not config.embeds_images and (packed := next(filter(compression, urls), None)):
         raise UserError(
             f"source: images: reference needs uncompressed .tar shards; {canonical(packed)} is none: use images: embed"
         )
-    if config.images == "reference" and (private := next(itertools.filterfalse(is_public, urls), None)):
+    if not config.embeds_images and (private := next(itertools.filterfalse(is_public, urls), None)):
         raise UserError(
             f"source: images: reference stores where each image lies, without user, password and query, and "
             f"{canonical(private)} cannot be read without its own: give credentials by the environment (such as "

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from reinforce.terminal import Screen, clock
+from reinforce.terminal import Screen, format_duration
 
 _WINDOW_SECONDS = 60.0
 
@@ -53,7 +53,7 @@ class Progress(Screen):
         parts.append(f"{now.workers} worker{'s' * (now.workers != 1)}")
         eta = self._eta(now)
         if eta is not None:
-            parts.append(f"ETA {clock(eta)}")
+            parts.append(f"ETA {format_duration(eta)}")
         if now.quarantined_shards or now.refused_rows:
             parts.append(f"quarantine: {now.quarantined_shards} shards, {now.refused_rows:,} rows")
         return "  ".join(parts)

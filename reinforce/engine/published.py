@@ -26,7 +26,7 @@ from reinforce.dataset.augment import OPS, Augmentation, Crop, Op
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer
 from reinforce.errors import StorageError, UserError
 from reinforce.source.shards import RawSample, Refusal, read_shard
-from reinforce.source.text import clean, parse_json
+from reinforce.source.text import clean_text, parse_json
 from reinforce.source.urls import canonical
 from schemas import WHOLE_SHARD, Reason
 
@@ -169,7 +169,7 @@ class Reinforcements:
             raise Unreadable(f"no list {name!r} of texts in {_CAPTIONS}, which has: {_some(document)}")
         if len(texts) < layer.count:
             raise Unreadable(f"{len(texts)} captions in {name!r}, want {layer.count}: set `captions`")
-        return [clean(text, self._config.input.limits.caption_chars) for text in texts[: layer.count]]
+        return [clean_text(text, self._config.input.limits.caption_chars) for text in texts[: layer.count]]
 
     def _vectors(self, key: str) -> dict[str, Floats]:
         """The sample's arrays by name. Raises Unreadable."""

@@ -23,8 +23,8 @@ from reinforce.engine.published import PublishedValue, Reinforcements, Unreadabl
 from reinforce.prefetch import prefetch
 from reinforce.source.image import ImageRefused, decode, image_policy
 from reinforce.source.shards import RawSample, Refusal, read_shard, referenced_images
-from reinforce.source.text import caption_of, json_fault, metadata_of
-from schemas import Reason
+from reinforce.source.text import caption_of, json_error, metadata_of
+from schemas import Reason, image_column
 from teachers.protocols import ImageSpec
 
 #: Row groups close at this many bytes of images, or of vectors at this width: small enough to shuffle and to stream.
@@ -116,7 +116,7 @@ def rows_from_samples(
     """Read the rows back from the samples layer, images only where they are wanted."""
     columns = ["key", "caption"]
     if wanted.pixels:
-        columns += ["augmentations", "image" if config.images == "embed" else "image_ref"]
+        columns += ["augmentations", image_column(config.images)]
 
     def stored() -> Iterator[Row]:
         for group in range(file.num_row_groups):
@@ -161,7 +161,7 @@ def _first_time(config: Config, raw: RawSample, wanted: Wanted) -> Row | Refusal
     if key is None:
         return Refusal(raw.key, Reason.NOT_REINFORCED, "nothing of this key, or of its uid, among the reinforcements")
     try:
-        image = decode(raw.image, limits, first=True, policy=image_policy(config))
+        image = decode(raw.image, limits, strict=True, policy=image_policy(config))
         width, height = image.size
         if published is None:
             augmentations = tuple(sample(policy, config.seed, key, k, width, height) for k in range(policy.count))
@@ -201,7 +201,7 @@ def _left_out(config: Config, raw: RawSample, metadata: str | None) -> Iterator[
         data = raw.sidecars.get(extension)
         if data is None or (extension == "json" and metadata is not None):
             continue
-        fault = json_fault(data)
+        fault = json_error(data)
         if fault is None and extension == "json" and config.input.metadata == "all":
             fault = "JSON that is nested too deeply to be written"
         if fault is not None:

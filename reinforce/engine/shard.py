@@ -300,7 +300,7 @@ class _Shard:
             "height": [row.height for row in rows],
             "augmentations": [to_records(row.augmentations) for row in rows],
         }
-        if self.config.images == "embed":
+        if self.config.embeds_images:
             columns["image"] = [row.image for row in rows]
         else:
             columns["image_ref"] = [

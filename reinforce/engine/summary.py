@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from reinforce.engine.plan import Plan
-from reinforce.terminal import human_bytes
+from reinforce.terminal import format_bytes
 from teachers.postprocess import COUNTS
 from teachers.redact import redact
 
@@ -40,7 +40,7 @@ class RunSummary:
         rate = self.samples / self.seconds if self.seconds else 0.0
         lines = [
             f"{self.shards:,} shards, {self.samples:,} samples in {self.seconds:.1f} s ({rate:,.0f} samples/s, "
-            f"accelerator busy {self.busy_share:.0%}), {human_bytes(self.bytes)} written to {output}"
+            f"accelerator busy {self.busy_share:.0%}), {format_bytes(self.bytes)} written to {output}"
         ]
         lines += cleaned_lines(self.cleaned)
         if self.refused:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.table import Table
 
 from reinforce.errors import UserError
-from reinforce.plots import write
+from reinforce.plots import write_file
 from reinforce.source.shards import Refusal
 
 _NAMED = 3  # refused images in a line
@@ -85,6 +85,6 @@ class Report:
             for model in self.metrics
         }
         try:
-            write((json.dumps({"models": models}, indent=2, ensure_ascii=False) + "\n").encode(), url)
+            write_file((json.dumps({"models": models}, indent=2, ensure_ascii=False) + "\n").encode(), url)
         except OSError as error:
             raise UserError(f"{url} cannot be written: {error}. Give another --json FILE.") from error

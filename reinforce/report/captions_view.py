@@ -61,7 +61,7 @@ def captions_table(report: Mapping[str, Any]) -> Table:
 def write_report(report: Mapping[str, Any], folder: str) -> list[str]:
     """Write ``report.json`` and the plots into a folder or fsspec URL, over those of before -> their paths."""
     paths = {name: posixpath.join(folder, name) for name in ("report.json", "lengths.png", "distinct.png")}
-    plots.write((json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode(), paths["report.json"])
+    plots.write_file((json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode(), paths["report.json"])
     _draw_lengths(report, paths["lengths.png"])
     _draw_distinct(report, paths["distinct.png"])
     if any(report["similarity"].values()):
@@ -82,7 +82,7 @@ def _draw_lengths(report: Mapping[str, Any], url: str) -> None:
         longest = max(longest, int(np.searchsorted(shares.cumsum(), 0.995)) + 1)
         _draw_histogram(axes, name, index, shares, np.arange(len(shares) + 1) - 0.5)
     axes.set_xlim(-0.5, longest + 0.5)  # few are longer by much
-    plots.name(axes, "How long captions are", "words", "share of captions")
+    plots.label(axes, "How long captions are", "words", "share of captions")
     _finish(axes)
     plots.save(made, url)
 
@@ -101,7 +101,7 @@ def _draw_similarities(report: Mapping[str, Any], url: str) -> None:
             _draw_histogram(axes, name, index, counts / counts.sum(), edges)
         if filled:
             axes.set_xlim(edges[max(0, min(filled) - 2)], edges[min(len(counts), max(filled) + 3)])
-        plots.name(axes, teacher, "cosine of caption and image", "share of captions")
+        plots.label(axes, teacher, "cosine of caption and image", "share of captions")
         _finish(axes)
     plots.save(made, url)
 
@@ -117,7 +117,7 @@ def _draw_distinct(report: Mapping[str, Any], url: str) -> None:
                 )
         axes.set_ylim(0, 1.02)
         axes.locator_params(axis="x", integer=True)
-        plots.name(axes, f"distinct-{n} within an image", "captions of the image", "distinct / all" if n == 1 else "")
+        plots.label(axes, f"distinct-{n} within an image", "captions of the image", "distinct / all" if n == 1 else "")
     plots.legend(all_axes[0])
     plots.save(made, url)
 

@@ -25,7 +25,7 @@ from reinforce.shipping.graph import Side
 from reinforce.shipping.packages import require
 from reinforce.shipping.towers import reparameterised, sides
 from reinforce.storage import Storage
-from reinforce.terminal import human_bytes
+from reinforce.terminal import format_bytes
 from teachers.open_clip import image_spec, load_model, model_name
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
@@ -48,7 +48,7 @@ class Exported:
         batches = ", ".join(map(str, _BATCHES))
         return [
             *(
-                f"{name}.onnx: {human_bytes(self.sizes[f'{name}.onnx'])}; at most {difference:.1e} from torch, "
+                f"{name}.onnx: {format_bytes(self.sizes[f'{name}.onnx'])}; at most {difference:.1e} from torch, "
                 f"in batches of {batches}"
                 for name, difference in self.differences.items()
             ),

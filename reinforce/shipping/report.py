@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from reinforce.errors import UserError
-from reinforce.plots import write
+from reinforce.plots import write_file
 
 SIDES = ("image", "text")
 
@@ -60,7 +60,7 @@ class Latencies:
         """As JSON to a path or fsspec URL. Raises UserError where that cannot be written."""
         data = {**self.about, "models": self.models}
         try:
-            write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), url)
+            write_file((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), url)
         except OSError as error:
             raise UserError(f"{url} cannot be written: {error}. Give another --json FILE.") from error
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 
 from reinforce.config import Config, Limits
 from reinforce.errors import UserError
-from reinforce.source.jpeg import is_mended
+from reinforce.source.jpeg import lacks_scan_data
 from schemas import Reason
 
 #: Name and version of what :func:`decode` does to pixels; recorded in dataset.json.
@@ -58,7 +58,7 @@ class ImageRefused(Exception):
         self.detail = detail
 
 
-def decode(data: bytes, limits: Limits, first: bool = False, policy: str = IMAGE_POLICY) -> Image.Image:
+def decode(data: bytes, limits: Limits, strict: bool = False, policy: str = IMAGE_POLICY) -> Image.Image:
     """An encoded image as RGB, upright, in its own size: policy ``rgb-1``.
 
     - The content decides the format, not the name. Size and aspect are checked by the header, before decoding.
@@ -68,7 +68,7 @@ def decode(data: bytes, limits: Limits, first: bool = False, policy: str = IMAGE
     - CMYK, YCbCr, LAB, HSV and 1-bit images are converted as Pillow does.
     - ICC profiles are ignored: most are sRGB, and a broken one must not matter.
 
-    ``first`` says that the image is met for the first time and not stored yet: then a JPEG is refused, too, that
+    ``strict`` says that the image is met for the first time and not stored yet: then a JPEG is refused, too, that
     has an end mark and too little data before it, which libjpeg mends by itself, or scans enough to keep it busy for
     hours. What is stored stays readable.
     By ``policy`` ``pillow-rgb-1`` pixels become what ``Image.convert("RGB")`` makes of them instead: as they lie in the
@@ -81,14 +81,14 @@ def decode(data: bytes, limits: Limits, first: bool = False, policy: str = IMAGE
         image = _open(data)
         _check_size(image.size, limits)
         is_jpeg = image.format in ("JPEG", "MPO")
-        if first and is_jpeg and (scans := data.count(_START_OF_SCAN)) > limits.scans:
+        if strict and is_jpeg and (scans := data.count(_START_OF_SCAN)) > limits.scans:
             raise ImageRefused(Reason.IMAGE_SCANS, f"{scans} scans, above limits.scans of {limits.scans}")
         with _large if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext():
             image.load()
             _check_size(image.size, limits)  # a first frame may enlarge the canvas
             if image.format == "PNG":
                 _check_png_complete(image, data)
-            elif first and is_jpeg and is_mended(image, data, _loaded):
+            elif strict and is_jpeg and lacks_scan_data(image, data, _loaded):
                 raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG lacks scan data")
             if policy == PUBLISHED_POLICY:
                 image = image.convert("RGBA") if image.mode == "P" else image  # the same colours without a warning

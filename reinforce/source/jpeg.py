@@ -15,7 +15,7 @@ _RESTARTS = range(0xD0, 0xD8)
 _NOISE = bytes(1 + (i * i * 31 + i * 17) % 253 for i in range(64))
 
 
-def is_mended(image: Image.Image, data: bytes, decoded: Callable[[bytes], Image.Image]) -> bool:
+def lacks_scan_data(image: Image.Image, data: bytes, decoded: Callable[[bytes], Image.Image]) -> bool:
     """Whether scan data is missing from the JPEG ``data``, whose pixels in its own mode ``image`` holds.
 
     Where data ends early, libjpeg reads zeros: the blocks become flat, at the middle of the range. An image that has

@@ -35,7 +35,7 @@ def caption_of(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Lim
             text = document.get(name) if isinstance(document, dict) else None
         else:
             text = _decode(data)
-        caption = clean(text, limits.caption_chars) if isinstance(text, str) else ""
+        caption = clean_text(text, limits.caption_chars) if isinstance(text, str) else ""
         if caption:
             return caption
     return None
@@ -64,7 +64,7 @@ def metadata_of(sidecars: Mapping[str, bytes], keep: str | Sequence[str]) -> str
     return _SURROGATES.sub("\ufffd", text)
 
 
-def json_fault(data: bytes) -> str | None:
+def json_error(data: bytes) -> str | None:
     """Why a json member gives neither caption nor metadata; None where it can be read and is an object."""
     document = parse_json(data)
     if isinstance(document, dict):
@@ -90,7 +90,7 @@ def _finite(digits: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def clean(text: str, longest: int) -> str:
+def clean_text(text: str, longest: int) -> str:
     """A text by policy ``text-1``, at most ``longest`` characters of it."""
     text = _SURROGATES.sub("\ufffd", _CONTROLS.sub(" ", text)).strip()
     return text[:longest].rstrip()

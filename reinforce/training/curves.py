@@ -39,7 +39,7 @@ def draw(rows: Sequence[Mapping[str, Any]], url: str) -> None:
     lines = -(-len(panels) // columns)
     made, axes = plots.figure(len(panels), width=4.6 * columns, height=3.6 * lines, columns=columns)
     for panel, (title, y, series) in zip(axes, panels, strict=True):
-        plots.name(panel, title, "step", y)
+        plots.label(panel, title, "step", y)
         for index, (label, points) in enumerate(series.items()):
             marker = "o" if len(points) == 1 else None
             panel.plot(*zip(*points, strict=True), color=plots.colour(index), label=label or None, marker=marker)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from reinforce.terminal import clock
+from reinforce.terminal import format_duration
 
 
 class Meter:
@@ -47,7 +47,7 @@ def line(row: Mapping[str, Any], steps: int, eta: float) -> str:
         f"loss {row['loss']:.4f}",
         f"{row['samples_per_second']:,.0f} samples/s",
         f"waiting for data {row['waiting']:.0%}",
-        f"ETA {clock(eta)}",
+        f"ETA {format_duration(eta)}",
     ]
     if row["skipped"]:
         parts.append(f"{row['skipped']:,} steps skipped")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from reinforce.storage import Storage
-from reinforce.terminal import clock
+from reinforce.terminal import format_duration
 from reinforce.training.checkpoint import FOLDER, Best
 from reinforce.training.log import CURVES, EVENTS, LOG
 
@@ -45,7 +45,7 @@ class Results:
         """A short summary in plain English."""
         lines = [
             f"trained {self.parameters / 1e6:,.1f} million parameters for {self.steps:,} steps on {self.samples:,} "
-            f"samples in {clock(self.seconds)} ({self.seconds_per_step:.3g} s a step, "
+            f"samples in {format_duration(self.seconds)} ({self.seconds_per_step:.3g} s a step, "
             f"{self.samples_per_second:,.0f} samples/s)"
         ]
         if self.loss is not None:

@@ -17,7 +17,7 @@ from reinforce.dataset.store import MANIFEST, Store
 from reinforce.errors import UserError
 from reinforce.student.distillation import IMAGES, TEXTS, plan_distillation, stored_teachers
 from reinforce.student.train import build
-from reinforce.terminal import Screen, clock
+from reinforce.terminal import Screen, format_duration
 from reinforce.training.loop import length
 from reinforce.tuning import plot
 from reinforce.tuning.config import TuneConfig
@@ -67,7 +67,7 @@ class Tuned:
         """What people are told."""
         lines = [curve.text() for curve in self.curves]
         lines += [prediction.text(name) for name, prediction in self.predictions.items()]
-        lines.append(f"training took {clock(self.seconds)} over all trials and starts")
+        lines.append(f"training took {format_duration(self.seconds)} over all trials and starts")
         lines.append(f"table: {self.output}/{TABLE}   plot: {self.output}/{PICTURE}")
         if self.found:
             lines.append(f"to train with what was found: reinforce train {self.output}/{STUDENT}")

@@ -126,7 +126,7 @@ def _draw_screening(panel: Axes, axis: str, screened: Screened | None, predictio
 def _name(panel: Axes, title: str, y: str, values: Sequence[float]) -> None:
     from matplotlib.ticker import NullLocator
 
-    plots.name(panel, title, "lambda" if title == LAMBDA else "logit scale", y)
+    plots.label(panel, title, "lambda" if title == LAMBDA else "logit scale", y)
     if title != LAMBDA:
         panel.set_xscale("log")
     panel.xaxis.set_minor_locator(NullLocator())

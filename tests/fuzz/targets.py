@@ -29,7 +29,7 @@ from reinforce.dataset.augment import replay, sample
 from reinforce.engine.rows import Row, Wanted, rows_from_source
 from reinforce.source.image import FORMATS, ImageRefused, decode
 from reinforce.source.shards import Refusal, _split, _valid
-from reinforce.source.text import caption_of, json_fault, metadata_of
+from reinforce.source.text import caption_of, json_error, metadata_of
 from tests.fuzz import reinforcements
 from tests.helpers.data import picture
 from tests.helpers.tars import tar_bytes, zstd
@@ -238,7 +238,7 @@ def image(data: bytes) -> None:
 
 def _decoded(data: bytes) -> Image.Image | ImageRefused:
     try:
-        return decode(data, LIMITS, first=True)
+        return decode(data, LIMITS, strict=True)
     except ImageRefused as refused:
         return refused
 
@@ -273,7 +273,7 @@ def text(caption: bytes, document: bytes) -> None:
         if metadata is not None:
             metadata.encode()
             assert isinstance(json.loads(metadata), dict)
-        if "json" in sidecars and json_fault(sidecars["json"]) is not None:
+        if "json" in sidecars and json_error(sidecars["json"]) is not None:
             assert metadata is None
 
 

@@ -43,7 +43,7 @@ def read(data: bytes, name: str = "x.tar", limits: Limits = LIMITS) -> list[RawS
     return list(read_shard(f"memory://source/{name}", limits))
 
 
-def brief(rows: list[RawSample | Refusal]) -> list[tuple[str | None, str]]:
+def outcomes(rows: list[RawSample | Refusal]) -> list[tuple[str | None, str]]:
     """(key, image or reason) of each row."""
     return [(row.key, row.image.decode() if isinstance(row, RawSample) else row.reason.value) for row in rows]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from reinforce.cli import main
-from reinforce.model_names import models_of
+from reinforce.model_names import resolve_models
 from reinforce.shipping.latency import measure
 from reinforce.shipping.report import Latencies
 from reinforce.shipping.towers import reparameterised
@@ -69,7 +69,7 @@ def test_architectures_stand_side_by_side(latency: Told, tmp_path: Path, threads
 
 
 def test_operations_are_those_of_the_matrix_products(tmp_path: Path) -> None:
-    with models_of([student_folder(tmp_path)], weights=False) as specs:
+    with resolve_models([student_folder(tmp_path)], weights=False) as specs:
         (about,) = measure(specs, rounds=1).models.values()
     width, layers, patches, length = 32, 2, 16, 16
 
@@ -83,7 +83,7 @@ def test_operations_are_those_of_the_matrix_products(tmp_path: Path) -> None:
 
 
 def test_onnxruntime_stands_beside_torch(tmp_path: Path) -> None:
-    with models_of([student_folder(tmp_path)], weights=False) as specs:
+    with resolve_models([student_folder(tmp_path)], weights=False) as specs:
         found = measure(specs, rounds=2, onnx=True, clock="process")
     (about,) = found.models.values()
     assert {runtime: set(sides) for runtime, sides in about["milliseconds"].items()} == {

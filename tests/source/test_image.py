@@ -288,7 +288,7 @@ JPEGS = [{}, {"subsampling": 0}, {"restart_marker_blocks": 3}, {"optimize": True
 def test_a_jpeg_that_libjpeg_mends_is_refused_the_first_time_and_read_once_it_is_stored(mode, options, share):
     data = without_scan_data(encode(noise(100, 70, mode), "JPEG", **options), share)
     with pytest.raises(ImageRefused, match="image_broken: the JPEG lacks scan data"):
-        decode(data, LIMITS, first=True)
+        decode(data, LIMITS, strict=True)
     assert decode(data, LIMITS).size == (100, 70)
 
 
@@ -297,8 +297,8 @@ def test_a_progressive_jpeg_is_refused_if_its_first_scan_is_cut_and_passes_if_a_
     begin, end = scan_of(data)
     first_scan = data.index(b"\xff\xda", begin) - begin
     with pytest.raises(ImageRefused):
-        decode(without_scan_data(data, 0.5 * first_scan / (end - begin)), LIMITS, first=True)
-    assert decode(without_scan_data(data, 0.9), LIMITS, first=True).size == (100, 70)
+        decode(without_scan_data(data, 0.5 * first_scan / (end - begin)), LIMITS, strict=True)
+    assert decode(without_scan_data(data, 0.9), LIMITS, strict=True).size == (100, 70)
 
 
 @given(
@@ -314,7 +314,7 @@ def test_no_whole_jpeg_is_refused(size, colour, mode, options, quality):
     if colour is not None:  # grey is what missing data looks like
         image.paste(colour if mode == "L" else (colour,) * len(mode), (0, 0, *size))
     data = encode(image, "JPEG", **{"quality": quality, **options})
-    assert decode(data, LIMITS, first=True).tobytes() == decode(data, LIMITS).tobytes()
+    assert decode(data, LIMITS, strict=True).tobytes() == decode(data, LIMITS).tobytes()
 
 
 def test_limits_hold_by_the_header_before_decoding():

@@ -20,7 +20,7 @@ from reinforce.source.shards import RawSample, Refusal, read_ranges, read_shard
 from reinforce.source.tar import DamagedTar
 from reinforce.source.urls import expand
 from schemas import Reason
-from tests.helpers.tars import KEYS, LIMITS, THREE, brief, read, sample_members, tar_bytes, zstd
+from tests.helpers.tars import KEYS, LIMITS, THREE, outcomes, read, sample_members, tar_bytes, zstd
 
 # --- grouping
 
@@ -57,16 +57,16 @@ META = ["__MACOSX/a.jpg", "x/__MACOSX/a.jpg", "__index__", "__meta__/a.jpg", "__
 
 @pytest.mark.parametrize("name", HIDDEN + META)
 def test_members_that_belong_to_no_sample_are_passed_over(name):
-    assert brief(read(tar_bytes([("b.jpg", b"B"), (name, b"x"), ("b.txt", b"t"), ("c.jpg", b"C")]))) == [
+    assert outcomes(read(tar_bytes([("b.jpg", b"B"), (name, b"x"), ("b.txt", b"t"), ("c.jpg", b"C")]))) == [
         ("b", "B"),
         ("c", "C"),
     ]
 
 
 def test_the_first_image_wins_but_a_plain_extension_goes_before_a_compound_one():
-    assert brief(read(tar_bytes([("a.jpg", b"1"), ("a.png", b"2")]))) == [("a", "1")]
-    assert brief(read(tar_bytes([("a.depth.png", b"1"), ("a.jpg", b"2"), ("a.left.jpg", b"3")]))) == [("a", "2")]
-    assert brief(read(tar_bytes([("a.0.jpg", b"1"), ("a.1.jpg", b"2")]))) == [("a", "1")]
+    assert outcomes(read(tar_bytes([("a.jpg", b"1"), ("a.png", b"2")]))) == [("a", "1")]
+    assert outcomes(read(tar_bytes([("a.depth.png", b"1"), ("a.jpg", b"2"), ("a.left.jpg", b"3")]))) == [("a", "2")]
+    assert outcomes(read(tar_bytes([("a.0.jpg", b"1"), ("a.1.jpg", b"2")]))) == [("a", "1")]
 
 
 def test_a_key_without_an_image_is_refused():
@@ -76,12 +76,12 @@ def test_a_key_without_an_image_is_refused():
 
 def test_a_key_that_came_before_is_refused_and_the_first_stays():
     rows = read(tar_bytes([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.jpg", b"3"), ("a.txt", b"t"), ("c.jpg", b"4")]))
-    assert brief(rows) == [("a", "1"), ("b", "2"), ("a", "duplicate_key"), ("c", "4")]
+    assert outcomes(rows) == [("a", "1"), ("b", "2"), ("a", "duplicate_key"), ("c", "4")]
 
 
 def test_members_that_are_not_beside_the_others_of_their_key_are_refused():
     rows = read(tar_bytes([("a.jpg", b"1"), ("b.txt", b"t"), ("c.jpg", b"2"), ("a.txt", b"t"), ("b.jpg", b"3")]))
-    assert brief(rows)[:5] == [("a", "1"), ("b", "no_image"), ("c", "2"), ("a", "split_key"), ("b", "split_key")]
+    assert outcomes(rows)[:5] == [("a", "1"), ("b", "no_image"), ("c", "2"), ("a", "split_key"), ("b", "split_key")]
     assert "txt" in rows[3].detail
 
 
@@ -103,21 +103,21 @@ def test_a_shard_of_which_most_keys_are_in_pieces_is_refused_as_a_whole(order):
 def test_bounds_of_members_keys_and_samples_are_told():
     members = [("a.jpg", b"A"), *((f"a.{i}", b"x") for i in range(70))]
     rows = read(tar_bytes(members), limits=Limits(members=8))
-    assert brief(rows) == [("a", "A"), ("a", "members")]
+    assert outcomes(rows) == [("a", "A"), ("a", "members")]
     assert len(rows[0].sidecars) == 7
     assert rows[1].detail == "63 more than limits.members of 8, not read"
 
     rows = read(tar_bytes([("k" * 100 + ".jpg", b"A"), ("k" * 101 + ".jpg", b"B")]), limits=Limits(key_chars=100))
-    assert brief(rows) == [("k" * 100, "A"), ("k" * 100, "key_chars")]
+    assert outcomes(rows) == [("k" * 100, "A"), ("k" * 100, "key_chars")]
 
     rows = read(tar_bytes([(f"{i}.jpg", b"A") for i in range(5)]), limits=Limits(shard_samples=3))
-    assert brief(rows) == [("0", "A"), ("1", "A"), ("2", "A"), (None, "shard_samples")]
+    assert outcomes(rows) == [("0", "A"), ("1", "A"), ("2", "A"), (None, "shard_samples")]
     assert "from '3' on" in rows[-1].detail
 
 
 def test_a_member_that_comes_twice_in_a_row_is_refused_and_the_first_stays():
     rows = read(tar_bytes([("a.jpg", b"1"), ("a.txt", b"t"), ("a.jpg", b"2"), ("a.txt", b"u")]))
-    assert brief(rows) == [("a", "1"), ("a", "duplicate_key")]
+    assert outcomes(rows) == [("a", "1"), ("a", "duplicate_key")]
     assert rows[0].sidecars == {"txt": b"t"}
 
 
@@ -126,7 +126,7 @@ def test_limits_refuse_a_large_image_and_drop_a_large_sidecar():
     rows = read(
         tar_bytes([("a.jpg", big), ("b.jpg", fits), ("b.txt", bytes(301)), ("b.json", bytes(300)), ("c.jpg", b"C")])
     )
-    assert brief(rows) == [("a", "image_bytes"), ("b", fits.decode()), ("c", "C")]
+    assert outcomes(rows) == [("a", "image_bytes"), ("b", fits.decode()), ("c", "C")]
     assert rows[1].sidecars == {"json": bytes(300)}
     detail = ".txt: 301 bytes, above limits.sidecar_bytes of 300"
     assert rows[1].left_out == {"txt": Refusal("b", Reason.SIDECAR_BYTES, detail)}
@@ -135,7 +135,7 @@ def test_limits_refuse_a_large_image_and_drop_a_large_sidecar():
 def test_names_that_are_not_utf8_give_different_valid_keys():
     names = [b"caf\xe9.jpg".decode("utf-8", "surrogateescape"), b"caf\xe8.jpg".decode("utf-8", "surrogateescape")]
     for format in (tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
-        assert brief(read(tar_bytes([(name, b"A") for name in names], format))) == [("caf%E9", "A"), ("caf%E8", "A")]
+        assert outcomes(read(tar_bytes([(name, b"A") for name in names], format))) == [("caf%E9", "A"), ("caf%E8", "A")]
 
 
 # --- shards as a whole
@@ -148,13 +148,13 @@ def test_a_missing_shard_is_one_refusal(tmp_path):
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"x" * 5000, gzip.compress(THREE)])
 def test_what_is_no_tar_is_unreadable(data):
-    assert brief(read(data)) == [(None, "shard_unreadable")]
+    assert outcomes(read(data)) == [(None, "shard_unreadable")]
 
 
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.tar.xz", "x.tar.bz2", "x.tar.zst"])
 def test_what_is_not_compressed_as_its_name_says_is_unreadable(name):
     for data in (THREE, b""):
-        assert brief(read(data, name)) == [(None, "shard_unreadable")]
+        assert outcomes(read(data, name)) == [(None, "shard_unreadable")]
 
 
 def test_compressed_data_under_a_plain_name_says_the_name_it_wants():

@@ -12,7 +12,7 @@ from reinforce.config import Limits
 from reinforce.source.shards import RawSample, Refusal
 from reinforce.source.tar import DamagedTar, Member, members
 from schemas import Reason
-from tests.helpers.tars import BODY, KEYS, THREE, brief, read, sample_members, tar_bytes, zstd
+from tests.helpers.tars import BODY, KEYS, THREE, outcomes, read, sample_members, tar_bytes, zstd
 
 # --- formats
 
@@ -30,7 +30,7 @@ def test_folders_and_devices_are_skipped_and_links_are_told_and_not_followed():
             tar.addfile(info, io.BytesIO(b"B"))
     rows = read(buffer.getvalue())
     assert rows[0] == Refusal("a", Reason.NO_IMAGE, "no image among: jpg (a link)")
-    assert brief(rows)[1:] == [("b", "B")]
+    assert outcomes(rows)[1:] == [("b", "B")]
     assert rows[1].left_out["txt"] == Refusal("b", Reason.SIDECAR_BROKEN, ".txt: a link, which is not followed")
 
 
@@ -41,18 +41,18 @@ def test_pax_headers_give_names_and_sizes():
         info.size, info.pax_headers = 3, {"path": "ü" * 300 + ".jpg", "comment": "7 a=b\n"}
         tar.addfile(info, io.BytesIO(b"abc"))
     data = bytearray(buffer.getvalue())
-    assert brief(read(bytes(data))) == [("ü" * 300, "abc")]
+    assert outcomes(read(bytes(data))) == [("ü" * 300, "abc")]
 
 
 def test_base_256_sizes_are_read():
     member = bytearray(tar_bytes([("a.jpg", b"abc")]))
     member[124:136] = b"\x80" + (3).to_bytes(11, "big")
-    assert brief(read(checked(member))) == [("a", "abc")]
+    assert outcomes(read(checked(member))) == [("a", "abc")]
 
 
 def test_concatenated_tars_are_read_to_the_end():
     parts = [tar_bytes(sample_members(key, key.encode())) for key in "abc"]
-    assert brief(read(b"".join(parts))) == [("a", "a"), ("b", "b"), ("c", "c")]
+    assert outcomes(read(b"".join(parts))) == [("a", "a"), ("b", "b"), ("c", "c")]
 
 
 def test_a_tar_of_zero_blocks_is_empty():
@@ -179,10 +179,10 @@ def test_a_member_behind_damage_whose_name_may_have_been_lost_is_not_given_anoth
 
 
 def test_a_shard_of_which_nothing_is_left_but_damage_is_unreadable_and_one_with_a_damaged_beginning_is_not():
-    assert brief(read(b"x" * len(THREE))) == [(None, "shard_unreadable")]
+    assert outcomes(read(b"x" * len(THREE))) == [(None, "shard_unreadable")]
     rows = read(b"x" * 512 + THREE[512:])
-    assert brief(rows)[1:] == [*brief(read(THREE))[1:], (None, "shard_damaged")]
-    assert brief(rows)[0] == ("a", "no_image")
+    assert outcomes(rows)[1:] == [*outcomes(read(THREE))[1:], (None, "shard_damaged")]
+    assert outcomes(rows)[0] == ("a", "no_image")
 
 
 def test_damage_without_end_is_told_a_hundred_times_and_then_no_more():
@@ -197,7 +197,7 @@ def test_the_sample_that_damage_interrupts_is_kept_if_it_has_its_image():
     image_end = ENDS[1] + 512 + 1024
     assert [(row.key, type(row)) for row in read(THREE[: image_end + 100])][2:] == [("c", RawSample), (None, Refusal)]
     rows = read(THREE[: image_end - 600])
-    assert brief(rows)[2:] == [("c", "image_broken"), (None, "shard_damaged")]
+    assert outcomes(rows)[2:] == [("c", "image_broken"), (None, "shard_damaged")]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_size_beyond_the_end_of_a_stream_of_unknown_length_takes_what_follows_
     data = bytearray(THREE)
     data[ENDS[0] + 124 : ENDS[0] + 136] = b"\x80" + (2**33).to_bytes(11, "big")
     rows = read(gzip.compress(checked(data, ENDS[0])), "x.tar.gz")
-    assert brief(rows)[1:] == [("b", "image_bytes"), (None, "shard_damaged")]
+    assert outcomes(rows)[1:] == [("b", "image_bytes"), (None, "shard_damaged")]
 
 
 def pax(records: bytes, after: bytes) -> bytes:
@@ -246,7 +246,7 @@ def pax(records: bytes, after: bytes) -> bytes:
 )
 def test_malformed_pax_headers_are_damage(records):
     rows = read(THREE[: ENDS[0]] + pax(records, THREE[ENDS[0] :]))
-    assert brief(rows) == [*brief(read(THREE)), (None, "shard_damaged")]
+    assert outcomes(rows) == [*outcomes(read(THREE)), (None, "shard_damaged")]
 
 
 def test_an_extended_header_that_nothing_follows_is_damage():
@@ -266,8 +266,8 @@ def test_sparse_members_are_told_not_misread():
 
 
 def test_junk_behind_the_end_and_holes_of_zeros_are_damage():
-    assert brief(read(THREE + bytes(1024) + b"junk" * 128))[3:] == [(None, "shard_damaged")]
-    assert brief(read(THREE + bytes(5 * 2**20)))[3:] == [(None, "shard_damaged")]
+    assert outcomes(read(THREE + bytes(1024) + b"junk" * 128))[3:] == [(None, "shard_damaged")]
+    assert outcomes(read(THREE + bytes(5 * 2**20)))[3:] == [(None, "shard_damaged")]
     assert len(read(THREE + bytes(2**20))) == 3
 
 

@@ -22,6 +22,7 @@ from reinforce.seeds import uniforms
 from reinforce.source.image import IMAGE_POLICY
 from reinforce.source.shards import referenced_images
 from reinforce.source.tar import DamagedTar
+from schemas import image_column
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.intp]
@@ -72,7 +73,7 @@ class Choice:
     def columns(self, images: Literal["embed", "reference"]) -> dict[str, tuple[str, ...]]:
         """Columns that are read, by layer; of a dataset whose samples layer keeps ``images`` in that way."""
         sources = list(dict.fromkeys(source for kind in self.kinds for source in self.sources(kind)))
-        samples = ["key", "augmentations", "image" if images == "embed" else "image_ref"]
+        samples = ["key", "augmentations", image_column(images)]
         columns: dict[str, tuple[str, ...]] = {
             SAMPLES: (*samples, "caption") if TRUE_CAPTION in sources else (*samples,)
         }
