@@ -1,43 +1,31 @@
-"""Source shards as streams of samples. Whatever cannot become a sample comes out as a refusal with its reason."""
+"""Read source shards as streams of samples. What cannot become a sample is yielded as a refusal with its reason."""
 
 from __future__ import annotations
 
-import bz2
-import errno
-import gzip
 import hashlib
 import itertools
-import lzma
-import os
 import re
-import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import pyarrow as pa
-from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
+from reinforce.source.streams import BLOCK_BYTES, open_stream
 from reinforce.source.tar import DamagedTar, Member, Readable, members
 from reinforce.source.urls import canonical, compression, filesystem
 from schemas import Reason
 
-#: Members that are images, in formats that reinforce.source.image reads.
+#: Extensions of members that are images, in formats that reinforce.source.image reads.
 IMAGE_EXTENSIONS = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif"}
     | {"pnm", "pbm", "pgm", "ppm"}
 )
-_BLOCK = 8 * 2**20  # bytes of one request to an object store
 _META = re.compile(r"__[^/]*__(/|$)")
-_MAGIC = {b"\x1f\x8b": ".tar.gz", b"\xfd7zXZ": ".tar.xz", b"BZh": ".tar.bz2", b"\x28\xb5\x2f\xfd": ".tar.zst"}
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A sample or a part of it that cannot be read, or with key None something about the shard as a whole."""
+    """A sample, or a part of it, that cannot be read; with key None, a problem of the shard as a whole."""
 
     key: str | None
     reason: Reason
@@ -46,31 +34,32 @@ class Refusal:
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as it stands in its shard. ``offset`` and ``length`` place the image in the uncompressed tar."""
+    """A sample as stored in its shard; ``offset`` and ``length`` locate the image in the uncompressed tar, in bytes."""
 
-    key: str  # bytes of the name that are not UTF-8 are written %XX
+    key: str  # bytes of the name that are not UTF-8 are written as %XX
     image: bytes
     offset: int
     length: int
     sidecars: dict[str, bytes]  # by lower-case extension: txt, json, ...
-    left_out: Mapping[str, Refusal] = field(default_factory=dict)  # sidecars that were not read, and why
+    left_out: Mapping[str, Refusal] = field(default_factory=dict)  # by extension: sidecars that were not read, and why
 
 
 def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSample | Refusal]:
-    """The samples of a tar in its order, as webdataset groups them, with refusals in between.
+    """Yield the samples of a tar in order, grouped as webdataset groups them, with refusals in between.
 
-    A sample is a run of members with one key: the path up to the first dot of the file name; the rest, in lower
-    case, is the extension. Hidden files, ``__MACOSX`` and ``__meta__`` names are no samples. The image is the
-    first member with an image extension; ``jpg`` goes before a compound one such as ``depth.png``. Of the other
-    members those of at most ``limits.sidecar_bytes`` are kept. A key that comes again is refused: its members must
-    lie side by side, and where those of most samples do not, the shard as a whole is refused at its end.
-    A shard that is missing, unreadable or damaged gives a Refusal without a key; samples before and behind the damage
-    are read. Memory does not grow with the shard, except for 8-byte hashes of its keys.
-    Without ``images`` it is the sidecars that are wanted: samples need no image, and images are not read.
-    Raises what the storage raises otherwise (timeouts, lost connections): that is worth another attempt.
+    A sample is a run of members with the same key. The key is the path up to the first dot of the file name; the rest,
+    in lower case, is the extension. Hidden files and ``__MACOSX`` and ``__meta__`` names belong to no sample. The image
+    is the first member with an image extension; ``jpg`` takes precedence over a compound extension such as
+    ``depth.png``. Of the other members, those of at most ``limits.sidecar_bytes`` are kept.
+    A key that occurs again later is refused, because the members of a sample must be next to each other. If that holds
+    for most samples, the shard as a whole is refused at its end.
+    A shard that is missing, unreadable or damaged yields a Refusal without a key; samples before and after the damage
+    are read. Memory does not grow with the shard, except for an 8-byte hash per key.
+    With ``images=False`` only sidecars are read, and samples need no image.
+    Raises the storage's other errors (timeouts, lost connections), for which the shard can be retried.
     """
     try:
-        with _open(url) as (stream, size):
+        with open_stream(url) as (stream, size):
             yield from _samples(stream, size, limits, images)
     except (FileNotFoundError, NotADirectoryError) as error:
         yield Refusal(None, Reason.SHARD_MISSING, _describe(error))
@@ -79,45 +68,61 @@ def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSam
 
 
 def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-    """The bytes at (offset, length) of an uncompressed tar, for ascending ranges.
+    """Yield the bytes at each (offset, length) of an uncompressed tar; the ranges must be in ascending order.
 
-    Read ahead in blocks of 8 MiB, so neighbouring ranges share requests. Raises DamagedTar where the file ends
-    before a range does, and what the storage raises.
+    Requests read ahead by 8 MiB, so that neighbouring ranges share them. Raises DamagedTar where the file ends before a
+    range does, and what the storage raises.
     """
     if compression(url):
         raise UserError(f"{canonical(url)}: images cannot be read by reference from a compressed tar. Unpack it.")
     fs, path = filesystem(url)
-    with fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead") as file:
+    with fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
         for offset, length in ranges:
             file.seek(offset)
             data = bytearray()
             while len(data) < length and (part := file.read(length - len(data))):
                 data += part
             if len(data) < length:
-                raise DamagedTar(offset + len(data), f"{length} bytes at {offset} are referred to, but the file ends")
+                raise DamagedTar(offset + len(data), f"the file ends inside the {length} bytes at {offset}")
             yield bytes(data)
 
 
 def referenced_images(references: list[dict[str, object]]) -> Iterator[bytes]:
-    """Images of one row group from their tar: consecutive rows of one URL are one sequential read."""
+    """Yield the images of one row group from their tars; consecutive rows of one URL are read sequentially."""
     for url, rows in itertools.groupby(references, key=lambda reference: str(reference["url"])):
         yield from read_ranges(url, ((int(str(r["offset"])), int(str(r["length"]))) for r in rows))
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """Split a member's name into key and lower-case extension; the key is empty if it belongs to no sample."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not stem or not dot or _META.match(name) or "__MACOSX" in folder.split("/"):
+        return "", ""
+    return folder + slash + stem, extension.lower()
+
+
+def as_utf8(name: str) -> str:
+    """Write bytes of a name that are not UTF-8 as %XX, so that different names stay different."""
+    return re.sub(r"[\udc80-\udcff]", lambda match: f"%{ord(match[0]) - 0xDC00:02X}", name)
+
+
 @dataclass
 class _Group:
-    """Members of one key, as far as they have been read. ``before`` is None for a new key, else whether it came
-    ``whole``."""
+    """The members read so far of one run of members with the same key.
+
+    ``earlier`` is None if the key is new, otherwise whether its earlier members made a complete sample.
+    """
 
     key: str
-    before: bool | None
-    images: bool
+    earlier: bool | None
+    needs_image: bool
     extensions: list[str] = field(default_factory=list)
     repeated: str | None = None
     unread: int = 0  # members above limits.members
     image: Member | None = None
     image_extension: str = ""
-    data: bytes | None = None  # None: over the limit
+    data: bytes | None = None  # None if above limits.image_bytes
     cut_off: bool = False
     sidecars: dict[str, bytes] = field(default_factory=dict)
     left_out: dict[str, Refusal] = field(default_factory=dict)
@@ -133,204 +138,129 @@ class _Group:
         if member.is_link:
             self._leave_out(extension, Reason.SIDECAR_BROKEN, "a link, which is not followed")
         elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
-            if self.images and (self.image is None or ("." in self.image_extension and "." not in extension)):
+            if self.needs_image and (self.image is None or ("." in self.image_extension and "." not in extension)):
                 self.image, self.image_extension = member, extension
                 self.data, self.cut_off = _read(member, limits.image_bytes)
         else:
             data, cut_off = _read(member, limits.sidecar_bytes)
             if data is not None:
                 self.sidecars[extension] = data
-            elif not cut_off:  # else it is lost with the damage, which is told
-                why = f"{member.size} bytes, above limits.sidecar_bytes of {limits.sidecar_bytes}"
-                self._leave_out(extension, Reason.SIDECAR_BYTES, why)
+            elif not cut_off:  # a sidecar that is cut off is covered by the refusal for the damage
+                detail = f"{member.size} bytes, above limits.sidecar_bytes of {limits.sidecar_bytes}"
+                self._leave_out(extension, Reason.SIDECAR_BYTES, detail)
 
     @property
-    def whole(self) -> bool:
-        """Whether what a sample needs is there."""
-        return self.image is not None or not self.images
+    def complete(self) -> bool:
+        """Whether the members make a sample."""
+        return self.image is not None or not self.needs_image
 
-    def _leave_out(self, extension: str, reason: Reason, why: str) -> None:
-        self.left_out[extension] = Refusal(_valid(self.key), reason, f".{_valid(extension)}: {why}")
+    @property
+    def split(self) -> bool:
+        """Whether members of one sample are apart, and not a whole sample repeated."""
+        return self.earlier is not None and not (self.earlier and self.complete)
 
     def close(self, limits: Limits) -> Iterator[RawSample | Refusal]:
-        key = _valid(self.key)
+        """Yield the sample, or the refusal of the key, and what was refused of the sample."""
+        key = as_utf8(self.key)
         if len(key) > limits.key_chars:
             detail = f"{len(key)} characters, above limits.key_chars of {limits.key_chars}"
             yield Refusal(key[:100], Reason.KEY_CHARS, detail)
             return
-        extensions = ", ".join(map(_valid, self.extensions))[:200]
-        if self.before is not None:
-            if self.before and self.whole:
-                yield Refusal(key, Reason.DUPLICATE_KEY, "the key came before in this shard; the first is kept")
+        if self.earlier is not None:
+            if self.split:
+                yield Refusal(key, Reason.SPLIT_KEY, f"not next to the other members of the key: {self._listed()}")
             else:
-                yield Refusal(key, Reason.SPLIT_KEY, f"not beside the other members of the key: {extensions}")
+                yield Refusal(key, Reason.DUPLICATE_KEY, "the key occurs earlier in this shard; the first is kept")
             return
-        if not self.images:
-            yield RawSample(key, b"", 0, 0, self.sidecars, self.left_out)
-        elif self.image is None:
-            yield Refusal(key, Reason.NO_IMAGE, f"no image among: {extensions}")
-        elif self.cut_off:
-            yield Refusal(key, Reason.IMAGE_BROKEN, "cut off where the shard is damaged")
-        elif self.data is None:
-            detail = f"{self.image.size} bytes, above limits.image_bytes of {limits.image_bytes}"
-            yield Refusal(key, Reason.IMAGE_BYTES, detail)
-        else:
-            yield RawSample(key, self.data, self.image.offset, self.image.size, self.sidecars, self.left_out)
+        yield self._sample(key, limits)
         if self.repeated is not None:
-            detail = f"member .{_valid(self.repeated)[:100]} came twice; the first is kept"
+            detail = f"member .{as_utf8(self.repeated)[:100]} occurs twice; the first is kept"
             yield Refusal(key, Reason.DUPLICATE_KEY, detail)
         if self.unread:
             yield Refusal(key, Reason.MEMBERS, f"{self.unread} more than limits.members of {limits.members}, not read")
 
+    def _sample(self, key: str, limits: Limits) -> RawSample | Refusal:
+        if not self.needs_image:
+            return RawSample(key, b"", 0, 0, self.sidecars, self.left_out)
+        if self.image is None:
+            return Refusal(key, Reason.NO_IMAGE, f"no image among: {self._listed()}")
+        if self.cut_off:
+            return Refusal(key, Reason.IMAGE_BROKEN, "cut off where the shard is damaged")
+        if self.data is None:
+            detail = f"{self.image.size} bytes, above limits.image_bytes of {limits.image_bytes}"
+            return Refusal(key, Reason.IMAGE_BYTES, detail)
+        return RawSample(key, self.data, self.image.offset, self.image.size, self.sidecars, self.left_out)
 
-def _read(member: Member, limit: int) -> tuple[bytes | None, bool]:
-    """A member's data, None where it is above the limit or cut off, and whether it is the latter."""
-    try:
-        return member.read(limit), False
-    except DamagedTar:  # comes again between the members
-        return None, True
+    def _leave_out(self, extension: str, reason: Reason, detail: str) -> None:
+        self.left_out[extension] = Refusal(as_utf8(self.key), reason, f".{as_utf8(extension)}: {detail}")
+
+    def _listed(self) -> str:
+        return ", ".join(map(as_utf8, self.extensions))[:200]
 
 
-def _samples(stream: Readable, size: int | None, limits: Limits, images: bool) -> Iterator[RawSample | Refusal]:
-    seen: dict[bytes, bool] = {}  # keys by hash, and whether they came whole
-    split = 0
-    damages: list[tuple[DamagedTar, str]] = []
-    last = ""  # member
+class _KeyedMembers:
+    """Iterates over the (key, extension, member) of a tar and collects its damage."""
 
-    def named() -> Iterator[tuple[str, str, Member]]:
-        nonlocal last
-        for item in members(stream, size):
+    def __init__(self, stream: Readable, size: int | None) -> None:
+        self._members = members(stream, size)
+        self._damages: list[tuple[DamagedTar, str]] = []  # with the name of the member before
+        self._last_name = ""
+
+    def __iter__(self) -> Iterator[tuple[str, str, Member]]:
+        for item in self._members:
             if isinstance(item, DamagedTar):
-                damages.append((item, last))
+                self._damages.append((item, self._last_name))
                 continue
-            last = item.name
-            key, extension = _split(item.name)
+            self._last_name = item.name
+            key, extension = split_name(item.name)
             if key:
                 yield key, extension, item
 
-    for key, run in itertools.groupby(named(), key=lambda item: item[0]):
+    def refusals(self) -> Iterator[Refusal]:
+        """Yield a refusal for each damage; damage in a tar without any member makes the shard unreadable."""
+        if self._damages and not self._last_name:
+            yield Refusal(None, Reason.SHARD_UNREADABLE, self._damages[0][0].detail)
+            return
+        for damage, before in self._damages:
+            name = as_utf8(before)[-200:]
+            where = f"the member before it is {name!r}" if before else "no member comes before it"
+            yield Refusal(None, Reason.SHARD_DAMAGED, f"{damage}; {where}")
+
+
+def _samples(stream: Readable, size: int | None, limits: Limits, images: bool) -> Iterator[RawSample | Refusal]:
+    tar = _KeyedMembers(stream, size)
+    complete: dict[bytes, bool] = {}  # by hash of the key: whether it made a complete sample
+    split = 0
+    for key, run in itertools.groupby(tar, key=lambda item: item[0]):
         digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-        if len(seen) == limits.shard_samples and digest not in seen:
-            detail = (
-                f"more than limits.shard_samples of {limits.shard_samples}; the rest, from {_valid(key)[:100]!r} on"
-            )
-            yield Refusal(None, Reason.SHARD_SAMPLES, f"{detail}, is not read")
+        if len(complete) == limits.shard_samples and digest not in complete:
+            detail = f"more than limits.shard_samples of {limits.shard_samples}"
+            detail = f"{detail}; the rest, from {as_utf8(key)[:100]!r} on, is not read"
+            yield Refusal(None, Reason.SHARD_SAMPLES, detail)
             break
-        group = _Group(key, seen.get(digest), images)
+        group = _Group(key, complete.get(digest), images)
         for _, extension, member in run:
             group.add(extension, member, limits)
         yield from group.close(limits)
-        split += group.before is not None and not (group.before and group.whole)
-        seen[digest] = bool(group.before or group.whole)
-    if damages and not last:
-        yield Refusal(None, Reason.SHARD_UNREADABLE, damages[0][0].detail)
-        return
-    for damage, before in damages:
-        name = _valid(before)[-200:]
-        detail = f"{damage}; " + (f"the member before it is {name!r}" if before else "no member comes before it")
-        yield Refusal(None, Reason.SHARD_DAMAGED, detail)
-    if 2 * split > len(seen):
+        split += group.split
+        complete[digest] = bool(group.earlier or group.complete)
+    yield from tar.refusals()
+    if 2 * split > len(complete):
         yield Refusal(
             None,
             Reason.SHARD_UNSORTED,
-            f"the members of most of its {len(seen)} samples do not lie side by side, as WebDatasets have them: unpack "
-            "it, and pack it with `tar --sort=name`",
+            f"the members of most of its {len(complete)} samples are not next to each other, as WebDataset needs them: "
+            "unpack it, and pack it again with `tar --sort=name`",
         )
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Key and lower-case extension of a member; an empty key where it belongs to no sample."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not stem or not dot or _META.match(name) or "__MACOSX" in folder.split("/"):
-        return "", ""
-    return folder + slash + stem, extension.lower()
-
-
-def _valid(name: str) -> str:
-    """A name with the bytes that are not UTF-8 as %XX, so that different names stay different."""
-    return re.sub(r"[\udc80-\udcff]", lambda match: f"%{ord(match[0]) - 0xDC00:02X}", name)
+def _read(member: Member, limit: int) -> tuple[bytes | None, bool]:
+    """Return a member's data, or None if it is above the limit or cut off, and whether it is cut off."""
+    try:
+        return member.read(limit), False
+    except DamagedTar:  # the same damage is reported again after this member
+        return None, True
 
 
 def _describe(error: OSError) -> str:
-    return _valid(error.strerror or str(error) or type(error).__name__)
-
-
-@contextmanager
-def _open(url: str) -> Iterator[tuple[Readable, int | None]]:
-    """The uncompressed bytes of a shard and their number, where it is known beforehand."""
-    fs, path = filesystem(url)
-    kind = compression(url)
-    if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(os.stat(path).st_mode):
-        raise IsADirectoryError(errno.EISDIR, "a folder, pipe or device, not a file")  # opening a pipe would wait
-    with fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead") as file:
-        yield (_Plain(file), getattr(file, "size", None)) if kind is None else (_Decompressed(file, kind), None)
-
-
-class _Plain:
-    """An uncompressed stream; compressed data under a plain name is told from junk."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._begun = False
-
-    def read(self, size: int, /) -> bytes:
-        data: bytes = self._file.read(size)
-        if not self._begun:
-            self._begun = True
-            for magic, ending in _MAGIC.items():
-                if data.startswith(magic):
-                    raise EOFError(f"compressed data; name the file {ending}")
-        return data
-
-
-class _Decompressed:
-    """A decompressing stream. EOFError: the data is broken. What the storage raises passes through."""
-
-    def __init__(self, file: Any, kind: str) -> None:
-        self._file = _Watched(file)
-        decompressor, self._step = _DECOMPRESSORS[kind]
-        self._stream = decompressor(self._file)
-        self._kind = kind
-
-    def read(self, size: int, /) -> bytes:
-        try:  # little at a time: what a decompressor holds when it fails is lost
-            data: bytes = self._stream.read1(min(size, self._step))
-        except Exception as error:  # zlib.error, LZMAError, OSError, EOFError: each library its own
-            if self._file.error is not None:
-                raise self._file.error from None
-            raise EOFError(f"broken {self._kind} data ({error})") from error
-        return data
-
-
-class _Watched:
-    """A compressed file that remembers whether it raised, so that its errors are told from a decompressor's."""
-
-    closed = False
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self.error: Exception | None = None
-
-    def read(self, size: int = -1, /) -> bytes:
-        try:
-            data: bytes = self._file.read(size)
-        except Exception as error:
-            self.error = error
-            raise
-        return data
-
-    def close(self) -> None:
-        """pyarrow closes what it reads from; the file below is closed by who opened it."""
-
-    def seek(self, *_: object) -> int:
-        raise OSError("read from front to back only")
-
-
-#: How to open each kind of compression, and how many bytes to take from it at a time.
-_DECOMPRESSORS: dict[str, tuple[Callable[[Any], Any], int]] = {
-    "gzip": (lambda file: gzip.GzipFile(fileobj=file, mode="rb"), 2**16),
-    "xz": (lzma.LZMAFile, 2**16),
-    "bzip2": (bz2.BZ2File, 2**16),
-    "zstd": (lambda file: pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"), 2**12),
-}
+    return as_utf8(error.strerror or str(error) or type(error).__name__)

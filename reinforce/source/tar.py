@@ -1,5 +1,7 @@
-"""A tar read once from front to back, whose damage is told and passed over: tarfile and webdataset end silently at a
-bad header."""
+"""Read a tar sequentially, report damage and continue after it; tarfile and webdataset stop silently at a bad header.
+
+The formats are ustar and pax (POSIX.1-2001) and GNU tar's.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 BLOCK = 512
-_RECORDS = (20 * BLOCK, 2**20)  # what writers pad a tar to, if they do
-_CHUNK = 2**20
-_MOST_EXTENDED = 2**20  # bytes of one pax or long-name header
-_MOST_SIZE = 2**40
-_MOST_PADDING = 4 * 2**20  # zeros after the last member: writers pad to 10 KiB, some to 1 MiB; more is a hole
-_MOST_SEARCHED = 2**30  # bytes behind damage in which the next header is looked for
-_MOST_DAMAGES = 100
+_RECORD_BYTES = (20 * BLOCK, 2**20)  # multiples that writers pad a tar to, if they do
+_CHUNK_BYTES = 2**20
+_MAX_EXTENDED_BYTES = 2**20  # of one pax or long-name header
+_MAX_MEMBER_BYTES = 2**40
+_MAX_PADDING_BYTES = 4 * 2**20  # zeros after the last member: writers pad to 10 KiB, some to 1 MiB; more is a hole
+_MAX_SEARCH_BYTES = 2**30  # searched for the next header after damage
+_MAX_DAMAGES = 100
 _MAGIC = b"ustar"
-_MAGIC_AT = 257
-_EXTENDED = {
+_MAGIC_OFFSET = 257
+_EXTENDED_TYPES = {
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
     tarfile.XHDTYPE,
@@ -27,11 +29,11 @@ _EXTENDED = {
     tarfile.XGLTYPE,
 }
 _PAX_RECORD = re.compile(rb"(\d{1,8}) ([^=]+)=")
-_OWN_NAME = re.compile(rb"[^\0?]{1,99}\0")
+_COMPLETE_NAME = re.compile(rb"[^\0?]{1,99}\0")
 
 
 class DamagedTar(Exception):
-    """The tar is broken at byte ``offset`` (of the uncompressed stream)."""
+    """The tar is broken at byte ``offset`` of the uncompressed stream."""
 
     def __init__(self, offset: int, detail: str) -> None:
         super().__init__(f"damaged at byte {offset}: {detail}")
@@ -40,9 +42,9 @@ class DamagedTar(Exception):
 
 
 class Readable(Protocol):
-    """A stream of bytes. It may give less than was asked for; nothing means the end.
+    """A stream of bytes. ``read`` may return fewer bytes than asked for, and returns none at the end.
 
-    EOFError from it means that its own data is broken (a decompressor's); other exceptions pass through.
+    It raises EOFError if its data is broken (by a decompressor); other exceptions pass through.
     """
 
     def read(self, size: int, /) -> bytes: ...
@@ -50,23 +52,23 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class Member:
-    """A file or link in a tar. ``offset`` is the first byte of its data; ``read`` works until the next member."""
+    """A file or link in a tar. ``offset`` is the first byte of its data; ``read`` is valid until the next member."""
 
     name: str  # bytes that are not UTF-8 as lone surrogates (surrogateescape)
     offset: int
     size: int
     is_link: bool  # symbolic or hard, without data
-    cut_off: bool  # known before it is read: the stream is too short for it
+    cut_off: bool  # the stream is known to be too short for it
     _stream: _Stream
 
     def read(self, limit: int) -> bytes | None:
-        """The data, or None without reading if it has more than ``limit`` bytes. Raises DamagedTar if cut off."""
+        """Return the data, or None, unread, if it is larger than ``limit`` bytes. Raises DamagedTar if cut off."""
         if self.cut_off:
             raise _cut_off(self)
         if self.size > limit:
             return None
         if self._stream.position != self.offset:
-            raise RuntimeError("a member is read once, before the next one is taken")
+            raise RuntimeError("a member can be read only once, and before the next one")
         data = self._stream.read(self.size)
         if len(data) < self.size:
             raise _cut_off(self)
@@ -74,17 +76,18 @@ class Member:
 
 
 def members(stream: Readable, size: int | None = None) -> Iterator[Member | DamagedTar]:
-    """The regular files and links of a tar: ustar, GNU and pax; folders and devices are skipped.
+    """Yield the regular files and links of a tar, and its damage; folders and devices are skipped.
 
-    Damage comes, not raised, where it stands between them. Reading goes on at the next header that can be told to be
-    one: magic, checksum, and a name that no lost long-name header may have replaced. (A member that is a tar itself
-    would be read for part of this one, if its own header is what is broken.) What follows is damage, too: an end
-    without zero blocks, since the tar may be cut between members; zeros of a length that no writer leaves between
-    concatenated tars; a member longer than what is left of ``size``, the stream's bytes where they are known.
-    Memory stays at 1 MiB and what a caller reads.
+    Damage is yielded in place instead of raised. Reading resumes at the next block with the magic and the checksum of a
+    header, and a name that a lost long-name header cannot have replaced. (If the header of a member that is itself a
+    tar is damaged, the members of that tar are read as members of this one.)
+    Three more things count as damage: an end without zero blocks, since the tar may be cut off between members; zeros
+    of a length that no writer leaves between concatenated tars; a member that exceeds ``size``, the length of the
+    stream in bytes where it is known.
+    Memory is 1 MiB and what the caller reads.
     """
     reader = _Reader(_Stream(stream), size)
-    for _ in range(_MOST_DAMAGES):
+    for _ in range(_MAX_DAMAGES):
         try:
             yield from reader
             return
@@ -93,21 +96,21 @@ def members(stream: Readable, size: int | None = None) -> Iterator[Member | Dama
         try:
             if not reader.resume():
                 return
-        except DamagedTar as damage:  # a decompressor's, which does not go on
+        except DamagedTar as damage:  # a decompressor's, which cannot resume
             yield damage
             return
-    yield DamagedTar(reader.position, f"after {_MOST_DAMAGES} places of damage the rest is not read")
+    yield DamagedTar(reader.position, f"damaged in {_MAX_DAMAGES} places; the rest is not read")
 
 
 class _Reader:
-    """Goes from member to member. Raises DamagedTar once for each damage; ``resume`` goes on behind it."""
+    """Iterates over members. Raises DamagedTar at each damage; ``resume`` continues after it."""
 
     def __init__(self, source: _Stream, size: int | None) -> None:
         self._source = source
         self._size = size
-        self._begin = 0  # of the current one of concatenated tars
-        self._common: dict[str, str] = {}  # pax records for all members that follow
-        self._own: dict[str, str] = {}  # pax records and GNU long name of the next member
+        self._begin = 0  # offset of the current one of concatenated tars
+        self._global_records: dict[str, str] = {}  # pax records for all members that follow
+        self._next_records: dict[str, str] = {}  # pax records and GNU long name of the next member
 
     @property
     def position(self) -> int:
@@ -119,43 +122,43 @@ class _Reader:
             try:
                 header = _header(block, start)
             except DamagedTar:
-                self._source.unread(block)  # the next one may begin in it
+                self._source.unread(block)  # the next header may begin inside this block
                 raise
-            if header.type in _EXTENDED:
+            if header.type in _EXTENDED_TYPES:
                 records = _extended(self._source, header, start)
-                (self._common if header.type == tarfile.XGLTYPE else self._own).update(records)
+                (self._global_records if header.type == tarfile.XGLTYPE else self._next_records).update(records)
                 continue
-            records, self._own = {**self._common, **self._own}, {}
+            records, self._next_records = {**self._global_records, **self._next_records}, {}
             member = self._member(header, records, start)
             if header.isreg() or member.is_link:
                 yield member
             self._finish(member)
 
     def resume(self) -> bool:
-        """Go to the next header behind damage; False if there is none."""
-        self._own = {}
+        """Move to the next header after damage; return False if there is none."""
+        self._next_records = {}
         return not self._source.broken and self._source.find(_is_header)
 
     def _next_block(self) -> bytes:
-        """The next block that is not zeros; nothing at the end."""
+        """Return the next block that is not zeros, or no bytes at the end."""
         source, start = self._source, self.position
         while not (block := source.read(BLOCK)).strip(b"\0") and block:
-            if self.position - start > _MOST_PADDING:
-                raise DamagedTar(start, f"more than {_MOST_PADDING} zero bytes where members should be")
-        at = self.position - len(block)
-        zeros = at - start
+            if self.position - start > _MAX_PADDING_BYTES:
+                raise DamagedTar(start, f"more than {_MAX_PADDING_BYTES} zero bytes where members should be")
+        position = self.position - len(block)
+        zeros = position - start
         if 0 < len(block) < BLOCK:
-            raise DamagedTar(at, "it ends inside a header")
-        if self._own and (zeros or not block):
+            raise DamagedTar(position, "the file ends inside a header")
+        if self._next_records and (zeros or not block):
             source.unread(block)
             raise DamagedTar(start, "nothing follows an extended header")
         if not block:
-            if at == 0:
+            if position == 0:
                 raise DamagedTar(0, "the file is empty")
             if zeros < 2 * BLOCK:
                 raise DamagedTar(start, "it ends without two blocks of zeros, so it may be cut off between members")
-        elif zeros == 2 * BLOCK or (zeros and any((at - self._begin) % record == 0 for record in _RECORDS)):
-            self._begin = at
+        elif zeros == 2 * BLOCK or (zeros and any((position - self._begin) % record == 0 for record in _RECORD_BYTES)):
+            self._begin = position
         elif zeros:
             source.unread(block)
             raise DamagedTar(start, f"{zeros} zero bytes between members")
@@ -165,13 +168,14 @@ class _Reader:
         name = records.get("path") or header.name
         if header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in records):
             raise DamagedTar(
-                start, f"{name[:100]!r} is stored sparsely, which is not read: write tars without --sparse"
+                start,
+                f"{name[:100]!r} is a sparse file, which is not read: write tars without --sparse",
             )
         size = header.size
         if not header.isreg() and header.type in tarfile.SUPPORTED_TYPES:
-            size = 0  # links, folders and devices have no data, whatever their size field says
+            size = 0  # links, folders and devices have no data, even if their size field is set
         elif pax := records.get("size"):
-            if not re.fullmatch(r"[0-9]{1,13}", pax) or int(pax) > _MOST_SIZE:
+            if not re.fullmatch(r"[0-9]{1,13}", pax) or int(pax) > _MAX_MEMBER_BYTES:
                 raise DamagedTar(start, f"a size of {pax[:20]!r} bytes")
             size = int(pax)
         cut_off = self._size is not None and self.position + size > self._size
@@ -179,8 +183,8 @@ class _Reader:
         return Member(name, self.position, size, is_link, cut_off, self._source)
 
     def _finish(self, member: Member) -> None:
-        """Skip what is left of a member's data and its padding."""
-        if member.cut_off:  # or its size is wrong, and members follow
+        """Skip the rest of a member's data and its padding."""
+        if member.cut_off:  # or its size is wrong and members follow: reading resumes right after the header
             raise _cut_off(member)
         end = member.offset + member.size
         padded = end + -member.size % BLOCK
@@ -188,21 +192,21 @@ class _Reader:
         if self.position < end:
             raise _cut_off(member)
         if self.position < padded:
-            raise DamagedTar(self.position, f"it ends in the padding after {member.name[:100]!r}")
+            raise DamagedTar(self.position, f"the file ends in the padding after {member.name[:100]!r}")
 
 
 class _Stream:
-    """Counts what is read, and reads the stream below in chunks."""
+    """Reads a stream in chunks and counts the bytes consumed."""
 
     def __init__(self, stream: Readable) -> None:
-        self._below = stream
+        self._stream = stream
         self._chunk = b""
         self._used = 0
-        self.broken = False  # its data is, so nothing follows
+        self.broken = False  # the data of the stream is broken, so nothing follows
         self.position = 0
 
     def read(self, size: int) -> bytes:
-        """``size`` bytes; fewer only at the end."""
+        """Return ``size`` bytes, or fewer at the end."""
         parts = list(self._parts(size))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -211,24 +215,24 @@ class _Stream:
             pass
 
     def unread(self, data: bytes) -> None:
-        """Give back what was read last."""
+        """Push back the bytes that were read last."""
         self._chunk, self._used = data + self._chunk[self._used :], 0
         self.position -= len(data)
 
     def find(self, accepts: Callable[[bytes], bool]) -> bool:
-        """Go on to the next block, at any byte, that has a tar's magic and is accepted; False if there is none."""
+        """Move to the next block, at any byte, with a tar's magic that ``accepts`` accepts; False if there is none."""
         data = self._chunk[self._used :]
-        last = self.position + _MOST_SEARCHED
+        last = self.position + _MAX_SEARCH_BYTES
         while self.position < last:
-            at = data.find(_MAGIC, _MAGIC_AT)
-            while 0 <= at <= len(data) - BLOCK + _MAGIC_AT:
-                start = at - _MAGIC_AT
+            magic = data.find(_MAGIC, _MAGIC_OFFSET)
+            while 0 <= magic <= len(data) - BLOCK + _MAGIC_OFFSET:
+                start = magic - _MAGIC_OFFSET
                 if accepts(data[start : start + BLOCK]):
                     self._chunk, self._used = data, start
                     self.position += start
                     return True
-                at = data.find(_MAGIC, at + 1)
-            tail = data[-(BLOCK - 1) :]  # of which a header may be the beginning
+                magic = data.find(_MAGIC, magic + 1)
+            tail = data[-(BLOCK - 1) :]  # may be the beginning of a header
             self.position += len(data) - len(tail)
             more = self._next_chunk()
             if not more:
@@ -251,7 +255,7 @@ class _Stream:
 
     def _next_chunk(self) -> bytes:
         try:
-            return self._below.read(_CHUNK)
+            return self._stream.read(_CHUNK_BYTES)
         except EOFError as error:
             self.broken = True
             raise DamagedTar(self.position, str(error)) from error
@@ -266,32 +270,32 @@ def _header(block: bytes, start: int) -> tarfile.TarInfo:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         raise DamagedTar(start, f"not a tar header ({error})") from error
-    if not 0 <= header.size <= _MOST_SIZE:
+    if not 0 <= header.size <= _MAX_MEMBER_BYTES:
         raise DamagedTar(start, f"a size of {header.size} bytes")
     return header
 
 
 def _is_header(block: bytes) -> bool:
-    """Whether a block found behind damage begins a member whose name is its own.
+    """Return whether a block found after damage is the header of a member and holds its complete name.
 
-    One of a hundred bytes, or with ``?`` for letters that are not ASCII, is what stands in a header when the name is
-    in an extended header before it, which may be what is lost.
+    A name of a hundred bytes, or one with ``?`` for letters that are not ASCII, stands in for a name in an extended
+    header before it, which may be lost in the damage.
     """
     try:
         header = _header(block, 0)
     except DamagedTar:
         return False
-    return header.type in _EXTENDED or bool(_OWN_NAME.match(block))
+    return header.type in _EXTENDED_TYPES or bool(_COMPLETE_NAME.match(block))
 
 
 def _extended(source: _Stream, header: tarfile.TarInfo, start: int) -> dict[str, str]:
-    """Records of a header that describes what follows; a GNU long name is given as pax would give it."""
-    if header.size > _MOST_EXTENDED:
+    """Read the records of an extended header; a GNU long name is returned as the pax record ``path``."""
+    if header.size > _MAX_EXTENDED_BYTES:
         raise DamagedTar(start, f"an extended header of {header.size} bytes")
     padded = header.size + -header.size % BLOCK
     data = source.read(padded)
     if len(data) < padded:
-        raise DamagedTar(start, "it ends inside an extended header")
+        raise DamagedTar(start, "the file ends inside an extended header")
     if header.type == tarfile.GNUTYPE_LONGNAME:
         return {"path": _text(data.partition(b"\0")[0])}
     if header.type == tarfile.GNUTYPE_LONGLINK:
@@ -300,16 +304,16 @@ def _extended(source: _Stream, header: tarfile.TarInfo, start: int) -> dict[str,
 
 
 def _pax(data: bytes, start: int) -> dict[str, str]:
-    """Records ``<length> <key>=<value>\\n`` of a pax header; the length counts the whole record."""
+    """Parse the records ``<length> <key>=<value>\\n`` of a pax header; the length counts the whole record."""
     records = {}
-    at = 0
-    while at < len(data) and data[at] != 0:
-        match = _PAX_RECORD.match(data, at)
-        end = at + int(match[1]) if match else 0
+    position = 0
+    while position < len(data) and data[position] != 0:
+        match = _PAX_RECORD.match(data, position)
+        end = position + int(match[1]) if match else 0
         if match is None or not match.end() < end <= len(data) or data[end - 1] != ord("\n"):
             raise DamagedTar(start, "a pax header with a malformed record")
         records[_text(match[2])] = _text(data[match.end() : end - 1])
-        at = end
+        position = end
     return records
 
 

@@ -1,4 +1,4 @@
-"""The caption policy: how the members beside an image become its caption and its metadata."""
+"""The caption policy: make the caption and the metadata of a sample from the members next to its image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from reinforce.config import Limits
 
-#: Name and version of what :func:`caption_of` does to text; recorded in dataset.json.
+#: Name and version of the text cleaning in :func:`caption_of`; recorded in dataset.json.
 CAPTION_POLICY = "text-1"
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -19,11 +19,12 @@ _SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
 def caption_of(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Limits) -> str | None:
-    """The first caption that is not empty among ``fields``, or None: policy ``text-1``.
+    """Return the first caption among ``fields`` that is not empty, or None, by policy ``text-1``.
 
     A field is a member's extension (``txt``) or EXTENSION:NAME of a top-level JSON string (``json:caption``).
-    Text is UTF-8, or UTF-16 with its mark; what cannot be decoded becomes U+FFFD. Control characters, line ends
-    among them, become one space each; ends are trimmed; ``limits.caption_chars`` characters are kept.
+    Text is UTF-8, or UTF-16 with a byte order mark; bytes that cannot be decoded become U+FFFD. Each control character,
+    including line ends, becomes a space; whitespace at both ends is removed; the text is cut at
+    ``limits.caption_chars`` characters.
     """
     for field in fields:
         extension, is_json, name = field.partition(":")
@@ -42,10 +43,11 @@ def caption_of(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Lim
 
 
 def metadata_of(sidecars: Mapping[str, bytes], keep: str | Sequence[str]) -> str | None:
-    """The json sidecar as compact JSON text in its own order: ``all`` of it, or the top-level fields named.
+    """Return the json sidecar as compact JSON text, keys in their original order.
 
-    None for ``none``, where there is no valid JSON object, or where it has none of the fields. Numbers beyond
-    JSON (NaN, Infinity, 1e999) become null; lone surrogates become U+FFFD.
+    ``keep`` is ``all``, ``none`` or a list of top-level fields. The result is None for ``none``, for a sidecar that is
+    not a valid JSON object, and if none of the fields is present. Numbers that JSON cannot express (NaN, Infinity,
+    1e999) become null; lone surrogates become U+FFFD.
     """
     data = sidecars.get("json")
     if keep == "none" or data is None:
@@ -65,11 +67,15 @@ def metadata_of(sidecars: Mapping[str, bytes], keep: str | Sequence[str]) -> str
 
 
 def json_error(data: bytes) -> str | None:
-    """Why a json member gives neither caption nor metadata; None where it can be read and is an object."""
+    """Return why a json member cannot be used, or None if it is a valid JSON object."""
     document = parse_json(data)
     if isinstance(document, dict):
         return None
-    return f"JSON, but {document!r:.40}, no object" if document is not None else "no JSON, null, or nested too deeply"
+    return (
+        f"not a JSON object but {document!r:.40}"
+        if document is not None
+        else "invalid JSON, null, or nested too deeply"
+    )
 
 
 def _decode(data: bytes) -> str:
@@ -78,7 +84,7 @@ def _decode(data: bytes) -> str:
 
 
 def parse_json(data: bytes) -> Any:
-    """The JSON value, or None where it is invalid, nested too deeply or has a number of thousands of digits."""
+    """Parse JSON; return None if it is invalid, nested too deeply or has a number of thousands of digits."""
     try:
         return json.loads(_decode(data), strict=False, parse_constant=lambda _: None, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -90,7 +96,7 @@ def _finite(digits: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def clean_text(text: str, longest: int) -> str:
-    """A text by policy ``text-1``, at most ``longest`` characters of it."""
+def clean_text(text: str, max_chars: int) -> str:
+    """Clean a text by policy ``text-1`` and cut it at ``max_chars`` characters."""
     text = _SURROGATES.sub("\ufffd", _CONTROLS.sub(" ", text)).strip()
-    return text[:longest].rstrip()
+    return text[:max_chars].rstrip()

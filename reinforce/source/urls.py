@@ -1,4 +1,4 @@
-"""Source shards by fsspec URL: expanding what a user writes, the form that may be written down, shard names."""
+"""fsspec URLs of source shards: expansion of patterns, the canonical form without secrets, shard names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from reinforce.errors import UserError
 from teachers.redact import USER_IS_ADDRESS
 
-#: Endings of a tar and how it is compressed.
+#: Compression by the ending of a tar's name.
 COMPRESSIONS: dict[str, str | None] = {
     ".tar": None,
     ".tar.gz": "gzip",
@@ -29,54 +29,56 @@ COMPRESSIONS: dict[str, str | None] = {
     ".tar.zst": "zstd",
     ".tzst": "zstd",
 }
-_MOST_URLS = 10_000_000
+_MAX_URLS = 10_000_000
 _BOTOCORE_ATTEMPTS = 4
-_S3_ATTEMPTS = 3
-_LONGEST_STEM = 100  # with the hash and .parquet well below the 255 bytes a file name may have
+_S3FS_ATTEMPTS = 3  # each of them makes botocore's attempts
+_MAX_STEM_CHARS = 100  # with the hash and .parquet, well below the 255 bytes that file systems allow for a name
 _GLOB = re.compile(r"[*?\[]")
 _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])")
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path in it. Raises UserError if there is no driver for it."""
-    patience = _patience(url)
+    """Return the fsspec file system of a URL and the path in it. Raises UserError if there is no driver for it."""
+    retries = _retry_options(url)
     try:
-        fs, path = fsspec.core.url_to_fs(url, **patience)
+        fs, path = fsspec.core.url_to_fs(url, **retries)
     except (ValueError, ImportError) as error:
         raise UserError(
             f"{canonical(url)}: {error}. Check the part before `://`, or install the fsspec driver for it."
         ) from error
-    if patience and "s3" in fs.protocol:
-        fs.retries = _S3_ATTEMPTS  # of s3fs, each of which makes botocore's
+    if retries and "s3" in fs.protocol:
+        fs.retries = _S3FS_ATTEMPTS
     return fs, path
 
 
-def _patience(url: str) -> dict[str, Any]:
-    """How often S3 is asked again, with exponential backoff, jitter and a budget, unless the user has said it.
+def _retry_options(url: str) -> dict[str, Any]:
+    """Return options for retries of S3 requests with exponential backoff and jitter, unless the user has set others.
 
-    An error of the server costs seconds before it is raised, an address at which nobody is a minute, one that accepts
-    and is silent three. What is raised then costs a shard an attempt.
+    With them, an error of the server is raised after seconds, an unreachable address after a minute, and a server that
+    accepts connections but does not answer after three minutes. What is raised then costs the shard an attempt.
     """
-    said = "config_kwargs" in fsspec.config.conf.get("s3", {}) or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & {*os.environ}
+    user_has_set = "config_kwargs" in fsspec.config.conf.get("s3", {}) or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & {
+        *os.environ
+    }
     options = {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": _BOTOCORE_ATTEMPTS}}}
     schemes = {segment.partition("://")[0] for segment in url.split("::") if "://" in segment}
-    return {} if said else dict.fromkeys(schemes & {"s3", "s3a"}, options)
+    return dict.fromkeys(schemes & {"s3", "s3a"}, options)
 
 
 def expand(source: str | Sequence[str]) -> list[str]:
-    """Shard URLs from URLs with braces or globs, ``.txt`` files of such URLs, or a list of these.
+    """Expand URLs with braces or globs, ``.txt`` files of such URLs, or a list of these, to the URLs of shards.
 
-    Braces are the shell's: ``{a,b}``, ``{00..10}`` (zero-padded), ``{0..10..2}``, ``{a..e}``, several, nested.
-    In a text file, blank lines and lines beginning with ``#`` are skipped; relative lines are relative to its
-    folder. Globs give their matches sorted; otherwise order is kept. Of exact duplicates the first stays.
-    Raises UserError for a glob without a match, an unreadable text file, unbalanced braces, or no URL at all.
+    Braces expand as in a shell: ``{a,b}``, ``{00..10}`` (zero-padded), ``{0..10..2}``, ``{a..e}``, several, nested.
+    In a text file, blank lines and lines that begin with ``#`` are skipped, and relative paths are relative to the
+    folder of the file. The matches of a glob are sorted; otherwise the order is kept. Exact duplicates are removed.
+    Raises UserError for a glob without a match, an unreadable text file, unbalanced braces, or an empty result.
     """
     urls: dict[str, None] = {}
     for entry in [source] if isinstance(source, str) else source:
         for url in _expand(entry.strip()):
             urls[url] = None
-            if len(urls) > _MOST_URLS:
+            if len(urls) > _MAX_URLS:
                 raise _too_many(entry)
     if not urls:
         raise UserError("source is empty. Give at least one URL of a WebDataset tar.")
@@ -84,10 +86,10 @@ def expand(source: str | Sequence[str]) -> list[str]:
 
 
 def canonical(url: str) -> str:
-    """The URL as it may be written into files and logs: no user, password, query or fragment.
+    """Return the URL in the form that is written into files and logs: without user, password, query and fragment.
 
-    Local paths are absolute and normalised, without ``file://``. Caching wrappers (``simplecache::``) are
-    dropped: they say how a file is read, not which it is.
+    Local paths become absolute and normalised, without ``file://``. Caching prefixes (``simplecache::``) are removed:
+    they change how a file is read, not which file it is.
     """
     segments = url.split("::")
     kept = [segment for segment in segments[:-1] if "://" in segment] + segments[-1:]
@@ -95,7 +97,7 @@ def canonical(url: str) -> str:
 
 
 def is_public(url: str) -> bool:
-    """Whether its canonical form still says all that it takes to read the file."""
+    """Return whether the canonical form of the URL is enough to read the file (credentials come from elsewhere)."""
     return all(
         _canonical(segment).partition("://")[2] == segment.partition("://")[2]
         for segment in url.split("::")
@@ -104,35 +106,35 @@ def is_public(url: str) -> bool:
 
 
 def shard_name(url: str) -> str:
-    """``<stem>-<10 hex>``: the file name without its ending and a hash of the canonical URL, from the URL alone."""
-    where = canonical(url)
-    stem = where.rpartition("/")[2]
+    """Return ``<stem>-<10 hex digits>``: the file name without its ending, and a hash of the canonical URL."""
+    location = canonical(url)
+    stem = location.rpartition("/")[2]
     stem = stem[: len(stem) - len(_ending(stem))]
-    stem = re.sub(r"[^A-Za-z0-9._-]", "_", stem)[:_LONGEST_STEM].lstrip("._-") or "shard"
-    digest = hashlib.blake2b(where.encode("utf-8", "surrogateescape"), digest_size=5).hexdigest()
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", stem)[:_MAX_STEM_CHARS].lstrip("._-") or "shard"
+    digest = hashlib.blake2b(location.encode("utf-8", "surrogateescape"), digest_size=5).hexdigest()
     return f"{stem}-{digest}"
 
 
 def shard_names(urls: Sequence[str]) -> list[str]:
-    """:func:`shard_name` of each URL. Raises UserError where two URLs would share a name, and so a file."""
+    """Return :func:`shard_name` of each URL. Raises UserError if two URLs have the same name, and so the same file."""
     owners: dict[str, str] = {}
     for url in urls:
         name = shard_name(url)
         if owners.setdefault(name, url) != url:
             raise UserError(
                 f"source: {canonical(owners[name])} and {canonical(url)} get the same shard name {name}. "
-                "If they are one file, list it once; otherwise rename one of them."
+                "If they are the same file, list it once; otherwise rename one of them."
             )
     return list(owners)
 
 
 def compression(url: str) -> str | None:
-    """``gzip``, ``xz``, ``bzip2`` or ``zstd`` by the URL's ending; None for a plain tar."""
+    """Return ``gzip``, ``xz``, ``bzip2`` or ``zstd`` by the URL's ending, or None for a plain tar."""
     return COMPRESSIONS.get(_ending(canonical(url)))
 
 
 def _too_many(pattern: str) -> UserError:
-    return UserError(f"source {_shown(pattern)}: more than {_MOST_URLS:,} URLs. Check the ranges in braces.")
+    return UserError(f"source {_printable(pattern)}: more than {_MAX_URLS:,} URLs. Check the ranges in braces.")
 
 
 def _ending(path: str) -> str:
@@ -152,31 +154,34 @@ def _canonical(segment: str) -> str:
     return f"{scheme}://{authority}{slash}{path}"
 
 
-def _shown(pattern: str) -> str:
-    """A pattern for messages: without secrets, but with its globs."""
+def _printable(pattern: str) -> str:
+    """Return a pattern for messages: without secrets, but with its globs."""
     pattern = re.sub(r"(https?://[^?#]*)[?#].*", r"\1", pattern)
     return re.sub(r"://[^/@]*@", "://", pattern)
 
 
 def _expand(entry: str, folder: str = "", lists: tuple[str, ...] = ()) -> Iterator[str]:
-    """URLs of one entry; relative ones begin with ``folder``. ``lists`` are the text files being read."""
+    """Yield the URLs of one entry. ``folder`` is put before relative ones; ``lists`` are the text files being read."""
     if not entry:
-        raise UserError("source has an empty entry. Remove it, or give a URL of a WebDataset tar.")
+        raise UserError("source has an empty entry. Remove it, or give the URL of a WebDataset tar.")
     if entry.startswith("pipe:"):
-        raise UserError(f"source {_shown(entry)}: commands are not run. Give the URL itself, such as s3://... .")
+        raise UserError(
+            f"source {_printable(entry)}: commands are not run. Give the URL itself, such as s3://bucket/shard.tar."
+        )
     if folder and ("://" in entry or "::" in entry or entry.startswith(("/", "~"))):
         folder = ""
-    globs = _has_glob(entry)  # braces bring no glob of their own
+    has_glob = _has_glob(entry)  # expanding braces adds no glob
     literal = folder if "://" in folder else escape(folder)
-    for url in _braces(entry, entry):
-        for found in _glob(literal + url) if globs and _has_glob(url) else (folder + url,):
-            if found.partition("?")[0].endswith(".txt"):
-                yield from _listed(found, lists)
+    for url in _expand_braces(entry, entry):
+        for match in _expand_glob(literal + url) if has_glob and _has_glob(url) else (folder + url,):
+            if match.partition("?")[0].endswith(".txt"):
+                yield from _expand_list(match, lists)
             else:
-                yield found
+                yield match
 
 
-def _listed(url: str, lists: tuple[str, ...]) -> Iterator[str]:
+def _expand_list(url: str, lists: tuple[str, ...]) -> Iterator[str]:
+    """Yield the URLs of a text file."""
     shown = canonical(url)
     if shown in lists:
         raise UserError(f"source {shown}: this list of URLs contains itself. Remove the line that names it.")
@@ -188,13 +193,13 @@ def _listed(url: str, lists: tuple[str, ...]) -> Iterator[str]:
     except Exception as error:  # each driver has its own exceptions
         raise UserError(
             f"source {shown}: cannot read this list of URLs ({type(error).__name__}: {error}). "
-            "It must be a readable UTF-8 text file with one URL a line."
+            "It must be a UTF-8 text file with one URL per line."
         ) from error
     head, slash, _ = url.partition("?")[0].rpartition("/")
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
-        raise UserError(f"source {shown}: this list names no URL. Write one URL a line into it.")
+        raise UserError(f"source {shown}: this list contains no URL. Write one URL per line.")
     for line in lines:
         yield from _expand(line, head + slash, (*lists, shown))
 
@@ -202,56 +207,56 @@ def _listed(url: str, lists: tuple[str, ...]) -> Iterator[str]:
 def _has_glob(url: str) -> bool:
     if not _GLOB.search(url):
         return False
-    if url.lower().startswith(("http://", "https://")):  # `?` begins a query there, `[` may be an IPv6 host
+    if url.lower().startswith(("http://", "https://")):  # `?` begins a query, and `[` may belong to an IPv6 host
         return bool(_GLOB.search(urlsplit(url).path))
     return True
 
 
-def _glob(pattern: str) -> list[str]:
+def _expand_glob(pattern: str) -> list[str]:
     segments = pattern.split("::")
-    at = next(i for i, segment in enumerate(segments) if _has_glob(segment))
+    index = next(i for i, segment in enumerate(segments) if _has_glob(segment))
     try:
-        fs, path = filesystem("::".join(segments[at:]))
+        fs, path = filesystem("::".join(segments[index:]))
         found = fs.glob(path, detail=True)
         names = sorted(name for name, info in found.items() if info["type"] != "directory")
         if not names and fs.isfile(path):
-            return [pattern]  # its name has a glob's characters
+            return [pattern]  # a file whose name contains the characters of a glob
     except UserError:
         raise
     except Exception as error:  # each driver has its own exceptions
         raise UserError(
-            f"source {_shown(pattern)}: cannot be listed ({type(error).__name__}: {error}). "
+            f"source {_printable(pattern)}: cannot be listed ({type(error).__name__}: {error}). "
             "Check the address and your credentials for it."
         ) from error
     if not names:
-        raise UserError(f"source {_shown(pattern)}: no file matches. Check the folder and the pattern.")
-    # a driver's paths lack the scheme, some also the host: take from the pattern what stood before its path
-    before = segments[at].removesuffix(path) if segments[at].endswith(path) else ""
-    return ["::".join([*segments[:at], before + name, *segments[at + 1 :]]) for name in names]
+        raise UserError(f"source {_printable(pattern)}: no file matches. Check the folder and the pattern.")
+    # Drivers return paths without the scheme, and some without the host: take both from the pattern.
+    before = segments[index].removesuffix(path) if segments[index].endswith(path) else ""
+    return ["::".join([*segments[:index], before + name, *segments[index + 1 :]]) for name in names]
 
 
-def _braces(pattern: str, whole: str) -> Iterator[str]:
-    """Shell brace expansion of a pattern; the last brace turns fastest."""
+def _expand_braces(pattern: str, entry: str) -> Iterator[str]:
+    """Expand the braces of a pattern as a shell does; the last brace varies fastest. ``entry`` is for messages."""
     start = pattern.find("{")
     if start < 0:
         yield pattern
         return
-    end, commas = _closing(pattern, start, whole)
+    end, commas = _find_closing(pattern, start, entry)
     head, body, tail = pattern[:start], pattern[start + 1 : end], pattern[end + 1 :]
-    options = _range(body, whole)
+    options = _expand_range(body, entry)
     if options is None and commas:
         edges = [start, *commas, end]
         parts = [pattern[a + 1 : b] for a, b in pairwise(edges)]
-        options = (option for part in parts for option in _braces(part, whole))
-    if options is None:  # neither a range nor alternatives: the braces stand for themselves
-        options = ("{" + option + "}" for option in _braces(body, whole))
+        options = (option for part in parts for option in _expand_braces(part, entry))
+    if options is None:  # neither a range nor alternatives: the braces are literal
+        options = ("{" + option + "}" for option in _expand_braces(body, entry))
     for option in options:
-        for rest in _braces(tail, whole) if "{" in tail else (tail,):
+        for rest in _expand_braces(tail, entry) if "{" in tail else (tail,):
             yield head + option + rest
 
 
-def _closing(pattern: str, start: int, whole: str) -> tuple[int, list[int]]:
-    """Where the brace at ``start`` closes, and the commas directly inside it."""
+def _find_closing(pattern: str, start: int, entry: str) -> tuple[int, list[int]]:
+    """Find the brace that closes the one at ``start``, and the commas directly inside."""
     depth = 0
     commas: list[int] = []
     for i in range(start, len(pattern)):
@@ -263,19 +268,20 @@ def _closing(pattern: str, start: int, whole: str) -> tuple[int, list[int]]:
                 return i, commas
         elif pattern[i] == "," and depth == 1:
             commas.append(i)
-    raise UserError(f"source {_shown(whole)}: a brace is not closed. Write ranges as {{000..999}}.")
+    raise UserError(f"source {_printable(entry)}: a brace is not closed. Write ranges as {{000..999}}.")
 
 
-def _range(body: str, whole: str) -> Iterator[str] | None:
+def _expand_range(body: str, entry: str) -> Iterator[str] | None:
+    """Yield the values of a range such as ``000..999``, ``0..9..3`` or ``a..e``; return None for anything else."""
     if match := _NUMBERS.fullmatch(body):
         first, last, step = match.groups()
         width = max(len(first), len(last)) if re.match(r"-?0\d", first) or re.match(r"-?0\d", last) else 0
         low, high, stride = int(first), int(last), abs(int(step or 1))
         if stride == 0:
-            raise UserError(f"source {_shown(whole)}: the step of {{{body}}} is 0. Write a positive step.")
+            raise UserError(f"source {_printable(entry)}: the step of {{{body}}} is 0. Write a positive step.")
         numbers = range(low, high + 1, stride) if low <= high else range(low, high - 1, -stride)
-        if len(numbers) > _MOST_URLS:
-            raise _too_many(whole)
+        if len(numbers) > _MAX_URLS:
+            raise _too_many(entry)
         return (f"{number:0{width}d}" for number in numbers)
     if match := _LETTERS.fullmatch(body):
         low, high = map(ord, match.groups())

@@ -28,7 +28,7 @@ from reinforce.config import Config, Limits, parse_config
 from reinforce.dataset.augment import replay, sample
 from reinforce.engine.rows import Row, Wanted, rows_from_source
 from reinforce.source.image import FORMATS, ImageRefused, decode
-from reinforce.source.shards import Refusal, _split, _valid
+from reinforce.source.shards import Refusal, as_utf8, split_name
 from reinforce.source.text import caption_of, json_error, metadata_of
 from tests.fuzz import reinforcements
 from tests.helpers.data import picture
@@ -70,7 +70,7 @@ def _shard() -> tuple[bytes, dict[str, Span], dict[str, list[Span]], dict[str, R
     spans: dict[str, Span] = {}
     headers: dict[str, list[Span]] = {key: [] for key in KEYS}
     for info in infos:
-        key, _ = _split(info.name)
+        key, _ = split_name(info.name)
         end = info.offset_data + info.size + -info.size % BLOCK
         spans[key] = (spans.get(key, (info.offset, 0))[0], end)
         headers[key].append((info.offset, info.offset_data))
@@ -182,9 +182,9 @@ def members(listed: list[tuple[str, bytes, bytes]], tar_format: int) -> None:
             info.size = len(content) if kind == tarfile.REGTYPE else 0
             tar.addfile(info, io.BytesIO(content))
     with tarfile.open(fileobj=io.BytesIO(buffer.getvalue())) as tar:
-        expected = {_split(i.name)[0] for i in tar if i.isreg() or i.issym() or i.islnk()} - {""}
+        expected = {split_name(i.name)[0] for i in tar if i.isreg() or i.issym() or i.islnk()} - {""}
     found = rows(buffer.getvalue())
-    assert {row.key for row in found} - {None} == {_valid(key) for key in expected}
+    assert {row.key for row in found} - {None} == {as_utf8(key) for key in expected}
     made = [row.key for row in found if isinstance(row, Row)]
     assert len(made) == len({*made}), "a key is one row"
     assert {row.reason.value for row in found if isinstance(row, Refusal) and row.key is None} <= {"shard_unsorted"}

@@ -1,0 +1,105 @@
+"""Open source shards as streams of uncompressed bytes, and tell broken data from errors of the storage."""
+
+from __future__ import annotations
+
+import bz2
+import errno
+import gzip
+import lzma
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
+
+from reinforce.source.tar import Readable
+from reinforce.source.urls import compression, filesystem
+
+BLOCK_BYTES = 8 * 2**20  # bytes per request to an object store
+_MAGIC = {b"\x1f\x8b": ".tar.gz", b"\xfd7zXZ": ".tar.xz", b"BZh": ".tar.bz2", b"\x28\xb5\x2f\xfd": ".tar.zst"}
+
+
+@contextmanager
+def open_stream(url: str) -> Iterator[tuple[Readable, int | None]]:
+    """Open a shard and yield its uncompressed bytes and their number, or None where that is not known in advance.
+
+    Reading raises EOFError where the data is broken, and otherwise what the storage raises.
+    """
+    fs, path = filesystem(url)
+    kind = compression(url)
+    if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise IsADirectoryError(errno.EISDIR, "a folder, pipe or device, not a file")  # opening a pipe would block
+    with fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
+        yield (_PlainStream(file), getattr(file, "size", None)) if kind is None else (_Decompressor(file, kind), None)
+
+
+class _PlainStream:
+    """An uncompressed file. Raises EOFError if its first bytes are those of a compressed file."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._started = False
+
+    def read(self, size: int, /) -> bytes:
+        data: bytes = self._file.read(size)
+        if not self._started:
+            self._started = True
+            for magic, ending in _MAGIC.items():
+                if data.startswith(magic):
+                    raise EOFError(f"compressed data; name the file {ending}")
+        return data
+
+
+class _Decompressor:
+    """Decompresses a file. Raises EOFError for broken data; errors of the storage pass through."""
+
+    def __init__(self, file: Any, kind: str) -> None:
+        self._file = _ErrorRecorder(file)
+        decompressor, self._step = _DECOMPRESSORS[kind]
+        self._stream = decompressor(self._file)
+        self._kind = kind
+
+    def read(self, size: int, /) -> bytes:
+        try:  # small steps: what a decompressor has buffered when it fails is lost
+            data: bytes = self._stream.read1(min(size, self._step))
+        except Exception as error:  # each library raises its own types: zlib.error, LZMAError, OSError, EOFError
+            if self._file.error is not None:
+                raise self._file.error from None
+            raise EOFError(f"broken {self._kind} data ({error})") from error
+        return data
+
+
+class _ErrorRecorder:
+    """A compressed file that records the error it raised, to tell it from an error of the decompressor."""
+
+    closed = False
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: Exception | None = None
+
+    def read(self, size: int = -1, /) -> bytes:
+        try:
+            data: bytes = self._file.read(size)
+        except Exception as error:
+            self.error = error
+            raise
+        return data
+
+    def close(self) -> None:
+        """Do nothing: pyarrow closes its input, but ``open_stream`` closes the file."""
+
+    def seek(self, *_: object) -> int:
+        raise OSError("the stream cannot seek")
+
+
+#: How each kind of compression is opened, and how many bytes are read from it at a time.
+_DECOMPRESSORS: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "gzip": (lambda file: gzip.GzipFile(fileobj=file, mode="rb"), 2**16),
+    "xz": (lzma.LZMAFile, 2**16),
+    "bzip2": (bz2.BZ2File, 2**16),
+    "zstd": (lambda file: pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"), 2**12),
+}
