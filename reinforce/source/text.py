@@ -69,13 +69,9 @@ def metadata_of(sidecars: Mapping[str, bytes], keep: str | Sequence[str]) -> str
 def json_error(data: bytes) -> str | None:
     """Return why a json member cannot be used, or None if it is a valid JSON object."""
     document = parse_json(data)
-    if isinstance(document, dict):
-        return None
-    return (
-        f"not a JSON object but {document!r:.40}"
-        if document is not None
-        else "invalid JSON, null, or nested too deeply"
-    )
+    if document is None:
+        return "invalid JSON, null, or nested too deeply"
+    return None if isinstance(document, dict) else f"not a JSON object but {document!r:.40}"
 
 
 def _decode(data: bytes) -> str:

@@ -58,9 +58,9 @@ def _retry_options(url: str) -> dict[str, Any]:
     With them, an error of the server is raised after seconds, an unreachable address after a minute, and a server that
     accepts connections but does not answer after three minutes. What is raised then costs the shard an attempt.
     """
-    user_has_set = "config_kwargs" in fsspec.config.conf.get("s3", {}) or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & {
-        *os.environ
-    }
+    configured = "config_kwargs" in fsspec.config.conf.get("s3", {})
+    if configured or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & {*os.environ}:
+        return {}
     options = {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": _BOTOCORE_ATTEMPTS}}}
     schemes = {segment.partition("://")[0] for segment in url.split("::") if "://" in segment}
     return dict.fromkeys(schemes & {"s3", "s3a"}, options)
