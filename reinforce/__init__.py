@@ -1,7 +1,14 @@
-"""Multi-modal dataset reinforcement: image-text shards in, layers of Parquet out, students trained from them.
+"""Multi-modal dataset reinforcement: image-text shards in, Parquet layers out, students trained from them.
 
->>> reinforce.run("configs/demo.yaml")
->>> for sample in reinforce.open("demo/dataset", teachers=["small"]): ...
+``reinforce.run("configs/demo.yaml")`` makes a dataset, ``reinforce.train("student.yaml")`` trains a student from it,
+and ``reinforce.open`` reads it. On the dataset that ``make demo`` makes:
+
+>>> import reinforce
+>>> data = reinforce.open("demo/dataset", teachers=["conv-64", "conv-48"], captioners=["coca"])
+>>> for sample in data:
+...     image = sample.augmented(0)  # PIL image: the crop that the teachers saw
+...     targets = [sample.images[teacher][0] for teacher in data.teachers]  # their embeddings of it, float32 [D]
+...     captions = [sample.caption, *sample.captions["coca"]]
 """
 
 from __future__ import annotations
@@ -11,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reinforce.config import Config, load_config
-    from reinforce.dataset.reader import Dataset, Sample, open
+    from reinforce.dataset.reader import Dataset, open
+    from reinforce.dataset.sample import Sample
     from reinforce.engine.runner import run
     from reinforce.errors import UserError
     from reinforce.student.train import train
@@ -21,7 +29,7 @@ __all__ = ["Config", "Dataset", "Sample", "UserError", "load_config", "open", "r
 _HOMES = {
     "Config": "config",
     "Dataset": "dataset.reader",
-    "Sample": "dataset.reader",
+    "Sample": "dataset.sample",
     "UserError": "errors",
     "load_config": "config",
     "open": "dataset.reader",
@@ -31,7 +39,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: whoever reads a dataset does not need Ray, whoever plans does not need torch."""
+    """Import on first use: reading a dataset imports neither Ray nor torch, planning does not import torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'reinforce' has no attribute {name!r}")
     return getattr(importlib.import_module(f"reinforce.{_HOMES[name]}"), name)

@@ -14,7 +14,7 @@ from benchmarks.ablations.arms import Arm, Study
 from benchmarks.ablations.measures import BYTES, KEPT, REACH, Curve, Numbers, reached_at
 from benchmarks.ablations.questions import Question
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.reader import read_manifest
+from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.demo.compare import MEASURES, measures
 from reinforce.errors import UserError

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import schemas
 from reinforce.config import LAYER_NAME, Config
 from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.store import MANIFEST, Store
 from reinforce.errors import UserError
 
-#: In a teacher's entry: what its logit scale was before a tuned one was recorded.
-TUNED = "logit_scale_tuned"
+#: Key of a teacher's entry with the logit scales from before a tuned one was recorded.
+TUNED_KEY = "logit_scale_tuned"
+
+
+def read_manifest(store: Store) -> dict[str, Any]:
+    """Read dataset.json. Raises UserError if there is none, it is damaged, or a newer version wrote it."""
+    manifest = store.read_json(MANIFEST)
+    if manifest is None:
+        raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST}.")
+    if manifest["schema_version"] > schemas.SCHEMA_VERSION:
+        raise UserError(f"{store.url} was written by a newer version of this program. Upgrade to read it.")
+    check_names(manifest, store.url)
+    return manifest
+
+
+def select_names(url: str, kind: str, names: Sequence[str] | None, manifest: Mapping[str, Any]) -> list[str]:
+    """The named ``teachers`` or ``captioners``, or all of them for None. Raises UserError for one that is missing."""
+    known = list(manifest[kind])
+    for name in names or []:
+        if name not in known:
+            raise UserError(f"{url} has no {kind[:-1]} {name!r}; it has: {', '.join(known) or 'none'}.")
+    return known if names is None else list(names)
 
 
 def update_manifest(
@@ -65,9 +86,9 @@ def _scale(before: Mapping[str, Any], of_config: float | None, of_model: float |
 
     One that was tuned stays until the config's is changed: to what it was when that was recorded is no change.
     """
-    tuned = before.get(TUNED)
+    tuned = before.get(TUNED_KEY)
     if tuned is not None and of_config in (None, tuned["config"]):
-        return {key: before[key] for key in ("logit_scale", "logit_scale_from", TUNED)}
+        return {key: before[key] for key in ("logit_scale", "logit_scale_from", TUNED_KEY)}
     if of_config:
         return {"logit_scale": of_config, "logit_scale_from": "config"}
     scale = of_model if of_model is not None else before.get("logit_scale")
@@ -79,12 +100,12 @@ def record_scales(manifest: Mapping[str, Any], scales: Mapping[str, float], orig
     teachers = dict(manifest["teachers"])
     for name, scale in scales.items():
         entry = teachers[name]
-        if TUNED in entry:
-            then = entry[TUNED]
+        if TUNED_KEY in entry:
+            then = entry[TUNED_KEY]
         else:
             of_config = entry["logit_scale"] if entry["logit_scale_from"] == "config" else None
             then = {"config": of_config, "before": entry["logit_scale"], "before_from": entry["logit_scale_from"]}
-        teachers[name] = {**entry, "logit_scale": scale, "logit_scale_from": origin, TUNED: then}
+        teachers[name] = {**entry, "logit_scale": scale, "logit_scale_from": origin, TUNED_KEY: then}
     return {**manifest, "teachers": teachers}
 
 
@@ -93,10 +114,10 @@ def scale_notes(old: Mapping[str, Any] | None, config: Config) -> list[str]:
     notes = []
     for name, teacher in config.teachers.items():
         before = (old or {}).get("teachers", {}).get(name, {})
-        if TUNED not in before:
+        if TUNED_KEY not in before:
             continue
         tuned = f"{before['logit_scale']:g} ({before['logit_scale_from']})"
-        if TUNED not in _scale(before, teacher.logit_scale, None):
+        if TUNED_KEY not in _scale(before, teacher.logit_scale, None):
             notes.append(f"teacher {name}: logit scale {teacher.logit_scale:g} of this config replaces {tuned}")
         elif teacher.logit_scale not in (None, before["logit_scale"]):
             notes.append(

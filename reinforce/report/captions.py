@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from reinforce.dataset import vectors
+from reinforce.dataset.aligned import AlignedLayers
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
-from reinforce.dataset.reader import AlignedLayers, Dataset, vectors
+from reinforce.dataset.reader import Dataset
 from reinforce.errors import UserError
 from reinforce.report.texts import DEFINITIONS, Texts
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reinforce.dataset.reader import chosen
+from reinforce.dataset.manifest import select_names
 from reinforce.errors import UserError
 from reinforce.student.config import Data, Loss, StudentConfig
 from reinforce.training.config import HIGHEST_LOGIT_SCALE
@@ -137,7 +137,7 @@ def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, 
 
 def _names(data: Data, manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
     (url, names), *others = (
-        (url, chosen(url, "teachers", data.teachers, manifest)) for url, manifest in manifests.items()
+        (url, select_names(url, "teachers", data.teachers, manifest)) for url, manifest in manifests.items()
     )
     for other_url, there in others:
         if set(there) != set(names):
@@ -150,7 +150,7 @@ def _names(data: Data, manifests: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _stored(name: str, data: Data, url: str, manifest: Mapping[str, Any]) -> TeacherInfo:
     entry, layers = manifest["teachers"][name], manifest["layers"]
-    captioners = chosen(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)
+    captioners = select_names(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)
     texts = ("caption", *captioners)
     found = [what for what in texts if f"embeddings/{name}/{what}" in layers]
     missing = [what for what in texts if what not in found]

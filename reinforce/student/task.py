@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from reinforce.dataset.reader import read_manifest
+from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.store import Store
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.student import online

@@ -11,8 +11,7 @@ from typing import Any
 import ray
 
 from reinforce.cluster import ray_cluster
-from reinforce.dataset.manifest import record_scales
-from reinforce.dataset.reader import read_manifest
+from reinforce.dataset.manifest import read_manifest, record_scales
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.errors import UserError
 from reinforce.student.distillation import IMAGES, TEXTS, plan_distillation, stored_teachers

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from reinforce.cli import main
-from reinforce.dataset.reader import read_manifest
+from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.store import Store
 from reinforce.student.config import load_student_config
 from reinforce.student.train import build

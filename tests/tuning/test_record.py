@@ -12,8 +12,7 @@ import yaml
 
 from reinforce import settings
 from reinforce.config import parse_config
-from reinforce.dataset.manifest import record_scales, update_manifest
-from reinforce.dataset.reader import read_manifest
+from reinforce.dataset.manifest import read_manifest, record_scales, update_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.plan import make_plan
 from reinforce.engine.runner import run

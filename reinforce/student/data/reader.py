@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from reinforce.config import Limits
+from reinforce.dataset.aligned import AlignedLayers
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.reader import AlignedLayers
 from reinforce.errors import UserError
 from reinforce.student.data.examples import Choice, Example, Examples, Origin, examples_of
 from reinforce.training.order import Chunk, Order, Window
@@ -53,13 +53,13 @@ class Corpus:
         number, place, rows = self.groups[chunk.group].tolist()
         shard = self.shards[number]
         with self.zip.open(shard, whole=False) as layers:
-            samples, read = layers.row_group(place)
-            if samples.num_rows != rows:
+            group = layers.row_group(place)
+            if group.samples.num_rows != rows:
                 raise UserError(
                     f"{self.url}: samples/{shard}.parquet changed after the training began. Start it again."
                 )
             origin = Origin(self.zip.store.layer_path(SAMPLES, shard), self.limits, self.policy)
-            return examples_of(samples, read, chunk.first, chunk.stop, origin, self.choice, epoch)
+            return examples_of(group.samples, group.read, chunk.first, chunk.stop, origin, self.choice, epoch)
 
 
 class Reader:

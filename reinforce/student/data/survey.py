@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-from reinforce.config import Limits
-from reinforce.dataset.augment import AUGMENTATION_BACKEND
+from reinforce.dataset.aligned import AlignedLayers
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer
-from reinforce.dataset.reader import AlignedLayers, chosen, read_manifest
+from reinforce.dataset.manifest import read_manifest, select_names
+from reinforce.dataset.row_counts import row_group_table
+from reinforce.dataset.sample import ImagePolicies
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
-from reinforce.source.image import IMAGE_POLICY, PUBLISHED_POLICY
 from reinforce.student.config import Data
-from reinforce.student.data.counts import row_groups
 from reinforce.student.data.examples import Choice
 from reinforce.student.data.reader import Corpus, Targets
 
@@ -43,10 +41,11 @@ def survey(data: Data, seed: int, teachers: Sequence[str] | None) -> list[Corpus
 def _corpus(url: str, weight: float, data: Data, seed: int, teachers: Sequence[str] | None) -> Corpus:
     store = Store(url)
     manifest = read_manifest(store)
-    _check_policies(url, manifest)
+    policies = ImagePolicies.from_manifest(manifest, url)
+    policies.check()
     layers = manifest["layers"]
-    chosen_teachers = chosen(url, "teachers", teachers, manifest)
-    captioners = chosen(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)
+    chosen_teachers = select_names(url, "teachers", teachers, manifest)
+    captioners = select_names(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)
     choice = Choice(
         seeing=tuple(t for t in chosen_teachers if embeddings_layer(t, "images") in layers),
         reading=tuple(t for t in chosen_teachers if embeddings_layer(t, TRUE_CAPTION) in layers),
@@ -65,7 +64,7 @@ def _corpus(url: str, weight: float, data: Data, seed: int, teachers: Sequence[s
     fingerprints = {layer: layers[layer]["fingerprint"] for layer in columns}
     zipped = AlignedLayers(store, fingerprints, columns)
     sizes = _whole(store, list(columns))
-    groups = row_groups(store, fingerprints[SAMPLES], sizes)
+    groups = row_group_table(store, fingerprints[SAMPLES], sizes)
     if not groups[:, 2].sum():
         raise UserError(f"{url} has no sample in {len(sizes)} shards. `reinforce status {url}` tells what was refused.")
     shards = tuple(sizes)
@@ -74,20 +73,8 @@ def _corpus(url: str, weight: float, data: Data, seed: int, teachers: Sequence[s
         ((teacher, what), layers[embeddings_layer(teacher, "images" if what == "image" else TRUE_CAPTION)]["dim"])
         for teacher, what in choice.targets
     )
-    limits = Limits.model_validate(manifest["input"]["limits"])
     size = manifest["augmentations"]["size"]
-    policy = manifest["policies"]["image"]
-    return Corpus(url, weight, zipped, choice, targets, limits, policy, size, shards, groups)
-
-
-def _check_policies(url: str, manifest: Mapping[str, Any]) -> None:
-    """Images can be replayed only as they were when teachers saw them."""
-    for name, known in (("image", (IMAGE_POLICY, PUBLISHED_POLICY)), ("augmentation", (AUGMENTATION_BACKEND,))):
-        if (found := manifest["policies"][name]) not in known:
-            raise UserError(
-                f"{url} has {name} policy {found}, this program knows {' and '.join(known)}. Use the program that "
-                "wrote it."
-            )
+    return Corpus(url, weight, zipped, choice, targets, policies.limits, policies.image, size, shards, groups)
 
 
 def _whole(store: Store, layers: Sequence[str]) -> dict[str, int]:

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from reinforce.dataset import row_counts
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.student.config import Data
-from reinforce.student.data import counts, feed
+from reinforce.student.data import feed
 from reinforce.student.data.feed import StudentFeed
 from reinforce.student.data.survey import survey
 from schemas import Reason
@@ -197,14 +198,14 @@ class TestCounts:
 
     @pytest.fixture(autouse=True)
     def many(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr(counts, "_MANY", 2)
+        monkeypatch.setattr(row_counts, "_CACHE_FROM", 2)
         monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
 
     def footers_read(self, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[list[int]]]:
         asked: list[str] = []
-        original = counts.check_footer
+        original = row_counts.check_footer
         with monkeypatch.context() as patch:
-            patch.setattr(counts, "check_footer", lambda path, *rest: (asked.append(path), original(path, *rest)))
+            patch.setattr(row_counts, "check_footer", lambda path, *rest: (asked.append(path), original(path, *rest)))
             [corpus] = survey(Data.model_validate({"datasets": str(dataset)}), 0, [])
         return len(asked), corpus.groups.tolist()
 
@@ -227,5 +228,5 @@ class TestCounts:
     def test_footers_longer_than_what_is_asked_for_are_read(
         self, dataset: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(counts, "_TAIL", 100)
+        monkeypatch.setattr(row_counts, "_TAIL", 100)
         assert self.footers_read(dataset, monkeypatch)[0] == 3

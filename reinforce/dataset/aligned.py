@@ -1,0 +1,106 @@
+"""Layers of a shard read together, by row group, with their rows checked to be aligned by key."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.store import Store
+from reinforce.errors import UserError
+
+
+@dataclass(frozen=True)
+class AlignedLayers:
+    """Layers of a dataset that are read together.
+
+    ``fingerprints`` maps each layer, ``samples`` included, to the fingerprint that its files must have. ``columns``
+    restricts a layer to some of its columns, among them ``key``; default: all columns.
+    """
+
+    store: Store
+    fingerprints: Mapping[str, str]
+    columns: Mapping[str, Sequence[str]]
+
+    @contextlib.contextmanager
+    def open(self, shard: str, *, whole: bool = True) -> Iterator[AlignedShard]:
+        """Open a shard's files, to be read as a ``whole`` or for single row groups.
+
+        Raises UserError if one is missing, damaged, or has another fingerprint.
+        """
+        with contextlib.ExitStack() as stack:
+            files = {}
+            for name, fingerprint in self.fingerprints.items():
+                with read_errors(self.store.layer_path(name, shard)):
+                    files[name] = stack.enter_context(self.store.open_layer(name, shard, fingerprint, whole=whole))
+                if files[name].num_row_groups != files[SAMPLES].num_row_groups:
+                    raise _alignment_error(name, shard)
+            yield AlignedShard(shard, files, self.columns)
+
+
+class AlignedShard:
+    """The open files of one shard's layers."""
+
+    def __init__(self, shard: str, files: Mapping[str, pq.ParquetFile], columns: Mapping[str, Sequence[str]]) -> None:
+        self.shard = shard
+        self.layers = tuple(files)
+        self.row_groups: int = files[SAMPLES].num_row_groups
+        self._files, self._columns = files, columns
+
+    def row_group(self, number: int) -> RowGroup:
+        """Read the samples of a row group; its other layers are read on request."""
+        return RowGroup(self, number)
+
+    def read(self, number: int) -> dict[str, pa.Table]:
+        """Read a row group of every layer. Raises UserError if they are not aligned or a file is damaged."""
+        group = self.row_group(number)
+        return {name: group.read(name) for name in self.layers}
+
+    def read_unchecked(self, layer: str, number: int) -> pa.Table:
+        """Read a row group of a layer without comparing its keys."""
+        with read_errors(f"{layer}/{self.shard}.parquet"):
+            return self._files[layer].read_row_group(number, self._columns.get(layer), use_threads=False)
+
+
+class RowGroup:
+    """One row group of an open shard: its ``samples``, and other layers on request."""
+
+    def __init__(self, shard: AlignedShard, number: int) -> None:
+        self._shard, self._number = shard, number
+        self.samples: pa.Table = shard.read_unchecked(SAMPLES, number)
+
+    def read(self, layer: str) -> pa.Table:
+        """Read a layer. Raises UserError if its keys are not those of the samples or its file is damaged."""
+        if layer == SAMPLES:
+            return self.samples
+        table = self._shard.read_unchecked(layer, self._number)
+        if not table["key"].equals(self.samples["key"]):
+            raise _alignment_error(layer, self._shard.shard)
+        return table
+
+
+def _alignment_error(layer: str, shard: str) -> UserError:
+    return UserError(
+        f"{layer}/{shard}.parquet does not have the keys of {SAMPLES}/{shard}.parquet: one of them was changed. "
+        "Delete the file of the layer and run again."
+    )
+
+
+@contextlib.contextmanager
+def read_errors(path: str) -> Iterator[None]:
+    """Turn what reading a layer file raises into a UserError that names the file and the fix."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing. `reinforce run` with its config computes what is missing.") from error
+    except Exception as error:  # each storage driver has its own exceptions, and Arrow several for damage
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {error}). If it is damaged, delete it: "
+            "`reinforce run` with its config computes what is missing."
+        ) from error

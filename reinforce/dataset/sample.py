@@ -1,0 +1,132 @@
+"""One sample of a reinforced dataset, and its image as the teachers saw it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pydantic import ValidationError
+
+from reinforce.config import Limits
+from reinforce.dataset.augment import AUGMENTATION_BACKEND, Augmentation, replay
+from reinforce.errors import UserError
+from reinforce.source.image import IMAGE_POLICY, PUBLISHED_POLICY, ImageRefused, decode
+
+_CAPTION_CHARS = 60  # of a caption in repr
+
+
+@dataclass(frozen=True)
+class ImagePolicies:
+    """How a dataset's images become pixels, as its dataset.json records it.
+
+    ``image`` is the image policy, ``augmentation`` the augmentation backend, ``limits`` the bounds on an image.
+    """
+
+    url: str
+    image: str
+    augmentation: str
+    limits: Limits
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any], url: str) -> ImagePolicies:
+        """Raises UserError if the manifest does not record them."""
+        try:
+            policies, limits = manifest["policies"], Limits.model_validate(manifest["input"]["limits"])
+            return cls(url, policies["image"], policies["augmentation"], limits)
+        except (KeyError, TypeError, ValidationError) as error:
+            raise UserError(f"{url}: dataset.json does not record image policies and limits. Restore it.") from error
+
+    def check(self) -> None:
+        """Raise UserError if this version of the program does not implement the recorded policies."""
+        for name, recorded, known in (
+            ("image", self.image, (IMAGE_POLICY, PUBLISHED_POLICY)),
+            ("augmentation", self.augmentation, (AUGMENTATION_BACKEND,)),
+        ):
+            if recorded not in known:
+                raise UserError(
+                    f"{self.url} has {name} policy {recorded}, this program knows {' and '.join(known)}. Use the "
+                    "program that wrote it."
+                )
+
+
+@dataclass(frozen=True, repr=False)
+class Sample:
+    """One image-text pair with its reinforcements.
+
+    Attributes:
+        key: name of the sample, unique within its shard.
+        caption: true caption, or None.
+        metadata: the sample's JSON sidecar, or the fields of it that were kept, or None.
+        width, height: size in pixels of the decoded image.
+        image: encoded image, as in the source; ``pil()`` decodes it.
+        augmentations: K augmentation records; ``augmented(k)`` replays one.
+        captions: synthetic captions by captioner, None where the captioner gave none.
+        images: float32 [K, D] by teacher; row k is the embedding of ``augmented(k)``.
+        texts: float32 [1 or N, D] by teacher, then by ``caption`` (the true caption) or captioner.
+        policies: how the dataset's images become pixels.
+
+    Where a layer has no vectors for this sample, they are NaN.
+    """
+
+    key: str
+    caption: str | None
+    metadata: dict[str, Any] | None
+    width: int
+    height: int
+    image: bytes
+    augmentations: tuple[Augmentation, ...]
+    captions: Mapping[str, list[str] | None]
+    images: Mapping[str, np.ndarray]
+    texts: Mapping[str, Mapping[str, np.ndarray]]
+    policies: ImagePolicies
+
+    def pil(self) -> Image.Image:
+        """Decode the image to RGB by the dataset's recorded image policy and limits.
+
+        Raises UserError if the image cannot be decoded or the policy is from a newer version.
+        """
+        self.policies.check()
+        try:
+            return decode(self.image, self.policies.limits, policy=self.policies.image)
+        except ImageRefused as error:
+            raise self._changed(error) from error
+
+    def augmented(self, k: int, size: int | None = None) -> Image.Image:
+        """Replay augmentation record ``k``: the RGB crop that the teachers saw.
+
+        ``size`` is the side of the result in pixels; default: the recorded one. At another size, translations are
+        scaled with it, as in student training.
+        Raises IndexError if there is no record ``k``, and UserError as ``pil()``.
+        """
+        if not -len(self.augmentations) <= k < len(self.augmentations):
+            raise IndexError(
+                f"record {k} is out of range: sample {self.key} has {len(self.augmentations)} augmentation records"
+            )
+        image = self.pil()
+        try:
+            return replay(image, self.augmentations[k], size)
+        except ValueError as error:
+            raise self._changed(error) from error
+
+    def _changed(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self.policies.url}, key {self.key}: this is not the image that was augmented ({error}). If images are "
+            "kept by reference, restore the tar that was changed. Otherwise delete the damaged file of the samples "
+            "layer and the shard's files of all other layers, and run again."
+        )
+
+    def __repr__(self) -> str:
+        caption = self.caption
+        if caption is not None and len(caption) > _CAPTION_CHARS:
+            caption = caption[: _CAPTION_CHARS - 3] + "..."
+        captions = {name: None if texts is None else len(texts) for name, texts in self.captions.items()}
+        images = {teacher: vectors.shape for teacher, vectors in self.images.items()}
+        texts = {t: {name: vectors.shape for name, vectors in by_text.items()} for t, by_text in self.texts.items()}
+        return (
+            f"Sample(key={self.key!r}, caption={caption!r}, width={self.width}, height={self.height}, "
+            f"image=<{len(self.image):,} bytes>, augmentations={len(self.augmentations)}, captions={captions}, "
+            f"images={images}, texts={texts})"
+        )

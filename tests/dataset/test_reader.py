@@ -1,0 +1,98 @@
+"""Opening, counting, restricting and iterating a dataset."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import reinforce
+from reinforce.errors import UserError
+from tests.helpers.reinforced import small_dataset
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Shards of 21, 9 and 14 samples."""
+    return small_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+def keys(data: reinforce.Dataset) -> list[str]:
+    return [sample.key for sample in data]
+
+
+def test_len_is_the_number_of_samples(url: str) -> None:
+    data = reinforce.open(url)
+    assert len(data) == len(keys(data)) == 44
+    assert [len(data[shard]) for shard in data.shards] == [21, 9, 14]
+
+
+def test_opening_and_truth_read_no_footer(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pq, "read_metadata", None)
+    monkeypatch.setattr(pq, "ParquetFile", None)
+    assert reinforce.open(url)
+
+
+def test_a_dataset_is_restricted_by_name_number_and_slice(url: str) -> None:
+    data = reinforce.open(url)
+    every = keys(data)
+    first, second, third = data.shards
+    assert keys(data[second]) == keys(data[1]) == keys(data[-2]) == every[21:30]
+    assert data[1:].shards == [second, third]
+    assert keys(data[1:]) == every[21:]
+    assert data[::2].shards == [first, third]
+    assert (data[5:].shards, len(data[5:]), keys(data[5:]), bool(data[5:])) == ([], 0, [], False)
+    assert data[1:][0].shards == [second]
+    assert (data.shards, len(data)) == ([first, second, third], 44), "the dataset itself is not changed"
+
+
+def test_a_shard_that_does_not_exist_is_named(url: str) -> None:
+    data = reinforce.open(url)
+    with pytest.raises(KeyError, match="has no shard '00009' that is complete in every selected layer"):
+        data["00009"]
+    for number in (3, -4):
+        with pytest.raises(IndexError, match=f"shard {number} is out of range: .* has 3 shards"):
+            data[number]
+
+
+def test_teachers_and_captioners_are_selected_by_name(url: str) -> None:
+    data = reinforce.open(url, teachers=["blue"], captioners=[])
+    sample = next(iter(data))
+    assert (list(sample.images), list(sample.texts), sample.captions) == (["blue"], ["blue"], {})
+    assert data.layers == ["samples", "embeddings/blue/images", "embeddings/blue/caption"]
+    with pytest.raises(UserError, match="has no teacher 'green'; it has: red, blue"):
+        reinforce.open(url, teachers=["green"])
+
+
+def test_a_folder_without_a_dataset_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a reinforced dataset"):
+        reinforce.open(str(tmp_path))
+
+
+def test_repr_is_a_summary(url: str) -> None:
+    data = reinforce.open(url)
+    lines = repr(data).splitlines()
+    size = sum(path.stat().st_size for path in Path(url).rglob("*.parquet"))
+    assert lines == [
+        f"Dataset({url!r})",
+        f"  44 samples in 3 shards, {size / 1024:.1f} KiB",
+        "  teachers: red (dim 8, K 2, logit scale 50), blue (dim 12, K 2, no logit scale)",
+        "  captioners: namer (N 2)",
+    ]
+    assert "9 samples in 1 shard, " in repr(reinforce.open(url, teachers=[], captioners=[])[1])
+    assert repr(reinforce.open(url, teachers=[], captioners=[])).splitlines()[2:] == [
+        "  teachers: none",
+        "  captioners: none",
+    ]
+
+
+def test_reading_imports_neither_torch_nor_ray(url: str) -> None:
+    code = (
+        f"import reinforce, sys; data = reinforce.open({url!r}); print(repr(data)); next(iter(data)).augmented(0); "
+        "print({'torch', 'ray'} & set(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.splitlines()[-1] == "set()"

@@ -1,0 +1,43 @@
+"""The package's own example and names."""
+
+from __future__ import annotations
+
+import doctest
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import reinforce
+from tests.helpers.data import config_of
+from tests.helpers.reinforced import reinforce_here
+
+COLOUR = "tests.helpers.models:Colour"
+
+
+def test_the_example_of_the_package_runs(
+    shards: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = config_of(shards(3, 2), "demo/dataset")
+    config["teachers"] = {"conv-64": {"class": COLOUR}, "conv-48": {"class": COLOUR, "options": {"seed": 1}}}
+    config["captioners"] = {"coca": {"class": "tests.helpers.models:Namer", "captions": 2}}
+    reinforce_here(config)
+    example = doctest.DocTestParser().get_doctest(reinforce.__doc__ or "", {}, "reinforce", None, None)
+    result = doctest.DocTestRunner().run(example, clear_globs=False)
+    assert (result.failed, result.attempted) == (0, 3)
+    found = example.globs
+    assert found["image"].size == (24, 24)
+    assert [target.shape for target in found["targets"]] == [(8,), (8,)]
+    assert found["captions"][0] == "thing 1 of shard 1"
+    assert len(found["captions"]) == 3
+
+
+@pytest.mark.parametrize("name", reinforce.__all__)
+def test_every_public_name_exists(name: str) -> None:
+    assert getattr(reinforce, name).__doc__
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'missing'"):
+        reinforce.missing  # noqa: B018
