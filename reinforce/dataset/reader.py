@@ -21,7 +21,7 @@ from reinforce.dataset.sample import ImagePolicies, Sample
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.source.shards import referenced_images
-from reinforce.terminal import escape, human_bytes
+from reinforce.terminal import escape, format_bytes
 
 if TYPE_CHECKING:
     from reinforce.dataset.torch_dataset import TorchSamples
@@ -136,7 +136,7 @@ class Dataset:
         lines = [
             f"Dataset({self.store.url!r})",
             f"  {len(self):,} samples in {len(self.shards):,} {'shard' if len(self.shards) == 1 else 'shards'}, "
-            f"{human_bytes(size)}",
+            f"{format_bytes(size)}",
             f"  teachers: {', '.join(map(self._describe_teacher, self.teachers)) or 'none'}",
             f"  captioners: {', '.join(map(self._describe_captioner, self.captioners)) or 'none'}",
         ]
