@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from reinforce.config import Config, parse_config
-from reinforce.dataset.augment import replay, sample
+from reinforce.dataset.augment import replay, sample_augmentation
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.store import Store
 from reinforce.engine.models import Models
@@ -115,7 +115,7 @@ class Bench:
         def work(item: tuple[int, bytes]) -> None:
             image = decode(item[1], limits)
             for k in range(policy.count):
-                np.asarray(replay(image, sample(policy, 0, str(item[0]), k, *image.size)))
+                np.asarray(replay(image, sample_augmentation(policy, 0, str(item[0]), k, *image.size)))
 
         with ThreadPoolExecutor(self.threads) as pool:
             start = time.perf_counter()

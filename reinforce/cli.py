@@ -96,10 +96,10 @@ def status(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="folder or fsspec URL of a reinforced dataset")],
 ) -> None:
     """Show what a dataset holds, what is in quarantine and why, and how the last run ended."""
-    from reinforce.dataset.status import status_of, status_table
+    from reinforce.dataset.status import read_status, status_table
     from reinforce.engine.summary import cleaned_lines
 
-    found = status_of(dataset)
+    found = read_status(dataset)
     Console().print(status_table(found))
     for layer, entry in found["quarantine"].items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in entry["reasons"].items())

@@ -31,7 +31,7 @@ from reinforce.captioning.config import Data
 from reinforce.captioning.images import read_images
 from reinforce.captioning.pairs import Pairs
 from reinforce.config import Augmentations, RandAugment
-from reinforce.dataset.augment import replay, sample
+from reinforce.dataset.augment import replay, sample_augmentation
 from reinforce.errors import UserError
 from reinforce.prefetch import prefetch
 from reinforce.seeds import permutation, uniforms
@@ -130,7 +130,9 @@ class CaptionFeed:
                 example = self._example((int(self._order(epoch)[place]) + step) % self.samples, epoch)
                 [data] = read_images([self._pairs.place(example.image)])
                 continue
-            record = sample(self._policy, self._seed, self._pairs.key(example.image), example.draw, *image.size)
+            record = sample_augmentation(
+                self._policy, self._seed, self._pairs.key(example.image), example.draw, *image.size
+            )
             return example, np.asarray(replay(image, record))
         raise UserError(f"data: {_MOST_BROKEN} images in a row cannot be decoded, the last: {fault}. Check the shards.")
 

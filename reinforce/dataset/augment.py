@@ -59,7 +59,9 @@ class Augmentation:
     ops: tuple[Op, ...] | None
 
 
-def sample(policy: Augmentations, seed: int, key: str, index: int, width: int, height: int) -> Augmentation:
+def sample_augmentation(
+    policy: Augmentations, seed: int, key: str, index: int, width: int, height: int
+) -> Augmentation:
     """Draw record ``index`` of the sample ``key``, whose RGB image has ``width`` x ``height`` pixels.
 
     Depends on the arguments alone: equal in every process and on every machine.

@@ -78,7 +78,7 @@ def embeddings_layer(teacher: str, what: str) -> str:
     return f"embeddings/{teacher}/{what}"
 
 
-def fingerprint_of(recipe: Mapping[str, Any]) -> str:
+def compute_fingerprint(recipe: Mapping[str, Any]) -> str:
     """16 hex digits over the schema version and the recipe."""
     text = json.dumps({"schema": schemas.SCHEMA_VERSION, **recipe}, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -18,7 +18,7 @@ from reinforce.terminal import escape, format_bytes
 _QUARANTINE_FILES = 1000
 
 
-def status_of(url: str) -> dict[str, Any]:
+def read_status(url: str) -> dict[str, Any]:
     """Layers with shards and bytes, quarantined rows by layer and reason, and the last run's summary."""
     store = Store(url)
     manifest = store.read_json(MANIFEST)
@@ -46,7 +46,7 @@ def status_of(url: str) -> dict[str, Any]:
 
 
 def status_table(status: dict[str, Any]) -> Table:
-    """``status_of`` as a table."""
+    """``read_status`` as a table."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("layer", "shards", "bytes", "what"):
         justify: Literal["left", "right"] = "right" if heading in ("shards", "bytes") else "left"

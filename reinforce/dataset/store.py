@@ -186,14 +186,14 @@ def _encodings(schema: pa.Schema) -> dict[str, Any]:
 
 def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) -> None:
     """Raise UserError if a file is from a newer program or, where one is given, of another fingerprint."""
-    footer = footer_of(metadata)
+    footer = parse_footer(metadata)
     if int(footer.get("schema_version", 0)) > schemas.SCHEMA_VERSION:
         raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
     if fingerprint is not None and footer.get("fingerprint") != fingerprint:
         raise fingerprint_error(path, footer.get("fingerprint"), fingerprint)
 
 
-def footer_of(metadata: pq.FileMetaData) -> dict[str, str]:
+def parse_footer(metadata: pq.FileMetaData) -> dict[str, str]:
     """schema_version, layer, fingerprint, source and rows, as written in the footer."""
     pairs = metadata.metadata or {}
     prefix = b"reinforce."

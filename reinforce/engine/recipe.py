@@ -13,8 +13,8 @@ from reinforce.dataset.layers import (
     Kind,
     Layer,
     captions_layer,
+    compute_fingerprint,
     embeddings_layer,
-    fingerprint_of,
 )
 from reinforce.engine.published import FORMAT
 from reinforce.errors import UserError
@@ -68,7 +68,7 @@ def layers_of(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer
         "input": _input_of(config),
         "augmentations": _augmentations_of(config),
     }
-    samples = Layer(SAMPLES, "samples", fingerprint_of(recipe), recipe=recipe)
+    samples = Layer(SAMPLES, "samples", compute_fingerprint(recipe), recipe=recipe)
     layers = {SAMPLES: samples}
 
     for name, captioner in config.captioners.items():
@@ -76,7 +76,7 @@ def layers_of(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer
         layer = Layer(
             captions_layer(name),
             "captions",
-            fingerprint_of(recipe),
+            compute_fingerprint(recipe),
             needs=(SAMPLES,),
             model=name,
             count=captioner.captions,
@@ -102,7 +102,7 @@ def layers_of(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer
             layer = Layer(
                 embeddings_layer(name, what),
                 kind,
-                fingerprint_of({**recipe, "what": kind}),
+                compute_fingerprint({**recipe, "what": kind}),
                 needs=(SAMPLES,) if source == SAMPLES else (SAMPLES, source),
                 model=name,
                 texts=what if kind == "texts" else None,

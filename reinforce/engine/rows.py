@@ -18,7 +18,7 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 
 from reinforce.config import Config
-from reinforce.dataset.augment import Augmentation, Crop, from_records, replay, sample
+from reinforce.dataset.augment import Augmentation, Crop, from_records, replay, sample_augmentation
 from reinforce.engine.published import PublishedValue, Reinforcements, Unreadable
 from reinforce.prefetch import prefetch
 from reinforce.source.image import ImageRefused, decode, image_policy
@@ -164,7 +164,9 @@ def _first_time(config: Config, raw: RawSample, wanted: Wanted) -> Row | Refusal
         image = decode(raw.image, limits, strict=True, policy=image_policy(config))
         width, height = image.size
         if published is None:
-            augmentations = tuple(sample(policy, config.seed, key, k, width, height) for k in range(policy.count))
+            augmentations = tuple(
+                sample_augmentation(policy, config.seed, key, k, width, height) for k in range(policy.count)
+            )
         else:
             augmentations = published.augmentations(key, width, height)
     except ImageRefused as refused:

@@ -15,7 +15,7 @@ from reinforce.captioning.config import Data
 from reinforce.captioning.feed import CaptionFeed
 from reinforce.captioning.pairs import Pairs, find_pairs
 from reinforce.config import Augmentations, Limits, RandAugment
-from reinforce.dataset.augment import replay, sample
+from reinforce.dataset.augment import replay, sample_augmentation
 from reinforce.errors import UserError
 from reinforce.source.image import decode
 from teachers.open_clip_tokens import Tokenizer
@@ -111,7 +111,7 @@ def test_an_image_is_cropped_as_open_clip_crops_and_told_by_its_caption(made: tu
     for row, key in enumerate(batch["key"]):
         shard, number = int(key[:3]), int(key[3:])
         image = decode(picture(shard * 1000 + number), Limits())
-        crop = replay(image, sample(policy, 0, key, 0, *image.size))
+        crop = replay(image, sample_augmentation(policy, 0, key, 0, *image.size))
         assert np.array_equal(batch["image"][row].numpy(), np.asarray(crop))
         texts = [f"thing {number} of shard {shard}, view {n}" for n in range(3)]
         assert any(torch.equal(batch["caption"][row], tokens) for tokens in tokenize(texts))

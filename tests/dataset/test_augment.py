@@ -18,7 +18,7 @@ from torchvision.transforms.autoaugment import _apply_op
 
 from reinforce.config import Augmentations
 from reinforce.config import RandAugment as RandAugmentPolicy
-from reinforce.dataset.augment import OPS, Augmentation, Crop, Op, from_records, replay, sample, to_records
+from reinforce.dataset.augment import OPS, Augmentation, Crop, Op, from_records, replay, sample_augmentation, to_records
 from schemas import AUGMENTATION
 
 POLICY = Augmentations()
@@ -67,7 +67,7 @@ SIDES = st.one_of(st.integers(1, 8), st.integers(1, 200))
 @given(policies(), st.integers(0, 2**63), st.text(max_size=8), SIDES, SIDES)
 def test_a_record_from_parquet_replays_to_the_same_pixels(policy, seed, key, width, height):
     image = picture(width, height)
-    drawn = [sample(policy, seed, key, index, width, height) for index in range(3)]
+    drawn = [sample_augmentation(policy, seed, key, index, width, height) for index in range(3)]
     stored = through_parquet(drawn)
     assert stored == drawn
     for one, other in zip(drawn, stored, strict=True):
@@ -79,7 +79,7 @@ def test_a_record_from_parquet_replays_to_the_same_pixels(policy, seed, key, wid
 @given(policies(), st.integers(0, 2**32), st.sampled_from([(1, 1), (1, 5000), (5000, 1), (2, 3), (97, 13)]))
 def test_the_crop_lies_inside_the_image(policy, seed, size):
     width, height = size
-    crop = sample(policy, seed, "key", 0, width, height).crop
+    crop = sample_augmentation(policy, seed, "key", 0, width, height).crop
     assert crop.height >= 1
     assert crop.width >= 1
     assert 0 <= crop.top <= height - crop.height
@@ -88,17 +88,18 @@ def test_the_crop_lies_inside_the_image(policy, seed, size):
 
 def test_the_golden_record_is_drawn_here_and_in_another_process():
     code = (
-        "from reinforce.dataset.augment import sample; from reinforce.config import Augmentations; import sys;"
-        f"print(sample(Augmentations(), *{GOLDEN_ARGUMENTS!a}), 'torch' in sys.modules, 'torchvision' in sys.modules)"
+        "from reinforce.dataset.augment import sample_augmentation; from reinforce.config import Augmentations; "
+        f"import sys; print(sample_augmentation(Augmentations(), *{GOLDEN_ARGUMENTS!a}), "
+        "'torch' in sys.modules, 'torchvision' in sys.modules)"
     )
     other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert sample(POLICY, *GOLDEN_ARGUMENTS) == GOLDEN
+    assert sample_augmentation(POLICY, *GOLDEN_ARGUMENTS) == GOLDEN
     assert other.strip() == f"{GOLDEN} False False"
 
 
 @pytest.mark.parametrize("change", [(18, "00012/0003é", 1), (17, "00012/0003e", 1), (17, "00012/0003é", 2)])
 def test_seed_key_and_index_each_change_the_record(change):
-    assert sample(POLICY, *change, 640, 427).crop != GOLDEN.crop
+    assert sample_augmentation(POLICY, *change, 640, 427).crop != GOLDEN.crop
 
 
 def torchvision_magnitudes(size: int) -> dict[str, tuple[list[float], bool]]:
@@ -137,7 +138,7 @@ def test_magnitudes_are_torchvisions_table():
         theirs = torchvision_magnitudes(size)
         for bin_ in range(31):
             policy = Augmentations(size=size, rand_augment=RandAugmentPolicy(ops=60, magnitude=bin_))
-            for op in sample(policy, bin_, "key", 0, 64, 64).ops:
+            for op in sample_augmentation(policy, bin_, "key", 0, 64, 64).ops:
                 table, signed = theirs[op.name]
                 magnitude = abs(op.magnitude) if signed else op.magnitude
                 assert math.isclose(magnitude, table[bin_], rel_tol=2e-7)
@@ -153,7 +154,7 @@ def statistic(counts: Counter, categories: list) -> float:
 
 
 def test_ops_and_signs_are_uniform():
-    drawn = [op for i in range(4000) for op in sample(POLICY, 0, str(i), 0, 64, 64).ops]
+    drawn = [op for i in range(4000) for op in sample_augmentation(POLICY, 0, str(i), 0, 64, 64).ops]
     assert statistic(Counter(op.name for op in drawn), list(OPS)) < 34.5  # 13 degrees, p = 0.001
     pairs = Counter((first.name, second.name) for first, second in zip(drawn[::2], drawn[1::2], strict=True))
     assert statistic(pairs, [(a, b) for a in OPS for b in OPS]) < 261  # 195 degrees, p = 0.001
@@ -165,7 +166,7 @@ def test_ops_and_signs_are_uniform():
 
 def test_rand_augment_is_applied_with_its_probability():
     policy = Augmentations(rand_augment=RandAugmentPolicy(probability=0.3))
-    applied = sum(sample(policy, 0, str(i), 0, 64, 64).ops is not None for i in range(4000))
+    applied = sum(sample_augmentation(policy, 0, str(i), 0, 64, 64).ops is not None for i in range(4000))
     assert abs(applied / 4000 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 4000)
 
 
@@ -182,7 +183,7 @@ def test_crops_are_distributed_as_torchvisions(width, height):
     torch.manual_seed(0)
     image = Image.new("RGB", (width, height))
     theirs = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
-    crops = [sample(POLICY, 0, str(i), 0, width, height).crop for i in range(count)]
+    crops = [sample_augmentation(POLICY, 0, str(i), 0, width, height).crop for i in range(count)]
     ours = [(crop.top, crop.left, crop.height, crop.width) for crop in crops]
     measures = {
         "area": lambda top, left, h, w: h * w,

@@ -11,9 +11,9 @@ import pytest
 
 import schemas
 from reinforce.config import Augmentations
-from reinforce.dataset.augment import sample, to_records
+from reinforce.dataset.augment import sample_augmentation, to_records
 from reinforce.dataset.layers import Layer
-from reinforce.dataset.store import Store, footer_of
+from reinforce.dataset.store import Store, parse_footer
 from reinforce.dataset.vectors import encode
 from reinforce.errors import UserError
 from schemas import Reason
@@ -38,7 +38,7 @@ def test_a_committed_layer_is_listed_and_tells_its_origin(tmp_path: Path, url: s
     with store.open_layer("captions/c", "shard-1", "f00d") as file:
         assert file.num_row_groups == 2
         assert file.read()["key"].to_pylist() == ["a", "b", "c"]
-        assert footer_of(file.metadata) == {
+        assert parse_footer(file.metadata) == {
             "schema_version": "1", "layer": "captions/c", "fingerprint": "f00d", "source": "s3://b/1.tar", "rows": "3",
         }  # fmt: skip
         assert file.schema_arrow.field("key").metadata[b"description"]
@@ -73,7 +73,7 @@ def column_bytes(store: Store, layer: Layer, written: pa.Table) -> dict[str, flo
 
 def test_augmentation_records_and_captions_are_compressed(tmp_path: Path) -> None:
     policy, keys = Augmentations(count=10), [str(i) for i in range(200)]
-    drawn = [to_records(sample(policy, 0, key, i, 640, 480) for i in range(10)) for key in keys]
+    drawn = [to_records(sample_augmentation(policy, 0, key, i, 640, 480) for i in range(10)) for key in keys]
     rows = [
         {"key": key, "width": 640, "height": 480, "image": b"", "augmentations": records}
         for key, records in zip(keys, drawn, strict=True)

@@ -17,7 +17,7 @@ from PIL import Image
 import schemas
 from reinforce.captioning.config import load_captioner_config
 from reinforce.config import Augmentations, load_config
-from reinforce.dataset.augment import sample, to_records
+from reinforce.dataset.augment import sample_augmentation, to_records
 from reinforce.dataset.store import Store
 from reinforce.demo.compare import ARMS, MEASURES, compare, student_config
 from reinforce.demo.data import (
@@ -107,7 +107,7 @@ def _write_dataset(root: Path, shard: Path) -> list[str]:
             "width": PIXELS,
             "height": PIXELS,
             "image": members["png"],
-            "augmentations": to_records([sample(policy, 0, key, k, PIXELS, PIXELS) for k in range(2)]),
+            "augmentations": to_records([sample_augmentation(policy, 0, key, k, PIXELS, PIXELS) for k in range(2)]),
         }
         for key, members in samples.items()
     ]

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reinforce.config import Config, Limits, parse_config
-from reinforce.dataset.augment import replay, sample
+from reinforce.dataset.augment import replay, sample_augmentation
 from reinforce.engine.rows import Row, Wanted, rows_from_source
 from reinforce.source.image import FORMATS, ImageRefused, decode
 from reinforce.source.shards import Refusal, as_utf8, split_name
@@ -232,7 +232,7 @@ def image(data: bytes) -> None:
     if first.width * first.height < 10**6:
         assert decode(data, LIMITS).tobytes() == first.tobytes()
     for index in range(2):
-        record = sample(CONFIG.augmentations, 0, "key", index, *first.size)
+        record = sample_augmentation(CONFIG.augmentations, 0, "key", index, *first.size)
         assert replay(first, record).size == (24, 24)
 
 

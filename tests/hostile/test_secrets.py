@@ -194,11 +194,11 @@ def test_no_text_moves_the_cursor_or_turns_the_line(text: str) -> None:
 
 
 def test_a_forged_manifest_names_no_path_and_no_markup(tmp_path: Path) -> None:
-    from reinforce.dataset.status import status_of
+    from reinforce.dataset.status import read_status
 
     for name in ("../../etc", "embeddings/../x", "[red]x", "\x1b[2J"):
         manifest = {"schema_version": 1, "layers": {"samples": {}, name: {}}, "teachers": {}, "captioners": {}}
         (tmp_path / "dataset.json").write_text(json.dumps(manifest))
-        for read in (reinforce.open, status_of):
+        for read in (reinforce.open, read_status):
             with pytest.raises(reinforce.UserError, match=r"names a layer .*, which no run does"):
                 read(str(tmp_path))
