@@ -45,11 +45,11 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from reinforce.shipping.machine import cpu_name
-from teachers.coca_decoder import CachedForward
+from teachers.coca_decoder import CocaDecoder
 from teachers.decoding import greedy, sample
 from teachers.device import Accelerator
-from teachers.fixed import FixedLinear, fix
-from teachers.rules import Rules
+from teachers.frozen import FrozenLinear, freeze
+from teachers.rules import DecodingRules
 from teachers.sampling import sample_nucleus, uniforms
 
 CAPTIONS, TOKENS, TOP_P = 5, 30, 0.9
@@ -80,11 +80,11 @@ class Bench:
         self.model = random_model(case.model)
         self.accelerator = Accelerator("cpu")
         self.visual = copy.deepcopy(self.model.visual)
-        fix(self.visual, self.accelerator)
-        self.forward = CachedForward(self.model, self.accelerator, WORDS)
+        freeze(self.visual, self.accelerator)
+        self.forward = CocaDecoder(self.model, self.accelerator, WORDS)
         impossible = torch.zeros(self.model.text.vocab_size, dtype=torch.bool)
         impossible[[START, PAD]] = True  # `generate` takes the padding, which is the word "!", for an end
-        self.rules = Rules(START, END, impossible, min_words=WORDS, max_words=WORDS)
+        self.rules = DecodingRules(START, END, impossible, min_tokens=WORDS, max_tokens=WORDS)
         size = self.model.visual.image_size
         self.pixels = torch.randn(case.images, 3, *(size if isinstance(size, tuple) else (size, size)))
         drawn = uniforms(np.arange(case.images * CAPTIONS, dtype=np.uint64), WORDS)
@@ -296,7 +296,7 @@ def product_speed(rows: int, width: int) -> float:
     """Operations a second of [rows, width] by matrices [width, 4 * width] that do not lie in a cache."""
     accelerator = Accelerator("cpu")
     count = max(2, 2**26 // width**2 // 4)
-    maps = [FixedLinear(torch.randn(4 * width, width), None, accelerator) for _ in range(count)]
+    maps = [FrozenLinear(torch.randn(4 * width, width), None, accelerator) for _ in range(count)]
     x = torch.randn(rows, width)
     seconds = []
     with torch.inference_mode():

@@ -153,11 +153,11 @@ def texts(device: str, count: int = 64) -> dict[str, float]:
     """Texts/s of a ViT-B/32's text tower, cut to the longest of the batch against the full length."""
     import open_clip
 
-    from teachers.open_clip_text import TextSide
+    from teachers.open_clip_text import TextEncoder
 
     accelerator = Accelerator(device)
     model = accelerator.prepare(open_clip.create_model("ViT-B-32"))
-    side = TextSide(model, open_clip.get_tokenizer("ViT-B-32"), accelerator)
+    side = TextEncoder(model, open_clip.get_tokenizer("ViT-B-32"), accelerator)
     batch = [f"a photo of thing {i} on a wooden table" for i in range(count)]
 
     def timed(trim: bool) -> float:

@@ -34,7 +34,7 @@ def resolve_models(
         for name, spec in specs.items():
             with model_errors(name):
                 if weights:
-                    catalog.check(str(spec.model), spec.pretrained)
+                    catalog.check_model(str(spec.model), spec.pretrained)
                 elif catalog.model_config(str(spec.model)) is None:
                     raise ValueError(
                         "its architecture is not on this machine: give open_clip's name, or local-dir:PATH"
@@ -57,10 +57,10 @@ def model_errors(name: str) -> Iterator[None]:
 
 
 def _spec(name: str, pretrained: str | None, stack: contextlib.ExitStack) -> ModelSpec:
-    if name.startswith((catalog.HUB, catalog.FOLDER)):
+    if name.startswith((catalog.HUB_PREFIX, catalog.FOLDER_PREFIX)):
         return ModelSpec(model=name)
     if "://" in name or (Path(name).is_dir() and name not in catalog.builtin_models()):
-        return ModelSpec(model=f"{catalog.FOLDER}{_model_folder(name, stack)}")
+        return ModelSpec(model=f"{catalog.FOLDER_PREFIX}{_model_folder(name, stack)}")
     model, comma, tag = name.partition(",")
     return ModelSpec(model=model, pretrained=tag if comma else pretrained)
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from reinforce.errors import UserError
-from teachers.redact import is_secret, public
+from teachers.redact import is_secret, redact_values
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -79,7 +79,7 @@ def _explain(model: type[BaseModel], fault: dict[str, Any]) -> str:
     if fault["type"] == "value_error":
         return message
     hidden = any(is_secret(str(part)) for part in fault["loc"])
-    return message if hidden else f"{message}, got {public(fault['input'])!r}"
+    return message if hidden else f"{message}, got {redact_values(fault['input'])!r}"
 
 
 def _neighbours(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:

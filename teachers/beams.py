@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from teachers.rules import Forward, Rules
+from teachers.rules import Decoder, DecodingRules
 
 Tensor = torch.Tensor
 
@@ -17,7 +17,7 @@ class Beams:
     """``beams`` texts of an image grow side by side, in ``groups`` of equal size that search for themselves.
 
     A text's score is the sum of the log-probabilities of its words and of its end, over (words + 1) **
-    ``length_penalty``; the end of one that is cut at ``max_words`` costs nothing. Probabilities are those after the
+    ``length_penalty``; the end of one that is cut at ``max_tokens`` costs nothing. Probabilities are those after the
     rules, among what is possible.
 
     Diverse beam search (arXiv 1610.02424): to a group, a word is worth ``diversity`` less for each text of the groups
@@ -30,7 +30,9 @@ class Beams:
     length_penalty: float = 1.0
 
 
-def search(forward: Forward, rules: Rules, images: int, captions: int, beams: Beams) -> list[list[list[int]] | None]:
+def search(
+    forward: Decoder, rules: DecodingRules, images: int, captions: int, beams: Beams
+) -> list[list[list[int]] | None]:
     """-> the words of each image's ``captions`` best texts; None for an image whose logits were not finite.
 
     Best are the best texts of every group, then their second bests, and so on, each by falling score. A text that
@@ -38,7 +40,7 @@ def search(forward: Forward, rules: Rules, images: int, captions: int, beams: Be
     texts that still grow can come before those that have ended.
     """
     shape = (images, beams.groups, beams.beams // beams.groups)
-    longest, device = rules.max_words, rules.impossible.device
+    longest, device = rules.max_tokens, rules.impossible.device
     pool = _Pool.empty(shape, longest, rules.end, device)
     sums = torch.full(shape, -torch.inf, device=device)  # log-probabilities of the texts that grow
     sums[..., 0] = 0  # they are all the same at first: one in each group stands for them
@@ -49,7 +51,7 @@ def search(forward: Forward, rules: Rules, images: int, captions: int, beams: Be
         rows = tokens if words else tokens[:: beams.beams]
         logits = rules.apply(forward.next_logits(rows), rows)
         if not words:
-            forward.take(torch.arange(images).repeat_interleave(beams.beams))
+            forward.select_rows(torch.arange(images).repeat_interleave(beams.beams))
             logits = logits.repeat_interleave(beams.beams, dim=0)
         finite = logits.amax(-1).isfinite().view(len(running), -1).all(-1)
         following = logits.log_softmax(-1).unflatten(0, sums.shape)
@@ -70,7 +72,7 @@ def search(forward: Forward, rules: Rules, images: int, captions: int, beams: Be
         pool, sums = pool.of(kept), sums[kept]
         firsts = torch.arange(len(tokens), device=device).view(-1, *shape[1:])[kept, :, :1]
         rows = (firsts + parents[kept]).flatten()
-        forward.take(rows.cpu())
+        forward.select_rows(rows.cpu())
         tokens = torch.cat([tokens[rows], chosen[kept].view(-1, 1)], dim=1)
     pool = pool.add(sums / (longest + 1) ** beams.length_penalty, tokens[:, 1:])
     for i, image in enumerate(running.tolist()):
@@ -81,19 +83,19 @@ def search(forward: Forward, rules: Rules, images: int, captions: int, beams: Be
 @dataclass(frozen=True)
 class _Pool:
     """The best texts that have ended: ``scores`` [images, groups, n] in falling order, -inf where there is none, and
-    ``words`` [images, groups, n, max_words], filled up with the end token."""
+    ``words`` [images, groups, n, max_tokens], filled up with the end token."""
 
     scores: Tensor
     words: Tensor
     end: int
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int], max_words: int, end: int, device: torch.device) -> _Pool:
+    def empty(cls, shape: tuple[int, int, int], max_tokens: int, end: int, device: torch.device) -> _Pool:
         scores = torch.full(shape, -torch.inf, device=device)
-        return cls(scores, torch.full((*shape, max_words), end, device=device), end)
+        return cls(scores, torch.full((*shape, max_tokens), end, device=device), end)
 
     def add(self, scores: Tensor, words: Tensor) -> _Pool:
-        """With texts of scores [images, groups, n] and words [images * groups * n, at most max_words] among them."""
+        """With texts of scores [images, groups, n] and words [images * groups * n, at most max_tokens] among them."""
         padded = torch.nn.functional.pad(words, (0, self.words.shape[-1] - words.shape[-1]), value=self.end)
         of_all = torch.cat([self.words, padded.view(self.words.shape)], dim=2)
         best = torch.cat([self.scores, scores], dim=2).topk(scores.shape[-1], dim=2)

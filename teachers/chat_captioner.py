@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import transformers
 
-from teachers.cached_rows import CachedRows
+from teachers.cached_decoder import CachedDecoder
 from teachers.device import Accelerator
-from teachers.image_to_text import ends_of
+from teachers.image_to_text import end_tokens_of
 from teachers.protocols import ImageSpec
 from teachers.spec import CaptionerSpec
 from teachers.transformers import image_spec
@@ -32,9 +32,9 @@ class Chat:
         processor = transformers.AutoProcessor.from_pretrained(spec.model, trust_remote_code=False)
         self.tokenizer, self._processor = processor.tokenizer, processor.image_processor
         text = model.config.get_text_config()
-        self.ends = ends_of(model.generation_config, model.config, text)
+        self.ends = end_tokens_of(model.generation_config, model.config, text)
         self.start = self.ends[0]  # stands for the prompt
-        self.image, self._options = view_of(self._processor.to_dict(), spec.image_size)
+        self.image, self._options = chat_image_spec(self._processor.to_dict(), spec.image_size)
         self._prompt, self._images = self._prepared(processor, spec.prompt)
         self._length = self._prompt["input_ids"].shape[1]
         positions = getattr(text, "max_position_embeddings", None)
@@ -48,8 +48,8 @@ class Chat:
         processed = self._processed(pixels.mul(255).round_().to(torch.uint8))
         return {**prompts, **{name: self._put(processed[name]) for name in self._images}}
 
-    def begin(self, pixels: torch.Tensor) -> CachedRows:
-        rows = CachedRows(self.model, self._accelerator, self.inputs(pixels), self.ends)
+    def begin(self, pixels: torch.Tensor) -> CachedDecoder:
+        rows = CachedDecoder(self.model, self._accelerator, self.inputs(pixels), self.ends)
         if self._shifted is not None:
             rows.positions = (self._length + int(self._shifted.rope_deltas[0]), (3,))
         return rows
@@ -88,7 +88,7 @@ def prompt_text(processor: Any, prompt: str) -> str:
     raise ValueError(f"it has no chat template: write the whole `prompt`, with {image} where the image belongs")
 
 
-def view_of(config: dict[str, Any], side: int | None) -> tuple[ImageSpec, dict[str, Any]]:
+def chat_image_spec(config: dict[str, Any], side: int | None) -> tuple[ImageSpec, dict[str, Any]]:
     """An image processor's config -> the square RGB image, in 0 to 1, that it is fed, and its options for it.
 
     ``side`` is the config's ``image_size``. Raises ValueError where the model's images have one size and it is

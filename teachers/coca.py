@@ -11,12 +11,12 @@ import torch
 
 from teachers import coca_decoder
 from teachers import open_clip_catalog as catalog
-from teachers.coca_decoder import CachedForward
+from teachers.coca_decoder import CocaDecoder
 from teachers.decoding import decode
 from teachers.device import Accelerator
-from teachers.fixed import fix
+from teachers.frozen import freeze
 from teachers.open_clip import image_spec, load_model, model_name
-from teachers.rules import Rules
+from teachers.rules import DecodingRules
 from teachers.spec import CaptionerSpec
 
 #: Captions decoded side by side, and bytes of their caches: bounds on the memory of a step whatever the batch.
@@ -31,9 +31,9 @@ class CocaCaptioner:
 
     def __init__(self, spec: CaptionerSpec, accelerator: Accelerator) -> None:
         assert spec.model is not None
-        refuse_other_models(spec.model)
+        check_model_name(spec.model)
         model: Any = load_model(spec)
-        refuse_models_that_cannot_caption(spec, model)
+        check_model(spec, model)
         self.image = image_spec(open_clip.get_model_preprocess_cfg(model))
         self.captions = spec.captions
         self._spec = spec
@@ -42,15 +42,15 @@ class CocaCaptioner:
         accelerator.prepare(model)
         # Nothing else of the model stays: both have its weights in layouts of their own.
         self._visual = model.visual
-        fix(self._visual, accelerator)
-        self._forward = CachedForward(model, accelerator, spec.max_length - 2, spec.compile)
+        freeze(self._visual, accelerator)
+        self._forward = CocaDecoder(model, accelerator, spec.max_length - 2, spec.compile)
         size = model.text_decoder.text_projection.shape[1]
-        self._rules = Rules(
+        self._rules = DecodingRules(
             start=self._tokens.start,
             end=self._tokens.end,
             impossible=self._tokens.impossible(size).to(accelerator.device),
-            min_words=spec.min_length,
-            max_words=spec.max_length - 2,  # start and end count
+            min_tokens=spec.min_length,
+            max_tokens=spec.max_length - 2,  # start and end count
             repetition_penalty=spec.repetition_penalty,
         )
 
@@ -66,7 +66,7 @@ class CocaCaptioner:
             raise ValueError(f"want seeds of shape {(len(pixels), self.captions)}, got {seeds.shape}")
         with self._accelerator.forward():
             _, images = self._visual(self._accelerator.layout(pixels))
-        rows = self._spec.rows
+        rows = self._spec.rows_per_image
         room = min(_ROWS // rows, _CACHE_BYTES // self._forward.bytes_per_image(rows, images.shape[1]))
         captions: list[list[str] | None] = []
         for part in np.array_split(np.arange(len(pixels)), -(-len(pixels) // max(1, room))):
@@ -102,7 +102,7 @@ class Vocabulary:
         return text.strip()
 
 
-def refuse_other_models(name: str) -> None:
+def check_model_name(name: str) -> None:
     """Before any weights are fetched, where the name is enough to tell."""
     config = catalog.model_config(name)
     if config is not None and "multimodal_cfg" not in config:
@@ -110,11 +110,11 @@ def refuse_other_models(name: str) -> None:
         raise ValueError(f"captioner model {name!r} is not a CoCa and cannot caption: use one of {known}")
 
 
-def refuse_models_that_cannot_caption(spec: CaptionerSpec, model: Any) -> None:
+def check_model(spec: CaptionerSpec, model: Any) -> None:
     if not isinstance(model, open_clip.CoCa):
         raise ValueError(f"captioner model {spec.model!r} is a {type(model).__name__}, not a CoCa, and cannot caption")
     try:
-        coca_decoder.check(model)
+        coca_decoder.check_decodable(model)
     except ValueError as error:
         raise ValueError(f"captioner model {spec.model!r} cannot caption: {error}") from error
     # The end is written, never read: one token more than the context holds.

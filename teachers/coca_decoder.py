@@ -17,15 +17,15 @@ from torch.nn.functional import pad
 
 from teachers.coca_blocks import CrossBlock, SelfBlock, check_block
 from teachers.device import Accelerator
-from teachers.fixed import FixedLinear
+from teachers.frozen import FrozenLinear
 from teachers.rules import compact
 
 #: Fewest rows of a compiled step, so that the tail of a batch does not compile shapes of its own.
 _FEWEST = 16
 
 
-class CachedForward(torch.nn.Module):
-    """Next-token logits of an open_clip CoCa for texts of at most ``length`` tokens: a ``rules.Forward``.
+class CocaDecoder(torch.nn.Module):
+    """Next-token logits of an open_clip CoCa for texts of at most ``length`` tokens: a ``rules.Decoder``.
 
     ``begin`` starts a batch of images and ends the one before. With ``compiled`` shapes are static: rows are rounded
     up to a power of two and words look at all ``length`` positions under a mask, so that few steps are compiled, or
@@ -42,8 +42,8 @@ class CachedForward(torch.nn.Module):
     def __init__(self, model: Any, accelerator: Accelerator, length: int, compiled: bool = False) -> None:
         super().__init__()
         text, decoder = model.text, model.text_decoder
-        check(model)
-        linear = partial(FixedLinear, accelerator=accelerator, packed=not compiled)
+        check_decodable(model)
+        linear = partial(FrozenLinear, accelerator=accelerator, packed=not compiled)
         self.embedding = text.token_embedding
         self.register_buffer("places", text.positional_embedding[:length].detach(), persistent=False)
         self.words = torch.nn.ModuleList(SelfBlock(block, linear) for block in text.transformer.resblocks)
@@ -97,7 +97,7 @@ class CachedForward(torch.nn.Module):
         self._filled += 1
         return logits[:rows]
 
-    def take(self, rows: torch.Tensor) -> None:
+    def select_rows(self, rows: torch.Tensor) -> None:
         """Go on with these rows: int64 indices on the CPU; one may be taken several times."""
         _move(self.past[:, :, :, : self._filled], rows)
         _move(self.visible, rows)
@@ -180,7 +180,7 @@ def _move(buffer: torch.Tensor, rows: torch.Tensor) -> None:
         buffer[to] = buffer[of]
 
 
-def check(model: Any) -> None:
+def check_decodable(model: Any) -> None:
     """Raise ValueError for a CoCa whose words cannot be computed one by one."""
     if not isinstance(model.text, towers.TextTransformer) or model.text.attn_mask is None:
         raise ValueError("its text tower is not causal, so the words so far would have to see the words to come")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from teachers.beams import Beams, search
-from teachers.rules import Forward, Rules, compact
+from teachers.rules import Decoder, DecodingRules, compact
 from teachers.sampling import sample_nucleus, sample_top_k, uniforms
 from teachers.spec import CaptionerSpec
 
@@ -19,7 +19,7 @@ Choice = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def decode(
-    forward: Forward, rules: Rules, spec: CaptionerSpec, seeds: npt.NDArray[np.uint64]
+    forward: Decoder, rules: DecodingRules, spec: CaptionerSpec, seeds: npt.NDArray[np.uint64]
 ) -> list[list[list[int]] | None]:
     """A row for each image, and seeds [images, captions] -> the words of each image's captions.
 
@@ -33,14 +33,14 @@ def decode(
         groups, diversity = (spec.groups, spec.diversity) if spec.strategy == "diverse_beams" else (1, 0.0)
         texts = search(forward, rules, images, captions, Beams(spec.beams, groups, diversity, spec.length_penalty))
     else:
-        drawn = uniforms(seeds.reshape(-1), rules.max_words).reshape(images, captions, rules.max_words)
-        texts = sample(forward, rules, choice_of(spec), torch.from_numpy(drawn).to(device))
+        drawn = uniforms(seeds.reshape(-1), rules.max_tokens).reshape(images, captions, rules.max_tokens)
+        texts = sample(forward, rules, token_chooser(spec), torch.from_numpy(drawn).to(device))
     if images > 1 and not any(texts):
         raise ValueError("next-token logits are not finite: check the weights, or use `precision: bf16` or `fp32`")
     return texts
 
 
-def choice_of(spec: CaptionerSpec) -> Choice:
+def token_chooser(spec: CaptionerSpec) -> Choice:
     """How the next word is drawn, of a strategy without beams."""
     if spec.strategy == "greedy":
         return greedy
@@ -54,7 +54,7 @@ def greedy(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return logits.argmax(dim=-1)
 
 
-def sample(forward: Forward, rules: Rules, choose: Choice, drawn: torch.Tensor) -> list[list[list[int]] | None]:
+def sample(forward: Decoder, rules: DecodingRules, choose: Choice, drawn: torch.Tensor) -> list[list[list[int]] | None]:
     """One word after the other: word i of caption n of image b by ``choose`` with ``drawn`` [b, n, i].
 
     -> the words of each image's captions; None for an image whose logits were not finite. Rows that have ended leave
@@ -66,11 +66,11 @@ def sample(forward: Forward, rules: Rules, choose: Choice, drawn: torch.Tensor) 
     running = np.arange(len(drawn))  # the caption that each row is
     texts: list[list[int]] = [[] for _ in running]
     failed = np.zeros(images, bool)
-    for words in range(rules.max_words):
+    for words in range(rules.max_tokens):
         rows = tokens if words else tokens[::captions]  # until something is drawn, an image's captions are one
         logits = rules.apply(forward.next_logits(rows), rows)
         if not words:
-            forward.take(torch.arange(images).repeat_interleave(captions))
+            forward.select_rows(torch.arange(images).repeat_interleave(captions))
             logits = logits.repeat_interleave(captions, dim=0)
         chosen = choose(logits, drawn[:, words])
         broken = ~logits.amax(-1).isfinite()
@@ -87,7 +87,7 @@ def sample(forward: Forward, rules: Rules, choose: Choice, drawn: torch.Tensor) 
         tokens, drawn = (part[kept.to(part.device)] for part in (tokens, drawn))
         if not len(order):
             break
-        forward.take(kept)
+        forward.select_rows(kept)
     for caption, text in zip(running, tokens[:, 1:].tolist(), strict=True):
         texts[caption] = text
     return [None if failed[i] else texts[i * captions : (i + 1) * captions] for i in range(images)]

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from teachers import open_clip_catalog, postprocess, transformers_catalog, weights
-from teachers.redact import public
-from teachers.spec import DECODING, CaptionerSpec, ModelSpec, TeacherSpec
+from teachers.redact import redact_values
+from teachers.spec import DECODING_FIELDS, CaptionerSpec, ModelSpec, TeacherSpec
 
 #: What chat models of transformers alone are told; part of an identity only where it is set.
 _CHAT = ("prompt", "image_size")
@@ -52,7 +52,7 @@ def describe_captioner(name: str, spec: CaptionerSpec) -> ModelInfo:
             cls = import_class(spec)
             if not callable(getattr(cls, "caption", None)):
                 raise ValueError(f"class {spec.class_} has no method `caption(pixels, seeds)`")
-            given = [field for field in (*DECODING, *_CHAT) if field in spec.model_fields_set]
+            given = [field for field in (*DECODING_FIELDS, *_CHAT) if field in spec.model_fields_set]
             if given:
                 raise ValueError(f"{', '.join(given)}: not used with `class`; pass them to your class in `options`")
             identity = {**_class_identity(spec, cls), "captions": spec.captions, **_cleaning(spec)}
@@ -147,7 +147,7 @@ def _describe_class(spec: TeacherSpec) -> ModelInfo:
 
 
 def _class_identity(spec: ModelSpec, cls: type) -> dict[str, Any]:
-    identity: dict[str, Any] = {"class": spec.class_, "options": public(spec.options)}
+    identity: dict[str, Any] = {"class": spec.class_, "options": redact_values(spec.options)}
     version = getattr(cls, "version", None)
     if isinstance(version, (str, int, float)):
         identity["version"] = version
@@ -157,16 +157,16 @@ def _class_identity(spec: ModelSpec, cls: type) -> dict[str, Any]:
 def _describe_open_clip(spec: ModelSpec) -> ModelInfo:
     model = spec.model
     assert model is not None
-    open_clip_catalog.check(model, spec.pretrained)
+    open_clip_catalog.check_model(model, spec.pretrained)
     config = open_clip_catalog.model_config(model)
     identity: dict[str, Any] = {"family": "open_clip", "precision": spec.precision}
-    if model.startswith(open_clip_catalog.FOLDER):
+    if model.startswith(open_clip_catalog.FOLDER_PREFIX):
         # Known by its files: a folder that moves stays the same model.
-        folder = open_clip_catalog.folder_of(model)
+        folder = open_clip_catalog.local_folder(model)
         checkpoint = open_clip_catalog.folder_weights(model)
         others = [path for path in folder.glob("*.json") if path.name in _TOKENIZER or "open_clip" in path.name]
         identity["files"] = {path.name: weights.identity(path) for path in (checkpoint, *sorted(others))}
-    elif model.startswith(open_clip_catalog.HUB):
+    elif model.startswith(open_clip_catalog.HUB_PREFIX):
         identity["model"] = model
     else:
         identity["model"] = open_clip_catalog.builtin_name(model)
@@ -174,7 +174,7 @@ def _describe_open_clip(spec: ModelSpec) -> ModelInfo:
         if open_clip_catalog.is_checkpoint(spec.pretrained):
             identity["weights"] = weights.identity(spec.pretrained)
         else:
-            identity["pretrained"] = open_clip_catalog.tag_name(spec.pretrained)
+            identity["pretrained"] = open_clip_catalog.canonical_tag(spec.pretrained)
     return ModelInfo(dim=config["embed_dim"] if config else None, images=True, texts=True, identity=identity)
 
 

@@ -97,12 +97,12 @@ class Accelerator:
         return tensor.to(self.device, non_blocking=True)
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
+    def copy_stream(self) -> Iterator[None]:
         """What is put inside travels while the computation that is queued goes on; `arrived` ends the journey."""
         with torch.cuda.stream(self._copies) if self._copies else nullcontext():
             yield
 
-    def arrived(self, tensors: Iterable[torch.Tensor]) -> None:
+    def wait_for_copies(self, tensors: Iterable[torch.Tensor]) -> None:
         """Let the computation wait for tensors that were put `beside` it."""
         if self._copies:
             stream = torch.cuda.current_stream(self.device)
@@ -118,7 +118,7 @@ class Accelerator:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def seconds(self, start: Mark, end: Mark) -> float:
+    def seconds_between(self, start: Mark, end: Mark) -> float:
         """Seconds from one mark to another that the device has passed, such as those it was idle in between."""
         if isinstance(start, float) or isinstance(end, float):
             return end - start  # type: ignore[operator]

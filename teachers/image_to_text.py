@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from teachers.cached_rows import CachedRows
+from teachers.cached_decoder import CachedDecoder
 from teachers.device import Accelerator
 from teachers.protocols import ImageSpec
 
@@ -28,7 +28,7 @@ class Family(Protocol):
         """[B, 3, H, W] as ``image`` says -> the arguments that ``model.generate`` takes."""
         ...
 
-    def begin(self, pixels: torch.Tensor) -> CachedRows:
+    def begin(self, pixels: torch.Tensor) -> CachedDecoder:
         """[B, 3, H, W] as ``image`` says -> a row for each image, at its first word."""
         ...
 
@@ -45,19 +45,19 @@ class Attending:
         else:
             self._encoder, self._decoder, text = model.encoder, model.decoder, model.config.decoder
             self.start = _token("decoder_start_token_id", model.generation_config, model.config)
-            self.ends = ends_of(model.generation_config, model.config, text)
+            self.ends = end_tokens_of(model.generation_config, model.config, text)
         self.room: int | None = text.max_position_embeddings
 
     def inputs(self, pixels: torch.Tensor) -> dict[str, Any]:
         return {"pixel_values": self._accelerator.layout(pixels)}
 
-    def begin(self, pixels: torch.Tensor) -> CachedRows:
+    def begin(self, pixels: torch.Tensor) -> CachedDecoder:
         with self._accelerator.forward():
             hidden = self._encoder(**self.inputs(pixels)).last_hidden_state
             if hasattr(self.model, "enc_to_dec_proj"):  # of a vision-encoder-decoder whose sides differ in width
                 hidden = self.model.enc_to_dec_proj(hidden)
         prompt = {"input_ids": torch.full((len(pixels), 1), self.start, device=pixels.device)}
-        return CachedRows(self._decoder, self._accelerator, prompt, self.ends, {"encoder_hidden_states": hidden})
+        return CachedDecoder(self._decoder, self._accelerator, prompt, self.ends, {"encoder_hidden_states": hidden})
 
 
 class Git:
@@ -65,19 +65,19 @@ class Git:
 
     def __init__(self, model: Any, accelerator: Accelerator, image: ImageSpec) -> None:
         self.model, self.image, self._accelerator = model, image, accelerator
-        self.start, self.ends = model.config.bos_token_id, ends_of(model.generation_config, model.config)
+        self.start, self.ends = model.config.bos_token_id, end_tokens_of(model.generation_config, model.config)
         self.room: int | None = model.config.max_position_embeddings
 
     def inputs(self, pixels: torch.Tensor) -> dict[str, Any]:
         return {"pixel_values": self._accelerator.layout(pixels)}
 
-    def begin(self, pixels: torch.Tensor) -> CachedRows:
+    def begin(self, pixels: torch.Tensor) -> CachedDecoder:
         start = torch.full((len(pixels), 1), self.start, device=pixels.device)
         prompt = {"input_ids": start, **self.inputs(pixels)}
-        return CachedRows(self.model, self._accelerator, prompt, self.ends, positions=(1, ()))
+        return CachedDecoder(self.model, self._accelerator, prompt, self.ends, positions=(1, ()))
 
 
-def ends_of(*configs: Any) -> tuple[int, ...]:
+def end_tokens_of(*configs: Any) -> tuple[int, ...]:
     """The tokens that end a text, by the first config that names any. Raises ValueError where none does."""
     ends = _token("eos_token_id", *configs)
     return tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)

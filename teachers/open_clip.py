@@ -15,7 +15,7 @@ import torch
 from teachers import open_clip_catalog as catalog
 from teachers import weights
 from teachers.device import Accelerator
-from teachers.open_clip_text import TextSide
+from teachers.open_clip_text import TextEncoder
 from teachers.pixels import channels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec, TeacherSpec
@@ -28,7 +28,7 @@ class OpenClipEncoder:
         self._device = device
         self._model = model
         self.image: ImageSpec | None = image
-        self._text = TextSide(model, copy.copy(tokenizer), device)  # which changes how the tokenizer cleans texts
+        self._text = TextEncoder(model, copy.copy(tokenizer), device)  # which changes how the tokenizer cleans texts
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
@@ -71,7 +71,7 @@ def load_model(spec: ModelSpec) -> Any:
     weights that do not fit; FileNotFoundError for files that are not there.
     """
     name = model_name(spec)
-    catalog.check(name, spec.pretrained)
+    catalog.check_model(name, spec.pretrained)
     path, preprocessing = _weights(name, spec.pretrained)
     with _without_warning_of_random_weights():
         model = open_clip.create_model(
@@ -120,10 +120,10 @@ def model_name(spec: ModelSpec) -> str:
 
 def _weights(name: str, pretrained: str | None) -> tuple[Path, dict[str, Any] | None]:
     """The checkpoint, and the preprocessing that belongs to it where a tag says so."""
-    if name.startswith(catalog.FOLDER):
+    if name.startswith(catalog.FOLDER_PREFIX):
         return catalog.folder_weights(name), None
-    if name.startswith(catalog.HUB):
-        hub = name.removeprefix(catalog.HUB)
+    if name.startswith(catalog.HUB_PREFIX):
+        hub = name.removeprefix(catalog.HUB_PREFIX)
         return _download(name, lambda: open_clip.pretrained.download_pretrained_from_hf(hub)), None
     assert pretrained is not None
     if catalog.is_checkpoint(pretrained):

@@ -14,8 +14,8 @@ from typing import Any
 
 from teachers.weights import CHECKPOINTS, is_url
 
-HUB = "hf-hub:"
-FOLDER = "local-dir:"
+HUB_PREFIX = "hf-hub:"
+FOLDER_PREFIX = "local-dir:"
 
 #: Weights in a local-dir folder, the best first; any other checkpoint counts if it is the only one.
 _WEIGHTS = (
@@ -37,10 +37,10 @@ def builtin_name(model: str) -> str:
 
 def model_config(model: str) -> dict[str, Any] | None:
     """open_clip's ``model_cfg``; None for a hub model, which is not looked up. Raises ValueError, FileNotFoundError."""
-    if model.startswith(HUB):
+    if model.startswith(HUB_PREFIX):
         return None
-    if model.startswith(FOLDER):
-        path = folder_of(model) / "open_clip_config.json"
+    if model.startswith(FOLDER_PREFIX):
+        path = local_folder(model) / "open_clip_config.json"
         config = _read_json(path).get("model_cfg")
         if not isinstance(config, dict):
             raise ValueError(f"{path} has no `model_cfg`: want a folder as open_clip's push_to_hf_hub saves it")
@@ -57,18 +57,18 @@ def model_config(model: str) -> dict[str, Any] | None:
     return config
 
 
-def check(model: str, pretrained: str | None) -> None:
+def check_model(model: str, pretrained: str | None) -> None:
     """Refuse a model and weights that cannot go together, without looking at the network.
 
     Raises ValueError or FileNotFoundError.
     """
     model_config(model)
-    if model.startswith((HUB, FOLDER)):
+    if model.startswith((HUB_PREFIX, FOLDER_PREFIX)):
         if pretrained is not None:
             raise ValueError(
                 f"`pretrained` is not used with {model.partition(':')[0]}: which brings its weights; remove it"
             )
-        if model.startswith(FOLDER):
+        if model.startswith(FOLDER_PREFIX):
             folder_weights(model)
     elif pretrained is None:
         tags = _pretrained().list_pretrained_tags_by_model(builtin_name(model))
@@ -87,7 +87,7 @@ def is_checkpoint(pretrained: str) -> bool:
     return "/" in pretrained or Path(pretrained).suffix in CHECKPOINTS or Path(pretrained).is_file()
 
 
-def tag_name(tag: str) -> str:
+def canonical_tag(tag: str) -> str:
     """The spelling under which open_clip keeps a tag."""
     return tag.lower().replace("-", "_")
 
@@ -124,9 +124,9 @@ def tag_config(model: str, tag: str) -> dict[str, Any]:
     return found
 
 
-def folder_of(model: str) -> Path:
+def local_folder(model: str) -> Path:
     """The folder of ``local-dir:PATH``. Raises FileNotFoundError."""
-    folder = Path(model.removeprefix(FOLDER)).expanduser()
+    folder = Path(model.removeprefix(FOLDER_PREFIX)).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} is not there")
     return folder
@@ -134,7 +134,7 @@ def folder_of(model: str) -> Path:
 
 def folder_weights(model: str) -> Path:
     """The checkpoint in the folder of ``local-dir:PATH``. Raises FileNotFoundError, ValueError if it is not clear."""
-    folder = folder_of(model)
+    folder = local_folder(model)
     for name in _WEIGHTS:
         if (folder / name).is_file():
             return folder / name

@@ -11,14 +11,14 @@ from open_clip.tokenizer import get_clean_fn
 from open_clip.transformer import text_global_pool
 
 from teachers.device import Accelerator
-from teachers.special_tokens import neutraliser
-from teachers.trimming import is_exact
+from teachers.special_tokens import special_token_escaper
+from teachers.trimming import trimming_is_exact
 
 #: Words that may be remembered: workers and loader processes live for days.
 _REMEMBERED_WORDS = 200_000
 
 
-class TextSide:
+class TextEncoder:
     """Tokenizes and encodes texts for one model, which is prepared on its device already.
 
     A causal text tower that reads the embedding at the end token sees nothing behind it, so a batch need only be
@@ -29,8 +29,10 @@ class TextSide:
     def __init__(self, model: Any, tokenizer: Any, device: Accelerator) -> None:
         self._model = model
         self._device = device
-        self._tokenizer = keep_texts(tokenizer)
-        self._trims = _can_trim(model) and is_exact(lambda texts, trim: self._encode(self.tokenize(texts), trim))
+        self._tokenizer = disable_special_tokens(tokenizer)
+        self._trims = _can_trim(model) and trimming_is_exact(
+            lambda texts, trim: self._encode(self.tokenize(texts), trim)
+        )
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens [B, context length] -> [B, dim], not normalised. Call inside ``Accelerator.forward``."""
@@ -50,7 +52,7 @@ class TextSide:
         return features
 
 
-def keep_texts(tokenizer: Any) -> Any:
+def disable_special_tokens(tokenizer: Any) -> Any:
     """Make the tokenizer read special tokens in captions as plain text, and return it; open_clip's own gets faster.
 
     Special tokens are looked for after cleaning, which turns ``&lt;end_of_text&gt;`` into ``<end_of_text>``. The one
@@ -65,8 +67,8 @@ def keep_texts(tokenizer: Any) -> Any:
     else:
         special = list(tokenizer.tokenizer.all_special_tokens)
     if clean is get_clean_fn("lower"):
-        clean = clean_fast
-    neutralise = neutraliser(special)
+        clean = clean_text
+    neutralise = special_token_escaper(special)
     tokenizer.clean_fn = lambda text: neutralise(clean(text))
     return tokenizer
 
@@ -90,7 +92,7 @@ def _remembering(tokenizer: open_clip.SimpleTokenizer) -> Callable[[str], list[i
     return encode
 
 
-def clean_fast(text: str) -> str:
+def clean_text(text: str) -> str:
     """open_clip's cleaning, without ftfy and unescaping where they find nothing to do."""
     if text.isascii() and text.isprintable() and "&" not in text:
         return " ".join(text.split()).lower()

@@ -23,10 +23,10 @@ class Tokenizer:
         """B texts -> int64 [B, context length]."""
         import open_clip
 
-        from teachers.open_clip_text import keep_texts
+        from teachers.open_clip_text import disable_special_tokens
 
         if self._tokenizer is None:
-            self._tokenizer = keep_texts(open_clip.get_tokenizer(self.model))
+            self._tokenizer = disable_special_tokens(open_clip.get_tokenizer(self.model))
         tokens: torch.Tensor = self._tokenizer(list(texts))
         return tokens
 

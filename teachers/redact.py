@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
-SECRET = "(secret)"  # noqa: S105 - stands for one
+REDACTED = "(secret)"
 #: Schemes in which what stands before the ``@`` is a container or a repository.
-USER_IS_ADDRESS = frozenset({"abfs", "abfss", "wasb", "wasbs", "github"})
+CONTAINER_SCHEMES = frozenset({"abfs", "abfss", "wasb", "wasbs", "github"})
 _SHORTEST = 6  # characters; a shorter secret is a word that stands in any text
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^\s'\"<>\\]*)")
 _NAME = re.compile(
@@ -31,12 +31,12 @@ def is_secret(name: str) -> bool:
     return _NAME.fullmatch(re.sub(r"[^a-z0-9]+", "_", words).strip("_")) is not None
 
 
-def public(value: Any) -> Any:
+def redact_values(value: Any) -> Any:
     """A value of a config as it may be stored: secret options are ``(secret)``, URLs have no user and no signature."""
     if isinstance(value, Mapping):
-        return {key: SECRET if _hides(key, inner) else public(inner) for key, inner in value.items()}
+        return {key: REDACTED if _hides(key, inner) else redact_values(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [public(inner) for inner in value]
+        return [redact_values(inner) for inner in value]
     return _URL.sub(_without_signature, value) if isinstance(value, str) else value
 
 
@@ -55,7 +55,7 @@ class Redactor:
 
     def __call__(self, text: str) -> str:
         for secret in self._secrets:
-            text = text.replace(secret, SECRET)
+            text = text.replace(secret, REDACTED)
         return redact(text)
 
 
@@ -72,7 +72,7 @@ def _without_signature(url: re.Match[str]) -> str:
 def _address(scheme: str, address: str) -> str:
     """Host and path."""
     authority, slash, path = address.partition("/")
-    return (authority if scheme.lower() in USER_IS_ADDRESS else authority.rpartition("@")[2]) + slash + path
+    return (authority if scheme.lower() in CONTAINER_SCHEMES else authority.rpartition("@")[2]) + slash + path
 
 
 def _secrets_in(value: Any, hidden: bool = False) -> Iterator[str]:
@@ -92,7 +92,7 @@ def _secrets_of_urls(text: str) -> Iterable[str]:
     for url in _URL.finditer(text):
         address, _, query = url[2].partition("?")
         user, at, _ = address.partition("/")[0].rpartition("@")
-        if at and url[1].lower() not in USER_IS_ADDRESS:
+        if at and url[1].lower() not in CONTAINER_SCHEMES:
             yield user
             yield from user.split(":", 1)[1:]
         yield from (value for name, value in parse_qsl(query) if _PARAMETER.search(name))

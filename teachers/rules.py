@@ -10,23 +10,23 @@ import numpy.typing as npt
 import torch
 
 
-class Forward(Protocol):
+class Decoder(Protocol):
     """A model's rows of words that grow together: at first one for each image, whose start token is all it has."""
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """The start token and the words so far, int64 [rows, 1 + words] -> [rows, vocabulary]."""
         ...
 
-    def take(self, rows: torch.Tensor) -> None:
+    def select_rows(self, rows: torch.Tensor) -> None:
         """Go on with these rows: int64 indices on the CPU; one may be taken several times."""
         ...
 
 
 @dataclass(frozen=True)
-class Rules:
+class DecodingRules:
     """Which words may come next. ``impossible`` is bool [vocabulary]: outputs that are no word and do not end a text.
 
-    A text ends by the token ``end``, which is impossible before ``min_words`` words, or at ``max_words`` words.
+    A text ends by the token ``end``, which is impossible before ``min_tokens`` words, or at ``max_tokens`` words.
     ``repetition_penalty`` divides the logits of words that the text has, where they are positive, and multiplies
     them where they are negative (CTRL, arXiv 1909.05858).
     """
@@ -34,12 +34,12 @@ class Rules:
     start: int
     end: int
     impossible: torch.Tensor
-    min_words: int
-    max_words: int
+    min_tokens: int
+    max_tokens: int
     repetition_penalty: float = 1.0
 
     def apply(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """What ``Forward.next_logits`` took and gave -> float32 [rows, vocabulary], -inf where impossible."""
+        """What ``Decoder.next_logits`` took and gave -> float32 [rows, vocabulary], -inf where impossible."""
         logits = logits.float()
         words = tokens[:, 1:]
         if self.repetition_penalty != 1 and words.shape[1]:
@@ -47,7 +47,7 @@ class Rules:
             had = torch.where(had > 0, had / self.repetition_penalty, had * self.repetition_penalty)
             logits = logits.scatter(1, words, had)
         barred = torch.zeros_like(logits[0]).masked_fill_(self.impossible, -torch.inf)
-        if words.shape[1] < self.min_words:
+        if words.shape[1] < self.min_tokens:
             barred[self.end] = -torch.inf
         return logits + barred  # several times as fast as masked_fill
 

@@ -154,7 +154,7 @@ class CaptionerSpec(ModelSpec):
         return self
 
     @property
-    def rows(self) -> int:
+    def rows_per_image(self) -> int:
         """Captions of an image that grow side by side."""
         return self.beams if "beams" in _STRATEGIES[self.strategy] else self.captions
 
@@ -176,7 +176,7 @@ _STRATEGIES: dict[str, tuple[str, ...]] = {
 }
 _LENGTHS = ("min_length", "max_length")
 #: All fields about decoding, which a class of the user's does not use.
-DECODING = (
+DECODING_FIELDS = (
     *("strategy", "temperature", "top_p", "top_k", "beams", "groups", "diversity", "length_penalty"),
     *("repetition_penalty", *_LENGTHS, "compile"),
 )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 
 
-def neutraliser(tokens: Iterable[str]) -> Callable[[str], str]:
+def special_token_escaper(tokens: Iterable[str]) -> Callable[[str], str]:
     """A function that breaks every spelling of the tokens, in any case, by a space after its first character.
 
     ``<end_of_text>`` becomes ``< end_of_text>``, which tokenizes as plain characters. Other text is unchanged.

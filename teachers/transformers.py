@@ -14,8 +14,8 @@ from teachers.device import Accelerator
 from teachers.pixels import channels
 from teachers.protocols import ImageSpec, Teacher
 from teachers.spec import TeacherSpec
-from teachers.special_tokens import neutraliser
-from teachers.trimming import PROBES, is_exact
+from teachers.special_tokens import special_token_escaper
+from teachers.trimming import PROBE_TEXTS, trimming_is_exact
 
 _RESAMPLING: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
@@ -54,7 +54,7 @@ class TransformersTeacher:
         self._tokenize = _Tokenizer(spec, positions, masked=not siglip)
         with _trial(self._model):
             self.dim = _dim_of_images(self.encode_images, self.image, device)
-            self._trims = not siglip and is_exact(self._encode)
+            self._trims = not siglip and trimming_is_exact(self._encode)
         scale = getattr(self._model, "logit_scale", None)
         self.logit_scale = spec.logit_scale or (float(scale.exp()) if scale is not None else None)
 
@@ -102,7 +102,7 @@ class TextTeacher:
         self._tokenize = _Tokenizer(spec, getattr(self._model.config, "max_position_embeddings", 512), masked=True)
         self.logit_scale = spec.logit_scale
         with _trial(self._model):
-            self.dim = self.encode_texts(PROBES).shape[1]
+            self.dim = self.encode_texts(PROBE_TEXTS).shape[1]
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, dim] float32, unit norm."""
@@ -120,7 +120,7 @@ class _Tokenizer:
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model, trust_remote_code=False)
         if self._tokenizer.pad_token is None:
             raise ValueError(f"the tokenizer of {spec.model} has no padding token")
-        self._neutralise = neutraliser(self._tokenizer.all_special_tokens)
+        self._neutralise = special_token_escaper(self._tokenizer.all_special_tokens)
         # Models without a limit of their own report an astronomical one.
         self._length = min(positions, self._tokenizer.model_max_length)
         self._masked = masked

@@ -17,13 +17,13 @@ import torch
 import transformers
 
 from teachers import transformers_catalog as catalog
-from teachers.cached_rows import one_end
+from teachers.cached_decoder import merge_end_tokens
 from teachers.chat_captioner import Chat
 from teachers.decoding import decode
 from teachers.device import Accelerator
 from teachers.image_to_text import Attending, Family, Git
 from teachers.protocols import Captioner
-from teachers.rules import Rules
+from teachers.rules import DecodingRules
 from teachers.spec import CaptionerSpec
 from teachers.transformers import image_spec
 
@@ -45,12 +45,12 @@ class TransformersCaptioner:
         self.image, self.captions = family.image, spec.captions
         self._spec, self._accelerator, self._family, self._tokenizer = spec, accelerator, family, tokenizer
         self._rows, size = self._try_out()
-        self._rules = Rules(
+        self._rules = DecodingRules(
             start=family.start,
             end=family.ends[0],
             impossible=impossible(tokenizer, family, size).to(accelerator.device),
-            min_words=spec.min_length,
-            max_words=spec.max_length - 2,  # start and end count
+            min_tokens=spec.min_length,
+            max_tokens=spec.max_length - 2,  # start and end count
             repetition_penalty=spec.repetition_penalty,
         )
 
@@ -63,7 +63,7 @@ class TransformersCaptioner:
         """
         if seeds.shape != (len(pixels), self.captions):
             raise ValueError(f"want seeds of shape {(len(pixels), self.captions)}, got {seeds.shape}")
-        images = max(1, self._rows // self._spec.rows)
+        images = max(1, self._rows // self._spec.rows_per_image)
         texts: list[list[str] | None] = []
         for i in range(0, len(pixels), images):
             rows = self._family.begin(pixels[i : i + images])
@@ -99,7 +99,10 @@ class TransformersCaptioner:
             rows = self._family.begin(pixels)
             sizes = []
             for step, logits in enumerate(reference.logits):
-                wanted, found = one_end(logits, ends), rows.next_logits(torch.cat([start, words[:, :step]], dim=1))
+                wanted, found = (
+                    merge_end_tokens(logits, ends),
+                    rows.next_logits(torch.cat([start, words[:, :step]], dim=1)),
+                )
                 difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
                 if not math.isfinite(difference):
                     raise ValueError("its logits are not finite: check the weights, or use `precision: bf16` or `fp32`")

@@ -10,16 +10,17 @@ import torch
 _log = logging.getLogger(__name__)
 
 #: Texts of several lengths, the last longer than any context.
-PROBES = ("", "cat", "a photo of a cat", "two dogs, one of them brown, run over a wet meadow at dawn; " * 12)
+PROBE_TEXTS = ("", "cat", "a photo of a cat", "two dogs, one of them brown, run over a wet meadow at dawn; " * 12)
 _TOLERANCE = 1e-4  # on unit-norm float32; storage in float16 loses five times that
 
 
-def is_exact(encode: Callable[[Sequence[str], bool], torch.Tensor]) -> bool:
+def trimming_is_exact(encode: Callable[[Sequence[str], bool], torch.Tensor]) -> bool:
     """``encode(texts, trim)`` gives [B, dim]; compared on batches whose longest text grows."""
-    for count in range(1, len(PROBES) + 1):
+    for count in range(1, len(PROBE_TEXTS) + 1):
         with torch.inference_mode():  # without autocast: in float32 whatever the teacher's precision
             full, trimmed = (
-                torch.nn.functional.normalize(encode(PROBES[:count], trim).float(), dim=-1) for trim in (False, True)
+                torch.nn.functional.normalize(encode(PROBE_TEXTS[:count], trim).float(), dim=-1)
+                for trim in (False, True)
             )
         if not torch.allclose(full, trimmed, rtol=0, atol=_TOLERANCE):
             _log.warning("texts are encoded at full length: trimmed ones differ by %g", (full - trimmed).abs().max())

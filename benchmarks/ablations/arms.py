@@ -15,7 +15,7 @@ from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.training.loop import length
 from teachers import weights
-from teachers.open_clip_catalog import FOLDER
+from teachers.open_clip_catalog import FOLDER_PREFIX
 from teachers.spec import ModelSpec
 
 DEMO = "configs/demo.yaml"
@@ -120,7 +120,9 @@ class Study:
             self.dataset_config(arm.dataset).model_dump_json(exclude={"output"}, exclude_none=True) for arm in arms
         ]
         models = [model.model for model in (*self.demo.teachers.values(), *self.demo.captioners.values())]
-        folders = [Path(model.removeprefix(FOLDER)) for model in models if model and model.startswith(FOLDER)]
+        folders = [
+            Path(model.removeprefix(FOLDER_PREFIX)) for model in models if model and model.startswith(FOLDER_PREFIX)
+        ]
         known = [weights.identity(file) for folder in folders for file in sorted(folder.glob("*.safetensors"))]
         return hashlib.sha256("\0".join([*students, *datasets, *known]).encode()).hexdigest()[:16]
 

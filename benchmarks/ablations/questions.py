@@ -9,7 +9,7 @@ from benchmarks.ablations.arms import WRONG, Arm, Study, assigned, spec
 from benchmarks.ablations.claims import Claim, Compare, Pick, Sooner
 from benchmarks.ablations.measures import BYTES, KEPT, REACH
 from reinforce.demo.compare import SECONDS
-from teachers.spec import DECODING
+from teachers.spec import DECODING_FIELDS
 
 #: Columns of a question's table, and the panels of its picture.
 OWN, UNSEEN, PICTURES, RETRIEVAL = "own_style", "unseen_style", "unseen_pictures", "retrieval"
@@ -22,7 +22,7 @@ CAPTIONS = (1, 2, 5)
 WRONG_SHARE = 0.4
 #: Of the second captioner: the likelier words still likelier, where the first samples.
 CAREFUL: Mapping[str, object] = {"strategy": "nucleus", "temperature": 0.6, "top_p": 1.0}
-_SAMPLING = frozenset(DECODING) - {"repetition_penalty", "min_length", "max_length", "compile"}
+_SAMPLING = frozenset(DECODING_FIELDS) - {"repetition_penalty", "min_length", "max_length", "compile"}
 
 
 @dataclass(frozen=True)

@@ -84,9 +84,9 @@ def cut_captions(captions: Sequence[str], model: str) -> int:
     """How many captions have more tokens than the context of an open_clip model, which cuts them."""
     import open_clip
 
-    from teachers.open_clip_text import keep_texts
+    from teachers.open_clip_text import disable_special_tokens
 
-    tokenizer = keep_texts(open_clip.get_tokenizer(model))
+    tokenizer = disable_special_tokens(open_clip.get_tokenizer(model))
     [empty] = tokenizer([""])
     context, end = len(empty), int(empty[1])
     longer = [caption for caption in captions if len(caption.encode()) > context - 2]  # a token has a byte or more

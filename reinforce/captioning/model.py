@@ -16,7 +16,7 @@ from reinforce.captioning.config import TOWERS, CaptionerConfig, Loss, Tower
 from reinforce.errors import UserError
 from reinforce.training.task import Batch, Encoded
 from teachers import open_clip_catalog as catalog
-from teachers.coca import refuse_models_that_cannot_caption, refuse_other_models
+from teachers.coca import check_model, check_model_name
 from teachers.open_clip import image_spec, load_model, model_name
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
@@ -158,8 +158,8 @@ def check_captioner(config: CaptionerConfig) -> None:
     """Raise UserError where the names of the model and its weights tell that it cannot caption. Loads nothing."""
     spec = _spec(config)
     try:
-        refuse_other_models(str(spec.model))
-        catalog.check(model_name(spec), spec.pretrained)
+        check_model_name(str(spec.model))
+        catalog.check_model(model_name(spec), spec.pretrained)
     except (ValueError, OSError) as error:
         raise UserError(f"captioner: {error}") from error
 
@@ -170,7 +170,7 @@ def build_captioner(config: CaptionerConfig) -> CaptionerModel:
     spec = _spec(config)
     try:
         coca: Any = load_model(spec)
-        refuse_models_that_cannot_caption(spec, coca)
+        check_model(spec, coca)
         image = image_spec(open_clip.get_model_preprocess_cfg(coca))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"captioner: {error}") from error

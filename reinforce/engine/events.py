@@ -15,7 +15,7 @@ from reinforce.config import Config
 from reinforce.errors import StorageError
 from reinforce.source.urls import canonical
 from reinforce.storage import Storage
-from teachers.redact import public
+from teachers.redact import redact_values
 
 _PART_BYTES = 2**20
 _FLUSH_SECONDS = 10.0
@@ -76,7 +76,7 @@ class Events:
 
 def _public(config: Config) -> dict[str, Any]:
     """The config without the credentials that URLs and options may carry."""
-    data: dict[str, Any] = public(config.model_dump(mode="json", by_alias=True, exclude_defaults=True))
+    data: dict[str, Any] = redact_values(config.model_dump(mode="json", by_alias=True, exclude_defaults=True))
     source = config.source if isinstance(config.source, list) else [config.source]
     data["source"] = [_without_credentials(url) for url in source]
     data["output"] = canonical(config.output)

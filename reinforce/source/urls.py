@@ -15,7 +15,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import UserError
-from teachers.redact import USER_IS_ADDRESS
+from teachers.redact import CONTAINER_SCHEMES
 
 #: Compression by the ending of a tar's name.
 COMPRESSIONS: dict[str, str | None] = {
@@ -149,7 +149,7 @@ def _canonical(segment: str) -> str:
         return os.path.abspath(LocalFileSystem._strip_protocol(segment))
     rest = re.split(r"[?#]", rest, maxsplit=1)[0]
     authority, slash, path = rest.partition("/")
-    if scheme not in USER_IS_ADDRESS:
+    if scheme not in CONTAINER_SCHEMES:
         authority = authority.rpartition("@")[2]
     return f"{scheme}://{authority}{slash}{path}"
 

@@ -168,14 +168,14 @@ def tokenizer_of(student: Student) -> Any:
 
 def _has_weights(model: ModelSpec) -> bool:
     name = model_name(model)
-    if name.startswith(catalog.FOLDER) and model.pretrained is None:
-        catalog.folder_of(name)
+    if name.startswith(catalog.FOLDER_PREFIX) and model.pretrained is None:
+        catalog.local_folder(name)
         try:
             catalog.folder_weights(name)
         except FileNotFoundError:
             return False
         return True
-    return name.startswith(catalog.HUB) or model.pretrained is not None
+    return name.startswith(catalog.HUB_PREFIX) or model.pretrained is not None
 
 
 def _config(name: str) -> dict[str, Any]:

@@ -24,14 +24,14 @@ class Prefetcher:
         batch = next(self._batches, None)
         if batch is None:
             raise RuntimeError("the feed ended before the training: it must go on for ever")
-        with self._accelerator.beside():
+        with self._accelerator.copy_stream():
             self._ready = _placed(batch, self._accelerator)
 
     def take(self) -> Batch:
         """The batch that was fetched last."""
         assert self._ready is not None
         batch, self._ready = self._ready, None
-        self._accelerator.arrived(_tensors(batch))
+        self._accelerator.wait_for_copies(_tensors(batch))
         return batch
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from reinforce.settings import Section
-from teachers.redact import public
+from teachers.redact import redact_values
 
 #: The loop keeps learnt logit scales within 1 and this, as open_clip does.
 HIGHEST_LOGIT_SCALE = 100.0
@@ -87,7 +87,7 @@ FREE = (
 def course(config: BaseModel, free: Iterable[str]) -> dict[str, Any]:
     """The part of a config that determines a training, by dotted keys; what is under the keys ``free`` is not."""
     prefixes = tuple(f"{key}." for key in free)
-    values = _flat(public(config.model_dump(mode="json", by_alias=True)))  # it is stored with each checkpoint
+    values = _flat(redact_values(config.model_dump(mode="json", by_alias=True)))  # it is stored with each checkpoint
     return {key: value for key, value in values if not f"{key}.".startswith(prefixes)}
 
 

@@ -239,7 +239,7 @@ class _Loop:
         asked = self.ranks.highest(self.stop.signum)
         norm = self._update()
         seconds = time.perf_counter() - begun
-        self.meter.add(seconds, self.accelerator.seconds(computed, fetched))
+        self.meter.add(seconds, self.accelerator.seconds_between(computed, fetched))
         self.record = replace(self.record, step=step + 1, seconds=self.record.seconds + seconds)
         if self.record.step % self.training.log_every == 0 or self.record.step == self.steps:
             self._tell(outcome, lr, norm, eta)

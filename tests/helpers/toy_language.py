@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from teachers.rules import Rules
+from teachers.rules import DecodingRules
 
 WORDS, START, END = (0, 1, 2), 3, 4
 VOCABULARY = 5
 
 
-class ToyForward:
-    """A ``teachers.rules.Forward``. Raises AssertionError where rows and tokens do not fit together."""
+class ToyDecoder:
+    """A ``teachers.rules.Decoder``. Raises AssertionError where rows and tokens do not fit together."""
 
     def __init__(self, images: Sequence[int]) -> None:
         self._rows = [(image, [START]) for image in images]
@@ -29,7 +29,7 @@ class ToyForward:
         self.steps.append(len(tokens))
         return torch.stack([logits_of(image, now[1:]) for image, now in self._rows])
 
-    def take(self, rows: torch.Tensor) -> None:
+    def select_rows(self, rows: torch.Tensor) -> None:
         self._rows = [self._rows[row] for row in rows.tolist()]
 
 
@@ -40,26 +40,26 @@ def logits_of(image: int, words: Sequence[int]) -> torch.Tensor:
     return 2 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
 
 
-def rules(min_words: int = 1, max_words: int = 4, repetition_penalty: float = 1.0) -> Rules:
+def rules(min_tokens: int = 1, max_tokens: int = 4, repetition_penalty: float = 1.0) -> DecodingRules:
     impossible = torch.tensor([token == START for token in range(VOCABULARY)])
-    return Rules(START, END, impossible, min_words, max_words, repetition_penalty)
+    return DecodingRules(START, END, impossible, min_tokens, max_tokens, repetition_penalty)
 
 
-def log_probabilities(image: int, words: Sequence[int], rules: Rules) -> list[float]:
+def log_probabilities(image: int, words: Sequence[int], rules: DecodingRules) -> list[float]:
     """Of the next token, by the rules' definition."""
     logits = logits_of(image, words).tolist()
     for word in set(words):
         logits[word] *= 1 / rules.repetition_penalty if logits[word] > 0 else rules.repetition_penalty
     logits[START] = -torch.inf
-    if len(words) < rules.min_words:
+    if len(words) < rules.min_tokens:
         logits[END] = -torch.inf
     result: list[float] = torch.tensor(logits, dtype=torch.float64).log_softmax(0).tolist()
     return result
 
 
-def all_texts(image: int, rules: Rules) -> Iterator[tuple[list[int], float]]:
-    """Every text that can be, with its log-probability; the end of one of ``max_words`` is certain."""
-    for length in range(rules.min_words, rules.max_words + 1):
+def all_texts(image: int, rules: DecodingRules) -> Iterator[tuple[list[int], float]]:
+    """Every text that can be, with its log-probability; the end of one of ``max_tokens`` is certain."""
+    for length in range(rules.min_tokens, rules.max_tokens + 1):
         for words in itertools.product(WORDS, repeat=length):
-            tokens = [*words, *([] if length == rules.max_words else [END])]
+            tokens = [*words, *([] if length == rules.max_tokens else [END])]
             yield list(words), sum(log_probabilities(image, words[:i], rules)[t] for i, t in enumerate(tokens))

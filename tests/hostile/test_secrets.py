@@ -21,7 +21,7 @@ import reinforce
 from reinforce.config import parse_config
 from reinforce.engine.plan import make_plan
 from reinforce.terminal import escape
-from teachers.redact import SECRET, Redactor, is_secret, public, redact
+from teachers.redact import REDACTED, Redactor, is_secret, redact, redact_values
 from tests.helpers.data import config_of, members_of, write_tar
 
 PASSWORD, SIGNATURE, TOKEN = "p4ssw0rd-of-eve", "c0ffee-signature", "hf_t0ken-of-eve"
@@ -91,7 +91,7 @@ def test_a_run_with_secrets_reads_its_source_and_tells_and_stores_none_of_them(
     assert summary.quarantined_shards == 2, "the broken one, and the good one at the teacher that is not let in"
     said = "".join(capfd.readouterr())
     assert f"500, message='Internal Server Error', url='http://{address}/broken.tar'" in said
-    assert f"https://models.example/v1 does not let {SECRET} in" in said
+    assert f"https://models.example/v1 does not let {REDACTED} in" in said
 
     files = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
@@ -103,9 +103,9 @@ def test_a_run_with_secrets_reads_its_source_and_tells_and_stores_none_of_them(
 
     config = yaml.safe_load(next(path for path in files if path.name == "config.yaml").read_text())
     assert config["source"] == [f"http://{address}/{name}.tar" for name in ("good", "broken")]
-    assert config["teachers"]["chatty"]["options"] == {"hf_token": SECRET, "endpoint": "https://models.example/v1"}
+    assert config["teachers"]["chatty"]["options"] == {"hf_token": REDACTED, "endpoint": "https://models.example/v1"}
     manifest = json.loads((output / "dataset.json").read_text())
-    assert manifest["teachers"]["chatty"]["model"]["options"]["hf_token"] == SECRET
+    assert manifest["teachers"]["chatty"]["model"]["options"]["hf_token"] == REDACTED
     [samples] = (output / "samples").glob("*.parquet")
     assert pq.read_metadata(samples).metadata[b"reinforce.source"].decode() == f"http://{address}/good.tar"
 
@@ -181,8 +181,8 @@ def test_urls_in_any_text_are_told_without_their_secrets(user: str, password: st
         assert Redactor({"source": url})(text) == expected
     bare = f"Max retries exceeded with url: /b.tar?X-Amz-Signature={signature}"  # no URL any more
     assert signature not in Redactor({"source": [url]})(bare)
-    assert public({"a": [url], "n": 3, "secret": [user]}) == {
-        "a": ["https://host.example/a/b.tar"], "n": 3, "secret": SECRET
+    assert redact_values({"a": [url], "n": 3, "secret": [user]}) == {
+        "a": ["https://host.example/a/b.tar"], "n": 3, "secret": REDACTED
     }  # fmt: skip
 
 

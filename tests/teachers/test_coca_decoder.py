@@ -5,12 +5,12 @@ import open_clip
 import pytest
 import torch
 
-from teachers.coca_decoder import CachedForward, check
+from teachers.coca_decoder import CocaDecoder, check_decodable
 from teachers.decoding import greedy, sample
 from teachers.device import Accelerator
-from teachers.rules import Rules, compact
-from tests.helpers.full_forward import FullForward
+from teachers.rules import DecodingRules, compact
 from tests.helpers.tiny_coca import coca_config
+from tests.helpers.uncached_decoder import UncachedDecoder
 
 VOCABULARY, START, END, LENGTH = 60, 58, 59, 8
 #: What a text tower of the family may have, by the keys of its ``text_cfg``.
@@ -61,19 +61,19 @@ def walk(forward: Any, images: int) -> list[torch.Tensor]:
     for step in range(LENGTH):
         logits.append(forward.next_logits(tokens))
         rows = torch.as_tensor(taken.get(step, torch.arange(len(tokens))))
-        forward.take(rows)
+        forward.select_rows(rows)
         tokens = torch.cat([tokens[rows], words[step, : len(rows), None]], dim=1)
     return logits
 
 
 def difference(model: Any, precision: str = "fp32", compiled: bool = False) -> float:
-    forward = CachedForward(model, Accelerator("cpu", precision), LENGTH, compiled)
+    forward = CocaDecoder(model, Accelerator("cpu", precision), LENGTH, compiled)
     images = image_tokens(model, 3)
     for batch in (images * torch.nan, images):  # the second begins on the caches of the first
         forward.begin(batch, 3)
         found = walk(forward, 3)
     with Accelerator("cpu", precision).forward():
-        wanted = walk(FullForward(model, images), 3)
+        wanted = walk(UncachedDecoder(model, images), 3)
     assert [len(rows) for rows in found] == [3, 9, 9, 9, 4, 5, 5, 2]
     return max((a - b).abs().max().item() / b.abs().max().item() for a, b in zip(found, wanted, strict=True))
 
@@ -106,7 +106,7 @@ def test_a_class_token_whose_mask_is_right_hides_padding_itself():
 
 def test_a_tower_without_class_token_gives_the_logits_of_a_text_that_fills_its_context():
     model = coca({"embed_cls": False})
-    forward, images = CachedForward(model, Accelerator("cpu"), LENGTH), image_tokens(model, 2)
+    forward, images = CocaDecoder(model, Accelerator("cpu"), LENGTH), image_tokens(model, 2)
     forward.begin(images, 1)
     tokens = torch.full((2, 76), START)  # open_clip's forward pass takes no shorter text
     tokens[:, 1:] = torch.randint(0, VOCABULARY, (2, 75), generator=torch.Generator().manual_seed(3))
@@ -121,8 +121,8 @@ def test_a_tower_without_class_token_gives_the_logits_of_a_text_that_fills_its_c
 def test_lower_precisions_round_as_autocast_does(precision, apart):
     model = coca({})
     assert difference(model, precision) < apart
-    full = CachedForward(model, Accelerator("cpu"), LENGTH)
-    low = CachedForward(model, Accelerator("cpu", precision), LENGTH)
+    full = CocaDecoder(model, Accelerator("cpu"), LENGTH)
+    low = CocaDecoder(model, Accelerator("cpu", precision), LENGTH)
     assert low.bytes_per_image(5, 10) * 2 == full.bytes_per_image(5, 10)
 
 
@@ -143,19 +143,19 @@ def test_greedy_captions_are_token_for_token_those_without_a_cache():
     model = coca({"layers": 2})
     impossible = torch.zeros(VOCABULARY, dtype=torch.bool)
     impossible[START] = True
-    rules = Rules(START, END, impossible, min_words=2, max_words=40)
+    rules = DecodingRules(START, END, impossible, min_tokens=2, max_tokens=40)
     images, drawn = image_tokens(model, 6), torch.ones(6, 1, 40)
-    forward = CachedForward(model, Accelerator("cpu"), 40)
+    forward = CocaDecoder(model, Accelerator("cpu"), 40)
     forward.begin(images, 1)
     with torch.inference_mode():
         found = sample(forward, rules, greedy, drawn)
-        assert found == sample(FullForward(model, images), rules, greedy, drawn)
+        assert found == sample(UncachedDecoder(model, images), rules, greedy, drawn)
     assert len({tuple(text) for [text] in found}) > 1
 
 
 def test_the_caches_take_the_bytes_that_are_told_and_stay_for_the_next_batch():
     model = coca({})
-    forward, images = CachedForward(model, Accelerator("cpu"), LENGTH), image_tokens(model, 4)
+    forward, images = CocaDecoder(model, Accelerator("cpu"), LENGTH), image_tokens(model, 4)
     forward.begin(images, 3)
     caches = forward.past, forward.seen
     assert sum(cache.nbytes for cache in caches) == 4 * forward.bytes_per_image(3, images.shape[1])
@@ -166,13 +166,13 @@ def test_the_caches_take_the_bytes_that_are_told_and_stay_for_the_next_batch():
 
 def test_towers_that_open_clip_cannot_run_are_refused():
     with pytest.raises(ValueError, match="scaled_cosine_attn"):
-        check(coca({"scaled_cosine_attn": True}))
+        check_decodable(coca({"scaled_cosine_attn": True}))
     with pytest.raises(ValueError, match="not causal"):
-        check(coca({"no_causal_mask": True}))
+        check_decodable(coca({"no_causal_mask": True}))
     odd = coca({})
     odd.text_decoder.resblocks[0].attn = torch.nn.Identity()
     with pytest.raises(ValueError, match="blocks of type ResidualAttentionBlock"):
-        check(odd)
+        check_decodable(odd)
 
 
 def test_rows_that_go_on_move_only_to_fill_gaps():

@@ -6,14 +6,14 @@ import torch
 
 from teachers.decoding import decode, greedy, sample
 from teachers.describe import describe_captioner
-from teachers.rules import Rules
+from teachers.rules import DecodingRules
 from teachers.spec import CaptionerSpec
 from tests.helpers.toy_language import (
     END,
     START,
     VOCABULARY,
     WORDS,
-    ToyForward,
+    ToyDecoder,
     all_texts,
     log_probabilities,
     logits_of,
@@ -39,36 +39,36 @@ def seeds(images: int, captions: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("strategy", "options"), STRATEGIES.items(), ids=STRATEGIES)
-@pytest.mark.parametrize("how", [rules(), rules(min_words=3, repetition_penalty=1.5)], ids=["plain", "penalty"])
+@pytest.mark.parametrize("how", [rules(), rules(min_tokens=3, repetition_penalty=1.5)], ids=["plain", "penalty"])
 def test_captions_are_those_of_the_image_alone_whatever_the_strategy(strategy, options, how):
     made = spec(strategy, **options)
     row_seeds = seeds(len(IMAGES), made.captions)
-    together = decode(ToyForward(IMAGES), how, made, row_seeds)
+    together = decode(ToyDecoder(IMAGES), how, made, row_seeds)
     for i, image in enumerate(IMAGES):
-        assert decode(ToyForward([image]), how, made, row_seeds[i : i + 1]) == [together[i]]
-    assert all(how.min_words <= len(words) <= how.max_words for of_image in together for words in of_image)
+        assert decode(ToyDecoder([image]), how, made, row_seeds[i : i + 1]) == [together[i]]
+    assert all(how.min_tokens <= len(words) <= how.max_tokens for of_image in together for words in of_image)
     assert all(set(words) <= set(WORDS) for of_image in together for words in of_image)
 
 
 @pytest.mark.parametrize("strategy", ["nucleus", "top_k"])
 def test_seeds_decide_where_words_are_drawn(strategy):
     made, row_seeds = spec(strategy, **STRATEGIES[strategy]), seeds(len(IMAGES), 3)
-    found = decode(ToyForward(IMAGES), rules(), made, row_seeds)
-    assert decode(ToyForward(IMAGES), rules(), made, row_seeds[:, ::-1]) == [texts[::-1] for texts in found]
-    assert decode(ToyForward(IMAGES), rules(), made, row_seeds + np.uint64(1000)) != found
+    found = decode(ToyDecoder(IMAGES), rules(), made, row_seeds)
+    assert decode(ToyDecoder(IMAGES), rules(), made, row_seeds[:, ::-1]) == [texts[::-1] for texts in found]
+    assert decode(ToyDecoder(IMAGES), rules(), made, row_seeds + np.uint64(1000)) != found
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "beams", "diverse_beams"])
 def test_seeds_decide_nothing_where_nothing_is_drawn(strategy):
     made = spec(strategy, **STRATEGIES[strategy])
     row_seeds = seeds(len(IMAGES), made.captions)
-    found = decode(ToyForward(IMAGES), rules(), made, row_seeds)
-    assert decode(ToyForward(IMAGES), rules(), made, row_seeds + np.uint64(1000)) == found
+    found = decode(ToyDecoder(IMAGES), rules(), made, row_seeds)
+    assert decode(ToyDecoder(IMAGES), rules(), made, row_seeds + np.uint64(1000)) == found
 
 
 def test_greedy_takes_the_likeliest_word_each_time():
-    how = rules(min_words=2, max_words=6, repetition_penalty=1.4)
-    found = decode(ToyForward(IMAGES), how, spec("greedy", captions=1), seeds(len(IMAGES), 1))
+    how = rules(min_tokens=2, max_tokens=6, repetition_penalty=1.4)
+    found = decode(ToyDecoder(IMAGES), how, spec("greedy", captions=1), seeds(len(IMAGES), 1))
     for image, [words] in zip(IMAGES, found, strict=True):
         path: list[int] = []
         while len(path) < 6 and (best := int(np.argmax(log_probabilities(image, path, how)))) != END:
@@ -78,9 +78,9 @@ def test_greedy_takes_the_likeliest_word_each_time():
 
 def test_whole_captions_are_distributed_as_the_model_has_them():
     """Of all 40 texts of at most 3 words, 20,000 draws, by a chi-square test."""
-    how, count = rules(min_words=0, max_words=3), 20_000
+    how, count = rules(min_tokens=0, max_tokens=3), 20_000
     made = spec(captions=50, top_p=1.0)
-    drawn = decode(ToyForward([11] * (count // 50)), how, made, seeds(count // 50, 50))
+    drawn = decode(ToyDecoder([11] * (count // 50)), how, made, seeds(count // 50, 50))
     found: dict[tuple[int, ...], int] = {}
     for words in (words for of_image in drawn for words in of_image):
         found[tuple(words)] = found.get(tuple(words), 0) + 1
@@ -92,21 +92,21 @@ def test_whole_captions_are_distributed_as_the_model_has_them():
 
 
 def test_an_image_has_one_row_until_a_word_is_drawn_and_rows_leave_as_they_end():
-    forward = ToyForward(IMAGES)
+    forward = ToyDecoder(IMAGES)
     texts = sample(forward, rules(), greedy, torch.ones(len(IMAGES), 3, 4))
     lengths = [len(words) for of_image in texts for words in of_image]
     assert forward.steps == [len(IMAGES), *(sum(length >= step for length in lengths) for step in (1, 2, 3))]
 
 
 def test_an_image_whose_logits_are_not_finite_has_no_captions_and_its_neighbours_have_theirs():
-    class Broken(ToyForward):
+    class Broken(ToyDecoder):
         def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
             logits = super().next_logits(tokens)
             logits[torch.tensor([image == 22 and words[1:] == [1] for image, words in self._rows])] = torch.inf
             return logits
 
     made = spec(temperature=3.0, top_p=1.0)
-    whole = decode(ToyForward(IMAGES), rules(2), made, seeds(len(IMAGES), 3))
+    whole = decode(ToyDecoder(IMAGES), rules(2), made, seeds(len(IMAGES), 3))
     found = decode(Broken(IMAGES), rules(2), made, seeds(len(IMAGES), 3))
     assert any(words[0] == 1 for words in whole[2])
     assert found == [*whole[:2], None, *whole[3:]]
@@ -114,7 +114,7 @@ def test_an_image_whose_logits_are_not_finite_has_no_captions_and_its_neighbours
 
 @pytest.mark.parametrize("strategy", ["nucleus", "beams"])
 def test_a_model_whose_logits_are_never_finite_is_an_error(strategy):
-    class Broken(ToyForward):
+    class Broken(ToyDecoder):
         def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
             return super().next_logits(tokens).fill_(torch.nan)
 
@@ -124,7 +124,7 @@ def test_a_model_whose_logits_are_never_finite_is_an_error(strategy):
 
 
 def test_the_rules_bar_and_penalise_as_they_say():
-    how = Rules(START, END, torch.arange(VOCABULARY) == START, 2, 4, repetition_penalty=2.0)
+    how = DecodingRules(START, END, torch.arange(VOCABULARY) == START, 2, 4, repetition_penalty=2.0)
     logits = torch.tensor([[1.0, -1.0, 3.0, 9.0, 5.0]])
     tokens = torch.tensor([[START, 0, 1, 1]])
     assert how.apply(logits, tokens).tolist() == [[0.5, -2.0, 3.0, -math.inf, 5.0]]

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from teachers import open_clip_catalog as catalog
 from teachers.device import Accelerator
 from teachers.open_clip import OpenClipTeacher, image_spec
-from teachers.open_clip_text import clean_fast
+from teachers.open_clip_text import clean_text
 from teachers.spec import TeacherSpec
-from teachers.special_tokens import neutraliser
+from teachers.special_tokens import special_token_escaper
 from tests.helpers import tiny_models
 
 CPU = Accelerator("cpu")
@@ -124,7 +124,7 @@ def test_bf16_is_near_fp32_and_gives_unit_norm_float32(models: dict[str, str]) -
 @pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "weights.pt"])
 def test_torch_checkpoints_load_like_safetensors(models: dict[str, str], tmp_path: Path, name: str) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(catalog.folder_of(models["small"]), folder)
+    shutil.copytree(catalog.local_folder(models["small"]), folder)
     (folder / "open_clip_model.safetensors").unlink()
     torch.save({"state_dict": _plain(models["small"])[0].state_dict()}, folder / name)
     copy = _teacher(f"local-dir:{folder}")
@@ -147,14 +147,14 @@ def test_special_tokens_in_captions_are_only_text(models: dict[str, str], text: 
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(max_codepoint=0x17F)) | st.text("ab <&;>\t\n\x1b[0m'\"", max_size=20))
 def test_the_short_way_of_cleaning_is_open_clips(text: str) -> None:
-    assert clean_fast(text) == get_clean_fn("lower")(text)
+    assert clean_text(text) == get_clean_fn("lower")(text)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(["<s>", "</S>", "<", "s>", "[cls]", "x", " ", "<<s>>"])).map("".join))
 def test_no_special_token_is_left_and_the_letters_stay(text: str) -> None:
     special = ["<s>", "</s>", "[CLS]", "s><", "<"]
-    result = neutraliser(special)(text)
+    result = special_token_escaper(special)(text)
     assert not any(token.lower() in result.lower() for token in special if len(token) > 1)
     assert result.replace(" ", "") == text.replace(" ", "")
 
@@ -202,7 +202,7 @@ def test_text_towers_of_transformers_get_the_full_length(tmp_path: Path) -> None
 
 def test_weights_that_do_not_fit_are_refused(models: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "mixed"
-    shutil.copytree(catalog.folder_of(models["small"]), folder)
+    shutil.copytree(catalog.local_folder(models["small"]), folder)
     shutil.copy(catalog.folder_weights(models["large"]), folder)
     with pytest.raises(ValueError, match=r"open_clip_model.safetensors do not fit local-dir:.*: \w+"):
         _teacher(f"local-dir:{folder}")
@@ -239,10 +239,10 @@ def test_every_published_tag_is_taken_or_leads_to_a_model_that_takes_it() -> Non
         if model not in known:
             continue
         try:
-            catalog.check(model, tag)
+            catalog.check_model(model, tag)
         except ValueError as error:
             other = str(error).rsplit(" ", 1)[-1]
-            catalog.check(other, tag)
+            catalog.check_model(other, tag)
 
 
 @pytest.mark.parametrize(
@@ -262,26 +262,26 @@ def test_names_that_cannot_be_are_refused_with_the_mend(
 ) -> None:
     model = models["small"] if model == "local-dir:/tmp" else model
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        catalog.check(model, pretrained)
+        catalog.check_model(model, pretrained)
 
 
 def test_folders_that_are_not_whole_are_refused(models: dict[str, str], tmp_path: Path) -> None:
-    source = catalog.folder_of(models["small"])
+    source = catalog.local_folder(models["small"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"open_clip_config\.json is not there"):
-        catalog.check(f"local-dir:{tmp_path / 'empty'}", None)
+        catalog.check_model(f"local-dir:{tmp_path / 'empty'}", None)
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(source / "open_clip_config.json", bare)
     with pytest.raises(FileNotFoundError, match=r"bare holds no weights: want open_clip_model\.safetensors"):
-        catalog.check(f"local-dir:{bare}", None)
+        catalog.check_model(f"local-dir:{bare}", None)
     for name in ("a.pt", "b.pt"):
         (bare / name).touch()
     with pytest.raises(ValueError, match=r"several checkpoints \(a\.pt, b\.pt\): name the one"):
-        catalog.check(f"local-dir:{bare}", None)
+        catalog.check_model(f"local-dir:{bare}", None)
     (bare / "open_clip_config.json").write_text("{}")
     with pytest.raises(ValueError, match="has no `model_cfg`"):
-        catalog.check(f"local-dir:{bare}", None)
+        catalog.check_model(f"local-dir:{bare}", None)
     (bare / "open_clip_config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
-        catalog.check(f"local-dir:{bare}", None)
+        catalog.check_model(f"local-dir:{bare}", None)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from teachers import transformers_captioner
 from teachers import transformers_catalog as catalog
-from teachers.chat_captioner import view_of
+from teachers.chat_captioner import chat_image_spec
 from teachers.device import Accelerator
 from teachers.image_to_text import Git
 from teachers.pixels import fit, to_pixels
@@ -295,10 +295,10 @@ def test_an_image_size_that_a_model_cannot_have_is_refused(
 
 def test_images_are_squares_of_the_processors_own_size_or_of_a_common_one() -> None:
     qwen = hf.Qwen2VLImageProcessor().to_dict()
-    assert view_of(qwen, None) == (ImageSpec(448, (0.0,) * 3, (1.0,) * 3, resize="squash"), {})  # type: ignore[arg-type]
-    tiles = view_of(hf.Idefics3ImageProcessor().to_dict(), None)
+    assert chat_image_spec(qwen, None) == (ImageSpec(448, (0.0,) * 3, (1.0,) * 3, resize="squash"), {})  # type: ignore[arg-type]
+    tiles = chat_image_spec(hf.Idefics3ImageProcessor().to_dict(), None)
     assert (tiles[0].size, tiles[1]) == (364, {"size": {"longest_edge": 364}, "do_image_splitting": False})
-    llava = view_of(hf.CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=336).to_dict(), None)[0]
+    llava = chat_image_spec(hf.CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=336).to_dict(), None)[0]
     assert (llava.size, llava.resize, llava.interpolation) == (336, "crop", "bicubic")
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 
-class FullForward:
-    """A ``teachers.rules.Forward`` that keeps nothing but the image tokens [B, n, width]."""
+class UncachedDecoder:
+    """A ``teachers.rules.Decoder`` that keeps nothing but the image tokens [B, n, width]."""
 
     def __init__(self, model: Any, images: torch.Tensor) -> None:
         self._model, self._images = model, images
@@ -20,5 +20,5 @@ class FullForward:
         logits: torch.Tensor = out["logits"][:, -1]
         return logits
 
-    def take(self, rows: torch.Tensor) -> None:
+    def select_rows(self, rows: torch.Tensor) -> None:
         self._images = self._images[rows]

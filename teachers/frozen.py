@@ -7,7 +7,7 @@ import torch
 from teachers.device import Accelerator
 
 
-class FixedLinear(torch.nn.Module):
+class FrozenLinear(torch.nn.Module):
     """``x @ weight.T + bias`` with weight [out, in] and bias [out].
 
     In a lower precision the weights are cast here, as autocast would at every call. On CPUs they are packed for
@@ -40,7 +40,7 @@ class FixedLinear(torch.nn.Module):
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
-class FixedAttention(torch.nn.Module):
+class FrozenAttention(torch.nn.Module):
     """A ``torch.nn.MultiheadAttention`` whose keys and values come from one input, ``batch_first``, without dropout."""
 
     def __init__(self, attention: torch.nn.MultiheadAttention, accelerator: Accelerator) -> None:
@@ -51,9 +51,9 @@ class FixedAttention(torch.nn.Module):
         else:  # where keys and values have another width
             query, others = attention.q_proj_weight, [attention.k_proj_weight, attention.v_proj_weight]
         self.heads = attention.num_heads
-        self.query = FixedLinear(query, None if bias is None else bias[:width], accelerator)
-        self.key_value = FixedLinear(torch.cat(others), None if bias is None else bias[width:], accelerator)
-        self.out = FixedLinear(attention.out_proj.weight, attention.out_proj.bias, accelerator)
+        self.query = FrozenLinear(query, None if bias is None else bias[:width], accelerator)
+        self.key_value = FrozenLinear(torch.cat(others), None if bias is None else bias[width:], accelerator)
+        self.out = FrozenLinear(attention.out_proj.weight, attention.out_proj.bias, accelerator)
 
     def forward(
         self,
@@ -72,15 +72,15 @@ class FixedAttention(torch.nn.Module):
         return self.out(x.transpose(1, 2).flatten(2)), None
 
 
-def fix(module: torch.nn.Module, accelerator: Accelerator) -> None:
+def freeze(module: torch.nn.Module, accelerator: Accelerator) -> None:
     """Put fixed layers in the place of a module's linear maps and attentions, at any depth."""
     for name, child in module.named_children():
         if type(child) is torch.nn.Linear:
-            setattr(module, name, FixedLinear(child.weight, child.bias, accelerator))
+            setattr(module, name, FrozenLinear(child.weight, child.bias, accelerator))
         elif type(child) is torch.nn.MultiheadAttention and child.batch_first:
-            setattr(module, name, FixedAttention(child, accelerator))
+            setattr(module, name, FrozenAttention(child, accelerator))
         else:
-            fix(child, accelerator)
+            freeze(child, accelerator)
 
 
 def _packable(weight: torch.Tensor) -> bool:

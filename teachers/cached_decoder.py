@@ -10,8 +10,8 @@ import torch
 from teachers.device import Accelerator
 
 
-class CachedRows:
-    """A ``Forward`` of rows that begin with a prompt: each word by a pass over the last one, on the cache of the rest.
+class CachedDecoder:
+    """A ``Decoder`` of rows that begin with a prompt: each word by a pass over the last one, on the cache of the rest.
 
     ``ends`` are the tokens that end a text: the first stands for them all. ``context`` are arguments of every pass, a
     row each. ``positions`` is None where the model counts by itself, else the position of the first word and the
@@ -40,16 +40,16 @@ class CachedRows:
         """A start token and the words so far, int64 [rows, 1 + words] -> [rows, vocabulary]."""
         words = tokens.shape[1] - 1
         if words == 0:
-            return one_end(self._first, self._ends)
+            return merge_end_tokens(self._first, self._ends)
         arguments = {self._name: self._cache, **self._context}
         if self.positions is not None:
             first, shape = self.positions
             arguments["position_ids"] = torch.full((*shape, len(tokens), 1), first + words - 1, device=tokens.device)
         with self._accelerator.forward():
             logits = self._model(input_ids=tokens[:, -1:], use_cache=True, **arguments).logits
-        return one_end(logits[:, -1], self._ends)
+        return merge_end_tokens(logits[:, -1], self._ends)
 
-    def take(self, rows: torch.Tensor) -> None:
+    def select_rows(self, rows: torch.Tensor) -> None:
         """Go on with these rows: int64 indices; one may be taken several times."""
         rows = rows.to(self._first.device)
         self._cache.reorder_cache(rows)
@@ -61,7 +61,7 @@ class CachedRows:
         return sum(value[0].numel() * value.element_size() for value in tensors if value.ndim > 1)
 
 
-def one_end(logits: torch.Tensor, ends: tuple[int, ...]) -> torch.Tensor:
+def merge_end_tokens(logits: torch.Tensor, ends: tuple[int, ...]) -> torch.Tensor:
     """Float32 [..., vocabulary] in which the first end is as probable as all were together; the others stay."""
     logits = logits.float()
     if len(ends) > 1:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from teachers.device import Accelerator
-from teachers.fixed import FixedAttention, FixedLinear, fix
+from teachers.frozen import FrozenAttention, FrozenLinear, freeze
 from tests.helpers.tiny_coca import coca_config
 
 
@@ -16,7 +16,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(1, 48), (3, 7, 48), (0, 48)])
 def test_a_fixed_linear_map_is_the_linear_map(shape, bias, packed):
     plain = torch.nn.Linear(48, 33, bias=bias)
-    fixed = FixedLinear(plain.weight, plain.bias, Accelerator("cpu"), packed)
+    fixed = FrozenLinear(plain.weight, plain.bias, Accelerator("cpu"), packed)
     x = noise(*shape)
     with torch.inference_mode():
         torch.testing.assert_close(fixed(x), plain(x), atol=1e-5, rtol=1e-5)
@@ -27,7 +27,7 @@ def test_a_lower_precision_rounds_as_autocast_does(precision):
     accelerator = Accelerator("cpu", precision)
     plain, x = torch.nn.Linear(48, 33), noise(5, 48)
     with accelerator.forward():
-        found, wanted = FixedLinear(plain.weight, plain.bias, accelerator)(x), plain(x)
+        found, wanted = FrozenLinear(plain.weight, plain.bias, accelerator)(x), plain(x)
     assert found.dtype == wanted.dtype == accelerator.dtype
     torch.testing.assert_close(found, wanted, atol=0.02, rtol=0.02)
 
@@ -40,7 +40,7 @@ def test_a_fixed_attention_is_the_attention(options, masked):
     mask = noise(5, 6, seed=2) if masked else None
     with torch.inference_mode():
         wanted, _ = plain(query, key, key, need_weights=False, attn_mask=mask)
-        found, _ = FixedAttention(plain, Accelerator("cpu"))(query, key, key, need_weights=False, attn_mask=mask)
+        found, _ = FrozenAttention(plain, Accelerator("cpu"))(query, key, key, need_weights=False, attn_mask=mask)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -53,10 +53,10 @@ def test_an_image_tower_that_is_fixed_gives_the_same_tokens(pooled):
     pixels = noise(2, 3, 32, 32)
     with torch.inference_mode():
         wanted = visual(pixels)
-        fix(visual, Accelerator("cpu"))
+        freeze(visual, Accelerator("cpu"))
         found = visual(pixels)
     kinds = [type(module) for module in visual.modules()]
-    assert kinds.count(FixedAttention) == (2 if pooled else 1)
+    assert kinds.count(FrozenAttention) == (2 if pooled else 1)
     assert torch.nn.Linear not in kinds
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
