@@ -1,4 +1,4 @@
-"""Ray as a run, a training or a tuning finds it, and what its nodes can hold."""
+"""Connect to Ray, and ask what its nodes can hold."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from reinforce.errors import UserError
 
 @contextlib.contextmanager
 def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[None]:
-    """Ray as a run finds it: initialised, at an address, or started here and ended with the run.
+    """Use Ray as it is initialised, connect to a cluster, or start Ray on this machine and stop it at the end.
 
-    ``log_to_driver`` lets what workers print appear here, under Ray's prefix.
+    ``address`` defaults to the environment variable RAY_ADDRESS. With ``log_to_driver``, the output of workers is
+    printed here with Ray's prefix. Raises UserError if there is no cluster at the address.
     """
     if ray.is_initialized():
         yield
@@ -27,10 +28,10 @@ def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[Non
         try:
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
         except (ConnectionError, RuntimeError) as error:
-            raise UserError(f"no Ray cluster at {address}: {error}") from error
+            raise UserError(f"no Ray cluster at {address}: {error}. Check --address and RAY_ADDRESS.") from error
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        # On ERROR, since on WARNING Ray explains its token authentication, which nobody meets on one machine.
+        # ERROR, because at WARNING Ray explains token authentication, which does not apply to one machine.
         quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
         ray.init(address="local", num_cpus=cores, log_to_driver=log_to_driver, **quiet)
     try:
@@ -40,18 +41,18 @@ def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[Non
 
 
 def is_node_alive(node: str) -> bool:
-    """Whether Ray reports the node as alive."""
+    """Return whether Ray reports the node as alive."""
     return any(n["NodeID"] == node and n["Alive"] for n in ray.nodes())
 
 
 def cause_of(error: Exception) -> Exception:
-    """The error a task raised, out of Ray's wrapping."""
+    """Return the exception that a task raised, without Ray's wrapper."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, Exception) else error
 
 
 def capacity(cpus: float, gpus: float) -> int:
-    """Number of processes, each with this many CPUs and GPUs on one node, that the live nodes can hold."""
+    """Return how many processes with these CPUs and GPUs, each on one node, the live nodes can hold."""
     return sum(
         int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf))
         for node in live_resources()
@@ -59,5 +60,5 @@ def capacity(cpus: float, gpus: float) -> int:
 
 
 def live_resources() -> list[dict[str, float]]:
-    """Resources of each live node, by name."""
+    """Return the resources of each live node, by name."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

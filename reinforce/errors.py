@@ -1,11 +1,11 @@
-"""Errors that are the user's to mend: printed as one message, without a traceback."""
+"""Errors that the user can fix; the command line prints them as one message, without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something in the config, the source or the environment is wrong; the message says what and the mend."""
+    """Something in the config, the source or the environment is wrong. The message names the problem and the fix."""
 
 
 class StorageError(UserError):
-    """A storage did not do what it was asked, again and again. In a worker that costs the shard an attempt."""
+    """A storage request failed after all retries. In a worker, it costs the shard an attempt."""

@@ -1,4 +1,4 @@
-"""Models by what the user calls them on the command line."""
+"""Models as they are named on the command line."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ _CONFIG = "open_clip_config.json"
 def resolve_models(
     names: Sequence[str], pretrained: str | None = None, *, weights: bool = True
 ) -> Iterator[dict[str, ModelSpec]]:
-    """Models by what the user calls them; those of a remote folder are kept here as long as this is open.
+    """Yield the specs of models by name; remote models are copied to a temporary folder until the context ends.
 
-    A name is open_clip's (``NAME,TAG`` or with ``pretrained``), ``local-dir:PATH``, ``hf-hub:ORG/REPO``, or a folder
-    or fsspec URL that a training wrote. Without ``weights`` only the architecture is asked for: a name is enough, and
-    one of the hub, whose config would have to be downloaded, is refused. Raises UserError.
+    A name is open_clip's (``NAME,TAG``, or ``NAME`` with the tag ``pretrained``), ``local-dir:PATH``,
+    ``hf-hub:ORG/REPO``, or a folder or fsspec URL that a training wrote. With ``weights=False`` only the architecture
+    is needed: open_clip's ``NAME`` is enough, and a model of the hub, whose config would be downloaded, is refused.
+    Raises UserError.
     """
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise UserError(f"{min(twice)} is named twice: name each model once.")
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise UserError(f"{min(repeated)} is named twice. Name each model once.")
     with contextlib.ExitStack() as stack:
         specs = {name: _spec(name, pretrained, stack) for name in names}
         for name, spec in specs.items():
@@ -37,19 +38,19 @@ def resolve_models(
                     catalog.check_model(str(spec.model), spec.pretrained)
                 elif catalog.model_config(str(spec.model)) is None:
                     raise ValueError(
-                        "its architecture is not on this machine: give open_clip's name, or local-dir:PATH"
+                        "its architecture is not on this machine: give a name of open_clip, or local-dir:PATH"
                     )
         yield specs
 
 
 def short_name(name: str) -> str:
-    """``runs/s0`` -> ``s0``; ``MobileCLIP2-S0,dfndr2b`` -> ``MobileCLIP2-S0-dfndr2b``: without the folders."""
+    """Remove the folders: ``runs/s0`` -> ``s0``, ``MobileCLIP2-S0,dfndr2b`` -> ``MobileCLIP2-S0-dfndr2b``."""
     return name.rstrip("/").rpartition("/")[2].rpartition(":")[2].replace(",", "-")
 
 
 @contextlib.contextmanager
 def model_errors(name: str) -> Iterator[None]:
-    """What a model has wrong, as the user's to mend."""
+    """Turn errors of loading a model into UserError with its name."""
     try:
         yield
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -66,21 +67,21 @@ def _spec(name: str, pretrained: str | None, stack: contextlib.ExitStack) -> Mod
 
 
 def _model_folder(url: str, stack: contextlib.ExitStack) -> str:
-    """The folder of an exported model, or the one named ``student`` in what a training wrote; on this machine."""
+    """Return a local folder with an open_clip model: the folder itself, or its ``student``; a remote one is copied."""
     fs, path = filesystem(url)
     for folder in (path.rstrip("/"), posixpath.join(path, "student")):
         if fs.isfile(posixpath.join(folder, _CONFIG)):
             break
     else:
         raise UserError(
-            f"{url} is no folder of an open_clip model: neither it nor its `student` has {_CONFIG}. Finish the "
+            f"{url} is not the folder of an open_clip model: neither it nor its `student` has {_CONFIG}. Finish the "
             "training, or give another folder."
         )
     if "://" not in url:
         return folder
-    here = stack.enter_context(tempfile.TemporaryDirectory(prefix="reinforce-model-"))
+    local_folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="reinforce-model-"))
     for remote in fs.find(folder):
-        local = Path(here, str(remote)[len(folder) :].lstrip("/"))
+        local = Path(local_folder, str(remote)[len(folder) :].lstrip("/"))
         local.parent.mkdir(parents=True, exist_ok=True)
         fs.get_file(remote, str(local))
-    return here
+    return local_folder

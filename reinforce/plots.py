@@ -1,7 +1,7 @@
-"""The one look of all plots, and the one way they are stored.
+"""The common style of all plots, and how they are written.
 
-Figures are built without pyplot: no display, no global state, no figure that has to be closed, so threads and the
-processes of a training run may draw at the same time.
+Figures are built without pyplot, which needs no display, has no global state and no figures to close. So threads can
+draw at the same time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Told apart by people with any colour vision, on white, and in grey by their lightness.
+#: Distinguishable on white with any colour vision, and in grey by their lightness.
 COLOURS = ("#0b7285", "#e8590c", "#5f3dc4", "#f2b705", "#c2255c", "#66a80f", "#4dabf7", "#495057")
 _INK, _GREY, _EDGE = "#1f2328", "#6b7280", "#e1e4e8"
 _DPI = 160
@@ -29,7 +29,7 @@ _DPI = 160
 def figure(
     panels: int = 1, width: float = 8.0, height: float = 4.5, columns: int | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """An empty figure with ``panels`` axes, side by side or in rows of ``columns``; sizes in inches, of the whole."""
+    """Create a figure with ``panels`` axes, in one row or in rows of ``columns``; its size is in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -47,33 +47,33 @@ def figure(
 
 
 def colour(index: int) -> str:
-    """The colour of the series of that number; they repeat after the last."""
+    """Return the colour of a series by its index; colours repeat after the last."""
     return COLOURS[index % len(COLOURS)]
 
 
 def label(axes: Axes, title: str, x: str, y: str) -> None:
-    """Title above the left edge and the names of both axes (with their units)."""
+    """Set the title and the labels of both axes (with their units)."""
     axes.set_title(title, loc="left", color=_INK, fontsize=11, fontweight="bold", pad=10)
     axes.set_xlabel(x, color=_GREY, fontsize=9)
     axes.set_ylabel(y, color=_GREY, fontsize=9)
 
 
 def legend(axes: Axes) -> None:
-    """A legend without a frame, where the series have labels and there is more than one."""
+    """Add a legend if more than one series has a label."""
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
 
 
 def save(made: Figure, url: str) -> None:
-    """The figure as PNG at a path or fsspec URL, whole or not at all; folders are made."""
+    """Write the figure as PNG to a path or fsspec URL, atomically; create missing folders."""
     buffer = io.BytesIO()
-    # No date or version in the file: equal figures are equal bytes.
+    # Without the software version, so that equal figures are equal bytes.
     made.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     write_file(buffer.getvalue(), url)
 
 
 def write_file(data: bytes, url: str) -> None:
-    """A small file at a path or fsspec URL, whole or not at all; folders are made."""
+    """Write a small file to a path or fsspec URL, atomically; create missing folders."""
     fs, path = filesystem(url)
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(path, data)
@@ -84,7 +84,7 @@ def write_file(data: bytes, url: str) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp keeps files to their owner
+        os.chmod(temporary, 0o644)  # mkstemp creates files that only the owner can read
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

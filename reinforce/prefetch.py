@@ -1,4 +1,4 @@
-"""Work done in threads before it is asked for, with a bound on what is kept ready."""
+"""An ordered map over threads that runs ahead of its consumer within bounds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-_BYTES = 128 * 2**20
+_MAX_PENDING_BYTES = 128 * 2**20
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -20,17 +20,20 @@ def prefetch(
     window: int,
     size_of: Callable[[T], int] = lambda item: 0,
 ) -> Iterator[R]:
-    """Map in threads, in order, ahead of the consumer: at most ``window`` items, and none beyond 128 MiB of them."""
+    """Yield ``function(item)`` in order, computed in threads ahead of the consumer.
+
+    At most ``window`` items are pending, and fewer if their ``size_of``, in bytes, adds up to more than 128 MiB.
+    """
     futures: deque[tuple[Future[R], int]] = deque()
-    waiting = 0
+    pending_bytes = 0
     try:
         for item in items:
             size = size_of(item)
             futures.append((pool.submit(function, item), size))
-            waiting += size
-            while len(futures) > window or (waiting > _BYTES and len(futures) > 1):
+            pending_bytes += size
+            while len(futures) > window or (pending_bytes > _MAX_PENDING_BYTES and len(futures) > 1):
                 future, size = futures.popleft()
-                waiting -= size
+                pending_bytes -= size
                 yield future.result()
         while futures:
             yield futures.popleft()[0].result()

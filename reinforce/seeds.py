@@ -1,4 +1,4 @@
-"""One way to seed everything random: (dataset seed, sample key, purpose, index)."""
+"""Seeds of everything random, derived from (dataset seed, sample key, purpose, index)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ Ints = npt.NDArray[np.int64]
 
 
 def seed_for(seed: int, key: str, purpose: str, index: int = 0) -> int:
-    """64-bit seed, equal on every machine and Python version."""
+    """Return a 64-bit seed, the same on every machine and Python version."""
     text = f"{seed}\0{key}\0{purpose}\0{index}"
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def uniforms(seed: int, keys: Sequence[str], purpose: str, index: int, count: int) -> npt.NDArray[np.float64]:
-    """Up to 8 numbers in [0, 1) for each key, [len(keys), count], equal on every machine and numpy version."""
+    """Return ``count`` (at most 8) numbers in [0, 1) per key, [len(keys), count].
+
+    They are the same on every machine and NumPy version.
+    """
     tail = f"\0{purpose}\0{index}"
     digests = (
         hashlib.blake2b(f"{seed}\0{key}{tail}".encode("utf-8", "surrogatepass"), digest_size=8 * count).digest()
@@ -29,7 +32,7 @@ def uniforms(seed: int, keys: Sequence[str], purpose: str, index: int, count: in
 
 
 def permutation(length: int, seed: int, purpose: str, index: int = 0) -> Ints:
-    """A seeded order of ``range(length)``, the same under every version of numpy."""
-    # The raw stream of a bit generator is fixed across numpy versions; the methods of Generator are not.
+    """Return a seeded permutation of ``range(length)``, the same on every machine and NumPy version."""
+    # NumPy fixes the raw stream of a bit generator across versions, but not the methods of Generator.
     draws = np.random.Philox(key=seed_for(seed, "", purpose, index)).random_raw(length)
     return np.argsort(draws, kind="stable")

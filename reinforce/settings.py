@@ -1,4 +1,4 @@
-"""Configs in general: typed sections, YAML files with overrides, and faults told with their place and the mend."""
+"""The base of all configs: typed sections, YAML files with overrides, and errors that name the key and the fix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Section(BaseModel):
-    """Base of every part of a config: unknown keys and loose types are errors."""
+    """Base class of every part of a config. Unknown keys and values that need type conversion are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
@@ -35,67 +35,71 @@ def load(model: type[Model], path: str | Path, overrides: list[str] | None = Non
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"config {path} is not YAML: {_problem(error)}") from None  # the error quotes the file
+        # Not chained: the YAML error quotes the file, which may hold secrets.
+        raise UserError(f"config {path} is not valid YAML: {_describe_yaml(error)}") from None
     if section is not None and isinstance(data, dict):
         if section not in data:
-            raise UserError(f"config {path} has no `{section}`: add it, or give a config that has it.")
+            raise UserError(f"config {path} has no section `{section}`. Add it, or give a config that has it.")
         data = data[section]
         path = f"{path}, {section}"
     if not isinstance(data, dict):
-        raise UserError(f"config {path}: want a mapping of keys such as {_example(model)}, got {type(data).__name__}")
+        raise UserError(
+            f"config {path}: must be a mapping with keys such as {_example(model)}, got {type(data).__name__}"
+        )
     for override in overrides or []:
-        _override(data, override)
+        _apply_override(data, override)
     return parse(model, data, where=f"config {path}")
 
 
 def parse(model: type[Model], data: Mapping[str, Any], where: str = "config") -> Model:
-    """Check a mapping against a schema. Raises UserError with one line for each fault."""
+    """Validate a mapping. Raises UserError with one line per error, each with the key and the fix."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [f"  {_location(fault['loc'])}: {_explain(model, dict(fault))}" for fault in error.errors()]
-        raise UserError(f"{where} has {len(lines)} fault{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None
+        lines = [f"  {_location(entry['loc'])}: {_explain(model, dict(entry))}" for entry in error.errors()]
+        raise UserError(f"{where} has {len(lines)} error{'s' * (len(lines) > 1)}:\n" + "\n".join(lines)) from None
 
 
 def _example(model: type[BaseModel]) -> str:
+    """Name up to two keys of the config, required ones if there are any."""
     fields = model.model_fields.items()
     required = [(name, field) for name, field in fields if field.is_required()] or [*fields]
     return " and ".join(f"`{field.alias or name}`" for name, field in required[:2])
 
 
 def _location(loc: tuple[int | str, ...]) -> str:
-    """Keys and indices; the names that pydantic gives to members of unions, such as ``list[str]``, are left out."""
-    types_ = ("[key]", "str", "int", "float", "bool")
-    parts = [str(part) for part in loc if part not in types_ and "[" not in str(part)]
+    """Join keys and indices; names that pydantic adds for members of unions, such as ``list[str]``, are left out."""
+    type_names = ("[key]", "str", "int", "float", "bool")
+    parts = [str(part) for part in loc if part not in type_names and "[" not in str(part)]
     return ".".join(parts) or "(whole)"
 
 
-def _explain(model: type[BaseModel], fault: dict[str, Any]) -> str:
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key; {_neighbours(model, fault['loc'])}"
-    if fault["type"] == "missing":
+def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"unknown key; {_known_keys(model, error['loc'])}"
+    if error["type"] == "missing":
         return "is required"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
         return message
-    hidden = any(is_secret(str(part)) for part in fault["loc"])
-    return message if hidden else f"{message}, got {redact_values(fault['input'])!r}"
+    hidden = any(is_secret(str(part)) for part in error["loc"])
+    return message if hidden else f"{message}, got {redact_values(error['input'])!r}"
 
 
-def _neighbours(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    """Name the keys that would have been right at this place."""
-    place: Any = model
+def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    """Name the keys that are valid in the section of ``loc``."""
+    annotation: Any = model
     for part in loc[:-1]:
-        place = _inside(place, part)
-    sections = _sections(place)
+        annotation = _annotation_of(annotation, part)
+    sections = _sections(annotation)
     if not sections:
         return "remove it"
     keys = [field.alias or name for name, field in sections[0].model_fields.items()]
     return "known keys here: " + ", ".join(keys)
 
 
-def _inside(annotation: Any, part: int | str) -> Any:
-    """The annotation of what stands at ``part`` in a value of ``annotation``."""
+def _annotation_of(annotation: Any, part: int | str) -> Any:
+    """Return the annotation of the key or index ``part`` of a value that is annotated with ``annotation``."""
     for section in _sections(annotation):
         for name, field in section.model_fields.items():
             if part in (name, field.alias):
@@ -103,11 +107,11 @@ def _inside(annotation: Any, part: int | str) -> Any:
     for member in _members(annotation):
         if typing.get_origin(member) in (dict, list, tuple) and "[" not in str(part):
             return typing.get_args(member)[-1]
-    return annotation  # the name of a member of a union
+    return annotation  # ``part`` is the name of a member of a union
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The members of a union, without what ``Annotated`` adds."""
+    """Return the members of a union; ``Annotated`` is unwrapped."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         return _members(typing.get_args(annotation)[0])
@@ -120,10 +124,10 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     return [m for m in _members(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
 
 
-def _override(data: dict[str, Any], override: str) -> None:
-    path, equals, value = override.partition("=")  # of which the value is not told: it may be a secret
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")  # messages leave the value out: it may be a secret
     if not equals or not path:
-        raise UserError(f"--set {path!r}: want key.sub=value, for example --set workers.cpus=4")
+        raise UserError(f"--set {path!r}: must be key.sub=value, for example --set workers.cpus=4")
     *parents, last = path.split(".")
     node: Any = data
     for part in parents:
@@ -135,10 +139,10 @@ def _override(data: dict[str, Any], override: str) -> None:
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {path}: the value is not YAML: {_problem(error)}") from None
+        raise UserError(f"--set {path}: the value is not valid YAML: {_describe_yaml(error)}") from None
 
 
-def _problem(error: yaml.YAMLError) -> str:
-    """What is wrong and where, without the text itself."""
+def _describe_yaml(error: yaml.YAMLError) -> str:
+    """Describe what is wrong and where, without quoting the text."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or type(error).__name__
     return f"{problem} in line {mark.line + 1}, column {mark.column + 1}" if mark else problem

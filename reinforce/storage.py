@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, in a local folder or in an object store.
+"""Atomic publishing of files to a local folder or an object store.
 
-A file is finished elsewhere first and then appears whole: on a local disk by ``os.replace`` of a synced temporary file
-of the same file system, in an object store by one put of the finished file.
+A file is finished elsewhere before it is published: on a local disk by ``os.replace`` of a synced temporary file in the
+same file system, in an object store by one put of the finished file.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from reinforce.errors import StorageError, UserError
 from reinforce.source.urls import filesystem
 from teachers.redact import redact
 
-_TEMPORARY = ".tmp"
-_PREFIX = "reinforce-"  # of the names of temporary files
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full, a quota is reached, a file is too large
+_TEMPORARY_FOLDER = ".tmp"
+_TEMPORARY_PREFIX = "reinforce-"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota reached, file too large
 
 
 class Storage:
-    """The files below ``url`` (a folder or any fsspec URL).
+    """The files below a folder or fsspec URL.
 
-    ``url`` is safe to print: it has no credentials. ``fs`` is the fsspec file system, ``root`` the path in it, and
+    ``url`` has no credentials and is safe to print. ``fs`` is the fsspec file system, ``root`` the path in it, and
     ``local`` whether it is a local disk.
     """
 
@@ -47,7 +47,7 @@ class Storage:
         return posixpath.join(self.root, *parts)
 
     def read_json(self, *parts: str) -> dict[str, Any] | None:
-        """A JSON object, or None where the file does not exist."""
+        """Read a JSON object; return None if the file does not exist."""
         path = self.path(*parts)
         try:
             with self.storage_errors("read", *parts):
@@ -56,13 +56,15 @@ class Storage:
         except FileNotFoundError:
             return None
         except (ValueError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not JSON ({error}). Restore it from a backup or from another copy.") from error
+            raise UserError(
+                f"{path} is not valid JSON ({error}). Restore it from a backup or from another copy."
+            ) from error
         if not isinstance(data, dict):
-            raise UserError(f"{path} does not hold a JSON object.")
+            raise UserError(f"{path} is not a JSON object. Restore it from a backup or from another copy.")
         return data
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
-        """Publish a small file atomically."""
+        """Publish a small file."""
         with self.storage_errors("written", *parts), self.staging() as (file, local_path):
             file.write(data)
             file.flush()
@@ -70,21 +72,21 @@ class Storage:
 
     @contextlib.contextmanager
     def new_file(self, *parts: str) -> Iterator[str]:
-        """A local path for a file of any size, which is published when the block ends and dropped if it raises.
+        """Yield a local path for a file of any size; publish it when the block ends, delete it if the block raises.
 
-        Whoever writes may put a file of its own at the path, and others beside it.
+        The block may replace the file at the path, and create others in its folder, which are deleted.
         """
-        with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=self._temporary()) as folder:
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX, dir=self._temporary()) as folder:
             local_path = os.path.join(folder, parts[-1])
             with open(local_path, "xb") as file:
-                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # which files here have
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # the mode of new files under the umask
             yield local_path
             os.chmod(local_path, mode)
             with self.storage_errors("written", *parts), open(local_path, "rb") as file:
                 self.publish(file, local_path, self.path(*parts))
 
     def put_folder(self, folder: str, *parts: str) -> None:
-        """Publish the files of a local folder, each whole."""
+        """Publish the files of a local folder, each atomically."""
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 target = (*parts, *path.relative_to(folder).parts)
@@ -99,46 +101,49 @@ class Storage:
 
     def check_writable(self) -> None:
         """Raise UserError if nothing can be written here."""
-        probe = (_TEMPORARY, f"write-test-{uuid.uuid4().hex}")
+        probe = (_TEMPORARY_FOLDER, f"write-test-{uuid.uuid4().hex}")
         try:
             self.write_bytes(b"", *probe)
             self.fs.rm_file(self.path(*probe))
         except Exception as error:
-            told_by = error.__cause__ or error
+            cause = error.__cause__ or error
             raise UserError(
-                f"output {self.url} cannot be written: {type(told_by).__name__}: {told_by}. "
+                f"output {self.url} cannot be written: {type(cause).__name__}: {cause}. "
                 "Check the path, the permissions and (for an object store) the address and the credentials."
             ) from error
 
     @contextlib.contextmanager
     def storage_errors(self, what: str, *parts: str) -> Iterator[None]:
-        """Turn what a storage raises into one clear error, but for a file or folder that is not there."""
+        """Turn errors of the storage into StorageError with the path; missing files and folders stay what they are.
+
+        ``what`` is the action as a past participle, such as ``read`` or ``written``, for the message. A full disk of a
+        local dataset is a UserError instead, because it fails all shards alike.
+        """
         try:
             yield
-        except (UserError, ValueError, TypeError, LookupError):  # no storage's
+        except (UserError, ValueError, TypeError, LookupError):  # not raised by the storage driver
             raise
         except Exception as error:  # each driver has its own exceptions
             if what != "written" and isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 raise
-            full = isinstance(error, OSError) and error.errno in _FULL
+            full = isinstance(error, OSError) and error.errno in _NO_SPACE
             place = self.url if self.local else f"{tempfile.gettempdir()} of the machine that writes it"
-            mend = f"make room in {place}" if full else "check the storage, the network and the permissions"
-            # A full disk is so for all shards, if it is the dataset's own.
+            fix = f"make room in {place}" if full else "check the storage, the network and the permissions"
             raise (UserError if full and self.local else StorageError)(
-                f"{self.path(*parts)} cannot be {what}: {type(error).__name__}: {error}; {mend}."
+                f"{self.path(*parts)} cannot be {what}: {type(error).__name__}: {error}; {fix}."
             ) from error
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[tuple[IO[bytes], str]]:
-        """A local temporary file and its path; gone at the end unless it was published.
+        """Yield a local temporary file and its path; it is deleted at the end unless it was published.
 
-        On the way to an object store it has no name, so that a process that is killed leaves nothing behind. For a
-        local dataset it lies in the dataset, where the next run sweeps it.
+        For an object store the file has no name, so that a killed process leaves nothing behind. For a local dataset it
+        is in the dataset's temporary folder, which the next run empties.
         """
         file: IO[bytes]
         if self.local:
-            path = os.path.join(self._temporary(), f"{_PREFIX}{uuid.uuid4().hex}")
-            file = open(path, "xb")  # noqa: SIM115 - what cannot be closed is not published either
+            path = os.path.join(self._temporary(), f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+            file = open(path, "xb")  # noqa: SIM115 - closed below, without raising
         else:
             file = tempfile.TemporaryFile()  # noqa: SIM115 - as above
             path = f"/dev/fd/{file.fileno()}"
@@ -151,14 +156,15 @@ class Storage:
                 Path(path).unlink(missing_ok=True)
 
     def _temporary(self) -> str:
-        """Where files are made: for a local dataset, in its own file system."""
-        folder = os.path.join(self.root, _TEMPORARY) if self.local else tempfile.gettempdir()
+        """Return the folder for temporary files; for a local dataset it is in the same file system."""
+        folder = os.path.join(self.root, _TEMPORARY_FOLDER) if self.local else tempfile.gettempdir()
         os.makedirs(folder, exist_ok=True)
         return folder
 
     def publish(self, file: IO[bytes], local_path: str, path: str) -> None:
+        """Make a finished local file appear at ``path``: a put to an object store, or a rename after fsync."""
         if not self.local:
-            file.seek(0)  # where opening /dev/fd gives the same file again, as on macOS, and not a new one
+            file.seek(0)  # on macOS, opening /dev/fd shares the file position
             self.fs.put_file(local_path, path)
             return
         os.fsync(file.fileno())
@@ -173,23 +179,23 @@ class Storage:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep a second run from a local dataset, and sweep what a killed run left half written.
+        """Lock a local dataset against a second run, and delete the temporary files of a killed run.
 
-        Object stores need no lock: there are no temporary files, and two runs of one config put equal objects.
+        Object stores need no lock: they have no temporary files, and two runs of one config put equal objects.
         """
         if not self.local:
             yield
             return
         import fcntl
 
-        folder = Path(self.root, _TEMPORARY)
+        folder = Path(self.root, _TEMPORARY_FOLDER)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(f"another run is writing to {self.url}. Wait for it, or stop it.") from error
-            for stale in folder.glob(f"{_PREFIX}*"):
+            for stale in folder.glob(f"{_TEMPORARY_PREFIX}*"):
                 if stale.is_dir():
                     shutil.rmtree(stale, ignore_errors=True)
                 else:

@@ -1,11 +1,12 @@
-"""Text, progress and numbers as a terminal, a notebook or a job's log shows them."""
+"""Progress, messages and numbers for people, on a terminal, in a notebook or in the log of a job."""
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -17,27 +18,38 @@ if TYPE_CHECKING:
     from typing import Self
 
 _LOG_SECONDS = 10.0
+_NOTEBOOK_SECONDS = 0.5
+_NOTEBOOK_COLUMNS = 115
+_BAR_COLUMNS = 20
 
 # Control characters except line ends and tabs, and characters that change the direction of writing.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escape(text: str) -> str:
-    """Text with control characters written as ``\\x1b`` or ``\\u202e``.
+    """Write control characters as ``\\x1b`` or ``\\u202e``.
 
-    Names and messages come from data, and data may hold escape sequences that a terminal would execute.
+    Names and messages come from data, and data may contain escape sequences that a terminal would execute.
     """
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class Screen:
-    """A bar with a line beside it on a terminal; elsewhere the line alone, every few seconds."""
+    """Shows a progress bar and a line that are updated in place; in a log, prints the line every ten seconds.
 
-    def __init__(self) -> None:
-        self._console = Console(file=sys.stdout, highlight=False)
-        self._live = Live(console=self._console, refresh_per_second=4, transient=True) if sys.stdout.isatty() else None
+    A notebook has one output for the line, without a widget, so that it needs nothing but IPython.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(file=sys.stdout, highlight=False)
+        self._live: Live | None = None
+        self._notebook: _NotebookLine | None = None
+        if self._console.is_jupyter:
+            self._notebook = _NotebookLine()
+        elif sys.stdout.isatty():
+            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._printed = time.monotonic()
-        self._shown: tuple[str, float] | None = None
+        self._last_draw: tuple[str, float] | None = None
 
     def __enter__(self) -> Self:
         if self._live:
@@ -47,32 +59,75 @@ class Screen:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
+        if self._notebook:
+            self._notebook.clear()
 
     def log(self, text: str) -> None:
-        """One plain line that stays."""
+        """Print a line that stays."""
         self._console.print(escape(text), soft_wrap=True, markup=False)
 
     def draw(self, line: str, done: float, total: float) -> None:
-        """Show how much of a total is done; call it as often as you like."""
-        self._shown = line, total
+        """Show ``line``, and how much of ``total`` is done. Can be called at any rate."""
+        self._last_draw = line, total
         if self._live:
-            row = Table.grid(padding=(0, 1))
-            row.add_row(
-                ProgressBar(total=total, completed=done, width=20), Text(line, no_wrap=True, overflow="ellipsis")
-            )
-            self._live.update(row)
+            self._live.update(_bar_and_line(line, done, total))
+        elif self._notebook:
+            self._notebook.update(line, done, total)
         elif time.monotonic() - self._printed >= _LOG_SECONDS:
             self._printed = time.monotonic()
             self.log(line)
 
     def advance(self, done: float) -> None:
-        """Move the bar alone, where there is one."""
-        if self._live and self._shown:
-            self.draw(self._shown[0], done, self._shown[1])
+        """Move the bar and keep the line; does nothing in a log."""
+        if (self._live or self._notebook) and self._last_draw:
+            line, total = self._last_draw
+            self.draw(line, done, total)
+
+
+class _NotebookLine:
+    """An output of a notebook cell whose text is replaced, at most twice a second."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None  # IPython.display.DisplayHandle
+        self._updated = 0.0
+
+    def update(self, line: str, done: float, total: float) -> None:
+        if self._handle is None or time.monotonic() - self._updated >= _NOTEBOOK_SECONDS:
+            self._updated = time.monotonic()
+            self._show(_as_text(_bar_and_line(escape(line), done, total)))
+
+    def clear(self) -> None:
+        """Empty the output; the next update starts a new one."""
+        if self._handle is not None:
+            self._show("")
+            self._handle = None
+
+    def _show(self, text: str) -> None:
+        from IPython.display import display  # every notebook has it
+
+        data = {"text/plain": text}
+        if self._handle is None:
+            self._handle = display(data, raw=True, display_id=True)
+        else:
+            self._handle.update(data, raw=True)
+
+
+def _bar_and_line(line: str, done: float, total: float) -> Table:
+    row = Table.grid(padding=(0, 1))
+    bar = ProgressBar(total=total, completed=done, width=_BAR_COLUMNS)
+    row.add_row(bar, Text(line, no_wrap=True, overflow="ellipsis"))
+    return row
+
+
+def _as_text(row: Table) -> str:
+    """Render a row as plain text; without colours, rich leaves the rest of a bar blank."""
+    out = io.StringIO()
+    Console(file=out, width=_NOTEBOOK_COLUMNS, force_jupyter=False, force_terminal=False, no_color=True).print(row)
+    return out.getvalue().rstrip("\n")
 
 
 def format_duration(seconds: float) -> str:
-    """Days, hours, minutes and seconds as a clock shows them."""
+    """Format seconds as ``[days]d hours:minutes:seconds``: 93784 -> '1d 02:03:04', 65 -> '0:01:05'."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -80,7 +135,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
+    """Format a number of bytes with a binary unit: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024 or unit == "TiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -52,7 +52,7 @@ def test_a_fault_is_named_with_its_place_and_the_mend(changes: dict[str, Any], t
 
 
 def test_all_faults_are_told_at_once() -> None:
-    with pytest.raises(UserError, match="3 faults"):
+    with pytest.raises(UserError, match="3 errors"):
         parse_config({"output": "x", "seed": "a", "bogus": 1})
 
 

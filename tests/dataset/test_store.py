@@ -115,25 +115,6 @@ def test_files_of_a_newer_schema_are_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_what_a_killed_run_left_half_written_is_swept_when_the_next_begins(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
-    half = tmp_path / ".tmp" / "reinforce-half"
-    half.parent.mkdir()
-    half.write_bytes(b"PAR1")
-    with store.lock():
-        assert not half.exists()
-        with pytest.raises(UserError, match="another run"), Store(str(tmp_path)).lock():
-            pass
-    with store.lock():
-        pass
-
-
-def test_an_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot be written"):
-        Store(str(tmp_path / "file" / "out")).check_writable()
-
-
 def test_quarantine_rows_come_back(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.quarantine("samples", "s", [("k", Reason.IMAGE_BROKEN, "cut"), (None, Reason.SHARD_DAMAGED, "at byte 7")])

@@ -165,7 +165,7 @@ def test_shards_are_paired_by_name_else_by_order(tmp_path: Path) -> None:
             },
             "one, two: family published is read from `reinforcements`",
         ),
-        ({"augmentations": {"count": 3, "size": 24, "scale": [0.5, 1.0]}}, "augmentations.scale: .* not drawn"),
+        ({"augmentations": {"count": 3, "size": 24, "scale": [0.5, 1.0]}}, "augmentations.scale: .* not sampled"),
         ({"teachers": {"one": {"family": "published", "model": "ONE", "logit_scale": 1}}}, "`columns: .0, 768.`"),
         ({"teachers": {"one": {"family": "published", "model": "ONE", "columns": [0, 6]}}}, "needs its `logit_scale`"),
         (

@@ -62,11 +62,11 @@ def test_the_section_of_a_trainings_config_is_read(tmp_path: Path) -> None:
     path.write_text("output: x\nevaluate: {retrieval: {coco: {pairs: b.tar}}}\n")
     assert list(settings.load(Evaluation, path, section="evaluate").retrieval) == ["coco"]
     path.write_text("output: x\nevaluate: {retrieval: {coco: {pears: b.tar}}}\n")
-    with pytest.raises(UserError, match=r"config\.yaml, evaluate has 2 faults:\n  retrieval\.coco\.pairs: is required"):
+    with pytest.raises(UserError, match=r"config\.yaml, evaluate has 2 errors:\n  retrieval\.coco\.pairs: is required"):
         settings.load(Evaluation, path, section="evaluate")
     path.write_text("output: x\n")
-    with pytest.raises(UserError, match=r"config\.yaml has no `evaluate`: add it"):
+    with pytest.raises(UserError, match=r"config\.yaml has no section `evaluate`. Add it"):
         settings.load(Evaluation, path, section="evaluate")
     path.write_text("evaluate:\n")
-    with pytest.raises(UserError, match=r"want a mapping of keys such as `every` and `zero_shot`"):
+    with pytest.raises(UserError, match=r"must be a mapping with keys such as `every` and `zero_shot`"):
         settings.load(Evaluation, path, section="evaluate")

@@ -1,0 +1,45 @@
+"""Seeds are part of the format: stored data depends on their exact values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from reinforce.seeds import permutation, seed_for, uniforms
+
+
+def test_seeds_never_change() -> None:
+    assert seed_for(0, "key", "augmentations") == 10_275_061_987_377_452_597
+    assert uniforms(3, ["a", "b"], "text", 1, 2).tolist() == [
+        [0.4638517403058193, 0.7746142518832602],
+        [0.661941752224691, 0.1556716447617026],
+    ]
+    assert permutation(8, 5, "shuffle", 2).tolist() == [3, 2, 5, 4, 0, 1, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "other", [(1, "key", "purpose", 0), (0, "kez", "purpose", 0), (0, "key", "another", 0), (0, "key", "purpose", 1)]
+)
+def test_seeds_differ_in_every_argument(other: tuple[int, str, str, int]) -> None:
+    assert seed_for(0, "key", "purpose") != seed_for(*other)
+
+
+def test_keys_with_lone_surrogates_have_seeds() -> None:
+    assert seed_for(0, "\udc80", "purpose") != seed_for(0, "\udc81", "purpose")
+
+
+def test_uniforms_are_uniform_and_independent_of_the_other_keys() -> None:
+    keys = [str(i) for i in range(4_000)]
+    drawn = uniforms(0, keys, "purpose", 0, 8)
+    assert drawn.shape == (4_000, 8)
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    assert np.abs(drawn.mean(axis=0) - 0.5).max() < 0.02
+    assert np.array_equal(uniforms(0, keys[7:9], "purpose", 0, 8), drawn[7:9])
+
+
+def test_a_permutation_has_every_index_once_and_follows_the_seed() -> None:
+    order = permutation(1_000, 0, "purpose")
+    assert sorted(order.tolist()) == list(range(1_000))
+    assert order.tolist() == permutation(1_000, 0, "purpose").tolist()
+    assert order.tolist() != permutation(1_000, 1, "purpose").tolist()
