@@ -165,8 +165,8 @@ def reinforce(source: str, output: str) -> None:
     models = load_models(config, plan.layers.values())
     loaded = {name: {"dim": teacher.dim} for name, teacher in models.teachers.items()}
     with ThreadPoolExecutor(1) as pool:
-        for work in plan.work:
-            process_shard(work, config, plan.layers, store, models, pool)
+        for shard in plan.pending:
+            process_shard(shard, config, plan.layers, store, models, pool)
     store.write_json(update_manifest(None, config, plan.layers, loaded), MANIFEST)
 
 

@@ -25,7 +25,7 @@ from reinforce.dataset.augment import replay, sample_augmentation
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.store import Store
 from reinforce.engine.models import Models
-from reinforce.engine.plan import Work, make_plan
+from reinforce.engine.plan import PendingShard, make_plan
 from reinforce.engine.recipe import describe_models, layers_of
 from reinforce.engine.rows import Wanted, rows_from_source
 from reinforce.engine.shard import process_shard
@@ -137,14 +137,14 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.folder) as output:
             config = self.config(Path(output).name)
             layers: dict[str, Layer] = layers_of(config, describe_models(config))
-            work: list[Work] = make_plan(config).work
+            pending: list[PendingShard] = make_plan(config).pending
             teacher = Fixed(self.accelerator.device, seconds_per_image)
             teachers: dict[str, Teacher] = {"fixed": teacher}
             models = Models(teachers, {}, self.accelerator)
             store = Store(config.output)
             with ThreadPoolExecutor(self.threads) as pool, ThreadPoolExecutor(in_flight) as leases:
                 start = time.perf_counter()
-                list(leases.map(lambda w: process_shard(w, config, layers, store, models, pool), work))
+                list(leases.map(lambda shard: process_shard(shard, config, layers, store, models, pool), pending))
                 end = time.perf_counter()
             return models.counters.samples / (end - start), models.counters.busy / (end - teacher.first)
 

@@ -83,7 +83,7 @@ def plan(config: ConfigPath, set_: Overrides = None) -> None:
     Console().print(plan_table(made, expected))
     total = sum(size or 0 for size in expected.values())
     size = format_bytes(total) if None not in expected.values() else f"{format_bytes(total)} or more"
-    typer.echo(f"{made.shards:,} shards, {len(made.work):,} with something missing, about {size} to write")
+    typer.echo(f"{made.shards:,} shards, {len(made.pending):,} with something missing, about {size} to write")
     if None in expected.values():
         try:
             check_source(made)

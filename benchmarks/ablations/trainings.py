@@ -43,8 +43,8 @@ def make_datasets(study: Study, names: Iterable[str], cluster: Callable[[], None
             write_wrong(study.demo.source, study.wrong_shards, WRONG_SHARE)
         config = study.dataset_config(name)
         plan = make_plan(config)
-        if plan.work:
-            screen.log(f"dataset {name}: {len(plan.work)} of {plan.shards} shards to do")
+        if plan.pending:
+            screen.log(f"dataset {name}: {len(plan.pending)} of {plan.shards} shards to do")
             cluster()
         summary = run(config)
         if summary.status:

@@ -28,7 +28,7 @@ class _Glimpse:
 
 def expected_bytes(plan: Plan) -> dict[str, int | None]:
     """Bytes still to be written, by layer; None where nothing lets one tell."""
-    glimpse = _glimpse(plan) if plan.work else None
+    glimpse = _glimpse(plan) if plan.pending else None
     rows = glimpse.rows if glimpse else None
     sizes: dict[str, int | None] = {}
     for name, layer in plan.layers.items():
@@ -64,12 +64,12 @@ def plan_table(plan: Plan, expected: Mapping[str, int | None]) -> Table:
 
 def _glimpse(plan: Plan) -> _Glimpse | None:
     """Rows a shard and bytes a row, from the first few megabytes of the first shard that can be read."""
-    for work in plan.work[:3]:
+    for shard in plan.pending[:3]:
         try:
-            fs, path = filesystem(work.url)
+            fs, path = filesystem(shard.url)
             size = int(fs.size(path) or 0)
             samples, seen = [], 0
-            for item in itertools.islice(read_shard(work.url, plan.config.input.limits), 2000):
+            for item in itertools.islice(read_shard(shard.url, plan.config.input.limits), 2000):
                 if isinstance(item, RawSample):
                     samples.append(item)
                     seen = item.offset + item.length

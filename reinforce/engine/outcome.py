@@ -1,26 +1,35 @@
-"""What comes of a lease: a result, or which kind of failure."""
+"""What a worker returns to the driver, and the errors that it raises there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """A worker whose models are loaded. ``models`` holds what is known of a model only once it is loaded, by name."""
+
+    node: str
+    pid: int
+    accelerator: str
+    models: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What came of one lease."""
+    """Result of one lease. The fields are the keys of the ``shard`` event in events.jsonl."""
 
     shard: str
-    layers: tuple[str, ...]  # committed now
+    layers: tuple[str, ...]  # committed by this lease
     samples: int
-    refused: Mapping[str, int]  # rows in quarantine now, by reason
-    given_up: str | None  # why the shard as a whole was refused, if it was
+    refused: Mapping[str, int]  # rows that this lease quarantined, by reason
+    given_up: str | None  # reason for which the shard as a whole is quarantined, or None
     seconds: float
     busy: float
     bytes: int
-    cleaned: Mapping[
-        str, Mapping[str, int]
-    ]  # what `clean` did to captions, by captioner and teachers.postprocess.COUNTS
+    cleaned: Mapping[str, Mapping[str, int]]  # effects of `clean`, by captioner and teachers.postprocess.COUNTS
 
 
 class LayerFailure(RuntimeError):
@@ -35,13 +44,13 @@ class LayerFailure(RuntimeError):
 
 
 class ShardFailure(RuntimeError):
-    """What came of a shard that raised, in words: errors of many storages cannot travel between processes.
+    """A shard raised. Carries the text of the error, since errors of many storages cannot be pickled.
 
-    ``args`` are the text and whether the worker may be at fault, as where an accelerator is in a bad state.
+    ``args`` are the text and whether the worker may be at fault, for example because its accelerator is broken.
     """
 
     @property
-    def of_worker(self) -> bool:
+    def worker_at_fault(self) -> bool:
         return bool(self.args[1])
 
     def __str__(self) -> str:

@@ -1,5 +1,7 @@
-"""What is missing: the (shard, layers) that a run would compute. The same for a fresh run, a resume and an added
-teacher; nothing is started or written here."""
+"""Planning: which layers each source shard still lacks. Starts and writes nothing.
+
+The same subtraction serves a fresh run, a resumed run and an added teacher.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,18 @@ from reinforce.source.urls import canonical, compression, expand, is_public, sha
 
 
 @dataclass(frozen=True)
-class Work:
-    """One shard and the layers it lacks, in the order they depend on each other."""
+class PendingShard:
+    """A source shard and its missing layers, each after the layers it needs."""
 
-    shard: str
+    name: str
     url: str
     layers: tuple[str, ...]
-    reinforcements: str | None = None  # the URL of what others have published for it, where that is to be read
+    reinforcements: str | None = None  # URL of its published reinforcements, if a missing layer reads them
 
 
 @dataclass(frozen=True)
 class LayerState:
-    """Shards of one layer: committed (with their bytes), given up, and still to do."""
+    """Numbers of shards of one layer that are committed (with their bytes), quarantined and missing."""
 
     done: int
     done_bytes: int
@@ -37,31 +39,33 @@ class LayerState:
 
 @dataclass(frozen=True)
 class Plan:
+    """What a run would compute. ``shards`` counts all source shards, ``pending`` lists those that lack a layer."""
+
     config: Config
     layers: Mapping[str, Layer]
     shards: int
     states: Mapping[str, LayerState]
-    work: list[Work]
+    pending: list[PendingShard]
 
     @property
     def quarantined(self) -> int:
-        """Shards given up in some layer."""
+        """Number of shards that are quarantined in some layer."""
         return max(state.quarantined for state in self.states.values())
 
 
 def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
     """List the source and every layer once, and subtract. Raises UserError."""
     layers = layers_of(config, describe_models(config))
-    urls = shards_of(config)
-    published = _published_for(config, urls)
+    urls = source_shards(config)
+    published = _pair_reinforcements(config, urls)
     store = Store(config.output)
     committed = {name: store.shards(name) for name in layers}
     check_fingerprints(store, layers, committed)
     refused = {name: {} if retry_quarantined else store.quarantined_shards(name, committed[name]) for name in layers}
-    work = []
+    pending = []
     missing = dict.fromkeys(layers, 0)
     quarantined = dict.fromkeys(layers, 0)
-    interned: dict[tuple[str, ...], tuple[str, ...]] = {}
+    interned: dict[tuple[str, ...], tuple[str, ...]] = {}  # a run has millions of shards and few different tuples
     for shard, url in urls.items():
         todo: list[str] = []
         lost: set[str] = set()
@@ -76,40 +80,41 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
                 missing[name] += 1
         if todo:
             key = tuple(todo)
-            beside = published.get(shard) if reads_reinforcements(layers[name] for name in todo) else None
-            work.append(Work(shard, url, interned.setdefault(key, key), beside))
+            reinforcements = published.get(shard) if reads_reinforcements(layers[name] for name in todo) else None
+            pending.append(PendingShard(shard, url, interned.setdefault(key, key), reinforcements))
     states = {}
     for name in layers:
         sizes = [committed[name][shard] for shard in urls if shard in committed[name]]
         states[name] = LayerState(len(sizes), sum(sizes), quarantined[name], missing[name])
-    return Plan(config, layers, len(urls), states, work)
+    return Plan(config, layers, len(urls), states, pending)
 
 
-def shards_of(config: Config) -> dict[str, str]:
-    """Source URLs by shard name. Raises UserError for an empty source or two shards of one name."""
+def source_shards(config: Config) -> dict[str, str]:
+    """Source URLs by shard name. Raises UserError if the source is empty or two shards have the same name."""
     urls = expand(config.source)
     if not config.embeds_images and (packed := next(filter(compression, urls), None)):
         raise UserError(
-            f"source: images: reference needs uncompressed .tar shards; {canonical(packed)} is none: use images: embed"
+            f"source: images: reference needs uncompressed .tar shards, and {canonical(packed)} is compressed; set "
+            "images: embed"
         )
     if not config.embeds_images and (private := next(itertools.filterfalse(is_public, urls), None)):
         raise UserError(
-            f"source: images: reference stores where each image lies, without user, password and query, and "
-            f"{canonical(private)} cannot be read without its own: give credentials by the environment (such as "
-            "AWS_ACCESS_KEY_ID, or fsspec's configuration), or use images: embed"
+            f"source: images: reference stores URLs without user, password and query, and {canonical(private)} cannot "
+            "be read without them; give credentials by the environment (AWS_ACCESS_KEY_ID, or fsspec's "
+            "configuration), or set images: embed"
         )
     return dict(zip(shard_names(urls), urls, strict=True))
 
 
-def _published_for(config: Config, urls: Mapping[str, str]) -> dict[str, str]:
-    """The URL of published reinforcements by shard of ``urls``: that of its file name, else that of its place.
+def _pair_reinforcements(config: Config, urls: Mapping[str, str]) -> dict[str, str]:
+    """The URL of published reinforcements for each shard of ``urls``: paired by file name, else by position.
 
-    Raises UserError where shards have none of their own.
+    Raises UserError if some shards have no counterpart.
     """
     if config.reinforcements is None:
         return {}
     found = expand(config.reinforcements)
-    for parts in (1, 2):  # file names, or with their folders, as far as these tell the files apart
+    for parts in (1, 2):  # by file name, or by folder and file name where file names are not unique
         by_name = {_tail(url, parts): url for url in found}
         names = {shard: _tail(url, parts) for shard, url in urls.items()}
         if len(by_name) == len(found) and len({*names.values()} & by_name.keys()) == len(urls):
@@ -117,28 +122,28 @@ def _published_for(config: Config, urls: Mapping[str, str]) -> dict[str, str]:
     if len(found) == len(urls):
         return dict(zip(urls, found, strict=True))
     raise UserError(
-        f"reinforcements: {len(found):,} shards for the {len(urls):,} of `source`, and not all of these have one of "
-        "their name. Name as many, in the same order or by the same names."
+        f"reinforcements: {len(found):,} shards for the {len(urls):,} of `source`, and not all of these have a "
+        "counterpart of the same file name. Name as many shards as `source` in the same order, or with the same names."
     )
 
 
 def _tail(url: str, parts: int) -> str:
-    """The last parts of a URL's path, without what follows the first dot of the file's name."""
+    """The last ``parts`` parts of a URL's path, without the extensions of the file name."""
     *folders, name = canonical(url).split("/")[-parts:]
     return "/".join([*folders, name.partition(".")[0]])
 
 
 def check_fingerprints(store: Store, layers: Mapping[str, Layer], committed: Mapping[str, Mapping[str, int]]) -> None:
-    """Raise UserError where a layer exists already and was made by another recipe."""
+    """Raise UserError if a layer exists already and was made by another recipe."""
     manifest = store.read_json(MANIFEST)
-    known = (manifest or {}).get("layers", {})
+    recorded = (manifest or {}).get("layers", {})
     for name, layer in layers.items():
-        if name in known:
-            if known[name]["fingerprint"] != layer.fingerprint:
-                raise fingerprint_error(store.path(name), known[name]["fingerprint"], layer.fingerprint)
+        if name in recorded:
+            if recorded[name]["fingerprint"] != layer.fingerprint:
+                raise fingerprint_error(store.path(name), recorded[name]["fingerprint"], layer.fingerprint)
         elif found := next(iter(committed[name]), None):
-            # No word of this layer in dataset.json, yet files: opening one compares its footer.
+            # Files of a layer that dataset.json does not list: opening one compares its footer.
             with store.open_layer(name, found, layer.fingerprint):
                 pass
-    if known and SAMPLES not in known:
-        raise UserError(f"{store.path(MANIFEST)} names layers but no samples. Restore the file or start a new output.")
+    if recorded and SAMPLES not in recorded:
+        raise UserError(f"{store.path(MANIFEST)} lists layers but no samples. Restore the file or start a new output.")

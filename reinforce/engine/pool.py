@@ -1,5 +1,4 @@
-"""The pool of worker actors: asks the cluster for as many as may be of use, knows what each is doing, and tells a
-worker's death from the death of its node."""
+"""The pool of worker actors: asks the cluster for as many as are useful, and tracks the leases of each."""
 
 from __future__ import annotations
 
@@ -12,55 +11,46 @@ from typing import Any
 import ray
 
 from reinforce.cluster import capacity, live_resources
-from reinforce.config import Config, Failures
+from reinforce.config import Config
 from reinforce.dataset.layers import Layer
-from reinforce.engine.plan import Work
+from reinforce.engine.outcome import WorkerInfo
+from reinforce.engine.plan import PendingShard
 from reinforce.engine.watch import Pulse
-from reinforce.engine.worker import SHARDS_IN_FLIGHT, Started, as_actor
+from reinforce.engine.worker import SHARDS_IN_FLIGHT, as_actor
 
-_COUNT_SECONDS = 5.0
+_CAPACITY_SECONDS = 5.0  # between two looks at the cluster's nodes
 
 
 @dataclass(eq=False)
 class Slot:
-    """One actor. ``alone`` means that its one lease is a suspect and nothing may run beside it."""
+    """One actor. ``alone``: its one lease is a suspect, and it gets no other. ``draining``: it gets no further lease
+    until a suspect can run in it."""
 
     actor: Any
-    started: Started | None = None
-    leases: dict[Any, Work] = field(default_factory=dict)
+    info: WorkerInfo | None = None  # None while the models are loading
+    leases: dict[Any, PendingShard] = field(default_factory=dict)
     alone: bool = False
     draining: bool = False
-    failures: int = 0  # leases that raised since the last one that did not
+    failures: int = 0  # leases in a row that raised
     pulse: Pulse = field(default_factory=Pulse)
-    since: float = field(default_factory=time.monotonic)
-    moved: float = field(default_factory=time.monotonic)  # when it was last known to have got on
+    started_at: float = field(default_factory=time.monotonic)
+    last_progress: float = field(default_factory=time.monotonic)
 
     @property
     def free(self) -> int:
-        """Further leases it can take."""
-        return 0 if self.started is None or self.alone else SHARDS_IN_FLIGHT - len(self.leases)
+        """Number of further leases it can take."""
+        return 0 if self.info is None or self.alone else SHARDS_IN_FLIGHT - len(self.leases)
 
-    def felt(self, pulse: Pulse) -> None:
-        """Note what the worker said of itself."""
+    def record_pulse(self, pulse: Pulse, now: float) -> None:
+        """Record a worker's counts; a change of any is progress."""
         before = self.pulse
         self.pulse = pulse
         if (before.samples, before.busy, before.prepared) != (pulse.samples, pulse.busy, pulse.prepared):
-            self.moved = time.monotonic()
-
-    def hangs(self, failures: Failures) -> str | None:
-        """Why the worker must be taken to hang, if it must."""
-        if not self.leases:
-            return None
-        where = f" at key {self.pulse.key!r}" if self.pulse.key is not None else ""
-        if self.pulse.seconds > failures.sample_seconds:
-            return f"one image takes more than failures.sample_seconds = {failures.sample_seconds:g}{where}"
-        if time.monotonic() - self.moved > failures.stall_seconds:
-            return f"nothing has moved for failures.stall_seconds = {failures.stall_seconds:g}{where}"
-        return None
+            self.last_progress = now
 
 
 class Pool:
-    """Actors that are asked for and cannot be placed stay pending in Ray: they start when a node joins."""
+    """The actors of a run. Ray keeps those that cannot be placed pending, and starts them when a node joins."""
 
     def __init__(self, config: Config, layers: Mapping[str, Layer], needed: frozenset[str]) -> None:
         self._arguments = [ray.put(value) for value in (config, layers, needed, os.getcwd())]
@@ -69,37 +59,34 @@ class Pool:
         self.slots: list[Slot] = []
         self.loading: dict[Any, Slot] = {}
         self.leases: dict[Any, Slot] = {}
-        self.failed_starts = 0
-        self.gone_busy = self.gone_alive = 0.0  # of workers that are no more
-        self._places = 0
-        self._counted = -_COUNT_SECONDS
+        self.past_busy = self.past_alive = 0.0  # seconds of workers that are no longer in the pool
+        self._capacity = 0
+        self._capacity_checked = -_CAPACITY_SECONDS
 
     def grow(self, size: int) -> None:
         """Ask for actors until ``size`` (at most ``workers.max``) exist or are pending."""
         limit = self._config.workers.max
         if limit is None:
-            limit = max(self._config.workers.min, self._room())
+            limit = max(self._config.workers.min, self._cluster_capacity())
         for _ in range(min(size, limit) - len(self.slots)):
             slot = Slot(self._class.remote(*self._arguments))
             self.slots.append(slot)
             self.loading[slot.actor.load.remote()] = slot
 
     def shrink(self, size: int) -> None:
-        """Let go of workers without a lease, those first that have not started."""
+        """Remove workers without leases until ``size`` are left; those that have not started go first."""
         if len(self.slots) <= size:
             return
-        idle = sorted((s for s in self.slots if not s.leases), key=lambda slot: slot.started is not None)
+        idle = sorted((s for s in self.slots if not s.leases), key=lambda slot: slot.info is not None)
         for slot in idle[: max(0, len(self.slots) - size)]:
             self.remove(slot)
 
     def remove(self, slot: Slot) -> None:
-        """End a worker; its leases are nobody's then."""
+        """Kill a worker and release its leases."""
         self.slots.remove(slot)
-        if slot.started is not None:
-            self.gone_busy, self.gone_alive = (
-                self.gone_busy + slot.pulse.busy,
-                self.gone_alive + time.monotonic() - slot.since,
-            )
+        if slot.info is not None:
+            self.past_busy += slot.pulse.busy
+            self.past_alive += time.monotonic() - slot.started_at
         for ref in slot.leases:
             del self.leases[ref]
         self.loading = {ref: other for ref, other in self.loading.items() if other is not slot}
@@ -111,39 +98,39 @@ class Pool:
 
     @property
     def started(self) -> list[Slot]:
-        return [slot for slot in self.slots if slot.started is not None]
+        """Workers whose models are loaded."""
+        return [slot for slot in self.slots if slot.info is not None]
 
-    def lease(self, slot: Slot, work: Work, alone: bool = False) -> None:
-        """Hand a shard to a worker."""
+    def lease(self, slot: Slot, shard: PendingShard, alone: bool = False) -> None:
+        """Lease a shard to a worker; ``alone`` for a suspect."""
         if not slot.leases:
-            slot.moved = time.monotonic()
+            slot.last_progress = time.monotonic()
         slot.alone, slot.draining = alone, False
-        ref = slot.actor.process.remote(work)
-        slot.leases[ref] = work
+        ref = slot.actor.process.remote(shard)
+        slot.leases[ref] = shard
         self.leases[ref] = slot
 
-    def returned(self, ref: Any) -> Work:
-        """Take back a lease that has ended."""
+    def end_lease(self, ref: Any) -> PendingShard:
+        """Remove a lease that has returned or raised."""
         slot = self.leases.pop(ref)
-        slot.alone, slot.moved = False, time.monotonic()
+        slot.alone, slot.last_progress = False, time.monotonic()
         return slot.leases.pop(ref)
 
-    def _room(self) -> int:
-        """Workers that the cluster's nodes can hold, counted anew every few seconds."""
-        if time.monotonic() - self._counted > _COUNT_SECONDS:
-            self._counted = time.monotonic()
-            cpus, gpus = self._config.workers.cpus, self._config.workers.gpus
-            self._places = capacity(cpus, gpus)
-        return self._places
+    def _cluster_capacity(self) -> int:
+        """Number of workers that the cluster's nodes can hold, updated every few seconds."""
+        if time.monotonic() - self._capacity_checked > _CAPACITY_SECONDS:
+            self._capacity_checked = time.monotonic()
+            self._capacity = capacity(self._config.workers.cpus, self._config.workers.gpus)
+        return self._capacity
 
-    def check_feasible(self) -> str | None:
-        """What no node of the cluster can offer a worker, in words; None where one can."""
+    def resource_error(self) -> str | None:
+        """Message if no node of the cluster can hold a worker, else None."""
         workers = self._config.workers
         if capacity(workers.cpus, workers.gpus):
             return None
         nodes = live_resources()
         best: dict[str, float] = max(nodes, key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)), default={})
         return (
-            f"a worker wants {workers.cpus} CPUs and {workers.gpus:g} GPUs, the largest node has "
-            f"{best.get('CPU', 0):g} CPUs and {best.get('GPU', 0):g} GPUs. Set workers.cpus and workers.gpus to fit."
+            f"a worker needs {workers.cpus} CPUs and {workers.gpus:g} GPUs, but the largest node has "
+            f"{best.get('CPU', 0):g} CPUs and {best.get('GPU', 0):g} GPUs. Lower workers.cpus or workers.gpus."
         )

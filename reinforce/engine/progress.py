@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line on a terminal, a plain line now and then in a job's log."""
+"""Progress of a run: a live line on a terminal, a plain line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _WINDOW_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Totals at one moment; ``busy`` is in accelerator-seconds, ``alive`` in worker-seconds. ``samples`` counts those
-    of unfinished shards too, ``samples_done`` does not."""
+    """Totals at one moment. ``busy`` is in accelerator-seconds, ``alive`` in worker-seconds. ``samples`` includes those
+    of unfinished shards, ``samples_done`` does not."""
 
     shards_done: int
     shards: int
@@ -28,7 +28,7 @@ class Snapshot:
 
 
 class Progress(Screen):
-    """Call ``show`` as often as you like; it decides when there is something to print."""
+    """Prints snapshots. ``show`` can be called at any rate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,15 +36,15 @@ class Progress(Screen):
         self._start = time.monotonic()
 
     def show(self, now: Snapshot) -> None:
-        moment = time.monotonic()
-        self._history.append((moment, now))
-        while moment - self._history[0][0] > _WINDOW_SECONDS and len(self._history) > 2:
+        time_now = time.monotonic()
+        self._history.append((time_now, now))
+        while time_now - self._history[0][0] > _WINDOW_SECONDS and len(self._history) > 2:
             self._history.popleft()
-        self.draw(self.line(now), now.samples if now.samples_done else 0, _expected(now) or 1)
+        self.draw(self.line(now), now.samples if now.samples_done else 0, _expected_samples(now) or 1)
 
     def line(self, now: Snapshot) -> str:
-        then_moment, then = self._history[0] if self._history else (self._start, now)
-        span = time.monotonic() - then_moment
+        then_time, then = self._history[0] if self._history else (self._start, now)
+        span = time.monotonic() - then_time
         parts = [f"{now.shards_done:,} of {now.shards:,} shards", f"{now.samples:,} samples"]
         if span > 0 and now.samples > then.samples:
             parts.append(f"{(now.samples - then.samples) / span:,.0f} samples/s")
@@ -59,15 +59,15 @@ class Progress(Screen):
         return "  ".join(parts)
 
     def _eta(self, now: Snapshot) -> float | None:
-        """Seconds to go at the pace of this run so far."""
-        expected = _expected(now)
+        """Remaining seconds at the average rate of this run."""
+        expected = _expected_samples(now)
         if expected is None:
             return None
         return (time.monotonic() - self._start) / now.samples * (expected - now.samples)
 
 
-def _expected(now: Snapshot) -> float | None:
-    """Samples of all shards, if the others are as long as the finished ones."""
+def _expected_samples(now: Snapshot) -> float | None:
+    """Estimated samples of all shards, from the mean of the finished ones; None if none is finished."""
     if now.samples_done == 0:
         return None
     return max(now.samples, now.samples_done / now.shards_done * now.shards)

@@ -50,7 +50,7 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
         manifest = store.read_json(MANIFEST)
         for note in scale_notes(manifest, config):
             _LOG.warning(note)
-        if not plan.work:
+        if not plan.pending:
             updated = update_manifest(manifest, config, plan.layers, {})
             if updated != manifest:  # a logit scale may have changed
                 store.write_json(updated, MANIFEST)
@@ -73,9 +73,9 @@ def as_config(config: Config | str | Path | dict[str, Any]) -> Config:
 
 def check_source(plan: Plan) -> None:
     """Raise UserError if what is to be read is out of reach, or not what the config says."""
-    _check_reach("source", [work.url for work in plan.work if SAMPLES in work.layers])
-    published = [work for work in plan.work if work.reinforcements]
-    _check_reach("reinforcements", [str(work.reinforcements) for work in published])
+    _check_reach("source", [shard.url for shard in plan.pending if SAMPLES in shard.layers])
+    published = [shard for shard in plan.pending if shard.reinforcements]
+    _check_reach("reinforcements", [str(shard.reinforcements) for shard in published])
     if published:
         layers = [plan.layers[name] for name in published[0].layers]
         check_reinforcements(str(published[0].reinforcements), plan.config, layers)
@@ -102,7 +102,7 @@ def _fault(url: str) -> str | None:
 
 
 def _forget_quarantine(plan: Plan, store: Store) -> None:
-    planned = {work.shard for work in plan.work}
+    planned = {shard.name for shard in plan.pending}
     for layer in plan.layers:
         for shard in store.quarantined_shards(layer, store.shards(layer)) & planned:
             store.forget_quarantine(layer, shard)

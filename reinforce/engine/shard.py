@@ -21,7 +21,7 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer, captions_laye
 from reinforce.dataset.store import LayerWriter, Store
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import LayerFailure, ShardResult
-from reinforce.engine.plan import Work
+from reinforce.engine.plan import PendingShard
 from reinforce.engine.published import PublishedValue, Reinforcements
 from reinforce.engine.rows import Row, Wanted, rows_from_samples, rows_from_source
 from reinforce.seeds import seed_for
@@ -37,27 +37,32 @@ Refused = tuple[str | None, Reason, str]
 
 
 def process_shard(
-    work: Work, config: Config, layers: Mapping[str, Layer], store: Store, models: Models, pool: ThreadPoolExecutor
+    shard: PendingShard,
+    config: Config,
+    layers: Mapping[str, Layer],
+    store: Store,
+    models: Models,
+    pool: ThreadPoolExecutor,
 ) -> ShardResult:
-    """Compute and commit the layers of ``work``. Raises whatever reading, a model or writing raises."""
-    return _Shard(work, config, layers, store, models, pool).run()
+    """Compute and commit the layers of ``shard``. Raises whatever reading, a model or writing raises."""
+    return _Shard(shard, config, layers, store, models, pool).run()
 
 
 class _Shard:
     def __init__(
         self,
-        work: Work,
+        shard: PendingShard,
         config: Config,
         layers: Mapping[str, Layer],
         store: Store,
         models: Models,
         pool: ThreadPoolExecutor,
     ) -> None:
-        self.work, self.config, self.store, self.models, self.pool = work, config, store, models, pool
+        self.shard, self.config, self.store, self.models, self.pool = shard, config, store, models, pool
         self.all_layers = layers
-        self.layers = {name: layers[name] for name in work.layers}
+        self.layers = {name: layers[name] for name in shard.layers}
         self.rows_per_batch = max(1, config.workers.batch // config.augmentations.count)
-        self.source = canonical(work.url)
+        self.source = canonical(shard.url)
         self.refused: dict[str, list[Refused]] = {}
         self.given_up: str | None = None
         self.cleaned: dict[str, Counter[str]] = {}
@@ -69,7 +74,7 @@ class _Shard:
             writers = {name: stack.enter_context(self._writer(layer)) for name, layer in self.layers.items()}
             stored_captions = {
                 name: stack.enter_context(
-                    self.store.open_layer(name, self.work.shard, self.all_layers[name].fingerprint)
+                    self.store.open_layer(name, self.shard.name, self.all_layers[name].fingerprint)
                 )
                 for name in self._stored_captions()
             }
@@ -82,8 +87,8 @@ class _Shard:
             self._publish(writers)
             size = sum(writer.bytes for writer in writers.values())
         return ShardResult(
-            self.work.shard,
-            () if self.given_up else self.work.layers,
+            self.shard.name,
+            () if self.given_up else self.shard.layers,
             self.counters.samples,
             _count(self.refused),
             self.given_up,
@@ -102,8 +107,8 @@ class _Shard:
     def _wanted(self, stack: contextlib.ExitStack) -> Wanted:
         specs = {self._captioner(layer).image for layer in self._computed("captions")}
         published = None
-        if self.work.reinforcements and reads_reinforcements(self.layers.values()):
-            published = Reinforcements(self.work.reinforcements, self.config, self.layers.values())
+        if self.shard.reinforcements and reads_reinforcements(self.layers.values()):
+            published = Reinforcements(self.shard.reinforcements, self.config, self.layers.values())
             stack.enter_context(contextlib.closing(published))
         return Wanted(bool(self._computed("images")), tuple(sorted(specs, key=repr)), published)
 
@@ -113,13 +118,13 @@ class _Shard:
         wanted = self._wanted(stack)
         if SAMPLES not in self.layers:
             fingerprint = self.all_layers[SAMPLES].fingerprint
-            file = stack.enter_context(self.store.open_layer(SAMPLES, self.work.shard, fingerprint))
+            file = stack.enter_context(self.store.open_layer(SAMPLES, self.shard.name, fingerprint))
             if wanted.published is not None and (fault := wanted.published.fault):
                 published = next(name for name, layer in self.layers.items() if layer.published)
                 raise LayerFailure(published, f"{fault.reason.value}: {fault.detail}")
             yield from rows_from_samples(self.config, file, wanted, self.pool, window)
             return
-        for row in rows_from_source(self.config, self.work.url, wanted, self.pool, window):
+        for row in rows_from_source(self.config, self.shard.url, wanted, self.pool, window):
             if isinstance(row, Refusal):
                 self._refuse(SAMPLES, row.key, row.reason, row.detail)
             else:
@@ -333,13 +338,13 @@ class _Shard:
         return layer.schema(self.config.images, teacher.dim if teacher else None)
 
     def _writer(self, layer: Layer) -> LayerWriter:
-        return self.store.writer(layer, self._schema(layer), self.work.shard, self.source)
+        return self.store.writer(layer, self._schema(layer), self.shard.name, self.source)
 
     def _publish(self, writers: Mapping[str, LayerWriter]) -> None:
         """Quarantine first, then each layer after those it needs: a file that is there has nothing left to say."""
         tell = Redactor(self.config.model_dump(mode="json")) if self.refused else str
         for name, rows in self.refused.items():
-            self.store.quarantine(name, self.work.shard, [(key, reason, tell(detail)) for key, reason, detail in rows])
+            self.store.quarantine(name, self.shard.name, [(key, reason, tell(detail)) for key, reason, detail in rows])
         if self.given_up is None:
             for writer in writers.values():
                 writer.commit()

@@ -15,7 +15,7 @@ from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.dataset.store import Store
 from reinforce.engine.estimate import expected_bytes
-from reinforce.engine.plan import make_plan, shards_of
+from reinforce.engine.plan import make_plan, source_shards
 from reinforce.engine.recipe import describe_models, layers_of
 from reinforce.errors import UserError
 from schemas import Reason
@@ -96,12 +96,12 @@ def test_the_same_shard_twice_is_told(shards: Callable[..., str], tmp_path: Path
     shards(1)
     url = f"{tmp_path}/source/00000.tar"
     with pytest.raises(UserError, match="same shard name"):
-        shards_of(parse_config(config_of([url, f"{tmp_path}/source/../source/00000.tar"], "out")))  # type: ignore[arg-type]
+        source_shards(parse_config(config_of([url, f"{tmp_path}/source/../source/00000.tar"], "out")))  # type: ignore[arg-type]
 
 
 def test_references_into_compressed_tars_are_refused() -> None:
     with pytest.raises(UserError, match="uncompressed"):
-        shards_of(parse_config(config_of("x/{0..1}.tar.gz", "out", images="reference")))
+        source_shards(parse_config(config_of("x/{0..1}.tar.gz", "out", images="reference")))
 
 
 def test_a_shard_given_up_in_a_layer_is_not_planned_there_nor_in_what_needs_it(
@@ -110,14 +110,14 @@ def test_a_shard_given_up_in_a_layer_is_not_planned_there_nor_in_what_needs_it(
     config = parse_config(config_of(shards(2, 2), tmp_path / "out"))
     plan = make_plan(config)
     store = Store(config.output)
-    first, second = (work.shard for work in plan.work)
+    first, second = (shard.name for shard in plan.pending)
     store.quarantine("captions/namer", first, [(None, Reason.SHARD_FAILED, "raised")])
     store.quarantine("captions/namer", second, [("a key", Reason.IMAGE_BROKEN, "a row only: killed before its commit")])
-    again = {work.shard: work.layers for work in make_plan(config).work}
+    again = {shard.name: shard.layers for shard in make_plan(config).pending}
     assert not any("namer" in layer for layer in again[first])
     assert "embeddings/red/caption" in again[first]
     assert again[second] == tuple(plan.layers)
-    assert make_plan(config, retry_quarantined=True).work == plan.work
+    assert make_plan(config, retry_quarantined=True).pending == plan.pending
 
 
 def test_expected_bytes_come_near_what_is_written(shards: Callable[..., str], tmp_path: Path) -> None:

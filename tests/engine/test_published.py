@@ -144,9 +144,9 @@ def test_shards_are_paired_by_name_else_by_order(tmp_path: Path) -> None:
     def paired(*reinforcements: str) -> list[str]:
         urls = [f"dr/{name}.tar" for name in reinforcements]
         source = [f"source/{name}.tar.gz" for name in ("1/a", "1/b", "2/a")]
-        work = make_plan(parse_config(config_of(tmp_path, source=source, reinforcements=urls))).work
-        assert [one.url for one in work] == source
-        return [str(one.reinforcements).removeprefix("dr/").removesuffix(".tar") for one in work]
+        pending = make_plan(parse_config(config_of(tmp_path, source=source, reinforcements=urls))).pending
+        assert [one.url for one in pending] == source
+        return [str(one.reinforcements).removeprefix("dr/").removesuffix(".tar") for one in pending]
 
     assert paired("2/a", "1/b", "1/a", "1/c") == ["1/a", "1/b", "2/a"]
     assert paired("x", "y", "z") == ["x", "y", "z"]
@@ -238,7 +238,7 @@ def test_a_teacher_of_ours_is_added_without_the_reinforcements(tmp_path: Path) -
     reinforce_here(config_of(tmp_path))
     later = config_of(tmp_path, reinforcements=f"{tmp_path}/nowhere/{{00000..00000}}.tar")
     later["teachers"]["ours"] = {"class": "tests.helpers.models:Colour", "options": {"size": 16, "dim": 8}}
-    assert [work.reinforcements for work in make_plan(parse_config(later)).work] == [None]
+    assert [shard.reinforcements for shard in make_plan(parse_config(later)).pending] == [None]
     assert {sample.images["ours"].shape for sample in reinforce.open(reinforce_here(later))} == {(COUNT, 8)}
 
 

@@ -28,8 +28,8 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8) -> str:
     loaded = {name: {"dim": teacher.dim} for name, teacher in models.teachers.items()}
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
         patch.setattr(reinforce.engine.rows, "GROUP_ROWS", group_rows)
-        for work in plan.work:
-            process_shard(work, parsed, plan.layers, store, models, pool)
+        for shard in plan.pending:
+            process_shard(shard, parsed, plan.layers, store, models, pool)
     store.write_json(update_manifest(store.read_json(MANIFEST), parsed, plan.layers, loaded), MANIFEST)
     return parsed.output
 

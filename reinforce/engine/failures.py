@@ -1,0 +1,250 @@
+"""The failure policy of a run: what happens to shards and workers when something fails.
+
+- A lease that raises is retried after a pause, a few times. Then the layer whose model raised is quarantined, or the
+  shard as a whole if no model did; the shard's other layers are computed without it.
+- When a worker's process dies, every shard in flight in it becomes a suspect and runs alone next. Only a shard that
+  kills its process alone, ``failures.solo_attempts`` times, is quarantined.
+- A worker that spends too long on one image, or makes no progress, is killed. Its shards are suspects, too.
+- A lost node counts against no shard.
+- A worker at which several leases in a row fail is replaced. Storage errors do not count.
+- An error that the user must fix (a fingerprint, missing weights, a full disk) stops the run at once.
+- Too many quarantined shards stop the run, and so do workers that die again and again while they load their models.
+
+Everything here is pure: no Ray, no storage, and times are arguments. The driver reports what happened and carries out
+the decisions that are returned.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from reinforce.config import Failures
+from reinforce.dataset.layers import Layer
+from reinforce.engine.outcome import LayerFailure, ShardFailure
+from reinforce.engine.plan import PendingShard
+from reinforce.engine.watch import Pulse
+from reinforce.errors import UserError
+from schemas import Reason
+
+MAX_WORKER_FAILURES = 3  # leases in a row
+MAX_FAILED_STARTS = 3
+TOLERATED_SHARDS = 10  # quarantined shards that never stop a run
+NODE_VERDICT_SECONDS = 60.0  # time that Ray may take to notice a lost node
+_MAX_PAUSE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Lease the shard again at time ``at``; ``attempt`` attempts have failed."""
+
+    shard: PendingShard
+    at: float
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """Quarantine the shard in ``layer``, and lease ``rest``: its layers that do not need that one, or None."""
+
+    shard: PendingShard
+    layer: str
+    reason: Reason
+    detail: str
+    rest: PendingShard | None
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Requeue:
+    """Lease the shard again at once."""
+
+    shard: PendingShard
+
+
+@dataclass(frozen=True)
+class RunAlone:
+    """Lease the shard, a suspect, to a worker that has no other shard."""
+
+    shard: PendingShard
+
+
+@dataclass(frozen=True)
+class StopRun:
+    """End the run with ``error``."""
+
+    error: UserError
+
+
+Decision: TypeAlias = "Retry | Quarantine | Requeue | RunAlone"
+
+
+@dataclass(frozen=True)
+class EndedWorker:
+    """A worker that is gone, and the shards that were in flight in it; ``alone`` if that was a single suspect."""
+
+    node: str
+    pid: int
+    shards: tuple[PendingShard, ...]
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Death:
+    """A worker that died, or hung and was killed."""
+
+    worker: EndedWorker
+    error: str
+    deadline: float  # the node counts as alive if it is not known to be lost by then
+    hung: bool = False
+
+
+@dataclass(frozen=True)
+class DeathVerdict:
+    """Whether a worker died with its node, and what happens to its shards."""
+
+    death: Death
+    node_lost: bool
+    decisions: tuple[Decision, ...]
+
+
+class FailurePolicy:
+    """Counts the failures of a run and decides what follows from them.
+
+    ``layers`` are all layers of the run, ``shards`` the number of source shards and ``quarantined_before`` those that
+    earlier runs have quarantined.
+    """
+
+    def __init__(self, settings: Failures, layers: Mapping[str, Layer], shards: int, quarantined_before: int) -> None:
+        self.settings, self.layers, self.shards = settings, layers, shards
+        self.deaths: list[Death] = []  # whose node may still turn out to be lost
+        self.quarantined: set[str] = set()  # shards, by this run
+        self._quarantined_before = quarantined_before
+        self._attempts: Counter[str] = Counter()
+        self._deaths_alone: Counter[str] = Counter()
+        self._failed_starts = 0
+
+    @property
+    def quarantined_shards(self) -> int:
+        """Number of quarantined shards, those of earlier runs included."""
+        return self._quarantined_before + len(self.quarantined)
+
+    @property
+    def undecided_shards(self) -> int:
+        """Number of shards of dead workers whose verdict is not known yet."""
+        return sum(len(death.worker.shards) for death in self.deaths)
+
+    def lease_raised(self, shard: PendingShard, error: Exception, now: float) -> Retry | Quarantine | StopRun:
+        """Decide about a lease that raised."""
+        if isinstance(error, UserError):
+            return StopRun(error)
+        self._attempts[shard.name] += 1
+        attempt = self._attempts[shard.name]
+        if attempt < self.settings.attempts:
+            return Retry(shard, now + pause_seconds(attempt), attempt)
+        layer = error.layer if isinstance(error, LayerFailure) else shard.layers[0]
+        return self._quarantine(shard, layer, Reason.SHARD_FAILED, error_text(error), attempt)
+
+    def worker_died(self, worker: EndedWorker, error: str, now: float, process_dead: bool) -> None:
+        """Record a death. Unless the process is known to be dead, its node may be about to be reported as lost."""
+        deadline = now if process_dead else now + NODE_VERDICT_SECONDS
+        self.deaths.append(Death(worker, error, deadline))
+
+    def worker_hung(self, worker: EndedWorker, error: str, now: float) -> None:
+        """Record that a worker hung and was killed."""
+        self.deaths.append(Death(worker, error, now, hung=True))
+
+    def judge_deaths(self, now: float, node_alive: Callable[[str], bool]) -> list[DeathVerdict]:
+        """Decide about the shards of dead workers, as soon as it is known whether their node is lost."""
+        verdicts = []
+        for death in list(self.deaths):
+            node_lost = not node_alive(death.worker.node)
+            if node_lost or now >= death.deadline:
+                self.deaths.remove(death)
+                shards = death.worker.shards
+                decisions = tuple(Requeue(s) if node_lost else self._judge_suspect(s, death) for s in shards)
+                verdicts.append(DeathVerdict(death, node_lost, decisions))
+        return verdicts
+
+    def shard_quarantined(self, name: str) -> StopRun | None:
+        """Count a quarantined shard. A fault of so many shards (credentials, a disk) would also hit the rest."""
+        self.quarantined.add(name)
+        count, share = self.quarantined_shards, self.settings.allowed_share
+        if count <= max(TOLERATED_SHARDS, share * self.shards):
+            return None
+        return StopRun(
+            UserError(
+                f"stopped: {count:,} of {self.shards:,} shards are quarantined, more than failures.allowed_share = "
+                f"{share:g}. They probably share one cause: see the reasons in quarantine/, fix it and run with "
+                "--retry-quarantined."
+            )
+        )
+
+    def load_raised(self, error: Exception) -> StopRun:
+        """Decide about a worker that could not load its models: no other worker could."""
+        if isinstance(error, UserError):
+            return StopRun(error)
+        return StopRun(UserError(f"a worker could not load its models: {type(error).__name__}: {error}"))
+
+    def load_died(self, error: str, workers: int) -> StopRun | None:
+        """Decide about a worker that died while it loaded its models; ``workers`` others are running."""
+        self._failed_starts += 1
+        if self._failed_starts < MAX_FAILED_STARTS or workers:
+            return None
+        return StopRun(
+            UserError(
+                f"workers die while they load their models ({error.splitlines()[0]}). Check the memory of the nodes "
+                "and the Ray logs."
+            )
+        )
+
+    def _judge_suspect(self, shard: PendingShard, death: Death) -> Quarantine | RunAlone:
+        self._deaths_alone[shard.name] += death.worker.alone
+        deaths = self._deaths_alone[shard.name]
+        if deaths < self.settings.solo_attempts:
+            return RunAlone(shard)
+        reason = Reason.SHARD_HUNG if death.hung else Reason.SHARD_CRASHED
+        return self._quarantine(shard, shard.layers[0], reason, death.error, deaths)
+
+    def _quarantine(self, shard: PendingShard, layer: str, reason: Reason, detail: str, attempt: int) -> Quarantine:
+        lost = {layer}
+        for name in shard.layers:  # each after the layers it needs
+            if not lost.isdisjoint(self.layers[name].needs):
+                lost.add(name)
+        rest = tuple(name for name in shard.layers if name not in lost)
+        self._attempts[shard.name] = self._deaths_alone[shard.name] = 0
+        return Quarantine(shard, layer, reason, detail, replace(shard, layers=rest) if rest else None, attempt)
+
+
+def pause_seconds(attempt: int) -> float:
+    """Exponential back-off with jitter after ``attempt`` failed attempts: between half of 2^(attempt - 1) and all of
+    it, at most a minute."""
+    return min(_MAX_PAUSE_SECONDS, 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
+
+
+def count_failure(failures: int, error: Exception) -> int:
+    """The number of leases in a row that failed at a worker, after ``failures`` and ``error``."""
+    return failures + (error.worker_at_fault if isinstance(error, ShardFailure) else 1)
+
+
+def needs_replacement(failures: int) -> bool:
+    """Whether a worker is replaced after so many failures in a row; its accelerator may be in a bad state."""
+    return failures >= MAX_WORKER_FAILURES
+
+
+def error_text(error: Exception) -> str:
+    """The text of an error that a lease raised."""
+    return str(error) if isinstance(error, ShardFailure) else f"{type(error).__name__}: {error}"
+
+
+def hang_reason(pulse: Pulse, last_progress: float, settings: Failures, now: float) -> str | None:
+    """Reason for which a worker with leases counts as hung, or None."""
+    where = f" at key {pulse.key!r}" if pulse.key is not None else ""
+    if pulse.seconds > settings.sample_seconds:
+        return f"one image takes more than failures.sample_seconds = {settings.sample_seconds:g}{where}"
+    if now - last_progress > settings.stall_seconds:
+        return f"no progress for failures.stall_seconds = {settings.stall_seconds:g}{where}"
+    return None

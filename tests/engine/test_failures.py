@@ -1,0 +1,261 @@
+"""The failure policy: each sentence of reinforce/engine/failures.py."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from reinforce.config import Failures
+from reinforce.dataset.layers import Layer
+from reinforce.engine.failures import (
+    NODE_VERDICT_SECONDS,
+    Death,
+    Decision,
+    EndedWorker,
+    FailurePolicy,
+    Quarantine,
+    Requeue,
+    Retry,
+    RunAlone,
+    StopRun,
+    count_failure,
+    error_text,
+    hang_reason,
+    needs_replacement,
+    pause_seconds,
+)
+from reinforce.engine.outcome import LayerFailure, ShardFailure
+from reinforce.engine.plan import PendingShard
+from reinforce.engine.watch import Pulse
+from reinforce.errors import StorageError, UserError
+from schemas import Reason
+
+LAYERS = {
+    "samples": Layer("samples", "samples", "0"),
+    "captions/c": Layer("captions/c", "captions", "1", needs=("samples",)),
+    "embeddings/t/images": Layer("embeddings/t/images", "images", "2", needs=("samples",)),
+    "embeddings/t/c": Layer("embeddings/t/c", "texts", "3", needs=("samples", "captions/c")),
+}
+A = PendingShard("a", "s3://bucket/a.tar", tuple(LAYERS))
+B = PendingShard("b", "s3://bucket/b.tar", tuple(LAYERS))
+RAISED = ShardFailure("ValueError: odd", False)
+
+
+def policy(shards: int = 1000, quarantined_before: int = 0, **settings: Any) -> FailurePolicy:
+    return FailurePolicy(Failures(**settings), LAYERS, shards, quarantined_before)
+
+
+def die(failures: FailurePolicy, *shards: PendingShard, alone: bool = False, hung: bool = False) -> list[Decision]:
+    """The decisions after a worker died (or hung) on a node that is alive."""
+    worker = EndedWorker("node", 1, shards, alone)
+    if hung:
+        failures.worker_hung(worker, "no progress", 0.0)
+    else:
+        failures.worker_died(worker, "killed", 0.0, process_dead=True)
+    [verdict] = failures.judge_deaths(0.0, lambda node: True)
+    assert not verdict.node_lost
+    return list(verdict.decisions)
+
+
+# -- leases that raise
+
+
+def test_a_lease_that_raises_is_retried_and_quarantined_after_the_last_attempt() -> None:
+    failures = policy(attempts=3)
+    for attempt in (1, 2):
+        decision = failures.lease_raised(A, RAISED, now=100.0)
+        assert isinstance(decision, Retry)
+        assert (decision.shard, decision.attempt) == (A, attempt)
+        assert 100.0 < decision.at <= 160.0
+    assert failures.lease_raised(A, RAISED, 100.0) == Quarantine(
+        A, "samples", Reason.SHARD_FAILED, "ValueError: odd", None, 3
+    )
+
+
+def test_attempts_are_counted_for_each_shard() -> None:
+    failures = policy(attempts=2)
+    assert isinstance(failures.lease_raised(A, RAISED, 0.0), Retry)
+    assert isinstance(failures.lease_raised(B, RAISED, 0.0), Retry)
+    assert isinstance(failures.lease_raised(A, RAISED, 0.0), Quarantine)
+
+
+@pytest.mark.parametrize(("attempt", "most"), [(1, 1.0), (2, 2.0), (3, 4.0), (7, 60.0), (1000, 60.0)])
+def test_pauses_double_up_to_a_minute_with_bounded_jitter(attempt: int, most: float) -> None:
+    pauses = [pause_seconds(attempt) for _ in range(200)]
+    assert most / 2 <= min(pauses) < max(pauses) <= most
+
+
+def test_the_layer_whose_model_raised_is_quarantined_with_those_that_need_it_and_no_others() -> None:
+    failures = policy(attempts=1)
+    decision = failures.lease_raised(A, LayerFailure("captions/c", "ValueError: odd"), 0.0)
+    rest = PendingShard("a", A.url, ("samples", "embeddings/t/images"))
+    detail = "LayerFailure: captions/c: ValueError: odd"
+    assert decision == Quarantine(A, "captions/c", Reason.SHARD_FAILED, detail, rest, 1)
+
+
+def test_the_first_missing_layer_is_quarantined_where_no_model_raised() -> None:
+    later = PendingShard("a", A.url, ("embeddings/t/images", "embeddings/t/c"))
+    decision = policy(attempts=1).lease_raised(later, RAISED, 0.0)
+    assert isinstance(decision, Quarantine)
+    assert decision.layer == "embeddings/t/images"
+    assert decision.rest == PendingShard("a", A.url, ("embeddings/t/c",))
+
+
+def test_the_layers_that_remain_have_all_their_attempts_again() -> None:
+    failures = policy(attempts=2, solo_attempts=2)
+    die(failures, A, alone=True)
+    failures.lease_raised(A, RAISED, 0.0)
+    decision = failures.lease_raised(A, LayerFailure("captions/c", "odd"), 0.0)
+    assert isinstance(decision, Quarantine)
+    assert decision.rest is not None
+    assert isinstance(failures.lease_raised(decision.rest, RAISED, 0.0), Retry)
+    assert die(failures, decision.rest, alone=True) == [RunAlone(decision.rest)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UserError("fingerprint differs"), UserError("disk is full; make room in /data")],
+    ids=["fingerprint", "full disk"],
+)
+def test_an_error_that_the_user_must_fix_stops_the_run_at_once(error: UserError) -> None:
+    assert policy(attempts=9).lease_raised(A, error, 0.0) == StopRun(error)
+
+
+# -- workers that die or hang
+
+
+def test_every_shard_in_flight_in_a_worker_that_dies_runs_alone_next() -> None:
+    assert die(policy(solo_attempts=1), A, B) == [RunAlone(A), RunAlone(B)]
+
+
+def test_dying_together_with_others_never_quarantines_a_shard() -> None:
+    failures = policy(solo_attempts=1)
+    for _ in range(20):
+        assert die(failures, A, B) == [RunAlone(A), RunAlone(B)]
+
+
+def test_a_shard_that_kills_its_worker_alone_again_is_quarantined() -> None:
+    failures = policy(solo_attempts=2)
+    assert die(failures, A, alone=True) == [RunAlone(A)]
+    assert die(failures, B, alone=True) == [RunAlone(B)], "each shard has its own count"
+    assert die(failures, A, alone=True) == [Quarantine(A, "samples", Reason.SHARD_CRASHED, "killed", None, 2)]
+
+
+def test_the_shards_of_a_worker_that_hangs_are_suspects_too() -> None:
+    failures = policy(solo_attempts=1)
+    assert die(failures, A, B, hung=True) == [RunAlone(A), RunAlone(B)]
+    assert die(failures, B, alone=True, hung=True) == [
+        Quarantine(B, "samples", Reason.SHARD_HUNG, "no progress", None, 1)
+    ]
+
+
+def test_a_worker_that_spends_too_long_on_one_image_hangs() -> None:
+    settings = Failures(sample_seconds=2.0, stall_seconds=6.0)
+    assert hang_reason(Pulse(key="k", seconds=2.0), 10.0, settings, now=12.0) is None
+    reason = hang_reason(Pulse(key="k", seconds=2.1), 10.0, settings, now=12.0)
+    assert reason == "one image takes more than failures.sample_seconds = 2 at key 'k'"
+
+
+def test_a_worker_that_makes_no_progress_hangs() -> None:
+    settings = Failures(sample_seconds=2.0, stall_seconds=6.0)
+    assert hang_reason(Pulse(), 10.0, settings, now=16.0) is None
+    assert hang_reason(Pulse(), 10.0, settings, now=16.1) == "no progress for failures.stall_seconds = 6"
+
+
+def test_a_lost_node_counts_against_no_shard() -> None:
+    failures = policy(solo_attempts=1)
+    for _ in range(20):
+        failures.worker_died(EndedWorker("node", 1, (A,), alone=True), "unreachable", 0.0, process_dead=True)
+        [verdict] = failures.judge_deaths(0.0, lambda node: node != "node")
+        assert verdict.node_lost
+        assert verdict.decisions == (Requeue(A),)
+
+
+def test_shards_of_an_unreachable_worker_wait_until_its_node_is_lost_or_the_deadline() -> None:
+    failures, worker = policy(), EndedWorker("node", 1, (A, B), alone=False)
+    failures.worker_died(worker, "unreachable", 10.0, process_dead=False)
+    assert failures.undecided_shards == 2
+    assert failures.judge_deaths(10.0 + NODE_VERDICT_SECONDS - 0.1, lambda node: True) == []
+    [verdict] = failures.judge_deaths(10.0 + NODE_VERDICT_SECONDS, lambda node: True)
+    assert verdict.death == Death(worker, "unreachable", 10.0 + NODE_VERDICT_SECONDS)
+    assert verdict.decisions == (RunAlone(A), RunAlone(B))
+    assert failures.undecided_shards == 0
+    failures.worker_died(EndedWorker("node", 1, (A,), alone=False), "unreachable", 10.0, process_dead=False)
+    [verdict] = failures.judge_deaths(10.5, lambda node: False)
+    assert verdict.decisions == (Requeue(A),)
+
+
+# -- workers that are replaced or do not start
+
+
+def test_a_worker_is_replaced_after_three_failures_in_a_row_storage_errors_aside() -> None:
+    errors = [
+        LayerFailure("captions/c", "device-side assert"),
+        ShardFailure("PermissionError: no", False),
+        ShardFailure("RuntimeError: device-side assert", True),
+        ShardFailure("StorageError: no", False),
+        ShardFailure("MemoryError: ", True),
+    ]
+    count, counts = 0, []
+    for error in errors:
+        count = count_failure(count, error)
+        counts.append((count, needs_replacement(count)))
+    assert counts == [(1, False), (1, False), (2, False), (2, False), (3, True)]
+
+
+def test_models_that_cannot_be_loaded_stop_the_run_at_once() -> None:
+    error = UserError("weights are missing")
+    assert policy().load_raised(error) == StopRun(error)
+    assert str(policy().load_raised(KeyError("x")).error) == "a worker could not load its models: KeyError: 'x'"
+
+
+def test_workers_that_die_while_they_load_stop_the_run_at_the_third_unless_one_runs() -> None:
+    failures = policy()
+    assert failures.load_died("killed\nstack", 0) is None
+    assert failures.load_died("killed\nstack", 0) is None
+    assert failures.load_died("killed\nstack", 1) is None
+    stop = failures.load_died("killed\nstack", 0)
+    assert stop is not None
+    assert "workers die while they load their models (killed). Check the memory" in str(stop.error)
+
+
+# -- too many quarantined shards
+
+
+def test_ten_quarantined_shards_are_tolerated_and_more_than_the_allowed_share_stop_the_run() -> None:
+    failures = policy(shards=200, allowed_share=0.01)
+    assert [failures.shard_quarantined(str(number)) for number in range(10)] == [None] * 10
+    assert failures.shard_quarantined("0") is None, "a shard counts once"
+    stop = failures.shard_quarantined("10")
+    assert stop is not None
+    assert "stopped: 11 of 200 shards are quarantined, more than failures.allowed_share = 0.01" in str(stop.error)
+    assert "--retry-quarantined" in str(stop.error)
+
+
+def test_the_allowed_share_counts_shards_that_earlier_runs_quarantined() -> None:
+    failures = policy(shards=1000, quarantined_before=49, allowed_share=0.05)
+    assert failures.shard_quarantined("a") is None
+    assert failures.quarantined_shards == 50
+    assert failures.shard_quarantined("b") is not None
+
+
+def test_error_texts_name_the_error_once() -> None:
+    assert error_text(RAISED) == "ValueError: odd"
+    assert error_text(LayerFailure("captions/c", "odd")) == "LayerFailure: captions/c: odd"
+
+
+def test_storage_errors_of_a_worker_cost_an_attempt_and_of_the_driver_stop_the_run() -> None:
+    error = StorageError("bucket is unreachable")
+    assert policy().lease_raised(A, error, 0.0) == StopRun(error)
+    assert isinstance(policy().lease_raised(A, ShardFailure(str(error), False), 0.0), Retry)
+
+
+def test_no_sequence_of_failures_quarantines_a_shard_that_never_fails_alone() -> None:
+    rng = random.Random(0)
+    failures = policy(attempts=1000, solo_attempts=1)
+    for _ in range(500):
+        shards = (A, B) if rng.random() < 0.5 else (B, A)
+        decisions = die(failures, *shards, hung=rng.random() < 0.5)
+        assert decisions == [RunAlone(shard) for shard in shards]

@@ -1,0 +1,100 @@
+"""Which worker gets which shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from reinforce.engine.outcome import WorkerInfo
+from reinforce.engine.plan import PendingShard
+from reinforce.engine.pool import Slot
+from reinforce.engine.schedule import ShardQueue
+
+SHARDS = [PendingShard(name, f"{name}.tar", ("samples",)) for name in "abcdefgh"]
+
+
+def started() -> Slot:
+    return Slot(None, WorkerInfo("node", 1, "cpu", {}))
+
+
+def leases_of(slot: Slot) -> str:
+    return "".join(shard.name for shard in slot.leases.values())
+
+
+def leaser() -> Callable[..., None]:
+    def lease(slot: Slot, shard: PendingShard, alone: bool = False) -> None:
+        slot.alone, slot.draining = alone, False
+        slot.leases[object()] = shard
+
+    return lease
+
+
+def end(slot: Slot, name: str) -> None:
+    slot.alone = False
+    slot.leases = {ref: shard for ref, shard in slot.leases.items() if shard.name != name}
+
+
+def test_each_worker_gets_two_shards_in_turns_and_none_before_it_has_started() -> None:
+    queue, slots = ShardQueue(SHARDS), [started(), Slot(None), started()]
+    queue.hand_out(slots, leaser(), now=0.0)
+    assert [leases_of(slot) for slot in slots] == ["ac", "", "bd"]
+    assert len(queue) == 4
+
+
+def test_a_delayed_shard_is_leased_at_its_time() -> None:
+    queue, slot = ShardQueue([]), started()
+    queue.add_delayed(SHARDS[0], at=10.0)
+    queue.add_delayed(SHARDS[1], at=5.0)
+    queue.hand_out([slot], leaser(), now=4.9)
+    assert leases_of(slot) == ""
+    queue.hand_out([slot], leaser(), now=5.0)
+    assert (leases_of(slot), len(queue)) == ("b", 1)
+    queue.hand_out([slot], leaser(), now=10.0)
+    assert (leases_of(slot), len(queue)) == ("ba", 0)
+
+
+def test_a_suspect_runs_alone_in_an_idle_worker() -> None:
+    queue, slots = ShardQueue(SHARDS[:4]), [started(), started()]
+    queue.add_suspect(SHARDS[7])
+    queue.hand_out(slots, leaser(), now=0.0)
+    assert sorted(leases_of(slot) for slot in slots) == ["ab", "h"]
+    [alone] = [slot for slot in slots if slot.alone]
+    assert leases_of(alone) == "h"
+    queue.hand_out(slots, leaser(), now=0.0)
+    assert leases_of(alone) == "h"
+
+
+def test_a_busy_worker_is_drained_for_each_suspect_and_runs_it_alone() -> None:
+    queue, slots = ShardQueue(SHARDS), [started(), started()]
+    lease = leaser()
+    queue.hand_out(slots, lease, now=0.0)
+    queue.add_suspect(PendingShard("s", "s.tar", ("samples",)))
+    end(slots[0], "a")
+    end(slots[1], "b")
+    queue.hand_out(slots, lease, now=0.0)
+    assert [leases_of(slot) for slot in slots] == ["c", "de"], "the first is drained, the second continues"
+    end(slots[0], "c")
+    queue.hand_out(slots, lease, now=0.0)
+    assert [(leases_of(slot), slot.alone) for slot in slots] == [("s", True), ("de", False)]
+    end(slots[0], "s")
+    queue.hand_out(slots, lease, now=0.0)
+    assert leases_of(slots[0]) == "fg"
+
+
+def test_a_worker_stops_draining_when_another_one_takes_the_suspect() -> None:
+    queue, slots = ShardQueue(SHARDS), [started()]
+    lease = leaser()
+    queue.hand_out(slots, lease, now=0.0)
+    queue.add_suspect(PendingShard("s", "s.tar", ("samples",)))
+    queue.hand_out(slots, lease, now=0.0)
+    assert slots[0].draining
+    slots.append(started())
+    queue.hand_out(slots, lease, now=0.0)
+    assert (leases_of(slots[1]), slots[0].draining) == ("s", False)
+
+
+def test_a_shard_added_first_is_leased_first() -> None:
+    queue, slot = ShardQueue(SHARDS[:3]), started()
+    queue.add(SHARDS[5], first=True)
+    queue.add(SHARDS[6])
+    queue.hand_out([slot], leaser(), now=0.0)
+    assert leases_of(slot) == "fa"
