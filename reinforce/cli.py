@@ -165,21 +165,24 @@ def tune(
     """
     from reinforce.tuning import command
     from reinforce.tuning.config import load_tune_config
-    from reinforce.tuning.view import results_table, screening_table
+    from reinforce.tuning.tables import results_table, screening_table
 
     checked = load_tune_config(config, set_)
     if screen_only:
-        screened = _trained(lambda: command.screen_only(checked))
-        Console().print(screening_table(screened))
-        typer.echo(f"plot: {redact(checked.output)}/{command.PICTURE}")
+        screenings = _trained(lambda: command.screen_only(checked))
+        Console().print(screening_table(screenings))
+        typer.echo(f"plot: {redact(checked.output)}/{command.PLOT}")
         return
-    tuned = _trained(lambda: command.tune(checked, address=address))
-    Console().print(screening_table(tuned.screened))
-    Console().print(results_table(tuned.rows, tuned.metric))
-    for line in tuned.lines() + (command.record(checked, tuned) if record and not tuned.faults else []):
+    result = _trained(lambda: command.tune(checked, address=address))
+    Console().print(screening_table(result.screenings))
+    Console().print(results_table(result.rows, result.metric))
+    lines = result.lines()
+    if record and not result.errors:
+        lines += command.record_scales_in_datasets(checked, result)
+    for line in lines:
         typer.echo(escape(line))
-    if tuned.faults:
-        raise UserError("trials failed, and are tried again by the same command:\n  " + "\n  ".join(tuned.faults))
+    if result.errors:
+        raise UserError("trials failed; the same command retries them:\n  " + "\n  ".join(result.errors))
 
 
 @app.command()

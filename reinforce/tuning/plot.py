@@ -1,4 +1,4 @@
-"""Scales and lambda in one picture: what training found above, what the screening said below."""
+"""Plot of scales and lambda: the results of training in the upper row, the screening in the lower row."""
 
 from __future__ import annotations
 
@@ -6,63 +6,63 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from reinforce import plots
-from reinforce.tuning.prediction import Prediction
-from reinforce.tuning.screening import Screened
+from reinforce.tuning.correlation import ScreeningCheck
+from reinforce.tuning.results import Curve
+from reinforce.tuning.screening import TeacherScreening
 from reinforce.tuning.space import LAMBDA
-from reinforce.tuning.table import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LINES = {
+_LABELS = {
     "entropy": "entropy / log B",
     "true_pair": "probability of the true pair",
     "agreement": "agreement of the teachers",
-    "calibration": "calibration loss / its highest",
+    "calibration": "calibration loss / its maximum",
 }
 _GREY = "#6b7280"
 
 
 def draw(
     curves: Sequence[Curve],
-    screened: Mapping[str, Screened],
-    predictions: Mapping[str, Prediction],
+    screenings: Mapping[str, TeacherScreening],
+    checks: Mapping[str, ScreeningCheck],
     metric: str,
     url: str,
 ) -> None:
-    """PNG at a path or URL: a column for each curve, and for each teacher that was only screened."""
+    """Write a PNG to a path or URL: one column for each curve, and for each teacher that was only screened."""
     columns: list[tuple[str, Curve | None]] = [(curve.axis, curve) for curve in curves]
     drawn = {axis for axis, _ in columns}
-    columns += [(teacher, None) for teacher in screened if teacher not in drawn]
-    upper, lower = bool(curves), bool(screened)
-    lines = upper + lower
-    made, axes = plots.figure(
-        len(columns) * lines, width=max(6.0, 5.2 * len(columns)), height=3.9 * lines, columns=len(columns)
+    columns += [(teacher, None) for teacher in screenings if teacher not in drawn]
+    upper, lower = bool(curves), bool(screenings)
+    rows = upper + lower
+    figure, axes = plots.figure(
+        len(columns) * rows, width=max(6.0, 5.2 * len(columns)), height=3.9 * rows, columns=len(columns)
     )
     for number, (axis, curve) in enumerate(columns):
         if upper:
-            _draw_curve(axes[number], axis, curve, metric, screened.get(axis), number)
+            _draw_curve(axes[number], axis, curve, metric, screenings.get(axis), number)
         if lower:
             panel = axes[number + len(columns) * upper]
-            _draw_screening(panel, axis, screened.get(axis), predictions.get(axis))
-            if upper and curve is not None and axis in screened:
+            _draw_screening(panel, axis, screenings.get(axis), checks.get(axis))
+            if upper and curve is not None and axis in screenings:
                 panel.set_xlim(axes[number].get_xlim())
-    plots.save(made, url)
+    plots.save(figure, url)
 
 
 def _draw_curve(
-    panel: Axes, axis: str, curve: Curve | None, metric: str, screened: Screened | None, number: int
+    panel: Axes, axis: str, curve: Curve | None, metric: str, screening: TeacherScreening | None, number: int
 ) -> None:
     if curve is None:
         panel.set_axis_off()
         return
     colour = plots.colour(number)
-    _name(panel, axis, metric, [value for value, _ in curve.rows])
+    _label_axes(panel, axis, metric, [value for value, _ in curve.rows])
     if curve.plateau is not None and curve.plateau.low < curve.plateau.high:
         low, high = curve.plateau.low, curve.plateau.high
         panel.axvspan(low, high, color=colour, alpha=0.12, linewidth=0, label=f"plateau {low:g} to {high:g}")
     finished = [(value, row) for value, row in curve.rows if row.mean is not None]
-    stopped = [(value, row) for value, row in curve.rows if row.mean is None and row.last is not None]
+    stopped = [(value, row) for value, row in curve.rows if row.mean is None and row.last_value is not None]
     if finished:
         values, means = zip(*[(value, row.mean) for value, row in finished], strict=True)
         errors = [row.deviation or 0.0 for _, row in finished]
@@ -74,17 +74,17 @@ def _draw_curve(
                 [value] * len(row.values), list(row.values.values()), ".", color=colour, alpha=0.45, markersize=4
             )
     if stopped:
-        values, lasts = zip(*[(value, row.last) for value, row in stopped], strict=True)
+        values, lasts = zip(*[(value, row.last_value) for value, row in stopped], strict=True)
         panel.plot(
-            values, lasts, "o", markerfacecolor="none", color=_GREY, markersize=5, label="stopped early, the last value"
+            values, lasts, "o", markerfacecolor="none", color=_GREY, markersize=5, label="stopped early, last value"
         )
         for value, row in stopped:
             panel.annotate(
-                f"step {row.reached:,}", (value, row.last or 0.0), (0, -12), textcoords="offset points",
+                f"step {row.last_step:,}", (value, row.last_value or 0.0), (0, -12), textcoords="offset points",
                 ha="center", fontsize=7, color=_GREY,
             )  # fmt: skip
-    if screened is not None:
-        _mark_most_likely(panel, screened, f"most likely: {screened.calibrated:g}")
+    if screening is not None:
+        _mark_most_likely(panel, screening, f"most likely: {screening.calibrated:g}")
     if curve.best is not None:
         panel.axvline(curve.best, color=colour, linestyle="--", linewidth=1, label=f"best: {curve.best:g}")
     low, high = panel.get_ylim()
@@ -92,38 +92,38 @@ def _draw_curve(
     panel.legend(frameon=False, fontsize=8, loc="upper left")
 
 
-def _mark_most_likely(panel: Axes, screened: Screened, label: str | None = None) -> None:
-    """A line at the scale, or, where that is far from all that were tried, words alone."""
-    scales = [measured.scale for measured in screened.scales]
-    if min(scales) / 1.5 <= screened.calibrated <= max(scales) * 1.5:
-        panel.axvline(screened.calibrated, color=_GREY, linestyle=":", label=label)
+def _mark_most_likely(panel: Axes, screening: TeacherScreening, label: str | None = None) -> None:
+    """Draw a line at the most likely scale; only a legend entry if it is far outside the tried scales."""
+    scales = [measured.scale for measured in screening.scales]
+    if min(scales) / 1.5 <= screening.calibrated <= max(scales) * 1.5:
+        panel.axvline(screening.calibrated, color=_GREY, linestyle=":", label=label)
     elif label is not None:
-        panel.plot([], [], color=_GREY, linestyle=":", label=f"{label}, outside")
+        panel.plot([], [], color=_GREY, linestyle=":", label=f"{label}, out of range")
 
 
-def _draw_screening(panel: Axes, axis: str, screened: Screened | None, prediction: Prediction | None) -> None:
-    if screened is None:
+def _draw_screening(panel: Axes, axis: str, screening: TeacherScreening | None, check: ScreeningCheck | None) -> None:
+    if screening is None:
         panel.set_axis_off()
         return
-    scales = [measured.scale for measured in screened.scales]
-    _name(panel, f"{axis}: screening without training", "share", scales)
-    for number, (measure, told) in enumerate(_LINES.items()):
-        numbers = screened.curve(measure)
+    scales = [measured.scale for measured in screening.scales]
+    _label_axes(panel, f"{axis}: screening without training", "share", scales)
+    for number, (measure, label) in enumerate(_LABELS.items()):
+        numbers = screening.curve(measure)
         known = [number for number in numbers if number is not None]
         if len(known) < len(numbers):
             continue
         highest = max(known) if measure == "calibration" else 1.0
-        rank = prediction.ranks[measure] if prediction is not None else None
-        label = told if rank is None else f"{told}, rank correlation {rank:+.2f}"
+        rank = check.correlations[measure] if check is not None else None
+        text = label if rank is None else f"{label}, rank correlation {rank:+.2f}"
         points = [number / highest for number in known]
-        panel.plot(scales, points, color=plots.colour(number + 1), marker="o", markersize=3, label=label)
-    _mark_most_likely(panel, screened)
+        panel.plot(scales, points, color=plots.colour(number + 1), marker="o", markersize=3, label=text)
+    _mark_most_likely(panel, screening)
     panel.set_ylim(0, 1.35)  # room for the legend
     panel.set_yticks([0, 0.25, 0.5, 0.75, 1])
     panel.legend(frameon=False, fontsize=8, loc="upper left")
 
 
-def _name(panel: Axes, title: str, y: str, values: Sequence[float]) -> None:
+def _label_axes(panel: Axes, title: str, y: str, values: Sequence[float]) -> None:
     from matplotlib.ticker import NullLocator
 
     plots.label(panel, title, "lambda" if title == LAMBDA else "logit scale", y)

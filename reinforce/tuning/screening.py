@@ -1,16 +1,16 @@
-"""What stored embeddings alone say of logit scales: no training, no images, a few seeded batches.
+"""Measures of logit scales from stored embeddings of a few seeded batches, without training and without images.
 
-Of a batch of B pairs, teacher t at scale s has P = softmax(s I_t X_t^T) for images and the same for texts. Means over
-rows, both directions, kinds of text and batches are taken of
+For a batch of B pairs, teacher t at scale s gives P = softmax(s I_t X_t^T) for images, and the transpose for texts.
+Each measure is the mean over rows, both directions, kinds of text and batches:
 
-- ``entropy``: that of P / log B; 1 says nothing, 0 knows no second choice. Also apart, by direction;
-- ``true_pair``: the probability that P gives the true pair;
-- ``calibration``: -log of that, the cross-entropy with the true pairs; the scale where it is lowest is the most likely
-  one (temperature scaling, arXiv 1706.04599), given as ``calibrated``;
-- ``agreement``: 1 - the Jensen-Shannon divergence of the teachers' P / log T, the others at the scales in force; with
-  one teacher there is none.
+- ``entropy``: entropy of P / log B, from 0 (one-hot) to 1 (uniform); also by direction;
+- ``true_pair``: probability of the true pair under P;
+- ``calibration``: cross-entropy of P with the true pairs; the scale that minimizes it is ``calibrated``, the most
+  likely one (temperature scaling, arXiv 1706.04599);
+- ``agreement``: 1 - the Jensen-Shannon divergence of the T teachers' P / log T, with the other teachers at their
+  current scales; None for a single teacher.
 
-``top1`` is how often the true pair is the first choice, which no scale changes.
+``top1`` is how often the true pair has the highest probability; it does not depend on the scale.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from reinforce.student.data.survey import survey
 from reinforce.student.distillation import IMAGE
 
 MEASURES = ("entropy", "true_pair", "calibration", "agreement")
-_LARGEST = 4096
+_MAX_BATCH = 4096
 _READERS = 2
-_LOWEST, _HIGHEST = 1.0, 1000.0  # among which the most likely scale is looked for
+_LOWEST, _HIGHEST = 1.0, 1000.0  # search range of the most likely scale
 
-#: Cosines [B, B] of images with texts, by teacher and kind of text.
+#: Cosine similarities [B, B] of images with texts, by teacher and kind of text.
 Cosines = Mapping[str, Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The measures of one teacher at one scale."""
+class ScaleMeasures:
+    """The measures of one teacher at one scale. The field names are keys of screening.json."""
 
     scale: float
     entropy: float
@@ -52,15 +52,18 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Screened:
-    """One teacher's measures at every scale, and what does not depend on one."""
+class TeacherScreening:
+    """The measures of one teacher at every scale, its most likely scale, and its top-1 accuracy.
 
-    scales: Sequence[Measured]
+    The field names are keys of screening.json.
+    """
+
+    scales: Sequence[ScaleMeasures]
     calibrated: float
     top1: float
 
     def curve(self, measure: str) -> list[float | None]:
-        return [getattr(at, measure) for at in self.scales]
+        return [getattr(measured, measure) for measured in self.scales]
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,21 +73,21 @@ def screen(
     config: StudentConfig,
     teachers: Sequence[str],
     scales: Mapping[str, Sequence[float]],
-    in_force: Mapping[str, float],
+    current_scales: Mapping[str, float],
     batches: int,
     size: int | None,
-) -> dict[str, Screened]:
+) -> dict[str, TeacherScreening]:
     """Measure ``scales`` (by teacher) on the first batches of a student's training.
 
-    ``teachers`` are all of the ensemble, each with images and texts; ``in_force`` their scales. Raises UserError as
-    reading does.
+    ``teachers`` is the whole ensemble, each with embeddings of images and texts, and ``current_scales`` their scales.
+    ``size`` is the batch size. Raises UserError if the data cannot be read.
     """
-    found = list(_batches(config, teachers, batches, size or min(config.train.batch, _LARGEST)))
-    return {name: _screened(name, values, found, in_force) for name, values in scales.items()}
+    cosines = list(_read_batches(config, teachers, batches, size or min(config.train.batch, _MAX_BATCH)))
+    return {name: _screen_teacher(name, values, cosines, current_scales) for name, values in scales.items()}
 
 
-def _batches(config: StudentConfig, teachers: Sequence[str], count: int, size: int) -> Iterator[Cosines]:
-    """The cosines of ``count`` batches, in the order in which one stream of the training would read."""
+def _read_batches(config: StudentConfig, teachers: Sequence[str], count: int, size: int) -> Iterator[Cosines]:
+    """Yield the cosines of ``count`` batches, in the order in which one stream of the training reads them."""
     corpora = survey(config.data, config.seed, teachers)
     targets = corpora[0].targets
     ends = np.cumsum([dim for _, dim in targets])[:-1]
@@ -103,58 +106,59 @@ def _batches(config: StudentConfig, teachers: Sequence[str], count: int, size: i
         pool.shutdown(cancel_futures=True)
 
 
-def _screened(
-    teacher: str, scales: Sequence[float], batches: Sequence[Cosines], in_force: Mapping[str, float]
-) -> Screened:
+def _screen_teacher(
+    teacher: str, scales: Sequence[float], batches: Sequence[Cosines], current_scales: Mapping[str, float]
+) -> TeacherScreening:
     own = [cosines for batch in batches for cosines in batch[teacher].values()]
     others = [
-        [batch[name][kind] * in_force[name] for name in batch if name != teacher]
+        [batch[name][kind] * current_scales[name] for name in batch if name != teacher]
         for batch in batches
         for kind in batch[teacher]
     ]
     measured = []
     for scale in scales:
-        rows = [_measures(scale * cosines, beside) for cosines, beside in zip(own, others, strict=True)]
+        rows = [_measure(scale * cosines, logits) for cosines, logits in zip(own, others, strict=True)]
         means = {key: _mean([row[key] for row in rows]) for key in rows[0]}
-        measured.append(Measured(scale=scale, **means))  # type: ignore[arg-type]
+        measured.append(ScaleMeasures(scale=scale, **means))  # type: ignore[arg-type]
     hits = [
         (values.argmax(dim=1) == torch.arange(len(values))).float().mean().item()
         for cosines in own
         for values in (cosines, cosines.T)
     ]
-    return Screened(measured, _most_likely(own), float(np.mean(hits)))
+    return TeacherScreening(measured, _most_likely_scale(own), float(np.mean(hits)))
 
 
-def _measures(logits: torch.Tensor, others: Sequence[torch.Tensor]) -> dict[str, float | None]:
-    entropies, true, likelihood, agreements = [], [], [], []
+def _measure(logits: torch.Tensor, others: Sequence[torch.Tensor]) -> dict[str, float | None]:
+    """Measures of ``logits`` [B, B]; ``others`` are the scaled logits of the other teachers."""
+    entropies, true, losses, agreements = [], [], [], []
     for direction in (0, 1):
         logs = (logits.T if direction else logits).log_softmax(dim=1)
         probabilities = logs.exp()
         entropies.append(_entropy(probabilities).mean().item() / math.log(len(logs)))
         true.append(probabilities.diagonal().mean().item())
-        likelihood.append(-logs.diagonal().mean().item())
+        losses.append(-logs.diagonal().mean().item())
         if others:
-            all_of = [probabilities, *((o.T if direction else o).softmax(dim=1) for o in others)]
-            middle = torch.stack(all_of).mean(dim=0)
-            divergence = _entropy(middle) - torch.stack([_entropy(p) for p in all_of]).mean(dim=0)
-            agreements.append(1 - divergence.mean().item() / math.log(len(all_of)))
+            ensemble = [probabilities, *((o.T if direction else o).softmax(dim=1) for o in others)]
+            mixture = torch.stack(ensemble).mean(dim=0)
+            divergence = _entropy(mixture) - torch.stack([_entropy(p) for p in ensemble]).mean(dim=0)
+            agreements.append(1 - divergence.mean().item() / math.log(len(ensemble)))
     return {
         "entropy": float(np.mean(entropies)),
         "entropy_of_images": entropies[0],
         "entropy_of_texts": entropies[1],
         "true_pair": float(np.mean(true)),
-        "calibration": float(np.mean(likelihood)),
+        "calibration": float(np.mean(losses)),
         "agreement": float(np.mean(agreements)) if agreements else None,
     }
 
 
 def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    """[B, B] -> [B], in nats."""
+    """Entropy of each row in nats: [B, B] -> [B]."""
     return torch.special.entr(probabilities).sum(dim=1)
 
 
-def _most_likely(cosines: Sequence[torch.Tensor]) -> float:
-    """The scale with the lowest cross-entropy with the true pairs, which is convex in it: by golden sections."""
+def _most_likely_scale(cosines: Sequence[torch.Tensor]) -> float:
+    """Minimize the cross-entropy with the true pairs, which is convex in the scale, by golden-section search."""
 
     def loss(log_scale: float) -> float:
         total = 0.0
@@ -164,18 +168,18 @@ def _most_likely(cosines: Sequence[torch.Tensor]) -> float:
                 total += (of_rows.logsumexp(dim=1) - of_rows.diagonal()).mean().item()
         return total
 
-    low, high, part = math.log(_LOWEST), math.log(_HIGHEST), (math.sqrt(5) - 1) / 2
-    left, right = high - part * (high - low), low + part * (high - low)
-    of_left, of_right = loss(left), loss(right)
+    low, high, ratio = math.log(_LOWEST), math.log(_HIGHEST), (math.sqrt(5) - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    left_loss, right_loss = loss(left), loss(right)
     while high - low > 0.005:
-        if of_left < of_right:
-            high, right, of_right = right, left, of_left
-            left = high - part * (high - low)
-            of_left = loss(left)
+        if left_loss < right_loss:
+            high, right, right_loss = right, left, left_loss
+            left = high - ratio * (high - low)
+            left_loss = loss(left)
         else:
-            low, left, of_left = left, right, of_right
-            right = low + part * (high - low)
-            of_right = loss(right)
+            low, left, left_loss = left, right, right_loss
+            right = low + ratio * (high - low)
+            right_loss = loss(right)
     return float(f"{math.exp((low + high) / 2):.3g}")
 
 

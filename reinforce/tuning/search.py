@@ -1,7 +1,7 @@
-"""The search: Ray Tune runs the trials, its ASHA ends those of a curve that fall behind.
+"""Run trials on Ray Tune, with one ASHA scheduler for each curve.
 
-Ray keeps no state that counts: what is finished or was stopped is read from the trials' folders, and ASHA is told the
-evaluations that they hold before it judges new ones.
+Ray keeps no state across searches: finished and stopped trials are read from their folders, and the evaluations stored
+there are replayed to ASHA before new ones are reported.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ from reinforce.training.ray_train import check_room
 from reinforce.training.stop import Stop, Stopped
 from reinforce.tuning.config import EarlyStopping
 from reinforce.tuning.space import Trial
-from reinforce.tuning.trials import Outcome, begin, mark_stopped, outcome_of
+from reinforce.tuning.trials import Outcome, begin_trial, mark_stopped, read_outcome
 
 _RAY = ".ray"
-_LOCK_SECONDS = 60.0  # that what a killed search has left running may take to end
-_STEP, _VALUE, _FAULT = "step", "value", "fault"
+_LOCK_SECONDS = 60.0  # how long the trials of a killed search may keep their locks
+_STEP, _VALUE, _ERROR = "step", "value", "trial_error"  # keys of the results that trials report to Tune
 
 
 @dataclass(frozen=True)
 class Search:
-    """How trials are run: ``steps`` is the length of each, ``metric`` decides, ``output`` is the tuning's.
+    """How trials are run.
 
-    ``cluster`` sees to it that there is a Ray.
+    ``steps`` is the length of a trial, ``metric`` is maximized, ``output`` is that of the tuning. ``start_cluster``
+    starts Ray, or connects to it, unless that is done already.
     """
 
     output: str
@@ -51,57 +52,55 @@ class Search:
     early_stopping: EarlyStopping | None
     concurrent: int | None
     screen: Screen
-    cluster: Callable[[], None]
+    start_cluster: Callable[[], None]
 
-    def run(self, trials: Mapping[Trial, StudentConfig], judged: bool) -> dict[Trial, Outcome]:
-        """Bring all trials to their end, or to where ASHA ends them if they are ``judged``.
+    def run(self, trials: Mapping[Trial, StudentConfig], stop_early: bool) -> dict[Trial, Outcome]:
+        """Run all trials to the end, or until ASHA stops them if ``stop_early``.
 
-        Raises UserError for folders that hold other trainings,
-        Stopped after a signal.
+        Raises UserError if a folder holds another training, and Stopped after a signal.
         """
         for config in trials.values():
-            begin(config, self.steps)
-        outcomes = {trial: self._outcome(config) for trial, config in trials.items()}
-        judges = _Judges(self, trials, judged)
+            begin_trial(config, self.steps)
+        outcomes = {trial: self._read_outcome(config) for trial, config in trials.items()}
+        scheduler = _Scheduler(self, trials, stop_early)
         for trial, outcome in outcomes.items():
-            judges.remember(trial, outcome)
-        if not judged or self.early_stopping is None:  # what was stopped by another config goes on
+            scheduler.replay(trial, outcome)
+        if not stop_early or self.early_stopping is None:  # a trial that was stopped under another config continues
             open_ = [trial for trial, outcome in outcomes.items() if outcome.state != "finished"]
         else:
-            outcomes = {trial: self._outcome(config) for trial, config in trials.items()}
+            outcomes = {trial: self._read_outcome(config) for trial, config in trials.items()}
             open_ = [trial for trial, outcome in outcomes.items() if outcome.state == "open"]
         if done := len(trials) - len(open_):
-            self.screen.log(f"{done} of {len(trials)} trials are done already")
+            self.screen.log(f"{done} of {len(trials)} trials are already done")
         if open_:
-            _hush()  # before Ray starts, whose workers have this process's environment
-            self.cluster()
-            self._tune({trial.name: trials[trial] for trial in open_}, judges)
-        return {trial: self._outcome(config, judges.faults.get(trial.name)) for trial, config in trials.items()}
+            _configure_tune()  # before Ray starts, since its workers inherit the environment
+            self.start_cluster()
+            self._tune({trial.name: trials[trial] for trial in open_}, scheduler)
+        return {trial: self._read_outcome(config, scheduler.errors.get(trial.name)) for trial, config in trials.items()}
 
-    def _outcome(self, config: StudentConfig, fault: str | None = None) -> Outcome:
-        found = outcome_of(config, self.steps, self.metric)
-        return found if fault is None else Outcome("open", found.curve, fault=fault)
+    def _read_outcome(self, config: StudentConfig, error: str | None = None) -> Outcome:
+        outcome = read_outcome(config, self.steps, self.metric)
+        return outcome if error is None else Outcome("open", outcome.curve, error=error)
 
-    def _tune(self, configs: Mapping[str, StudentConfig], judges: _Judges) -> None:
+    def _tune(self, configs: Mapping[str, StudentConfig], scheduler: _Scheduler) -> None:
         training = next(iter(configs.values())).train
         compute = training.compute
         check_room(compute, grows=True)
-        work = tune.with_parameters(partial(_trial, folder=os.getcwd(), metric=self.metric), configs=dict(configs))
-        room = {"cpu": compute.cpus, **({"gpu": compute.gpus} if compute.gpus else {})}
+        work = tune.with_parameters(partial(_run_trial, folder=os.getcwd(), metric=self.metric), configs=dict(configs))
+        resources = {"cpu": compute.cpus, **({"gpu": compute.gpus} if compute.gpus else {})}
         stop = Stop()
-        with stop.listening(), _scratch(Storage(self.output)) as storage, self.screen:
+        with stop.listening(), _scratch_folder(Storage(self.output)) as storage, self.screen:
             tuner = tune.Tuner(
-                tune.with_resources(work, room),
+                tune.with_resources(work, resources),
                 param_space={"name": tune.grid_search(list(configs))},
                 tune_config=tune.TuneConfig(
-                    scheduler=judges,
+                    scheduler=scheduler,
                     max_concurrent_trials=self.concurrent,
-                    # An actor that has loaded all libraries takes the next trial.
-                    reuse_actors=True,
+                    reuse_actors=True,  # importing the libraries takes longer than a short trial
                 ),
                 run_config=tune.RunConfig(
                     name="search",
-                    stop=_Signals(stop),
+                    stop=_SignalStopper(stop),
                     failure_config=tune.FailureConfig(max_failures=training.retries),
                     verbose=0,
                     **storage,
@@ -110,22 +109,22 @@ class Search:
             for result in tuner.fit():
                 name = (result.config or {}).get("name", "")
                 if result.error is not None:
-                    judges.faults.setdefault(name, str(result.error).strip().splitlines()[-1])
+                    scheduler.errors.setdefault(name, str(result.error).strip().splitlines()[-1])
         if stop.signum:
             raise Stopped(stop.signum)
 
 
-def _hush() -> None:
-    """Tune would move trials to folders of its own, log each in three formats, catch Ctrl-C itself and tell much."""
+def _configure_tune() -> None:
+    """Turn off Tune's working directories, log files, Ctrl-C handler and progress output."""
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # whose header comes at any verbosity
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # prints a header at every verbosity
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
 
-class _Signals(tune.Stopper):
-    """Ends the search when this process gets a signal."""
+class _SignalStopper(tune.Stopper):
+    """Stops the search when this process receives a signal."""
 
     def __init__(self, stop: Stop) -> None:
         self._stop = stop
@@ -137,23 +136,23 @@ class _Signals(tune.Stopper):
         return bool(self._stop.signum)
 
 
-class _Judges(FIFOScheduler):
-    """An ASHA for each curve, and a line for people at each evaluation.
+class _Scheduler(FIFOScheduler):
+    """One ASHA scheduler for each curve; logs a line at each evaluation.
 
-    Trials come in order. ASHA knows them by their names, so that it is told of evaluations of earlier starts as well.
+    Trials start in order. ASHA identifies them by name, so that evaluations of earlier searches can be replayed.
     """
 
-    def __init__(self, search: Search, trials: Mapping[Trial, StudentConfig], judged: bool) -> None:
+    def __init__(self, search: Search, trials: Mapping[Trial, StudentConfig], stop_early: bool) -> None:
         super().__init__()
-        self.faults: dict[str, str] = {}
+        self.errors: dict[str, str] = {}
         self._search = search
         self._configs = {trial.name: config for trial, config in trials.items()}
         self._curves = {trial.name: trial.setting.curve for trial in trials}
-        self._judges: dict[str, ASHAScheduler] = {}
+        self._schedulers: dict[str, ASHAScheduler] = {}
         early = search.early_stopping
-        if judged and early is not None:
+        if stop_early and early is not None:
             for curve in dict.fromkeys(self._curves.values()):
-                self._judges[curve] = ASHAScheduler(
+                self._schedulers[curve] = ASHAScheduler(
                     time_attr=_STEP,
                     metric=_VALUE,
                     mode="max",
@@ -163,31 +162,32 @@ class _Judges(FIFOScheduler):
                     stop_last_trials=False,
                 )
         for name, curve in self._curves.items():
-            if curve in self._judges:
-                self._judges[curve].on_trial_add(None, SimpleNamespace(trial_id=name))
+            if curve in self._schedulers:
+                self._schedulers[curve].on_trial_add(None, SimpleNamespace(trial_id=name))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune keeps a copy of it for a way of going on that is not used here."""
+        """Return no state: Tune pickles the scheduler for its own way of resuming, which is not used here."""
         return {}
 
-    def remember(self, trial: Trial, outcome: Outcome) -> None:
-        """Tell ASHA the evaluations of earlier starts.
+    def replay(self, trial: Trial, outcome: Outcome) -> None:
+        """Report the evaluations of earlier searches to ASHA.
 
-        Decisions were taken then, but for the last evaluation of a trial that was killed before it went on.
+        Their decisions were carried out at the time, except for the last evaluation of a trial that was killed before
+        its next step; that trial is stopped now if it falls behind.
         """
         for step, value in outcome.curve:
             behind = self._falls_behind(trial.name, step, value)
-            if behind and outcome.state == "open" and not outcome.beyond and step == outcome.curve[-1][0]:
+            if behind and outcome.state == "open" and not outcome.continued and step == outcome.curve[-1][0]:
                 mark_stopped(self._configs[trial.name], self._search.metric, step, value)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """ASHA has been told of all."""
+        """Do nothing: all trials were added in the constructor."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         name = trial.config["name"]
-        if _FAULT in result:
-            self.faults[name] = result[_FAULT]
-            self._search.screen.log(f"{name}: failed: {result[_FAULT]}")
+        if _ERROR in result:
+            self.errors[name] = result[_ERROR]
+            self._search.screen.log(f"{name}: failed: {result[_ERROR]}")
         if _STEP not in result:
             return str(TrialScheduler.CONTINUE)
         step, value = result[_STEP], result[_VALUE]
@@ -199,26 +199,26 @@ class _Judges(FIFOScheduler):
         return str(TrialScheduler.STOP if behind else TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """ASHA has been told of its last evaluation."""
+        """Do nothing: ASHA already has its last evaluation."""
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """ASHA keeps what it knows."""
+        """Do nothing: ASHA keeps the evaluations of removed trials."""
 
     def _falls_behind(self, name: str, step: int, value: float) -> bool:
-        """What ASHA says; of a training that is at its end nothing is to be saved."""
-        judge = self._judges.get(self._curves[name])
-        if judge is None or step >= self._search.steps:
+        """Return whether ASHA stops the trial; False at its last step, where stopping saves nothing."""
+        scheduler = self._schedulers.get(self._curves[name])
+        if scheduler is None or step >= self._search.steps:
             return False
-        action = judge.on_trial_result(None, SimpleNamespace(trial_id=name), {_STEP: step, _VALUE: value})
+        action = scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), {_STEP: step, _VALUE: value})
         return bool(action == TrialScheduler.STOP)
 
 
-def _trial(
+def _run_trial(
     config: dict[str, Any], *, configs: Mapping[str, StudentConfig], folder: str, metric: str
 ) -> dict[str, Any] | None:
-    """What a worker of Tune runs: a training as `reinforce train` does it, which tells its evaluations."""
-    # Paths of the config, and classes of the user's own, are relative to where the driver is, or, in a job, to where
-    # its files are on this node; on a cluster that was there before, Tune has gone elsewhere.
+    """Train as `reinforce train` does, in a worker of Tune, and report each evaluation."""
+    # Paths in the config and custom classes are relative to the driver's folder, or, in a job, to the folder of its
+    # files on this node; on an existing cluster Tune changes the working directory.
     home = next(filter(os.path.isdir, [folder, os.environ.get("TUNE_ORIG_WORKING_DIR", "")]), os.getcwd())
     os.chdir(home)
     sys.path[:0] = [home] if home not in sys.path else []
@@ -229,16 +229,16 @@ def _trial(
         tune.report({_STEP: step, _VALUE: metrics[metric]})
 
     try:
-        with join(student.train.compute) as ranks, _waiting(Storage(job.output).lock):
+        with join(student.train.compute) as ranks, _wait_for(Storage(job.output).lock):
             run_rank(partial(build, student), job, ranks, Stop(), evaluated=evaluated)
-    except UserError as error:  # another start would not mend it
-        return {_FAULT: str(error)}
+    except UserError as error:  # a retry would fail the same way
+        return {_ERROR: str(error)}
     return None
 
 
 @contextlib.contextmanager
-def _waiting(lock: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-    """A lock that a trial of a killed search may hold for some moments yet."""
+def _wait_for(lock: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Acquire a lock that a trial of a killed search may still hold for a moment. Raises UserError after a minute."""
     deadline = time.monotonic() + _LOCK_SECONDS
     with contextlib.ExitStack() as stack:
         while True:
@@ -253,22 +253,22 @@ def _waiting(lock: Callable[[], contextlib.AbstractContextManager[None]]) -> Ite
 
 
 @contextlib.contextmanager
-def _scratch(store: Storage) -> Iterator[dict[str, Any]]:
-    """A folder for what Ray Tune writes, which every node reaches as it does the output; it goes at the end."""
+def _scratch_folder(store: Storage) -> Iterator[dict[str, Any]]:
+    """Yield the storage options of Ray Tune: a folder in the output, which every node can reach; removed at the end."""
     path = store.path(_RAY)
 
-    def sweep() -> None:
+    def remove() -> None:
         with contextlib.suppress(FileNotFoundError):
             store.fs.rm(path, recursive=True)
 
-    sweep()
+    remove()
     if store.local:
-        where: dict[str, Any] = {"storage_path": os.path.abspath(path)}
+        options: dict[str, Any] = {"storage_path": os.path.abspath(path)}
     else:
         from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-        where = {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(store.fs))}
+        options = {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(store.fs))}
     try:
-        yield where
+        yield options
     finally:
-        sweep()
+        remove()

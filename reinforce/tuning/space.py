@@ -1,4 +1,4 @@
-"""What is tried: settings, the trainings that try each, and how they come out of the student's config."""
+"""The search space: settings, their trials, and the student config of each trial."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ TRIALS = "trials"
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the search: the logit scales of teachers, and lambda where it is tried.
+    """One point of the search: logit scales by teacher, and lambda where it is tried.
 
-    ``curve`` names what it is compared with: a teacher, LAMBDA or JOINT. ``alone``: its teacher is the only one.
+    ``curve`` is the group of settings that it is compared with: a teacher's name, LAMBDA or JOINT. With ``alone``, the
+    student learns from this one teacher.
     """
 
     curve: str
     scales: Mapping[str, float] = field(hash=False)
-    share: float | None = None
+    lambda_: float | None = None
     alone: bool = False
 
     @property
     def values(self) -> dict[str, float]:
-        """By teacher, and by LAMBDA."""
-        return {**self.scales, **({} if self.share is None else {LAMBDA: self.share})}
+        """The values by teacher, and by LAMBDA."""
+        return {**self.scales, **({} if self.lambda_ is None else {LAMBDA: self.lambda_})}
 
     @property
     def name(self) -> str:
-        """For people, and for folders."""
+        """Name in logs and folder names."""
         return "_".join(f"{name}-{value:g}" for name, value in self.values.items())
 
 
@@ -56,76 +57,79 @@ class Trial:
 
 
 def scale_settings(config: TuneConfig) -> list[Setting]:
-    """What is tried of scales (in `joint` mode of lambda, too), curve after curve."""
+    """List the settings of scales, curve by curve; in `joint` mode they include lambda."""
     if config.mode == "independent":
         return [Setting(name, {name: v}, alone=True) for name, values in config.scales.items() for v in values]
     grids = [[(name, value) for value in values] for name, values in config.scales.items()]
-    shares: Sequence[float | None] = config.lambda_ or [None]
-    found = [Setting(JOINT, dict(point), share) for point in itertools.product(*grids) for share in shares]
-    if config.sample is not None and config.sample < len(found):
-        drawn = random.Random(config.seeds[0]).sample(range(len(found)), config.sample)  # noqa: S311
-        found = [found[number] for number in sorted(drawn)]
-    return found
+    lambdas: Sequence[float | None] = config.lambda_ or [None]
+    settings = [Setting(JOINT, dict(point), lambda_) for point in itertools.product(*grids) for lambda_ in lambdas]
+    if config.sample is not None and config.sample < len(settings):
+        drawn = random.Random(config.seeds[0]).sample(range(len(settings)), config.sample)  # noqa: S311
+        settings = [settings[number] for number in sorted(drawn)]
+    return settings
 
 
 def lambda_settings(config: TuneConfig, scales: Mapping[str, float]) -> list[Setting]:
-    """With `independent`: what is tried of lambda, with all teachers at ``scales``."""
-    return [Setting(LAMBDA, scales, share) for share in config.lambda_] if config.mode == "independent" else []
+    """List the settings of lambda with all teachers at ``scales``; empty unless the mode is `independent`."""
+    return [Setting(LAMBDA, scales, lambda_) for lambda_ in config.lambda_] if config.mode == "independent" else []
 
 
-class Base:
-    """The student's config that is tuned. Raises UserError for what is wrong with it."""
+class BaseStudent:
+    """The student's config that is tuned.
+
+    ``raw`` is the mapping as the user wrote it, ``full`` the training that `reinforce train` would run, ``short`` that
+    of a trial without its setting, and ``origin`` the name of the config in messages. Raises UserError for an invalid
+    config.
+    """
 
     def __init__(self, config: TuneConfig) -> None:
         self._output = config.output.rstrip("/")
-        self.where = "student" if isinstance(config.student, dict) else config.student
-        self.written: dict[str, Any] = _plain(config.student)
-        short = _merged(self.written, config.trial)
-        #: The training that `reinforce train` would do, and that of a trial but for its setting.
-        self.whole = settings.parse(StudentConfig, self.written, where=f"config {self.where}")
-        self.short = settings.parse(StudentConfig, short, where=f"config {self.where} with the keys of `trial`")
-        self._short = short
+        self.origin = "student" if isinstance(config.student, dict) else config.student
+        self.raw: dict[str, Any] = _read_raw(config.student)
+        self._raw_short = _merge(self.raw, config.trial)
+        self.full = settings.parse(StudentConfig, self.raw, where=f"config {self.origin}")
+        where = f"config {self.origin} with the keys of `trial`"
+        self.short = settings.parse(StudentConfig, self._raw_short, where=where)
 
-    def of(self, trial: Trial) -> StudentConfig:
-        """The training of a trial."""
-        data = {**self._short, "output": f"{self._output}/{TRIALS}/{trial.name}", "seed": trial.seed}
-        return settings.parse(StudentConfig, with_setting(data, trial.setting))
+    def trial_config(self, trial: Trial) -> StudentConfig:
+        """Return the training of a trial."""
+        data = {**self._raw_short, "output": f"{self._output}/{TRIALS}/{trial.name}", "seed": trial.seed}
+        return settings.parse(StudentConfig, apply_setting(data, trial.setting))
 
 
-def with_setting(data: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
-    """A student's config with a setting in place of its own scales and lambda."""
+def apply_setting(data: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
+    """Return a student's config with the scales and lambda of a setting."""
     loss = dict(data.get("loss") or {})
     before = {} if setting.alone else loss.get("logit_scales") or {}
     loss["logit_scales"] = {**before, **setting.scales}
-    if setting.share is not None:
+    if setting.lambda_ is not None:
         loss.pop("lambda_", None)
-        loss["lambda"] = setting.share
-    made = {**data, "loss": loss}
+        loss["lambda"] = setting.lambda_
+    changed = {**data, "loss": loss}
     if setting.alone:
-        made["data"] = {**data["data"], "teachers": list(setting.scales)}
-    return made
+        changed["data"] = {**data["data"], "teachers": list(setting.scales)}
+    return changed
 
 
-def _plain(student: str | Mapping[str, Any]) -> dict[str, Any]:
-    """What a user wrote of a student."""
+def _read_raw(student: str | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(student, str):
         return dict(student)
-    settings.load(StudentConfig, student)  # tells its faults
+    settings.load(StudentConfig, student)  # raises UserError with the place of a fault
     data: dict[str, Any] = yaml.safe_load(Path(student).read_text(encoding="utf-8"))
     return data
 
 
-def _merged(data: Mapping[str, Any], changes: Mapping[str, Any], place: str = "trial") -> dict[str, Any]:
-    """``data`` with the keys of ``changes``, section by section."""
-    made = dict(data)
-    if place == "trial.train" and {"steps", "epochs"} & changes.keys():  # of which a training has one
-        made = {key: value for key, value in made.items() if key not in ("steps", "epochs")}
+def _merge(data: Mapping[str, Any], changes: Mapping[str, Any], place: str = "trial") -> dict[str, Any]:
+    """Return ``data`` with the keys of ``changes``, section by section."""
+    merged = dict(data)
+    if place == "trial.train" and {"steps", "epochs"} & changes.keys():  # a training has exactly one of them
+        merged = {key: value for key, value in merged.items() if key not in ("steps", "epochs")}
     for key, value in changes.items():
         if place == "trial" and key in ("output", "seed"):
-            raise UserError(f"trial.{key}: each trial has its own. Remove it.")
-        before = made.get(key)
+            raise UserError(f"trial.{key}: set for each trial by the tuning. Remove it.")
+        before = merged.get(key)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
-            made[key] = _merged(before, value, f"{place}.{key}")
+            merged[key] = _merge(before, value, f"{place}.{key}")
         else:
-            made[key] = value
-    return made
+            merged[key] = value
+    return merged

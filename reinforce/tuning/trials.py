@@ -1,7 +1,7 @@
-"""Trials as folders: each is an ordinary training's output, and says by itself how far it is.
+"""Trial folders: each holds the output of an ordinary training, from which the trial's state is read.
 
-``trial.json`` holds what the training is, ``log.jsonl`` the evaluations so far, ``results.json`` that it has ended,
-``stopped.json`` that it was ended early. Nothing else is kept of a search.
+``trial.json`` identifies the training, ``log.jsonl`` holds the evaluations so far, ``results.json`` exists once it is
+finished, ``stopped.json`` once it was stopped early. A search keeps no other state.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ _TRIAL, _STOPPED = "trial.json", "stopped.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a trial is. ``curve`` holds (step, metric) of its evaluations; ``beyond``: it took steps after the last.
+    """State of a trial.
 
-    ``fault`` is why it could not go on this time; it is tried again the next.
+    ``curve`` holds (step, metric) of its evaluations; ``continued`` is whether it took steps after the last of them.
+    ``error`` is why it failed in this search; a failed trial is retried by the next one.
     """
 
     state: Literal["open", "finished", "stopped"]
     curve: Sequence[tuple[int, float]] = ()
-    beyond: bool = False
+    continued: bool = False
     seconds: float = 0.0
-    fault: str | None = None
+    error: str | None = None
 
     @property
     def value(self) -> float | None:
-        """The metric at the end, of the weights that are exported."""
+        """The final metric, that of the exported weights; None unless the trial is finished."""
         return self.curve[-1][1] if self.curve and self.state == "finished" else None
 
 
-def begin(config: StudentConfig, steps: int) -> None:
-    """Say what the training in a trial's folder is. Raises UserError where there is another already."""
+def begin_trial(config: StudentConfig, steps: int) -> None:
+    """Record the training in its folder. Raises UserError if the folder holds another training."""
     store = Storage(config.output)
     now: dict[str, Any] = {"train.steps": steps, **job_of(config).course}
     now = json.loads(json.dumps(now))
@@ -52,16 +53,16 @@ def begin(config: StudentConfig, steps: int) -> None:
         store.write_json(now, _TRIAL)
     elif changed := differences(then, now):
         raise UserError(
-            f"{store.url} is a trial of another training:\n  " + "\n  ".join(changed) + "\n"
-            "Write to another `output`, restore these values, or delete the folder to try it anew."
+            f"{store.url} holds a trial of another training:\n  " + "\n  ".join(changed) + "\n"
+            "Write to another `output`, restore these values, or delete the folder to train it again."
         )
 
 
-def outcome_of(config: StudentConfig, steps: int, metric: str) -> Outcome:
-    """What a trial's folder says. One that was stopped by another metric is open again."""
+def read_outcome(config: StudentConfig, steps: int, metric: str) -> Outcome:
+    """Read a trial's state from its folder. A trial that was stopped by another metric is open again."""
     store = Storage(config.output)
-    store.fs.invalidate_cache(store.root)  # a worker has written there since this process looked last
-    curve = _curve(store, metric)
+    store.fs.invalidate_cache(store.root)  # a worker may have written there since
+    curve = _read_curve(store, metric)
     results = read_results(store)
     if results is not None and results.steps == steps and curve and curve[-1][0] == steps:
         return Outcome("finished", curve, seconds=results.seconds)
@@ -69,26 +70,26 @@ def outcome_of(config: StudentConfig, steps: int, metric: str) -> Outcome:
     if stopped is not None and stopped["metric"] == metric:
         return Outcome("stopped", [point for point in curve if point[0] <= stopped["step"]])
     latest = max(Checkpoints(store, 1).steps(), default=0)
-    return Outcome("open", curve, beyond=bool(curve) and latest > curve[-1][0])
+    return Outcome("open", curve, continued=bool(curve) and latest > curve[-1][0])
 
 
 def mark_stopped(config: StudentConfig, metric: str, step: int, value: float) -> None:
-    """Say that a trial was ended early, and by what."""
+    """Record that a trial was stopped early, and at which evaluation."""
     Storage(config.output).write_json({"metric": metric, "step": step, "value": value, "by": "ASHA"}, _STOPPED)
 
 
-def _curve(store: Storage, metric: str) -> list[tuple[int, float]]:
+def _read_curve(store: Storage, metric: str) -> list[tuple[int, float]]:
     try:
         lines = store.fs.cat_file(store.path(LOG)).decode().splitlines()
     except FileNotFoundError:
         return []
-    found: dict[int, float] = {}
+    values: dict[int, float] = {}
     for line in lines:
         try:
             row: Mapping[str, Any] = json.loads(line)
-        except ValueError:  # cut in the middle by a kill
+        except ValueError:  # truncated when the training was killed
             break
         value = row.get("metrics", {}).get(metric)
         if value is not None:
-            found[row["step"]] = value
-    return sorted(found.items())
+            values[row["step"]] = value
+    return sorted(values.items())

@@ -1,4 +1,4 @@
-"""`reinforce tune` from end to end on a tiny dataset, gone on with, and told what is wrong before it trains."""
+"""`reinforce tune` on a tiny dataset: complete, resumed, and with errors that are reported before anything trains."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METRIC = "retrieval/own/text_to_image/r10"
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A tuning but for its output."""
+    """A tuning without its output."""
     folder = tmp_path_factory.mktemp("tuning")
     url = small_dataset(folder, sizes=(21, 9))
     student = {
@@ -60,23 +60,23 @@ def tune(config: dict[str, Any], output: Path, *options: str) -> int:
 
 
 def table_of(output: Path) -> dict[str, Any]:
-    """table.json without what the clock says."""
+    """table.json without its times."""
     table: dict[str, Any] = json.loads((output / "table.json").read_text())
     return {key: value for key, value in table.items() if key != "seconds"}
 
 
-def test_a_tuning_from_its_screening_to_a_config_that_trains(
+def test_tuning_writes_results_resumes_and_records_scales(
     ray_session: None, config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
     assert tune(config, output) == 0
-    said, _ = capfd.readouterr()
+    printed, _ = capfd.readouterr()
     table = table_of(output)
     (curve,) = table["curves"]
     assert (curve["axis"], table["found"]) == ("red", {"red": curve["best"]})
-    assert curve["told"] in said.replace("\n", " ")
+    assert curve["told"] in printed.replace("\n", " ")
     finished = [row for row in table["rows"] if row["state"] == "finished"]
-    assert len(finished) == 2  # one was stopped, perhaps, and trained on as the other's neighbour
+    assert len(finished) == 2  # one may be stopped first, and then resumed as a neighbour of the best
     for row in finished:
         for seed, value in row["values"].items():
             results = json.loads((output / "trials" / f"red-{row['red']:g}_seed-{seed}" / "results.json").read_text())
@@ -89,7 +89,7 @@ def test_a_tuning_from_its_screening_to_a_config_that_trains(
     assert (written.train.epochs, written.train.steps) == (40, None)
     build(written, Accelerator("cpu"))
 
-    # What is finished is not trained again; what was killed in the middle ends as it would have.
+    # Finished trials are not trained again; an interrupted one gives the same result.
     logs = {path: path.read_bytes() for path in output.glob(f"trials/*/{LOG}")}
     best = output / "trials" / f"red-{curve['best']:g}_seed-1"
     (best / "results.json").unlink()
@@ -98,8 +98,8 @@ def test_a_tuning_from_its_screening_to_a_config_that_trains(
     (best / "checkpoints" / "best.json").unlink()
     del logs[best / LOG]
     assert tune(config, output, "--record") == 0
-    said, _ = capfd.readouterr()
-    assert f"red-{curve['best']:g}_seed-1: step {STEPS} of {STEPS}" in said
+    printed, _ = capfd.readouterr()
+    assert f"red-{curve['best']:g}_seed-1: step {STEPS} of {STEPS}" in printed
     assert table_of(output) == table
     assert {path: path.read_bytes() for path in logs} == logs
 
@@ -107,12 +107,10 @@ def test_a_tuning_from_its_screening_to_a_config_that_trains(
     entry = read_manifest(Store(url))["teachers"]["red"]
     assert entry["logit_scale"] == curve["best"]
     assert entry["logit_scale_from"].startswith(f"tuned by {METRIC}")
-    assert f"the logit scale of red is {curve['best']:g} now, was 50 (config)" in said
+    assert f"logit scale of red is now {curve['best']:g}, was 50 (config)" in printed
 
 
-def test_the_screening_alone_trains_nothing(
-    config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_screen_only_trains_nothing(config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     assert tune({**config, "scales": {"red": [5.0, 50.0], "blue": [5.0, 9.0]}}, output, "--screen-only") == 0
     assert "likely" in capfd.readouterr().out
@@ -129,10 +127,10 @@ def with_student(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str,
 
 
 FAULTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
-    "no set": (with_student(lambda s: s.pop("evaluate")), "has no set to evaluate by"),
-    "one value": (lambda c: {**c, "scales": {"red": [50.0]}}, "there is nothing to compare"),
+    "no set": (with_student(lambda s: s.pop("evaluate")), "has no evaluation set"),
+    "one value": (lambda c: {**c, "scales": {"red": [50.0]}}, "nothing to compare"),
     "another teacher": (lambda c: {**c, "scales": {"green": [5.0, 9.0]}}, "no teacher 'green'; it has: red, blue"),
-    "another metric": (lambda c: {**c, "metric": "loss"}, "no set gives 'loss'; there are: retrieval/own"),
+    "another metric": (lambda c: {**c, "metric": "loss"}, "no evaluation set has 'loss'; available: retrieval/own"),
     "no early evaluation": (lambda c: {**c, "trial": {"train": {"steps": 4}}}, "Set evaluate.every to 1 in `trial`"),
     "no teacher counts": (with_student(lambda s: s.update(loss={"lambda": 0})), "loss.lambda is 0"),
     "two ranks": (with_student(lambda s: s["train"].update(compute={"ranks": 2})), "a trial is one rank"),
@@ -142,16 +140,16 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_wrong_is_told_before_anything_trains(
+def test_errors_are_reported_before_anything_trains(
     config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str], fault: str
 ) -> None:
-    change, told = FAULTS[fault]
+    change, message = FAULTS[fault]
     assert tune(change(config), tmp_path / "out") == 2
-    assert told in capfd.readouterr().err
+    assert message in capfd.readouterr().err
     assert not (tmp_path / "out" / "trials").exists()
 
 
-def test_an_output_that_cannot_be_written_is_told(
+def test_unwritable_output_is_reported(
     config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -162,10 +160,10 @@ def test_an_output_that_cannot_be_written_is_told(
     assert "cannot be written" in capfd.readouterr().err
 
 
-def test_trials_that_fit_no_machine_are_told(
+def test_trials_that_fit_no_machine_are_reported(
     ray_session: None, config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Ray would wait for ever."""
+    """Ray itself would wait without limit."""
     trial = {**config["trial"], "train": {"steps": STEPS, "compute": {"cpus": 64}}}
     assert tune({**config, "trial": trial}, tmp_path / "out") == 2
     assert "each wants 64 CPUs and 0 GPUs on one node" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""The screening against its definitions written out in numpy, on a real dataset."""
+"""The screening compared with its definitions in numpy, on a real dataset."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from reinforce import settings
 from reinforce.student.config import StudentConfig
-from reinforce.tuning.screening import Screened, _batches, screen
+from reinforce.tuning.screening import TeacherScreening, _read_batches, screen
 from tests.helpers.reinforced import small_dataset
 
 SIZE, COUNT = 12, 3
@@ -31,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> StudentConfig:
 
 
 @pytest.fixture(scope="module")
-def screened(config: StudentConfig) -> dict[str, Screened]:
+def screenings(config: StudentConfig) -> dict[str, TeacherScreening]:
     return screen(config, ["red", "blue"], SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None)
 
 
@@ -40,9 +40,9 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def test_measures_are_their_definitions(config: StudentConfig, screened: dict[str, Screened]) -> None:
+def test_measures_match_their_definitions(config: StudentConfig, screenings: dict[str, TeacherScreening]) -> None:
     entropies, true, losses, agreements = [], [], [], []
-    for batch in _batches(config, ["red", "blue"], COUNT, SIZE):
+    for batch in _read_batches(config, ["red", "blue"], COUNT, SIZE):
         for kind in ("caption", "synthetic"):
             for turn in (lambda m: m, lambda m: m.T):
                 one = softmax(turn(5.0 * batch["red"][kind].numpy().astype(np.float64)))
@@ -53,33 +53,35 @@ def test_measures_are_their_definitions(config: StudentConfig, screened: dict[st
                 middle = (one + other) / 2
                 divergence = [(p * np.log(p / middle)).sum(axis=1).mean() for p in (one, other)]
                 agreements.append(1 - np.mean(divergence) / np.log(2))
-    found = screened["red"].scales[1]
+    found = screenings["red"].scales[1]
     assert found.scale == 5.0
     expected = [np.mean(values) for values in (entropies, true, losses, agreements)]
     assert [found.entropy, found.true_pair, found.calibration, found.agreement] == pytest.approx(expected, rel=1e-4)
     assert np.mean([found.entropy_of_images, found.entropy_of_texts]) == pytest.approx(found.entropy)
 
 
-def test_a_scale_of_nothing_says_nothing(screened: dict[str, Screened]) -> None:
-    flat = screened["red"].scales[0]
+def test_scale_near_zero_gives_the_uniform_distribution(screenings: dict[str, TeacherScreening]) -> None:
+    flat = screenings["red"].scales[0]
     assert flat.entropy == pytest.approx(1, abs=1e-3)
     assert flat.true_pair == pytest.approx(1 / SIZE, abs=1e-3)
     assert flat.calibration == pytest.approx(np.log(SIZE), abs=1e-3)
-    sharper = [at.entropy for at in screened["red"].scales]
+    sharper = [at.entropy for at in screenings["red"].scales]
     assert sharper == sorted(sharper, reverse=True)
 
 
-def test_the_most_likely_scale_has_the_lowest_loss_on_a_grid(config: StudentConfig) -> None:
+def test_most_likely_scale_has_the_lowest_loss_on_a_grid(config: StudentConfig) -> None:
     grid = [float(scale) for scale in np.geomspace(1, 30, 60)]
     found = screen(config, ["blue"], {"blue": grid}, {"blue": 30.0}, COUNT, None)["blue"]
     losses = found.curve("calibration")
     best = grid[int(np.argmin(losses))]  # type: ignore[arg-type]
     assert found.calibrated == pytest.approx(best, rel=0.06)
-    assert found.curve("agreement") == [None] * 60  # with itself alone there is nothing to agree on
+    assert found.curve("agreement") == [None] * 60  # undefined for a single teacher
 
 
-def test_it_is_the_same_again_and_follows_the_seed(config: StudentConfig, screened: dict[str, Screened]) -> None:
+def test_screening_is_deterministic_and_depends_on_the_seed(
+    config: StudentConfig, screenings: dict[str, TeacherScreening]
+) -> None:
     again = screen(config, ["red", "blue"], SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None)
-    assert again == screened
+    assert again == screenings
     other = config.model_copy(update={"seed": 1})
-    assert screen(other, ["red", "blue"], SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None) != screened
+    assert screen(other, ["red", "blue"], SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None) != screenings

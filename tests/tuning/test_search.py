@@ -1,24 +1,21 @@
-"""What ASHA decides, and that a search that was killed decides no other way."""
+"""Decisions of the scheduler, which are the same after a search is killed and resumed."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from reinforce import settings
-from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.terminal import Screen
 from reinforce.tuning.config import EarlyStopping
-from reinforce.tuning.search import Search, _Judges
+from reinforce.tuning.search import Search, _Scheduler
 from reinforce.tuning.space import Setting, Trial
-from reinforce.tuning.trials import begin, outcome_of
+from reinforce.tuning.trials import read_outcome
+from tests.helpers.tuning import METRIC, trial_student
 
-METRIC = "retrieval/own/text_to_image/r1"
 STEPS = 12
 #: The metric at steps 4, 8 and 12, by scale.
 CURVES = {
@@ -30,114 +27,93 @@ CURVES = {
 }
 
 
-def config(output: Path, **train: Any) -> StudentConfig:
-    return settings.parse(
-        StudentConfig,
-        {
-            "output": str(output),
-            "student": {"model": "MobileCLIP2-S0"},
-            "data": {"datasets": "data"},
-            "train": {"steps": STEPS, "batch": 8, **train},
-        },
-    )
-
-
 def trials(folder: Path) -> dict[Trial, StudentConfig]:
     made = [Trial(Setting("red", {"red": scale}, alone=True), 0) for scale in CURVES]
-    return {trial: config(folder / trial.name) for trial in made}
+    return {trial: trial_student(folder / trial.name, STEPS) for trial in made}
 
 
-def judges(of: dict[Trial, StudentConfig]) -> _Judges:
+def make_scheduler(configs: dict[Trial, StudentConfig]) -> _Scheduler:
     early = EarlyStopping(grace=0.3, reduction=2.0)
     search = Search("out", METRIC, STEPS, early, None, Screen(), lambda: None)
-    return _Judges(search, of, judged=True)
+    return _Scheduler(search, configs, stop_early=True)
 
 
-def evaluate(judge: _Judges, of: dict[Trial, StudentConfig], trial: Trial, step: int, value: float) -> str:
-    """A training writes its log, and then tells."""
-    folder = Path(of[trial].output)
+def evaluate(scheduler: _Scheduler, configs: dict[Trial, StudentConfig], trial: Trial, step: int, value: float) -> str:
+    """Write an evaluation to the log of a training, then report it."""
+    folder = Path(configs[trial].output)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
         log.write(json.dumps({"step": step, "metrics": {METRIC: value}}) + "\n")
     tuned = SimpleNamespace(config={"name": trial.name})
-    return judge.on_trial_result(None, tuned, {"step": step, "value": value})
+    return scheduler.on_trial_result(None, tuned, {"step": step, "value": value})
 
 
-def run(judge: _Judges, of: dict[Trial, StudentConfig], upto: int | None = None) -> None:
-    """One trial after another; the search is killed after ``upto`` evaluations."""
+def run_trials(scheduler: _Scheduler, configs: dict[Trial, StudentConfig], kill_after: int | None = None) -> None:
+    """Run one trial after another; the search is killed after ``kill_after`` evaluations."""
     count = 0
-    for trial, config_ in of.items():
-        outcome = outcome_of(config_, STEPS, METRIC)
+    for trial, config in configs.items():
+        outcome = read_outcome(config, STEPS, METRIC)
         if outcome.state != "open":
             continue
         for step, value in zip((4, 8, 12), CURVES[trial.setting.scales["red"]], strict=True):
             if step <= max([0, *(at for at, _ in outcome.curve)]):
                 continue
-            if upto is not None and count == upto:
+            if kill_after is not None and count == kill_after:
                 return
             count += 1
-            if evaluate(judge, of, trial, step, value) == "STOP":
+            if evaluate(scheduler, configs, trial, step, value) == "STOP":
                 break
             if step == STEPS:
                 results = {"steps": STEPS, "seconds": 1.0, "best": None, "output": "", "export": "student"}
                 rest = {"samples": 96, "parameters": 1, "loss": 0.0, "metrics": {}, "skipped": 0}
-                (Path(config_.output) / "results.json").write_text(json.dumps(results | rest))
+                (Path(config.output) / "results.json").write_text(json.dumps(results | rest))
 
 
-def states(of: dict[Trial, StudentConfig]) -> dict[float, tuple[str, int]]:
-    outcomes = {trial: outcome_of(of[trial], STEPS, METRIC) for trial in of}
+def states(configs: dict[Trial, StudentConfig]) -> dict[float, tuple[str, int]]:
+    outcomes = {trial: read_outcome(configs[trial], STEPS, METRIC) for trial in configs}
     return {t.setting.scales["red"]: (o.state, o.curve[-1][0]) for t, o in outcomes.items()}
 
 
-def test_trials_that_fall_behind_at_a_rung_are_stopped_there(tmp_path: Path) -> None:
-    of = trials(tmp_path)
-    run(judges(of), of)
-    assert states(of) == {
+def test_trials_that_fall_behind_at_a_rung_are_stopped(tmp_path: Path) -> None:
+    configs = trials(tmp_path)
+    run_trials(make_scheduler(configs), configs)
+    assert states(configs) == {
         10.0: ("finished", 12), 20.0: ("finished", 12), 30.0: ("stopped", 4), 40.0: ("finished", 12),
         50.0: ("stopped", 8),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("killed_after", range(1, 13))
-def test_killed_anywhere_it_decides_as_if_it_had_not_been(tmp_path: Path, killed_after: int) -> None:
+@pytest.mark.parametrize("kill_after", range(1, 13))
+def test_killed_search_resumes_with_the_same_decisions(tmp_path: Path, kill_after: int) -> None:
     whole, killed = trials(tmp_path / "whole"), trials(tmp_path / "killed")
-    run(judges(whole), whole)
-    run(judges(killed), killed, upto=killed_after)
-    again = judges(killed)
+    run_trials(make_scheduler(whole), whole)
+    run_trials(make_scheduler(killed), killed, kill_after=kill_after)
+    again = make_scheduler(killed)
     for trial in killed:
-        again.remember(trial, outcome_of(killed[trial], STEPS, METRIC))
-    run(again, killed)
+        again.replay(trial, read_outcome(killed[trial], STEPS, METRIC))
+    run_trials(again, killed)
     assert states(killed) == states(whole)
 
 
-def test_a_decision_that_a_kill_has_swallowed_is_made_up_for(tmp_path: Path) -> None:
-    """The evaluation is in the log, and nobody was told: it is judged at the next start, before the trial goes on."""
-    of = trials(tmp_path)
-    judge = judges(of)
-    first, second, third, *_ = of
+def test_evaluation_that_was_logged_but_not_reported_is_decided_on_resume(tmp_path: Path) -> None:
+    """The next search replays the log before it continues the trial, and stops it."""
+    configs = trials(tmp_path)
+    scheduler = make_scheduler(configs)
+    first, second, third, *_ = configs
     for trial in (first, second):
         for step, value in zip((4, 8, 12), CURVES[trial.setting.scales["red"]], strict=True):
-            evaluate(judge, of, trial, step, value)
-    folder = Path(of[third].output)
+            evaluate(scheduler, configs, trial, step, value)
+    folder = Path(configs[third].output)
     folder.mkdir()
     (folder / "log.jsonl").write_text(json.dumps({"step": 4, "metrics": {METRIC: 0.1}}) + '\n{"step": 5, "lo')
-    again = judges(of)
+    again = make_scheduler(configs)
     for trial in (first, second, third):
-        again.remember(trial, outcome_of(of[trial], STEPS, METRIC))
-    assert outcome_of(of[third], STEPS, METRIC).state == "stopped"
+        again.replay(trial, read_outcome(configs[trial], STEPS, METRIC))
+    assert read_outcome(configs[third], STEPS, METRIC).state == "stopped"
 
 
-def test_a_trial_that_was_stopped_by_another_metric_goes_on(tmp_path: Path) -> None:
-    of = trials(tmp_path)
-    run(judges(of), of)
-    stopped = next(trial for trial in of if trial.setting.scales["red"] == 30.0)
-    assert outcome_of(of[stopped], STEPS, "another").state == "open"
-
-
-def test_a_folder_with_another_training_is_told(tmp_path: Path) -> None:
-    begin(config(tmp_path / "one"), STEPS)
-    begin(config(tmp_path / "one", checkpoints={"every": 5}), STEPS)  # which changes nothing that is learnt
-    with pytest.raises(UserError, match=r"train\.batch: 8 then, 16 now"):
-        begin(config(tmp_path / "one", batch=16), STEPS)
-    with pytest.raises(UserError, match=r"train\.steps: 12 then, 13 now"):
-        begin(config(tmp_path / "one"), STEPS + 1)
+def test_trial_stopped_by_another_metric_is_open(tmp_path: Path) -> None:
+    configs = trials(tmp_path)
+    run_trials(make_scheduler(configs), configs)
+    stopped = next(trial for trial in configs if trial.setting.scales["red"] == 30.0)
+    assert read_outcome(configs[stopped], STEPS, "another").state == "open"

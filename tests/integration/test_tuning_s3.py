@@ -1,4 +1,4 @@
-"""A tuning whose output is in an object store."""
+"""A tuning with its output in an object store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.students import student_folder
 STEPS = 3
 
 
-def test_trials_and_what_comes_of_them_are_in_the_store(s3: s3fs.S3FileSystem, tmp_path: Path) -> None:
+def test_trials_and_results_are_written_to_the_store(s3: s3fs.S3FileSystem, tmp_path: Path) -> None:
     url = small_dataset(tmp_path, sizes=(13,))
     student: dict[str, Any] = {
         "output": str(tmp_path / "student"),
@@ -40,7 +40,7 @@ def test_trials_and_what_comes_of_them_are_in_the_store(s3: s3fs.S3FileSystem, t
     )
     first = tune(config)
     assert [row.state for row in first.rows] == ["finished", "finished"]
-    assert json.loads(s3.cat("bucket/tuning/table.json"))["found"] == first.found
+    assert json.loads(s3.cat("bucket/tuning/table.json"))["found"] == first.best
     assert s3.exists("bucket/tuning/scales.png")
     assert s3.exists("bucket/tuning/student.yaml")
     assert s3.find("bucket/tuning/.ray") == []

@@ -1,0 +1,187 @@
+"""Results of the trials: mean and deviation of each setting, and the best value and plateau of each curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from reinforce.tuning.space import Setting, Trial
+from reinforce.tuning.trials import Outcome
+
+
+@dataclass(frozen=True)
+class Row:
+    """Result of a setting.
+
+    ``values`` is the final metric by seed; ``last_step`` the last evaluated step of the first seed's trial, and
+    ``last_value`` the metric there.
+    """
+
+    setting: Setting
+    state: Literal["finished", "stopped", "failed"]
+    values: Mapping[int, float]
+    last_step: int
+    last_value: float | None
+    error: str | None = None
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the seeds; None unless every seed is finished, since fewer seeds would not be comparable."""
+        return float(np.mean(list(self.values.values()))) if self.state == "finished" else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation over the seeds; None for fewer than two."""
+        return float(np.std(list(self.values.values()), ddof=1)) if len(self.values) > 1 else None
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "curve": self.setting.curve,
+            **self.setting.values,
+            "state": self.state,
+            "mean": self.mean,
+            "deviation": self.deviation,
+            "values": {str(seed): value for seed, value in self.values.items()},
+            "reached": self.last_step,
+            "last": self.last_value,
+            **({"fault": self.error} if self.error else {}),
+        }
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Adjacent values around the best whose mean is within ``width`` of it.
+
+    ``width`` is one standard error of a mean over the seeds, from the pooled deviations of all finished settings.
+    ``unknown`` names the sides ("below", "above") where the next value was not trained to the end, so that the plateau
+    may be wider there.
+    """
+
+    low: float
+    high: float
+    width: float
+    unknown: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The metric as a function of one tuned value, ``axis`` (a teacher's name, or LAMBDA).
+
+    Where several values vary together, ``rows`` hold the best setting for each value of the axis.
+    """
+
+    axis: str
+    rows: Sequence[tuple[float, Row]]
+    best: float | None
+    plateau: Plateau | None
+
+    @property
+    def neighbours(self) -> list[Row]:
+        """The rows on both sides of the plateau, or of the best where no plateau is known."""
+        if self.best is None:
+            return []
+        low, high = (self.best, self.best) if self.plateau is None else (self.plateau.low, self.plateau.high)
+        below = [row for value, row in self.rows if value < low]
+        above = [row for value, row in self.rows if value > high]
+        return below[-1:] + above[:1]
+
+    def describe(self) -> str:
+        """Return the best value and the plateau as one line."""
+        if self.best is None:
+            return f"{self.axis}: no value was trained to the end with every seed"
+        means = {value: row.mean for value, row in self.rows}
+        text = f"{self.axis}: best at {self.best:g} ({means[self.best]:.4f})"
+        if self.plateau is None:
+            return text + ", plateau unknown: at least two seeds are needed to estimate the noise"
+        low, high, width = self.plateau.low, self.plateau.high, self.plateau.width
+        text += f", plateau {low:g} to {high:g}" if low < high else ", no neighbour is as good"
+        text += f" (within {width:.4f}, one standard error)"
+        if self.plateau.unknown:
+            text += f"; the value {' and '.join(self.plateau.unknown)} it was not trained to the end"
+        return text
+
+
+def make_rows(outcomes: Mapping[Trial, Outcome], seeds: Sequence[int]) -> list[Row]:
+    """Return one row for each setting, in order."""
+    by_setting: dict[str, dict[int, Outcome]] = {}
+    settings: dict[str, Setting] = {}
+    for trial, outcome in outcomes.items():
+        key = f"{trial.setting.curve}: {trial.setting.name}"
+        settings[key] = trial.setting
+        by_setting.setdefault(key, {})[trial.seed] = outcome
+    return [_make_row(settings[key], by_seed, seeds) for key, by_seed in by_setting.items()]
+
+
+def _make_row(setting: Setting, outcomes: Mapping[int, Outcome], seeds: Sequence[int]) -> Row:
+    values = {seed: o.value for seed, o in outcomes.items() if o.value is not None}
+    errors = [outcome.error for outcome in outcomes.values() if outcome.error]
+    finished = set(values) == set(seeds)
+    state: Literal["finished", "stopped", "failed"] = "finished" if finished else "failed" if errors else "stopped"
+    first = next(iter(outcomes.values())).curve
+    last_step, last_value = first[-1] if first else (0, None)
+    return Row(setting, state, values, last_step, last_value, errors[0] if errors else None)
+
+
+def make_curves(rows: Sequence[Row]) -> list[Curve]:
+    """Return one curve for each teacher, and for lambda, of which several values were tried."""
+    curves = []
+    for name in dict.fromkeys(row.setting.curve for row in rows):
+        of_curve = [row for row in rows if row.setting.curve == name]
+        noise = _standard_error(of_curve)
+        for axis in of_curve[0].setting.values:
+            values = sorted({row.setting.values[axis] for row in of_curve})
+            if len(values) > 1:
+                by_value = [(v, _best_at([row for row in of_curve if row.setting.values[axis] == v])) for v in values]
+                curves.append(_make_curve(axis, by_value, noise))
+    return curves
+
+
+def best_row(rows: Sequence[Row], curve: str) -> Row | None:
+    """Return the finished setting of a curve with the highest mean; the first among equals."""
+    finished = [row for row in rows if row.setting.curve == curve and row.mean is not None]
+    return max(finished, key=lambda row: row.mean or 0.0, default=None)
+
+
+def _best_at(rows: Sequence[Row]) -> Row:
+    """Return the best finished setting at one value of an axis, else the one that was trained the furthest."""
+    return max(rows, key=lambda row: (row.mean is not None, row.mean or 0.0, row.last_step, row.last_value or 0.0))
+
+
+def _standard_error(rows: Sequence[Row]) -> float | None:
+    """Return the standard error of a finished setting's mean: pooled deviation / sqrt(seeds)."""
+    pairs = [(row.deviation, len(row.values)) for row in rows if row.mean is not None]
+    known = [(deviation, count) for deviation, count in pairs if deviation is not None]
+    if not known:
+        return None
+    pooled = math.sqrt(float(np.mean([deviation**2 for deviation, _ in known])))
+    return pooled / math.sqrt(known[0][1])
+
+
+def _make_curve(axis: str, rows: Sequence[tuple[float, Row]], noise: float | None) -> Curve:
+    means = [row.mean for _, row in rows]
+    finished = [(mean, index) for index, mean in enumerate(means) if mean is not None]
+    if not finished:
+        return Curve(axis, rows, None, None)
+    top, best = max(finished, key=lambda pair: (pair[0], -pair[1]))
+    if noise is None:
+        return Curve(axis, rows, rows[best][0], None)
+
+    def is_within_noise(index: int) -> bool:
+        mean = means[index]
+        return mean is not None and mean >= top - noise
+
+    low = high = best
+    while low > 0 and is_within_noise(low - 1):
+        low -= 1
+    while high + 1 < len(rows) and is_within_noise(high + 1):
+        high += 1
+    unknown = []
+    if low > 0 and means[low - 1] is None:
+        unknown.append("below")
+    if high + 1 < len(rows) and means[high + 1] is None:
+        unknown.append("above")
+    return Curve(axis, rows, rows[best][0], Plateau(rows[low][0], rows[high][0], noise, unknown))

@@ -1,0 +1,85 @@
+"""A tuned scale in dataset.json: later runs, added teachers and trainings keep it and report it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce import settings
+from reinforce.config import parse_config
+from reinforce.dataset.manifest import read_manifest, record_scales, update_manifest
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.plan import make_plan
+from reinforce.engine.runner import run
+from reinforce.student.config import StudentConfig
+from reinforce.student.distillation import plan_distillation, stored_teachers
+from tests.helpers.data import config_of
+from tests.helpers.reinforced import small_dataset
+
+ORIGIN = "tuned by retrieval/own/text_to_image/r1, plateau 40 to 60, see runs/tuning"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Store:
+    return Store(small_dataset(tmp_path, sizes=(5,)))
+
+
+def run_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, **red: Any) -> tuple[dict[str, Any], str]:
+    """Run with another scale -> the entry of dataset.json, and the warnings."""
+    config = config_of(f"{tmp_path}/source/*.tar", tmp_path / "out")
+    teacher = {**config["teachers"]["red"], **red}
+    config["teachers"]["red"] = {key: value for key, value in teacher.items() if value is not None}
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        run(config)
+    return read_manifest(Store(str(tmp_path / "out")))["teachers"]["red"], caplog.text
+
+
+def test_tuned_scale_stays_until_the_config_changes(
+    tmp_path: Path, dataset: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset.write_json(record_scales(read_manifest(dataset), {"red": 43.0}, ORIGIN), MANIFEST)
+    entry, warnings = run_again(tmp_path, caplog)  # with the 50 of the first run
+    assert (entry["logit_scale"], entry["logit_scale_from"]) == (43.0, ORIGIN)
+    assert entry["logit_scale_tuned"] == {"config": 50.0, "before": 50.0, "before_from": "config"}
+    assert f"teacher red: logit scale 43 ({ORIGIN}) stays in force, not the 50 of this config" in warnings
+    entry, warnings = run_again(tmp_path, caplog, logit_scale=None)
+    assert entry["logit_scale"] == 43.0
+    assert warnings == ""
+    entry, warnings = run_again(tmp_path, caplog, logit_scale=55.0)
+    assert (entry["logit_scale"], entry["logit_scale_from"]) == (55.0, "config")
+    assert "logit_scale_tuned" not in entry
+    assert f"teacher red: logit scale 55 of this config replaces 43 ({ORIGIN})" in warnings
+
+
+def test_scale_tuned_twice_keeps_the_value_of_the_config(dataset: Store) -> None:
+    once = record_scales(read_manifest(dataset), {"red": 43.0}, "tuned once")
+    twice = record_scales(once, {"red": 47.0}, "tuned twice")["teachers"]["red"]
+    assert (twice["logit_scale"], twice["logit_scale_from"]) == (47.0, "tuned twice")
+    assert twice["logit_scale_tuned"]["before"] == 50.0
+
+
+def test_added_teacher_leaves_a_tuned_scale_unchanged(tmp_path: Path, dataset: Store) -> None:
+    dataset.write_json(record_scales(read_manifest(dataset), {"blue": 21.0}, ORIGIN), MANIFEST)
+    config = parse_config(config_of(f"{tmp_path}/source/*.tar", tmp_path / "out"))
+    loaded = {"blue": {"dim": 12, "logit_scale": 30.0}}  # the model's own scale does not replace the tuned one
+    updated = update_manifest(read_manifest(dataset), config, make_plan(config).layers, loaded)
+    assert updated["teachers"]["blue"]["logit_scale"] == 21.0
+
+
+def test_training_reports_that_its_scale_was_tuned(dataset: Store) -> None:
+    dataset.write_json(record_scales(read_manifest(dataset), {"red": 43.0}, ORIGIN), MANIFEST)
+    student = {
+        "output": "before",
+        "student": {"model": "MobileCLIP2-S0"},
+        "data": {"datasets": dataset.url},
+        "loss": {"logit_scales": {"blue": 21.0}},
+        "train": {"epochs": 8, "batch": 128, "optimizer": {"lr": 1e-3}},
+    }
+    config = settings.parse(StudentConfig, student)
+    plan = plan_distillation(config.loss, stored_teachers(config, {dataset.url: read_manifest(dataset)}))
+    assert plan.scales == {"red": 43.0, "blue": 21.0}
+    assert f"logit scale 43 (dataset: {ORIGIN})" in plan.notes[0]
