@@ -1,7 +1,7 @@
-"""Augmentation records: draw them, replay them, store them.
+"""Augmentation records: sample them, replay them, convert them for storage.
 
-A record is one RandomResizedCrop and, unless skipped, one RandAugment, by torchvision's algorithms on PIL
-images. Drawing needs numpy alone, replaying needs Pillow alone; both are pure functions.
+A record is one RandomResizedCrop and, unless skipped, one RandAugment, by torchvision's algorithms on PIL images.
+Sampling needs only numpy and replaying only Pillow; both are pure functions.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from PIL import Image, ImageEnhance, ImageOps
 from reinforce.config import Augmentations, RandAugment
 from reinforce.seeds import seed_for
 
-#: Name and version of what ``replay`` computes; it stands in dataset.json.
+#: Name and version of what ``replay`` computes; recorded in dataset.json.
 AUGMENTATION_BACKEND = "torchvision-pil-1"
 
-#: RandAugment's operations by torchvision's names, in the order that the published format counts them.
+#: RandAugment's operations by torchvision's names; published records store an operation as its index here.
 OPS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",
     "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
 )  # fmt: skip
 
 _SIGNED = frozenset(OPS[1:10])
-_BINS = 31
-_TRIES = 10
+_BINS = 31  # magnitude levels of RandAugment
+_ATTEMPTS = 10  # crops that are tried before falling back to a central one
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A box of the RGB image, in its pixels."""
+    """A box in the RGB image, in pixels."""
 
     top: int
     left: int
@@ -44,7 +44,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Op:
-    """One RandAugment operation. The magnitude is signed and a float32; TranslateX/Y are pixels at ``size``."""
+    """One RandAugment operation. The magnitude is signed float32; of TranslateX/Y, in pixels at the record's size."""
 
     name: str
     magnitude: float
@@ -52,7 +52,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One record: crop, resize to (size, size), then the ops in order; None for ``ops``: RandAugment was skipped."""
+    """One record: crop, resize to (size, size), apply the ops in order. ``ops`` is None if RandAugment was skipped."""
 
     crop: Crop
     size: int
@@ -62,34 +62,33 @@ class Augmentation:
 def sample_augmentation(
     policy: Augmentations, seed: int, key: str, index: int, width: int, height: int
 ) -> Augmentation:
-    """Draw record ``index`` of the sample ``key``, whose RGB image has ``width`` x ``height`` pixels.
+    """Sample record ``index`` of the sample ``key``, whose RGB image has ``width`` x ``height`` pixels.
 
-    Depends on the arguments alone: equal in every process and on every machine.
+    A function of the arguments only: the same in every process and on every machine.
     """
-    # The raw stream of a bit generator is fixed across numpy versions; the methods of Generator are not.
-    draws = 2 * _TRIES + 2 + 1 + 2 * policy.rand_augment.ops
+    # The raw stream of a bit generator is the same in all numpy versions; the methods of Generator are not.
+    draws = 2 * _ATTEMPTS + 2 + 1 + 2 * policy.rand_augment.ops
     bits = np.random.Philox(key=seed_for(seed, key, "augmentation", index)).random_raw(draws)
     uniforms: list[float] = ((bits >> np.uint64(11)) * 2.0**-53).tolist()
-    after_crop = 2 * _TRIES + 2
-    crop = _sample_crop(uniforms[:after_crop], policy.scale, policy.ratio, width, height)
-    skip, *rest = uniforms[after_crop:]
-    ops = _sample_ops(rest, policy.rand_augment, policy.size) if skip < policy.rand_augment.probability else None
+    for_crop, (apply, *for_ops) = uniforms[: 2 * _ATTEMPTS + 2], uniforms[2 * _ATTEMPTS + 2 :]
+    crop = _sample_crop(for_crop, policy.scale, policy.ratio, width, height)
+    ops = _sample_ops(for_ops, policy.rand_augment, policy.size) if apply < policy.rand_augment.probability else None
     return Augmentation(crop, policy.size, ops)
 
 
 def _sample_crop(
     uniforms: Sequence[float], scale: tuple[float, float], ratio: tuple[float, float], width: int, height: int
 ) -> Crop:
-    """RandomResizedCrop's box; ``uniforms`` are (area, ratio) of each try, then (top, left)."""
+    """RandomResizedCrop's box; ``uniforms`` are (area, ratio) of each attempt, then (top, left)."""
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    for i in range(_TRIES):
+    for i in range(_ATTEMPTS):
         area = width * height * (scale[0] + uniforms[2 * i] * (scale[1] - scale[0]))
         aspect = math.exp(log_low + uniforms[2 * i + 1] * (log_high - log_low))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return Crop(int(uniforms[-2] * (height - h + 1)), int(uniforms[-1] * (width - w + 1)), h, w)
-    # No try fitted: the centre, as near to the ratio as the image allows. A side may round to 0 (ratios far
-    # from 1 on tiny images), which torchvision does not catch.
+    # No attempt fitted: take a central crop with the closest ratio that fits. A side may round to 0 (ratios far from
+    # 1 on tiny images), which torchvision does not handle.
     w, h = width, height
     if width / height < ratio[0]:
         h = max(1, round(width / ratio[0]))
@@ -99,58 +98,58 @@ def _sample_crop(
 
 
 def _sample_ops(uniforms: Sequence[float], policy: RandAugment, size: int) -> tuple[Op, ...]:
-    """``uniforms`` are (operation, sign) of each op."""
-    table = _magnitudes(policy.magnitude, size)
+    """RandAugment's operations; ``uniforms`` are (operation, sign) of each."""
+    magnitudes = _magnitudes(policy.magnitude, size)
     ops = []
-    for which, sign in zip(uniforms[::2], uniforms[1::2], strict=True):
-        name = OPS[int(which * len(OPS))]
-        magnitude = table[name]
+    for operation, sign in zip(uniforms[::2], uniforms[1::2], strict=True):
+        name = OPS[int(operation * len(OPS))]
+        magnitude = magnitudes[name]
         ops.append(Op(name, -magnitude if name in _SIGNED and sign < 0.5 else magnitude))
     return tuple(ops)
 
 
 @lru_cache(maxsize=64)
 def _magnitudes(bin_: int, size: int) -> Mapping[str, float]:
-    """Magnitude of every op at one of the 31 bins, by torchvision's table, as float32 numbers."""
+    """Magnitude of every operation at one of the 31 bins, by torchvision's table, as float32 numbers."""
 
-    def at(start: float, end: float) -> float:
+    def between(start: float, end: float) -> float:
         return float(np.linspace(start, end, _BINS)[bin_].astype(np.float32))
 
-    shear, translate, enhance = at(0.0, 0.3), at(0.0, 150.0 / 331.0 * size), at(0.0, 0.9)
+    shear, translate, enhance = between(0.0, 0.3), between(0.0, 150.0 / 331.0 * size), between(0.0, 0.9)
     return {
         "Identity": 0.0,
         "ShearX": shear,
         "ShearY": shear,
         "TranslateX": translate,
         "TranslateY": translate,
-        "Rotate": at(0.0, 30.0),
+        "Rotate": between(0.0, 30.0),
         "Brightness": enhance,
         "Color": enhance,
         "Contrast": enhance,
         "Sharpness": enhance,
         "Posterize": float(8 - round(bin_ / ((_BINS - 1) / 4))),
-        "Solarize": at(255.0, 0.0),
+        "Solarize": between(255.0, 0.0),
         "AutoContrast": 0.0,
         "Equalize": 0.0,
     }
 
 
 def replay(image: Image.Image, augmentation: Augmentation, size: int | None = None) -> Image.Image:
-    """Apply a record to the RGB image it was drawn for -> RGB image of (size, size).
+    """Apply a record to the RGB image it was sampled for -> RGB image of (size, size).
 
-    At the recorded size (the default) the pixels are those of torchvision on a PIL image: ``resized_crop`` with
-    bicubic interpolation, then RandAugment's ops with nearest interpolation and black fill. At another size
-    translations scale with it, so that they move the picture by the same share.
-    Raises ValueError where the image is not RGB, the crop does not fit into it or an op is unknown.
+    At the recorded size (the default) the pixels equal torchvision's on a PIL image: ``resized_crop`` with bicubic
+    interpolation, then RandAugment's operations with nearest interpolation and black fill. At another size,
+    translations are scaled with it, so that they shift the image by the same fraction.
+    Raises ValueError if the image is not RGB, the crop does not fit into it or an operation is unknown.
     """
     crop, size = augmentation.crop, size or augmentation.size
     box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
     if image.mode != "RGB" or min(box) < 0 or box[2] > image.width or box[3] > image.height:
         raise ValueError(
-            f"{crop} does not fit this {image.mode} image of {image.width} x {image.height}: the record was drawn "
-            "for another image, or the image was read by another image policy"
+            f"{crop} does not fit this {image.mode} image of {image.width} x {image.height}: the record is "
+            "of another image, or the image was decoded by another image policy"
         )
-    # Not resize(box=...): that filter would see pixels around the box.
+    # Not resize(box=...): its filter would include pixels around the box.
     out = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
     for op in augmentation.ops or ():
         if op.name not in _APPLY:
@@ -167,7 +166,7 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
 
 
 def _shear_x(image: Image.Image, magnitude: float) -> Image.Image:
-    # Through degrees and back like torchvision, to the last bit of the double.
+    # To degrees and back as torchvision does, for the same double.
     return _affine(image, 1, math.tan(math.radians(math.degrees(math.atan(magnitude)))), 0, 0, 1, 0)
 
 
@@ -199,7 +198,7 @@ _APPLY: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 
 
 def to_records(augmentations: Iterable[Augmentation]) -> list[dict[str, Any]]:
-    """Dicts of ``schemas.AUGMENTATION``, for pyarrow."""
+    """Convert records to dicts of ``schemas.AUGMENTATION``, for pyarrow."""
     return [
         {
             "crop": vars(augmentation.crop),
@@ -211,7 +210,7 @@ def to_records(augmentations: Iterable[Augmentation]) -> list[dict[str, Any]]:
 
 
 def from_records(records: Iterable[Mapping[str, Any]]) -> list[Augmentation]:
-    """What ``to_records`` wrote, as it comes back from a Parquet column's ``to_pylist``."""
+    """Convert the dicts of a Parquet column's ``to_pylist`` back; the inverse of ``to_records``."""
     return [
         Augmentation(
             crop=Crop(**record["crop"]),

@@ -1,8 +1,8 @@
-"""What a layer is, by which names layers go, and the fingerprint of all that determines one's content.
+"""Layers: their description, names and fingerprints.
 
-Fingerprints form a chain: every layer's holds that of ``samples`` (rows, images, augmentation records), and an
-embedding of synthetic captions holds that of the captions. What changes no stored number (logit scales, batch
-sizes, workers) is in no fingerprint.
+A fingerprint covers all that determines a layer's content. Fingerprints form a chain: each layer's recipe includes the
+fingerprint of ``samples`` (rows, images, augmentation records), and that of embeddings of synthetic captions includes
+the fingerprint of the captions. Settings that change no stored number (logit scales, batch sizes, workers) are in none.
 """
 
 from __future__ import annotations
@@ -18,19 +18,24 @@ import pyarrow as pa
 import schemas
 
 SAMPLES = "samples"
-#: The true caption among the texts that teachers encode; the others are captioners.
+#: Name of the true caption among the texts that teachers encode; the other names are captioners.
 TRUE_CAPTION = "caption"
 Kind = Literal["samples", "captions", "images", "texts"]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One product for all shards; ``name`` is its folder in the dataset.
+    """One product for all shards.
 
-    ``needs`` names the layers it is computed from, ``model`` the captioner or teacher that makes it, ``texts`` what
-    the latter encodes (``caption`` or a captioner's name), ``count`` the vectors or captions a row (K or N). ``dim``
-    is None until a model of unknown dimension has been loaded. A ``published`` layer is read from the reinforcements
-    that others have stored, and no model is loaded for it.
+    Attributes:
+        name: its folder in the dataset.
+        needs: names of the layers it is computed from.
+        model: captioner or teacher that makes it.
+        texts: what a teacher encodes in a layer of texts: ``caption`` or a captioner's name.
+        count: vectors or captions per row (K or N).
+        dim: dimension of the vectors, None until a model of unknown dimension has been loaded.
+        published: whether it is read from published reinforcements, without loading a model.
+        recipe: what the fingerprint covers.
     """
 
     name: str
@@ -47,14 +52,14 @@ class Layer:
 
     @property
     def row_bytes(self) -> int | None:
-        """Stored bytes of one row's vectors; None where the dimension is not known or the row holds text."""
+        """Stored bytes of one row's vectors, None if the dimension is unknown or the row holds text."""
         if self.kind not in ("images", "texts") or self.dim is None:
             return None
         width = {"float16": 2, "float32": 4, "int8": 1}[self.dtype]
         return self.count * (self.dim * width + (4 if self.dtype == "int8" else 0))
 
     def schema(self, images: str, dim: int | None = None) -> pa.Schema:
-        """The pyarrow schema of its files; ``images`` is the config's, ``dim`` that of the loaded model."""
+        """The pyarrow schema of its files; ``images`` is the config's key, ``dim`` that of the loaded model."""
         if self.kind == "samples":
             return schemas.samples_schema(images)
         if self.kind == "captions":
@@ -65,20 +70,21 @@ class Layer:
 
 
 def reads_reinforcements(layers: Iterable[Layer]) -> bool:
-    """Whether any of them holds something of the reinforcements that others have published, if a config names such."""
+    """Whether computing any of these layers reads the published reinforcements, if the config names any."""
     return any(layer.published or layer.name == SAMPLES for layer in layers)
 
 
 def captions_layer(captioner: str) -> str:
+    """Name of a captioner's layer."""
     return f"captions/{captioner}"
 
 
-def embeddings_layer(teacher: str, what: str) -> str:
-    """``what`` is ``images``, ``caption`` (the true one) or a captioner's name."""
-    return f"embeddings/{teacher}/{what}"
+def embeddings_layer(teacher: str, inputs: str) -> str:
+    """Name of a teacher's layer. ``inputs`` is ``images``, ``caption`` (the true one) or a captioner's name."""
+    return f"embeddings/{teacher}/{inputs}"
 
 
 def compute_fingerprint(recipe: Mapping[str, Any]) -> str:
-    """16 hex digits over the schema version and the recipe."""
+    """Hash the schema version and a recipe -> 16 hex digits."""
     text = json.dumps({"schema": schemas.SCHEMA_VERSION, **recipe}, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""dataset.json: what every layer of a dataset is and by which recipe it was made."""
+"""dataset.json: the layers of a dataset, their recipes, and the teachers' logit scales."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def read_manifest(store: Store) -> dict[str, Any]:
     manifest = store.read_json(MANIFEST)
     if manifest is None:
         raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST}.")
-    if manifest["schema_version"] > schemas.SCHEMA_VERSION:
+    if manifest.get("schema_version", 0) > schemas.SCHEMA_VERSION:
         raise UserError(f"{store.url} was written by a newer version of this program. Upgrade to read it.")
     check_names(manifest, store.url)
     return manifest
 
 
 def select_names(url: str, kind: str, names: Sequence[str] | None, manifest: Mapping[str, Any]) -> list[str]:
-    """The named ``teachers`` or ``captioners``, or all of them for None. Raises UserError for one that is missing."""
+    """Select ``teachers`` or ``captioners`` by name; None selects all. Raises UserError if there is none of a name."""
     known = list(manifest[kind])
     for name in names or []:
         if name not in known:
@@ -41,9 +41,9 @@ def update_manifest(
     layers: Mapping[str, Layer],
     loaded: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The manifest after adding this config's layers; layers of other configs stay.
+    """Add a config's layers to the manifest; layers of other configs stay.
 
-    ``loaded`` holds, by model name, what only a loaded model knows: dim, logit_scale, image preprocessing.
+    ``loaded`` maps the name of each loaded model to its dim, logit_scale and image preprocessing.
     """
     manifest: dict[str, Any] = {
         "format": "reinforced-dataset",
@@ -54,37 +54,37 @@ def update_manifest(
         "layers": dict((old or {}).get("layers", {})),
     }
     for name, layer in layers.items():
-        entry: dict[str, Any] = {"kind": layer.kind, "fingerprint": layer.fingerprint}
-        if layer.kind == "captions":
-            entry |= {"captioner": layer.model, "count": layer.count}
-        elif layer.model is not None:
-            known = loaded.get(layer.model, {})
-            entry |= {
-                "teacher": layer.model,
-                "texts": layer.texts,
-                "count": layer.count,
-                "dim": known.get("dim", layer.dim) or manifest["layers"].get(name, {}).get("dim"),
-                "dtype": layer.dtype,
-            }
-        manifest["layers"][name] = entry
+        manifest["layers"][name] = _layer_entry(
+            layer, manifest["layers"].get(name, {}), loaded.get(layer.model or "", {})
+        )
     for name, teacher in config.teachers.items():
         before = manifest["teachers"].get(name, {})
-        known = loaded.get(name, {})
+        of_model = loaded.get(name, {})
         manifest["teachers"][name] = {
-            "model": _model_of(layers, name, "embeddings") or before.get("model"),
-            **_scale(before, teacher.logit_scale, known.get("logit_scale")),
-            "dim": known.get("dim") or before.get("dim"),
-            "image": known.get("image") or before.get("image"),
+            "model": _model_identity(layers, name, "embeddings") or before.get("model"),
+            **_logit_scale(before, teacher.logit_scale, of_model.get("logit_scale")),
+            "dim": of_model.get("dim") or before.get("dim"),
+            "image": of_model.get("image") or before.get("image"),
         }
     for name in config.captioners:
-        manifest["captioners"][name] = {"model": _model_of(layers, name, "captions")}
+        manifest["captioners"][name] = {"model": _model_identity(layers, name, "captions")}
     return manifest
 
 
-def _scale(before: Mapping[str, Any], of_config: float | None, of_model: float | None) -> dict[str, Any]:
-    """The logit scale in force and where it comes from.
+def _layer_entry(layer: Layer, before: Mapping[str, Any], of_model: Mapping[str, Any]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"kind": layer.kind, "fingerprint": layer.fingerprint}
+    if layer.kind == "captions":
+        entry |= {"captioner": layer.model, "count": layer.count}
+    elif layer.model is not None:
+        dim = of_model.get("dim", layer.dim) or before.get("dim")
+        entry |= {"teacher": layer.model, "texts": layer.texts, "count": layer.count, "dim": dim, "dtype": layer.dtype}
+    return entry
 
-    One that was tuned stays until the config's is changed: to what it was when that was recorded is no change.
+
+def _logit_scale(before: Mapping[str, Any], of_config: float | None, of_model: float | None) -> dict[str, Any]:
+    """The entries for the logit scale in use and its origin.
+
+    A tuned scale stays in use until the config's scale differs from the one at the time of tuning.
     """
     tuned = before.get(TUNED_KEY)
     if tuned is not None and of_config in (None, tuned["config"]):
@@ -96,50 +96,50 @@ def _scale(before: Mapping[str, Any], of_config: float | None, of_model: float |
 
 
 def record_scales(manifest: Mapping[str, Any], scales: Mapping[str, float], origin: str) -> dict[str, Any]:
-    """The manifest with tuned logit scales in force, and with what the config said when they were recorded."""
+    """Put tuned logit scales into the manifest, with the scales that they replace."""
     teachers = dict(manifest["teachers"])
     for name, scale in scales.items():
         entry = teachers[name]
         if TUNED_KEY in entry:
-            then = entry[TUNED_KEY]
+            replaced = entry[TUNED_KEY]
         else:
             of_config = entry["logit_scale"] if entry["logit_scale_from"] == "config" else None
-            then = {"config": of_config, "before": entry["logit_scale"], "before_from": entry["logit_scale_from"]}
-        teachers[name] = {**entry, "logit_scale": scale, "logit_scale_from": origin, TUNED_KEY: then}
+            replaced = {"config": of_config, "before": entry["logit_scale"], "before_from": entry["logit_scale_from"]}
+        teachers[name] = {**entry, "logit_scale": scale, "logit_scale_from": origin, TUNED_KEY: replaced}
     return {**manifest, "teachers": teachers}
 
 
 def scale_notes(old: Mapping[str, Any] | None, config: Config) -> list[str]:
-    """What a run tells of scales that were tuned: a line for each of the config's teachers that has one."""
+    """Lines that a run logs: one for each teacher whose tuned scale is replaced, or kept against the config's."""
     notes = []
     for name, teacher in config.teachers.items():
         before = (old or {}).get("teachers", {}).get(name, {})
         if TUNED_KEY not in before:
             continue
         tuned = f"{before['logit_scale']:g} ({before['logit_scale_from']})"
-        if TUNED_KEY not in _scale(before, teacher.logit_scale, None):
+        if TUNED_KEY not in _logit_scale(before, teacher.logit_scale, None):
             notes.append(f"teacher {name}: logit scale {teacher.logit_scale:g} of this config replaces {tuned}")
         elif teacher.logit_scale not in (None, before["logit_scale"]):
             notes.append(
-                f"teacher {name}: logit scale {tuned} stays in force, not the {teacher.logit_scale:g} of this config, "
-                "which was there before; another value would replace it"
+                f"teacher {name}: logit scale {tuned} stays in use, not the {teacher.logit_scale:g} of this config, "
+                "which was in use before the tuning; any other value would replace it"
             )
     return notes
 
 
 def check_names(manifest: Mapping[str, Any], where: str) -> None:
-    """Raise UserError where a name that becomes part of a path cannot be one of a layer, as in a forged manifest."""
+    """Raise UserError if a name that becomes part of a path is not valid for a layer, as in a forged manifest."""
     try:
         parts = [part for name in manifest["layers"] for part in name.split("/")]
         names = [*parts, *manifest["teachers"], *manifest["captioners"]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: dataset.json is not one of a reinforced dataset. Restore it.") from error
+        raise UserError(f"{where}: dataset.json is not that of a reinforced dataset. Restore it.") from error
     for name in names:
         if not LAYER_NAME.fullmatch(name):
-            raise UserError(f"{where}: dataset.json names a layer {name!r}, which no run does. Restore it.")
+            raise UserError(f"{where}: dataset.json has {name!r}, which is not a valid layer name. Restore it.")
 
 
-def _model_of(layers: Mapping[str, Layer], name: str, folder: str) -> Any:
+def _model_identity(layers: Mapping[str, Layer], name: str, folder: str) -> Any:
     for layer in layers.values():
         if layer.model == name and layer.name.startswith(f"{folder}/"):
             return layer.recipe["model"]

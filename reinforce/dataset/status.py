@@ -1,4 +1,4 @@
-"""The state of a dataset, for people: layers, quarantine, the last run."""
+"""Status of a dataset: its layers, its quarantine and the last run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from reinforce.dataset.store import MANIFEST, Store
 from reinforce.errors import UserError
 from reinforce.terminal import escape, format_bytes
 
-_QUARANTINE_FILES = 1000
+_QUARANTINE_FILES = 1000  # per layer whose reasons are counted
 
 
 def read_status(url: str) -> dict[str, Any]:
-    """Layers with shards and bytes, quarantined rows by layer and reason, and the last run's summary."""
+    """Read shards and bytes by layer, quarantined rows by layer and reason, and the last run's summary.
+
+    Raises UserError if there is no dataset.
+    """
     store = Store(url)
     manifest = store.read_json(MANIFEST)
     if manifest is None:
@@ -46,22 +49,23 @@ def read_status(url: str) -> dict[str, Any]:
 
 
 def status_table(status: dict[str, Any]) -> Table:
-    """``read_status`` as a table."""
+    """Format the layers of ``read_status`` as a table."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("layer", "shards", "bytes", "what"):
+    for heading in ("layer", "shards", "bytes", "content"):
         justify: Literal["left", "right"] = "right" if heading in ("shards", "bytes") else "left"
         table.add_column(heading, justify=justify, no_wrap=True)
     for name, layer in status["layers"].items():
-        what = {
+        content = {
             "samples": "rows and images",
             "captions": f"{layer.get('count')} captions",
         }.get(layer["kind"], f"[{layer.get('count')}, {layer.get('dim')}] {layer.get('dtype')}")
         row = (name, f"{layer['shards']:,}/{status['samples']:,}", format_bytes(layer["bytes"]))
-        table.add_row(*(Text(escape(cell)) for cell in (*row, what)))
+        table.add_row(*(Text(escape(cell)) for cell in (*row, content)))
     return table
 
 
 def _last_run(store: Store) -> dict[str, Any] | None:
+    """The summary of the latest run that has one."""
     try:
         runs = store.fs.ls(store.path("runs"), detail=False)
     except FileNotFoundError:

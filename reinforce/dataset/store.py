@@ -1,6 +1,6 @@
 """The layer files of a reinforced dataset: paths, listings, reading and writing.
 
-Only a committed Parquet file marks work as done.
+Only a committed Parquet file marks a shard of a layer as done.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from reinforce.storage import Storage
 from schemas import WHOLE_SHARD, Reason
 
 MANIFEST = "dataset.json"
-_INCOMPRESSIBLE = ("image", "embeddings")
+_INCOMPRESSIBLE = ("image", "embeddings")  # columns that are stored without compression
 
 
 def fingerprint_error(path: str, found: str | None, wanted: str) -> UserError:
-    """A file or layer was made by another recipe than the config's."""
+    """The error for a file or layer with a fingerprint other than the config's."""
     return UserError(
-        f"{path} has fingerprint {found}, this config makes {wanted}: they differ in something that changes the "
+        f"{path} has fingerprint {found}, this config has {wanted}: they differ in something that changes the "
         "content (seed, augmentations, limits, model, weights, precision, dtype). Write to another `output`, give "
         "the changed model another name, or delete the old layer's folder and its entry in dataset.json."
     )
@@ -36,16 +36,16 @@ def fingerprint_error(path: str, found: str | None, wanted: str) -> UserError:
 class Store(Storage):
     """The files of one dataset at ``url`` (a folder or any fsspec URL)."""
 
-    # -- paths and listings
-
     def layer_path(self, layer: str, shard: str) -> str:
+        """Path of a layer's file in the file system."""
         return self.path(layer, f"{shard}.parquet")
 
     def quarantine_path(self, layer: str, shard: str) -> str:
+        """Path of a quarantine file in the file system."""
         return self.path("quarantine", layer, f"{shard}.parquet")
 
     def shards(self, layer: str) -> dict[str, int]:
-        """Committed shards of a layer (or of ``quarantine/<layer>``) and their bytes, by one listing."""
+        """List the committed shards of a layer (or of ``quarantine/<layer>``) with the bytes of their files."""
         try:
             with self.storage_errors("listed", layer):
                 entries = self.fs.ls(self.path(layer), detail=True, refresh=True)
@@ -58,13 +58,12 @@ class Store(Storage):
             if name.endswith(".parquet") and not name.startswith(".")
         }
 
-    # -- Parquet
-
     def writer(self, layer: Layer, schema: pa.Schema, shard: str, source: str) -> LayerWriter:
+        """Start a layer's file of a shard; ``source`` is the URL of the shard."""
         return LayerWriter(self, layer, schema, shard, source)
 
     def quarantine(self, layer: str, shard: str, rows: list[tuple[str | None, Reason, str]]) -> None:
-        """Publish why samples (or, with key None, the shard) are not in a layer."""
+        """Write the quarantine file of a shard. Rows are (key, reason, detail); key None stands for the shard."""
         keys, reasons, details = zip(*[(k, r.value, d[:2000]) for k, r, d in rows], strict=True)
         table = pa.table([keys, reasons, details], schema=schemas.quarantine_schema())
         buffer = pa.BufferOutputStream()
@@ -72,17 +71,17 @@ class Store(Storage):
         self.write_bytes(buffer.getvalue().to_pybytes(), "quarantine", layer, f"{shard}.parquet")
 
     def quarantined(self, layer: str, shard: str) -> list[dict[str, str | None]]:
-        """Rows of a quarantine file: key, reason, detail."""
+        """Read the rows of a quarantine file: key, reason, detail."""
         with self.storage_errors("read", "quarantine", layer, f"{shard}.parquet"):
             content = self.fs.cat_file(self.quarantine_path(layer, shard))
         rows: list[dict[str, str | None]] = pq.read_table(pa.BufferReader(content)).to_pylist()
         return rows
 
     def quarantined_shards(self, layer: str, committed: Collection[str]) -> set[str]:
-        """Shards of a layer that are quarantined as a whole.
+        """Shards that are quarantined as a whole in a layer; ``committed`` are those that have a file.
 
-        A quarantine file is written before the layer's file, so a quarantine file alone can also remain from a run
-        that was killed between the two. Only its rows tell the two cases apart.
+        A quarantine file is written before the layer's file, so a run that was killed between the two also leaves
+        a quarantine file alone. Only the rows distinguish these cases.
         """
         return {
             shard
@@ -99,9 +98,9 @@ class Store(Storage):
     def open_layer(
         self, layer: str, shard: str, fingerprint: str | None = None, *, whole: bool = True
     ) -> Iterator[pq.ParquetFile]:
-        """Open a committed file, to be read as a ``whole`` or for single row groups, which then cost one request each.
+        """Open a committed file to read it as a ``whole``, or single row groups at one request each.
 
-        Raises UserError if it is not the one expected.
+        Raises UserError if it is from a newer version or does not have the ``fingerprint``.
         """
         path = self.layer_path(layer, shard)
         options: dict[str, Any] = {"block_size": 8 * 2**20} if whole else {"cache_type": "none"}
@@ -113,9 +112,9 @@ class Store(Storage):
 
 
 class LayerWriter:
-    """Writes one layer of one shard, a row group at a time, and publishes it with ``commit``.
+    """Writes one layer of one shard, a row group at a time, and publishes the file with ``commit``.
 
-    As a context manager it drops everything that was not committed.
+    A context manager: leaving it without a commit discards the file.
     """
 
     def __init__(self, store: Store, layer: Layer, schema: pa.Schema, shard: str, source: str) -> None:
@@ -147,6 +146,7 @@ class LayerWriter:
         self.rows += table.num_rows
 
     def commit(self) -> None:
+        """Finish the file and publish it."""
         with self._store.storage_errors("written", *self._parts):
             self._parquet.add_key_value_metadata({"reinforce.rows": str(self.rows)})
             self._parquet.close()
@@ -162,30 +162,30 @@ class LayerWriter:
     ) -> None:
         with self._stack:
             if self._parquet.is_open:
-                with contextlib.suppress(OSError):  # what is not committed need not be whole
+                with contextlib.suppress(OSError):  # the file is discarded
                     self._parquet.close()
 
 
 def _encodings(schema: pa.Schema) -> dict[str, Any]:
-    """Compression and encoding of every column, as arguments of ParquetWriter.
+    """Arguments of ParquetWriter for the compression and encoding of every column.
 
-    It knows a nested column by the whole path of its values, ``augmentations.list.element.crop.top``, and ignores
-    shorter names. Parquet keeps int8 as 32-bit integers; by dictionary each is the one byte it was.
+    ParquetWriter identifies a nested column by the full path of its values, ``augmentations.list.element.crop.top``,
+    and ignores shorter names. Parquet stores int8 as 32-bit integers; a dictionary brings each back to one byte.
     """
     empty = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), empty)
     columns = pq.ParquetFile(empty.getvalue()).schema
     paths = {columns.column(i).path: columns.column(i).path.split(".")[0] for i in range(len(columns))}
     tensors = [f.name for f in schema if isinstance(f.type, pa.FixedShapeTensorType) and f.type.value_type == pa.int8()]
-    few_values = ("augmentations", "image_ref", *tensors)
+    dictionary = ("augmentations", "image_ref", *tensors)
     return {
         "compression": {path: "none" if name in _INCOMPRESSIBLE else "zstd" for path, name in paths.items()},
-        "use_dictionary": [path for path, name in paths.items() if name in few_values],
+        "use_dictionary": [path for path, name in paths.items() if name in dictionary],
     }
 
 
 def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) -> None:
-    """Raise UserError if a file is from a newer program or, where one is given, of another fingerprint."""
+    """Raise UserError if a file is from a newer version or has another fingerprint than a given one."""
     footer = parse_footer(metadata)
     if int(footer.get("schema_version", 0)) > schemas.SCHEMA_VERSION:
         raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
@@ -194,7 +194,7 @@ def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) 
 
 
 def parse_footer(metadata: pq.FileMetaData) -> dict[str, str]:
-    """schema_version, layer, fingerprint, source and rows, as written in the footer."""
+    """Parse the footer's keys schema_version, layer, fingerprint, source and rows."""
     pairs = metadata.metadata or {}
     prefix = b"reinforce."
     return {k.removeprefix(prefix).decode(): v.decode() for k, v in pairs.items() if k.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Vectors as Parquet columns: [rows, count, dim] float32 in and out, the storage type in between."""
+"""Conversion of vectors, [rows, count, dim] float32, to and from Parquet columns of the storage type."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ Floats = npt.NDArray[np.float32]
 def encode(
     vectors: Floats, dtype: Literal["float16", "float32", "int8"], valid: npt.NDArray[np.bool_]
 ) -> list[pa.Array]:
-    """Columns ``embeddings`` and, for int8, ``scales`` of ``schemas.embeddings_schema``.
+    """Convert vectors to the columns ``embeddings`` and, for int8, ``scales`` of ``schemas.embeddings_schema``.
 
-    ``vectors`` is [rows, count, dim] float32; rows where ``valid`` [rows] is False become null, whatever they hold.
-    float16 moves a component by at most 2^-11 of itself, or 2^-25 where that is more. int8 is ``round(v / scale)``,
-    half to even, with one ``scale = max|v| / 127`` a vector: a component moves by at most half a scale, and for a
-    unit vector ``1 - cosine <= dim * (max|v| / 254)^2``.
-    Raises ValueError where a valid row is not finite in the storage type.
+    ``vectors`` is [rows, count, dim] float32; rows where ``valid`` [rows] is False become null.
+    float16 changes a component by at most max(2^-11 of its value, 2^-25). int8 is ``round(v / scale)``, half to even,
+    with ``scale = max|v| / 127`` per vector: a component changes by at most half a scale, and for a unit vector
+    ``1 - cosine <= dim * (max|v| / 254)^2``.
+    Raises ValueError if a valid row is not finite in the storage type.
     """
     _, count, dim = vectors.shape
     if not valid.all():
         vectors = np.where(valid[:, None, None], vectors, np.float32(0))
     if dtype == "int8":
         scales = np.abs(vectors).max(axis=2, initial=0) / np.float32(127)
-        _refuse_not_finite(scales)
+        _check_finite(scales)
         divisors = np.where(scales > 0, scales, np.float32(1))[..., None]
-        # The clip is for scales so small that they are not normal numbers.
-        whole = np.rint(vectors / divisors).clip(-127, 127).astype(np.int8)
-        return [_tensors(whole, [count, dim], valid), _tensors(scales, [count], valid)]
+        # The clip is for scales so small that they are subnormal numbers.
+        quantized = np.rint(vectors / divisors).clip(-127, 127).astype(np.int8)
+        return [_tensor_column(quantized, [count, dim], valid), _tensor_column(scales, [count], valid)]
     with np.errstate(over="ignore"):
         stored = vectors.astype(dtype, copy=False)
-    _refuse_not_finite(stored)
-    return [_tensors(stored, [count, dim], valid)]
+    _check_finite(stored)
+    return [_tensor_column(stored, [count, dim], valid)]
 
 
 def decode(data: pa.Table | pa.RecordBatch) -> Floats:
-    """Columns of ``schemas.embeddings_schema`` -> [rows, count, dim] float32; null rows are NaN.
+    """Convert columns of ``schemas.embeddings_schema`` to [rows, count, dim] float32; null rows are NaN.
 
-    A read-only view, not a copy, where float32 stands in one chunk without nulls.
+    A read-only view, not a copy, if the column is float32 in one chunk without nulls.
     """
-    embeddings, valid = _rows(data.column("embeddings"))
+    embeddings, valid = _tensor_rows(data.column("embeddings"))
     vectors: Floats = embeddings.astype(np.float32, copy=False)
     if "scales" in data.schema.names:
-        vectors *= _rows(data.column("scales"))[0][..., None]
+        vectors *= _tensor_rows(data.column("scales"))[0][..., None]
     if not valid.all():
         vectors = vectors if vectors.flags.writeable else vectors.copy()
         vectors[~valid] = np.nan
@@ -55,46 +55,46 @@ def decode(data: pa.Table | pa.RecordBatch) -> Floats:
 
 
 def pick(data: pa.Table | pa.RecordBatch, index: npt.NDArray[np.intp]) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Vector ``index[row]`` of every row -> float32 [rows, dim] of unit norm, and which rows are not null [rows].
+    """Select vector ``index[row]`` of every row -> float32 [rows, dim], and a mask [rows] of those that are not null.
 
-    Only what is picked is decoded, and what storage took from the norm is given back, int8's scales included. The
-    vectors of null rows are anything.
+    Only the selected vectors are decoded. They are normalised to unit norm, so int8's scales are not needed. The
+    vectors of null rows are arbitrary.
     """
-    stored, valid = _rows(data.column("embeddings"))
+    stored, valid = _tensor_rows(data.column("embeddings"))
     vectors: Floats = stored[np.arange(len(index)), index].astype(np.float32)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, norms, out=vectors, where=norms > 0), valid
 
 
-def _refuse_not_finite(values: npt.NDArray[np.floating]) -> None:
+def _check_finite(values: npt.NDArray[np.floating]) -> None:
     finite = np.isfinite(values)
     if not finite.all():
         row = int(np.argwhere(~finite)[0, 0])
-        raise ValueError(f"row {row} is not finite as {values.dtype}: mark it as not valid, so that it becomes null")
+        raise ValueError(f"row {row} is not finite as {values.dtype}: mark it as not valid to store it as null")
 
 
-def _tensors(values: npt.NDArray[Any], shape: list[int], valid: npt.NDArray[np.bool_]) -> pa.Array:
-    """[rows, *shape] -> fixed_shape_tensor column over the same memory."""
+def _tensor_column(values: npt.NDArray[Any], shape: list[int], valid: npt.NDArray[np.bool_]) -> pa.Array:
+    """Wrap [rows, *shape] as a fixed_shape_tensor column over the same memory."""
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
     mask = None if valid.all() else pa.array(~valid)
     lists = pa.FixedSizeListArray.from_arrays(flat, math.prod(shape), mask=mask)
     return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(flat.type, shape), lists)
 
 
-def _rows(column: pa.ChunkedArray | pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-    """fixed_shape_tensor column -> ([rows, *shape] with anything in null rows, valid [rows])."""
+def _tensor_rows(column: pa.ChunkedArray | pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """Read a fixed_shape_tensor column -> [rows, *shape], arbitrary in null rows, and a mask [rows] of valid ones."""
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     shape, dtype = column.type.shape, np.dtype(column.type.value_type.to_pandas_dtype())
     width = math.prod(shape)
     parts = [np.empty((0, *shape), dtype)]
     for chunk in chunks:
-        # The buffer itself: `flatten` would drop null rows, and nulls among the values would make them float64.
+        # Read the buffer: `flatten` would drop null rows, and nulls among the values would make them float64.
         values = chunk.storage.values
         buffer = values.buffers()[1]
         if len(chunk) and width:
             start = (values.offset + chunk.storage.offset * width) * dtype.itemsize
             part = np.frombuffer(buffer, dtype, count=len(chunk) * width, offset=start)
-            part.flags.writeable = False  # memory of numpy's own would be open to writing
+            part.flags.writeable = False  # a buffer that wraps an ndarray is mutable
             parts.append(part.reshape(len(chunk), *shape))
     rows = parts[-1] if len(parts) <= 2 else np.concatenate(parts)
     return rows, np.asarray(column.is_valid())

@@ -1,1 +1,1 @@
-"""Reports on what was made: numbers for people, as JSON and as plots."""
+"""Reports on datasets, as tables, JSON and plots."""

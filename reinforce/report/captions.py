@@ -1,7 +1,7 @@
-"""The report on a dataset's captions: how long, how different, how often repeated, and how near to their images.
+"""The report on a dataset's captions: lengths, diversity, duplicates, and similarity to their images.
 
-Reads a sample of the rows that is spread evenly over the dataset's shards, of each row group only keys, texts and
-vectors. Nothing is random: a report of the same files is the same.
+It reads keys, captions and vectors of rows that are spread evenly over the shards. Nothing is random: the same files
+give the same report.
 """
 
 from __future__ import annotations
@@ -19,35 +19,34 @@ from reinforce.dataset.aligned import AlignedLayers
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reader import Dataset
 from reinforce.errors import UserError
-from reinforce.report.texts import DEFINITIONS, Texts
+from reinforce.report.texts import DEFINITIONS, TextStatistics
 
-#: Shards that a sample is taken from at most, where it is smaller than the dataset.
-_SHARDS = 64
-_BINS = 200
+_SHARDS = 64  # opened at least, if there are so many; more only while these have fewer rows than the limit
+_BINS = 200  # of the histogram of cosines
 
 _SIMILARITY = (
-    "cosine of a caption's stored embedding and those of its image's augmentations, mean over the augmentations"
+    "cosine between a caption's stored embedding and those of its image's augmentations, mean over the augmentations"
 )
 
 
 @dataclass
-class Similarities:
-    """Cosines of texts and images: mean, standard deviation, and a histogram over -1 to 1."""
+class SimilarityStatistics:
+    """Cosines of texts and images: mean, standard deviation, and a histogram from -1 to 1."""
 
     counts: np.ndarray = field(default_factory=lambda: np.zeros(_BINS, np.int64))
     total: float = 0.0
     squares: float = 0.0
 
     def add(self, texts: np.ndarray, images: np.ndarray) -> None:
-        """[rows, N, D] and [rows, K, D]; rows with NaN, which a layer could not serve, are left out."""
-        cosines = np.einsum("rnd,rd->rn", _unit(texts), _unit(images).mean(axis=1))
-        found = cosines[np.isfinite(cosines).all(axis=1)].astype(np.float64)
-        self.counts += np.histogram(found.clip(-1, 1), _BINS, (-1, 1))[0]
-        self.total += float(found.sum())
-        self.squares += float((found**2).sum())
+        """Add texts [rows, N, D] and images [rows, K, D]. Rows with NaN, which are null in a layer, are skipped."""
+        cosines = np.einsum("rnd,rd->rn", _normalize(texts), _normalize(images).mean(axis=1))
+        valid = cosines[np.isfinite(cosines).all(axis=1)].astype(np.float64)
+        self.counts += np.histogram(valid.clip(-1, 1), _BINS, (-1, 1))[0]
+        self.total += float(valid.sum())
+        self.squares += float((valid**2).sum())
 
-    def figures(self) -> dict[str, Any]:
-        """``histogram`` counts bins of equal width from -1 to 1."""
+    def summary(self) -> dict[str, Any]:
+        """``captions``, ``mean``, ``std``, and ``histogram``: counts in bins of equal width from -1 to 1."""
         count = int(self.counts.sum())
         mean = self.total / count if count else None
         deviation = math.sqrt(max(0.0, self.squares / count - mean**2)) if mean is not None else None
@@ -57,23 +56,24 @@ class Similarities:
 def captions_report(
     url: str, captioners: Sequence[str] | None = None, teachers: Sequence[str] | None = None, limit: int = 10_000
 ) -> dict[str, Any]:
-    """Figures of the captions of at most ``limit`` images, by captioner and with the true captions' beside them.
+    """Report on the captions of at most ``limit`` images, for each captioner and for the true captions.
 
-    ``texts`` holds figures of ``Texts`` and ``similarity`` those of ``Similarities`` by teacher, each by captioner or
-    ``caption`` for the true ones. Default: all captioners and teachers. Raises UserError where one is missing.
+    ``texts`` maps each captioner, and ``caption`` for the true captions, to the summary of its ``TextStatistics``;
+    ``similarity`` maps each teacher to summaries of ``SimilarityStatistics`` by the same names.
+    Default: all captioners and teachers. Raises UserError if one is missing.
     """
     data = Dataset(url, teachers, captioners)
     layers = data.manifest["layers"]
     if not data.captioners:
-        raise UserError(f"{url} has no captioner's captions. Add one to `captioners` and run `reinforce run`.")
+        raise UserError(f"{url} has no synthetic captions. Add a captioner to `captioners` and run `reinforce run`.")
     counts = {name: int(layers[captions_layer(name)]["count"]) for name in data.captioners}
-    texts = {name: Texts(count) for name, count in {**counts, TRUE_CAPTION: 1}.items()}
-    similarities: dict[str, dict[str, Similarities]] = {
-        teacher: {what: Similarities() for what in texts if _comparable(layers, teacher, what)}
+    texts = {name: TextStatistics(count) for name, count in {**counts, TRUE_CAPTION: 1}.items()}
+    similarities: dict[str, dict[str, SimilarityStatistics]] = {
+        teacher: {name: SimilarityStatistics() for name in texts if _comparable(layers, teacher, name)}
         for teacher in data.teachers
     }
     rows = 0
-    for tables in _sampled(data, limit):
+    for tables in _sample_tables(data, limit):
         rows += tables[SAMPLES].num_rows
         texts[TRUE_CAPTION].add([None if text is None else [text] for text in tables[SAMPLES]["caption"].to_pylist()])
         for name in data.captioners:
@@ -81,63 +81,63 @@ def captions_report(
         for teacher, by_text in similarities.items():
             if by_text:
                 images = vectors.decode(tables[embeddings_layer(teacher, "images")])
-                for what, similarity in by_text.items():
-                    similarity.add(vectors.decode(tables[embeddings_layer(teacher, what)]), images)
+                for name, similarity in by_text.items():
+                    similarity.add(vectors.decode(tables[embeddings_layer(teacher, name)]), images)
     return {
         "dataset": data.store.url,
         "rows": rows,
         "limit": limit,
         "definitions": {**DEFINITIONS, "similarity": _SIMILARITY},
-        "texts": {name: found.figures() for name, found in texts.items()},
+        "texts": {name: statistics.summary() for name, statistics in texts.items()},
         "similarity": {
-            teacher: {what: found.figures() for what, found in by_text.items()}
+            teacher: {name: statistics.summary() for name, statistics in by_text.items()}
             for teacher, by_text in similarities.items()
         },
     }
 
 
-def _comparable(layers: Mapping[str, Any], teacher: str, what: str) -> bool:
-    """Whether a teacher has seen both sides: some have images or texts alone."""
-    return embeddings_layer(teacher, "images") in layers and embeddings_layer(teacher, what) in layers
+def _comparable(layers: Mapping[str, Any], teacher: str, texts: str) -> bool:
+    """Whether a teacher has embeddings of both images and texts: some have only one side."""
+    return embeddings_layer(teacher, "images") in layers and embeddings_layer(teacher, texts) in layers
 
 
-def _sampled(data: Dataset, limit: int) -> Iterator[dict[str, pa.Table]]:
-    """Row groups of every layer, the last of a shard cut, with at most ``limit`` rows in all."""
+def _sample_tables(data: Dataset, limit: int) -> Iterator[dict[str, pa.Table]]:
+    """Yield row groups of every layer with at most ``limit`` rows in total; the last of a shard can be cut."""
     fingerprints = {name: data.manifest["layers"][name]["fingerprint"] for name in data.layers}
-    zipped = AlignedLayers(data.store, fingerprints, {SAMPLES: ["key", "caption"]})
-    for shard, share in _shares(data, limit):
-        with zipped.open(shard) as layers:
-            left, groups = share, iter(range(layers.row_groups))
-            while left > 0:
-                tables = {name: table.slice(0, left) for name, table in layers.read(next(groups)).items()}
-                left -= tables[SAMPLES].num_rows
+    layers = AlignedLayers(data.store, fingerprints, {SAMPLES: ["key", "caption"]})
+    for shard, rows in _rows_per_shard(data, limit):
+        with layers.open(shard) as files:
+            remaining, groups = rows, iter(range(files.row_groups))
+            while remaining > 0:
+                tables = {name: table.slice(0, remaining) for name, table in files.read(next(groups)).items()}
+                remaining -= tables[SAMPLES].num_rows
                 yield tables
 
 
-def _shares(data: Dataset, limit: int) -> Iterator[tuple[str, int]]:
-    """Shards that lie evenly in the dataset, and how many rows to take of each: all, or as many as of the others."""
+def _rows_per_shard(data: Dataset, limit: int) -> Iterator[tuple[str, int]]:
+    """Shards spread evenly over the dataset, each with the rows to read of it: the same number, or all it has."""
     sizes: dict[str, int] = {}
-    found = 0
-    for shard in _evenly(data.shards):
-        if len(sizes) >= _SHARDS and found >= limit:
+    total = 0
+    for shard in _evenly_spread(data.shards):
+        if len(sizes) >= _SHARDS and total >= limit:
             break
         with data.store.open_layer(SAMPLES, shard) as file:
             sizes[shard] = file.metadata.num_rows
-        found += sizes[shard]
-    for place, shard in enumerate(sorted(sizes, key=lambda shard: sizes[shard])):
-        rows = min(sizes[shard], math.ceil(limit / (len(sizes) - place)))
+        total += sizes[shard]
+    for done, shard in enumerate(sorted(sizes, key=lambda shard: sizes[shard])):
+        rows = min(sizes[shard], math.ceil(limit / (len(sizes) - done)))
         limit -= rows
         if rows:
             yield shard, rows
 
 
-def _evenly(items: Sequence[str]) -> dict[str, None]:
-    """All items in an order whose beginning is spread over them: every 2^k-th, then those halfway between, ..."""
+def _evenly_spread(items: Sequence[str]) -> dict[str, None]:
+    """All items, ordered so that every prefix is spread over them: each 2^k-th, then those halfway between, ..."""
     steps = (2**k for k in range(len(items).bit_length(), -1, -1))
     return dict.fromkeys(item for step in steps for item in items[::step])
 
 
-def _unit(values: np.ndarray) -> np.ndarray:
-    # Storage in 16 or 8 bits moves a vector's length a little.
+def _normalize(values: np.ndarray) -> np.ndarray:
+    # Stored in 16 or 8 bits, vectors are not exactly of unit norm.
     norms: np.ndarray = np.linalg.norm(values, axis=-1, keepdims=True)
     return values / np.maximum(norms, 1e-12)

@@ -1,4 +1,4 @@
-"""A report on captions for people: tables on the terminal, and a folder of JSON and plots."""
+"""Presentation of a captions report: a table for the terminal, and a folder of JSON and plots."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ if TYPE_CHECKING:
 
 _NAMES = {TRUE_CAPTION: "true captions"}
 _TRUE_COLOUR = "#adb5bd"
-#: Line of the table, figure (or figure and n), and how it is written.
-_LINES = (
+#: Label of a row of the table, key of the statistic (or key and n), and format.
+_ROWS = (
     ("captions", "captions", "{:,}"),
-    ("rows without any", "null", "{:.1%}"),
+    ("rows without captions", "null", "{:.1%}"),
     ("words", "words", "{:.1f}"),
     ("distinct-1", ("distinct", "1"), "{:.2g}"),
     ("distinct-2", ("distinct", "2"), "{:.2g}"),
     ("distinct-3", ("distinct", "3"), "{:.2g}"),
     ("self-BLEU-4", "self_bleu", "{:.3f}"),
-    ("twice in an image", "duplicates_within_image", "{:.1%}"),
-    ("in several images", "duplicates_across_images", "{:.1%}"),
+    ("duplicates in an image", "duplicates_within_image", "{:.1%}"),
+    ("duplicates across images", "duplicates_across_images", "{:.1%}"),
     ("no end mark", "no_end_mark", "{:.1%}"),
-    ("ends midway", "ends_midway", "{:.1%}"),
+    ("ends mid-sentence", "ends_midway", "{:.1%}"),
 )
 
 
 def captions_table(report: Mapping[str, Any]) -> Table:
-    """A column for each captioner and the true captions; what each line is stands in ``definitions``.
+    """Format a report as a table with a column for each captioner and for the true captions.
 
-    Similarities are means and standard deviations.
+    The report's ``definitions`` define the rows. Similarities are mean ± standard deviation.
     """
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in report["texts"]:
         table.add_column(_NAMES.get(name, name), justify="right", overflow="fold")
-    for line, figure, written in _LINES:
-        key, n = (figure, None) if isinstance(figure, str) else figure
-        found = [texts[key] if n is None else texts[key][n] for texts in report["texts"].values()]
+    for label, statistic, format_ in _ROWS:
+        key, n = (statistic, None) if isinstance(statistic, str) else statistic
+        values = [texts[key] if n is None else texts[key][n] for texts in report["texts"].values()]
         if key == "duplicates_within_image":
-            found[-1] = None  # an image has one true caption
-        table.add_row(line, *("-" if value is None else written.format(value) for value in found))
+            values[-1] = None  # an image has one true caption
+        table.add_row(label, *("-" if value is None else format_.format(value) for value in values))
     for teacher, by_text in report["similarity"].items():
         cells = []
         for name in report["texts"]:
@@ -59,7 +59,7 @@ def captions_table(report: Mapping[str, Any]) -> Table:
 
 
 def write_report(report: Mapping[str, Any], folder: str) -> list[str]:
-    """Write ``report.json`` and the plots into a folder or fsspec URL, over those of before -> their paths."""
+    """Write ``report.json`` and the plots to a folder or fsspec URL, replacing earlier ones -> their paths."""
     paths = {name: posixpath.join(folder, name) for name in ("report.json", "lengths.png", "distinct.png")}
     plots.write_file((json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode(), paths["report.json"])
     _draw_lengths(report, paths["lengths.png"])
@@ -71,25 +71,25 @@ def write_report(report: Mapping[str, Any], folder: str) -> list[str]:
 
 
 def _draw_lengths(report: Mapping[str, Any], url: str) -> None:
-    made, (axes,) = plots.figure()
+    figure, (axes,) = plots.figure()
     longest = 1
-    for index, (name, figures) in enumerate(report["texts"].items()):
-        if not figures["captions"]:
+    for index, (name, texts) in enumerate(report["texts"].items()):
+        if not texts["captions"]:
             continue
-        shares = np.zeros(max(map(int, figures["lengths"])) + 1)
-        for length, count in figures["lengths"].items():
-            shares[int(length)] = count / figures["captions"]
+        shares = np.zeros(max(map(int, texts["lengths"])) + 1)
+        for length, count in texts["lengths"].items():
+            shares[int(length)] = count / texts["captions"]
         longest = max(longest, int(np.searchsorted(shares.cumsum(), 0.995)) + 1)
         _draw_histogram(axes, name, index, shares, np.arange(len(shares) + 1) - 0.5)
-    axes.set_xlim(-0.5, longest + 0.5)  # few are longer by much
-    plots.label(axes, "How long captions are", "words", "share of captions")
+    axes.set_xlim(-0.5, longest + 0.5)  # without the longest 0.5 %, which would stretch the axis
+    plots.label(axes, "Caption lengths", "words", "share of captions")
     _finish(axes)
-    plots.save(made, url)
+    plots.save(figure, url)
 
 
 def _draw_similarities(report: Mapping[str, Any], url: str) -> None:
     panels = {teacher: by_text for teacher, by_text in report["similarity"].items() if by_text}
-    made, all_axes = plots.figure(len(panels), width=max(8.0, 5.0 * len(panels)))
+    figure, all_axes = plots.figure(len(panels), width=max(8.0, 5.0 * len(panels)))
     for axes, (teacher, by_text) in zip(all_axes, panels.items(), strict=True):
         filled: list[int] = []
         for index, name in enumerate(report["texts"]):
@@ -101,16 +101,16 @@ def _draw_similarities(report: Mapping[str, Any], url: str) -> None:
             _draw_histogram(axes, name, index, counts / counts.sum(), edges)
         if filled:
             axes.set_xlim(edges[max(0, min(filled) - 2)], edges[min(len(counts), max(filled) + 3)])
-        plots.label(axes, teacher, "cosine of caption and image", "share of captions")
+        plots.label(axes, teacher, "cosine between caption and image", "share of captions")
         _finish(axes)
-    plots.save(made, url)
+    plots.save(figure, url)
 
 
 def _draw_distinct(report: Mapping[str, Any], url: str) -> None:
-    made, all_axes = plots.figure(3, width=11.0, height=3.8)
+    figure, all_axes = plots.figure(3, width=11.0, height=3.8)
     for n, axes in enumerate(all_axes, start=1):
-        for index, (name, figures) in enumerate(report["texts"].items()):
-            shares = figures["distinct_within_image"][str(n)]
+        for index, (name, texts) in enumerate(report["texts"].items()):
+            shares = texts["distinct_within_image"][str(n)]
             if name != TRUE_CAPTION and shares[0] is not None:
                 axes.plot(
                     range(1, len(shares) + 1), shares, color=plots.colour(index), label=name, marker="o", markersize=4
@@ -119,13 +119,13 @@ def _draw_distinct(report: Mapping[str, Any], url: str) -> None:
         axes.locator_params(axis="x", integer=True)
         plots.label(axes, f"distinct-{n} within an image", "captions of the image", "distinct / all" if n == 1 else "")
     plots.legend(all_axes[0])
-    plots.save(made, url)
+    plots.save(figure, url)
 
 
 def _draw_histogram(axes: Axes, name: str, index: int, shares: np.ndarray, edges: np.ndarray) -> None:
-    """True captions as an area behind, captioners as outlines; both where there are any."""
-    there = np.flatnonzero(shares)
-    shares, edges = shares[there[0] : there[-1] + 1], edges[there[0] : there[-1] + 2]
+    """Draw the range of non-zero shares: true captions as a filled area behind, captioners as outlines."""
+    present = np.flatnonzero(shares)
+    shares, edges = shares[present[0] : present[-1] + 1], edges[present[0] : present[-1] + 2]
     if name == TRUE_CAPTION:
         axes.stairs(shares, edges, fill=True, color=_TRUE_COLOUR, alpha=0.6, label=_NAMES[TRUE_CAPTION], zorder=1)
     else:

@@ -22,13 +22,13 @@ from reinforce.dataset.augment import OPS, Augmentation, Crop, Op, from_records,
 from schemas import AUGMENTATION
 
 POLICY = Augmentations()
-# What this seed, key and index have always given: a change here breaks every dataset's reproducibility.
+# The record of this seed, key and index. If it changes, no dataset can be reproduced any more.
 GOLDEN_ARGUMENTS = (17, "00012/0003é", 1, 640, 427)
 GOLDEN = Augmentation(Crop(138, 288, 289, 318), 224, (Op("Color", -0.27000001072883606), Op("Identity", 0.0)))
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth gradients with noise: every op changes it."""
+    """Smooth gradients with noise, which every operation changes."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     channels = [200 * x / width, 180 * y / height, 100 * (x + y) / (width + height)]
@@ -65,19 +65,19 @@ SIDES = st.one_of(st.integers(1, 8), st.integers(1, 200))
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(policies(), st.integers(0, 2**63), st.text(max_size=8), SIDES, SIDES)
-def test_a_record_from_parquet_replays_to_the_same_pixels(policy, seed, key, width, height):
+def test_a_record_read_from_parquet_replays_to_the_same_pixels(policy, seed, key, width, height):
     image = picture(width, height)
-    drawn = [sample_augmentation(policy, seed, key, index, width, height) for index in range(3)]
-    stored = through_parquet(drawn)
-    assert stored == drawn
-    for one, other in zip(drawn, stored, strict=True):
+    sampled = [sample_augmentation(policy, seed, key, index, width, height) for index in range(3)]
+    stored = through_parquet(sampled)
+    assert stored == sampled
+    for one, other in zip(sampled, stored, strict=True):
         assert same(replay(image, one), replay(image, other))
         assert replay(image, other).size == (policy.size, policy.size)
 
 
 @settings(max_examples=300, deadline=None)
 @given(policies(), st.integers(0, 2**32), st.sampled_from([(1, 1), (1, 5000), (5000, 1), (2, 3), (97, 13)]))
-def test_the_crop_lies_inside_the_image(policy, seed, size):
+def test_the_crop_is_inside_the_image(policy, seed, size):
     width, height = size
     crop = sample_augmentation(policy, seed, "key", 0, width, height).crop
     assert crop.height >= 1
@@ -86,7 +86,7 @@ def test_the_crop_lies_inside_the_image(policy, seed, size):
     assert 0 <= crop.left <= width - crop.width
 
 
-def test_the_golden_record_is_drawn_here_and_in_another_process():
+def test_the_golden_record_is_sampled_in_any_process():
     code = (
         "from reinforce.dataset.augment import sample_augmentation; from reinforce.config import Augmentations; "
         f"import sys; print(sample_augmentation(Augmentations(), *{GOLDEN_ARGUMENTS!a}), "
@@ -111,7 +111,7 @@ def torchvision_magnitudes(size: int) -> dict[str, tuple[list[float], bool]]:
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_every_op_is_torchvisions_at_every_magnitude(name):
+def test_every_operation_equals_torchvisions_at_every_magnitude(name):
     image = picture(90, 70)
     table, signed = torchvision_magnitudes(64)[name]
     crop = Crop(7, 5, 50, 61)
@@ -127,13 +127,13 @@ def test_every_op_is_torchvisions_at_every_magnitude(name):
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["ShearX", "ShearY", "Rotate", "TranslateX", "TranslateY"]), st.floats(-60, 60, width=32))
-def test_geometric_ops_are_torchvisions_at_any_magnitude(name, magnitude):
+def test_geometric_operations_equal_torchvisions_at_any_magnitude(name, magnitude):
     image = picture(48, 48)
     ours = replay(image, Augmentation(Crop(0, 0, 48, 48), 48, (Op(name, magnitude),)))
     assert same(ours, _apply_op(image, name, magnitude, InterpolationMode.NEAREST, None))
 
 
-def test_magnitudes_are_torchvisions_table():
+def test_magnitudes_equal_torchvisions_table():
     for size in (8, 160, 224, 336, 4096):
         theirs = torchvision_magnitudes(size)
         for bin_ in range(31):
@@ -146,22 +146,22 @@ def test_magnitudes_are_torchvisions_table():
                 assert op.magnitude == np.float32(op.magnitude)
 
 
-def statistic(counts: Counter, categories: list) -> float:
-    """Chi-square against equal shares."""
+def chi_square(counts: Counter, categories: list) -> float:
+    """Chi-square statistic against a uniform distribution."""
     expected = sum(counts.values()) / len(categories)
     assert set(counts) <= set(categories)
     return sum((counts[category] - expected) ** 2 / expected for category in categories)
 
 
-def test_ops_and_signs_are_uniform():
-    drawn = [op for i in range(4000) for op in sample_augmentation(POLICY, 0, str(i), 0, 64, 64).ops]
-    assert statistic(Counter(op.name for op in drawn), list(OPS)) < 34.5  # 13 degrees, p = 0.001
-    pairs = Counter((first.name, second.name) for first, second in zip(drawn[::2], drawn[1::2], strict=True))
-    assert statistic(pairs, [(a, b) for a in OPS for b in OPS]) < 261  # 195 degrees, p = 0.001
+def test_operations_and_signs_are_uniform():
+    sampled = [op for i in range(4000) for op in sample_augmentation(POLICY, 0, str(i), 0, 64, 64).ops]
+    assert chi_square(Counter(op.name for op in sampled), list(OPS)) < 34.5  # 13 degrees, p = 0.001
+    pairs = Counter((first.name, second.name) for first, second in zip(sampled[::2], sampled[1::2], strict=True))
+    assert chi_square(pairs, [(a, b) for a in OPS for b in OPS]) < 261  # 195 degrees, p = 0.001
     signed = {name for name, (_, signed) in torchvision_magnitudes(64).items() if signed}
-    signs = Counter((op.name, op.magnitude > 0) for op in drawn if op.name in signed)
-    assert statistic(signs, [(name, positive) for name in signed for positive in (True, False)]) < 41  # 17 degrees
-    assert all(op.magnitude >= 0 for op in drawn if op.name not in signed)
+    signs = Counter((op.name, op.magnitude > 0) for op in sampled if op.name in signed)
+    assert chi_square(signs, [(name, positive) for name in signed for positive in (True, False)]) < 41  # 17 degrees
+    assert all(op.magnitude >= 0 for op in sampled if op.name not in signed)
 
 
 def test_rand_augment_is_applied_with_its_probability():
@@ -170,8 +170,8 @@ def test_rand_augment_is_applied_with_its_probability():
     assert abs(applied / 4000 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 4000)
 
 
-def largest_gap(one: list[float], other: list[float]) -> float:
-    """Kolmogorov-Smirnov distance of two samples."""
+def kolmogorov_smirnov(one: list[float], other: list[float]) -> float:
+    """Kolmogorov-Smirnov distance between two samples."""
     points = np.sort(np.concatenate([one, other]))
     shares = [np.searchsorted(np.sort(values), points, side="right") / len(values) for values in (one, other)]
     return float(np.abs(shares[0] - shares[1]).max())
@@ -192,12 +192,12 @@ def test_crops_are_distributed_as_torchvisions(width, height):
         "column": lambda top, left, h, w: left,
     }
     for name, measure in measures.items():
-        gap = largest_gap([measure(*box) for box in ours], [measure(*box) for box in theirs])
-        assert gap < 1.95 * math.sqrt(2 / count), name  # p = 0.001
+        distance = kolmogorov_smirnov([measure(*box) for box in ours], [measure(*box) for box in theirs])
+        assert distance < 1.95 * math.sqrt(2 / count), name  # p = 0.001
 
 
 @pytest.mark.parametrize("size", [112, 224, 336, 448])
-def test_translations_move_the_picture_by_the_same_share_at_any_size(size):
+def test_translations_shift_the_image_by_the_same_fraction_at_any_size(size):
     pixels = np.zeros((448, 448, 3), np.uint8)
     pixels[192:256, 192:256] = 255
     image = Image.fromarray(pixels)
@@ -209,7 +209,7 @@ def test_translations_move_the_picture_by_the_same_share_at_any_size(size):
     assert rows.mean() - rows0.mean() == -size * 56 / 224
 
 
-def test_other_ops_keep_their_magnitude_at_another_size():
+def test_other_operations_keep_their_magnitude_at_another_size():
     image = picture(90, 70)
     ops = tuple(
         Op(name, table[9]) for name, (table, _) in torchvision_magnitudes(64).items() if "Translate" not in name
@@ -220,7 +220,7 @@ def test_other_ops_keep_their_magnitude_at_another_size():
     assert same(replay(image, Augmentation(Crop(2, 3, 60, 80), 64, ops), 100), theirs)
 
 
-def test_skipped_and_empty_rand_augment_stay_apart_in_parquet():
+def test_skipped_and_empty_rand_augment_stay_different_in_parquet():
     crop = Crop(0, 0, 5, 5)
     records = [Augmentation(crop, 224, None), Augmentation(crop, 224, ())]
     assert through_parquet(records) == records
@@ -235,6 +235,6 @@ def test_skipped_and_empty_rand_augment_stay_apart_in_parquet():
         (Image.new("RGB", (30, 20)), Augmentation(Crop(0, 0, 5, 5), 8, (Op("Invert", 0.0),))),
     ],
 )
-def test_a_record_of_another_image_or_another_policy_is_refused(image, augmentation):
+def test_a_record_that_does_not_fit_the_image_is_an_error(image, augmentation):
     with pytest.raises(ValueError, match=r"another image|unknown operation"):
         replay(image, augmentation)

@@ -1,4 +1,4 @@
-"""How files appear: whole or not at all."""
+"""Layer files: committed whole or not at all, and read back."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def table(*keys: str) -> pa.Table:
 
 
 @pytest.mark.parametrize("url", ["local", "memory://store-test/dataset"])
-def test_a_committed_layer_is_listed_and_tells_its_origin(tmp_path: Path, url: str) -> None:
+def test_a_committed_file_is_listed_and_records_its_origin(tmp_path: Path, url: str) -> None:
     store = Store(str(tmp_path / "out") if url == "local" else url)
     assert store.shards("captions/c") == {}
     with store.writer(LAYER, schemas.captions_schema(), "shard-1", "s3://b/1.tar") as writer:
         writer.write(table("a", "b"))
         writer.write(table("c"))
-        assert store.shards("captions/c") == {}, "nothing is visible before the commit"
+        assert store.shards("captions/c") == {}, "no file before the commit"
         writer.commit()
     assert store.shards("captions/c") == {"shard-1": writer.bytes}
     with store.open_layer("captions/c", "shard-1", "f00d") as file:
@@ -45,7 +45,7 @@ def test_a_committed_layer_is_listed_and_tells_its_origin(tmp_path: Path, url: s
 
 
 @pytest.mark.parametrize("url", ["local", "memory://store-test/dropped"])
-def test_an_error_while_writing_leaves_nothing(tmp_path: Path, url: str) -> None:
+def test_an_error_while_writing_leaves_no_file(tmp_path: Path, url: str) -> None:
     store = Store(str(tmp_path / "out") if url == "local" else url)
 
     def write() -> None:
@@ -60,7 +60,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path, url: str) -> None
 
 
 def column_bytes(store: Store, layer: Layer, written: pa.Table) -> dict[str, float]:
-    """Bytes a row of each column, by its path in Parquet."""
+    """Bytes per row of each column, by its path in Parquet."""
     with store.writer(layer, written.schema, "s", "u") as writer:
         writer.write(written)
         writer.commit()
@@ -73,32 +73,32 @@ def column_bytes(store: Store, layer: Layer, written: pa.Table) -> dict[str, flo
 
 def test_augmentation_records_and_captions_are_compressed(tmp_path: Path) -> None:
     policy, keys = Augmentations(count=10), [str(i) for i in range(200)]
-    drawn = [to_records(sample_augmentation(policy, 0, key, i, 640, 480) for i in range(10)) for key in keys]
+    records = [to_records(sample_augmentation(policy, 0, key, i, 640, 480) for i in range(10)) for key in keys]
     rows = [
-        {"key": key, "width": 640, "height": 480, "image": b"", "augmentations": records}
-        for key, records in zip(keys, drawn, strict=True)
+        {"key": key, "width": 640, "height": 480, "image": b"", "augmentations": augmentations}
+        for key, augmentations in zip(keys, records, strict=True)
     ]
     samples = Layer("samples", "samples", "f00d")
     sizes = column_bytes(Store(str(tmp_path)), samples, pa.Table.from_pylist(rows, schemas.samples_schema("embed")))
-    records = sum(size for path, size in sizes.items() if path.startswith("augmentations.")) / 10
-    assert records < 10, f"{records} bytes a record; 54 are its plain values"
+    record_bytes = sum(size for path, size in sizes.items() if path.startswith("augmentations.")) / 10
+    assert record_bytes < 10, f"{record_bytes} bytes per record, which has 54 bytes of values"
     texts = [[f"a picture of a dog and {i} other animals by the sea" for i in range(5)] for _ in keys]
     sizes = column_bytes(Store(str(tmp_path)), LAYER, pa.table([keys, texts], schema=schemas.captions_schema()))
-    assert sizes["captions.list.element"] < 50, "of 250 bytes of text"
+    assert sizes["captions.list.element"] < 50, "for 250 bytes of text"
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("float16", 2), ("int8", 1)])
 def test_a_component_of_a_vector_takes_the_bytes_of_its_type(tmp_path: Path, dtype: str, width: int) -> None:
-    made = np.random.default_rng(0).normal(size=(256, 3, 64)).astype(np.float32)
+    vectors = np.random.default_rng(0).normal(size=(256, 3, 64)).astype(np.float32)
     schema = schemas.embeddings_schema(3, 64, dtype)
-    columns = [[str(i) for i in range(256)], *encode(made, dtype, np.ones(256, bool))]
+    columns = [[str(i) for i in range(256)], *encode(vectors, dtype, np.ones(256, bool))]
     layer = Layer("embeddings/t/images", "images", "f00d", ("samples",), "t", count=3, dim=64, dtype=dtype)
     sizes = column_bytes(Store(str(tmp_path)), layer, pa.table(columns, schema=schema))
     assert sizes["embeddings.list.element"] == pytest.approx(3 * 64 * width, rel=0.05)
     assert sum(size for path, size in sizes.items() if path != "key") == pytest.approx(layer.row_bytes, rel=0.05)
 
 
-def test_another_fingerprint_is_refused_with_both_named(tmp_path: Path) -> None:
+def test_another_fingerprint_is_an_error_that_names_both(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     with store.writer(LAYER, schemas.captions_schema(), "s", "u") as writer:
         writer.commit()
@@ -106,7 +106,7 @@ def test_another_fingerprint_is_refused_with_both_named(tmp_path: Path) -> None:
         pass
 
 
-def test_files_of_a_newer_schema_are_refused(tmp_path: Path) -> None:
+def test_a_file_of_a_newer_schema_is_an_error(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     (tmp_path / "captions" / "c").mkdir(parents=True)
     newer = table("a").replace_schema_metadata({"reinforce.schema_version": str(schemas.SCHEMA_VERSION + 1)})
@@ -115,7 +115,7 @@ def test_files_of_a_newer_schema_are_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_quarantine_rows_come_back(tmp_path: Path) -> None:
+def test_quarantine_rows_are_read_back(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.quarantine("samples", "s", [("k", Reason.IMAGE_BROKEN, "cut"), (None, Reason.SHARD_DAMAGED, "at byte 7")])
     assert store.quarantined("samples", "s") == [

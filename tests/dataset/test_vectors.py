@@ -33,7 +33,7 @@ def through_parquet(written: pa.Table, group: int) -> pq.ParquetFile:
 
 @st.composite
 def unit_rows(draw) -> np.ndarray:
-    """Unit vectors of any shape, some with one component far above the rest, some zero."""
+    """Unit vectors of any shape, some with one dominant component, some zero."""
     shape = draw(st.tuples(st.integers(0, 6), st.integers(1, 3), st.integers(1, 24)))
     values = draw(arrays.arrays(np.float64, shape, elements=st.floats(-1, 1) | st.just(1e4)))
     norms = np.linalg.norm(values, axis=-1, keepdims=True)
@@ -42,7 +42,7 @@ def unit_rows(draw) -> np.ndarray:
 
 @settings(max_examples=150, deadline=None)
 @given(unit_rows(), st.sampled_from(DTYPES), st.data())
-def test_vectors_and_nulls_come_back_from_parquet(vectors, dtype, data):
+def test_vectors_and_nulls_survive_parquet(vectors, dtype, data):
     valid = data.draw(arrays.arrays(np.bool_, len(vectors)))
     written = table(np.where(valid[:, None, None], vectors, np.nan).astype(np.float32), dtype, valid)
     file = through_parquet(written, group=data.draw(st.integers(1, 7)))
@@ -69,7 +69,7 @@ def test_vectors_and_nulls_come_back_from_parquet(vectors, dtype, data):
 
 @settings(max_examples=150, deadline=None)
 @given(unit_rows())
-def test_the_cosine_of_int8_keeps_its_bound(vectors):
+def test_the_cosine_error_of_int8_is_within_its_bound(vectors):
     read = decode(table(vectors, "int8", np.ones(len(vectors), bool))).astype(np.float64)
     exact = vectors.astype(np.float64)
     norms = np.linalg.norm(read, axis=-1) * np.linalg.norm(exact, axis=-1)
@@ -78,7 +78,7 @@ def test_the_cosine_of_int8_keeps_its_bound(vectors):
     assert (1 - cosine <= bound + 1e-6)[norms > 0].all()
 
 
-def test_int8_of_common_embeddings_turns_them_by_less_than_a_hundredth():
+def test_int8_of_typical_embeddings_has_a_cosine_above_0_9999():
     vectors = unit_vectors(200, 2, 768)
     read = decode(table(vectors, "int8", np.ones(200, bool)))
     assert ((read * vectors).sum(-1) / np.linalg.norm(read, axis=-1)).min() > 1 - 1e-4
@@ -112,7 +112,7 @@ def test_nulls_are_not_written_into_the_stored_table():
     ("dtype", "value"),
     [("float16", np.nan), ("float16", 1e5), ("float32", np.inf), ("int8", np.nan), ("int8", -np.inf)],
 )
-def test_a_valid_row_that_is_not_finite_is_refused_by_its_number(dtype, value):
+def test_a_valid_row_that_is_not_finite_is_an_error_with_its_number(dtype, value):
     vectors = unit_vectors(3, 2, 4)
     vectors[1, 1, 2] = value
     with pytest.raises(ValueError, match="row 1 is not finite"):
@@ -121,14 +121,14 @@ def test_a_valid_row_that_is_not_finite_is_refused_by_its_number(dtype, value):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_picked_vectors_are_those_of_decoding_brought_back_to_unit_norm(dtype):
+def test_picked_vectors_are_the_decoded_ones_at_unit_norm(dtype):
     valid = np.array([True, True, False, True, True, True])
     written = table(unit_vectors(6, 3, 16), dtype, valid)
     index = np.array([0, 2, 1, 1, 0, 2])
     for start, part in ((0, written), (2, written.slice(2, 3))):
-        chosen = index[start : start + len(part)]
-        picked, present = pick(part, chosen)
-        expected = decode(part)[np.arange(len(part)), chosen]
+        selected = index[start : start + len(part)]
+        picked, present = pick(part, selected)
+        expected = decode(part)[np.arange(len(part)), selected]
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
         assert present.tolist() == valid[start : start + len(part)].tolist()
         assert np.allclose(np.linalg.norm(picked[present], axis=1), 1, atol=1e-6)

@@ -200,5 +200,5 @@ def test_a_forged_manifest_names_no_path_and_no_markup(tmp_path: Path) -> None:
         manifest = {"schema_version": 1, "layers": {"samples": {}, name: {}}, "teachers": {}, "captioners": {}}
         (tmp_path / "dataset.json").write_text(json.dumps(manifest))
         for read in (reinforce.open, read_status):
-            with pytest.raises(reinforce.UserError, match=r"names a layer .*, which no run does"):
+            with pytest.raises(reinforce.UserError, match=r"dataset.json has .*, which is not a valid layer name"):
                 read(str(tmp_path))

@@ -45,7 +45,7 @@ def test_tuned_scale_stays_until_the_config_changes(
     entry, warnings = run_again(tmp_path, caplog)  # with the 50 of the first run
     assert (entry["logit_scale"], entry["logit_scale_from"]) == (43.0, ORIGIN)
     assert entry["logit_scale_tuned"] == {"config": 50.0, "before": 50.0, "before_from": "config"}
-    assert f"teacher red: logit scale 43 ({ORIGIN}) stays in force, not the 50 of this config" in warnings
+    assert f"teacher red: logit scale 43 ({ORIGIN}) stays in use, not the 50 of this config" in warnings
     entry, warnings = run_again(tmp_path, caplog, logit_scale=None)
     assert entry["logit_scale"] == 43.0
     assert warnings == ""

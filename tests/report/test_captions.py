@@ -1,44 +1,26 @@
-"""The report on captions: of datasets that the pipeline made, at paths and URLs."""
+"""The captions report on datasets that the pipeline made."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
-from PIL import Image
-from rich.console import Console
 
 import reinforce
 from reinforce.cli import main
 from reinforce.dataset.layers import TRUE_CAPTION
-from reinforce.report.captions import _shares, captions_report
-from reinforce.report.captions_view import captions_table, write_report
+from reinforce.report.captions import _rows_per_shard, captions_report
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import reinforce_here
 
 FILES = {"report.json", "lengths.png", "distinct.png", "similarity.png"}
 
 
-@pytest.fixture
-def dataset(shards: Callable[..., str], tmp_path: Path) -> str:
-    """Two captioners and teachers of both sides, of images alone and of texts alone."""
-    stammerer = {"class": "tests.helpers.models:Stammerer", "captions": 3, "clean": {}}
-    config = config_of(shards(12, 5), tmp_path / "out")
-    config["captioners"]["stammerer"] = stammerer
-    config["teachers"] |= {
-        "eye": {"class": "tests.helpers.models:ImageOnly"},
-        "ear": {"class": "tests.helpers.models:TextOnly"},
-    }
-    return reinforce_here(config)
-
-
-def test_figures_are_those_of_the_stored_captions_and_vectors(dataset: str) -> None:
+def test_statistics_are_those_of_the_stored_captions_and_vectors(dataset: str) -> None:
     report = captions_report(dataset)
     samples = list(reinforce.open(dataset))
     assert report["rows"] == len(samples) == 17
@@ -47,7 +29,7 @@ def test_figures_are_those_of_the_stored_captions_and_vectors(dataset: str) -> N
     assert null > 0
     assert report["texts"]["stammerer"]["null"] == null / 17
     assert report["texts"]["namer"]["captions"] == 2 * 17
-    assert report["texts"]["stammerer"]["duplicates_within_image"] == pytest.approx(1 / 3), "what `clean` put in"
+    assert report["texts"]["stammerer"]["duplicates_within_image"] == pytest.approx(1 / 3), "repeated by `clean`"
     assert report["texts"][TRUE_CAPTION]["words"] == np.mean([len(str(sample.caption).split()) for sample in samples])
 
     for teacher in ("red", "blue"):
@@ -59,15 +41,15 @@ def test_figures_are_those_of_the_stored_captions_and_vectors(dataset: str) -> N
                 for image in sample.images[teacher]
                 if np.isfinite(text).all()
             ]
-            found = report["similarity"][teacher][what]
-            assert found["mean"] == pytest.approx(np.mean(cosines), abs=2e-3)  # float16 vectors are not of length 1
-            assert sum(found["histogram"]) == found["captions"] == len(cosines) / 2
-            centres = np.linspace(-1, 1, len(found["histogram"]), endpoint=False) + 1 / len(found["histogram"])
-            assert np.average(centres, weights=found["histogram"]) == pytest.approx(found["mean"], abs=0.01)
-    assert report["similarity"]["eye"] == report["similarity"]["ear"] == {}, "these have one side"
+            summary = report["similarity"][teacher][what]
+            assert summary["mean"] == pytest.approx(np.mean(cosines), abs=2e-3)  # float16 changes the norms a little
+            assert sum(summary["histogram"]) == summary["captions"] == len(cosines) / 2
+            centres = np.linspace(-1, 1, len(summary["histogram"]), endpoint=False) + 1 / len(summary["histogram"])
+            assert np.average(centres, weights=summary["histogram"]) == pytest.approx(summary["mean"], abs=0.01)
+    assert report["similarity"]["eye"] == report["similarity"]["ear"] == {}, "these encode only images or only texts"
 
 
-def test_captioners_and_teachers_can_be_chosen_and_missing_ones_are_told(dataset: str) -> None:
+def test_captioners_and_teachers_can_be_selected_and_missing_ones_are_errors(dataset: str) -> None:
     report = captions_report(dataset, captioners=["stammerer"], teachers=["blue"])
     assert list(report["texts"]) == ["stammerer", TRUE_CAPTION]
     assert list(report["similarity"]) == ["blue"]
@@ -77,71 +59,38 @@ def test_captioners_and_teachers_can_be_chosen_and_missing_ones_are_told(dataset
         captions_report(dataset, teachers=["dfn"])
 
 
-def test_a_dataset_without_captioners_or_shards_in_common_is_told(shards: Callable[..., str], tmp_path: Path) -> None:
+def test_a_dataset_without_captioners_and_a_folder_without_a_dataset_are_errors(
+    shards: Callable[..., str], tmp_path: Path
+) -> None:
     url = reinforce_here(config_of(shards(2), tmp_path / "bare", captioners={}))
-    with pytest.raises(reinforce.UserError, match="has no captioner's captions"):
+    with pytest.raises(reinforce.UserError, match="has no synthetic captions"):
         captions_report(url)
     with pytest.raises(reinforce.UserError, match="is not a reinforced dataset"):
         captions_report(str(tmp_path))
 
 
 @pytest.mark.parametrize(("limit", "taken"), [(1, [1]), (6, [3, 3]), (11, [5, 6]), (16, [5, 11]), (100, [5, 12])])
-def test_a_sample_takes_as_much_of_each_shard_as_it_has(dataset: str, limit: int, taken: list[int]) -> None:
+def test_rows_are_read_evenly_from_each_shard_up_to_all_it_has(dataset: str, limit: int, taken: list[int]) -> None:
     assert captions_report(dataset, limit=limit)["rows"] == sum(taken)
-    shares = sorted(share for _, share in _shares(reinforce.open(dataset), limit))
-    assert shares == taken
+    rows = sorted(rows for _, rows in _rows_per_shard(reinforce.open(dataset), limit))
+    assert rows == taken
 
 
-def test_a_small_sample_of_many_shards_is_spread_over_them(shards: Callable[..., str], tmp_path: Path) -> None:
+def test_a_few_rows_of_many_shards_are_spread_over_them(shards: Callable[..., str], tmp_path: Path) -> None:
     data = reinforce.open(reinforce_here(config_of(shards(*[1] * 70), tmp_path / "many", teachers={})))
-    places = sorted(data.shards.index(shard) for shard, _ in _shares(data, 10))
+    places = sorted(data.shards.index(shard) for shard, _ in _rows_per_shard(data, 10))
     assert len(places) == 10
     assert max(b - a for a, b in itertools.pairwise([*places, 70])) <= 8
-    assert captions_report(data.store.url)["rows"] == 70, "all where the limit allows"
+    assert captions_report(data.store.url)["rows"] == 70, "all rows, as the limit allows"
 
 
-def test_a_report_is_a_table_and_a_folder_of_json_and_plots(dataset: str, tmp_path: Path) -> None:
-    report = captions_report(dataset)
-    for folder in (str(tmp_path / "report"), "memory://reports/captions"):
-        paths = write_report(report, folder)
-        assert {path.rpartition("/")[2] for path in paths} == FILES
-        for path in paths:
-            with fsspec.open(path, "rb") as file:
-                if path.endswith(".png"):
-                    assert min(Image.open(file).size) > 300
-                else:
-                    assert json.load(file) == report
-
-    console = Console(width=90, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(captions_table(report))
-    lines = [line.split() for line in console.export_text().splitlines()]
-    assert lines[0] == ["namer", "stammerer", "true", "captions"]
-    values = {tuple(line[:-3]): line[-3:] for line in lines[1:]}
-    assert values["captions",][0] == "34"
-    assert values["twice", "in", "an", "image"][2] == "-"
-    assert values["similarity,", "eye"] == ["-"] * 3
-    mean = report["similarity"]["red"]["namer"]["mean"]
-    assert values["similarity,", "red"][0].startswith(f"{mean:.3f}±")
-
-
-def test_a_report_of_rows_without_any_caption_is_drawn(shards: Callable[..., str], tmp_path: Path) -> None:
-    mute = {"class": "tests.helpers.models:Stammerer", "captions": 3, "clean": {"characters": 1}}
-    config = config_of(shards(3), tmp_path / "mute", captioners={"mute": mute})
-    config["input"] = {"captions": ["json:nothing"]}
-    report = captions_report(reinforce_here(config))
-    assert report["texts"][TRUE_CAPTION]["null"] == 1
-    assert report["similarity"]["red"][TRUE_CAPTION]["mean"] is None
-    assert len(write_report(report, str(tmp_path / "report"))) == 4
-    captions_table(report)
-
-
-def test_the_command_prints_and_writes(
+def test_the_command_prints_a_table_and_writes_the_report(
     dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def command(*arguments: str) -> Any:
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exited:
             main(["captions-report", dataset, *arguments])
-        return ended.value.code or 0, *capsys.readouterr()
+        return exited.value.code or 0, *capsys.readouterr()
 
     monkeypatch.chdir(tmp_path)
     status, out, _ = command("--captioner", "namer", "--teacher", "red", "--limit", "9")

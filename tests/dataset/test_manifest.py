@@ -1,0 +1,122 @@
+"""dataset.json: what is kept, what is added, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import schemas
+from reinforce.config import Config, parse_config
+from reinforce.dataset.layers import Layer
+from reinforce.dataset.manifest import read_manifest, record_scales, scale_notes, select_names, update_manifest
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.errors import UserError
+from tests.helpers.data import config_of
+
+RECIPE = {"model": "m", "seed": 0}
+LAYERS = {
+    layer.name: layer
+    for layer in (
+        Layer("samples", "samples", "a", recipe={"seed": 0, "images": "embed"}),
+        Layer("captions/namer", "captions", "b", model="namer", count=2, recipe=RECIPE),
+        Layer("embeddings/red/images", "images", "c", model="red", count=2, recipe=RECIPE),
+        Layer("embeddings/red/caption", "texts", "d", model="red", texts="caption", count=1, recipe=RECIPE),
+    )
+}
+
+
+def config_with(**red: Any) -> Config:
+    return parse_config(config_of("s.tar", "out", teachers={"red": {"class": "tests.helpers.models:Colour", **red}}))
+
+
+def updated(old: dict[str, Any] | None = None, loaded: dict[str, Any] | None = None, **red: Any) -> dict[str, Any]:
+    """The manifest after a run with the teacher ``red``."""
+    return update_manifest(old, config_with(**red), LAYERS, loaded or {})
+
+
+def test_the_manifest_of_a_first_run_has_the_recipe_and_every_layer() -> None:
+    manifest = updated(loaded={"red": {"dim": 8, "logit_scale": 30.0, "image": {"size": 16}}})
+    assert manifest == {
+        "format": "reinforced-dataset",
+        "schema_version": schemas.SCHEMA_VERSION,
+        "seed": 0,
+        "images": "embed",
+        "teachers": {
+            "red": {
+                "model": "m", "logit_scale": 30.0, "logit_scale_from": "model", "dim": 8, "image": {"size": 16},
+            }
+        },
+        "captioners": {"namer": {"model": "m"}},
+        "layers": {
+            "samples": {"kind": "samples", "fingerprint": "a"},
+            "captions/namer": {"kind": "captions", "fingerprint": "b", "captioner": "namer", "count": 2},
+            "embeddings/red/images": {
+                "kind": "images", "fingerprint": "c", "teacher": "red", "texts": None, "count": 2, "dim": 8,
+                "dtype": "float16",
+            },
+            "embeddings/red/caption": {
+                "kind": "texts", "fingerprint": "d", "teacher": "red", "texts": "caption", "count": 1, "dim": 8,
+                "dtype": "float16",
+            },
+        },
+    }  # fmt: skip
+
+
+def test_layers_of_other_configs_and_what_only_a_loaded_model_has_are_kept() -> None:
+    first = updated(loaded={"red": {"dim": 8, "logit_scale": 30.0, "image": {"size": 16}}})
+    first["teachers"]["blue"], first["layers"]["embeddings/blue/images"] = {"dim": 12}, {"kind": "images"}
+    assert updated(first) == first
+
+
+def test_a_tuned_scale_is_kept_until_the_config_names_another() -> None:
+    tuned = record_scales(updated(logit_scale=50), {"red": 43.0}, "tuned by a")
+    assert tuned["teachers"]["red"]["logit_scale_tuned"] == {"config": 50.0, "before": 50.0, "before_from": "config"}
+    assert updated(tuned, logit_scale=50) == updated(tuned) == tuned
+    replaced = updated(tuned, logit_scale=55)["teachers"]["red"]
+    assert (replaced["logit_scale"], replaced["logit_scale_from"]) == (55.0, "config")
+    assert "logit_scale_tuned" not in replaced
+
+
+@pytest.mark.parametrize(
+    ("scale", "notes"),
+    [
+        (None, []),
+        (43, ["teacher red: logit scale 43 of this config replaces 43 (tuned by a)"]),
+        (50, ["teacher red: logit scale 43 (tuned by a) stays in use, not the 50 of this config"]),
+        (55, ["teacher red: logit scale 55 of this config replaces 43 (tuned by a)"]),
+    ],
+)
+def test_a_run_logs_whether_a_tuned_scale_is_kept_or_replaced(scale: float | None, notes: list[str]) -> None:
+    tuned = record_scales(updated(logit_scale=50), {"red": 43.0}, "tuned by a")
+    found = scale_notes(tuned, config_with(logit_scale=scale))
+    assert [note.partition(", which")[0] for note in found] == notes
+
+
+def test_names_are_selected_and_a_missing_one_is_an_error() -> None:
+    manifest = {"teachers": {"red": {}, "blue": {}}, "captioners": {}}
+    assert select_names("url", "teachers", None, manifest) == ["red", "blue"]
+    assert select_names("url", "teachers", ["blue"], manifest) == ["blue"]
+    with pytest.raises(UserError, match="url has no teacher 'green'; it has: red, blue"):
+        select_names("url", "teachers", ["green"], manifest)
+    with pytest.raises(UserError, match="url has no captioner 'coca'; it has: none"):
+        select_names("url", "captioners", ["coca"], manifest)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ({}, "is not that of a reinforced dataset"),
+        ({"layers": [], "teachers": {}}, "is not that of a reinforced dataset"),
+        ({"layers": {"../up": {}}, "teachers": {}, "captioners": {}}, "not a valid layer name"),
+        ({"schema_version": schemas.SCHEMA_VERSION + 1}, "newer version"),
+    ],
+)
+def test_a_manifest_that_no_run_wrote_is_an_error(tmp_path: Path, manifest: dict[str, Any], message: str) -> None:
+    store = Store(str(tmp_path))
+    with pytest.raises(UserError, match=r"is not a reinforced dataset: it has no dataset\.json"):
+        read_manifest(store)
+    store.write_json(manifest, MANIFEST)
+    with pytest.raises(UserError, match=message):
+        read_manifest(store)

@@ -1,0 +1,59 @@
+"""The status of a dataset: layers, quarantine, the last run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from reinforce.dataset.status import read_status, status_table
+from reinforce.dataset.store import Store
+from reinforce.errors import UserError
+from schemas import Reason
+from tests.helpers.reinforced import small_dataset
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(small_dataset(tmp_path, (3, 2)))
+
+
+def test_layers_have_their_shards_and_bytes(store: Store) -> None:
+    status = read_status(store.url)
+    assert (status["url"], status["samples"], status["quarantine"], status["last_run"]) == (store.url, 2, {}, None)
+    layer = status["layers"]["embeddings/red/images"]
+    assert (layer["shards"], layer["count"], layer["dim"], layer["dtype"]) == (2, 2, 8, "float16")
+    assert layer["bytes"] == sum(store.shards("embeddings/red/images").values())
+
+
+def test_quarantined_rows_and_shards_are_counted_by_reason(store: Store) -> None:
+    broken, damaged = Reason.IMAGE_BROKEN, Reason.SHARD_DAMAGED
+    store.quarantine("samples", "one", [("a", broken, ""), ("b", broken, ""), (None, damaged, "")])
+    store.quarantine("samples", "two", [("c", broken, "")])
+    assert read_status(store.url)["quarantine"] == {
+        "samples": {"files": 2, "reasons": {"image_broken": 3, "shard_damaged (shard)": 1}}
+    }
+
+
+def test_the_last_run_is_the_latest_with_a_summary(store: Store) -> None:
+    for run in ("2026-01-01", "2026-01-02"):
+        store.write_json({"run": run}, "runs", run, "summary.json")
+    store.write_json({}, "runs", "2026-01-03", "config.json")
+    assert read_status(store.url)["last_run"] == {"run": "2026-01-02"}
+
+
+def test_the_table_has_a_line_per_layer(store: Store) -> None:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(status_table(read_status(store.url)))
+    lines = {line.split()[0]: line.split()[1:] for line in console.export_text().splitlines()}
+    assert lines["layer"] == ["shards", "bytes", "content"]
+    assert lines["samples"][0] == "2/2"
+    assert lines["samples"][-3:] == ["rows", "and", "images"]
+    assert lines["captions/namer"][-2:] == ["2", "captions"]
+    assert lines["embeddings/blue/caption"][-3:] == ["[1,", "12]", "float16"]
+
+
+def test_a_folder_without_a_dataset_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a reinforced dataset"):
+        read_status(str(tmp_path))
