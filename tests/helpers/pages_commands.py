@@ -1,0 +1,137 @@
+"""Commands that pages show: which of them tests run, and how the others are checked."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from reinforce.cli import app
+from tests.helpers.pages import ROOT
+
+#: Buckets of the examples are folders of the workspace.
+BUCKET = "s3://my-bucket/"
+
+#: Commands that are run on the small dataset of the workspace.
+RUN = [
+    r"reinforce plan my\.yaml",
+    r"reinforce run my\.yaml( --set workers\.cpus=4| --retry-quarantined)?",
+    r"reinforce status my-data",
+    r"reinforce captions-report my-data",
+    r"reinforce train student\.yaml",
+    r"reinforce evaluate runs/s0 --config student\.yaml",
+    r"reinforce evaluate runs/s0 --retrieval flickr=flickr30k-test\.tar --json scores\.json",
+    r"reinforce tune tune\.yaml --screen-only",
+]
+
+#: Commands that are only parsed, with the files that they name, and why they are not run here.
+CHECKED = {
+    r"make [a-z-]+( .*)?": "takes minutes; the parts of each target have tests of their own",
+    r"\.ci/run": "runs these tests",
+    r"pip install .*": "needs a package index",
+    r"export [A-Z_]+=.*": "sets a variable of the reader's shell",
+    r"ray start --head": "starts a cluster; tests/integration/test_job.py does",
+    r"ray job submit .*": "needs a cluster; tests/integration/test_job.py submits one",
+    r"torchrun .*": "needs several ranks; tests/integration/test_train.py runs them",
+    r"reinforce (plan|run) configs/.*": "needs the data of the config; tests/integration runs small ones",
+    r"reinforce tune .*": "trains for minutes on Ray Tune; tests/tuning/test_search.py runs a small one",
+    r"reinforce train runs/tuning/student\.yaml": "its config is written by a tuning; see tests/tuning/test_command.py",
+    r"reinforce (train|finetune-captioner) configs/.*": "trains for minutes; tests/training and tests/captioning",
+    r"reinforce evaluate .*( --classes imagenet| --clip-benchmark).*": "downloads; see tests/evaluation",
+    r"reinforce export onnx .*": "takes half a minute; tests/shipping/test_export.py",
+    r"reinforce latency .*": "measures large models for minutes; tests/shipping/test_latency.py",
+}
+
+#: Files that a command of the pages writes.
+_WRITTEN = {"runs/tuning/student.yaml"}
+
+
+def local(words: list[str]) -> list[str]:
+    """A command with the buckets of the examples as folders of the workspace."""
+    return [word.replace(BUCKET, "") for word in words]
+
+
+def rule_of(words: list[str]) -> str | None:
+    """The first rule of RUN or CHECKED that a command matches as a whole."""
+    command = " ".join(local(words))
+    return next((rule for rule in [*RUN, *CHECKED] if re.fullmatch(rule, command)), None)
+
+
+def check(words: list[str]) -> None:
+    """Parse a command without running it: the program, every option, and every file that it names.
+
+    Call it in the workspace. Raises AssertionError, or what the program's own parser raises.
+    """
+    program, *rest = local(words)
+    checks = {"reinforce": _reinforce, "make": _make, "ray": _ray, "torchrun": _torchrun, "pip": _pip}
+    if program == "python":
+        _python(rest)
+    elif program in checks:
+        checks[program](rest)
+    elif program == "export":
+        assert re.fullmatch(r"[A-Z_]+=\S+", rest[0]), rest
+    else:
+        assert os.access(ROOT / program, os.X_OK), f"{program} is no program of the repository"
+    for word in rest:
+        if re.fullmatch(r"[\w./-]+\.(yaml|py)", word) and word not in _WRITTEN:
+            assert Path(word).exists(), f"{shlex.join(words)} names {word}, which does not exist"
+
+
+def _parse(command: Any, words: list[str]) -> None:
+    """Parse with click or typer, down to the last subcommand."""
+    while hasattr(command, "commands"):
+        assert words, f"{command.name} needs a subcommand"
+        assert words[0] in command.commands, f"{command.name} has no command {words[0]}"
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context(command.name, list(words))
+
+
+def _reinforce(words: list[str]) -> None:
+    _parse(typer.main.get_command(app), words)
+
+
+def _make(words: list[str]) -> None:
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for word in words:
+        assert word in targets or re.fullmatch(r"[A-Z]+=\S+", word), f"make has no target {word}"
+
+
+def _ray(words: list[str]) -> None:
+    from ray.scripts.scripts import cli
+
+    own, _, entry = " ".join(words).partition(" -- ")
+    _parse(cli, own.split() + (["--", *entry.split()] if entry else []))
+    if entry:
+        check(entry.split())
+
+
+def _torchrun(words: list[str]) -> None:
+    from torch.distributed.run import get_args_parser
+
+    parsed = get_args_parser().parse_args(words)
+    assert (parsed.module, parsed.training_script) == (True, "reinforce")
+    _reinforce(parsed.training_script_args)
+
+
+def _pip(words: list[str]) -> None:
+    assert words[0] == "install"
+    extras = re.search(r"optional-dependencies\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
+    assert extras is not None
+    for name in re.findall(r"reinforce\[(\w+)\]", " ".join(words)):
+        assert re.search(rf"^{name} = ", extras[1], re.MULTILINE), f"there is no extra {name}"
+
+
+def _python(words: list[str]) -> None:
+    if words[0] == "-m":
+        assert importlib.util.find_spec(words[1]) is not None, f"there is no module {words[1]}"
+        return
+    job, *rest = words
+    command = re.search(r'run\("([a-z-]+)"', (ROOT / job).read_text(encoding="utf-8"))
+    assert command is not None, f"{job} runs no command"
+    assert rest[0] == "--config", f"{job} needs --config"
+    _reinforce([command[1], *rest[1:]])

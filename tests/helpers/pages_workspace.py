@@ -1,0 +1,67 @@
+"""A folder in which the examples of the pages run: the files that they name, in a size that takes seconds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.helpers.data import members_of, write_tar
+from tests.helpers.pages import ROOT, blocks
+from tests.helpers.students import student_folder
+from tests.helpers.tiny_coca import coca_model
+from tests.helpers.tiny_models import open_clip_model
+
+#: Pixels of the stored augmentations.
+SIZE = 32
+
+
+def write_inputs(folder: Path) -> None:
+    """Write shards, models and the configs my.yaml, student.yaml, tune.yaml and finetune.yaml."""
+    for shard in range(2):
+        write_tar(folder / "shards" / f"{shard:05d}.tar", members_of(shard, 6))
+    shutil.copy(folder / "shards" / "00000.tar", folder / "flickr30k-test.tar")
+    (folder / "our_teachers.py").write_text(blocks("docs/teachers.md", "python")[0].text)
+    for name in ("configs", "jobs"):
+        os.symlink(ROOT / name, folder / name)
+    for name, config in _configs(folder).items():
+        (folder / name).write_text(yaml.safe_dump(config))
+
+
+def _configs(folder: Path) -> dict[str, dict[str, Any]]:
+    vit = open_clip_model(folder / "vit", image_size=SIZE, width=32, embed_dim=16, seed=0)
+    run = {
+        "source": f"{folder}/shards/*.tar",  # workers of a Ray that runs already have another folder
+        "output": f"{folder}/my-data",
+        "augmentations": {"count": 2, "size": SIZE},
+        "captioners": {"coca": {"model": coca_model(folder / "coca"), "captions": 2, "max_length": 10}},
+        "teachers": {
+            "conv-64": {"model": vit, "logit_scale": 20},
+            "tiny": {"class": "our_teachers:Tiny", "options": {"width": SIZE}},
+        },
+        "workers": {"max": 1},
+    }
+    student = {
+        "output": "runs/s0",
+        "student": {"model": student_folder(folder / "student")},
+        "data": {"datasets": "my-data", "teachers": ["conv-64", "tiny"], "workers": 0},
+        "train": {"steps": 2, "batch": 4, "optimizer": {"warmup": 0}, "log_every": 1},
+        "evaluate": {"retrieval": {"flickr": {"pairs": "flickr30k-test.tar"}}},
+    }
+    tuning = {
+        "output": "runs/tuning",
+        "student": "student.yaml",
+        "scales": {"conv-64": [10, 20, 40]},
+        "early_stopping": None,
+        "screening": {"batches": 1},
+    }
+    captioner = {
+        "output": "coca-mine",
+        "captioner": {"model": coca_model(folder / "coca")},
+        "data": {"source": "shards/*.tar"},
+        "train": {"steps": 1, "batch": 2},
+    }
+    return {"my.yaml": run, "student.yaml": student, "tune.yaml": tuning, "finetune.yaml": captioner}

@@ -1,0 +1,208 @@
+"""Everything that README.md and docs/ show works: commands, Python, configs and links."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from importlinter.api import read_configuration
+from pydantic import BaseModel
+
+import reinforce
+from reinforce import settings
+from reinforce.captioning.config import CaptionerConfig
+from reinforce.cli import main
+from reinforce.config import Config, Limits
+from reinforce.student.config import StudentConfig
+from reinforce.tuning.config import TuneConfig
+from tests.helpers import pages_commands as commands
+from tests.helpers.pages import GENERATED, ROOT, Block, all_blocks, anchors, blocks, links, pages, prose, read_page
+from tests.helpers.pages_workspace import SIZE, write_inputs
+
+WRITTEN_BY_HAND = sorted(set(pages()) - GENERATED)
+CONFIGS: dict[str, type[BaseModel]] = {
+    "my.yaml": Config,
+    "student.yaml": StudentConfig,
+    "tune.yaml": TuneConfig,
+    "finetune.yaml": CaptionerConfig,
+}
+#: Unlabelled blocks of generated pages are commands.
+CONSOLE = ("console", "")
+SHOWN = [(block, words) for block in all_blocks(*CONSOLE) for words in block.commands()]
+
+
+def run_command(*words: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    assert ended.value.code in (0, None), words
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Iterator[Path]:
+    """The workspace after the first commands of README.md: a dataset, and a student that was trained from it."""
+    folder = tmp_path_factory.mktemp("workspace")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        write_inputs(folder)
+        run_command("run", "my.yaml")
+        shutil.copytree("my-data", "demo/dataset")
+        run_command("train", "student.yaml")
+        yield folder
+    sys.modules.pop("our_teachers", None)
+
+
+@pytest.fixture
+def workspace(built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(built)
+    return built
+
+
+def executed(page: str) -> dict[str, Any]:
+    """The names that the Python blocks of a page leave, run one after the other."""
+    scope: dict[str, Any] = {"__name__": "page"}
+    for block in blocks(page, "python"):
+        exec(compile("\n" * (block.line - 1) + block.text, str(ROOT / page), "exec"), scope)
+    return scope
+
+
+# --- commands
+
+
+@pytest.mark.parametrize(("block", "words"), SHOWN, ids=[f"{b}-{' '.join(w[:3])}" for b, w in SHOWN])
+def test_every_command_shown_runs_or_is_parsed(block: Block, words: list[str], workspace: Path) -> None:
+    rule = commands.rule_of(words)
+    assert rule is not None, f"{block}: add `{' '.join(words)}` to RUN or, with a reason, to CHECKED"
+    commands.check(words)
+    if rule in commands.RUN:
+        run_command(*commands.local(words)[1:])
+
+
+def test_no_rule_is_left_over() -> None:
+    used = {commands.rule_of(words) for _, words in SHOWN}
+    assert {*commands.RUN, *commands.CHECKED} == used
+
+
+@pytest.mark.parametrize("words", [["reinforce", "rum", "my.yaml"], ["make", "damo"], ["python", "-m", "reinforced"]])
+def test_a_misspelt_command_is_found(words: list[str], workspace: Path) -> None:
+    with pytest.raises(AssertionError):
+        commands.check(words)
+
+
+def test_an_unknown_option_is_found(workspace: Path) -> None:
+    with pytest.raises(Exception, match="--sett"):
+        commands.check(["reinforce", "plan", "my.yaml", "--sett", "seed=1"])
+
+
+def test_a_file_that_does_not_exist_is_found(workspace: Path) -> None:
+    with pytest.raises(AssertionError, match=r"yours\.yaml"):
+        commands.check(["reinforce", "plan", "yours.yaml"])
+
+
+def test_commands_in_the_comments_of_configs_are_parsed(workspace: Path) -> None:
+    programs = r"^#\s+((?:reinforce|ray job|torchrun) .+?)(?:  +#.*)?$"
+    for config in sorted(ROOT.glob("configs/**/*.yaml")):
+        for line in re.findall(programs, config.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            for words in Block(str(config), 0, "console", line).commands():
+                commands.check(words)
+
+
+# --- Python
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if blocks(page, "python")])
+def test_the_python_of_each_page_runs(page: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    executed(page)
+
+
+def test_what_is_read_with_and_without_this_project_is_equal(workspace: Path) -> None:
+    names = executed("docs/reading.md")
+    first = next(iter(reinforce.open("demo/dataset")))
+    np.testing.assert_array_equal(names["vectors"][0].astype(np.float32), first.images["conv-64"])
+    assert (names["crop"].size, names["large"].size) == ((SIZE, SIZE), (224, 224))
+    assert first.images["tiny"].shape == (2, 64)
+
+
+def test_the_custom_teacher_and_reading_without_this_project_stay_short() -> None:
+    (teacher,), (*_, bare) = blocks("docs/teachers.md", "python"), blocks("docs/reading.md", "python")
+    assert len(teacher.text.strip().splitlines()) <= 25
+    assert len(bare.text.strip().splitlines()) <= 6
+
+
+# --- configs
+
+
+def complete(name: str) -> dict[str, Any]:
+    """The config of this name that a page shows as a whole, over which the others are laid."""
+    required = {key for key, field in CONFIGS[name].model_fields.items() if field.is_required()}
+    shown = (yaml.safe_load(block.text) for block in all_blocks("yaml") if block.file == name)
+    return max((config for config in shown if required <= config.keys()), key=len)
+
+
+@pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
+def test_every_config_shown_is_valid(block: Block) -> None:
+    assert block.file in CONFIGS, f"{block}: begin with a comment that names one of {', '.join(CONFIGS)}"
+    settings.parse(CONFIGS[block.file], {**complete(block.file), **yaml.safe_load(block.text)}, str(block))
+
+
+def test_the_examples_of_readme_are_whole_configs() -> None:
+    run, student = (yaml.safe_load(block.text) for block in blocks("README.md", "yaml"))
+    assert set(settings.parse(Config, run).teachers) == {"dfn2b", "siglip"}
+    assert settings.parse(StudentConfig, student).evaluate.best_metric == "zero_shot/imagenet/top1"
+
+
+def test_the_table_of_limits_is_that_of_the_config() -> None:
+    table = re.findall(r"^\| `(\w+)` \| ([\d,]+)( MiB)? \|", prose("docs/data.md"), flags=re.MULTILINE)
+    listed = {name: float(value.replace(",", "")) * (2**20 if mib else 1) for name, value, mib in table}
+    assert listed == {name: field.default for name, field in Limits.model_fields.items()}
+
+
+# --- pages
+
+
+@pytest.mark.parametrize("page", pages())
+def test_every_link_leads_somewhere(page: str) -> None:
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        if anchor:
+            assert anchor in anchors(str(target.resolve().relative_to(ROOT))), f"{page}: {link}"
+
+
+def test_the_index_names_every_page() -> None:
+    named = {link.partition("#")[0] for link in links("docs/README.md")}
+    assert {Path(page).name for page in pages() if page.startswith("docs/")} - {"README.md"} <= named
+
+
+@pytest.mark.parametrize("page", WRITTEN_BY_HAND)
+def test_pages_are_easy_to_read_in_an_editor(page: str) -> None:
+    for number, line in enumerate(read_page(page).splitlines(), start=1):
+        assert len(line) <= 120 or line.lstrip().startswith("|"), f"{page}:{number} has {len(line)} characters"
+    for block in blocks(page):
+        assert block.language in ("console", "python", "yaml", "mermaid", "text"), f"{block}: name its language"
+
+
+def test_readme_stays_short() -> None:
+    assert len(read_page("README.md").splitlines()) <= 130
+
+
+def test_files_named_in_architecture_exist() -> None:
+    for name in re.findall(r"[\w/]+\.py\b", read_page("ARCHITECTURE.md")):
+        assert any(str(path).endswith(f"/{name}") for path in ROOT.rglob(Path(name).name)), name
+
+
+def test_the_import_order_in_architecture_is_the_contract() -> None:
+    options = read_configuration(str(ROOT / "pyproject.toml"))
+    layers = next(c for c in options["contracts_options"] if c.get("containers") == ["reinforce"])["layers"]
+    contract = [set(re.split(r" [|:] ", layer)) - {"__main__"} for layer in layers]
+    (shown,) = blocks("ARCHITECTURE.md", "text")
+    lines = [line.removeprefix("reinforce.") for line in shown.text.splitlines() if line.startswith("reinforce.")]
+    assert [set(line.split(", ")) for line in lines] == [layer for layer in contract if layer]
