@@ -1,4 +1,7 @@
-"""The command line: ``reinforce run``, ``plan``, ``status``, ``train``, ``evaluate``, ``export onnx`` and others."""
+"""The command line: ``reinforce run``, ``plan``, ``status``, ``train``, ``evaluate``, ``export onnx`` and others.
+
+A user error prints one line and exits with status 2.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -23,38 +26,39 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Multi-modal dataset reinforcement: teachers' embeddings and synthetic captions beside every image-text pair.",
+    help="Multi-modal dataset reinforcement: store augmentations, teachers' embeddings and synthetic captions next to "
+    "image-text pairs, and train small CLIP students from them.",
 )
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config, e.g. --set workers.cpus=4"),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config, repeatable: --set workers.cpus=4"),
 ]
-
-
-TrainingAddress = Annotated[
+Address = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to train on: 'auto' or HOST:PORT. Default: RAY_ADDRESS, else this machine."),
+    typer.Option(help="Ray cluster to use: 'auto' or HOST:PORT. Default: RAY_ADDRESS, otherwise this machine."),
 ]
+DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fsspec URL of a reinforced dataset.")]
+JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the results to this file.")]
+
+
+def _config_argument(example: str) -> Any:
+    return typer.Argument(metavar="CONFIG", help=f"YAML config, for example configs/{example}.")
 
 
 @app.command()
 def run(
-    config: ConfigPath,
+    config: Annotated[Path, _config_argument("demo.yaml")],
     set_: Overrides = None,
-    address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster to use: 'auto' or HOST:PORT. Default: RAY_ADDRESS, else this machine."),
-    ] = None,
+    address: Address = None,
     retry_quarantined: Annotated[
-        bool, typer.Option("--retry-quarantined", help="Try the shards again that were given up as a whole.")
+        bool, typer.Option("--retry-quarantined", help="Retry the shards that are quarantined as a whole.")
     ] = False,
 ) -> None:
-    """Compute the layers that are missing, and nothing else.
+    """Compute the missing layers of a dataset, and nothing else.
 
-    A fresh run, a resume after a crash and an added teacher are the same command.
+    Starting, resuming after a crash and adding a teacher are the same command.
 
-    Exits 0 when every shard is finished, or quarantined within failures.allowed_share.
+    Exits with status 0 if every shard is finished or, up to failures.allowed_share of the shards, quarantined.
     """
     from reinforce.engine.runner import run as run_config
 
@@ -62,21 +66,19 @@ def run(
     try:
         summary = run_config(checked, address=address, retry_quarantined=retry_quarantined)
     except KeyboardInterrupt:
-        typer.echo("stopped; what is finished is kept, run again to go on", err=True)
+        typer.echo("stopped; finished shards are kept. Run the same command again to resume.", err=True)
         raise typer.Exit(130) from None
     typer.echo(escape(summary.text(checked.output)))
     raise typer.Exit(summary.status)
 
 
 @app.command()
-def plan(config: ConfigPath, set_: Overrides = None) -> None:
-    """Show what is missing, per layer, and how many bytes it will be. Starts and writes nothing."""
-    from reinforce.engine.estimate import plan_table
+def plan(config: Annotated[Path, _config_argument("demo.yaml")], set_: Overrides = None) -> None:
+    """Show what is missing in each layer and how large it will be. Starts nothing and writes nothing."""
+    from reinforce.engine.estimate import expected_bytes, plan_table
     from reinforce.engine.plan import make_plan
     from reinforce.engine.runner import check_source
     from reinforce.terminal import format_bytes
-
-    from reinforce.engine.estimate import expected_bytes  # isort: skip
 
     made = make_plan(load_config(config, set_))
     expected = expected_bytes(made)
@@ -93,9 +95,9 @@ def plan(config: ConfigPath, set_: Overrides = None) -> None:
 
 @app.command()
 def status(
-    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="folder or fsspec URL of a reinforced dataset")],
+    dataset: DatasetUrl,
 ) -> None:
-    """Show what a dataset holds, what is in quarantine and why, and how the last run ended."""
+    """Show the layers of a dataset, what is quarantined and why, and how the last run ended."""
     from reinforce.dataset.status import read_status, status_table
     from reinforce.engine.summary import cleaned_lines
 
@@ -113,34 +115,36 @@ def status(
 
 @app.command()
 def train(
-    config: ConfigPath,
+    config: Annotated[Path, _config_argument("mobileclip2-s0.yaml")],
     set_: Overrides = None,
-    address: TrainingAddress = None,
+    address: Address = None,
 ) -> None:
-    """Train a student from reinforced datasets, or go on after the last checkpoint of its output.
+    """Train a student from reinforced datasets, or resume from the last checkpoint in its output folder.
 
-    With one rank it runs in this process, with more on Ray Train; started by torchrun, it takes torchrun's ranks.
+    One rank trains in this process, more ranks train on Ray Train. Under torchrun, the ranks are torchrun's.
     """
     from reinforce.student.config import load_student_config
     from reinforce.student.train import train as train_student
 
     checked = load_student_config(config, set_)
-    results = _trained(lambda: train_student(checked, address=address))
+    results = _run_training(lambda: train_student(checked, address=address))
     if _is_first_rank():
         typer.echo(results.text())
 
 
 @app.command("finetune-captioner")
-def finetune_captioner(config: ConfigPath, set_: Overrides = None, address: TrainingAddress = None) -> None:
-    """Fine-tune a CoCa captioner on images with captions, or go on after the last checkpoint of its output.
+def finetune_captioner(
+    config: Annotated[Path, _config_argument("finetune-coco38k.yaml")], set_: Overrides = None, address: Address = None
+) -> None:
+    """Fine-tune a CoCa captioner on images with captions, or resume from the last checkpoint in its output folder.
 
-    Runs where `train` would. The result is a model for `captioners:` of `reinforce run`.
+    Runs where `train` would run. The result is a model for `captioners:` of `reinforce run`.
     """
     from reinforce.captioning.config import load_captioner_config
     from reinforce.captioning.finetune import comparison, finetune
 
     checked = load_captioner_config(config, set_)
-    results = _trained(lambda: finetune(checked, address=address))
+    results = _run_training(lambda: finetune(checked, address=address))
     if _is_first_rank():
         typer.echo(results.text())
         typer.echo("held-out images, before and after:")
@@ -149,19 +153,19 @@ def finetune_captioner(config: ConfigPath, set_: Overrides = None, address: Trai
 
 @app.command()
 def tune(
-    config: ConfigPath,
+    config: Annotated[Path, _config_argument("tune-demo.yaml")],
     set_: Overrides = None,
-    address: TrainingAddress = None,
+    address: Address = None,
     screen_only: Annotated[
-        bool, typer.Option("--screen-only", help="Tell what stored embeddings alone say of the scales; train nothing.")
+        bool, typer.Option("--screen-only", help="Only screen the logit scales with stored embeddings; train nothing.")
     ] = False,
     record: Annotated[
-        bool, typer.Option("--record", help="Put the scales that are found into dataset.json of the datasets.")
+        bool, typer.Option("--record", help="Write the scales found into dataset.json of the datasets.")
     ] = False,
 ) -> None:
-    """Find the teachers' logit scales, and lambda, by short trainings; or go on after what is finished.
+    """Find the teachers' logit scales and lambda by short trainings; finished trials are not repeated.
 
-    Writes a table, a plot and a config that `reinforce train` takes to the output.
+    Writes a table, a plot and a config for `reinforce train` to the output folder.
     """
     from reinforce.tuning import command
     from reinforce.tuning.config import load_tune_config
@@ -169,11 +173,11 @@ def tune(
 
     checked = load_tune_config(config, set_)
     if screen_only:
-        screenings = _trained(lambda: command.screen_only(checked))
+        screenings = _run_training(lambda: command.screen_only(checked))
         Console().print(screening_table(screenings))
         typer.echo(f"plot: {redact(checked.output)}/{command.PLOT}")
         return
-    result = _trained(lambda: command.tune(checked, address=address))
+    result = _run_training(lambda: command.tune(checked, address=address))
     Console().print(screening_table(result.screenings))
     Console().print(results_table(result.rows, result.metric))
     lines = result.lines()
@@ -191,54 +195,52 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="open_clip's NAME,TAG (or NAME with --pretrained), local-dir:PATH, hf-hub:ORG/REPO, or the folder "
-            "that a training wrote. Several stand side by side.",
+            help="NAME,TAG of open_clip (or NAME with --pretrained), local-dir:PATH, hf-hub:ORG/REPO, or a folder or "
+            "URL that a training wrote.",
         ),
     ],
     pretrained: Annotated[
-        str | None, typer.Option(metavar="TAG", help="Tag or checkpoint of models that bring none.")
+        str | None, typer.Option(metavar="TAG", help="Tag or checkpoint of the models given by NAME alone.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file whose `evaluate` section names sets.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML config whose `evaluate` section defines sets.")] = None,
     zero_shot: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=URL", help="Images with classes: a folder with a folder a class, or shards."),
+        typer.Option(metavar="NAME=URL", help="Images with classes: a folder with a folder per class, or shards."),
     ] = None,
     retrieval: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=URL", help="Images with captions: shards, or a reinforced dataset."),
     ] = None,
     classes: Annotated[
-        str | None, typer.Option(help="Of --zero-shot: `imagenet` or a text file; default: the folders' names.")
+        str | None, typer.Option(help="For --zero-shot: `imagenet` or a text file. Default: the names of the folders.")
     ] = None,
     label: Annotated[
-        str | None, typer.Option(help="Of --zero-shot: where shards hold it, `cls` or json:FIELD.")
+        str | None, typer.Option(help="For --zero-shot: where shards hold the class, `cls` or json:FIELD.")
     ] = None,
     templates: Annotated[
-        str | None, typer.Option(help="Of --zero-shot: `openai`, `simple` (default), `none`, or a text file.")
+        str | None, typer.Option(help="For --zero-shot: `openai`, `simple` (default), `none`, or a text file.")
     ] = None,
     groups: Annotated[
-        str | None, typer.Option(help="Of --zero-shot: json:FIELD or a JSON file that gives each class a group.")
+        str | None, typer.Option(help="For --zero-shot: json:FIELD or a JSON file with the group of each class.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Judge by so many images of each set of the command line.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images or texts in one forward pass.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Number of images of each set of the command line. Default: all.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Images or texts per forward pass.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
-    precision: Annotated[
-        Literal["fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the forward pass.")
-    ] = "fp32",
-    json_: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Write all of it here, refused images by name.")
-    ] = None,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the forward pass.")] = "fp32",
+    json_: JsonFile = None,
     clip_benchmark: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Also let the package clip_benchmark judge by the sets it downloads; needs a network.",
+            help="Also run the package clip_benchmark on datasets that it downloads to this folder.",
         ),
     ] = None,
 ) -> None:
-    """Judge models by zero-shot classification and image-text retrieval.
+    """Evaluate models by zero-shot classification and image-text retrieval.
 
-    Models are given their own preprocessing. Images that cannot be decoded are left out and told.
+    Each model gets its own preprocessing. Images that cannot be decoded are skipped and reported.
     """
     from reinforce.evaluation import command
     from reinforce.model_names import resolve_models
@@ -247,7 +249,7 @@ def evaluate(
     common = {key: value for key, value in common.items() if value is not None}
     sets = command.evaluation_of(config, zero_shot or [], retrieval or [], common, limit, batch)
     if not sets.metrics and clip_benchmark is None:
-        raise UserError("nothing to judge by: name sets with --zero-shot, --retrieval or --config.")
+        raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval or --config.")
     with resolve_models(models, pretrained) as specs:
         report = command.judge(specs, sets, device, precision, clip_benchmark)
     Console().print(report.table())
@@ -257,7 +259,7 @@ def evaluate(
         report.write(json_)
 
 
-export = typer.Typer(no_args_is_help=True, help="Ship a model: what runs it where neither torch nor open_clip is.")
+export = typer.Typer(no_args_is_help=True, help="Export a model to run without torch and open_clip.")
 app.add_typer(export, name="export")
 
 
@@ -267,19 +269,24 @@ def export_onnx(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="The folder that a training wrote, local-dir:PATH, open_clip's NAME,TAG, or hf-hub:ORG/REPO.",
+            help="A folder or URL that a training wrote, local-dir:PATH, NAME,TAG of open_clip, or hf-hub:ORG/REPO.",
         ),
     ],
-    pretrained: Annotated[str | None, typer.Option(metavar="TAG", help="Tag or checkpoint of a NAME alone.")] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(metavar="TAG", help="Tag or checkpoint of a model given by NAME alone.")
+    ] = None,
     output: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="New folder or fsspec URL. Default: MODEL's name and -onnx."),
+        typer.Option(metavar="FOLDER", help="New folder or fsspec URL. Default: the name of MODEL with -onnx."),
     ] = None,
 ) -> None:
-    """Write image.onnx and text.onnx, tokenizer.json, preprocess.json, and a README.md with an example.
+    """Write image.onnx, text.onnx, tokenizer.json, preprocess.json, and a README.md with an example.
 
-    The towers are reparameterised where the model can be, take any batch, and are compared with torch before the
-    folder appears. Needs the extra: pip install 'reinforce[export]'
+    The towers take any batch size, and are reparameterised where the model supports it.
+
+    Their outputs are compared with torch's before the folder is published.
+
+    Requires: pip install 'reinforce\\[export]'
     """
     from reinforce.model_names import resolve_models, short_name
     from reinforce.shipping.packages import require
@@ -297,20 +304,22 @@ def export_onnx(
 def latency(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="open_clip's names, local-dir:PATH, or folders that trainings wrote."),
+        typer.Argument(metavar="MODEL...", help="Names of open_clip, local-dir:PATH, or folders that trainings wrote."),
     ],
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each tower is measured, in turns.")] = 20,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's, as many as there are cores.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements per tower; the towers take turns.")] = 20,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's, one per core.")] = None,
     clock: Annotated[
         Literal["wall", "process"],
-        typer.Option(help="process: seconds of the process itself on all threads, where a machine is not idle."),
+        typer.Option(help="wall: elapsed time; process: CPU time of all threads, for a machine that is not idle."),
     ] = "wall",
-    onnx_: Annotated[bool, typer.Option("--onnx", help="Also in onnxruntime; needs reinforce[export].")] = False,
-    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write all of it here.")] = None,
+    onnx_: Annotated[
+        bool, typer.Option("--onnx", help="Also measure in onnxruntime; requires reinforce\\[export].")
+    ] = False,
+    json_: JsonFile = None,
 ) -> None:
-    """Tell parameters, operations and latency at batch 1 of models side by side, on this machine's CPU.
+    """Compare parameters, operations and latency at batch size 1 of models, on the CPU of this machine.
 
-    Architectures are measured, with random weights and reparameterised as they are shipped; nothing is downloaded.
+    The architectures are measured with random weights, reparameterised as for export; nothing is downloaded.
     """
     from reinforce.model_names import resolve_models
     from reinforce.shipping.latency import measure
@@ -328,17 +337,19 @@ def latency(
 
 @app.command(name="captions-report")
 def captions_report(
-    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="folder or fsspec URL of a reinforced dataset")],
+    dataset: DatasetUrl,
     captioner: Annotated[
         list[str] | None, typer.Option(help="Captioner to report on, repeatable. Default: all.")
     ] = None,
-    teacher: Annotated[list[str] | None, typer.Option(help="Teacher to judge by, repeatable. Default: all.")] = None,
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Teacher to score captions with, repeatable. Default: all.")
+    ] = None,
     out: Annotated[str, typer.Option(help="Folder or fsspec URL for report.json and the plots.")] = "captions-report",
-    limit: Annotated[int, typer.Option(min=1, help="Most images to look at, evenly over the dataset.")] = 10_000,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of images, spread over the dataset.")] = 10_000,
 ) -> None:
-    """Tell how diverse a dataset's captions are and how near to their images, beside the true captions.
+    """Measure how diverse a dataset's captions are and how similar to their images, compared with the true captions.
 
-    What each figure is stands in report.json, under `definitions`.
+    The metrics are defined in report.json, under `definitions`.
     """
     from reinforce.report.captions import captions_report as report_on
     from reinforce.report.captions_view import captions_table, write_report
@@ -348,8 +359,8 @@ def captions_report(
     typer.echo(f"{report['rows']:,} images; written: {', '.join(write_report(report, out))}")
 
 
-def _trained(work: Callable[[], T]) -> T:
-    """Do a training; one that was stopped says so, and ends with the signal's exit status."""
+def _run_training(work: Callable[[], T]) -> T:
+    """Run a training with its log on the terminal; if it is stopped, exit with the status of the signal."""
     from reinforce.training.stop import Stopped
 
     logging.basicConfig(format="%(message)s")
@@ -357,20 +368,20 @@ def _trained(work: Callable[[], T]) -> T:
     try:
         return work()
     except (Stopped, KeyboardInterrupt) as stopped:
-        typer.echo("stopped; run again to go on after the last checkpoint", err=True)
+        typer.echo("stopped; run the same command again to resume from the last checkpoint", err=True)
         raise typer.Exit(stopped.status if isinstance(stopped, Stopped) else 130) from None
 
 
 def _is_first_rank() -> bool:
-    """Whether torchrun made this process rank 0, or no rank at all."""
+    """Return whether this process is torchrun's rank 0, or was not started by torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: errors of the user's are one message, and the exit status tells."""
-    if os.getcwd() not in sys.path:  # a class of the user's own lies beside the config
+    """Run a command. A user error prints one line and exits with status 2."""
+    if os.getcwd() not in sys.path:  # custom classes can be next to the config
         sys.path.insert(0, os.getcwd())
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of settings that are meant
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides warnings about settings that are intended
     try:
         app(args=arguments)
     except UserError as error:

@@ -1,24 +1,27 @@
-"""The command line: one message with the mend for every fault of the user's, and an exit status that tells."""
+"""The command line: a user error prints one message with the fix and exits with status 2."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.main import get_command
 
-from reinforce.cli import main
+from reinforce.cli import app, main
 from tests.helpers.data import config_of
 
-Told = Callable[..., tuple[int, str, str]]
+Command = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Told:
-    """Run a command -> (exit status, standard output, standard error)."""
+def command(capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run a command; returns the exit status, standard output and standard error."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -36,8 +39,8 @@ def write_config(folder: Path, config: dict[str, Any]) -> str:
     return str(path)
 
 
-def faults(folder: Path, source: str) -> dict[str, tuple[dict[str, Any], str]]:
-    """Config and what must be told, by the name of the fault."""
+def user_errors(folder: Path, source: str) -> dict[str, tuple[dict[str, Any], str]]:
+    """A config with each error, and a part of the message, by the name of the error."""
     good = config_of(source, folder / "out")
     (folder / "in-the-way").write_text("a file")
     return {
@@ -66,27 +69,27 @@ def faults(folder: Path, source: str) -> dict[str, tuple[dict[str, Any], str]]:
     }
 
 
-FAULTS = [
+USER_ERRORS = [
     "unknown key", "wrong type", "missing weights", "missing checkpoint file", "quick-gelu mismatch", "unknown class",
     "unknown option", "no match", "unreadable source", "unwritable output",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_one_message_with_its_place(
-    command: Told, shards: Callable[..., str], tmp_path: Path, fault: str
+@pytest.mark.parametrize("error", USER_ERRORS)
+def test_a_user_error_is_one_message_that_names_the_place(
+    command: Command, shards: Callable[..., str], tmp_path: Path, error: str
 ) -> None:
-    config, told = faults(tmp_path, shards(2))[fault]
+    config, message = user_errors(tmp_path, shards(2))[error]
     status, out, err = command("run", write_config(tmp_path, config))
-    assert status != 0
+    assert status == 2
     assert err.startswith("error: ")
-    assert told in err
+    assert message in err
     assert "Traceback" not in out + err
     assert not list(tmp_path.glob("out/samples/*")), "nothing was started"
 
 
-def test_a_changed_fingerprint_is_told_by_run_and_plan(
-    command: Told, shards: Callable[..., str], tmp_path: Path, ray_session: None
+def test_run_and_plan_report_a_changed_fingerprint(
+    command: Command, shards: Callable[..., str], tmp_path: Path, ray_session: None
 ) -> None:
     config = config_of(shards(3), tmp_path / "out")
     assert command("run", write_config(tmp_path, config))[0] == 0
@@ -98,8 +101,8 @@ def test_a_changed_fingerprint_is_told_by_run_and_plan(
         assert "another `output`" in err
 
 
-def test_run_plan_and_status_tell_what_is_there(
-    command: Told, shards: Callable[..., str], tmp_path: Path, ray_session: None
+def test_plan_run_and_status_report_the_state_of_the_dataset(
+    command: Command, shards: Callable[..., str], tmp_path: Path, ray_session: None
 ) -> None:
     path = write_config(tmp_path, config_of(shards(4, 4), tmp_path / "out"))
     status, out, _ = command("plan", path)
@@ -121,13 +124,13 @@ def test_run_plan_and_status_tell_what_is_there(
     status, out, _ = command("run", path, "--set", "teachers.red.logit_scale=75.0")
     assert (status, "nothing to do" in out) == (0, True)
     manifest = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    assert manifest["teachers"]["red"]["logit_scale"] == 75.0, "a scale is no content: it changes without a run"
+    assert manifest["teachers"]["red"]["logit_scale"] == 75.0, "no layer depends on the scale"
     assert manifest["teachers"]["blue"]["logit_scale"] == 30.0
     assert manifest["teachers"]["blue"]["logit_scale_from"] == "model"
 
 
-def test_a_model_that_gives_the_wrong_shape_ends_the_run_before_it_starts(
-    command: Told, shards: Callable[..., str], tmp_path: Path, ray_session: None
+def test_a_model_with_a_wrong_output_shape_fails_before_the_run_starts(
+    command: Command, shards: Callable[..., str], tmp_path: Path, ray_session: None
 ) -> None:
     config = config_of(shards(3), tmp_path / "out")
     config["teachers"] = {"odd": {"class": "tests.helpers.models:Misshapen"}}
@@ -138,6 +141,32 @@ def test_a_model_that_gives_the_wrong_shape_ends_the_run_before_it_starts(
     assert not list(tmp_path.glob("out/samples/*"))
 
 
-def test_status_of_something_else_is_told(command: Told, tmp_path: Path) -> None:
+def test_status_of_another_folder_is_a_user_error(command: Command, tmp_path: Path) -> None:
     status, _, err = command("status", str(tmp_path))
     assert (status, "is not a reinforced dataset" in err) == (2, True)
+
+
+def commands() -> list[list[str]]:
+    return [
+        [group.name, *([command] if command else [])]
+        for group in get_command(app).commands.values()
+        for command in getattr(group, "commands", [""])
+    ]
+
+
+@pytest.mark.parametrize("name", commands(), ids=" ".join)
+def test_help_names_existing_configs_and_explains_every_option(command: Command, name: list[str]) -> None:
+    status, out, _ = command(*name, "--help")
+    assert status == 0
+    for example in re.findall(r"configs/[\w-]+\.yaml", out):
+        assert (ROOT / example).is_file()
+    found = get_command(app)
+    for part in name:
+        found = found.commands[part]
+    assert found.help
+    assert [parameter.name for parameter in found.params if not getattr(parameter, "help", "")] == []
+
+
+def test_help_shows_the_name_of_an_extra(command: Command) -> None:
+    assert "reinforce[export]" in command("export", "onnx", "--help")[1]
+    assert "reinforce[export]" in command("latency", "--help")[1]

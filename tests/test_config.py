@@ -1,4 +1,4 @@
-"""What a user gets told about a config that is wrong."""
+"""Validation of run configs: errors name the key and the fix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reinforce.errors import UserError
 MINIMAL = {"source": "shards/{0..3}.tar", "output": "out"}
 
 
-def test_a_minimal_config_has_the_published_policy() -> None:
+def test_the_default_augmentations_are_those_of_datacompdr() -> None:
     config = parse_config(MINIMAL)
     policy = config.augmentations
     assert (policy.size, policy.scale, policy.rand_augment.ops, policy.rand_augment.magnitude) == (
@@ -25,7 +25,7 @@ def test_a_minimal_config_has_the_published_policy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"bogus": 1}, "bogus: unknown key; known keys here: source, output"),
         ({"workers": {"cpu": 2}}, "workers.cpu: unknown key; known keys here: min, max, gpus, cpus"),
@@ -45,18 +45,23 @@ def test_a_minimal_config_has_the_published_policy() -> None:
         ({"images": "link"}, "images: Input should be 'embed' or 'reference', got 'link'"),
     ],
 )
-def test_a_fault_is_named_with_its_place_and_the_mend(changes: dict[str, Any], told: str) -> None:
+def test_an_error_names_the_key_and_the_fix(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_config({**MINIMAL, **changes})
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_images_are_embedded_unless_they_are_referenced() -> None:
+    assert parse_config(MINIMAL).embeds_images
+    assert not parse_config({**MINIMAL, "images": "reference"}).embeds_images
+
+
+def test_all_errors_are_reported_at_once() -> None:
     with pytest.raises(UserError, match="3 errors"):
         parse_config({"output": "x", "seed": "a", "bogus": 1})
 
 
-def test_overrides_are_yaml_and_reach_into_sections(tmp_path: Path) -> None:
+def test_overrides_are_yaml_values_of_nested_keys(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("source: a.tar\noutput: out\nworkers: {cpus: 1}\n")
     config = load_config(path, ["workers.cpus=4", "teachers.t.model=ViT-B-32", "augmentations.scale=[0.5, 1.0]"])
@@ -64,7 +69,7 @@ def test_overrides_are_yaml_and_reach_into_sections(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["workers", "=3", "source.x=1", "seed=[1"])
-def test_a_bad_override_is_told(tmp_path: Path, override: str) -> None:
+def test_a_malformed_override_is_a_user_error(tmp_path: Path, override: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("source: a.tar\noutput: out\n")
     with pytest.raises(UserError, match="--set"):
@@ -72,13 +77,13 @@ def test_a_bad_override_is_told(tmp_path: Path, override: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["- a list", "a: [", ""])
-def test_a_file_that_is_no_config_is_told(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_config_is_a_user_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=str(path)):
         load_config(path)
 
 
-def test_a_missing_config_is_told(tmp_path: Path) -> None:
+def test_a_missing_config_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Give the path of a YAML file"):
         load_config(tmp_path / "none.yaml")

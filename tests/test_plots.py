@@ -1,4 +1,4 @@
-"""Plots are drawn without a display and stored whole, on a disk and in an object store."""
+"""Plots are drawn without a display and written atomically, to a disk or an object store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reinforce import plots
 from reinforce.errors import UserError
 
 
-def _drawn() -> Figure:
+def _draw() -> Figure:
     made, (left, right) = plots.figure(panels=2, width=6, height=3)
     left.bar(range(3), [1, 2, 3], color=plots.colour(0))
     plots.label(left, "Bars", "number", "height")
@@ -27,23 +27,23 @@ def _drawn() -> Figure:
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
-def test_a_figure_is_a_png_of_its_size_at_a_path_or_url(tmp_path: Path, where: str) -> None:
+def test_a_figure_is_saved_as_a_png_of_its_size(tmp_path: Path, where: str) -> None:
     url = f"{tmp_path}/new/folder/plot.png" if where == "disk" else "memory://plots/folder/plot.png"
-    plots.save(_drawn(), url)
+    plots.save(_draw(), url)
     with fsspec.open(url, "rb") as file:
         image = Image.open(io.BytesIO(file.read()))
     assert (image.format, image.size) == ("PNG", (960, 480))
     if where == "disk":
-        assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["plot.png"], "no temporary file stays"
+        assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["plot.png"], "no temporary file is left"
 
 
 def test_equal_figures_are_equal_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        plots.save(_drawn(), f"{tmp_path}/{name}.png")
+        plots.save(_draw(), f"{tmp_path}/{name}.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_drawing_leaves_matplotlibs_global_state_alone() -> None:
+def test_drawing_does_not_import_pyplot() -> None:
     code = (
         "import sys; from reinforce import plots; assert 'matplotlib' not in sys.modules; plots.figure(); "
         "assert 'matplotlib.pyplot' not in sys.modules"
@@ -51,13 +51,13 @@ def test_drawing_leaves_matplotlibs_global_state_alone() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_legend_of_one_series_is_left_out() -> None:
+def test_a_single_series_gets_no_legend() -> None:
     _, (axes,) = plots.figure()
     axes.plot([0, 1], [0, 1], label="alone")
     plots.legend(axes)
     assert axes.get_legend() is None
 
 
-def test_a_store_without_a_driver_is_told() -> None:
+def test_a_url_without_a_driver_is_a_user_error() -> None:
     with pytest.raises(UserError, match="nosuch://"):
         plots.save(plots.figure()[0], "nosuch://bucket/plot.png")

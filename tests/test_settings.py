@@ -1,4 +1,4 @@
-"""Configs in general: faults are told with their place, whatever the section is nested in."""
+"""Configs in general: errors name the key, however deeply its section is nested."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Root(Section):
     )
 
 
-@pytest.mark.parametrize("at", ["one", "maybe"])
-def test_a_misspelt_key_is_told_with_its_neighbours(at: str) -> None:
-    with pytest.raises(UserError, match=f"{at}.sise: unknown key; known keys here: size, lambda"):
-        settings.parse(Root, {"name": "n", at: {"sise": 2}})
+@pytest.mark.parametrize("section", ["one", "maybe"])
+def test_a_misspelt_key_is_reported_with_the_known_ones(section: str) -> None:
+    with pytest.raises(UserError, match=f"{section}.sise: unknown key; known keys here: size, lambda"):
+        settings.parse(Root, {"name": "n", section: {"sise": 2}})
 
 
 @pytest.mark.parametrize(
@@ -43,21 +43,21 @@ def test_a_misspelt_key_is_told_with_its_neighbours(at: str) -> None:
         ({"wrapped": {"sise": 2}}, "wrapped.0.sise"),
     ],
 )
-def test_the_place_reaches_into_lists_and_mappings(data: dict[str, object], place: str) -> None:
+def test_errors_name_indices_of_lists_and_keys_of_mappings(data: dict[str, object], place: str) -> None:
     with pytest.raises(UserError, match=f"{place}: unknown key; known keys here: size, lambda"):
         settings.parse(Root, {"name": "n", **data})
 
 
-def test_a_wrong_type_in_a_union_is_told_at_its_key() -> None:
+def test_a_wrong_type_in_a_union_is_reported_at_its_key() -> None:
     with pytest.raises(UserError) as caught:
         settings.parse(Root, {"name": "n", "either": 3})
     assert all(line.strip().startswith("either:") for line in str(caught.value).splitlines()[1:])
 
 
-def test_an_alias_is_the_key_that_users_write() -> None:
+def test_an_alias_is_accepted_as_the_key() -> None:
     assert settings.parse(Root, {"name": "n", "one": {"lambda": 0.5}}).one.lambda_ == 0.5
 
 
-def test_sections_cannot_be_changed_after_they_were_checked() -> None:
+def test_sections_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         settings.parse(Root, {"name": "n"}).one.size = 3

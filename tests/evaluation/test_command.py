@@ -90,7 +90,7 @@ def test_a_model_in_an_object_store_is_judged_as_it_is_here(evaluate: Told, root
 
 
 FAULTS: dict[str, tuple[list[str], str]] = {
-    "nothing to judge by": (["{root}/plain"], "nothing to judge by: name sets with --zero-shot"),
+    "nothing to judge by": (["{root}/plain"], "nothing to evaluate on: name sets with --zero-shot"),
     "no model of that name": (["ViT-L14", "--zero-shot", "a={root}/folder"], "did you mean ViT-L-14"),
     "no weights": (["ViT-B-32", "--zero-shot", "a={root}/folder"], "has no weights without `pretrained`"),
     "no such tag": (["ViT-B-32,opnai", "--zero-shot", "a={root}/folder"], "did you mean openai"),
