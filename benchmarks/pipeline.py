@@ -27,7 +27,7 @@ from reinforce.dataset.store import Store
 from reinforce.engine.models import Models
 from reinforce.engine.plan import PendingShard, make_plan
 from reinforce.engine.recipe import describe_models, layers_of
-from reinforce.engine.rows import Wanted, rows_from_source
+from reinforce.engine.rows import RowSpec, rows_from_source
 from reinforce.engine.shard import process_shard
 from reinforce.source.image import decode
 from teachers.device import Accelerator
@@ -128,7 +128,7 @@ class Bench:
         config = self.config("none")
         with ThreadPoolExecutor(self.threads) as pool:
             start = time.perf_counter()
-            rows = rows_from_source(config, f"{self.folder}/0.tar", Wanted(crops=True), pool, window=256)
+            rows = rows_from_source(config, f"{self.folder}/0.tar", RowSpec(crops=True), pool, window=256)
             count = sum(1 for _ in rows)
             return count / (time.perf_counter() - start)
 

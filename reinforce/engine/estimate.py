@@ -1,4 +1,4 @@
-"""What a plan will write, in bytes: from the files that are there, else from a look at the first shard."""
+"""Estimated bytes of what a plan will write: from committed files, else from the beginning of a source shard."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from reinforce.dataset.layers import Layer
 from reinforce.engine.plan import Plan
 from reinforce.source.shards import RawSample, read_shard
 from reinforce.source.urls import filesystem
 from reinforce.terminal import format_bytes
 
-_LOOK_BYTES = 8 * 2**20
-_RECORD_BYTES = 6  # an augmentation record, encoded by dictionary and compressed; 54 are its values
+_READ_BYTES = 8 * 2**20
+_READ_SAMPLES = 2000
+_REFERENCE_BYTES = 24  # per image
+_RECORD_BYTES = 6  # per augmentation record, dictionary-encoded and compressed from 54
 _CAPTION_BYTES = 20  # compressed
 
 
 @dataclass(frozen=True)
-class _Glimpse:
+class _SourceStatistics:
     rows: float  # per shard
     image_bytes: float  # per row
     text_bytes: float  # per row
 
 
 def expected_bytes(plan: Plan) -> dict[str, int | None]:
-    """Bytes still to be written, by layer; None where nothing lets one tell."""
-    glimpse = _glimpse(plan) if plan.pending else None
-    rows = glimpse.rows if glimpse else None
+    """Bytes still to be written, by layer; None if they cannot be estimated."""
+    statistics = _source_statistics(plan) if plan.pending else None
     sizes: dict[str, int | None] = {}
     for name, layer in plan.layers.items():
         state = plan.states[name]
@@ -38,20 +40,14 @@ def expected_bytes(plan: Plan) -> dict[str, int | None]:
             per_shard = 0
         elif state.done:
             per_shard = state.done_bytes / state.done
-        elif rows is not None and glimpse is not None:
-            if layer.kind == "samples":
-                image = glimpse.image_bytes if plan.config.embeds_images else 24
-                per_shard = rows * (image + glimpse.text_bytes + _RECORD_BYTES * plan.config.augmentations.count)
-            elif layer.kind == "captions":
-                per_shard = rows * layer.count * _CAPTION_BYTES
-            elif layer.row_bytes is not None:
-                per_shard = rows * layer.row_bytes
+        elif statistics is not None:
+            per_shard = _shard_bytes(plan, layer, statistics)
         sizes[name] = None if per_shard is None else round(per_shard * state.missing)
     return sizes
 
 
 def plan_table(plan: Plan, expected: Mapping[str, int | None]) -> Table:
-    """A plan as a table: per layer what is there, what is missing, and how much it will be."""
+    """A plan as a table: what is done, missing and quarantined per layer, and the bytes to expect."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("layer", "done", "missing", "quarantined", "expected"):
         table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
@@ -62,24 +58,35 @@ def plan_table(plan: Plan, expected: Mapping[str, int | None]) -> Table:
     return table
 
 
-def _glimpse(plan: Plan) -> _Glimpse | None:
-    """Rows a shard and bytes a row, from the first few megabytes of the first shard that can be read."""
+def _shard_bytes(plan: Plan, layer: Layer, statistics: _SourceStatistics) -> float | None:
+    """Expected bytes of one shard of a layer; None if the model's dimension is not known before it is loaded."""
+    if layer.kind == "samples":
+        image = statistics.image_bytes if plan.config.embeds_images else _REFERENCE_BYTES
+        records = _RECORD_BYTES * plan.config.augmentations.count
+        return statistics.rows * (image + statistics.text_bytes + records)
+    if layer.kind == "captions":
+        return statistics.rows * layer.count * _CAPTION_BYTES
+    return None if layer.row_bytes is None else statistics.rows * layer.row_bytes
+
+
+def _source_statistics(plan: Plan) -> _SourceStatistics | None:
+    """Statistics of the first few megabytes of the first shard that can be read; None if none of three can."""
     for shard in plan.pending[:3]:
         try:
             fs, path = filesystem(shard.url)
             size = int(fs.size(path) or 0)
             samples, seen = [], 0
-            for item in itertools.islice(read_shard(shard.url, plan.config.input.limits), 2000):
+            for item in itertools.islice(read_shard(shard.url, plan.config.input.limits), _READ_SAMPLES):
                 if isinstance(item, RawSample):
                     samples.append(item)
                     seen = item.offset + item.length
-                if seen > _LOOK_BYTES:
+                if seen > _READ_BYTES:
                     break
-        except Exception:  # noqa: S112 - each driver has its own; whoever asks for more than sizes is told
+        except Exception:  # noqa: S112 - each driver has its own; the plan reports why its sizes are unknown
             continue
         if not samples:
             continue
         image = sum(item.length for item in samples) / len(samples)
         text = sum(len(json.dumps(v.decode("utf-8", "replace"))) for i in samples for v in i.sidecars.values())
-        return _Glimpse(size / max(1, seen) * len(samples), image, 0.5 * text / len(samples))
+        return _SourceStatistics(size / max(1, seen) * len(samples), image, 0.5 * text / len(samples))
     return None

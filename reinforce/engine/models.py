@@ -22,10 +22,10 @@ from teachers.registry import load_captioner, load_teacher
 
 @dataclass
 class Counters:
-    """What a worker (read by the driver while shards run) or one of its shards has done so far."""
+    """Counts of a worker (read by the driver while shards run) or of one of its shards."""
 
     samples: int = 0
-    busy: float = 0.0  # seconds the accelerator worked
+    busy: float = 0.0  # seconds in which the accelerator was in use
 
 
 @dataclass
@@ -36,11 +36,11 @@ class Models:
     captioners: Mapping[str, Captioner]
     accelerator: Accelerator
     counters: Counters = field(default_factory=Counters)
-    _turn: threading.Lock = field(default_factory=threading.Lock)
+    _in_use: threading.Lock = field(default_factory=threading.Lock)
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
 
     def text_encoder(self, teacher: Teacher, texts: Sequence[str]) -> Callable[[], torch.Tensor]:
-        """What is left to do at the accelerator for a batch of texts, tokenized now where the teacher lets us."""
+        """A function that encodes ``texts`` on the accelerator. They are tokenized now if the teacher supports it."""
         tokenize = getattr(teacher, "tokenize", None)
         if tokenize is None:
             return lambda: teacher.encode_texts(texts)
@@ -49,9 +49,9 @@ class Models:
         return lambda: teacher.encode_tokens(tokens)  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
-    def turn(self, shard: Counters | None = None) -> Iterator[None]:
-        """The accelerator to oneself; time in here is what counts as busy, for the worker and for ``shard``."""
-        with self._turn, torch.inference_mode():
+    def use_accelerator(self, shard: Counters | None = None) -> Iterator[None]:
+        """Exclusive use of the accelerator. The time in it counts as busy, for the worker and for ``shard``."""
+        with self._in_use, torch.inference_mode():
             start = time.perf_counter()
             try:
                 yield
@@ -63,7 +63,7 @@ class Models:
 
 
 def load_models(config: Config, layers: Iterable[Layer]) -> Models:
-    """The models that make these layers, tried out once. Raises UserError if one cannot be loaded or does not fit."""
+    """Load and check the models that make ``layers``. Raises UserError if one cannot be loaded or does not fit."""
     layers = [layer for layer in layers if not layer.published]
     device = "cuda" if config.workers.gpus else "cpu"
     captioners = {layer.model for layer in layers if layer.kind == "captions"}
@@ -80,43 +80,48 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
         )
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(str(error)) from error
-    try_out(models, layers)
+    check_models(models, layers)
     return models
 
 
-def try_out(models: Models, layers: Iterable[Layer]) -> None:
-    """One grey image and one short text through every model, so that a wrong shape ends the run before it starts.
+def check_models(models: Models, layers: Iterable[Layer]) -> None:
+    """Run every model on a gray image or a short text, so that a wrong shape ends the run before it starts.
 
-    Raises UserError naming the model and what it gave.
+    Raises UserError with the model's name and what it returned.
     """
     for layer in layers:
         if layer.model is None:
             continue
         try:
-            with models.turn():
+            with models.use_accelerator():
                 if layer.kind == "captions":
                     captioner = models.captioners[layer.model]
-                    pixels = _grey(models, captioner.image)
+                    pixels = _gray_image(models, captioner.image)
                     texts = captioner.caption(pixels, np.arange(layer.count, dtype=np.uint64)[None])
                     if [row is not None and len(row) for row in texts] != [layer.count]:
-                        raise ValueError(f"caption() gave {texts!r} for one image, want a list of {layer.count} texts")
+                        raise ValueError(
+                            f"caption() must return a list of {layer.count} texts for one image, got {texts!r}"
+                        )
                     continue
                 teacher = models.teachers[layer.model]
                 if layer.kind == "images":
-                    out = teacher.encode_images(_grey(models, teacher.image))
+                    out = teacher.encode_images(_gray_image(models, teacher.image))
                 else:
                     out = teacher.encode_texts(["a photo"])
             if tuple(out.shape) != (1, teacher.dim):
-                raise ValueError(f"{layer.kind} embeddings of shape {tuple(out.shape)}, want {(1, teacher.dim)}")
+                raise ValueError(
+                    f"{layer.kind} embeddings must have shape {(1, teacher.dim)}, got {tuple(out.shape)}; correct "
+                    "encode_* or `dim`"
+                )
             norm = torch.linalg.vector_norm(out.float()).item()
             if not 0.99 < norm < 1.01:
-                raise ValueError(f"{layer.kind} embeddings of norm {norm:.3f}, want 1")
+                raise ValueError(f"{layer.kind} embeddings must have norm 1, got {norm:.3f}; normalize them")
         except Exception as error:
-            raise UserError(f"{layer.model} fails on a first {layer.kind} input: {error}") from error
+            raise UserError(f"{layer.model} fails on its first {layer.kind} input: {error}") from error
     models.counters = Counters()
 
 
-def _grey(models: Models, spec: ImageSpec | None) -> torch.Tensor:
+def _gray_image(models: Models, spec: ImageSpec | None) -> torch.Tensor:
     if spec is None:
         raise ValueError("it has no `image` (an ImageSpec), so it cannot encode images")
     return to_pixels(models.accelerator.put(np.full((1, spec.height, spec.width, 3), 128, np.uint8)), spec)

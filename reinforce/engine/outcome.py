@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,15 @@ class LayerFailure(RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.args[0]}: {self.args[1]}"
+
+
+@contextlib.contextmanager
+def raising_layer_failure(layer: str) -> Iterator[None]:
+    """Turn an error of a layer's model into a LayerFailure, so that it costs the layers of this model only."""
+    try:
+        yield
+    except Exception as error:
+        raise LayerFailure(layer, f"{type(error).__name__}: {error}") from error
 
 
 class ShardFailure(RuntimeError):

@@ -16,7 +16,7 @@ from reinforce.dataset.layers import (
     compute_fingerprint,
     embeddings_layer,
 )
-from reinforce.engine.published import FORMAT
+from reinforce.engine.published_members import FORMAT
 from reinforce.errors import UserError
 from reinforce.source.image import image_policy
 from reinforce.source.text import CAPTION_POLICY

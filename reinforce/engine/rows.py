@@ -1,7 +1,7 @@
-"""Rows of a shard, ready for the models: read from the source the first time, from the samples layer ever after.
+"""The rows of a shard, ready for the models: read from the source the first time, from the samples layer afterwards.
 
-Both ways give the same rows in the same order and the same row groups. A bounded window of rows is decoded and
-augmented ahead in threads (Pillow frees the interpreter lock while it works); memory grows with the window and the
+Both paths give the same rows in the same order and the same row groups. A bounded window of rows is decoded and
+augmented ahead in threads (Pillow releases the interpreter lock while it works). Memory grows with the window and the
 row group, never with the shard.
 """
 
@@ -19,7 +19,8 @@ from PIL.Image import new as new_image
 
 from reinforce.config import Config
 from reinforce.dataset.augment import Augmentation, Crop, from_records, replay, sample_augmentation
-from reinforce.engine.published import PublishedValue, Reinforcements, Unreadable
+from reinforce.engine.published import PublishedValue, Reinforcements
+from reinforce.engine.published_members import Unreadable
 from reinforce.prefetch import prefetch
 from reinforce.source.image import ImageRefused, decode, image_policy
 from reinforce.source.shards import RawSample, Refusal, read_shard, referenced_images
@@ -27,139 +28,168 @@ from reinforce.source.text import caption_of, json_error, metadata_of
 from schemas import Reason, image_column
 from teachers.protocols import ImageSpec
 
-#: Row groups close at this many bytes of images, or of vectors at this width: small enough to shuffle and to stream.
-GROUP_BYTES = 32 * 2**20
+#: Limits of a row group, of which the first that is reached closes it: rows, bytes of encoded images, and bytes of
+#: vectors at a nominal width. Small enough to shuffle and to stream.
 GROUP_ROWS = 1024
+GROUP_BYTES = 32 * 2**20
 _NOMINAL_VECTOR_BYTES = 1536 * 2
-_WHOLE = Crop(0, 0, 8, 8)
+_PLACEHOLDER_CROP = Crop(0, 0, 8, 8)
+
+
+@dataclass(frozen=True)
+class NewSample:
+    """A sample read from the source, as the samples layer stores it. ``left_out`` lists the parts that are missing."""
+
+    metadata: str | None
+    width: int
+    height: int
+    image: bytes
+    offset: int
+    augmentations: tuple[Augmentation, ...]
+    left_out: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """One image for the models: ``crops`` uint8 [K, S, S, 3], and for each captioner the whole image uint8
+    [h, w, 3]."""
+
+    crops: np.ndarray | None = None
+    views: Mapping[ImageSpec, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
 class Row:
-    """One sample on its way through the models. ``group`` numbers its row group.
+    """One sample on its way through the models.
 
-    ``crops`` is uint8 [K, S, S, 3], ``views`` the whole image as each captioner wants it, uint8 [h, w, 3], ``brought``
-    what published layers hold of it. ``refusal`` says why a stored row's image can no longer be read; its pixels are
-    black then. ``notes`` say what of the sample was left out when it was read from the source.
+    ``published`` holds the values of published layers, by layer, and ``group`` numbers the row group. ``sample`` is
+    set only for a row from the source. ``unreadable`` is set only for a row from the samples layer: why its
+    referenced image can no longer be read; its pixels are black then.
     """
 
     key: str
     caption: str | None
+    pixels: Pixels
+    published: Mapping[str, PublishedValue]
+    sample: NewSample | None = None
+    unreadable: Refusal | None = None
     group: int = 0
-    metadata: str | None = None
-    width: int = 0
-    height: int = 0
-    image: bytes = b""
-    offset: int = 0
-    augmentations: tuple[Augmentation, ...] = ()
-    crops: np.ndarray | None = None
-    views: dict[ImageSpec, np.ndarray] = field(default_factory=dict)
-    brought: Mapping[str, PublishedValue] = field(default_factory=dict)
-    refusal: Refusal | None = None
-    notes: tuple[Refusal, ...] = ()
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the layers of a lease want of each image; nothing wanted, nothing decoded."""
+class RowSpec:
+    """What the layers of a lease need of each row: ``crops``, ``views`` and values of ``published`` reinforcements."""
 
     crops: bool
     views: tuple[ImageSpec, ...] = ()
     published: Reinforcements | None = None
 
     @property
-    def pixels(self) -> bool:
+    def needs_image(self) -> bool:
         return self.crops or bool(self.views)
 
 
-def group_rows(count: int) -> int:
-    """Most rows of a row group. Depends on the augmentations alone, so that a teacher added later fits."""
-    return max(1, min(GROUP_ROWS, GROUP_BYTES // (count * _NOMINAL_VECTOR_BYTES)))
+@dataclass(frozen=True)
+class _StoredRow:
+    """A row of the samples layer; ``image`` is empty where no image is needed."""
+
+    key: str
+    caption: str | None
+    group: int
+    image: bytes
+    augmentations: tuple[Augmentation, ...]
+
+
+def max_group_rows(augmentations: int, group_rows: int = GROUP_ROWS) -> int:
+    """Most rows of a row group. Independent of the teachers, so that one can be added later."""
+    return max(1, min(group_rows, GROUP_BYTES // (augmentations * _NOMINAL_VECTOR_BYTES)))
 
 
 def rows_from_source(
-    config: Config, url: str, wanted: Wanted, pool: ThreadPoolExecutor, window: int
+    config: Config, url: str, spec: RowSpec, pool: ThreadPoolExecutor, window: int, group_rows: int = GROUP_ROWS
 ) -> Iterator[Row | Refusal]:
-    """Read a source shard; every image is decoded, so that what cannot be is refused here and nowhere else."""
+    """Read a source shard. Every image is decoded, even where no layer needs it, so that broken ones are refused."""
 
     def prepare(item: RawSample | Refusal) -> Row | Refusal:
-        if isinstance(item, Refusal):
-            return item
-        return _first_time(config, item, wanted)
+        return item if isinstance(item, Refusal) else _new_row(config, item, spec)
 
-    limit = group_rows(config.augmentations.count)
+    limit = max_group_rows(config.augmentations.count, group_rows)
     group = rows = size = 0
-    published = wanted.published
-    if published is not None and published.fault is not None:
-        yield published.fault
+    published = spec.published
+    if published is not None and published.shard_refusal is not None:
+        yield published.shard_refusal
         return
-    seen: set[str] = set()  # published keys, which those of the source may share
+    seen: set[str] = set()  # published keys: several samples of the source may match one
     for row in prefetch(pool, prepare, read_shard(url, config.input.limits), window, _encoded_bytes):
         if isinstance(row, Row):
+            assert row.sample is not None
             if row.key in seen:
-                yield Refusal(row.key, Reason.DUPLICATE_KEY, "another sample has these reinforcements; it is kept")
+                yield Refusal(row.key, Reason.DUPLICATE_KEY, "another sample has the same reinforcements; it is kept")
                 continue
             if published is not None:
                 seen.add(row.key)
-            if rows and (rows == limit or size + len(row.image) > GROUP_BYTES):
+            image_bytes = len(row.sample.image)
+            if rows and (rows == limit or size + image_bytes > GROUP_BYTES):
                 group, rows, size = group + 1, 0, 0
-            row.group, rows, size = group, rows + 1, size + len(row.image)
+            row.group, rows, size = group, rows + 1, size + image_bytes
         yield row
     if published is not None:
         yield from published.refusals
-        yield from published.without_image()
+        yield from published.unmatched()
 
 
 def rows_from_samples(
-    config: Config, file: pq.ParquetFile, wanted: Wanted, pool: ThreadPoolExecutor, window: int
+    config: Config, file: pq.ParquetFile, spec: RowSpec, pool: ThreadPoolExecutor, window: int
 ) -> Iterator[Row]:
-    """Read the rows back from the samples layer, images only where they are wanted."""
-    columns = ["key", "caption"]
-    if wanted.pixels:
-        columns += ["augmentations", image_column(config.images)]
+    """Read the rows back from the samples layer, with images only if ``spec`` needs them."""
 
-    def stored() -> Iterator[Row]:
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=columns)
-            images: Iterable[bytes] = itertools.repeat(b"")
-            if "image" in columns:
-                images = (value.as_py() for value in table["image"])
-            elif "image_ref" in columns:
-                images = referenced_images(table["image_ref"].to_pylist())
-            records = table["augmentations"].to_pylist() if wanted.pixels else itertools.repeat([])
-            captions = table["caption"].to_pylist()
-            for key, caption, image, record in zip(table["key"].to_pylist(), captions, images, records, strict=False):
-                yield Row(key, caption, group, image=image, augmentations=tuple(from_records(record)))
-
-    def prepare(row: Row) -> Row:
-        if wanted.published is not None:
-            row.brought = wanted.published.of(row.key)
-        if not wanted.pixels:
+    def prepare(stored: _StoredRow) -> Row:
+        published = {} if spec.published is None else spec.published.values(stored.key)
+        row = Row(stored.key, stored.caption, Pixels(), published, group=stored.group)
+        if not spec.needs_image:
             return row
+        augmentations = stored.augmentations
         try:
-            image = decode(row.image, config.input.limits, policy=image_policy(config))
+            image = decode(stored.image, config.input.limits, policy=image_policy(config))
         except ImageRefused as refused:  # only a referenced image can change after it was accepted
-            row.refusal = Refusal(row.key, refused.reason, refused.detail)
+            row.unreadable = Refusal(stored.key, refused.reason, refused.detail)
             image = new_image("RGB", (config.augmentations.size,) * 2)
-            row.augmentations = tuple(replace(a, crop=_WHOLE) for a in row.augmentations)
-        _pixels(row, image, wanted)
-        row.image = b""
+            augmentations = tuple(replace(a, crop=_PLACEHOLDER_CROP) for a in augmentations)
+        row.pixels = _pixels(image, augmentations, spec)
         return row
 
-    yield from prefetch(pool, prepare, stored(), window, _encoded_bytes)
+    yield from prefetch(pool, prepare, _stored_rows(config, file, spec), window, _encoded_bytes)
 
 
-def _encoded_bytes(item: RawSample | Refusal | Row) -> int:
+def _stored_rows(config: Config, file: pq.ParquetFile, spec: RowSpec) -> Iterator[_StoredRow]:
+    columns = ["key", "caption"]
+    if spec.needs_image:
+        columns += ["augmentations", image_column(config.images)]
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=columns)
+        images: Iterable[bytes] = itertools.repeat(b"")
+        if "image" in columns:
+            images = (value.as_py() for value in table["image"])
+        elif "image_ref" in columns:
+            images = referenced_images(table["image_ref"].to_pylist())
+        records = table["augmentations"].to_pylist() if spec.needs_image else itertools.repeat([])
+        keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
+        for key, caption, image, record in zip(keys, captions, images, records, strict=False):
+            yield _StoredRow(key, caption, group, image, tuple(from_records(record)))
+
+
+def _encoded_bytes(item: RawSample | Refusal | _StoredRow) -> int:
     if isinstance(item, RawSample):
         return len(item.image) + sum(map(len, item.sidecars.values()))
-    return len(item.image) if isinstance(item, Row) else 0
+    return len(item.image) if isinstance(item, _StoredRow) else 0
 
 
-def _first_time(config: Config, raw: RawSample, wanted: Wanted) -> Row | Refusal:
-    limits, policy, published = config.input.limits, config.augmentations, wanted.published
-    key = raw.key if published is None else published.key_of(raw)
+def _new_row(config: Config, raw: RawSample, spec: RowSpec) -> Row | Refusal:
+    """Decode a sample of the source, and draw its augmentations or take the published ones."""
+    limits, policy, published = config.input.limits, config.augmentations, spec.published
+    key = raw.key if published is None else published.match(raw)
     if key is None:
-        return Refusal(raw.key, Reason.NOT_REINFORCED, "nothing of this key, or of its uid, among the reinforcements")
+        return Refusal(raw.key, Reason.NOT_REINFORCED, "the published reinforcements have neither its key nor its uid")
     try:
         image = decode(raw.image, limits, strict=True, policy=image_policy(config))
         width, height = image.size
@@ -174,31 +204,26 @@ def _first_time(config: Config, raw: RawSample, wanted: Wanted) -> Row | Refusal
     except Unreadable as error:
         return Refusal(key, Reason.REINFORCEMENT_BROKEN, str(error))
     metadata = metadata_of(raw.sidecars, config.input.metadata)
-    row = Row(
+    return Row(
         key,
         caption_of(raw.sidecars, config.input.captions, limits),
-        metadata=metadata,
-        width=width,
-        height=height,
-        image=raw.image,
-        offset=raw.offset,
-        augmentations=augmentations,
-        brought={} if published is None else published.of(key),
-        notes=tuple(_left_out(config, raw, metadata)),
+        _pixels(image, augmentations, spec),
+        {} if published is None else published.values(key),
+        NewSample(
+            metadata, width, height, raw.image, raw.offset, augmentations, tuple(_left_out(config, raw, metadata))
+        ),
     )
-    _pixels(row, image, wanted)
-    return row
 
 
 def _left_out(config: Config, raw: RawSample, metadata: str | None) -> Iterator[Refusal]:
-    """What the config reads of a sample's sidecars and could not be had."""
+    """The sidecars that the config reads and that this sample has, but that cannot be used."""
     fields = [field.partition(":") for field in config.input.captions]
-    keeps = config.input.metadata != "none"
-    for extension in sorted({extension for extension, _, _ in fields} | ({"json"} if keeps else set())):
+    keeps_metadata = config.input.metadata != "none"
+    for extension in sorted({extension for extension, _, _ in fields} | ({"json"} if keeps_metadata else set())):
         if extension in raw.left_out:
             yield raw.left_out[extension]
     for extension in sorted(
-        {extension for extension, is_json, _ in fields if is_json} | ({"json"} if keeps else set())
+        {extension for extension, is_json, _ in fields if is_json} | ({"json"} if keeps_metadata else set())
     ):
         data = raw.sidecars.get(extension)
         if data is None or (extension == "json" and metadata is not None):
@@ -210,9 +235,8 @@ def _left_out(config: Config, raw: RawSample, metadata: str | None) -> Iterator[
             yield Refusal(raw.key, Reason.SIDECAR_BROKEN, f".{extension}: {fault}")
 
 
-def _pixels(row: Row, image: Image, wanted: Wanted) -> None:
-    from teachers.pixels import fit  # imports torch, which planning does without
+def _pixels(image: Image, augmentations: Iterable[Augmentation], spec: RowSpec) -> Pixels:
+    from teachers.pixels import fit  # imports torch, which planning does not need
 
-    if wanted.crops:
-        row.crops = np.stack([np.asarray(replay(image, record)) for record in row.augmentations])
-    row.views = {spec: fit(image, spec) for spec in wanted.views}
+    crops = np.stack([np.asarray(replay(image, record)) for record in augmentations]) if spec.crops else None
+    return Pixels(crops, {view: fit(image, view) for view in spec.views})

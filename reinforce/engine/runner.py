@@ -1,4 +1,4 @@
-"""``reinforce.run``: check, plan, and drive what is missing to its end."""
+"""``reinforce.run``: check the config and the source, plan, and compute what is missing."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _LOG = logging.getLogger(__name__)
 def run(
     config: Config | str | Path | dict[str, Any], *, address: str | None = None, retry_quarantined: bool = False
 ) -> RunSummary:
-    """Compute every layer of ``config`` that is missing and nothing else.
+    """Compute every missing layer of ``config`` and nothing else.
 
-    Uses the Ray that is initialised, else the cluster at ``address`` (or RAY_ADDRESS), else this machine.
-    ``retry_quarantined`` forgets which shards were given up as a whole and tries them again. Raises UserError for
-    what the user has to mend.
+    Uses the initialised Ray if there is one, else the cluster at ``address`` (or RAY_ADDRESS), else this machine.
+    ``retry_quarantined`` removes shards that are quarantined as a whole from the quarantine and tries them again.
+    Raises UserError for errors that the user must fix.
     """
     config = as_config(config)
+    redact = Redactor(config.model_dump(mode="json"))  # errors of storages and models may quote the config
     try:
         return _run(config, address, retry_quarantined)
     except StorageError as error:
-        tell = Redactor(config.model_dump(mode="json"))
-        raise UserError(tell(f"{error} What is finished is kept: run again to go on.")) from None
-    except UserError as error:  # what a storage or a model says may hold what the config says
-        raise UserError(Redactor(config.model_dump(mode="json"))(str(error))) from None
+        raise UserError(redact(f"{error} What is finished is kept: run again to go on.")) from None
+    except UserError as error:
+        raise UserError(redact(str(error))) from None
 
 
 def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSummary:
@@ -65,35 +65,35 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
 
 
 def as_config(config: Config | str | Path | dict[str, Any]) -> Config:
-    """A checked config from a config, a YAML file or a mapping."""
+    """A validated config from a config, a YAML file or a mapping. Raises UserError."""
     if isinstance(config, Config):
         return config
     return parse_config(config) if isinstance(config, dict) else load_config(config)
 
 
 def check_source(plan: Plan) -> None:
-    """Raise UserError if what is to be read is out of reach, or not what the config says."""
-    _check_reach("source", [shard.url for shard in plan.pending if SAMPLES in shard.layers])
+    """Raise UserError if the source or the published reinforcements cannot be read, or do not fit the config."""
+    _check_readable("source", [shard.url for shard in plan.pending if SAMPLES in shard.layers])
     published = [shard for shard in plan.pending if shard.reinforcements]
-    _check_reach("reinforcements", [str(shard.reinforcements) for shard in published])
+    _check_readable("reinforcements", [str(shard.reinforcements) for shard in published])
     if published:
         layers = [plan.layers[name] for name in published[0].layers]
         check_reinforcements(str(published[0].reinforcements), plan.config, layers)
 
 
-def _check_reach(key: str, urls: list[str]) -> None:
-    """Raise UserError if the first, a middle and the last of the files are all out of reach."""
+def _check_readable(key: str, urls: list[str]) -> None:
+    """Raise UserError if the first, the middle and the last file are all unreadable."""
     probes = sorted({urls[0], urls[len(urls) // 2], urls[-1]}) if urls else []
-    with ThreadPoolExecutor(3) as pool:  # since a storage that is silent lets each wait for minutes
-        faults = [*pool.map(_fault, probes)]
+    with ThreadPoolExecutor(3) as pool:  # a storage that does not answer takes minutes for each
+        faults = [*pool.map(_read_error, probes)]
     if faults and None not in faults:
         raise UserError(
             f"{key} cannot be read: {'; '.join(map(str, faults))}. Check the URL pattern and the credentials."
         )
 
 
-def _fault(url: str) -> str | None:
-    """What is wrong with a file, if anything is."""
+def _read_error(url: str) -> str | None:
+    """Why a file cannot be read, or None."""
     try:
         fs, path = filesystem(url)
         return None if fs.exists(path) else f"{canonical(url)} does not exist"
@@ -102,7 +102,7 @@ def _fault(url: str) -> str | None:
 
 
 def _forget_quarantine(plan: Plan, store: Store) -> None:
-    planned = {shard.name for shard in plan.pending}
+    pending = {shard.name for shard in plan.pending}
     for layer in plan.layers:
-        for shard in store.quarantined_shards(layer, store.shards(layer)) & planned:
+        for shard in store.quarantined_shards(layer, store.shards(layer)) & pending:
             store.forget_quarantine(layer, shard)

@@ -1,4 +1,4 @@
-"""One shard through all models that its missing layers need: rows in, committed layer files out."""
+"""One shard through all models that its missing layers need: rows, batches, models, tables, commit."""
 
 from __future__ import annotations
 
@@ -11,29 +11,24 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from reinforce.config import Config
-from reinforce.dataset import vectors
-from reinforce.dataset.augment import to_records
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer, captions_layer, reads_reinforcements
 from reinforce.dataset.store import LayerWriter, Store
+from reinforce.engine.inference import Inference
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import LayerFailure, ShardResult
 from reinforce.engine.plan import PendingShard
-from reinforce.engine.published import PublishedValue, Reinforcements
-from reinforce.engine.rows import Row, Wanted, rows_from_samples, rows_from_source
-from reinforce.seeds import seed_for
+from reinforce.engine.published import Reinforcements
+from reinforce.engine.refusals import Refusals
+from reinforce.engine.rows import GROUP_ROWS, Pixels, Row, RowSpec, rows_from_samples, rows_from_source
+from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
 from reinforce.source.shards import Refusal
 from reinforce.source.urls import canonical
-from schemas import WHOLE_SHARD, Reason
-from teachers.pixels import to_pixels
+from schemas import Reason
 from teachers.postprocess import clean
-from teachers.protocols import Captioner, ImageSpec
-from teachers.redact import Redactor
-
-Refused = tuple[str | None, Reason, str]
 
 
 def process_shard(
@@ -43,12 +38,17 @@ def process_shard(
     store: Store,
     models: Models,
     pool: ThreadPoolExecutor,
+    group_rows: int = GROUP_ROWS,
 ) -> ShardResult:
-    """Compute and commit the layers of ``shard``. Raises whatever reading, a model or writing raises."""
-    return _Shard(shard, config, layers, store, models, pool).run()
+    """Compute and commit the missing layers of ``shard``.
+
+    ``layers`` are all layers of the config, ``pool`` decodes images, ``group_rows`` bounds the row groups. Raises
+    LayerFailure for a model's error, and the errors of reading and writing as they are.
+    """
+    return _ShardProcess(shard, config, layers, store, models, pool, group_rows).run()
 
 
-class _Shard:
+class _ShardProcess:
     def __init__(
         self,
         shard: PendingShard,
@@ -57,41 +57,43 @@ class _Shard:
         store: Store,
         models: Models,
         pool: ThreadPoolExecutor,
+        group_rows: int,
     ) -> None:
         self.shard, self.config, self.store, self.models, self.pool = shard, config, store, models, pool
         self.all_layers = layers
         self.layers = {name: layers[name] for name in shard.layers}
+        self.group_rows = group_rows
         self.rows_per_batch = max(1, config.workers.batch // config.augmentations.count)
         self.source = canonical(shard.url)
-        self.refused: dict[str, list[Refused]] = {}
-        self.given_up: str | None = None
+        self.refusals = Refusals()
         self.cleaned: dict[str, Counter[str]] = {}
         self.counters = Counters()
+        self.inference = Inference(config, self.layers.values(), models, self.counters)
 
     def run(self) -> ShardResult:
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
             writers = {name: stack.enter_context(self._writer(layer)) for name, layer in self.layers.items()}
-            stored_captions = {
+            caption_files = {
                 name: stack.enter_context(
                     self.store.open_layer(name, self.shard.name, self.all_layers[name].fingerprint)
                 )
-                for name in self._stored_captions()
+                for name in self._stored_caption_layers()
             }
-            rows = self._rows(stack)
-            with contextlib.closing(rows):
+            with contextlib.closing(self._rows(stack)) as rows:
                 for index, group in itertools.groupby(rows, key=lambda row: row.group):
-                    done = self._group(group, {n: f.read_row_group(index) for n, f in stored_captions.items()})
-                    for name, table in done.items():
+                    stored = {name: file.read_row_group(index) for name, file in caption_files.items()}
+                    for name, table in self._tables(*self._run_models(group), stored).items():
                         writers[name].write(table)
-            self._publish(writers)
+            self._commit(writers)
             size = sum(writer.bytes for writer in writers.values())
+        reason = self.refusals.shard_reason
         return ShardResult(
             self.shard.name,
-            () if self.given_up else self.shard.layers,
+            () if reason else self.shard.layers,
             self.counters.samples,
-            _count(self.refused),
-            self.given_up,
+            self.refusals.counts(),
+            reason,
             time.perf_counter() - start,
             self.counters.busy,
             size,
@@ -100,141 +102,114 @@ class _Shard:
 
     # -- rows
 
-    def _computed(self, kind: str) -> list[Layer]:
-        """The layers of a kind that models of ours make."""
-        return [layer for layer in self.layers.values() if layer.kind == kind and not layer.published]
-
-    def _wanted(self, stack: contextlib.ExitStack) -> Wanted:
-        specs = {self._captioner(layer).image for layer in self._computed("captions")}
+    def _row_spec(self, stack: contextlib.ExitStack) -> RowSpec:
         published = None
         if self.shard.reinforcements and reads_reinforcements(self.layers.values()):
             published = Reinforcements(self.shard.reinforcements, self.config, self.layers.values())
             stack.enter_context(contextlib.closing(published))
-        return Wanted(bool(self._computed("images")), tuple(sorted(specs, key=repr)), published)
+        return RowSpec(bool(self.inference.image_layers), self.inference.captioner_specs, published)
 
     def _rows(self, stack: contextlib.ExitStack) -> Generator[Row]:
-        """The rows of the shard; what is refused on the way is noted for the quarantine."""
+        """The rows of the shard; records what is refused at reading."""
         window = 2 * self.rows_per_batch
-        wanted = self._wanted(stack)
+        spec = self._row_spec(stack)
         if SAMPLES not in self.layers:
             fingerprint = self.all_layers[SAMPLES].fingerprint
             file = stack.enter_context(self.store.open_layer(SAMPLES, self.shard.name, fingerprint))
-            if wanted.published is not None and (fault := wanted.published.fault):
-                published = next(name for name, layer in self.layers.items() if layer.published)
-                raise LayerFailure(published, f"{fault.reason.value}: {fault.detail}")
-            yield from rows_from_samples(self.config, file, wanted, self.pool, window)
+            if spec.published is not None and (refusal := spec.published.shard_refusal):
+                layer = next(name for name, layer in self.layers.items() if layer.published)
+                raise LayerFailure(layer, f"{refusal.reason.value}: {refusal.detail}")
+            yield from rows_from_samples(self.config, file, spec, self.pool, window)
             return
-        for row in rows_from_source(self.config, self.shard.url, wanted, self.pool, window):
+        for row in rows_from_source(self.config, self.shard.url, spec, self.pool, window, self.group_rows):
             if isinstance(row, Refusal):
-                self._refuse(SAMPLES, row.key, row.reason, row.detail)
+                self.refusals.add(SAMPLES, row)
             else:
-                for note in row.notes:
-                    self._refuse(SAMPLES, note.key, note.reason, note.detail)
+                for refusal in row.sample.left_out if row.sample else ():
+                    self.refusals.add(SAMPLES, refusal)
                 yield row
 
-    def _stored_captions(self) -> set[str]:
-        """Captions layers that exist already and whose texts are to be encoded."""
-        needed = {_captions_of(layer) for layer in self.layers.values() if layer.texts not in (None, TRUE_CAPTION)}
-        return needed - self.layers.keys()
+    # -- models
 
-    def _refuse(self, layer: str, key: str | None, reason: Reason, detail: str) -> None:
-        self.refused.setdefault(layer, []).append((key, reason, detail))
-        if key is None and reason.value in WHOLE_SHARD:
-            self.given_up = reason.value
-
-    # -- one row group
-
-    def _group(self, rows: Iterator[Row], stored_captions: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
-        """All layers of one row group."""
-        kept: list[Row] = []
-        batches: dict[str, list[Any]] = {
-            layer.name: [] for layer in (*self._computed("images"), *self._computed("captions"))
-        }
+    def _run_models(self, rows: Iterator[Row]) -> tuple[list[Row], dict[str, list[Any]]]:
+        """The rows of one row group, and the outputs of their batches by layer."""
+        group: list[Row] = []
+        outputs: dict[str, list[Any]] = {}
         while batch := list(itertools.islice(rows, self.rows_per_batch)):
-            self._batch(batch, batches)
+            for name, output in self.inference.run(batch).items():
+                outputs.setdefault(name, []).append(output)
             for row in batch:
-                row.crops, row.views = None, {}
-            kept += batch
+                row.pixels = Pixels()
+            group += batch
             self.counters.samples += len(batch)
             self.models.counters.samples += len(batch)
+        return group, outputs
 
-        keys = [row.key for row in kept]
-        captions = {name: _aligned(name, table, keys) for name, table in stored_captions.items()}
+    # -- tables
+
+    def _tables(
+        self, rows: Sequence[Row], outputs: Mapping[str, list[Any]], stored: Mapping[str, pa.Table]
+    ) -> dict[str, pa.Table]:
+        """The tables of one row group by layer. ``stored`` are captions layers that were committed before."""
+        keys = [row.key for row in rows]
+        captions = {name: aligned_captions(name, table, keys) for name, table in stored.items()}
         tables: dict[str, pa.Table] = {}
         for name, layer in self.layers.items():
+            schema = self._schema(layer)
             if layer.kind == "samples":
-                tables[name] = self._samples_table(kept)
-            elif layer.published and layer.kind == "captions":
-                captions[name] = list(self._brought(layer, kept))
-                tables[name] = self._captions_table(layer, keys, captions[name])
-            elif layer.published:
-                tables[name] = self._brought_table(layer, kept)
+                tables[name] = samples_table(schema, rows, self.source)
             elif layer.kind == "captions":
-                self._note_unreadable(name, kept)
-                captions[name] = [
-                    None if row.refusal else self._cleaned(layer, row.key, texts)
-                    for row, texts in zip(kept, batches[name], strict=True)
-                ]
-                tables[name] = self._captions_table(layer, keys, captions[name])
-            elif layer.kind == "images":
-                self._note_unreadable(name, kept)
-                valid = np.array([row.refusal is None for row in kept])
-                tables[name] = self._vectors_table(layer, keys, np.concatenate(batches[name]), valid)
+                captions[name] = self._captions(layer, rows, outputs)
+                tables[name] = captions_table(schema, keys, captions[name])
             else:
-                true = layer.texts == TRUE_CAPTION
-                texts = [[r.caption] if r.caption else None for r in kept] if true else captions[_captions_of(layer)]
-                tables[name] = self._texts_table(layer, keys, texts)
+                values, valid = self._vectors(layer, rows, outputs, captions)
+                tables[name] = vectors_table(schema, layer, keys, values, valid, self.refusals)
         return tables
 
-    def _batch(self, rows: Sequence[Row], into: Mapping[str, list[Any]]) -> None:
-        """Images of one batch through every captioner and teacher that has something to do with them."""
-        put = self.models.accelerator.put
-        count = self.config.augmentations.count
-        of_crops, captioning = self._computed("images"), self._computed("captions")
-        if not of_crops and not captioning:
-            return
-        # All that the CPU can do comes before the turn.
-        crops = put(np.concatenate([r.crops for r in rows if r.crops is not None])) if of_crops else None
-        specs = {self._captioner(layer).image for layer in captioning}
-        views = {spec: put(np.stack([row.views[spec] for row in rows])) for spec in specs}
-        with self.models.turn(self.counters):
-            prepared: dict[ImageSpec, torch.Tensor] = {}
-            outputs: dict[str, torch.Tensor] = {}
-            for layer in of_crops:
-                teacher = self.models.teachers[str(layer.model)]
-                assert teacher.image is not None
-                assert crops is not None
-                with _naming(layer):
-                    if teacher.image not in prepared:
-                        prepared[teacher.image] = to_pixels(crops, teacher.image)
-                    outputs[layer.name] = teacher.encode_images(prepared[teacher.image])
-            # Queued for all teachers before the first is waited for.
-            for layer in of_crops:
-                dim = self.models.teachers[str(layer.model)].dim
-                with _naming(layer):
-                    values = _checked(outputs[layer.name], len(rows) * count, dim)
-                into[layer.name].append(values.reshape(len(rows), count, dim))
-            for layer in captioning:
-                captioner = self._captioner(layer)
-                with _naming(layer):
-                    into[layer.name] += self._captions(
-                        captioner, layer, to_pixels(views[captioner.image], captioner.image), rows
-                    )
+    def _captions(self, layer: Layer, rows: Sequence[Row], outputs: Mapping[str, list[Any]]) -> list[list[str] | None]:
+        """Captions of each row, or None; records why there are none."""
+        if layer.published:
+            return list(self._published_values(layer, rows))
+        self._refuse_unreadable(layer, rows)
+        texts = itertools.chain.from_iterable(outputs[layer.name])
+        return [
+            None if row.unreadable else self._clean(layer, row.key, captions)
+            for row, captions in zip(rows, texts, strict=True)
+        ]
 
-    def _captions(
-        self, captioner: Captioner, layer: Layer, pixels: torch.Tensor, rows: Sequence[Row]
-    ) -> Sequence[list[str] | None]:
-        seeds = [[seed_for(self.config.seed, row.key, layer.name, n) for n in range(layer.count)] for row in rows]
-        texts = captioner.caption(pixels, np.array(seeds, dtype=np.uint64))
-        if len(texts) != len(rows) or any(row is not None and len(row) != layer.count for row in texts):
-            raise ValueError(f"{layer.model}: caption() must give {layer.count} texts for each of {len(rows)} images")
-        return texts
+    def _vectors(
+        self,
+        layer: Layer,
+        rows: Sequence[Row],
+        outputs: Mapping[str, list[Any]],
+        captions: Mapping[str, list[list[str] | None]],
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """Embeddings [rows, count, dim], and which rows have some [rows]; records why others have none."""
+        if layer.published:
+            found = list(self._published_values(layer, rows))
+            values = np.zeros((len(rows), layer.count, layer.dim or 0), np.float32)
+            valid = np.array([value is not None for value in found], bool)
+            for i in np.flatnonzero(valid):
+                values[i] = found[i]
+            return values, valid
+        if layer.kind == "images":
+            self._refuse_unreadable(layer, rows)
+            return np.concatenate(outputs[layer.name]), np.array([row.unreadable is None for row in rows])
+        if layer.texts == TRUE_CAPTION:
+            texts = [[row.caption] if row.caption else None for row in rows]
+        else:
+            texts = captions[_captions_of(layer)]
+        values, valid = self.inference.encode_texts(layer, texts)
+        for i in np.flatnonzero(~valid):
+            self.refusals.add(layer.name, Refusal(rows[i].key, Reason.NO_TEXT, "no caption to encode"))
+        return values, valid
 
-    def _cleaned(self, layer: Layer, key: str, texts: list[str] | None) -> list[str] | None:
-        """One image's captions as the config's ``clean`` wants them; None where it leaves none."""
+    def _clean(self, layer: Layer, key: str, texts: list[str] | None) -> list[str] | None:
+        """One image's captions after the config's ``clean``; None if none is left."""
         captioner = str(layer.model)
         if texts is None:
-            self._refuse(layer.name, key, Reason.NOT_FINITE, f"{captioner} gave NaN or infinity")
+            detail = f"{captioner} returned NaN or infinity"
+            self.refusals.add(layer.name, Refusal(key, Reason.NOT_FINITE, detail))
             return None
         rules = self.config.captioners[captioner].clean
         if rules is None:
@@ -242,96 +217,33 @@ class _Shard:
         kept, counts = clean(texts, rules)
         self.cleaned.setdefault(captioner, Counter()).update(counts)
         if kept is None:
-            self._refuse(layer.name, key, Reason.NO_TEXT, f"`clean` dropped all captions, {texts[0]!r} among them")
+            detail = f"`clean` dropped all captions, {texts[0]!r} among them"
+            self.refusals.add(layer.name, Refusal(key, Reason.NO_TEXT, detail))
         return kept
 
-    def _texts_table(self, layer: Layer, keys: list[str], texts: Sequence[list[str] | None]) -> pa.Table:
-        """Encode each distinct text once, batched with texts of its length."""
-        teacher = self.models.teachers[str(layer.model)]
-        distinct = sorted({t for row in texts if row for t in row}, key=lambda t: (len(t), t))
-        place = {text: i for i, text in enumerate(distinct)}
-        encoded = np.zeros((len(distinct), teacher.dim), np.float32)
-        batch = self.config.workers.batch
-        for i in range(0, len(distinct), batch):
-            chunk = distinct[i : i + batch]
-            with _naming(layer):
-                encode = self.models.text_encoder(teacher, chunk)
-                with self.models.turn(self.counters):
-                    encoded[i : i + batch] = _checked(encode(), len(chunk), teacher.dim)
-        values = np.zeros((len(keys), layer.count, teacher.dim), np.float32)
-        valid = np.zeros(len(keys), bool)
-        for i, row in enumerate(texts):
-            if row:
-                values[i] = encoded[[place[text] for text in row]]
-                valid[i] = True
-            else:
-                self._refuse(layer.name, keys[i], Reason.NO_TEXT, "no caption to encode")
-        return self._vectors_table(layer, keys, values, valid)
-
-    # -- what others have published
-
-    def _brought(self, layer: Layer, rows: Sequence[Row]) -> Iterator[Any]:
-        """What a published layer holds of each row, texts or vectors; None, which is noted, where it cannot be had."""
+    def _published_values(self, layer: Layer, rows: Sequence[Row]) -> Iterator[Any]:
+        """The published captions or embeddings of each row, or None; records why there are none."""
         for row in rows:
-            value: PublishedValue | None = row.brought[layer.name]
+            value = row.published[layer.name]
+            if not isinstance(value, Refusal) and layer.texts == TRUE_CAPTION and not row.caption:
+                value = Refusal(row.key, Reason.NO_TEXT, "no caption that the published vector could belong to")
             if isinstance(value, Refusal):
-                self._refuse(layer.name, row.key, value.reason, value.detail)
-                value = None
-            elif layer.texts == TRUE_CAPTION and not row.caption:
-                self._refuse(layer.name, row.key, Reason.NO_TEXT, "no caption that the published vector could be of")
-                value = None
-            yield value
+                self.refusals.add(layer.name, value)
+                yield None
+            else:
+                yield value
 
-    def _brought_table(self, layer: Layer, rows: Sequence[Row]) -> pa.Table:
-        values = np.zeros((len(rows), layer.count, layer.dim or 0), np.float32)
-        valid = np.zeros(len(rows), bool)
-        for i, vectors_of_row in enumerate(self._brought(layer, rows)):
-            if vectors_of_row is not None:
-                values[i], valid[i] = vectors_of_row, True
-        return self._vectors_table(layer, [row.key for row in rows], values, valid)
-
-    # -- tables
-
-    def _captions_table(self, layer: Layer, keys: list[str], captions: Sequence[list[str] | None]) -> pa.Table:
-        arrays = [pa.array(keys, pa.string()), pa.array(captions, pa.list_(pa.string()))]
-        return pa.table(arrays, schema=self._schema(layer))
-
-    def _samples_table(self, rows: Sequence[Row]) -> pa.Table:
-        columns: dict[str, list[Any]] = {
-            "key": [row.key for row in rows],
-            "caption": [row.caption for row in rows],
-            "metadata": [row.metadata for row in rows],
-            "width": [row.width for row in rows],
-            "height": [row.height for row in rows],
-            "augmentations": [to_records(row.augmentations) for row in rows],
-        }
-        if self.config.embeds_images:
-            columns["image"] = [row.image for row in rows]
-        else:
-            columns["image_ref"] = [
-                {"url": self.source, "offset": row.offset, "length": len(row.image)} for row in rows
-            ]
-        schema = self._schema(self.layers[SAMPLES])
-        return pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
-
-    def _vectors_table(self, layer: Layer, keys: list[str], values: np.ndarray, valid: np.ndarray) -> pa.Table:
-        finite = np.isfinite(values).all(axis=(1, 2))
-        for i in np.flatnonzero(valid & ~finite):
-            self._refuse(layer.name, keys[i], Reason.NOT_FINITE, f"{layer.model} gave NaN or infinity")
-        valid = valid & finite
-        with _naming(layer):
-            columns = vectors.encode(values, layer.dtype, valid)
-        return pa.table([pa.array(keys, pa.string()), *columns], schema=self._schema(layer))
-
-    def _note_unreadable(self, layer: str, rows: Sequence[Row]) -> None:
+    def _refuse_unreadable(self, layer: Layer, rows: Sequence[Row]) -> None:
         for row in rows:
-            if row.refusal:
-                self._refuse(layer, row.key, row.refusal.reason, row.refusal.detail)
+            if row.unreadable:
+                self.refusals.add(layer.name, row.unreadable)
 
-    # -- models and files
+    # -- files
 
-    def _captioner(self, layer: Layer) -> Captioner:
-        return self.models.captioners[str(layer.model)]
+    def _stored_caption_layers(self) -> set[str]:
+        """Captions layers that are committed already and whose texts are to be encoded."""
+        needed = {_captions_of(layer) for layer in self.layers.values() if layer.texts not in (None, TRUE_CAPTION)}
+        return needed - self.layers.keys()
 
     def _schema(self, layer: Layer) -> pa.Schema:
         teacher = self.models.teachers.get(str(layer.model))
@@ -340,49 +252,15 @@ class _Shard:
     def _writer(self, layer: Layer) -> LayerWriter:
         return self.store.writer(layer, self._schema(layer), self.shard.name, self.source)
 
-    def _publish(self, writers: Mapping[str, LayerWriter]) -> None:
-        """Quarantine first, then each layer after those it needs: a file that is there has nothing left to say."""
-        tell = Redactor(self.config.model_dump(mode="json")) if self.refused else str
-        for name, rows in self.refused.items():
-            self.store.quarantine(name, self.shard.name, [(key, reason, tell(detail)) for key, reason, detail in rows])
-        if self.given_up is None:
+    def _commit(self, writers: Mapping[str, LayerWriter]) -> None:
+        """Write the quarantine, then each layer after those it needs, so that a committed layer is complete."""
+        self.refusals.write(self.store, self.shard.name, self.config)
+        if self.refusals.shard_reason is None:
             for writer in writers.values():
                 writer.commit()
-
-
-@contextlib.contextmanager
-def _naming(layer: Layer) -> Iterator[None]:
-    """Say in whose forward pass an error arose, so that a failing model costs its own layers only."""
-    try:
-        yield
-    except Exception as error:
-        raise LayerFailure(layer.name, f"{type(error).__name__}: {error}") from error
 
 
 def _captions_of(layer: Layer) -> str:
     """The captions layer whose texts this one encodes."""
     assert layer.texts is not None
     return captions_layer(layer.texts)
-
-
-def _checked(out: torch.Tensor, rows: int, dim: int) -> np.ndarray:
-    if tuple(out.shape) != (rows, dim):
-        raise ValueError(f"want embeddings of shape {(rows, dim)}, got {tuple(out.shape)}")
-    return out.float().cpu().numpy()
-
-
-def _aligned(layer: str, table: pa.Table, keys: list[str]) -> list[list[str] | None]:
-    if table["key"].to_pylist() != keys:
-        raise ValueError(
-            f"{layer} does not have the rows of {SAMPLES}: the dataset was changed by hand; delete {layer}"
-        )
-    captions: list[list[str] | None] = table["captions"].to_pylist()
-    return captions
-
-
-def _count(refused: Mapping[str, list[Refused]]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for rows in refused.values():
-        for _, reason, _ in rows:
-            counts[reason.value] = counts.get(reason.value, 0) + 1
-    return counts

@@ -12,7 +12,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from reinforce.config import parse_config
-from reinforce.engine.published import Reinforcements, Unreadable
+from reinforce.engine.published import Reinforcements
+from reinforce.engine.published_members import Unreadable
 from reinforce.engine.recipe import describe_models, layers_of
 from reinforce.source.shards import Refusal
 from tests.helpers.published import COUNT, HEIGHT, WIDTH, config_of, reinforcement, stored
@@ -68,7 +69,7 @@ def published(member: tuple[str, bytes]) -> None:
                 for record in found.augmentations(key, WIDTH, HEIGHT):
                     assert 0 <= record.crop.top < record.crop.top + record.crop.height <= HEIGHT
                     assert 0 <= record.crop.left < record.crop.left + record.crop.width <= WIDTH
-            for layer, value in found.of(key).items():
+            for layer, value in found.values(key).items():
                 kind = LAYERS[layer]
                 if isinstance(value, Refusal):
                     assert key == SPOILT.key

@@ -26,7 +26,7 @@ from PIL import Image
 
 from reinforce.config import Config, Limits, parse_config
 from reinforce.dataset.augment import replay, sample_augmentation
-from reinforce.engine.rows import Row, Wanted, rows_from_source
+from reinforce.engine.rows import NewSample, Row, RowSpec, rows_from_source
 from reinforce.source.image import FORMATS, ImageRefused, decode
 from reinforce.source.shards import Refusal, as_utf8, split_name
 from reinforce.source.text import caption_of, json_error, metadata_of
@@ -81,7 +81,12 @@ def rows(data: bytes, name: str = "x.tar") -> list[Row | Refusal]:
     """The whole way of a shard, crops included."""
     fsspec.filesystem("memory").pipe(f"/fuzz/{name}", data)
     with ThreadPoolExecutor(1) as pool:
-        return list(rows_from_source(CONFIG, f"memory://fuzz/{name}", Wanted(crops=True), pool, window=4))
+        return list(rows_from_source(CONFIG, f"memory://fuzz/{name}", RowSpec(crops=True), pool, window=4))
+
+
+def sample_of(row: Row) -> NewSample:
+    assert row.sample is not None
+    return row.sample
 
 
 GOOD, SPANS, HEADERS, ROWS = _shard()
@@ -126,15 +131,19 @@ def shard(mutations: list[Mutation]) -> None:
         before = all(at >= end for at, _ in touched)
         copied = key in refused  # a copy of its header came elsewhere, and one of the two was refused
         if key in by_key and (before or (clear and not copied)):
-            assert (by_key[key].image, by_key[key].caption) == (ROWS[key].image, ROWS[key].caption)
-            assert np.array_equal(by_key[key].crops, ROWS[key].crops)
+            assert (sample_of(by_key[key]).image, by_key[key].caption) == (
+                sample_of(ROWS[key]).image,
+                ROWS[key].caption,
+            )
+            assert np.array_equal(by_key[key].pixels.crops, ROWS[key].pixels.crops)
         if before:
             assert key in by_key, f"{key} stands before all that was changed"
         elif key not in by_key and key not in refused:
             renamed = any(at < end and to >= start for at, to in touched for start, end in HEADERS[key])
             assert renamed or None in refused, f"{key} is lost"
     for row in by_key.values():
-        assert data[row.offset : row.offset + len(row.image)] == row.image
+        sample = sample_of(row)
+        assert data[sample.offset : sample.offset + len(sample.image)] == sample.image
 
 
 def packed(name: str, mutations: list[Mutation]) -> None:

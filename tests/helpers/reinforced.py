@@ -7,10 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-import reinforce.engine.rows
 from reinforce.config import parse_config
 from reinforce.dataset.manifest import update_manifest
 from reinforce.dataset.store import MANIFEST, Store
@@ -26,10 +24,9 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8) -> str:
     plan, store = make_plan(parsed), Store(parsed.output)
     models = load_models(parsed, plan.layers.values())
     loaded = {name: {"dim": teacher.dim} for name, teacher in models.teachers.items()}
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
-        patch.setattr(reinforce.engine.rows, "GROUP_ROWS", group_rows)
+    with ThreadPoolExecutor(1) as pool:
         for shard in plan.pending:
-            process_shard(shard, parsed, plan.layers, store, models, pool)
+            process_shard(shard, parsed, plan.layers, store, models, pool, group_rows)
     store.write_json(update_manifest(store.read_json(MANIFEST), parsed, plan.layers, loaded), MANIFEST)
     return parsed.output
 

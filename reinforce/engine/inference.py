@@ -1,0 +1,127 @@
+"""Batches of images and of texts through the models, one batch at a time on the accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from reinforce.config import Config
+from reinforce.dataset.layers import Layer
+from reinforce.engine.models import Counters, Models
+from reinforce.engine.outcome import raising_layer_failure
+from reinforce.engine.rows import Row
+from reinforce.seeds import seed_for
+from teachers.pixels import to_pixels
+from teachers.protocols import Captioner, ImageSpec, Teacher
+
+Floats = npt.NDArray[np.float32]
+
+
+class Inference:
+    """Runs the models that make ``layers``. ``counters`` receives the busy time of this shard."""
+
+    def __init__(self, config: Config, layers: Iterable[Layer], models: Models, counters: Counters) -> None:
+        self._config, self._models, self._counters = config, models, counters
+        computed = [layer for layer in layers if not layer.published]
+        self.image_layers = [layer for layer in computed if layer.kind == "images"]
+        self.caption_layers = [layer for layer in computed if layer.kind == "captions"]
+
+    @property
+    def captioner_specs(self) -> tuple[ImageSpec, ...]:
+        """The image preprocessing of the captioners, each once."""
+        return tuple(sorted({self._captioner(layer).image for layer in self.caption_layers}, key=repr))
+
+    def run(self, rows: Sequence[Row]) -> dict[str, Sequence[Any]]:
+        """The outputs for one batch by layer: embeddings float32 [B, K, D] or B lists of captions (None for NaN).
+
+        Raises LayerFailure.
+        """
+        if not self.image_layers and not self.caption_layers:
+            return {}
+        put = self._models.accelerator.put
+        # The CPU's part comes first, so that the other shard can use the accelerator meanwhile.
+        crops = None
+        if self.image_layers:
+            crops = put(np.concatenate([row.pixels.crops for row in rows if row.pixels.crops is not None]))
+        views = {spec: put(np.stack([row.pixels.views[spec] for row in rows])) for spec in self.captioner_specs}
+        with self._models.use_accelerator(self._counters):
+            return {**self._embed(crops, len(rows)), **self._caption(views, rows)}
+
+    def encode_texts(self, layer: Layer, texts: Sequence[list[str] | None]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """Embeddings [rows, count, dim] of each row's texts, and the rows that have texts [rows].
+
+        Each distinct text is encoded once, in a batch with texts of similar length. Raises LayerFailure.
+        """
+        teacher = self._teacher(layer)
+        distinct = sorted({t for row in texts if row for t in row}, key=lambda t: (len(t), t))
+        index = {text: i for i, text in enumerate(distinct)}
+        encoded = np.zeros((len(distinct), teacher.dim), np.float32)
+        size = self._config.workers.batch
+        for start in range(0, len(distinct), size):
+            batch = distinct[start : start + size]
+            with raising_layer_failure(layer.name):
+                encode = self._models.text_encoder(teacher, batch)
+                with self._models.use_accelerator(self._counters):
+                    encoded[start : start + size] = _to_numpy(encode(), len(batch), teacher.dim)
+        values = np.zeros((len(texts), layer.count, teacher.dim), np.float32)
+        for i, row in enumerate(texts):
+            if row:
+                values[i] = encoded[[index[text] for text in row]]
+        return values, np.array([bool(row) for row in texts], bool)
+
+    def _embed(self, crops: torch.Tensor | None, rows: int) -> dict[str, Floats]:
+        """Image embeddings [rows, K, D] by layer, from crops [rows * K, S, S, 3]."""
+        count = self._config.augmentations.count
+        prepared: dict[ImageSpec, torch.Tensor] = {}
+        encoded: dict[str, torch.Tensor] = {}
+        for layer in self.image_layers:
+            teacher = self._teacher(layer)
+            assert teacher.image is not None
+            assert crops is not None
+            with raising_layer_failure(layer.name):
+                if teacher.image not in prepared:
+                    prepared[teacher.image] = to_pixels(crops, teacher.image)
+                encoded[layer.name] = teacher.encode_images(prepared[teacher.image])
+        outputs = {}
+        for layer in self.image_layers:  # copied to the CPU only when all teachers' work is queued
+            dim = self._teacher(layer).dim
+            with raising_layer_failure(layer.name):
+                values = _to_numpy(encoded[layer.name], rows * count, dim)
+            outputs[layer.name] = values.reshape(rows, count, dim)
+        return outputs
+
+    def _caption(
+        self, views: Mapping[ImageSpec, torch.Tensor], rows: Sequence[Row]
+    ) -> dict[str, Sequence[list[str] | None]]:
+        outputs = {}
+        for layer in self.caption_layers:
+            captioner = self._captioner(layer)
+            with raising_layer_failure(layer.name):
+                pixels = to_pixels(views[captioner.image], captioner.image)
+                seeds = [
+                    [seed_for(self._config.seed, row.key, layer.name, n) for n in range(layer.count)] for row in rows
+                ]
+                texts = captioner.caption(pixels, np.array(seeds, dtype=np.uint64))
+                if len(texts) != len(rows) or any(row is not None and len(row) != layer.count for row in texts):
+                    raise ValueError(
+                        f"{layer.model}: caption() must return {layer.count} texts for each of {len(rows)} images"
+                    )
+            outputs[layer.name] = texts
+        return outputs
+
+    def _teacher(self, layer: Layer) -> Teacher:
+        return self._models.teachers[str(layer.model)]
+
+    def _captioner(self, layer: Layer) -> Captioner:
+        return self._models.captioners[str(layer.model)]
+
+
+def _to_numpy(out: torch.Tensor, rows: int, dim: int) -> Floats:
+    """Embeddings on the CPU as float32. Raises ValueError unless they are [rows, dim]."""
+    if tuple(out.shape) != (rows, dim):
+        raise ValueError(f"embeddings must have shape {(rows, dim)}, got {tuple(out.shape)}")
+    return out.float().cpu().numpy()

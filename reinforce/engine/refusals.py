@@ -1,0 +1,37 @@
+"""What a lease refuses: samples, rows of a layer, or the shard as a whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from reinforce.config import Config
+from reinforce.dataset.store import Store
+from reinforce.source.shards import Refusal
+from schemas import WHOLE_SHARD
+from teachers.redact import Redactor
+
+
+class Refusals:
+    """Refusals by layer, kept until they are written to the quarantine.
+
+    ``shard_reason`` is the reason for which the shard as a whole is refused, or None.
+    """
+
+    def __init__(self) -> None:
+        self.shard_reason: str | None = None
+        self._by_layer: dict[str, list[Refusal]] = {}
+
+    def add(self, layer: str, refusal: Refusal) -> None:
+        self._by_layer.setdefault(layer, []).append(refusal)
+        if refusal.key is None and refusal.reason.value in WHOLE_SHARD:
+            self.shard_reason = refusal.reason.value
+
+    def counts(self) -> dict[str, int]:
+        """Number of refusals by reason."""
+        return dict(Counter(refusal.reason.value for rows in self._by_layer.values() for refusal in rows))
+
+    def write(self, store: Store, shard: str, config: Config) -> None:
+        """Write the quarantine files of a shard, without the config's secrets."""
+        redact = Redactor(config.model_dump(mode="json")) if self._by_layer else str
+        for layer, rows in self._by_layer.items():
+            store.quarantine(layer, shard, [(row.key, row.reason, redact(row.detail)) for row in rows])
