@@ -35,7 +35,7 @@ class Inference:
         """The image preprocessing of the captioners, each once."""
         return tuple(sorted({self._captioner(layer).image for layer in self.caption_layers}, key=repr))
 
-    def run(self, rows: Sequence[Row]) -> dict[str, Sequence[Any]]:
+    def run(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The outputs for one batch by layer: embeddings float32 [B, K, D] or B lists of captions (None for NaN).
 
         Raises LayerFailure.
@@ -73,7 +73,7 @@ class Inference:
                 values[i] = encoded[[index[text] for text in row]]
         return values, np.array([bool(row) for row in texts], bool)
 
-    def _embed(self, crops: torch.Tensor | None, rows: int) -> dict[str, Floats]:
+    def _embed(self, crops: torch.Tensor | None, rows: int) -> dict[str, Any]:
         """Image embeddings [rows, K, D] by layer, from crops [rows * K, S, S, 3]."""
         count = self._config.augmentations.count
         prepared: dict[ImageSpec, torch.Tensor] = {}
@@ -94,9 +94,7 @@ class Inference:
             outputs[layer.name] = values.reshape(rows, count, dim)
         return outputs
 
-    def _caption(
-        self, views: Mapping[ImageSpec, torch.Tensor], rows: Sequence[Row]
-    ) -> dict[str, Sequence[list[str] | None]]:
+    def _caption(self, views: Mapping[ImageSpec, torch.Tensor], rows: Sequence[Row]) -> dict[str, Any]:
         outputs = {}
         for layer in self.caption_layers:
             captioner = self._captioner(layer)

@@ -200,8 +200,9 @@ class _ShardProcess:
         else:
             texts = captions[_captions_of(layer)]
         values, valid = self.inference.encode_texts(layer, texts)
-        for i in np.flatnonzero(~valid):
-            self.refusals.add(layer.name, Refusal(rows[i].key, Reason.NO_TEXT, "no caption to encode"))
+        for row, encoded in zip(rows, valid, strict=True):
+            if not encoded:
+                self.refusals.add(layer.name, Refusal(row.key, Reason.NO_TEXT, "no caption to encode"))
         return values, valid
 
     def _clean(self, layer: Layer, key: str, texts: list[str] | None) -> list[str] | None:

@@ -56,8 +56,9 @@ def vectors_table(
     A row that is not finite is null, too, and refused. Raises LayerFailure.
     """
     finite = np.isfinite(values).all(axis=(1, 2))
-    for i in np.flatnonzero(valid & ~finite):
-        refusals.add(layer.name, Refusal(keys[i], Reason.NOT_FINITE, f"{layer.model} returned NaN or infinity"))
+    for key, refused in zip(keys, valid & ~finite, strict=True):
+        if refused:
+            refusals.add(layer.name, Refusal(key, Reason.NOT_FINITE, f"{layer.model} returned NaN or infinity"))
     with raising_layer_failure(layer.name):
         columns = vectors.encode(values, layer.dtype, valid & finite)
     return pa.table([pa.array(keys, pa.string()), *columns], schema=schema)
