@@ -53,8 +53,8 @@ from reinforce.engine.plan import make_plan
 from reinforce.engine.shard import process_shard
 from reinforce.source.image import decode
 from reinforce.student.config import Data
+from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.feed import StudentFeed
-from reinforce.student.data.survey import survey
 from reinforce.training.order import Chunk
 from teachers.open_clip_tokens import Tokenizer
 from teachers.protocols import ImageSpec
@@ -194,14 +194,14 @@ class Bare:
 
 def work_barely(url: str, number: int, processes: int, pipe: Connection) -> None:
     """Ready, then as many images as asked for, again and again until the benchmark is over."""
-    [corpus] = survey(Data.model_validate({"datasets": url}), 0, [])
-    chunks = [Chunk(g, 0, int(corpus.groups[g, 2])) for g in range(number, len(corpus.groups), processes)]
-    examples = itertools.cycle([row for chunk in chunks for row in corpus.load(chunk, 0).rows if row is not None])
+    [dataset] = open_datasets(Data.model_validate({"datasets": url}), 0, [])
+    chunks = [Chunk(g, 0, int(dataset.groups[g, 2])) for g in range(number, len(dataset.groups), processes)]
+    examples = itertools.cycle([row for chunk in chunks for row in dataset.load(chunk, 0).rows if row is not None])
     with contextlib.suppress(EOFError):
         while True:
             pipe.send("done")
             for example in itertools.islice(examples, pipe.recv()):
-                np.asarray(replay(decode(example.image, example.origin.limits), example.augmentation))
+                np.asarray(replay(decode(example.image, example.file.limits), example.augmentation))
 
 
 def loader_batches(url: str, processes: int) -> Iterator[Any]:

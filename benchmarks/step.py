@@ -36,7 +36,7 @@ from reinforce.student.config import StudentConfig
 from reinforce.student.task import StudentTask
 from reinforce.training.batches import Prefetcher
 from reinforce.training.config import Optimizer
-from reinforce.training.optimizer import adamw
+from reinforce.training.optimizer import make_adamw
 from reinforce.training.step import backpropagate
 from teachers.device import Accelerator
 
@@ -111,7 +111,7 @@ class Bench:
             losses["online"] = {"lambda": 0.7, "targets": "online", "teachers": dict.fromkeys(TEACHERS, spec)}
         tasks = {name: self.task(case, loss) for name, loss in losses.items()}
         model = self.accelerator.place(tasks["plain"].model).train()
-        optimizer = adamw(model, Optimizer(lr=1e-5))
+        optimizer = make_adamw(model, Optimizer(lr=1e-5))
         made = examples(tasks["plain"], case.batch)
         unread = {"plain": ("targets", "views", "texts"), "stored": ("views", "texts"), "online": ("targets",)}
         ahead = {name: Prefetcher([without(made, unread[name])], self.accelerator) for name in tasks}

@@ -129,7 +129,7 @@ def train(
     checked = load_student_config(config, set_)
     results = _run_training(lambda: train_student(checked, address=address))
     if _is_first_rank():
-        typer.echo(results.text())
+        typer.echo(results.summary())
 
 
 @app.command("finetune-captioner")
@@ -146,7 +146,7 @@ def finetune_captioner(
     checked = load_captioner_config(config, set_)
     results = _run_training(lambda: finetune(checked, address=address))
     if _is_first_rank():
-        typer.echo(results.text())
+        typer.echo(results.summary())
         typer.echo("held-out images, before and after:")
         typer.echo(comparison(results))
 

@@ -13,7 +13,7 @@ from reinforce.config import Config, load_config
 from reinforce.demo.compare import CONFIG, student_config
 from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
-from reinforce.training.loop import length
+from reinforce.training.job import total_steps
 from teachers import weights
 from teachers.open_clip_catalog import FOLDER_PREFIX
 from teachers.spec import ModelSpec
@@ -59,7 +59,7 @@ class Study:
             raise UserError(
                 f"{CONFIG} gives its length in epochs. Add --set train.epochs=null --set train.steps=STEPS."
             )
-        length(student.train, samples=1, ranks=1)  # tells a warm-up that does not fit
+        total_steps(student.train, samples=1, ranks=1)  # tells a warm-up that does not fit
         self.steps: int = student.train.steps
         self.batch = student.train.batch
         #: The teachers and captioners that the demo's student learns from, by name.

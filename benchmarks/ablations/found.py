@@ -20,8 +20,8 @@ from reinforce.demo.compare import MEASURES, measures
 from reinforce.errors import UserError
 from reinforce.shipping.machine import machine_name
 from reinforce.student.config import StudentConfig
-from reinforce.student.train import job_of
-from reinforce.training.config import differences
+from reinforce.student.train import make_job
+from reinforce.training.config import describe_changes
 from reinforce.training.log import LOG
 from reinforce.training.results import Results, read_results
 
@@ -47,7 +47,7 @@ class Training:
         then = store.read_json(_TRAINING)
         if then is None:
             store.write_json(dict(self.course), _TRAINING)
-        elif changed := differences(then, self.course):
+        elif changed := describe_changes(then, self.course):
             raise UserError(
                 f"{self.folder} is a training of another config or dataset:\n  " + "\n  ".join(changed) + "\n"
                 f"Delete {self.folder.parent} to train all anew, restore these values, or give another --out."
@@ -75,7 +75,7 @@ def training_of(study: Study, arm: Arm, seed: int) -> Training | None:
         return None
     course = {
         "train.steps": study.steps,
-        **job_of(config).course,
+        **make_job(config).fixed_config,
         **{f"fingerprint of {name}": layer["fingerprint"] for name, layer in manifest["layers"].items()},
         **{f"logit scale of {name}": teacher["logit_scale"] for name, teacher in manifest["teachers"].items()},
     }

@@ -23,11 +23,11 @@ from reinforce.engine.runner import run
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
-from reinforce.student.train import build, job_of
+from reinforce.student.train import build, make_job
 from reinforce.terminal import Screen, format_duration
 from reinforce.training.loop import run_rank
-from reinforce.training.ranks import join
-from reinforce.training.stop import Stop, Stopped
+from reinforce.training.ranks import join_ranks
+from reinforce.training.stop import Stopped, StopSignal
 
 _TICK = 2.0
 _MOST_FAULTS = 3  # what hits so many trainings would hit the rest
@@ -60,8 +60,8 @@ def train_all(trainings: Sequence[Training], done: int, ended: Callable[[], None
     for training in trainings:
         training.begin()
     queue, running, faults = deque(trainings), dict[Any, Training](), list[str]()
-    progress, stop = _Progress(trainings, done), Stop()
-    with stop.listening(), screen:
+    progress, stop = _Progress(trainings, done), StopSignal()
+    with stop.handle_signals(), screen:
         while running or (queue and len(faults) < _MOST_FAULTS):
             while queue and len(running) < _places(queue[0].config) and len(faults) < _MOST_FAULTS:
                 training = queue.popleft()
@@ -139,6 +139,6 @@ def _train(config: StudentConfig, folder: str) -> None:
     if os.path.isdir(folder):
         os.chdir(folder)
         sys.path[:0] = [folder] if folder not in sys.path else []
-    job = job_of(config)
-    with join(config.train.compute) as ranks, Storage(job.output).lock():
-        run_rank(partial(build, config), job, ranks, Stop())
+    job = make_job(config)
+    with join_ranks(config.train.compute) as ranks, Storage(job.output).lock():
+        run_rank(partial(build, config), job, ranks, StopSignal())

@@ -17,16 +17,16 @@ from reinforce.captioning.pairs import FILE, Pairs, find_pairs
 from reinforce.captioning.task import CaptioningTask
 from reinforce.storage import Storage
 from reinforce.training import gather
-from reinforce.training.config import FREE, course
+from reinforce.training.config import MUTABLE_KEYS, fixed_config
+from reinforce.training.job import Job
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.log import LOG
-from reinforce.training.loop import Job
 from reinforce.training.results import Results
 from teachers.device import Accelerator
 from teachers.open_clip_tokens import Tokenizer
 
 #: Keys that may change when a fine-tuning goes on: where it writes, how it is judged, how fast it reads.
-_FREE = ("output", "evaluate", "data.threads", *(f"train.{key}" for key in FREE))
+_FREE = ("output", "evaluate", "data.threads", *(f"train.{key}" for key in MUTABLE_KEYS))
 #: Folder of the output with the result.
 EXPORT = "captioner"
 _TEXTS = 1024  # tokenized at once
@@ -46,7 +46,7 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
         training=config.train,
         output=config.output,
         seed=config.seed,
-        course=course(config, _FREE),
+        fixed_config=fixed_config(config, _FREE),
         evaluate_every=config.evaluate.every,
         evaluate_start=True,
         best=config.evaluate.best_metric,

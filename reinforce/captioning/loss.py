@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from reinforce.captioning.config import Loss
-from reinforce.student.loss import Objective, contrast
+from reinforce.student.loss import Objective, contrastive_losses
 from reinforce.training import gather
 
 #: CLIP's own loss and nothing else.
-_CLIP = Objective(share=0.0)
+_CLIP = Objective(lambda_=0.0)
 
 
 def captioning_losses(
@@ -33,7 +33,7 @@ def captioning_losses(
     losses = {}
     if weights.contrastive:
         pairs = {name: features[name] for name in ("image", "text")}
-        [clip] = contrast(_CLIP, pairs, scale, None, {}).values()
+        [clip] = contrastive_losses(_CLIP, pairs, scale, None, {}).values()
         losses["contrastive"] = weights.contrastive * clip
     if weights.caption:
         nll = features["nll"]

@@ -1,4 +1,4 @@
-"""The config of a student's training: what a user writes, typed and checked before anything starts."""
+"""The config of a student's training, typed and validated before anything starts."""
 
 from __future__ import annotations
 
@@ -15,90 +15,95 @@ from reinforce.training.config import Training
 from teachers.spec import TeacherSpec
 
 
-def _weights(value: Any) -> Any:
-    """Names alone are equal weights."""
+def _as_weights(value: Any) -> Any:
+    """Accept a list of names as equal weights."""
     return dict.fromkeys(value, 1.0) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
 
 
-def _sources(value: Any) -> Any:
-    """One URL, or a list of URLs and sections."""
+def _as_sources(value: Any) -> Any:
+    """Accept one URL, or a list of URLs and sections."""
     values = [value] if isinstance(value, (str, dict)) else value
     if isinstance(values, list):
         return [{"url": v} if isinstance(v, str) else v for v in values]
     return values
 
 
-Shares = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_weights)]
+Weights = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_as_weights)]
 
 
 class Source(Section):
     """One reinforced dataset of a training."""
 
     url: str = Field(min_length=1, description="folder or fsspec URL of a reinforced dataset")
-    weight: float = Field(1.0, gt=0, description="share of the samples that come from it, before normalisation")
+    weight: float = Field(1.0, gt=0, description="relative share of the samples that come from it")
 
 
 class Data(Section):
-    """What is read of the reinforced datasets, and how one example is made of a sample."""
+    """What is read from the reinforced datasets, and how a training example is made from a sample."""
 
-    datasets: Annotated[list[Source], BeforeValidator(_sources)] = Field(
+    datasets: Annotated[list[Source], BeforeValidator(_as_sources)] = Field(
         min_length=1, description="a URL, or a list of URLs or {url, weight}"
     )
-    teachers: list[str] | None = Field(None, description="whose embeddings are read; default: all of the dataset")
-    captioners: Shares | None = Field(
-        None, description="whose captions are mixed, by name or {name: weight}; default: all alike; []: none"
+    teachers: list[str] | None = Field(
+        None, description="teachers whose embeddings are read; default: all of the dataset"
+    )
+    captioners: Weights | None = Field(
+        None,
+        description="captioners whose captions are read: names or {name: weight}; default: all, equally; []: none",
     )
     captions: Literal["both", "mixed"] = Field(
-        "both", description="`both`: a true and a synthetic caption per example; `mixed`: one, by `synthetic`"
+        "both", description="`both`: a true and a synthetic caption per example; `mixed`: one of them, see `synthetic`"
     )
     synthetic: float = Field(0.5, ge=0, le=1, description="with `mixed`: share of examples with a synthetic caption")
     pick: Literal["random", "sequential"] = Field(
-        "random", description="which augmentation and which synthetic caption: drawn, or by turns over the epochs"
+        "random",
+        description="how augmentation and synthetic caption are picked: at random, or in turn over the epochs",
     )
-    samples: int | None = Field(None, ge=1, description="samples of one epoch; default: all of the datasets")
+    samples: int | None = Field(None, ge=1, description="samples per epoch; default: all samples of the datasets")
     window: int = Field(
         4096,
         ge=1,
-        description="samples of a stream among which rows are shuffled, beside row groups; so many encoded images are "
-        "in memory for each stream",
+        description="samples of a stream among which rows are shuffled, in addition to row groups; each stream keeps "
+        "as many encoded images in memory",
     )
     streams: int | None = Field(
         None,
         ge=1,
-        description="parts in which the data is read side by side, a multiple of ranks x workers (the default); equal "
-        "streams that divide the batch give equal batches at any number of ranks and workers",
+        description="parts of the data that are read in parallel; a multiple of ranks x workers, the default. With a "
+        "fixed number that divides the batch, batches are the same for any number of ranks and workers",
     )
-    workers: int = Field(1, ge=0, description="loader processes per rank; 0: the training process reads")
-    prefetch: int = Field(4, ge=1, description="batches that are kept ready; each process makes its part of every one")
+    workers: int = Field(1, ge=0, description="loader processes per rank; 0: read in the training process")
+    prefetch: int = Field(4, ge=1, description="batches to prefetch; each loader process makes a part of every batch")
 
 
 class Loss(Section):
-    """(1 - lambda) x CLIP's loss + lambda x (distillation + features), over true and over synthetic captions."""
+    """(1 - lambda) x CLIP loss + lambda x (distillation + features), summed over true and synthetic captions."""
 
     lambda_: float = Field(
         1.0, ge=0, le=1, alias="lambda", description="1 is best for zero-shot, 0.7 for retrieval; 0 reads no teacher"
     )
     targets: Literal["stored", "online"] = Field(
-        "stored", description="`online` runs the teachers in the loop instead of reading their embeddings"
+        "stored", description="`online` runs the teachers during training instead of reading their stored embeddings"
     )
-    form: Literal["softmax", "sigmoid"] = Field("softmax", description="of CLIP's and of the distillation loss")
+    form: Literal["softmax", "sigmoid"] = Field("softmax", description="form of the CLIP and distillation losses")
     logit_scales: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="by teacher, instead of the dataset's or the model's own"
+        default_factory=dict, description="logit scales by teacher; default: those of the dataset or the model"
     )
     learn_scales: bool = Field(
         False,
-        description="learn each teacher's logit scale, from there on, by how well it matches the batch's true pairs; "
-        "see student/loss.py",
+        description="learn each teacher's logit scale, starting from its given value, from the true pairs of each "
+        "batch; see student/loss.py",
     )
     logit_biases: dict[str, float] = Field(
-        default_factory=dict, description="by teacher, with `sigmoid`; default: from each batch, see student/loss.py"
+        default_factory=dict,
+        description="biases by teacher, for `sigmoid`; default: computed from each batch, see student/loss.py",
     )
     features: Literal["none", "one-sided", "all"] = Field(
-        "one-sided", description="teachers whose vectors a projection of the student's approaches by cosine"
+        "one-sided", description="teachers whose vectors a projection of the student's features approaches (1 - cosine)"
     )
-    features_weight: float = Field(1.0, gt=0, description="of that, beside distillation's 1")
+    features_weight: float = Field(1.0, gt=0, description="weight of the `features` loss, relative to distillation")
     teachers: dict[LayerName, TeacherSpec] = Field(
-        default_factory=dict, description="with `online`: the models that are run, as in `reinforce run`"
+        default_factory=dict, description="for `online`: the models to run, as in `reinforce run`"
     )
 
     @model_validator(mode="after")
@@ -106,23 +111,23 @@ class Loss(Section):
         if self.targets == "online" and not self.teachers:
             raise ValueError("targets `online` needs `teachers`: the models to run")
         if self.targets == "stored" and self.teachers:
-            raise ValueError("`teachers` are run only with `targets: online`; name stored ones under `data.teachers`")
+            raise ValueError("`teachers` needs `targets: online`; name stored teachers under `data.teachers`")
         if self.logit_biases and self.form != "sigmoid":
-            raise ValueError("`logit_biases` belong to `form: sigmoid`: a softmax has none; remove them")
+            raise ValueError("`logit_biases` needs `form: sigmoid`; remove it")
         if self.learn_scales and (self.form != "softmax" or self.lambda_ == 0):
-            raise ValueError("`learn_scales` needs `form: softmax` and a lambda above 0: else no scale is learnt by it")
+            raise ValueError("`learn_scales` needs `form: softmax` and a lambda above 0: otherwise no scale is learnt")
         return self
 
 
 class Student(Section):
-    """The model that learns, by open_clip's names."""
+    """The model to train, by its name in open_clip."""
 
     model: str = Field(min_length=1, description="an open_clip name such as MobileCLIP2-S0, or local-dir:PATH")
     pretrained: str | None = Field(None, description="pretrained tag or checkpoint to start from; default: random")
 
 
 class StudentConfig(Section):
-    """A training of a student from reinforced datasets."""
+    """A training of a student on reinforced datasets."""
 
     output: str = Field(min_length=1, description="folder or fsspec URL of checkpoints, logs and the final weights")
     seed: int = Field(0, ge=0)

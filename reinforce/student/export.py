@@ -1,19 +1,19 @@
-"""Trained students as folders that plain open_clip loads, by the name ``local-dir:FOLDER``."""
+"""Export of trained students to folders that plain open_clip loads as ``local-dir:FOLDER``."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
-from reinforce.student.model import Student, tokenizer_of
+from reinforce.student.model import Student, load_tokenizer
 from teachers.export import write_open_clip
 
-_log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 def export(student: Student, folder: str) -> None:
-    """Write the student without its heads; the logit scale is that of ``student``."""
-    tower = student.config["text_cfg"].get("hf_model_name")
-    if tower is not None and Path(tower).is_dir():
-        _log.warning("%s needs the folder %s, where the architecture of its text tower stands", folder, tower)
-    write_open_clip(student.clip, student.config, tokenizer_of(student), folder)
+    """Write the open_clip model, its config and its tokenizer, without the student's heads and learnt scales."""
+    text_tower = student.config["text_cfg"].get("hf_model_name")
+    if text_tower is not None and Path(text_tower).is_dir():
+        _LOG.warning("%s needs the folder %s, which holds the architecture of its text tower", folder, text_tower)
+    write_open_clip(student.clip, student.config, load_tokenizer(student), folder)

@@ -1,31 +1,41 @@
 """The loss of multi-modal distillation, as a function of features, scales and targets alone.
 
-For a batch of B pairs, student features I, X (unit norm) with logit scale s, and teachers t = 1..T with I_t, X_t, s_t:
+For a batch of B pairs with student features I, X [B, D] (unit norm) and logit scale s, and teachers t = 1..T with
+vectors I_t, X_t [B, D_t] (unit norm) and logit scales s_t, the loss of one kind of text is
 
     L = (1 - lambda) * L_CLIP + lambda * L_distill
 
-for each kind of text (true captions, synthetic ones), summed.
+and the total is the sum over the kinds of text (true captions, synthetic captions).
 
-``softmax`` (MobileCLIP, arXiv 2311.17049): L_CLIP is the cross-entropy of softmax(s I X^T) with the identity, L_distill
-that with P = 1/T sum_t softmax(s_t I_t X_t^T); each is the mean of both directions. Probabilities are averaged, after
-the softmax, never logits.
+``softmax`` (MobileCLIP, arXiv 2311.17049): with the ensemble's P = 1/T sum_t softmax(s_t I_t X_t^T),
 
-``sigmoid``: each of the B^2 pairs is a question of its own, answered by z_ij = s cos_ij + b. L_CLIP is SigLIP's loss
-(arXiv 2303.15343), 1/B sum_ij BCE(z_ij, [i = j]); L_distill is 1/B sum_ij BCE(z_ij, P_ij) with
-P = 1/T sum_t sigmoid(s_t cos_t + b_t). A teacher trained with softmax has no b_t. No publication is known that says
-what to take, so it is derived from what the teacher does say: its softmax is a sigmoid with a bias of its own in each
-place, softmax_j(l_i) = sigmoid(l_ij - log sum_{k != j} exp l_ik). Unless b_t is given, it is minus the mean over the
-batch's images of log sum_{k != i} exp(s_t cos_ik), which is the constant nearest (in least squares) to the biases of
-the true pairs. It falls with log B, as the prior chance of a match falls with B, which is also why SigLIP starts at
-b = -10.
+    L_CLIP    = cross-entropy of softmax(s I X^T) with the identity
+    L_distill = cross-entropy of softmax(s I X^T) with P
 
-A teacher's scale cannot be learnt by L_distill: over s_t that is lowest where P says most nearly what the student
-answers already, so targets would follow the student and not what is true. But how far a teacher may be trusted can be
-asked of itself: the s_t that makes the true pairs of the batch likeliest minimises the cross-entropy of
-softmax(s_t I_t X_t^T) with the identity (temperature scaling, arXiv 1706.04599). ``matching`` is that loss; its only
-gradient is the scale's, and L_distill takes the scale as a constant.
+each the mean of both directions (image to text, text to image). Probabilities are averaged after the softmax; logits
+are never averaged.
 
-Over ranks each takes its b rows against the columns of all; the mean over the ranks is the loss of the whole batch.
+``sigmoid``: each of the B^2 pairs is a binary classification with logit z_ij = s cos_ij + b, and
+
+    L_CLIP    = 1/B sum_ij BCE(z_ij, [i = j])        (SigLIP, arXiv 2303.15343)
+    L_distill = 1/B sum_ij BCE(z_ij, P_ij),  P = 1/T sum_t sigmoid(s_t cos_t + b_t)
+
+A teacher that was trained with a softmax has no b_t, and we know of no publication that says which to use. It is
+derived from the teacher's softmax, which equals a sigmoid with a different bias for each entry:
+
+    softmax_j(l_i) = sigmoid(l_ij - log sum_{k != j} exp l_ik)
+
+Unless b_t is given, it is minus the mean over the batch's images of log sum_{k != i} exp(s_t cos_ik), the constant
+nearest (in least squares) to the biases of the true pairs. It falls with log B, as the prior probability of a match
+falls with B; SigLIP starts at b = -10 for the same reason.
+
+L_distill cannot learn a teacher's scale: its minimum over s_t is where P agrees most with the student's predictions, so
+the targets would follow the student. Instead, ``scale_losses`` is the cross-entropy of softmax(s_t I_t X_t^T) with the
+identity, whose minimum is the s_t that makes the true pairs of the batch most likely (temperature scaling, arXiv
+1706.04599). Only the scale gets a gradient from it, and L_distill treats the scale as a constant.
+
+With several ranks, each rank compares its b rows with the columns of all ranks; the mean over the ranks is the loss of
+the global batch of B = ranks * b pairs.
 """
 
 from __future__ import annotations
@@ -40,56 +50,61 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from reinforce.training import gather
 
 Form = Literal["softmax", "sigmoid"]
+#: Tensors [b, D] by ``image`` and kind of text.
 Features = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised. The ensemble is what ``scales`` names; ``biases`` are for ``sigmoid`` alone."""
+    """What is minimised: lambda, the form, and s_t and b_t by teacher.
 
-    share: float  # lambda
+    The ensemble is the teachers in ``scales``. ``biases`` are used by ``sigmoid`` only.
+    """
+
+    lambda_: float
     form: Form = "softmax"
     scales: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
     biases: Mapping[str, float] = field(default_factory=dict)
 
 
-def contrast(
+def contrastive_losses(
     objective: Objective,
     features: Features,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     targets: Mapping[str, Features],
 ) -> dict[str, torch.Tensor]:
-    """Weighted losses ``clip/KIND`` and ``distill/KIND`` that sum to L; terms of weight 0 are left out.
+    """Weighted losses ``clip/KIND`` and ``distill/KIND``, scalars that sum to L; terms of weight 0 are left out.
 
-    ``features`` [b, D] by ``image`` and kind of text, ``targets`` likewise by teacher, all unit norm; ``scale`` and
-    ``bias`` are scalars, the latter of ``sigmoid`` alone. Computed in float32, or in float64 if that is given.
+    ``features`` are the student's, tensors [b, D]; ``targets`` are the teachers', {teacher: tensors [b, D_t]}, with the
+    same keys; all have unit norm. ``scale`` s and ``bias`` b are scalars; ``softmax`` ignores the bias. Computed in
+    float64 if the features are, else in float32. Raises KeyError if a teacher in ``objective.scales`` has no targets.
     """
-    share, form = objective.share, objective.form
-    rows = {name: _full(value) for name, value in features.items()}
-    columns = _columns(form, rows)
+    lambda_, form = objective.lambda_, objective.form
+    rows = {name: _full_precision(value) for name, value in features.items()}
+    columns = _gather_columns(form, rows)
     kinds = [name for name in rows if name != "image"]
-    soft = _soft_targets(objective, kinds, targets) if share > 0 and objective.scales else {}
+    soft = _soft_targets(objective, kinds, targets) if lambda_ > 0 and objective.scales else {}
     losses: dict[str, torch.Tensor] = {}
     for kind in kinds:
         logits = _logits(form, rows, columns, kind, scale, bias)
-        answers = [values.log_softmax(dim=1) for values in logits] if form == "softmax" else logits
-        if share < 1:
-            losses[f"clip/{kind}"] = (1 - share) * _cross_entropy(form, answers, None)
+        predictions = [values.log_softmax(dim=1) for values in logits] if form == "softmax" else logits
+        if lambda_ < 1:
+            losses[f"clip/{kind}"] = (1 - lambda_) * _cross_entropy(form, predictions, None)
         if kind in soft:
-            losses[f"distill/{kind}"] = share * _cross_entropy(form, answers, soft[kind])
+            losses[f"distill/{kind}"] = lambda_ * _cross_entropy(form, predictions, soft[kind])
     return losses
 
 
-def matching(scales: Mapping[str, torch.Tensor], targets: Mapping[str, Features]) -> dict[str, torch.Tensor]:
-    """``scale/TEACHER``: the cross-entropy of softmax(s_t I_t X_t^T) with the true pairs, mean over the kinds of text.
+def scale_losses(scales: Mapping[str, torch.Tensor], targets: Mapping[str, Features]) -> dict[str, torch.Tensor]:
+    """``scale/TEACHER``: the cross-entropy of softmax(s_t I_t X_t^T) with the identity, mean over the kinds of text.
 
-    ``scales`` are scalars with gradients, ``targets`` as in ``contrast``.
+    ``scales`` are scalars with gradients by teacher, ``targets`` as in ``contrastive_losses``.
     """
     losses = {}
     for teacher, scale in scales.items():
-        rows = {name: _full(value) for name, value in targets[teacher].items()}
-        columns = _columns("softmax", rows)
+        rows = {name: _full_precision(value) for name, value in targets[teacher].items()}
+        columns = _gather_columns("softmax", rows)
         of_kinds = [
             _cross_entropy("softmax", [values.log_softmax(dim=1) for values in logits], None)
             for logits in (_logits("softmax", rows, columns, kind, scale, None) for kind in rows if kind != "image")
@@ -98,27 +113,35 @@ def matching(scales: Mapping[str, torch.Tensor], targets: Mapping[str, Features]
     return losses
 
 
-def _cross_entropy(form: Form, answers: Sequence[torch.Tensor], soft: Sequence[torch.Tensor] | None) -> torch.Tensor:
-    """Of log-probabilities (softmax) or logits (sigmoid) with P, or with the identity where that is None."""
+def _cross_entropy(
+    form: Form, predictions: Sequence[torch.Tensor], soft: Sequence[torch.Tensor] | None
+) -> torch.Tensor:
+    """Cross-entropy of predictions [b, B] with P, or with the identity if ``soft`` is None.
+
+    Predictions are log-probabilities of both directions (softmax) or the logits of one matrix (sigmoid).
+    """
     if form == "sigmoid":
-        (logits,) = answers
+        (logits,) = predictions
         (targets,) = soft or [_identity(logits)]
         return binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
     if soft is None:
-        return -torch.stack([_of_pairs(values).mean() for values in answers]).mean()
-    return -torch.stack([(p * values).sum(dim=1).mean() for p, values in zip(soft, answers, strict=True)]).mean()
+        return -torch.stack([_true_pairs(values).mean() for values in predictions]).mean()
+    return -torch.stack([(p * values).sum(dim=1).mean() for p, values in zip(soft, predictions, strict=True)]).mean()
 
 
 @torch.no_grad()
 def _soft_targets(
     objective: Objective, kinds: Sequence[str], targets: Mapping[str, Features]
 ) -> dict[str, list[torch.Tensor]]:
-    """The ensemble's P by kind, a [b, B] matrix for each of ``_logits``; one teacher after another adds to one sum."""
+    """The ensemble's P by kind: one matrix [b, B] for each of ``_logits``.
+
+    Teachers are added to one sum, so that memory does not grow with their number.
+    """
     form = objective.form
     sums: dict[str, list[torch.Tensor]] = {}
     for teacher, scale in objective.scales.items():
-        rows = {name: _full(targets[teacher][name]) for name in ("image", *kinds)}
-        columns = _columns(form, rows)
+        rows = {name: _full_precision(targets[teacher][name]) for name in ("image", *kinds)}
+        columns = _gather_columns(form, rows)
         for kind in kinds:
             logits = _logits(form, rows, columns, kind, scale, objective.biases.get(teacher))
             if form == "softmax":
@@ -139,14 +162,14 @@ def _soft_targets(
 
 
 def implied_bias(logits: torch.Tensor) -> torch.Tensor:
-    """The bias with which sigmoids come nearest to the softmax of a batch's images, [b, B] -> scalar; see above."""
+    """b_t = -mean_i log sum_{k != i} exp logits_ik over all ranks, [b, B] -> scalar; see the module's docstring."""
     others = logits.clone()
-    _of_pairs(others).fill_(-torch.inf)
+    _true_pairs(others).fill_(-torch.inf)
     return -gather.mean(others.logsumexp(dim=1).mean())
 
 
-def _columns(form: Form, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The vectors of all ranks that a rank's rows are held against."""
+def _gather_columns(form: Form, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Vectors [B, D] of all ranks, with which a rank's rows [b, D] are compared; ``sigmoid`` needs only texts."""
     return gather.gather(rows if form == "softmax" else {n: v for n, v in rows.items() if n != "image"})
 
 
@@ -158,27 +181,27 @@ def _logits(
     scale: torch.Tensor | float,
     bias: torch.Tensor | float | None,
 ) -> list[torch.Tensor]:
-    """[b, B], scaled and shifted cosines of images with all texts and, for softmax, of texts with all images."""
+    """Logits [b, B] of images with all texts and, for softmax, also of texts with all images."""
     of_images = (scale * rows["image"]) @ columns[kind].T
     if form == "sigmoid":
         return [of_images if bias is None else of_images + bias]
-    if gather.ranks() == 1:
+    if gather.world_size() == 1:
         return [of_images, of_images.T]
     return [of_images, (scale * rows[kind]) @ columns["image"].T]
 
 
-def _of_pairs(matrix: torch.Tensor) -> torch.Tensor:
+def _true_pairs(matrix: torch.Tensor) -> torch.Tensor:
     """The entries [b] of a rank's rows [b, B] that belong to true pairs, as a view."""
     return matrix.diagonal(gather.rank() * len(matrix))
 
 
 def _identity(matrix: torch.Tensor) -> torch.Tensor:
-    """1 for true pairs, else 0."""
+    """A matrix of the same shape: 1 for true pairs, 0 elsewhere."""
     ones = torch.zeros_like(matrix)
-    _of_pairs(ones).fill_(1)
+    _true_pairs(ones).fill_(1)
     return ones
 
 
-def _full(values: torch.Tensor) -> torch.Tensor:
-    """Logits of scale 100 in half precision would be off by several hundredths."""
+def _full_precision(values: torch.Tensor) -> torch.Tensor:
+    """In half precision, logits of scale 100 would be off by several hundredths."""
     return values if values.dtype == torch.float64 else values.float()

@@ -1,4 +1,4 @@
-"""The student: an open_clip model, with projections towards teachers' vectors while it learns."""
+"""The student: an open_clip model, with heads that project its features to teachers' vectors during training."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from teachers.spec import ModelSpec
 class Student(torch.nn.Module):
     """An open_clip model in training.
 
-    ``clip`` is the model itself, ``config`` its ``model_cfg``, ``name`` what open_clip knows both by, ``pretrained``
-    whether it started from weights. ``heads`` project its features to the vectors of the teachers in ``features``, at
-    ``features_weight`` x (1 - cosine). ``scales`` are the logit scales of teachers, by name, that are learnt beside it.
+    ``clip`` is the model itself, ``config`` its ``model_cfg``, ``name`` its name in open_clip, ``pretrained`` whether
+    it started from weights. ``heads`` project its features to the vectors of the teachers in ``features``, with loss
+    ``features_weight`` x (1 - cosine). ``scales`` are teachers' logit scales, by name, that are learnt with it.
     """
 
     def __init__(
@@ -51,46 +51,49 @@ class Student(torch.nn.Module):
         self.features = dict(features or {})
         self.features_weight = features_weight
         self.heads = torch.nn.ModuleDict()
-        for teacher, known in self.features.items():
-            for side in sorted(known.sides):
-                self.heads[_head(teacher, side)] = torch.nn.Linear(config["embed_dim"], known.dim, bias=False)
+        for teacher, info in self.features.items():
+            for side in sorted(info.sides):
+                self.heads[_head_name(teacher, side)] = torch.nn.Linear(config["embed_dim"], info.dim, bias=False)
         self.scales = torch.nn.ModuleDict(
-            {_module(teacher): _Scale(start) for teacher, start in (scales or {}).items()}
+            {_module_name(teacher): _LearntScale(start) for teacher, start in (scales or {}).items()}
         )
 
     def forward(self, batch: Batch) -> Encoded:
-        """Unit-norm float32 features [part, D] of ``image`` and of each kind of text, which pass the tower at once."""
+        """Unit-norm float32 features [p, D] of ``image`` and of each kind of text, with feature losses and scalars.
+
+        Raises UserError if the images [p, h, w, 3] do not have the student's size.
+        """
         size = tuple(batch["image"].shape[1:3])
         if size != (self.image.height, self.image.width):
-            raise UserError(f"images of {size[0]} x {size[1]} reach a student that takes {self.image.size}.")
+            raise UserError(f"the batch has images of {size[0]} x {size[1]}; the student takes {self.image.size}.")
         kinds = [kind for kind in (CAPTION, SYNTHETIC) if kind in batch]
-        # in this layout convolutions learn a third faster on CPUs
+        # trains a third faster with convolutions on CPUs
         pixels = to_pixels(batch["image"], self.image).contiguous(memory_format=torch.channels_last)
         images = _unit(self.clip.encode_image(pixels))
-        texts = _unit(self.clip.encode_text(torch.cat([batch[kind] for kind in kinds])))
+        texts = _unit(self.clip.encode_text(torch.cat([batch[kind] for kind in kinds])))  # all kinds in one pass
         features = {IMAGE: images, **dict(zip(kinds, texts.chunk(len(kinds)), strict=True))}
         scalars = {"logit_scale": self.clip.logit_scale.exp().reshape(())}
         if self.clip.logit_bias is not None:
             scalars["logit_bias"] = self.clip.logit_bias.reshape(())
-        scalars |= {scale_of(_teacher(name)): scale() for name, scale in self.scales.items()}
+        scalars |= {scale_name(_teacher_name(module)): scale() for module, scale in self.scales.items()}
         return Encoded(features, self._feature_losses(features, batch), scalars)
 
     def _feature_losses(self, features: Mapping[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
-        """``features/WHAT``: weight x the mean over the teachers that have WHAT of 1 - cos(head(feature), vector)."""
+        """``features/WHAT``: weight x mean of 1 - cos(head(feature), vector), over the teachers that have WHAT."""
         losses: dict[str, torch.Tensor] = {}
         for what, rows in features.items():
             distances = []
-            for teacher, known in self.features.items():
-                if known.has(what):
-                    projected = _unit(self.heads[_head(teacher, IMAGES if what == IMAGE else TEXTS)](rows))
+            for teacher, info in self.features.items():
+                if info.has(what):
+                    projected = _unit(self.heads[_head_name(teacher, IMAGES if what == IMAGE else TEXTS)](rows))
                     distances.append(1 - (projected * batch["targets"][teacher][what]).sum(dim=-1).mean())
             if distances:
                 losses[f"features/{what}"] = self.features_weight * torch.stack(distances).mean()
         return losses
 
 
-class _Scale(torch.nn.Module):
-    """A teacher's logit scale, by the name that the loop bounds and does not decay."""
+class _LearntScale(torch.nn.Module):
+    """A teacher's logit scale; the loop clamps parameters of this name and does not decay them."""
 
     def __init__(self, start: float) -> None:
         super().__init__()
@@ -100,8 +103,8 @@ class _Scale(torch.nn.Module):
         return self.logit_scale.exp()
 
 
-def scale_of(teacher: str) -> str:
-    """The name of a teacher's learnt scale among a batch's scalars."""
+def scale_name(teacher: str) -> str:
+    """Name of a teacher's learnt scale among the scalars of ``Encoded``."""
     return f"logit_scale/{teacher}"
 
 
@@ -115,16 +118,16 @@ def build_student(
     scales: Mapping[str, float] | None = None,
     checkpointing: bool = False,
 ) -> Student:
-    """The model of a config, float32 on the CPU: with pretrained weights, or with random ones that ``seed`` decides.
+    """Build the model of a config, float32 on the CPU, with pretrained weights or random ones seeded by ``seed``.
 
-    ``local-dir:`` starts from the folder's weights if there are any. The bias that some models add to all logits is
-    nothing to a softmax and keeps its value there; with ``sigmoid`` a random model that was built without gets one.
-    Raises UserError.
+    A ``local-dir:`` model starts from the weights in its folder, if there are any. The logit bias of some models does
+    not change a softmax and is frozen with it; with ``sigmoid``, a random model without a bias gets one. Raises
+    UserError if the model is unknown, cannot be loaded, or cannot be trained with this loss.
     """
     try:
         model = ModelSpec(model=spec.model, pretrained=spec.pretrained)
         name, pretrained = model_name(model), _has_weights(model)
-        config = _config(name)
+        config = _model_config(name)
         clip = load_model(model) if pretrained else _random_model(name, seed)
         image = image_spec(open_clip.get_model_preprocess_cfg(clip))
         if image.height != image.width:
@@ -135,10 +138,11 @@ def build_student(
         if form == "sigmoid" and clip.logit_bias is None:
             if pretrained:
                 raise ValueError(
-                    f"the weights of {name} come from a softmax and have no logit bias, which `loss.form: sigmoid` "
-                    "needs: start from random weights or from those of a SigLIP model, or use `form: softmax`"
+                    f"the weights of {name} were trained with a softmax and have no logit bias, which "
+                    "`loss.form: sigmoid` needs: start from random weights or from those of a SigLIP model, or use "
+                    "`form: softmax`"
                 )
-            config |= _as_siglip_starts(clip)
+            config |= _init_as_siglip(clip)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"student: {error}") from error
     if form == "softmax" and clip.logit_bias is not None:
@@ -149,8 +153,8 @@ def build_student(
         return Student(name, clip.train(), config, image, pretrained, features, features_weight, scales)
 
 
-def tokenizer_of(student: Student) -> Any:
-    """open_clip's tokenizer of the model, whose texts fit its context. Raises UserError."""
+def load_tokenizer(student: Student) -> Any:
+    """open_clip's tokenizer of the model. Raises UserError if it cannot be loaded or does not fit the context."""
     try:
         tokenizer = open_clip.get_tokenizer(student.name)
         length = tokenizer(["a photo"]).shape[1]
@@ -167,6 +171,7 @@ def tokenizer_of(student: Student) -> Any:
 
 
 def _has_weights(model: ModelSpec) -> bool:
+    """Whether the model starts from weights. Raises FileNotFoundError if its folder does not exist."""
     name = model_name(model)
     if name.startswith(catalog.FOLDER_PREFIX) and model.pretrained is None:
         catalog.local_folder(name)
@@ -178,10 +183,10 @@ def _has_weights(model: ModelSpec) -> bool:
     return name.startswith(catalog.HUB_PREFIX) or model.pretrained is not None
 
 
-def _config(name: str) -> dict[str, Any]:
+def _model_config(name: str) -> dict[str, Any]:
     config = catalog.model_config(name) or open_clip.get_model_config(name)
     if "multimodal_cfg" in config:
-        raise ValueError(f"{name} is a captioner, whose decoder this loss would not train: choose a CLIP model")
+        raise ValueError(f"{name} is a captioner, and this loss does not train its decoder: choose a CLIP model")
     return dict(config)
 
 
@@ -190,8 +195,8 @@ def _random_model(name: str, seed: int) -> Any:
         return open_clip.create_model(name, load_weights=False, pretrained_text=False)
 
 
-def _as_siglip_starts(clip: Any) -> dict[str, float]:
-    """Give a model scale 10 and bias -10 (arXiv 2303.15343); returns what its ``model_cfg`` has to say of that."""
+def _init_as_siglip(clip: Any) -> dict[str, float]:
+    """Set logit scale 10 and bias -10 (arXiv 2303.15343); returns the entries of ``model_cfg`` that describe them."""
     start = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
     torch.nn.init.constant_(clip.logit_scale, start["init_logit_scale"])
     clip.logit_bias = torch.nn.Parameter(torch.full_like(clip.logit_scale, start["init_logit_bias"]))
@@ -200,7 +205,7 @@ def _as_siglip_starts(clip: Any) -> dict[str, float]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Inside, torch draws as the seed says; outside, as if nothing had been drawn."""
+    """Seed torch inside the block and restore its random state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -210,13 +215,13 @@ def _unit(vectors: torch.Tensor) -> torch.Tensor:
     return normalize(vectors.float(), dim=-1)
 
 
-def _head(teacher: str, side: str) -> str:
-    return f"{_module(teacher)}/{side}"
+def _head_name(teacher: str, side: str) -> str:
+    return f"{_module_name(teacher)}/{side}"
 
 
-def _module(teacher: str) -> str:
-    return teacher.replace(".", ",")  # names of modules have no dots, and of teachers no commas
+def _module_name(teacher: str) -> str:
+    return teacher.replace(".", ",")  # module names cannot have dots, and teacher names have no commas
 
 
-def _teacher(module: str) -> str:
+def _teacher_name(module: str) -> str:
     return module.replace(",", ".")

@@ -1,4 +1,7 @@
-"""Teachers in the loop: the baseline that reinforcement spares. They see what stored ones saw, so targets are equal."""
+"""Online teachers: the baseline that runs teachers in the training loop instead of reading stored embeddings.
+
+They get the augmentations and texts that the stored teachers got, so the targets are equal.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +17,29 @@ from teachers.protocols import Teacher
 from teachers.registry import load_teacher
 from teachers.spec import TeacherSpec
 
-#: Images or texts in one forward pass.
-_PART = 256
+#: Largest number of images or texts in one forward pass.
+_MAX_BATCH = 256
 
 
 def load_teachers(specs: Mapping[str, TeacherSpec], device: str) -> dict[str, Teacher]:
-    """Raises UserError where one cannot be loaded."""
+    """Load the teachers on a device. Raises UserError if one cannot be loaded."""
     try:
         return {name: load_teacher(name, spec, device) for name, spec in specs.items()}
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(str(error)) from error
 
 
-def known_of(teacher: Teacher, spec: TeacherSpec) -> TeacherInfo:
-    """What a loaded teacher states of itself."""
+def teacher_info(teacher: Teacher, spec: TeacherSpec) -> TeacherInfo:
+    """The description of a loaded teacher."""
     sides = {IMAGES} if teacher.image is not None else set()
     sides |= {TEXTS} if callable(getattr(teacher, "encode_texts", None)) else set()
-    origin = "config: loss.teachers" if spec.logit_scale is not None else "model"
-    return TeacherInfo(teacher.dim, frozenset(sides), teacher.logit_scale, origin)
+    source = "config: loss.teachers" if spec.logit_scale is not None else "model"
+    return TeacherInfo(teacher.dim, frozenset(sides), teacher.logit_scale, source)
 
 
 @torch.no_grad()
-def teach(batch: Batch, teachers: Mapping[str, Teacher]) -> Batch:
-    """The batch with ``targets`` on its device, made of its ``views`` and ``texts``; see ``batch.py``."""
+def add_targets(batch: Batch, teachers: Mapping[str, Teacher]) -> Batch:
+    """The batch with ``targets`` on its device, computed from its ``views`` and ``texts``; see ``batch.py``."""
     device = batch["image"].device
     targets: dict[str, dict[str, torch.Tensor]] = {}
     for name, teacher in teachers.items():
@@ -50,14 +53,16 @@ def teach(batch: Batch, teachers: Mapping[str, Teacher]) -> Batch:
 
 
 def _encode_images(teacher: Teacher, views: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, h, w, 3] -> float32 [B, D]."""
     assert teacher.image is not None
-    parts = [teacher.encode_images(to_pixels(part, teacher.image)).float() for part in views.split(_PART)]
-    return torch.cat(parts)  # outside of inference mode, in which some teachers' parts were made
+    parts = [teacher.encode_images(to_pixels(part, teacher.image)).float() for part in views.split(_MAX_BATCH)]
+    return torch.cat(parts)  # a new tensor: parts may be inference tensors, which autograd refuses
 
 
 def _encode_texts(teacher: Teacher, texts: Sequence[str]) -> torch.Tensor:
-    """Texts of similar length go together, as teachers like it."""
+    """B texts -> float32 [B, D]. Texts of similar length are encoded together, which saves padding."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    parts = [teacher.encode_texts([texts[i] for i in order[at : at + _PART]]) for at in range(0, len(texts), _PART)]
-    found = torch.cat(parts).float()
-    return found[torch.tensor(order, device=found.device).argsort()]
+    starts = range(0, len(texts), _MAX_BATCH)
+    parts = [teacher.encode_texts([texts[i] for i in order[start : start + _MAX_BATCH]]) for start in starts]
+    vectors = torch.cat(parts).float()
+    return vectors[torch.tensor(order, device=vectors.device).argsort()]

@@ -1,4 +1,4 @@
-"""Training a student: its config, feed and task put together for the loop."""
+"""Training a student: combines its config, feed and task for the training loop."""
 
 from __future__ import annotations
 
@@ -11,46 +11,47 @@ from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig, load_student_config
 from reinforce.student.data.feed import StudentFeed
 from reinforce.student.task import StudentTask
-from reinforce.training.config import FREE, course
+from reinforce.training.config import MUTABLE_KEYS, fixed_config
+from reinforce.training.job import Job
 from reinforce.training.launch import launch, runs_on_ray
-from reinforce.training.loop import Job
 from reinforce.training.results import Results
 from teachers.device import Accelerator
 from teachers.open_clip_tokens import Tokenizer
 
-#: Keys that may change when a training goes on: where it writes, how it is judged, how fast it reads.
-_FREE = ("output", "evaluate", "data.workers", "data.prefetch", *(f"train.{key}" for key in FREE))
+#: Keys that may change when a training resumes: where it writes, how it is evaluated, how fast it reads.
+_MUTABLE = ("output", "evaluate", "data.workers", "data.prefetch", *(f"train.{key}" for key in MUTABLE_KEYS))
 
 
 def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str | None = None) -> Results:
     """Train a student to its end, from the last checkpoint in ``output`` if there is one.
 
-    Runs in this process, under torchrun as one of its ranks, or, with ``train.compute.ranks`` above 1 or an
-    ``address`` (or RAY_ADDRESS), on Ray Train. Raises UserError for what the user has to mend, and
-    ``reinforce.training.stop.Stopped`` after a signal, when a checkpoint is written.
+    ``config`` is a StudentConfig, the path of a YAML file, or a dict of its content. Runs in this process, under
+    torchrun as one of its ranks, or, with ``train.compute.ranks`` above 1 or an ``address`` (or RAY_ADDRESS), on Ray
+    Train. Raises UserError for errors that the user can fix, and ``reinforce.training.stop.Stopped`` after a signal,
+    when a checkpoint has been written.
     """
     config = _as_student_config(config)
     Storage(config.output).check_writable()
-    job = job_of(config)
+    job = make_job(config)
     if runs_on_ray(job, address) and config.loss.targets == "stored":
-        build(config, Accelerator("cpu"))  # to tell faults of the config before Ray starts
+        build(config, Accelerator("cpu"))  # reports errors of the config before Ray starts
     return launch(partial(build, config), job, address)
 
 
-def job_of(config: StudentConfig) -> Job:
-    """What the loop has to know of a student's training."""
+def make_job(config: StudentConfig) -> Job:
+    """The training loop's job for a student config."""
     return Job(
         training=config.train,
         output=config.output,
         seed=config.seed,
-        course=course(config, _FREE),
+        fixed_config=fixed_config(config, _MUTABLE),
         evaluate_every=config.evaluate.every,
         best=config.evaluate.best_metric,
     )
 
 
 def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask, StudentFeed]:
-    """The task and the feed of one rank. Raises UserError for what does not fit together."""
+    """Make the task and the feed of one rank. Raises UserError if config, datasets and models do not fit together."""
     task = StudentTask(config, str(accelerator.device))
     online = config.loss.targets == "online"
     feed = StudentFeed(

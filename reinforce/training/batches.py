@@ -1,4 +1,4 @@
-"""Batches as nested mappings of tensors and lists: brought to the device, and cut into parts."""
+"""Batches as nested mappings of tensors and lists: moved to the device, and cut into parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from teachers.device import Accelerator
 
 
 class Prefetcher:
-    """Batches on the device, each of which travels there while the one before it is computed."""
+    """Batches on the device; each is copied there while the device computes the one before."""
 
     def __init__(self, batches: Iterable[Batch], accelerator: Accelerator) -> None:
         self._batches = iter(batches)
@@ -20,33 +20,33 @@ class Prefetcher:
         self._ready: Batch | None = None
 
     def fetch(self) -> None:
-        """Wait for the next batch of the feed and send it off. Raises RuntimeError where the feed has none."""
+        """Wait for the next batch of the feed and start copying it. Raises RuntimeError if the feed has ended."""
         batch = next(self._batches, None)
         if batch is None:
-            raise RuntimeError("the feed ended before the training: it must go on for ever")
+            raise RuntimeError("the feed ended before the training: its batches must be endless")
         with self._accelerator.copy_stream():
-            self._ready = _placed(batch, self._accelerator)
+            self._ready = _to_device(batch, self._accelerator)
 
     def take(self) -> Batch:
-        """The batch that was fetched last."""
+        """Return the batch that was fetched last."""
         assert self._ready is not None
         batch, self._ready = self._ready, None
         self._accelerator.wait_for_copies(_tensors(batch))
         return batch
 
 
-def part(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+def slice_batch(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
     """Samples ``start`` to ``stop`` of a batch, without a copy."""
     return {
-        name: part(value, start, stop) if isinstance(value, Mapping) else value[start:stop]
+        name: slice_batch(value, start, stop) if isinstance(value, Mapping) else value[start:stop]
         for name, value in batch.items()
     }
 
 
-def _placed(batch: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+def _to_device(batch: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
     def place(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return _placed(value, accelerator)
+            return _to_device(value, accelerator)
         return accelerator.put(value) if isinstance(value, torch.Tensor) else value
 
     return {name: place(value) for name, value in batch.items()}

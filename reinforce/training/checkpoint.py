@@ -1,7 +1,7 @@
-"""Checkpoints: one safetensors file each, with what is not a tensor as JSON in its header. No pickle.
+"""Checkpoints: one safetensors file each, with a JSON header for everything that is not a tensor. No pickle.
 
-A file appears whole or not at all, so a checkpoint that is there is good. Nothing of random generators is kept: what
-is random in a step is seeded from the training's seed, the step and the rank.
+A file appears whole or not at all, so every checkpoint that exists is complete. The state of random generators is not
+stored: the random numbers of a step are seeded from the training's seed, the step and the rank.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from reinforce.storage import Storage
 
 FOLDER = "checkpoints"
 _BEST = "best.json"
+_HEADER = "reinforce.checkpoint"
 _VERSION = 1
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a checkpoint knows beside its tensors.
+class Progress:
+    """The header of a checkpoint: how far the training is, and which training it is.
 
-    ``step`` steps are done, ``skipped`` of them without an update; ``seconds`` were spent in steps. ``course`` is the
-    part of the config that determines the training, by dotted keys.
+    ``step`` is the number of finished steps, ``skipped`` how many of them made no update, ``seconds`` the time spent
+    in steps. ``fixed_config`` is the part of the config that determines the training, by dotted keys.
     """
 
     step: int
-    course: Mapping[str, Any]
+    fixed_config: Mapping[str, Any]
     seconds: float = 0.0
     skipped: int = 0
 
 
 @dataclass(frozen=True)
-class Best:
-    """The step whose ``metric`` was the highest so far."""
+class BestCheckpoint:
+    """The step with the highest value of ``metric`` so far; the content of best.json."""
 
     step: int
     metric: str
@@ -51,76 +52,87 @@ class Best:
 
 
 class Checkpoints:
-    """The checkpoints of one output."""
+    """The checkpoints in one output folder; the latest ``keep`` and the best one are kept."""
 
-    def __init__(self, store: Storage, keep: int) -> None:
-        self._store = store
+    def __init__(self, storage: Storage, keep: int) -> None:
+        self._storage = storage
         self._keep = keep
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, in order; by one listing."""
+        """Steps of the existing checkpoints, ascending. Costs one listing."""
         try:
-            entries = self._store.fs.ls(self._store.path(FOLDER), detail=False, refresh=True)
+            entries = self._storage.fs.ls(self._storage.path(FOLDER), detail=False, refresh=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
         found = (_NAME.fullmatch(str(entry).rpartition("/")[2]) for entry in entries)
         return sorted(int(match[1]) for match in found if match)
 
-    def save(self, record: Record, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Publish a checkpoint, then remove those that are neither among the latest ``keep`` nor the best."""
-        header = {"reinforce.checkpoint": json.dumps({"version": _VERSION, **asdict(record)})}
-        with self._store.new_file(FOLDER, _name(record.step)) as path:
-            save_file(_separate(tensors), path, metadata=header)
+    def save(self, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Publish a checkpoint, then delete those that are neither among the latest ``keep`` nor the best."""
+        with self._storage.new_file(FOLDER, _file_name(progress.step)) as path:
+            save_file(_separate_copies(tensors), path, metadata={_HEADER: _encode_header(progress)})
         best = self.best()
         for step in self.steps()[: -self._keep]:
             if best is None or step != best.step:
-                self._store.fs.rm_file(self._store.path(FOLDER, _name(step)))
+                self._storage.fs.rm_file(self._storage.path(FOLDER, _file_name(step)))
 
-    def best(self) -> Best | None:
-        """The best step of those that were evaluated."""
-        found = self._store.read_json(FOLDER, _BEST)
-        return Best(**found) if found else None
+    def best(self) -> BestCheckpoint | None:
+        """The best of the evaluated steps, or None if no step was evaluated."""
+        found = self._storage.read_json(FOLDER, _BEST)
+        return BestCheckpoint(**found) if found else None
 
-    def rate(self, step: int, metric: str, value: float) -> Best:
-        """Note how good a step is; returns the best so far, which is the earliest among equals."""
+    def update_best(self, step: int, metric: str, value: float) -> BestCheckpoint:
+        """Compare a step with the best so far and return the better one; among equals, the earlier one."""
         best = self.best()
         if best is None or best.metric != metric or value > best.value:
-            best = Best(step, metric, value)
-            self._store.write_json(asdict(best), FOLDER, _BEST)
+            best = BestCheckpoint(step, metric, value)
+            self._storage.write_json(asdict(best), FOLDER, _BEST)
         return best
 
-    def load(self, step: int) -> tuple[Record, dict[str, torch.Tensor]]:
-        """A checkpoint's record and its tensors on the CPU. Raises UserError if the file is not a checkpoint."""
-        path = self._store.path(FOLDER, _name(step))
-        if self._store.local:
+    def load(self, step: int) -> tuple[Progress, dict[str, torch.Tensor]]:
+        """Return a checkpoint's header and its tensors on the CPU. Raises UserError if the file is not a checkpoint."""
+        path = self._storage.path(FOLDER, _file_name(step))
+        if self._storage.local:
             return _read(path, path)
         with tempfile.TemporaryDirectory() as folder:
-            local = str(Path(folder, _name(step)))
-            self._store.fs.get_file(path, local)
+            local = str(Path(folder, _file_name(step)))
+            self._storage.fs.get_file(path, local)
             return _read(local, path)
 
 
-def _name(step: int) -> str:
+def _file_name(step: int) -> str:
     return f"step-{step:09d}.safetensors"
 
 
-def _read(local: str, shown: str) -> tuple[Record, dict[str, torch.Tensor]]:
+def _encode_header(progress: Progress) -> str:
+    fields = {
+        "version": _VERSION,
+        "step": progress.step,
+        "course": progress.fixed_config,
+        "seconds": progress.seconds,
+        "skipped": progress.skipped,
+    }
+    return json.dumps(fields)
+
+
+def _read(local: str, shown: str) -> tuple[Progress, dict[str, torch.Tensor]]:
+    """Read the file at ``local``; errors name it ``shown``."""
     try:
         with safe_open(local, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["reinforce.checkpoint"])
+            header = json.loads((file.metadata() or {})[_HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(
             f"{shown} is not a checkpoint of a training ({type(error).__name__}: {error}). "
-            "Delete it to go on from the one before."
+            "Delete it to resume from the previous checkpoint."
         ) from error
     if header.pop("version") > _VERSION:
-        raise UserError(f"{shown} was written by a newer version of this program. Upgrade to go on from it.")
-    return Record(**header), tensors
+        raise UserError(f"{shown} was written by a newer version of this program. Upgrade to resume from it.")
+    return Progress(fixed_config=header.pop("course"), **header), tensors
 
 
-def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU, contiguous; tied weights, which share their memory, twice."""
+def _separate_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous copies on the CPU; tied weights, which share memory, are stored twice."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():

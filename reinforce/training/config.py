@@ -1,4 +1,4 @@
-"""The parts of a training's config that do not depend on what is trained."""
+"""Config sections that every training has, whatever model it trains."""
 
 from __future__ import annotations
 
@@ -10,62 +10,63 @@ from pydantic import BaseModel, Field, model_validator
 from reinforce.settings import Section
 from teachers.redact import redact_values
 
-#: The loop keeps learnt logit scales within 1 and this, as open_clip does.
+#: Learnt logit scales are clamped to [1, this], as in open_clip.
 HIGHEST_LOGIT_SCALE = 100.0
 
 
 class Optimizer(Section):
-    """AdamW with linear warm-up and a cosine down to ``final_lr``; defaults as MobileCLIP2 trains."""
+    """AdamW with linear warm-up and cosine decay to ``final_lr``; the defaults are those of MobileCLIP2."""
 
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     final_lr: float = Field(1e-6, ge=0, description="learning rate of the last step")
-    warmup: int = Field(1000, ge=0, description="steps to the peak")
+    warmup: int = Field(1000, ge=0, description="steps until the peak learning rate")
     betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.2, ge=0, description="of matrices; gains, biases and logit scales have none")
-    clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null: unbounded")
+    weight_decay: float = Field(0.2, ge=0, description="of matrices; gains, biases and logit scales are not decayed")
+    clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
 
 
 class Compute(Section):
-    """Ranks and arithmetic. One rank drives one accelerator, or some cores."""
+    """Ranks and arithmetic. A rank is a process that drives one accelerator, or some CPU cores."""
 
-    ranks: int = Field(1, ge=1, description="processes that train together; under torchrun its own number counts")
+    ranks: int = Field(1, ge=1, description="processes that train together; under torchrun, its own number is used")
     gpus: float = Field(0.0, ge=0, le=1, description="accelerators per rank")
-    cpus: int = Field(1, ge=1, description="cores per rank: threads of its arithmetic, and what Ray keeps for it")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the forward pass (autocast)")
+    cpus: int = Field(1, ge=1, description="cores per rank: torch threads, and the CPUs that Ray reserves")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of the forward pass (autocast)")
     accumulate: int = Field(
         1,
         ge=1,
-        description="parts in which a rank's batch passes the model; the loss still contrasts the whole batch",
+        description="parts into which a rank's batch is split (gradient accumulation); the loss still contrasts the "
+        "whole batch",
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
+    gradient_checkpointing: bool = Field(False, description="recompute activations instead of storing them")
     compile: bool = Field(False, description="torch.compile the model")
 
 
 class Checkpoints(Section):
-    """When the state is saved; a killed training goes on from the last one, bit for bit."""
+    """When the state is saved; a killed training resumes from the last checkpoint, bit for bit."""
 
     every: int = Field(1000, ge=1, description="steps between checkpoints")
-    keep: int = Field(2, ge=1, description="the latest ones that are kept; the best is kept besides")
+    keep: int = Field(2, ge=1, description="number of latest checkpoints to keep, in addition to the best one")
 
 
 class Training(Section):
-    """Length and shape of a training."""
+    """Length, batch size and everything else about a training that does not depend on its model."""
 
     steps: int | None = Field(None, ge=1, description="optimizer steps; give this or `epochs`")
     epochs: float | None = Field(None, gt=0, description="passes over the data; give this or `steps`")
-    batch: int = Field(1024, ge=2, description="samples of one step over all ranks")
+    batch: int = Field(1024, ge=2, description="samples per step over all ranks")
     optimizer: Optimizer = Optimizer()
     compute: Compute = Compute()
     ema: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="decay of an average of the weights, which is judged and exported; it rises to this from 0",
+        description="decay of a moving average of the weights, which is evaluated and exported; rises from 0 to this",
     )
     checkpoints: Checkpoints = Checkpoints()
-    log_every: int = Field(50, ge=1, description="steps between log lines")
-    retries: int = Field(3, ge=0, description="times that Ray Train starts the ranks again after a failure")
+    log_every: int = Field(50, ge=1, description="steps between rows of the log")
+    retries: int = Field(3, ge=0, description="restarts of the ranks by Ray Train after a failure")
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
@@ -77,26 +78,29 @@ class Training(Section):
         return self
 
 
-#: Keys of a `Training` that may change when it goes on: its length, where it runs, and what only tells of it.
-FREE = (
+#: Keys of a `Training` that may change when it resumes: its length, where it runs, checkpoints and logs.
+MUTABLE_KEYS = (
     *("steps", "epochs", "checkpoints", "log_every", "retries"),
     *(f"compute.{name}" for name in Compute.model_fields if name != "precision"),
 )
 
 
-def course(config: BaseModel, free: Iterable[str]) -> dict[str, Any]:
-    """The part of a config that determines a training, by dotted keys; what is under the keys ``free`` is not."""
-    prefixes = tuple(f"{key}." for key in free)
-    values = _flat(redact_values(config.model_dump(mode="json", by_alias=True)))  # it is stored with each checkpoint
+def fixed_config(config: BaseModel, mutable: Iterable[str]) -> dict[str, Any]:
+    """The part of a config that determines a training and must not change on resume, by dotted keys.
+
+    Keys in ``mutable``, and all keys below them, are left out; so are credentials, since it is stored in checkpoints.
+    """
+    prefixes = tuple(f"{key}." for key in mutable)
+    values = _flat(redact_values(config.model_dump(mode="json", by_alias=True)))
     return {key: value for key, value in values if not f"{key}.".startswith(prefixes)}
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two courses, in words."""
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each key in which two results of ``fixed_config`` differ."""
     return [
-        f"{key}: {then.get(key)!r} then, {now.get(key)!r} now"
-        for key in sorted({*then, *now})
-        if then.get(key) != now.get(key)
+        f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
     ]
 
 

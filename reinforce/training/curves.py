@@ -8,6 +8,7 @@ from typing import Any
 from reinforce import plots
 
 _COLUMNS = 3
+#: Title, label of the y axis, and the values that a row of the log contributes, by series.
 _PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Mapping[str, Any]]], ...] = (
     ("Loss", "loss", lambda row: {"all": row["loss"], **row["losses"]} if "losses" in row else {}),
     ("Learning rate", "learning rate", lambda row: {"": row["lr"]} if "lr" in row else {}),
@@ -18,19 +19,11 @@ _PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]
 )
 
 
-def _metrics(row: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    """Metrics of a kind: losses, which are on another scale, those of retrieval sets, and the rest."""
-    metrics = row.get("metrics", {})
-    return {name.removeprefix("retrieval/"): value for name, value in metrics.items() if _kind(name) == kind}
+def draw_curves(rows: Sequence[Mapping[str, Any]], url: str) -> None:
+    """Draw the rows of a log as PNG to a path or URL: one panel each for losses, learning rate, scalars and metrics.
 
-
-def _kind(metric: str) -> str:
-    first = metric.partition("/")[0]
-    return "loss" if metric.endswith("_loss") else first if first == "retrieval" else ""
-
-
-def draw(rows: Sequence[Mapping[str, Any]], url: str) -> None:
-    """Draw a log's rows as PNG at a path or URL: a panel each for losses, learning rate, scalars and metrics."""
+    Panels without values are left out; nothing is written if all are empty.
+    """
     panels = [(title, y, _series(rows, values)) for title, y, values in _PANELS]
     panels = [panel for panel in panels if panel[2]]
     if not panels:
@@ -47,9 +40,21 @@ def draw(rows: Sequence[Mapping[str, Any]], url: str) -> None:
     plots.save(made, url)
 
 
+def _metrics(row: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    metrics = row.get("metrics", {})
+    return {name.removeprefix("retrieval/"): value for name, value in metrics.items() if _metric_kind(name) == kind}
+
+
+def _metric_kind(metric: str) -> str:
+    """``loss`` (on a scale of its own), ``retrieval``, or an empty string for all other metrics."""
+    first = metric.partition("/")[0]
+    return "loss" if metric.endswith("_loss") else first if first == "retrieval" else ""
+
+
 def _series(
     rows: Sequence[Mapping[str, Any]], values: Callable[[Mapping[str, Any]], Mapping[str, Any]]
 ) -> dict[str, list[tuple[int, float]]]:
+    """Points (step, value) by series; null values are skipped."""
     series: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for name, value in values(row).items():

@@ -1,4 +1,4 @@
-"""Rows of all ranks, with gradients."""
+"""Differentiable gathering of rows over all ranks."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import torch
 import torch.distributed as dist
 
 
-def ranks() -> int:
-    """Processes that train together; 1 without torch.distributed."""
+def world_size() -> int:
+    """Number of ranks; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if ranks() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def gather(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """[b, D] of every rank -> [ranks * b, D], rank after rank; all parts in one message. The same tensors on one rank.
+    """Concatenate tensors [b, D] of all ranks to [ranks * b, D], in the order of the ranks, in one collective.
 
-    A row's gradient is the sum over the ranks that used it, so that gradients averaged over ranks are those of the
-    mean of the ranks' losses. All ranks must have equally many rows; parts of one dtype.
+    The gradient of a row is summed over the ranks, so averaging gradients over the ranks (as DistributedDataParallel
+    does) gives the gradient of the mean of the ranks' losses. All ranks must pass the same number of rows b, and all
+    tensors must have the same dtype. With one rank, the tensors are returned as they are.
     """
-    if ranks() == 1 or not parts:
+    if world_size() == 1 or not parts:
         return parts
     whole = _Gather.apply(torch.cat(list(parts.values()), dim=1))
     columns = whole.split([part.shape[1] for part in parts.values()], dim=1)
@@ -31,28 +32,28 @@ def gather(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def mean(value: torch.Tensor) -> torch.Tensor:
-    """The mean over the ranks, without gradients."""
-    if ranks() == 1:
+    """Mean over the ranks, without gradients."""
+    if world_size() == 1:
         return value
     total = value.detach().clone()
     dist.all_reduce(total)
-    return total / ranks()
+    return total / world_size()
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
-        whole = rows.new_empty(ranks() * len(rows), *rows.shape[1:])
+        whole = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
         _collective("all_gather_single", "all_gather_into_tensor")(whole, rows.contiguous())
         return whole
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        own = gradient.new_empty(len(gradient) // ranks(), *gradient.shape[1:])
+        own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:])
         _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, gradient.contiguous())
         return own
 
 
-def _collective(name: str, before: str) -> Any:
-    """Of torch.distributed, by its name since torch 2.13, where the one before warns."""
-    return getattr(dist, name, None) or getattr(dist, before)
+def _collective(name: str, old_name: str) -> Any:
+    """A function of torch.distributed; since torch 2.13 the old name warns."""
+    return getattr(dist, name, None) or getattr(dist, old_name)

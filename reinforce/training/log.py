@@ -1,4 +1,4 @@
-"""What a training leaves to look at: rows of JSON, TensorBoard events and a picture of the curves."""
+"""The logs of a training: rows of JSON, TensorBoard events, and a picture of the curves."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.storage import Storage
-from reinforce.training.curves import draw
+from reinforce.training.curves import draw_curves
 
 _DRAWING_SECONDS = 30.0
 LOG, CURVES, EVENTS = "log.jsonl", "curves.png", "tensorboard"
 
 
 class Log:
-    """The logs of one output, kept by rank 0.
+    """The logs in one output folder, written by rank 0.
 
-    A row is ``{"step": ..., name: number or {name: number}}``. On a local disk rows are there as they come; to an
-    object store the files go with each ``publish``.
+    A row is ``{"step": ..., name: number or {name: number}}``. On a local disk a row is written at once; in an object
+    store the files are uploaded by ``publish``.
     """
 
-    def __init__(self, store: Storage, start: int) -> None:
-        """Go on after step ``start``: rows beyond it, from steps that are taken again, are cut."""
+    def __init__(self, storage: Storage, start: int) -> None:
+        """Continue after step ``start``: later rows, of steps that will be repeated, are deleted."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._store = store
-        self.rows = [row for row in _rows(store) if row["step"] <= start]
-        self._folder = None if store.local else tempfile.TemporaryDirectory(prefix="reinforce-log-")
-        home = Path(store.root if self._folder is None else self._folder.name)
+        self._storage = storage
+        self.rows = [row for row in _read_rows(storage) if row["step"] <= start]
+        self._temporary = None if storage.local else tempfile.TemporaryDirectory(prefix="reinforce-log-")
+        folder = Path(storage.root if self._temporary is None else self._temporary.name)
         text = "".join(json.dumps(row) + "\n" for row in self.rows).encode()
-        if store.local:
-            store.write_bytes(text, LOG)
+        if storage.local:
+            storage.write_bytes(text, LOG)
         else:
-            Path(home, LOG).write_bytes(text)
-        self._file = open(Path(home, LOG), "a", encoding="utf-8")  # noqa: SIM115
+            Path(folder, LOG).write_bytes(text)
+        self._file = open(Path(folder, LOG), "a", encoding="utf-8")  # noqa: SIM115
         self._drawn = time.monotonic()
-        self._events = SummaryWriter(str(home / EVENTS), purge_step=start + 1 if start else None, flush_secs=30)
+        self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start else None, flush_secs=30)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Write one row. Numbers that are not finite become null."""
-        clean = {key: _finite(value) for key, value in row.items()}
+        """Write one row. In log.jsonl, numbers that are not finite become null."""
+        clean = {key: _finite_or_none(value) for key, value in row.items()}
         self.rows.append(clean)
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
@@ -52,13 +52,13 @@ class Log:
                 self._events.add_scalar(name, value, row["step"])
 
     def publish(self, last: bool = False) -> None:
-        """Bring all files to where they belong; the curves, which take a second, now and then and when it is last."""
+        """Write all files to the output. Curves, which take a second, are drawn every 30 s and when ``last``."""
         self._events.flush()
         if last or time.monotonic() - self._drawn > _DRAWING_SECONDS:
-            draw(self.rows, f"{self._store.url}/{CURVES}")
+            draw_curves(self.rows, f"{self._storage.url}/{CURVES}")
             self._drawn = time.monotonic()
-        if self._folder is not None:
-            self._store.put_folder(self._folder.name)
+        if self._temporary is not None:
+            self._storage.put_folder(self._temporary.name)
 
     def __enter__(self) -> Log:
         return self
@@ -66,25 +66,25 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self._file.close()
         self._events.close()
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
 
-def _rows(store: Storage) -> Iterator[dict[str, Any]]:
+def _read_rows(storage: Storage) -> Iterator[dict[str, Any]]:
     try:
-        lines = store.fs.cat_file(store.path(LOG)).decode().splitlines()
+        lines = storage.fs.cat_file(storage.path(LOG)).decode().splitlines()
     except FileNotFoundError:
         return
     for line in lines:
         try:
             yield json.loads(line)
-        except ValueError:  # cut in the middle by a kill
+        except ValueError:  # the process was killed while it wrote this line
             return
 
 
-def _finite(value: Any) -> Any:
+def _finite_or_none(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: _finite_or_none(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

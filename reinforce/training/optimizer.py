@@ -10,7 +10,12 @@ from reinforce.training.config import Optimizer
 
 
 def learning_rate(step: int, steps: int, config: Optimizer) -> float:
-    """Of step ``step`` (from 0) of ``steps``: linear up to ``lr`` within ``warmup`` steps, cosine to ``final_lr``.
+    """Learning rate of step ``step`` (from 0) of ``steps``: linear warm-up to ``lr``, then a cosine to ``final_lr``.
+
+    With w = ``warmup`` and n = ``steps``:
+
+        lr * (step + 1) / w                                                          for step < w
+        final_lr + (lr - final_lr) / 2 * (1 + cos(pi * (step - w) / (n - 1 - w)))    otherwise
 
     The last step has ``final_lr``.
     """
@@ -20,11 +25,11 @@ def learning_rate(step: int, steps: int, config: Optimizer) -> float:
     return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def undecayed(model: torch.nn.Module) -> set[str]:
-    """Names of the parameters that have no weight decay.
+def undecayed_parameters(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters without weight decay.
 
-    Gains, biases and logit scales (no more than one dimension is longer than 1), and what modules of open_clip and
-    timm list themselves by ``no_weight_decay()``, such as positional embeddings.
+    These are gains, biases and logit scales (at most one dimension is longer than 1), and what modules of open_clip
+    and timm list in ``no_weight_decay()``, such as positional embeddings.
     """
     names = {name for name, p in model.named_parameters() if p.numel() == max(p.shape, default=1)}
     for prefix, module in model.named_modules():
@@ -33,13 +38,13 @@ def undecayed(model: torch.nn.Module) -> set[str]:
     return names
 
 
-def adamw(model: torch.nn.Module, config: Optimizer) -> torch.optim.AdamW:
-    """The optimizer of all parameters that are learnt; fused into one kernel on CUDA."""
+def make_adamw(model: torch.nn.Module, config: Optimizer) -> torch.optim.AdamW:
+    """AdamW over all parameters that require gradients; fused into one kernel on CUDA."""
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    bare = undecayed(model)
+    undecayed = undecayed_parameters(model)
     groups = [
-        {"params": [p for name, p in learnt.items() if name not in bare], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in learnt.items() if name in bare], "weight_decay": 0.0},
+        {"params": [p for name, p in learnt.items() if name not in undecayed], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in learnt.items() if name in undecayed], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         groups,

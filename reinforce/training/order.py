@@ -1,10 +1,17 @@
-"""Which samples come when, as arithmetic on row counts: the state of a training's reading is the number of its step.
+"""The order of samples, as arithmetic on row counts: the only state of a training's reader is the number of its step.
 
-The row groups of a dataset, shuffled anew in every pass, make one long sequence of rows. It is cut into as many spans
-of equal length as there are *streams*. A stream runs through its span of pass 0, of pass 1 and so on; inside a span,
-rows are shuffled in windows of whole row groups. So of every stream any position is found by a few additions, without
-having read what came before. A step takes equally many samples of every stream, and a rank reads its share of the
-streams: the samples of a step depend on the number of streams, never on that of ranks or loader processes.
+A dataset has G row groups of n_g rows, N = sum_g n_g in total. In every epoch the row groups are shuffled and
+concatenated into one sequence of N rows, which is cut into S equal *spans*, one for each of the S *streams*. Stream s
+reads its span of epoch 0, then its span of epoch 1, and so on. Inside a span, rows are shuffled in windows of whole row
+groups, of about ``window`` rows. The number of samples of stream s before epoch e is
+
+    before(s, e) = floor((N * e + s) / S)
+
+so any position of any stream is found with a few additions, without reading what comes before it. In every step each
+stream contributes the same number of samples (up to one), and a rank reads S / ranks of the streams: the samples of a
+step depend on the number of streams, not on the number of ranks or loader processes.
+
+All shuffles are permutations seeded from (seed, dataset, purpose, epoch, stream), see ``reinforce.seeds``.
 """
 
 from __future__ import annotations
@@ -18,21 +25,21 @@ import numpy as np
 
 from reinforce.seeds import Ints, permutation
 
-#: Samples of a stream among which every dataset comes exactly by its weight.
-TURNS = 10_000
+#: Samples of a stream among which every dataset of a mixture has exactly its share.
+BLOCK = 10_000
 
 
 def share(total: int, parts: int, part: int) -> int:
-    """How many of the first ``total`` things go to ``part`` when ``parts`` take them by turns, the last one first.
+    """floor((total + part) / parts): how many of ``total`` items ``part`` gets when ``parts`` divide them.
 
-    Over all parts they add up to ``total`` (Hermite's identity), and no two parts are more than one apart.
+    Over all parts they add up to ``total`` (Hermite's identity), and no two parts differ by more than one.
     """
     return (total + part) // parts
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows ``first`` to ``stop`` of one row group: what of it lies in a span."""
+    """Rows ``first`` to ``stop`` (exclusive) of row group ``group``: the intersection of the group and a span."""
 
     group: int
     first: int
@@ -45,47 +52,54 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Window:
-    """Some chunks of a span, and the order in which their rows come, counted through the chunks laid end to end."""
+    """Consecutive chunks of a span whose rows are shuffled together.
+
+    ``order`` [rows] is a permutation of the rows of the concatenated chunks. The first ``skip`` entries come before the
+    requested position.
+    """
 
     epoch: int
     chunks: tuple[Chunk, ...]
     order: Ints
-    skip: int  # rows of ``order`` that lie before the position that was asked for
+    skip: int
 
 
 class Order:
     """The order of one dataset's samples: a pure function of (seed, name, row counts, streams, window)."""
 
     def __init__(self, rows: Sequence[int] | Ints, seed: int, name: str, streams: int, window: int) -> None:
-        """``rows`` [groups] are the rows of every row group, ``window`` about how many rows are shuffled together."""
+        """``rows`` [groups] are the row counts of the row groups, ``window`` about how many rows are shuffled together.
+
+        Raises ValueError if there is no row.
+        """
         self.rows = np.asarray(rows, np.int64)
         self.total = int(self.rows.sum())
         if not self.total:
             raise ValueError("an order needs at least one row")
         self.seed, self.name, self.streams, self.window = seed, name, streams, window
-        self._sequence = functools.lru_cache(maxsize=2)(self._shuffled)
+        self._sequence = functools.lru_cache(maxsize=2)(self._shuffled_groups)
 
     def windows(self, stream: int, position: int = 0) -> Iterator[Window]:
-        """The endless windows of a stream from its ``position`` on, counted in samples."""
+        """Endless windows of a stream, beginning with the one that holds its sample number ``position``."""
         epoch = ((position + 1) * self.streams - stream - 1) // self.total
         skip = position - self.before(stream, epoch)
         while True:
-            yield from self._span(stream, epoch, skip)
+            yield from self._windows_of_span(stream, epoch, skip)
             epoch, skip = epoch + 1, 0
 
     def before(self, stream: int, epoch: int) -> int:
-        """Samples of a stream in the passes before this one."""
+        """Number of samples of a stream before an epoch: floor((N * epoch + stream) / streams)."""
         return share(self.total * epoch, self.streams, stream)
 
     def span(self, stream: int, epoch: int) -> tuple[int, int]:
-        """First row of a stream's span in the sequence of a pass, and the row behind its last."""
+        """First row and end (exclusive) of a stream's span in the sequence of an epoch."""
         lengths = [self.before(s, epoch + 1) - self.before(s, epoch) for s in range(stream + 1)]
         return sum(lengths[:-1]), sum(lengths)
 
-    def _span(self, stream: int, epoch: int, skip: int) -> Iterator[Window]:
-        """The windows of a span, without those that end before ``skip`` samples of it."""
+    def _windows_of_span(self, stream: int, epoch: int, skip: int) -> Iterator[Window]:
+        """The windows of a span, without those that end before its sample number ``skip``."""
         start = 0
-        # Chunks that begin in the same stretch of `window` rows are a window, so no window depends on those before.
+        # Chunks are grouped by where they begin, in intervals of `window` rows: no window depends on those before.
         for _, members in itertools.groupby(self._chunks(stream, epoch), key=lambda begin: begin[0] // self.window):
             chunks = tuple(chunk for _, chunk in members)
             length = sum(chunk.rows for chunk in chunks)
@@ -95,7 +109,7 @@ class Order:
             start += length
 
     def _chunks(self, stream: int, epoch: int) -> Iterator[tuple[int, Chunk]]:
-        """The chunks of a span, each with the number of the span's rows before it."""
+        """The chunks of a span, each with the number of rows of the span before it."""
         first, stop = self.span(stream, epoch)
         groups, starts = self._sequence(epoch)
         for place in range(int(np.searchsorted(starts, first, side="right")) - 1, len(groups)):
@@ -105,43 +119,45 @@ class Order:
             begin = max(start, first)
             yield begin - first, Chunk(int(groups[place]), begin - start, min(end, stop) - start)
 
-    def _shuffled(self, epoch: int) -> tuple[Ints, Ints]:
-        """Row groups in the order of a pass, without empty ones, and the first row of each [groups + 1]."""
+    def _shuffled_groups(self, epoch: int) -> tuple[Ints, Ints]:
+        """Non-empty row groups [g] in the order of an epoch, and the first row of each in its sequence [g + 1]."""
         groups = permutation(len(self.rows), self.seed, f"{self.name} groups", epoch)
         groups = groups[self.rows[groups] > 0]
         return groups, np.concatenate([np.zeros(1, np.int64), np.cumsum(self.rows[groups])])
 
 
 class Mixture:
-    """Which dataset each sample of a stream comes from.
+    """Which dataset each sample of a stream comes from, by weight.
 
-    Of every 10,000 samples each dataset gives its share, at least one, in a seeded order: so how many of each came
-    before any position is known without drawing.
+    Every block of 10,000 samples has a fixed quota of each dataset (its rounded share, at least one) in a seeded order,
+    so the number of samples of each dataset before any position is known without drawing.
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
-        exact = np.asarray(weights, np.float64) / np.sum(weights) * TURNS
+        """``weights`` [datasets] are relative. ``quota`` [datasets] are the samples of each dataset in a block."""
+        exact = np.asarray(weights, np.float64) / np.sum(weights) * BLOCK
         quota = np.maximum(1, np.floor(exact)).astype(np.int64)
-        rest = TURNS - int(quota.sum())
+        rest = BLOCK - int(quota.sum())
         for dataset in np.argsort(quota - exact, kind="stable")[: max(0, rest)]:
             quota[dataset] += 1
-        quota[int(np.argmax(quota))] += min(0, rest)  # what shares below one sample were given
+        quota[int(np.argmax(quota))] += min(0, rest)  # minus what datasets with a share below one sample got
         self.quota = quota
         self.seed = seed
 
     def before(self, stream: int, position: int) -> list[int]:
         """How many of the first ``position`` samples of a stream come from each dataset."""
-        block, inside = divmod(position, TURNS)
-        part = np.bincount(self._turns(stream, block)[:inside], minlength=len(self.quota)) if inside else 0
+        block, inside = divmod(position, BLOCK)
+        part = np.bincount(self._block(stream, block)[:inside], minlength=len(self.quota)) if inside else 0
         return [int(count) for count in self.quota * block + part]
 
     def draws(self, stream: int, position: int) -> Iterator[int]:
-        """The endless datasets of a stream from ``position`` on."""
-        block, inside = divmod(position, TURNS)
+        """Endless dataset numbers of a stream, beginning with its sample number ``position``."""
+        block, inside = divmod(position, BLOCK)
         while True:
-            yield from self._turns(stream, block)[inside:].tolist()
+            yield from self._block(stream, block)[inside:].tolist()
             block, inside = block + 1, 0
 
-    def _turns(self, stream: int, block: int) -> Ints:
-        turns = np.repeat(np.arange(len(self.quota)), self.quota)
-        return turns[permutation(TURNS, self.seed, f"mixture {stream}", block)]
+    def _block(self, stream: int, block: int) -> Ints:
+        """Dataset numbers [10,000] of one block of a stream."""
+        datasets = np.repeat(np.arange(len(self.quota)), self.quota)
+        return datasets[permutation(BLOCK, self.seed, f"mixture {stream}", block)]

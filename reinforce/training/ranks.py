@@ -1,4 +1,4 @@
-"""The processes that train together, and what they have to tell each other beside gradients."""
+"""The processes that train together, and what they communicate besides gradients."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from reinforce.training.stop import Stopped
 from teachers.device import Accelerator
 
 T = TypeVar("T")
-#: Rank 0 may evaluate and write for longer than any collective of a step takes.
-_PATIENCE = timedelta(hours=12)
-#: What rank 0 tells of its work; else it is the signal that stopped it.
-_GOOD, _FAULT, _USER = 0, -1, -2
+#: Timeout of the control group: rank 0 may evaluate and write for longer than any collective of a step takes.
+_CONTROL_TIMEOUT = timedelta(hours=12)
+#: What rank 0 broadcasts about its work; a positive number is the signal that stopped it.
+_SUCCESS, _ERROR, _USER_ERROR = 0, -1, -2
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the training. ``control`` is a group on the CPU, apart from the gradients'."""
+    """This process as one of the ranks. ``control`` is a process group on the CPU, separate from the gradients'."""
 
     rank: int
     size: int
@@ -34,33 +34,36 @@ class Ranks:
     control: dist.ProcessGroup | None = None
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         return self.rank == 0
 
-    def on_first(self, work: Callable[[], T]) -> T | None:
-        """Do ``work`` on rank 0 while the others wait; if it raises, all do. Returns None on the others."""
+    def run_on_first(self, work: Callable[[], T]) -> T | None:
+        """Run ``work`` on rank 0 while the others wait; returns its result there and None on the other ranks.
+
+        If it raises, every rank raises: rank 0 the error itself, the others UserError, Stopped or RuntimeError.
+        """
         if self.size == 1:
             return work()
-        told = torch.tensor([_GOOD])
-        result, fault = None, None
-        if self.first:
+        status = torch.tensor([_SUCCESS])
+        result, error = None, None
+        if self.is_first:
             try:
                 result = work()
-            except Exception as error:
-                fault = error
-                told.fill_(_code(error))
-        dist.broadcast(told, 0, group=self.control)
-        if fault is not None:
-            raise fault
-        code = int(told.item())
-        if code == _GOOD:
+            except Exception as raised:
+                error = raised
+                status.fill_(_status_of(raised))
+        dist.broadcast(status, 0, group=self.control)
+        if error is not None:
+            raise error
+        code = int(status.item())
+        if code == _SUCCESS:
             return result
-        if code == _USER:
+        if code == _USER_ERROR:
             raise UserError("rank 0 failed: see its message")
-        raise RuntimeError("rank 0 failed: see its message") if code == _FAULT else Stopped(code)
+        raise RuntimeError("rank 0 failed: see its message") if code == _ERROR else Stopped(code)
 
-    def highest(self, value: int) -> Callable[[], int]:
-        """Begin to find the highest value of all ranks; call what is returned to have it. Overlaps with a step."""
+    def start_max(self, value: int) -> Callable[[], int]:
+        """Start an asynchronous reduction to the maximum over all ranks; the returned function waits for its result."""
         if self.size == 1:
             return lambda: value
         shared = torch.tensor([value])
@@ -83,14 +86,14 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def join(compute: Compute, device: str | None = None) -> Iterator[Ranks]:
-    """Take one's place: alone, by torchrun's environment, or in the process group that Ray Train has made.
+def join_ranks(compute: Compute, device: str | None = None) -> Iterator[Ranks]:
+    """Set up this process as a rank: alone, from torchrun's environment, or in the process group of Ray Train.
 
-    ``device`` is given by Ray; otherwise it follows from ``compute.gpus`` and the local rank. Raises UserError where
-    the accelerator is not there.
+    ``device`` is given by Ray; otherwise it follows from ``compute.gpus`` and the local rank. Sets the number of torch
+    threads to ``compute.cpus`` inside the block. Raises UserError if the accelerator does not exist.
     """
-    made_here = not dist.is_initialized() and under_torchrun()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0")) if made_here else 0
+    owns_group = not dist.is_initialized() and under_torchrun()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0")) if owns_group else 0
     try:
         accelerator = Accelerator(device or (f"cuda:{local_rank}" if compute.gpus else "cpu"), compute.precision)
     except ValueError as error:
@@ -99,37 +102,37 @@ def join(compute: Compute, device: str | None = None) -> Iterator[Ranks]:
         torch.cuda.set_device(accelerator.device)
     threads = torch.get_num_threads()
     torch.set_num_threads(compute.cpus)
-    if made_here:
+    if owns_group:
         dist.init_process_group("nccl" if accelerator.device.type == "cuda" else "gloo")
     try:
         if dist.is_initialized():
-            control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
             yield Ranks(dist.get_rank(), dist.get_world_size(), accelerator, control)
         else:
             yield Ranks(0, 1, accelerator)
     finally:
         torch.set_num_threads(threads)
-        if made_here:
+        if owns_group:
             dist.destroy_process_group()
 
 
-def _code(error: Exception) -> int:
-    if isinstance(error, Stopped):
-        return error.signum
-    return _USER if isinstance(error, UserError) else _FAULT
-
-
 def under_torchrun() -> bool:
-    """Whether the environment names a rank, as torchrun's does."""
+    """Whether the environment sets a rank, as torchrun does."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def wrapped(model: torch.nn.Module, ranks: Ranks) -> Any:
-    """The model in DistributedDataParallel, where there is more than one rank.
+def wrap_ddp(model: torch.nn.Module, ranks: Ranks) -> Any:
+    """The model in DistributedDataParallel if there is more than one rank, else the model itself.
 
-    Looking for unused parameters keeps DDP from regrouping gradients after its first step: a resumed training sums
-    them in the same order as an undisturbed one, and a task may leave parameters unused.
+    ``find_unused_parameters`` has two purposes: a task may leave parameters unused, and it keeps DDP from regrouping
+    gradients after its first step, so that a resumed training sums them in the same order as an uninterrupted one.
     """
     if ranks.size == 1:
         return model
     return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
+
+
+def _status_of(error: Exception) -> int:
+    if isinstance(error, Stopped):
+        return error.signum
+    return _USER_ERROR if isinstance(error, UserError) else _ERROR

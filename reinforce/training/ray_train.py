@@ -1,4 +1,4 @@
-"""Trainings on Ray Train: it starts the ranks, and starts them again when one dies; all else is the loop's own."""
+"""Trainings on Ray Train, which starts the ranks and restarts them after a failure; the loop does everything else."""
 
 from __future__ import annotations
 
@@ -17,45 +17,47 @@ from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.terminal import Screen
 from reinforce.training.config import Compute
-from reinforce.training.loop import Job, run_rank
-from reinforce.training.ranks import join
+from reinforce.training.job import Job
+from reinforce.training.loop import run_rank
+from reinforce.training.ranks import join_ranks
 from reinforce.training.results import Results, read_results
-from reinforce.training.stop import Stop, Stopped
+from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Build
 
 _TICK = 0.2
-_AGREEMENT_SECONDS = 5.0
-_WAITING_SECONDS = 30.0
+_ALL_FAILED_SECONDS = 5.0  # wait for the other ranks to report the same user error
+_WAITING_SECONDS = 30.0  # between messages while the cluster is too small
 
 
 def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
-    """Train on a cluster: the one that is initialised, the one at ``address``, or this machine.
+    """Train on a cluster: the initialised one, the one at ``address``, or this machine.
 
-    Ray Train restarts all ranks up to ``retries`` times; they go on from the last checkpoint in ``job.output``, which
-    every node must reach. Nothing of Ray's is kept: its own storage is a folder that goes with this process.
+    Ray Train restarts all ranks up to ``retries`` times; they resume from the last checkpoint in ``job.output``, which
+    every node must reach. Ray's own storage is a temporary folder. Raises UserError and Stopped as
+    `reinforce.training.loop.fit` does, and UserError if the ranks do not fit on the cluster.
     """
-    # Ray Train would move the ranks to a folder of its own, and paths of the config would lead nowhere.
+    # Otherwise Ray Train runs the ranks in its own folder, where relative paths of the config are wrong.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            # The cleaner is for drivers that stay; where there is no dashboard to ask, it holds the end up for 10 s.
+            # The cleaner is for long-lived drivers; without a dashboard it delays the end by 10 s.
             made = super()._create_default_callbacks()
             return [callback for callback in made if type(callback).__name__ != "PlacementGroupCleanerCallback"]
 
     compute = job.training.compute
-    store = Storage(job.output)
-    # What ranks print stays in Ray's logs: Ray Train tells much. What matters comes by the desk, as plain lines.
+    storage = Storage(job.output)
+    # Ray Train logs a lot; output of the ranks stays in Ray's logs, and messages for the user go through the mailbox.
     cluster = ray_cluster(address, log_to_driver=False)
-    grows = ray.is_initialized() or bool(address or os.environ.get("RAY_ADDRESS"))
-    with store.lock(), cluster, tempfile.TemporaryDirectory(prefix="reinforce-ray-") as storage:
-        check_room(compute, grows)
-        desk = ray.remote(num_cpus=0)(_Desk).remote()
+    can_grow = ray.is_initialized() or bool(address or os.environ.get("RAY_ADDRESS"))
+    with storage.lock(), cluster, tempfile.TemporaryDirectory(prefix="reinforce-ray-") as scratch:
+        check_capacity(compute, can_grow)
+        mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
         trainer = Trainer(
-            _rank,
-            train_loop_config={"build": build, "job": job, "desk": desk, "folder": os.getcwd()},
+            _train_rank,
+            train_loop_config={"build": build, "job": job, "mailbox": mailbox, "folder": os.getcwd()},
             scaling_config=ScalingConfig(
                 num_workers=compute.ranks,
                 use_gpu=compute.gpus > 0,
@@ -63,54 +65,54 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
             ),
             run_config=RunConfig(
                 name="training",
-                storage_path=storage,
+                storage_path=scratch,
                 failure_config=FailureConfig(max_failures=job.training.retries),
             ),
         )
-        ray.get(desk.log.remote(f"starting {compute.ranks} rank{'s' * (compute.ranks > 1)} on Ray"))
-        fault = _run(trainer, desk, compute)
-        faults, signum = ray.get(desk.word.remote())
-        if faults:
-            raise UserError(faults[min(faults)])
+        ray.get(mailbox.log.remote(f"starting {compute.ranks} rank{'s' * (compute.ranks > 1)} on Ray"))
+        error = _run(trainer, mailbox, compute)
+        user_errors, signum = ray.get(mailbox.outcome.remote())
+        if user_errors:
+            raise UserError(user_errors[min(user_errors)])
         if signum:
             raise Stopped(signum)
-        if fault is not None:
-            raise fault
-    results = read_results(store)
+        if error is not None:
+            raise error
+    results = read_results(storage)
     assert results is not None
     return results
 
 
-def _run(trainer: Any, desk: Any, compute: Compute) -> Exception | None:
-    """Let Ray Train work in a thread, since this one has to hear signals; returns what it raised."""
-    faults: list[Exception] = []
+def _run(trainer: Any, mailbox: Any, compute: Compute) -> Exception | None:
+    """Run Ray Train in a thread, because the main thread handles signals; returns the error it raised, if any."""
+    errors: list[Exception] = []
 
     def work() -> None:
         try:
             trainer.fit()
         except Exception as error:
-            faults.append(error)
+            errors.append(error)
 
-    stop, asked, waiting = Stop(), False, time.monotonic()
-    with stop.listening(), Screen() as screen:
+    stop, forwarded, waiting = StopSignal(), False, time.monotonic()
+    with stop.handle_signals(), Screen() as screen:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         while thread.is_alive():
             thread.join(_TICK)
-            started = _show(desk, screen)
+            started = _show(mailbox, screen)
             if not started and time.monotonic() - waiting > _WAITING_SECONDS:
                 waiting = time.monotonic()
-                screen.log(f"waiting until the cluster has room for {compute.ranks} ranks, each of {_needs(compute)}")
-            if stop.signum and not asked:
-                desk.ask.remote(stop.signum)
-                asked = True
-        _show(desk, screen)
-    return faults[0] if faults else None
+                screen.log(f"waiting until the cluster can hold {compute.ranks} ranks with {_needs(compute)} each")
+            if stop.signum and not forwarded:
+                mailbox.request_stop.remote(stop.signum)
+                forwarded = True
+        _show(mailbox, screen)
+    return errors[0] if errors else None
 
 
-def _show(desk: Any, screen: Screen) -> int:
-    """Show what rank 0 has shown since the last time; returns how often the ranks were started."""
-    lines, bar, starts = ray.get(desk.read.remote())
+def _show(mailbox: Any, screen: Screen) -> int:
+    """Show what rank 0 has sent since the last call; returns how often the ranks were started."""
+    lines, bar, starts = ray.get(mailbox.read_screen.remote())
     for line in lines:
         screen.log(line)
     if bar is not None:
@@ -118,128 +120,128 @@ def _show(desk: Any, screen: Screen) -> int:
     return int(starts)
 
 
-class _DeskScreen(Screen):
-    """Rank 0's screen is the driver's. It waits for each word to arrive: else they might overtake each other."""
+class _RemoteScreen(Screen):
+    """Rank 0's screen, which the driver shows. It waits for each message to arrive, to keep their order."""
 
-    def __init__(self, desk: Any) -> None:
+    def __init__(self, mailbox: Any) -> None:
         super().__init__()
-        self._desk = desk
+        self._mailbox = mailbox
 
     def log(self, text: str) -> None:
-        ray.get(self._desk.log.remote(text))
+        ray.get(self._mailbox.log.remote(text))
 
     def draw(self, line: str, done: float, total: float) -> None:
-        ray.get(self._desk.draw.remote((line, done, total)))
+        ray.get(self._mailbox.draw.remote((line, done, total)))
 
     def advance(self, done: float) -> None:
-        """Nothing: a message for each step would be too many."""
+        """Does nothing: a message per step would be too many."""
 
 
-class _Desk:
-    """Where driver and ranks leave word for each other."""
+class _Mailbox:
+    """An actor through which driver and ranks exchange messages."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._bar: tuple[str, float, float] | None = None
         self._starts = 0
-        self._asked = asyncio.Event()
-        self._signum = 0
-        self._stopped = 0
-        self._faults: dict[int, str] = {}
+        self._stop_requested = asyncio.Event()
+        self._requested_signum = 0
+        self._stopped_by = 0
+        self._user_errors: dict[int, str] = {}
 
-    async def ask(self, signum: int) -> None:
-        """The driver got a signal."""
-        self._signum = signum
-        self._asked.set()
+    async def request_stop(self, signum: int) -> None:
+        """The driver received a signal."""
+        self._requested_signum = signum
+        self._stop_requested.set()
 
-    async def asked(self) -> int:
-        """Wait for a signal."""
-        await self._asked.wait()
-        return self._signum
+    async def wait_for_stop(self) -> int:
+        """Wait until the driver receives a signal, and return it."""
+        await self._stop_requested.wait()
+        return self._requested_signum
 
-    async def stopped(self, signum: int) -> None:
-        """The ranks have written a checkpoint and ended, as they were asked to."""
-        self._stopped = signum
+    async def report_stopped(self, signum: int) -> None:
+        """The ranks wrote a checkpoint and ended because of the signal."""
+        self._stopped_by = signum
 
-    async def fault(self, rank: int, message: str) -> None:
-        """A rank met something that the user has to mend."""
-        self._faults[rank] = message
+    async def report_user_error(self, rank: int, message: str) -> None:
+        """A rank failed with an error that only the user can fix."""
+        self._user_errors[rank] = message
 
-    async def start(self) -> int:
-        """The ranks start; returns how often they have before."""
+    async def report_start(self) -> int:
+        """The ranks are starting; returns how often they have started before."""
         self._starts += 1
         return self._starts - 1
 
     async def log(self, line: str) -> None:
-        """A line for the driver's screen."""
+        """Add a line for the driver's screen."""
         self._lines.append(line)
 
     async def draw(self, bar: tuple[str, float, float]) -> None:
-        """The bar of the driver's screen."""
+        """Replace the progress bar of the driver's screen."""
         self._bar = bar
 
-    async def read(self) -> tuple[list[str], tuple[str, float, float] | None, int]:
-        """What is to be shown since the last time, and how often the ranks were started."""
+    async def read_screen(self) -> tuple[list[str], tuple[str, float, float] | None, int]:
+        """Lines and bar that are new since the last call, and how often the ranks were started."""
         lines, bar = self._lines, self._bar
         self._lines, self._bar = [], None
         return lines, bar, self._starts
 
-    async def word(self) -> tuple[dict[int, str], int]:
-        """Faults by rank, and the signal that ended the training, or 0."""
-        return self._faults, self._stopped
+    async def outcome(self) -> tuple[dict[int, str], int]:
+        """User errors by rank, and the signal that ended the training, or 0."""
+        return self._user_errors, self._stopped_by
 
 
-def _rank(settings: dict[str, Any]) -> None:
-    """What each of Ray Train's workers runs."""
+def _train_rank(settings: dict[str, Any]) -> None:
+    """The train loop that each worker of Ray Train runs."""
     import ray.train.torch
 
-    folder, desk, job = settings["folder"], settings["desk"], settings["job"]
-    if os.path.isdir(folder):  # paths of the config, and classes of the user's own, are relative to it
+    folder, mailbox, job = settings["folder"], settings["mailbox"], settings["job"]
+    if os.path.isdir(folder):  # paths of the config and custom classes are relative to the driver's folder
         os.chdir(folder)
         sys.path[:0] = [folder] if folder not in sys.path else []
-    if ray.get(desk.word.remote())[0]:
-        return  # started again, but another start would not mend it
-    stop = Stop()
+    if ray.get(mailbox.outcome.remote())[0]:
+        return  # this is a restart after a user error, which a restart cannot fix
+    stop = StopSignal()
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     if rank == 0:
-        threading.Thread(target=_hear, args=(desk, stop), daemon=True).start()
-        if ray.get(desk.start.remote()):
-            ray.get(desk.log.remote("all ranks were started again"))
+        threading.Thread(target=_forward_stop, args=(mailbox, stop), daemon=True).start()
+        if ray.get(mailbox.report_start.remote()):
+            ray.get(mailbox.log.remote("all ranks were restarted"))
     try:
-        with join(job.training.compute, device=str(ray.train.torch.get_device())) as ranks:
-            run_rank(settings["build"], job, ranks, stop, _DeskScreen(desk))
+        with join_ranks(job.training.compute, device=str(ray.train.torch.get_device())) as ranks:
+            run_rank(settings["build"], job, ranks, stop, _RemoteScreen(mailbox))
     except Stopped as stopped:
-        ray.get(desk.stopped.remote(stopped.signum))
+        ray.get(mailbox.report_stopped.remote(stopped.signum))
     except UserError as error:
-        ray.get(desk.fault.remote(rank, str(error)))
-        deadline = time.monotonic() + _AGREEMENT_SECONDS
+        ray.get(mailbox.report_user_error.remote(rank, str(error)))
+        deadline = time.monotonic() + _ALL_FAILED_SECONDS
         while time.monotonic() < deadline:
-            if len(ray.get(desk.word.remote())[0]) == size:
+            if len(ray.get(mailbox.outcome.remote())[0]) == size:
                 return
             time.sleep(_TICK)
         raise  # the other ranks wait for this one: only Ray can end them
     except Exception as error:
-        ray.get(desk.log.remote(f"rank {rank} failed: {type(error).__name__}: {error}"))
+        ray.get(mailbox.log.remote(f"rank {rank} failed: {type(error).__name__}: {error}"))
         raise
 
 
-def _hear(desk: Any, stop: Stop) -> None:
-    stop.signum = ray.get(desk.asked.remote())
+def _forward_stop(mailbox: Any, stop: StopSignal) -> None:
+    stop.signum = ray.get(mailbox.wait_for_stop.remote())
 
 
-def check_room(compute: Compute, grows: bool) -> None:
-    """Raise UserError where no node can hold a rank, or all of a cluster that does not grow cannot hold all ranks.
+def check_capacity(compute: Compute, can_grow: bool) -> None:
+    """Raise UserError if no node can hold a rank, or if a cluster that cannot grow cannot hold all ranks.
 
-    Ray would wait for ever.
+    Ray would wait forever.
     """
     nodes = live_resources()
     places = capacity(compute.cpus, compute.gpus)
-    if places == 0 or (places < compute.ranks and not grows):
+    if places == 0 or (places < compute.ranks and not can_grow):
         cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
         raise UserError(
-            f"there is room for {places} of {compute.ranks} ranks: each wants {_needs(compute)} on one node, and there "
-            f"are {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)}. Set train.compute.ranks, cpus and gpus to fit."
+            f"the cluster can hold {places} of {compute.ranks} ranks: each needs {_needs(compute)} on one node, and "
+            f"{len(nodes)} nodes have {cpus:g} CPUs and {gpus:g} GPUs. Set train.compute.ranks, cpus and gpus to fit."
         )
 
 

@@ -1,4 +1,4 @@
-"""All that a training learns, as named tensors and back: weights, the optimizer's moments, averaged weights."""
+"""The state of a training as named tensors: weights, optimizer moments, averaged weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 _MODEL, _OPTIMIZER, _AVERAGE = "model/", "optimizer/", "average/"
 
 
-def average_of(model: torch.nn.Module, decay: float) -> ModelEmaV3:
-    """A moving average of all weights and statistics.
+def make_average(model: torch.nn.Module, decay: float) -> ModelEmaV3:
+    """An exponential moving average of all weights and buffers.
 
-    Its decay rises from 0 to ``decay`` as 1 - (1 + step)^(-3/4), so that short trainings do not export their start.
+    Its decay rises from 0 to ``decay`` as 1 - (1 + step)^(-3/4), so that a short training does not export its start.
     """
     from timm.utils import ModelEmaV3
 
@@ -26,19 +26,19 @@ def average_of(model: torch.nn.Module, decay: float) -> ModelEmaV3:
 
 @dataclass(frozen=True)
 class State:
-    """What is saved; ``average`` is held where it is evaluated and exported, on rank 0."""
+    """What a checkpoint stores. ``average`` exists only on rank 0, which evaluates and exports it."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     average: ModelEmaV3 | None = None
 
     @property
-    def result(self) -> torch.nn.Module:
-        """The weights that are evaluated and exported."""
+    def final_model(self) -> torch.nn.Module:
+        """The model that is evaluated and exported: the average if there is one."""
         return self.model if self.average is None else self.average.module
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything by name, without copies: ``model/WEIGHT``, ``average/WEIGHT``, ``optimizer/WEIGHT/MOMENT``."""
+        """All tensors by name, without copies: ``model/WEIGHT``, ``average/WEIGHT``, ``optimizer/WEIGHT/MOMENT``."""
         found = {_MODEL + name: value for name, value in self.model.state_dict().items()}
         if self.average is not None:
             found |= {_AVERAGE + name: value for name, value in self.average.module.state_dict().items()}
@@ -48,28 +48,29 @@ class State:
         return found
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Become what was saved. Raises KeyError or RuntimeError if it was another model's."""
-        self.model.load_state_dict(_under(_MODEL, tensors))
+        """Restore the tensors of a checkpoint. Raises KeyError or RuntimeError if they are of another model."""
+        self.model.load_state_dict(_with_prefix(_MODEL, tensors))
         if self.average is not None:
-            self.average.module.load_state_dict(_under(_AVERAGE, tensors))
+            self.average.module.load_state_dict(_with_prefix(_AVERAGE, tensors))
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         moments: dict[str, dict[str, torch.Tensor]] = {}
-        for path, value in _under(_OPTIMIZER, tensors).items():
+        for path, value in _with_prefix(_OPTIMIZER, tensors).items():
             name, _, key = path.rpartition("/")
             moments.setdefault(name, {})[key] = value
         learnt = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         states = {
-            index: {key: _like(parameter, key, value) for key, value in moments[names[parameter]].items()}
+            index: {key: _in_layout_of(parameter, key, value) for key, value in moments[names[parameter]].items()}
             for index, parameter in enumerate(learnt)
             if names[parameter] in moments
         }
         self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
-def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _with_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors whose names start with the prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _like(parameter: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
-    """A moment in the memory layout of its parameter, as the optimizer's kernels want it."""
+def _in_layout_of(parameter: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
+    """A moment in the memory layout of its parameter, which the optimizer's fused kernels require."""
     return value if key == "step" else torch.empty_like(parameter, requires_grad=False).copy_(value)

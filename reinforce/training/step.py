@@ -1,4 +1,4 @@
-"""The gradient of one batch, whole or in parts, which comes to the same."""
+"""The gradient of one batch, computed at once or in parts with the same result."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from reinforce.training.batches import part
+from reinforce.training.batches import slice_batch
 from reinforce.training.task import Batch, Encoded, Task
 from teachers.device import Accelerator
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Losses by name, weighted, and the learnt numbers behind them, of one rank's batch; without gradients."""
+class StepOutput:
+    """Weighted losses by name and learnt scalars of one rank's batch, without gradients."""
 
     losses: dict[str, torch.Tensor]
     scalars: dict[str, torch.Tensor]
@@ -24,78 +24,86 @@ class Outcome:
 
 def backpropagate(
     task: Task, model: Any, batch: Batch, size: int, seeds: Sequence[int], accelerator: Accelerator
-) -> Outcome:
-    """Add the gradient of a rank's batch of ``size`` samples to the parameters.
+) -> StepOutput:
+    """Add the gradient of the summed losses of a rank's batch of ``size`` samples to the parameters.
 
-    ``model`` is the task's, possibly wrapped in DistributedDataParallel. The batch passes it in as many parts as
-    there are ``seeds``, each seeding what is random in its part.
+    ``model`` is the task's, possibly wrapped in DistributedDataParallel. The batch is split into as many equal parts
+    as there are ``seeds``; each seed initialises torch's random generators for one part.
     """
     with torch.no_grad():
         batch = task.prepare(batch)
     if len(seeds) == 1:
-        return _whole(task, model, batch, seeds[0], accelerator)
+        return _backpropagate_whole(task, model, batch, seeds[0], accelerator)
     length = size // len(seeds)
-    parts = [part(batch, start, start + length) for start in range(0, size, length)]
-    return _in_parts(task, model, batch, parts, seeds, accelerator)
+    parts = [slice_batch(batch, start, start + length) for start in range(0, size, length)]
+    return _backpropagate_parts(task, model, batch, parts, seeds, accelerator)
 
 
-def _whole(task: Task, model: Any, batch: Batch, seed: int, accelerator: Accelerator) -> Outcome:
+def _backpropagate_whole(task: Task, model: Any, batch: Batch, seed: int, accelerator: Accelerator) -> StepOutput:
     torch.manual_seed(seed)
     with accelerator.autocast():
         encoded = model(batch)
     losses = {**task.losses(encoded, batch), **encoded.losses}
     _sum(losses).backward()
-    return Outcome(_detached(losses), _detached(encoded.scalars))
+    return StepOutput(_detached(losses), _detached(encoded.scalars))
 
 
-def _in_parts(
+def _backpropagate_parts(
     task: Task, model: Any, batch: Batch, parts: Sequence[Batch], seeds: Sequence[int], accelerator: Accelerator
-) -> Outcome:
-    """Contrast the whole batch with the activations of one part in memory (Gao et al., 2101.06983).
+) -> StepOutput:
+    """Contrast the whole batch with the activations of one part in memory (Gao et al., arXiv 2101.06983).
 
-    The first pass has the features of all parts; the loss gives the gradient of each; the second pass takes these
-    gradients through the model, part by part. Both passes draw the same random numbers. Batch normalisation sees a
+    With features f = model(part) of all parts and L = task.losses(f), the gradient with respect to the weights w is
+
+        dL/dw = sum over parts of dL/df_part * df_part/dw
+
+    The first pass computes f without activations, then the losses give dL/df; the second pass runs the model on each
+    part again and backpropagates dL/df_part. Both passes draw the same random numbers. Batch normalisation sees one
     part at a time, and its running statistics are those of the second pass.
     """
-    firsts = _first_pass(task.model, parts, seeds, accelerator)
+    first_pass = _encode_without_gradients(task.model, parts, seeds, accelerator)
     features = {
-        name: torch.cat([first.features[name] for first in firsts]).requires_grad_() for name in firsts[0].features
+        name: torch.cat([encoded.features[name] for encoded in first_pass]).requires_grad_()
+        for name in first_pass[0].features
     }
-    scalars = {name: value.detach().clone().requires_grad_() for name, value in firsts[0].scalars.items()}
+    scalars = {name: value.detach().clone().requires_grad_() for name, value in first_pass[0].scalars.items()}
     losses = task.losses(Encoded(features, scalars=scalars), batch)
     if losses:
         _sum(losses).backward()
 
     share = 1 / len(parts)
-    for index, (piece, seed) in enumerate(zip(parts, seeds, strict=True)):
+    for index, (part, seed) in enumerate(zip(parts, seeds, strict=True)):
         last = index == len(parts) - 1
         torch.manual_seed(seed)
-        # The gradient of all parts travels once, with that of the last.
+        # DDP reduces the gradient of all parts once, with the last one.
         with contextlib.nullcontext() if last or model is task.model else model.no_sync():
             with accelerator.autocast():
-                encoded = model(piece)
-            ends = [(loss, torch.full_like(loss, share)) for loss in encoded.losses.values()]
+                encoded = model(part)
+            outputs = [(loss, torch.full_like(loss, share)) for loss in encoded.losses.values()]
             for name, value in encoded.scalars.items():
                 if (gradient := scalars[name].grad) is not None:
-                    ends.append((value, gradient * share))
+                    outputs.append((value, gradient * share))
             for name, value in encoded.features.items():
                 if (gradient := features[name].grad) is not None:
-                    ends.append((value, gradient[index * len(value) : (index + 1) * len(value)]))
-            ends = [(value, gradient) for value, gradient in ends if value.requires_grad]
-            torch.autograd.backward([value for value, _ in ends], [gradient for _, gradient in ends])
-    local = {name: torch.stack([first.losses[name] for first in firsts]).mean() for name in firsts[0].losses}
-    return Outcome(_detached({**losses, **local}), _detached(scalars))
+                    outputs.append((value, gradient[index * len(value) : (index + 1) * len(value)]))
+            outputs = [(value, gradient) for value, gradient in outputs if value.requires_grad]
+            torch.autograd.backward([value for value, _ in outputs], [gradient for _, gradient in outputs])
+    local = {
+        name: torch.stack([encoded.losses[name] for encoded in first_pass]).mean() for name in first_pass[0].losses
+    }
+    return StepOutput(_detached({**losses, **local}), _detached(scalars))
 
 
-def _first_pass(
+def _encode_without_gradients(
     model: torch.nn.Module, parts: Sequence[Batch], seeds: Sequence[int], accelerator: Accelerator
 ) -> list[Encoded]:
+    """Run the model on all parts; its buffers (running statistics) keep their values."""
     kept = [buffer.clone() for buffer in model.buffers()]
     encoded = []
     with torch.no_grad(), accelerator.autocast():
-        for piece, seed in zip(parts, seeds, strict=True):
+        for part, seed in zip(parts, seeds, strict=True):
             torch.manual_seed(seed)
-            encoded.append(model(piece))
+            encoded.append(model(part))
         for buffer, before in zip(model.buffers(), kept, strict=True):
             buffer.copy_(before)
     return encoded

@@ -1,4 +1,4 @@
-"""Ending a training early, between two steps, with nothing lost."""
+"""Ending a training early, between two steps, without losing work."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-_ECHO_SECONDS = 2.0
+_REPEAT_SECONDS = 2.0
 
 
 class Stopped(Exception):
-    """The training was asked to end and has written a checkpoint; the same command goes on from it."""
+    """A signal ended the training after it wrote a checkpoint; the same command resumes it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -21,53 +21,54 @@ class Stopped(Exception):
 
     @property
     def status(self) -> int:
-        """Exit status of a process that ended by the signal."""
+        """Exit status of a process that the signal ended."""
         return 128 + self.signum
 
 
-class Stop:
-    """Remembers that the training should end; ``signum`` is the signal that asked for it, or 0."""
+class StopSignal:
+    """A request to end the training; ``signum`` is the requesting signal, or 0."""
 
     def __init__(self) -> None:
         self.signum = 0
-        self._asked = 0.0
-        self._safe = False
+        self._requested = 0.0
+        self._interruptible = False
 
-    def ask(self, signum: int) -> None:
-        """End after the current step, or at once where nothing can be lost. Later again: KeyboardInterrupt.
+    def request(self, signum: int) -> None:
+        """End after the current step, or raise Stopped at once inside ``interruptible``.
 
-        torchrun passes a signal on that its ranks have got from the terminal already.
+        A second signal more than 2 seconds later raises KeyboardInterrupt. An earlier one is ignored: torchrun
+        forwards signals that its ranks have already received from the terminal.
         """
         if self.signum:
-            if time.monotonic() - self._asked > _ECHO_SECONDS:
+            if time.monotonic() - self._requested > _REPEAT_SECONDS:
                 raise KeyboardInterrupt
             return
-        self.signum, self._asked = signum, time.monotonic()
-        if self._safe:
+        self.signum, self._requested = signum, time.monotonic()
+        if self._interruptible:
             raise Stopped(signum)
 
     @contextlib.contextmanager
-    def safe(self) -> Iterator[None]:
-        """Inside, all that was learnt is saved: a signal ends the work at once."""
+    def interruptible(self) -> Iterator[None]:
+        """Mark a block in which all progress is saved, so a signal may end it at once. Raises Stopped."""
         if self.signum:
             raise Stopped(self.signum)
-        self._safe = True
+        self._interruptible = True
         try:
             yield
         finally:
-            self._safe = False
+            self._interruptible = False
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM ask. Does nothing outside of the main thread, which alone may."""
+    def handle_signals(self) -> Iterator[None]:
+        """Call ``request`` on SIGINT and SIGTERM. Does nothing outside the main thread, where Python forbids it."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def ask(signum: int, frame: FrameType | None) -> None:
-            self.ask(signum)
+        def request(signum: int, frame: FrameType | None) -> None:
+            self.request(signum)
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:

@@ -1,7 +1,7 @@
-"""The seam between the training loop and what is learnt.
+"""The interface between the training loop and what it trains.
 
-The loop knows optimizers, ranks, parts of batches, checkpoints and logs; a task knows a model, a loss and how the
-result is judged and shipped.
+The loop handles the optimizer, ranks, batch parts, checkpoints and logs. A task provides a model and its loss, and
+evaluates and exports the result; a feed provides the batches.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 
 from teachers.device import Accelerator
 
-#: Nested mappings of tensors and lists, each with one entry a sample along its first dimension.
+#: Nested mappings of tensors [b, ...] and lists of length b, where b is the number of samples of one rank.
 Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the model makes of (a part of) a batch.
+    """The output of a task's model for a batch, or for a part of p samples.
 
-    ``features`` [part, ...] are contrasted over the whole batch and all ranks; ``losses`` are means over the part's
-    samples, already weighted, and simply add up; ``scalars`` are learnt numbers the loss needs (the logit scale), and
-    are logged under their names.
+    ``features`` are tensors [p, ...] that ``Task.losses`` contrasts over the whole batch and all ranks. ``losses`` are
+    scalars, already weighted: means over the samples of the part, which add to the total loss. ``scalars`` are learnt
+    numbers that the loss needs (the logit scale); they are logged under their names.
     """
 
     features: dict[str, torch.Tensor]
@@ -33,48 +33,48 @@ class Encoded:
 
 
 class Task(Protocol):
-    """What a training needs to know of its subject; see ``reinforce.student.task`` for one.
+    """What the loop trains; ``reinforce.student.task`` has an implementation.
 
-    Draw random numbers (dropout) from torch's global generators alone: the loop seeds them for each step, rank and
-    part, so that a training goes on with the numbers it would have had.
+    Draw random numbers (dropout) only from torch's global generators: the loop seeds them for each step, rank and
+    part, so that a resumed training draws the numbers that an uninterrupted one would have drawn.
     """
 
     @property
     def model(self) -> torch.nn.Module:
-        """All that is learnt, heads included: ``model(batch) -> Encoded``.
+        """All parameters that are learnt, heads included; ``model(batch)`` returns ``Encoded``.
 
-        The loop moves it, compiles it, wraps it in DistributedDataParallel, averages it and saves it. The forward pass
-        runs under autocast where the precision asks for it. Parameters named ``logit_scale`` hold logarithms and are
-        kept within [0, ln 100].
+        The loop moves it to the device, compiles it, wraps it in DistributedDataParallel, averages it and saves it.
+        The forward pass runs under autocast unless the precision is fp32. Parameters named ``logit_scale`` hold
+        logarithms and are clamped to [0, ln 100].
         """
         ...
 
     @property
     def notes(self) -> Sequence[str]:
-        """What is learnt from what, in lines that a user is told at the start."""
+        """Lines for the user about what is trained from what; rank 0 prints them at the start."""
         ...
 
     def prepare(self, batch: Batch) -> Batch:
-        """The rank's whole batch, on its device, as ``model`` and ``losses`` want it; called once, before it is cut.
+        """Complete a rank's whole batch on its device; called once per step, before the batch is split into parts.
 
-        Here teachers in the loop add their embeddings. Runs without gradients and outside of autocast.
+        Online teachers add their embeddings here. Runs without gradients and outside autocast.
         """
         ...
 
     def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
-        """Weighted losses of a rank's whole batch, whose sum is minimised, without ``encoded.losses``.
+        """Weighted losses of a rank's whole batch by name, without ``encoded.losses``; their sum is minimised.
 
-        Gathers over ranks by itself; the mean over the ranks is the loss of the global batch. Called outside of
-        autocast, with features in the dtype in which the model left them and a batch on the device.
+        Gathers over the ranks itself; the mean over the ranks is the loss of the global batch. Runs outside autocast,
+        with features in the dtype of the model's output and the batch on the device.
         """
         ...
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        """Metrics by name, the higher the better; called on rank 0 with the (averaged) weights in eval mode."""
+        """Metrics by name, higher is better. Called on rank 0 with the (averaged) weights in eval mode."""
         ...
 
     def export(self, model: torch.nn.Module, folder: str) -> None:
-        """Write what users load into a local folder, safetensors and configs."""
+        """Write the files that users load, safetensors and configs, to a local folder."""
         ...
 
 
@@ -83,17 +83,17 @@ class Feed(Protocol):
 
     @property
     def samples(self) -> int:
-        """Samples of one epoch over all ranks."""
+        """Samples per epoch over all ranks."""
         ...
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterable[Batch]:
-        """Endless batches of ``batch`` samples for one rank, from step ``start`` on.
+        """Endless batches of ``batch`` samples for one rank, beginning with step ``start``; epochs follow one another.
 
-        A pure function of its arguments, so that a training that was killed goes on with the batches it would have
-        seen; epochs follow one another without an end.
+        Must be a pure function of its arguments, so that a resumed training gets the batches that an uninterrupted
+        one would have got.
         """
         ...
 
 
-#: Makes a rank's task and feed. It travels to Ray's workers: a function of a module, or a partial of one.
+#: Makes a rank's task and feed. It is pickled for Ray's workers, so use a module-level function or a partial of one.
 Build = Callable[[Accelerator], tuple[Task, Feed]]

@@ -17,7 +17,7 @@ from reinforce.errors import UserError
 from reinforce.student.distillation import IMAGES, TEXTS, plan_distillation, stored_teachers
 from reinforce.student.train import build
 from reinforce.terminal import Screen, format_duration
-from reinforce.training.loop import length
+from reinforce.training.job import total_steps
 from reinforce.tuning import plot
 from reinforce.tuning.config import TuneConfig
 from reinforce.tuning.correlation import ScreeningCheck, check_screening
@@ -125,7 +125,7 @@ def check_config(config: TuneConfig) -> CheckedConfig:
     Store(config.output).check_writable()
     first = next(iter(scale_settings(config) or lambda_settings(config, current_scales)))
     _, feed = build(base.trial_config(Trial(first, config.seeds[0])), Accelerator("cpu"))
-    steps = length(short.train, feed.samples, 1)
+    steps = total_steps(short.train, feed.samples, 1)
     early, every = config.early_stopping, short.evaluate.every
     if early is not None and (every is None or every >= steps):
         raise UserError(
@@ -151,7 +151,7 @@ def _current_scales(config: TuneConfig, base: BaseStudent) -> tuple[dict[str, fl
     tried = loss.model_copy(update={"logit_scales": {**guess, **loss.logit_scales}, "lambda_": loss.lambda_ or 1.0})
     scales = dict(plan_distillation(tried, teachers).scales)
     origins = {
-        name: f"{scale:g}, {'loss.logit_scales' if name in loss.logit_scales else teachers[name].origin}"
+        name: f"{scale:g}, {'loss.logit_scales' if name in loss.logit_scales else teachers[name].scale_source}"
         for name, scale in scales.items()
     }
     return scales, origins

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from reinforce.student.config import StudentConfig
-from reinforce.student.data.stream import Lane, orders_of
-from reinforce.student.data.survey import survey
+from reinforce.student.data.datasets import open_datasets
+from reinforce.student.data.stream import StreamReader, make_orders
 from reinforce.student.distillation import IMAGE
 
 MEASURES = ("entropy", "true_pair", "calibration", "agreement")
@@ -88,13 +88,13 @@ def screen(
 
 def _read_batches(config: StudentConfig, teachers: Sequence[str], count: int, size: int) -> Iterator[Cosines]:
     """Yield the cosines of ``count`` batches, in the order in which one stream of the training reads them."""
-    corpora = survey(config.data, config.seed, teachers)
-    targets = corpora[0].targets
+    datasets = open_datasets(config.data, config.seed, teachers)
+    targets = datasets[0].targets
     ends = np.cumsum([dim for _, dim in targets])[:-1]
-    orders = orders_of(corpora, config.seed, 1, config.data.window)
+    orders = make_orders(datasets, config.seed, 1, config.data.window)
     pool = ThreadPoolExecutor(_READERS, "screening")
     try:
-        lane = Lane(corpora, orders, config.seed, 0, 0, pool)
+        lane = StreamReader(datasets, orders, config.seed, 0, 0, pool)
         for _ in range(count):
             vectors = np.split(np.stack([next(lane).vectors for _ in range(size)]), ends, axis=1)
             by_target = {target: torch.from_numpy(v) for (target, _), v in zip(targets, vectors, strict=True)}

@@ -23,12 +23,12 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
-from reinforce.student.train import build, job_of
+from reinforce.student.train import build, make_job
 from reinforce.terminal import Screen
 from reinforce.training.loop import run_rank
-from reinforce.training.ranks import join
-from reinforce.training.ray_train import check_room
-from reinforce.training.stop import Stop, Stopped
+from reinforce.training.ranks import join_ranks
+from reinforce.training.ray_train import check_capacity
+from reinforce.training.stop import Stopped, StopSignal
 from reinforce.tuning.config import EarlyStopping
 from reinforce.tuning.space import Trial
 from reinforce.tuning.trials import Outcome, begin_trial, mark_stopped, read_outcome
@@ -85,11 +85,11 @@ class Search:
     def _tune(self, configs: Mapping[str, StudentConfig], scheduler: _Scheduler) -> None:
         training = next(iter(configs.values())).train
         compute = training.compute
-        check_room(compute, grows=True)
+        check_capacity(compute, can_grow=True)
         work = tune.with_parameters(partial(_run_trial, folder=os.getcwd(), metric=self.metric), configs=dict(configs))
         resources = {"cpu": compute.cpus, **({"gpu": compute.gpus} if compute.gpus else {})}
-        stop = Stop()
-        with stop.listening(), _scratch_folder(Storage(self.output)) as storage, self.screen:
+        stop = StopSignal()
+        with stop.handle_signals(), _scratch_folder(Storage(self.output)) as storage, self.screen:
             tuner = tune.Tuner(
                 tune.with_resources(work, resources),
                 param_space={"name": tune.grid_search(list(configs))},
@@ -126,7 +126,7 @@ def _configure_tune() -> None:
 class _SignalStopper(tune.Stopper):
     """Stops the search when this process receives a signal."""
 
-    def __init__(self, stop: Stop) -> None:
+    def __init__(self, stop: StopSignal) -> None:
         self._stop = stop
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -223,14 +223,14 @@ def _run_trial(
     os.chdir(home)
     sys.path[:0] = [home] if home not in sys.path else []
     student = configs[config["name"]]
-    job = job_of(student)
+    job = make_job(student)
 
     def evaluated(step: int, metrics: Mapping[str, float]) -> None:
         tune.report({_STEP: step, _VALUE: metrics[metric]})
 
     try:
-        with join(student.train.compute) as ranks, _wait_for(Storage(job.output).lock):
-            run_rank(partial(build, student), job, ranks, Stop(), evaluated=evaluated)
+        with join_ranks(student.train.compute) as ranks, _wait_for(Storage(job.output).lock):
+            run_rank(partial(build, student), job, ranks, StopSignal(), on_evaluation=evaluated)
     except UserError as error:  # a retry would fail the same way
         return {_ERROR: str(error)}
     return None

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
-from reinforce.student.train import job_of
+from reinforce.student.train import make_job
 from reinforce.training.checkpoint import Checkpoints
-from reinforce.training.config import differences
+from reinforce.training.config import describe_changes
 from reinforce.training.log import LOG
 from reinforce.training.results import read_results
 
@@ -46,12 +46,12 @@ class Outcome:
 def begin_trial(config: StudentConfig, steps: int) -> None:
     """Record the training in its folder. Raises UserError if the folder holds another training."""
     store = Storage(config.output)
-    now: dict[str, Any] = {"train.steps": steps, **job_of(config).course}
+    now: dict[str, Any] = {"train.steps": steps, **make_job(config).fixed_config}
     now = json.loads(json.dumps(now))
     then = store.read_json(_TRIAL)
     if then is None:
         store.write_json(now, _TRIAL)
-    elif changed := differences(then, now):
+    elif changed := describe_changes(then, now):
         raise UserError(
             f"{store.url} holds a trial of another training:\n  " + "\n  ".join(changed) + "\n"
             "Write to another `output`, restore these values, or delete the folder to train it again."

@@ -335,7 +335,7 @@ def test_a_training_of_another_config_or_dataset_is_refused(study: Study) -> Non
     longer = training_of(Study(study.out, ["train.steps=9999"]), study.distilled, 0)
     assert longer is not None
     assert longer.results() is None
-    with pytest.raises(UserError, match=r"train\.steps: \d+ then, 9999 now\n.*Delete "):
+    with pytest.raises(UserError, match=r"train\.steps: \d+ before, 9999 now\n.*Delete "):
         longer.begin()
     manifest = json.loads(Path(study.dataset_url(BASE), "dataset.json").read_text())
     manifest["layers"]["samples"]["fingerprint"] = "beef"

@@ -132,7 +132,7 @@ def test_another_course_is_refused(trained: tuple[Path, Results]) -> None:
     folder, _ = trained
     config = config_of(folder)
     other = config.model_copy(update={"loss": config.loss.model_copy(update={"contrastive": 0.0})})
-    with pytest.raises(UserError, match=r"loss\.contrastive: 1\.0 then, 0\.0 now"):
+    with pytest.raises(UserError, match=r"loss\.contrastive: 1\.0 before, 0\.0 now"):
         finetune(other)
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from reinforce.training.config import Training, course
+from reinforce.training.config import Training, fixed_config
 from reinforce.training.gather import gather
-from reinforce.training.loop import Job
-from reinforce.training.stop import Stop
+from reinforce.training.job import Job
+from reinforce.training.stop import StopSignal
 from reinforce.training.task import Batch, Build, Encoded
 from teachers.device import Accelerator
 
@@ -103,14 +103,14 @@ class PairFeed:
 class StoppingFeed(PairFeed):
     """Asks the training to stop after step ``at``."""
 
-    def __init__(self, stop: Stop, at: int) -> None:
+    def __init__(self, stop: StopSignal, at: int) -> None:
         super().__init__()
         self.stop, self.at = stop, at
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
         for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
             if step == self.at:  # while the step before is computed
-                self.stop.ask(signal.SIGTERM)
+                self.stop.request(signal.SIGTERM)
             yield made
 
 
@@ -122,7 +122,7 @@ def training(**changes: Any) -> Training:
 def job(output: Path | str, evaluate_every: int | None = None, best: str | None = None, **changes: Any) -> Job:
     config = training(**changes)
     free = ("steps", "checkpoints", "log_every", "compute.ranks", "compute.cpus", "compute.accumulate", "retries")
-    return Job(config, str(output), 0, course(config, free), evaluate_every=evaluate_every, best=best)
+    return Job(config, str(output), 0, fixed_config(config, free), evaluate_every=evaluate_every, best=best)
 
 
 def build(accelerator: Accelerator, options: dict[str, Any], feed: dict[str, Any]) -> tuple[TowersTask, PairFeed]:

@@ -51,7 +51,7 @@ def test_batches_out_of_s3_are_those_from_disk(urls: dict[str, str], images: str
 @pytest.mark.parametrize("images", ["embed", "reference"])
 def test_a_row_group_is_few_requests(urls: dict[str, str], images: str, monkeypatch: pytest.MonkeyPatch) -> None:
     feed = StudentFeed(Data.model_validate({"datasets": urls[images], "workers": 0}), 0, 16, letters)
-    [corpus] = feed._corpora
+    [dataset] = feed._datasets
     asked = Counter[str]()
     original = s3fs.S3FileSystem._call_s3
 
@@ -60,8 +60,8 @@ def test_a_row_group_is_few_requests(urls: dict[str, str], images: str, monkeypa
         return await original(self, method, *args, **kwargs)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
-    groups = [Chunk(group, 0, rows) for group, rows in enumerate(corpus.groups[:, 2].tolist())]
-    examples = [row for chunk in groups for row in corpus.load(chunk, 0).rows]
+    groups = [Chunk(group, 0, rows) for group, rows in enumerate(dataset.groups[:, 2].tolist())]
+    examples = [row for chunk in groups for row in dataset.load(chunk, 0).rows]
     assert (len(groups), len(examples)) == (9, 65)
     layers = 8
     # Of each layer its footer and, in one range, its columns; of the tar, one range for all images of the group.

@@ -140,7 +140,7 @@ def test_killed_and_interrupted_it_goes_on_with_the_same_batches_and_curve(
     said, _ = interrupted.communicate(timeout=300)
     assert interrupted.returncode == 130, said
     assert "run again to go on" in said
-    assert f"going on after step {saved} of" in said
+    assert f"resuming after step {saved} of" in said
     assert "Traceback" not in said
     stopped_at = rows(output)[-1]["step"]
     assert stopped_at < STEPS
@@ -150,7 +150,7 @@ def test_killed_and_interrupted_it_goes_on_with_the_same_batches_and_curve(
         main(["train", config])
     assert ended.value.code == 0
     told = capfd.readouterr().out
-    assert f"going on after step {stopped_at} of {STEPS}" in told
+    assert f"resuming after step {stopped_at} of {STEPS}" in told
     assert f"for {STEPS} steps on {STEPS * BATCH} samples" in told
     assert "retrieval/own/text_to_image/r1" in told
     assert_same(output, undisturbed)
@@ -173,7 +173,7 @@ def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_their_curv
     done = start(*command, config)
     said, _ = done.communicate(timeout=300)
     assert done.returncode == 0, said
-    assert f"going on after step {stopped_at}" in said
+    assert f"resuming after step {stopped_at}" in said
     assert said.count(f"for {STEPS} steps on") == 1, "rank 0 alone tells"
     np.testing.assert_allclose(curve(output), curve(undisturbed), rtol=2e-3)
 

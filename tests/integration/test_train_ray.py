@@ -19,7 +19,7 @@ from reinforce.errors import UserError
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
 from reinforce.training.ranks import Ranks
-from reinforce.training.stop import Stop, Stopped
+from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch
 from teachers.device import Accelerator
 from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, builder, curve, job
@@ -54,16 +54,16 @@ def test_a_killed_rank_is_started_again_and_goes_on_from_the_last_checkpoint(tmp
     assert (tmp_path / "scar").exists()
     launch(builder(), job(tmp_path / "one", **changes))
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-4)
-    with pytest.raises(UserError, match=r"training of another config:\n  batch: 16 then, 32 now"):
+    with pytest.raises(UserError, match=r"training of another config:\n  batch: 16 before, 32 now"):
         launch(builder(), job(tmp_path / "two", batch=32, compute={"ranks": 2}, retries=1, **changes))
 
 
 def test_ranks_that_no_node_can_hold_are_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"room for 0 of 2 ranks: each wants 64 CPUs and 0 GPUs on one node"):
+    with pytest.raises(UserError, match=r"can hold 0 of 2 ranks: each needs 64 CPUs and 0 GPUs on one node"):
         launch(builder(), job(tmp_path, compute={"ranks": 2, "cpus": 64}))
 
 
-def stopping(accelerator: Accelerator, stop: Stop) -> tuple[TowersTask, PairFeed]:
+def stopping(accelerator: Accelerator, stop: StopSignal) -> tuple[TowersTask, PairFeed]:
     return TowersTask(), StoppingFeed(stop, at=3)
 
 
@@ -72,7 +72,7 @@ def test_a_training_in_s3_is_stopped_and_goes_on_as_on_a_disk(s3: Any, tmp_path:
     launch(builder(), job(tmp_path / "disk", evaluate_every=5, **changes))
 
     remote = job("s3://bucket/trainings/one", evaluate_every=5, **changes)
-    stop = Stop()
+    stop = StopSignal()
     with pytest.raises(Stopped):
         run_rank(partial(stopping, stop=stop), remote, Ranks(0, 1, Accelerator("cpu")), stop)
     assert s3.glob("bucket/trainings/one/checkpoints/*") == [

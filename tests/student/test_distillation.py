@@ -114,7 +114,7 @@ def test_teachers_are_those_that_data_names() -> None:
     assert list(stored_teachers(config("a", "b", teachers=["vit"]), manifests)) == ["vit"]
     with pytest.raises(UserError, match="b has no teacher 'dino'; it has: vit"):
         stored_teachers(config("a", "b", teachers=["dino"]), manifests)
-    with pytest.raises(UserError, match=r"different teachers: a has dino, vit, b has vit\. Name those"):
+    with pytest.raises(UserError, match=r"different teachers: a has dino, vit, b has vit\. Name the teachers"):
         stored_teachers(config("a", "b"), manifests)
 
 

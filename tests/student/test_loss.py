@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reinforce.student.loss import Objective, contrast, implied_bias, matching
+from reinforce.student.loss import Objective, contrastive_losses, implied_bias, scale_losses
 
 KINDS = {"both": ("caption", "synthetic"), "mixed": ("caption",)}
 SCALES = {"one": 70.0, "two": 60.0, "three": 33.0}
@@ -72,7 +72,7 @@ def test_the_loss_is_its_equation(form: str, captions: str, teachers: list[str],
     scales = {name: SCALES[name] for name in teachers}
     biases = {"two": -9.0} if form == "sigmoid" and "two" in teachers else {}
     scale, bias = torch.tensor(20.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
-    losses = contrast(Objective(share, form, scales, biases), features, scale, bias, targets)  # type: ignore[arg-type]
+    losses = contrastive_losses(Objective(share, form, scales, biases), features, scale, bias, targets)  # type: ignore[arg-type]
     arrays = {name: {what: value.numpy() for what, value in of.items()} for name, of in targets.items()}
     expected = reference(
         {what: value.numpy() for what, value in features.items()}, 20.0, -3.0, arrays, scales, biases, share, form
@@ -91,7 +91,7 @@ def test_gradients_reach_features_and_scalars(form: str, share: float) -> None:
 
     def loss(scale: torch.Tensor, bias: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
         return torch.stack(
-            list(contrast(objective, dict(zip(features, rows, strict=True)), scale, bias, targets).values())
+            list(contrastive_losses(objective, dict(zip(features, rows, strict=True)), scale, bias, targets).values())
         ).sum()
 
     inputs = [torch.tensor(5.0, dtype=torch.float64), torch.tensor(-1.0, dtype=torch.float64), *features.values()]
@@ -109,16 +109,16 @@ def test_with_one_teacher_it_is_open_clips_distillation(share: float) -> None:
         student["image"], student["caption"], scale, teacher["image"], teacher["caption"], 70.0, output_dict=True
     )
     expected = (1 - share) * theirs["contrastive_loss"] + share * theirs["distill_loss"]
-    losses = contrast(Objective(share, "softmax", {"one": 70.0}), student, scale, None, {"one": teacher})
+    losses = contrastive_losses(Objective(share, "softmax", {"one": 70.0}), student, scale, None, {"one": teacher})
     torch.testing.assert_close(sum(losses.values()), expected)
 
 
 def test_without_teachers_it_is_open_clips_loss_of_either_form() -> None:
     student = vectors("student", "mixed")
     scale, bias = torch.tensor(25.0, dtype=torch.float64), torch.tensor(-7.0, dtype=torch.float64)
-    clip = contrast(Objective(0.0), student, scale, None, {})["clip/caption"]
+    clip = contrastive_losses(Objective(0.0), student, scale, None, {})["clip/caption"]
     torch.testing.assert_close(clip, open_clip.ClipLoss()(student["image"], student["caption"], scale))
-    siglip = contrast(Objective(0.0, "sigmoid"), student, scale, bias, {})["clip/caption"]
+    siglip = contrastive_losses(Objective(0.0, "sigmoid"), student, scale, bias, {})["clip/caption"]
     torch.testing.assert_close(siglip, open_clip.loss.SigLipLoss()(student["image"], student["caption"], scale, bias))
 
 
@@ -127,7 +127,7 @@ def test_lambda_0_reads_no_targets() -> None:
         def __getitem__(self, key: object) -> object:
             raise AssertionError(f"{key} was read")
 
-    contrast(Objective(0.0, "softmax", SCALES), vectors("student"), torch.tensor(10.0), None, Unread())
+    contrastive_losses(Objective(0.0, "softmax", SCALES), vectors("student"), torch.tensor(10.0), None, Unread())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -138,7 +138,7 @@ def test_the_greatest_scales_in_half_precision_stay_finite(form: str, dtype: tor
     targets = {"one": {"image": same, "caption": unit(6, 16, 1, dtype)}, "two": {"image": same, "caption": same}}
     scale, bias = torch.tensor(100.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
     objective = Objective(0.5, form, {"one": 100.0, "two": 100.0})  # type: ignore[arg-type]
-    losses = contrast(objective, features, scale, bias, targets)
+    losses = contrastive_losses(objective, features, scale, bias, targets)
     total = torch.stack(list(losses.values())).sum()
     total.backward()
     assert total.dtype == torch.float32
@@ -151,8 +151,10 @@ def test_the_greatest_scales_in_half_precision_stay_finite(form: str, dtype: tor
 def test_half_precision_features_are_multiplied_in_full() -> None:
     features = {what: value.half() for what, value in vectors("student").items()}
     scale = torch.tensor(100.0)
-    half = contrast(Objective(0.0), features, scale, None, {})
-    full = contrast(Objective(0.0), {what: value.double() for what, value in features.items()}, scale, None, {})
+    half = contrastive_losses(Objective(0.0), features, scale, None, {})
+    full = contrastive_losses(
+        Objective(0.0), {what: value.double() for what, value in features.items()}, scale, None, {}
+    )
     for name, value in half.items():
         assert value.item() == pytest.approx(full[name].item(), abs=1e-5)
 
@@ -168,7 +170,7 @@ def test_the_order_of_samples_is_nothing_to_it(seed: int, pairs: int, form: str,
     def loss(order: list[int]) -> torch.Tensor:
         rows = {what: value[order] for what, value in features.items()}
         taught = {"one": {what: value[order] for what, value in targets["one"].items()}}
-        return sum(contrast(objective, rows, torch.tensor(12.0), torch.tensor(-2.0), taught).values())  # type: ignore[return-value]
+        return sum(contrastive_losses(objective, rows, torch.tensor(12.0), torch.tensor(-2.0), taught).values())  # type: ignore[return-value]
 
     torch.testing.assert_close(loss(order), loss(list(range(pairs))))
 
@@ -180,7 +182,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(form: str) -> None:
     scale = torch.tensor(40.0, dtype=torch.float64, requires_grad=True)
     bias = torch.tensor(-11.0, dtype=torch.float64, requires_grad=True)
     objective = Objective(1.0, form, {"one": 40.0}, {"one": -11.0})  # type: ignore[arg-type]
-    torch.stack(list(contrast(objective, student, scale, bias, {"one": teacher}).values())).sum().backward()
+    torch.stack(list(contrastive_losses(objective, student, scale, bias, {"one": teacher}).values())).sum().backward()
     for value in (*student.values(), scale):
         assert value.grad is not None
         assert value.grad.abs().max() < 1e-12
@@ -218,7 +220,7 @@ def test_what_is_kept_for_the_gradient_does_not_grow_with_the_teachers(form: str
 
         objective = Objective(0.7, form, dict(list(SCALES.items())[:teachers]))  # type: ignore[arg-type]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-            losses = contrast(objective, features, scale, bias, targets)
+            losses = contrastive_losses(objective, features, scale, bias, targets)
         assert len(losses) == 4
         return len(storages)
 
@@ -227,7 +229,7 @@ def test_what_is_kept_for_the_gradient_does_not_grow_with_the_teachers(form: str
 
 
 def test_a_learnt_scale_goes_where_the_true_pairs_are_likeliest() -> None:
-    """Gradient descent on ``matching`` ends at the minimum of the cross-entropy written out on a grid."""
+    """Gradient descent on ``scale_losses`` ends at the minimum of the cross-entropy written out on a grid."""
     image = unit(40, 6, 1)
     text = torch.nn.functional.normalize(image + 0.8 * unit(40, 6, 2), dim=-1)
     targets = {"one": {"image": image, "caption": text}}
@@ -236,7 +238,7 @@ def test_a_learnt_scale_goes_where_the_true_pairs_are_likeliest() -> None:
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        value = matching({"one": found.exp()}, targets)["scale/one"]
+        value = scale_losses({"one": found.exp()}, targets)["scale/one"]
         value.backward()
         return value
 
@@ -257,6 +259,7 @@ def test_scales_as_tensors_give_the_loss_of_their_numbers() -> None:
     tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
     scale = torch.tensor(20.0, dtype=torch.float64)
     losses = [
-        contrast(Objective(0.7, "softmax", scales), features, scale, None, teachers) for scales in (numbers, tensors)
+        contrastive_losses(Objective(0.7, "softmax", scales), features, scale, None, teachers)
+        for scales in (numbers, tensors)
     ]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)

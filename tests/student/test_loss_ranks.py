@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from reinforce.student.loss import Objective, contrast
+from reinforce.student.loss import Objective, contrastive_losses
 
 RANKS, PAIRS = 2, 3  # pairs of a rank
 WHATS = ("image", "caption", "synthetic")
@@ -38,7 +38,7 @@ def computed(objective: Objective, rows: slice) -> dict[str, torch.Tensor]:
         "scale": torch.tensor(math.log(15.0), dtype=torch.float64, requires_grad=True),
         "bias": torch.tensor(-2.0, dtype=torch.float64, requires_grad=True),
     }
-    losses = contrast(objective, features, scalars["scale"].exp(), scalars["bias"], targets)
+    losses = contrastive_losses(objective, features, scalars["scale"].exp(), scalars["bias"], targets)
     total = torch.stack(list(losses.values())).sum()
     total.backward()
     gradients = {name: value.grad for name, value in {**features, **scalars}.items() if value.grad is not None}

@@ -17,7 +17,7 @@ from reinforce.errors import UserError
 from reinforce.student.config import Student as Spec
 from reinforce.student.distillation import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.export import export
-from reinforce.student.model import Student, build_student, tokenizer_of
+from reinforce.student.model import Student, build_student, load_tokenizer
 from teachers.pixels import fit
 from tests.helpers.students import KINDS, batch, student_folder
 from tests.helpers.tiny_models import open_clip_model
@@ -94,7 +94,7 @@ def test_plain_open_clip_loads_what_was_trained(tmp_path: Path, kind: str) -> No
     torch.testing.assert_close(images, features["image"][:1], rtol=0, atol=1e-5)
     torch.testing.assert_close(texts, features["caption"], rtol=0, atol=1e-6)
     captions = ["a photo of a cat", "A dog."]
-    assert torch.equal(open_clip.get_tokenizer(name)(captions), tokenizer_of(student)(captions))
+    assert torch.equal(open_clip.get_tokenizer(name)(captions), load_tokenizer(student)(captions))
 
 
 def test_mobileclip2_s0_itself_is_exported(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_a_model_of_images_that_are_not_square_is_told(tmp_path: Path) -> None:
 
 
 def test_a_pretrained_softmax_has_no_bias_for_sigmoids(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="come from a softmax and have no logit bias"):
+    with pytest.raises(UserError, match="were trained with a softmax and have no logit bias"):
         built(open_clip_model(tmp_path), form="sigmoid")
 
 
@@ -257,9 +257,9 @@ def test_a_tokenizer_that_does_not_fit_is_told(tmp_path: Path) -> None:
     config["model_cfg"]["text_cfg"]["context_length"] = 20
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"gives 20 tokens and its text tower takes 16"):
-        tokenizer_of(student)
+        load_tokenizer(student)
 
 
 def test_images_of_another_size_do_not_pass_unseen(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="images of 24 x 24 reach a student that takes 32"):
+    with pytest.raises(UserError, match="the batch has images of 24 x 24; the student takes 32"):
         built(student_folder(tmp_path))(batch(24))

@@ -216,8 +216,10 @@ def test_learnt_scales_are_told_logged_kept_and_gone_on_with(config: Any, tmp_pa
     loss = {"learn_scales": True, "logit_scales": {"red": 40.0}}
     train = {"batch": PAIRS, "log_every": 1, "optimizer": {"lr": 0.01, "warmup": 0}}
     notes = StudentTask(config(loss)).notes
-    assert "logit scale 20 (dataset: config), learnt from there on" in notes[2]
-    assert "logit scale 40 (config: loss.logit_scales.red, instead of 50 of the dataset: config), learnt" in notes[1]
+    assert "logit scale 20 (dataset: config), then learnt by its own" in notes[2]
+    assert (
+        "logit scale 40 (config: loss.logit_scales.red, instead of 50 of the dataset: config), then learnt" in notes[1]
+    )
     training = config(loss, train={**train, "steps": 3, "checkpoints": {"every": 1, "keep": 3}})
 
     def learnt() -> list[float]:

@@ -16,10 +16,10 @@ import torch
 
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
-from reinforce.training.checkpoint import Best, Checkpoints, Record
+from reinforce.training.checkpoint import BestCheckpoint, Checkpoints, Progress
 from reinforce.training.config import Optimizer
-from reinforce.training.optimizer import adamw
-from reinforce.training.state import State, average_of
+from reinforce.training.optimizer import make_adamw
+from reinforce.training.state import State, make_average
 from tests.helpers.trainings import Towers
 
 
@@ -28,7 +28,7 @@ def checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
 
 
 def test_a_record_and_its_tensors_come_back(tmp_path: Path) -> None:
-    record = Record(7, {"train.batch": 16, "data.teachers": None, "train.optimizer.betas": [0.9, 0.95]}, 1.5, 2)
+    record = Progress(7, {"train.batch": 16, "data.teachers": None, "train.optimizer.betas": [0.9, 0.95]}, 1.5, 2)
     tensors = {
         "model/w": torch.randn(3, 4).T,
         "model/scale": torch.tensor(2.5),
@@ -50,22 +50,22 @@ def test_a_record_and_its_tensors_come_back(tmp_path: Path) -> None:
 def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
     made = checkpoints(tmp_path, keep=2)
     for step, value in enumerate([0.1, 0.7, 0.3, 0.7, 0.2, 0.5], start=1):
-        made.save(Record(step, {}), {"model/w": torch.ones(1)})
-        made.rate(step, "top1", value)
+        made.save(Progress(step, {}), {"model/w": torch.ones(1)})
+        made.update_best(step, "top1", value)
     assert made.steps() == [2, 5, 6]
-    assert made.best() == Best(2, "top1", 0.7)
+    assert made.best() == BestCheckpoint(2, "top1", 0.7)
 
 
 def test_a_best_by_another_metric_is_forgotten(tmp_path: Path) -> None:
     made = checkpoints(tmp_path)
-    made.rate(1, "top1", 0.7)
-    assert made.rate(2, "recall", 0.1) == Best(2, "recall", 0.1)
+    made.update_best(1, "top1", 0.7)
+    assert made.update_best(2, "recall", 0.1) == BestCheckpoint(2, "recall", 0.1)
 
 
 def test_tied_weights_are_saved(tmp_path: Path) -> None:
     shared = torch.randn(3)
     made = checkpoints(tmp_path)
-    made.save(Record(1, {}), {"model/a": shared, "model/b": shared})
+    made.save(Progress(1, {}), {"model/a": shared, "model/b": shared})
     assert torch.equal(made.load(1)[1]["model/b"], shared)
 
 
@@ -89,9 +89,9 @@ def test_what_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: P
     script = (
         "import sys, torch; from reinforce.dataset.store import Store; from reinforce.training.checkpoint import *\n"
         "made = Checkpoints(Store(sys.argv[1]), 2)\n"
-        "made.save(Record(1, {}), {'model/w': torch.ones(4)})\n"
+        "made.save(Progress(1, {}), {'model/w': torch.ones(4)})\n"
         "print('first', flush=True)\n"
-        "made.save(Record(2, {}), {f'model/{i}': torch.ones(5_000_000) for i in range(12)})\n"
+        "made.save(Progress(2, {}), {f'model/{i}': torch.ones(5_000_000) for i in range(12)})\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -112,7 +112,7 @@ def test_what_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: P
 def test_a_state_goes_on_as_if_it_had_never_been_saved() -> None:
     def state() -> State:
         model = Towers(norm=True)
-        return State(model, adamw(model, Optimizer(lr=0.1)), average_of(model, 0.9))
+        return State(model, make_adamw(model, Optimizer(lr=0.1)), make_average(model, 0.9))
 
     def step(state: State, seed: int) -> None:
         rows = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))

@@ -19,16 +19,19 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reinforce.errors import UserError
-from reinforce.training.loop import Job, fit
+from reinforce.training.job import Job
+from reinforce.training.loop import fit
 from reinforce.training.ranks import Ranks
 from reinforce.training.results import Results
-from reinforce.training.stop import Stop, Stopped
+from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch
 from teachers.device import Accelerator
 from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, curve, job, rows
 
 
-def run(job: Job, feed: PairFeed | None = None, stop: Stop | None = None, **options: Any) -> tuple[Results, TowersTask]:
+def run(
+    job: Job, feed: PairFeed | None = None, stop: StopSignal | None = None, **options: Any
+) -> tuple[Results, TowersTask]:
     torch.manual_seed(job.seed)
     task = TowersTask(**options)
     return fit(
@@ -41,7 +44,7 @@ def state_at_the_end(output: Path) -> dict[str, torch.Tensor]:
 
 
 def stopped_after(step: int, job: Job, **options: Any) -> None:
-    stop = Stop()
+    stop = StopSignal()
     with pytest.raises(Stopped) as raised:
         run(job, StoppingFeed(stop, step), stop, **options)
     assert raised.value.status == 128 + signal.SIGTERM
@@ -131,8 +134,8 @@ def test_another_config_is_refused_with_what_differs(tmp_path: Path) -> None:
     stopped_after(2, job(tmp_path))
     with pytest.raises(UserError) as raised:
         run(job(tmp_path, batch=32, optimizer={"lr": 0.02, "warmup": 3}))
-    assert "batch: 16 then, 32 now" in str(raised.value)
-    assert "optimizer.warmup: 2 then, 3 now" in str(raised.value)
+    assert "batch: 16 before, 32 now" in str(raised.value)
+    assert "optimizer.warmup: 2 before, 3 now" in str(raised.value)
     assert "betas" not in str(raised.value)
     run(job(tmp_path, steps=6, log_every=2, checkpoints={"every": 3}, compute={"accumulate": 4}, retries=0))
 
@@ -151,7 +154,7 @@ def test_a_length_that_does_not_fit_is_told(tmp_path: Path, changes: dict[str, A
 
 def test_a_training_beyond_the_length_of_the_config_is_told(tmp_path: Path) -> None:
     stopped_after(6, job(tmp_path))
-    with pytest.raises(UserError, match="is at step 6 already, beyond the 5 of this config"):
+    with pytest.raises(UserError, match="is already at step 6, beyond the 5 steps of this config"):
         run(job(tmp_path, steps=5))
 
 
@@ -172,7 +175,7 @@ def test_a_metric_that_is_no_number_is_told_and_never_the_best(tmp_path: Path) -
     results = fit(Undecided(), PairFeed(), job(tmp_path, evaluate_every=4), Ranks(0, 1, Accelerator("cpu")))
     assert results.best is not None
     assert results.best.step == 8
-    assert "top1: not finite" in results.text()
+    assert "top1: not finite" in results.summary()
 
 
 def test_epochs_are_passes_over_the_data(tmp_path: Path) -> None:
@@ -237,7 +240,7 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(tmp_path: Path) -> None:
     ]
     assert results.best is not None
     assert (results.best.step, results.best.value) == (6, 0.9)
-    assert "best top1: 0.9000 at step 6" in results.text()
+    assert "best top1: 0.9000 at step 6" in results.summary()
 
 
 def test_logs_tell_the_pace_and_what_was_waited_for(tmp_path: Path) -> None:
@@ -279,8 +282,8 @@ def test_results_are_told_in_json_and_in_words(tmp_path: Path) -> None:
     assert told["samples"] == 192
     assert told["seconds_per_step"] == pytest.approx(results.seconds / 12)
     assert told["metrics"] == results.metrics
-    assert f"weights: {tmp_path}/student" in results.text()
-    assert "12 steps" in results.text()
+    assert f"weights: {tmp_path}/student" in results.summary()
+    assert "12 steps" in results.summary()
 
 
 def test_a_compiled_model_learns_the_same(tmp_path: Path) -> None:

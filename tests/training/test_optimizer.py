@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reinforce.training.config import Optimizer
-from reinforce.training.optimizer import adamw, learning_rate, undecayed
+from reinforce.training.optimizer import learning_rate, make_adamw, undecayed_parameters
 from tests.helpers.tiny_models import open_clip_config
 
 
@@ -35,7 +35,7 @@ def test_the_rate_never_rises_after_the_warm_up_nor_leaves_its_bounds(steps: int
 
 def test_matrices_decay_and_gains_biases_scales_and_positions_do_not() -> None:
     model = torch.nn.ModuleDict({"clip": open_clip.CLIP(**open_clip_config())})
-    bare = undecayed(model)
+    bare = undecayed_parameters(model)
     assert {"clip.logit_scale", "clip.positional_embedding", "clip.visual.positional_embedding"} <= bare
     assert {"clip.ln_final.weight", "clip.ln_final.bias", "clip.visual.ln_post.weight"} <= bare
     decayed = dict(model.named_parameters()).keys() - bare
@@ -47,12 +47,12 @@ def test_matrices_decay_and_gains_biases_scales_and_positions_do_not() -> None:
 def test_the_gain_of_a_channel_does_not_decay_whatever_its_shape() -> None:
     model = torch.nn.Module()
     model.gamma = torch.nn.Parameter(torch.ones(8, 1, 1))  # as timm's LayerScale2d has it
-    assert undecayed(model) == {"gamma"}
+    assert undecayed_parameters(model) == {"gamma"}
 
 
 def test_what_is_frozen_is_not_optimised() -> None:
     model = torch.nn.Linear(2, 3)
     model.bias.requires_grad_(False)
-    optimizer = adamw(model, Optimizer(weight_decay=0.3))
+    optimizer = make_adamw(model, Optimizer(weight_decay=0.3))
     weights = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert weights == {id(model.weight): 0.3}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reinforce.training.order import TURNS, Mixture, Order, share
+from reinforce.training.order import BLOCK, Mixture, Order, share
 
 groups = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any)
 streams = st.integers(1, 9)
@@ -87,8 +87,8 @@ def test_datasets_are_drawn_by_weight_and_from_any_position(weights: list[float]
     drawn = list(itertools.islice(mixture.draws(1, 0), position + 50))
     assert list(itertools.islice(mixture.draws(1, position), 50)) == drawn[position:]
     assert mixture.before(1, position) == [drawn[:position].count(d) for d in range(len(weights))]
-    exact = np.array(weights) / sum(weights) * TURNS
-    assert mixture.quota.sum() == TURNS
+    exact = np.array(weights) / sum(weights) * BLOCK
+    assert mixture.quota.sum() == BLOCK
     assert (np.abs(mixture.quota - exact) <= len(weights)).all()
 
 

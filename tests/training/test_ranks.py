@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from reinforce.errors import UserError
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
-from reinforce.training.ranks import join
-from reinforce.training.stop import Stop, Stopped
+from reinforce.training.ranks import join_ranks
+from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Feed, Task
 from teachers.device import Accelerator
 from tests.helpers.data import free_port
@@ -44,19 +44,21 @@ def work(rank: int, folder: str, port: int) -> None:
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
     told: dict[str, Any] = {}
-    with join(job(folder).training.compute) as ranks:
+    with join_ranks(job(folder).training.compute) as ranks:
 
-        def train(name: str, stop: Stop | None = None, build: Any = None, output: str = "", **changes: Any) -> None:
+        def train(
+            name: str, stop: StopSignal | None = None, build: Any = None, output: str = "", **changes: Any
+        ) -> None:
             made = job(f"{folder}/{output or name}", evaluate_every=6, **{"batch": BATCH, **changes})
             try:
-                results = run_rank(build or builder(), made, ranks, stop or Stop())
+                results = run_rank(build or builder(), made, ranks, stop or StopSignal())
                 told[name] = results.steps
             except (UserError, Stopped, RuntimeError) as error:
                 told[name] = f"{type(error).__name__}: {error}"
 
         train("ranks")
         train("parts", compute={"accumulate": 4})
-        asked = Stop()
+        asked = StopSignal()
         asked.signum = signal.SIGTERM if rank == 1 else 0
         train("wide", build=builder(**WIDE), steps=6)
         train("stopped", asked, builder(**WIDE), steps=6)

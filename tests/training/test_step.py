@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from reinforce.training.batches import part
-from reinforce.training.step import Outcome, backpropagate
+from reinforce.training.batches import slice_batch
+from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.task import Batch
 from teachers.device import Accelerator
 from tests.helpers.trainings import PairFeed, TowersTask
@@ -20,7 +20,7 @@ def batch() -> Batch:
     return next(iter(PairFeed().batches(0, 1, SIZE, 0)))
 
 
-def gradients(parts: int, precision: Any = "fp32", **options: Any) -> tuple[Outcome, dict[str, torch.Tensor]]:
+def gradients(parts: int, precision: Any = "fp32", **options: Any) -> tuple[StepOutput, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     task = TowersTask(**options)
     outcome = backpropagate(task, task.model, batch(), SIZE, list(range(parts)), Accelerator("cpu", precision))
@@ -44,7 +44,7 @@ def test_parts_come_to_the_losses_and_gradients_of_the_whole(parts: int) -> None
 def test_contrasting_parts_apart_would_give_another_gradient() -> None:
     """That the test above can fail: a mean over parts, as plain accumulation takes it, is another loss."""
     task = TowersTask()
-    parts = [part(batch(), start, start + 4) for start in range(0, SIZE, 4)]
+    parts = [slice_batch(batch(), start, start + 4) for start in range(0, SIZE, 4)]
     apart = torch.stack([task.losses(task.model(piece), piece)["contrast"] for piece in parts]).mean()
     whole = task.losses(task.model(batch()), batch())["contrast"]
     assert abs(apart - whole) > 0.1
@@ -58,7 +58,7 @@ def test_both_passes_draw_the_same_dropout() -> None:
     encoded = []
     for seed in range(4):
         torch.manual_seed(seed)
-        encoded.append(task.model(part(batch(), seed * 4, seed * 4 + 4)))
+        encoded.append(task.model(slice_batch(batch(), seed * 4, seed * 4 + 4)))
     whole = type(encoded[0])(
         {name: torch.cat([e.features[name] for e in encoded]) for name in encoded[0].features},
         {"closeness": torch.stack([e.losses["closeness"] for e in encoded]).mean()},
@@ -76,7 +76,7 @@ def test_running_statistics_are_those_of_one_pass() -> None:
     once.model.load_state_dict(twice.model.state_dict())
     backpropagate(twice, twice.model, batch(), SIZE, [0, 1], Accelerator("cpu"))
     for start in (0, SIZE // 2):
-        once.model(part(batch(), start, start + SIZE // 2))
+        once.model(slice_batch(batch(), start, start + SIZE // 2))
     for (name, found), expected in zip(twice.model.named_buffers(), once.model.buffers(), strict=True):
         assert torch.equal(found, expected), name
 

@@ -45,7 +45,7 @@ def test_stopped_trial_ends_at_the_evaluation_that_stopped_it(tmp_path: Path) ->
 def test_folder_of_another_training_is_rejected(tmp_path: Path) -> None:
     begin_trial(trial_student(tmp_path / "one"), 12)
     begin_trial(trial_student(tmp_path / "one", checkpoints={"every": 5}), 12)  # no effect on the weights
-    with pytest.raises(UserError, match=r"train\.batch: 8 then, 16 now"):
+    with pytest.raises(UserError, match=r"train\.batch: 8 before, 16 now"):
         begin_trial(trial_student(tmp_path / "one", batch=16), 12)
-    with pytest.raises(UserError, match=r"train\.steps: 12 then, 13 now"):
+    with pytest.raises(UserError, match=r"train\.steps: 12 before, 13 now"):
         begin_trial(trial_student(tmp_path / "one"), 13)

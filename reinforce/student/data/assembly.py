@@ -1,4 +1,4 @@
-"""Batches put together out of the parts that loader processes made."""
+"""Assembling batches from the parts that loader processes made."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from reinforce.student.data.parts import Part, Room
+from reinforce.student.data.parts import Part, PartBuffers
 from reinforce.student.data.reader import Targets
 from reinforce.training.task import Batch
 
 
-class Lent:
-    """Arrays that are lent out again when nothing refers to them any more.
+class BufferPool:
+    """Arrays that are reused once nothing references them.
 
-    To clear new pages for a batch costs the kernel more than to copy it.
+    Allocating new pages for a batch costs the kernel more time than copying the batch.
     """
 
     def __init__(self) -> None:
         self._arrays: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
 
     def array(self, shape: tuple[int, ...]) -> np.ndarray:
-        """uint8 of the shape; tensors made of it keep it."""
-        for number, (array, lent) in enumerate(self._arrays):
-            if lent() is None and array.shape == shape:
+        """Return an uint8 array of the shape; tensors that share its memory keep it in use."""
+        for number, (array, view_in_use) in enumerate(self._arrays):
+            if view_in_use() is None and array.shape == shape:
                 del self._arrays[number]
                 break
         else:
@@ -39,47 +39,48 @@ class Lent:
 
 @dataclass(frozen=True)
 class Assembler:
-    """Lays parts end to end: a copy, since their rooms are used again. See ``reinforce.student.data.batch``.
+    """Concatenates parts to batches, see ``reinforce.student.data.batch``. It copies, since part buffers are reused.
 
-    ``pin``: into pinned memory, from where a CUDA device fetches by itself.
+    ``kinds`` are the kinds of text, ``targets`` the stored vectors of an example, ``online`` the online teachers. With
+    ``pin``, batches are in pinned memory, from which a CUDA device copies asynchronously.
     """
 
     kinds: tuple[str, ...]
     targets: Targets
     online: tuple[str, ...]
     pin: bool
-    _lent: Lent = field(default_factory=Lent)
+    _pool: BufferPool = field(default_factory=BufferPool)
 
-    def batch(self, parts: Sequence[Part], rooms: Sequence[Room]) -> Batch:
-        """``rooms`` are those that the parts were made in, each as long as its part."""
+    def assemble(self, parts: Sequence[Part], buffers: Sequence[PartBuffers]) -> Batch:
+        """Concatenate the parts of a batch; ``buffers`` hold their images and vectors and have the parts' lengths."""
         batch: dict[str, Any] = {
             "key": [key for part in parts for key in part.keys],
-            "image": self._images([room.image for room in rooms]),
+            "image": self._concatenate_images([of_part.image for of_part in buffers]),
         }
         for number, kind in enumerate(self.kinds):
-            batch[kind] = self._joined([part.tokens[number] for part in parts])
+            batch[kind] = self._concatenate([part.tokens[number] for part in parts])
         targets: dict[str, dict[str, torch.Tensor]] = {}
         start = 0
         for (teacher, what), dim in self.targets:
-            vectors = [room.vectors[:, start : start + dim] for room in rooms]
-            targets.setdefault(teacher, {})[what] = self._joined(vectors)
+            vectors = [of_part.vectors[:, start : start + dim] for of_part in buffers]
+            targets.setdefault(teacher, {})[what] = self._concatenate(vectors)
             start += dim
         batch["targets"] = targets
         if self.online:
-            apart = bool(rooms[0].view.numel())
-            view = self._images([room.view for room in rooms]) if apart else batch["image"]
+            has_views = bool(buffers[0].view.numel())
+            view = self._concatenate_images([of_part.view for of_part in buffers]) if has_views else batch["image"]
             batch["views"] = dict.fromkeys(self.online, view)
             texts = [row for part in parts for row in part.texts]
             batch["texts"] = {kind: [row[number] for row in texts] for number, kind in enumerate(self.kinds)}
         return batch
 
-    def _images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _concatenate_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         if self.pin:
-            return self._joined(images)
-        out = self._lent.array((sum(map(len, images)), *images[0].shape[1:]))
+            return self._concatenate(images)
+        out = self._pool.array((sum(map(len, images)), *images[0].shape[1:]))
         np.concatenate([image.numpy() for image in images], out=out)
         return torch.from_numpy(out)
 
-    def _joined(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _concatenate(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
         return torch.cat(list(tensors), out=torch.empty(shape, dtype=tensors[0].dtype, pin_memory=self.pin))

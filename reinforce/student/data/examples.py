@@ -1,6 +1,6 @@
 """From the rows of a row group to examples: one augmentation, one text of each kind, and the teachers' vectors of them.
 
-Only what was picked is taken out of the columns.
+Only the picked elements are taken out of the columns.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ ReadLayer: TypeAlias = Callable[[str], pa.Table]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What an example takes of a sample, and how it is picked.
+class ExampleSpec:
+    """What an example takes from a sample, and how it is picked.
 
-    ``seeing`` and ``reading`` are the teachers whose vectors of images and of texts are wanted, ``captioners`` have
-    weights. With ``mixed`` an example has one text, a synthetic one with probability ``synthetic``; with ``both`` it
-    has the true caption and, where there are captioners, a synthetic one.
+    ``image_teachers`` and ``text_teachers`` are the teachers whose image and text vectors are wanted; ``captioners``
+    maps names to weights. With ``captions: mixed`` an example has one text, a synthetic one with probability
+    ``synthetic``; with ``both`` it has the true caption and, if there are captioners, a synthetic one.
     """
 
-    seeing: tuple[str, ...]
-    reading: tuple[str, ...]
+    image_teachers: tuple[str, ...]
+    text_teachers: tuple[str, ...]
     captioners: Mapping[str, float]
     captions: Literal["both", "mixed"]
     synthetic: float
@@ -51,11 +51,11 @@ class Choice:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Names of an example's texts in a batch."""
+        """Kinds of text of an example, as they are named in a batch."""
         return ("caption", "synthetic") if self.captions == "both" and self.captioners else ("caption",)
 
     def sources(self, kind: str) -> dict[str, float]:
-        """Where texts of a kind come from: TRUE_CAPTION or captioners, with weights."""
+        """Sources of the texts of a kind, TRUE_CAPTION or captioners, with weights."""
         if self.captions == "both" or not self.captioners:
             return {TRUE_CAPTION: 1.0} if kind == "caption" else dict(self.captioners)
         total = sum(self.captioners.values()) or 1.0
@@ -67,24 +67,25 @@ class Choice:
 
     @property
     def targets(self) -> list[tuple[str, str]]:
-        """(teacher, ``image`` or kind of text) of an example's vectors, in their order."""
-        return [(t, "image") for t in self.seeing] + [(t, kind) for kind in self.kinds for t in self.reading]
+        """(teacher, ``image`` or kind of text) of each vector of an example, in order."""
+        of_images = [(teacher, "image") for teacher in self.image_teachers]
+        return of_images + [(teacher, kind) for kind in self.kinds for teacher in self.text_teachers]
 
     def columns(self, images: Literal["embed", "reference"]) -> dict[str, tuple[str, ...]]:
-        """Columns that are read, by layer; of a dataset whose samples layer keeps ``images`` in that way."""
+        """Columns to read by layer; ``images`` says how the samples layer of the dataset stores images."""
         sources = list(dict.fromkeys(source for kind in self.kinds for source in self.sources(kind)))
         samples = ["key", "augmentations", image_column(images)]
         columns: dict[str, tuple[str, ...]] = {
             SAMPLES: (*samples, "caption") if TRUE_CAPTION in sources else (*samples,)
         }
         columns |= {captions_layer(source): ("key", "captions") for source in sources if source != TRUE_CAPTION}
-        layers = [embeddings_layer(t, "images") for t in self.seeing]
-        layers += [embeddings_layer(t, source) for t in self.reading for source in sources]
+        layers = [embeddings_layer(teacher, "images") for teacher in self.image_teachers]
+        layers += [embeddings_layer(teacher, source) for teacher in self.text_teachers for source in sources]
         return columns | dict.fromkeys(layers, ("key", "embeddings"))
 
 
-class Origin(NamedTuple):
-    """The samples file that an example stands in, and within which limits and by which policy its image was read."""
+class SampleFile(NamedTuple):
+    """The samples file of an example, with the limits and the policy by which its image was decoded."""
 
     path: str
     limits: Limits
@@ -92,121 +93,123 @@ class Origin(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One training example whose pixels and tokens are still to be made."""
+    """One training example before its pixels and tokens are made."""
 
-    origin: Origin
+    file: SampleFile
     key: str
     image: bytes
     augmentation: Augmentation
-    texts: tuple[str, ...]  # by ``Choice.kinds``
-    vectors: Floats  # those of ``Choice.targets`` end to end
+    texts: tuple[str, ...]  # one for each of ``ExampleSpec.kinds``
+    vectors: Floats  # concatenated vectors of ``ExampleSpec.targets``
 
 
 class Examples(NamedTuple):
-    """Examples of consecutive rows, None where a row is not usable, and how many are not for which reason."""
+    """Examples of consecutive rows, None for an unusable row, and counts of unusable rows by reason."""
 
     rows: list[Example | None]
     unusable: dict[str, int]
 
 
-def examples_of(
-    samples: pa.Table, read: ReadLayer, first: int, stop: int, origin: Origin, choice: Choice, epoch: int
+def make_examples(
+    samples: pa.Table, read: ReadLayer, first: int, stop: int, file: SampleFile, spec: ExampleSpec, epoch: int
 ) -> Examples:
-    """Rows ``first`` to ``stop`` of a row group as examples of one pass.
+    """Make the examples of rows ``first`` to ``stop`` of a row group in one epoch.
 
-    ``read`` gives the row group of another layer; one is in memory at a time. A row is usable where a text of every
-    kind and all vectors are there; if one captioner could not serve it, its text comes from another. Images that are
-    referred to are read from their tar, in its order; raises UserError where they cannot be.
+    ``read`` reads the row group of another layer; one layer is in memory at a time. A row is usable if it has a text
+    of every kind and all vectors; if one captioner has none for it, its text comes from another one. Images that are
+    stored by reference are read from their tar, in the tar's order. Raises UserError if they cannot be read.
     """
     samples = samples.slice(first, stop - first)
     keys: list[str] = samples["key"].to_pylist()
-    draws = _Draws(choice, epoch, keys)
+    picks = _Picks(spec, epoch, keys)
     usable, unusable = np.ones(len(keys), bool), {}
 
     def rows_of(layer: str) -> pa.Table:
         return read(layer).slice(first, stop - first)
 
-    def need(present: Bools, reason: str) -> None:
+    def require(present: Bools, reason: str) -> None:
         if lost := int((usable & ~present).sum()):
             unusable[reason] = lost
             usable[~present] = False
 
-    records = _Lists(samples["augmentations"])
-    views = draws.index(0, records.counts)
+    records = _ListColumn(samples["augmentations"])
+    views = picks.index(0, records.counts)
     augmentations = from_records(records.take(views))
     blocks: list[Floats] = []
-    for teacher in choice.seeing:
+    for teacher in spec.image_teachers:
         layer = embeddings_layer(teacher, "images")
         picked, valid = vectors.pick(rows_of(layer), views)
-        need(valid, f"{layer} is null")
+        require(valid, f"{layer} is null")
         blocks.append(picked)
     texts: list[list[str]] = []
-    for number, kind in enumerate(choice.kinds):
-        weights = choice.sources(kind)
-        sources = [_source(samples, rows_of, name, choice.reading, draws) for name in weights]
-        which, found = draws.source(2 + number, [source.whole for source in sources], list(weights.values()))
+    for number, kind in enumerate(spec.kinds):
+        weights = spec.sources(kind)
+        sources = [_pick_texts(samples, rows_of, name, spec.text_teachers, picks) for name in weights]
+        chosen, found = picks.source(2 + number, [source.complete for source in sources], list(weights.values()))
         name = "caption" if kind == TRUE_CAPTION else "synthetic caption"
-        need(np.any([source.written for source in sources], axis=0), f"no {name}")
-        need(found, f"no vectors of the {name}")
-        texts.append([sources[source].texts[row] or "" for row, source in enumerate(which.tolist())])
+        require(np.any([source.has_text for source in sources], axis=0), f"no {name}")
+        require(found, f"no vectors of the {name}")
+        texts.append([sources[source].texts[row] or "" for row, source in enumerate(chosen.tolist())])
         for of_sources in zip(*(source.vectors for source in sources), strict=True):
-            blocks.append(np.stack(of_sources)[which, np.arange(len(keys))])
+            blocks.append(np.stack(of_sources)[chosen, np.arange(len(keys))])
     block = np.concatenate(blocks, axis=1) if blocks else np.empty((len(keys), 0), np.float32)
 
     places = np.flatnonzero(usable).tolist()
     examples: list[Example | None] = [None] * len(keys)
-    for i, image in zip(places, _images(samples, places), strict=True):
-        examples[i] = Example(origin, keys[i], image, augmentations[i], tuple(text[i] for text in texts), block[i])
+    for i, image in zip(places, _read_images(samples, places), strict=True):
+        examples[i] = Example(file, keys[i], image, augmentations[i], tuple(text[i] for text in texts), block[i])
     return Examples(examples, unusable)
 
 
-class _Draws:
-    """The random numbers of every row in one pass, or its turns."""
+class _Picks:
+    """The picks of every row in one epoch: random numbers, or turns."""
 
-    def __init__(self, choice: Choice, epoch: int, keys: Sequence[str]) -> None:
-        self._fresh = uniforms(choice.seed, keys, "example", epoch, 2 + len(choice.kinds))
-        self._turn = uniforms(choice.seed, keys, "turn", 0, 2) if choice.pick == "sequential" else None
+    def __init__(self, spec: ExampleSpec, epoch: int, keys: Sequence[str]) -> None:
+        self._random = uniforms(spec.seed, keys, "example", epoch, 2 + len(spec.kinds))
+        self._turn = uniforms(spec.seed, keys, "turn", 0, 2) if spec.pick == "sequential" else None
         self._epoch = epoch
 
     def index(self, number: int, counts: Ints) -> Ints:
-        """One of ``counts`` things for every row; by turns, all of them come up in as many passes."""
+        """One of ``counts`` [rows] items for every row; in turn, all items come up in as many epochs."""
         if self._turn is None:
-            return (self._fresh[:, number] * counts).astype(np.intp)
+            return (self._random[:, number] * counts).astype(np.intp)
         return ((self._turn[:, number] * counts).astype(np.intp) + self._epoch) % np.maximum(counts, 1)
 
-    def source(self, number: int, whole: Sequence[Bools], weights: Sequence[float]) -> tuple[Ints, Bools]:
-        """Which source each row's text comes from, by weight among those that are whole, and whether one is."""
-        edges = np.cumsum([rows * weight for rows, weight in zip(whole, weights, strict=True)], axis=0)
-        which = (edges <= self._fresh[:, number] * edges[-1]).sum(axis=0)
-        return np.minimum(which, len(edges) - 1), edges[-1] > 0
+    def source(self, number: int, complete: Sequence[Bools], weights: Sequence[float]) -> tuple[Ints, Bools]:
+        """The source of each row's text, by weight among the complete ones, and whether there is one."""
+        edges = np.cumsum([rows * weight for rows, weight in zip(complete, weights, strict=True)], axis=0)
+        chosen = (edges <= self._random[:, number] * edges[-1]).sum(axis=0)
+        return np.minimum(chosen, len(edges) - 1), edges[-1] > 0
 
 
-class _Source(NamedTuple):
-    """What was picked of one source of texts, for every row."""
+class _PickedTexts(NamedTuple):
+    """The texts picked from one source, for every row."""
 
     texts: list[str | None]
-    vectors: list[Floats]  # by teacher
-    written: Bools  # where there is a text
-    whole: Bools  # and all vectors of it
+    vectors: list[Floats]  # [rows, D] by teacher
+    has_text: Bools
+    complete: Bools  # has a text and all vectors of it
 
 
-def _source(samples: pa.Table, read: ReadLayer, name: str, reading: Sequence[str], draws: _Draws) -> _Source:
-    if name == TRUE_CAPTION:
+def _pick_texts(
+    samples: pa.Table, read: ReadLayer, source: str, teachers: Sequence[str], picks: _Picks
+) -> _PickedTexts:
+    if source == TRUE_CAPTION:
         texts = samples["caption"].to_pylist()
-        written = np.asarray(samples["caption"].is_valid())
+        has_text = np.asarray(samples["caption"].is_valid())
         index = np.zeros(len(texts), np.intp)
     else:
-        lists = _Lists(read(captions_layer(name))["captions"])
-        written = lists.counts > 0
-        index = draws.index(1, lists.counts)
+        lists = _ListColumn(read(captions_layer(source))["captions"])
+        has_text = lists.counts > 0
+        index = picks.index(1, lists.counts)
         texts = lists.take(index)
-    picked = [vectors.pick(read(embeddings_layer(teacher, name)), index) for teacher in reading]
-    whole = np.logical_and.reduce([written, *(valid for _, valid in picked)])
-    return _Source(texts, [found for found, _ in picked], written, whole)
+    picked = [vectors.pick(read(embeddings_layer(teacher, source)), index) for teacher in teachers]
+    complete = np.logical_and.reduce([has_text, *(valid for _, valid in picked)])
+    return _PickedTexts(texts, [found for found, _ in picked], has_text, complete)
 
 
-def _images(samples: pa.Table, rows: Sequence[int]) -> Iterator[bytes]:
-    """Encoded images of ascending rows."""
+def _read_images(samples: pa.Table, rows: Sequence[int]) -> Iterator[bytes]:
+    """Encoded images of the given rows, which must ascend."""
     if "image" in samples.column_names:
         column = samples["image"]
         yield from (column[row].as_py() for row in rows)
@@ -217,12 +220,12 @@ def _images(samples: pa.Table, rows: Sequence[int]) -> Iterator[bytes]:
     except (OSError, DamagedTar) as error:
         tars = ", ".join(sorted({reference["url"] for reference in references}))
         raise UserError(
-            f"images are kept by reference, and {tars} cannot be read: {type(error).__name__}: {error}. Restore it."
+            f"images are stored by reference, and {tars} cannot be read: {type(error).__name__}: {error}. Restore it."
         ) from error
 
 
-class _Lists:
-    """A column of lists, of each of which one element is taken."""
+class _ListColumn:
+    """A list column of which one element per row is taken."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
@@ -231,5 +234,5 @@ class _Lists:
         self.counts: Ints = np.where(np.asarray(array.is_valid()), np.diff(offsets), 0)
 
     def take(self, index: Ints) -> list[Any]:
-        """Element ``index[row]`` of every row, None where there is none."""
+        """Element ``index[row]`` of every row, None for an empty or null list."""
         return self._values.take(pa.array(self._starts + index, mask=self.counts == 0)).to_pylist()

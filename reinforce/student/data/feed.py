@@ -1,4 +1,4 @@
-"""Batches for the training loop: streams read by loader processes, and their parts put together."""
+"""Batches for the training loop: loader processes read streams, and their parts are assembled to batches."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from torch.utils.data import DataLoader, IterableDataset
 from reinforce.errors import UserError
 from reinforce.student.config import Data
 from reinforce.student.data.assembly import Assembler
-from reinforce.student.data.parts import Maker, Part, Tokenize
-from reinforce.student.data.stream import Plan, Stream
-from reinforce.student.data.survey import survey
+from reinforce.student.data.datasets import open_datasets
+from reinforce.student.data.parts import Part, PartMaker, Tokenize
+from reinforce.student.data.stream import RankStream, StreamPlan
 from reinforce.training.task import Batch
 
 _LOG = logging.getLogger(__name__)
-_SHARED = Path("/dev/shm")  # noqa: S108 - where Linux keeps what processes share
-#: Modules that loader processes need and that take seconds to import: the server they are forked from has them.
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps memory that processes share
+#: Modules that loader processes need and that take seconds to import: the fork server imports them once.
 _PRELOADED = ["open_clip", "reinforce.student.data.stream", "teachers.open_clip_text"]
 
 T = TypeVar("T")
-_Made: TypeAlias = "tuple[Batch, Counter[str]]"  # a batch, and rows that were passed over on the way, by reason
+_Assembled: TypeAlias = "tuple[Batch, Counter[str]]"  # a batch, and the unusable rows since the last one, by reason
 
 
 class StudentFeed:
-    """Batches as ``reinforce.student.data.batch`` describes them, from reinforced datasets.
+    """Batches from reinforced datasets, in the format of ``reinforce.student.data.batch``.
 
-    ``size`` is the side in pixels of the student's images. ``teachers`` are those whose stored vectors are read,
-    instead of ``data.teachers``; for those ``online``, batches have ``views`` and ``texts``. ``pin`` puts batches
-    into pinned memory.
+    ``size`` is the side of the student's images in pixels. ``teachers`` are those whose stored vectors are read,
+    instead of ``data.teachers``; for the teachers in ``online``, batches have ``views`` and ``texts``. ``pin`` puts
+    batches into pinned memory. Raises UserError if a dataset is incomplete, damaged, or does not fit the others.
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class StudentFeed:
         pin: bool = False,
     ) -> None:
         self._data, self._seed = data, seed
-        self._corpora = survey(data, seed, data.teachers if teachers is None else teachers)
-        choice, targets = self._corpora[0].choice, self._corpora[0].targets
-        self._assembler = Assembler(choice.kinds, targets, tuple(online), pin)
+        self._datasets = open_datasets(data, seed, data.teachers if teachers is None else teachers)
+        spec, targets = self._datasets[0].spec, self._datasets[0].targets
+        self._assembler = Assembler(spec.kinds, targets, tuple(online), pin)
         width = sum(dim for _, dim in targets)
-        self._maker = Maker(size, width, tokenize, max(corpus.size for corpus in self._corpora) if online else None)
-        self.samples: int = data.samples or sum(corpus.rows for corpus in self._corpora)
+        view = max(dataset.size for dataset in self._datasets) if online else None
+        self._maker = PartMaker(size, width, tokenize, view)
+        self.samples: int = data.samples or sum(dataset.rows for dataset in self._datasets)
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Generator[Batch]:
-        """See ``reinforce.training.task.Feed``. Raises UserError for what is found amiss on the way.
+        """See ``reinforce.training.task.Feed``. Raises UserError for damaged data and for numbers that do not fit.
 
-        The number of a step is all that has to be known to go on, so a plain DataLoader does: there is no state of
-        its processes to be collected and kept.
+        The number of the step is all the state there is, so a plain DataLoader resumes exactly.
         """
         processes = max(1, self._data.workers)
         streams = self._data.streams or ranks * processes
@@ -77,43 +77,45 @@ class StudentFeed:
             )
         if batch < processes:
             raise UserError(f"data.workers ({processes}) must be at most the batch of a rank ({batch}).")
-        plan = Plan(self._corpora, self._maker, self._seed, streams, self._data.window)
-        stream = Stream(plan, rank, ranks, batch, start)
-        batches = _ahead(self._by_processes(stream)) if self._data.workers else self._by_this_process(stream)
+        plan = StreamPlan(self._datasets, self._maker, self._seed, streams, self._data.window)
+        stream = RankStream(plan, rank, ranks, batch, start)
+        batches = _prefetch_one(self._read_in_workers(stream)) if self._data.workers else self._read_here(stream)
         unusable, samples = Counter[str](), start * batch * ranks
         with contextlib.closing(batches):
-            for assembled, passed_over in batches:
-                unusable.update(passed_over)
+            for assembled, new_unusable in batches:
+                unusable.update(new_unusable)
                 epoch, samples = samples // self.samples, samples + batch * ranks
                 if unusable and samples // self.samples > epoch:
-                    told = ", ".join(f"{reason}: {count:,}" for reason, count in unusable.most_common())
-                    _LOG.warning("epoch %d, rank %d: rows that others stood in for: %s", epoch + 1, rank, told)
+                    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in unusable.most_common())
+                    _LOG.warning("epoch %d, rank %d: unusable rows that were replaced: %s", epoch + 1, rank, reasons)
                     unusable.clear()
                 yield assembled
 
-    def _by_this_process(self, stream: Stream) -> Generator[_Made]:
-        stream.rooms = self._maker.room(1, 1, stream.batch)
+    def _read_here(self, stream: RankStream) -> Generator[_Assembled]:
+        """Read in this process."""
+        stream.buffers = self._maker.allocate(1, 1, stream.batch)
         for part in stream:
-            assert part.room is not None
-            yield self._assembler.batch([part], [part.room]), part.unusable
+            assert part.buffers is not None
+            yield self._assembler.assemble([part], [part.buffers]), part.unusable
 
-    def _by_processes(self, stream: Stream) -> Generator[_Made]:
+    def _read_in_workers(self, stream: RankStream) -> Generator[_Assembled]:
+        """Read in loader processes, which make their parts in shared memory."""
         processes, start = self._data.workers, stream.step
-        # While the parts of one step are put together, a process is at most `prefetch` steps ahead of them.
+        # While the parts of one step are assembled, a process is at most `prefetch` steps ahead of them.
         depth, rows = self._data.prefetch + 1, -(-stream.batch // processes)
         self._check_shared_memory(processes, depth, rows)
-        rooms = stream.rooms = self._maker.room(processes, depth, rows).shared()
+        buffers = stream.buffers = self._maker.allocate(processes, depth, rows).share_memory()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         loader: DataLoader[Part | UserError] = DataLoader(
-            _Guarded(stream),
+            _WorkerStream(stream),
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=processes,
             prefetch_factor=self._data.prefetch,
-            # A fork of this process would copy locks that threads hold which do not exist in it: Ray's, s3fs's.
+            # A fork of this process would copy locks of threads that do not exist in it (Ray's, s3fs's).
             multiprocessing_context=context,
-            worker_init_fn=partial(_enter, dict(os.environ)),
+            worker_init_fn=partial(_init_worker, dict(os.environ)),
         )
         received = iter(loader)
         for step in itertools.count(start):
@@ -123,56 +125,56 @@ class StudentFeed:
                 if isinstance(part, UserError):
                     raise part
                 parts.append(part)
-            made_in = [rooms.at(p, step % depth, slice(len(part.keys))) for p, part in enumerate(parts)]
-            yield self._assembler.batch(parts, made_in), sum((part.unusable for part in parts), Counter())
+            filled = [buffers.select(p, step % depth, slice(len(part.keys))) for p, part in enumerate(parts)]
+            yield self._assembler.assemble(parts, filled), sum((part.unusable for part in parts), Counter())
 
     def _check_shared_memory(self, *rows: int) -> None:
-        needed = self._maker.room_bytes(*rows)
-        if _SHARED.exists() and (free := shutil.disk_usage(_SHARED).free) < needed:
+        needed = self._maker.buffer_bytes(*rows)
+        if _SHARED_MEMORY.exists() and (free := shutil.disk_usage(_SHARED_MEMORY).free) < needed:
             raise UserError(
-                f"{_SHARED} has {free / 1e6:,.0f} MB free, and loader processes need {needed / 1e6:,.0f} MB there for "
-                "batches. Enlarge it (docker run --shm-size), lower data.prefetch, or set data.workers to 0."
+                f"{_SHARED_MEMORY} has {free / 1e6:,.0f} MB free, and loader processes need {needed / 1e6:,.0f} MB "
+                "there for batches. Enlarge it (docker run --shm-size), lower data.prefetch, or set data.workers to 0."
             )
 
 
-class _Guarded(IterableDataset[Any]):
-    """A stream as it is sent: without what is in shared memory, and with an error for users as its last item.
+class _WorkerStream(IterableDataset[Any]):
+    """A stream as a loader process sends it: parts without their buffers, and a UserError as the last item.
 
-    A DataLoader would wrap the error into its own traceback.
+    A DataLoader would wrap a raised error into its own traceback.
     """
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: RankStream) -> None:
         self._stream = stream
 
     def __iter__(self) -> Iterator[Part | UserError]:
         try:
             for part in self._stream:
-                yield part._replace(room=None)
+                yield part._replace(buffers=None)
         except UserError as error:
             yield error
 
 
-def _as_it_is(item: T) -> T:
+def _identity(item: T) -> T:
     return item
 
 
-def _enter(environment: Mapping[str, str], _: int) -> None:
-    """Begin a loader process."""
-    os.environ.update(environment)  # a fork server keeps that of its own start
-    gc.freeze()  # spares every collection a walk through all modules
+def _init_worker(environment: Mapping[str, str], _: int) -> None:
+    """Set up a loader process."""
+    os.environ.update(environment)  # a fork server has the environment of its own start
+    gc.freeze()  # garbage collections skip all imported modules
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), name="end", daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), name="exit-with-parent", daemon=True).start()
 
 
-def _end_with(sentinel: int) -> None:
-    """End with the training: torch watches the process that forked this one, the server, which never ends before."""
+def _exit_with_parent(sentinel: int) -> None:
+    """Exit when the training exits. Torch only watches the process that forked this one, the fork server."""
     multiprocessing.connection.wait([sentinel])
     os._exit(1)
 
 
-def _ahead(items: Generator[T]) -> Generator[T]:
-    """The same items, made in a thread while the one before is used."""
+def _prefetch_one(items: Generator[T]) -> Generator[T]:
+    """Yield the items; a thread makes the next one while the consumer uses the last."""
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=1)
     closed = threading.Event()
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from reinforce.student.data.assembly import Lent
+from reinforce.student.data.assembly import BufferPool
 
 
 def test_memory_is_lent_again_only_when_nothing_refers_to_it() -> None:
-    lent = Lent()
+    lent = BufferPool()
     batch = torch.from_numpy(lent.array((4, 2)))
     place, part = batch.data_ptr(), batch[1:3]
     assert torch.from_numpy(lent.array((4, 2))).data_ptr() != place

@@ -14,13 +14,13 @@ import pytest
 import schemas
 from reinforce.config import Limits
 from reinforce.dataset import vectors
-from reinforce.student.data.examples import Choice, Examples, Origin, examples_of
+from reinforce.student.data.examples import Examples, ExampleSpec, SampleFile, make_examples
 
 ROWS = 400
-ORIGIN = Origin("samples/x.parquet", Limits())
-CHOICE = Choice(
-    seeing=("t",),
-    reading=("t",),
+ORIGIN = SampleFile("samples/x.parquet", Limits())
+CHOICE = ExampleSpec(
+    image_teachers=("t",),
+    text_teachers=("t",),
     captioners={"a": 3.0, "b": 1.0},
     captions="both",
     synthetic=0.5,
@@ -57,8 +57,8 @@ def tables(**nulls: set[int]) -> dict[str, pa.Table]:
     return layers
 
 
-def examples(layers: Mapping[str, pa.Table], choice: Choice = CHOICE, first: int = 0, epoch: int = 0) -> Examples:
-    return examples_of(layers["samples"], layers.__getitem__, first, ROWS, ORIGIN, choice, epoch)
+def examples(layers: Mapping[str, pa.Table], choice: ExampleSpec = CHOICE, first: int = 0, epoch: int = 0) -> Examples:
+    return make_examples(layers["samples"], layers.__getitem__, first, ROWS, ORIGIN, choice, epoch)
 
 
 def test_what_is_picked_belongs_together() -> None:
@@ -131,9 +131,9 @@ def test_in_turns_everything_comes_up_once_before_it_comes_again() -> None:
 
 
 def test_only_what_is_wanted_is_read() -> None:
-    plain = replace(CHOICE, seeing=(), reading=(), captioners={})
+    plain = replace(CHOICE, image_teachers=(), text_teachers=(), captioners={})
     assert plain.columns("reference") == {"samples": ("key", "augmentations", "image_ref", "caption")}
-    synthetic = replace(CHOICE, captions="mixed", synthetic=1.0, seeing=())
+    synthetic = replace(CHOICE, captions="mixed", synthetic=1.0, image_teachers=())
     assert synthetic.columns("embed") == {
         "samples": ("key", "augmentations", "image"),
         "captions/a": ("key", "captions"),

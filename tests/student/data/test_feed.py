@@ -21,7 +21,7 @@ from reinforce.source.image import decode
 from reinforce.student.config import Data
 from reinforce.student.data.assembly import Assembler
 from reinforce.student.data.feed import StudentFeed
-from reinforce.student.data.stream import Plan, Stream
+from reinforce.student.data.stream import RankStream, StreamPlan
 from reinforce.training.task import Batch
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import letters, read, reinforce_here, small_dataset
@@ -125,13 +125,13 @@ def test_loader_processes_give_every_sample_once_and_go_on_exactly(url: str) -> 
 def test_a_process_that_is_ahead_leaves_alone_what_is_still_put_together(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_once = Assembler.batch
+    at_once = Assembler.assemble
 
     def late(*args: Any) -> Batch:
         time.sleep(0.05)  # in which processes go as far ahead as they may
         return at_once(*args)
 
-    monkeypatch.setattr(Assembler, "batch", late)
+    monkeypatch.setattr(Assembler, "assemble", late)
     batches = take(feed_of(url, workers=1, prefetch=1), 20, 2)
     assert all(map(same, batches, take(feed_of(url), 20, 2)))
 
@@ -147,7 +147,7 @@ def test_batches_are_the_same_at_any_number_of_ranks_where_streams_are_given(url
 def test_state_dict_lets_a_stateful_loader_go_on_exactly(url: str) -> None:
     def loader() -> StatefulDataLoader:
         feed = feed_of(url)
-        stream = Stream(Plan(feed._corpora, feed._maker, 5, streams=2, window=10), 0, 1, batch=6)
+        stream = RankStream(StreamPlan(feed._datasets, feed._maker, 5, streams=2, window=10), 0, 1, batch=6)
         return StatefulDataLoader(
             stream, batch_size=None, num_workers=2, collate_fn=_as_it_is, multiprocessing_context="forkserver"
         )
@@ -164,7 +164,7 @@ def test_state_dict_lets_a_stateful_loader_go_on_exactly(url: str) -> None:
     assert last.keys == parts[4].keys
     resumed = list(itertools.islice(third, 7))
     assert [part.keys for part in resumed] == [part.keys for part in parts[5:]]
-    assert all(torch.equal(part.room.image, old.room.image) for part, old in zip(resumed, parts[5:], strict=True))
+    assert all(torch.equal(part.buffers.image, old.buffers.image) for part, old in zip(resumed, parts[5:], strict=True))
 
 
 def _as_it_is(part: Any) -> Any:
@@ -225,16 +225,16 @@ def test_captioners_and_datasets_are_mixed_by_weight(tmp_path: Path) -> None:
 
 def test_only_the_columns_and_layers_that_are_needed_are_read(url: str) -> None:
     feed = feed_of(url, teachers=["blue"], captioners=[])
-    [corpus] = feed._corpora
-    assert corpus.zip.columns == {
+    [dataset] = feed._datasets
+    assert dataset.layers.columns == {
         "samples": ("key", "augmentations", "image", "caption"),
         "embeddings/blue/images": ("key", "embeddings"),
         "embeddings/blue/caption": ("key", "embeddings"),
     }
-    with corpus.zip.open(corpus.shards[0], whole=False) as layers:
+    with dataset.layers.open(dataset.shards[0], whole=False) as layers:
         tables = layers.read(0)
     assert {name: tuple(sorted(t.column_names)) for name, t in tables.items()} == {
-        name: tuple(sorted(columns)) for name, columns in corpus.zip.columns.items()
+        name: tuple(sorted(columns)) for name, columns in dataset.layers.columns.items()
     }
     [batch] = take(feed, 1, 4)
     assert set(batch["targets"]) == {"blue"}
@@ -259,7 +259,7 @@ def test_rows_that_cannot_be_used_are_stood_in_for_and_told(tmp_path: Path, capl
         assert not {"00000003", "00000007", "00000017"} & set(keys)
     assert all(torch.isfinite(t).all() for b in batches for t in tensors(b).values())
     lines = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-    told = "rank 0: rows that others stood in for: no caption: 2, no vectors of the caption: 1"
+    told = "rank 0: unusable rows that were replaced: no caption: 2, no vectors of the caption: 1"
     assert lines == [f"epoch {epoch}, {told}" for epoch in (1, 2)]
     assert same(take(feed, 1, 4, start=7)[0], batches[7])
 
@@ -267,7 +267,7 @@ def test_rows_that_cannot_be_used_are_stood_in_for_and_told(tmp_path: Path, capl
 def test_a_dataset_without_a_usable_row_is_told(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [m for m in members_of(0, 20) if not m[0].endswith((".txt", ".json"))])
     feed = feed_of(reinforce_here(config_of(f"{tmp_path}/0.tar", tmp_path / "out")))
-    with pytest.raises(reinforce.UserError, match=r"of 40 rows none can be used \(no caption\)"):
+    with pytest.raises(reinforce.UserError, match=r"none of 40 rows can be used \(no caption\)"):
         take(feed, 1, 4)
     assert take(feed_of(f"{tmp_path}/out", teachers=[], captions="mixed", synthetic=1.0), 1, 4)
 

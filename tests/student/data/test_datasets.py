@@ -15,13 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reinforce.dataset import row_counts
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.student.config import Data
 from reinforce.student.data import feed
 from reinforce.student.data.feed import StudentFeed
-from reinforce.student.data.survey import survey
 from schemas import Reason
 from tests.helpers.data import picture, write_tar
 from tests.helpers.reinforced import letters, small_dataset
@@ -101,7 +99,7 @@ def test_shards_that_were_given_up_are_left_out_and_told(dataset: Path, caplog: 
     with caplog.at_level(logging.WARNING, "reinforce"):
         assert open_(dataset).samples == 35
     assert [record.message for record in caplog.records] == [
-        f"{dataset}: 1 shards are left out, since a layer was given up there"
+        f"{dataset}: 1 shards are left out because they are quarantined in a layer"
     ]
 
 
@@ -183,7 +181,7 @@ class TestReferences:
     def test_a_tar_that_vanished_is_named(self, dataset: Path) -> None:
         tar = dataset.parent / "source" / "00000.tar"
         tar.rename(tar.with_suffix(".gone"))
-        with pytest.raises(UserError, match=rf"kept by reference, and {tar} cannot be read: FileNotFoundError"):
+        with pytest.raises(UserError, match=rf"stored by reference, and {tar} cannot be read: FileNotFoundError"):
             epoch(open_(dataset))
 
     def test_an_image_that_changed_is_named_by_file_and_key(self, dataset: Path) -> None:
@@ -191,42 +189,3 @@ class TestReferences:
         write_tar(tar, [(f"x{i}.png", picture(i, width=8, height=6)) for i in range(200)])
         with pytest.raises(UserError, match=r"samples/.*\.parquet, key 000\d{5}: this is not the image that was augm"):
             epoch(open_(dataset))
-
-
-class TestCounts:
-    """Row counts of many shards."""
-
-    @pytest.fixture(autouse=True)
-    def many(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr(row_counts, "_CACHE_FROM", 2)
-        monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
-
-    def footers_read(self, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[list[int]]]:
-        asked: list[str] = []
-        original = row_counts.check_footer
-        with monkeypatch.context() as patch:
-            patch.setattr(row_counts, "check_footer", lambda path, *rest: (asked.append(path), original(path, *rest)))
-            [corpus] = survey(Data.model_validate({"datasets": str(dataset)}), 0, [])
-        return len(asked), corpus.groups.tolist()
-
-    def test_they_are_asked_for_once_a_node_and_again_for_new_or_changed_shards(
-        self, dataset: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        asked, groups = self.footers_read(dataset, monkeypatch)
-        assert asked == 3
-        assert groups == [[0, 0, 8], [0, 1, 8], [0, 2, 5], [1, 0, 8], [1, 1, 1], [2, 0, 8], [2, 1, 6]]
-        assert self.footers_read(dataset, monkeypatch) == (0, groups)
-        rewrite(file_of(dataset, "samples", 1), lambda table: table)
-        assert self.footers_read(dataset, monkeypatch) == (1, groups)
-
-    def test_a_broken_cache_is_made_anew(self, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        _, groups = self.footers_read(dataset, monkeypatch)
-        [kept] = (tmp_path / "cache" / "rows").iterdir()
-        kept.write_bytes(b"PAR1 no")
-        assert self.footers_read(dataset, monkeypatch) == (3, groups)
-
-    def test_footers_longer_than_what_is_asked_for_are_read(
-        self, dataset: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(row_counts, "_TAIL", 100)
-        assert self.footers_read(dataset, monkeypatch)[0] == 3

@@ -1,0 +1,132 @@
+"""Opening the datasets of a training: their layers and row counts.
+
+Missing layers and shards, damaged files and datasets that do not fit together are reported before the first step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from reinforce.dataset.aligned import AlignedLayers
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer
+from reinforce.dataset.manifest import read_manifest, select_names
+from reinforce.dataset.row_counts import row_group_table
+from reinforce.dataset.sample import ImagePolicies
+from reinforce.dataset.store import Store
+from reinforce.errors import UserError
+from reinforce.student.config import Data
+from reinforce.student.data.examples import ExampleSpec
+from reinforce.student.data.reader import StreamedDataset, Targets
+
+_LOG = logging.getLogger(__name__)
+#: Shards that are opened in all layers before the training; the others are checked when they are read.
+_CHECKED_SHARDS = 16
+
+
+def open_datasets(data: Data, seed: int, teachers: Sequence[str] | None) -> list[StreamedDataset]:
+    """Open the datasets of a training; ``teachers`` are those whose vectors are read (None: all).
+
+    Raises UserError if something is missing, damaged or does not fit together.
+    """
+    datasets = [_open_dataset(source.url, source.weight, data, seed, teachers) for source in data.datasets]
+    first = datasets[0]
+    for other in datasets[1:]:
+        if (other.targets, other.spec.kinds) != (first.targets, first.spec.kinds):
+            raise UserError(
+                f"{first.url} and {other.url} give different examples: {_describe(first)}; {_describe(other)}. "
+                "Name teachers and captioners that they share under `data`."
+            )
+    return datasets
+
+
+def _open_dataset(url: str, weight: float, data: Data, seed: int, teachers: Sequence[str] | None) -> StreamedDataset:
+    store = Store(url)
+    manifest = read_manifest(store)
+    policies = ImagePolicies.from_manifest(manifest, url)
+    policies.check()
+    layers = manifest["layers"]
+    chosen_teachers = select_names(url, "teachers", teachers, manifest)
+    captioners = select_names(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)
+    spec = ExampleSpec(
+        image_teachers=tuple(t for t in chosen_teachers if embeddings_layer(t, "images") in layers),
+        text_teachers=tuple(t for t in chosen_teachers if embeddings_layer(t, TRUE_CAPTION) in layers),
+        captioners={name: (data.captioners or {}).get(name, 1.0) for name in captioners},
+        captions=data.captions,
+        synthetic=data.synthetic,
+        pick=data.pick,
+        seed=seed,
+    )
+    columns = spec.columns(manifest["images"])
+    for layer in columns:
+        if layer not in layers:
+            raise UserError(
+                f"{url} has no layer {layer}. Run a config with both models on it, or leave one out under `data`."
+            )
+    fingerprints = {layer: layers[layer]["fingerprint"] for layer in columns}
+    aligned = AlignedLayers(store, fingerprints, columns)
+    sizes = _complete_shards(store, list(columns))
+    groups = row_group_table(store, fingerprints[SAMPLES], sizes)
+    if not groups[:, 2].sum():
+        raise UserError(
+            f"{url} has no sample in {len(sizes)} shards. `reinforce status {url}` shows what was quarantined."
+        )
+    shards = tuple(sizes)
+    _check_some_shards(aligned, shards)
+    targets: Targets = tuple(
+        ((teacher, what), layers[embeddings_layer(teacher, "images" if what == "image" else TRUE_CAPTION)]["dim"])
+        for teacher, what in spec.targets
+    )
+    size = manifest["augmentations"]["size"]
+    return StreamedDataset(url, weight, aligned, spec, targets, policies.limits, policies.image, size, shards, groups)
+
+
+def _complete_shards(store: Store, layers: Sequence[str]) -> dict[str, int]:
+    """Shards that exist in every layer, with the size in bytes of their samples file.
+
+    Shards that are quarantined in some layer are left out. Raises UserError if others are missing.
+    """
+    listings = {layer: store.shards(layer) for layer in layers}
+    samples = listings[SAMPLES]
+    missing = {layer: samples.keys() - listing.keys() for layer, listing in listings.items()}
+    quarantined: set[str] = set()
+    if any(missing.values()):
+        quarantined = set().union(*(store.quarantined_shards(layer, listing) for layer, listing in listings.items()))
+    for layer, shards in missing.items():
+        if unfinished := sorted(shards - quarantined):
+            raise UserError(
+                f"{store.url}: {layer} lacks {len(unfinished):,} of {len(samples):,} shards "
+                f"({', '.join(unfinished[:3])}{', ...' if len(unfinished) > 3 else ''}). "
+                "Finish it with `reinforce run` and its config."
+            )
+    complete = {shard: size for shard, size in sorted(samples.items()) if shard not in quarantined}
+    if len(complete) < len(samples):
+        left_out = len(samples) - len(complete)
+        _LOG.warning("%s: %d shards are left out because they are quarantined in a layer", store.url, left_out)
+    return complete
+
+
+def _check_some_shards(aligned: AlignedLayers, shards: Sequence[str]) -> None:
+    """Open some shards, the first and the last included, in all layers: footers, and keys of the first row group.
+
+    Raises UserError if a file is damaged, has another fingerprint, or has other keys than the samples.
+    """
+    some = sorted({shards[round(i * (len(shards) - 1) / (_CHECKED_SHARDS - 1))] for i in range(_CHECKED_SHARDS)})
+
+    def check(shard: str) -> None:
+        with keys.open(shard, whole=False) as layers:
+            if layers.row_groups:
+                layers.read(0)
+
+    keys = AlignedLayers(aligned.store, aligned.fingerprints, dict.fromkeys(aligned.fingerprints, ("key",)))
+    with ThreadPoolExecutor(_CHECKED_SHARDS) as pool:
+        list(pool.map(check, some))
+    _LOG.info(
+        "%s: opened %d of %d shards in %d layers", aligned.store.url, len(some), len(shards), len(keys.fingerprints)
+    )
+
+
+def _describe(dataset: StreamedDataset) -> str:
+    targets = ", ".join(f"{what} of {teacher} [{dim}]" for (teacher, what), dim in dataset.targets)
+    return f"{dataset.url} has {' and '.join(dataset.spec.kinds)} with {targets or 'no vectors'}"

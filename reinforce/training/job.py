@@ -1,0 +1,53 @@
+"""What a training is asked to do, and for how many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reinforce.errors import UserError
+from reinforce.training.config import Training
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop needs besides the task and its feed.
+
+    ``fixed_config`` is the part of the config that determines the training, by dotted keys: a checkpoint with another
+    one is refused. ``evaluate_every`` is in steps (None: only at the end); ``evaluate_start`` also evaluates before
+    the first step. ``best`` is the metric whose best checkpoint is kept (default: the first metric). ``export`` is the
+    folder of ``output`` for the final weights.
+    """
+
+    training: Training
+    output: str
+    seed: int
+    fixed_config: Mapping[str, Any]
+    evaluate_every: int | None = None
+    evaluate_start: bool = False
+    best: str | None = None
+    export: str = "student"
+
+
+def total_steps(training: Training, samples: int, ranks: int) -> int:
+    """Number of steps of a training whose epoch has ``samples`` samples: ``steps``, or epochs * samples / batch.
+
+    Raises UserError if the batch cannot be divided among the ranks or the warm-up is not shorter than the training.
+    """
+    parts = ranks * training.compute.accumulate
+    if training.batch % parts:
+        raise UserError(
+            f"train.batch ({training.batch}) must be a multiple of ranks x compute.accumulate ({parts}). Change either."
+        )
+    if training.steps is not None:
+        steps = training.steps
+    else:
+        assert training.epochs is not None
+        steps = max(1, round(training.epochs * samples / training.batch))
+    if training.optimizer.warmup >= steps:
+        raise UserError(
+            f"train.optimizer.warmup ({training.optimizer.warmup:,}) must be below the training's {steps:,} steps. "
+            "Lower it, or train for longer."
+        )
+    return steps
