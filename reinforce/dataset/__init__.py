@@ -1,0 +1,1 @@
+"""Reinforced datasets: layers and their files, the manifest, augmentation records, vectors, and reading."""

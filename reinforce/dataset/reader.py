@@ -58,8 +58,10 @@ class Dataset:
         wanted = [captions_layer(c) for c in self.captioners]
         wanted += [embeddings_layer(t, w) for t in self.teachers for w in ("images", TRUE_CAPTION, *self.captioners)]
         self.layers = [SAMPLES, *(name for name in wanted if name in self.manifest["layers"])]
-        self._bytes = [self.store.shards(name) for name in self.layers]  # of each shard's file, by layer
-        self.shards = sorted(set(self._bytes[0]).intersection(*self._bytes[1:]))
+        listings = [self.store.shards(name) for name in self.layers]
+        self.shards = sorted(set(listings[0]).intersection(*listings[1:]))
+        self._samples_bytes = {shard: listings[0][shard] for shard in self.shards}
+        self._total_bytes = {shard: sum(listing[shard] for listing in listings) for shard in self.shards}
         if not self.shards:
             raise UserError(
                 f"{self.store.url} has no shard that is complete in {', '.join(self.layers)}. Finish the run."
@@ -71,7 +73,7 @@ class Dataset:
     @cached_property
     def _rows(self) -> int:
         fingerprint = self.manifest["layers"][SAMPLES]["fingerprint"]
-        sizes = {shard: self._bytes[0][shard] for shard in self.shards}
+        sizes = {shard: self._samples_bytes[shard] for shard in self.shards}
         return int(row_group_table(self.store, fingerprint, sizes)[:, 2].sum())
 
     def __bool__(self) -> bool:
@@ -132,7 +134,7 @@ class Dataset:
         return TorchSamples(self, transform)
 
     def __repr__(self) -> str:
-        size = sum(sizes[shard] for sizes in self._bytes for shard in self.shards)
+        size = sum(self._total_bytes[shard] for shard in self.shards)
         lines = [
             f"Dataset({self.store.url!r})",
             f"  {len(self):,} samples in {len(self.shards):,} {'shard' if len(self.shards) == 1 else 'shards'}, "

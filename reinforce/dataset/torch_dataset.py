@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from torch import distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from reinforce.dataset.sample import Sample
+from reinforce.dataset.store import Store
 
 
 class _Shards(Protocol):
     """The part of ``Dataset`` that is used here."""
 
-    def __getitem__(self, index: slice, /) -> Iterable[Sample]: ...
+    store: Store
+
+    def __getitem__(self, index: slice, /) -> _Shards: ...
+    def __iter__(self) -> Iterator[Sample]: ...
 
 
 class TorchSamples(IterableDataset[Any]):
@@ -29,7 +34,10 @@ class TorchSamples(IterableDataset[Any]):
         rank, ranks = self._current_rank()
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        for sample in self.data[rank * workers + number :: ranks * workers]:
+        data = self.data[rank * workers + number :: ranks * workers]
+        if worker:
+            data.store = copy.deepcopy(data.store)  # connects anew: object store clients do not survive a fork
+        for sample in data:
             yield sample if self.transform is None else self.transform(sample)
 
     def _current_rank(self) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import distributed
@@ -56,3 +58,13 @@ def test_ranks_read_every_sample_once_also_in_spawned_workers(
 def test_more_readers_than_shards_leave_some_without_samples(data: reinforce.Dataset) -> None:
     loader = DataLoader(data[:1].to_torch(key_and_crop), batch_size=None, num_workers=2)
     assert len(list(loader)) == 5
+
+
+def test_forked_workers_read_from_an_object_store(data: reinforce.Dataset, s3: Any) -> None:
+    s3.put(data.store.root, "bucket/forked", recursive=True)
+    stored = reinforce.open("s3://bucket/forked", teachers=["red"], captioners=[])
+    here = [sample.key for sample in stored]
+    loader = DataLoader(
+        stored.to_torch(key_and_crop), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    assert sorted(key for key, _ in loader) == here
