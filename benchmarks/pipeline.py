@@ -26,7 +26,7 @@ from reinforce.dataset.layers import Layer
 from reinforce.dataset.store import Store
 from reinforce.engine.models import Models
 from reinforce.engine.plan import PendingShard, make_plan
-from reinforce.engine.recipe import describe_models, layers_of
+from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.engine.rows import RowSpec, rows_from_source
 from reinforce.engine.shard import process_shard
 from reinforce.source.image import decode
@@ -136,7 +136,7 @@ class Bench:
         """(samples/s, share of the time from the first batch on in which the accelerator works) of whole shards."""
         with tempfile.TemporaryDirectory(dir=self.folder) as output:
             config = self.config(Path(output).name)
-            layers: dict[str, Layer] = layers_of(config, describe_models(config))
+            layers: dict[str, Layer] = build_layers(config, describe_models(config))
             pending: list[PendingShard] = make_plan(config).pending
             teacher = Fixed(self.accelerator.device, seconds_per_image)
             teachers: dict[str, Teacher] = {"fixed": teacher}

@@ -60,7 +60,7 @@ def user_errors(folder: Path, source: str) -> dict[str, tuple[dict[str, Any], st
         ),
         "unknown class": ({**good, "teachers": {"mine": {"class": "tests.helpers.models:Colours"}}}, "Colours"),
         "unknown option": (
-            {**good, "teachers": {"mine": {"class": "tests.helpers.models:Colour", "options": {"sice": 3}}}},
+            {**good, "teachers": {"mine": {"class": "tests.helpers.models:ColorTeacher", "options": {"sice": 3}}}},
             "sice",
         ),
         "no match": ({**good, "source": f"{folder}/none/*.tar"}, f"{folder}/none/*.tar"),
@@ -133,7 +133,7 @@ def test_a_model_with_a_wrong_output_shape_fails_before_the_run_starts(
     command: Command, shards: Callable[..., str], tmp_path: Path, ray_session: None
 ) -> None:
     config = config_of(shards(3), tmp_path / "out")
-    config["teachers"] = {"odd": {"class": "tests.helpers.models:Misshapen"}}
+    config["teachers"] = {"odd": {"class": "tests.helpers.models:WrongShapeTeacher"}}
     status, _, err = command("run", write_config(tmp_path, config))
     assert status == 2
     assert "odd" in err

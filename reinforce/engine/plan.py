@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from reinforce.config import Config
 from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
 from reinforce.dataset.store import MANIFEST, Store, fingerprint_error
-from reinforce.engine.recipe import describe_models, layers_of
+from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from reinforce.source.urls import canonical, compression, expand, is_public, shard_names
 
@@ -55,7 +55,7 @@ class Plan:
 
 def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
     """List the source and every layer once, and subtract. Raises UserError."""
-    layers = layers_of(config, describe_models(config))
+    layers = build_layers(config, describe_models(config))
     urls = source_shards(config)
     published = _pair_reinforcements(config, urls)
     store = Store(config.output)

@@ -1,4 +1,4 @@
-"""From a config to the layers it asks for, each with the recipe that its fingerprint covers."""
+"""The layers of a config, each with the recipe that its fingerprint covers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from teachers.registry import ModelInfo, describe_captioner, describe_teacher
 
 
 def describe_models(config: Config) -> dict[str, ModelInfo]:
-    """What is known of every model of the config without loading it, by layer prefix. Raises UserError."""
+    """Name, identity and dimensions of every model of the config, by layer prefix, without loading it.
+
+    Raises UserError.
+    """
     infos: dict[str, ModelInfo] = {}
     try:
         for name, captioner in config.captioners.items():
@@ -36,12 +39,12 @@ def describe_models(config: Config) -> dict[str, ModelInfo]:
     return infos
 
 
-#: Limits that came after the first data sets. At their defaults they are no part of a recipe, so that what was made
-#: before stays what it is.
+#: Limits that were added after the first datasets were made. At their defaults they are left out of the recipe, so
+#: that the fingerprints of those datasets stay valid.
 _LATER_LIMITS = ("scans", "members", "key_chars", "shard_samples")
 
 
-def _input_of(config: Config) -> dict[str, Any]:
+def _input_recipe(config: Config) -> dict[str, Any]:
     recipe = config.input.model_dump(mode="json")
     for name in _LATER_LIMITS:
         if recipe["limits"][name] == Limits.model_fields[name].default:
@@ -49,14 +52,14 @@ def _input_of(config: Config) -> dict[str, Any]:
     return recipe
 
 
-def _augmentations_of(config: Config) -> dict[str, Any]:
+def _augmentations_recipe(config: Config) -> dict[str, Any]:
     if config.reinforcements is not None:
         return {"published": FORMAT, "count": config.augmentations.count, "size": config.augmentations.size}
     return config.augmentations.model_dump(mode="json")
 
 
-def layers_of(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer]:
-    """Every layer of the config by name, each after the ones it needs."""
+def build_layers(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer]:
+    """Every layer of the config by name, each after the layers it needs."""
     recipe: dict[str, Any] = {
         "images": config.images,
         "seed": config.seed,
@@ -65,8 +68,8 @@ def layers_of(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer
             "caption": CAPTION_POLICY,
             "augmentation": AUGMENTATION_BACKEND,
         },
-        "input": _input_of(config),
-        "augmentations": _augmentations_of(config),
+        "input": _input_recipe(config),
+        "augmentations": _augmentations_recipe(config),
     }
     samples = Layer(SAMPLES, "samples", compute_fingerprint(recipe), recipe=recipe)
     layers = {SAMPLES: samples}

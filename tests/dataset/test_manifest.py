@@ -28,7 +28,9 @@ LAYERS = {
 
 
 def config_with(**red: Any) -> Config:
-    return parse_config(config_of("s.tar", "out", teachers={"red": {"class": "tests.helpers.models:Colour", **red}}))
+    return parse_config(
+        config_of("s.tar", "out", teachers={"red": {"class": "tests.helpers.models:ColorTeacher", **red}})
+    )
 
 
 def updated(old: dict[str, Any] | None = None, loaded: dict[str, Any] | None = None, **red: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from reinforce.config import parse_config
 from reinforce.dataset.store import Store
 from reinforce.engine.estimate import expected_bytes
 from reinforce.engine.plan import make_plan, source_shards
-from reinforce.engine.recipe import describe_models, layers_of
+from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from schemas import Reason
 from tests.helpers.data import config_of, members_of
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 def layers_for(**changes: Any) -> dict[str, str]:
     config = parse_config(config_of("x/{0..1}.tar", "out", **changes))
-    return {name: layer.fingerprint for name, layer in layers_of(config, describe_models(config)).items()}
+    return {name: layer.fingerprint for name, layer in build_layers(config, describe_models(config)).items()}
 
 
 def test_planning_a_hundred_thousand_shards_is_quick_and_lean(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ print("megabytes", int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)
 def test_limits_that_came_later_change_fingerprints_only_where_they_are_set(shards: Callable[..., str]) -> None:
     def samples(**limits: int) -> str:
         config = parse_config({"source": shards(1), "output": "out", "input": {"limits": limits}})
-        return layers_of(config, {})["samples"].fingerprint
+        return build_layers(config, {})["samples"].fingerprint
 
     assert samples() == "9a59ea0ee9feb030", "every dataset made with the defaults so far has this one"
     assert samples(members=64) == samples()

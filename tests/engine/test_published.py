@@ -13,7 +13,7 @@ import reinforce
 from reinforce.config import load_config, parse_config
 from reinforce.engine.outcome import LayerFailure
 from reinforce.engine.plan import make_plan
-from reinforce.engine.recipe import describe_models, layers_of
+from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from reinforce.source.urls import expand
 from tests.helpers.data import tree
@@ -89,7 +89,7 @@ def test_images_and_reinforcements_may_lie_in_the_same_tars(tmp_path: Path) -> N
 
 def test_a_layer_that_is_added_later_equals_one_of_a_single_run(tmp_path: Path) -> None:
     published(tmp_path, [image(one) for one in ALL], [reinforcement(one) for one in reversed(ALL)])
-    ours = {"class": "tests.helpers.models:Colour", "options": {"size": 16, "dim": 8}}
+    ours = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}}
     tagged = {"family": "published", "model": "syn_text_tagged", "captions": 1}
     whole = config_of(tmp_path, output=f"{tmp_path}/whole")
     whole["teachers"]["ours"] = ours
@@ -161,7 +161,7 @@ def test_shards_are_paired_by_name_else_by_order(tmp_path: Path) -> None:
         (
             {
                 "reinforcements": None,
-                "captioners": {name: {"class": "tests.helpers.models:Namer"} for name in ("one", "two")},
+                "captioners": {name: {"class": "tests.helpers.models:SeedCaptioner"} for name in ("one", "two")},
             },
             "one, two: family published is read from `reinforcements`",
         ),
@@ -183,7 +183,7 @@ def test_a_config_that_cannot_be_meant_is_told(tmp_path: Path, change: dict[str,
 
 def test_the_config_for_datacompdr_is_what_its_card_says() -> None:
     config = load_config(ROOT / "configs/datacompdr12m.yaml")
-    layers = layers_of(config, describe_models(config))
+    layers = build_layers(config, describe_models(config))
     assert [(name, layer.count, layer.dim) for name, layer in layers.items() if layer.published] == [
         ("captions/coca", 5, None),
         *(
@@ -237,7 +237,7 @@ def test_a_teacher_of_ours_is_added_without_the_reinforcements(tmp_path: Path) -
     published(tmp_path, [image(one) for one in ALL], [reinforcement(one) for one in ALL])
     reinforce_here(config_of(tmp_path))
     later = config_of(tmp_path, reinforcements=f"{tmp_path}/nowhere/{{00000..00000}}.tar")
-    later["teachers"]["ours"] = {"class": "tests.helpers.models:Colour", "options": {"size": 16, "dim": 8}}
+    later["teachers"]["ours"] = {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}}
     assert [shard.reinforcements for shard in make_plan(parse_config(later)).pending] == [None]
     assert {sample.images["ours"].shape for sample in reinforce.open(reinforce_here(later))} == {(COUNT, 8)}
 
@@ -249,7 +249,7 @@ def test_a_run_on_ray_reads_them_and_adds_a_teacher_of_ours(tmp_path: Path) -> N
     assert (summary.status, summary.samples, summary.shards) == (0, 12, 1)
     ours = config_of(tmp_path)
     ours["teachers"]["ours"] = {
-        "class": "tests.helpers.models:Colour",
+        "class": "tests.helpers.models:ColorTeacher",
         "options": {"size": 16, "dim": 8},
         "logit_scale": 20.0,
     }

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from reinforce.config import parse_config
 from reinforce.engine.published import Reinforcements
 from reinforce.engine.published_members import Unreadable
-from reinforce.engine.recipe import describe_models, layers_of
+from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.source.shards import Refusal
 from tests.helpers.published import COUNT, HEIGHT, WIDTH, config_of, reinforcement, stored
 from tests.helpers.tars import tar_bytes
 
 CONFIG = parse_config(config_of(Path("x")))
-LAYERS = layers_of(CONFIG, describe_models(CONFIG))
+LAYERS = build_layers(CONFIG, describe_models(CONFIG))
 SPOILT, WHOLE = stored(1), stored(2)
 _JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.just([0, 0, 9, 9])),

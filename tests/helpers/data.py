@@ -60,10 +60,14 @@ def config_of(source: str, output: Path | str, **changes: Any) -> dict[str, Any]
         "source": source,
         "output": str(output),
         "augmentations": {"count": 2, "size": 24},
-        "captioners": {"namer": {"class": "tests.helpers.models:Namer", "captions": 2}},
+        "captioners": {"namer": {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}},
         "teachers": {
-            "red": {"class": "tests.helpers.models:Colour", "options": {"size": 16, "dim": 8}, "logit_scale": 50.0},
-            "blue": {"class": "tests.helpers.models:Colour", "options": {"size": 24, "dim": 12, "seed": 1}},
+            "red": {
+                "class": "tests.helpers.models:ColorTeacher",
+                "options": {"size": 16, "dim": 8},
+                "logit_scale": 50.0,
+            },
+            "blue": {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 24, "dim": 12, "seed": 1}},
         },
         "workers": {"batch": 16, "max": 1},
         "failures": {"allowed_share": 1.0},

@@ -1,4 +1,4 @@
-"""Small models of the kind that users plug in: exact, fast, and failing on demand."""
+"""Small custom models: exact, fast, and failing on demand."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ def _unit(values: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(values.float(), dim=-1)
 
 
-class Colour:
-    """A dual encoder by seeded projections of the pixels and of the letters' counts."""
+class ColorTeacher:
+    """A dual encoder: seeded projections of the pixels and of the letter counts.
+
+    An image batch takes ``delay`` (or $TESTS_DELAY) seconds, until the file $TESTS_UNTIL exists.
+    """
 
     def __init__(self, device: torch.device, size: int = 16, dim: int = 8, seed: int = 0, delay: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -54,7 +57,7 @@ class ImageOnly:
 
     def __init__(self, device: torch.device) -> None:
         self.image = ImageSpec(8, HALF, HALF)
-        self._inner = Colour(device, size=8, dim=5)
+        self._inner = ColorTeacher(device, size=8, dim=5)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._inner.encode_images(pixels)
@@ -66,54 +69,55 @@ class TextOnly:
     dim = 6
 
     def __init__(self, device: torch.device) -> None:
-        self._inner = Colour(device, size=8, dim=6)
+        self._inner = ColorTeacher(device, size=8, dim=6)
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         return self._inner.encode_texts(texts)
 
 
-class Trouble(Colour):
-    """Does harm when a text of the batch holds a word: raise, nan, a halt, all memory, or the death of the process.
+class FailingTeacher(ColorTeacher):
+    """Fails when a text of the batch contains ``trigger``.
 
-    ``once``: and makes this file, beside which it does none; ``until``: as long as there is no such file.
+    ``failure`` is raise, nan, hang, kill, segfault or memory. With ``once`` it fails a single time: it creates this
+    file and does not fail while the file exists. With ``until`` it fails until this file exists.
     """
 
     def __init__(
-        self, device: torch.device, word: str, harm: str, once: str | None = None, until: str | None = None
+        self, device: torch.device, trigger: str, failure: str, once: str | None = None, until: str | None = None
     ) -> None:
         super().__init__(device, size=8, dim=4)
-        self.word, self.harm, self.once, self.until = word, harm, once, until
+        self.trigger, self.failure, self.once, self.until = trigger, failure, once, until
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         out = super().encode_texts(texts)
-        hit = [i for i, text in enumerate(texts) if self.word in text]
-        if hit and not any(path is not None and os.path.exists(path) for path in (self.once, self.until)):
+        rows = [i for i, text in enumerate(texts) if self.trigger in text]
+        if rows and not any(path is not None and os.path.exists(path) for path in (self.once, self.until)):
             if self.once is not None:
                 with open(self.once, "w"):
                     pass
-            if self.harm == "raise":
-                raise RuntimeError(f"cannot stand {self.word}")
-            if self.harm == "hang":
-                re.match("(a+)+$", "a" * 99 + "b")  # in C, with the interpreter's lock, for longer than there are stars
-            if self.harm == "kill":
+            if self.failure == "raise":
+                raise RuntimeError(f"cannot encode {self.trigger}")
+            if self.failure == "hang":
+                re.match("(a+)+$", "a" * 99 + "b")  # exponential time, in C, holding the interpreter lock
+            if self.failure == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if self.harm == "segfault":
+            if self.failure == "segfault":
                 ctypes.string_at(0)
-            if self.harm == "memory":
-                _take_memory()
-            out[hit] = float("nan")
+            if self.failure == "memory":
+                _allocate()
+            out[rows] = float("nan")
         return out
 
 
-def _take_memory(gigabytes: float = 4.0, seconds: float = 60.0) -> None:
-    """Take so much, and hold it until someone minds; raises where nobody does."""
-    taken = [np.ones(2**27, np.uint8) for _ in range(int(gigabytes * 8))]
+def _allocate(gigabytes: float = 4.0, seconds: float = 60.0) -> None:
+    """Allocate memory and hold it until the process is killed. Raises AssertionError if nothing kills it."""
+    blocks = [np.ones(2**27, np.uint8) for _ in range(int(gigabytes * 8))]
     time.sleep(seconds)
-    raise AssertionError(f"{len(taken)} pieces of 128 MiB were let have")
+    raise AssertionError(f"nothing killed a process that held {len(blocks)} blocks of 128 MiB")
 
 
-class Cramped(Colour):
-    """Its process cannot write files above a number of bytes, as long as there is a file that says how many."""
+class FileLimitTeacher(ColorTeacher):
+    """Its process cannot write files larger than the number of bytes in the file ``limit``, if that file exists."""
 
     def __init__(self, device: torch.device, limit: str) -> None:
         super().__init__(device, size=8, dim=4)
@@ -123,15 +127,15 @@ class Cramped(Colour):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-class Poisoned(Colour):
-    """From the first text with the word on, everything fails in this process, as after a fault of an accelerator."""
+class BrokenDeviceTeacher(ColorTeacher):
+    """Fails always in one process after the first text that contains ``trigger``, like a broken accelerator."""
 
-    def __init__(self, device: torch.device, word: str, once: str) -> None:
+    def __init__(self, device: torch.device, trigger: str, once: str) -> None:
         super().__init__(device, size=8, dim=4)
-        self.word, self.once, self.broken = word, once, False
+        self.trigger, self.once, self.broken = trigger, once, False
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        if any(self.word in text for text in texts) and not os.path.exists(self.once):
+        if any(self.trigger in text for text in texts) and not os.path.exists(self.once):
             with open(self.once, "w"):
                 self.broken = True
         if self.broken:
@@ -139,8 +143,8 @@ class Poisoned(Colour):
         return super().encode_texts(texts)
 
 
-class Chatty(Colour):
-    """Tells its token in every error, as services do."""
+class TokenLeakingTeacher(ColorTeacher):
+    """Quotes its token in every error, as some services do."""
 
     def __init__(self, device: torch.device, hf_token: str, endpoint: str) -> None:
         super().__init__(device, size=8, dim=4)
@@ -148,20 +152,20 @@ class Chatty(Colour):
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         if len(texts) > 1:
-            raise RuntimeError(f"{self.endpoint} does not let {self.token} in")
+            raise RuntimeError(f"{self.endpoint} does not accept {self.token}")
         return super().encode_texts(texts)
 
 
-class Misshapen(Colour):
-    """States a dimension that it does not give."""
+class WrongShapeTeacher(ColorTeacher):
+    """Declares a dimension that differs from its embeddings'."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device, size=8, dim=7)
         self.dim = 6
 
 
-class Namer:
-    """A captioner whose texts tell its seeds."""
+class SeedCaptioner:
+    """A captioner whose texts contain the image's mean and the seed."""
 
     def __init__(self, device: torch.device, captions: int = 2) -> None:
         self.captions = captions
@@ -175,19 +179,19 @@ class Namer:
         ]
 
 
-class Stammerer(Namer):
-    """Says something good, something long and something bad; to a first seed that four divides, bad things alone."""
+class RepetitiveCaptioner(SeedCaptioner):
+    """Returns a good, a long and a repetitive text; only repetitive ones where 4 divides the first seed."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device, captions=3)
 
     def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
-        good = ["good", "longer. And more.", "bad bad bad"]
-        return [["no no no"] * 3 if int(row[0]) % 4 == 0 else good for row in seeds]
+        mixed = ["good", "longer. And more.", "bad bad bad"]
+        return [["no no no"] * 3 if int(row[0]) % 4 == 0 else mixed for row in seeds]
 
 
-class Speechless(Namer):
-    """Has no captions, as where logits are NaN, for a first seed that is one more than a multiple of four."""
+class NanCaptioner(SeedCaptioner):
+    """Returns None, as for NaN logits, where the first seed is 1 modulo 4."""
 
     def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str] | None]:
         texts = super().caption(pixels, seeds)

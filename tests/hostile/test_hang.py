@@ -30,7 +30,10 @@ def test_an_image_that_takes_minutes_and_a_model_that_stands_still_cost_their_sh
     config["failures"] = {"allowed_share": 1.0, "solo_attempts": 1, "sample_seconds": 2.0, "stall_seconds": 6.0}
     config["workers"] = {"batch": 16, "max": 1}  # both in flight in one worker, so each is a suspect of the other's
     config["teachers"] = {
-        "ill": {"class": "tests.helpers.models:Trouble", "options": {"word": "thing 4 of shard 0", "harm": "hang"}}
+        "ill": {
+            "class": "tests.helpers.models:FailingTeacher",
+            "options": {"trigger": "thing 4 of shard 0", "failure": "hang"},
+        }
     }
     summary = reinforce.run(config)
     assert (summary.status, summary.shards, summary.quarantined_shards) == (0, 4, 2)

@@ -33,7 +33,7 @@ LIMITS = {
 CONFIG: dict[str, Any] = {
     "captioners": {},
     "input": {"limits": LIMITS},
-    "teachers": {"red": {"class": "tests.helpers.models:Colour", "options": {"size": 16, "dim": 8}}},
+    "teachers": {"red": {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 8}}},
 }
 
 

@@ -73,8 +73,8 @@ def secretive(address: str, output: Path, **changes: Any) -> dict[str, Any]:
     options = {"hf_token": TOKEN, "endpoint": f"https://eve:{PASSWORD}@models.example/v1?sig={SIGNATURE}"}
     config = config_of(urls, output, captioners={}, **changes)  # type: ignore[arg-type]
     config["teachers"] = {
-        "red": {"class": "tests.helpers.models:Colour"},
-        "chatty": {"class": "tests.helpers.models:Chatty", "options": options},
+        "red": {"class": "tests.helpers.models:ColorTeacher"},
+        "chatty": {"class": "tests.helpers.models:TokenLeakingTeacher", "options": options},
     }
     config["failures"] = {"allowed_share": 1.0, "attempts": 1}
     return config

@@ -61,7 +61,7 @@ def _rgb(encoded: bytes) -> Image.Image:
 def test_dropped_captions_are_never_stored_and_are_counted_wherever_one_looks(
     shards: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stammers = {"class": "tests.helpers.models:Stammerer", "captions": 3, "clean": {"first_sentence": True}}
+    stammers = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": {"first_sentence": True}}
     config = config_of(shards(20), tmp_path / "out", captioners={"stammerer": stammers})
     summary = reinforce.run(config)
     keys = [f"{number:08d}" for number in range(20)]

@@ -55,7 +55,7 @@ def test_the_pool_follows_the_cluster_and_a_lost_node_costs_no_shard(
     ray_session: None, shards: Callable[..., str], tmp_path: Path
 ) -> None:
     config = config_of(shards(*[32] * 40), tmp_path / "out", captioners={}, workers={"batch": 32})
-    config["teachers"] = {"red": {"class": "tests.helpers.models:Colour"}}
+    config["teachers"] = {"red": {"class": "tests.helpers.models:ColorTeacher"}}
     path, quick = tmp_path / "config.yaml", tmp_path / "quick"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     done = subprocess.run(

@@ -28,7 +28,7 @@ SHARDS = 8
 
 
 def simple_config(source: str, output: Path, **changes: Any) -> dict[str, Any]:
-    changes = {"captioners": {}, "teachers": {"red": {"class": "tests.helpers.models:Colour"}}, **changes}
+    changes = {"captioners": {}, "teachers": {"red": {"class": "tests.helpers.models:ColorTeacher"}}, **changes}
     return config_of(source, output, **changes)
 
 
@@ -145,11 +145,13 @@ def test_what_passes_leaves_no_trace_and_a_shard_that_segfaults_each_time_is_qua
     source, out = shards(*[10] * 5), tmp_path / "out"
     well = tmp_path / "well"
     ills: dict[str, dict[str, Any]] = {
-        "raises": {"word": "thing 3 of shard 0", "harm": "raise", "once": str(tmp_path / "raised")},
-        "dies": {"word": "thing 3 of shard 1", "harm": "kill", "once": str(tmp_path / "died")},
-        "faults": {"word": "thing 7 of shard 2", "harm": "segfault", "until": str(well)},
+        "raises": {"trigger": "thing 3 of shard 0", "failure": "raise", "once": str(tmp_path / "raised")},
+        "dies": {"trigger": "thing 3 of shard 1", "failure": "kill", "once": str(tmp_path / "died")},
+        "faults": {"trigger": "thing 7 of shard 2", "failure": "segfault", "until": str(well)},
     }
-    teachers = {name: {"class": "tests.helpers.models:Trouble", "options": options} for name, options in ills.items()}
+    teachers = {
+        name: {"class": "tests.helpers.models:FailingTeacher", "options": options} for name, options in ills.items()
+    }
     config = config_of(source, out, captioners={}, teachers=teachers)
     summary = reinforce.run(config)
     assert (summary.status, summary.quarantined_shards, summary.shards, summary.samples) == (0, 1, 5, 40)
@@ -176,8 +178,8 @@ def test_a_model_that_always_raises_costs_its_own_layers_only(shards: Callable[.
     config = config_of(source, tmp_path / "out", captioners={})
     config["failures"] = {"attempts": 2, "allowed_share": 1.0}
     config["teachers"]["ill"] = {
-        "class": "tests.helpers.models:Trouble",
-        "options": {"word": "of shard 1", "harm": "raise"},
+        "class": "tests.helpers.models:FailingTeacher",
+        "options": {"trigger": "of shard 1", "failure": "raise"},
     }
     summary = reinforce.run(config)
     assert (summary.status, summary.quarantined_shards) == (0, 1)
@@ -195,8 +197,8 @@ def test_a_worker_at_which_everything_fails_is_replaced_and_costs_no_shard(
 ) -> None:
     config = config_of(shards(*[10] * 8), tmp_path / "out", captioners={})
     config["workers"] = {"batch": 16, "max": 1}
-    options = {"word": "thing 3 of shard 1", "once": str(tmp_path / "flag")}
-    config["teachers"] = {"ill": {"class": "tests.helpers.models:Poisoned", "options": options}}
+    options = {"trigger": "thing 3 of shard 1", "once": str(tmp_path / "flag")}
+    config["teachers"] = {"ill": {"class": "tests.helpers.models:BrokenDeviceTeacher", "options": options}}
     summary = reinforce.run(config)
     assert (summary.status, summary.quarantined_shards, summary.samples) == (0, 0, 80)
     events = "".join(path.read_text() for path in tmp_path.glob("out/runs/*/events-*.jsonl"))

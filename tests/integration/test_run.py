@@ -20,7 +20,7 @@ from reinforce.source.image import decode
 from reinforce.source.urls import shard_name
 from teachers.pixels import to_pixels
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
-from tests.helpers.models import Colour
+from tests.helpers.models import ColorTeacher
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -51,7 +51,7 @@ def test_every_layer_has_the_rows_of_samples_in_their_order(shards: Callable[...
 
 def test_embeddings_are_the_teachers_for_the_replayed_augmentation(shards: Callable[..., str], tmp_path: Path) -> None:
     reinforce.run(config_of(shards(20), tmp_path / "out"))
-    teacher = Colour(torch.device("cpu"), size=16, dim=8)
+    teacher = ColorTeacher(torch.device("cpu"), size=16, dim=8)
     limits = parse_config(config_of("x", "y")).input.limits
     seen = 0
     for sample in reinforce.open(str(tmp_path / "out"), teachers=["red"]):
@@ -97,7 +97,10 @@ def test_an_added_teacher_and_captioner_compute_only_their_layers_and_end_as_a_f
 ) -> None:
     source = shards(40, 9)
     whole = config_of(source, tmp_path / "fresh", images=images)
-    whole["captioners"] = {**whole["captioners"], "other": {"class": "tests.helpers.models:Namer", "captions": 2}}
+    whole["captioners"] = {
+        **whole["captioners"],
+        "other": {"class": "tests.helpers.models:SeedCaptioner", "captions": 2},
+    }
     reinforce.run(whole)
 
     first = {**whole, "output": str(tmp_path / "grown"), "teachers": {"red": whole["teachers"]["red"]}}
@@ -148,7 +151,7 @@ def test_embeddings_are_stored_as_the_config_says(
     ).replace("value_type=float,", "value_type=float32,")
     for sample in reinforce.open(str(tmp_path / "out"), teachers=["red"]):
         assert sample.caption is not None
-        expected = Colour(torch.device("cpu")).encode_texts([sample.caption]).numpy()
+        expected = ColorTeacher(torch.device("cpu")).encode_texts([sample.caption]).numpy()
         np.testing.assert_allclose(sample.texts["red"]["caption"], expected, atol=tolerance)
 
 
@@ -211,7 +214,7 @@ def test_quarantined_shards_are_tried_again_when_asked(tmp_path: Path) -> None:
 def test_a_row_whose_embedding_is_not_finite_is_null_and_named(shards: Callable[..., str], tmp_path: Path) -> None:
     config = config_of(shards(12), tmp_path / "out", captioners={})
     config["teachers"] = {
-        "ill": {"class": "tests.helpers.models:Trouble", "options": {"word": "thing 7 ", "harm": "nan"}},
+        "ill": {"class": "tests.helpers.models:FailingTeacher", "options": {"trigger": "thing 7 ", "failure": "nan"}},
         "red": config["teachers"]["red"],
     }
     assert reinforce.run(config).refused == {"not_finite": 1}
@@ -224,7 +227,7 @@ def test_a_row_whose_embedding_is_not_finite_is_null_and_named(shards: Callable[
 def test_an_image_without_captions_is_null_and_named_and_its_neighbours_have_theirs(
     shards: Callable[..., str], tmp_path: Path
 ) -> None:
-    captioner = {"class": "tests.helpers.models:Speechless", "captions": 2}
+    captioner = {"class": "tests.helpers.models:NanCaptioner", "captions": 2}
     config = config_of(shards(12), tmp_path / "out", captioners={"ill": captioner})
     assert reinforce.run(config).status == 0
     samples = {s.key: s.captions["ill"] for s in reinforce.open(str(tmp_path / "out"))}

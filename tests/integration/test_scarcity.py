@@ -62,7 +62,9 @@ def test_a_full_disk_ends_a_run_with_one_error_and_nothing_half_written(
 ) -> None:
     disk, make_room = small_disk
     out = disk / "out"
-    teachers = {"red": {"class": "tests.helpers.models:Cramped", "options": {"limit": str(tmp_path / "limit")}}}
+    teachers = {
+        "red": {"class": "tests.helpers.models:FileLimitTeacher", "options": {"limit": str(tmp_path / "limit")}}
+    }
     config = config_of(shards(2, *[30] * 4), out, captioners={}, teachers=teachers)
     with pytest.raises(reinforce.UserError, match=r"cannot be written: .*make room in") as raised:
         reinforce.run(config)
@@ -82,8 +84,8 @@ def test_a_full_disk_ends_a_run_with_one_error_and_nothing_half_written(
 def test_a_worker_that_the_memory_monitor_kills_costs_nothing(
     ray_session: None, shards: Callable[..., str], tmp_path: Path
 ) -> None:
-    options = {"word": "thing 3 of shard 1", "harm": "memory", "once": str(tmp_path / "taken")}
-    teachers = {"ill": {"class": "tests.helpers.models:Trouble", "options": options}}
+    options = {"trigger": "thing 3 of shard 1", "failure": "memory", "once": str(tmp_path / "taken")}
+    teachers = {"ill": {"class": "tests.helpers.models:FailingTeacher", "options": options}}
     config = config_of(shards(*[10] * 3), tmp_path / "out", captioners={}, teachers=teachers)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))

@@ -14,7 +14,7 @@ from tests.helpers.reinforced import reinforce_here
 @pytest.fixture
 def dataset(shards: Callable[..., str], tmp_path: Path) -> str:
     """Two captioners, and teachers of images and texts, only of images and only of texts."""
-    stammerer = {"class": "tests.helpers.models:Stammerer", "captions": 3, "clean": {}}
+    stammerer = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": {}}
     config = config_of(shards(12, 5), tmp_path / "out")
     config["captioners"]["stammerer"] = stammerer
     config["teachers"] |= {

@@ -44,7 +44,7 @@ def test_a_report_is_formatted_as_a_table_and_written_as_json_and_plots(dataset:
 
 
 def test_a_report_on_rows_without_captions_is_drawn(shards: Callable[..., str], tmp_path: Path) -> None:
-    mute = {"class": "tests.helpers.models:Stammerer", "captions": 3, "clean": {"characters": 1}}
+    mute = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": {"characters": 1}}
     config = config_of(shards(3), tmp_path / "mute", captioners={"mute": mute})
     config["input"] = {"captions": ["json:nothing"]}
     report = captions_report(reinforce_here(config))

@@ -119,7 +119,7 @@ class Soak:
         changes: dict[str, Any] = {"captioners": {}, "workers": {"batch": 16, "max": NODES}}
         # Whoever is killed at random is not to blame, however often.
         changes["failures"] = {"attempts": 1000, "solo_attempts": 1000, "allowed_share": 0.0}
-        changes["teachers"] = {"red": {"class": "tests.helpers.models:Colour", "options": {"delay": 0.5}}}
+        changes["teachers"] = {"red": {"class": "tests.helpers.models:ColorTeacher", "options": {"delay": 0.5}}}
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(config_of("s3://bucket/source/*.tar", self.output, **changes)))
         command = [sys.executable, "-m", "reinforce", "run", str(path), "--address", self.cluster.address]

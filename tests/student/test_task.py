@@ -34,7 +34,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     """Of every kind: a user's own class, an open_clip model, and one side alone."""
     return {
         "red": {
-            "class": "tests.helpers.models:Colour",
+            "class": "tests.helpers.models:ColorTeacher",
             "options": {"size": 16},
             "logit_scale": 50.0,
             "dtype": "float32",

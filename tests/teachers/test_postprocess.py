@@ -142,7 +142,7 @@ def test_cleaning_is_in_the_identity_only_where_it_is_asked_for() -> None:
     assert {name: value for name, value in asked.items() if name != "clean"} == plain
     other = describe_captioner("c", CaptionerSpec.model_validate({**COCA, "clean": {"words": 9}})).identity
     assert other["clean"] != asked["clean"]
-    own = {"class": "tests.helpers.models:Namer", "captions": 2}
+    own = {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}
     assert "clean" not in describe_captioner("c", CaptionerSpec.model_validate(own)).identity
     assert "clean" in describe_captioner("c", CaptionerSpec.model_validate({**own, "clean": {}})).identity
 

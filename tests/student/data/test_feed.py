@@ -198,7 +198,7 @@ def test_picks_differ_between_epochs_and_seeds(url: str) -> None:
 
 
 def test_captioners_and_datasets_are_mixed_by_weight(tmp_path: Path) -> None:
-    captioners = {name: {"class": "tests.helpers.models:Namer", "captions": 2} for name in ("often", "rare")}
+    captioners = {name: {"class": "tests.helpers.models:SeedCaptioner", "captions": 2} for name in ("often", "rare")}
     urls = []
     for number in range(2):
         write_tar(tmp_path / f"{number}.tar", members_of(number, 40))
@@ -247,7 +247,7 @@ def test_rows_that_cannot_be_used_are_stood_in_for_and_told(tmp_path: Path, capl
     members = [(n, b"" if n in ("00000003.json", "00000017.json") else d) for n, d in members]
     write_tar(tmp_path / "0.tar", members)
     config = config_of(f"{tmp_path}/0.tar", tmp_path / "out", captioners={})
-    trouble = {"class": "tests.helpers.models:Trouble", "options": {"word": "thing 7 x", "harm": "nan"}}
+    trouble = {"class": "tests.helpers.models:FailingTeacher", "options": {"trigger": "thing 7 x", "failure": "nan"}}
     config["teachers"] = {"ill": trouble, "red": config["teachers"]["red"]}
     feed = feed_of(reinforce_here(config))
     with caplog.at_level(logging.WARNING, "reinforce"):
