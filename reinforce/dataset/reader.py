@@ -39,8 +39,8 @@ class Dataset:
     """The samples of the shards that are complete in every selected layer; ``reinforce.open`` makes one.
 
     Iterating yields ``Sample`` in the order of the shards. ``len(data)`` is the number of samples; the first call
-    reads the footer of each shard's samples file. ``data["00000"]``, ``data[3]`` and ``data[2:5]`` are the dataset
-    restricted to these shards.
+    reads the footer of each shard's samples file. ``data[name]`` with a name of ``data.shards``, ``data[3]`` and
+    ``data[2:5]`` are the dataset restricted to these shards.
 
     Attributes:
         shards: names of the shards, sorted.
@@ -50,13 +50,15 @@ class Dataset:
         store: the dataset's files.
     """
 
-    def __init__(self, url: str, teachers: Sequence[str] | None, captioners: Sequence[str] | None) -> None:
+    def __init__(
+        self, url: str, teachers: Sequence[str] | None = None, captioners: Sequence[str] | None = None
+    ) -> None:
         self.store = Store(url)
         self.manifest = read_manifest(self.store)
         self.teachers = select_names(self.store.url, "teachers", teachers, self.manifest)
         self.captioners = select_names(self.store.url, "captioners", captioners, self.manifest)
         wanted = [captions_layer(c) for c in self.captioners]
-        wanted += [embeddings_layer(t, w) for t in self.teachers for w in ("images", TRUE_CAPTION, *self.captioners)]
+        wanted += [embeddings_layer(t, i) for t in self.teachers for i in ("images", TRUE_CAPTION, *self.captioners)]
         self.layers = [SAMPLES, *(name for name in wanted if name in self.manifest["layers"])]
         listings = [self.store.shards(name) for name in self.layers]
         self.shards = sorted(set(listings[0]).intersection(*listings[1:]))
@@ -114,9 +116,9 @@ class Dataset:
         """A ``torch.utils.data.IterableDataset`` of ``transform(sample)``, or of the samples.
 
         Each shard is read by one DataLoader worker of one rank of ``torch.distributed``, if that is initialised.
-        The order is that of the shards: nothing is shuffled. Shards are dealt out whole, so that ranks and workers
-        can get different numbers of samples, and none where there are fewer shards. With the start method ``spawn``,
-        ``transform`` must be picklable: a function of a module, not a lambda.
+        Samples come in the order of the shards, without shuffling. Ranks and workers can get different numbers of
+        samples, and no samples if there are fewer shards. With the start method ``spawn``, ``transform`` must be
+        picklable: a function of a module, not a lambda. Example:
 
             def image_and_vector(sample):
                 pixels = np.asarray(sample.augmented(0, size=224))
@@ -126,8 +128,8 @@ class Dataset:
             for batch in DataLoader(data.to_torch(image_and_vector), batch_size=64, num_workers=2):
                 ...  # batch["image"]: uint8 [64, 224, 224, 3], batch["vector"]: float32 [64, D]
 
-        Without a ``transform``, give the DataLoader ``batch_size=None`` or its own ``collate_fn``. To train
-        a student with shuffling and exact resume, use ``reinforce train``.
+        Without a ``transform``, pass ``batch_size=None`` or a ``collate_fn`` to the DataLoader. To train a student
+        with shuffling and exact resume, use ``reinforce train``.
         """
         from reinforce.dataset.torch_dataset import TorchSamples
 
@@ -177,9 +179,9 @@ class Dataset:
         for i, row in enumerate(rows):
             texts: dict[str, dict[str, np.ndarray]] = {t: {} for t in self.teachers}
             for name, values in arrays.items():
-                _, teacher, what = name.split("/")
-                if what != "images":
-                    texts[teacher][what] = values[i]
+                _, teacher, inputs = name.split("/")
+                if inputs != "images":
+                    texts[teacher][inputs] = values[i]
             yield Sample(
                 key=row["key"],
                 caption=row["caption"],

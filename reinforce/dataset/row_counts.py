@@ -20,7 +20,7 @@ from teachers.weights import cache_folder, locked
 
 _LOG = logging.getLogger(__name__)
 _TAIL = 64 * 2**10  # bytes read at the end of a file: enough for most footers
-_BATCH = 1024  # files per request to the file system, which reads them concurrently where it can
+_BATCH = 1024  # files per request to the file system; object stores answer them concurrently
 #: Datasets of at least this many shards keep their counts in the node's cache: reading 190,000 footers takes minutes.
 _CACHE_FROM = 1024
 

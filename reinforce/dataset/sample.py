@@ -32,7 +32,7 @@ class ImagePolicies:
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any], url: str) -> ImagePolicies:
-        """Raises UserError if the manifest does not record them."""
+        """Read them from a manifest. Raises UserError if it does not record them."""
         try:
             policies, limits = manifest["policies"], Limits.model_validate(manifest["input"]["limits"])
             return cls(url, policies["image"], policies["augmentation"], limits)
@@ -41,14 +41,14 @@ class ImagePolicies:
 
     def check(self) -> None:
         """Raise UserError if this version of the program does not implement the recorded policies."""
-        for name, recorded, known in (
+        for name, recorded, supported in (
             ("image", self.image, (IMAGE_POLICY, PUBLISHED_POLICY)),
             ("augmentation", self.augmentation, (AUGMENTATION_BACKEND,)),
         ):
-            if recorded not in known:
+            if recorded not in supported:
                 raise UserError(
-                    f"{self.url} has {name} policy {recorded}, this program knows {' and '.join(known)}. Use the "
-                    "program that wrote it."
+                    f"{self.url} has {name} policy {recorded}, this version supports {' and '.join(supported)}. Use "
+                    "the version that wrote it."
                 )
 
 
@@ -63,12 +63,12 @@ class Sample:
         width, height: size in pixels of the decoded image.
         image: encoded image, as in the source; ``pil()`` decodes it.
         augmentations: K augmentation records; ``augmented(k)`` replays one.
-        captions: synthetic captions by captioner, None where the captioner gave none.
+        captions: synthetic captions by captioner, None if the layer is null for this sample.
         images: float32 [K, D] by teacher; row k is the embedding of ``augmented(k)``.
         texts: float32 [1 or N, D] by teacher, then by ``caption`` (the true caption) or captioner.
         policies: how the dataset's images become pixels.
 
-    Where a layer has no vectors for this sample, they are NaN.
+    Vectors are NaN if the layer is null for this sample.
     """
 
     key: str
@@ -92,13 +92,14 @@ class Sample:
         try:
             return decode(self.image, self.policies.limits, policy=self.policies.image)
         except ImageRefused as error:
-            raise self._changed(error) from error
+            raise self._image_error(error) from error
 
     def augmented(self, k: int, size: int | None = None) -> Image.Image:
         """Replay augmentation record ``k``: the RGB crop that the teachers saw.
 
         ``size`` is the side of the result in pixels; default: the recorded one. At another size, translations are
-        scaled with it, as in student training.
+        scaled with it, as in student training. Each call decodes the image; to replay many records, decode it once:
+        ``reinforce.dataset.augment.replay(image, sample.augmentations[k])``.
         Raises IndexError if there is no record ``k``, and UserError as ``pil()``.
         """
         if not -len(self.augmentations) <= k < len(self.augmentations):
@@ -109,9 +110,9 @@ class Sample:
         try:
             return replay(image, self.augmentations[k], size)
         except ValueError as error:
-            raise self._changed(error) from error
+            raise self._image_error(error) from error
 
-    def _changed(self, error: Exception) -> UserError:
+    def _image_error(self, error: Exception) -> UserError:
         return UserError(
             f"{self.policies.url}, key {self.key}: this is not the image that was augmented ({error}). If images are "
             "kept by reference, restore the tar that was changed. Otherwise delete the damaged file of the samples "

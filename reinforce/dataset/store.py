@@ -63,7 +63,7 @@ class Store(Storage):
         return LayerWriter(self, layer, schema, shard, source)
 
     def quarantine(self, layer: str, shard: str, rows: list[tuple[str | None, Reason, str]]) -> None:
-        """Write the quarantine file of a shard. Rows are (key, reason, detail); key None stands for the shard."""
+        """Write the quarantine file of a shard. Rows are (key, reason, detail); key None is the shard as a whole."""
         keys, reasons, details = zip(*[(k, r.value, d[:2000]) for k, r, d in rows], strict=True)
         table = pa.table([keys, reasons, details], schema=schemas.quarantine_schema())
         buffer = pa.BufferOutputStream()

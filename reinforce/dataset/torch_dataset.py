@@ -36,7 +36,7 @@ class TorchSamples(IterableDataset[Any]):
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         data = self.data[rank * workers + number :: ranks * workers]
         if worker:
-            data.store = copy.deepcopy(data.store)  # connects anew: object store clients do not survive a fork
+            data.store = copy.deepcopy(data.store)  # a new connection: object store clients are not fork-safe
         for sample in data:
             yield sample if self.transform is None else self.transform(sample)
 

@@ -1,4 +1,4 @@
-"""Statistics of captions from their text alone: length, diversity, duplicates, and how they end."""
+"""Statistics of the text of captions: length, diversity, duplicates, and how they end."""
 
 from __future__ import annotations
 

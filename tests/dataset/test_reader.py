@@ -49,7 +49,7 @@ def test_a_dataset_is_restricted_by_name_number_and_slice(url: str) -> None:
     assert (data.shards, len(data)) == ([first, second, third], 44), "the dataset itself is not changed"
 
 
-def test_a_shard_that_does_not_exist_is_named(url: str) -> None:
+def test_a_shard_that_does_not_exist_is_an_error_with_its_name(url: str) -> None:
     data = reinforce.open(url)
     with pytest.raises(KeyError, match="has no shard '00009' that is complete in every selected layer"):
         data["00009"]
@@ -67,7 +67,7 @@ def test_teachers_and_captioners_are_selected_by_name(url: str) -> None:
         reinforce.open(url, teachers=["green"])
 
 
-def test_a_folder_without_a_dataset_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_dataset_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a reinforced dataset"):
         reinforce.open(str(tmp_path))
 

@@ -95,16 +95,16 @@ def test_an_image_that_was_changed_is_named_by_dataset_and_key(dataset: reinforc
 
 
 @pytest.mark.parametrize(
-    ("policy", "known"), [("image", "rgb-1 and pillow-rgb-1"), ("augmentation", "torchvision-pil-1")]
+    ("policy", "supported"), [("image", "rgb-1 and pillow-rgb-1"), ("augmentation", "torchvision-pil-1")]
 )
-def test_a_policy_of_another_version_is_refused(dataset: reinforce.Dataset, policy: str, known: str) -> None:
+def test_a_policy_of_another_version_is_an_error(dataset: reinforce.Dataset, policy: str, supported: str) -> None:
     dataset.manifest["policies"][policy] = "new-2"
     sample = next(iter(dataset))
-    with pytest.raises(UserError, match=f"{policy} policy new-2, this program knows {known}"):
+    with pytest.raises(UserError, match=f"{policy} policy new-2, this version supports {supported}"):
         sample.augmented(0)
 
 
-def test_a_manifest_without_policies_is_refused(dataset: reinforce.Dataset) -> None:
+def test_a_manifest_without_limits_is_an_error(dataset: reinforce.Dataset) -> None:
     del dataset.manifest["input"]["limits"]
     with pytest.raises(UserError, match=r"does not record image policies and limits"):
         next(iter(dataset))

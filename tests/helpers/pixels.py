@@ -32,7 +32,7 @@ class PixelRecorder:
 
 
 def torchvision_replay(data: bytes, record: Any, size: int) -> np.ndarray:
-    """Replay a published augmentation record on an encoded image with Pillow and torchvision alone."""
+    """Replay a published augmentation record on an encoded image with only Pillow and torchvision."""
     crop, ops = record
     view = F.resized_crop(Image.open(io.BytesIO(data)).convert("RGB"), *crop, [size, size], InterpolationMode.BICUBIC)
     for number, magnitude in ops or []:
