@@ -1,26 +1,26 @@
-# Needs Python 3.10 or newer and a package index; everything else is made in .venv.
+# Needs Python 3.10 or newer and a package index; everything else is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SECONDS ?= 600
 ROUNDS ?= 10
-# Else every process of a run compiles what it imports anew: see below.
+# Otherwise every process of a run compiles its imports again: see below.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-captions bench-latency bench-transfer ablations lint clean fuzz soak audit
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	@# What is imported is compiled then, once; all that is installed takes a minute of a core.
+	@# Modules are compiled once, when they are imported; compiling everything here takes a minute of one core.
 	$(BIN)/python -m pip install --no-compile -e '.[demo,test]' -c constraints.txt
 	touch $@
 
-install: $(INSTALLED) ## make .venv with the tested versions of everything
+install: $(INSTALLED) ## create .venv with the tested versions of everything
 
 demo: $(INSTALLED) ## reinforce 1,364 emoji, train a student with and without it, compare (minutes, no network)
 	$(BIN)/python -m reinforce.demo data
@@ -29,7 +29,7 @@ demo: $(INSTALLED) ## reinforce 1,364 emoji, train a student with and without it
 	$(BIN)/python -m reinforce.demo students
 	$(BIN)/python -m reinforce.demo compare
 
-demo-teachers: $(INSTALLED) ## train the demo's teachers and captioner anew, which are committed (35 minutes on two cores, npm)
+demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner again (35 minutes on two cores, npm)
 	$(BIN)/python -m reinforce.demo data
 	$(BIN)/python -m reinforce.demo lessons
 	$(BIN)/python -m reinforce.demo blanks
@@ -45,36 +45,36 @@ demo-teachers: $(INSTALLED) ## train the demo's teachers and captioner anew, whi
 test: $(INSTALLED) ## run the tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-bench: $(INSTALLED) ## how near the pipeline comes to this machine's limits (two minutes)
+bench: $(INSTALLED) ## the pipeline compared with this machine's limits (two minutes)
 	$(BIN)/python -m benchmarks.pipeline
 
-bench-step: $(INSTALLED) ## what a training step with stored targets costs beside plain CLIP (five minutes)
+bench-step: $(INSTALLED) ## a training step with stored targets compared with plain CLIP (five minutes)
 	$(BIN)/python -m benchmarks.step
 
-bench-loader: $(INSTALLED) ## how fast a student's images come, beside bare decoding and webdataset (three minutes)
+bench-loader: $(INSTALLED) ## the student's data loader compared with bare decoding and webdataset (three minutes)
 	$(BIN)/python -m benchmarks.loader
 
-bench-captions: $(INSTALLED) ## decoding of CoCa's captions beside open_clip's own (twenty minutes)
+bench-captions: $(INSTALLED) ## CoCa's caption decoding compared with open_clip's (twenty minutes)
 	$(BIN)/python -m benchmarks.captions
 
-bench-latency: $(INSTALLED) ## MobileCLIP2 beside ViT-L/14 on one core (minutes)
+bench-latency: $(INSTALLED) ## MobileCLIP2 compared with ViT-L/14 on one core (minutes)
 	$(BIN)/reinforce latency MobileCLIP2-S0 MobileCLIP2-S2 MobileCLIP2-B MobileCLIP2-S3 MobileCLIP2-S4 ViT-L-14 \
 		--threads 1 --clock process --rounds $(ROUNDS) --json benchmarks/results/latency.json
 
-fuzz: $(INSTALLED) ## broken shards, images and texts at random, for SECONDS (default 600)
+fuzz: $(INSTALLED) ## feed random broken shards, images and texts, for SECONDS (default 600)
 	$(BIN)/python -W ignore -m tests.fuzz --seconds $(SECONDS)
 
-soak: $(INSTALLED) ## runs that are killed and starved at random for SECONDS (default 600), and must end complete
+soak: $(INSTALLED) ## kill and starve runs at random for SECONDS (default 600); they must end complete
 	$(BIN)/python -m tests.soak --seconds $(SECONDS)
 
-audit: $(INSTALLED) ## known vulnerabilities of the tested versions; fails where their database is out of reach
+audit: $(INSTALLED) ## known vulnerabilities of the tested versions; fails if their database cannot be reached
 	test -x .venv/audit/bin/pip-audit || ($(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit)
 	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
-bench-transfer: $(INSTALLED) ## the demo's two students from three seeds each, after `make demo` (ten minutes)
+bench-transfer: $(INSTALLED) ## the demo's two students with three seeds each, after `make demo` (ten minutes)
 	$(BIN)/python -m benchmarks.transfer
 
-ablations: $(INSTALLED) ## the papers' questions at the demo's scale, after `make demo`; goes on where it was (hours)
+ablations: $(INSTALLED) ## the papers' questions at the demo's scale, after `make demo`; continues if stopped (hours)
 	$(BIN)/python -m benchmarks.ablations
 
 lint: $(INSTALLED) ## ruff, mypy and the import contracts
@@ -83,6 +83,6 @@ lint: $(INSTALLED) ## ruff, mypy and the import contracts
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
-clean: ## remove what the demo and the tools wrote; .venv stays
+clean: ## remove the output of the demo and of the tools; .venv stays
 	rm -rf demo build dist *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
