@@ -59,7 +59,7 @@ What to try next
       both students, judged again
   make bench-transfer
       this table over three seeds; it writes docs/transfer.md
-  README.md
+  docs/README.md
       reading a dataset, your own data, your own teachers"""
 
 

@@ -1,4 +1,4 @@
-"""`ray job submit` against a head started as README.md says: followed to its end, then submitted again."""
+"""`ray job submit` against a head started as docs/clusters.md shows: followed to its end, then submitted again."""
 
 from __future__ import annotations
 

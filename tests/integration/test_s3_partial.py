@@ -42,7 +42,7 @@ def test_a_process_killed_in_the_middle_of_an_upload_leaves_no_object(s3: s3fs.S
         process.kill()
         process.wait()
     assert s3.find("bucket/killed", refresh=True) == []
-    assert uploads(s3, "killed") == 1, "which costs money until a lifecycle rule ends it: see README.md"
+    assert uploads(s3, "killed") == 1, "which costs money until a lifecycle rule ends it: see docs/clusters.md"
 
 
 def test_a_process_killed_while_it_puts_a_file_leaves_none_on_its_machine(
