@@ -19,9 +19,9 @@ from reinforce.dataset.augment import OPS
 from reinforce.source.image import PUBLISHED_POLICY, decode
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
+from tests.helpers.images import encode, noise
 from tests.helpers.published import COUNT, SIZE, config_of, image, published, reinforcement, stored
 from tests.helpers.reinforced import letters, read, reinforce_here
-from tests.hostile.images import encoded, photo
 
 
 @pytest.mark.filterwarnings("error")
@@ -30,11 +30,11 @@ from tests.hostile.images import encoded, photo
 def test_the_published_policy_is_pillow_s_conversion_alone(mode: str, transparent: bool) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture = photo().convert("L").convert("I;16") if mode == "I;16" else photo().convert(mode)
+    picture = noise().convert("L").convert("I;16") if mode == "I;16" else noise().convert(mode)
     options = {"transparency": bytes(range(0, 256, 2)) if mode == "P" else 7} if transparent and mode in "LP" else {}
     if transparent and mode in ("LA", "RGBA"):
-        picture.putalpha(photo().convert("L"))
-    data = encoded(picture, "PNG", exif=exif, **options)
+        picture.putalpha(noise().convert("L"))
+    data = encode(picture, "PNG", exif=exif, **options)
     made = decode(data, Limits(), policy=PUBLISHED_POLICY)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -32,8 +32,9 @@ from reinforce.source.shards import Refusal, as_utf8, split_name
 from reinforce.source.text import caption_of, json_error, metadata_of
 from tests.fuzz import reinforcements
 from tests.helpers.data import picture
+from tests.helpers.images import encode, noise
 from tests.helpers.tars import tar_bytes, zstd
-from tests.hostile.images import IMAGES, encoded, photo
+from tests.hostile.images import IMAGES
 from tests.hostile.texts import TEXTS
 
 CONFIG: Config = parse_config({"source": "x", "output": "y", "augmentations": {"count": 2, "size": 24}})
@@ -201,11 +202,20 @@ def members(listed: list[tuple[str, bytes, bytes]], tar_format: int) -> None:
 
 # --- images
 
-SEEDS = [encoded(photo(), format_) for format_ in FORMATS]
-SEEDS += [encoded(photo(200, 150), "JPEG", progressive=True), encoded(photo(99, 70), "JPEG", restart_marker_blocks=4)]
-SEEDS += [encoded(photo().convert(mode), "PNG") for mode in ("1", "L", "LA", "P", "RGBA")]
-SEEDS += [encoded(photo().convert("CMYK"), "JPEG"), encoded(photo(), "TIFF", compression="tiff_lzw")]
-SEEDS += [encoded(photo(), "TIFF", compression="jpeg"), encoded(Image.fromarray(np.eye(9, dtype=np.float32)), "TIFF")]
+SEEDS = [encode(noise(), format_) for format_ in FORMATS]
+SEEDS += [
+    encode(noise(200, 150), "JPEG", progressive=True),
+    encode(noise(99, 70), "JPEG", restart_marker_blocks=4),
+]
+SEEDS += [encode(noise().convert(mode), "PNG") for mode in ("1", "L", "LA", "P", "RGBA")]
+SEEDS += [
+    encode(noise().convert("CMYK"), "JPEG"),
+    encode(noise(), "TIFF", compression="tiff_lzw"),
+]
+SEEDS += [
+    encode(noise(), "TIFF", compression="jpeg"),
+    encode(Image.fromarray(np.eye(9, dtype=np.float32)), "TIFF"),
+]
 SEEDS += [data for data in (case.data() for case in IMAGES) if len(data) < 20_000]
 IMAGE_BYTES = st.builds(
     lambda seed, changes, cut, more: _changed(seed, changes)[: cut and max(1, len(seed) * cut // 100)] + more,

@@ -1,4 +1,4 @@
-"""Small tars for tests, built in memory, and what reading them gives."""
+"""Small tars, built in memory, and the result of reading them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Member = tuple[str, bytes]
 
 
 def tar_bytes(members: Iterable[Member], format: int = tarfile.GNU_FORMAT, end: bool = True) -> bytes:
-    """A tar of regular files in the given order; ``end=False`` leaves the zero blocks off."""
+    """A tar of regular files in the given order; ``end=False`` omits the zero blocks at the end."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format, errors="surrogateescape") as tar:
         for name, data in members:
@@ -28,13 +28,13 @@ def tar_bytes(members: Iterable[Member], format: int = tarfile.GNU_FORMAT, end: 
 
 
 def sample_members(key: str, image: bytes = b"pixels") -> list[Member]:
-    """The members ``jpg``, ``txt`` and ``json`` of one sample; the image need not be one to be read."""
+    """The members ``jpg``, ``txt`` and ``json`` of one sample; ``image`` is not decoded."""
     return [(f"{key}.jpg", image), (f"{key}.txt", f"photo {key}".encode()), (f"{key}.json", b'{"uid": 1}')]
 
 
 KEYS = ["a", "b", "c"]
 BODY = tar_bytes([member for key in KEYS for member in sample_members(key, key.encode() * 700)], end=False)
-THREE = BODY + bytes(1024)
+TAR = BODY + bytes(1024)  # the samples of KEYS
 LIMITS = Limits(image_bytes=5_000, sidecar_bytes=300)
 
 
@@ -44,7 +44,7 @@ def read(data: bytes, name: str = "x.tar", limits: Limits = LIMITS) -> list[RawS
 
 
 def outcomes(rows: list[RawSample | Refusal]) -> list[tuple[str | None, str]]:
-    """(key, image or reason) of each row."""
+    """Return (key, image or reason) of each row."""
     return [(row.key, row.image.decode() if isinstance(row, RawSample) else row.reason.value) for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""docs/hostile.md from the cases: ``python -m tests.hostile.table`` writes it, and a test compares."""
+"""Generate docs/hostile.md from the cases: ``python -m tests.hostile.table``. A test compares."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from tests.hostile.words import slug
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "hostile.md"
 RUN = "tests/hostile/test_run.py"
-HANG = (
-    "tests/hostile/test_hang.py::test_an_image_that_takes_minutes_and_a_model_that_stands_still_cost_their_shards_alone"
-)
+HANG = "tests/hostile/test_hang.py::test_a_slow_image_and_a_hung_model_cost_only_their_shards"
 FAULTS = "tests/integration/test_faults.py"
 PUBLISHED = "tests/engine/test_published.py"
 BROKEN = "tests/engine/test_published_broken.py"
@@ -23,27 +21,27 @@ S3 = "tests/integration/test_s3_faults.py"
 PARTIAL = "tests/integration/test_s3_partial.py"
 SCARCITY = "tests/integration/test_scarcity.py"
 CLUSTER = "tests/integration/test_cluster.py"
-#: What is shown elsewhere: defect, what happens, the test.
+#: Cases of other tests: defect, outcome, test.
 OTHERS = [
     (
-        "an image that decodes for longer than failures.sample_seconds",
-        "`shard_hung`, with its key: its worker is ended, the shards it had run alone, and the one that hangs again is "
+        "an image that takes longer to decode than failures.sample_seconds",
+        "`shard_hung`, with its key: the worker is killed, its shards run alone, and the one that hangs again is "
         "quarantined",
         HANG,
     ),
     (
-        "a model or a storage that stands still for failures.stall_seconds",
-        "`shard_hung`, likewise",
+        "a model or a storage that makes no progress for failures.stall_seconds",
+        "`shard_hung`, in the same way",
         HANG,
     ),
     (
         "an image that kills its process",
-        "`shard_crashed`, found in the same way",
+        "`shard_crashed`, in the same way",
         f"{FAULTS}::test_what_passes_leaves_no_trace_and_a_shard_that_segfaults_each_time_is_quarantined",
     ),
     (
-        "a model that raises at a shard",
-        "tried again, then `shard_failed` in the layers of that model alone",
+        "a model that raises an exception for a shard",
+        "retried, then `shard_failed`, only in the layers of that model",
         f"{FAULTS}::test_a_model_that_always_raises_costs_its_own_layers_only",
     ),
     (
@@ -52,24 +50,24 @@ OTHERS = [
         "tests/integration/test_run.py::test_a_row_whose_embedding_is_not_finite_is_null_and_named",
     ),
     (
-        "an image that the published reinforcements do not have, and the other way round",
+        "an image without published reinforcements, and published reinforcements without an image",
         "`not_reinforced`; `no_image`",
         f"{PUBLISHED}::test_samples_are_joined_by_key_or_uid_in_the_source_s_order",
     ),
     (
-        "published augmentations that cannot be read, or are not of this image",
+        "published augmentations that cannot be read or do not fit the image",
         "`reinforcement_broken`",
         f"{BROKEN}::test_what_cannot_be_read_costs_its_own_row",
     ),
     (
-        "published captions or vectors that are pickles, unpack without end or are not what they say",
+        "published captions or vectors that are pickles, decompression bombs or of a wrong type",
         "`reinforcement_broken`: the row is null in that layer; nothing is executed",
         f"{BROKEN}::test_what_cannot_be_read_costs_its_own_row",
     ),
     (
         "a storage that fails in the middle of a shard",
-        "raised, so that the shard is tried again; not taken for damage",
-        "tests/source/test_shards.py::test_storage_errors_that_may_pass_are_raised_after_the_samples_before_them",
+        "raised, so that the shard is retried; not mistaken for damage",
+        "tests/source/test_streams.py::test_temporary_storage_errors_are_raised_after_the_samples_before_them",
     ),
     (
         "a special token of a tokenizer in a caption",
@@ -77,14 +75,14 @@ OTHERS = [
         "tests/teachers/test_open_clip.py::test_special_tokens_in_captions_are_only_text",
     ),
     (
-        "a header that damage may have robbed of its long name",
-        "the member is passed over, not given another name",
-        "tests/source/test_tar.py::test_a_member_behind_damage_whose_name_may_have_been_lost_is_not_given_another",
+        "a header whose long name may be lost in damage",
+        "the member is skipped, not read under another name",
+        "tests/source/test_tar.py::test_a_member_after_damage_that_may_have_lost_its_name_is_skipped",
     ),
     (
         "damage in more than 100 places of a shard",
         "`shard_damaged`: the rest is not read",
-        "tests/source/test_tar.py::test_damage_without_end_is_told_a_hundred_times_and_then_no_more",
+        "tests/source/test_tar.py::test_at_most_a_hundred_damages_are_reported",
     ),
     (
         "a shard of any length, a member of 100 MB",
@@ -92,8 +90,8 @@ OTHERS = [
         "tests/source/test_shards.py::test_memory_does_not_grow_with_the_shard",
     ),
     (
-        "any bytes whatever",
-        "rows and refusals, within ten seconds and a gigabyte, and no sample is lost",
+        "arbitrary bytes",
+        "rows and refusals, within 10 seconds and 1 GB; no sample is lost",
         "tests/fuzz/test_fuzz.py::test_nothing_is_lost_and_nothing_hangs",
     ),
 ]
@@ -104,106 +102,110 @@ NODES = f"{CLUSTER}::test_the_pool_follows_the_cluster_and_a_lost_node_costs_no_
 FULL = f"{SCARCITY}::test_a_full_disk_ends_a_run_with_one_error_and_nothing_half_written"
 MEMORY = f"{SCARCITY}::test_a_worker_that_the_memory_monitor_kills_costs_nothing"
 PROCESSES = [
-    ("kill -9 of a worker", "its shards go to another", SECOND),
-    ("kill -9 of the driver", "the same command goes on where it was", ENDED),
-    ("SIGTERM or Ctrl-C", "a clean stop; what is finished is kept, and the same command goes on", ENDED),
+    ("kill -9 of a worker", "its shards go to another worker", SECOND),
+    ("kill -9 of the driver", "the same command resumes the run", ENDED),
+    ("SIGTERM or Ctrl-C", "a clean stop; finished shards are kept, and the same command resumes the run", ENDED),
     ("a second run on a local dataset", "refused: another run is writing", SECOND),
-    ("a worker that raises, or dies, once", "its shards are tried again", ONCE),
+    ("a worker that raises an exception or dies once", "its shards are retried", ONCE),
     (
         "a shard that segfaults its process each time",
-        "`shard_crashed` after failures.solo_attempts alone; its neighbours finish",
+        "`shard_crashed` after failures.solo_attempts attempts alone; the other shards finish",
         ONCE,
     ),
     (
-        "a worker at which everything fails",
-        "replaced by another; costs no shard",
+        "a worker on which every shard fails",
+        "replaced by another worker; costs no shard",
         f"{FAULTS}::test_a_worker_at_which_everything_fails_is_replaced_and_costs_no_shard",
     ),
     ("a worker that Ray's memory monitor kills", "its shards run again, alone", MEMORY),
-    ("a node that is lost, with all that runs on it", "counts against no shard", NODES),
+    ("a lost node with its workers", "counts against no shard", NODES),
     ("a node that joins late", "gets workers", NODES),
-    ("a full disk", "one error; what is there is whole; goes on when there is room", FULL),
+    ("a full disk", "one error; no partial files; the same command resumes when there is space", FULL),
     (
-        "clocks that are years apart, files from the past and the future",
-        "nothing: only the monotonic clock decides anything",
+        "clocks that differ by years, files from the past and the future",
+        "no effect: only the monotonic clock is used",
         f"{FAULTS}::test_no_clock_but_the_monotonic_one_decides_anything",
     ),
 ]
 PASSES = f"{S3}::test_faults_that_pass_leave_no_trace"
 LASTS = f"{S3}::test_shards_that_cannot_be_read_are_quarantined_and_their_neighbours_finish"
 STORAGE = [
-    ("503 SlowDown or 500 for a while, whatever is asked", "asked again; the files of an undisturbed run", PASSES),
-    ("500 on put for longer than is borne", "the shard is tried again; the files of an undisturbed run", PASSES),
-    ("a connection lost in the middle of a body", "that block is read again", PASSES),
-    ("reads that take long", "waited for", PASSES),
-    ("an object that changes while it is read", "the shard is read anew: no mixture of the two", PASSES),
+    ("503 SlowDown or 500 for a while, for any request", "retried; the same files as without the fault", PASSES),
+    ("500 on put for longer than the retries", "the shard is retried; the same files as without the fault", PASSES),
+    ("a connection lost in the middle of a body", "the block is read again", PASSES),
+    ("slow reads", "no effect", PASSES),
+    (
+        "an object that changes while it is read",
+        "the shard is read again, so that versions are not mixed",
+        PASSES,
+    ),
     ("an object that vanishes while it is read", "`shard_missing`", LASTS),
-    ("503 for ever at one object", "`shard_failed` after a bounded number of requests", LASTS),
+    ("503 for one object, permanently", "`shard_failed` after a bounded number of requests", LASTS),
     ("permission denied for one object", "`shard_unreadable`", LASTS),
     (
-        "permission denied for what is written",
-        "a few attempts, then the run ends with one error; what is finished is kept",
+        "permission denied for writing",
+        "a few attempts, then the run ends with one error; finished shards are kept",
         f"{S3}::test_an_output_that_refuses_files_is_one_clear_error",
     ),
     ("wrong credentials", "one error, at once", f"{S3}::test_wrong_credentials_are_one_clear_error"),
     (
-        "an endpoint that is silent",
+        "an endpoint that does not answer",
         "one error, after three minutes",
         f"{S3}::test_an_endpoint_that_is_silent_is_one_clear_error_and_soon",
     ),
     (
         "kill -9 in the middle of a multipart upload",
-        "no object; the next run makes it (an orphaned upload is left for the bucket's lifecycle rule)",
+        "no object; the next run writes it (the lifecycle rule of the bucket removes the orphaned upload)",
         f"{PARTIAL}::test_a_process_killed_in_the_middle_of_an_upload_leaves_no_object",
     ),
     (
         "kill -9 while a file is put into an object store",
-        "the same, and nothing is left in the machine's temporary folder",
+        "the same, and no file is left in the temporary folder of the machine",
         f"{PARTIAL}::test_a_process_killed_while_it_puts_a_file_leaves_none_on_its_machine",
     ),
     (
         "an error in the middle of a multipart upload",
-        "no object, no orphan",
+        "no object, no orphaned upload",
         f"{PARTIAL}::test_an_error_in_the_middle_of_an_upload_leaves_no_object",
     ),
     (
-        "two runs at once into one dataset",
+        "two concurrent runs of one config",
         "both put equal objects",
         f"{S3}::test_two_runs_at_once_put_equal_objects",
     ),
     (
         "many shards",
-        "each layer is listed once in a run",
+        "each layer is listed once per run",
         f"{S3}::test_each_layer_is_listed_once_in_a_run",
     ),
 ]
 _HEAD = """\
-# What becomes of bad data
+# Bad data and faults
 
-Data from the web is broken in every way, and a run over it must end with each sample either in the dataset or in
-quarantine with its reason. This is each defect that the tests build, what happens, and the test that shows it.
+Web data is broken in many ways. After a run, each sample must be either in the dataset or in quarantine with a reason.
+This page lists each defect that the tests create, its outcome, and the test.
 
-- A *reason* in `code` is one of [schemas/reasons.py](../schemas/reasons.py). It stands in
-  `quarantine/samples/<shard>.parquet`, beside the key (null for the shard as a whole) and a detail for people.
-- *kept* means that the sample is a row. A reason beside it says what of the sample was left out.
-- Bounds stand in the config, under `input.limits` and `failures`; the detail of a refusal names the one that was met.
-- `reinforce status` counts the reasons, and `reinforce run --retry-quarantined` tries shards again that were given up.
+- A *reason* in `code` is defined in [schemas/reasons.py](../schemas/reasons.py). It is recorded in
+  `quarantine/samples/<shard>.parquet` with the key (null for the shard as a whole) and a detail for people.
+- *kept* means that the sample is a row. A reason next to it names what was left out of the sample.
+- Limits are set in the config under `input.limits` and `failures`; the detail of a refusal names the limit.
+- `reinforce status` counts the reasons, and `reinforce run --retry-quarantined` retries quarantined shards.
 
-Cases marked by a name in brackets are of one real run over shards with all these defects,
-[tests/hostile/test_run.py](../tests/hostile/test_run.py); `make fuzz` looks for further ones. Faults of processes and
-storages are done for real, and what a run makes in spite of them is compared byte for byte with what an undisturbed one
-makes; `make soak` does so with many faults, at random, for ten minutes.
+Tests with a name in brackets belong to one real run over shards with all these defects,
+[tests/hostile/test_run.py](../tests/hostile/test_run.py); `make fuzz` searches for more. Faults of processes and
+storages are real: processes are killed and requests fail. The files of a run with faults are compared byte for byte
+with those of a run without; `make soak` does so with many random faults for ten minutes.
 
-This page is written from the cases by `python -m tests.hostile.table`.
+This page is generated from the cases by `python -m tests.hostile.table`.
 """
 
 
 def document() -> str:
-    """The page."""
+    """The text of docs/hostile.md."""
     sections = [
-        ("Images", ((c.defect, c.what, f"{RUN}::test_images[{slug(c.defect)}]") for c in IMAGES)),
-        ("Captions and metadata", ((c.defect, c.what, f"{RUN}::test_texts[{slug(c.defect)}]") for c in TEXTS)),
-        ("Shards", ((c.defect, c.what, f"{RUN}::test_tars[{slug(c.defect)}]") for c in TARS)),
+        ("Images", ((c.defect, c.outcome, f"{RUN}::test_images[{slug(c.defect)}]") for c in IMAGES)),
+        ("Captions and metadata", ((c.defect, c.outcome, f"{RUN}::test_texts[{slug(c.defect)}]") for c in TEXTS)),
+        ("Shards", ((c.defect, c.outcome, f"{RUN}::test_tars[{slug(c.defect)}]") for c in TARS)),
         ("Beyond single files", iter(OTHERS)),
         ("Processes, nodes and disks", iter(PROCESSES)),
         ("Object stores", iter(STORAGE)),
@@ -212,11 +214,11 @@ def document() -> str:
 
 
 def _table(rows: Iterable[tuple[str, str, str]]) -> str:
-    lines = ["| defect | what happens | shown by |", "| --- | --- | --- |"]
-    for defect, what, test in rows:
+    lines = ["| defect | outcome | test |", "| --- | --- | --- |"]
+    for defect, outcome, test in rows:
         shown = test.partition("::")[2]
         shown = shown[shown.index("[") :] if "[" in shown else f"{test.partition('::')[0]}, {shown}"
-        lines.append(f"| {_cell(defect)} | {_cell(what)} | `{shown}` |")
+        lines.append(f"| {_cell(defect)} | {_cell(outcome)} | `{shown}` |")
     return "\n".join(lines) + "\n"
 
 

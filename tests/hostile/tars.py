@@ -1,4 +1,4 @@
-"""Shards with the defects of storage and of writers, and what a run makes of each."""
+"""Shards with the defects of storage and of tar writers, and the expected outcome of a run for each."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ KEYS = ("a", "b", "c", "d")
 
 @dataclass(frozen=True)
 class TarCase:
-    """What stands in place of a shard, and what becomes of it.
+    """A file in place of a shard, and the expected outcome.
 
-    ``put_in`` are the keys of its samples, ``rows`` those that become rows, ``refused`` the reasons by key and
-    ``shard`` those of the shard as a whole, which stand for the keys that are neither.
+    ``keys`` are the keys of its samples, ``rows`` those that become rows, ``refused`` the reasons by key, and ``shard``
+    the reasons for the shard as a whole, which cover the remaining keys.
     """
 
     defect: str
     write: Callable[[Path], None]
-    put_in: Sequence[str] = KEYS
+    keys: Sequence[str] = KEYS
     rows: Sequence[str] = ()
     refused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shard: tuple[str, ...] = ()
@@ -37,10 +37,10 @@ class TarCase:
     ending: str = ".tar"
 
     @property
-    def what(self) -> str:
+    def outcome(self) -> str:
         reasons = list(dict.fromkeys([*self.shard, *(r for reasons in self.refused.values() for r in reasons)]))
-        said = ", ".join(f"`{reason}`" for reason in reasons) or "read"
-        return f"{said}: {self.note}" if self.note else said
+        text = ", ".join(f"`{reason}`" for reason in reasons) or "read"
+        return f"{text}: {self.note}" if self.note else text
 
 
 def sample(key: str) -> list[Member]:
@@ -73,7 +73,7 @@ def members(*listed: Member, format_: int = tarfile.GNU_FORMAT) -> Callable[[Pat
 
 
 def changed(name: str, at: int, value: bytes, checksum: bool = True) -> Callable[[Path], None]:
-    """The good tar with bytes of a member's header replaced, and its checksum mended."""
+    """The good tar with bytes of a member's header replaced, and its checksum updated."""
     tar = bytearray(GOOD)
     start = PLACES[name][0]
     tar[start + at : start + at + len(value)] = value
@@ -88,7 +88,7 @@ def size_of_b(value: bytes) -> Callable[[Path], None]:
 
 
 def with_links() -> Callable[[Path], None]:
-    """Two images that are links: a symbolic one out of the tar, and a hard one to another member."""
+    """A tar with two images that are links: a symbolic link out of the tar, and a hard link to another member."""
     targets = {"b.png": (tarfile.SYMTYPE, "/etc/passwd"), "c.png": (tarfile.LNKTYPE, "a.png")}
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -105,32 +105,32 @@ def pipe(path: Path) -> None:
 
 
 OUTSIDE = ("/etc/x", "../../x", "a")
-B_LOST = {"b": ("no_image",)}  # its image is what is damaged; caption and json are read
+B_LOST = {"b": ("no_image",)}  # its image is damaged; caption and json are read
 _B = PLACES["b.png"]
 _C = PLACES["c.png"]
 
 TARS = [
     TarCase("cut between samples", data(GOOD[: _C[0]]), rows="ab", shard=("shard_damaged",),
-            note="told by the missing end mark; what is there is kept"),
+            note="detected by the missing end mark; the rows are kept"),
     TarCase("cut between members", data(GOOD[: PLACES["b.txt"][0]]), rows="ab", shard=("shard_damaged",),
-            note="the last one has its image and is kept"),
+            note="the last sample has its image and is kept"),
     TarCase("cut inside a header", data(GOOD[: _C[0] + 300]), rows="ab", shard=("shard_damaged",)),
     TarCase("cut inside an image", data(GOOD[: _C[1] + 100]), rows="ab", refused={"c": ("image_broken",)},
             shard=("shard_damaged",)),
     TarCase("cut inside a caption", data(GOOD[: PLACES["c.txt"][1] + 3]), rows="abc", shard=("shard_damaged",)),
     TarCase("wrong checksum in a header", changed("b.png", 10, b"x", checksum=False), rows="acd", refused=B_LOST,
-            shard=("shard_damaged",), note="told with the byte; what is behind it is read"),
-    TarCase("junk over a header and what follows", data(GOOD[: _B[0]] + b"\xaa" * 1_500 + GOOD[_B[0] + 1_500 :]),
+            shard=("shard_damaged",), note="reported with its offset; the rest is read"),
+    TarCase("junk over a header and the data after it", data(GOOD[: _B[0]] + b"\xaa" * 1_500 + GOOD[_B[0] + 1_500 :]),
             rows="acd", refused=B_LOST, shard=("shard_damaged",)),
     TarCase("zeroed blocks over a header", data(GOOD[: _B[0]] + bytes(512) + GOOD[_B[1] :]), rows="acd", refused=B_LOST,
             shard=("shard_damaged",)),
     TarCase("zeroed blocks over whole samples", data(GOOD[: _B[0]] + bytes(_C[0] - _B[0]) + GOOD[_C[0] :]),
             rows="acd", shard=("shard_damaged",),
-            note="told by their length; zeros of two blocks or up to a record's end pass as the end of a tar"),
+            note="detected by their length; zeros of two blocks, or up to the end of a record, are the end of a tar"),
     TarCase("zeroed blocks in an image", data(GOOD[: _B[1] + 64] + bytes(512) + GOOD[_B[1] + 576 :]), rows="acd",
             refused={"b": ("image_broken",)}),
     TarCase("missing bytes", data(GOOD[: _B[1] + 50] + GOOD[_B[1] + 217 :]), rows="acd",
-            refused={"b": ("image_broken",)}, shard=("shard_damaged",), note="read on where the next header is"),
+            refused={"b": ("image_broken",)}, shard=("shard_damaged",), note="reading resumes at the next header"),
     TarCase("concatenated tars", data(tar_bytes(samples("ab")) + tar_bytes(samples("cd"))), rows="abcd"),
     TarCase("a size of 2^62", size_of_b(b"\x80" + (2**62).to_bytes(11, "big")), rows="acd", refused=B_LOST,
             shard=("shard_damaged",), note="webdataset hangs on it"),
@@ -138,52 +138,54 @@ TARS = [
     TarCase("a size of 8 GB", size_of_b(b"\x80" + (2**33).to_bytes(11, "big")), rows="acd",
             refused={"b": ("image_broken",)}, shard=("shard_damaged",), note="more than the file has"),
     TarCase("pax long names", members(*samples(["n" * 150, "ü" * 60]), format_=tarfile.PAX_FORMAT),
-            put_in=("n" * 150, "ü" * 60), rows=("n" * 150, "ü" * 60)),
-    TarCase("GNU long names", members(*samples(["n" * 150])), put_in=("n" * 150,), rows=("n" * 150,)),
+            keys=("n" * 150, "ü" * 60), rows=("n" * 150, "ü" * 60)),
+    TarCase("GNU long names", members(*samples(["n" * 150])), keys=("n" * 150,), rows=("n" * 150,)),
     TarCase("a key above limits.key_chars", members(*samples(["a", "k" * (KEY_CHARS + 1)])),
-            put_in=("a", "k" * (KEY_CHARS + 1)), rows="a", refused={"k" * 100: ("key_chars",)}),
+            keys=("a", "k" * (KEY_CHARS + 1)), rows="a", refused={"k" * 100: ("key_chars",)}),
     TarCase("names that are not UTF-8", members(*samples([b"caf\xe9".decode("utf-8", "surrogateescape")])),
-            put_in=("caf%E9",), rows=("caf%E9",), note="bytes as %XX"),
-    TarCase("terminal codes and markup in keys", members(*samples(["\x1b[31m[red]x"])), put_in=("\x1b[31m[red]x",),
-            rows=("\x1b[31m[red]x",), note="stored as it is, told without effect"),
-    TarCase("absolute and ../ members", members(*samples(OUTSIDE)), put_in=OUTSIDE, rows=OUTSIDE,
-            note="a key is a name, never a path: nothing is unpacked"),
+            keys=("caf%E9",), rows=("caf%E9",), note="their bytes are written as %XX"),
+    TarCase("terminal codes and markup in keys", members(*samples(["\x1b[31m[red]x"])), keys=("\x1b[31m[red]x",),
+            rows=("\x1b[31m[red]x",), note="stored unchanged, escaped in messages"),
+    TarCase("absolute and ../ members", members(*samples(OUTSIDE)), keys=OUTSIDE, rows=OUTSIDE,
+            note="a key is never used as a path; nothing is unpacked"),
     TarCase("slashes and dots in keys",
             members(*samples(["v1.0/x"]), ("v1.0/y.a.png", picture(1)), ("v1.0/y.txt", b"t")),
-            put_in=("v1.0/x", "v1.0/y"), rows=("v1.0/x", "v1.0/y"), note="the key ends at the first dot of a name"),
-    TarCase("symbolic and hard links", with_links(), put_in="abc", rows="a",
+            keys=("v1.0/x", "v1.0/y"), rows=("v1.0/x", "v1.0/y"), note="the key ends at the first dot of a name"),
+    TarCase("symbolic and hard links", with_links(), keys="abc", rows="a",
             refused={"b": ("no_image",), "c": ("no_image",)}, note="not followed"),
     TarCase("folders and hidden files",
             members(("x/", b""), *samples("a"), ("._b.png", b"x"), ("__MACOSX/a.png", b"x")),
-            put_in="a", rows="a", note="no samples, as for webdataset"),
-    TarCase("a key twice, side by side", members(*sample("a"), *sample("a"), *sample("b")), put_in="ab", rows="ab",
+            keys="a", rows="a", note="not samples, as in webdataset"),
+    TarCase("a key twice, next to each other", members(*sample("a"), *sample("a"), *sample("b")), keys="ab", rows="ab",
             refused={"a": ("duplicate_key",)}, note="the first is kept"),
-    TarCase("a key twice, apart", members(*samples("aba")), put_in="ab", rows="ab",
+    TarCase("a key twice, apart", members(*samples("aba")), keys="ab", rows="ab",
             refused={"a": ("duplicate_key",)}, note="the first is kept"),
-    TarCase("a key in another shard, too", members(*samples("ab")), put_in="ab", rows="ab",
-            note="kept in both: keys are unique in a shard"),
-    TarCase("a caption apart from its image", members(("a.png", picture(1)), *samples("bcd"), ("a.txt", b"t")),
-            rows="abcd", refused={"a": ("split_key",)}, note="the image is a row without it"),
+    TarCase("the same key in two shards", members(*samples("ab")), keys="ab", rows="ab",
+            note="kept in both; keys are unique within a shard"),
+    TarCase("a caption that is not next to its image", members(("a.png", picture(1)), *samples("bcd"), ("a.txt", b"t")),
+            rows="abcd", refused={"a": ("split_key",)}, note="the image is a row without a caption"),
     TarCase("all images first, then all captions",
             members(*[(f"{k}.png", picture(1)) for k in KEYS], *[(f"{k}.txt", b"t") for k in KEYS]),
             refused=dict.fromkeys(KEYS, ("split_key",)), shard=("shard_unsorted",),
-            note="refused as a whole, instead of becoming rows without captions: `tar --sort=name` mends it"),
-    TarCase("no image for a caption", members(("a.txt", b"t"), *samples("b")), put_in="ab", rows="b",
+            note="refused as a whole, instead of rows without captions; repack it with `tar --sort=name`"),
+    TarCase("a caption without an image", members(("a.txt", b"t"), *samples("b")), keys="ab", rows="b",
             refused={"a": ("no_image",)}),
     TarCase("more samples than limits.shard_samples",
             members(*[(f"{i:03d}.png", picture(1, 8, 8)) for i in range(SHARD_SAMPLES + 3)]),
-            put_in=[f"{i:03d}" for i in range(SHARD_SAMPLES + 3)], rows=[f"{i:03d}" for i in range(SHARD_SAMPLES)],
+            keys=[f"{i:03d}" for i in range(SHARD_SAMPLES + 3)], rows=[f"{i:03d}" for i in range(SHARD_SAMPLES)],
             shard=("shard_samples",), note="the first ones are kept"),
-    TarCase("gzip named .tar", data(gzip.compress(GOOD)), shard=("shard_unreadable",), note="says the name it wants"),
-    TarCase("xz named .tar", data(lzma.compress(GOOD)), shard=("shard_unreadable",), note="says the name it wants"),
+    TarCase("gzip named .tar", data(gzip.compress(GOOD)), shard=("shard_unreadable",),
+            note="the detail names the right ending"),
+    TarCase("xz named .tar", data(lzma.compress(GOOD)), shard=("shard_unreadable",),
+            note="the detail names the right ending"),
     TarCase("a tar named .tar.gz", data(GOOD), shard=("shard_unreadable",), ending=".tar.gz"),
     TarCase("gzip cut short", data(gzip.compress(GOOD)[:-500]), rows="abc",
             refused={"d": ("image_broken",)}, shard=("shard_damaged",), ending=".tar.gz"),
-    TarCase("an empty tar", data(tar_bytes([])), put_in=(), note="no rows, nothing refused"),
-    TarCase("an empty file", data(b""), put_in=(), shard=("shard_unreadable",)),
-    TarCase("a text file", data(b"<html>404</html>\n" * 400), put_in=(), shard=("shard_unreadable",)),
-    TarCase("a folder", Path.mkdir, put_in=(), shard=("shard_unreadable",)),
-    TarCase("a named pipe", pipe, put_in=(), shard=("shard_unreadable",), note="opening it would wait for ever"),
-    TarCase("a link to nowhere", lambda path: path.symlink_to("nowhere"), put_in=(), shard=("shard_missing",)),
-    TarCase("nothing", lambda path: None, put_in=(), shard=("shard_missing",)),
+    TarCase("an empty tar", data(tar_bytes([])), keys=(), note="no rows and no refusals"),
+    TarCase("an empty file", data(b""), keys=(), shard=("shard_unreadable",)),
+    TarCase("a text file", data(b"<html>404</html>\n" * 400), keys=(), shard=("shard_unreadable",)),
+    TarCase("a folder", Path.mkdir, keys=(), shard=("shard_unreadable",)),
+    TarCase("a named pipe", pipe, keys=(), shard=("shard_unreadable",), note="opening it would block"),
+    TarCase("a link to nowhere", lambda path: path.symlink_to("nowhere"), keys=(), shard=("shard_missing",)),
+    TarCase("no file", lambda path: None, keys=(), shard=("shard_missing",)),
 ]  # fmt: skip

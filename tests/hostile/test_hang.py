@@ -1,4 +1,4 @@
-"""What never ends costs its shard alone: the worker that is at it is ended, and the shard found."""
+"""Images and models that hang cost only their shards: the worker is killed, and the shard is identified."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tests.hostile.images import scan_bomb
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def test_an_image_that_takes_minutes_and_a_model_that_stands_still_cost_their_shards_alone(
+def test_a_slow_image_and_a_hung_model_cost_only_their_shards(
     shards: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "_POLL_SECONDS", 0.2)
     source = shards(*[6] * 3)
     bomb = members_of(9, 3)
-    bomb[3] = (bomb[3][0].replace("png", "jpg"), scan_bomb(4_000))  # three minutes, of which it gets two seconds
+    bomb[3] = (bomb[3][0].replace("png", "jpg"), scan_bomb(4_000))  # takes three minutes; two seconds are allowed
     write_tar(tmp_path / "source" / "0-bomb.tar", bomb)
     config = config_of(source, tmp_path / "out", captioners={})
     config["input"] = {"limits": {"scans": 100_000}}
     config["failures"] = {"allowed_share": 1.0, "solo_attempts": 1, "sample_seconds": 2.0, "stall_seconds": 6.0}
-    config["workers"] = {"batch": 16, "max": 1}  # both in flight in one worker, so each is a suspect of the other's
+    config["workers"] = {"batch": 16, "max": 1}  # both are in flight in one worker, so both are suspects
     config["teachers"] = {
         "ill": {
             "class": "tests.helpers.models:FailingTeacher",

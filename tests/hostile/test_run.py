@@ -1,4 +1,4 @@
-"""One run over shards with every defect: each sample that was put in is a row, or in quarantine with its reason."""
+"""One run over shards with every defect: each sample is a row, or in quarantine with its reason."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run over all cases left behind. ``refused`` and ``of_shard`` are quarantine/samples by shard."""
+    """The output of a run over all cases. ``refused`` and ``of_shard`` are quarantine/samples by shard."""
 
     output: Path
-    shards: dict[str, str]  # by the defect, or `images` and `texts`
+    shards: dict[str, str]  # by defect, or `images` and `texts`
     summary: RunSummary
     rows: dict[str, list[dict[str, Any]]]
     refused: dict[str, dict[str, list[str]]]
@@ -74,11 +74,11 @@ def outcome(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Outc
         file, quarantine = output / "samples" / f"{shard}.parquet", output / "quarantine/samples" / f"{shard}.parquet"
         if file.exists():
             rows[shard] = pq.read_table(file).to_pylist()
-        noted = pq.read_table(quarantine).to_pylist() if quarantine.exists() else []
-        of_shard[shard] = [(row["reason"], row["detail"]) for row in noted if row["key"] is None]
-        details += [row["detail"] for row in noted]
+        quarantined = pq.read_table(quarantine).to_pylist() if quarantine.exists() else []
+        of_shard[shard] = [(row["reason"], row["detail"]) for row in quarantined if row["key"] is None]
+        details += [row["detail"] for row in quarantined]
         refused[shard] = {}
-        for row in noted:
+        for row in quarantined:
             if row["key"] is not None:
                 refused[shard].setdefault(row["key"], []).append(row["reason"])
     return Outcome(output, shards, summary, rows, refused, of_shard, details)
@@ -104,7 +104,7 @@ def test_texts(outcome: Outcome, case: TextCase) -> None:
     row = outcome.row(shard, key)
     assert row is not None
     assert (row["caption"], row["metadata"]) == (case.caption, case.metadata)
-    assert outcome.refused[shard].get(key, []) == list(case.notes)
+    assert outcome.refused[shard].get(key, []) == list(case.reasons)
     without_text = pq.read_table(outcome.output / f"quarantine/embeddings/red/caption/{shard}.parquet").to_pylist()
     assert (key in {r["key"] for r in without_text if r["reason"] == "no_text"}) == (case.caption is None)
 
@@ -115,19 +115,19 @@ def test_tars(outcome: Outcome, case: TarCase) -> None:
     assert [row["key"] for row in outcome.rows.get(shard, [])] == list(case.rows)
     assert {key: tuple(reasons) for key, reasons in outcome.refused[shard].items()} == dict(case.refused)
     assert tuple(dict.fromkeys(reason for reason, _ in outcome.of_shard[shard])) == case.shard
-    if not case.shard:  # else the keys that are lost are the shard's loss, which is told with its place
-        told = {key[:100] if len(key) > KEY_CHARS else key for key in case.put_in}
-        assert told == {*case.rows, *case.refused}
+    if not case.shard:  # otherwise the refusal of the shard covers the keys that are lost
+        reported = {key[:100] if len(key) > KEY_CHARS else key for key in case.keys}
+        assert reported == {*case.rows, *case.refused}
 
 
-def test_every_sample_that_was_put_in_is_a_row_or_refused_or_in_a_shard_that_is(outcome: Outcome) -> None:
-    put_in = [("images", slug(c.defect)) for c in IMAGES] + [("texts", slug(c.defect)) for c in TEXTS]
-    put_in += [(case.defect, key[:100] if len(key) > KEY_CHARS else key) for case in TARS for key in case.put_in]
+def test_every_sample_is_a_row_or_refused_or_in_a_damaged_shard(outcome: Outcome) -> None:
+    expected = [("images", slug(c.defect)) for c in IMAGES] + [("texts", slug(c.defect)) for c in TEXTS]
+    expected += [(case.defect, key[:100] if len(key) > KEY_CHARS else key) for case in TARS for key in case.keys]
     rows = {(defect, row["key"]) for defect, shard in outcome.shards.items() for row in outcome.rows.get(shard, [])}
     refused = {(defect, key) for defect, shard in outcome.shards.items() for key in outcome.refused[shard]}
     damaged = {defect for defect, shard in outcome.shards.items() if outcome.of_shard[shard]}
-    assert {defect for defect, key in {*put_in} - rows - refused} <= damaged
-    assert (rows | refused) - {*put_in} == set(), "nothing comes that was not there"
+    assert {defect for defect, key in {*expected} - rows - refused} <= damaged
+    assert (rows | refused) - {*expected} == set(), "no sample is made up"
 
 
 def test_the_summary_and_the_layers_agree_with_the_quarantine(outcome: Outcome) -> None:
@@ -144,16 +144,16 @@ def test_the_summary_and_the_layers_agree_with_the_quarantine(outcome: Outcome) 
             assert pq.read_table(file, columns=["key"])["key"].to_pylist() == [r["key"] for r in outcome.rows[shard]]
 
 
-def test_damage_is_told_with_the_byte_and_the_bound_with_its_name(outcome: Outcome) -> None:
+def test_details_name_the_byte_of_damage_and_the_limit(outcome: Outcome) -> None:
     damaged = [d for details in outcome.of_shard.values() for reason, d in details if reason == "shard_damaged"]
     assert len(damaged) > 10
     assert all(re.match(r"damaged at byte \d+: ", detail) for detail in damaged)
-    told = " ".join(outcome.details)
-    named = {name for name in Limits.model_fields if f"limits.{name}" in told}
+    details = " ".join(outcome.details)
+    named = {name for name in Limits.model_fields if f"limits.{name}" in details}
     assert named == Limits.model_fields.keys() - {"caption_chars"}, "captions are cut, not refused"
 
 
-def test_nothing_is_written_outside_the_dataset_by_a_name_in_a_tar(outcome: Outcome) -> None:
+def test_names_in_a_tar_are_never_used_as_paths(outcome: Outcome) -> None:
     names = "|".join(re.escape(name) for name in ("etc", "passwd", "x.png", "x.txt", "[red]"))
     assert not [name for name in tree(outcome.output, layers_only=False) if re.search(f"(^|/)({names})($|/)", name)]
     assert not (outcome.output.parent / "x.png").exists()

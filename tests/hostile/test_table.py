@@ -6,11 +6,11 @@ from schemas import Reason
 from tests.hostile.table import DOCUMENT, OTHERS, PROCESSES, ROOT, STORAGE, document
 
 
-def test_the_page_says_what_the_tests_show() -> None:
-    assert DOCUMENT.read_text(encoding="utf-8") == document(), "write it anew: python -m tests.hostile.table"
+def test_the_page_is_up_to_date() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == document(), "generate it: python -m tests.hostile.table"
 
 
-def test_the_tests_that_the_page_names_exist() -> None:
+def test_the_tests_on_the_page_exist() -> None:
     for _, _, test in [*OTHERS, *PROCESSES, *STORAGE]:
         file, _, name = test.partition("::")
         names = {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}

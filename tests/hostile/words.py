@@ -4,5 +4,5 @@ import re
 
 
 def slug(text: str) -> str:
-    """A defect's name as keys, files and test ids hold it."""
+    """The name of a defect in keys, file names and test ids."""
     return re.sub(r"\W+", "-", text).strip("-")

@@ -1,3 +1,5 @@
+"""Tar formats, and damage: what is lost, what is reported, where reading resumes."""
+
 from __future__ import annotations
 
 import gzip
@@ -12,12 +14,12 @@ from reinforce.config import Limits
 from reinforce.source.shards import RawSample, Refusal
 from reinforce.source.tar import DamagedTar, Member, members
 from schemas import Reason
-from tests.helpers.tars import BODY, KEYS, THREE, outcomes, read, sample_members, tar_bytes, zstd
+from tests.helpers.tars import BODY, KEYS, TAR, outcomes, read, sample_members, tar_bytes, zstd
 
 # --- formats
 
 
-def test_folders_and_devices_are_skipped_and_links_are_told_and_not_followed():
+def test_folders_and_devices_are_skipped_and_links_are_not_followed():
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for kind in (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
@@ -34,7 +36,7 @@ def test_folders_and_devices_are_skipped_and_links_are_told_and_not_followed():
     assert rows[1].left_out["txt"] == Refusal("b", Reason.SIDECAR_BROKEN, ".txt: a link, which is not followed")
 
 
-def test_pax_headers_give_names_and_sizes():
+def test_names_and_sizes_of_pax_headers_are_used():
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "=\n ="}) as tar:
         info = tarfile.TarInfo("short.jpg")
@@ -59,10 +61,10 @@ def test_a_tar_of_zero_blocks_is_empty():
     assert read(tar_bytes([])) == []
 
 
-def test_concatenated_tars_of_writers_that_pad_to_two_blocks_or_to_a_mebibyte_are_whole():
+def test_padding_of_concatenated_tars_to_two_blocks_or_to_a_mebibyte_is_accepted():
     body = tar_bytes(sample_members("z"), end=False)
     for padding in (1024, 2**20 - len(body)):
-        assert [row.key for row in read(body + bytes(padding) + THREE)] == ["z", *KEYS]
+        assert [row.key for row in read(body + bytes(padding) + TAR)] == ["z", *KEYS]
 
 
 def whole(item: Member | DamagedTar) -> bool:
@@ -72,7 +74,7 @@ def whole(item: Member | DamagedTar) -> bool:
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=120).filter(
-    lambda name: not name.endswith("/")  # no file's name; tarfile drops the slash in some formats
+    lambda name: not name.endswith("/")  # not the name of a file; tarfile drops the slash in some formats
 )
 MEMBERS = st.lists(st.tuples(NAMES, st.binary(max_size=1500)), max_size=8)
 FORMATS = st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -80,7 +82,7 @@ FORMATS = st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 
 @given(MEMBERS, FORMATS, st.booleans())
 @settings(deadline=None)
-def test_members_come_back_as_tarfile_wrote_them(written, format, end):
+def test_members_are_those_that_tarfile_wrote(written, format, end):
     data = tar_bytes([*written, ("last", b"x")], format, end) + bytes(0 if end else 1024)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         expected = [(info.name, info.offset_data, info.size) for info in tar if info.isreg()]
@@ -92,7 +94,7 @@ def test_members_come_back_as_tarfile_wrote_them(written, format, end):
 
 @given(st.lists(st.tuples(st.from_regex(r"[a-z]{1,30}(/[a-z]{1,60}){0,3}", fullmatch=True), st.binary(max_size=900))))
 @settings(max_examples=50, deadline=None)
-def test_samples_survive_every_format(pairs):
+def test_samples_are_read_from_every_format(pairs):
     images = dict(pairs)
     written = [(f"{key}.{extension}", data) for key, data in images.items() for extension in ("jpg", "txt")]
     for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
@@ -106,7 +108,7 @@ def test_samples_survive_every_format(pairs):
 
 
 def checked(header: bytearray, start: int = 0) -> bytes:
-    """The tar with the checksum of the header at ``start`` mended."""
+    """The tar with the checksum of the header at ``start`` updated."""
     header[start + 148 : start + 156] = b" " * 8
     header[start + 148 : start + 156] = b"%06o\0 " % sum(header[start : start + 512])
     return bytes(header)
@@ -116,51 +118,54 @@ ENDS = [len(BODY) // 3 * (i + 1) for i in range(3)]  # each sample's members are
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])  # of a known size, and not
-def test_a_tar_cut_anywhere_gives_all_samples_before_the_cut_and_is_damaged(name):
-    with tarfile.open(fileobj=io.BytesIO(THREE)) as tar:
+def test_a_truncated_tar_yields_all_samples_before_the_cut_and_is_damaged(name):
+    with tarfile.open(fileobj=io.BytesIO(TAR)) as tar:
         infos = tar.getmembers()
     whole = [info.offset_data + info.size for info in infos if info.name.endswith(".json")]
-    for cut in sorted({*range(1, len(THREE), 61), *range(512, len(THREE), 512), *whole}):
-        rows = read(THREE[:cut] if name == "x.tar" else gzip.compress(THREE[:cut]), name)
+    for cut in sorted({*range(1, len(TAR), 61), *range(512, len(TAR), 512), *whole}):
+        rows = read(TAR[:cut] if name == "x.tar" else gzip.compress(TAR[:cut]), name)
         complete = [row.key for row in rows if isinstance(row, RawSample) and len(row.sidecars) == 2]
         assert complete == KEYS[: sum(end <= cut for end in whole)], cut
         assert rows[-1].key is None, cut
 
 
-def test_a_tar_that_is_not_ended_may_be_cut_between_members():
+def test_a_tar_without_an_end_may_be_cut_between_members():
     for data in (BODY, BODY + bytes(512), BODY[: ENDS[1]]):
         assert "it may be cut off between members" in read(data)[-1].detail
 
 
-def test_a_damaged_header_is_told_with_its_place_and_passed_over_where_tarfile_ends_silently():
-    data = bytearray(THREE)
+def test_a_damaged_header_is_reported_and_skipped_where_tarfile_stops_silently():
+    data = bytearray(TAR)
     data[ENDS[0] + 20] ^= 1
     with tarfile.open(fileobj=io.BytesIO(bytes(data))) as tar:
         assert len(tar.getnames()) == 3
     rows = read(bytes(data))
     assert [row.key for row in rows] == ["a", "b", "c", None]
     assert rows[1].reason is Reason.NO_IMAGE
-    assert rows[2] == read(THREE)[2]
+    assert rows[2] == read(TAR)[2]
     assert rows[-1].reason is Reason.SHARD_DAMAGED
     assert rows[-1].detail.startswith(f"damaged at byte {ENDS[0]}: ")
     assert rows[-1].detail.endswith("the member before it is 'a.json'")
 
 
 @pytest.mark.parametrize("change", [1, 100, 511, 513, 1000])
-def test_bytes_that_are_missing_or_too_many_cost_the_samples_they_are_in(change):
+def test_missing_or_inserted_bytes_cost_only_their_sample(change):
     at = ENDS[0] + 600  # in the image of b
-    for data in (THREE[:at] + THREE[at + change :], THREE[:at] + b"x" * change + THREE[at:]):
+    for data in (
+        TAR[:at] + TAR[at + change :],
+        TAR[:at] + b"x" * change + TAR[at:],
+    ):
         rows = read(data)
-        assert rows[0] == read(THREE)[0]
+        assert rows[0] == read(TAR)[0]
         assert rows[2].key == "c"
-        assert (rows[2].image, rows[2].sidecars) == (read(THREE)[2].image, read(THREE)[2].sidecars)
+        assert (rows[2].image, rows[2].sidecars) == (read(TAR)[2].image, read(TAR)[2].sidecars)
         assert data[rows[2].offset : rows[2].offset + rows[2].length] == rows[2].image
         assert rows[-1].reason is Reason.SHARD_DAMAGED
 
 
 @pytest.mark.parametrize("zeros", [512, 1536, 4096])
 def test_zeros_of_a_length_that_no_writer_leaves_are_damage(zeros):
-    rows = read(THREE[: ENDS[0]] + bytes(zeros) + THREE[ENDS[0] :])
+    rows = read(TAR[: ENDS[0]] + bytes(zeros) + TAR[ENDS[0] :])
     assert [row.key for row in rows] == [*KEYS, None]
     assert f"{zeros} zero bytes between members" in rows[-1].detail
 
@@ -169,7 +174,7 @@ def test_zeros_of_a_length_that_no_writer_leaves_are_damage(zeros):
     ("format", "long", "kind"),
     [(tarfile.GNU_FORMAT, "n" * 150, b"L"), (tarfile.PAX_FORMAT, "n" * 150, b"x"), (tarfile.PAX_FORMAT, "é", b"x")],
 )
-def test_a_member_behind_damage_whose_name_may_have_been_lost_is_not_given_another(format, long, kind):
+def test_a_member_after_damage_that_may_have_lost_its_name_is_skipped(format, long, kind):
     names = ["a.jpg", f"{long}.jpg", "c.jpg"]
     data = bytearray(tar_bytes([(name, b"pixels") for name in names], format))
     extended = 1024  # behind the first member: the header that gives the name of the second
@@ -178,25 +183,28 @@ def test_a_member_behind_damage_whose_name_may_have_been_lost_is_not_given_anoth
     assert [row.key for row in read(bytes(data))] == ["a", "c", None]
 
 
-def test_a_shard_of_which_nothing_is_left_but_damage_is_unreadable_and_one_with_a_damaged_beginning_is_not():
-    assert outcomes(read(b"x" * len(THREE))) == [(None, "shard_unreadable")]
-    rows = read(b"x" * 512 + THREE[512:])
-    assert outcomes(rows)[1:] == [*outcomes(read(THREE))[1:], (None, "shard_damaged")]
+def test_a_shard_is_unreadable_only_if_no_member_is_found():
+    assert outcomes(read(b"x" * len(TAR))) == [(None, "shard_unreadable")]
+    rows = read(b"x" * 512 + TAR[512:])
+    assert outcomes(rows)[1:] == [*outcomes(read(TAR))[1:], (None, "shard_damaged")]
     assert outcomes(rows)[0] == ("a", "no_image")
 
 
-def test_damage_without_end_is_told_a_hundred_times_and_then_no_more():
+def test_at_most_a_hundred_damages_are_reported():
     header = bytearray(BODY[:512])
     header[124:136] = b"77777777777\0"  # 8 GiB, more than there is
-    rows = read((checked(header) + bytes(512)) * 300 + THREE)
+    rows = read((checked(header) + bytes(512)) * 300 + TAR)
     assert sum(row.key is None for row in rows) == 101
     assert "the rest is not read" in rows[-1].detail
 
 
-def test_the_sample_that_damage_interrupts_is_kept_if_it_has_its_image():
+def test_a_sample_interrupted_by_damage_is_kept_if_it_has_its_image():
     image_end = ENDS[1] + 512 + 1024
-    assert [(row.key, type(row)) for row in read(THREE[: image_end + 100])][2:] == [("c", RawSample), (None, Refusal)]
-    rows = read(THREE[: image_end - 600])
+    assert [(row.key, type(row)) for row in read(TAR[: image_end + 100])][2:] == [
+        ("c", RawSample),
+        (None, Refusal),
+    ]
+    rows = read(TAR[: image_end - 600])
     assert outcomes(rows)[2:] == [("c", "image_broken"), (None, "shard_damaged")]
 
 
@@ -210,8 +218,8 @@ def test_the_sample_that_damage_interrupts_is_kept_if_it_has_its_image():
         b"\x80" + (2**33).to_bytes(11, "big"),
     ],
 )
-def test_negative_and_absurd_sizes_are_damage_behind_which_members_are_found(size):
-    data = bytearray(THREE)
+def test_members_are_found_after_negative_and_absurd_sizes(size):
+    data = bytearray(TAR)
     data[ENDS[0] + 124 : ENDS[0] + 136] = size
     rows = read(checked(data, ENDS[0]))
     assert [row.key for row in rows if isinstance(row, RawSample)] == ["a", "c"]
@@ -219,8 +227,8 @@ def test_negative_and_absurd_sizes_are_damage_behind_which_members_are_found(siz
     assert rows[-1].reason is Reason.SHARD_DAMAGED
 
 
-def test_a_size_beyond_the_end_of_a_stream_of_unknown_length_takes_what_follows_and_is_damage():
-    data = bytearray(THREE)
+def test_a_size_beyond_the_end_of_a_compressed_tar_is_damage():
+    data = bytearray(TAR)
     data[ENDS[0] + 124 : ENDS[0] + 136] = b"\x80" + (2**33).to_bytes(11, "big")
     rows = read(gzip.compress(checked(data, ENDS[0])), "x.tar.gz")
     assert outcomes(rows)[1:] == [("b", "image_bytes"), (None, "shard_damaged")]
@@ -245,39 +253,43 @@ def pax(records: bytes, after: bytes) -> bytes:
     ],
 )
 def test_malformed_pax_headers_are_damage(records):
-    rows = read(THREE[: ENDS[0]] + pax(records, THREE[ENDS[0] :]))
-    assert outcomes(rows) == [*outcomes(read(THREE)), (None, "shard_damaged")]
+    rows = read(TAR[: ENDS[0]] + pax(records, TAR[ENDS[0] :]))
+    assert outcomes(rows) == [*outcomes(read(TAR)), (None, "shard_damaged")]
 
 
-def test_an_extended_header_that_nothing_follows_is_damage():
+def test_an_extended_header_without_a_member_is_damage():
     lone = pax(b"10 path=z\n", b"")
-    for data in (BODY + lone, BODY + lone + THREE[-1024:], BODY + lone + bytes(1024) + tar_bytes([("d.jpg", b"D")])):
+    for data in (
+        BODY + lone,
+        BODY + lone + TAR[-1024:],
+        BODY + lone + bytes(1024) + tar_bytes([("d.jpg", b"D")]),
+    ):
         *rows, damage = read(data)
         assert damage.detail.startswith(f"damaged at byte {len(BODY + lone)}: nothing follows an extended header")
         assert [row.key for row in rows] == [*KEYS, "d"][: len(rows)]
 
 
-def test_sparse_members_are_told_not_misread():
-    data = bytearray(THREE)
+def test_sparse_members_are_damage():
+    data = bytearray(TAR)
     data[ENDS[0] + 156 : ENDS[0] + 157] = b"S"
     rows = read(checked(data, ENDS[0]))
     assert "sparse" in rows[-1].detail
     assert [row.key for row in rows if isinstance(row, RawSample)] == ["a", "c"]
 
 
-def test_junk_behind_the_end_and_holes_of_zeros_are_damage():
-    assert outcomes(read(THREE + bytes(1024) + b"junk" * 128))[3:] == [(None, "shard_damaged")]
-    assert outcomes(read(THREE + bytes(5 * 2**20)))[3:] == [(None, "shard_damaged")]
-    assert len(read(THREE + bytes(2**20))) == 3
+def test_junk_after_the_end_and_long_zeros_are_damage():
+    assert outcomes(read(TAR + bytes(1024) + b"junk" * 128))[3:] == [(None, "shard_damaged")]
+    assert outcomes(read(TAR + bytes(5 * 2**20)))[3:] == [(None, "shard_damaged")]
+    assert len(read(TAR + bytes(2**20))) == 3
 
 
-MUTATIONS = st.lists(st.tuples(st.integers(0, len(THREE) - 1), st.integers(0, 255)), min_size=1, max_size=4)
+MUTATIONS = st.lists(st.tuples(st.integers(0, len(TAR) - 1), st.integers(0, 255)), min_size=1, max_size=4)
 
 
-@given(MUTATIONS, st.integers(1, len(THREE)), st.sampled_from(["x.tar", "x.tar.gz", "x.tar.zst"]))
+@given(MUTATIONS, st.integers(1, len(TAR)), st.sampled_from(["x.tar", "x.tar.gz", "x.tar.zst"]))
 @settings(max_examples=300, deadline=None)
-def test_no_bytes_make_reading_raise(mutations, cut, name):
-    data = bytearray({"x.tar": THREE, "x.tar.gz": gzip.compress(THREE), "x.tar.zst": zstd(THREE)}[name])
+def test_reading_never_raises_for_any_bytes(mutations, cut, name):
+    data = bytearray({"x.tar": TAR, "x.tar.gz": gzip.compress(TAR), "x.tar.zst": zstd(TAR)}[name])
     for at, value in mutations:
         data[at % len(data)] = value
     rows = read(bytes(data[:cut]), name)

@@ -1,3 +1,5 @@
+"""The caption policy: captions and metadata of any bytes."""
+
 from __future__ import annotations
 
 import json
@@ -34,16 +36,16 @@ def caption(data: bytes, limits: Limits = LIMITS) -> str | None:
         (b"\xef\xbb\xbf", None),
     ],
 )
-def test_captions_are_clean_text(data, text):
+def test_captions_are_cleaned(data, text):
     assert caption(data) == text
 
 
-def test_long_captions_are_cut_and_trimmed_again():
+def test_long_captions_are_cut_and_trimmed():
     assert caption("ä".encode() * 3000) == "ä" * 2000
     assert caption(b"  abc  def", Limits(caption_chars=4)) == "abc"
 
 
-def test_the_first_field_with_text_wins():
+def test_the_first_field_with_text_is_used():
     sidecars = {"txt": b" ", "json": b'{"caption": "from json", "alt": 5}', "en.txt": b"english"}
     assert caption_of(sidecars, FIELDS, LIMITS) == "from json"
     assert caption_of(sidecars | {"txt": b"from txt"}, FIELDS, LIMITS) == "from txt"
@@ -52,11 +54,11 @@ def test_the_first_field_with_text_wins():
 
 
 @pytest.mark.parametrize("value", ["null", "3", "true", '["a"]', '{"a": "b"}', "NaN"])
-def test_json_values_that_are_no_text_are_absent(value):
+def test_json_values_that_are_not_strings_are_not_captions(value):
     assert caption_of({"json": b'{"caption": %s}' % value.encode()}, FIELDS, LIMITS) is None
 
 
-def test_lone_surrogates_of_json_are_replaced_and_pairs_are_kept():
+def test_lone_surrogates_in_json_are_replaced_and_pairs_kept():
     data = rb'{"caption": "\ud83d\ude00 \ud83d x"}'
     assert caption_of({"json": data}, FIELDS, LIMITS) == "😀 \ufffd x"
     assert metadata_of({"json": data}, "all") == '{"caption":"😀 \ufffd x"}'
@@ -67,12 +69,12 @@ BROKEN += [b'{"a": ' + b"1" * 5000 + b"}"]
 
 
 @pytest.mark.parametrize("data", BROKEN)
-def test_json_that_is_invalid_too_deep_or_no_object_gives_nothing(data):
+def test_json_that_is_invalid_too_deep_or_not_an_object_is_not_used(data):
     assert metadata_of({"json": data}, "all") is None
     assert caption_of({"json": data}, FIELDS, LIMITS) is None
 
 
-def test_metadata_is_compact_json_in_its_own_order():
+def test_metadata_is_compact_json_in_the_original_order():
     data = {"json": '{"b": 1, "a": {"z": [1, 2.50]}, "big": 1180591620717411303424, "ü": "日"}'.encode()}
     assert metadata_of(data, "all") == '{"b":1,"a":{"z":[1,2.5]},"big":1180591620717411303424,"ü":"日"}'
     assert metadata_of(data, ["a", "b", "absent"]) == '{"a":{"z":[1,2.5]},"b":1}'
@@ -81,12 +83,12 @@ def test_metadata_is_compact_json_in_its_own_order():
     assert metadata_of({}, "all") is None
 
 
-def test_numbers_beyond_json_are_null():
+def test_numbers_that_json_cannot_express_become_null():
     data = {"json": b'{"a": NaN, "b": [Infinity, -Infinity], "c": 1e999, "d": -1e999}'}
     assert metadata_of(data, "all") == '{"a":null,"b":[null,null],"c":null,"d":null}'
 
 
-def test_a_utf16_sidecar_is_understood():
+def test_a_utf16_sidecar_is_decoded():
     assert metadata_of({"json": '{"a": "ü"}'.encode("utf-16")}, "all") == '{"a":"ü"}'
 
 
@@ -95,7 +97,7 @@ TEXTS = st.text(st.characters())  # surrogates included
 
 @given(st.one_of(st.binary(max_size=200), TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass"))))
 @settings(deadline=None)
-def test_any_bytes_give_a_clean_caption_or_none(data):
+def test_any_bytes_become_a_clean_caption_or_none(data):
     text = caption(data, Limits(caption_chars=50))
     assert text is None or (
         text.encode("utf-8")
@@ -115,7 +117,7 @@ JSON = st.recursive(
 
 @given(st.dictionaries(TEXTS, JSON, max_size=4), st.booleans())
 @settings(deadline=None)
-def test_any_json_object_gives_valid_json_and_keeps_what_json_can_say(document, ascii_only):
+def test_any_json_object_becomes_valid_json_with_the_same_values(document, ascii_only):
     data = json.dumps(document, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     text = metadata_of({"json": data}, "all")
     assert text is not None

@@ -1,3 +1,5 @@
+"""Expansion of sources, canonical URLs and shard names."""
+
 from __future__ import annotations
 
 import re
@@ -40,7 +42,7 @@ def test_braces_expand_as_in_a_shell(pattern, urls):
 
 @given(st.integers(0, 10**8), st.integers(0, 300), st.integers(1, 10))
 @settings(deadline=None)
-def test_a_padded_range_is_every_number_in_order_at_one_width(first, more, width):
+def test_a_zero_padded_range_has_every_number_in_order_at_one_width(first, more, width):
     last = first + more
     width = max(width, len(str(last)))
     urls = expand(f"{{{first:0{width}d}..{last:0{width}d}}}.tar")
@@ -55,25 +57,25 @@ def test_two_hundred_thousand_urls_expand_quickly():
     assert urls[-1] == "s3://bucket/dfn5b/00199999.tar"
 
 
-def test_lists_keep_their_order_and_lose_exact_duplicates():
+def test_lists_keep_their_order_without_duplicates():
     assert expand(["b.tar", "{a,b}.tar", "b.tar"]) == ["b.tar", "a.tar"]
 
 
-def test_globs_give_files_sorted_and_no_folders(folder):
+def test_globs_match_sorted_files_and_no_folders(folder):
     names = [f"{folder}/a.tar", f"{folder}/b.tar", f"{folder}/c.txt.tar"]
     assert expand(f"{folder}/*.tar") == names
     assert expand(f"file://{folder}/[ab].tar") == [f"file://{folder}/a.tar", f"file://{folder}/b.tar"]
     assert expand(f"{folder}/{{b,a}}.t?r") == [names[1], names[0]]
 
 
-def test_globs_work_through_fsspec_and_keep_scheme_host_and_chain():
+def test_globs_of_fsspec_urls_keep_scheme_host_and_chain():
     fs = fsspec.filesystem("memory")
     fs.pipe({"/globs/y.tar": b"", "/globs/x.tar": b""})
     assert expand("memory://globs/*.tar") == ["memory://globs/x.tar", "memory://globs/y.tar"]
     assert expand("simplecache::memory://globs/x*") == ["simplecache::memory://globs/x.tar"]
 
 
-def test_a_question_mark_in_a_web_address_is_no_glob():
+def test_a_question_mark_in_a_web_address_is_not_a_glob():
     assert expand("https://host/a.tar?sig=[x]*") == ["https://host/a.tar?sig=[x]*"]
 
 
@@ -114,14 +116,14 @@ def test_a_remote_text_file_lists_urls_relative_to_its_folder():
         ("ftp://me:secret@127.0.0.1:1/*.tar", "ftp://127.0.0.1:1/*.tar: cannot be listed"),
     ],
 )
-def test_a_source_that_cannot_be_expanded_is_a_users_error_without_secrets(source, message):
+def test_a_source_that_cannot_be_expanded_is_a_user_error_without_secrets(source, message):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         expand(source)
     assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"# nothing\n", b"\xff\xfe\x00", b"self.txt\n"])
-def test_a_text_file_that_is_empty_binary_or_lists_itself_is_a_users_error(tmp_path, content):
+def test_a_text_file_that_is_empty_binary_or_lists_itself_is_a_user_error(tmp_path, content):
     (tmp_path / "self.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"self\.txt"):
         expand(f"{tmp_path}/self.txt")
@@ -140,7 +142,7 @@ def test_a_text_file_that_is_empty_binary_or_lists_itself_is_a_users_error(tmp_p
         ("zip://a.tar::s3://bucket/x.zip", "zip://a.tar::s3://bucket/x.zip"),
     ],
 )
-def test_canonical_urls_hold_no_secrets(url, plain):
+def test_canonical_urls_have_no_secrets(url, plain):
     assert canonical(url) == plain
     assert canonical(plain) == plain
 
@@ -164,16 +166,16 @@ def test_shard_names_differ_between_folders_and_compressions():
 
 @given(st.text(max_size=300))
 @settings(deadline=None)
-def test_any_file_name_gives_a_safe_shard_name(stem):
+def test_any_file_name_becomes_a_safe_shard_name(stem):
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}-[0-9a-f]{10}", shard_name(f"s3://bucket/x/{stem}.tar.zst"))
 
 
-def test_two_urls_of_one_shard_name_are_a_users_error():
+def test_two_urls_with_the_same_shard_name_are_a_user_error():
     with pytest.raises(UserError, match="same shard name"):
         shard_names(["https://host/a.tar?part=1", "https://host/a.tar?part=2"])
 
 
-def test_the_ending_tells_the_compression():
+def test_compression_is_detected_by_the_ending():
     assert [compression(f"s3://b/a{ending}") for ending in (".tar", ".tar.gz", ".TGZ", ".tar.zst", ".tar.xz")] == [
         None,
         "gzip",
@@ -183,6 +185,6 @@ def test_the_ending_tells_the_compression():
     ]
 
 
-def test_an_unknown_scheme_is_a_users_error():
+def test_an_unknown_scheme_is_a_user_error():
     with pytest.raises(UserError, match=r"nosuch://b/a\.tar"):
         filesystem("nosuch://b/a.tar")

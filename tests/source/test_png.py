@@ -1,0 +1,48 @@
+"""PNGs with missing pixel data."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+
+from reinforce.config import Limits
+from reinforce.source import png
+from reinforce.source.image import ImageRefused, decode
+from tests.helpers.images import encode, noise, png_chunk, raw_png
+
+LIMITS = Limits()
+
+
+def test_the_header_is_parsed() -> None:
+    header = png.header(raw_png(13, 11, 16, 2, b"", interlace=1))
+    assert (header.width, header.height, header.depth, header.colour, header.interlace) == (13, 11, 16, 2, 1)
+
+
+def test_a_complete_png_lacks_nothing() -> None:
+    data = encode(noise())
+    assert png.missing_bytes(Image.open(io.BytesIO(data)), data) == 0
+
+
+@pytest.mark.parametrize("interlace", [0, 1])
+@pytest.mark.parametrize(
+    ("depth", "colour", "bits"), [(1, 0, 1), (2, 3, 2), (8, 0, 8), (16, 0, 16), (8, 2, 24), (8, 6, 32)]
+)
+def test_a_png_with_missing_rows_is_refused_and_one_with_black_rows_is_not(depth, colour, bits, interlace):
+    width, height = 13, 11
+    passes = [(0, 0, 1, 1)]
+    if interlace:
+        passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    lines = b""
+    for x, y, step_x, step_y in passes:
+        line = 1 + (len(range(x, width, step_x)) * bits + 7) // 8
+        lines += bytes(line * len(range(y, height, step_y)))
+    palette = [png_chunk(b"PLTE", bytes(12))] if colour == 3 else []
+    whole = raw_png(width, height, depth, colour, lines, *palette, interlace=interlace)
+    assert decode(whole, LIMITS).size == (width, height)
+    for missing in (1, 1 + (width * bits + 7) // 8):
+        short = raw_png(width, height, depth, colour, lines[:-missing], *palette, interlace=interlace)
+        assert png.missing_bytes(Image.open(io.BytesIO(whole)), short) == missing
+        with pytest.raises(ImageRefused, match=r"^image_broken: "):
+            decode(short, LIMITS)

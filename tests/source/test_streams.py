@@ -1,0 +1,61 @@
+"""Compressed shards, and errors of the storage while a shard is read."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import random
+
+import pytest
+
+from reinforce.config import Limits
+from reinforce.source.shards import read_shard
+from schemas import Reason
+from tests.helpers.tars import LIMITS, TAR, outcomes, read, sample_members, tar_bytes, zstd
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tar.xz", "x.tar.bz2", "x.tar.zst"])
+def test_a_file_without_the_compression_of_its_name_is_unreadable(name):
+    for data in (TAR, b""):
+        assert outcomes(read(data, name)) == [(None, "shard_unreadable")]
+
+
+def test_compressed_data_under_a_plain_name_is_reported_with_the_right_ending():
+    assert ".tar.gz" in read(gzip.compress(TAR))[0].detail
+
+
+COMPRESS = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": zstd}
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_compressed_tars_are_read_like_plain_ones_and_a_truncated_one_is_damaged(ending):
+    noise = random.Random(0)
+    plain = tar_bytes([member for i in range(250) for member in sample_members(f"{i}", noise.randbytes(4_800))])
+    data = COMPRESS[ending](plain)
+    rows = read(plain)
+    assert len(rows) == 250
+    assert read(data, f"x.tar.{ending}") == rows
+    cut = read(data[:-20], f"x.tar.{ending}")
+    assert cut[-1].reason is Reason.SHARD_DAMAGED
+    assert cut[:100] == rows[:100]  # bzip2 loses the most, a block of 900 kB
+
+
+@pytest.mark.parametrize("error", [TimeoutError("no answer"), ConnectionResetError("gone"), OSError("try again")])
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+def test_temporary_storage_errors_are_raised_after_the_samples_before_them(unsteady, name, error):
+    images = [random.Random(i).randbytes(2**20) for i in range(12)]
+    plain = tar_bytes([(f"{i}.jpg", image) for i, image in enumerate(images)])
+    unsteady.content = plain if name == "x.tar" else gzip.compress(plain, 1)
+    unsteady.fails_at, unsteady.error = 9 * 2**20, error
+    rows = read_shard(f"unsteady://{name}", Limits())
+    assert [next(rows).key for _ in range(5)] == ["0", "1", "2", "3", "4"]
+    with pytest.raises(type(error), match=str(error)):
+        list(rows)
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_storage_errors_are_not_mistaken_for_broken_compression(unsteady, ending):
+    unsteady.content, unsteady.fails_at = COMPRESS[ending](TAR), 100
+    with pytest.raises(TimeoutError, match="no answer"):
+        list(read_shard(f"unsteady://x.tar.{ending}", LIMITS))
