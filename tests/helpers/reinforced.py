@@ -1,4 +1,4 @@
-"""Small reinforced datasets, made by the real pipeline in this process."""
+"""Small reinforced datasets, made in this process by the code that workers run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.data import config_of, members_of, write_tar
 
 
 def reinforce_here(config: dict[str, Any], group_rows: int = 8) -> str:
-    """Compute what is missing of a config, without Ray and in small row groups, and return the dataset's URL."""
+    """Compute the missing layers of a config, without Ray and in small row groups; returns the dataset's URL."""
     parsed = parse_config(config)
     plan, store = make_plan(parsed), Store(parsed.output)
     models = load_models(parsed, plan.layers.values())
@@ -32,17 +32,17 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8) -> str:
 
 
 def small_dataset(folder: Path, sizes: Sequence[int] = (21, 9, 14), **changes: Any) -> str:
-    """Shards of these sizes with the teachers and the captioner of ``config_of``, reinforced."""
+    """A dataset of shards with these numbers of samples and the teachers and captioner of ``config_of``."""
     for number, size in enumerate(sizes):
         write_tar(folder / "source" / f"{number:05d}.tar", members_of(number, size))
     return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "out", **changes))
 
 
 def letters(texts: Sequence[str]) -> torch.Tensor:
-    """A tokenizer for tests: code points, [B, 40]."""
+    """A tokenizer for tests: code points of the first 40 characters, [B, 40]."""
     return torch.tensor([[ord(letter) for letter in text[:40].ljust(40)] for text in texts])
 
 
 def read(tokens: torch.Tensor) -> list[str]:
-    """What ``letters`` was given."""
+    """The texts that ``letters`` encoded."""
     return ["".join(map(chr, row)).strip() for row in tokens.tolist()]

@@ -14,10 +14,10 @@ KINDS = ("vit", "mobileclip", "hf")
 
 
 def student_folder(folder: Path, kind: str = "vit", **changes: Any) -> str:
-    """Write an ``open_clip_config.json`` and return the model's name. ``changes`` are of the ``model_cfg``.
+    """Write an ``open_clip_config.json`` and return the model's name; ``changes`` update its ``model_cfg``.
 
-    ``vit`` is OpenAI's CLIP, ``mobileclip`` a FastViT with a text tower that is not causal, as MobileCLIP2-S0, and
-    ``hf`` has a text tower and a tokenizer of Hugging Face.
+    ``vit`` is like OpenAI's CLIP; ``mobileclip`` has a FastViT and a text tower that is not causal, like
+    MobileCLIP2-S0; ``hf`` has a text tower and a tokenizer from transformers.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = open_clip_config(context_length=16)
@@ -53,7 +53,7 @@ def student_folder(folder: Path, kind: str = "vit", **changes: Any) -> str:
 
 
 def batch(size: int, pairs: int = 4, context: int = 16, kinds: tuple[str, ...] = ("caption", "synthetic")) -> Any:
-    """Noise as images, and tokens that end as texts do, of which all models above know the numbers."""
+    """A batch of noise images and of token ids that are valid for all models above; texts end with the end token."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (pairs, size, size, 3), generator=generator, dtype=torch.uint8)
     made: dict[str, Any] = {"key": [str(i) for i in range(pairs)], "image": images}

@@ -1,4 +1,4 @@
-"""A task and a feed as small as can be: two linear towers that learn to match random pairs."""
+"""A minimal task and feed: two small towers that learn to match random pairs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDTH = 6
 
 
 class Towers(torch.nn.Module):
-    """Features of both sides, a local loss, and a parameter that no loss reaches."""
+    """Features of both sides, a loss of the model's own, and a parameter without a gradient."""
 
     def __init__(self, dropout: float = 0.0, norm: bool = False, scale: float = 10.0, width: int = 16) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Towers(torch.nn.Module):
 
 
 class TowersTask:
-    notes = ("towers of lines",)
+    notes = ("two towers",)
 
     def __init__(self, **options: Any) -> None:
         self.model = Towers(**options)
@@ -65,7 +65,7 @@ class TowersTask:
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
         assert not model.training
-        torch.rand(3)  # draws of an evaluation are nothing to the training
+        torch.rand(3)  # random draws in an evaluation must not change the training
         return {"sharpness": model.logit_scale.item(), "weight": model.right.weight.sum().item()}
 
     def export(self, model: torch.nn.Module, folder: str) -> None:
@@ -74,12 +74,15 @@ class TowersTask:
 
 
 class PairFeed:
-    """Pairs drawn by step: a global batch is the same on any number of ranks."""
+    """Pairs seeded by the step: a global batch is the same on any number of ranks.
+
+    Batches of the steps in ``poisoned`` contain a NaN. ``seen`` are the steps that were yielded.
+    """
 
     samples = 64
 
-    def __init__(self, poisoned: range = range(0), slow: float = 0.0) -> None:
-        self.poisoned, self.slow = poisoned, slow
+    def __init__(self, poisoned: range = range(0)) -> None:
+        self.poisoned = poisoned
         self.seen: list[int] = []
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
@@ -90,18 +93,18 @@ class PairFeed:
             right = (left + 0.3 * rng.standard_normal(left.shape, dtype=np.float32)).astype(np.float32)
             if step in self.poisoned:
                 left[0] = np.nan
-            mine = slice(rank * batch, (rank + 1) * batch)
+            own = slice(rank * batch, (rank + 1) * batch)
             self.seen.append(step)
             yield {
                 "key": [f"{step}-{i}" for i in range(batch)],
-                "left": torch.from_numpy(left[mine]),
-                "deep": {"right": torch.from_numpy(right[mine])},
+                "left": torch.from_numpy(left[own]),
+                "deep": {"right": torch.from_numpy(right[own])},
             }
             step += 1
 
 
 class StoppingFeed(PairFeed):
-    """Asks the training to stop after step ``at``."""
+    """Requests the training to stop after step ``at``."""
 
     def __init__(self, stop: StopSignal, at: int) -> None:
         super().__init__()
@@ -109,20 +112,20 @@ class StoppingFeed(PairFeed):
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
         for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
-            if step == self.at:  # while the step before is computed
+            if step == self.at:  # while the previous step is computed
                 self.stop.request(signal.SIGTERM)
             yield made
 
 
 def training(**changes: Any) -> Training:
-    plain: dict[str, Any] = {"steps": 12, "batch": 16, "log_every": 1, "optimizer": {"lr": 0.02, "warmup": 2}}
-    return Training.model_validate({**plain, **changes})
+    defaults: dict[str, Any] = {"steps": 12, "batch": 16, "log_every": 1, "optimizer": {"lr": 0.02, "warmup": 2}}
+    return Training.model_validate({**defaults, **changes})
 
 
 def job(output: Path | str, evaluate_every: int | None = None, best: str | None = None, **changes: Any) -> Job:
     config = training(**changes)
-    free = ("steps", "checkpoints", "log_every", "compute.ranks", "compute.cpus", "compute.accumulate", "retries")
-    return Job(config, str(output), 0, fixed_config(config, free), evaluate_every=evaluate_every, best=best)
+    mutable = ("steps", "checkpoints", "log_every", "compute.ranks", "compute.cpus", "compute.accumulate", "retries")
+    return Job(config, str(output), 0, fixed_config(config, mutable), evaluate_every=evaluate_every, best=best)
 
 
 def build(accelerator: Accelerator, options: dict[str, Any], feed: dict[str, Any]) -> tuple[TowersTask, PairFeed]:
@@ -134,8 +137,10 @@ def builder(feed: dict[str, Any] | None = None, **options: Any) -> Build:
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
+    """The rows of a training's log."""
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
 def curve(output: Path) -> list[float]:
+    """The losses in a training's log."""
     return [row["loss"] for row in rows(output) if "loss" in row]

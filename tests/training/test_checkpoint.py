@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, and hold all of a training."""
+"""Checkpoints: content, cleaning up, damage, and processes that are killed while they write."""
 
 from __future__ import annotations
 
@@ -17,18 +17,14 @@ import torch
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.training.checkpoint import BestCheckpoint, Checkpoints, Progress
-from reinforce.training.config import Optimizer
-from reinforce.training.optimizer import make_adamw
-from reinforce.training.state import State, make_average
-from tests.helpers.trainings import Towers
 
 
 def checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
     return Checkpoints(Store(str(folder)), keep)
 
 
-def test_a_record_and_its_tensors_come_back(tmp_path: Path) -> None:
-    record = Progress(7, {"train.batch": 16, "data.teachers": None, "train.optimizer.betas": [0.9, 0.95]}, 1.5, 2)
+def test_header_and_tensors_are_loaded_as_they_were_saved(tmp_path: Path) -> None:
+    progress = Progress(7, {"train.batch": 16, "data.teachers": None, "train.optimizer.betas": [0.9, 0.95]}, 1.5, 2)
     tensors = {
         "model/w": torch.randn(3, 4).T,
         "model/scale": torch.tensor(2.5),
@@ -37,9 +33,9 @@ def test_a_record_and_its_tensors_come_back(tmp_path: Path) -> None:
         "model/conv": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
     }
     made = checkpoints(tmp_path)
-    made.save(record, tensors)
+    made.save(progress, tensors)
     found, loaded = made.load(7)
-    assert found == record
+    assert found == progress
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     umask = os.umask(0)
@@ -56,7 +52,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert made.best() == BestCheckpoint(2, "top1", 0.7)
 
 
-def test_a_best_by_another_metric_is_forgotten(tmp_path: Path) -> None:
+def test_a_best_step_by_another_metric_is_replaced(tmp_path: Path) -> None:
     made = checkpoints(tmp_path)
     made.update_best(1, "top1", 0.7)
     assert made.update_best(2, "recall", 0.1) == BestCheckpoint(2, "recall", 0.1)
@@ -70,7 +66,7 @@ def test_tied_weights_are_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"not safetensors", b"\x02\0\0\0\0\0\0\0{}"])
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, damage: bytes) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_named(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "checkpoints" / "step-000000003.safetensors"
     path.parent.mkdir()
     path.write_bytes(damage)
@@ -79,13 +75,13 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, damage: bytes) ->
 
 
 def sizes(folder: Path) -> Iterator[int]:
-    """Of the files in a folder in which files come and go."""
+    """Sizes of the files in a folder, which may disappear meanwhile."""
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
             yield path.stat().st_size
 
 
-def test_what_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+def test_a_process_killed_while_writing_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     script = (
         "import sys, torch; from reinforce.dataset.store import Store; from reinforce.training.checkpoint import *\n"
         "made = Checkpoints(Store(sys.argv[1]), 2)\n"
@@ -98,7 +94,7 @@ def test_what_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: P
     assert process.stdout.readline() == "first\n"
     deadline = time.monotonic() + 120
     while not any(size > 1_000_000 for size in sizes(tmp_path / ".tmp")):
-        assert process.poll() is None, "it was done before it could be killed"
+        assert process.poll() is None, "the process finished before it could be killed"
         assert time.monotonic() < deadline
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -106,31 +102,4 @@ def test_what_is_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: P
     assert made.steps() == [1]
     assert torch.equal(made.load(1)[1]["model/w"], torch.ones(4))
     with Store(str(tmp_path)).lock():
-        assert [p.name for p in (tmp_path / ".tmp").iterdir()] == ["lock"], "the half file is swept"
-
-
-def test_a_state_goes_on_as_if_it_had_never_been_saved() -> None:
-    def state() -> State:
-        model = Towers(norm=True)
-        return State(model, make_adamw(model, Optimizer(lr=0.1)), make_average(model, 0.9))
-
-    def step(state: State, seed: int) -> None:
-        rows = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
-        encoded = state.model({"left": rows, "deep": {"right": rows}})
-        (encoded.losses["closeness"] * encoded.scalars["logit_scale"]).backward()
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-        assert state.average is not None
-        state.average.update(state.model, seed + 1)
-
-    one, two = state(), state()
-    for seed in range(3):
-        step(one, seed)
-    two.load({name: tensor.clone() for name, tensor in one.tensors().items()})
-    for seed in range(3, 6):
-        step(one, seed)
-        step(two, seed)
-    assert one.tensors().keys() == two.tensors().keys()
-    assert "optimizer/left.0.weight/exp_avg_sq" in one.tensors()
-    assert "average/left.1.running_mean" in one.tensors()
-    assert all(torch.equal(two.tensors()[name], tensor) for name, tensor in one.tensors().items())
+        assert [p.name for p in (tmp_path / ".tmp").iterdir()] == ["lock"], "the unfinished file is deleted"

@@ -1,4 +1,4 @@
-"""A training is one curve, however often it is stopped, and leaves what it says."""
+"""The training loop: resuming, refusals, skipped steps, averages, logs and results."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def stopped_after(step: int, job: Job, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "norm": True}])
-def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_stopped_training_resumes_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     changes: dict[str, Any] = {"ema": 0.9, "compute": {"accumulate": 2}}
     run(job(tmp_path / "whole", evaluate_every=4, **changes), **options)
     parted = job(tmp_path / "parted", evaluate_every=4, **changes)
@@ -59,7 +59,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path: Path, option
     stopped_after(8, parted, **options)
     feed = PairFeed()
     results, _ = run(parted, feed, **options)
-    assert feed.seen[0] == 8, "it reads on where it was"
+    assert feed.seen[0] == 8, "the feed resumes at the next step"
     assert curve(tmp_path / "parted") == curve(tmp_path / "whole")
     assert [row["step"] for row in rows(tmp_path / "parted") if "loss" in row] == list(range(1, 13))
     whole, again = state_at_the_end(tmp_path / "whole"), state_at_the_end(tmp_path / "parted")
@@ -73,7 +73,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path: Path, option
 
 
 def test_steps_after_the_last_checkpoint_are_in_the_log_once(tmp_path: Path) -> None:
-    """A kill leaves rows beyond the checkpoint, and half a row."""
+    """A killed training leaves rows after its last checkpoint, and a truncated row."""
     killed = job(tmp_path, checkpoints={"every": 4, "keep": 1})
     stopped_after(4, killed)
     with (tmp_path / "log.jsonl").open("a") as log:
@@ -83,7 +83,7 @@ def test_steps_after_the_last_checkpoint_are_in_the_log_once(tmp_path: Path) -> 
     assert 77.0 not in curve(tmp_path)
 
 
-def test_a_finished_training_does_nothing_again(tmp_path: Path) -> None:
+def test_a_finished_training_returns_its_results_without_training(tmp_path: Path) -> None:
     first, _ = run(job(tmp_path))
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     feed = PairFeed()
@@ -100,7 +100,7 @@ def test_a_finished_training_can_be_made_longer(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, 16))
 
 
-def test_a_kill_between_the_last_checkpoint_and_the_evaluation_loses_nothing(tmp_path: Path) -> None:
+def test_a_training_killed_before_its_evaluation_is_evaluated_on_resume(tmp_path: Path) -> None:
     class Killed(TowersTask):
         def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
             raise KeyboardInterrupt
@@ -121,16 +121,16 @@ def test_a_signal_during_an_evaluation_ends_it_at_once(tmp_path: Path) -> None:
         def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
             os.kill(os.getpid(), signal.SIGINT)
             threading.Event().wait(30)
-            raise AssertionError("it went on")
+            raise AssertionError("the evaluation was not interrupted")
 
-    before = signal.getsignal(signal.SIGINT)  # which a shell has ignored where it works in the background
+    before = signal.getsignal(signal.SIGINT)  # shells let background processes ignore it
     with pytest.raises(Stopped) as raised:
         fit(Slow(), PairFeed(), job(tmp_path), Ranks(0, 1, Accelerator("cpu")))
     assert raised.value.status == 130
-    assert signal.getsignal(signal.SIGINT) is before, "signals are as they were"
+    assert signal.getsignal(signal.SIGINT) is before, "the handlers are restored"
 
 
-def test_another_config_is_refused_with_what_differs(tmp_path: Path) -> None:
+def test_another_config_is_refused_with_the_changed_keys(tmp_path: Path) -> None:
     stopped_after(2, job(tmp_path))
     with pytest.raises(UserError) as raised:
         run(job(tmp_path, batch=32, optimizer={"lr": 0.02, "warmup": 3}))
@@ -141,51 +141,51 @@ def test_another_config_is_refused_with_what_differs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"optimizer": {"warmup": 12}}, r"optimizer.warmup \(12\) must be below the training's 12 steps"),
         ({"steps": None, "epochs": 0.5, "optimizer": {"warmup": 2}}, "below the training's 2 steps"),
     ],
 )
-def test_a_length_that_does_not_fit_is_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_warm_up_as_long_as_the_training_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         run(job(tmp_path, **changes))
 
 
-def test_a_training_beyond_the_length_of_the_config_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_beyond_the_length_of_the_config_is_refused(tmp_path: Path) -> None:
     stopped_after(6, job(tmp_path))
     with pytest.raises(UserError, match="is already at step 6, beyond the 5 steps of this config"):
         run(job(tmp_path, steps=5))
 
 
-def test_a_checkpoint_of_another_model_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     stopped_after(6, job(tmp_path))
     with pytest.raises(UserError, match=r"(?s)checkpoint of step 6 in .* is of another model: .*size mismatch"):
         run(job(tmp_path), width=20)
 
 
-def test_a_metric_that_is_no_number_is_told_and_never_the_best(tmp_path: Path) -> None:
-    class Undecided(TowersTask):
+def test_a_metric_that_is_not_finite_is_reported_and_never_the_best(tmp_path: Path) -> None:
+    class NotFinite(TowersTask):
         scores = iter([math.nan, 0.1, math.nan])
 
         def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
             return {"top1": next(self.scores)}
 
     torch.manual_seed(0)
-    results = fit(Undecided(), PairFeed(), job(tmp_path, evaluate_every=4), Ranks(0, 1, Accelerator("cpu")))
+    results = fit(NotFinite(), PairFeed(), job(tmp_path, evaluate_every=4), Ranks(0, 1, Accelerator("cpu")))
     assert results.best is not None
     assert results.best.step == 8
     assert "top1: not finite" in results.summary()
 
 
-def test_epochs_are_passes_over_the_data(tmp_path: Path) -> None:
+def test_an_epoch_is_one_pass_over_the_data(tmp_path: Path) -> None:
     results, _ = run(job(tmp_path, steps=None, epochs=2.5))
     assert results.steps == 10  # 2.5 x 64 / 16
     assert rows(tmp_path)[3]["epoch"] == 1.0
 
 
 def test_the_average_is_evaluated_and_exported(tmp_path: Path) -> None:
-    """It follows the weights as stated, w += (1 - decay) (weight - w), and is what comes out."""
+    """It follows average += (1 - decay) (weight - average), with the stated warm-up of the decay."""
     results, task = run(job(tmp_path, ema=0.5, checkpoints={"every": 1, "keep": 99}, steps=6))
     weights = [
         load_file(path)["model/right.weight"] for path in sorted((tmp_path / "checkpoints").glob("*.safetensors"))
@@ -210,12 +210,12 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted(tmp_path: Path)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_a_training_without_a_finite_gradient_ends(tmp_path: Path) -> None:
+def test_a_training_ends_after_20_steps_without_a_finite_gradient(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not finite in 20 steps in a row up to step 23.*Lower train.optimizer.lr"):
         run(job(tmp_path, steps=40), PairFeed(poisoned=range(3, 40)))
 
 
-def test_the_logit_scale_stays_below_a_hundred(tmp_path: Path) -> None:
+def test_the_logit_scale_is_clamped_to_100(tmp_path: Path) -> None:
     _, task = run(job(tmp_path, steps=4), scale=1000.0)
     scales = [row["scalars"]["logit_scale"] for row in rows(tmp_path) if "loss" in row]
     assert scales[0] == pytest.approx(1000)
@@ -223,7 +223,7 @@ def test_the_logit_scale_stays_below_a_hundred(tmp_path: Path) -> None:
     assert task.model.logit_scale.item() <= math.log(100) + 1e-6
 
 
-def test_the_best_checkpoint_is_kept_beside_the_latest(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_in_addition_to_the_latest(tmp_path: Path) -> None:
     class Worsening(TowersTask):
         scores = iter([0.2, 0.9, 0.4, 0.3])
 
@@ -243,7 +243,7 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(tmp_path: Path) -> None:
     assert "best top1: 0.9000 at step 6" in results.summary()
 
 
-def test_logs_tell_the_pace_and_what_was_waited_for(tmp_path: Path) -> None:
+def test_logs_have_the_speed_and_the_time_spent_waiting_for_data(tmp_path: Path) -> None:
     class SlowFeed(PairFeed):
         def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
             for made in super().batches(rank, ranks, batch, start):
@@ -260,7 +260,7 @@ def test_logs_tell_the_pace_and_what_was_waited_for(tmp_path: Path) -> None:
     assert slow[1]["lr"] == pytest.approx(0.02 * 0.5 * (1 + math.cos(math.pi * 7 / 9)), rel=1e-3)
 
 
-def test_tensorboard_and_a_picture_show_the_curves(tmp_path: Path) -> None:
+def test_tensorboard_and_the_picture_have_the_curves_of_a_resumed_training(tmp_path: Path) -> None:
     stopped_after(5, job(tmp_path))
     run(job(tmp_path))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -275,18 +275,18 @@ def test_tensorboard_and_a_picture_show_the_curves(tmp_path: Path) -> None:
         assert picture.width > picture.height > 300
 
 
-def test_results_are_told_in_json_and_in_words(tmp_path: Path) -> None:
+def test_results_are_written_as_json_and_summarised(tmp_path: Path) -> None:
     results, _ = run(job(tmp_path))
-    told = json.loads((tmp_path / "results.json").read_text())
-    assert told["steps"] == 12
-    assert told["samples"] == 192
-    assert told["seconds_per_step"] == pytest.approx(results.seconds / 12)
-    assert told["metrics"] == results.metrics
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["steps"] == 12
+    assert written["samples"] == 192
+    assert written["seconds_per_step"] == pytest.approx(results.seconds / 12)
+    assert written["metrics"] == results.metrics
     assert f"weights: {tmp_path}/student" in results.summary()
     assert "12 steps" in results.summary()
 
 
-def test_a_compiled_model_learns_the_same(tmp_path: Path) -> None:
+def test_a_compiled_model_has_the_same_curve(tmp_path: Path) -> None:
     run(job(tmp_path / "plain", steps=5))
     run(job(tmp_path / "compiled", steps=5, compute={"compile": True}))
     np.testing.assert_allclose(curve(tmp_path / "compiled"), curve(tmp_path / "plain"), rtol=1e-4)

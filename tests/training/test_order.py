@@ -1,4 +1,4 @@
-"""The order of samples: every one once a pass, equal streams, and any position found without reading on to it."""
+"""The order of samples: every one once per epoch, equal streams, and random access to any position."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ windows = st.integers(1, 40)
 
 
 def rows_of(order: Order, stream: int, position: int = 0) -> Iterator[tuple[int, int, int]]:
-    """(pass, row group, row) of a stream's samples from a position on."""
+    """(epoch, row group, row) of a stream's samples, beginning at a position."""
     for window in order.windows(stream, position):
         rows = [(window.epoch, c.group, row) for c in window.chunks for row in range(c.first, c.stop)]
         yield from (rows[i] for i in window.order[window.skip :])
@@ -27,19 +27,19 @@ def rows_of(order: Order, stream: int, position: int = 0) -> Iterator[tuple[int,
 
 @given(groups, streams, windows)
 @settings(max_examples=100, deadline=None)
-def test_every_row_comes_once_in_every_pass_and_streams_are_equal(rows: list[int], count: int, window: int) -> None:
+def test_every_row_comes_once_per_epoch_and_streams_are_equal(rows: list[int], count: int, window: int) -> None:
     order = Order(rows, 7, "d", count, window)
-    passes = 3
-    lengths = [order.before(s, passes) for s in range(count)]
-    assert sum(lengths) == passes * sum(rows)
+    epochs = 3
+    lengths = [order.before(s, epochs) for s in range(count)]
+    assert sum(lengths) == epochs * sum(rows)
     assert max(lengths) - min(lengths) <= 1
     seen = Counter(row for s in range(count) for row in itertools.islice(rows_of(order, s), lengths[s]))
-    assert seen == Counter((e, g, row) for e in range(passes) for g, n in enumerate(rows) for row in range(n))
+    assert seen == Counter((e, g, row) for e in range(epochs) for g, n in enumerate(rows) for row in range(n))
 
 
 @given(groups, streams, windows, st.integers(0, 150))
 @settings(max_examples=100, deadline=None)
-def test_a_stream_is_entered_at_any_position(rows: list[int], count: int, window: int, position: int) -> None:
+def test_a_stream_can_start_at_any_position(rows: list[int], count: int, window: int, position: int) -> None:
     order = Order(rows, 7, "d", count, window)
     stream = position % count
     whole = list(itertools.islice(rows_of(order, stream), position + 20))
@@ -48,15 +48,15 @@ def test_a_stream_is_entered_at_any_position(rows: list[int], count: int, window
 
 @given(groups, streams, windows)
 @settings(max_examples=50, deadline=None)
-def test_windows_are_whole_chunks_of_about_the_asked_rows(rows: list[int], count: int, window: int) -> None:
+def test_windows_are_whole_chunks_of_about_the_given_rows(rows: list[int], count: int, window: int) -> None:
     order = Order(rows, 7, "d", count, window)
     for found in itertools.islice(order.windows(0), 20):
         before_last = sum(chunk.rows for chunk in found.chunks[:-1])
-        assert before_last < window, "a reader that holds fewer rows than a window may load the next chunk"
+        assert before_last < window, "a reader with fewer rows than a window in memory may load the next chunk"
         assert sorted(found.order) == list(range(before_last + found.chunks[-1].rows))
 
 
-def test_passes_windows_streams_and_seeds_are_shuffled_differently() -> None:
+def test_epochs_windows_and_seeds_are_shuffled_differently() -> None:
     order, other = Order([50] * 4, 7, "d", 1, 200), Order([50] * 4, 8, "d", 1, 200)
     first, second = itertools.islice(order.windows(0), 2)
     [elsewhere] = itertools.islice(other.windows(0), 1)
@@ -65,8 +65,8 @@ def test_passes_windows_streams_and_seeds_are_shuffled_differently() -> None:
     assert sorted(first.order) != list(first.order)
 
 
-def test_the_order_is_the_same_under_every_version() -> None:
-    """Trainings go on after an upgrade: these numbers must stay."""
+def test_the_order_never_changes() -> None:
+    """Trainings must resume after an upgrade: these numbers must stay."""
     order = Order([3, 4, 5], 1, "dataset 0", 2, 100)
     rows = [(group, row) for _, group, row in itertools.islice(rows_of(order, 1), 6)]
     assert rows == [(2, 0), (2, 3), (2, 4), (2, 2), (1, 3), (2, 1)]
@@ -74,7 +74,7 @@ def test_the_order_is_the_same_under_every_version() -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(1, 50))
-def test_shares_add_up_and_are_equal_to_one(total: int, parts: int) -> None:
+def test_shares_add_up_and_differ_by_at_most_one(total: int, parts: int) -> None:
     shares = [share(total, parts, part) for part in range(parts)]
     assert sum(shares) == total
     assert max(shares) - min(shares) <= 1
@@ -82,7 +82,7 @@ def test_shares_add_up_and_are_equal_to_one(total: int, parts: int) -> None:
 
 @given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=5), st.integers(0, 25_000))
 @settings(max_examples=30, deadline=None)
-def test_datasets_are_drawn_by_weight_and_from_any_position(weights: list[float], position: int) -> None:
+def test_datasets_are_drawn_by_weight_beginning_at_any_position(weights: list[float], position: int) -> None:
     mixture = Mixture(weights, 3)
     drawn = list(itertools.islice(mixture.draws(1, 0), position + 50))
     assert list(itertools.islice(mixture.draws(1, position), 50)) == drawn[position:]

@@ -1,4 +1,4 @@
-"""Ranks in processes of their own come to what one comes to, stop together and fail together."""
+"""Several ranks, in separate processes, have the curve of one rank, stop together and fail together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.trainings import PairFeed, TowersTask, builder, curve, job, r
 
 RANKS = 3
 BATCH = 24
-#: More gradients than DistributedDataParallel sends in its first message.
+#: More gradients than the first bucket of DistributedDataParallel holds.
 WIDE = {"width": 40_000}
 
 
@@ -39,11 +39,11 @@ def failing(accelerator: Accelerator) -> tuple[Task, Feed]:
 
 
 def work(rank: int, folder: str, port: int) -> None:
-    """All the trainings of this file, one after the other: processes take seconds to start."""
+    """All the trainings of this file, one after the other, because processes take seconds to start."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
-    told: dict[str, Any] = {}
+    outcomes: dict[str, Any] = {}
     with join_ranks(job(folder).training.compute) as ranks:
 
         def train(
@@ -52,21 +52,21 @@ def work(rank: int, folder: str, port: int) -> None:
             made = job(f"{folder}/{output or name}", evaluate_every=6, **{"batch": BATCH, **changes})
             try:
                 results = run_rank(build or builder(), made, ranks, stop or StopSignal())
-                told[name] = results.steps
+                outcomes[name] = results.steps
             except (UserError, Stopped, RuntimeError) as error:
-                told[name] = f"{type(error).__name__}: {error}"
+                outcomes[name] = f"{type(error).__name__}: {error}"
 
         train("ranks")
         train("parts", compute={"accumulate": 4})
-        asked = StopSignal()
-        asked.signum = signal.SIGTERM if rank == 1 else 0
+        stop = StopSignal()
+        stop.signum = signal.SIGTERM if rank == 1 else 0
         train("wide", build=builder(**WIDE), steps=6)
-        train("stopped", asked, builder(**WIDE), steps=6)
-        train("went on", build=builder(**WIDE), output="stopped", steps=6)
-        train("apart", output=f"apart-{rank}")  # as a folder that two machines do not share
+        train("stopped", stop, builder(**WIDE), steps=6)
+        train("resumed", build=builder(**WIDE), output="stopped", steps=6)
+        train("apart", output=f"apart-{rank}")  # like a folder that two machines do not share
         train("failed", build=failing)
         train("poisoned", build=builder({"poisoned": range(4, 6)}))
-    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+    Path(folder, f"{rank}.json").write_text(json.dumps(outcomes))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_ranks_come_to_the_curve_of_one_with_the_whole_batch(trained: tuple[Path, Any], one: Path) -> None:
+def test_several_ranks_have_the_curve_of_one_with_the_whole_batch(trained: tuple[Path, Any], one: Path) -> None:
     np.testing.assert_allclose(curve(trained[0] / "ranks"), curve(one), rtol=2e-4)
     metrics = [[row["metrics"] for row in rows(output) if "metrics" in row] for output in (trained[0] / "ranks", one)]
     assert len(metrics[0]) == 2
@@ -91,13 +91,13 @@ def test_ranks_come_to_the_curve_of_one_with_the_whole_batch(trained: tuple[Path
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-def test_ranks_in_parts_come_to_the_same_curve(trained: tuple[Path, Any], one: Path) -> None:
+def test_gradient_accumulation_on_several_ranks_has_the_same_curve(trained: tuple[Path, Any], one: Path) -> None:
     np.testing.assert_allclose(curve(trained[0] / "parts"), curve(one), rtol=2e-4)
 
 
-def test_all_ranks_stop_after_the_step_when_one_is_asked_to(trained: tuple[Path, list[dict[str, Any]]]) -> None:
-    assert [told["stopped"] for told in trained[1]] == [f"Stopped: {int(signal.SIGTERM)}"] * RANKS
-    assert [told["went on"] for told in trained[1]] == [6] * RANKS
+def test_all_ranks_stop_after_the_same_step_when_one_gets_a_signal(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert [outcomes["stopped"] for outcomes in trained[1]] == [f"Stopped: {int(signal.SIGTERM)}"] * RANKS
+    assert [outcomes["resumed"] for outcomes in trained[1]] == [6] * RANKS
     stopped, whole = (
         load_file(trained[0] / f"{name}/checkpoints/step-000000006.safetensors") for name in ("stopped", "wide")
     )
@@ -106,21 +106,21 @@ def test_all_ranks_stop_after_the_step_when_one_is_asked_to(trained: tuple[Path,
 
 
 def test_an_output_that_ranks_do_not_share_is_refused_at_the_start(trained: tuple[Path, list[dict[str, Any]]]) -> None:
-    for told in trained[1]:
-        assert "not every rank sees what another writes" in told["apart"]
-        assert "Set `output` to a folder that all nodes share" in told["apart"]
+    for outcomes in trained[1]:
+        assert "not every rank sees what another writes" in outcomes["apart"]
+        assert "Set `output` to a folder that all nodes share" in outcomes["apart"]
     assert not (trained[0] / "apart-0/log.jsonl").exists()
 
 
-def test_what_fails_on_rank_0_ends_all(trained: tuple[Path, list[dict[str, Any]]]) -> None:
-    assert [told["failed"] for told in trained[1]] == [
+def test_an_error_on_rank_0_ends_all_ranks(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert [outcomes["failed"] for outcomes in trained[1]] == [
         "UserError: the set is gone",
         *["UserError: rank 0 failed: see its message"] * (RANKS - 1),
     ]
 
 
-def test_ranks_skip_together(trained: tuple[Path, list[dict[str, Any]]]) -> None:
-    """Ranks 1 and 2 have finite losses of its own in the steps that rank 0's data spoils."""
-    assert [told["poisoned"] for told in trained[1]] == [12] * RANKS
+def test_all_ranks_skip_the_same_steps(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Only rank 0 gets data without a finite loss."""
+    assert [outcomes["poisoned"] for outcomes in trained[1]] == [12] * RANKS
     skipped = [row["skipped"] for row in rows(trained[0] / "poisoned") if "loss" in row]
     assert skipped == [0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2]

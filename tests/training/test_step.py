@@ -28,7 +28,7 @@ def gradients(parts: int, precision: Any = "fp32", **options: Any) -> tuple[Step
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
-def test_parts_come_to_the_losses_and_gradients_of_the_whole(parts: int) -> None:
+def test_parts_give_the_losses_and_gradients_of_the_whole_batch(parts: int) -> None:
     whole, expected = gradients(1)
     outcome, found = gradients(parts)
     assert whole.losses.keys() == outcome.losses.keys() == {"contrast", "closeness"}
@@ -41,8 +41,8 @@ def test_parts_come_to_the_losses_and_gradients_of_the_whole(parts: int) -> None
         torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_contrasting_parts_apart_would_give_another_gradient() -> None:
-    """That the test above can fail: a mean over parts, as plain accumulation takes it, is another loss."""
+def test_contrasting_each_part_alone_would_give_another_loss() -> None:
+    """The test above can fail: the mean over parts, as in plain gradient accumulation, is another loss."""
     task = TowersTask()
     parts = [slice_batch(batch(), start, start + 4) for start in range(0, SIZE, 4)]
     apart = torch.stack([task.losses(task.model(piece), piece)["contrast"] for piece in parts]).mean()
@@ -51,7 +51,7 @@ def test_contrasting_parts_apart_would_give_another_gradient() -> None:
 
 
 def test_both_passes_draw_the_same_dropout() -> None:
-    """The gradient in parts is that of the whole loss with each part's dropout, which autograd alone says too."""
+    """The gradient equals autograd's for the whole loss with each part's dropout."""
     _, found = gradients(4, dropout=0.5)
     torch.manual_seed(0)
     task = TowersTask(dropout=0.5)
@@ -81,7 +81,7 @@ def test_running_statistics_are_those_of_one_pass() -> None:
         assert torch.equal(found, expected), name
 
 
-def test_bfloat16_is_near_and_leaves_gradients_in_float32() -> None:
+def test_bfloat16_is_close_and_leaves_gradients_in_float32() -> None:
     _, exact = gradients(1)
     for parts in (1, 4):
         _, found = gradients(parts, "bf16")

@@ -1,0 +1,55 @@
+"""The config sections of every training, and which keys may change on resume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from reinforce.training.config import MUTABLE_KEYS, Training, describe_changes, fixed_config
+from tests.helpers.trainings import training
+
+
+def test_the_fixed_config_has_dotted_keys_without_the_mutable_ones() -> None:
+    fixed = fixed_config(training(), MUTABLE_KEYS)
+    assert fixed["batch"] == 16
+    assert fixed["optimizer.betas"] == [0.9, 0.95]
+    assert fixed["compute.precision"] == "fp32"
+    mutable = {"steps", "epochs", "log_every", "retries", "compute.ranks", "compute.accumulate", "checkpoints.every"}
+    assert not mutable & fixed.keys()
+
+
+def test_a_mutable_key_does_not_hide_keys_that_begin_like_it() -> None:
+    assert "steps" not in fixed_config(training(), ["steps"])
+    assert "steps" in fixed_config(training(), ["step"])
+
+
+def test_the_checkpoint_format_depends_on_these_keys() -> None:
+    """Checkpoints store the fixed config: a key that is added or renamed makes old checkpoints refused."""
+    optimizer = ("betas", "clip", "eps", "final_lr", "lr", "warmup", "weight_decay")
+    keys = {"batch", "compute.precision", "ema", *(f"optimizer.{name}" for name in optimizer)}
+    assert fixed_config(training(), MUTABLE_KEYS).keys() == keys
+
+
+def test_changes_are_described_key_by_key() -> None:
+    changes = describe_changes({"a": 1, "b": [1], "gone": 2}, {"a": 1, "b": [2], "new": "x"})
+    assert changes == ["b: [1] before, [2] now", "gone: 2 before, None now", "new: None before, 'x' now"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 2}, "give either `steps` or `epochs`"),
+        ({"steps": None}, "give either `steps` or `epochs`"),
+        ({"compute": {"ranks": 2, "accumulate": 3}}, r"batch \(16\) must be a multiple of .* \(6\)"),
+    ],
+)
+def test_a_length_or_batch_that_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        training(**changes)
+
+
+def test_defaults_are_those_of_mobileclip2() -> None:
+    optimizer = Training(steps=1).optimizer
+    assert (optimizer.lr, optimizer.final_lr, optimizer.betas, optimizer.weight_decay) == (1e-3, 1e-6, (0.9, 0.95), 0.2)
