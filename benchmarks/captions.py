@@ -205,11 +205,11 @@ class Bench:
     def profile(self, lengths: np.ndarray) -> dict[str, float]:
         """Seconds of each part of one decoding of ours."""
         clock, forward = Clock(), self.forward
-        blocks = [*forward.words, *forward.context, *forward.vision]
+        blocks = [*forward.text_blocks, *forward.decoder_blocks, *forward.cross_blocks]
         watched = [
             *((block, "blocks") for block in blocks),
             *((block.mlp, "mlp") for block in blocks),
-            *((block.project_image, "image keys and values") for block in forward.vision),
+            *((block.project_image, "image keys and values") for block in forward.cross_blocks),
             (forward.vocabulary, "vocabulary"),
             (self.visual, "image encoder"),
         ]
@@ -230,7 +230,7 @@ class Bench:
 
     def bound(self, lengths: np.ndarray) -> dict[str, float]:
         """Operations of one decoding of ours, and the seconds that they take at the speed of matrix products."""
-        visual, width = self.visual, self.forward.places.shape[1]
+        visual, width = self.visual, self.forward.positions.shape[1]
         encoding, all_of_it = operations(self.encode), operations(lambda: self.ours(lengths))
         rows = round(int(lengths.sum()) / int(lengths.max()))
         patches = len(self.pixels) * (visual.grid_size[0] * visual.grid_size[1] + 1)

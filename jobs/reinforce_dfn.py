@@ -2,7 +2,7 @@
 
     ray job submit --working-dir . -- python jobs/reinforce_dfn.py --config configs/dfn5b.yaml
 
-The same program as ``reinforce run CONFIG``; workers need only the dependencies, the code travels with the job.
+The job runs ``reinforce run CONFIG``. Its code is uploaded with the job; workers need only the dependencies.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the code of the job lies
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root of the uploaded code
 
 from jobs.entry import run
 

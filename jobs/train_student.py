@@ -2,8 +2,8 @@
 
     ray job submit --working-dir . -- python jobs/train_student.py --config configs/mobileclip2-s0.yaml
 
-The same program as ``reinforce train CONFIG``; workers need only the dependencies, the code travels with the job.
-``ray job stop`` lets it write a checkpoint if RAY_JOB_STOP_WAIT_TIME_S on the head leaves it the time (default: 3 s).
+The job runs ``reinforce train CONFIG``. Its code is uploaded with the job; workers need only the dependencies.
+On ``ray job stop`` it writes a checkpoint, if RAY_JOB_STOP_WAIT_TIME_S (default: 3 s) on the head node is long enough.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the code of the job lies
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root of the uploaded code
 
 from jobs.entry import run
 

@@ -2,8 +2,8 @@
 
     ray job submit --working-dir . -- python jobs/tune_temperature.py --config configs/tune-demo.yaml
 
-The same program as ``reinforce tune CONFIG``; workers need only the dependencies, the code travels with the job. The
-same job again goes on after the trials that are finished.
+The job runs ``reinforce tune CONFIG``. Its code is uploaded with the job; workers need only the dependencies.
+Submit the same job again to resume: finished trials are not repeated.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the code of the job lies
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root of the uploaded code
 
 from jobs.entry import run
 

@@ -1,4 +1,4 @@
-"""The pyarrow schema of every Parquet file that is written, with its version. One place, no logic."""
+"""The pyarrow schema of every Parquet file that is written, with its version, and the quarantine reasons. No logic."""
 
 from schemas.layers import (
     AUGMENTATION,

@@ -1,7 +1,7 @@
-"""Schemas of the layers. Every field carries a ``description`` in its metadata.
+"""Schemas of the layer files. Every field has a ``description`` in its metadata.
 
-Version 1. A reader refuses files of a higher version. All layers of one shard have the same rows in the
-same order and the same row groups; ``key`` is repeated in each so that readers can check it.
+Readers refuse files of a higher ``SCHEMA_VERSION``. All layers of a shard have the same rows in the same order and the
+same row groups; each repeats ``key``, so that readers can check the alignment.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ OP = pa.struct(
         _field("magnitude", pa.float32(), "signed; TranslateX/Y in pixels at `size`", nullable=False),
     ]
 )
-#: One augmentation record: crop -> resize to (size, size), bicubic -> the ops in order. ``ops`` is null where
-#: RandAugment was skipped.
+#: One augmentation record: crop, bicubic resize to (size, size), then ``ops`` in order. ``ops`` is null if RandAugment
+#: was skipped.
 AUGMENTATION = pa.struct(
     [
         _field("crop", CROP, "RandomResizedCrop's box", nullable=False),
@@ -84,7 +84,7 @@ def captions_schema() -> pa.Schema:
 
 
 def embeddings_schema(count: int, dim: int, dtype: str) -> pa.Schema:
-    """Schema of an embeddings layer: [count, dim] vectors a row, unit norm.
+    """Schema of ``embeddings/<teacher>/<what>/<shard>.parquet``: per row, [count, dim] unit-norm vectors.
 
     ``dtype`` is ``float16``, ``float32`` or ``int8``. With int8, vector j is ``embeddings[j] * scales[j]``.
     """

@@ -1,4 +1,4 @@
-"""Schema of ``pairs.parquet``, which a captioner's fine-tuning keeps beside its checkpoints."""
+"""Schema of ``pairs.parquet``, the image-caption pairs that fine-tuning of a captioner stores with its checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def _field(name: str, type_: pa.DataType, description: str) -> pa.Field:
     return pa.field(name, type_, nullable=False, metadata={"description": description})
 
 
-#: One row an image that has captions. The file's metadata holds the ``fingerprint`` of what it was made from.
+#: One row per image with captions. The file's metadata contains the ``fingerprint`` of the pairs' source.
 PAIRS = pa.schema(
     [
         _field("key", pa.string(), "the sample's key in its shard, as webdataset forms it"),

@@ -1,4 +1,4 @@
-"""Rows of words that grow on the key/value cache of a transformers model."""
+"""Decoding on the key/value cache of a transformers model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from teachers.device import Accelerator
 
 
 class CachedDecoder:
-    """A ``Decoder`` of rows that begin with a prompt: each word by a pass over the last one, on the cache of the rest.
+    """A ``rules.Decoder`` whose rows begin with a prompt. Each step is a forward pass over the newest token alone.
 
-    ``ends`` are the tokens that end a text: the first stands for them all. ``context`` are arguments of every pass, a
-    row each. ``positions`` is None where the model counts by itself, else the position of the first word and the
-    shape before [rows, 1] in which the model wants them.
+    ``ends`` are the end tokens, merged into the first. ``context`` are arguments of every pass with one row each.
+    ``positions`` is None if the model counts positions itself, else the position of the first new token and the
+    shape in front of [rows, 1] that the model expects.
     """
 
     def __init__(
@@ -32,26 +32,26 @@ class CachedDecoder:
         only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         with accelerator.forward():
             output = model(**prompt, **self._context, **only_last, use_cache=True)
-        self._first = output.logits[:, -1]
-        self._name = "cache" if "cache" in output else "past_key_values"  # renamed by transformers 5
-        self._cache = output[self._name]
+        self._first_logits = output.logits[:, -1]
+        self._cache_name = "cache" if "cache" in output else "past_key_values"  # renamed by transformers 5
+        self._cache = output[self._cache_name]
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """A start token and the words so far, int64 [rows, 1 + words] -> [rows, vocabulary]."""
-        words = tokens.shape[1] - 1
-        if words == 0:
-            return merge_end_tokens(self._first, self._ends)
-        arguments = {self._name: self._cache, **self._context}
+        """Start token and new tokens so far, int64 [rows, 1 + new tokens] -> float32 [rows, vocabulary]."""
+        count = tokens.shape[1] - 1
+        if count == 0:
+            return merge_end_tokens(self._first_logits, self._ends)
+        arguments = {self._cache_name: self._cache, **self._context}
         if self.positions is not None:
             first, shape = self.positions
-            arguments["position_ids"] = torch.full((*shape, len(tokens), 1), first + words - 1, device=tokens.device)
+            arguments["position_ids"] = torch.full((*shape, len(tokens), 1), first + count - 1, device=tokens.device)
         with self._accelerator.forward():
             logits = self._model(input_ids=tokens[:, -1:], use_cache=True, **arguments).logits
         return merge_end_tokens(logits[:, -1], self._ends)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Go on with these rows: int64 indices; one may be taken several times."""
-        rows = rows.to(self._first.device)
+        """Continue with these rows, int64 indices. A row may be selected several times."""
+        rows = rows.to(self._first_logits.device)
         self._cache.reorder_cache(rows)
         self._context = {name: values[rows] for name, values in self._context.items()}
 
@@ -62,7 +62,10 @@ class CachedDecoder:
 
 
 def merge_end_tokens(logits: torch.Tensor, ends: tuple[int, ...]) -> torch.Tensor:
-    """Float32 [..., vocabulary] in which the first end is as probable as all were together; the others stay."""
+    """Logits [..., vocabulary] -> float32, with the total probability of all end tokens in the first of them.
+
+    The logits of the other end tokens stay as they are; the decoding rules exclude them.
+    """
     logits = logits.float()
     if len(ends) > 1:
         logits[..., ends[0]] = logits[..., list(ends)].logsumexp(-1)

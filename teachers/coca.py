@@ -1,4 +1,4 @@
-"""Captions by CoCa: images encoded once, the captions of each decoded side by side on a cache."""
+"""Captioners of open_clip's CoCa. Each image is encoded once; its captions are decoded in parallel on a cache."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from teachers.open_clip import image_spec, load_model, model_name
 from teachers.rules import DecodingRules
 from teachers.spec import CaptionerSpec
 
-#: Captions decoded side by side, and bytes of their caches: bounds on the memory of a step whatever the batch.
-_ROWS, _CACHE_BYTES = 1024, 2 * 2**30
+#: Limits on captions decoded in parallel and on the bytes of their caches, independent of the batch size.
+_MAX_ROWS, _MAX_CACHE_BYTES = 1024, 2 * 2**30
 
 
 class CocaCaptioner:
-    """Any CoCa of open_clip as a captioner.
+    """A CoCa of open_clip as a captioner.
 
-    Raises ValueError or FileNotFoundError for what the spec has wrong, a model that cannot caption included.
+    Raises ValueError or FileNotFoundError for a wrong spec or a model that cannot caption.
     """
 
     def __init__(self, spec: CaptionerSpec, accelerator: Accelerator) -> None:
@@ -40,15 +40,15 @@ class CocaCaptioner:
         self._accelerator = accelerator
         self._tokens = Vocabulary(open_clip.get_tokenizer(model_name(spec)))
         accelerator.prepare(model)
-        # Nothing else of the model stays: both have its weights in layouts of their own.
+        # The rest of the model is released: both parts copy its weights to layouts of their own.
         self._visual = model.visual
         freeze(self._visual, accelerator)
-        self._forward = CocaDecoder(model, accelerator, spec.max_length - 2, spec.compile)
-        size = model.text_decoder.text_projection.shape[1]
+        self._decoder = CocaDecoder(model, accelerator, spec.max_length - 2, spec.compile)
+        vocabulary_size = model.text_decoder.text_projection.shape[1]
         self._rules = DecodingRules(
             start=self._tokens.start,
             end=self._tokens.end,
-            impossible=self._tokens.impossible(size).to(accelerator.device),
+            impossible=self._tokens.impossible(vocabulary_size).to(accelerator.device),
             min_tokens=spec.min_length,
             max_tokens=spec.max_length - 2,  # start and end count
             repetition_penalty=spec.repetition_penalty,
@@ -56,30 +56,30 @@ class CocaCaptioner:
 
     @torch.inference_mode()
     def caption(self, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]) -> list[list[str] | None]:
-        """[B, 3, H, W] float32 and seeds [B, captions] -> captions of each image, None where its logits are NaN.
+        """Pixels float32 [B, 3, H, W] and seeds [B, captions] -> captions of each image, None if its logits are NaN.
 
-        Caption (b, n) is a function of image b and seeds[b, n], or of image b alone where nothing is sampled, up to
-        the rounding of matrix products, which may differ with the batch. Raises ValueError where the logits of all of
-        several images are NaN.
+        Caption (b, n) is a function of image b and seeds[b, n], or of image b alone without sampling, up to the
+        rounding of matrix products, which may depend on the batch. Raises ValueError if the logits of all of several
+        images are NaN.
         """
         if seeds.shape != (len(pixels), self.captions):
-            raise ValueError(f"want seeds of shape {(len(pixels), self.captions)}, got {seeds.shape}")
+            raise ValueError(f"expected seeds of shape {(len(pixels), self.captions)}, got {seeds.shape}")
         with self._accelerator.forward():
             _, images = self._visual(self._accelerator.layout(pixels))
         rows = self._spec.rows_per_image
-        room = min(_ROWS // rows, _CACHE_BYTES // self._forward.bytes_per_image(rows, images.shape[1]))
+        at_once = min(_MAX_ROWS // rows, _MAX_CACHE_BYTES // self._decoder.bytes_per_image(rows, images.shape[1]))
         captions: list[list[str] | None] = []
-        for part in np.array_split(np.arange(len(pixels)), -(-len(pixels) // max(1, room))):
-            self._forward.begin(images[part[0] : part[-1] + 1], rows)
-            for texts in decode(self._forward, self._rules, self._spec, seeds[part]):
-                captions.append(None if texts is None else [self._tokens.text(words) for words in texts])
+        for part in np.array_split(np.arange(len(pixels)), -(-len(pixels) // max(1, at_once))):
+            self._decoder.begin(images[part[0] : part[-1] + 1], rows)
+            for texts in decode(self._decoder, self._rules, self._spec, seeds[part]):
+                captions.append(None if texts is None else [self._tokens.text(tokens) for tokens in texts])
         return captions
 
 
 class Vocabulary:
-    """What decoding needs of an open_clip tokenizer, its own or one of Hugging Face's in its wrapper.
+    """Vocabulary of an open_clip tokenizer, open_clip's own or a wrapped one of Hugging Face.
 
-    ``start`` and ``end`` are the tokens it puts around a text.
+    ``start`` and ``end`` are the tokens that it puts around a text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -89,7 +89,7 @@ class Vocabulary:
         self._size = len(self._tokenizer) if self._hugging_face else tokenizer.vocab_size
 
     def impossible(self, size: int) -> torch.Tensor:
-        """bool [size]: outputs of the model that are no word, the special tokens but the end and what is unused."""
+        """Mask, bool [size], of the model's outputs that are unused or special tokens other than the end."""
         mask = torch.arange(size) >= self._size
         mask[[token for token in self._tokenizer.all_special_ids if token < size]] = True
         mask[self.start] = True
@@ -97,27 +97,28 @@ class Vocabulary:
         return mask
 
     def text(self, tokens: list[int]) -> str:
-        """Tokens between start and end -> text."""
+        """Decode the tokens between start and end."""
         text: str = self._tokenizer.decode(tokens)
         return text.strip()
 
 
 def check_model_name(name: str) -> None:
-    """Before any weights are fetched, where the name is enough to tell."""
+    """Raise ValueError if a model is known not to be a CoCa, before its weights are downloaded."""
     config = catalog.model_config(name)
     if config is not None and "multimodal_cfg" not in config:
-        known = ", ".join(model for model in catalog.builtin_models() if model.startswith("coca_"))
-        raise ValueError(f"captioner model {name!r} is not a CoCa and cannot caption: use one of {known}")
+        captioners = ", ".join(model for model in catalog.builtin_models() if model.startswith("coca_"))
+        raise ValueError(f"captioner model {name!r} is not a CoCa and cannot caption: use one of {captioners}")
 
 
 def check_model(spec: CaptionerSpec, model: Any) -> None:
+    """Raise ValueError if a loaded model is not a CoCa that can write captions of the spec's length."""
     if not isinstance(model, open_clip.CoCa):
         raise ValueError(f"captioner model {spec.model!r} is a {type(model).__name__}, not a CoCa, and cannot caption")
     try:
         coca_decoder.check_decodable(model)
     except ValueError as error:
         raise ValueError(f"captioner model {spec.model!r} cannot caption: {error}") from error
-    # The end is written, never read: one token more than the context holds.
+    # The end token is never an input, so a caption has one token more than the context.
     longest = min(model.text.context_length, model.text_decoder.context_length) + 1
     if spec.max_length > longest:
         raise ValueError(

@@ -1,9 +1,9 @@
-"""CoCa's next words, each computed once: keys and values of the words before and of the image are kept.
+"""Incremental decoding of CoCa with cached keys and values of the text so far and of the image.
 
-At every step open_clip's own forward pass runs both towers over all words so far, projects the image's tokens into
-each layer for every row, and gives the logits of every position. Here a step is the newest words' alone. The captions
-of an image share its keys and values. The class token, which open_clip appends behind the last word, is left out: no
-word sees it.
+At every step, open_clip's own forward pass runs both text towers over all tokens so far, projects the image tokens in
+each layer for every row, and returns the logits of every position. Here a step processes only the newest tokens, and
+the captions of an image share its keys and values. The class token, which open_clip appends after the last token, is
+left out, since no other token attends to it.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ import open_clip.transformer as towers
 import torch
 from torch.nn.functional import pad
 
-from teachers.coca_blocks import CrossBlock, SelfBlock, check_block
+from teachers.coca_blocks import CrossAttentionBlock, SelfAttentionBlock, check_block
 from teachers.device import Accelerator
 from teachers.frozen import FrozenLinear
 from teachers.rules import compact
 
-#: Fewest rows of a compiled step, so that the tail of a batch does not compile shapes of its own.
-_FEWEST = 16
+#: Minimum rows of a compiled step, so that the tail of a batch does not compile further shapes.
+_MIN_COMPILED_ROWS = 16
 
 
 class CocaDecoder(torch.nn.Module):
-    """Next-token logits of an open_clip CoCa for texts of at most ``length`` tokens: a ``rules.Decoder``.
+    """A ``rules.Decoder`` of an open_clip CoCa for texts of at most ``length`` tokens.
 
-    ``begin`` starts a batch of images and ends the one before. With ``compiled`` shapes are static: rows are rounded
-    up to a power of two and words look at all ``length`` positions under a mask, so that few steps are compiled, or
+    ``begin`` starts a batch of images and ends the previous one. With ``compiled``, shapes are static: rows are padded
+    to a power of two and tokens attend to all ``length`` positions under a mask. Few steps are then compiled, or
     captured as CUDA graphs.
 
-    Raises ValueError for a model whose words cannot be computed one by one.
+    Raises ValueError for a model that cannot be decoded token by token.
     """
 
-    places: torch.Tensor  # [length, width]: positional embedding
-    past: torch.Tensor  # [rows, layers, 2, length, width]: keys and values of words
-    seen: torch.Tensor  # [images, layers, tokens, 2 * width]: keys and values of image tokens
-    visible: torch.Tensor  # bool [rows, length]: the words that the text tower looks at
+    positions: torch.Tensor  # [length, width]: positional embedding
+    cache: torch.Tensor  # [rows, layers, 2, length, width]: keys and values of text tokens
+    image_cache: torch.Tensor  # [images, layers, image tokens, 2 * width]: keys and values of image tokens
+    visible: torch.Tensor  # bool [rows, length]: tokens that the text tower attends to
 
     def __init__(self, model: Any, accelerator: Accelerator, length: int, compiled: bool = False) -> None:
         super().__init__()
@@ -45,86 +45,91 @@ class CocaDecoder(torch.nn.Module):
         check_decodable(model)
         linear = partial(FrozenLinear, accelerator=accelerator, packed=not compiled)
         self.embedding = text.token_embedding
-        self.register_buffer("places", text.positional_embedding[:length].detach(), persistent=False)
-        self.words = torch.nn.ModuleList(SelfBlock(block, linear) for block in text.transformer.resblocks)
-        # Behind the class token open_clip gives the words without the last norm.
-        self.words_norm = text.ln_final if text.cls_emb is None else torch.nn.Identity()
-        self.context = torch.nn.ModuleList(SelfBlock(block, linear) for block in decoder.resblocks)
-        self.vision = torch.nn.ModuleList(CrossBlock(block, linear) for block in decoder.cross_attn)
-        self.last_norm = decoder.ln_final
+        self.register_buffer("positions", text.positional_embedding[:length].detach(), persistent=False)
+        self.text_blocks = torch.nn.ModuleList(SelfAttentionBlock(b, linear) for b in text.transformer.resblocks)
+        # With a class token, open_clip passes the other tokens on without the final norm.
+        self.text_norm = text.ln_final if text.cls_emb is None else torch.nn.Identity()
+        self.decoder_blocks = torch.nn.ModuleList(SelfAttentionBlock(block, linear) for block in decoder.resblocks)
+        self.cross_blocks = torch.nn.ModuleList(CrossAttentionBlock(block, linear) for block in decoder.cross_attn)
+        self.final_norm = decoder.ln_final
         self.vocabulary = linear(decoder.text_projection.T, None)
+        # (padding token, distance of the token that decides whether the newest is hidden); see `_is_hidden`
         self._hiding = None if text.cls_emb is None else (text.pad_id, 1 if text.correct_cls_mask else 2)
         self._accelerator, self._length, self._compiled = accelerator, length, compiled
-        width, layers = self.places.shape[1], len(self.words) + len(self.context)
-        self.register_buffer("past", self._cache(0, layers, 2, length, width), persistent=False)
-        self.register_buffer("seen", self._cache(0, len(self.vision), 0, 2 * width), persistent=False)
-        self.register_buffer("visible", self._cache(0, length).bool(), persistent=False)
-        self._run = accelerator.compile(self._step) if compiled else self._step
+        width, layers = self.positions.shape[1], len(self.text_blocks) + len(self.decoder_blocks)
+        self.register_buffer("cache", self._zeros(0, layers, 2, length, width), persistent=False)
+        self.register_buffer("image_cache", self._zeros(0, len(self.cross_blocks), 0, 2 * width), persistent=False)
+        self.register_buffer("visible", self._zeros(0, length).bool(), persistent=False)
+        self._run_step = accelerator.compile(self._step) if compiled else self._step
 
-    def bytes_per_image(self, captions: int, tokens: int) -> int:
-        """What the caches take of an image with so many captions and image tokens."""
-        words = captions * (len(self.words) + len(self.context)) * self._length
-        return 2 * (words + len(self.vision) * tokens) * self.places.shape[1] * self._accelerator.dtype.itemsize
+    def bytes_per_image(self, captions: int, image_tokens: int) -> int:
+        """Bytes of the caches for one image with so many captions and image tokens."""
+        text = captions * (len(self.text_blocks) + len(self.decoder_blocks)) * self._length
+        values = text + len(self.cross_blocks) * image_tokens
+        return 2 * values * self.positions.shape[1] * self._accelerator.dtype.itemsize
 
     def begin(self, images: torch.Tensor, captions: int) -> None:
-        """Image tokens [B, n, width]: a row for each image, of which ``captions`` at most will be taken."""
+        """Start with image tokens [B, n, width] and one row per image, to be selected at most ``captions`` times."""
         self._reserve(len(images), captions, images.shape[1])
         with self._accelerator.forward():
-            for layer, block in enumerate(self.vision):
-                assert isinstance(block, CrossBlock)
-                self.seen[: len(images), layer] = block.keys_values(images)
+            for layer, block in enumerate(self.cross_blocks):
+                assert isinstance(block, CrossAttentionBlock)
+                self.image_cache[: len(images), layer] = block.keys_values(images)
         self.visible.zero_()
         if self._compiled:
-            self.past.zero_()  # what is masked must be finite: NaN times 0 is NaN
+            self.cache.zero_()  # masked values must be finite, since NaN times 0 is NaN
         self._filled, self._masked = 0, self._compiled
-        self._place(torch.arange(len(images)))
+        self._assign_slots(torch.arange(len(images)))
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The start token and the words so far, int64 [rows, 1 + words] -> [rows, vocabulary]."""
+        """Start token and new tokens so far, int64 [rows, 1 + new tokens] -> logits [rows, vocabulary]."""
         rows, position = len(tokens), self._filled
         newest, slots = tokens[:, -1], self._slots
-        hidden = self._hidden(tokens)
+        hidden = self._is_hidden(tokens)
         self._masked = self._masked or bool(hidden.any())
-        images, side, reach = *self._shape, position + 1
+        images, rows_per_image, visible = *self._shape, position + 1
         if self._compiled:
-            images, side, reach = len(self.seen), self._side, self._length
-            more = min(max(_FEWEST, 1 << (rows - 1).bit_length()), len(self.past)) - rows
+            images, rows_per_image, visible = len(self.image_cache), self._captions, self._length
+            more = min(max(_MIN_COMPILED_ROWS, 1 << (rows - 1).bit_length()), len(self.cache)) - rows
             newest, hidden = pad(newest, (0, more)), pad(hidden, (0, more))
-            slots = pad(slots, (0, more), value=images * side)
+            slots = pad(slots, (0, more), value=images * rows_per_image)
         where = torch.tensor([position], device=tokens.device)
         with self._accelerator.forward():
-            logits: torch.Tensor = self._run(newest, hidden, where, slots, images, side, reach, self._masked)
+            logits: torch.Tensor = self._run_step(
+                newest, hidden, where, slots, images, rows_per_image, visible, self._masked
+            )
         self._filled += 1
         return logits[:rows]
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Go on with these rows: int64 indices on the CPU; one may be taken several times."""
-        _move(self.past[:, :, :, : self._filled], rows)
-        _move(self.visible, rows)
+        """Continue with these rows, int64 indices on the CPU. A row may be selected several times."""
+        _move_rows(self.cache[:, :, :, : self._filled], rows)
+        _move_rows(self.visible, rows)
         image_of = self._image_of[rows]
-        alive = torch.bincount(image_of, minlength=self._shape[0]) > 0
-        if not alive.all() and not self._compiled:
-            order = torch.from_numpy(compact(alive.numpy()))
-            _move(self.seen, order)
-            renamed = torch.empty(len(alive), dtype=torch.int64)
-            renamed[order] = torch.arange(len(order))
-            image_of = renamed[image_of]
-        self._place(image_of)
+        in_use = torch.bincount(image_of, minlength=self._shape[0]) > 0
+        if not in_use.all() and not self._compiled:
+            order = torch.from_numpy(compact(in_use.numpy()))
+            _move_rows(self.image_cache, order)
+            new_index = torch.empty(len(in_use), dtype=torch.int64)
+            new_index[order] = torch.arange(len(order))
+            image_of = new_index[image_of]
+        self._assign_slots(image_of)
 
-    def _place(self, image_of: torch.Tensor) -> None:
-        """Rows [rows] -> their slots: those of an image stand side by side, as many for each as the most has."""
+    def _assign_slots(self, image_of: torch.Tensor) -> None:
+        """Assign rows to slots by their images [rows]: slots of an image are adjacent, equally many for each image."""
         counts = torch.bincount(image_of)
-        side = self._side if self._compiled else int(counts.max())
+        rows_per_image = self._captions if self._compiled else int(counts.max())
         by_image = image_of.argsort(stable=True)
         rank = torch.empty_like(image_of)
         rank[by_image] = torch.arange(len(image_of)) - (counts.cumsum(0) - counts)[image_of[by_image]]
-        self._image_of, self._shape = image_of, (len(counts), side)
-        self._slots = (image_of * side + rank).to(self.past.device)
+        self._image_of, self._shape = image_of, (len(counts), rows_per_image)
+        self._slots = (image_of * rows_per_image + rank).to(self.cache.device)
 
-    def _hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """bool [rows]: whether the text tower never looks at the newest word.
+    def _is_hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """bool [rows]: whether the text tower never attends to the newest token.
 
-        open_clip hides padding, which may be a word, from it; and it is one position late: the word behind is hidden.
+        With a class token, open_clip masks padding, whose index may be an ordinary token of the text. Its mask is one
+        position late by default: it hides the token after the padding.
         """
         if self._hiding is None or tokens.shape[1] < self._hiding[1]:
             return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -138,51 +143,52 @@ class CocaDecoder(torch.nn.Module):
         position: torch.Tensor,
         slots: torch.Tensor,
         images: int,
-        side: int,
-        reach: int,
+        rows_per_image: int,
+        visible: int,
         masked: bool,
     ) -> torch.Tensor:
         rows = len(newest)
         self.visible[:rows].index_copy_(1, position, ~hidden[:, None])
-        visible = self.visible[:rows, None, None, :reach] if masked else None
-        written = (torch.arange(reach, device=position.device) <= position)[None] if self._compiled else None
-        layers = self.past[:rows].unbind(1)
-        of_words, of_context = layers[: len(self.words)], layers[len(self.words) :]
-        of_images = self.seen[:images].unbind(1)
-        x = self.embedding(newest) + self.places[position]
-        for block, past in zip(self.words, of_words, strict=True):
-            x = block(x, past, position, reach, visible)
-        x = self.words_norm(x)
-        for block, past, cross, seen in zip(self.context, of_context, self.vision, of_images, strict=True):
-            x = cross(block(x, past, position, reach, written), seen, slots, side)
-        logits: torch.Tensor = self.vocabulary(self.last_norm(x))
+        text_mask = self.visible[:rows, None, None, :visible] if masked else None
+        causal = (torch.arange(visible, device=position.device) <= position)[None] if self._compiled else None
+        caches = self.cache[:rows].unbind(1)
+        text_caches, decoder_caches = caches[: len(self.text_blocks)], caches[len(self.text_blocks) :]
+        image_caches = self.image_cache[:images].unbind(1)
+        x = self.embedding(newest) + self.positions[position]
+        for block, cache in zip(self.text_blocks, text_caches, strict=True):
+            x = block(x, cache, position, visible, text_mask)
+        x = self.text_norm(x)
+        blocks = zip(self.decoder_blocks, decoder_caches, self.cross_blocks, image_caches, strict=True)
+        for block, cache, cross, image_cache in blocks:
+            x = cross(block(x, cache, position, visible, causal), image_cache, slots, rows_per_image)
+        logits: torch.Tensor = self.vocabulary(self.final_norm(x))
         return logits
 
-    def _reserve(self, images: int, captions: int, tokens: int) -> None:
-        """Caches for so many; those there are stay where they are if they are large enough."""
-        if len(self.past) < images * captions:
-            self.past = self._cache(images * captions, *self.past.shape[1:])
-            self.visible = self._cache(images * captions, self._length).bool()
-        if len(self.seen) < images or self.seen.shape[2] != tokens:
-            self.seen = self._cache(images, len(self.vision), tokens, self.seen.shape[3])
-        self._side = captions
+    def _reserve(self, images: int, captions: int, image_tokens: int) -> None:
+        """Allocate the caches for a batch; those of the previous batch are reused if they are large enough."""
+        if len(self.cache) < images * captions:
+            self.cache = self._zeros(images * captions, *self.cache.shape[1:])
+            self.visible = self._zeros(images * captions, self._length).bool()
+        if len(self.image_cache) < images or self.image_cache.shape[2] != image_tokens:
+            self.image_cache = self._zeros(images, len(self.cross_blocks), image_tokens, self.image_cache.shape[3])
+        self._captions = captions
 
-    def _cache(self, *shape: int) -> torch.Tensor:
-        # Not `empty`: a compiled step reads what is masked.
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        # not `empty`, since a compiled step reads masked values
         return torch.zeros(shape, dtype=self._accelerator.dtype, device=self._accelerator.device)
 
 
-def _move(buffer: torch.Tensor, rows: torch.Tensor) -> None:
-    """Put ``buffer[rows]`` at the front of a buffer, in place; rows that are there already are not touched."""
+def _move_rows(buffer: torch.Tensor, rows: torch.Tensor) -> None:
+    """Copy ``buffer[rows]`` to the front of a buffer in place, skipping rows that are already there."""
     moved = (rows != torch.arange(len(rows))).nonzero().squeeze(1)
     if len(moved):
-        to, of = moved.to(buffer.device), rows[moved].to(buffer.device)
-        buffer[to] = buffer[of]
+        targets, sources = moved.to(buffer.device), rows[moved].to(buffer.device)
+        buffer[targets] = buffer[sources]
 
 
 def check_decodable(model: Any) -> None:
-    """Raise ValueError for a CoCa whose words cannot be computed one by one."""
+    """Raise ValueError for a CoCa that cannot be decoded token by token."""
     if not isinstance(model.text, towers.TextTransformer) or model.text.attn_mask is None:
-        raise ValueError("its text tower is not causal, so the words so far would have to see the words to come")
+        raise ValueError("its text tower is not causal, so earlier tokens would depend on later ones")
     for block in (*model.text.transformer.resblocks, *model.text_decoder.resblocks, *model.text_decoder.cross_attn):
         check_block(block)

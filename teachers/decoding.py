@@ -1,4 +1,4 @@
-"""From a model's next-token logits to captions, in the way that a config's ``strategy`` names."""
+"""Decoding of captions from a model's next-token logits by the config's ``strategy``."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from teachers.beams import Beams, search
+from teachers.beams import BeamOptions, beam_search
 from teachers.rules import Decoder, DecodingRules, compact
 from teachers.sampling import sample_nucleus, sample_top_k, uniforms
 from teachers.spec import CaptionerSpec
 
 #: Logits [rows, vocabulary] and float64 [rows] in (0, 1] -> tokens [rows].
-Choice = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+TokenChooser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def decode(
-    forward: Decoder, rules: DecodingRules, spec: CaptionerSpec, seeds: npt.NDArray[np.uint64]
+    decoder: Decoder, rules: DecodingRules, spec: CaptionerSpec, seeds: npt.NDArray[np.uint64]
 ) -> list[list[list[int]] | None]:
-    """A row for each image, and seeds [images, captions] -> the words of each image's captions.
+    """Decode the captions of a batch with one row per image and seeds [images, captions] -> their new tokens.
 
-    Caption (b, n) is a function of image b and seeds[b, n], of image b alone where nothing is drawn, up to the
-    rounding of matrix products. None stands for an image whose logits were not finite. Raises ValueError where that
-    is so for each of several images: then it is not for the images' sake.
+    With sampling, caption (b, n) is a function of image b and ``seeds[b, n]``, otherwise of image b alone, up to the
+    rounding of matrix products. An image whose logits are not finite gives None. Raises ValueError if that happens to
+    every image of several, which points to the model.
     """
     images, captions = seeds.shape
     device = rules.impossible.device
     if spec.strategy in ("beams", "diverse_beams"):
         groups, diversity = (spec.groups, spec.diversity) if spec.strategy == "diverse_beams" else (1, 0.0)
-        texts = search(forward, rules, images, captions, Beams(spec.beams, groups, diversity, spec.length_penalty))
+        options = BeamOptions(spec.beams, groups, diversity, spec.length_penalty)
+        texts = beam_search(decoder, rules, images, captions, options)
     else:
         drawn = uniforms(seeds.reshape(-1), rules.max_tokens).reshape(images, captions, rules.max_tokens)
-        texts = sample(forward, rules, token_chooser(spec), torch.from_numpy(drawn).to(device))
+        texts = sample(decoder, rules, token_chooser(spec), torch.from_numpy(drawn).to(device))
     if images > 1 and not any(texts):
         raise ValueError("next-token logits are not finite: check the weights, or use `precision: bf16` or `fp32`")
     return texts
 
 
-def token_chooser(spec: CaptionerSpec) -> Choice:
-    """How the next word is drawn, of a strategy without beams."""
+def token_chooser(spec: CaptionerSpec) -> TokenChooser:
+    """Return the function that chooses the next token, for a strategy without beams."""
     if spec.strategy == "greedy":
         return greedy
     if spec.strategy == "top_k":
@@ -50,32 +51,34 @@ def token_chooser(spec: CaptionerSpec) -> Choice:
 
 
 def greedy(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    """Logits [rows, vocabulary] -> the likeliest tokens [rows]."""
+    """Logits [rows, vocabulary] -> the most probable tokens [rows]."""
     return logits.argmax(dim=-1)
 
 
-def sample(forward: Decoder, rules: DecodingRules, choose: Choice, drawn: torch.Tensor) -> list[list[list[int]] | None]:
-    """One word after the other: word i of caption n of image b by ``choose`` with ``drawn`` [b, n, i].
+def sample(
+    decoder: Decoder, rules: DecodingRules, choose: TokenChooser, drawn: torch.Tensor
+) -> list[list[list[int]] | None]:
+    """Decode token by token: token i of caption n of image b by ``choose`` with the number ``drawn[b, n, i]``.
 
-    -> the words of each image's captions; None for an image whose logits were not finite. Rows that have ended leave
-    the batch.
+    Returns the new tokens of each image's captions, None for an image whose logits are not finite. Rows that have
+    ended leave the batch.
     """
     images, captions, _ = drawn.shape
     drawn = drawn.flatten(0, 1)
     tokens = torch.full((len(drawn), 1), rules.start, device=drawn.device)
-    running = np.arange(len(drawn))  # the caption that each row is
+    running = np.arange(len(drawn))  # the caption of each row
     texts: list[list[int]] = [[] for _ in running]
     failed = np.zeros(images, bool)
-    for words in range(rules.max_tokens):
-        rows = tokens if words else tokens[::captions]  # until something is drawn, an image's captions are one
-        logits = rules.apply(forward.next_logits(rows), rows)
-        if not words:
-            forward.select_rows(torch.arange(images).repeat_interleave(captions))
+    for step in range(rules.max_tokens):
+        rows = tokens if step else tokens[::captions]  # before the first token, the captions of an image share a row
+        logits = rules.apply(decoder.next_logits(rows), rows)
+        if not step:
+            decoder.select_rows(torch.arange(images).repeat_interleave(captions))
             logits = logits.repeat_interleave(captions, dim=0)
-        chosen = choose(logits, drawn[:, words])
+        chosen = choose(logits, drawn[:, step])
         broken = ~logits.amax(-1).isfinite()
         tokens = torch.cat([tokens, chosen[:, None]], dim=1)
-        # Waits for the device, once a step.
+        # one synchronization with the device per step
         ended, lost = torch.stack([(chosen == rules.end) | broken, broken]).cpu().numpy()
         if not ended.any():
             continue
@@ -87,7 +90,7 @@ def sample(forward: Decoder, rules: DecodingRules, choose: Choice, drawn: torch.
         tokens, drawn = (part[kept.to(part.device)] for part in (tokens, drawn))
         if not len(order):
             break
-        forward.select_rows(kept)
+        decoder.select_rows(kept)
     for caption, text in zip(running, tokens[:, 1:].tolist(), strict=True):
         texts[caption] = text
     return [None if failed[i] else texts[i * captions : (i + 1) * captions] for i in range(images)]

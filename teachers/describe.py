@@ -1,7 +1,7 @@
-"""What a teacher or captioner is before it is loaded: sides, dimension, and all that decides its outputs.
+"""Describe a teacher or captioner without loading it: its modalities, dimension and identity.
 
-Neither weights nor torch are loaded here (a class of the user's may load what it likes), and hub models are not
-looked up, so that planning stays light and works offline.
+Neither weights nor torch are loaded here (a custom class may import anything), and hub models are not looked up, so
+that planning is fast and works offline.
 """
 
 from __future__ import annotations
@@ -19,14 +19,26 @@ from teachers import open_clip_catalog, postprocess, transformers_catalog, weigh
 from teachers.redact import redact_values
 from teachers.spec import DECODING_FIELDS, CaptionerSpec, ModelSpec, TeacherSpec
 
-#: What chat models of transformers alone are told; part of an identity only where it is set.
-_CHAT = ("prompt", "image_size")
+#: Options of chat models of transformers; part of the identity only where they are set.
+_CHAT_OPTIONS = ("prompt", "image_size")
+#: Tokenizer files of a local open_clip folder.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """``dim`` is None where only loading tells. ``identity`` is JSON: two models whose identities are equal give
-    equal outputs on the same software."""
+    """What is known of a model without loading it.
+
+    ``dim`` is the length of its embeddings, None where it is known only after loading and for captioners. ``images``
+    and ``texts`` say which inputs it takes. ``identity`` is a JSON object that the layer fingerprint covers: models
+    with equal identities give equal outputs on the same software.
+    """
 
     dim: int | None
     images: bool
@@ -35,8 +47,8 @@ class ModelInfo:
 
 
 def describe_teacher(name: str, spec: TeacherSpec) -> ModelInfo:
-    """Raises ValueError or FileNotFoundError that names the teacher and the mend."""
-    with naming(f"teacher {name}"):
+    """Describe a teacher. Raises ValueError or FileNotFoundError that names the teacher and the fix."""
+    with errors_naming(f"teacher {name}"):
         if spec.class_ is not None:
             return _describe_class(spec)
         if spec.columns is not None:
@@ -46,55 +58,55 @@ def describe_teacher(name: str, spec: TeacherSpec) -> ModelInfo:
 
 
 def describe_captioner(name: str, spec: CaptionerSpec) -> ModelInfo:
-    """Raises ValueError or FileNotFoundError that names the captioner and the mend."""
-    with naming(f"captioner {name}"):
+    """Describe a captioner. Raises ValueError or FileNotFoundError that names the captioner and the fix."""
+    with errors_naming(f"captioner {name}"):
         if spec.class_ is not None:
             cls = import_class(spec)
             if not callable(getattr(cls, "caption", None)):
                 raise ValueError(f"class {spec.class_} has no method `caption(pixels, seeds)`")
-            given = [field for field in (*DECODING_FIELDS, *_CHAT) if field in spec.model_fields_set]
+            given = [field for field in (*DECODING_FIELDS, *_CHAT_OPTIONS) if field in spec.model_fields_set]
             if given:
                 raise ValueError(f"{', '.join(given)}: not used with `class`; pass them to your class in `options`")
-            identity = {**_class_identity(spec, cls), "captions": spec.captions, **_cleaning(spec)}
+            identity = {**_class_identity(spec, cls), "captions": spec.captions, **_cleaning_identity(spec)}
             return ModelInfo(dim=None, images=True, texts=False, identity=identity)
         if spec.family == "published":
             identity = {"family": spec.family, "texts": spec.model, "captions": spec.captions}
             return ModelInfo(dim=None, images=True, texts=False, identity=identity)
-        model = _transformers_captioner(spec) if spec.family == "transformers" else _coca(spec)
-        chat = {field: value for field in _CHAT if (value := getattr(spec, field)) is not None}
-        identity = {**model, **spec.decoding(), **chat, **_cleaning(spec)}
+        model = _transformers_captioner_identity(spec) if spec.family == "transformers" else _coca_identity(spec)
+        chat = {field: value for field in _CHAT_OPTIONS if (value := getattr(spec, field)) is not None}
+        identity = {**model, **spec.decoding(), **chat, **_cleaning_identity(spec)}
         return ModelInfo(dim=None, images=True, texts=False, identity=identity)
 
 
-def _cleaning(spec: CaptionerSpec) -> dict[str, Any]:
-    """Nothing where no cleaning is asked for, so that captions of before stay what they are."""
+def _cleaning_identity(spec: CaptionerSpec) -> dict[str, Any]:
+    """Empty without ``clean``, so that the fingerprints of captions made before it existed stay valid."""
     return {"clean": {"policy": postprocess.POLICY, **spec.clean.model_dump()}} if spec.clean else {}
 
 
-def _coca(spec: CaptionerSpec) -> dict[str, Any]:
+def _coca_identity(spec: CaptionerSpec) -> dict[str, Any]:
     assert spec.model is not None
-    if given := [field for field in _CHAT if getattr(spec, field) is not None]:
-        raise ValueError(f"{', '.join(given)}: used by chat models of `family: transformers` alone; remove it")
+    if given := [field for field in _CHAT_OPTIONS if getattr(spec, field) is not None]:
+        raise ValueError(f"{', '.join(given)}: used only by chat models of `family: transformers`; remove it")
     identity = _describe_open_clip(spec).identity
     config = open_clip_catalog.model_config(spec.model)
     if config is not None and "multimodal_cfg" not in config:
-        captioners = [known for known in open_clip_catalog.builtin_models() if known.startswith("coca_")]
+        captioners = [name for name in open_clip_catalog.builtin_models() if name.startswith("coca_")]
         raise ValueError(f"model {spec.model} does not write captions: use one of {', '.join(captioners)}")
     return identity
 
 
-def _transformers_captioner(spec: CaptionerSpec) -> dict[str, Any]:
+def _transformers_captioner_identity(spec: CaptionerSpec) -> dict[str, Any]:
     assert spec.model is not None
     if spec.compile:
-        raise ValueError("`compile` is for CoCa alone; remove it")
+        raise ValueError("`compile` works only with CoCa; remove it")
     config = _transformers_config(spec)
     transformers_catalog.check_captioner(config, spec)
-    return _transformers_identity(spec, transformers_catalog.CAPTIONER_SETTINGS)
+    return _transformers_identity(spec, transformers_catalog.CAPTIONER_FILES)
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Put the model's name before the message of every error."""
+def errors_naming(what: str) -> Iterator[None]:
+    """Prefix the message of every error with ``what``; errors of other types become RuntimeError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -108,12 +120,12 @@ def naming(what: str) -> Iterator[None]:
 
 
 def import_class(spec: ModelSpec) -> type:
-    """The user's class, its options checked against its ``__init__``. Raises ValueError."""
+    """Import the class of a spec and check its options against its ``__init__``. Raises ValueError."""
     assert spec.class_ is not None
     module_name, _, class_name = spec.class_.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module does when it is imported
+    except Exception as error:  # importing the module may raise anything
         raise ValueError(
             f"class {spec.class_} cannot be imported: {type(error).__name__}: {error}. "
             "Install its package, or put its folder on PYTHONPATH."
@@ -127,7 +139,7 @@ def import_class(spec: ModelSpec) -> type:
     try:
         json.dumps(spec.options)
     except TypeError as error:
-        raise ValueError(f"options of {spec.class_}: {error}; want numbers, texts, lists and mappings") from error
+        raise ValueError(f"options of {spec.class_}: {error}; use numbers, strings, lists and mappings") from error
     signature = inspect.signature(cls)
     try:
         signature.bind("device", **spec.options)
@@ -161,46 +173,45 @@ def _describe_open_clip(spec: ModelSpec) -> ModelInfo:
     config = open_clip_catalog.model_config(model)
     identity: dict[str, Any] = {"family": "open_clip", "precision": spec.precision}
     if model.startswith(open_clip_catalog.FOLDER_PREFIX):
-        # Known by its files: a folder that moves stays the same model.
+        # Identified by its files: a folder that was moved is the same model.
         folder = open_clip_catalog.local_folder(model)
         checkpoint = open_clip_catalog.folder_weights(model)
-        others = [path for path in folder.glob("*.json") if path.name in _TOKENIZER or "open_clip" in path.name]
+        others = [path for path in folder.glob("*.json") if path.name in _TOKENIZER_FILES or "open_clip" in path.name]
         identity["files"] = {path.name: weights.identity(path) for path in (checkpoint, *sorted(others))}
     elif model.startswith(open_clip_catalog.HUB_PREFIX):
         identity["model"] = model
     else:
         identity["model"] = open_clip_catalog.builtin_name(model)
         assert spec.pretrained is not None
-        if open_clip_catalog.is_checkpoint(spec.pretrained):
+        if open_clip_catalog.is_checkpoint_file(spec.pretrained):
             identity["weights"] = weights.identity(spec.pretrained)
         else:
             identity["pretrained"] = open_clip_catalog.canonical_tag(spec.pretrained)
     return ModelInfo(dim=config["embed_dim"] if config else None, images=True, texts=True, identity=identity)
 
 
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
-
-
 def _describe_transformers(spec: ModelSpec) -> ModelInfo:
     config = _transformers_config(spec)
-    images, texts = transformers_catalog.sides(config)
-    dim = transformers_catalog.dimension(config)
+    images, texts = transformers_catalog.modalities(config)
+    dim = transformers_catalog.embedding_dim(config)
     return ModelInfo(dim=dim, images=images, texts=texts, identity=_transformers_identity(spec))
 
 
 def _transformers_config(spec: ModelSpec) -> dict[str, Any] | None:
     assert spec.model is not None
     if spec.pretrained is not None:
-        raise ValueError("`pretrained` is not used with family transformers: the model brings its weights; remove it")
-    return transformers_catalog.config_of(spec.model)
+        raise ValueError(
+            "`pretrained` is not used with family transformers, whose models include their weights; remove it"
+        )
+    return transformers_catalog.read_config(spec.model)
 
 
-def _transformers_identity(spec: ModelSpec, also: tuple[str, ...] = ()) -> dict[str, Any]:
-    """``also`` are files of a local model, beside those of any, that decide its outputs."""
+def _transformers_identity(spec: ModelSpec, extra: tuple[str, ...] = ()) -> dict[str, Any]:
+    """``extra`` are names of further files that determine the outputs of a local model."""
     assert spec.model is not None
     identity: dict[str, Any] = {"family": "transformers", "precision": spec.precision}
-    if transformers_catalog.is_folder(spec.model):
-        files = transformers_catalog.content_files(Path(spec.model).expanduser(), also)
+    if transformers_catalog.is_local_folder(spec.model):
+        files = transformers_catalog.content_files(Path(spec.model).expanduser(), extra)
         identity["files"] = {path.name: weights.identity(path) for path in files}
     else:
         identity["model"] = spec.model

@@ -1,4 +1,4 @@
-"""The one place that knows where models run and in which arithmetic."""
+"""Device and precision of forward passes, with one interface for CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import torch
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Module = TypeVar("Module", bound=torch.nn.Module)
-Mark: TypeAlias = "float | torch.cuda.Event"
+TimeMark: TypeAlias = "float | torch.cuda.Event"
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Accelerator:
-    """A device and the arithmetic of forward passes on it; the same calls serve CPU and CUDA.
+    """A device and the precision of forward passes on it.
 
-    ``name`` is ``auto`` (CUDA if there is any, else CPU) or a torch device. Weights stay float32 and lower
-    precisions go through autocast: norms and softmax keep float32 as in the models' own training, and any
-    module fits. Casting the weights beforehand would save their conversion in each pass, which is small beside
-    a large batch, but it would round the text towers' residual stream too.
+    ``name`` is ``auto`` (CUDA if available, else CPU) or a torch device. Weights stay float32 and lower precisions
+    use autocast, which works with any module and keeps norms and softmax in float32, as the models were trained.
+    Casting the weights once would save a conversion per pass, which is cheap compared with a large batch, but it
+    would also round the text towers' residual stream.
 
-    Raises ValueError if the device is unknown or not there.
+    Raises ValueError if the device is unknown or not available.
     """
 
     def __init__(self, name: str = "auto", precision: Precision = "fp32") -> None:
@@ -40,103 +40,103 @@ class Accelerator:
         except RuntimeError as error:
             raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:0") from error
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+            raise ValueError(f"device {name!r} is not available: torch sees {torch.cuda.device_count()} CUDA devices")
         self.device = device
         self.precision = precision
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def place(self, module: Module) -> Module:
-        """Move a module here, convolutions channels-last on CUDA."""
+        """Move a module to the device; on CUDA its convolutions become channels-last."""
         module.to(self.device)
         if self.device.type == "cuda":
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module
 
     def prepare(self, module: Module, cast: bool = False) -> Module:
-        """Place a module for inference: eval mode, no gradients.
+        """Move a module to the device for inference: eval mode, no gradients.
 
-        ``cast`` holds the weights in the precision itself: language models were trained so, and a step of theirs
-        reads every weight for a few rows.
+        ``cast`` converts the weights to the precision, for language models: they were trained in it, and each of
+        their decoding steps reads all weights for a few rows.
         """
         module.eval().requires_grad_(False)
         return module.to(self.device, _DTYPES[self.precision]) if cast else self.place(module)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What matrix products are computed in."""
+        """Data type of matrix products."""
         return _DTYPES[self.precision]
 
     def compile(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """``torch.compile`` for few, static shapes; on CUDA each is captured as a graph and replayed."""
+        """``torch.compile`` for a few static shapes; on CUDA each becomes a CUDA graph."""
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
     def autocast(self) -> torch.autocast:
-        """Run forward passes of a training inside: autocast when the precision is not fp32."""
+        """Context for forward passes in training: autocast unless the precision is fp32."""
         enabled = self.precision != "fp32"
         return torch.autocast(self.device.type, dtype=_DTYPES[self.precision] if enabled else None, enabled=enabled)
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Run forward passes of an inference inside: no autograd, autocast when the precision is not fp32."""
+        """Context for forward passes at inference: no autograd, and autocast unless the precision is fp32."""
         with torch.inference_mode(), self.autocast():
             yield
 
     def layout(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] in the memory layout that `place` gave the convolutions."""
+        """[B, C, H, W] in the memory layout that ``place`` gave the convolutions."""
         return pixels.contiguous(memory_format=torch.channels_last) if self.device.type == "cuda" else pixels
 
     def put(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Bring to the device: on CUDA by way of pinned memory and without waiting.
+        """Copy to the device, on CUDA asynchronously through pinned memory.
 
-        On CPU an array that can be written to is shared, not copied.
+        On CPU a writable array is shared, not copied.
         """
         tensor = torch.from_numpy(_writable(array)) if isinstance(array, np.ndarray) else array
         if self.device.type == "cuda" and tensor.device.type == "cpu":
-            tensor = tensor.pin_memory()  # the allocator keeps it from reuse until the copy is done
+            tensor = tensor.pin_memory()  # the allocator does not reuse it before the copy is done
         return tensor.to(self.device, non_blocking=True)
 
     @contextmanager
     def copy_stream(self) -> Iterator[None]:
-        """What is put inside travels while the computation that is queued goes on; `arrived` ends the journey."""
+        """Context in which ``put`` copies on a stream of its own; ``wait_for_copies`` ends the overlap."""
         with torch.cuda.stream(self._copies) if self._copies else nullcontext():
             yield
 
     def wait_for_copies(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Let the computation wait for tensors that were put `beside` it."""
+        """Make the computation stream wait for tensors that were put inside ``copy_stream``."""
         if self._copies:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_stream(self._copies)
             for tensor in tensors:
-                tensor.record_stream(stream)  # their memory is not reused before what is queued here is done
+                tensor.record_stream(stream)  # keeps their memory until the queued work is done
 
-    def mark(self) -> Mark:
-        """A moment on the device's own clock: when it gets to what is queued next."""
+    def mark(self) -> TimeMark:
+        """A point in time on the device's clock: when it starts what is queued next."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def seconds_between(self, start: Mark, end: Mark) -> float:
-        """Seconds from one mark to another that the device has passed, such as those it was idle in between."""
+    def seconds_between(self, start: TimeMark, end: TimeMark) -> float:
+        """Seconds between two marks that the device has already passed."""
         if isinstance(start, float) or isinstance(end, float):
             return end - start  # type: ignore[operator]
         return start.elapsed_time(end) / 1000
 
     def peak_memory(self) -> int:
-        """Most bytes that tensors took on the device so far; on CPU, that the process took."""
+        """Peak memory in bytes: of tensors on CUDA, of the process on CPU."""
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was queued; CPU work is done when its call returns."""
+        """Wait until the device has finished all queued work. No-op on CPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def _writable(array: np.ndarray) -> np.ndarray:
-    # torch has no read-only tensors: arrays out of shared memory or Arrow are copied.
+    # torch has no read-only tensors, so read-only arrays of shared memory or Arrow are copied
     return array if array.flags.writeable else array.copy()

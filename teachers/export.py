@@ -1,4 +1,4 @@
-"""Models as folders that plain open_clip loads, by the name ``local-dir:FOLDER``."""
+"""Export of models as folders that open_clip loads by the name ``local-dir:FOLDER``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 
 
 def write_open_clip(clip: Any, config: Mapping[str, Any], tokenizer: Any, folder: str) -> None:
-    """Write weights in float32, ``model_cfg`` with ``preprocess_cfg`` and, of a Hugging Face tokenizer, its files."""
+    """Write float32 weights, ``model_cfg`` and ``preprocess_cfg``, and the files of a Hugging Face tokenizer."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    # clones, since safetensors refuses tied weights, which some text towers have
+    # cloned, since safetensors refuses tied weights, which some text towers have
     state = {name: value.detach().cpu().clone() for name, value in clip.state_dict().items()}
     save_file({name: value.contiguous() for name, value in state.items()}, target / HF_SAFE_WEIGHTS_NAME)
-    whole = {"model_cfg": config, "preprocess_cfg": open_clip.get_model_preprocess_cfg(clip)}
-    (target / HF_CONFIG_NAME).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    configs = {"model_cfg": config, "preprocess_cfg": open_clip.get_model_preprocess_cfg(clip)}
+    (target / HF_CONFIG_NAME).write_text(json.dumps(configs, indent=2) + "\n", encoding="utf-8")
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)

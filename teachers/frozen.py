@@ -1,4 +1,4 @@
-"""Layers whose weights no longer change, laid out once for the device and the arithmetic that they run in."""
+"""Inference layers with fixed weights, cast to the precision and packed for the device once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from teachers.device import Accelerator
 class FrozenLinear(torch.nn.Module):
     """``x @ weight.T + bias`` with weight [out, in] and bias [out].
 
-    In a lower precision the weights are cast here, as autocast would at every call. On CPUs they are packed for
-    oneDNN: its products of a few rows with a large matrix, which is what a decoding step is made of, run at twice the
-    speed of the BLAS that PyTorch takes by default, and large products gain a quarter (AMD EPYC, AVX-512).
-    ``packed=False`` leaves the layout to a compiler, which must see the weights.
+    Weights are cast to the precision here; autocast would cast them at every call. On CPUs they are packed for oneDNN.
+    It multiplies a few rows by a large matrix, the main work of a decoding step, twice as fast as PyTorch's default
+    BLAS, and large products a quarter faster (AMD EPYC, AVX-512). ``packed=False`` keeps plain weights, which
+    ``torch.compile`` needs.
     """
 
     weight: torch.Tensor
@@ -32,7 +32,7 @@ class FrozenLinear(torch.nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().to(self._dtype), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out] in the accelerator's arithmetic."""
+        """[..., in] -> [..., out] in the accelerator's precision."""
         x = x.to(self._dtype)
         if self._packed:
             result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -41,14 +41,14 @@ class FrozenLinear(torch.nn.Module):
 
 
 class FrozenAttention(torch.nn.Module):
-    """A ``torch.nn.MultiheadAttention`` whose keys and values come from one input, ``batch_first``, without dropout."""
+    """A ``torch.nn.MultiheadAttention`` with ``batch_first``, without dropout, whose key and value are one input."""
 
     def __init__(self, attention: torch.nn.MultiheadAttention, accelerator: Accelerator) -> None:
         super().__init__()
         width, bias = attention.embed_dim, attention.in_proj_bias
         if attention.in_proj_weight is not None:
             query, *others = attention.in_proj_weight.split(width)
-        else:  # where keys and values have another width
+        else:  # keys and values have another width
             query, others = attention.q_proj_weight, [attention.k_proj_weight, attention.v_proj_weight]
         self.heads = attention.num_heads
         self.query = FrozenLinear(query, None if bias is None else bias[:width], accelerator)
@@ -63,7 +63,7 @@ class FrozenAttention(torch.nn.Module):
         need_weights: bool = False,
         attn_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, None]:
-        """[B, n, width], [B, m, width of keys] and the same again -> [B, n, width]."""
+        """query [B, n, width]; key and value the same [B, m, key width] -> ([B, n, width], None)."""
         assert key is value
         assert not need_weights
         projected = (self.query(query), *self.key_value(key).chunk(2, dim=-1))
@@ -73,7 +73,7 @@ class FrozenAttention(torch.nn.Module):
 
 
 def freeze(module: torch.nn.Module, accelerator: Accelerator) -> None:
-    """Put fixed layers in the place of a module's linear maps and attentions, at any depth."""
+    """Replace a module's linear layers and attentions by frozen ones, recursively and in place."""
     for name, child in module.named_children():
         if type(child) is torch.nn.Linear:
             setattr(module, name, FrozenLinear(child.weight, child.bias, accelerator))

@@ -1,4 +1,4 @@
-"""Teachers of open_clip: built-in names, hub models and local folders."""
+"""Teachers of open_clip: built-in models, hub models and local folders."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from teachers.spec import ModelSpec, TeacherSpec
 
 
 class OpenClipEncoder:
-    """Both sides of an open_clip model that is in memory, on its device and in eval mode; it is left as it is."""
+    """Image and text encoder of an open_clip model that is on its device in eval mode. The model is not changed."""
 
     def __init__(self, model: Any, image: ImageSpec, tokenizer: Any, device: Accelerator) -> None:
         self._device = device
         self._model = model
         self.image: ImageSpec | None = image
-        self._text = TextEncoder(model, copy.copy(tokenizer), device)  # which changes how the tokenizer cleans texts
+        self._text = TextEncoder(model, copy.copy(tokenizer), device)  # a copy, since TextEncoder modifies it
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
@@ -41,19 +41,19 @@ class OpenClipEncoder:
         return self.encode_tokens(self.tokenize(texts))
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
-        """B strings -> tokens, int64 [B, context length] on the CPU: slow Python that needs no accelerator."""
+        """B strings -> tokens, int64 [B, context length] on the CPU. Slow Python code that needs no accelerator."""
         return self._text.tokenize(texts)
 
     def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What ``tokenize`` gave -> [B, dim] float32, unit norm."""
+        """Tokens of ``tokenize`` -> [B, dim] float32, unit norm."""
         with self._device.forward():
             return torch.nn.functional.normalize(self._text.encode(tokens).float(), dim=-1)
 
 
 class OpenClipTeacher(OpenClipEncoder):
-    """A model by its spec (CLIP, SigLIP, MobileCLIP, CoCa, ...), preprocessed as the model says.
+    """A teacher by its spec (CLIP, SigLIP, MobileCLIP, CoCa, ...), with the model's own preprocessing.
 
-    Raises ValueError or FileNotFoundError for what the spec has wrong.
+    Raises ValueError or FileNotFoundError for a wrong spec.
     """
 
     def __init__(self, spec: TeacherSpec, device: Accelerator) -> None:
@@ -65,15 +65,15 @@ class OpenClipTeacher(OpenClipEncoder):
 
 
 def load_model(spec: ModelSpec) -> Any:
-    """The model of a spec with its weights, in float32 on the CPU. Never with random weights.
+    """Load the model of a spec with its weights, in float32 on the CPU. Never returns random weights.
 
-    Raises ValueError for an unknown name or tag, for an activation that the weights were not trained with, and for
-    weights that do not fit; FileNotFoundError for files that are not there.
+    Raises ValueError for an unknown name or tag, weights trained with another activation, and weights that do not fit
+    the model; FileNotFoundError for missing files.
     """
     name = model_name(spec)
     catalog.check_model(name, spec.pretrained)
     path, preprocessing = _weights(name, spec.pretrained)
-    with _without_warning_of_random_weights():
+    with _no_random_weights_warning():
         model = open_clip.create_model(
             name, load_weights=False, pretrained_text=False, force_preprocess_cfg=preprocessing
         )
@@ -86,17 +86,17 @@ def load_model(spec: ModelSpec) -> Any:
 
 
 def random_model(name: str) -> Any:
-    """An architecture by open_clip's name or ``local-dir:PATH``, with random weights; nothing is downloaded for it."""
-    with _without_warning_of_random_weights():
+    """Build an architecture by open_clip's name or ``local-dir:PATH`` with random weights, without downloads."""
+    with _no_random_weights_warning():
         return open_clip.create_model(name, load_weights=False, pretrained_text=False).float().eval()
 
 
 def image_spec(config: dict[str, Any]) -> ImageSpec:
-    """open_clip's ``preprocess_cfg`` as an ImageSpec. Raises ValueError where it cannot be one."""
+    """Convert open_clip's ``preprocess_cfg`` to an ImageSpec. Raises ValueError if that is not possible."""
     resize = {"shortest": "crop", "squash": "squash"}.get(config["resize_mode"])
     if resize is None:
         raise ValueError(
-            f"resize_mode {config['resize_mode']!r} pads images, which augmented crops never are: "
+            f"resize_mode {config['resize_mode']!r} pads images, which is not supported: "
             "set `resize_mode` to shortest or squash in the model's preprocess_cfg"
         )
     size = config["size"]
@@ -106,27 +106,27 @@ def image_spec(config: dict[str, Any]) -> ImageSpec:
         size=height if height == width else (height, width),
         mean=channels(config["mean"]),
         std=channels(config["std"]),
-        # open_clip takes "random" as bicubic at inference, and bicubic always for a crop that is not square
+        # open_clip uses bicubic for "random" at inference, and always for crops that are not square
         interpolation="bilinear" if bilinear else "bicubic",
         resize="crop" if resize == "crop" else "squash",
     )
 
 
 def model_name(spec: ModelSpec) -> str:
-    """The spec's model as open_clip spells it."""
+    """The spec's model in open_clip's spelling."""
     assert spec.model is not None
     return spec.model if ":" in spec.model else catalog.builtin_name(spec.model)
 
 
 def _weights(name: str, pretrained: str | None) -> tuple[Path, dict[str, Any] | None]:
-    """The checkpoint, and the preprocessing that belongs to it where a tag says so."""
+    """Locate the checkpoint, downloaded if needed, and the preprocessing that its tag prescribes, if any."""
     if name.startswith(catalog.FOLDER_PREFIX):
         return catalog.folder_weights(name), None
     if name.startswith(catalog.HUB_PREFIX):
         hub = name.removeprefix(catalog.HUB_PREFIX)
         return _download(name, lambda: open_clip.pretrained.download_pretrained_from_hf(hub)), None
     assert pretrained is not None
-    if catalog.is_checkpoint(pretrained):
+    if catalog.is_checkpoint_file(pretrained):
         return weights.fetch(pretrained), None
     tag = catalog.tag_config(name, pretrained)
     return _download(f"{name} {pretrained}", lambda: open_clip.download_pretrained(tag)), tag
@@ -138,8 +138,8 @@ def _download(name: str, get: Callable[[], str]) -> Path:
 
 
 @contextmanager
-def _without_warning_of_random_weights() -> Iterator[None]:
-    """open_clip warns of random weights when it builds a model whose weights are loaded afterwards."""
+def _no_random_weights_warning() -> Iterator[None]:
+    """Suppress open_clip's warning of random weights while it builds a model whose weights are loaded afterwards."""
 
     def keep(record: logging.LogRecord) -> bool:
         return "initialized randomly" not in record.getMessage() and "no CLIP weights" not in record.getMessage()

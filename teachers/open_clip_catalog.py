@@ -1,4 +1,4 @@
-"""What open_clip knows about its models by name, read without importing torch."""
+"""Model names, configs and pretrained tags of open_clip, read without importing torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from teachers.weights import CHECKPOINTS, is_url
 HUB_PREFIX = "hf-hub:"
 FOLDER_PREFIX = "local-dir:"
 
-#: Weights in a local-dir folder, the best first; any other checkpoint counts if it is the only one.
+#: Weights in a local-dir folder, in order of preference; another checkpoint is used if it is the only one.
 _WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -31,24 +31,27 @@ _WEIGHTS = (
 
 
 def builtin_name(model: str) -> str:
-    """The name under which open_clip keeps a model: ``ViT-L/14`` is ``ViT-L-14``."""
+    """Normalize a model name to open_clip's spelling: ``ViT-L/14`` is ``ViT-L-14``."""
     return model.replace("/", "-")
 
 
 def model_config(model: str) -> dict[str, Any] | None:
-    """open_clip's ``model_cfg``; None for a hub model, which is not looked up. Raises ValueError, FileNotFoundError."""
+    """Read open_clip's ``model_cfg``; None for a hub model, which is not looked up.
+
+    Raises ValueError or FileNotFoundError.
+    """
     if model.startswith(HUB_PREFIX):
         return None
     if model.startswith(FOLDER_PREFIX):
         path = local_folder(model) / "open_clip_config.json"
         config = _read_json(path).get("model_cfg")
         if not isinstance(config, dict):
-            raise ValueError(f"{path} has no `model_cfg`: want a folder as open_clip's push_to_hf_hub saves it")
+            raise ValueError(f"{path} has no `model_cfg`: use a folder written by open_clip's push_to_hf_hub")
     else:
         path = _package() / "model_configs" / f"{builtin_name(model)}.json"
         if not path.is_file():
             raise ValueError(
-                f"model {model!r} is unknown to open_clip{_similar(builtin_name(model), builtin_models())}"
+                f"model {model!r} is unknown to open_clip{_suggestion(builtin_name(model), builtin_models())}"
             )
         config = _read_json(path)
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
@@ -58,7 +61,7 @@ def model_config(model: str) -> dict[str, Any] | None:
 
 
 def check_model(model: str, pretrained: str | None) -> None:
-    """Refuse a model and weights that cannot go together, without looking at the network.
+    """Check that a model exists and that its weights fit it, without network access.
 
     Raises ValueError or FileNotFoundError.
     """
@@ -66,29 +69,29 @@ def check_model(model: str, pretrained: str | None) -> None:
     if model.startswith((HUB_PREFIX, FOLDER_PREFIX)):
         if pretrained is not None:
             raise ValueError(
-                f"`pretrained` is not used with {model.partition(':')[0]}: which brings its weights; remove it"
+                f"`pretrained` is not used with {model.partition(':')[0]}: it includes its weights; remove it"
             )
         if model.startswith(FOLDER_PREFIX):
             folder_weights(model)
     elif pretrained is None:
         tags = _pretrained().list_pretrained_tags_by_model(builtin_name(model))
         raise ValueError(
-            f"model {model} has no weights without `pretrained`: give a checkpoint file or a tag ({', '.join(tags)})"
+            f"model {model} has no weights without `pretrained`: set a checkpoint file or a tag ({', '.join(tags)})"
         )
-    elif is_checkpoint(pretrained):
+    elif is_checkpoint_file(pretrained):
         if not is_url(pretrained) and not Path(pretrained).expanduser().is_file():
-            raise FileNotFoundError(f"checkpoint {pretrained} is not there")
+            raise FileNotFoundError(f"checkpoint {pretrained} does not exist")
     else:
         tag_config(model, pretrained)
 
 
-def is_checkpoint(pretrained: str) -> bool:
-    """Whether ``pretrained`` means a file, by path or URL, rather than a tag."""
+def is_checkpoint_file(pretrained: str) -> bool:
+    """Whether ``pretrained`` is a file, by path or URL, rather than a tag."""
     return "/" in pretrained or Path(pretrained).suffix in CHECKPOINTS or Path(pretrained).is_file()
 
 
 def canonical_tag(tag: str) -> str:
-    """The spelling under which open_clip keeps a tag."""
+    """Normalize a pretrained tag to open_clip's spelling."""
     return tag.lower().replace("-", "_")
 
 
@@ -97,10 +100,10 @@ def builtin_models() -> list[str]:
 
 
 def tag_config(model: str, tag: str) -> dict[str, Any]:
-    """Where a pretrained tag's weights are and how its images are preprocessed.
+    """open_clip's entry of a pretrained tag: location of the weights and image preprocessing.
 
-    Raises ValueError if the model has no such tag, or if the tag was trained with the other activation: open_clip
-    only warns of that, and the embeddings are wrong.
+    Raises ValueError if the model has no such tag, or if the weights were trained with the other activation (QuickGELU
+    or GELU): open_clip only warns, and the embeddings would be wrong.
     """
     name = builtin_name(model)
     pretrained = _pretrained()
@@ -108,14 +111,14 @@ def tag_config(model: str, tag: str) -> dict[str, Any]:
     tags = list(pretrained.list_pretrained_tags_by_model(name))
     if not found:
         models = pretrained.list_pretrained_models_by_tag(tag)
-        where = f"; models with that tag: {', '.join(models)}" if models else _similar(tag, tags)
-        known = f"; tags of {name}: {', '.join(tags)}" if tags else f"; {name} has no tags"
-        raise ValueError(f"pretrained {tag!r} is neither a tag of {name} nor a checkpoint file{where}{known}")
+        where = f"; models with that tag: {', '.join(models)}" if models else _suggestion(tag, tags)
+        options = f"; tags of {name}: {', '.join(tags)}" if tags else f"; {name} has no tags"
+        raise ValueError(f"pretrained {tag!r} is neither a tag of {name} nor a checkpoint file{where}{options}")
     config = model_config(name)
     assert config is not None
     quick = bool(found.get("quick_gelu", False))
     other = f"{name}-quickgelu" if quick else name.removesuffix("-quickgelu")
-    # A model without a twin (roberta-ViT-B-32) is the one that the weights were trained as, whatever the table says.
+    # Some models exist in one variant only (roberta-ViT-B-32): the weights fit it although the table says otherwise.
     if quick != bool(config.get("quick_gelu", False)) and other != name and other in builtin_models():
         raise ValueError(
             f"pretrained {tag!r} was trained with{'' if quick else 'out'} QuickGELU and {name} is built "
@@ -128,22 +131,22 @@ def local_folder(model: str) -> Path:
     """The folder of ``local-dir:PATH``. Raises FileNotFoundError."""
     folder = Path(model.removeprefix(FOLDER_PREFIX)).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder {folder} is not there")
+        raise FileNotFoundError(f"folder {folder} does not exist")
     return folder
 
 
 def folder_weights(model: str) -> Path:
-    """The checkpoint in the folder of ``local-dir:PATH``. Raises FileNotFoundError, ValueError if it is not clear."""
+    """The checkpoint in a ``local-dir:PATH`` folder. Raises FileNotFoundError, or ValueError if there are several."""
     folder = local_folder(model)
     for name in _WEIGHTS:
         if (folder / name).is_file():
             return folder / name
     others = sorted(path for path in folder.iterdir() if path.suffix in CHECKPOINTS)
     if not others:
-        raise FileNotFoundError(f"folder {folder} holds no weights: want {_WEIGHTS[0]} or {_WEIGHTS[2]}")
+        raise FileNotFoundError(f"folder {folder} has no weights: expected {_WEIGHTS[0]} or {_WEIGHTS[2]}")
     if len(others) > 1:
         names = ", ".join(path.name for path in others)
-        raise ValueError(f"folder {folder} holds several checkpoints ({names}): name the one to use {_WEIGHTS[0]}")
+        raise ValueError(f"folder {folder} has several checkpoints ({names}): rename the one to use to {_WEIGHTS[0]}")
     return others[0]
 
 
@@ -157,9 +160,9 @@ def _package() -> Path:
 
 @cache
 def _pretrained() -> ModuleType:
-    """``open_clip.pretrained``, a table of tags, without the rest of the package and without torch.
+    """Import ``open_clip.pretrained``, the table of tags, without the rest of the package and without torch.
 
-    The table needs 400 MB less that way, and planning a run needs nothing but the table.
+    This saves 400 MB of memory while planning a run, which needs only the table.
     """
     if "open_clip" in sys.modules:
         return importlib.import_module("open_clip.pretrained")
@@ -167,7 +170,7 @@ def _pretrained() -> ModuleType:
     package = ModuleType(alias)
     package.__path__ = [str(_package())]
     sys.modules[alias] = package
-    # open_clip.pretrained does without safetensors if it is missing; with it, torch comes along.
+    # open_clip.pretrained works without safetensors.torch, which would import torch.
     hide = "safetensors.torch" not in sys.modules
     if hide:
         sys.modules["safetensors.torch"] = None  # type: ignore[assignment]
@@ -180,7 +183,7 @@ def _pretrained() -> ModuleType:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -190,7 +193,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _similar(name: str, known: list[str]) -> str:
-    folded = {candidate.lower(): candidate for candidate in known}
+def _suggestion(name: str, candidates: list[str]) -> str:
+    folded = {candidate.lower(): candidate for candidate in candidates}
     close = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(folded[match] for match in close)}?" if close else ""

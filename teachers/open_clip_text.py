@@ -1,4 +1,4 @@
-"""The text side of an open_clip model: tokens only as long as the batch needs, and texts that stay texts."""
+"""Text encoder of an open_clip model: trims batches to their longest text, and reads special tokens as plain text."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from teachers.device import Accelerator
 from teachers.special_tokens import special_token_escaper
 from teachers.trimming import trimming_is_exact
 
-#: Words that may be remembered: workers and loader processes live for days.
-_REMEMBERED_WORDS = 200_000
+#: Limit of the token cache in words, since workers and loader processes run for days.
+_MAX_CACHED_WORDS = 200_000
 
 
 class TextEncoder:
-    """Tokenizes and encodes texts for one model, which is prepared on its device already.
+    """Tokenizes and encodes texts for a model that is already on its device.
 
-    A causal text tower that reads the embedding at the end token sees nothing behind it, so a batch need only be
-    as long as its longest text. That is checked against the full length on a few texts here; towers where it does
-    not hold (bidirectional, with a class token, from another library) are given the full length.
+    A causal text tower that pools at the end token ignores later positions, so a batch is cut to its longest text.
+    The constructor checks this against the full length on a few texts. Other towers (bidirectional, with a class
+    token, of another library) get texts of full length.
     """
 
     def __init__(self, model: Any, tokenizer: Any, device: Accelerator) -> None:
@@ -35,7 +35,7 @@ class TextEncoder:
         )
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, context length] -> [B, dim], not normalised. Call inside ``Accelerator.forward``."""
+        """Tokens [B, context length] -> [B, dim], not normalized. Call it inside ``Accelerator.forward``."""
         return self._encode(tokens, trim=self._trims)
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
@@ -53,47 +53,48 @@ class TextEncoder:
 
 
 def disable_special_tokens(tokenizer: Any) -> Any:
-    """Make the tokenizer read special tokens in captions as plain text, and return it; open_clip's own gets faster.
+    """Modify a tokenizer in place so that it reads special tokens in texts as plain text, and return it.
 
-    Special tokens are looked for after cleaning, which turns ``&lt;end_of_text&gt;`` into ``<end_of_text>``. The one
-    tokenizer without a cleaning function to extend strips all punctuation.
+    open_clip's own tokenizer also gets faster. Special tokens are escaped after open_clip's cleaning, which turns
+    ``&lt;end_of_text&gt;`` into ``<end_of_text>``. A tokenizer without ``clean_fn`` is left as it is: open_clip's only
+    one strips all punctuation.
     """
     clean = getattr(tokenizer, "clean_fn", None)
     if clean is None:
         return tokenizer
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         special = [tokenizer.decoder[index] for index in tokenizer.all_special_ids]
-        tokenizer.encode = _remembering(tokenizer)
+        tokenizer.encode = _cached_encode(tokenizer)
     else:
         special = list(tokenizer.tokenizer.all_special_tokens)
     if clean is get_clean_fn("lower"):
         clean = clean_text
-    neutralise = special_token_escaper(special)
-    tokenizer.clean_fn = lambda text: neutralise(clean(text))
+    escape = special_token_escaper(special)
+    tokenizer.clean_fn = lambda text: escape(clean(text))
     return tokenizer
 
 
-def _remembering(tokenizer: open_clip.SimpleTokenizer) -> Callable[[str], list[int]]:
-    """Its ``encode``, which works out the tokens of a word only when it first comes."""
-    known: dict[str, list[int]] = {}
+def _cached_encode(tokenizer: open_clip.SimpleTokenizer) -> Callable[[str], list[int]]:
+    """Return its ``encode`` function with a cache of the tokens of each word."""
+    cache: dict[str, list[int]] = {}
 
     def encode(text: str) -> list[int]:
         tokens: list[int] = []
         for word in tokenizer.pat.findall(tokenizer.clean_fn(text)):
-            if word not in known:
-                if len(known) == _REMEMBERED_WORDS:
-                    known.clear()
-                    tokenizer.cache.clear()  # which keeps every word it ever saw
+            if word not in cache:
+                if len(cache) == _MAX_CACHED_WORDS:
+                    cache.clear()
+                    tokenizer.cache.clear()  # open_clip's own cache has no limit
                 units = "".join(tokenizer.byte_encoder[byte] for byte in word.encode())
-                known[word] = [tokenizer.encoder[unit] for unit in tokenizer.bpe(units).split(" ")]
-            tokens += known[word]
+                cache[word] = [tokenizer.encoder[unit] for unit in tokenizer.bpe(units).split(" ")]
+            tokens += cache[word]
         return tokens
 
     return encode
 
 
 def clean_text(text: str) -> str:
-    """open_clip's cleaning, without ftfy and unescaping where they find nothing to do."""
+    """Clean a text as open_clip does, skipping ftfy and HTML unescaping where they would change nothing."""
     if text.isascii() and text.isprintable() and "&" not in text:
         return " ".join(text.split()).lower()
     cleaned: str = get_clean_fn("lower")(text)
@@ -105,7 +106,7 @@ def _tower(model: torch.nn.Module) -> Any:
 
 
 def _can_trim(model: torch.nn.Module) -> bool:
-    """Whether the text tower is causal and pools at a position it finds in the tokens."""
+    """Whether the text tower is causal and pools at a position that it finds in the tokens."""
     if isinstance(model, open_clip.CLIP):
         return model.attn_mask is not None and model.text_pool_type in ("argmax", "eos")
     tower = getattr(model, "text", None)
@@ -125,7 +126,7 @@ def _pooling(tower: Any) -> tuple[str, int | None]:
 
 
 def _pooled_positions(tower: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """[B, L] -> [B], by the same rule that pools the embedding."""
+    """Tokens [B, L] -> positions [B] at which the tower pools the embedding."""
     pool_type, end_id = _pooling(tower)
     return (
         tokens.argmax(dim=-1)
@@ -135,7 +136,7 @@ def _pooled_positions(tower: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _encode_trimmed(tower: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """open_clip's text forward with position embeddings and mask cut to the tokens' length."""
+    """open_clip's text forward pass, with positional embeddings and mask cut to the length of the tokens [B, L]."""
     length = tokens.shape[1]
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)

@@ -1,4 +1,4 @@
-"""Captions to the tokens of an open_clip model, in any process."""
+"""A tokenizer of open_clip that can be sent to other processes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 class Tokenizer:
-    """An open_clip model's tokenizer by the model's name, in which special tokens within texts are plain text.
+    """The tokenizer of an open_clip model by the model's name. Special tokens within texts are plain text.
 
-    It is loaded where it is first called, so that it can be sent to loader processes.
+    It is loaded at the first call in each process, so it pickles small.
     """
 
     def __init__(self, model: str) -> None:

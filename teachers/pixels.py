@@ -1,4 +1,4 @@
-"""From RGB bytes to the pixels a model wants, as its ``ImageSpec`` says."""
+"""Conversion of RGB images to model inputs by an ``ImageSpec``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _RESAMPLING = {
 def to_pixels(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, spec.height, spec.width] on the same device.
 
-    ``(x / 255 - mean) / std``, after an antialiased resize only where the size differs. Resized values are not
-    rounded and clipped to 8 bits after each pass as Pillow's are: 0.3 levels of 255 apart in the mean.
+    ``(x / 255 - mean) / std``, after an antialiased resize where the size differs. Pillow rounds to 8 bits after each
+    of its two resize passes and this does not: values differ by 0.3 of 255 levels in the mean.
     """
     pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     size = (spec.height, spec.width)
@@ -37,9 +37,9 @@ def to_pixels(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
 
 
 def fit(image: Image.Image, spec: ImageSpec) -> np.ndarray:
-    """A whole RGB image -> uint8 [spec.height, spec.width, 3], pixel for pixel as open_clip's validation does.
+    """Resize a whole RGB image -> uint8 [spec.height, spec.width, 3], pixel for pixel as open_clip's validation does.
 
-    ``crop`` resizes the shorter side and cuts the centre; ``squash`` resizes both sides. Pillow resizes.
+    ``crop`` resizes the shorter side and cuts the center; ``squash`` resizes both sides. Both use Pillow.
     """
     target = (spec.width, spec.height)
     if spec.resize == "squash":
@@ -51,19 +51,19 @@ def fit(image: Image.Image, spec: ImageSpec) -> np.ndarray:
 
 
 def channels(values: float | Sequence[float]) -> tuple[float, float, float]:
-    """A mean or standard deviation as configs write it, one number or three, for the three channels."""
+    """Expand a mean or standard deviation of a model config, one number or three, to the three channels."""
     red, green, blue = values if isinstance(values, Sequence) else (values,) * 3
     return float(red), float(green), float(blue)
 
 
 def _cover(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (width, height) of the image's shape that covers the target."""
+    """The smallest (width, height) of the image's aspect ratio that covers the target."""
     width, height = size
     if target[0] == target[1]:
         # torchvision's Resize(int) truncates the longer side
         side = target[0]
         return (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
-    # open_clip's ResizeKeepRatio, for targets that are not square, rounds
+    # open_clip's ResizeKeepRatio, for targets that are not square, rounds it
     ratio = min(width / target[0], height / target[1])
     return round(width / ratio), round(height / ratio)
 

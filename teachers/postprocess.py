@@ -1,8 +1,8 @@
-"""What becomes of captions before they are stored: cut, and bad ones replaced, as a config's ``clean:`` says.
+"""Cleaning of synthetic captions before they are stored, by ``clean:`` in the config: shorten, and replace bad ones.
 
-Rows keep their length: the slots of captions that are dropped take the image's other captions, each in turn. So a
-student never sees a bad one and sees what a captioner said twice as often as what it said once, no reader has slots to
-skip, and nothing is encoded for padding, since equal texts are encoded once. Where no caption is left, the row is null.
+Rows keep their length: a dropped caption is replaced by the image's remaining captions in turn. Students never see a
+bad caption, readers have no empty slots to skip, and replacements cost nothing, since equal texts are encoded once.
+Where no caption remains, the row is null.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from collections.abc import Sequence
 
 from teachers.spec import Clean
 
-#: Name and version of what ``clean`` does to text; part of the fingerprint where it is asked for.
+#: Name and version of this policy, part of the fingerprint of captions that are cleaned.
 POLICY = "clean-1"
-#: What can be counted, in the order it is done.
+#: Names of the counters, in the order of the steps.
 COUNTS = ("captions", "stripped", "cut", "empty", "repetitive", "duplicate", "null_rows")
 
 _SPACE = re.compile(r"\s+")
-#: A sentence's end: the mark, closing quotes or brackets, and then a space or nothing. Wide marks need no space.
-_END = re.compile(r"""[.!?]+["'”’)\]]*(?=\s|$)|[。！？]+[」』”’）]*""")
+#: End of a sentence: a mark, closing quotes or brackets, then a space or nothing. Full-width marks need no space.
+_SENTENCE_END = re.compile(r"""[.!?]+["'”’)\]]*(?=\s|$)|[。！？]+[」』”’）]*""")
 _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|e\.g|i\.e|jr|sr|u\.s)\.$", re.IGNORECASE)
-_LONGEST_PERIOD, _COPIES = 8, 3
+_MAX_PERIOD, _COPIES = 8, 3
 _TRAILING = " ,;:-–—(\"'"
 
 
 def clean(captions: Sequence[str], rules: Clean) -> tuple[list[str] | None, Counter[str]]:
-    """The captions of one image -> as many by the rules, or None; and how many were what, by ``COUNTS``."""
+    """Clean the captions of one image -> as many captions, or None if all are bad; and counters by ``COUNTS``."""
     counts: Counter[str] = Counter(captions=len(captions))
     kept: list[str | None] = []
     seen: set[str] = set()
@@ -59,7 +59,7 @@ def clean(captions: Sequence[str], rules: Clean) -> tuple[list[str] | None, Coun
 
 
 def shorten(text: str, rules: Clean) -> str:
-    """The first sentence, and of it the words or characters that the rules allow, cut between words."""
+    """Keep the first sentence and at most the allowed words and characters, cut between words."""
     if rules.first_sentence:
         text = first_sentence(text)
     if rules.words is not None and len(words := text.split(" ")) > rules.words:
@@ -71,18 +71,18 @@ def shorten(text: str, rules: Clean) -> str:
 
 
 def first_sentence(text: str) -> str:
-    """Up to the first mark that ends a sentence; marks after initials and common abbreviations end none."""
-    for end in _END.finditer(text):
+    """Text up to the end of the first sentence. Marks after initials and common abbreviations do not end one."""
+    for end in _SENTENCE_END.finditer(text):
         if not _ABBREVIATION.search(text[: end.end()]):
             return text[: end.end()]
     return text
 
 
 def is_repetitive(text: str) -> bool:
-    """Whether one to eight words stand three times in a row, in any case and punctuation."""
+    """Whether a phrase of one to eight words occurs three times in a row, ignoring case and punctuation."""
     words = [word for word in re.split(r"[\W_]+", text.casefold()) if word]
-    for period in range(1, min(_LONGEST_PERIOD, len(words) // _COPIES) + 1):
-        run = 0  # words that equal the one a period before
+    for period in range(1, min(_MAX_PERIOD, len(words) // _COPIES) + 1):
+        run = 0  # consecutive words equal to the word one period before
         for word, before in zip(words[period:], words, strict=False):
             run = run + 1 if word == before else 0
             if run == (_COPIES - 1) * period:

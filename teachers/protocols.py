@@ -1,4 +1,25 @@
-"""What a model that labels must offer: two small protocols and the image preprocessing they state."""
+"""Protocols of the models that label a dataset. Read this file to plug in your own teacher or captioner.
+
+A class of your own needs no base class and no registration. Name it in the config as ``class: package.module:Class``;
+it is built in each worker as ``Class(device, **options)``, with a ``torch.device`` and the config's ``options``:
+
+    class Radiology:                                   # teachers: {ours: {class: "our_lab.models:Radiology",
+        dim = 512                                      #                   options: {weights: s3://bucket/rad.pt}}}
+        image = ImageSpec(size=336, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        logit_scale = 50.0
+        version = 1                                    # optional: raise it when the outputs change
+
+        def __init__(self, device: torch.device, weights: str) -> None: ...
+
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:      # [B, 3, 336, 336] -> [B, 512]
+            return torch.nn.functional.normalize(self.vision(pixels), dim=-1)
+
+        def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:       # B strings -> [B, 512]
+            return torch.nn.functional.normalize(self.text(self.tokenizer(texts)), dim=-1)
+
+The layer fingerprint covers the class name, ``options`` and ``version``, not the code or the contents of files that
+``options`` name. Raise ``version`` whenever the same options give other outputs.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +34,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """The pixels a model wants: ``(x / 255 - mean) / std`` of an RGB image at ``size``.
+    """Preprocessing of a model's input images: resize to ``size``, then ``(x / 255 - mean) / std`` per RGB channel.
 
-    ``size`` is a square's side or (height, width). ``resize`` says how a whole image gets there: ``crop``
-    (shorter side, then the centre) or ``squash``. Augmented crops are square already and are only resized.
+    ``size`` is in pixels, the side of a square or (height, width). ``mean`` and ``std`` apply to values in 0 to 1.
+    ``resize`` says how an image of another aspect ratio is fitted: ``crop`` resizes the shorter side and cuts the
+    center, ``squash`` resizes both sides. Augmented crops are square and are only resized.
     """
 
     size: int | tuple[int, int]
@@ -35,36 +57,47 @@ class ImageSpec:
 
 
 class Teacher(Protocol):
-    """A dual encoder. One side may be missing: without ``encode_images`` (or with ``image = None``) it has
-    text layers only, without ``encode_texts`` image layers only.
+    """A dual encoder that maps images and texts to unit-norm embeddings of one space.
 
-    A teacher whose tokenizer is slow may split ``encode_texts`` into ``tokenize(texts) -> tokens`` and
-    ``encode_tokens(tokens)``: tokens are then made while another shard has the accelerator.
+    Either encoder may be missing. A teacher without ``encode_images`` (or with ``image = None``) gets text layers
+    only; one without ``encode_texts`` gets image layers only.
+
+    A teacher with a slow tokenizer may add ``tokenize(texts) -> tokens`` and ``encode_tokens(tokens) -> embeddings``.
+    A run then calls these two for whole shards, so that one shard is tokenized while another uses the accelerator.
     """
 
+    #: Length of the embeddings.
     dim: int
+    #: Preprocessing of ``pixels``; None for a teacher of texts.
     image: ImageSpec | None
+    #: 1 / temperature of the teacher's softmax. ``logit_scale`` in the config overrides it; None if neither is known.
     logit_scale: float | None
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] float32 on the device, preprocessed as ``image`` says -> [B, dim], unit norm."""
+        """Encode float32 [B, 3, H, W] on the device, preprocessed by ``image`` -> floating point [B, dim], unit norm.
+
+        A row with NaN or infinity is stored as null and quarantined as ``not_finite``.
+        """
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """B strings -> [B, dim], unit norm. Called with texts of similar length."""
+        """Encode B strings of similar length -> floating point [B, dim], unit norm."""
         ...
 
 
 class Captioner(Protocol):
-    """Images to texts: ``captions`` of them for each image."""
+    """A model that writes ``captions`` synthetic captions for each image."""
 
+    #: Preprocessing of ``pixels``.
     image: ImageSpec
+    #: Captions per image. It must equal ``captions`` in the config.
     captions: int
 
     def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> Sequence[list[str] | None]:
-        """[B, 3, H, W] float32 and uint64 seeds [B, captions] -> captions of each image.
+        """Caption float32 [B, 3, H, W] on the device -> ``captions`` strings for each of the B images.
 
-        Caption (b, n) depends on image b and seeds[b, n] alone, never on its neighbours in the batch. None stands for
-        an image that has no captions because the model's numbers were not finite: its row goes to quarantine.
+        ``seeds`` is uint64 [B, captions]. Caption (b, n) must depend on image b and ``seeds[b, n]`` alone, never on
+        the other images of the batch, so that a retried shard gets the same captions. Return None for an image whose
+        logits are not finite; its row is stored as null and quarantined as ``not_finite``.
         """
         ...

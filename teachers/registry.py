@@ -1,10 +1,10 @@
-"""From a spec in a config to a model: described while planning, loaded in the worker."""
+"""Load a model from its spec. ``describe_*`` is used while planning, ``load_*`` in the workers."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-from teachers.describe import ModelInfo, describe_captioner, describe_teacher, import_class, naming
+from teachers.describe import ModelInfo, describe_captioner, describe_teacher, errors_naming, import_class
 from teachers.protocols import Captioner, ImageSpec, Teacher
 from teachers.spec import CaptionerSpec, ModelSpec, TeacherSpec
 
@@ -12,16 +12,16 @@ __all__ = ["ModelInfo", "describe_captioner", "describe_teacher", "load_captione
 
 
 def load_teacher(name: str, spec: TeacherSpec, device: str) -> Teacher:
-    """The teacher with its weights on a device (``auto``, ``cpu``, ``cuda:0``, ...).
+    """Load a teacher with its weights on a device (``auto``, ``cpu``, ``cuda:0``, ...).
 
-    Raises ValueError or FileNotFoundError for what the config has wrong, RuntimeError for what the model's own
-    code raised; each names the teacher.
+    Raises ValueError, OSError (FileNotFoundError included) for a wrong config and RuntimeError for errors in the
+    model's own code. Each message starts with the teacher's name.
     """
     from teachers.device import Accelerator
 
-    with naming(f"teacher {name}"):
+    with errors_naming(f"teacher {name}"):
         if spec.class_ is not None:
-            return _own_teacher(spec, device)
+            return _load_custom_teacher(spec, device)
         accelerator = Accelerator(device, spec.precision)
         if spec.family == "transformers":
             from teachers.transformers import load
@@ -33,12 +33,12 @@ def load_teacher(name: str, spec: TeacherSpec, device: str) -> Teacher:
 
 
 def load_captioner(name: str, spec: CaptionerSpec, device: str) -> Captioner:
-    """The captioner with its weights on a device; errors as in ``load_teacher``."""
+    """Load a captioner with its weights on a device; raises as ``load_teacher`` does."""
     from teachers.device import Accelerator
 
-    with naming(f"captioner {name}"):
+    with errors_naming(f"captioner {name}"):
         if spec.class_ is not None:
-            return _own_captioner(spec, device)
+            return _load_custom_captioner(spec, device)
         accelerator = Accelerator(device, spec.precision)
         if spec.family == "transformers":
             from teachers.transformers_captioner import load
@@ -49,15 +49,15 @@ def load_captioner(name: str, spec: CaptionerSpec, device: str) -> Captioner:
         return CocaCaptioner(spec, accelerator)
 
 
-def _own_teacher(spec: TeacherSpec, device: str) -> Teacher:
+def _load_custom_teacher(spec: TeacherSpec, device: str) -> Teacher:
     teacher = _build(spec, device)
     dim = getattr(teacher, "dim", None)
     if not isinstance(dim, int) or dim < 1:
-        raise ValueError(f"class {spec.class_} must state `dim`, the length of its embeddings, got {dim!r}")
+        raise ValueError(f"class {spec.class_} must set `dim`, the length of its embeddings, got {dim!r}")
     if callable(getattr(teacher, "encode_images", None)):
         if not hasattr(teacher, "image"):
             raise ValueError(
-                f"class {spec.class_} must state `image`, a teachers.protocols.ImageSpec, beside `encode_images`"
+                f"class {spec.class_} has `encode_images` and must set `image` to a teachers.protocols.ImageSpec"
             )
         if teacher.image is not None and not isinstance(teacher.image, ImageSpec):
             raise ValueError(
@@ -70,14 +70,14 @@ def _own_teacher(spec: TeacherSpec, device: str) -> Teacher:
     return cast(Teacher, teacher)
 
 
-def _own_captioner(spec: CaptionerSpec, device: str) -> Captioner:
+def _load_custom_captioner(spec: CaptionerSpec, device: str) -> Captioner:
     captioner = _build(spec, device)
     if not isinstance(getattr(captioner, "image", None), ImageSpec):
-        raise ValueError(f"class {spec.class_} must state `image`, a teachers.protocols.ImageSpec")
+        raise ValueError(f"class {spec.class_} must set `image` to a teachers.protocols.ImageSpec")
     captions = getattr(captioner, "captions", spec.captions)
     if captions != spec.captions:
         raise ValueError(
-            f"class {spec.class_} gives {captions} captions an image and the config says `captions: {spec.captions}`: "
+            f"class {spec.class_} gives {captions} captions an image and the config has `captions: {spec.captions}`: "
             "make them equal"
         )
     captioner.captions = captions

@@ -1,4 +1,7 @@
-"""What every way of decoding shares: the rows that grow, and the words that may come next."""
+"""Interfaces that all decoding strategies share: a decoder's rows of tokens, and which tokens may come next.
+
+In this package *new tokens* are the tokens of a text without its start and end.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,24 @@ import torch
 
 
 class Decoder(Protocol):
-    """A model's rows of words that grow together: at first one for each image, whose start token is all it has."""
+    """A language model with the state of a batch of rows. It begins with one row per image, the start token alone."""
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The start token and the words so far, int64 [rows, 1 + words] -> [rows, vocabulary]."""
+        """Start token and new tokens so far, int64 [rows, 1 + new tokens] -> logits [rows, vocabulary]."""
         ...
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Go on with these rows: int64 indices on the CPU; one may be taken several times."""
+        """Continue with these rows, int64 indices on the CPU. A row may be selected several times."""
         ...
 
 
 @dataclass(frozen=True)
 class DecodingRules:
-    """Which words may come next. ``impossible`` is bool [vocabulary]: outputs that are no word and do not end a text.
+    """Which tokens may come next. ``impossible`` is bool [vocabulary]: tokens that are neither text nor the end.
 
-    A text ends by the token ``end``, which is impossible before ``min_tokens`` words, or at ``max_tokens`` words.
-    ``repetition_penalty`` divides the logits of words that the text has, where they are positive, and multiplies
-    them where they are negative (CTRL, arXiv 1909.05858).
+    A text ends with the token ``end``, which is impossible before ``min_tokens`` new tokens, or at ``max_tokens``.
+    ``repetition_penalty`` divides the positive logits of tokens that the text contains and multiplies the negative
+    ones (CTRL, arXiv 1909.05858).
     """
 
     start: int
@@ -39,21 +42,21 @@ class DecodingRules:
     repetition_penalty: float = 1.0
 
     def apply(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """What ``Decoder.next_logits`` took and gave -> float32 [rows, vocabulary], -inf where impossible."""
+        """Input and output of ``Decoder.next_logits`` -> float32 [rows, vocabulary], -inf where impossible."""
         logits = logits.float()
-        words = tokens[:, 1:]
-        if self.repetition_penalty != 1 and words.shape[1]:
-            had = logits.gather(1, words)
-            had = torch.where(had > 0, had / self.repetition_penalty, had * self.repetition_penalty)
-            logits = logits.scatter(1, words, had)
-        barred = torch.zeros_like(logits[0]).masked_fill_(self.impossible, -torch.inf)
-        if words.shape[1] < self.min_tokens:
-            barred[self.end] = -torch.inf
-        return logits + barred  # several times as fast as masked_fill
+        new = tokens[:, 1:]
+        if self.repetition_penalty != 1 and new.shape[1]:
+            present = logits.gather(1, new)
+            present = torch.where(present > 0, present / self.repetition_penalty, present * self.repetition_penalty)
+            logits = logits.scatter(1, new, present)
+        mask = torch.zeros_like(logits[0]).masked_fill_(self.impossible, -torch.inf)
+        if new.shape[1] < self.min_tokens:
+            mask[self.end] = -torch.inf
+        return logits + mask  # several times as fast as masked_fill
 
 
-def compact(going: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Which rows go on -> their indices, in an order that leaves most where they are: the last fill the gaps."""
-    order = np.arange(going.sum())
-    order[~going[: len(order)]] = len(order) + np.flatnonzero(going[len(order) :])
+def compact(active: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Indices of the active rows, in an order that keeps most rows in place: the last ones fill the gaps."""
+    order = np.arange(active.sum())
+    order[~active[: len(order)]] = len(order) + np.flatnonzero(active[len(order) :])
     return order

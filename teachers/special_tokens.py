@@ -1,4 +1,4 @@
-"""Captions are text: what looks like a tokenizer's special token in them must not become one."""
+"""Escaping of special tokens: caption text such as ``<end_of_text>`` must not become the token itself."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterable
 
 
 def special_token_escaper(tokens: Iterable[str]) -> Callable[[str], str]:
-    """A function that breaks every spelling of the tokens, in any case, by a space after its first character.
+    """Return a function that breaks every spelling of the tokens, in any case, by a space after its first character.
 
-    ``<end_of_text>`` becomes ``< end_of_text>``, which tokenizes as plain characters. Other text is unchanged.
+    ``<end_of_text>`` becomes ``< end_of_text>``, which is tokenized as plain characters. Other text is unchanged.
     """
     spellings = sorted({token for token in tokens if len(token) > 1}, key=len, reverse=True)
     if not spellings:
         return lambda text: text
     pattern = re.compile("|".join(re.escape(token) for token in spellings), re.IGNORECASE)
 
-    def neutralise(text: str) -> str:
-        # Breaking one token can leave an overlapping one whole, so look again.
+    def escape(text: str) -> str:
+        # Breaking one token can leave an overlapping one intact, so repeat until nothing matches.
         while (broken := pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)) != text:
             text = broken
         return text
 
-    return neutralise
+    return escape

@@ -1,4 +1,4 @@
-"""Teachers of Hugging Face transformers: CLIP, SigLIP and models of one side, by hub name or local folder."""
+"""Teachers of Hugging Face transformers by hub name or local folder: CLIP, SigLIP, image-only and text-only models."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _RESAMPLING: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest
 
 
 def load(spec: TeacherSpec, device: Accelerator) -> Teacher:
-    """The teacher of a spec: both sides, or the one that the model has.
+    """Load the teacher of a spec, with both encoders or the one that the model has.
 
-    Raises ValueError for a model that cannot be a teacher or lacks weights; OSError for one that is not there.
+    Raises ValueError for a model that cannot be a teacher or lacks weights; OSError for a model that does not exist.
     """
     assert spec.model is not None
-    if catalog.is_folder(spec.model):
-        catalog.config_of(spec.model)  # says what is wrong with a folder better than transformers does
+    if catalog.is_local_folder(spec.model):
+        catalog.read_config(spec.model)  # has better error messages for folders than transformers
     config = transformers.AutoConfig.from_pretrained(spec.model, trust_remote_code=False)
-    images, texts = catalog.sides(config.to_dict())
+    images, texts = catalog.modalities(config.to_dict())
     if images and texts:
         return TransformersTeacher(spec, device)
     return cast(Teacher, ImageTeacher(spec, device) if images else TextTeacher(spec, device))
@@ -38,8 +38,8 @@ def load(spec: TeacherSpec, device: Accelerator) -> Teacher:
 class TransformersTeacher:
     """A dual encoder: any model with ``get_image_features`` and ``get_text_features``.
 
-    Texts are padded to the longest of the batch and masked, which is checked against the full length; SigLIP was
-    trained on texts padded to the full length, without a mask, and gets them so.
+    Texts are padded to the longest of the batch and masked; the constructor checks this against the full length.
+    SigLIP was trained on texts padded to the full length without a mask, so it gets texts of full length.
     """
 
     def __init__(self, spec: TeacherSpec, device: Accelerator) -> None:
@@ -47,13 +47,13 @@ class TransformersTeacher:
         self._model, _ = _load_model(spec, device)
         for method in ("get_image_features", "get_text_features"):
             if not hasattr(self._model, method):
-                raise ValueError(f"{type(self._model).__name__} has no `{method}`: it is no dual encoder")
+                raise ValueError(f"{type(self._model).__name__} has no `{method}`: it is not a dual encoder")
         self.image: ImageSpec | None = _load_image_spec(spec)
         siglip = self._model.config.model_type == "siglip"
         positions = self._model.config.text_config.max_position_embeddings
         self._tokenize = _Tokenizer(spec, positions, masked=not siglip)
-        with _trial(self._model):
-            self.dim = _dim_of_images(self.encode_images, self.image, device)
+        with _first_input(self._model):
+            self.dim = _image_dim(self.encode_images, self.image, device)
             self._trims = not siglip and trimming_is_exact(self._encode)
         scale = getattr(self._model, "logit_scale", None)
         self.logit_scale = spec.logit_scale or (float(scale.exp()) if scale is not None else None)
@@ -73,15 +73,15 @@ class TransformersTeacher:
 
 
 class ImageTeacher:
-    """An image encoder (DINOv2, ViT, ...): the pooled output if the model has one with weights, else the CLS token."""
+    """An image encoder (DINOv2, ViT, ...): its pooled output if the pooler has weights, else its CLS token."""
 
     def __init__(self, spec: TeacherSpec, device: Accelerator) -> None:
         self._device = device
         self._model, self._pools = _load_model(spec, device)
         self.image: ImageSpec | None = _load_image_spec(spec)
         self.logit_scale = spec.logit_scale
-        with _trial(self._model):
-            self.dim = _dim_of_images(self.encode_images, self.image, device)
+        with _first_input(self._model):
+            self.dim = _image_dim(self.encode_images, self.image, device)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
@@ -92,7 +92,7 @@ class ImageTeacher:
 
 
 class TextTeacher:
-    """A text encoder (BERT and the like): the mean of the last hidden states over the tokens that are not padding."""
+    """A text encoder (BERT, ...): the mean of its last hidden states over all tokens but padding."""
 
     image = None
 
@@ -101,7 +101,7 @@ class TextTeacher:
         self._model, _ = _load_model(spec, device)
         self._tokenize = _Tokenizer(spec, getattr(self._model.config, "max_position_embeddings", 512), masked=True)
         self.logit_scale = spec.logit_scale
-        with _trial(self._model):
+        with _first_input(self._model):
             self.dim = self.encode_texts(PROBE_TEXTS).shape[1]
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -114,20 +114,20 @@ class TextTeacher:
 
 
 class _Tokenizer:
-    """The model's tokenizer, reading special tokens in texts as text."""
+    """The model's tokenizer, with special tokens in texts escaped."""
 
     def __init__(self, spec: TeacherSpec, positions: int, masked: bool) -> None:
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model, trust_remote_code=False)
         if self._tokenizer.pad_token is None:
             raise ValueError(f"the tokenizer of {spec.model} has no padding token")
-        self._neutralise = special_token_escaper(self._tokenizer.all_special_tokens)
-        # Models without a limit of their own report an astronomical one.
+        self._escape = special_token_escaper(self._tokenizer.all_special_tokens)
+        # tokenizers without a limit report a huge model_max_length
         self._length = min(positions, self._tokenizer.model_max_length)
         self._masked = masked
 
     def __call__(self, texts: Sequence[str], device: Accelerator, full_length: bool = False) -> dict[str, torch.Tensor]:
         tokens = self._tokenizer(
-            [self._neutralise(text) for text in texts],
+            [self._escape(text) for text in texts],
             padding="max_length" if full_length else "longest",
             truncation=True,
             max_length=self._length,
@@ -139,9 +139,9 @@ class _Tokenizer:
 
 
 def image_spec(config: dict[str, Any]) -> ImageSpec:
-    """An image processor's config as an ImageSpec. Raises ValueError where it cannot be one.
+    """Convert an image processor's config to an ImageSpec. Raises ValueError if that is not possible.
 
-    A margin (DINOv2 resizes to 256 and cuts 224) is not kept: the shorter side fills the frame.
+    A margin (DINOv2 resizes to 256 and crops 224) is dropped: the shorter side is resized to the crop.
     """
     crop = config.get("crop_size") if config.get("do_center_crop") else None
     size = config.get("size")
@@ -151,12 +151,12 @@ def image_spec(config: dict[str, Any]) -> ImageSpec:
         crop = {"height": crop, "width": crop}
     frame = crop or size or {}
     if not config.get("do_resize", True) or "height" not in frame or "width" not in frame:
-        raise ValueError(f"its images have no fixed size (size {size}, crop_size {crop})")
+        raise ValueError(f"images have no fixed size (size {size}, crop_size {crop})")
     if not config.get("do_rescale", True) or abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-        raise ValueError(f"its pixels are not scaled by 1/255 (rescale_factor {config.get('rescale_factor')})")
+        raise ValueError(f"pixels are not scaled by 1/255 (rescale_factor {config.get('rescale_factor')})")
     resample = int(config.get("resample", 3))
     if resample not in _RESAMPLING:
-        raise ValueError(f"its images are resized by Pillow's filter {resample}: want nearest, bilinear or bicubic")
+        raise ValueError(f"images are resized by Pillow's filter {resample}, not by nearest, bilinear or bicubic")
     normalizes = config.get("do_normalize", True)
     height, width = int(frame["height"]), int(frame["width"])
     return ImageSpec(
@@ -174,35 +174,35 @@ def _load_image_spec(spec: TeacherSpec) -> ImageSpec:
 
 
 def _load_model(spec: TeacherSpec, device: Accelerator) -> tuple[Any, bool]:
-    """The model, and whether its pooler has weights. Hub files are downloaded under the hub's own file locks."""
+    """Load the model -> (model, whether its pooler has weights). Hub downloads use huggingface_hub's file locks."""
     model, report = transformers.AutoModel.from_pretrained(
         spec.model, trust_remote_code=False, output_loading_info=True
     )
     missing = sorted(report["missing_keys"])
-    # Checkpoints of other heads often lack the pooler, and then it is not used; anything else would be random.
+    # Checkpoints with other heads often lack the pooler, which is then not used. Other missing weights are an error.
     needed = [key for key in missing if not key.startswith("pooler.")]
     if needed or report["mismatched_keys"]:
         wrong = [*needed, *map(str, report["mismatched_keys"])]
-        raise ValueError(f"the weights of {spec.model} do not fill {type(model).__name__}: {', '.join(wrong[:5])}")
+        raise ValueError(f"the weights of {spec.model} do not fit {type(model).__name__}: {', '.join(wrong[:5])}")
     return device.prepare(model.float()), not missing
 
 
 @contextmanager
-def _trial(model: Any) -> Iterator[None]:
-    """Say which model failed when it is tried on a first input."""
+def _first_input(model: Any) -> Iterator[None]:
+    """Name the model in errors of its first forward pass."""
     try:
         yield
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be a teacher: {type(error).__name__}: {error}") from error
 
 
-def _dim_of_images(encode: Callable[[torch.Tensor], torch.Tensor], spec: ImageSpec | None, device: Accelerator) -> int:
+def _image_dim(encode: Callable[[torch.Tensor], torch.Tensor], spec: ImageSpec | None, device: Accelerator) -> int:
     assert spec is not None
     return encode(torch.zeros(1, 3, spec.height, spec.width, device=device.device)).shape[1]
 
 
 def _features(output: Any) -> torch.Tensor:
-    """The embeddings themselves, which transformers 5 wraps in a model output."""
+    """Unwrap the embeddings, which transformers 5 returns in a model output."""
     features: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
     return features
 

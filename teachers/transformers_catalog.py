@@ -1,4 +1,4 @@
-"""What a transformers model is, from its files alone: its sides, its dimension, its weights. No torch."""
+"""Properties of a transformers model read from its files: modalities, dimension, weights. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-#: What beside the weights decides the output for an image or a text.
+#: Files besides the weights that determine the output for an image or a text.
 _SETTINGS = (
     "config.json",
     "preprocessor_config.json",
@@ -30,17 +30,16 @@ _SETTINGS = (
     "vocab.txt",
     "merges.txt",
 )
-
-#: What decides a caption beside them: end tokens, and how a prompt is framed.
-CAPTIONER_SETTINGS = ("generation_config.json", "chat_template.jinja", "chat_template.json")
-#: Models that write captions of an image alone, and the class that does.
-CAPTIONERS = {
+#: Further files that determine captions: end tokens and the chat template.
+CAPTIONER_FILES = ("generation_config.json", "chat_template.jinja", "chat_template.json")
+#: Model types that caption an image without a prompt, with the class that does.
+IMAGE_TO_TEXT = {
     "blip": "BlipForConditionalGeneration",
     "git": "GitForCausalLM",
     "vision-encoder-decoder": "VisionEncoderDecoderModel",
 }
-#: Models that are asked for one.
-CHAT = (
+#: Model types that caption an image by a prompt.
+CHAT_MODELS = (
     "gemma3",
     "idefics3",
     "internvl",
@@ -55,12 +54,12 @@ CHAT = (
 )
 
 
-def config_of(model: str) -> dict[str, Any] | None:
-    """``config.json`` of a local folder, or of a hub model that was downloaded before; None if it was not.
+def read_config(model: str) -> dict[str, Any] | None:
+    """Read ``config.json`` of a local folder or of a downloaded hub model; None for a hub model not yet downloaded.
 
     Raises FileNotFoundError, ValueError.
     """
-    if not is_folder(model):
+    if not is_local_folder(model):
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(model, "config.json")
@@ -70,27 +69,27 @@ def config_of(model: str) -> dict[str, Any] | None:
     else:
         path = Path(model).expanduser() / "config.json"
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"folder {path.parent} is not there")
+            raise FileNotFoundError(f"folder {path.parent} does not exist")
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there: want a folder as save_pretrained writes it")
+            raise FileNotFoundError(f"{path} does not exist: use a folder written by save_pretrained")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict) or "model_type" not in config:
-        raise ValueError(f"{path} names no `model_type`: want a folder as save_pretrained writes it")
+        raise ValueError(f"{path} has no `model_type`: use a folder written by save_pretrained")
     return config
 
 
-def is_folder(model: str) -> bool:
-    """Whether a name means a local folder: hub names are NAME or ORG/NAME and no folder is called so here."""
+def is_local_folder(model: str) -> bool:
+    """Whether a name is a local folder. Hub names are NAME or ORG/NAME; an existing folder takes precedence."""
     return Path(model).expanduser().is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1
 
 
-def sides(config: dict[str, Any] | None) -> tuple[bool, bool]:
-    """Whether the model encodes images, and texts. A model that is not known yet is taken for a dual encoder.
+def modalities(config: dict[str, Any] | None) -> tuple[bool, bool]:
+    """Whether the model encodes (images, texts). Without a config, a dual encoder is assumed.
 
-    Raises ValueError for a model that does neither.
+    Raises ValueError for a model that encodes neither.
     """
     if config is None or ("vision_config" in config and "text_config" in config):
         return True, True
@@ -101,49 +100,53 @@ def sides(config: dict[str, Any] | None) -> tuple[bool, bool]:
     raise ValueError(f"a model of type {config['model_type']!r} encodes neither images nor texts")
 
 
-def dimension(config: dict[str, Any] | None) -> int | None:
-    """Of the embeddings, where the config says so."""
+def embedding_dim(config: dict[str, Any] | None) -> int | None:
+    """Length of the embeddings, None if the config does not contain it."""
     if config is None:
         return None
     if config["model_type"] == "siglip":
         value = config["vision_config"].get("hidden_size")
     else:
-        value = config.get("projection_dim" if sides(config) == (True, True) else "hidden_size")
+        value = config.get("projection_dim" if modalities(config) == (True, True) else "hidden_size")
     return value if isinstance(value, int) else None
 
 
-def content_files(folder: Path, also: tuple[str, ...] = ()) -> list[Path]:
-    """The files that decide a local model's outputs, ``also`` among them. Raises FileNotFoundError if there are no
-    weights."""
+def content_files(folder: Path, extra: tuple[str, ...] = ()) -> list[Path]:
+    """Files that determine the outputs of a local model, including those named in ``extra``.
+
+    Raises FileNotFoundError if there are no weights.
+    """
     for name in _WEIGHTS:
         if (folder / name).is_file():
             files = [folder / name]
             break
     else:
-        raise FileNotFoundError(f"folder {folder} holds no weights: want {_WEIGHTS[0]} or {_WEIGHTS[2]}")
+        raise FileNotFoundError(f"folder {folder} has no weights: expected {_WEIGHTS[0]} or {_WEIGHTS[2]}")
     if name.endswith(".index.json"):
         shards = set(json.loads(files[0].read_text(encoding="utf-8"))["weight_map"].values())
         files += [folder / shard for shard in sorted(shards)]
-    return files + [folder / setting for setting in (*_SETTINGS, *also) if (folder / setting).is_file()]
+    return files + [folder / setting for setting in (*_SETTINGS, *extra) if (folder / setting).is_file()]
 
 
 def check_captioner(config: dict[str, Any] | None, spec: CaptionerSpec) -> None:
-    """Raises ValueError where a model does not caption, or not as the spec wants. One not known yet is taken to."""
+    """Raise ValueError if a model cannot caption as the spec asks. Without a config, nothing is checked."""
     if config is None:
         return
     kind = config["model_type"]
-    if kind not in CAPTIONERS and kind not in CHAT:
+    if kind not in IMAGE_TO_TEXT and kind not in CHAT_MODELS:
         raise ValueError(
-            f"a model of type {kind!r} is no captioner that is supported: want {', '.join((*CAPTIONERS, *CHAT))}, an "
-            "open_clip CoCa, or a `class` of your own"
+            f"a model of type {kind!r} is not a supported captioner: use {', '.join((*IMAGE_TO_TEXT, *CHAT_MODELS))}, "
+            "an open_clip CoCa, or a custom `class`"
         )
     architectures = config.get("architectures") or []
-    if kind in CAPTIONERS and architectures and CAPTIONERS[kind] not in architectures:
-        raise ValueError(f"{architectures[0]} does not write captions: want the weights of a {CAPTIONERS[kind]}")
-    if kind in CHAT and not spec.prompt:
-        raise ValueError(f'a model of type {kind!r} must be asked: prompt: "Describe the image in one sentence."')
+    if kind in IMAGE_TO_TEXT and architectures and IMAGE_TO_TEXT[kind] not in architectures:
+        raise ValueError(f"{architectures[0]} does not write captions: use the weights of a {IMAGE_TO_TEXT[kind]}")
+    if kind in CHAT_MODELS and not spec.prompt:
+        raise ValueError(
+            f'a model of type {kind!r} needs a prompt, such as prompt: "Describe the image in one sentence."'
+        )
     for name in ("prompt", "image_size"):
-        if kind in CAPTIONERS and getattr(spec, name) is not None:
+        if kind in IMAGE_TO_TEXT and getattr(spec, name) is not None:
             raise ValueError(f"`{name}` is not used by a model of type {kind!r}: remove it")
     text = config.get("decoder" if kind == "vision-encoder-decoder" else "text_config") or config
     positions = text.get("max_position_embeddings") or text.get("n_positions")

@@ -1,4 +1,4 @@
-"""Whether a text tower gives the same for a batch cut to its longest text as for texts padded to the full length."""
+"""Check that a text encoder gives equal embeddings for texts padded to the longest of the batch or to full length."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _TOLERANCE = 1e-4  # on unit-norm float32; storage in float16 loses five times t
 
 
 def trimming_is_exact(encode: Callable[[Sequence[str], bool], torch.Tensor]) -> bool:
-    """``encode(texts, trim)`` gives [B, dim]; compared on batches whose longest text grows."""
+    """Compare ``encode(texts, trim) -> [B, dim]`` with and without trimming, on batches of growing longest text."""
     for count in range(1, len(PROBE_TEXTS) + 1):
-        with torch.inference_mode():  # without autocast: in float32 whatever the teacher's precision
+        texts = PROBE_TEXTS[:count]
+        with torch.inference_mode():  # without autocast, so in float32 whatever the teacher's precision
             full, trimmed = (
-                torch.nn.functional.normalize(encode(PROBE_TEXTS[:count], trim).float(), dim=-1)
-                for trim in (False, True)
+                torch.nn.functional.normalize(encode(texts, trim).float(), dim=-1) for trim in (False, True)
             )
         if not torch.allclose(full, trimmed, rtol=0, atol=_TOLERANCE):
             _log.warning("texts are encoded at full length: trimmed ones differ by %g", (full - trimmed).abs().max())

@@ -1,7 +1,7 @@
-"""Weights by path or URL: fetched once per node, converted once per node, and known by their content.
+"""Checkpoint files by path or URL: downloaded and converted once per node, and identified by their content.
 
-Files are kept in the folder ``REINFORCE_CACHE`` (default ``~/.cache/reinforce``). Locks make the processes of a
-node wait for one of them; where nodes share the folder, an atomic rename keeps it right all the same.
+Files are cached in the folder ``REINFORCE_CACHE`` (default ``~/.cache/reinforce``). A lock per file makes the other
+processes of a node wait for the one that writes it. Nodes may share the folder, since files appear by atomic rename.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-#: Suffixes of the checkpoints that are read.
+#: Suffixes of checkpoints that can be read.
 CHECKPOINTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
-# What object stores call a content identity; below them what at least changes when a file is replaced.
+# Keys of fsspec's ``info``: content hashes of object stores, then times that change when a file is replaced.
 _TAGS = ("ETag", "etag", "Content-MD5", "md5Hash", "md5", "checksum", "crc32c")
 _TIMES = ("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "created")
 
 
 def is_url(location: str | Path) -> bool:
-    """Whether a location is for fsspec rather than a local path."""
+    """Whether a location is an fsspec URL rather than a local path."""
     return "://" in str(location) and not str(location).startswith("file://")
 
 
@@ -35,9 +35,9 @@ def cache_folder() -> Path:
 
 
 def identity(location: str | Path) -> str:
-    """What a file's content is known by: sha256 of a local file, size and ETag (or time) of a remote one.
+    """Identity of a file's content: sha256 of a local file, size and ETag (or time) of a remote one.
 
-    Raises FileNotFoundError; ValueError if the URL's protocol cannot be read.
+    Raises FileNotFoundError, or ValueError for an unknown protocol.
     """
     if not is_url(location):
         return f"sha256:{_sha256(_local(location))}"
@@ -45,10 +45,10 @@ def identity(location: str | Path) -> str:
 
 
 def fetch(location: str | Path) -> Path:
-    """A local path of the file: itself if it is local, else its copy in the cache, downloaded if need be.
+    """Return a local path of the file: its own if it is local, else of its copy in the cache, downloaded if missing.
 
-    The cache key holds the remote content's identity, so an object that was replaced is fetched anew.
-    Raises FileNotFoundError; ValueError if the URL's protocol cannot be read.
+    The cache key includes the identity of the remote content, so an object that was replaced is downloaded again.
+    Raises FileNotFoundError, or ValueError for an unknown protocol.
     """
     if not is_url(location):
         return _local(location)
@@ -56,7 +56,7 @@ def fetch(location: str | Path) -> Path:
     fs, path, info = _info(url)
     name = path.partition("?")[0].rsplit("/", 1)[-1]
     target = cache_folder() / "weights" / _digest(url, _remote_identity(info)) / name
-    with _only_once(target) as missing:
+    with _lock_if_missing(target) as missing:
         if missing:
             with _replacing(target) as temporary:
                 fs.get_file(path, str(temporary))
@@ -65,19 +65,19 @@ def fetch(location: str | Path) -> Path:
 
 
 def as_safetensors(path: Path) -> Path:
-    """The weights as a safetensors file, which processes map into memory and share.
+    """Return the weights as a safetensors file, which the processes of a node map into memory and share.
 
-    A torch checkpoint (.bin, .pt, .pth, .ckpt) is converted in the cache: its ``state_dict`` if it has one, without
-    DistributedDataParallel's ``module.``. Pickled code is never run. Raises ValueError if the file is neither.
+    A torch checkpoint (.bin, .pt, .pth, .ckpt) is converted in the cache: the dict itself or its ``state_dict``,
+    without DistributedDataParallel's ``module.`` prefix. Pickled code is never run. Raises ValueError for other files.
     """
     if path.suffix == ".safetensors":
         return path
     if path.suffix not in CHECKPOINTS:
-        raise ValueError(f"{path} is not a checkpoint that is read: want one of {', '.join(CHECKPOINTS)}")
+        raise ValueError(f"{path} is not a checkpoint that can be read: use one of {', '.join(CHECKPOINTS)}")
     stat = path.stat()
     key = _digest(str(path.resolve()), f"{stat.st_size}-{stat.st_mtime_ns}")
     target = cache_folder() / "safetensors" / key / f"{path.stem}.safetensors"
-    with _only_once(target) as missing:
+    with _lock_if_missing(target) as missing:
         if missing:
             from safetensors.torch import save_file
 
@@ -89,7 +89,7 @@ def as_safetensors(path: Path) -> Path:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Hold the lock that the processes of this node share under a name."""
+    """Hold the lock of this name, shared by the processes of this node."""
     from filelock import FileLock
 
     folder = cache_folder() / "locks"
@@ -99,8 +99,8 @@ def locked(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _only_once(target: Path) -> Iterator[bool]:
-    """Yields whether the file has still to be made, to one process at a time."""
+def _lock_if_missing(target: Path) -> Iterator[bool]:
+    """Yield whether the file is missing; if so, under its lock, so that one process makes it."""
     if target.exists():
         yield False
         return
@@ -111,7 +111,7 @@ def _only_once(target: Path) -> Iterator[bool]:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary file beside the target that takes its place if all went well."""
+    """Yield a temporary file in the target's folder, which is renamed to the target if the block succeeds."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
     temporary = Path(name)
@@ -133,7 +133,9 @@ def _state_dict(path: Path) -> dict[str, torch.Tensor]:
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before zip files
+            loaded = torch.load(
+                path, map_location="cpu", weights_only=True
+            )  # the format of torch before 1.6 is no zip file
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
@@ -147,15 +149,15 @@ def _state_dict(path: Path) -> dict[str, torch.Tensor]:
     others = [str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise ValueError(
-            f"{path} is not a state_dict: {', '.join(others[:5])} are no tensors. Save the state_dict alone."
+            f"{path} is not a state_dict: {', '.join(others[:5])} are not tensors. Save only the state_dict."
         )
     if all(key.startswith("module.") for key in loaded):
         loaded = {key.removeprefix("module."): value for key, value in loaded.items()}
-    return _unshared(loaded)
+    return _without_shared_storage(loaded)
 
 
-def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors without common storage, as safetensors wants them; tied weights are written twice."""
+def _without_shared_storage(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Make tensors contiguous and independent, as safetensors requires. Tied weights are written twice."""
     import torch
 
     seen: set[int] = set()
@@ -170,7 +172,7 @@ def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _local(location: str | Path) -> Path:
     path = Path(str(location).removeprefix("file://")).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is {'a folder, not a file' if path.is_dir() else 'not there'}")
+        raise FileNotFoundError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
     return path
 
 
@@ -184,8 +186,8 @@ def _info(url: str) -> tuple[Any, str, dict[str, Any]]:
     try:
         info = fs.info(path)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{url} is not there") from error
-    except Exception as error:  # every store has its own errors for credentials and connections
+        raise FileNotFoundError(f"{url} does not exist") from error
+    except Exception as error:  # each storage driver has its own errors for credentials and connections
         raise OSError(f"{url} cannot be read: {type(error).__name__}: {error}") from error
     if info.get("type") == "directory":
         raise FileNotFoundError(f"{url} is a folder, not a file")
@@ -202,7 +204,7 @@ def _remote_identity(info: dict[str, Any]) -> str:
 def _check_size(url: str, path: Path, size: int | None) -> None:
     found = path.stat().st_size
     if size is not None and found != size:
-        raise OSError(f"{url}: {found} bytes arrived of {size}")
+        raise OSError(f"{url}: received {found} of {size} bytes")
 
 
 def _sha256(path: Path) -> str:

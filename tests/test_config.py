@@ -39,7 +39,7 @@ def test_the_default_augmentations_are_those_of_datacompdr() -> None:
         ({"workers": {"min": 9, "max": 2}}, "min (9) is above max (2)"),
         ({"teachers": {"images": {"model": "m"}}}, "'images' cannot name a layer"),
         ({"captioners": {"a/b": {"model": "m"}}}, "'a/b' cannot name a layer"),
-        ({"teachers": {"t": {}}}, "give either `model`"),
+        ({"teachers": {"t": {}}}, "set either `model`"),
         ({"teachers": {"t": {"class": "nocolon"}}}, "`class` must be package.module:Class"),
         ({"captioners": {"c": {"model": "m", "min_length": 30}}}, "max_length must be at least min_length + 2"),
         ({"images": "link"}, "images: Input should be 'embed' or 'reference', got 'link'"),

@@ -167,13 +167,13 @@ def test_shards_are_paired_by_name_else_by_order(tmp_path: Path) -> None:
         ),
         ({"augmentations": {"count": 3, "size": 24, "scale": [0.5, 1.0]}}, "augmentations.scale: .* not sampled"),
         ({"teachers": {"one": {"family": "published", "model": "ONE", "logit_scale": 1}}}, "`columns: .0, 768.`"),
-        ({"teachers": {"one": {"family": "published", "model": "ONE", "columns": [0, 6]}}}, "needs its `logit_scale`"),
+        ({"teachers": {"one": {"family": "published", "model": "ONE", "columns": [0, 6]}}}, "needs `logit_scale`"),
         (
             {"teachers": {"one": {"family": "published", "model": "O", "columns": [6, 6], "logit_scale": 1}}},
             "first < end",
         ),
         ({"captioners": {"coca": {"family": "published", "model": "syn_text", "top_p": 0.5}}}, "top_p: not used with"),
-        ({"teachers": {"one": {"model": "ViT-B-32", "columns": [0, 6]}}}, "belong together"),
+        ({"teachers": {"one": {"model": "ViT-B-32", "columns": [0, 6]}}}, "require each other"),
     ],
 )
 def test_a_config_that_cannot_be_meant_is_told(tmp_path: Path, change: dict[str, Any], told: str) -> None:

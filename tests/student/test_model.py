@@ -232,7 +232,7 @@ def test_a_student_starts_from_weights_that_it_is_given(tmp_path: Path) -> None:
     [
         ("MobileCLIP2-S1", "unknown to open_clip; did you mean .*MobileCLIP2-S"),
         ("coca_ViT-B-32", "captioner.*choose a CLIP model"),
-        ("local-dir:/nowhere", "folder /nowhere is not there"),
+        ("local-dir:/nowhere", "folder /nowhere does not exist"),
     ],
 )
 def test_a_model_that_cannot_be_a_student_is_told(model: str, message: str) -> None:

@@ -3,23 +3,23 @@ import itertools
 import pytest
 import torch
 
-from teachers.beams import Beams, search
+from teachers.beams import BeamOptions, beam_search
 from teachers.rules import DecodingRules
 from tests.helpers.toy_language import END, WORDS, ToyDecoder, all_texts, log_probabilities, rules
 
 IMAGES = (11, 12, 13, 14)
 
 
-def score(words: list[int], total: float, beams: Beams) -> float:
+def score(words: list[int], total: float, beams: BeamOptions) -> float:
     return total / (len(words) + 1) ** beams.length_penalty
 
 
-def brute_force(image: int, how: DecodingRules, beams: Beams, captions: int) -> list[list[int]]:
+def brute_force(image: int, how: DecodingRules, beams: BeamOptions, captions: int) -> list[list[int]]:
     ranked = sorted(all_texts(image, how), key=lambda text: -score(*text, beams))
     return [words for words, _ in ranked[:captions]]
 
 
-def plain_search(image: int, how: DecodingRules, beams: Beams) -> list[list[tuple[float, list[int]]]]:
+def plain_search(image: int, how: DecodingRules, beams: BeamOptions) -> list[list[tuple[float, list[int]]]]:
     """Beam search as it is defined, one image and one text after the other, to the last step.
 
     -> each group's best texts with their scores.
@@ -54,46 +54,46 @@ def best_of_groups(groups: list[list[tuple[float, list[int]]]]) -> list[list[int
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.5, -0.7])
 @pytest.mark.parametrize("how", [rules(), rules(min_tokens=3), rules(min_tokens=0, repetition_penalty=1.8)], ids=repr)
 def test_beams_enough_for_all_texts_find_the_best_of_all_texts(how, length_penalty):
-    beams = Beams(beams=81, length_penalty=length_penalty)
-    found = search(ToyDecoder(IMAGES), how, len(IMAGES), 6, beams)
+    beams = BeamOptions(beams=81, length_penalty=length_penalty)
+    found = beam_search(ToyDecoder(IMAGES), how, len(IMAGES), 6, beams)
     assert found == [brute_force(image, how, beams, 6) for image in IMAGES]
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, -0.7])
 @pytest.mark.parametrize("beams", [2, 3, 5])
 def test_few_beams_keep_the_best_of_each_step(beams, length_penalty):
-    how, few = rules(max_tokens=6), Beams(beams, length_penalty=length_penalty)
-    found = search(ToyDecoder(IMAGES), how, len(IMAGES), beams, few)
+    how, few = rules(max_tokens=6), BeamOptions(beams, length_penalty=length_penalty)
+    found = beam_search(ToyDecoder(IMAGES), how, len(IMAGES), beams, few)
     assert found == [best_of_groups(plain_search(image, how, few)) for image in IMAGES]
 
 
 @pytest.mark.parametrize(("beams", "groups"), [(4, 2), (6, 3), (3, 3)])
 def test_groups_avoid_the_words_of_the_groups_before_and_each_gives_its_best_first(beams, groups):
-    how, diverse = rules(max_tokens=5), Beams(beams, groups, diversity=1.5)
+    how, diverse = rules(max_tokens=5), BeamOptions(beams, groups, diversity=1.5)
     wanted = [best_of_groups(plain_search(image, how, diverse)) for image in IMAGES]
-    found = search(ToyDecoder(IMAGES), how, len(IMAGES), beams, diverse)
+    found = beam_search(ToyDecoder(IMAGES), how, len(IMAGES), beams, diverse)
     assert [texts[: len(of)] for texts, of in zip(found, wanted, strict=True)] == wanted
-    alike = search(ToyDecoder(IMAGES), how, len(IMAGES), beams, Beams(beams, groups))
+    alike = beam_search(ToyDecoder(IMAGES), how, len(IMAGES), beams, BeamOptions(beams, groups))
     assert all(len(set(map(tuple, texts))) <= beams // groups for texts in alike)
     assert sum(map(len, wanted)) > len(IMAGES) * beams // groups
 
 
 def test_a_text_that_groups_share_is_given_once_and_repeats_only_when_there_is_no_other():
     how = rules(min_tokens=1, max_tokens=1)  # three texts in all
-    [texts] = search(ToyDecoder([11]), how, 1, 5, Beams(6, 2, diversity=0.01))
+    [texts] = beam_search(ToyDecoder([11]), how, 1, 5, BeamOptions(6, 2, diversity=0.01))
     assert sorted(text[0] for text in texts[:3]) == [0, 1, 2]
     assert texts[3:] == texts[:2]
-    assert search(ToyDecoder([11]), rules(min_tokens=0, max_tokens=0), 1, 3, Beams(3)) == [[[], [], []]]
+    assert beam_search(ToyDecoder([11]), rules(min_tokens=0, max_tokens=0), 1, 3, BeamOptions(3)) == [[[], [], []]]
 
 
 def test_images_leave_the_batch_when_nothing_better_can_come_and_do_not_touch_their_neighbours():
-    how, beams = rules(max_tokens=8), Beams(3, length_penalty=0.0)
+    how, beams = rules(max_tokens=8), BeamOptions(3, length_penalty=0.0)
     forward = ToyDecoder(IMAGES)
-    together = search(forward, how, len(IMAGES), 3, beams)
+    together = beam_search(forward, how, len(IMAGES), 3, beams)
     assert forward.steps[0] == len(IMAGES)
     assert forward.steps[1] == 3 * len(IMAGES)
     assert any(later < now for now, later in itertools.pairwise(forward.steps[1:]))
-    assert together == [search(ToyDecoder([image]), how, 1, 3, beams)[0] for image in IMAGES]
+    assert together == [beam_search(ToyDecoder([image]), how, 1, 3, beams)[0] for image in IMAGES]
 
 
 def test_an_image_whose_logits_are_not_finite_has_no_texts_and_its_neighbours_have_theirs():
@@ -103,7 +103,7 @@ def test_an_image_whose_logits_are_not_finite_has_no_texts_and_its_neighbours_ha
             broken = [image == 12 and len(words) == 3 for image, words in self._rows]
             return logits.masked_fill(torch.tensor(broken)[:, None], torch.nan)
 
-    how, beams = rules(min_tokens=3), Beams(3)
-    found = search(Broken(IMAGES), how, len(IMAGES), 2, beams)
-    whole = search(ToyDecoder(IMAGES), how, len(IMAGES), 2, beams)
+    how, beams = rules(min_tokens=3), BeamOptions(3)
+    found = beam_search(Broken(IMAGES), how, len(IMAGES), 2, beams)
+    whole = beam_search(ToyDecoder(IMAGES), how, len(IMAGES), 2, beams)
     assert found == [whole[0], None, whole[2], whole[3]]

@@ -40,8 +40,8 @@ def seeds(rows: int, count: int, first: int = 0) -> np.ndarray:
 def decoded(made: CocaCaptioner, pixels: torch.Tensor, row_seeds: np.ndarray) -> list[list[int]]:
     """The tokens of each caption, before they become text."""
     with torch.inference_mode():
-        made._forward.begin(made._visual(pixels)[1], made.captions)
-        texts = decode(made._forward, made._rules, made._spec, row_seeds)
+        made._decoder.begin(made._visual(pixels)[1], made.captions)
+        texts = decode(made._decoder, made._rules, made._spec, row_seeds)
     return [words for of_image in texts for words in of_image or []]
 
 
@@ -69,7 +69,7 @@ def test_more_rows_than_fit_side_by_side_give_the_same_captions(model, monkeypat
     made, pixels, all_seeds = captioner(model, captions=3), images(5), seeds(5, 3)
     together = made.caption(pixels, all_seeds)
     for rows in (1, 7):
-        monkeypatch.setattr("teachers.coca._ROWS", rows)
+        monkeypatch.setattr("teachers.coca._MAX_ROWS", rows)
         assert made.caption(pixels, all_seeds) == together
 
 

@@ -134,7 +134,7 @@ def test_a_compiled_step_has_one_graph_for_each_power_of_two_and_the_same_logits
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda step, mode, **options: plain(step, backend=backend, **options))
-    monkeypatch.setattr("teachers.coca_decoder._FEWEST", 2)
+    monkeypatch.setattr("teachers.coca_decoder._MIN_COMPILED_ROWS", 2)
     assert difference(coca({}), compiled=True) < 1e-5
     assert len(graphs) == 4  # of 2, 4 and 8 rows, and of the 9 that are the most
 
@@ -157,11 +157,11 @@ def test_the_caches_take_the_bytes_that_are_told_and_stay_for_the_next_batch():
     model = coca({})
     forward, images = CocaDecoder(model, Accelerator("cpu"), LENGTH), image_tokens(model, 4)
     forward.begin(images, 3)
-    caches = forward.past, forward.seen
+    caches = forward.cache, forward.image_cache
     assert sum(cache.nbytes for cache in caches) == 4 * forward.bytes_per_image(3, images.shape[1])
     forward.begin(images[:2], 3)
-    assert forward.past is caches[0]
-    assert forward.seen is caches[1]
+    assert forward.cache is caches[0]
+    assert forward.image_cache is caches[1]
 
 
 def test_towers_that_open_clip_cannot_run_are_refused():

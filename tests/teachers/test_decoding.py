@@ -146,8 +146,8 @@ def test_the_toy_language_is_what_the_tests_think():
         ({"strategy": "top_k", "top_p": 0.5}, "`top_p` is not used by strategy top_k: .* nucleus"),
         ({"strategy": "greedy", "captions": 1, "temperature": 0.5}, "to nucleus or top_k"),
         ({"strategy": "beams", "groups": 2}, "`groups` is not used by strategy beams: .* diverse_beams"),
-        ({"strategy": "greedy"}, "one caption for an image: set `captions: 1`"),
-        ({"strategy": "beams", "captions": 8}, "8 captions of 6 beams: set `beams` to 8"),
+        ({"strategy": "greedy"}, "one caption per image: set `captions: 1`"),
+        ({"strategy": "beams", "captions": 8}, "`captions: 8` exceeds `beams: 6`: set `beams` to 8"),
         ({"strategy": "diverse_beams", "beams": 8}, "8 beams cannot be divided among 3 groups"),
     ],
 )
@@ -171,5 +171,5 @@ def test_what_decides_the_words_is_told_and_what_was_added_later_only_where_it_i
 
 def test_only_coca_is_compiled():
     made = CaptionerSpec.model_validate({"model": "any", "family": "transformers", "compile": True})
-    with pytest.raises(ValueError, match="captioner blip: `compile` is for CoCa alone"):
+    with pytest.raises(ValueError, match="captioner blip: `compile` works only with CoCa"):
         describe_captioner("blip", made)

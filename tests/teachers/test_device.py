@@ -14,7 +14,7 @@ def test_auto_takes_the_cpu_where_there_is_no_cuda() -> None:
     ("name", "precision", "message"),
     [
         ("gpu", "fp32", "'gpu' is unknown: use auto, cpu"),
-        ("cuda:64", "fp32", "not there: torch sees"),
+        ("cuda:64", "fp32", "not available: torch sees"),
         ("cpu", "int4", "use fp32, bf16, fp16"),
     ],
 )

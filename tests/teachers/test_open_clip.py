@@ -160,7 +160,7 @@ def test_no_special_token_is_left_and_the_letters_stay(text: str) -> None:
 
 
 def test_words_once_seen_are_not_kept_for_ever(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teachers.open_clip_text._REMEMBERED_WORDS", 100)
+    monkeypatch.setattr("teachers.open_clip_text._MAX_CACHED_WORDS", 100)
     teacher = _teacher(models["small"])
     first = teacher.encode_texts(["a dog"])
     for i in range(40):
@@ -250,9 +250,9 @@ def test_every_published_tag_is_taken_or_leads_to_a_model_that_takes_it() -> Non
     [
         ("ViT-L14", "openai", "model 'ViT-L14' is unknown to open_clip; did you mean ViT-L-14"),
         ("ViT-L-14", "dnf2b", "'dnf2b' is neither a tag of ViT-L-14 nor a checkpoint file; did you mean dfn2b"),
-        ("ViT-L-14", None, r"no weights without `pretrained`: give a checkpoint file or a tag \(openai"),
-        ("ViT-L/14", "./epoch_9.pt", r"checkpoint \./epoch_9\.pt is not there"),
-        ("local-dir:/absent/folder", None, "folder /absent/folder is not there"),
+        ("ViT-L-14", None, r"no weights without `pretrained`: set a checkpoint file or a tag \(openai"),
+        ("ViT-L/14", "./epoch_9.pt", r"checkpoint \./epoch_9\.pt does not exist"),
+        ("local-dir:/absent/folder", None, "folder /absent/folder does not exist"),
         ("local-dir:/tmp", "openai", "`pretrained` is not used with local-dir:"),
         ("hf-hub:apple/DFN2B-CLIP-ViT-L-14", "dfn2b", "`pretrained` is not used with hf-hub:"),
     ],
@@ -268,16 +268,16 @@ def test_names_that_cannot_be_are_refused_with_the_mend(
 def test_folders_that_are_not_whole_are_refused(models: dict[str, str], tmp_path: Path) -> None:
     source = catalog.local_folder(models["small"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"open_clip_config\.json is not there"):
+    with pytest.raises(FileNotFoundError, match=r"open_clip_config\.json does not exist"):
         catalog.check_model(f"local-dir:{tmp_path / 'empty'}", None)
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(source / "open_clip_config.json", bare)
-    with pytest.raises(FileNotFoundError, match=r"bare holds no weights: want open_clip_model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"bare has no weights: expected open_clip_model\.safetensors"):
         catalog.check_model(f"local-dir:{bare}", None)
     for name in ("a.pt", "b.pt"):
         (bare / name).touch()
-    with pytest.raises(ValueError, match=r"several checkpoints \(a\.pt, b\.pt\): name the one"):
+    with pytest.raises(ValueError, match=r"several checkpoints \(a\.pt, b\.pt\): rename the one"):
         catalog.check_model(f"local-dir:{bare}", None)
     (bare / "open_clip_config.json").write_text("{}")
     with pytest.raises(ValueError, match="has no `model_cfg`"):

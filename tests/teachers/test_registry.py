@@ -119,11 +119,11 @@ def test_a_class_with_one_side_has_one_side() -> None:
         ({"class": f"{HERE}:Neither"}, "neither `encode_images` nor `encode_texts`"),
         ({"class": f"{HERE}:Radiology"}, "missing a required argument: 'weights'.*signature is Radiology"),
         ({"class": f"{HERE}:TextsOnly", "options": {"size": 3}}, "unexpected keyword argument 'size'"),
-        ({"class": f"{HERE}:Radiology", "options": {"weights": {1, 2}}}, "not JSON serializable; want numbers, texts"),
+        ({"class": f"{HERE}:Radiology", "options": {"weights": {1, 2}}}, "not JSON serializable; use numbers, strings"),
         ({"class": f"{HERE}:TextsOnly", "precision": "bf16"}, "`precision` is not used with `class`"),
         ({"model": "ViT-L-14", "pretrained": "dfn2b"}, "use model ViT-L-14-quickgelu"),
-        ({"model": "local-dir:/absent"}, "folder /absent is not there"),
-        ({"family": "transformers", "model": "/absent/it"}, "folder /absent/it is not there"),
+        ({"model": "local-dir:/absent"}, "folder /absent does not exist"),
+        ({"family": "transformers", "model": "/absent/it"}, "folder /absent/it does not exist"),
         ({"family": "transformers", "model": "a/b", "pretrained": "x"}, "`pretrained` is not used with family"),
     ],
 )
@@ -135,8 +135,8 @@ def test_a_teacher_that_cannot_be_is_refused_before_loading(spec: dict[str, Any]
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (_own("NoDim", options={"weights": "w"}), "must state `dim`, the length of its embeddings, got None"),
-        (_own("NoImage"), "must state `image`, a teachers.protocols.ImageSpec, beside `encode_images`"),
+        (_own("NoDim", options={"weights": "w"}), "must set `dim`, the length of its embeddings, got None"),
+        (_own("NoImage"), "has `encode_images` and must set `image` to a teachers.protocols.ImageSpec"),
         (_own("WrongImage"), "`image` must be a teachers.protocols.ImageSpec, got 224"),
     ],
 )
@@ -152,7 +152,7 @@ def test_errors_of_a_users_own_code_name_the_teacher() -> None:
 
 
 def test_a_device_that_is_not_there_names_the_teacher() -> None:
-    with pytest.raises(ValueError, match="teacher mine: device 'cuda:64' is not there"):
+    with pytest.raises(ValueError, match="teacher mine: device 'cuda:64' is not available"):
         load_teacher("mine", _own("TextsOnly"), "cuda:64")
 
 
@@ -254,7 +254,7 @@ def test_a_users_captioner_is_built_and_told_how_many_captions() -> None:
         ({"class": f"{HERE}:Writer", "prompt": "What?"}, "prompt: not used with `class`"),
         (
             {"model": "coca_ViT-B-32", "pretrained": "laion2b_s13b_b90k", "prompt": "What?"},
-            "prompt: used by chat models of `family: transformers` alone",
+            "prompt: used only by chat models of `family: transformers`",
         ),
     ],
 )

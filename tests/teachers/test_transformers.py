@@ -156,7 +156,7 @@ def test_weights_that_are_missing_are_never_made_up(root: Path, tmp_path: Path) 
     state = load_file(tmp_path / "clip" / "model.safetensors")
     del state["text_projection.weight"]
     save_file(state, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"do not fill CLIPModel: text_projection\.weight"):
+    with pytest.raises(ValueError, match=r"do not fit CLIPModel: text_projection\.weight"):
         _load(tmp_path / "clip")
 
 
@@ -204,7 +204,7 @@ def test_both_dialects_of_image_processors_are_read(config: dict[str, Any], size
     [
         ({"size": {"shortest_edge": 32}}, "no fixed size"),
         ({"size": {"height": 32, "width": 32}, "do_resize": False}, "no fixed size"),
-        ({"size": {"height": 32, "width": 32}, "resample": 1}, "filter 1: want nearest, bilinear or bicubic"),
+        ({"size": {"height": 32, "width": 32}, "resample": 1}, "filter 1, not by nearest, bilinear or bicubic"),
         ({"size": {"height": 32, "width": 32}, "rescale_factor": 1 / 127.5}, "not scaled by 1/255"),
     ],
 )
@@ -220,9 +220,9 @@ def test_pixels_that_are_not_normalised_stay_between_0_and_1() -> None:
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "bert"])
 def test_the_config_alone_tells_what_loading_finds(root: Path, kind: str) -> None:
-    config, teacher = catalog.config_of(str(root / kind)), _load(root / kind)
-    assert catalog.dimension(config) == teacher.dim
-    assert catalog.sides(config) == (hasattr(teacher, "encode_images"), hasattr(teacher, "encode_texts"))
+    config, teacher = catalog.read_config(str(root / kind)), _load(root / kind)
+    assert catalog.embedding_dim(config) == teacher.dim
+    assert catalog.modalities(config) == (hasattr(teacher, "encode_images"), hasattr(teacher, "encode_texts"))
 
 
 def test_a_models_content_is_its_weights_and_settings(root: Path, tmp_path: Path) -> None:
@@ -236,12 +236,14 @@ def test_a_models_content_is_its_weights_and_settings(root: Path, tmp_path: Path
 
 
 def test_folders_that_are_not_whole_are_refused(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="folder /absent/model is not there"):
-        catalog.config_of("/absent/model")
-    with pytest.raises(FileNotFoundError, match=r"config\.json is not there: want a folder as save_pretrained"):
-        catalog.config_of(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="folder /absent/model does not exist"):
+        catalog.read_config("/absent/model")
+    with pytest.raises(
+        FileNotFoundError, match=r"config\.json does not exist: use a folder written by save_pretrained"
+    ):
+        catalog.read_config(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="names no `model_type`"):
-        catalog.config_of(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"holds no weights: want model\.safetensors"):
+    with pytest.raises(ValueError, match="has no `model_type`"):
+        catalog.read_config(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"has no weights: expected model\.safetensors"):
         catalog.content_files(tmp_path)

@@ -139,7 +139,7 @@ def test_the_most_probable_caption_is_that_of_transformers_own_pipeline(
 def test_an_image_goes_through_the_model_once_for_all_its_captions(captioner: Captioners, kind: str) -> None:
     made = captioner(kind, captions=4, max_length=9)
     names = ("vision_model", "vision_tower", "visual", "image_encoder", "encoder")
-    tower = next(module for name, module in made._family.model.named_modules() if name.split(".")[-1] in names)
+    tower = next(module for name, module in made._model.model.named_modules() if name.split(".")[-1] in names)
     passes: list[int] = []
     tower.register_forward_hook(lambda module, inputs, output: passes.append(1))
     captioned(made, 2)
@@ -158,7 +158,7 @@ def test_lengths_keep_their_bounds_and_no_special_token_is_among_the_words(
     assert all(shortest <= len(row) <= longest - 2 for row in words)
     assert len({len(row) for row in words}) > 1 or longest - 2 == shortest or longest == 2
     tokenizer = made._tokenizer
-    assert not {token for row in words for token in row} & {*tokenizer.all_special_ids, *made._family.ends}
+    assert not {token for row in words for token in row} & {*tokenizer.all_special_ids, *made._model.ends}
     assert all(token < len(tokenizer) for row in words for token in row)
     assert not any("<" in tokenizer.convert_ids_to_tokens(token)[:-1] for row in words for token in row)
 
@@ -171,7 +171,7 @@ def test_any_of_several_end_tokens_ends_a_caption(captioner: Captioners, folder:
         more = {**config, "eos_token_id": [2, *range(100, 250)], "do_sample": True, "temperature": 0.3}
         (folder("llava") / "generation_config.json").write_text(json.dumps(more))
         with_more = captioner("llava", captions=8, min_length=0, max_length=40, temperature=3.0)
-        assert with_more._family.ends[:2] == (2, 100)
+        assert with_more._model.ends[:2] == (2, 100)
         shorter = [len(text) for row in captioned(with_more) for text in row]
     finally:
         (folder("llava") / "generation_config.json").write_text(json.dumps(config))
@@ -184,7 +184,7 @@ def test_bf16_captions_are_repeatable_and_chat_models_hold_their_weights_in_it(
 ) -> None:
     made = captioner(kind, captions=2, precision="bf16")
     assert captioned(made, 2) == captioned(made, 2)
-    dtype = next(made._family.model.parameters()).dtype
+    dtype = next(made._model.model.parameters()).dtype
     assert dtype == (torch.bfloat16 if kind in tiny_captioners.CHAT else torch.float32)
 
 
@@ -192,9 +192,9 @@ def test_what_a_batch_holds_side_by_side_is_bounded_by_the_caches_bytes(
     captioner: Captioners, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Two layers of keys and values of 32 numbers for 44 tokens of prompt and 30 of caption.
-    monkeypatch.setattr(transformers_captioner, "_CACHE_BYTES", 10 * 2 * 2 * 16 * 4 * 100)
+    monkeypatch.setattr(transformers_captioner, "_MAX_CACHE_BYTES", 10 * 2 * 2 * 16 * 4 * 100)
     made = captioner("llava")
-    length = made._family._length  # type: ignore[attr-defined]
+    length = made._model._prompt_length  # type: ignore[attr-defined]
     assert made._rows == 10 * 100 // (length + 30)
 
 
@@ -209,7 +209,7 @@ def test_logits_that_are_not_those_of_generate_are_refused_at_loading(
         return rows
 
     monkeypatch.setattr(Git, "begin", counting_the_image)
-    with pytest.raises(ValueError, match=r"GitForCausalLM of transformers \S+ gives other logits .* at word 2\)"):
+    with pytest.raises(ValueError, match=r"GitForCausalLM of transformers \S+ gives other logits .* at token 2\)"):
         load(spec_of(folder("git"), "git"), Accelerator("cpu"))
 
 
@@ -219,7 +219,7 @@ def test_weights_that_give_nan_are_refused_at_loading(folder: Callable[[str], Pa
     state = load_file(tmp_path / "model.safetensors")
     state["output.bias"][7] = torch.nan
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="captioner mine: its logits are not finite: check the weights"):
+    with pytest.raises(ValueError, match="captioner mine: logits are not finite: check the weights"):
         load_captioner("mine", spec_of(tmp_path, "git"), "cpu")
 
 
@@ -252,7 +252,7 @@ def test_greedy_captions_are_those_of_the_smallest_nucleus(captioner: Captioners
 def test_a_prompt_is_framed_by_the_models_template_unless_it_holds_the_image_itself(captioner: Captioners) -> None:
     def asked(**options: Any) -> str:
         made: Any = captioner("llava", **options)
-        text: str = made._tokenizer.decode(made._family._prompt["input_ids"][0])
+        text: str = made._tokenizer.decode(made._model._prompt["input_ids"][0])
         return text.replace("<image>" * 16, "IMAGE").replace("<s>", "")
 
     assert asked() == "USER: IMAGE\nDescribe it. ASSISTANT:"
@@ -261,7 +261,7 @@ def test_a_prompt_is_framed_by_the_models_template_unless_it_holds_the_image_its
 
 def test_a_chat_model_without_a_template_must_be_given_the_whole_prompt(tmp_path: Path) -> None:
     name = tiny_captioners.llava(tmp_path / "llava", template=False)
-    with pytest.raises(ValueError, match="no chat template: write the whole `prompt`, with <image> where"):
+    with pytest.raises(ValueError, match="no chat template: write the whole `prompt`, with <image> in place"):
         load(spec_of(name, "llava"), Accelerator("cpu"))
     load(spec_of(name, "llava", prompt="<image> It shows"), Accelerator("cpu"))
 
@@ -270,7 +270,7 @@ def test_a_larger_image_is_more_tiles_or_tokens_where_the_model_can(captioner: C
     def tokens(kind: str, **options: Any) -> tuple[int, int]:
         made: Any = captioner(kind, captions=1, max_length=9, **options)
         assert captioned(made, 2)[0][0]
-        return made.image.height, made._family._length
+        return made.image.height, made._model._prompt_length
 
     for kind, side in (("idefics3", 64), ("qwen2_vl", 96), ("llava_next", 64)):
         usual = tokens(kind, **({"image_size": 48} if kind == "qwen2_vl" else {}))
@@ -282,8 +282,8 @@ def test_a_larger_image_is_more_tiles_or_tokens_where_the_model_can(captioner: C
 @pytest.mark.parametrize(
     ("kind", "side", "message"),
     [
-        ("llava", 64, "image_size 64 is not used: its images are of 32 x 32 pixels; remove it"),
-        ("qwen2_vl", 50, "image_size 50: want a multiple of 16"),
+        ("llava", 64, "image_size 64 is not used: the model's images are 32 x 32 pixels; remove it"),
+        ("qwen2_vl", 50, "image_size 50 must be a multiple of 16"),
     ],
 )
 def test_an_image_size_that_a_model_cannot_have_is_refused(
@@ -305,7 +305,11 @@ def test_images_are_squares_of_the_processors_own_size_or_of_a_common_one() -> N
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("llava", {"prompt": None}, r"type 'llava' must be asked: prompt: \"Describe the image in one sentence\.\""),
+        (
+            "llava",
+            {"prompt": None},
+            r"type 'llava' needs a prompt, such as prompt: \"Describe the image in one sentence\.\"",
+        ),
         ("blip", {"prompt": "a photo of"}, "`prompt` is not used by a model of type 'blip': remove it"),
         ("git", {"image_size": 64}, "`image_size` is not used by a model of type 'git'"),
         ("git", {"max_length": 65}, "max_length 65 exceeds the model's context of 64 tokens"),
@@ -323,13 +327,15 @@ def test_what_a_model_cannot_do_is_told_while_planning(
 
 def test_a_model_that_does_not_caption_is_told_while_planning(tmp_path: Path, folder: Callable[[str], Path]) -> None:
     name = tiny_models.transformers_siglip(tmp_path / "siglip")
-    with pytest.raises(ValueError, match=r"captioner mine: .* type 'siglip' is no captioner .* want blip, git"):
+    with pytest.raises(
+        ValueError, match=r"captioner mine: .* type 'siglip' is not a supported captioner: use blip, git"
+    ):
         describe_captioner("mine", spec_of(name, "siglip"))
     config = json.loads((folder("blip") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BlipForQuestionAnswering"]}))
     with pytest.raises(ValueError, match="BlipForQuestionAnswering does not write captions"):
         describe_captioner("mine", spec_of(tmp_path, "blip"))
-    with pytest.raises(FileNotFoundError, match="captioner mine: folder /absent/it is not there"):
+    with pytest.raises(FileNotFoundError, match="captioner mine: folder /absent/it does not exist"):
         describe_captioner("mine", spec_of("/absent/it", "blip"))
 
 
@@ -358,7 +364,7 @@ def test_the_identity_holds_the_files_the_prompt_and_the_sampling(folder: Callab
 
 def test_a_caption_cannot_be_longer_than_what_the_prompt_leaves(captioner: Captioners) -> None:
     made: Any = captioner("llava")
-    room = 256 - made._family._length
+    room = 256 - made._model._prompt_length
     captioner("llava", max_length=room)
     with pytest.raises(ValueError, match=f"max_length {room + 1} exceeds the {room} tokens that"):
         captioner("llava", max_length=room + 1)
@@ -370,7 +376,7 @@ def test_weights_that_do_not_fill_the_model_are_refused_by_name(folder: Callable
     state = load_file(tmp_path / "model.safetensors")
     name = next(name for name in state if "visual_projection" in name)
     save_file({key: value for key, value in state.items() if key != name}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=f"captioner mine: the weights of .* do not fill GitForCausalLM: {name}"):
+    with pytest.raises(ValueError, match=f"captioner mine: the weights of .* do not fit GitForCausalLM: {name}"):
         load_captioner("mine", spec_of(tmp_path, "git"), "cpu")
 
 
@@ -381,4 +387,4 @@ def test_seeds_of_the_wrong_shape_are_refused(captioner: Captioners) -> None:
 
 
 def test_every_supported_kind_is_tried_here() -> None:
-    assert set(KINDS) == {*catalog.CAPTIONERS, *catalog.CHAT}
+    assert set(KINDS) == {*catalog.IMAGE_TO_TEXT, *catalog.CHAT_MODELS}

@@ -103,7 +103,7 @@ def test_local_files_are_used_where_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("location", ["absent.bin", "file:///absent.bin", "memory://absent.bin"])
 def test_a_file_that_is_not_there_is_named(location: str) -> None:
     for function in (weights.fetch, weights.identity):
-        with pytest.raises(FileNotFoundError, match=r"absent\.bin is not there"):
+        with pytest.raises(FileNotFoundError, match=r"absent\.bin does not exist"):
             function(location)
 
 
@@ -202,7 +202,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(
     ("content", "message"),
     [
         ([torch.zeros(1)], "holds a list, not a state_dict"),
-        ({"model": {"a": torch.zeros(1)}, "step": 3}, "model, step are no tensors"),
+        ({"model": {"a": torch.zeros(1)}, "step": 3}, "model, step are not tensors"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: object, message: str) -> None:
@@ -215,5 +215,5 @@ def test_what_is_no_checkpoint_at_all_is_refused(tmp_path: Path) -> None:
     (tmp_path / "w.pt").write_bytes(b"<html>not found</html>")
     with pytest.raises(ValueError, match="cannot be read as plain tensors"):
         weights.as_safetensors(tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=r"want one of \.safetensors"):
+    with pytest.raises(ValueError, match=r"use one of \.safetensors"):
         weights.as_safetensors(tmp_path / "w.npz")
