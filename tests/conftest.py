@@ -19,7 +19,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves
 
 @pytest.fixture(scope="session")
 def s3_proxy() -> Iterator[Proxy]:
-    """What stands before an S3 that stays for the session: moto's server does not let go of its port when it stops."""
+    """A proxy in front of the session's S3 server. There is one, since moto does not release its port when it stops."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -36,7 +36,7 @@ def s3_server(s3_proxy: Proxy) -> str:
     return s3_proxy.url
 
 
-def _as_users_name_it(patch: pytest.MonkeyPatch, endpoint: str) -> None:
+def _set_s3_environment(patch: pytest.MonkeyPatch, endpoint: str) -> None:
     patch.setenv("AWS_ENDPOINT_URL", endpoint)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         patch.setenv(name, "k")
@@ -48,7 +48,7 @@ def ray_session(s3_server: str) -> Iterator[None]:
     import ray
 
     with pytest.MonkeyPatch.context() as patch:  # the workers' environment is that of the first ray.init
-        _as_users_name_it(patch, s3_server)
+        _set_s3_environment(patch, s3_server)
         ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
@@ -62,7 +62,7 @@ def s3(s3_server: str) -> Iterator[Any]:
     with urlopen(Request(f"{s3_server}/moto-api/reset", method="POST")):
         pass
     with pytest.MonkeyPatch.context() as patch:
-        _as_users_name_it(patch, s3_server)
+        _set_s3_environment(patch, s3_server)
         s3fs.S3FileSystem.clear_instance_cache()
         fs = s3fs.S3FileSystem(use_listings_cache=False)  # others change what is there
         fs.mkdir("bucket")

@@ -81,7 +81,7 @@ def test_a_change_reaches_the_layers_that_depend_on_it_and_no_others() -> None:
     assert changed == {"embeddings/blue/images", "embeddings/blue/caption", "embeddings/blue/namer"}
 
 
-def test_a_changed_fingerprint_is_told_with_both_and_the_mend(shards: Callable[..., str], tmp_path: Path) -> None:
+def test_a_changed_fingerprint_is_reported_with_both_values(shards: Callable[..., str], tmp_path: Path) -> None:
     source = shards(2)
     config = parse_config(config_of(source, tmp_path / "out"))
     plan = make_plan(config)
@@ -92,7 +92,7 @@ def test_a_changed_fingerprint_is_told_with_both_and_the_mend(shards: Callable[.
         assert part in str(caught.value)
 
 
-def test_the_same_shard_twice_is_told(shards: Callable[..., str], tmp_path: Path) -> None:
+def test_the_same_shard_twice_is_reported(shards: Callable[..., str], tmp_path: Path) -> None:
     shards(1)
     url = f"{tmp_path}/source/00000.tar"
     with pytest.raises(UserError, match="same shard name"):
@@ -104,7 +104,7 @@ def test_references_into_compressed_tars_are_refused() -> None:
         source_shards(parse_config(config_of("x/{0..1}.tar.gz", "out", images="reference")))
 
 
-def test_a_shard_given_up_in_a_layer_is_not_planned_there_nor_in_what_needs_it(
+def test_a_shard_quarantined_in_a_layer_is_not_planned_there_nor_in_layers_that_need_it(
     shards: Callable[..., str], tmp_path: Path
 ) -> None:
     config = parse_config(config_of(shards(2, 2), tmp_path / "out"))

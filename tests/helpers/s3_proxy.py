@@ -1,4 +1,4 @@
-"""A small HTTP proxy before an S3 that does harm to chosen requests, and counts them all."""
+"""An HTTP proxy in front of an S3 server that records all requests and injects faults into chosen ones."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Request:
     body: bytes
 
     @property
-    def lists(self) -> bool:
+    def is_list(self) -> bool:
         return self.method == "GET" and "list-type=2" in self.query
 
     @property
     def prefix(self) -> str:
-        """What is listed."""
+        """The prefix of a list request."""
         return parse_qs(self.query).get("prefix", [""])[0]
 
     @property
-    def reads(self) -> bool:
-        """Whether it asks for the bytes of an object."""
-        return self.method == "GET" and "/" in self.key.strip("/") and not self.lists
+    def is_read(self) -> bool:
+        """Whether it reads the bytes of an object."""
+        return self.method == "GET" and "/" in self.key.strip("/") and not self.is_list
 
 
 @dataclass(frozen=True)
@@ -43,31 +43,31 @@ class Response:
     body: bytes
 
 
-Harm = Callable[["Handler", Request], None]
+Fault = Callable[["Handler", Request], None]
 
 
-def refuse(status: int, code: str, message: str = "as the test wants it") -> Harm:
-    """An error of S3 instead of an answer."""
+def refuse(status: int, code: str, message: str = "injected by a test") -> Fault:
+    """Answer with an S3 error."""
 
-    def harm(handler: Handler, request: Request) -> None:
+    def fault(handler: Handler, request: Request) -> None:
         body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
         headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
         handler.send(Response(status, headers, body), whole=request.method != "HEAD")
 
-    return harm
+    return fault
 
 
 def cut(handler: Handler, request: Request) -> None:
-    """The connection is lost in the middle of the body."""
+    """Close the connection in the middle of the body."""
     answer = handler.forward(request)
     handler.send(Response(answer.status, answer.headers, answer.body[: len(answer.body) // 2]))
     handler.close_connection = True
 
 
-def slow(seconds: float, pieces: int = 4) -> Harm:
-    """The body comes in pieces, with a pause before each."""
+def slow(seconds: float, pieces: int = 4) -> Fault:
+    """Send the body in pieces, with a pause before each."""
 
-    def harm(handler: Handler, request: Request) -> None:
+    def fault(handler: Handler, request: Request) -> None:
         answer = handler.forward(request)
         handler.send(Response(answer.status, answer.headers, b""))
         size = max(1, -(-len(answer.body) // pieces))
@@ -76,32 +76,32 @@ def slow(seconds: float, pieces: int = 4) -> Harm:
             handler.wfile.write(answer.body[at : at + size])
             handler.wfile.flush()
 
-    return harm
+    return fault
 
 
 def hold(handler: Handler, request: Request) -> None:
-    """No answer, until the proxy is healed or closed."""
-    handler.proxy.healed.wait()
+    """Do not answer until the fault is removed or the proxy is closed."""
+    handler.proxy.released.wait()
     handler.close_connection = True
 
 
-def after(action: Callable[[], Any]) -> Harm:
-    """Something happens to the bucket just before the request comes through."""
+def run_first(action: Callable[[], Any]) -> Fault:
+    """Call ``action`` before the request is forwarded."""
 
-    def harm(handler: Handler, request: Request) -> None:
+    def fault(handler: Handler, request: Request) -> None:
         action()
         handler.send(handler.forward(request), whole=request.method != "HEAD")
 
-    return harm
+    return fault
 
 
 class Proxy:
-    """Listens on ``port`` of this machine, for what listens on ``upstream``."""
+    """Listens on ``port`` of this machine and forwards to the port ``upstream``."""
 
     def __init__(self, port: int, upstream: int) -> None:
         self.upstream = upstream
         self.requests: list[Request] = []
-        self.healed = threading.Event()
+        self.released = threading.Event()
         self._rules: list[_Rule] = []
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", port), type("Bound", (Handler,), {"proxy": self}))
@@ -109,47 +109,52 @@ class Proxy:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
-        self.healed.set()
+        self.released.set()
         self._server.shutdown()
         self._server.server_close()
 
     @contextmanager
-    def harm(self, harm: Harm, when: Callable[[Request], bool], times: int | None = None) -> Iterator[list[Request]]:
-        """Do ``harm`` to the requests that ``when`` picks, at most ``times``, while the block runs; gives them."""
-        rule = _Rule(harm, when, times)
-        self.healed.clear()
+    def inject(
+        self, fault: Fault, when: Callable[[Request], bool], times: int | None = None
+    ) -> Iterator[list[Request]]:
+        """Inject ``fault`` into the requests that ``when`` selects, at most ``times``, while the block runs.
+
+        Yields the list of affected requests, which grows.
+        """
+        rule = _Rule(fault, when, times)
+        self.released.clear()
         self._rules.append(rule)
         try:
-            yield rule.done
+            yield rule.affected
         finally:
             self._rules.remove(rule)
-            self.healed.set()
+            self.released.set()
 
     def handle(self, handler: Handler, request: Request) -> None:
         with self._lock:
             self.requests.append(replace(request, body=b""))
-            rule = next((r for r in self._rules if len(r.done) != r.times and r.when(request)), None)
+            rule = next((r for r in self._rules if len(r.affected) != r.times and r.when(request)), None)
             if rule is not None:
-                rule.done.append(request)
+                rule.affected.append(request)
         if rule is not None:
-            rule.harm(handler, request)
+            rule.fault(handler, request)
         else:
             handler.send(handler.forward(request), whole=request.method != "HEAD")
 
 
 @dataclass
 class _Rule:
-    harm: Harm
+    fault: Fault
     when: Callable[[Request], bool]
     times: int | None
-    done: list[Request] = field(default_factory=list)
+    affected: list[Request] = field(default_factory=list)
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Who asked was killed: nothing to tell."""
+        """Do not log an error if the client was killed."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -162,13 +167,13 @@ class Handler(BaseHTTPRequestHandler):
         request = Request(self.command, unquote(parts.path).lstrip("/"), parts.query, dict(self.headers.items()), body)
         try:
             self.proxy.handle(self, request)
-        except OSError:  # who asked is gone, or the S3 is
+        except OSError:  # the client or the S3 server is gone
             self.close_connection = True
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any
 
     def forward(self, request: Request) -> Response:
-        """What the S3 itself answers."""
+        """The answer of the S3 server."""
         connection = http.client.HTTPConnection("127.0.0.1", self.proxy.upstream, timeout=60)
         try:
             headers = {k: v for k, v in request.headers.items() if k.lower() not in ("connection", "expect")}

@@ -1,4 +1,4 @@
-"""What the tests of an object store's faults share: four small shards in it, and a look at what runs make of them."""
+"""Four small shards in S3, and what runs write there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def config(output: str, **changes: Any) -> dict[str, Any]:
 
 
 def layers(s3: s3fs.S3FileSystem, output: str) -> dict[str, bytes]:
-    """All objects of a dataset but the records of its runs."""
+    """All objects of a dataset except those in runs/."""
     root = f"bucket/{output}/"
     s3.invalidate_cache()
     names = [path.removeprefix(root) for path in s3.find(root)]
@@ -40,10 +40,10 @@ def events(s3: s3fs.S3FileSystem, output: str, kind: str) -> list[dict[str, Any]
 
 
 def reads_shard(request: Request, *shards: int) -> bool:
-    """Whether it is for the bytes of a source shard (of these)."""
-    return request.reads and request.key in {f"bucket/source/{shard}.tar" for shard in shards or range(SHARDS)}
+    """Whether it reads the bytes of one of these source shards, or of any."""
+    return request.is_read and request.key in {f"bucket/source/{shard}.tar" for shard in shards or range(SHARDS)}
 
 
-def puts_file(request: Request) -> bool:
-    """Whether it is for a layer's file."""
+def writes_layer(request: Request) -> bool:
+    """Whether it writes a layer's file."""
     return request.method == "PUT" and request.key.endswith(".parquet") and "/quarantine/" not in request.key

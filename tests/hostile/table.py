@@ -37,17 +37,17 @@ OTHERS = [
     (
         "an image that kills its process",
         "`shard_crashed`, in the same way",
-        f"{FAULTS}::test_what_passes_leaves_no_trace_and_a_shard_that_segfaults_each_time_is_quarantined",
+        f"{FAULTS}::test_single_failures_leave_no_trace_and_a_shard_that_always_segfaults_is_quarantined",
     ),
     (
         "a model that raises an exception for a shard",
         "retried, then `shard_failed`, only in the layers of that model",
-        f"{FAULTS}::test_a_model_that_always_raises_costs_its_own_layers_only",
+        f"{FAULTS}::test_a_model_that_always_raises_quarantines_its_own_layers_only",
     ),
     (
         "an embedding of NaN or infinity",
         "`not_finite`: the row is null in that layer",
-        "tests/integration/test_run.py::test_a_row_whose_embedding_is_not_finite_is_null_and_named",
+        "tests/integration/test_run.py::test_a_row_whose_embedding_is_not_finite_is_null_and_quarantined",
     ),
     (
         "an image without published reinforcements, and published reinforcements without an image",
@@ -95,12 +95,12 @@ OTHERS = [
         "tests/fuzz/test_fuzz.py::test_nothing_is_lost_and_nothing_hangs",
     ),
 ]
-ENDED = f"{FAULTS}::test_a_run_whose_driver_is_ended_goes_on_where_it_was"
-ONCE = f"{FAULTS}::test_what_passes_leaves_no_trace_and_a_shard_that_segfaults_each_time_is_quarantined"
+ENDED = f"{FAULTS}::test_a_run_whose_driver_was_killed_or_stopped_resumes"
+ONCE = f"{FAULTS}::test_single_failures_leave_no_trace_and_a_shard_that_always_segfaults_is_quarantined"
 SECOND = f"{FAULTS}::test_a_second_run_is_refused_and_a_killed_worker_costs_nothing"
 NODES = f"{CLUSTER}::test_the_pool_follows_the_cluster_and_a_lost_node_costs_no_shard"
 FULL = f"{SCARCITY}::test_a_full_disk_ends_a_run_with_one_error_and_nothing_half_written"
-MEMORY = f"{SCARCITY}::test_a_worker_that_the_memory_monitor_kills_costs_nothing"
+MEMORY = f"{SCARCITY}::test_a_worker_killed_by_the_memory_monitor_costs_no_shard"
 PROCESSES = [
     ("kill -9 of a worker", "its shards go to another worker", SECOND),
     ("kill -9 of the driver", "the same command resumes the run", ENDED),
@@ -115,7 +115,7 @@ PROCESSES = [
     (
         "a worker on which every shard fails",
         "replaced by another worker; costs no shard",
-        f"{FAULTS}::test_a_worker_at_which_everything_fails_is_replaced_and_costs_no_shard",
+        f"{FAULTS}::test_a_worker_at_which_every_lease_fails_is_replaced_and_no_shard_is_quarantined",
     ),
     ("a worker that Ray's memory monitor kills", "its shards run again, alone", MEMORY),
     ("a lost node with its workers", "counts against no shard", NODES),
@@ -124,10 +124,10 @@ PROCESSES = [
     (
         "clocks that differ by years, files from the past and the future",
         "no effect: only the monotonic clock is used",
-        f"{FAULTS}::test_no_clock_but_the_monotonic_one_decides_anything",
+        f"{FAULTS}::test_only_the_monotonic_clock_affects_a_run",
     ),
 ]
-PASSES = f"{S3}::test_faults_that_pass_leave_no_trace"
+PASSES = f"{S3}::test_transient_faults_leave_no_trace"
 LASTS = f"{S3}::test_shards_that_cannot_be_read_are_quarantined_and_their_neighbours_finish"
 STORAGE = [
     ("503 SlowDown or 500 for a while, for any request", "retried; the same files as without the fault", PASSES),
@@ -151,7 +151,7 @@ STORAGE = [
     (
         "an endpoint that does not answer",
         "one error, after three minutes",
-        f"{S3}::test_an_endpoint_that_is_silent_is_one_clear_error_and_soon",
+        f"{S3}::test_an_endpoint_that_does_not_answer_is_one_clear_error",
     ),
     (
         "kill -9 in the middle of a multipart upload",

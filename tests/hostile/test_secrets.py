@@ -88,7 +88,7 @@ def test_a_run_uses_secrets_but_neither_prints_nor_stores_them(
     assert summary.quarantined_shards == 2, "the broken shard, and the good shard at the teacher whose token is refused"
     printed = "".join(capfd.readouterr())
     assert f"500, message='Internal Server Error', url='http://{address}/broken.tar'" in printed
-    assert f"https://models.example/v1 does not let {REDACTED} in" in printed
+    assert f"https://models.example/v1 does not accept {REDACTED}" in printed
 
     files = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())

@@ -1,4 +1,4 @@
-"""Several captioners in one run, of both libraries, and what `clean` does on the way."""
+"""Captioners of both libraries in one run, with and without `clean`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.helpers.tiny_coca import coca_model
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def test_captions_of_two_libraries_are_layers_of_one_dataset(shards: Callable[..., str], tmp_path: Path) -> None:
+def test_captioners_of_two_libraries_write_layers_of_one_dataset(shards: Callable[..., str], tmp_path: Path) -> None:
     blip = {"family": "transformers", "model": tiny_captioners.blip(tmp_path / "blip"), "captions": 3, "max_length": 9}
     coca = {"model": coca_model(tmp_path / "coca"), "captions": 2, "max_length": 12, "clean": {"characters": 20}}
     config = config_of(shards(6, 3), tmp_path / "out", captioners={"blip": blip, "coca": coca})
@@ -37,7 +37,7 @@ def test_captions_of_two_libraries_are_layers_of_one_dataset(shards: Callable[..
     assert summary.status == 0
     assert summary.cleaned["coca"]["captions"] == 2 * 9
     assert summary.cleaned["coca"]["cut"] > 0
-    assert "blip" not in summary.cleaned, "no `clean`, nothing to count"
+    assert "blip" not in summary.cleaned, "counted only with `clean`"
 
     captioner = load_captioner("blip", CaptionerSpec.model_validate(blip), "cpu")
     rows = list(reinforce.open(str(tmp_path / "out")))
@@ -58,20 +58,20 @@ def _rgb(encoded: bytes) -> Image.Image:
     return decode(encoded, Limits())
 
 
-def test_dropped_captions_are_never_stored_and_are_counted_wherever_one_looks(
+def test_dropped_captions_are_not_stored_and_are_counted_in_summary_events_and_status(
     shards: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stammers = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": {"first_sentence": True}}
-    config = config_of(shards(20), tmp_path / "out", captioners={"stammerer": stammers})
+    captioner = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": {"first_sentence": True}}
+    config = config_of(shards(20), tmp_path / "out", captioners={"stammerer": captioner})
     summary = reinforce.run(config)
     keys = [f"{number:08d}" for number in range(20)]
     bad = [key for key in keys if seed_for(0, key, "captions/stammerer", 0) % 4 == 0]
     assert len(bad) == 5
     counts = {"captions": 60, "cut": 15, "repetitive": 15 + 3 * 5, "null_rows": 5}
     assert summary.cleaned == {"stammerer": counts}
-    assert summary.refused == {"no_text": 5 + 2 * 5}, "in the captions layer, and in both teachers' of it"
-    told = "captions by stammerer: 60 captions, 15 cut, 30 repetitive, 5 null rows"
-    assert told in summary.text("x")
+    assert summary.refused == {"no_text": 5 + 2 * 5}, "in the captions layer and in both layers of its embeddings"
+    line = "captions by stammerer: 60 captions, 15 cut, 30 repetitive, 5 null rows"
+    assert line in summary.text("x")
 
     for sample in reinforce.open(str(tmp_path / "out")):
         vectors = sample.texts["red"]["stammerer"]
@@ -87,7 +87,7 @@ def test_dropped_captions_are_never_stored_and_are_counted_wherever_one_looks(
     assert event["cleaned"] == {"stammerer": counts}
     with pytest.raises(SystemExit):
         main(["status", str(tmp_path / "out")])
-    assert told in capsys.readouterr().out
+    assert line in capsys.readouterr().out
 
 
 def _events(output: Path) -> list[dict[str, Any]]:

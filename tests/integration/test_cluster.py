@@ -1,4 +1,4 @@
-"""A cluster of several nodes: the pool grows when one joins, and one that is lost counts against nobody."""
+"""A cluster of several nodes: the pool grows when a node joins, and a lost node counts against no shard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.data import config_of, tree
 
 ROOT = Path(__file__).parents[2]
 
-#: Ray's nodes in one process of their own, so that the session's Ray is not touched.
+#: Runs a cluster and a run in a process of its own, separate from the session's Ray.
 SCRIPT = """
 import json, subprocess, sys, time
 from pathlib import Path
@@ -32,7 +32,7 @@ def wait(condition, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
         assert run.poll() is None, f"the run ended too soon: {run.returncode}"
-        assert time.monotonic() < deadline, "the run does not get on"
+        assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.1)
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})

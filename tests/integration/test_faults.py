@@ -1,4 +1,4 @@
-"""Faults that are done for real; the end state is compared byte for byte with an undisturbed run."""
+"""Real faults (killed processes, segfaults, wrong clocks). The files must equal an undisturbed run byte for byte."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from reinforce.source.urls import shard_name
 from tests.helpers.data import config_of, members_of, tree, write_tar
 
 ROOT = Path(__file__).parents[2]
-LAST = "embeddings/red/caption"  # the layer that a shard's files end with
+LAST = "embeddings/red/caption"  # the layer that is committed last
 SHARDS = 8
 
 
@@ -34,7 +34,7 @@ def simple_config(source: str, output: Path, **changes: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def slow_run(config: dict[str, Any], folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run with a Ray of its own whose shards take half a second each."""
+    """A run in a process and a Ray of its own, whose shards take half a second each."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"TESTS_DELAY": "0.15"}
@@ -52,7 +52,7 @@ def slow_run(config: dict[str, Any], folder: Path) -> Iterator[subprocess.Popen[
 def wait_for(condition: Callable[[], Any], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "the run does not get on"
+        assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.05)
 
 
@@ -81,7 +81,7 @@ def undisturbed(ray_session: None, source: str, tmp_path_factory: pytest.TempPat
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_run_whose_driver_is_ended_goes_on_where_it_was(
+def test_a_run_whose_driver_was_killed_or_stopped_resumes(
     source: str, undisturbed: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
     out = tmp_path / "out"
@@ -95,12 +95,12 @@ def test_a_run_whose_driver_is_ended_goes_on_where_it_was(
         assert "Traceback" not in output
     there, whole = tree(out), tree(undisturbed)
     assert 2 <= finished(out) < SHARDS
-    assert there.items() <= whole.items(), "what is there is what it shall be"
-    time.sleep(1.0 if sent == signal.SIGKILL else 0.0)  # workers notice that their driver is gone
+    assert there.items() <= whole.items(), "every committed file is correct"
+    time.sleep(1.0 if sent == signal.SIGKILL else 0.0)  # until the workers notice that their driver is gone
 
     assert reinforce.run(simple_config(source, out)).status == 0
     assert tree(out) == whole
-    assert not list((out / ".tmp").glob("reinforce-*")), "nothing half written is left"
+    assert not list((out / ".tmp").glob("reinforce-*")), "no temporary file is left"
 
 
 def test_a_second_run_is_refused_and_a_killed_worker_costs_nothing(
@@ -119,14 +119,14 @@ def test_a_second_run_is_refused_and_a_killed_worker_costs_nothing(
     assert tree(out) == tree(undisturbed)
 
 
-def test_no_clock_but_the_monotonic_one_decides_anything(
+def test_only_the_monotonic_clock_affects_a_run(
     source: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver's hour jumps by years at each look, and files are from long ago and from times to come."""
+    """The driver's wall clock jumps by years at each call, and files have dates in the past and in the future."""
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
-    gone = sorted(out.rglob("*.parquet"))[::5]
-    for path in gone:
+    removed = sorted(out.rglob("*.parquet"))[::5]
+    for path in removed:
         path.unlink()
     for number, path in enumerate(sorted(path for path in out.rglob("*") if path.is_file())):
         os.utime(path, (number % 2 * 2**32, number % 2 * 2**32))
@@ -139,30 +139,30 @@ def test_no_clock_but_the_monotonic_one_decides_anything(
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_what_passes_leaves_no_trace_and_a_shard_that_segfaults_each_time_is_quarantined(
+def test_single_failures_leave_no_trace_and_a_shard_that_always_segfaults_is_quarantined(
     shards: Callable[..., str], tmp_path: Path
 ) -> None:
     source, out = shards(*[10] * 5), tmp_path / "out"
-    well = tmp_path / "well"
-    ills: dict[str, dict[str, Any]] = {
+    repaired = tmp_path / "repaired"
+    failing: dict[str, dict[str, Any]] = {
         "raises": {"trigger": "thing 3 of shard 0", "failure": "raise", "once": str(tmp_path / "raised")},
         "dies": {"trigger": "thing 3 of shard 1", "failure": "kill", "once": str(tmp_path / "died")},
-        "faults": {"trigger": "thing 7 of shard 2", "failure": "segfault", "until": str(well)},
+        "faults": {"trigger": "thing 7 of shard 2", "failure": "segfault", "until": str(repaired)},
     }
     teachers = {
-        name: {"class": "tests.helpers.models:FailingTeacher", "options": options} for name, options in ills.items()
+        name: {"class": "tests.helpers.models:FailingTeacher", "options": options} for name, options in failing.items()
     }
     config = config_of(source, out, captioners={}, teachers=teachers)
     summary = reinforce.run(config)
     assert (summary.status, summary.quarantined_shards, summary.shards, summary.samples) == (0, 1, 5, 40)
     assert (tmp_path / "raised").exists()
     assert (tmp_path / "died").exists()
-    assert len(events(out, "shard_raised")) <= 1, "none is told where its worker dies of another shard at that moment"
-    assert len(events(out, "worker_died")) >= 1 + 2, "one that died once, one that died alone again and again"
+    assert len(events(out, "shard_raised")) <= 1, "none if its worker dies of another shard at that moment"
+    assert len(events(out, "worker_died")) >= 1 + 2, "one that died once, one that died alone twice"
     bad = shard_name(f"{tmp_path}/source/00002.tar")
-    [given_up] = events(out, "shard_quarantined")
-    assert (given_up["shard"], given_up["layer"], given_up["reason"]) == (bad, "samples", "shard_crashed")
-    well.touch()
+    [event] = events(out, "shard_quarantined")
+    assert (event["shard"], event["layer"], event["reason"]) == (bad, "samples", "shard_crashed")
+    repaired.touch()
     assert reinforce.run({**config, "output": str(tmp_path / "whole")}).status == 0
     there, whole = tree(out), tree(tmp_path / "whole")
     assert there.keys() - whole.keys() == {f"quarantine/samples/{bad}.parquet"}
@@ -173,7 +173,7 @@ def test_what_passes_leaves_no_trace_and_a_shard_that_segfaults_each_time_is_qua
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_model_that_always_raises_costs_its_own_layers_only(shards: Callable[..., str], tmp_path: Path) -> None:
+def test_a_model_that_always_raises_quarantines_its_own_layers_only(shards: Callable[..., str], tmp_path: Path) -> None:
     source = shards(*[10] * 3)
     config = config_of(source, tmp_path / "out", captioners={})
     config["failures"] = {"attempts": 2, "allowed_share": 1.0}
@@ -192,7 +192,7 @@ def test_a_model_that_always_raises_costs_its_own_layers_only(shards: Callable[.
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_worker_at_which_everything_fails_is_replaced_and_costs_no_shard(
+def test_a_worker_at_which_every_lease_fails_is_replaced_and_no_shard_is_quarantined(
     shards: Callable[..., str], tmp_path: Path
 ) -> None:
     config = config_of(shards(*[10] * 8), tmp_path / "out", captioners={})

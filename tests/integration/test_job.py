@@ -1,4 +1,4 @@
-"""`ray job submit` against a head started as docs/clusters.md shows: followed to its end, then submitted again."""
+"""`ray job submit` to a head node that is started as in docs/clusters.md: run to its end, then submitted again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture
 def head() -> Iterator[dict[str, str]]:
-    """The environment of one who submits to a head of its own."""
+    """Environment variables for `ray job submit` to a new head node."""
     dashboard = free_port()
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "AWS_ENDPOINT_URL")}
     environment |= {
@@ -34,7 +34,7 @@ def head() -> Iterator[dict[str, str]]:
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
     command += [f"--port={free_port()}", f"--dashboard-port={dashboard}"]
     command += ["--min-worker-port=30000", "--max-worker-port=30999"]
-    command += [f"--dashboard-agent-listen-port={free_port()}"]  # the session's own Ray has the default
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # the default is taken by the session's Ray
     process = subprocess.Popen(
         command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -56,7 +56,7 @@ def _answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_submitted_job_runs_to_its_end_and_submitted_again_does_nothing(
+def test_a_submitted_job_finishes_and_submitting_it_again_does_nothing(
     head: dict[str, str], shards: Callable[..., str], tmp_path: Path
 ) -> None:
     work = tmp_path / "checkout"
@@ -77,7 +77,7 @@ def test_a_submitted_job_runs_to_its_end_and_submitted_again_does_nothing(
     first = submit()
     assert first.returncode == 0, first.stdout + first.stderr
     assert "9 samples" in first.stdout
-    assert "\x1b[2K" not in first.stdout, "a job's log has plain lines"
+    assert "\x1b[2K" not in first.stdout, "the log of a job has no control sequences"
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")}
     assert len(stamps) == 2 * 8
     again = submit()

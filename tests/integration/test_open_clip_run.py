@@ -37,7 +37,7 @@ def config(shards: Callable[..., str], tmp_path: Path) -> dict[str, Any]:
     return {**made, "augmentations": {"count": 2, "size": 32}}
 
 
-def test_stored_embeddings_are_open_clips_own_for_the_replayed_image_and_the_captions(
+def test_stored_embeddings_equal_open_clips_for_the_replayed_image_and_the_captions(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
     assert reinforce.run(config).status == 0

@@ -1,4 +1,4 @@
-"""Whole runs on a local Ray: what is written, and that nothing is computed twice."""
+"""Whole runs on a local Ray: the files they write, and that nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_layer_has_the_rows_of_samples_in_their_order(shards: Callable[...
             assert file.num_row_groups == pq.ParquetFile(samples).num_row_groups
 
 
-def test_embeddings_are_the_teachers_for_the_replayed_augmentation(shards: Callable[..., str], tmp_path: Path) -> None:
+def test_embeddings_equal_the_teachers_for_replayed_augmentations(shards: Callable[..., str], tmp_path: Path) -> None:
     reinforce.run(config_of(shards(20), tmp_path / "out"))
     teacher = ColorTeacher(torch.device("cpu"), size=16, dim=8)
     limits = parse_config(config_of("x", "y")).input.limits
@@ -139,7 +139,7 @@ def test_teachers_with_one_side_have_that_sides_layers_only(shards: Callable[...
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("float32", 1e-7), ("int8", 8e-3)])
-def test_embeddings_are_stored_as_the_config_says(
+def test_embeddings_are_stored_in_the_configured_dtype(
     shards: Callable[..., str], tmp_path: Path, dtype: str, tolerance: float
 ) -> None:
     config = config_of(shards(6), tmp_path / "out")
@@ -196,7 +196,7 @@ def test_odd_shards_give_the_right_rows_and_the_right_quarantine(tmp_path: Path)
     assert quarantine("embeddings/red/caption", "5-no-caption") == [("a", "no_text")]
     assert all(quarantine("samples", name) == [] for name in ("0-many", "1-one", "2-empty", "5-no-caption"))
     again = reinforce.run(config_of(urls, tmp_path / "out"))  # type: ignore[arg-type]
-    assert again.run is None, "what is in quarantine is not tried again unasked"
+    assert again.run is None, "quarantined shards are not retried by default"
 
 
 def test_quarantined_shards_are_tried_again_when_asked(tmp_path: Path) -> None:
@@ -211,7 +211,9 @@ def test_quarantined_shards_are_tried_again_when_asked(tmp_path: Path) -> None:
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
-def test_a_row_whose_embedding_is_not_finite_is_null_and_named(shards: Callable[..., str], tmp_path: Path) -> None:
+def test_a_row_whose_embedding_is_not_finite_is_null_and_quarantined(
+    shards: Callable[..., str], tmp_path: Path
+) -> None:
     config = config_of(shards(12), tmp_path / "out", captioners={})
     config["teachers"] = {
         "ill": {"class": "tests.helpers.models:FailingTeacher", "options": {"trigger": "thing 7 ", "failure": "nan"}},
@@ -224,20 +226,20 @@ def test_a_row_whose_embedding_is_not_finite_is_null_and_named(shards: Callable[
     assert np.isfinite(rows["00000006"].texts["ill"]["caption"]).all()
 
 
-def test_an_image_without_captions_is_null_and_named_and_its_neighbours_have_theirs(
+def test_an_image_without_captions_is_null_and_quarantined_and_its_neighbours_are_not(
     shards: Callable[..., str], tmp_path: Path
 ) -> None:
     captioner = {"class": "tests.helpers.models:NanCaptioner", "captions": 2}
     config = config_of(shards(12), tmp_path / "out", captioners={"ill": captioner})
     assert reinforce.run(config).status == 0
     samples = {s.key: s.captions["ill"] for s in reinforce.open(str(tmp_path / "out"))}
-    silent = [key for key in samples if seed_for(0, key, "captions/ill") % 4 == 1]
-    assert 0 < len(silent) < 12
-    assert sorted(key for key, texts in samples.items() if texts is None) == sorted(silent)
+    without = [key for key in samples if seed_for(0, key, "captions/ill") % 4 == 1]
+    assert 0 < len(without) < 12
+    assert sorted(key for key, texts in samples.items() if texts is None) == sorted(without)
     assert all(len(texts) == 2 for texts in samples.values() if texts)
     [quarantined] = (tmp_path / "out" / "quarantine" / "captions" / "ill").glob("*.parquet")
     table = pq.read_table(quarantined)
-    assert set(table["key"].to_pylist()) == set(silent)
+    assert set(table["key"].to_pylist()) == set(without)
     assert set(table["reason"].to_pylist()) == {"not_finite"}
 
 

@@ -1,4 +1,4 @@
-"""Faults of an object store: what passes leaves no trace, what lasts is one clear error or a shard in quarantine."""
+"""Faults of an object store: transient ones leave no trace, lasting ones are one clear error or quarantined shards."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from reinforce.dataset.store import Store
 from reinforce.engine.summary import RunSummary
 from reinforce.source import urls
 from tests.helpers.data import members_of
-from tests.helpers.s3_proxy import Harm, Proxy, Request, after, cut, hold, refuse, slow
-from tests.helpers.s3_runs import SHARDS, config, events, layers, put_source, puts_file, reads_shard
+from tests.helpers.s3_proxy import Fault, Proxy, Request, cut, hold, refuse, run_first, slow
+from tests.helpers.s3_runs import SHARDS, config, events, layers, put_source, reads_shard, writes_layer
 from tests.helpers.tars import tar_bytes
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 @pytest.fixture(scope="module")
 def first_run(s3: s3fs.S3FileSystem, s3_proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -> list[Request]:
-    """What a run asks of an S3 that is well."""
+    """The requests of an undisturbed run."""
     put_source(s3, tmp_path_factory.mktemp("source"))
     s3_proxy.requests.clear()
     assert reinforce.run(config("undisturbed")).status == 0
@@ -45,37 +45,37 @@ def test_each_layer_is_listed_once_in_a_run(
     s3_proxy: Proxy, first_run: list[Request], undisturbed: dict[str, bytes]
 ) -> None:
     folders = {name.rpartition("/")[0] for name in undisturbed} - {""}
-    listed = Counter(request.prefix for request in first_run if request.lists)
+    listed = Counter(request.prefix for request in first_run if request.is_list)
     assert {name: listed[f"undisturbed/{name}/"] for name in folders} == dict.fromkeys(folders, 1)
 
     s3_proxy.requests.clear()
     assert reinforce.run(config("undisturbed")).run is None
-    listed = Counter(request.prefix for request in s3_proxy.requests if request.lists)
+    listed = Counter(request.prefix for request in s3_proxy.requests if request.is_list)
     layer = {f"undisturbed/{name}/": 1 for name in folders}
     quarantine = {f"undisturbed/quarantine/{name}/": 1 for name in folders}
     above = Counter(name.removesuffix("/").rpartition("/")[0] + "/" for name in quarantine)
-    assert listed == {**layer, **quarantine, **above}, "s3fs lists the folder above, where one is not there"
+    assert listed == {**layer, **quarantine, **above}, "s3fs lists the parent of a folder that does not exist"
 
 
-def test_faults_that_pass_leave_no_trace(s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]) -> None:
-    """All of them in one run."""
+def test_transient_faults_leave_no_trace(s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]) -> None:
+    """Several kinds of faults in one run."""
     real = s3.cat_file("bucket/source/1.tar")
     other = tar_bytes(members_of(9, 8))
     s3.pipe_file("bucket/source/1.tar", other)
-    faults: list[tuple[Harm, Callable[[Request], bool], int]] = [
-        # A shard becomes another between the question for its length and that for its bytes.
-        (after(lambda: s3.pipe_file("bucket/source/1.tar", real)), lambda r: reads_shard(r, 1), 1),
+    faults: list[tuple[Fault, Callable[[Request], bool], int]] = [
+        # The object changes between the requests for its length and for its bytes.
+        (run_first(lambda: s3.pipe_file("bucket/source/1.tar", real)), lambda r: reads_shard(r, 1), 1),
         (refuse(503, "SlowDown", "Please reduce your request rate."), lambda r: reads_shard(r, 0), 3),
         (cut, reads_shard, 2),
         (slow(0.1), reads_shard, 2),
         # Two shards are in flight, and each of their files is put four times in one attempt.
-        (refuse(500, "InternalError"), puts_file, 2 * urls._BOTOCORE_ATTEMPTS),
+        (refuse(500, "InternalError"), writes_layer, 2 * urls._BOTOCORE_ATTEMPTS),
         (refuse(503, "SlowDown"), lambda r: r.key.startswith("bucket/passing"), 3),
     ]
     with contextlib.ExitStack() as stack:
-        done = [stack.enter_context(s3_proxy.harm(*fault)) for fault in faults]
+        done = [stack.enter_context(s3_proxy.inject(*fault)) for fault in faults]
         summary = reinforce.run(config("passing"))
-    assert [len(harmed) for harmed in done] == [times for _, _, times in faults], "each fault did happen"
+    assert [len(affected) for affected in done] == [times for _, _, times in faults], "each fault was injected"
     assert (summary.status, summary.quarantined_shards, summary.refused) == (0, 0, {})
     raised = "".join(event["error"] for event in events(s3, "passing", "shard_raised"))
     assert "FileExpired" in raised
@@ -95,8 +95,8 @@ def test_two_runs_at_once_put_equal_objects(
         run.join(90)
     assert [summary.status for summary in done] == [0, 0]
     assert layers(s3, "twice") == undisturbed
-    puts = Counter(request.key for request in s3_proxy.requests if puts_file(request))
-    assert max(puts.values()) == 2, "both were at the same shards"
+    puts = Counter(request.key for request in s3_proxy.requests if writes_layer(request))
+    assert max(puts.values()) == 2, "both wrote the same shards"
 
 
 def test_shards_that_cannot_be_read_are_quarantined_and_their_neighbours_finish(
@@ -105,10 +105,10 @@ def test_shards_that_cannot_be_read_are_quarantined_and_their_neighbours_finish(
     gone = s3.cat_file("bucket/source/0.tar")
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: s3.pipe_file("bucket/source/0.tar", gone))
-        vanish = after(lambda: s3.rm_file("bucket/source/0.tar"))
-        stack.enter_context(s3_proxy.harm(vanish, lambda r: reads_shard(r, 0), 1))
-        never = stack.enter_context(s3_proxy.harm(refuse(503, "SlowDown"), lambda r: r.key == "bucket/source/1.tar"))
-        stack.enter_context(s3_proxy.harm(refuse(403, "AccessDenied"), lambda r: reads_shard(r, 2)))
+        vanish = run_first(lambda: s3.rm_file("bucket/source/0.tar"))
+        stack.enter_context(s3_proxy.inject(vanish, lambda r: reads_shard(r, 0), 1))
+        never = stack.enter_context(s3_proxy.inject(refuse(503, "SlowDown"), lambda r: r.key == "bucket/source/1.tar"))
+        stack.enter_context(s3_proxy.inject(refuse(403, "AccessDenied"), lambda r: reads_shard(r, 2)))
         summary = reinforce.run(config("lasting", failures={"attempts": 1, "allowed_share": 1.0}))
     assert (summary.status, summary.quarantined_shards, summary.samples) == (0, 3, 8)
     assert len(never) == urls._BOTOCORE_ATTEMPTS
@@ -119,7 +119,7 @@ def test_shards_that_cannot_be_read_are_quarantined_and_their_neighbours_finish(
     }
     assert found == {"0": [("shard_missing", None)], "1": [("shard_failed", None)], "2": [("shard_unreadable", None)]}
     assert [name.partition("-")[0] for name in store.shards("embeddings/red/caption")] == ["3"]
-    # The storage is well again.
+    # The storage works again.
     assert reinforce.run(config("lasting"), retry_quarantined=True).status == 0
     assert layers(s3, "lasting") == undisturbed
 
@@ -129,7 +129,7 @@ def test_an_output_that_refuses_files_is_one_clear_error(
 ) -> None:
     refused = refuse(403, "AccessDenied", "not for you")
     with (
-        s3_proxy.harm(refused, lambda r: r.method == "PUT" and r.key.endswith(".parquet")) as tried,
+        s3_proxy.inject(refused, lambda r: r.method == "PUT" and r.key.endswith(".parquet")) as tried,
         pytest.raises(reinforce.UserError) as raised,
     ):
         reinforce.run(config("refused", failures={"attempts": 2}))
@@ -137,17 +137,17 @@ def test_an_output_that_refuses_files_is_one_clear_error(
     assert "cannot be written: PermissionError: not for you; check the storage" in message
     assert message.endswith("What is finished is kept: run again to go on.")
     assert 3 <= len(tried) <= 2 * SHARDS + 1
-    assert events(s3, "refused", "worker_replaced") == [], "it is not the worker's fault"
+    assert events(s3, "refused", "worker_replaced") == [], "a storage error is not the worker's fault"
     assert [name for name in layers(s3, "refused") if name != "dataset.json"] == []
     assert message.startswith(events(s3, "refused", "end")[0]["message"])
 
 
 def test_wrong_credentials_are_one_clear_error(s3: s3fs.S3FileSystem, s3_server: str) -> None:
-    def ask_who_it_is(after: str) -> None:
+    def check_credentials_after(requests: str) -> None:
         url, headers = f"{s3_server}/moto-api/reset-auth", {"Content-Type": "text/plain"}
-        urlopen(HttpRequest(url, after.encode(), headers, method="POST")).close()
+        urlopen(HttpRequest(url, requests.encode(), headers, method="POST")).close()
 
-    ask_who_it_is("0")
+    check_credentials_after("0")
     began = time.monotonic()
     try:
         with pytest.raises(
@@ -155,18 +155,18 @@ def test_wrong_credentials_are_one_clear_error(s3: s3fs.S3FileSystem, s3_server:
         ):
             reinforce.run(config("x"))
     finally:
-        ask_who_it_is("inf")
-    assert time.monotonic() - began < 10, "it was not asked again and again"
+        check_credentials_after("inf")
+    assert time.monotonic() - began < 10, "credentials are not retried"
 
 
-def test_an_endpoint_that_is_silent_is_one_clear_error_and_soon(
+def test_an_endpoint_that_does_not_answer_is_one_clear_error(
     s3: s3fs.S3FileSystem, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(urls, "_BOTOCORE_ATTEMPTS", 2)
     fs, _ = urls.filesystem("s3://bucket/x")
     fs.read_timeout = 0.2
     with (
-        s3_proxy.harm(hold, lambda r: True) as asked,
+        s3_proxy.inject(hold, lambda r: True) as asked,
         pytest.raises(reinforce.UserError, match=r"cannot be written: ReadTimeoutError.*the address and the cred"),
     ):
         reinforce.run(config("x"))

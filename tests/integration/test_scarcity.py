@@ -1,4 +1,4 @@
-"""What runs out, for real: a disk while files are written, and the memory of a machine."""
+"""Resources that run out: a disk while files are written, and the memory of a machine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import reinforce
 from tests.helpers.data import config_of, tree
 
 ROOT = Path(__file__).parents[2]
-ROOM = 300_000  # bytes, in which the first of the shards fit
+DISK_BYTES = 300_000  # room for the first few shards
 
-#: A Ray of its own, whose memory monitor minds two gigabytes more than there are in use now.
+#: A run on a Ray of its own, whose memory monitor allows 2.5 GiB more than are in use now.
 SCRIPT = """
 import json, sys
 import ray, yaml
@@ -35,13 +35,13 @@ print(json.dumps([summary.status, summary.quarantined_shards]))
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """A folder on a full disk of its own and how to make room on it.
+    """A folder on a small disk, and a function that makes room on it.
 
-    Where nobody may mount one, the worker may not write large files instead.
+    Without the permission to mount one, the size of the files that the worker can write is limited instead.
     """
     disk, limit = tmp_path / "disk", tmp_path / "limit"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
     try:
         mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
@@ -69,7 +69,7 @@ def test_a_full_disk_ends_a_run_with_one_error_and_nothing_half_written(
     with pytest.raises(reinforce.UserError, match=r"cannot be written: .*make room in") as raised:
         reinforce.run(config)
     assert "\n" not in str(raised.value)
-    assert not list(out.glob("quarantine/**/*.parquet")), "it is no shard's fault"
+    assert not list(out.glob("quarantine/**/*.parquet")), "a full disk is not a fault of a shard"
     there = {name: data for name, data in tree(out).items() if name.endswith(".parquet")}
     assert 3 <= len(there) < 15
 
@@ -78,10 +78,10 @@ def test_a_full_disk_ends_a_run_with_one_error_and_nothing_half_written(
     assert not list((out / ".tmp").glob("reinforce-*"))
     assert reinforce.run({**config, "output": str(tmp_path / "whole")}).status == 0
     assert tree(out) == tree(tmp_path / "whole")
-    assert there.items() <= tree(out).items(), "what was there on the full disk was whole"
+    assert there.items() <= tree(out).items(), "the files on the full disk were complete"
 
 
-def test_a_worker_that_the_memory_monitor_kills_costs_nothing(
+def test_a_worker_killed_by_the_memory_monitor_costs_no_shard(
     ray_session: None, shards: Callable[..., str], tmp_path: Path
 ) -> None:
     options = {"trigger": "thing 3 of shard 1", "failure": "memory", "once": str(tmp_path / "taken")}

@@ -1,8 +1,8 @@
-"""``python -m tests.soak --seconds 600``: runs that are harmed every few seconds and must end complete (``make soak``).
+"""Soak test: random faults every few seconds, for ``python -m tests.soak --seconds 600`` seconds (``make soak``).
 
-Rounds of one config, by turns into S3 and onto a disk, on a cluster of three nodes. Until the time is up, workers are
-killed or stopped for a while, drivers killed or asked to stop and started again, nodes lost and added, and the S3 does
-what it does on bad days. Each round must end with every shard finished and the bytes of an undisturbed run.
+Rounds of one config, alternating between S3 and a disk, on a cluster of three nodes. Until the time is up, workers are
+killed or paused, drivers are killed or stopped and started again, nodes are lost and added, and the S3 server fails.
+Each round must end with every shard finished and with the files of an undisturbed run, byte for byte.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ import yaml
 
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.s3_proxy import Proxy, cut, refuse, slow
-from tests.helpers.s3_runs import layers, puts_file
+from tests.helpers.s3_runs import layers, writes_layer
 
 ROOT = Path(__file__).parents[2]
 NODES = 3
-CALM = (130, 0, 1, -signal.SIGKILL)  # how a driver may end: stopped, finished, told of a storage, killed
-ASKED = (signal.SIGTERM, signal.SIGINT)
-TOLD = " samples in "  # of a driver's last line
+EXPECTED_STATUSES = (130, 0, 1, -signal.SIGKILL)  # of a driver: stopped, finished, storage error, killed
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SUMMARY = " samples in "  # in a driver's last line
 
 
 class Soak:
     def __init__(self, seed: int, seconds: float, shards: int, folder: Path) -> None:
         self.random, self.seconds, self.folder = random.Random(seed), seconds, folder
-        self.chance = random.Random(seed)  # of the proxy's threads, so that the order of harms is the seed's
-        self.shards, self.harms = shards, Counter[str]()
+        self.proxy_random = random.Random(seed)  # for the proxy's threads: the order of faults depends on the seed only
+        self.shards, self.faults = shards, Counter[str]()
         self.starts = self.rounds = 0
         self.nodes: list[Any] = []
         self.driver: subprocess.Popen[bytes] | None = None
@@ -48,13 +48,13 @@ class Soak:
     def run(self) -> None:
         from moto.server import ThreadedMotoServer
 
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # who asked for what
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         server.start()
         self.proxy = Proxy(0, server.get_host_and_port()[1])
         os.environ |= {"AWS_ENDPOINT_URL": self.proxy.url, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "k"}
         os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-        # On a busy machine workers have to get something done, and nodes time to start.
+        # On a busy machine workers need CPU time, and nodes time to start.
         os.environ |= {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "300"}
         import s3fs
         from ray.cluster_utils import Cluster
@@ -77,47 +77,49 @@ class Soak:
                 made = self.round(name, lambda: time.monotonic() < end)
                 assert made.keys() == self.whole.keys(), f"{name}: {sorted(made.keys() ^ self.whole.keys())[:5]}"
                 assert made == self.whole, f"{name}: other bytes"
-                print(f"{name}: complete and equal after {sum(self.harms.values())} harms", flush=True)
+                print(f"{name}: complete and equal after {sum(self.faults.values())} faults", flush=True)
         finally:
             if self.driver is not None and self.driver.poll() is None:
                 self.driver.kill()
             self.cluster.shutdown()
 
-    def round(self, name: str, harmful: Callable[[], bool]) -> dict[str, bytes]:
-        """Start drivers until one finishes, with a harm every few seconds while ``harmful``; the files it made."""
+    def round(self, name: str, faulty: Callable[[], bool]) -> dict[str, bytes]:
+        """Start drivers until one finishes, with a fault every few seconds while ``faulty()``; return the files."""
         remote = self.rounds % 2 == 1
         self.output = f"s3://bucket/{name}" if remote else str(self.folder / name)
-        done, calm_since = 0, time.monotonic()
+        done, last_progress = 0, time.monotonic()
         while not self._finished():
             time.sleep(self.random.uniform(1, 4))
             found = self._committed(remote, name)
             if found > done:
-                done, calm_since = found, time.monotonic()
-                harms = [*self.PROCESSES]
-            else:  # whose driver or node is killed before it can begin gets nothing done, however long
-                harms = [*self.STORAGE, *self.WORKERS]
-            assert time.monotonic() - calm_since < 300, f"{name} does not get on at {done} files: {self._log()}"
-            if harmful():
-                harm = self.random.choice(harms)
-                harm(self)
-                self.harms[harm.__name__.strip("_")] += 1
+                done, last_progress = found, time.monotonic()
+                faults = [*self.PROCESSES]
+            else:  # a run whose driver or node is killed before it starts work would never make progress
+                faults = [*self.STORAGE, *self.WORKERS]
+            assert time.monotonic() - last_progress < 300, f"{name} makes no progress at {done} files: {self._log()}"
+            if faulty():
+                fault = self.random.choice(faults)
+                fault(self)
+                self.faults[fault.__name__.strip("_")] += 1
         return layers(self.s3, name) if remote else tree(self.folder / name)
 
     def _finished(self) -> bool:
-        """Whether a driver has finished; starts another one where the last was ended."""
+        """Whether a driver has finished. Starts another one if the last was killed or stopped."""
         status = None if self.driver is None else self.driver.poll()
         if self.driver is not None and status is None:
             return False
         if self.driver is not None:
             log = self._log()
-            told = TOLD in log  # the work is done and Python is about to end, which a signal may do as well
-            assert status in CALM or (told and -status in ASKED), f"a driver ended with {status}: {log}"
+            finished = SUMMARY in log  # a signal may then kill Python while it exits
+            assert status in EXPECTED_STATUSES or (finished and -status in STOP_SIGNALS), (
+                f"a driver ended with {status}: {log}"
+            )
             assert "Traceback" not in log, log
             self.driver = None
             if status == 0:
                 return True
         changes: dict[str, Any] = {"captioners": {}, "workers": {"batch": 16, "max": NODES}}
-        # Whoever is killed at random is not to blame, however often.
+        # Random kills must not quarantine a shard, however many there are.
         changes["failures"] = {"attempts": 1000, "solo_attempts": 1000, "allowed_share": 0.0}
         changes["teachers"] = {"red": {"class": "tests.helpers.models:ColorTeacher", "options": {"delay": 0.5}}}
         path = self.folder / "config.yaml"
@@ -132,16 +134,16 @@ class Soak:
         return (self.folder / "log").read_text(errors="replace")[-3000:]
 
     def _committed(self, remote: bool, name: str) -> int:
-        """How many files of layers there are by now."""
+        """Number of committed embedding files."""
         if not remote:
             return len([*(self.folder / name).glob("embeddings/**/*.parquet")])
         self.s3.invalidate_cache()
         return len(self.s3.find(f"bucket/{name}/embeddings"))
 
-    # -- harms
+    # -- faults
 
     def _workers(self) -> list[int]:
-        """Processes of this cluster's workers."""
+        """Process ids of this cluster's workers."""
         listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
         rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
         ours = {os.getpid()}
@@ -154,7 +156,7 @@ class Soak:
         if workers := self._workers():
             os.kill(self.random.choice(workers), signal.SIGKILL)
 
-    def _worker_stopped_for_a_while(self) -> None:
+    def _worker_paused(self) -> None:
         for worker in self._workers()[:1]:
             os.kill(worker, signal.SIGSTOP)
             time.sleep(2)
@@ -169,15 +171,15 @@ class Soak:
         self._signal(signal.SIGKILL)
 
     def _driver_asked_to_stop(self) -> None:
-        self._ask(signal.SIGTERM)
+        self._stop_driver(signal.SIGTERM)
 
     def _driver_interrupted(self) -> None:
-        self._ask(signal.SIGINT)
+        self._stop_driver(signal.SIGINT)
 
-    def _ask(self, number: signal.Signals) -> None:
-        """A program that still loads its modules ends as any Python does: one that has begun to speak ends well."""
-        begun = time.monotonic()
-        while not self._log() and time.monotonic() - begun < 60:
+    def _stop_driver(self, number: signal.Signals) -> None:
+        """Wait for the first output: a driver that still imports modules cannot stop cleanly."""
+        start = time.monotonic()
+        while not self._log() and time.monotonic() - start < 60:
             time.sleep(0.2)
         self._signal(number)
 
@@ -187,25 +189,25 @@ class Soak:
         try:
             self.driver.wait(60)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"a driver does not end at {number.name}: {self._log()}") from None
+            raise AssertionError(f"a driver does not stop on {number.name}: {self._log()}") from None
 
     def _s3_slow_down(self) -> None:
-        self._for_a_while(self.proxy.harm(refuse(503, "SlowDown"), lambda _: self.chance.random() < 0.5))
+        self._for_a_while(self.proxy.inject(refuse(503, "SlowDown"), lambda _: self.proxy_random.random() < 0.5))
 
     def _s3_internal_errors(self) -> None:
-        self._for_a_while(self.proxy.harm(refuse(500, "InternalError"), puts_file))
+        self._for_a_while(self.proxy.inject(refuse(500, "InternalError"), writes_layer))
 
     def _s3_connections_lost(self) -> None:
-        self._for_a_while(self.proxy.harm(cut, lambda r: r.reads and self.chance.random() < 0.5))
+        self._for_a_while(self.proxy.inject(cut, lambda r: r.is_read and self.proxy_random.random() < 0.5))
 
     def _s3_slow(self) -> None:
-        self._for_a_while(self.proxy.harm(slow(0.2), lambda r: r.reads))
+        self._for_a_while(self.proxy.inject(slow(0.2), lambda r: r.is_read))
 
-    def _for_a_while(self, harm: Any) -> None:
-        with harm:
+    def _for_a_while(self, fault: Any) -> None:
+        with fault:
             time.sleep(self.random.uniform(1, 3))
 
-    WORKERS = (_worker_killed, _worker_killed, _worker_stopped_for_a_while)
+    WORKERS = (_worker_killed, _worker_killed, _worker_paused)
     PROCESSES = (
         *WORKERS,
         _node_lost_and_another_added,
@@ -220,21 +222,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
-    parser.add_argument("--shards", type=int, default=60, help="of a round")
+    parser.add_argument("--shards", type=int, default=60, help="shards per round")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="reinforce-soak-") as folder:
         soak = Soak(arguments.seed, arguments.seconds, arguments.shards, Path(folder))
-        outcome = "stopped at a fault"
+        outcome = "a check failed"
         try:
             soak.run()
             outcome = "each round complete and equal to an undisturbed run, byte for byte"
         finally:
-            told = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(soak.harms.items()))
+            counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(soak.faults.items()))
             print(
-                f"{sum(soak.harms.values())} harms in {time.monotonic() - begin:.0f} s ({told}); "
-                f"{soak.starts} starts of drivers, {soak.rounds} rounds of {soak.shards} shards; {outcome}"
+                f"{sum(soak.faults.values())} faults in {time.monotonic() - begin:.0f} s ({counts}); "
+                f"{soak.starts} drivers started, {soak.rounds} rounds of {soak.shards} shards; {outcome}"
             )
 
 
