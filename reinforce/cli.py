@@ -80,15 +80,15 @@ def plan(config: Annotated[Path, _config_argument("demo.yaml")], set_: Overrides
     from reinforce.engine.runner import check_source
     from reinforce.terminal import format_bytes
 
-    made = make_plan(load_config(config, set_))
-    expected = expected_bytes(made)
-    Console().print(plan_table(made, expected))
+    current = make_plan(load_config(config, set_))
+    expected = expected_bytes(current)
+    Console().print(plan_table(current, expected))
     total = sum(size or 0 for size in expected.values())
     size = format_bytes(total) if None not in expected.values() else f"{format_bytes(total)} or more"
-    typer.echo(f"{made.shards:,} shards, {len(made.pending):,} with something missing, about {size} to write")
+    typer.echo(f"{current.shards:,} shards, {len(current.pending):,} with something missing, about {size} to write")
     if None in expected.values():
         try:
-            check_source(made)
+            check_source(current)
         except UserError as error:
             typer.echo(f"sizes are not known: {escape(redact(str(error)))}", err=True)
 

@@ -33,17 +33,17 @@ def figure(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(made)
+    fig = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(fig)
     columns = columns or panels
-    axes = [made.add_subplot(-(-panels // columns), columns, i + 1) for i in range(panels)]
+    axes = [fig.add_subplot(-(-panels // columns), columns, i + 1) for i in range(panels)]
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.spines[["left", "bottom"]].set_color(_EDGE)
         panel.grid(axis="y", color=_EDGE, linewidth=0.8)
         panel.set_axisbelow(True)
         panel.tick_params(colors=_GREY, length=0, labelsize=9)
-    return made, axes
+    return fig, axes
 
 
 def colour(index: int) -> str:
@@ -64,11 +64,11 @@ def legend(axes: Axes) -> None:
         axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
 
 
-def save(made: Figure, url: str) -> None:
+def save(fig: Figure, url: str) -> None:
     """Write the figure as PNG to a path or fsspec URL, atomically; create missing folders."""
     buffer = io.BytesIO()
     # Without the software version, so that equal figures are equal bytes.
-    made.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    fig.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     write_file(buffer.getvalue(), url)
 
 

@@ -71,7 +71,7 @@ def _location(loc: tuple[int | str, ...]) -> str:
     """Join keys and indices; names that pydantic adds for members of unions, such as ``list[str]``, are left out."""
     type_names = ("[key]", "str", "int", "float", "bool")
     parts = [str(part) for part in loc if part not in type_names and "[" not in str(part)]
-    return ".".join(parts) or "(whole)"
+    return ".".join(parts) or "(top level)"
 
 
 def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:

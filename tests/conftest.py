@@ -1,4 +1,4 @@
-"""Fixtures that tests share: one Ray and one S3 for the whole session, since each takes seconds to start."""
+"""Shared fixtures: one Ray and one S3 server per session, because each takes seconds to start."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.helpers.data import members_of, write_tar
 from tests.helpers.s3_proxy import Proxy
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves workers while other tests run
+os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's default of 15, other tests starve the workers
 
 
 @pytest.fixture(scope="session")
 def s3_proxy() -> Iterator[Proxy]:
-    """A proxy in front of the session's S3 server. There is one, since moto does not release its port when it stops."""
+    """The proxy of an S3 server that runs for the session, because moto's server keeps its port when it stops."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -32,7 +32,7 @@ def s3_proxy() -> Iterator[Proxy]:
 
 @pytest.fixture(scope="session")
 def s3_server(s3_proxy: Proxy) -> str:
-    """The endpoint of the S3, for the tests and for the workers of their Ray."""
+    """The endpoint of the S3 server, for the tests and for the workers of Ray."""
     return s3_proxy.url
 
 
@@ -47,7 +47,7 @@ def _set_s3_environment(patch: pytest.MonkeyPatch, endpoint: str) -> None:
 def ray_session(s3_server: str) -> Iterator[None]:
     import ray
 
-    with pytest.MonkeyPatch.context() as patch:  # the workers' environment is that of the first ray.init
+    with pytest.MonkeyPatch.context() as patch:  # workers get the environment of the first ray.init
         _set_s3_environment(patch, s3_server)
         ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
@@ -56,7 +56,7 @@ def ray_session(s3_server: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def s3(s3_server: str) -> Iterator[Any]:
-    """An S3 with an empty bucket, named in the environment as users name theirs."""
+    """An S3 file system with an empty bucket; the environment variables name its endpoint and credentials."""
     import s3fs
 
     with urlopen(Request(f"{s3_server}/moto-api/reset", method="POST")):
@@ -64,7 +64,7 @@ def s3(s3_server: str) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         _set_s3_environment(patch, s3_server)
         s3fs.S3FileSystem.clear_instance_cache()
-        fs = s3fs.S3FileSystem(use_listings_cache=False)  # others change what is there
+        fs = s3fs.S3FileSystem(use_listings_cache=False)  # other processes change the objects
         fs.mkdir("bucket")
         yield fs
     s3fs.S3FileSystem.clear_instance_cache()
@@ -72,7 +72,7 @@ def s3(s3_server: str) -> Iterator[Any]:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Callable[..., str]:
-    """Writes shards of the given sizes and returns their glob."""
+    """Return a function that writes shards of the given sizes and returns their glob."""
 
     def write(*sizes: int, folder: str = "source") -> str:
         for shard, size in enumerate(sizes):

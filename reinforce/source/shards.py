@@ -51,8 +51,8 @@ def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSam
     in lower case, is the extension. Hidden files and ``__MACOSX`` and ``__meta__`` names belong to no sample. The image
     is the first member with an image extension; ``jpg`` takes precedence over a compound extension such as
     ``depth.png``. Of the other members, those of at most ``limits.sidecar_bytes`` are kept.
-    A key that occurs again later is refused, because the members of a sample must be next to each other. If that holds
-    for most samples, the shard as a whole is refused at its end.
+    A key that occurs again later is refused, because the members of a sample must be next to each other. If most
+    samples are split in this way, the shard as a whole is refused at its end.
     A shard that is missing, unreadable or damaged yields a Refusal without a key; samples before and after the damage
     are read. Memory does not grow with the shard, except for an 8-byte hash per key.
     With ``images=False`` only sidecars are read, and samples need no image.

@@ -1,4 +1,4 @@
-"""Open source shards as streams of uncompressed bytes, and tell broken data from errors of the storage."""
+"""Open source shards as streams of uncompressed bytes, and distinguish broken data from errors of the storage."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class _Decompressor:
 
 
 class _ErrorRecorder:
-    """A compressed file that records the error it raised, to tell it from an error of the decompressor."""
+    """A compressed file that records the error it raised, to distinguish it from an error of the decompressor."""
 
     closed = False
 

@@ -278,8 +278,8 @@ def _header(block: bytes, start: int) -> tarfile.TarInfo:
 def _is_header(block: bytes) -> bool:
     """Return whether a block found after damage is the header of a member and holds its complete name.
 
-    A name of a hundred bytes, or one with ``?`` for letters that are not ASCII, stands in for a name in an extended
-    header before it, which may be lost in the damage.
+    A name of a hundred bytes, or one with ``?`` for letters that are not ASCII, replaces a name in an extended header
+    before it, which may be lost in the damage.
     """
     try:
         header = _header(block, 0)

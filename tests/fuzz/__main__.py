@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz --seconds 600``: all targets in turns, with other cases each time (``make fuzz``)."""
+"""``python -m tests.fuzz --seconds 600``: run all targets in turn, with new cases each time (``make fuzz``)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--target", choices=[*TARGETS], action="append", help="default: all of them")
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
-    parser.add_argument("--examples", type=int, default=200, help="of a target before it is the next one's turn")
+    parser.add_argument("--examples", type=int, default=200, help="cases of a target before the next target")
     last = Path(tempfile.gettempdir(), "reinforce-fuzz-case.txt")
-    parser.add_argument("--last", type=Path, default=last, help=f"file that holds the case while it runs ({last})")
+    parser.add_argument("--last", type=Path, default=last, help=f"file for the case that is running ({last})")
     arguments = parser.parse_args()
     names = arguments.target or [*TARGETS]
     cases: Counter[str] = Counter()
@@ -33,7 +33,7 @@ def main() -> None:
 
     def watched(name: str, target: Callable[..., None]) -> Callable[..., None]:
         def case(**values: Any) -> None:
-            arguments.last.write_text(f"{name}: {values!r}\n")  # a hang or a crash leaves no other trace
+            arguments.last.write_text(f"{name}: {values!r}\n")  # the only trace of a hang or a crash
             begin = time.process_time()
             with bounded():
                 target(**values)
@@ -44,7 +44,7 @@ def main() -> None:
 
     start, turn = time.monotonic(), arguments.seed
     print(f"seed {turn}", flush=True)
-    outcome = "stopped at a fault"
+    outcome = "stopped at an error"
     try:
         for name in itertools.cycle(names):
             if time.monotonic() - start > arguments.seconds:
@@ -59,11 +59,11 @@ def main() -> None:
             )(seed(turn)(given(**strategies)(watched(name, target))))
             run()
             turn += 1
-        outcome = "nothing lost, nothing hung"
+        outcome = "no errors"
         arguments.last.unlink(missing_ok=True)
     finally:
-        told = ", ".join(f"{cases[name]:,} of {name} (slowest {slowest[name]:.1f} s)" for name in names)
-        print(f"{sum(cases.values()):,} cases in {time.monotonic() - start:.0f} s: {told}; {outcome}")
+        counts = ", ".join(f"{cases[name]:,} of {name} (slowest {slowest[name]:.1f} s)" for name in names)
+        print(f"{sum(cases.values()):,} cases in {time.monotonic() - start:.0f} s: {counts}; {outcome}")
 
 
 if __name__ == "__main__":

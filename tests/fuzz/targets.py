@@ -1,8 +1,7 @@
-"""What is fuzzed: shards, members, images and texts on their way from bytes to crops, published reinforcements on
-theirs to layers, and what must hold of each.
+"""Fuzz targets: shards, members, images and texts up to crops, and published reinforcements up to layers.
 
-Nothing is lost: every sample is a row, refused by its key, or in a shard that is told to be broken. What no mutation
-touched comes out as it was. Nothing hangs and nothing takes a gigabyte; ``Watchdog`` sees to that.
+Every sample must be a row, refused by its key, or in a shard that is refused as damaged. Samples that no mutation
+touches must not change. ``watchdog.bounded`` limits time and memory.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from reinforce.engine.rows import NewSample, Row, RowSpec, rows_from_source
 from reinforce.source.image import FORMATS, ImageRefused, decode
 from reinforce.source.shards import Refusal, as_utf8, split_name
 from reinforce.source.text import caption_of, json_error, metadata_of
-from tests.fuzz import reinforcements
+from tests.fuzz import published
 from tests.helpers.data import picture
 from tests.helpers.images import encode, noise
 from tests.helpers.tars import tar_bytes, zstd
@@ -43,7 +42,7 @@ KEYS = [f"{i}/k{i}" for i in range(5)]
 BLOCK = 512
 
 
-# --- any shard, mutated
+# --- shards with changed bytes
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ Span = tuple[int, int]
 
 
 def _shard() -> tuple[bytes, dict[str, Span], dict[str, list[Span]], dict[str, Row]]:
-    """A tar of good samples, the bytes that each lies in, those of its headers, and its rows."""
+    """Return a tar of good samples, the span of each sample, the spans of its headers, and its row."""
     members = []
     for i, key in enumerate(KEYS):
         format_ = ("PNG", "JPEG", "WEBP", "PNG", "JPEG")[i]
@@ -79,7 +78,7 @@ def _shard() -> tuple[bytes, dict[str, Span], dict[str, list[Span]], dict[str, R
 
 
 def rows(data: bytes, name: str = "x.tar") -> list[Row | Refusal]:
-    """The whole way of a shard, crops included."""
+    """Read a shard to rows with crops."""
     fsspec.filesystem("memory").pipe(f"/fuzz/{name}", data)
     with ThreadPoolExecutor(1) as pool:
         return list(rows_from_source(CONFIG, f"memory://fuzz/{name}", RowSpec(crops=True), pool, window=4))
@@ -116,9 +115,9 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def shard(mutations: list[Mutation]) -> None:
-    """A plain tar with bytes replaced, put in or taken out."""
+    """A plain tar with bytes replaced, inserted or removed."""
     data, touched = GOOD, []
-    for mutation in sorted(mutations, key=lambda m: -m.at):  # from the end, so that places stay what they are
+    for mutation in sorted(mutations, key=lambda m: -m.at):  # from the end, so that earlier positions stay valid
         end = min(mutation.at + mutation.count, len(GOOD))
         if touched and end > touched[-1][0]:
             end = max(mutation.at, touched[-1][0])
@@ -128,17 +127,17 @@ def shard(mutations: list[Mutation]) -> None:
     by_key = {row.key: row for row in found if isinstance(row, Row)}
     refused = {row.key for row in found if isinstance(row, Refusal)}
     for key, (start, end) in SPANS.items():
-        clear = not any(at < end and to >= start for at, to in touched)
+        untouched = not any(at < end and to >= start for at, to in touched)
         before = all(at >= end for at, _ in touched)
-        copied = key in refused  # a copy of its header came elsewhere, and one of the two was refused
-        if key in by_key and (before or (clear and not copied)):
+        copied = key in refused  # a mutation copied its header, and one of the two samples was refused
+        if key in by_key and (before or (untouched and not copied)):
             assert (sample_of(by_key[key]).image, by_key[key].caption) == (
                 sample_of(ROWS[key]).image,
                 ROWS[key].caption,
             )
             assert np.array_equal(by_key[key].pixels.crops, ROWS[key].pixels.crops)
         if before:
-            assert key in by_key, f"{key} stands before all that was changed"
+            assert key in by_key, f"{key} is before all changes"
         elif key not in by_key and key not in refused:
             renamed = any(at < end and to >= start for at, to in touched for start, end in HEADERS[key])
             assert renamed or None in refused, f"{key} is lost"
@@ -148,7 +147,7 @@ def shard(mutations: list[Mutation]) -> None:
 
 
 def packed(name: str, mutations: list[Mutation]) -> None:
-    """A compressed tar with bytes replaced, put in or taken out."""
+    """A compressed tar with bytes replaced, inserted or removed."""
     data = PACKED[name]
     for mutation in mutations:
         at = mutation.at * len(data) // (len(GOOD) + 1)
@@ -160,7 +159,7 @@ def packed(name: str, mutations: list[Mutation]) -> None:
 
 PACKED = {name: pack(GOOD) for name, pack in PACKERS.items()}
 
-# --- any members
+# --- tars of arbitrary members
 
 NAMES = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=200),
@@ -183,7 +182,7 @@ TAR_FORMATS = st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 
 
 def members(listed: list[tuple[str, bytes, bytes]], tar_format: int) -> None:
-    """A good tar of any files and links: each key is a row or refused, and none comes that is not there."""
+    """A valid tar of arbitrary files and links: each key, and no other, is a row or refused."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
         for name, kind, content in listed:
@@ -196,7 +195,7 @@ def members(listed: list[tuple[str, bytes, bytes]], tar_format: int) -> None:
     found = rows(buffer.getvalue())
     assert {row.key for row in found} - {None} == {as_utf8(key) for key in expected}
     made = [row.key for row in found if isinstance(row, Row)]
-    assert len(made) == len({*made}), "a key is one row"
+    assert len(made) == len({*made}), "each key has at most one row"
     assert {row.reason.value for row in found if isinstance(row, Refusal) and row.key is None} <= {"shard_unsorted"}
 
 
@@ -231,7 +230,7 @@ IMAGE_BYTES = st.builds(
 def _changed(seed: bytes, changes: list[tuple[float, int | bytes]]) -> bytes:
     data = bytearray(seed)
     for place, value in changes:
-        # headers decide more than pixels: half of the changes go to the first bytes
+        # half of the changes go to the first bytes, because headers matter more than pixels
         at = int((place * 2 % 1) * min(len(data), 120 if place < 0.5 else len(data)))
         written = bytes([value]) if isinstance(value, int) else value
         data[at : at + len(written)] = written
@@ -239,7 +238,7 @@ def _changed(seed: bytes, changes: list[tuple[float, int | bytes]]) -> bytes:
 
 
 def image(data: bytes) -> None:
-    """Any image: RGB within the limits, the same each time and readable once it is stored, or refused in valid text."""
+    """Any image is decoded to RGB within the limits, also when read from a dataset, or refused in valid text."""
     first = _decoded(data)
     if isinstance(first, ImageRefused):
         assert first.reason.value.startswith("image_")
@@ -273,7 +272,7 @@ TEXT_BYTES = st.one_of(
         lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
     ).map(lambda value: json.dumps({"caption": value}).encode()),
     st.builds(
-        lambda data, at, put_in: data[:at] + put_in + data[at:],
+        lambda data, at, inserted: data[:at] + inserted + data[at:],
         st.sampled_from([data for case in TEXTS for _, data in case.members()]),
         st.integers(0, 10**5),
         st.binary(max_size=4),
@@ -282,7 +281,7 @@ TEXT_BYTES = st.one_of(
 
 
 def text(caption: bytes, document: bytes) -> None:
-    """Any caption and json member: clean text within the limit, valid JSON, or nothing, and then a reason."""
+    """Any caption and json member becomes clean text within the limit and valid JSON, or nothing and an error."""
     for sidecars in ({"txt": caption, "json": document}, {"json": caption}, {"txt": document}):
         found = caption_of(sidecars, CONFIG.input.captions, LIMITS)
         if found is not None:
@@ -302,5 +301,5 @@ TARGETS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "members": (members, {"listed": MEMBERS, "tar_format": TAR_FORMATS}),
     "image": (image, {"data": IMAGE_BYTES}),
     "text": (text, {"caption": TEXT_BYTES, "document": TEXT_BYTES}),
-    "published": (reinforcements.published, {"member": reinforcements.MEMBERS}),
+    "published": (published.published, {"member": published.MEMBERS}),
 }

@@ -18,10 +18,10 @@ EXAMPLES = {"shard": 60, "packed": 40, "members": 60, "image": 150, "text": 150,
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TARGETS)
-def test_nothing_is_lost_and_nothing_hangs(name: str) -> None:
+def test_no_sample_is_lost_and_nothing_hangs(name: str) -> None:
     target, strategies = TARGETS[name]
 
-    @settings(max_examples=EXAMPLES[name], deadline=None, derandomize=True)  # `make fuzz` has other cases each time
+    @settings(max_examples=EXAMPLES[name], deadline=None, derandomize=True)  # `make fuzz` tries new cases each time
     @given(**strategies)
     def run(**values: Any) -> None:
         with bounded():
@@ -30,15 +30,15 @@ def test_nothing_is_lost_and_nothing_hangs(name: str) -> None:
     run()
 
 
-def test_a_header_that_is_copied_to_the_front_may_win_and_its_sample_is_told() -> None:
-    """Found by fuzzing: the copy takes what follows for its data, and comes first."""
+def test_a_sample_whose_header_is_copied_to_the_front_is_reported() -> None:
+    """Found by fuzzing: the copy is read first, with the following bytes as its data."""
     for starts in HEADERS.values():
         for start, _ in starts:
             shard([Mutation(0, 0, GOOD[start : start + 1024])])
 
 
 @pytest.mark.parametrize("hang", ["while True: pass", "import re; re.match('(a+)+$', 'a' * 99 + 'b')"])
-def test_a_hang_ends_the_process_and_says_where(hang: str) -> None:
+def test_a_hang_ends_the_process_with_a_traceback(hang: str) -> None:
     code = f"from tests.fuzz import watchdog; watchdog.SECONDS = 0.5\nwith watchdog.bounded():\n  exec({hang!r})"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGPROF

@@ -1,4 +1,4 @@
-"""Bounds on one case: ten seconds of work and a gigabyte."""
+"""Limits on one case: ten seconds of CPU time and a gigabyte."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SECONDS = 10  # of the processor, since a machine that is shared lets one wait
-STILL_SECONDS = 600  # of the clock, for what waits for ever
+SECONDS = 10  # CPU time, because other processes may delay this one
+WAIT_SECONDS = 600  # elapsed time, for cases that block
 BYTES = 2**30
-_PEAK = Path("/proc/self/clear_refs")  # of Linux: 5 written to it sets the peak back to what is held now
+_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak to the current value
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Ends the process with a traceback of its threads where the block takes too long, also inside a C library.
+    """End the process with a traceback of all threads if the block takes too long, even inside a C library.
 
-    Raises AssertionError where it took more than a gigabyte beyond what was held before.
+    Raises AssertionError if the block takes more than a gigabyte in addition to the memory used before.
     """
     resettable = _reset()
     before = _peak()
-    faulthandler.register(signal.SIGPROF, all_threads=True, chain=True)  # and then what it does by default: the end
+    faulthandler.register(signal.SIGPROF, all_threads=True, chain=True)  # then the process ends
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    faulthandler.dump_traceback_later(STILL_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(WAIT_SECONDS, exit=True)
     try:
         yield
     finally:
@@ -34,7 +34,7 @@ def bounded() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.unregister(signal.SIGPROF)
     more = _peak() - before
-    assert not resettable or more < BYTES, f"{more / 2**20:.0f} MiB were taken"
+    assert not resettable or more < BYTES, f"{more / 2**20:.0f} MiB were used"
 
 
 def _reset() -> bool:

@@ -14,7 +14,7 @@ from PIL import Image
 
 
 def free_port() -> int:
-    """A port above the range that Ray gives to workers (10002 to 19999)."""
+    """Return a free port above those that Ray assigns to workers (10002 to 19999)."""
     while True:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 def picture(seed: int, width: int = 40, height: int = 30, format_: str = "PNG") -> bytes:
-    """A drawn picture: coloured noise over a gradient."""
+    """An encoded image of coloured noise over a gradient."""
     rng = np.random.default_rng(seed)
     ramp = np.linspace(0, 200, width)[None, :, None] * rng.random(3)
     pixels = (ramp + rng.random((height, width, 3)) * 50).astype(np.uint8)
@@ -44,7 +44,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
 
 
 def members_of(shard: int, count: int, **picture_options: Any) -> list[tuple[str, bytes]]:
-    """``count`` samples in img2dataset's layout."""
+    """The members of ``count`` samples in the layout of img2dataset."""
     members = []
     for i in range(count):
         key = f"{shard:03d}{i:05d}"
@@ -55,7 +55,7 @@ def members_of(shard: int, count: int, **picture_options: Any) -> list[tuple[str
 
 
 def config_of(source: str, output: Path | str, **changes: Any) -> dict[str, Any]:
-    """A config with two small teachers of the user's own kind and a captioner."""
+    """A config with two small custom teachers and a captioner."""
     config: dict[str, Any] = {
         "source": source,
         "output": str(output),
@@ -76,7 +76,7 @@ def config_of(source: str, output: Path | str, **changes: Any) -> dict[str, Any]
 
 
 def tree(folder: Path, layers_only: bool = True) -> dict[str, bytes]:
-    """Relative path -> bytes of a dataset's files."""
+    """Return the bytes of a dataset's files by relative path; by default without runs and temporary files."""
     skipped = ("runs/", ".tmp/") if layers_only else ()
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     return {name: path.read_bytes() for name, path in files.items() if not name.startswith(skipped)}

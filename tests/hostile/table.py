@@ -92,7 +92,7 @@ OTHERS = [
     (
         "arbitrary bytes",
         "rows and refusals, within 10 seconds and 1 GB; no sample is lost",
-        "tests/fuzz/test_fuzz.py::test_nothing_is_lost_and_nothing_hangs",
+        "tests/fuzz/test_fuzz.py::test_no_sample_is_lost_and_nothing_hangs",
     ),
 ]
 ENDED = f"{FAULTS}::test_a_run_whose_driver_was_killed_or_stopped_resumes"

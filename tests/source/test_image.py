@@ -159,7 +159,7 @@ def test_exif_orientation_is_applied_once(format, orientation):
     upright = np.zeros((16, 32, 3), np.uint8)
     upright[:8, :16] = RED
     upright[8:, 16:] = 255
-    # how a camera held that way stores it: the inverse of what a viewer does
+    # as a camera in this orientation stores it: the inverse of what a viewer applies
     stored = {
         1: upright,
         2: upright[:, ::-1],

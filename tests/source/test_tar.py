@@ -67,7 +67,7 @@ def test_padding_of_concatenated_tars_to_two_blocks_or_to_a_mebibyte_is_accepted
         assert [row.key for row in read(body + bytes(padding) + TAR)] == ["z", *KEYS]
 
 
-def whole(item: Member | DamagedTar) -> bool:
+def undamaged(item: Member | DamagedTar) -> bool:
     if isinstance(item, DamagedTar):
         raise item
     return True
@@ -87,7 +87,7 @@ def test_members_are_those_that_tarfile_wrote(written, format, end):
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         expected = [(info.name, info.offset_data, info.size) for info in tar if info.isreg()]
     tar = members(io.BytesIO(data))
-    found = [(member.name, member.offset, member.size, member.read(10_000)) for member in tar if whole(member)]
+    found = [(member.name, member.offset, member.size, member.read(10_000)) for member in tar if undamaged(member)]
     assert [entry[:3] for entry in found] == expected
     assert [data for _, _, _, data in found] == [data[at : at + size] for _, at, size in expected]
 
@@ -117,7 +117,7 @@ def checked(header: bytearray, start: int = 0) -> bytes:
 ENDS = [len(BODY) // 3 * (i + 1) for i in range(3)]  # each sample's members are equally long
 
 
-@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])  # of a known size, and not
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])  # of known and of unknown size
 def test_a_truncated_tar_yields_all_samples_before_the_cut_and_is_damaged(name):
     with tarfile.open(fileobj=io.BytesIO(TAR)) as tar:
         infos = tar.getmembers()
@@ -177,7 +177,7 @@ def test_zeros_of_a_length_that_no_writer_leaves_are_damage(zeros):
 def test_a_member_after_damage_that_may_have_lost_its_name_is_skipped(format, long, kind):
     names = ["a.jpg", f"{long}.jpg", "c.jpg"]
     data = bytearray(tar_bytes([(name, b"pixels") for name in names], format))
-    extended = 1024  # behind the first member: the header that gives the name of the second
+    extended = 1024  # after the first member: the header with the name of the second
     assert data[extended + 156 : extended + 157] == kind
     data[extended : extended + 512] = b"?" * 512
     assert [row.key for row in read(bytes(data))] == ["a", "c", None]

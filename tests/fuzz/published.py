@@ -1,4 +1,4 @@
-"""Published reinforcements with anything in one of their members: what is given fits, and all else is told."""
+"""Published reinforcements with arbitrary data in a member: what is read is valid, the rest is refused."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from tests.helpers.tars import tar_bytes
 
 CONFIG = parse_config(config_of(Path("x")))
 LAYERS = build_layers(CONFIG, describe_models(CONFIG))
-SPOILT, WHOLE = stored(1), stored(2)
+CHANGED, WHOLE = stored(1), stored(2)
 _JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.just([0, 0, 9, 9])),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
 )
 
 
-def _spoilt(name: str, within: bool) -> st.SearchStrategy[bytes]:
-    """A member with bytes replaced, put in or taken out; ``within``: of what is in the gzip."""
-    data = dict(reinforcement(SPOILT, name if name in ("npz", "pth.gz") else "npz"))[f"{SPOILT.key}.{name}"]
-    data = gzip.decompress(data) if within else data
+def _changed_member(name: str, inside_gzip: bool) -> st.SearchStrategy[bytes]:
+    """A member with bytes replaced, inserted or removed; ``inside_gzip``: before compression."""
+    data = dict(reinforcement(CHANGED, name if name in ("npz", "pth.gz") else "npz"))[f"{CHANGED.key}.{name}"]
+    data = gzip.decompress(data) if inside_gzip else data
     change = st.tuples(st.integers(0, len(data)), st.integers(0, 40), st.binary(max_size=40))
     return (
         st.lists(change, min_size=1, max_size=3)
         .map(lambda changes: _changed(data, changes))
-        .map(lambda changed: gzip.compress(changed, 1) if within else changed)
+        .map(lambda changed: gzip.compress(changed, 1) if inside_gzip else changed)
     )
 
 
@@ -47,11 +47,11 @@ def _changed(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
 
 
 MEMBERS = st.one_of(
-    st.tuples(st.just("npz"), _spoilt("npz", False)),
-    st.tuples(st.just("pth.gz"), _spoilt("pth.gz", False)),
-    st.tuples(st.just("pth.gz"), _spoilt("pth.gz", True)),
-    st.tuples(st.just("paug.json"), _spoilt("paug.json", False)),
-    st.tuples(st.just("syn.json"), _spoilt("syn.json", False)),
+    st.tuples(st.just("npz"), _changed_member("npz", False)),
+    st.tuples(st.just("pth.gz"), _changed_member("pth.gz", False)),
+    st.tuples(st.just("pth.gz"), _changed_member("pth.gz", True)),
+    st.tuples(st.just("paug.json"), _changed_member("paug.json", False)),
+    st.tuples(st.just("syn.json"), _changed_member("syn.json", False)),
     st.tuples(st.just("paug.json"), _JSON.map(lambda value: json.dumps({"param_aug": [value] * COUNT}).encode())),
     st.tuples(st.just("syn.json"), _JSON.map(lambda value: json.dumps({"syn_text": value}).encode())),
 )
@@ -60,10 +60,10 @@ MEMBERS = st.one_of(
 def published(member: tuple[str, bytes]) -> None:
     name, data = member
     changed: dict[str, bytes | None] = {"npz": None, name: data} if name == "pth.gz" else {name: data}
-    tar = tar_bytes([*reinforcement(SPOILT, **changed), *reinforcement(WHOLE)])
+    tar = tar_bytes([*reinforcement(CHANGED, **changed), *reinforcement(WHOLE)])
     fsspec.filesystem("memory").pipe("/fuzz/dr.tar", tar)
     with contextlib.closing(Reinforcements("memory://fuzz/dr.tar", CONFIG, LAYERS.values())) as found:
-        assert [*found] == [SPOILT.key, WHOLE.key]
+        assert [*found] == [CHANGED.key, WHOLE.key]
         for key in found:
             with contextlib.suppress(Unreadable):
                 for record in found.augmentations(key, WIDTH, HEIGHT):
@@ -72,7 +72,7 @@ def published(member: tuple[str, bytes]) -> None:
             for layer, value in found.values(key).items():
                 kind = LAYERS[layer]
                 if isinstance(value, Refusal):
-                    assert key == SPOILT.key
+                    assert key == CHANGED.key
                     assert value.detail
                 elif isinstance(value, list):
                     assert len(value) == kind.count
