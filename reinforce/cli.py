@@ -289,14 +289,14 @@ def export_onnx(
     Requires: pip install 'reinforce\\[export]'
     """
     from reinforce.model_names import resolve_models, short_name
-    from reinforce.shipping.packages import require
+    from reinforce.shipping.packages import require_export_packages
 
-    require()
+    require_export_packages()
     from reinforce.shipping import export as shipping
 
     with resolve_models([model], pretrained) as specs:
-        exported = shipping.export_onnx(model, specs[model], output or f"{short_name(model)}-onnx")
-    for line in exported.lines():
+        result = shipping.export_onnx(model, specs[model], output or f"{short_name(model)}-onnx")
+    for line in result.lines():
         typer.echo(line)
 
 
@@ -322,17 +322,17 @@ def latency(
     The architectures are measured with random weights, reparameterised as for export; nothing is downloaded.
     """
     from reinforce.model_names import resolve_models
-    from reinforce.shipping.latency import measure
-    from reinforce.shipping.packages import require
+    from reinforce.shipping.latency import measure_latency
+    from reinforce.shipping.packages import require_export_packages
 
     if onnx_:
-        require()
+        require_export_packages()
     with resolve_models(models, weights=False) as specs:
-        found = measure(specs, rounds=rounds, threads=threads, onnx=onnx_, clock=clock)
-    Console().print(found.table())
-    typer.echo(found.line())
+        report = measure_latency(specs, rounds=rounds, threads=threads, onnx=onnx_, clock=clock)
+    Console().print(report.table())
+    typer.echo(report.conditions())
     if json_ is not None:
-        found.write(json_)
+        report.write(json_)
 
 
 @app.command(name="captions-report")

@@ -1,6 +1,6 @@
-"""``reinforce export onnx``: a folder with which a model runs where neither torch nor open_clip is.
+"""``reinforce export onnx``: a folder that runs a model without torch and open_clip.
 
-The folder appears whole, after its towers have been compared with torch and its tokenizer with open_clip's.
+The towers are compared with torch, and the tokenizer with open_clip's, before the folder is published.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch.nn.functional import normalize
 
 from reinforce.errors import UserError
 from reinforce.model_names import model_errors, short_name
-from reinforce.shipping import graph, tokens, usage
-from reinforce.shipping.graph import Side
-from reinforce.shipping.packages import require
-from reinforce.shipping.towers import reparameterised, sides
+from reinforce.shipping import graph, tokens
+from reinforce.shipping.graph import Tower
+from reinforce.shipping.packages import require_export_packages
+from reinforce.shipping.readme import render_readme
+from reinforce.shipping.towers import reparameterize, split_towers
 from reinforce.storage import Storage
 from reinforce.terminal import format_bytes
 from teachers.open_clip import image_spec, load_model, model_name
@@ -31,14 +32,14 @@ from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec
 
-#: How far a number of an embedding may be from torch's.
-LIMIT = 1e-4
+#: Largest allowed difference between an element of an embedding and torch's.
+MAX_DIFFERENCE = 1e-4
 _BATCHES = (1, 3, 8)
 
 
 @dataclass
-class Exported:
-    """``differences`` from torch by tower and ``sizes`` in bytes by file, of what was written to ``output``."""
+class ExportResult:
+    """The exported folder: ``differences`` from torch by tower, and ``sizes`` in bytes by file."""
 
     output: str
     differences: dict[str, float] = field(default_factory=dict)
@@ -52,53 +53,54 @@ class Exported:
                 f"in batches of {batches}"
                 for name, difference in self.differences.items()
             ),
-            f"tokenizer.json: open_clip's tokens for {len(tokens.PROBES)} texts of all kinds",
-            f"written: {self.output}, whose README.md shows how it is used",
+            f"tokenizer.json: same tokens as open_clip for {len(tokens.PROBES)} test texts",
+            f"written: {self.output}; its README.md has an example",
         ]
 
 
-def export_onnx(name: str, spec: ModelSpec, output: str) -> Exported:
+def export_onnx(name: str, spec: ModelSpec, output: str) -> ExportResult:
     """Write a model to ``output``, a new folder or fsspec URL. Raises UserError, and then nothing is written."""
-    require()
+    require_export_packages()
     store = Storage(output)
     _check_new(store)
-    exported = Exported(store.url)  # without secrets
-    with model_errors(name), _appearing(store) as folder:
+    result = ExportResult(store.url)  # redacted, unlike ``output``
+    with model_errors(name), _publish_folder(store) as folder:
         clip = load_model(spec).eval().requires_grad_(False)
         image = image_spec(open_clip.get_model_preprocess_cfg(clip))
-        tokenizer = tokens.shipped(model_name(spec))
+        tokenizer = tokens.convert_tokenizer(model_name(spec))
         tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
         probes = torch.tensor([text.ids for text in tokenizer.encode_batch(list(tokens.PROBES))])
-        for side in sides(reparameterised(clip), image, probes):
-            path = folder / f"{side.name}.onnx"
-            graph.write_onnx(side, path, {"model": short_name(name)})
-            exported.differences[side.name] = _checked(side, path, _reference(clip, image, side.name))
-        about = _about(name, clip, image, tuple(probes.shape)[1])
-        (folder / "preprocess.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(usage.readme(about, image), encoding="utf-8")
-        exported.sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    return exported
+        for tower in split_towers(reparameterize(clip), image, probes):
+            path = folder / f"{tower.name}.onnx"
+            graph.write_onnx(tower, path, {"model": short_name(name)})
+            result.differences[tower.name] = _compare_with_torch(tower, path, _reference(clip, image, tower.name))
+        config = _preprocess_config(name, clip, image, tuple(probes.shape)[1])
+        (folder / "preprocess.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(render_readme(config, image), encoding="utf-8")
+        result.sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    return result
 
 
-def _reference(clip: Any, spec: ImageSpec, side: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model as it was trained, in torch."""
-    if side == "image":
+def _reference(clip: Any, spec: ImageSpec, tower: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a tower of the trained model in torch, before reparameterization."""
+    if tower == "image":
         return lambda images: normalize(clip.encode_image(to_pixels(images, spec)), dim=-1)
     return lambda texts: normalize(clip.encode_text(texts), dim=-1)
 
 
-def _checked(side: Side, path: Path, reference: Callable[[torch.Tensor], torch.Tensor]) -> float:
-    difference = graph.largest_difference(path, reference, map(side.rows, _BATCHES))
-    if not difference <= LIMIT:
+def _compare_with_torch(tower: Tower, path: Path, reference: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    difference = graph.largest_difference(path, reference, map(tower.example, _BATCHES))
+    if not difference <= MAX_DIFFERENCE:
         raise ValueError(
-            f"its {side.name} tower in onnxruntime is {difference:.1e} from torch and may be {LIMIT:.0e}: look for "
-            "weights that are not finite or very large, or try another version of onnx, onnxscript and onnxruntime"
+            f"its {tower.name} tower in onnxruntime differs by {difference:.1e} from torch, more than the allowed "
+            f"{MAX_DIFFERENCE:.0e}: look for weights that are not finite or very large, or try other versions of onnx, "
+            "onnxscript and onnxruntime"
         )
     return difference
 
 
-def _about(name: str, clip: Any, spec: ImageSpec, context_length: int) -> dict[str, Any]:
-    """``preprocess.json``, in open_clip's words where it has some."""
+def _preprocess_config(name: str, clip: Any, spec: ImageSpec, context_length: int) -> dict[str, Any]:
+    """Return the content of ``preprocess.json``, with open_clip's keys where they exist."""
     bias = getattr(clip, "logit_bias", None)
     return {
         "model": short_name(name),
@@ -117,9 +119,9 @@ def _about(name: str, clip: Any, spec: ImageSpec, context_length: int) -> dict[s
 
 
 def _check_new(store: Storage) -> None:
-    """Files of an old model must not stand beside those of a new one. Raises UserError."""
+    """Raise UserError if the output exists and is not an empty folder, so that files of two models never mix."""
     if store.fs.exists(store.root) and (not store.fs.isdir(store.root) or store.fs.ls(store.root)):
-        raise UserError(f"{store.url} is there already: remove it, or give another --output.")
+        raise UserError(f"{store.url} already exists: remove it, or give another --output.")
     if store.local:
         try:
             os.makedirs(os.path.dirname(store.root) or ".", exist_ok=True)
@@ -128,13 +130,13 @@ def _check_new(store: Storage) -> None:
 
 
 @contextlib.contextmanager
-def _appearing(store: Storage) -> Iterator[Path]:
-    """A local folder, which is published when the block ends and dropped if it raises.
+def _publish_folder(store: Storage) -> Iterator[Path]:
+    """Yield a local folder that is published when the block ends, and discarded if it raises.
 
-    On a disk it appears as a whole; in an object store each file does.
+    On a local disk the whole folder appears atomically; in an object store each file does.
     """
-    beside = (os.path.dirname(store.root) or ".") if store.local else None
-    with tempfile.TemporaryDirectory(prefix=".reinforce-", dir=beside) as temporary:
+    parent = (os.path.dirname(store.root) or ".") if store.local else None
+    with tempfile.TemporaryDirectory(prefix=".reinforce-", dir=parent) as temporary:
         folder = Path(temporary, "folder")
         folder.mkdir()
         yield folder

@@ -1,7 +1,7 @@
-"""``reinforce latency``: how large models are and how long one image and one text take, side by side.
+"""``reinforce latency``: size of models, and the time that one image and one text take.
 
-The weights are random: an architecture is what is measured. Everything is measured as it is shipped, with its
-branches made one, and in turns, so that whatever else the machine does meets all models alike.
+Architectures are measured, with random weights and reparameterized as for export. Measurements of all models are
+interleaved, so that other load on the machine affects them equally.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reinforce.model_names import model_errors
 from reinforce.shipping import graph
-from reinforce.shipping.machine import machine
-from reinforce.shipping.report import Latencies
-from reinforce.shipping.towers import parameters, reparameterised, sides
+from reinforce.shipping.machine import describe_machine
+from reinforce.shipping.report import LatencyReport
+from reinforce.shipping.towers import count_parameters, reparameterize, split_towers
 from teachers.open_clip import image_spec, model_name, random_model
 from teachers.open_clip_tokens import Tokenizer
 from teachers.pixels import to_pixels
@@ -37,8 +38,8 @@ _PACKAGES = ("torch", "open_clip_torch", "timm")
 
 
 @dataclass
-class Timed:
-    """One tower of a model in one runtime, and the seconds that it took."""
+class TimedTower:
+    """One tower of a model in one runtime, with its measured ``seconds``."""
 
     model: str
     runtime: str
@@ -47,83 +48,83 @@ class Timed:
     seconds: list[float] = field(default_factory=list)
 
 
-def measure(
+def measure_latency(
     specs: Mapping[str, ModelSpec],
     *,
     rounds: int,
     threads: int | None = None,
     onnx: bool = False,
     clock: Clock = "wall",
-) -> Latencies:
-    """Measure models by what the user calls them. Raises UserError.
+) -> LatencyReport:
+    """Measure models, by the name that the user gave. Raises UserError.
 
-    A round runs every tower twice and times the second time, with one image or one text of the tokenizer's full
-    length; rounds go forwards and backwards in turns. Torch starts from normalised float32 pixels, onnxruntime from
-    bytes, as its graphs do. ``process`` takes the process's own seconds on all its threads, to which what else the
-    machine does adds little.
+    A round runs every tower twice and times the second run, with one image or one text of the tokenizer's full length;
+    rounds alternate between forward and backward order. Torch takes normalized float32 pixels, onnxruntime bytes, as
+    the exported graphs do. The clock ``process`` counts CPU seconds of this process on all threads, which depend less
+    on other load.
     """
     now = _CLOCKS[clock]
     if threads is not None:
         torch.set_num_threads(threads)
     threads = torch.get_num_threads()
-    about = machine((*_PACKAGES, "onnxruntime") if onnx else _PACKAGES)
+    about = describe_machine((*_PACKAGES, "onnxruntime") if onnx else _PACKAGES)
     models: dict[str, dict[str, Any]] = {}
-    timed: list[Timed] = []
+    towers: list[TimedTower] = []
     for name, spec in specs.items():
         with model_errors(name), tempfile.TemporaryDirectory(prefix="reinforce-latency-") as folder:
-            models[name], towers = _prepared(name, spec, threads, Path(folder) if onnx else None)
-        timed += towers
-    for turn in range(rounds):
-        for one in timed if turn % 2 == 0 else reversed(timed):
-            one.run()
+            models[name], of_model = _prepare(name, spec, threads, Path(folder) if onnx else None)
+        towers += of_model
+    for number in range(rounds):
+        for tower in towers if number % 2 == 0 else reversed(towers):
+            tower.run()
             start = now()
-            one.run()
-            one.seconds.append(now() - start)
-    for one in timed:
-        models[one.model]["milliseconds"].setdefault(one.runtime, {})[one.side] = _summary(one.seconds)
+            tower.run()
+            tower.seconds.append(now() - start)
+    for tower in towers:
+        models[tower.model]["milliseconds"].setdefault(tower.runtime, {})[tower.side] = _summarise(tower.seconds)
     about |= {"threads": threads, "clock": f"{clock} clock", "rounds": rounds, "batch": 1}
-    return Latencies({"date": datetime.date.today().isoformat(), **about}, models)
+    return LatencyReport({"date": datetime.date.today().isoformat(), **about}, models)
 
 
-def _prepared(name: str, spec: ModelSpec, threads: int, folder: Path | None) -> tuple[dict[str, Any], list[Timed]]:
-    """What is known of a model before it runs, and its towers; those in ONNX are made in ``folder``."""
-    known = model_name(spec)
-    clip = reparameterised(random_model(known))
+def _prepare(name: str, spec: ModelSpec, threads: int, folder: Path | None) -> tuple[dict[str, Any], list[TimedTower]]:
+    """Return the sizes of a model and its towers in torch, and with ``folder`` also in onnxruntime."""
+    architecture = model_name(spec)
+    clip = reparameterize(random_model(architecture))
     image = image_spec(open_clip.get_model_preprocess_cfg(clip))
-    both = sides(clip, image, Tokenizer(known)([_TEXT]))
-    pixels, texts = (side.rows(1) for side in both)
+    exported = split_towers(clip, image, Tokenizer(architecture)([_TEXT]))
+    pixels, texts = (tower.example(1) for tower in exported)
     pixels = to_pixels(pixels, image)
-    towers = {"image": lambda: clip.encode_image(pixels), "text": lambda: clip.encode_text(texts)}
-    counts = parameters(clip)
-    found: dict[str, Any] = {
+    encoders = {"image": lambda: clip.encode_image(pixels), "text": lambda: clip.encode_text(texts)}
+    counts = count_parameters(clip)
+    about: dict[str, Any] = {
         "image size": [image.height, image.width],
         "context length": texts.shape[1],
         "parameters": {**counts, "total": sum(counts.values())},
-        "gflop": {side: _operations(run) / 1e9 for side, run in towers.items()},
+        "gflop": {side: _count_operations(run) / 1e9 for side, run in encoders.items()},
         "milliseconds": {},
     }
-    timed = [Timed(name, "torch", side, _inference(run)) for side, run in towers.items()]
+    timed = [TimedTower(name, "torch", side, _in_inference_mode(run)) for side, run in encoders.items()]
     if folder is not None:
-        for side in both:
-            path = folder / f"{side.name}.onnx"
-            graph.write_onnx(side, path, {})
-            run, inputs = graph.session(path, threads), side.rows(1)
-            timed.append(Timed(name, "onnxruntime", side.name, lambda run=run, inputs=inputs: run(inputs)))  # type: ignore[misc]
-    return found, timed
+        for tower in exported:
+            path = folder / f"{tower.name}.onnx"
+            graph.write_onnx(tower, path, {})
+            run = partial(graph.load_session(path, threads), tower.example(1))
+            timed.append(TimedTower(name, "onnxruntime", tower.name, run))
+    return about, timed
 
 
-def _inference(run: Callable[[], object]) -> Callable[[], object]:
-    def inside() -> object:
+def _in_inference_mode(run: Callable[[], object]) -> Callable[[], object]:
+    def wrapped() -> object:
         with torch.inference_mode():
             return run()
 
-    return inside
+    return wrapped
 
 
-def _operations(run: Callable[[], object]) -> int:
-    """Floating point operations in matrix products and convolutions; a multiplication and an addition are two."""
+def _count_operations(run: Callable[[], object]) -> int:
+    """Count floating point operations in matrix products and convolutions; a multiply-add counts as two."""
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter cannot see into fused attention
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not support fused attention
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             run()
@@ -132,7 +133,8 @@ def _operations(run: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def _summary(seconds: list[float]) -> dict[str, float]:
+def _summarise(seconds: list[float]) -> dict[str, float]:
+    """Return median, quartiles and minimum in milliseconds."""
     low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return {
         "median": round(1e3 * middle, 3),

@@ -1,22 +1,22 @@
-"""What figures were measured on."""
+"""Description of the machine that a benchmark ran on."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 
 def machine_name() -> str:
-    """Processor and cores, in words."""
+    """Return processor and number of cores as text."""
     return f"{cpu_name()}, {os.cpu_count()} cores"
 
 
-def machine(packages: Iterator[str] | tuple[str, ...]) -> dict[str, Any]:
-    """Processor, cores that this process may use, memory and load, and versions of Python and of ``packages``."""
+def describe_machine(packages: Iterable[str]) -> dict[str, Any]:
+    """Return processor, available cores, load, system, and versions of Python and of ``packages``."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
         "cpu": cpu_name(),
@@ -28,7 +28,7 @@ def machine(packages: Iterator[str] | tuple[str, ...]) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The model of the processor, as Linux tells it."""
+    """Return the model of the processor, from /proc/cpuinfo where it exists."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

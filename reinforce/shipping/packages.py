@@ -1,4 +1,4 @@
-"""What shipping needs beyond the dependencies of the rest."""
+"""Optional packages that ONNX export needs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from reinforce.errors import UserError
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-def require() -> None:
-    """Raise UserError where a package of the extra `export` is missing."""
+def require_export_packages() -> None:
+    """Raise UserError if a package of the extra `export` is missing."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"ONNX needs {', '.join(missing)}: pip install 'reinforce[export]'")

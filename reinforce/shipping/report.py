@@ -1,4 +1,4 @@
-"""Latencies of models side by side, for people and for programs."""
+"""The latency report: a terminal table and a JSON file."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ SIDES = ("image", "text")
 
 
 @dataclass(frozen=True)
-class Latencies:
-    """``about`` is what was measured on; ``models`` is what was found, by what the user calls them."""
+class LatencyReport:
+    """Measurements by model name in ``models``; ``about`` describes the machine and the method."""
 
     about: dict[str, Any]
     models: dict[str, dict[str, Any]]
 
     def table(self) -> Table:
-        """A line for each model and runtime: parameters, operations, and the median milliseconds of image and text.
+        """Return a line for each model and runtime: parameters, operations, and median milliseconds of image and text.
 
-        Behind +- stands half of what lies between the quartiles. ``faster`` says how often image and text together
-        fit into the time that the slowest line takes for them.
+        The number after ± is half the interquartile range. ``faster`` is the speedup over the slowest line, for image
+        and text together.
         """
         table = Table(box=None, header_style="bold", pad_edge=False)
         table.add_column("model", overflow="fold", min_width=15)
         for column in ("parameters, M", "GFLOP", "image, ms", "text, ms", "faster"):
             table.add_column(column, justify="right", no_wrap=True)
         lines = {
-            (model, runtime): found
+            (model, runtime): times
             for model, about in self.models.items()
-            for runtime, found in about["milliseconds"].items()
+            for runtime, times in about["milliseconds"].items()
         }
-        slowest = max(map(_both, lines.values()), default=0.0)
-        for (model, runtime), found in lines.items():
+        slowest = max(map(_sum_of_medians, lines.values()), default=0.0)
+        for (model, runtime), times in lines.items():
             about = self.models[model]
             table.add_row(
                 model if len(about["milliseconds"]) == 1 else f"{model} ({runtime})",
                 " + ".join(f"{about['parameters'][side] / 1e6:.1f}" for side in SIDES),
                 " + ".join(f"{about['gflop'][side]:.1f}" for side in SIDES),
-                *(_range(found[side]) for side in SIDES),
-                f"{slowest / _both(found):.1f}x",
+                *(_format_range(times[side]) for side in SIDES),
+                f"{slowest / _sum_of_medians(times):.1f}x",
             )
         return table
 
-    def line(self) -> str:
-        """Where this was measured."""
+    def conditions(self) -> str:
+        """Return the machine, the method and the versions as one line."""
         about = self.about
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         cores = f"{about['threads']} of {about['cores']} cores, load average {about['load average']} at the start"
@@ -57,7 +57,7 @@ class Latencies:
         return f"{about['cpu']}, {cores}; {rounds}, random weights; {versions}"
 
     def write(self, url: str) -> None:
-        """As JSON to a path or fsspec URL. Raises UserError where that cannot be written."""
+        """Write the report as JSON to a path or fsspec URL. Raises UserError if it cannot be written."""
         data = {**self.about, "models": self.models}
         try:
             write_file((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), url)
@@ -65,9 +65,9 @@ class Latencies:
             raise UserError(f"{url} cannot be written: {error}. Give another --json FILE.") from error
 
 
-def _both(found: dict[str, dict[str, float]]) -> float:
-    return sum(found[side]["median"] for side in SIDES)
+def _sum_of_medians(times: dict[str, dict[str, float]]) -> float:
+    return sum(times[side]["median"] for side in SIDES)
 
 
-def _range(found: dict[str, float]) -> str:
-    return f"{found['median']:.1f} ±{(found['upper quartile'] - found['lower quartile']) / 2:.1f}"
+def _format_range(times: dict[str, float]) -> str:
+    return f"{times['median']:.1f} ±{(times['upper quartile'] - times['lower quartile']) / 2:.1f}"

@@ -1,9 +1,9 @@
-"""An open_clip model's tokenizer as a ``tokenizer.json``, which the package ``tokenizers`` reads with nothing else.
+"""Convert an open_clip model's tokenizer to a ``tokenizer.json`` of the package ``tokenizers``.
 
-open_clip cleans a text in Python before it looks for words. Here the cleaning is written as normalizers: ftfy's
-tables (quotes, ligatures, widths, control characters), HTML entities, white space and case. What no table can say is
-left out: repairing text that was decoded by the wrong encoding, entities that are neither of HTML 4 nor common, and
-that ftfy leaves entities alone beside a <, where open_clip reads them later and as HTML does.
+open_clip cleans text in Python before tokenizing. Here the cleaning is expressed as normalizers: ftfy's tables (quotes,
+ligatures, widths, control characters), HTML entities, white space and case. Three things cannot be expressed as tables
+and are left out: repair of text that was decoded with the wrong encoding, rare entities outside HTML 4, and ftfy's rule
+to keep entities in texts with a <, which open_clip unescapes later as HTML.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 
 from teachers.open_clip_tokens import Tokenizer as Reference
 
-#: Texts whose tokens are compared before a tokenizer is shipped.
+#: Texts whose tokens are compared with open_clip's before a tokenizer is exported.
 PROBES = (
     "a photo of a cat",
     "A Dog, running   through the snow!\n",
@@ -43,85 +43,87 @@ PROBES = (
     "antidisestablishmentarianism" * 12,
 )
 
-#: Where Python's ``str.split`` splits.
+#: The white space of Python's ``str.split``.
 _SPACES = "[\t-\r\x1c- \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+"
 _PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^`{|}~]"""  # string.punctuation without _
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-#: Control characters that were meant to be read as Windows-1252.
+#: C1 control characters -> the Windows-1252 characters that were meant.
 _C1 = {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
-#: Characters that are often written as their number.
-_NUMBERED = (*map(ord, string.punctuation), 160, 8211, 8212, 8216, 8217, 8220, 8221, 8226, 8230)
+#: Characters that are often written as numeric entities.
+_NUMERIC_ENTITIES = (*map(ord, string.punctuation), 160, 8211, 8212, 8216, 8217, 8220, 8221, 8226, 8230)
 
 
-def shipped(model: str) -> Tokenizer:
-    """The tokenizer of an open_clip model: pads and truncates to its context, special tokens included.
+def convert_tokenizer(model: str) -> Tokenizer:
+    """Return the tokenizer of an open_clip model, which pads and truncates to its context length.
 
-    Raises ValueError if the package ``tokenizers`` alone cannot give its tokens.
+    Raises ValueError if the package ``tokenizers`` cannot reproduce its tokens.
     """
     original = open_clip.get_tokenizer(model)
     if isinstance(original, open_clip.SimpleTokenizer):
-        made = _of_clip(original)
+        tokenizer = _convert_clip(original)
     elif isinstance(original, HFTokenizer):
-        made = _of_hugging_face(original)
+        tokenizer = _convert_hugging_face(original)
     else:
-        raise ValueError(f"its tokenizer, a {type(original).__name__}, has no tokenizer.json")
+        raise ValueError(f"its tokenizer, a {type(original).__name__}, cannot be converted to tokenizer.json")
     reference = Reference(model)
     for text in PROBES:
-        if made.encode(text).ids != reference([text])[0].tolist():
-            raise ValueError(f"its tokenizer does what a tokenizer.json cannot say: other tokens for {text[:60]!r}")
-    return made
+        if tokenizer.encode(text).ids != reference([text])[0].tolist():
+            raise ValueError(f"its tokenizer cannot be expressed as tokenizer.json: other tokens for {text[:60]!r}")
+    return tokenizer
 
 
-def _of_clip(original: open_clip.SimpleTokenizer) -> Tokenizer:
-    made = Tokenizer(models.BPE(vocab=original.encoder, merges=list(original.bpe_ranks), end_of_word_suffix="</w>"))
+def _convert_clip(original: open_clip.SimpleTokenizer) -> Tokenizer:
+    bpe = models.BPE(vocab=original.encoder, merges=list(original.bpe_ranks), end_of_word_suffix="</w>")
+    tokenizer = Tokenizer(bpe)
     special = [original.decoder[index] for index in original.all_special_ids]
     start, end = special[:2]
-    made.normalizer = normalizers.Sequence([*_cleaning(_clean_name(original)), *_apart(special)])
-    made.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer.normalizer = normalizers.Sequence([*_cleaning(_clean_name(original)), *_split_special(special)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(start, original.sot_token_id), (end, original.eot_token_id)]
     )
-    made.enable_truncation(original.context_length)
-    made.enable_padding(length=original.context_length, pad_id=0, pad_token=original.decoder[0])
-    return made
+    tokenizer.enable_truncation(original.context_length)
+    tokenizer.enable_padding(length=original.context_length, pad_id=0, pad_token=original.decoder[0])
+    return tokenizer
 
 
-def _of_hugging_face(original: HFTokenizer) -> Tokenizer:
+def _convert_hugging_face(original: HFTokenizer) -> Tokenizer:
     fast = original.tokenizer
     if not getattr(fast, "is_fast", False):
-        raise ValueError(f"its tokenizer, a {type(fast).__name__}, has no tokenizer.json")
+        raise ValueError(f"its tokenizer, a {type(fast).__name__}, cannot be converted to tokenizer.json")
     saved = json.loads(fast.backend_tokenizer.to_str())
-    # special tokens within texts are plain text; those around texts have their numbers in the post_processor
+    # Special tokens inside texts count as plain text; the post_processor holds the ids of those around texts.
     saved["added_tokens"] = [token for token in saved["added_tokens"] if not token["special"]]
-    made = Tokenizer.from_str(json.dumps(saved))
-    own = [] if made.normalizer is None else [made.normalizer]
-    made.normalizer = normalizers.Sequence([*_cleaning(_clean_name(original)), *_apart(fast.all_special_tokens), *own])
-    made.enable_truncation(original.context_length)
-    made.enable_padding(
+    tokenizer = Tokenizer.from_str(json.dumps(saved))
+    own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+    special = fast.all_special_tokens
+    tokenizer.normalizer = normalizers.Sequence([*_cleaning(_clean_name(original)), *_split_special(special), *own])
+    tokenizer.enable_truncation(original.context_length)
+    tokenizer.enable_padding(
         direction=fast.padding_side,
         length=original.context_length,
         pad_id=fast.pad_token_id,
         pad_type_id=fast.pad_token_type_id,
         pad_token=fast.pad_token,
     )
-    return made
+    return tokenizer
 
 
 def _clean_name(original: Any) -> str:
-    """Which of open_clip's three ways to clean texts a tokenizer has."""
+    """Return which of open_clip's three cleaning functions a tokenizer uses. Raises ValueError."""
     for name in ("lower", "whitespace", "canonicalize"):
         if original.clean_fn is get_clean_fn(name):
             return name
-    raise ValueError("its tokenizer cleans texts in a way of its own")
+    raise ValueError("its tokenizer uses a custom cleaning function")
 
 
 def _cleaning(name: str) -> Iterator[normalizers.Normalizer]:
-    """``get_clean_fn(name)`` of open_clip."""
+    """Yield the normalizers equivalent to open_clip's ``get_clean_fn(name)``."""
     yield normalizers.Replace("&amp;", "&")
     for entity, character in _entities():
         yield normalizers.Replace(Regex(entity), character)
@@ -137,17 +139,17 @@ def _cleaning(name: str) -> Iterator[normalizers.Normalizer]:
         yield normalizers.Replace("_", " ")
         yield normalizers.Replace(Regex(_PUNCTUATION), "")
     if name in ("lower", "canonicalize"):
-        yield normalizers.Replace(Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς")  # as Python has it at the end of a word
+        yield normalizers.Replace(Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς")  # final sigma, as in Python's str.lower
         yield normalizers.Lowercase()
     yield normalizers.Replace(Regex(_SPACES), " ")
     yield normalizers.Strip()
 
 
 def _entities() -> Iterator[tuple[str, str]]:
-    """Patterns of entities; numbers, and the oldest names within longer words, need no semicolon, as in HTML."""
+    """Yield (pattern, character); numeric entities and the oldest names need no semicolon, as in HTML."""
     known = {name.lower() for name in name2codepoint}
     yield from ((entity, text) for entity, text in HTML_ENTITIES.items() if entity[1:-1].lower() in known)
-    for code in _NUMBERED:
+    for code in _NUMERIC_ENTITIES:
         yield f"&#0?{code}(?:;|(?![0-9]))", chr(code)
         yield f"(?i)&#x0?{code:x}(?:;|(?![0-9a-f]))", chr(code)
     old = [name for name in html5 if not name.endswith(";")]
@@ -156,17 +158,17 @@ def _entities() -> Iterator[tuple[str, str]]:
 
 
 def _table(table: Mapping[int, str | int | None]) -> Iterator[normalizers.Normalizer]:
-    """What ``str.translate`` would do."""
+    """Yield the normalizers equivalent to ``str.translate``."""
     for code, new in table.items():
         yield normalizers.Replace(chr(code), chr(new) if isinstance(new, int) else new or "")
 
 
-def _apart(special: list[str]) -> Iterator[normalizers.Normalizer]:
-    """A space behind the first character of what is spelt as a special token, which makes plain text of it."""
+def _split_special(special: list[str]) -> Iterator[normalizers.Normalizer]:
+    """Insert a space after the first character of a special token in a text, so that it is tokenized as plain text."""
     for token in sorted({token for token in special if len(token) > 1}, key=len, reverse=True):
-        head, tail = _escaped(token[0]), "".join(map(_escaped, token[1:]))
+        head, tail = _escape(token[0]), "".join(map(_escape, token[1:]))
         yield normalizers.Replace(Regex(f"(?i){head}(?={tail})"), f"{token[0]} ")
 
 
-def _escaped(character: str) -> str:
+def _escape(character: str) -> str:
     return character if character.isalnum() or ord(character) > 127 else f"\\{character}"

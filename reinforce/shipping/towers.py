@@ -1,4 +1,4 @@
-"""The two halves of an open_clip model as modules of their own, in the shape in which they are shipped."""
+"""The image and text towers of an open_clip model as separate modules, reparameterized for inference."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from timm.utils.model import reparameterize_model
 from torch.nn.functional import normalize
 
-from reinforce.shipping.graph import Side
+from reinforce.shipping.graph import Tower
 from teachers.protocols import ImageSpec
 
 
 class ImageTower(torch.nn.Module):
-    """uint8 [N, height, width, 3], RGB as Pillow gives it -> float32 [N, dim] of unit norm.
+    """uint8 RGB pixels [N, height, width, 3] -> float32 embeddings [N, dim] of unit norm.
 
-    Mean and standard deviation are inside, so that nobody can get them wrong outside.
+    The normalization by mean and standard deviation is part of the graph, so that callers cannot get it wrong.
     """
 
     mean: torch.Tensor
@@ -45,43 +45,43 @@ class TextTower(torch.nn.Module):
         return normalize(self.clip.encode_text(tokens), dim=-1)
 
 
-def reparameterised(clip: Any) -> Any:
-    """The model as it is shipped, for inference: the branches of a FastViT, and of what else timm can, become one.
+def reparameterize(clip: Any) -> Any:
+    """Return the model for inference, with the branches of a FastViT (or another model of timm) fused.
 
-    The model that is given stays as it is and shares all other weights. Raises ValueError for a captioner.
+    The given model is unchanged and shares all other weights. Raises ValueError for a captioner.
     """
     if isinstance(clip, open_clip.CoCa):
-        raise ValueError("it is a captioner, whose decoder has no place in two towers: give a CLIP model")
-    shipped = copy.copy(clip.eval().requires_grad_(False))
-    shipped._modules = dict(clip._modules)  # a shallow copy shares the table of its parts
-    shipped.visual = reparameterize_model(clip.visual)
-    return shipped
+        raise ValueError("it is a captioner, whose decoder cannot be exported: use a CLIP model")
+    fused = copy.copy(clip.eval().requires_grad_(False))
+    fused._modules = dict(clip._modules)  # a shallow copy shares the dict of submodules
+    fused.visual = reparameterize_model(clip.visual)
+    return fused
 
 
-def sides(clip: Any, spec: ImageSpec, tokens: torch.Tensor) -> list[Side]:
-    """Both towers of a model, with clouds of colour as images and ``tokens`` [M, context length], repeated, as texts.
+def split_towers(clip: Any, spec: ImageSpec, tokens: torch.Tensor) -> list[Tower]:
+    """Return both towers of a model, with example inputs: smooth random images, and ``tokens`` [M, context length].
 
-    Noise alone is the same to most models, whatever its pixels.
+    The images are not pure noise, for which most models give the same embedding whatever its pixels.
     """
 
     def images(count: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        clouds = torch.rand(count, 3, 4, 4, generator=generator)
-        clouds = torch.nn.functional.interpolate(clouds, (spec.height, spec.width), mode="bicubic")
-        noise = torch.rand(clouds.shape, generator=generator) - 0.5
-        return ((clouds + 0.1 * noise).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
+        smooth = torch.rand(count, 3, 4, 4, generator=generator)
+        smooth = torch.nn.functional.interpolate(smooth, (spec.height, spec.width), mode="bicubic")
+        noise = torch.rand(smooth.shape, generator=generator) - 0.5
+        return ((smooth + 0.1 * noise).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
 
     def texts(count: int) -> torch.Tensor:
         return tokens[torch.arange(count) % len(tokens)]
 
     return [
-        Side("image", "images", ImageTower(clip, spec).eval(), images),
-        Side("text", "tokens", TextTower(clip).eval(), texts),
+        Tower("image", "images", ImageTower(clip, spec).eval(), images),
+        Tower("text", "tokens", TextTower(clip).eval(), texts),
     ]
 
 
-def parameters(clip: Any) -> dict[str, int]:
-    """How many parameters each half has; the logit scale and bias are in neither."""
+def count_parameters(clip: Any) -> dict[str, int]:
+    """Return the number of parameters of each tower, without the logit scale and bias."""
     image = sum(parameter.numel() for parameter in clip.visual.parameters())
     whole = sum(parameter.numel() for name, parameter in clip.named_parameters() if not name.startswith("logit_"))
     return {"image": image, "text": whole - image}

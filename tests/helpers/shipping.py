@@ -1,4 +1,4 @@
-"""Small models to ship: a ViT, and a FastViT with statistics of its own, in folders that open_clip reads."""
+"""Small models to export: a ViT, and a FastViT with batch statistics, in folders that open_clip loads."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CONTEXT = 16
 
 
 @timm.models.register_model
-def fastvit_of_the_tests(pretrained: bool = False, **options: Any) -> FastVit:
-    """All kinds of blocks of the image tower of MobileCLIP2-S0, one of each."""
+def tiny_fastvit(pretrained: bool = False, **options: Any) -> FastVit:
+    """One block of each kind in the image tower of MobileCLIP2-S0."""
     model = FastVit(
         layers=(1, 1),
         embed_dims=(16, 32),
@@ -37,15 +37,16 @@ def fastvit_of_the_tests(pretrained: bool = False, **options: Any) -> FastVit:
 
 
 def vit(folder: Path) -> str:
+    """Write a small ViT."""
     return open_clip_model(folder, context_length=CONTEXT)
 
 
 def fastvit(folder: Path, weights: bool = True) -> str:
-    """Squashes images of another shape than its own, which is a portrait's; the text tower is not causal."""
+    """Write a FastViT with portrait images, which it squashes, and a text tower without causal mask."""
     folder.mkdir(parents=True)
     config = open_clip_config(context_length=CONTEXT, no_causal_mask=True)
     config["vision_cfg"] = {
-        "timm_model_name": "fastvit_of_the_tests",
+        "timm_model_name": "tiny_fastvit",
         "timm_model_pretrained": False,
         "timm_pool": "avg",
         "timm_proj": None,
@@ -55,19 +56,19 @@ def fastvit(folder: Path, weights: bool = True) -> str:
     saved = {"model_cfg": {**config, "custom_text": True}, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(saved))
     if weights:
-        save_file(_with_statistics(config).state_dict(), str(folder / "open_clip_model.safetensors"))
+        save_file(_model_with_statistics(config).state_dict(), str(folder / "open_clip_model.safetensors"))
     return f"local-dir:{folder}"
 
 
-def _with_statistics(config: dict[str, Any]) -> torch.nn.Module:
-    """Weights that keep apart what is shown to them, and the statistics of batches that training leaves."""
+def _model_with_statistics(config: dict[str, Any]) -> torch.nn.Module:
+    """Weights that give different images different embeddings, and batch statistics as after training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = open_clip.CustomTextCLIP(**config).train()
         for name, parameter in model.named_parameters():
-            if name.endswith("gamma"):  # of layer scale, which starts at next to nothing
+            if name.endswith("gamma"):  # layer scale, which is initialized near zero
                 torch.nn.init.uniform_(parameter, 0.5, 1.0)
         for _ in range(10):
-            clouds = torch.nn.functional.interpolate(torch.randn(8, 3, 4, 4), (96, 64), mode="bicubic")
-            model.encode_image(clouds)
+            images = torch.nn.functional.interpolate(torch.randn(8, 3, 4, 4), (96, 64), mode="bicubic")
+            model.encode_image(images)
     return model.eval()

@@ -1,4 +1,4 @@
-"""``reinforce latency`` as it is typed."""
+"""``reinforce latency`` from the command line, and its measurements."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ import torch
 
 from reinforce.cli import main
 from reinforce.model_names import resolve_models
-from reinforce.shipping.latency import measure
-from reinforce.shipping.report import Latencies
-from reinforce.shipping.towers import reparameterised
+from reinforce.shipping.latency import measure_latency
+from reinforce.shipping.towers import reparameterize
 from tests.helpers import shipping as models
 from tests.helpers.students import student_folder
 from tests.helpers.tiny_coca import coca_model
 
-Told = Callable[..., tuple[int, str, str]]
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def latency(capfd: pytest.CaptureFixture[str]) -> Told:
-    """Run the command -> (exit status, standard output, standard error)."""
+def latency(capfd: pytest.CaptureFixture[str]) -> Run:
+    """A function that runs the command and returns (exit status, standard output, standard error)."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -43,15 +42,15 @@ def threads() -> Any:
     torch.set_num_threads(before)
 
 
-def test_architectures_stand_side_by_side(latency: Told, tmp_path: Path, threads: None) -> None:
-    vit = student_folder(tmp_path / "runs" / "student")  # without weights, where a training leaves them
+def test_command_measures_several_models(latency: Run, tmp_path: Path, threads: None) -> None:
+    vit = student_folder(tmp_path / "runs" / "student")  # without weights, in the layout of a training's output
     fast = models.fastvit(tmp_path / "fast", weights=False)
     status, out, _ = latency(
         f"{tmp_path}/runs", fast, "--rounds", "5", "--threads", "1", "--json", f"{tmp_path}/out/found.json"
     )
     assert status == 0
-    for told in ("parameters, M", "GFLOP", "image, ms", "1.0x", "1 of ", "medians of 5 rounds by the wall clock"):
-        assert told in out
+    for text in ("parameters, M", "GFLOP", "image, ms", "1.0x", "1 of ", "medians of 5 rounds by the wall clock"):
+        assert text in out
     found = json.loads((tmp_path / "out" / "found.json").read_text())
     assert (found["threads"], found["rounds"], found["batch"]) == (1, 5, 1)
     assert found["cpu"]
@@ -59,18 +58,18 @@ def test_architectures_stand_side_by_side(latency: Told, tmp_path: Path, threads
     assert list(found["models"]) == [f"{tmp_path}/runs", fast]
     for name, about in zip((vit, fast), found["models"].values(), strict=True):
         clip = open_clip.create_model(name, load_weights=False)
-        shipped = sum(parameter.numel() for parameter in reparameterised(clip).visual.parameters())
+        fused = sum(parameter.numel() for parameter in reparameterize(clip).visual.parameters())
         whole = sum(parameter.numel() for parameter in clip.parameters()) - 1  # the logit scale
         before = sum(parameter.numel() for parameter in clip.visual.parameters())
-        assert about["parameters"] == {"image": shipped, "text": whole - before, "total": shipped + whole - before}
+        assert about["parameters"] == {"image": fused, "text": whole - before, "total": fused + whole - before}
         for side in ("image", "text"):
             times = about["milliseconds"]["torch"][side]
             assert 0 < times["fastest"] <= times["lower quartile"] <= times["median"] <= times["upper quartile"]
 
 
-def test_operations_are_those_of_the_matrix_products(tmp_path: Path) -> None:
+def test_operations_match_a_count_by_hand(tmp_path: Path) -> None:
     with resolve_models([student_folder(tmp_path)], weights=False) as specs:
-        (about,) = measure(specs, rounds=1).models.values()
+        (about,) = measure_latency(specs, rounds=1).models.values()
     width, layers, patches, length = 32, 2, 16, 16
 
     def blocks(tokens: int) -> int:
@@ -82,51 +81,30 @@ def test_operations_are_those_of_the_matrix_products(tmp_path: Path) -> None:
     assert about["gflop"]["text"] * 1e9 == pytest.approx(blocks(length) + projecting)
 
 
-def test_onnxruntime_stands_beside_torch(tmp_path: Path) -> None:
+def test_onnxruntime_is_measured_next_to_torch(tmp_path: Path) -> None:
     with resolve_models([student_folder(tmp_path)], weights=False) as specs:
-        found = measure(specs, rounds=2, onnx=True, clock="process")
+        found = measure_latency(specs, rounds=2, onnx=True, clock="process")
     (about,) = found.models.values()
     assert {runtime: set(sides) for runtime, sides in about["milliseconds"].items()} == {
         "torch": {"image", "text"},
         "onnxruntime": {"image", "text"},
     }
     assert "onnxruntime" in found.about["versions"]
-    assert "process clock" in found.line()
+    assert "process clock" in found.conditions()
     assert found.table().row_count == 2
 
 
-def test_the_slowest_line_is_what_others_are_compared_with() -> None:
-    def model(image: float, text: float) -> dict[str, Any]:
-        times = {"image": image, "text": text}
-        ranges = {
-            side: {"median": t, "lower quartile": t, "upper quartile": t + 1, "fastest": t} for side, t in times.items()
-        }
-        sizes = {"image": 2_000_000, "text": 1_000_000}
-        return {"parameters": sizes, "gflop": {"image": 1.0, "text": 2.0}, "milliseconds": {"torch": ranges}}
-
-    table = Latencies({}, {"slow": model(8.0, 2.0), "fast": model(2.0, 2.0)}).table()
-    columns = [list(column.cells) for column in table.columns]
-    assert columns == [
-        ["slow", "fast"],
-        ["2.0 + 1.0"] * 2,
-        ["1.0 + 2.0"] * 2,
-        ["8.0 ±0.5", "2.0 ±0.5"],
-        ["2.0 ±0.5"] * 2,
-        ["1.0x", "2.5x"],
-    ]
-
-
-def test_what_cannot_be_measured_is_told(latency: Told, tmp_path: Path) -> None:
-    for model, told in {
+def test_models_that_cannot_be_measured_are_reported(latency: Run, tmp_path: Path) -> None:
+    for model, message in {
         "hf-hub:nobody/nothing": "its architecture is not on this machine",
         "MobileCLIP2-S5": "did you mean MobileCLIP2-S",
         coca_model(tmp_path / "coca"): "it is a captioner",
     }.items():
         status, _, err = latency(model)
-        assert (status, told in err) == (2, True)
+        assert (status, message in err) == (2, True)
 
 
-def test_the_documentation_shows_what_was_measured() -> None:
+def test_documentation_shows_the_stored_measurements() -> None:
     root = Path(__file__).parents[2]
     found = json.loads((root / "benchmarks" / "results" / "latency.json").read_text())
     rows = [line.strip("| ").split(" | ") for line in (root / "docs" / "latency.md").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""tokenizer.json beside open_clip's own tokenizer."""
+"""tokenizer.json compared with open_clip's own tokenizer."""
 
 from __future__ import annotations
 
@@ -27,81 +27,83 @@ PARTS = (*ENTITIES, "“", "’", "ﬁ", "Ǆ", "Ｑ", "ｶ", "\u00a0", "\u200b",
 
 
 @cache
-def both() -> tuple[Tokenizer, Reference]:
-    return tokens.shipped(NAME), Reference(NAME)
+def tokenizers() -> tuple[Tokenizer, Reference]:
+    return tokens.convert_tokenizer(NAME), Reference(NAME)
 
 
-def told_by_tables(text: str) -> bool:
-    """What was decoded wrongly is repaired by open_clip alone, in any round; it reads no entity beside a <."""
+def is_supported(text: str) -> bool:
+    """Whether tokens should be equal: not for repaired encodings, nor for entities in texts with a <."""
     if ftfy.fix_text(text) != ftfy.fix_text(text, fix_encoding=False):
         return False
-    capitals = re.findall("&[A-Z]+;", text)  # which ftfy knows and HTML does not
+    capitals = re.findall("&[A-Z]+;", text)  # known to ftfy and not to HTML
     return "<" not in text or all(html.unescape(entity) != entity for entity in capitals)
 
 
-def agree(texts: list[str]) -> None:
-    made, reference = both()
+def assert_same_tokens(texts: list[str]) -> None:
+    converted, reference = tokenizers()
     expected = reference(texts).tolist()
-    for text, found, wanted in zip(texts, made.encode_batch(texts), expected, strict=True):
+    for text, found, wanted in zip(texts, converted.encode_batch(texts), expected, strict=True):
         assert found.ids == wanted, text
 
 
-def test_real_texts_have_the_tokens_of_open_clip() -> None:
-    """The descriptions of what is installed here: English, Markdown, code, names of people from all over the world."""
+def test_real_texts_have_the_same_tokens_as_in_open_clip() -> None:
+    """The texts are descriptions of the installed packages: English, Markdown, code, and names in many languages."""
     described = [found.metadata.get_payload() or found.metadata["Description"] or "" for found in distributions()]
     lines = {line for text in described for line in str(text).splitlines() if line.strip()}
-    texts = sorted(filter(told_by_tables, lines))
+    texts = sorted(filter(is_supported, lines))
     assert len(texts) > 3000
-    agree(texts[:: len(texts) // 3000])
-    agree([text for text in texts if not text.isascii() or "&" in text])
+    assert_same_tokens(texts[:: len(texts) // 3000])
+    assert_same_tokens([text for text in texts if not text.isascii() or "&" in text])
 
 
-#: Without what is no character in some version of Unicode: libraries know different ones.
+#: Without unassigned characters, which depend on each library's version of Unicode.
 CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cn"])
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.one_of(st.text(CHARACTERS, max_size=8), st.sampled_from(PARTS)), max_size=8))
-def test_any_text_has_the_tokens_of_open_clip(parts: list[str]) -> None:
+def test_random_texts_have_the_same_tokens_as_in_open_clip(parts: list[str]) -> None:
     text = "".join(parts)
-    assume(told_by_tables(text))
-    agree([text])
+    assume(is_supported(text))
+    assert_same_tokens([text])
 
 
-def test_special_tokens_within_texts_are_text() -> None:
-    made, _ = both()
-    ids = made.encode("&lt;end_of_text&gt; <START_OF_TEXT> a cat").ids
+def test_special_tokens_inside_texts_are_plain_text() -> None:
+    converted, _ = tokenizers()
+    ids = converted.encode("&lt;end_of_text&gt; <START_OF_TEXT> a cat").ids
     assert (ids.count(49406), ids.count(49407)) == (1, 1)
-    agree(["<end_of_text>", "&lt;end_of_text&gt; <START_OF_TEXT> a cat", "<<end_of_text>>"])
+    assert_same_tokens(["<end_of_text>", "&lt;end_of_text&gt; <START_OF_TEXT> a cat", "<<end_of_text>>"])
 
 
-def test_tokenizers_of_hugging_face_are_shipped_with_what_open_clip_does_before(tmp_path: Path) -> None:
+def test_hugging_face_tokenizers_include_the_cleaning_of_open_clip(tmp_path: Path) -> None:
     name = student_folder(tmp_path, "hf")
-    made, reference = tokens.shipped(name), Reference(name)
+    converted, reference = tokens.convert_tokenizer(name), Reference(name)
     texts = ["a  photo of\na cat", "“Fish” &amp; chips </s> <S>", "", "a dog " * 30]
-    assert [text.ids for text in made.encode_batch(texts)] == reference(texts).tolist()
-    assert Tokenizer.from_str(made.to_str()).encode(texts[1]).ids == made.encode(texts[1]).ids
+    assert [text.ids for text in converted.encode_batch(texts)] == reference(texts).tolist()
+    assert Tokenizer.from_str(converted.to_str()).encode(texts[1]).ids == converted.encode(texts[1]).ids
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
-        ({"tokenizer_kwargs": {"strip_sep_token": True}}, "does what a tokenizer.json cannot say"),
-        ({"tokenizer_mode": "clips"}, "does what a tokenizer.json cannot say"),
+        ({"tokenizer_kwargs": {"strip_sep_token": True}}, "cannot be expressed as tokenizer.json"),
+        ({"tokenizer_mode": "clips"}, "cannot be expressed as tokenizer.json"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_shipped_is_told(tmp_path: Path, options: dict[str, Any], told: str) -> None:
+def test_tokenizers_that_cannot_be_converted_are_rejected(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
     name = student_folder(tmp_path, "hf", text_cfg=options)
     special = json.loads((tmp_path / "tokenizer_config.json").read_text())
     special |= {"sep_token": "</s>", "cls_token": "<s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
-    with pytest.raises(ValueError, match=told):
-        tokens.shipped(name)
+    with pytest.raises(ValueError, match=message):
+        tokens.convert_tokenizer(name)
 
 
-def test_canonical_texts_are_cleaned_as_open_clip_cleans_them(tmp_path: Path) -> None:
+def test_canonicalize_cleans_texts_like_open_clip(tmp_path: Path) -> None:
     name = student_folder(tmp_path, "hf", text_cfg={"tokenizer_kwargs": {"clean": "canonicalize"}})
-    made, reference = tokens.shipped(name), Reference(name)
+    converted, reference = tokens.convert_tokenizer(name), Reference(name)
     texts = ["A_Cat, (on) a-mat! It's [99%] \\ ~ done.", "snake_case.PY", "ΟΔΟΣ"]
-    assert [text.ids for text in made.encode_batch(texts)] == reference(texts).tolist()
+    assert [text.ids for text in converted.encode_batch(texts)] == reference(texts).tolist()
     assert isinstance(reference._tokenizer, HFTokenizer)

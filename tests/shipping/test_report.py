@@ -1,0 +1,44 @@
+"""The latency report: table and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce.errors import UserError
+from reinforce.shipping.report import LatencyReport
+
+
+def model(image: float, text: float) -> dict[str, Any]:
+    """Measurements with these median milliseconds."""
+    times = {"image": image, "text": text}
+    ranges = {
+        side: {"median": t, "lower quartile": t, "upper quartile": t + 1, "fastest": t} for side, t in times.items()
+    }
+    sizes = {"image": 2_000_000, "text": 1_000_000}
+    return {"parameters": sizes, "gflop": {"image": 1.0, "text": 2.0}, "milliseconds": {"torch": ranges}}
+
+
+def test_table_shows_the_speedup_over_the_slowest_line() -> None:
+    table = LatencyReport({}, {"slow": model(8.0, 2.0), "fast": model(2.0, 2.0)}).table()
+    columns = [list(column.cells) for column in table.columns]
+    assert columns == [
+        ["slow", "fast"],
+        ["2.0 + 1.0"] * 2,
+        ["1.0 + 2.0"] * 2,
+        ["8.0 ±0.5", "2.0 ±0.5"],
+        ["2.0 ±0.5"] * 2,
+        ["1.0x", "2.5x"],
+    ]
+
+
+def test_report_is_written_as_json(tmp_path: Path) -> None:
+    report = LatencyReport({"cpu": "a cpu"}, {"fast": model(2.0, 2.0)})
+    report.write(str(tmp_path / "found.json"))
+    stored = json.loads((tmp_path / "found.json").read_text())
+    assert stored == {"cpu": "a cpu", "models": report.models}
+    with pytest.raises(UserError, match="Give another --json FILE"):
+        report.write(str(tmp_path / "found.json" / "inside"))
