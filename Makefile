@@ -31,8 +31,8 @@ demo: $(INSTALLED) ## reinforce 1,364 emoji, train a student with and without it
 
 demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner again (35 minutes on two cores, npm)
 	$(BIN)/python -m reinforce.demo data
-	$(BIN)/python -m reinforce.demo lessons
-	$(BIN)/python -m reinforce.demo blanks
+	$(BIN)/python -m reinforce.demo teacher-data
+	$(BIN)/python -m reinforce.demo initial-models
 	$(BIN)/reinforce run configs/demo-teachers/samples.yaml
 	$(BIN)/reinforce train configs/demo-teachers/conv-64.yaml
 	$(BIN)/reinforce train configs/demo-teachers/conv-48.yaml

@@ -1,21 +1,21 @@
-"""``make bench-captions``: five captions an image by CoCa, decoded here and as open_clip decodes them.
+"""``make bench-captions``: speed of CoCa's decoding, five captions per image, compared with open_clip's.
 
-Both sides have the same random weights, draw the same words (nucleus sampling, top_p 0.9) from the same numbers, and
-take turns in one process with the same threads. Where a single word differs, no speed is reported. Two cases: captions
-of the full 30 tokens, start and end included; and captions that end where real ones do, whose number of words is drawn
-(5 + Poisson(7), 12 in the mean), since random weights never end one.
+Both implementations have the same random weights, sample the same tokens (nucleus sampling, top_p 0.9) from the same
+uniform numbers, and alternate in one process with the same threads. If a single token differs, no speed is reported.
+There are two cases: captions of the full 30 tokens, including start and end; and captions of natural length, drawn from
+5 + Poisson(7) (mean 12), since random weights never end a caption.
 
-open_clip's side is the loop of its ``CoCa.generate``, written out with its own forward pass and transformers' own
-logits processors, but for one thing: the draw inverts the distribution at a given number, where ``generate`` calls
-``torch.multinomial``, so that the words can be compared. ``generate`` is called once for each caption of an image, as
-RayGen does: it encodes the images each time, runs the towers over all words so far at each step, gives logits of all
-positions, computes rows that have ended until all have, and at the last step makes a forward pass of which it uses
-nothing. ``generate`` itself is timed beside it where it runs: it needs a class that transformers 5 no longer has. With
-4.55.4 it gave the same greedy words as both sides here, in the loop's own CPU seconds (28.1 and 29.6 beside 28.3 and
-29.4 for five captions of the full length of one image, coca_ViT-B-32, one thread).
+open_clip's implementation is the loop of its ``CoCa.generate``, copied with its own forward pass and the logits
+processors of transformers. One thing differs: sampling inverts the cumulative distribution at a given number instead of
+calling ``torch.multinomial``, so that tokens can be compared. As in RayGen, the loop runs once for each caption of an
+image: it encodes the images each time, runs the decoder over all tokens so far at each step, computes logits of all
+positions, continues finished rows until all are finished, and ends with a forward pass whose output is not used.
+``generate`` itself is timed as well where it runs: it needs a class that transformers 5 no longer has. With 4.55.4 it
+gave the same greedy tokens as both implementations here, in the CPU time of the loop (28.1 and 29.6 s, the loop 28.3
+and 29.4 s, for five full-length captions of one image, coca_ViT-B-32, one thread).
 
-The bound is one encoding of the images and the cached steps, their floating point operations at the speed that this
-machine reaches in matrix products of these shapes.
+The bound is the time for one encoding of the images and the cached steps, if their floating point operations ran at the
+speed that this machine reaches in matrix products of these shapes.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ WORDS = TOKENS - 2
 START, END, PAD = 49406, 49407, 0
 TARGETS = {"fixed": 8.0, "natural": 12.0}
 RESULTS = Path(__file__).parent / "results" / "captions.json"
-#: A draw that ends a caption: a number no other is.
+#: A marker among the uniform numbers, all below 1, that ends a caption.
 STOP = 2.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the images that are captioned at once, and how often."""
+    """A model, the number of images in a batch, and the number of rounds."""
 
     model: str
     images: int
@@ -74,7 +74,7 @@ CASES = (Case("coca_ViT-B-32", images=4, rounds=3), Case("coca_ViT-L-14", images
 
 
 class Bench:
-    """A model of a case and both ways of decoding it. Texts are [images][captions] lists of words."""
+    """A model and both implementations of its decoding. Texts are [images][captions] lists of token ids."""
 
     def __init__(self, case: Case) -> None:
         self.model = random_model(case.model)
@@ -83,7 +83,7 @@ class Bench:
         freeze(self.visual, self.accelerator)
         self.forward = CocaDecoder(self.model, self.accelerator, WORDS)
         impossible = torch.zeros(self.model.text.vocab_size, dtype=torch.bool)
-        impossible[[START, PAD]] = True  # `generate` takes the padding, which is the word "!", for an end
+        impossible[[START, PAD]] = True  # `generate` ends a caption at the padding, which is the token "!"
         self.rules = DecodingRules(START, END, impossible, min_tokens=WORDS, max_tokens=WORDS)
         size = self.model.visual.image_size
         self.pixels = torch.randn(case.images, 3, *(size if isinstance(size, tuple) else (size, size)))
@@ -92,28 +92,28 @@ class Bench:
         lengths = 5 + np.random.default_rng(0).poisson(7, (case.images, CAPTIONS))
         self.lengths = {"fixed": np.full_like(lengths, WORDS), "natural": lengths.clip(max=WORDS)}
 
-    def ours(self, lengths: np.ndarray, choose: Callable[..., torch.Tensor] | None = None) -> list[list[list[int]]]:
+    def decode(self, lengths: np.ndarray, choose: Callable[..., torch.Tensor] | None = None) -> list[list[list[int]]]:
         choose = choose or partial(sample_nucleus, temperature=1.0, top_p=TOP_P)
 
-        def until_the_end(logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        def choose_or_stop(logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
             return torch.where(drawn == STOP, END, choose(logits, drawn.clamp(max=1)))
 
         stops = torch.arange(WORDS) >= torch.from_numpy(lengths)[..., None]
         with torch.inference_mode():
             self.forward.begin(self.encode(), CAPTIONS)
-            texts = sample(self.forward, self.rules, until_the_end, self.drawn.masked_fill(stops, STOP))
+            texts = sample(self.forward, self.rules, choose_or_stop, self.drawn.masked_fill(stops, STOP))
         return [text for text in texts if text is not None]
 
     def encode(self) -> torch.Tensor:
         tokens: torch.Tensor = self.visual(self.pixels)[1]
         return tokens
 
-    def open_clips(self, lengths: np.ndarray) -> list[list[list[int]]]:
+    def decode_open_clip(self, lengths: np.ndarray) -> list[list[list[int]]]:
         by_caption = [self._generate(self.drawn[:, n], lengths[:, n]) for n in range(CAPTIONS)]
         return [list(texts) for texts in zip(*by_caption, strict=True)]
 
     def _generate(self, drawn: torch.Tensor, lengths: np.ndarray) -> list[list[int]]:
-        """The loop of open_clip's ``CoCa.generate`` with ``generation_type="top_p"`` and ``seq_len=TOKENS``."""
+        """Run the loop of open_clip's ``CoCa.generate`` with ``generation_type="top_p"`` and ``seq_len=TOKENS``."""
         model = self.model
         processors = transformers.LogitsProcessorList(
             [
@@ -147,9 +147,9 @@ class Bench:
         return [row[1 : row.index(END)] for row in out.tolist()]
 
     def check(self) -> float:
-        """Greedy captions against open_clip's forward pass over them -> the largest difference of a logit.
+        """Compare greedy captions with open_clip's forward pass; return the largest difference of a logit.
 
-        Raises SystemExit where a word is not the likeliest there, or a logit is more than 1e-4 off.
+        Raises SystemExit if a token is not open_clip's most likely one, or a logit differs by more than 1e-4.
         """
         kept: list[torch.Tensor] = []
 
@@ -157,7 +157,7 @@ class Bench:
             kept.append(logits[::CAPTIONS])
             return greedy(logits, drawn)
 
-        texts = [of_image[0] for of_image in self.ours(self.lengths["fixed"], likeliest)]
+        texts = [image[0] for image in self.decode(self.lengths["fixed"], likeliest)]
         ours = torch.stack(kept, dim=1)
         with torch.inference_mode():
             tokens = torch.tensor([[START, *words[:-1]] for words in texts])
@@ -166,17 +166,19 @@ class Bench:
             words = theirs.masked_fill(barred, -torch.inf).argmax(-1).tolist()
             worst = (ours - theirs)[..., ~barred].abs().max().item()
         if words != texts or worst > 1e-4:
-            raise SystemExit(f"greedy words or logits are not open_clip's (logits up to {worst:.1e} off): no speed-up")
+            raise SystemExit(
+                f"greedy tokens or logits differ from open_clip's (logits by up to {worst:.1e}): no speedup"
+            )
         return worst
 
-    def turns(self, rounds: int) -> dict[str, dict[str, Any]]:
-        """Seconds of both sides in each case, in turns."""
+    def measure(self, rounds: int) -> dict[str, dict[str, Any]]:
+        """Measure both implementations alternately in each case."""
         results = {}
         for case, lengths in self.lengths.items():
-            sides = {"ours": self.ours, "open_clip": self.open_clips}
+            sides = {"ours": self.decode, "open_clip": self.decode_open_clip}
             clocks = {"wall": time.perf_counter, "cpu": time.process_time}
             seconds: dict[str, dict[str, list[float]]] = {side: {clock: [] for clock in clocks} for side in sides}
-            self.ours(lengths)  # memory is taken, code is loaded
+            self.decode(lengths)  # warm-up
             for _ in range(rounds):
                 texts = {}
                 for side, decode in sides.items():
@@ -185,26 +187,26 @@ class Bench:
                     for name, clock in clocks.items():
                         seconds[side][name].append(clock() - starts[name])
                 if texts["ours"] != texts["open_clip"]:
-                    raise SystemExit(f"{case}: the words are not those of open_clip's loop: no speed-up")
+                    raise SystemExit(f"{case}: the tokens differ from those of open_clip's loop: no speedup")
             of = {side: {c: statistics.median(values) for c, values in of.items()} for side, of in seconds.items()}
             ratio = {clock: of["open_clip"][clock] / of["ours"][clock] for clock in clocks}
             results[case] = {"speedup": ratio, "median seconds": of, "seconds": seconds}
         return results
 
     def generate(self) -> float | None:
-        """Seconds of ``CoCa.generate`` itself for captions of the full length; None where it does not run."""
+        """Return the seconds of ``CoCa.generate`` itself for captions of full length; None if it cannot run."""
         options = {"generation_type": "top_p", "top_p": TOP_P, "seq_len": TOKENS, "min_seq_len": TOKENS - 1}
         start = time.perf_counter()
         try:
             for _ in range(CAPTIONS):
                 self.model.generate(self.pixels, **options)
-        except AssertionError:  # "Please install transformers": what it imports is not all there
+        except AssertionError:  # "Please install transformers": a class that it imports no longer exists
             return None
         return time.perf_counter() - start
 
     def profile(self, lengths: np.ndarray) -> dict[str, float]:
-        """Seconds of each part of one decoding of ours."""
-        clock, forward = Clock(), self.forward
+        """Return the seconds of each part of one decoding with the cached decoder."""
+        timer, forward = PartTimer(), self.forward
         blocks = [*forward.text_blocks, *forward.decoder_blocks, *forward.cross_blocks]
         watched = [
             *((block, "blocks") for block in blocks),
@@ -213,52 +215,52 @@ class Bench:
             (forward.vocabulary, "vocabulary"),
             (self.visual, "image encoder"),
         ]
-        hooks = [hook for module, part in watched for hook in clock.watch(module, part)]
+        hooks = [hook for module, part in watched for hook in timer.watch(module, part)]
 
         def choose(logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-            with clock.running("sampling"):
+            with timer.measuring("sampling"):
                 return sample_nucleus(logits, drawn, 1.0, TOP_P)
 
-        with clock.running("all"):
-            self.ours(lengths, choose)
+        with timer.measuring("all"):
+            self.decode(lengths, choose)
         for hook in hooks:
             hook.remove()
-        seconds = clock.seconds
+        seconds = timer.seconds
         seconds["attention and its projections"] = seconds.pop("blocks") - seconds["mlp"]
         seconds["rest"] = 2 * seconds["all"] - sum(seconds.values())
         return dict(seconds)
 
     def bound(self, lengths: np.ndarray) -> dict[str, float]:
-        """Operations of one decoding of ours, and the seconds that they take at the speed of matrix products."""
+        """Return the operations of one decoding, and the seconds that they take at the speed of matrix products."""
         visual, width = self.visual, self.forward.positions.shape[1]
-        encoding, all_of_it = operations(self.encode), operations(lambda: self.ours(lengths))
+        encoding, total = operations(self.encode), operations(lambda: self.decode(lengths))
         rows = round(int(lengths.sum()) / int(lengths.max()))
         patches = len(self.pixels) * (visual.grid_size[0] * visual.grid_size[1] + 1)
         speed = {"encoding": product_speed(patches, visual.conv1.out_channels), "step": product_speed(rows, width)}
-        seconds = encoding / speed["encoding"] + (all_of_it - encoding) / speed["step"]
+        seconds = encoding / speed["encoding"] + (total - encoding) / speed["step"]
         return {
             "operations of encoding": encoding,
-            "operations of steps": all_of_it - encoding,
+            "operations of steps": total - encoding,
             "operations a second in encoding": speed["encoding"],
             f"operations a second of {rows} rows": speed["step"],
             "seconds": seconds,
         }
 
 
-class Clock:
-    """Seconds by part."""
+class PartTimer:
+    """Measures the seconds of each part."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
-    def running(self, part: str) -> Iterator[None]:
+    def measuring(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - start
 
     def watch(self, module: torch.nn.Module, part: str) -> list[Any]:
-        """Count what a module takes; the hooks are to be removed."""
+        """Measure the forward passes of a module; return the hooks, for removal."""
         starts: list[float] = []
 
         def before(*_: Any) -> None:
@@ -271,17 +273,17 @@ class Clock:
 
 
 def random_model(name: str) -> Any:
-    """An open_clip CoCa with seeded random weights that are as sure of the next word as a trained one."""
+    """Return a CoCa with seeded random weights whose next-token distribution is as peaked as a trained model's."""
     config = open_clip.get_model_config(name)
     torch.manual_seed(0)
     model = open_clip.CoCa(**{key: value for key, value in config.items() if key != "custom_text"})
-    projection = model.text_decoder.text_projection  # which open_clip leaves as the memory was
+    projection = model.text_decoder.text_projection  # open_clip leaves it uninitialized
     torch.nn.init.normal_(projection, std=5 * projection.shape[0] ** -0.5)
     return model.eval().requires_grad_(False)
 
 
 def operations(function: Callable[[], Any]) -> int:
-    """Floating point operations of matrix products, attention and convolutions."""
+    """Count floating point operations of matrix products, attention and convolutions."""
 
     def packed(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
         return 2 * math.prod(x) * weight[0]
@@ -293,7 +295,7 @@ def operations(function: Callable[[], Any]) -> int:
 
 
 def product_speed(rows: int, width: int) -> float:
-    """Operations a second of [rows, width] by matrices [width, 4 * width] that do not lie in a cache."""
+    """Return operations per second of [rows, width] times [width, 4 * width] matrices that exceed the caches."""
     accelerator = Accelerator("cpu")
     count = max(2, 2**26 // width**2 // 4)
     maps = [FrozenLinear(torch.randn(4 * width, width), None, accelerator) for _ in range(count)]
@@ -312,44 +314,44 @@ def measure(case: Case) -> dict[str, Any]:
     bench = Bench(case)
     print(f"{case.model}: {case.images} images, {CAPTIONS} captions each, {case.rounds} rounds", flush=True)
     worst = bench.check()
-    print(f"  greedy words are open_clip's, logits within {worst:.1e}", flush=True)
+    print(f"  greedy tokens are equal to open_clip's, logits within {worst:.1e}", flush=True)
     result: dict[str, Any] = {"images": case.images, "rounds": case.rounds, "largest difference of a logit": worst}
-    turns = bench.turns(case.rounds)
-    for name, turn in turns.items():
+    cases = bench.measure(case.rounds)
+    for name, measured in cases.items():
         lengths = bench.lengths[name]
         bound = bench.bound(lengths)
-        times = turn["median seconds"]["ours"]["wall"] / bound["seconds"]
-        turn |= {
+        times = measured["median seconds"]["ours"]["wall"] / bound["seconds"]
+        measured |= {
             "words": float(lengths.mean()),
             "parts": bench.profile(lengths),
             "bound": bound,
             "times the bound": times,
         }
-        result[f"speedup_{name}_length"] = turn["speedup"]["wall"]
-    return {**result, "cases": turns, "seconds of generate itself": bench.generate()}
+        result[f"speedup_{name}_length"] = measured["speedup"]["wall"]
+    return {**result, "cases": cases, "seconds of generate itself": bench.generate()}
 
 
 def report(name: str, result: dict[str, Any]) -> str:
-    """Seconds are those of a caption."""
+    """Return the lines of a model, with seconds per caption."""
     lines = []
-    for case, turn in result["cases"].items():
-        ours, theirs = (of["wall"] / result["images"] / CAPTIONS for of in turn["median seconds"].values())
-        ratio = turn["speedup"]
+    for case, measured in result["cases"].items():
+        ours, theirs = (of["wall"] / result["images"] / CAPTIONS for of in measured["median seconds"].values())
+        ratio = measured["speedup"]
         lines.append(
-            f"{name:<14}{case:>9}{turn['words']:>7.1f}{ours:>10.3f}{theirs:>11.3f}{ratio['wall']:>8.1f}{ratio['cpu']:>9.1f}"
-            f"{TARGETS[case]:>8.0f}{turn['times the bound']:>9.2f}"
+            f"{name:<14}{case:>9}{measured['words']:>7.1f}{ours:>10.3f}{theirs:>11.3f}{ratio['wall']:>8.1f}"
+            f"{ratio['cpu']:>9.1f}{TARGETS[case]:>8.0f}{measured['times the bound']:>9.2f}"
         )
-        shares = sorted(turn["parts"].items(), key=lambda part: -part[1])
-        of_all = turn["parts"]["all"]
-        lines.append("    " + ", ".join(f"{part} {value / of_all:.0%}" for part, value in shares if part != "all"))
+        shares = sorted(measured["parts"].items(), key=lambda part: -part[1])
+        total = measured["parts"]["all"]
+        lines.append("    " + ", ".join(f"{part} {value / total:.0%}" for part, value in shares if part != "all"))
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=[case.model for case in CASES], help="default: all")
-    parser.add_argument("--images", type=int, help="captioned at once")
-    parser.add_argument("--rounds", type=int, help="of which the median is taken")
+    parser.add_argument("--images", type=int, help="images per batch")
+    parser.add_argument("--rounds", type=int, help="number of rounds; the median is reported")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="one image, one round; nothing is stored")
     options = parser.parse_args()
@@ -371,7 +373,7 @@ def main() -> int:
             "open_clip": open_clip.__version__,
             "transformers": transformers.__version__,
         },
-        "open_clip's side": "the loop of CoCa.generate, written out"
+        "open_clip's side": "the loop of CoCa.generate, copied"
         + ("" if runs else f"; generate itself does not run with transformers {transformers.__version__}"),
     }
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
@@ -389,6 +391,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is loaded: begin again
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported, so restart
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})  # noqa: S606
     sys.exit(main())

@@ -1,15 +1,15 @@
-"""``make bench-loader``: how fast a student's images come, beside what is possible and beside what is usual.
+"""``make bench-loader``: throughput of a student's data loader, compared with its limit and with webdataset.
 
-Three sides in turns, with as many processes, on the same photograph-like JPEGs and with the same distribution of
-augmentations (of `bare` and `loader` the very same records), fed to a consumer that does nothing:
+Three variants are measured alternately, with the same number of processes, the same photograph-like JPEGs and the same
+distribution of augmentations (`bare` and `loader` even have the same records). The consumer does nothing.
 
-- *bare*: decoding and augmenting alone, out of memory; nothing is read, tokenized, batched or sent;
-- *loader*: ``StudentFeed``: Parquet layers zipped, picked, decoded, replayed, true and synthetic caption tokenized,
-  vectors of two teachers, in batches of uint8 pixels;
+- *bare*: decode and augment images that are in memory; nothing is read, tokenized, batched or sent;
+- *loader*: ``StudentFeed``: Parquet layers aligned, sampled, decoded, replayed, true and synthetic caption tokenized,
+  embeddings of two teachers, in batches of uint8 pixels;
 - *webdataset*: tars through webdataset with torchvision's RandomResizedCrop (bicubic), RandAugment, ToTensor and
   Normalize on PIL images, the true caption by the same tokenizer, in batches of float32 pixels.
 
-Images a second are the machine's; ratios of medians travel.
+Images per second depend on the machine; ratios of medians are comparable between machines.
 """
 
 from __future__ import annotations
@@ -63,19 +63,19 @@ RESULTS = Path(__file__).parent / "results" / "loader.json"
 SIZE = 224
 AUGMENTATIONS = {"count": 5, "size": SIZE}
 SHARDS = 4
-PHOTOS = 256  # different ones
+PHOTOS = 256  # distinct photographs
 BATCH = 256
 PREFETCH = 2
-STEPS = 8  # batches of one measurement
-SETTLE = 8  # batches before it: more than are kept ready
+STEPS = 8  # batches per measurement
+WARMUP = 8  # batches before it, more than the loaders prefetch
 TOKENIZER = "ViT-B-32"
 HALF = (0.5, 0.5, 0.5)
 BOUNDS = {"loader / bare": 0.9, "loader / webdataset": 1.5}
 WORDS = ("a", "photo", "of", "the", "small", "old", "brown", "dog", "house", "street", "on", "near", "green", "wooden")
 
 
-class Wide:
-    """A teacher of a common width that costs nothing: only what it gives to store matters here."""
+class RandomTeacher:
+    """A teacher with random embeddings of a common dimension."""
 
     dim = 768
     logit_scale = 50.0
@@ -94,8 +94,8 @@ class Wide:
         return torch.nn.functional.normalize(torch.randn(rows, self.dim, generator=self._generator), dim=-1)
 
 
-class Wordy:
-    """A captioner of five captions of a common length."""
+class RandomCaptioner:
+    """A captioner with random captions of a common length."""
 
     image = ImageSpec(8, HALF, HALF)
 
@@ -111,7 +111,7 @@ def sentence(seed: int, words: int = 14) -> str:
 
 
 def photo(seed: int) -> bytes:
-    """A JPEG of an ordinary web size whose spectrum falls as that of photographs does: about 1.2 bits a pixel."""
+    """Return a JPEG of a common web size with the spectrum of a photograph: about 1.2 bits per pixel."""
     rng = np.random.default_rng(seed)
     width = int(rng.integers(500, 801))
     height = width * 3 // 4
@@ -121,7 +121,7 @@ def photo(seed: int) -> bytes:
     for octave in range(2, 9):
         cells = 2**octave * np.array([height, width]) // max(width, height)
         noise = rng.normal(size=(*cells, 3)).astype(np.float32)
-        noise = 0.75 * noise.mean(axis=2, keepdims=True) + 0.35 * noise  # more light and dark than colour
+        noise = 0.75 * noise.mean(axis=2, keepdims=True) + 0.35 * noise  # more luminance than chrominance
         for channel in range(3):
             layer = Image.fromarray(noise[..., channel]).resize((width, height), Image.Resampling.BICUBIC)
             pixels[..., channel] += np.asarray(layer) * 2 ** (-0.9 * octave)
@@ -132,7 +132,7 @@ def photo(seed: int) -> bytes:
 
 
 def write_source(folder: Path, images: int, processes: int) -> tuple[str, dict[str, float]]:
-    """Shards of photographs with captions; their URL and what the photographs are like."""
+    """Write shards of photographs with captions; return their URL, and the mean size of the photographs."""
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         photos = list(pool.map(photo, range(PHOTOS), chunksize=8))
     for shard in range(SHARDS):
@@ -144,14 +144,16 @@ def write_source(folder: Path, images: int, processes: int) -> tuple[str, dict[s
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     pixels = [width * height for width, height in (Image.open(io.BytesIO(data)).size for data in photos)]
-    described = {"bytes": statistics.mean(map(len, photos)), "pixels": statistics.mean(pixels)}
-    return f"{folder}/{{00000..{SHARDS - 1:05d}}}.tar", described
+    means = {"bytes": statistics.mean(map(len, photos)), "pixels": statistics.mean(pixels)}
+    return f"{folder}/{{00000..{SHARDS - 1:05d}}}.tar", means
 
 
 def reinforce(source: str, output: str) -> None:
-    """What ``reinforce run`` does, in this process."""
-    teachers = {name: {"class": f"{__name__}:Wide", "options": {"seed": seed}} for seed, name in enumerate("ab")}
-    captioners = {"wordy": {"class": f"{__name__}:Wordy", "captions": 5}}
+    """Reinforce a dataset as ``reinforce run`` does, in this process."""
+    teachers = {
+        name: {"class": f"{__name__}:RandomTeacher", "options": {"seed": seed}} for seed, name in enumerate("ab")
+    }
+    captioners = {"random": {"class": f"{__name__}:RandomCaptioner", "captions": 5}}
     config = parse_config(
         {
             "source": source,
@@ -170,15 +172,15 @@ def reinforce(source: str, output: str) -> None:
     store.write_json(update_manifest(None, config, plan.layers, loaded), MANIFEST)
 
 
-class Bare:
-    """Processes that decode and augment examples which they have in memory."""
+class DecodeOnly:
+    """Processes that decode and augment examples held in memory."""
 
     def __init__(self, url: str, processes: int) -> None:
         context = multiprocessing.get_context("forkserver")
         self._pipes = []
         for number in range(processes):
             here, there = context.Pipe()
-            context.Process(target=work_barely, args=(url, number, processes, there), daemon=True).start()
+            context.Process(target=decode_in_memory, args=(url, number, processes, there), daemon=True).start()
             self._pipes.append(here)
         self._wait()
 
@@ -192,8 +194,8 @@ class Bare:
             pipe.recv()
 
 
-def work_barely(url: str, number: int, processes: int, pipe: Connection) -> None:
-    """Ready, then as many images as asked for, again and again until the benchmark is over."""
+def decode_in_memory(url: str, number: int, processes: int, pipe: Connection) -> None:
+    """Process as many images as the parent requests, until the pipe is closed."""
     [dataset] = open_datasets(Data.model_validate({"datasets": url}), 0, [])
     chunks = [Chunk(g, 0, int(dataset.groups[g, 2])) for g in range(number, len(dataset.groups), processes)]
     examples = itertools.cycle([row for chunk in chunks for row in dataset.load(chunk, 0).rows if row is not None])
@@ -205,13 +207,13 @@ def work_barely(url: str, number: int, processes: int, pipe: Connection) -> None
 
 
 def loader_batches(url: str, processes: int) -> Iterator[Any]:
-    """This project's batches."""
+    """Return the batches of this project's loader."""
     data = Data.model_validate({"datasets": url, "workers": processes, "prefetch": PREFETCH, "window": 1024})
     return iter(StudentFeed(data, 0, SIZE, Tokenizer(TOKENIZER)).batches(0, 1, BATCH, 0))
 
 
-def classic_batches(source: str, processes: int) -> Iterator[Any]:
-    """webdataset's batches, endless, with the same distribution of augmentations."""
+def webdataset_batches(source: str, processes: int) -> Iterator[Any]:
+    """Return endless batches of webdataset, with the same distribution of augmentations."""
     policy = Augmentations()
     transform = transforms.Compose(
         [
@@ -224,7 +226,7 @@ def classic_batches(source: str, processes: int) -> Iterator[Any]:
         ]
     )
     dataset = webdataset.WebDataset(source, resampled=True, shardshuffle=False).shuffle(1000).decode("pil")
-    dataset = dataset.to_tuple("jpg", "txt").map_tuple(transform, One(Tokenizer(TOKENIZER))).batched(BATCH)
+    dataset = dataset.to_tuple("jpg", "txt").map_tuple(transform, SingleText(Tokenizer(TOKENIZER))).batched(BATCH)
     context = multiprocessing.get_context("forkserver")
     return iter(
         DataLoader(
@@ -237,8 +239,8 @@ def classic_batches(source: str, processes: int) -> Iterator[Any]:
     )
 
 
-class One:
-    """A tokenizer of single texts."""
+class SingleText:
+    """Tokenizes one text at a time; picklable, unlike a lambda."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -247,12 +249,12 @@ class One:
         return self._tokenizer([text])[0]
 
 
-def compare(sides: Mapping[str, Callable[[int], None]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Images a second, and milliseconds of all processes' time an image, of each side in turns."""
-    figures: dict[str, dict[str, list[float]]] = {name: {"images/s": [], "cpu ms": []} for name in sides}
+def compare(variants: Mapping[str, Callable[[int], None]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Measure the variants alternately: images per second, and CPU milliseconds of all processes per image."""
+    figures: dict[str, dict[str, list[float]]] = {name: {"images/s": [], "cpu ms": []} for name in variants}
     for number in range(rounds):
-        for name, run in sides.items():
-            run(SETTLE * BATCH)  # what was made ahead is gone
+        for name, run in variants.items():
+            run(WARMUP * BATCH)  # uses up the prefetched batches
             start, cpu = time.perf_counter(), cpu_seconds()
             run(STEPS * BATCH)
             seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
@@ -263,7 +265,7 @@ def compare(sides: Mapping[str, Callable[[int], None]], rounds: int) -> dict[str
 
 
 def cpu_seconds() -> float:
-    """Of this process and its loader processes, which Linux tells."""
+    """Return the CPU seconds of this process and its children, from /proc."""
     tick = os.sysconf("SC_CLK_TCK")
     stats = (Path(f"/proc/{child.pid}/stat").read_text() for child in multiprocessing.active_children())
     fields = (stat.rpartition(")")[2].split() for stat in stats)
@@ -273,8 +275,8 @@ def cpu_seconds() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--processes", type=int, default=cores, help="loader processes of each side; default: cores")
-    parser.add_argument("--images", type=int, default=2048, help="in the data set")
+    parser.add_argument("--processes", type=int, default=cores, help="processes of each variant; default: cores")
+    parser.add_argument("--images", type=int, default=2048, help="images in the dataset")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -284,16 +286,16 @@ def main() -> None:
         reinforce(source, f"{folder}/out")
         batches = {
             "loader": loader_batches(f"{folder}/out", options.processes),
-            "webdataset": classic_batches(source, options.processes),
+            "webdataset": webdataset_batches(source, options.processes),
         }
 
         def consume(name: str, images: int) -> None:
             for _ in range(images // BATCH):
                 next(batches[name])
 
-        sides = {"bare": Bare(f"{folder}/out", options.processes).run}
-        sides |= {name: partial(consume, name) for name in batches}
-        figures = compare(sides, options.rounds)
+        variants = {"bare": DecodeOnly(f"{folder}/out", options.processes).run}
+        variants |= {name: partial(consume, name) for name in batches}
+        figures = compare(variants, options.rounds)
     report(figures, photos, options)
 
 
@@ -306,10 +308,10 @@ def report(figures: dict[str, dict[str, list[float]]], photos: dict[str, float],
         }
         for other in ("bare", "webdataset")
     }
-    table = Table("side", "images/s", "cpu ms an image", title=f"{options.processes} processes, batches of {BATCH}")
+    table = Table("variant", "images/s", "cpu ms/image", title=f"{options.processes} processes, batches of {BATCH}")
     for name, of in medians.items():
         table.add_row(name, f"{of['images/s']:.0f}", f"{of['cpu ms']:.2f}")
-    bounds = Table("ratio", "by images/s", "by cpu ms", "wanted")
+    bounds = Table("ratio", "by images/s", "by cpu ms", "bound")
     for name, of in ratios.items():
         bounds.add_row(name, f"{of['images/s']:.2f}", f"{of['cpu ms']:.2f}", f"{BOUNDS[name]}")
     console = Console()
@@ -334,6 +336,6 @@ def report(figures: dict[str, dict[str, list[float]]], photos: dict[str, float],
 
 
 if __name__ == "__main__":
-    from benchmarks.loader import main as imported  # classes by a name that other processes can import
+    from benchmarks.loader import main as imported  # so that other processes can import the classes by name
 
     imported()

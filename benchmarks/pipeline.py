@@ -1,7 +1,7 @@
-"""``make bench``: how near the pipeline comes to its limits on this machine.
+"""``make bench``: throughput of the pipeline compared with its limits on this machine.
 
-Every figure is a median over rounds that alternate between the sides of a comparison; absolute numbers belong to the
-machine, ratios travel. ``--device cuda`` runs the models on an accelerator.
+Every figure is a median over rounds that alternate between the variants. Absolute numbers depend on the machine; ratios
+are comparable between machines. ``--device cuda`` runs the models on an accelerator.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ ROUNDS = 5
 SHARDS = 6
 
 
-class Fixed:
-    """A teacher whose accelerator takes a fixed time per image and none of the CPU's: what is left is the pipeline."""
+class FixedTimeTeacher:
+    """A teacher that takes a fixed time per image and no CPU time, so that only the pipeline is measured."""
 
     dim = 512
     logit_scale: float | None = 50.0
@@ -46,7 +46,7 @@ class Fixed:
 
     def __init__(self, device: torch.device, seconds_per_image: float = 0.0) -> None:
         self.seconds = seconds_per_image
-        self.first = float("inf")  # when the accelerator was first wanted
+        self.first = float("inf")  # time of the first call
         self._row = torch.nn.functional.normalize(torch.ones(1, self.dim, device=device), dim=-1)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ class Fixed:
 
 
 def photo(seed: int, side: int = 512) -> bytes:
-    """A JPEG with a photograph's amount of detail: smooth shapes and some noise."""
+    """Return a JPEG with about as much detail as a photograph: smooth shapes and some noise."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray((rng.random((16, 16, 3)) * 255).astype(np.uint8)).resize(
         (side, side), Image.Resampling.BICUBIC
@@ -71,6 +71,7 @@ def photo(seed: int, side: int = 512) -> bytes:
 
 
 def write_shard(path: Path, photos: Sequence[bytes]) -> None:
+    """Write a tar of photos with captions."""
     with tarfile.open(path, "w") as tar:
         for i, data in enumerate(photos):
             for name, content in ((f"{i:06d}.jpg", data), (f"{i:06d}.txt", f"a photo of thing {i}".encode())):
@@ -79,16 +80,18 @@ def write_shard(path: Path, photos: Sequence[bytes]) -> None:
                 tar.addfile(info, io.BytesIO(content))
 
 
-def compare(sides: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """Medians of each side's figure, measured in turns."""
-    figures: dict[str, list[float]] = {name: [] for name in sides}
+def compare(variants: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """Measure the variants alternately; return the median of each."""
+    figures: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(ROUNDS):
-        for name, side in sides.items():
-            figures[name].append(side())
+        for name, measure in variants.items():
+            figures[name].append(measure())
     return {name: statistics.median(values) for name, values in figures.items()}
 
 
 class Bench:
+    """Source shards in ``folder``, and measurements of the pipeline on them."""
+
     def __init__(self, folder: Path, device: str, threads: int, images: int) -> None:
         self.folder, self.threads, self.images = folder, threads, images
         self.accelerator = Accelerator(device)
@@ -102,29 +105,29 @@ class Bench:
             {
                 "source": f"{self.folder}/*.tar",
                 "output": f"{self.folder}/{output}",
-                "teachers": {"fixed": {"class": "benchmarks.pipeline:Fixed"}},
+                "teachers": {"fixed": {"class": "benchmarks.pipeline:FixedTimeTeacher"}},
                 "workers": {"cpus": self.threads},
             }
         )
 
-    def bare(self) -> float:
-        """Samples/s of decoding and augmenting alone, all threads: the limit of everything that follows."""
+    def decode_only(self) -> float:
+        """Return samples/s of decoding and augmenting alone with all threads, the limit of the pipeline."""
         config = self.config("none")
         policy, limits = config.augmentations, config.input.limits
 
-        def work(item: tuple[int, bytes]) -> None:
+        def process(item: tuple[int, bytes]) -> None:
             image = decode(item[1], limits)
             for k in range(policy.count):
                 np.asarray(replay(image, sample_augmentation(policy, 0, str(item[0]), k, *image.size)))
 
         with ThreadPoolExecutor(self.threads) as pool:
             start = time.perf_counter()
-            for _ in pool.map(work, enumerate(self.photos)):
+            for _ in pool.map(process, enumerate(self.photos)):
                 pass
             return self.images / (time.perf_counter() - start)
 
     def rows(self) -> float:
-        """Samples/s of rows read, decoded and augmented ahead, as models get them."""
+        """Return samples/s of rows that are read, decoded and augmented ahead for the models."""
         config = self.config("none")
         with ThreadPoolExecutor(self.threads) as pool:
             start = time.perf_counter()
@@ -133,12 +136,12 @@ class Bench:
             return count / (time.perf_counter() - start)
 
     def shards(self, in_flight: int, seconds_per_image: float) -> tuple[float, float]:
-        """(samples/s, share of the time from the first batch on in which the accelerator works) of whole shards."""
+        """Process whole shards; return samples/s, and the share of time after the first batch that models run."""
         with tempfile.TemporaryDirectory(dir=self.folder) as output:
             config = self.config(Path(output).name)
             layers: dict[str, Layer] = build_layers(config, describe_models(config))
             pending: list[PendingShard] = make_plan(config).pending
-            teacher = Fixed(self.accelerator.device, seconds_per_image)
+            teacher = FixedTimeTeacher(self.accelerator.device, seconds_per_image)
             teachers: dict[str, Teacher] = {"fixed": teacher}
             models = Models(teachers, {}, self.accelerator)
             store = Store(config.output)
@@ -150,7 +153,7 @@ class Bench:
 
 
 def texts(device: str, count: int = 64) -> dict[str, float]:
-    """Texts/s of a ViT-B/32's text tower, cut to the longest of the batch against the full length."""
+    """Return texts/s of a ViT-B/32's text tower: trimmed to the longest text of the batch, and at full length."""
     import open_clip
 
     from teachers.open_clip_text import TextEncoder
@@ -174,24 +177,24 @@ def texts(device: str, count: int = 64) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=2, help="decoding threads, as workers.cpus")
-    parser.add_argument("--images", type=int, default=256, help="images a shard")
+    parser.add_argument("--threads", type=int, default=2, help="decoding threads, like workers.cpus")
+    parser.add_argument("--images", type=int, default=256, help="images per shard")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options.device, options.threads, options.images)
         print(f"device {bench.accelerator.device}, {options.threads} threads, 512 px JPEG, 2 augmentations at 224")
-        read = compare({"bare": bench.bare, "rows": bench.rows, "shards": lambda: bench.shards(2, 0.0)[0]})
-        limit = read["bare"]
-        print(f"decode and augment alone        {limit:8.0f} samples/s, the limit")
-        print(f"rows read ahead for the models  {read['rows']:8.0f} samples/s, {read['rows'] / limit:.2f} of it")
-        print(f"whole shards, models for free   {read['shards']:8.0f} samples/s, {read['shards'] / limit:.2f} of it")
-        pace = 1.4 / (2 * read["shards"])  # an accelerator that needs 1.4 times as long as all the rest
+        speed = compare({"limit": bench.decode_only, "rows": bench.rows, "shards": lambda: bench.shards(2, 0.0)[0]})
+        limit = speed["limit"]
+        print(f"decode and augment only         {limit:8.0f} samples/s, the limit")
+        print(f"rows read ahead for the models  {speed['rows']:8.0f} samples/s, {speed['rows'] / limit:.2f} of it")
+        print(f"whole shards, models take 0 s   {speed['shards']:8.0f} samples/s, {speed['shards'] / limit:.2f} of it")
+        pace = 1.4 / (2 * speed["shards"])  # the models take 1.4 times as long as everything else
         busy = compare({"one": lambda: bench.shards(1, pace)[1], "two": lambda: bench.shards(2, pace)[1]})
         print(f"accelerator busy, one shard in flight {busy['one']:.2f}, two {busy['two']:.2f}")
     speed = texts(options.device)
     ratio = speed["trimmed"] / speed["full length"]
-    print(f"texts cut to the longest        {speed['trimmed']:8.0f} /s, {ratio:.1f} times those at full length")
+    print(f"trimmed texts                   {speed['trimmed']:8.0f} texts/s, {ratio:.1f} times as many as untrimmed")
 
 
 if __name__ == "__main__":

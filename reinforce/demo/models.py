@@ -1,7 +1,7 @@
-"""The demo's models before and after they learn: architectures and a tokenizer of their own, and what is committed.
+"""The demo's models: architectures and tokenizer before training, and the copy that is committed after it.
 
-open_clip's vocabulary of 49,408 would be most of a model this small, so they share one of VOCABULARY tokens, in which
-every text can still be written, for it falls back to bytes.
+open_clip's vocabulary of 49,408 tokens would be most of the weights of such small models. They share a vocabulary of
+VOCABULARY tokens instead, a byte-level BPE that can encode every text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26
 _HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
-#: Folder name -> open_clip config. Shapes, sizes and dimensions differ, as those of real teachers do.
+#: Folder name -> open_clip config. Architectures, sizes and dimensions differ, like those of real teachers.
 MODELS: dict[str, dict[str, Any]] = {
     "conv-64": {
         "model_cfg": {
@@ -82,15 +82,15 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_blanks(out: str | Path, lessons: str | Path, seed: int = 0) -> list[Path]:
-    """Write each of MODELS as ``out/NAME``, as its training starts: with a tokenizer learnt from shards' captions.
+def write_initial_models(out: str | Path, data: str | Path, seed: int = 0) -> list[Path]:
+    """Write each of MODELS before training to ``out/NAME``, with a tokenizer trained on the captions of ``data``.
 
-    CLIPs have no weights, which a training draws from its own seed; the CoCa has random ones, since a fine-tuning
-    starts from weights. Equal bytes for equal arguments. Raises UserError.
+    The CLIPs have no weights, since training initializes them from its own seed; the CoCa has random weights, since
+    fine-tuning needs some. Equal arguments give equal bytes. Raises UserError.
     """
     from safetensors.torch import save_file
 
-    tokenizer = train_tokenizer(captions_of(lessons))
+    tokenizer = train_tokenizer(read_captions(data))
     folders = []
     for name, config in MODELS.items():
         folder = Path(out) / name
@@ -106,11 +106,11 @@ def write_blanks(out: str | Path, lessons: str | Path, seed: int = 0) -> list[Pa
     return folders
 
 
-def captions_of(shards: str | Path) -> Iterator[str]:
-    """The captions of all shards in a folder of folders. Raises UserError where there is none."""
-    paths = sorted(Path(shards).glob("*/*.tar"))
+def read_captions(folder: str | Path) -> Iterator[str]:
+    """Yield the captions of all shards in the subfolders of a folder. Raises UserError if there is no shard."""
+    paths = sorted(Path(folder).glob("*/*.tar"))
     if not paths:
-        raise UserError(f"{shards} has no shards. Run `python -m reinforce.demo lessons` first.")
+        raise UserError(f"{folder} has no shards. Run `python -m reinforce.demo teacher-data` first.")
     for path in paths:
         with tarfile.open(path) as tar:
             for member in tar:
@@ -119,7 +119,10 @@ def captions_of(shards: str | Path) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding of lower-case text in VOCABULARY tokens, the end's the highest, by which CLIP finds it."""
+    """Train a byte-pair encoding of lower-case text with VOCABULARY tokens.
+
+    The end token has the highest id, by which CLIP finds it. Raises UserError if the texts give too few tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -139,7 +142,9 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         ),
     )
     if tokenizer.get_vocab_size() != start:
-        raise UserError(f"the captions give {tokenizer.get_vocab_size():,} tokens, and {start:,} are wanted.")
+        raise UserError(
+            f"the captions give only {tokenizer.get_vocab_size():,} of {start:,} tokens: use more captions."
+        )
     tokenizer.add_special_tokens([first, last])
     tokenizer.post_processor = processors.TemplateProcessing(
         f"{first} $0 {last}", special_tokens=[(first, start), (last, end)]
@@ -147,8 +152,8 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=first, eos_token=last, pad_token=pad)
 
 
-def keep(trained: str | Path, folder: str | Path) -> int:
-    """Copy an exported open_clip model in float16, for a repository; returns its bytes. Raises UserError."""
+def keep_model(trained: str | Path, folder: str | Path) -> int:
+    """Copy an exported open_clip model in float16; return the size of its weights in bytes. Raises UserError."""
     from safetensors.torch import load_file, save
 
     source, target = Path(trained), Path(folder)
@@ -164,13 +169,14 @@ def keep(trained: str | Path, folder: str | Path) -> int:
 
 
 def _random_weights(folder: Path, seed: int) -> dict[str, Any]:
+    """Return seeded random weights of a CoCa, with every parameter initialized."""
     import open_clip
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-        # open_clip allocates the decoder's head without filling it
+        # open_clip leaves the decoder's head uninitialized
         projection = model.text_decoder.text_projection
         torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
     return {name: value.contiguous() for name, value in model.state_dict().items()}

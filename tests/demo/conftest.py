@@ -1,0 +1,55 @@
+"""The demo's shards and small npm packages, written once for all tests of the demo."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from reinforce.demo import icon_sets
+from reinforce.demo.data import shared_concepts, write_shards, write_tests
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The student's training shards."""
+    return write_shards(tmp_path_factory.mktemp("demo") / "shards")
+
+
+@pytest.fixture(scope="session")
+def tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the test sets."""
+    folder = tmp_path_factory.mktemp("demo") / "tests"
+    write_tests(folder)
+    return folder
+
+
+def pack(folder: Path, package: str, members: dict[str, object]) -> None:
+    """Write an archive as `npm pack` does."""
+    name, _, version = package.lstrip("@").rpartition("@")
+    with tarfile.open(folder / f"{name.replace('/', '-')}-{version}.tgz", "w:gz") as tar:
+        for path, content in members.items():
+            data = json.dumps(content).encode()
+            member = tarfile.TarInfo(f"package/{path}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="session")
+def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The npm packages, with two emoji in each set: an apple and one of the unseen concepts."""
+    folder = tmp_path_factory.mktemp("npm")
+    unseen = next(concept for concept in shared_concepts() if concept.unseen)
+    square = '<path fill="{}" d="M2 2h12v12H2z"/>'
+    for style, icons in icon_sets.ICON_SETS.items():
+        bodies = {"red-apple": {"body": square.format("red")}, "unseen": {"body": square.format("blue")}}
+        spelled = {"1f34e": "red-apple", unseen.emoji.key: "unseen", "1f44b-1f3fd": "red-apple"}
+        members: dict[str, object] = {"icons.json": {"icons": bodies, "width": 16, "height": 16}}
+        members["chars.json"] = spelled if style in ("noto", "fluent") else {}
+        pack(folder, icons.package, members)
+    entry = {"hexcode": "1F34E", "label": "red apple", "tags": ["fruit", "ripe"]}
+    pack(folder, "emojibase-data@17.0.0", {"en/data.json": [entry]})
+    return folder

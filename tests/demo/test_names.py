@@ -1,0 +1,65 @@
+"""Captions and phrases from Unicode's names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from reinforce.demo.names import base_code, make_phrase, name_emoji
+from tests.helpers.demo import read_shards
+
+
+def test_captions_are_plain_english(shards: list[Path]) -> None:
+    for key, members in read_shards(shards).items():
+        caption = members["txt"].decode()
+        assert caption.strip() == caption, key
+        assert len(caption) >= 4, key
+        assert "_" not in caption, key
+        assert not re.search(r"\b[A-Z]{4,}\b", caption), f"{key} has upper-case words: {caption}"
+        assert "  " not in caption, key
+        assert not re.search(r"\ba (?!one-)[aeio]|\ban [^aeiouAEIOUhSx]", caption), f"{key}: {caption}"
+
+
+def test_skin_tones_are_excluded() -> None:
+    assert [emoji.key for emoji in name_emoji(["1f44b", "1f44b-1f3fe", "1f3fe"])] == ["1f44b"]
+
+
+def test_all_caption_templates_are_used(shards: list[Path]) -> None:
+    starts = Counter(" ".join(members["txt"].decode().split()[:3]) for members in read_shards(shards).values())
+    for start in ("an emoji of", "a picture of", "a small drawing"):
+        assert starts[start] > 100
+
+
+@pytest.mark.parametrize(
+    ("name", "short_name", "expected"),
+    [
+        ("RED APPLE", "apple", "a red apple"),
+        ("Western Sahara Flag", "flag-eh", "the flag of Western Sahara"),
+        ("Netherlands Flag", "flag-nl", "the flag of the Netherlands"),
+        ("WHITE MEDIUM STAR", "star", "a medium star"),
+        ("BLACK CAT", "black_cat", "a black cat"),
+        ("FAMILY: MAN, WOMAN, GIRL", "man-woman-girl", "a family of a man, a woman and a girl"),
+        ("CLOCK FACE ONE OCLOCK", "clock1", "a clock showing one o'clock"),
+        ("SQUARED CJK UNIFIED IDEOGRAPH-5272", "u5272", "a square sign with the Japanese character 割"),
+        ("NEGATIVE SQUARED AB", "ab", "a square sign that says AB"),
+        ("GRAPES", "grapes", "grapes"),
+        ("HOURGLASS", "hourglass", "an hourglass"),
+        ("UNICORN FACE", "unicorn_face", "a unicorn face"),
+    ],
+)
+def test_unicode_names_become_phrases(name: str, short_name: str, expected: str) -> None:
+    assert make_phrase(name, short_name) == expected
+
+
+def test_emoji_without_a_name_are_excluded() -> None:
+    assert [emoji.key for emoji in name_emoji(["ffff", "1f34e"])] == ["1f34e"]
+
+
+def test_base_code_removes_zeros_variation_joiners_and_tones() -> None:
+    assert base_code("0039-FE0F-20E3") == "39-20e3"
+    assert base_code("1F44B-1F3FD") == "1f44b"
+    assert base_code("1f9d1-200d-1f680") == "1f9d1-1f680"
+    assert base_code("1f3fd") == "1f3fd"  # a lone tone

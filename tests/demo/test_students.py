@@ -1,0 +1,23 @@
+"""Trainings that run in parallel."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from reinforce.demo.students import train_side_by_side
+from reinforce.errors import UserError
+from tests.helpers.demo import ROOT
+
+
+def test_failed_training_is_named_and_terminates_the_others(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    trainings = {name: [f"output=out/{name}", f"data.datasets=no-{name}"] for name in ("first", "second", "third")}
+    with pytest.raises(UserError, match=r"the training '(first|second)' failed with status 2"):
+        train_side_by_side(trainings)
+    printed = capfd.readouterr().out
+    assert re.search(r"(first |second) \| error: .*no-(first|second)", printed)
+    assert "third" not in printed
