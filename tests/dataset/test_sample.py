@@ -16,7 +16,7 @@ from reinforce.dataset.augment import replay
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, picture, write_tar
 from tests.helpers.pixels import PixelRecorder, torchvision_replay
-from tests.helpers.published import COUNT, SIZE, image, published, reinforcement, stored
+from tests.helpers.published import COUNT, SIZE, published_members, published_sample, source_members, write_published
 from tests.helpers.published import config_of as published_config
 from tests.helpers.reinforced import reinforce_here
 
@@ -50,9 +50,9 @@ def test_augmented_is_the_crop_that_the_teachers_saw(tmp_path: Path, images: str
 
 
 def test_published_records_are_replayed_as_torchvision_does(tmp_path: Path) -> None:
-    one, data = stored(5), rotated_by_exif()
-    name, _ = image(one)[0]
-    published(tmp_path, [[(name, data), *image(one)[1:]]], [reinforcement(one)])
+    one, data = published_sample(5), rotated_by_exif()
+    name, _ = source_members(one)[0]
+    write_published(tmp_path, [[(name, data), *source_members(one)[1:]]], [published_members(one)])
     [sample] = reinforce.open(reinforce_here(published_config(tmp_path)))
     assert sample.policies.image == "pillow-rgb-1"
     assert sample.pil().tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()

@@ -1,4 +1,4 @@
-"""What is told while a run goes on."""
+"""Progress lines of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ START = Snapshot(
 )  # fmt: skip
 
 
-def test_a_log_gets_a_plain_line_now_and_then_and_not_at_every_call(
+def test_a_log_gets_a_plain_line_every_few_seconds_and_not_at_every_call(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reinforce.terminal._LOG_SECONDS", 0.2)
@@ -29,7 +29,7 @@ def test_a_log_gets_a_plain_line_now_and_then_and_not_at_every_call(
     assert "\x1b" not in out
 
 
-def test_the_line_tells_speed_busy_share_and_the_time_to_go() -> None:
+def test_the_line_shows_speed_busy_share_and_remaining_time() -> None:
     progress = Progress()
     progress._start -= 100  # a run that began 100 seconds ago
     progress.show(START)
@@ -47,5 +47,5 @@ def test_the_line_tells_speed_busy_share_and_the_time_to_go() -> None:
     assert abs(int(eta[0]) * 60 + int(eta[1]) - 567) <= 2
 
 
-def test_nothing_is_promised_before_the_first_shard_is_done() -> None:
+def test_no_remaining_time_is_shown_before_the_first_shard_is_finished() -> None:
     assert "ETA" not in Progress().line(replace(START, samples=10))

@@ -1,4 +1,4 @@
-"""Images are read as whoever published their augmentations read them, to the pixel."""
+"""Images with published augmentations are decoded as their publisher did, pixel for pixel."""
 
 from __future__ import annotations
 
@@ -20,14 +20,22 @@ from reinforce.source.image import PUBLISHED_POLICY, decode
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
 from tests.helpers.images import encode, noise
-from tests.helpers.published import COUNT, SIZE, config_of, image, published, reinforcement, stored
+from tests.helpers.published import (
+    COUNT,
+    SIZE,
+    config_of,
+    published_members,
+    published_sample,
+    source_members,
+    write_published,
+)
 from tests.helpers.reinforced import letters, read, reinforce_here
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
 @pytest.mark.parametrize("transparent", [False, True])
-def test_the_published_policy_is_pillow_s_conversion_alone(mode: str, transparent: bool) -> None:
+def test_the_published_image_policy_is_pillows_conversion_alone(mode: str, transparent: bool) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     picture = noise().convert("L").convert("I;16") if mode == "I;16" else noise().convert(mode)
@@ -39,19 +47,19 @@ def test_the_published_policy_is_pillow_s_conversion_alone(mode: str, transparen
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert made.tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
-    assert made.size == (40, 30), "lying as it is in the file"
+    assert made.size == (40, 30), "not rotated by EXIF"
 
 
-def test_a_student_sees_what_the_published_trainer_would(tmp_path: Path) -> None:
-    """Pixels by torchvision itself, from an image that EXIF turns and whose transparent part has a colour."""
-    one = stored(5)
+def test_a_student_sees_the_pixels_of_the_published_trainer(tmp_path: Path) -> None:
+    """Compared with torchvision, for an image that EXIF rotates and that has colored transparent pixels."""
+    one = published_sample(5)
     out = io.BytesIO()
     pixels = np.random.default_rng(1).integers(0, 255, (30, 40, 4), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(pixels, "RGBA").save(out, "PNG", exif=exif)
-    source = image(one)
-    published(tmp_path, [[(source[0][0], out.getvalue()), *source[1:]]], [reinforcement(one)])
+    source = source_members(one)
+    write_published(tmp_path, [[(source[0][0], out.getvalue()), *source[1:]]], [published_members(one)])
     url = reinforce_here(config_of(tmp_path))
     feed = StudentFeed(Data.model_validate({"datasets": url, "workers": 0, "window": 1}), 0, SIZE, letters)
     expected = []

@@ -16,12 +16,12 @@ from reinforce.engine.published import Reinforcements
 from reinforce.engine.published_members import Unreadable
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.source.shards import Refusal
-from tests.helpers.published import COUNT, HEIGHT, WIDTH, config_of, reinforcement, stored
+from tests.helpers.published import COUNT, HEIGHT, WIDTH, config_of, published_members, published_sample
 from tests.helpers.tars import tar_bytes
 
 CONFIG = parse_config(config_of(Path("x")))
 LAYERS = build_layers(CONFIG, describe_models(CONFIG))
-CHANGED, WHOLE = stored(1), stored(2)
+CHANGED, WHOLE = published_sample(1), published_sample(2)
 _JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.just([0, 0, 9, 9])),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
@@ -30,7 +30,7 @@ _JSON = st.recursive(
 
 def _changed_member(name: str, inside_gzip: bool) -> st.SearchStrategy[bytes]:
     """A member with bytes replaced, inserted or removed; ``inside_gzip``: before compression."""
-    data = dict(reinforcement(CHANGED, name if name in ("npz", "pth.gz") else "npz"))[f"{CHANGED.key}.{name}"]
+    data = dict(published_members(CHANGED, name if name in ("npz", "pth.gz") else "npz"))[f"{CHANGED.key}.{name}"]
     data = gzip.decompress(data) if inside_gzip else data
     change = st.tuples(st.integers(0, len(data)), st.integers(0, 40), st.binary(max_size=40))
     return (
@@ -60,7 +60,7 @@ MEMBERS = st.one_of(
 def published(member: tuple[str, bytes]) -> None:
     name, data = member
     changed: dict[str, bytes | None] = {"npz": None, name: data} if name == "pth.gz" else {name: data}
-    tar = tar_bytes([*reinforcement(CHANGED, **changed), *reinforcement(WHOLE)])
+    tar = tar_bytes([*published_members(CHANGED, **changed), *published_members(WHOLE)])
     fsspec.filesystem("memory").pipe("/fuzz/dr.tar", tar)
     with contextlib.closing(Reinforcements("memory://fuzz/dr.tar", CONFIG, LAYERS.values())) as found:
         assert [*found] == [CHANGED.key, WHOLE.key]

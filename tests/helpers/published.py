@@ -1,4 +1,4 @@
-"""Shards as DataCompDR's are, small and with vectors by chance: what is stored is known, and nothing else is."""
+"""Small shards in the format of DataCompDR, with random vectors."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import torch
 import reinforce
 from reinforce.dataset.augment import OPS
 from reinforce.dataset.store import Store
-from tests.helpers import data as conftest
+from tests.helpers import data
 from tests.helpers.data import picture, write_tar
 
 COUNT, CAPTIONS, DIMS = 3, 2, (6, 4)
 WIDTH, HEIGHT, SIZE = 40, 30, 24
 
 
-class Stored(NamedTuple):
-    """What is published of one image."""
+class PublishedSample(NamedTuple):
+    """The published reinforcements of one image."""
 
     key: str
     records: list[Any]
@@ -32,12 +32,12 @@ class Stored(NamedTuple):
 
 
 def unit(rng: np.random.Generator, count: int) -> np.ndarray:
-    """[count, sum of DIMS]: a unit vector of each teacher, end to end."""
+    """[count, sum of DIMS]: unit vectors of all teachers, concatenated."""
     parts = [rng.normal(size=(count, dim)) for dim in DIMS]
     return np.concatenate([part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts], 1).astype(np.float32)
 
 
-def stored(number: int) -> Stored:
+def published_sample(number: int) -> PublishedSample:
     rng = np.random.default_rng(number)
     records = []
     for _ in range(COUNT):
@@ -52,7 +52,7 @@ def stored(number: int) -> Stored:
         "text_emb": unit(rng, 1 + CAPTIONS),
         "syn_text_tagged_emb": unit(rng, 1),
     }
-    return Stored(key, records, captions, vectors)
+    return PublishedSample(key, records, captions, vectors)
 
 
 def npz(arrays: dict[str, np.ndarray], **others: Any) -> bytes:
@@ -67,8 +67,8 @@ def pth(arrays: dict[str, np.ndarray]) -> bytes:
     return gzip.compress(out.getvalue())
 
 
-def reinforcement(one: Stored, packed: str = "npz", **changed: bytes | None) -> list[tuple[str, bytes]]:
-    """The members of a sample of the published tar; ``changed`` replaces or leaves out some by extension."""
+def published_members(one: PublishedSample, packed: str = "npz", **changed: bytes | None) -> list[tuple[str, bytes]]:
+    """The members of a sample of the published tar. ``changed`` replaces members by extension, None removes one."""
     members: dict[str, bytes | None] = {
         "url.txt": b"https://example.org/image.jpg",
         "syn.json": json.dumps(one.captions).encode(),
@@ -77,28 +77,28 @@ def reinforcement(one: Stored, packed: str = "npz", **changed: bytes | None) -> 
         "json": json.dumps({"uid": one.key, "sha256": "0" * 64}).encode(),
         **changed,
     }
-    return [(f"{one.key}.{name}", data) for name, data in members.items() if data is not None]
+    return [(f"{one.key}.{name}", content) for name, content in members.items() if content is not None]
 
 
-def image(one: Stored, key: str | None = None, **members: bytes) -> list[tuple[str, bytes]]:
-    """The members of a sample of the source; under another ``key`` its json tells the uid."""
+def source_members(one: PublishedSample, key: str | None = None, **members: bytes) -> list[tuple[str, bytes]]:
+    """The members of a sample of the source. With another ``key``, the uid is in its json."""
     number = int(one.key[3:])
     found = [("png", picture(number, WIDTH, HEIGHT)), ("txt", f"true {one.key}".encode())]
     if key is not None:
         found.append(("json", json.dumps({"uid": one.key}).encode()))
-    return [(f"{key or one.key}.{name}", data) for name, data in [*found, *members.items()]]
+    return [(f"{key or one.key}.{name}", content) for name, content in [*found, *members.items()]]
 
 
-def published(
+def write_published(
     folder: Path, source: list[list[tuple[str, bytes]]], reinforcements: list[list[tuple[str, bytes]]]
 ) -> None:
-    """One shard of each, of samples by their members."""
+    """Write one source shard and one published shard, from the members of their samples."""
     write_tar(folder / "source" / "00000.tar", [*itertools.chain(*source)])
     write_tar(folder / "dr" / "00000.tar", [*itertools.chain(*reinforcements)])
 
 
 def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
-    """The config that reads them."""
+    """A config that reads both shards."""
     own: dict[str, Any] = {
         "reinforcements": f"{folder}/dr/*.tar",
         "augmentations": {"count": COUNT, "size": SIZE},
@@ -108,10 +108,10 @@ def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
             "two": {"family": "published", "model": "TWO", "columns": [6, 10], "logit_scale": 60, "dtype": "float32"},
         },
     }
-    return {**conftest.config_of(f"{folder}/source/*.tar", f"{folder}/out"), **own, **changes}
+    return {**data.config_of(f"{folder}/source/*.tar", f"{folder}/out"), **own, **changes}
 
 
-ALL = [stored(number) for number in range(12)]
+ALL = [published_sample(number) for number in range(12)]
 
 
 def quarantine(folder: Path, layer: str = "samples") -> list[tuple[str | None, str]]:
@@ -123,8 +123,8 @@ def quarantine(folder: Path, layer: str = "samples") -> list[tuple[str | None, s
     ]
 
 
-def check(one: Stored, sample: reinforce.Sample, tolerance: float = 1e-6) -> None:
-    """A sample of the dataset is what was published."""
+def check_sample(one: PublishedSample, sample: reinforce.Sample, tolerance: float = 1e-6) -> None:
+    """Assert that a sample of the dataset has the published values."""
     first, second = slice(0, DIMS[0]), slice(DIMS[0], sum(DIMS))
     for teacher, columns in (("one", first), ("two", second)):
         np.testing.assert_allclose(sample.images[teacher], one.vectors["image_emb"][:, columns], atol=tolerance)

@@ -16,7 +16,7 @@ RUN = "tests/hostile/test_run.py"
 HANG = "tests/hostile/test_hang.py::test_a_slow_image_and_a_hung_model_cost_only_their_shards"
 FAULTS = "tests/integration/test_faults.py"
 PUBLISHED = "tests/engine/test_published.py"
-BROKEN = "tests/engine/test_published_broken.py"
+BROKEN = "tests/engine/test_published_members.py"
 S3 = "tests/integration/test_s3_faults.py"
 PARTIAL = "tests/integration/test_s3_partial.py"
 SCARCITY = "tests/integration/test_scarcity.py"
@@ -52,17 +52,17 @@ OTHERS = [
     (
         "an image without published reinforcements, and published reinforcements without an image",
         "`not_reinforced`; `no_image`",
-        f"{PUBLISHED}::test_samples_are_joined_by_key_or_uid_in_the_source_s_order",
+        f"{PUBLISHED}::test_samples_are_matched_by_key_or_uid_in_source_order",
     ),
     (
         "published augmentations that cannot be read or do not fit the image",
         "`reinforcement_broken`",
-        f"{BROKEN}::test_what_cannot_be_read_costs_its_own_row",
+        f"{BROKEN}::test_an_unreadable_member_costs_its_own_row_only",
     ),
     (
         "published captions or vectors that are pickles, decompression bombs or of a wrong type",
         "`reinforcement_broken`: the row is null in that layer; nothing is executed",
-        f"{BROKEN}::test_what_cannot_be_read_costs_its_own_row",
+        f"{BROKEN}::test_an_unreadable_member_costs_its_own_row_only",
     ),
     (
         "a storage that fails in the middle of a shard",

@@ -1,4 +1,4 @@
-"""What cannot be read of published reinforcements costs its own row, is told, and does no harm."""
+"""An unreadable member of published reinforcements costs its own row, is quarantined, and executes nothing."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.helpers.published import (
     ALL,
     COUNT,
     DIMS,
-    check,
+    check_sample,
     config_of,
-    image,
     npz,
-    published,
+    published_members,
     quarantine,
-    reinforcement,
+    source_members,
+    write_published,
 )
 from tests.helpers.reinforced import reinforce_here
 
@@ -41,7 +41,7 @@ def without(array: str) -> bytes:
 
 
 def header_of(shape: tuple[int, ...]) -> bytes:
-    """An npz whose array says that it is much larger than it is."""
+    """An npz whose header declares an array much larger than its data."""
     array, out = io.BytesIO(), io.BytesIO()
     np.lib.format.write_array_header_1_0(array, {"descr": "<f4", "fortran_order": False, "shape": shape})
     with zipfile.ZipFile(out, "w") as file:
@@ -57,7 +57,7 @@ def bomb(name: str = "image_emb.npy") -> bytes:
 
 
 class Harm:
-    """A pickle that would leave a file behind."""
+    """A pickle that creates a file when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return exec, ("open('harmed', 'w').close()",)
@@ -76,7 +76,7 @@ def harmful_pth() -> bytes:
 
 
 CROP = [0, 0, 10, 10]
-#: What is wrong with the first of the samples, and in which layer's quarantine it is for that.
+#: Defects of the first sample: the layer in whose quarantine it must be, and the changed members.
 BROKEN: dict[str, tuple[str, dict[str, bytes | None]]] = {
     "no augmentations": ("samples", {"paug.json": None}),
     "augmentations that are no JSON": ("samples", {"paug.json": b"{"}),
@@ -132,24 +132,28 @@ BROKEN: dict[str, tuple[str, dict[str, bytes | None]]] = {
 
 
 @pytest.mark.parametrize("defect", BROKEN)
-def test_what_cannot_be_read_costs_its_own_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: str) -> None:
+def test_an_unreadable_member_costs_its_own_row_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     layer, changed = BROKEN[defect]
-    published(
-        tmp_path, [image(one) for one in ALL[:3]], [reinforcement(ALL[0], **changed), *map(reinforcement, ALL[1:3])]
+    write_published(
+        tmp_path,
+        [source_members(one) for one in ALL[:3]],
+        [published_members(ALL[0], **changed), *map(published_members, ALL[1:3])],
     )
     samples = list(reinforce.open(reinforce_here(config_of(tmp_path))))
     assert (ALL[0].key, "reinforcement_broken") in quarantine(tmp_path, layer)
     assert len(samples) == (2 if layer == "samples" else 3)
     for one, sample in zip(ALL[1:3], samples[-2:], strict=True):
-        check(one, sample)
+        check_sample(one, sample)
     if layer.endswith("images"):
         assert np.isnan(samples[0].images[layer.split("/")[1]]).all()
     assert not (tmp_path / "harmed").exists()
 
 
-def test_the_harm_would_be_done_elsewhere(tmp_path: Path) -> None:
-    """That is, the files above do hold what they are there for."""
+def test_the_harmful_files_are_harmful_to_an_unsafe_reader(tmp_path: Path) -> None:
+    """The files above execute code in an unsafe reader, so that the tests above can fail."""
     (tmp_path / "x.npz").write_bytes(harmful_npz())
     code = "import numpy; numpy.load('x.npz', allow_pickle=True)['image_emb']"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
