@@ -97,7 +97,7 @@ def canonical(url: str) -> str:
 
 
 def is_public(url: str) -> bool:
-    """Return whether the canonical form of the URL is enough to read the file, given credentials from the environment."""
+    """Return whether the canonical form of the URL is enough to read it, given credentials from the environment."""
     return all(
         _canonical(segment).partition("://")[2] == segment.partition("://")[2]
         for segment in url.split("::")
