@@ -8,9 +8,14 @@ from typing import Any
 
 import torch
 
+from reinforce.student.config import Student as StudentSpec
+from reinforce.student.distillation import IMAGES, TEXTS, TeacherInfo
+from reinforce.student.model import Student, build_student
 from tests.helpers.tiny_models import open_clip_config, tokenizer
 
 KINDS = ("vit", "mobileclip", "hf")
+IMAGE_TEACHER = TeacherInfo(6, frozenset([IMAGES]), None, "")
+TEACHER = TeacherInfo(5, frozenset([IMAGES, TEXTS]), 50.0, "")
 
 
 def student_folder(folder: Path, kind: str = "vit", **changes: Any) -> str:
@@ -61,3 +66,34 @@ def batch(size: int, pairs: int = 4, context: int = 16, kinds: tuple[str, ...] =
         made[kind] = torch.randint(3, 298, (pairs, context), generator=generator)
         made[kind][:, -1] = 299
     return made
+
+
+def built(name: str, seed: int = 0, pretrained: str | None = None, **options: Any) -> Student:
+    return build_student(StudentSpec(model=name, pretrained=pretrained), seed=seed, **options)
+
+
+def batch_for(student: Student, pairs: int = 4, **options: Any) -> Any:
+    """A batch with targets for the heads of the student."""
+    made = batch(student.image.height, pairs, **options)
+    generator = torch.Generator().manual_seed(1)
+    made["targets"] = {
+        name: {
+            what: torch.nn.functional.normalize(torch.randn(pairs, teacher.dim, generator=generator), dim=-1)
+            for what in ("image", "caption", "synthetic")
+            if teacher.has(what)
+        }
+        for name, teacher in student.features.items()
+    }
+    return made
+
+
+def train_briefly(student: Student, steps: int = 2) -> None:
+    """Change all weights and running statistics a little, as training does."""
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        encoded = student(batch_for(student))
+        cosines = encoded.features["image"] @ encoded.features["caption"].T
+        logits = cosines * encoded.scalars["logit_scale"] + encoded.scalars.get("logit_bias", 0.0)
+        torch.nn.functional.cross_entropy(logits, torch.arange(len(logits))).backward()
+        optimizer.step()

@@ -1,4 +1,4 @@
-"""Streaming out of S3, against moto's server: the same batches as from a disk, in few requests."""
+"""Streaming from S3 (a moto server): the same batches as from a disk, in few requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = (40, 25)
 
 @pytest.fixture(scope="module")
 def urls(s3: s3fs.S3FileSystem, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """One dataset on disk, with images embedded, and its likes in S3."""
+    """The same dataset on disk, with images embedded, and in S3, with images embedded and by reference."""
     folder = tmp_path_factory.mktemp("dataset")
     for number, size in enumerate(SIZES):
         write_tar(folder / "source" / f"{number:05d}.tar", members_of(number, size))
@@ -41,7 +41,7 @@ def take(url: str, count: int, **data: Any) -> list[Batch]:
 
 
 @pytest.mark.parametrize(("images", "workers"), [("embed", 1), ("reference", 0)])
-def test_batches_out_of_s3_are_those_from_disk(urls: dict[str, str], images: str, workers: int) -> None:
+def test_batches_from_s3_equal_those_from_disk(urls: dict[str, str], images: str, workers: int) -> None:
     for here, there in zip(take(urls["disk"], 12), take(urls[images], 12, workers=workers), strict=True):
         assert here["key"] == there["key"]
         assert torch.equal(here["image"], there["image"])
@@ -49,7 +49,7 @@ def test_batches_out_of_s3_are_those_from_disk(urls: dict[str, str], images: str
 
 
 @pytest.mark.parametrize("images", ["embed", "reference"])
-def test_a_row_group_is_few_requests(urls: dict[str, str], images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_group_takes_few_requests(urls: dict[str, str], images: str, monkeypatch: pytest.MonkeyPatch) -> None:
     feed = StudentFeed(Data.model_validate({"datasets": urls[images], "workers": 0}), 0, 16, letters)
     [dataset] = feed._datasets
     asked = Counter[str]()
@@ -64,6 +64,6 @@ def test_a_row_group_is_few_requests(urls: dict[str, str], images: str, monkeypa
     examples = [row for chunk in groups for row in dataset.load(chunk, 0).rows]
     assert (len(groups), len(examples)) == (9, 65)
     layers = 8
-    # Of each layer its footer and, in one range, its columns; of the tar, one range for all images of the group.
+    # Per layer, one for the footer and one for its columns; from the tar, one for all images of the group.
     assert asked[images] == len(groups) * layers * 2
     assert asked["source"] == (len(groups) if images == "reference" else 0)

@@ -1,4 +1,4 @@
-"""`reinforce train` as users start it: killed, interrupted, on two ranks, and told what is wrong."""
+"""`reinforce train` as users start it: killed, interrupted, on two ranks, and with errors in the config."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STEPS, BATCH = 40, 8  # 44 samples: an epoch ends in the middle of a step
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A config but for its output."""
+    """A config without its output."""
     folder = tmp_path_factory.mktemp("train")
     url = small_dataset(folder)
     return {
@@ -70,7 +70,7 @@ def written(config: dict[str, Any], output: Path, changes: dict[str, Any] | None
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts Python with the given arguments; what still runs at the end is killed, with its children."""
+    """Starts Python with the given arguments; at the end, processes that still run are killed with their children."""
     processes = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
@@ -104,7 +104,7 @@ def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> No
 
 
 def assert_same(output: Path, undisturbed: Path) -> None:
-    """The same rows, but for what the clock says, and the same weights, bit for bit."""
+    """The same rows, apart from timing and memory, and the same weights, bit for bit."""
     timing = ("samples_per_second", "waiting", "memory")
     ours, theirs = (
         [{k: v for k, v in row.items() if k not in timing} for row in rows(o)] for o in (output, undisturbed)
@@ -116,7 +116,7 @@ def assert_same(output: Path, undisturbed: Path) -> None:
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_killed_and_interrupted_it_goes_on_with_the_same_batches_and_curve(
+def test_a_killed_and_interrupted_training_has_the_curve_of_an_uninterrupted_one(
     start: Start, base: dict[str, Any], undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
@@ -136,12 +136,12 @@ def test_killed_and_interrupted_it_goes_on_with_the_same_batches_and_curve(
 
     interrupted = start("jobs/train_student.py", "--config", config)
     wait_for_step(interrupted, output, max(22, reached + 2))
-    os.killpg(interrupted.pid, signal.SIGINT)  # as a terminal does: the loader's processes get it, too
-    said, _ = interrupted.communicate(timeout=300)
-    assert interrupted.returncode == 130, said
-    assert "run again to go on" in said
-    assert f"resuming after step {saved} of" in said
-    assert "Traceback" not in said
+    os.killpg(interrupted.pid, signal.SIGINT)  # like a terminal: loader processes get it, too
+    printed, _ = interrupted.communicate(timeout=300)
+    assert interrupted.returncode == 130, printed
+    assert "run again to go on" in printed
+    assert f"resuming after step {saved} of" in printed
+    assert "Traceback" not in printed
     stopped_at = rows(output)[-1]["step"]
     assert stopped_at < STEPS
     assert (output / f"checkpoints/step-{stopped_at:09d}.safetensors").exists()
@@ -149,14 +149,14 @@ def test_killed_and_interrupted_it_goes_on_with_the_same_batches_and_curve(
     with pytest.raises(SystemExit) as ended:
         main(["train", config])
     assert ended.value.code == 0
-    told = capfd.readouterr().out
-    assert f"resuming after step {stopped_at} of {STEPS}" in told
-    assert f"for {STEPS} steps on {STEPS * BATCH} samples" in told
-    assert "retrieval/own/text_to_image/r1" in told
+    printed = capfd.readouterr().out
+    assert f"resuming after step {stopped_at} of {STEPS}" in printed
+    assert f"for {STEPS} steps on {STEPS * BATCH} samples" in printed
+    assert "retrieval/own/text_to_image/r1" in printed
     assert_same(output, undisturbed)
 
 
-def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_their_curve_is_that_of_one(
+def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_they_resume(
     start: Start, base: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -165,21 +165,21 @@ def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_their_curv
     stopped = start(*command, config)
     wait_for_step(stopped, output, 10)
     stopped.send_signal(signal.SIGTERM)
-    said, _ = stopped.communicate(timeout=300)
+    printed, _ = stopped.communicate(timeout=300)
     assert stopped.returncode != 0
     stopped_at = rows(output)[-1]["step"]
-    assert (output / f"checkpoints/step-{stopped_at:09d}.safetensors").exists(), said
+    assert (output / f"checkpoints/step-{stopped_at:09d}.safetensors").exists(), printed
 
     done = start(*command, config)
-    said, _ = done.communicate(timeout=300)
-    assert done.returncode == 0, said
-    assert f"resuming after step {stopped_at}" in said
-    assert said.count(f"for {STEPS} steps on") == 1, "rank 0 alone tells"
+    printed, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, printed
+    assert f"resuming after step {stopped_at}" in printed
+    assert printed.count(f"for {STEPS} steps on") == 1, "only rank 0 prints"
     np.testing.assert_allclose(curve(output), curve(undisturbed), rtol=2e-3)
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_two_ranks_of_ray_train_come_to_the_curve_of_one(
+def test_two_ranks_on_ray_train_have_the_curve_of_one(
     base: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, ranks in (("one", 1), ("two", 2)):
@@ -188,12 +188,12 @@ def test_two_ranks_of_ray_train_come_to_the_curve_of_one(
             main(["train", config, "--set", "train.steps=10", "--set", f"train.compute.ranks={ranks}"])
         assert ended.value.code == 0
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-4)
-    said = capfd.readouterr().out
-    assert "starting 2 ranks on Ray" in said
-    assert said.count("step 10: retrieval/own/text_to_image/r1") == 2, "what rank 0 says is heard here"
+    printed = capfd.readouterr().out
+    assert "starting 2 ranks on Ray" in printed
+    assert printed.count("step 10: retrieval/own/text_to_image/r1") == 2, "the driver shows what rank 0 logs"
 
 
-def test_what_comes_out_loads_in_plain_open_clip(undisturbed: Path) -> None:
+def test_the_result_loads_in_plain_open_clip(undisturbed: Path) -> None:
     model = open_clip.create_model(f"local-dir:{undisturbed}/student")
     averaged = load_file(undisturbed / f"checkpoints/step-{STEPS:09d}.safetensors")
     weights = dict(model.named_parameters())
@@ -205,11 +205,11 @@ def test_what_comes_out_loads_in_plain_open_clip(undisturbed: Path) -> None:
     }
 
 
-Fault = Callable[[dict[str, Any]], dict[str, Any]]
+ConfigError = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("error", "message"),
     [
         (lambda c: {"train": {**c["train"], "stepz": 3}}, "train.stepz: unknown key; known keys here: steps"),
         (lambda c: {"train": {**c["train"], "epochs": 2}}, "give either `steps` or `epochs`"),
@@ -223,14 +223,14 @@ Fault = Callable[[dict[str, Any]], dict[str, Any]]
         (lambda c: {"output": "/proc/no"}, "output /proc/no cannot be written"),
     ],
 )
-def test_what_is_wrong_is_told_before_anything_starts(
-    base: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str], fault: Fault, told: str
+def test_errors_in_the_config_are_reported_before_anything_starts(
+    base: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str], error: ConfigError, message: str
 ) -> None:
-    if "gpus" in told and torch.cuda.is_available():
-        pytest.skip("there is one")
-    config = written(base, tmp_path / "out", fault(base))
+    if "gpus" in message and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    config = written(base, tmp_path / "out", error(base))
     with pytest.raises(SystemExit) as ended:
         main(["train", config])
     assert ended.value.code == 2
-    assert told in capfd.readouterr().err
+    assert message in capfd.readouterr().err
     assert not (tmp_path / "out/log.jsonl").exists()

@@ -28,37 +28,37 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 class FatalFeed(PairFeed):
-    """Kills rank 1 at a step, the first time."""
+    """Kills rank 1 at a step, once: a file marks that it has happened."""
 
-    def __init__(self, scars: str, at: int) -> None:
+    def __init__(self, folder: str, at: int) -> None:
         super().__init__()
-        self.scar, self.at = Path(scars, "scar"), at
+        self.marker, self.at = Path(folder, "killed"), at
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
         for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
-            if (rank, step) == (1, self.at) and not self.scar.exists():
-                self.scar.touch()
+            if (rank, step) == (1, self.at) and not self.marker.exists():
+                self.marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             yield made
 
 
-def fatal(accelerator: Accelerator, scars: str) -> tuple[TowersTask, PairFeed]:
-    return TowersTask(), FatalFeed(scars, at=8)
+def fatal(accelerator: Accelerator, folder: str) -> tuple[TowersTask, PairFeed]:
+    return TowersTask(), FatalFeed(folder, at=8)
 
 
-def test_a_killed_rank_is_started_again_and_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+def test_after_a_killed_rank_all_ranks_restart_from_the_last_checkpoint(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"checkpoints": {"every": 5, "keep": 2}}
     made = job(tmp_path / "two", compute={"ranks": 2}, retries=1, **changes)
-    results = launch(partial(fatal, scars=str(tmp_path)), made)
+    results = launch(partial(fatal, folder=str(tmp_path)), made)
     assert results.steps == 12
-    assert (tmp_path / "scar").exists()
+    assert (tmp_path / "killed").exists()
     launch(builder(), job(tmp_path / "one", **changes))
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-4)
     with pytest.raises(UserError, match=r"training of another config:\n  batch: 16 before, 32 now"):
         launch(builder(), job(tmp_path / "two", batch=32, compute={"ranks": 2}, retries=1, **changes))
 
 
-def test_ranks_that_no_node_can_hold_are_told(tmp_path: Path) -> None:
+def test_ranks_that_no_node_can_hold_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"can hold 0 of 2 ranks: each needs 64 CPUs and 0 GPUs on one node"):
         launch(builder(), job(tmp_path, compute={"ranks": 2, "cpus": 64}))
 
@@ -67,7 +67,7 @@ def stopping(accelerator: Accelerator, stop: StopSignal) -> tuple[TowersTask, Pa
     return TowersTask(), StoppingFeed(stop, at=3)
 
 
-def test_a_training_in_s3_is_stopped_and_goes_on_as_on_a_disk(s3: Any, tmp_path: Path) -> None:
+def test_a_training_in_s3_is_stopped_and_resumed_as_on_a_disk(s3: Any, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"checkpoints": {"every": 5, "keep": 1}, "ema": 0.9}
     launch(builder(), job(tmp_path / "disk", evaluate_every=5, **changes))
 
@@ -90,7 +90,7 @@ def test_a_training_in_s3_is_stopped_and_goes_on_as_on_a_disk(s3: Any, tmp_path:
     )
     names = {name.removeprefix("bucket/trainings/one/") for name in s3.find("bucket/trainings/one")}
     events = {name for name in names if name.startswith("tensorboard/")}
-    assert len(events) == 2, "one file a start"
+    assert len(events) == 2, "one file per start"
     here = {path.relative_to(tmp_path / "disk").as_posix() for path in (tmp_path / "disk").rglob("*") if path.is_file()}
     assert names - events == {name for name in here if not name.startswith(("tensorboard/", ".tmp/"))}
     one = load(s3.cat_file("bucket/trainings/one/checkpoints/step-000000012.safetensors"))

@@ -1,4 +1,4 @@
-"""What a training takes from which teacher, and what it is told where that cannot be."""
+"""Which teachers are distilled, and how; errors name the key to set."""
 
 from __future__ import annotations
 
@@ -46,49 +46,49 @@ def manifest(*layers: str, scale: float | None = 70.0, dim: int = 8, captioners:
 BOTH = ("vit/images", "vit/caption", "vit/coca")
 
 
-def test_teachers_of_both_sides_are_distilled_and_the_others_approached() -> None:
-    lesson = plan_distillation(loss(), {"vit": TWO, "dino": EYES})
-    assert lesson.scales == {"vit": 70.0}
-    assert lesson.features == {"dino": EYES}
-    assert lesson.teachers == ["vit", "dino"]
-    assert lesson.notes == [
+def test_two_sided_teachers_are_distilled_and_one_sided_ones_are_feature_targets() -> None:
+    plan = plan_distillation(loss(), {"vit": TWO, "dino": EYES})
+    assert plan.scales == {"vit": 70.0}
+    assert plan.features == {"dino": EYES}
+    assert plan.teachers == ["vit", "dino"]
+    assert plan.notes == [
         "teacher vit: similarities, logit scale 70 (dataset: config)",
         "teacher dino: vectors of images, 5 dimensions",
     ]
 
 
 @pytest.mark.parametrize(("features", "approached"), [("all", ["vit", "dino"]), ("none", [])])
-def test_features_are_all_teachers_or_none(features: str, approached: list[str]) -> None:
-    lesson = plan_distillation(loss(features=features), {"vit": TWO, "dino": EYES})
-    assert list(lesson.features) == approached
-    assert lesson.teachers == ["vit", *approached[1:]]
-    assert ("unused" in lesson.notes[1]) == (features == "none")
+def test_feature_targets_are_all_teachers_or_none(features: str, approached: list[str]) -> None:
+    plan = plan_distillation(loss(features=features), {"vit": TWO, "dino": EYES})
+    assert list(plan.features) == approached
+    assert plan.teachers == ["vit", *approached[1:]]
+    assert ("unused" in plan.notes[1]) == (features == "none")
 
 
-def test_lambda_0_takes_nothing_from_anyone() -> None:
-    lesson = plan_distillation(loss(**{"lambda": 0.0}), {"vit": UNSCALED, "dino": EYES})
-    assert lesson.teachers == []
+def test_lambda_0_uses_no_teacher() -> None:
+    plan = plan_distillation(loss(**{"lambda": 0.0}), {"vit": UNSCALED, "dino": EYES})
+    assert plan.teachers == []
 
 
-def test_a_logit_scale_of_the_config_goes_before_that_of_the_dataset() -> None:
-    lesson = plan_distillation(loss(logit_scales={"vit": 55.0}), {"vit": TWO})
-    assert lesson.scales == {"vit": 55.0}
-    assert "55 (config: loss.logit_scales.vit, instead of 70 of the dataset: config)" in lesson.notes[0]
+def test_a_logit_scale_in_the_config_replaces_that_of_the_dataset() -> None:
+    plan = plan_distillation(loss(logit_scales={"vit": 55.0}), {"vit": TWO})
+    assert plan.scales == {"vit": 55.0}
+    assert "55 (config: loss.logit_scales.vit, instead of 70 of the dataset: config)" in plan.notes[0]
     assert plan_distillation(loss(logit_scales={"vit": 5.0}), {"vit": UNSCALED}).scales == {"vit": 5.0}
 
 
-def test_a_teacher_without_a_scale_is_told_with_the_key_to_set() -> None:
+def test_a_teacher_without_a_scale_is_refused_with_the_key_to_set() -> None:
     with pytest.raises(UserError, match=r"teacher vit has no logit scale.*Set loss\.logit_scales\.vit"):
         plan_distillation(loss(), {"vit": UNSCALED})
 
 
 @pytest.mark.parametrize("key", ["logit_scales", "logit_biases"])
-def test_a_scale_of_nobody_is_told(key: str) -> None:
+def test_a_scale_of_an_unknown_teacher_is_refused(key: str) -> None:
     with pytest.raises(UserError, match="there is no teacher 'vid'; there is: vit"):
         plan_distillation(loss(form="sigmoid", **{key: {"vid": 5.0}}), {"vit": TWO})
 
 
-def test_something_must_bring_images_and_texts_together() -> None:
+def test_some_loss_must_align_images_and_texts() -> None:
     with pytest.raises(UserError, match=r"loss\.lambda is 1 and no teacher has vectors of both"):
         plan_distillation(loss(), {"dino": EYES})
     with pytest.raises(UserError, match=r"loss\.lambda is 0\.5 and no teacher"):
@@ -96,20 +96,20 @@ def test_something_must_bring_images_and_texts_together() -> None:
     assert plan_distillation(loss(**{"lambda": 0.5}), {"dino": EYES}).scales == {}
 
 
-def test_what_dataset_json_says_is_known() -> None:
+def test_teachers_are_described_by_dataset_json() -> None:
     found = stored_teachers(config("a"), {"a": manifest(*BOTH, "dino/images")})
     assert found["vit"] == TeacherInfo(8, frozenset([IMAGES, TEXTS]), 70.0, "dataset: config")
     assert found["dino"].sides == {IMAGES}
 
 
-def test_only_the_texts_that_are_read_must_have_vectors() -> None:
+def test_only_the_texts_that_are_read_need_vectors() -> None:
     two = manifest(*BOTH, captioners=("coca", "blip"))
     with pytest.raises(UserError, match="a: teacher vit has vectors of caption, coca, not of blip"):
         stored_teachers(config("a"), {"a": two})
     assert stored_teachers(config("a", captioners=["coca"]), {"a": two})["vit"].sides == {IMAGES, TEXTS}
 
 
-def test_teachers_are_those_that_data_names() -> None:
+def test_data_teachers_selects_the_teachers() -> None:
     manifests = {"a": manifest(*BOTH, "dino/images"), "b": manifest(*BOTH)}
     assert list(stored_teachers(config("a", "b", teachers=["vit"]), manifests)) == ["vit"]
     with pytest.raises(UserError, match="b has no teacher 'dino'; it has: vit"):

@@ -1,4 +1,4 @@
-"""The loss against its equations written out in numpy, against open_clip's, and at its edges."""
+"""The loss compared with its equations in numpy and with open_clip, and its properties."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def reference(features, scale, bias, teachers, scales, biases, share, form):  # 
 @pytest.mark.parametrize("teachers", [["one"], ["one", "two", "three"]])
 @pytest.mark.parametrize("captions", ["both", "mixed"])
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])
-def test_the_loss_is_its_equation(form: str, captions: str, teachers: list[str], share: float) -> None:
+def test_the_loss_equals_its_equation(form: str, captions: str, teachers: list[str], share: float) -> None:
     features = vectors("student", captions)
     targets = {name: vectors(name, captions) for name in teachers}
     scales = {name: SCALES[name] for name in teachers}
@@ -102,7 +102,7 @@ def test_gradients_reach_features_and_scalars(form: str, share: float) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_with_one_teacher_it_is_open_clips_distillation(share: float) -> None:
+def test_with_one_teacher_it_equals_open_clips_distillation_loss(share: float) -> None:
     student, teacher = vectors("student", "mixed"), vectors("one", "mixed")
     scale = torch.tensor(25.0, dtype=torch.float64)
     theirs = open_clip.loss.DistillClipLoss()(
@@ -113,7 +113,7 @@ def test_with_one_teacher_it_is_open_clips_distillation(share: float) -> None:
     torch.testing.assert_close(sum(losses.values()), expected)
 
 
-def test_without_teachers_it_is_open_clips_loss_of_either_form() -> None:
+def test_without_teachers_it_equals_open_clips_losses() -> None:
     student = vectors("student", "mixed")
     scale, bias = torch.tensor(25.0, dtype=torch.float64), torch.tensor(-7.0, dtype=torch.float64)
     clip = contrastive_losses(Objective(0.0), student, scale, None, {})["clip/caption"]
@@ -132,7 +132,7 @@ def test_lambda_0_reads_no_targets() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])
-def test_the_greatest_scales_in_half_precision_stay_finite(form: str, dtype: torch.dtype) -> None:
+def test_the_largest_scales_in_half_precision_stay_finite(form: str, dtype: torch.dtype) -> None:
     same = unit(1, 16, 0, dtype).expand(6, -1)
     features = {"image": same.clone().requires_grad_(), "caption": (-same).clone().requires_grad_()}
     targets = {"one": {"image": same, "caption": unit(6, 16, 1, dtype)}, "two": {"image": same, "caption": same}}
@@ -148,7 +148,7 @@ def test_the_greatest_scales_in_half_precision_stay_finite(form: str, dtype: tor
         assert value.grad.isfinite().all()
 
 
-def test_half_precision_features_are_multiplied_in_full() -> None:
+def test_half_precision_features_are_multiplied_in_float32() -> None:
     features = {what: value.half() for what, value in vectors("student").items()}
     scale = torch.tensor(100.0)
     half = contrastive_losses(Objective(0.0), features, scale, None, {})
@@ -161,7 +161,7 @@ def test_half_precision_features_are_multiplied_in_full() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 9), st.sampled_from(["softmax", "sigmoid"]), st.permutations(range(9)))
-def test_the_order_of_samples_is_nothing_to_it(seed: int, pairs: int, form: str, order: list[int]) -> None:
+def test_the_loss_does_not_depend_on_the_order_of_samples(seed: int, pairs: int, form: str, order: list[int]) -> None:
     order = [place for place in order if place < pairs]
     features = {what: unit(pairs, 6, seed + i) for i, what in enumerate(("image", "caption", "synthetic"))}
     targets = {"one": {what: unit(pairs, 4, seed + 10 + i) for i, what in enumerate(features)}}
@@ -169,14 +169,14 @@ def test_the_order_of_samples_is_nothing_to_it(seed: int, pairs: int, form: str,
 
     def loss(order: list[int]) -> torch.Tensor:
         rows = {what: value[order] for what, value in features.items()}
-        taught = {"one": {what: value[order] for what, value in targets["one"].items()}}
-        return sum(contrastive_losses(objective, rows, torch.tensor(12.0), torch.tensor(-2.0), taught).values())  # type: ignore[return-value]
+        permuted = {"one": {what: value[order] for what, value in targets["one"].items()}}
+        return sum(contrastive_losses(objective, rows, torch.tensor(12.0), torch.tensor(-2.0), permuted).values())  # type: ignore[return-value]
 
     torch.testing.assert_close(loss(order), loss(list(range(pairs))))
 
 
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(form: str) -> None:
+def test_a_student_equal_to_its_teacher_has_no_gradient(form: str) -> None:
     teacher = vectors("one")
     student = {what: value.clone().requires_grad_() for what, value in teacher.items()}
     scale = torch.tensor(40.0, dtype=torch.float64, requires_grad=True)
@@ -188,7 +188,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(form: str) -> None:
         assert value.grad.abs().max() < 1e-12
 
 
-def test_the_implied_bias_gives_back_the_softmax_where_rows_are_alike() -> None:
+def test_the_implied_bias_reproduces_the_softmax_of_similar_rows() -> None:
     # Every row of a circulant has the same entries, so that one constant is exact for all.
     row = torch.tensor([31.0, 22.0, 26.5, 12.0, 29.0], dtype=torch.float64)
     logits = torch.stack([row.roll(shift) for shift in range(5)])
@@ -196,14 +196,14 @@ def test_the_implied_bias_gives_back_the_softmax_where_rows_are_alike() -> None:
     torch.testing.assert_close((logits + bias).sigmoid().diagonal(), logits.softmax(dim=1).diagonal())
 
 
-def test_the_implied_bias_follows_the_size_of_the_batch() -> None:
+def test_the_implied_bias_is_minus_the_logarithm_of_the_number_of_other_samples() -> None:
     few, many = (implied_bias(torch.zeros(size, size)).item() for size in (9, 65))
     assert few == pytest.approx(-math.log(8))
     assert many == pytest.approx(-math.log(64))
 
 
 @pytest.mark.parametrize(("form", "matrices"), [("softmax", 4), ("sigmoid", 2)])
-def test_what_is_kept_for_the_gradient_does_not_grow_with_the_teachers(form: str, matrices: int) -> None:
+def test_memory_for_the_gradient_does_not_grow_with_the_number_of_teachers(form: str, matrices: int) -> None:
     pairs = 64
     features = {what: value.requires_grad_() for what, value in vectors("student", pairs=pairs).items()}
     targets = {name: vectors(name, pairs=pairs) for name in SCALES}
@@ -215,7 +215,7 @@ def test_what_is_kept_for_the_gradient_does_not_grow_with_the_teachers(form: str
 
         def keep(value: torch.Tensor) -> torch.Tensor:
             if value.shape == (pairs, pairs):
-                storages[value.untyped_storage().data_ptr()] = value  # which keeps the address from being used again
+                storages[value.untyped_storage().data_ptr()] = value  # keeps its address from being reused
             return value
 
         objective = Objective(0.7, form, dict(list(SCALES.items())[:teachers]))  # type: ignore[arg-type]
@@ -224,12 +224,12 @@ def test_what_is_kept_for_the_gradient_does_not_grow_with_the_teachers(form: str
         assert len(losses) == 4
         return len(storages)
 
-    identity = form == "sigmoid"  # which the loss of true pairs is held against
+    identity = form == "sigmoid"  # the target matrix of the CLIP loss
     assert kept(1) == kept(3) == (matrices + identity) * len(KINDS["both"])
 
 
-def test_a_learnt_scale_goes_where_the_true_pairs_are_likeliest() -> None:
-    """Gradient descent on ``scale_losses`` ends at the minimum of the cross-entropy written out on a grid."""
+def test_a_learnt_scale_converges_to_where_the_true_pairs_are_most_likely() -> None:
+    """Gradient descent on ``scale_losses`` ends at the minimum of the cross-entropy on a grid."""
     image = unit(40, 6, 1)
     text = torch.nn.functional.normalize(image + 0.8 * unit(40, 6, 2), dim=-1)
     targets = {"one": {"image": image, "caption": text}}
@@ -253,7 +253,7 @@ def test_a_learnt_scale_goes_where_the_true_pairs_are_likeliest() -> None:
     assert loss().item() == pytest.approx(curve.min(), abs=1e-5)
 
 
-def test_scales_as_tensors_give_the_loss_of_their_numbers() -> None:
+def test_scales_may_be_tensors_or_numbers() -> None:
     features, teachers = vectors("student"), {name: vectors(name) for name in ("one", "two")}
     numbers = {"one": 70.0, "two": 60.0}
     tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}

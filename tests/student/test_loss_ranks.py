@@ -1,4 +1,4 @@
-"""Two ranks, in processes of their own, come to the loss and the gradients of one."""
+"""Two ranks, in separate processes, have the loss and the gradients of one."""
 
 from __future__ import annotations
 

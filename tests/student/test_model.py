@@ -1,4 +1,4 @@
-"""Students of any architecture: how they start, what they give, and what plain open_clip loads afterwards."""
+"""Students of any architecture: initialisation, features, losses, and refused models."""
 
 from __future__ import annotations
 
@@ -6,60 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from reinforce.errors import UserError
-from reinforce.student.config import Student as Spec
-from reinforce.student.distillation import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.export import export
-from reinforce.student.model import Student, build_student, load_tokenizer
-from teachers.pixels import fit
-from tests.helpers.students import KINDS, batch, student_folder
+from reinforce.student.model import load_tokenizer
+from tests.helpers.students import IMAGE_TEACHER, KINDS, TEACHER, batch, batch_for, built, student_folder, train_briefly
 from tests.helpers.tiny_models import open_clip_model
-
-IMAGE_TEACHER = TeacherInfo(6, frozenset([IMAGES]), None, "")
-TEACHER = TeacherInfo(5, frozenset([IMAGES, TEXTS]), 50.0, "")
-SCALARS = ("logit_scale", "logit_bias")
-
-
-def built(name: str, seed: int = 0, pretrained: str | None = None, **options: Any) -> Student:
-    return build_student(Spec(model=name, pretrained=pretrained), seed=seed, **options)
-
-
-def batch_for(student: Student, pairs: int = 4, **options: Any) -> Any:
-    """A batch with targets for the heads that the student has."""
-    made = batch(student.image.height, pairs, **options)
-    generator = torch.Generator().manual_seed(1)
-    made["targets"] = {
-        name: {
-            what: torch.nn.functional.normalize(torch.randn(pairs, known.dim, generator=generator), dim=-1)
-            for what in ("image", "caption", "synthetic")
-            if known.has(what)
-        }
-        for name, known in student.features.items()
-    }
-    return made
-
-
-def learn(student: Student, steps: int = 2) -> None:
-    """Change all weights and statistics a little, as training does."""
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        encoded = student(batch_for(student))
-        cosines = encoded.features["image"] @ encoded.features["caption"].T
-        logits = cosines * encoded.scalars["logit_scale"] + encoded.scalars.get("logit_bias", 0.0)
-        torch.nn.functional.cross_entropy(logits, torch.arange(len(logits))).backward()
-        optimizer.step()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_seed_decides_the_random_weights_and_nothing_else_is_drawn(tmp_path: Path, kind: str) -> None:
+def test_the_seed_determines_the_weights_and_the_global_generator_is_untouched(tmp_path: Path, kind: str) -> None:
     name = student_folder(tmp_path, kind)
     before = torch.get_rng_state()
     first, again, other = (built(name, seed, features={"t": TEACHER}).state_dict() for seed in (3, 3, 4))
@@ -72,50 +32,8 @@ def test_the_seed_decides_the_random_weights_and_nothing_else_is_drawn(tmp_path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_plain_open_clip_loads_what_was_trained(tmp_path: Path, kind: str) -> None:
-    student = built(student_folder(tmp_path / "architecture", kind), features={"t": TEACHER, "s": IMAGE_TEACHER})
-    learn(student)
-    export(student, str(tmp_path / "exported"))
-    name = f"local-dir:{tmp_path / 'exported'}"
-    model, _, transform = open_clip.create_model_and_transforms(name)
-    trained = student.clip.state_dict()
-    loaded = model.state_dict()
-    assert loaded.keys() == trained.keys()
-    assert all(torch.equal(value, trained[key]) for key, value in loaded.items())
-
-    student.eval()
-    inputs = batch_for(student)
-    with torch.no_grad():
-        features = student(inputs).features
-        picture = Image.fromarray(inputs["image"][0].numpy())
-        assert np.array_equal(fit(picture, student.image), inputs["image"][0].numpy())
-        images = model.eval().encode_image(transform(picture)[None], normalize=True)
-        texts = model.encode_text(inputs["caption"], normalize=True)
-    torch.testing.assert_close(images, features["image"][:1], rtol=0, atol=1e-5)
-    torch.testing.assert_close(texts, features["caption"], rtol=0, atol=1e-6)
-    captions = ["a photo of a cat", "A dog."]
-    assert torch.equal(open_clip.get_tokenizer(name)(captions), load_tokenizer(student)(captions))
-
-
-def test_mobileclip2_s0_itself_is_exported(tmp_path: Path) -> None:
-    student = built("MobileCLIP2-S0")
-    export(student, str(tmp_path))
-    model = open_clip.create_model(f"local-dir:{tmp_path}")
-    state = student.clip.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert model.visual.image_size == (256, 256)
-
-
-def test_heads_stay_behind(tmp_path: Path) -> None:
-    student = built(student_folder(tmp_path / "a"), features={"dino.v2": IMAGE_TEACHER})
-    assert [tuple(head.weight.shape) for head in student.heads.values()] == [(6, 16)]
-    export(student, str(tmp_path / "b"))
-    assert load_file(tmp_path / "b" / "open_clip_model.safetensors").keys() == student.clip.state_dict().keys()
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])
-def test_every_weight_that_is_trained_is_reached(tmp_path: Path, kind: str, form: Any) -> None:
+def test_every_trained_weight_gets_a_gradient(tmp_path: Path, kind: str, form: Any) -> None:
     features = {"two.sided": TEACHER, "images": IMAGE_TEACHER}
     student = built(student_folder(tmp_path, kind), form=form, features=features)
     encoded = student(batch_for(student))
@@ -126,7 +44,7 @@ def test_every_weight_that_is_trained_is_reached(tmp_path: Path, kind: str, form
     assert missed == []
 
 
-def test_features_are_those_of_open_clip_on_normalised_pixels(tmp_path: Path) -> None:
+def test_features_equal_open_clips_on_normalised_pixels(tmp_path: Path) -> None:
     student = built(open_clip_model(tmp_path)).eval()
     inputs = batch(32, context=77)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (student.image.mean, student.image.std))
@@ -139,7 +57,7 @@ def test_features_are_those_of_open_clip_on_normalised_pixels(tmp_path: Path) ->
     torch.testing.assert_close(encoded.scalars, {"logit_scale": scale})
 
 
-def test_features_leave_autocast_in_full_precision_and_of_unit_norm(tmp_path: Path) -> None:
+def test_features_under_autocast_are_float32_with_unit_norm(tmp_path: Path) -> None:
     student = built(student_folder(tmp_path))
     with torch.autocast("cpu", torch.bfloat16):
         features = student(batch_for(student)).features
@@ -174,7 +92,7 @@ def test_feature_losses_are_weighted_means_of_one_minus_cosine(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_changes_memory_not_gradients(tmp_path: Path, kind: str) -> None:
+def test_gradient_checkpointing_does_not_change_gradients(tmp_path: Path, kind: str) -> None:
     name = student_folder(tmp_path, kind)
     gradients = []
     for checkpointing in (False, True):
@@ -198,12 +116,12 @@ def test_checkpointing_changes_memory_not_gradients(tmp_path: Path, kind: str) -
     torch.testing.assert_close(checked, plain)
 
 
-def test_a_random_student_of_sigmoids_starts_where_siglip_does(tmp_path: Path) -> None:
+def test_a_random_student_with_sigmoid_starts_with_siglips_scale_and_bias(tmp_path: Path) -> None:
     student = built(student_folder(tmp_path / "a"), form="sigmoid")
     scalars = student(batch_for(student)).scalars
     assert scalars["logit_scale"].item() == pytest.approx(10)
     assert scalars["logit_bias"].item() == -10
-    learn(student)
+    train_briefly(student)
     export(student, str(tmp_path / "b"))
     model = open_clip.create_model(f"local-dir:{tmp_path / 'b'}")
     assert model.logit_bias.item() == student.clip.logit_bias.item()
@@ -211,13 +129,13 @@ def test_a_random_student_of_sigmoids_starts_where_siglip_does(tmp_path: Path) -
     assert torch.equal(again.clip.logit_bias, student.clip.logit_bias)
 
 
-def test_a_softmax_leaves_a_models_bias_alone(tmp_path: Path) -> None:
+def test_a_models_bias_is_frozen_with_softmax(tmp_path: Path) -> None:
     student = built(student_folder(tmp_path, init_logit_bias=-4.0))
     assert not student.clip.logit_bias.requires_grad
     assert student.clip.logit_bias.item() == -4
 
 
-def test_a_student_starts_from_weights_that_it_is_given(tmp_path: Path) -> None:
+def test_a_student_starts_from_given_weights(tmp_path: Path) -> None:
     name = open_clip_model(tmp_path / "trained")
     weights = load_file(tmp_path / "trained" / "open_clip_model.safetensors")
     assert all(torch.equal(value, weights[key]) for key, value in built(name).clip.state_dict().items())
@@ -235,23 +153,23 @@ def test_a_student_starts_from_weights_that_it_is_given(tmp_path: Path) -> None:
         ("local-dir:/nowhere", "folder /nowhere does not exist"),
     ],
 )
-def test_a_model_that_cannot_be_a_student_is_told(model: str, message: str) -> None:
+def test_a_model_that_cannot_be_a_student_is_refused(model: str, message: str) -> None:
     with pytest.raises(UserError, match=f"student: .*{message}"):
         built(model)
 
 
-def test_a_model_of_images_that_are_not_square_is_told(tmp_path: Path) -> None:
+def test_a_model_with_images_that_are_not_square_is_refused(tmp_path: Path) -> None:
     name = student_folder(tmp_path, vision_cfg={"image_size": [32, 48]})
     with pytest.raises(UserError, match="images of 32 x 48, and augmented crops are square"):
         built(name)
 
 
-def test_a_pretrained_softmax_has_no_bias_for_sigmoids(tmp_path: Path) -> None:
+def test_weights_without_a_bias_are_refused_with_sigmoid(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="were trained with a softmax and have no logit bias"):
         built(open_clip_model(tmp_path), form="sigmoid")
 
 
-def test_a_tokenizer_that_does_not_fit_is_told(tmp_path: Path) -> None:
+def test_a_tokenizer_that_does_not_fit_the_context_is_refused(tmp_path: Path) -> None:
     student = built(student_folder(tmp_path))
     config = json.loads((tmp_path / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["context_length"] = 20
@@ -260,6 +178,6 @@ def test_a_tokenizer_that_does_not_fit_is_told(tmp_path: Path) -> None:
         load_tokenizer(student)
 
 
-def test_images_of_another_size_do_not_pass_unseen(tmp_path: Path) -> None:
+def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the batch has images of 24 x 24; the student takes 32"):
         built(student_folder(tmp_path))(batch(24))

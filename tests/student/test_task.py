@@ -1,4 +1,4 @@
-"""The student's task on batches of a real reinforced dataset, with stored targets and with teachers in the loop."""
+"""The student's task on batches of a real reinforced dataset, with stored targets and with online teachers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAIRS = 6
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Of every kind: a user's own class, an open_clip model, and one side alone."""
+    """Every kind of teacher: a custom class, an open_clip model, and one-sided ones."""
     return {
         "red": {
             "class": "tests.helpers.models:ColorTeacher",
@@ -96,7 +96,7 @@ def test_stored_targets_give_a_loss_for_every_text_and_all_teachers(config: Any)
     assert {name: known.sides for name, known in task.plan.features.items()} == {"eyes": {IMAGES}, "ears": {TEXTS}}
 
 
-def test_what_is_learnt_from_whom_is_told(config: Any) -> None:
+def test_notes_describe_the_student_and_the_use_of_each_teacher(config: Any) -> None:
     task = StudentTask(config({"logit_scales": {"vit": 30.0}}))
     assert [note.split(": ", 1)[0] for note in task.notes] == [
         f"student {task.model.name}", "teacher red", "teacher vit", "teacher eyes", "teacher ears",
@@ -106,7 +106,7 @@ def test_what_is_learnt_from_whom_is_told(config: Any) -> None:
     assert "logit scale 30 (config: loss.logit_scales.vit, instead of 20 of the dataset: config)" in task.notes[2]
 
 
-def test_teachers_in_the_loop_give_what_is_stored(config: Any, teachers: dict[str, dict[str, Any]]) -> None:
+def test_online_teachers_give_the_stored_targets(config: Any, teachers: dict[str, dict[str, Any]]) -> None:
     stored_task, stored = first_batch(config({"features": "all", "lambda": 0.5}))
     online_task, online = first_batch(
         config({"features": "all", "lambda": 0.5, "targets": "online", "teachers": teachers})
@@ -123,7 +123,7 @@ def test_teachers_in_the_loop_give_what_is_stored(config: Any, teachers: dict[st
     torch.stack(list(found.values())).sum().backward()
 
 
-def test_lambda_0_is_plain_clip_without_any_teacher(config: Any, teachers: dict[str, dict[str, Any]]) -> None:
+def test_lambda_0_is_plain_clip_without_teachers(config: Any, teachers: dict[str, dict[str, Any]]) -> None:
     for online in ({}, {"targets": "online", "teachers": teachers}):
         task, batch = first_batch(config({"lambda": 0.0, **online}))
         assert not batch.get("targets")
@@ -136,7 +136,7 @@ def test_lambda_0_is_plain_clip_without_any_teacher(config: Any, teachers: dict[
             torch.testing.assert_close(losses[f"clip/{kind}"], theirs)
 
 
-def test_a_compiled_student_is_compiled_once_for_all_batches(config: Any) -> None:
+def test_a_student_is_compiled_once_for_all_batches(config: Any) -> None:
     task, feed = build(config(), Accelerator("cpu"))
     batches = feed.batches(0, 1, PAIRS, 0)
     graphs = []
@@ -151,13 +151,13 @@ def test_a_compiled_student_is_compiled_once_for_all_batches(config: Any) -> Non
     assert len(graphs) == 1
 
 
-def test_mixed_captions_are_one_batch(config: Any, dataset: str) -> None:
+def test_mixed_captions_give_one_loss(config: Any, dataset: str) -> None:
     data = {"datasets": dataset, "workers": 0, "window": 12, "captions": "mixed"}
     task, batch = first_batch(config({"features": "none"}, data=data))
     assert losses_of(task, batch).keys() == {"distill/caption"}
 
 
-def test_sigmoids_learn_from_teachers_of_a_softmax(config: Any) -> None:
+def test_a_student_with_sigmoid_learns_from_softmax_teachers(config: Any) -> None:
     task, batch = first_batch(config({"form": "sigmoid", "lambda": 0.5, "features": "none"}))
     losses = losses_of(task, batch)
     assert losses.keys() == {f"{term}/{kind}" for term in ("clip", "distill") for kind in ("caption", "synthetic")}
@@ -165,7 +165,7 @@ def test_sigmoids_learn_from_teachers_of_a_softmax(config: Any) -> None:
     assert task.model.clip.logit_bias.grad.abs() > 0
 
 
-def test_what_is_exported_is_what_was_evaluated(config: Any, dataset: str, tmp_path: Path) -> None:
+def test_the_exported_student_has_the_evaluated_metrics(config: Any, dataset: str, tmp_path: Path) -> None:
     task = StudentTask(config(evaluate={"retrieval": {"own": {"pairs": dataset}}}))
     metrics = task.evaluate(task.model)
     assert {name.rpartition("/")[0] for name in metrics} == {
@@ -182,18 +182,18 @@ def test_what_is_exported_is_what_was_evaluated(config: Any, dataset: str, tmp_p
     assert again.evaluate(again.model) == metrics
 
 
-def test_a_teacher_in_the_loop_that_cannot_be_loaded_is_told(config: Any) -> None:
+def test_an_online_teacher_that_cannot_be_loaded_is_named(config: Any) -> None:
     wrong = {"big": {"model": "ViT-B-33", "pretrained": "openai"}}
     with pytest.raises(UserError, match=r"teacher big: model 'ViT-B-33' is unknown .* did you mean ViT-B-32"):
         StudentTask(config({"targets": "online", "teachers": wrong}))
 
 
-def test_a_folder_that_is_no_dataset_is_told(config: Any, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_dataset_is_refused(config: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a reinforced dataset"):
         StudentTask(config(data={"datasets": str(tmp_path / "nothing")}))
 
 
-def test_learning_scales_leaves_the_students_loss_and_gradient_as_they_were(config: Any) -> None:
+def test_learning_scales_does_not_change_the_students_losses_and_gradients(config: Any) -> None:
     accelerator = Accelerator("cpu")
 
     def gradients(parts: int, **loss: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -212,7 +212,7 @@ def test_learning_scales_leaves_the_students_loss_and_gradient_as_they_were(conf
     torch.testing.assert_close(of_parts, of_learnt, rtol=1e-4, atol=1e-6)
 
 
-def test_learnt_scales_are_told_logged_kept_and_gone_on_with(config: Any, tmp_path: Path) -> None:
+def test_learnt_scales_are_noted_logged_saved_and_resumed(config: Any, tmp_path: Path) -> None:
     loss = {"learn_scales": True, "logit_scales": {"red": 40.0}}
     train = {"batch": PAIRS, "log_every": 1, "optimizer": {"lr": 0.01, "warmup": 0}}
     notes = StudentTask(config(loss)).notes
@@ -239,13 +239,13 @@ def test_learnt_scales_are_told_logged_kept_and_gone_on_with(config: Any, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("loss", "told"),
+    ("loss", "message"),
     [
         ({"form": "sigmoid"}, "learn_scales` needs `form: softmax`"),
         ({"lambda": 0.0}, "a lambda above 0"),
         ({"logit_scales": {"red": 120.0}}, "keeps scales within 1 and 100"),
     ],
 )
-def test_scales_that_cannot_be_learnt_are_told(config: Any, loss: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_scales_that_cannot_be_learnt_are_refused(config: Any, loss: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         StudentTask(config({"learn_scales": True, **loss}))

@@ -1,4 +1,4 @@
-"""Examples out of tables: what is picked, from whom, and which rows have nothing to be picked."""
+"""Examples from tables: what is picked, from which source, and which rows are unusable."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from reinforce.dataset import vectors
 from reinforce.student.data.examples import Examples, ExampleSpec, SampleFile, make_examples
 
 ROWS = 400
-ORIGIN = SampleFile("samples/x.parquet", Limits())
-CHOICE = ExampleSpec(
+FILE = SampleFile("samples/x.parquet", Limits())
+SPEC = ExampleSpec(
     image_teachers=("t",),
     text_teachers=("t",),
     captioners={"a": 3.0, "b": 1.0},
@@ -57,11 +57,11 @@ def tables(**nulls: set[int]) -> dict[str, pa.Table]:
     return layers
 
 
-def examples(layers: Mapping[str, pa.Table], choice: ExampleSpec = CHOICE, first: int = 0, epoch: int = 0) -> Examples:
-    return make_examples(layers["samples"], layers.__getitem__, first, ROWS, ORIGIN, choice, epoch)
+def examples(layers: Mapping[str, pa.Table], spec: ExampleSpec = SPEC, first: int = 0, epoch: int = 0) -> Examples:
+    return make_examples(layers["samples"], layers.__getitem__, first, ROWS, FILE, spec, epoch)
 
 
-def test_what_is_picked_belongs_together() -> None:
+def test_picked_image_text_and_vectors_belong_together() -> None:
     made = examples(tables())
     assert made.unusable == {}
     for row, example in enumerate(made.rows):
@@ -74,7 +74,7 @@ def test_what_is_picked_belongs_together() -> None:
         assert synthetic.split() == [synthetic[0], str(row), str(other.argmax())]
 
 
-def test_picks_are_even_and_captioners_come_by_weight() -> None:
+def test_picks_are_uniform_and_captioners_are_picked_by_weight() -> None:
     made = [example for example in examples(tables()).rows if example]
     views = Counter(example.augmentation.crop.top for example in made)
     sources = Counter(example.texts[1][0] for example in made)
@@ -84,12 +84,12 @@ def test_picks_are_even_and_captioners_come_by_weight() -> None:
     assert all(texts[n] / ROWS == pytest.approx(1 / 3, abs=0.1) for n in "012")
 
 
-def test_a_row_is_the_same_in_whatever_chunk_it_is_read() -> None:
+def test_a_row_gives_the_same_example_in_any_chunk() -> None:
     whole, part = examples(tables()).rows, examples(tables(), first=150).rows
     assert [str(example) for example in part] == [str(example) for example in whole[150:]]
 
 
-def test_a_captioner_that_has_nothing_leaves_the_row_to_the_other() -> None:
+def test_without_a_text_of_one_captioner_the_other_is_picked() -> None:
     made = examples(tables(a={0, 1, 2}, t_a={3, 4}))
     assert made.unusable == {}
     assert [example.texts[1][0] for example in made.rows[:5] if example] == ["b"] * 5
@@ -97,7 +97,7 @@ def test_a_captioner_that_has_nothing_leaves_the_row_to_the_other() -> None:
     assert all(str(old) == str(new) for old, new in rest)
 
 
-def test_rows_with_nothing_to_be_picked_are_counted_by_reason() -> None:
+def test_unusable_rows_are_counted_by_reason() -> None:
     made = examples(tables(caption={1}, a={2, 3}, b={2}, t_b={3}, t_images={1, 4}, t_caption={5}))
     assert [row for row, example in enumerate(made.rows) if example is None] == [1, 2, 3, 4, 5]
     assert made.unusable == {
@@ -108,8 +108,8 @@ def test_rows_with_nothing_to_be_picked_are_counted_by_reason() -> None:
     }
 
 
-def test_mixed_texts_come_from_all_sources_that_have_one() -> None:
-    mixed = replace(CHOICE, captions="mixed", synthetic=0.4)
+def test_mixed_texts_come_from_all_sources() -> None:
+    mixed = replace(SPEC, captions="mixed", synthetic=0.4)
     assert mixed.kinds == ("caption",)
     made = [example for example in examples(tables(caption={0, 1}), mixed).rows if example]
     sources = Counter(example.texts[0].split()[0] for example in made)
@@ -119,9 +119,9 @@ def test_mixed_texts_come_from_all_sources_that_have_one() -> None:
     assert {example.vectors.size for example in made} == {8}
 
 
-def test_in_turns_everything_comes_up_once_before_it_comes_again() -> None:
-    choice = replace(CHOICE, pick="sequential", captioners={"a": 1.0})
-    epochs = [examples(tables(), choice, epoch=epoch).rows for epoch in range(6)]
+def test_sequential_picks_use_every_element_once_before_repeating() -> None:
+    spec = replace(SPEC, pick="sequential", captioners={"a": 1.0})
+    epochs = [examples(tables(), spec, epoch=epoch).rows for epoch in range(6)]
     for row in range(ROWS):
         seen = [epoch[row] for epoch in epochs]
         assert {e.augmentation.crop.top for e in seen[:2] if e} == {0, 1}
@@ -130,10 +130,10 @@ def test_in_turns_everything_comes_up_once_before_it_comes_again() -> None:
     assert len({e.augmentation.crop.top for e in epochs[0] if e}) == 2
 
 
-def test_only_what_is_wanted_is_read() -> None:
-    plain = replace(CHOICE, image_teachers=(), text_teachers=(), captioners={})
+def test_only_the_needed_columns_are_listed() -> None:
+    plain = replace(SPEC, image_teachers=(), text_teachers=(), captioners={})
     assert plain.columns("reference") == {"samples": ("key", "augmentations", "image_ref", "caption")}
-    synthetic = replace(CHOICE, captions="mixed", synthetic=1.0, image_teachers=())
+    synthetic = replace(SPEC, captions="mixed", synthetic=1.0, image_teachers=())
     assert synthetic.columns("embed") == {
         "samples": ("key", "augmentations", "image"),
         "captions/a": ("key", "captions"),

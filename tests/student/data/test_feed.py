@@ -1,30 +1,37 @@
-"""Batches out of reinforced datasets: what is in them, and that they are the same however they are read."""
+"""Batches from reinforced datasets: their content, and that they are the same however they are read."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 import reinforce
+import reinforce.student.data.feed
 from reinforce.config import Limits
 from reinforce.dataset.augment import replay
+from reinforce.errors import UserError
 from reinforce.source.image import decode
 from reinforce.student.config import Data
 from reinforce.student.data.assembly import Assembler
 from reinforce.student.data.feed import StudentFeed
-from reinforce.student.data.stream import RankStream, StreamPlan
 from reinforce.training.task import Batch
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import letters, read, reinforce_here, small_dataset
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,7 @@ def take(feed: StudentFeed, count: int, batch: int, rank: int = 0, ranks: int = 
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    """Every tensor of a batch by its path."""
+    """All tensors of a batch by path."""
     flat: dict[str, torch.Tensor] = {}
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):
@@ -58,7 +65,7 @@ def same(first: Batch, second: Batch) -> bool:
     return first["key"] == second["key"] and equal
 
 
-def test_a_batch_is_what_the_contract_says(url: str) -> None:
+def test_a_batch_has_the_documented_format(url: str) -> None:
     [batch] = take(feed_of(url), 1, 6)
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors(batch).items()}
     texts = dict.fromkeys(("caption", "synthetic"), (torch.int64, (6, 40)))
@@ -72,7 +79,7 @@ def test_a_batch_is_what_the_contract_says(url: str) -> None:
     assert all(tensor.is_contiguous() for tensor in tensors(batch).values())
 
 
-def test_image_texts_and_vectors_belong_together_and_are_those_stored(url: str) -> None:
+def test_images_texts_and_vectors_belong_together_and_are_the_stored_ones(url: str) -> None:
     samples = {sample.key: sample for sample in reinforce.open(url)}
     for batch in take(feed_of(url, size=24), 7, 6):
         captions, synthetic = read(batch["caption"]), read(batch["synthetic"])
@@ -91,12 +98,12 @@ def test_image_texts_and_vectors_belong_together_and_are_those_stored(url: str) 
 
 
 def close(found: torch.Tensor, stored: np.ndarray) -> bool:
-    """The stored vector, brought back to unit norm."""
+    """Whether it is the stored vector, normalised."""
     return np.allclose(found.numpy(), stored / np.linalg.norm(stored), atol=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_ranks_share_every_sample_once_an_epoch(url: str, ranks: int) -> None:
+def test_ranks_read_every_sample_once_per_epoch(url: str, ranks: int) -> None:
     feed = feed_of(url)
     assert feed.samples == 44
     steps, batch = (11, 4) if ranks == 1 else (7, 2)  # 44 and 42 of the 44 samples
@@ -107,36 +114,36 @@ def test_ranks_share_every_sample_once_an_epoch(url: str, ranks: int) -> None:
     assert len(seen) == steps * batch * ranks
 
 
-def test_a_training_goes_on_with_the_batches_it_would_have_seen(url: str) -> None:
+def test_a_resumed_training_gets_the_batches_of_an_uninterrupted_one(url: str) -> None:
     undisturbed = take(feed_of(url), 14, 6)
     for start in (1, 6, 9):
         assert all(map(same, take(feed_of(url), 3, 6, start=start), undisturbed[start:]))
 
 
-def test_loader_processes_give_every_sample_once_and_go_on_exactly(url: str) -> None:
+def test_loader_processes_read_every_sample_once_and_resume_exactly(url: str) -> None:
     undisturbed = take(feed_of(url, workers=2), 16, 4)
     epoch = [key for batch in undisturbed[:11] for key in batch["key"]]
     assert len(set(epoch)) == len(epoch) == 44
     assert all(map(same, take(feed_of(url, workers=2), 5, 4, start=9), undisturbed[9:]))
-    # In one process, the same streams come one after the other.
+    # One process reads the same streams one after the other.
     assert all(map(same, take(feed_of(url, streams=2), 16, 4), undisturbed))
 
 
-def test_a_process_that_is_ahead_leaves_alone_what_is_still_put_together(
+def test_a_process_that_is_ahead_does_not_overwrite_parts_that_are_being_assembled(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_once = Assembler.assemble
+    assemble = Assembler.assemble
 
-    def late(*args: Any) -> Batch:
-        time.sleep(0.05)  # in which processes go as far ahead as they may
-        return at_once(*args)
+    def slowly(*args: Any) -> Batch:
+        time.sleep(0.05)  # meanwhile processes go as far ahead as they may
+        return assemble(*args)
 
-    monkeypatch.setattr(Assembler, "assemble", late)
+    monkeypatch.setattr(Assembler, "assemble", slowly)
     batches = take(feed_of(url, workers=1, prefetch=1), 20, 2)
     assert all(map(same, batches, take(feed_of(url), 20, 2)))
 
 
-def test_batches_are_the_same_at_any_number_of_ranks_where_streams_are_given(url: str) -> None:
+def test_with_fixed_streams_batches_are_the_same_for_any_number_of_ranks(url: str) -> None:
     def steps(ranks: int) -> list[list[str]]:
         parts = [take(feed_of(url, streams=4), 13, 8 // ranks, rank, ranks) for rank in range(ranks)]
         return [sorted(key for part in parts for key in part[step]["key"]) for step in range(13)]
@@ -144,34 +151,7 @@ def test_batches_are_the_same_at_any_number_of_ranks_where_streams_are_given(url
     assert steps(1) == steps(2) == steps(4)
 
 
-def test_state_dict_lets_a_stateful_loader_go_on_exactly(url: str) -> None:
-    def loader() -> StatefulDataLoader:
-        feed = feed_of(url)
-        stream = RankStream(StreamPlan(feed._datasets, feed._maker, 5, streams=2, window=10), 0, 1, batch=6)
-        return StatefulDataLoader(
-            stream, batch_size=None, num_workers=2, collate_fn=_as_it_is, multiprocessing_context="forkserver"
-        )
-
-    first = loader()
-    parts = list(itertools.islice(first, 12))
-    again = loader()
-    reading = iter(again)
-    for part in itertools.islice(reading, 5):
-        last = part
-    state = again.state_dict()
-    third = loader()
-    third.load_state_dict(state)
-    assert last.keys == parts[4].keys
-    resumed = list(itertools.islice(third, 7))
-    assert [part.keys for part in resumed] == [part.keys for part in parts[5:]]
-    assert all(torch.equal(part.buffers.image, old.buffers.image) for part, old in zip(resumed, parts[5:], strict=True))
-
-
-def _as_it_is(part: Any) -> Any:
-    return part
-
-
-def test_by_turns_all_augmentations_and_captions_come_up(url: str) -> None:
+def test_sequential_picks_use_all_augmentations_and_captions_in_turn(url: str) -> None:
     feed = feed_of(url, pick="sequential", window=100)
     epochs = [{key: (i, t) for b in take(feed, 11, 4, start=11 * e) for key, i, t in parts_of(b)} for e in range(4)]
     for key in epochs[0]:
@@ -193,7 +173,7 @@ def test_picks_differ_between_epochs_and_seeds(url: str) -> None:
 
     first, second, other = picks(0, 0), picks(0, 1), picks(1, 0)
     changed = sum(first[key] != second[key] for key in first)
-    assert 10 < changed < 34, "one of two augmentations, drawn anew"
+    assert 10 < changed < 34, "one of two augmentations, picked again"
     assert first != other
 
 
@@ -223,7 +203,7 @@ def test_captioners_and_datasets_are_mixed_by_weight(tmp_path: Path) -> None:
     assert seen["often"] / (seen["often"] + seen["rare"]) == pytest.approx(0.8, abs=0.04)
 
 
-def test_only_the_columns_and_layers_that_are_needed_are_read(url: str) -> None:
+def test_only_the_needed_layers_and_columns_are_read(url: str) -> None:
     feed = feed_of(url, teachers=["blue"], captioners=[])
     [dataset] = feed._datasets
     assert dataset.layers.columns == {
@@ -241,7 +221,7 @@ def test_only_the_columns_and_layers_that_are_needed_are_read(url: str) -> None:
     assert "synthetic" not in batch
 
 
-def test_rows_that_cannot_be_used_are_stood_in_for_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_rows_are_replaced_and_logged_by_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     members = [m for m in members_of(0, 40) if m[0] not in ("00000003.txt", "00000017.txt")]
     members = [(n, b"thing 7 x" if n == "00000007.txt" else d) for n, d in members]
     members = [(n, b"" if n in ("00000003.json", "00000017.json") else d) for n, d in members]
@@ -259,20 +239,20 @@ def test_rows_that_cannot_be_used_are_stood_in_for_and_told(tmp_path: Path, capl
         assert not {"00000003", "00000007", "00000017"} & set(keys)
     assert all(torch.isfinite(t).all() for b in batches for t in tensors(b).values())
     lines = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-    told = "rank 0: unusable rows that were replaced: no caption: 2, no vectors of the caption: 1"
-    assert lines == [f"epoch {epoch}, {told}" for epoch in (1, 2)]
+    reasons = "rank 0: unusable rows that were replaced: no caption: 2, no vectors of the caption: 1"
+    assert lines == [f"epoch {epoch}, {reasons}" for epoch in (1, 2)]
     assert same(take(feed, 1, 4, start=7)[0], batches[7])
 
 
-def test_a_dataset_without_a_usable_row_is_told(tmp_path: Path) -> None:
+def test_a_dataset_without_a_usable_row_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [m for m in members_of(0, 20) if not m[0].endswith((".txt", ".json"))])
     feed = feed_of(reinforce_here(config_of(f"{tmp_path}/0.tar", tmp_path / "out")))
-    with pytest.raises(reinforce.UserError, match=r"none of 40 rows can be used \(no caption\)"):
+    with pytest.raises(UserError, match=r"none of 40 rows can be used \(no caption\)"):
         take(feed, 1, 4)
     assert take(feed_of(f"{tmp_path}/out", teachers=[], captions="mixed", synthetic=1.0), 1, 4)
 
 
-def test_teachers_in_the_loop_get_the_views_and_texts_that_stored_ones_saw(url: str) -> None:
+def test_online_teachers_get_the_views_and_texts_that_stored_ones_got(url: str) -> None:
     data = Data.model_validate({"datasets": url, "workers": 0})
     [stored] = take(StudentFeed(data, 5, 24, letters), 1, 6)
     [online] = take(StudentFeed(data, 5, 20, letters, teachers=[], online=["red", "new"]), 1, 6)
@@ -285,6 +265,67 @@ def test_teachers_in_the_loop_get_the_views_and_texts_that_stored_ones_saw(url: 
 
 
 def read_whole(tokens: torch.Tensor, texts: list[str]) -> list[str]:
-    """The texts, if tokens are of them."""
+    """The texts, after checking that the tokens are theirs."""
     assert [text[:40] for text in texts] == read(tokens)
     return texts
+
+
+def test_streams_must_be_a_multiple_of_ranks_and_processes(url: str) -> None:
+    with pytest.raises(UserError, match=r"data.streams \(3\) must be a multiple of ranks x data.workers \(2 x 1\)"):
+        next(feed_of(url, streams=3).batches(0, 2, 4, 0))
+
+
+def test_more_processes_than_samples_in_a_batch_are_refused(url: str) -> None:
+    with pytest.raises(UserError, match=r"data.workers \(5\) must be at most the batch of a rank \(4\)"):
+        next(feed_of(url, workers=5).batches(0, 1, 4, 0))
+
+
+def test_too_little_shared_memory_is_reported_before_processes_start(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reinforce.student.data.feed.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**26))
+    with pytest.raises(UserError, match=r"has 67 MB free.*need 71 MB.*docker run --shm-size"):
+        next(feed_of(url, size=16, workers=2, prefetch=6).batches(0, 1, 10_000, 0))
+
+
+TRAINING = """
+import os, sys, time
+from multiprocessing import active_children, forkserver
+from reinforce.student.config import Data
+from reinforce.student.data.feed import StudentFeed
+from tests.helpers.reinforced import letters
+
+if __name__ == "__main__":
+    data = Data.model_validate({"datasets": sys.argv[1], "workers": 2, "window": 10})
+    batches = StudentFeed(data, seed=5, size=20, tokenize=letters).batches(0, 1, 4, 0)
+    next(batches)
+    print(*(child.pid for child in active_children()), forkserver._forkserver._forkserver_pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_loader_processes_and_their_fork_server_exit_when_the_training_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING)
+    url = small_dataset(tmp_path / "dataset")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, script, url], stdout=subprocess.PIPE, text=True, env=environment
+    ) as training:
+        assert training.stdout is not None
+        pids = [int(pid) for pid in training.stdout.readline().split()]
+        assert len(pids) == 3
+        assert all(map(is_alive, pids))
+        training.send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while any(map(is_alive, pids)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        left = [pid for pid in pids if is_alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left

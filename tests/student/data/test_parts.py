@@ -1,0 +1,80 @@
+"""Pixels, tokens and vectors of examples in buffers that are allocated once."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from reinforce.config import Limits
+from reinforce.dataset.augment import Augmentation, Crop, replay
+from reinforce.errors import UserError
+from reinforce.source.image import decode
+from reinforce.student.data.examples import Example, SampleFile
+from reinforce.student.data.parts import PartMaker
+from tests.helpers.data import picture
+from tests.helpers.reinforced import letters, read
+
+FILE = SampleFile("samples/x.parquet", Limits())
+CROP = Augmentation(Crop(top=2, left=3, height=20, width=24), 16, None)
+
+
+def example(number: int) -> Example:
+    vectors = np.full(5, number, np.float32)
+    return Example(FILE, f"k{number}", picture(number), CROP, (f"true {number}", f"synthetic {number}"), vectors)
+
+
+@pytest.mark.parametrize(("view", "shape"), [(None, (0, 0)), (12, (0, 0)), (16, (16, 16))])
+def test_a_part_has_the_pixels_tokens_and_vectors_of_its_examples(view: int | None, shape: tuple[int, int]) -> None:
+    maker = PartMaker(12, 5, letters, view)
+    examples = [example(0), example(1)]
+    part = maker.make(examples, maker.allocate(3), Counter({"no caption": 1}))
+    assert part.buffers is not None
+    assert (part.keys, part.unusable) == (["k0", "k1"], {"no caption": 1})
+    assert part.buffers.view.shape == (2, *shape, 3)
+    for i, each in enumerate(examples):
+        image = decode(each.image, Limits())
+        assert np.array_equal(part.buffers.image[i].numpy(), replay(image, CROP, 12))
+        if shape[0]:
+            assert np.array_equal(part.buffers.view[i].numpy(), replay(image, CROP, 16))
+    assert part.buffers.vectors.tolist() == [[0.0] * 5, [1.0] * 5]
+    assert [read(tokens) for tokens in part.tokens] == [["true 0", "true 1"], ["synthetic 0", "synthetic 1"]]
+    assert part.texts == ([each.texts for each in examples] if view else [])
+
+
+def test_parts_are_made_in_the_selected_buffers() -> None:
+    maker = PartMaker(12, 5, letters)
+    buffers = maker.allocate(2, 3, 4)
+    buffers.image.zero_()
+    maker.make([example(1)], buffers.select(1, 2), Counter())
+    filled = [(p, d, n) for p in range(2) for d in range(3) for n in range(4) if buffers.image[p, d, n].any()]
+    assert filled == [(1, 2, 0)]
+    assert buffers.vectors[1, 2, 0].tolist() == [1.0] * 5
+
+
+def test_shared_buffers_are_shared_between_processes() -> None:
+    buffers = PartMaker(12, 5, letters).allocate(2).share_memory()
+    assert all(tensor.is_shared() for tensor in (buffers.image, buffers.view, buffers.vectors))
+
+
+@pytest.mark.parametrize("view", [None, 12, 16])
+def test_the_size_of_buffers_is_known_before_they_are_allocated(view: int | None) -> None:
+    maker = PartMaker(12, 5, letters, view)
+    buffers = maker.allocate(2, 3)
+    tensors = (buffers.image, buffers.view, buffers.vectors)
+    assert maker.buffer_bytes(2, 3) == sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("image", [b"not an image", picture(0, width=8, height=6)])
+def test_an_image_that_is_not_the_augmented_one_is_named(image: bytes) -> None:
+    maker = PartMaker(12, 5, letters)
+    with pytest.raises(UserError, match=r"samples/x\.parquet, key k0: this is not the image that was augmented"):
+        maker.make([example(0)._replace(image=image)], maker.allocate(1), Counter())
+
+
+def test_images_are_decoded_within_the_limits_of_their_file() -> None:
+    maker = PartMaker(12, 5, letters)
+    strict = FILE._replace(limits=Limits(pixels=100))
+    with pytest.raises(UserError, match="this is not the image that was augmented"):
+        maker.make([example(0)._replace(file=strict)], maker.allocate(1), Counter())
