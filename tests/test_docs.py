@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -23,7 +24,19 @@ from reinforce.config import Config, Limits
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig
 from tests.helpers import pages_commands as commands
-from tests.helpers.pages import GENERATED, ROOT, Block, all_blocks, anchors, blocks, links, pages, prose, read_page
+from tests.helpers.pages import (
+    GENERATED,
+    ROOT,
+    Block,
+    all_blocks,
+    anchors,
+    blocks,
+    inline_code,
+    links,
+    pages,
+    prose,
+    read_page,
+)
 from tests.helpers.pages_workspace import SIZE, write_inputs
 
 WRITTEN_BY_HAND = sorted(set(pages()) - GENERATED)
@@ -35,6 +48,8 @@ CONFIGS: dict[str, type[BaseModel]] = {
 }
 #: Unlabelled blocks of generated pages are commands.
 CONSOLE = ("console", "")
+#: Endings of names that are files and no keys.
+FILES = (".json", ".jsonl", ".md", ".onnx", ".parquet", ".png", ".py", ".txt", ".yaml")
 SHOWN = [(block, words) for block in all_blocks(*CONSOLE) for words in block.commands()]
 
 
@@ -114,6 +129,14 @@ def test_commands_in_the_comments_of_configs_are_parsed(workspace: Path) -> None
                 commands.check(words)
 
 
+@pytest.mark.parametrize("page", WRITTEN_BY_HAND)
+def test_commands_and_options_in_sentences_exist(page: str) -> None:
+    for code in inline_code(page):
+        program, *words = code.split() or [""]
+        if program in ("reinforce", "make") and words:
+            commands.check_names(program, words)
+
+
 # --- Python
 
 
@@ -162,6 +185,24 @@ def test_the_table_of_limits_is_that_of_the_config() -> None:
     table = re.findall(r"^\| `(\w+)` \| ([\d,]+)( MiB)? \|", prose("docs/data.md"), flags=re.MULTILINE)
     listed = {name: float(value.replace(",", "")) * (2**20 if mib else 1) for name, value, mib in table}
     assert listed == {name: field.default for name, field in Limits.model_fields.items()}
+
+
+def dotted_keys(schema: dict[str, Any], sections: dict[str, Any]) -> Iterator[str]:
+    """Every key of a config by its JSON schema, such as ``workers.cpus``."""
+    for name, value in schema.get("properties", {}).items():
+        yield name
+        for section in re.findall(r"#/\$defs/(\w+)", json.dumps(value)):
+            yield from (f"{name}.{key}" for key in dotted_keys(sections[section], sections))
+
+
+@pytest.mark.parametrize("page", [page for page in WRITTEN_BY_HAND if page != "docs/reading.md"])
+def test_keys_of_configs_in_sentences_exist(page: str) -> None:
+    schemas = [config.model_json_schema() for config in CONFIGS.values()]
+    known = {key for schema in schemas for key in dotted_keys(schema, schema["$defs"])}
+    for code in inline_code(page):
+        dotted = re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", code) and Path(code).suffix not in FILES
+        if dotted and code.partition(".")[0] in known:
+            assert code in known, f"{page}: `{code}`"
 
 
 # --- pages

@@ -66,6 +66,11 @@ def prose(page: str) -> str:
     return _FENCE.sub("", read_page(page))
 
 
+def inline_code(page: str) -> list[str]:
+    """The code spans in the sentences and tables of a page."""
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
+
+
 def links(page: str) -> list[str]:
     """Targets of the links and pictures of a page that stay in the repository."""
     return _LINK.findall(prose(page))

@@ -82,6 +82,20 @@ def check(words: list[str]) -> None:
             assert Path(word).exists(), f"{shlex.join(words)} names {word}, which does not exist"
 
 
+def check_names(program: str, words: list[str]) -> None:
+    """Check that a command exists that is named without all of its arguments, and its options."""
+    if program == "make":
+        _make([word for word in words if word.islower()])
+        return
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands") and words:
+        assert words[0] in command.commands, f"reinforce has no command {words[0]}"
+        command, words = command.commands[words[0]], words[1:]
+    options = {option for parameter in command.params for option in parameter.opts}
+    for word in words:
+        assert not word.startswith("--") or word in options, f"reinforce {command.name} has no option {word}"
+
+
 def _parse(command: Any, words: list[str]) -> None:
     """Parse with click or typer, down to the last subcommand."""
     while hasattr(command, "commands"):
