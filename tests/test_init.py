@@ -12,7 +12,7 @@ import reinforce
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import reinforce_here
 
-COLOUR = "tests.helpers.models:ColorTeacher"
+TEACHER = "tests.helpers.models:ColorTeacher"
 
 
 def test_the_example_of_the_package_runs(
@@ -20,7 +20,7 @@ def test_the_example_of_the_package_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = config_of(shards(3, 2), "demo/dataset")
-    config["teachers"] = {"conv-64": {"class": COLOUR}, "conv-48": {"class": COLOUR, "options": {"seed": 1}}}
+    config["teachers"] = {"conv-64": {"class": TEACHER}, "conv-48": {"class": TEACHER, "options": {"seed": 1}}}
     config["captioners"] = {"coca": {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}}
     reinforce_here(config)
     example = doctest.DocTestParser().get_doctest(reinforce.__doc__ or "", {}, "reinforce", None, None)

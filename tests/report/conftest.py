@@ -14,11 +14,11 @@ from tests.helpers.reinforced import reinforce_here
 @pytest.fixture
 def dataset(shards: Callable[..., str], tmp_path: Path) -> str:
     """Two captioners, and teachers of images and texts, only of images and only of texts."""
-    stammerer = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": {}}
+    repetitive = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": {}}
     config = config_of(shards(12, 5), tmp_path / "out")
-    config["captioners"]["stammerer"] = stammerer
+    config["captioners"]["repetitive"] = repetitive
     config["teachers"] |= {
-        "eye": {"class": "tests.helpers.models:ImageOnly"},
-        "ear": {"class": "tests.helpers.models:TextOnly"},
+        "images-only": {"class": "tests.helpers.models:ImageOnly"},
+        "texts-only": {"class": "tests.helpers.models:TextOnly"},
     }
     return reinforce_here(config)

@@ -24,16 +24,16 @@ def test_statistics_are_those_of_the_stored_captions_and_vectors(dataset: str) -
     report = captions_report(dataset)
     samples = list(reinforce.open(dataset))
     assert report["rows"] == len(samples) == 17
-    assert list(report["texts"]) == ["namer", "stammerer", TRUE_CAPTION]
-    null = sum(sample.captions["stammerer"] is None for sample in samples)
+    assert list(report["texts"]) == ["namer", "repetitive", TRUE_CAPTION]
+    null = sum(sample.captions["repetitive"] is None for sample in samples)
     assert null > 0
-    assert report["texts"]["stammerer"]["null"] == null / 17
+    assert report["texts"]["repetitive"]["null"] == null / 17
     assert report["texts"]["namer"]["captions"] == 2 * 17
-    assert report["texts"]["stammerer"]["duplicates_within_image"] == pytest.approx(1 / 3), "repeated by `clean`"
+    assert report["texts"]["repetitive"]["duplicates_within_image"] == pytest.approx(1 / 3), "repeated by `clean`"
     assert report["texts"][TRUE_CAPTION]["words"] == np.mean([len(str(sample.caption).split()) for sample in samples])
 
     for teacher in ("red", "blue"):
-        for what in ("namer", "stammerer", TRUE_CAPTION):
+        for what in ("namer", "repetitive", TRUE_CAPTION):
             cosines = [
                 float(text @ image)
                 for sample in samples
@@ -46,16 +46,18 @@ def test_statistics_are_those_of_the_stored_captions_and_vectors(dataset: str) -
             assert sum(summary["histogram"]) == summary["captions"] == len(cosines) / 2
             centres = np.linspace(-1, 1, len(summary["histogram"]), endpoint=False) + 1 / len(summary["histogram"])
             assert np.average(centres, weights=summary["histogram"]) == pytest.approx(summary["mean"], abs=0.01)
-    assert report["similarity"]["eye"] == report["similarity"]["ear"] == {}, "these encode only images or only texts"
+    assert report["similarity"]["images-only"] == report["similarity"]["texts-only"] == {}, (
+        "these encode only images or only texts"
+    )
 
 
 def test_captioners_and_teachers_can_be_selected_and_missing_ones_are_errors(dataset: str) -> None:
-    report = captions_report(dataset, captioners=["stammerer"], teachers=["blue"])
-    assert list(report["texts"]) == ["stammerer", TRUE_CAPTION]
+    report = captions_report(dataset, captioners=["repetitive"], teachers=["blue"])
+    assert list(report["texts"]) == ["repetitive", TRUE_CAPTION]
     assert list(report["similarity"]) == ["blue"]
-    with pytest.raises(reinforce.UserError, match="has no captioner 'coca'; it has: namer, stammerer"):
+    with pytest.raises(reinforce.UserError, match="has no captioner 'coca'; it has: namer, repetitive"):
         captions_report(dataset, captioners=["coca"])
-    with pytest.raises(reinforce.UserError, match="has no teacher 'dfn'; it has: red, blue, eye, ear"):
+    with pytest.raises(reinforce.UserError, match="has no teacher 'dfn'; it has: red, blue, images-only, texts-only"):
         captions_report(dataset, teachers=["dfn"])
 
 

@@ -34,18 +34,18 @@ def test_a_report_is_formatted_as_a_table_and_written_as_json_and_plots(dataset:
     console = Console(width=90, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(captions_table(report))
     lines = [line.split() for line in console.export_text().splitlines()]
-    assert lines[0] == ["namer", "stammerer", "true", "captions"]
+    assert lines[0] == ["namer", "repetitive", "true", "captions"]
     values = {tuple(line[:-3]): line[-3:] for line in lines[1:]}
     assert values["captions",][0] == "34"
     assert values["duplicates", "in", "an", "image"][2] == "-"
-    assert values["similarity,", "eye"] == ["-"] * 3
+    assert values["similarity,", "images-only"] == ["-"] * 3
     mean = report["similarity"]["red"]["namer"]["mean"]
     assert values["similarity,", "red"][0].startswith(f"{mean:.3f}±")
 
 
 def test_a_report_on_rows_without_captions_is_drawn(shards: Callable[..., str], tmp_path: Path) -> None:
-    mute = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": {"characters": 1}}
-    config = config_of(shards(3), tmp_path / "mute", captioners={"mute": mute})
+    silent = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": {"characters": 1}}
+    config = config_of(shards(3), tmp_path / "silent", captioners={"silent": silent})
     config["input"] = {"captions": ["json:nothing"]}
     report = captions_report(reinforce_here(config))
     assert report["texts"][TRUE_CAPTION]["null"] == 1
