@@ -141,14 +141,14 @@ def finetune_captioner(
     Runs where `train` would run. The result is a model for `captioners:` of `reinforce run`.
     """
     from reinforce.captioning.config import load_captioner_config
-    from reinforce.captioning.finetune import comparison, finetune
+    from reinforce.captioning.finetune import finetune, format_comparison
 
     checked = load_captioner_config(config, set_)
     results = _run_training(lambda: finetune(checked, address=address))
     if _is_first_rank():
         typer.echo(results.summary())
         typer.echo("held-out images, before and after:")
-        typer.echo(comparison(results))
+        typer.echo(format_comparison(results))
 
 
 @app.command()
@@ -247,11 +247,11 @@ def evaluate(
 
     common = {"classes": classes, "label": label, "templates": templates, "groups": groups}
     common = {key: value for key, value in common.items() if value is not None}
-    sets = command.evaluation_of(config, zero_shot or [], retrieval or [], common, limit, batch)
+    sets = command.build_evaluation(config, zero_shot or [], retrieval or [], common, limit, batch)
     if not sets.metrics and clip_benchmark is None:
         raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval or --config.")
     with resolve_models(models, pretrained) as specs:
-        report = command.judge(specs, sets, device, precision, clip_benchmark)
+        report = command.evaluate_models(specs, sets, device, precision, clip_benchmark)
     Console().print(report.table())
     for line in report.lines():
         typer.echo(line)

@@ -1,0 +1,1 @@
+"""Fine-tuning of CoCa captioners on images with captions."""

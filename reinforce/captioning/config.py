@@ -1,4 +1,4 @@
-"""The config of a captioner's fine-tuning: what a user writes, typed and checked before anything starts."""
+"""Config of a captioner's fine-tuning, typed and validated before anything starts."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ TOWERS: tuple[Tower, ...] = ("image", "text", "decoder")
 
 
 class Captioner(Section):
-    """The CoCa that learns, by open_clip's names."""
+    """The CoCa to fine-tune, by open_clip's names."""
 
     model: str = Field(min_length=1, description="coca_ViT-L-14, coca_ViT-B-32, hf-hub:ORG/REPO or local-dir:PATH")
     pretrained: str | None = Field(None, description="pretrained tag, or a checkpoint by path or fsspec URL")
     freeze: list[Tower] = Field(
-        default_factory=list, description="towers that keep their weights: image, text, decoder; default: all learn"
+        default_factory=list, description="towers that are not trained: image, text, decoder; default: none"
     )
 
 
 class Data(Section):
-    """Images with captions, and how one example is made of them."""
+    """Images with captions, and how examples are made from them."""
 
     source: str | list[str] = Field(
         description="WebDataset shards by fsspec URL, uncompressed (braces, globs, a .txt file of URLs, or a list), or "
@@ -39,94 +39,94 @@ class Data(Section):
     captions: list[str] = Field(
         default=["json:captions", "txt", "json:caption"],
         min_length=1,
-        description="where an image's captions stand, first hit wins: a member's extension, lines:EXTENSION for one "
-        "caption a line, or json:FIELD (text or a list of texts); `txt` of a reinforced dataset is its caption",
+        description="where to find an image's captions, first hit wins: a member's extension, lines:EXTENSION for one "
+        "caption per line, or json:FIELD (text or a list of texts); `txt` of a reinforced dataset is its caption",
     )
     use: Literal["one", "all"] = Field(
-        "one", description="`one` caption of each image an epoch, drawn anew each time, or `all` of them"
+        "one", description="per epoch, `one` randomly drawn caption of each image, or `all` of them"
     )
     crop: tuple[float, float] = Field(
         (0.9, 1.0), strict=False, description="RandomResizedCrop: area of the crop / area of the image"
     )
-    threads: int = Field(4, ge=1, description="per rank; they read, decode and tokenize whole batches ahead")
+    threads: int = Field(4, ge=1, description="threads per rank that read, decode and tokenize batches ahead")
     limits: Limits = Limits()
 
     @model_validator(mode="after")
-    def _ordered(self) -> Data:
+    def _check_crop(self) -> Data:
         if not 0 < self.crop[0] <= self.crop[1] <= 1:
             raise ValueError(f"crop: want 0 < low <= high <= 1, got {list(self.crop)}")
         return self
 
 
 class HeldOut(Section):
-    """Images that are never learnt from."""
+    """Images for evaluation that are never trained on."""
 
-    source: str | list[str] | None = Field(None, description="shards or a dataset of their own, read as `data` is")
+    source: str | list[str] | None = Field(None, description="separate shards or dataset, read like `data`")
     share: float | None = Field(
-        None, gt=0, lt=1, description="of the images of `data`, those whose key has a seeded hash below it"
+        None, gt=0, lt=1, description="share of the images of `data`, selected by a seeded hash of the key"
     )
 
     @model_validator(mode="after")
-    def _one(self) -> HeldOut:
+    def _check_one_given(self) -> HeldOut:
         if (self.source is None) == (self.share is None):
             raise ValueError("give either `source` or `share`")
         return self
 
 
 class Loss(Section):
-    """contrastive x CLIP's loss + caption x the cross-entropy of each next token."""
+    """Loss weights: contrastive x CLIP's loss + caption x next-token cross-entropy."""
 
-    contrastive: float = Field(1.0, ge=0, description="as in pre-training; open_clip's fine-tuning recipe has 0")
-    caption: float = Field(2.0, ge=0, description="as in pre-training; open_clip's fine-tuning recipe has 1")
+    contrastive: float = Field(1.0, ge=0, description="default: as in pre-training; open_clip fine-tunes with 0")
+    caption: float = Field(2.0, ge=0, description="default: as in pre-training; open_clip fine-tunes with 1")
 
     @model_validator(mode="after")
-    def _some(self) -> Loss:
+    def _check_any_weight(self) -> Loss:
         if not self.contrastive and not self.caption:
-            raise ValueError("both weights are 0: nothing would be learnt")
+            raise ValueError("both weights are 0: there is nothing to train; set at least one above 0")
         return self
 
 
 class Generation(Section):
-    """How captions of held-out images are made, as in ``captioners:`` of a run; nothing is drawn."""
+    """How captions of held-out images are generated, as in ``captioners:`` of a run, without sampling."""
 
     strategy: Literal["greedy", "beams"] = Field(
-        "greedy", description="the likeliest word each time, or a search for the likeliest caption"
+        "greedy", description="the likeliest next token each time, or a beam search"
     )
-    beams: int = Field(6, ge=2, le=64, description="of beams: captions that grow side by side")
-    min_length: int = Field(5, ge=0, description="the end token is impossible before that many tokens")
-    max_length: int = Field(30, ge=2, description="longest caption in tokens, start and end included")
+    beams: int = Field(6, ge=2, le=64, description="number of beams, for strategy `beams`")
+    min_length: int = Field(5, ge=0, description="smallest number of tokens before the end token")
+    max_length: int = Field(30, ge=2, description="maximum caption length in tokens, including start and end")
 
     def captioner(self, model: str, pretrained: str | None = None) -> CaptionerSpec:
-        """A captioner of a run that makes one such caption an image."""
+        """Return the spec of a run's captioner that generates one such caption per image."""
         values = self.model_dump(exclude=set() if self.strategy == "beams" else {"beams"})
         return CaptionerSpec(model=model, pretrained=pretrained, captions=1, **values)
 
     @model_validator(mode="after")
-    def _lengths(self) -> Generation:
+    def _check_lengths(self) -> Generation:
         if self.min_length + 2 > self.max_length:
             raise ValueError("max_length must be at least min_length + 2 (start and end count)")
         return self
 
 
 class Evaluation(Section):
-    """What is measured on held-out images before the fine-tuning, every so often, and at its end."""
+    """Metrics on held-out images, computed before the fine-tuning, at intervals, and at its end."""
 
     every: int | None = Field(None, ge=1, description="steps between evaluations; default: at the start and the end")
-    images: int | None = Field(None, ge=2, description="held-out images that are judged, a seeded sample; default: all")
+    images: int | None = Field(None, ge=2, description="held-out images to evaluate, a seeded sample; default: all")
     captioned: int | None = Field(
-        None, ge=0, description="of these, how many are captioned for CIDEr-D and BLEU; default: all; 0: none"
+        None, ge=0, description="of these, images to caption for CIDEr-D and BLEU; default: all; 0: none"
     )
     generate: Generation = Generation()
     best: str | None = Field(
         None,
-        description="metric by which the best checkpoint is kept, the higher the better; default: cider, or "
-        "token_accuracy where nothing is captioned",
+        description="metric that selects the best checkpoint, higher is better; default: cider, or token_accuracy "
+        "where nothing is captioned",
     )
-    batch: int = Field(128, ge=2, description="images in one forward pass; contrastive_loss is that of such batches")
+    batch: int = Field(128, ge=2, description="images in one forward pass, and the batch size of contrastive_loss")
 
     @property
     def ratings(self) -> list[str]:
-        """Names of the metrics that are better when higher; the losses are not among them."""
+        """Names of the metrics for which higher is better, so without the losses."""
         recalls = [f"retrieval/{way}/r{k}" for way in ("text_to_image", "image_to_text") for k in RECALLS]
         return [*(("cider", "bleu") if self.captioned != 0 else ()), "token_accuracy", *recalls]
 
@@ -135,14 +135,14 @@ class Evaluation(Section):
         return self.best or self.ratings[0]
 
     @model_validator(mode="after")
-    def _best_is_given(self) -> Evaluation:
+    def _check_best(self) -> Evaluation:
         if self.best is not None and self.best not in self.ratings:
             raise ValueError(f"best: want one of {', '.join(self.ratings)}, got {self.best!r}")
         return self
 
 
 class CaptionerConfig(Section):
-    """A fine-tuning of a captioner on images with captions."""
+    """Config of a captioner's fine-tuning on images with captions."""
 
     output: str = Field(min_length=1, description="folder or fsspec URL of checkpoints, logs and the final weights")
     seed: int = Field(0, ge=0)
@@ -154,12 +154,12 @@ class CaptionerConfig(Section):
     evaluate: Evaluation = Evaluation()
 
     @model_validator(mode="after")
-    def _something_learns(self) -> CaptionerConfig:
+    def _check_trainable(self) -> CaptionerConfig:
         reached = [tower for tower in TOWERS if tower != "decoder" or self.loss.caption]
         if not set(reached) - set(self.captioner.freeze):
             raise ValueError(
-                f"captioner.freeze: with {', '.join(self.captioner.freeze)} frozen nothing is left to learn by `loss`, "
-                f"which reaches {', '.join(reached)}: take a tower out of `freeze`"
+                f"captioner.freeze: with {', '.join(self.captioner.freeze)} frozen nothing is left to train, since "
+                f"`loss` trains {', '.join(reached)}: remove a tower from `freeze`"
             )
         return self
 

@@ -1,16 +1,16 @@
-"""Batches of images with captions, from any step on: a pure function of the seed, the rank and the step's number.
+"""Batches of images with captions, a pure function of the seed, the rank and the step; any step can be the first.
 
-The examples of an epoch come in a seeded order, and epochs follow one another without an end. Step ``s`` takes the
-positions [s * ranks * batch, (s + 1) * ranks * batch) of that sequence, of which a rank takes its block: so the global
-batch depends on its size alone, not on the number of ranks, and no step needs to know what came before.
+The examples of each epoch are shuffled by seed, and the epochs form an endless sequence. Step ``s`` takes positions
+[s * ranks * batch, (s + 1) * ranks * batch) of this sequence, and each rank one block of them. So the global batch does
+not depend on the number of ranks, and no step needs the state of earlier ones.
 
-A batch is a mapping of, with B samples of a rank:
+A batch of B samples of a rank is a mapping:
 
 ===========  ===========================  =================================================================
 ``key``      list[str]                    sample keys
 ``image``    uint8 [B, size, size, 3]     RandomResizedCrop of the image, RGB
 ``caption``  int64 [B, context]           start, words, end, padding
-``length``   list[int]                    tokens of ``caption`` that are predicted: the words and the end
+``length``   list[int]                    number of predicted tokens of ``caption``: the words and the end
 ===========  ===========================  =================================================================
 """
 
@@ -37,7 +37,7 @@ from reinforce.prefetch import prefetch
 from reinforce.seeds import permutation, uniforms
 from reinforce.source.image import ImageRefused, decode
 
-#: Images in a row that may be broken before that is no accident.
+#: Consecutive broken images after which the feed fails.
 _MOST_BROKEN = 100
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ Tokenize = Callable[[Sequence[str]], torch.Tensor]
 
 
 class Example(NamedTuple):
-    """One image with one of its captions; ``draw`` numbers the crops of an image."""
+    """Indices of an image and of one of its captions; ``draw`` numbers the crops of an image."""
 
     image: int
     caption: int
@@ -54,10 +54,10 @@ class Example(NamedTuple):
 
 
 class CaptionFeed:
-    """The feed of a fine-tuning.
+    """The feed of a fine-tuning; implements ``reinforce.training.task.Feed``.
 
-    ``tokenize`` gives int64 [B, context] of B texts, ``end`` is its token behind the last word. An image that cannot
-    be decoded is logged with the reason and counted; another one, which follows from its place, stands in for it.
+    ``tokenize`` maps B texts to int64 [B, context], ``end`` is the token after the last word. An image that cannot be
+    decoded is logged with its reason and replaced by another one, which its position determines.
     """
 
     def __init__(self, pairs: Pairs, data: Data, seed: int, size: int, tokenize: Tokenize, end: int) -> None:
@@ -68,86 +68,90 @@ class CaptionFeed:
         self._tokenize = tokenize
         self._end = end
         self._lock = threading.Lock()
-        self._known: set[int] = set()  # images that turned out to be broken
-        counts = pairs.counts() if data.use == "all" else np.ones(len(pairs), np.int64)
-        self._ends = np.cumsum(counts)  # of each image's examples
-        self.samples = int(self._ends[-1])
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+        self._broken: set[int] = set()  # images that could not be decoded
+        counts = pairs.caption_counts() if data.use == "all" else np.ones(len(pairs), np.int64)
+        self._example_ends = np.cumsum(counts)  # of each image
+        self.samples = int(self._example_ends[-1])
+        self._order = functools.lru_cache(maxsize=2)(self._shuffled_examples)
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[dict[str, Any]]:
-        """Endless batches of ``batch`` samples for one rank, from step ``start`` on.
+        """Yield endless batches of ``batch`` samples for one rank, beginning with step ``start``.
 
-        Whole batches are made ahead in ``data.threads`` threads, as many as there are threads and one more.
-        Raises UserError where no image can be decoded, and what the storage raises.
+        ``data.threads`` threads make up to ``data.threads + 1`` batches ahead. Raises UserError where no image can be
+        decoded, and the errors of the storage.
         """
         with ThreadPoolExecutor(self._data.threads, thread_name_prefix="captions") as pool:
             firsts = ((step * ranks + rank) * batch for step in itertools.count(start))
             yield from prefetch(pool, lambda first: self._batch(first, batch), firsts, self._data.threads + 1)
 
     def example(self, position: int) -> Example:
-        """What stands at a position of the endless sequence of examples."""
-        epoch, place = divmod(position, self.samples)
-        return self._example(int(self._order(epoch)[place]), epoch)
+        """Return the example at a position of the endless sequence."""
+        epoch, index = divmod(position, self.samples)
+        return self._example(int(self._order(epoch)[index]), epoch)
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
+    def _shuffled_examples(self, epoch: int) -> np.ndarray:
         return permutation(self.samples, self._seed, "captioning", epoch)
 
     def _example(self, index: int, epoch: int) -> Example:
-        """Example ``index`` of an epoch before it is shuffled."""
-        image = int(np.searchsorted(self._ends, index, side="right"))
+        """Return example ``index`` of an epoch in the order before shuffling."""
+        image = int(np.searchsorted(self._example_ends, index, side="right"))
         count = len(self._pairs.captions(image))
         if self._data.use == "all":
-            caption = index - (int(self._ends[image - 1]) if image else 0)
+            caption = index - (int(self._example_ends[image - 1]) if image else 0)
             return Example(image, caption, epoch * count + caption)
         drawn = uniforms(self._seed, [self._pairs.key(image)], "caption", epoch, 1)
         return Example(image, int(drawn.item() * count), epoch)
 
     def _batch(self, first: int, size: int) -> dict[str, Any]:
         examples = [self.example(position) for position in range(first, first + size)]
-        encoded = read_images([self._pairs.place(example.image) for example in examples])
+        encoded = read_images([self._pairs.location(example.image) for example in examples])
         crops = np.empty((size, self._policy.size, self._policy.size, 3), np.uint8)
         for row, data in enumerate(encoded):
             examples[row], crops[row] = self._crop(examples[row], data, first + row)
         texts = [self._pairs.captions(example.image)[example.caption] for example in examples]
-        with self._lock:  # fast tokenizers are not made for threads, slow ones gain nothing by them
+        with self._lock:  # fast tokenizers are not thread-safe, slow ones do not benefit from threads
             tokens = self._tokenize(texts)
         return {
             "key": [self._pairs.key(example.image) for example in examples],
             "image": torch.from_numpy(crops),
             "caption": tokens,
-            "length": predicted(tokens, self._end),
+            "length": predicted_lengths(tokens, self._end),
         }
 
     def _crop(self, example: Example, data: bytes, position: int) -> tuple[Example, np.ndarray]:
-        """The crop of an example, or of the next one in the list whose image is whole."""
-        epoch, place = divmod(position, self.samples)
+        """Return the crop of an example, or of the next example whose image can be decoded."""
+        epoch, index = divmod(position, self.samples)
         for step in range(1, _MOST_BROKEN + 1):
             try:
                 image = decode(data, self._data.limits)
             except ImageRefused as refused:
-                self._note(example.image, refused)
-                fault = refused
-                example = self._example((int(self._order(epoch)[place]) + step) % self.samples, epoch)
-                [data] = read_images([self._pairs.place(example.image)])
+                self._log_broken(example.image, refused)
+                last = refused
+                example = self._example((int(self._order(epoch)[index]) + step) % self.samples, epoch)
+                [data] = read_images([self._pairs.location(example.image)])
                 continue
             record = sample_augmentation(
                 self._policy, self._seed, self._pairs.key(example.image), example.draw, *image.size
             )
             return example, np.asarray(replay(image, record))
-        raise UserError(f"data: {_MOST_BROKEN} images in a row cannot be decoded, the last: {fault}. Check the shards.")
+        raise UserError(f"data: {_MOST_BROKEN} images in a row cannot be decoded, the last: {last}. Check the shards.")
 
-    def _note(self, image: int, refused: ImageRefused) -> None:
+    def _log_broken(self, image: int, refused: ImageRefused) -> None:
         with self._lock:
-            if image in self._known:
+            if image in self._broken:
                 return
-            self._known.add(image)
-            count = len(self._known)
+            self._broken.add(image)
+            count = len(self._broken)
         key, url = self._pairs.key(image), self._pairs.table["url"][image]
         _log.warning(
-            "image %s of %s is left out, another one stands in for it: %s (%d images so far)", key, url, refused, count
+            "image %s of %s cannot be decoded and is replaced by another one: %s (%d images so far)",
+            key,
+            url,
+            refused,
+            count,
         )
 
 
-def predicted(tokens: torch.Tensor, end: int) -> list[int]:
-    """How many tokens of each row [context] are predicted: those behind the start, up to the first end."""
-    return [int(place) for place in (tokens == end).int().argmax(dim=1)]
+def predicted_lengths(tokens: torch.Tensor, end: int) -> list[int]:
+    """Return the number of predicted tokens of each row [context]: those after the start, up to the first end token."""
+    return [int(position) for position in (tokens == end).int().argmax(dim=1)]

@@ -1,4 +1,4 @@
-"""A CoCa while it learns: what its forward pass gives to the loss, and which of its weights move."""
+"""A CoCa in training: the features that its forward pass returns for the loss, and its trainable parameters."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import CaptionerSpec
 
-#: Modules of a CoCa by the names that configs use.
+#: CoCa modules by their names in configs.
 _MODULES: Mapping[Tower, str] = {"image": "visual", "text": "text", "decoder": "text_decoder"}
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """Logits [n, vocabulary] of the n predicted tokens of a batch, which are ``labels`` int64 [n].
+class TokenPredictions:
+    """Logits [n, vocabulary] of the n predicted tokens of a batch; ``labels`` int64 [n] are the true tokens.
 
-    ``places`` [n] are their positions in captions of ``shape`` (b, longest) laid end to end.
+    ``positions`` [n] are their indices in the flattened captions of ``shape`` (b, longest).
     """
 
     logits: torch.Tensor
     labels: torch.Tensor
-    places: torch.Tensor
+    positions: torch.Tensor
     shape: tuple[int, int]
 
     def nll(self) -> torch.Tensor:
-        """-log P of each token, float32 [n]."""
+        """Return -log P of each token, float32 [n]."""
         return cross_entropy(self.logits.float(), self.labels, reduction="none")
 
-    def nll_of_captions(self) -> torch.Tensor:
-        """-log P of each caption, float32 [b]."""
+    def caption_nll(self) -> torch.Tensor:
+        """Return -log P of each caption, float32 [b]."""
         nll = self.nll()
-        # each place is written once: on CUDA a sum by owner would depend on the order of threads
-        return nll.new_zeros(self.shape).flatten().index_copy(0, self.places, nll).view(self.shape).sum(dim=1)
+        # each position is written once; a scatter-add would depend on the thread order on CUDA
+        return nll.new_zeros(self.shape).flatten().index_copy(0, self.positions, nll).view(self.shape).sum(dim=1)
 
     def hits(self) -> torch.Tensor:
-        """Whether the true token is the likeliest, bool [n]."""
+        """Return whether the true token is the likeliest, bool [n]."""
         return self.logits.argmax(dim=-1) == self.labels
 
 
 class CaptionerModel(torch.nn.Module):
     """An open_clip CoCa in training.
 
-    ``coca`` is the model itself, ``config`` its ``model_cfg``, ``name`` what open_clip knows both by. Parameters of
-    frozen towers, and those that the loss does not depend on, do not learn; frozen towers stay in eval mode.
+    ``coca`` is the model itself, ``config`` its ``model_cfg``, ``name`` its open_clip name. Parameters of frozen
+    towers, and those that the loss does not depend on, are not trained; frozen towers stay in eval mode.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class CaptionerModel(torch.nn.Module):
         self.frozen = tuple(frozen)
         for tower in self.frozen:
             self.tower(tower).requires_grad_(False)
-        self._freeze_what_the_loss_does_not_reach()
+        self._freeze_unused_parameters()
 
     def tower(self, tower: Tower) -> torch.nn.Module:
         module: torch.nn.Module = getattr(self.coca, _MODULES[tower])
@@ -91,7 +91,7 @@ class CaptionerModel(torch.nn.Module):
         return self
 
     def forward(self, batch: Batch) -> Encoded:
-        """Features of the losses whose weight is not 0, for the b samples of a batch (see ``captioning.feed``).
+        """Return the features of the losses with non-zero weight, for b samples (see ``captioning.feed``).
 
         ``image`` and ``text`` float32 [b, D], unit norm; ``nll`` float32 [b], the sum over a caption's tokens of
         -log P(token | the image, the tokens before).
@@ -102,41 +102,44 @@ class CaptionerModel(torch.nn.Module):
         if self.loss.contrastive:
             features = {"image": normalize(images.float(), dim=-1), "text": normalize(texts.float(), dim=-1)}
         if self.loss.caption:
-            predicted = self.predict(image_tokens, text_tokens, batch["caption"], batch["length"])
-            features["nll"] = predicted.nll_of_captions()
+            predictions = self.predict(image_tokens, text_tokens, batch["caption"], batch["length"])
+            features["nll"] = predictions.caption_nll()
         return Encoded(features, scalars={"logit_scale": self.coca.logit_scale.exp().reshape(())})
 
     def predict(
         self, image_tokens: torch.Tensor, text_tokens: torch.Tensor, caption: torch.Tensor, length: Sequence[int]
-    ) -> Predicted:
-        """What the decoder makes of captions int64 [b, context] of which ``length`` [b] tokens are predicted.
+    ) -> TokenPredictions:
+        """Predict the first ``length`` [b] tokens after the start of captions int64 [b, context].
 
-        As in open_clip's forward, position i of the decoder, which sees the tokens up to i, predicts token i + 1.
-        Nothing behind the longest caption is computed, and the projection to the vocabulary, which makes the largest
-        tensors of all, is spared the padding.
+        As in open_clip's forward, position i of the decoder, which attends to the tokens up to i, predicts token i + 1.
+        Positions after the longest caption are not computed, and padding is removed before the projection to the
+        vocabulary, which makes the largest tensors.
         """
         decoder, longest = self.coca.text_decoder, max(length)
         run = partial(checkpoint, use_reentrant=False) if decoder.grad_checkpointing else _call
-        x, mask = text_tokens[:, :longest], decoder.attn_mask[:longest, :longest]
+        x, attention_mask = text_tokens[:, :longest], decoder.attn_mask[:longest, :longest]
         for block, cross in zip(decoder.resblocks, decoder.cross_attn, strict=True):
-            x = run(block, x, None, None, mask)
+            x = run(block, x, None, None, attention_mask)
             x = run(cross, x, image_tokens, image_tokens, None)
-        counted = torch.arange(longest) < torch.tensor(list(length))[:, None]  # on the CPU: no waiting for the device
-        places = counted.flatten().nonzero()[:, 0].to(caption.device, non_blocking=True)
-        logits = decoder.ln_final(x).flatten(0, 1)[places] @ decoder.text_projection
-        labels = caption[:, 1 : longest + 1].flatten()[places]
-        return Predicted(logits, labels, places, (len(length), longest))
+        mask = torch.arange(longest) < torch.tensor(list(length))[:, None]  # on the CPU, to avoid a synchronisation
+        positions = mask.flatten().nonzero()[:, 0].to(caption.device, non_blocking=True)
+        logits = decoder.ln_final(x).flatten(0, 1)[positions] @ decoder.text_projection
+        labels = caption[:, 1 : longest + 1].flatten()[positions]
+        return TokenPredictions(logits, labels, positions, (len(length), longest))
 
-    def learnt(self) -> dict[str, int]:
-        """Parameters that learn, by tower; ``scales`` are the logit scale and what else lies outside of the towers."""
+    def trainable_counts(self) -> dict[str, int]:
+        """Count trainable parameters by tower; ``scales`` are those outside of the towers, such as the logit scale."""
         counts: dict[str, int] = {}
         for tower in TOWERS:
             counts[tower] = sum(p.numel() for p in self.tower(tower).parameters() if p.requires_grad)
         counts["scales"] = sum(p.numel() for p in self.parameters() if p.requires_grad) - sum(counts.values())
         return counts
 
-    def _freeze_what_the_loss_does_not_reach(self) -> None:
-        """Weight decay would shrink it: with contrastive 0 the projections, with caption 0 the whole decoder."""
+    def _freeze_unused_parameters(self) -> None:
+        """Freeze parameters that the loss does not depend on, which weight decay would shrink.
+
+        These are the projections with contrastive 0, and the decoder with caption 0.
+        """
         size = (self.image.height, self.image.width, 3)
         batch = {
             "image": torch.zeros(1, *size, dtype=torch.uint8),
@@ -148,15 +151,15 @@ class CaptionerModel(torch.nn.Module):
         outputs = list(encoded.features.values())
         if self.loss.contrastive:
             outputs.append(encoded.scalars["logit_scale"])
-        reached = _leaves(outputs)
+        used = _parameters_behind(outputs)
         for parameter in self.parameters():
-            if id(parameter) not in reached:
+            if id(parameter) not in used:
                 parameter.requires_grad_(False)
 
 
 def check_captioner(config: CaptionerConfig) -> None:
-    """Raise UserError where the names of the model and its weights tell that it cannot caption. Loads nothing."""
-    spec = _spec(config)
+    """Raise UserError if the names of the model and its weights show that it cannot caption. Loads nothing."""
+    spec = _captioner_spec(config)
     try:
         check_model_name(str(spec.model))
         catalog.check_model(model_name(spec), spec.pretrained)
@@ -165,9 +168,9 @@ def check_captioner(config: CaptionerConfig) -> None:
 
 
 def build_captioner(config: CaptionerConfig) -> CaptionerModel:
-    """The CoCa of a config with its weights, float32 on the CPU. Raises UserError where it cannot be."""
+    """Build the CoCa of a config with its weights, float32 on the CPU. Raises UserError where it cannot be loaded."""
     check_captioner(config)
-    spec = _spec(config)
+    spec = _captioner_spec(config)
     try:
         coca: Any = load_model(spec)
         check_model(spec, coca)
@@ -175,7 +178,10 @@ def build_captioner(config: CaptionerConfig) -> CaptionerModel:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"captioner: {error}") from error
     if image.height != image.width:
-        raise UserError(f"captioner: images of {image.height} x {image.width} are not square, as training crops are.")
+        raise UserError(
+            f"captioner: images of {image.height} x {image.width} are not square, but training crops are: use another "
+            "model."
+        )
     name = model_name(spec)
     model = CaptionerModel(name, coca, open_clip.get_model_config(name), image, config.loss, config.captioner.freeze)
     if config.train.compute.gradient_checkpointing:
@@ -183,18 +189,18 @@ def build_captioner(config: CaptionerConfig) -> CaptionerModel:
     return model
 
 
-def _spec(config: CaptionerConfig) -> CaptionerSpec:
+def _captioner_spec(config: CaptionerConfig) -> CaptionerSpec:
     return config.evaluate.generate.captioner(config.captioner.model, config.captioner.pretrained)
 
 
-def describe(model: CaptionerModel) -> str:
-    """What learns and what does not, for the log."""
+def describe_parameters(model: CaptionerModel) -> str:
+    """Return a log line with the trainable parameters and the frozen towers."""
     total = sum(p.numel() for p in model.parameters())
-    learnt = model.learnt()
-    sizes = {name: f"{count / 1e6:,.2f} M" if count >= 10_000 else f"{count:,}" for name, count in learnt.items()}
-    parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if learnt[name])
+    counts = model.trainable_counts()
+    sizes = {name: f"{count / 1e6:,.2f} M" if count >= 10_000 else f"{count:,}" for name, count in counts.items()}
+    parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if counts[name])
     frozen = f"; frozen: {', '.join(model.frozen)}" if model.frozen else ""
-    return f"{sum(learnt.values()) / 1e6:,.2f} of {total / 1e6:,.2f} M parameters learn ({parts}){frozen}"
+    return f"{sum(counts.values()) / 1e6:,.2f} of {total / 1e6:,.2f} M parameters are trained ({parts}){frozen}"
 
 
 def _call(module: torch.nn.Module, *arguments: Any) -> torch.Tensor:
@@ -202,17 +208,17 @@ def _call(module: torch.nn.Module, *arguments: Any) -> torch.Tensor:
     return result
 
 
-def _leaves(outputs: Sequence[torch.Tensor]) -> set[int]:
-    """Ids of the parameters that outputs depend on."""
-    found: set[int] = set()
+def _parameters_behind(outputs: Sequence[torch.Tensor]) -> set[int]:
+    """Return the ids of the parameters that outputs depend on."""
+    parameters: set[int] = set()
     seen: set[Any] = set()
-    todo = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    while todo:
-        node = todo.pop()
+    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    while pending:
+        node = pending.pop()
         if node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        todo += [following for following, _ in node.next_functions if following is not None]
-    return found
+            parameters.add(id(node.variable))
+        pending += [parent for parent, _ in node.next_functions if parent is not None]
+    return parameters

@@ -1,7 +1,7 @@
-"""Images and their captions, found once: where each image lies, what it is called, and whether it is held out.
+"""The image-caption pairs of a fine-tuning: key, captions and location of each image, and whether it is held out.
 
-Sets to fine-tune on are small (COCO-38k, DOCCI), so the whole list is made before anything is learnt, kept as
-``pairs.parquet`` beside the checkpoints, and held in memory by every rank: batches can then be cut from any place.
+Datasets for fine-tuning are small (COCO-38k, DOCCI). So the list of pairs is made before training, stored as
+``pairs.parquet`` next to the checkpoints, and held in memory by every rank, which gives random access.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import pyarrow.parquet as pq
 
 import schemas
 from reinforce.captioning.config import CaptionerConfig
-from reinforce.captioning.scan import files_of, scan
+from reinforce.captioning.scan import list_files, scan
 from reinforce.errors import UserError
 from reinforce.seeds import seed_for
 from reinforce.source.text import CAPTION_POLICY
 from reinforce.source.urls import canonical, filesystem
 from reinforce.storage import Storage
 
-FILE = "pairs.parquet"
+PAIRS_FILE = "pairs.parquet"
 _FINGERPRINT = b"fingerprint"
 
 
-class Place(NamedTuple):
-    """Where an encoded image lies: in a tar, or among all images of a samples file."""
+class ImageLocation(NamedTuple):
+    """Location of an encoded image: bytes of a tar, or of the concatenated images of a samples file."""
 
     url: str
     offset: int
@@ -40,10 +40,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Some images with their captions, in a fixed order.
+    """Images with their captions, in a fixed order.
 
-    ``table`` has the columns of ``schemas.PAIRS``, ``urls`` says how to read what is named there: with the user,
-    query and cache that a file must not tell.
+    ``table`` has the columns of ``schemas.PAIRS``. ``urls`` maps its URLs to those to read from, which may contain
+    credentials and cache options that must not be stored.
     """
 
     table: pa.Table
@@ -55,25 +55,25 @@ class Pairs:
     def key(self, index: int) -> str:
         return str(self.table["key"][index].as_py())
 
-    def place(self, index: int) -> Place:
-        url, offset, length = (self.table[name][index].as_py() for name in Place._fields)
-        return Place(self.urls.get(url, url), offset, length)
+    def location(self, index: int) -> ImageLocation:
+        url, offset, length = (self.table[name][index].as_py() for name in ImageLocation._fields)
+        return ImageLocation(self.urls.get(url, url), offset, length)
 
     def captions(self, index: int) -> list[str]:
         return list(self.table["captions"][index].as_py())
 
-    def counts(self) -> np.ndarray:
-        """Captions of each image, int64."""
+    def caption_counts(self) -> np.ndarray:
+        """Number of captions of each image, int64."""
         return np.asarray(pc.list_value_length(self.table["captions"]), np.int64)
 
-    def learnt(self) -> Pairs:
+    def training(self) -> Pairs:
         return Pairs(self.table.filter(pc.invert(self.table["held_out"])).combine_chunks(), self.urls)
 
     def held_out(self) -> Pairs:
         return Pairs(self.table.filter(self.table["held_out"]).combine_chunks(), self.urls)
 
     def shuffled(self, seed: int) -> Pairs:
-        """In a seeded order of keys, so that the first ones are a fair sample."""
+        """Return the pairs in a seeded order of keys, so that the first ones are a random sample."""
         order = np.argsort([seed_for(seed, key, "sample") for key in self.table["key"].to_pylist()], kind="stable")
         return Pairs(self.table.take(order).combine_chunks(), self.urls)
 
@@ -81,37 +81,39 @@ class Pairs:
         return Pairs(self.table.slice(0, limit).combine_chunks(), self.urls)
 
 
-def find_pairs(config: CaptionerConfig) -> Pairs:
-    """The pairs of a config, from ``pairs.parquet`` in its output if that was made from the same data, else anew.
+def load_pairs(config: CaptionerConfig) -> Pairs:
+    """Load the pairs of a config from ``pairs.parquet`` in its output, or scan the data if that file is out of date.
 
-    Raises UserError for shards that cannot be read to their end, and where nothing is there to learn or to judge by.
+    Raises UserError for shards that cannot be read completely, and for too few training or held-out images.
     """
     store = Storage(config.output)
     sources = {"data": config.data.source}
     if config.held_out.source is not None:
         sources["held_out"] = config.held_out.source
-    files = {where: files_of(source, where) for where, source in sources.items()}
+    files = {where: list_files(source, where) for where, source in sources.items()}
     fingerprint = _fingerprint(config, files)
-    table = _stored(store, fingerprint)
+    table = _read_stored(store, fingerprint)
     if table is None:
-        table = _divided(config, [scan(source, config.data, where) for where, source in sources.items()])
+        table = _split_held_out(config, [scan(source, config.data, where) for where, source in sources.items()])
         _write(store, table, fingerprint)
     pairs = Pairs(table, {canonical(url): url for urls in files.values() for url in urls})
-    _check(config, pairs)
+    _check_sizes(config, pairs)
     return pairs
 
 
 def _fingerprint(config: CaptionerConfig, files: Mapping[str, Sequence[str]]) -> str:
-    """Of all that decides the pairs, the state of the files among it."""
+    """Hash of everything that determines the pairs, including the state of the files."""
     states = []
     for url in (url for urls in files.values() for url in urls):
         fs, path = filesystem(url)
         try:
             states.append((canonical(url), fs.ukey(path)))
         except FileNotFoundError as error:
-            raise UserError(f"{canonical(url)} is not there. Check the URL of the shards.") from error
-        except Exception as error:  # each driver has its own exceptions
-            raise UserError(f"{canonical(url)} cannot be reached: {type(error).__name__}: {error}.") from error
+            raise UserError(f"{canonical(url)} does not exist. Check the URL of the shards.") from error
+        except Exception as error:  # each storage driver raises its own exceptions
+            raise UserError(
+                f"{canonical(url)} cannot be reached: {type(error).__name__}: {error}. Check the URL and credentials."
+            ) from error
     parts = {
         "files": {where: len(urls) for where, urls in files.items()},
         "states": states,
@@ -123,8 +125,8 @@ def _fingerprint(config: CaptionerConfig, files: Mapping[str, Sequence[str]]) ->
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _stored(store: Storage, fingerprint: str) -> pa.Table | None:
-    path = store.path(FILE)
+def _read_stored(store: Storage, fingerprint: str) -> pa.Table | None:
+    path = store.path(PAIRS_FILE)
     if not store.fs.exists(path):
         return None
     with store.fs.open(path, "rb") as file:
@@ -137,30 +139,30 @@ def _stored(store: Storage, fingerprint: str) -> pa.Table | None:
 def _write(store: Storage, table: pa.Table, fingerprint: str) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({_FINGERPRINT: fingerprint}), sink, compression="zstd")
-    store.write_bytes(sink.getvalue().to_pybytes(), FILE)
+    store.write_bytes(sink.getvalue().to_pybytes(), PAIRS_FILE)
 
 
-def _divided(config: CaptionerConfig, tables: Sequence[pa.Table]) -> pa.Table:
-    """One table with ``held_out``: the second source, or a share of the first by a seeded hash of the key."""
+def _split_held_out(config: CaptionerConfig, tables: Sequence[pa.Table]) -> pa.Table:
+    """Join the tables and add ``held_out``: true for the second source, or for a share of the keys by a seeded hash."""
     if config.held_out.share is None:
         masks = [np.full(table.num_rows, index == 1) for index, table in enumerate(tables)]
     else:
-        below = int(config.held_out.share * 2**64)
+        threshold = int(config.held_out.share * 2**64)
         keys = tables[0]["key"].to_pylist()
-        masks = [np.array([seed_for(config.seed, key, "held out") < below for key in keys], bool)]
-    whole = [t.append_column(schemas.PAIRS.field("held_out"), pa.array(m)) for t, m in zip(tables, masks, strict=True)]
-    return pa.concat_tables(whole)
+        masks = [np.array([seed_for(config.seed, key, "held out") < threshold for key in keys], bool)]
+    parts = [t.append_column(schemas.PAIRS.field("held_out"), pa.array(m)) for t, m in zip(tables, masks, strict=True)]
+    return pa.concat_tables(parts)
 
 
-def _check(config: CaptionerConfig, pairs: Pairs) -> None:
-    learnt, held_out = len(pairs.learnt()), len(pairs.held_out())
+def _check_sizes(config: CaptionerConfig, pairs: Pairs) -> None:
+    training, held_out = len(pairs.training()), len(pairs.held_out())
     if held_out < 2:
         raise UserError(
-            f"held_out: {held_out} of {len(pairs)} images are held out, and it takes two to tell one from the other. "
-            "Raise held_out.share, or give held_out.source."
+            f"held_out: {held_out} of {len(pairs)} images are held out, but evaluation needs at least two. Raise "
+            "held_out.share, or give held_out.source."
         )
-    if learnt < config.train.batch:
+    if training < config.train.batch:
         raise UserError(
-            f"data: {learnt} images are left to learn from, fewer than train.batch ({config.train.batch}): a batch "
-            "would hold an image twice. Lower train.batch or held_out.share."
+            f"data: {training} images are left for training, fewer than train.batch ({config.train.batch}), so a "
+            "batch would contain an image twice. Lower train.batch or held_out.share."
         )

@@ -1,1 +1,1 @@
-"""Judging image-text models: zero-shot classification and retrieval."""
+"""Evaluation of image-text models: zero-shot classification and retrieval."""

@@ -1,7 +1,8 @@
-"""Handing models over to clip_benchmark, which knows the sets that image-text models are compared by.
+"""Evaluation by the external program clip_benchmark, which has the standard sets for image-text models.
 
-It is a program of its own, with a downloader of its own, that decodes images by plain ``convert("RGB")``. Its shards
-can be judged here too: labels in ``cls``, names in its classnames.txt, and zeroshot_classification_templates.txt.
+It downloads its sets itself and decodes images with ``convert("RGB")``. ``reinforce evaluate`` can also read its
+shards directly: labels are in ``cls``, class names in classnames.txt and templates in
+zeroshot_classification_templates.txt.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from teachers.spec import ModelSpec
 
 PROGRAM = "clip_benchmark"
 _INSTALL = (
-    "Its release 1.6.2 fails at zero-shot sets with numpy 2.4, so give it an environment of its own: "
+    "Its release 1.6.2 fails at zero-shot sets with numpy 2.4, so install it in a separate environment: "
     "`python -m venv bench && bench/bin/pip install clip-benchmark 'numpy<2.4'`, and add bench/bin to the PATH."
 )
 
-#: Where its authors publish the sets as shards.
+#: Where the authors of clip_benchmark publish the sets as shards.
 ROOT = "https://huggingface.co/datasets/clip-benchmark/wds_{dataset_cleaned}/tree/main"
 _VTAB = (
     "caltech101 cifar10 cifar100 clevr_count_all clevr_closest_object_distance diabetic_retinopathy dmlab "
@@ -40,11 +41,14 @@ _OTHERS = (
 SETS = [f"wds/{name}" for name in _OTHERS.split()] + [f"wds/vtab/{name}" for name in _VTAB.split()]
 
 
-def arguments(spec: ModelSpec, folder: Path, sets: list[str] | None = None, root: str = ROOT) -> list[str]:
-    """The command that writes one JSON a set into ``folder``. Raises UserError for a model that it cannot take."""
+def build_command(spec: ModelSpec, folder: Path, sets: list[str] | None = None, root: str = ROOT) -> list[str]:
+    """Return the command that writes one JSON file per set into ``folder``.
+
+    Raises UserError for a model name that clip_benchmark cannot parse.
+    """
     name = str(spec.model)
     if "," in name:
-        raise UserError(f"{name}: clip_benchmark splits names at commas. Move the folder to a path without one.")
+        raise UserError(f"{name}: clip_benchmark splits names at commas. Move the folder to a path without a comma.")
     if name.startswith("local-dir:"):
         name = f"local-dir:{Path(name.removeprefix('local-dir:')).absolute()}"
     output = re.sub(r"([{}])", r"\1\1", str(folder.absolute())) + "/{dataset}_{task}.json"
@@ -58,39 +62,39 @@ def arguments(spec: ModelSpec, folder: Path, sets: list[str] | None = None, root
     ]
 
 
-def commands(specs: Mapping[str, ModelSpec], folder: Path) -> dict[str, list[str]]:
-    """The command for each model. Raises UserError, with these commands, where the program is not to be found."""
-    made = {label: arguments(spec, folder / _slug(label)) for label, spec in specs.items()}
-    places = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
-    program = shutil.which(PROGRAM, path=places)
+def build_commands(specs: Mapping[str, ModelSpec], folder: Path) -> dict[str, list[str]]:
+    """Return the command for each model. Raises UserError that lists them if the program is not installed."""
+    commands = {label: build_command(spec, folder / _slug(label)) for label, spec in specs.items()}
+    search_path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    program = shutil.which(PROGRAM, path=search_path)
     if program is None:
-        shown = "\n".join(f"  mkdir -p {folder / _slug(label)} && {shlex.join(c)}" for label, c in made.items())
+        shown = "\n".join(f"  mkdir -p {folder / _slug(label)} && {shlex.join(c)}" for label, c in commands.items())
         raise UserError(f"{PROGRAM} is not on the PATH. {_INSTALL} Then run this again, or:\n{shown}")
-    return {label: [program, *rest] for label, (_, *rest) in made.items()}
+    return {label: [program, *rest] for label, (_, *rest) in commands.items()}
 
 
 def run(command: Sequence[str], label: str, folder: Path) -> dict[str, float]:
-    """Let clip_benchmark judge a model -> metrics by ``clip_benchmark/SET/METRIC``. Raises UserError if it fails."""
+    """Run clip_benchmark on a model -> metrics by ``clip_benchmark/SET/METRIC``. Raises UserError if it fails."""
     folder = folder / _slug(label)
     folder.mkdir(parents=True, exist_ok=True)
-    ended = subprocess.run(command, check=False)  # noqa: S603  (our own arguments, no shell)
-    if ended.returncode:
+    process = subprocess.run(command, check=False)  # noqa: S603  (our own arguments, no shell)
+    if process.returncode:
         raise UserError(
-            f"clip_benchmark ended with status {ended.returncode} at {label}; {folder} has what it finished."
+            f"{label}: clip_benchmark ended with status {process.returncode}; results of finished sets are in {folder}."
         )
-    return results(folder)
+    return read_results(folder)
 
 
-def results(folder: Path) -> dict[str, float]:
-    """Metrics of all JSON files that clip_benchmark wrote into a folder, without those that a set does not have."""
-    found: dict[str, float] = {}
+def read_results(folder: Path) -> dict[str, float]:
+    """Read the metrics of all JSON files that clip_benchmark wrote into a folder, without NaN and infinite values."""
+    metrics: dict[str, float] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         name = result["dataset"].removeprefix("wds/")
         for metric, value in result["metrics"].items():
-            if math.isfinite(value):  # top 5 of less than five classes is NaN
-                found[f"clip_benchmark/{name}/{metric}"] = float(value)
-    return found
+            if math.isfinite(value):  # top 5 of fewer than five classes is NaN
+                metrics[f"clip_benchmark/{name}/{metric}"] = float(value)
+    return metrics
 
 
 def _slug(label: str) -> str:

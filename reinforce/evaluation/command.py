@@ -1,4 +1,4 @@
-"""What ``reinforce evaluate`` does: models and sets by name in, a report out."""
+"""Implementation of ``reinforce evaluate``: evaluates models on sets and returns a report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from teachers.device import Precision
 
 
-def evaluation_of(
+def build_evaluation(
     config: Path | None,
     zero_shot: Sequence[str],
     retrieval: Sequence[str],
@@ -26,19 +26,19 @@ def evaluation_of(
     limit: int | None,
     batch: int | None,
 ) -> Evaluation:
-    """The sets of a config's ``evaluate`` section and those of the command line, which go before of equal names.
+    """Merge the sets of a config's ``evaluate`` section with those of the command line, which override equal names.
 
-    ``zero_shot`` and ``retrieval`` are NAME=URL; ``common`` are further keys of each zero-shot set of the command
+    ``zero_shot`` and ``retrieval`` are NAME=URL; ``common`` are further keys of every zero-shot set of the command
     line. Raises UserError.
     """
     base = Evaluation() if config is None else settings.load(Evaluation, config, section="evaluate")
-    more = {
-        ZERO_SHOT: {name: {"images": url, **common, "limit": limit} for name, url in map(_named, zero_shot)},
-        RETRIEVAL: {name: {"pairs": url, "limit": limit} for name, url in map(_named, retrieval)},
+    from_options = {
+        ZERO_SHOT: {name: {"images": url, **common, "limit": limit} for name, url in map(_split_name, zero_shot)},
+        RETRIEVAL: {name: {"pairs": url, "limit": limit} for name, url in map(_split_name, retrieval)},
     }
-    added = settings.parse(Evaluation, more, where="command line")
+    added = settings.parse(Evaluation, from_options, where="command line")
     if common and not zero_shot:
-        raise UserError(f"--{', --'.join(common)}: these are of the sets of --zero-shot, and there is none.")
+        raise UserError(f"--{', --'.join(common)}: these options apply to the sets of --zero-shot, and none is given.")
     return base.model_copy(
         update={
             ZERO_SHOT: {**base.zero_shot, **added.zero_shot},
@@ -48,19 +48,22 @@ def evaluation_of(
     )
 
 
-def judge(
+def evaluate_models(
     specs: Mapping[str, ModelSpec],
     evaluation: Evaluation,
     device: str,
     precision: Precision,
     benchmark: Path | None = None,
 ) -> Report:
-    """Judge each model, one in memory at a time; with ``benchmark`` also by clip_benchmark. Raises UserError."""
+    """Evaluate each model, one in memory at a time.
+
+    ``benchmark`` is a folder for results of clip_benchmark, which then runs as well. Raises UserError.
+    """
     from reinforce.evaluation.evaluator import Evaluator
     from teachers.device import Accelerator
     from teachers.open_clip import OpenClipTeacher
 
-    commands = {} if benchmark is None else clip_benchmark.commands(specs, benchmark)
+    commands = {} if benchmark is None else clip_benchmark.build_commands(specs, benchmark)
     evaluator = Evaluator(evaluation)
     report = Report()
     for name, spec in specs.items():
@@ -68,13 +71,13 @@ def judge(
             accelerator = Accelerator(device, precision)
             model = OpenClipTeacher(TeacherSpec(model=spec.model, pretrained=spec.pretrained), accelerator)
         report.add(name, evaluator.evaluate(model, accelerator))
-    for name, arguments in commands.items():
+    for name, command in commands.items():
         assert benchmark is not None
-        report.metrics[name] |= clip_benchmark.run(arguments, name, benchmark)
+        report.metrics[name] |= clip_benchmark.run(command, name, benchmark)
     return report
 
 
-def _named(text: str) -> tuple[str, str]:
+def _split_name(text: str) -> tuple[str, str]:
     name, equals, url = text.partition("=")
     if not equals or not name or not url:
         raise UserError(f"{text!r}: want NAME=URL, for example imagenet=/data/imagenet/val")

@@ -1,4 +1,4 @@
-"""What a model makes of texts: vectors for captions, and a classifier out of classes and templates."""
+"""Text embeddings of a model: of captions, and as a zero-shot classifier from classes and templates."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from reinforce.evaluation.classes import Template
 from teachers.protocols import ImageSpec
 
-_TEXTS = 2**14  # of one part of a classifier: bounds memory at any number of classes and templates
+_TEXTS_AT_ONCE = 2**14  # bounds the memory of a classifier for any number of classes and templates
 
 
 class Encoder(Protocol):
-    """What is judged: a ``teachers.protocols.Teacher`` with both sides, or a module in memory."""
+    """A dual encoder to evaluate: a ``teachers.protocols.Teacher`` with both sides, or a module in memory."""
 
     image: ImageSpec | None
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] float32 on the device, preprocessed as ``image`` says -> [B, dim], unit norm."""
+        """[B, 3, H, W] float32 on the device, preprocessed by ``image`` -> [B, dim], unit norm."""
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -28,7 +28,10 @@ class Encoder(Protocol):
 
 
 def encode_texts(model: Encoder, texts: Sequence[str], batch: int) -> torch.Tensor:
-    """N texts -> float32 [N, dim] on the CPU. Encoded by length, since a batch takes as long as its longest text."""
+    """Encode N texts -> float32 [N, dim] on the CPU.
+
+    Texts are batched by length, since a batch takes as long as its longest text.
+    """
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     parts = []
     for start in range(0, len(order), batch):
@@ -38,9 +41,12 @@ def encode_texts(model: Encoder, texts: Sequence[str], batch: int) -> torch.Tens
     return torch.empty_like(vectors).index_copy_(0, torch.tensor(order), vectors)
 
 
-def classifier(model: Encoder, classes: Sequence[str], templates: Sequence[Template], batch: int) -> torch.Tensor:
-    """float32 [C, dim] on the CPU, unit norm: the mean of a class's texts, as open_clip builds it."""
-    rows = max(1, _TEXTS // len(templates))
+def build_classifier(model: Encoder, classes: Sequence[str], templates: Sequence[Template], batch: int) -> torch.Tensor:
+    """Return class weights, float32 [C, dim] on the CPU, unit norm.
+
+    Each is the mean of the embeddings of a class's texts, as in open_clip's ``build_zero_shot_classifier``.
+    """
+    rows = max(1, _TEXTS_AT_ONCE // len(templates))
     parts = []
     for start in range(0, len(classes), rows):
         names = classes[start : start + rows]

@@ -1,4 +1,4 @@
-"""Judging a model by the sets of a config, during a training or on its own."""
+"""Evaluation of a model on the sets of a config, during training or on its own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
-from reinforce.evaluation.encoding import Encoder, classifier, encode_texts
-from reinforce.evaluation.pictures import Memory, Pictures
-from reinforce.evaluation.ranking import accuracies, choose, recalls
-from reinforce.evaluation.report import Judged, Result
-from reinforce.evaluation.sets import Retrieval, ZeroShot, retrieval_set, zero_shot_set
+from reinforce.evaluation.encoding import Encoder, build_classifier, encode_texts
+from reinforce.evaluation.images import CacheBudget, ImageBatches
+from reinforce.evaluation.ranking import compute_accuracies, compute_recalls, rank_classes
+from reinforce.evaluation.report import Result, SetSummary
+from reinforce.evaluation.sets import Retrieval, ZeroShot, open_retrieval_set, open_zero_shot_set
 from teachers.device import Accelerator
 from teachers.open_clip import OpenClipEncoder
 from teachers.pixels import to_pixels
@@ -27,104 +27,110 @@ _log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """The sets of a config, found whole when this is made; judges models as often as wanted.
+    """Evaluates models on the sets of a config, which are checked once, at construction.
 
-    Sets that fit into ``config.memory`` stay decoded between evaluations. Raises UserError for what is wrong with a
-    set: a missing folder or shard, labels and classes that do not fit, templates that cannot be.
+    Sets that fit into ``config.memory`` stay decoded between evaluations. Raises UserError for a faulty set: a missing
+    folder or shard, labels that do not match the classes, invalid templates.
     """
 
     def __init__(self, config: Evaluation) -> None:
         self.config = config
         self._sets: list[ZeroShot | Retrieval] = [
-            *(zero_shot_set(name, part, config.limits) for name, part in config.zero_shot.items()),
-            *(retrieval_set(name, part, config.limits) for name, part in config.retrieval.items()),
+            *(open_zero_shot_set(name, section, config.limits) for name, section in config.zero_shot.items()),
+            *(open_retrieval_set(name, section, config.limits) for name, section in config.retrieval.items()),
         ]
-        memory = Memory(config.memory)
-        self._pictures = {part.name: Pictures(part.examples, part.images, config.limits, memory) for part in self._sets}
+        budget = CacheBudget(config.memory)
+        self._images = {
+            image_set.name: ImageBatches(image_set.examples, image_set.images, config.limits, budget)
+            for image_set in self._sets
+        }
 
     def evaluate(self, model: Encoder, accelerator: Accelerator) -> Result:
-        """Judge a dual encoder by all sets. Images that cannot be had are left out, and named in the result.
+        """Evaluate a dual encoder on all sets. Images that cannot be decoded are left out and listed in the result.
 
-        Raises UserError where the model lacks a side, or where no image of a set is left.
+        Raises UserError where the model has no image or text side, or where no image of a set can be decoded.
         """
         metrics: dict[str, float] = {}
-        judged: dict[str, Judged] = {}
-        for part in self._sets:
-            if isinstance(part, ZeroShot):
-                scores, images = self._classify(part, model, accelerator)
+        summaries: dict[str, SetSummary] = {}
+        for image_set in self._sets:
+            if isinstance(image_set, ZeroShot):
+                scores, images = self._classify(image_set, model, accelerator)
             else:
-                scores, images = self._retrieve(part, model, accelerator)
-            metrics |= {f"{part.name}/{name}": score for name, score in scores.items()}
-            judged[part.name] = Judged(images, self._pictures[part.name].refused)
-        return Result(metrics, judged)
+                scores, images = self._retrieve(image_set, model, accelerator)
+            metrics |= {f"{image_set.name}/{name}": score for name, score in scores.items()}
+            summaries[image_set.name] = SetSummary(images, self._images[image_set.name].refused)
+        return Result(metrics, summaries)
 
     def evaluate_module(
         self, model: torch.nn.Module, image: ImageSpec, tokenizer: Any, accelerator: Accelerator
     ) -> Result:
-        """Judge an open_clip model in memory, on the accelerator already, and leave it as it was.
+        """Evaluate an open_clip model that is on the accelerator, without side effects on its training.
 
         ``image`` is its preprocessing (``teachers.open_clip.image_spec``), ``tokenizer`` open_clip's. Modes of
-        modules, gradients and the global random numbers are untouched, so a training goes on as if nothing had been.
+        modules, gradients and the global random state are left unchanged.
         """
-        with _untouched(model, accelerator):
+        with _eval_mode(model, accelerator):
             result = self.evaluate(OpenClipEncoder(model, image, tokenizer, accelerator), accelerator)
-        for name, judged in result.sets.items():
-            if judged.refused:
-                _log.warning("%s: %s", name, judged)
+        for name, summary in result.sets.items():
+            if summary.refused:
+                _log.warning("%s: %s", name, summary)
         return result
 
-    def _classify(self, part: ZeroShot, model: Encoder, accelerator: Accelerator) -> tuple[dict[str, float], int]:
-        weights = accelerator.put(classifier(model, part.classes, part.templates, self.config.batch))
-        ranks, first, labels = [], [], []
-        for vectors, targets in self._images(part, model, accelerator):
+    def _classify(self, image_set: ZeroShot, model: Encoder, accelerator: Accelerator) -> tuple[dict[str, float], int]:
+        """Metrics of a classification set, and the number of its images that were decoded."""
+        weights = accelerator.put(build_classifier(model, image_set.classes, image_set.templates, self.config.batch))
+        ranks, predicted, labels = [], [], []
+        for vectors, targets in self._encode_images(image_set, model, accelerator):
             labels.append(np.array(targets, np.int64))
-            choices = choose(vectors, weights, accelerator.put(labels[-1]))
-            ranks.append(choices.ranks)
-            first.append(choices.first)
-        whole = torch.cat(ranks).cpu().numpy(), np.concatenate(labels), torch.cat(first).cpu().numpy()
-        return accuracies(*whole, part.groups), len(whole[0])
+            ranking = rank_classes(vectors, weights, accelerator.put(labels[-1]))
+            ranks.append(ranking.ranks)
+            predicted.append(ranking.predicted)
+        arrays = torch.cat(ranks).cpu().numpy(), np.concatenate(labels), torch.cat(predicted).cpu().numpy()
+        return compute_accuracies(*arrays, image_set.groups), len(arrays[0])
 
-    def _retrieve(self, part: Retrieval, model: Encoder, accelerator: Accelerator) -> tuple[dict[str, float], int]:
-        vectors, images, texts = [], [], []
-        place: dict[str, int] = {}
+    def _retrieve(self, image_set: Retrieval, model: Encoder, accelerator: Accelerator) -> tuple[dict[str, float], int]:
+        """Metrics of a retrieval set, and the number of its images that were decoded."""
+        vectors, image_indices, text_indices = [], [], []
+        index_of: dict[str, int] = {}
         count = 0
-        for batch, targets in self._images(part, model, accelerator):
+        for batch, targets in self._encode_images(image_set, model, accelerator):
             vectors.append(batch.cpu())
             for captions in targets:
-                texts += [place.setdefault(caption, len(place)) for caption in captions]
-                images += [count] * len(captions)
+                text_indices += [index_of.setdefault(caption, len(index_of)) for caption in captions]
+                image_indices += [count] * len(captions)
                 count += 1
-        of_images, of_texts = torch.cat(vectors), encode_texts(model, list(place), self.config.batch)
-        return recalls(of_images, of_texts, np.array([images, texts], np.int64), accelerator), count
+        images, texts = torch.cat(vectors), encode_texts(model, list(index_of), self.config.batch)
+        return compute_recalls(images, texts, np.array([image_indices, text_indices], np.int64), accelerator), count
 
-    def _images(
-        self, part: ZeroShot | Retrieval, model: Encoder, accelerator: Accelerator
+    def _encode_images(
+        self, image_set: ZeroShot | Retrieval, model: Encoder, accelerator: Accelerator
     ) -> Iterator[tuple[torch.Tensor, list[Any]]]:
-        """Vectors float32 [B, dim] on the device and the targets of each batch of a set's images."""
+        """Yield image embeddings, float32 [B, dim] on the device, and targets of each batch of a set."""
         spec = model.image
         if spec is None:
-            raise UserError(f"{part.name}: the model has no image side, so it cannot be judged by images.")
-        threads = self.config.threads or _cores()
+            raise UserError(f"{image_set.name}: the model has no image side; evaluate a model that encodes images.")
+        threads = self.config.threads or _cpu_count()
         empty = True
-        for batch in self._pictures[part.name].batches(spec, self.config.batch, threads):
+        for batch in self._images[image_set.name].batches(spec, self.config.batch, threads):
             empty = False
             pixels = to_pixels(accelerator.put(batch.pixels), spec)
             yield model.encode_images(pixels).float(), batch.targets
         if empty:
-            refused = self._pictures[part.name].refused[0]
+            refused = self._images[image_set.name].refused[0]
             raise UserError(
-                f"{part.name}: every image is refused, the first ({refused.key}) for {refused.reason.value}: "
+                f"{image_set.name}: every image is refused, the first ({refused.key}) for {refused.reason.value}: "
                 f"{refused.detail}. Check that these are images, or widen `limits`."
             )
 
 
-def _cores() -> int:
-    """The cores that this process may use, where the system tells."""
+def _cpu_count() -> int:
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
-def _untouched(model: torch.nn.Module, accelerator: Accelerator) -> Iterator[None]:
+def _eval_mode(model: torch.nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Put a model into eval mode, and restore modes and random state at the end."""
     modes = [(module, module.training) for module in model.modules()]
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

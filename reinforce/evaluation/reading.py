@@ -1,11 +1,11 @@
-"""Where images of evaluation sets come from: folders of classes, WebDataset shards, reinforced datasets."""
+"""Readers of the images of evaluation sets: class folders, WebDataset shards, reinforced datasets."""
 
 from __future__ import annotations
 
 import json
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,16 +16,13 @@ from reinforce.dataset.reader import Dataset
 from reinforce.dataset.store import MANIFEST
 from reinforce.errors import UserError
 from reinforce.source.shards import IMAGE_EXTENSIONS, RawSample, Refusal, read_shard
-from reinforce.source.text import caption_of, metadata_of
 from reinforce.source.urls import COMPRESSIONS, canonical, expand, filesystem
 from schemas import Reason
-
-_JSON, _LINES = "json:", "lines:"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image of a set. ``target`` is a label, or the captions that describe it."""
+    """One image of a set. ``target`` is its label, or its captions."""
 
     key: str
     load: Callable[[], bytes]  # the encoded image
@@ -34,17 +31,17 @@ class Example:
 
 @dataclass(frozen=True)
 class File:
-    """An image in a folder of a class."""
+    """An image file in a class folder."""
 
-    key: str  # path below the folder of classes
-    path: str  # as its file system spells it
+    key: str  # path relative to the set's folder
+    path: str  # in the file system's own form
     size: int
 
 
-def kind_of(urls: str | Sequence[str]) -> Literal["folder", "dataset", "shards"]:
-    """What a set's URL means: a directory is a reinforced dataset or has a folder for each class; else shards.
+def detect_kind(urls: str | Sequence[str]) -> Literal["folder", "dataset", "shards"]:
+    """Return what a set's URL refers to: a directory is a reinforced dataset or class folders, all else are shards.
 
-    Raises UserError where the storage cannot be asked.
+    Raises UserError where the storage cannot be reached.
     """
     if not isinstance(urls, str) or canonical(urls).lower().endswith((*COMPRESSIONS, ".txt")):
         return "shards"
@@ -53,47 +50,47 @@ def kind_of(urls: str | Sequence[str]) -> Literal["folder", "dataset", "shards"]
         if not fs.isdir(path):
             return "shards"
         return "dataset" if fs.isfile(posixpath.join(path, MANIFEST)) else "folder"
-    except Exception as error:  # each driver has its own exceptions
+    except Exception as error:  # each storage driver raises its own exceptions
         raise UserError(
-            f"{canonical(urls)} cannot be looked at: {type(error).__name__}: {error}. Check the address and your "
+            f"{canonical(urls)} cannot be reached: {type(error).__name__}: {error}. Check the URL and your "
             "credentials for it."
         ) from error
 
 
-def class_folders(url: str, where: str) -> dict[str, list[File]]:
-    """Images by class folder, both sorted, at any depth below; hidden names are skipped. Raises UserError."""
+def list_class_folders(url: str, where: str) -> dict[str, list[File]]:
+    """List images by class folder, at any depth; both are sorted, hidden names are skipped. Raises UserError."""
     fs, root = filesystem(url)
-    names, files = _local_tree(root) if isinstance(fs, LocalFileSystem) else _remote_tree(fs, root.rstrip("/"))
+    names, files = _list_local(root) if isinstance(fs, LocalFileSystem) else _list_remote(fs, root.rstrip("/"))
     folders: dict[str, list[File]] = {name: [] for name in sorted(names) if not name.startswith(".")}
     loose = 0
     for file in sorted(files, key=lambda file: file.key):
-        name, below, _ = file.key.partition("/")
+        name, slash, _ = file.key.partition("/")
         if any(part.startswith(".") for part in file.key.split("/")) or not _is_image(file.key):
             continue
-        if below:
+        if slash:
             folders[name].append(file)
         else:
             loose += 1
     shown = canonical(url)
     if not folders:
-        raise UserError(f"{where}: {shown} holds no folder of a class; to read shards in it write {shown}/*.tar.")
+        raise UserError(f"{where}: {shown} has no class folder; to read shards in it write {shown}/*.tar.")
     if loose:
-        raise UserError(f"{where}: {loose} images lie in {shown} itself: move them into the folder of their class.")
+        raise UserError(f"{where}: {loose} images are directly in {shown}: move them into their class folders.")
     empty = [name for name, files in folders.items() if not files]
     if empty:
         raise UserError(
-            f"{where}: {len(empty)} of {len(folders)} class folders in {shown} hold no image, such as {empty[0]!r}: "
+            f"{where}: {len(empty)} of {len(folders)} class folders in {shown} have no image, such as {empty[0]!r}: "
             "remove them, or add their images."
         )
     return folders
 
 
-def _local_tree(root: str) -> tuple[list[str], list[File]]:
-    """Folders in ``root`` and all files below; links are followed, as sets are often made of them."""
+def _list_local(root: str) -> tuple[list[str], list[File]]:
+    """Folders in ``root`` and all files below; links are followed, since sets often consist of them."""
     names: list[str] = []
     files = []
-    for folder, below, inside in os.walk(root, followlinks=True):
-        names = names or below
+    for folder, subfolders, inside in os.walk(root, followlinks=True):
+        names = names or subfolders
         for name in inside:
             path = os.path.join(folder, name)
             size = os.path.getsize(path) if os.path.exists(path) else 0  # a broken link fails when it is read
@@ -101,56 +98,54 @@ def _local_tree(root: str) -> tuple[list[str], list[File]]:
     return names, files
 
 
-def _remote_tree(fs: Any, root: str) -> tuple[list[str], list[File]]:
+def _list_remote(fs: Any, root: str) -> tuple[list[str], list[File]]:
     entries = fs.ls(root, detail=True)
     names = [posixpath.basename(str(e["name"]).rstrip("/")) for e in entries if e["type"] == "directory"]
     found = fs.find(root, detail=True).items()
     return names, [File(path[len(root) :].lstrip("/"), path, int(info["size"] or 0)) for path, info in found]
 
 
-def loader(url: str) -> Callable[[str], bytes]:
-    """Reads a file by its path in the file system of a URL. Thread-safe. Raises UserError."""
+def make_loader(url: str) -> Callable[[str], bytes]:
+    """Return a thread-safe function that reads a file by its path in a URL's file system, and raises UserError."""
     fs, _ = filesystem(url)
 
     def load(path: str) -> bytes:
         try:
             return bytes(fs.cat_file(path))
-        except Exception as error:  # each driver has its own exceptions
-            raise UserError(
-                f"{path} cannot be read: {type(error).__name__}: {error}. Check that it is there."
-            ) from error
+        except Exception as error:  # each storage driver raises its own exceptions
+            raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}. Check that it exists.") from error
 
     return load
 
 
-def samples(urls: str | Sequence[str], limits: Limits, where: str) -> Iterator[RawSample | Refusal]:
-    """Samples of shards or of a reinforced dataset in their order, with what is refused of them.
+def read_samples(urls: str | Sequence[str], limits: Limits, where: str) -> Iterator[RawSample | Refusal]:
+    """Yield the samples of shards or of a reinforced dataset in order, and the refusals among them.
 
-    A dataset's samples have their true caption as ``txt`` and their metadata as ``json``. Raises UserError for a
-    shard that cannot be read to its end: what is measured on part of a set is no measure of the set.
+    A dataset's samples have the true caption as ``txt`` and the metadata as ``json``. Raises UserError for a shard
+    that cannot be read completely, since metrics on a part of a set do not compare.
     """
-    if kind_of(urls) == "dataset":
+    if detect_kind(urls) == "dataset":
         assert isinstance(urls, str)
-        yield from _whole(_stored(urls), urls, where)
+        yield from _raise_on_damage(_read_dataset(urls), urls, where)
         return
     for url in expand(urls):
-        yield from _whole(read_shard(url, limits), url, where)
+        yield from _raise_on_damage(read_shard(url, limits), url, where)
 
 
-def _whole(items: Iterator[RawSample | Refusal], url: str, where: str) -> Iterator[RawSample | Refusal]:
-    mend = "Check the path, or fetch it again."
+def _raise_on_damage(items: Iterator[RawSample | Refusal], url: str, where: str) -> Iterator[RawSample | Refusal]:
+    fix = "Check the path, or download it again."
     try:
         for item in items:
             if isinstance(item, Refusal) and item.key is None:
-                raise UserError(f"{where}: {canonical(url)}: {item.reason.value}: {item.detail}. {mend}")
+                raise UserError(f"{where}: {canonical(url)}: {item.reason.value}: {item.detail}. {fix}")
             yield item
     except UserError:
         raise
-    except Exception as error:  # each driver has its own exceptions
-        raise UserError(f"{where}: {canonical(url)} cannot be read: {type(error).__name__}: {error}. {mend}") from error
+    except Exception as error:  # each storage driver raises its own exceptions
+        raise UserError(f"{where}: {canonical(url)} cannot be read: {type(error).__name__}: {error}. {fix}") from error
 
 
-def _stored(url: str) -> Iterator[RawSample]:
+def _read_dataset(url: str) -> Iterator[RawSample]:
     for sample in Dataset(url, teachers=[], captioners=[]):
         sidecars = {}
         if sample.caption is not None:
@@ -160,49 +155,8 @@ def _stored(url: str) -> Iterator[RawSample]:
         yield RawSample(sample.key, sample.image, 0, len(sample.image), sidecars)
 
 
-def label_of(sidecars: Mapping[str, bytes], field: str) -> int | str | None:
-    """A class's index or name at a member's extension or ``json:FIELD``; None where there is none.
-
-    A member that is an integer is an index, whatever the classes are called; JSON says itself which it is.
-    """
-    if field.startswith(_JSON):
-        value = json_field(sidecars, field)
-        return value if isinstance(value, (int, str)) and not isinstance(value, bool) else None
-    text = sidecars.get(field, b"").decode("utf-8-sig", "replace").strip()
-    try:
-        return int(text)
-    except ValueError:
-        return text or None
-
-
-def captions_of(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Limits) -> tuple[str, ...]:
-    """The distinct captions of an image at the first field that has any, cleaned by the caption policy."""
-    for field in fields:
-        texts: list[bytes] = []
-        if field.startswith(_LINES):
-            texts = sidecars.get(field.removeprefix(_LINES), b"").splitlines()
-        elif field.startswith(_JSON):
-            value = json_field(sidecars, field)
-            values = value if isinstance(value, list) else [value]
-            texts = [text.encode("utf-8", "replace") for text in values if isinstance(text, str)]
-        elif field in sidecars:
-            texts = [sidecars[field]]
-        cleaned = (caption_of({"txt": text}, ["txt"], limits) for text in texts)
-        captions = tuple(dict.fromkeys(caption for caption in cleaned if caption))
-        if captions:
-            return captions
-    return ()
-
-
-def json_field(sidecars: Mapping[str, bytes], field: str) -> Any:
-    """The value at ``json:FIELD``; None where there is none."""
-    name = field.removeprefix(_JSON)
-    found = metadata_of(sidecars, [name])
-    return None if found is None else json.loads(found)[name]
-
-
-def too_large(file: File, limits: Limits) -> Refusal | None:
-    """A file above the limit is refused before it is read."""
+def check_file_size(file: File, limits: Limits) -> Refusal | None:
+    """Return a refusal for a file above the size limit, else None. The file is not read."""
     if file.size <= limits.image_bytes:
         return None
     return Refusal(file.key, Reason.IMAGE_BYTES, f"{file.size} bytes, above limits.image_bytes of {limits.image_bytes}")

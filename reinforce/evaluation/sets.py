@@ -1,4 +1,4 @@
-"""Evaluation sets, read through once and found whole before anything is judged by them."""
+"""Evaluation sets; each is read and checked once before a model is evaluated."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from dataclasses import dataclass
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
-from reinforce.evaluation.classes import Template, class_names, groups_of, names_of_folders, templates_of
+from reinforce.evaluation.classes import Template, load_class_names, load_groups, load_templates, name_folders
 from reinforce.evaluation.config import RETRIEVAL, ZERO_SHOT, RetrievalSet, ZeroShotSet
+from reinforce.evaluation.fields import is_json_field, read_captions, read_json_field, read_label
 from reinforce.evaluation.reading import (
     Example,
     File,
-    captions_of,
-    class_folders,
-    json_field,
-    kind_of,
-    label_of,
-    loader,
-    samples,
-    too_large,
+    check_file_size,
+    detect_kind,
+    list_class_folders,
+    make_loader,
+    read_samples,
 )
 from reinforce.source.shards import RawSample, Refusal
 from schemas import Reason
@@ -36,8 +34,8 @@ class ZeroShot:
     name: str
     classes: list[str]
     templates: list[Template]
-    groups: Sequence[str | None] | None  # of each class; None for a class that no image has
-    images: int  # with those that turn out to be refused
+    groups: Sequence[str | None] | None  # of each class; None for a class without images
+    images: int  # including those that cannot be decoded
     examples: Examples
 
 
@@ -50,59 +48,58 @@ class Retrieval:
     examples: Examples
 
 
-def zero_shot_set(name: str, config: ZeroShotSet, limits: Limits) -> ZeroShot:
+def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits) -> ZeroShot:
     """Check a classification set and count its images. Raises UserError."""
     name = f"{ZERO_SHOT}/{name}"
-    templates = templates_of(config.templates, name)
-    kind = kind_of(config.images)
-    if kind == "folder":
-        return _of_folders(name, config, templates, limits)
-    given = None if config.classes is None else class_names(config.classes, name)
+    templates = load_templates(config.templates, name)
+    if detect_kind(config.images) == "folder":
+        return _open_folders(name, config, templates, limits)
+    given = None if config.classes is None else load_class_names(config.classes, name)
     labels: list[int | str] = []
     group_of: dict[int | str, str] = {}
     images = 0
-    for item in itertools.islice(samples(config.images, limits, name), config.limit):
+    for item in itertools.islice(read_samples(config.images, limits, name), config.limit):
         images += 1
         if isinstance(item, RawSample):
-            labels.append(_label(item, config.label, name))
-            if _in_data(config.groups):
-                _note_group(group_of, labels[-1], item, str(config.groups), name)
+            labels.append(_require_label(item, config.label, name))
+            if is_json_field(config.groups):
+                _record_group(group_of, labels[-1], item, str(config.groups), name)
     if not labels:
-        raise UserError(f"{name}: no image in {config.images}.")
-    classes = _classes_of(given, labels, config.label, name)
-    index = _index(classes, labels, name)
+        raise UserError(f"{name}: no image in {config.images}. Check the URL of the set.")
+    classes = _choose_classes(given, labels, config.label, name)
+    index = _index_labels(classes, labels, name)
     groups: Sequence[str | None] | None = None
-    if _in_data(config.groups):
+    if is_json_field(config.groups):
         by_class = {index[label]: group for label, group in group_of.items()}
         groups = [by_class.get(i) for i in range(len(classes))]
     elif config.groups is not None:
-        groups = groups_of(config.groups, classes, name)
+        groups = load_groups(config.groups, classes, name)
 
     def examples() -> Iterator[Example | Refusal]:
-        for item in itertools.islice(samples(config.images, limits, name), config.limit):
+        for item in itertools.islice(read_samples(config.images, limits, name), config.limit):
             if isinstance(item, Refusal):
                 yield item
             else:
-                target = index[_label(item, config.label, name)]
+                target = index[_require_label(item, config.label, name)]
                 yield Example(item.key, functools.partial(bytes, item.image), target)
 
     return ZeroShot(name, classes, templates, groups, images, examples)
 
 
-def retrieval_set(name: str, config: RetrievalSet, limits: Limits) -> Retrieval:
+def open_retrieval_set(name: str, config: RetrievalSet, limits: Limits) -> Retrieval:
     """Check a retrieval set and count its images. Raises UserError."""
     name = f"{RETRIEVAL}/{name}"
-    if kind_of(config.pairs) == "folder":
+    if detect_kind(config.pairs) == "folder":
         raise UserError(
             f"{name}: {config.pairs} is a folder, neither shards nor a reinforced dataset: for shards in it write "
             f"{config.pairs}/*.tar."
         )
 
     def examples() -> Iterator[Example | Refusal]:
-        for item in itertools.islice(samples(config.pairs, limits, name), config.limit):
+        for item in itertools.islice(read_samples(config.pairs, limits, name), config.limit):
             if isinstance(item, Refusal):
                 yield item
-            elif captions := captions_of(item.sidecars, config.captions, limits):
+            elif captions := read_captions(item.sidecars, config.captions, limits):
                 yield Example(item.key, functools.partial(bytes, item.image), captions)
             else:
                 yield Refusal(item.key, Reason.NO_TEXT, f"no caption at {', '.join(config.captions)}")
@@ -113,68 +110,68 @@ def retrieval_set(name: str, config: RetrievalSet, limits: Limits) -> Retrieval:
         pairs += isinstance(item, Example)
     if not pairs:
         raise UserError(
-            f"{name}: none of {images} images in {config.pairs} has a caption at {', '.join(config.captions)}: say in "
-            "`captions` where they stand."
+            f"{name}: none of {images} images in {config.pairs} has a caption at {', '.join(config.captions)}: set "
+            "`captions` to where they are."
         )
     return Retrieval(name, images, examples)
 
 
-def _of_folders(name: str, config: ZeroShotSet, templates: list[Template], limits: Limits) -> ZeroShot:
+def _open_folders(name: str, config: ZeroShotSet, templates: list[Template], limits: Limits) -> ZeroShot:
     assert isinstance(config.images, str)
-    if _in_data(config.groups):
-        raise UserError(f"{name}: groups {config.groups!r} need shards; for folders give a mapping or a JSON file.")
-    folders = class_folders(config.images, name)
-    classes = names_of_folders(config.classes, list(folders), name)
-    groups = None if config.groups is None else groups_of(config.groups, classes, name)
-    files = _limited(list(folders.values()), config.limit)
-    load = loader(config.images)
+    if is_json_field(config.groups):
+        raise UserError(f"{name}: groups {config.groups!r} need shards; for folders use a mapping or a JSON file.")
+    folders = list_class_folders(config.images, name)
+    classes = name_folders(config.classes, list(folders), name)
+    groups = None if config.groups is None else load_groups(config.groups, classes, name)
+    files = _select_files(list(folders.values()), config.limit)
+    load = make_loader(config.images)
 
     def examples() -> Iterator[Example | Refusal]:
         for label, file in files:
-            yield too_large(file, limits) or Example(file.key, functools.partial(load, file.path), label)
+            yield check_file_size(file, limits) or Example(file.key, functools.partial(load, file.path), label)
 
     return ZeroShot(name, classes, templates, groups, len(files), examples)
 
 
-def _limited(folders: Sequence[list[File]], limit: int | None) -> list[tuple[int, File]]:
-    """(label, file) of all, or of so many by turns from each class, so that a part is a part of every class."""
+def _select_files(folders: Sequence[list[File]], limit: int | None) -> list[tuple[int, File]]:
+    """Return (label, file) of all images, or of ``limit`` images taken in turn from each class."""
     if limit is not None:
-        turns = itertools.chain.from_iterable(itertools.zip_longest(*folders))
-        kept = {file.key for file in itertools.islice((file for file in turns if file is not None), limit)}
+        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*folders))
+        kept = {file.key for file in itertools.islice((file for file in in_turn if file is not None), limit)}
         folders = [[file for file in files if file.key in kept] for files in folders]
     return [(label, file) for label, files in enumerate(folders) for file in files]
 
 
-def _label(sample: RawSample, field: str, where: str) -> int | str:
-    label = label_of(sample.sidecars, field)
+def _require_label(sample: RawSample, field: str, where: str) -> int | str:
+    label = read_label(sample.sidecars, field)
     if label is None:
         members = ", ".join(sorted(sample.sidecars)) or "none"
         raise UserError(
-            f"{where}: {sample.key} has no label at {field} (beside the image it has: {members}): say in `label` "
-            "where it stands, a member's extension or json:FIELD."
+            f"{where}: {sample.key} has no label at {field} (its other members: {members}): set `label` to a "
+            "member's extension or json:FIELD."
         )
     return label
 
 
-def _classes_of(given: list[str] | None, labels: Sequence[int | str], field: str, where: str) -> list[str]:
+def _choose_classes(given: list[str] | None, labels: Sequence[int | str], field: str, where: str) -> list[str]:
     if given is not None:
         return given
     numbers = [label for label in labels if isinstance(label, int)]
     if numbers:
         raise UserError(
-            f"{where}: labels at {field} are numbers, such as {numbers[0]}: give `classes`, their names in order."
+            f"{where}: labels at {field} are numbers, such as {numbers[0]}: give `classes`, the names in label order."
         )
     return sorted({label for label in labels if isinstance(label, str)})
 
 
-def _index(classes: Sequence[str], labels: Sequence[int | str], where: str) -> Mapping[int | str, int]:
-    """Label -> index of its class. Raises UserError for labels beyond the classes."""
+def _index_labels(classes: Sequence[str], labels: Sequence[int | str], where: str) -> Mapping[int | str, int]:
+    """Map each label to its class index. Raises UserError for labels that no class has."""
     numbers = [label for label in labels if isinstance(label, int)]
     for label in (min(numbers, default=0), max(numbers, default=0)):
         if not 0 <= label < len(classes):
             raise UserError(
                 f"{where}: label {label} is out of range: there are {len(classes)} classes, and labels count from 0. "
-                f"Give {max(numbers) + 1} names in `classes`, or mend the labels."
+                f"Give {max(numbers) + 1} names in `classes`, or fix the labels."
             )
     index: dict[int | str, int] = {label: label for label in numbers}
     for position, name in enumerate(classes):
@@ -182,22 +179,18 @@ def _index(classes: Sequence[str], labels: Sequence[int | str], where: str) -> M
     unknown = sorted({label for label in labels if label not in index}, key=str)
     if unknown:
         raise UserError(
-            f"{where}: {len(unknown)} labels are none of the {len(classes)} classes, such as {unknown[0]!r}: add "
-            "them to `classes`, or mend the labels."
+            f"{where}: {len(unknown)} labels are not among the {len(classes)} classes, such as {unknown[0]!r}: add "
+            "them to `classes`, or fix the labels."
         )
     return index
 
 
-def _in_data(groups: str | Mapping[str, str] | None) -> bool:
-    return isinstance(groups, str) and groups.startswith("json:")
-
-
-def _note_group(group_of: dict[int | str, str], label: int | str, sample: RawSample, field: str, where: str) -> None:
-    group = json_field(sample.sidecars, field)
+def _record_group(group_of: dict[int | str, str], label: int | str, sample: RawSample, field: str, where: str) -> None:
+    group = read_json_field(sample.sidecars, field)
     if not isinstance(group, str):
-        raise UserError(f"{where}: {sample.key} has no group at {field}, but {group!r}: want the name of one.")
+        raise UserError(f"{where}: {sample.key} has no group at {field}, but {group!r}: want a group name.")
     if group_of.setdefault(label, group) != group:
         raise UserError(
-            f"{where}: class {label!r} has two groups, {group_of[label]!r} and (at {sample.key}) {group!r}: a class "
-            "belongs to one."
+            f"{where}: class {label!r} has two groups, {group_of[label]!r} and (at {sample.key}) {group!r}: each "
+            "class needs exactly one."
         )

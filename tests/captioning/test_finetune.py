@@ -16,18 +16,20 @@ import torch
 import yaml
 
 from reinforce.captioning.config import CaptionerConfig
-from reinforce.captioning.finetune import comparison, finetune
+from reinforce.captioning.finetune import build, count_truncated, finetune, format_comparison
 from reinforce.cli import main
 from reinforce.errors import UserError
 from reinforce.training.results import Results
+from teachers.device import Accelerator
 from tests.helpers.captioning import captioner_config, write_shards
+from tests.helpers.data import picture, write_tar
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tiny_coca import coca_model
 
 STEPS = 12
 
 
-def config_of(folder: Path, output: str = "out", **train: Any) -> CaptionerConfig:
+def make_config(folder: Path, output: str = "out", **train: Any) -> CaptionerConfig:
     base = captioner_config(folder).train.model_dump()
     return captioner_config(
         folder, output=f"{folder}/{output}", train={**base, "steps": STEPS, **train}, data=_data(folder)
@@ -38,7 +40,7 @@ def _data(folder: Path) -> dict[str, Any]:
     return {"source": f"{folder}/shards/*.tar", "threads": 1}
 
 
-def losses(folder: Path) -> dict[int, float]:
+def read_losses(folder: Path) -> dict[int, float]:
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
@@ -47,19 +49,19 @@ def losses(folder: Path) -> dict[int, float]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     folder = tmp_path_factory.mktemp("finetuned")
     write_shards(folder, 20, 20, captions=2)
-    return folder, finetune(config_of(folder))
+    return folder, finetune(make_config(folder))
 
 
-def test_what_was_held_out_is_told_better_afterwards(trained: tuple[Path, Results]) -> None:
+def test_fine_tuning_lowers_the_caption_loss_on_held_out_images(trained: tuple[Path, Results]) -> None:
     folder, results = trained
-    told = {line.split()[0]: line.split() for line in comparison(results).splitlines()}
-    before, after = float(told["caption_loss"][1]), float(told["caption_loss"][3])
+    lines = {line.split()[0]: line.split() for line in format_comparison(results).splitlines()}
+    before, after = float(lines["caption_loss"][1]), float(lines["caption_loss"][3])
     assert after < before - 1
     assert after == pytest.approx(results.metrics["caption_loss"], abs=1e-4)
     assert (folder / "out" / "curves.png").stat().st_size > 10_000
 
 
-def test_the_result_loads_in_open_clip(trained: tuple[Path, Results]) -> None:
+def test_the_fine_tuned_model_loads_in_open_clip(trained: tuple[Path, Results]) -> None:
     folder, _ = trained
     name = f"local-dir:{folder}/out/captioner"
     model, preprocess = open_clip.create_model_from_pretrained(name)
@@ -71,7 +73,7 @@ def test_the_result_loads_in_open_clip(trained: tuple[Path, Results]) -> None:
     assert sum(changed) / len(changed) > 0.9
 
 
-def test_the_result_captions_in_a_run(trained: tuple[Path, Results]) -> None:
+def test_the_fine_tuned_model_captions_in_a_run(trained: tuple[Path, Results]) -> None:
     folder, _ = trained
     dataset = reinforce_here(
         {
@@ -86,9 +88,9 @@ def test_the_result_captions_in_a_run(trained: tuple[Path, Results]) -> None:
     assert all(len(texts) == 2 for table in tables for texts in table["captions"].to_pylist())
 
 
-def test_a_killed_fine_tuning_goes_on_as_if_nothing_had_been(trained: tuple[Path, Results], tmp_path: Path) -> None:
+def test_a_killed_fine_tuning_resumes_with_identical_results(trained: tuple[Path, Results], tmp_path: Path) -> None:
     folder, _ = trained
-    config = config_of(folder, output="killed")
+    config = make_config(folder, output="killed")
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     job = Path(__file__).parents[2] / "jobs" / "finetune_captioner.py"
@@ -106,7 +108,7 @@ def test_a_killed_fine_tuning_goes_on_as_if_nothing_had_been(trained: tuple[Path
         process.wait()
     assert not (folder / "killed" / "results.json").exists()
     results = finetune(config)
-    assert losses(folder / "killed") == losses(folder / "out")
+    assert read_losses(folder / "killed") == read_losses(folder / "out")
     assert results.metrics == trained[1].metrics
     weights = [
         (folder / output / "captioner" / "open_clip_model.safetensors").read_bytes() for output in ("killed", "out")
@@ -114,35 +116,35 @@ def test_a_killed_fine_tuning_goes_on_as_if_nothing_had_been(trained: tuple[Path
     assert weights[0] == weights[1]
 
 
-def test_the_command_line_ends_with_before_and_after(
+def test_the_command_prints_metrics_before_and_after(
     trained: tuple[Path, Results], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = trained
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config_of(folder).model_dump(mode="json")))
+    path.write_text(yaml.safe_dump(make_config(folder).model_dump(mode="json")))
     with pytest.raises(SystemExit) as ended:
         main(["finetune-captioner", str(path)])
     assert ended.value.code == 0
-    told = capsys.readouterr().out
-    assert "before and after" in told
-    assert f"weights: {folder}/out/captioner" in told
+    output = capsys.readouterr().out
+    assert "before and after" in output
+    assert f"weights: {folder}/out/captioner" in output
 
 
-def test_another_course_is_refused(trained: tuple[Path, Results]) -> None:
+def test_a_checkpoint_of_another_config_is_refused(trained: tuple[Path, Results]) -> None:
     folder, _ = trained
-    config = config_of(folder)
+    config = make_config(folder)
     other = config.model_copy(update={"loss": config.loss.model_copy(update={"contrastive": 0.0})})
     with pytest.raises(UserError, match=r"loss\.contrastive: 1\.0 before, 0\.0 now"):
         finetune(other)
 
 
-def test_faults_are_told_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_errors_are_reported_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(tmp_path, 20)
     coca_model(tmp_path / "model")
 
     def fault(*overrides: str) -> str:
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(config_of(tmp_path).model_dump(mode="json")))
+        path.write_text(yaml.safe_dump(make_config(tmp_path).model_dump(mode="json")))
         with pytest.raises(SystemExit) as ended:
             main(["finetune-captioner", str(path), *(part for text in overrides for part in ("--set", text))])
         assert ended.value.code == 2
@@ -159,3 +161,23 @@ def test_faults_are_told_before_anything_runs(tmp_path: Path, capsys: pytest.Cap
     assert "exceeds the 77 tokens" in fault("evaluate.generate.max_length=90")
     assert "data.crop: want 0 < low" in fault("data.crop=[0.9, 1.1]") or "want 0 < low" in fault("data.crop=[0.9,1.1]")
     assert "images are held out" in fault("held_out.share=1.0e-9")
+
+
+def test_notes_describe_parameters_data_and_truncated_captions(tmp_path: Path) -> None:
+    members = [m for i in range(30) for m in _members(str(i), picture(i))]
+    members += [m for i in range(30, 33) for m in _members(str(i), picture(i), b"word " * (74 if i == 30 else 75))]
+    write_tar(tmp_path / "shards" / "0.tar", members)
+    task, _ = build(captioner_config(tmp_path), Accelerator("cpu"))
+    parameters, data, truncated = task.notes
+    assert "M parameters are trained (image " in parameters
+    assert "images with" in data
+    assert truncated == "2 of 33 captions are longer than the model's context and truncated"
+
+
+def test_a_caption_that_fills_the_context_is_not_truncated() -> None:
+    assert count_truncated(["word " * 74], "coca_ViT-B-32") == 0
+    assert count_truncated(["word " * 75, "fog", "x" * 80], "coca_ViT-B-32") == 1
+
+
+def _members(key: str, image: bytes, text: bytes = b"a caption") -> list[tuple[str, bytes]]:
+    return [(f"{key}.png", image), (f"{key}.txt", text)]

@@ -1,4 +1,4 @@
-"""``reinforce evaluate`` as it is typed."""
+"""The command ``reinforce evaluate``."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ import pytest
 import yaml
 
 from reinforce.cli import main
-from reinforce.evaluation import clip_benchmark
-from teachers.spec import ModelSpec
 from tests.helpers import tiny_models
-from tests.helpers.evaluation import colour_folder, colour_shard, plain, shard
+from tests.helpers.evaluation import solid_image, write_colour_folder, write_colour_shard, write_shard
 
-Told = Callable[..., tuple[int, str, str]]
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def evaluate(capfd: pytest.CaptureFixture[str]) -> Told:
+def evaluate(capfd: pytest.CaptureFixture[str]) -> Run:
     """Run the command -> (exit status, standard output, standard error)."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -37,29 +35,33 @@ def evaluate(capfd: pytest.CaptureFixture[str]) -> Told:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, one of them where a training leaves it, and sets."""
+    """Two models, one of them in the output of a training, and sets."""
     root = tmp_path_factory.mktemp("evaluate")
     tiny_models.open_clip_model(root / "plain")
     tiny_models.open_clip_model(root / "trained" / "student", image_size=24, seed=1)
-    colour_folder(root / "folder")
-    colour_shard(root / "colours.tar")
-    samples = [("a", plain("red"), {"txt": "red"}), ("b", b"bad", {"txt": "blue"}), ("c", plain("grey"), {"txt": "g"})]
-    shard(root / "holes.tar", samples)
+    write_colour_folder(root / "folder")
+    write_colour_shard(root / "colours.tar")
+    samples = [
+        ("a", solid_image("red"), {"txt": "red"}),
+        ("b", b"bad", {"txt": "blue"}),
+        ("c", solid_image("grey"), {"txt": "g"}),
+    ]
+    write_shard(root / "holes.tar", samples)
     return root
 
 
-def test_models_stand_side_by_side_with_what_was_refused(evaluate: Told, root: Path, tmp_path: Path) -> None:
+def test_models_are_compared_and_refused_images_listed(evaluate: Run, root: Path, tmp_path: Path) -> None:
     models = [f"local-dir:{root}/plain", f"{root}/trained", f"{root}/trained/student"]
     sets = ["--zero-shot", f"colours={root}/folder", "--templates", "none", "--retrieval", f"holes={root}/holes.tar"]
-    status, out, _ = evaluate(*models, *sets, "--json", f"{tmp_path}/out/found.json", "--batch", "4")
+    status, out, _ = evaluate(*models, *sets, "--json", f"{tmp_path}/out/report.json", "--batch", "4")
     assert status == 0
-    for told in ("zero_shot/colours/top1", "retrieval/holes/image_to_text/r10", "zero_shot/colours: 12 images"):
-        assert told in out
-    assert "retrieval/holes: 2 images; without 1 that were refused: b (image_format)" in out
-    found = json.loads((tmp_path / "out" / "found.json").read_text())["models"]
-    assert list(found) == models
-    one, other, same = (found[model] for model in models)
-    assert other == same, "the folder of a training is that of its student"
+    for part in ("zero_shot/colours/top1", "retrieval/holes/image_to_text/r10", "zero_shot/colours: 12 images"):
+        assert part in out
+    assert "retrieval/holes: 2 images; 1 refused: b (image_format)" in out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())["models"]
+    assert list(report) == models
+    one, other, same = (report[model] for model in models)
+    assert other == same, "the output of a training is its student"
     assert one["metrics"] != other["metrics"]
     assert one["sets"]["zero_shot/colours"] == {"images": 12, "refused": []}
     (refused,) = one["sets"]["retrieval/holes"]["refused"]
@@ -67,9 +69,7 @@ def test_models_stand_side_by_side_with_what_was_refused(evaluate: Told, root: P
     assert f"{100 * one['metrics']['zero_shot/colours/top1']:.2f}" in out
 
 
-def test_sets_of_a_trainings_config_and_of_the_command_line_are_joined(
-    evaluate: Told, root: Path, tmp_path: Path
-) -> None:
+def test_sets_of_the_config_and_the_command_line_are_merged(evaluate: Run, root: Path, tmp_path: Path) -> None:
     section: dict[str, Any] = {"zero_shot": {"a": {"images": f"{root}/folder"}, "b": {"images": "nowhere.tar"}}}
     config = tmp_path / "student.yaml"
     config.write_text(yaml.safe_dump({"output": "x", "student": {"model": "y"}, "evaluate": section}))
@@ -81,7 +81,7 @@ def test_sets_of_a_trainings_config_and_of_the_command_line_are_joined(
     assert "zero_shot/b/group" in out
 
 
-def test_a_model_in_an_object_store_is_judged_as_it_is_here(evaluate: Told, root: Path, tmp_path: Path) -> None:
+def test_a_remote_model_gives_the_metrics_of_a_local_one(evaluate: Run, root: Path, tmp_path: Path) -> None:
     fsspec.filesystem("memory").put(str(root / "trained"), "/run", recursive=True)
     models = [f"{root}/trained", "memory://run"]
     assert evaluate(*models, "--retrieval", f"x={root}/colours.tar", "--json", f"{tmp_path}/x.json")[0] == 0
@@ -102,7 +102,10 @@ FAULTS: dict[str, tuple[list[str], str]] = {
     "bad name of the set": (["{root}/plain", "--zero-shot", "a/b={root}/folder"], "'a/b' cannot name a set"),
     "missing folder": (["{root}/plain", "--zero-shot", "a={root}/none"], "shard_missing"),
     "unknown templates": (["{root}/plain", "--zero-shot", "a={root}/folder", "--templates", "x"], "use openai, simple"),
-    "options without a set": (["{root}/plain", "--templates", "x", "--retrieval", "a=b"], "of the sets of --zero-shot"),
+    "options without a set": (
+        ["{root}/plain", "--templates", "x", "--retrieval", "a=b"],
+        "apply to the sets of --zero",
+    ),
     "limit of nothing": (["{root}/plain", "--zero-shot", "a={root}/folder", "--limit", "0"], "greater than or equal"),
     "unknown device": (["{root}/plain", "--zero-shot", "a={root}/folder", "--device", "abc"], "use auto, cpu, cuda"),
     "unwritable JSON": (
@@ -113,20 +116,20 @@ FAULTS: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_one_message_with_the_mend(evaluate: Told, root: Path, fault: str) -> None:
-    arguments, told = FAULTS[fault]
+def test_a_user_error_is_one_message(evaluate: Run, root: Path, fault: str) -> None:
+    arguments, message = FAULTS[fault]
     status, out, err = evaluate(*(argument.format(root=root) for argument in arguments))
     assert status == 2
     assert err.startswith("error: ")
-    assert told in err
+    assert message in err
     assert "Traceback" not in out + err
 
 
 # --- clip_benchmark
 
 
-def test_the_command_is_told_where_clip_benchmark_is_not_installed(
-    evaluate: Told, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_clip_benchmark_commands_are_printed_where_it_is_not_installed(
+    evaluate: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     status, _, err = evaluate(f"{root}/plain", "--clip-benchmark", f"{tmp_path}/b")
@@ -137,19 +140,10 @@ def test_the_command_is_told_where_clip_benchmark_is_not_installed(
     assert not (tmp_path / "b").exists()
 
 
-def test_clip_benchmark_is_given_names_that_it_understands(tmp_path: Path) -> None:
-    arguments = clip_benchmark.arguments(ModelSpec(model="ViT-B-32", pretrained="openai"), tmp_path / "{a}", ["wds/x"])
-    named = dict(zip(arguments[2::2], arguments[3::2], strict=False))
-    assert named["--pretrained_model"] == "ViT-B-32,openai"
-    assert arguments[arguments.index("--output") + 1].format(dataset="x", task="y") == f"{tmp_path}/{{a}}/x_y.json"
-    with pytest.raises(Exception, match="splits names at commas"):
-        clip_benchmark.arguments(ModelSpec(model="local-dir:/a,b"), tmp_path)
-
-
-def test_what_clip_benchmark_finds_stands_beside_the_rest(
-    evaluate: Told, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_clip_benchmark_results_are_part_of_the_report(
+    evaluate: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A program of the same name writes what release 1.6.2 writes for a set of each kind."""
+    """A script replaces the program and writes the output of release 1.6.2 for a set of each kind."""
     program = tmp_path / "bin" / "clip_benchmark"
     program.parent.mkdir()
     program.write_text(
@@ -165,8 +159,8 @@ def test_what_clip_benchmark_finds_stands_beside_the_rest(
     status, out, _ = evaluate(*arguments)
     assert status == 0
     assert "clip_benchmark/vtab/pets/acc1" in out
-    (found,) = json.loads((tmp_path / "x.json").read_text())["models"].values()
-    assert found["metrics"] == {
+    (report,) = json.loads((tmp_path / "x.json").read_text())["models"].values()
+    assert report["metrics"] == {
         "clip_benchmark/flickr8k/image_retrieval_recall@5": 0.5,
         "clip_benchmark/vtab/pets/acc1": 0.25,
     }

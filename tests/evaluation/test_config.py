@@ -1,4 +1,4 @@
-"""Which metrics a config gives, and which one decides."""
+"""The metrics of a config, and the one that selects the best checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_metrics_are_named_by_kind_set_and_score() -> None:
     ]
 
 
-def test_the_first_metric_decides_unless_another_is_named() -> None:
+def test_the_first_metric_selects_unless_best_is_set() -> None:
     assert settings.parse(Evaluation, SETS).best_metric == "zero_shot/emoji/top1"
     retrieval = settings.parse(Evaluation, {"retrieval": SETS["retrieval"]})
     assert retrieval.best_metric == "retrieval/coco/text_to_image/r1"
@@ -41,7 +41,7 @@ def test_the_first_metric_decides_unless_another_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         ({**SETS, "best": "zero_shot/emojis/top1"}, "no set gives 'zero_shot/emojis/top1'; the metrics are: zero_shot"),
         ({**SETS, "best": "zero_shot/in1k/group"}, "no set gives 'zero_shot/in1k/group'"),
@@ -51,13 +51,13 @@ def test_the_first_metric_decides_unless_another_is_named() -> None:
         ({"retrieval": {"a": {"pairs": "x", "captions": []}}}, "retrieval.a.captions"),
     ],
 )
-def test_a_fault_is_told_before_anything_is_read(config: dict[str, Any], told: str) -> None:
+def test_faults_of_the_config_are_reported(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         settings.parse(Evaluation, config)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
-def test_the_section_of_a_trainings_config_is_read(tmp_path: Path) -> None:
+def test_the_section_of_a_training_config_is_read(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("output: x\nevaluate: {retrieval: {coco: {pairs: b.tar}}}\n")
     assert list(settings.load(Evaluation, path, section="evaluate").retrieval) == ["coco"]

@@ -1,4 +1,4 @@
-"""A small CoCa in training, and batches for it."""
+"""A tiny CoCa in training, and batches for it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from reinforce.captioning.config import CaptionerConfig
-from reinforce.captioning.feed import predicted
+from reinforce.captioning.config import CaptionerConfig, Loss
+from reinforce.captioning.feed import predicted_lengths
 from reinforce.captioning.model import CaptionerModel, build_captioner
+from reinforce.captioning.task import CaptioningTask
 from reinforce.settings import parse
+from reinforce.training.task import Batch
 from teachers.open_clip_tokens import Tokenizer
 from tests.helpers.data import picture, write_tar
 from tests.helpers.tiny_coca import END, IMAGE_SIZE, coca_model
@@ -20,7 +22,7 @@ TEXTS = ["a red apple on a table", "two dogs", "a small drawing of a cat with a 
 
 
 def captioner_config(folder: Path, **changes: Any) -> CaptionerConfig:
-    """A fine-tuning of a tiny CoCa on ``folder``/shards, in ``folder``/out; ``changes`` are sections."""
+    """Config to fine-tune a tiny CoCa on ``folder``/shards in ``folder``/out; ``changes`` replace sections."""
     model = folder / "model"
     if not (model / "open_clip_model.safetensors").exists():
         coca_model(model)
@@ -41,12 +43,12 @@ def captioner_config(folder: Path, **changes: Any) -> CaptionerConfig:
     return parse(CaptionerConfig, {**config, **changes})
 
 
-def captioner(folder: Path, **changes: Any) -> CaptionerModel:
+def make_captioner(folder: Path, **changes: Any) -> CaptionerModel:
     return build_captioner(captioner_config(folder, **changes))
 
 
-def batch_of(texts: list[str], seed: int = 0) -> dict[str, Any]:
-    """Noise with captions, as the feed gives them."""
+def make_batch(texts: list[str], seed: int = 0) -> dict[str, Any]:
+    """A batch of noise images with captions, in the feed's format."""
     tokens = Tokenizer("coca_ViT-B-32")(texts)
     noise = torch.randint(
         0, 256, (len(texts), IMAGE_SIZE, IMAGE_SIZE, 3), generator=torch.Generator().manual_seed(seed)
@@ -55,12 +57,12 @@ def batch_of(texts: list[str], seed: int = 0) -> dict[str, Any]:
         "key": [str(i) for i in range(len(texts))],
         "image": noise.to(torch.uint8),
         "caption": tokens,
-        "length": predicted(tokens, END),
+        "length": predicted_lengths(tokens, END),
     }
 
 
 def write_shards(folder: Path, *sizes: int, captions: int = 1) -> None:
-    """Shards of pictures with captions in a json list, and a text member."""
+    """Write shards of pictures with captions in a JSON list, and a text member."""
     for shard, size in enumerate(sizes):
         members = []
         for i in range(size):
@@ -72,3 +74,12 @@ def write_shards(folder: Path, *sizes: int, captions: int = 1) -> None:
                 (f"{key}.txt", f"text of {key}".encode()),
             ]
         write_tar(folder / "shards" / f"{shard:05d}.tar", members)
+
+
+def task_losses(model: CaptionerModel, batch: Batch, loss: Loss) -> dict[str, torch.Tensor]:
+    """Losses of a batch as the training loop computes them."""
+    return CaptioningTask(model, loss, evaluator=None).losses(model(batch), batch)  # type: ignore[arg-type]
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

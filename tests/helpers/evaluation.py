@@ -1,4 +1,4 @@
-"""Small evaluation sets whose right answers are known, and dual encoders that find or miss them."""
+"""Small evaluation sets with known answers, and dual encoders that solve or fail them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import torch
 from PIL import Image
 
+from reinforce import settings
+from reinforce.evaluation.config import Evaluation
+from reinforce.evaluation.encoding import Encoder
+from reinforce.evaluation.evaluator import Evaluator
+from teachers.device import Accelerator
+from teachers.open_clip import OpenClipTeacher, image_spec
 from teachers.protocols import ImageSpec
-from tests.helpers.data import write_tar
+from teachers.spec import TeacherSpec
+from tests.helpers import tiny_models
+from tests.helpers.data import picture, write_tar
 
+CPU = Accelerator("cpu")
 COLOURS = {
     "blue": (0, 0, 250),
     "green": (0, 250, 0),
@@ -25,30 +35,30 @@ COLOURS = {
 }
 
 
-def plain(colour: str, shade: int = 0) -> bytes:
-    """A picture of one colour; shades of it differ by little."""
+def solid_image(colour: str, shade: int = 0) -> bytes:
+    """A PNG of one colour; shades differ slightly."""
     red, green, blue = COLOURS[colour]
-    return encoded(np.full((20, 30, 3), (red, green, blue), np.uint8) + np.uint8(shade))
+    return encode_png(np.full((20, 30, 3), (red, green, blue), np.uint8) + np.uint8(shade))
 
 
-def encoded(pixels: np.ndarray) -> bytes:
+def encode_png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def colour_folder(root: Path, each: int = 2) -> str:
-    """A folder with a folder for each colour."""
+def write_colour_folder(root: Path, each: int = 2) -> str:
+    """Write a folder with one class folder per colour."""
     for colour in COLOURS:
         for shade in range(each):
             path = root / colour / f"{shade}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(plain(colour, shade))
+            path.write_bytes(solid_image(colour, shade))
     return str(root)
 
 
-def shard(path: Path, samples: Sequence[tuple[str, bytes, Mapping[str, Any]]]) -> str:
-    """(key, image, {extension: text or JSON}) as a tar."""
+def write_shard(path: Path, samples: Sequence[tuple[str, bytes, Mapping[str, Any]]]) -> str:
+    """Write samples of (key, image, {extension: text or JSON value}) as a tar."""
     members = []
     for key, image, sidecars in samples:
         members.append((f"{key}.png", image))
@@ -58,38 +68,72 @@ def shard(path: Path, samples: Sequence[tuple[str, bytes, Mapping[str, Any]]]) -
     return str(write_tar(path, members))
 
 
-def colour_shard(path: Path, each: int = 2) -> str:
-    """The images of ``colour_folder`` in its order, each with its class by index, by name and in words."""
+def write_colour_shard(path: Path, each: int = 2) -> str:
+    """Write the images of ``write_colour_folder`` in its order, each with its class index, class name and a caption."""
     samples = []
     for index, colour in enumerate(COLOURS):
         for shade in range(each):
             sidecar = {"class": colour, "group": "bright" if max(COLOURS[colour]) == 250 else "dull"}
             texts = {"cls": str(index), "txt": f"a photo of {colour} paint, {shade}", "json": sidecar}
-            samples.append((f"{index}{shade}", plain(colour, shade), texts))
-    return shard(path, samples)
+            samples.append((f"{index}{shade}", solid_image(colour, shade), texts))
+    return write_shard(path, samples)
 
 
-class Seer:
-    """Sees the mean colour and reads the names of colours: never wrong about plain pictures."""
+def write_models(root: Path) -> dict[str, str]:
+    """Write a tiny open_clip model for each way to resize -> open_clip names."""
+    squash = {"resize_mode": "squash", "mean": 0.5, "std": 0.5, "interpolation": "bilinear"}
+    return {
+        "shortest": tiny_models.open_clip_model(root / "shortest"),
+        "squash": tiny_models.open_clip_model(root / "squash", image_size=24, seed=1, preprocess=squash),
+    }
+
+
+def load_teacher(name: str, accelerator: Accelerator = CPU) -> OpenClipTeacher:
+    return OpenClipTeacher(TeacherSpec(model=name), accelerator)
+
+
+def load_spec(model: torch.nn.Module) -> ImageSpec:
+    """Preprocessing of an open_clip model."""
+    return image_spec(open_clip.get_model_preprocess_cfg(model))
+
+
+def make_photos() -> list[bytes]:
+    """Pictures of several shapes and formats."""
+    shapes = [(40, 30, "PNG"), (30, 40, "JPEG"), (24, 24, "PNG"), (90, 31, "JPEG"), (17, 50, "WEBP"), (33, 33, "JPEG")]
+    return [picture(seed, width, height, kind) for seed, (width, height, kind) in enumerate(shapes * 3)]
+
+
+def make_evaluator(**config: Any) -> Evaluator:
+    return Evaluator(settings.parse(Evaluation, {"threads": 2, "batch": 5, **config}))
+
+
+def evaluate_zero_shot(model: Encoder, images: str, **config: Any) -> dict[str, float]:
+    """Scores of one classification set."""
+    result = make_evaluator(zero_shot={"set": {"images": images, **config}}).evaluate(model, CPU)
+    return {name.rpartition("/")[2]: score for name, score in result.metrics.items()}
+
+
+class ColourOracle:
+    """Embeds images by mean colour and texts by colour name; always right about solid images."""
 
     image: ImageSpec | None = ImageSpec(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        seen = pixels.mean((2, 3))
+        means = pixels.mean((2, 3))
         colours = torch.tensor([*COLOURS.values()]) / 255
-        nearest = torch.cdist(seen, colours).argmin(1)
+        nearest = torch.cdist(means, colours).argmin(1)
         return torch.eye(len(COLOURS))[nearest]
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        return torch.stack([self._read(text) for text in texts])
+        return torch.stack([self._encode_text(text) for text in texts])
 
-    def _read(self, text: str) -> torch.Tensor:
-        found = [colour for colour in COLOURS if colour in text]
-        return torch.eye(len(COLOURS))[list(COLOURS).index(found[0])]
+    def _encode_text(self, text: str) -> torch.Tensor:
+        first = next(colour for colour in COLOURS if colour in text)
+        return torch.eye(len(COLOURS))[list(COLOURS).index(first)]
 
 
-class Blind(Seer):
-    """All images and texts are one to it."""
+class ConstantEncoder(ColourOracle):
+    """Returns the same embedding for every image and text."""
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         return torch.eye(4)[[0] * len(pixels)]
@@ -98,8 +142,8 @@ class Blind(Seer):
         return torch.eye(4)[[0] * len(texts)]
 
 
-class Diverged(Blind):
-    """What a training that went wrong leaves behind."""
+class NanEncoder(ConstantEncoder):
+    """Returns NaN for images, as a diverged model does."""
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         return super().encode_images(pixels) * torch.nan

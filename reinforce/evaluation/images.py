@@ -1,4 +1,4 @@
-"""The images of a set as uint8 batches: decoded ahead in threads, and kept if they fit."""
+"""The images of a set as uint8 batches: decoded ahead in threads, and cached if they fit into memory."""
 
 from __future__ import annotations
 
@@ -31,71 +31,73 @@ class Batch:
 
 
 @dataclass
-class Memory:
-    """Bytes that are left for keeping decoded images, over all sets."""
+class CacheBudget:
+    """Bytes that are still free for cached images; shared by all sets."""
 
     free: int
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Cached:
     geometry: tuple[object, ...]
     pixels: np.ndarray
     targets: list[Any]
     bytes: int
 
 
-class Pictures:
-    """The images of one set. ``refused`` holds those of the last whole pass that could not be decoded."""
+class ImageBatches:
+    """The images of one set. ``refused`` lists those that could not be decoded in the last complete pass."""
 
-    def __init__(self, examples: Examples, count: int, limits: Limits, memory: Memory) -> None:
+    def __init__(self, examples: Examples, count: int, limits: Limits, budget: CacheBudget) -> None:
         self.refused: list[Refusal] = []
         self._examples = examples
         self._count = count
         self._limits = limits
-        self._memory = memory
-        self._kept: _Kept | None = None
+        self._budget = budget
+        self._cached: _Cached | None = None
 
     def batches(self, spec: ImageSpec, size: int, threads: int) -> Iterator[Batch]:
-        """Batches of ``size`` (the last may be smaller) in the set's order, for a model that wants ``spec``.
+        """Yield batches of ``size`` (the last may be smaller) in the set's order, resized by ``spec``.
 
-        Once gone through to the end, they come from memory the next time, if they fit and the geometry is the same.
+        After one complete pass, batches come from the cache if they fit into the budget and the geometry is the same.
         """
         geometry = (spec.height, spec.width, spec.interpolation, spec.resize)
-        if self._kept is not None and self._kept.geometry == geometry:
-            kept = self._kept
-            for start in range(0, len(kept.targets), size):
-                yield Batch(kept.pixels[start : start + size], kept.targets[start : start + size])
+        if self._cached is not None and self._cached.geometry == geometry:
+            cached = self._cached
+            for start in range(0, len(cached.targets), size):
+                yield Batch(cached.pixels[start : start + size], cached.targets[start : start + size])
             return
-        self._forget()
-        yield from self._decoded(spec, size, threads, geometry)
+        self._clear_cache()
+        yield from self._decode_batches(spec, size, threads, geometry)
 
-    def _decoded(self, spec: ImageSpec, size: int, threads: int, geometry: tuple[object, ...]) -> Iterator[Batch]:
+    def _decode_batches(
+        self, spec: ImageSpec, size: int, threads: int, geometry: tuple[object, ...]
+    ) -> Iterator[Batch]:
         needed = self._count * spec.height * spec.width * 3
-        keeps = needed <= self._memory.free
-        whole = np.empty((self._count if keeps else 0, spec.height, spec.width, 3), np.uint8)
+        caches = needed <= self._budget.free
+        cache = np.empty((self._count if caches else 0, spec.height, spec.width, 3), np.uint8)
         targets: list[Any] = []
         refused: list[Refusal] = []
 
-        def good(pool: ThreadPoolExecutor) -> Generator[tuple[np.ndarray, Any], None, None]:
+        def decoded(pool: ThreadPoolExecutor) -> Generator[tuple[np.ndarray, Any], None, None]:
             for item in prefetch(pool, lambda item: self._decode(item, spec), self._examples(), 2 * size + threads):
                 if isinstance(item, Refusal):
                     refused.append(item)
                 else:
                     yield item
 
-        # whoever stops early does not wait for what was to be decoded ahead
-        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool, closing(good(pool)) as items:
+        # closing() cancels pending decodes when the consumer stops early
+        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool, closing(decoded(pool)) as items:
             while taken := list(itertools.islice(items, size)):
                 batch = Batch(np.stack([pixels for pixels, _ in taken]), [target for _, target in taken])
-                if keeps:
-                    whole[len(targets) : len(targets) + len(taken)] = batch.pixels
+                if caches:
+                    cache[len(targets) : len(targets) + len(taken)] = batch.pixels
                     targets += batch.targets
                 yield batch
         self.refused = refused
-        if keeps:
-            self._memory.free -= needed
-            self._kept = _Kept(geometry, whole[: len(targets)], targets, needed)
+        if caches:
+            self._budget.free -= needed
+            self._cached = _Cached(geometry, cache[: len(targets)], targets, needed)
 
     def _decode(self, item: Example | Refusal, spec: ImageSpec) -> tuple[np.ndarray, Any] | Refusal:
         if isinstance(item, Refusal):
@@ -108,7 +110,7 @@ class Pictures:
         except ImageRefused as refused:
             return Refusal(item.key, refused.reason, refused.detail)
 
-    def _forget(self) -> None:
-        if self._kept is not None:
-            self._memory.free += self._kept.bytes
-            self._kept = None
+    def _clear_cache(self) -> None:
+        if self._cached is not None:
+            self._budget.free += self._cached.bytes
+            self._cached = None

@@ -1,0 +1,169 @@
+"""Evaluation of a captioner on held-out images."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import open_clip
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+from reinforce.captioning.config import CaptionerConfig
+from reinforce.captioning.feed import Tokenize, predicted_lengths
+from reinforce.captioning.images import read_images
+from reinforce.captioning.metrics import bleu, cider
+from reinforce.captioning.model import CaptionerModel
+from reinforce.captioning.pairs import Pairs
+from reinforce.errors import UserError
+from reinforce.evaluation.images import CacheBudget, ImageBatches
+from reinforce.evaluation.ranking import compute_recalls
+from reinforce.evaluation.reading import Example
+from teachers.coca import CocaCaptioner
+from teachers.device import Accelerator
+from teachers.export import write_open_clip
+from teachers.pixels import to_pixels
+from teachers.protocols import ImageSpec
+
+#: Bytes of decoded held-out images that are kept between evaluations.
+_CACHE_BYTES = 2 * 2**30
+_LOGGED_CAPTIONS = 5
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Totals:
+    """Sums and embeddings collected in one pass over the held-out images."""
+
+    nll: float = 0.0
+    hits: int = 0
+    tokens: int = 0
+    contrastive: list[tuple[float, int]] = field(default_factory=list)  # loss and image count of each batch
+    images: list[torch.Tensor] = field(default_factory=list)
+    texts: list[torch.Tensor] = field(default_factory=list)
+    text_owners: list[int] = field(default_factory=list)  # image index of each text
+    count: int = 0
+
+
+class CaptionerEvaluator:
+    """Computes metrics of a model on held-out images.
+
+    - ``caption_loss``: cross-entropy in nats per token, over all captions of all images, unweighted;
+      ``token_accuracy``: share of tokens for which the true next token is the likeliest.
+    - ``contrastive_loss``: CLIP's, over batches of ``evaluate.batch`` images with the first caption of each; chance is
+      ``log batch``. Images after the last full batch are not included.
+    - ``retrieval/text_to_image/r1`` etc.: among all of these images and captions, by CoCa's image and text towers.
+    - ``cider`` and ``bleu``: of captions generated as in a run, see ``reinforce.captioning.metrics``.
+    """
+
+    def __init__(self, pairs: Pairs, config: CaptionerConfig, tokenize: Tokenize, end: int) -> None:
+        self._pairs = pairs
+        self._config = config.evaluate
+        self._precision = config.train.compute.precision
+        self._tokenize = tokenize
+        self._end = end
+        self._threads = config.data.threads
+        self._images = ImageBatches(self._examples, len(pairs), config.data.limits, CacheBudget(_CACHE_BYTES))
+
+    def evaluate(self, model: CaptionerModel) -> dict[str, float]:
+        """Return metrics of a model in eval mode, on its device. Raises UserError if no image can be decoded."""
+        accelerator = Accelerator(str(next(model.parameters()).device), self._precision)
+        totals = _Totals()
+        with accelerator.forward():
+            for images, rows in self._batches(model.image, accelerator, len(self._pairs)):
+                self._add_batch(model, images, rows, totals)
+        if not totals.count:
+            refused = self._images.refused[0]
+            raise UserError(
+                f"held_out: no image can be decoded, the first: {refused.key}: {refused.detail}. Check the shards."
+            )
+        full = [batch for batch in totals.contrastive if batch[1] == self._config.batch] or totals.contrastive
+        metrics = {
+            "caption_loss": totals.nll / totals.tokens,
+            "token_accuracy": totals.hits / totals.tokens,
+            "contrastive_loss": sum(loss for loss, _ in full) / len(full),
+        }
+        pairs = np.array([totals.text_owners, np.arange(len(totals.text_owners))], np.int64)
+        recalls = compute_recalls(torch.cat(totals.images), torch.cat(totals.texts), pairs, accelerator)
+        metrics |= {f"retrieval/{name}": value for name, value in recalls.items()}
+        if self._config.captioned != 0:
+            metrics |= self._score_captions(model, accelerator)
+        return metrics
+
+    def _add_batch(self, model: CaptionerModel, images: torch.Tensor, rows: Sequence[int], totals: _Totals) -> None:
+        captions = [self._pairs.captions(row) for row in rows]
+        vectors, image_tokens = model.coca._encode_image(images, normalize=False)
+        owners = [index for index, texts in enumerate(captions) for _ in texts]
+        flat = [text for texts in captions for text in texts]
+        features = []
+        for start in range(0, len(flat), self._config.batch):
+            part = slice(start, start + self._config.batch)
+            tokens = self._tokenize(flat[part])
+            lengths = predicted_lengths(tokens, self._end)
+            tokens = tokens.to(images.device)
+            latents, text_tokens = model.coca._encode_text(tokens, normalize=False)
+            predictions = model.predict(image_tokens[owners[part]], text_tokens, tokens, lengths)
+            features.append(normalize(latents.float(), dim=-1))
+            totals.nll += float(predictions.nll().double().sum())
+            totals.hits += int(predictions.hits().sum())
+            totals.tokens += sum(lengths)
+        image_features, text_features = normalize(vectors.float(), dim=-1), torch.cat(features)
+        firsts = np.cumsum([0, *(len(texts) for texts in captions)])[:-1].tolist()
+        loss = _contrastive_loss(image_features, text_features[firsts], model.coca.logit_scale.exp())
+        totals.contrastive.append((loss, len(rows)))
+        totals.images.append(image_features.cpu())
+        totals.texts.append(text_features.cpu())
+        totals.text_owners += [totals.count + owner for owner in owners]
+        totals.count += len(rows)
+
+    def _score_captions(self, model: CaptionerModel, accelerator: Accelerator) -> dict[str, float]:
+        captions = self.generate_captions(model, accelerator)
+        for row, text in list(captions.items())[:_LOGGED_CAPTIONS]:
+            _log.info("held out: %s: %s", self._pairs.key(row), text)
+        texts, references = list(captions.values()), [self._pairs.captions(row) for row in captions]
+        return {"cider": cider(texts, references), "bleu": bleu(texts, references)}
+
+    def generate_captions(self, model: CaptionerModel, accelerator: Accelerator) -> dict[int, str]:
+        """Return one caption per held-out image by row, generated by a run's captioner from exported weights."""
+        with tempfile.TemporaryDirectory(prefix="reinforce-captioner-") as folder:
+            write_open_clip(model.coca, model.config, open_clip.get_tokenizer(model.name), folder)
+            captioner = CocaCaptioner(self._config.generate.captioner(f"local-dir:{folder}"), accelerator)
+        captions: dict[int, str] = {}
+        limit = self._config.captioned or len(self._pairs)
+        for images, rows in self._batches(captioner.image, accelerator, limit):
+            texts = captioner.caption(images, np.zeros((len(rows), 1), np.uint64))  # no strategy here samples
+            captions |= {row: text[0] if text else "" for row, text in zip(rows, texts, strict=True)}
+        return captions
+
+    def _batches(
+        self, spec: ImageSpec, accelerator: Accelerator, limit: int
+    ) -> Iterator[tuple[torch.Tensor, list[int]]]:
+        """Yield pixels and rows of the first ``limit`` images that can be decoded."""
+        for batch in self._images.batches(spec, self._config.batch, self._threads):
+            rows = batch.targets[:limit]
+            yield to_pixels(accelerator.put(batch.pixels[: len(rows)]), spec), rows
+            limit -= len(rows)
+            if not limit:
+                return
+
+    def _examples(self) -> Iterator[Example]:
+        for row in range(len(self._pairs)):
+            yield Example(self._pairs.key(row), partial(_read_image, self._pairs, row), row)
+
+
+def _contrastive_loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> float:
+    """CLIP's loss of one batch on this rank; the task's loss would wait for the other ranks."""
+    with torch.autocast(images.device.type, enabled=False):
+        logits = scale * images @ texts.T
+    labels = torch.arange(len(images), device=images.device)
+    return float(cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+
+
+def _read_image(pairs: Pairs, row: int) -> bytes:
+    [data] = read_images([pairs.location(row)])
+    return data

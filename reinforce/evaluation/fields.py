@@ -1,0 +1,61 @@
+"""Labels and captions of a sample, read from its sidecars at a member's extension or at ``json:FIELD``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reinforce.config import Limits
+from reinforce.source.text import caption_of, metadata_of
+
+_JSON, _LINES = "json:", "lines:"
+
+
+def is_json_field(value: object) -> bool:
+    """Whether a config value has the form ``json:FIELD``."""
+    return isinstance(value, str) and value.startswith(_JSON)
+
+
+def read_label(sidecars: Mapping[str, bytes], field: str) -> int | str | None:
+    """Return a class index or class name; None where there is none.
+
+    A member that holds an integer is an index, even if a class has that name. In JSON the type decides.
+    """
+    if is_json_field(field):
+        value = read_json_field(sidecars, field)
+        return value if isinstance(value, (int, str)) and not isinstance(value, bool) else None
+    text = sidecars.get(field, b"").decode("utf-8-sig", "replace").strip()
+    try:
+        return int(text)
+    except ValueError:
+        return text or None
+
+
+def read_captions(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Limits) -> tuple[str, ...]:
+    """Return the distinct captions at the first field that has any, cleaned by the caption policy.
+
+    ``lines:EXTENSION`` holds one caption per line.
+    """
+    for field in fields:
+        texts: list[bytes] = []
+        if field.startswith(_LINES):
+            texts = sidecars.get(field.removeprefix(_LINES), b"").splitlines()
+        elif is_json_field(field):
+            value = read_json_field(sidecars, field)
+            values = value if isinstance(value, list) else [value]
+            texts = [text.encode("utf-8", "replace") for text in values if isinstance(text, str)]
+        elif field in sidecars:
+            texts = [sidecars[field]]
+        cleaned = (caption_of({"txt": text}, ["txt"], limits) for text in texts)
+        captions = tuple(dict.fromkeys(caption for caption in cleaned if caption))
+        if captions:
+            return captions
+    return ()
+
+
+def read_json_field(sidecars: Mapping[str, bytes], field: str) -> Any:
+    """Return the value at ``json:FIELD``; None where there is none."""
+    name = field.removeprefix(_JSON)
+    metadata = metadata_of(sidecars, [name])
+    return None if metadata is None else json.loads(metadata)[name]

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from reinforce.captioning.evaluator import CaptionerEvaluator
+from reinforce.captioning.metrics import bleu, cider
+from reinforce.captioning.model import CaptionerModel
+from reinforce.captioning.pairs import Pairs, load_pairs
+from reinforce.config import Limits
+from reinforce.errors import UserError
+from reinforce.source.image import decode
+from teachers.coca import CocaCaptioner
+from teachers.device import Accelerator
+from teachers.open_clip_tokens import Tokenizer
+from teachers.pixels import fit, to_pixels
+from tests.helpers.captioning import captioner_config, make_captioner, write_shards
+from tests.helpers.data import picture, write_tar
+from tests.helpers.tiny_coca import END
+
+
+def make_evaluator(folder: Path, **changes: object) -> tuple[CaptionerEvaluator, Pairs, CaptionerModel]:
+    config = captioner_config(folder, **changes)
+    pairs = load_pairs(config).held_out()
+    return CaptionerEvaluator(pairs, config, Tokenizer("coca_ViT-B-32"), END), pairs, make_captioner(folder).eval()
+
+
+def load_pixels(pairs: Pairs, model: CaptionerModel) -> torch.Tensor:
+    keys = pairs.table["key"].to_pylist()
+    images = [fit(decode(picture(int(key[:3]) * 1000 + int(key[3:])), Limits()), model.image) for key in keys]
+    return to_pixels(torch.from_numpy(np.stack(images)), model.image)
+
+
+def test_losses_equal_those_of_open_clips_forward_pass(tmp_path: Path) -> None:
+    write_shards(tmp_path, 30, captions=2)
+    evaluator, pairs, model = make_evaluator(tmp_path, evaluate={"batch": 4, "captioned": 0})
+    metrics = evaluator.evaluate(model)
+    pixels, count = load_pixels(pairs, model), len(pairs)
+    assert count > 4
+    nll: list[float] = []
+    hits: list[bool] = []
+    contrastive: list[float] = []
+    with torch.inference_mode():
+        for number in range(2):
+            texts = Tokenizer("coca_ViT-B-32")([pairs.captions(row)[number] for row in range(count)])
+            outputs = model.coca(pixels, texts)
+            for row in range(count):
+                end = texts[row].tolist().index(END)
+                losses = cross_entropy(outputs["logits"][row, :end], texts[row, 1 : end + 1], reduction="none")
+                nll += losses.tolist()
+                hits += (outputs["logits"][row, :end].argmax(-1) == texts[row, 1 : end + 1]).tolist()
+            if number == 0:
+                loss = open_clip.loss.ClipLoss()
+                for start in range(0, count - 3, 4):
+                    part = slice(start, start + 4)
+                    features = outputs["image_features"][part], outputs["text_features"][part]
+                    contrastive.append(float(loss(*features, outputs["logit_scale"])))
+    assert metrics["caption_loss"] == pytest.approx(np.mean(nll), rel=1e-4)
+    assert metrics["token_accuracy"] == pytest.approx(np.mean(hits))
+    assert metrics["contrastive_loss"] == pytest.approx(np.mean(contrastive), rel=1e-4)
+    assert "cider" not in metrics
+
+
+def test_retrieval_uses_the_image_and_text_towers(tmp_path: Path) -> None:
+    write_shards(tmp_path, 40)
+    evaluator, pairs, model = make_evaluator(tmp_path, evaluate={"batch": 4, "captioned": 0})
+    metrics = evaluator.evaluate(model)
+    texts = Tokenizer("coca_ViT-B-32")([pairs.captions(row)[0] for row in range(len(pairs))])
+    with torch.inference_mode():
+        scores = model.coca.encode_image(load_pixels(pairs, model)) @ model.coca.encode_text(texts).T
+    for way, matrix in {"image_to_text": scores, "text_to_image": scores.T}.items():
+        order = matrix.argsort(dim=1, descending=True)
+        for k in (1, 5, 10):
+            recall = np.mean([row in order[row, :k] for row in range(len(pairs))])
+            assert metrics[f"retrieval/{way}/r{k}"] == pytest.approx(recall)
+    assert 0 < metrics["retrieval/image_to_text/r10"] < 1
+
+
+def test_captions_equal_those_of_a_run(tmp_path: Path) -> None:
+    write_shards(tmp_path, 30, captions=2)
+    evaluator, pairs, model = make_evaluator(tmp_path)
+    metrics = evaluator.evaluate(model)
+    spec = captioner_config(tmp_path).evaluate.generate.captioner(f"local-dir:{tmp_path}/model")
+    captions = CocaCaptioner(spec, Accelerator("cpu")).caption(
+        load_pixels(pairs, model)[:3], np.zeros((3, 1), np.uint64)
+    )
+    texts = [text[0] for text in captions if text is not None]
+    assert evaluator.generate_captions(model, Accelerator("cpu")) == dict(enumerate(texts))
+    references = [pairs.captions(row) for row in range(3)]
+    assert metrics["cider"] == pytest.approx(cider(texts, references))
+    assert metrics["bleu"] == pytest.approx(bleu(texts, references))
+
+
+def test_evaluation_does_not_change_the_model(tmp_path: Path) -> None:
+    write_shards(tmp_path, 30)
+    evaluator, _, model = make_evaluator(tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = evaluator.evaluate(model)
+    assert evaluator.evaluate(model) == first
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_broken_held_out_images_are_left_out(tmp_path: Path) -> None:
+    write_shards(tmp_path, 30)
+    broken = {f"9{i}": picture(i)[:90] for i in range(3)}
+    write_tar(tmp_path / "held_out" / "0.tar", [m for key in broken for m in _members(key, broken[key])])
+    evaluator, _, model = make_evaluator(tmp_path, held_out={"source": f"{tmp_path}/held_out/0.tar"})
+    with pytest.raises(UserError, match="held_out: no image can be decoded, the first: 90: "):
+        evaluator.evaluate(model)
+    good = {f"8{i}": picture(i) for i in range(5)}
+    write_tar(tmp_path / "held_out" / "1.tar", [m for key in good for m in _members(key, good[key])])
+    evaluator, _, model = make_evaluator(tmp_path, held_out={"source": f"{tmp_path}/held_out/*.tar"})
+    mixed = evaluator.evaluate(model)
+    evaluator, _, model = make_evaluator(tmp_path, held_out={"source": f"{tmp_path}/held_out/1.tar"})
+    alone = evaluator.evaluate(model)
+    assert mixed["caption_loss"] == pytest.approx(alone["caption_loss"])
+    assert mixed["retrieval/image_to_text/r1"] == alone["retrieval/image_to_text/r1"]
+
+
+def _members(key: str, image: bytes, text: bytes = b"a caption") -> list[tuple[str, bytes]]:
+    return [(f"{key}.png", image), (f"{key}.txt", text)]

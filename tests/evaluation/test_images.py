@@ -1,0 +1,148 @@
+"""Batches of decoded images, and their cache."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from reinforce.config import Limits
+from reinforce.evaluation import images
+from reinforce.evaluation.images import CacheBudget, ImageBatches
+from reinforce.evaluation.reading import Example
+from reinforce.source.shards import Refusal
+from schemas import Reason
+from teachers.pixels import to_pixels
+from teachers.protocols import ImageSpec
+from tests.helpers.evaluation import (
+    COLOURS,
+    CPU,
+    ColourOracle,
+    load_teacher,
+    make_evaluator,
+    make_photos,
+    solid_image,
+    write_colour_folder,
+    write_colour_shard,
+    write_models,
+)
+
+SPEC = ImageSpec(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_colour_folder(tmp_path_factory.mktemp("colours"))
+
+
+@pytest.mark.parametrize("kind", ["shortest", "squash"])
+def test_pixels_equal_those_of_open_clips_validation_transform(tmp_path: Path, kind: str) -> None:
+    name, photos = write_models(tmp_path)[kind], make_photos()
+    _, _, transform = open_clip.create_model_and_transforms(name)
+    spec = load_teacher(name).image
+    assert spec is not None
+    examples = [Example(str(i), lambda data=data: data, i) for i, data in enumerate(photos)]
+    batches = ImageBatches(lambda: iter(examples), len(photos), Limits(), CacheBudget(0)).batches(spec, 4, 2)
+    pixels = torch.cat([to_pixels(CPU.put(batch.pixels), spec) for batch in batches])
+    assert torch.equal(pixels, torch.stack([transform(Image.open(io.BytesIO(data))) for data in photos]))
+
+
+def test_refused_images_are_listed_and_left_out() -> None:
+    examples = [
+        Example("a", lambda: solid_image("red"), 0),
+        Refusal("b", Reason.NO_TEXT, "no caption"),
+        Example("c", lambda: b"no image", 1),
+        Example("d", lambda: solid_image("blue") + bytes(9000), 2),
+        Example("e", lambda: solid_image("grey"), 3),
+    ]
+    batches = ImageBatches(lambda: iter(examples), len(examples), Limits(image_bytes=9000), CacheBudget(10**6))
+    for _ in range(2):  # decoded, then cached
+        [batch] = batches.batches(SPEC, 5, 2)
+        assert batch.targets == [0, 3]
+        assert batch.pixels[:, 0, 0].tolist() == [list(COLOURS["red"]), list(COLOURS["grey"])]
+        assert [(r.key, r.reason.value) for r in batches.refused] == [
+            ("b", "no_text"), ("c", "image_format"), ("d", "image_bytes"),
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("free", [0, 10**6])
+def test_batches_keep_the_order_and_only_the_last_is_smaller(free: int) -> None:
+    def examples() -> Iterator[Example]:
+        for index, colour in enumerate(COLOURS):
+            yield Example(colour, lambda colour=colour: solid_image(colour), index)
+
+    budget = CacheBudget(free)
+    batches = ImageBatches(examples, len(COLOURS), Limits(), budget)
+    first = list(batches.batches(SPEC, 4, 3))
+    assert [batch.targets for batch in first] == [[0, 1, 2, 3], [4, 5]]
+    again = list(batches.batches(SPEC, 3, 3))
+    assert [batch.targets for batch in again] == [[0, 1, 2], [3, 4, 5]]
+    assert np.array_equal(*(np.concatenate([batch.pixels for batch in run]) for run in (first, again)))
+    assert budget.free == (free - len(COLOURS) * 8 * 8 * 3 if free else 0)
+
+
+class DecodeCounter:
+    """Counts decoded images."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        decode = images.decode
+
+        def counted(data: bytes, limits: Limits) -> Image.Image:
+            self.count += 1
+            return decode(data, limits)
+
+        monkeypatch.setattr(images, "decode", counted)
+
+    def during(self, act: Callable[[], Any]) -> int:
+        before = self.count
+        act()
+        return self.count - before
+
+
+def test_sets_that_fit_are_decoded_once(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decodes = DecodeCounter(monkeypatch)
+    url = write_colour_shard(tmp_path / "a.tar", each=3)
+    sets = {"zero_shot": {"a": {"images": folder}, "b": {"images": url, "label": "json:class"}}}
+    small = 12 * 8 * 8 * 3
+    expected: list[dict[str, float]] = []
+    for memory, decoded in ((small + 18 * 8 * 8 * 3, 0), (small, 18), (small - 1, 30), (0, 30)):
+        evaluator = make_evaluator(**sets, memory=memory)
+        expected.append(evaluator.evaluate(ColourOracle(), CPU).metrics)
+        again = functools.partial(evaluator.evaluate, ColourOracle(), CPU)
+        assert decodes.during(lambda again=again: expected.append(again().metrics)) == decoded
+    assert all(metrics == expected[0] for metrics in expected)
+
+
+def test_an_interrupted_pass_is_not_cached(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(ColourOracle):
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+    decodes = DecodeCounter(monkeypatch)
+    evaluator = make_evaluator(zero_shot={"a": {"images": folder}})
+    with pytest.raises(KeyboardInterrupt):
+        evaluator.evaluate(Interrupted(), CPU)
+    assert decodes.during(lambda: evaluator.evaluate(ColourOracle(), CPU)) == 12
+    assert evaluator.evaluate(ColourOracle(), CPU).metrics["zero_shot/a/top1"] == 1
+
+
+def test_another_geometry_replaces_the_cache(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Larger(ColourOracle):
+        image = ImageSpec(12, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+    class Normalised(ColourOracle):
+        image = ImageSpec(8, (0.1, 0.1, 0.1), (1.0, 1.0, 1.0))
+
+    decodes = DecodeCounter(monkeypatch)
+    evaluator = make_evaluator(zero_shot={"a": {"images": folder}}, memory=12 * 12 * 12 * 3)
+    for model, count in ((ColourOracle(), 12), (Normalised(), 0), (Larger(), 12), (Larger(), 0), (ColourOracle(), 12)):
+        assert decodes.during(lambda model=model: evaluator.evaluate(model, CPU)) == count
