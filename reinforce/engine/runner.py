@@ -37,7 +37,7 @@ def run(
     try:
         return _run(config, address, retry_quarantined)
     except StorageError as error:
-        raise UserError(redact(f"{error} What is finished is kept: run again to go on.")) from None
+        raise UserError(redact(f"{error} Finished shards are kept. Run the same command again to resume.")) from None
     except UserError as error:
         raise UserError(redact(str(error))) from None
 

@@ -91,7 +91,7 @@ def test_a_run_whose_driver_was_killed_or_stopped_resumes(
         output = process.communicate(timeout=240)[0]
     if sent != signal.SIGKILL:
         assert process.returncode == 130, output
-        assert "run again to go on" in output
+        assert "Run the same command again to resume" in output
         assert "Traceback" not in output
     there, whole = tree(out), tree(undisturbed)
     assert 2 <= finished(out) < SHARDS

@@ -135,7 +135,7 @@ def test_an_output_that_refuses_files_is_one_clear_error(
         reinforce.run(config("refused", failures={"attempts": 2}))
     message = str(raised.value)
     assert "cannot be written: PermissionError: not for you; check the storage" in message
-    assert message.endswith("What is finished is kept: run again to go on.")
+    assert message.endswith("Finished shards are kept. Run the same command again to resume.")
     assert 3 <= len(tried) <= 2 * SHARDS + 1
     assert events(s3, "refused", "worker_replaced") == [], "a storage error is not the worker's fault"
     assert [name for name in layers(s3, "refused") if name != "dataset.json"] == []
