@@ -1,0 +1,34 @@
+"""Requests to stop the driver. Runs, failures and summaries are tested in tests/integration."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from reinforce.engine.driver import _stop_requests
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_sets_the_stop_event_and_raises_nothing(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with _stop_requests() as stop:
+        assert not stop.is_set()
+        signal.raise_signal(number)
+        assert stop.is_set()
+    assert signal.getsignal(number) is before
+
+
+def test_a_run_in_another_thread_leaves_signal_handlers_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def run() -> None:
+        with _stop_requests():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(10)
+    assert seen == [before]

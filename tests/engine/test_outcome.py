@@ -1,0 +1,24 @@
+"""Errors that travel from a worker to the driver."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from reinforce.engine.outcome import LayerFailure, ShardFailure, raising_layer_failure
+
+
+def test_failures_survive_pickling() -> None:
+    layer = pickle.loads(pickle.dumps(LayerFailure("captions/c", "odd")))
+    assert (layer.layer, str(layer)) == ("captions/c", "captions/c: odd")
+    for worker_at_fault in (True, False):
+        shard = pickle.loads(pickle.dumps(ShardFailure("odd", worker_at_fault)))
+        assert (str(shard), shard.worker_at_fault) == ("odd", worker_at_fault)
+
+
+def test_an_error_of_a_model_names_its_layer() -> None:
+    with pytest.raises(LayerFailure) as raised, raising_layer_failure("captions/c"):
+        raise ValueError("odd")
+    assert str(raised.value) == "captions/c: ValueError: odd"
+    assert isinstance(raised.value.__cause__, ValueError)

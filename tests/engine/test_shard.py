@@ -1,0 +1,82 @@
+"""One shard through its layers, in this process."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from reinforce.config import parse_config
+from reinforce.dataset.store import Store
+from reinforce.engine.models import load_models
+from reinforce.engine.outcome import LayerFailure, ShardResult
+from reinforce.engine.plan import make_plan
+from reinforce.engine.shard import process_shard
+from tests.helpers.data import config_of, members_of, tree, write_tar
+
+
+def process(config: dict[str, Any], group_rows: int = 4) -> ShardResult:
+    parsed = parse_config(config)
+    plan = make_plan(parsed)
+    [shard] = plan.pending
+    models = load_models(parsed, [plan.layers[name] for name in shard.layers])
+    with ThreadPoolExecutor(2) as pool:
+        return process_shard(shard, parsed, plan.layers, Store(parsed.output), models, pool, group_rows)
+
+
+def shard_config(folder: Path, members: list[tuple[str, bytes]], **changes: Any) -> dict[str, Any]:
+    write_tar(folder / "source" / "0.tar", members)
+    return config_of(f"{folder}/source/0.tar", folder / "out", **changes)
+
+
+def test_a_result_lists_the_committed_layers_their_bytes_and_what_was_refused(tmp_path: Path) -> None:
+    members = [member for member in members_of(0, 9) if member[0] != "00000002.txt"]
+    members[3] = (members[3][0], members[3][1][:200])
+    result = process(shard_config(tmp_path, members))
+    files = {name: data for name, data in tree(tmp_path / "out").items() if not name.startswith("quarantine")}
+    assert {name.rpartition("/")[0] for name in files} == set(result.layers)
+    assert (result.samples, result.bytes, result.given_up) == (8, sum(map(len, files.values())), None)
+    assert result.refused == {"image_broken": 1, "no_text": 2}, "one caption is missing for both teachers"
+    assert 0 < result.busy < result.seconds
+    for name in files:
+        metadata = pq.read_metadata(tmp_path / "out" / name)
+        assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [4, 4]
+
+
+def test_a_shard_that_is_refused_as_a_whole_commits_nothing_but_its_quarantine(tmp_path: Path) -> None:
+    config = shard_config(tmp_path, members_of(0, 3))
+    (tmp_path / "source" / "0.tar").write_text("not a tar\n" * 100)
+    result = process(config)
+    assert (result.layers, result.samples, result.given_up) == ((), 0, "shard_unreadable")
+    [file] = tree(tmp_path / "out")
+    assert file.startswith("quarantine/samples/")
+
+
+def test_a_model_that_raises_commits_nothing(tmp_path: Path) -> None:
+    config = shard_config(tmp_path, members_of(0, 3))
+    options = {"trigger": "thing 1 ", "failure": "raise"}
+    config["teachers"]["ill"] = {"class": "tests.helpers.models:FailingTeacher", "options": options}
+    with pytest.raises(LayerFailure, match=r"embeddings/ill/caption: RuntimeError: cannot encode thing 1"):
+        process(config)
+    assert tree(tmp_path / "out") == {}
+
+
+def test_captions_of_another_order_are_not_encoded(tmp_path: Path) -> None:
+    config = shard_config(tmp_path, members_of(0, 3))
+    first = {**config, "teachers": {"red": config["teachers"]["red"]}}
+    process(first)
+    [path] = (tmp_path / "out" / "captions" / "namer").glob("*.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.take([2, 0, 1]).replace_schema_metadata(pq.read_metadata(path).metadata), path)
+    with pytest.raises(ValueError, match=r"captions/namer does not have the rows of samples"):
+        process(config)
+
+
+def test_the_effects_of_clean_are_counted(tmp_path: Path) -> None:
+    captioner = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": {"first_sentence": True}}
+    result = process(shard_config(tmp_path, members_of(0, 4), captioners={"c": captioner}, teachers={}))
+    assert result.cleaned["c"]["captions"] == 12
+    assert all(result.cleaned["c"].values()), "counts of zero are left out"

@@ -1,0 +1,78 @@
+"""Totals, exit status and text of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from reinforce.config import parse_config
+from reinforce.engine.outcome import ShardResult
+from reinforce.engine.plan import LayerState, PendingShard, Plan
+from reinforce.engine.summary import RunSummary, RunTotals, nothing_to_do, summarize, verdict
+
+RESULT = ShardResult("a", ("samples",), 10, {"image_broken": 1}, None, 1.0, 0.5, 100, {"c": {"captions": 20, "cut": 1}})
+
+
+def plan(shards: int = 10, quarantined: int = 0, pending: tuple[str, ...] = ("samples",), **failures: Any) -> Plan:
+    config = parse_config({"source": "x.tar", "output": "s3://user:secret@bucket/out", "failures": failures})
+    states = {"samples": LayerState(shards - quarantined, 0, quarantined, 0)}
+    return Plan(config, {}, shards, states, [PendingShard("a", "a.tar", pending)] if pending else [])
+
+
+def test_totals_are_sums_over_results_and_a_shard_counts_once() -> None:
+    totals = RunTotals()
+    for _ in range(2):
+        totals.add(RESULT)
+    assert (totals.samples, totals.bytes, totals.busy, totals.finished) == (20, 200, 1.0, {"a"})
+    assert totals.refused == {"image_broken": 2}
+    assert totals.cleaned == {"c": {"captions": 40, "cut": 2}}
+
+
+def test_a_summary_has_the_share_of_the_workers_time_in_which_accelerators_were_busy() -> None:
+    totals = RunTotals()
+    totals.add(RESULT)
+    summary = summarize("run", plan(), totals, 0, seconds=2.0, alive=4.0, outcome="done")
+    assert (summary.status, summary.message, summary.busy_share) == (0, "done", 0.125)
+    assert summarize("run", plan(), totals, 0, 2.0, alive=0.0, outcome="done").busy_share == 0.25
+
+
+@pytest.mark.parametrize(("quarantined", "status"), [(1, 0), (2, 1)])
+def test_the_status_depends_on_the_share_of_quarantined_shards(quarantined: int, status: int) -> None:
+    assert verdict(quarantined, 10, 0.1)[0] == status
+    totals = RunTotals()
+    totals.add(RESULT)
+    assert summarize("run", plan(allowed_share=0.1), totals, quarantined, 1.0, 1.0, "done").status == status
+
+
+def test_a_run_that_reads_a_source_and_finds_no_sample_fails() -> None:
+    summary = summarize("run", plan(), RunTotals(), 0, 1.0, 1.0, "done")
+    assert (summary.status, summary.message.partition(":")[0]) == (1, "no samples")
+    later = summarize("run", plan(pending=("embeddings/t/caption",)), RunTotals(), 0, 1.0, 1.0, "done")
+    assert later.status == 0, "a layer that is added to an empty dataset is complete"
+
+
+def test_a_run_that_was_stopped_fails_with_its_reason() -> None:
+    summary = summarize("run", plan(), RunTotals(), 0, 1.0, 1.0, "disk is full")
+    assert (summary.status, summary.message) == (1, "disk is full")
+
+
+def test_the_text_lists_quarantined_rows_and_shards_and_hides_credentials() -> None:
+    cleaned = {"c": {"captions": 20, "null_rows": 1}}
+    summary = RunSummary("run", 2, 10, 5.0, 0.5, 2048, {"no_text": 3}, 1, 1, "stopped", cleaned)
+    lines = summary.text("s3://user:secret@bucket/out").splitlines()
+    assert lines[0].startswith("2 shards, 10 samples in 5.0 s (2 samples/s, accelerator busy 50%), ")
+    assert lines[1:3] == ["captions by c: 20 captions, 1 null rows", "quarantined rows: 3 no_text"]
+    assert "--retry-quarantined" in lines[3]
+    assert lines[4] == "stopped"
+    assert "secret" not in "".join(lines)
+
+
+def test_nothing_to_do_is_a_failure_where_too_many_shards_are_quarantined() -> None:
+    done = nothing_to_do(plan(pending=()))
+    assert (done.run, done.status) == (None, 0)
+    assert done.message.startswith("nothing to do: 10 shards")
+    failed = nothing_to_do(plan(quarantined=2, pending=(), allowed_share=0.1))
+    assert failed.status == 1
+    assert "except 2 quarantined shards" in failed.message
+    assert "failures.allowed_share = 0.1" in failed.message

@@ -1,0 +1,60 @@
+"""Tables of one row group."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from reinforce.dataset.augment import Augmentation, Crop, from_records
+from reinforce.dataset.layers import Layer
+from reinforce.engine.refusals import Refusals
+from reinforce.engine.rows import NewSample, Pixels, Row
+from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
+from schemas import captions_schema, embeddings_schema, samples_schema
+
+AUGMENTATION = Augmentation(Crop(1, 2, 10, 20), 24, None)
+SAMPLES = [
+    NewSample('{"a": 1}', 40, 30, b"first", 512, (AUGMENTATION,), ()),
+    NewSample(None, 20, 10, b"second", 2048, (AUGMENTATION,), ()),
+]
+ROWS = [
+    Row(key, caption, Pixels(), {}, sample) for key, caption, sample in zip("ab", ("A", None), SAMPLES, strict=True)
+]
+
+
+def test_a_samples_table_has_the_encoded_images_or_references_to_them() -> None:
+    embedded = samples_table(samples_schema("embed"), ROWS, "s3://bucket/x.tar").to_pylist()
+    referenced = samples_table(samples_schema("reference"), ROWS, "s3://bucket/x.tar").to_pylist()
+    assert [row.pop("image") for row in embedded] == [b"first", b"second"]
+    assert [row.pop("image_ref") for row in referenced] == [
+        {"url": "s3://bucket/x.tar", "offset": 512, "length": 5},
+        {"url": "s3://bucket/x.tar", "offset": 2048, "length": 6},
+    ]
+    assert embedded == referenced
+    assert from_records(embedded[0].pop("augmentations")) == [AUGMENTATION]
+    assert embedded[0] == {"key": "a", "caption": "A", "metadata": '{"a": 1}', "width": 40, "height": 30}
+
+
+def test_a_captions_table_keeps_rows_without_captions() -> None:
+    table = captions_table(captions_schema(), ["a", "b"], [["x", "y"], None])
+    assert table.to_pylist() == [{"key": "a", "captions": ["x", "y"]}, {"key": "b", "captions": None}]
+
+
+def test_vectors_are_null_where_they_are_not_valid_or_not_finite_and_only_the_latter_are_refused() -> None:
+    layer = Layer("embeddings/t/images", "images", "0", model="t", count=2, dim=3, dtype="float32")
+    values = np.ones((4, 2, 3), np.float32)
+    values[1, 1, 2] = np.nan
+    values[2] = np.inf
+    refusals = Refusals()
+    valid = np.array([True, True, False, True])
+    table = vectors_table(embeddings_schema(2, 3, "float32"), layer, list("abcd"), values, valid, refusals)
+    assert [value is None for value in table["embeddings"].to_pylist()] == [False, True, True, False]
+    assert refusals.counts() == {"not_finite": 1}
+
+
+def test_stored_captions_must_have_the_keys_of_samples_in_their_order() -> None:
+    table = pa.table({"key": ["a", "b"], "captions": [["x"], None]})
+    assert aligned_captions("captions/c", table, ["a", "b"]) == [["x"], None]
+    with pytest.raises(ValueError, match=r"captions/c does not have the rows of samples.*Delete the folder captions/c"):
+        aligned_captions("captions/c", table, ["b", "a"])

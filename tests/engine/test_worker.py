@@ -1,0 +1,84 @@
+"""Errors of a worker, as the driver receives them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from reinforce.config import parse_config
+from reinforce.engine.models import load_models
+from reinforce.engine.outcome import LayerFailure, ShardFailure, ShardResult
+from reinforce.engine.plan import PendingShard, make_plan
+from reinforce.engine.worker import Worker
+from reinforce.errors import UserError
+from tests.helpers.data import config_of
+
+TOKEN = "hf_t0ken-of-eve"
+
+
+class LocalWorker(Worker):
+    """A worker without Ray, with the models of a config and its only shard."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        parsed = parse_config(config)
+        plan = make_plan(parsed)
+        super().__init__(parsed, plan.layers, frozenset(plan.layers), "/nonexistent")
+        self.models = load_models(parsed, plan.layers.values())
+        self.shard: PendingShard = plan.pending[0]
+
+    def run(self) -> ShardResult:
+        return self.process(self.shard)
+
+
+def test_an_error_of_a_model_names_its_layer_and_hides_secrets(shards: Callable[..., str], tmp_path: Path) -> None:
+    options = {"hf_token": TOKEN, "endpoint": "https://models.example"}
+    teachers = {"leaks": {"class": "tests.helpers.models:TokenLeakingTeacher", "options": options}}
+    worker = LocalWorker(config_of(shards(3), tmp_path / "out", captioners={}, teachers=teachers))
+    with pytest.raises(LayerFailure, match=r"^embeddings/leaks/caption: RuntimeError: https://models") as raised:
+        worker.run()
+    assert TOKEN not in str(raised.value)
+
+
+def test_an_error_of_a_storage_is_not_the_workers_fault(shards: Callable[..., str], tmp_path: Path) -> None:
+    worker = LocalWorker(config_of(shards(3), tmp_path / "out", captioners={}, teachers={}))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "samples").touch()  # a file where the folder should be
+    with pytest.raises(ShardFailure, match="cannot be written") as raised:
+        worker.run()
+    assert not raised.value.worker_at_fault
+
+
+def test_a_runtime_error_outside_a_model_may_be_the_workers_fault(shards: Callable[..., str], tmp_path: Path) -> None:
+    worker = LocalWorker(config_of(shards(3), tmp_path / "out"))
+    worker.pool.shutdown()
+    with pytest.raises(ShardFailure, match="RuntimeError: cannot schedule new futures") as raised:
+        worker.run()
+    assert raised.value.worker_at_fault
+
+
+def test_an_error_in_the_data_is_not_the_workers_fault(shards: Callable[..., str], tmp_path: Path) -> None:
+    config = config_of(shards(3), tmp_path / "out")
+    LocalWorker({**config, "teachers": {}}).run()
+    worker = LocalWorker(config)
+    [path] = (tmp_path / "out" / "captions" / "namer").glob("*.parquet")
+    reordered = pq.read_table(path).take([2, 0, 1])
+    pq.write_table(reordered.replace_schema_metadata(pq.read_metadata(path).metadata), path)
+    with pytest.raises(ShardFailure, match="ValueError: captions/namer does not have the rows") as raised:
+        worker.run()
+    assert not raised.value.worker_at_fault
+
+
+def test_an_error_that_the_user_must_fix_is_raised_as_it_is(shards: Callable[..., str], tmp_path: Path) -> None:
+    source = shards(3)
+    for output, seed in (("out", 0), ("other", 1)):
+        LocalWorker(config_of(source, tmp_path / output, captioners={}, teachers={}, seed=seed)).run()
+    worker = LocalWorker(config_of(source, tmp_path / "out", captioners={}))
+    shutil.rmtree(tmp_path / "out" / "samples")
+    shutil.copytree(tmp_path / "other" / "samples", tmp_path / "out" / "samples")
+    with pytest.raises(UserError, match="fingerprint"):
+        worker.run()
