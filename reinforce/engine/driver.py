@@ -48,7 +48,7 @@ from teachers.redact import Redactor
 _TICK_SECONDS = 0.5
 _POLL_SECONDS = 5.0  # between two requests for the workers' counts
 _MAX_POLLED = 256  # workers per request; with more, they take turns
-_QUIET_START_SECONDS = 15.0  # before the user is told why no worker has started
+_QUIET_START_SECONDS = 15.0  # before a slow start is logged
 
 
 class Driver:

@@ -1,7 +1,7 @@
 """The failure policy of a run: what happens to shards and workers when something fails.
 
-- A lease that raises is retried after a pause, a few times. Then the layer whose model raised is quarantined, or the
-  shard as a whole if no model did; the shard's other layers are computed without it.
+- A lease that raises is retried after a pause, a few times. Then the shard is quarantined in the layer
+  whose model raised, or in its first missing layer if no model did; layers that do not need that one are retried.
 - When a worker's process dies, every shard in flight in it becomes a suspect and runs alone next. Only a shard that
   kills its process alone, ``failures.solo_attempts`` times, is quarantined.
 - A worker that spends too long on one image, or makes no progress, is killed. Its shards are suspects, too.

@@ -18,7 +18,7 @@ from reinforce.engine.plan import PendingShard
 from reinforce.engine.watch import Pulse
 from reinforce.engine.worker import SHARDS_IN_FLIGHT, as_actor
 
-_CAPACITY_SECONDS = 5.0  # between two looks at the cluster's nodes
+_CAPACITY_SECONDS = 5.0  # between two counts of the cluster's resources
 
 
 @dataclass(eq=False)

@@ -119,7 +119,7 @@ class Reinforcements:
             records = parse_json(records.encode())
         if not isinstance(records, list) or len(records) < policy.count:
             count = len(records) if isinstance(records, list) else "no"
-            raise Unreadable(f"{count} augmentations in {PARAMETERS}, want {policy.count}: set augmentations.count")
+            raise Unreadable(f"{count} augmentations in {PARAMETERS}, expected {policy.count}: set augmentations.count")
         return tuple(parse_augmentation(record, policy.size, width, height) for record in records[: policy.count])
 
     def values(self, key: str) -> dict[str, PublishedValue]:
@@ -161,7 +161,7 @@ class Reinforcements:
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise Unreadable(f"no list {name!r} of texts in {CAPTIONS}, which has: {list_names(document)}")
         if len(texts) < layer.count:
-            raise Unreadable(f"{len(texts)} captions in {name!r}, want {layer.count}: set `captions`")
+            raise Unreadable(f"{len(texts)} captions in {name!r}, expected {layer.count}: set `captions`")
         return [clean_text(text, self._config.input.limits.caption_chars) for text in texts[: layer.count]]
 
     def _arrays(self, key: str) -> dict[str, Floats]:
@@ -185,7 +185,7 @@ class Reinforcements:
         rows, width = arrays[name].shape
         if rows < first + layer.count or width < columns[1]:
             raise Unreadable(
-                f"{name} has {rows} vectors of {width} numbers, want {first + layer.count} with columns "
+                f"{name} has {rows} vectors of {width} numbers, expected {first + layer.count} with columns "
                 f"{columns[0]} to {columns[1]} for {layer.model}"
             )
         part = arrays[name][first : first + layer.count, columns[0] : columns[1]]
@@ -193,7 +193,7 @@ class Reinforcements:
         if not (np.isfinite(norms).all() and _NORM_RANGE[0] < norms.min() and norms.max() < _NORM_RANGE[1]):
             raise Unreadable(
                 f"{name}: norms of {norms.min():.3g} to {norms.max():.3g} in columns {columns[0]} to {columns[1]}, "
-                "want 1"
+                "expected 1"
             )
         unit: Floats = part / norms
         return unit

@@ -173,7 +173,7 @@ def test_a_contradictory_config_is_rejected(tmp_path: Path, change: dict[str, An
     [
         (
             {"augmentations": {"count": 4, "size": 24}},
-            r"samples: .* first 3 samples .*: 3 augmentations in paug.json, want 4",
+            r"samples: .* first 3 samples .*: 3 augmentations in paug.json, expected 4",
         ),
         (
             {"captioners": {"coca": {"family": "published", "model": "syn_txt", "captions": 2}}},
@@ -181,11 +181,11 @@ def test_a_contradictory_config_is_rejected(tmp_path: Path, change: dict[str, An
         ),
         (
             {"teachers": {"one": {"family": "published", "model": "O", "columns": [0, 11], "logit_scale": 1}}},
-            r"embeddings/one/images: .* image_emb has 3 vectors of 10 numbers, want 3 with columns 0 to 11 for one",
+            r"embeddings/one/images: .* image_emb has 3 vectors of 10 numbers, expected 3 with columns 0 to 11 for one",
         ),
         (
             {"teachers": {"one": {"family": "published", "model": "O", "columns": [0, 10], "logit_scale": 1}}},
-            r"embeddings/one/images: .* norms of 1.41 to 1.41 in columns 0 to 10, want 1",
+            r"embeddings/one/images: .* norms of 1.41 to 1.41 in columns 0 to 10, expected 1",
         ),
     ],
 )
