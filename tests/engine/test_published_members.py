@@ -10,13 +10,15 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
 import reinforce
+from reinforce.dataset.augment import OPS, Augmentation, Crop, Op
+from reinforce.engine.published_members import Unreadable, parse_augmentation, parse_vectors
 from tests.helpers.published import (
     ALL,
     COUNT,
@@ -129,6 +131,28 @@ BROKEN: dict[str, tuple[str, dict[str, bytes | None]]] = {
     "a pickle of a pth.gz": ("embeddings/one/images", {"npz": None, "pth.gz": harmful_pth()}),
     "a bare pickle": ("embeddings/one/images", {"npz": None, "pth.gz": gzip.compress(pickle.dumps(Harm()))}),
 }
+
+
+def test_an_augmentation_is_a_crop_and_operations_or_none() -> None:
+    parsed = parse_augmentation([[1, 2, 10, 20], [[OPS.index("Rotate"), 9], [0, 0.5]]], 24, 40, 30)
+    assert parsed == Augmentation(Crop(1, 2, 10, 20), 24, (Op("Rotate", 9.0), Op(OPS[0], 0.5)))
+    assert parse_augmentation([[0, 0, 30, 40], None], 24, 40, 30) == Augmentation(Crop(0, 0, 30, 40), 24, None)
+    with pytest.raises(Unreadable, match="does not fit this image of 40 x 30"):
+        parse_augmentation([[0, 0, 40, 30], None], 24, 40, 30)
+    with pytest.raises(Unreadable, match="is not an operation"):
+        parse_augmentation([[0, 0, 9, 9], [[True, 1.0]]], 24, 40, 30)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_vectors_are_the_two_dimensional_float_arrays_of_any_memory_order(
+    dtype: type, order: Literal["C", "F"]
+) -> None:
+    values = np.asarray(np.arange(6).reshape(2, 3), dtype, order)
+    data = npz({"values": values}, scalar=np.float32(1), whole=np.ones((2, 3), int), cube=np.ones((1, 1, 1)))
+    [(name, parsed)] = parse_vectors("npz", data).items()
+    assert (name, parsed.dtype) == ("values", np.float32)
+    np.testing.assert_array_equal(parsed, values)
 
 
 @pytest.mark.parametrize("defect", BROKEN)
