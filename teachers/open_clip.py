@@ -24,16 +24,16 @@ from teachers.spec import ModelSpec, TeacherSpec
 class OpenClipEncoder:
     """Image and text encoder of an open_clip model that is on its device in eval mode. The model is not changed."""
 
-    def __init__(self, model: Any, image: ImageSpec, tokenizer: Any, device: Accelerator) -> None:
-        self._device = device
+    def __init__(self, model: Any, image: ImageSpec, tokenizer: Any, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
         self._model = model
         self.image: ImageSpec | None = image
-        self._text = TextEncoder(model, copy.copy(tokenizer), device)  # a copy, since TextEncoder modifies it
+        self._text = TextEncoder(model, copy.copy(tokenizer), accelerator)  # a copy, since TextEncoder modifies it
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
-        with self._device.forward():
-            features = self._model.encode_image(self._device.layout(pixels))
+        with self._accelerator.forward():
+            features = self._model.encode_image(self._accelerator.layout(pixels))
             return torch.nn.functional.normalize(features.float(), dim=-1)
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -46,7 +46,7 @@ class OpenClipEncoder:
 
     def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens of ``tokenize`` -> [B, dim] float32, unit norm."""
-        with self._device.forward():
+        with self._accelerator.forward():
             return torch.nn.functional.normalize(self._text.encode(tokens).float(), dim=-1)
 
 
@@ -56,10 +56,10 @@ class OpenClipTeacher(OpenClipEncoder):
     Raises ValueError or FileNotFoundError for a wrong spec.
     """
 
-    def __init__(self, spec: TeacherSpec, device: Accelerator) -> None:
-        model = device.prepare(load_model(spec))
+    def __init__(self, spec: TeacherSpec, accelerator: Accelerator) -> None:
+        model = accelerator.prepare(load_model(spec))
         image = image_spec(open_clip.get_model_preprocess_cfg(model))
-        super().__init__(model, image, open_clip.get_tokenizer(model_name(spec)), device)
+        super().__init__(model, image, open_clip.get_tokenizer(model_name(spec)), accelerator)
         self.logit_scale: float | None = spec.logit_scale or float(model.logit_scale.exp())
         self.dim = int(open_clip.get_model_config(model_name(spec))["embed_dim"])
 

@@ -26,9 +26,9 @@ class TextEncoder:
     token, of another library) get texts of full length.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, device: Accelerator) -> None:
+    def __init__(self, model: Any, tokenizer: Any, accelerator: Accelerator) -> None:
         self._model = model
-        self._device = device
+        self._accelerator = accelerator
         self._tokenizer = disable_special_tokens(tokenizer)
         self._trims = _can_trim(model) and trimming_is_exact(
             lambda texts, trim: self._encode(self.tokenize(texts), trim)
@@ -47,8 +47,8 @@ class TextEncoder:
         if trim:
             tower = _tower(self._model)
             end = int(_pooled_positions(tower, tokens).max()) + 1
-            return _encode_trimmed(tower, self._device.put(tokens[:, :end].contiguous()))
-        features: torch.Tensor = self._model.encode_text(self._device.put(tokens))
+            return _encode_trimmed(tower, self._accelerator.put(tokens[:, :end].contiguous()))
+        features: torch.Tensor = self._model.encode_text(self._accelerator.put(tokens))
         return features
 
 

@@ -17,8 +17,9 @@ it is built in each worker as ``Class(device, **options)``, with a ``torch.devic
         def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:       # B strings -> [B, 512]
             return torch.nn.functional.normalize(self.text(self.tokenizer(texts)), dim=-1)
 
-The layer fingerprint covers the class name, ``options`` and ``version``, not the code or the contents of files that
-``options`` name. Raise ``version`` whenever the same options give other outputs.
+Attributes may also be set in ``__init__``. The layer fingerprint covers the class name, ``options`` and ``version``,
+but neither the code nor the contents of files named in ``options``: raise ``version`` whenever the same options give
+other outputs.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from teachers.trimming import PROBE_TEXTS, trimming_is_exact
 _RESAMPLING: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 
-def load(spec: TeacherSpec, device: Accelerator) -> Teacher:
+def load(spec: TeacherSpec, accelerator: Accelerator) -> Teacher:
     """Load the teacher of a spec, with both encoders or the one that the model has.
 
     Raises ValueError for a model that cannot be a teacher or lacks weights; OSError for a model that does not exist.
@@ -31,8 +31,8 @@ def load(spec: TeacherSpec, device: Accelerator) -> Teacher:
     config = transformers.AutoConfig.from_pretrained(spec.model, trust_remote_code=False)
     images, texts = catalog.modalities(config.to_dict())
     if images and texts:
-        return TransformersTeacher(spec, device)
-    return cast(Teacher, ImageTeacher(spec, device) if images else TextTeacher(spec, device))
+        return TransformersTeacher(spec, accelerator)
+    return cast(Teacher, ImageTeacher(spec, accelerator) if images else TextTeacher(spec, accelerator))
 
 
 class TransformersTeacher:
@@ -42,9 +42,9 @@ class TransformersTeacher:
     SigLIP was trained on texts padded to the full length without a mask, so it gets texts of full length.
     """
 
-    def __init__(self, spec: TeacherSpec, device: Accelerator) -> None:
-        self._device = device
-        self._model, _ = _load_model(spec, device)
+    def __init__(self, spec: TeacherSpec, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._model, _ = _load_model(spec, accelerator)
         for method in ("get_image_features", "get_text_features"):
             if not hasattr(self._model, method):
                 raise ValueError(f"{type(self._model).__name__} has no `{method}`: it is not a dual encoder")
@@ -53,40 +53,42 @@ class TransformersTeacher:
         positions = self._model.config.text_config.max_position_embeddings
         self._tokenize = _Tokenizer(spec, positions, masked=not siglip)
         with _first_input(self._model):
-            self.dim = _image_dim(self.encode_images, self.image, device)
+            self.dim = _image_dim(self.encode_images, self.image, accelerator)
             self._trims = not siglip and trimming_is_exact(self._encode)
         scale = getattr(self._model, "logit_scale", None)
         self.logit_scale = spec.logit_scale or (float(scale.exp()) if scale is not None else None)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
-        with self._device.forward():
-            return _unit(_features(self._model.get_image_features(pixel_values=self._device.layout(pixels))))
+        with self._accelerator.forward():
+            return _unit(_features(self._model.get_image_features(pixel_values=self._accelerator.layout(pixels))))
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, dim] float32, unit norm."""
-        with self._device.forward():
+        with self._accelerator.forward():
             return _unit(self._encode(texts, trim=self._trims))
 
     def _encode(self, texts: Sequence[str], trim: bool) -> torch.Tensor:
-        return _features(self._model.get_text_features(**self._tokenize(texts, self._device, full_length=not trim)))
+        return _features(
+            self._model.get_text_features(**self._tokenize(texts, self._accelerator, full_length=not trim))
+        )
 
 
 class ImageTeacher:
     """An image encoder (DINOv2, ViT, ...): its pooled output if the pooler has weights, else its CLS token."""
 
-    def __init__(self, spec: TeacherSpec, device: Accelerator) -> None:
-        self._device = device
-        self._model, self._pools = _load_model(spec, device)
+    def __init__(self, spec: TeacherSpec, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._model, self._pools = _load_model(spec, accelerator)
         self.image: ImageSpec | None = _load_image_spec(spec)
         self.logit_scale = spec.logit_scale
         with _first_input(self._model):
-            self.dim = _image_dim(self.encode_images, self.image, device)
+            self.dim = _image_dim(self.encode_images, self.image, accelerator)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
-        with self._device.forward():
-            output = self._model(pixel_values=self._device.layout(pixels))
+        with self._accelerator.forward():
+            output = self._model(pixel_values=self._accelerator.layout(pixels))
             pooled = getattr(output, "pooler_output", None) if self._pools else None
             return _unit(output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1))
 
@@ -96,9 +98,9 @@ class TextTeacher:
 
     image = None
 
-    def __init__(self, spec: TeacherSpec, device: Accelerator) -> None:
-        self._device = device
-        self._model, _ = _load_model(spec, device)
+    def __init__(self, spec: TeacherSpec, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._model, _ = _load_model(spec, accelerator)
         self._tokenize = _Tokenizer(spec, getattr(self._model.config, "max_position_embeddings", 512), masked=True)
         self.logit_scale = spec.logit_scale
         with _first_input(self._model):
@@ -106,8 +108,8 @@ class TextTeacher:
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, dim] float32, unit norm."""
-        with self._device.forward():
-            tokens = self._tokenize(texts, self._device)
+        with self._accelerator.forward():
+            tokens = self._tokenize(texts, self._accelerator)
             hidden = self._model(**tokens).last_hidden_state.float()
             mask = tokens["attention_mask"].unsqueeze(-1)
             return _unit((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
@@ -125,7 +127,9 @@ class _Tokenizer:
         self._length = min(positions, self._tokenizer.model_max_length)
         self._masked = masked
 
-    def __call__(self, texts: Sequence[str], device: Accelerator, full_length: bool = False) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, texts: Sequence[str], accelerator: Accelerator, full_length: bool = False
+    ) -> dict[str, torch.Tensor]:
         tokens = self._tokenizer(
             [self._escape(text) for text in texts],
             padding="max_length" if full_length else "longest",
@@ -135,7 +139,7 @@ class _Tokenizer:
             return_tensors="pt",
         )
         names = [name for name in tokens if self._masked or name == "input_ids"]
-        return {name: device.put(tokens[name]) for name in names}
+        return {name: accelerator.put(tokens[name]) for name in names}
 
 
 def image_spec(config: dict[str, Any]) -> ImageSpec:
@@ -173,7 +177,7 @@ def _load_image_spec(spec: TeacherSpec) -> ImageSpec:
     return image_spec(processor.to_dict())
 
 
-def _load_model(spec: TeacherSpec, device: Accelerator) -> tuple[Any, bool]:
+def _load_model(spec: TeacherSpec, accelerator: Accelerator) -> tuple[Any, bool]:
     """Load the model -> (model, whether its pooler has weights). Hub downloads use huggingface_hub's file locks."""
     model, report = transformers.AutoModel.from_pretrained(
         spec.model, trust_remote_code=False, output_loading_info=True
@@ -184,7 +188,7 @@ def _load_model(spec: TeacherSpec, device: Accelerator) -> tuple[Any, bool]:
     if needed or report["mismatched_keys"]:
         wrong = [*needed, *map(str, report["mismatched_keys"])]
         raise ValueError(f"the weights of {spec.model} do not fit {type(model).__name__}: {', '.join(wrong[:5])}")
-    return device.prepare(model.float()), not missing
+    return accelerator.prepare(model.float()), not missing
 
 
 @contextmanager
@@ -196,9 +200,9 @@ def _first_input(model: Any) -> Iterator[None]:
         raise ValueError(f"{type(model).__name__} cannot be a teacher: {type(error).__name__}: {error}") from error
 
 
-def _image_dim(encode: Callable[[torch.Tensor], torch.Tensor], spec: ImageSpec | None, device: Accelerator) -> int:
+def _image_dim(encode: Callable[[torch.Tensor], torch.Tensor], spec: ImageSpec | None, accelerator: Accelerator) -> int:
     assert spec is not None
-    return encode(torch.zeros(1, 3, spec.height, spec.width, device=device.device)).shape[1]
+    return encode(torch.zeros(1, 3, spec.height, spec.width, device=accelerator.device)).shape[1]
 
 
 def _features(output: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Tiny captioners of transformers, saved as their makers save theirs: seeded weights, processors and tokenizers."""
+"""Tiny captioners of transformers with seeded weights, saved with their processors and tokenizers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers as hf
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from teachers.pixels import fit, to_pixels
+from teachers.protocols import ImageSpec
+from teachers.spec import CaptionerSpec
+from teachers.transformers_captioner import TransformersCaptioner
 
 SIDE = 32
 _SQUARE = {"height": SIDE, "width": SIDE}
@@ -25,7 +32,7 @@ _TEMPLATE = (
 
 
 def _tokenizer(*special: str, **names: str) -> Any:
-    """Byte-level BPE: padding is 0, start 1, end 2, then the special tokens; ``names`` become its attributes."""
+    """Byte-level BPE: padding is 0, start 1, end 2, then ``special``. ``names`` become attributes of the tokenizer."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -45,7 +52,7 @@ def _tokenizer(*special: str, **names: str) -> Any:
 
 
 def _save(folder: Path, model: Callable[[], Any], *processors: Any, seed: int = 0) -> str:
-    """With weights for distributions as peaked as a trained model's."""
+    """Save a model whose weights give distributions as peaked as a trained model's."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = model()
@@ -63,7 +70,7 @@ def _template(image: str) -> str:
 
 
 def blip(folder: Path, seed: int = 0) -> str:
-    """Two outputs more than there are words."""
+    """Its vocabulary has two more outputs than the tokenizer has tokens."""
     tokenizer = _tokenizer("[DEC]")
     text = {**_TEXT, "vocab_size": len(tokenizer) + 2, "bos_token_id": 3, "sep_token_id": 2, "encoder_hidden_size": 32}
     config = hf.BlipConfig(text_config={**text, "max_position_embeddings": 64}, vision_config=_VISION)
@@ -81,7 +88,7 @@ def git(folder: Path, seed: int = 0) -> str:
 
 
 def vision_encoder_decoder(folder: Path, seed: int = 0) -> str:
-    """A ViT and a narrower GPT-2, whose start and end are one token."""
+    """A ViT and a narrower GPT-2, whose start and end are the same token."""
     tokenizer = _tokenizer()
     size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
     decoder = hf.GPT2Config(vocab_size=len(tokenizer), bos_token_id=2, eos_token_id=2, **size)
@@ -214,11 +221,11 @@ def smolvlm(folder: Path, seed: int = 0) -> str:
 
 
 def paligemma(folder: Path, seed: int = 0) -> str:
-    """Has no chat template: its prompts are plain text behind the image."""
+    """A model without chat template: its prompts are plain text after the image."""
     tokenizer = _tokenizer("<image>")
     images = hf.SiglipImageProcessor(size=_SQUARE)
     images.image_seq_length = 16
-    processor = hf.PaliGemmaProcessor(images, tokenizer)  # adds tokens for places
+    processor = hf.PaliGemmaProcessor(images, tokenizer)  # adds location tokens
     config = hf.PaliGemmaConfig(
         vision_config=hf.SiglipVisionConfig(**_VISION, projection_dim=32),
         text_config=hf.GemmaConfig(vocab_size=len(tokenizer), **_GEMMA),
@@ -239,7 +246,7 @@ def gemma3(folder: Path, seed: int = 0) -> str:
             vocab_size=len(tokenizer),
             sliding_window=16,
             layer_types=["full_attention", "sliding_attention"],
-            tie_word_embeddings=False,  # a tiny one that is tied repeats its last word for ever
+            tie_word_embeddings=False,  # a tiny tied model would repeat its last token
             **_GEMMA,
         ),
         image_token_index=3,
@@ -274,7 +281,7 @@ def internvl(folder: Path, seed: int = 0) -> str:
     return _save(folder, lambda: hf.InternVLForConditionalGeneration(config), processor, seed=seed)
 
 
-PLAIN = {"blip": blip, "git": git, "vision-encoder-decoder": vision_encoder_decoder}
+IMAGE_TO_TEXT = {"blip": blip, "git": git, "vision-encoder-decoder": vision_encoder_decoder}
 CHAT = {
     "gemma3": gemma3,
     "idefics3": idefics3,
@@ -288,3 +295,29 @@ CHAT = {
     "qwen3_vl": qwen3_vl,
     "smolvlm": smolvlm,
 }
+PROMPT = "Describe it."
+#: Loads the tiny captioner of a kind with options of its spec.
+Captioners = Callable[..., TransformersCaptioner]
+
+
+def spec_of(model: Path | str, kind: str, **options: Any) -> CaptionerSpec:
+    chat = {"prompt": PROMPT} if kind in CHAT else {}
+    return CaptionerSpec(family="transformers", model=str(model), **{**chat, **options})
+
+
+def pictures(count: int, side: int = 40) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def pixels_of(images: list[Image.Image], spec: ImageSpec) -> torch.Tensor:
+    """Preprocess images as a run does."""
+    return to_pixels(torch.from_numpy(np.stack([fit(image, spec) for image in images])), spec)
+
+
+def seeds(rows: int, count: int, first: int = 0) -> np.ndarray:
+    return np.arange(first, first + rows * count, dtype=np.uint64).reshape(rows, count)
+
+
+def captioned(made: TransformersCaptioner, count: int = 6) -> list[list[str]]:
+    return made.caption(pixels_of(pictures(count), made.image), seeds(count, made.captions))

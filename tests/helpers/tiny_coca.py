@@ -1,4 +1,4 @@
-"""A CoCa small enough for tests, with random weights that have been initialised throughout."""
+"""A tiny CoCa with seeded random weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ END = 49407
 
 
 def coca_config(**text: Any) -> dict[str, Any]:
-    """open_clip_config.json of the tiny CoCa; ``text`` are further keys of its text tower."""
+    """open_clip_config.json of the tiny CoCa. ``text`` has further keys of its text tower."""
     text_cfg = {"context_length": 76, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1, "embed_cls": True}
     return {
         "model_cfg": {
@@ -46,13 +46,13 @@ def coca_config(**text: Any) -> dict[str, Any]:
 
 
 def coca_model(folder: Path | str, seed: int = 0, **text: Any) -> str:
-    """Save a tiny CoCa under ``folder`` -> its ``local-dir:`` name. Seeded, and different for each image."""
+    """Save a tiny CoCa to ``folder`` -> its ``local-dir:`` name. Its captions differ between images."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(coca_config(**text)), encoding="utf-8")
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    # Not by the towers' own initialisation, which leaves the decoder's projection as the memory was. Wide enough
-    # for distributions as peaked as a trained model's, and tilted to the end token so that lengths differ.
+    # open_clip does not initialize the decoder's projection. These weights give distributions as peaked as a trained
+    # model's, with a bias to the end token, so that lengths differ.
     generator = torch.Generator().manual_seed(seed)
     state = model.state_dict()
     for name, value in state.items():

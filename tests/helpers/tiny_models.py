@@ -1,4 +1,4 @@
-"""Small checkpoints with seeded weights, in the folders and formats that the libraries save."""
+"""Tiny checkpoints with seeded weights, in the folders and formats of open_clip and transformers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,27 @@ from safetensors.torch import save_file
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+#: Options of ``open_clip_model`` whose text towers are exact on trimmed texts.
+TRIMMED: dict[str, dict[str, Any]] = {
+    "small": {"image_size": 32, "embed_dim": 16},
+    "large": {"image_size": 48, "width": 48, "embed_dim": 24, "seed": 1, "preprocess": {"mean": 0.5, "std": 0.5}},
+    "custom-text": {"custom_text": True, "seed": 2},
+    "eos-pooling": {"custom_text": True, "pool_type": "eos", "eos_id": 49407},
+    "projection-bias": {"custom_text": True, "proj_bias": True},
+    "no-projection": {"embed_dim": 32, "proj_type": "none"},
+}
+#: Options whose text towers need texts of full length, since they use positions after the end token.
+FULL_LENGTH: dict[str, dict[str, Any]] = {
+    "bidirectional": {"no_causal_mask": True},
+    "last-token": {"custom_text": True, "pool_type": "last"},
+    "class-token": {"custom_text": True, "embed_cls": True},
+}
 
 
 def open_clip_config(
     *, image_size: int = 32, width: int = 32, embed_dim: int = 16, context_length: int = 77, **text: Any
 ) -> dict[str, Any]:
-    """A ``model_cfg`` of two layers a side; ``text`` goes to its text_cfg."""
+    """A ``model_cfg`` with two layers per tower. ``text`` has further keys of its text_cfg."""
     vision = {"image_size": image_size, "layers": 2, "width": width, "head_width": 16, "patch_size": 8}
     heads = width // 16
     tower = {"context_length": context_length, "vocab_size": 49408, "width": width, "heads": heads, "layers": 2}
@@ -34,7 +49,7 @@ def open_clip_model(
     preprocess: dict[str, Any] | None = None,
     **text: Any,
 ) -> str:
-    """Save an open_clip model of its own and return its name, ``local-dir:FOLDER``."""
+    """Save a tiny open_clip model and return its name, ``local-dir:FOLDER``."""
     import open_clip
 
     config = open_clip_config(image_size=image_size, width=width, embed_dim=embed_dim, **text)
@@ -56,8 +71,13 @@ def open_clip_model(
     return f"local-dir:{folder}"
 
 
+def open_clip_models(root: Path) -> dict[str, str]:
+    """Save a model of each kind and return their names by kind."""
+    return {name: open_clip_model(root / name, **kind) for name, kind in {**TRIMMED, **FULL_LENGTH}.items()}
+
+
 def seeded(build: Any, seed: int) -> Any:
-    """A module whose parameters all depend on the seed and are large enough for outputs to differ."""
+    """Build a module whose parameters all depend on the seed and are large enough for outputs to differ."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build()
@@ -72,7 +92,7 @@ def _is_norm(name: str) -> bool:
 
 
 def tokenizer(folder: Path, *, start: str, end: str, pad: str, length: int) -> None:
-    """Save a byte-level BPE tokenizer that lowercases and frames texts with the start and end tokens."""
+    """Save a byte-level BPE tokenizer that lowercases texts and adds the start and end tokens."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -119,7 +139,7 @@ def transformers_siglip(folder: Path, *, seed: int = 0, image_size: int = 32) ->
 
 
 def transformers_dinov2(folder: Path, *, seed: int = 0, image_size: int = 28) -> str:
-    """Images only."""
+    """Save an image encoder."""
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
     config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=image_size)
@@ -130,7 +150,7 @@ def transformers_dinov2(folder: Path, *, seed: int = 0, image_size: int = 28) ->
 
 
 def transformers_bert(folder: Path, *, seed: int = 0) -> str:
-    """Texts only."""
+    """Save a text encoder."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(vocab_size=300, max_position_embeddings=24, **_TOWER)

@@ -1,4 +1,4 @@
-"""A language small enough to try all of its texts: next words depend on the image and on every word so far."""
+"""A toy language small enough to enumerate all texts. Logits depend on the image and on all tokens so far."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VOCABULARY = 5
 
 
 class ToyDecoder:
-    """A ``teachers.rules.Decoder``. Raises AssertionError where rows and tokens do not fit together."""
+    """A ``teachers.rules.Decoder`` of the toy language. Raises AssertionError if rows and tokens do not match."""
 
     def __init__(self, images: Sequence[int]) -> None:
         self._rows = [(image, [START]) for image in images]
@@ -46,7 +46,7 @@ def rules(min_tokens: int = 1, max_tokens: int = 4, repetition_penalty: float = 
 
 
 def log_probabilities(image: int, words: Sequence[int], rules: DecodingRules) -> list[float]:
-    """Of the next token, by the rules' definition."""
+    """Log-probabilities of the next token, by the definition of the rules."""
     logits = logits_of(image, words).tolist()
     for word in set(words):
         logits[word] *= 1 / rules.repetition_penalty if logits[word] > 0 else rules.repetition_penalty
@@ -58,7 +58,7 @@ def log_probabilities(image: int, words: Sequence[int], rules: DecodingRules) ->
 
 
 def all_texts(image: int, rules: DecodingRules) -> Iterator[tuple[list[int], float]]:
-    """Every text that can be, with its log-probability; the end of one of ``max_tokens`` is certain."""
+    """Yield every possible text with its log-probability. A text of ``max_tokens`` ends with certainty."""
     for length in range(rules.min_tokens, rules.max_tokens + 1):
         for words in itertools.product(WORDS, repeat=length):
             tokens = [*words, *([] if length == rules.max_tokens else [END])]

@@ -72,7 +72,7 @@ OTHERS = [
     (
         "a special token of a tokenizer in a caption",
         "tokenized as plain characters",
-        "tests/teachers/test_open_clip.py::test_special_tokens_in_captions_are_only_text",
+        "tests/teachers/test_open_clip_text.py::test_special_tokens_in_texts_are_read_as_plain_text",
     ),
     (
         "a header whose long name may be lost in damage",

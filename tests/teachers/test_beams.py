@@ -19,10 +19,10 @@ def brute_force(image: int, how: DecodingRules, beams: BeamOptions, captions: in
     return [words for words, _ in ranked[:captions]]
 
 
-def plain_search(image: int, how: DecodingRules, beams: BeamOptions) -> list[list[tuple[float, list[int]]]]:
-    """Beam search as it is defined, one image and one text after the other, to the last step.
+def reference_search(image: int, how: DecodingRules, beams: BeamOptions) -> list[list[tuple[float, list[int]]]]:
+    """Beam search by its definition, for one image, without early stopping.
 
-    -> each group's best texts with their scores.
+    Returns each group's best texts with their scores.
     """
     growing: list[list[tuple[float, list[int]]]] = [[(0.0, [])] for _ in range(beams.groups)]
     ended: list[list[tuple[float, list[int]]]] = [[] for _ in range(beams.groups)]
@@ -45,7 +45,7 @@ def plain_search(image: int, how: DecodingRules, beams: BeamOptions) -> list[lis
 
 
 def best_of_groups(groups: list[list[tuple[float, list[int]]]]) -> list[list[int]]:
-    """Each group's best, then their second bests, and so on, without repetition."""
+    """The best text of each group, then the second best of each, and so on, without repetition."""
     ranks = itertools.zip_longest(*groups)
     texts = [words for rank in ranks for _, words in sorted((t for t in rank if t), key=lambda text: -text[0])]
     return [list(words) for words in dict.fromkeys(map(tuple, texts))]
@@ -53,7 +53,7 @@ def best_of_groups(groups: list[list[tuple[float, list[int]]]]) -> list[list[int
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.5, -0.7])
 @pytest.mark.parametrize("how", [rules(), rules(min_tokens=3), rules(min_tokens=0, repetition_penalty=1.8)], ids=repr)
-def test_beams_enough_for_all_texts_find_the_best_of_all_texts(how, length_penalty):
+def test_unlimited_beams_find_the_best_of_all_texts(how, length_penalty):
     beams = BeamOptions(beams=81, length_penalty=length_penalty)
     found = beam_search(ToyDecoder(IMAGES), how, len(IMAGES), 6, beams)
     assert found == [brute_force(image, how, beams, 6) for image in IMAGES]
@@ -61,16 +61,16 @@ def test_beams_enough_for_all_texts_find_the_best_of_all_texts(how, length_penal
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, -0.7])
 @pytest.mark.parametrize("beams", [2, 3, 5])
-def test_few_beams_keep_the_best_of_each_step(beams, length_penalty):
+def test_few_beams_match_a_plain_beam_search(beams, length_penalty):
     how, few = rules(max_tokens=6), BeamOptions(beams, length_penalty=length_penalty)
     found = beam_search(ToyDecoder(IMAGES), how, len(IMAGES), beams, few)
-    assert found == [best_of_groups(plain_search(image, how, few)) for image in IMAGES]
+    assert found == [best_of_groups(reference_search(image, how, few)) for image in IMAGES]
 
 
 @pytest.mark.parametrize(("beams", "groups"), [(4, 2), (6, 3), (3, 3)])
-def test_groups_avoid_the_words_of_the_groups_before_and_each_gives_its_best_first(beams, groups):
+def test_groups_avoid_the_tokens_of_earlier_groups_and_results_are_ordered_by_rank(beams, groups):
     how, diverse = rules(max_tokens=5), BeamOptions(beams, groups, diversity=1.5)
-    wanted = [best_of_groups(plain_search(image, how, diverse)) for image in IMAGES]
+    wanted = [best_of_groups(reference_search(image, how, diverse)) for image in IMAGES]
     found = beam_search(ToyDecoder(IMAGES), how, len(IMAGES), beams, diverse)
     assert [texts[: len(of)] for texts, of in zip(found, wanted, strict=True)] == wanted
     alike = beam_search(ToyDecoder(IMAGES), how, len(IMAGES), beams, BeamOptions(beams, groups))
@@ -78,7 +78,7 @@ def test_groups_avoid_the_words_of_the_groups_before_and_each_gives_its_best_fir
     assert sum(map(len, wanted)) > len(IMAGES) * beams // groups
 
 
-def test_a_text_that_groups_share_is_given_once_and_repeats_only_when_there_is_no_other():
+def test_texts_shared_by_groups_repeat_only_if_there_are_too_few():
     how = rules(min_tokens=1, max_tokens=1)  # three texts in all
     [texts] = beam_search(ToyDecoder([11]), how, 1, 5, BeamOptions(6, 2, diversity=0.01))
     assert sorted(text[0] for text in texts[:3]) == [0, 1, 2]
@@ -86,7 +86,7 @@ def test_a_text_that_groups_share_is_given_once_and_repeats_only_when_there_is_n
     assert beam_search(ToyDecoder([11]), rules(min_tokens=0, max_tokens=0), 1, 3, BeamOptions(3)) == [[[], [], []]]
 
 
-def test_images_leave_the_batch_when_nothing_better_can_come_and_do_not_touch_their_neighbours():
+def test_finished_images_leave_the_batch_and_images_are_independent():
     how, beams = rules(max_tokens=8), BeamOptions(3, length_penalty=0.0)
     forward = ToyDecoder(IMAGES)
     together = beam_search(forward, how, len(IMAGES), 3, beams)
@@ -96,7 +96,7 @@ def test_images_leave_the_batch_when_nothing_better_can_come_and_do_not_touch_th
     assert together == [beam_search(ToyDecoder([image]), how, 1, 3, beams)[0] for image in IMAGES]
 
 
-def test_an_image_whose_logits_are_not_finite_has_no_texts_and_its_neighbours_have_theirs():
+def test_an_image_with_non_finite_logits_gives_none_without_affecting_others():
     class Broken(ToyDecoder):
         def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
             logits = super().next_logits(tokens)

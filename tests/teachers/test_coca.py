@@ -38,24 +38,24 @@ def seeds(rows: int, count: int, first: int = 0) -> np.ndarray:
 
 
 def decoded(made: CocaCaptioner, pixels: torch.Tensor, row_seeds: np.ndarray) -> list[list[int]]:
-    """The tokens of each caption, before they become text."""
+    """Tokens of each caption."""
     with torch.inference_mode():
         made._decoder.begin(made._visual(pixels)[1], made.captions)
         texts = decode(made._decoder, made._rules, made._spec, row_seeds)
     return [words for of_image in texts for words in of_image or []]
 
 
-def test_it_is_a_captioner_with_the_models_own_preprocessing(model):
+def test_the_captioner_has_the_models_own_preprocessing(model):
     made = captioner(model, captions=3)
     typed: Captioner = made
     assert typed.captions == 3
     assert typed.image == ImageSpec(IMAGE_SIZE, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", "crop")
 
 
-def test_a_caption_depends_on_its_image_and_seed_alone(model):
+def test_a_caption_depends_only_on_its_image_and_seed(model):
     made, pixels, all_seeds = captioner(model, captions=3), images(6), seeds(6, 3)
     together = made.caption(pixels, all_seeds)
-    assert len({text for row in together for text in row}) > 6  # seeds and images do matter
+    assert len({text for row in together for text in row}) > 6  # captions depend on seeds and images
     assert len({len(tokens) for tokens in decoded(made, pixels, all_seeds)}) > 3  # rows end at different steps
 
     alone = [made.caption(pixels[i : i + 1], all_seeds[i : i + 1])[0] for i in range(6)]
@@ -65,7 +65,7 @@ def test_a_caption_depends_on_its_image_and_seed_alone(model):
     assert made.caption(pixels, all_seeds[:, ::-1].copy()) == [row[::-1] for row in together]
 
 
-def test_more_rows_than_fit_side_by_side_give_the_same_captions(model, monkeypatch):
+def test_splitting_a_batch_by_memory_does_not_change_captions(model, monkeypatch):
     made, pixels, all_seeds = captioner(model, captions=3), images(5), seeds(5, 3)
     together = made.caption(pixels, all_seeds)
     for rows in (1, 7):
@@ -73,7 +73,7 @@ def test_more_rows_than_fit_side_by_side_give_the_same_captions(model, monkeypat
         assert made.caption(pixels, all_seeds) == together
 
 
-def test_a_tiny_top_p_walks_the_greedy_path_of_the_models_own_forward(model):
+def test_a_tiny_top_p_matches_greedy_decoding_by_open_clips_forward_pass(model):
     made = captioner(model, captions=1, top_p=1e-6, min_length=3, max_length=12)
     whole = open_clip.create_model(model).eval()
     pixels = images(4)
@@ -94,14 +94,14 @@ def test_a_tiny_top_p_walks_the_greedy_path_of_the_models_own_forward(model):
 
 
 @pytest.mark.parametrize(("shortest", "longest"), [(0, 2), (0, 6), (4, 6), (10, 12)])
-def test_lengths_keep_their_bounds_and_no_special_token_is_among_the_words(model, shortest, longest):
+def test_lengths_are_within_bounds_and_captions_have_no_special_tokens(model, shortest, longest):
     made = captioner(model, captions=8, min_length=shortest, max_length=longest, temperature=3.0, top_p=1.0)
     rows = decoded(made, images(8), seeds(8, 8))
     assert all(shortest <= len(tokens) <= longest - 2 for tokens in rows)
     assert not {START, END} & {token for tokens in rows for token in tokens}
 
 
-def test_the_start_token_is_never_sampled_however_probable(tmp_path):
+def test_the_start_token_is_never_sampled(tmp_path):
     name = coca_model(tmp_path)
     path = Path(tmp_path, "open_clip_model.safetensors")
     state = load_file(path)
@@ -113,7 +113,7 @@ def test_the_start_token_is_never_sampled_however_probable(tmp_path):
     assert all(START not in tokens for tokens in rows)
 
 
-def test_the_image_is_encoded_once_for_all_its_captions(model):
+def test_an_image_is_encoded_once_for_all_its_captions(model):
     made = captioner(model, captions=4)
     batches = []
     made._visual.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
@@ -121,7 +121,7 @@ def test_the_image_is_encoded_once_for_all_its_captions(model):
     assert batches == [3]
 
 
-def test_captions_are_the_tokenizers_text_without_special_tokens_and_margins(model):
+def test_captions_are_decoded_and_stripped_text(model):
     made = captioner(model, captions=4)
     tokenizer = open_clip.SimpleTokenizer()
     expected = [tokenizer.decode(tokens).strip() for tokens in decoded(made, images(3), seeds(3, 4))]
@@ -147,7 +147,7 @@ def test_bf16_captions_are_repeatable(model):
     ],
     ids=lambda options: options["strategy"],
 )
-def test_every_strategy_gives_an_image_alone_what_it_gives_it_in_a_batch(model, options):
+def test_captions_do_not_depend_on_the_batch_for_any_strategy(model, options):
     made = captioner(model, **{"captions": 3, "max_length": 14, **options})
     pixels, all_seeds = images(5), seeds(5, made.captions)
     together = made.caption(pixels, all_seeds)
@@ -155,9 +155,9 @@ def test_every_strategy_gives_an_image_alone_what_it_gives_it_in_a_batch(model, 
     assert [made.caption(pixels[i : i + 1], all_seeds[i : i + 1])[0] for i in range(5)] == together
 
 
-def test_a_compiled_captioner_says_the_same(model, monkeypatch):
+def test_a_compiled_captioner_gives_the_same_captions(model, monkeypatch):
     plain = torch.compile
-    # Without code generation, which is torch's own and takes a minute.
+    # without code generation, which takes a minute
     monkeypatch.setattr(torch, "compile", lambda step, mode, **options: plain(step, backend="eager", **options))
     compiled, pixels = captioner(model, captions=3, compile=True), images(4)
     for count in (4, 2):
@@ -165,7 +165,7 @@ def test_a_compiled_captioner_says_the_same(model, monkeypatch):
         assert compiled.caption(pixels[:count], seeds(count, 3)) == wanted
 
 
-def test_words_of_a_hugging_face_tokenizer_are_its_own(tmp_path):
+def test_a_hugging_face_tokenizer_is_supported(tmp_path):
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "cat": 4, "dog": 5, "Grass": 6, "on": 7}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -174,7 +174,7 @@ def test_words_of_a_hugging_face_tokenizer_are_its_own(tmp_path):
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
     wrapped.save_pretrained(tmp_path)
-    # Two outputs more than there are words.
+    # two more outputs than the tokenizer has tokens
     name = coca_model(tmp_path, vocab_size=10, hf_tokenizer_name="words")
     captions = captioner(name, captions=6, top_p=1.0, temperature=50.0).caption(images(6), seeds(6, 6))
     found = {word for row in captions for text in row for word in text.split()}
@@ -188,7 +188,7 @@ def test_words_of_a_hugging_face_tokenizer_are_its_own(tmp_path):
         (lambda config: config["model_cfg"]["text_cfg"].update(no_causal_mask=True), "not causal"),
     ],
 )
-def test_a_model_that_cannot_caption_is_refused_by_name(tmp_path, change, message):
+def test_a_model_that_cannot_caption_is_rejected_by_name(tmp_path, change, message):
     name = coca_model(tmp_path)
     config = coca_config()
     change(config)
@@ -198,24 +198,24 @@ def test_a_model_that_cannot_caption_is_refused_by_name(tmp_path, change, messag
     assert name in str(refusal.value)
 
 
-def test_a_known_model_that_is_no_coca_is_refused_before_its_weights_are_fetched():
+def test_a_model_known_not_to_be_a_coca_is_rejected_before_download():
     with pytest.raises(ValueError, match=r"'ViT-B-32' is not a CoCa .* coca_ViT-L-14"):
         captioner("ViT-B-32", pretrained="laion2b_s34b_b79k")
 
 
-def test_captions_fill_the_context_and_longer_ones_are_refused(model):
+def test_captions_can_fill_the_context_and_longer_ones_are_rejected(model):
     with pytest.raises(ValueError, match=r"max_length 78 exceeds the 77 tokens .* can write"):
         captioner(model, max_length=78)
     long = captioner(model, captions=1, min_length=75, max_length=77)
     assert [len(tokens) for tokens in decoded(long, images(1), seeds(1, 1))] == [75]
 
 
-def test_seeds_of_the_wrong_shape_are_refused(model):
+def test_seeds_of_the_wrong_shape_are_rejected(model):
     with pytest.raises(ValueError, match=r"seeds of shape \(2, 5\)"):
         captioner(model).caption(images(2), seeds(2, 4))
 
 
-def test_an_image_whose_logits_are_nan_has_no_captions_and_its_neighbours_have_theirs(model):
+def test_an_image_with_nan_logits_gives_none_without_affecting_others(model):
     made = captioner(model, captions=2)
     pixels, all_seeds = images(3), seeds(3, 2)
     whole = made.caption(pixels, all_seeds)
@@ -224,7 +224,7 @@ def test_an_image_whose_logits_are_nan_has_no_captions_and_its_neighbours_have_t
 
 
 @pytest.mark.parametrize("options", [{}, {"strategy": "beams"}])
-def test_a_model_that_gives_nan_for_all_images_is_an_error(tmp_path, options):
+def test_nan_logits_for_all_images_are_an_error(tmp_path, options):
     name = coca_model(tmp_path)
     path = Path(tmp_path, "open_clip_model.safetensors")
     state = load_file(path)

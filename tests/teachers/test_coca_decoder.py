@@ -1,6 +1,5 @@
 from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -8,12 +7,12 @@ import torch
 from teachers.coca_decoder import CocaDecoder, check_decodable
 from teachers.decoding import greedy, sample
 from teachers.device import Accelerator
-from teachers.rules import DecodingRules, compact
+from teachers.rules import DecodingRules
 from tests.helpers.tiny_coca import coca_config
 from tests.helpers.uncached_decoder import UncachedDecoder
 
 VOCABULARY, START, END, LENGTH = 60, 58, 59, 8
-#: What a text tower of the family may have, by the keys of its ``text_cfg``.
+#: Variants of the text tower, as keys of its ``text_cfg``.
 TOWERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "layer scale": {"ls_init_value": 0.3},
@@ -29,7 +28,7 @@ TOWERS: dict[str, dict[str, Any]] = {
 
 
 def coca(text: dict[str, Any], **model: Any) -> Any:
-    """A tiny CoCa whose every parameter is random."""
+    """A tiny CoCa with random parameters."""
     config = coca_config(vocab_size=VOCABULARY, **text)["model_cfg"]
     config["multimodal_cfg"].update(model.pop("multimodal", {}))
     config["vision_cfg"].update(model.pop("vision", {}))
@@ -50,10 +49,10 @@ def image_tokens(model: Any, count: int) -> torch.Tensor:
     return tokens
 
 
-def walk(forward: Any, images: int) -> list[torch.Tensor]:
-    """Logits of rows that fork, end, move and repeat, along words that do not depend on them; 0 is a word."""
+def logits_of_steps(forward: Any, images: int) -> list[torch.Tensor]:
+    """Logits along fixed tokens while rows are repeated, dropped and reordered. Token 0 is an ordinary token."""
     words = torch.randint(0, VOCABULARY - 2, (LENGTH, 20), generator=torch.Generator().manual_seed(2))
-    words[2, ::2] = words[4, 1::3] = 0  # padding to the model
+    words[2, ::2] = words[4, 1::3] = 0  # the model's padding token
     words[3, ::2] = 7
     taken = {0: torch.arange(images).repeat_interleave(3), 3: [0, 5, 2, 3], 4: [1, 1, 0, 3, 2], 6: [4, 2]}
     tokens = torch.full((images, 1), START)
@@ -69,17 +68,17 @@ def walk(forward: Any, images: int) -> list[torch.Tensor]:
 def difference(model: Any, precision: str = "fp32", compiled: bool = False) -> float:
     forward = CocaDecoder(model, Accelerator("cpu", precision), LENGTH, compiled)
     images = image_tokens(model, 3)
-    for batch in (images * torch.nan, images):  # the second begins on the caches of the first
+    for batch in (images * torch.nan, images):  # the second reuses the caches of the first
         forward.begin(batch, 3)
-        found = walk(forward, 3)
+        found = logits_of_steps(forward, 3)
     with Accelerator("cpu", precision).forward():
-        wanted = walk(UncachedDecoder(model, images), 3)
+        wanted = logits_of_steps(UncachedDecoder(model, images), 3)
     assert [len(rows) for rows in found] == [3, 9, 9, 9, 4, 5, 5, 2]
     return max((a - b).abs().max().item() / b.abs().max().item() for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("text", TOWERS.values(), ids=TOWERS)
-def test_logits_are_those_of_the_whole_forward_pass_for_every_kind_of_text_tower(text):
+def test_logits_match_the_full_forward_pass_for_every_kind_of_text_tower(text):
     assert difference(coca(text)) < 1e-5
 
 
@@ -94,21 +93,21 @@ def test_logits_are_those_of_the_whole_forward_pass_for_every_kind_of_text_tower
     ],
     ids=str,
 )
-def test_logits_are_those_of_the_whole_forward_pass_for_every_kind_of_decoder(options):
+def test_logits_match_the_full_forward_pass_for_every_kind_of_decoder(options):
     assert difference(coca({}, **options)) < 1e-5
 
 
-def test_a_class_token_whose_mask_is_right_hides_padding_itself():
+def test_a_correct_class_token_mask_hides_the_padding_itself():
     model = coca({})
     model.text.correct_cls_mask = True
     assert difference(model) < 1e-5
 
 
-def test_a_tower_without_class_token_gives_the_logits_of_a_text_that_fills_its_context():
+def test_a_tower_without_class_token_matches_the_logits_of_a_text_of_full_length():
     model = coca({"embed_cls": False})
     forward, images = CocaDecoder(model, Accelerator("cpu"), LENGTH), image_tokens(model, 2)
     forward.begin(images, 1)
-    tokens = torch.full((2, 76), START)  # open_clip's forward pass takes no shorter text
+    tokens = torch.full((2, 76), START)  # open_clip's forward pass accepts no shorter text
     tokens[:, 1:] = torch.randint(0, VOCABULARY, (2, 75), generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         wanted = model(None, tokens, image_latent=images[:, 0], image_embs=images, output_labels=False)["logits"]
@@ -118,7 +117,7 @@ def test_a_tower_without_class_token_gives_the_logits_of_a_text_that_fills_its_c
 
 
 @pytest.mark.parametrize(("precision", "apart"), [("bf16", 0.03), ("fp16", 0.005)])
-def test_lower_precisions_round_as_autocast_does(precision, apart):
+def test_lower_precisions_match_autocast_within_rounding(precision, apart):
     model = coca({})
     assert difference(model, precision) < apart
     full = CocaDecoder(model, Accelerator("cpu"), LENGTH)
@@ -126,20 +125,20 @@ def test_lower_precisions_round_as_autocast_does(precision, apart):
     assert low.bytes_per_image(5, 10) * 2 == full.bytes_per_image(5, 10)
 
 
-def test_a_compiled_step_has_one_graph_for_each_power_of_two_and_the_same_logits(monkeypatch):
+def test_a_compiled_step_has_one_graph_per_power_of_two_and_the_same_logits(monkeypatch):
     graphs, plain = [], torch.compile
 
-    def backend(graph: Any, _: Any) -> Any:  # code for the graphs is torch's own matter, and takes it a minute
+    def backend(graph: Any, _: Any) -> Any:  # without code generation, which takes a minute
         graphs.append(graph)
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda step, mode, **options: plain(step, backend=backend, **options))
     monkeypatch.setattr("teachers.coca_decoder._MIN_COMPILED_ROWS", 2)
     assert difference(coca({}), compiled=True) < 1e-5
-    assert len(graphs) == 4  # of 2, 4 and 8 rows, and of the 9 that are the most
+    assert len(graphs) == 4  # for 2, 4 and 8 rows, and for the maximum of 9
 
 
-def test_greedy_captions_are_token_for_token_those_without_a_cache():
+def test_greedy_captions_match_those_without_a_cache():
     model = coca({"layers": 2})
     impossible = torch.zeros(VOCABULARY, dtype=torch.bool)
     impossible[START] = True
@@ -153,7 +152,7 @@ def test_greedy_captions_are_token_for_token_those_without_a_cache():
     assert len({tuple(text) for [text] in found}) > 1
 
 
-def test_the_caches_take_the_bytes_that_are_told_and_stay_for_the_next_batch():
+def test_caches_have_the_computed_size_and_are_reused():
     model = coca({})
     forward, images = CocaDecoder(model, Accelerator("cpu"), LENGTH), image_tokens(model, 4)
     forward.begin(images, 3)
@@ -164,7 +163,7 @@ def test_the_caches_take_the_bytes_that_are_told_and_stay_for_the_next_batch():
     assert forward.image_cache is caches[1]
 
 
-def test_towers_that_open_clip_cannot_run_are_refused():
+def test_unsupported_towers_are_rejected():
     with pytest.raises(ValueError, match="scaled_cosine_attn"):
         check_decodable(coca({"scaled_cosine_attn": True}))
     with pytest.raises(ValueError, match="not causal"):
@@ -173,12 +172,3 @@ def test_towers_that_open_clip_cannot_run_are_refused():
     odd.text_decoder.resblocks[0].attn = torch.nn.Identity()
     with pytest.raises(ValueError, match="blocks of type ResidualAttentionBlock"):
         check_decodable(odd)
-
-
-def test_rows_that_go_on_move_only_to_fill_gaps():
-    for seed in range(200):
-        going = np.random.default_rng(seed).random(seed % 13) < 0.6
-        order = compact(going)
-        assert sorted(order) == np.flatnonzero(going).tolist()
-        stay = going[: len(order)]
-        assert (order[stay] == np.flatnonzero(stay)).all()

@@ -14,7 +14,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 48), (3, 7, 48), (0, 48)])
-def test_a_fixed_linear_map_is_the_linear_map(shape, bias, packed):
+def test_a_frozen_linear_layer_matches_torch(shape, bias, packed):
     plain = torch.nn.Linear(48, 33, bias=bias)
     fixed = FrozenLinear(plain.weight, plain.bias, Accelerator("cpu"), packed)
     x = noise(*shape)
@@ -23,7 +23,7 @@ def test_a_fixed_linear_map_is_the_linear_map(shape, bias, packed):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_lower_precision_rounds_as_autocast_does(precision):
+def test_a_lower_precision_matches_autocast(precision):
     accelerator = Accelerator("cpu", precision)
     plain, x = torch.nn.Linear(48, 33), noise(5, 48)
     with accelerator.forward():
@@ -34,7 +34,7 @@ def test_a_lower_precision_rounds_as_autocast_does(precision):
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 24, "vdim": 24}], ids=str)
 @pytest.mark.parametrize("masked", [True, False])
-def test_a_fixed_attention_is_the_attention(options, masked):
+def test_a_frozen_attention_matches_torch(options, masked):
     plain = torch.nn.MultiheadAttention(32, 4, batch_first=True, **options).eval()
     query, key = noise(2, 5, 32), noise(2, 6, options.get("kdim", 32), seed=1)
     mask = noise(5, 6, seed=2) if masked else None
@@ -45,7 +45,7 @@ def test_a_fixed_attention_is_the_attention(options, masked):
 
 
 @pytest.mark.parametrize("pooled", [True, False])
-def test_an_image_tower_that_is_fixed_gives_the_same_tokens(pooled):
+def test_a_frozen_image_tower_gives_the_same_tokens(pooled):
     config = coca_config()["model_cfg"]
     config["vision_cfg"]["attentional_pool"] = pooled
     del config["custom_text"]

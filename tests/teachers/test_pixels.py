@@ -39,11 +39,11 @@ def _open_clip(image: Image.Image, spec: ImageSpec) -> torch.Tensor:
     resize=st.sampled_from(["crop", "squash"]),
     interpolation=st.sampled_from(["bicubic", "bilinear"]),
 )
-def test_a_whole_image_becomes_the_pixels_of_open_clips_validation(
+def test_whole_images_match_open_clips_validation_transform(
     width: int, height: int, size: Any, resize: Any, interpolation: Any
 ) -> None:
     if resize == "crop" and not isinstance(size, int):
-        interpolation = "bicubic"  # open_clip's choice for such crops whatever the config says
+        interpolation = "bicubic"  # open_clip always uses it for such crops
     spec = ImageSpec(size, MEAN, STD, interpolation, resize)
     image = _picture(width, height)
     array = fit(image, spec)
@@ -52,7 +52,7 @@ def test_a_whole_image_becomes_the_pixels_of_open_clips_validation(
     assert torch.equal(pixels, _open_clip(image, spec))
 
 
-def test_nearest_keeps_the_images_own_colours() -> None:
+def test_nearest_interpolation_creates_no_new_colors() -> None:
     spec = ImageSpec(8, MEAN, STD, "nearest", "squash")
     image = Image.fromarray(np.indices((32, 32)).sum(0).astype(np.uint8) % 2 * 255).convert("RGB")
     assert set(np.unique(fit(image, spec))) <= {0, 255}
@@ -63,7 +63,7 @@ def test_nearest_keeps_the_images_own_colours() -> None:
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [48, 80, (40, 56)])
-def test_a_crop_is_resized_as_pillow_does_but_for_rounding(size: Any, interpolation: Any) -> None:
+def test_resized_crops_match_pillow_within_rounding(size: Any, interpolation: Any) -> None:
     spec = ImageSpec(size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), interpolation, "squash")
     images = [_picture(64, 64, seed) for seed in range(3)]
     ours = to_pixels(torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images]), spec)
@@ -74,7 +74,7 @@ def test_a_crop_is_resized_as_pillow_does_but_for_rounding(size: Any, interpolat
     assert apart.max() < 4
 
 
-def test_resized_pixels_stay_within_black_and_white() -> None:
+def test_resized_pixels_stay_within_0_and_1() -> None:
     edges = torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
     edges[:, :, ::3] = 255
     pixels = to_pixels(edges, ImageSpec(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
@@ -82,7 +82,7 @@ def test_resized_pixels_stay_within_black_and_white() -> None:
     assert pixels.max() == 1
 
 
-def test_teachers_do_not_share_pixels_with_the_crops() -> None:
+def test_to_pixels_does_not_modify_its_input() -> None:
     crops = torch.full((1, 8, 8, 3), 255, dtype=torch.uint8)
     to_pixels(crops, ImageSpec(8, MEAN, STD))
     assert bool((crops == 255).all())

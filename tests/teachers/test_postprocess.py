@@ -1,4 +1,4 @@
-"""What `clean` does to the captions of an image, and what it never does."""
+"""Cleaning of the captions of an image."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from teachers.postprocess import COUNTS, clean, first_sentence, is_repetitive, shorten
-from teachers.registry import describe_captioner
-from teachers.spec import CaptionerSpec, Clean
-
-COCA = {"model": "coca_ViT-B-32", "pretrained": "laion2b_s13b_b90k"}
+from teachers.spec import Clean
 
 
 def cleaned(*captions: str, **rules: Any) -> list[str] | None:
@@ -40,7 +36,7 @@ def counted(*captions: str, **rules: Any) -> dict[str, int]:
         ("", ""),
     ],
 )
-def test_a_sentence_ends_at_a_mark_and_not_at_an_abbreviation_or_a_number(text: str, first: str) -> None:
+def test_first_sentence_ignores_abbreviations_and_numbers(text: str, first: str) -> None:
     assert first_sentence(text) == first
 
 
@@ -57,7 +53,7 @@ def test_a_sentence_ends_at_a_mark_and_not_at_an_abbreviation_or_a_number(text: 
         ("One two. Three four five six.", {"first_sentence": True, "words": 2}, "One two."),
     ],
 )
-def test_captions_are_cut_between_words(text: str, rules: dict[str, Any], short: str) -> None:
+def test_captions_are_shortened_between_words(text: str, rules: dict[str, Any], short: str) -> None:
     assert shorten(text, Clean(**rules)) == short
 
 
@@ -70,30 +66,30 @@ def test_captions_are_cut_between_words(text: str, rules: dict[str, Any], short:
         "the man in the red coat and the man in the red coat and the man in the red coat and",
     ],
 )
-def test_words_that_stand_three_times_in_a_row_are_repetitive(text: str) -> None:
+def test_phrases_three_times_in_a_row_are_repetitive(text: str) -> None:
     assert is_repetitive(text)
 
 
 @pytest.mark.parametrize(
     "text", ["a cat and a cat and a dog", "New York, New York", "very very big", "a a", "", "the cat the dog the bird"]
 )
-def test_words_that_come_again_are_not(text: str) -> None:
+def test_other_repetitions_are_not_repetitive(text: str) -> None:
     assert not is_repetitive(text)
 
 
-def test_the_slots_of_dropped_captions_take_the_others_in_turn() -> None:
+def test_dropped_captions_are_replaced_by_the_others_in_turn() -> None:
     assert cleaned("a cat", "b b b b", "a dog", "", "c c c c") == ["a cat", "a cat", "a dog", "a dog", "a cat"]
     assert cleaned("a cat", "A cat.", "a cat", "a dog") == ["a cat", "a cat", "a dog", "a dog"]
     assert cleaned("a a a a", " ") is None
 
 
-def test_each_rule_can_be_left_out() -> None:
+def test_each_rule_can_be_disabled() -> None:
     assert cleaned("b b b b", "a cat", "a cat", drop_repetitive=False) == ["b b b b", "a cat", "b b b b"]
     assert cleaned("b b b b", "a cat", "a cat", drop_duplicates=False) == ["a cat", "a cat", "a cat"]
     assert cleaned("a cat", "a cat", "a dog", drop_duplicates=False) == ["a cat", "a cat", "a dog"]
 
 
-def test_what_was_done_is_counted() -> None:
+def test_changes_are_counted() -> None:
     counts = counted("  a\ncat ", "a dog runs far", "x x x", "", "A CAT", words=3)
     assert counts == {"captions": 5, "stripped": 1, "cut": 1, "repetitive": 1, "empty": 1, "duplicate": 1}
     assert counted("", "") == {"captions": 2, "empty": 2, "null_rows": 1}
@@ -111,9 +107,7 @@ RULES = st.builds(
 
 
 @given(TEXTS, RULES)
-def test_rows_keep_their_length_and_hold_what_the_rules_allow_and_the_captioner_said(
-    captions: list[str], rules: Clean
-) -> None:
+def test_cleaned_rows_keep_their_length_and_follow_the_rules(captions: list[str], rules: Clean) -> None:
     kept, counts = clean(captions, rules)
     assert set(counts) <= set(COUNTS)
     dropped = counts["empty"] + counts["repetitive"] + counts["duplicate"]
@@ -130,24 +124,6 @@ def test_rows_keep_their_length_and_hold_what_the_rules_allow_and_the_captioner_
         assert not (rules.drop_repetitive and is_repetitive(text))
     if rules.drop_duplicates:
         times = [kept.count(text) for text in set(kept)]
-        assert max(times) - min(times) <= 1, "each is as frequent as the others"
+        assert max(times) - min(times) <= 1, "all are equally frequent"
         assert len(set(kept)) == len(captions) - dropped
     assert clean(kept, rules)[0] == kept or rules.drop_duplicates or rules.first_sentence
-
-
-def test_cleaning_is_in_the_identity_only_where_it_is_asked_for() -> None:
-    plain = describe_captioner("c", CaptionerSpec.model_validate(COCA)).identity
-    asked = describe_captioner("c", CaptionerSpec.model_validate({**COCA, "clean": {}})).identity
-    assert "clean" not in plain
-    assert {name: value for name, value in asked.items() if name != "clean"} == plain
-    other = describe_captioner("c", CaptionerSpec.model_validate({**COCA, "clean": {"words": 9}})).identity
-    assert other["clean"] != asked["clean"]
-    own = {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}
-    assert "clean" not in describe_captioner("c", CaptionerSpec.model_validate(own)).identity
-    assert "clean" in describe_captioner("c", CaptionerSpec.model_validate({**own, "clean": {}})).identity
-
-
-def test_rules_that_are_none_are_refused() -> None:
-    for wrong in ({"words": 0}, {"sentences": 1}, {"characters": "9"}):
-        with pytest.raises(ValidationError):
-            Clean.model_validate(wrong)

@@ -14,7 +14,7 @@ GOLDEN = [0.8720734548204874, 0.29536538151378366, 0.42009767850724233]
 
 
 def nucleus(probabilities: list[float], top_p: float) -> dict[int, float]:
-    """By the definition, for probabilities without ties -> token: probability in the nucleus."""
+    """Probabilities in the nucleus by token, by the definition, for probabilities without ties."""
     kept: dict[int, float] = {}
     for token in sorted(range(len(probabilities)), key=lambda i: -probabilities[i]):
         if sum(kept.values()) >= top_p:
@@ -32,21 +32,21 @@ def chi_square(tokens: torch.Tensor, expected: dict[int, float]) -> float:
 
 @pytest.mark.parametrize("top_p", [0.3, 0.8, 0.95, 1.0])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_distributed_as_their_probabilities_in_the_nucleus(top_p, temperature):
+def test_tokens_follow_their_probabilities_in_the_nucleus(top_p, temperature):
     logits = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.9, -math.inf, 1.9, -0.2])
     expected = nucleus(torch.softmax(logits / temperature, 0).tolist(), top_p)
     expected = {token: p for token, p in expected.items() if p > 0}
     u = torch.from_numpy(uniforms(np.arange(20_000, dtype=np.uint64), 1)[:, 0])
     tokens = sample_nucleus(logits.repeat(20_000, 1), u, temperature, top_p)
     assert chi_square(tokens, expected) < 22.5  # at most 6 degrees, p = 0.001
-    # Without the noise of drawing: ten thousand even steps of u count the probabilities themselves.
+    # without sampling noise: ten thousand even steps of u give the probabilities themselves
     exact = torch.bincount(sample_nucleus(logits.repeat(10_000, 1), TEN_THOUSAND, temperature, top_p), minlength=8)
     assert torch.allclose(exact / 10_000, torch.tensor([expected.get(i, 0.0) for i in range(8)]), atol=2e-4)
 
 
 @pytest.mark.parametrize("spread", [0.5, 4.0])
 def test_wide_and_narrow_nuclei_of_a_large_vocabulary_are_exact(spread):
-    """At 0.5 the nucleus holds thousands of tokens, at 4.0 fewer than a hundred; both stand in one batch."""
+    """At 0.5 the nucleus has thousands of tokens, at 4.0 fewer than a hundred; both are in one batch."""
     logits = spread * torch.randn(5_000, generator=torch.Generator().manual_seed(0))
     probabilities = torch.softmax(logits.double(), 0)
     expected = torch.zeros(5_000, dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_wide_and_narrow_nuclei_of_a_large_vocabulary_are_exact(spread):
 
 
 def by_sorting(logits: torch.Tensor, u: torch.Tensor, top_p: float) -> list[int]:
-    """The tokens that sample_nucleus is to give, from whole rows in sorted order."""
+    """Expected tokens of sample_nucleus, computed from sorted rows."""
     tokens = []
     for row, at in zip(torch.softmax(logits, -1).double().numpy(), u.tolist(), strict=True):
         falling = np.sort(row)[::-1]
@@ -79,8 +79,8 @@ def by_sorting(logits: torch.Tensor, u: torch.Tensor, top_p: float) -> list[int]
     st.floats(0.01, 1, exclude_max=True),
     st.integers(0, 2**32),
 )
-def test_nuclei_of_any_width_are_those_of_sorted_rows(size, spread, dtype, top_p, seed):
-    """Rounded to bfloat16, logits tie by the hundred; with no spread at all, every one of them does."""
+def test_nuclei_match_those_of_sorted_rows(size, spread, dtype, top_p, seed):
+    """Rounded to bfloat16, hundreds of logits tie; without spread, all of them do."""
     generator = torch.Generator().manual_seed(seed)
     logits = (spread * torch.randn(4, size, generator=generator)).to(dtype).float()
     logits[:, :50] = -torch.inf
@@ -90,7 +90,7 @@ def test_nuclei_of_any_width_are_those_of_sorted_rows(size, spread, dtype, top_p
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 50])
-def test_top_k_draws_among_the_likeliest_and_the_equals_of_the_last(top_k):
+def test_top_k_includes_tokens_as_probable_as_the_last(top_k):
     logits = torch.tensor([0.3, 2.0, -1.0, 1.1, 1.1, -math.inf, 1.9, -0.2])
     expected = {token: math.exp(logits[token] / 2) for token in sorted(range(8), key=lambda i: -logits[i])[:top_k]}
     if top_k == 3:
@@ -100,7 +100,7 @@ def test_top_k_draws_among_the_likeliest_and_the_equals_of_the_last(top_k):
     assert torch.allclose(exact / 10_000, wanted, atol=2e-4)
 
 
-def test_rows_that_are_not_finite_get_some_token_and_their_neighbours_their_own():
+def test_non_finite_rows_do_not_affect_others():
     logits = torch.randn(3, 5_000, generator=torch.Generator().manual_seed(1))
     u = TEN_THOUSAND[[500, 5000, 9000]]
     for top_p in (0.5, 1.0):
@@ -122,7 +122,7 @@ def test_rows_that_are_not_finite_get_some_token_and_their_neighbours_their_own(
     st.floats(1e-3, 1),
     st.data(),
 )
-def test_a_token_depends_on_its_row_alone_and_is_possible(logits, u, top_p, data):
+def test_a_token_depends_only_on_its_row_and_is_possible(logits, u, top_p, data):
     possible = data.draw(arrays.arrays(np.bool_, logits.shape[1]))
     possible[data.draw(st.integers(0, len(possible) - 1))] = True
     masked = torch.from_numpy(np.where(possible, logits, -np.inf).astype(np.float32))
@@ -138,7 +138,7 @@ def test_a_tiny_top_p_is_greedy():
     assert torch.equal(sample_nucleus(logits, TEN_THOUSAND[::200], 1.0, 1e-6), logits.argmax(-1))
 
 
-def test_equals_at_the_edge_of_the_nucleus_stay_together():
+def test_ties_at_the_edge_of_the_nucleus_are_all_included():
     logits = torch.tensor([1.0, 0.0, 1.0, 1.0, -1.0]).repeat(10_000, 1)
     assert set(sample_nucleus(logits, TEN_THOUSAND, 1.0, 0.1).tolist()) == {0, 2, 3}
 
@@ -150,7 +150,7 @@ def test_the_largest_u_gives_the_last_possible_token(top_p):
     assert sample_nucleus(logits, torch.full((1,), 2.0**-53, dtype=torch.float64), 1.0, top_p).item() == 0
 
 
-def test_uniforms_belong_to_their_seed_and_have_always_been_these():
+def test_uniforms_depend_only_on_their_seed_and_match_golden_values():
     seeds = np.array([0, 7, 2**64 - 1], np.uint64)
     drawn = uniforms(seeds, 3)
     assert np.array_equal(uniforms(seeds[::-1], 3), drawn[::-1])

@@ -17,7 +17,7 @@ from teachers import weights
 
 
 class _Server:
-    """An object store over HTTP that counts downloads."""
+    """An HTTP object store that counts downloads."""
 
     def __init__(self) -> None:
         self.content = b"x" * 300_000
@@ -75,7 +75,7 @@ def test_processes_of_a_node_share_one_download(server: _Server, cache: Path) ->
     assert server.downloads == 1
 
 
-def test_an_object_that_was_replaced_is_fetched_anew(server: _Server) -> None:
+def test_a_replaced_object_is_downloaded_again(server: _Server) -> None:
     first = weights.fetch(server.url)
     server.content = server.sent = b"y" * 300_000
     second = weights.fetch(server.url)
@@ -85,7 +85,7 @@ def test_an_object_that_was_replaced_is_fetched_anew(server: _Server) -> None:
     assert server.downloads == 2
 
 
-def test_a_download_that_breaks_off_leaves_nothing_behind(server: _Server, cache: Path) -> None:
+def test_an_interrupted_download_leaves_no_file(server: _Server, cache: Path) -> None:
     server.sent = server.content[:1000]
     with pytest.raises(Exception):  # noqa: B017, PT011 - the HTTP client or the size check, whichever sees it first
         weights.fetch(server.url)
@@ -94,27 +94,27 @@ def test_a_download_that_breaks_off_leaves_nothing_behind(server: _Server, cache
     assert weights.fetch(server.url).stat().st_size == 300_000
 
 
-def test_local_files_are_used_where_they_are(tmp_path: Path) -> None:
+def test_local_files_are_not_copied(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"abc")
     assert weights.fetch(path) == weights.fetch(f"file://{path}") == path
 
 
 @pytest.mark.parametrize("location", ["absent.bin", "file:///absent.bin", "memory://absent.bin"])
-def test_a_file_that_is_not_there_is_named(location: str) -> None:
+def test_a_missing_file_is_named(location: str) -> None:
     for function in (weights.fetch, weights.identity):
         with pytest.raises(FileNotFoundError, match=r"absent\.bin does not exist"):
             function(location)
 
 
-def test_a_folder_or_an_unknown_protocol_is_no_file(tmp_path: Path) -> None:
+def test_folders_and_unknown_protocols_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is a folder, not a file"):
         weights.identity(tmp_path)
     with pytest.raises(ValueError, match="nosuch://a cannot be read"):
         weights.identity("nosuch://a")
 
 
-def test_identity_follows_the_content_not_the_place(tmp_path: Path, server: _Server) -> None:
+def test_identity_depends_on_the_content_not_the_path(tmp_path: Path, server: _Server) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     (tmp_path / "b").write_bytes(b"abc")
     assert weights.identity(tmp_path / "a") == weights.identity(tmp_path / "b")
@@ -126,7 +126,7 @@ def test_identity_follows_the_content_not_the_place(tmp_path: Path, server: _Ser
     assert server.downloads == 0
 
 
-def test_identity_does_without_torch(tmp_path: Path) -> None:
+def test_identity_does_not_import_torch(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     path = str(tmp_path / "a")
     code = f"import sys; from teachers.weights import identity; identity({path!r}); print('torch' in sys.modules)"
@@ -139,7 +139,7 @@ def _state() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_torch_checkpoints_become_safetensors_with_the_same_tensors(tmp_path: Path, suffix: str, zipped: bool) -> None:
+def test_torch_checkpoints_are_converted_to_equal_safetensors(tmp_path: Path, suffix: str, zipped: bool) -> None:
     path = tmp_path / f"w{suffix}"
     torch.save(_state(), path, _use_new_zipfile_serialization=zipped)
     converted = weights.as_safetensors(path)
@@ -159,7 +159,7 @@ def test_a_training_checkpoint_is_unwrapped(tmp_path: Path) -> None:
     assert load_file(weights.as_safetensors(path)).keys() == _state().keys()
 
 
-def test_tied_weights_survive(tmp_path: Path) -> None:
+def test_tied_weights_are_kept(tmp_path: Path) -> None:
     tied = torch.randn(4, 4)
     torch.save({"a": tied, "b": tied, "c": tied.T, "d": tied[1]}, tmp_path / "w.pt")
     with safe_open(weights.as_safetensors(tmp_path / "w.pt"), "pt") as file:
@@ -169,7 +169,7 @@ def test_tied_weights_survive(tmp_path: Path) -> None:
         assert torch.equal(file.get_tensor("d"), tied[1])
 
 
-def test_a_checkpoint_written_over_is_converted_anew(tmp_path: Path) -> None:
+def test_an_overwritten_checkpoint_is_converted_again(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.save({"a": torch.zeros(2)}, path)
     weights.as_safetensors(path)
@@ -177,7 +177,7 @@ def test_a_checkpoint_written_over_is_converted_anew(tmp_path: Path) -> None:
     assert load_file(weights.as_safetensors(path))["a"].shape == (3,)
 
 
-def test_safetensors_are_used_as_they_are(tmp_path: Path) -> None:
+def test_safetensors_are_not_converted(tmp_path: Path) -> None:
     save_file(_state(), tmp_path / "w.safetensors")
     assert weights.as_safetensors(tmp_path / "w.safetensors") == tmp_path / "w.safetensors"
 
@@ -187,7 +187,7 @@ class _Runs:
         return (eval, ("__import__('pathlib').Path('ran').touch()",))
 
 
-def test_code_in_a_checkpoint_is_refused_and_not_run(
+def test_code_in_a_checkpoint_is_rejected_and_not_run(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -205,13 +205,13 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(
         ({"model": {"a": torch.zeros(1)}, "step": 3}, "model, step are not tensors"),
     ],
 )
-def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: object, message: str) -> None:
+def test_a_file_without_state_dict_is_rejected(tmp_path: Path, content: object, message: str) -> None:
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=message):
         weights.as_safetensors(tmp_path / "w.pt")
 
 
-def test_what_is_no_checkpoint_at_all_is_refused(tmp_path: Path) -> None:
+def test_other_files_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "w.pt").write_bytes(b"<html>not found</html>")
     with pytest.raises(ValueError, match="cannot be read as plain tensors"):
         weights.as_safetensors(tmp_path / "w.pt")

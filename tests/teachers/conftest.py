@@ -1,0 +1,39 @@
+"""Fixtures of tiny captioners of transformers, saved once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from teachers.device import Accelerator
+from teachers.transformers_captioner import TransformersCaptioner, load
+from tests.helpers import tiny_captioners
+from tests.helpers.tiny_captioners import Captioners, spec_of
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of a tiny captioner by its model type; it is saved at the first call."""
+    root = tmp_path_factory.mktemp("captioners")
+
+    def made(kind: str) -> Path:
+        if not (root / kind).exists():
+            {**tiny_captioners.IMAGE_TO_TEXT, **tiny_captioners.CHAT}[kind](root / kind)
+        return root / kind
+
+    return made
+
+
+@pytest.fixture
+def captioner(folder: Callable[[str], Path]) -> Captioners:
+    """Load a tiny captioner by its model type and options of its spec."""
+
+    def made(kind: str, **options: Any) -> TransformersCaptioner:
+        found = load(spec_of(folder(kind), kind, **options), Accelerator("cpu", options.get("precision", "fp32")))
+        assert isinstance(found, TransformersCaptioner)
+        return found
+
+    return made
