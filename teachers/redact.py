@@ -19,6 +19,8 @@ _SECRET_NAME = re.compile(
     r"|((.*_)?(hf|hub|auth|api|access|bearer|session|security|refresh|sas|github|gitlab|secret|private)_)?token"
     r"|(.*_)?(api|access|secret|private|account|shared|encryption|signing|sas)_?key(_id)?"
 )
+_FOLDER_VARIABLES = frozenset({"PWD", "OLDPWD"})  # set by the shell, not passwords as in MYSQL_PWD
+_SECRET_VARIABLE = re.compile(r".*(PASSWORD|PASSWD|PASSPHRASE|_TOKEN)", re.IGNORECASE)  # PGPASSWORD, CI_JOB_TOKEN
 _SECRET_PARAMETER = re.compile(r"sig|token|secret|password|credential|key", re.IGNORECASE)
 
 
@@ -29,6 +31,11 @@ def is_secret(name: str) -> bool:
     """
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
     return _SECRET_NAME.fullmatch(re.sub(r"[^a-z0-9]+", "_", words).strip("_")) is not None
+
+
+def is_secret_variable(name: str) -> bool:
+    """Whether an environment variable of this name holds a secret."""
+    return name not in _FOLDER_VARIABLES and (is_secret(name) or _SECRET_VARIABLE.fullmatch(name) is not None)
 
 
 def redact_values(value: Any) -> Any:
@@ -51,7 +58,7 @@ class Redactor:
     """Removes the secrets of a config and of the environment from messages, events and quarantine details."""
 
     def __init__(self, values: Any) -> None:
-        secrets = {*_secrets_in(values), *(os.environ[name] for name in os.environ if is_secret(name))}
+        secrets = {*_secrets_in(values), *(os.environ[name] for name in os.environ if is_secret_variable(name))}
         spellings = {spell(secret) for secret in secrets for spell in (str, quote, unquote, _in_json)}
         long_enough = (secret for secret in spellings if len(secret) >= _MIN_SECRET_CHARS)
         self._secrets = sorted(long_enough, key=len, reverse=True)

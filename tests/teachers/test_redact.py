@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +24,54 @@ def test_names_of_secrets_are_recognized(name: str) -> None:
 @pytest.mark.parametrize("name", ["tokens", "max_tokens", "pad_token", "key", "keys", "sort_key", "tokenizer", "width"])
 def test_names_of_other_options_are_not_secret(name: str) -> None:
     assert not is_secret(name)
+
+
+PUBLIC_VARIABLES = {
+    "PATH": "/opt/conda/envs/clip/bin:/usr/local/bin:/usr/bin",
+    "HOME": "/home/erin",
+    "PWD": "/home/erin/project",
+    "OLDPWD": "/home/erin/previous",
+    "SHLVL": "1",
+    "USER": "erinlee",
+    "LANG": "en_US.UTF-8",
+    "CONDA_PREFIX": "/opt/conda/envs/clip",
+    "CONDA_DEFAULT_ENV": "clip-env",
+    "VIRTUAL_ENV": "/home/erin/project/.venv",
+    "KUBERNETES_SERVICE_HOST": "10.96.0.1",
+    "KUBERNETES_SERVICE_PORT": "443443",
+    "KUBERNETES_PORT": "tcp://10.96.0.1:443",
+    "RAY_HEAD_PORT": "6379637",
+    "SLURM_JOB_ID": "48151623",
+    "SLURM_SUBMIT_DIR": "/scratch/erin/jobs",
+    "SLURM_JOB_NODELIST": "node[001-016]",
+    "CI_PROJECT_DIR": "/builds/erin/reinforce",
+    "GITHUB_WORKSPACE": "/home/runner/work/project",
+    "GITHUB_SHA": "84d2b1b84d2b1b84d2b1b",
+    "SSH_AUTH_SOCK": "/tmp/ssh-Xy12/agent.4711",
+    "GPG_KEY": "A035C8C19219BA821ECEA86B64E628F8D684696D",
+    "GPG_KEY_ID": "64E628F8D684696D",
+    "XDG_RUNTIME_DIR": "/run/user/1000",
+    "XDG_SESSION_ID": "c2c2c2",
+    "HF_HOME": "/scratch/erin/huggingface",
+    "AWS_SHARED_CREDENTIALS_FILE": "/home/erin/.aws/keys",
+}
+SECRET_VARIABLES = [
+    "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GITHUB_TOKEN", "WANDB_API_KEY",
+    "CI_JOB_TOKEN", "PGPASSWORD", "MYSQL_PWD", "DB_PASSWORD", "AZURE_STORAGE_CONNECTION_STRING",
+]  # fmt: skip
+
+
+def test_only_secret_variables_of_the_environment_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        monkeypatch.delenv(name)
+    secrets = {name: f"v4lue-of-{number:02d}" for number, name in enumerate(SECRET_VARIABLES)}
+    for name, value in {**PUBLIC_VARIABLES, **secrets}.items():
+        monkeypatch.setenv(name, value)
+    redact_text = Redactor({})
+    for name, value in PUBLIC_VARIABLES.items():
+        assert redact_text(f"{name}: {value}/data/samples") == f"{name}: {value}/data/samples"
+    for name, value in secrets.items():
+        assert redact_text(f"{name}: {value}") == f"{name}: {REDACTED}", "not recognised as a secret"
 
 
 WORDS = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=8, max_size=20)
