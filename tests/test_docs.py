@@ -122,7 +122,7 @@ def test_a_file_that_does_not_exist_is_found(workspace: Path) -> None:
 
 
 def test_commands_in_the_comments_of_configs_are_parsed(workspace: Path) -> None:
-    programs = r"^#\s+((?:reinforce|ray job|torchrun) .+?)(?:  +#.*)?$"
+    programs = r"^#\s+((?:reinforce|ray job|torchrun|make|python -m) .+?)(?:  +#.*)?$"
     for config in sorted(ROOT.glob("configs/**/*.yaml")):
         for line in re.findall(programs, config.read_text(encoding="utf-8"), flags=re.MULTILINE):
             for words in Block(str(config), 0, "console", line).commands():
@@ -133,7 +133,7 @@ def test_commands_in_the_comments_of_configs_are_parsed(workspace: Path) -> None
 def test_commands_and_options_in_sentences_exist(page: str) -> None:
     for code in inline_code(page):
         program, *words = code.split() or [""]
-        if program in ("reinforce", "make") and words:
+        if program in ("reinforce", "make", "python") and words:
             commands.check_names(program, words)
 
 

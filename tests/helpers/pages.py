@@ -36,7 +36,7 @@ class Block:
 
     def commands(self) -> list[list[str]]:
         """The words of each command of a console block, without comments."""
-        lines = self.text.replace("\\\n", " ").splitlines()
+        lines = self.text.replace("\\\n", " ").replace(" && ", "\n").splitlines()
         return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from reinforce.cli import app
+from reinforce.demo.__main__ import app as demo
 from tests.helpers.pages import ROOT
 
 #: Buckets of the examples are folders of the workspace.
@@ -87,6 +88,9 @@ def check_names(program: str, words: list[str]) -> None:
     if program == "make":
         _make([word for word in words if word.islower()])
         return
+    if program == "python":
+        _python(words)
+        return
     command: Any = typer.main.get_command(app)
     while hasattr(command, "commands") and words:
         assert words[0] in command.commands, f"reinforce has no command {words[0]}"
@@ -143,6 +147,8 @@ def _pip(words: list[str]) -> None:
 def _python(words: list[str]) -> None:
     if words[0] == "-m":
         assert importlib.util.find_spec(words[1]) is not None, f"there is no module {words[1]}"
+        if words[1] == "reinforce.demo" and len(words) > 2:
+            _parse(typer.main.get_command(demo), words[2:])
         return
     job, *rest = words
     command = re.search(r'run\("([a-z-]+)"', (ROOT / job).read_text(encoding="utf-8"))
