@@ -1,4 +1,4 @@
-"""python -m benchmarks.ablations: see ``make ablations``."""
+"""python -m benchmarks.ablations: run the ablations of ``make ablations``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from benchmarks.ablations import page
 from benchmarks.ablations.arms import Study
-from benchmarks.ablations.found import answer, training_of
-from benchmarks.ablations.questions import questions
+from benchmarks.ablations.questions import make_questions
+from benchmarks.ablations.results import find_training, read_answer
 from reinforce.errors import UserError
 from reinforce.terminal import Screen
 from reinforce.training.stop import Stopped
@@ -19,69 +19,76 @@ from reinforce.training.stop import Stopped
 OUT = Path("demo/ablations")
 
 
-def main(out: Path, names: Sequence[str], seeds: int, changes: Sequence[str], address: str | None) -> None:
-    """Answer the questions, from where an earlier start left off. Raises UserError, and Stopped after a signal."""
+def main(out: Path, names: Sequence[str], seeds: int, overrides: Sequence[str], address: str | None) -> None:
+    """Answer the questions; finished trainings are kept. Raises UserError, and Stopped after a signal."""
     from benchmarks.ablations.trainings import make_datasets, train_all
     from reinforce.cluster import ray_cluster
 
-    study, screen = Study(out, changes), Screen()
-    every = questions(study)
-    if unknown := [name for name in names if name not in every]:
-        raise UserError(f"there is no question {', '.join(unknown)}; there are: {', '.join(every)}.")
+    study, screen = Study(out, overrides), Screen()
+    questions = make_questions(study)
+    if unknown := [name for name in names if name not in questions]:
+        raise UserError(f"unknown question {', '.join(unknown)}; available: {', '.join(questions)}.")
     if seeds < 1:
-        raise UserError(f"--seeds {seeds}: want 1 or more, and 3 to tell a spread.")
-    chosen = [every[name] for name in names or every]
+        raise UserError(f"--seeds {seeds}: must be 1 or more; 3 or more to estimate the spread.")
+    chosen = [questions[name] for name in names or questions]
     arms = {arm.name: arm for question in chosen for arm in question.arms}
     written: list[str] = []
-    before = page.kept(study, seeds)
+    stored = page.read_stored_answers(study, seeds)
 
     def write() -> None:
-        """Write the page anew if a further question is answered; what it has of the same arms stays."""
-        here = {name: found for name in every if (found := answer(study, every[name], seeds)) is not None}
-        if [*here] != written:
-            written[:] = here
-            known = {**before, **here}
-            answers = [known[name] for name in every if name in known]
-            answered = [given.question.name for given in answers]
-            page.write(study, answers, page.about(study, seeds, answered, None if out == OUT else out))
+        """Write the page if another question is answered; stored answers with the same arms are kept."""
+        new = {
+            name: answer
+            for name, question in questions.items()
+            if (answer := read_answer(study, question, seeds)) is not None
+        }
+        if [*new] != written:
+            written[:] = new
+            answers = [{**stored, **new}[name] for name in questions if name in stored or name in new]
+            answered = [answer.question.name for answer in answers]
+            page.write_page(study, answers, page.study_info(study, seeds, answered, None if out == OUT else out))
             screen.log(f"{page.PAGE} and {page.RESULTS} have: {', '.join(answered)}")
 
     with contextlib.ExitStack() as stack:
         started: list[bool] = []
 
-        def cluster() -> None:  # once, and where something is left to do
+        def start_cluster() -> None:  # once, and only if something is left to do
             if not started:
                 started.append(True)
-                # The seconds of a step are told: they should not be those of a process that yields to all others.
+                # Seconds per step are reported, so workers run with normal priority.
                 os.environ.setdefault("RAY_worker_niceness", "0")
                 stack.enter_context(ray_cluster(address, log_to_driver=False))
 
-        make_datasets(study, dict.fromkeys(arm.dataset for arm in arms.values()), cluster, screen)
-        trainings = [one for arm in arms.values() for seed in range(seeds) if (one := training_of(study, arm, seed))]
-        open_ = [training for training in trainings if training.results() is None]
-        screen.log(f"{len(arms)} arms, {len(trainings)} trainings, {len(trainings) - len(open_)} of them done")
+        make_datasets(study, dict.fromkeys(arm.dataset for arm in arms.values()), start_cluster, screen)
+        found = [find_training(study, arm, seed) for arm in arms.values() for seed in range(seeds)]
+        trainings = [training for training in found if training is not None]
+        unfinished = [training for training in trainings if training.results() is None]
+        done = len(trainings) - len(unfinished)
+        screen.log(f"{len(arms)} arms, {len(trainings)} trainings, {done} of them done")
         write()
-        if open_:
-            cluster()
-            train_all(open_, len(trainings) - len(open_), write, screen)
+        if unfinished:
+            start_cluster()
+            train_all(unfinished, done, write, screen)
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m benchmarks.ablations", description=__doc__)
-    made.add_argument("--questions", nargs="+", default=[], metavar="NAME", help="default: all")
-    made.add_argument("--seeds", type=int, default=3, help="of each arm")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of all students' config")
-    made.add_argument("--out", type=Path, default=OUT, help="folder for datasets and students")
-    made.add_argument("--address", help="of a Ray cluster that reaches the folder; default: one on this machine")
-    return made
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablations", description=__doc__)
+    parser.add_argument("--questions", nargs="+", default=[], metavar="NAME", help="questions to answer; default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override in the config of all students"
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for datasets and students")
+    parser.add_argument("--address", help="Ray cluster with access to the folder; default: a local one")
+    return parser
 
 
 if __name__ == "__main__":
-    given = parser().parse_args()
+    options = make_parser().parse_args()
     try:
-        main(given.out, given.questions, given.seeds, given.set, given.address)
+        main(options.out, options.questions, options.seeds, options.set, options.address)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     except (Stopped, KeyboardInterrupt) as stopped:
-        print("stopped: the same command goes on from what is finished and from the last checkpoints")
+        print("stopped: the same command resumes from finished trainings and the last checkpoints")
         raise SystemExit(stopped.status if isinstance(stopped, Stopped) else 130) from None

@@ -1,4 +1,4 @@
-"""Variants of the demo's two configs: datasets and arms by name, those that are equal once."""
+"""Variants of the demo's two configs: datasets and arms by name; equal variants are made once."""
 
 from __future__ import annotations
 
@@ -21,101 +21,97 @@ from teachers.spec import ModelSpec
 DEMO = "configs/demo.yaml"
 BASE = "base"
 WRONG = "wrong-captions"
-#: Arms whose accuracy is followed over the steps, at so many points; others are judged at their end.
-FOLLOWED, POINTS = ("plain", "distilled"), 12
-#: A training takes one core, its reading included, so that as many run side by side as there are cores.
+#: Arms that are evaluated at POINTS steps during training; the others are evaluated at the end only.
+ARMS_WITH_CURVES, POINTS = ("plain", "distilled"), 12
+#: A training uses one core including its data loading, so that as many can run in parallel as there are cores.
 ONE_CORE = ("train.compute.ranks=1", "train.compute.cpus=1", "data.workers=0")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A student of several seeds.
+    """A student that is trained with several seeds.
 
-    ``name`` is that of its folders, ``label`` what a page calls it, which may differ where questions share it. ``base``
-    is one of the demo's arms, ``changes`` are KEY=VALUE of its config, ``dataset`` is what it learns from, ``x`` its
-    place on a numeric axis.
+    ``name`` is used for folders. ``label`` is used on the page; it may differ between questions that share the arm.
+    ``base`` is one of the demo's arms, ``overrides`` are KEY=VALUE of its config, ``dataset`` is its training data, and
+    ``x`` its position on a numeric axis.
     """
 
     label: str
     name: str
     base: str
-    changes: tuple[str, ...]
+    overrides: tuple[str, ...]
     dataset: str
     x: float | None = None
 
 
 class Study:
-    """All datasets and arms, in folders of ``out``. ``changes`` are KEY=VALUE of all students.
+    """All datasets and arms, in folders of ``out``. ``overrides`` are KEY=VALUE of all students.
 
-    Raises UserError where a config has a fault.
+    Raises UserError if a config is invalid.
     """
 
-    def __init__(self, out: Path, changes: Sequence[str] = ()) -> None:
+    def __init__(self, out: Path, overrides: Sequence[str] = ()) -> None:
         self.out = out
-        self.changes = tuple(changes)
+        self.overrides = tuple(overrides)
         self.demo = load_config(DEMO)
-        student = student_config("distilled", out, 0, self.changes)
+        student = student_config("distilled", out, 0, self.overrides)
         if student.train.steps is None:
-            raise UserError(
-                f"{CONFIG} gives its length in epochs. Add --set train.epochs=null --set train.steps=STEPS."
-            )
-        total_steps(student.train, samples=1, ranks=1)  # tells a warm-up that does not fit
+            raise UserError(f"{CONFIG} sets its length in epochs. Add --set train.epochs=null --set train.steps=STEPS.")
+        total_steps(student.train, samples=1, ranks=1)  # raises UserError if the warm-up is too long
         self.steps: int = student.train.steps
         self.batch = student.train.batch
-        #: The teachers and captioners that the demo's student learns from, by name.
+        #: Names of the teachers and captioners that the demo's student uses.
         self.teachers = list(self.demo.teachers if student.data.teachers is None else student.data.teachers)
         self.captioners = list(self.demo.captioners if student.data.captioners is None else student.data.captioners)
-        for name, known in (("teachers", self.demo.teachers), ("captioners", self.demo.captioners)):
+        for name, available in (("teachers", self.demo.teachers), ("captioners", self.demo.captioners)):
             used = getattr(self, name)
-            if not used or not set(used) <= set(known):
+            if not used or not set(used) <= set(available):
                 raise UserError(
-                    f"{CONFIG} has data.{name}: {used}, and {DEMO} makes {list(known)}. Name at least one of these."
+                    f"{CONFIG} has data.{name}: {used}, but {DEMO} has {list(available)}. Use at least one of these."
                 )
         self.datasets: dict[str, tuple[str, ...]] = {}
         self._dataset_names: dict[str, str] = {}
         self._arms: dict[str, Arm] = {}
-        self.dataset(BASE)
-        self.plain = self.arm("plain", "plain", base="plain")
-        self.distilled = self.arm("distilled", "distilled")
+        self.add_dataset(BASE)
+        self.plain = self.add_arm("plain", "plain", base="plain")
+        self.distilled = self.add_arm("distilled", "distilled")
 
-    # -- names
-
-    def dataset(self, name: str, *changes: str) -> str:
-        """The name of the dataset with these KEY=VALUE of configs/demo.yaml: ``name``, or that of an equal one."""
-        config = load_config(DEMO, [*changes])
+    def add_dataset(self, name: str, *overrides: str) -> str:
+        """Add a dataset with these KEY=VALUE of configs/demo.yaml; return its name, or that of an equal one."""
+        config = load_config(DEMO, [*overrides])
         key = config.model_dump_json(exclude={"output"})
         if key not in self._dataset_names:
             assert name not in self.datasets, name
             self._dataset_names[key] = name
-            self.datasets[name] = changes
+            self.datasets[name] = overrides
         return self._dataset_names[key]
 
-    def arm(
+    def add_arm(
         self,
         label: str,
         name: str,
-        *changes: str,
+        *overrides: str,
         base: str = "distilled",
         dataset: str = BASE,
         x: float | None = None,
     ) -> Arm:
-        """An arm, of which the folders are called ``name`` unless there is an equal one."""
-        made = Arm(label, name, base, changes, dataset, x)
-        key = self.student(made, 0).model_dump_json(exclude={"output", "seed", "evaluate"})
-        return replace(self._arms.setdefault(key, made), label=label, x=x)
-
-    # -- configs
+        """Add an arm and return it; if an equal arm exists, its name and folders are used."""
+        arm = Arm(label, name, base, overrides, dataset, x)
+        key = self.student_config(arm, 0).model_dump_json(exclude={"output", "seed", "evaluate"})
+        return replace(self._arms.setdefault(key, arm), label=label, x=x)
 
     def dataset_config(self, name: str) -> Config:
-        """The run that makes a dataset."""
-        return load_config(DEMO, [*self.datasets[name], assigned("output", self.dataset_url(name))])
+        """Return the config of the run that makes a dataset."""
+        return load_config(DEMO, [*self.datasets[name], override("output", self.dataset_url(name))])
 
     def recipe(self, arms: Sequence[Arm]) -> str:
-        """16 hex digits over all that determines these arms: configs of students and datasets, weights of the demo.
+        """Return 16 hex digits that identify the configs of these arms and datasets and the weights of the models.
 
-        What is not set is not told, so that a key that comes to the program later changes nothing.
+        Unset keys are excluded, so that a config key added in a later version does not change the result.
         """
-        students = [self.student(arm, 0).model_dump_json(exclude={"output", "seed"}, exclude_none=True) for arm in arms]
+        students = [
+            self.student_config(arm, 0).model_dump_json(exclude={"output", "seed"}, exclude_none=True) for arm in arms
+        ]
         datasets = [
             self.dataset_config(arm.dataset).model_dump_json(exclude={"output"}, exclude_none=True) for arm in arms
         ]
@@ -123,30 +119,30 @@ class Study:
         folders = [
             Path(model.removeprefix(FOLDER_PREFIX)) for model in models if model and model.startswith(FOLDER_PREFIX)
         ]
-        known = [weights.identity(file) for folder in folders for file in sorted(folder.glob("*.safetensors"))]
-        return hashlib.sha256("\0".join([*students, *datasets, *known]).encode()).hexdigest()[:16]
+        files = [weights.identity(file) for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+        return hashlib.sha256("\0".join([*students, *datasets, *files]).encode()).hexdigest()[:16]
 
     def dataset_url(self, name: str) -> str:
         return str(self.out / "datasets" / name)
 
     @property
     def wrong_shards(self) -> Path:
-        """The folder of the shards of which some captions are wrong."""
+        """The folder of the shards with exchanged captions."""
         return self.out / "shards-wrong-captions"
 
-    def student(self, arm: Arm, seed: int) -> StudentConfig:
-        """The training of one seed of an arm."""
-        every = max(1, self.steps // POINTS) if arm.name in FOLLOWED else None
-        fixed = [*ONE_CORE, assigned("evaluate.every", every)]
-        changes = [*fixed, *self.changes, assigned("data.datasets", self.dataset_url(arm.dataset)), *arm.changes]
-        return student_config(arm.base, self.out / "students" / f"{arm.name}-{seed}", seed, changes)
+    def student_config(self, arm: Arm, seed: int) -> StudentConfig:
+        """Return the config of one seed of an arm."""
+        every = max(1, self.steps // POINTS) if arm.name in ARMS_WITH_CURVES else None
+        dataset = override("data.datasets", self.dataset_url(arm.dataset))
+        overrides = [*ONE_CORE, override("evaluate.every", every), *self.overrides, dataset, *arm.overrides]
+        return student_config(arm.base, self.out / "students" / f"{arm.name}-{seed}", seed, overrides)
 
 
-def assigned(key: str, value: Any) -> str:
-    """KEY=VALUE, with the value as JSON, which is YAML too: of a whole section, names in it may have dots."""
+def override(key: str, value: Any) -> str:
+    """Return KEY=VALUE with the value as JSON, so that a whole section may have names with dots in it."""
     return f"{key}={json.dumps(value)}"
 
 
-def spec(model: ModelSpec) -> dict[str, Any]:
-    """A teacher or a captioner as a config writes it."""
+def model_mapping(model: ModelSpec) -> dict[str, Any]:
+    """Return a teacher or captioner as it is written in a config."""
     return model.model_dump(mode="json", by_alias=True, exclude_unset=True)

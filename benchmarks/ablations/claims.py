@@ -1,4 +1,4 @@
-"""What a paper leads one to expect of a question's arms, judged by the numbers."""
+"""Claims about the arms of a question, from the papers, and their check against the results."""
 
 from __future__ import annotations
 
@@ -8,98 +8,107 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from benchmarks.ablations.measures import ALL, REACH, Numbers
+from benchmarks.ablations.measures import ALL_MEASURES, REACHED_AT, Numbers
 
-#: Standard errors of a difference beyond which two arms differ; the second where the best or worst of several is taken.
-ERRORS, ERRORS_OF_PICKED = 2.0, 3.0
+#: Two arms differ if their means are this many standard errors of a difference apart.
+ERRORS = 2.0
+#: The same where one side is the best or worst of several arms.
+ERRORS_OF_PICKED = 3.0
 Relation = Literal["above", "below", "level with", "not above", "not below"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a claim holds of the numbers, and what they are."""
+    """Whether a claim holds, and a sentence with the numbers."""
 
     holds: bool
     text: str
 
 
 class Claim(Protocol):
-    """``judge`` wants every arm that is named, with two seeds or more."""
+    """``check`` needs the numbers of every arm that the claim names, with at least two seeds."""
 
-    def judge(self, numbers: Numbers) -> Verdict: ...
+    def check(self, numbers: Numbers) -> Verdict: ...
 
 
 @dataclass(frozen=True)
 class Pick:
-    """The arm of several with the highest, or the lowest, mean, and what it is called."""
+    """The arm with the highest, or the lowest, mean of several, and its name in the text."""
 
-    of: Sequence[str]
-    told: str = "the best"
+    arms: Sequence[str]
+    name: str = "the best"
     lowest: bool = False
 
 
 @dataclass(frozen=True)
 class Compare:
-    """``first`` stands so to ``second``, in the mean over the seeds; see ``error``."""
+    """The mean of ``first`` over the seeds has this relation to the mean of ``second``."""
 
     measure: str
     first: str | Pick
     relation: Relation
     second: str | Pick
 
-    def judge(self, numbers: Numbers) -> Verdict:
+    def check(self, numbers: Numbers) -> Verdict:
         first, second = (self._label(side, numbers) for side in (self.first, self.second))
-        measure = ALL[self.measure]
-        here, there = (statistics.fmean(numbers[label][self.measure]) for label in (first, second))
-        picked = any(isinstance(side, Pick) and len(side.of) > 1 for side in (self.first, self.second))
-        noise = (ERRORS_OF_PICKED if picked else ERRORS) * error(numbers, self.measure)
-        found = "level with" if abs(here - there) <= noise else "above" if here > there else "below"
-        holds = found != self.relation.removeprefix("not ") if "not " in self.relation else found == self.relation
-        claim = f"{measure.title}, {self._told(self.first, first)} {self.relation} {self._told(self.second, second)}"
-        answer = "yes" if holds else f"no, it is {found} it"
-        values = f"{measure.text(here)} and {measure.text(there)}, {measure.distance(here, there)} apart"
-        return Verdict(holds, f"{claim}: {answer} ({values}, noise {measure.noise(noise)})")
+        measure = ALL_MEASURES[self.measure]
+        first_mean, second_mean = (statistics.fmean(numbers[label][self.measure]) for label in (first, second))
+        picked = any(isinstance(side, Pick) and len(side.arms) > 1 for side in (self.first, self.second))
+        noise = (ERRORS_OF_PICKED if picked else ERRORS) * standard_error(numbers, self.measure)
+        if abs(first_mean - second_mean) <= noise:
+            actual = "level with"
+        else:
+            actual = "above" if first_mean > second_mean else "below"
+        holds = actual != self.relation.removeprefix("not ") if "not " in self.relation else actual == self.relation
+        claim = f"{measure.title}: {self._name(self.first, first)} {self.relation} {self._name(self.second, second)}"
+        answer = "yes" if holds else f"no, {actual} it"
+        values = f"{measure.format(first_mean)} and {measure.format(second_mean)}"
+        difference = measure.format_difference(first_mean, second_mean)
+        noise_text = measure.format_noise(noise)
+        return Verdict(holds, f"{claim}: {answer} ({values}, difference {difference}, noise {noise_text})")
 
     def _label(self, side: str | Pick, numbers: Numbers) -> str:
         if isinstance(side, str):
             return side
         choose = min if side.lowest else max
-        return choose(side.of, key=lambda label: statistics.fmean(numbers[label][self.measure]))
+        return choose(side.arms, key=lambda label: statistics.fmean(numbers[label][self.measure]))
 
     @staticmethod
-    def _told(side: str | Pick, label: str) -> str:
-        return label if isinstance(side, str) else f"{side.told} ({label})"
+    def _name(side: str | Pick, label: str) -> str:
+        return label if isinstance(side, str) else f"{side.name} ({label})"
 
 
 @dataclass(frozen=True)
 class Sooner:
-    """``first`` reaches the final accuracy of ``second`` in fewer steps than that one does, with every seed."""
+    """With every seed, ``first`` reaches the final accuracy of ``second`` in fewer steps than ``second`` does."""
 
     measure: str
     first: str
     second: str
 
-    def judge(self, numbers: Numbers) -> Verdict:
-        measure = ALL[self.measure + REACH]
-        pairs = [*zip(*(numbers[label][self.measure + REACH] for label in (self.first, self.second)), strict=True)]
+    def check(self, numbers: Numbers) -> Verdict:
+        measure = ALL_MEASURES[self.measure + REACHED_AT]
+        labels = (self.first, self.second)
+        pairs = [*zip(*(numbers[label][self.measure + REACHED_AT] for label in labels), strict=True)]
         sooner = sum(first < second for first, second in pairs)
         reached = [pair for pair in pairs if math.isfinite(pair[0])]
-        claim = f"{ALL[self.measure].title}, {self.first} sooner at the final accuracy of {self.second}"
+        title = ALL_MEASURES[self.measure].title
+        claim = f"{title}: {self.first} reaches the final accuracy of {self.second} in fewer steps"
         parts = [f"with {sooner} of {len(pairs)} seeds"]
         if reached:
             first, second = (statistics.fmean(steps) for steps in zip(*reached, strict=True))
-            times = f" ({second / first:.1f} times as many)" if first else ""
-            parts.append(f"at step {measure.text(first)} where {self.second} has it at {measure.text(second)}{times}")
+            ratio = f" ({second / first:.1f} times as many)" if first else ""
+            parts.append(f"at step {measure.format(first)}, {self.second} at step {measure.format(second)}{ratio}")
         if never := len(pairs) - len(reached):
             parts.append(f"never with {never}")
         holds = sooner == len(pairs)
         return Verdict(holds, f"{claim}: {'yes' if holds else 'no'}, {', '.join(parts)}")
 
 
-def error(numbers: Numbers, measure: str) -> float:
-    """The standard error of the difference of two arms' means.
+def standard_error(numbers: Numbers, measure: str) -> float:
+    """Return the standard error of the difference of two arms' means.
 
-    From the variances over seeds of all arms of the question together, since three seeds of one arm tell little.
+    The variance over seeds is pooled over all arms of the question, since few seeds of one arm give a poor estimate.
     """
     seeds = [values[measure] for values in numbers.values() if measure in values]
     variance = statistics.fmean(statistics.variance(values) for values in seeds)
@@ -107,10 +116,10 @@ def error(numbers: Numbers, measure: str) -> float:
 
 
 def agreement(verdicts: Sequence[Verdict]) -> str:
-    """Whether the numbers agree, as what follows `the numbers here`."""
+    """Return whether the results agree with the papers, as the end of a sentence."""
     hold = sum(verdict.holds for verdict in verdicts)
     if not verdicts:
-        return "are of one seed, which has no spread, so nothing is concluded"
+        return "come from a single seed and allow no conclusion"
     if 0 < hold < len(verdicts):
         return f"agree in {hold} of {len(verdicts)} points"
     return "agree" if hold else "do not agree"

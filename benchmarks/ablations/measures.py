@@ -1,4 +1,4 @@
-"""What is measured of an arm, and how it is told."""
+"""The measures of an arm, and their format in text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Literal
 
 from reinforce.demo.compare import MEASURES, SECONDS
 
-BYTES, KEPT = "bytes_per_sample", "kept"
-REACH = "_reached_at"  # added to the name of a measure
-#: By label of an arm, then by measure: a value for each seed, in their order.
+BYTES, RETAINED = "bytes_per_sample", "kept"
+REACHED_AT = "_reached_at"  # suffix of a measure's name: the step at which it reaches a level
+#: By label of an arm, then by measure: a value for each seed, in order.
 Numbers = Mapping[str, Mapping[str, Sequence[float]]]
 #: (step, value), in order.
 Curve = Sequence[tuple[int, float]]
@@ -20,49 +20,48 @@ Curve = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Measure:
-    """``unit``: shares are told in per cent, their differences in points; steps may be infinite, for never."""
+    """A measure's title and unit. Shares are in percent, their differences in points; steps may be infinite (never)."""
 
     title: str
     unit: Literal["share", "seconds", "bytes", "steps"] = "share"
 
-    def text(self, value: float) -> str:
+    def format(self, value: float) -> str:
         if not math.isfinite(value):
             return "never"
         if self.unit == "share":
             return f"{value:.1%}"
         return f"{value:.3f}" if self.unit == "seconds" else f"{value:,.0f}"
 
-    def distance(self, first: float, second: float) -> str:
-        """How far two values are apart."""
-        apart = abs(first - second)
+    def format_difference(self, first: float, second: float) -> str:
+        difference = abs(first - second)
         if self.unit == "share":
-            return f"{100 * apart:.1f} points"
+            return f"{100 * difference:.1f} points"
         low, high = sorted((first, second))
-        return self.text(apart) + (f" ({high / low:.2f} times)" if low > 0 else "")
+        return self.format(difference) + (f", {high / low:.2f} times" if low > 0 else "")
 
-    def noise(self, value: float) -> str:
-        return f"{100 * value:.1f}" if self.unit == "share" else self.text(value)
+    def format_noise(self, value: float) -> str:
+        return f"{100 * value:.1f}" if self.unit == "share" else self.format(value)
 
-    def cell(self, values: Sequence[float]) -> str:
-        """Mean and deviation over the seeds."""
+    def format_cell(self, values: Sequence[float]) -> str:
+        """Return mean ± sample standard deviation over the seeds."""
         if not all(map(math.isfinite, values)):
             return f"never in {sum(not math.isfinite(v) for v in values)} of {len(values)}"
-        mean = self.text(statistics.fmean(values))
+        mean = self.format(statistics.fmean(values))
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{mean} ± {self.noise(deviation)}" if deviation else mean
+        return f"{mean} ± {self.format_noise(deviation)}" if deviation else mean
 
 
-ALL: Mapping[str, Measure] = {
+ALL_MEASURES: Mapping[str, Measure] = {
     **{name: Measure(title) for name, (title, _) in MEASURES.items()},
-    SECONDS: Measure("s a step", "seconds"),
-    BYTES: Measure("bytes a sample", "bytes"),
-    KEPT: Measure("kept of own style"),
-    **{name + REACH: Measure(f"{title}: steps", "steps") for name, (title, _) in MEASURES.items()},
+    SECONDS: Measure("s/step", "seconds"),
+    BYTES: Measure("bytes/sample", "bytes"),
+    RETAINED: Measure("own style, retained"),
+    **{name + REACHED_AT: Measure(f"{title}: steps", "steps") for name, (title, _) in MEASURES.items()},
 }
 
 
-def reached_at(curve: Curve, level: float) -> float:
-    """The step at which a curve that starts at (0, 0) first has ``level``, in straight lines; infinite: never."""
+def step_of_level(curve: Curve, level: float) -> float:
+    """Return the step at which a curve from (0, 0) first reaches ``level``, by linear interpolation; inf if never."""
     before, lower = 0, 0.0
     for step, value in curve:
         if value >= level:

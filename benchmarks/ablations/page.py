@@ -1,4 +1,4 @@
-"""docs/ablations.md with its pictures, and the numbers as JSON."""
+"""docs/ablations.md with its figures, and the numbers as JSON."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from typing import Any
 
 import torch
 
-from benchmarks.ablations import pictures
+from benchmarks.ablations import figures
 from benchmarks.ablations.arms import Study
 from benchmarks.ablations.claims import ERRORS, ERRORS_OF_PICKED, Verdict, agreement
-from benchmarks.ablations.found import Answer
-from benchmarks.ablations.measures import ALL
-from benchmarks.ablations.questions import Question, questions
+from benchmarks.ablations.measures import ALL_MEASURES
+from benchmarks.ablations.questions import Question, make_questions
+from benchmarks.ablations.results import Answer
 from reinforce import plots
 
 RESULTS = Path(__file__).parents[1] / "results" / "ablations.json"
 PAGE = Path(__file__).parents[2] / "docs" / "ablations.md"
 _PROGRAM, _SEEDS = "python -m benchmarks.ablations", 3
 _TEXT = """\
-# The papers' questions at the demo's scale
+# Ablations at the demo's scale
 
 MobileCLIP ([2311.17049](https://arxiv.org/abs/2311.17049)) and MobileCLIP2
-([2508.20691](https://arxiv.org/abs/2508.20691)) say what matters in dataset reinforcement. Each finding is put to the
-demo here: students of {steps:,} steps of {batch:,} samples, {seeds} of each arm, whose seeds decide their first
-weights and the order of the samples. What holds for students of minutes need not hold for those of days, and the other
-way round.
+([2508.20691](https://arxiv.org/abs/2508.20691)) report what matters in dataset reinforcement. This page repeats
+their ablations with the demo's data: students trained for {steps:,} steps with batches of {batch:,} samples,
+{seeds} seeds per arm. The seed determines the initial weights and the sample order. Results for trainings of
+minutes need not hold for trainings of days, and vice versa.
 
 ```console
-make demo                 # the shards and the sets to judge by
+make demo                 # writes the training shards and the test sets
 {command}
 ```
 
 {summary}
 
-Numbers are the mean over the seeds ± their standard deviation. Two arms count as different where their means are
-further apart than the noise, which is {errors:g} standard errors of a difference, {picked:g} where the best or the
-worst of several is taken; the error is from the deviations of all arms of the question together. That two arms are
-level says that {seeds} seeds do not tell them apart. *Own style* and the other sets are those of the demo: each picture
-is to be named among the names of all concepts, and for retrieval the right picture is to be among the five nearest to a
-caption. Seconds are of one core each, with as many trainings side by side as there are cores (torch {torch};
+Tables show the mean over the seeds ± the sample standard deviation. Two arms count as different if their means
+differ by more than the noise: {errors:g} standard errors of a difference, or {picked:g} where the best or worst of
+several arms is chosen. The standard error is estimated from the deviations of all arms of a question. *Level* means
+that {seeds} seeds do not show a difference. *Own style* and the other sets are the demo's test sets: top-1 accuracy
+of zero-shot classification among all concepts, and for retrieval whether the right picture is among the five
+nearest to a caption. Seconds are for one core per training, with as many parallel trainings as cores (torch {torch};
 {machines}).
 """
 _SECTION = """
@@ -57,17 +57,17 @@ _SECTION = """
 
 ![{title}](ablations/{name}.png)
 
-**The numbers here {agreement}.**
+**These results {agreement}.**
 
 {rest}
 """
 
 
 @dataclass(frozen=True)
-class About:
-    """What is told of all students: ``steps`` of ``batch`` samples, ``seeds`` of each arm, ``changes`` of the config.
+class StudyInfo:
+    """What all students have in common. The field names are keys of results/ablations.json.
 
-    ``command`` makes the page anew, with the questions that it has.
+    ``command`` regenerates the page with its questions; ``changes`` are the overrides of the students' config.
     """
 
     command: str
@@ -78,120 +78,129 @@ class About:
     torch: str
 
 
-def about(study: Study, seeds: int, answered: Sequence[str], out: Path | None = None) -> About:
-    """``out`` is named where it is not the default folder."""
-    words = [] if len(answered) == len(questions(study)) else ["--questions", *answered]
+def study_info(study: Study, seeds: int, answered: Sequence[str], out: Path | None = None) -> StudyInfo:
+    """Describe a study with these answered questions; ``out`` is its folder, unless it is the default one."""
+    words = [] if len(answered) == len(make_questions(study)) else ["--questions", *answered]
     words += ["--seeds", str(seeds)] if seeds != _SEEDS else []
-    words += [word for change in study.changes for word in ("--set", change)]
+    words += [word for override in study.overrides for word in ("--set", override)]
     words += ["--out", str(out)] if out is not None else []
     command = " ".join([_PROGRAM, shlex.join(words)]).strip()
-    return About(command, study.steps, study.batch, seeds, study.changes, torch.__version__)
+    return StudyInfo(command, study.steps, study.batch, seeds, study.overrides, torch.__version__)
 
 
-def kept(study: Study, seeds: int, results: Path = RESULTS) -> dict[str, Answer]:
-    """Answers by question that ``write`` wrote down, of equal arms, steps and seeds, on whichever machine."""
-    found = json.loads(results.read_text()) if results.exists() else {"questions": {}}
-    now = json.loads(json.dumps(asdict(about(study, seeds, []))))
-    if any(found.get(key) != value for key, value in now.items() if key != "command"):
+def read_stored_answers(study: Study, seeds: int, results: Path = RESULTS) -> dict[str, Answer]:
+    """Read the stored answers with equal arms, steps and seeds, by question; the machine may differ."""
+    stored = json.loads(results.read_text()) if results.exists() else {"questions": {}}
+    current = json.loads(json.dumps(asdict(study_info(study, seeds, []))))
+    if any(stored.get(key) != value for key, value in current.items() if key != "command"):
         return {}
     return {
-        name: _answer(question, found["questions"][name])
-        for name, question in questions(study).items()
-        if found["questions"].get(name, {}).get("recipe") == study.recipe(question.arms)
+        name: _from_json(question, stored["questions"][name])
+        for name, question in make_questions(study).items()
+        if stored["questions"].get(name, {}).get("recipe") == study.recipe(question.arms)
     }
 
 
-def _answer(question: Question, found: Mapping[str, Any]) -> Answer:
-    """What ``_numbers`` has of it."""
+def _from_json(question: Question, stored: Mapping[str, Any]) -> Answer:
+    """Read an answer that ``_to_json`` wrote."""
     numbers = {
         label: {
             name: [math.inf if value is None else value for value in values["seeds"]]
             for name, values in arm.items()
             if name != "arm"
         }
-        for label, arm in found["arms"].items()
+        for label, arm in stored["arms"].items()
     }
-    return Answer(question, numbers, found["machine"], found.get("curves", {}))
+    return Answer(question, numbers, stored["machine"], stored.get("curves", {}))
 
 
-def write(study: Study, answers: Sequence[Answer], told: About, page: Path = PAGE, results: Path = RESULTS) -> None:
-    """Write the page, its pictures into a folder of its name beside it, and the numbers.
+def write_page(
+    study: Study, answers: Sequence[Answer], info: StudyInfo, page: Path = PAGE, results: Path = RESULTS
+) -> None:
+    """Write the page, its figures into the folder of its name, and the numbers.
 
-    Nothing stays there of questions without an answer.
+    Figures of questions without an answer are removed.
     """
     if not answers:
         return
-    judged = [(given, verdicts_of(given)) for given in answers]
-    for given in answers:
-        pictures.draw(given, page.with_suffix("") / f"{given.question.name}.png")
+    checked = [(answer, check_claims(answer)) for answer in answers]
+    for answer in answers:
+        figures.draw(answer, page.with_suffix("") / f"{answer.question.name}.png")
     for old in page.with_suffix("").glob("*.png"):
-        if old.stem not in {given.question.name for given in answers}:
+        if old.stem not in {answer.question.name for answer in answers}:
             old.unlink()
-    by_question = {given.question.name: _numbers(study, given, verdicts) for given, verdicts in judged}
-    found = {**asdict(told), "questions": by_question}
-    plots.write_file((json.dumps(found, indent=2) + "\n").encode(), str(results))
-    plots.write_file(text(judged, told).encode(), str(page))
+    by_question = {answer.question.name: _to_json(study, answer, verdicts) for answer, verdicts in checked}
+    stored = {**asdict(info), "questions": by_question}
+    plots.write_file((json.dumps(stored, indent=2) + "\n").encode(), str(results))
+    plots.write_file(render_page(checked, info).encode(), str(page))
 
 
-def verdicts_of(given: Answer) -> list[Verdict]:
-    """What the numbers say to each claim; nothing where there is one seed alone."""
-    seeds = min(len(values) for measured in given.numbers.values() for values in measured.values())
-    return [claim.judge(given.numbers) for claim in given.question.claims] if seeds > 1 else []
+def check_claims(answer: Answer) -> list[Verdict]:
+    """Check each claim of the question; empty for a single seed, which has no spread."""
+    seeds = min(len(values) for measured in answer.numbers.values() for values in measured.values())
+    return [claim.check(answer.numbers) for claim in answer.question.claims] if seeds > 1 else []
 
 
-def text(judged: Sequence[tuple[Answer, Sequence[Verdict]]], told: About) -> str:
-    """The whole page."""
-    rows = ["| question | the numbers here |", "|---|---|"]
-    for given, verdicts in judged:
-        title = given.question.title
+def render_page(checked: Sequence[tuple[Answer, Sequence[Verdict]]], info: StudyInfo) -> str:
+    """Return the whole page."""
+    rows = ["| question | these results |", "|---|---|"]
+    for answer, verdicts in checked:
+        title = answer.question.title
         rows.append(f"| [{title}](#{_anchor(title)}) | {agreement(verdicts)} |")
     top = _TEXT.format(
-        **{key: getattr(told, key) for key in ("steps", "batch", "seeds", "torch")},
-        machines=_machines(judged),
-        command="make ablations            # this page" if told.command == _PROGRAM else told.command,
+        **{key: getattr(info, key) for key in ("steps", "batch", "seeds", "torch")},
+        machines=_machines([answer for answer, _ in checked]),
+        command="make ablations            # trains the students; writes this page"
+        if info.command == _PROGRAM
+        else info.command,
         summary="\n".join(rows),
         errors=ERRORS,
         picked=ERRORS_OF_PICKED,
     )
-    return top + "".join(_section(given, verdicts) for given, verdicts in judged)
+    return top + "".join(_section(answer, verdicts) for answer, verdicts in checked)
 
 
-def _section(given: Answer, verdicts: Sequence[Verdict]) -> str:
-    question = given.question
+def _section(answer: Answer, verdicts: Sequence[Verdict]) -> str:
+    question = answer.question
     points = "\n".join(f"- {verdict.text}." for verdict in verdicts)
-    made = _SECTION.format(
+    section = _SECTION.format(
         title=question.title,
         paper=question.paper,
-        table=_table(given),
+        table=_table(answer),
         name=question.name,
         agreement=agreement(verdicts),
         rest="\n\n".join(filter(None, (points, question.note))),
     )
-    return made.rstrip() + "\n"
+    return section.rstrip() + "\n"
 
 
-def _table(given: Answer) -> str:
-    columns = given.question.columns
-    lines = [f"| | {' | '.join(ALL[name].title for name in columns)} |", f"|---|{'---|' * len(columns)}"]
-    for label, measured in given.numbers.items():
-        cells = [ALL[name].cell(measured[name]) if name in measured else "" for name in columns]
+def _table(answer: Answer) -> str:
+    columns = answer.question.columns
+    lines = [f"| | {' | '.join(ALL_MEASURES[name].title for name in columns)} |", f"|---|{'---|' * len(columns)}"]
+    for label, measured in answer.numbers.items():
+        cells = [ALL_MEASURES[name].format_cell(measured[name]) if name in measured else "" for name in columns]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _numbers(study: Study, given: Answer, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """What results/ablations.json has of a question; None stands for never."""
-    arms: dict[str, Any] = {}
-    for arm in given.question.arms:
-        measured = given.numbers[arm.label]
-        arms[arm.label] = {"arm": arm.name, **{name: _spread(values) for name, values in measured.items()}}
-    curves = {label: {name: by[name] for name in given.question.panels} for label, by in given.curves.items()}
-    judged = [asdict(verdict) for verdict in verdicts]
-    of_it = {"title": given.question.title, "machine": given.machine, "recipe": study.recipe(given.question.arms)}
-    return {**of_it, "claims": judged, "arms": arms, **({"curves": curves} if curves else {})}
+def _to_json(study: Study, answer: Answer, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Return the entry of a question in results/ablations.json; infinite steps (never) become None."""
+    question, arms = answer.question, dict[str, Any]()
+    for arm in question.arms:
+        measured = answer.numbers[arm.label]
+        arms[arm.label] = {"arm": arm.name, **{name: _statistics(values) for name, values in measured.items()}}
+    curves = {label: {name: by[name] for name in question.panels} for label, by in answer.curves.items()}
+    return {
+        "title": question.title,
+        "machine": answer.machine,
+        "recipe": study.recipe(question.arms),
+        "claims": [asdict(verdict) for verdict in verdicts],
+        "arms": arms,
+        **({"curves": curves} if curves else {}),
+    }
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def _statistics(values: Sequence[float]) -> dict[str, Any]:
     finite = [value if math.isfinite(value) else None for value in values]
     if None in finite:
         return {"mean": None, "deviation": None, "seeds": finite}
@@ -199,14 +208,15 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "deviation": deviation, "seeds": finite}
 
 
-def _machines(judged: Sequence[tuple[Answer, Sequence[Verdict]]]) -> str:
+def _machines(answers: Sequence[Answer]) -> str:
+    """Return the machine of most answers, then the others with their questions."""
     by_machine: dict[str, list[str]] = {}
-    for given, _ in judged:
-        by_machine.setdefault(given.machine, []).append(given.question.title)
+    for answer in answers:
+        by_machine.setdefault(answer.machine, []).append(answer.question.title)
     first, *others = sorted(by_machine, key=lambda machine: -len(by_machine[machine]))
     return "; ".join([first, *(f"{machine}, for *{', '.join(by_machine[machine])}*" for machine in others)])
 
 
 def _anchor(title: str) -> str:
-    """As GitHub makes it of a heading."""
+    """Return GitHub's anchor of a heading."""
     return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")

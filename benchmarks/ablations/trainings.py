@@ -1,4 +1,4 @@
-"""Datasets one after the other, then trainings on Ray, as many side by side as it has cores."""
+"""Make the datasets one by one, then run the trainings on Ray, as many in parallel as it has cores."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import ray
 from ray.exceptions import RayError
 
 from benchmarks.ablations.arms import WRONG, Study
-from benchmarks.ablations.captions import write_wrong
-from benchmarks.ablations.found import Training
 from benchmarks.ablations.questions import WRONG_SHARE
+from benchmarks.ablations.results import Training
+from benchmarks.ablations.wrong_captions import write_wrong_captions
 from reinforce.cluster import cause_of
 from reinforce.engine.plan import make_plan
 from reinforce.engine.runner import run
@@ -30,111 +30,111 @@ from reinforce.training.ranks import join_ranks
 from reinforce.training.stop import Stopped, StopSignal
 
 _TICK = 2.0
-_MOST_FAULTS = 3  # what hits so many trainings would hit the rest
+_MAX_ERRORS = 3  # after so many failed trainings no further ones are started
 
 
-def make_datasets(study: Study, names: Iterable[str], cluster: Callable[[], None], screen: Screen) -> None:
-    """Compute what the datasets lack. ``cluster`` sees to it that there is a Ray, and is called where it is needed.
+def make_datasets(study: Study, names: Iterable[str], start_cluster: Callable[[], None], screen: Screen) -> None:
+    """Compute the missing layers of the datasets; ``start_cluster`` is called if there are any.
 
-    Raises UserError where one cannot be made.
+    Raises UserError if a run fails.
     """
     for name in names:
         if name == WRONG:
-            write_wrong(study.demo.source, study.wrong_shards, WRONG_SHARE)
+            write_wrong_captions(study.demo.source, study.wrong_shards, WRONG_SHARE)
         config = study.dataset_config(name)
         plan = make_plan(config)
         if plan.pending:
             screen.log(f"dataset {name}: {len(plan.pending)} of {plan.shards} shards to do")
-            cluster()
+            start_cluster()
         summary = run(config)
         if summary.status:
-            raise UserError(f"dataset {name}: {summary.message}. `reinforce status {config.output}` tells more.")
+            raise UserError(f"dataset {name}: {summary.message}. See `reinforce status {config.output}`.")
 
 
-def train_all(trainings: Sequence[Training], done: int, ended: Callable[[], None], screen: Screen) -> None:
-    """Train to the end what has not ended, on the Ray that is there; ``done`` others count as finished.
+def train_all(trainings: Sequence[Training], done: int, on_finished: Callable[[], None], screen: Screen) -> None:
+    """Run trainings on the current Ray cluster; ``done`` is the number of already finished ones, for the progress.
 
-    Calls ``ended`` after each. Raises UserError at the end if some failed, Stopped after a signal, when running
-    trainings are left at their last checkpoints.
+    ``on_finished`` is called after each. Raises UserError at the end if trainings failed, and Stopped after a signal;
+    running trainings then resume from their last checkpoints next time.
     """
     for training in trainings:
         training.begin()
-    queue, running, faults = deque(trainings), dict[Any, Training](), list[str]()
+    queue, running, errors = deque(trainings), dict[Any, Training](), list[str]()
     progress, stop = _Progress(trainings, done), StopSignal()
     with stop.handle_signals(), screen:
-        while running or (queue and len(faults) < _MOST_FAULTS):
-            while queue and len(running) < _places(queue[0].config) and len(faults) < _MOST_FAULTS:
+        while running or (queue and len(errors) < _MAX_ERRORS):
+            while queue and len(running) < _max_parallel(queue[0].config) and len(errors) < _MAX_ERRORS:
                 training = queue.popleft()
-                running[_submit(training.config)] = training
+                running[_start_training(training.config)] = training
             for ref in ray.wait([*running], num_returns=1, timeout=_TICK)[0]:
                 training = running.pop(ref)
                 try:
                     ray.get(ref)
                 except RayError as error:
-                    faults.append(f"{training.name}: {cause_of(error)}")
+                    errors.append(f"{training.name}: {cause_of(error)}")
                     screen.log(f"{training.name} failed: {cause_of(error)}")
                 else:
-                    progress.ended(training)
-                    screen.log(f"{training.name} has ended")
-                    ended()
+                    progress.finish(training)
+                    screen.log(f"{training.name} is finished")
+                    on_finished()
             if stop.signum:
                 raise Stopped(stop.signum)
-            screen.draw(progress.line(running.values()), progress.steps, progress.whole)
-    if faults:
-        left = f"; {len(queue)} were not begun" if queue else ""
-        raise UserError(f"{len(faults)} trainings failed{left}:\n  " + "\n  ".join(faults))
+            screen.draw(progress.line(running.values()), progress.steps, progress.total)
+    if errors:
+        left = f"; {len(queue)} were not started" if queue else ""
+        raise UserError(f"{len(errors)} trainings failed{left}:\n  " + "\n  ".join(errors))
 
 
 class _Progress:
-    """What is done, what is running and how long the rest may take, by the pace of this start so far."""
+    """The progress line: finished and running trainings, and the remaining time at the pace since the start."""
 
     def __init__(self, trainings: Sequence[Training], done: int) -> None:
         self._done, self._count = done, done + len(trainings)
-        self._taken = {training.name: training.step for training in trainings}
-        self.whole = sum(training.steps for training in trainings)
-        self._before = self.steps
-        self._begun = time.monotonic()
+        self._steps_by_name = {training.name: training.step for training in trainings}
+        self.total = sum(training.steps for training in trainings)
+        self._steps_before = self.steps
+        self._started = time.monotonic()
 
     @property
     def steps(self) -> int:
-        return sum(self._taken.values())
+        return sum(self._steps_by_name.values())
 
-    def ended(self, training: Training) -> None:
+    def finish(self, training: Training) -> None:
         self._done += 1
-        self._taken[training.name] = training.steps
+        self._steps_by_name[training.name] = training.steps
 
     def line(self, running: Iterable[Training]) -> str:
         parts = [f"{self._done} of {self._count} trainings"]
         for training in running:
-            self._taken[training.name] = training.step
+            self._steps_by_name[training.name] = training.step
             parts.append(f"{training.name} at {training.step:,} of {training.steps:,}")
-        if (taken := self.steps - self._before) > 0:
-            left = (time.monotonic() - self._begun) / taken * (self.whole - self.steps)
+        if (new := self.steps - self._steps_before) > 0:
+            left = (time.monotonic() - self._started) / new * (self.total - self.steps)
             parts.append(f"about {format_duration(left)} left")
         return "  ".join(parts)
 
 
-def _places(config: StudentConfig) -> int:
-    """Trainings that the cluster holds side by side."""
+def _max_parallel(config: StudentConfig) -> int:
+    """Return the number of trainings that the cluster can run in parallel."""
     return max(1, int(ray.cluster_resources().get("CPU", 1) // config.train.compute.cpus))
 
 
-def _submit(config: StudentConfig) -> Any:
+def _start_training(config: StudentConfig) -> Any:
     compute = config.train.compute
     threads = str(compute.cpus)
-    task = ray.remote(_train).options(
+    task = ray.remote(_run_training).options(
         num_cpus=compute.cpus,
         num_gpus=compute.gpus,
-        max_retries=config.train.retries,  # of a worker that dies; it goes on from its checkpoint
+        max_retries=config.train.retries,  # if a worker dies, another resumes from the last checkpoint
         runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
     )
     return task.remote(config, os.getcwd())
 
 
-def _train(config: StudentConfig, folder: str) -> None:
-    """One training, as `reinforce train` does it, in a worker of Ray.
+def _run_training(config: StudentConfig, folder: str) -> None:
+    """Train as `reinforce train` does, in a worker of Ray.
 
-    ``folder`` is the driver's, to which paths in configs are relative; on another node it may not be there.
+    ``folder`` is the driver's working directory, to which paths in configs are relative; other nodes may not have it.
     """
     if os.path.isdir(folder):
         os.chdir(folder)

@@ -1,4 +1,4 @@
-"""A picture for each question: accuracy of its arms, every seed a dot."""
+"""A figure for each question, with a dot for each seed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.ablations.found import Answer
-from benchmarks.ablations.measures import ALL, Measure
+from benchmarks.ablations.measures import ALL_MEASURES, Measure
+from benchmarks.ablations.results import Answer
 from reinforce import plots
 
 if TYPE_CHECKING:
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 _GREY = "#6b7280"
 
 
-def draw(given: Answer, path: Path) -> None:
-    """PNG with a panel for each of the question's measures."""
-    question = given.question
+def draw(answer: Answer, path: Path) -> None:
+    """Write a PNG with a panel for each measure in the question's ``panels``."""
+    question = answer.question
     sweep = question.axis is not None
-    height = 3.6 if sweep or given.curves else 1.4 + 0.42 * len(question.arms)
+    height = 3.6 if sweep or answer.curves else 1.4 + 0.42 * len(question.arms)
     figure, axes = plots.figure(len(question.panels), width=3.3 * len(question.panels) + 1.0, height=height)
     for number, (panel, name) in enumerate(zip(axes, question.panels, strict=True)):
-        if given.curves:
-            _curves(panel, given, name)
+        if answer.curves:
+            _draw_curves(panel, answer, name)
         elif sweep:
-            _sweep(panel, given, name, number)
+            _draw_sweep(panel, answer, name, number)
         else:
-            _rows(panel, given, name, number)
+            _draw_rows(panel, answer, name, number)
     plots.save(figure, str(path))
 
 
-def _rows(panel: Axes, given: Answer, name: str, number: int) -> None:
-    """An arm a line."""
-    arms = given.question.arms
+def _draw_rows(panel: Axes, answer: Answer, name: str, number: int) -> None:
+    """Draw one row for each arm."""
+    arms = answer.question.arms
     for row, arm in enumerate(arms):
-        values = _shown(ALL[name], given.numbers[arm.label][name])
+        values = _to_axis(ALL_MEASURES[name], answer.numbers[arm.label][name])
         panel.plot(values, [row] * len(values), ".", color=plots.colour(row), alpha=0.5, markersize=6)
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         panel.errorbar(statistics.fmean(values), row, xerr=spread, color=plots.colour(row), marker="o", capsize=3)
@@ -45,19 +45,19 @@ def _rows(panel: Axes, given: Answer, name: str, number: int) -> None:
     panel.set_ylim(len(arms) - 0.5, -0.5)
     panel.set_xlim(left=0)
     panel.grid(axis="x", color="#e1e4e8", linewidth=0.8)
-    plots.label(panel, ALL[name].title, _unit(ALL[name]), "")
+    plots.label(panel, ALL_MEASURES[name].title, _unit(ALL_MEASURES[name]), "")
 
 
-def _sweep(panel: Axes, given: Answer, name: str, number: int) -> None:
-    """Arms along an axis, and as levels those that have no place on it."""
+def _draw_sweep(panel: Axes, answer: Answer, name: str, number: int) -> None:
+    """Draw arms along an axis, and horizontal lines for arms without an ``x``."""
     from matplotlib.ticker import NullLocator
 
-    question, measure, colour = given.question, ALL[name], plots.colour(number)
+    question, measure, colour = answer.question, ALL_MEASURES[name], plots.colour(number)
     if question.log:
         panel.set_xscale("log")
     points = []
     for arm in question.arms:
-        values = _shown(measure, given.numbers[arm.label][name])
+        values = _to_axis(measure, answer.numbers[arm.label][name])
         mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
         if arm.x is None:
             panel.axhline(mean, color=_GREY, linestyle="--", linewidth=1, label=arm.label)
@@ -75,25 +75,25 @@ def _sweep(panel: Axes, given: Answer, name: str, number: int) -> None:
     plots.legend(panel)
 
 
-def _curves(panel: Axes, given: Answer, name: str) -> None:
-    """A measure over steps: each seed thin, their mean thick; the target's end as a level."""
-    for number, (label, curves) in enumerate(given.curves.items()):
+def _draw_curves(panel: Axes, answer: Answer, name: str) -> None:
+    """Draw a measure over steps: thin lines for seeds, a thick one for their mean, the target's end as a level."""
+    for number, (label, curves) in enumerate(answer.curves.items()):
         colour = plots.colour(number)
         steps = [step for step, _ in curves[name][0]]
-        seeds = [_shown(ALL[name], [value for _, value in curve]) for curve in curves[name]]
+        seeds = [_to_axis(ALL_MEASURES[name], [value for _, value in curve]) for curve in curves[name]]
         for values in seeds:
             panel.plot(steps, values, color=colour, alpha=0.35, linewidth=0.8)
         means = [statistics.fmean(at) for at in zip(*seeds, strict=True)]
         panel.plot(steps, means, color=colour, marker="o", markersize=3, label=label)
-        if label == given.question.target:
+        if label == answer.question.target:
             panel.axhline(means[-1], color=_GREY, linestyle="--", linewidth=1)
     panel.set_ylim(bottom=0)
-    plots.label(panel, ALL[name].title, "step", _unit(ALL[name]))
+    plots.label(panel, ALL_MEASURES[name].title, "step", _unit(ALL_MEASURES[name]))
     plots.legend(panel)
 
 
-def _shown(measure: Measure, values: Sequence[float]) -> list[float]:
-    """Shares in per cent."""
+def _to_axis(measure: Measure, values: Sequence[float]) -> list[float]:
+    """Return values in the unit of the axis: shares in percent."""
     return [100 * value if measure.unit == "share" else value for value in values]
 
 

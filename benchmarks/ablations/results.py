@@ -1,4 +1,4 @@
-"""What folders say: which trainings are finished, and the numbers of the questions that are."""
+"""Finished trainings, read from their folders, and the numbers of the questions that they answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks.ablations.arms import Arm, Study
-from benchmarks.ablations.measures import BYTES, KEPT, REACH, Curve, Numbers, reached_at
+from benchmarks.ablations.measures import BYTES, REACHED_AT, RETAINED, Curve, Numbers, step_of_level
 from benchmarks.ablations.questions import Question
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import read_manifest
@@ -30,7 +30,7 @@ _TRAINING = "training.json"
 
 @dataclass(frozen=True)
 class Training:
-    """One seed of an arm. ``course`` is all that determines it: its config, its length, and what its dataset holds."""
+    """One seed of an arm. ``course`` identifies it: its config, its length, and its dataset's fingerprints."""
 
     name: str
     config: StudentConfig
@@ -42,19 +42,19 @@ class Training:
         return Path(self.config.output)
 
     def begin(self) -> None:
-        """Say in its folder what the training is. Raises UserError where there is another already."""
+        """Record the training in its folder. Raises UserError if the folder holds another training."""
         store = Store(self.config.output)
         then = store.read_json(_TRAINING)
         if then is None:
             store.write_json(dict(self.course), _TRAINING)
         elif changed := describe_changes(then, self.course):
             raise UserError(
-                f"{self.folder} is a training of another config or dataset:\n  " + "\n  ".join(changed) + "\n"
-                f"Delete {self.folder.parent} to train all anew, restore these values, or give another --out."
+                f"{self.folder} holds a training of another config or dataset:\n  " + "\n  ".join(changed) + "\n"
+                f"Delete {self.folder.parent} to train all students again, restore these values, or give another --out."
             )
 
     def results(self) -> Results | None:
-        """What came of it, if it has ended."""
+        """Return the results; None unless the training is finished."""
         store = Store(self.config.output)
         if store.read_json(_TRAINING) != self.course:
             return None
@@ -63,14 +63,14 @@ class Training:
 
     @property
     def step(self) -> int:
-        """The last step that its log knows."""
-        rows = _rows(self.folder)
+        """The last step in its log."""
+        rows = _read_log(self.folder)
         return int(rows[-1]["step"]) if rows else 0
 
 
-def training_of(study: Study, arm: Arm, seed: int) -> Training | None:
-    """One seed of an arm; None while its dataset has not been begun."""
-    config, manifest = study.student(arm, seed), _manifest(study, arm.dataset)
+def find_training(study: Study, arm: Arm, seed: int) -> Training | None:
+    """Return one seed of an arm; None if its dataset does not exist yet."""
+    config, manifest = study.student_config(arm, seed), _read_manifest(study, arm.dataset)
     if manifest is None:
         return None
     course = {
@@ -84,9 +84,9 @@ def training_of(study: Study, arm: Arm, seed: int) -> Training | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """A question with the numbers of all its arms and seeds, and the ``machine`` they were measured on.
+    """The numbers of all arms and seeds of a question, and the ``machine`` that they were measured on.
 
-    ``curves`` hold a curve for each seed by label and measure, where a question follows arms over steps.
+    ``curves`` holds a curve for each seed by label and measure, for questions with a ``target``.
     """
 
     question: Question
@@ -95,12 +95,12 @@ class Answer:
     curves: Mapping[str, Mapping[str, Sequence[Curve]]] = field(default_factory=dict)
 
 
-def answer(study: Study, question: Question, seeds: int) -> Answer | None:
-    """None unless every arm has ended with every seed."""
-    found: dict[str, dict[str, list[float]]] = {}
+def read_answer(study: Study, question: Question, seeds: int) -> Answer | None:
+    """Return the answer to a question; None unless every arm is finished with every seed."""
+    numbers: dict[str, dict[str, list[float]]] = {}
     curves: dict[str, dict[str, list[Curve]]] = {}
     for arm in question.arms:
-        trainings = [training_of(study, arm, seed) for seed in range(seeds)]
+        trainings = [find_training(study, arm, seed) for seed in range(seeds)]
         rows: dict[str, list[float]] = {}
         for training in trainings:
             results = None if training is None else training.results()
@@ -110,50 +110,51 @@ def answer(study: Study, question: Question, seeds: int) -> Answer | None:
                 rows.setdefault(name, []).append(value)
             if question.target is not None:
                 for name, (_, metric) in MEASURES.items():
-                    curves.setdefault(arm.label, {}).setdefault(name, []).append(_curve(training.folder, metric))
+                    curves.setdefault(arm.label, {}).setdefault(name, []).append(_read_curve(training.folder, metric))
         if BYTES in question.columns:
             rows[BYTES] = [bytes_per_sample(study.dataset_url(arm.dataset))] * seeds
-        found[arm.label] = rows
-    return derived(Answer(question, found, machine_name(), curves))
+        numbers[arm.label] = rows
+    return add_derived_measures(Answer(question, numbers, machine_name(), curves))
 
 
-def derived(given: Answer) -> Answer:
-    """The answer with what follows from its numbers: KEPT, and steps to the accuracy of the target."""
-    question, numbers = given.question, {label: dict(values) for label, values in given.numbers.items()}
+def add_derived_measures(answer: Answer) -> Answer:
+    """Return the answer with RETAINED, and with the steps to the accuracy of the target."""
+    question, numbers = answer.question, {label: dict(values) for label, values in answer.numbers.items()}
     for label, clean in question.clean.items():
         pairs = zip(numbers[label]["own_style"], numbers[clean]["own_style"], strict=True)
-        numbers[label][KEPT] = [value / before if before else 0.0 for value, before in pairs]
+        numbers[label][RETAINED] = [value / before if before else 0.0 for value, before in pairs]
     if question.target is not None:
-        for label, by_measure in given.curves.items():
+        for label, by_measure in answer.curves.items():
             for name, curves in by_measure.items():
                 finals = numbers[question.target][name]
-                numbers[label][name + REACH] = [
-                    reached_at(curve, final) for curve, final in zip(curves, finals, strict=True)
+                numbers[label][name + REACHED_AT] = [
+                    step_of_level(curve, final) for curve, final in zip(curves, finals, strict=True)
                 ]
-    return replace(given, numbers=numbers)
+    return replace(answer, numbers=numbers)
 
 
 def bytes_per_sample(url: str) -> float:
-    """Bytes of all files of embeddings of a local dataset, over its samples."""
+    """Return the size of all embedding files of a local dataset, divided by its samples."""
     folder = Path(url)
     size = sum(path.stat().st_size for path in (folder / "embeddings").rglob("*.parquet"))
     return size / sum(pq.read_metadata(path).num_rows for path in (folder / SAMPLES).rglob("*.parquet"))
 
 
-def _manifest(study: Study, dataset: str) -> dict[str, Any] | None:
+def _read_manifest(study: Study, dataset: str) -> dict[str, Any] | None:
     store = Store(study.dataset_url(dataset))
     return read_manifest(store) if Path(store.root, MANIFEST).exists() else None
 
 
-def _curve(folder: Path, metric: str) -> Curve:
-    return [(row["step"], row["metrics"][metric] or 0.0) for row in _rows(folder) if metric in row.get("metrics", {})]
+def _read_curve(folder: Path, metric: str) -> Curve:
+    rows = [row for row in _read_log(folder) if metric in row.get("metrics", {})]
+    return [(row["step"], row["metrics"][metric] or 0.0) for row in rows]
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
+def _read_log(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     try:
         for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
             rows.append(json.loads(line))
-    except (FileNotFoundError, ValueError):  # not begun, or cut in the middle by a kill
+    except (FileNotFoundError, ValueError):  # not started, or truncated when it was killed
         pass
     return rows

@@ -1,4 +1,4 @@
-"""Source shards of which some captions are wrong."""
+"""Source shards in which some captions are exchanged."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ from reinforce.seeds import permutation
 from reinforce.source.urls import expand
 
 
-def write_wrong(source: str | Sequence[str], out: Path, share: float, seed: int = 0) -> list[Path]:
-    """Copy local shards into ``out`` with ``share`` of all captions exchanged among each other.
+def write_wrong_captions(source: str | Sequence[str], out: Path, share: float, seed: int = 0) -> list[Path]:
+    """Copy local shards to ``out`` and exchange ``share`` of all captions among each other.
 
-    Which samples these are, and whose caption each gets, follows from ``seed``; none keeps its own, and images, keys
-    and all else stay. The caption stands in KEY.txt and under ``caption`` in KEY.json. Whole files are left alone.
-    Returns the shards' paths. Raises UserError for shards without samples.
+    ``seed`` determines the samples and their new captions; none of them keeps its own. Images, keys and other metadata
+    are unchanged. A caption is in KEY.txt and under ``caption`` in KEY.json. Complete files are not written again.
+    Returns the shards' paths. Raises UserError for shards without captions.
     """
     paths = [Path(url) for url in expand(source)]
-    shards = [_members(path) for path in paths]
+    shards = [_read_members(path) for path in paths]
     captions = {name: data for shard in shards for name, data in shard.items() if name.endswith(".txt")}
     if len(captions) < 2:
         raise UserError(f"{source} has no captions to exchange. Run `make demo` first, which writes the demo's shards.")
     names = sorted(captions)
     order = permutation(len(names), seed, "wrong captions")
-    chosen = [names[place] for place in order[: max(2, round(share * len(names)))]]
+    chosen = [names[index] for index in order[: max(2, round(share * len(names)))]]
     wrong = {name: captions[other] for name, other in zip(chosen, [*chosen[1:], chosen[0]], strict=True)}
     out.mkdir(parents=True, exist_ok=True)
-    return [_write(out / path.name, _exchanged(shard, wrong)) for path, shard in zip(paths, shards, strict=True)]
+    return [_write(out / path.name, _replace_captions(shard, wrong)) for path, shard in zip(paths, shards, strict=True)]
 
 
-def _members(path: Path) -> dict[str, bytes]:
-    """Content by name, in the order of the tar."""
+def _read_members(path: Path) -> dict[str, bytes]:
+    """Return contents by name, in the order of the tar."""
     with tarfile.open(path) as tar:
         files = {member.name: tar.extractfile(member) for member in tar}
         return {name: file.read() for name, file in files.items() if file is not None}
 
 
-def _exchanged(shard: dict[str, bytes], wrong: dict[str, bytes]) -> dict[str, bytes]:
-    found = {**shard, **{name: caption for name, caption in wrong.items() if name in shard}}
+def _replace_captions(shard: dict[str, bytes], wrong: dict[str, bytes]) -> dict[str, bytes]:
+    replaced = {**shard, **{name: caption for name, caption in wrong.items() if name in shard}}
     for name, data in shard.items():
         caption = wrong.get(f"{name.removesuffix('.json')}.txt")
         if name.endswith(".json") and caption is not None:
-            about = {**json.loads(data), "caption": caption.decode()}
-            found[name] = json.dumps(about, ensure_ascii=False).encode()
-    return found
+            metadata = {**json.loads(data), "caption": caption.decode()}
+            replaced[name] = json.dumps(metadata, ensure_ascii=False).encode()
+    return replaced
 
 
 def _write(path: Path, members: dict[str, bytes]) -> Path:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in members.items():
-            member = tarfile.TarInfo(name)  # without time and user: equal bytes everywhere
+            member = tarfile.TarInfo(name)  # without time and user, so that bytes are equal on every machine
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     if not path.exists() or path.read_bytes() != buffer.getvalue():

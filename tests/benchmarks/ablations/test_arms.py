@@ -1,0 +1,69 @@
+"""Arms and datasets of the ablations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ablations.arms import BASE, WRONG, Study
+from benchmarks.ablations.questions import make_questions
+from reinforce.config import load_config
+from reinforce.demo.compare import MEASURES
+from reinforce.errors import UserError
+from tests.helpers.demo import ROOT
+
+
+def test_every_arm_is_a_valid_training_on_one_core(study: Study) -> None:
+    for question in make_questions(study).values():
+        labels = [arm.label for arm in question.arms]
+        assert len(set(labels)) == len(labels) > 1
+        for arm in question.arms:
+            config = study.student_config(arm, seed=2)
+            assert (config.seed, config.output) == (2, f"{study.out}/students/{arm.name}-2")
+            assert [source.url for source in config.data.datasets] == [study.dataset_url(arm.dataset)]
+            assert (config.train.compute.cpus, config.data.workers) == (1, 0)
+            assert {metric for _, metric in MEASURES.values()} <= set(config.evaluate.metrics)
+
+
+def test_every_dataset_is_a_distinct_valid_run(study: Study) -> None:
+    make_questions(study)
+    configs = {name: study.dataset_config(name) for name in study.datasets}
+    assert configs[BASE] == load_config("configs/demo.yaml", [f"output={study.out}/datasets/base"])
+    assert len({config.model_dump_json(exclude={"output"}) for config in configs.values()}) == len(configs)
+    assert {config.augmentations.count for config in configs.values()} >= {1, 2, 5, 10, 30}
+    assert {spec.dtype for config in configs.values() for spec in config.teachers.values()} >= {"float32", "int8"}
+    assert configs[WRONG].source == f"{study.wrong_shards}/*.tar"
+    first, second = configs["two-captioners"].captioners.values()
+    assert (first.model, first.captions, second.captions) == (second.model, 1, 1)
+    assert first.decoding() != second.decoding()
+
+
+def test_equal_arms_are_trained_once(study: Study) -> None:
+    questions = make_questions(study)
+    arms = {arm.name: arm for question in questions.values() for arm in question.arms}
+    configs = {
+        study.student_config(arm, 0).model_dump_json(exclude={"output", "seed", "evaluate"}) for arm in arms.values()
+    }
+    assert len(configs) == len(arms)
+    shared = {"ways": "stored", "teachers": "ensemble", "lambda": "lambda 1", "storage": "float16"}
+    for name, label in shared.items():
+        assert {arm.label: arm.name for arm in questions[name].arms}[label] == "distilled"
+    count = study.demo.augmentations.count
+    assert {arm.name for arm in questions["augmentations"].arms if arm.x == count} == {"distilled"}
+
+
+def test_overrides_apply_to_all_students_and_errors_are_reported_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    study = Study(tmp_path, ["train.steps=120", "train.optimizer.warmup=5"])
+    questions = make_questions(study)
+    trained = [study.student_config(arm, 0) for question in questions.values() for arm in question.arms]
+    assert {config.train.steps for config in trained} == {study.steps} == {120}
+    assert study.student_config(study.plain, 0).evaluate.every == 10  # has a curve
+    assert study.student_config(questions["ways"].arms[1], 0).evaluate.every is None
+    with pytest.raises(UserError, match="warmup"):
+        Study(tmp_path, ["train.steps=5", "train.optimizer.warmup=5"])
+    with pytest.raises(UserError, match=r"train\.epochs=null"):
+        Study(tmp_path, ["train.steps=null", "train.epochs=3"])

@@ -1,0 +1,67 @@
+"""Answers and finished trainings of the ablations, without training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.ablations import page
+from benchmarks.ablations.arms import BASE, Study
+from benchmarks.ablations.measures import BYTES
+from benchmarks.ablations.questions import Question
+from benchmarks.ablations.results import Answer, Training, add_derived_measures
+from reinforce.dataset.store import Store
+from reinforce.demo.compare import MEASURES, SECONDS
+from reinforce.training.results import Results
+
+
+def numbers_of(**arms: Sequence[float]) -> dict[str, dict[str, Sequence[float]]]:
+    """Return the unseen style of each arm, for each seed."""
+    return {label: {"unseen_style": values} for label, values in arms.items()}
+
+
+def make_answer(question: Question, levels: Mapping[str, float], seeds: int = 3) -> Answer:
+    """Return an answer where every measure of an arm is its level plus 0.001 per seed; curves are linear."""
+    numbers: dict[str, dict[str, list[float]]] = {}
+    curves: dict[str, dict[str, list[list[tuple[int, float]]]]] = {}
+    for arm in question.arms:
+        values = [levels[arm.label] + 0.001 * seed for seed in range(seeds)]
+        numbers[arm.label] = dict.fromkeys((*MEASURES, SECONDS, BYTES), values)
+        if question.target is not None:
+            curves[arm.label] = {name: [[(50, v / 2), (100, v)] for v in values] for name in MEASURES}
+    return add_derived_measures(Answer(question, numbers, "this one", curves))
+
+
+def rising_answer(question: Question) -> Answer:
+    """Return an answer in which each arm is better than the previous one."""
+    return make_answer(question, {arm.label: 0.1 + 0.05 * place for place, arm in enumerate(question.arms)})
+
+
+def write_dataset(study: Study, name: str = BASE) -> None:
+    """Write the manifest of a dataset."""
+    manifest = {
+        "format": "reinforced-dataset",
+        "schema_version": 1,
+        "layers": {"samples": {"fingerprint": "f00d"}},
+        "teachers": {name: {"logit_scale": 50.0} for name in study.teachers},
+        "captioners": {},
+    }
+    Store(study.dataset_url(name)).write_json(manifest, "dataset.json")
+
+
+def finish_training(training: Training, metric: float, steps: int) -> None:
+    """Write the files of a finished training."""
+    metrics = {name: metric for _, name in MEASURES.values()}
+    training.begin()
+    results = Results(str(training.folder), "student", steps, steps * 192, 60.0, 1_000_000, 1.0, metrics, None, 0)
+    results.write(Store(str(training.folder)))
+    rows = [{"step": step, "metrics": dict.fromkeys(metrics, metric * step / steps)} for step in (steps // 2, steps)]
+    (training.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_page(study: Study, answers: Sequence[Answer], folder: Path, seeds: int = 3) -> tuple[str, dict[str, object]]:
+    """Write the page and the numbers to a folder; return both."""
+    info = page.study_info(study, seeds, [answer.question.name for answer in answers])
+    page.write_page(study, answers, info, folder / "page.md", folder / "numbers.json")
+    return (folder / "page.md").read_text(), json.loads((folder / "numbers.json").read_text())
