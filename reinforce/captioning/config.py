@@ -125,19 +125,19 @@ class Evaluation(Section):
     batch: int = Field(128, ge=2, description="images in one forward pass, and the batch size of contrastive_loss")
 
     @property
-    def ratings(self) -> list[str]:
-        """Names of the metrics for which higher is better, so without the losses."""
+    def selectable_metrics(self) -> list[str]:
+        """Names of the metrics that can select the best checkpoint: those for which higher is better."""
         recalls = [f"retrieval/{way}/r{k}" for way in ("text_to_image", "image_to_text") for k in RECALLS]
         return [*(("cider", "bleu") if self.captioned != 0 else ()), "token_accuracy", *recalls]
 
     @property
     def best_metric(self) -> str:
-        return self.best or self.ratings[0]
+        return self.best or self.selectable_metrics[0]
 
     @model_validator(mode="after")
     def _check_best(self) -> Evaluation:
-        if self.best is not None and self.best not in self.ratings:
-            raise ValueError(f"best: want one of {', '.join(self.ratings)}, got {self.best!r}")
+        if self.best is not None and self.best not in self.selectable_metrics:
+            raise ValueError(f"best: want one of {', '.join(self.selectable_metrics)}, got {self.best!r}")
         return self
 
 

@@ -57,7 +57,7 @@ class CaptionFeed:
     """The feed of a fine-tuning; implements ``reinforce.training.task.Feed``.
 
     ``tokenize`` maps B texts to int64 [B, context], ``end`` is the token after the last word. An image that cannot be
-    decoded is logged with its reason and replaced by another one, which its position determines.
+    decoded is logged with its reason and replaced by the next one, in the order before shuffling, that can.
     """
 
     def __init__(self, pairs: Pairs, data: Data, seed: int, size: int, tokenize: Tokenize, end: int) -> None:
@@ -119,7 +119,7 @@ class CaptionFeed:
         }
 
     def _crop(self, example: Example, data: bytes, position: int) -> tuple[Example, np.ndarray]:
-        """Return the crop of an example, or of the next example whose image can be decoded."""
+        """Return an example and its crop, or the next example, before shuffling, whose image can be decoded."""
         epoch, index = divmod(position, self.samples)
         for step in range(1, _MOST_BROKEN + 1):
             try:
@@ -144,7 +144,7 @@ class CaptionFeed:
             count = len(self._broken)
         key, url = self._pairs.key(image), self._pairs.table["url"][image]
         _log.warning(
-            "image %s of %s cannot be decoded and is replaced by another one: %s (%d images so far)",
+            "image %s of %s cannot be decoded and is replaced by the next one: %s (%d images so far)",
             key,
             url,
             refused,

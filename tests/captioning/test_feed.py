@@ -129,7 +129,7 @@ def test_broken_images_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFix
     feed = make_feed(pairs, data)
     with caplog.at_level(logging.WARNING):
         batches = take(feed, 20, batch=3)
-    assert caplog.text.count("cannot be decoded and is replaced by another one: image_broken") == 2
+    assert caplog.text.count("cannot be decoded and is replaced by the next one: image_broken") == 2
     assert "2 images so far" in caplog.text
     keys = [key for batch in batches for key in batch["key"]]
     assert len(keys) == 60
