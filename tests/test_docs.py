@@ -23,6 +23,7 @@ from reinforce.cli import main
 from reinforce.config import Config, Limits
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig
+from schemas import Reason
 from tests.helpers import pages_commands as commands
 from tests.helpers.pages import (
     GENERATED,
@@ -203,6 +204,12 @@ def test_keys_of_configs_in_sentences_exist(page: str) -> None:
         dotted = re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", code) and Path(code).suffix not in FILES
         if dotted and code.partition(".")[0] in known:
             assert code in known, f"{page}: `{code}`"
+
+
+def test_the_table_of_reasons_has_every_reason() -> None:
+    table = [line.partition(" | ")[0] for line in prose("docs/bad-data.md").splitlines() if line.startswith("| `")]
+    listed = [reason for cell in table for reason in re.findall(r"`(\w+)`", cell)]
+    assert sorted(listed) == sorted(reason.value for reason in Reason)
 
 
 # --- pages
