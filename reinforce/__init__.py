@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from reinforce.errors import UserError
     from reinforce.student.train import train
 
+__version__ = "0.1.0"  # read by pyproject.toml; a job's checkout is not installed
+
 __all__ = ["Config", "Dataset", "Sample", "UserError", "load_config", "open", "run", "train"]
 
 _HOMES = {
@@ -43,3 +45,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'reinforce' has no attribute {name!r}")
     return getattr(importlib.import_module(f"reinforce.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Names for completion, which are not imported yet."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

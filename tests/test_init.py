@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tests.helpers.data import config_of
 from tests.helpers.reinforced import reinforce_here
 
 ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 TEACHER = "tests.helpers.models:ColorTeacher"
 
 
@@ -40,15 +43,36 @@ def test_every_public_name_exists(name: str) -> None:
     assert getattr(reinforce, name).__doc__
 
 
+def test_names_are_listed_before_they_are_imported() -> None:
+    assert {*reinforce.__all__, "__version__", "__doc__"} <= {*dir(reinforce)}
+    completed = [name for name in dir(reinforce) if not name.startswith("_")]
+    assert completed == sorted(reinforce.__all__)
+
+
+def test_the_version_is_that_of_the_code_without_an_installation() -> None:
+    code = "import reinforce, sys; print(reinforce.__version__, reinforce.__file__)"
+    result = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    version, path = result.stdout.split()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    assert Path(path) == ROOT / "reinforce" / "__init__.py"
+    assert 'version = { attr = "reinforce.__version__" }' in PYPROJECT
+
+
+@pytest.mark.parametrize("name", ["reinforce", "teachers", "schemas"])
+def test_type_checkers_of_users_read_the_annotations(name: str) -> None:
+    assert (ROOT / name / "py.typed").is_file()
+    assert f'{name} = ["py.typed"]' in PYPROJECT, "not part of the distribution"
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'missing'"):
         reinforce.missing  # noqa: B018
 
 
 def test_the_name_of_another_distribution_is_never_installed() -> None:
-    distribution = re.search(r'^name = "(.+?)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    distribution = re.search(r'^name = "(.+?)"', PYPROJECT, re.MULTILINE)
     assert distribution is not None
     assert distribution[1] == "dataset-reinforcement", "`reinforce` on PyPI is a package of somebody else"
     texts = [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("docs/*.md"), *ROOT.glob("reinforce/**/*.py")]
-    named = re.compile(r"(?<![\w-])reinforce\\*\[|install '?reinforce")
+    named = re.compile(r"(?<![\w-])reinforce\\*\[|\binstall '?reinforce")
     assert [str(path) for path in texts if named.search(path.read_text(encoding="utf-8"))] == []
