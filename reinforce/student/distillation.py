@@ -22,7 +22,7 @@ IMAGES, TEXTS = "images", "texts"
 class TeacherInfo:
     """A teacher as dataset.json or the loaded model describes it.
 
-    ``sides`` are IMAGES, TEXTS or both. ``scale_source`` says where the logit scale is from.
+    ``sides`` are IMAGES, TEXTS or both. ``scale_source`` describes where the logit scale comes from.
     """
 
     dim: int
@@ -112,7 +112,7 @@ def stored_teachers(config: StudentConfig, manifests: Mapping[str, Mapping[str, 
 
 
 def _logit_scale(name: str, teacher: TeacherInfo, loss: Loss) -> tuple[float, str]:
-    """The scale to use and where it is from."""
+    """The scale to use and a description of its source. Raises UserError if there is none."""
     if name in loss.logit_scales:
         return loss.logit_scales[name], f"config: loss.logit_scales.{name}{_replaced_note(name, teacher, loss)}"
     if teacher.logit_scale is None:

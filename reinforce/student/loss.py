@@ -20,8 +20,8 @@ are never averaged.
     L_CLIP    = 1/B sum_ij BCE(z_ij, [i = j])        (SigLIP, arXiv 2303.15343)
     L_distill = 1/B sum_ij BCE(z_ij, P_ij),  P = 1/T sum_t sigmoid(s_t cos_t + b_t)
 
-A teacher that was trained with a softmax has no b_t, and we know of no publication that says which to use. It is
-derived from the teacher's softmax, which equals a sigmoid with a different bias for each entry:
+A teacher that was trained with a softmax has no b_t, and we know of no publication that defines one. It is derived from
+the teacher's softmax, which equals a sigmoid with a different bias for each entry:
 
     softmax_j(l_i) = sigmoid(l_ij - log sum_{k != j} exp l_ik)
 

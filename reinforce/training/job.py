@@ -1,4 +1,4 @@
-"""What a training is asked to do, and for how many steps."""
+"""The settings of a training that do not depend on its task, and its number of steps."""
 
 from __future__ import annotations
 

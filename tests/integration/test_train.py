@@ -139,7 +139,7 @@ def test_a_killed_and_interrupted_training_has_the_curve_of_an_uninterrupted_one
     os.killpg(interrupted.pid, signal.SIGINT)  # like a terminal: loader processes get it, too
     printed, _ = interrupted.communicate(timeout=300)
     assert interrupted.returncode == 130, printed
-    assert "run again to go on" in printed
+    assert "run the same command again to resume from the last checkpoint" in printed
     assert f"resuming after step {saved} of" in printed
     assert "Traceback" not in printed
     stopped_at = rows(output)[-1]["step"]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
@@ -41,6 +42,15 @@ def test_header_and_tensors_are_loaded_as_they_were_saved(tmp_path: Path) -> Non
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "checkpoints/step-000000007.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_the_header_format_stays(tmp_path: Path) -> None:
+    """Checkpoints of earlier versions must load: these keys may not change."""
+    checkpoints(tmp_path).save(Progress(7, {"train.batch": 16}, 1.5, 2), {"model/w": torch.ones(1)})
+    with safe_open(tmp_path / "checkpoints/step-000000007.safetensors", framework="pt") as file:
+        header = file.metadata()
+    expected = '{"version": 1, "step": 7, "course": {"train.batch": 16}, "seconds": 1.5, "skipped": 2}'
+    assert header == {"reinforce.checkpoint": expected}
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class ExampleSpec:
         return of_images + [(teacher, kind) for kind in self.kinds for teacher in self.text_teachers]
 
     def columns(self, images: Literal["embed", "reference"]) -> dict[str, tuple[str, ...]]:
-        """Columns to read by layer; ``images`` says how the samples layer of the dataset stores images."""
+        """Columns to read by layer; ``images`` is how the samples layer of the dataset stores images."""
         sources = list(dict.fromkeys(source for kind in self.kinds for source in self.sources(kind)))
         samples = ["key", "augmentations", image_column(images)]
         columns: dict[str, tuple[str, ...]] = {

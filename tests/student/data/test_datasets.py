@@ -136,5 +136,5 @@ def test_images_of_an_unknown_policy_are_refused(dataset: Path) -> None:
     manifest = json.loads((dataset / "dataset.json").read_text())
     manifest["policies"]["image"] = "datacomp-1"
     (dataset / "dataset.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"image policy datacomp-1, this program"):
+    with pytest.raises(UserError, match=r"image policy datacomp-1, this version supports"):
         open_(dataset)
