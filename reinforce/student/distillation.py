@@ -53,27 +53,26 @@ class DistillationPlan:
         return list(dict.fromkeys([*self.scales, *self.features]))
 
 
-def plan_distillation(loss: Loss, known: Mapping[str, TeacherInfo]) -> DistillationPlan:
-    """Decide the use of each known teacher; lambda 0 uses none.
+def plan_distillation(loss: Loss, teachers: Mapping[str, TeacherInfo]) -> DistillationPlan:
+    """Decide the use of each teacher; lambda 0 uses none.
 
     Raises UserError for a teacher without a logit scale, and if no loss would align images and texts.
     """
     if loss.lambda_ == 0:
         return DistillationPlan({}, {}, ["lambda 0: no teacher is used"])
     for name in (*loss.logit_scales, *loss.logit_biases):
-        if name not in known:
-            raise UserError(f"loss: there is no teacher {name!r}; there is: {', '.join(known) or 'none'}.")
+        if name not in teachers:
+            raise UserError(f"loss: there is no teacher {name!r}; there are: {', '.join(teachers) or 'none'}.")
     scales: dict[str, float] = {}
     features: dict[str, TeacherInfo] = {}
     notes = []
-    for name, teacher in known.items():
+    for name, teacher in teachers.items():
         uses = []
         both = teacher.sides == {IMAGES, TEXTS}
         if both:
             scales[name], source = _logit_scale(name, teacher, loss)
-            uses.append(
-                f"similarities, logit scale {scales[name]:g} ({source}){_learnt_note(name, scales[name], loss)}"
-            )
+            learnt = _learnt_note(name, scales[name], loss)
+            uses.append(f"similarities, logit scale {scales[name]:g} ({source}){learnt}")
         if loss.features == "all" or (loss.features == "one-sided" and not both):
             features[name] = teacher
             uses.append(f"vectors of {' and '.join(sorted(teacher.sides))}, {teacher.dim} dimensions")

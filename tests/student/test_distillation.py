@@ -84,7 +84,7 @@ def test_a_teacher_without_a_scale_is_refused_with_the_key_to_set() -> None:
 
 @pytest.mark.parametrize("key", ["logit_scales", "logit_biases"])
 def test_a_scale_of_an_unknown_teacher_is_refused(key: str) -> None:
-    with pytest.raises(UserError, match="there is no teacher 'vid'; there is: vit"):
+    with pytest.raises(UserError, match="there is no teacher 'vid'; there are: vit"):
         plan_distillation(loss(form="sigmoid", **{key: {"vid": 5.0}}), {"vit": TWO})
 
 
