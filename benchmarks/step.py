@@ -68,15 +68,12 @@ class Case:
 
 
 class Bench:
-    """Models and a dataset's manifest in ``folder``, and measurements of steps."""
+    """Models and a dataset's manifest in ``folder``, and measurements of steps on them."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.folder = folder
         self.accelerator = Accelerator(device)
         self.tiny = model_folder(folder / "tiny", TINY, weights=False)
-        self.teacher = model_folder(
-            folder / "teacher", {**open_clip.get_model_config("ViT-B-32"), "embed_dim": DIM}, weights=True
-        )
         (folder / "data").mkdir()
         (folder / "data" / "dataset.json").write_text(json.dumps(manifest()))
 
@@ -107,9 +104,10 @@ class Bench:
 
     def steps(self, case: Case) -> dict[str, Callable[[], None]]:
         """Return a function for each kind of step."""
-        spec = {"model": f"local-dir:{self.folder / 'teacher'}"}
         losses: dict[str, dict[str, Any]] = {"plain": {"lambda": 0.0}, "stored": {"lambda": 0.7}}
         if case.online:
+            config = {**open_clip.get_model_config("ViT-B-32"), "embed_dim": DIM}
+            spec = {"model": model_folder(self.folder / "teacher", config, weights=True)}
             losses["online"] = {"lambda": 0.7, "targets": "online", "teachers": dict.fromkeys(TEACHERS, spec)}
         tasks = {name: self.task(case, loss) for name, loss in losses.items()}
         model = self.accelerator.place(tasks["plain"].model).train()

@@ -32,15 +32,15 @@ def tune_config(**keys: Any) -> TuneConfig:
 
 def scale_outcomes(by_scale: dict[float, list[float] | None]) -> dict[Trial, Outcome]:
     """Outcomes by scale: the metric with each seed, or None where the first trial was stopped at step 5."""
-    made = {}
+    outcomes = {}
     for scale, values in by_scale.items():
         setting = Setting("red", {"red": scale}, alone=True)
         for seed, value in enumerate(values or [0.1]):
             state: Any = "stopped" if values is None else "finished"
-            made[Trial(setting, seed)] = Outcome(
+            outcomes[Trial(setting, seed)] = Outcome(
                 state, [(5, value / 2 if values else value), (10, value)][: 1 + bool(values)]
             )
-    return made
+    return outcomes
 
 
 def scale_curve(by_scale: dict[float, list[float] | None], seeds: int = 2) -> Curve:

@@ -98,8 +98,8 @@ def test_readme_example_runs_without_torch_and_open_clip(exported: Exported) -> 
     with torch.no_grad():
         images, texts, scale = model(image, open_clip.get_tokenizer(exported.model)(CLASSES))
     expected = (scale * images @ texts.T).softmax(dim=-1).numpy()[0]
-    found = [float(number) for number in re.findall(r"[\d.]+(?:e-?\d+)?", out)]
-    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    actual = [float(number) for number in re.findall(r"[\d.]+(?:e-?\d+)?", out)]
+    np.testing.assert_allclose(actual, expected, rtol=1e-3)
     assert abs(expected[0] - 0.5) > 1e-3, "as a tie would"
 
 
@@ -112,9 +112,9 @@ def test_exported_files_contain_no_paths_of_this_machine(exported: Exported) -> 
 
 def test_tokenizer_pads_and_truncates_like_open_clip(exported: Exported) -> None:
     texts = ["", "a photo of a cat", "many words " * 30]
-    found = Tokenizer.from_file(str(exported.folder / "tokenizer.json")).encode_batch(texts)
-    assert [text.ids for text in found] == open_clip.get_tokenizer(exported.model)(texts).tolist()
-    assert {len(text.ids) for text in found} == {models.CONTEXT}
+    actual = Tokenizer.from_file(str(exported.folder / "tokenizer.json")).encode_batch(texts)
+    assert [text.ids for text in actual] == open_clip.get_tokenizer(exported.model)(texts).tolist()
+    assert {len(text.ids) for text in actual} == {models.CONTEXT}
 
 
 def test_existing_folder_is_not_overwritten(exported: Exported, capfd: pytest.CaptureFixture[str]) -> None:

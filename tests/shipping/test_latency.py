@@ -46,17 +46,17 @@ def test_command_measures_several_models(latency: Run, tmp_path: Path, threads: 
     vit = student_folder(tmp_path / "runs" / "student")  # without weights, in the layout of a training's output
     fast = models.fastvit(tmp_path / "fast", weights=False)
     status, out, _ = latency(
-        f"{tmp_path}/runs", fast, "--rounds", "5", "--threads", "1", "--json", f"{tmp_path}/out/found.json"
+        f"{tmp_path}/runs", fast, "--rounds", "5", "--threads", "1", "--json", f"{tmp_path}/out/latency.json"
     )
     assert status == 0
     for text in ("parameters, M", "GFLOP", "image, ms", "1.0x", "1 of ", "medians of 5 rounds by the wall clock"):
         assert text in out
-    found = json.loads((tmp_path / "out" / "found.json").read_text())
-    assert (found["threads"], found["rounds"], found["batch"]) == (1, 5, 1)
-    assert found["cpu"]
-    assert found["versions"]["torch"] == torch.__version__
-    assert list(found["models"]) == [f"{tmp_path}/runs", fast]
-    for name, about in zip((vit, fast), found["models"].values(), strict=True):
+    measured = json.loads((tmp_path / "out" / "latency.json").read_text())
+    assert (measured["threads"], measured["rounds"], measured["batch"]) == (1, 5, 1)
+    assert measured["cpu"]
+    assert measured["versions"]["torch"] == torch.__version__
+    assert list(measured["models"]) == [f"{tmp_path}/runs", fast]
+    for name, about in zip((vit, fast), measured["models"].values(), strict=True):
         clip = open_clip.create_model(name, load_weights=False)
         fused = sum(parameter.numel() for parameter in reparameterize(clip).visual.parameters())
         whole = sum(parameter.numel() for parameter in clip.parameters()) - 1  # the logit scale
@@ -83,15 +83,15 @@ def test_operations_match_a_count_by_hand(tmp_path: Path) -> None:
 
 def test_onnxruntime_is_measured_next_to_torch(tmp_path: Path) -> None:
     with resolve_models([student_folder(tmp_path)], weights=False) as specs:
-        found = measure_latency(specs, rounds=2, onnx=True, clock="process")
-    (about,) = found.models.values()
+        report = measure_latency(specs, rounds=2, onnx=True, clock="process")
+    (about,) = report.models.values()
     assert {runtime: set(sides) for runtime, sides in about["milliseconds"].items()} == {
         "torch": {"image", "text"},
         "onnxruntime": {"image", "text"},
     }
-    assert "onnxruntime" in found.about["versions"]
-    assert "process clock" in found.conditions()
-    assert found.table().row_count == 2
+    assert "onnxruntime" in report.about["versions"]
+    assert "process clock" in report.conditions()
+    assert report.table().row_count == 2
 
 
 def test_models_that_cannot_be_measured_are_reported(latency: Run, tmp_path: Path) -> None:
@@ -106,12 +106,12 @@ def test_models_that_cannot_be_measured_are_reported(latency: Run, tmp_path: Pat
 
 def test_documentation_shows_the_stored_measurements() -> None:
     root = Path(__file__).parents[2]
-    found = json.loads((root / "benchmarks" / "results" / "latency.json").read_text())
+    stored = json.loads((root / "benchmarks" / "results" / "latency.json").read_text())
     rows = [line.strip("| ").split(" | ") for line in (root / "docs" / "latency.md").read_text().splitlines()]
-    table = {row[0]: row for row in rows if row[0] in found["models"]}
-    assert list(table) == list(found["models"])
-    slowest = found["models"]["ViT-L-14"]["milliseconds"]["torch"]
-    for model, about in found["models"].items():
+    table = {row[0]: row for row in rows if row[0] in stored["models"]}
+    assert list(table) == list(stored["models"])
+    slowest = stored["models"]["ViT-L-14"]["milliseconds"]["torch"]
+    for model, about in stored["models"].items():
         times = about["milliseconds"]["torch"]
         image, text = (times[side]["median"] for side in ("image", "text"))
         assert [cell.split()[0] for cell in table[model][3:5]] == [f"{image:.1f}", f"{text:.1f}"]

@@ -37,8 +37,8 @@ def test_table_shows_the_speedup_over_the_slowest_line() -> None:
 
 def test_report_is_written_as_json(tmp_path: Path) -> None:
     report = LatencyReport({"cpu": "a cpu"}, {"fast": model(2.0, 2.0)})
-    report.write(str(tmp_path / "found.json"))
-    stored = json.loads((tmp_path / "found.json").read_text())
+    report.write(str(tmp_path / "report.json"))
+    stored = json.loads((tmp_path / "report.json").read_text())
     assert stored == {"cpu": "a cpu", "models": report.models}
     with pytest.raises(UserError, match="Give another --json FILE"):
-        report.write(str(tmp_path / "found.json" / "inside"))
+        report.write(str(tmp_path / "report.json" / "inside"))

@@ -17,8 +17,8 @@ def test_spearman_of_worked_examples() -> None:
 
 
 def test_screening_is_compared_at_the_end_of_training() -> None:
-    found = scale_curve({10.0: [0.1, 0.1], 20.0: [0.3, 0.3], 40.0: [0.4, 0.4]})
-    check = check_screening(found, toy_screening(10.0, 20.0, 40.0), [])
+    curve = scale_curve({10.0: [0.1, 0.1], 20.0: [0.3, 0.3], 40.0: [0.4, 0.4]})
+    check = check_screening(curve, toy_screening(10.0, 20.0, 40.0), [])
     assert check.correlations["entropy"] == pytest.approx(-1)
     assert check.correlations["true_pair"] == pytest.approx(1)
     assert check.correlations["agreement"] is None
@@ -27,8 +27,8 @@ def test_screening_is_compared_at_the_end_of_training() -> None:
 
 
 def test_screening_is_compared_at_the_last_shared_step_if_trials_were_stopped() -> None:
-    found = scale_curve({10.0: None, 20.0: [0.3, 0.3], 40.0: [0.2, 0.2]})
-    check = check_screening(found, toy_screening(10.0, 20.0, 40.0), [{5: 0.1}, {5: 0.2, 10: 0.3}, {5: 0.3, 10: 0.2}])
+    curve = scale_curve({10.0: None, 20.0: [0.3, 0.3], 40.0: [0.2, 0.2]})
+    check = check_screening(curve, toy_screening(10.0, 20.0, 40.0), [{5: 0.1}, {5: 0.2, 10: 0.3}, {5: 0.3, 10: 0.2}])
     assert check.step == 5
     assert check.correlations["true_pair"] == pytest.approx(1)
     assert "at step 5, which all trials reached" in check.describe("red")

@@ -13,28 +13,28 @@ from tests.helpers.tuning import scale_curve, scale_outcomes
 def test_plateau_is_within_one_standard_error_of_the_best() -> None:
     spread = 0.02  # of two seeds: deviation 0.02 x sqrt 2, standard error 0.02
     means = {10.0: 0.50, 20.0: 0.59, 40.0: 0.60, 60.0: 0.585, 90.0: 0.55, 120.0: 0.595}
-    found = scale_curve({scale: [mean - spread, mean + spread] for scale, mean in means.items()})
-    assert found.best == 40.0
-    assert found.plateau is not None
-    assert (found.plateau.low, found.plateau.high) == (20.0, 60.0)  # 120 is as good, and not next to it
-    assert found.plateau.width == pytest.approx(0.02)
-    assert found.plateau.unknown == []
-    assert found.describe() == "red: best at 40 (0.6000), plateau 20 to 60 (within 0.0200, one standard error)"
+    curve = scale_curve({scale: [mean - spread, mean + spread] for scale, mean in means.items()})
+    assert curve.best == 40.0
+    assert curve.plateau is not None
+    assert (curve.plateau.low, curve.plateau.high) == (20.0, 60.0)  # 120 is as good, and not next to it
+    assert curve.plateau.width == pytest.approx(0.02)
+    assert curve.plateau.unknown == []
+    assert curve.describe() == "red: best at 40 (0.6000), plateau 20 to 60 (within 0.0200, one standard error)"
 
 
 def test_plateau_side_is_unknown_where_trials_were_stopped() -> None:
-    found = scale_curve({10.0: None, 20.0: [0.58, 0.62], 40.0: [0.59, 0.63], 80.0: [0.1, 0.14]})
-    assert found.plateau is not None
-    assert (found.plateau.low, found.plateau.high, found.plateau.unknown) == (20.0, 40.0, ["below"])
-    assert "the value below it was not trained to the end" in found.describe()
-    assert [row.setting.scales["red"] for row in found.neighbours] == [10.0, 80.0]
+    curve = scale_curve({10.0: None, 20.0: [0.58, 0.62], 40.0: [0.59, 0.63], 80.0: [0.1, 0.14]})
+    assert curve.plateau is not None
+    assert (curve.plateau.low, curve.plateau.high, curve.plateau.unknown) == (20.0, 40.0, ["below"])
+    assert "the value below it was not trained to the end" in curve.describe()
+    assert [row.setting.scales["red"] for row in curve.neighbours] == [10.0, 80.0]
 
 
 def test_one_seed_has_no_plateau_and_a_missing_seed_no_mean() -> None:
     assert "plateau unknown" in scale_curve({10.0: [0.2], 20.0: [0.3]}, seeds=1).describe()
-    found = scale_curve({10.0: [0.2, 0.2], 20.0: [0.9]})
-    assert found.best == 10.0
-    assert [row.mean for _, row in found.rows] == [0.2, None]
+    curve = scale_curve({10.0: [0.2, 0.2], 20.0: [0.9]})
+    assert curve.best == 10.0
+    assert [row.mean for _, row in curve.rows] == [0.2, None]
 
 
 def test_joint_curve_takes_the_best_setting_at_each_value() -> None:
@@ -52,8 +52,8 @@ def test_setting_with_a_failed_trial_is_reported_and_not_compared() -> None:
     rows = make_rows(outcomes, [0, 1])
     assert [(row.state, row.mean) for row in rows] == [("finished", 0.2), ("failed", None)]
     assert rows[1].json()["fault"] == "no memory"
-    (found,) = make_curves(rows)
-    assert found.best == 10.0
+    (curve,) = make_curves(rows)
+    assert curve.best == 10.0
 
 
 def test_row_is_stored_under_the_keys_of_table_json() -> None:

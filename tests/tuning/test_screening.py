@@ -53,11 +53,13 @@ def test_measures_match_their_definitions(config: StudentConfig, screenings: dic
                 middle = (one + other) / 2
                 divergence = [(p * np.log(p / middle)).sum(axis=1).mean() for p in (one, other)]
                 agreements.append(1 - np.mean(divergence) / np.log(2))
-    found = screenings["red"].scales[1]
-    assert found.scale == 5.0
+    measured = screenings["red"].scales[1]
+    assert measured.scale == 5.0
     expected = [np.mean(values) for values in (entropies, true, losses, agreements)]
-    assert [found.entropy, found.true_pair, found.calibration, found.agreement] == pytest.approx(expected, rel=1e-4)
-    assert np.mean([found.entropy_of_images, found.entropy_of_texts]) == pytest.approx(found.entropy)
+    assert [measured.entropy, measured.true_pair, measured.calibration, measured.agreement] == pytest.approx(
+        expected, rel=1e-4
+    )
+    assert np.mean([measured.entropy_of_images, measured.entropy_of_texts]) == pytest.approx(measured.entropy)
 
 
 def test_scale_near_zero_gives_the_uniform_distribution(screenings: dict[str, TeacherScreening]) -> None:
@@ -71,11 +73,11 @@ def test_scale_near_zero_gives_the_uniform_distribution(screenings: dict[str, Te
 
 def test_most_likely_scale_has_the_lowest_loss_on_a_grid(config: StudentConfig) -> None:
     grid = [float(scale) for scale in np.geomspace(1, 30, 60)]
-    found = screen(config, ["blue"], {"blue": grid}, {"blue": 30.0}, COUNT, None)["blue"]
-    losses = found.curve("calibration")
+    screening = screen(config, ["blue"], {"blue": grid}, {"blue": 30.0}, COUNT, None)["blue"]
+    losses = screening.curve("calibration")
     best = grid[int(np.argmin(losses))]  # type: ignore[arg-type]
-    assert found.calibrated == pytest.approx(best, rel=0.06)
-    assert found.curve("agreement") == [None] * 60  # undefined for a single teacher
+    assert screening.calibrated == pytest.approx(best, rel=0.06)
+    assert screening.curve("agreement") == [None] * 60  # undefined for a single teacher
 
 
 def test_screening_is_deterministic_and_depends_on_the_seed(
