@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import pyarrow as pa
 from reinforce.dataset import vectors
 from reinforce.dataset.aligned import AlignedLayers
 from reinforce.dataset.augment import from_records
+from reinforce.dataset.completeness import check_completeness
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.manifest import read_manifest, select_names
 from reinforce.dataset.row_counts import row_group_table
@@ -27,12 +29,23 @@ if TYPE_CHECKING:
     from reinforce.dataset.torch_dataset import TorchSamples
 
 
-def open(url: str, teachers: Sequence[str] | None = None, captioners: Sequence[str] | None = None) -> Dataset:
+_LOG = logging.getLogger(__name__)
+
+
+def open(
+    url: str,
+    teachers: Sequence[str] | None = None,
+    captioners: Sequence[str] | None = None,
+    *,
+    strict: bool = False,
+) -> Dataset:
     """Open the dataset at a folder or fsspec URL with the layers of some teachers and captioners; default: all.
 
-    Raises UserError if there is no dataset, or it has no teacher or captioner of a given name.
+    Shards that a layer lacks are not read: a warning names the layers and numbers, or with ``strict`` a UserError.
+    Quarantined shards are not read either, and are only logged. Raises UserError if there is no dataset, or it has no
+    teacher or captioner of a given name.
     """
-    return Dataset(url, teachers, captioners)
+    return Dataset(url, teachers, captioners, strict=strict)
 
 
 class Dataset:
@@ -51,7 +64,12 @@ class Dataset:
     """
 
     def __init__(
-        self, url: str, teachers: Sequence[str] | None = None, captioners: Sequence[str] | None = None
+        self,
+        url: str,
+        teachers: Sequence[str] | None = None,
+        captioners: Sequence[str] | None = None,
+        *,
+        strict: bool = False,
     ) -> None:
         self.store = Store(url)
         self.manifest = read_manifest(self.store)
@@ -60,14 +78,30 @@ class Dataset:
         wanted = [captions_layer(c) for c in self.captioners]
         wanted += [embeddings_layer(t, i) for t in self.teachers for i in ("images", TRUE_CAPTION, *self.captioners)]
         self.layers = [SAMPLES, *(name for name in wanted if name in self.manifest["layers"])]
-        listings = [self.store.shards(name) for name in self.layers]
-        self.shards = sorted(set(listings[0]).intersection(*listings[1:]))
-        self._samples_bytes = {shard: listings[0][shard] for shard in self.shards}
-        self._total_bytes = {shard: sum(listing[shard] for listing in listings) for shard in self.shards}
-        if not self.shards:
+        listings = {name: self.store.shards(name) for name in self.layers}
+        self.shards = self._complete_shards(listings, strict)
+        self._samples_bytes = {shard: listings[SAMPLES][shard] for shard in self.shards}
+        self._total_bytes = {shard: sum(listing[shard] for listing in listings.values()) for shard in self.shards}
+
+    def _complete_shards(self, listings: Mapping[str, Mapping[str, int]], strict: bool) -> list[str]:
+        """Names of the shards that every layer has. Warns or raises UserError if others are missing."""
+        found = check_completeness(self.store, listings)
+        read, missing = f"{len(found.complete):,} of {found.total:,} shards are read", found.describe_missing()
+        notes = [missing] if missing else []
+        notes += [found.describe_quarantined()] if found.quarantined else []
+        if not found.complete:
             raise UserError(
                 f"{self.store.url} has no shard that is complete in {', '.join(self.layers)}. Finish the run."
+                + "".join(f"\n  {note}" for note in notes)
             )
+        fix = "`reinforce run` with the dataset's config computes what is missing"
+        if missing and strict:
+            raise UserError(f"{self.store.url}: {missing}. {fix}; without `strict`, {read}.")
+        if missing:
+            _LOG.warning("%s: %s, because %s. %s.", self.store.url, read, "; ".join(notes), fix)
+        elif notes:
+            _LOG.info("%s: %s; %s", self.store.url, read, notes[0])
+        return found.complete
 
     def __len__(self) -> int:
         return self._rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import reinforce
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
+from schemas import Reason
 from tests.helpers.reinforced import small_dataset
 
 
@@ -18,6 +22,20 @@ from tests.helpers.reinforced import small_dataset
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Shards of 21, 9 and 14 samples."""
     return small_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture
+def copy(url: str, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(url, tmp_path / "copy"))
+
+
+def remove(dataset: Path, layer: str, *numbers: int) -> list[str]:
+    """Delete a layer's files of some shards; returns the shards' names."""
+    files = [sorted((dataset / layer).glob("*.parquet"))[number] for number in numbers]
+    for file in files:
+        file.unlink()
+    return [file.stem for file in files]
 
 
 def keys(data: reinforce.Dataset) -> list[str]:
@@ -70,6 +88,68 @@ def test_teachers_and_captioners_are_selected_by_name(url: str) -> None:
 def test_a_folder_without_a_dataset_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a reinforced dataset"):
         reinforce.open(str(tmp_path))
+
+
+def test_missing_files_are_a_warning_with_the_numbers(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lost = remove(copy, "embeddings/red/images", 0, 2)
+    remove(copy, "embeddings/red/caption", 2)
+    assert len(reinforce.open(str(copy))) == 9
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        (
+            "WARNING",
+            f"{copy}: 1 of 3 shards are read, because embeddings/red/images lacks 2 of 3 shards ({', '.join(lost)}); "
+            f"embeddings/red/caption lacks 1 of 3 shards ({lost[1]}). `reinforce run` with the dataset's config "
+            "computes what is missing.",
+        )
+    ]
+    caplog.clear()
+    assert len(reinforce.open(str(copy), teachers=["blue"])) == 44
+    assert not caplog.records
+
+
+def test_lost_samples_files_are_reported_too(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    remove(copy, "samples", 1)
+    assert len(reinforce.open(str(copy))) == 35
+    assert "2 of 3 shards are read, because samples lacks 1 of 3 shards" in caplog.text
+
+
+def test_strict_refuses_missing_files(url: str, copy: Path) -> None:
+    assert len(reinforce.open(url, strict=True)) == 44
+    remove(copy, "embeddings/blue/caption", 1)
+    with pytest.raises(UserError, match=r"embeddings/blue/caption lacks 1 of 3 shards .*, 2 of 3 shards are read\.$"):
+        reinforce.open(str(copy), strict=True)
+    assert len(reinforce.open(str(copy), teachers=["red"], strict=True)) == 44
+
+
+def test_quarantined_shards_are_logged_without_a_warning(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for layer in ("captions/namer", "embeddings/red/namer", "embeddings/blue/namer"):
+        (lost,) = remove(copy, layer, 1)
+    Store(str(copy)).quarantine("captions/namer", lost, [(None, Reason.SHARD_FAILED, "the captioner raised")])
+    with caplog.at_level(logging.INFO, "reinforce"):
+        assert len(reinforce.open(str(copy), strict=True)) == 35
+    text = f"{copy}: 2 of 3 shards are read; 1 shard is left out because it is quarantined in a layer"
+    assert [(record.levelname, record.message) for record in caplog.records] == [("INFO", text)]
+    caplog.clear()
+    remove(copy, "embeddings/red/images", 0)
+    assert len(reinforce.open(str(copy))) == 14
+    (record,) = caplog.records
+    assert "lacks 1 of 3 shards" in record.message
+    assert "; 1 shard is left out because it is quarantined" in record.message
+
+
+def test_nothing_else_is_listed_if_nothing_is_missing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = []
+    shards = Store.shards
+    monkeypatch.setattr(Store, "shards", lambda store, layer: (listed.append(layer), shards(store, layer))[1])
+    layers = reinforce.open(url).layers
+    assert listed == layers
+
+
+def test_a_dataset_without_a_complete_shard_is_an_error_with_the_numbers(copy: Path) -> None:
+    remove(copy, "embeddings/red/images", 0, 1)
+    remove(copy, "embeddings/blue/images", 2)
+    with pytest.raises(UserError, match=r"no shard that is complete in samples.*\n.*red/images lacks 2 of 3 shards"):
+        reinforce.open(str(copy))
 
 
 def test_repr_is_a_summary(url: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from reinforce.dataset.aligned import AlignedLayers
+from reinforce.dataset.completeness import check_completeness
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer
 from reinforce.dataset.manifest import read_manifest, select_names
 from reinforce.dataset.row_counts import row_group_table
@@ -88,23 +89,12 @@ def _complete_shards(store: Store, layers: Sequence[str]) -> dict[str, int]:
     Shards that are quarantined in some layer are left out. Raises UserError if others are missing.
     """
     listings = {layer: store.shards(layer) for layer in layers}
-    samples = listings[SAMPLES]
-    missing = {layer: samples.keys() - listing.keys() for layer, listing in listings.items()}
-    quarantined: set[str] = set()
-    if any(missing.values()):
-        quarantined = set().union(*(store.quarantined_shards(layer, listing) for layer, listing in listings.items()))
-    for layer, shards in missing.items():
-        if unfinished := sorted(shards - quarantined):
-            raise UserError(
-                f"{store.url}: {layer} lacks {len(unfinished):,} of {len(samples):,} shards "
-                f"({', '.join(unfinished[:3])}{', ...' if len(unfinished) > 3 else ''}). "
-                "Finish it with `reinforce run` and its config."
-            )
-    complete = {shard: size for shard, size in sorted(samples.items()) if shard not in quarantined}
-    if len(complete) < len(samples):
-        left_out = len(samples) - len(complete)
-        _LOG.warning("%s: %d shards are left out because they are quarantined in a layer", store.url, left_out)
-    return complete
+    found = check_completeness(store, listings)
+    if found.missing:
+        raise UserError(f"{store.url}: {found.describe_missing()}. Finish it with `reinforce run` and its config.")
+    if found.quarantined:
+        _LOG.warning("%s: %s", store.url, found.describe_quarantined())
+    return {shard: listings[SAMPLES][shard] for shard in found.complete}
 
 
 def _check_some_shards(aligned: AlignedLayers, shards: Sequence[str]) -> None:

@@ -86,6 +86,9 @@ def test_a_layer_that_lacks_shards_is_named_with_the_command_that_makes_them(dat
     with pytest.raises(UserError, match=rf"embeddings/blue/images lacks 1 of 3 shards \({lost.stem}\).*reinforce run"):
         open_(dataset)
     assert open_(dataset, teachers=["red"]).samples == 44
+    file_of(dataset, "embeddings/red/images", 2).unlink()
+    with pytest.raises(UserError, match=r"embeddings/red/images lacks 1 of 3 .*; embeddings/blue/images lacks 1 of 3"):
+        open_(dataset)
 
 
 def test_quarantined_shards_are_left_out_with_a_warning(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -96,7 +99,7 @@ def test_quarantined_shards_are_left_out_with_a_warning(dataset: Path, caplog: p
     with caplog.at_level(logging.WARNING, "reinforce"):
         assert open_(dataset).samples == 35
     assert [record.message for record in caplog.records] == [
-        f"{dataset}: 1 shards are left out because they are quarantined in a layer"
+        f"{dataset}: 1 shard is left out because it is quarantined in a layer"
     ]
 
 
