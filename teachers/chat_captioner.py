@@ -49,10 +49,10 @@ class Chat:
         return {**prompts, **{name: self._to_device(processed[name]) for name in self._image_arguments}}
 
     def begin(self, pixels: torch.Tensor) -> CachedDecoder:
-        rows = CachedDecoder(self.model, self._accelerator, self.inputs(pixels), self.ends)
+        decoder = CachedDecoder(self.model, self._accelerator, self.inputs(pixels), self.ends)
         if self._rope is not None:
-            rows.positions = (self._prompt_length + int(self._rope.rope_deltas[0]), (3,))
-        return rows
+            decoder.positions = (self._prompt_length + int(self._rope.rope_deltas[0]), (3,))
+        return decoder
 
     def _tokenize_prompt(self, processor: Any, prompt: str) -> tuple[dict[str, torch.Tensor], list[str]]:
         """Tokenize the prompt with one image -> (int64 [1, length] by argument, names of the image arguments)."""

@@ -100,10 +100,8 @@ class TransformersCaptioner:
             decoder = self._model.begin(pixels)
             sizes = []
             for step, logits in enumerate(reference.logits):
-                expected, found = (
-                    merge_end_tokens(logits, ends),
-                    decoder.next_logits(torch.cat([start, tokens[:, :step]], dim=1)),
-                )
+                expected = merge_end_tokens(logits, ends)
+                found = decoder.next_logits(torch.cat([start, tokens[:, :step]], dim=1))
                 difference = ((found - expected).abs().max() / expected.abs().max()).item()
                 if not math.isfinite(difference):
                     raise ValueError("logits are not finite: check the weights, or use `precision: bf16` or `fp32`")

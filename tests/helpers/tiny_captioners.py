@@ -55,11 +55,11 @@ def _save(folder: Path, model: Callable[[], Any], *processors: Any, seed: int = 
     """Save a model whose weights give distributions as peaked as a trained model's."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = model()
-        for parameter in made.parameters():
+        captioner = model()
+        for parameter in captioner.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.3)
-    made.save_pretrained(folder)
+    captioner.save_pretrained(folder)
     for processor in processors:
         processor.save_pretrained(folder)
     return str(folder)
@@ -319,5 +319,5 @@ def seeds(rows: int, count: int, first: int = 0) -> np.ndarray:
     return np.arange(first, first + rows * count, dtype=np.uint64).reshape(rows, count)
 
 
-def captioned(made: TransformersCaptioner, count: int = 6) -> list[list[str]]:
-    return made.caption(pixels_of(pictures(count), made.image), seeds(count, made.captions))
+def captioned(captioner: TransformersCaptioner, count: int = 6) -> list[list[str]]:
+    return captioner.caption(pixels_of(pictures(count), captioner.image), seeds(count, captioner.captions))

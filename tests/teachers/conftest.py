@@ -19,21 +19,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return the folder of a tiny captioner by its model type; it is saved at the first call."""
     root = tmp_path_factory.mktemp("captioners")
 
-    def made(kind: str) -> Path:
+    def save(kind: str) -> Path:
         if not (root / kind).exists():
             {**tiny_captioners.IMAGE_TO_TEXT, **tiny_captioners.CHAT}[kind](root / kind)
         return root / kind
 
-    return made
+    return save
 
 
 @pytest.fixture
-def captioner(folder: Callable[[str], Path]) -> Captioners:
+def build_captioner(folder: Callable[[str], Path]) -> Captioners:
     """Load a tiny captioner by its model type and options of its spec."""
 
-    def made(kind: str, **options: Any) -> TransformersCaptioner:
+    def build(kind: str, **options: Any) -> TransformersCaptioner:
         found = load(spec_of(folder(kind), kind, **options), Accelerator("cpu", options.get("precision", "fp32")))
         assert isinstance(found, TransformersCaptioner)
         return found
 
-    return made
+    return build

@@ -16,10 +16,12 @@ from tests.helpers import tiny_captioners
 from tests.helpers.tiny_captioners import Captioners, captioned, spec_of
 
 
-def test_a_prompt_is_formatted_by_the_chat_template_unless_it_contains_the_image_token(captioner: Captioners) -> None:
+def test_a_prompt_is_formatted_by_the_chat_template_unless_it_contains_the_image_token(
+    build_captioner: Captioners,
+) -> None:
     def asked(**options: Any) -> str:
-        made: Any = captioner("llava", **options)
-        text: str = made._tokenizer.decode(made._model._prompt["input_ids"][0])
+        captioner: Any = build_captioner("llava", **options)
+        text: str = captioner._tokenizer.decode(captioner._model._prompt["input_ids"][0])
         return text.replace("<image>" * 16, "IMAGE").replace("<s>", "")
 
     assert asked() == "USER: IMAGE\nDescribe it. ASSISTANT:"
@@ -33,19 +35,19 @@ def test_a_chat_model_without_a_template_needs_the_whole_prompt(tmp_path: Path) 
     load(spec_of(name, "llava", prompt="<image> It shows"), Accelerator("cpu"))
 
 
-def test_max_length_is_limited_to_the_context_after_the_prompt(captioner: Captioners) -> None:
-    made: Any = captioner("llava")
-    room = 256 - made._model._prompt_length
-    captioner("llava", max_length=room)
+def test_max_length_is_limited_to_the_context_after_the_prompt(build_captioner: Captioners) -> None:
+    captioner: Any = build_captioner("llava")
+    room = 256 - captioner._model._prompt_length
+    build_captioner("llava", max_length=room)
     with pytest.raises(ValueError, match=f"max_length {room + 1} exceeds the {room} tokens that"):
-        captioner("llava", max_length=room + 1)
+        build_captioner("llava", max_length=room + 1)
 
 
-def test_a_larger_image_size_gives_more_image_tokens(captioner: Captioners) -> None:
+def test_a_larger_image_size_gives_more_image_tokens(build_captioner: Captioners) -> None:
     def tokens(kind: str, **options: Any) -> tuple[int, int]:
-        made: Any = captioner(kind, captions=1, max_length=9, **options)
-        assert captioned(made, 2)[0][0]
-        return made.image.height, made._model._prompt_length
+        captioner: Any = build_captioner(kind, captions=1, max_length=9, **options)
+        assert captioned(captioner, 2)[0][0]
+        return captioner.image.height, captioner._model._prompt_length
 
     for kind, side in (("idefics3", 64), ("qwen2_vl", 96), ("llava_next", 64)):
         usual = tokens(kind, **({"image_size": 48} if kind == "qwen2_vl" else {}))
@@ -61,9 +63,9 @@ def test_a_larger_image_size_gives_more_image_tokens(captioner: Captioners) -> N
         ("qwen2_vl", 50, "image_size 50 must be a multiple of 16"),
     ],
 )
-def test_an_unsupported_image_size_is_rejected(captioner: Captioners, kind: str, side: int, message: str) -> None:
+def test_an_unsupported_image_size_is_rejected(build_captioner: Captioners, kind: str, side: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        captioner(kind, image_size=side)
+        build_captioner(kind, image_size=side)
 
 
 def test_images_are_squares_of_the_processors_size_or_a_default_size() -> None:

@@ -1,3 +1,5 @@
+"""CoCa captioners compared with open_clip."""
+
 import json
 from pathlib import Path
 
@@ -24,7 +26,7 @@ def model(tmp_path_factory) -> str:
     return coca_model(tmp_path_factory.mktemp("coca"))
 
 
-def captioner(model: str, **options) -> CocaCaptioner:
+def build_captioner(model: str, **options) -> CocaCaptioner:
     precision = options.get("precision", "fp32")
     return CocaCaptioner(CaptionerSpec(model=model, **options), Accelerator("cpu", precision))
 
@@ -37,47 +39,47 @@ def seeds(rows: int, count: int, first: int = 0) -> np.ndarray:
     return np.arange(first, first + rows * count, dtype=np.uint64).reshape(rows, count)
 
 
-def decoded(made: CocaCaptioner, pixels: torch.Tensor, row_seeds: np.ndarray) -> list[list[int]]:
+def decoded(captioner: CocaCaptioner, pixels: torch.Tensor, row_seeds: np.ndarray) -> list[list[int]]:
     """Tokens of each caption."""
     with torch.inference_mode():
-        made._decoder.begin(made._visual(pixels)[1], made.captions)
-        texts = decode(made._decoder, made._rules, made._spec, row_seeds)
+        captioner._decoder.begin(captioner._visual(pixels)[1], captioner.captions)
+        texts = decode(captioner._decoder, captioner._rules, captioner._spec, row_seeds)
     return [words for of_image in texts for words in of_image or []]
 
 
 def test_the_captioner_has_the_models_own_preprocessing(model):
-    made = captioner(model, captions=3)
-    typed: Captioner = made
+    captioner = build_captioner(model, captions=3)
+    typed: Captioner = captioner
     assert typed.captions == 3
     assert typed.image == ImageSpec(IMAGE_SIZE, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", "crop")
 
 
 def test_a_caption_depends_only_on_its_image_and_seed(model):
-    made, pixels, all_seeds = captioner(model, captions=3), images(6), seeds(6, 3)
-    together = made.caption(pixels, all_seeds)
+    captioner, pixels, all_seeds = build_captioner(model, captions=3), images(6), seeds(6, 3)
+    together = captioner.caption(pixels, all_seeds)
     assert len({text for row in together for text in row}) > 6  # captions depend on seeds and images
-    assert len({len(tokens) for tokens in decoded(made, pixels, all_seeds)}) > 3  # rows end at different steps
+    assert len({len(tokens) for tokens in decoded(captioner, pixels, all_seeds)}) > 3  # rows end at different steps
 
-    alone = [made.caption(pixels[i : i + 1], all_seeds[i : i + 1])[0] for i in range(6)]
+    alone = [captioner.caption(pixels[i : i + 1], all_seeds[i : i + 1])[0] for i in range(6)]
     assert alone == together
     order = [4, 0, 5, 2, 1, 3]
-    assert made.caption(pixels[order], all_seeds[order]) == [together[i] for i in order]
-    assert made.caption(pixels, all_seeds[:, ::-1].copy()) == [row[::-1] for row in together]
+    assert captioner.caption(pixels[order], all_seeds[order]) == [together[i] for i in order]
+    assert captioner.caption(pixels, all_seeds[:, ::-1].copy()) == [row[::-1] for row in together]
 
 
 def test_splitting_a_batch_by_memory_does_not_change_captions(model, monkeypatch):
-    made, pixels, all_seeds = captioner(model, captions=3), images(5), seeds(5, 3)
-    together = made.caption(pixels, all_seeds)
+    captioner, pixels, all_seeds = build_captioner(model, captions=3), images(5), seeds(5, 3)
+    together = captioner.caption(pixels, all_seeds)
     for rows in (1, 7):
         monkeypatch.setattr("teachers.coca._MAX_ROWS", rows)
-        assert made.caption(pixels, all_seeds) == together
+        assert captioner.caption(pixels, all_seeds) == together
 
 
 def test_a_tiny_top_p_matches_greedy_decoding_by_open_clips_forward_pass(model):
-    made = captioner(model, captions=1, top_p=1e-6, min_length=3, max_length=12)
+    captioner = build_captioner(model, captions=1, top_p=1e-6, min_length=3, max_length=12)
     whole = open_clip.create_model(model).eval()
     pixels = images(4)
-    for tokens, pixel in zip(decoded(made, pixels, seeds(4, 1)), pixels, strict=True):
+    for tokens, pixel in zip(decoded(captioner, pixels, seeds(4, 1)), pixels, strict=True):
         path = [START]
         while len(path) < 11:
             with torch.no_grad():
@@ -95,8 +97,8 @@ def test_a_tiny_top_p_matches_greedy_decoding_by_open_clips_forward_pass(model):
 
 @pytest.mark.parametrize(("shortest", "longest"), [(0, 2), (0, 6), (4, 6), (10, 12)])
 def test_lengths_are_within_bounds_and_captions_have_no_special_tokens(model, shortest, longest):
-    made = captioner(model, captions=8, min_length=shortest, max_length=longest, temperature=3.0, top_p=1.0)
-    rows = decoded(made, images(8), seeds(8, 8))
+    captioner = build_captioner(model, captions=8, min_length=shortest, max_length=longest, temperature=3.0, top_p=1.0)
+    rows = decoded(captioner, images(8), seeds(8, 8))
     assert all(shortest <= len(tokens) <= longest - 2 for tokens in rows)
     assert not {START, END} & {token for tokens in rows for token in tokens}
 
@@ -107,33 +109,33 @@ def test_the_start_token_is_never_sampled(tmp_path):
     state = load_file(path)
     state["text_decoder.text_projection"][:, START] = 50 * state["text_decoder.ln_final.bias"]
     save_file(state, path)
-    made = captioner(name, captions=4, top_p=1.0)
-    rows = decoded(made, images(2), seeds(2, 4))
+    captioner = build_captioner(name, captions=4, top_p=1.0)
+    rows = decoded(captioner, images(2), seeds(2, 4))
     assert rows
     assert all(START not in tokens for tokens in rows)
 
 
 def test_an_image_is_encoded_once_for_all_its_captions(model):
-    made = captioner(model, captions=4)
+    captioner = build_captioner(model, captions=4)
     batches = []
-    made._visual.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
-    made.caption(images(3), seeds(3, 4))
+    captioner._visual.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
+    captioner.caption(images(3), seeds(3, 4))
     assert batches == [3]
 
 
 def test_captions_are_decoded_and_stripped_text(model):
-    made = captioner(model, captions=4)
+    captioner = build_captioner(model, captions=4)
     tokenizer = open_clip.SimpleTokenizer()
-    expected = [tokenizer.decode(tokens).strip() for tokens in decoded(made, images(3), seeds(3, 4))]
-    captions = made.caption(images(3), seeds(3, 4))
+    expected = [tokenizer.decode(tokens).strip() for tokens in decoded(captioner, images(3), seeds(3, 4))]
+    captions = captioner.caption(images(3), seeds(3, 4))
     assert [text for row in captions for text in row] == expected
     assert all(text == text.strip() and "_of_text>" not in text for text in expected)
 
 
 def test_bf16_captions_are_repeatable(model):
-    made = captioner(model, captions=2, precision="bf16")
-    first = made.caption(images(2), seeds(2, 2))
-    assert first == made.caption(images(2), seeds(2, 2))
+    captioner = build_captioner(model, captions=2, precision="bf16")
+    first = captioner.caption(images(2), seeds(2, 2))
+    assert first == captioner.caption(images(2), seeds(2, 2))
     assert all(text for row in first for text in row)
 
 
@@ -148,20 +150,20 @@ def test_bf16_captions_are_repeatable(model):
     ids=lambda options: options["strategy"],
 )
 def test_captions_do_not_depend_on_the_batch_for_any_strategy(model, options):
-    made = captioner(model, **{"captions": 3, "max_length": 14, **options})
-    pixels, all_seeds = images(5), seeds(5, made.captions)
-    together = made.caption(pixels, all_seeds)
-    assert all(len(row) == made.captions and all(row) for row in together)
-    assert [made.caption(pixels[i : i + 1], all_seeds[i : i + 1])[0] for i in range(5)] == together
+    captioner = build_captioner(model, **{"captions": 3, "max_length": 14, **options})
+    pixels, all_seeds = images(5), seeds(5, captioner.captions)
+    together = captioner.caption(pixels, all_seeds)
+    assert all(len(row) == captioner.captions and all(row) for row in together)
+    assert [captioner.caption(pixels[i : i + 1], all_seeds[i : i + 1])[0] for i in range(5)] == together
 
 
 def test_a_compiled_captioner_gives_the_same_captions(model, monkeypatch):
     plain = torch.compile
     # without code generation, which takes a minute
     monkeypatch.setattr(torch, "compile", lambda step, mode, **options: plain(step, backend="eager", **options))
-    compiled, pixels = captioner(model, captions=3, compile=True), images(4)
+    compiled, pixels = build_captioner(model, captions=3, compile=True), images(4)
     for count in (4, 2):
-        wanted = captioner(model, captions=3).caption(pixels[:count], seeds(count, 3))
+        wanted = build_captioner(model, captions=3).caption(pixels[:count], seeds(count, 3))
         assert compiled.caption(pixels[:count], seeds(count, 3)) == wanted
 
 
@@ -176,7 +178,7 @@ def test_a_hugging_face_tokenizer_is_supported(tmp_path):
     wrapped.save_pretrained(tmp_path)
     # two more outputs than the tokenizer has tokens
     name = coca_model(tmp_path, vocab_size=10, hf_tokenizer_name="words")
-    captions = captioner(name, captions=6, top_p=1.0, temperature=50.0).caption(images(6), seeds(6, 6))
+    captions = build_captioner(name, captions=6, top_p=1.0, temperature=50.0).caption(images(6), seeds(6, 6))
     found = {word for row in captions for text in row for word in text.split()}
     assert found == {"cat", "dog", "Grass", "on"}
 
@@ -194,33 +196,33 @@ def test_a_model_that_cannot_caption_is_rejected_by_name(tmp_path, change, messa
     change(config)
     Path(tmp_path, "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message) as refusal:
-        captioner(name)
+        build_captioner(name)
     assert name in str(refusal.value)
 
 
 def test_a_model_known_not_to_be_a_coca_is_rejected_before_download():
     with pytest.raises(ValueError, match=r"'ViT-B-32' is not a CoCa .* coca_ViT-L-14"):
-        captioner("ViT-B-32", pretrained="laion2b_s34b_b79k")
+        build_captioner("ViT-B-32", pretrained="laion2b_s34b_b79k")
 
 
 def test_captions_can_fill_the_context_and_longer_ones_are_rejected(model):
     with pytest.raises(ValueError, match=r"max_length 78 exceeds the 77 tokens .* can write"):
-        captioner(model, max_length=78)
-    long = captioner(model, captions=1, min_length=75, max_length=77)
+        build_captioner(model, max_length=78)
+    long = build_captioner(model, captions=1, min_length=75, max_length=77)
     assert [len(tokens) for tokens in decoded(long, images(1), seeds(1, 1))] == [75]
 
 
 def test_seeds_of_the_wrong_shape_are_rejected(model):
     with pytest.raises(ValueError, match=r"seeds of shape \(2, 5\)"):
-        captioner(model).caption(images(2), seeds(2, 4))
+        build_captioner(model).caption(images(2), seeds(2, 4))
 
 
 def test_an_image_with_nan_logits_gives_none_without_affecting_others(model):
-    made = captioner(model, captions=2)
+    captioner = build_captioner(model, captions=2)
     pixels, all_seeds = images(3), seeds(3, 2)
-    whole = made.caption(pixels, all_seeds)
+    whole = captioner.caption(pixels, all_seeds)
     pixels[1] = torch.nan
-    assert made.caption(pixels, all_seeds) == [whole[0], None, whole[2]]
+    assert captioner.caption(pixels, all_seeds) == [whole[0], None, whole[2]]
 
 
 @pytest.mark.parametrize("options", [{}, {"strategy": "beams"}])
@@ -231,4 +233,4 @@ def test_nan_logits_for_all_images_are_an_error(tmp_path, options):
     state["text_decoder.text_projection"][3, 3] = torch.nan
     save_file(state, path)
     with pytest.raises(ValueError, match="not finite"):
-        captioner(name, **options).caption(images(2), seeds(2, 5))
+        build_captioner(name, **options).caption(images(2), seeds(2, 5))

@@ -1,3 +1,5 @@
+"""Cached decoding of CoCa compared with open_clip's full forward pass."""
+
 from typing import Any
 
 import open_clip
@@ -33,13 +35,13 @@ def coca(text: dict[str, Any], **model: Any) -> Any:
     config["multimodal_cfg"].update(model.pop("multimodal", {}))
     config["vision_cfg"].update(model.pop("vision", {}))
     del config["custom_text"]
-    made = open_clip.CoCa(**config, **model)
+    coca_model = open_clip.CoCa(**config, **model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in coca_model.named_parameters():
             if parameter.ndim:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * (2.0 if "gamma" in name else 0.5))
-    return made.eval().requires_grad_(False)
+    return coca_model.eval().requires_grad_(False)
 
 
 def image_tokens(model: Any, count: int) -> torch.Tensor:

@@ -21,11 +21,11 @@ CUSTOM = "tests.helpers.custom_models"
 COCA = {"model": "coca_ViT-B-32", "pretrained": "laion2b_s13b_b90k"}
 
 
-def _own(name: str, **spec: Any) -> TeacherSpec:
+def _custom_teacher(name: str, **spec: Any) -> TeacherSpec:
     return TeacherSpec.model_validate({"class": f"{CUSTOM}:{name}", **spec})
 
 
-def _writer(name: str = "Writer", **spec: Any) -> CaptionerSpec:
+def _custom_captioner(name: str = "Writer", **spec: Any) -> CaptionerSpec:
     return CaptionerSpec.model_validate({"class": f"{CUSTOM}:{name}", **spec})
 
 
@@ -140,9 +140,9 @@ def test_a_wrong_captioner_spec_is_rejected_before_loading(spec: dict[str, Any],
 
 
 def test_compile_is_rejected_for_other_models_than_coca():
-    made = CaptionerSpec.model_validate({"model": "any", "family": "transformers", "compile": True})
+    captioner = CaptionerSpec.model_validate({"model": "any", "family": "transformers", "compile": True})
     with pytest.raises(ValueError, match="captioner blip: `compile` works only with CoCa"):
-        describe_captioner("blip", made)
+        describe_captioner("blip", captioner)
 
 
 def test_cleaning_is_in_the_identity_only_if_it_is_configured() -> None:

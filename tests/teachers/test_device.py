@@ -1,3 +1,5 @@
+"""Devices, precisions and copies."""
+
 import numpy as np
 import pytest
 import torch

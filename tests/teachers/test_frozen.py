@@ -1,3 +1,5 @@
+"""Frozen layers compared with those of torch."""
+
 import open_clip
 import pytest
 import torch

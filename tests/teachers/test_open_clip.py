@@ -1,3 +1,5 @@
+"""Teachers of open_clip compared with the library itself."""
+
 from __future__ import annotations
 
 import shutil
@@ -33,13 +35,13 @@ def _teacher(model: str, device: Accelerator = CPU, **spec: Any) -> OpenClipTeac
     return OpenClipTeacher(TeacherSpec(model=model, **spec), device)
 
 
-def _plain(model: str) -> tuple[Any, Any]:
+def _load_open_clip(model: str) -> tuple[Any, Any]:
     return open_clip.create_model(model).eval(), open_clip.get_tokenizer(model)
 
 
 @pytest.mark.parametrize("kind", [*TRIMMED, *FULL_LENGTH])
 def test_embeddings_match_open_clip(models: dict[str, str], kind: str) -> None:
-    teacher, (model, tokenizer) = _teacher(models[kind]), _plain(models[kind])
+    teacher, (model, tokenizer) = _teacher(models[kind]), _load_open_clip(models[kind])
     size = TRIMMED.get(kind, {}).get("image_size", 32)
     pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -84,7 +86,7 @@ def test_torch_checkpoints_load_like_safetensors(models: dict[str, str], tmp_pat
     folder = tmp_path / "copy"
     shutil.copytree(catalog.local_folder(models["small"]), folder)
     (folder / "open_clip_model.safetensors").unlink()
-    torch.save({"state_dict": _plain(models["small"])[0].state_dict()}, folder / name)
+    torch.save({"state_dict": _load_open_clip(models["small"])[0].state_dict()}, folder / name)
     copy = _teacher(f"local-dir:{folder}")
     assert torch.equal(copy.encode_texts(TEXTS), _teacher(models["small"]).encode_texts(TEXTS))
 

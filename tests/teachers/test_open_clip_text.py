@@ -39,7 +39,7 @@ def _teacher(model: str, device: Accelerator = CPU, **spec: Any) -> OpenClipTeac
     return OpenClipTeacher(TeacherSpec(model=model, **spec), device)
 
 
-def _plain(model: str) -> tuple[Any, Any]:
+def _load_open_clip(model: str) -> tuple[Any, Any]:
     return open_clip.create_model(model).eval(), open_clip.get_tokenizer(model)
 
 
@@ -99,7 +99,7 @@ def test_a_hugging_face_tokenizer_is_used_and_its_special_tokens_are_plain_text(
         folder, custom_text=True, pool_type="eos", eos_id=2, vocab_size=300, context_length=24, hf_tokenizer_name="own"
     )
     tiny_models.tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=24)
-    teacher, (plain, tokenizer) = _teacher(model), _plain(model)
+    teacher, (plain, tokenizer) = _teacher(model), _load_open_clip(model)
     texts = ["a photo of a cat", "dog"]
     with torch.no_grad():
         expected = plain.encode_text(tokenizer(texts), normalize=True)

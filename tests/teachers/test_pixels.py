@@ -1,3 +1,5 @@
+"""Preprocessing compared with open_clip and Pillow."""
+
 from typing import Any
 
 import numpy as np

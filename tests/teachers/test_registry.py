@@ -1,3 +1,5 @@
+"""Loading of models from their specs."""
+
 from __future__ import annotations
 
 import shutil
@@ -14,16 +16,16 @@ from tests.helpers import tiny_models
 CUSTOM = "tests.helpers.custom_models"
 
 
-def _own(name: str, **spec: Any) -> TeacherSpec:
+def _custom_teacher(name: str, **spec: Any) -> TeacherSpec:
     return TeacherSpec.model_validate({"class": f"{CUSTOM}:{name}", **spec})
 
 
-def _writer(name: str = "Writer", **spec: Any) -> CaptionerSpec:
+def _custom_captioner(name: str = "Writer", **spec: Any) -> CaptionerSpec:
     return CaptionerSpec.model_validate({"class": f"{CUSTOM}:{name}", **spec})
 
 
 def test_a_custom_class_is_built_with_the_device_and_its_options() -> None:
-    spec = _own("Radiology", options={"weights": "here", "scale": 2.0})
+    spec = _custom_teacher("Radiology", options={"weights": "here", "scale": 2.0})
     teacher: Any = load_teacher("ours", spec, "cpu")
     assert (teacher.device, teacher.weights, teacher.scale) == (torch.device("cpu"), "here", 2.0)
     assert teacher.logit_scale == 50
@@ -33,25 +35,25 @@ def test_a_custom_class_is_built_with_the_device_and_its_options() -> None:
 
 
 def test_the_configs_logit_scale_overrides_the_class_and_is_not_in_the_identity() -> None:
-    plain = _own("Radiology", options={"weights": "here"})
-    scaled = _own("Radiology", options={"weights": "here"}, logit_scale=70.0, dtype="int8")
+    plain = _custom_teacher("Radiology", options={"weights": "here"})
+    scaled = _custom_teacher("Radiology", options={"weights": "here"}, logit_scale=70.0, dtype="int8")
     assert load_teacher("ours", scaled, "cpu").logit_scale == 70
     assert describe_teacher("ours", scaled) == describe_teacher("ours", plain)
 
 
 def test_a_class_with_one_encoder_is_supported() -> None:
-    info = describe_teacher("texts", _own("TextsOnly"))
+    info = describe_teacher("texts", _custom_teacher("TextsOnly"))
     assert (info.dim, info.images, info.texts) == (None, False, True)
-    teacher = load_teacher("texts", _own("TextsOnly"), "cpu")
+    teacher = load_teacher("texts", _custom_teacher("TextsOnly"), "cpu")
     assert (teacher.image, teacher.logit_scale, teacher.dim) == (None, None, 4)
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (_own("NoDim", options={"weights": "w"}), "must set `dim`, the length of its embeddings, got None"),
-        (_own("NoImage"), "has `encode_images` and must set `image` to a teachers.protocols.ImageSpec"),
-        (_own("WrongImage"), "`image` must be a teachers.protocols.ImageSpec, got 224"),
+        (_custom_teacher("NoDim", options={"weights": "w"}), "must set `dim`, the length of its embeddings, got None"),
+        (_custom_teacher("NoImage"), "has `encode_images` and must set `image` to a teachers.protocols.ImageSpec"),
+        (_custom_teacher("WrongImage"), "`image` must be a teachers.protocols.ImageSpec, got 224"),
     ],
 )
 def test_missing_attributes_of_a_class_are_named(spec: TeacherSpec, message: str) -> None:
@@ -61,13 +63,13 @@ def test_missing_attributes_of_a_class_are_named(spec: TeacherSpec, message: str
 
 def test_errors_of_custom_code_name_the_teacher() -> None:
     with pytest.raises(RuntimeError, match="teacher mine: KeyError: 'lost'") as caught:
-        load_teacher("mine", _own("Fails"), "cpu")
+        load_teacher("mine", _custom_teacher("Fails"), "cpu")
     assert isinstance(caught.value.__cause__, KeyError)
 
 
 def test_an_unavailable_device_error_names_the_teacher() -> None:
     with pytest.raises(ValueError, match="teacher mine: device 'cuda:64' is not available"):
-        load_teacher("mine", _own("TextsOnly"), "cuda:64")
+        load_teacher("mine", _custom_teacher("TextsOnly"), "cuda:64")
 
 
 @pytest.mark.parametrize("kind", ["clip", "dinov2", "bert"])
@@ -83,10 +85,10 @@ def test_a_transformers_folder_loads_as_described(tmp_path: Path, kind: str) -> 
 
 
 def test_a_custom_captioner_gets_its_number_of_captions() -> None:
-    captioner = load_captioner("mine", _writer(captions=3), "cpu")
+    captioner = load_captioner("mine", _custom_captioner(captions=3), "cpu")
     assert captioner.captions == 3
-    assert describe_captioner("mine", _writer(captions=3)).identity["captions"] == 3
+    assert describe_captioner("mine", _custom_captioner(captions=3)).identity["captions"] == 3
     with pytest.raises(
         ValueError, match=r"captioner mine: .* gives 2 captions an image .* `captions: 5`: make them equal"
     ):
-        load_captioner("mine", _writer(options={"captions": 2}), "cpu")
+        load_captioner("mine", _custom_captioner(options={"captions": 2}), "cpu")

@@ -16,11 +16,11 @@ from tests.helpers.toy_language import (
 
 
 def test_rules_mask_impossible_tokens_and_apply_the_repetition_penalty():
-    how = DecodingRules(START, END, torch.arange(VOCABULARY) == START, 2, 4, repetition_penalty=2.0)
+    decoding_rules = DecodingRules(START, END, torch.arange(VOCABULARY) == START, 2, 4, repetition_penalty=2.0)
     logits = torch.tensor([[1.0, -1.0, 3.0, 9.0, 5.0]])
     tokens = torch.tensor([[START, 0, 1, 1]])
-    assert how.apply(logits, tokens).tolist() == [[0.5, -2.0, 3.0, -math.inf, 5.0]]
-    assert how.apply(logits, tokens[:, :2]).tolist() == [[0.5, -1.0, 3.0, -math.inf, -math.inf]]
+    assert decoding_rules.apply(logits, tokens).tolist() == [[0.5, -2.0, 3.0, -math.inf, 5.0]]
+    assert decoding_rules.apply(logits, tokens[:, :2]).tolist() == [[0.5, -1.0, 3.0, -math.inf, -math.inf]]
     assert logits[0, 3] == 9.0
 
 

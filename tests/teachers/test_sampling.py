@@ -1,3 +1,5 @@
+"""Nucleus and top-k sampling compared with their definitions."""
+
 import math
 
 import numpy as np

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from teachers.spec import CaptionerSpec, Clean
 
 
-def spec(strategy: str = "nucleus", **options) -> CaptionerSpec:
+def make_spec(strategy: str = "nucleus", **options) -> CaptionerSpec:
     return CaptionerSpec.model_validate({"model": "any", "captions": 3, "strategy": strategy, **options})
 
 
@@ -32,15 +32,15 @@ def test_incompatible_fields_are_rejected_with_the_fix(options, message):
 
 def test_decoding_includes_later_options_only_if_they_are_used():
     lengths = {"min_length": 5, "max_length": 30}
-    assert spec(captions=5).decoding() == {"captions": 5, "temperature": 1.0, "top_p": 0.9, **lengths}
-    assert spec("greedy", captions=1, repetition_penalty=1.2, compile=True).decoding() == {
+    assert make_spec(captions=5).decoding() == {"captions": 5, "temperature": 1.0, "top_p": 0.9, **lengths}
+    assert make_spec("greedy", captions=1, repetition_penalty=1.2, compile=True).decoding() == {
         "captions": 1,
         "strategy": "greedy",
         "repetition_penalty": 1.2,
         **lengths,
     }
     beams = {"strategy": "beams", "captions": 3, "beams": 6, "length_penalty": 1.0}
-    assert spec("beams").decoding() == {**beams, **lengths}
+    assert make_spec("beams").decoding() == {**beams, **lengths}
 
 
 def test_invalid_cleaning_rules_are_rejected() -> None:

@@ -1,3 +1,5 @@
+"""Teachers of transformers compared with the library itself."""
+
 from __future__ import annotations
 
 import shutil

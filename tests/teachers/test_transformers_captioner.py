@@ -25,18 +25,18 @@ KINDS = [*tiny_captioners.IMAGE_TO_TEXT, *tiny_captioners.CHAT]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_caption_depends_only_on_its_image_and_seed(captioner: Captioners, kind: str) -> None:
-    made = captioner(kind, captions=3, min_length=0, max_length=9, temperature=2.0)
-    pixels, all_seeds = pixels_of(pictures(4), made.image), seeds(4, 3)
-    together = made.caption(pixels, all_seeds)
+def test_a_caption_depends_only_on_its_image_and_seed(build_captioner: Captioners, kind: str) -> None:
+    captioner = build_captioner(kind, captions=3, min_length=0, max_length=9, temperature=2.0)
+    pixels, all_seeds = pixels_of(pictures(4), captioner.image), seeds(4, 3)
+    together = captioner.caption(pixels, all_seeds)
     assert len({text for row in together for text in row}) > 6, "captions depend on seeds and images"
-    assert [made.caption(pixels[i : i + 1], all_seeds[i : i + 1])[0] for i in range(4)] == together
+    assert [captioner.caption(pixels[i : i + 1], all_seeds[i : i + 1])[0] for i in range(4)] == together
     order = [2, 0, 3, 1]
-    assert made.caption(pixels[order], all_seeds[order]) == [together[i] for i in order]
-    assert made.caption(pixels, all_seeds[:, ::-1].copy()) == [row[::-1] for row in together]
+    assert captioner.caption(pixels[order], all_seeds[order]) == [together[i] for i in order]
+    assert captioner.caption(pixels, all_seeds[:, ::-1].copy()) == [row[::-1] for row in together]
     for rows in (1, 7):
-        made._rows = rows
-        assert made.caption(pixels, all_seeds) == together, "also if fewer rows are decoded in parallel"
+        captioner._rows = rows
+        assert captioner.caption(pixels, all_seeds) == together, "also if fewer rows are decoded in parallel"
 
 
 def generated(folder: Path, kind: str, pictures: list[Image.Image], words: int, suppressed: list[int]) -> list[str]:
@@ -69,61 +69,63 @@ def generated(folder: Path, kind: str, pictures: list[Image.Image], words: int, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_captions_match_transformers_generate(
-    captioner: Captioners, folder: Callable[[str], Path], kind: str
+    build_captioner: Captioners, folder: Callable[[str], Path], kind: str
 ) -> None:
     size = {"image_size": 64} if kind.startswith("qwen") else {}
-    made = captioner(kind, captions=1, top_p=1e-6, min_length=0, max_length=10, **size)
-    images = [image.resize((made.image.width, made.image.height)) for image in pictures(3)]
-    suppressed = made._rules.impossible.nonzero().squeeze(1).tolist()
+    captioner = build_captioner(kind, captions=1, top_p=1e-6, min_length=0, max_length=10, **size)
+    images = [image.resize((captioner.image.width, captioner.image.height)) for image in pictures(3)]
+    suppressed = captioner._rules.impossible.nonzero().squeeze(1).tolist()
     expected = generated(folder(kind), kind, images, 8, suppressed)
-    assert [row[0] for row in made.caption(pixels_of(images, made.image), seeds(3, 1))] == expected
+    assert [row[0] for row in captioner.caption(pixels_of(images, captioner.image), seeds(3, 1))] == expected
     assert len(set(expected)) > 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_image_is_encoded_once_for_all_its_captions(captioner: Captioners, kind: str) -> None:
-    made = captioner(kind, captions=4, max_length=9)
+def test_an_image_is_encoded_once_for_all_its_captions(build_captioner: Captioners, kind: str) -> None:
+    captioner = build_captioner(kind, captions=4, max_length=9)
     names = ("vision_model", "vision_tower", "visual", "image_encoder", "encoder")
-    tower = next(module for name, module in made._model.model.named_modules() if name.split(".")[-1] in names)
+    tower = next(module for name, module in captioner._model.model.named_modules() if name.split(".")[-1] in names)
     passes: list[int] = []
     tower.register_forward_hook(lambda module, inputs, output: passes.append(1))
-    captioned(made, 2)
+    captioned(captioner, 2)
     assert len(passes) == 1
 
 
 @pytest.mark.parametrize("kind", ["blip", "git", "vision-encoder-decoder", "qwen2_vl", "paligemma"])
 @pytest.mark.parametrize(("shortest", "longest"), [(0, 2), (0, 6), (4, 6), (12, 14)])
 def test_lengths_are_within_bounds_and_captions_have_no_special_tokens(
-    captioner: Captioners, kind: str, shortest: int, longest: int
+    build_captioner: Captioners, kind: str, shortest: int, longest: int
 ) -> None:
-    made = captioner(kind, captions=6, min_length=shortest, max_length=longest, temperature=4.0, top_p=1.0)
+    captioner = build_captioner(kind, captions=6, min_length=shortest, max_length=longest, temperature=4.0, top_p=1.0)
     words: list[list[int]] = []
-    made._text = lambda tokens: words.append(tokens) or ""  # type: ignore[method-assign, func-returns-value]
-    captioned(made, 6)
+    captioner._text = lambda tokens: words.append(tokens) or ""  # type: ignore[method-assign, func-returns-value]
+    captioned(captioner, 6)
     assert all(shortest <= len(row) <= longest - 2 for row in words)
     assert len({len(row) for row in words}) > 1 or longest - 2 == shortest or longest == 2
-    tokenizer = made._tokenizer
-    assert not {token for row in words for token in row} & {*tokenizer.all_special_ids, *made._model.ends}
+    tokenizer = captioner._tokenizer
+    assert not {token for row in words for token in row} & {*tokenizer.all_special_ids, *captioner._model.ends}
     assert all(token < len(tokenizer) for row in words for token in row)
     assert not any("<" in tokenizer.convert_ids_to_tokens(token)[:-1] for row in words for token in row)
 
 
 @pytest.mark.parametrize("kind", ["blip", "qwen2_5_vl"])
-def test_bf16_captions_are_repeatable_and_chat_models_store_bf16_weights(captioner: Captioners, kind: str) -> None:
-    made = captioner(kind, captions=2, precision="bf16")
-    assert captioned(made, 2) == captioned(made, 2)
-    dtype = next(made._model.model.parameters()).dtype
+def test_bf16_captions_are_repeatable_and_chat_models_store_bf16_weights(
+    build_captioner: Captioners, kind: str
+) -> None:
+    captioner = build_captioner(kind, captions=2, precision="bf16")
+    assert captioned(captioner, 2) == captioned(captioner, 2)
+    dtype = next(captioner._model.model.parameters()).dtype
     assert dtype == (torch.bfloat16 if kind in tiny_captioners.CHAT else torch.float32)
 
 
 def test_rows_decoded_in_parallel_are_limited_by_cache_bytes(
-    captioner: Captioners, monkeypatch: pytest.MonkeyPatch
+    build_captioner: Captioners, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # keys and values of two layers, for the prompt and 30 tokens of the caption
     monkeypatch.setattr(transformers_captioner, "_MAX_CACHE_BYTES", 10 * 2 * 2 * 16 * 4 * 100)
-    made = captioner("llava")
-    length = made._model._prompt_length  # type: ignore[attr-defined]
-    assert made._rows == 10 * 100 // (length + 30)
+    captioner = build_captioner("llava")
+    length = captioner._model._prompt_length  # type: ignore[attr-defined]
+    assert captioner._rows == 10 * 100 // (length + 30)
 
 
 def test_logits_that_differ_from_generate_are_rejected_at_loading(
@@ -161,20 +163,20 @@ def test_nan_logits_are_rejected_at_loading(folder: Callable[[str], Path], tmp_p
     ],
 )
 def test_captions_do_not_depend_on_the_batch_for_any_strategy(
-    captioner: Captioners, kind: str, strategy: dict[str, Any]
+    build_captioner: Captioners, kind: str, strategy: dict[str, Any]
 ) -> None:
-    made = captioner(kind, captions=3, min_length=1, max_length=9, repetition_penalty=1.3, **strategy)
-    pixels, all_seeds = pixels_of(pictures(3), made.image), seeds(3, 3)
-    together = made.caption(pixels, all_seeds)
-    assert [made.caption(pixels[i : i + 1], all_seeds[i : i + 1])[0] for i in range(3)] == together
+    captioner = build_captioner(kind, captions=3, min_length=1, max_length=9, repetition_penalty=1.3, **strategy)
+    pixels, all_seeds = pixels_of(pictures(3), captioner.image), seeds(3, 3)
+    together = captioner.caption(pixels, all_seeds)
+    assert [captioner.caption(pixels[i : i + 1], all_seeds[i : i + 1])[0] for i in range(3)] == together
     assert len({tuple(row or []) for row in together}) == 3, "captions depend on images"
-    made._rows = 5
-    assert made.caption(pixels, all_seeds) == together
+    captioner._rows = 5
+    assert captioner.caption(pixels, all_seeds) == together
 
 
-def test_greedy_matches_a_tiny_nucleus(captioner: Captioners) -> None:
-    greedy = captioned(captioner("llava", captions=1, strategy="greedy", max_length=9))
-    assert greedy == captioned(captioner("llava", captions=1, top_p=1e-9, max_length=9))
+def test_greedy_matches_a_tiny_nucleus(build_captioner: Captioners) -> None:
+    greedy = captioned(build_captioner("llava", captions=1, strategy="greedy", max_length=9))
+    assert greedy == captioned(build_captioner("llava", captions=1, top_p=1e-9, max_length=9))
 
 
 def test_missing_weights_are_rejected_by_name(folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -187,10 +189,10 @@ def test_missing_weights_are_rejected_by_name(folder: Callable[[str], Path], tmp
         load_captioner("mine", spec_of(tmp_path, "git"), "cpu")
 
 
-def test_seeds_of_the_wrong_shape_are_rejected(captioner: Captioners) -> None:
-    made = captioner("git")
+def test_seeds_of_the_wrong_shape_are_rejected(build_captioner: Captioners) -> None:
+    captioner = build_captioner("git")
     with pytest.raises(ValueError, match=r"seeds of shape \(2, 5\)"):
-        made.caption(pixels_of(pictures(2), made.image), seeds(2, 4))
+        captioner.caption(pixels_of(pictures(2), captioner.image), seeds(2, 4))
 
 
 def test_all_supported_model_types_are_tested() -> None:

@@ -1,3 +1,5 @@
+"""Checkpoint files: download, identity and conversion."""
+
 from __future__ import annotations
 
 import hashlib
