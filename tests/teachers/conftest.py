@@ -15,7 +15,7 @@ from tests.helpers.tiny_captioners import Captioners, spec_of
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def captioner_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return the folder of a tiny captioner by its model type; it is saved at the first call."""
     root = tmp_path_factory.mktemp("captioners")
 
@@ -28,11 +28,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def build_captioner(folder: Callable[[str], Path]) -> Captioners:
+def build_captioner(captioner_folder: Callable[[str], Path]) -> Captioners:
     """Load a tiny captioner by its model type and options of its spec."""
 
     def build(kind: str, **options: Any) -> TransformersCaptioner:
-        found = load(spec_of(folder(kind), kind, **options), Accelerator("cpu", options.get("precision", "fp32")))
+        found = load(
+            spec_of(captioner_folder(kind), kind, **options), Accelerator("cpu", options.get("precision", "fp32"))
+        )
         assert isinstance(found, TransformersCaptioner)
         return found
 

@@ -15,8 +15,8 @@ from teachers.device import Accelerator
 
 
 @pytest.fixture(scope="module")
-def model(folder: Callable[[str], Path]) -> Any:
-    return transformers.AutoModelForImageTextToText.from_pretrained(folder("git")).eval()
+def model(captioner_folder: Callable[[str], Path]) -> Any:
+    return transformers.AutoModelForImageTextToText.from_pretrained(captioner_folder("git")).eval()
 
 
 def _pixels(count: int) -> torch.Tensor:

@@ -174,19 +174,21 @@ def test_cleaning_is_in_the_identity_only_if_it_is_configured() -> None:
     ],
 )
 def test_unsupported_captioner_options_are_rejected_before_loading(
-    folder: Callable[[str], Path], kind: str, options: dict[str, Any], message: str
+    captioner_folder: Callable[[str], Path], kind: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"captioner mine: .*{message}"):
-        describe_captioner("mine", spec_of(folder(kind), kind, **options))
+        describe_captioner("mine", spec_of(captioner_folder(kind), kind, **options))
 
 
-def test_a_model_that_cannot_caption_is_rejected_before_loading(tmp_path: Path, folder: Callable[[str], Path]) -> None:
+def test_a_model_that_cannot_caption_is_rejected_before_loading(
+    tmp_path: Path, captioner_folder: Callable[[str], Path]
+) -> None:
     name = tiny_models.transformers_siglip(tmp_path / "siglip")
     with pytest.raises(
         ValueError, match=r"captioner mine: .* type 'siglip' is not a supported captioner: use blip, git"
     ):
         describe_captioner("mine", spec_of(name, "siglip"))
-    config = json.loads((folder("blip") / "config.json").read_text())
+    config = json.loads((captioner_folder("blip") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BlipForQuestionAnswering"]}))
     with pytest.raises(ValueError, match="BlipForQuestionAnswering does not write captions"):
         describe_captioner("mine", spec_of(tmp_path, "blip"))
@@ -195,25 +197,30 @@ def test_a_model_that_cannot_caption_is_rejected_before_loading(tmp_path: Path, 
 
 
 def test_describing_a_transformers_captioner_imports_neither_torch_nor_transformers(
-    folder: Callable[[str], Path],
+    captioner_folder: Callable[[str], Path],
 ) -> None:
     code = f"""
 import sys
 from teachers.registry import describe_captioner
 from teachers.spec import CaptionerSpec
-describe_captioner("a", CaptionerSpec(family="transformers", model={str(folder("git"))!r}))
+describe_captioner("a", CaptionerSpec(family="transformers", model={str(captioner_folder("git"))!r}))
 describe_captioner("b", CaptionerSpec(family="transformers", model="Salesforce/blip-image-captioning-base"))
 print(sorted({{"torch", "transformers"}} & set(sys.modules)))
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_a_transformers_captioners_identity_includes_files_prompt_and_sampling(folder: Callable[[str], Path]) -> None:
-    plain = describe_captioner("c", spec_of(folder("qwen2_vl"), "qwen2_vl"))
+def test_a_transformers_captioners_identity_includes_files_prompt_and_sampling(
+    captioner_folder: Callable[[str], Path],
+) -> None:
+    plain = describe_captioner("c", spec_of(captioner_folder("qwen2_vl"), "qwen2_vl"))
     assert (plain.dim, plain.images, plain.texts) == (None, True, False)
     files = {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"}
     assert files <= plain.identity["files"].keys()
     for change in ({"prompt": "What is it?"}, {"image_size": 64}, {"top_p": 0.5}, {"captions": 2}):
-        assert describe_captioner("c", spec_of(folder("qwen2_vl"), "qwen2_vl", **change)).identity != plain.identity
+        assert (
+            describe_captioner("c", spec_of(captioner_folder("qwen2_vl"), "qwen2_vl", **change)).identity
+            != plain.identity
+        )
     hub = describe_captioner("c", CaptionerSpec(family="transformers", model="Salesforce/blip-image-captioning-base"))
     assert hub.identity["model"] == "Salesforce/blip-image-captioning-base"

@@ -13,18 +13,20 @@ from teachers.image_to_text import end_tokens_of
 from tests.helpers.tiny_captioners import Captioners, captioned
 
 
-def test_each_of_several_end_tokens_ends_a_caption(build_captioner: Captioners, folder: Callable[[str], Path]) -> None:
+def test_each_of_several_end_tokens_ends_a_caption(
+    build_captioner: Captioners, captioner_folder: Callable[[str], Path]
+) -> None:
     captioner = build_captioner("llava", captions=8, min_length=0, max_length=40, temperature=3.0)
     lengths = [len(text) for row in captioned(captioner) for text in row]
-    config = json.loads((folder("llava") / "generation_config.json").read_text())
+    config = json.loads((captioner_folder("llava") / "generation_config.json").read_text())
     try:
         more = {**config, "eos_token_id": [2, *range(100, 250)], "do_sample": True, "temperature": 0.3}
-        (folder("llava") / "generation_config.json").write_text(json.dumps(more))
+        (captioner_folder("llava") / "generation_config.json").write_text(json.dumps(more))
         with_more = build_captioner("llava", captions=8, min_length=0, max_length=40, temperature=3.0)
         assert with_more._model.ends[:2] == (2, 100)
         shorter = [len(text) for row in captioned(with_more) for text in row]
     finally:
-        (folder("llava") / "generation_config.json").write_text(json.dumps(config))
+        (captioner_folder("llava") / "generation_config.json").write_text(json.dumps(config))
     assert sum(shorter) < sum(lengths) / 2
 
 

@@ -69,13 +69,13 @@ def generated(folder: Path, kind: str, pictures: list[Image.Image], words: int, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_captions_match_transformers_generate(
-    build_captioner: Captioners, folder: Callable[[str], Path], kind: str
+    build_captioner: Captioners, captioner_folder: Callable[[str], Path], kind: str
 ) -> None:
     size = {"image_size": 64} if kind.startswith("qwen") else {}
     captioner = build_captioner(kind, captions=1, top_p=1e-6, min_length=0, max_length=10, **size)
     images = [image.resize((captioner.image.width, captioner.image.height)) for image in pictures(3)]
     suppressed = captioner._rules.impossible.nonzero().squeeze(1).tolist()
-    expected = generated(folder(kind), kind, images, 8, suppressed)
+    expected = generated(captioner_folder(kind), kind, images, 8, suppressed)
     assert [row[0] for row in captioner.caption(pixels_of(images, captioner.image), seeds(3, 1))] == expected
     assert len(set(expected)) > 1
 
@@ -129,7 +129,7 @@ def test_rows_decoded_in_parallel_are_limited_by_cache_bytes(
 
 
 def test_logits_that_differ_from_generate_are_rejected_at_loading(
-    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    captioner_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin = Git.begin
 
@@ -140,11 +140,11 @@ def test_logits_that_differ_from_generate_are_rejected_at_loading(
 
     monkeypatch.setattr(Git, "begin", counting_the_image)
     with pytest.raises(ValueError, match=r"GitForCausalLM of transformers \S+ gives other logits .* at token 2\)"):
-        load(spec_of(folder("git"), "git"), Accelerator("cpu"))
+        load(spec_of(captioner_folder("git"), "git"), Accelerator("cpu"))
 
 
-def test_nan_logits_are_rejected_at_loading(folder: Callable[[str], Path], tmp_path: Path) -> None:
-    for path in folder("git").iterdir():
+def test_nan_logits_are_rejected_at_loading(captioner_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    for path in captioner_folder("git").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     state = load_file(tmp_path / "model.safetensors")
     state["output.bias"][7] = torch.nan
@@ -179,8 +179,8 @@ def test_greedy_matches_a_tiny_nucleus(build_captioner: Captioners) -> None:
     assert greedy == captioned(build_captioner("llava", captions=1, top_p=1e-9, max_length=9))
 
 
-def test_missing_weights_are_rejected_by_name(folder: Callable[[str], Path], tmp_path: Path) -> None:
-    for path in folder("git").iterdir():
+def test_missing_weights_are_rejected_by_name(captioner_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    for path in captioner_folder("git").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     state = load_file(tmp_path / "model.safetensors")
     name = next(name for name in state if "visual_projection" in name)
