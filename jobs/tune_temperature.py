@@ -1,6 +1,7 @@
 """Tune the teachers' logit scales (1 / temperature) on a Ray cluster.
 
-    ray job submit --working-dir . -- python jobs/tune_temperature.py --config configs/tune-demo.yaml
+    ray job submit --working-dir . -- python jobs/tune_temperature.py --config configs/tune-demo.yaml \\
+        --set output=s3://YOUR-BUCKET/tuning
 
 The job runs ``reinforce tune CONFIG``. Its code is uploaded with the job; workers need only the dependencies.
 Submit the same job again to resume: finished trials are not repeated.

@@ -28,6 +28,8 @@ from teachers.redact import redact
 _TEMPORARY_FOLDER = ".tmp"
 _TEMPORARY_PREFIX = "reinforce-"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota reached, file too large
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the process that `ray job submit` starts
+_UPLOADED_FOLDER = "working_dir_files"  # in Ray's temporary folder, with what --working-dir uploaded
 
 
 class Storage:
@@ -100,7 +102,8 @@ class Storage:
         self.write_bytes((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), *parts)
 
     def check_writable(self) -> None:
-        """Raise UserError if nothing can be written here."""
+        """Raise UserError if nothing can be written here, or if Ray deletes it after the job."""
+        self._check_outlives_job()
         probe = (_TEMPORARY_FOLDER, f"write-test-{uuid.uuid4().hex}")
         try:
             self.write_bytes(b"", *probe)
@@ -111,6 +114,17 @@ class Storage:
                 f"output {self.url} cannot be written: {type(cause).__name__}: {cause}. "
                 "Check the path, the permissions and (for an object store) the address and the credentials."
             ) from error
+
+    def _check_outlives_job(self) -> None:
+        """Raise UserError in a job of `ray job submit` if this is a folder of the code that was uploaded with it."""
+        if not self.local or _JOB_VARIABLE not in os.environ:
+            return
+        relative = not os.path.isabs(os.path.expanduser(self.url.partition("://")[2] or self.url))
+        if relative or _UPLOADED_FOLDER in Path(self.root).parts:
+            raise UserError(
+                f"output {self.url} is in the temporary folder of a Ray job, {os.getcwd()}, and would be lost. Set "
+                "`output` to an absolute path that every node reaches, or to a URL such as s3://BUCKET/FOLDER."
+            )
 
     @contextlib.contextmanager
     def storage_errors(self, what: str, *parts: str) -> Iterator[None]:

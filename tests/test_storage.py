@@ -139,3 +139,27 @@ def test_an_output_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
         Storage(str(tmp_path / "file" / "out")).check_writable()
+
+
+@pytest.mark.parametrize("url", ["out", "./runs/s0", "file://runs/s0", "{job}/out"])
+def test_an_output_in_the_folder_of_a_ray_job_is_refused(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    url = url.format(job=job)
+    with pytest.raises(UserError, match=f"^output {url} is in the temporary folder of a Ray job.*absolute path"):
+        Storage(url).check_writable()
+    assert [*job.iterdir()] == []
+
+
+def test_a_ray_job_writes_to_absolute_paths_and_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for url in (f"{tmp_path}/out", f"file://{tmp_path}/out", "~/out", "memory://job/out"):
+        Storage(url).check_writable()
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    monkeypatch.chdir(tmp_path)
+    Storage("out").check_writable()

@@ -84,6 +84,9 @@ def test_a_submitted_job_finishes_and_submitting_it_again_does_nothing(
     assert again.returncode == 0
     assert "nothing to do" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")} == stamps
+    lost = submit("--set", "output=runs/out")
+    assert lost.returncode != 0
+    assert "error: output runs/out is in the temporary folder of a Ray job" in lost.stdout
     wrong = submit("--set", "seed=1")
     assert wrong.returncode != 0
     assert "fingerprint" in wrong.stdout
