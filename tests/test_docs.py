@@ -106,6 +106,12 @@ def test_no_rule_is_left_over() -> None:
     assert {*commands.RUN, *commands.CHECKED} == used
 
 
+def test_the_tests_that_reasons_name_exist() -> None:
+    for reason in commands.CHECKED.values():
+        for named in re.findall(r"tests/[\w/.]+", reason):
+            assert (ROOT / named).exists(), reason
+
+
 @pytest.mark.parametrize("words", [["reinforce", "rum", "my.yaml"], ["make", "damo"], ["python", "-m", "reinforced"]])
 def test_a_misspelt_command_is_found(words: list[str], workspace: Path) -> None:
     with pytest.raises(AssertionError):
