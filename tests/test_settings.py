@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from reinforce import settings
 from reinforce.errors import UserError
-from reinforce.settings import Section
+from reinforce.settings import Section, flatten
 
 
 class Leaf(Section):
@@ -61,3 +61,7 @@ def test_an_alias_is_accepted_as_the_key() -> None:
 def test_sections_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         settings.parse(Root, {"name": "n"}).one.size = 3
+
+
+def test_flatten_yields_dotted_keys_and_keeps_empty_mappings() -> None:
+    assert dict(flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": {}})) == {"a.b.c": 1, "a.d": [2], "e": {}}

@@ -24,15 +24,6 @@ MANIFEST = "dataset.json"
 _INCOMPRESSIBLE = ("image", "embeddings")  # columns that are stored without compression
 
 
-def fingerprint_error(path: str, found: str | None, wanted: str) -> UserError:
-    """The error for a file or layer with a fingerprint other than the config's."""
-    return UserError(
-        f"{path} has fingerprint {found}, this config has {wanted}: they differ in something that changes the "
-        "content (seed, augmentations, limits, model, weights, precision, dtype). Write to another `output`, give "
-        "the changed model another name, or delete the old layer's folder and its entry in dataset.json."
-    )
-
-
 class Store(Storage):
     """The files of one dataset at ``url`` (a folder or any fsspec URL)."""
 
@@ -190,7 +181,10 @@ def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) 
     if int(footer.get("schema_version", 0)) > schemas.SCHEMA_VERSION:
         raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
     if fingerprint is not None and footer.get("fingerprint") != fingerprint:
-        raise fingerprint_error(path, footer.get("fingerprint"), fingerprint)
+        raise UserError(
+            f"{path} has fingerprint {footer.get('fingerprint')}, its layer has {fingerprint}: it was made by another "
+            "recipe. Delete it: `reinforce run` with the dataset's config computes what is missing."
+        )
 
 
 def parse_footer(metadata: pq.FileMetaData) -> dict[str, str]:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from reinforce.config import Config
+from reinforce.dataset.differences import recipe_error
 from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
-from reinforce.dataset.store import MANIFEST, Store, fingerprint_error
+from reinforce.dataset.store import MANIFEST, Store, parse_footer
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from reinforce.source.urls import canonical, compression, expand, is_public, shard_names
@@ -134,16 +135,17 @@ def _tail(url: str, parts: int) -> str:
 
 
 def check_fingerprints(store: Store, layers: Mapping[str, Layer], committed: Mapping[str, Mapping[str, int]]) -> None:
-    """Raise UserError if a layer exists already and was made by another recipe."""
+    """Raise UserError if layers exist already and were made by other recipes. Names all of them and what differs."""
     manifest = store.read_json(MANIFEST)
     recorded = (manifest or {}).get("layers", {})
-    for name, layer in layers.items():
+    found: dict[str, str | None] = {}
+    for name in layers:
         if name in recorded:
-            if recorded[name]["fingerprint"] != layer.fingerprint:
-                raise fingerprint_error(store.path(name), recorded[name]["fingerprint"], layer.fingerprint)
-        elif found := next(iter(committed[name]), None):
-            # Files of a layer that dataset.json does not list: opening one compares its footer.
-            with store.open_layer(name, found, layer.fingerprint):
-                pass
+            found[name] = recorded[name]["fingerprint"]
+        elif shard := next(iter(committed[name]), None):
+            with store.open_layer(name, shard) as file:  # a layer that dataset.json does not list
+                found[name] = parse_footer(file.metadata).get("fingerprint")
+    if others := {name: value for name, value in found.items() if value != layers[name].fingerprint}:
+        raise recipe_error(store, manifest, layers, others)
     if recorded and SAMPLES not in recorded:
         raise UserError(f"{store.path(MANIFEST)} lists layers but no samples. Restore the file or start a new output.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from reinforce.settings import Section
+from reinforce.settings import Section, flatten
 from teachers.redact import redact_values
 
 #: Learnt logit scales are clamped to [1, this], as in open_clip.
@@ -91,7 +91,7 @@ def fixed_config(config: BaseModel, mutable: Iterable[str]) -> dict[str, Any]:
     Keys in ``mutable``, and all keys below them, are left out; so are credentials, since it is stored in checkpoints.
     """
     prefixes = tuple(f"{key}." for key in mutable)
-    values = _flat(redact_values(config.model_dump(mode="json", by_alias=True)))
+    values = flatten(redact_values(config.model_dump(mode="json", by_alias=True)))
     return {key: value for key, value in values if not f"{key}.".startswith(prefixes)}
 
 
@@ -102,11 +102,3 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

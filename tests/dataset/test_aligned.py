@@ -67,7 +67,7 @@ def test_a_missing_file_and_another_fingerprint_are_errors(store: Store) -> None
     with pytest.raises(UserError, match=r"other/s\.parquet is missing\. `reinforce run`"), open_(store).open("s"):
         pass
     write(store, "other", GROUPS, fingerprint="beef")
-    with pytest.raises(UserError, match="has fingerprint beef, this config has f00d"), open_(store).open("s"):
+    with pytest.raises(UserError, match="has fingerprint beef, its layer has f00d"), open_(store).open("s"):
         pass
 
 

@@ -81,7 +81,7 @@ def test_footers_longer_than_the_tail_are_read(store: Store, monkeypatch: pytest
 def test_a_damaged_file_and_another_fingerprint_are_named(store: Store) -> None:
     shards = store.shards(SAMPLES)
     first = min(shards)
-    with pytest.raises(UserError, match=rf"samples/{first}\.parquet has fingerprint .*, this config has beef"):
+    with pytest.raises(UserError, match=rf"samples/{first}\.parquet has fingerprint .*, its layer has beef"):
         row_group_table(store, "beef", {first: shards[first]})
     Path(store.layer_path(SAMPLES, first)).write_bytes(b"PAR1 cut")
     with pytest.raises(UserError, match=rf"samples/{first}\.parquet cannot be read .* If it is damaged, delete it"):

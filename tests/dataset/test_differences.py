@@ -1,0 +1,156 @@
+"""A config that does not fit a dataset is refused with the settings that differ, for every layer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce.config import parse_config
+from reinforce.engine.plan import make_plan
+from reinforce.errors import UserError
+from tests.helpers.data import config_of
+from tests.helpers.reinforced import reinforce_here, small_dataset
+from tests.helpers.tiny_models import open_clip_model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(small_dataset(tmp_path_factory.mktemp("dataset"), (3, 2)))
+
+
+@pytest.fixture
+def dataset(made: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+def refusal(config: dict[str, Any]) -> list[str]:
+    """The lines of the error for a config."""
+    with pytest.raises(UserError) as caught:
+        make_plan(parse_config(config))
+    return str(caught.value).splitlines()
+
+
+def config(made: Path, output: Path | None = None, **changes: Any) -> dict[str, Any]:
+    return config_of(f"{made.parent}/source/*.tar", output or made, **changes)
+
+
+def teachers(**changes: Any) -> dict[str, Any]:
+    """The teachers of the dataset, with changes of ``red``."""
+    known: dict[str, Any] = config_of("", "")["teachers"]
+    return {**known, "red": {**known["red"], **changes}}
+
+
+def test_a_changed_seed_is_named_once_with_the_fingerprints_of_every_layer(made: Path) -> None:
+    changed = config(made, seed=3)
+    layers = make_plan(parse_config({**changed, "output": f"{made}-new"})).layers
+    recorded = json.loads((made / "dataset.json").read_text())["layers"]
+    lines = refusal(changed)
+    assert lines[0] == f"{made} was made by another config, and the results would be mixed:"
+    for name, layer in layers.items():
+        before = recorded[name]["fingerprint"]
+        assert f"  {name}: fingerprint {before} in the dataset, {layer.fingerprint} in this config" in lines
+    assert lines[2] == "    seed: 0 in the dataset, 3 in this config"
+    assert lines.count("    computed from samples, which differs") == 2
+    assert lines.count("    computed from captions/namer, which differs") == 2
+    assert "another `output`" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"images": "reference"}, 'images: "embed" in the dataset, "reference" in this config'),
+        (
+            {"augmentations": {"count": 2, "size": 24, "rand_augment": {"ops": 1}}},
+            "augmentations.rand_augment.ops: 2 in the dataset, 1 in this config",
+        ),
+        (
+            {"input": {"limits": {"pixels": 9}}},
+            "input.limits.pixels: 89478485 in the dataset, 9 in this config",
+        ),
+        ({"input": {"limits": {"scans": 9}}}, "input.limits.scans: not set in the dataset, 9 in this config"),
+        (
+            {"input": {"captions": ["txt"]}},
+            'input.captions: ["txt", "json:caption"] in the dataset, ["txt"] in this config',
+        ),
+        ({"teachers": teachers(dtype="int8")}, 'dtype: "float16" in the dataset, "int8" in this config'),
+        (
+            {"teachers": teachers(options={"size": 16, "dim": 8, "seed": 4})},
+            "options.seed: not set in the dataset, 4 in this config",
+        ),
+        ({"teachers": teachers(options={"size": 16})}, "options.dim: 8 in the dataset, not set in this config"),
+        (
+            {"captioners": {"namer": {"class": "tests.helpers.models:SeedCaptioner", "captions": 1}}},
+            "captions: 2 in the dataset, 1 in this config",
+        ),
+    ],
+)
+def test_what_differs_is_named(made: Path, changes: dict[str, Any], line: str) -> None:
+    lines = refusal(config(made, **changes))
+    assert [text for text in lines if text.startswith("    ") and "which differs" not in text] == [f"    {line}"]
+
+
+def test_only_the_layers_of_a_changed_teacher_are_named_with_one_reason(made: Path) -> None:
+    lines = refusal(config(made, teachers=teachers(dtype="float32")))
+    assert [line.split(":")[0].strip() for line in lines[1:-1]] == [
+        *("embeddings/red/images", "embeddings/red/caption", "embeddings/red/namer"),
+        "dtype",
+    ]
+
+
+def test_every_changed_model_is_in_one_message(made: Path) -> None:
+    both = teachers(dtype="int8")
+    both["blue"] = {**both["blue"], "options": {"size": 24, "dim": 12, "seed": 2}}
+    text = "\n".join(refusal(config(made, teachers=both)))
+    assert 'dtype: "float16" in the dataset, "int8" in this config\n  embeddings/blue/images' in text
+    assert "options.seed: 1 in the dataset, 2 in this config" in text
+
+
+def test_a_changed_version_of_a_class_is_named(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.helpers.models import ColorTeacher
+
+    monkeypatch.setattr(ColorTeacher, "version", 7, raising=False)
+    assert any(
+        line.endswith(" in the dataset, 7 in this config") and "version: " in line for line in refusal(config(made))
+    )
+
+
+def test_weights_tokenizers_and_precision_are_named(tmp_path: Path) -> None:
+    model = open_clip_model(tmp_path / "vit", image_size=24, width=32, embed_dim=16, seed=0)
+    small_dataset(tmp_path, (2,), teachers={"vit": {"model": model}}, captioners={})
+    again = config(tmp_path / "out", teachers={"vit": {"model": model, "precision": "bf16"}}, captioners={})
+    assert '    precision: "fp32" in the dataset, "bf16" in this config' in refusal(again)
+    folder = Path(model.removeprefix("local-dir:"))
+    open_clip_model(folder, image_size=24, width=32, embed_dim=16, seed=1)
+    (folder / "tokenizer_config.json").write_text("{}")
+    again["teachers"]["vit"]["precision"] = "fp32"
+    keys = [line.strip().split(": ")[0] for line in refusal(again) if line.startswith("    ")]
+    weights = [key for key in keys if key.endswith((".safetensors", ".bin", ".pt"))]
+    assert len(weights) == 1
+    assert "files.tokenizer_config.json" in keys
+
+
+def test_a_difference_that_the_manifest_does_not_explain_is_named_as_such(made: Path, dataset: Path) -> None:
+    manifest = json.loads((dataset / "dataset.json").read_text())
+    manifest["layers"]["embeddings/red/images"]["fingerprint"] = "0123"
+    (dataset / "dataset.json").write_text(json.dumps(manifest))
+    lines = refusal(config(made, dataset))
+    assert lines[1].startswith("  embeddings/red/images: fingerprint 0123 in the dataset, ")
+    assert lines[2] == "    nothing in dataset.json explains the difference"
+
+
+def test_a_layer_that_the_manifest_does_not_list_is_checked_by_a_footer(made: Path, dataset: Path) -> None:
+    manifest = json.loads((dataset / "dataset.json").read_text())
+    entry = manifest["layers"].pop("embeddings/red/images")
+    (dataset / "dataset.json").write_text(json.dumps(manifest))
+    assert make_plan(parse_config(config(made, dataset))).pending == []
+    lines = refusal(config(made, dataset, teachers=teachers(dtype="int8")))
+    assert f"embeddings/red/images: fingerprint {entry['fingerprint']} in the dataset, " in "\n".join(lines)
+
+
+def test_a_config_that_fits_is_not_refused(made: Path) -> None:
+    reinforce_here(config(made, teachers=teachers(logit_scale=70.0)))
