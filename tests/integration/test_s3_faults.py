@@ -170,4 +170,4 @@ def test_an_endpoint_that_does_not_answer_is_one_clear_error(
         pytest.raises(reinforce.UserError, match=r"cannot be written: ReadTimeoutError.*the address and the cred"),
     ):
         reinforce.run(config("x"))
-    assert len(asked) == 2 * urls._S3_ATTEMPTS
+    assert len(asked) == 2 * urls._S3FS_ATTEMPTS
