@@ -24,6 +24,7 @@ from reinforce.config import Config, Limits
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig
 from schemas import Reason
+from teachers.open_clip_catalog import check_model
 from tests.helpers import pages_commands as commands
 from tests.helpers.pages import (
     GENERATED,
@@ -180,6 +181,21 @@ def complete(name: str) -> dict[str, Any]:
 def test_every_config_shown_is_valid(block: Block) -> None:
     assert block.file in CONFIGS, f"{block}: begin with a comment that names one of {', '.join(CONFIGS)}"
     settings.parse(CONFIGS[block.file], {**complete(block.file), **yaml.safe_load(block.text)}, str(block))
+
+
+def open_clip_models(value: Any) -> Iterator[tuple[str, str]]:
+    """(model, pretrained) of every mapping in a config that names both."""
+    if isinstance(value, dict):
+        if "model" in value and "pretrained" in value:
+            yield value["model"], value["pretrained"]
+        for inner in value.values():
+            yield from open_clip_models(inner)
+
+
+@pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
+def test_open_clip_has_the_weights_that_configs_name(block: Block) -> None:
+    for model, pretrained in open_clip_models(yaml.safe_load(block.text)):
+        check_model(model, pretrained)
 
 
 def test_the_examples_of_readme_are_whole_configs() -> None:
