@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 
 import ray
@@ -23,6 +24,8 @@ def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[Non
     if ray.is_initialized():
         yield
         return
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray colours the prefix of workers' lines in files as well
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         try:

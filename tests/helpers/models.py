@@ -156,6 +156,12 @@ class TokenLeakingTeacher(ColorTeacher):
         return super().encode_texts(texts)
 
 
+class PrintingTeacher(ColorTeacher):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        print("printed by a worker", flush=True)
+
+
 class WrongShapeTeacher(ColorTeacher):
     """Declares a dimension that differs from its embeddings'."""
 

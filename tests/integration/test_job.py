@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -62,7 +63,9 @@ def test_a_submitted_job_finishes_and_submitting_it_again_does_nothing(
     work = tmp_path / "checkout"
     for folder in ("reinforce", "teachers", "schemas", "jobs", "tests"):
         shutil.copytree(ROOT / folder, work / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (work / "job.yaml").write_text(yaml.safe_dump(config_of(shards(6, 3), tmp_path / "out")))
+    config = config_of(shards(6, 3), tmp_path / "out")
+    config["teachers"]["red"] = {"class": "tests.helpers.models:PrintingTeacher"}
+    (work / "job.yaml").write_text(yaml.safe_dump(config))
 
     def submit(*overrides: str) -> subprocess.CompletedProcess[str]:
         command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--"]
@@ -78,6 +81,7 @@ def test_a_submitted_job_finishes_and_submitting_it_again_does_nothing(
     assert first.returncode == 0, first.stdout + first.stderr
     assert "9 samples" in first.stdout
     assert "\x1b[2K" not in first.stdout, "the log of a job has no control sequences"
+    assert re.search(r"^\(\w+ pid=\d+\) printed by a worker$", first.stdout, re.MULTILINE), "nor colours"
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")}
     assert len(stamps) == 2 * 8
     again = submit()
