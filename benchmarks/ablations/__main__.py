@@ -46,7 +46,7 @@ def main(out: Path, names: Sequence[str], seeds: int, overrides: Sequence[str], 
             written[:] = new
             answers = [{**stored, **new}[name] for name in questions if name in stored or name in new]
             answered = [answer.question.name for answer in answers]
-            page.write_page(study, answers, page.study_info(study, seeds, answered, None if out == OUT else out))
+            page.write_page(study, answers, page.describe_study(study, seeds, answered, None if out == OUT else out))
             screen.log(f"{page.PAGE} and {page.RESULTS} have: {', '.join(answered)}")
 
     with contextlib.ExitStack() as stack:

@@ -78,7 +78,7 @@ class StudyInfo:
     torch: str
 
 
-def study_info(study: Study, seeds: int, answered: Sequence[str], out: Path | None = None) -> StudyInfo:
+def describe_study(study: Study, seeds: int, answered: Sequence[str], out: Path | None = None) -> StudyInfo:
     """Describe a study with these answered questions; ``out`` is its folder, unless it is the default one."""
     words = [] if len(answered) == len(make_questions(study)) else ["--questions", *answered]
     words += ["--seeds", str(seeds)] if seeds != _SEEDS else []
@@ -91,7 +91,7 @@ def study_info(study: Study, seeds: int, answered: Sequence[str], out: Path | No
 def read_stored_answers(study: Study, seeds: int, results: Path = RESULTS) -> dict[str, Answer]:
     """Read the stored answers with equal arms, steps and seeds, by question; the machine may differ."""
     stored = json.loads(results.read_text()) if results.exists() else {"questions": {}}
-    current = json.loads(json.dumps(asdict(study_info(study, seeds, []))))
+    current = json.loads(json.dumps(asdict(describe_study(study, seeds, []))))
     if any(stored.get(key) != value for key, value in current.items() if key != "command"):
         return {}
     return {

@@ -62,6 +62,6 @@ def finish_training(training: Training, metric: float, steps: int) -> None:
 
 def write_page(study: Study, answers: Sequence[Answer], folder: Path, seeds: int = 3) -> tuple[str, dict[str, object]]:
     """Write the page and the numbers to a folder; return both."""
-    info = page.study_info(study, seeds, [answer.question.name for answer in answers])
+    info = page.describe_study(study, seeds, [answer.question.name for answer in answers])
     page.write_page(study, answers, info, folder / "page.md", folder / "numbers.json")
     return (folder / "page.md").read_text(), json.loads((folder / "numbers.json").read_text())

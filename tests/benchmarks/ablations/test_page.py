@@ -44,7 +44,7 @@ def test_page_reports_agreement_and_disagreement(study: Study, tmp_path: Path) -
 def test_every_question_has_a_section(study: Study) -> None:
     questions = make_questions(study)
     checked = [(answer, page.check_claims(answer)) for answer in map(rising_answer, questions.values())]
-    text = page.render_page(checked, page.study_info(study, 3, list(questions)))
+    text = page.render_page(checked, page.describe_study(study, 3, list(questions)))
     assert "make ablations" in text
     for (name, question), (answer, verdicts) in zip(questions.items(), checked, strict=True):
         assert f"\n## {question.title}\n\n{question.paper}\n" in text
@@ -96,7 +96,7 @@ def test_other_machines_are_listed_with_their_questions(study: Study, tmp_path: 
 def test_single_seed_gives_no_conclusion(study: Study) -> None:
     question = make_questions(study)["teachers"]
     answer = make_answer(question, dict.fromkeys((arm.label for arm in question.arms), 0.1), seeds=1)
-    info = page.study_info(study, 1, ["teachers"])
+    info = page.describe_study(study, 1, ["teachers"])
     assert page.check_claims(answer) == []
     assert agreement([]) in page.render_page([(answer, [])], info)
     assert info.command.endswith("--questions teachers --seeds 1")
@@ -110,6 +110,6 @@ def test_committed_page_is_rendered_from_the_stored_numbers(monkeypatch: pytest.
     answers = page.read_stored_answers(study, stored["seeds"])
     assert list(answers) == list(stored["questions"])
     checked = [(answer, page.check_claims(answer)) for answer in answers.values()]
-    text = page.render_page(checked, page.study_info(study, stored["seeds"], list(answers)))
+    text = page.render_page(checked, page.describe_study(study, stored["seeds"], list(answers)))
     assert page.PAGE.read_text() == text
     assert {path.stem for path in page.PAGE.with_suffix("").iterdir()} == set(answers)
