@@ -48,6 +48,8 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "tune.yaml": TuneConfig,
     "finetune.yaml": CaptionerConfig,
 }
+#: Benchmarks whose results pages quote.
+MEASURED = ("captions", "loader", "step")
 #: Unlabelled blocks of generated pages are commands.
 CONSOLE = ("console", "")
 #: Endings of names that are files and no keys.
@@ -232,6 +234,19 @@ def test_the_table_of_reasons_has_every_reason() -> None:
     table = [line.partition(" | ")[0] for line in prose("docs/bad-data.md").splitlines() if line.startswith("| `")]
     listed = [reason for cell in table for reason in re.findall(r"`(\w+)`", cell)]
     assert sorted(listed) == sorted(reason.value for reason in Reason)
+
+
+def test_speeds_in_pages_are_those_that_were_measured() -> None:
+    results = {name: json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in MEASURED}
+    students, captions = prose("docs/students.md"), prose("docs/captions.md")
+    step, loader = results["step"]["students"], results["loader"]
+    ratios = [step["MobileCLIP2-S0"]["ratio"]["stored"], step["tiny"]["ratio"]["stored"]]
+    ratios += [step["MobileCLIP2-S0"]["ratio"]["online"], loader["ratios"]["loader / webdataset"]["images/s"]]
+    for text in [*(f"{ratio:.2f}" for ratio in ratios), f"{loader['medians']['loader']['images/s']:.0f} images"]:
+        assert text in students, text
+    for model in results["captions"]["models"].values():
+        assert f"{model['speedup_natural_length']:.1f}" in captions
+        assert f"{model['speedup_fixed_length']:.1f}" in captions
 
 
 # --- pages
