@@ -48,8 +48,6 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "tune.yaml": TuneConfig,
     "finetune.yaml": CaptionerConfig,
 }
-#: Benchmarks whose results pages quote.
-MEASURED = ("captions", "loader", "step")
 #: Unlabelled blocks of generated pages are commands.
 CONSOLE = ("console", "")
 #: Endings of names that are files and no keys.
@@ -236,15 +234,34 @@ def test_the_table_of_reasons_has_every_reason() -> None:
     assert sorted(listed) == sorted(reason.value for reason in Reason)
 
 
+def measured(name: str) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+    return results
+
+
+def test_results_in_readme_are_those_that_were_measured() -> None:
+    readme, transfer, questions = prose("README.md"), measured("transfer"), measured("ablations")["questions"]
+    shown = []
+    for student in ("plain", "distilled"):
+        means = {name: 100 * value["mean"] for name, value in transfer[student].items() if isinstance(value, dict)}
+        names = ("unseen_style", "unseen_pictures", "unseen_pictures_group")
+        shown += [f"{means[name]:.1f} %" for name in names] + [f"{means['own_style']:.0f} %"]
+        shown.append(f"{100 * questions['noise']['arms'][f'{student} with 40% wrong']['kept']['mean']:.0f} %")
+    for way in ("online", "stored"):
+        means = {name: questions["ways"]["arms"][way][name]["mean"] for name in ("unseen_style", "seconds_per_step")}
+        shown += [f"{100 * means['unseen_style']:.1f} %", f"{means['seconds_per_step']:.2f}"]
+    for number in shown:
+        assert number in readme, number
+
+
 def test_speeds_in_pages_are_those_that_were_measured() -> None:
-    results = {name: json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in MEASURED}
     students, captions = prose("docs/students.md"), prose("docs/captions.md")
-    step, loader = results["step"]["students"], results["loader"]
+    step, loader = measured("step")["students"], measured("loader")
     ratios = [step["MobileCLIP2-S0"]["ratio"]["stored"], step["tiny"]["ratio"]["stored"]]
     ratios += [step["MobileCLIP2-S0"]["ratio"]["online"], loader["ratios"]["loader / webdataset"]["images/s"]]
     for text in [*(f"{ratio:.2f}" for ratio in ratios), f"{loader['medians']['loader']['images/s']:.0f} images"]:
         assert text in students, text
-    for model in results["captions"]["models"].values():
+    for model in measured("captions")["models"].values():
         assert f"{model['speedup_natural_length']:.1f}" in captions
         assert f"{model['speedup_fixed_length']:.1f}" in captions
 
