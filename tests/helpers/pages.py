@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 #: Pages that programs write.
-GENERATED = {"docs/ablations.md", "docs/hostile.md", "docs/latency.md", "docs/transfer.md"}
+GENERATED = {"docs/ablations.md", "docs/hostile.md", "docs/transfer.md"}
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\((?!https?://)([^)\s]*)\)")
