@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,10 +13,12 @@ from tests.helpers.demo import ROOT
 
 
 def test_failed_training_is_named_and_terminates_the_others(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(ROOT)
-    trainings = {name: [f"output=out/{name}", f"data.datasets=no-{name}"] for name in ("first", "second", "third")}
+    trainings = {
+        name: [f"output={tmp_path}/{name}", f"data.datasets=no-{name}"] for name in ("first", "second", "third")
+    }
     with pytest.raises(UserError, match=r"the training '(first|second)' failed with status 2"):
         train_side_by_side(trainings)
     printed = capfd.readouterr().out

@@ -23,14 +23,14 @@ ROOT = Path(__file__).parents[2]
 def test_planning_a_hundred_thousand_shards_is_quick_and_lean(tmp_path: Path) -> None:
     code = f"""
 import re, time
-start = time.perf_counter()
+start = time.process_time()
 from reinforce.cli import main
 try:
     main(["plan", "configs/dfn5b.yaml", "--set", "source={tmp_path}/{{000000..099999}}.tar",
           "--set", "output={tmp_path}/out"])
 except SystemExit as end:
     assert not end.code, end.code
-print("seconds", time.perf_counter() - start)
+print("seconds", time.process_time() - start)
 status = open("/proc/self/status").read()  # getrusage would count the process that forked this one
 print("megabytes", int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)
 """

@@ -50,9 +50,9 @@ def test_a_zero_padded_range_has_every_number_in_order_at_one_width(first, more,
 
 
 def test_two_hundred_thousand_urls_expand_quickly():
-    begin = time.perf_counter()
+    begin = time.process_time()
     urls = expand("s3://bucket/dfn5b/{00000000..00199999}.tar")
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     assert len(urls) == 200_000
     assert urls[-1] == "s3://bucket/dfn5b/00199999.tar"
 
