@@ -166,4 +166,4 @@ def test_trials_that_fit_no_machine_are_reported(
     """Ray itself would wait without limit."""
     trial = {**config["trial"], "train": {"steps": STEPS, "compute": {"cpus": 64}}}
     assert tune({**config, "trial": trial}, tmp_path / "out") == 2
-    assert "each wants 64 CPUs and 0 GPUs on one node" in capfd.readouterr().err
+    assert "each needs 64 CPUs and 0 GPUs on one node" in capfd.readouterr().err
