@@ -18,6 +18,7 @@ from typing import Any
 from teachers import open_clip_catalog, postprocess, transformers_catalog, weights
 from teachers.redact import redact_values
 from teachers.spec import DECODING_FIELDS, CaptionerSpec, ModelSpec, TeacherSpec
+from teachers.tokenizer_files import check_tokenizer_files
 
 #: Options of chat models of transformers; part of the identity only where they are set.
 _CHAT_OPTIONS = ("prompt", "image_size")
@@ -101,6 +102,8 @@ def _transformers_captioner_identity(spec: CaptionerSpec) -> dict[str, Any]:
         raise ValueError("`compile` works only with CoCa; remove it")
     config = _transformers_config(spec)
     transformers_catalog.check_captioner(config, spec)
+    if transformers_catalog.is_local_folder(spec.model):
+        check_tokenizer_files(Path(spec.model).expanduser())
     return _transformers_identity(spec, transformers_catalog.CAPTIONER_FILES)
 
 
@@ -175,6 +178,8 @@ def _describe_open_clip(spec: ModelSpec) -> ModelInfo:
     if model.startswith(open_clip_catalog.FOLDER_PREFIX):
         # Identified by its files: a folder that was moved is the same model.
         folder = open_clip_catalog.local_folder(model)
+        if config is not None and config["text_cfg"].get("hf_tokenizer_name"):
+            check_tokenizer_files(folder)
         checkpoint = open_clip_catalog.folder_weights(model)
         others = [path for path in folder.glob("*.json") if path.name in _TOKENIZER_FILES or "open_clip" in path.name]
         identity["files"] = {path.name: weights.identity(path) for path in (checkpoint, *sorted(others))}
@@ -194,6 +199,9 @@ def _describe_transformers(spec: ModelSpec) -> ModelInfo:
     config = _transformers_config(spec)
     images, texts = transformers_catalog.modalities(config)
     dim = transformers_catalog.embedding_dim(config)
+    assert spec.model is not None
+    if texts and transformers_catalog.is_local_folder(spec.model):
+        check_tokenizer_files(Path(spec.model).expanduser())
     return ModelInfo(dim=dim, images=images, texts=texts, identity=_transformers_identity(spec))
 
 
