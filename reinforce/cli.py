@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 from rich.console import Console
 
+from reinforce import cli_dataset
 from reinforce.config import load_config
 from reinforce.errors import UserError
 from reinforce.terminal import escape
@@ -37,7 +38,6 @@ Address = Annotated[
     str | None,
     typer.Option(help="Ray cluster to use: 'auto' or HOST:PORT. Default: RAY_ADDRESS, otherwise this machine."),
 ]
-DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fsspec URL of a reinforced dataset.")]
 JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the results to this file.")]
 
 
@@ -93,24 +93,8 @@ def plan(config: Annotated[Path, _config_argument("demo.yaml")], set_: Overrides
             typer.echo(f"sizes are not known: {escape(redact(str(error)))}", err=True)
 
 
-@app.command()
-def status(
-    dataset: DatasetUrl,
-) -> None:
-    """Show the layers of a dataset, what is quarantined and why, and how the last run ended."""
-    from reinforce.dataset.status import read_status, status_table
-    from reinforce.engine.summary import cleaned_lines
-
-    found = read_status(dataset)
-    Console().print(status_table(found))
-    for layer, entry in found["quarantine"].items():
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in entry["reasons"].items())
-        typer.echo(escape(f"quarantine/{layer}: {entry['files']:,} shards; {reasons}"))
-    if last := found["last_run"]:
-        text = f"last run {last['run']}: {last['shards']:,} shards in {last['seconds']:.0f} s, {last['message']}"
-        typer.echo(escape(text))
-        for line in cleaned_lines(last.get("cleaned", {})):
-            typer.echo(line)
+app.command()(cli_dataset.status)
+app.command()(cli_dataset.drop)
 
 
 @app.command()
@@ -335,28 +319,7 @@ def latency(
         report.write(json_)
 
 
-@app.command(name="captions-report")
-def captions_report(
-    dataset: DatasetUrl,
-    captioner: Annotated[
-        list[str] | None, typer.Option(help="Captioner to report on, repeatable. Default: all.")
-    ] = None,
-    teacher: Annotated[
-        list[str] | None, typer.Option(help="Teacher to score captions with, repeatable. Default: all.")
-    ] = None,
-    out: Annotated[str, typer.Option(help="Folder or fsspec URL for report.json and the plots.")] = "captions-report",
-    limit: Annotated[int, typer.Option(min=1, help="Maximum number of images, spread over the dataset.")] = 10_000,
-) -> None:
-    """Measure how diverse a dataset's captions are and how similar to their images, compared with the true captions.
-
-    The metrics are defined in report.json, under `definitions`.
-    """
-    from reinforce.report.captions import captions_report as report_on
-    from reinforce.report.captions_view import captions_table, write_report
-
-    report = report_on(dataset, captioner, teacher, limit)
-    Console().print(captions_table(report))
-    typer.echo(f"{report['rows']:,} images; written: {', '.join(write_report(report, out))}")
+app.command(name="captions-report")(cli_dataset.captions_report)
 
 
 def _run_training(work: Callable[[], T]) -> T:

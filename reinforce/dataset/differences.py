@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import schemas
-from reinforce.dataset.layers import Layer
+from reinforce.dataset.drop import drop_command, with_dependants
+from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.settings import flatten
@@ -22,7 +23,7 @@ def recipe_error(
     """The error for layers that were made by other recipes than those of the config's ``layers``.
 
     ``found`` maps each of them to its fingerprint in the dataset. The message has both fingerprints of every layer,
-    and the settings that differ.
+    the settings that differ, and the command that deletes the layers.
     """
     lines = [f"{store.url} was made by another config, and the results would be mixed:"]
     reasons = {name: _reasons(manifest or {}, layers[name], found) for name in found}
@@ -32,7 +33,10 @@ def recipe_error(
             for name in names
         ]
         lines += [f"    {line}" for line in reason]
-    lines.append("Undo the change, write to another `output`, or give a changed model another name.")
+    known = {*_section(manifest or {}, "layers"), *found}
+    command = drop_command(store.url, with_dependants(found, known), known)
+    choices = "write to another `output`" + (", give the changed model another name" if SAMPLES not in found else "")
+    lines.append(f"Undo the change, {choices}, or delete these layers and compute them again: {command}")
     return UserError("\n".join(lines))
 
 

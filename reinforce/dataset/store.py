@@ -183,7 +183,7 @@ def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) 
     if fingerprint is not None and footer.get("fingerprint") != fingerprint:
         raise UserError(
             f"{path} has fingerprint {footer.get('fingerprint')}, its layer has {fingerprint}: it was made by another "
-            "recipe. Delete it: `reinforce run` with the dataset's config computes what is missing."
+            "recipe. Delete it, or all of its layer with `reinforce drop`, and compute it again by `reinforce run`."
         )
 
 

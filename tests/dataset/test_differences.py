@@ -57,7 +57,8 @@ def test_a_changed_seed_is_named_once_with_the_fingerprints_of_every_layer(made:
     assert lines[2] == "    seed: 0 in the dataset, 3 in this config"
     assert lines.count("    computed from samples, which differs") == 2
     assert lines.count("    computed from captions/namer, which differs") == 2
-    assert "another `output`" in lines[-1]
+    assert "write to another `output`, or delete" in lines[-1]
+    assert lines[-1].endswith(f": reinforce drop {made} '*'")
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,14 @@ def test_only_the_layers_of_a_changed_teacher_are_named_with_one_reason(made: Pa
         *("embeddings/red/images", "embeddings/red/caption", "embeddings/red/namer"),
         "dtype",
     ]
+    assert "give the changed model another name, or delete" in lines[-1]
+    assert lines[-1].endswith(f": reinforce drop {made} 'embeddings/red/*'")
+
+
+def test_the_command_of_a_changed_captioner_names_the_layers_that_depend_on_its_captions(made: Path) -> None:
+    one = {"namer": {"class": "tests.helpers.models:SeedCaptioner", "captions": 1}}
+    last = refusal(config(made, captioners=one, teachers={}))[-1]
+    assert last.endswith(f": reinforce drop {made} embeddings/blue/namer embeddings/red/namer captions/namer")
 
 
 def test_every_changed_model_is_in_one_message(made: Path) -> None:
@@ -114,9 +123,7 @@ def test_a_changed_version_of_a_class_is_named(made: Path, monkeypatch: pytest.M
     from tests.helpers.models import ColorTeacher
 
     monkeypatch.setattr(ColorTeacher, "version", 7, raising=False)
-    assert any(
-        line.endswith(" in the dataset, 7 in this config") and "version: " in line for line in refusal(config(made))
-    )
+    assert refusal(config(made)).count("    version: not set in the dataset, 7 in this config") == 1, "once for both"
 
 
 def test_weights_tokenizers_and_precision_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""Commands about a dataset that exists: ``reinforce status``, ``drop`` and ``captions-report``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from reinforce.terminal import escape
+
+DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fsspec URL of a reinforced dataset.")]
+
+
+def status(
+    dataset: DatasetUrl,
+) -> None:
+    """Show the layers of a dataset, what is quarantined and why, and how the last run ended."""
+    from reinforce.dataset.status import read_status, status_table
+    from reinforce.engine.summary import cleaned_lines
+
+    found = read_status(dataset)
+    Console().print(status_table(found))
+    for layer, entry in found["quarantine"].items():
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in entry["reasons"].items())
+        typer.echo(escape(f"quarantine/{layer}: {entry['files']:,} shards; {reasons}"))
+    if last := found["last_run"]:
+        text = f"last run {last['run']}: {last['shards']:,} shards in {last['seconds']:.0f} s, {last['message']}"
+        typer.echo(escape(text))
+        for line in cleaned_lines(last.get("cleaned", {})):
+            typer.echo(line)
+
+
+def drop(
+    dataset: DatasetUrl,
+    layers: Annotated[
+        list[str],
+        typer.Argument(metavar="LAYER...", help="Names as in `reinforce status`, or patterns: 'embeddings/dfn2b/*'."),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only show what would be deleted.")] = False,
+) -> None:
+    """Delete layers: their files, their quarantine and their entries in dataset.json.
+
+    Layers that depend on a deleted one must be named, too. All depend on `samples`: '*' deletes everything.
+
+    Do not use it while a run writes to the dataset; only a local dataset is locked.
+    """
+    from reinforce.dataset import drop as dropping
+    from reinforce.dataset.store import Store
+
+    store = Store(dataset)
+    plan = dropping.plan_drop(store, layers)
+    for line in plan.lines():
+        typer.echo(escape(line))
+    plan.check()
+    if not yes:
+        command = dropping.drop_command(store.url, [*plan.sizes], plan.known)
+        typer.echo(escape(f"nothing was deleted; to delete: {command} --yes"))
+        return
+    try:
+        dropping.drop(store, plan)
+    except KeyboardInterrupt:
+        typer.echo("stopped; run the same command again to delete the rest", err=True)
+        raise typer.Exit(130) from None
+    typer.echo("deleted")
+
+
+def captions_report(
+    dataset: DatasetUrl,
+    captioner: Annotated[
+        list[str] | None, typer.Option(help="Captioner to report on, repeatable. Default: all.")
+    ] = None,
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="Teacher to score captions with, repeatable. Default: all.")
+    ] = None,
+    out: Annotated[str, typer.Option(help="Folder or fsspec URL for report.json and the plots.")] = "captions-report",
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of images, spread over the dataset.")] = 10_000,
+) -> None:
+    """Measure how diverse a dataset's captions are and how similar to their images, compared with the true captions.
+
+    The metrics are defined in report.json, under `definitions`.
+    """
+    from reinforce.report.captions import captions_report as report_on
+    from reinforce.report.captions_view import captions_table, write_report
+
+    report = report_on(dataset, captioner, teacher, limit)
+    Console().print(captions_table(report))
+    typer.echo(f"{report['rows']:,} images; written: {', '.join(write_report(report, out))}")

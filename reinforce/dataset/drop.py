@@ -1,0 +1,234 @@
+"""Deleting layers of a dataset: their files, their quarantine and their entries in ``dataset.json``.
+
+A layer's files are deleted first, then its quarantine, and last its entry. So an interrupted drop leaves a layer that
+``dataset.json`` still lists: a run of its config computes the deleted files again, a run of another config is refused,
+and dropping it again deletes the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from reinforce.config import LAYER_NAME
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer
+from reinforce.dataset.manifest import TUNED_KEY, read_manifest
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.errors import UserError
+from reinforce.terminal import format_bytes
+
+_DELETED_AT_ONCE = 16  # requests in flight
+_ORDER = ("embeddings", "captions", SAMPLES)  # layers are deleted after those that depend on them
+
+
+@dataclass(frozen=True)
+class DropPlan:
+    """What dropping some layers would delete.
+
+    Attributes:
+        url: of the dataset.
+        sizes: for each layer, in the order of deletion, the bytes of its files and of its quarantine files.
+        entries: for each teacher or captioner that loses its last layer, such as ``teachers.dfn2b``, its entry.
+        dependants: other layers of the dataset that were computed from these.
+        known: all layers of the dataset.
+    """
+
+    url: str
+    sizes: Mapping[str, tuple[list[int], list[int]]]
+    entries: Mapping[str, Mapping[str, Any]]
+    dependants: list[str]
+    known: list[str]
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        lines = []
+        for layer, (files, quarantine) in self.sizes.items():
+            text = f"{layer}: {_describe_files(files)}"
+            lines.append(f"{text}, and {_describe_files(quarantine)} in its quarantine" if quarantine else text)
+        for name, entry in self.entries.items():
+            tuned = f" with the tuned logit scale {entry['logit_scale']:g}" if TUNED_KEY in entry else ""
+            lines.append(f"{MANIFEST}: the entry {name}{tuned}")
+        every = [size for sizes in self.sizes.values() for part in sizes for size in part]
+        lines.append(f"in total: {_describe_files(every)}")
+        lines += [f"depends on this: {layer}" for layer in self.dependants]
+        return lines
+
+    def check(self) -> None:
+        """Raise UserError with the full command if other layers depend on these."""
+        if not self.dependants:
+            return
+        command = drop_command(self.url, with_dependants(self.sizes, self.known), self.known)
+        verb = "depend" if self.dependants[1:] else "depends"
+        raise UserError(
+            f"nothing was deleted: {', '.join(self.dependants)} {verb} on {', '.join(self.sizes)}. "
+            f"Name them, too: {command}"
+        )
+
+
+def plan_drop(store: Store, patterns: Iterable[str]) -> DropPlan:
+    """Find the layers that match any of some names or patterns such as ``embeddings/dfn2b/*``. Deletes nothing.
+
+    ``*`` matches any characters, ``/`` included. Raises UserError if there is no dataset or nothing matches a pattern.
+    """
+    manifest = _read_manifest(store)
+    known = _known_layers(store, manifest)
+    if not known:
+        raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST} and no layers.")
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matches = {name for name in known if fnmatchcase(name, pattern)}
+        if not matches:
+            raise UserError(f"{store.url} has no layer {pattern}; it has: {', '.join(known)}.")
+        chosen |= matches
+    names = sorted(chosen, key=_deletion_order)
+    sizes = {name: _file_sizes(store, name) for name in names}
+    dependants = [name for name in with_dependants(names, known) if name not in chosen]
+    return DropPlan(store.url, sizes, _orphans(manifest or {}, chosen), dependants, known)
+
+
+def drop(store: Store, plan: DropPlan) -> None:
+    """Delete what a plan names; a local dataset is locked. Raises UserError if layers that are not named depend on it.
+
+    The files are listed again, so that nothing is left of what a run wrote in the meantime.
+    """
+    plan.check()
+    with store.lock():
+        for layer in plan.sizes:
+            _delete_files(store, layer)
+            _delete_files(store, "quarantine", layer)
+            _remove_entry(store, layer)
+
+
+def with_dependants(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Layers by name, and those of ``known`` that are computed from them, in the order of deletion."""
+    names = {*names}
+    dependants = {name for name in known if any(_depends(name, on) for on in names)}
+    return sorted(names | dependants, key=_deletion_order)
+
+
+def drop_command(url: str, names: Collection[str], known: Collection[str]) -> str:
+    """The command that drops layers, with a pattern where all of a teacher's ``known`` layers are among them."""
+    if SAMPLES in names:
+        return shlex.join(["reinforce", "drop", url, "*"])
+    arguments: dict[str, None] = {}
+    for name in names:
+        folder = posixpath.dirname(name)
+        of_teacher = {layer for layer in {*known, *names} if posixpath.dirname(layer) == folder}
+        whole = folder.startswith("embeddings/") and len(of_teacher) > 1 and of_teacher <= {*names}
+        arguments[f"{folder}/*" if whole else name] = None
+    return shlex.join(["reinforce", "drop", url, *arguments])
+
+
+def _depends(layer: str, on: str) -> bool:
+    """Whether a layer is computed from another one: all from the samples, embeddings of captions from these."""
+    if on == SAMPLES:
+        return layer != SAMPLES
+    folder, _, texts = layer.rpartition("/")
+    return folder.startswith("embeddings/") and texts not in ("images", TRUE_CAPTION) and on == captions_layer(texts)
+
+
+def _deletion_order(layer: str) -> tuple[int, str]:
+    return _ORDER.index(layer.partition("/")[0]), layer
+
+
+def _describe_files(sizes: Collection[int]) -> str:
+    return f"{len(sizes):,} {'file' if len(sizes) == 1 else 'files'} ({format_bytes(sum(sizes))})"
+
+
+def _read_manifest(store: Store) -> dict[str, Any] | None:
+    return None if store.read_json(MANIFEST) is None else read_manifest(store)
+
+
+def _known_layers(store: Store, manifest: Mapping[str, Any] | None) -> list[str]:
+    """The layers that ``dataset.json`` lists, and others that have files."""
+    listed = [name for name in (manifest or {}).get("layers", {}) if _is_layer(name)]
+    stored = {name for name in _stored_layers(store) if name not in listed and any(_file_sizes(store, name))}
+    return sorted({*listed, *stored}, key=_deletion_order)
+
+
+def _is_layer(name: str) -> bool:
+    parts = name.split("/")
+    folders = {1: SAMPLES, 2: "captions", 3: "embeddings"}
+    return folders.get(len(parts)) == parts[0] and all(LAYER_NAME.fullmatch(part) for part in parts)
+
+
+def _stored_layers(store: Store) -> set[str]:
+    """Names of the layers that have a folder, or one in the quarantine."""
+    names = set()
+    for root in ((), ("quarantine",)):
+        names |= {SAMPLES} & {*_folders(store, *root)}
+        names |= {f"captions/{name}" for name in _folders(store, *root, "captions")}
+        for teacher in _folders(store, *root, "embeddings"):
+            names |= {f"embeddings/{teacher}/{name}" for name in _folders(store, *root, "embeddings", teacher)}
+    return {name for name in names if _is_layer(name)}
+
+
+def _folders(store: Store, *parts: str) -> Iterator[str]:
+    try:
+        with store.storage_errors("listed", *parts):
+            entries = store.fs.ls(store.path(*parts), detail=True, refresh=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry["type"] == "directory":
+            yield posixpath.basename(str(entry["name"]).rstrip("/"))
+
+
+def _file_sizes(store: Store, layer: str) -> tuple[list[int], list[int]]:
+    """Bytes of a layer's files and of its quarantine files."""
+    return [*store.shards(layer).values()], [*store.shards(f"quarantine/{layer}").values()]
+
+
+def _orphans(manifest: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Mapping[str, Any]]:
+    """Entries of the teachers and captioners of ``dropped`` layers that have no other layer, by dotted key."""
+    kept = {_owner(name) for name in manifest.get("layers", {}) if name not in dropped}
+    owners = sorted({_owner(name) for name in dropped} - kept)
+    return {f"{kind}.{name}": manifest[kind][name] for kind, name in owners if name in manifest.get(kind, {})}
+
+
+def _owner(layer: str) -> tuple[str, str]:
+    """The section of ``dataset.json`` and the name of the model that made a layer."""
+    kind, _, rest = layer.partition("/")
+    return {"embeddings": "teachers", "captions": "captioners"}.get(kind, ""), rest.partition("/")[0]
+
+
+def _delete_files(store: Store, *parts: str) -> None:
+    """Delete the Parquet files of a folder, and the folder and its parents if they are empty then."""
+    folder = posixpath.join(*parts)
+
+    def delete(shard: str) -> None:
+        with store.storage_errors("removed", folder, f"{shard}.parquet"), contextlib.suppress(FileNotFoundError):
+            store.fs.rm_file(store.path(folder, f"{shard}.parquet"))
+
+    pool = ThreadPoolExecutor(_DELETED_AT_ONCE)
+    try:
+        list(pool.map(delete, store.shards(folder)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    while store.local and folder:
+        with contextlib.suppress(OSError):  # it has other files, or does not exist
+            os.rmdir(store.path(folder))
+        folder = posixpath.dirname(folder)
+
+
+def _remove_entry(store: Store, layer: str) -> None:
+    """Remove a layer from ``dataset.json``, with the entry of its model if that has no other layer."""
+    manifest = _read_manifest(store)
+    if manifest is None:
+        return
+    orphans = _orphans(manifest, [layer])
+    for kind in ("teachers", "captioners"):
+        manifest[kind] = {name: entry for name, entry in manifest[kind].items() if f"{kind}.{name}" not in orphans}
+    manifest["layers"].pop(layer, None)
+    if manifest["layers"]:
+        store.write_json(manifest, MANIFEST)
+    else:
+        with store.storage_errors("removed", MANIFEST):
+            store.fs.rm_file(store.path(MANIFEST))

@@ -1,0 +1,259 @@
+"""Deleting layers of a dataset, also when it is interrupted, on a disk and in S3."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+import reinforce
+from reinforce.config import parse_config
+from reinforce.dataset import drop as dropping
+from reinforce.dataset.drop import drop, drop_command, plan_drop, with_dependants
+from reinforce.dataset.manifest import read_manifest, record_scales
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.plan import make_plan
+from reinforce.errors import UserError
+from schemas import Reason
+from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.reinforced import reinforce_here
+
+LAYERS = [
+    *(f"embeddings/{teacher}/{what}" for teacher in ("blue", "red") for what in ("caption", "images", "namer")),
+    *("captions/namer", "samples"),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of two shards. A sample has no caption, so it is named in the quarantine of two layers."""
+    folder = tmp_path_factory.mktemp("dataset")
+    for shard in range(2):
+        members = members_of(shard, 3)
+        write_tar(folder / "source" / f"{shard:05d}.tar", [m for m in members if m[0] != "00000001.txt"])
+    return Path(reinforce_here(config_of(f"{folder}/source/*.tar", folder / "out")))
+
+
+@pytest.fixture
+def dataset(made: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def config(made: Path, output: Path | str, **changes: Any) -> dict[str, Any]:
+    return config_of(f"{made.parent}/source/*.tar", output, **changes)
+
+
+def drop_layers(url: Path | str, *patterns: str) -> None:
+    store = Store(str(url))
+    drop(store, plan_drop(store, patterns))
+
+
+def content(dataset: Path) -> tuple[dict[str, bytes], Any]:
+    """The files, and dataset.json as an object: the order of its keys has no meaning."""
+    files = tree(dataset)
+    return files, json.loads(files.pop(MANIFEST))
+
+
+def test_a_teacher_is_deleted_with_its_quarantine_and_its_entries(made: Path, dataset: Path) -> None:
+    before = content(dataset)
+    drop_layers(dataset, "embeddings/red/*")
+    files, manifest = content(dataset)
+    assert files == {name: data for name, data in before[0].items() if "embeddings/red/" not in name}
+    assert {name for name in before[0] if "quarantine/embeddings/red/caption" in name}, "the dataset has a quarantine"
+    assert not (dataset / "embeddings" / "red").exists(), "no empty folder is left"
+    assert list(manifest["teachers"]) == ["blue"]
+    assert manifest == {
+        **before[1],
+        "teachers": {"blue": before[1]["teachers"]["blue"]},
+        "layers": {name: entry for name, entry in before[1]["layers"].items() if "/red/" not in name},
+    }
+    assert len(reinforce.open(str(dataset), strict=True)) == 6
+    reinforce_here(config(made, dataset))
+    assert content(dataset) == before, "a run computes the same again"
+
+
+def test_the_entry_of_a_model_goes_with_its_last_layer(dataset: Path) -> None:
+    drop_layers(dataset, "embeddings/red/images", "embeddings/red/namer")
+    assert list(read_manifest(Store(str(dataset)))["teachers"]) == ["red", "blue"]
+    drop_layers(dataset, "embeddings/red/caption")
+    assert list(read_manifest(Store(str(dataset)))["teachers"]) == ["blue"]
+    drop_layers(dataset, "captions/*", "embeddings/*/namer")
+    manifest = read_manifest(Store(str(dataset)))
+    assert (manifest["captioners"], list(manifest["teachers"])) == ({}, ["blue"])
+
+
+def test_layers_that_depend_on_a_deleted_one_must_be_named(dataset: Path) -> None:
+    before = tree(dataset, layers_only=False)
+    plan = plan_drop(Store(str(dataset)), ["captions/namer"])
+    assert plan.dependants == ["embeddings/blue/namer", "embeddings/red/namer"]
+    full = f"reinforce drop {dataset} embeddings/blue/namer embeddings/red/namer captions/namer"
+    with pytest.raises(UserError) as caught:
+        drop(Store(str(dataset)), plan)
+    assert str(caught.value) == (
+        "nothing was deleted: embeddings/blue/namer, embeddings/red/namer depend on captions/namer. "
+        f"Name them, too: {full}"
+    )
+    assert tree(dataset, layers_only=False) == before
+    drop_layers(*full.split()[2:])
+    assert len(reinforce.open(str(dataset), strict=True)) == 6
+
+
+def test_samples_are_deleted_only_with_everything(made: Path, dataset: Path) -> None:
+    for names in (["samples"], ["samples", *LAYERS[:-2]]):
+        with pytest.raises(UserError, match=rf"depends? on .*samples\. Name them, too: reinforce drop {dataset} '\*'"):
+            drop_layers(dataset, *names)
+    (dataset / "runs" / "2026").mkdir(parents=True)
+    (dataset / "runs" / "2026" / "summary.json").write_text("{}")
+    drop_layers(dataset, "*")
+    assert [name for name in tree(dataset, layers_only=False) if name != ".tmp/lock"] == ["runs/2026/summary.json"]
+    reinforce_here(config(made, dataset, seed=1))
+    assert read_manifest(Store(str(dataset)))["seed"] == 1
+
+
+def test_a_plan_has_the_files_and_the_bytes_and_what_is_lost(dataset: Path) -> None:
+    store = Store(str(dataset))
+    store.write_json(record_scales(read_manifest(store), {"red": 63.0}, "tuned"), MANIFEST)
+    plan = plan_drop(store, ["embeddings/red/*"])
+    sizes = {name: [path.stat().st_size for path in dataset.glob(f"{name}/*.parquet")] for name in LAYERS}
+    assert [(name, sorted(files)) for name, (files, _) in plan.sizes.items()] == [
+        (f"embeddings/red/{what}", sorted(sizes[f"embeddings/red/{what}"])) for what in ("caption", "images", "namer")
+    ]
+    lines = plan.lines()
+    assert lines[0].startswith("embeddings/red/caption: 2 files (")
+    assert ", and 1 file (" in lines[0]
+    assert lines[0].endswith(" in its quarantine")
+    assert "quarantine" not in lines[1]
+    assert lines[3] == "dataset.json: the entry teachers.red with the tuned logit scale 63"
+    assert lines[4].startswith("in total: 7 files (")
+
+
+def test_an_unknown_layer_and_a_folder_without_a_dataset_are_errors(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no layer embeddings/rde/\*; it has: embeddings/blue/caption, .*samples"):
+        plan_drop(Store(str(dataset)), ["embeddings/red/*", "embeddings/rde/*"])
+    for name in ("runs", "quarantine/samples", "../out/samples", "embeddings/red", ""):
+        with pytest.raises(UserError, match="has no layer"):
+            plan_drop(Store(str(dataset)), [name])
+    with pytest.raises(UserError, match="is not a reinforced dataset"):
+        plan_drop(Store(str(tmp_path / "none")), ["*"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_layers_that_the_manifest_does_not_list_are_deleted_too(dataset: Path) -> None:
+    manifest = json.loads((dataset / MANIFEST).read_text())
+    del manifest["layers"]["embeddings/red/images"]
+    (dataset / MANIFEST).write_text(json.dumps(manifest))
+    Store(str(dataset)).quarantine("embeddings/green/images", "s", [(None, Reason.SHARD_FAILED, "")])
+    (dataset / "embeddings" / "empty" / "images").mkdir(parents=True)
+    drop_layers(dataset, "embeddings/red/images", "embeddings/green/*")
+    assert not list(dataset.rglob("embeddings/red/images")) + list(dataset.rglob("green"))
+    with pytest.raises(UserError, match="has no layer"):
+        plan_drop(Store(str(dataset)), ["embeddings/empty/*"])
+    (dataset / MANIFEST).unlink()
+    drop_layers(dataset, "*")
+    assert [name for name in tree(dataset, layers_only=False) if name != ".tmp/lock"] == []
+
+
+def test_other_files_in_a_layer_stay(dataset: Path) -> None:
+    (dataset / "embeddings" / "red" / "images" / "notes.txt").write_text("mine")
+    drop_layers(dataset, "embeddings/red/*")
+    assert [path.name for path in (dataset / "embeddings" / "red").rglob("*.*")] == ["notes.txt"]
+
+
+def test_a_dataset_that_a_run_writes_is_not_changed(dataset: Path) -> None:
+    store = Store(str(dataset))
+    plan = plan_drop(store, ["embeddings/red/*"])
+    before = tree(dataset)
+    with Store(str(dataset)).lock(), pytest.raises(UserError, match="another run is writing"):
+        drop(store, plan)
+    assert tree(dataset) == before
+
+
+def interrupted_drop(dataset: Path, pattern: str, step: int) -> None:
+    """Raise KeyboardInterrupt before the deletion or the writing of the file with this number."""
+    steps = iter(range(1000))
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            if next(steps) >= step:
+                raise KeyboardInterrupt
+            return function(*arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dropping, "_DELETED_AT_ONCE", 1)
+        patch.setattr(LocalFileSystem, "rm_file", counted(LocalFileSystem.rm_file))
+        patch.setattr(Store, "write_json", counted(Store.write_json))
+        with pytest.raises(KeyboardInterrupt):
+            drop_layers(dataset, pattern)
+
+
+@pytest.mark.parametrize("step", range(10))
+def test_after_an_interrupted_drop_a_run_computes_what_was_deleted(made: Path, dataset: Path, step: int) -> None:
+    before = content(dataset)
+    interrupted_drop(dataset, "embeddings/red/*", step)
+    reinforce_here(config(made, dataset))
+    assert content(dataset) == before
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 5, 9])
+def test_after_an_interrupted_drop_another_config_is_refused_until_it_is_finished(
+    made: Path, dataset: Path, step: int
+) -> None:
+    interrupted_drop(dataset, "embeddings/red/*", step)
+    other = config_of("", "")["teachers"]
+    other["red"] = {**other["red"], "dtype": "int8"}
+    with pytest.raises(UserError, match=r'dtype: "float16" in the dataset, "int8" in this config') as caught:
+        make_plan(parse_config(config(made, dataset, teachers=other)))
+    _, _, arguments = str(caught.value).rpartition(f"reinforce drop {dataset} ")
+    drop_layers(dataset, *(argument.strip("'") for argument in arguments.split()))
+    reinforce_here(config(made, dataset, teachers=other))
+    fresh = Path(reinforce_here(config(made, dataset.parent / "fresh", teachers=other)))
+    assert content(dataset) == content(fresh), "as if the other config had been there from the start"
+
+
+@pytest.mark.parametrize("step", range(0, 20, 3))
+def test_after_an_interrupted_drop_of_everything_a_run_computes_it_again(made: Path, dataset: Path, step: int) -> None:
+    before = content(dataset)
+    interrupted_drop(dataset, "*", step)
+    with pytest.raises(UserError, match="seed: 0 in the dataset, 5 in this config"):
+        make_plan(parse_config(config(made, dataset, seed=5)))
+    reinforce_here(config(made, dataset))
+    assert content(dataset) == before
+
+
+def test_layers_in_s3_are_deleted_and_computed_again(s3: Any, made: Path) -> None:
+    url = "s3://bucket/out"
+    reinforce_here(config(made, url))
+    before = {path: s3.cat_file(path) for path in s3.find("bucket/out")}
+    drop_layers(url, "embeddings/red/*")
+    assert {path for path in before if "embeddings/red/" not in path} == {*s3.find("bucket/out")}
+    assert list(read_manifest(Store(url))["teachers"]) == ["blue"]
+    reinforce_here(config(made, url))
+    after = {path: s3.cat_file(path) for path in s3.find("bucket/out")}
+    assert json.loads(after.pop(f"bucket/out/{MANIFEST}")) == json.loads(before.pop(f"bucket/out/{MANIFEST}"))
+    assert after == before
+    drop_layers(url, "*")
+    assert s3.find("bucket/out") == []
+
+
+def test_dependants_are_found_by_name() -> None:
+    known = ["samples", "captions/coca", "embeddings/a/images", "embeddings/a/caption", "embeddings/a/coca"]
+    assert with_dependants(["captions/coca"], known) == ["embeddings/a/coca", "captions/coca"]
+    assert with_dependants(["embeddings/a/images"], known) == ["embeddings/a/images"]
+    assert set(with_dependants(["samples"], known)) == set(known)
+
+
+def test_the_command_has_a_pattern_only_where_all_layers_of_a_teacher_are_named() -> None:
+    images, caption = "embeddings/a/images", "embeddings/a/caption"
+    assert drop_command("my data", [images, caption], [images, caption]) == "reinforce drop 'my data' 'embeddings/a/*'"
+    assert drop_command("d", [images], [images, caption]) == f"reinforce drop d {images}"
+    assert drop_command("d", [images], [images]) == f"reinforce drop d {images}"
+    assert drop_command("d", ["captions/c"], ["captions/c", "captions/d"]) == "reinforce drop d captions/c"
+    assert drop_command("d", ["samples", images], ["samples", images]) == "reinforce drop d '*'"

@@ -1,0 +1,71 @@
+"""``reinforce drop``: a dry run shows what would be deleted; ``--yes`` deletes it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from reinforce.cli import main
+from reinforce.dataset import drop as dropping
+from tests.helpers.data import tree
+from tests.helpers.reinforced import small_dataset
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return Path(small_dataset(tmp_path, (3, 2)))
+
+
+def command(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[object, str, str]:
+    """The exit status, standard output and standard error of a command."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    return ended.value.code or 0, *capfd.readouterr()
+
+
+def test_a_dry_run_shows_files_and_bytes_and_the_command_that_deletes(
+    dataset: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = tree(dataset, layers_only=False)
+    status, out, err = command(capfd, "drop", str(dataset), "embeddings/red/*")
+    *shown, last = out.splitlines()
+    assert (status, err) == (0, "")
+    size = sum(len(data) for name, data in before.items() if name.startswith("embeddings/red/"))
+    assert shown[-2:] == ["dataset.json: the entry teachers.red", f"in total: 6 files ({size / 1024:.1f} KiB)"]
+    assert last == f"nothing was deleted; to delete: reinforce drop {dataset} 'embeddings/red/*' --yes"
+    assert tree(dataset, layers_only=False) == before
+
+    status, out, _ = command(capfd, *shlex.split(last.partition("reinforce ")[2]))
+    assert (status, out.splitlines()) == (0, [*shown, "deleted"])
+    assert not any("/red/" in name for name in tree(dataset))
+
+
+def test_a_dry_run_names_what_depends_on_the_layers_and_the_full_command(
+    dataset: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for options in ([], ["--yes"]):
+        status, out, err = command(capfd, "drop", str(dataset), "captions/namer", *options)
+        assert status == 2
+        assert out.splitlines()[-2:] == [
+            "depends on this: embeddings/blue/namer",
+            "depends on this: embeddings/red/namer",
+        ]
+        full = f"reinforce drop {dataset} embeddings/blue/namer embeddings/red/namer captions/namer"
+        assert err.strip().endswith(f"Name them, too: {full}")
+    assert command(capfd, *shlex.split(full)[1:], "--yes")[0] == 0
+    assert not any("namer" in name for name in tree(dataset))
+
+
+def test_an_interrupted_drop_names_the_way_to_finish_it(
+    dataset: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dropping, "_remove_entry", interrupt)
+        status, _, err = command(capfd, "drop", str(dataset), "embeddings/red/*", "--yes")
+    assert (status, err) == (130, "stopped; run the same command again to delete the rest\n")
+    assert command(capfd, "drop", str(dataset), "embeddings/red/*", "--yes")[0] == 0
