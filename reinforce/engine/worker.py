@@ -7,6 +7,7 @@ at the accelerator, so that it does not wait for the next shard to begin when on
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Mapping
@@ -34,9 +35,12 @@ class Worker:
     """Runs leases, two at a time; ``as_actor`` makes it a Ray actor."""
 
     def __init__(self, config: Config, layers: Mapping[str, Layer], needed: frozenset[str], folder: str) -> None:
-        """``folder`` is the driver's working directory, from which custom classes can be imported."""
+        """``folder`` is the driver's working directory: relative paths and custom classes are looked up there."""
         self.config, self.layers, self.needed = config, layers, needed
         self.folders = [path for path in (os.getcwd(), folder) if os.path.isdir(path)]
+        self.missing_folder = None if os.path.isdir(folder) else folder
+        if self.missing_folder is None:
+            os.chdir(folder)
         self.pool = WatchedThreads(config.workers.cpus)
         self.store = Store(config.output)
         self.redact = Redactor(config.model_dump(mode="json"))
@@ -44,6 +48,7 @@ class Worker:
 
     def load(self) -> WorkerInfo:
         """Load the models of the layers in ``needed``. Raises UserError if one cannot be loaded."""
+        self._check_output()
         torch.set_num_threads(self.config.workers.cpus)
         warnings.filterwarnings("ignore", module="PIL")  # one line per image with odd metadata; refusals are recorded
         sys.path[:0] = [path for path in self.folders if path not in sys.path]
@@ -58,6 +63,16 @@ class Worker:
         }
         node = ray.get_runtime_context().get_node_id()
         return WorkerInfo(node, os.getpid(), str(self.models.accelerator.device), loaded)
+
+    def _check_output(self) -> None:
+        """Raise UserError if ``output`` is relative to a folder of the driver that this node does not have."""
+        path = self.config.output.partition("://")[2] or self.config.output
+        if self.store.local and not os.path.isabs(path) and self.missing_folder is not None:
+            raise UserError(
+                f"output {self.store.url} is relative to {self.missing_folder}, which does not exist on "
+                f"{socket.gethostname()}. Set `output` to an absolute path that every node reaches, or to a URL "
+                "such as s3://BUCKET/FOLDER."
+            )
 
     def process(self, shard: PendingShard) -> ShardResult:
         """Compute and commit the missing layers of one shard. Raises UserError, LayerFailure or ShardFailure."""

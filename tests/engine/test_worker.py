@@ -82,3 +82,23 @@ def test_an_error_that_the_user_must_fix_is_raised_as_it_is(shards: Callable[...
     shutil.copytree(tmp_path / "other" / "samples", tmp_path / "out" / "samples")
     with pytest.raises(UserError, match="fingerprint"):
         worker.run()
+
+
+def test_a_relative_output_is_in_the_folder_of_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("driver", "ray"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "ray")
+    config = parse_config(config_of("source.tar", "out"))
+    worker = Worker(config, {}, frozenset(), str(tmp_path / "driver"))
+    assert worker.store.root == f"{tmp_path}/driver/out"
+
+
+def test_a_relative_output_without_the_folder_of_the_driver_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(config_of("source.tar", "out"))
+    with pytest.raises(UserError, match=rf"output out is relative to {tmp_path}/driver, which does not exist on"):
+        Worker(config, {}, frozenset(), str(tmp_path / "driver")).load()
+    absolute = parse_config(config_of("source.tar", tmp_path / "out", captioners={}, teachers={}))
+    Worker(absolute, {}, frozenset(), str(tmp_path / "driver"))._check_output()
