@@ -64,6 +64,12 @@ def read_config(model: str) -> dict[str, Any] | None:
 
         cached = try_to_load_from_cache(model, "config.json")
         if not isinstance(cached, str):
+            parent = Path(model).parent
+            if parent.name and parent.is_dir():
+                raise FileNotFoundError(
+                    f"folder {model} does not exist. If it is a model of the Hugging Face Hub, download it first "
+                    f"(hf download {model}), because {parent} is a folder here"
+                )
             return None
         path = Path(cached)
     else:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.table import Table
 
 from reinforce.dataset.layers import Layer
+from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.plan import Plan
 from reinforce.source.shards import RawSample, read_shard
 from reinforce.source.urls import filesystem
@@ -32,6 +33,7 @@ class _SourceStatistics:
 def expected_bytes(plan: Plan) -> dict[str, int | None]:
     """Bytes still to be written, by layer; None if they cannot be estimated."""
     statistics = _source_statistics(plan) if plan.pending else None
+    dims = _recorded_dims(plan)
     sizes: dict[str, int | None] = {}
     for name, layer in plan.layers.items():
         state = plan.states[name]
@@ -41,7 +43,8 @@ def expected_bytes(plan: Plan) -> dict[str, int | None]:
         elif state.done:
             per_shard = state.done_bytes / state.done
         elif statistics is not None:
-            per_shard = _shard_bytes(plan, layer, statistics)
+            known = replace(layer, dim=layer.dim or dims.get(layer.model or ""))
+            per_shard = _shard_bytes(plan, known, statistics)
         sizes[name] = None if per_shard is None else round(per_shard * state.missing)
     return sizes
 
@@ -67,6 +70,12 @@ def _shard_bytes(plan: Plan, layer: Layer, statistics: _SourceStatistics) -> flo
     if layer.kind == "captions":
         return statistics.rows * layer.count * _CAPTION_BYTES
     return None if layer.row_bytes is None else statistics.rows * layer.row_bytes
+
+
+def _recorded_dims(plan: Plan) -> dict[str, int | None]:
+    """Dimensions of the teachers that an earlier run loaded, from dataset.json."""
+    manifest = Store(plan.config.output).read_json(MANIFEST) or {}
+    return {name: teacher.get("dim") for name, teacher in manifest.get("teachers", {}).items()}
 
 
 def _source_statistics(plan: Plan) -> _SourceStatistics | None:

@@ -17,7 +17,7 @@ from reinforce.student.distillation import CAPTION, IMAGE, IMAGES, SYNTHETIC, TE
 from reinforce.student.loss import Form
 from reinforce.training.task import Batch, Encoded
 from teachers import open_clip_catalog as catalog
-from teachers.open_clip import image_spec, load_model, model_name
+from teachers.open_clip import image_spec, load_model, model_name, random_model
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec
@@ -192,7 +192,7 @@ def _model_config(name: str) -> dict[str, Any]:
 
 def _random_model(name: str, seed: int) -> Any:
     with _seeded(seed):
-        return open_clip.create_model(name, load_weights=False, pretrained_text=False)
+        return random_model(name)
 
 
 def _init_as_siglip(clip: Any) -> dict[str, float]:

@@ -63,6 +63,11 @@ def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask,
         online=task.plan.teachers if online else (),
         pin=accelerator.device.type == "cuda",
     )
+    if config.train.batch > feed.rows:
+        task.notes.append(
+            f"train.batch ({config.train.batch:,}) is larger than the data ({feed.rows:,} samples), so that a batch "
+            "contrasts samples with copies of themselves. Lower it."
+        )
     return task, feed
 
 

@@ -39,6 +39,15 @@ def test_a_layer_with_committed_files_is_extrapolated_from_them(shards: Callable
     assert plan.states["embeddings/red/images"].done == 1
 
 
+def test_dimensions_that_an_earlier_run_recorded_are_used(shards: Callable[..., str], tmp_path: Path) -> None:
+    config = config_of(shards(200), tmp_path / "out", captioners={})
+    reinforce_here(config)
+    config["captioners"] = {"namer": {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}}
+    expected = expected_bytes(make_plan(parse_config(config)))
+    assert expected["embeddings/red/namer"] == pytest.approx(200 * 2 * 8 * 2, rel=0.05)
+    assert expected["embeddings/blue/namer"] == pytest.approx(200 * 2 * 12 * 2, rel=0.05)
+
+
 def test_sizes_are_unknown_where_the_source_cannot_be_read(tmp_path: Path) -> None:
     config = config_of(f"{tmp_path}/source/{{0..3}}.tar", tmp_path / "out")
     plan = make_plan(parse_config(config))

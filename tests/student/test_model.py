@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ def test_the_seed_determines_the_weights_and_the_global_generator_is_untouched(t
     drawn = [key for key, value in first.items() if value.ndim > 1 and value.std() > 1e-6]
     assert drawn
     assert not any(torch.equal(first[key], other[key]) for key in drawn)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_weights_are_no_warning(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    name = student_folder(tmp_path, kind)
+    load_tokenizer(built(name))
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+    open_clip.create_model(name, load_weights=False, pretrained_text=False)
+    assert [record.message.split(" ")[0] for record in caplog.records] == ["Local", "No"], "elsewhere it is"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -106,6 +106,14 @@ def test_notes_describe_the_student_and_the_use_of_each_teacher(config: Any) -> 
     assert "logit scale 30 (config: loss.logit_scales.vit, instead of 20 of the dataset: config)" in task.notes[2]
 
 
+@pytest.mark.parametrize("batch", [12, 13])
+def test_a_batch_that_is_larger_than_the_dataset_is_reported(config: Any, dataset: str, batch: int) -> None:
+    data = {"datasets": dataset, "workers": 0, "samples": 5}  # an epoch may be shorter than the dataset
+    task, _ = build(config({"lambda": 0.0}, data=data, train={"steps": 1, "batch": batch}), Accelerator("cpu"))
+    reported = "train.batch (13) is larger than the data (12 samples)" in task.notes[-1]
+    assert reported == (batch > 12)
+
+
 def test_online_teachers_give_the_stored_targets(config: Any, teachers: dict[str, dict[str, Any]]) -> None:
     stored_task, stored = first_batch(config({"features": "all", "lambda": 0.5}))
     online_task, online = first_batch(

@@ -50,6 +50,17 @@ def test_content_files_are_weights_and_settings(root: Path, tmp_path: Path) -> N
     assert "README.md" not in names
 
 
+def test_a_relative_folder_that_does_not_exist_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert catalog.read_config("models/absent") is None, "may be a model of the hub"
+    (tmp_path / "models").mkdir()
+    with pytest.raises(FileNotFoundError, match="folder models/absent does not exist"):
+        catalog.read_config("models/absent")
+    assert catalog.read_config("absent") is None
+    with pytest.raises(ValueError, match="local-dir:absent"):
+        catalog.read_config("local-dir:absent")
+
+
 def test_incomplete_folders_are_rejected(root: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="folder /absent/model does not exist"):
         catalog.read_config("/absent/model")

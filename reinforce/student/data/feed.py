@@ -42,7 +42,8 @@ class StudentFeed:
 
     ``size`` is the side of the student's images in pixels. ``teachers`` are those whose stored vectors are read,
     instead of ``data.teachers``; for the teachers in ``online``, batches have ``views`` and ``texts``. ``pin`` puts
-    batches into pinned memory. Raises UserError if a dataset is incomplete, damaged, or does not fit the others.
+    batches into pinned memory. ``rows`` counts the samples of the datasets, ``samples`` those of an epoch. Raises
+    UserError if a dataset is incomplete, damaged, or does not fit the others.
     """
 
     def __init__(
@@ -62,7 +63,8 @@ class StudentFeed:
         width = sum(dim for _, dim in targets)
         view = max(dataset.size for dataset in self._datasets) if online else None
         self._maker = PartMaker(size, width, tokenize, view)
-        self.samples: int = data.samples or sum(dataset.rows for dataset in self._datasets)
+        self.rows: int = sum(dataset.rows for dataset in self._datasets)
+        self.samples: int = data.samples or self.rows
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Generator[Batch]:
         """See ``reinforce.training.task.Feed``. Raises UserError for damaged data and for numbers that do not fit.
