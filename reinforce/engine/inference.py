@@ -20,6 +20,9 @@ from teachers.protocols import Captioner, ImageSpec, Teacher
 
 Floats = npt.NDArray[np.float32]
 
+#: Largest difference of an embedding's norm from 1, in every precision.
+NORM_TOLERANCE = 0.01
+
 
 class Inference:
     """Runs the models that make ``layers``. ``counters`` receives the busy time of this shard."""
@@ -49,7 +52,7 @@ class Inference:
             crops = put(np.concatenate([row.pixels.crops for row in rows if row.pixels.crops is not None]))
         views = {spec: put(np.stack([row.pixels.views[spec] for row in rows])) for spec in self.captioner_specs}
         with self._models.use_accelerator(self._counters):
-            return {**self._embed(crops, len(rows)), **self._caption(views, rows)}
+            return {**self._embed(crops, rows), **self._caption(views, rows)}
 
     def encode_texts(self, layer: Layer, texts: Sequence[list[str] | None]) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """Embeddings [rows, count, dim] of each row's texts, and the rows that have texts [rows].
@@ -66,16 +69,17 @@ class Inference:
             with raising_layer_failure(layer.name):
                 encode = self._models.text_encoder(teacher, batch)
                 with self._models.use_accelerator(self._counters):
-                    encoded[start : start + size] = _to_numpy(encode(), len(batch), teacher.dim)
+                    encoded[start : start + size] = to_numpy(encode(), len(batch), teacher.dim)
         values = np.zeros((len(texts), layer.count, teacher.dim), np.float32)
         for i, row in enumerate(texts):
             if row:
                 values[i] = encoded[[index[text] for text in row]]
         return values, np.array([bool(row) for row in texts], bool)
 
-    def _embed(self, crops: torch.Tensor | None, rows: int) -> dict[str, Any]:
+    def _embed(self, crops: torch.Tensor | None, rows: Sequence[Row]) -> dict[str, Any]:
         """Image embeddings [rows, K, D] by layer, from crops [rows * K, S, S, 3]."""
         count = self._config.augmentations.count
+        placeholders = np.repeat([row.unreadable is not None for row in rows], count)
         prepared: dict[ImageSpec, torch.Tensor] = {}
         encoded: dict[str, torch.Tensor] = {}
         for layer in self.image_layers:
@@ -90,8 +94,8 @@ class Inference:
         for layer in self.image_layers:  # copied to the CPU only when all teachers' work is queued
             dim = self._teacher(layer).dim
             with raising_layer_failure(layer.name):
-                values = _to_numpy(encoded[layer.name], rows * count, dim)
-            outputs[layer.name] = values.reshape(rows, count, dim)
+                values = to_numpy(encoded[layer.name], len(rows) * count, dim, placeholders)
+            outputs[layer.name] = values.reshape(len(rows), count, dim)
         return outputs
 
     def _caption(self, views: Mapping[ImageSpec, torch.Tensor], rows: Sequence[Row]) -> dict[str, Any]:
@@ -118,8 +122,23 @@ class Inference:
         return self._models.captioners[str(layer.model)]
 
 
-def _to_numpy(out: torch.Tensor, rows: int, dim: int) -> Floats:
-    """Embeddings on the CPU as float32. Raises ValueError unless they are [rows, dim]."""
+def to_numpy(out: torch.Tensor, rows: int, dim: int, ignored: npt.NDArray[np.bool_] | None = None) -> Floats:
+    """Embeddings on the CPU as float32.
+
+    Raises ValueError unless they are [rows, dim] and have norm 1. The norm of ``ignored`` rows [rows] and of rows with
+    NaN or infinity is not checked.
+    """
     if tuple(out.shape) != (rows, dim):
-        raise ValueError(f"embeddings must have shape {(rows, dim)}, got {tuple(out.shape)}")
-    return out.float().cpu().numpy()
+        raise ValueError(f"embeddings must have shape {(rows, dim)}, got {tuple(out.shape)}; correct encode_* or `dim`")
+    values: Floats = out.float().cpu().numpy()
+    norms = np.sqrt(np.einsum("ij,ij->i", values, values))
+    wrong = ~(np.abs(norms - 1) <= NORM_TOLERANCE)
+    if ignored is not None:
+        wrong &= ~ignored
+    if wrong.any():
+        wrong[wrong] = np.isfinite(values[wrong]).all(axis=1)
+        for row in np.flatnonzero(wrong)[:1]:
+            raise ValueError(
+                f"embeddings must have norm 1, got {norms[row]:.3f} in row {row + 1} of {rows}; normalize them"
+            )
+    return values

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from reinforce.config import parse_config
-from reinforce.engine.inference import Inference
+from reinforce.engine.inference import Inference, to_numpy
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import LayerFailure
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.engine.rows import Pixels, Row
 from reinforce.seeds import seed_for
+from reinforce.source.shards import Refusal
+from schemas import Reason
 from teachers.device import Accelerator
 from teachers.pixels import to_pixels
 from tests.helpers.data import config_of
@@ -100,3 +102,69 @@ def test_an_error_of_a_model_names_its_layer() -> None:
     run._models.captioners["namer"].caption = lambda pixels, seeds: [["one"]] * len(pixels)  # type: ignore[method-assign]
     with pytest.raises(LayerFailure, match=r"captions/namer: .* must return 3 texts for each of 2 images"):
         run.run(rows(2))
+
+
+def test_the_norm_of_every_row_of_embeddings_is_checked() -> None:
+    values = torch.nn.functional.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    np.testing.assert_array_equal(to_numpy(values, 50, 8), values.numpy())
+    assert to_numpy(values.half(), 50, 8).dtype == np.float32
+    to_numpy(values * 1.009, 50, 8)
+    for scale in (3.0, 1.011, 0.989, 0.0, 1e30):
+        wrong = values.clone()
+        wrong[41] *= scale
+        with pytest.raises(ValueError, match=rf"norm 1, got {'inf' if scale > 9 else f'{scale:.3f}'} in row 42 of 50"):
+            to_numpy(wrong, 50, 8)
+        ignored = np.arange(50) == 41
+        np.testing.assert_array_equal(to_numpy(wrong, 50, 8, ignored), wrong.numpy())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_are_left_to_the_quarantine(value: float) -> None:
+    values = torch.eye(4)
+    values[2, 1] = value
+    np.testing.assert_array_equal(to_numpy(values, 4, 4), values.numpy())
+    values[3] *= 3
+    with pytest.raises(ValueError, match=r"got 3\.000 in row 4 of 4"):
+        to_numpy(values, 4, 4)
+
+
+class Growing(ColorTeacher):
+    """Embeddings of norm 3 from the second batch on."""
+
+    calls = 0
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().encode_images(pixels) * (3 if self.calls > 1 else 1)
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        self.calls += 1
+        return super().encode_texts(texts) * (3 if self.calls > 1 else 1)
+
+
+def test_a_teacher_whose_norm_changes_after_its_first_batch_fails() -> None:
+    run = inference("embeddings/red/images", red=Growing(CPU))
+    run.run(rows(2))
+    with pytest.raises(LayerFailure, match=r"embeddings/red/images: ValueError: embeddings must have norm 1, got 3\.0"):
+        run.run(rows(2))
+    run = inference(red=Growing(CPU))
+    with pytest.raises(LayerFailure, match=r"embeddings/red/namer: ValueError: embeddings must have norm 1, got 3\.0"):
+        run.encode_texts(LAYERS["embeddings/red/namer"], [["a", "b"], ["c", "d"]])
+
+
+def test_the_norm_of_an_unreadable_images_embedding_is_not_checked() -> None:
+    class Brightness(ColorTeacher):
+        """Black images get the embedding 0."""
+
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            return super().encode_images(pixels) * (pixels > -1).any(dim=(1, 2, 3))[:, None]
+
+    batch = rows(3)
+    crops = batch[1].pixels.crops
+    assert crops is not None
+    crops[:] = 0
+    run = inference("embeddings/red/images", red=Brightness(CPU))
+    with pytest.raises(LayerFailure, match=r"got 0\.000 in row 3 of 6"):
+        run.run(batch)
+    batch[1].unreadable = Refusal("key1", Reason.IMAGE_BROKEN, "gone")
+    assert not run.run(batch)["embeddings/red/images"][1].any()
