@@ -23,6 +23,7 @@ from reinforce.dataset.store import Store
 from reinforce.engine.models import Counters, Models, load_models
 from reinforce.engine.outcome import LayerFailure, ShardFailure, ShardResult, WorkerInfo
 from reinforce.engine.plan import PendingShard
+from reinforce.engine.self_test import check_models, precisions
 from reinforce.engine.shard import process_shard
 from reinforce.engine.watch import Pulse, WatchedThreads
 from reinforce.errors import StorageError, UserError
@@ -47,12 +48,14 @@ class Worker:
         self.models: Models | None = None
 
     def load(self) -> WorkerInfo:
-        """Load the models of the layers in ``needed``. Raises UserError if one cannot be loaded."""
+        """Load and test the models of the layers in ``needed``. Raises UserError if one does not work."""
         self._check_output()
         torch.set_num_threads(self.config.workers.cpus)
         warnings.filterwarnings("ignore", module="PIL")  # one line per image with odd metadata; refusals are recorded
         sys.path[:0] = [path for path in self.folders if path not in sys.path]
-        self.models = load_models(self.config, [self.layers[name] for name in self.needed])
+        layers = [self.layers[name] for name in sorted(self.needed)]
+        self.models = load_models(self.config, layers)
+        check_models(self.models, layers, precisions(self.config))
         loaded = {
             name: {
                 "dim": teacher.dim,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from reinforce.engine.self_test import TEXTS
 from teachers.protocols import ImageSpec
 
 HALF = (0.5, 0.5, 0.5)
@@ -144,14 +145,14 @@ class BrokenDeviceTeacher(ColorTeacher):
 
 
 class TokenLeakingTeacher(ColorTeacher):
-    """Quotes its token in every error, as some services do."""
+    """Quotes its token in every error, as some services do. It fails at batches of texts after the self-test."""
 
     def __init__(self, device: torch.device, hf_token: str, endpoint: str) -> None:
         super().__init__(device, size=8, dim=4)
         self.token, self.endpoint = hf_token, endpoint
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        if len(texts) > 1:
+        if len(texts) > 1 and not {*texts} <= {*TEXTS}:
             raise RuntimeError(f"{self.endpoint} does not accept {self.token}")
         return super().encode_texts(texts)
 

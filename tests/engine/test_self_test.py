@@ -1,0 +1,217 @@
+"""The self-test of loaded models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reinforce.config import parse_config
+from reinforce.engine.models import Counters, Models
+from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.engine.self_test import TEXTS, check_models, check_text_encoder
+from reinforce.errors import UserError
+from teachers.device import Accelerator, Precision
+from teachers.registry import load_captioner, load_teacher
+from teachers.spec import CaptionerSpec, TeacherSpec
+from tests.helpers import tiny_models
+from tests.helpers.data import config_of
+from tests.helpers.models import ColorTeacher, ImageOnly, SeedCaptioner, TextOnly, WrongShapeTeacher
+from tests.helpers.tiny_captioners import blip, spec_of
+from tests.helpers.tiny_coca import coca_model
+
+CPU = torch.device("cpu")
+CONFIG = parse_config(config_of("x.tar", "out"))
+LAYERS = build_layers(CONFIG, describe_models(CONFIG))
+IMAGES, TRUE, CAPTIONS = "embeddings/red/images", "embeddings/red/caption", "captions/namer"
+
+
+def models(red: Any = None, namer: Any = None) -> Models:
+    return Models({"red": red or ColorTeacher(CPU)}, {"namer": namer or SeedCaptioner(CPU)}, Accelerator("cpu"))
+
+
+def check(*layers: str, precision: Precision = "fp32", **loaded: Any) -> None:
+    check_models(models(**loaded), [LAYERS[layer] for layer in layers], {"red": precision})
+
+
+class Changed(ColorTeacher):
+    """A teacher whose embeddings are changed by a function of the embeddings and the inputs."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__(CPU)
+        self.change = change
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.change(super().encode_images(pixels), pixels)
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return self.change(super().encode_texts(texts), texts)
+
+
+class Network(ColorTeacher):
+    """A teacher with a network over both embeddings, in training mode as it is built."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__(CPU, dim=64)
+        self.head = torch.nn.Sequential(torch.nn.Identity(), layer)
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(self.head(super().encode_images(pixels)), dim=-1)
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return torch.nn.functional.normalize(self.head(super().encode_texts(texts)), dim=-1)
+
+
+def sort_by_length(out: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
+    """The embeddings from the longest to the shortest text."""
+    return out[np.argsort([-len(text) for text in texts])]
+
+
+def test_good_models_pass_and_the_check_does_not_count_as_work() -> None:
+    checked = models()
+    check_models(checked, [LAYERS[name] for name in ("samples", IMAGES, TRUE, CAPTIONS)], {})
+    assert checked.counters == Counters()
+    check(IMAGES, red=ImageOnly(CPU))
+    check(TRUE, "embeddings/red/namer", red=TextOnly(CPU))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_models_of_both_libraries_pass_in_every_precision(tmp_path: Path, precision: Precision) -> None:
+    vit, clip = tiny_models.open_clip_model(tmp_path / "vit"), tiny_models.transformers_clip(tmp_path / "clip")
+    bert, dino = tiny_models.transformers_bert(tmp_path / "bert"), tiny_models.transformers_dinov2(tmp_path / "dino")
+    hugging_face: Any = {"family": "transformers", "precision": precision}
+    specs = {
+        "vit": TeacherSpec(model=vit, precision=precision),
+        **{n: TeacherSpec(model=m, **hugging_face) for n, m in {"clip": clip, "bert": bert, "dino": dino}.items()},
+    }
+    captioners = {
+        "coca": CaptionerSpec(model=coca_model(tmp_path / "coca"), captions=2, max_length=10, precision=precision),
+        "blip": spec_of(blip(tmp_path / "blip"), "blip", captions=2, max_length=10, precision=precision),
+    }
+    config = parse_config({"source": "x.tar", "output": "out", "teachers": specs, "captioners": captioners})
+    loaded = Models(
+        {name: load_teacher(name, spec, "cpu") for name, spec in specs.items()},
+        {name: load_captioner(name, spec, "cpu") for name, spec in captioners.items()},
+        Accelerator("cpu"),
+    )
+    precisions: dict[str, Precision] = dict.fromkeys([*specs, *captioners], precision)
+    check_models(loaded, build_layers(config, describe_models(config)).values(), precisions)
+
+
+@pytest.mark.parametrize(
+    ("layer", "red", "message"),
+    [
+        (TRUE, WrongShapeTeacher(CPU), r"\(texts\): embeddings must have shape \(3, 6\), got \(3, 7\)"),
+        (IMAGES, WrongShapeTeacher(CPU), r"\(images\): embeddings must have shape \(3, 6\)"),
+        (TRUE, ImageOnly(CPU), r"\(texts\): AttributeError: .*encode_texts"),
+        (TRUE, Changed(lambda out, _: 2 * out), r"norm 1, got 2\.000.*normalize"),
+        (IMAGES, Changed(lambda out, _: 1.02 * out), r"norm 1, got 1\.020"),
+        (IMAGES, Changed(lambda out, _: out * float("nan")), "finite, got NaN"),
+        (TRUE, Changed(lambda out, _: out[:1].expand(len(out), -1)), "'a cat in the sun' and 'a dog on the bed' get"),
+        (IMAGES, Changed(lambda out, _: out[:1].expand(len(out), -1)), "two different images get the same embedding"),
+        (TRUE, Changed(lambda out, _: out.roll(1, 1) if len(out) > 1 else out), "in a batch than alone .cosine"),
+        (TRUE, Changed(sort_by_length), "in a batch than alone .*order of the rows"),
+        (IMAGES, Changed(lambda out, _: out.flip(0)), "in a batch than alone .*order of the rows"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_teacher_is_a_user_error(layer: str, red: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"red fails its self-test .*{message}"):
+        check(layer, red=red)
+
+
+@pytest.mark.parametrize("layer", [IMAGES, TRUE])
+def test_a_network_in_training_mode_is_named(layer: str) -> None:
+    for part, failed in (
+        (torch.nn.Dropout(0.1), "the second time"),
+        (torch.nn.BatchNorm1d(64), "Expected more than 1"),
+    ):
+        teacher = Network(part)
+        with pytest.raises(UserError, match=rf"{failed}.* Call `\.eval\(\)` on `head`, which is in training mode"):
+            check(layer, red=teacher)
+        teacher.head.eval()
+        check(layer, red=teacher)
+
+
+def test_random_embeddings_are_not_repeatable() -> None:
+    noise = Changed(lambda out, _: torch.nn.functional.normalize(out + 0.1 * torch.randn_like(out), dim=-1))
+    with pytest.raises(UserError, match=r"second time \(cosine 0\.\d+, at least 0\.9999 is required\)"):
+        check(TRUE, red=noise)
+
+
+def test_tolerances_depend_on_the_precision_of_the_output_and_of_the_config() -> None:
+    def turned(degrees: float) -> Any:
+        """Embeddings of a batch, turned by so many degrees."""
+        angle = torch.tensor(np.deg2rad(degrees))
+
+        def turn(out: torch.Tensor, _: Any) -> torch.Tensor:
+            side = torch.nn.functional.normalize(out.roll(1, 1) - (out * out.roll(1, 1)).sum(1, True) * out, dim=-1)
+            return angle.cos() * out + angle.sin() * side if len(out) > 1 else out
+
+        return turn
+
+    check(TRUE, red=Changed(turned(1)))
+    with pytest.raises(UserError, match=r"cosine 0\.99619, at least 0\.999"):
+        check(TRUE, red=Changed(turned(5)))
+    check(TRUE, red=Changed(turned(5)), precision="bf16")
+    check(TRUE, red=Changed(lambda out, texts: turned(5)(out, texts).half()))
+    with pytest.raises(UserError, match=r"at least 0\.99 "):
+        check(TRUE, red=Changed(turned(10)), precision="bf16")
+
+
+def test_texts_are_encoded_as_in_a_run() -> None:
+    class Split(ColorTeacher):
+        def tokenize(self, texts: Sequence[str]) -> list[str]:
+            return list(texts)
+
+        def encode_tokens(self, tokens: list[str]) -> torch.Tensor:
+            return 3 * super().encode_texts(tokens)
+
+    with pytest.raises(UserError, match=r"norm 1, got 3\.000"):
+        check(TRUE, red=Split(CPU))
+
+
+def test_norms_are_returned() -> None:
+    norms = check_text_encoder(models(), "red", "fp32")
+    assert len(norms) == len(TEXTS)
+    np.testing.assert_allclose(norms, 1, atol=1e-6)
+
+
+def test_a_captioner_with_another_number_of_captions_is_a_user_error() -> None:
+    class OneCaption(SeedCaptioner):
+        def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
+            return [row[:1] for row in super().caption(pixels, seeds)]
+
+    with pytest.raises(UserError, match=r"namer fails .* list of 2 texts for each of 2 images, got \[\['a picture of"):
+        check(CAPTIONS, namer=OneCaption(CPU))
+    with pytest.raises(UserError, match=r"namer fails its self-test \(captions\): AttributeError: .*'caption'"):
+        check(CAPTIONS, namer=ColorTeacher(CPU))
+
+
+def test_a_captioner_that_does_not_use_its_seeds_alone_is_a_user_error() -> None:
+    class Unseeded(SeedCaptioner):
+        calls = 0
+
+        def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
+            self.calls += 1
+            return [[f"call {self.calls}"] * seeds.shape[1] for _ in seeds]
+
+    class SeededByTheBatch(SeedCaptioner):
+        def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
+            return [[f"{int(seeds.sum())}, caption of a batch"] * seeds.shape[1] for _ in seeds]
+
+    with pytest.raises(UserError, match=r"other captions the second time, \['call 1', .*`seeds`"):
+        check(CAPTIONS, namer=Unseeded(CPU))
+    with pytest.raises(UserError, match=r"captions in a batch, .* than alone, .* image b and seeds\[b, n\] alone"):
+        check(CAPTIONS, namer=SeededByTheBatch(CPU))
+
+
+def test_a_teacher_without_an_image_spec_cannot_encode_images() -> None:
+    teacher = ColorTeacher(CPU)
+    teacher.image = None  # type: ignore[assignment]
+    with pytest.raises(UserError, match="no `image`"):
+        check(IMAGES, red=teacher)
