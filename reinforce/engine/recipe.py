@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from reinforce.config import Config, Limits
@@ -117,3 +117,15 @@ def build_layers(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, La
             )
             layers[layer.name] = layer
     return layers
+
+
+def version_notes(layers: Iterable[Layer]) -> list[str]:
+    """A warning for each custom class without ``version``, once each."""
+    models = [layer.recipe["model"] for layer in layers if layer.recipe and "model" in layer.recipe]
+    classes = dict.fromkeys(model["class"] for model in models if "class" in model and "version" not in model)
+    return [
+        f"class {name} has no `version`, so layers that it has made are kept when its code or its weights change. Set "
+        "`version = 1` in the class, before its first run because it is part of the fingerprint, and increase it "
+        "whenever the outputs change."
+        for name in classes
+    ]

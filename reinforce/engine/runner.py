@@ -15,6 +15,7 @@ from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.plan import Plan, make_plan
 from reinforce.engine.progress import Progress
 from reinforce.engine.published import check_reinforcements
+from reinforce.engine.recipe import version_notes
 from reinforce.engine.summary import RunSummary, nothing_to_do
 from reinforce.errors import StorageError, UserError
 from reinforce.source.urls import canonical, filesystem
@@ -55,6 +56,9 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
             if updated != manifest:  # a logit scale may have changed
                 store.write_json(updated, MANIFEST)
             return nothing_to_do(plan)
+        needed = {name for shard in plan.pending for name in shard.layers}
+        for note in version_notes(layer for name, layer in plan.layers.items() if name in needed):
+            _LOG.warning(note)
         check_source(plan)
         if retry_quarantined:
             _forget_quarantine(plan, store)

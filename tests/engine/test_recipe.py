@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.config import load_config, parse_config
-from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.engine.recipe import build_layers, describe_models, version_notes
 from reinforce.source.urls import expand
 from tests.helpers.data import config_of
 
@@ -61,3 +61,16 @@ def test_the_config_for_datacompdr_has_the_layers_of_its_dataset_card() -> None:
         ),
     ]
     assert len(expand(str(config.reinforcements))) == len(expand(config.source)) == 1024
+
+
+def test_each_class_without_a_version_is_named_once() -> None:
+    custom = "tests.helpers.custom_models"
+    teachers = {name: {"class": f"{custom}:TextsOnly"} for name in ("one", "two")}
+    teachers["versioned"] = {"class": f"{custom}:Radiology", "options": {"weights": "w"}}  # type: ignore[dict-item]
+    config = parse_config(config_of("x.tar", "out", teachers=teachers))
+    notes = version_notes(build_layers(config, describe_models(config)).values())
+    assert [note.partition(",")[0] for note in notes] == [
+        "class tests.helpers.models:SeedCaptioner has no `version`",
+        f"class {custom}:TextsOnly has no `version`",
+    ]
+    assert "part of the fingerprint" in notes[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.engine.plan import make_plan
-from reinforce.engine.runner import as_config, check_source
+from reinforce.engine.runner import as_config, check_source, run
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.published import ALL, published_members, source_members, write_published
@@ -60,3 +61,10 @@ def test_a_config_is_accepted_as_an_object_a_mapping_and_a_file(tmp_path: Path) 
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(mapping))
     assert as_config(path) == as_config(str(path)) == config
+
+
+def test_a_run_warns_once_of_a_class_without_a_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = config_of(f"{tmp_path}/{{0..1}}.tar", tmp_path / "out")
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="source cannot be read"):
+        run(config)
+    assert caplog.text.count("class tests.helpers.models:ColorTeacher has no `version`") == 1
