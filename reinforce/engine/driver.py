@@ -42,6 +42,7 @@ from reinforce.engine.pool import Pool, Slot
 from reinforce.engine.progress import Progress, Snapshot
 from reinforce.engine.schedule import ShardQueue
 from reinforce.engine.summary import RunSummary, RunTotals, summarize
+from reinforce.engine.traces import shorten
 from reinforce.errors import UserError
 from teachers.redact import Redactor
 
@@ -181,9 +182,10 @@ class Driver:
         slot.failures = count_failure(slot.failures, error)
         if needs_replacement(slot.failures):
             self._replace(slot)
-        text = error_text(error)
-        self.events.add("shard_raised", shard=shard.name, attempt=decision.attempt, error=text[:2000])
-        self._log(f"{shard.name}: attempt {decision.attempt} of {self.config.failures.attempts} raised {text[:500]}")
+        text = self.redact(error_text(error))
+        self.events.add("shard_raised", shard=shard.name, attempt=decision.attempt, error=shorten(text, 2000))
+        shown = shorten(text, 1000)
+        self._log(f"{shard.name}: attempt {decision.attempt} of {self.config.failures.attempts} raised {shown}")
         self._carry_out(decision)
 
     def _replace(self, slot: Slot) -> None:
@@ -232,9 +234,10 @@ class Driver:
                 self._quarantine(decision)
 
     def _quarantine(self, decision: Quarantine) -> None:
-        name, layer, reason, detail = decision.shard.name, decision.layer, decision.reason, decision.detail
-        self.store.quarantine(layer, name, [(None, reason, self.redact(detail))])
-        self.events.add("shard_quarantined", shard=name, layer=layer, reason=reason.value, detail=detail[:2000])
+        name, layer, reason = decision.shard.name, decision.layer, decision.reason
+        detail = shorten(self.redact(decision.detail), 2000)
+        self.store.quarantine(layer, name, [(None, reason, detail)])
+        self.events.add("shard_quarantined", shard=name, layer=layer, reason=reason.value, detail=detail)
         self._log(f"{name} is quarantined in {layer}: {reason.value}")
         self._count_quarantined(name)
         if decision.rest is not None:

@@ -12,6 +12,7 @@ import torch
 
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
+from reinforce.engine.traces import user_frames
 from reinforce.errors import UserError
 from teachers.device import Accelerator
 from teachers.protocols import Captioner, Teacher
@@ -77,4 +78,4 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
             Accelerator(device),
         )
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{error}{user_frames(error)}") from error

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from reinforce.engine.traces import error_with_frames
+
 
 @dataclass(frozen=True)
 class WorkerInfo:
@@ -46,11 +48,14 @@ class LayerFailure(RuntimeError):
 
 @contextlib.contextmanager
 def raising_layer_failure(layer: str) -> Iterator[None]:
-    """Turn an error of a layer's model into a LayerFailure, so that it costs the layers of this model only."""
+    """Turn an error of a layer's model into a LayerFailure with the frames of the user's code.
+
+    It costs the layers of this model only.
+    """
     try:
         yield
     except Exception as error:
-        raise LayerFailure(layer, f"{type(error).__name__}: {error}") from error
+        raise LayerFailure(layer, error_with_frames(error)) from error
 
 
 class ShardFailure(RuntimeError):

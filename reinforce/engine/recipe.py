@@ -17,6 +17,7 @@ from reinforce.dataset.layers import (
     embeddings_layer,
 )
 from reinforce.engine.published_members import FORMAT
+from reinforce.engine.traces import user_frames
 from reinforce.errors import UserError
 from reinforce.source.image import image_policy
 from reinforce.source.text import CAPTION_POLICY
@@ -35,7 +36,7 @@ def describe_models(config: Config) -> dict[str, ModelInfo]:
         for name, teacher in config.teachers.items():
             infos[f"embeddings/{name}"] = describe_teacher(name, teacher)
     except (ValueError, OSError, ImportError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{error}{user_frames(error)}") from error
     return infos
 
 

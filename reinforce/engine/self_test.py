@@ -28,6 +28,7 @@ from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inference import to_numpy
 from reinforce.engine.models import Counters, Models
+from reinforce.engine.traces import user_frames
 from reinforce.errors import UserError
 from teachers.device import Precision
 from teachers.pixels import to_pixels
@@ -228,7 +229,8 @@ def _images(models: Models, spec: ImageSpec | None, rows: Sequence[int]) -> torc
 
 
 def _failed(name: str, kind: str, model: Any, error: Exception) -> UserError:
-    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    frames = user_frames(error)
+    text = str(error) if isinstance(error, ValueError) and not frames else f"{type(error).__name__}: {error}{frames}"
     training = _networks_in_training(model)
     hint = f" Call `.eval()` on `{'`, `'.join(training)}`, which is in training mode." if training else ""
     return UserError(f"{name} fails its self-test ({kind}): {text}{hint}")
