@@ -93,6 +93,32 @@ def plan(config: Annotated[Path, _config_argument("demo.yaml")], set_: Overrides
             typer.echo(f"sizes are not known: {escape(redact(str(error)))}", err=True)
 
 
+@app.command()
+def check(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="YAML config of a run, or a class as module:Class.")],
+    set_: Overrides = None,
+    options: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Keyword arguments of the class: '{\"width\": 32}'.")
+    ] = None,
+    kind: Annotated[
+        Literal["teacher", "captioner"] | None, typer.Option(help="What the class is. Default: by its methods.")
+    ] = None,
+) -> None:
+    """Load teachers and captioners, test them on small batches as before a run, and measure their speed.
+
+    Starts nothing and writes nothing. Exits with status 2 if a model fails.
+    """
+    from reinforce.engine.check import check_target
+
+    report = check_target(target, options, kind, set_)
+    if report.rows:
+        Console().print(report.table())
+    for note in report.notes:
+        typer.echo(escape(note))
+    if report.errors:
+        raise UserError("\n".join(report.errors))
+
+
 app.command()(cli_dataset.status)
 app.command()(cli_dataset.drop)
 

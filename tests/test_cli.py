@@ -137,7 +137,7 @@ def test_a_model_with_a_wrong_output_shape_fails_before_the_run_starts(
     status, _, err = command("run", write_config(tmp_path, config))
     assert status == 2
     assert "odd" in err
-    assert "(1, 7)" in err
+    assert "(3, 7)" in err
     assert not list(tmp_path.glob("out/samples/*"))
 
 

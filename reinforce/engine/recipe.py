@@ -120,9 +120,8 @@ def build_layers(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, La
     return layers
 
 
-def version_notes(layers: Iterable[Layer]) -> list[str]:
-    """A warning for each custom class without ``version``, once each."""
-    models = [layer.recipe["model"] for layer in layers if layer.recipe and "model" in layer.recipe]
+def version_notes(models: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A warning for each custom class without ``version``, once each; ``models`` are identities."""
     classes = dict.fromkeys(model["class"] for model in models if "class" in model and "version" not in model)
     return [
         f"class {name} has no `version`, so layers that it has made are kept when its code or its weights change. Set "

@@ -57,7 +57,8 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
                 store.write_json(updated, MANIFEST)
             return nothing_to_do(plan)
         needed = {name for shard in plan.pending for name in shard.layers}
-        for note in version_notes(layer for name, layer in plan.layers.items() if name in needed):
+        recipes = [layer.recipe for name, layer in plan.layers.items() if name in needed]
+        for note in version_notes(recipe["model"] for recipe in recipes if "model" in recipe):
             _LOG.warning(note)
         check_source(plan)
         if retry_quarantined:

@@ -95,7 +95,7 @@ def check_image_encoder(models: Models, name: str, precision: Precision) -> Floa
     teacher = models.teachers[name]
 
     def encode(rows: Sequence[int]) -> torch.Tensor:
-        pixels = _images(models, teacher.image, rows)
+        pixels = probe_images(models, teacher.image, rows)
         with models.use_accelerator():
             return teacher.encode_images(pixels)
 
@@ -144,7 +144,7 @@ def check_captioner(models: Models, name: str, count: int) -> None:
 def _caption(
     models: Models, captioner: Captioner, rows: Sequence[int], seeds: npt.NDArray[np.uint64]
 ) -> list[list[str]]:
-    pixels = _images(models, captioner.image, rows)
+    pixels = probe_images(models, captioner.image, rows)
     with models.use_accelerator():
         texts = captioner.caption(pixels, seeds)
     count = seeds.shape[1]
@@ -219,7 +219,7 @@ def _least_cosine(a: Floats, b: Floats) -> float:
     return float((products / lengths).min())
 
 
-def _images(models: Models, spec: ImageSpec | None, rows: Sequence[int]) -> torch.Tensor:
+def probe_images(models: Models, spec: ImageSpec | None, rows: Sequence[int]) -> torch.Tensor:
     """Images of 4 x 4 seeded colors as a model's pixels, [rows, 3, H, W]."""
     if spec is None:
         raise ValueError("it has no `image` (an ImageSpec), so it cannot encode images")

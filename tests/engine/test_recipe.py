@@ -68,7 +68,7 @@ def test_each_class_without_a_version_is_named_once() -> None:
     teachers = {name: {"class": f"{custom}:TextsOnly"} for name in ("one", "two")}
     teachers["versioned"] = {"class": f"{custom}:Radiology", "options": {"weights": "w"}}  # type: ignore[dict-item]
     config = parse_config(config_of("x.tar", "out", teachers=teachers))
-    notes = version_notes(build_layers(config, describe_models(config)).values())
+    notes = version_notes(info.identity for info in describe_models(config).values())
     assert [note.partition(",")[0] for note in notes] == [
         "class tests.helpers.models:SeedCaptioner has no `version`",
         f"class {custom}:TextsOnly has no `version`",

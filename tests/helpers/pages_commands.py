@@ -23,6 +23,7 @@ RUN = [
     r"reinforce plan my\.yaml",
     r"reinforce run my\.yaml( --set workers\.cpus=4| --retry-quarantined)?",
     r"reinforce status my-data",
+    r"reinforce check (my\.yaml|our_teachers:Tiny --options .*)",
     r"reinforce captions-report my-data",
     r"reinforce train student\.yaml",
     r"reinforce evaluate runs/s0 --config student\.yaml",

@@ -1,0 +1,157 @@
+"""Checking models without a run."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from reinforce.cli import main
+from reinforce.config import parse_config
+from reinforce.engine.check import Report, check_class, check_config, check_target
+from reinforce.errors import UserError
+from tests.helpers import tiny_models
+from tests.helpers.data import config_of
+from tests.helpers.models import SeedCaptioner
+from tests.helpers.tiny_coca import coca_model
+
+MODELS = "tests.helpers.models"
+
+
+class ThreeCaptions(SeedCaptioner):
+    """A captioner whose number of captions is an attribute of the class."""
+
+    captions = 3
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device, captions=3)
+
+
+class Both(SeedCaptioner):
+    """A captioner that could be a teacher."""
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels
+
+
+def sides(report: Report) -> list[tuple[str, str, int | None, int]]:
+    return [(row.model, row.side, row.dim, row.batch) for row in report.rows]
+
+
+def printed(report: Report) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report.table())
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def test_every_model_of_a_config_is_measured(tmp_path: Path) -> None:
+    teachers = {
+        "vit": {"model": tiny_models.open_clip_model(tmp_path / "vit")},
+        "dino": {"family": "transformers", "model": tiny_models.transformers_dinov2(tmp_path / "dino")},
+        "words": {"class": f"{MODELS}:TextOnly"},
+    }
+    captioners = {"coca": {"model": coca_model(tmp_path / "coca"), "captions": 2, "max_length": 8}}
+    config = config_of("x.tar", "out", teachers=teachers, captioners=captioners, workers={"batch": 9})
+    threads = torch.get_num_threads()
+    report = check_config(parse_config(config))
+    assert sides(report) == [
+        ("vit", "images", 16, 9),
+        ("vit", "texts", 16, 9),
+        ("dino", "images", 32, 9),
+        ("words", "texts", 6, 9),
+        ("coca", "captions", None, 9),
+    ]
+    assert all(row.rate > 0 for row in report.rows)
+    assert report.errors == []
+    assert [note.partition(",")[0] for note in report.notes] == [f"class {MODELS}:TextOnly has no `version`"]
+    assert torch.get_num_threads() == threads
+    lines = printed(report).splitlines()
+    assert lines[0].split() == ["model", "side", "dimension", "norm", "speed", "batch"]
+    assert lines[1].split()[:4] == ["vit", "images", "16", "1.0000"]
+    assert lines[1].split()[5:] == ["images/s", "9"]
+    assert lines[-1].split()[:4] == ["coca", "captions", "-", "-"]
+
+
+def test_a_model_that_fails_does_not_hide_the_others() -> None:
+    teachers: dict[str, Any] = {
+        "wrong": {"class": f"{MODELS}:WrongShapeTeacher"},
+        "absent": {"family": "transformers", "model": "/absent/it"},
+        "leaks": {"class": f"{MODELS}:TokenLeakingTeacher", "options": {"hf_token": "hf_t0ken", "endpoint": "it"}},
+        "good": {"class": f"{MODELS}:ImageOnly"},
+    }
+    report = check_config(parse_config(config_of("x.tar", "out", teachers=teachers, captioners={})))
+    assert [row.model for row in report.rows] == ["leaks", "good"]
+    wrong, absent, leaks = report.errors
+    assert wrong.startswith("wrong fails its self-test (images): embeddings must have shape (3, 6), got (3, 7)")
+    assert absent == "teacher absent: folder /absent/it does not exist"
+    assert leaks.startswith("leaks (texts) fails in a batch of 8: RuntimeError: it does not accept (secret) (")
+    assert "tests/helpers/models.py:" in leaks
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("ColorTeacher", {"dim": 12}, [("ColorTeacher", "images", 12, 64), ("ColorTeacher", "texts", 12, 64)]),
+        ("ImageOnly", {}, [("ImageOnly", "images", 5, 64)]),
+        ("SeedCaptioner", {}, [("SeedCaptioner", "captions", None, 64)]),
+        ("SeedCaptioner", {"captions": 4}, [("SeedCaptioner", "captions", None, 64)]),
+    ],
+)
+def test_a_class_is_checked_by_its_methods(name: str, options: dict[str, Any], expected: list[Any]) -> None:
+    report = check_class(f"{MODELS}:{name}", options)
+    assert report.errors == []
+    assert sides(report) == expected
+
+
+def test_the_kind_is_needed_where_the_methods_do_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "our_checked", sys.modules[__name__])
+    assert sides(check_class("our_checked:ThreeCaptions", {})) == [("ThreeCaptions", "captions", None, 64)]
+    with pytest.raises(UserError, match=r"both `caption` and `encode_\*`: .* --kind teacher or --kind captioner"):
+        check_class("our_checked:Both", {})
+    assert sides(check_class("our_checked:Both", {}, "captioner")) == [("Both", "captions", None, 64)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing",), "neither a YAML file nor a class such as our_teachers:Tiny"),
+        (("absent.yaml",), "absent.yaml"),
+        ((f"{MODELS}:ColorTeacher", "[1]"), "--options must be a JSON object"),
+        ((f"{MODELS}:ColorTeacher", "{"), "--options must be a JSON object"),
+        ((f"{MODELS}:ColorTeacher", '{"sise": 3}'), "unexpected keyword argument 'sise'"),
+        ((f"{MODELS}:Absent",), "has no such name"),
+        (("no.such:Teacher",), "cannot be imported"),
+        ((":Teacher",), "must be package.module:Class"),
+        ((f"{MODELS}:ColorTeacher", None, None, ["seed=1"]), "--set belongs to a config"),
+        (("x.yaml", "{}"), "--options and --kind belong to a class"),
+    ],
+)
+def test_a_wrong_target_is_a_user_error(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_target(*arguments)
+
+
+def test_the_command_exits_with_0_or_with_2_and_the_check_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    (tmp_path / "our_check_lab.py").write_text(
+        f"from {MODELS} import ColorTeacher\n\n\nclass Mine(ColorTeacher):\n    version = 1\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["check", "our_check_lab:Mine", "--options", '{"size": 8}'])
+    assert ended.value.code in (0, None)
+    assert "Mine" in capsys.readouterr().out
+    teachers = {"wrong": {"class": f"{MODELS}:WrongShapeTeacher"}}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config_of("x.tar", "out", teachers=teachers, captioners={})))
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", "my.yaml"])
+    assert "error: wrong fails its self-test (images): embeddings must have shape" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["my.yaml", "our_check_lab.py"]
