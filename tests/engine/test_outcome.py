@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import pytest
 
@@ -20,5 +21,6 @@ def test_failures_survive_pickling() -> None:
 def test_an_error_of_a_model_names_its_layer() -> None:
     with pytest.raises(LayerFailure) as raised, raising_layer_failure("captions/c"):
         raise ValueError("odd")
-    assert str(raised.value) == "captions/c: ValueError: odd"
+    message = re.escape("captions/c: ValueError: odd (tests/engine/test_outcome.py:")
+    assert re.fullmatch(message + r'\d+ in test_\w+: `raise ValueError\("odd"\)`\)', str(raised.value))
     assert isinstance(raised.value.__cause__, ValueError)
