@@ -42,8 +42,9 @@ demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner
 	$(BIN)/python -m reinforce.demo keep demo/teachers/conv-48/student configs/demo-models/conv-48
 	$(BIN)/python -m reinforce.demo keep demo/teachers/coca-finetune/captioner configs/demo-models/coca-64
 
-test: $(INSTALLED) ## run the tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# One thread for each process, and three processes for two cores, since some tests mostly wait.
+test: $(INSTALLED) ## run the tests, three files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: $(INSTALLED) ## the pipeline compared with this machine's limits (two minutes)
 	$(BIN)/python -m benchmarks.pipeline

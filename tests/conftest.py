@@ -80,3 +80,13 @@ def shards(tmp_path: Path) -> Callable[..., str]:
         return f"{tmp_path}/{folder}/*.tar"
 
     return write
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread the files that mostly wait (for clusters and killed processes) over those that mostly compute."""
+    files = list(dict.fromkeys(item.path for item in items))
+    waiting = [file for file in files if file.parent.name == "integration"]
+    computing = [file for file in files if file.parent.name != "integration"]
+    step = 0.8 * len(computing) / max(1, len(waiting))  # the last files are short, so that no process ends late
+    place = {file: float(n) for n, file in enumerate(computing)} | {file: n * step for n, file in enumerate(waiting)}
+    items.sort(key=lambda item: place[item.path])

@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from reinforce.demo import icon_sets
 from reinforce.demo.data import shared_concepts, write_shards, write_tests
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The student's training shards."""
-    return write_shards(tmp_path_factory.mktemp("demo") / "shards")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's `shards` and `tests`, written once for all processes of a session: drawing them takes seconds."""
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    folder = (tmp_path_factory.getbasetemp().parent if parallel else tmp_path_factory.getbasetemp()) / "demo-data"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            write_shards(f"{folder}.new/shards")
+            write_tests(f"{folder}.new/tests")
+            os.rename(f"{folder}.new", folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(demo_folder: Path) -> list[Path]:
+    """The student's training shards."""
+    return sorted((demo_folder / "shards").glob("*.tar"))
+
+
+@pytest.fixture(scope="session")
+def tests(demo_folder: Path) -> Path:
     """The folder of the test sets."""
-    folder = tmp_path_factory.mktemp("demo") / "tests"
-    write_tests(folder)
-    return folder
+    return demo_folder / "tests"
 
 
 def pack(folder: Path, package: str, members: dict[str, object]) -> None:

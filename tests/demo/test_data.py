@@ -52,12 +52,6 @@ def test_images_are_72_pixels_square(shards: list[Path]) -> None:
                     assert image.size == (PIXELS, PIXELS)
 
 
-def test_shards_are_equal_bytes_in_another_folder(shards: list[Path], tmp_path: Path) -> None:
-    again = write_shards(tmp_path)
-    assert [path.name for path in again] == [path.name for path in shards]
-    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(again, shards, strict=True))
-
-
 def test_complete_shards_are_not_rewritten_and_a_damaged_one_is_repaired(tmp_path: Path) -> None:
     first, second, *_ = write_shards(tmp_path)
     whole, before = second.read_bytes(), first.stat().st_mtime_ns

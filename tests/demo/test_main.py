@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from reinforce.demo.__main__ import app
 from reinforce.errors import UserError
+from tests.helpers.data import tree
 from tests.helpers.demo import ROOT
 
 
@@ -26,12 +27,13 @@ def test_commands_of_the_makefile_exist() -> None:
         assert "--help" in run(command, "--help")
 
 
-def test_data_writes_shards_and_test_sets(tmp_path: Path) -> None:
+def test_data_writes_shards_and_test_sets_of_equal_bytes(demo_folder: Path, tmp_path: Path) -> None:
     output = run("data", "--out", str(tmp_path / "shards"), "--tests", str(tmp_path / "tests"))
     assert f"3 shards in {tmp_path}/shards" in output
     assert {path.name for path in (tmp_path / "tests").iterdir()} == {
         "classes.txt", "groups.json", "unseen-pictures", "unseen-style",
     }  # fmt: skip
+    assert tree(tmp_path) == tree(demo_folder)
 
 
 def test_compare_without_students_is_a_user_error(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_they_resum
     start: Start, base: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    config = written(base, output)
+    config = written(base, output, {"data": {**base["data"], "workers": 0}})
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "reinforce", "train"]
     stopped = start(*command, config)
     wait_for_step(stopped, output, 10)
@@ -183,7 +183,7 @@ def test_two_ranks_on_ray_train_have_the_curve_of_one(
     base: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, ranks in (("one", 1), ("two", 2)):
-        config = written(base, tmp_path / name)
+        config = written(base, tmp_path / name, {"data": {**base["data"], "workers": 0}})
         with pytest.raises(SystemExit) as ended:
             main(["train", config, "--set", "train.steps=10", "--set", f"train.compute.ranks={ranks}"])
         assert ended.value.code == 0
