@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from reinforce.cluster import ray_cluster
 from reinforce.config import Config, load_config, parse_config
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import scale_notes, update_manifest
@@ -63,6 +62,8 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
         check_source(plan)
         if retry_quarantined:
             _forget_quarantine(plan, store)
+        from reinforce.cluster import ray_cluster  # imports Ray, which planning does not need
+
         with ray_cluster(address), Progress() as progress:
             from reinforce.engine.driver import Driver
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_planning_a_hundred_thousand_shards_is_quick_and_lean(tmp_path: Path) -> None:
     code = f"""
-import re, time
+import re, sys, time
 start = time.process_time()
 from reinforce.cli import main
 try:
@@ -31,6 +31,7 @@ try:
 except SystemExit as end:
     assert not end.code, end.code
 print("seconds", time.process_time() - start)
+print("imported", sorted({{"ray", "torch"}} & sys.modules.keys()))
 status = open("/proc/self/status").read()  # getrusage would count the process that forked this one
 print("megabytes", int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)
 """
@@ -38,6 +39,7 @@ print("megabytes", int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)
     assert done.returncode == 0, done.stderr
     figures = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("seconds", "megabytes")))
     assert "100,000 shards" in done.stdout
+    assert "imported []" in done.stdout, "planning needs neither"
     assert float(figures["seconds"]) < 10
     assert float(figures["megabytes"]) < 500
 
