@@ -45,6 +45,11 @@ class Storage:
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
 
+    @property
+    def relative(self) -> bool:
+        """Whether ``url`` is a local path relative to the working directory."""
+        return self.local and not os.path.isabs(os.path.expanduser(self.url.partition("://")[2] or self.url))
+
     def path(self, *parts: str) -> str:
         return posixpath.join(self.root, *parts)
 
@@ -119,8 +124,7 @@ class Storage:
         """Raise UserError in a job of `ray job submit` if this is a folder of the code that was uploaded with it."""
         if not self.local or _JOB_VARIABLE not in os.environ:
             return
-        relative = not os.path.isabs(os.path.expanduser(self.url.partition("://")[2] or self.url))
-        if relative or _UPLOADED_FOLDER in Path(self.root).parts:
+        if self.relative or _UPLOADED_FOLDER in Path(self.root).parts:
             raise UserError(
                 f"output {self.url} is in the temporary folder of a Ray job, {os.getcwd()}, and would be lost. Set "
                 "`output` to an absolute path that every node reaches, or to a URL such as s3://BUCKET/FOLDER."

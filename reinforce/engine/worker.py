@@ -69,8 +69,7 @@ class Worker:
 
     def _check_output(self) -> None:
         """Raise UserError if ``output`` is relative to a folder of the driver that this node does not have."""
-        path = self.config.output.partition("://")[2] or self.config.output
-        if self.store.local and not os.path.isabs(path) and self.missing_folder is not None:
+        if self.store.relative and self.missing_folder is not None:
             raise UserError(
                 f"output {self.store.url} is relative to {self.missing_folder}, which does not exist on "
                 f"{socket.gethostname()}. Set `output` to an absolute path that every node reaches, or to a URL "

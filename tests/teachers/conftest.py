@@ -1,4 +1,4 @@
-"""Fixtures of tiny captioners of transformers, saved once per session."""
+"""Tiny models, saved once per session."""
 
 from __future__ import annotations
 
@@ -10,8 +10,25 @@ import pytest
 
 from teachers.device import Accelerator
 from teachers.transformers_captioner import TransformersCaptioner, load
-from tests.helpers import tiny_captioners
+from tests.helpers import tiny_captioners, tiny_models
 from tests.helpers.tiny_captioners import Captioners, spec_of
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Models of open_clip as `local-dir:` names, by kind."""
+    return tiny_models.open_clip_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with teachers of transformers, one folder each."""
+    root = tmp_path_factory.mktemp("transformers")
+    tiny_models.transformers_clip(root / "clip")
+    tiny_models.transformers_siglip(root / "siglip")
+    tiny_models.transformers_dinov2(root / "dinov2")
+    tiny_models.transformers_bert(root / "bert")
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -21,11 +21,6 @@ CPU = Accelerator("cpu")
 TEXTS = ["a", "a photo of a dog on the beach", "", "so many words " * 60, "Ünïcode – 犬"]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return tiny_models.open_clip_models(tmp_path_factory.mktemp("models"))
-
-
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))

@@ -30,16 +30,6 @@ CPU = Accelerator("cpu")
 TEXTS = ["a", "a photo of a dog on the beach", "", "so many words " * 60, "Ünïcode – 犬"]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("transformers")
-    tiny_models.transformers_clip(root / "clip")
-    tiny_models.transformers_siglip(root / "siglip")
-    tiny_models.transformers_dinov2(root / "dinov2")
-    tiny_models.transformers_bert(root / "bert")
-    return root
-
-
 def _load(folder: Path, device: Accelerator = CPU, **spec: Any) -> Any:
     return load(TeacherSpec(family="transformers", model=str(folder), **spec), device)
 

@@ -14,19 +14,8 @@ from teachers import transformers_catalog as catalog
 from teachers.device import Accelerator
 from teachers.spec import TeacherSpec
 from teachers.transformers import load
-from tests.helpers import tiny_models
 
 CPU = Accelerator("cpu")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("transformers")
-    tiny_models.transformers_clip(root / "clip")
-    tiny_models.transformers_siglip(root / "siglip")
-    tiny_models.transformers_dinov2(root / "dinov2")
-    tiny_models.transformers_bert(root / "bert")
-    return root
 
 
 def _load(folder: Path, device: Accelerator = CPU, **spec: Any) -> Any:
