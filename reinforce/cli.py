@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -368,8 +367,6 @@ def _is_first_rank() -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. A user error prints one line and exits with status 2."""
-    if os.getcwd() not in sys.path:  # custom classes can be next to the config
-        sys.path.insert(0, os.getcwd())
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides warnings about settings that are intended
     try:
         app(args=arguments)

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 
@@ -29,18 +30,35 @@ def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[Non
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
+            with _package_folder():
+                ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
         except (ConnectionError, RuntimeError) as error:
             raise UserError(f"no Ray cluster at {address}: {error}. Check --address and RAY_ADDRESS.") from error
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # ERROR, because at WARNING Ray explains token authentication, which does not apply to one machine.
         quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
-        ray.init(address="local", num_cpus=cores, log_to_driver=log_to_driver, **quiet)
+        with _package_folder():
+            ray.init(address="local", num_cpus=cores, log_to_driver=log_to_driver, **quiet)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _package_folder() -> Iterator[None]:
+    """Work in the folder of this package for a moment.
+
+    ``ray.init`` puts the working folder first on the import path of all workers, where a file such as ``pyarrow.py`` in
+    the folder of a dataset would be run. Workers look custom classes up in the driver's folder by themselves.
+    """
+    before = os.getcwd()
+    os.chdir(Path(__file__).parents[1])
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def is_node_alive(node: str) -> bool:

@@ -166,6 +166,12 @@ class Config(Section):
         """Whether the samples layer stores the encoded images, instead of references into the source tars."""
         return self.images == "embed"
 
+    @property
+    def classes(self) -> list[str]:
+        """Custom classes of teachers and captioners, ``package.module:Class``, which are imported and run."""
+        specs = (*self.teachers.values(), *self.captioners.values())
+        return list(dict.fromkeys(spec.class_ for spec in specs if spec.class_ is not None))
+
     @model_validator(mode="after")
     def _check_published(self) -> Config:
         models = (*self.teachers.items(), *self.captioners.items())

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,9 +125,14 @@ def errors_naming(what: str) -> Iterator[None]:
 
 
 def import_class(spec: ModelSpec) -> type:
-    """Import the class of a spec and check its options against its ``__init__``. Raises ValueError."""
+    """Import the class of a spec and check its options against its ``__init__``. Raises ValueError.
+
+    The working folder is searched, too, after the installed packages: a file in it replaces none of them.
+    """
     assert spec.class_ is not None
     module_name, _, class_name = spec.class_.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # importing the module may raise anything

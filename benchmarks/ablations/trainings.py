@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -138,7 +137,6 @@ def _run_training(config: StudentConfig, folder: str) -> None:
     """
     if os.path.isdir(folder):
         os.chdir(folder)
-        sys.path[:0] = [folder] if folder not in sys.path else []
     job = make_job(config)
     with join_ranks(config.train.compute) as ranks, Storage(job.output).lock():
         run_rank(partial(build, config), job, ranks, StopSignal())

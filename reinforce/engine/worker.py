@@ -52,7 +52,8 @@ class Worker:
         self._check_output()
         torch.set_num_threads(self.config.workers.cpus)
         warnings.filterwarnings("ignore", module="PIL")  # one line per image with odd metadata; refusals are recorded
-        sys.path[:0] = [path for path in self.folders if path not in sys.path]
+        if self.config.classes:
+            sys.path += [path for path in self.folders if path not in sys.path]  # behind installed packages
         layers = [self.layers[name] for name in sorted(self.needed)]
         self.models = load_models(self.config, layers)
         check_models(self.models, layers, precisions(self.config))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -198,7 +197,6 @@ def _train_rank(settings: dict[str, Any]) -> None:
     folder, mailbox, job = settings["folder"], settings["mailbox"], settings["job"]
     if os.path.isdir(folder):  # paths of the config and custom classes are relative to the driver's folder
         os.chdir(folder)
-        sys.path[:0] = [folder] if folder not in sys.path else []
     if ray.get(mailbox.outcome.remote())[0]:
         return  # this is a restart after a user error, which a restart cannot fix
     stop = StopSignal()

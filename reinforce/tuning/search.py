@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -221,7 +220,6 @@ def _run_trial(
     # files on this node; on an existing cluster Tune changes the working directory.
     home = next(filter(os.path.isdir, [folder, os.environ.get("TUNE_ORIG_WORKING_DIR", "")]), os.getcwd())
     os.chdir(home)
-    sys.path[:0] = [home] if home not in sys.path else []
     student = configs[config["name"]]
     job = make_job(student)
 

@@ -1,0 +1,70 @@
+"""Files in the working folder are not imported in place of packages: it may be the folder of somebody's dataset."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.helpers.data import config_of
+from tests.helpers.reinforced import small_dataset
+
+REINFORCE = str(Path(sys.executable).with_name("reinforce"))
+#: Names of packages that some command imports.
+PACKAGES = ("PIL", "fsspec", "numpy", "pyarrow", "pydantic", "ray", "torch", "yaml", "our_teachers")
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A dataset with files that have the names of packages, and write a file when they are imported."""
+    folder = Path(small_dataset(tmp_path, (3,)))
+    for package in PACKAGES:
+        code = "import pathlib\npathlib.Path(__file__).with_suffix('.ran').touch()\n"
+        (folder / f"{package}.py").write_text(code)
+    return folder
+
+
+def ran(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.ran"))
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("program", [[REINFORCE], [sys.executable, "-m", "reinforce"]], ids=["script", "module"])
+def test_a_command_about_a_dataset_runs_no_file_of_it(dataset: Path, program: list[str]) -> None:
+    for arguments in (["status", "."], ["drop", ".", "embeddings/red/namer"]):
+        done = run(dataset, *program, *arguments)
+        assert (done.returncode, ran(dataset)) == (0, []), done.stderr
+
+
+def test_a_plan_runs_no_file_of_the_working_folder(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config_of(f"{tmp_path}/source/*.tar", dataset)))
+    done = run(dataset, REINFORCE, "plan", f"{tmp_path}/my.yaml")
+    assert (done.returncode, ran(dataset)) == (0, []), done.stderr
+    assert "1 shards, 0 with something missing" in done.stdout
+
+
+def test_a_class_in_the_working_folder_is_found_after_the_packages(dataset: Path) -> None:
+    code = "from tests.helpers.models import ColorTeacher\n\n\nclass Mine(ColorTeacher):\n    version = 1\n"
+    (dataset / "our_lab.py").write_text(code)
+    done = run(dataset, REINFORCE, "check", "our_lab:Mine", "--options", '{"size": 8}')
+    assert (done.returncode, ran(dataset)) == (0, []), done.stderr
+    assert "Mine" in done.stdout
+
+
+def test_the_workers_of_a_run_import_packages_first(dataset: Path, shards: Callable[..., str], tmp_path: Path) -> None:
+    config = config_of(shards(2, folder="more"), tmp_path / "new", captioners={})
+    config["teachers"] = {"mine": {"class": "our_lab:Mine"}}
+    (dataset / "our_lab.py").write_text(
+        "from tests.helpers.models import ColorTeacher\n\n\nclass Mine(ColorTeacher): ...\n"
+    )
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
+    done = run(dataset, REINFORCE, "run", f"{tmp_path}/my.yaml")
+    assert (done.returncode, ran(dataset)) == (0, []), done.stderr
+    assert (tmp_path / "new" / "embeddings" / "mine").is_dir()
