@@ -73,7 +73,7 @@ def _scan_tar(url: str, data: Data, where: str) -> ShardPairs:
         if isinstance(item, Refusal):
             pairs.refused.append(item)
         else:
-            pairs.add(item.key, canonical(url), item.offset, item.length, item.sidecars)
+            pairs.add(item.key, canonical(url), item.offset, item.length, item.all_sidecars)
     return pairs.build()
 
 

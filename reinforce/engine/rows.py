@@ -24,7 +24,7 @@ from reinforce.engine.published_members import Unreadable
 from reinforce.prefetch import prefetch
 from reinforce.source.image import ImageRefused, decode, image_policy
 from reinforce.source.shards import RawSample, Refusal, read_shard, referenced_images
-from reinforce.source.text import caption_of, json_error, metadata_of
+from reinforce.source.text import caption_of, json_error, metadata_of, why_no_caption
 from schemas import Reason, image_column
 from teachers.protocols import ImageSpec
 
@@ -203,15 +203,18 @@ def _new_row(config: Config, raw: RawSample, spec: RowSpec) -> Row | Refusal:
         return Refusal(raw.key, refused.reason, refused.detail)
     except Unreadable as error:
         return Refusal(key, Reason.REINFORCEMENT_BROKEN, str(error))
-    metadata = metadata_of(raw.sidecars, config.input.metadata)
+    fields = config.input.captions
+    metadata = metadata_of(raw.all_sidecars, config.input.metadata)
+    caption = caption_of(raw.sidecars, fields, limits) or caption_of(raw.all_sidecars, fields, limits)
+    left_out = [*_left_out(config, raw, metadata)]
+    if caption is None and fields and len(raw.members) > 1:
+        left_out.append(Refusal(raw.key, Reason.NO_TEXT, why_no_caption(raw.all_sidecars, fields, raw.members)))
     return Row(
         key,
-        caption_of(raw.sidecars, config.input.captions, limits),
+        caption,
         _pixels(image, augmentations, spec),
         {} if published is None else published.values(key),
-        NewSample(
-            metadata, width, height, raw.image, raw.offset, augmentations, tuple(_left_out(config, raw, metadata))
-        ),
+        NewSample(metadata, width, height, raw.image, raw.offset, augmentations, tuple(left_out)),
     )
 
 
@@ -225,7 +228,7 @@ def _left_out(config: Config, raw: RawSample, metadata: str | None) -> Iterator[
     for extension in sorted(
         {extension for extension, is_json, _ in fields if is_json} | ({"json"} if keeps_metadata else set())
     ):
-        data = raw.sidecars.get(extension)
+        data = raw.all_sidecars.get(extension)
         if data is None or (extension == "json" and metadata is not None):
             continue
         fault = json_error(data)

@@ -197,12 +197,16 @@ class _ShardProcess:
             return np.concatenate(outputs[layer.name]), np.array([row.unreadable is None for row in rows])
         if layer.texts == TRUE_CAPTION:
             texts = [[row.caption] if row.caption else None for row in rows]
+            detail = (
+                f"no caption to encode: none at input.captions ({', '.join(self.config.input.captions) or 'empty'})"
+            )
         else:
             texts = captions[_captions_of(layer)]
+            detail = f"no caption to encode: {_captions_of(layer)} has none for this key"
         values, valid = self.inference.encode_texts(layer, texts)
         for row, encoded in zip(rows, valid, strict=True):
             if not encoded:
-                self.refusals.add(layer.name, Refusal(row.key, Reason.NO_TEXT, "no caption to encode"))
+                self.refusals.add(layer.name, Refusal(row.key, Reason.NO_TEXT, detail))
         return values, valid
 
     def _clean(self, layer: Layer, key: str, texts: list[str] | None) -> list[str] | None:

@@ -99,7 +99,7 @@ def open_retrieval_set(name: str, config: RetrievalSet, limits: Limits) -> Retri
         for item in itertools.islice(read_samples(config.pairs, limits, name), config.limit):
             if isinstance(item, Refusal):
                 yield item
-            elif captions := read_captions(item.sidecars, config.captions, limits):
+            elif captions := read_captions(item.all_sidecars, config.captions, limits):
                 yield Example(item.key, functools.partial(bytes, item.image), captions)
             else:
                 yield Refusal(item.key, Reason.NO_TEXT, f"no caption at {', '.join(config.captions)}")
@@ -143,7 +143,7 @@ def _select_files(folders: Sequence[list[File]], limit: int | None) -> list[tupl
 
 
 def _require_label(sample: RawSample, field: str, where: str) -> int | str:
-    label = read_label(sample.sidecars, field)
+    label = read_label(sample.all_sidecars, field)
     if label is None:
         members = ", ".join(sorted(sample.sidecars)) or "none"
         raise UserError(
@@ -186,7 +186,7 @@ def _index_labels(classes: Sequence[str], labels: Sequence[int | str], where: st
 
 
 def _record_group(group_of: dict[int | str, str], label: int | str, sample: RawSample, field: str, where: str) -> None:
-    group = read_json_field(sample.sidecars, field)
+    group = read_json_field(sample.all_sidecars, field)
     if not isinstance(group, str):
         raise UserError(f"{where}: {sample.key} has no group at {field}, but {group!r}: want a group name.")
     if group_of.setdefault(label, group) != group:

@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
@@ -20,6 +21,7 @@ IMAGE_EXTENSIONS = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif"}
     | {"pnm", "pbm", "pgm", "ppm"}
 )
+T = TypeVar("T")
 _META = re.compile(r"__[^/]*__(/|$)")
 
 
@@ -42,6 +44,13 @@ class RawSample:
     length: int
     sidecars: dict[str, bytes]  # by lower-case extension: txt, json, ...
     left_out: Mapping[str, Refusal] = field(default_factory=dict)  # by extension: sidecars that were not read, and why
+    of_image: Mapping[str, bytes] = field(default_factory=dict)  # of an image v1.png: the sidecar v1.txt, as txt
+    members: tuple[str, ...] = ()  # the extensions of all members, in order
+
+    @property
+    def all_sidecars(self) -> dict[str, bytes]:
+        """The sidecars by extension, those that share the image's compound extension included."""
+        return {**self.of_image, **self.sidecars}
 
 
 def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSample | Refusal]:
@@ -50,7 +59,8 @@ def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSam
     A sample is a run of members with the same key. The key is the path up to the first dot of the file name; the rest,
     in lower case, is the extension. Hidden files and ``__MACOSX`` and ``__meta__`` names belong to no sample. The image
     is the first member with an image extension; ``jpg`` takes precedence over a compound extension such as
-    ``depth.png``. Of the other members, those of at most ``limits.sidecar_bytes`` are kept.
+    ``depth.png``. Of the other members, those of at most ``limits.sidecar_bytes`` are kept. Where the image's extension
+    is compound (``v1.png``), a sidecar with the same beginning (``v1.txt``) stands in for an absent ``txt``.
     A key that occurs again later is refused, because the members of a sample must be next to each other. If most
     samples are split in this way, the shard as a whole is refused at its end.
     A shard that is missing, unreadable or damaged yields a Refusal without a key; samples before and after the damage
@@ -181,7 +191,7 @@ class _Group:
 
     def _sample(self, key: str, limits: Limits) -> RawSample | Refusal:
         if not self.needs_image:
-            return RawSample(key, b"", 0, 0, self.sidecars, self.left_out)
+            return RawSample(key, b"", 0, 0, self.sidecars, self.left_out, members=self._members)
         if self.image is None:
             return Refusal(key, Reason.NO_IMAGE, f"no image among: {self._listed()}")
         if self.cut_off:
@@ -189,13 +199,26 @@ class _Group:
         if self.data is None:
             detail = f"{self.image.size} bytes, above limits.image_bytes of {limits.image_bytes}"
             return Refusal(key, Reason.IMAGE_BYTES, detail)
-        return RawSample(key, self.data, self.image.offset, self.image.size, self.sidecars, self.left_out)
+        left_out = {**self._of_image(self.left_out), **self.left_out}
+        of_image = self._of_image(self.sidecars)
+        image = self.image
+        return RawSample(key, self.data, image.offset, image.size, self.sidecars, left_out, of_image, self._members)
+
+    def _of_image(self, sidecars: Mapping[str, T]) -> dict[str, T]:
+        """The sidecars whose compound extension begins as the image's, by its last part where no other has that."""
+        start = self.image_extension.removesuffix(self.image_extension.rpartition(".")[2])
+        named = {name.removeprefix(start): value for name, value in sidecars.items() if name.startswith(start)}
+        return {name: value for name, value in named.items() if name not in (*self.sidecars, *self.left_out)}
 
     def _leave_out(self, extension: str, reason: Reason, detail: str) -> None:
         self.left_out[extension] = Refusal(as_utf8(self.key), reason, f".{as_utf8(extension)}: {detail}")
 
+    @property
+    def _members(self) -> tuple[str, ...]:
+        return tuple(map(as_utf8, self.extensions))
+
     def _listed(self) -> str:
-        return ", ".join(map(as_utf8, self.extensions))[:200]
+        return ", ".join(self._members)[:200]
 
 
 class _KeyedMembers:

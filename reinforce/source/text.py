@@ -42,6 +42,31 @@ def caption_of(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Lim
     return None
 
 
+def why_no_caption(sidecars: Mapping[str, bytes], fields: Sequence[str], members: Sequence[str]) -> str:
+    """Return where :func:`caption_of` looked in vain, and which ``members`` (extensions) the sample has."""
+    looked = [f"{_place(field)}{_state(sidecars, field, members)}" for field in fields]
+    present = ", ".join(sorted(f".{extension}" for extension in members))
+    return f"no caption: looked for {', '.join(looked)}; the sample has {present}"[:500]
+
+
+def _place(field: str) -> str:
+    return field if ":" in field else f".{field}"
+
+
+def _state(sidecars: Mapping[str, bytes], field: str, members: Sequence[str]) -> str:
+    """Why the member of a caption field gives no caption; nothing where there is no such member."""
+    extension, is_json, name = field.partition(":")
+    data = sidecars.get(extension)
+    if data is None:
+        return " (not read)" if extension in members else ""
+    if not is_json:
+        return " (empty)"
+    document = parse_json(data)
+    if not isinstance(document, dict):
+        return " (not a JSON object)"
+    return " (empty, or not a text)" if name in document else " (no such field)"
+
+
 def metadata_of(sidecars: Mapping[str, bytes], keep: str | Sequence[str]) -> str | None:
     """Return the json sidecar as compact JSON text, keys in their original order.
 

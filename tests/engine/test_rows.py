@@ -16,6 +16,7 @@ from reinforce.dataset.store import Store
 from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, max_group_rows, rows_from_samples, rows_from_source
 from reinforce.source.image import decode
 from reinforce.source.shards import Refusal
+from schemas import Reason
 from teachers.pixels import fit
 from teachers.protocols import ImageSpec
 from tests.helpers.data import config_of, members_of, write_tar
@@ -86,6 +87,39 @@ def test_an_unusable_sidecar_is_left_out_of_its_sample(tmp_path: Path) -> None:
     [row] = rows_of(from_source(shard_config(tmp_path, members)))
     assert row.sample is not None
     assert [(part.key, part.reason.value) for part in row.sample.left_out] == [(row.key, "sidecar_broken")]
+
+
+def test_a_caption_is_found_by_the_compound_extension_of_its_image(tmp_path: Path) -> None:
+    (_, image), *_ = members_of(0, 1)
+    members = [("pic 0.v1.png", image), ("pic 0.v1.txt", b"a cat"), ("pic 0.v1.json", b'{"uid": 1}')]
+    [row] = rows_of(from_source(shard_config(tmp_path, members)))
+    assert row.sample is not None
+    assert (row.key, row.caption, row.sample.metadata) == ("pic 0", "a cat", '{"uid":1}')
+    assert row.sample.left_out == ()
+
+
+def test_a_caption_that_was_read_without_compound_extensions_stays(tmp_path: Path) -> None:
+    (_, image), *_ = members_of(0, 1)
+    members = [("0.v1.png", image), ("0.v1.txt", b"a cat"), ("0.json", b'{"caption": "a dog"}')]
+    [row] = rows_of(from_source(shard_config(tmp_path, members)))
+    assert (row.key, row.caption) == ("0", "a dog")
+
+
+def test_a_sample_without_a_caption_records_what_was_looked_for_and_what_is_there(tmp_path: Path) -> None:
+    (_, image), *_ = members_of(0, 1)
+    config = shard_config(tmp_path, [("0.png", image), ("0.caption", b"a cat"), ("1.png", image)])
+    first, second = rows_of(from_source(config))
+    assert first.sample is not None
+    assert second.sample is not None
+    [refusal] = first.sample.left_out
+    detail = "no caption: looked for .txt, json:caption; the sample has .caption, .png"
+    assert refusal == Refusal("0", Reason.NO_TEXT, detail)
+    assert second.sample.left_out == (), "a set of images alone is not reported sample by sample"
+    [found, _] = rows_of(from_source({**config, "input": {"captions": ["caption"]}}))
+    assert found.caption == "a cat"
+    [unwanted, _] = rows_of(from_source({**config, "input": {"captions": []}}))
+    assert unwanted.sample is not None
+    assert unwanted.sample.left_out == ()
 
 
 def test_images_are_not_read_back_where_no_layer_needs_them(tmp_path: Path) -> None:

@@ -39,7 +39,10 @@ def test_a_result_lists_the_committed_layers_their_bytes_and_what_was_refused(tm
     files = {name: data for name, data in tree(tmp_path / "out").items() if not name.startswith("quarantine")}
     assert {name.rpartition("/")[0] for name in files} == set(result.layers)
     assert (result.samples, result.bytes, result.given_up) == (8, sum(map(len, files.values())), None)
-    assert result.refused == {"image_broken": 1, "no_text": 2}, "one caption is missing for both teachers"
+    assert result.refused == {"image_broken": 1, "no_text": 3}, "one caption is missing, for both teachers"
+    [path] = (tmp_path / "out/quarantine/embeddings/red/caption").iterdir()
+    [row] = pq.read_table(path).to_pylist()
+    assert row["detail"] == "no caption to encode: none at input.captions (txt, json:caption)"
     assert 0 < result.busy < result.seconds
     for name in files:
         metadata = pq.read_metadata(tmp_path / "out" / name)

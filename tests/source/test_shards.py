@@ -48,6 +48,21 @@ def test_the_key_goes_up_to_the_first_dot_of_the_file_name(name, key, extension)
     assert (sample.key, sample.sidecars) == (key, {f"{extension}.txt": b"t"})
 
 
+def test_sidecars_with_the_compound_extension_of_the_image_belong_to_it():
+    members = [("0.v1.png", b"I"), ("0.v1.txt", b"t"), ("0.V1.json", b"{}"), ("0.v2.txt", b"u"), ("0.v1.x.txt", b"x")]
+    (sample,) = read(tar_bytes(members))
+    assert (sample.key, sample.image) == ("0", b"I")
+    assert sample.of_image == {"txt": b"t", "json": b"{}", "x.txt": b"x"}
+    assert sample.sidecars.keys() == {"v1.txt", "v1.json", "v2.txt", "v1.x.txt"}
+    assert sample.members == ("v1.png", "v1.txt", "v1.json", "v2.txt", "v1.x.txt")
+    (plain,) = read(tar_bytes([*members, ("0.txt", b"plain")]))
+    assert plain.all_sidecars["txt"] == b"plain", "the caption of a sample that had one stays"
+    (large,) = read(tar_bytes([("0.v1.png", b"I"), ("0.v1.txt", bytes(301))]))
+    assert large.left_out["txt"].detail.startswith(".v1.txt: 301 bytes")
+    (other,) = read(tar_bytes([("0.jpg", b"J"), *members]))
+    assert (other.image, other.of_image) == (b"J", {})
+
+
 HIDDEN = ["README", "a/README", ".hidden.jpg", "a/.hidden.jpg", "a/._b.jpg"]
 META = ["__MACOSX/a.jpg", "x/__MACOSX/a.jpg", "__index__", "__meta__/a.jpg", "__a.b__"]
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reinforce.config import Input, Limits
-from reinforce.source.text import caption_of, metadata_of
+from reinforce.source.text import caption_of, metadata_of, why_no_caption
 
 LIMITS = Limits()
 FIELDS = Input().captions
@@ -125,3 +125,19 @@ def test_any_json_object_becomes_valid_json_with_the_same_values(document, ascii
     again = json.loads(text, parse_constant=pytest.fail)
     if "\\u" not in json.dumps(document) and not re.search("NaN|Infinity", json.dumps(document)):
         assert again == document
+
+
+@pytest.mark.parametrize(
+    ("sidecars", "members", "expected"),
+    [
+        ({"json": b"{}"}, ["png", "json"], ".txt, json:caption (no such field); the sample has .json, .png"),
+        ({"txt": b" "}, ["png", "txt"], ".txt (empty), json:caption; the sample has .png, .txt"),
+        ({"json": b"["}, ["png", "json"], ".txt, json:caption (not a JSON object); the sample has .json, .png"),
+        ({"json": b'{"caption": 5}'}, ["json"], ".txt, json:caption (empty, or not a text); the sample has .json"),
+        ({}, ["png", "txt"], ".txt (not read), json:caption; the sample has .png, .txt"),
+        ({}, ["caption", "png"], ".txt, json:caption; the sample has .caption, .png"),
+    ],
+)
+def test_a_missing_caption_is_explained_by_where_it_was_looked_for_and_what_is_there(sidecars, members, expected):
+    assert caption_of(sidecars, FIELDS, LIMITS) is None
+    assert why_no_caption(sidecars, FIELDS, members) == f"no caption: looked for {expected}"
