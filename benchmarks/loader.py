@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from reinforce.config import Augmentations, parse_config
-from reinforce.dataset.augment import replay
+from reinforce.dataset.backends import load_backend
 from reinforce.dataset.manifest import update_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.models import load_models
@@ -203,7 +203,8 @@ def decode_in_memory(url: str, number: int, processes: int, pipe: Connection) ->
         while True:
             pipe.send("done")
             for example in itertools.islice(examples, pipe.recv()):
-                np.asarray(replay(decode(example.image, example.file.limits), example.augmentation))
+                replay = load_backend(example.file.backend)
+                replay(decode(example.image, example.file.limits), example.augmentation)
 
 
 def loader_batches(url: str, processes: int) -> Iterator[Any]:

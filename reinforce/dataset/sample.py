@@ -11,7 +11,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from reinforce.config import Limits
-from reinforce.dataset.augment import AUGMENTATION_BACKEND, Augmentation, replay
+from reinforce.dataset.augment import Augmentation
+from reinforce.dataset.backends import BACKENDS, load_backend
 from reinforce.errors import UserError
 from reinforce.source.image import IMAGE_POLICY, PUBLISHED_POLICY, ImageRefused, decode
 
@@ -43,7 +44,7 @@ class ImagePolicies:
         """Raise UserError if this version of the program does not implement the recorded policies."""
         for name, recorded, supported in (
             ("image", self.image, (IMAGE_POLICY, PUBLISHED_POLICY)),
-            ("augmentation", self.augmentation, (AUGMENTATION_BACKEND,)),
+            ("augmentation", self.augmentation, BACKENDS),
         ):
             if recorded not in supported:
                 raise UserError(
@@ -94,21 +95,22 @@ class Sample:
         except ImageRefused as error:
             raise self._image_error(error) from error
 
-    def augmented(self, k: int, size: int | None = None) -> Image.Image:
-        """Replay augmentation record ``k``: the RGB crop that the teachers saw.
+    def augmented(self, k: int, size: int | None = None, image: Image.Image | None = None) -> Image.Image:
+        """Replay augmentation record ``k`` by the recorded backend: the RGB crop that the teachers saw.
 
         ``size`` is the side of the result in pixels; default: the recorded one. At another size, translations are
-        scaled with it, as in student training. Each call decodes the image; to replay many records, decode it once:
-        ``reinforce.dataset.augment.replay(image, sample.augmentations[k])``.
+        scaled with it, as in student training. Each call decodes the image; to replay many records, decode it once
+        with ``pil()`` and pass it as ``image``.
         Raises IndexError if there is no record ``k``, and UserError as ``pil()``.
         """
         if not -len(self.augmentations) <= k < len(self.augmentations):
             raise IndexError(
                 f"record {k} is out of range: sample {self.key} has {len(self.augmentations)} augmentation records"
             )
-        image = self.pil()
+        self.policies.check()
+        replay = load_backend(self.policies.augmentation)
         try:
-            return replay(image, self.augmentations[k], size)
+            return Image.fromarray(replay(image or self.pil(), self.augmentations[k], size))
         except ValueError as error:
             raise self._image_error(error) from error
 

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from reinforce.config import Limits
-from reinforce.dataset.augment import Augmentation, from_records, replay
+from reinforce.dataset.augment import AUGMENTATION_BACKEND, Augmentation, from_records
+from reinforce.dataset.backends import load_backend
 from reinforce.demo.sheet import Card, draw_sheet
 from reinforce.errors import UserError
 from reinforce.source.image import decode
@@ -103,6 +105,7 @@ def _cards(root: Path, shard: str) -> Iterator[Card]:
     synthetic = next(iter(sorted((root / "captions").glob(f"*/{shard}"))), None)
     captions = pq.read_table(synthetic).column("captions") if synthetic else None
     seen: set[str] = set()
+    replay = load_backend(_augmentation_backend(root))
     for row in range(table.num_rows):
         sample = table.slice(row, 1).to_pylist()[0]
         category = json.loads(sample["metadata"] or "{}").get("category", str(row))
@@ -110,11 +113,17 @@ def _cards(root: Path, shard: str) -> Iterator[Card]:
             continue
         seen.add(category)
         image = decode(_read_image(sample), Limits())
-        replays = [replay(image, augmentation) for augmentation in from_records(sample["augmentations"])[:_REPLAYED]]
+        crops = [replay(image, augmentation) for augmentation in from_records(sample["augmentations"])[:_REPLAYED]]
         texts = captions[row].as_py() or [] if captions is not None else []
-        yield Card(image, replays, sample["caption"] or sample["key"], texts)
+        yield Card(image, [Image.fromarray(crop) for crop in crops], sample["caption"] or sample["key"], texts)
         if len(seen) == _PICTURED:
             return
+
+
+def _augmentation_backend(root: Path) -> str:
+    """The backend that dataset.json records; the default one if there is no such file."""
+    file = root / "dataset.json"
+    return str(json.loads(file.read_text())["policies"]["augmentation"]) if file.exists() else AUGMENTATION_BACKEND
 
 
 def _read_image(sample: dict[str, Any]) -> bytes:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from reinforce.config import Config, Limits
-from reinforce.dataset.augment import AUGMENTATION_BACKEND
 from reinforce.dataset.layers import (
     SAMPLES,
     TRUE_CAPTION,
@@ -56,7 +55,8 @@ def _input_recipe(config: Config) -> dict[str, Any]:
 def _augmentations_recipe(config: Config) -> dict[str, Any]:
     if config.reinforcements is not None:
         return {"published": FORMAT, "count": config.augmentations.count, "size": config.augmentations.size}
-    return config.augmentations.model_dump(mode="json")
+    # The backend is recorded among the policies.
+    return config.augmentations.model_dump(mode="json", exclude={"backend"})
 
 
 def build_layers(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, Layer]:
@@ -67,7 +67,7 @@ def build_layers(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, La
         "policies": {
             "image": image_policy(config),
             "caption": CAPTION_POLICY,
-            "augmentation": AUGMENTATION_BACKEND,
+            "augmentation": config.augmentations.backend,
         },
         "input": _input_recipe(config),
         "augmentations": _augmentations_recipe(config),

@@ -18,7 +18,8 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 
 from reinforce.config import Config
-from reinforce.dataset.augment import Augmentation, Crop, from_records, replay, sample_augmentation
+from reinforce.dataset.augment import AUGMENTATION_BACKEND, Augmentation, Crop, from_records, sample_augmentation
+from reinforce.dataset.backends import load_backend
 from reinforce.engine.published import PublishedValue, Reinforcements
 from reinforce.engine.published_members import Unreadable
 from reinforce.prefetch import prefetch
@@ -78,11 +79,15 @@ class Row:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What the layers of a lease need of each row: ``crops``, ``views`` and values of ``published`` reinforcements."""
+    """What the layers of a lease need of each row: ``crops``, ``views`` and values of ``published`` reinforcements.
+
+    ``backend`` is the augmentation backend that makes the crops.
+    """
 
     crops: bool
     views: tuple[ImageSpec, ...] = ()
     published: Reinforcements | None = None
+    backend: str = AUGMENTATION_BACKEND
 
     @property
     def needs_image(self) -> bool:
@@ -241,5 +246,6 @@ def _left_out(config: Config, raw: RawSample, metadata: str | None) -> Iterator[
 def _pixels(image: Image, augmentations: Iterable[Augmentation], spec: RowSpec) -> Pixels:
     from teachers.pixels import fit  # imports torch, which planning does not need
 
-    crops = np.stack([np.asarray(replay(image, record)) for record in augmentations]) if spec.crops else None
+    replay = load_backend(spec.backend)
+    crops = np.stack([replay(image, record) for record in augmentations]) if spec.crops else None
     return Pixels(crops, {view: fit(image, view) for view in spec.views})

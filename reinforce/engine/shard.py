@@ -107,7 +107,8 @@ class _ShardProcess:
         if self.shard.reinforcements and reads_reinforcements(self.layers.values()):
             published = Reinforcements(self.shard.reinforcements, self.config, self.layers.values())
             stack.enter_context(contextlib.closing(published))
-        return RowSpec(bool(self.inference.image_layers), self.inference.captioner_specs, published)
+        backend = self.config.augmentations.backend
+        return RowSpec(bool(self.inference.image_layers), self.inference.captioner_specs, published, backend)
 
     def _rows(self, stack: contextlib.ExitStack) -> Generator[Row]:
         """The rows of the shard; records what is refused at reading."""

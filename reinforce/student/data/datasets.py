@@ -80,7 +80,7 @@ def _open_dataset(url: str, weight: float, data: Data, seed: int, teachers: Sequ
         for teacher, what in spec.targets
     )
     size = manifest["augmentations"]["size"]
-    return StreamedDataset(url, weight, aligned, spec, targets, policies.limits, policies.image, size, shards, groups)
+    return StreamedDataset(url, weight, aligned, spec, targets, policies, size, shards, groups)
 
 
 def _complete_shards(store: Store, layers: Sequence[str]) -> dict[str, int]:

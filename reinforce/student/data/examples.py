@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from reinforce.config import Limits
 from reinforce.dataset import vectors
-from reinforce.dataset.augment import Augmentation, from_records
+from reinforce.dataset.augment import AUGMENTATION_BACKEND, Augmentation, from_records
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.errors import UserError
 from reinforce.seeds import uniforms
@@ -85,11 +85,15 @@ class ExampleSpec:
 
 
 class SampleFile(NamedTuple):
-    """The samples file of an example, with the limits and the policy by which its image was decoded."""
+    """The samples file of an example, with the limits and the policy by which its image was decoded.
+
+    ``backend`` is the augmentation backend that replays its record.
+    """
 
     path: str
     limits: Limits
     policy: str = IMAGE_POLICY
+    backend: str = AUGMENTATION_BACKEND
 
 
 class Example(NamedTuple):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from reinforce.dataset.augment import replay
+from reinforce.dataset.backends import load_backend
 from reinforce.errors import UserError
 from reinforce.source.image import ImageRefused, decode
 from reinforce.student.data.examples import Example
@@ -83,9 +83,10 @@ class PartMaker:
         for i, example in enumerate(examples):
             try:
                 image = decode(example.image, example.file.limits, policy=example.file.policy)
+                replay = load_backend(example.file.backend)
                 for images, side in pixels:
                     if side:
-                        images[i] = np.asarray(replay(image, example.augmentation, side))
+                        images[i] = replay(image, example.augmentation, side)
             except (ImageRefused, ValueError) as error:
                 raise UserError(
                     f"{example.file.path}, key {example.key}: this is not the image that was augmented ({error}). "

@@ -11,9 +11,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from reinforce.config import Limits
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reader import AlignedLayers
+from reinforce.dataset.sample import ImagePolicies
 from reinforce.errors import UserError
 from reinforce.student.data.examples import Example, Examples, ExampleSpec, SampleFile, make_examples
 from reinforce.training.order import Chunk, Order, Window
@@ -29,8 +29,8 @@ Targets: TypeAlias = tuple[tuple[tuple[str, str], int], ...]
 class StreamedDataset:
     """One dataset of a training.
 
-    ``policy`` is the image policy that decodes its images, ``size`` the side in pixels at which augmentations were
-    recorded. ``groups`` int64 [row groups, 3] are the number of the shard, the place in its file and the rows.
+    ``policies`` decode its images and replay its augmentations, ``size`` is the side in pixels at which augmentations
+    were recorded. ``groups`` int64 [row groups, 3] are the number of the shard, the place in its file and the rows.
     """
 
     url: str
@@ -38,8 +38,7 @@ class StreamedDataset:
     layers: AlignedLayers
     spec: ExampleSpec
     targets: Targets
-    limits: Limits
-    policy: str
+    policies: ImagePolicies
     size: int
     shards: tuple[str, ...]
     groups: npt.NDArray[np.int64]
@@ -58,7 +57,8 @@ class StreamedDataset:
                 raise UserError(
                     f"{self.url}: samples/{shard}.parquet changed after the training started. Start it again."
                 )
-            file = SampleFile(self.layers.store.layer_path(SAMPLES, shard), self.limits, self.policy)
+            path, policies = self.layers.store.layer_path(SAMPLES, shard), self.policies
+            file = SampleFile(path, policies.limits, policies.image, policies.augmentation)
             return make_examples(group.samples, group.read, chunk.first, chunk.stop, file, self.spec, epoch)
 
 
