@@ -1,6 +1,7 @@
 """The command line: ``reinforce run``, ``plan``, ``status``, ``train``, ``evaluate``, ``export onnx`` and others.
 
-A user error prints one line and exits with status 2.
+A user error prints one line and exits with its status, which is 2 except for a run that too many quarantined shards
+have stopped.
 """
 
 from __future__ import annotations
@@ -366,10 +367,10 @@ def _is_first_rank() -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command. A user error prints one line and exits with status 2."""
+    """Run a command. A user error prints one line and exits with its status."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides warnings about settings that are intended
     try:
         app(args=arguments)
     except UserError as error:
         typer.echo(f"error: {escape(redact(str(error)))}", err=True)
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_status) from None

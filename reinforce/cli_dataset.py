@@ -14,6 +14,9 @@ DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fs
 
 def status(
     dataset: DatasetUrl,
+    reasons: Annotated[
+        bool, typer.Option("--reasons", help="Also show the first shard, key and detail of each reason of quarantine.")
+    ] = False,
 ) -> None:
     """Show the layers of a dataset, what is quarantined and why, and how the last run ended."""
     from reinforce.dataset.status import read_status, status_table
@@ -22,8 +25,12 @@ def status(
     found = read_status(dataset)
     Console().print(status_table(found))
     for layer, entry in found["quarantine"].items():
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in entry["reasons"].items())
-        typer.echo(escape(f"quarantine/{layer}: {entry['files']:,} shards; {reasons}"))
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in entry["reasons"].items())
+        typer.echo(escape(f"quarantine/{layer}: {entry['files']:,} shards; {counts}"))
+        for reason in entry["reasons"] if reasons else ():
+            typer.echo(escape(f"  {reason}, for example {entry['examples'][reason]}"))
+    if found["quarantine"] and not reasons:
+        typer.echo(escape(f"`reinforce status {found['url']} --reasons` shows an example of each reason"))
     if last := found["last_run"]:
         text = f"last run {last['run']}: {last['shards']:,} shards in {last['seconds']:.0f} s, {last['message']}"
         typer.echo(escape(text))

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something in the config, the source or the environment is wrong. The message names the problem and the fix."""
+    """Something in the config, the source or the environment is wrong. The message names the problem and the fix.
+
+    ``exit_status`` is the exit status of a command that it ends.
+    """
+
+    exit_status = 2
+
+
+class TooManyQuarantined(UserError):
+    """A run was stopped because more shards were quarantined than the config allows."""
+
+    exit_status = 1
 
 
 class StorageError(UserError):

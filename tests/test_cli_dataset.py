@@ -9,8 +9,25 @@ import pytest
 
 from reinforce.cli import main
 from reinforce.dataset import drop as dropping
+from reinforce.dataset.store import Store
+from schemas import Reason
 from tests.helpers.data import tree
 from tests.helpers.reinforced import small_dataset
+
+
+def test_status_shows_an_example_of_each_reason_when_asked(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    [shard, *_] = sorted(Store(str(dataset)).shards("samples"))
+    rows = [("k\x1b", Reason.IMAGE_BROKEN, "the file ends early"), (None, Reason.SHARD_DAMAGED, "at byte 9")]
+    Store(str(dataset)).quarantine("samples", shard, rows)
+    counts = "quarantine/samples: 1 shards; 1 image_broken, 1 shard_damaged (shard)"
+    out = command(capfd, "status", str(dataset))[1].splitlines()
+    assert out[-2:] == [counts, f"`reinforce status {dataset} --reasons` shows an example of each reason"]
+    out = command(capfd, "status", str(dataset), "--reasons")[1].splitlines()
+    assert out[-3:] == [
+        counts,
+        f"  image_broken, for example {shard}: k\\x1b: the file ends early",
+        f"  shard_damaged (shard), for example {shard}: at byte 9",
+    ]
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ _QUARANTINE_FILES = 1000  # per layer whose reasons are counted
 def read_status(url: str) -> dict[str, Any]:
     """Read shards and bytes by layer, quarantined rows by layer and reason, and the last run's summary.
 
+    ``examples`` of a layer's quarantine has the shard, the key and the detail of the first row of each reason.
     Raises UserError if there is no dataset.
     """
     store = Store(url)
@@ -33,12 +34,8 @@ def read_status(url: str) -> dict[str, Any]:
         sizes = store.shards(name)
         layers[name] = {**entry, "shards": len(sizes), "bytes": sum(sizes.values())}
         files = store.shards(f"quarantine/{name}")
-        reasons: Counter[str] = Counter()
-        for shard in sorted(files)[:_QUARANTINE_FILES]:
-            for row in store.quarantined(name, shard):
-                reasons[f"{row['reason']}" + (" (shard)" if row["key"] is None else "")] += 1
         if files:
-            quarantine[name] = {"files": len(files), "reasons": dict(reasons.most_common())}
+            quarantine[name] = {"files": len(files), **_quarantine(store, name, sorted(files)[:_QUARANTINE_FILES])}
     return {
         "url": store.url,
         "samples": layers[SAMPLES]["shards"],
@@ -46,6 +43,20 @@ def read_status(url: str) -> dict[str, Any]:
         "quarantine": quarantine,
         "last_run": _last_run(store),
     }
+
+
+def _quarantine(store: Store, layer: str, shards: list[str]) -> dict[str, Any]:
+    """Counts and first examples by reason, of the quarantine of a layer."""
+    reasons: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for shard in shards:
+        for row in store.quarantined(layer, shard):
+            reason = f"{row['reason']}" + (" (shard)" if row["key"] is None else "")
+            reasons[reason] += 1
+            if reason not in examples:
+                parts = [shard, row["key"], row["detail"]]
+                examples[reason] = ": ".join(" ".join(part.split()) for part in parts if part)
+    return {"reasons": dict(reasons.most_common()), "examples": examples}
 
 
 def status_table(status: dict[str, Any]) -> Table:

@@ -41,7 +41,7 @@ from reinforce.engine.plan import PendingShard, Plan
 from reinforce.engine.pool import Pool, Slot
 from reinforce.engine.progress import Progress, Snapshot
 from reinforce.engine.schedule import ShardQueue
-from reinforce.engine.summary import RunSummary, RunTotals, summarize
+from reinforce.engine.summary import Ending, RunSummary, RunTotals, ending_of, summarize
 from reinforce.engine.traces import shorten
 from reinforce.errors import UserError
 from teachers.redact import Redactor
@@ -73,20 +73,19 @@ class Driver:
         needed = frozenset(name for shard in self.plan.pending for name in shard.layers)
         self.events.add("start", shards=len(self.plan.pending), layers=sorted(needed), ray=ray.__version__)
         self.pool = Pool(self.config, self.plan.layers, needed)
-        outcome = "stopped"
+        ending = Ending()
         try:
             with _stop_requests() as stop:
                 self._loop(start, stop)
-            outcome = "done"
-        except UserError as error:
-            outcome = self.redact(str(error))
+        except BaseException as error:
+            ending = ending_of(error, self.redact)
             raise
         finally:
             seconds, alive = time.monotonic() - start, self._snapshot().alive
             quarantined = self.policy.quarantined_shards
-            summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, outcome)
+            summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
             self.pool.close()
-            with contextlib.nullcontext() if outcome == "done" else contextlib.suppress(UserError):
+            with contextlib.nullcontext() if ending == Ending() else contextlib.suppress(UserError):
                 self.events.finish(asdict(summary))
         return summary
 
@@ -171,7 +170,8 @@ class Driver:
     def _handle_result(self, result: ShardResult) -> None:
         self.totals.add(result)
         if result.given_up:
-            self._log(f"{result.shard} is quarantined: {result.given_up}")
+            detail = result.examples.get(result.given_up, "")
+            self._log(f"{result.shard} is quarantined: {result.given_up}: {detail}")
             self._count_quarantined(result.shard)
         self.events.add("shard", **asdict(result))
 
@@ -238,7 +238,8 @@ class Driver:
         detail = shorten(self.redact(decision.detail), 2000)
         self.store.quarantine(layer, name, [(None, reason, detail)])
         self.events.add("shard_quarantined", shard=name, layer=layer, reason=reason.value, detail=detail)
-        self._log(f"{name} is quarantined in {layer}: {reason.value}")
+        self._log(f"{name} is quarantined in {layer}: {reason.value}: {shorten(detail, 300)}")
+        self.totals.add_quarantined(name, layer, reason.value, detail)
         self._count_quarantined(name)
         if decision.rest is not None:
             self.queue.add(decision.rest)

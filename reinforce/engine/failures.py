@@ -27,7 +27,7 @@ from reinforce.dataset.layers import Layer
 from reinforce.engine.outcome import LayerFailure, ShardFailure
 from reinforce.engine.plan import PendingShard
 from reinforce.engine.watch import Pulse
-from reinforce.errors import UserError
+from reinforce.errors import TooManyQuarantined, UserError
 from schemas import Reason
 
 MAX_WORKER_FAILURES = 3  # leases in a row
@@ -176,10 +176,10 @@ class FailurePolicy:
         if count <= max(TOLERATED_SHARDS, share * self.shards):
             return None
         return StopRun(
-            UserError(
+            TooManyQuarantined(
                 f"stopped: {count:,} of {self.shards:,} shards are quarantined, more than failures.allowed_share = "
-                f"{share:g}. They probably share one cause: see the reasons in quarantine/, fix it and run with "
-                "--retry-quarantined."
+                f"{share:g}. They probably share one cause: `reinforce status DATASET --reasons` shows it. Fix it and "
+                "run with --retry-quarantined."
             )
         )
 
@@ -206,8 +206,10 @@ class FailurePolicy:
         deaths = self._deaths_alone[shard.name]
         if deaths < self.settings.solo_attempts:
             return RunAlone(shard)
-        reason = Reason.SHARD_HUNG if death.hung else Reason.SHARD_CRASHED
-        return self._quarantine(shard, shard.layers[0], reason, death.error, deaths)
+        if death.hung:
+            return self._quarantine(shard, shard.layers[0], Reason.SHARD_HUNG, death.error, deaths)
+        detail = f"its worker died each time that it ran this shard alone, {deaths} times: {death.error}"
+        return self._quarantine(shard, shard.layers[0], Reason.SHARD_CRASHED, detail, deaths)
 
     def _quarantine(self, shard: PendingShard, layer: str, reason: Reason, detail: str, attempt: int) -> Quarantine:
         lost = {layer}

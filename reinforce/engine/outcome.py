@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from reinforce.engine.traces import error_with_frames
@@ -33,6 +33,7 @@ class ShardResult:
     busy: float
     bytes: int
     cleaned: Mapping[str, Mapping[str, int]]  # effects of `clean`, by captioner and teachers.postprocess.COUNTS
+    examples: Mapping[str, str] = field(default_factory=dict)  # by reason: key and detail of the first refusal
 
 
 class LayerFailure(RuntimeError):

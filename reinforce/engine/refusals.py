@@ -6,9 +6,12 @@ from collections import Counter
 
 from reinforce.config import Config
 from reinforce.dataset.store import Store
+from reinforce.engine.traces import shorten
 from reinforce.source.shards import Refusal
 from schemas import WHOLE_SHARD
 from teachers.redact import Redactor
+
+_EXAMPLE_CHARS = 300
 
 
 class Refusals:
@@ -29,6 +32,16 @@ class Refusals:
     def counts(self) -> dict[str, int]:
         """Number of refusals by reason."""
         return dict(Counter(refusal.reason.value for rows in self._by_layer.values() for refusal in rows))
+
+    def examples(self, config: Config) -> dict[str, str]:
+        """Key and detail of the first refusal of each reason, in one line, without the config's secrets."""
+        redact = Redactor(config.model_dump(mode="json")) if self._by_layer else str
+        first: dict[str, str] = {}
+        for row in (row for rows in self._by_layer.values() for row in rows):
+            if row.reason.value not in first:
+                text = redact(row.detail) if row.key is None else f"{row.key}: {redact(row.detail)}"
+                first[row.reason.value] = shorten(" ".join(text.split()), _EXAMPLE_CHARS)
+        return first
 
     def write(self, store: Store, shard: str, config: Config) -> None:
         """Write the quarantine files of a shard, without the config's secrets."""

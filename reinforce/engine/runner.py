@@ -16,7 +16,7 @@ from reinforce.engine.progress import Progress
 from reinforce.engine.published import check_reinforcements
 from reinforce.engine.recipe import version_notes
 from reinforce.engine.summary import RunSummary, nothing_to_do
-from reinforce.errors import StorageError, UserError
+from reinforce.errors import StorageError, TooManyQuarantined, UserError
 from reinforce.source.urls import canonical, filesystem
 from teachers.redact import Redactor
 
@@ -39,7 +39,8 @@ def run(
     except StorageError as error:
         raise UserError(redact(f"{error} Finished shards are kept. Run the same command again to resume.")) from None
     except UserError as error:
-        raise UserError(redact(str(error))) from None
+        kind = TooManyQuarantined if isinstance(error, TooManyQuarantined) else UserError
+        raise kind(redact(str(error))) from None
 
 
 def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSummary:

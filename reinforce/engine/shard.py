@@ -98,6 +98,7 @@ class _ShardProcess:
             self.counters.busy,
             size,
             {captioner: dict(+counts) for captioner, counts in self.cleaned.items()},
+            self.refusals.examples(self.config),
         )
 
     # -- rows

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from reinforce.dataset.layers import SAMPLES
 from reinforce.engine.outcome import ShardResult
 from reinforce.engine.plan import Plan
+from reinforce.engine.traces import shorten
+from reinforce.errors import UserError
 from reinforce.terminal import format_bytes
+from schemas import Reason
 from teachers.postprocess import COUNTS
 from teachers.redact import redact
+
+_STOPPED_STATUS = 130  # as of a command that a shell stops by Ctrl-C
+_EXAMPLE_CHARS = 300
+_MAX_EXAMPLES = 10
+#: What to do about shards that fail while they are processed, by reason.
+_REMEDIES = {
+    Reason.SHARD_CRASHED.value: (
+        "The output of the worker shows why it died. A segmentation fault is a defect of a model or a library at this "
+        "data. Without such a line it was probably killed for its memory: lower workers.batch or workers.cpus, or use "
+        "a larger machine."
+    ),
+    Reason.SHARD_HUNG.value: (
+        "If its images and batches are only slow, raise failures.sample_seconds and failures.stall_seconds."
+    ),
+    Reason.SHARD_FAILED.value: "Fix what raised this error.",
+}
 
 
 @dataclass(frozen=True)
@@ -20,7 +39,8 @@ class RunSummary:
 
     ``samples`` counts those with at least one new layer, ``busy_share`` is the accelerators' busy time over the
     workers' time, ``refused`` counts quarantined rows by reason, ``quarantined_shards`` the shards that are quarantined
-    in some layer, and ``cleaned`` the effects of ``clean`` by captioner. The fields are the keys of summary.json.
+    in some layer, ``cleaned`` the effects of ``clean`` by captioner, and ``examples`` has a shard, a key and a detail
+    for each reason of quarantine. The fields are the keys of summary.json.
     """
 
     run: str | None
@@ -34,6 +54,7 @@ class RunSummary:
     status: int
     message: str
     cleaned: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    examples: Mapping[str, str] = field(default_factory=dict)
 
     def text(self, output: str) -> str:
         """The summary for people, a few lines."""
@@ -49,19 +70,37 @@ class RunSummary:
         if self.refused:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.refused.items()))
             lines.append(f"quarantined rows: {reasons}")
+        lines += example_lines(self.examples)
         if self.quarantined_shards:
             lines.append(
-                f"quarantined shards: {self.quarantined_shards:,}; see quarantine/ and `reinforce status {output}`; "
-                "`reinforce run --retry-quarantined` retries them"
+                f"quarantined shards: {self.quarantined_shards:,}; `reinforce status {output} --reasons` lists them by "
+                "reason; `reinforce run --retry-quarantined` retries them"
             )
         if self.message != "done":
             lines.append(self.message)
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended: the exit status of its command, and why it stopped if it did not finish."""
+
+    status: int = 0
+    message: str = "done"
+
+
+def ending_of(error: BaseException, redactor: Callable[[str], str]) -> Ending:
+    """How a run ends with an error that is raised in the driver; ``redactor`` removes secrets."""
+    if isinstance(error, UserError):
+        return Ending(error.exit_status, redactor(str(error)))
+    if isinstance(error, KeyboardInterrupt):
+        return Ending(_STOPPED_STATUS, "stopped")
+    return Ending(1, redactor(f"stopped by an error: {type(error).__name__}: {error}"))
+
+
 @dataclass
 class RunTotals:
-    """Sums over the results of a run's leases."""
+    """Sums over the results of a run's leases, and the first example of each reason of quarantine."""
 
     samples: int = 0
     bytes: int = 0
@@ -69,6 +108,8 @@ class RunTotals:
     refused: Counter[str] = field(default_factory=Counter)
     cleaned: dict[str, Counter[str]] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)  # shards of which nothing is left to do
+    examples: dict[str, str] = field(default_factory=dict)  # by reason
+    failed: dict[str, str] = field(default_factory=dict)  # reason by shard: those that failed before any layer
 
     def add(self, result: ShardResult) -> None:
         self.finished.add(result.shard)
@@ -78,19 +119,27 @@ class RunTotals:
         self.refused.update(result.refused)
         for captioner, counts in result.cleaned.items():
             self.cleaned.setdefault(captioner, Counter()).update(counts)
+        for reason, example in result.examples.items():
+            self.examples.setdefault(reason, f"{result.shard}: {example}")
+
+    def add_quarantined(self, shard: str, layer: str, reason: str, detail: str) -> None:
+        """Count a shard that failed while a layer was computed."""
+        where = shard if layer == SAMPLES else f"{shard} in {layer}"
+        self.examples.setdefault(reason, f"{where}: {shorten(' '.join(detail.split()), _EXAMPLE_CHARS)}")
+        if layer == SAMPLES:
+            self.failed[shard] = reason
 
 
 def summarize(
-    run: str, plan: Plan, totals: RunTotals, quarantined: int, seconds: float, alive: float, outcome: str
+    run: str, plan: Plan, totals: RunTotals, quarantined: int, seconds: float, alive: float, ending: Ending
 ) -> RunSummary:
     """The summary of run ``run`` after ``seconds``. ``alive`` is the workers' time in seconds, ``quarantined`` counts
-    shards, and ``outcome`` is ``done`` or why the run stopped."""
+    shards."""
     status, message = verdict(quarantined, plan.shards, plan.config.failures.allowed_share)
-    if outcome != "done":
-        status, message = 1, outcome
+    if ending != Ending():
+        status, message = ending.status, ending.message
     elif totals.samples == 0 and any(SAMPLES in shard.layers for shard in plan.pending):
-        status = 1
-        message = "no samples: not one image-text pair could be read from the source; see quarantine/samples/"
+        status, message = 1, f"no samples: {_why_no_samples(totals)}"
     return RunSummary(
         run,
         len(totals.finished),
@@ -103,7 +152,29 @@ def summarize(
         status,
         message,
         {captioner: dict(counts) for captioner, counts in totals.cleaned.items()},
+        totals.examples,
     )
+
+
+def _why_no_samples(totals: RunTotals) -> str:
+    """What happened to the shards of a run that has not a single sample."""
+    if totals.failed:
+        shard, reason = next(iter(totals.failed.items()))
+        failed = "the shard" if len(totals.failed) == 1 else f"{len(totals.failed):,} shards, such as"
+        example = totals.examples[reason]
+        what = example if example.startswith(shard) else f"{shard}: {example}"
+        return f"{failed} {what} ({reason}). {_REMEDIES[reason]} Then run again with --retry-quarantined."
+    if not totals.refused:
+        return "the source contains no image-text pair. Check `source`."
+    reason, _ = totals.refused.most_common(1)[0]
+    return f"not one image-text pair could be read from the source; {reason}: {totals.examples.get(reason, '')}"
+
+
+def example_lines(examples: Mapping[str, str]) -> list[str]:
+    """One line for each reason of quarantine with its first example."""
+    lines = [f"  {reason}, for example {example}" for reason, example in sorted(examples.items())]
+    rest = len(lines) - _MAX_EXAMPLES
+    return lines[:_MAX_EXAMPLES] + ([f"  and {rest} more reasons"] if rest > 0 else [])
 
 
 def cleaned_lines(cleaned: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -29,10 +29,14 @@ def test_layers_have_their_shards_and_bytes(store: Store) -> None:
 
 def test_quarantined_rows_and_shards_are_counted_by_reason(store: Store) -> None:
     broken, damaged = Reason.IMAGE_BROKEN, Reason.SHARD_DAMAGED
-    store.quarantine("samples", "one", [("a", broken, ""), ("b", broken, ""), (None, damaged, "")])
+    store.quarantine("samples", "one", [("a", broken, "cut\noff"), ("b", broken, ""), (None, damaged, "at byte 9")])
     store.quarantine("samples", "two", [("c", broken, "")])
     assert read_status(store.url)["quarantine"] == {
-        "samples": {"files": 2, "reasons": {"image_broken": 3, "shard_damaged (shard)": 1}}
+        "samples": {
+            "files": 2,
+            "reasons": {"image_broken": 3, "shard_damaged (shard)": 1},
+            "examples": {"image_broken": "one: a: cut off", "shard_damaged (shard)": "one: at byte 9"},
+        }
     }
 
 

@@ -140,7 +140,8 @@ def test_a_shard_that_kills_its_worker_alone_again_is_quarantined() -> None:
     failures = policy(solo_attempts=2)
     assert die(failures, A, alone=True) == [RunAlone(A)]
     assert die(failures, B, alone=True) == [RunAlone(B)], "each shard has its own count"
-    assert die(failures, A, alone=True) == [Quarantine(A, "samples", Reason.SHARD_CRASHED, "killed", None, 2)]
+    detail = "its worker died each time that it ran this shard alone, 2 times: killed"
+    assert die(failures, A, alone=True) == [Quarantine(A, "samples", Reason.SHARD_CRASHED, detail, None, 2)]
 
 
 def test_the_shards_of_a_worker_that_hangs_are_suspects_too() -> None:

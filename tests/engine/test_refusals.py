@@ -19,6 +19,21 @@ def test_refusals_are_counted_by_reason_over_all_layers() -> None:
     assert refusals.counts() == {"image_broken": 1, "no_text": 2}
 
 
+def test_the_first_refusal_of_each_reason_is_an_example_without_secrets() -> None:
+    teacher = {"class": "tests.helpers.models:TextOnly", "options": {"hf_token": "hf_t0ken-of-eve"}}
+    config = parse_config({"source": "x.tar", "output": "out", "teachers": {"t": teacher}})
+    refusals = Refusals()
+    refusals.add("samples", Refusal("a", Reason.IMAGE_BROKEN, "cut\nby hf_t0ken-of-eve"))
+    refusals.add("samples", Refusal("b", Reason.IMAGE_BROKEN, "cut"))
+    refusals.add("samples", Refusal(None, Reason.SHARD_DAMAGED, "at byte 9" + "0" * 1000))
+    examples = refusals.examples(config)
+    assert examples.keys() == {"image_broken", "shard_damaged"}
+    assert examples["image_broken"].startswith("a: cut by ")
+    assert "eve" not in examples["image_broken"]
+    assert examples["shard_damaged"].startswith("at byte 9")
+    assert len(examples["shard_damaged"]) <= 300
+
+
 def test_only_a_reason_for_the_whole_shard_refuses_the_shard() -> None:
     refusals = Refusals()
     refusals.add("samples", Refusal("a", Reason.IMAGE_BROKEN, "cut"))

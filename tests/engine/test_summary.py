@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,17 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.engine.outcome import ShardResult
 from reinforce.engine.plan import LayerState, PendingShard, Plan
-from reinforce.engine.summary import RunSummary, RunTotals, nothing_to_do, summarize, verdict
+from reinforce.engine.summary import (
+    Ending,
+    RunSummary,
+    RunTotals,
+    ending_of,
+    example_lines,
+    nothing_to_do,
+    summarize,
+    verdict,
+)
+from reinforce.errors import StorageError, TooManyQuarantined, UserError
 
 RESULT = ShardResult("a", ("samples",), 10, {"image_broken": 1}, None, 1.0, 0.5, 100, {"c": {"captions": 20, "cut": 1}})
 
@@ -32,9 +43,9 @@ def test_totals_are_sums_over_results_and_a_shard_counts_once() -> None:
 def test_a_summary_has_the_share_of_the_workers_time_in_which_accelerators_were_busy() -> None:
     totals = RunTotals()
     totals.add(RESULT)
-    summary = summarize("run", plan(), totals, 0, seconds=2.0, alive=4.0, outcome="done")
+    summary = summarize("run", plan(), totals, 0, seconds=2.0, alive=4.0, ending=Ending())
     assert (summary.status, summary.message, summary.busy_share) == (0, "done", 0.125)
-    assert summarize("run", plan(), totals, 0, 2.0, alive=0.0, outcome="done").busy_share == 0.25
+    assert summarize("run", plan(), totals, 0, 2.0, alive=0.0, ending=Ending()).busy_share == 0.25
 
 
 @pytest.mark.parametrize(("quarantined", "status"), [(1, 0), (2, 1)])
@@ -42,19 +53,63 @@ def test_the_status_depends_on_the_share_of_quarantined_shards(quarantined: int,
     assert verdict(quarantined, 10, 0.1)[0] == status
     totals = RunTotals()
     totals.add(RESULT)
-    assert summarize("run", plan(allowed_share=0.1), totals, quarantined, 1.0, 1.0, "done").status == status
+    assert summarize("run", plan(allowed_share=0.1), totals, quarantined, 1.0, 1.0, Ending()).status == status
 
 
 def test_a_run_that_reads_a_source_and_finds_no_sample_fails() -> None:
-    summary = summarize("run", plan(), RunTotals(), 0, 1.0, 1.0, "done")
+    summary = summarize("run", plan(), RunTotals(), 0, 1.0, 1.0, Ending())
     assert (summary.status, summary.message.partition(":")[0]) == (1, "no samples")
-    later = summarize("run", plan(pending=("embeddings/t/caption",)), RunTotals(), 0, 1.0, 1.0, "done")
+    later = summarize("run", plan(pending=("embeddings/t/caption",)), RunTotals(), 0, 1.0, 1.0, Ending())
     assert later.status == 0, "a layer that is added to an empty dataset is complete"
 
 
-def test_a_run_that_was_stopped_fails_with_its_reason() -> None:
-    summary = summarize("run", plan(), RunTotals(), 0, 1.0, 1.0, "disk is full")
-    assert (summary.status, summary.message) == (1, "disk is full")
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UserError("disk is full at TOKEN"), 2, "disk is full at ***"),
+        (TooManyQuarantined("stopped: 11 of 20"), 1, "stopped: 11 of 20"),
+        (StorageError("no answer"), 2, "no answer"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (ValueError("TOKEN"), 1, "stopped by an error: ValueError: ***"),
+    ],
+)
+def test_a_run_that_was_stopped_has_the_exit_status_of_its_command(
+    error: BaseException, status: int, message: str
+) -> None:
+    ending = ending_of(error, lambda text: text.replace("TOKEN", "***"))
+    summary = summarize("run", plan(), RunTotals(), 0, 1.0, 1.0, ending)
+    assert (summary.status, summary.message) == (status, message)
+
+
+def test_a_run_without_samples_says_what_happened_to_its_shards() -> None:
+    def message(totals: RunTotals) -> str:
+        return summarize("run", plan(), totals, 0, 1.0, 1.0, Ending()).message
+
+    assert message(RunTotals()) == "no samples: the source contains no image-text pair. Check `source`."
+    totals = RunTotals()
+    totals.add(replace(RESULT, samples=0, refused={"shard_unreadable": 1}, examples={"shard_unreadable": "a folder"}))
+    assert message(totals).endswith("could be read from the source; shard_unreadable: a: a folder")
+    totals = RunTotals()
+    totals.add_quarantined("a", "samples", "shard_crashed", "its worker died:\n out of memory")
+    assert message(totals).startswith("no samples: the shard a: its worker died: out of memory (shard_crashed). The ")
+    assert "workers.batch" in message(totals)
+    assert "--retry-quarantined" in message(totals)
+    totals.add_quarantined("b", "samples", "shard_failed", "RuntimeError")
+    assert message(totals).startswith("no samples: 2 shards, such as a: its worker died")
+
+
+def test_the_first_example_of_each_reason_is_kept_and_a_bounded_number_shown() -> None:
+    totals = RunTotals()
+    for shard in ("a", "b"):
+        totals.add(replace(RESULT, shard=shard, examples={"image_broken": "7: cut"}))
+    totals.add_quarantined("b", "embeddings/t/images", "shard_failed", "x" * 5000)
+    assert totals.examples["image_broken"] == "a: 7: cut"
+    assert totals.examples["shard_failed"].startswith("b in embeddings/t/images: xxx")
+    assert len(totals.examples["shard_failed"]) < 400
+    text = summarize("run", plan(), totals, 1, 1.0, 1.0, Ending()).text("out")
+    assert "\n  image_broken, for example a: 7: cut\n  shard_failed, for example b in embeddings/t/images: xxx" in text
+    lines = example_lines({f"reason_{i:02d}": "x" for i in range(13)})
+    assert (len(lines), lines[-1]) == (11, "  and 3 more reasons")
 
 
 def test_the_text_lists_quarantined_rows_and_shards_and_hides_credentials() -> None:

@@ -22,7 +22,7 @@ BUCKET = "s3://my-bucket/"
 RUN = [
     r"reinforce plan my\.yaml",
     r"reinforce run my\.yaml( --set workers\.cpus=4| --retry-quarantined)?",
-    r"reinforce status my-data",
+    r"reinforce status my-data( --reasons)?",
     r"reinforce check (my\.yaml|our_teachers:Tiny --options .*)",
     r"reinforce captions-report my-data",
     r"reinforce train student\.yaml",

@@ -1,0 +1,108 @@
+"""The exit status of ``reinforce run`` is the status in summary.json, however the run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from reinforce.cli import main
+from reinforce.engine.driver import Driver
+from tests.helpers.data import config_of, members_of, write_tar
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def run(folder: Path, config: dict[str, Any]) -> int:
+    """Run the command; return its exit status."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(path)])
+    return int(ended.value.code or 0)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """The summary.json of the only run."""
+    [path] = (folder / "out" / "runs").glob("*/summary.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """A good shard and one that does not exist."""
+    write_tar(tmp_path / "source" / "0.tar", members_of(0, 3))
+    return f"{tmp_path}/source/{{0..1}}.tar"
+
+
+def test_a_finished_run(shards: Callable[..., str], tmp_path: Path) -> None:
+    assert run(tmp_path, config_of(shards(3), tmp_path / "out")) == 0
+    assert (summary(tmp_path)["status"], summary(tmp_path)["message"]) == (0, "done")
+
+
+def test_a_finished_run_with_too_many_quarantined_shards(
+    source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, config_of(source, tmp_path / "out", failures={"allowed_share": 0.01})) == 1
+    assert summary(tmp_path)["status"] == 1
+    [(reason, example)] = summary(tmp_path)["examples"].items()
+    lines = capfd.readouterr().out.splitlines()
+    assert f"  {reason}, for example {example}" in lines[-3:]
+    assert reason == "shard_missing"
+
+
+def test_a_run_that_too_many_quarantined_shards_stop(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "source" / "00.tar", members_of(0, 3))
+    config = config_of(f"{tmp_path}/source/{{00..19}}.tar", tmp_path / "out", failures={"allowed_share": 0.01})
+    assert run(tmp_path, config) == 1
+    assert summary(tmp_path)["status"] == 1
+    assert summary(tmp_path)["message"] in capfd.readouterr().err
+
+
+def test_a_run_that_an_error_of_the_user_stops(source: str, tmp_path: Path) -> None:
+    teachers = {"odd": {"class": "tests.helpers.models:WrongShapeTeacher"}}
+    assert run(tmp_path, config_of(source, tmp_path / "out", teachers=teachers)) == 2
+    assert summary(tmp_path)["status"] == 2
+    assert "odd" in summary(tmp_path)["message"]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_a_signal_stops(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
+) -> None:
+    monkeypatch.setattr(Driver, "_handle_start", lambda *_: os.kill(os.getpid(), sent))
+    assert run(tmp_path, config_of(source, tmp_path / "out")) == 130
+    assert (summary(tmp_path)["status"], summary(tmp_path)["message"]) == (130, "stopped")
+
+
+def test_a_run_that_a_defect_of_the_program_stops(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(Driver, "_handle_start", fail)
+    with pytest.raises(ZeroDivisionError):  # a traceback, and Python's exit status 1
+        run(tmp_path, config_of(source, tmp_path / "out"))
+    assert (summary(tmp_path)["status"], summary(tmp_path)["message"]) == (
+        1, "stopped by an error: ZeroDivisionError: a defect",
+    )  # fmt: skip
+
+
+def test_a_lone_shard_whose_worker_dies_is_named_with_the_cause(
+    shards: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = {"trigger": "thing 1", "failure": "kill"}
+    teachers = {"ill": {"class": "tests.helpers.models:FailingTeacher", "options": options}}
+    assert run(tmp_path, config_of(shards(3), tmp_path / "out", captioners={}, teachers=teachers)) == 1
+    found = summary(tmp_path)
+    assert found["status"] == 1
+    assert found["message"].startswith("no samples: the shard 00000-")
+    for part in ("its worker died each time that it ran this shard alone", "shard_crashed", "workers.batch"):
+        assert part in found["message"]
+    assert capfd.readouterr().out.rstrip().endswith(found["message"])
