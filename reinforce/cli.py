@@ -75,9 +75,11 @@ def run(
 @app.command()
 def plan(config: Annotated[Path, _config_argument("demo.yaml")], set_: Overrides = None) -> None:
     """Show what is missing in each layer and how large it will be. Starts nothing and writes nothing."""
+    from reinforce.dataset.store import Store
     from reinforce.engine.estimate import expected_bytes, plan_table
     from reinforce.engine.plan import make_plan
     from reinforce.engine.runner import check_source
+    from reinforce.engine.sources import check_copies
     from reinforce.terminal import format_bytes
 
     current = make_plan(load_config(config, set_))
@@ -86,6 +88,10 @@ def plan(config: Annotated[Path, _config_argument("demo.yaml")], set_: Overrides
     total = sum(size or 0 for size in expected.values())
     size = format_bytes(total) if None not in expected.values() else f"{format_bytes(total)} or more"
     typer.echo(f"{current.shards:,} shards, {len(current.pending):,} with something missing, about {size} to write")
+    try:
+        check_copies(current, Store(current.config.output))
+    except UserError as error:
+        typer.echo(f"a run will be refused: {escape(redact(str(error)))}", err=True)
     if None in expected.values():
         try:
             check_source(current)

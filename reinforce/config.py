@@ -147,6 +147,11 @@ class Config(Section):
         description="fsspec URLs of WebDataset shards: braces, globs, a .txt file of URLs, or a list of these"
     )
     output: str = Field(min_length=1, description="folder or fsspec URL of the dataset")
+    moved: dict[str, str] = Field(
+        default_factory=dict,
+        description="folders of `source` whose files were elsewhere when the dataset was made, each with the folder at "
+        "that time; shards keep the names that they have from there",
+    )
     reinforcements: str | list[str] | None = Field(
         None,
         description="published reinforcements of `source` (DataCompDR, DFNDR): shards with the same file names or in "
@@ -174,6 +179,12 @@ class Config(Section):
         """Custom classes of teachers and captioners, ``package.module:Class``, which are imported and run."""
         specs = (*self.teachers.values(), *self.captioners.values())
         return list(dict.fromkeys(spec.class_ for spec in specs if spec.class_ is not None))
+
+    @model_validator(mode="after")
+    def _check_moved(self) -> Config:
+        if not self.embeds_images and len({*self.moved.values()}) < len(self.moved):
+            raise ValueError("moved: with images: reference, each former folder can be in one place only")
+        return self
 
     @model_validator(mode="after")
     def _check_published(self) -> Config:

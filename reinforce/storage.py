@@ -32,6 +32,20 @@ _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the process that
 _UPLOADED_FOLDER = "working_dir_files"  # in Ray's temporary folder, with what --working-dir uploaded
 
 
+def is_ray_job() -> bool:
+    """Whether `ray job submit` started this process."""
+    return _JOB_VARIABLE in os.environ
+
+
+def is_job_folder(path: str) -> bool:
+    """Whether a local path is in the folder of a Ray job, which Ray deletes after it."""
+    return _is_relative(path) or _UPLOADED_FOLDER in Path(path.partition("://")[2] or path).parts
+
+
+def _is_relative(path: str) -> bool:
+    return not os.path.isabs(os.path.expanduser(path.partition("://")[2] or path))
+
+
 class Storage:
     """The files below a folder or fsspec URL.
 
@@ -48,7 +62,7 @@ class Storage:
     @property
     def relative(self) -> bool:
         """Whether ``url`` is a local path relative to the working directory."""
-        return self.local and not os.path.isabs(os.path.expanduser(self.url.partition("://")[2] or self.url))
+        return self.local and _is_relative(self.url)
 
     def path(self, *parts: str) -> str:
         return posixpath.join(self.root, *parts)
@@ -122,9 +136,7 @@ class Storage:
 
     def _check_outlives_job(self) -> None:
         """Raise UserError in a job of `ray job submit` if this is a folder of the code that was uploaded with it."""
-        if not self.local or _JOB_VARIABLE not in os.environ:
-            return
-        if self.relative or _UPLOADED_FOLDER in Path(self.root).parts:
+        if self.local and is_ray_job() and is_job_folder(self.url):
             raise UserError(
                 f"output {self.url} is in the temporary folder of a Ray job, {os.getcwd()}, and would be lost. Set "
                 "`output` to an absolute path that every node reaches, or to a URL such as s3://BUCKET/FOLDER."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
+from reinforce.source.identity import current_url
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class AlignedLayers:
     """Layers of a dataset that are read together.
 
     ``fingerprints`` maps each layer, ``samples`` included, to the fingerprint that its files must have. ``columns``
-    restricts a layer to some of its columns, among them ``key``; default: all columns.
+    restricts a layer to some of its columns, among them ``key``; default: all columns. ``moved`` is that of
+    dataset.json: references to images get the URLs where the source shards are now.
     """
 
     store: Store
     fingerprints: Mapping[str, str]
     columns: Mapping[str, Sequence[str]]
+    moved: Mapping[str, str] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def open(self, shard: str, *, whole: bool = True) -> Iterator[AlignedShard]:
@@ -39,17 +42,23 @@ class AlignedLayers:
                     files[name] = stack.enter_context(self.store.open_layer(name, shard, fingerprint, whole=whole))
                 if files[name].num_row_groups != files[SAMPLES].num_row_groups:
                     raise _alignment_error(name, shard)
-            yield AlignedShard(shard, files, self.columns)
+            yield AlignedShard(shard, files, self.columns, self.moved)
 
 
 class AlignedShard:
     """The open files of one shard's layers."""
 
-    def __init__(self, shard: str, files: Mapping[str, pq.ParquetFile], columns: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self,
+        shard: str,
+        files: Mapping[str, pq.ParquetFile],
+        columns: Mapping[str, Sequence[str]],
+        moved: Mapping[str, str],
+    ) -> None:
         self.shard = shard
         self.layers = tuple(files)
         self.row_groups: int = files[SAMPLES].num_row_groups
-        self._files, self._columns = files, columns
+        self._files, self._columns, self._moved = files, columns, moved
 
     def row_group(self, number: int) -> RowGroup:
         """Read the samples of a row group; its other layers are read on request."""
@@ -63,7 +72,8 @@ class AlignedShard:
     def read_unchecked(self, layer: str, number: int) -> pa.Table:
         """Read a row group of a layer without comparing its keys."""
         with read_errors(f"{layer}/{self.shard}.parquet"):
-            return self._files[layer].read_row_group(number, self._columns.get(layer), use_threads=False)
+            table = self._files[layer].read_row_group(number, self._columns.get(layer), use_threads=False)
+        return _with_current_urls(table, self._moved) if self._moved else table
 
 
 class RowGroup:
@@ -81,6 +91,16 @@ class RowGroup:
         if not table["key"].equals(self.samples["key"]):
             raise _alignment_error(layer, self._shard.shard)
         return table
+
+
+def _with_current_urls(table: pa.Table, moved: Mapping[str, str]) -> pa.Table:
+    """A table whose references to images, if it has some, name the tars where they are now."""
+    index = table.schema.get_field_index("image_ref")
+    if index < 0:
+        return table
+    rows = [{**row, "url": current_url(row["url"], moved)} for row in table["image_ref"].to_pylist()]
+    column = table.schema.field(index)
+    return table.set_column(index, column, pa.array(rows, column.type))
 
 
 def _alignment_error(layer: str, shard: str) -> UserError:

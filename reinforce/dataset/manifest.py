@@ -10,6 +10,7 @@ from reinforce.config import LAYER_NAME, Config
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.errors import UserError
+from reinforce.source.urls import canonical
 
 #: Key of a teacher's entry with the logit scales from before a tuned one was recorded.
 TUNED_KEY = "logit_scale_tuned"
@@ -66,9 +67,17 @@ def update_manifest(
             "dim": of_model.get("dim") or before.get("dim"),
             "image": of_model.get("image") or before.get("image"),
         }
+    if moved := _moved((old or {}).get("moved", {}), config):
+        manifest["moved"] = moved
     for name in config.captioners:
         manifest["captioners"][name] = {"model": _model_identity(layers, name, "captions")}
     return manifest
+
+
+def _moved(before: Mapping[str, str], config: Config) -> dict[str, str]:
+    """Former folders of the source by where they are now; those of this config replace earlier places."""
+    now = {canonical(new): canonical(old) for new, old in config.moved.items()}
+    return {**{new: old for new, old in before.items() if old not in now.values()}, **now}
 
 
 def _layer_entry(layer: Layer, before: Mapping[str, Any], of_model: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ class Dataset:
     def row_groups(self, shard: str) -> Iterator[dict[str, pa.Table]]:
         """Tables of each row group by layer, aligned by key. Raises UserError if they are not or one is damaged."""
         fingerprints = {name: self.manifest["layers"][name]["fingerprint"] for name in self.layers}
-        with AlignedLayers(self.store, fingerprints, {}).open(shard) as layers:
+        with AlignedLayers(self.store, fingerprints, {}, self.manifest.get("moved", {})).open(shard) as layers:
             yield from map(layers.read, range(layers.row_groups))
 
     def to_torch(self, transform: Callable[[Sample], Any] | None = None) -> TorchSamples:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import posixpath
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -136,10 +136,11 @@ class LayerWriter:
             self._parquet.write_table(table, row_group_size=max(1, table.num_rows))
         self.rows += table.num_rows
 
-    def commit(self) -> None:
-        """Finish the file and publish it."""
+    def commit(self, footer: Mapping[str, str] | None = None) -> None:
+        """Finish the file and publish it; ``footer`` are further entries for its footer."""
         with self._store.storage_errors("written", *self._parts):
-            self._parquet.add_key_value_metadata({"reinforce.rows": str(self.rows)})
+            entries = {"rows": str(self.rows), **(footer or {})}
+            self._parquet.add_key_value_metadata({f"reinforce.{key}": value for key, value in entries.items()})
             self._parquet.close()
             self._file.flush()
             self.bytes = self._file.tell()
@@ -188,7 +189,7 @@ def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) 
 
 
 def parse_footer(metadata: pq.FileMetaData) -> dict[str, str]:
-    """Parse the footer's keys schema_version, layer, fingerprint, source and rows."""
+    """Parse the footer's keys: schema_version, layer, fingerprint, source and rows; source_* only in new samples."""
     pairs = metadata.metadata or {}
     prefix = b"reinforce."
     return {k.removeprefix(prefix).decode(): v.decode() for k, v in pairs.items() if k.startswith(prefix)}

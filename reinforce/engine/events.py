@@ -81,6 +81,8 @@ def _public(config: Config) -> dict[str, Any]:
     source = config.source if isinstance(config.source, list) else [config.source]
     data["source"] = [_without_credentials(url) for url in source]
     data["output"] = canonical(config.output)
+    if config.moved:
+        data["moved"] = {canonical(now): canonical(before) for now, before in config.moved.items()}
     return data
 
 

@@ -6,7 +6,8 @@ The same subtraction serves a fresh run, a resumed run and an added teacher.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from reinforce.config import Config
@@ -15,7 +16,9 @@ from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
 from reinforce.dataset.store import MANIFEST, Store, parse_footer
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
+from reinforce.source.identity import former_urls
 from reinforce.source.urls import canonical, compression, expand, is_public, shard_names
+from reinforce.storage import is_job_folder, is_ray_job
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,18 @@ class LayerState:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would compute. ``shards`` counts all source shards, ``pending`` lists those that lack a layer."""
+    """What a run would compute.
+
+    ``shards`` counts all source shards, ``pending`` lists those that lack a layer, and ``committed`` names those that
+    the samples layer has, also of other sources.
+    """
 
     config: Config
     layers: Mapping[str, Layer]
     shards: int
     states: Mapping[str, LayerState]
     pending: list[PendingShard]
+    committed: Collection[str] = ()
 
     @property
     def quarantined(self) -> int:
@@ -87,12 +95,16 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
     for name in layers:
         sizes = [committed[name][shard] for shard in urls if shard in committed[name]]
         states[name] = LayerState(len(sizes), sum(sizes), quarantined[name], missing[name])
-    return Plan(config, layers, len(urls), states, pending)
+    return Plan(config, layers, len(urls), states, pending, committed[SAMPLES])
 
 
 def source_shards(config: Config) -> dict[str, str]:
-    """Source URLs by shard name. Raises UserError if the source is empty or two shards have the same name."""
+    """Source URLs by shard name.
+
+    Raises UserError if the source is empty, two shards have the same name, or Ray deletes a shard after the job.
+    """
     urls = expand(config.source)
+    _check_outlives_job(urls)
     if not config.embeds_images and (packed := next(filter(compression, urls), None)):
         raise UserError(
             f"source: images: reference needs uncompressed .tar shards, and {canonical(packed)} is compressed; set "
@@ -104,7 +116,19 @@ def source_shards(config: Config) -> dict[str, str]:
             "be read without them; give credentials by the environment (AWS_ACCESS_KEY_ID, or fsspec's "
             "configuration), or set images: embed"
         )
-    return dict(zip(shard_names(urls), urls, strict=True))
+    return dict(zip(shard_names(former_urls(urls, config.moved)), urls, strict=True))
+
+
+def _check_outlives_job(urls: Iterable[str]) -> None:
+    """Raise UserError if Ray deletes a local shard after this job; in the next job it would have another name."""
+    for url in urls if is_ray_job() else ():
+        path = canonical(url)
+        if path.startswith(os.sep) and (is_job_folder(url) or is_job_folder(path)):
+            raise UserError(
+                f"source {path} is in the temporary folder of a Ray job. Shards are named after their paths, "
+                "so every job would compute them again. Set `source` to an absolute path that every node reaches, or "
+                "to a URL such as s3://BUCKET/FOLDER."
+            )
 
 
 def _pair_reinforcements(config: Config, urls: Mapping[str, str]) -> dict[str, str]:

@@ -176,7 +176,7 @@ def _stored_rows(config: Config, file: pq.ParquetFile, spec: RowSpec) -> Iterato
         if "image" in columns:
             images = (value.as_py() for value in table["image"])
         elif "image_ref" in columns:
-            images = referenced_images(table["image_ref"].to_pylist())
+            images = referenced_images(table["image_ref"].to_pylist(), config.moved)
         records = table["augmentations"].to_pylist() if spec.needs_image else itertools.repeat([])
         keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
         for key, caption, image, record in zip(keys, captions, images, records, strict=False):

@@ -15,6 +15,7 @@ from reinforce.engine.plan import Plan, make_plan
 from reinforce.engine.progress import Progress
 from reinforce.engine.published import check_reinforcements
 from reinforce.engine.recipe import version_notes
+from reinforce.engine.sources import check_copies
 from reinforce.engine.summary import RunSummary, nothing_to_do
 from reinforce.errors import StorageError, TooManyQuarantined, UserError
 from reinforce.source.urls import canonical, filesystem
@@ -61,6 +62,7 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
         for note in version_notes(recipe["model"] for recipe in recipes if "model" in recipe):
             _LOG.warning(note)
         check_source(plan)
+        check_copies(plan, store)
         if retry_quarantined:
             _forget_quarantine(plan, store)
         from reinforce.cluster import ray_cluster  # imports Ray, which planning does not need

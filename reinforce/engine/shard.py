@@ -25,8 +25,8 @@ from reinforce.engine.published import Reinforcements
 from reinforce.engine.refusals import Refusals
 from reinforce.engine.rows import GROUP_ROWS, Pixels, Row, RowSpec, rows_from_samples, rows_from_source
 from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
+from reinforce.source.identity import former_url, read_state
 from reinforce.source.shards import Refusal
-from reinforce.source.urls import canonical
 from schemas import Reason
 from teachers.postprocess import clean
 
@@ -64,7 +64,7 @@ class _ShardProcess:
         self.layers = {name: layers[name] for name in shard.layers}
         self.group_rows = group_rows
         self.rows_per_batch = max(1, config.workers.batch // config.augmentations.count)
-        self.source = canonical(shard.url)
+        self.source = former_url(shard.url, config.moved)
         self.refusals = Refusals()
         self.cleaned: dict[str, Counter[str]] = {}
         self.counters = Counters()
@@ -263,8 +263,8 @@ class _ShardProcess:
         """Write the quarantine, then each layer after those it needs, so that a committed layer is complete."""
         self.refusals.write(self.store, self.shard.name, self.config)
         if self.refusals.shard_reason is None:
-            for writer in writers.values():
-                writer.commit()
+            for name, writer in writers.items():
+                writer.commit(read_state(self.shard.url).footer() if name == SAMPLES else None)
 
 
 def _captions_of(layer: Layer) -> str:

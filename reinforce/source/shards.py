@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
+from reinforce.source.identity import current_url
 from reinforce.source.streams import BLOCK_BYTES, open_stream
 from reinforce.source.tar import DamagedTar, Member, Readable, members
 from reinforce.source.urls import canonical, compression, filesystem
@@ -97,10 +98,14 @@ def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
             yield bytes(data)
 
 
-def referenced_images(references: list[dict[str, object]]) -> Iterator[bytes]:
-    """Yield the images of one row group from their tars; consecutive rows of one URL are read sequentially."""
+def referenced_images(references: list[dict[str, object]], moved: Mapping[str, str] | None = None) -> Iterator[bytes]:
+    """Yield the images of one row group from their tars; consecutive rows of one URL are read sequentially.
+
+    ``moved`` is that of the config: references name the former places of the tars.
+    """
     for url, rows in itertools.groupby(references, key=lambda reference: str(reference["url"])):
-        yield from read_ranges(url, ((int(str(r["offset"])), int(str(r["length"]))) for r in rows))
+        ranges = ((int(str(r["offset"])), int(str(r["length"]))) for r in rows)
+        yield from read_ranges(current_url(url, moved) if moved else url, ranges)
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -33,6 +33,7 @@ _MAX_URLS = 10_000_000
 _BOTOCORE_ATTEMPTS = 4
 _S3FS_ATTEMPTS = 3  # each of them makes botocore's attempts
 _MAX_STEM_CHARS = 100  # with the hash and .parquet, well below the 255 bytes that file systems allow for a name
+_HASH_DIGITS = 10  # of a shard's name
 _GLOB = re.compile(r"[*?\[]")
 _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])")
@@ -111,8 +112,13 @@ def shard_name(url: str) -> str:
     stem = location.rpartition("/")[2]
     stem = stem[: len(stem) - len(_ending(stem))]
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", stem)[:_MAX_STEM_CHARS].lstrip("._-") or "shard"
-    digest = hashlib.blake2b(location.encode("utf-8", "surrogateescape"), digest_size=5).hexdigest()
+    digest = hashlib.blake2b(location.encode("utf-8", "surrogateescape"), digest_size=_HASH_DIGITS // 2).hexdigest()
     return f"{stem}-{digest}"
+
+
+def shard_stem(name: str) -> str:
+    """Return the part of a shard's name that comes from the file name."""
+    return name[: -_HASH_DIGITS - 1]
 
 
 def shard_names(urls: Sequence[str]) -> list[str]:

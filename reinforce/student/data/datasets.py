@@ -66,7 +66,7 @@ def _open_dataset(url: str, weight: float, data: Data, seed: int, teachers: Sequ
                 f"{url} has no layer {layer}. Run a config with both models on it, or leave one out under `data`."
             )
     fingerprints = {layer: layers[layer]["fingerprint"] for layer in columns}
-    aligned = AlignedLayers(store, fingerprints, columns)
+    aligned = AlignedLayers(store, fingerprints, columns, manifest.get("moved", {}))
     sizes = _complete_shards(store, list(columns))
     groups = row_group_table(store, fingerprints[SAMPLES], sizes)
     if not groups[:, 2].sum():

@@ -1,0 +1,120 @@
+"""The content of a source shard, recognised by its size and its first bytes, and shards whose folder has moved."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fsspec.implementations.local import LocalFileSystem
+
+from reinforce.errors import UserError
+from reinforce.source.urls import canonical, filesystem
+
+_HEAD_BYTES = 64 * 2**10  # holds the headers of the first members, and most of the first image
+_STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified")
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """What identifies the content of a source file without reading all of it; None where it is unknown.
+
+    Attributes:
+        bytes: size of the file.
+        head: hash of its first 64 KiB.
+        stamp: its ETag or modification time. It changes when a file is copied, so it is not part of its content.
+    """
+
+    bytes: int | None
+    head: str | None
+    stamp: str | None = None
+
+    @classmethod
+    def from_footer(cls, footer: Mapping[str, str]) -> SourceState:
+        """Read the state from the footer of a samples file. Files of earlier versions do not have it."""
+        size = footer.get("source_bytes")
+        return cls(int(size) if size and size.isdecimal() else None, footer.get("source_head"))
+
+    def footer(self) -> dict[str, str]:
+        """The entries for the footer of a samples file: functions of the content alone."""
+        entries = {"source_bytes": self.bytes, "source_head": self.head}
+        return {key: str(value) for key, value in entries.items() if value is not None}
+
+    def same_content(self, other: SourceState) -> bool | None:
+        """Whether two files have the same content; None if that is unknown."""
+        if None not in (self.bytes, other.bytes) and self.bytes != other.bytes:
+            return False
+        return None if self.head is None or other.head is None else self.head == other.head
+
+
+def read_state(url: str) -> SourceState:
+    """Read the state of a source file with one request for its first bytes. Raises what the storage raises."""
+    fs, path = filesystem(url)
+    with fs.open(path, "rb", block_size=_HEAD_BYTES, cache_type="none") as file:
+        info = getattr(file, "details", None) or fs.info(path)
+        data = b""
+        while len(data) < _HEAD_BYTES and (part := file.read(_HEAD_BYTES - len(data))):
+            data += part
+    stamp = next((f"{key}={info[key]}" for key in _STAMPS if info.get(key)), None)
+    return SourceState(info.get("size"), hashlib.blake2b(data, digest_size=8).hexdigest(), stamp)
+
+
+def probe_state(url: str) -> SourceState | None:
+    """Read the state of a source file; None if it cannot be read."""
+    try:
+        fs, path = filesystem(url)
+        if isinstance(fs, LocalFileSystem) and not os.path.isfile(path):  # opening a pipe would block
+            return None
+        return read_state(url)
+    except Exception:  # each driver has its own exceptions; whoever reads the whole file reports them
+        return None
+
+
+def former_url(url: str, moved: Mapping[str, str]) -> str:
+    """The canonical URL that a shard is named after. ``moved`` maps folders to where their files were before."""
+    return _replace_folder(canonical(url), _folders(moved))
+
+
+def former_urls(urls: Sequence[str], moved: Mapping[str, str]) -> list[str]:
+    """:func:`former_url` of each URL. Raises UserError for a folder that no URL is in."""
+    if not moved:
+        return list(urls)
+    folders = _folders(moved)
+    places = [canonical(url) for url in urls]
+    unused = folders.keys() - {_folder_of(place, folders) for place in places}
+    if unused:
+        raise UserError(f"moved: no shard of `source` is in {min(unused)}. Correct the folder or remove it.")
+    return [_replace_folder(place, folders) for place in places]
+
+
+def current_url(url: str, moved: Mapping[str, str]) -> str:
+    """Where a file is now that was at the canonical ``url`` when the dataset was made."""
+    return _replace_folder(url, {old: new for new, old in _folders(moved).items()})
+
+
+def moved_folders(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The value of ``moved`` for pairs of (URL now, URL before): their folders without the common end."""
+    folders = {}
+    for now, before in pairs:
+        new, old = (canonical(url).split("/") for url in (now, before))
+        while len(new) > 1 and len(old) > 1 and new[-1] == old[-1] and new[-2:-1] != [""] != old[-2:-1]:
+            new.pop()
+            old.pop()
+        folders["/".join(new)] = "/".join(old)
+    return folders
+
+
+def _folders(moved: Mapping[str, str]) -> dict[str, str]:
+    return {canonical(new).rstrip("/"): canonical(old).rstrip("/") for new, old in moved.items()}
+
+
+def _replace_folder(url: str, folders: Mapping[str, str]) -> str:
+    folder = _folder_of(url, folders)
+    return url if folder is None else folders[folder] + url[len(folder) :]
+
+
+def _folder_of(url: str, folders: Mapping[str, str]) -> str | None:
+    """The longest of the folders that the URL is in."""
+    found = (folder for folder in folders if url.startswith(f"{folder}/"))
+    return max(found, key=len, default=None)

@@ -1,0 +1,176 @@
+"""Source shards that are copies of others, and data sets whose sources have moved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import reinforce
+from reinforce.cli import main
+from reinforce.config import parse_config
+from reinforce.dataset.manifest import update_manifest
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.plan import make_plan
+from reinforce.engine.runner import run
+from reinforce.engine.sources import find_copies
+from reinforce.errors import UserError
+from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.reinforced import reinforce_here
+
+MESSAGE = (
+    r"^source: 3 new shards have the file name of another shard, {compared} of them were compared with it, and "
+    r"{compared} have the same content, for example {new}/00000\.tar and {old}/00000\.tar\. .* "
+    r'set `moved: {{"{new}": "{old}"}}`'
+)
+
+
+def without_state(output: Path) -> None:
+    """Make the samples files those of an earlier version, which recorded no state of their source."""
+    for path in (output / "samples").glob("*.parquet"):
+        with pq.ParquetFile(path) as file:
+            groups = [file.read_row_group(group) for group in range(file.num_row_groups)]
+            metadata = {k: v for k, v in (file.schema_arrow.metadata or {}).items() if b"source_" not in k}
+        schema = groups[0].schema.with_metadata(metadata)
+        with pq.ParquetWriter(path, schema) as writer:
+            for group in groups:
+                writer.write_table(group.replace_schema_metadata(metadata))
+
+
+@pytest.mark.parametrize("images", ["embed", "reference"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_linked_source_is_refused_with_numbers_and_both_urls(
+    images: str, earlier: bool, shards: Callable[..., str], tmp_path: Path
+) -> None:
+    reinforce_here(config_of(shards(3, 2, 4), tmp_path / "out", images=images))
+    if earlier:
+        without_state(tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "source")
+    before = tree(tmp_path / "out")
+    config = config_of(f"{tmp_path}/link/*.tar", tmp_path / "out", images=images)
+    message = MESSAGE.format(compared=3, new=f"{tmp_path}/link", old=f"{tmp_path}/source")
+    with pytest.raises(UserError, match=message):
+        run(config)
+    assert tree(tmp_path / "out") == before
+
+
+def test_plan_reports_that_a_run_will_be_refused(
+    shards: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    config = config_of(shards(3), tmp_path / "out")
+    reinforce_here(config)
+    shutil.copytree(tmp_path / "source", tmp_path / "copy")
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({**config, "source": f"{tmp_path}/copy/*.tar"}))
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", str(tmp_path / "my.yaml")])
+    assert "a run will be refused: source: 1 new shards" in capsys.readouterr().err
+
+
+def test_a_source_that_lists_copies_is_refused(shards: Callable[..., str], tmp_path: Path) -> None:
+    shards(3)
+    shutil.copytree(tmp_path / "source", tmp_path / "copy")
+    with pytest.raises(UserError, match=r"1 have the same content, .* list them once"):
+        run(config_of(f"{tmp_path}/{{source,copy}}/*.tar", tmp_path / "out"))
+
+
+def test_shards_of_equal_names_and_keys_with_other_content_are_accepted(tmp_path: Path) -> None:
+    keys = [name for name, _ in members_of(0, 3)]
+    for number, folder in enumerate(("a", "b")):
+        content = [data for _, data in members_of(number, 3)]
+        write_tar(tmp_path / folder / "00000.tar", list(zip(keys, content, strict=True)))
+    for earlier in (False, True):
+        output = tmp_path / f"out-{earlier}"
+        reinforce_here(config_of(f"{tmp_path}/a/*.tar", output))
+        if earlier:
+            without_state(output)
+        config = parse_config(config_of(f"{tmp_path}/{{a,b}}/*.tar", output))
+        found = find_copies(make_plan(config), Store(config.output))
+        assert (found.pairs, found.compared, found.new) == ([], 1, 1)
+
+
+def test_a_bounded_number_of_shards_is_compared(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        for number in range(200):
+            path = tmp_path / folder / f"{number}.tar"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(f"{folder} {number}".encode())
+    config = parse_config(config_of(f"{tmp_path}/{{a,b}}/*.tar", tmp_path / "out"))
+    found = find_copies(make_plan(config), Store(config.output))
+    assert (found.pairs, found.compared, found.new) == ([], 64, 200)
+    (tmp_path / "a" / "0.tar").write_bytes((tmp_path / "b" / "0.tar").read_bytes())
+    assert len(find_copies(make_plan(config), Store(config.output)).pairs) == 1
+
+
+@pytest.mark.parametrize("images", ["embed", "reference"])
+def test_a_dataset_whose_source_moved_is_extended_under_the_old_names(
+    images: str, shards: Callable[..., str], tmp_path: Path
+) -> None:
+    teachers = config_of("", "")["teachers"]
+    one = {"images": images, "teachers": {"red": teachers["red"]}}
+    config = config_of(shards(3, 2), tmp_path / "out", **one)
+    reinforce_here(config)
+    fresh = tmp_path / "fresh"
+    reinforce_here({**config, "output": str(fresh), "teachers": teachers})
+    (tmp_path / "source").rename(tmp_path / "new")
+    moved = {**config, "source": f"{tmp_path}/new/*.tar", "moved": {f"{tmp_path}/new": f"{tmp_path}/source"}}
+    assert make_plan(parse_config(moved)).pending == []
+    write_tar(tmp_path / "new" / "00002.tar", members_of(2, 4))
+    reinforce_here({**moved, "teachers": teachers})
+    write_tar(tmp_path / "source" / "00002.tar", members_of(2, 4))
+    reinforce_here({**config, "output": str(fresh), "teachers": teachers, "source": f"{tmp_path}/source/00002.tar"})
+    shutil.rmtree(tmp_path / "source")
+    found, expected = tree(tmp_path / "out"), tree(fresh)
+    found_manifest, expected_manifest = json.loads(found.pop(MANIFEST)), json.loads(expected.pop(MANIFEST))
+    assert found == expected, "also for a shard that is new in the new place"
+    assert found_manifest == {**expected_manifest, "moved": {f"{tmp_path}/new": f"{tmp_path}/source"}}
+    samples = [sample.pil().size for sample in reinforce.open(str(tmp_path / "out"))]
+    assert samples == [(40, 30)] * 9, "readers find referenced images where they are now"
+
+
+def test_the_place_of_a_moved_source_is_recorded_and_replaced(tmp_path: Path) -> None:
+    def manifest(old: dict[str, Any] | None, folder: str) -> dict[str, Any]:
+        config = parse_config(config_of(f"{folder}/0.tar", tmp_path / "out", moved={folder: "/first"}))
+        return update_manifest(old, config, make_plan(config).layers, {})
+
+    second = manifest(None, "/second")
+    assert second["moved"] == {"/second": "/first"}
+    assert manifest(second, "s3://third")["moved"] == {"s3://third": "/first"}
+
+
+def test_two_places_of_one_former_folder_are_refused_for_referenced_images() -> None:
+    changes = {"moved": {"/b": "/a", "/c": "/a"}}
+    parse_config(config_of("x.tar", "out", **changes))
+    with pytest.raises(UserError, match="one place only"):
+        parse_config(config_of("x.tar", "out", images="reference", **changes))
+
+
+def test_a_folder_that_is_moved_to_itself_is_not_compared(shards: Callable[..., str], tmp_path: Path) -> None:
+    reinforce_here(config_of(shards(3), tmp_path / "out"))
+    shutil.copytree(tmp_path / "source", tmp_path / "copy")
+    copy = f"{tmp_path}/copy"
+    config = parse_config(config_of(f"{copy}/*.tar", tmp_path / "out", moved={copy: copy}))
+    assert find_copies(make_plan(config), Store(config.output)).new == 0
+
+
+@pytest.mark.parametrize("source", ["data/{0..1}.tar", "data/*.tar", "list.txt", "{job}/data/0.tar"])
+def test_a_source_in_the_folder_of_a_ray_job_is_refused(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    write_tar(job / "data" / "0.tar", members_of(0, 1))
+    (job / "list.txt").write_text("data/0.tar\n")
+    monkeypatch.chdir(job)
+    config = parse_config(config_of(source.replace("{job}", str(job)), tmp_path / "out"))
+    make_plan(config)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UserError, match=rf"^source {job}/data/0\.tar is in the temporary folder .* absolute path"):
+        make_plan(config)
+    make_plan(parse_config(config_of("s3://bucket/{0..1}.tar", tmp_path / "out")))
+    make_plan(parse_config(config_of(f"{tmp_path}/{{0..1}}.tar", tmp_path / "out")))
