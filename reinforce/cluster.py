@@ -1,10 +1,9 @@
-"""Connect to Ray, and ask what its nodes can hold."""
+"""Connect to Ray, and ask for its nodes."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import ray
 
+from reinforce.cores import available_cores
 from reinforce.errors import UserError
 
 
@@ -35,11 +35,10 @@ def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[Non
         except (ConnectionError, RuntimeError) as error:
             raise UserError(f"no Ray cluster at {address}: {error}. Check --address and RAY_ADDRESS.") from error
     else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # ERROR, because at WARNING Ray explains token authentication, which does not apply to one machine.
         quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
         with _package_folder():
-            ray.init(address="local", num_cpus=cores, log_to_driver=log_to_driver, **quiet)
+            ray.init(address="local", num_cpus=available_cores(), log_to_driver=log_to_driver, **quiet)
     try:
         yield
     finally:
@@ -70,14 +69,6 @@ def cause_of(error: Exception) -> Exception:
     """Return the exception that a task raised, without Ray's wrapper."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, Exception) else error
-
-
-def capacity(cpus: float, gpus: float) -> int:
-    """Return how many processes with these CPUs and GPUs, each on one node, the live nodes can hold."""
-    return sum(
-        int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf))
-        for node in live_resources()
-    )
 
 
 def live_resources() -> list[dict[str, float]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from reinforce import settings
+from reinforce.cores import Node, cores_per_process, default_gpus
 from reinforce.settings import Section
 from teachers.spec import CaptionerSpec, TeacherSpec
 
@@ -101,16 +103,40 @@ class Workers(Section):
         ge=1,
         description="default: as many as the cluster can hold; a number is requested from the autoscaler",
     )
-    gpus: float = Field(0.0, ge=0, description="GPUs per worker")
-    cpus: int = Field(1, ge=1, description="CPU cores per worker, and threads that decode images")
+    gpus: float | None = Field(
+        None, ge=0, description="GPUs per worker; default: 1 if a node has any; 0: compute on the CPU"
+    )
+    cpus: int | None = Field(
+        None,
+        ge=1,
+        description="CPU cores per worker, and threads that decode images; default: a GPU's part of the cores of its "
+        "node; without GPUs 1, with a worker for each core",
+    )
     batch: int = Field(256, ge=1, description="images per forward pass")
     start_timeout: float = Field(600.0, gt=0, description="seconds to wait for `min` workers")
+
+    @property
+    def cores(self) -> int:
+        """``cpus``, or 1 if it is left open."""
+        return self.cpus or 1
+
+    def fitted_to(self, nodes: Sequence[Node]) -> Workers:
+        """A copy in which numbers that are left open suit the nodes of a cluster."""
+        gpus = default_gpus(nodes) if self.gpus is None else self.gpus
+        # Without GPUs, workers of one core lose nothing to waiting for each other, and give the same bytes everywhere.
+        cpus = self.cpus or (cores_per_process(nodes, 1, gpus) if gpus else 1)
+        return self.model_copy(update={"gpus": gpus, "cpus": cpus})
+
+    def describe(self) -> str:
+        """What each worker uses, for the log."""
+        gpus = f" and {self.gpus:g} GPU{'s' * (self.gpus != 1)}" if self.gpus else ""
+        return f"{self.cores} CPU{'s' * (self.cores > 1)}{gpus}"
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Workers:
         if self.max is not None and self.min > self.max:
             raise ValueError(f"min ({self.min}) is above max ({self.max})")
-        if self.gpus > 1:
+        if self.gpus is not None and self.gpus > 1:
             raise ValueError("a worker uses at most one GPU: gpus must be at most 1")
         return self
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import ray
 
-from reinforce.cluster import capacity, cause_of, is_node_alive, live_resources, ray_cluster
+from reinforce.cluster import cause_of, is_node_alive, live_resources, ray_cluster
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -16,11 +16,9 @@ def test_an_initialised_ray_is_used_and_left_running() -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_capacity_counts_processes_that_fit_on_one_node() -> None:
+def test_live_nodes_have_their_resources() -> None:
     [node] = live_resources()
     assert node["CPU"] == 2
-    assert [capacity(cpus, 0) for cpus in (0.5, 1, 2, 3)] == [4, 2, 1, 0]
-    assert capacity(1, 1) == node.get("GPU", 0) // 1
 
 
 @pytest.mark.usefixtures("ray_session")

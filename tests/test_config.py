@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from reinforce.config import load_config, parse_config
+from reinforce.config import Workers, load_config, parse_config
 from reinforce.errors import UserError
 
 MINIMAL = {"source": "shards/{0..3}.tar", "output": "out"}
@@ -87,3 +87,22 @@ def test_a_file_that_is_not_a_config_is_a_user_error(tmp_path: Path, text: str) 
 def test_a_missing_config_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Give the path of a YAML file"):
         load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes", "cpus", "gpus"),
+    [
+        ({}, [{"CPU": 16.0}], 1, 0),
+        ({}, [{"CPU": 96.0, "GPU": 8.0}, {"CPU": 16.0}], 12, 1),
+        ({"gpus": 0}, [{"CPU": 96.0, "GPU": 8.0}], 1, 0),
+        ({"gpus": 0.5}, [{"CPU": 96.0, "GPU": 8.0}], 6, 0.5),
+        ({"cpus": 4}, [{"CPU": 96.0, "GPU": 8.0}], 4, 1),
+        ({"gpus": 1, "cpus": 3}, [], 3, 1),
+        ({}, [], 1, 0),
+    ],
+)
+def test_numbers_of_workers_that_are_left_open_suit_the_nodes(
+    given: dict[str, float], nodes: list[dict[str, float]], cpus: int, gpus: float
+) -> None:
+    workers = Workers.model_validate(given).fitted_to(nodes)
+    assert (workers.cpus, workers.cores, workers.gpus) == (cpus, cpus, gpus)

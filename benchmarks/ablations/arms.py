@@ -26,6 +26,14 @@ ARMS_WITH_CURVES, POINTS = ("plain", "distilled"), 12
 #: A training uses one core including its data loading, so that as many can run in parallel as there are cores.
 ONE_CORE = ("train.compute.ranks=1", "train.compute.cpus=1", "data.workers=0")
 
+#: Keys of students' configs that are not in a recipe.
+_NOT_IN_STUDENTS: dict[str, Any] = {
+    "output": True,
+    "seed": True,
+    "data": {"workers"},
+    "train": {"compute": {"ranks", "gpus", "cpus"}},
+}
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -107,13 +115,15 @@ class Study:
     def recipe(self, arms: Sequence[Arm]) -> str:
         """Return 16 hex digits that identify the configs of these arms and datasets and the weights of the models.
 
-        Unset keys are excluded, so that a config key added in a later version does not change the result.
+        Unset keys are excluded, so that a config key added in a later version does not change the result; and so are
+        the keys of what computes, which changes no number.
         """
         students = [
-            self.student_config(arm, 0).model_dump_json(exclude={"output", "seed"}, exclude_none=True) for arm in arms
+            self.student_config(arm, 0).model_dump_json(exclude=_NOT_IN_STUDENTS, exclude_none=True) for arm in arms
         ]
         datasets = [
-            self.dataset_config(arm.dataset).model_dump_json(exclude={"output"}, exclude_none=True) for arm in arms
+            self.dataset_config(arm.dataset).model_dump_json(exclude={"output", "workers"}, exclude_none=True)
+            for arm in arms
         ]
         models = [model.model for model in (*self.demo.teachers.values(), *self.demo.captioners.values())]
         folders = [

@@ -115,15 +115,16 @@ class _Progress:
 
 def _max_parallel(config: StudentConfig) -> int:
     """Return the number of trainings that the cluster can run in parallel."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1) // config.train.compute.cpus))
+    return max(1, int(ray.cluster_resources().get("CPU", 1) // (config.train.compute.cpus or 1)))
 
 
 def _start_training(config: StudentConfig) -> Any:
     compute = config.train.compute
-    threads = str(compute.cpus)
+    cpus = compute.cpus or 1
+    threads = str(cpus)
     task = ray.remote(_run_training).options(
-        num_cpus=compute.cpus,
-        num_gpus=compute.gpus,
+        num_cpus=cpus,
+        num_gpus=compute.gpus or 0,
         max_retries=config.train.retries,  # if a worker dies, another resumes from the last checkpoint
         runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
     )
@@ -138,5 +139,6 @@ def _run_training(config: StudentConfig, folder: str) -> None:
     if os.path.isdir(folder):
         os.chdir(folder)
     job = make_job(config)
-    with join_ranks(config.train.compute) as ranks, Storage(job.output).lock():
+    device = None if config.train.compute.gpus else "cpu"
+    with join_ranks(config.train.compute, device) as ranks, Storage(job.output).lock():
         run_rank(partial(build, config), job, ranks, StopSignal())

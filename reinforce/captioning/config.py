@@ -48,7 +48,12 @@ class Data(Section):
     crop: tuple[float, float] = Field(
         (0.9, 1.0), strict=False, description="RandomResizedCrop: area of the crop / area of the image"
     )
-    threads: int = Field(4, ge=1, description="threads per rank that read, decode and tokenize batches ahead")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="threads per rank that read, decode and tokenize batches ahead; default: two thirds of the rank's "
+        "cores, at most 8, with an accelerator, else 1 for every 32 cores",
+    )
     limits: Limits = Limits()
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from reinforce.captioning.images import read_images
 from reinforce.captioning.metrics import bleu, cider
 from reinforce.captioning.model import CaptionerModel
 from reinforce.captioning.pairs import Pairs
+from reinforce.cores import available_cores
 from reinforce.errors import UserError
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.ranking import compute_recalls
@@ -67,7 +68,7 @@ class CaptionerEvaluator:
         self._precision = config.train.compute.precision
         self._tokenize = tokenize
         self._end = end
-        self._threads = config.data.threads
+        self._threads = config.data.threads or available_cores()
         self._images = ImageBatches(self._examples, len(pairs), config.data.limits, CacheBudget(_CACHE_BYTES))
 
     def evaluate(self, model: CaptionerModel) -> dict[str, float]:

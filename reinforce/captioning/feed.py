@@ -36,6 +36,7 @@ from reinforce.errors import UserError
 from reinforce.prefetch import prefetch
 from reinforce.seeds import permutation, uniforms
 from reinforce.source.image import ImageRefused, decode
+from reinforce.training.task import Reading
 
 #: Consecutive broken images after which the feed fails.
 _MOST_BROKEN = 100
@@ -73,16 +74,22 @@ class CaptionFeed:
         self._example_ends = np.cumsum(counts)  # of each image
         self.samples = int(self._example_ends[-1])
         self._order = functools.lru_cache(maxsize=2)(self._shuffled_examples)
+        self._threads = data.threads or 1
+
+    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None) -> Reading:
+        """See ``reinforce.training.task.Feed``; the order of samples depends on nothing that is chosen here."""
+        self._threads = self._data.threads or loaders
+        return Reading(self._threads, f"{self._threads} loader thread{'s' * (self._threads > 1)}")
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[dict[str, Any]]:
         """Yield endless batches of ``batch`` samples for one rank, beginning with step ``start``.
 
-        ``data.threads`` threads make up to ``data.threads + 1`` batches ahead. Raises UserError where no image can be
-        decoded, and the errors of the storage.
+        n threads (``data.threads``) make up to n + 1 batches ahead. Raises UserError where no image can be decoded, and
+        the errors of the storage.
         """
-        with ThreadPoolExecutor(self._data.threads, thread_name_prefix="captions") as pool:
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="captions") as pool:
             firsts = ((step * ranks + rank) * batch for step in itertools.count(start))
-            yield from prefetch(pool, lambda first: self._batch(first, batch), firsts, self._data.threads + 1)
+            yield from prefetch(pool, lambda first: self._batch(first, batch), firsts, self._threads + 1)
 
     def example(self, position: int) -> Example:
         """Return the example at a position of the endless sequence."""

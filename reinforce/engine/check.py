@@ -16,6 +16,7 @@ import torch
 from rich.table import Table
 
 from reinforce.config import Config, load_config
+from reinforce.cores import available_cores
 from reinforce.engine.models import Models
 from reinforce.engine.recipe import version_notes
 from reinforce.engine.self_test import (
@@ -93,14 +94,16 @@ def check_target(
 def check_config(config: Config) -> Report:
     """Check every model of a config on the device, with the threads and up to the batch of its workers."""
     report, redact = Report(), Redactor(config.model_dump(mode="json"))
-    device = "cuda" if config.workers.gpus else "cpu"
-    with _threads(config.workers.cpus):
+    workers = config.workers.fitted_to([{"CPU": available_cores(), "GPU": torch.cuda.device_count()}])
+    device = "cuda" if workers.gpus else "cpu"
+    report.notes.append(f"measured with {workers.describe()}, device {device}")
+    with _threads(workers.cores):
         specs: list[tuple[str, TeacherSpec | CaptionerSpec]] = [*config.teachers.items(), *config.captioners.items()]
         for name, spec in specs:
             if spec.family == "published":
                 report.notes.append(f"{name} is read from published reinforcements: no model is loaded")
             else:
-                _check_model(report, redact, name, spec, device, config.workers.batch)
+                _check_model(report, redact, name, spec, device, workers.batch)
     return report
 
 

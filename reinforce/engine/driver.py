@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from reinforce.cluster import cause_of, is_node_alive
+from reinforce.cluster import cause_of, is_node_alive, live_resources
 from reinforce.dataset.manifest import update_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.events import Events
@@ -57,7 +57,7 @@ class Driver:
 
     def __init__(self, plan: Plan, store: Store, progress: Progress) -> None:
         self.plan, self.store, self.progress = plan, store, progress
-        self.config = plan.config
+        self.config = plan.config.model_copy(update={"workers": plan.config.workers.fitted_to(live_resources())})
         self.redact = Redactor(self.config.model_dump(mode="json"))
         self.queue = ShardQueue(plan.pending)
         self.policy = FailurePolicy(self.config.failures, plan.layers, plan.shards, plan.quarantined)
@@ -73,6 +73,7 @@ class Driver:
         needed = frozenset(name for shard in self.plan.pending for name in shard.layers)
         self.events.add("start", shards=len(self.plan.pending), layers=sorted(needed), ray=ray.__version__)
         self.pool = Pool(self.config, self.plan.layers, needed)
+        self._log(self.pool.describe(len(self.plan.pending)))
         ending = Ending()
         try:
             with _stop_requests() as stop:

@@ -10,8 +10,9 @@ from typing import Any
 
 import ray
 
-from reinforce.cluster import capacity, live_resources
+from reinforce.cluster import live_resources
 from reinforce.config import Config
+from reinforce.cores import capacity
 from reinforce.dataset.layers import Layer
 from reinforce.engine.outcome import WorkerInfo
 from reinforce.engine.plan import PendingShard
@@ -65,13 +66,17 @@ class Pool:
 
     def grow(self, size: int) -> None:
         """Ask for actors until ``size`` (at most ``workers.max``) exist or are pending."""
-        limit = self._config.workers.max
-        if limit is None:
-            limit = max(self._config.workers.min, self._cluster_capacity())
-        for _ in range(min(size, limit) - len(self.slots)):
+        for _ in range(min(size, self._limit()) - len(self.slots)):
             slot = Slot(self._class.remote(*self._arguments))
             self.slots.append(slot)
             self.loading[slot.actor.load.remote()] = slot
+
+    def describe(self, size: int) -> str:
+        """A line about the workers that ``size`` shards will have."""
+        count, workers = min(size, self._limit()), self._config.workers
+        device = "cuda" if workers.gpus else "cpu"
+        what = f"{count} worker{'s' * (count != 1)} x {workers.describe()}"
+        return f"{what}, batches of {workers.batch} images, device {device}"
 
     def shrink(self, size: int) -> None:
         """Remove workers without leases until ``size`` are left; those that have not started go first."""
@@ -116,21 +121,30 @@ class Pool:
         slot.alone, slot.last_progress = False, time.monotonic()
         return slot.leases.pop(ref)
 
+    def _limit(self) -> int:
+        """Most workers that may exist."""
+        workers = self._config.workers
+        return max(workers.min, self._cluster_capacity()) if workers.max is None else workers.max
+
     def _cluster_capacity(self) -> int:
         """Number of workers that the cluster's nodes can hold, updated every few seconds."""
         if time.monotonic() - self._capacity_checked > _CAPACITY_SECONDS:
             self._capacity_checked = time.monotonic()
-            self._capacity = capacity(self._config.workers.cpus, self._config.workers.gpus)
+            self._capacity = self._count_places()
         return self._capacity
+
+    def _count_places(self) -> int:
+        workers = self._config.workers
+        return capacity(live_resources(), workers.cores, workers.gpus or 0)
 
     def resource_error(self) -> str | None:
         """Message if no node of the cluster can hold a worker, else None."""
-        workers = self._config.workers
-        if capacity(workers.cpus, workers.gpus):
+        if self._count_places():
             return None
+        workers = self._config.workers
         nodes = live_resources()
         best: dict[str, float] = max(nodes, key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)), default={})
         return (
-            f"a worker needs {workers.cpus} CPUs and {workers.gpus:g} GPUs, but the largest node has "
+            f"a worker needs {workers.cores} CPUs and {workers.gpus or 0:g} GPUs, but the largest node has "
             f"{best.get('CPU', 0):g} CPUs and {best.get('GPU', 0):g} GPUs. Lower workers.cpus or workers.gpus."
         )

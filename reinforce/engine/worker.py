@@ -42,7 +42,7 @@ class Worker:
         self.missing_folder = None if os.path.isdir(folder) else folder
         if self.missing_folder is None:
             os.chdir(folder)
-        self.pool = WatchedThreads(config.workers.cpus)
+        self.pool = WatchedThreads(config.workers.cores)
         self.store = Store(config.output)
         self.redact = Redactor(config.model_dump(mode="json"))
         self.models: Models | None = None
@@ -50,7 +50,7 @@ class Worker:
     def load(self) -> WorkerInfo:
         """Load and test the models of the layers in ``needed``. Raises UserError if one does not work."""
         self._check_output()
-        torch.set_num_threads(self.config.workers.cpus)
+        torch.set_num_threads(self.config.workers.cores)
         warnings.filterwarnings("ignore", module="PIL")  # one line per image with odd metadata; refusals are recorded
         if self.config.classes:
             sys.path += [path for path in self.folders if path not in sys.path]  # behind installed packages
@@ -100,9 +100,9 @@ class Worker:
 
 def as_actor(config: Config) -> Any:
     """The actor class with the resources of ``config.workers``."""
-    threads = str(config.workers.cpus)
+    threads = str(config.workers.cores)
     return ray.remote(
-        num_cpus=config.workers.cpus,
+        num_cpus=config.workers.cores,
         num_gpus=config.workers.gpus,
         max_restarts=0,
         max_task_retries=0,

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforce import settings
+from reinforce.cores import available_cores
 from reinforce.errors import UserError
 from reinforce.evaluation import clip_benchmark
 from reinforce.evaluation.config import RETRIEVAL, ZERO_SHOT, Evaluation
 from reinforce.evaluation.report import Report
 from reinforce.model_names import model_errors
+from reinforce.terminal import Screen
 from teachers.spec import ModelSpec, TeacherSpec
 
 if TYPE_CHECKING:
@@ -59,16 +61,21 @@ def evaluate_models(
 
     ``benchmark`` is a folder for results of clip_benchmark, which then runs as well. Raises UserError.
     """
+    import torch
+
     from reinforce.evaluation.evaluator import Evaluator
     from teachers.device import Accelerator
     from teachers.open_clip import OpenClipTeacher
 
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # torch ignores quotas of containers
     commands = {} if benchmark is None else clip_benchmark.build_commands(specs, benchmark)
     evaluator = Evaluator(evaluation)
     report = Report()
     for name, spec in specs.items():
         with model_errors(name):
             accelerator = Accelerator(device, precision)
+            if not report.metrics:
+                Screen().log(evaluator.describe(accelerator))
             model = OpenClipTeacher(TeacherSpec(model=spec.model, pretrained=spec.pretrained), accelerator)
         report.add(name, evaluator.evaluate(model, accelerator))
     for name, command in commands.items():

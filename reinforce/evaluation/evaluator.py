@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from reinforce.cores import available_cores
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import Encoder, build_classifier, encode_texts
@@ -35,6 +35,7 @@ class Evaluator:
 
     def __init__(self, config: Evaluation) -> None:
         self.config = config
+        self._threads = config.threads or available_cores()
         self._sets: list[ZeroShot | Retrieval] = [
             *(open_zero_shot_set(name, section, config.limits) for name, section in config.zero_shot.items()),
             *(open_retrieval_set(name, section, config.limits) for name, section in config.retrieval.items()),
@@ -60,6 +61,13 @@ class Evaluator:
             metrics |= {f"{image_set.name}/{name}": score for name, score in scores.items()}
             summaries[image_set.name] = SetSummary(images, self._images[image_set.name].refused)
         return Result(metrics, summaries)
+
+    def describe(self, accelerator: Accelerator) -> str:
+        """A line about what an evaluation uses."""
+        device, threads = accelerator.device.type, torch.get_num_threads()
+        counts = ((threads, "CPU thread"), (self._threads, "decoding thread"))
+        used = ", ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in counts)
+        return f"{used}, batches of {self.config.batch}, device {device}"
 
     def evaluate_module(
         self, model: torch.nn.Module, image: ImageSpec, tokenizer: Any, accelerator: Accelerator
@@ -109,9 +117,8 @@ class Evaluator:
         spec = model.image
         if spec is None:
             raise UserError(f"{image_set.name}: the model has no image side; evaluate a model that encodes images.")
-        threads = self.config.threads or _cpu_count()
         empty = True
-        for batch in self._images[image_set.name].batches(spec, self.config.batch, threads):
+        for batch in self._images[image_set.name].batches(spec, self.config.batch, self._threads):
             empty = False
             pixels = to_pixels(accelerator.put(batch.pixels), spec)
             yield model.encode_images(pixels).float(), batch.targets
@@ -121,11 +128,6 @@ class Evaluator:
                 f"{image_set.name}: every image is refused, the first ({refused.key}) for {refused.reason.value}: "
                 f"{refused.detail}. Check that these are images, or widen `limits`."
             )
-
-
-def _cpu_count() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -69,10 +69,16 @@ class Data(Section):
     streams: int | None = Field(
         None,
         ge=1,
-        description="parts of the data that are read in parallel; a multiple of ranks x workers, the default. With a "
-        "fixed number that divides the batch, batches are the same for any number of ranks and workers",
+        description="parts of the data that are read in parallel; a multiple of ranks x workers, the default, which a "
+        "resumed training keeps. With a fixed number that divides the batch, batches are the same for any number of "
+        "ranks and workers",
     )
-    workers: int = Field(1, ge=0, description="loader processes per rank; 0: read in the training process")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="loader processes per rank; 0: read in the training process; default: two thirds of the rank's "
+        "cores, at most 8, with an accelerator, else 1 for every 32 cores",
+    )
     prefetch: int = Field(4, ge=1, description="batches to prefetch; each loader process makes a part of every batch")
 
 

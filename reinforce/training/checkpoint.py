@@ -33,13 +33,15 @@ class Progress:
     """The header of a checkpoint: how far the training is, and which training it is.
 
     ``step`` is the number of finished steps, ``skipped`` how many of them made no update, ``seconds`` the time spent
-    in steps. ``fixed_config`` is the part of the config that determines the training, by dotted keys.
+    in steps. ``fixed_config`` is the part of the config that determines the training, by dotted keys. ``streams`` is
+    the number of streams that the feed reads, if the order of samples depends on one; older checkpoints do not have it.
     """
 
     step: int
     fixed_config: Mapping[str, Any]
     seconds: float = 0.0
     skipped: int = 0
+    streams: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def _encode_header(progress: Progress) -> str:
         "course": progress.fixed_config,
         "seconds": progress.seconds,
         "skipped": progress.skipped,
+        **({} if progress.streams is None else {"streams": progress.streams}),
     }
     return json.dumps(fields)
 

@@ -30,8 +30,15 @@ class Compute(Section):
     """Ranks and arithmetic. A rank is a process that drives one accelerator, or some CPU cores."""
 
     ranks: int = Field(1, ge=1, description="processes that train together; under torchrun, its own number is used")
-    gpus: float = Field(0.0, ge=0, le=1, description="accelerators per rank")
-    cpus: int = Field(1, ge=1, description="cores per rank: torch threads, and the CPUs that Ray reserves")
+    gpus: float | None = Field(
+        None, ge=0, le=1, description="accelerators per rank; default: 1 if there are any; 0: train on the CPU"
+    )
+    cpus: int | None = Field(
+        None,
+        ge=1,
+        description="cores per rank: torch threads, and the CPUs that Ray reserves; default: all cores, shared among "
+        "the ranks, or an accelerator's part of the cores of its node",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of the forward pass (autocast)")
     accumulate: int = Field(
         1,

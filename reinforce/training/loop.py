@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from reinforce.cores import arithmetic_threads, loader_processes
 from reinforce.errors import UserError
 from reinforce.seeds import seed_for
 from reinforce.storage import Storage
@@ -125,11 +126,12 @@ class _Loop:
         results = read_results(self.storage)
         if results is not None and results.steps == self.progress.step == self.steps:
             return results
+        notes = [*self._set_up_reading(), *self.task.notes]
         with contextlib.ExitStack() as stack:
             if self.ranks.is_first:
                 self.log = stack.enter_context(Log(self.storage, self.progress.step))
                 stack.enter_context(self.screen)
-                for note in self.task.notes:
+                for note in notes:
                     self.screen.log(note)
                 if self.progress.step:
                     self.screen.log(f"resuming after step {self.progress.step:,} of {self.steps:,}")
@@ -139,6 +141,19 @@ class _Loop:
         results = read_results(self.storage)
         assert results is not None
         return results
+
+    def _set_up_reading(self) -> list[str]:
+        """Share the rank's cores between arithmetic and reading; returns lines about both."""
+        ranks, accelerated = self.ranks.size, self.accelerator.device.type != "cpu"
+        cores = -self.ranks.start_max(-self.ranks.cpus)()  # all ranks read in the same way
+        loaders, step = loader_processes(cores, accelerated), self.progress.step
+        reading = self.feed.set_up(ranks, self.training.batch // ranks, step, loaders, self.progress.streams)
+        self.progress = replace(self.progress, streams=reading.streams)
+        threads = arithmetic_threads(self.ranks.cpus, reading.loaders, accelerated)
+        if self.training.compute.cpus is None and threads < self.ranks.cpus:
+            torch.set_num_threads(threads)
+        line = self.ranks.describe(reading.text)
+        return [line] if reading.note is None else [line, reading.note]
 
     # -- checkpoints
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from reinforce.cores import available_cores, cores_per_process, default_gpus
 from reinforce.errors import UserError
 from reinforce.training.config import Compute
 from reinforce.training.stop import Stopped
@@ -26,12 +27,16 @@ _SUCCESS, _ERROR, _USER_ERROR = 0, -1, -2
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process as one of the ranks. ``control`` is a process group on the CPU, separate from the gradients'."""
+    """This process as one of the ranks, with its number of cores.
+
+    ``control`` is a process group on the CPU, separate from the gradients'.
+    """
 
     rank: int
     size: int
     accelerator: Accelerator
     control: dist.ProcessGroup | None = None
+    cpus: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -62,6 +67,11 @@ class Ranks:
             raise UserError("rank 0 failed: see its message")
         raise RuntimeError("rank 0 failed: see its message") if code == _ERROR else Stopped(code)
 
+    def describe(self, reading: str) -> str:
+        """A line about what the ranks use; ``reading`` describes the loaders of each."""
+        ranks = f"{self.size} rank{'s' * (self.size > 1)} x {self.cpus} CPU{'s' * (self.cpus > 1)}"
+        return f"{ranks}, {reading}{' each' * (self.size > 1)}, device {self.accelerator.device.type}"
+
     def start_max(self, value: int) -> Callable[[], int]:
         """Start an asynchronous reduction to the maximum over all ranks; the returned function waits for its result."""
         if self.size == 1:
@@ -86,30 +96,34 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def join_ranks(compute: Compute, device: str | None = None) -> Iterator[Ranks]:
+def join_ranks(compute: Compute, device: str | None = None, cpus: int | None = None) -> Iterator[Ranks]:
     """Set up this process as a rank: alone, from torchrun's environment, or in the process group of Ray Train.
 
-    ``device`` is given by Ray; otherwise it follows from ``compute.gpus`` and the local rank. Sets the number of torch
-    threads to ``compute.cpus`` inside the block. Raises UserError if the accelerator does not exist.
+    ``device`` and ``cpus`` are given by Ray; otherwise they follow from ``compute``, the local rank and this machine.
+    Sets the number of torch threads to that of the rank's cores inside the block. Raises UserError if the accelerator
+    does not exist.
     """
     owns_group = not dist.is_initialized() and under_torchrun()
     local_rank = int(os.environ.get("LOCAL_RANK", "0")) if owns_group else 0
+    machine = {"CPU": available_cores(), "GPU": torch.cuda.device_count()}
+    gpus = default_gpus([machine]) if compute.gpus is None else compute.gpus
+    cpus = compute.cpus or cpus or cores_per_process([machine], _local_ranks() if owns_group else 1, gpus)
     try:
-        accelerator = Accelerator(device or (f"cuda:{local_rank}" if compute.gpus else "cpu"), compute.precision)
+        accelerator = Accelerator(device or (f"cuda:{local_rank}" if gpus else "cpu"), compute.precision)
     except ValueError as error:
         raise UserError(f"compute.gpus: {error}. Set train.compute.gpus to 0 to train on the CPU.") from error
     if accelerator.device.type == "cuda":
         torch.cuda.set_device(accelerator.device)
     threads = torch.get_num_threads()
-    torch.set_num_threads(compute.cpus)
+    torch.set_num_threads(cpus)
     if owns_group:
         dist.init_process_group("nccl" if accelerator.device.type == "cuda" else "gloo")
     try:
         if dist.is_initialized():
             control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
-            yield Ranks(dist.get_rank(), dist.get_world_size(), accelerator, control)
+            yield Ranks(dist.get_rank(), dist.get_world_size(), accelerator, control, cpus)
         else:
-            yield Ranks(0, 1, accelerator)
+            yield Ranks(0, 1, accelerator, cpus=cpus)
     finally:
         torch.set_num_threads(threads)
         if owns_group:
@@ -119,6 +133,11 @@ def join_ranks(compute: Compute, device: str | None = None) -> Iterator[Ranks]:
 def under_torchrun() -> bool:
     """Whether the environment sets a rank, as torchrun does."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _local_ranks() -> int:
+    """Number of ranks on this machine, from torchrun's environment."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
 
 
 def wrap_ddp(model: torch.nn.Module, ranks: Ranks) -> Any:

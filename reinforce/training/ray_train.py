@@ -7,11 +7,13 @@ import os
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from reinforce.cluster import capacity, live_resources, ray_cluster
+from reinforce.cluster import live_resources, ray_cluster
+from reinforce.cores import capacity, cores_per_process, default_gpus
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.terminal import Screen
@@ -26,6 +28,30 @@ from reinforce.training.task import Build
 _TICK = 0.2
 _ALL_FAILED_SECONDS = 5.0  # wait for the other ranks to report the same user error
 _WAITING_SECONDS = 30.0  # between messages while the cluster is too small
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """What Ray reserves for each of some processes on one node."""
+
+    processes: int
+    cpus: int
+    gpus: float
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """By Ray's names."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+    def __str__(self) -> str:
+        return f"{self.cpus} CPUs and {self.gpus:g} GPUs"
+
+
+def reserve(compute: Compute, processes: int) -> Reserved:
+    """What each of so many processes gets: the numbers of the config, or else a share of the live nodes."""
+    nodes = live_resources()
+    gpus = default_gpus(nodes) if compute.gpus is None else compute.gpus
+    return Reserved(processes, compute.cpus or cores_per_process(nodes, processes, gpus), gpus)
 
 
 def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
@@ -52,15 +78,22 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
     cluster = ray_cluster(address, log_to_driver=False)
     can_grow = ray.is_initialized() or bool(address or os.environ.get("RAY_ADDRESS"))
     with storage.lock(), cluster, tempfile.TemporaryDirectory(prefix="reinforce-ray-") as scratch:
-        check_capacity(compute, can_grow)
+        each = reserve(compute, compute.ranks)
+        check_capacity(each, can_grow)
         mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
         trainer = Trainer(
             _train_rank,
-            train_loop_config={"build": build, "job": job, "mailbox": mailbox, "folder": os.getcwd()},
+            train_loop_config={
+                "build": build,
+                "job": job,
+                "cpus": each.cpus,
+                "mailbox": mailbox,
+                "folder": os.getcwd(),
+            },
             scaling_config=ScalingConfig(
                 num_workers=compute.ranks,
-                use_gpu=compute.gpus > 0,
-                resources_per_worker={"CPU": compute.cpus, **({"GPU": compute.gpus} if compute.gpus else {})},
+                use_gpu=each.gpus > 0,
+                resources_per_worker=each.resources,
             ),
             run_config=RunConfig(
                 name="training",
@@ -68,8 +101,8 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
                 failure_config=FailureConfig(max_failures=job.training.retries),
             ),
         )
-        ray.get(mailbox.log.remote(f"starting {compute.ranks} rank{'s' * (compute.ranks > 1)} on Ray"))
-        error = _run(trainer, mailbox, compute)
+        ray.get(mailbox.log.remote(f"starting {compute.ranks} rank{'s' * (compute.ranks > 1)} on Ray, {each} each"))
+        error = _run(trainer, mailbox, each)
         user_errors, signum = ray.get(mailbox.outcome.remote())
         if user_errors:
             raise UserError(user_errors[min(user_errors)])
@@ -82,7 +115,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
     return results
 
 
-def _run(trainer: Any, mailbox: Any, compute: Compute) -> Exception | None:
+def _run(trainer: Any, mailbox: Any, each: Reserved) -> Exception | None:
     """Run Ray Train in a thread, because the main thread handles signals; returns the error it raised, if any."""
     errors: list[Exception] = []
 
@@ -101,7 +134,7 @@ def _run(trainer: Any, mailbox: Any, compute: Compute) -> Exception | None:
             started = _show(mailbox, screen)
             if not started and time.monotonic() - waiting > _WAITING_SECONDS:
                 waiting = time.monotonic()
-                screen.log(f"waiting until the cluster can hold {compute.ranks} ranks with {_needs(compute)} each")
+                screen.log(f"waiting until the cluster can hold {each.processes} ranks with {each} each")
             if stop.signum and not forwarded:
                 mailbox.request_stop.remote(stop.signum)
                 forwarded = True
@@ -207,7 +240,8 @@ def _train_rank(settings: dict[str, Any]) -> None:
         if ray.get(mailbox.report_start.remote()):
             ray.get(mailbox.log.remote("all ranks were restarted"))
     try:
-        with join_ranks(job.training.compute, device=str(ray.train.torch.get_device())) as ranks:
+        device = str(ray.train.torch.get_device())
+        with join_ranks(job.training.compute, device, settings["cpus"]) as ranks:
             run_rank(settings["build"], job, ranks, stop, _RemoteScreen(mailbox))
     except Stopped as stopped:
         ray.get(mailbox.report_stopped.remote(stopped.signum))
@@ -228,20 +262,16 @@ def _forward_stop(mailbox: Any, stop: StopSignal) -> None:
     stop.signum = ray.get(mailbox.wait_for_stop.remote())
 
 
-def check_capacity(compute: Compute, can_grow: bool) -> None:
+def check_capacity(each: Reserved, can_grow: bool) -> None:
     """Raise UserError if no node can hold a rank, or if a cluster that cannot grow cannot hold all ranks.
 
     Ray would wait forever.
     """
     nodes = live_resources()
-    places = capacity(compute.cpus, compute.gpus)
-    if places == 0 or (places < compute.ranks and not can_grow):
+    places = capacity(nodes, each.cpus, each.gpus)
+    if places == 0 or (places < each.processes and not can_grow):
         cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
         raise UserError(
-            f"the cluster can hold {places} of {compute.ranks} ranks: each needs {_needs(compute)} on one node, and "
+            f"the cluster can hold {places} of {each.processes} ranks: each needs {each} on one node, and "
             f"{len(nodes)} nodes have {cpus:g} CPUs and {gpus:g} GPUs. Set train.compute.ranks, cpus and gpus to fit."
         )
-
-
-def _needs(compute: Compute) -> str:
-    return f"{compute.cpus} CPUs and {compute.gpus:g} GPUs"

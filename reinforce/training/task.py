@@ -78,6 +78,20 @@ class Task(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a feed reads: the result of ``Feed.set_up``.
+
+    ``loaders`` is the number of processes or threads of each rank that read, ``text`` describes them. ``streams`` is a
+    number on which the order of samples depends, which checkpoints record. ``note`` is a line for the user.
+    """
+
+    loaders: int
+    text: str
+    streams: int | None = None
+    note: str | None = None
+
+
 class Feed(Protocol):
     """Where the loop gets its batches from."""
 
@@ -86,11 +100,19 @@ class Feed(Protocol):
         """Samples per epoch over all ranks."""
         ...
 
+    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None) -> Reading:
+        """Choose what the config leaves open, before ``batches`` with the same arguments; the same on every rank.
+
+        ``loaders`` is the number of processes or threads that suits the machine, ``streams`` what the checkpoint
+        recorded, if there is one.
+        """
+        ...
+
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterable[Batch]:
         """Endless batches of ``batch`` samples for one rank, beginning with step ``start``; epochs follow one another.
 
-        Must be a pure function of its arguments, so that a resumed training gets the batches that an uninterrupted
-        one would have got.
+        Must be a pure function of its arguments and of ``Reading.streams``, so that a resumed training gets the batches
+        that an uninterrupted one would have got.
         """
         ...
 

@@ -78,7 +78,12 @@ class TuneConfig(Section):
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
     metric: str | None = Field(None, description="metric to maximize; default: the student's evaluate.best")
     early_stopping: EarlyStopping | None = EarlyStopping()
-    concurrent: int | None = Field(None, ge=1, description="trials at a time; default: as many as the cluster can hold")
+    concurrent: int | None = Field(
+        None,
+        ge=1,
+        description="trials at a time; default: as many as the cluster can hold; without `train.compute.cpus`, they "
+        "share its cores",
+    )
     screening: Screening = Screening()
 
     @model_validator(mode="after")

@@ -19,14 +19,17 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
+from reinforce.cluster import live_resources
+from reinforce.cores import capacity
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, make_job
 from reinforce.terminal import Screen
+from reinforce.training.config import Compute
 from reinforce.training.loop import run_rank
 from reinforce.training.ranks import join_ranks
-from reinforce.training.ray_train import check_capacity
+from reinforce.training.ray_train import Reserved, check_capacity, reserve
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.tuning.config import EarlyStopping
 from reinforce.tuning.space import Trial
@@ -74,19 +77,20 @@ class Search:
         if open_:
             _configure_tune()  # before Ray starts, since its workers inherit the environment
             self.start_cluster()
-            self._tune({trial.name: trials[trial] for trial in open_}, scheduler)
+            self._tune({trial.name: trials[trial] for trial in open_}, scheduler, len(trials))
         return {trial: self._read_outcome(config, scheduler.errors.get(trial.name)) for trial, config in trials.items()}
 
     def _read_outcome(self, config: StudentConfig, error: str | None = None) -> Outcome:
         outcome = read_outcome(config, self.steps, self.metric)
         return outcome if error is None else Outcome("open", outcome.curve, error=error)
 
-    def _tune(self, configs: Mapping[str, StudentConfig], scheduler: _Scheduler) -> None:
+    def _tune(self, configs: Mapping[str, StudentConfig], scheduler: _Scheduler, trials: int) -> None:
+        """Run the trials that are open; as many of ``trials`` as fit share the cores, however many are done."""
         training = next(iter(configs.values())).train
-        compute = training.compute
-        check_capacity(compute, can_grow=True)
-        work = tune.with_parameters(partial(_run_trial, folder=os.getcwd(), metric=self.metric), configs=dict(configs))
-        resources = {"cpu": compute.cpus, **({"gpu": compute.gpus} if compute.gpus else {})}
+        each = self._reserve(training.compute, trials)
+        run = partial(_run_trial, folder=os.getcwd(), metric=self.metric, each=each)
+        work = tune.with_parameters(run, configs=dict(configs))
+        resources = {name.lower(): number for name, number in each.resources.items()}
         stop = StopSignal()
         with stop.handle_signals(), _scratch_folder(Storage(self.output)) as storage, self.screen:
             tuner = tune.Tuner(
@@ -111,6 +115,15 @@ class Search:
                     scheduler.errors.setdefault(name, str(result.error).strip().splitlines()[-1])
         if stop.signum:
             raise Stopped(stop.signum)
+
+    def _reserve(self, compute: Compute, trials: int) -> Reserved:
+        """What each trial gets. By default trials share the cores of the cluster; a trial of one core wastes least."""
+        at_once = min(trials, self.concurrent or trials)
+        each = reserve(compute, at_once)
+        check_capacity(each, can_grow=True)
+        at_once = min(at_once, capacity(live_resources(), each.cpus, each.gpus))
+        self.screen.log(f"{at_once} trial{'s' * (at_once > 1)} at a time, {each} each")
+        return each
 
 
 def _configure_tune() -> None:
@@ -213,7 +226,7 @@ class _Scheduler(FIFOScheduler):
 
 
 def _run_trial(
-    config: dict[str, Any], *, configs: Mapping[str, StudentConfig], folder: str, metric: str
+    config: dict[str, Any], *, configs: Mapping[str, StudentConfig], folder: str, metric: str, each: Reserved
 ) -> dict[str, Any] | None:
     """Train as `reinforce train` does, in a worker of Tune, and report each evaluation."""
     # Paths in the config and custom classes are relative to the driver's folder, or, in a job, to the folder of its
@@ -227,7 +240,8 @@ def _run_trial(
         tune.report({_STEP: step, _VALUE: metrics[metric]})
 
     try:
-        with join_ranks(student.train.compute) as ranks, _wait_for(Storage(job.output).lock):
+        device = "cuda:0" if each.gpus else "cpu"
+        with join_ranks(student.train.compute, device, each.cpus) as ranks, _wait_for(Storage(job.output).lock):
             run_rank(partial(build, student), job, ranks, StopSignal(), on_evaluation=evaluated)
     except UserError as error:  # a retry would fail the same way
         return {_ERROR: str(error)}

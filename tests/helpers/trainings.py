@@ -18,7 +18,7 @@ from reinforce.training.config import Training, fixed_config
 from reinforce.training.gather import gather
 from reinforce.training.job import Job
 from reinforce.training.stop import StopSignal
-from reinforce.training.task import Batch, Build, Encoded
+from reinforce.training.task import Batch, Build, Encoded, Reading
 from teachers.device import Accelerator
 
 WIDTH = 6
@@ -84,6 +84,9 @@ class PairFeed:
     def __init__(self, poisoned: range = range(0)) -> None:
         self.poisoned = poisoned
         self.seen: list[int] = []
+
+    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None) -> Reading:
+        return Reading(0, "pairs as needed")
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
         step = start

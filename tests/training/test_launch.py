@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.training.launch import launch, runs_on_ray
-from tests.helpers.trainings import builder, job
+from reinforce.training.task import Batch, Reading
+from tests.helpers.trainings import PairFeed, TowersTask, builder, job
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,46 @@ def test_ray_train_is_used_for_several_ranks_or_an_address_but_not_under_torchru
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert runs_on_ray(job(tmp_path, compute={"ranks": ranks}), address) == on_ray
+
+
+class CountingFeed(PairFeed):
+    """Notes torch's threads, and what was asked of it."""
+
+    def __init__(self, loaders: int) -> None:
+        super().__init__()
+        self.loaders, self.threads, self.asked = loaders, 0, (0, None)
+
+    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None) -> Reading:
+        self.asked = (loaders, streams)
+        return Reading(self.loaders, f"{self.loaders} loaders", streams or 6, "read in six streams")
+
+    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
+        self.threads = torch.get_num_threads()
+        yield from super().batches(rank, ranks, batch, start)
+
+
+@pytest.mark.parametrize(
+    ("compute", "cpus", "threads"), [({}, 16, 13), ({"cpus": 2}, 2, 2)], ids=["by default", "as given"]
+)
+def test_a_training_uses_all_cores_unless_the_config_says_otherwise(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    compute: dict[str, int],
+    cpus: int,
+    threads: int,
+) -> None:
+    monkeypatch.setattr("reinforce.training.ranks.available_cores", lambda: 16)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before, feed = torch.get_num_threads(), CountingFeed(3)
+    launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=3, compute=compute))
+    assert (feed.threads, feed.asked) == (threads, (1, None))
+    assert capsys.readouterr().out.startswith(
+        f"1 rank x {cpus} CPUs, 3 loaders, device cpu\nread in six streams\ntwo towers\n"
+    )
+    assert torch.get_num_threads() == before
+    launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=4, compute=compute))
+    assert feed.asked == (1, 6), "the checkpoint's streams"
 
 
 def test_a_second_training_with_the_same_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,9 @@ from reinforce.student.config import Data
 from reinforce.student.data.assembly import Assembler
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.parts import Part, PartMaker, Tokenize
+from reinforce.student.data.reading import plan_reading
 from reinforce.student.data.stream import RankStream, StreamPlan
-from reinforce.training.task import Batch
+from reinforce.training.task import Batch, Reading
 
 _LOG = logging.getLogger(__name__)
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps memory that processes share
@@ -65,14 +66,21 @@ class StudentFeed:
         self._maker = PartMaker(size, width, tokenize, view)
         self.rows: int = sum(dataset.rows for dataset in self._datasets)
         self.samples: int = data.samples or self.rows
+        self._reading: Reading | None = None
+
+    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None) -> Reading:
+        """See ``reinforce.training.task.Feed`` and ``plan_reading``."""
+        self._reading = plan_reading(self._data, ranks, batch, start, loaders, streams)
+        return self._reading
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Generator[Batch]:
         """See ``reinforce.training.task.Feed``. Raises UserError for damaged data and for numbers that do not fit.
 
         The number of the step is all the state there is, so a plain DataLoader resumes exactly.
         """
-        processes = max(1, self._data.workers)
-        streams = self._data.streams or ranks * processes
+        reading = self._reading or plan_reading(self._data, ranks, batch, start, 1, None)
+        processes, streams = max(1, reading.loaders), reading.streams
+        assert streams is not None
         if streams % (ranks * processes):
             raise UserError(
                 f"data.streams ({streams}) must be a multiple of ranks x data.workers ({ranks} x {processes})."
@@ -81,7 +89,9 @@ class StudentFeed:
             raise UserError(f"data.workers ({processes}) must be at most the batch of a rank ({batch}).")
         plan = StreamPlan(self._datasets, self._maker, self._seed, streams, self._data.window)
         stream = RankStream(plan, rank, ranks, batch, start)
-        batches = _prefetch_one(self._read_in_workers(stream)) if self._data.workers else self._read_here(stream)
+        batches = self._read_here(stream)
+        if reading.loaders:
+            batches = _prefetch_one(self._read_in_workers(stream, processes))
         unusable, samples = Counter[str](), start * batch * ranks
         with contextlib.closing(batches):
             for assembled, new_unusable in batches:
@@ -100,9 +110,9 @@ class StudentFeed:
             assert part.buffers is not None
             yield self._assembler.assemble([part], [part.buffers]), part.unusable
 
-    def _read_in_workers(self, stream: RankStream) -> Generator[_Assembled]:
+    def _read_in_workers(self, stream: RankStream, processes: int) -> Generator[_Assembled]:
         """Read in loader processes, which make their parts in shared memory."""
-        processes, start = self._data.workers, stream.step
+        start = stream.step
         # While the parts of one step are assembled, a process is at most `prefetch` steps ahead of them.
         depth, rows = self._data.prefetch + 1, -(-stream.batch // processes)
         self._check_shared_memory(processes, depth, rows)
