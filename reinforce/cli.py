@@ -74,11 +74,14 @@ def run(
 
 @app.command()
 def plan(config: Annotated[Path, _config_argument("demo.yaml")], set_: Overrides = None) -> None:
-    """Show what is missing in each layer and how large it will be. Starts nothing and writes nothing."""
+    """Show what is missing in each layer and how large it will be. Starts nothing and writes nothing.
+
+    Reads one sample of the source, and fails where a run would fail before it starts.
+    """
     from reinforce.dataset.store import Store
     from reinforce.engine.estimate import expected_bytes, plan_table
     from reinforce.engine.plan import make_plan
-    from reinforce.engine.runner import check_source
+    from reinforce.engine.probe import check_source
     from reinforce.engine.sources import check_copies
     from reinforce.terminal import format_bytes
 
@@ -88,15 +91,12 @@ def plan(config: Annotated[Path, _config_argument("demo.yaml")], set_: Overrides
     total = sum(size or 0 for size in expected.values())
     size = format_bytes(total) if None not in expected.values() else f"{format_bytes(total)} or more"
     typer.echo(f"{current.shards:,} shards, {len(current.pending):,} with something missing, about {size} to write")
-    try:
-        check_copies(current, Store(current.config.output))
-    except UserError as error:
-        typer.echo(f"a run will be refused: {escape(redact(str(error)))}", err=True)
-    if None in expected.values():
-        try:
-            check_source(current)
-        except UserError as error:
-            typer.echo(f"sizes are not known: {escape(redact(str(error)))}", err=True)
+    sample, notes = check_source(current)
+    if sample is not None:
+        typer.echo(escape(sample.line()))
+    for note in notes:
+        typer.echo(escape(redact(note)), err=True)
+    check_copies(current, Store(current.config.output))
 
 
 @app.command()

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from reinforce.config import Config, load_config, parse_config
-from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import scale_notes, update_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.plan import Plan, make_plan
+from reinforce.engine.probe import check_source
 from reinforce.engine.progress import Progress
-from reinforce.engine.published import check_reinforcements
 from reinforce.engine.recipe import version_notes
 from reinforce.engine.sources import check_copies
 from reinforce.engine.summary import RunSummary, nothing_to_do
 from reinforce.errors import StorageError, TooManyQuarantined, UserError
-from reinforce.source.urls import canonical, filesystem
 from teachers.redact import Redactor
 
 _LOG = logging.getLogger(__name__)
@@ -61,7 +58,9 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
         recipes = [layer.recipe for name, layer in plan.layers.items() if name in needed]
         for note in version_notes(recipe["model"] for recipe in recipes if "model" in recipe):
             _LOG.warning(note)
-        check_source(plan)
+        redact = Redactor(config.model_dump(mode="json"))
+        for note in check_source(plan)[1]:
+            _LOG.warning(redact(note))
         check_copies(plan, store)
         if retry_quarantined:
             _forget_quarantine(plan, store)
@@ -78,36 +77,6 @@ def as_config(config: Config | str | Path | dict[str, Any]) -> Config:
     if isinstance(config, Config):
         return config
     return parse_config(config) if isinstance(config, dict) else load_config(config)
-
-
-def check_source(plan: Plan) -> None:
-    """Raise UserError if the source or the published reinforcements cannot be read, or do not fit the config."""
-    _check_readable("source", [shard.url for shard in plan.pending if SAMPLES in shard.layers])
-    published = [shard for shard in plan.pending if shard.reinforcements]
-    _check_readable("reinforcements", [str(shard.reinforcements) for shard in published])
-    if published:
-        layers = [plan.layers[name] for name in published[0].layers]
-        check_reinforcements(str(published[0].reinforcements), plan.config, layers)
-
-
-def _check_readable(key: str, urls: list[str]) -> None:
-    """Raise UserError if the first, the middle and the last file are all unreadable."""
-    probes = sorted({urls[0], urls[len(urls) // 2], urls[-1]}) if urls else []
-    with ThreadPoolExecutor(3) as pool:  # a storage that does not answer takes minutes for each
-        faults = [*pool.map(_read_error, probes)]
-    if faults and None not in faults:
-        raise UserError(
-            f"{key} cannot be read: {'; '.join(map(str, faults))}. Check the URL pattern and the credentials."
-        )
-
-
-def _read_error(url: str) -> str | None:
-    """Why a file cannot be read, or None."""
-    try:
-        fs, path = filesystem(url)
-        return None if fs.exists(path) else f"{canonical(url)} does not exist"
-    except Exception as error:  # each driver has its own exceptions
-        return f"{canonical(url)}: {type(error).__name__}: {error}"
 
 
 def _forget_quarantine(plan: Plan, store: Store) -> None:

@@ -99,6 +99,21 @@ def decode(data: bytes, limits: Limits, strict: bool = False, policy: str = IMAG
         raise ImageRefused(Reason.IMAGE_BROKEN, _describe(error)) from error
 
 
+def check_header(data: bytes, limits: Limits) -> tuple[int, int]:
+    """Return width and height by an image's header. Nothing is decoded.
+
+    Raises ImageRefused for a format that is not supported, and for a size above the limits.
+    """
+    try:
+        size = _open(data).size
+        _check_size(size, limits)
+    except ImageRefused:
+        raise
+    except Exception as error:  # as in decode
+        raise ImageRefused(Reason.IMAGE_BROKEN, _describe(error)) from error
+    return size
+
+
 def _load(data: bytes) -> Image.Image:
     image = _open(data)
     image.load()

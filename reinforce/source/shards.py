@@ -11,17 +11,13 @@ from typing import TypeVar
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
+from reinforce.source.formats import IMAGE_EXTENSIONS, NOT_A_FILE, folder_detail
 from reinforce.source.identity import current_url
 from reinforce.source.streams import BLOCK_BYTES, open_stream
 from reinforce.source.tar import DamagedTar, Member, Readable, members
 from reinforce.source.urls import canonical, compression, filesystem
 from schemas import Reason
 
-#: Extensions of members that are images, in formats that reinforce.source.image reads.
-IMAGE_EXTENSIONS = frozenset(
-    {"jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif"}
-    | {"pnm", "pbm", "pgm", "ppm"}
-)
 T = TypeVar("T")
 _META = re.compile(r"__[^/]*__(/|$)")
 
@@ -74,7 +70,10 @@ def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSam
             yield from _samples(stream, size, limits, images)
     except (FileNotFoundError, NotADirectoryError) as error:
         yield Refusal(None, Reason.SHARD_MISSING, _describe(error))
-    except (IsADirectoryError, PermissionError) as error:
+    except IsADirectoryError as error:
+        detail = NOT_A_FILE if error.strerror == NOT_A_FILE else folder_detail(canonical(url))
+        yield Refusal(None, Reason.SHARD_UNREADABLE, detail)
+    except PermissionError as error:
         yield Refusal(None, Reason.SHARD_UNREADABLE, _describe(error))
 
 

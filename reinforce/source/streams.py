@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from reinforce.source.formats import NOT_A_FILE
 from reinforce.source.tar import Readable
 from reinforce.source.urls import compression, filesystem
 
@@ -30,8 +31,8 @@ def open_stream(url: str) -> Iterator[tuple[Readable, int | None]]:
     """
     fs, path = filesystem(url)
     kind = compression(url)
-    if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(os.stat(path).st_mode):
-        raise IsADirectoryError(errno.EISDIR, "a folder, pipe or device, not a file")  # opening a pipe would block
+    if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(mode := os.stat(path).st_mode):  # a pipe would block
+        raise IsADirectoryError(errno.EISDIR, "a folder" if stat.S_ISDIR(mode) else NOT_A_FILE)
     with fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
         yield (_PlainStream(file), getattr(file, "size", None)) if kind is None else (_Decompressor(file, kind), None)
 

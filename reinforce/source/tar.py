@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from reinforce.source.formats import foreign_content
+
 BLOCK = 512
 _RECORD_BYTES = (20 * BLOCK, 2**20)  # multiples that writers pad a tar to, if they do
 _CHUNK_BYTES = 2**20
@@ -121,9 +123,9 @@ class _Reader:
             start = self.position - BLOCK
             try:
                 header = _header(block, start)
-            except DamagedTar:
+            except DamagedTar as damage:
                 self._source.unread(block)  # the next header may begin inside this block
-                raise
+                raise damage if start else _not_a_tar(block, damage) from None
             if header.type in _EXTENDED_TYPES:
                 records = _extended(self._source, header, start)
                 (self._global_records if header.type == tarfile.XGLTYPE else self._next_records).update(records)
@@ -148,7 +150,8 @@ class _Reader:
         position = self.position - len(block)
         zeros = position - start
         if 0 < len(block) < BLOCK:
-            raise DamagedTar(position, "the file ends inside a header")
+            damage = DamagedTar(position, "the file ends inside a header")
+            raise damage if position else _not_a_tar(block, damage)
         if self._next_records and (zeros or not block):
             source.unread(block)
             raise DamagedTar(start, "nothing follows an extended header")
@@ -263,6 +266,12 @@ class _Stream:
 
 def _cut_off(member: Member) -> DamagedTar:
     return DamagedTar(member.offset, f"the {member.size} bytes of {member.name[:100]!r} are cut off")
+
+
+def _not_a_tar(block: bytes, damage: DamagedTar) -> DamagedTar:
+    """Damage at the beginning of a file: what the file is, if its first block shows that."""
+    is_header = block[_MAGIC_OFFSET:].startswith(_MAGIC)
+    return damage if is_header else DamagedTar(0, foreign_content(block) or damage.detail)
 
 
 def _header(block: bytes, start: int) -> tarfile.TarInfo:

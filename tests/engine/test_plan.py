@@ -14,13 +14,14 @@ from reinforce.dataset.store import Store
 from reinforce.engine.plan import make_plan, source_shards
 from reinforce.errors import UserError
 from schemas import Reason
-from tests.helpers.data import config_of
+from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.published import config_of as published_config
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_planning_a_hundred_thousand_shards_is_quick_and_lean(tmp_path: Path) -> None:
+    write_tar(tmp_path / "000000.tar", members_of(0, 3))
     code = f"""
 import re, sys, time
 start = time.process_time()

@@ -59,7 +59,7 @@ def test_a_linked_source_is_refused_with_numbers_and_both_urls(
     assert tree(tmp_path / "out") == before
 
 
-def test_plan_reports_that_a_run_will_be_refused(
+def test_a_plan_is_refused_as_a_run_would_be(
     shards: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import yaml
@@ -68,9 +68,9 @@ def test_plan_reports_that_a_run_will_be_refused(
     reinforce_here(config)
     shutil.copytree(tmp_path / "source", tmp_path / "copy")
     (tmp_path / "my.yaml").write_text(yaml.safe_dump({**config, "source": f"{tmp_path}/copy/*.tar"}))
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit, match="2"):
         main(["plan", str(tmp_path / "my.yaml")])
-    assert "a run will be refused: source: 1 new shards" in capsys.readouterr().err
+    assert "error: source: 1 new shards" in capsys.readouterr().err
 
 
 def test_a_source_that_lists_copies_is_refused(shards: Callable[..., str], tmp_path: Path) -> None:

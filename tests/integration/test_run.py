@@ -244,7 +244,7 @@ def test_an_image_without_captions_is_null_and_quarantined_and_its_neighbours_ar
 
 
 def test_a_source_without_a_sample_fails_the_run(tmp_path: Path) -> None:
-    write_tar(tmp_path / "source" / "0.tar", [("a.txt", b"no image here")])
+    write_tar(tmp_path / "source" / "0.tar", [("a.png", picture(1)[:200]), ("a.txt", b"an image without its end")])
     summary = reinforce.run(config_of(f"{tmp_path}/source/*.tar", tmp_path / "out"))
     assert summary.status == 1
     assert "no samples" in summary.message

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, ImageFile
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
-from reinforce.source.image import FORMATS, ImageRefused, decode
+from reinforce.source.image import FORMATS, ImageRefused, check_header, decode
 from reinforce.source.shards import IMAGE_EXTENSIONS
 from schemas import Reason
 from tests.helpers.images import encode, noise, png_chunk, raw_png
@@ -35,6 +35,20 @@ def refusal(data: bytes, limits: Limits = LIMITS) -> Reason:
         decode(data, limits)
     assert caught.value.detail
     return caught.value.reason
+
+
+def test_a_header_has_the_size_and_is_refused_by_the_limits_without_decoding():
+    data = encode(Image.new("RGB", (30, 20), RED), "PNG")
+    assert check_header(data[:-20], LIMITS) == (30, 20), "the end is not read"
+    for content, limits, reason in (
+        (data, Limits(pixels=599), Reason.IMAGE_PIXELS),
+        (data, Limits(aspect=1.4), Reason.IMAGE_ASPECT),
+        (b"text", LIMITS, Reason.IMAGE_FORMAT),
+        (data[:20], LIMITS, Reason.IMAGE_BROKEN),
+    ):
+        with pytest.raises(ImageRefused) as caught:
+            check_header(content, limits)
+        assert caught.value.reason is reason
 
 
 # --- pixels

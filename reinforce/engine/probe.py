@@ -1,0 +1,185 @@
+"""Checks of the source before a run, and with a plan: its names, whether it can be read, and one sample of it.
+
+One image-text pair is read as a run reads it, with the limits of the config. Its image is not decoded: what happens to
+an image that crashes or hangs the decoder is a matter of the workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from reinforce.config import Config
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
+from reinforce.engine.plan import Plan
+from reinforce.engine.published import check_reinforcements
+from reinforce.errors import UserError
+from reinforce.source.formats import IMAGE_EXTENSIONS, foreign_name
+from reinforce.source.image import ImageRefused, check_header
+from reinforce.source.shards import RawSample, Refusal, read_shard
+from reinforce.source.text import caption_of, why_no_caption
+from reinforce.source.urls import canonical, filesystem
+
+_READ_ITEMS = 64  # samples and refusals at the beginning of a shard, among which one sample must be readable
+_CAPTION_CHARS = 60
+_PILLOW_C_HEADERS = (b"WEBP", b"ftyp")  # at byte 8 and 4: formats whose headers are parsed in C
+
+
+@dataclass(frozen=True)
+class FirstSample:
+    """The first sample of a source that can be read."""
+
+    url: str
+    raw: RawSample
+    size: tuple[int, int] | None  # width and height, or None for formats whose header is not read here
+    caption: str | None
+
+    def line(self) -> str:
+        """The sample in one line."""
+        image = next(e for e in self.raw.members if e.rpartition(".")[2] in IMAGE_EXTENSIONS)
+        size = "" if self.size is None else f", {self.size[0]} x {self.size[1]}"
+        caption = "no caption" if self.caption is None else f"caption {_quote(self.caption)}"
+        return f"first sample: {self.raw.key} (.{image}{size}), {caption}"
+
+    def notes(self, plan: Plan) -> list[str]:
+        """What may be wrong with the sample, one line each."""
+        notes = []
+        fields = plan.config.input.captions
+        encoded = any(layer.texts == TRUE_CAPTION for layer in plan.layers.values())
+        if self.caption is None and fields and encoded:
+            why = why_no_caption(self.raw.all_sidecars, fields, self.raw.members)
+            notes.append(f"{self._place()}: {why}; set input.captions to where captions are")
+        images = [e for e in self.raw.members if e.rpartition(".")[2] in IMAGE_EXTENSIONS]
+        if len(images) > 1:
+            listed = ", ".join(f".{extension}" for extension in images[:5])
+            notes.append(
+                f"{self._place()}: {len(images)} images ({listed}), of which one is read; a key ends at the first dot "
+                "of the file name"
+            )
+        return notes
+
+    def _place(self) -> str:
+        return f"the first sample of {canonical(self.url)}, {self.raw.key}"
+
+
+def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
+    """Return a sample of the source, None if no sample is to be read, and notes for the user.
+
+    Raises UserError if the source or the published reinforcements cannot be read, or do not fit the config. Where a
+    dataset has samples already, the files that are no tars are only noted: a run quarantines them.
+    """
+    urls = [shard.url for shard in plan.pending if SAMPLES in shard.layers]
+    named, notes = _check_names(urls, _is_new(plan))
+    readable = _check_readable("source", named)
+    published = [shard for shard in plan.pending if shard.reinforcements]
+    _check_readable("reinforcements", [str(shard.reinforcements) for shard in published])
+    if published:
+        layers = [plan.layers[name] for name in published[0].layers]
+        check_reinforcements(str(published[0].reinforcements), plan.config, layers)
+    sample, faults = _first_sample(readable, plan.config)
+    if sample is None and faults and _is_new(plan):
+        raise UserError(f"source: no sample can be read. {'; '.join(faults)}.")
+    notes += [f"source: {fault}" for fault in faults]
+    return sample, notes + (sample.notes(plan) if sample else [])
+
+
+def _is_new(plan: Plan) -> bool:
+    """Whether the dataset has no samples yet."""
+    return plan.states[SAMPLES].done == 0
+
+
+def _check_names(urls: Sequence[str], new: bool) -> tuple[Sequence[str], list[str]]:
+    """The files that may be tars by their names, or all if none may be, and a note on the others.
+
+    Raises UserError if no file of a ``new`` source may be a tar.
+    """
+    kinds = {url: kind for url in urls if (kind := foreign_name(canonical(url)))}
+    if not kinds:
+        return urls, []
+    url, kind = next(iter(kinds.items()))
+    if len(kinds) == len(urls):
+        others = "" if len(urls) == 1 else f" and {len(urls) - 1:,} more files"
+        message = f"source: {canonical(url)}{others}: {kind}"
+        if new:
+            raise UserError(f"{message}.")
+        return urls, [message]
+    return [url for url in urls if url not in kinds], [
+        f"source: {len(kinds):,} of {len(urls):,} files are not tars by their names and will be quarantined, such as "
+        f"{canonical(url)}, {kind.partition(',')[0]}; write a pattern that ends in .tar"
+    ]
+
+
+def _check_readable(key: str, urls: Sequence[str]) -> list[str]:
+    """Return those of the first, the middle and the last file that exist. Raises UserError if there is none."""
+    probes = list(dict.fromkeys((urls[0], urls[len(urls) // 2], urls[-1]))) if urls else []
+    with ThreadPoolExecutor(3) as pool:  # a storage that does not answer takes minutes for each
+        faults = [*pool.map(_read_error, probes)]
+    if faults and None not in faults:
+        raise UserError(
+            f"{key} cannot be read: {'; '.join(map(str, faults))}. Check the URL pattern and the credentials."
+        )
+    return [url for url, fault in zip(probes, faults, strict=True) if fault is None]
+
+
+def _read_error(url: str) -> str | None:
+    """Why a file cannot be read, or None."""
+    try:
+        fs, path = filesystem(url)
+        return None if fs.exists(path) else f"{canonical(url)} does not exist"
+    except Exception as error:  # each driver has its own exceptions
+        return f"{canonical(url)}: {type(error).__name__}: {error}"
+
+
+def _first_sample(urls: Sequence[str], config: Config) -> tuple[FirstSample | None, list[str]]:
+    """The first sample of the first of these shards that has one, and why those before have none."""
+    faults: list[str] = []
+    for url in urls:
+        try:
+            found = _sample_of(url, config)
+        except UserError:
+            raise
+        except Exception as error:  # each driver has its own exceptions
+            found = f"{type(error).__name__}: {error}"
+        if isinstance(found, FirstSample):
+            return found, faults
+        faults.append(f"{canonical(url)}: {found}")
+    return None, faults
+
+
+def _sample_of(url: str, config: Config) -> FirstSample | str:
+    """The first sample of a shard, or why there is none at its beginning."""
+    limits = config.input.limits
+    refusals: list[Refusal] = []
+    for item in itertools.islice(read_shard(url, limits), _READ_ITEMS):
+        if isinstance(item, Refusal):
+            refusals.append(item)
+            continue
+        try:
+            size = None if _has_c_header(item.image) else check_header(item.image, limits)
+        except ImageRefused as refused:
+            refusals.append(Refusal(item.key, refused.reason, refused.detail))
+            continue
+        fields = config.input.captions
+        caption = caption_of(item.sidecars, fields, limits) or caption_of(item.all_sidecars, fields, limits)
+        return FirstSample(url, item, size, caption)
+    return _describe(refusals)
+
+
+def _describe(refusals: Sequence[Refusal]) -> str:
+    if not refusals:
+        return "the tar contains no sample"
+    first = next((refusal for refusal in refusals if refusal.key is None), refusals[0])
+    if first.key is None:
+        return first.detail
+    what = "the only sample cannot" if len(refusals) == 1 else f"none of the first {len(refusals)} samples can"
+    return f"{what} be read: {first.key}: {first.reason.value}: {first.detail}"
+
+
+def _has_c_header(image: bytes) -> bool:
+    return image[8:12] == _PILLOW_C_HEADERS[0] or image[4:8] == _PILLOW_C_HEADERS[1]
+
+
+def _quote(caption: str) -> str:
+    return repr(caption if len(caption) <= _CAPTION_CHARS else f"{caption[:_CAPTION_CHARS]} ...")

@@ -1,0 +1,76 @@
+"""Files that are not tars: recognised by their names or first bytes, and described with what to do about them."""
+
+from __future__ import annotations
+
+#: Extensions of images, in formats that reinforce.source.image reads.
+IMAGE_EXTENSIONS = frozenset(
+    {"jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif"}
+    | {"pnm", "pbm", "pgm", "ppm"}
+)
+#: What is neither a file nor a folder.
+NOT_A_FILE = "a pipe or device, not a file"
+
+_PACK = "pack the samples into tars whose members are KEY.jpg and KEY.txt, with `tar --sort=name`"
+_IMAGES = "pack images and captions into tars whose members are KEY.jpg and KEY.txt, with `tar --sort=name`"
+_TABLE = "write WebDataset tars, as img2dataset does with --output_format webdataset"
+_UNPACK = "unpack it, and pack its files with `tar --sort=name`"
+_HTML = "it may be the error page of a server; check the URL"
+_LFS = "run `git lfs pull` in its repository"
+_LIST = "if it lists URLs, name it .txt"
+#: What a file is, by the extension of its name, and the remedy.
+_BY_EXTENSION = {
+    "parquet": ("a Parquet file", _TABLE),
+    **dict.fromkeys(("arrow", "feather"), ("an Arrow file", _TABLE)),
+    **dict.fromkeys(("csv", "tsv"), ("a CSV file", _TABLE)),
+    **dict.fromkeys(("json", "jsonl", "ndjson"), ("a JSON file", _TABLE)),
+    **dict.fromkeys(("tfrecord", "tfrecords", "h5", "hdf5", "mdb", "npy", "npz"), ("another format", _PACK)),
+    **dict.fromkeys(("zip", "7z", "rar"), ("an archive of another format", _UNPACK)),
+    **dict.fromkeys(IMAGE_EXTENSIONS, ("an image", _IMAGES)),
+}
+#: What a file is, by the bytes at an offset, and the remedy.
+_BY_CONTENT = (
+    (0, b"PAR1", ("a Parquet file", _TABLE)),
+    (0, b"ARROW1", ("an Arrow file", _TABLE)),
+    (0, b"\x89PNG", ("an image", _IMAGES)),
+    (0, b"\xff\xd8\xff", ("an image", _IMAGES)),
+    (0, b"GIF8", ("an image", _IMAGES)),
+    (8, b"WEBP", ("an image", _IMAGES)),
+    (4, b"ftypavif", ("an image", _IMAGES)),
+    (0, b"PK\x03\x04", ("a zip archive", _UNPACK)),
+    (0, b"7z\xbc\xaf", ("a 7z archive", _UNPACK)),
+    (0, b"\x93NUMPY", ("a NumPy file", _PACK)),
+    (0, b"\x89HDF", ("an HDF5 file", _PACK)),
+    (0, b"version https://git-lfs", ("a pointer of Git LFS", _LFS)),
+    (0, b"<", ("an HTML or XML page", _HTML)),
+    (0, b"{", ("a JSON file", _TABLE)),
+    (0, b"[", ("a JSON file", _TABLE)),
+)
+
+
+def folder_detail(url: str) -> str:
+    """Return that the source ``url`` is a folder, and the remedy."""
+    return f"a folder, not a tar: write {url.rstrip('/')}/*.tar for the tars in it; if it has none, {_IMAGES}"
+
+
+def foreign_name(url: str) -> str | None:
+    """Return what a file is and the remedy, if its name has the extension of another format than a tar's."""
+    return _describe(_BY_EXTENSION.get(url.rpartition("/")[2].rpartition(".")[2].lower()))
+
+
+def foreign_content(first: bytes) -> str | None:
+    """Return what a file is and the remedy, by its first bytes, which are not a tar header; None if unknown."""
+    text = first.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for offset, magic, kind in _BY_CONTENT:
+        if first.startswith(magic, offset) or (magic in (b"<", b"{", b"[") and text.startswith(magic)):
+            return _describe(kind)
+    is_text = bool(text) and all(byte >= 32 or byte in b"\t\r\n" for byte in first)
+    return _describe(("a text file", _LIST)) if is_text and _is_utf8(first) else None
+
+
+def _describe(kind: tuple[str, str] | None) -> str | None:
+    return None if kind is None else f"{kind[0]}, not a tar: {kind[1]}"
+
+
+def _is_utf8(first: bytes) -> bool:
+    """Return whether bytes are UTF-8; the last character may be cut off."""
+    return "\ufffd" not in first.decode("utf-8", "replace")[:-1]

@@ -1,0 +1,182 @@
+"""Checks of the source before a run and with a plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+import yaml
+
+from reinforce.cli import main
+from reinforce.config import parse_config
+from reinforce.dataset.store import Store
+from reinforce.engine.plan import make_plan
+from reinforce.engine.probe import FirstSample, check_source
+from reinforce.engine.runner import run
+from reinforce.errors import UserError
+from tests.helpers.data import config_of, members_of, picture, write_tar
+from tests.helpers.published import ALL, published_members, source_members, write_published
+from tests.helpers.published import config_of as published_config
+from tests.helpers.reinforced import reinforce_here
+
+ROOT = Path(__file__).parents[2]
+
+
+def config(folder: Path, source: str | list[str], **changes: Any) -> dict[str, Any]:
+    return config_of(source, folder / "out", captioners={}, **changes)  # type: ignore[arg-type]
+
+
+def probe(values: dict[str, Any]) -> tuple[FirstSample | None, list[str]]:
+    return check_source(make_plan(parse_config(values)))
+
+
+def plan_command(
+    folder: Path, values: dict[str, Any], capsys: pytest.CaptureFixture[str], *options: str
+) -> tuple[object, str, str]:
+    """Exit status, standard output and standard error of ``reinforce plan``."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(path), *options])
+    return ended.value.code or 0, *capsys.readouterr()
+
+
+# --- sources of which nothing can be read
+
+
+def test_plan_and_run_fail_with_the_same_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.tar").write_bytes(b"PAR1" + bytes(600))
+    (tmp_path / "folder.tar").mkdir()
+    write_tar(tmp_path / "texts.tar", [("a.txt", b"no image")])
+    write_tar(tmp_path / "empty.tar", [])
+    write_tar(tmp_path / "small.tar", members_of(0, 3))
+    small = {"input": {"limits": {"pixels": 100}}}
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("x", {}, f"source: no sample can be read. {tmp_path}/x.tar: a Parquet file, not a tar: write WebDataset tars"),
+        ("folder", {}, f"{tmp_path}/folder.tar: a folder, not a tar: write {tmp_path}/folder.tar/*.tar for the tars"),
+        ("texts", {}, "texts.tar: the only sample cannot be read: a: no_image: no image among: txt."),
+        ("empty", {}, "empty.tar: the tar contains no sample."),
+        ("small", small, "none of the first 3 samples can be read: 00000000: image_pixels: 40x30 pixels, above limits"),
+        ("no", {}, f"source cannot be read: {tmp_path}/no.tar does not exist. Check"),
+    ]
+    for name, changes, message in cases:
+        values = config(tmp_path, f"{tmp_path}/{name}.tar", **changes)
+        status, out, err = plan_command(tmp_path, values, capsys)
+        assert (status, "1 shards, 1 with something missing" in out) == (2, True)
+        assert message in err
+        with pytest.raises(UserError) as raised:
+            run(values)
+        assert f"error: {raised.value}\n" == err
+    assert not (tmp_path / "out" / "quarantine").exists()
+
+
+def test_files_that_are_not_tars_by_their_names_are_reported(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    with pytest.raises(UserError, match=rf"^source: {tmp_path}/0\.png and 2 more files: an image, not a tar: pack "):
+        probe(config(tmp_path, f"{tmp_path}/*.png"))
+    with pytest.raises(UserError, match=r"^source: s3://nobody/x\.parquet: a Parquet file, .* img2dataset"):
+        probe(config(tmp_path, "s3://nobody/x.parquet"))
+
+
+def test_a_source_without_access_fails_a_plan_after_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    changes = ["--set", "source=s3://nobody/x.tar", "--set", f"output={tmp_path}/out"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", str(ROOT / "configs/dfn5b.yaml"), *changes])
+    printed = capsys.readouterr()
+    assert "1 shards, 1 with something missing" in printed.out
+    assert "error: source cannot be read: s3://nobody/x.tar: NoCredentialsError" in printed.err
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_source_of_which_no_probed_file_can_be_read_is_a_user_error(tmp_path: Path) -> None:
+    values = config(tmp_path, f"{tmp_path}/source/{{0..9}}.tar")
+    with pytest.raises(UserError, match=r"^source cannot be read: .*/0\.tar does not exist; .*/5\.tar .*/9\.tar "):
+        probe(values)
+    write_tar(tmp_path / "source" / "5.tar", members_of(0, 1))
+    sample, notes = probe(values)
+    assert sample is not None
+    assert notes == []
+
+
+def test_unreadable_reinforcements_are_reported_under_their_config_key(tmp_path: Path) -> None:
+    write_published(tmp_path, [source_members(ALL[0])], [published_members(ALL[0])])
+    values = published_config(tmp_path, reinforcements=f"{tmp_path}/nowhere/00000.tar")
+    with pytest.raises(UserError, match=r"^reinforcements cannot be read: .*/nowhere/00000\.tar does not exist"):
+        probe(values)
+    probe(published_config(tmp_path))
+
+
+# --- sources of which a part can be read
+
+
+def test_a_plan_shows_the_first_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "x.tar", members_of(0, 2))
+    status, out, err = plan_command(tmp_path, config(tmp_path, f"{tmp_path}/x.tar"), capsys)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1] == "first sample: 00000000 (.png, 40 x 30), caption 'thing 0 of shard 0'"
+
+    webp = ("b\x1b.webp", picture(1, format_="WEBP"))
+    write_tar(tmp_path / "x.tar", [("a.png", b"broken"), webp, ("b\x1b.txt", b"x" * 99)])
+    status, out, err = plan_command(tmp_path, config(tmp_path, f"{tmp_path}/x.tar"), capsys)
+    assert out.splitlines()[-1] == f"first sample: b\\x1b (.webp), caption '{'x' * 60} ...'", "its header is not parsed"
+
+
+def test_a_first_sample_without_a_caption_is_noted_if_captions_are_encoded(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", picture(1)), ("a.text", b"a cat")])
+    values = config(tmp_path, f"{tmp_path}/x.tar")
+    [note] = probe(values)[1]
+    assert note.startswith(f"the first sample of {tmp_path}/x.tar, a: no caption: looked for .txt, json:caption; ")
+    assert note.endswith("the sample has .png, .text; set input.captions to where captions are")
+    sample, notes = probe({**values, "input": {"captions": ["text"]}})
+    assert sample is not None
+    assert (sample.caption, notes) == ("a cat", [])
+    assert probe({**values, "teachers": {"eye": {"class": "tests.helpers.models:ImageOnly"}}})[1] == []
+
+
+def test_several_images_of_the_first_sample_are_noted(tmp_path: Path) -> None:
+    members = [("a.v1.png", picture(1)), ("a.v1.txt", b"a cat"), ("a.v2.png", picture(2)), ("a.v2.txt", b"a dog")]
+    write_tar(tmp_path / "x.tar", members)
+    sample, [note] = probe(config(tmp_path, f"{tmp_path}/x.tar"))
+    assert sample is not None
+    assert sample.caption == "a cat"
+    assert "2 images (.v1.png, .v2.png), of which one is read; a key ends at the first dot" in note
+
+
+def test_shards_that_cannot_be_read_are_noted_where_others_can(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_text("not a tar")
+    (tmp_path / "1.json").write_text("{}")
+    write_tar(tmp_path / "2.tar", members_of(0, 1))
+    sample, notes = probe(config(tmp_path, f"{tmp_path}/?.*"))
+    assert sample is not None
+    assert sample.raw.key == "00000000"
+    assert notes == [
+        f"source: 1 of 3 files are not tars by their names and will be quarantined, such as {tmp_path}/1.json, a JSON "
+        "file; write a pattern that ends in .tar",
+        f"source: {tmp_path}/0.tar: a text file, not a tar: if it lists URLs, name it .txt",
+    ]
+
+
+def test_a_dataset_with_samples_is_continued_with_a_broken_shard(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", members_of(0, 2))
+    values = config(tmp_path, f"{tmp_path}/0.tar")
+    reinforce_here(values)
+    (tmp_path / "1.tar").write_text(json.dumps({"not": "a tar"}))
+    sample, [note] = probe(config(tmp_path, f"{tmp_path}/*.tar"))
+    assert sample is None
+    assert note.startswith(f"source: {tmp_path}/1.tar: a JSON file, not a tar: ")
+    (tmp_path / "1.parquet").write_bytes(b"PAR1")
+    [note, _] = probe(config(tmp_path, [f"{tmp_path}/0.tar", f"{tmp_path}/1.parquet"]))[1]
+    assert note.startswith(f"source: {tmp_path}/1.parquet: a Parquet file, not a tar: ")
+    assert len(Store(str(tmp_path / "out")).shards("samples")) == 1
+    assert probe(values) == (None, []), "a complete dataset needs no source"
