@@ -80,8 +80,9 @@ class Augmentations(Section):
     )
     ratio: tuple[float, float] = Field((3 / 4, 4 / 3), strict=False, description="range of width / height of the crop")
     rand_augment: RandAugment = RandAugment()
-    backend: Literal["torchvision-pil-1"] = Field(
-        "torchvision-pil-1", description="name and version of the functions that replay augmentation records"
+    backend: Literal["torchvision-pil-1", "fixed-point-1"] = Field(
+        "torchvision-pil-1",
+        description="how records are replayed: with torchvision's pixels, or faster with pixels of its own",
     )
 
     @model_validator(mode="after")

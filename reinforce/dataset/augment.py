@@ -13,12 +13,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 
 from reinforce.config import Augmentations, RandAugment
+from reinforce.dataset.operations import TORCHVISION, Operation
 from reinforce.seeds import seed_for
 
-#: Name and version of what ``replay`` computes; recorded in dataset.json.
+#: Name and version of what ``replay`` computes, the default backend; recorded in dataset.json.
 AUGMENTATION_BACKEND = "torchvision-pil-1"
 
 #: RandAugment's operations by torchvision's names; published records store an operation as its index here.
@@ -134,14 +135,33 @@ def _magnitudes(bin_: int, size: int) -> Mapping[str, float]:
     }
 
 
+#: Resizes an RGB image to (size, size) pixels.
+Resize = Callable[[Image.Image, int], Image.Image]
+
+
 def replay(image: Image.Image, augmentation: Augmentation, size: int | None = None) -> Image.Image:
-    """Apply a record to the RGB image it was sampled for -> RGB image of (size, size).
+    """Apply a record by the backend ``torchvision-pil-1`` to the RGB image it was sampled for -> RGB (size, size).
 
     At the recorded size (the default) the pixels equal torchvision's on a PIL image: ``resized_crop`` with bicubic
     interpolation, then RandAugment's operations with nearest interpolation and black fill. At another size,
     translations are scaled with it, so that they shift the image by the same fraction.
     Raises ValueError if the image is not RGB, the crop does not fit into it or an operation is unknown.
     """
+    return replay_with(_resize, TORCHVISION, image, augmentation, size)
+
+
+def _resize(image: Image.Image, size: int) -> Image.Image:
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def replay_with(
+    resize: Resize,
+    operations: Mapping[str, Operation],
+    image: Image.Image,
+    augmentation: Augmentation,
+    size: int | None = None,
+) -> Image.Image:
+    """Apply a record as ``replay`` does, by these functions."""
     crop, size = augmentation.crop, size or augmentation.size
     box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
     if image.mode != "RGB" or min(box) < 0 or box[2] > image.width or box[3] > image.height:
@@ -149,52 +169,16 @@ def replay(image: Image.Image, augmentation: Augmentation, size: int | None = No
             f"{crop} does not fit this {image.mode} image of {image.width} x {image.height}: the record is "
             "of another image, or the image was decoded by another image policy"
         )
-    # Not resize(box=...): its filter would include pixels around the box.
-    out = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+    # The crop is cut out first: resizing with a box would use pixels around it.
+    out = resize(image.crop(box), size)
     for op in augmentation.ops or ():
-        if op.name not in _APPLY:
+        if op.name not in operations:
             raise ValueError(f"unknown operation {op.name!r} in an augmentation record; known: {', '.join(OPS)}")
         magnitude = op.magnitude
         if op.name in ("TranslateX", "TranslateY") and size != augmentation.size:
             magnitude *= size / augmentation.size
-        out = _APPLY[op.name](out, magnitude)
+        out = operations[op.name](out, magnitude)
     return out
-
-
-def _affine(image: Image.Image, *matrix: float) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=(0, 0, 0))
-
-
-def _shear_x(image: Image.Image, magnitude: float) -> Image.Image:
-    # To degrees and back as torchvision does, for the same double.
-    return _affine(image, 1, math.tan(math.radians(math.degrees(math.atan(magnitude)))), 0, 0, 1, 0)
-
-
-def _shear_y(image: Image.Image, magnitude: float) -> Image.Image:
-    angle = math.radians(math.degrees(math.atan(magnitude)))
-    return _affine(image, 1, 0, 0, math.sin(angle) / math.cos(angle), 1, 0)
-
-
-def _rotate(image: Image.Image, magnitude: float) -> Image.Image:
-    return image.rotate(magnitude, Image.Resampling.NEAREST, fillcolor=(0, 0, 0))
-
-
-_APPLY: dict[str, Callable[[Image.Image, float], Image.Image]] = {
-    "Identity": lambda image, _: image,
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateX": lambda image, magnitude: _affine(image, 1, 0, -int(magnitude), 0, 1, 0),
-    "TranslateY": lambda image, magnitude: _affine(image, 1, 0, 0, 0, 1, -int(magnitude)),
-    "Rotate": _rotate,
-    "Brightness": lambda image, magnitude: ImageEnhance.Brightness(image).enhance(1.0 + magnitude),
-    "Color": lambda image, magnitude: ImageEnhance.Color(image).enhance(1.0 + magnitude),
-    "Contrast": lambda image, magnitude: ImageEnhance.Contrast(image).enhance(1.0 + magnitude),
-    "Sharpness": lambda image, magnitude: ImageEnhance.Sharpness(image).enhance(1.0 + magnitude),
-    "Posterize": lambda image, magnitude: ImageOps.posterize(image, int(magnitude)),
-    "Solarize": ImageOps.solarize,  # type: ignore[dict-item]
-    "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
-    "Equalize": lambda image, _: ImageOps.equalize(image),
-}
 
 
 def to_records(augmentations: Iterable[Augmentation]) -> list[dict[str, Any]]:

@@ -12,8 +12,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from reinforce.dataset import augment
+from reinforce.dataset import augment, fixed_point
 from reinforce.dataset.augment import AUGMENTATION_BACKEND, Augmentation
+from reinforce.dataset.fixed_point import FIXED_POINT_BACKEND
 from reinforce.errors import UserError
 
 
@@ -35,7 +36,19 @@ def _load_pillow() -> Replay:
     return replay
 
 
-_LOAD: dict[str, Callable[[], Replay]] = {AUGMENTATION_BACKEND: _load_pillow}
+def _load_fixed_point() -> Replay:
+    resize = fixed_point.load_resizer()
+
+    def replay(image: Image.Image, augmentation: Augmentation, size: int | None = None) -> np.ndarray:
+        return np.asarray(augment.replay_with(resize, fixed_point.OPERATIONS, image, augmentation, size))
+
+    return replay
+
+
+_LOAD: dict[str, Callable[[], Replay]] = {
+    AUGMENTATION_BACKEND: _load_pillow,
+    FIXED_POINT_BACKEND: _load_fixed_point,
+}
 
 #: Names of all backends.
 BACKENDS = tuple(_LOAD)
@@ -43,7 +56,7 @@ BACKENDS = tuple(_LOAD)
 
 @functools.cache
 def load_backend(name: str) -> Replay:
-    """Load the backend of a name, once per process. Raises UserError if there is none."""
+    """Load the backend of a name, once per process. Raises UserError if there is none or a package is missing."""
     if name not in _LOAD:
         raise UserError(
             f"unknown augmentation backend {name!r}; this version has {', '.join(BACKENDS)}. Use the version of the "

@@ -13,6 +13,7 @@ from PIL import Image
 
 import reinforce
 from reinforce.dataset.augment import replay
+from reinforce.dataset.backends import load_backend
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, picture, write_tar
 from tests.helpers.pixels import PixelRecorder, torchvision_replay
@@ -36,17 +37,24 @@ def dataset(shards: Callable[..., str], tmp_path: Path) -> reinforce.Dataset:
     return reinforce.open(reinforce_here(config_of(shards(3), tmp_path / "out")))
 
 
-@pytest.mark.parametrize("images", ["embed", "reference"])
-def test_augmented_is_the_crop_that_the_teachers_saw(tmp_path: Path, images: str) -> None:
+@pytest.mark.parametrize(
+    ("images", "backend"),
+    [("embed", "torchvision-pil-1"), ("reference", "torchvision-pil-1"), ("embed", "fixed-point-1")],
+)
+def test_augmented_is_the_crop_that_the_teachers_saw(tmp_path: Path, images: str, backend: str) -> None:
     members = [(f"{i}.png", rotated_by_exif(i) if i % 2 else picture(i)) for i in range(5)]
     write_tar(tmp_path / "source" / "0.tar", members)
     config = config_of(f"{tmp_path}/source/*.tar", tmp_path / "out", images=images, captioners={})
+    config["augmentations"] |= {"backend": backend}
     config["teachers"] = {"recorder": {"class": "tests.helpers.pixels:PixelRecorder"}}
     PixelRecorder.seen.clear()
     samples = list(reinforce.open(reinforce_here(config)))
     crops = [np.asarray(sample.augmented(k)) for sample in samples for k in range(2)]
     assert len(samples) == 5
     np.testing.assert_array_equal(crops, PixelRecorder.seen[-10:])  # before these: a check of the loaded model
+    expected = [load_backend(backend)(sample.pil(), record) for sample in samples for record in sample.augmentations]
+    np.testing.assert_array_equal(crops, expected)
+    assert samples[0].augmented(1, image=samples[0].pil()).tobytes() == expected[1].tobytes()
 
 
 def test_published_records_are_replayed_as_torchvision_does(tmp_path: Path) -> None:
@@ -95,7 +103,8 @@ def test_an_image_that_was_changed_is_named_by_dataset_and_key(dataset: reinforc
 
 
 @pytest.mark.parametrize(
-    ("policy", "supported"), [("image", "rgb-1 and pillow-rgb-1"), ("augmentation", "torchvision-pil-1")]
+    ("policy", "supported"),
+    [("image", "rgb-1 and pillow-rgb-1"), ("augmentation", "torchvision-pil-1 and fixed-point-1")],
 )
 def test_a_policy_of_another_version_is_an_error(dataset: reinforce.Dataset, policy: str, supported: str) -> None:
     dataset.manifest["policies"][policy] = "new-2"

@@ -203,6 +203,23 @@ def test_captioners_and_datasets_are_mixed_by_weight(tmp_path: Path) -> None:
     assert seen["often"] / (seen["often"] + seen["rare"]) == pytest.approx(0.8, abs=0.04)
 
 
+def test_each_dataset_of_a_mixture_is_replayed_by_its_own_backend(tmp_path: Path) -> None:
+    augmentations = {"count": 2, "size": 24}
+    urls = [
+        small_dataset(tmp_path / name, (12,), augmentations={**augmentations, "backend": name}, seed=seed)
+        for seed, name in enumerate(("torchvision-pil-1", "fixed-point-1"))
+    ]
+    expected = {
+        sample.augmented(k, size=20).tobytes(): sample.policies.augmentation
+        for url in urls
+        for sample in reinforce.open(url)
+        for k in range(2)
+    }
+    feed = feed_of([{"url": url} for url in urls], workers=2)
+    seen = [expected[image.numpy().tobytes()] for batch in take(feed, 6, 4) for image in batch["image"]]
+    assert Counter(seen) == {"torchvision-pil-1": 12, "fixed-point-1": 12}
+
+
 def test_only_the_needed_layers_and_columns_are_read(url: str) -> None:
     feed = feed_of(url, teachers=["blue"], captioners=[])
     [dataset] = feed._datasets

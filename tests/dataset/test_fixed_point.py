@@ -1,0 +1,201 @@
+"""The backend fixed-point-1: its pixels are the same wherever they are computed."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from reinforce.config import Augmentations, RandAugment
+from reinforce.dataset import augment, fixed_point
+from reinforce.dataset.augment import OPS, Augmentation, Crop, Op, sample_augmentation
+from reinforce.dataset.backends import Replay, load_backend
+from reinforce.dataset.fixed_point import OPERATIONS, RESIZERS, load_resizer
+from reinforce.errors import UserError
+from tests.helpers.random_images import natural, noise
+
+BACKEND = "fixed-point-1"
+# The pixels of 300 records. If they change, students no longer see what the teachers saw.
+GOLDEN = "b1ad86cc409b42a1dfe2d5374f425d418f13205ef6da7a99bdd471f2048b21df"
+SIDES = st.one_of(st.integers(1, 8), st.integers(1, 300))
+
+
+def replayed_digest(replay: Replay | None = None) -> str:
+    """SHA-256 of the replayed pixels of records for images of many sizes."""
+    digest, replay = hashlib.sha256(), replay or load_backend(BACKEND)
+    for number, (image, record) in enumerate(records()):
+        digest.update(replay(image, record, None if number % 3 else 40).tobytes())
+    return digest.hexdigest()
+
+
+def records() -> Iterator[tuple[Image.Image, Augmentation]]:
+    """Images whose pixels no library draws, and their records."""
+    for number in range(300):
+        sides = 8 if number % 7 == 0 else 200
+        width, height = 1 + number * 7919 % sides, 1 + number * 104729 % sides
+        values = np.arange(number, number + 3 * width * height, dtype=np.uint32) * np.uint32(2246822519)
+        pixels = (values >> np.uint32(24)).astype(np.uint8).reshape(height, width, 3)
+        image = Image.fromarray(pixels if number % 5 else pixels // 128 * 255)
+        policy = Augmentations(size=8 + number % 60, rand_augment=RandAugment(ops=3, magnitude=number % 31))
+        yield image, sample_augmentation(policy, 0, "key", number, width, height)
+
+
+def run(code: str, **env: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **env}).stdout.strip()
+
+
+def test_the_golden_pixels() -> None:
+    assert replayed_digest() == GOLDEN
+
+
+def test_threads_and_processes_replay_the_golden_pixels() -> None:
+    with ThreadPoolExecutor(4) as threads:
+        assert {future.result() for future in [threads.submit(replayed_digest) for _ in range(4)]} == {GOLDEN}
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
+        assert set(processes.map(replayed_digest, [None, None])) == {GOLDEN}
+
+
+@pytest.mark.parametrize(("capability", "threads"), [("default", 3), ("avx2", 1), ("avx512", 2)])
+def test_torch_gives_the_golden_pixels_on_every_processor_and_with_any_threads(capability: str, threads: int) -> None:
+    flag = {"default": "", "avx2": "avx2", "avx512": "avx512f"}[capability]
+    if flag not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {capability}")
+    code = (
+        "import torch; from tests.dataset import test_fixed_point as t; "
+        f"torch.set_num_threads({threads}); t.fixed_point.RESIZERS = {{'torch': t.RESIZERS['torch']}}; "
+        "print(t.replayed_digest())"
+    )
+    assert run(code, ATEN_CPU_CAPABILITY=capability) == GOLDEN
+
+
+@pytest.mark.parametrize("extensions", ["none", "sse4_1", "avx2", "neon"])
+def test_cykooz_resizer_gives_the_golden_pixels_with_any_instructions(
+    extensions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cykooz = pytest.importorskip("cykooz_resizer")
+    made = []
+
+    class Restricted(cykooz.Resizer):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.cpu_extensions = getattr(cykooz.CpuExtensions, extensions)
+            made.append(self)
+
+    try:
+        Restricted()
+    except BaseException as error:
+        pytest.skip(f"this processor has no {extensions}: {error}")
+    monkeypatch.setattr(cykooz, "Resizer", Restricted)
+    monkeypatch.setattr(fixed_point, "RESIZERS", {"cykooz-resizer": RESIZERS["cykooz-resizer"]})
+    assert replayed_digest(load_backend.__wrapped__(BACKEND)) == GOLDEN
+    assert len(made) > 300
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIDES, SIDES, st.integers(8, 260), st.integers(0, 2**32), st.booleans())
+def test_both_packages_resize_to_the_same_pixels(width: int, height: int, size: int, seed: int, extreme: bool) -> None:
+    pytest.importorskip("cykooz_resizer")
+    image = noise(width, height, seed, extreme)
+    one, other = (load()(image, size) for load in RESIZERS.values())
+    assert one.size == (size, size)
+    assert one.tobytes() == other.tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(8, 260), st.integers(8, 260), st.integers(8, 260))
+def test_natural_images_differ_little_from_pillows_resizing(seed: int, width: int, height: int, size: int) -> None:
+    image = natural(width, height, seed).point(lambda value: 64 + value // 2)  # no overshoot, which each clips apart
+    ours, pillows = load_resizer()(image, size), image.resize((size, size), Image.Resampling.BICUBIC)
+    differences = np.abs(np.asarray(ours).astype(int) - np.asarray(pillows))
+    assert differences.max() <= 2
+    assert differences.mean() < 0.5
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(8, 60), st.integers(0, 20), st.integers(0, 20), st.integers(0, 2**32))
+def test_a_crop_of_the_recorded_size_is_copied_and_pixels_around_it_do_not_matter(
+    size: int, top: int, left: int, seed: int
+) -> None:
+    image = noise(size + 20, size + 20, seed)
+    record = Augmentation(Crop(top, left, size, size), size, None)
+    np.testing.assert_array_equal(
+        load_backend(BACKEND)(image, record), np.asarray(image)[top : top + size, left : left + size]
+    )
+    alone = Augmentation(Crop(0, 0, size, size), size, None)
+    inside = image.crop((left, top, left + size, top + size))
+    np.testing.assert_array_equal(load_backend(BACKEND)(inside, alone, 37), load_backend(BACKEND)(image, record, 37))
+
+
+@pytest.mark.parametrize("value", [0, 1, 128, 255])
+def test_a_plain_image_stays_plain_at_any_size(value: int) -> None:
+    image = Image.new("RGB", (83, 47), (value,) * 3)
+    for size in (8, 30, 83, 224, 500):
+        record = Augmentation(Crop(0, 0, 47, 83), size, None)
+        assert set(load_backend(BACKEND)(image, record).ravel().tolist()) == {value}
+
+
+def test_rounded_factors_make_float32_arithmetic_exact() -> None:
+    """Then an exact product and sum, as a fused multiply-add has them, is what separate roundings give."""
+    differences = np.arange(-255, 256)
+    for step in range(-128, 129):
+        factor = np.float32(1 + step / 128)
+        exact = (128 + step) * differences / 128
+        np.testing.assert_array_equal(factor * differences.astype(np.float32), exact)
+        for value in (0, 1, 77, 255):
+            np.testing.assert_array_equal(np.float32(value) + factor * differences.astype(np.float32), value + exact)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_operations_are_those_of_the_default_backend_with_rounded_magnitudes(name: str) -> None:
+    image = natural(64, 64)
+    for bin_ in range(31):
+        magnitude = augment._magnitudes(bin_, 64)[name]
+        for signed in {magnitude, -magnitude} if name in augment._SIGNED else {magnitude}:
+            ours = np.asarray(OPERATIONS[name](image, signed)).astype(int)
+            default = np.asarray(augment.TORCHVISION[name](image, signed)).astype(int)
+            if name in ("Brightness", "Color", "Contrast", "Sharpness"):
+                assert np.abs(ours - default).max() <= 2
+            else:
+                assert (ours != default).mean() < 0.001
+
+
+def test_a_record_that_does_not_fit_is_an_error() -> None:
+    replay = load_backend(BACKEND)
+    for record in (Augmentation(Crop(0, 0, 21, 5), 8, None), Augmentation(Crop(0, 0, 5, 5), 8, (Op("Invert", 0.0),))):
+        with pytest.raises(ValueError, match=r"another image|unknown operation"):
+            replay(Image.new("RGB", (30, 20)), record)
+
+
+def test_torch_is_imported_only_where_cykooz_resizer_is_missing() -> None:
+    pytest.importorskip("cykooz_resizer")
+    code = (
+        "import sys; from reinforce.dataset.backends import load_backend; "
+        "print({name: (load_backend(name) and None, 'torch' in sys.modules, 'cykooz_resizer' in sys.modules)[1:] "
+        "for name in ('torchvision-pil-1', 'fixed-point-1')})"
+    )
+    assert run(code) == str({"torchvision-pil-1": (False, False), "fixed-point-1": (False, True)})
+    missing = "import sys; sys.modules['cykooz_resizer'] = None; "
+    assert run(missing + code) == str({"torchvision-pil-1": (False, True), "fixed-point-1": (True, True)})
+
+
+def test_a_package_with_other_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other() -> augment.Resize:
+        return lambda image, size: image.resize((size, size), Image.Resampling.BICUBIC)
+
+    monkeypatch.setattr(fixed_point, "RESIZERS", {"pillow": other, "torch": RESIZERS["torch"]})
+    assert load_resizer()(noise(9, 9), 20).tobytes() == RESIZERS["torch"]()(noise(9, 9), 20).tobytes()
+    monkeypatch.setattr(fixed_point, "RESIZERS", {"pillow": other})
+    with pytest.raises(UserError, match=r"fixed-point-1: pillow \S+ does not give its pixels on this machine"):
+        load_resizer()
