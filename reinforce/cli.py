@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -83,6 +84,7 @@ def plan(config: Annotated[Path, _config_argument("demo.yaml")], set_: Overrides
     from reinforce.engine.plan import make_plan
     from reinforce.engine.probe import check_source
     from reinforce.engine.sources import check_copies
+    from reinforce.engine.summary import not_in_source_lines
     from reinforce.terminal import format_bytes
 
     current = make_plan(load_config(config, set_))
@@ -91,6 +93,8 @@ def plan(config: Annotated[Path, _config_argument("demo.yaml")], set_: Overrides
     total = sum(size or 0 for size in expected.values())
     size = format_bytes(total) if None not in expected.values() else f"{format_bytes(total)} or more"
     typer.echo(f"{current.shards:,} shards, {len(current.pending):,} with something missing, about {size} to write")
+    for line in not_in_source_lines(asdict(current.not_in_source)):
+        typer.echo(escape(line))
     sample, notes = check_source(current)
     if sample is not None:
         typer.echo(escape(sample.line()))

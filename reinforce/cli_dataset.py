@@ -20,7 +20,7 @@ def status(
 ) -> None:
     """Show the layers of a dataset, what is quarantined and why, and how the last run ended."""
     from reinforce.dataset.status import read_status, status_table
-    from reinforce.engine.summary import cleaned_lines
+    from reinforce.engine.summary import cleaned_lines, not_in_source_lines
 
     found = read_status(dataset)
     Console().print(status_table(found))
@@ -34,8 +34,8 @@ def status(
     if last := found["last_run"]:
         text = f"last run {last['run']}: {last['shards']:,} shards in {last['seconds']:.0f} s, {last['message']}"
         typer.echo(escape(text))
-        for line in cleaned_lines(last.get("cleaned", {})):
-            typer.echo(line)
+        for line in [*cleaned_lines(last.get("cleaned", {})), *not_in_source_lines(last.get("not_in_source", {}))]:
+            typer.echo(escape(line))
 
 
 def drop(

@@ -30,6 +30,17 @@ def test_status_shows_an_example_of_each_reason_when_asked(dataset: Path, capfd:
     ]
 
 
+def test_status_shows_what_the_last_run_found_outside_its_source(
+    dataset: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    absent = {"finished": 0, "quarantined": 1, "first_finished": None, "first_quarantined": "samples/old-ab"}
+    last = {"run": "2026", "shards": 2, "seconds": 1.0, "message": "done", "not_in_source": absent}
+    Store(str(dataset)).write_json(last, "runs", "2026", "summary.json")
+    out = command(capfd, "status", str(dataset))[1].splitlines()
+    assert out[-2] == "last run 2026: 2 shards in 1 s, done"
+    assert out[-1].startswith("not in `source`: 1 quarantined shards, such as samples/old-ab. ")
+
+
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     return Path(small_dataset(tmp_path, (3, 2)))

@@ -42,11 +42,24 @@ class LayerState:
 
 
 @dataclass(frozen=True)
+class NotInSource:
+    """Shards of the dataset that ``source`` does not name: their numbers, and the first of each.
+
+    They are of another source, or their files were renamed or removed.
+    """
+
+    finished: int = 0
+    quarantined: int = 0
+    first_finished: str | None = None  # shard
+    first_quarantined: str | None = None  # LAYER/SHARD
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run would compute.
 
-    ``shards`` counts all source shards, ``pending`` lists those that lack a layer, and ``committed`` names those that
-    the samples layer has, also of other sources.
+    ``shards`` counts all source shards, ``pending`` lists those that lack a layer, ``committed`` names those that the
+    samples layer has, also of other sources, and ``not_in_source`` counts these.
     """
 
     config: Config
@@ -55,6 +68,7 @@ class Plan:
     states: Mapping[str, LayerState]
     pending: list[PendingShard]
     committed: Collection[str] = ()
+    not_in_source: NotInSource = NotInSource()
 
     @property
     def quarantined(self) -> int:
@@ -70,7 +84,8 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
     store = Store(config.output)
     committed = {name: store.shards(name) for name in layers}
     check_fingerprints(store, layers, committed)
-    refused = {name: {} if retry_quarantined else store.quarantined_shards(name, committed[name]) for name in layers}
+    quarantine = {name: store.quarantined_shards(name, committed[name]) for name in layers}
+    refused = {name: set() if retry_quarantined else quarantine[name] for name in layers}
     pending = []
     missing = dict.fromkeys(layers, 0)
     quarantined = dict.fromkeys(layers, 0)
@@ -95,7 +110,19 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
     for name in layers:
         sizes = [committed[name][shard] for shard in urls if shard in committed[name]]
         states[name] = LayerState(len(sizes), sum(sizes), quarantined[name], missing[name])
-    return Plan(config, layers, len(urls), states, pending, committed[SAMPLES])
+    not_in_source = _not_in_source(urls, committed[SAMPLES], quarantine)
+    return Plan(config, layers, len(urls), states, pending, committed[SAMPLES], not_in_source)
+
+
+def _not_in_source(
+    urls: Mapping[str, str], committed: Collection[str], quarantine: Mapping[str, Collection[str]]
+) -> NotInSource:
+    finished = [name for name in committed if name not in urls]
+    refused = {name: layer for layer, names in reversed([*quarantine.items()]) for name in names if name not in urls}
+    first = min(refused, default=None)
+    return NotInSource(
+        len(finished), len(refused), min(finished, default=None), None if first is None else f"{refused[first]}/{first}"
+    )
 
 
 def source_shards(config: Config) -> dict[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from reinforce.dataset.layers import SAMPLES
 from reinforce.engine.outcome import ShardResult
@@ -39,8 +40,9 @@ class RunSummary:
 
     ``samples`` counts those with at least one new layer, ``busy_share`` is the accelerators' busy time over the
     workers' time, ``refused`` counts quarantined rows by reason, ``quarantined_shards`` the shards that are quarantined
-    in some layer, ``cleaned`` the effects of ``clean`` by captioner, and ``examples`` has a shard, a key and a detail
-    for each reason of quarantine. The fields are the keys of summary.json.
+    in some layer, ``cleaned`` the effects of ``clean`` by captioner, ``examples`` has a shard, a key and a detail for
+    each reason of quarantine, and ``not_in_source`` the fields of ``NotInSource``. The fields are the keys of
+    summary.json.
     """
 
     run: str | None
@@ -55,6 +57,7 @@ class RunSummary:
     message: str
     cleaned: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     examples: Mapping[str, str] = field(default_factory=dict)
+    not_in_source: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self, output: str) -> str:
         """The summary for people, a few lines."""
@@ -76,6 +79,7 @@ class RunSummary:
                 f"quarantined shards: {self.quarantined_shards:,}; `reinforce status {output} --reasons` lists them by "
                 "reason; `reinforce run --retry-quarantined` retries them"
             )
+        lines += not_in_source_lines(self.not_in_source)
         if self.message != "done":
             lines.append(self.message)
         return "\n".join(lines)
@@ -153,6 +157,7 @@ def summarize(
         message,
         {captioner: dict(counts) for captioner, counts in totals.cleaned.items()},
         totals.examples,
+        asdict(plan.not_in_source),
     )
 
 
@@ -186,6 +191,22 @@ def cleaned_lines(cleaned: Mapping[str, Mapping[str, int]]) -> list[str]:
     return lines
 
 
+def not_in_source_lines(counts: Mapping[str, Any]) -> list[str]:
+    """What a dataset has of shards that ``source`` does not name; ``counts`` are the fields of ``NotInSource``."""
+    lines = []
+    if count := counts.get("finished"):
+        lines.append(
+            f"not in `source`: {count:,} finished shards, such as {counts['first_finished']}. They stay in the dataset "
+            "and are read; to remove one, delete its files NAME.parquet in all layers"
+        )
+    if count := counts.get("quarantined"):
+        lines.append(
+            f"not in `source`: {count:,} quarantined shards, such as {counts['first_quarantined']}. They are not "
+            "retried; to forget one, delete its file quarantine/LAYER/NAME.parquet"
+        )
+    return lines
+
+
 def verdict(quarantined: int, shards: int, allowed_share: float) -> tuple[int, str]:
     """Exit status and message for a number of quarantined shards."""
     if quarantined > allowed_share * shards:
@@ -205,6 +226,7 @@ def nothing_to_do(plan: Plan) -> RunSummary:
     )
     if plan.quarantined:
         text += f" except {plan.quarantined:,} quarantined shards (--retry-quarantined retries them)"
+    text = "\n".join([text, *not_in_source_lines(asdict(plan.not_in_source))])
     if status:
         text += f"\n{message}"
     return RunSummary(None, 0, 0, 0.0, 0.0, 0, {}, plan.quarantined, status, text)

@@ -11,11 +11,12 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.dataset.store import Store
-from reinforce.engine.plan import make_plan, source_shards
+from reinforce.engine.plan import NotInSource, make_plan, source_shards
 from reinforce.errors import UserError
 from schemas import Reason
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.published import config_of as published_config
+from tests.helpers.reinforced import reinforce_here
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,6 +83,25 @@ def test_a_shard_quarantined_in_a_layer_is_not_planned_there_nor_in_layers_that_
     assert "embeddings/red/caption" in again[first]
     assert again[second] == tuple(plan.layers)
     assert make_plan(config, retry_quarantined=True).pending == plan.pending
+
+
+def test_shards_of_the_dataset_that_are_not_in_the_source_are_counted(
+    shards: Callable[..., str], tmp_path: Path
+) -> None:
+    everything = config_of(shards(2, 2, 2), tmp_path / "out", captioners={})
+    reinforce_here({**everything, "source": f"{tmp_path}/source/0000[01].tar"})
+    plan = make_plan(parse_config(everything))
+    assert plan.not_in_source == NotInSource()
+    store = Store(str(tmp_path / "out"))
+    [third] = plan.pending
+    store.quarantine("samples", third.name, [(None, Reason.SHARD_UNREADABLE, "not a tar")])
+    store.quarantine("embeddings/red/images", third.name, [(None, Reason.SHARD_FAILED, "raised")])
+    first, second = sorted(store.shards("samples"))
+    less = parse_config({**everything, "source": f"{tmp_path}/source/00001.tar"})
+    expected = NotInSource(1, 1, first, f"samples/{third.name}")
+    assert make_plan(less).not_in_source == make_plan(less, retry_quarantined=True).not_in_source == expected
+    assert make_plan(less).states["samples"].quarantined == 0
+    assert second not in str(expected)
 
 
 def test_published_shards_are_paired_by_name_else_by_order(tmp_path: Path) -> None:

@@ -132,6 +132,17 @@ def test_a_plan_shows_the_first_sample(tmp_path: Path, capsys: pytest.CaptureFix
     assert out.splitlines()[-1] == f"first sample: b\\x1b (.webp), caption '{'x' * 60} ...'", "its header is not parsed"
 
 
+def test_a_plan_names_shards_of_the_dataset_that_are_not_in_the_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", members_of(number, 2))
+    reinforce_here(config(tmp_path, f"{tmp_path}/?.tar"))
+    status, out, err = plan_command(tmp_path, config(tmp_path, f"{tmp_path}/1.tar"), capsys)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1].startswith("not in `source`: 1 finished shards, such as 0-")
+
+
 def test_a_first_sample_without_a_caption_is_noted_if_captions_are_encoded(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [("a.png", picture(1)), ("a.text", b"a cat")])
     values = config(tmp_path, f"{tmp_path}/x.tar")

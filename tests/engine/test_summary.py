@@ -9,13 +9,14 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.engine.outcome import ShardResult
-from reinforce.engine.plan import LayerState, PendingShard, Plan
+from reinforce.engine.plan import LayerState, NotInSource, PendingShard, Plan
 from reinforce.engine.summary import (
     Ending,
     RunSummary,
     RunTotals,
     ending_of,
     example_lines,
+    not_in_source_lines,
     nothing_to_do,
     summarize,
     verdict,
@@ -121,6 +122,24 @@ def test_the_text_lists_quarantined_rows_and_shards_and_hides_credentials() -> N
     assert "--retry-quarantined" in lines[3]
     assert lines[4] == "stopped"
     assert "secret" not in "".join(lines)
+
+
+def test_shards_that_are_not_in_the_source_are_told_with_what_to_do() -> None:
+    absent = NotInSource(3, 2, "00000-ab", "samples/00007-cd")
+    lines = [
+        "not in `source`: 3 finished shards, such as 00000-ab. They stay in the dataset and are read; to remove one, "
+        "delete its files NAME.parquet in all layers",
+        "not in `source`: 2 quarantined shards, such as samples/00007-cd. They are not retried; to forget one, delete "
+        "its file quarantine/LAYER/NAME.parquet",
+    ]
+    done = nothing_to_do(replace(plan(pending=()), not_in_source=absent))
+    assert done.message.splitlines()[1:] == lines
+    totals = RunTotals()
+    totals.add(RESULT)
+    summary = summarize("run", replace(plan(), not_in_source=absent), totals, 0, 1.0, 1.0, Ending())
+    assert summary.text("out").splitlines()[-2:] == lines
+    assert summary.not_in_source["finished"] == 3, "for `reinforce status`"
+    assert not_in_source_lines({}) == [], "of runs of earlier versions"
 
 
 def test_nothing_to_do_is_a_failure_where_too_many_shards_are_quarantined() -> None:
