@@ -6,6 +6,7 @@ that planning is fast and works offline.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -40,13 +41,15 @@ class ModelInfo:
 
     ``dim`` is the length of its embeddings, None where it is known only after loading and for captioners. ``images``
     and ``texts`` say which inputs it takes. ``identity`` is a JSON object that the layer fingerprint covers: models
-    with equal identities give equal outputs on the same software.
+    with equal identities give equal outputs on the same software. ``code`` is the hash of the file that defines a
+    custom class, None for other models; no fingerprint covers it.
     """
 
     dim: int | None
     images: bool
     texts: bool
     identity: dict[str, Any]
+    code: str | None = None
 
 
 def describe_teacher(name: str, spec: TeacherSpec) -> ModelInfo:
@@ -71,7 +74,7 @@ def describe_captioner(name: str, spec: CaptionerSpec) -> ModelInfo:
             if given:
                 raise ValueError(f"{', '.join(given)}: not used with `class`; pass them to your class in `options`")
             identity = {**_class_identity(spec, cls), "captions": spec.captions, **_cleaning_identity(spec)}
-            return ModelInfo(dim=None, images=True, texts=False, identity=identity)
+            return ModelInfo(dim=None, images=True, texts=False, identity=identity, code=_hash_of_code(cls))
         if spec.family == "published":
             identity = {"family": spec.family, "texts": spec.model, "captions": spec.captions}
             return ModelInfo(dim=None, images=True, texts=False, identity=identity)
@@ -165,7 +168,17 @@ def _describe_class(spec: TeacherSpec) -> ModelInfo:
     if not images and not texts:
         raise ValueError(f"class {spec.class_} has neither `encode_images` nor `encode_texts`")
     dim = getattr(cls, "dim", None)
-    return ModelInfo(dim if isinstance(dim, int) else None, images, texts, _class_identity(spec, cls))
+    identity = _class_identity(spec, cls)
+    return ModelInfo(dim if isinstance(dim, int) else None, images, texts, identity, _hash_of_code(cls))
+
+
+def _hash_of_code(cls: type) -> str | None:
+    """Hash of the file that defines a class -> 16 hex digits; None if there is none."""
+    try:
+        path = inspect.getsourcefile(cls)
+        return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest() if path else None
+    except (OSError, TypeError):
+        return None
 
 
 def _class_identity(spec: ModelSpec, cls: type) -> dict[str, Any]:

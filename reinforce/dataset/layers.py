@@ -36,6 +36,7 @@ class Layer:
         dim: dimension of the vectors, None until a model of unknown dimension has been loaded.
         published: whether it is read from published reinforcements, without loading a model.
         recipe: what the fingerprint covers.
+        code: hash of the file that defines the model's class, if it is a custom one; the fingerprint does not cover it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Layer:
     dtype: Literal["float16", "float32", "int8"] = "float16"
     published: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    code: str | None = field(default=None, compare=False)
 
     @property
     def row_bytes(self) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import schemas
@@ -14,6 +14,8 @@ from reinforce.source.urls import canonical
 
 #: Key of a teacher's entry with the logit scales from before a tuned one was recorded.
 TUNED_KEY = "logit_scale_tuned"
+#: Key of the entry of a custom class with the hashes of the file that defines it, one for each change.
+CODE_KEY = "code"
 
 
 def read_manifest(store: Store) -> dict[str, Any]:
@@ -41,11 +43,14 @@ def update_manifest(
     config: Config,
     layers: Mapping[str, Layer],
     loaded: Mapping[str, Mapping[str, Any]],
+    computed: Collection[str] = (),
 ) -> dict[str, Any]:
     """Add a config's layers to the manifest; layers of other configs stay.
 
-    ``loaded`` maps the name of each loaded model to its dim, logit_scale and image preprocessing.
+    ``loaded`` maps the name of each loaded model to its dim, logit_scale and image preprocessing. ``computed`` names
+    the layers that the run computes: the code of their classes is recorded.
     """
+    made = [layer for name, layer in layers.items() if name in computed]
     manifest: dict[str, Any] = {
         "format": "reinforced-dataset",
         "schema_version": schemas.SCHEMA_VERSION,
@@ -63,6 +68,7 @@ def update_manifest(
         of_model = loaded.get(name, {})
         manifest["teachers"][name] = {
             "model": _model_identity(layers, name, "embeddings") or before.get("model"),
+            **_code(before, _model_layer(made, name, "embeddings")),
             **_logit_scale(before, teacher.logit_scale, of_model.get("logit_scale")),
             "dim": of_model.get("dim") or before.get("dim"),
             "image": of_model.get("image") or before.get("image"),
@@ -70,7 +76,11 @@ def update_manifest(
     if moved := _moved((old or {}).get("moved", {}), config):
         manifest["moved"] = moved
     for name in config.captioners:
-        manifest["captioners"][name] = {"model": _model_identity(layers, name, "captions")}
+        before = manifest["captioners"].get(name, {})
+        manifest["captioners"][name] = {
+            "model": _model_identity(layers, name, "captions"),
+            **_code(before, _model_layer(made, name, "captions")),
+        }
     return manifest
 
 
@@ -118,6 +128,42 @@ def record_scales(manifest: Mapping[str, Any], scales: Mapping[str, float], orig
     return {**manifest, "teachers": teachers}
 
 
+def _code(before: Mapping[str, Any], layer: Layer | None) -> dict[str, Any]:
+    """The entry for the code of a custom class: the hashes of the runs so far, in order; empty if none is known.
+
+    ``layer`` is one that is computed now, None if there is none. Another model or version begins a new list.
+    """
+    known = list(before.get(CODE_KEY, ()))
+    if layer is not None and before.get("model") != layer.recipe["model"]:
+        known = []
+    if layer is not None and layer.code is not None and known[-1:] != [layer.code]:
+        known.append(layer.code)
+    return {CODE_KEY: known} if known else {}
+
+
+def code_notes(old: Mapping[str, Any] | None, layers: Iterable[Layer]) -> list[str]:
+    """Warnings that a run logs: one for each custom class whose file has changed while its ``version`` has not.
+
+    ``layers`` are those that the run computes.
+    """
+    notes: dict[tuple[str, str], str] = {}
+    for layer in layers:
+        kind = "captioner" if layer.kind == "captions" else "teacher"
+        before = (old or {}).get(f"{kind}s", {}).get(layer.model, {})
+        known = before.get(CODE_KEY)
+        if layer.code is None or not known or known[-1] == layer.code or before.get("model") != layer.recipe["model"]:
+            continue
+        model = layer.recipe["model"]
+        version = f"is still {model['version']!r}" if "version" in model else "is not set"
+        notes[kind, str(layer.model)] = (
+            f"{kind} {layer.model}: the file of class {model['class']} has changed since its layers were computed "
+            f"(hash {known[-1]} then, {layer.code} now), and its `version` {version}. If its outputs are the same, "
+            "continue: this run records the new hash. If they have changed, stop the run and set another `version`; "
+            "otherwise one layer will have outputs of both."
+        )
+    return list(notes.values())
+
+
 def scale_notes(old: Mapping[str, Any] | None, config: Config) -> list[str]:
     """Lines that a run logs: one for each teacher whose tuned scale is replaced, or kept against the config's."""
     notes = []
@@ -149,7 +195,10 @@ def check_names(manifest: Mapping[str, Any], where: str) -> None:
 
 
 def _model_identity(layers: Mapping[str, Layer], name: str, folder: str) -> Any:
-    for layer in layers.values():
-        if layer.model == name and layer.name.startswith(f"{folder}/"):
-            return layer.recipe["model"]
-    return None
+    layer = _model_layer(layers.values(), name, folder)
+    return layer.recipe["model"] if layer else None
+
+
+def _model_layer(layers: Iterable[Layer], name: str, folder: str) -> Layer | None:
+    """A layer of a teacher (``embeddings``) or captioner (``captions``), or None."""
+    return next((layer for layer in layers if layer.model == name and layer.name.startswith(f"{folder}/")), None)

@@ -147,7 +147,9 @@ class Driver:
         self.events.add("worker_started", node=info.node, pid=info.pid, accelerator=info.accelerator)
         if not self.manifest_written and len(self.pool.started) >= self.config.workers.min:
             old = self.store.read_json(MANIFEST)
-            self.store.write_json(update_manifest(old, self.config, self.plan.layers, info.models), MANIFEST)
+            computed = {name for shard in self.plan.pending for name in shard.layers}
+            updated = update_manifest(old, self.config, self.plan.layers, info.models, computed)
+            self.store.write_json(updated, MANIFEST)
             self.manifest_written = True
 
     # -- ends of leases and of workers

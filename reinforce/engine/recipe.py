@@ -86,6 +86,7 @@ def build_layers(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, La
             count=captioner.captions,
             published=captioner.family == "published",
             recipe=recipe,
+            code=infos[captions_layer(name)].code,
         )
         layers[layer.name] = layer
 
@@ -115,6 +116,7 @@ def build_layers(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, La
                 dtype=teacher.dtype,
                 published=teacher.family == "published",
                 recipe=recipe,
+                code=info.code,
             )
             layers[layer.name] = layer
     return layers

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.config import Config, load_config, parse_config
-from reinforce.dataset.manifest import scale_notes, update_manifest
+from reinforce.dataset.manifest import code_notes, scale_notes, update_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.plan import Plan, make_plan
 from reinforce.engine.probe import check_source
@@ -55,8 +55,9 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
                 store.write_json(updated, MANIFEST)
             return nothing_to_do(plan)
         needed = {name for shard in plan.pending for name in shard.layers}
-        recipes = [layer.recipe for name, layer in plan.layers.items() if name in needed]
-        for note in version_notes(recipe["model"] for recipe in recipes if "model" in recipe):
+        layers = [layer for name, layer in plan.layers.items() if name in needed]
+        models = [layer.recipe["model"] for layer in layers if "model" in layer.recipe]
+        for note in [*version_notes(models), *code_notes(manifest, layers)]:
             _LOG.warning(note)
         redact = Redactor(config.model_dump(mode="json"))
         for note in check_source(plan)[1]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from reinforce.config import parse_config
+from reinforce.engine.plan import make_plan
 from reinforce.engine.runner import as_config, run
 from reinforce.errors import UserError
-from tests.helpers.data import config_of, picture, write_tar
+from tests.helpers.data import config_of, members_of, picture, write_tar
+from tests.helpers.reinforced import reinforce_here
 
 
 def test_a_config_is_accepted_as_an_object_a_mapping_and_a_file(tmp_path: Path) -> None:
@@ -45,3 +50,62 @@ def test_a_run_warns_of_what_is_wrong_with_the_source_without_secrets(
         run(config)
     assert "source: 1 of 2 files are not tars by their names" in caplog.text
     assert "0.tar, b: no caption: looked for .txt, json:caption; the sample has .png, .(secret)" in caplog.text
+
+
+CLASS = """from tests.helpers.models import ColorTeacher
+
+class Changing(ColorTeacher):
+    version = 3
+"""
+
+
+@pytest.mark.parametrize("kind", ["teachers", "captioners"])
+def test_a_class_whose_file_changed_without_its_version_is_warned_of_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = f"changing_{kind}"
+    code = CLASS if kind == "teachers" else CLASS.replace("ColorTeacher", "SeedCaptioner")
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_tar(tmp_path / "source" / "0.tar", members_of(0, 2))
+    spec = {"class": f"{name}:Changing", **({} if kind == "teachers" else {"captions": 2})}
+    config = config_of(
+        f"{tmp_path}/source/0.tar", tmp_path / "out", **{"teachers": {}, "captioners": {}, kind: {"my": spec}}
+    )
+    extended = {**config, "source": [f"{tmp_path}/source/0.tar", f"{tmp_path}/missing.tar"]}
+
+    def warnings(config: dict[str, Any]) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="source cannot be read"):
+            run(config)
+        return [record.message for record in caplog.records if "has changed" in record.message]
+
+    def recorded() -> list[str]:
+        hashes: list[str] = json.loads((tmp_path / "out" / "dataset.json").read_text())[kind]["my"]["code"]
+        return hashes
+
+    reinforce_here(config)
+    assert len(recorded()) == 1
+    assert warnings(extended) == []
+    (tmp_path / f"{name}.py").write_text(code + "# other code\n")
+    run(config)  # nothing to compute: nothing is mixed, and nothing is recorded
+    assert len(recorded()) == 1
+    [warning] = warnings(extended)
+    write_tar(tmp_path / "missing.tar", members_of(1, 2))
+    reinforce_here(extended)
+    first, second = recorded()
+    assert f"{kind[:-1]} my: the file of class {name}:Changing has changed" in warning
+    assert f"(hash {first} then, {second} now), and its `version` is still 3." in warning
+    extended["source"].append(f"{tmp_path}/lost.tar")
+    assert warnings(extended) == []
+
+
+def test_the_code_of_a_class_is_in_no_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stable_teacher.py").write_text(CLASS)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = parse_config(config_of("x.tar", tmp_path / "out", teachers={"my": {"class": "stable_teacher:Changing"}}))
+    before = make_plan(config).layers["embeddings/my/images"]
+    (tmp_path / "stable_teacher.py").write_text(CLASS + "# other code\n")
+    after = make_plan(config).layers["embeddings/my/images"]
+    assert before.code != after.code
+    assert (before.fingerprint, before.recipe) == (after.fingerprint, after.recipe)

@@ -27,7 +27,7 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8) -> str:
     with ThreadPoolExecutor(1) as pool:
         for shard in plan.pending:
             process_shard(shard, parsed, plan.layers, store, models, pool, group_rows)
-    store.write_json(update_manifest(store.read_json(MANIFEST), parsed, plan.layers, loaded), MANIFEST)
+    store.write_json(update_manifest(store.read_json(MANIFEST), parsed, plan.layers, loaded, plan.layers), MANIFEST)
     return parsed.output
 
 
