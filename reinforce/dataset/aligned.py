@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from reinforce.dataset.layer_file import LayerFile
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
@@ -51,7 +51,7 @@ class AlignedShard:
     def __init__(
         self,
         shard: str,
-        files: Mapping[str, pq.ParquetFile],
+        files: Mapping[str, LayerFile],
         columns: Mapping[str, Sequence[str]],
         moved: Mapping[str, str],
     ) -> None:

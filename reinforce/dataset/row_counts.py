@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.dataset.aligned import read_errors
+from reinforce.dataset.layer_file import TAIL_BYTES, check_rows, read_footer
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.store import Store, check_footer
 from teachers.weights import cache_folder, locked
 
 _LOG = logging.getLogger(__name__)
-_TAIL = 64 * 2**10  # bytes read at the end of a file: enough for most footers
 _BATCH = 1024  # files per request to the file system; object stores answer them concurrently
 #: Datasets of at least this many shards keep their counts in the node's cache: reading 190,000 footers takes minutes.
 _CACHE_FROM = 1024
@@ -64,18 +64,19 @@ def _footer_counts(store: Store, fingerprint: str, shards: Mapping[str, int]) ->
         batch = names[start : start + _BATCH]
         paths = [store.layer_path(SAMPLES, shard) for shard in batch]
         sizes = [shards[shard] for shard in batch]
-        tails = store.fs.cat_ranges(paths, [max(0, size - _TAIL) for size in sizes], sizes, on_error="return")
+        tails = store.fs.cat_ranges(paths, [max(0, size - TAIL_BYTES) for size in sizes], sizes, on_error="return")
         for shard, path, tail in zip(batch, paths, tails, strict=True):
             with read_errors(path):
                 if isinstance(tail, Exception):
                     raise tail
-                try:
-                    metadata = pq.read_metadata(pa.BufferReader(tail))
-                except pa.ArrowInvalid:  # the footer is longer than the tail, or the file has none
+                metadata = read_footer(tail, shards[shard])
+                if metadata is None:  # the footer is longer than the tail
                     with store.open_layer(SAMPLES, shard, whole=False) as file:
                         metadata = file.metadata
                 check_footer(path, metadata, fingerprint)
-            yield shard, [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+                groups = range(metadata.num_row_groups)
+                counts = [check_rows(metadata.row_group(group).num_rows) for group in groups]
+            yield shard, counts
 
 
 def _read_cache(path: Path) -> list[tuple[str, int, list[int]]]:

@@ -6,7 +6,10 @@ Only a committed Parquet file marks a shard of a layer as done.
 from __future__ import annotations
 
 import contextlib
+import os
 import posixpath
+import re
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -15,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import schemas
+from reinforce.dataset.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.layers import Layer
 from reinforce.errors import UserError
 from reinforce.storage import Storage
+from reinforce.terminal import escape
 from schemas import WHOLE_SHARD, Reason
 
 MANIFEST = "dataset.json"
@@ -88,16 +93,17 @@ class Store(Storage):
     @contextlib.contextmanager
     def open_layer(
         self, layer: str, shard: str, fingerprint: str | None = None, *, whole: bool = True
-    ) -> Iterator[pq.ParquetFile]:
+    ) -> Iterator[LayerFile]:
         """Open a committed file to read it as a ``whole``, or single row groups at one request each.
 
-        Raises UserError if it is from a newer version or does not have the ``fingerprint``.
+        Raises UserError if it is from a newer version or does not have the ``fingerprint``, and RefusedFile if it is
+        damaged or above the bounds of ``layer_file``, also while it is read.
         """
         path = self.layer_path(layer, shard)
         options: dict[str, Any] = {"block_size": 8 * 2**20} if whole else {"cache_type": "none"}
         with contextlib.ExitStack() as stack:
-            source = path if self.local else stack.enter_context(self.fs.open(path, "rb", **options))
-            file = stack.enter_context(pq.ParquetFile(source, memory_map=self.local, pre_buffer=not whole))
+            source = stack.enter_context(_memory_map(path) if self.local else self.fs.open(path, "rb", **options))
+            file = LayerFile(source, source.size() if self.local else source.size)
             check_footer(path, file.metadata, fingerprint)
             yield file
 
@@ -158,6 +164,14 @@ class LayerWriter:
                     self._parquet.close()
 
 
+def _memory_map(path: str) -> Any:
+    """Map a local file into memory. Raises RefusedFile if it is a folder, pipe or device, or empty."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) or not found.st_size:  # opening a pipe would block
+        raise RefusedFile("it is empty, or not a regular file")
+    return pa.memory_map(path)
+
+
 def _encodings(schema: pa.Schema) -> dict[str, Any]:
     """Arguments of ParquetWriter for the compression and encoding of every column.
 
@@ -179,12 +193,16 @@ def _encodings(schema: pa.Schema) -> dict[str, Any]:
 def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) -> None:
     """Raise UserError if a file is from a newer version or has another fingerprint than a given one."""
     footer = parse_footer(metadata)
-    if int(footer.get("schema_version", 0)) > schemas.SCHEMA_VERSION:
+    version = footer.get("schema_version", "0")
+    if not re.fullmatch(r"\d{1,9}", version):
+        raise RefusedFile(f"its footer has schema version {escape(version[:20])}")
+    if int(version) > schemas.SCHEMA_VERSION:
         raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
     if fingerprint is not None and footer.get("fingerprint") != fingerprint:
         raise UserError(
-            f"{path} has fingerprint {footer.get('fingerprint')}, its layer has {fingerprint}: it was made by another "
-            "recipe. Delete it, or all of its layer with `reinforce drop`, and compute it again by `reinforce run`."
+            f"{path} has fingerprint {escape(footer.get('fingerprint', 'none')[:40])}, its layer has {fingerprint}: "
+            "it was made by another recipe. Delete it, or all of its layer with `reinforce drop`, and compute it again "
+            "by `reinforce run`."
         )
 
 
@@ -192,4 +210,8 @@ def parse_footer(metadata: pq.FileMetaData) -> dict[str, str]:
     """Parse the footer's keys: schema_version, layer, fingerprint, source and rows; source_* only in new samples."""
     pairs = metadata.metadata or {}
     prefix = b"reinforce."
-    return {k.removeprefix(prefix).decode(): v.decode() for k, v in pairs.items() if k.startswith(prefix)}
+    return {
+        k.removeprefix(prefix).decode(errors="replace"): v.decode(errors="replace")
+        for k, v in pairs.items()
+        if k.startswith(prefix)
+    }

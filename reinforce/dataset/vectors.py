@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -52,6 +53,30 @@ def decode(data: pa.Table | pa.RecordBatch) -> Floats:
         vectors = vectors if vectors.flags.writeable else vectors.copy()
         vectors[~valid] = np.nan
     return vectors
+
+
+def from_lists(column: pa.ChunkedArray, shape: Sequence[int]) -> pa.Array:
+    """Convert a column of lists to a fixed_shape_tensor column of ``shape``; null rows stay null.
+
+    The values are not copied, unless there are several chunks or nulls. Raises ValueError if a list has another length.
+    """
+    lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    valid = np.asarray(lists.is_valid()) if lists.null_count else np.ones(len(lists), bool)
+    width, dtype = math.prod(shape), np.dtype(lists.type.value_type.to_pandas_dtype())
+    values, first = lists.values, int(offsets[0]) if len(lists) else 0
+    count = width * int(valid.sum())
+    wanted = width if count == width * len(lists) else np.where(valid, width, 0)
+    contiguous = bool((offsets[1:] - offsets[:-1] == wanted).all())  # null lists have no values in Parquet
+    if width < 1 or values.null_count or not contiguous:
+        raise ValueError(f"not every vector of the column has the shape {[*shape]}")
+    buffer = values.buffers()[1] if count else b""
+    stored = np.frombuffer(buffer, dtype, count=count, offset=(values.offset + first) * dtype.itemsize if count else 0)
+    if not lists.null_count:
+        return _tensor_column(stored, [*shape], valid)
+    rows = np.zeros((len(lists), width), dtype)
+    rows[valid] = stored.reshape(-1, width)
+    return _tensor_column(rows, [*shape], valid)
 
 
 def pick(data: pa.Table | pa.RecordBatch, index: npt.NDArray[np.intp]) -> tuple[Floats, npt.NDArray[np.bool_]]:

@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL.Image import Image
 from PIL.Image import new as new_image
 
 from reinforce.config import Config
 from reinforce.dataset.augment import AUGMENTATION_BACKEND, Augmentation, Crop, from_records, sample_augmentation
 from reinforce.dataset.backends import load_backend
+from reinforce.dataset.layer_file import LayerFile
 from reinforce.engine.published import PublishedValue, Reinforcements
 from reinforce.engine.published_members import Unreadable
 from reinforce.prefetch import prefetch
@@ -144,7 +144,7 @@ def rows_from_source(
 
 
 def rows_from_samples(
-    config: Config, file: pq.ParquetFile, spec: RowSpec, pool: ThreadPoolExecutor, window: int
+    config: Config, file: LayerFile, spec: RowSpec, pool: ThreadPoolExecutor, window: int
 ) -> Iterator[Row]:
     """Read the rows back from the samples layer, with images only if ``spec`` needs them."""
 
@@ -166,7 +166,7 @@ def rows_from_samples(
     yield from prefetch(pool, prepare, _stored_rows(config, file, spec), window, _encoded_bytes)
 
 
-def _stored_rows(config: Config, file: pq.ParquetFile, spec: RowSpec) -> Iterator[_StoredRow]:
+def _stored_rows(config: Config, file: LayerFile, spec: RowSpec) -> Iterator[_StoredRow]:
     columns = ["key", "caption"]
     if spec.needs_image:
         columns += ["augmentations", image_column(config.images)]

@@ -74,7 +74,7 @@ def test_a_broken_cache_is_replaced(store: Store, cache: Path, monkeypatch: pyte
 
 
 def test_footers_longer_than_the_tail_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_counts, "_TAIL", 100)
+    monkeypatch.setattr(row_counts, "TAIL_BYTES", 100)
     assert read_table(store, monkeypatch) == (3, TABLE)
 
 

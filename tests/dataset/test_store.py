@@ -41,7 +41,8 @@ def test_a_committed_file_is_listed_and_records_its_origin(tmp_path: Path, url: 
         assert parse_footer(file.metadata) == {
             "schema_version": "1", "layer": "captions/c", "fingerprint": "f00d", "source": "s3://b/1.tar", "rows": "3",
         }  # fmt: skip
-        assert file.schema_arrow.field("key").metadata[b"description"]
+    with store.fs.open(store.layer_path("captions/c", "shard-1")) as file:
+        assert pq.read_schema(file).field("key").metadata[b"description"]
 
 
 @pytest.mark.parametrize("url", ["local", "memory://store-test/dropped"])

@@ -1,0 +1,312 @@
+"""Parquet files as they are read: nothing is decoded before its size is known and bounded.
+
+A dataset may come from somebody else, and a Parquet file of some kilobytes can ask its decoder for gigabytes: by its
+footer, by the headers of its pages, or by a dictionary with one long value. The bounds are those of the reader.
+The Arrow schema in the footer is not used, because Arrow would create the types that it names by whatever code has
+registered them, and types of some libraries unpickle their values. The columns have the types of ``schemas``.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow._parquet import _reconstruct_filemetadata  # parses a footer without creating the types in its schema
+
+import schemas
+from reinforce.dataset import vectors
+from reinforce.dataset.pages import DICTIONARY, Bytes, Page, read_pages
+
+#: Bytes read at the end of a file: enough for most footers.
+TAIL_BYTES = 64 * 2**10
+#: Bounds of a file. A run writes at most 1,024 rows and 32 MiB of images in a row group.
+MAX_FOOTER_BYTES = 8 * 2**20
+MAX_ROWS = 2**14  # of a row group
+MAX_VALUES = 2**20  # of a column of texts or structs in a row group
+MAX_BYTES = 2**30  # of the columns of a row group that are read together
+
+_MAGIC = b"PAR1"
+_GAP = 2**13  # bytes between two columns that are read with them in one request
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
+_TENSORS = ("embeddings", "scales")
+
+
+class RefusedFile(ValueError):
+    """A file that is no layer file, or that would need more memory than the bounds allow."""
+
+
+def _shape_of(type_: pa.DataType) -> str:
+    """A type as text, without the names of list elements and without what files may leave out."""
+    if isinstance(type_, pa.FixedShapeTensorType):
+        return f"list<{type_.value_type}>"
+    if pa.types.is_list(type_):
+        return f"list<{_shape_of(type_.value_type)}>"
+    if pa.types.is_struct(type_):
+        fields = (type_.field(i) for i in range(type_.num_fields))
+        return f"struct<{', '.join(f'{field.name}: {_shape_of(field.type)}' for field in fields)}>"
+    return str(type_)
+
+
+def _known_columns() -> dict[str, set[str]]:
+    """The types that each column of a layer file may have."""
+    known: dict[str, set[str]] = {}
+    layers = [schemas.samples_schema(images) for images in ("embed", "reference")]
+    layers += [schemas.embeddings_schema(1, 1, dtype) for dtype in ("float16", "float32", "int8")]
+    for schema in (*layers, schemas.captions_schema(), schemas.quarantine_schema()):
+        for field in schema:
+            known.setdefault(field.name, set()).add(_shape_of(field.type))
+    return known
+
+
+_COLUMNS = _known_columns()
+
+
+def read_footer(tail: bytes, size: int) -> pq.FileMetaData | None:
+    """Parse the footer of a file of ``size`` bytes from its last bytes; None if more of them are needed.
+
+    Raises RefusedFile if there is none, or it is above the bounds.
+    """
+    if len(tail) < 12 or tail[-4:] != _MAGIC:
+        raise RefusedFile("it is not a Parquet file, or it is cut off")
+    length = int.from_bytes(tail[-8:-4], "little")
+    if not 0 < length <= min(size - 12, MAX_FOOTER_BYTES):
+        raise RefusedFile(f"its footer has {length:,} bytes; at most {MAX_FOOTER_BYTES:,} are read")
+    if length + 8 > len(tail):
+        return None
+    # Any key of another name is ignored by Arrow.
+    footer = tail[-8 - length : -8].replace(b"ARROW:schema", b"ARROW:unused")
+    return _reconstruct_filemetadata(pa.py_buffer(footer))
+
+
+def check_rows(rows: int) -> int:
+    """Return the number of rows of a row group. Raises RefusedFile if it is above the bounds."""
+    if not 0 <= rows <= MAX_ROWS:
+        raise RefusedFile(f"a row group has {rows:,} rows; at most {MAX_ROWS:,} are read")
+    return rows
+
+
+class LayerFile:
+    """An open Parquet file whose row groups are checked before they are decoded.
+
+    ``source`` is an open binary file of ``size`` bytes, which the caller closes. Raises RefusedFile, and what the
+    storage raises.
+    """
+
+    def __init__(self, source: Any, size: int) -> None:
+        self._source = _Source(source, size)
+        footer = read_footer(self._source.tail(TAIL_BYTES), size)
+        if footer is None:
+            footer = read_footer(self._source.tail(MAX_FOOTER_BYTES + 8), size)
+            assert footer is not None
+        native = isinstance(source, pa.NativeFile)
+        self._file = pq.ParquetFile(source if native else pa.PythonFile(self._source, mode="r"), metadata=footer)
+        self.metadata: pq.FileMetaData = footer
+        self.num_row_groups: int = footer.num_row_groups
+        self._shapes = _tensor_shapes(footer)
+        self._names = _column_names(footer)
+
+    def read(self, columns: Collection[str] | None = None) -> pa.Table:
+        """Read all row groups; raises as ``read_row_group``."""
+        return pa.concat_tables([self.read_row_group(number, columns) for number in range(self.num_row_groups)])
+
+    def read_row_group(self, number: int, columns: Collection[str] | None = None, use_threads: bool = True) -> pa.Table:
+        """Read a row group, or some of its columns. Raises RefusedFile if it is above the bounds or damaged."""
+        names = [name for name in self._names if columns is None or name in columns]
+        if missing := set(columns or ()) - set(names):
+            raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
+        group = self.metadata.row_group(number)
+        check_rows(group.num_rows)
+        leaves = [leaf for leaf in map(group.column, range(group.num_columns)) if _column(leaf) in names]
+        with self._source.fetched([_span(leaf, self._source.size()) for leaf in leaves]):
+            self._check_bytes(group.num_rows, leaves)
+            table = self._file.read_row_group(number, columns=names, use_threads=use_threads)
+        return self._with_tensors(table)
+
+    def _check_bytes(self, rows: int, leaves: Sequence[Any]) -> None:
+        total = 0
+        for leaf in leaves:
+            name, values = _column(leaf), leaf.num_values
+            nested = name not in _TENSORS and "." in leaf.path_in_schema
+            if not rows <= values <= (MAX_VALUES if nested else MAX_BYTES):
+                raise RefusedFile(f"column {name} has {values:,} values in {rows:,} rows")
+            total += self._decoded_bytes(leaf, values)
+            if name in self._shapes:
+                total += rows * _elements(self._shapes[name]) * _WIDTHS["FLOAT"]
+            if total > MAX_BYTES:
+                raise RefusedFile(f"a row group needs more than {MAX_BYTES:,} bytes, in column {name}")
+
+    def _decoded_bytes(self, leaf: Any, values: int) -> int:
+        """An upper bound of the bytes of a column chunk, decompressed and decoded, by the headers of its pages."""
+        start, length = _span(leaf, self._source.size())
+        chunk = self._source.view(start, length)
+        pages = list(read_pages(chunk, values))
+        total = sum(page.uncompressed for page in pages)
+        if leaf.physical_type == "BYTE_ARRAY":
+            dictionaries = [page for page in pages if page.type == DICTIONARY]
+            return total + sum(_expanded(page, values, chunk, leaf.compression) for page in dictionaries)
+        return total + values * _WIDTHS.get(leaf.physical_type, 8)
+
+    def _with_tensors(self, table: pa.Table) -> pa.Table:
+        """The table with lists of numbers as tensors of the shape that the footer states, if the rows have it."""
+        for name in _TENSORS:
+            if name in table.column_names:
+                if name not in self._shapes:
+                    raise RefusedFile(f"its schema has no shape of column {name}")
+                index = table.column_names.index(name)
+                table = table.set_column(index, name, vectors.from_lists(table[name], self._shapes[name]))
+        return table.replace_schema_metadata(None)
+
+
+class _Source:
+    """A file whose column chunks are fetched once, checked, and then read by Arrow from memory."""
+
+    closed = False
+
+    def __init__(self, file: Any, size: int) -> None:
+        self._file, self._size, self._position = file, size, 0
+        self._parts: list[tuple[int, memoryview]] = []
+
+    def tail(self, length: int) -> bytes:
+        """The last bytes of the file."""
+        return self.read_at(max(0, self._size - length), min(self._size, length))
+
+    def read_at(self, start: int, length: int) -> bytes:
+        self._file.seek(start)
+        data: bytes = self._file.read(length)
+        return data
+
+    def fetched(self, spans: Sequence[tuple[int, int]]) -> _Source:
+        """Fetch these (start, length), neighbours in one request; they are kept until the ``with`` block ends."""
+        for start, length in _merged(spans):
+            self._file.seek(start)
+            data = self._file.read_buffer(length) if hasattr(self._file, "read_buffer") else self._file.read(length)
+            self._parts.append((start, memoryview(data).cast("B")))
+        return self
+
+    def __enter__(self) -> _Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._parts.clear()
+
+    def view(self, start: int, length: int) -> memoryview:
+        """The fetched bytes at ``start``."""
+        for first, data in self._parts:
+            if first <= start and start + length <= first + len(data):
+                return data[start - first : start - first + length]
+        raise RefusedFile("a column chunk is cut off")
+
+    # The file that Arrow reads.
+
+    def read(self, count: int = -1) -> Bytes:
+        count = min(self._size - self._position, count if count >= 0 else self._size)
+        try:
+            data: Bytes = self.view(self._position, count)
+        except RefusedFile:
+            data = self.read_at(self._position, count)
+        self._position += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def size(self) -> int:
+        return self._size
+
+    def close(self) -> None:
+        """Do nothing: who has opened the file closes it."""
+
+
+def _column_names(footer: pq.FileMetaData) -> list[str]:
+    """The columns of a file. Raises RefusedFile if one of ``schemas`` has another type."""
+    try:
+        found = footer.schema.to_arrow_schema()
+    except pa.ArrowException as error:
+        raise RefusedFile(f"its schema cannot be read: {error}") from error
+    if len({*found.names}) < len(found.names):
+        raise RefusedFile("two of its columns have one name")
+    for field in found:
+        if _shape_of(field.type) not in _COLUMNS.get(field.name, {_shape_of(field.type)}):
+            raise RefusedFile(f"column {field.name} has type {str(field.type)[:200]}")
+    return [str(name) for name in found.names]
+
+
+def _tensor_shapes(footer: pq.FileMetaData) -> dict[str, list[int]]:
+    """The shapes of ``embeddings`` and ``scales`` in the Arrow schema of a footer: only the numbers are read."""
+    try:
+        schema = base64.b64decode((footer.metadata or {}).get(b"ARROW:unused", b""))
+    except ValueError:
+        return {}
+    found = re.findall(rb'\{"shape":\[(\d{1,9}(?:,\d{1,9})?)\]', schema)
+    shapes = sorted(([int(side) for side in shape.split(b",")] for shape in found), key=len, reverse=True)
+    if not shapes or len(shapes[0]) != 2:
+        return {}
+    return {"embeddings": shapes[0], "scales": shapes[0][:1]}
+
+
+def _elements(shape: Sequence[int]) -> int:
+    return shape[0] * (shape[1] if len(shape) > 1 else 1)
+
+
+def _column(leaf: Any) -> str:
+    return str(leaf.path_in_schema).partition(".")[0]
+
+
+def _span(leaf: Any, size: int) -> tuple[int, int]:
+    """Start and length of a column chunk, as Arrow computes them."""
+    start, length = leaf.data_page_offset, leaf.total_compressed_size
+    if leaf.has_dictionary_page and 0 < leaf.dictionary_page_offset < start:
+        start = leaf.dictionary_page_offset
+    if start < 0 or length < 0 or start + length > size:
+        raise RefusedFile("a column chunk is outside the file")
+    return start, length
+
+
+def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The spans in order, with neighbours joined."""
+    merged: list[tuple[int, int]] = []
+    for start, length in sorted(spans):
+        if merged and start <= sum(merged[-1]) + _GAP:
+            first, before = merged[-1]
+            merged[-1] = (first, max(before, start + length - first))
+        else:
+            merged.append((start, length))
+    return merged
+
+
+def _expanded(page: Page, values: int, chunk: Bytes, compression: str) -> int:
+    """An upper bound of the bytes of ``values`` texts that are entries of a dictionary."""
+    if values * page.uncompressed <= MAX_BYTES // 16:
+        return values * page.uncompressed
+    if page.uncompressed > MAX_BYTES:
+        raise RefusedFile("a dictionary is above the bounds")
+    stored = bytes(chunk[page.start : page.start + page.stored])
+    data = stored if compression == "UNCOMPRESSED" else _decompress(stored, page.uncompressed, compression)
+    return values * _longest(data, page.values)
+
+
+def _decompress(data: bytes, size: int, compression: str) -> bytes:
+    try:
+        return pa.Codec(compression.lower()).decompress(data, size, asbytes=True)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise RefusedFile(f"a dictionary cannot be decompressed: {error}") from error
+
+
+def _longest(data: bytes, count: int) -> int:
+    """Bytes of the longest of ``count`` texts in PLAIN encoding."""
+    longest = position = 0
+    for _ in range(count):
+        length = int.from_bytes(data[position : position + 4], "little")
+        position += 4 + length
+        if position > len(data):
+            raise RefusedFile("a dictionary is cut off")
+        longest = max(longest, length)
+    return longest
