@@ -28,7 +28,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -48,6 +48,7 @@ from reinforce.config import Augmentations, parse_config
 from reinforce.dataset.backends import load_backend
 from reinforce.dataset.manifest import update_manifest
 from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.models import load_models
 from reinforce.engine.plan import make_plan
 from reinforce.engine.shard import process_shard
@@ -166,7 +167,7 @@ def reinforce(source: str, output: str) -> None:
     plan, store = make_plan(config), Store(output)
     models = load_models(config, plan.layers.values())
     loaded = {name: {"dim": teacher.dim} for name, teacher in models.teachers.items()}
-    with ThreadPoolExecutor(1) as pool:
+    with DecodePool(1) as pool:
         for shard in plan.pending:
             process_shard(shard, config, plan.layers, store, models, pool)
     store.write_json(update_manifest(None, config, plan.layers, loaded), MANIFEST)

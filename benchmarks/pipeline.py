@@ -24,10 +24,12 @@ from reinforce.config import Config, parse_config
 from reinforce.dataset.augment import replay, sample_augmentation
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.store import Store
+from reinforce.engine.decode_pool import DecodePool
+from reinforce.engine.decoding import DecodeSpec
 from reinforce.engine.models import Models
 from reinforce.engine.plan import PendingShard, make_plan
 from reinforce.engine.recipe import build_layers, describe_models
-from reinforce.engine.rows import RowSpec, rows_from_source
+from reinforce.engine.rows import Row, RowSpec, rows_from_source
 from reinforce.engine.shard import process_shard
 from reinforce.source.image import decode
 from teachers.device import Accelerator
@@ -95,6 +97,8 @@ class Bench:
     def __init__(self, folder: Path, device: str, threads: int, images: int) -> None:
         self.folder, self.threads, self.images = folder, threads, images
         self.accelerator = Accelerator(device)
+        self.pool = DecodePool(threads)
+        self.pool.wait_until_ready()
         photos = [photo(i) for i in range(32)]
         for shard in range(SHARDS):
             write_shard(folder / f"{shard}.tar", [photos[i % 32] for i in range(images)])
@@ -129,10 +133,15 @@ class Bench:
     def rows(self) -> float:
         """Return samples/s of rows that are read, decoded and augmented ahead for the models."""
         config = self.config("none")
-        with ThreadPoolExecutor(self.threads) as pool:
+        spec = RowSpec(crops=True)
+        with self.pool.lease(DecodeSpec(config, spec.layout(config)), 257) as lease:
             start = time.perf_counter()
-            rows = rows_from_source(config, f"{self.folder}/0.tar", RowSpec(crops=True), pool, window=256)
-            count = sum(1 for _ in rows)
+            count = 0
+            for row in rows_from_source(config, f"{self.folder}/0.tar", spec, lease, window=256):
+                assert isinstance(row, Row)
+                assert row.cell is not None
+                lease.free.release([row.cell])
+                count += 1
             return count / (time.perf_counter() - start)
 
     def shards(self, in_flight: int, seconds_per_image: float) -> tuple[float, float]:
@@ -145,9 +154,9 @@ class Bench:
             teachers: dict[str, Teacher] = {"fixed": teacher}
             models = Models(teachers, {}, self.accelerator)
             store = Store(config.output)
-            with ThreadPoolExecutor(self.threads) as pool, ThreadPoolExecutor(in_flight) as leases:
+            with ThreadPoolExecutor(in_flight) as leases:
                 start = time.perf_counter()
-                list(leases.map(lambda shard: process_shard(shard, config, layers, store, models, pool), pending))
+                list(leases.map(lambda shard: process_shard(shard, config, layers, store, models, self.pool), pending))
                 end = time.perf_counter()
             return models.counters.samples / (end - start), models.counters.busy / (end - teacher.first)
 

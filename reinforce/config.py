@@ -110,7 +110,7 @@ class Workers(Section):
     cpus: int | None = Field(
         None,
         ge=1,
-        description="CPU cores per worker, and threads that decode images; default: a GPU's part of the cores of its "
+        description="CPU cores per worker, and processes that decode images; default: a GPU's part of the cores of its "
         "node; without GPUs 1, with a worker for each core",
     )
     batch: int = Field(256, ge=1, description="images per forward pass")
@@ -147,12 +147,15 @@ class Failures(Section):
 
     attempts: int = Field(3, ge=1, description="attempts at a shard that raises an exception before it is quarantined")
     solo_attempts: int = Field(
-        2, ge=1, description="times a shard that runs alone may kill or hang its worker before it is quarantined"
+        2,
+        ge=1,
+        description="times a shard that runs alone may kill or hang its worker, or an image its decode process, before "
+        "it is quarantined",
     )
     sample_seconds: float = Field(
         300.0,
         gt=0,
-        description="seconds for decoding and augmenting one image after which a worker is killed",
+        description="seconds for decoding and augmenting one image after which its decode process is replaced",
     )
     stall_seconds: float = Field(
         3600.0,

@@ -21,6 +21,8 @@ class Reason(str, Enum):
     IMAGE_SCANS = "image_scans"  # a progressive JPEG with more scans than limits.scans
     IMAGE_FORMAT = "image_format"  # not an image of a supported format
     IMAGE_BROKEN = "image_broken"  # the image is truncated or corrupt
+    IMAGE_CRASHED = "image_crashed"  # every attempt to decode the image has crashed its decode process
+    IMAGE_HUNG = "image_hung"  # every attempt to decode the image took longer than failures.sample_seconds
     # A part of a sample is left out. Its row is stored.
     SIDECAR_BYTES = "sidecar_bytes"  # a caption or json member is larger than limits.sidecar_bytes
     SIDECAR_BROKEN = "sidecar_broken"  # a json member is not a JSON object, or a member is a link
@@ -36,7 +38,7 @@ class Reason(str, Enum):
     SHARD_UNSORTED = "shard_unsorted"  # the members of most samples are not adjacent
     SHARD_FAILED = "shard_failed"  # every attempt raised an error
     SHARD_CRASHED = "shard_crashed"  # every attempt that ran alone in its worker killed the process
-    SHARD_HUNG = "shard_hung"  # every attempt that ran alone in its worker hung, at the named sample
+    SHARD_HUNG = "shard_hung"  # every attempt that ran alone in its worker made no progress
 
 
 #: Reasons for which a shard has no file in a layer. A damaged shard has a file with its readable samples.

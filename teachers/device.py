@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal, TypeAlias, TypeVar
 
@@ -95,6 +95,31 @@ class Accelerator:
         if self.device.type == "cuda" and tensor.device.type == "cpu":
             tensor = tensor.pin_memory()  # the allocator does not reuse it before the copy is done
         return tensor.to(self.device, non_blocking=True)
+
+    def put_parts(self, parts: Sequence[np.ndarray]) -> torch.Tensor:
+        """Copy arrays to the device as one tensor, concatenated along the first dimension.
+
+        On CUDA each is copied from where it is, asynchronously if ``pin`` has pinned that memory: it must not change
+        before the device has finished. On CPU a single array is shared, not copied.
+        """
+        if self.device.type != "cuda":
+            return self.put(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        tensors = [torch.from_numpy(part) for part in parts]
+        shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
+        out = torch.empty(shape, dtype=tensors[0].dtype, device=self.device)
+        for target, tensor in zip(out.split([len(tensor) for tensor in tensors]), tensors, strict=True):
+            target.copy_(tensor, non_blocking=True)
+        return out
+
+    def pin(self, memory: np.ndarray) -> bool:
+        """Page-lock memory, which must stay mapped, for asynchronous copies to CUDA. No-op on CPU.
+
+        Returns whether it is pinned; copies from memory that is not are correct and slower.
+        """
+        if self.device.type != "cuda" or not memory.nbytes:
+            return False
+        with torch.cuda.device(self.device):
+            return int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)) == 0
 
     @contextmanager
     def copy_stream(self) -> Iterator[None]:

@@ -4,7 +4,7 @@
   whose model raised, or in its first missing layer if no model did; layers that do not need that one are retried.
 - When a worker's process dies, every shard in flight in it becomes a suspect and runs alone next. Only a shard that
   kills its process alone, ``failures.solo_attempts`` times, is quarantined.
-- A worker that spends too long on one image, or makes no progress, is killed. Its shards are suspects, too.
+- A worker that makes no progress is killed. Its shards are suspects, too.
 - A lost node counts against no shard.
 - A worker at which several leases in a row fail is replaced. Storage errors do not count.
 - An error that the user must fix (a fingerprint, missing weights, a full disk) stops the run at once.
@@ -245,8 +245,6 @@ def error_text(error: Exception) -> str:
 def hang_reason(pulse: Pulse, last_progress: float, settings: Failures, now: float) -> str | None:
     """Reason for which a worker with leases counts as hung, or None."""
     where = f" at key {pulse.key!r}" if pulse.key is not None else ""
-    if pulse.seconds > settings.sample_seconds:
-        return f"one image takes more than failures.sample_seconds = {settings.sample_seconds:g}{where}"
     if now - last_progress > settings.stall_seconds:
         return f"no progress for failures.stall_seconds = {settings.stall_seconds:g}{where}"
     return None

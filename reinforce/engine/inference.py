@@ -13,12 +13,14 @@ from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import raising_layer_failure
+from reinforce.engine.pixel_cells import PixelCells, runs
 from reinforce.engine.rows import Row
 from reinforce.seeds import seed_for
 from teachers.pixels import to_pixels
 from teachers.protocols import Captioner, ImageSpec, Teacher
 
 Floats = npt.NDArray[np.float32]
+Seeds = npt.NDArray[np.uint64]
 
 #: Largest difference of an embedding's norm from 1, in every precision.
 NORM_TOLERANCE = 0.01
@@ -38,21 +40,24 @@ class Inference:
         """The image preprocessing of the captioners, each once."""
         return tuple(sorted({self._captioner(layer).image for layer in self.caption_layers}, key=repr))
 
-    def run(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def run(self, rows: Sequence[Row], pixels: PixelCells) -> dict[str, Any]:
         """The outputs for one batch by layer: embeddings float32 [B, K, D] or B lists of captions (None for NaN).
 
-        Raises LayerFailure.
+        ``pixels`` hold the cells of the rows. Raises LayerFailure.
         """
         if not self.image_layers and not self.caption_layers:
             return {}
-        put = self._models.accelerator.put
         # The CPU's part comes first, so that the other shard can use the accelerator meanwhile.
+        put = self._models.accelerator.put_parts
+        cells = [row.cell for row in rows if row.cell is not None]
         crops = None
         if self.image_layers:
-            crops = put(np.concatenate([row.pixels.crops for row in rows if row.pixels.crops is not None]))
-        views = {spec: put(np.stack([row.pixels.views[spec] for row in rows])) for spec in self.captioner_specs}
+            assert pixels.crops is not None
+            crops = put(runs(pixels.crops, cells)).flatten(0, 1)
+        views = {spec: put(runs(pixels.views[spec], cells)) for spec in self.captioner_specs}
+        seeds = {layer.name: self._caption_seeds(layer, rows) for layer in self.caption_layers}
         with self._models.use_accelerator(self._counters):
-            return {**self._embed(crops, rows), **self._caption(views, rows)}
+            return {**self._embed(crops, rows), **self._caption(views, seeds)}
 
     def encode_texts(self, layer: Layer, texts: Sequence[list[str] | None]) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """Embeddings [rows, count, dim] of each row's texts, and the rows that have texts [rows].
@@ -98,22 +103,25 @@ class Inference:
             outputs[layer.name] = values.reshape(len(rows), count, dim)
         return outputs
 
-    def _caption(self, views: Mapping[ImageSpec, torch.Tensor], rows: Sequence[Row]) -> dict[str, Any]:
+    def _caption(self, views: Mapping[ImageSpec, torch.Tensor], seeds: Mapping[str, Seeds]) -> dict[str, Any]:
+        """Captions by layer, with ``seeds`` [B, captions] of each layer."""
         outputs = {}
         for layer in self.caption_layers:
-            captioner = self._captioner(layer)
+            captioner, count = self._captioner(layer), len(seeds[layer.name])
             with raising_layer_failure(layer.name):
                 pixels = to_pixels(views[captioner.image], captioner.image)
-                seeds = [
-                    [seed_for(self._config.seed, row.key, layer.name, n) for n in range(layer.count)] for row in rows
-                ]
-                texts = captioner.caption(pixels, np.array(seeds, dtype=np.uint64))
-                if len(texts) != len(rows) or any(row is not None and len(row) != layer.count for row in texts):
+                texts = captioner.caption(pixels, seeds[layer.name])
+                if len(texts) != count or any(row is not None and len(row) != layer.count for row in texts):
                     raise ValueError(
-                        f"{layer.model}: caption() must return {layer.count} texts for each of {len(rows)} images"
+                        f"{layer.model}: caption() must return {layer.count} texts for each of {count} images"
                     )
             outputs[layer.name] = texts
         return outputs
+
+    def _caption_seeds(self, layer: Layer, rows: Sequence[Row]) -> Seeds:
+        seed = self._config.seed
+        seeds = [[seed_for(seed, row.key, layer.name, n) for n in range(layer.count)] for row in rows]
+        return np.array(seeds, np.uint64)
 
     def _teacher(self, layer: Layer) -> Teacher:
         return self._models.teachers[str(layer.model)]

@@ -1,31 +1,25 @@
 """The rows of a shard, ready for the models: read from the source the first time, from the samples layer afterwards.
 
 Both paths give the same rows in the same order and the same row groups. A bounded window of rows is decoded and
-augmented ahead in threads (Pillow releases the interpreter lock while it works). Memory grows with the window and the
-row group, never with the shard.
+augmented ahead in decode processes. Memory grows with the window and the row group, never with the shard.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-
-import numpy as np
-from PIL.Image import Image
-from PIL.Image import new as new_image
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from reinforce.config import Config
-from reinforce.dataset.augment import AUGMENTATION_BACKEND, Augmentation, Crop, from_records, sample_augmentation
-from reinforce.dataset.backends import load_backend
 from reinforce.dataset.layer_file import LayerFile
-from reinforce.engine.published import PublishedValue, Reinforcements
-from reinforce.engine.published_members import Unreadable
-from reinforce.prefetch import prefetch
-from reinforce.source.image import ImageRefused, decode, image_policy
+from reinforce.engine.decode_ahead import decode_ahead
+from reinforce.engine.decode_pool import Lease
+from reinforce.engine.decoding import Decoded, SourceItem, StoredItem
+from reinforce.engine.pixel_cells import PixelLayout
+from reinforce.engine.published import Reinforcements
+from reinforce.engine.published_values import PublishedValue
 from reinforce.source.shards import RawSample, Refusal, read_shard, referenced_images
-from reinforce.source.text import caption_of, json_error, metadata_of, why_no_caption
 from schemas import Reason, image_column
 from teachers.protocols import ImageSpec
 
@@ -34,34 +28,25 @@ from teachers.protocols import ImageSpec
 GROUP_ROWS = 1024
 GROUP_BYTES = 32 * 2**20
 _NOMINAL_VECTOR_BYTES = 1536 * 2
-_PLACEHOLDER_CROP = Crop(0, 0, 8, 8)
 
 
 @dataclass(frozen=True)
 class NewSample:
-    """A sample read from the source, as the samples layer stores it. ``left_out`` lists the parts that are missing."""
+    """A sample read from the source, as the samples layer stores it. ``augmentations`` are records as dicts;
+    ``left_out`` lists the parts that are missing."""
 
     metadata: str | None
     width: int
     height: int
     image: bytes
     offset: int
-    augmentations: tuple[Augmentation, ...]
+    augmentations: Sequence[Mapping[str, Any]]
     left_out: tuple[Refusal, ...]
 
 
 @dataclass(frozen=True)
-class Pixels:
-    """One image for the models: ``crops`` uint8 [K, S, S, 3], and for each captioner the whole image uint8
-    [h, w, 3]."""
-
-    crops: np.ndarray | None = None
-    views: Mapping[ImageSpec, np.ndarray] = field(default_factory=dict)
-
-
-@dataclass
 class Row:
-    """One sample on its way through the models.
+    """One sample on its way through the models; its pixels are in the lease's ``cell``, None where none are needed.
 
     ``published`` holds the values of published layers, by layer, and ``group`` numbers the row group. ``sample`` is
     set only for a row from the source. ``unreadable`` is set only for a row from the samples layer: why its
@@ -70,8 +55,8 @@ class Row:
 
     key: str
     caption: str | None
-    pixels: Pixels
-    published: Mapping[str, PublishedValue]
+    cell: int | None = None
+    published: Mapping[str, PublishedValue] = field(default_factory=dict)
     sample: NewSample | None = None
     unreadable: Refusal | None = None
     group: int = 0
@@ -79,30 +64,20 @@ class Row:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What the layers of a lease need of each row: ``crops``, ``views`` and values of ``published`` reinforcements.
-
-    ``backend`` is the augmentation backend that makes the crops.
-    """
+    """What the layers of a lease need of each row: ``crops``, ``views`` and values of ``published`` reinforcements."""
 
     crops: bool
     views: tuple[ImageSpec, ...] = ()
     published: Reinforcements | None = None
-    backend: str = AUGMENTATION_BACKEND
 
     @property
     def needs_image(self) -> bool:
         return self.crops or bool(self.views)
 
-
-@dataclass(frozen=True)
-class _StoredRow:
-    """A row of the samples layer; ``image`` is empty where no image is needed."""
-
-    key: str
-    caption: str | None
-    group: int
-    image: bytes
-    augmentations: tuple[Augmentation, ...]
+    def layout(self, config: Config) -> PixelLayout:
+        """The pixels of one row."""
+        policy = config.augmentations
+        return PixelLayout((policy.count, policy.size) if self.crops else None, self.views)
 
 
 def max_group_rows(augmentations: int, group_rows: int = GROUP_ROWS) -> int:
@@ -111,68 +86,106 @@ def max_group_rows(augmentations: int, group_rows: int = GROUP_ROWS) -> int:
 
 
 def rows_from_source(
-    config: Config, url: str, spec: RowSpec, pool: ThreadPoolExecutor, window: int, group_rows: int = GROUP_ROWS
+    config: Config, url: str, spec: RowSpec, lease: Lease, window: int, group_rows: int = GROUP_ROWS
 ) -> Iterator[Row | Refusal]:
-    """Read a source shard. Every image is decoded, even where no layer needs it, so that broken ones are refused."""
+    """Read a source shard. Every image is decoded, even where no layer needs it, so that broken ones are refused.
 
-    def prepare(item: RawSample | Refusal) -> Row | Refusal:
-        return item if isinstance(item, Refusal) else _new_row(config, item, spec)
-
-    limit = max_group_rows(config.augmentations.count, group_rows)
-    group = rows = size = 0
+    The cells of yielded rows are to be released by the caller.
+    """
     published = spec.published
     if published is not None and published.shard_refusal is not None:
         yield published.shard_refusal
         return
+    grouping = _Grouping(max_group_rows(config.augmentations.count, group_rows))
     seen: set[str] = set()  # published keys: several samples of the source may match one
-    for row in prefetch(pool, prepare, read_shard(url, config.input.limits), window, _encoded_bytes):
-        if isinstance(row, Row):
-            assert row.sample is not None
-            if row.key in seen:
-                yield Refusal(row.key, Reason.DUPLICATE_KEY, "another sample has the same reinforcements; it is kept")
-                continue
-            if published is not None:
-                seen.add(row.key)
-            image_bytes = len(row.sample.image)
-            if rows and (rows == limit or size + image_bytes > GROUP_BYTES):
-                group, rows, size = group + 1, 0, 0
-            row.group, rows, size = group, rows + 1, size + image_bytes
-        yield row
+    items = _source_items(read_shard(url, config.input.limits), published)
+    for item, cell, decoded in decode_ahead(lease, items, window):
+        if isinstance(decoded, Refusal):
+            yield decoded
+            continue
+        assert isinstance(item, SourceItem)
+        if item.key in seen:
+            lease.free.release([cell])
+            yield Refusal(item.key, Reason.DUPLICATE_KEY, "another sample has the same reinforcements; it is kept")
+            continue
+        if published is not None:
+            seen.add(item.key)
+        sample = _new_sample(item.raw, decoded)
+        group = grouping.add(len(sample.image))
+        yield Row(item.key, decoded.caption, cell, decoded.published, sample, group=group)
     if published is not None:
         yield from published.refusals
         yield from published.unmatched()
 
 
-def rows_from_samples(
-    config: Config, file: LayerFile, spec: RowSpec, pool: ThreadPoolExecutor, window: int
-) -> Iterator[Row]:
-    """Read the rows back from the samples layer, with images only if ``spec`` needs them."""
+def rows_from_samples(config: Config, file: LayerFile, spec: RowSpec, lease: Lease, window: int) -> Iterator[Row]:
+    """Read the rows back from the samples layer, with images only if ``spec`` needs them.
 
-    def prepare(stored: _StoredRow) -> Row:
-        published = {} if spec.published is None else spec.published.values(stored.key)
-        row = Row(stored.key, stored.caption, Pixels(), published, group=stored.group)
-        if not spec.needs_image:
-            return row
-        augmentations = stored.augmentations
-        try:
-            image = decode(stored.image, config.input.limits, policy=image_policy(config))
-        except ImageRefused as refused:  # only a referenced image can change after it was accepted
-            row.unreadable = Refusal(stored.key, refused.reason, refused.detail)
-            image = new_image("RGB", (config.augmentations.size,) * 2)
-            augmentations = tuple(replace(a, crop=_PLACEHOLDER_CROP) for a in augmentations)
-        row.pixels = _pixels(image, augmentations, spec)
-        return row
-
-    yield from prefetch(pool, prepare, _stored_rows(config, file, spec), window, _encoded_bytes)
+    The cells of yielded rows are to be released by the caller.
+    """
+    stored = _stored_items(config, file, spec)
+    if not spec.needs_image and spec.published is None:
+        for row in stored:
+            yield Row(row.key, row.caption, group=row.group)
+        return
+    for item, cell, outcome in decode_ahead(lease, stored, window):
+        assert isinstance(item, StoredItem)
+        yield _stored_row(item, cell, outcome, lease)
 
 
-def _stored_rows(config: Config, file: LayerFile, spec: RowSpec) -> Iterator[_StoredRow]:
+class _Grouping:
+    """Numbers the row group of each row: a new one begins at ``limit`` rows or ``GROUP_BYTES``."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._group = self._rows = self._bytes = 0
+
+    def add(self, size: int) -> int:
+        """The row group of the next row, whose encoded image has ``size`` bytes."""
+        if self._rows and (self._rows == self._limit or self._bytes + size > GROUP_BYTES):
+            self._group, self._rows, self._bytes = self._group + 1, 0, 0
+        self._rows, self._bytes = self._rows + 1, self._bytes + size
+        return self._group
+
+
+def _source_items(
+    samples: Iterable[RawSample | Refusal], published: Reinforcements | None
+) -> Iterator[SourceItem | Refusal]:
+    for raw in samples:
+        if isinstance(raw, Refusal):
+            yield raw
+        elif published is None:
+            yield SourceItem(raw.key, raw)
+        elif (key := published.match(raw)) is not None:
+            yield SourceItem(key, raw, published.members(key))
+        else:
+            detail = "the published reinforcements have neither its key nor its uid"
+            yield Refusal(raw.key, Reason.NOT_REINFORCED, detail)
+
+
+def _new_sample(raw: RawSample, decoded: Decoded) -> NewSample:
+    return NewSample(
+        decoded.metadata, decoded.width, decoded.height, raw.image, raw.offset, decoded.records, decoded.left_out
+    )
+
+
+def _stored_row(item: StoredItem, cell: int, outcome: Decoded | Refusal, lease: Lease) -> Row:
+    if isinstance(outcome, Decoded):
+        return Row(item.key, item.caption, cell, outcome.published, None, outcome.unreadable, item.group)
+    cell = lease.free.take()  # an image that was accepted before crashes its decode process now
+    lease.cells.blacken(cell)
+    return Row(item.key, item.caption, cell, unreadable=outcome, group=item.group)
+
+
+def _stored_items(config: Config, file: LayerFile, spec: RowSpec) -> Iterator[StoredItem]:
+    """The rows of the samples layer, without images where none are needed."""
     columns = ["key", "caption"]
     if spec.needs_image:
         columns += ["augmentations", image_column(config.images)]
+    published = spec.published
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=columns)
-        images: Iterable[bytes] = itertools.repeat(b"")
+        images: Iterable[bytes | None] = itertools.repeat(None)
         if "image" in columns:
             images = (value.as_py() for value in table["image"])
         elif "image_ref" in columns:
@@ -180,72 +193,5 @@ def _stored_rows(config: Config, file: LayerFile, spec: RowSpec) -> Iterator[_St
         records = table["augmentations"].to_pylist() if spec.needs_image else itertools.repeat([])
         keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
         for key, caption, image, record in zip(keys, captions, images, records, strict=False):
-            yield _StoredRow(key, caption, group, image, tuple(from_records(record)))
-
-
-def _encoded_bytes(item: RawSample | Refusal | _StoredRow) -> int:
-    if isinstance(item, RawSample):
-        return len(item.image) + sum(map(len, item.sidecars.values()))
-    return len(item.image) if isinstance(item, _StoredRow) else 0
-
-
-def _new_row(config: Config, raw: RawSample, spec: RowSpec) -> Row | Refusal:
-    """Decode a sample of the source, and draw its augmentations or take the published ones."""
-    limits, policy, published = config.input.limits, config.augmentations, spec.published
-    key = raw.key if published is None else published.match(raw)
-    if key is None:
-        return Refusal(raw.key, Reason.NOT_REINFORCED, "the published reinforcements have neither its key nor its uid")
-    try:
-        image = decode(raw.image, limits, strict=True, policy=image_policy(config))
-        width, height = image.size
-        if published is None:
-            augmentations = tuple(
-                sample_augmentation(policy, config.seed, key, k, width, height) for k in range(policy.count)
-            )
-        else:
-            augmentations = published.augmentations(key, width, height)
-    except ImageRefused as refused:
-        return Refusal(raw.key, refused.reason, refused.detail)
-    except Unreadable as error:
-        return Refusal(key, Reason.REINFORCEMENT_BROKEN, str(error))
-    fields = config.input.captions
-    metadata = metadata_of(raw.all_sidecars, config.input.metadata)
-    caption = caption_of(raw.sidecars, fields, limits) or caption_of(raw.all_sidecars, fields, limits)
-    left_out = [*_left_out(config, raw, metadata)]
-    if caption is None and fields and len(raw.members) > 1:
-        left_out.append(Refusal(raw.key, Reason.NO_TEXT, why_no_caption(raw.all_sidecars, fields, raw.members)))
-    return Row(
-        key,
-        caption,
-        _pixels(image, augmentations, spec),
-        {} if published is None else published.values(key),
-        NewSample(metadata, width, height, raw.image, raw.offset, augmentations, tuple(left_out)),
-    )
-
-
-def _left_out(config: Config, raw: RawSample, metadata: str | None) -> Iterator[Refusal]:
-    """The sidecars that the config reads and that this sample has, but that cannot be used."""
-    fields = [field.partition(":") for field in config.input.captions]
-    keeps_metadata = config.input.metadata != "none"
-    for extension in sorted({extension for extension, _, _ in fields} | ({"json"} if keeps_metadata else set())):
-        if extension in raw.left_out:
-            yield raw.left_out[extension]
-    for extension in sorted(
-        {extension for extension, is_json, _ in fields if is_json} | ({"json"} if keeps_metadata else set())
-    ):
-        data = raw.all_sidecars.get(extension)
-        if data is None or (extension == "json" and metadata is not None):
-            continue
-        fault = json_error(data)
-        if fault is None and extension == "json" and config.input.metadata == "all":
-            fault = "JSON that is nested too deeply to be written"
-        if fault is not None:
-            yield Refusal(raw.key, Reason.SIDECAR_BROKEN, f".{extension}: {fault}")
-
-
-def _pixels(image: Image, augmentations: Iterable[Augmentation], spec: RowSpec) -> Pixels:
-    from teachers.pixels import fit  # imports torch, which planning does not need
-
-    replay = load_backend(spec.backend)
-    crops = np.stack([replay(image, record) for record in augmentations]) if spec.crops else None
-    return Pixels(crops, {view: fit(image, view) for view in spec.views})
+            members = None if published is None else published.members(key)
+            yield StoredItem(key, caption, group, image, record, members)

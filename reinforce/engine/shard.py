@@ -6,8 +6,7 @@ import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,16 @@ import pyarrow as pa
 from reinforce.config import Config
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer, captions_layer, reads_reinforcements
 from reinforce.dataset.store import LayerWriter, Store
+from reinforce.engine.decode_pool import DecodePool, Lease
+from reinforce.engine.decoding import DecodeSpec
 from reinforce.engine.inference import Inference
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import LayerFailure, ShardResult
 from reinforce.engine.plan import PendingShard
 from reinforce.engine.published import Reinforcements
+from reinforce.engine.published_values import PublishedReader
 from reinforce.engine.refusals import Refusals
-from reinforce.engine.rows import GROUP_ROWS, Pixels, Row, RowSpec, rows_from_samples, rows_from_source
+from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, rows_from_samples, rows_from_source
 from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
 from reinforce.source.identity import former_url, read_state
 from reinforce.source.shards import Refusal
@@ -37,7 +39,7 @@ def process_shard(
     layers: Mapping[str, Layer],
     store: Store,
     models: Models,
-    pool: ThreadPoolExecutor,
+    pool: DecodePool,
     group_rows: int = GROUP_ROWS,
 ) -> ShardResult:
     """Compute and commit the missing layers of ``shard``.
@@ -48,6 +50,30 @@ def process_shard(
     return _ShardProcess(shard, config, layers, store, models, pool, group_rows).run()
 
 
+def rows_per_batch(config: Config) -> int:
+    """Rows whose augmented images make a batch."""
+    return max(1, config.workers.batch // config.augmentations.count)
+
+
+def rows_ahead(config: Config) -> int:
+    """Rows of a shard that are decoded ahead of its current batch."""
+    return max(2 * rows_per_batch(config), 2 * config.workers.cores)
+
+
+def cells_per_shard(config: Config) -> int:
+    """Pixel cells that a shard needs: for the rows ahead, the next one, and the current batch."""
+    return rows_ahead(config) + 1 + rows_per_batch(config)
+
+
+def allocate_pixels(pool: DecodePool, config: Config, layers: Iterable[Layer], models: Models, shards: int) -> None:
+    """Allocate the cells of ``shards`` shards with ``layers`` once, page-locked for copies to the accelerator."""
+    inference = Inference(config, layers, models, Counters())
+    layout = RowSpec(bool(inference.image_layers), inference.captioner_specs).layout(config)
+    if layout.cell_bytes:
+        for _ in range(shards):
+            models.accelerator.pin(pool.allocate(cells_per_shard(config) * layout.cell_bytes))
+
+
 class _ShardProcess:
     def __init__(
         self,
@@ -56,14 +82,14 @@ class _ShardProcess:
         layers: Mapping[str, Layer],
         store: Store,
         models: Models,
-        pool: ThreadPoolExecutor,
+        pool: DecodePool,
         group_rows: int,
     ) -> None:
         self.shard, self.config, self.store, self.models, self.pool = shard, config, store, models, pool
         self.all_layers = layers
         self.layers = {name: layers[name] for name in shard.layers}
         self.group_rows = group_rows
-        self.rows_per_batch = max(1, config.workers.batch // config.augmentations.count)
+        self.rows_per_batch = rows_per_batch(config)
         self.source = former_url(shard.url, config.moved)
         self.refusals = Refusals()
         self.cleaned: dict[str, Counter[str]] = {}
@@ -80,10 +106,12 @@ class _ShardProcess:
                 )
                 for name in self._stored_caption_layers()
             }
-            with contextlib.closing(self._rows(stack)) as rows:
+            spec = self._row_spec(stack)
+            lease = stack.enter_context(self._lease(spec))
+            with contextlib.closing(self._rows(stack, spec, lease)) as rows:
                 for index, group in itertools.groupby(rows, key=lambda row: row.group):
                     stored = {name: file.read_row_group(index) for name, file in caption_files.items()}
-                    for name, table in self._tables(*self._run_models(group), stored).items():
+                    for name, table in self._tables(*self._run_models(group, lease), stored).items():
                         writers[name].write(table)
             self._commit(writers)
             size = sum(writer.bytes for writer in writers.values())
@@ -106,24 +134,28 @@ class _ShardProcess:
     def _row_spec(self, stack: contextlib.ExitStack) -> RowSpec:
         published = None
         if self.shard.reinforcements and reads_reinforcements(self.layers.values()):
-            published = Reinforcements(self.shard.reinforcements, self.config, self.layers.values())
+            published = Reinforcements(self.shard.reinforcements, self.config)
             stack.enter_context(contextlib.closing(published))
-        backend = self.config.augmentations.backend
-        return RowSpec(bool(self.inference.image_layers), self.inference.captioner_specs, published, backend)
+        return RowSpec(bool(self.inference.image_layers), self.inference.captioner_specs, published)
 
-    def _rows(self, stack: contextlib.ExitStack) -> Generator[Row]:
+    def _lease(self, spec: RowSpec) -> contextlib.AbstractContextManager[Lease]:
+        """Pixel cells for the rows that are pending and those of a batch."""
+        published = PublishedReader(self.config, self.layers.values()) if spec.published else None
+        decoding = DecodeSpec(self.config, spec.layout(self.config), published=published)
+        return self.pool.lease(decoding, cells_per_shard(self.config))
+
+    def _rows(self, stack: contextlib.ExitStack, spec: RowSpec, lease: Lease) -> Generator[Row]:
         """The rows of the shard; records what is refused at reading."""
-        window = 2 * self.rows_per_batch
-        spec = self._row_spec(stack)
+        window = rows_ahead(self.config)
         if SAMPLES not in self.layers:
             fingerprint = self.all_layers[SAMPLES].fingerprint
             file = stack.enter_context(self.store.open_layer(SAMPLES, self.shard.name, fingerprint))
             if spec.published is not None and (refusal := spec.published.shard_refusal):
                 layer = next(name for name, layer in self.layers.items() if layer.published)
                 raise LayerFailure(layer, f"{refusal.reason.value}: {refusal.detail}")
-            yield from rows_from_samples(self.config, file, spec, self.pool, window)
+            yield from rows_from_samples(self.config, file, spec, lease, window)
             return
-        for row in rows_from_source(self.config, self.shard.url, spec, self.pool, window, self.group_rows):
+        for row in rows_from_source(self.config, self.shard.url, spec, lease, window, self.group_rows):
             if isinstance(row, Refusal):
                 self.refusals.add(SAMPLES, row)
             else:
@@ -133,15 +165,14 @@ class _ShardProcess:
 
     # -- models
 
-    def _run_models(self, rows: Iterator[Row]) -> tuple[list[Row], dict[str, list[Any]]]:
+    def _run_models(self, rows: Iterator[Row], lease: Lease) -> tuple[list[Row], dict[str, list[Any]]]:
         """The rows of one row group, and the outputs of their batches by layer."""
         group: list[Row] = []
         outputs: dict[str, list[Any]] = {}
         while batch := list(itertools.islice(rows, self.rows_per_batch)):
-            for name, output in self.inference.run(batch).items():
+            for name, output in self.inference.run(batch, lease.cells).items():
                 outputs.setdefault(name, []).append(output)
-            for row in batch:
-                row.pixels = Pixels()
+            lease.free.release(row.cell for row in batch if row.cell is not None)
             group += batch
             self.counters.samples += len(batch)
             self.models.counters.samples += len(batch)

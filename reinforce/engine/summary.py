@@ -27,9 +27,7 @@ _REMEDIES = {
         "data. Without such a line it was probably killed for its memory: lower workers.batch or workers.cpus, or use "
         "a larger machine."
     ),
-    Reason.SHARD_HUNG.value: (
-        "If its images and batches are only slow, raise failures.sample_seconds and failures.stall_seconds."
-    ),
+    Reason.SHARD_HUNG.value: ("If its batches are only slow, raise failures.stall_seconds."),
     Reason.SHARD_FAILED.value: "Fix what raised this error.",
 }
 

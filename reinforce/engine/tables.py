@@ -10,7 +10,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.dataset import vectors
-from reinforce.dataset.augment import to_records
 from reinforce.dataset.layers import Layer
 from reinforce.engine.outcome import raising_layer_failure
 from reinforce.engine.refusals import Refusals
@@ -28,7 +27,7 @@ def samples_table(schema: pa.Schema, rows: Sequence[Row], source: str) -> pa.Tab
         "metadata": [sample.metadata for sample in samples],
         "width": [sample.width for sample in samples],
         "height": [sample.height for sample in samples],
-        "augmentations": [to_records(sample.augmentations) for sample in samples],
+        "augmentations": [sample.augmentations for sample in samples],
     }
     if "image" in schema.names:
         columns["image"] = [sample.image for sample in samples]

@@ -1,7 +1,7 @@
 """The worker actor: one per accelerator (or per few cores), holding every model that the run's layers need.
 
-Two shards are in flight in it at a time. One pool of threads decodes the images of both, and their batches take turns
-at the accelerator, so that it does not wait for the next shard to begin when one ends.
+Two shards are in flight in it at a time. Its decode processes work for both, and their batches take turns at the
+accelerator, so that it does not wait for the next shard to begin when one ends.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.store import Store
+from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.models import Counters, Models, load_models
 from reinforce.engine.outcome import LayerFailure, ShardFailure, ShardResult, WorkerInfo
 from reinforce.engine.plan import PendingShard
 from reinforce.engine.self_test import check_models, precisions
-from reinforce.engine.shard import process_shard
-from reinforce.engine.watch import Pulse, WatchedThreads
+from reinforce.engine.shard import allocate_pixels, process_shard
+from reinforce.engine.watch import Pulse
 from reinforce.errors import StorageError, UserError
 from teachers.redact import Redactor
 
@@ -42,10 +43,10 @@ class Worker:
         self.missing_folder = None if os.path.isdir(folder) else folder
         if self.missing_folder is None:
             os.chdir(folder)
-        self.pool = WatchedThreads(config.workers.cores)
         self.store = Store(config.output)
         self.redact = Redactor(config.model_dump(mode="json"))
         self.models: Models | None = None
+        self.pool: DecodePool | None = None
 
     def load(self) -> WorkerInfo:
         """Load and test the models of the layers in ``needed``. Raises UserError if one does not work."""
@@ -55,8 +56,12 @@ class Worker:
         if self.config.classes:
             sys.path += [path for path in self.folders if path not in sys.path]  # behind installed packages
         layers = [self.layers[name] for name in sorted(self.needed)]
+        failures = self.config.failures
+        self.pool = DecodePool(self.config.workers.cores, failures.sample_seconds, failures.solo_attempts)
         self.models = load_models(self.config, layers)
         check_models(self.models, layers, precisions(self.config))
+        allocate_pixels(self.pool, self.config, layers, self.models, SHARDS_IN_FLIGHT)
+        self.pool.wait_until_ready()
         loaded = {
             name: {
                 "dim": teacher.dim,
@@ -80,6 +85,7 @@ class Worker:
     def process(self, shard: PendingShard) -> ShardResult:
         """Compute and commit the missing layers of one shard. Raises UserError, LayerFailure or ShardFailure."""
         assert self.models is not None
+        assert self.pool is not None
         try:
             return process_shard(shard, self.config, self.layers, self.store, self.models, self.pool)
         except StorageError as error:
@@ -95,7 +101,8 @@ class Worker:
     def pulse(self) -> Pulse:
         """The counts so far and the longest-running decode; also answers while shards run."""
         counters = self.models.counters if self.models else Counters()
-        return Pulse(counters.samples, counters.busy, self.pool.finished, *self.pool.longest())
+        prepared, key = (self.pool.finished, self.pool.longest()[0]) if self.pool else (0, None)
+        return Pulse(counters.samples, counters.busy, prepared, key)
 
 
 def as_actor(config: Config) -> Any:

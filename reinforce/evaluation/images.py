@@ -18,7 +18,7 @@ from reinforce.prefetch import prefetch
 from reinforce.source.image import ImageRefused, decode
 from reinforce.source.shards import Refusal
 from schemas import Reason
-from teachers.pixels import fit
+from teachers.fitting import fit
 from teachers.protocols import ImageSpec
 
 

@@ -8,6 +8,7 @@ import io
 import struct
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -29,7 +30,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 _WHITE = (255, 255, 255)
 _STRIP_PIXELS = 2**20
 _LARGE_PIXELS = 16 * 2**20
-_large_image_lock = threading.Lock()  # decoding a large image takes up to 1 GB, so only one is decoded at a time
+#: Decoding a large image takes up to 1 GB, so only one is decoded at a time: in this process, unless a process sets a
+#: lock that several share.
+large_image_lock: contextlib.AbstractContextManager[Any] = threading.Lock()
 _JPEG_START_OF_SCAN = b"\xff\xda"
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE_BY_ORIENTATION = {
@@ -83,7 +86,7 @@ def decode(data: bytes, limits: Limits, strict: bool = False, policy: str = IMAG
         _check_size(image.size, limits)
         if strict and _is_jpeg(image) and (scans := data.count(_JPEG_START_OF_SCAN)) > limits.scans:
             raise ImageRefused(Reason.IMAGE_SCANS, f"{scans} scans, above limits.scans of {limits.scans}")
-        with _large_image_lock if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext():
+        with large_image_lock if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext():
             image.load()
             _check_size(image.size, limits)  # a first frame may enlarge the canvas
             _check_complete(image, data, strict)

@@ -17,8 +17,9 @@ from reinforce.errors import UserError
 from reinforce.source.image import decode
 from teachers.coca import CocaCaptioner
 from teachers.device import Accelerator
+from teachers.fitting import fit
 from teachers.open_clip_tokens import Tokenizer
-from teachers.pixels import fit, to_pixels
+from teachers.pixels import to_pixels
 from tests.helpers.captioning import captioner_config, make_captioner, write_shards
 from tests.helpers.data import picture, write_tar
 from tests.helpers.tiny_coca import END

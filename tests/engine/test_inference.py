@@ -13,8 +13,9 @@ from reinforce.config import parse_config
 from reinforce.engine.inference import Inference, to_numpy
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import LayerFailure
+from reinforce.engine.pixel_cells import PixelCells
 from reinforce.engine.recipe import build_layers, describe_models
-from reinforce.engine.rows import Pixels, Row
+from reinforce.engine.rows import Row
 from reinforce.seeds import seed_for
 from reinforce.source.shards import Refusal
 from schemas import Reason
@@ -46,23 +47,25 @@ def inference(*names: str, red: ColorTeacher | None = None, counters: Counters |
 
 
 def rows(count: int) -> list[Row]:
+    return [Row(f"key{i}", None, i) for i in range(count)]
+
+
+def pixels() -> PixelCells:
+    """The pixels of three rows."""
     rng = np.random.default_rng(0)
-    return [
-        Row(
-            f"key{i}",
-            None,
-            Pixels(rng.integers(0, 255, (2, 24, 24, 3), np.uint8), {VIEW: rng.integers(0, 255, (8, 8, 3), np.uint8)}),
-            {},
-        )
-        for i in range(count)
-    ]
+    views = {VIEW: rng.integers(0, 255, (3, 8, 8, 3), np.uint8)}
+    return PixelCells(rng.integers(0, 255, (3, 2, 24, 24, 3), np.uint8), views)
 
 
 def test_a_batch_gives_each_layer_the_outputs_of_its_model() -> None:
     batch = rows(3)
-    outputs = inference("embeddings/red/images", "embeddings/blue/images", "captions/namer", "samples").run(batch)
+    outputs = inference("embeddings/red/images", "embeddings/blue/images", "captions/namer", "samples").run(
+        batch, pixels()
+    )
     assert outputs.keys() == {"embeddings/red/images", "embeddings/blue/images", "captions/namer"}
-    crops = np.concatenate([row.pixels.crops for row in batch if row.pixels.crops is not None])
+    crops = pixels().crops
+    assert crops is not None
+    crops = crops.reshape(6, 24, 24, 3)
     for name, size, dim, seed in (("red", 16, 8, 0), ("blue", 24, 12, 1)):
         teacher = ColorTeacher(CPU, size, dim, seed)
         expected = teacher.encode_images(to_pixels(torch.from_numpy(crops), teacher.image)).numpy()
@@ -73,7 +76,7 @@ def test_a_batch_gives_each_layer_the_outputs_of_its_model() -> None:
 
 def test_a_lease_of_text_layers_only_runs_no_batch() -> None:
     counters = Counters()
-    assert inference("embeddings/red/caption", counters=counters).run(rows(3)) == {}
+    assert inference("embeddings/red/caption", counters=counters).run(rows(3), pixels()) == {}
     assert counters.busy == 0
 
 
@@ -94,14 +97,14 @@ def test_an_error_of_a_model_names_its_layer() -> None:
     wrong = WrongShapeTeacher(CPU)
     message = r"embeddings/red/images: ValueError: embeddings must have shape \(6, 6\), got \(6, 7\)"
     with pytest.raises(LayerFailure, match=message):
-        inference("embeddings/red/images", red=wrong).run(rows(3))
+        inference("embeddings/red/images", red=wrong).run(rows(3), pixels())
     with pytest.raises(LayerFailure, match=r"embeddings/red/namer: ValueError: .* \(1, 6\), got \(1, 7\)"):
         inference(red=wrong).encode_texts(LAYERS["embeddings/red/namer"], [["a"]])
     run = inference("captions/namer")
     run.caption_layers = [replace(LAYERS["captions/namer"], count=3)]
     run._models.captioners["namer"].caption = lambda pixels, seeds: [["one"]] * len(pixels)  # type: ignore[method-assign]
     with pytest.raises(LayerFailure, match=r"captions/namer: .* must return 3 texts for each of 2 images"):
-        run.run(rows(2))
+        run.run(rows(2), pixels())
 
 
 def test_the_norm_of_every_row_of_embeddings_is_checked() -> None:
@@ -144,9 +147,9 @@ class Growing(ColorTeacher):
 
 def test_a_teacher_whose_norm_changes_after_its_first_batch_fails() -> None:
     run = inference("embeddings/red/images", red=Growing(CPU))
-    run.run(rows(2))
+    run.run(rows(2), pixels())
     with pytest.raises(LayerFailure, match=r"embeddings/red/images: ValueError: embeddings must have norm 1, got 3\.0"):
-        run.run(rows(2))
+        run.run(rows(2), pixels())
     run = inference(red=Growing(CPU))
     with pytest.raises(LayerFailure, match=r"embeddings/red/namer: ValueError: embeddings must have norm 1, got 3\.0"):
         run.encode_texts(LAYERS["embeddings/red/namer"], [["a", "b"], ["c", "d"]])
@@ -160,11 +163,11 @@ def test_the_norm_of_an_unreadable_images_embedding_is_not_checked() -> None:
             return super().encode_images(pixels) * (pixels > -1).any(dim=(1, 2, 3))[:, None]
 
     batch = rows(3)
-    crops = batch[1].pixels.crops
-    assert crops is not None
-    crops[:] = 0
+    cells = pixels()
+    assert cells.crops is not None
+    cells.crops[1] = 0
     run = inference("embeddings/red/images", red=Brightness(CPU))
     with pytest.raises(LayerFailure, match=r"got 0\.000 in row 3 of 6"):
-        run.run(batch)
-    batch[1].unreadable = Refusal("key1", Reason.IMAGE_BROKEN, "gone")
-    assert not run.run(batch)["embeddings/red/images"][1].any()
+        run.run(batch, cells)
+    batch[1] = replace(batch[1], unreadable=Refusal("key1", Reason.IMAGE_BROKEN, "gone"))
+    assert not run.run(batch, cells)["embeddings/red/images"][1].any()

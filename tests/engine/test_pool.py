@@ -25,7 +25,7 @@ def test_a_worker_takes_two_leases_once_it_has_started_and_one_if_it_runs_a_susp
 
 def test_any_count_that_changes_is_progress_and_the_key_in_work_is_not() -> None:
     slot = Slot(None, INFO, last_progress=0.0)
-    slot.record_pulse(Pulse(key="k", seconds=9.0), now=1.0)
+    slot.record_pulse(Pulse(key="k"), now=1.0)
     assert (slot.pulse.key, slot.last_progress) == ("k", 0.0)
     for now, pulse in enumerate(
         (Pulse(samples=1), Pulse(samples=1, busy=0.1), Pulse(samples=1, busy=0.1, prepared=1)), 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from reinforce.engine.outcome import LayerFailure, ShardResult
 from reinforce.engine.plan import make_plan
 from reinforce.engine.shard import process_shard
 from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.decoding import decode_pool
 
 
 def process(config: dict[str, Any], group_rows: int = 4) -> ShardResult:
@@ -23,8 +23,7 @@ def process(config: dict[str, Any], group_rows: int = 4) -> ShardResult:
     plan = make_plan(parsed)
     [shard] = plan.pending
     models = load_models(parsed, [plan.layers[name] for name in shard.layers])
-    with ThreadPoolExecutor(2) as pool:
-        return process_shard(shard, parsed, plan.layers, Store(parsed.output), models, pool, group_rows)
+    return process_shard(shard, parsed, plan.layers, Store(parsed.output), models, decode_pool(), group_rows)
 
 
 def shard_config(folder: Path, members: list[tuple[str, bytes]], **changes: Any) -> dict[str, Any]:

@@ -6,21 +6,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from reinforce.dataset.augment import Augmentation, Crop, from_records
+from reinforce.dataset.augment import Augmentation, Crop, from_records, to_records
 from reinforce.dataset.layers import Layer
 from reinforce.engine.refusals import Refusals
-from reinforce.engine.rows import NewSample, Pixels, Row
+from reinforce.engine.rows import NewSample, Row
 from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
 from schemas import captions_schema, embeddings_schema, samples_schema
 
 AUGMENTATION = Augmentation(Crop(1, 2, 10, 20), 24, None)
 SAMPLES = [
-    NewSample('{"a": 1}', 40, 30, b"first", 512, (AUGMENTATION,), ()),
-    NewSample(None, 20, 10, b"second", 2048, (AUGMENTATION,), ()),
+    NewSample('{"a": 1}', 40, 30, b"first", 512, to_records([AUGMENTATION]), ()),
+    NewSample(None, 20, 10, b"second", 2048, to_records([AUGMENTATION]), ()),
 ]
-ROWS = [
-    Row(key, caption, Pixels(), {}, sample) for key, caption, sample in zip("ab", ("A", None), SAMPLES, strict=True)
-]
+ROWS = [Row(key, caption, sample=sample) for key, caption, sample in zip("ab", ("A", None), SAMPLES, strict=True)]
 
 
 def test_a_samples_table_has_the_encoded_images_or_references_to_them() -> None:

@@ -11,12 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.config import parse_config
+from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.models import load_models
 from reinforce.engine.outcome import LayerFailure, ShardFailure, ShardResult
 from reinforce.engine.plan import PendingShard, make_plan
 from reinforce.engine.worker import Worker
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
+from tests.helpers.decoding import decode_pool
 
 TOKEN = "hf_t0ken-of-eve"
 
@@ -29,6 +31,7 @@ class LocalWorker(Worker):
         plan = make_plan(parsed)
         super().__init__(parsed, plan.layers, frozenset(plan.layers), "/nonexistent")
         self.models = load_models(parsed, plan.layers.values())
+        self.pool = decode_pool()
         self.shard: PendingShard = plan.pending[0]
 
     def run(self) -> ShardResult:
@@ -55,8 +58,9 @@ def test_an_error_of_a_storage_is_not_the_workers_fault(shards: Callable[..., st
 
 def test_a_runtime_error_outside_a_model_may_be_the_workers_fault(shards: Callable[..., str], tmp_path: Path) -> None:
     worker = LocalWorker(config_of(shards(3), tmp_path / "out"))
-    worker.pool.shutdown()
-    with pytest.raises(ShardFailure, match="RuntimeError: cannot schedule new futures") as raised:
+    worker.pool = DecodePool(1)
+    worker.pool.close()
+    with pytest.raises(ShardFailure, match="RuntimeError: the decode processes were stopped") as raised:
         worker.run()
     assert raised.value.worker_at_fault
 

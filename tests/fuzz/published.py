@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from reinforce.config import parse_config
 from reinforce.engine.published import Reinforcements
 from reinforce.engine.published_members import Unreadable
+from reinforce.engine.published_values import PublishedReader
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.source.shards import Refusal
 from tests.helpers.published import COUNT, HEIGHT, WIDTH, config_of, published_members, published_sample
@@ -62,14 +63,17 @@ def published(member: tuple[str, bytes]) -> None:
     changed: dict[str, bytes | None] = {"npz": None, name: data} if name == "pth.gz" else {name: data}
     tar = tar_bytes([*published_members(CHANGED, **changed), *published_members(WHOLE)])
     fsspec.filesystem("memory").pipe("/fuzz/dr.tar", tar)
-    with contextlib.closing(Reinforcements("memory://fuzz/dr.tar", CONFIG, LAYERS.values())) as found:
+    with contextlib.closing(Reinforcements("memory://fuzz/dr.tar", CONFIG)) as found:
         assert [*found] == [CHANGED.key, WHOLE.key]
+        reader = PublishedReader(CONFIG, LAYERS.values())
         for key in found:
+            members = found.members(key)
+            assert members is not None
             with contextlib.suppress(Unreadable):
-                for record in found.augmentations(key, WIDTH, HEIGHT):
+                for record in reader.augmentations(members, WIDTH, HEIGHT):
                     assert 0 <= record.crop.top < record.crop.top + record.crop.height <= HEIGHT
                     assert 0 <= record.crop.left < record.crop.left + record.crop.width <= WIDTH
-            for layer, value in found.values(key).items():
+            for layer, value in reader.values(key, members).items():
                 kind = LAYERS[layer]
                 if isinstance(value, Refusal):
                     assert key == CHANGED.key

@@ -14,7 +14,6 @@ import lzma
 import re
 import tarfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +30,7 @@ from reinforce.source.shards import Refusal, as_utf8, split_name
 from reinforce.source.text import caption_of, json_error, metadata_of
 from tests.fuzz import published
 from tests.helpers.data import picture
+from tests.helpers.decoding import cell_of, lease
 from tests.helpers.images import encode, noise
 from tests.helpers.tars import tar_bytes, zstd
 from tests.hostile.images import IMAGES
@@ -57,7 +57,7 @@ class Mutation:
 Span = tuple[int, int]
 
 
-def _shard() -> tuple[bytes, dict[str, Span], dict[str, list[Span]], dict[str, Row]]:
+def _shard() -> tuple[bytes, dict[str, Span], dict[str, list[Span]], dict[str, Found]]:
     """Return a tar of good samples, the span of each sample, the spans of its headers, and its row."""
     members = []
     for i, key in enumerate(KEYS):
@@ -74,19 +74,40 @@ def _shard() -> tuple[bytes, dict[str, Span], dict[str, list[Span]], dict[str, R
         end = info.offset_data + info.size + -info.size % BLOCK
         spans[key] = (spans.get(key, (info.offset, 0))[0], end)
         headers[key].append((info.offset, info.offset_data))
-    return data, spans, headers, {row.key: row for row in rows(data) if isinstance(row, Row)}
+    return data, spans, headers, by_key_of(rows(data))
 
 
-def rows(data: bytes, name: str = "x.tar") -> list[Row | Refusal]:
-    """Read a shard to rows with crops."""
+@dataclass(frozen=True)
+class Found:
+    """A row, its sample and its crops [K, S, S, 3]."""
+
+    row: Row
+    sample: NewSample
+    crops: np.ndarray
+
+    @property
+    def key(self) -> str:
+        return self.row.key
+
+
+def rows(data: bytes, name: str = "x.tar") -> list[Found | Refusal]:
+    """Read a shard to rows, each with its crops."""
     fsspec.filesystem("memory").pipe(f"/fuzz/{name}", data)
-    with ThreadPoolExecutor(1) as pool:
-        return list(rows_from_source(CONFIG, f"memory://fuzz/{name}", RowSpec(crops=True), pool, window=4))
+    spec, found = RowSpec(crops=True), list[Found | Refusal]()
+    with lease(CONFIG, spec) as taken:
+        for row in rows_from_source(CONFIG, f"memory://fuzz/{name}", spec, taken, window=4):
+            if isinstance(row, Refusal):
+                found.append(row)
+                continue
+            assert row.sample is not None
+            assert taken.cells.crops is not None
+            found.append(Found(row, row.sample, taken.cells.crops[cell_of(row)].copy()))
+            taken.free.release([cell_of(row)])
+    return found
 
 
-def sample_of(row: Row) -> NewSample:
-    assert row.sample is not None
-    return row.sample
+def by_key_of(found: list[Found | Refusal]) -> dict[str, Found]:
+    return {row.key: row for row in found if isinstance(row, Found)}
 
 
 GOOD, SPANS, HEADERS, ROWS = _shard()
@@ -124,25 +145,22 @@ def shard(mutations: list[Mutation]) -> None:
         data = data[: mutation.at] + mutation.value + data[end:]
         touched.append((mutation.at, max(end, mutation.at)))
     found = rows(data)
-    by_key = {row.key: row for row in found if isinstance(row, Row)}
+    by_key = by_key_of(found)
     refused = {row.key for row in found if isinstance(row, Refusal)}
     for key, (start, end) in SPANS.items():
         untouched = not any(at < end and to >= start for at, to in touched)
         before = all(at >= end for at, _ in touched)
         copied = key in refused  # a mutation copied its header, and one of the two samples was refused
         if key in by_key and (before or (untouched and not copied)):
-            assert (sample_of(by_key[key]).image, by_key[key].caption) == (
-                sample_of(ROWS[key]).image,
-                ROWS[key].caption,
-            )
-            assert np.array_equal(by_key[key].pixels.crops, ROWS[key].pixels.crops)
+            now, then = by_key[key], ROWS[key]
+            assert (now.sample.image, now.row.caption) == (then.sample.image, then.row.caption)
+            assert np.array_equal(now.crops, then.crops)
         if before:
             assert key in by_key, f"{key} is before all changes"
         elif key not in by_key and key not in refused:
             renamed = any(at < end and to >= start for at, to in touched for start, end in HEADERS[key])
             assert renamed or None in refused, f"{key} is lost"
-    for row in by_key.values():
-        sample = sample_of(row)
+    for sample in (row.sample for row in by_key.values()):
         assert data[sample.offset : sample.offset + len(sample.image)] == sample.image
 
 

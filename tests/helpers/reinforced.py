@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from reinforce.engine.models import load_models
 from reinforce.engine.plan import make_plan
 from reinforce.engine.shard import process_shard
 from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.decoding import decode_pool
 
 
 def reinforce_here(config: dict[str, Any], group_rows: int = 8) -> str:
@@ -24,9 +24,8 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8) -> str:
     plan, store = make_plan(parsed), Store(parsed.output)
     models = load_models(parsed, plan.layers.values())
     loaded = {name: {"dim": teacher.dim} for name, teacher in models.teachers.items()}
-    with ThreadPoolExecutor(1) as pool:
-        for shard in plan.pending:
-            process_shard(shard, parsed, plan.layers, store, models, pool, group_rows)
+    for shard in plan.pending:
+        process_shard(shard, parsed, plan.layers, store, models, decode_pool(), group_rows)
     store.write_json(update_manifest(store.read_json(MANIFEST), parsed, plan.layers, loaded, plan.layers), MANIFEST)
     return parsed.output
 

@@ -12,7 +12,8 @@ import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from teachers.pixels import fit, to_pixels
+from teachers.fitting import fit
+from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import CaptionerSpec
 from teachers.transformers_captioner import TransformersCaptioner

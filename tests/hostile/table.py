@@ -13,7 +13,7 @@ from tests.hostile.words import slug
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "hostile.md"
 RUN = "tests/hostile/test_run.py"
-HANG = "tests/hostile/test_hang.py::test_a_slow_image_and_a_hung_model_cost_only_their_shards"
+HANG = "tests/hostile/test_hang.py::test_a_slow_image_costs_its_sample_and_a_hung_model_its_shard"
 FAULTS = "tests/integration/test_faults.py"
 PUBLISHED = "tests/engine/test_published.py"
 BROKEN = "tests/engine/test_published_members.py"
@@ -21,23 +21,24 @@ S3 = "tests/integration/test_s3_faults.py"
 PARTIAL = "tests/integration/test_s3_partial.py"
 SCARCITY = "tests/integration/test_scarcity.py"
 CLUSTER = "tests/integration/test_cluster.py"
+DECODE_POOL = "tests/engine/test_decode_pool.py"
 #: Cases of other tests: defect, outcome, test.
 OTHERS = [
     (
         "an image that takes longer to decode than failures.sample_seconds",
-        "`shard_hung`, with its key: the worker is killed, its shards run alone, and the one that hangs again is "
-        "quarantined",
+        "`image_hung`: its decode process is replaced, the image begins again, and is refused if that happens "
+        "failures.solo_attempts times; every other image is decoded",
         HANG,
     ),
     (
         "a model or a storage that makes no progress for failures.stall_seconds",
-        "`shard_hung`, in the same way",
+        "`shard_hung`: the worker is killed, its shards run alone, and the one that hangs again is quarantined",
         HANG,
     ),
     (
-        "an image that kills its process",
-        "`shard_crashed`, in the same way",
-        f"{FAULTS}::test_single_failures_leave_no_trace_and_a_shard_that_always_segfaults_is_quarantined",
+        "an image that crashes its decoder",
+        "`image_crashed`, in the same way as `image_hung`",
+        f"{DECODE_POOL}::test_an_image_that_crashes_its_process_is_refused_and_all_others_are_decoded",
     ),
     (
         "a model that raises an exception for a shard",
@@ -101,14 +102,18 @@ SECOND = f"{FAULTS}::test_a_second_run_is_refused_and_a_killed_worker_costs_noth
 NODES = f"{CLUSTER}::test_the_pool_follows_the_cluster_and_a_lost_node_costs_no_shard"
 FULL = f"{SCARCITY}::test_a_full_disk_ends_a_run_with_one_error_and_nothing_half_written"
 MEMORY = f"{SCARCITY}::test_a_worker_killed_by_the_memory_monitor_costs_no_shard"
+KILLED = f"{DECODE_POOL}::test_processes_that_are_killed_are_replaced"
+ORPHANED = f"{DECODE_POOL}::test_no_process_outlives_its_parent_not_even_inside_a_decoder"
 PROCESSES = [
     ("kill -9 of a worker", "its shards go to another worker", SECOND),
+    ("kill -9 of a decode process", "its images are decoded by the next one", KILLED),
+    ("a decode process whose worker is gone", "the kernel kills it, even inside a decoder", ORPHANED),
     ("kill -9 of the driver", "the same command resumes the run", ENDED),
     ("SIGTERM or Ctrl-C", "a clean stop; finished shards are kept, and the same command resumes the run", ENDED),
     ("a second run on a local dataset", "refused: another run is writing", SECOND),
     ("a worker that raises an exception or dies once", "its shards are retried", ONCE),
     (
-        "a shard that segfaults its process each time",
+        "a shard whose model segfaults each time",
         "`shard_crashed` after failures.solo_attempts attempts alone; the other shards finish",
         ONCE,
     ),

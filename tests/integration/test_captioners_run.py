@@ -18,7 +18,8 @@ from reinforce.cli import main
 from reinforce.config import Limits
 from reinforce.seeds import seed_for
 from reinforce.source.image import decode
-from teachers.pixels import fit, to_pixels
+from teachers.fitting import fit
+from teachers.pixels import to_pixels
 from teachers.registry import load_captioner
 from teachers.spec import CaptionerSpec
 from tests.helpers import tiny_captioners

@@ -1,7 +1,8 @@
 """Soak test: random faults every few seconds, for ``python -m tests.soak --seconds 600`` seconds (``make soak``).
 
 Rounds of one config, alternating between S3 and a disk, on a cluster of three nodes. Until the time is up, workers are
-killed or paused, drivers are killed or stopped and started again, nodes are lost and added, and the S3 server fails.
+killed or paused, decode processes are killed, drivers are killed or stopped and started again, nodes are lost and
+added, and the S3 server fails.
 Each round must end with every shard finished and with the files of an undisturbed run, byte for byte.
 """
 
@@ -144,17 +145,28 @@ class Soak:
 
     def _workers(self) -> list[int]:
         """Process ids of this cluster's workers."""
+        return self._processes("ray::Worker")
+
+    def _decoders(self) -> list[int]:
+        """Process ids of the decode processes of this cluster's workers."""
+        return self._processes(f"{sys.executable} -I -c")
+
+    def _processes(self, command_start: str) -> list[int]:
         listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
         rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
         ours = {os.getpid()}
         for pid, parent, _ in sorted(rows, key=lambda row: int(row[0])):
             if int(parent) in ours:
                 ours.add(int(pid))
-        return [int(pid) for pid, _, command in rows if int(pid) in ours and command.startswith("ray::Worker")]
+        return [int(pid) for pid, _, command in rows if int(pid) in ours and command.startswith(command_start)]
 
     def _worker_killed(self) -> None:
         if workers := self._workers():
             os.kill(self.random.choice(workers), signal.SIGKILL)
+
+    def _decoder_killed(self) -> None:
+        if decoders := self._decoders():
+            os.kill(self.random.choice(decoders), signal.SIGKILL)
 
     def _worker_paused(self) -> None:
         for worker in self._workers()[:1]:
@@ -207,7 +219,7 @@ class Soak:
         with fault:
             time.sleep(self.random.uniform(1, 3))
 
-    WORKERS = (_worker_killed, _worker_killed, _worker_paused)
+    WORKERS = (_worker_killed, _worker_killed, _worker_paused, _decoder_killed)
     PROCESSES = (
         *WORKERS,
         _node_lost_and_another_added,

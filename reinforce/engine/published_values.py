@@ -1,0 +1,129 @@
+"""Augmentations, captions and vectors of one published sample, read from its members by the layers of a config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from reinforce.config import Config
+from reinforce.dataset.augment import Augmentation
+from reinforce.dataset.layers import TRUE_CAPTION, Layer
+from reinforce.engine.published_members import (
+    CAPTIONS,
+    PARAMETERS,
+    VECTORS,
+    Floats,
+    Unreadable,
+    list_names,
+    parse_augmentation,
+    parse_vectors,
+)
+from reinforce.source.shards import Refusal
+from reinforce.source.text import clean_text, parse_json
+from schemas import Reason
+
+_IMAGES, _TEXTS = "image_emb", "text_emb"  # names of arrays
+_UNTAGGED = "syn_text"  # the list whose vectors may follow that of the true caption in text_emb
+_NORM_RANGE = (0.9, 1.1)
+
+#: Value of a row in a published layer: captions, embeddings [count, dim], or why it is null there.
+PublishedValue: TypeAlias = "list[str] | Floats | Refusal"
+#: The encoded members of a published sample, by name.
+Members: TypeAlias = "Mapping[str, bytes]"
+
+
+class PublishedReader:
+    """Reads the members of samples for those of ``layers`` that are published."""
+
+    def __init__(self, config: Config, layers: Iterable[Layer]) -> None:
+        self._config = config
+        self._layers = [layer for layer in layers if layer.published]
+
+    def augmentations(self, members: Members, width: int, height: int) -> tuple[Augmentation, ...]:
+        """The first ``augmentations.count`` records of a sample, for an image of this size. Raises Unreadable."""
+        policy = self._config.augmentations
+        records = _json(members, PARAMETERS).get("param_aug")
+        if isinstance(records, str):
+            records = parse_json(records.encode())
+        if not isinstance(records, list) or len(records) < policy.count:
+            count = len(records) if isinstance(records, list) else "no"
+            raise Unreadable(f"{count} augmentations in {PARAMETERS}, expected {policy.count}: set augmentations.count")
+        return tuple(parse_augmentation(record, policy.size, width, height) for record in records[: policy.count])
+
+    def values(self, key: str, members: Members | None) -> dict[str, PublishedValue]:
+        """The value of a sample in each layer; ``members`` is None for a key without reinforcements."""
+        if members is None:
+            refusal = Refusal(key, Reason.NOT_REINFORCED, "no longer among the reinforcements")
+            return {layer.name: refusal for layer in self._layers}
+        arrays: dict[str, Floats] = {}
+        values: dict[str, PublishedValue] = {}
+        for layer in self._layers:
+            try:
+                if layer.kind == "captions":
+                    values[layer.name] = self._captions(members, layer)
+                else:
+                    with np.errstate(all="ignore"):  # overflow is refused by the norm
+                        arrays = arrays or _arrays(members)
+                        values[layer.name] = self._vectors(arrays, layer)
+            except Unreadable as error:
+                values[layer.name] = Refusal(key, Reason.REINFORCEMENT_BROKEN, str(error))
+        return values
+
+    def _captions(self, members: Members, layer: Layer) -> list[str]:
+        name = self._list_of(str(layer.model))
+        document = _json(members, CAPTIONS)
+        texts = document.get(name)
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise Unreadable(f"no list {name!r} of texts in {CAPTIONS}, which has: {list_names(document)}")
+        if len(texts) < layer.count:
+            raise Unreadable(f"{len(texts)} captions in {name!r}, expected {layer.count}: set `captions`")
+        return [clean_text(text, self._config.input.limits.caption_chars) for text in texts[: layer.count]]
+
+    def _vectors(self, arrays: Mapping[str, Floats], layer: Layer) -> Floats:
+        """The layer's unit vectors [count, dim]: rows and columns of one of a sample's arrays. Raises Unreadable."""
+        name, first = _IMAGES, 0
+        if layer.kind == "texts":
+            name = _TEXTS
+            if layer.texts != TRUE_CAPTION:
+                own = self._list_of(str(layer.texts))
+                name, first = (f"{own}_emb", 0) if f"{own}_emb" in arrays or own != _UNTAGGED else (_TEXTS, 1)
+        if name not in arrays:
+            raise Unreadable(f"no vectors {name!r}, only: {list_names(arrays)}")
+        columns = self._config.teachers[str(layer.model)].columns
+        assert columns is not None
+        rows, width = arrays[name].shape
+        if rows < first + layer.count or width < columns[1]:
+            raise Unreadable(
+                f"{name} has {rows} vectors of {width} numbers, expected {first + layer.count} with columns "
+                f"{columns[0]} to {columns[1]} for {layer.model}"
+            )
+        part = arrays[name][first : first + layer.count, columns[0] : columns[1]]
+        norms = np.linalg.norm(part, axis=1, keepdims=True)
+        if not (np.isfinite(norms).all() and _NORM_RANGE[0] < norms.min() and norms.max() < _NORM_RANGE[1]):
+            raise Unreadable(
+                f"{name}: norms of {norms.min():.3g} to {norms.max():.3g} in columns {columns[0]} to {columns[1]}, "
+                "expected 1"
+            )
+        unit: Floats = part / norms
+        return unit
+
+    def _list_of(self, captioner: str) -> str:
+        """The list of synthetic captions that a captioner of the config names."""
+        return str(self._config.captioners[captioner].model)
+
+
+def _json(members: Members, name: str) -> dict[str, Any]:
+    data = members.get(name)
+    document = None if data is None else parse_json(data)
+    if not isinstance(document, dict):
+        raise Unreadable(f"no member {name}" if data is None else f"{name} is not a JSON object")
+    return document
+
+
+def _arrays(members: Members) -> dict[str, Floats]:
+    for name in VECTORS:
+        if (data := members.get(name)) is not None:
+            return parse_vectors(name, data)
+    raise Unreadable(f"no member {' or '.join(VECTORS)}")

@@ -1,0 +1,31 @@
+"""Decode processes that the tests of one process share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from reinforce.config import Config
+from reinforce.engine.decode_pool import DecodePool, Lease
+from reinforce.engine.decoding import DecodeSpec
+from reinforce.engine.rows import Row, RowSpec
+
+
+@functools.cache
+def decode_pool() -> DecodePool:
+    """Two processes, which end with this one."""
+    return DecodePool(2)
+
+
+@contextmanager
+def lease(config: Config, spec: RowSpec, cells: int = 64) -> Iterator[Lease]:
+    """Pixel cells for rows of ``spec``."""
+    with decode_pool().lease(DecodeSpec(config, spec.layout(config)), cells) as taken:
+        yield taken
+
+
+def cell_of(row: Row) -> int:
+    """The cell of a row that has pixels."""
+    assert row.cell is not None
+    return row.cell
