@@ -60,6 +60,13 @@ class Input(Section):
         "all", description="what to keep of the json sidecar: all, none, or a list of fields"
     )
     limits: Limits = Limits()
+    reduce_to: int | None = Field(
+        None,
+        ge=8,
+        le=65_535,
+        description="decode large JPEGs at 1/2, 1/4 or 1/8 of their size if both sides keep this many pixels; "
+        "default: at their size",
+    )
 
 
 class RandAugment(Section):
@@ -224,6 +231,8 @@ class Config(Section):
             raise ValueError(
                 f"{', '.join(published)}: family published is read from `reinforcements`, which is not set; set it"
             )
+        if self.reinforcements is not None and self.input.reduce_to is not None:
+            raise ValueError("input.reduce_to: remove it; published reinforcements were made on images of full size")
         sampled = self.augmentations.model_fields_set - {"count", "size"}
         if self.reinforcements is not None and sampled:
             raise ValueError(

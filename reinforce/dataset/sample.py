@@ -14,7 +14,7 @@ from reinforce.config import Limits
 from reinforce.dataset.augment import Augmentation
 from reinforce.dataset.backends import BACKENDS, load_backend
 from reinforce.errors import UserError
-from reinforce.source.image import IMAGE_POLICY, PUBLISHED_POLICY, ImageRefused, decode
+from reinforce.source.image import IMAGE_POLICIES, ImageRefused, decode, is_image_policy
 
 _CAPTION_CHARS = 60  # of a caption in repr
 
@@ -42,14 +42,14 @@ class ImagePolicies:
 
     def check(self) -> None:
         """Raise UserError if this version of the program does not implement the recorded policies."""
-        for name, recorded, supported in (
-            ("image", self.image, (IMAGE_POLICY, PUBLISHED_POLICY)),
-            ("augmentation", self.augmentation, BACKENDS),
+        for name, recorded, is_supported, supported in (
+            ("image", self.image, is_image_policy(self.image), IMAGE_POLICIES),
+            ("augmentation", self.augmentation, self.augmentation in BACKENDS, " and ".join(BACKENDS)),
         ):
-            if recorded not in supported:
+            if not is_supported:
                 raise UserError(
-                    f"{self.url} has {name} policy {recorded}, this version supports {' and '.join(supported)}. Use "
-                    "the version that wrote it."
+                    f"{self.url} has {name} policy {recorded}, this version supports {supported}. Use the version "
+                    "that wrote it."
                 )
 
 

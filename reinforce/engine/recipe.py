@@ -45,7 +45,7 @@ _LATER_LIMITS = ("scans", "members", "key_chars", "shard_samples")
 
 
 def _input_recipe(config: Config) -> dict[str, Any]:
-    recipe = config.input.model_dump(mode="json")
+    recipe = config.input.model_dump(mode="json", exclude={"reduce_to"})  # recorded in the name of the image policy
     for name in _LATER_LIMITS:
         if recipe["limits"][name] == Limits.model_fields[name].default:
             del recipe["limits"][name]

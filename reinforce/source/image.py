@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import re
 import struct
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,10 @@ from schemas import Reason
 IMAGE_POLICY = "rgb-1"
 #: The policy of published reinforcements, whose augmentations were made on Pillow's ``convert("RGB")``.
 PUBLISHED_POLICY = "pillow-rgb-1"
+#: The policy that decodes large JPEGs at a fraction of their size; its name ends with the side that is kept.
+_REDUCED_POLICY = re.compile(r"rgb-1-reduced-([1-9][0-9]{0,4})")
+#: For messages.
+IMAGE_POLICIES = f"{IMAGE_POLICY}, {IMAGE_POLICY}-reduced-N and {PUBLISHED_POLICY}"
 
 #: Accepted formats, by Pillow's names, in the order in which they are tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
@@ -48,7 +53,15 @@ _TRANSPOSE_BY_ORIENTATION = {
 
 def image_policy(config: Config) -> str:
     """Return the image policy of a run: with published reinforcements, the policy that they were made with."""
-    return IMAGE_POLICY if config.reinforcements is None else PUBLISHED_POLICY
+    if config.reinforcements is not None:
+        return PUBLISHED_POLICY
+    side = config.input.reduce_to
+    return IMAGE_POLICY if side is None else f"{IMAGE_POLICY}-reduced-{side}"
+
+
+def is_image_policy(name: str) -> bool:
+    """Whether ``decode`` implements the policy of this name."""
+    return name in (IMAGE_POLICY, PUBLISHED_POLICY) or _REDUCED_POLICY.fullmatch(name) is not None
 
 
 class ImageRefused(Exception):
@@ -76,7 +89,9 @@ def decode(data: bytes, limits: Limits, strict: bool = False, policy: str = IMAG
     libjpeg fills in silently, and JPEGs with more than ``limits.scans`` scans, which can take hours to decode. Stored
     images are read without it, so that they stay readable.
     With ``policy`` ``pillow-rgb-1`` the conversion is ``Image.convert("RGB")`` alone: EXIF orientation and transparency
-    are ignored.
+    are ignored. With ``rgb-1-reduced-N`` a JPEG is decoded at 1/8, 1/4 or 1/2 of its size, the first of these at which
+    both sides keep at least N pixels (the full side // N decides, and sides are rounded up), or at its size. The
+    limits apply to the full size.
     Raises ImageRefused, also for truncated data.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
@@ -86,6 +101,7 @@ def decode(data: bytes, limits: Limits, strict: bool = False, policy: str = IMAG
         _check_size(image.size, limits)
         if strict and _is_jpeg(image) and (scans := data.count(_JPEG_START_OF_SCAN)) > limits.scans:
             raise ImageRefused(Reason.IMAGE_SCANS, f"{scans} scans, above limits.scans of {limits.scans}")
+        _reduce(image, policy)
         with large_image_lock if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext():
             image.load()
             _check_size(image.size, limits)  # a first frame may enlarge the canvas
@@ -121,6 +137,13 @@ def _load(data: bytes) -> Image.Image:
     image = _open(data)
     image.load()
     return image
+
+
+def _reduce(image: Image.Image, policy: str) -> None:
+    """Let a JPEG that is opened be decoded at the size that the policy asks for."""
+    if _is_jpeg(image) and (reduced := _REDUCED_POLICY.fullmatch(policy)):
+        side = int(reduced[1])
+        image.draft(None, (side, side))  # chooses the scale
 
 
 @functools.cache

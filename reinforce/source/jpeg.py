@@ -11,6 +11,7 @@ from PIL import Image
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
 _SOS, _EOI, _TEM, _DRI = 0xDA, 0xD9, 0x01, 0xDD
 _RESTARTS = range(0xD0, 0xD8)
+_BLOCK = 8  # side in pixels of a block at full size
 #: Bytes without a marker. As scan data, they decode to something other than grey.
 _NOISE = bytes(1 + (i * i * 31 + i * 17) % 253 for i in range(64))
 
@@ -22,12 +23,14 @@ def lacks_scan_data(image: Image.Image, data: bytes, decode: Callable[[bytes], I
     block is decoded again with noise after its scan data. A complete image does not change, because nothing is read
     after its last block. Missing later scans of a progressive JPEG are not detected: the image is only blurred.
 
-    ``image`` is what ``data`` was decoded to, in its original mode; ``decode`` decodes bytes in the same way.
+    ``image`` is what ``data`` was decoded to, in its original mode, maybe at a fraction of its size; ``decode`` decodes
+    bytes at their size, where noise changes more pixels.
     """
-    if not _has_flat_block(image, restarts=_has_restarts(data)):
+    if not _has_flat_block(image, _has_restarts(data)):
         return False
     try:
-        return decode(_with_noise(data)).tobytes() != image.tobytes()
+        full = image if _block_side(image) == _BLOCK else decode(data)
+        return decode(_with_noise(data)).tobytes() != full.tobytes()
     except Exception:  # the noise was read, so data is missing
         return True
 
@@ -37,8 +40,15 @@ def _has_flat_block(image: Image.Image, restarts: bool) -> bool:
     if not restarts:
         pixel = image.getpixel((image.width - 1, image.height - 1))
         return all(_is_mid_grey(value) for value in (pixel if isinstance(pixel, tuple) else (pixel,)))
-    pixels = np.asarray(image).reshape(image.height, image.width, -1)[4::8, 4::8]
+    side = _block_side(image)
+    pixels = np.asarray(image).reshape(image.height, image.width, -1)[side // 2 :: side, side // 2 :: side]
     return bool(((pixels == 127) | (pixels == 128)).all(axis=-1).any()) or _has_flat_block(image, restarts=False)
+
+
+def _block_side(image: Image.Image) -> int:
+    """Side in pixels of a block at the size at which the JPEG was decoded."""
+    config = getattr(image, "decoderconfig", None)  # (divisor of the size, quality) after ``draft``
+    return _BLOCK // config[0] if config else _BLOCK
 
 
 def _is_mid_grey(value: float | None) -> bool:

@@ -104,7 +104,7 @@ def test_an_image_that_was_changed_is_named_by_dataset_and_key(dataset: reinforc
 
 @pytest.mark.parametrize(
     ("policy", "supported"),
-    [("image", "rgb-1 and pillow-rgb-1"), ("augmentation", "torchvision-pil-1 and fixed-point-1")],
+    [("image", "rgb-1, rgb-1-reduced-N and pillow-rgb-1"), ("augmentation", "torchvision-pil-1 and fixed-point-1")],
 )
 def test_a_policy_of_another_version_is_an_error(dataset: reinforce.Dataset, policy: str, supported: str) -> None:
     dataset.manifest["policies"][policy] = "new-2"

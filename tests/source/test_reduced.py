@@ -1,0 +1,197 @@
+"""The image policy rgb-1-reduced-N: large JPEGs are decoded at a fraction of their size."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import reinforce
+from reinforce.config import Limits, parse_config
+from reinforce.dataset.backends import BACKENDS, load_backend
+from reinforce.engine.recipe import build_layers
+from reinforce.errors import UserError
+from reinforce.source.image import ImageRefused, decode, image_policy, is_image_policy
+from schemas import Reason
+from tests.helpers.data import config_of, write_tar
+from tests.helpers.images import encode, noise
+from tests.helpers.pixels import PixelRecorder
+from tests.helpers.random_images import natural
+from tests.helpers.reinforced import reinforce_here
+from tests.hostile.images import IMAGES, ImageCase
+from tests.source.test_jpeg import JPEGS, without_scan_data
+
+LIMITS = Limits(aspect=100)
+
+
+def policy(side: int) -> str:
+    return f"rgb-1-reduced-{side}"
+
+
+def size_of(width: int, height: int, side: int, **options: Any) -> tuple[int, int]:
+    data = encode(Image.new("RGB", (width, height)), **{"format_": "JPEG", **options})
+    return decode(data, LIMITS, policy=policy(side)).size
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "reduced"),
+    [
+        ((800, 600), 600, (800, 600)),
+        ((800, 600), 301, (800, 600)),
+        ((800, 600), 300, (400, 300)),
+        ((800, 600), 150, (200, 150)),
+        ((799, 601), 75, (100, 76)),
+        ((800, 600), 8, (100, 75)),
+        ((5, 3), 8, (5, 3)),
+    ],
+)
+def test_a_jpeg_gets_the_smallest_size_that_keeps_the_side(
+    size: tuple[int, int], side: int, reduced: tuple[int, int]
+) -> None:
+    assert size_of(*size, side) == reduced
+    assert size_of(*size, side, progressive=True) == reduced
+
+
+@pytest.mark.parametrize("format_", ["PNG", "WEBP"])
+def test_other_formats_keep_their_size(format_: str) -> None:
+    assert size_of(800, 600, 100, format_=format_) == (800, 600)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", JPEGS)
+def test_the_pixels_are_those_of_libjpegs_scaled_transform(mode: str, options: dict[str, Any]) -> None:
+    data = encode(natural(203, 150).convert(mode), "JPEG", **options)
+    expected = Image.open(io.BytesIO(data))
+    expected.draft(None, (50, 37))
+    assert decode(data, LIMITS, strict=True, policy=policy(37)).tobytes() == expected.convert("RGB").tobytes()
+    if mode == "RGB":
+        full = decode(data, LIMITS).resize(expected.size, Image.Resampling.BOX)
+        assert np.abs(np.asarray(full).astype(int) - np.asarray(expected)).mean() < 4
+
+
+def test_exif_orientation_is_applied_after_the_reduction() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(natural(200, 100), "JPEG", exif=exif)
+    image = decode(data, LIMITS, policy=policy(50))
+    assert image.size == (50, 100)
+    plain = decode(encode(natural(200, 100), "JPEG"), LIMITS, policy=policy(50))
+    assert image.tobytes() == plain.transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+def test_limits_apply_to_the_full_size() -> None:
+    data = encode(noise(100, 80), "JPEG")
+    with pytest.raises(ImageRefused, match="100x80 pixels, above"):
+        decode(data, Limits(pixels=7999), policy=policy(10))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", JPEGS)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("side", [10, 20, 40])
+def test_missing_scan_data_is_found_at_every_scale(mode: str, options: dict[str, Any], share: float, side: int) -> None:
+    data = without_scan_data(encode(noise(100, 80, mode), "JPEG", **options), share)
+    with pytest.raises(ImageRefused, match="image_broken: the JPEG lacks scan data"):
+        decode(data, LIMITS, strict=True, policy=policy(side))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.sampled_from([0, 127, 128, None]),
+    st.sampled_from([*JPEGS, {"progressive": True}]),
+    st.integers(1, 100),
+)
+def test_no_complete_jpeg_is_refused(size: tuple[int, int], grey: int | None, options: Any, quality: int) -> None:
+    image = noise(*size) if grey is None else Image.new("RGB", size, (grey,) * 3)
+    data = encode(image, "JPEG", **{"quality": quality, **options})
+    strict = decode(data, LIMITS, strict=True, policy=policy(8))
+    assert strict.tobytes() == decode(data, LIMITS, policy=policy(8)).tobytes()
+
+
+@pytest.mark.parametrize("case", IMAGES, ids=lambda case: case.defect)
+def test_hostile_images_are_refused_as_at_full_size(case: ImageCase) -> None:
+    def outcome(name: str) -> Reason | None:
+        try:
+            decode(case.data(), LIMITS, strict=True, policy=name)
+        except ImageRefused as refused:
+            return refused.reason
+        return None
+
+    assert outcome(policy(8)) == outcome("rgb-1")
+
+
+def test_pixels_do_not_depend_on_the_instructions_of_the_processor(tmp_path: Path) -> None:
+    for number, options in enumerate([*JPEGS, {"progressive": True}]):
+        (tmp_path / f"{number}.jpg").write_bytes(encode(natural(203, 151, number), "JPEG", **options))
+    code = (
+        "import sys; from tests.source.test_reduced import decoded_digest; from pathlib import Path; "
+        "print(decoded_digest(Path(sys.argv[1])))"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **({name: "1"} if name else {})},
+        ).stdout.strip()
+        for name in ("", "JSIMD_FORCENONE", "JSIMD_FORCESSE2")
+    }
+    assert digests == {decoded_digest(tmp_path)}
+
+
+def decoded_digest(folder: Path) -> str:
+    """SHA-256 of the pixels of all JPEGs at all scales."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        for name in ("rgb-1", policy(75), policy(37), policy(18)):
+            digest.update(decode(path.read_bytes(), LIMITS, policy=name).tobytes())
+    return digest.hexdigest()
+
+
+def test_the_policy_is_recorded_and_the_default_fingerprint_stays() -> None:
+    def config(**input_: int) -> reinforce.Config:
+        return parse_config({"source": "x.tar", "output": "out", "input": input_})
+
+    assert build_layers(config(), {})["samples"].fingerprint == "9a59ea0ee9feb030"
+    recipe = build_layers(config(reduce_to=448), {})["samples"].recipe
+    assert recipe["policies"]["image"] == image_policy(config(reduce_to=448)) == "rgb-1-reduced-448"
+    assert "reduce_to" not in recipe["input"]
+    assert is_image_policy("rgb-1-reduced-448")
+    assert not any(map(is_image_policy, ("rgb-1-reduced-", "rgb-1-reduced-0", "rgb-2", "rgb-1-reduced-448 ")))
+
+
+def test_published_reinforcements_need_images_of_full_size() -> None:
+    config = {"source": "x.tar", "output": "out", "reinforcements": "y.tar", "input": {"reduce_to": 448}}
+    with pytest.raises(UserError, match=r"input\.reduce_to: remove it"):
+        parse_config(config)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_records_and_sizes_refer_to_the_reduced_image(tmp_path: Path, backend: str) -> None:
+    members = [(f"{i}.jpg", encode(natural(400, 300 + i, i), "JPEG")) for i in range(3)]
+    write_tar(tmp_path / "source" / "0.tar", members)
+    config = config_of(f"{tmp_path}/source/*.tar", tmp_path / "out", captioners={}, input={"reduce_to": 100})
+    config["augmentations"] |= {"backend": backend}
+    config["teachers"] = {"recorder": {"class": "tests.helpers.pixels:PixelRecorder"}}
+    PixelRecorder.seen.clear()
+    samples = list(reinforce.open(reinforce_here(config)))
+    assert [(s.width, s.height) for s in samples] == [(200, 150), (200, 151), (200, 151)]
+    for sample in samples:
+        assert sample.pil().size == (sample.width, sample.height)
+        assert all(r.crop.left + r.crop.width <= sample.width for r in sample.augmentations)
+    crops = [np.asarray(sample.augmented(k)) for sample in samples for k in range(2)]
+    np.testing.assert_array_equal(crops, PixelRecorder.seen[-6:])
+    image = decode(samples[0].image, LIMITS, policy=policy(100))
+    np.testing.assert_array_equal(crops[1], load_backend(backend)(image, samples[0].augmentations[1]))
