@@ -135,7 +135,7 @@ app.command()(cli_dataset.drop)
 
 @app.command()
 def train(
-    config: Annotated[Path, _config_argument("mobileclip2-s0.yaml")],
+    config: Annotated[Path, _config_argument("student-demo.yaml")],
     set_: Overrides = None,
     address: Address = None,
 ) -> None:
@@ -154,7 +154,7 @@ def train(
 
 @app.command("finetune-captioner")
 def finetune_captioner(
-    config: Annotated[Path, _config_argument("finetune-coco38k.yaml")], set_: Overrides = None, address: Address = None
+    config: Annotated[Path, _config_argument("finetune-demo.yaml")], set_: Overrides = None, address: Address = None
 ) -> None:
     """Fine-tune a CoCa captioner on images with captions, or resume from the last checkpoint in its output folder.
 

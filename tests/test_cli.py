@@ -159,7 +159,7 @@ def test_help_names_existing_configs_and_explains_every_option(command: Command,
     status, out, _ = command(*name, "--help")
     assert status == 0
     for example in re.findall(r"configs/[\w-]+\.yaml", out):
-        assert (ROOT / example).is_file()
+        assert "YOUR-BUCKET" not in (ROOT / example).read_text(), "an example runs as it is, after `make demo`"
     found = get_command(app)
     for part in name:
         found = found.commands[part]

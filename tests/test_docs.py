@@ -298,6 +298,26 @@ def test_readme_stays_short() -> None:
     assert len(read_page("README.md").splitlines()) <= 130
 
 
+def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """The sections of a config, at any depth."""
+    yield model
+    for field in model.model_fields.values():
+        names = re.findall(r"[\w.]+\.[A-Z]\w+", str(field.annotation))
+        for module, name in (name.rsplit(".", 1) for name in names):
+            found = getattr(sys.modules.get(module), name, None)
+            if isinstance(found, type) and issubclass(found, BaseModel):
+                yield from sections(found)
+
+
+@pytest.mark.parametrize(
+    ("page", "model"), [("docs/data.md", Config), ("docs/students.md", StudentConfig)], ids=["data", "students"]
+)
+def test_a_page_names_every_module_that_describes_keys_of_its_config(page: str, model: type[BaseModel]) -> None:
+    modules = {section.__module__.replace(".", "/") + ".py" for section in sections(model)}
+    assert len(modules) > 1
+    assert modules - {target.removeprefix("../") for target in links(page)} == set()
+
+
 def modules_in_the_map() -> set[str]:
     """Paths of the modules in the map of ARCHITECTURE.md, where folders are followed by their files."""
     found, folder = set(), ""
