@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from reinforce import settings
-from reinforce.cores import Node, cores_per_process, default_gpus
+from reinforce.cores import Node, cores_per_process, default_gpus, describe_share
 from reinforce.settings import Section
 from teachers.spec import CaptionerSpec, TeacherSpec
 
@@ -137,8 +137,7 @@ class Workers(Section):
 
     def describe(self) -> str:
         """What each worker uses, for the log."""
-        gpus = f" and {self.gpus:g} GPU{'s' * (self.gpus != 1)}" if self.gpus else ""
-        return f"{self.cores} CPU{'s' * (self.cores > 1)}{gpus}"
+        return describe_share(self.cores, self.gpus or 0)
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Workers:

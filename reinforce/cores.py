@@ -81,6 +81,12 @@ def cores_per_process(nodes: Sequence[Node], processes: int, gpus: float) -> int
     return next((cores for cores in range(most, 1, -1) if capacity(nodes, cores, 0) >= processes), 1)
 
 
+def describe_share(cpus: float, gpus: float) -> str:
+    """What a process has, such as `12 CPUs and 1 GPU`."""
+    counts = [(cpus, "CPU"), *([(gpus, "GPU")] if gpus else [])]
+    return " and ".join(f"{count:g} {kind}{'s' * (count != 1)}" for count, kind in counts)
+
+
 def loader_processes(cores: int, accelerated: bool) -> int:
     """Loader processes of a rank with so many cores, at least 1.
 

@@ -14,6 +14,7 @@ from tests.helpers.data import members_of, write_tar
 from tests.helpers.s3_proxy import Proxy
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # defaults use a GPU, and tests compare bits and speeds of one device
 os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's default of 15, other tests starve the workers
 
 

@@ -14,6 +14,7 @@ from reinforce.cores import (
     cores_per_process,
     cpu_quotas,
     default_gpus,
+    describe_share,
     loader_processes,
 )
 
@@ -79,6 +80,15 @@ def test_with_accelerators_each_has_its_part_of_its_nodes_cores() -> None:
 def test_threads_and_loader_processes_of_a_rank(cores: int, accelerated: bool, loaders: int, threads: int) -> None:
     assert loader_processes(cores, accelerated) == loaders
     assert arithmetic_threads(cores, loaders, accelerated) == threads
+
+
+def test_shares_are_described_in_singular_and_plural() -> None:
+    assert [describe_share(*share) for share in ((1, 0), (12, 1), (6, 0.5), (8, 2))] == [
+        "1 CPU",
+        "12 CPUs and 1 GPU",
+        "6 CPUs and 0.5 GPUs",
+        "8 CPUs and 2 GPUs",
+    ]
 
 
 def test_capacity_counts_processes_that_fit_on_one_node() -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from reinforce.cores import available_cores, cores_per_process, default_gpus
+from reinforce.cores import available_cores, cores_per_process, default_gpus, describe_share
 from reinforce.errors import UserError
 from reinforce.training.config import Compute
 from reinforce.training.stop import Stopped
@@ -69,7 +69,7 @@ class Ranks:
 
     def describe(self, reading: str) -> str:
         """A line about what the ranks use; ``reading`` describes the loaders of each."""
-        ranks = f"{self.size} rank{'s' * (self.size > 1)} x {self.cpus} CPU{'s' * (self.cpus > 1)}"
+        ranks = f"{self.size} rank{'s' * (self.size > 1)} x {describe_share(self.cpus, 0)}"
         return f"{ranks}, {reading}{' each' * (self.size > 1)}, device {self.accelerator.device.type}"
 
     def start_max(self, value: int) -> Callable[[], int]:

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from reinforce.cluster import live_resources, ray_cluster
-from reinforce.cores import capacity, cores_per_process, default_gpus
+from reinforce.cores import capacity, cores_per_process, default_gpus, describe_share
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.terminal import Screen
@@ -44,7 +44,7 @@ class Reserved:
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
     def __str__(self) -> str:
-        return f"{self.cpus} CPUs and {self.gpus:g} GPUs"
+        return describe_share(self.cpus, self.gpus)
 
 
 def reserve(compute: Compute, processes: int) -> Reserved:

@@ -10,9 +10,11 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
 import yaml
 
 from reinforce.cli import main
+from reinforce.cores import available_cores
 from tests.helpers import tiny_models
 from tests.helpers.evaluation import solid_image, write_colour_folder, write_colour_shard, write_shard
 
@@ -57,6 +59,8 @@ def test_models_are_compared_and_refused_images_listed(evaluate: Run, root: Path
     assert status == 0
     for part in ("zero_shot/colours/top1", "retrieval/holes/image_to_text/r10", "zero_shot/colours: 12 images"):
         assert part in out
+    assert out.startswith(f"{torch.get_num_threads()} CPU thread")
+    assert f"{available_cores()} decoding thread" in out.splitlines()[0]
     assert "retrieval/holes: 2 images; 1 refused: b (image_format)" in out
     report = json.loads((tmp_path / "out" / "report.json").read_text())["models"]
     assert list(report) == models

@@ -84,10 +84,15 @@ def test_a_second_run_does_nothing(shards: Callable[..., str], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("images", ["embed", "reference"])
-def test_two_runs_into_two_folders_give_equal_files(shards: Callable[..., str], tmp_path: Path, images: str) -> None:
+def test_two_runs_into_two_folders_give_equal_files(
+    shards: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str], images: str
+) -> None:
     source = shards(30, 30, 5)
-    for folder, workers in (("a", 1), ("b", 2)):
-        reinforce.run(config_of(source, tmp_path / folder, images=images, workers={"batch": 16, "max": workers}))
+    for folder, workers in (("a", {"max": 1}), ("b", {})):
+        reinforce.run(config_of(source, tmp_path / folder, images=images, workers={"batch": 16, **workers}))
+    printed = capfd.readouterr().out
+    for workers_used in ("1 worker", "2 workers"):  # the second run has one for each of Ray's cores
+        assert f"{workers_used} x 1 CPU, batches of 16 images, device cpu" in printed
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 

@@ -189,7 +189,8 @@ def test_two_ranks_on_ray_train_have_the_curve_of_one(
         assert ended.value.code == 0
     np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-4)
     printed = capfd.readouterr().out
-    assert "starting 2 ranks on Ray" in printed
+    assert "starting 2 ranks on Ray, 1 CPU each" in printed
+    assert "2 ranks x 1 CPU, no loader process each, device cpu" in printed
     assert printed.count("step 10: retrieval/own/text_to_image/r1") == 2, "the driver shows what rank 0 logs"
 
 

@@ -74,6 +74,7 @@ def test_tuning_writes_results_resumes_and_records_scales(
     table = table_of(output)
     (curve,) = table["curves"]
     assert (curve["axis"], table["found"]) == ("red", {"red": curve["best"]})
+    assert "1 trial at a time, 2 CPUs each" in printed, "as `concurrent` says"
     assert curve["told"] in printed.replace("\n", " ")
     finished = [row for row in table["rows"] if row["state"] == "finished"]
     assert len(finished) == 2  # one may be stopped first, and then resumed as a neighbour of the best
@@ -166,4 +167,4 @@ def test_trials_that_fit_no_machine_are_reported(
     """Ray itself would wait without limit."""
     trial = {**config["trial"], "train": {"steps": STEPS, "compute": {"cpus": 64}}}
     assert tune({**config, "trial": trial}, tmp_path / "out") == 2
-    assert "each needs 64 CPUs and 0 GPUs on one node" in capfd.readouterr().err
+    assert "each needs 64 CPUs on one node" in capfd.readouterr().err
