@@ -18,11 +18,12 @@ from reinforce.engine.published import check_reinforcements
 from reinforce.errors import UserError
 from reinforce.source.formats import IMAGE_EXTENSIONS, foreign_name
 from reinforce.source.image import ImageRefused, check_header
-from reinforce.source.shards import RawSample, Refusal, read_shard
+from reinforce.source.shards import RawSample, ReadBudget, Refusal, read_shard
 from reinforce.source.text import caption_of, why_no_caption
 from reinforce.source.urls import canonical, filesystem
 
 _READ_ITEMS = 64  # samples and refusals at the beginning of a shard, among which one sample must be readable
+_READ_BYTES = 64 * 2**20  # in addition to the largest image
 _CAPTION_CHARS = 60
 _PILLOW_C_HEADERS = (b"WEBP", b"ftyp")  # at byte 8 and 4: formats whose headers are parsed in C
 
@@ -78,10 +79,10 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
     if published:
         layers = [plan.layers[name] for name in published[0].layers]
         check_reinforcements(str(published[0].reinforcements), plan.config, layers)
-    sample, faults = _first_sample(readable, plan.config)
-    if sample is None and faults and _is_new(plan):
+    sample, faults, doubts = _first_sample(readable, plan.config)
+    if faults and _is_new(plan) and sample is None and not doubts:
         raise UserError(f"source: no sample can be read. {'; '.join(faults)}.")
-    notes += [f"source: {fault}" for fault in faults]
+    notes += [f"source: {fault}" for fault in faults + doubts]
     return sample, notes + (sample.notes(plan) if sample else [])
 
 
@@ -95,7 +96,7 @@ def _check_names(urls: Sequence[str], new: bool) -> tuple[Sequence[str], list[st
 
     Raises UserError if no file of a ``new`` source may be a tar.
     """
-    kinds = {url: kind for url in urls if (kind := foreign_name(canonical(url)))}
+    kinds = {url: kind for url in urls if (kind := foreign_name(url))}
     if not kinds:
         return urls, []
     url, kind = next(iter(kinds.items()))
@@ -132,27 +133,34 @@ def _read_error(url: str) -> str | None:
         return f"{canonical(url)}: {type(error).__name__}: {error}"
 
 
-def _first_sample(urls: Sequence[str], config: Config) -> tuple[FirstSample | None, list[str]]:
-    """The first sample of the first of these shards that has one, and why those before have none."""
+def _first_sample(urls: Sequence[str], config: Config) -> tuple[FirstSample | None, list[str], list[str]]:
+    """The first sample of the first of these shards that has one; of those before, why they have none, and which were
+    not read far enough to know."""
     faults: list[str] = []
+    doubts: list[str] = []
     for url in urls:
+        size = config.input.limits.image_bytes + _READ_BYTES
+        budget = ReadBudget(size)
         try:
-            found = _sample_of(url, config)
+            found = _sample_of(url, config, budget)
         except UserError:
             raise
         except Exception as error:  # each driver has its own exceptions
             found = f"{type(error).__name__}: {error}"
         if isinstance(found, FirstSample):
-            return found, faults
-        faults.append(f"{canonical(url)}: {found}")
-    return None, faults
+            return found, faults, doubts
+        if budget.left:
+            faults.append(f"{canonical(url)}: {found}")
+        else:
+            doubts.append(f"{canonical(url)}: no sample in its first {size:,} bytes; the rest is read by the run")
+    return None, faults, doubts
 
 
-def _sample_of(url: str, config: Config) -> FirstSample | str:
+def _sample_of(url: str, config: Config, budget: ReadBudget) -> FirstSample | str:
     """The first sample of a shard, or why there is none at its beginning."""
     limits = config.input.limits
     refusals: list[Refusal] = []
-    for item in itertools.islice(read_shard(url, limits), _READ_ITEMS):
+    for item in itertools.islice(read_shard(url, limits, budget=budget), _READ_ITEMS):
         if isinstance(item, Refusal):
             refusals.append(item)
             continue

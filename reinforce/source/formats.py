@@ -54,7 +54,9 @@ def folder_detail(url: str) -> str:
 
 def foreign_name(url: str) -> str | None:
     """Return what a file is and the remedy, if its name has the extension of another format than a tar's."""
-    return _describe(_BY_EXTENSION.get(url.rpartition("/")[2].rpartition(".")[2].lower()))
+    name = url.partition("?")[0].rpartition("/")[2]
+    _, dot, extension = name.rpartition(".")
+    return _describe(_BY_EXTENSION.get(extension.lower())) if dot else None
 
 
 def foreign_content(first: bytes) -> str | None:

@@ -50,7 +50,16 @@ class RawSample:
         return {**self.of_image, **self.sidecars}
 
 
-def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSample | Refusal]:
+@dataclass
+class ReadBudget:
+    """Bytes of an uncompressed tar that may still be read. At 0 the tar ends for its reader."""
+
+    left: int
+
+
+def read_shard(
+    url: str, limits: Limits, images: bool = True, budget: ReadBudget | None = None
+) -> Iterator[RawSample | Refusal]:
     """Yield the samples of a tar in order, grouped as webdataset groups them, with refusals in between.
 
     A sample is a run of members with the same key. The key is the path up to the first dot of the file name; the rest,
@@ -62,12 +71,13 @@ def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSam
     samples are split in this way, the shard as a whole is refused at its end.
     A shard that is missing, unreadable or damaged yields a Refusal without a key; samples before and after the damage
     are read. Memory does not grow with the shard, except for an 8-byte hash per key.
-    With ``images=False`` only sidecars are read, and samples need no image.
+    With ``images=False`` only sidecars are read, and samples need no image. ``budget`` bounds what is read of the tar.
     Raises the storage's other errors (timeouts, lost connections), for which the shard can be retried.
     """
     try:
         with open_stream(url) as (stream, size):
-            yield from _samples(stream, size, limits, images)
+            bounded = stream if budget is None else _BoundedStream(stream, budget)
+            yield from _samples(bounded, size, limits, images)
     except (FileNotFoundError, NotADirectoryError) as error:
         yield Refusal(None, Reason.SHARD_MISSING, _describe(error))
     except IsADirectoryError as error:
@@ -223,6 +233,18 @@ class _Group:
 
     def _listed(self) -> str:
         return ", ".join(self._members)[:200]
+
+
+class _BoundedStream:
+    """A stream that ends when its budget does."""
+
+    def __init__(self, stream: Readable, budget: ReadBudget) -> None:
+        self._stream, self._budget = stream, budget
+
+    def read(self, size: int, /) -> bytes:
+        data = self._stream.read(min(size, self._budget.left)) if self._budget.left else b""
+        self._budget.left -= len(data)
+        return data
 
 
 class _KeyedMembers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.published import ALL, published_members, source_members, write_published
 from tests.helpers.published import config_of as published_config
 from tests.helpers.reinforced import reinforce_here
+from tests.helpers.tars import tar_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,6 +164,23 @@ def test_several_images_of_the_first_sample_are_noted(tmp_path: Path) -> None:
     assert sample is not None
     assert sample.caption == "a cat"
     assert "2 images (.v1.png, .v2.png), of which one is read; a key ends at the first dot" in note
+
+
+def test_a_bounded_number_of_bytes_is_read_before_the_first_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reinforce.engine.probe._READ_BYTES", 10**6)
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tar_bytes([("big.npy", bytes(3 * 10**6)), *members_of(0, 1)])))
+    values = config(tmp_path, f"{tmp_path}/x.tar.gz", input={"limits": {"image_bytes": 1000, "sidecar_bytes": 1000}})
+    sample, notes = probe(values)
+    assert sample is None
+    assert notes == [
+        f"source: {tmp_path}/x.tar.gz: no sample in its first 1,001,000 bytes; the rest is read by the run"
+    ]
+    monkeypatch.undo()
+    sample, notes = probe({**values, "input": {}})
+    assert sample is not None
+    assert notes == []
 
 
 def test_shards_that_cannot_be_read_are_noted_where_others_can(tmp_path: Path) -> None:
