@@ -247,6 +247,12 @@ def evaluate(
         int | None, typer.Option(help="Number of images of each set of the command line. Default: all.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images or texts per forward pass.")] = None,
+    images_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL", help="Folder of the tars from which a dataset may read images that it stores by reference."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the forward pass.")] = "fp32",
     json_: JsonFile = None,
@@ -267,7 +273,7 @@ def evaluate(
 
     common = {"classes": classes, "label": label, "templates": templates, "groups": groups}
     common = {key: value for key, value in common.items() if value is not None}
-    sets = command.build_evaluation(config, zero_shot or [], retrieval or [], common, limit, batch)
+    sets = command.build_evaluation(config, zero_shot or [], retrieval or [], common, limit, batch, images_from or [])
     if not sets.metrics and clip_benchmark is None:
         raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval or --config.")
     with resolve_models(models, pretrained) as specs:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from reinforce import settings
 from reinforce.cores import Node, cores_per_process, default_gpus, describe_share
@@ -27,6 +27,8 @@ def _check_layer_name(name: str) -> str:
 
 
 LayerName = Annotated[str, AfterValidator(_check_layer_name)]
+#: One URL, or a list of URLs.
+ImageFolders = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
 class Limits(Section):
@@ -47,6 +49,18 @@ class Limits(Section):
     members: int = Field(64, ge=1, description="members of a sample; further members are not read")
     key_chars: int = Field(1_000, ge=1, description="characters of a key")
     shard_samples: int = Field(1_000_000, ge=1, description="samples of a shard; the rest of the shard is not read")
+
+
+class ReadLimits(Section):
+    """Limits on the images of a dataset that is read, whatever larger ones its dataset.json records."""
+
+    image_bytes: int = Field(256 * 2**20, ge=1, description="bytes of an encoded image that is stored by reference")
+    pixels: int = Field(178_956_970, ge=1, description="width x height of an image")
+
+    def applied_to(self, recorded: Limits) -> Limits:
+        """The limits of a dataset, lowered to these."""
+        lowered = {name: min(getattr(self, name), getattr(recorded, name)) for name in ("image_bytes", "pixels")}
+        return recorded.model_copy(update=lowered)
 
 
 class Input(Section):

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from reinforce import settings
-from reinforce.config import Limits
+from reinforce.config import ImageFolders, Limits
 from reinforce.evaluation.config import RECALLS
 from reinforce.settings import Section
 from reinforce.training.config import Training
@@ -35,6 +35,10 @@ class Data(Section):
     source: str | list[str] = Field(
         description="WebDataset shards by fsspec URL, uncompressed (braces, globs, a .txt file of URLs, or a list), or "
         "the folder or URL of a reinforced dataset"
+    )
+    images_from: ImageFolders | None = Field(
+        None,
+        description="folders or URLs of the tars from which images that a dataset stores by reference may be read",
     )
     captions: list[str] = Field(
         default=["json:captions", "txt", "json:caption"],

@@ -26,7 +26,7 @@ from teachers.device import Accelerator
 from teachers.open_clip_tokens import Tokenizer
 
 #: Config keys that may change when a fine-tuning resumes: where it writes, how it is evaluated, how fast it reads.
-_MUTABLE_KEYS = ("output", "evaluate", "data.threads", *(f"train.{key}" for key in MUTABLE_KEYS))
+_MUTABLE_KEYS = ("output", "evaluate", "data.threads", "data.images_from", *(f"train.{key}" for key in MUTABLE_KEYS))
 #: Folder of the output with the final weights.
 EXPORT = "captioner"
 _TEXTS_AT_ONCE = 1024

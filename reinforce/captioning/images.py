@@ -10,9 +10,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from reinforce.captioning.pairs import ImageLocation
+from reinforce.dataset.layer_file import LayerFile
 from reinforce.source.urls import canonical, filesystem
 from teachers.weights import cache_folder, locked
 
@@ -61,7 +60,7 @@ def _copy_images(url: str, target: Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".images-")
     try:
         with os.fdopen(handle, "wb") as out, fs.open(path, "rb") as source:
-            file = pq.ParquetFile(source)
+            file = LayerFile(source, source.size)
             for index in range(file.num_row_groups):
                 for image in file.read_row_group(index, columns=["image"])["image"]:
                     out.write(image.as_buffer())

@@ -19,6 +19,7 @@ from reinforce.dataset.reader import Dataset
 from reinforce.errors import UserError
 from reinforce.evaluation.fields import read_captions
 from reinforce.evaluation.reading import detect_kind, read_samples
+from reinforce.source.references import ImageRoots
 from reinforce.source.shards import Refusal
 from reinforce.source.urls import canonical, compression, expand
 from schemas import Reason
@@ -79,17 +80,18 @@ def _scan_tar(url: str, data: Data, where: str) -> ShardPairs:
 
 def _scan_dataset_shard(dataset: Dataset, shard: str, data: Data) -> ShardPairs:
     pairs = _PairsBuilder(data)
+    roots = ImageRoots.named(data.images_from or (), 'data.images_from: ["{}"]', data.limits.image_bytes)
     offset = 0
     for tables in dataset.row_groups(shard):
         table = tables[SAMPLES]
-        if "image" in table.column_names:
+        if dataset.manifest["images"] == "embed":
             lengths = pc.binary_length(table["image"]).to_pylist()
             starts = (offset + np.cumsum([0, *lengths])).tolist()
             offset = starts.pop()
             urls = [canonical(_samples_file(dataset, shard))] * len(starts)
         else:
-            references = table["image_ref"].to_pylist()
-            urls, starts, lengths = ([ref[name] for ref in references] for name in ("url", "offset", "length"))
+            ranges = roots.ranges(table["image_ref"].to_pylist())
+            urls, starts, lengths = ([*column] for column in zip(*ranges, strict=True)) if ranges else ([], [], [])
         texts = table.select(["key", "caption", "metadata"]).to_pylist()
         for url, start, length, text in zip(urls, starts, lengths, texts, strict=True):
             members = {"txt": text["caption"], "json": text["metadata"]}

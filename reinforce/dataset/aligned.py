@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from reinforce.dataset.layer_file import LayerFile
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.store import Store
+from reinforce.dataset.store import Store, parse_footer
 from reinforce.errors import UserError
 from reinforce.source.identity import current_url
 
@@ -59,6 +59,11 @@ class AlignedShard:
         self.layers = tuple(files)
         self.row_groups: int = files[SAMPLES].num_row_groups
         self._files, self._columns, self._moved = files, columns, moved
+
+    @property
+    def source(self) -> str:
+        """URL of the source shard where it is now, as the footer of its samples records it; empty if it does not."""
+        return current_url(parse_footer(self._files[SAMPLES].metadata).get("source", ""), self._moved)
 
     def row_group(self, number: int) -> RowGroup:
         """Read the samples of a row group; its other layers are read on request."""

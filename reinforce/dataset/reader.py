@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from reinforce import settings
+from reinforce.config import ReadLimits
 from reinforce.dataset import vectors
 from reinforce.dataset.aligned import AlignedLayers
 from reinforce.dataset.augment import from_records
@@ -22,8 +24,10 @@ from reinforce.dataset.row_counts import row_group_table
 from reinforce.dataset.sample import ImagePolicies, Sample
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
+from reinforce.source.references import ImageRoots
 from reinforce.source.shards import referenced_images
 from reinforce.terminal import escape, format_bytes
+from schemas import image_column
 
 if TYPE_CHECKING:
     from reinforce.dataset.torch_dataset import TorchSamples
@@ -38,14 +42,20 @@ def open(
     captioners: Sequence[str] | None = None,
     *,
     strict: bool = False,
+    images_from: str | Sequence[str] = (),
+    limits: Mapping[str, int] | None = None,
 ) -> Dataset:
     """Open the dataset at a folder or fsspec URL with the layers of some teachers and captioners; default: all.
 
     Shards that a layer lacks are not read: a warning names the layers and numbers, or with ``strict`` a UserError.
     Quarantined shards are not read either, and are only logged. Raises UserError if there is no dataset, or it has no
     teacher or captioner of a given name.
+
+    If the dataset stores its images by reference, ``images_from`` are the folders or URLs of tars that it may read them
+    from, such as the folder of its ``source``. ``limits`` are ``image_bytes`` and ``pixels`` of
+    ``reinforce.config.ReadLimits``, above which an image is not read.
     """
-    return Dataset(url, teachers, captioners, strict=strict)
+    return Dataset(url, teachers, captioners, strict=strict, images_from=images_from, limits=limits)
 
 
 class Dataset:
@@ -61,6 +71,7 @@ class Dataset:
         layers: names of the layers that are read.
         manifest: content of dataset.json.
         store: the dataset's files.
+        roots: where images that are stored by reference may be read.
     """
 
     def __init__(
@@ -70,8 +81,13 @@ class Dataset:
         captioners: Sequence[str] | None = None,
         *,
         strict: bool = False,
+        images_from: str | Sequence[str] = (),
+        limits: Mapping[str, int] | None = None,
+        images_key: str = 'images_from=["{}"]',
     ) -> None:
         self.store = Store(url)
+        self._limits = settings.parse(ReadLimits, limits or {}, "limits")
+        self.roots = ImageRoots.named(images_from, images_key, self._limits.image_bytes)
         self.manifest = read_manifest(self.store)
         self.teachers = select_names(self.store.url, "teachers", teachers, self.manifest)
         self.captioners = select_names(self.store.url, "captioners", captioners, self.manifest)
@@ -198,13 +214,19 @@ class Dataset:
 
     @cached_property
     def _policies(self) -> ImagePolicies:
-        return ImagePolicies.from_manifest(self.manifest, self.store.url)
+        return ImagePolicies.from_manifest(self.manifest, self.store.url, self._limits)
 
     def _samples(self, tables: Mapping[str, pa.Table]) -> Iterator[Sample]:
         """The samples of one row group."""
         rows = tables[SAMPLES].to_pylist()
-        encoded = [r["image"] for r in rows] if "image" in tables[SAMPLES].column_names else None
-        images = iter(encoded or referenced_images([row["image_ref"] for row in rows]))
+        images: Iterator[bytes]
+        column = image_column(self.manifest["images"])
+        if column not in tables[SAMPLES].column_names:
+            raise UserError(f"{self.store.url}: column {column}, which dataset.json states, is missing. Restore it.")
+        if self.manifest["images"] == "embed":
+            images = (row["image"] for row in rows)
+        else:
+            images = referenced_images([row["image_ref"] for row in rows], self.roots)
         captions = {
             c: tables[captions_layer(c)]["captions"].to_pylist() for c in self.captioners if captions_layer(c) in tables
         }

@@ -10,11 +10,13 @@ import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
-from reinforce.config import Limits
+from reinforce.config import Limits, ReadLimits
 from reinforce.dataset.augment import Augmentation
 from reinforce.dataset.backends import BACKENDS, load_backend
 from reinforce.errors import UserError
 from reinforce.source.image import IMAGE_POLICIES, ImageRefused, decode, is_image_policy
+from reinforce.terminal import escape
+from schemas import Reason
 
 _CAPTION_CHARS = 60  # of a caption in repr
 
@@ -32,11 +34,15 @@ class ImagePolicies:
     limits: Limits
 
     @classmethod
-    def from_manifest(cls, manifest: Mapping[str, Any], url: str) -> ImagePolicies:
-        """Read them from a manifest. Raises UserError if it does not record them."""
+    def from_manifest(cls, manifest: Mapping[str, Any], url: str, bounds: ReadLimits | None = None) -> ImagePolicies:
+        """Read them from a manifest, with its limits lowered to ``bounds``.
+
+        Raises UserError if it does not record them.
+        """
         try:
             policies, limits = manifest["policies"], Limits.model_validate(manifest["input"]["limits"])
-            return cls(url, policies["image"], policies["augmentation"], limits)
+            lowered = (bounds or ReadLimits()).applied_to(limits)
+            return cls(url, policies["image"], policies["augmentation"], lowered)
         except (KeyError, TypeError, ValidationError) as error:
             raise UserError(f"{url}: dataset.json does not record image policies and limits. Restore it.") from error
 
@@ -115,10 +121,15 @@ class Sample:
             raise self._image_error(error) from error
 
     def _image_error(self, error: Exception) -> UserError:
+        if isinstance(error, ImageRefused) and error.reason is Reason.IMAGE_PIXELS:
+            return UserError(
+                f"{self.policies.url}, key {escape(self.key)}: {error.detail}. If you trust the dataset, open it with "
+                'limits={"pixels": ...}.'
+            )
         return UserError(
-            f"{self.policies.url}, key {self.key}: this is not the image that was augmented ({error}). If images are "
-            "kept by reference, restore the tar that was changed. Otherwise delete the damaged file of the samples "
-            "layer and the shard's files of all other layers, and run again."
+            f"{self.policies.url}, key {escape(self.key)}: this is not the image that was augmented ({error}). If "
+            "images are kept by reference, restore the tar that was changed. Otherwise delete the damaged file of the "
+            "samples layer and the shard's files of all other layers, and run again."
         )
 
     def __repr__(self) -> str:

@@ -19,6 +19,7 @@ from reinforce.engine.decoding import Decoded, SourceItem, StoredItem
 from reinforce.engine.pixel_cells import PixelLayout
 from reinforce.engine.published import Reinforcements
 from reinforce.engine.published_values import PublishedValue
+from reinforce.source.references import ImageRoots
 from reinforce.source.shards import RawSample, Refusal, read_shard, referenced_images
 from schemas import Reason, image_column
 from teachers.protocols import ImageSpec
@@ -118,12 +119,14 @@ def rows_from_source(
         yield from published.unmatched()
 
 
-def rows_from_samples(config: Config, file: LayerFile, spec: RowSpec, lease: Lease, window: int) -> Iterator[Row]:
-    """Read the rows back from the samples layer, with images only if ``spec`` needs them.
+def rows_from_samples(
+    config: Config, url: str, file: LayerFile, spec: RowSpec, lease: Lease, window: int
+) -> Iterator[Row]:
+    """Read the rows back from the samples layer of a shard, with images only if ``spec`` needs them.
 
-    The cells of yielded rows are to be released by the caller.
+    Images that are stored by reference are read from the shard itself, at ``url``. The cells of yielded rows are to be released by the caller.
     """
-    stored = _stored_items(config, file, spec)
+    stored = _stored_items(config, url, file, spec)
     if not spec.needs_image and spec.published is None:
         for row in stored:
             yield Row(row.key, row.caption, group=row.group)
@@ -177,9 +180,10 @@ def _stored_row(item: StoredItem, cell: int, outcome: Decoded | Refusal, lease: 
     return Row(item.key, item.caption, cell, unreadable=outcome, group=item.group)
 
 
-def _stored_items(config: Config, file: LayerFile, spec: RowSpec) -> Iterator[StoredItem]:
+def _stored_items(config: Config, url: str, file: LayerFile, spec: RowSpec) -> Iterator[StoredItem]:
     """The rows of the samples layer, without images where none are needed."""
     columns = ["key", "caption"]
+    roots = ImageRoots.of_shard(url, config.input.limits.image_bytes)
     if spec.needs_image:
         columns += ["augmentations", image_column(config.images)]
     published = spec.published
@@ -189,7 +193,7 @@ def _stored_items(config: Config, file: LayerFile, spec: RowSpec) -> Iterator[St
         if "image" in columns:
             images = (value.as_py() for value in table["image"])
         elif "image_ref" in columns:
-            images = referenced_images(table["image_ref"].to_pylist(), config.moved)
+            images = referenced_images(table["image_ref"].to_pylist(), roots, config.moved)
         records = table["augmentations"].to_pylist() if spec.needs_image else itertools.repeat([])
         keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
         for key, caption, image, record in zip(keys, captions, images, records, strict=False):

@@ -153,7 +153,7 @@ class _ShardProcess:
             if spec.published is not None and (refusal := spec.published.shard_refusal):
                 layer = next(name for name, layer in self.layers.items() if layer.published)
                 raise LayerFailure(layer, f"{refusal.reason.value}: {refusal.detail}")
-            yield from rows_from_samples(self.config, file, spec, lease, window)
+            yield from rows_from_samples(self.config, self.shard.url, file, spec, lease, window)
             return
         for row in rows_from_source(self.config, self.shard.url, spec, lease, window, self.group_rows):
             if isinstance(row, Refusal):

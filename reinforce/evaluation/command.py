@@ -27,6 +27,7 @@ def build_evaluation(
     common: Mapping[str, Any],
     limit: int | None,
     batch: int | None,
+    images_from: Sequence[str] = (),
 ) -> Evaluation:
     """Merge the sets of a config's ``evaluate`` section with those of the command line, which override equal names.
 
@@ -46,6 +47,7 @@ def build_evaluation(
             ZERO_SHOT: {**base.zero_shot, **added.zero_shot},
             RETRIEVAL: {**base.retrieval, **added.retrieval},
             "batch": batch or base.batch,
+            "images_from": [*(base.images_from or ()), *images_from],
         }
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
-from reinforce.config import Limits
+from reinforce.config import ImageFolders, Limits
 from reinforce.settings import Section
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -94,6 +94,10 @@ class Evaluation(Section):
         2 * 2**30,
         ge=0,
         description="bytes of decoded images kept between evaluations; a set that does not fit is decoded each time",
+    )
+    images_from: ImageFolders | None = Field(
+        None,
+        description="folders or URLs of the tars from which images that a dataset stores by reference may be read",
     )
     limits: Limits = Field(default=Limits(), description="bounds on images and captions, as in a run's input")
 

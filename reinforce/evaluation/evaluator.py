@@ -36,9 +36,10 @@ class Evaluator:
     def __init__(self, config: Evaluation) -> None:
         self.config = config
         self._threads = config.threads or available_cores()
+        reading = config.limits, config.images_from or ()
         self._sets: list[ZeroShot | Retrieval] = [
-            *(open_zero_shot_set(name, section, config.limits) for name, section in config.zero_shot.items()),
-            *(open_retrieval_set(name, section, config.limits) for name, section in config.retrieval.items()),
+            *(open_zero_shot_set(name, section, *reading) for name, section in config.zero_shot.items()),
+            *(open_retrieval_set(name, section, *reading) for name, section in config.retrieval.items()),
         ]
         budget = CacheBudget(config.memory)
         self._images = {

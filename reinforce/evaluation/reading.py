@@ -118,15 +118,18 @@ def make_loader(url: str) -> Callable[[str], bytes]:
     return load
 
 
-def read_samples(urls: str | Sequence[str], limits: Limits, where: str) -> Iterator[RawSample | Refusal]:
+def read_samples(
+    urls: str | Sequence[str], limits: Limits, where: str, images_from: Sequence[str] = ()
+) -> Iterator[RawSample | Refusal]:
     """Yield the samples of shards or of a reinforced dataset in order, and the refusals among them.
 
     A dataset's samples have the true caption as ``txt`` and the metadata as ``json``. Raises UserError for a shard
-    that cannot be read completely, since metrics on a part of a set do not compare.
+    that cannot be read completely, since metrics on a part of a set do not compare. ``images_from`` are the folders
+    from which a dataset may read images that it stores by reference.
     """
     if detect_kind(urls) == "dataset":
         assert isinstance(urls, str)
-        yield from _raise_on_damage(_read_dataset(urls), urls, where)
+        yield from _raise_on_damage(_read_dataset(urls, images_from), urls, where)
         return
     for url in expand(urls):
         yield from _raise_on_damage(read_shard(url, limits), url, where)
@@ -145,8 +148,9 @@ def _raise_on_damage(items: Iterator[RawSample | Refusal], url: str, where: str)
         raise UserError(f"{where}: {canonical(url)} cannot be read: {type(error).__name__}: {error}. {fix}") from error
 
 
-def _read_dataset(url: str) -> Iterator[RawSample]:
-    for sample in Dataset(url, teachers=[], captioners=[]):
+def _read_dataset(url: str, images_from: Sequence[str]) -> Iterator[RawSample]:
+    key = 'evaluate.images_from: ["{}"], or --images-from "{0}" on the command line'.replace("{}", "{0}")
+    for sample in Dataset(url, teachers=[], captioners=[], images_from=images_from, images_key=key):
         sidecars = {}
         if sample.caption is not None:
             sidecars["txt"] = sample.caption.encode()

@@ -48,7 +48,7 @@ class Retrieval:
     examples: Examples
 
 
-def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits) -> ZeroShot:
+def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits, images_from: Sequence[str] = ()) -> ZeroShot:
     """Check a classification set and count its images. Raises UserError."""
     name = f"{ZERO_SHOT}/{name}"
     templates = load_templates(config.templates, name)
@@ -58,7 +58,7 @@ def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits) -> ZeroSh
     labels: list[int | str] = []
     group_of: dict[int | str, str] = {}
     images = 0
-    for item in itertools.islice(read_samples(config.images, limits, name), config.limit):
+    for item in itertools.islice(read_samples(config.images, limits, name, images_from), config.limit):
         images += 1
         if isinstance(item, RawSample):
             labels.append(_require_label(item, config.label, name))
@@ -76,7 +76,7 @@ def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits) -> ZeroSh
         groups = load_groups(config.groups, classes, name)
 
     def examples() -> Iterator[Example | Refusal]:
-        for item in itertools.islice(read_samples(config.images, limits, name), config.limit):
+        for item in itertools.islice(read_samples(config.images, limits, name, images_from), config.limit):
             if isinstance(item, Refusal):
                 yield item
             else:
@@ -86,7 +86,7 @@ def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits) -> ZeroSh
     return ZeroShot(name, classes, templates, groups, images, examples)
 
 
-def open_retrieval_set(name: str, config: RetrievalSet, limits: Limits) -> Retrieval:
+def open_retrieval_set(name: str, config: RetrievalSet, limits: Limits, images_from: Sequence[str] = ()) -> Retrieval:
     """Check a retrieval set and count its images. Raises UserError."""
     name = f"{RETRIEVAL}/{name}"
     if detect_kind(config.pairs) == "folder":
@@ -96,7 +96,7 @@ def open_retrieval_set(name: str, config: RetrievalSet, limits: Limits) -> Retri
         )
 
     def examples() -> Iterator[Example | Refusal]:
-        for item in itertools.islice(read_samples(config.pairs, limits, name), config.limit):
+        for item in itertools.islice(read_samples(config.pairs, limits, name, images_from), config.limit):
             if isinstance(item, Refusal):
                 yield item
             elif captions := read_captions(item.all_sidecars, config.captions, limits):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.source.formats import IMAGE_EXTENSIONS, NOT_A_FILE, folder_detail
-from reinforce.source.identity import current_url
-from reinforce.source.streams import BLOCK_BYTES, open_stream
+from reinforce.source.references import ImageRoots
+from reinforce.source.streams import BLOCK_BYTES, check_file, open_stream
 from reinforce.source.tar import DamagedTar, Member, Readable, members
 from reinforce.source.urls import canonical, compression, filesystem
 from schemas import Reason
@@ -90,12 +90,14 @@ def read_shard(
 def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
     """Yield the bytes at each (offset, length) of an uncompressed tar; the ranges must be in ascending order.
 
-    Requests read ahead by 8 MiB, so that neighbouring ranges share them. Raises DamagedTar where the file ends before a
-    range does, and what the storage raises.
+    Requests read ahead by 8 MiB, so that neighbouring ranges share them. Web servers cannot redirect
+    them. Raises DamagedTar where the file ends before a range does, and what the storage raises.
     """
     if compression(url):
         raise UserError(f"{canonical(url)}: images cannot be read by reference from a compressed tar. Unpack it.")
-    fs, path = filesystem(url)
+    redirects = {"allow_redirects": False} if url.startswith(("http://", "https://")) else {}
+    fs, path = filesystem(url, **redirects)
+    check_file(fs, path)
     with fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
         for offset, length in ranges:
             file.seek(offset)
@@ -107,14 +109,16 @@ def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
             yield bytes(data)
 
 
-def referenced_images(references: list[dict[str, object]], moved: Mapping[str, str] | None = None) -> Iterator[bytes]:
+def referenced_images(
+    references: Sequence[Mapping[str, Any]], roots: ImageRoots, moved: Mapping[str, str] | None = None
+) -> Iterator[bytes]:
     """Yield the images of one row group from their tars; consecutive rows of one URL are read sequentially.
 
-    ``moved`` is that of the config: references name the former places of the tars.
+    ``moved`` is that of the config: references name the former places of the tars. Raises UserError before anything is
+    read if a reference is outside ``roots``.
     """
-    for url, rows in itertools.groupby(references, key=lambda reference: str(reference["url"])):
-        ranges = ((int(str(r["offset"])), int(str(r["length"]))) for r in rows)
-        yield from read_ranges(current_url(url, moved) if moved else url, ranges)
+    for url, rows in itertools.groupby(roots.ranges(references, moved), key=lambda found: found[0]):
+        yield from read_ranges(url, ((offset, length) for _, offset, length in rows))
 
 
 def split_name(name: str) -> tuple[str, str]:

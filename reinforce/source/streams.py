@@ -31,10 +31,15 @@ def open_stream(url: str) -> Iterator[tuple[Readable, int | None]]:
     """
     fs, path = filesystem(url)
     kind = compression(url)
-    if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(mode := os.stat(path).st_mode):  # a pipe would block
-        raise IsADirectoryError(errno.EISDIR, "a folder" if stat.S_ISDIR(mode) else NOT_A_FILE)
+    check_file(fs, path)
     with fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
         yield (_PlainStream(file), getattr(file, "size", None)) if kind is None else (_Decompressor(file, kind), None)
+
+
+def check_file(fs: Any, path: str) -> None:
+    """Raise IsADirectoryError for a local path that is a folder, pipe or device; opening a pipe would block."""
+    if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(mode := os.stat(path).st_mode):
+        raise IsADirectoryError(errno.EISDIR, "a folder" if stat.S_ISDIR(mode) else NOT_A_FILE)
 
 
 class _PlainStream:

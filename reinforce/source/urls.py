@@ -39,11 +39,14 @@ _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])")
 
 
-def filesystem(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL and the path in it. Raises UserError if there is no driver for it."""
+def filesystem(url: str, **options: Any) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL and the path in it. Raises UserError if there is no driver for it.
+
+    ``options`` are those of the driver.
+    """
     retries = _retry_options(url)
     try:
-        fs, path = fsspec.core.url_to_fs(url, **retries)
+        fs, path = fsspec.core.url_to_fs(url, **retries, **options)
     except (ValueError, ImportError) as error:
         raise UserError(
             f"{canonical(url)}: {error}. Check the part before `://`, or install the fsspec driver for it."

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from reinforce import settings
-from reinforce.config import LayerName
+from reinforce.config import ImageFolders, LayerName, ReadLimits
 from reinforce.evaluation.config import Evaluation
 from reinforce.settings import Section
 from reinforce.training.config import Training
@@ -50,6 +50,13 @@ class Data(Section):
     captioners: Weights | None = Field(
         None,
         description="captioners whose captions are read: names or {name: weight}; default: all, equally; []: none",
+    )
+    images_from: ImageFolders | None = Field(
+        None,
+        description="folders or URLs of the tars from which images that a dataset stores by reference may be read",
+    )
+    limits: ReadLimits | None = Field(
+        None, description="bounds on images, whatever a dataset records; default: those of `ReadLimits`"
     )
     captions: Literal["both", "mixed"] = Field(
         "both", description="`both`: a true and a synthetic caption per example; `mixed`: one of them, see `synthetic`"

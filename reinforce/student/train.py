@@ -19,7 +19,8 @@ from teachers.device import Accelerator
 from teachers.open_clip_tokens import Tokenizer
 
 #: Keys that may change when a training resumes: where it writes, how it is evaluated, how fast it reads.
-_MUTABLE = ("output", "evaluate", "data.workers", "data.prefetch", *(f"train.{key}" for key in MUTABLE_KEYS))
+_READING = ("workers", "prefetch", "images_from", "limits")
+_MUTABLE = ("output", "evaluate", *(f"data.{key}" for key in _READING), *(f"train.{key}" for key in MUTABLE_KEYS))
 
 
 def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str | None = None) -> Results:

@@ -157,7 +157,7 @@ def test_a_reinforced_dataset_gives_the_batches_of_its_shards(
         {"source": source, "output": f"{tmp_path}/dataset", "images": images, "augmentations": {"size": 8}}
     )
     from_shards = take(make_feed(*make_pairs(tmp_path)), 4)
-    pairs, data = make_pairs(tmp_path, source=dataset)
+    pairs, data = make_pairs(tmp_path, source=dataset, images_from=[f"{tmp_path}/shards"])
     assert pairs.caption_counts().tolist() == [2] * 12  # the JSON member is stored as metadata
     assert all(map(equal, from_shards, take(make_feed(pairs, data), 4)))
     assert len(list((cache_folder() / "images").glob("*.bin"))) == (2 if images == "embed" else 0)

@@ -44,7 +44,7 @@ def test_offsets_locate_the_images_in_their_tars(tmp_path: Path) -> None:
 @pytest.mark.parametrize("images", ["embed", "reference"])
 def test_a_dataset_gives_the_captions_of_its_shards(tmp_path: Path, images: str) -> None:
     write_shards(tmp_path, 4, 3, captions=2)
-    data = Data(source=f"{tmp_path}/shards/*.tar")
+    data = Data(source=f"{tmp_path}/shards/*.tar", images_from=[f"{tmp_path}/shards"])
     config = {"source": data.source, "output": f"{tmp_path}/dataset", "images": images, "augmentations": {"size": 8}}
     dataset = reinforce_here(config)
     of_shards, of_dataset = (scan(source, data, "data") for source in (data.source, dataset))

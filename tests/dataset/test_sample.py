@@ -48,7 +48,7 @@ def test_augmented_is_the_crop_that_the_teachers_saw(tmp_path: Path, images: str
     config["augmentations"] |= {"backend": backend}
     config["teachers"] = {"recorder": {"class": "tests.helpers.pixels:PixelRecorder"}}
     PixelRecorder.seen.clear()
-    samples = list(reinforce.open(reinforce_here(config)))
+    samples = list(reinforce.open(reinforce_here(config), images_from=f"{tmp_path}/source"))
     crops = [np.asarray(sample.augmented(k)) for sample in samples for k in range(2)]
     assert len(samples) == 5
     np.testing.assert_array_equal(crops, PixelRecorder.seen[-10:])  # before these: a check of the loaded model

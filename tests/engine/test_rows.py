@@ -63,7 +63,7 @@ def from_samples(config: dict[str, Any], spec: RowSpec = SPEC) -> list[RowPixels
     parsed, store = parse_config(config), Store(config["output"])
     [shard] = store.shards("samples")
     with lease(parsed, spec) as taken, store.open_layer("samples", shard) as file:
-        rows = rows_from_samples(parsed, file, spec, taken, 4)
+        rows = rows_from_samples(parsed, config["source"], file, spec, taken, 4)
         return list(rows_of([copied(row, taken.cells) for row in rows]))
 
 

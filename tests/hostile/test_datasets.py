@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import reinforce
+from reinforce.errors import UserError
 from tests.helpers.reinforced import small_dataset
 from tests.hostile.bombs import BOMBS, Bomb
 from tests.hostile.words import slug
@@ -81,6 +82,16 @@ def test_bombs(bomb: Bomb, outcomes: dict[str, tuple[str, int]]) -> None:
     assert "cannot be read (" in outcome
     assert "escaped" not in outcome
     assert peak < 2**20, "a gigabyte"
+
+
+def test_an_embedding_dataset_follows_no_reference(copy: Path) -> None:
+    path = layer_file(copy, "samples")
+    table, footer = pq.read_table(path), footer_of(path)
+    reference = pa.array([{"url": "/etc/hostname", "offset": 0, "length": 4}] * 3)
+    table = table.drop_columns("image").append_column("image_ref", reference)
+    pq.write_table(table.replace_schema_metadata(footer), path)
+    with pytest.raises(UserError, match=r"column image, which dataset\.json states, is missing"):
+        list(reinforce.open(str(copy), images_from="/etc"))
 
 
 class Touching(pa.ExtensionType):

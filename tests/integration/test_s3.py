@@ -34,8 +34,11 @@ def test_a_dataset_in_s3_equals_one_on_disk_and_is_resumed(
     layers = {name: s3.cat_file(path) for name, path in names.items() if not name.startswith("runs/")}
     assert layers == tree(tmp_path / "local")
 
-    here = {sample.key: sample for sample in reinforce.open(str(tmp_path / "local"))}
-    for sample in reinforce.open(f"s3://bucket/{images}/out"):
+    here = {
+        sample.key: sample
+        for sample in reinforce.open(str(tmp_path / "local"), images_from=f"s3://bucket/{images}/source")
+    }
+    for sample in reinforce.open(f"s3://bucket/{images}/out", images_from=f"s3://bucket/{images}/source"):
         assert sample.image == here[sample.key].image
         assert (sample.images["red"] == here[sample.key].images["red"]).all()
 

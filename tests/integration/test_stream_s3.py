@@ -18,6 +18,7 @@ from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import letters, reinforce_here
 
 SIZES = (40, 25)
+SOURCE = "s3://bucket/source"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def urls(s3: s3fs.S3FileSystem, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def take(url: str, count: int, **data: Any) -> list[Batch]:
-    feed = StudentFeed(Data.model_validate({"datasets": url, "workers": 0, "window": 16, **data}), 0, 16, letters)
+    config = {"datasets": url, "images_from": SOURCE, "workers": 0, "window": 16, **data}
+    feed = StudentFeed(Data.model_validate(config), 0, 16, letters)
     assert feed.samples == sum(SIZES)
     return list(itertools.islice(feed.batches(0, 1, 6, 0), count))
 
@@ -50,7 +52,9 @@ def test_batches_from_s3_equal_those_from_disk(urls: dict[str, str], images: str
 
 @pytest.mark.parametrize("images", ["embed", "reference"])
 def test_a_row_group_takes_few_requests(urls: dict[str, str], images: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    feed = StudentFeed(Data.model_validate({"datasets": urls[images], "workers": 0}), 0, 16, letters)
+    feed = StudentFeed(
+        Data.model_validate({"datasets": urls[images], "images_from": SOURCE, "workers": 0}), 0, 16, letters
+    )
     [dataset] = feed._datasets
     asked = Counter[str]()
     original = s3fs.S3FileSystem._call_s3

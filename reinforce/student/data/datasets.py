@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from reinforce.dataset.aligned import AlignedLayers
 from reinforce.dataset.completeness import check_completeness
@@ -17,6 +18,7 @@ from reinforce.dataset.row_counts import row_group_table
 from reinforce.dataset.sample import ImagePolicies
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
+from reinforce.source.references import ImageRoots
 from reinforce.student.config import Data
 from reinforce.student.data.examples import ExampleSpec
 from reinforce.student.data.reader import StreamedDataset, Targets
@@ -45,7 +47,7 @@ def open_datasets(data: Data, seed: int, teachers: Sequence[str] | None) -> list
 def _open_dataset(url: str, weight: float, data: Data, seed: int, teachers: Sequence[str] | None) -> StreamedDataset:
     store = Store(url)
     manifest = read_manifest(store)
-    policies = ImagePolicies.from_manifest(manifest, url)
+    policies = ImagePolicies.from_manifest(manifest, url, data.limits)
     policies.check()
     layers = manifest["layers"]
     chosen_teachers = select_names(url, "teachers", teachers, manifest)
@@ -74,13 +76,14 @@ def _open_dataset(url: str, weight: float, data: Data, seed: int, teachers: Sequ
             f"{url} has no sample in {len(sizes)} shards. `reinforce status {url}` shows what was quarantined."
         )
     shards = tuple(sizes)
-    _check_some_shards(aligned, shards)
+    roots = ImageRoots.named(data.images_from or (), 'data.images_from: ["{}"]', policies.limits.image_bytes)
+    _check_some_shards(aligned, shards, roots if manifest["images"] == "reference" else None)
     targets: Targets = tuple(
         ((teacher, what), layers[embeddings_layer(teacher, "images" if what == "image" else TRUE_CAPTION)]["dim"])
         for teacher, what in spec.targets
     )
     size = manifest["augmentations"]["size"]
-    return StreamedDataset(url, weight, aligned, spec, targets, policies, size, shards, groups)
+    return StreamedDataset(url, weight, aligned, spec, targets, policies, size, shards, groups, roots)
 
 
 def _complete_shards(store: Store, layers: Sequence[str]) -> dict[str, int]:
@@ -97,19 +100,22 @@ def _complete_shards(store: Store, layers: Sequence[str]) -> dict[str, int]:
     return {shard: listings[SAMPLES][shard] for shard in found.complete}
 
 
-def _check_some_shards(aligned: AlignedLayers, shards: Sequence[str]) -> None:
+def _check_some_shards(aligned: AlignedLayers, shards: Sequence[str], roots: ImageRoots | None) -> None:
     """Open some shards, the first and the last included, in all layers: footers, and keys of the first row group.
 
-    Raises UserError if a file is damaged, has another fingerprint, or has other keys than the samples.
+    Raises UserError if a file is damaged, has another fingerprint, or has other keys than the samples, and if its
+    images are stored by reference outside ``roots``.
     """
     some = sorted({shards[round(i * (len(shards) - 1) / (_CHECKED_SHARDS - 1))] for i in range(_CHECKED_SHARDS)})
 
     def check(shard: str) -> None:
         with keys.open(shard, whole=False) as layers:
+            if roots is not None and layers.source:
+                roots.check(layers.source)
             if layers.row_groups:
                 layers.read(0)
 
-    keys = AlignedLayers(aligned.store, aligned.fingerprints, dict.fromkeys(aligned.fingerprints, ("key",)))
+    keys = replace(aligned, columns=dict.fromkeys(aligned.fingerprints, ("key",)))
     with ThreadPoolExecutor(_CHECKED_SHARDS) as pool:
         list(pool.map(check, some))
     _LOG.info(

@@ -20,6 +20,7 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embe
 from reinforce.errors import UserError
 from reinforce.seeds import uniforms
 from reinforce.source.image import IMAGE_POLICY
+from reinforce.source.references import ImageRoots
 from reinforce.source.shards import referenced_images
 from reinforce.source.tar import DamagedTar
 from schemas import image_column
@@ -87,13 +88,14 @@ class ExampleSpec:
 class SampleFile(NamedTuple):
     """The samples file of an example, with the limits and the policy by which its image was decoded.
 
-    ``backend`` is the augmentation backend that replays its record.
+    ``backend`` is the augmentation backend that replays its record, ``roots`` where referenced images may be read.
     """
 
     path: str
     limits: Limits
     policy: str = IMAGE_POLICY
     backend: str = AUGMENTATION_BACKEND
+    roots: ImageRoots = ImageRoots()
 
 
 class Example(NamedTuple):
@@ -160,7 +162,7 @@ def make_examples(
 
     places = np.flatnonzero(usable).tolist()
     examples: list[Example | None] = [None] * len(keys)
-    for i, image in zip(places, _read_images(samples, places), strict=True):
+    for i, image in zip(places, _read_images(samples, places, file.roots), strict=True):
         examples[i] = Example(file, keys[i], image, augmentations[i], tuple(text[i] for text in texts), block[i])
     return Examples(examples, unusable)
 
@@ -212,7 +214,7 @@ def _pick_texts(
     return _PickedTexts(texts, [found for found, _ in picked], has_text, complete)
 
 
-def _read_images(samples: pa.Table, rows: Sequence[int]) -> Iterator[bytes]:
+def _read_images(samples: pa.Table, rows: Sequence[int], roots: ImageRoots) -> Iterator[bytes]:
     """Encoded images of the given rows, which must ascend."""
     if "image" in samples.column_names:
         column = samples["image"]
@@ -220,7 +222,7 @@ def _read_images(samples: pa.Table, rows: Sequence[int]) -> Iterator[bytes]:
         return
     references = samples["image_ref"].take(pa.array(rows)).to_pylist()
     try:
-        yield from referenced_images(references)
+        yield from referenced_images(references, roots)
     except (OSError, DamagedTar) as error:
         tars = ", ".join(sorted({reference["url"] for reference in references}))
         raise UserError(

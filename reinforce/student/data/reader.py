@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -15,6 +15,7 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reader import AlignedLayers
 from reinforce.dataset.sample import ImagePolicies
 from reinforce.errors import UserError
+from reinforce.source.references import ImageRoots
 from reinforce.student.data.examples import Example, Examples, ExampleSpec, SampleFile, make_examples
 from reinforce.training.order import Chunk, Order, Window
 
@@ -42,6 +43,7 @@ class StreamedDataset:
     size: int
     shards: tuple[str, ...]
     groups: npt.NDArray[np.int64]
+    roots: ImageRoots = field(default_factory=ImageRoots)
 
     @property
     def rows(self) -> int:
@@ -58,7 +60,7 @@ class StreamedDataset:
                     f"{self.url}: samples/{shard}.parquet changed after the training started. Start it again."
                 )
             path, policies = self.layers.store.layer_path(SAMPLES, shard), self.policies
-            file = SampleFile(path, policies.limits, policies.image, policies.augmentation)
+            file = SampleFile(path, policies.limits, policies.image, policies.augmentation, self.roots)
             return make_examples(group.samples, group.read, chunk.first, chunk.stop, file, self.spec, epoch)
 
 

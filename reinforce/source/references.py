@@ -1,0 +1,113 @@
+"""Where images that a dataset stores by reference may be read from.
+
+A reference is a URL from a Parquet file. Who makes a dataset could name any file of its reader and any address in the
+reader's network, so it is followed only into folders that the reader has named.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from reinforce.errors import UserError
+from reinforce.source.identity import current_url
+from reinforce.source.urls import canonical
+from reinforce.terminal import escape
+
+#: Schemes of references, besides paths of local files. Others can read anything, such as ``reference://``.
+SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "hdfs", "https", "http")
+MAX_URL_CHARS = 4096
+_MAX_OFFSET = 2**50
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_ESCAPED = re.compile(r"\\|%2e|%2f|%5c", re.IGNORECASE)  # of a path's separators and folders, in a web address
+
+
+@dataclass(frozen=True)
+class ImageRoots:
+    """Folders and files, as canonical URLs, that references may name.
+
+    ``key`` is how a user names a folder, for messages: a text with ``{}``. ``max_bytes`` bounds an image. ``own`` is a
+    URL of the user's config, which may be any.
+    """
+
+    urls: tuple[str, ...] = ()
+    key: str = 'images_from=["{}"]'
+    max_bytes: int = 2**28
+    own: str | None = None
+
+    @classmethod
+    def of_shard(cls, url: str, max_bytes: int) -> ImageRoots:
+        """A shard of the user's own ``source``, and nothing else."""
+        return cls((), "it to `source`", max_bytes, canonical(url))
+
+    @classmethod
+    def named(cls, urls: str | Iterable[str], key: str, max_bytes: int = 2**28) -> ImageRoots:
+        """The folders that a user has named. Raises UserError for one that would allow everything."""
+        roots = []
+        for url in [urls] if isinstance(urls, str) else urls:
+            root = canonical(url)
+            if "::" in url or not root.partition("://")[2 if "://" in root else 0].strip("/"):
+                raise UserError(f"{key.partition('=')[0].partition(':')[0]}: {url!r} is no folder. Name one.")
+            roots.append(root.rstrip("/"))
+        return cls(tuple(roots), key, max_bytes)
+
+    def check(self, url: str) -> str:
+        """Return a URL that may be read. Raises UserError, with what to add if it would be allowed then."""
+        if url == self.own:
+            return url
+        shown = escape(url[:200])
+        if fault := _fault(url):
+            raise UserError(f"an image is stored by reference to {shown}, which is not followed: {fault}.")
+        if not any(url == root or url.startswith(f"{root}/") for root in self.urls):
+            folder = escape(url.rpartition("/")[0])
+            raise UserError(
+                f"an image is stored by reference to {shown}, which is in no folder that you have allowed. If the tars "
+                f"there are yours, or you trust who made the dataset, add {self.key.format(folder)}."
+            )
+        return url
+
+    def ranges(
+        self, references: Sequence[Mapping[str, Any]], moved: Mapping[str, str] | None = None
+    ) -> list[tuple[str, int, int]]:
+        """URL, offset and length of each reference; raises as ``check``, and for impossible numbers."""
+        checked: dict[str, str] = {}
+        found = []
+        for reference in references:
+            url, offset, length = (reference[name] for name in ("url", "offset", "length"))
+            if url not in checked:
+                checked[url] = self.check(current_url(url, moved) if moved else url)
+            if not 0 <= offset <= _MAX_OFFSET or not 0 < length <= self.max_bytes:
+                raise UserError(
+                    f"an image is stored by reference to {length:,} bytes at {offset:,} of {escape(url[:200])}; at "
+                    f"most {self.max_bytes:,} bytes of an image are read."
+                )
+            found.append((checked[url], offset, length))
+        return found
+
+
+def _fault(url: str) -> str | None:
+    """Why a URL is not one that a run writes, or None."""
+    scheme, remote, rest = url.partition("://")
+    if len(url) > MAX_URL_CHARS:
+        return f"it has more than {MAX_URL_CHARS:,} characters"
+    if "::" in url:
+        return "it chains file systems"
+    if remote and scheme not in SCHEMES:
+        return f"only local files and {', '.join(SCHEMES)} are"
+    web = scheme in ("http", "https")
+    folders = {*rest.split("/")} if remote else set()
+    if canonical(url) != url or {".", ".."} & folders or _CONTROL.search(url) or (web and _ESCAPED.search(url)):
+        return "it is not in the form in which runs write URLs"
+    return "it is a link-local address" if web and _is_link_local(url) else None
+
+
+def _is_link_local(url: str) -> bool:
+    """Whether a URL names a link-local address, such as that of a cloud's metadata, by its number."""
+    try:
+        return ipaddress.ip_address(urlsplit(url).hostname or "").is_link_local
+    except ValueError:
+        return False

@@ -1,0 +1,141 @@
+"""References to images are followed only into folders that the reader has named."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from reinforce.errors import UserError
+from reinforce.source.references import ImageRoots
+from reinforce.source.shards import referenced_images
+from reinforce.source.tar import DamagedTar
+
+KEY = 'images_from=["{}"]'
+
+
+def reference(url: str, offset: int = 0, length: int = 5) -> dict[str, object]:
+    return {"url": url, "offset": offset, "length": length}
+
+
+def test_images_are_read_below_a_named_folder_or_from_a_named_file(tmp_path: Path) -> None:
+    path = tmp_path / "tars" / "0.tar"
+    path.parent.mkdir()
+    path.write_bytes(b"0123456789")
+    references = [reference(str(path)), reference(str(path), 5)]
+    for named in (str(tmp_path), f"{tmp_path}/tars/", f"file://{tmp_path}", str(path), os.path.relpath(tmp_path)):
+        assert [*referenced_images(references, ImageRoots.named(named, KEY))] == [b"01234", b"56789"]
+
+
+def test_the_error_names_what_to_add() -> None:
+    message = r'reference to s3://bucket/dfn5b/0\.tar, .* add images_from=\["s3://bucket/dfn5b"\]\.$'
+    for roots in ((), ("s3://bucket/dfn5",), ("s3://other",), ("s3://bucket/dfn5b/1.tar",)):
+        with pytest.raises(UserError, match=message):
+            ImageRoots.named(roots, KEY).check("s3://bucket/dfn5b/0.tar")
+    assert ImageRoots.named("s3://bucket/dfn5b", KEY).check("s3://bucket/dfn5b/0.tar")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "reference://::/etc/passwd",
+        "reference://",
+        "simplecache::s3://bucket/0.tar",
+        "zip://a::s3://bucket/0.tar",
+        "memory://bucket/0.tar",
+        "ftp://bucket/0.tar",
+        "S3://bucket/0.tar",
+        "file:///etc/passwd",
+        "s3://bucket/../other/0.tar",
+        "s3://user:password@bucket/0.tar",
+        "http://bucket/0.tar?command=1",
+        "http://bucket/%2e%2e/0.tar",
+        "http://169.254.169.254/latest/meta-data",
+        "http://[fe80::1]/0.tar",
+        "/data/../etc/passwd",
+        "~/.ssh/id_rsa",
+        "relative.tar",
+        "s3://bucket/\x1b[2J",
+        "s3://bucket/" + "a" * 5000,
+    ],
+)
+def test_a_url_that_no_run_writes_is_refused_also_where_its_folder_is_named(url: str) -> None:
+    roots = (
+        "s3://bucket",
+        "http://bucket",
+        "http://169.254.169.254",
+        "/data",
+        "/etc",
+        "memory://bucket",
+        "ftp://bucket",
+    )
+    with pytest.raises(UserError, match=r"which is not followed: ") as raised:
+        ImageRoots.named(roots, KEY).check(url)
+    assert "\x1b" not in str(raised.value)
+    assert len(str(raised.value)) < 600
+
+
+@pytest.mark.parametrize("url", ["/", "s3://", "https:///", "simplecache::s3://bucket"])
+def test_a_folder_that_allows_everything_cannot_be_named(url: str) -> None:
+    with pytest.raises(UserError, match="is no folder"):
+        ImageRoots.named(url, KEY)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 5), (0, 0), (0, -5), (0, 2**40), (2**62, 5)])
+def test_impossible_ranges_are_refused_before_anything_is_read(tmp_path: Path, offset: int, length: int) -> None:
+    with pytest.raises(UserError, match="bytes of an image are read"):
+        [*referenced_images([reference(f"{tmp_path}/0.tar", offset, length)], ImageRoots.named(str(tmp_path), KEY))]
+
+
+def test_a_shard_of_the_own_source_may_have_any_url_and_nothing_else_is_read() -> None:
+    roots = ImageRoots.of_shard("simplecache::memory://bucket/0.tar", 100)
+    assert roots.check("memory://bucket/0.tar")
+    with pytest.raises(UserError, match="is not followed"):
+        roots.check("memory://bucket/1.tar")
+    with pytest.raises(UserError, match="in no folder that you have allowed"):
+        roots.check("s3://bucket/0.tar")
+
+
+def test_a_pipe_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0.tar")
+    with pytest.raises(IsADirectoryError):
+        [*referenced_images([reference(f"{tmp_path}/0.tar")], ImageRoots.named(str(tmp_path), KEY))]
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[str]]]:
+    """A web server that redirects everything to a path ``/secret``; its address, and the paths that were asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200 if self.path == "/secret" else 302)
+            self.send_header("Location", "/secret")
+            self.send_header("Content-Length", "6")
+            self.end_headers()
+            self.wfile.write(b"secret")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}", asked
+        running.shutdown()
+
+
+def test_a_web_server_cannot_redirect_a_reference(server: tuple[str, list[str]]) -> None:
+    address, asked = server
+    with pytest.raises(UserError, match="in no folder that you have allowed"):
+        [*referenced_images([reference(f"{address}/tars/0.tar")], ImageRoots())]
+    assert asked == []
+    with pytest.raises((DamagedTar, OSError, ValueError)):
+        [*referenced_images([reference(f"{address}/tars/0.tar", 0, 9)], ImageRoots.named(f"{address}/tars", KEY))]
+    assert "/secret" not in asked
