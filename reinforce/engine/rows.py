@@ -124,7 +124,8 @@ def rows_from_samples(
 ) -> Iterator[Row]:
     """Read the rows back from the samples layer of a shard, with images only if ``spec`` needs them.
 
-    Images that are stored by reference are read from the shard itself, at ``url``. The cells of yielded rows are to be released by the caller.
+    Images that are stored by reference are read from the shard itself, at ``url``. The cells of yielded rows are to be
+    released by the caller.
     """
     stored = _stored_items(config, url, file, spec)
     if not spec.needs_image and spec.published is None:
