@@ -37,8 +37,12 @@ def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[Non
     else:
         # ERROR, because at WARNING Ray explains token authentication, which does not apply to one machine.
         quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
+        import torch  # whoever starts Ray here has imported it
+
+        # Ray counts GPUs by their drivers; those count that torch can use.
+        machine = {"num_cpus": available_cores(), "num_gpus": torch.cuda.device_count()}
         with _package_folder():
-            ray.init(address="local", num_cpus=available_cores(), log_to_driver=log_to_driver, **quiet)
+            ray.init(address="local", log_to_driver=log_to_driver, **machine, **quiet)
     try:
         yield
     finally:

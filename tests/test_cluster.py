@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import ray
+import torch
 
 from reinforce.cluster import cause_of, is_node_alive, live_resources, ray_cluster
 
@@ -19,6 +22,18 @@ def test_an_initialised_ray_is_used_and_left_running() -> None:
 def test_live_nodes_have_their_resources() -> None:
     [node] = live_resources()
     assert node["CPU"] == 2
+
+
+def test_ray_on_this_machine_has_the_cores_and_gpus_that_this_process_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, Any] = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: started.update(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr("reinforce.cluster.available_cores", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with ray_cluster(None):
+        assert (started["address"], started["num_cpus"], started["num_gpus"]) == ("local", 16, 2)
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -65,6 +65,10 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
     """Load the models that make ``layers``. Raises UserError if one cannot be loaded."""
     layers = [layer for layer in layers if not layer.published]
     device = "cuda" if config.workers.gpus else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "a worker has a GPU, but torch does not see it. Install a torch that supports it, or set workers.gpus to 0."
+        )
     captioners = {layer.model for layer in layers if layer.kind == "captions"}
     teachers = {layer.model for layer in layers if layer.kind in ("images", "texts")}
     try:

@@ -62,3 +62,11 @@ def test_texts_are_tokenized_before_the_accelerator_is_used_where_the_teacher_su
     torch.testing.assert_close(encode(), ColorTeacher(CPU).encode_texts(["ONE", "TWO"]))
     encode = models().text_encoder(ColorTeacher(CPU), ["one"])
     torch.testing.assert_close(encode(), ColorTeacher(CPU).encode_texts(["one"]))
+
+
+def test_a_gpu_that_torch_does_not_see_is_reported_with_the_fix() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("torch sees a GPU")
+    config = parse_config(config_of("x.tar", "out", workers={"gpus": 1}))
+    with pytest.raises(UserError, match=r"torch does not see it.*set workers.gpus to 0"):
+        load_models(config, LAYERS.values())
