@@ -172,11 +172,11 @@ class Driver:
 
     def _handle_result(self, result: ShardResult) -> None:
         self.totals.add(result)
+        self.events.add("shard", **asdict(result))
         if result.given_up:
             detail = result.examples.get(result.given_up, "")
             self._log(f"{result.shard} is quarantined: {result.given_up}: {detail}")
-            self._count_quarantined(result.shard)
-        self.events.add("shard", **asdict(result))
+            self._count_quarantined(result.shard, f"{result.given_up}: {detail}")
 
     def _handle_error(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
         decision = self.policy.lease_raised(shard, error, time.monotonic())
@@ -241,16 +241,17 @@ class Driver:
         detail = shorten(self.redact(decision.detail), 2000)
         self.store.quarantine(layer, name, [(None, reason, detail)])
         self.events.add("shard_quarantined", shard=name, layer=layer, reason=reason.value, detail=detail)
-        self._log(f"{name} is quarantined in {layer}: {reason.value}: {shorten(detail, 300)}")
+        cause = f"{reason.value}: {shorten(detail, 300)}"
+        self._log(f"{name} is quarantined in {layer}: {cause}")
         self.totals.add_quarantined(name, layer, reason.value, detail)
-        self._count_quarantined(name)
+        self._count_quarantined(name, cause)
         if decision.rest is not None:
             self.queue.add(decision.rest)
         else:
             self.totals.finished.add(name)
 
-    def _count_quarantined(self, name: str) -> None:
-        if stop := self.policy.shard_quarantined(name):
+    def _count_quarantined(self, name: str, cause: str) -> None:
+        if stop := self.policy.shard_quarantined(name, cause):
             raise stop.error
 
     # -- progress

@@ -169,7 +169,7 @@ class FailurePolicy:
                 verdicts.append(DeathVerdict(death, node_lost, decisions))
         return verdicts
 
-    def shard_quarantined(self, name: str) -> StopRun | None:
+    def shard_quarantined(self, name: str, cause: str) -> StopRun | None:
         """Count a quarantined shard. A fault of so many shards (credentials, a disk) would also hit the rest."""
         self.quarantined.add(name)
         count, share = self.quarantined_shards, self.settings.allowed_share
@@ -178,7 +178,7 @@ class FailurePolicy:
         return StopRun(
             TooManyQuarantined(
                 f"stopped: {count:,} of {self.shards:,} shards are quarantined, more than failures.allowed_share = "
-                f"{share:g}. They probably share one cause: `reinforce status DATASET --reasons` shows it. Fix it and "
+                f"{share:g}. They probably share the cause of the last one, {name}: {cause.rstrip('.')}. Fix it and "
                 "run with --retry-quarantined."
             )
         )

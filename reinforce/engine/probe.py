@@ -51,7 +51,7 @@ class FirstSample:
         encoded = any(layer.texts == TRUE_CAPTION for layer in plan.layers.values())
         if self.caption is None and fields and encoded:
             why = why_no_caption(self.raw.all_sidecars, fields, self.raw.members)
-            notes.append(f"{self._place()}: {why}; set input.captions to where captions are")
+            notes.append(f"{self._place()}: {why}; set input.captions to where captions are, or to []")
         images = [e for e in self.raw.members if e.rpartition(".")[2] in IMAGE_EXTENSIONS]
         if len(images) > 1:
             listed = ", ".join(f".{extension}" for extension in images[:5])

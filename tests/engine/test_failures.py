@@ -221,19 +221,20 @@ def test_workers_that_die_while_they_load_stop_the_run_at_the_third_unless_one_r
 
 def test_ten_quarantined_shards_are_tolerated_and_more_than_the_allowed_share_stop_the_run() -> None:
     failures = policy(shards=200, allowed_share=0.01)
-    assert [failures.shard_quarantined(str(number)) for number in range(10)] == [None] * 10
-    assert failures.shard_quarantined("0") is None, "a shard counts once"
-    stop = failures.shard_quarantined("10")
+    assert [failures.shard_quarantined(str(number), "x") for number in range(10)] == [None] * 10
+    assert failures.shard_quarantined("0", "x") is None, "a shard counts once"
+    stop = failures.shard_quarantined("10", "shard_missing: no such file")
     assert stop is not None
     assert "stopped: 11 of 200 shards are quarantined, more than failures.allowed_share = 0.01" in str(stop.error)
+    assert "share the cause of the last one, 10: shard_missing: no such file. Fix it and run" in str(stop.error)
     assert "--retry-quarantined" in str(stop.error)
 
 
 def test_the_allowed_share_counts_shards_that_earlier_runs_quarantined() -> None:
     failures = policy(shards=1000, quarantined_before=49, allowed_share=0.05)
-    assert failures.shard_quarantined("a") is None
+    assert failures.shard_quarantined("a", "x") is None
     assert failures.quarantined_shards == 50
-    assert failures.shard_quarantined("b") is not None
+    assert failures.shard_quarantined("b", "x") is not None
 
 
 def test_error_texts_name_the_error_once() -> None:

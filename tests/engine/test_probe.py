@@ -150,7 +150,7 @@ def test_a_first_sample_without_a_caption_is_noted_if_captions_are_encoded(tmp_p
     values = config(tmp_path, f"{tmp_path}/x.tar")
     [note] = probe(values)[1]
     assert note.startswith(f"the first sample of {tmp_path}/x.tar, a: no caption: looked for .txt, json:caption; ")
-    assert note.endswith("the sample has .png, .text; set input.captions to where captions are")
+    assert note.endswith("the sample has .png, .text; set input.captions to where captions are, or to []")
     sample, notes = probe({**values, "input": {"captions": ["text"]}})
     assert sample is not None
     assert (sample.caption, notes) == ("a cat", [])

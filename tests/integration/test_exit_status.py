@@ -63,7 +63,8 @@ def test_a_run_that_too_many_quarantined_shards_stop(tmp_path: Path, capfd: pyte
     config = config_of(f"{tmp_path}/source/{{00..19}}.tar", tmp_path / "out", failures={"allowed_share": 0.01})
     assert run(tmp_path, config) == 1
     assert summary(tmp_path)["status"] == 1
-    assert summary(tmp_path)["message"] in capfd.readouterr().err
+    assert summary(tmp_path)["message"] in (err := capfd.readouterr().err)
+    assert "shard_missing: No such file or directory. Fix it and run with --retry-quarantined." in err
 
 
 def test_a_run_that_an_error_of_the_user_stops(source: str, tmp_path: Path) -> None:
