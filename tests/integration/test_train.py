@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import reinforce
 from reinforce.cli import main
+from reinforce.cores import available_cores, describe_share
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.students import student_folder
 from tests.helpers.trainings import curve, rows
@@ -175,6 +176,8 @@ def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_they_resum
     assert done.returncode == 0, printed
     assert f"resuming after step {stopped_at}" in printed
     assert printed.count(f"for {STEPS} steps on") == 1, "only rank 0 prints"
+    share = describe_share(max(1, available_cores() // 2), 0)
+    assert printed.count(f"2 ranks x {share}, no loader process each, device cpu") == 1
     np.testing.assert_allclose(curve(output), curve(undisturbed), rtol=2e-3)
 
 

@@ -129,6 +129,20 @@ def test_loader_processes_read_every_sample_once_and_resume_exactly(url: str) ->
     assert all(map(same, take(feed_of(url, streams=2), 16, 4), undisturbed))
 
 
+def test_on_a_machine_with_other_cores_a_resumed_training_gets_the_batches_of_an_uninterrupted_one(url: str) -> None:
+    feed = feed_of(url, workers=None)
+    reading = feed.set_up(ranks=1, batch=4, start=0, loaders=2, streams=None)
+    assert (reading.loaders, reading.streams) == (2, 2)
+    undisturbed = take(feed, 16, 4)
+    resumed = feed_of(url, workers=None)
+    assert resumed.set_up(ranks=1, batch=4, start=9, loaders=1, streams=reading.streams).loaders == 1
+    assert all(map(same, take(resumed, 7, 4, start=9), undisturbed[9:]))
+    # A checkpoint without a record was read in one stream.
+    old = feed_of(url, workers=None)
+    assert old.set_up(ranks=1, batch=4, start=9, loaders=2, streams=None).streams == 1
+    assert all(map(same, take(old, 7, 4, start=9), take(feed_of(url, workers=1), 7, 4, start=9)))
+
+
 def test_a_process_that_is_ahead_does_not_overwrite_parts_that_are_being_assembled(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
