@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 
 from reinforce.config import Config, load_config
-from reinforce.cores import available_cores
+from reinforce.cores import available_cores, describe_share
 from reinforce.engine.models import Models
 from reinforce.engine.recipe import version_notes
 from reinforce.engine.self_test import (
@@ -29,6 +29,7 @@ from reinforce.engine.self_test import (
 )
 from reinforce.engine.traces import user_frames
 from reinforce.errors import UserError
+from reinforce.terminal import Screen
 from teachers.describe import import_class
 from teachers.device import Accelerator
 from teachers.protocols import ImageSpec
@@ -96,7 +97,7 @@ def check_config(config: Config) -> Report:
     report, redact = Report(), Redactor(config.model_dump(mode="json"))
     workers = config.workers.fitted_to([{"CPU": available_cores(), "GPU": torch.cuda.device_count()}])
     device = "cuda" if workers.gpus else "cpu"
-    report.notes.append(f"measured with {workers.describe()}, device {device}")
+    Screen().log(f"{workers.describe()}, batches of {workers.batch}, device {device}")
     with _threads(workers.cores):
         specs: list[tuple[str, TeacherSpec | CaptionerSpec]] = [*config.teachers.items(), *config.captioners.items()]
         for name, spec in specs:
@@ -120,7 +121,9 @@ def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) 
             checked = CaptionerSpec.model_validate({**spec, "captions": options.get("captions", _captions_of(cls))})
     except ValueError as error:
         raise UserError(redact(f"{error}{user_frames(error)}")) from error
-    _check_model(report, redact, cls.__name__, checked, "auto", _CLASS_BATCH)
+    device = Accelerator().device.type
+    Screen().log(f"{describe_share(torch.get_num_threads(), 0)}, batches of {_CLASS_BATCH}, device {device}")
+    _check_model(report, redact, cls.__name__, checked, device, _CLASS_BATCH)
     return report
 
 

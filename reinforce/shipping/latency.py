@@ -21,11 +21,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from reinforce.cores import available_cores, describe_share
 from reinforce.model_names import model_errors
 from reinforce.shipping import graph
 from reinforce.shipping.machine import describe_machine
 from reinforce.shipping.report import LatencyReport
 from reinforce.shipping.towers import count_parameters, reparameterize, split_towers
+from reinforce.terminal import Screen
 from teachers.open_clip import image_spec, model_name, random_model
 from teachers.open_clip_tokens import Tokenizer
 from teachers.pixels import to_pixels
@@ -64,9 +66,9 @@ def measure_latency(
     on other load.
     """
     now = _CLOCKS[clock]
-    if threads is not None:
-        torch.set_num_threads(threads)
-    threads = torch.get_num_threads()
+    threads = threads or min(torch.get_num_threads(), available_cores())  # torch ignores quotas of containers
+    torch.set_num_threads(threads)
+    Screen().log(f"{rounds} rounds on {describe_share(threads, 0)}, device cpu")
     about = describe_machine((*_PACKAGES, "onnxruntime") if onnx else _PACKAGES)
     models: dict[str, dict[str, Any]] = {}
     towers: list[TimedTower] = []

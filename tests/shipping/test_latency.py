@@ -49,6 +49,7 @@ def test_command_measures_several_models(latency: Run, tmp_path: Path, threads: 
         f"{tmp_path}/runs", fast, "--rounds", "5", "--threads", "1", "--json", f"{tmp_path}/out/latency.json"
     )
     assert status == 0
+    assert out.startswith("5 rounds on 1 CPU, device cpu\n")
     for text in ("parameters, M", "GFLOP", "image, ms", "1.0x", "1 of ", "medians of 5 rounds by the wall clock"):
         assert text in out
     measured = json.loads((tmp_path / "out" / "latency.json").read_text())
