@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from reinforce.config import Config
+from reinforce.dataset.backends import load_backend
 from reinforce.dataset.layers import Layer
 from reinforce.engine.traces import user_frames
 from reinforce.errors import UserError
@@ -62,7 +63,8 @@ class Models:
 
 
 def load_models(config: Config, layers: Iterable[Layer]) -> Models:
-    """Load the models that make ``layers``. Raises UserError if one cannot be loaded."""
+    """Load the models that make ``layers``. Raises UserError if one, or the augmentation backend, cannot be loaded."""
+    load_backend(config.augmentations.backend)  # decode processes use it; here an error ends the run
     layers = [layer for layer in layers if not layer.published]
     device = "cuda" if config.workers.gpus else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

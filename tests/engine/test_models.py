@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from reinforce.config import parse_config
+from reinforce.dataset import fixed_point
+from reinforce.dataset.backends import load_backend
 from reinforce.engine.models import Counters, Models, load_models
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
@@ -46,6 +48,16 @@ def test_a_model_that_cannot_be_built_is_a_user_error() -> None:
     config["teachers"]["red"]["options"] = {"delay": 0.0, "dim": "eight"}
     with pytest.raises(UserError):
         load_models(parse_config(config), [LAYERS["embeddings/red/caption"]])
+
+
+def test_an_augmentation_backend_without_a_package_is_a_user_error_before_any_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fixed_point, "RESIZERS", {})
+    load_backend.cache_clear()
+    config = parse_config(config_of("x.tar", "out", augmentations={"backend": "fixed-point-1"}))
+    with pytest.raises(UserError, match="fixed-point-1: no installed package"):
+        load_models(config, [LAYERS["samples"]])
 
 
 def test_use_of_the_accelerator_is_busy_time_of_the_worker_and_of_the_shard_even_if_it_raises() -> None:

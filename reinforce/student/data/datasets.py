@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from reinforce.dataset.aligned import AlignedLayers
+from reinforce.dataset.backends import load_backend
 from reinforce.dataset.completeness import check_completeness
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer
 from reinforce.dataset.manifest import read_manifest, select_names
@@ -49,6 +50,7 @@ def _open_dataset(url: str, weight: float, data: Data, seed: int, teachers: Sequ
     manifest = read_manifest(store)
     policies = ImagePolicies.from_manifest(manifest, url, data.limits)
     policies.check()
+    load_backend(policies.augmentation)  # loader processes use it; here an error is reported before the first step
     layers = manifest["layers"]
     chosen_teachers = select_names(url, "teachers", teachers, manifest)
     captioners = select_names(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)

@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from reinforce.dataset import fixed_point
+from reinforce.dataset.backends import load_backend
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.student.config import Data
@@ -133,6 +135,18 @@ def test_datasets_that_give_different_examples_are_refused(made: Path, tmp_path:
     with pytest.raises(UserError, match=r"give different examples: .* caption and synthetic .*share under `data`"):
         open_([str(made), other])
     assert open_([str(made), other], captioners=[]).samples == 49
+
+
+def test_a_backend_without_a_package_is_reported_when_the_dataset_is_opened(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads((dataset / "dataset.json").read_text())
+    manifest["policies"]["augmentation"] = "fixed-point-1"
+    (dataset / "dataset.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(fixed_point, "RESIZERS", {})
+    load_backend.cache_clear()
+    with pytest.raises(UserError, match="fixed-point-1: no installed package"):
+        open_(dataset)
 
 
 def test_images_of_an_unknown_policy_are_refused(dataset: Path) -> None:
