@@ -8,7 +8,7 @@ ROUNDS ?= 10
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-captions bench-latency bench-transfer ablations lint clean fuzz soak audit
+.PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-latency bench-transfer ablations lint clean fuzz soak audit
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ bench-step: $(INSTALLED) ## a training step with stored targets compared with pl
 
 bench-loader: $(INSTALLED) ## the student's data loader compared with bare decoding and webdataset (three minutes)
 	$(BIN)/python -m benchmarks.loader
+
+bench-augment: $(INSTALLED) ## decoding and augmenting by augmentation backend and image policy (three minutes)
+	$(BIN)/python -m benchmarks.augment
 
 bench-captions: $(INSTALLED) ## CoCa's caption decoding compared with open_clip's (twenty minutes)
 	$(BIN)/python -m benchmarks.captions

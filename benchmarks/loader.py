@@ -111,15 +111,19 @@ def sentence(seed: int, words: int = 14) -> str:
     return " ".join(np.random.default_rng(seed).choice(WORDS, words))
 
 
-def photo(seed: int) -> bytes:
-    """Return a JPEG of a common web size with the spectrum of a photograph: about 1.2 bits per pixel."""
+def photo(seed: int, side: int | None = None) -> bytes:
+    """Return a JPEG with the spectrum of a photograph: about 1.2 bits per pixel.
+
+    ``side`` is the longer side in pixels; default: a common web size.
+    """
     rng = np.random.default_rng(seed)
     width = int(rng.integers(500, 801))
+    width = side or width
     height = width * 3 // 4
     if rng.random() < 0.3:
         width, height = height, width
     pixels = np.zeros((height, width, 3), np.float32)
-    for octave in range(2, 9):
+    for octave in range(2, max(9, (side or 0).bit_length())):
         cells = 2**octave * np.array([height, width]) // max(width, height)
         noise = rng.normal(size=(*cells, 3)).astype(np.float32)
         noise = 0.75 * noise.mean(axis=2, keepdims=True) + 0.35 * noise  # more luminance than chrominance

@@ -1,0 +1,211 @@
+"""``make bench-augment``: CPU of decoding and augmenting a sample, by augmentation backend and image policy.
+
+- *web images*: JPEGs of 512 pixels with 2 and with 10 augmentations at 224 pixels. ``decode`` is the strict decoding of
+  a run, ``crops`` the crops and their resizing, ``ops`` RandAugment's operations and the array of the result.
+  ``fixed-point-1 (torch)`` is the backend where cykooz-resizer is not installed.
+- *photographs*: JPEGs of 3,000 pixels with 2 augmentations, decoded at their size and reduced.
+- *cosines* of the embeddings of a committed teacher of the demo, between the crops of ``torchvision-pil-1`` at full
+  size and those of the other variants, for the same records (scaled to the reduced image).
+
+Times are CPU milliseconds of this process, in one thread, as medians of rounds in which the variants alternate. They
+depend on the machine and on what else runs on it; ratios are comparable between machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.loader import photo
+from reinforce.config import Augmentations, Limits
+from reinforce.dataset import fixed_point
+from reinforce.dataset.augment import Augmentation, replay_with, sample_augmentation
+from reinforce.dataset.backends import BACKENDS, Replay, load_backend
+from reinforce.source.image import decode
+from teachers.pixels import to_pixels
+from teachers.registry import load_teacher
+from teachers.spec import TeacherSpec
+
+RESULTS = Path(__file__).parent / "results" / "augment.json"
+TEACHER = Path(__file__).parents[1] / "configs" / "demo-models" / "conv-64"
+SIZE = 224
+WEB_SIDE, PHOTOGRAPH_SIDE = 512, 3000
+COUNTS = (2, 10)
+REDUCED = ("rgb-1-reduced-896", "rgb-1-reduced-448", "rgb-1-reduced-224")
+TARGETS = {"web images, 2 augmentations": 0.5, "photographs": 1 / 3}
+LIMITS = Limits()
+Records = Sequence[Sequence[Augmentation]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How samples are decoded and augmented."""
+
+    replay: Replay
+    policy: str = "rgb-1"
+
+
+def variants() -> dict[str, Variant]:
+    """The augmentation backends, and ``fixed-point-1`` as torch computes it."""
+    resize = fixed_point.RESIZERS["torch"]()
+
+    def by_torch(image: Image.Image, augmentation: Augmentation, size: int | None = None) -> np.ndarray:
+        return np.asarray(replay_with(resize, fixed_point.OPERATIONS, image, augmentation, size))
+
+    backends = {name: Variant(load_backend(name)) for name in BACKENDS}
+    return {**backends, "fixed-point-1 (torch)": Variant(by_torch)}
+
+
+def records_of(images: Sequence[Image.Image], count: int) -> Records:
+    policy = Augmentations(count=count, size=SIZE)
+    return [
+        [sample_augmentation(policy, 0, str(number), k, *image.size) for k in range(count)]
+        for number, image in enumerate(images)
+    ]
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def measure(photos: Sequence[bytes], variant: Variant, count: int) -> dict[str, float]:
+    """CPU milliseconds per sample of each phase."""
+    images: list[Image.Image] = []
+    decoding = seconds_of(
+        lambda: images.extend(decode(data, LIMITS, strict=True, policy=variant.policy) for data in photos)
+    )
+    records = records_of(images, count)
+    crops = [[replace(record, ops=None) for record in of_image] for of_image in records]
+
+    def run(of: Records) -> None:
+        for image, of_image in zip(images, of, strict=True):
+            for record in of_image:
+                variant.replay(image, record)
+
+    run([of_image[:1] for of_image in crops])  # pages of the images are in memory
+    cropping = seconds_of(functools.partial(run, crops))
+    both = seconds_of(functools.partial(run, records))
+    seconds = {"decode": decoding, "crops": cropping, "ops": both - cropping, "all": decoding + both}
+    return {name: 1000 * value / len(photos) for name, value in seconds.items()}
+
+
+def compare(photos: Sequence[bytes], of: Mapping[str, Variant], count: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Medians over rounds in which the variants alternate."""
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in of}
+    for variant in of.values():
+        measure(photos[:2], variant, count)  # warms up
+    for _ in range(rounds):
+        for name, variant in of.items():
+            figures[name].append(measure(photos, variant, count))
+    return {
+        name: {phase: statistics.median(figure[phase] for figure in rounds_of) for phase in rounds_of[0]}
+        for name, rounds_of in figures.items()
+    }
+
+
+def cosines(photos: Sequence[bytes], of: Mapping[str, Variant], count: int) -> dict[str, dict[str, float]]:
+    """Mean and 1st percentile of the cosines between a teacher's embeddings of the default crops and a variant's."""
+    teacher = load_teacher("conv-64", TeacherSpec(model=f"local-dir:{TEACHER}"), "cpu")
+    preprocessing = teacher.image
+    assert preprocessing is not None
+
+    def embed(variant: Variant) -> torch.Tensor:
+        images = [decode(data, LIMITS, policy=variant.policy) for data in photos]
+        records = records_of(images, count)  # a reduced image gets the same relative crop
+        crops = [variant.replay(image, record) for image, own in zip(images, records, strict=True) for record in own]
+        with torch.inference_mode():
+            return teacher.encode_images(to_pixels(torch.from_numpy(np.stack(crops)), preprocessing))
+
+    expected = embed(Variant(load_backend("torchvision-pil-1")))
+    result = {}
+    for name, variant in of.items():
+        values = (embed(variant) * expected).sum(dim=-1)
+        result[name] = {"mean": values.mean().item(), "1st percentile": values.quantile(0.01).item()}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--web-images", type=int, default=32)
+    parser.add_argument("--photographs", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    web = [photo(seed, WEB_SIDE) for seed in range(options.web_images)]
+    large = [photo(seed, PHOTOGRAPH_SIDE) for seed in range(options.photographs)]
+    of = variants()
+    reduced = {name: variant for name, variant in of.items() if name in BACKENDS} | {
+        f"{backend}, {policy}": Variant(of[backend].replay, policy) for policy in REDUCED for backend in BACKENDS
+    }
+    tables = {f"web images, {count} augmentations": compare(web, of, count, options.rounds) for count in COUNTS}
+    tables["photographs"] = compare(large, reduced, COUNTS[0], options.rounds)
+    similar = {
+        "web images": cosines(web, of, COUNTS[1]),
+        "photographs": cosines(large, reduced, 8 * COUNTS[1]),
+    }
+    report(tables, similar, {"web images": web, "photographs": large}, options)
+
+
+def report(
+    tables: Mapping[str, dict[str, dict[str, float]]],
+    similar: Mapping[str, Any],
+    photos: Mapping[str, Sequence[bytes]],
+    options: argparse.Namespace,
+) -> None:
+    console = Console()
+    ratios = {}
+    for title, figures in tables.items():
+        phases = list(next(iter(figures.values())))
+        table = Table("variant", *phases, "ratio", title=f"CPU ms per sample: {title}")
+        base = next(iter(figures.values()))["all"]
+        ratios[title] = {name: of["all"] / base for name, of in figures.items()}
+        for name, of in figures.items():
+            table.add_row(name, *(f"{of[phase]:.2f}" for phase in phases), f"{ratios[title][name]:.2f}")
+        console.print(table)
+    for title, of_variant in similar.items():
+        table = Table("variant", "mean", "1st percentile", title=f"cosine to torchvision-pil-1 at full size: {title}")
+        for name, values in of_variant.items():
+            table.add_row(name, *(f"{value:.5f}" for value in values.values()))
+        console.print(table)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "cores": len(os.sched_getaffinity(0)),
+        "rounds": options.rounds,
+        "images": {
+            title: {"count": len(data), "mean bytes": round(statistics.mean(map(len, data)))}
+            for title, data in photos.items()
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("pillow", "numpy", "torch", "cykooz-resizer")},
+        "targets": TARGETS,
+        "ratios": ratios,
+        "cpu ms per sample": tables,
+        "cosines": similar,
+    }
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    console.print(f"written to {options.results}")
+
+
+if __name__ == "__main__":
+    main()
