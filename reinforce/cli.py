@@ -130,6 +130,7 @@ def check(
 
 
 app.command()(cli_dataset.status)
+app.command()(cli_dataset.validate)
 app.command()(cli_dataset.drop)
 
 

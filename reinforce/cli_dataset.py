@@ -34,8 +34,31 @@ def status(
     if last := found["last_run"]:
         text = f"last run {last['run']}: {last['shards']:,} shards in {last['seconds']:.0f} s, {last['message']}"
         typer.echo(escape(text))
-        for line in [*cleaned_lines(last.get("cleaned", {})), *not_in_source_lines(last.get("not_in_source", {}))]:
+        lines = [*cleaned_lines(last.get("cleaned", {})), *not_in_source_lines(last.get("not_in_source", {}))]
+        for line in [*lines, *map(str, last.get("notes", []))]:
             typer.echo(escape(line))
+
+
+def validate(
+    dataset: DatasetUrl,
+    sources: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder or URL of source files, repeatable: have they changed since their samples were written?",
+        ),
+    ] = None,
+) -> None:
+    """Read all keys of a dataset: files that are damaged or do not fit, keys that repeat, sources that have changed.
+
+    Exits with status 1 if it finds something.
+    """
+    from reinforce.dataset.validate import validate as validate_dataset
+
+    found = validate_dataset(dataset, sources or ())
+    for line in found.lines():
+        typer.echo(escape(line))
+    raise typer.Exit(0 if found.valid else 1)
 
 
 def drop(

@@ -187,6 +187,9 @@ def check_names(manifest: Mapping[str, Any], where: str) -> None:
     try:
         parts = [part for name in manifest["layers"] for part in name.split("/")]
         names = [*parts, *manifest["teachers"], *manifest["captioners"]]
+        moved = [folder for pair in manifest.get("moved", {}).items() for folder in pair]
+        if not all(isinstance(folder, str) for folder in moved):
+            raise TypeError
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: dataset.json is not that of a reinforced dataset. Restore it.") from error
     for name in names:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
@@ -19,6 +19,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from reinforce.cluster import cause_of, is_node_alive, live_resources
 from reinforce.dataset.manifest import update_manifest
+from reinforce.dataset.shard_records import RecordWriter, read_records
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.events import Events
 from reinforce.engine.failures import (
@@ -43,7 +44,7 @@ from reinforce.engine.progress import Progress, Snapshot
 from reinforce.engine.schedule import ShardQueue
 from reinforce.engine.summary import Ending, RunSummary, RunTotals, ending_of, summarize
 from reinforce.engine.traces import shorten
-from reinforce.errors import UserError
+from reinforce.errors import StorageError, UserError
 from teachers.redact import Redactor
 
 _TICK_SECONDS = 0.5
@@ -70,6 +71,7 @@ class Driver:
     def run(self) -> RunSummary:
         start = time.monotonic()
         self.events = Events(self.store, self.config, self.redact)
+        self.records = RecordWriter(self.store, self.events.run)
         needed = frozenset(name for shard in self.plan.pending for name in shard.layers)
         self.events.add("start", shards=len(self.plan.pending), layers=sorted(needed), ray=ray.__version__)
         self.pool = Pool(self.config, self.plan.layers, needed)
@@ -86,9 +88,18 @@ class Driver:
             quarantined = self.policy.quarantined_shards
             summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
             self.pool.close()
+            with contextlib.suppress(StorageError, FileNotFoundError):  # the run itself does not need the records
+                summary = replace(summary, **self._compare_keys())
             with contextlib.nullcontext() if ending == Ending() else contextlib.suppress(UserError):
                 self.events.finish(asdict(summary))
         return summary
+
+    def _compare_keys(self) -> dict[str, Any]:
+        """Write the records, and compare the keys of this run's shards with those of earlier runs."""
+        self.records.flush()
+        shards = {*self.plan.committed, *self.records.shards}
+        found = read_records(self.store).keys.repeated(shards)
+        return {"repeated_keys": found.keys, "notes": found.lines(len(shards), self.store.url)}
 
     # -- the loop
 
@@ -115,6 +126,7 @@ class Driver:
                 self._check_start(time.monotonic() - start)
             self.progress.show(self._snapshot())
             self.events.flush_when_due()
+            self.records.flush_when_due()
 
     def _check_start(self, waited: float) -> None:
         """Log a slow start once. Raise UserError after ``workers.start_timeout``."""
@@ -172,7 +184,11 @@ class Driver:
 
     def _handle_result(self, result: ShardResult) -> None:
         self.totals.add(result)
-        self.events.add("shard", **asdict(result))
+        self.events.add("shard", **result.event())
+        if result.record:
+            self.records.add(result.record)
+        if result.source_note:
+            self._log(f"{result.shard}: {result.source_note}")
         if result.given_up:
             detail = result.examples.get(result.given_up, "")
             self._log(f"{result.shard} is quarantined: {result.given_up}: {detail}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from reinforce.dataset.shard_records import ShardRecord
 from reinforce.engine.traces import error_with_frames
 
 
@@ -22,7 +23,7 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """Result of one lease. The fields are the keys of the ``shard`` event in events.jsonl."""
+    """Result of one lease. The fields but ``record`` are the keys of the ``shard`` event in events.jsonl."""
 
     shard: str
     layers: tuple[str, ...]  # committed by this lease
@@ -34,6 +35,12 @@ class ShardResult:
     bytes: int
     cleaned: Mapping[str, Mapping[str, int]]  # effects of `clean`, by captioner and teachers.postprocess.COUNTS
     examples: Mapping[str, str] = field(default_factory=dict)  # by reason: key and detail of the first refusal
+    source_note: str | None = None  # how the source file has changed since the samples were written, if it has
+    record: ShardRecord | None = None  # None if the shard is quarantined
+
+    def event(self) -> dict[str, Any]:
+        """The values of the event."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "record"}
 
 
 class LayerFailure(RuntimeError):

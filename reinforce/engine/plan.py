@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from reinforce.config import Config
 from reinforce.dataset.differences import recipe_error
@@ -17,7 +17,7 @@ from reinforce.dataset.store import MANIFEST, Store, parse_footer
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from reinforce.source.identity import former_urls
-from reinforce.source.urls import canonical, compression, expand, is_public, shard_names
+from reinforce.source.urls import Info, canonical, compression, expand, is_public, shard_names
 from reinforce.storage import is_job_folder, is_ray_job
 
 
@@ -59,7 +59,8 @@ class Plan:
     """What a run would compute.
 
     ``shards`` counts all source shards, ``pending`` lists those that lack a layer, ``committed`` names those that the
-    samples layer has, also of other sources, and ``not_in_source`` counts these.
+    samples layer has, also of other sources, and ``not_in_source`` counts these. ``listed`` is what the file system
+    lists, by URL, of the source files of pending shards that have samples already.
     """
 
     config: Config
@@ -69,6 +70,7 @@ class Plan:
     pending: list[PendingShard]
     committed: Collection[str] = ()
     not_in_source: NotInSource = NotInSource()
+    listed: Mapping[str, Info] = field(default_factory=dict)
 
     @property
     def quarantined(self) -> int:
@@ -79,7 +81,8 @@ class Plan:
 def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
     """List the source and every layer once, and subtract. Raises UserError."""
     layers = build_layers(config, describe_models(config))
-    urls = source_shards(config)
+    listed: dict[str, Info] = {}
+    urls = source_shards(config, listed)
     published = _pair_reinforcements(config, urls)
     store = Store(config.output)
     committed = {name: store.shards(name) for name in layers}
@@ -111,7 +114,9 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
         sizes = [committed[name][shard] for shard in urls if shard in committed[name]]
         states[name] = LayerState(len(sizes), sum(sizes), quarantined[name], missing[name])
     not_in_source = _not_in_source(urls, committed[SAMPLES], quarantine)
-    return Plan(config, layers, len(urls), states, pending, committed[SAMPLES], not_in_source)
+    extended = [shard.url for shard in pending if SAMPLES not in shard.layers]
+    listed = {url: listed[url] for url in extended if url in listed}
+    return Plan(config, layers, len(urls), states, pending, committed[SAMPLES], not_in_source, listed)
 
 
 def _not_in_source(
@@ -125,12 +130,12 @@ def _not_in_source(
     )
 
 
-def source_shards(config: Config) -> dict[str, str]:
-    """Source URLs by shard name.
+def source_shards(config: Config, listed: dict[str, Info] | None = None) -> dict[str, str]:
+    """Source URLs by shard name; ``listed`` as in ``expand``.
 
     Raises UserError if the source is empty, two shards have the same name, or Ray deletes a shard after the job.
     """
-    urls = expand(config.source)
+    urls = expand(config.source, listed)
     _check_outlives_job(urls)
     if not config.embeds_images and (packed := next(filter(compression, urls), None)):
         raise UserError(

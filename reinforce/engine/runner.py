@@ -8,7 +8,9 @@ from typing import Any
 
 from reinforce.config import Config, load_config, parse_config
 from reinforce.dataset.manifest import code_notes, scale_notes, update_manifest
+from reinforce.dataset.shard_records import read_records
 from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.changes import changed_sources, changes_note
 from reinforce.engine.plan import Plan, make_plan
 from reinforce.engine.probe import check_source
 from reinforce.engine.progress import Progress
@@ -63,6 +65,8 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
         for note in check_source(plan)[1]:
             _LOG.warning(redact(note))
         check_copies(plan, store)
+        if plan.listed and (changed := changed_sources(plan, read_records(store).sources)):
+            _LOG.warning(redact(changes_note(plan, changed)))
         if retry_quarantined:
             _forget_quarantine(plan, store)
         from reinforce.cluster import ray_cluster  # imports Ray, which planning does not need

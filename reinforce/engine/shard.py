@@ -14,8 +14,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.config import Config
+from reinforce.dataset.key_sample import ShardKeys
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer, captions_layer, reads_reinforcements
-from reinforce.dataset.store import LayerWriter, Store
+from reinforce.dataset.shard_records import ShardRecord, SourceRecord
+from reinforce.dataset.store import LayerWriter, Store, parse_footer
+from reinforce.engine.changes import referenced_source_change
 from reinforce.engine.decode_pool import DecodePool, Lease
 from reinforce.engine.decoding import DecodeSpec
 from reinforce.engine.inference import Inference
@@ -29,6 +32,7 @@ from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, rows_from_samples, r
 from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
 from reinforce.source.identity import former_url, read_state
 from reinforce.source.shards import Refusal
+from reinforce.source.urls import canonical
 from schemas import Reason
 from teachers.postprocess import clean
 
@@ -93,6 +97,9 @@ class _ShardProcess:
         self.source = former_url(shard.url, config.moved)
         self.refusals = Refusals()
         self.cleaned: dict[str, Counter[str]] = {}
+        self.keys = ShardKeys.of([])
+        self.source_record: SourceRecord | None = None
+        self.source_note: str | None = None
         self.counters = Counters()
         self.inference = Inference(config, self.layers.values(), models, self.counters)
 
@@ -127,6 +134,8 @@ class _ShardProcess:
             size,
             {captioner: dict(+counts) for captioner, counts in self.cleaned.items()},
             self.refusals.examples(self.config),
+            self.source_note,
+            None if reason else ShardRecord(self.shard.name, self.keys, self.source_record),
         )
 
     # -- rows
@@ -153,6 +162,8 @@ class _ShardProcess:
             if spec.published is not None and (refusal := spec.published.shard_refusal):
                 layer = next(name for name, layer in self.layers.items() if layer.published)
                 raise LayerFailure(layer, f"{refusal.reason.value}: {refusal.detail}")
+            if spec.needs_image and not self.config.embeds_images:
+                self.source_note = self._check_referenced_source(parse_footer(file.metadata))
             yield from rows_from_samples(self.config, self.shard.url, file, spec, lease, window)
             return
         for row in rows_from_source(self.config, self.shard.url, spec, lease, window, self.group_rows):
@@ -162,6 +173,15 @@ class _ShardProcess:
                 for refusal in row.sample.left_out if row.sample else ():
                     self.refusals.add(SAMPLES, refusal)
                 yield row
+
+    def _check_referenced_source(self, footer: Mapping[str, str]) -> str | None:
+        """A note if the source file has changed since the samples were written. Raises LayerFailure if its images are
+        not at their offsets any more."""
+        note, replaced = referenced_source_change(self.shard, footer)
+        if replaced:
+            layer = next(name for name, layer in self.layers.items() if layer.kind in ("images", "captions"))
+            raise LayerFailure(layer, str(note))
+        return note
 
     # -- models
 
@@ -185,6 +205,7 @@ class _ShardProcess:
     ) -> dict[str, pa.Table]:
         """The tables of one row group by layer. ``stored`` are captions layers that were committed before."""
         keys = [row.key for row in rows]
+        self.keys = self.keys.joined(ShardKeys.of(keys))
         captions = {name: aligned_captions(name, table, keys) for name, table in stored.items()}
         tables: dict[str, pa.Table] = {}
         for name, layer in self.layers.items():
@@ -294,8 +315,10 @@ class _ShardProcess:
         """Write the quarantine, then each layer after those it needs, so that a committed layer is complete."""
         self.refusals.write(self.store, self.shard.name, self.config)
         if self.refusals.shard_reason is None:
+            if SAMPLES in writers:
+                self.source_record = SourceRecord(canonical(self.shard.url), read_state(self.shard.url))
             for name, writer in writers.items():
-                writer.commit(read_state(self.shard.url).footer() if name == SAMPLES else None)
+                writer.commit(self.source_record.state.footer() if name == SAMPLES and self.source_record else None)
 
 
 def _captions_of(layer: Layer) -> str:

@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-import pyarrow.parquet as pq
-
 from reinforce.config import Config
+from reinforce.dataset.layer_file import LayerFile
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.store import Store, parse_footer
 from reinforce.engine.plan import PendingShard, Plan
@@ -132,7 +131,7 @@ class _Comparison:
         return same, footer.get("source", name)
 
 
-def _same_first_row(config: Config, url: str, file: pq.ParquetFile) -> bool:
+def _same_first_row(config: Config, url: str, file: LayerFile) -> bool:
     """Whether the first sample of a source shard is the first row of a samples file: key and image.
 
     For files without a recorded state. A first sample that was refused counts as different.
@@ -140,7 +139,7 @@ def _same_first_row(config: Config, url: str, file: pq.ParquetFile) -> bool:
     if file.num_row_groups == 0:
         return False
     column = "image" if config.embeds_images else "image_ref"
-    row = next(file.iter_batches(1, row_groups=[0], columns=["key", column])).to_pylist()[0]
+    row = file.read_row_group(0, columns=["key", column]).slice(0, 1).to_pylist()[0]
     sample = next((item for item in read_shard(url, config.input.limits) if isinstance(item, RawSample)), None)
     if sample is None or sample.key != row["key"]:
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,8 +39,8 @@ class RunSummary:
     ``samples`` counts those with at least one new layer, ``busy_share`` is the accelerators' busy time over the
     workers' time, ``refused`` counts quarantined rows by reason, ``quarantined_shards`` the shards that are quarantined
     in some layer, ``cleaned`` the effects of ``clean`` by captioner, ``examples`` has a shard, a key and a detail for
-    each reason of quarantine, and ``not_in_source`` the fields of ``NotInSource``. The fields are the keys of
-    summary.json.
+    each reason of quarantine, ``not_in_source`` the fields of ``NotInSource``, and ``repeated_keys`` counts keys that
+    occur in more than one shard, as ``notes`` describe. The fields are the keys of summary.json.
     """
 
     run: str | None
@@ -56,6 +56,8 @@ class RunSummary:
     cleaned: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     examples: Mapping[str, str] = field(default_factory=dict)
     not_in_source: Mapping[str, Any] = field(default_factory=dict)
+    repeated_keys: int = 0
+    notes: Sequence[str] = ()
 
     def text(self, output: str) -> str:
         """The summary for people, a few lines."""
@@ -72,6 +74,7 @@ class RunSummary:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.refused.items()))
             lines.append(f"quarantined rows: {reasons}")
         lines += example_lines(self.examples)
+        lines += self.notes
         if self.quarantined_shards:
             lines.append(
                 f"quarantined shards: {self.quarantined_shards:,}; `reinforce status {output} --reasons` lists them by "

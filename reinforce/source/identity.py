@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import UserError
-from reinforce.source.urls import canonical, filesystem
+from reinforce.source.urls import Info, canonical, filesystem
 
 _HEAD_BYTES = 64 * 2**10  # holds the headers of the first members, and most of the first image
 _STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified")
@@ -47,6 +47,12 @@ class SourceState:
             return False
         return None if self.head is None or other.head is None else self.head == other.head
 
+    def describe_change(self, now: SourceState) -> str:
+        """What differs in the state ``now``, for people."""
+        if self.bytes != now.bytes and None not in (self.bytes, now.bytes):
+            return f"{self.bytes:,} bytes then, {now.bytes:,} now"
+        return "its first 64 KiB differ" if self.head != now.head else f"{self.stamp} then, {now.stamp} now"
+
 
 def read_state(url: str) -> SourceState:
     """Read the state of a source file with one request for its first bytes. Raises what the storage raises."""
@@ -56,8 +62,13 @@ def read_state(url: str) -> SourceState:
         data = b""
         while len(data) < _HEAD_BYTES and (part := file.read(_HEAD_BYTES - len(data))):
             data += part
+    return replace(listed_state(info), head=hashlib.blake2b(data, digest_size=8).hexdigest())
+
+
+def listed_state(info: Info) -> SourceState:
+    """The state of a file as a file system lists it, without its content."""
     stamp = next((f"{key}={info[key]}" for key in _STAMPS if info.get(key)), None)
-    return SourceState(info.get("size"), hashlib.blake2b(data, digest_size=8).hexdigest(), stamp)
+    return SourceState(info.get("size"), None, stamp)
 
 
 def probe_state(url: str) -> SourceState | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from glob import escape
 from itertools import pairwise
 from typing import Any
@@ -70,17 +70,22 @@ def _retry_options(url: str) -> dict[str, Any]:
     return dict.fromkeys(schemes & {"s3", "s3a"}, options)
 
 
-def expand(source: str | Sequence[str]) -> list[str]:
+#: What a file system lists of a file: its size, and by driver its modification time or ETag.
+Info = Mapping[str, Any]
+
+
+def expand(source: str | Sequence[str], listed: dict[str, Info] | None = None) -> list[str]:
     """Expand URLs with braces or globs, ``.txt`` files of such URLs, or a list of these, to the URLs of shards.
 
     Braces expand as in a shell: ``{a,b}``, ``{00..10}`` (zero-padded), ``{0..10..2}``, ``{a..e}``, several, nested.
     In a text file, blank lines and lines that begin with ``#`` are skipped, and relative paths are relative to the
     folder of the file. The matches of a glob are sorted; otherwise the order is kept. Exact duplicates are removed.
+    ``listed`` receives what the file system lists of each match of a glob.
     Raises UserError for a glob without a match, an unreadable text file, unbalanced braces, or an empty result.
     """
     urls: dict[str, None] = {}
     for entry in [source] if isinstance(source, str) else source:
-        for url in _expand(entry.strip()):
+        for url in _expand(entry.strip(), {} if listed is None else listed):
             urls[url] = None
             if len(urls) > _MAX_URLS:
                 raise _too_many(entry)
@@ -169,7 +174,7 @@ def _printable(pattern: str) -> str:
     return re.sub(r"://[^/@]*@", "://", pattern)
 
 
-def _expand(entry: str, folder: str = "", lists: tuple[str, ...] = ()) -> Iterator[str]:
+def _expand(entry: str, listed: dict[str, Info], folder: str = "", lists: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield the URLs of one entry. ``folder`` is put before relative ones; ``lists`` are the text files being read."""
     if not entry:
         raise UserError("source has an empty entry. Remove it, or give the URL of a WebDataset tar.")
@@ -182,14 +187,14 @@ def _expand(entry: str, folder: str = "", lists: tuple[str, ...] = ()) -> Iterat
     has_glob = _has_glob(entry)  # expanding braces adds no glob
     literal = folder if "://" in folder else escape(folder)
     for url in _expand_braces(entry, entry):
-        for match in _expand_glob(literal + url) if has_glob and _has_glob(url) else (folder + url,):
+        for match in _expand_glob(literal + url, listed) if has_glob and _has_glob(url) else (folder + url,):
             if match.partition("?")[0].endswith(".txt"):
-                yield from _expand_list(match, lists)
+                yield from _expand_list(match, listed, lists)
             else:
                 yield match
 
 
-def _expand_list(url: str, lists: tuple[str, ...]) -> Iterator[str]:
+def _expand_list(url: str, listed: dict[str, Info], lists: tuple[str, ...]) -> Iterator[str]:
     """Yield the URLs of a text file."""
     shown = canonical(url)
     if shown in lists:
@@ -210,7 +215,7 @@ def _expand_list(url: str, lists: tuple[str, ...]) -> Iterator[str]:
     if not lines:
         raise UserError(f"source {shown}: this list contains no URL. Write one URL per line.")
     for line in lines:
-        yield from _expand(line, head + slash, (*lists, shown))
+        yield from _expand(line, listed, head + slash, (*lists, shown))
 
 
 def _has_glob(url: str) -> bool:
@@ -221,7 +226,7 @@ def _has_glob(url: str) -> bool:
     return True
 
 
-def _expand_glob(pattern: str) -> list[str]:
+def _expand_glob(pattern: str, listed: dict[str, Info]) -> list[str]:
     segments = pattern.split("::")
     index = next(i for i, segment in enumerate(segments) if _has_glob(segment))
     try:
@@ -241,7 +246,9 @@ def _expand_glob(pattern: str) -> list[str]:
         raise UserError(f"source {_printable(pattern)}: no file matches. Check the folder and the pattern.")
     # Drivers return paths without the scheme, and some without the host: take both from the pattern.
     before = segments[index].removesuffix(path) if segments[index].endswith(path) else ""
-    return ["::".join([*segments[:index], before + name, *segments[index + 1 :]]) for name in names]
+    urls = ["::".join([*segments[:index], before + name, *segments[index + 1 :]]) for name in names]
+    listed.update(zip(urls, map(found.__getitem__, names), strict=True))
+    return urls
 
 
 def _expand_braces(pattern: str, entry: str) -> Iterator[str]:

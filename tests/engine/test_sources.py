@@ -130,7 +130,7 @@ def test_a_dataset_whose_source_moved_is_extended_under_the_old_names(
     found_manifest, expected_manifest = json.loads(found.pop(MANIFEST)), json.loads(expected.pop(MANIFEST))
     assert found == expected, "also for a shard that is new in the new place"
     assert found_manifest == {**expected_manifest, "moved": {f"{tmp_path}/new": f"{tmp_path}/source"}}
-    samples = [sample.pil().size for sample in reinforce.open(str(tmp_path / "out"))]
+    samples = [sample.pil().size for sample in reinforce.open(str(tmp_path / "out"), images_from=f"{tmp_path}/new")]
     assert samples == [(40, 30)] * 9, "readers find referenced images where they are now"
 
 

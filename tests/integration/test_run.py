@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import reinforce
+from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.dataset.augment import replay
 from reinforce.seeds import seed_for
@@ -272,3 +273,35 @@ def test_a_fault_of_all_shards_stops_the_run_before_it_quarantines_the_rest(tmp_
     assert len(list((tmp_path / "out" / "quarantine" / "samples").iterdir())) < 20
     last_run = sorted((tmp_path / "out" / "runs").iterdir())[-1]
     assert json.loads((last_run / "summary.json").read_text())["status"] == 1
+
+
+def test_keys_that_repeat_across_runs_are_counted_by_the_run_and_by_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = {"a": members_of(0, 6), "b": members_of(0, 4), "c": members_of(1, 2)}
+    for name, of_shard in members.items():
+        write_tar(tmp_path / "source" / f"{name}.tar", of_shard)
+    config = config_of(f"{tmp_path}/source/a.tar", tmp_path / "out")
+    assert reinforce.run(config).repeated_keys == 0
+    summary = reinforce.run({**config, "source": f"{tmp_path}/source/*.tar"})
+    line = "repeated keys: 4 keys, 50.00% of all, occur in more than one shard, for example in "
+    assert summary.repeated_keys == 4
+    assert line in summary.text(str(tmp_path / "out"))
+    assert not any("record" in event for event in events_of(tmp_path / "out"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        main(["status", str(tmp_path / "out")])
+    assert line in capsys.readouterr().out
+
+
+def test_a_run_warns_of_sources_that_were_replaced_since_their_samples_were_written(
+    shards: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(shards(2, 2), tmp_path / "out")
+    red = {"red": config["teachers"]["red"]}
+    reinforce.run({**config, "teachers": red})
+    write_tar(tmp_path / "source" / "00001.tar", members_of(5, 3))
+    summary = reinforce.run(config)
+    assert "1 of 2 shards that get new layers have changed since their samples were written (00001-" in caplog.text
+    assert summary.notes == []
+    assert len(list(reinforce.open(str(tmp_path / "out")))) == 4, "the stored samples"

@@ -10,8 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reinforce.errors import UserError
-from reinforce.source.identity import SourceState, current_url, former_urls, moved_folders, probe_state, read_state
-from reinforce.source.urls import canonical
+from reinforce.source.identity import (
+    SourceState,
+    current_url,
+    former_urls,
+    listed_state,
+    moved_folders,
+    probe_state,
+    read_state,
+)
+from reinforce.source.urls import Info, canonical, expand
 
 
 def test_a_copied_file_has_the_same_footer_and_a_changed_one_has_not(tmp_path: Path) -> None:
@@ -56,3 +64,18 @@ def test_found_folders_map_the_file_back(new_root: str, new: str, old_root: str,
     moved = moved_folders([(now, before)])
     assert [canonical(url) for url in former_urls([now], moved)] == [before]
     assert current_url(before, moved) == now
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_a_listing_shows_the_state_of_the_file(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    folder = str(tmp_path) if place == "disk" else "s3://bucket/identity"
+    fs = fsspec.filesystem("file") if place == "disk" else request.getfixturevalue("s3")
+    for name, data in (("a.tar", b"x" * 100_000), ("b.tar", b"")):
+        fs.pipe_file(f"{folder}/{name}", data)
+    listed: dict[str, Info] = {}
+    for url in expand(f"{folder}/*.tar", listed):
+        state, found = read_state(url), listed_state(listed[url])
+        assert (found.bytes, found.stamp) == (state.bytes, state.stamp)
+        assert found.stamp is not None
+        assert found.same_content(state) is None, "the content is not listed"
+    assert len(listed) == 2

@@ -1,0 +1,184 @@
+"""``reinforce validate``: all keys of a dataset, and the source files as they are now. Writes nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from reinforce.dataset.aligned import AlignedLayers
+from reinforce.dataset.key_sample import KeySample, RepeatedKeys, ShardKeys
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.manifest import CODE_KEY, read_manifest
+from reinforce.dataset.shard_records import SourceRecord, read_records
+from reinforce.dataset.store import Store, parse_footer
+from reinforce.errors import UserError
+from reinforce.source.identity import SourceState, current_url, probe_state
+from reinforce.source.references import ImageRoots
+from reinforce.source.urls import canonical
+
+_THREADS = 16
+_CAPACITY = 2**24  # hashes of keys, 128 MiB: datasets of more samples are estimated
+_SHARD_CAPACITY = 2**20  # of them from one shard
+_NAMED = 10
+#: What the state of a source file can be.
+_ELSEWHERE, _UNREADABLE, _UNKNOWN, _CHANGED, _TOUCHED, _SAME = (
+    "elsewhere", "unreadable", "unknown", "changed", "touched", "same",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One shard: its keys, or the errors of its files; how its source compares, and how it has changed."""
+
+    name: str
+    keys: ShardKeys
+    errors: list[str]
+    source: str
+    change: str = ""
+
+
+@dataclass
+class Validation:
+    """What was found in the dataset at ``url``."""
+
+    url: str
+    shards: int
+    repeated: RepeatedKeys
+    errors: list[str] = field(default_factory=list)
+    sources: Counter[str] = field(default_factory=Counter)
+    changed: list[str] = field(default_factory=list)
+    code: list[str] = field(default_factory=list)
+
+    @property
+    def valid(self) -> bool:
+        return not (self.errors or self.changed or self.repeated.keys)
+
+    def lines(self) -> Iterator[str]:
+        """For people: what was found, the most serious first."""
+        yield from _first(self.errors, "errors")
+        yield from self.repeated.lines(0, self.url)
+        if self.changed:
+            yield (
+                f"{len(self.changed):,} source files have changed since their samples were written. Restore them, or "
+                "delete the files of these shards in every layer (SHARD.parquet) and run again:"
+            )
+            yield from (f"  {line}" for line in _first(self.changed, "source files"))
+        yield from self.code
+        if self.sources:
+            texts = {
+                _SAME: "as when their samples were written",
+                _TOUCHED: "with another modification time or ETag, but the same size and first 64 KiB",
+                _UNKNOWN: "that were not recorded, by an earlier version",
+                _UNREADABLE: "that cannot be read now, which only `images: reference` needs",
+                _ELSEWHERE: "outside of the folders of --sources, which were not looked at",
+            }
+            parts = [f"{self.sources[state]:,} {text}" for state, text in texts.items() if self.sources[state]]
+            yield f"source files: {'; '.join(parts) or 'all have changed'}"
+        found = "valid" if self.valid else "not valid"
+        yield f"{self.url}: {self.shards:,} shards were read, {found}"
+
+
+def validate(url: str, sources: Sequence[str] = ()) -> Validation:
+    """Read the keys of every layer and compare them, and look at the source files in the folders ``sources``.
+
+    The dataset names its sources, and who made it could name anything: other files are not opened. Raises UserError if
+    there is no dataset.
+    """
+    roots = ImageRoots.named(sources, "--sources {}")
+    store = Store(url)
+    manifest = read_manifest(store)
+    listings = {name: store.shards(name) for name in manifest["layers"]}
+    recorded = read_records(store).sources if sources else {}
+    sample = KeySample(_CAPACITY)
+    found = Validation(store.url, len(listings[SAMPLES]), sample.repeated(), code=_code_lines(manifest))
+    for layer, listing in listings.items():
+        found.errors += [f"{layer}/{shard}.parquet has no samples" for shard in listing.keys() - listings[SAMPLES]]
+
+    def read(shard: str) -> _Shard:
+        keys, errors, footer = _read_keys(store, manifest, shard, listings)
+        if not sources:
+            return _Shard(shard, keys, errors, _UNKNOWN)
+        return _Shard(
+            shard, keys, errors, *_compare_source(footer, recorded.get(shard), roots, manifest.get("moved", {}))
+        )
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        names = iter(listings[SAMPLES])
+        while batch := list(itertools.islice(names, _THREADS * 4)):
+            for shard in pool.map(read, batch):
+                sample.add(shard.name, shard.keys)
+                found.errors += shard.errors
+                if sources:
+                    found.sources[shard.source] += 1
+                if shard.source == _CHANGED:
+                    found.changed.append(f"{shard.name}: {shard.change}")
+    found.repeated = sample.repeated()
+    return found
+
+
+def _read_keys(
+    store: Store, manifest: Mapping[str, Any], shard: str, listings: Mapping[str, Mapping[str, int]]
+) -> tuple[ShardKeys, list[str], dict[str, str]]:
+    """Read the keys of a shard in all its layers: its keys, what is wrong, and the footer of its samples."""
+    layers = [name for name in manifest["layers"] if shard in listings[name]]
+    keys, errors = ShardKeys.of([]), []
+    footer: dict[str, str] = {}
+    for layer in layers:
+        fingerprints = {name: manifest["layers"][name]["fingerprint"] for name in (SAMPLES, layer)}
+        try:
+            with AlignedLayers(store, fingerprints, dict.fromkeys(fingerprints, ("key",))).open(
+                shard, whole=False
+            ) as files:
+                for number in range(files.row_groups):
+                    tables = files.read(number)
+                    if layer == SAMPLES:
+                        keys = keys.joined(ShardKeys.of(tables[SAMPLES]["key"].to_pylist()), _SHARD_CAPACITY)
+            if layer == SAMPLES:
+                with store.open_layer(SAMPLES, shard, whole=False) as file:
+                    footer = parse_footer(file.metadata)
+        except (UserError, OSError) as error:
+            errors.append(str(error))
+    return keys, errors, footer
+
+
+def _compare_source(
+    footer: Mapping[str, str], recorded: SourceRecord | None, roots: ImageRoots, moved: Mapping[str, str]
+) -> tuple[str, str]:
+    """How the source file compares with the one that the samples were read from, and what has changed."""
+    before = SourceState.from_footer(footer)
+    if "source" not in footer or before.head is None:
+        return _UNKNOWN, ""
+    url = current_url(footer["source"], moved)
+    try:
+        now = probe_state(roots.check(url))
+    except UserError:
+        return _ELSEWHERE, ""
+    if now is None:
+        return _UNREADABLE, ""
+    if before.same_content(now) is False:
+        return _CHANGED, before.describe_change(now)
+    same_place = recorded is not None and recorded.url == canonical(url)
+    if same_place and recorded is not None and recorded.state.stamp not in (None, now.stamp):
+        return _TOUCHED, ""
+    return _SAME, ""
+
+
+def _code_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """One line for each custom class whose file has changed while its layers were computed."""
+    return [
+        f"{kind[:-1]} {name}: its layers were computed with {len(entry[CODE_KEY])} states of the file of its class "
+        f"(hashes {', '.join(map(str, entry[CODE_KEY]))}) under one `version`"
+        for kind in ("teachers", "captioners")
+        for name, entry in manifest[kind].items()
+        if isinstance(entry.get(CODE_KEY), list) and len(entry[CODE_KEY]) > 1
+    ]
+
+
+def _first(lines: list[str], what: str) -> Iterator[str]:
+    yield from lines[:_NAMED]
+    if len(lines) > _NAMED:
+        yield f"and {len(lines) - _NAMED:,} more {what}"

@@ -1,0 +1,80 @@
+"""`reinforce validate`: repeated keys, damaged files, and sources that have changed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from reinforce.cli import main
+from reinforce.dataset.validate import validate
+from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.reinforced import reinforce_here, small_dataset
+
+
+def printed(url: str, status: int, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    with pytest.raises(SystemExit, match=f"^{status}$"):
+        main(["validate", url, *options])
+    return capsys.readouterr().out
+
+
+def test_a_sound_dataset_is_valid_and_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = small_dataset(tmp_path)
+    before = tree(tmp_path, layers_only=False)
+    assert printed(url, 0, capsys) == f"{url}: 3 shards were read, valid\n"
+    out = printed(url, 0, capsys, "--sources", f"{tmp_path}/source")
+    assert out == f"source files: 3 as when their samples were written\n{url}: 3 shards were read, valid\n"
+    assert tree(tmp_path, layers_only=False) == before
+
+
+def test_keys_that_repeat_across_shards_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, keys in enumerate((range(4), range(2, 9), range(20, 22))):
+        members = [member for key in keys for member in members_of(0, key + 1)[3 * key :]]
+        write_tar(tmp_path / "source" / f"{number}.tar", members)
+    url = reinforce_here(config_of(f"{tmp_path}/source/*.tar", tmp_path / "out"))
+    out = printed(url, 1, capsys)
+    assert "repeated keys: 2 keys, 18.18% of all, occur in more than one shard, for example in 0-" in out
+    assert out.endswith("3 shards were read, not valid\n")
+
+
+def test_changed_touched_and_missing_sources_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = small_dataset(tmp_path, sizes=(2, 2, 2))
+    write_tar(tmp_path / "source" / "00000.tar", members_of(7, 40))
+    (tmp_path / "source" / "00001.tar").unlink()
+    out = printed(url, 1, capsys, "--sources", str(tmp_path))
+    assert "1 source files have changed since their samples were written." in out
+    assert "  00000-" in out
+    assert " bytes then, " in out
+    assert "source files: 1 as when their samples were written; 1 that cannot be read now" in out
+
+
+def test_damaged_and_stray_files_are_errors_of_their_own(tmp_path: Path) -> None:
+    url = small_dataset(tmp_path, sizes=(3, 2, 2))
+    first, second, third = sorted((tmp_path / "out" / "embeddings" / "red" / "images").iterdir())
+    first.write_bytes(first.read_bytes()[:100])
+    shutil.copy(second, third)  # keys of another shard
+    shutil.copy(second, second.with_name("stray-0123456789.parquet"))
+    found = validate(url)
+    assert not found.valid
+    assert len(found.errors) == 3
+    for part in ("cannot be read", "does not have the keys", "stray-0123456789.parquet has no samples"):
+        assert sum(part in error for error in found.errors) == 1, found.errors
+
+
+def test_files_that_the_user_has_not_named_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = small_dataset(tmp_path, sizes=(2,))
+    monkeypatch.setattr("reinforce.dataset.validate.probe_state", lambda url: pytest.fail(f"{url} was opened"))
+    found = validate(url, [f"{tmp_path}/sour", "s3://bucket/source"])
+    assert found.sources == {"elsewhere": 1}
+    assert "source files: 1 outside of the folders of --sources, which were not looked at" in list(found.lines())
+
+
+def test_a_dataset_whose_source_moved_is_compared_where_it_is_now(tmp_path: Path) -> None:
+    url = small_dataset(tmp_path, sizes=(2,))
+    os.rename(tmp_path / "source", tmp_path / "new")
+    assert validate(url, [str(tmp_path)]).sources == {"unreadable": 1}
+    moved = {f"{tmp_path}/new": f"{tmp_path}/source"}
+    reinforce_here(config_of(f"{tmp_path}/new/*.tar", tmp_path / "out", moved=moved))
+    assert validate(url, [f"{tmp_path}/new"]).sources == {"same": 1}
