@@ -33,7 +33,10 @@ def open_stream(url: str) -> Iterator[tuple[Readable, int | None]]:
     kind = compression(url)
     check_file(fs, path)
     with fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
-        yield (_PlainStream(file), getattr(file, "size", None)) if kind is None else (_Decompressor(file, kind), None)
+        size = getattr(file, "size", None)
+        if size == 0 and fs.isdir(path):  # s3fs opens a folder as an empty file
+            raise IsADirectoryError(errno.EISDIR, "a folder")
+        yield (_PlainStream(file), size) if kind is None else (_Decompressor(file, kind), None)
 
 
 def check_file(fs: Any, path: str) -> None:

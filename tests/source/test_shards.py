@@ -243,7 +243,9 @@ def test_shards_are_read_from_s3(s3):
     assert list(read_shard("s3://shards/x/3.tar", LIMITS))[-1].reason is Reason.SHARD_DAMAGED
     for missing in ("s3://shards/x/4.tar", "s3://nobucket/x.tar"):
         assert [row.reason for row in read_shard(missing, LIMITS)] == [Reason.SHARD_MISSING]
-    assert [row.reason for row in read_shard("s3://shards/x", LIMITS)] == [Reason.SHARD_UNREADABLE]
+    [folder] = read_shard("s3://shards/x", LIMITS)
+    assert folder.reason is Reason.SHARD_UNREADABLE
+    assert folder.detail.startswith("a folder, not a tar: write s3://shards/x/*.tar for the tars in it")
     assert expand("s3://shards/x/[12].tar*") == ["s3://shards/x/1.tar", "s3://shards/x/2.tar.gz"]
     sample = next(read_shard("s3://shards/x/1.tar", LIMITS))
     assert list(read_ranges("s3://shards/x/1.tar", [(sample.offset, sample.length)])) == [sample.image]
