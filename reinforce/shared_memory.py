@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
+from multiprocessing.reduction import DupFd
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +53,22 @@ class SharedMemory:
         return data
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        """Close the descriptor; arrays stay valid. Also done when nothing refers to this object any more."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send the descriptor to a process that is being started by multiprocessing; nothing else can receive it."""
+        return _received, (DupFd(self.descriptor),)
+
+
+def _received(handle: Any) -> SharedMemory:
+    return SharedMemory(descriptor=handle.detach())
 
 
 def _anonymous_file() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,18 +63,26 @@ class CocaCaptioner:
         rounding of matrix products, which may depend on the batch. Raises ValueError if the logits of all of several
         images are NaN.
         """
+        return self.to_texts(self.generate(pixels, seeds))
+
+    @torch.inference_mode()
+    def generate(self, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]) -> list[list[list[int]] | None]:
+        """As ``caption``, but the tokens of each caption between start and end."""
         if seeds.shape != (len(pixels), self.captions):
             raise ValueError(f"expected seeds of shape {(len(pixels), self.captions)}, got {seeds.shape}")
         with self._accelerator.forward():
             _, images = self._visual(self._accelerator.layout(pixels))
         rows = self._spec.rows_per_image
         at_once = min(_MAX_ROWS // rows, _MAX_CACHE_BYTES // self._decoder.bytes_per_image(rows, images.shape[1]))
-        captions: list[list[str] | None] = []
+        captions: list[list[list[int]] | None] = []
         for part in np.array_split(np.arange(len(pixels)), -(-len(pixels) // max(1, at_once))):
             self._decoder.begin(images[part[0] : part[-1] + 1], rows)
-            for texts in decode(self._decoder, self._rules, self._spec, seeds[part]):
-                captions.append(None if texts is None else [self._tokens.text(tokens) for tokens in texts])
+            captions += decode(self._decoder, self._rules, self._spec, seeds[part])
         return captions
+
+    def to_texts(self, captions: Sequence[list[list[int]] | None]) -> list[list[str] | None]:
+        """Turn the tokens of ``generate`` into texts; needs no accelerator."""
+        return [None if tokens is None else [self._tokens.text(text) for text in tokens] for tokens in captions]
 
 
 class Vocabulary:

@@ -29,6 +29,7 @@ class OpenClipEncoder:
         self._model = model
         self.image: ImageSpec | None = image
         self._text = TextEncoder(model, copy.copy(tokenizer), accelerator)  # a copy, since TextEncoder modifies it
+        self.tokenizer_key = self._text.tokenizer_key
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import open_clip
@@ -29,6 +29,7 @@ class TextEncoder:
     def __init__(self, model: Any, tokenizer: Any, accelerator: Accelerator) -> None:
         self._model = model
         self._accelerator = accelerator
+        self.tokenizer_key = _tokenizer_key(tokenizer)
         self._tokenizer = disable_special_tokens(tokenizer)
         self._trims = _can_trim(model) and trimming_is_exact(
             lambda texts, trim: self._encode(self.tokenize(texts), trim)
@@ -50,6 +51,14 @@ class TextEncoder:
             return _encode_trimmed(tower, self._accelerator.put(tokens[:, :end].contiguous()))
         features: torch.Tensor = self._model.encode_text(self._accelerator.put(tokens))
         return features
+
+
+def _tokenizer_key(tokenizer: Any) -> Hashable | None:
+    """A value that is equal for tokenizers with equal tokens; None for all but open_clip's own."""
+    if type(tokenizer) is not open_clip.SimpleTokenizer or tokenizer.reduction_fn is not None:
+        return None
+    vocabulary = hash(frozenset(tokenizer.encoder.items()))
+    return vocabulary, tuple(tokenizer.all_special_ids), tokenizer.context_length, tokenizer.clean_fn
 
 
 def disable_special_tokens(tokenizer: Any) -> Any:

@@ -64,7 +64,8 @@ class Teacher(Protocol):
     only; one without ``encode_texts`` gets image layers only.
 
     A teacher with a slow tokenizer may add ``tokenize(texts) -> tokens`` and ``encode_tokens(tokens) -> embeddings``.
-    A run then calls these two for whole shards, so that one shard is tokenized while another uses the accelerator.
+    A run then calls these two instead of ``encode_texts``, so that one shard is tokenized while another uses the
+    accelerator. Teachers with an equal, hashable ``tokenizer_key`` share the tokens of a batch.
     """
 
     #: Length of the embeddings.
@@ -87,7 +88,11 @@ class Teacher(Protocol):
 
 
 class Captioner(Protocol):
-    """A model that writes ``captions`` synthetic captions for each image."""
+    """A model that writes ``captions`` synthetic captions for each image.
+
+    It may add ``generate(pixels, seeds) -> tokens`` and ``to_texts(tokens) -> captions``. A run then calls these two
+    instead of ``caption``, so that tokens become text while another shard uses the accelerator.
+    """
 
     #: Preprocessing of ``pixels``.
     image: ImageSpec

@@ -9,6 +9,7 @@ those of ``generate``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,15 +63,23 @@ class TransformersCaptioner:
         depend on the batch. None for an image whose logits are not finite. Raises ValueError if no image has finite
         logits.
         """
+        return self.to_texts(self.generate(pixels, seeds))
+
+    @torch.inference_mode()
+    def generate(self, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]) -> list[list[list[int]] | None]:
+        """As ``caption``, but the tokens of each caption."""
         if seeds.shape != (len(pixels), self.captions):
             raise ValueError(f"expected seeds of shape {(len(pixels), self.captions)}, got {seeds.shape}")
         images = max(1, self._rows // self._spec.rows_per_image)
-        texts: list[list[str] | None] = []
+        captions: list[list[list[int]] | None] = []
         for i in range(0, len(pixels), images):
             decoder = self._model.begin(pixels[i : i + images])
-            for captions in decode(decoder, self._rules, self._spec, seeds[i : i + images]):
-                texts.append(None if captions is None else [self._text(tokens) for tokens in captions])
-        return texts
+            captions += decode(decoder, self._rules, self._spec, seeds[i : i + images])
+        return captions
+
+    def to_texts(self, captions: Sequence[list[list[int]] | None]) -> list[list[str] | None]:
+        """Turn the tokens of ``generate`` into texts; needs no accelerator."""
+        return [None if tokens is None else [self._text(text) for text in tokens] for tokens in captions]
 
     def _text(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)

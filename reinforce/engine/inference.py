@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from teachers.protocols import Captioner, ImageSpec, Teacher
 
 Floats = npt.NDArray[np.float32]
 Seeds = npt.NDArray[np.uint64]
+_Texts: TypeAlias = "Callable[[], Sequence[list[str] | None]]"
 
 #: Largest difference of an embedding's norm from 1, in every precision.
 NORM_TOLERANCE = 0.01
@@ -31,6 +32,7 @@ class Inference:
 
     def __init__(self, config: Config, layers: Iterable[Layer], models: Models, counters: Counters) -> None:
         self._config, self._models, self._counters = config, models, counters
+        self._order = models.turns.next_order()
         computed = [layer for layer in layers if not layer.published]
         self.image_layers = [layer for layer in computed if layer.kind == "images"]
         self.caption_layers = [layer for layer in computed if layer.kind == "captions"]
@@ -56,8 +58,9 @@ class Inference:
             crops = put(runs(pixels.crops, cells)).flatten(0, 1)
         views = {spec: put(runs(pixels.views[spec], cells)) for spec in self.captioner_specs}
         seeds = {layer.name: self._caption_seeds(layer, rows) for layer in self.caption_layers}
-        with self._models.use_accelerator(self._counters):
-            return {**self._embed(crops, rows), **self._caption(views, seeds)}
+        with self._models.use_accelerator(self._counters, self._order):
+            embeddings, captions = self._embed(crops, rows), self._caption(views, seeds)
+        return {**embeddings, **self._texts(captions, len(rows))}
 
     def encode_texts(self, layer: Layer, texts: Sequence[list[str] | None]) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """Embeddings [rows, count, dim] of each row's texts, and the rows that have texts [rows].
@@ -73,7 +76,7 @@ class Inference:
             batch = distinct[start : start + size]
             with raising_layer_failure(layer.name):
                 encode = self._models.text_encoder(teacher, batch)
-                with self._models.use_accelerator(self._counters):
+                with self._models.use_accelerator(self._counters, self._order):
                     encoded[start : start + size] = to_numpy(encode(), len(batch), teacher.dim)
         values = np.zeros((len(texts), layer.count, teacher.dim), np.float32)
         for i, row in enumerate(texts):
@@ -103,19 +106,26 @@ class Inference:
             outputs[layer.name] = values.reshape(len(rows), count, dim)
         return outputs
 
-    def _caption(self, views: Mapping[ImageSpec, torch.Tensor], seeds: Mapping[str, Seeds]) -> dict[str, Any]:
-        """Captions by layer, with ``seeds`` [B, captions] of each layer."""
-        outputs = {}
+    def _caption(self, views: Mapping[ImageSpec, torch.Tensor], seeds: Mapping[str, Seeds]) -> dict[str, _Texts]:
+        """Functions that return the captions, by layer, with ``seeds`` [B, captions] of each layer."""
+        captions = {}
         for layer in self.caption_layers:
-            captioner, count = self._captioner(layer), len(seeds[layer.name])
+            captioner = self._captioner(layer)
             with raising_layer_failure(layer.name):
                 pixels = to_pixels(views[captioner.image], captioner.image)
-                texts = captioner.caption(pixels, seeds[layer.name])
+                captions[layer.name] = self._models.captions(captioner, pixels, seeds[layer.name])
+        return captions
+
+    def _texts(self, captions: Mapping[str, _Texts], count: int) -> dict[str, Any]:
+        """The captions of ``count`` images, by layer."""
+        outputs = {}
+        for layer in self.caption_layers:
+            with raising_layer_failure(layer.name):
+                texts = outputs[layer.name] = captions[layer.name]()
                 if len(texts) != count or any(row is not None and len(row) != layer.count for row in texts):
                     raise ValueError(
                         f"{layer.model}: caption() must return {layer.count} texts for each of {count} images"
                     )
-            outputs[layer.name] = texts
         return outputs
 
     def _caption_seeds(self, layer: Layer, rows: Sequence[Row]) -> Seeds:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from reinforce.config import Config
 from reinforce.dataset.backends import load_backend
 from reinforce.dataset.layers import Layer
+from reinforce.engine.token_cache import TokenCache
 from reinforce.engine.traces import user_frames
+from reinforce.engine.turns import Turns
 from reinforce.errors import UserError
 from teachers.device import Accelerator
 from teachers.protocols import Captioner, Teacher
@@ -36,22 +41,41 @@ class Models:
     captioners: Mapping[str, Captioner]
     accelerator: Accelerator
     counters: Counters = field(default_factory=Counters)
-    _in_use: threading.Lock = field(default_factory=threading.Lock)
+    turns: Turns = field(default_factory=Turns)
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
+    _tokens: TokenCache = field(default_factory=TokenCache)
 
     def text_encoder(self, teacher: Teacher, texts: Sequence[str]) -> Callable[[], torch.Tensor]:
-        """A function that encodes ``texts`` on the accelerator. They are tokenized now if the teacher supports it."""
-        tokenize = getattr(teacher, "tokenize", None)
-        if tokenize is None:
+        """A function that encodes ``texts`` on the accelerator. They are tokenized now if the teacher supports it.
+
+        Teachers with one tokenizer share the tokens of a batch.
+        """
+        if not _splits(teacher, "encode_texts", "tokenize", "encode_tokens"):
             return lambda: teacher.encode_texts(texts)
+        splitting: Any = teacher
+        key: Hashable | None = getattr(teacher, "tokenizer_key", None)
         with self._tokenizing:
-            tokens = tokenize(texts)
-        return lambda: teacher.encode_tokens(tokens)  # type: ignore[attr-defined]
+            tokens = self._tokens.get(key, texts, splitting.tokenize)
+        return lambda: splitting.encode_tokens(tokens)
+
+    def captions(
+        self, captioner: Captioner, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]
+    ) -> Callable[[], Sequence[list[str] | None]]:
+        """Caption on the accelerator -> a function that returns the texts, for which it is not needed."""
+        if not _splits(captioner, "caption", "generate", "to_texts"):
+            texts = captioner.caption(pixels, seeds)
+            return lambda: texts
+        splitting: Any = captioner
+        tokens = splitting.generate(pixels, seeds)
+        return lambda: splitting.to_texts(tokens)
 
     @contextlib.contextmanager
-    def use_accelerator(self, shard: Counters | None = None) -> Iterator[None]:
-        """Exclusive use of the accelerator. The time in it counts as busy, for the worker and for ``shard``."""
-        with self._in_use, torch.inference_mode():
+    def use_accelerator(self, shard: Counters | None = None, order: int = 0) -> Iterator[None]:
+        """Exclusive use of the accelerator; the lowest ``order`` of those who wait comes first.
+
+        The time in it counts as busy, for the worker and for ``shard``.
+        """
+        with self.turns.take(order), torch.inference_mode():
             start = time.perf_counter()
             try:
                 yield
@@ -85,3 +109,15 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
         )
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(f"{error}{user_frames(error)}") from error
+
+
+def _splits(model: object, whole: str, *parts: str) -> bool:
+    """Whether ``parts`` replace the method ``whole``: no class below theirs overrides it."""
+    defined = {name: _definer(type(model), name) for name in (whole, *parts)}
+    owner = defined.pop(whole)
+    return owner is not None and all(part is not None and issubclass(part, owner) for part in defined.values())
+
+
+def _definer(kind: type, method: str) -> type | None:
+    """The class from which ``kind`` has a method, or None."""
+    return next((base for base in kind.__mro__ if method in vars(base)), None)

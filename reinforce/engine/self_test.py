@@ -146,7 +146,8 @@ def _caption(
 ) -> list[list[str]]:
     pixels = probe_images(models, captioner.image, rows)
     with models.use_accelerator():
-        texts = captioner.caption(pixels, seeds)
+        captions = models.captions(captioner, pixels, seeds)
+    texts = captions()
     count = seeds.shape[1]
     if [row is not None and len(row) for row in texts] != [count] * len(rows):
         raise ValueError(f"caption() must return a list of {count} texts for each of {len(rows)} images, got {texts!r}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import open_clip
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from reinforce.dataset.backends import load_backend
 from reinforce.engine.models import Counters, Models, load_models
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
+from teachers import open_clip_text
 from teachers.device import Accelerator
 from tests.helpers.data import config_of
 from tests.helpers.models import ColorTeacher, SeedCaptioner
@@ -30,6 +33,30 @@ class Tokenizing(ColorTeacher):
 
     def encode_tokens(self, tokens: list[str]) -> torch.Tensor:
         return self.encode_texts(tokens)
+
+
+class Overriding(Tokenizing):
+    """Overrides the whole below the parts."""
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return -super().encode_texts(texts)
+
+
+class Splitting(SeedCaptioner):
+    """Splits ``caption`` into its two parts."""
+
+    def generate(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[int]]:
+        return [[int(seed) for seed in row] for row in seeds]
+
+    def to_texts(self, tokens: list[list[int]]) -> list[list[str]]:
+        return [[f"seed {token}" for token in row] for row in tokens]
+
+
+class OverridingCaptioner(Splitting):
+    """Overrides the whole below the parts."""
+
+    def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
+        return [["mine"] * len(row) for row in seeds]
 
 
 def models() -> Models:
@@ -82,3 +109,20 @@ def test_a_gpu_that_torch_does_not_see_is_reported_with_the_fix() -> None:
     config = parse_config(config_of("x.tar", "out", workers={"gpus": 1}))
     with pytest.raises(UserError, match=r"torch does not see it.*set workers.gpus to 0"):
         load_models(config, LAYERS.values())
+
+
+def test_a_class_that_overrides_a_method_below_its_parts_is_called_by_the_method() -> None:
+    teacher = Overriding(CPU)
+    torch.testing.assert_close(models().text_encoder(teacher, ["one"])(), teacher.encode_texts(["one"]))
+    pixels, seeds = torch.zeros(1, 3, 8, 8), np.array([[1, 2]], np.uint64)
+    assert models().captions(Splitting(CPU), pixels, seeds)() == [["seed 1", "seed 2"]]
+    assert models().captions(OverridingCaptioner(CPU), pixels, seeds)() == [["mine", "mine"]]
+
+
+def test_teachers_of_open_clip_with_one_tokenizer_share_the_tokens_of_a_batch() -> None:
+    tokenizers = [open_clip.get_tokenizer(name) for name in ("ViT-B-32", "ViT-L-14")]
+    keys = [open_clip_text._tokenizer_key(tokenizer) for tokenizer in tokenizers]
+    assert keys[0] == keys[1] is not None
+    assert open_clip_text._tokenizer_key(open_clip.SimpleTokenizer(context_length=64)) != keys[0]
+    assert open_clip_text._tokenizer_key(open_clip.SimpleTokenizer(clean="whitespace")) != keys[0]
+    assert open_clip_text._tokenizer_key(open_clip.SimpleTokenizer(reduction_mask="shuffle")) is None

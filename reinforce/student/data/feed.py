@@ -10,12 +10,10 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import queue
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -30,7 +28,6 @@ from reinforce.student.data.stream import RankStream, StreamPlan
 from reinforce.training.task import Batch, Reading
 
 _LOG = logging.getLogger(__name__)
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps memory that processes share
 #: Modules that loader processes need and that take seconds to import: the fork server imports them once.
 _PRELOADED = ["open_clip", "reinforce.student.data.stream", "teachers.open_clip_text"]
 
@@ -115,8 +112,7 @@ class StudentFeed:
         start = stream.step
         # While the parts of one step are assembled, a process is at most `prefetch` steps ahead of them.
         depth, rows = self._data.prefetch + 1, -(-stream.batch // processes)
-        self._check_shared_memory(processes, depth, rows)
-        buffers = stream.buffers = self._maker.allocate(processes, depth, rows).share_memory()
+        buffers = stream.buffers = self._maker.allocate_shared(processes, depth, rows)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         loader: DataLoader[Part | UserError] = DataLoader(
@@ -139,14 +135,6 @@ class StudentFeed:
                 parts.append(part)
             filled = [buffers.select(p, step % depth, slice(len(part.keys))) for p, part in enumerate(parts)]
             yield self._assembler.assemble(parts, filled), sum((part.unusable for part in parts), Counter())
-
-    def _check_shared_memory(self, *rows: int) -> None:
-        needed = self._maker.buffer_bytes(*rows)
-        if _SHARED_MEMORY.exists() and (free := shutil.disk_usage(_SHARED_MEMORY).free) < needed:
-            raise UserError(
-                f"{_SHARED_MEMORY} has {free / 1e6:,.0f} MB free, and loader processes need {needed / 1e6:,.0f} MB "
-                "there for batches. Enlarge it (docker run --shm-size), lower data.prefetch, or set data.workers to 0."
-            )
 
 
 class _WorkerStream(IterableDataset[Any]):

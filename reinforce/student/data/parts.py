@@ -6,18 +6,20 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from reinforce.dataset.backends import load_backend
 from reinforce.errors import UserError
+from reinforce.shared_memory import SharedMemory
 from reinforce.source.image import ImageRefused, decode
 from reinforce.student.data.examples import Example
 
 #: n texts -> int64 [n, context].
 Tokenize = Callable[[Sequence[str]], torch.Tensor]
+_Shape: TypeAlias = "tuple[int, ...]"
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,30 @@ class PartBuffers:
     image: torch.Tensor  # uint8 [..., n, size, size, 3]
     view: torch.Tensor  # uint8 [..., n, view, view, 3]; [..., n, 0, 0, 3] if there is none or it equals the image
     vectors: torch.Tensor  # float32 [..., n, sum of dimensions]
+    memory: SharedMemory | None = None  # that holds all of them; a process that is started with them maps it, too
 
     def select(self, *index: int | slice) -> PartBuffers:
         """The buffers at an index into the leading dimensions, sharing memory."""
         return PartBuffers(self.image[index], self.view[index], self.vectors[index])
 
-    def share_memory(self) -> PartBuffers:
-        """The same buffers in memory shared between processes, whose pages are reused instead of allocated anew."""
-        return PartBuffers(self.image.share_memory_(), self.view.share_memory_(), self.vectors.share_memory_())
+    def __reduce__(self) -> tuple[Any, ...]:
+        tensors = (self.image, self.view, self.vectors)
+        if self.memory is None:
+            return PartBuffers, tensors
+        return _map_buffers, (self.memory, *(tuple(tensor.shape) for tensor in tensors))
+
+
+def _map_buffers(memory: SharedMemory, image: _Shape, view: _Shape, vectors: _Shape) -> PartBuffers:
+    """Buffers of these shapes in shared memory."""
+    pixels, start = memory.array(), 4 * math.prod(vectors)  # vectors come first, since their memory is aligned
+    floats, pixels = pixels[:start].view(np.float32), pixels[start:]
+    images, views = np.split(pixels, [math.prod(image)])
+    return PartBuffers(
+        torch.from_numpy(images.reshape(image)),
+        torch.from_numpy(views.reshape(view)),
+        torch.from_numpy(floats.reshape(vectors)),
+        memory,
+    )
 
 
 class Part(NamedTuple):
@@ -69,9 +87,12 @@ class PartMaker:
         image, view = (torch.empty((*rows, side, side, 3), dtype=torch.uint8) for side in self.sides)
         return PartBuffers(image, view, torch.empty((*rows, self.width)))
 
-    def buffer_bytes(self, *rows: int) -> int:
-        """Size of ``allocate(*rows)`` in bytes."""
-        return math.prod(rows) * (sum(3 * side**2 for side in self.sides) + 4 * self.width)
+    def allocate_shared(self, *rows: int) -> PartBuffers:
+        """The same in memory shared between processes, whose pages are reused instead of allocated anew."""
+        image, view = ((*rows, side, side, 3) for side in self.sides)
+        vectors = (*rows, self.width)
+        size = math.prod(image) + math.prod(view) + 4 * math.prod(vectors)
+        return _map_buffers(SharedMemory(size), image, view, vectors)
 
     def make(self, examples: Sequence[Example], buffers: PartBuffers, unusable: Counter[str]) -> Part:
         """Make a part in ``buffers`` for at least as many examples.

@@ -11,7 +11,6 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -309,12 +308,6 @@ def test_streams_must_be_a_multiple_of_ranks_and_processes(url: str) -> None:
 def test_more_processes_than_samples_in_a_batch_are_refused(url: str) -> None:
     with pytest.raises(UserError, match=r"data.workers \(5\) must be at most the batch of a rank \(4\)"):
         next(feed_of(url, workers=5).batches(0, 1, 4, 0))
-
-
-def test_too_little_shared_memory_is_reported_before_processes_start(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reinforce.student.data.feed.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**26))
-    with pytest.raises(UserError, match=r"has 67 MB free.*need 71 MB.*docker run --shm-size"):
-        next(feed_of(url, size=16, workers=2, prefetch=6).batches(0, 1, 10_000, 0))
 
 
 TRAINING = """

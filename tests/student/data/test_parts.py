@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from reinforce.config import Limits
 from reinforce.dataset.augment import Augmentation, Crop, replay
 from reinforce.errors import UserError
 from reinforce.source.image import decode
 from reinforce.student.data.examples import Example, SampleFile
-from reinforce.student.data.parts import PartMaker
+from reinforce.student.data.parts import PartBuffers, PartMaker
 from tests.helpers.data import picture
 from tests.helpers.reinforced import letters, read
 
 FILE = SampleFile("samples/x.parquet", Limits())
 CROP = Augmentation(Crop(top=2, left=3, height=20, width=24), 16, None)
+
+
+def tensors_of(buffers: PartBuffers) -> tuple[torch.Tensor, ...]:
+    return buffers.image, buffers.view, buffers.vectors
+
+
+def fill(buffers: PartBuffers) -> None:
+    """Runs in another process."""
+    for tensor, value in zip(tensors_of(buffers), (1, 2, 0.5), strict=True):
+        tensor.fill_(value)
 
 
 def example(number: int) -> Example:
@@ -54,16 +66,16 @@ def test_parts_are_made_in_the_selected_buffers() -> None:
 
 
 def test_shared_buffers_are_shared_between_processes() -> None:
-    buffers = PartMaker(12, 5, letters).allocate(2).share_memory()
-    assert all(tensor.is_shared() for tensor in (buffers.image, buffers.view, buffers.vectors))
-
-
-@pytest.mark.parametrize("view", [None, 12, 16])
-def test_the_size_of_buffers_is_known_before_they_are_allocated(view: int | None) -> None:
-    maker = PartMaker(12, 5, letters, view)
-    buffers = maker.allocate(2, 3)
-    tensors = (buffers.image, buffers.view, buffers.vectors)
-    assert maker.buffer_bytes(2, 3) == sum(t.numel() * t.element_size() for t in tensors)
+    maker = PartMaker(12, 5, letters, view=16)
+    buffers, alike = maker.allocate_shared(2, 3), maker.allocate(2, 3)
+    for shared, other in zip(tensors_of(buffers), tensors_of(alike), strict=True):
+        assert (shared.shape, shared.dtype) == (other.shape, other.dtype)
+        shared.zero_()
+    process = multiprocessing.get_context("forkserver").Process(target=fill, args=(buffers,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert [tensor.unique().tolist() for tensor in tensors_of(buffers)] == [[1], [2], [0.5]]
 
 
 @pytest.mark.parametrize("image", [b"not an image", picture(0, width=8, height=6)])
