@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from reinforce.seeds import permutation, seed_for, uniforms
+from reinforce.seeds import permutation, philox_bits, seed_for, uniforms
 
 
 def test_seeds_never_change() -> None:
@@ -43,3 +47,16 @@ def test_a_permutation_has_every_index_once_and_follows_the_seed() -> None:
     assert sorted(order.tolist()) == list(range(1_000))
     assert order.tolist() == permutation(1_000, 0, "purpose").tolist()
     assert order.tolist() != permutation(1_000, 1, "purpose").tolist()
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(1, 40)), min_size=1, max_size=5))
+def test_philox_bits_are_those_of_a_new_generator(draws: list[tuple[int, int]]) -> None:
+    for key, count in draws:
+        assert philox_bits(key, count).tolist() == np.random.Philox(key=key).random_raw(count).tolist()
+
+
+def test_threads_draw_philox_bits_independently() -> None:
+    keys = list(range(2_000))
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(lambda key: philox_bits(key, 3).tolist(), keys))
+    assert drawn == [np.random.Philox(key=key).random_raw(3).tolist() for key in keys]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from reinforce.config import Augmentations, RandAugment
 from reinforce.dataset.operations import TORCHVISION, Operation
-from reinforce.seeds import seed_for
+from reinforce.seeds import philox_bits, seed_for
 
 #: Name and version of what ``replay`` computes, the default backend; recorded in dataset.json.
 AUGMENTATION_BACKEND = "torchvision-pil-1"
@@ -67,9 +67,8 @@ def sample_augmentation(
 
     A function of the arguments only: the same in every process and on every machine.
     """
-    # The raw stream of a bit generator is the same in all numpy versions; the methods of Generator are not.
     draws = 2 * _ATTEMPTS + 2 + 1 + 2 * policy.rand_augment.ops
-    bits = np.random.Philox(key=seed_for(seed, key, "augmentation", index)).random_raw(draws)
+    bits = philox_bits(seed_for(seed, key, "augmentation", index), draws)
     uniforms: list[float] = ((bits >> np.uint64(11)) * 2.0**-53).tolist()
     for_crop, (apply, *for_ops) = uniforms[: 2 * _ATTEMPTS + 2], uniforms[2 * _ATTEMPTS + 2 :]
     crop = _sample_crop(for_crop, policy.scale, policy.ratio, width, height)
