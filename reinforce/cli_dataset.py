@@ -32,7 +32,8 @@ def status(
     if found["quarantine"] and not reasons:
         typer.echo(escape(f"`reinforce status {found['url']} --reasons` shows an example of each reason"))
     if last := found["last_run"]:
-        text = f"last run {last['run']}: {last['shards']:,} shards in {last['seconds']:.0f} s, {last['message']}"
+        shards, seconds = last.get("shards", 0), last.get("seconds", 0)
+        text = f"last run {last.get('run')}: {shards:,} shards in {seconds:.0f} s, {last.get('message')}"
         typer.echo(escape(text))
         lines = [*cleaned_lines(last.get("cleaned", {})), *not_in_source_lines(last.get("not_in_source", {}))]
         for line in [*lines, *map(str, last.get("notes", []))]:

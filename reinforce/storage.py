@@ -25,6 +25,7 @@ from reinforce.errors import StorageError, UserError
 from reinforce.source.urls import filesystem
 from teachers.redact import redact
 
+_JSON_BYTES = 16 * 2**20  # of a file that is read as JSON
 _TEMPORARY_FOLDER = ".tmp"
 _TEMPORARY_PREFIX = "reinforce-"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota reached, file too large
@@ -68,21 +69,30 @@ class Storage:
         return posixpath.join(self.root, *parts)
 
     def read_json(self, *parts: str) -> dict[str, Any] | None:
-        """Read a JSON object; return None if the file does not exist."""
+        """Read a JSON object; return None if the file does not exist. Raises UserError for any other file."""
         path = self.path(*parts)
         try:
-            with self.storage_errors("read", *parts):
-                content = self.fs.cat_file(path)
-            data = json.loads(content)
-        except FileNotFoundError:
+            data = json.loads(self.read_bytes(*parts, limit=_JSON_BYTES))
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, UnicodeDecodeError) as error:
+        except (ValueError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(
                 f"{path} is not valid JSON ({error}). Restore it from a backup or from another copy."
             ) from error
         if not isinstance(data, dict):
             raise UserError(f"{path} is not a JSON object. Restore it from a backup or from another copy.")
         return data
+
+    def read_bytes(self, *parts: str, limit: int) -> bytes:
+        """Read a small file. Raises UserError for one of more than ``limit`` bytes, and for pipes and devices."""
+        path = self.path(*parts)
+        if self.local and os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would block
+            raise UserError(f"{path} is not a file. Remove it, and restore the file.")
+        with self.storage_errors("read", *parts):
+            content: bytes = self.fs.cat_file(path, end=limit + 1)
+        if len(content) > limit:
+            raise UserError(f"{path} has more than {limit:,} bytes. Restore it from a backup or from another copy.")
+        return content
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
         """Publish a small file."""

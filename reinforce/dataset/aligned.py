@@ -13,6 +13,7 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.store import Store, parse_footer
 from reinforce.errors import UserError
 from reinforce.source.identity import current_url
+from reinforce.terminal import escape
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,20 @@ def read_errors(path: str) -> Iterator[None]:
         raise UserError(f"{path} is missing. `reinforce run` with its config computes what is missing.") from error
     except Exception as error:  # each storage driver has its own exceptions, and Arrow several for damage
         raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {error}). If it is damaged, delete it: "
+            f"{path} cannot be read ({type(error).__name__}: {escape(str(error)[:500])}). If it is damaged, delete it: "
             "`reinforce run` with its config computes what is missing."
+        ) from error
+
+
+@contextlib.contextmanager
+def row_errors(where: str) -> Iterator[None]:
+    """Turn what the conversion of damaged or forged rows raises into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError, pa.ArrowException) as error:
+        raise UserError(
+            f"{where}: rows are not as runs write them ({escape(f'{type(error).__name__}: {error}'[:300])}). Restore "
+            "the dataset."
         ) from error

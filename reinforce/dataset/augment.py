@@ -30,6 +30,9 @@ OPS = (
 
 _SIGNED = frozenset(OPS[1:10])
 _BINS = 31  # magnitude levels of RandAugment
+#: Bounds of a record, which may be from somebody else's dataset; configs allow no larger side.
+MAX_SIDE = 4096
+_MAX_OPS = 256
 _ATTEMPTS = 10  # crops that are tried before falling back to a central one
 
 
@@ -162,6 +165,10 @@ def replay_with(
 ) -> Image.Image:
     """Apply a record as ``replay`` does, by these functions."""
     crop, size = augmentation.crop, size or augmentation.size
+    if size > MAX_SIDE or len(augmentation.ops or ()) > _MAX_OPS:
+        raise ValueError(
+            f"a record of {size} pixels and {len(augmentation.ops or ())} operations; at most {MAX_SIDE} and {_MAX_OPS}"
+        )
     box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
     if image.mode != "RGB" or min(box) < 0 or box[2] > image.width or box[3] > image.height:
         raise ValueError(
@@ -174,6 +181,8 @@ def replay_with(
         if op.name not in operations:
             raise ValueError(f"unknown operation {op.name!r} in an augmentation record; known: {', '.join(OPS)}")
         magnitude = op.magnitude
+        if not abs(magnitude) <= MAX_SIDE:  # also not a number
+            raise ValueError(f"magnitude {magnitude} in an augmentation record; at most {MAX_SIDE}")
         if op.name in ("TranslateX", "TranslateY") and size != augmentation.size:
             magnitude *= size / augmentation.size
         out = operations[op.name](out, magnitude)

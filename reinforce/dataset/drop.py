@@ -19,7 +19,7 @@ from typing import Any
 
 from reinforce.config import LAYER_NAME
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer
-from reinforce.dataset.manifest import TUNED_KEY, read_manifest
+from reinforce.dataset.manifest import TUNED_KEY, find_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.errors import UserError
 from reinforce.terminal import format_bytes
@@ -77,7 +77,7 @@ def plan_drop(store: Store, patterns: Iterable[str]) -> DropPlan:
 
     ``*`` matches any characters, ``/`` included. Raises UserError if there is no dataset or nothing matches a pattern.
     """
-    manifest = _read_manifest(store)
+    manifest = find_manifest(store)
     known = _known_layers(store, manifest)
     if not known:
         raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST} and no layers.")
@@ -140,10 +140,6 @@ def _deletion_order(layer: str) -> tuple[int, str]:
 
 def _describe_files(sizes: Collection[int]) -> str:
     return f"{len(sizes):,} {'file' if len(sizes) == 1 else 'files'} ({format_bytes(sum(sizes))})"
-
-
-def _read_manifest(store: Store) -> dict[str, Any] | None:
-    return None if store.read_json(MANIFEST) is None else read_manifest(store)
 
 
 def _known_layers(store: Store, manifest: Mapping[str, Any] | None) -> list[str]:
@@ -220,7 +216,7 @@ def _delete_files(store: Store, *parts: str) -> None:
 
 def _remove_entry(store: Store, layer: str) -> None:
     """Remove a layer from ``dataset.json``, with the entry of its model if that has no other layer."""
-    manifest = _read_manifest(store)
+    manifest = find_manifest(store)
     if manifest is None:
         return
     orphans = _orphans(manifest, [layer])

@@ -82,10 +82,10 @@ def read_footer(tail: bytes, size: int) -> pq.FileMetaData | None:
     return _reconstruct_filemetadata(pa.py_buffer(footer))
 
 
-def check_rows(rows: int) -> int:
+def check_rows(rows: int, most: int = MAX_ROWS) -> int:
     """Return the number of rows of a row group. Raises RefusedFile if it is above the bounds."""
-    if not 0 <= rows <= MAX_ROWS:
-        raise RefusedFile(f"a row group has {rows:,} rows; at most {MAX_ROWS:,} are read")
+    if not 0 <= rows <= most:
+        raise RefusedFile(f"a row group has {rows:,} rows; at most {most:,} are read")
     return rows
 
 
@@ -96,8 +96,8 @@ class LayerFile:
     storage raises.
     """
 
-    def __init__(self, source: Any, size: int) -> None:
-        self._source = _Source(source, size)
+    def __init__(self, source: Any, size: int, max_rows: int = MAX_ROWS) -> None:
+        self._source, self._max_rows = _Source(source, size), max_rows
         footer = read_footer(self._source.tail(TAIL_BYTES), size)
         if footer is None:
             footer = read_footer(self._source.tail(MAX_FOOTER_BYTES + 8), size)
@@ -111,6 +111,8 @@ class LayerFile:
 
     def read(self, columns: Collection[str] | None = None) -> pa.Table:
         """Read all row groups; raises as ``read_row_group``."""
+        if not self.num_row_groups:
+            return self._file.schema_arrow.empty_table()
         return pa.concat_tables([self.read_row_group(number, columns) for number in range(self.num_row_groups)])
 
     def read_row_group(self, number: int, columns: Collection[str] | None = None, use_threads: bool = True) -> pa.Table:
@@ -119,7 +121,7 @@ class LayerFile:
         if missing := set(columns or ()) - set(names):
             raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
         group = self.metadata.row_group(number)
-        check_rows(group.num_rows)
+        check_rows(group.num_rows, self._max_rows)
         leaves = [leaf for leaf in map(group.column, range(group.num_columns)) if _column(leaf) in names]
         with self._source.fetched([_span(leaf, self._source.size()) for leaf in leaves]):
             self._check_bytes(group.num_rows, leaves)

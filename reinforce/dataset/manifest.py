@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import schemas
-from reinforce.config import LAYER_NAME, Config
+from reinforce.config import Config
 from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.manifest_model import check_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.errors import UserError
 from reinforce.source.urls import canonical
@@ -20,12 +21,21 @@ CODE_KEY = "code"
 
 def read_manifest(store: Store) -> dict[str, Any]:
     """Read dataset.json. Raises UserError if there is none, it is damaged, or a newer version wrote it."""
-    manifest = store.read_json(MANIFEST)
+    manifest = find_manifest(store)
     if manifest is None:
         raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST}.")
-    if manifest.get("schema_version", 0) > schemas.SCHEMA_VERSION:
+    return manifest
+
+
+def find_manifest(store: Store) -> dict[str, Any] | None:
+    """Read dataset.json, None if there is none. Raises UserError if it is damaged, or a newer version wrote it."""
+    manifest = store.read_json(MANIFEST)
+    if manifest is None:
+        return None
+    version = manifest.get("schema_version", 0)
+    if isinstance(version, int) and version > schemas.SCHEMA_VERSION:
         raise UserError(f"{store.url} was written by a newer version of this program. Upgrade to read it.")
-    check_names(manifest, store.url)
+    check_manifest(manifest, store.url)
     return manifest
 
 
@@ -180,21 +190,6 @@ def scale_notes(old: Mapping[str, Any] | None, config: Config) -> list[str]:
                 "which was in use before the tuning; any other value would replace it"
             )
     return notes
-
-
-def check_names(manifest: Mapping[str, Any], where: str) -> None:
-    """Raise UserError if a name that becomes part of a path is not valid for a layer, as in a forged manifest."""
-    try:
-        parts = [part for name in manifest["layers"] for part in name.split("/")]
-        names = [*parts, *manifest["teachers"], *manifest["captioners"]]
-        moved = [folder for pair in manifest.get("moved", {}).items() for folder in pair]
-        if not all(isinstance(folder, str) for folder in moved):
-            raise TypeError
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: dataset.json is not that of a reinforced dataset. Restore it.") from error
-    for name in names:
-        if not LAYER_NAME.fullmatch(name):
-            raise UserError(f"{where}: dataset.json has {name!r}, which is not a valid layer name. Restore it.")
 
 
 def _model_identity(layers: Mapping[str, Layer], name: str, folder: str) -> Any:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from reinforce import settings
 from reinforce.config import ReadLimits
 from reinforce.dataset import vectors
-from reinforce.dataset.aligned import AlignedLayers
+from reinforce.dataset.aligned import AlignedLayers, row_errors
 from reinforce.dataset.augment import from_records
 from reinforce.dataset.completeness import check_completeness
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
@@ -217,37 +217,57 @@ class Dataset:
         return ImagePolicies.from_manifest(self.manifest, self.store.url, self._limits)
 
     def _samples(self, tables: Mapping[str, pa.Table]) -> Iterator[Sample]:
-        """The samples of one row group."""
-        rows = tables[SAMPLES].to_pylist()
-        images: Iterator[bytes]
+        """The samples of one row group. Raises UserError if a row is not what a run writes."""
         column = image_column(self.manifest["images"])
         if column not in tables[SAMPLES].column_names:
             raise UserError(f"{self.store.url}: column {column}, which dataset.json states, is missing. Restore it.")
+        with row_errors(self.store.url):
+            rows = tables[SAMPLES].to_pylist()
+            layers = _RowGroupLayers(tables, self.teachers, self.captioners)
+        images: Iterator[bytes]
         if self.manifest["images"] == "embed":
             images = (row["image"] for row in rows)
         else:
             images = referenced_images([row["image_ref"] for row in rows], self.roots)
-        captions = {
-            c: tables[captions_layer(c)]["captions"].to_pylist() for c in self.captioners if captions_layer(c) in tables
+        for i, (row, image) in enumerate(zip(rows, images, strict=True)):
+            with row_errors(self.store.url):
+                sample = Sample(
+                    key=row["key"],
+                    caption=row["caption"],
+                    metadata=json.loads(row["metadata"]) if row["metadata"] else None,
+                    width=row["width"],
+                    height=row["height"],
+                    image=image,
+                    augmentations=tuple(from_records(row["augmentations"])),
+                    captions=layers.captions(i),
+                    images=layers.images(i),
+                    texts=layers.texts(i),
+                    policies=self._policies,
+                )
+            yield sample
+
+
+class _RowGroupLayers:
+    """The captions and vectors of a row group, by row."""
+
+    def __init__(self, tables: Mapping[str, pa.Table], teachers: Sequence[str], captioners: Sequence[str]) -> None:
+        self._teachers = teachers
+        self._captions = {
+            c: tables[captions_layer(c)]["captions"].to_pylist() for c in captioners if captions_layer(c) in tables
         }
         arrays = {name: vectors.decode(table) for name, table in tables.items() if name.startswith("embeddings/")}
-        of_images = {name.split("/")[1]: v for name, v in arrays.items() if name.endswith("/images")}
-        for i, row in enumerate(rows):
-            texts: dict[str, dict[str, np.ndarray]] = {t: {} for t in self.teachers}
-            for name, values in arrays.items():
-                _, teacher, inputs = name.split("/")
-                if inputs != "images":
-                    texts[teacher][inputs] = values[i]
-            yield Sample(
-                key=row["key"],
-                caption=row["caption"],
-                metadata=json.loads(row["metadata"]) if row["metadata"] else None,
-                width=row["width"],
-                height=row["height"],
-                image=next(images),
-                augmentations=tuple(from_records(row["augmentations"])),
-                captions={name: texts_of[i] for name, texts_of in captions.items()},
-                images={teacher: values[i] for teacher, values in of_images.items()},
-                texts=texts,
-                policies=self._policies,
-            )
+        self._images = {name.split("/")[1]: v for name, v in arrays.items() if name.endswith("/images")}
+        self._texts = {name: v for name, v in arrays.items() if not name.endswith("/images")}
+
+    def captions(self, row: int) -> dict[str, list[str] | None]:
+        return {name: texts[row] for name, texts in self._captions.items()}
+
+    def images(self, row: int) -> dict[str, np.ndarray]:
+        return {teacher: values[row] for teacher, values in self._images.items()}
+
+    def texts(self, row: int) -> dict[str, dict[str, np.ndarray]]:
+        texts: dict[str, dict[str, np.ndarray]] = {teacher: {} for teacher in self._teachers}
+        for name, values in self._texts.items():
+            _, teacher, inputs = name.split("/")
+            texts[teacher][inputs] = values[row]
+        return texts

@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.manifest import check_names
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.manifest_model import check_run
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.terminal import escape, format_bytes
 
@@ -25,10 +26,9 @@ def read_status(url: str) -> dict[str, Any]:
     Raises UserError if there is no dataset.
     """
     store = Store(url)
-    manifest = store.read_json(MANIFEST)
-    if manifest is None:
-        raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST}.")
-    check_names(manifest, store.url)
+    manifest = read_manifest(store)
+    if SAMPLES not in manifest["layers"]:
+        raise UserError(f"{store.url}: dataset.json lists no samples. Restore it.")
     layers, quarantine = {}, {}
     for name, entry in manifest["layers"].items():
         sizes = store.shards(name)
@@ -79,10 +79,12 @@ def _last_run(store: Store) -> dict[str, Any] | None:
     """The summary of the latest run that has one."""
     try:
         runs = store.fs.ls(store.path("runs"), detail=False)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     for run in sorted(runs, reverse=True):
-        summary = store.read_json("runs", posixpath.basename(str(run).rstrip("/")), "summary.json")
+        parts = ("runs", posixpath.basename(str(run).rstrip("/")), "summary.json")
+        summary = store.read_json(*parts)
         if summary is not None:
+            check_run(summary, store.path(*parts))
             return summary
     return None

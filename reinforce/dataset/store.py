@@ -26,6 +26,9 @@ from reinforce.terminal import escape
 from schemas import WHOLE_SHARD, Reason
 
 MANIFEST = "dataset.json"
+_SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # names of shards, as ``source.urls`` makes them
+_QUARANTINE_BYTES = 256 * 2**20
+_QUARANTINE_ROWS = 2**20  # a quarantine file has one row group
 _INCOMPRESSIBLE = ("image", "embeddings")  # columns that are stored without compression
 
 
@@ -51,7 +54,7 @@ class Store(Storage):
         return {
             name.removesuffix(".parquet"): int(entry["size"] or 0)
             for name, entry in names
-            if name.endswith(".parquet") and not name.startswith(".")
+            if name.endswith(".parquet") and _SHARD.fullmatch(name)
         }
 
     def writer(self, layer: Layer, schema: pa.Schema, shard: str, source: str) -> LayerWriter:
@@ -67,10 +70,14 @@ class Store(Storage):
         self.write_bytes(buffer.getvalue().to_pybytes(), "quarantine", layer, f"{shard}.parquet")
 
     def quarantined(self, layer: str, shard: str) -> list[dict[str, str | None]]:
-        """Read the rows of a quarantine file: key, reason, detail."""
-        with self.storage_errors("read", "quarantine", layer, f"{shard}.parquet"):
-            content = self.fs.cat_file(self.quarantine_path(layer, shard))
-        rows: list[dict[str, str | None]] = pq.read_table(pa.BufferReader(content)).to_pylist()
+        """Read the rows of a quarantine file: key, reason, detail. Raises UserError if it is damaged."""
+        content = self.read_bytes("quarantine", layer, f"{shard}.parquet", limit=_QUARANTINE_BYTES)
+        try:
+            file = LayerFile(pa.BufferReader(content), len(content), max_rows=_QUARANTINE_ROWS)
+            rows: list[dict[str, str | None]] = file.read(schemas.quarantine_schema().names).to_pylist()
+        except Exception as error:  # Arrow raises several for damage
+            path = self.quarantine_path(layer, shard)
+            raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}). Delete it.") from error
         return rows
 
     def quarantined_shards(self, layer: str, committed: Collection[str]) -> set[str]:

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from reinforce.cluster import cause_of, is_node_alive, live_resources
-from reinforce.dataset.manifest import update_manifest
+from reinforce.dataset.manifest import find_manifest, update_manifest
 from reinforce.dataset.shard_records import RecordWriter, read_records
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.events import Events
@@ -158,7 +158,7 @@ class Driver:
         slot.info, slot.started_at = info, time.monotonic()
         self.events.add("worker_started", node=info.node, pid=info.pid, accelerator=info.accelerator)
         if not self.manifest_written and len(self.pool.started) >= self.config.workers.min:
-            old = self.store.read_json(MANIFEST)
+            old = find_manifest(self.store)
             computed = {name for shard in self.plan.pending for name in shard.layers}
             updated = update_manifest(old, self.config, self.plan.layers, info.models, computed)
             self.store.write_json(updated, MANIFEST)

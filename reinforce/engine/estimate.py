@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from rich.table import Table
 
 from reinforce.dataset.layers import Layer
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.manifest import find_manifest
+from reinforce.dataset.store import Store
 from reinforce.engine.plan import Plan
 from reinforce.source.shards import RawSample, read_shard
 from reinforce.source.urls import filesystem
@@ -74,7 +75,7 @@ def _shard_bytes(plan: Plan, layer: Layer, statistics: _SourceStatistics) -> flo
 
 def _recorded_dims(plan: Plan) -> dict[str, int | None]:
     """Dimensions of the teachers that an earlier run loaded, from dataset.json."""
-    manifest = Store(plan.config.output).read_json(MANIFEST) or {}
+    manifest = find_manifest(Store(plan.config.output)) or {}
     return {name: teacher.get("dim") for name, teacher in manifest.get("teachers", {}).items()}
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from reinforce.config import Config
 from reinforce.dataset.differences import recipe_error
 from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
+from reinforce.dataset.manifest import find_manifest
 from reinforce.dataset.store import MANIFEST, Store, parse_footer
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
@@ -192,7 +193,7 @@ def _tail(url: str, parts: int) -> str:
 
 def check_fingerprints(store: Store, layers: Mapping[str, Layer], committed: Mapping[str, Mapping[str, int]]) -> None:
     """Raise UserError if layers exist already and were made by other recipes. Names all of them and what differs."""
-    manifest = store.read_json(MANIFEST)
+    manifest = find_manifest(store)
     recorded = (manifest or {}).get("layers", {})
     found: dict[str, str | None] = {}
     for name in layers:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.config import Config, load_config, parse_config
-from reinforce.dataset.manifest import code_notes, scale_notes, update_manifest
+from reinforce.dataset.manifest import code_notes, find_manifest, scale_notes, update_manifest
 from reinforce.dataset.shard_records import read_records
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.changes import changed_sources, changes_note
@@ -48,7 +48,7 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
     store.check_writable()
     with store.lock():
         plan = make_plan(config, retry_quarantined)
-        manifest = store.read_json(MANIFEST)
+        manifest = find_manifest(store)
         for note in scale_notes(manifest, config):
             _LOG.warning(note)
         if not plan.pending:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import reinforce
+from reinforce.cli import main
+from reinforce.dataset.status import read_status
 from reinforce.errors import UserError
 from tests.helpers.reinforced import small_dataset
 from tests.hostile.bombs import BOMBS, Bomb
 from tests.hostile.words import slug
+from tests.student.data.test_reader import feed_of, read_epoch
 
 ROOT = Path(__file__).parents[2]
+ROWS = 8
 GIGABYTES = 4  # of address space in which each bomb must be refused
 #: Opens the datasets below argv[1] and prints what each raises; argv[2] is the number of gigabytes.
 OPEN_ALL = """
@@ -41,7 +49,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A good dataset of one shard."""
-    return small_dataset(tmp_path_factory.mktemp("good"), (3,))
+    return small_dataset(tmp_path_factory.mktemp("good"), (ROWS,))
 
 
 @pytest.fixture
@@ -87,7 +95,7 @@ def test_bombs(bomb: Bomb, outcomes: dict[str, tuple[str, int]]) -> None:
 def test_an_embedding_dataset_follows_no_reference(copy: Path) -> None:
     path = layer_file(copy, "samples")
     table, footer = pq.read_table(path), footer_of(path)
-    reference = pa.array([{"url": "/etc/hostname", "offset": 0, "length": 4}] * 3)
+    reference = pa.array([{"url": "/etc/hostname", "offset": 0, "length": 4}] * ROWS)
     table = table.drop_columns("image").append_column("image_ref", reference)
     pq.write_table(table.replace_schema_metadata(footer), path)
     with pytest.raises(UserError, match=r"column image, which dataset\.json states, is missing"):
@@ -121,9 +129,150 @@ def test_types_of_libraries_in_a_schema_are_not_created(copy: Path) -> None:
         pq.write_table(table.replace_schema_metadata(footer), path)
         Touching.ran.clear()
         assert [sample.caption for sample in reinforce.open(str(copy))] == captions.storage.to_pylist()
-        assert len(reinforce.open(str(copy))) == 3
+        assert len(reinforce.open(str(copy))) == ROWS
         assert Touching.ran == []
         pq.read_table(path)
         assert Touching.ran, "the file names the type"
     finally:
         pa.unregister_extension_type("tests.touching")
+
+
+def forge(dataset: Path, **changes: Any) -> None:
+    """Change values of dataset.json, by their keys with ``__`` for the levels."""
+    path = dataset / "dataset.json"
+    manifest = json.loads(path.read_text())
+    for key, value in changes.items():
+        *folders, last = key.split("__")
+        part = manifest
+        for folder in folders:
+            part = part[folder]
+        part[last] = value
+    path.write_text(json.dumps(manifest))
+
+
+def read_every_way(dataset: Path) -> None:
+    """Open, inspect and iterate a dataset, and read it as a training does."""
+    url = str(dataset)
+    read_status(url)
+    for sample in reinforce.open(url):
+        sample.augmented(0)
+    read_epoch(feed_of(dataset))
+
+
+FORGED: dict[str, tuple[dict[str, Any], str]] = {
+    "layers that are a list": ({"layers": []}, "is not that of a reinforced dataset"),
+    "no layers": ({"layers": {}}, "lists no samples"),
+    "a layer that is text": ({"layers__samples": "x"}, r"layers\.samples"),
+    "a fingerprint that is a number": ({"layers__samples__fingerprint": 1}, r"layers\.samples\.fingerprint"),
+    "a dimension of a million million": ({"layers": {"embeddings/red/images": {"dim": 10**12}}}, "dataset.json"),
+    "images in a way that is not known": ({"images": "both"}, "images: Input should be 'embed' or 'reference'"),
+    "a logit scale that is text": ({"teachers__red__logit_scale": "\x1b[2J"}, r"teachers\.red\.logit_scale"),
+    "an infinite logit scale": ({"teachers__red__logit_scale": float("inf")}, r"teachers\.red\.logit_scale"),
+    "a schema version that is text": ({"schema_version": "one"}, "schema_version"),
+    "augmentations of 60,000 pixels": ({"augmentations__size": 60_000}, r"augmentations\.size"),
+    "policies that are a list": ({"policies": []}, "does not record image policies"),
+    "another name of a layer": ({"layers__../../x": {}}, "not a valid layer name"),
+    "other dimensions than the files": ({"layers__embeddings/red/images__dim": 9}, "dimensions in dataset.json"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), FORGED.values(), ids=map(slug, FORGED))
+def test_forged_manifests(copy: Path, changes: dict[str, Any], message: str) -> None:
+    forge(copy, **changes)
+    with pytest.raises(UserError, match=message) as raised:
+        read_every_way(copy)
+    assert "\x1b" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "is not valid JSON"),
+        (b'{"layers": ' + b"[" * 100_000, "is not valid JSON"),
+        (b'{"seed": ' + b"1" * 10_000 + b"}", "is not valid JSON"),
+        (b" " * (17 * 2**20), "has more than 16,777,216 bytes"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"[]", "is not a JSON object"),
+    ],
+    ids=["nested", "nested object", "number", "long", "bytes", "list"],
+)
+def test_a_manifest_that_is_no_manifest(copy: Path, content: bytes, message: str) -> None:
+    (copy / "dataset.json").write_bytes(content)
+    for read in (reinforce.open, read_status):
+        with pytest.raises(UserError, match=message):
+            read(str(copy))
+
+
+def test_pipes_and_devices_in_place_of_files_do_not_block(copy: Path) -> None:
+    samples = layer_file(copy, "samples")
+    samples.unlink()
+    samples.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"no shard that is complete|not a regular file"):
+        list(reinforce.open(str(copy)))
+    (copy / "dataset.json").unlink()
+    os.mkfifo(copy / "dataset.json")
+    with pytest.raises(UserError, match="is not a file"):
+        reinforce.open(str(copy))
+
+
+def test_limits_are_those_of_the_reader(copy: Path) -> None:
+    """An image of 20,000 x 20,000 pixels, which would take 1.2 GB, in a file of 1.2 MB."""
+    side = 20_000
+    header = b"\0\0\0\rIHDR" + struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    data = zlib.compress(bytes((side // 8 + 1) * side))
+    chunks = [header, struct.pack(">I", len(data)) + b"IDAT" + data, b"\0\0\0\0IEND"]
+    image = b"\x89PNG\r\n\x1a\n" + b"".join(c + struct.pack(">I", zlib.crc32(c[4:])) for c in chunks)
+    path = layer_file(copy, "samples")
+    table, footer = pq.read_table(path), footer_of(path)
+    table = table.set_column(table.column_names.index("image"), "image", pa.array([image] * ROWS, pa.binary()))
+    pq.write_table(table.replace_schema_metadata(footer), path)
+    forge(copy, input__limits__pixels=10**13)
+    with pytest.raises(UserError, match=r"20000x20000 pixels.* open it with limits=\{\"pixels\""):
+        next(iter(reinforce.open(str(copy)))).pil()
+    with pytest.raises(UserError, match="20000x20000 pixels"):
+        read_epoch(feed_of(copy))
+
+
+def test_a_terminal_is_not_controlled_by_a_status(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    escapes = "\x1b]0;title\x07\x9b2J\u202e"
+    summary = {"run": escapes, "shards": 1, "seconds": 1.0, "message": escapes, "cleaned": {escapes: {"dropped": 1}}}
+    (copy / "runs" / "r").mkdir(parents=True)
+    (copy / "runs" / "r" / "summary.json").write_text(json.dumps(summary))
+    shutil.copy(layer_file(copy, "samples"), copy / "samples" / f"{escapes.replace('/', '')}.parquet")
+    with pytest.raises(SystemExit) as ended:
+        main(["status", str(copy)])
+    assert ended.value.code in (0, None)
+    shown = "".join(capsys.readouterr())
+    assert not set(escapes) & set(shown) - set("]0;title2J")
+    assert "last run" in shown
+    for wrong in ({"shards": "many"}, {"seconds": [1]}, {"cleaned": 3}, {"run": {}}):
+        (copy / "runs" / "r" / "summary.json").write_text(json.dumps({**summary, **wrong}))
+        with pytest.raises(UserError, match=r"summary\.json is not valid"):
+            read_status(str(copy))
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [("Posterize", -3e38), ("Posterize", float("nan")), ("Rotate", float("inf")), ("ShearX", 1e30), ("Sudo", 1.0)],
+    ids=str,
+)
+def test_operations_that_no_run_samples_are_refused(copy: Path, operation: tuple[str, float]) -> None:
+    change_records(copy, lambda record: {**record, "ops": [{"name": operation[0], "magnitude": operation[1]}]})
+    with pytest.raises(UserError, match="augmentation record"):
+        read_every_way(copy)
+
+
+def test_a_record_of_a_billion_pixels_is_refused(copy: Path) -> None:
+    change_records(copy, lambda record: {**record, "size": 2**31 - 1})
+    with pytest.raises(UserError, match="a record of 2147483647 pixels"):
+        next(iter(reinforce.open(str(copy)))).augmented(0)
+
+
+def change_records(dataset: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path = layer_file(dataset, "samples")
+    table, footer = pq.read_table(path), footer_of(path)
+    column = table.schema.field("augmentations")
+    records = [[change(record) for record in row] for row in table["augmentations"].to_pylist()]
+    index = table.column_names.index("augmentations")
+    table = table.set_column(index, column, pa.array(records, column.type))
+    pq.write_table(table.replace_schema_metadata(footer), path)

@@ -108,7 +108,7 @@ class PartMaker:
                 for images, side in pixels:
                     if side:
                         images[i] = replay(image, example.augmentation, side)
-            except (ImageRefused, ValueError) as error:
+            except (ImageRefused, ValueError, TypeError, OverflowError) as error:
                 raise UserError(
                     f"{example.file.path}, key {example.key}: this is not the image that was augmented ({error}). "
                     "If images are stored by reference, restore the tar that was changed. Otherwise the file is "

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from reinforce.dataset.aligned import row_errors
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reader import AlignedLayers
 from reinforce.dataset.sample import ImagePolicies
@@ -61,7 +62,12 @@ class StreamedDataset:
                 )
             path, policies = self.layers.store.layer_path(SAMPLES, shard), self.policies
             file = SampleFile(path, policies.limits, policies.image, policies.augmentation, self.roots)
-            return make_examples(group.samples, group.read, chunk.first, chunk.stop, file, self.spec, epoch)
+            with row_errors(path):
+                found = make_examples(group.samples, group.read, chunk.first, chunk.stop, file, self.spec, epoch)
+        width = sum(dim for _, dim in self.targets)
+        if any(row is not None and len(row.vectors) != width for row in found.rows):
+            raise UserError(f"{path}: vectors of the shard do not have the dimensions in dataset.json. Restore it.")
+        return found
 
 
 class DatasetReader:

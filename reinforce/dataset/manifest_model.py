@@ -1,0 +1,109 @@
+"""What readers rely on in dataset.json, which somebody else may have written. Keys of other versions are ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from reinforce.config import LAYER_NAME
+from reinforce.errors import UserError
+from reinforce.terminal import escape
+
+_Text = Annotated[str, Field(max_length=4096)]
+_Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_MAX_LAYERS = 4096
+_SHOWN_ERRORS = 3
+_SECTIONS = ("layers", "teachers", "captioners")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+
+class _LayerEntry(_Part):
+    kind: Literal["samples", "captions", "images", "texts"]
+    fingerprint: _Text
+    count: Annotated[int, Field(ge=0, le=2**16)] | None = None
+    dim: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    dtype: Literal["float16", "float32", "int8"] | None = None
+    texts: _Text | None = None
+    teacher: _Text | None = None
+    captioner: _Text | None = None
+
+
+class _Tuned(_Part):
+    config: _Scale | None
+    before: _Scale | None
+    before_from: _Text
+
+
+class _TeacherEntry(_Part):
+    logit_scale: _Scale | None
+    logit_scale_from: _Text
+    dim: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    logit_scale_tuned: _Tuned | None = None
+
+
+class _Augmentations(_Part):
+    size: int = Field(ge=1, le=4096)
+
+
+class _Manifest(_Part):
+    images: Literal["embed", "reference"]
+    schema_version: int = 0
+    seed: int = 0
+    augmentations: _Augmentations | None = None
+    moved: dict[_Text, _Text] = Field(default_factory=dict)
+    layers: dict[str, _LayerEntry] = Field(max_length=_MAX_LAYERS)
+    teachers: dict[str, _TeacherEntry]
+    captioners: dict[str, dict[str, Any]]
+
+
+class RunRecord(_Part):
+    """What ``reinforce status`` shows of a run's summary.json."""
+
+    run: _Text | None = None
+    shards: int = 0
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    message: _Text | None = None
+    cleaned: dict[str, dict[str, int]] = Field(default_factory=dict)
+    not_in_source: dict[str, int | _Text | None] = Field(default_factory=dict)
+
+
+def check_manifest(manifest: Mapping[str, Any], where: str) -> None:
+    """Raise UserError if the content of a dataset.json is not what readers rely on."""
+    _check_names(manifest, where)
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        raise UserError(f"{where}: dataset.json is not valid: {_describe(error)}. Restore it.") from None
+
+
+def check_run(summary: Mapping[str, Any], where: str) -> RunRecord:
+    """Check a run's summary.json. Raises UserError."""
+    try:
+        return RunRecord.model_validate(summary)
+    except ValidationError as error:
+        raise UserError(f"{where} is not valid: {_describe(error)}. Delete it.") from None
+
+
+def _check_names(manifest: Mapping[str, Any], where: str) -> None:
+    """Raise UserError if a name that becomes part of a path is not valid for a layer."""
+    sections = [section for key in _SECTIONS if isinstance(section := manifest.get(key), dict)]
+    if len(sections) < len(_SECTIONS):
+        raise UserError(f"{where}: dataset.json is not that of a reinforced dataset. Restore it.")
+    layers, *models = sections
+    parts = [part for layer in layers for part in layer.split("/")]
+    for name in (*parts, *(name for section in models for name in section)):
+        if not LAYER_NAME.fullmatch(name):
+            raise UserError(
+                f"{where}: dataset.json has {escape(name[:100])!r}, which is not a valid layer name. Restore it."
+            )
+
+
+def _describe(error: ValidationError) -> str:
+    found = error.errors(include_input=False, include_url=False)
+    lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found[:_SHOWN_ERRORS]]
+    return escape("; ".join(line[:200] for line in lines))
