@@ -74,10 +74,20 @@ def run(
 
 
 @app.command()
-def plan(config: Annotated[Path, _config_argument("demo.yaml")], set_: Overrides = None) -> None:
+def plan(
+    config: Annotated[Path, _config_argument("demo.yaml")],
+    set_: Overrides = None,
+    uses: Annotated[
+        bool,
+        typer.Option(
+            "--uses", help="Only name the classes and the hosts that the config would use; import and read nothing."
+        ),
+    ] = False,
+) -> None:
     """Show what is missing in each layer and how large it will be. Starts nothing and writes nothing.
 
-    Reads one sample of the source, and fails where a run would fail before it starts.
+    Reads one sample of the source, and fails where a run would fail before it starts. Imports custom classes: of a
+    config from somebody else, look at `--uses` first.
     """
     from reinforce.dataset.store import Store
     from reinforce.engine.estimate import expected_bytes, plan_table
@@ -85,9 +95,17 @@ def plan(config: Annotated[Path, _config_argument("demo.yaml")], set_: Overrides
     from reinforce.engine.probe import check_source
     from reinforce.engine.sources import check_copies
     from reinforce.engine.summary import not_in_source_lines
+    from reinforce.engine.uses import config_uses
     from reinforce.terminal import format_bytes
 
-    current = make_plan(load_config(config, set_))
+    checked = load_config(config, set_)
+    named = config_uses(checked)
+    if uses or named.classes or named.places:
+        for line in named.lines():
+            typer.echo(escape(redact(line)))
+    if uses:
+        return
+    current = make_plan(checked)
     expected = expected_bytes(current)
     Console().print(plan_table(current, expected))
     total = sum(size or 0 for size in expected.values())
