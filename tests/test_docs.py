@@ -283,6 +283,14 @@ def test_the_index_names_every_page() -> None:
 
 
 @pytest.mark.parametrize("page", WRITTEN_BY_HAND)
+def test_tests_that_a_page_names_exist(page: str) -> None:
+    for code in inline_code(page):
+        file, separator, name = code.partition("::")
+        if separator and file.startswith("tests/"):
+            assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{page}: {code}"
+
+
+@pytest.mark.parametrize("page", WRITTEN_BY_HAND)
 def test_pages_are_easy_to_read_in_an_editor(page: str) -> None:
     for number, line in enumerate(read_page(page).splitlines(), start=1):
         assert len(line) <= 120 or line.lstrip().startswith("|"), f"{page}:{number} has {len(line)} characters"

@@ -15,7 +15,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow._parquet import _reconstruct_filemetadata  # parses a footer without creating the types in its schema
 
 import schemas
 from reinforce.dataset import vectors
@@ -78,8 +77,11 @@ def read_footer(tail: bytes, size: int) -> pq.FileMetaData | None:
     if length + 8 > len(tail):
         return None
     # Any key of another name is ignored by Arrow.
-    footer = tail[-8 - length : -8].replace(b"ARROW:schema", b"ARROW:unused")
-    return _reconstruct_filemetadata(pa.py_buffer(footer))
+    footer = tail[-8 - length :].replace(b"ARROW:schema", b"ARROW:unused")
+    try:
+        return pq.read_metadata(pa.BufferReader(_MAGIC + footer))
+    except (pa.ArrowException, OSError) as error:
+        raise RefusedFile(f"its footer cannot be read: {error}") from error
 
 
 def check_rows(rows: int, most: int = MAX_ROWS) -> int:

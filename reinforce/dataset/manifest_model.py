@@ -54,7 +54,7 @@ class _Manifest(_Part):
     images: Literal["embed", "reference"]
     schema_version: int = 0
     seed: int = 0
-    augmentations: _Augmentations | None = None
+    augmentations: _Augmentations
     moved: dict[_Text, _Text] = Field(default_factory=dict)
     layers: dict[str, _LayerEntry] = Field(max_length=_MAX_LAYERS)
     teachers: dict[str, _TeacherEntry]

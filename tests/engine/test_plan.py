@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from reinforce.config import parse_config
+from reinforce.dataset.manifest import update_manifest
 from reinforce.dataset.store import Store
 from reinforce.engine.plan import NotInSource, make_plan, source_shards
 from reinforce.errors import UserError
@@ -50,7 +51,9 @@ def test_a_changed_fingerprint_is_reported_with_both_values(shards: Callable[...
     source = shards(2)
     config = parse_config(config_of(source, tmp_path / "out"))
     plan = make_plan(config)
-    Store(config.output).write_json({"layers": {"samples": {"fingerprint": "0123"}}}, "dataset.json")
+    manifest = update_manifest(None, config, plan.layers, {})
+    manifest["layers"] = {"samples": {**manifest["layers"]["samples"], "fingerprint": "0123"}}
+    Store(config.output).write_json(manifest, "dataset.json")
     with pytest.raises(UserError) as caught:
         make_plan(config)
     for part in ("0123", plan.layers["samples"].fingerprint, "another `output`", str(tmp_path / "out")):

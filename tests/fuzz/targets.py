@@ -28,7 +28,7 @@ from reinforce.engine.rows import NewSample, Row, RowSpec, rows_from_source
 from reinforce.source.image import FORMATS, ImageRefused, decode
 from reinforce.source.shards import Refusal, as_utf8, split_name
 from reinforce.source.text import caption_of, json_error, metadata_of
-from tests.fuzz import published
+from tests.fuzz import datasets, published
 from tests.helpers.data import picture
 from tests.helpers.decoding import cell_of, lease
 from tests.helpers.images import encode, noise
@@ -320,4 +320,5 @@ TARGETS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "image": (image, {"data": IMAGE_BYTES}),
     "text": (text, {"caption": TEXT_BYTES, "document": TEXT_BYTES}),
     "published": (published.published, {"member": published.MEMBERS}),
+    **datasets.TARGETS,
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from tests.hostile.bombs import BOMBS
+from tests.hostile.forged import FORGED
 from tests.hostile.images import IMAGES
 from tests.hostile.tars import TARS
 from tests.hostile.texts import TEXTS
@@ -132,6 +134,76 @@ PROCESSES = [
         f"{FAULTS}::test_only_the_monotonic_clock_affects_a_run",
     ),
 ]
+DATASET = "tests/hostile/test_datasets.py"
+REFERENCES = "tests/source/test_references.py"
+FOLDER = "tests/hostile/test_working_folder.py"
+DATASETS = [
+    (
+        "an image by reference to a file or an address that the reader has not named",
+        "an error that names the folder to add; nothing is opened",
+        f"{REFERENCES}::test_the_error_names_what_to_add",
+    ),
+    (
+        "a reference with chained file systems, another scheme, `..`, a link-local address or of any length",
+        "refused, also where its folder is named",
+        f"{REFERENCES}::test_a_url_that_no_run_writes_is_refused_also_where_its_folder_is_named",
+    ),
+    (
+        "a reference to a web server that redirects it",
+        "not followed",
+        f"{REFERENCES}::test_a_web_server_cannot_redirect_a_reference",
+    ),
+    (
+        "a reference of terabytes, or before the beginning of a file",
+        "refused before anything is read",
+        f"{REFERENCES}::test_impossible_ranges_are_refused_before_anything_is_read",
+    ),
+    (
+        "references in a dataset that embeds its images by its dataset.json",
+        "an error; nothing is opened",
+        f"{DATASET}::test_an_embedding_dataset_follows_no_reference",
+    ),
+    (
+        "files with the names of packages in the folder of the dataset",
+        "not imported",
+        f"{FOLDER}::test_a_command_about_a_dataset_runs_no_file_of_it",
+    ),
+    (
+        "a type in a file's schema that a library creates by running code",
+        "not created; the column has the type of the format",
+        f"{DATASET}::test_types_of_libraries_in_a_schema_are_not_created",
+    ),
+    (
+        "an image of gigabytes, and limits in dataset.json that allow it",
+        "refused by the reader's own limit",
+        f"{DATASET}::test_limits_are_those_of_the_reader",
+    ),
+    (
+        "augmentation records of billions of pixels, or with operations and numbers that no run samples",
+        "an error",
+        f"{DATASET}::test_operations_that_no_run_samples_are_refused",
+    ),
+    (
+        "JSON that is nested deeply, of gigabytes or of other bytes",
+        "an error",
+        f"{DATASET}::test_a_manifest_that_is_no_manifest",
+    ),
+    (
+        "pipes and devices in place of files",
+        "an error; nothing blocks",
+        f"{DATASET}::test_pipes_and_devices_in_place_of_files_do_not_block",
+    ),
+    (
+        "escape sequences in names of files and in the summary of a run",
+        "shown as `\\x1b`, or not listed",
+        f"{DATASET}::test_a_terminal_is_not_controlled_by_a_status",
+    ),
+    (
+        "any bytes changed in the files of a finished dataset",
+        "samples or an error, within 10 seconds and 1 GB",
+        "tests/fuzz/test_fuzz.py::test_no_sample_is_lost_and_nothing_hangs",
+    ),
+]
 PASSES = f"{S3}::test_transient_faults_leave_no_trace"
 LASTS = f"{S3}::test_shards_that_cannot_be_read_are_quarantined_and_their_neighbours_finish"
 STORAGE = [
@@ -212,10 +284,18 @@ def document() -> str:
         ("Captions and metadata", ((c.defect, c.outcome, f"{RUN}::test_texts[{slug(c.defect)}]") for c in TEXTS)),
         ("Shards", ((c.defect, c.outcome, f"{RUN}::test_tars[{slug(c.defect)}]") for c in TARS)),
         ("Beyond single files", iter(OTHERS)),
+        ("Datasets from somebody else", iter(_datasets())),
         ("Processes, nodes and disks", iter(PROCESSES)),
         ("Object stores", iter(STORAGE)),
     ]
     return _HEAD + "".join(f"\n## {title}\n\n{_table(rows)}" for title, rows in sections)
+
+
+def _datasets() -> list[tuple[str, str, str]]:
+    bombs = [(bomb.defect, "refused before it is decoded", f"{DATASET}::test_bombs") for bomb in BOMBS]
+    test = f"{DATASET}::test_forged_manifests"
+    forged = [(f"a dataset.json with {defect}", "an error that names the place", test) for defect in FORGED]
+    return [*DATASETS, *bombs, *forged]
 
 
 def _table(rows: Iterable[tuple[str, str, str]]) -> str:

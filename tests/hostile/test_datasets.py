@@ -23,6 +23,7 @@ from reinforce.dataset.status import read_status
 from reinforce.errors import UserError
 from tests.helpers.reinforced import small_dataset
 from tests.hostile.bombs import BOMBS, Bomb
+from tests.hostile.forged import FORGED
 from tests.hostile.words import slug
 from tests.student.data.test_reader import feed_of, read_epoch
 
@@ -157,23 +158,6 @@ def read_every_way(dataset: Path) -> None:
     for sample in reinforce.open(url):
         sample.augmented(0)
     read_epoch(feed_of(dataset))
-
-
-FORGED: dict[str, tuple[dict[str, Any], str]] = {
-    "layers that are a list": ({"layers": []}, "is not that of a reinforced dataset"),
-    "no layers": ({"layers": {}}, "lists no samples"),
-    "a layer that is text": ({"layers__samples": "x"}, r"layers\.samples"),
-    "a fingerprint that is a number": ({"layers__samples__fingerprint": 1}, r"layers\.samples\.fingerprint"),
-    "a dimension of a million million": ({"layers": {"embeddings/red/images": {"dim": 10**12}}}, "dataset.json"),
-    "images in a way that is not known": ({"images": "both"}, "images: Input should be 'embed' or 'reference'"),
-    "a logit scale that is text": ({"teachers__red__logit_scale": "\x1b[2J"}, r"teachers\.red\.logit_scale"),
-    "an infinite logit scale": ({"teachers__red__logit_scale": float("inf")}, r"teachers\.red\.logit_scale"),
-    "a schema version that is text": ({"schema_version": "one"}, "schema_version"),
-    "augmentations of 60,000 pixels": ({"augmentations__size": 60_000}, r"augmentations\.size"),
-    "policies that are a list": ({"policies": []}, "does not record image policies"),
-    "another name of a layer": ({"layers__../../x": {}}, "not a valid layer name"),
-    "other dimensions than the files": ({"layers__embeddings/red/images__dim": 9}, "dimensions in dataset.json"),
-}
 
 
 @pytest.mark.parametrize(("changes", "message"), FORGED.values(), ids=map(slug, FORGED))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import ast
 
 from schemas import Reason
-from tests.hostile.table import DOCUMENT, OTHERS, PROCESSES, ROOT, STORAGE, document
+from tests.hostile.table import DATASETS, DOCUMENT, OTHERS, PROCESSES, ROOT, STORAGE, document
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -11,7 +11,7 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_the_tests_on_the_page_exist() -> None:
-    for _, _, test in [*OTHERS, *PROCESSES, *STORAGE]:
+    for _, _, test in [*OTHERS, *DATASETS, *PROCESSES, *STORAGE]:
         file, _, name = test.partition("::")
         names = {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}
         assert name in names, test

@@ -84,6 +84,8 @@ def _open_dataset(url: str, weight: float, data: Data, seed: int, teachers: Sequ
         ((teacher, what), layers[embeddings_layer(teacher, "images" if what == "image" else TRUE_CAPTION)]["dim"])
         for teacher, what in spec.targets
     )
+    if unknown := [teacher for (teacher, _), dim in targets if dim is None]:
+        raise UserError(f"{url}: dataset.json has no dimension of teacher {unknown[0]}. Finish the run.")
     size = manifest["augmentations"]["size"]
     return StreamedDataset(url, weight, aligned, spec, targets, policies, size, shards, groups, roots)
 

@@ -1,0 +1,167 @@
+"""Finished datasets with changed bytes and values: read in every way, they give samples or a UserError."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from hypothesis import strategies as st
+
+import reinforce
+from reinforce.dataset.status import read_status
+from reinforce.dataset.store import Store
+from reinforce.errors import UserError
+from reinforce.student.config import Data
+from reinforce.student.data.feed import StudentFeed
+from schemas import Reason
+from tests.helpers.reinforced import letters, small_dataset
+
+ROWS = 8
+LAYERS = ["samples", "captions/namer", "embeddings/red/images", "embeddings/blue/caption", "quarantine/samples"]
+SUMMARY = {"run": "r", "shards": 1, "seconds": 1.0, "message": "done", "cleaned": {"namer": {"dropped": 1}}}
+
+
+@functools.cache
+def dataset() -> Path:
+    """A good dataset of one shard, which is deleted at the end."""
+    folder = Path(_temporary().name)
+    made = Path(small_dataset(folder, (ROWS,)))
+    shard = next((made / "samples").iterdir()).stem
+    Store(str(made)).quarantine("samples", shard, [("k", Reason.NO_IMAGE, "none"), (None, Reason.SHARD_DAMAGED, "cut")])
+    (made / "runs" / "r").mkdir(parents=True)
+    (made / "runs" / "r" / "summary.json").write_text(json.dumps(SUMMARY))
+    shutil.rmtree(folder / "source")
+    return made
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="reinforce-fuzz-")
+
+
+def layer_file(layer: str) -> Path:
+    return next((dataset() / layer).iterdir())
+
+
+@functools.cache
+def places(layer: str) -> tuple[int, list[int]]:
+    """Length of a layer's file, and where its pages and its footer begin."""
+    path = layer_file(layer)
+    data, footer = path.read_bytes(), pq.read_metadata(path)
+    found = [len(data) - 8 - int.from_bytes(data[-8:-4], "little"), len(data) - 8]
+    for group in range(footer.num_row_groups):
+        for column in map(footer.row_group(group).column, range(footer.num_columns)):
+            found.append(column.data_page_offset)
+            found += [column.dictionary_page_offset] if column.has_dictionary_page else []
+    return len(data), found
+
+
+#: Where bytes change: anywhere, or at most 40 bytes after the beginning of a page or the footer; with the new bytes.
+CHANGES = st.lists(
+    st.tuples(
+        st.one_of(
+            st.tuples(st.just(-1), st.floats(0, 1, exclude_max=True)),
+            st.tuples(st.integers(0, 60), st.floats(0, 1, exclude_max=True)),
+        ),
+        st.one_of(
+            st.binary(min_size=1, max_size=6),
+            st.sampled_from([b"\xff" * 5 + b"\x07", b"\x00" * 4, b"\xff\xff\xff\x7f", b"\x80" * 9]),
+        ),
+        st.booleans(),  # whether they are inserted
+    ),
+    min_size=1,
+    max_size=3,
+)
+JSON_VALUES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=12),
+        st.sampled_from(["reference", "embed", "float32", "int8", "samples", "captions", "../x", "\x1b[2J", 10**13]),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+def changed_bytes(layer: str, changes: list[tuple[tuple[int, float], bytes, bool]]) -> None:
+    """A Parquet file with bytes replaced or inserted in its pages, their headers and its footer."""
+    path = layer_file(layer)
+    good = path.read_bytes()
+    data, (length, starts) = bytearray(good), places(layer)
+    for (number, share), value, inserted in changes:
+        at = int(share * length) if number < 0 else starts[number % len(starts)] + int(share * 40)
+        data[at : at if inserted else at + len(value)] = value
+    with replaced(path, good, bytes(data)):
+        read_every_way()
+
+
+def changed_values(name: str, path: list[int], value: Any, removed: bool) -> None:
+    """A JSON file in which one value, at any depth, is another one or missing."""
+    file = dataset() / name
+    good = file.read_bytes()
+    document = part = json.loads(good)
+    for number, step in enumerate(path):
+        keys: list[Any] = [*part] if isinstance(part, dict) else [*range(len(part))]
+        if not keys:
+            break
+        key = keys[step % len(keys)]
+        if number == len(path) - 1 or not isinstance(part[key], (dict, list)):
+            if removed:
+                del part[key]
+            else:
+                part[key] = value
+            break
+        part = part[key]
+    with replaced(file, good, json.dumps(document).encode("utf-8", "surrogatepass")):
+        read_every_way()
+
+
+@contextlib.contextmanager
+def replaced(path: Path, good: bytes, bad: bytes) -> Any:
+    path.write_bytes(bad)
+    try:
+        yield
+    finally:
+        path.write_bytes(good)
+
+
+def read_every_way() -> None:
+    """Inspect the dataset, iterate it, and read it as a training does."""
+    url = str(dataset())
+    with contextlib.suppress(UserError):
+        read_status(url)
+    with contextlib.suppress(UserError):
+        data = reinforce.open(url)
+        repr(data)
+        for sample in data:
+            assert isinstance(sample.image, bytes)
+            with contextlib.suppress(UserError):
+                sample.augmented(0)
+    with contextlib.suppress(UserError):
+        feed = StudentFeed(Data.model_validate({"datasets": url, "workers": 0}), 0, 16, letters)
+        for number, _ in enumerate(feed.batches(0, 1, 4, 0)):
+            if number == 2:
+                break
+
+
+TARGETS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dataset": (changed_bytes, {"layer": st.sampled_from(LAYERS), "changes": CHANGES}),
+    "manifest": (
+        changed_values,
+        {
+            "name": st.sampled_from(["dataset.json", "dataset.json", "runs/r/summary.json"]),
+            "path": st.lists(st.integers(0, 20), min_size=1, max_size=5),
+            "value": JSON_VALUES,
+            "removed": st.booleans(),
+        },
+    ),
+}
