@@ -2,7 +2,7 @@
 
 - *web images*: JPEGs of 512 pixels with 2 and with 10 augmentations at 224 pixels. ``decode`` is the strict decoding of
   a run, ``crops`` the crops and their resizing, ``ops`` RandAugment's operations and the array of the result.
-  ``fixed-point-1 (torch)`` is the backend where cykooz-resizer is not installed.
+  ``torchvision-pil-1 (Pillow)`` is without simplejpeg, ``fixed-point-1 (torch)`` without cykooz-resizer.
 - *photographs*: JPEGs of 3,000 pixels with 2 augmentations, decoded at their size and reduced.
 - *cosines* of the embeddings of a committed teacher of the demo, between the crops of ``torchvision-pil-1`` at full
   size and those of the other variants, for the same records (scaled to the reduced image).
@@ -21,6 +21,7 @@ import os
 import platform
 import statistics
 import time
+import unittest.mock
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -38,6 +39,7 @@ from reinforce.config import Augmentations, Limits
 from reinforce.dataset import fixed_point
 from reinforce.dataset.augment import Augmentation, replay_with, sample_augmentation
 from reinforce.dataset.backends import BACKENDS, Replay, load_backend
+from reinforce.source import fast_jpeg
 from reinforce.source.image import decode
 from teachers.pixels import to_pixels
 from teachers.registry import load_teacher
@@ -60,17 +62,25 @@ class Variant:
 
     replay: Replay
     policy: str = "rgb-1"
+    simplejpeg: bool = True
+
+    def decode(self, data: bytes) -> Image.Image:
+        if self.simplejpeg:
+            return decode(data, LIMITS, strict=True, policy=self.policy)
+        with unittest.mock.patch.object(fast_jpeg, "load", return_value=False):
+            return decode(data, LIMITS, strict=True, policy=self.policy)
 
 
 def variants() -> dict[str, Variant]:
-    """The augmentation backends, and ``fixed-point-1`` as torch computes it."""
+    """The augmentation backends, the default one with Pillow alone, and ``fixed-point-1`` as torch computes it."""
     resize = fixed_point.RESIZERS["torch"]()
 
     def by_torch(image: Image.Image, augmentation: Augmentation, size: int | None = None) -> np.ndarray:
         return np.asarray(replay_with(resize, fixed_point.OPERATIONS, image, augmentation, size))
 
     backends = {name: Variant(load_backend(name)) for name in BACKENDS}
-    return {**backends, "fixed-point-1 (torch)": Variant(by_torch)}
+    pillow = {"torchvision-pil-1 (Pillow)": Variant(load_backend("torchvision-pil-1"), simplejpeg=False)}
+    return {**pillow, **backends, "fixed-point-1 (torch)": Variant(by_torch)}
 
 
 def records_of(images: Sequence[Image.Image], count: int) -> Records:
@@ -90,9 +100,7 @@ def seconds_of(run: Callable[[], object]) -> float:
 def measure(photos: Sequence[bytes], variant: Variant, count: int) -> dict[str, float]:
     """CPU milliseconds per sample of each phase."""
     images: list[Image.Image] = []
-    decoding = seconds_of(
-        lambda: images.extend(decode(data, LIMITS, strict=True, policy=variant.policy) for data in photos)
-    )
+    decoding = seconds_of(lambda: images.extend(map(variant.decode, photos)))
     records = records_of(images, count)
     crops = [[replace(record, ops=None) for record in of_image] for of_image in records]
 
@@ -129,7 +137,7 @@ def cosines(photos: Sequence[bytes], of: Mapping[str, Variant], count: int) -> d
     assert preprocessing is not None
 
     def embed(variant: Variant) -> torch.Tensor:
-        images = [decode(data, LIMITS, policy=variant.policy) for data in photos]
+        images = [variant.decode(data) for data in photos]
         records = records_of(images, count)  # a reduced image gets the same relative crop
         crops = [variant.replay(image, record) for image, own in zip(images, records, strict=True) for record in own]
         with torch.inference_mode():
@@ -154,7 +162,7 @@ def main() -> None:
     web = [photo(seed, WEB_SIDE) for seed in range(options.web_images)]
     large = [photo(seed, PHOTOGRAPH_SIDE) for seed in range(options.photographs)]
     of = variants()
-    reduced = {name: variant for name, variant in of.items() if name in BACKENDS} | {
+    reduced = {name: variant for name, variant in of.items() if name != "fixed-point-1 (torch)"} | {
         f"{backend}, {policy}": Variant(of[backend].replay, policy) for policy in REDUCED for backend in BACKENDS
     }
     tables = {f"web images, {count} augmentations": compare(web, of, count, options.rounds) for count in COUNTS}
@@ -196,7 +204,7 @@ def report(
             for title, data in photos.items()
         },
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("pillow", "numpy", "torch", "cykooz-resizer")},
+        | {name: version(name) for name in ("pillow", "numpy", "torch", "cykooz-resizer", "simplejpeg")},
         "targets": TARGETS,
         "ratios": ratios,
         "cpu ms per sample": tables,

@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 
 from reinforce.config import Config, Limits
 from reinforce.errors import UserError
-from reinforce.source import png
+from reinforce.source import fast_jpeg, png
 from reinforce.source.jpeg import lacks_scan_data
 from schemas import Reason
 
@@ -103,7 +103,8 @@ def decode(data: bytes, limits: Limits, strict: bool = False, policy: str = IMAG
             raise ImageRefused(Reason.IMAGE_SCANS, f"{scans} scans, above limits.scans of {limits.scans}")
         _reduce(image, policy)
         with large_image_lock if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext():
-            image.load()
+            if not fast_jpeg.load(image, data):
+                image.load()
             _check_size(image.size, limits)  # a first frame may enlarge the canvas
             _check_complete(image, data, strict)
             if policy == PUBLISHED_POLICY:

@@ -42,5 +42,5 @@ def test_results_have_ratios_to_the_default_backend(tmp_path: Path, monkeypatch:
     options = argparse.Namespace(rounds=2, results=tmp_path / "augment.json")
     report(tables, similar, {"web images": photos}, options)
     written = json.loads(options.results.read_text())
-    assert written["ratios"]["web images"]["torchvision-pil-1"] == 1
+    assert written["ratios"]["web images"]["torchvision-pil-1"] == 1, "the first variant"
     assert written["cpu ms per sample"]["web images"]["reduced"].keys() == {"decode", "crops", "ops", "all"}

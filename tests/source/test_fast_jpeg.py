@@ -1,0 +1,145 @@
+"""JPEGs decoded by simplejpeg: the pixels and refusals of Pillow."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from reinforce.config import Limits
+from reinforce.source import fast_jpeg
+from reinforce.source.image import ImageRefused, decode
+from tests.helpers.images import encode
+from tests.helpers.random_images import natural, noise
+from tests.hostile.images import IMAGES, ImageCase
+from tests.source.test_jpeg import without_scan_data
+
+pytest.importorskip("simplejpeg")
+LIMITS = Limits(aspect=100)
+SUBSAMPLINGS = ["4:4:4", "4:2:2", "4:2:0"]
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+@pytest.fixture
+def pillow_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(fast_jpeg, "load", lambda *_: False)
+        yield
+
+
+def outcome(data: bytes, strict: bool) -> Any:
+    """Pixels, or the refusal."""
+    try:
+        return decode(data, LIMITS, strict=strict).tobytes()
+    except ImageRefused as refused:
+        return refused.reason, refused.detail
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.integers(0, 2**32),
+    st.booleans(),
+    st.sampled_from(SUBSAMPLINGS),
+    st.integers(1, 100),
+    st.sampled_from([{}, {"optimize": True}, {"restart_marker_blocks": 3}, {"keep_rgb": True, "subsampling": 0}]),
+)
+def test_pixels_equal_pillows(
+    width: int, height: int, seed: int, saturated: bool, subsampling: str, quality: int, options: dict[str, Any]
+) -> None:
+    image = noise(width, height, seed, saturated)
+    data = encode(image, "JPEG", **{"subsampling": subsampling, "quality": quality, **options})
+    header = opened(data)
+    assert fast_jpeg.load(header, data)
+    assert header.mode == "RGB"
+    assert header.tobytes() == opened(data).tobytes()
+
+
+@pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
+@pytest.mark.parametrize("side", [255, 1024])
+def test_pixels_of_natural_images_equal_pillows(subsampling: str, side: int) -> None:
+    data = encode(natural(side, side * 3 // 4), "JPEG", subsampling=subsampling, quality=90)
+    header = opened(data)
+    assert fast_jpeg.load(header, data)
+    assert header.tobytes() == opened(data).tobytes()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("case", IMAGES, ids=lambda case: case.defect)
+def test_hostile_images_have_the_same_outcome_as_with_pillow(
+    case: ImageCase, strict: bool, request: pytest.FixtureRequest
+) -> None:
+    data = case.data()
+    found = outcome(data, strict)
+    request.getfixturevalue("pillow_only")
+    assert found == outcome(data, strict)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32), st.data())
+def test_damaged_jpegs_have_the_same_outcome_as_with_pillow(seed: int, draw: st.DataObject) -> None:
+    data = bytearray(encode(noise(40, 30, seed), "JPEG", quality=draw.draw(st.sampled_from([30, 90]))))
+    for _ in range(draw.draw(st.integers(1, 4))):
+        data[draw.draw(st.integers(2, len(data) - 1))] = draw.draw(st.integers(0, 255))
+    damaged = bytes(data[: draw.draw(st.integers(len(data) // 2, len(data)))]) if seed % 3 == 0 else bytes(data)
+    found = outcome(damaged, True)
+    load = fast_jpeg.load
+    try:
+        fast_jpeg.load = lambda *_: False  # type: ignore[assignment]
+        assert found == outcome(damaged, True)
+    finally:
+        fast_jpeg.load = load
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(natural(40, 30).convert("L"), "JPEG"),
+        encode(natural(40, 30).convert("CMYK"), "JPEG"),
+        encode(natural(40, 30), "JPEG", progressive=True),
+        encode(natural(40, 30), "PNG"),
+        encode(natural(40, 30), "MPO", save_all=True, append_images=[natural(40, 30)]),
+        without_scan_data(encode(natural(40, 30), "JPEG"), 0.5),
+        encode(natural(40, 30), "JPEG")[:-40],
+    ],
+    ids=["grey", "CMYK", "progressive", "PNG", "MPO", "missing scan data", "truncated"],
+)
+def test_everything_else_is_left_to_pillow(data: bytes) -> None:
+    assert not fast_jpeg.load(opened(data), data)
+
+
+def test_an_image_with_another_size_than_pillow_has_found_is_left_to_pillow() -> None:
+    small, large = (encode(natural(side, side), "JPEG") for side in (20, 40))
+    assert not fast_jpeg.load(opened(small), large)
+
+
+def test_a_decoder_with_other_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    import simplejpeg
+
+    def darker(data: bytes, **options: Any) -> Any:
+        return decode_jpeg(data, **options) // 2
+
+    assert fast_jpeg._load_decoder() is not None
+    decode_jpeg = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", darker)
+    assert fast_jpeg._load_decoder.__wrapped__() is None
+
+
+def test_the_image_keeps_its_metadata_and_its_memory() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(natural(40, 30), "JPEG", exif=exif)
+    image = decode(data, LIMITS)
+    assert image.size == (30, 40), "EXIF orientation is applied"
+    images = [decode(encode(natural(60, 40, seed), "JPEG"), LIMITS) for seed in range(20)]
+    pixels = [image.tobytes() for image in images]
+    assert [image.copy().tobytes() for image in images] == pixels
