@@ -91,6 +91,9 @@ def test_a_submitted_job_finishes_and_submitting_it_again_does_nothing(
     lost = submit("--set", "output=runs/out")
     assert lost.returncode != 0
     assert "error: output runs/out is in the temporary folder of a Ray job" in lost.stdout
+    renamed = submit("--set", "source=data/{0..1}.tar")
+    assert renamed.returncode != 0
+    assert re.search(r"error: source /\S+/data/0\.tar is in the temporary folder of a Ray job", renamed.stdout)
     wrong = submit("--set", "seed=1")
     assert wrong.returncode != 0
     assert "fingerprint" in wrong.stdout
