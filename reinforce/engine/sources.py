@@ -22,7 +22,7 @@ from reinforce.source.shards import RawSample, read_shard
 from reinforce.source.urls import canonical, shard_stem
 
 _COMPARED = 64  # new shards, evenly spread over those whose file name another shard has
-_TWINS = 4  # other shards that each of them is compared with
+_TWINS = 8  # other shards that each of them is compared with
 _WITHOUT_STATE = 4  # new shards that are compared by rows with files of earlier versions, which reads more
 _THREADS = 16
 _SHOWN_FOLDERS = 3
@@ -79,8 +79,13 @@ def find_copies(plan: Plan, store: Store) -> Copies:
 def _meeting_shards(plan: Plan) -> list[tuple[PendingShard, list[str]]]:
     """New shards with the names of others, committed or new, that have the same file name."""
     new = [shard for shard in plan.pending if SAMPLES in shard.layers]
+    if not new:
+        return []
+    stems = {shard_stem(shard.name) for shard in new}
+    if len(stems) == len(new) and stems.isdisjoint(map(shard_stem, plan.committed)):
+        return []
     owners: dict[str, list[str]] = {}
-    for name in plan.committed if new else ():
+    for name in plan.committed:
         owners.setdefault(shard_stem(name), []).append(name)
     kept = tuple(f"{canonical(folder)}/" for folder, former in plan.config.moved.items() if folder == former)
     meeting = []

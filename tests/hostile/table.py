@@ -23,6 +23,8 @@ S3 = "tests/integration/test_s3_faults.py"
 PARTIAL = "tests/integration/test_s3_partial.py"
 SCARCITY = "tests/integration/test_scarcity.py"
 CLUSTER = "tests/integration/test_cluster.py"
+SOURCES = "tests/engine/test_sources.py"
+CHANGES = "tests/engine/test_changes.py"
 DECODE_POOL = "tests/engine/test_decode_pool.py"
 #: Cases of other tests: defect, outcome, test.
 OTHERS = [
@@ -76,6 +78,36 @@ OTHERS = [
         "a special token of a tokenizer in a caption",
         "tokenized as plain characters",
         "tests/teachers/test_open_clip_text.py::test_special_tokens_in_texts_are_read_as_plain_text",
+    ),
+    (
+        "a source that was moved or linked",
+        "refused: its shards have the content of others; `moved` in the config continues under the old names",
+        f"{SOURCES}::test_a_linked_source_is_refused_with_numbers_and_both_urls",
+    ),
+    (
+        "a relative source in a job of `ray job submit`",
+        "refused: its shards would have other names in every job",
+        f"{SOURCES}::test_a_source_in_the_folder_of_a_ray_job_is_refused",
+    ),
+    (
+        "a source file that was replaced since its samples were written",
+        "a run that adds layers warns, where it lists the source",
+        f"{CHANGES}::test_replaced_sources_of_shards_that_get_new_layers_are_named",
+    ),
+    (
+        "a replaced tar whose images are stored by reference",
+        "`shard_failed`, only in the layers that need its images",
+        f"{CHANGES}::test_a_replaced_tar_of_referenced_images_costs_its_shard_instead_of_giving_other_images",
+    ),
+    (
+        "a custom class whose file changed without its `version`, while shards are added",
+        "a run warns once, with the hashes of both files",
+        "tests/engine/test_runner.py::test_a_class_whose_file_changed_without_its_version_is_warned_of_once",
+    ),
+    (
+        "keys that occur in several shards",
+        "stored, counted, and reported by runs, status and validate",
+        "tests/dataset/test_validate.py::test_keys_that_repeat_across_shards_are_counted",
     ),
     (
         "a header whose long name may be lost in damage",
