@@ -142,9 +142,9 @@ class Workers(Section):
         """``cpus``, or 1 if it is left open."""
         return self.cpus or 1
 
-    def fitted_to(self, nodes: Sequence[Node]) -> Workers:
-        """A copy in which numbers that are left open suit the nodes of a cluster."""
-        gpus = default_gpus(nodes) if self.gpus is None else self.gpus
+    def fitted_to(self, nodes: Sequence[Node], models: bool = True) -> Workers:
+        """A copy in which numbers that are left open suit the nodes of a cluster; no GPU is used without ``models``."""
+        gpus = default_gpus(nodes) * models if self.gpus is None else self.gpus
         # Without GPUs, workers of one core lose nothing to waiting for each other, and give the same bytes everywhere.
         cpus = self.cpus or (cores_per_process(nodes, 1, gpus) if gpus else 1)
         return self.model_copy(update={"gpus": gpus, "cpus": cpus})

@@ -106,3 +106,9 @@ def test_numbers_of_workers_that_are_left_open_suit_the_nodes(
 ) -> None:
     workers = Workers.model_validate(given).fitted_to(nodes)
     assert (workers.cpus, workers.cores, workers.gpus) == (cpus, cpus, gpus)
+
+
+def test_without_models_a_gpu_is_used_only_if_it_is_given() -> None:
+    nodes = [{"CPU": 96.0, "GPU": 8.0}]
+    assert Workers().fitted_to(nodes, models=False).describe() == "1 CPU"
+    assert Workers(gpus=1).fitted_to(nodes, models=False).describe() == "12 CPUs and 1 GPU"

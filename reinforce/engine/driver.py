@@ -58,7 +58,10 @@ class Driver:
 
     def __init__(self, plan: Plan, store: Store, progress: Progress) -> None:
         self.plan, self.store, self.progress = plan, store, progress
-        self.config = plan.config.model_copy(update={"workers": plan.config.workers.fitted_to(live_resources())})
+        self.needed = frozenset(name for shard in plan.pending for name in shard.layers)
+        models = any(plan.layers[name].model and not plan.layers[name].published for name in self.needed)
+        workers = plan.config.workers.fitted_to(live_resources(), models)
+        self.config = plan.config.model_copy(update={"workers": workers})
         self.redact = Redactor(self.config.model_dump(mode="json"))
         self.queue = ShardQueue(plan.pending)
         self.policy = FailurePolicy(self.config.failures, plan.layers, plan.shards, plan.quarantined)
@@ -72,9 +75,8 @@ class Driver:
         start = time.monotonic()
         self.events = Events(self.store, self.config, self.redact)
         self.records = RecordWriter(self.store, self.events.run)
-        needed = frozenset(name for shard in self.plan.pending for name in shard.layers)
-        self.events.add("start", shards=len(self.plan.pending), layers=sorted(needed), ray=ray.__version__)
-        self.pool = Pool(self.config, self.plan.layers, needed)
+        self.events.add("start", shards=len(self.plan.pending), layers=sorted(self.needed), ray=ray.__version__)
+        self.pool = Pool(self.config, self.plan.layers, self.needed)
         self._log(self.pool.describe(len(self.plan.pending)))
         ending = Ending()
         try:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
 from reinforce.cluster import live_resources
-from reinforce.config import Config
-from reinforce.cores import capacity
+from reinforce.config import Config, Workers
+from reinforce.cores import Node, capacity, cores_per_process
 from reinforce.dataset.layers import Layer
 from reinforce.engine.outcome import WorkerInfo
 from reinforce.engine.plan import PendingShard
@@ -50,6 +50,20 @@ class Slot:
             self.last_progress = now
 
 
+def describe_workers(workers: Workers, shards: int, limit: int, nodes: Sequence[Node]) -> str:
+    """A line about the workers of a run, at most ``limit`` and one for each shard, and about cores that stay idle."""
+    count = min(shards, limit)
+    device = "cuda" if workers.gpus else "cpu"
+    what = f"{count} worker{'s' * (count != 1)} x {workers.describe()}"
+    line = f"{what}, batches of {workers.batch} images, device {device}"
+    places = capacity(nodes, workers.cores, workers.gpus or 0)
+    cores = cores_per_process(nodes, count, 0)
+    if workers.gpus or workers.max is not None or shards >= places or cores <= workers.cores:
+        return line
+    left = f"{shards} shard{'s' * (shards != 1)}"
+    return f"{line}; there are {places} places for workers and {left}: workers.cpus={cores} uses more cores"
+
+
 class Pool:
     """The actors of a run. Ray keeps those that cannot be placed pending, and starts them when a node joins."""
 
@@ -73,10 +87,7 @@ class Pool:
 
     def describe(self, size: int) -> str:
         """A line about the workers that ``size`` shards will have."""
-        count, workers = min(size, self._limit()), self._config.workers
-        device = "cuda" if workers.gpus else "cpu"
-        what = f"{count} worker{'s' * (count != 1)} x {workers.describe()}"
-        return f"{what}, batches of {workers.batch} images, device {device}"
+        return describe_workers(self._config.workers, size, self._limit(), live_resources())
 
     def shrink(self, size: int) -> None:
         """Remove workers without leases until ``size`` are left; those that have not started go first."""

@@ -1,10 +1,11 @@
-"""What the pool records of a worker."""
+"""What the pool records of a worker, and the line about its workers."""
 
 from __future__ import annotations
 
+from reinforce.config import Workers
 from reinforce.engine.outcome import WorkerInfo
 from reinforce.engine.plan import PendingShard
-from reinforce.engine.pool import Slot
+from reinforce.engine.pool import Slot, describe_workers
 from reinforce.engine.watch import Pulse
 
 INFO = WorkerInfo("node", 1, "cpu", {})
@@ -32,3 +33,23 @@ def test_any_count_that_changes_is_progress_and_the_key_in_work_is_not() -> None
     ):
         slot.record_pulse(pulse, float(now))
         assert slot.last_progress == now
+
+
+def test_a_run_names_its_workers_and_the_cores_that_few_shards_leave_idle() -> None:
+    nodes = [{"CPU": 16.0}]
+
+    def line(shards: int, limit: int = 16, **given: float) -> str:
+        return describe_workers(Workers.model_validate(given).fitted_to(nodes), shards, limit, nodes)
+
+    assert line(100) == "16 workers x 1 CPU, batches of 256 images, device cpu"
+    assert line(3) == (
+        "3 workers x 1 CPU, batches of 256 images, device cpu; there are 16 places for workers and 3 shards: "
+        "workers.cpus=5 uses more cores"
+    )
+    assert line(3, 3, cpus=5) == "3 workers x 5 CPUs, batches of 256 images, device cpu"
+    assert line(15) == "15 workers x 1 CPU, batches of 256 images, device cpu"
+    assert line(3, 1, max=1) == "1 worker x 1 CPU, batches of 256 images, device cpu"
+    gpus = [{"CPU": 96.0, "GPU": 8.0}]
+    assert describe_workers(Workers().fitted_to(gpus), 2, 8, gpus) == (
+        "2 workers x 12 CPUs and 1 GPU, batches of 256 images, device cuda"
+    )
