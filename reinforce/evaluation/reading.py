@@ -149,7 +149,7 @@ def _raise_on_damage(items: Iterator[RawSample | Refusal], url: str, where: str)
 
 
 def _read_dataset(url: str, images_from: Sequence[str]) -> Iterator[RawSample]:
-    key = 'evaluate.images_from: ["{}"], or --images-from "{0}" on the command line'.replace("{}", "{0}")
+    key = 'evaluate.images_from: ["{0}"], or --images-from "{0}" on the command line'
     for sample in Dataset(url, teachers=[], captioners=[], images_from=images_from, images_key=key):
         sidecars = {}
         if sample.caption is not None:

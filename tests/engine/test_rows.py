@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from reinforce.config import parse_config
@@ -15,6 +17,7 @@ from reinforce.dataset.augment import from_records, replay
 from reinforce.dataset.store import Store
 from reinforce.engine.pixel_cells import PixelCells
 from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, max_group_rows, rows_from_samples, rows_from_source
+from reinforce.errors import UserError
 from reinforce.source.image import decode
 from reinforce.source.shards import Refusal
 from schemas import Reason
@@ -180,3 +183,17 @@ def test_row_groups_shrink_with_the_number_of_augmentations() -> None:
     assert max_group_rows(30) == 364
     assert max_group_rows(10**6) == 1
     assert max_group_rows(1, group_rows=8) == 8
+
+
+def test_only_the_shard_itself_is_read_by_reference(tmp_path: Path) -> None:
+    config = shard_config(tmp_path, members_of(0, 3), images="reference")
+    reinforce_here(config)
+    path = next((tmp_path / "out" / "samples").iterdir())
+    table = pq.read_table(path)
+    forged = [{**reference, "url": "/etc/hostname"} for reference in table["image_ref"].to_pylist()]
+    index = table.column_names.index("image_ref")
+    pq.write_table(
+        table.set_column(index, table.schema.field(index), pa.array(forged, table.schema.types[index])), path
+    )
+    with pytest.raises(UserError, match=r"reference to /etc/hostname, .* add it to `source`"):
+        from_samples(config)

@@ -9,6 +9,7 @@ import pytest
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
+from reinforce.evaluation.command import build_evaluation
 from reinforce.evaluation.reading import (
     File,
     check_file_size,
@@ -20,6 +21,7 @@ from reinforce.evaluation.reading import (
 from reinforce.source.shards import RawSample, Refusal
 from tests.helpers.data import write_tar
 from tests.helpers.evaluation import COLOURS, solid_image, write_colour_folder, write_colour_shard
+from tests.helpers.reinforced import small_dataset
 
 
 def test_kind_follows_from_the_url_and_the_files(tmp_path: Path) -> None:
@@ -71,3 +73,13 @@ def test_a_damaged_shard_is_a_user_error(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:7000])
     with pytest.raises(UserError, match=r"set: .*0\.tar: shard_damaged: .*Check the path, or download it again"):
         list(read_samples(str(path), Limits(), "set"))
+
+
+def test_images_by_reference_are_read_from_named_folders(tmp_path: Path) -> None:
+    url = small_dataset(tmp_path, (2,), images="reference")
+    message = rf'add evaluate\.images_from: \["{tmp_path}/source"\], or --images-from "{tmp_path}/source"'
+    with pytest.raises(UserError, match=message):
+        list(read_samples(url, Limits(), "set"))
+    assert len(list(read_samples(url, Limits(), "set", [f"{tmp_path}/source"]))) == 2
+    evaluation = build_evaluation(None, [], [f"pairs={url}"], {}, None, None, [f"{tmp_path}/source"])
+    assert evaluation.images_from == [f"{tmp_path}/source"]

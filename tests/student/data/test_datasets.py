@@ -155,3 +155,11 @@ def test_images_of_an_unknown_policy_are_refused(dataset: Path) -> None:
     (dataset / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"image policy datacomp-1, this version supports"):
         open_(dataset)
+
+
+def test_references_outside_named_folders_are_reported_before_the_first_step_with_the_key(tmp_path: Path) -> None:
+    url = small_dataset(tmp_path, (8,), images="reference")
+    for data in ({}, {"images_from": f"{tmp_path}/other"}):
+        with pytest.raises(UserError, match=rf'add data\.images_from: \["{tmp_path}/source"\]'):
+            open_(url, **data)
+    assert open_(url, images_from=[f"{tmp_path}/other", f"{tmp_path}/source"]).samples == 8
