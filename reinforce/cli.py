@@ -77,12 +77,7 @@ def run(
 def plan(
     config: Annotated[Path, _config_argument("demo.yaml")],
     set_: Overrides = None,
-    uses: Annotated[
-        bool,
-        typer.Option(
-            "--uses", help="Only name the classes and the hosts that the config would use; import and read nothing."
-        ),
-    ] = False,
+    uses: Annotated[bool, typer.Option("--uses", help="Only name the classes and hosts that it would use.")] = False,
 ) -> None:
     """Show what is missing in each layer and how large it will be. Starts nothing and writes nothing.
 
@@ -99,10 +94,8 @@ def plan(
     from reinforce.terminal import format_bytes
 
     checked = load_config(config, set_)
-    named = config_uses(checked)
-    if uses or named.classes or named.places:
-        for line in named.lines():
-            typer.echo(escape(redact(line)))
+    for line in config_uses(checked).lines(every=uses):
+        typer.echo(escape(redact(line)))
     if uses:
         return
     current = make_plan(checked)
@@ -267,10 +260,7 @@ def evaluate(
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images or texts per forward pass.")] = None,
     images_from: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="URL", help="Folder of the tars from which a dataset may read images that it stores by reference."
-        ),
+        list[str] | None, typer.Option(metavar="URL", help="Folder of tars that a dataset may read by reference.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the forward pass.")] = "fp32",

@@ -26,8 +26,10 @@ class Uses:
     classes: tuple[str, ...]
     places: tuple[str, ...]
 
-    def lines(self) -> list[str]:
-        """One line each, for people."""
+    def lines(self, every: bool = True) -> list[str]:
+        """One line each, for people; unless ``every``, none for a config that only uses this machine."""
+        if not (every or self.classes or self.places):
+            return []
         code = f"runs the code of {', '.join(self.classes)}" if self.classes else "runs no code of its own"
         return [f"this config {code}", f"it reaches {', '.join(self.places) or 'no other machine'}"]
 

@@ -191,9 +191,7 @@ def test_only_the_shard_itself_is_read_by_reference(tmp_path: Path) -> None:
     path = next((tmp_path / "out" / "samples").iterdir())
     table = pq.read_table(path)
     forged = [{**reference, "url": "/etc/hostname"} for reference in table["image_ref"].to_pylist()]
-    index = table.column_names.index("image_ref")
-    pq.write_table(
-        table.set_column(index, table.schema.field(index), pa.array(forged, table.schema.types[index])), path
-    )
+    index, field = table.column_names.index("image_ref"), table.schema.field("image_ref")
+    pq.write_table(table.set_column(index, field, pa.array(forged, field.type)), path)
     with pytest.raises(UserError, match=r"reference to /etc/hostname, .* add it to `source`"):
         from_samples(config)
