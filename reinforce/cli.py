@@ -81,8 +81,7 @@ def plan(
 ) -> None:
     """Show what is missing in each layer and how large it will be. Starts nothing and writes nothing.
 
-    Reads one sample of the source, and fails where a run would fail before it starts. Imports custom classes: of a
-    config from somebody else, look at `--uses` first.
+    Reads one sample of the source, and fails where a run would fail before it starts. Custom classes are imported.
     """
     from reinforce.dataset.store import Store
     from reinforce.engine.estimate import expected_bytes, plan_table
