@@ -46,7 +46,7 @@ demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner
 test: $(INSTALLED) ## run the tests, three files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-bench: $(INSTALLED) ## the pipeline compared with this machine's limits (two minutes)
+bench: $(INSTALLED) ## the pipeline compared with this machine's limits (ten minutes)
 	$(BIN)/python -m benchmarks.pipeline
 
 bench-step: $(INSTALLED) ## a training step with stored targets compared with plain CLIP (five minutes)

@@ -45,6 +45,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from reinforce.config import Augmentations, parse_config
+from reinforce.dataset.augment import AUGMENTATION_BACKEND
 from reinforce.dataset.backends import load_backend
 from reinforce.dataset.manifest import update_manifest
 from reinforce.dataset.store import MANIFEST, Store
@@ -136,14 +137,14 @@ def photo(seed: int, side: int | None = None) -> bytes:
     return out.getvalue()
 
 
-def write_source(folder: Path, images: int, processes: int) -> tuple[str, dict[str, float]]:
+def write_source(folder: Path, images: int, processes: int, distinct: int = PHOTOS) -> tuple[str, dict[str, float]]:
     """Write shards of photographs with captions; return their URL, and the mean size of the photographs."""
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        photos = list(pool.map(photo, range(PHOTOS), chunksize=8))
+        photos = list(pool.map(photo, range(distinct), chunksize=8))
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for i in range(shard, images, SHARDS):
-                members = {"jpg": photos[i % PHOTOS], "txt": sentence(i).encode(), "json": b'{"uid": "%d"}' % i}
+                members = {"jpg": photos[i % distinct], "txt": sentence(i).encode(), "json": b'{"uid": "%d"}' % i}
                 for extension, data in members.items():
                     info = tarfile.TarInfo(f"{i:08d}.{extension}")
                     info.size = len(data)
@@ -153,8 +154,8 @@ def write_source(folder: Path, images: int, processes: int) -> tuple[str, dict[s
     return f"{folder}/{{00000..{SHARDS - 1:05d}}}.tar", means
 
 
-def reinforce(source: str, output: str) -> None:
-    """Reinforce a dataset as ``reinforce run`` does, in this process."""
+def reinforce(source: str, output: str, backend: str = AUGMENTATION_BACKEND, processes: int = 1) -> None:
+    """Reinforce a dataset as ``reinforce run`` does, in this process and decode processes."""
     teachers = {
         name: {"class": f"{__name__}:RandomTeacher", "options": {"seed": seed}} for seed, name in enumerate("ab")
     }
@@ -163,7 +164,7 @@ def reinforce(source: str, output: str) -> None:
         {
             "source": source,
             "output": output,
-            "augmentations": AUGMENTATIONS,
+            "augmentations": {**AUGMENTATIONS, "backend": backend},
             "teachers": teachers,
             "captioners": captioners,
         }
@@ -171,7 +172,7 @@ def reinforce(source: str, output: str) -> None:
     plan, store = make_plan(config), Store(output)
     models = load_models(config, plan.layers.values())
     loaded = {name: {"dim": teacher.dim} for name, teacher in models.teachers.items()}
-    with DecodePool(1) as pool:
+    with DecodePool(processes) as pool:
         for shard in plan.pending:
             process_shard(shard, config, plan.layers, store, models, pool)
     store.write_json(update_manifest(None, config, plan.layers, loaded), MANIFEST)
@@ -212,13 +213,13 @@ def decode_in_memory(url: str, number: int, processes: int, pipe: Connection) ->
                 replay(decode(example.image, example.file.limits), example.augmentation)
 
 
-def loader_batches(url: str, processes: int) -> Iterator[Any]:
+def loader_batches(url: str, processes: int, batch: int = BATCH) -> Iterator[Any]:
     """Return the batches of this project's loader."""
     data = Data.model_validate({"datasets": url, "workers": processes, "prefetch": PREFETCH, "window": 1024})
-    return iter(StudentFeed(data, 0, SIZE, Tokenizer(TOKENIZER)).batches(0, 1, BATCH, 0))
+    return iter(StudentFeed(data, 0, SIZE, Tokenizer(TOKENIZER)).batches(0, 1, batch, 0))
 
 
-def webdataset_batches(source: str, processes: int) -> Iterator[Any]:
+def webdataset_batches(source: str, processes: int, batch: int = BATCH) -> Iterator[Any]:
     """Return endless batches of webdataset, with the same distribution of augmentations."""
     policy = Augmentations()
     transform = transforms.Compose(
@@ -232,7 +233,7 @@ def webdataset_batches(source: str, processes: int) -> Iterator[Any]:
         ]
     )
     dataset = webdataset.WebDataset(source, resampled=True, shardshuffle=False).shuffle(1000).decode("pil")
-    dataset = dataset.to_tuple("jpg", "txt").map_tuple(transform, SingleText(Tokenizer(TOKENIZER))).batched(BATCH)
+    dataset = dataset.to_tuple("jpg", "txt").map_tuple(transform, SingleText(Tokenizer(TOKENIZER))).batched(batch)
     context = multiprocessing.get_context("forkserver")
     return iter(
         DataLoader(
@@ -255,17 +256,42 @@ class SingleText:
         return self._tokenizer([text])[0]
 
 
-def compare(variants: Mapping[str, Callable[[int], None]], rounds: int) -> dict[str, dict[str, list[float]]]:
+def make_variants(
+    source: str, datasets: Mapping[str, str], processes: int, batch: int = BATCH
+) -> dict[str, Callable[[int], None]]:
+    """What is compared, by name: functions that deliver a number of images.
+
+    ``datasets`` are URLs by a suffix of the names of their two variants, *bare* and *loader*.
+    """
+    batches = {f"loader{suffix}": loader_batches(url, processes, batch) for suffix, url in datasets.items()}
+    batches["webdataset"] = webdataset_batches(source, processes, batch)
+
+    def consume(name: str, images: int) -> None:
+        for _ in range(images // batch):
+            next(batches[name])
+
+    variants: dict[str, Callable[[int], None]] = {
+        f"bare{suffix}": DecodeOnly(url, processes).run for suffix, url in datasets.items()
+    }
+    return variants | {name: partial(consume, name) for name in batches}
+
+
+def compare(
+    variants: Mapping[str, Callable[[int], None]],
+    rounds: int,
+    images: int = STEPS * BATCH,
+    warmup: int = WARMUP * BATCH,
+) -> dict[str, dict[str, list[float]]]:
     """Measure the variants alternately: images per second, and CPU milliseconds of all processes per image."""
     figures: dict[str, dict[str, list[float]]] = {name: {"images/s": [], "cpu ms": []} for name in variants}
     for number in range(rounds):
         for name, run in variants.items():
-            run(WARMUP * BATCH)  # uses up the prefetched batches
+            run(warmup)  # uses up the prefetched batches
             start, cpu = time.perf_counter(), cpu_seconds()
-            run(STEPS * BATCH)
+            run(images)
             seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
-            figures[name]["images/s"].append(STEPS * BATCH / seconds)
-            figures[name]["cpu ms"].append(1000 * cpu / (STEPS * BATCH))
+            figures[name]["images/s"].append(images / seconds)
+            figures[name]["cpu ms"].append(1000 * cpu / images)
         print(f"round {number + 1}: " + ", ".join(f"{n} {f['images/s'][-1]:.0f} images/s" for n, f in figures.items()))
     return figures
 
@@ -290,18 +316,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, photos = write_source(Path(folder), options.images, cores)
         reinforce(source, f"{folder}/out")
-        batches = {
-            "loader": loader_batches(f"{folder}/out", options.processes),
-            "webdataset": webdataset_batches(source, options.processes),
-        }
-
-        def consume(name: str, images: int) -> None:
-            for _ in range(images // BATCH):
-                next(batches[name])
-
-        variants = {"bare": DecodeOnly(f"{folder}/out", options.processes).run}
-        variants |= {name: partial(consume, name) for name in batches}
-        figures = compare(variants, options.rounds)
+        figures = compare(make_variants(source, {"": f"{folder}/out"}, options.processes), options.rounds)
     report(figures, photos, options)
 
 

@@ -17,6 +17,7 @@ from importlinter.api import read_configuration
 from pydantic import BaseModel
 
 import reinforce
+from benchmarks.pipeline.page import render_page as render_performance
 from reinforce import settings
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.cli import main
@@ -250,6 +251,11 @@ def test_results_in_readme_are_those_that_were_measured() -> None:
         shown += [f"{100 * means['unseen_style']:.1f} %", f"{means['seconds_per_step']:.2f}"]
     for number in shown:
         assert number in readme, number
+
+
+def test_tables_of_the_performance_page_are_those_that_were_measured() -> None:
+    page = read_page("docs/performance.md")
+    assert render_performance(page, measured("pipeline")) == page
 
 
 def test_speeds_in_pages_are_those_that_were_measured() -> None:

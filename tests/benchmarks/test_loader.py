@@ -6,7 +6,6 @@ import io
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -23,9 +22,8 @@ def test_photos_have_a_common_size_and_about_a_bit_per_pixel() -> None:
     assert 0.6 < 8 * len(data) / (width * height) < 2.4
 
 
-def test_source_has_every_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "PHOTOS", 2)
-    url, means = loader.write_source(tmp_path, 6, processes=1)
+def test_source_has_every_image_once(tmp_path: Path) -> None:
+    url, means = loader.write_source(tmp_path, 6, processes=1, distinct=2)
     assert url == f"{tmp_path}/{{00000..00003}}.tar"
     shards = [read_samples(path) for path in sorted(tmp_path.glob("*.tar"))]
     assert sorted(key for shard in shards for key in shard) == [f"{i:08d}" for i in range(6)]
@@ -33,7 +31,7 @@ def test_source_has_every_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert means["bytes"] == np.mean([len(loader.photo(seed)) for seed in range(2)])
 
 
-def test_variants_are_warmed_up_before_each_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_are_warmed_up_before_each_measurement() -> None:
     requested: list[int] = []
     figures = loader.compare({"only": requested.append}, rounds=2)
     assert requested == [loader.WARMUP * loader.BATCH, loader.STEPS * loader.BATCH] * 2

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from benchmarks.pipeline.__main__ import make_parser as benchmark_options
 from reinforce.cli import app
 from reinforce.demo.__main__ import app as demo
 from tests.helpers.pages import ROOT
@@ -35,6 +36,7 @@ RUN = [
 #: Commands that are only parsed, with the files that they name, and why they are not run here.
 CHECKED = {
     r"make [a-z-]+( .*)?": "takes minutes; the parts of each target have tests of their own",
+    r"python -m benchmarks\.pipeline .*": "takes minutes; tests/benchmarks/pipeline/test_main.py runs a small one",
     r"\.ci/run": "runs these tests",
     r"pip install .*": "needs a package index",
     r"export [A-Z_]+=.*": "sets a variable of the reader's shell",
@@ -152,6 +154,8 @@ def _python(words: list[str]) -> None:
         assert importlib.util.find_spec(words[1]) is not None, f"there is no module {words[1]}"
         if words[1] == "reinforce.demo" and len(words) > 2:
             _parse(typer.main.get_command(demo), words[2:])
+        if words[1] == "benchmarks.pipeline":
+            benchmark_options().parse_args(words[2:])
         return
     job, *rest = words
     command = re.search(r'run\("([a-z-]+)"', (ROOT / job).read_text(encoding="utf-8"))

@@ -1,0 +1,89 @@
+"""CPU seconds and memory of other processes, from /proc (Linux)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_TICK = os.sysconf("SC_CLK_TCK")
+_PROC = Path("/proc")
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of the children of a process."""
+    return [int(path.name) for path in _PROC.glob("[0-9]*") if _stat(int(path.name))[1:2] == [str(pid)]]
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU seconds of a process so far, without its children; 0 if it has ended."""
+    stat = _stat(pid)
+    return (int(stat[11]) + int(stat[12])) / _TICK if stat else 0.0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of memory in which a page that several processes share counts in parts (PSS): ``shared`` memory such as the
+    pixel cells, and everything else."""
+
+    own: int = 0
+    shared: int = 0
+
+
+def memory(pid: int) -> Memory:
+    """Memory of a process; 0 if it has ended."""
+    with contextlib.suppress(OSError):
+        text = (_PROC / f"{pid}/smaps_rollup").read_text()
+        sizes = {name: 1024 * int(size) for name, size in re.findall(r"^(Pss\w*): +(\d+) kB", text, flags=re.MULTILINE)}
+        shared = sizes.get("Pss_Shmem", 0)
+        return Memory(sizes["Pss"] - shared, shared)
+    return Memory()
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on, or none if the process has ended."""
+    try:
+        return (_PROC / f"{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+@dataclass
+class Peak:
+    """Peak memory in bytes of a process with its children. At that moment, ``parent`` is the process's own, ``child``
+    the mean of its children's own, and ``shared`` the shared memory of all."""
+
+    total: int = 0
+    parent: int = 0
+    child: float = 0.0
+    shared: int = 0
+
+    def look(self, pid: int, below: Sequence[int]) -> None:
+        """Look at the processes, and keep what is found if it is more than before."""
+        parent, *others = (memory(process) for process in (pid, *below))
+        own = [other.own for other in others]
+        shared = parent.shared + sum(other.shared for other in others)
+        if (total := parent.own + sum(own) + shared) > self.total:
+            self.total, self.parent, self.child, self.shared = total, parent.own, sum(own) / max(1, len(own)), shared
+
+
+@contextlib.contextmanager
+def watch_memory(pid: int, seconds: float = 0.05) -> Iterator[Peak]:
+    """Record the peak memory of a process and its children, looking every ``seconds``."""
+    peak, stop, below = Peak(), threading.Event(), children(pid)
+
+    def watch() -> None:
+        while not stop.wait(seconds):
+            peak.look(pid, below)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()

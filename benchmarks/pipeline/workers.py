@@ -1,0 +1,107 @@
+"""Worker processes that do what the worker actors do, without Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from benchmarks.pipeline import proc
+from benchmarks.pipeline.children import Children, serve
+from benchmarks.pipeline.inputs import make_config
+from benchmarks.pipeline.stand_ins import STAND_IN, FixedTimeTeacher, StandInAccelerator, skip_conversion
+from reinforce.dataset.store import Store
+from reinforce.engine.decode_pool import DecodePool
+from reinforce.engine.models import Models
+from reinforce.engine.plan import PendingShard, make_plan
+from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.engine.shard import allocate_pixels, process_shard
+from reinforce.engine.worker import SHARDS_IN_FLIGHT
+from teachers.device import Accelerator
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What a worker process is started with; ``device`` is that of its models or ``stand-in``."""
+
+    augmentations: int
+    cores: int
+    device: str
+    batch: int = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """The shards of ``source`` whose number is ``part`` modulo ``parts``, written to ``output``."""
+
+    source: str
+    output: str
+    seconds_per_image: float = 0.0
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a worker measured of a job. Seconds of CPU are those of its own process and of its decode processes;
+    ``busy`` is the share of the time from the first batch to the last in which its models ran."""
+
+    samples: int
+    seconds: float
+    own: float
+    decode: float
+    busy: float
+    written: int  # bytes
+
+
+def start_workers(setup: WorkerSetup, count: int = 1) -> Children:
+    return Children(serve_worker, [(setup,)] * count)
+
+
+def serve_worker(pipe: Connection, setup: WorkerSetup) -> None:
+    """Answer jobs with what was measured."""
+    torch.set_num_threads(setup.cores)
+    stand_in = setup.device == STAND_IN
+    accelerator = StandInAccelerator() if stand_in else Accelerator(setup.device)
+    teacher = FixedTimeTeacher(accelerator.device)
+    models = Models({"fixed": teacher}, {}, accelerator)
+    config = make_config("none.tar", "none", setup.augmentations, setup.cores, setup.batch)
+    layers = build_layers(config, describe_models(config))
+    with contextlib.ExitStack() as stack:
+        if stand_in:
+            stack.enter_context(patch("reinforce.engine.inference.to_pixels", skip_conversion))
+        pool = stack.enter_context(DecodePool(setup.cores))
+        allocate_pixels(pool, config, layers.values(), models, SHARDS_IN_FLIGHT)
+        pool.wait_until_ready()
+        serve(pipe, lambda job: _run(job, setup, models, teacher, pool))
+
+
+def _run(job: Job, setup: WorkerSetup, models: Models, teacher: FixedTimeTeacher, pool: DecodePool) -> Measured:
+    """Process the shards of a job, two at a time as a worker actor does."""
+    teacher.reset(job.seconds_per_image)
+    processes = proc.children(os.getpid())
+    start, own, below = time.perf_counter(), time.process_time(), sum(map(proc.cpu_seconds, processes))
+    config = make_config(job.source, job.output, setup.augmentations, setup.cores, setup.batch)
+    plan, store = make_plan(config), Store(config.output)
+
+    def process(shard: PendingShard) -> tuple[int, int]:
+        result = process_shard(shard, config, plan.layers, store, models, pool)
+        return result.samples, result.bytes
+
+    with ThreadPoolExecutor(SHARDS_IN_FLIGHT) as leases:
+        samples, written = np.sum(list(leases.map(process, plan.pending[job.part :: job.parts])), axis=0).tolist()
+    return Measured(
+        samples,
+        time.perf_counter() - start,
+        time.process_time() - own,
+        sum(map(proc.cpu_seconds, processes)) - below,
+        teacher.busy / max(1e-9, teacher.last - teacher.first),
+        written,
+    )

@@ -1,0 +1,52 @@
+"""The whole benchmark, small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.pipeline import page
+from benchmarks.pipeline.__main__ import NAMES, main, make_parser
+from reinforce.dataset.backends import BACKENDS
+
+
+def test_a_small_run_measures_every_figure_of_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["--quick", "--cores", "1", "--results", f"{tmp_path}/figures.json"])
+    output = capsys.readouterr().out
+    results = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    figures = {figure.name: figure for figure in page.read_figures(results)}
+    expected = ["busy share, 2 workers", "of it its pixel cells", "CPU time of 10 shards / of 1"]
+    for count in (2, 10):
+        expected += [
+            f"{what}, {count} augmentations"
+            for what in (
+                "CPU per sample",
+                "CPU per sample of its own process",
+                "CPU per sample of its decode processes",
+                "all CPU / that of decoding and augmenting alone",
+                "host ceiling: 1 / CPU of its own process",
+            )
+        ]
+    for backend in BACKENDS:
+        expected += [
+            f"CPU of decoding alone / of the loader, {backend}",
+            f"CPU of webdataset / of the loader, {backend}",
+        ]
+    for name in expected:
+        assert figures[name].value > 0, name
+        assert name in output
+    assert all(figure.value > 0 and figure.section for figure in figures.values())
+    assert all(f"{name}: " in output for name in NAMES)
+    assert results["quick"] is True
+    assert page.render_page(page.PAGE.read_text(encoding="utf-8"), results)
+
+
+def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["--only", "hosts"])
+    assert "invalid choice: 'hosts'" in capsys.readouterr().err
