@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from reinforce.cli import main
+from reinforce.dataset.key_sample import ShardKeys
+from reinforce.dataset.shard_records import RecordWriter, ShardRecord, SourceRecord
+from reinforce.dataset.store import Store
 from reinforce.dataset.validate import validate
+from reinforce.source.identity import read_state
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import reinforce_here, small_dataset
 
@@ -48,6 +52,33 @@ def test_changed_touched_and_missing_sources_are_told_apart(tmp_path: Path, caps
     assert "  00000-" in out
     assert " bytes then, " in out
     assert "source files: 1 as when their samples were written; 1 that cannot be read now" in out
+
+
+def test_a_file_that_was_touched_or_copied_is_valid(tmp_path: Path) -> None:
+    url = small_dataset(tmp_path, sizes=(2, 2))
+    writer = RecordWriter(Store(url), "2026")
+    for shard in Store(url).shards("samples"):
+        source = f"{tmp_path}/source/{shard.partition('-')[0]}.tar"
+        writer.add(ShardRecord(shard, ShardKeys.of([]), SourceRecord(source, read_state(source))))
+    writer.flush()
+    os.utime(tmp_path / "source" / "00001.tar", (1, 1))
+    found = validate(url, [str(tmp_path)])
+    assert found.valid
+    assert found.sources == {"same": 1, "touched": 1}
+
+
+def test_layers_of_several_states_of_a_class_are_named(tmp_path: Path) -> None:
+    url = small_dataset(tmp_path, sizes=(2,))
+    manifest = Store(url).read_json("dataset.json")
+    assert manifest is not None
+    manifest["teachers"]["red"]["code"] = ["aa", "bb"]
+    manifest["teachers"]["blue"]["code"] = 3  # forged
+    Store(url).write_json(manifest, "dataset.json")
+    lines = [*validate(url).lines()]
+    assert lines[0].startswith(
+        "teacher red: its layers were computed with 2 states of the file of its class (hashes aa, "
+    )
+    assert len(lines) == 2
 
 
 def test_damaged_and_stray_files_are_errors_of_their_own(tmp_path: Path) -> None:
