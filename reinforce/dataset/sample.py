@@ -41,8 +41,10 @@ class ImagePolicies:
         """
         try:
             policies, limits = manifest["policies"], Limits.model_validate(manifest["input"]["limits"])
-            lowered = (bounds or ReadLimits()).applied_to(limits)
-            return cls(url, policies["image"], policies["augmentation"], lowered)
+            image, augmentation = policies["image"], policies["augmentation"]
+            if not isinstance(image, str) or not isinstance(augmentation, str):
+                raise TypeError
+            return cls(url, image, augmentation, (bounds or ReadLimits()).applied_to(limits))
         except (KeyError, TypeError, ValidationError) as error:
             raise UserError(f"{url}: dataset.json does not record image policies and limits. Restore it.") from error
 
