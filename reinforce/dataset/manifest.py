@@ -24,6 +24,8 @@ def read_manifest(store: Store) -> dict[str, Any]:
     manifest = find_manifest(store)
     if manifest is None:
         raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST}.")
+    if SAMPLES not in manifest["layers"]:
+        raise UserError(f"{store.url}: {MANIFEST} lists no samples. Restore it.")
     return manifest
 
 

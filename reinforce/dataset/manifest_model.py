@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reinforce.config import LAYER_NAME
 from reinforce.errors import UserError
@@ -14,6 +14,7 @@ from reinforce.terminal import escape
 _Text = Annotated[str, Field(max_length=4096)]
 _Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _MAX_LAYERS = 4096
+_NEEDED = {"captions": ("count",), "images": ("count", "dim", "dtype"), "texts": ("count", "dim", "dtype")}
 _SHOWN_ERRORS = 3
 _SECTIONS = ("layers", "teachers", "captioners")
 
@@ -31,6 +32,15 @@ class _LayerEntry(_Part):
     texts: _Text | None = None
     teacher: _Text | None = None
     captioner: _Text | None = None
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> _LayerEntry:
+        needed = _NEEDED.get(self.kind, ())
+        if missing := [key for key in needed if key not in self.model_fields_set]:
+            raise ValueError(f"a layer of {self.kind} without {', '.join(missing)}")
+        if needed and self.count is None:
+            raise ValueError(f"a layer of {self.kind} without count")
+        return self
 
 
 class _Tuned(_Part):

@@ -13,7 +13,6 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.manifest_model import check_run
 from reinforce.dataset.store import Store
-from reinforce.errors import UserError
 from reinforce.terminal import escape, format_bytes
 
 _QUARANTINE_FILES = 1000  # per layer whose reasons are counted
@@ -27,8 +26,6 @@ def read_status(url: str) -> dict[str, Any]:
     """
     store = Store(url)
     manifest = read_manifest(store)
-    if SAMPLES not in manifest["layers"]:
-        raise UserError(f"{store.url}: dataset.json lists no samples. Restore it.")
     layers, quarantine = {}, {}
     for name, entry in manifest["layers"].items():
         sizes = store.shards(name)
