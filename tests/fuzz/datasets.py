@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import reinforce
 from reinforce.dataset.status import read_status
 from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
 from reinforce.errors import UserError
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
@@ -135,10 +136,12 @@ def replaced(path: Path, good: bytes, bad: bytes) -> Any:
 
 
 def read_every_way() -> None:
-    """Inspect the dataset, iterate it, and read it as a training does."""
+    """Inspect and validate the dataset, iterate it, and read it as a training does."""
     url = str(dataset())
     with contextlib.suppress(UserError):
         read_status(url)
+    with contextlib.suppress(UserError):
+        validate(url)
     with contextlib.suppress(UserError):
         data = reinforce.open(url)
         repr(data)
