@@ -40,7 +40,8 @@ NAMES = ("host", "accelerator", *SECTIONS)
 def measure(bench: Bench, sections: Sequence[str] = NAMES) -> list[Figure]:
     """The figures of the sections, in the order of the table."""
     figures: list[Figure] = []
-    for name in (name for name in NAMES if name in sections or name == "host"):
+    needed = {*sections, "host"} if "accelerator" in sections else {*sections}
+    for name in (name for name in NAMES if name in needed):
         start = time.perf_counter()
         if name == "accelerator":
             figures += measure_busy(bench, host_ms(figures))

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.pipeline import page
-from benchmarks.pipeline.__main__ import NAMES, main, make_parser
+from benchmarks.pipeline.__main__ import NAMES, SECTIONS, main, make_parser, measure
+from benchmarks.pipeline.figures import QUICK, Bench
 from reinforce.dataset.backends import BACKENDS
 
 
@@ -44,6 +45,20 @@ def test_a_small_run_measures_every_figure_of_the_table(
     assert all(f"{name}: " in output for name in NAMES)
     assert results["quick"] is True
     assert page.render_page(page.PAGE.read_text(encoding="utf-8"), results)
+
+
+@pytest.mark.parametrize(
+    ("sections", "measured"), [(["memory"], ["memory"]), (["accelerator"], ["host", "accelerator"])]
+)
+def test_only_what_a_part_needs_is_measured(
+    sections: list[str], measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    for function in ("measure_cpu", "measure_busy"):
+        monkeypatch.setattr(f"benchmarks.pipeline.__main__.{function}", lambda *_: [])
+    monkeypatch.setitem(SECTIONS, "memory", lambda _: [])
+    measure(Bench(tmp_path, "stand-in", 1, QUICK, lines.append, photos=[]), sections)
+    assert [line.partition(":")[0] for line in lines] == measured
 
 
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
