@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.config import Config, load_config
+from reinforce.dataset.augment import AUGMENTATION_BACKEND
 from reinforce.demo.compare import CONFIG, student_config
 from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
@@ -33,6 +34,16 @@ _NOT_IN_STUDENTS: dict[str, Any] = {
     "data": {"workers"},
     "train": {"compute": {"ranks", "gpus", "cpus"}},
 }
+
+
+def _dataset_json(config: Config) -> str:
+    """A run's config without what changes no number, and without later keys where they have their defaults."""
+    exclude: dict[str, Any] = {"output": True, "workers": True}
+    if config.augmentations.backend == AUGMENTATION_BACKEND:
+        exclude["augmentations"] = {"backend"}
+    if not config.moved:
+        exclude["moved"] = True
+    return config.model_dump_json(exclude=exclude, exclude_none=True)
 
 
 @dataclass(frozen=True)
@@ -121,10 +132,7 @@ class Study:
         students = [
             self.student_config(arm, 0).model_dump_json(exclude=_NOT_IN_STUDENTS, exclude_none=True) for arm in arms
         ]
-        datasets = [
-            self.dataset_config(arm.dataset).model_dump_json(exclude={"output", "workers"}, exclude_none=True)
-            for arm in arms
-        ]
+        datasets = [_dataset_json(self.dataset_config(arm.dataset)) for arm in arms]
         models = [model.model for model in (*self.demo.teachers.values(), *self.demo.captioners.values())]
         folders = [
             Path(model.removeprefix(FOLDER_PREFIX)) for model in models if model and model.startswith(FOLDER_PREFIX)
