@@ -43,8 +43,10 @@ def write_dataset(study: Study, name: str = BASE) -> None:
     manifest = {
         "format": "reinforced-dataset",
         "schema_version": 1,
-        "layers": {"samples": {"fingerprint": "f00d"}},
-        "teachers": {name: {"logit_scale": 50.0} for name in study.teachers},
+        "images": "embed",
+        "augmentations": {"count": 2, "size": 64},
+        "layers": {"samples": {"kind": "samples", "fingerprint": "f00d"}},
+        "teachers": {name: {"logit_scale": 50.0, "logit_scale_from": "config"} for name in study.teachers},
         "captioners": {},
     }
     Store(study.dataset_url(name)).write_json(manifest, "dataset.json")
