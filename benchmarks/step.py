@@ -159,9 +159,21 @@ def manifest() -> dict[str, Any]:
     targets = ("images", "caption", "captioner")
     return {
         "schema_version": 1,
+        "images": "embed",
+        "augmentations": {"size": 32},
         "teachers": {t: {"dim": DIM, "logit_scale": 60.0, "logit_scale_from": "config"} for t in TEACHERS},
         "captioners": {"captioner": {}},
-        "layers": {f"embeddings/{teacher}/{target}": {} for teacher in TEACHERS for target in targets},
+        "layers": {
+            f"embeddings/{teacher}/{target}": {
+                "kind": "images" if target == "images" else "texts",
+                "fingerprint": "0",
+                "count": 1,
+                "dim": DIM,
+                "dtype": "float16",
+            }
+            for teacher in TEACHERS
+            for target in targets
+        },
     }
 
 

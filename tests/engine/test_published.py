@@ -84,7 +84,8 @@ def test_images_and_reinforcements_may_be_in_the_same_tars(tmp_path: Path) -> No
     merged = [source_members(one) + [m for m in published_members(one) if not m[0].endswith("url.txt")] for one in ALL]
     write_published(tmp_path, merged, [])
     config = config_of(tmp_path, reinforcements=f"{tmp_path}/source/*.tar", images="reference")
-    for one, sample in zip(ALL, reinforce.open(reinforce_here(config)), strict=True):
+    samples = reinforce.open(reinforce_here(config), images_from=[f"{tmp_path}/source"])
+    for one, sample in zip(ALL, samples, strict=True):
         check_sample(one, sample)
 
 

@@ -165,6 +165,7 @@ def test_a_reinforced_dataset_gives_the_metrics_of_its_shards(
         result = make_evaluator(
             retrieval={"set": {"pairs": url}},
             zero_shot={"set": {"images": url, "label": "json:uid"}},
+            images_from=[str(Path(source).parent)],
         ).evaluate(model, CPU)
         assert result.sets["retrieval/set"].images == result.sets["zero_shot/set"].images == 13
         results.append(result)
