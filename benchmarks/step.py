@@ -164,17 +164,16 @@ def manifest() -> dict[str, Any]:
         "teachers": {t: {"dim": DIM, "logit_scale": 60.0, "logit_scale_from": "config"} for t in TEACHERS},
         "captioners": {"captioner": {}},
         "layers": {
-            f"embeddings/{teacher}/{target}": {
-                "kind": "images" if target == "images" else "texts",
-                "fingerprint": "0",
-                "count": 1,
-                "dim": DIM,
-                "dtype": "float16",
-            }
-            for teacher in TEACHERS
-            for target in targets
+            "samples": {"kind": "samples", "fingerprint": "0"},
+            **{f"embeddings/{teacher}/{target}": layer(target) for teacher in TEACHERS for target in targets},
         },
     }
+
+
+def layer(target: str) -> dict[str, Any]:
+    """Return the entry of one layer of embeddings."""
+    kind = "images" if target == "images" else "texts"
+    return {"kind": kind, "fingerprint": "0", "count": 1, "dim": DIM, "dtype": "float16"}
 
 
 def random_batch(task: StudentTask, count: int) -> dict[str, Any]:
