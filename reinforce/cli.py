@@ -1,8 +1,4 @@
-"""The command line: ``reinforce run``, ``plan``, ``status``, ``train``, ``evaluate``, ``export onnx`` and others.
-
-A user error prints one line and exits with its status, which is 2 except for a run that too many quarantined shards
-have stopped.
-"""
+"""The command line: ``reinforce run``, ``plan``, ``status``, ``train``, ``evaluate``, ``export onnx`` and others."""
 
 from __future__ import annotations
 
@@ -18,6 +14,7 @@ from rich.console import Console
 
 from reinforce import cli_dataset
 from reinforce.config import load_config
+from reinforce.cores import let_waiting_threads_sleep
 from reinforce.errors import UserError
 from reinforce.terminal import escape
 from teachers.redact import redact
@@ -392,7 +389,8 @@ def _is_first_rank() -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. A user error prints one line and exits with its status."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides warnings about settings that are intended
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides warnings of intended settings
+    let_waiting_threads_sleep()
     try:
         app(args=arguments)
     except UserError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from reinforce.cores import (
     cpu_quotas,
     default_gpus,
     describe_share,
+    let_waiting_threads_sleep,
     loader_processes,
 )
 
@@ -95,3 +98,17 @@ def test_capacity_counts_processes_that_fit_on_one_node() -> None:
     nodes = [{"CPU": 3.0, "GPU": 1.0}, {"CPU": 2.0}]
     assert [capacity(nodes, cpus, 0) for cpus in (0.5, 1, 2, 3, 4)] == [10, 5, 2, 1, 0]
     assert [capacity(nodes, cpus, 1) for cpus in (1, 4)] == [1, 0]
+
+
+def test_waiting_threads_sleep_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    let_waiting_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    let_waiting_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_the_command_line_sets_it_before_torch_is_imported() -> None:
+    code = "import sys, reinforce.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
