@@ -14,17 +14,12 @@ depend on the machine and on what else runs on it; ratios are comparable between
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import json
-import os
-import platform
 import statistics
 import time
 import unittest.mock
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.loader import photo
+from benchmarks.stored import write_results
 from reinforce.config import Augmentations, Limits
 from reinforce.dataset import fixed_point
 from reinforce.dataset.augment import Augmentation, replay_with, sample_augmentation
@@ -199,22 +195,17 @@ def report(
             table.add_row(name, *(f"{value:.5f}" for value in values.values()))
         console.print(table)
     result = {
-        "date": datetime.date.today().isoformat(),
-        "cores": len(os.sched_getaffinity(0)),
         "rounds": options.rounds,
         "images": {
             title: {"count": len(data), "mean bytes": round(statistics.mean(map(len, data)))}
             for title, data in photos.items()
         },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("pillow", "numpy", "torch", "cykooz-resizer", "simplejpeg")},
         "targets": TARGETS,
         "ratios": ratios,
         "cpu ms per sample": tables,
         "cosines": similar,
     }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_results(options.results, ("pillow", "numpy", "torch", "cykooz-resizer", "simplejpeg"), result)
     console.print(f"written to {options.results}")
 
 

@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import io
 import itertools
-import json
 import multiprocessing
 import os
-import platform
 import statistics
 import tarfile
 import tempfile
@@ -30,7 +27,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -44,6 +40,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from benchmarks.stored import write_results
 from reinforce.config import Augmentations, parse_config
 from reinforce.dataset.augment import AUGMENTATION_BACKEND
 from reinforce.dataset.backends import load_backend
@@ -339,20 +336,15 @@ def report(figures: dict[str, dict[str, list[float]]], photos: dict[str, float],
     console.print(table)
     console.print(bounds)
     result = {
-        "date": datetime.date.today().isoformat(),
-        "cores": len(os.sched_getaffinity(0)),
         "processes": options.processes,
         "batch": BATCH,
         "photographs": {"mean bytes": round(photos["bytes"]), "mean pixels": round(photos["pixels"])},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "torchvision", "pillow", "pyarrow", "numpy", "webdataset")},
         "ratios": ratios,
         "bounds": BOUNDS,
         "medians": medians,
         "figures": figures,
     }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_results(options.results, ("torch", "torchvision", "pillow", "pyarrow", "numpy", "webdataset"), result)
     console.print(f"written to {options.results}")
 
 
