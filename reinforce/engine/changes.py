@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.shard_records import SourceRecord
 from reinforce.engine.plan import PendingShard, Plan
+from reinforce.engine.sources import evenly_spread
 from reinforce.source.identity import SourceState, listed_state, probe_state
 from reinforce.source.urls import canonical
 
@@ -57,8 +58,7 @@ def changed_sources(plan: Plan, recorded: Mapping[str, SourceRecord]) -> list[Ch
             changed.append(ChangedSource(shard.name, before.state.describe_change(now)))
         elif now.stamp != before.state.stamp and before.url == canonical(shard.url):
             unsure.append((shard, before.state))
-    step = max(1.0, len(unsure) / _PROBED)
-    probed = [unsure[int(i * step)] for i in range(min(_PROBED, len(unsure)))]
+    probed = evenly_spread(unsure, _PROBED)
     with ThreadPoolExecutor(_THREADS) as pool:
         states = [*pool.map(lambda item: probe_state(item[0].url), probed)]
     for (shard, before_state), state in zip(probed, states, strict=True):

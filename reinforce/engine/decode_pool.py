@@ -157,10 +157,10 @@ class DecodePool:
             self.jobs.put(job)
         return job.future
 
-    def longest(self) -> tuple[str | None, float]:
-        """Key of the item that a process has worked on for the longest time, and the seconds; (None, 0) if none is."""
+    def longest(self) -> str | None:
+        """Key of the item that a process has worked on for the longest time, or None if none is in work."""
         working = [at for server in self._servers if (at := server.working_on()) is not None]
-        return max(working, key=lambda at: at[1], default=(None, 0.0))
+        return max(working, key=lambda at: at[1])[0] if working else None
 
     def next_job(self, wait: bool) -> Job | None:
         """The next job. Without ``wait``, None if other processes have nothing to do and can take what there is."""
@@ -246,11 +246,10 @@ class _Server(threading.Thread):
 
     def working_on(self) -> tuple[str, float] | None:
         """Key of the item in work and the seconds, or None."""
-        at = self.board.get(self.number)
-        for task in list(self._sent) if at is not None else ():
-            if at is not None and task.job.number == at[0]:
-                return task.job.items[at[1]].key, at[2]
-        return None
+        if (at := self.board.get(self.number)) is None:
+            return None
+        items = (task.job.items for task in list(self._sent) if task.job.number == at[0])
+        return next(((of_job[at[1]].key, at[2]) for of_job in items), None)
 
     def _start(self) -> None:
         try:

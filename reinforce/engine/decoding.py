@@ -19,7 +19,7 @@ from reinforce.engine.published_members import Unreadable
 from reinforce.engine.published_values import Members, PublishedReader, PublishedValue
 from reinforce.source.image import ImageRefused, decode, image_policy
 from reinforce.source.shards import RawSample, Refusal
-from reinforce.source.text import caption_of, json_error, metadata_of, why_no_caption
+from reinforce.source.text import json_error, metadata_of, why_no_caption
 from schemas import Reason
 
 _PLACEHOLDER_CROP = Crop(0, 0, 8, 8)
@@ -128,7 +128,7 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, cell: int, item: SourceItem
     cells.write(cell, image, augmentations, load_backend(policy.backend))
     fields = config.input.captions
     metadata = metadata_of(raw.all_sidecars, config.input.metadata)
-    caption = caption_of(raw.sidecars, fields, limits) or caption_of(raw.all_sidecars, fields, limits)
+    caption = raw.caption(fields, limits)
     left_out = [*_left_out(config, raw, metadata)]
     if caption is None and fields and len(raw.members) > 1:
         left_out.append(Refusal(raw.key, Reason.NO_TEXT, why_no_caption(raw.all_sidecars, fields, raw.members)))

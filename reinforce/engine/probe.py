@@ -19,7 +19,7 @@ from reinforce.errors import UserError
 from reinforce.source.formats import IMAGE_EXTENSIONS, foreign_name
 from reinforce.source.image import ImageRefused, check_header
 from reinforce.source.shards import RawSample, ReadBudget, Refusal, read_shard
-from reinforce.source.text import caption_of, why_no_caption
+from reinforce.source.text import why_no_caption
 from reinforce.source.urls import canonical, filesystem
 
 _READ_ITEMS = 64  # samples and refusals at the beginning of a shard, among which one sample must be readable
@@ -169,9 +169,7 @@ def _sample_of(url: str, config: Config, budget: ReadBudget) -> FirstSample | st
         except ImageRefused as refused:
             refusals.append(Refusal(item.key, refused.reason, refused.detail))
             continue
-        fields = config.input.captions
-        caption = caption_of(item.sidecars, fields, limits) or caption_of(item.all_sidecars, fields, limits)
-        return FirstSample(url, item, size, caption)
+        return FirstSample(url, item, size, item.caption(config.input.captions, limits))
     return _describe(refusals)
 
 

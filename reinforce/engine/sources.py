@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from reinforce.config import Config
 from reinforce.dataset.layer_file import LayerFile
@@ -20,6 +20,8 @@ from reinforce.errors import UserError
 from reinforce.source.identity import SourceState, moved_folders, probe_state
 from reinforce.source.shards import RawSample, read_shard
 from reinforce.source.urls import canonical, shard_stem
+
+T = TypeVar("T")
 
 _COMPARED = 64  # new shards, evenly spread over those whose file name another shard has
 _TWINS = 8  # other shards that each of them is compared with
@@ -61,8 +63,7 @@ def find_copies(plan: Plan, store: Store) -> Copies:
     """Compare a bounded number of new shards with the shards of the same file name. Shards named by ``moved`` to be
     where they were (a folder mapped to itself) are not compared."""
     meeting = _meeting_shards(plan)
-    step = max(1, len(meeting) / _COMPARED)
-    chosen = [meeting[int(i * step)] for i in range(min(_COMPARED, len(meeting)))]
+    chosen = evenly_spread(meeting, _COMPARED)
     if not chosen:
         return Copies((), 0, 0)
     comparison = _Comparison(plan, store)
@@ -74,6 +75,12 @@ def find_copies(plan: Plan, store: Store) -> Copies:
         if isinstance(outcome, str)
     ]
     return Copies(pairs, len(outcomes) - outcomes.count(None), len(meeting))
+
+
+def evenly_spread(items: Sequence[T], most: int) -> list[T]:
+    """At most ``most`` of the items, evenly spread over them."""
+    step = max(1, len(items) / most)
+    return [items[int(i * step)] for i in range(min(most, len(items)))]
 
 
 def _meeting_shards(plan: Plan) -> list[tuple[PendingShard, list[str]]]:

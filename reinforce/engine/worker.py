@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -52,7 +51,6 @@ class Worker:
         """Load and test the models of the layers in ``needed``. Raises UserError if one does not work."""
         self._check_output()
         torch.set_num_threads(self.config.workers.cores)
-        warnings.filterwarnings("ignore", module="PIL")  # one line per image with odd metadata; refusals are recorded
         if self.config.classes:
             sys.path += [path for path in self.folders if path not in sys.path]  # behind installed packages
         layers = [self.layers[name] for name in sorted(self.needed)]
@@ -101,7 +99,7 @@ class Worker:
     def pulse(self) -> Pulse:
         """The counts so far and the longest-running decode; also answers while shards run."""
         counters = self.models.counters if self.models else Counters()
-        prepared, key = (self.pool.finished, self.pool.longest()[0]) if self.pool else (0, None)
+        prepared, key = (self.pool.finished, self.pool.longest()) if self.pool else (0, None)
         return Pulse(counters.samples, counters.busy, prepared, key)
 
 

@@ -15,6 +15,7 @@ from reinforce.source.formats import IMAGE_EXTENSIONS, NOT_A_FILE, folder_detail
 from reinforce.source.references import ImageRoots
 from reinforce.source.streams import BLOCK_BYTES, check_file, open_stream
 from reinforce.source.tar import DamagedTar, Member, Readable, members
+from reinforce.source.text import caption_of
 from reinforce.source.urls import canonical, compression, filesystem
 from schemas import Reason
 
@@ -48,6 +49,10 @@ class RawSample:
     def all_sidecars(self) -> dict[str, bytes]:
         """The sidecars by extension, those that share the image's compound extension included."""
         return {**self.of_image, **self.sidecars}
+
+    def caption(self, fields: Sequence[str], limits: Limits) -> str | None:
+        """The caption by ``caption_of``; the sample's own sidecars take precedence over those of its image."""
+        return caption_of(self.sidecars, fields, limits) or caption_of(self.all_sidecars, fields, limits)
 
 
 @dataclass

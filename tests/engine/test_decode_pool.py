@@ -182,7 +182,7 @@ pool = DecodePool(2)
 pool.wait_until_ready()
 with pool.lease(SPEC, 8) as lease:
     lease.submit([0], [item(0, scan_bomb(4_000))])
-    while pool.longest()[0] is None:
+    while pool.longest() is None:
         time.sleep(0.01)
     print(*pids(pool), flush=True)
     time.sleep(600)

@@ -1,12 +1,14 @@
-"""Samples at which a decode process really crashes or raises: they do it when their image is read there."""
+"""Samples at which a decode process really crashes or raises after decoding, and items of any size."""
 
 from __future__ import annotations
 
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reinforce.engine.decoding import SourceItem
 from reinforce.source.shards import RawSample
 
 
@@ -46,3 +48,10 @@ class FailingSample(_Faulty):
     class Sidecars(dict[str, bytes]):
         def get(self, *_: Any) -> Any:
             raise ZeroDivisionError("decoders do not do this")
+
+
+@dataclass(frozen=True)
+class SizedItem(SourceItem):
+    """Counts as ``size`` encoded bytes."""
+
+    size: int = 0  # type: ignore[misc]
