@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from reinforce.captioning.pairs import ImageLocation
 from reinforce.dataset.layer_file import LayerFile
@@ -22,10 +23,10 @@ def read_images(locations: Sequence[ImageLocation]) -> list[bytes]:
     """Return the encoded image at each location, with one request per file system.
 
     An image in a Parquet file cannot be read without its row group. So each node copies the images of such a file to
-    its cache (``REINFORCE_CACHE``), concatenated, and reads ranges of the copy. Raises the errors of the storage, which
-    callers may retry.
+    its cache (``REINFORCE_CACHE``), concatenated, and reads ranges of the copy. Web servers cannot redirect references
+    of a dataset. Raises the errors of the storage, which callers may retry.
     """
-    located = [filesystem(_local_copy(spot.url) if spot.url.endswith(".parquet") else spot.url) for spot in locations]
+    located = [_locate(spot) for spot in locations]
     images: list[bytes] = [b""] * len(locations)
     by_system: dict[int, list[int]] = {}
     for index, (fs, _) in enumerate(located):
@@ -39,6 +40,12 @@ def read_images(locations: Sequence[ImageLocation]) -> list[bytes]:
                 raise data
             images[row] = bytes(data)
     return images
+
+
+def _locate(spot: ImageLocation) -> tuple[Any, str]:
+    if spot.url.endswith(".parquet") and not spot.referenced:
+        return filesystem(_local_copy(spot.url))
+    return filesystem(spot.url, redirects=not spot.referenced)
 
 
 @functools.cache

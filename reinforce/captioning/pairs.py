@@ -31,11 +31,15 @@ _FINGERPRINT = b"fingerprint"
 
 
 class ImageLocation(NamedTuple):
-    """Location of an encoded image: bytes of a tar, or of the concatenated images of a samples file."""
+    """Location of an encoded image: bytes of a tar, or of the concatenated images of a samples file.
+
+    ``referenced`` is true where a dataset names the URL, not the config.
+    """
 
     url: str
     offset: int
     length: int
+    referenced: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class Pairs:
         return str(self.table["key"][index].as_py())
 
     def location(self, index: int) -> ImageLocation:
-        url, offset, length = (self.table[name][index].as_py() for name in ImageLocation._fields)
-        return ImageLocation(self.urls.get(url, url), offset, length)
+        url, offset, length = (self.table[name][index].as_py() for name in ("url", "offset", "length"))
+        return ImageLocation(self.urls.get(url, url), offset, length, referenced=url not in self.urls)
 
     def captions(self, index: int) -> list[str]:
         return list(self.table["captions"][index].as_py())

@@ -75,7 +75,8 @@ class DropPlan:
 def plan_drop(store: Store, patterns: Iterable[str]) -> DropPlan:
     """Find the layers that match any of some names or patterns such as ``embeddings/dfn2b/*``. Deletes nothing.
 
-    ``*`` matches any characters, ``/`` included. Raises UserError if there is no dataset or nothing matches a pattern.
+    ``*`` matches any characters, ``/`` included. Raises UserError if there is no dataset, if nothing matches a pattern,
+    and for a layer whose folder is a link.
     """
     manifest = find_manifest(store)
     known = _known_layers(store, manifest)
@@ -88,6 +89,8 @@ def plan_drop(store: Store, patterns: Iterable[str]) -> DropPlan:
             raise UserError(f"{store.url} has no layer {pattern}; it has: {', '.join(known)}.")
         chosen |= matches
     names = sorted(chosen, key=_deletion_order)
+    for name in names:
+        _check_links(store, name)
     sizes = {name: _file_sizes(store, name) for name in names}
     dependants = [name for name in with_dependants(names, known) if name not in chosen]
     return DropPlan(store.url, sizes, _orphans(manifest or {}, chosen), dependants, known)
@@ -193,6 +196,19 @@ def _owner(layer: str) -> tuple[str, str]:
     """The section of ``dataset.json`` and the name of the model that made a layer."""
     kind, _, rest = layer.partition("/")
     return {"embeddings": "teachers", "captions": "captioners"}.get(kind, ""), rest.partition("/")[0]
+
+
+def _check_links(store: Store, layer: str) -> None:
+    """Raise UserError if the folder of a layer or of its quarantine is a link: the files in it belong to others."""
+    parts = layer.split("/")
+    folders = [parts[:depth] for depth in range(1, len(parts) + 1)]
+    for folder in [*folders, *(["quarantine", *folder] for folder in ([], *folders))] if store.local else ():
+        path = store.path(*folder)
+        if os.path.islink(path):
+            raise UserError(
+                f"{path} is a link to {os.path.realpath(path)}, and the files there may belong to another dataset. "
+                "Nothing was deleted. Remove the link, and drop the layer again."
+            )
 
 
 def _delete_files(store: Store, *parts: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from reinforce.dataset.key_sample import ALL, KeySample, ShardKeys
 from reinforce.errors import StorageError
@@ -22,6 +23,19 @@ from reinforce.storage import Storage
 
 FILE = "shards.jsonl"
 _WRITE_SECONDS = 300.0
+_MAX_BYTES = 2**30  # of a run's records; a million shards take a third of it
+
+
+class _Entry(BaseModel):
+    """A line of the file."""
+
+    shard: str
+    limit: str
+    keys: str
+    url: str | None = None
+    bytes: int | None = None
+    head: str | None = None
+    stamp: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,14 +70,12 @@ class ShardRecord:
     def parse(cls, line: str) -> ShardRecord | None:
         """The record of a line, or None if it is none."""
         try:
-            entry = json.loads(line)
-            keys = ShardKeys(_decode(entry["keys"]), min(max(int(entry["limit"], 16), 0), ALL))
-            source = None
-            if entry.get("url"):
-                source = SourceRecord(entry["url"], SourceState(entry["bytes"], entry["head"], entry["stamp"]))
-            return cls(entry["shard"], keys, source)
-        except (ValueError, KeyError, TypeError, RecursionError):
+            entry = _Entry.model_validate_json(line)
+            keys = ShardKeys(_decode(entry.keys), min(max(int(entry.limit, 16), 0), ALL))
+        except ValueError:  # also pydantic's, and those of broken numbers and base64
             return None
+        source = SourceRecord(entry.url, SourceState(entry.bytes, entry.head, entry.stamp)) if entry.url else None
+        return cls(entry.shard, keys, source)
 
 
 class RecordWriter:
@@ -114,19 +126,27 @@ class Records:
 
 
 def read_records(store: Storage) -> Records:
-    """Read the records of all runs; those of later runs replace earlier ones. Damaged lines are left out."""
+    """Read the records of all runs; those of later runs replace earlier ones.
+
+    Damaged lines are left out, and so is what is no file or has more than 1 GiB.
+    """
     with store.storage_errors("read", "runs"):
-        paths = sorted(map(str, store.fs.glob(store.path("runs", "*", FILE))))
+        found = store.fs.glob(store.path("runs", "*", FILE), detail=True)
+        paths = sorted(path for path, info in found.items() if _is_readable(info))
         contents = store.fs.cat(paths, on_error="omit") if paths else {}
     keys, sources = KeySample(), {}
     for path in sorted(contents):
-        for line in contents.pop(path).decode(errors="replace").splitlines():
+        for line in contents.pop(path).decode(errors="replace").split("\n"):
             if (record := ShardRecord.parse(line)) is None:
                 continue
             keys.add(record.shard, record.keys)
             if record.source is not None:
                 sources[record.shard] = record.source
     return Records(keys, sources)
+
+
+def _is_readable(info: Mapping[str, Any]) -> bool:
+    return info["type"] == "file" and not (info.get("size") or 0) > _MAX_BYTES
 
 
 def _encode(hashes: np.ndarray) -> str:

@@ -100,8 +100,7 @@ def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
     """
     if compression(url):
         raise UserError(f"{canonical(url)}: images cannot be read by reference from a compressed tar. Unpack it.")
-    redirects = {"allow_redirects": False} if url.startswith(("http://", "https://")) else {}
-    fs, path = filesystem(url, **redirects)
+    fs, path = filesystem(url, redirects=False)
     check_file(fs, path)
     with fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
         for offset, length in ranges:

@@ -39,12 +39,13 @@ _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])")
 
 
-def filesystem(url: str, **options: Any) -> tuple[Any, str]:
+def filesystem(url: str, redirects: bool = True) -> tuple[Any, str]:
     """Return the fsspec file system of a URL and the path in it. Raises UserError if there is no driver for it.
 
-    ``options`` are those of the driver.
+    With ``redirects=False`` a web server cannot send the reader to another address.
     """
     retries = _retry_options(url)
+    options = {"allow_redirects": False} if not redirects and url.startswith(("http://", "https://")) else {}
     try:
         fs, path = fsspec.core.url_to_fs(url, **retries, **options)
     except (ValueError, ImportError) as error:

@@ -10,6 +10,7 @@ import pytest
 from reinforce.captioning.images import read_images
 from reinforce.captioning.pairs import ImageLocation
 from teachers.weights import cache_folder
+from tests.helpers.web import SECRET, redirecting_server
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +41,13 @@ def test_images_of_parquet_files_are_read_from_a_local_copy(tmp_path: Path) -> N
 def test_a_missing_file_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_images([ImageLocation(f"{tmp_path}/none.tar", 0, 1)])
+
+
+def test_a_web_server_can_redirect_shards_of_the_config_but_no_reference() -> None:
+    with redirecting_server() as (address, asked):
+        own = ImageLocation(f"{address}/0.tar", 0, len(SECRET))
+        assert read_images([own]) == [SECRET]
+        assert "/secret" in asked
+        asked.clear()
+        read_images([own._replace(referenced=True)])
+        assert {*asked} == {"/0.tar"}

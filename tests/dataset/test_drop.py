@@ -257,3 +257,18 @@ def test_the_command_has_a_pattern_only_where_all_layers_of_a_teacher_are_named(
     assert drop_command("d", [images], [images]) == f"reinforce drop d {images}"
     assert drop_command("d", ["captions/c"], ["captions/c", "captions/d"]) == "reinforce drop d captions/c"
     assert drop_command("d", ["samples", images], ["samples", images]) == "reinforce drop d '*'"
+
+
+@pytest.mark.parametrize("linked", ["captions/namer", "embeddings", "quarantine/captions"])
+def test_the_files_behind_a_link_are_not_deleted(dataset: Path, tmp_path: Path, linked: str) -> None:
+    (dataset / "quarantine" / "captions" / "namer").mkdir(parents=True, exist_ok=True)
+    elsewhere = tmp_path / "elsewhere"
+    (dataset / linked).rename(elsewhere)
+    (dataset / linked).symlink_to(elsewhere)
+    before = tree(dataset), tree(elsewhere)
+    with pytest.raises(UserError, match=f"{linked} is a link to {elsewhere}.*Nothing was deleted. Remove the link"):
+        drop_layers(dataset, "captions/namer", "embeddings/*")
+    assert (tree(dataset), tree(elsewhere)) == before
+    (dataset / linked).unlink()
+    drop_layers(dataset, "captions/namer", "embeddings/*")
+    assert tree(elsewhere) == before[1]

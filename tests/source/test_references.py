@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import http.server
 import os
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from reinforce.errors import UserError
 from reinforce.source.references import ImageRoots
 from reinforce.source.shards import referenced_images
 from reinforce.source.tar import DamagedTar
+from tests.helpers.web import redirecting_server
 
 KEY = 'images_from=["{}"]'
 
@@ -106,36 +104,11 @@ def test_a_pipe_does_not_block(tmp_path: Path) -> None:
         [*referenced_images([reference(f"{tmp_path}/0.tar")], ImageRoots.named(str(tmp_path), KEY))]
 
 
-@pytest.fixture
-def server() -> Iterator[tuple[str, list[str]]]:
-    """A web server that redirects everything to a path ``/secret``; its address, and the paths that were asked for."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(200 if self.path == "/secret" else 302)
-            self.send_header("Location", "/secret")
-            self.send_header("Content-Length", "6")
-            self.end_headers()
-            self.wfile.write(b"secret")
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}", asked
-        running.shutdown()
-
-
-def test_a_web_server_cannot_redirect_a_reference(server: tuple[str, list[str]]) -> None:
-    address, asked = server
-    with pytest.raises(UserError, match="in no folder that you have allowed"):
-        [*referenced_images([reference(f"{address}/tars/0.tar")], ImageRoots())]
-    assert asked == []
-    with pytest.raises((DamagedTar, OSError, ValueError)):
-        [*referenced_images([reference(f"{address}/tars/0.tar", 0, 9)], ImageRoots.named(f"{address}/tars", KEY))]
-    assert "/secret" not in asked
+def test_a_web_server_cannot_redirect_a_reference() -> None:
+    with redirecting_server() as (address, asked):
+        with pytest.raises(UserError, match="in no folder that you have allowed"):
+            [*referenced_images([reference(f"{address}/tars/0.tar")], ImageRoots())]
+        assert asked == []
+        with pytest.raises((DamagedTar, OSError, ValueError)):
+            [*referenced_images([reference(f"{address}/tars/0.tar", 0, 9)], ImageRoots.named(f"{address}/tars", KEY))]
+        assert "/secret" not in asked
