@@ -80,6 +80,7 @@ def plan(
 
     Reads one sample of the source, and fails where a run would fail before it starts. Custom classes are imported.
     """
+    from reinforce.dataset.damage import describe_damaged
     from reinforce.dataset.store import Store
     from reinforce.engine.estimate import expected_bytes, plan_table
     from reinforce.engine.plan import make_plan
@@ -100,6 +101,8 @@ def plan(
     total = sum(size or 0 for size in expected.values())
     size = format_bytes(total) if None not in expected.values() else f"{format_bytes(total)} or more"
     typer.echo(f"{current.shards:,} shards, {len(current.pending):,} with something missing, about {size} to write")
+    if damage := describe_damaged(Store(checked.output).url, current.damaged):
+        typer.echo(escape(damage))
     for line in not_in_source_lines(asdict(current.not_in_source)):
         typer.echo(escape(line))
     sample, notes = check_source(current)

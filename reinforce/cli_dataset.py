@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from reinforce.terminal import escape
+
+if TYPE_CHECKING:
+    from reinforce.dataset.store import Store
 
 DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fsspec URL of a reinforced dataset.")]
 
@@ -19,11 +22,14 @@ def status(
     ] = False,
 ) -> None:
     """Show the layers of a dataset, what is quarantined and why, and how the last run ended."""
+    from reinforce.dataset.damage import describe_damaged
     from reinforce.dataset.status import read_status, status_table
     from reinforce.engine.summary import cleaned_lines, not_in_source_lines
 
     found = read_status(dataset)
     Console().print(status_table(found))
+    if damage := describe_damaged(found["url"], found["damaged"]):
+        typer.echo(escape(damage))
     for layer, entry in found["quarantine"].items():
         counts = ", ".join(f"{count:,} {reason}" for reason, count in entry["reasons"].items())
         typer.echo(escape(f"quarantine/{layer}: {entry['files']:,} shards; {counts}"))
@@ -68,9 +74,14 @@ def drop(
         list[str],
         typer.Argument(metavar="LAYER...", help="Names as in `reinforce status`, or patterns: 'embeddings/dfn2b/*'."),
     ],
+    shard: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Move only the files of this shard to set-aside/.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only show what would be deleted.")] = False,
 ) -> None:
     """Delete layers: their files, their quarantine and their entries in dataset.json.
+
+    With --shard, set aside one file of each layer, for example a damaged one, so that a run computes it again.
 
     Layers that depend on a deleted one must be named, too. All depend on `samples`: '*' deletes everything.
 
@@ -80,6 +91,9 @@ def drop(
     from reinforce.dataset.store import Store
 
     store = Store(dataset)
+    if shard is not None:
+        _drop_shard(store, layers, shard, yes)
+        return
     plan = dropping.plan_drop(store, layers)
     for line in plan.lines():
         typer.echo(escape(line))
@@ -94,6 +108,23 @@ def drop(
         typer.echo("stopped; run the same command again to delete the rest", err=True)
         raise typer.Exit(130) from None
     typer.echo("deleted")
+
+
+def _drop_shard(store: Store, patterns: list[str], shard: str, yes: bool) -> None:
+    """Set aside the files of a shard, or show which they are."""
+    from reinforce.dataset import drop as dropping
+    from reinforce.dataset.damage import drop_shard_command
+
+    layers = dropping.layers_with_shard(store, patterns, shard)
+    if yes:
+        for path in dropping.drop_shard(store, layers, shard):
+            typer.echo(escape(f"moved to {path}"))
+        typer.echo("`reinforce run` with the dataset's config computes what is missing")
+        return
+    for layer in layers:
+        typer.echo(escape(f"{store.layer_path(layer, shard)}"))
+    command = drop_shard_command(store.url, layers, shard)
+    typer.echo(escape(f"nothing was moved; to move to set-aside/: {command} --yes"))
 
 
 def captions_report(

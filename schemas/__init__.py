@@ -6,6 +6,7 @@ from schemas.layers import (
     captions_schema,
     embeddings_schema,
     image_column,
+    index_schema,
     quarantine_schema,
     samples_schema,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "captions_schema",
     "embeddings_schema",
     "image_column",
+    "index_schema",
     "quarantine_schema",
     "samples_schema",
 ]

@@ -109,3 +109,15 @@ def quarantine_schema() -> pa.Schema:
             _field("detail", pa.string(), "what was found, for people", nullable=False),
         ]
     )
+
+
+def index_schema() -> pa.Schema:
+    """Schema of ``index/<layer>.parquet``: what was committed, one row per file of the layer, sorted by shard."""
+    return pa.schema(
+        [
+            _field("shard", pa.string(), "name of the shard", nullable=False),
+            _field("size", pa.int64(), "bytes of the file when it was committed", nullable=False),
+            _field("rows", pa.int64(), "rows of the file", nullable=False),
+            _field("groups", pa.list_(pa.int32()), "rows of each of its row groups; null except in samples"),
+        ]
+    )

@@ -97,3 +97,30 @@ def test_an_interrupted_drop_names_the_way_to_finish_it(
         status, _, err = command(capfd, "drop", str(dataset), "embeddings/red/*", "--yes")
     assert (status, err) == (130, "stopped; run the same command again to delete the rest\n")
     assert command(capfd, "drop", str(dataset), "embeddings/red/*", "--yes")[0] == 0
+
+
+def test_a_damaged_file_is_shown_and_set_aside_after_a_dry_run(
+    dataset: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    layer = "embeddings/red/images"
+    [shard, *_] = sorted(Store(str(dataset)).shards(layer))
+    path = dataset / layer / f"{shard}.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    out = command(capfd, "status", str(dataset))[1]
+    fix = f"reinforce drop {dataset} {layer} --shard {shard}"
+    assert f"1 file is damaged ({layer}/{shard}.parquet: it is not a Parquet file, or it is cut off)" in out
+    assert f"{fix} --yes" in out
+    assert "1/2" in next(line for line in out.splitlines() if line.startswith(layer))
+
+    before = tree(dataset, layers_only=False)
+    status, out, _ = command(capfd, *shlex.split(fix)[1:])
+    assert status == 0
+    assert out.splitlines() == [str(path), f"nothing was moved; to move to set-aside/: {fix} --yes"]
+    assert {k: v for k, v in tree(dataset, layers_only=False).items() if k != ".tmp/lock"} == before
+    status, out, _ = command(capfd, *shlex.split(fix)[1:], "--yes")
+    assert status == 0
+    assert not path.exists()
+    assert [str(moved) for moved in (dataset / "set-aside" / layer).iterdir()] == [
+        out.splitlines()[0].removeprefix("moved to ")
+    ]
+    assert "damaged" not in command(capfd, "status", str(dataset))[1]

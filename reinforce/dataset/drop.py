@@ -1,8 +1,9 @@
-"""Deleting layers of a dataset: their files, their quarantine and their entries in ``dataset.json``.
+"""Deleting layers of a dataset: their files, their quarantine, their index and their entries in ``dataset.json``.
 
-A layer's files are deleted first, then its quarantine, and last its entry. So an interrupted drop leaves a layer that
-``dataset.json`` still lists: a run of its config computes the deleted files again, a run of another config is refused,
-and dropping it again deletes the rest.
+A layer's files are deleted first, then its quarantine and its index, and last its entry. So an interrupted drop leaves
+a layer that ``dataset.json`` still lists: a run of its config computes the deleted files again, a run of another config
+is refused, and dropping it again deletes the rest. The files of a single shard are set aside instead: a damaged file
+may be the only copy.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from reinforce.config import LAYER_NAME
+from reinforce.dataset.damage import set_aside
+from reinforce.dataset.layer_index import FOLDER, index_file
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer
 from reinforce.dataset.manifest import TUNED_KEY, find_manifest
 from reinforce.dataset.store import MANIFEST, Store
@@ -96,6 +99,25 @@ def plan_drop(store: Store, patterns: Iterable[str]) -> DropPlan:
     return DropPlan(store.url, sizes, _orphans(manifest or {}, chosen), dependants, known)
 
 
+def layers_with_shard(store: Store, patterns: Iterable[str], shard: str) -> list[str]:
+    """The layers by name or pattern, those that depend on others first, of which each has a file of the shard.
+
+    Raises UserError if one has none. Files that are not named stay: the run that computes the shard again compares
+    its rows with theirs.
+    """
+    layers = [*plan_drop(store, patterns).sizes]
+    for layer in layers:
+        if shard not in store.shards(layer):
+            raise UserError(f"{store.url} has no file {layer}/{shard}.parquet.")
+    return layers
+
+
+def drop_shard(store: Store, layers: Iterable[str], shard: str) -> list[str]:
+    """Set aside the files of a shard in some layers; a local dataset is locked. Returns where they are now."""
+    with store.lock():
+        return [set_aside(store, layer, shard) for layer in layers]
+
+
 def drop(store: Store, plan: DropPlan) -> None:
     """Delete what a plan names; a local dataset is locked. Raises UserError if layers that are not named depend on it.
 
@@ -106,6 +128,8 @@ def drop(store: Store, plan: DropPlan) -> None:
         for layer in plan.sizes:
             _delete_files(store, layer)
             _delete_files(store, "quarantine", layer)
+            _delete(store, FOLDER, index_file(layer))
+            _delete_empty_folders(store, FOLDER)
             _remove_entry(store, layer)
 
 
@@ -214,16 +238,22 @@ def _check_links(store: Store, layer: str) -> None:
 def _delete_files(store: Store, *parts: str) -> None:
     """Delete the Parquet files of a folder, and the folder and its parents if they are empty then."""
     folder = posixpath.join(*parts)
-
-    def delete(shard: str) -> None:
-        with store.storage_errors("removed", folder, f"{shard}.parquet"), contextlib.suppress(FileNotFoundError):
-            store.fs.rm_file(store.path(folder, f"{shard}.parquet"))
-
     pool = ThreadPoolExecutor(_DELETED_AT_ONCE)
     try:
-        list(pool.map(delete, store.shards(folder)))
+        list(pool.map(lambda shard: _delete(store, folder, f"{shard}.parquet"), store.shards(folder)))
     finally:
         pool.shutdown(cancel_futures=True)
+    _delete_empty_folders(store, folder)
+
+
+def _delete(store: Store, *parts: str) -> None:
+    """Delete a file, if it exists."""
+    with store.storage_errors("removed", *parts), contextlib.suppress(FileNotFoundError):
+        store.fs.rm_file(store.path(*parts))
+
+
+def _delete_empty_folders(store: Store, folder: str) -> None:
+    """Delete a local folder and its parents in the dataset, if they are empty."""
     while store.local and folder:
         with contextlib.suppress(OSError):  # it has other files, or does not exist
             os.rmdir(store.path(folder))

@@ -55,7 +55,8 @@ def _known_columns() -> dict[str, set[str]]:
     known: dict[str, set[str]] = {}
     layers = [schemas.samples_schema(images) for images in ("embed", "reference")]
     layers += [schemas.embeddings_schema(1, 1, dtype) for dtype in ("float16", "float32", "int8")]
-    for schema in (*layers, schemas.captions_schema(), schemas.quarantine_schema()):
+    others = (schemas.captions_schema(), schemas.quarantine_schema(), schemas.index_schema())
+    for schema in (*layers, *others):
         for field in schema:
             known.setdefault(field.name, set()).add(_shape_of(field.type))
     return known

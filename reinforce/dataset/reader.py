@@ -18,6 +18,7 @@ from reinforce.dataset import vectors
 from reinforce.dataset.aligned import AlignedLayers, row_errors
 from reinforce.dataset.augment import from_records
 from reinforce.dataset.completeness import check_completeness
+from reinforce.dataset.damage import describe_damaged, find_damaged, without_files
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.manifest import read_manifest, select_names
 from reinforce.dataset.row_counts import row_group_table
@@ -101,8 +102,11 @@ class Dataset:
 
     def _complete_shards(self, listings: Mapping[str, Mapping[str, int]], strict: bool) -> list[str]:
         """Names of the shards that every layer has. Warns or raises UserError if others are missing."""
-        found = check_completeness(self.store, listings)
+        damaged = find_damaged(self.store, listings, self._fingerprints)
+        found = check_completeness(self.store, without_files(listings, damaged))
         read, missing = f"{len(found.complete):,} of {found.total:,} shards are read", found.describe_missing()
+        if missing and damaged:
+            missing = f"{missing}; {describe_damaged(self.store.url, damaged)}"
         notes = [missing] if missing else []
         notes += [found.describe_quarantined()] if found.quarantined else []
         if not found.complete:
@@ -118,6 +122,10 @@ class Dataset:
         elif notes:
             _LOG.info("%s: %s; %s", self.store.url, read, notes[0])
         return found.complete
+
+    @property
+    def _fingerprints(self) -> dict[str, str]:
+        return {name: self.manifest["layers"][name]["fingerprint"] for name in self.layers}
 
     def __len__(self) -> int:
         return self._rows
@@ -158,8 +166,7 @@ class Dataset:
 
     def row_groups(self, shard: str) -> Iterator[dict[str, pa.Table]]:
         """Tables of each row group by layer, aligned by key. Raises UserError if they are not or one is damaged."""
-        fingerprints = {name: self.manifest["layers"][name]["fingerprint"] for name in self.layers}
-        with AlignedLayers(self.store, fingerprints, {}, self.manifest.get("moved", {})).open(shard) as layers:
+        with AlignedLayers(self.store, self._fingerprints, {}, self.manifest.get("moved", {})).open(shard) as layers:
             yield from map(layers.read, range(layers.row_groups))
 
     def to_torch(self, transform: Callable[[Sample], Any] | None = None) -> TorchSamples:

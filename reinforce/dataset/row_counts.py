@@ -1,11 +1,11 @@
-"""Row counts of a dataset, from the Parquet footers of its samples layer."""
+"""Row counts of a dataset: from the index of its samples layer, else from the Parquet footers."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from reinforce.dataset.aligned import read_errors
 from reinforce.dataset.layer_file import TAIL_BYTES, check_rows, read_footer
+from reinforce.dataset.layer_index import read_index
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.store import Store, check_footer
 from teachers.weights import cache_folder, locked
@@ -30,13 +31,21 @@ _SCHEMA = pa.schema([("shard", pa.string()), ("bytes", pa.int64()), ("rows", pa.
 def row_group_table(store: Store, fingerprint: str, shards: Mapping[str, int]) -> npt.NDArray[np.int64]:
     """Array [row groups, 3] of shard number, row group number within the file, and rows.
 
-    ``shards`` maps each shard to the bytes of its samples file. One request per shard, many at a time.
-    Raises UserError if a file is damaged or has another fingerprint.
+    ``shards`` maps each shard to the bytes of its samples file. One request, and one for each shard that the index
+    lacks, many at a time. Raises UserError if such a file is damaged or has another fingerprint.
     """
-    read = _cached_counts if len(shards) >= _CACHE_FROM else _footer_counts
-    counts = dict(read(store, fingerprint, shards))
-    table = [(number, group, rows) for number, s in enumerate(shards) for group, rows in enumerate(counts[s])]
-    return np.array(table, np.int64).reshape(-1, 3)
+    counts: dict[str, Sequence[int] | npt.NDArray[np.int32]] = {}
+    if shards:
+        counts.update(read_index(store, SAMPLES, fingerprint).groups(shards))
+    if missing := {shard: size for shard, size in shards.items() if shard not in counts}:
+        read = _cached_counts if len(missing) >= _CACHE_FROM else _footer_counts
+        counts.update(read(store, fingerprint, missing))
+    lengths = np.array([len(counts[shard]) for shard in shards], np.int64)
+    table = np.empty((int(lengths.sum()), 3), np.int64)
+    table[:, 0] = np.repeat(np.arange(len(shards)), lengths)
+    table[:, 1] = np.arange(len(table)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    table[:, 2] = np.concatenate([np.empty(0, np.int64), *(np.asarray(counts[shard], np.int64) for shard in shards)])
+    return table
 
 
 def _cached_counts(store: Store, fingerprint: str, shards: Mapping[str, int]) -> dict[str, list[int]]:

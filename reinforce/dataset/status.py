@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+from reinforce.dataset.damage import find_damaged
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.manifest_model import check_run
@@ -22,13 +23,17 @@ def read_status(url: str) -> dict[str, Any]:
     """Read shards and bytes by layer, quarantined rows by layer and reason, and the last run's summary.
 
     ``examples`` of a layer's quarantine has the shard, the key and the detail of the first row of each reason.
-    Raises UserError if there is no dataset.
+    ``damaged`` are ``DamagedFile`` and count as missing. Raises UserError if there is no dataset.
     """
     store = Store(url)
     manifest = read_manifest(store)
     layers, quarantine = {}, {}
+    listings = {name: store.shards(name) for name in manifest["layers"]}
+    damaged = find_damaged(store, listings, {name: entry["fingerprint"] for name, entry in manifest["layers"].items()})
+    for file in damaged:
+        del listings[file.layer][file.shard]
     for name, entry in manifest["layers"].items():
-        sizes = store.shards(name)
+        sizes = listings[name]
         layers[name] = {**entry, "shards": len(sizes), "bytes": sum(sizes.values())}
         files = store.shards(f"quarantine/{name}")
         if files:
@@ -38,6 +43,7 @@ def read_status(url: str) -> dict[str, Any]:
         "samples": layers[SAMPLES]["shards"],
         "layers": layers,
         "quarantine": quarantine,
+        "damaged": damaged,
         "last_run": _last_run(store),
     }
 

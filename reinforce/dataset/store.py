@@ -140,19 +140,19 @@ class LayerWriter:
             write_statistics=["key"],
         )
         self.schema = schema
-        self.rows = 0
+        self.groups: list[int] = []  # rows of each row group
         self.bytes = 0
 
     def write(self, table: pa.Table) -> None:
         """Write one row group."""
         with self._store.storage_errors("written", *self._parts):
             self._parquet.write_table(table, row_group_size=max(1, table.num_rows))
-        self.rows += table.num_rows
+        self.groups.append(table.num_rows)
 
     def commit(self, footer: Mapping[str, str] | None = None) -> None:
         """Finish the file and publish it; ``footer`` are further entries for its footer."""
         with self._store.storage_errors("written", *self._parts):
-            entries = {"rows": str(self.rows), **(footer or {})}
+            entries = {"rows": str(sum(self.groups)), **(footer or {})}
             self._parquet.add_key_value_metadata({f"reinforce.{key}": value for key, value in entries.items()})
             self._parquet.close()
             self._file.flush()

@@ -18,6 +18,8 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from reinforce.cluster import cause_of, is_node_alive, live_resources
+from reinforce.dataset.damage import set_aside, set_aside_notes
+from reinforce.dataset.layer_index import IndexWriter
 from reinforce.dataset.manifest import find_manifest, update_manifest
 from reinforce.dataset.shard_records import RecordWriter, read_records
 from reinforce.dataset.store import MANIFEST, Store
@@ -75,11 +77,13 @@ class Driver:
         start = time.monotonic()
         self.events = Events(self.store, self.config, self.redact)
         self.records = RecordWriter(self.store, self.events.run)
+        self.index = IndexWriter(self.store, self.plan.layers)
         self.events.add("start", shards=len(self.plan.pending), layers=sorted(self.needed), ray=ray.__version__)
         self.pool = Pool(self.config, self.plan.layers, self.needed)
         self._log(self.pool.describe(len(self.plan.pending)))
         ending = Ending()
         try:
+            self._set_damaged_aside()
             with _stop_requests() as stop:
                 self._loop(start, stop)
         except BaseException as error:
@@ -90,18 +94,28 @@ class Driver:
             quarantined = self.policy.quarantined_shards
             summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
             self.pool.close()
-            with contextlib.suppress(StorageError, FileNotFoundError):  # the run itself does not need the records
+            with contextlib.suppress(StorageError, FileNotFoundError):  # the run itself needs neither
+                self.index.flush()
                 summary = replace(summary, **self._compare_keys())
             with contextlib.nullcontext() if ending == Ending() else contextlib.suppress(UserError):
                 self.events.finish(asdict(summary))
         return summary
+
+    def _set_damaged_aside(self) -> None:
+        """Move damaged files away before their shards are computed again."""
+        for file in self.plan.recomputed:
+            path = set_aside(self.store, file.layer, file.shard)
+            self.events.add("set_aside", shard=file.shard, layer=file.layer, reason=file.reason, path=path)
+            self._log(f"{file.line()}; it is set aside as {path} and computed again")
+            self.totals.set_aside.append(file.line())
 
     def _compare_keys(self) -> dict[str, Any]:
         """Write the records, and compare the keys of this run's shards with those of earlier runs."""
         self.records.flush()
         shards = {*self.plan.committed, *self.records.shards}
         found = read_records(self.store).keys.repeated(shards)
-        return {"repeated_keys": found.keys, "notes": found.lines(len(shards), self.store.url)}
+        notes = [*set_aside_notes(self.totals.set_aside), *found.lines(len(shards), self.store.url)]
+        return {"repeated_keys": found.keys, "notes": notes}
 
     # -- the loop
 
@@ -129,6 +143,7 @@ class Driver:
             self.progress.show(self._snapshot())
             self.events.flush_when_due()
             self.records.flush_when_due()
+            self.index.flush_when_due()
 
     def _check_start(self, waited: float) -> None:
         """Log a slow start once. Raise UserError after ``workers.start_timeout``."""
@@ -187,6 +202,7 @@ class Driver:
     def _handle_result(self, result: ShardResult) -> None:
         self.totals.add(result)
         self.events.add("shard", **result.event())
+        self.index.add(result.shard, result.files)
         if result.record:
             self.records.add(result.record)
         if result.source_note:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from reinforce.dataset.layer_index import FileEntry
 from reinforce.dataset.shard_records import ShardRecord
 from reinforce.engine.traces import error_with_frames
 
@@ -23,7 +24,8 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """Result of one lease. The fields but ``record`` are the keys of the ``shard`` event in events.jsonl."""
+    """Result of one lease. The fields but ``record`` and ``files`` are the keys of the ``shard`` event in
+    events.jsonl."""
 
     shard: str
     layers: tuple[str, ...]  # committed by this lease
@@ -37,10 +39,11 @@ class ShardResult:
     examples: Mapping[str, str] = field(default_factory=dict)  # by reason: key and detail of the first refusal
     source_note: str | None = None  # how the source file has changed since the samples were written, if it has
     record: ShardRecord | None = None  # None if the shard is quarantined
+    files: Mapping[str, FileEntry] = field(default_factory=dict)  # committed by this lease, by layer
 
     def event(self) -> dict[str, Any]:
         """The values of the event."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "record"}
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("record", "files")}
 
 
 class LayerFailure(RuntimeError):

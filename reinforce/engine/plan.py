@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from reinforce.config import Config
+from reinforce.dataset.damage import DamagedFile, find_damaged
 from reinforce.dataset.differences import recipe_error
 from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
 from reinforce.dataset.manifest import find_manifest
@@ -61,7 +62,8 @@ class Plan:
 
     ``shards`` counts all source shards, ``pending`` lists those that lack a layer, ``committed`` names those that the
     samples layer has, also of other sources, and ``not_in_source`` counts these. ``listed`` is what the file system
-    lists, by URL, of the source files of pending shards that have samples already.
+    lists, by URL, of the source files of pending shards that have samples already. ``damaged`` are files that count as
+    missing.
     """
 
     config: Config
@@ -72,11 +74,18 @@ class Plan:
     committed: Collection[str] = ()
     not_in_source: NotInSource = NotInSource()
     listed: Mapping[str, Info] = field(default_factory=dict)
+    damaged: Sequence[DamagedFile] = ()
 
     @property
     def quarantined(self) -> int:
         """Number of shards that are quarantined in some layer."""
         return max(state.quarantined for state in self.states.values())
+
+    @property
+    def recomputed(self) -> list[DamagedFile]:
+        """Damaged files that a run sets aside, because it computes them again."""
+        pending = {shard.name for shard in self.pending} if self.damaged else set()
+        return [file for file in self.damaged if file.shard in pending]
 
 
 def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
@@ -87,6 +96,9 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
     published = _pair_reinforcements(config, urls)
     store = Store(config.output)
     committed = {name: store.shards(name) for name in layers}
+    damaged = find_damaged(store, committed, {name: layer.fingerprint for name, layer in layers.items()})
+    for file in damaged:
+        del committed[file.layer][file.shard]
     check_fingerprints(store, layers, committed)
     quarantine = {name: store.quarantined_shards(name, committed[name]) for name in layers}
     refused = {name: set() if retry_quarantined else quarantine[name] for name in layers}
@@ -117,7 +129,7 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
     not_in_source = _not_in_source(urls, committed[SAMPLES], quarantine)
     extended = [shard.url for shard in pending if SAMPLES not in shard.layers]
     listed = {url: listed[url] for url in extended if url in listed}
-    return Plan(config, layers, len(urls), states, pending, committed[SAMPLES], not_in_source, listed)
+    return Plan(config, layers, len(urls), states, pending, committed[SAMPLES], not_in_source, listed, damaged)
 
 
 def _not_in_source(

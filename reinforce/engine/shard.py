@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from reinforce.config import Config
 from reinforce.dataset.key_sample import ShardKeys
+from reinforce.dataset.layer_index import FileEntry
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer, captions_layer, reads_reinforcements
 from reinforce.dataset.shard_records import ShardRecord, SourceRecord
 from reinforce.dataset.store import LayerWriter, Store, parse_footer
@@ -136,6 +137,7 @@ class _ShardProcess:
             self.refusals.examples(self.config),
             self.source_note,
             None if reason else ShardRecord(self.shard.name, self.keys, self.source_record),
+            {} if reason else {name: FileEntry(one.bytes, tuple(one.groups)) for name, one in writers.items()},
         )
 
     # -- rows

@@ -115,6 +115,7 @@ class RunTotals:
     finished: set[str] = field(default_factory=set)  # shards of which nothing is left to do
     examples: dict[str, str] = field(default_factory=dict)  # by reason
     failed: dict[str, str] = field(default_factory=dict)  # reason by shard: those that failed before any layer
+    set_aside: list[str] = field(default_factory=list)  # files, each with its reason
 
     def add(self, result: ShardResult) -> None:
         self.finished.add(result.shard)

@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset import drop as dropping
-from reinforce.dataset.drop import drop, drop_command, plan_drop, with_dependants
+from reinforce.dataset.drop import drop, drop_command, drop_shard, layers_with_shard, plan_drop, with_dependants
 from reinforce.dataset.manifest import read_manifest, record_scales
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.plan import make_plan
@@ -233,7 +233,8 @@ def test_layers_in_s3_are_deleted_and_computed_again(s3: Any, made: Path) -> Non
     reinforce_here(config(made, url))
     before = {path: s3.cat_file(path) for path in s3.find("bucket/out")}
     drop_layers(url, "embeddings/red/*")
-    assert {path for path in before if "embeddings/red/" not in path} == {*s3.find("bucket/out")}
+    of_red = ("embeddings/red/", "index/embeddings--red--")
+    assert {path for path in before if not any(part in path for part in of_red)} == {*s3.find("bucket/out")}
     assert list(read_manifest(Store(url))["teachers"]) == ["blue"]
     reinforce_here(config(made, url))
     after = {path: s3.cat_file(path) for path in s3.find("bucket/out")}
@@ -241,6 +242,23 @@ def test_layers_in_s3_are_deleted_and_computed_again(s3: Any, made: Path) -> Non
     assert after == before
     drop_layers(url, "*")
     assert s3.find("bucket/out") == []
+
+
+def test_a_file_of_a_shard_is_set_aside_and_computed_again(made: Path, dataset: Path) -> None:
+    store, before = Store(str(dataset)), content(dataset)
+    layer = "embeddings/red/caption"
+    shard = min(store.shards(layer))
+    layers = layers_with_shard(store, [layer], shard)
+    assert (layers, content(dataset)) == ([layer], before), "nothing is moved yet"
+    [moved] = drop_shard(store, layers, shard)
+    assert Path(moved).read_bytes() == before[0].pop(f"{layer}/{shard}.parquet")
+    assert Path(moved).parent == dataset / "set-aside" / layer
+    assert content(dataset)[0] == {k: v for k, v in before[0].items() if k != f"quarantine/{layer}/{shard}.parquet"}
+    assert len(reinforce.open(str(dataset))) == 3
+    reinforce_here(config(made, dataset))
+    assert content(dataset) == content(made), "a run computes the same again"
+    with pytest.raises(UserError, match=r"has no file embeddings/red/caption/zero\.parquet"):
+        layers_with_shard(store, [layer], "zero")
 
 
 def test_dependants_are_found_by_name() -> None:

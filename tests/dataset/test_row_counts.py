@@ -26,8 +26,15 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def store(original: str, tmp_path: Path) -> Store:
+def indexed(original: str, tmp_path: Path) -> Store:
     return Store(str(shutil.copytree(original, tmp_path / "copy")))
+
+
+@pytest.fixture
+def store(indexed: Store) -> Store:
+    """A dataset of an earlier version, without an index."""
+    shutil.rmtree(indexed.path("index"))
+    return indexed
 
 
 @pytest.fixture
@@ -71,6 +78,15 @@ def test_a_broken_cache_is_replaced(store: Store, cache: Path, monkeypatch: pyte
     path.write_bytes(b"PAR1 no")
     assert read_table(store, monkeypatch) == (3, TABLE)
     assert read_table(store, monkeypatch) == (0, TABLE)
+
+
+def test_the_index_replaces_footers(indexed: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_table(indexed, monkeypatch) == (0, TABLE)
+    path = indexed.layer_path(SAMPLES, sorted(indexed.shards(SAMPLES))[1])
+    pq.write_table(pq.read_table(path), path, row_group_size=8, compression="none")
+    assert read_table(indexed, monkeypatch) == (1, TABLE), "a file of another size"
+    Path(indexed.path("index", "samples.parquet")).write_bytes(b"PAR1 no")
+    assert read_table(indexed, monkeypatch) == (3, TABLE), "a damaged index"
 
 
 def test_footers_longer_than_the_tail_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

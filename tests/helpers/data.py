@@ -76,7 +76,7 @@ def config_of(source: str, output: Path | str, **changes: Any) -> dict[str, Any]
 
 
 def tree(folder: Path, layers_only: bool = True) -> dict[str, bytes]:
-    """Return the bytes of a dataset's files by relative path; by default without runs and temporary files."""
-    skipped = ("runs/", ".tmp/") if layers_only else ()
+    """Return the bytes of a dataset's files by relative path; by default without what only runs need."""
+    skipped = ("runs/", ".tmp/", "index/", "set-aside/") if layers_only else ()
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     return {name: path.read_bytes() for name, path in files.items() if not name.startswith(skipped)}

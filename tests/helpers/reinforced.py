@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from reinforce.config import parse_config
+from reinforce.dataset.damage import set_aside
+from reinforce.dataset.layer_index import IndexWriter
 from reinforce.dataset.manifest import update_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.models import load_models
@@ -24,8 +26,12 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8) -> str:
     plan, store = make_plan(parsed), Store(parsed.output)
     models = load_models(parsed, plan.layers.values())
     loaded = {name: {"dim": teacher.dim} for name, teacher in models.teachers.items()}
+    index = IndexWriter(store, plan.layers)
+    for file in plan.recomputed:
+        set_aside(store, file.layer, file.shard)
     for shard in plan.pending:
-        process_shard(shard, parsed, plan.layers, store, models, decode_pool(), group_rows)
+        index.add(shard.name, process_shard(shard, parsed, plan.layers, store, models, decode_pool(), group_rows).files)
+    index.flush()
     store.write_json(update_manifest(store.read_json(MANIFEST), parsed, plan.layers, loaded, plan.layers), MANIFEST)
     return parsed.output
 

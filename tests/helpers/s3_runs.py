@@ -29,7 +29,7 @@ def layers(s3: s3fs.S3FileSystem, output: str) -> dict[str, bytes]:
     root = f"bucket/{output}/"
     s3.invalidate_cache()
     names = [path.removeprefix(root) for path in s3.find(root)]
-    return {name: s3.cat_file(root + name) for name in names if not name.startswith("runs/")}
+    return {name: s3.cat_file(root + name) for name in names if not name.startswith(("runs/", "index/"))}
 
 
 def events(s3: s3fs.S3FileSystem, output: str, kind: str) -> list[dict[str, Any]]:

@@ -83,7 +83,7 @@ def test_a_submitted_job_finishes_and_submitting_it_again_does_nothing(
     assert "\x1b[2K" not in first.stdout, "the log of a job has no control sequences"
     assert re.search(r"^\(\w+ pid=\d+\) printed by a worker$", first.stdout, re.MULTILINE), "nor colours"
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")}
-    assert len(stamps) == 2 * 8
+    assert len(stamps) == 2 * 8 + 8, "two shards and the index of each layer"
     again = submit()
     assert again.returncode == 0
     assert "nothing to do" in again.stdout

@@ -6,13 +6,14 @@ Missing layers and shards, damaged files and datasets that do not fit together a
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from reinforce.dataset.aligned import AlignedLayers
 from reinforce.dataset.backends import load_backend
 from reinforce.dataset.completeness import check_completeness
+from reinforce.dataset.damage import describe_damaged, find_damaged
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer
 from reinforce.dataset.manifest import read_manifest, select_names
 from reinforce.dataset.row_counts import row_group_table
@@ -71,7 +72,7 @@ def _open_dataset(url: str, weight: float, data: Data, seed: int, teachers: Sequ
             )
     fingerprints = {layer: layers[layer]["fingerprint"] for layer in columns}
     aligned = AlignedLayers(store, fingerprints, columns, manifest.get("moved", {}))
-    sizes = _complete_shards(store, list(columns))
+    sizes = _complete_shards(store, fingerprints)
     groups = row_group_table(store, fingerprints[SAMPLES], sizes)
     if not groups[:, 2].sum():
         raise UserError(
@@ -90,12 +91,14 @@ def _open_dataset(url: str, weight: float, data: Data, seed: int, teachers: Sequ
     return StreamedDataset(url, weight, aligned, spec, targets, policies, size, shards, groups, roots)
 
 
-def _complete_shards(store: Store, layers: Sequence[str]) -> dict[str, int]:
-    """Shards that exist in every layer, with the size in bytes of their samples file.
+def _complete_shards(store: Store, fingerprints: Mapping[str, str]) -> dict[str, int]:
+    """Shards that exist in every layer of ``fingerprints``, with the size in bytes of their samples file.
 
-    Shards that are quarantined in some layer are left out. Raises UserError if others are missing.
+    Shards that are quarantined in some layer are left out. Raises UserError if others are missing or damaged.
     """
-    listings = {layer: store.shards(layer) for layer in layers}
+    listings = {layer: store.shards(layer) for layer in fingerprints}
+    if damaged := find_damaged(store, listings, fingerprints):
+        raise UserError(f"{store.url}: {describe_damaged(store.url, damaged)}.")
     found = check_completeness(store, listings)
     if found.missing:
         raise UserError(f"{store.url}: {found.describe_missing()}. Finish it with `reinforce run` and its config.")

@@ -109,7 +109,7 @@ def test_quarantined_shards_are_left_out_with_a_warning(dataset: Path, caplog: p
 def test_a_truncated_file_is_named(dataset: Path, layer: str) -> None:
     path = file_of(dataset, layer, 2)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=rf"{path} cannot be read .*delete it: `reinforce run`"):
+    with pytest.raises(UserError, match=rf"{layer}/{path.name}: it is not a .* reinforce drop {dataset} {layer} "):
         open_(dataset)
 
 

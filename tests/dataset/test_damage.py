@@ -1,0 +1,120 @@
+"""Layer files that were changed after they were committed: found by size, reported, set aside, computed again."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+import reinforce
+from reinforce.config import parse_config
+from reinforce.dataset.damage import find_damaged
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.status import read_status
+from reinforce.dataset.store import Store
+from reinforce.engine.plan import make_plan
+from reinforce.errors import UserError
+from reinforce.student.config import Data
+from reinforce.student.data.datasets import open_datasets
+from tests.helpers.data import config_of, tree
+from tests.helpers.reinforced import reinforce_here, small_dataset
+
+IMAGES = "embeddings/red/images"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(small_dataset(tmp_path_factory.mktemp("dataset"), (9, 3)))
+
+
+@pytest.fixture
+def dataset(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def config(made: Path, dataset: Path) -> dict[str, object]:
+    return config_of(f"{made.parent}/source/*.tar", dataset)
+
+
+def file_of(dataset: Path, layer: str, number: int = 0) -> Path:
+    return sorted((dataset / layer).glob("*.parquet"))[number]
+
+
+def damaged(dataset: Path) -> list[str]:
+    store = Store(str(dataset))
+    layers = read_manifest(store)["layers"]
+    found = find_damaged(
+        store, {name: store.shards(name) for name in layers}, {n: e["fingerprint"] for n, e in layers.items()}
+    )
+    return [f"{one.layer}/{one.shard}.parquet" for one in found]
+
+
+@pytest.mark.parametrize("layer", ["samples", IMAGES, "captions/namer"])
+@pytest.mark.parametrize("size", [0, 7, 4000, -1])
+def test_a_file_that_was_cut_is_missing_in_plan_status_open_and_training(
+    made: Path, dataset: Path, layer: str, size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = file_of(dataset, layer)
+    name, before = f"{layer}/{path.name}", tree(dataset)
+    path.write_bytes(path.read_bytes()[: min(size, path.stat().st_size - 1)])
+    fix = f"reinforce drop {dataset} {layer} --shard {path.stem} --yes"
+
+    plan = make_plan(parse_config(config(made, dataset)))
+    assert [(shard.name, shard.layers) for shard in plan.pending] == [(path.stem, (layer,))]
+    status = read_status(str(dataset))
+    assert (status["layers"][layer]["shards"], [one.line().split(":")[0] for one in status["damaged"]]) == (1, [name])
+    with caplog.at_level(logging.WARNING):
+        assert len(reinforce.open(str(dataset))) == 3
+    assert fix in caplog.text
+    assert f"{name}: it is" in caplog.text
+    for read in (
+        lambda: reinforce.open(str(dataset), strict=True),
+        lambda: open_datasets(Data.model_validate({"datasets": [str(dataset)]}), 0, None),
+    ):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert name in str(caught.value)
+        assert fix in str(caught.value)
+
+    reinforce_here(config(made, dataset))
+    assert tree(dataset) == before
+    [kept] = (dataset / "set-aside" / layer).iterdir()
+    assert kept.name.startswith(f"{path.stem}.")
+    assert len(reinforce.open(str(dataset), strict=True)) == 12
+
+
+def test_a_dataset_without_an_index_is_complete_and_empty_files_are_still_found(made: Path, dataset: Path) -> None:
+    shutil.rmtree(dataset / "index")
+    assert not damaged(dataset)
+    assert not make_plan(parse_config(config(made, dataset))).pending
+    path = file_of(dataset, IMAGES, 1)
+    path.write_bytes(b"")
+    assert damaged(dataset) == [f"{IMAGES}/{path.name}"]
+
+
+def test_a_complete_file_of_another_size_counts_as_it_is(dataset: Path) -> None:
+    path = file_of(dataset, IMAGES)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\0" * 64 + content[4:-8])  # a footer that points elsewhere
+    assert damaged(dataset) == [f"{IMAGES}/{path.name}"]
+    import pyarrow.parquet as pq
+
+    path.write_bytes(content)
+    file = pq.ParquetFile(path)
+    metadata = file.schema_arrow.metadata
+    table = pq.read_table(path).replace_schema_metadata({**metadata, b"reinforce.rows": b"9"})
+    pq.write_table(table, path, compression="none", row_group_size=8)
+    assert path.stat().st_size != len(content)
+    assert not damaged(dataset)
+
+
+def test_a_damaged_file_of_a_shard_outside_the_source_stays_where_it_is(made: Path, dataset: Path) -> None:
+    path = file_of(dataset, IMAGES, 1)
+    path.write_bytes(b"PAR1PAR1")
+    one = {**config(made, dataset), "source": f"{made.parent}/source/00000.tar"}
+    plan = make_plan(parse_config(one))
+    assert ([file.shard for file in plan.damaged], plan.recomputed) == ([path.stem], [])
+    reinforce_here(one)
+    assert path.read_bytes() == b"PAR1PAR1"
