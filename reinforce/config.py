@@ -177,10 +177,12 @@ class Failures(Section):
         gt=0,
         description="seconds for decoding and augmenting one image after which its decode process is replaced",
     )
-    stall_seconds: float = Field(
-        3600.0,
+    stall_seconds: float | None = Field(
+        None,
         gt=0,
-        description="seconds without progress after which a worker is killed; must exceed the slowest batch",
+        description="seconds in one step of a shard (a batch of a model, a sample that is read, a file that is "
+        "written) after which its worker is killed; default: 20 times the slowest batch so far, at least 5 minutes and "
+        "at most an hour",
     )
     allowed_share: float = Field(
         0.01,

@@ -8,6 +8,7 @@ from concurrent.futures import Future, wait
 
 from reinforce.engine.decode_pool import Lease
 from reinforce.engine.decoding import Decoded, Failed, Item, Outcome
+from reinforce.engine.watch import DECODING, READING
 from reinforce.source.shards import Refusal
 
 #: Limits of a chunk, of which the first that is reached closes it: items and encoded bytes.
@@ -42,7 +43,7 @@ def decode_ahead(
     """
     ahead = _Ahead(lease, chunk_items(window, lease.pool.processes))
     try:
-        for item in items:
+        for item in lease.watch.steps(READING, items):
             ahead.add(item)
             while len(ahead) > window or (ahead.bytes > _MAX_PENDING_BYTES and len(ahead) > 1):
                 yield ahead.take()
@@ -87,8 +88,9 @@ class _Ahead:
         if chunk.future is None:
             self._submit()
         assert chunk.future is not None
-        outcome = chunk.future.result()[number]
         item, cell = chunk.items[number], chunk.cells[number]
+        with self._lease.watch.stage(DECODING, f"key {item.key!r}"):
+            outcome = chunk.future.result()[number]
         self.bytes -= item.size
         if isinstance(outcome, Failed):
             raise RuntimeError(outcome.error)

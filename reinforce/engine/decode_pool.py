@@ -21,6 +21,7 @@ from reinforce.engine.decode_handle import DEPTH, ProcessDied, ProcessHandle
 from reinforce.engine.decode_process import Chunk, StatusBoard
 from reinforce.engine.decoding import DecodeSpec, Item, Outcome, SourceItem
 from reinforce.engine.pixel_cells import Bytes, FreeCells, PixelCells
+from reinforce.engine.watch import LeaseWatch
 from reinforce.shared_memory import SharedMemory
 from reinforce.source.shards import Refusal
 from schemas import Reason
@@ -83,6 +84,7 @@ class Lease:
     cells: PixelCells
     free: FreeCells
     pool: DecodePool
+    watch: LeaseWatch
 
     def submit(self, cells: Sequence[int], items: Sequence[Item]) -> Future[list[Outcome]]:
         """Decode items into cells. The result has one outcome per item."""
@@ -129,8 +131,8 @@ class DecodePool:
             return region
 
     @contextlib.contextmanager
-    def lease(self, spec: DecodeSpec, cells: int) -> Iterator[Lease]:
-        """Cells for one shard. No process uses them any more when the context ends."""
+    def lease(self, spec: DecodeSpec, cells: int, watch: LeaseWatch | None = None) -> Iterator[Lease]:
+        """Cells for one shard, whose steps ``watch`` receives. No process uses them when the context ends."""
         size = cells * spec.layout.cell_bytes
         start, region = self._take_region(size)
         memory = region[:size]
@@ -141,6 +143,7 @@ class DecodePool:
             spec.layout.cells(memory),
             FreeCells(cells),
             self,
+            watch or LeaseWatch(),
         )
         try:
             yield lease

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from reinforce.cluster import cause_of, is_node_alive, live_resources
+from reinforce.cluster import cause_of, live_nodes, live_resources
 from reinforce.dataset.damage import set_aside, set_aside_notes
 from reinforce.dataset.layer_index import IndexWriter
 from reinforce.dataset.manifest import find_manifest, update_manifest
@@ -36,9 +36,9 @@ from reinforce.engine.failures import (
     StopRun,
     count_failure,
     error_text,
-    hang_reason,
     needs_replacement,
 )
+from reinforce.engine.hangs import Hang, StallLimits, find_hang, silence_limit, silence_reason
 from reinforce.engine.outcome import ShardResult, WorkerInfo
 from reinforce.engine.plan import PendingShard, Plan
 from reinforce.engine.pool import Pool, Slot
@@ -50,8 +50,6 @@ from reinforce.errors import StorageError, UserError
 from teachers.redact import Redactor
 
 _TICK_SECONDS = 0.5
-_POLL_SECONDS = 5.0  # between two requests for the workers' counts
-_MAX_POLLED = 256  # workers per request; with more, they take turns
 _QUIET_START_SECONDS = 15.0  # before a slow start is logged
 
 
@@ -70,8 +68,8 @@ class Driver:
         self.totals = RunTotals()
         self.manifest_written = False
         self.wait_logged = False
+        self.limits = StallLimits(self.config.failures)
         self.polled: dict[Any, Slot] = {}
-        self.last_poll, self.polls = time.monotonic(), 0
 
     def run(self) -> RunSummary:
         start = time.monotonic()
@@ -125,7 +123,7 @@ class Driver:
                 raise KeyboardInterrupt
             self.pool.grow(remaining)
             self.pool.shrink(remaining)
-            for verdict in self.policy.judge_deaths(time.monotonic(), is_node_alive):
+            for verdict in self.policy.judge_deaths(time.monotonic(), live_nodes):
                 self._handle_death(verdict)
             if self.manifest_written or len(self.pool.started) >= self.config.workers.min:
                 self.queue.hand_out(self.pool.started, self.pool.lease, time.monotonic())
@@ -136,8 +134,8 @@ class Driver:
                     self._handle_start(ref)
                 elif ref in self.pool.leases:  # else the worker was found dead through its other lease
                     self._handle_lease_end(ref)
+            self._kill_silent_workers()
             self._poll_workers()
-            self._kill_hung_workers()
             if not self.manifest_written:
                 self._check_start(time.monotonic() - start)
             self.progress.show(self._snapshot())
@@ -173,6 +171,7 @@ class Driver:
             self.pool.slots.remove(slot)
             return
         slot.info, slot.started_at = info, time.monotonic()
+        self.pool.polls.add(slot, slot.started_at)
         self.events.add("worker_started", node=info.node, pid=info.pid, accelerator=info.accelerator)
         if not self.manifest_written and len(self.pool.started) >= self.config.workers.min:
             old = find_manifest(self.store)
@@ -240,13 +239,14 @@ class Driver:
         self.pool.remove(slot)
         return EndedWorker(slot.info.node, slot.info.pid, shards, slot.alone)
 
-    def _kill_hung_workers(self) -> None:
-        """Kill workers that make no progress: a hanging thread cannot be stopped otherwise."""
-        for slot in self.pool.started:
-            now = time.monotonic()
-            reason = hang_reason(slot.pulse, slot.last_progress, self.config.failures, now) if slot.leases else None
-            if reason is not None:
-                self.policy.worker_hung(self._end_worker(slot), reason, now)
+    def _kill_hung(self, slot: Slot, hang: Hang) -> None:
+        """Kill a worker in which a shard makes no progress: a hanging thread cannot be stopped otherwise."""
+        self.policy.worker_hung(self._end_worker(slot), hang, time.monotonic())
+
+    def _kill_silent_workers(self) -> None:
+        for slot, seconds in self.pool.polls.unanswered(time.monotonic()):
+            if seconds > self.limits.least and slot.leases and seconds > silence_limit(slot.pulse, self.limits):
+                self._kill_hung(slot, Hang(silence_reason(seconds, slot.pulse, self.limits)))
 
     def _handle_death(self, verdict: DeathVerdict) -> None:
         death = verdict.death
@@ -291,18 +291,18 @@ class Driver:
     # -- progress
 
     def _poll_workers(self) -> None:
-        """Ask workers for their counts, every few seconds."""
-        if time.monotonic() - self.last_poll <= _POLL_SECONDS:
-            return
-        self.last_poll = time.monotonic()
-        slots = self.pool.started
-        step = len(slots) // _MAX_POLLED + 1
-        asked, self.polls = slots[self.polls % step :: step], self.polls + 1
-        self.polled = {slot.actor.pulse.options(concurrency_group="control").remote(): slot for slot in asked}
+        """Ask workers for their counts, in turns."""
+        for slot in self.pool.polls.due(time.monotonic(), self.limits.least):
+            self.polled[slot.actor.pulse.options(concurrency_group="control").remote()] = slot
 
     def _record_pulse(self, slot: Slot, ref: Any) -> None:
+        self.pool.polls.answered(slot)
         with contextlib.suppress(RayError):  # a dead worker is detected when its leases fail
-            slot.record_pulse(ray.get(ref), time.monotonic())
+            slot.pulse = ray.get(ref)
+            self.limits.record(slot.pulse.slowest)
+            shards = {shard.name for shard in slot.leases.values()}
+            if hang := find_hang(slot.pulse, shards, self.limits):
+                self._kill_hung(slot, hang)
 
     def _snapshot(self) -> Snapshot:
         slots = self.pool.started

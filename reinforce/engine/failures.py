@@ -4,7 +4,8 @@
   whose model raised, or in its first missing layer if no model did; layers that do not need that one are retried.
 - When a worker's process dies, every shard in flight in it becomes a suspect and runs alone next. Only a shard that
   kills its process alone, ``failures.solo_attempts`` times, is quarantined.
-- A worker that makes no progress is killed. Its shards are suspects, too.
+- A worker in which a shard makes no progress is killed (`hangs.py`). That shard is a suspect. The others of the worker
+  are leased again as they are, and are suspects only if it happens to them a second time.
 - A lost node counts against no shard.
 - A worker at which several leases in a row fail is replaced. Storage errors do not count.
 - An error that the user must fix (a fingerprint, missing weights, a full disk) stops the run at once.
@@ -18,15 +19,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from reinforce.config import Failures
 from reinforce.dataset.layers import Layer
+from reinforce.engine.hangs import Hang
 from reinforce.engine.outcome import LayerFailure, ShardFailure
 from reinforce.engine.plan import PendingShard
-from reinforce.engine.watch import Pulse
 from reinforce.errors import TooManyQuarantined, UserError
 from schemas import Reason
 
@@ -100,6 +101,7 @@ class Death:
     error: str
     deadline: float  # the node counts as alive if it is not known to be lost by then
     hung: bool = False
+    cause: frozenset[str] = frozenset()  # the shards that hung; empty if it is not known which
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class FailurePolicy:
         self._quarantined_before = quarantined_before
         self._attempts: Counter[str] = Counter()
         self._deaths_alone: Counter[str] = Counter()
+        self._bystanders: set[str] = set()  # shards in a worker in which another shard hung
         self._failed_starts = 0
 
     @property
@@ -153,20 +156,26 @@ class FailurePolicy:
         deadline = now if process_dead else now + NODE_VERDICT_SECONDS
         self.deaths.append(Death(worker, error, deadline))
 
-    def worker_hung(self, worker: EndedWorker, error: str, now: float) -> None:
+    def worker_hung(self, worker: EndedWorker, hang: Hang, now: float) -> None:
         """Record that a worker hung and was killed."""
-        self.deaths.append(Death(worker, error, now, hung=True))
+        self.deaths.append(Death(worker, hang.reason, now, hung=True, cause=hang.shards))
 
-    def judge_deaths(self, now: float, node_alive: Callable[[str], bool]) -> list[DeathVerdict]:
-        """Decide about the shards of dead workers, as soon as it is known whether their node is lost."""
-        verdicts = []
-        for death in list(self.deaths):
-            node_lost = not node_alive(death.worker.node)
+    def judge_deaths(self, now: float, live_nodes: Callable[[], Collection[str]]) -> list[DeathVerdict]:
+        """Decide about the shards of dead workers, as soon as it is known whether their node is lost.
+
+        ``live_nodes`` is called at most once, because it is a request to the cluster.
+        """
+        if not self.deaths:
+            return []
+        alive, verdicts, undecided = live_nodes(), [], []
+        for death in self.deaths:
+            node_lost = death.worker.node not in alive
             if node_lost or now >= death.deadline:
-                self.deaths.remove(death)
-                shards = death.worker.shards
-                decisions = tuple(Requeue(s) if node_lost else self._judge_suspect(s, death) for s in shards)
+                decisions = tuple(self._judge_shard(shard, death, node_lost) for shard in death.worker.shards)
                 verdicts.append(DeathVerdict(death, node_lost, decisions))
+            else:
+                undecided.append(death)
+        self.deaths = undecided
         return verdicts
 
     def shard_quarantined(self, name: str, cause: str) -> StopRun | None:
@@ -200,6 +209,14 @@ class FailurePolicy:
                 "and the Ray logs."
             )
         )
+
+    def _judge_shard(self, shard: PendingShard, death: Death, node_lost: bool) -> Decision:
+        if node_lost:
+            return Requeue(shard)
+        if death.cause and shard.name not in death.cause and shard.name not in self._bystanders:
+            self._bystanders.add(shard.name)
+            return Requeue(shard)
+        return self._judge_suspect(shard, death)
 
     def _judge_suspect(self, shard: PendingShard, death: Death) -> Quarantine | RunAlone:
         self._deaths_alone[shard.name] += death.worker.alone
@@ -240,11 +257,3 @@ def needs_replacement(failures: int) -> bool:
 def error_text(error: Exception) -> str:
     """The text of an error that a lease raised."""
     return str(error) if isinstance(error, ShardFailure) else f"{type(error).__name__}: {error}"
-
-
-def hang_reason(pulse: Pulse, last_progress: float, settings: Failures, now: float) -> str | None:
-    """Reason for which a worker with leases counts as hung, or None."""
-    where = f" at key {pulse.key!r}" if pulse.key is not None else ""
-    if now - last_progress > settings.stall_seconds:
-        return f"no progress for failures.stall_seconds = {settings.stall_seconds:g}{where}"
-    return None

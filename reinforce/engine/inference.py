@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,6 +16,8 @@ from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import raising_layer_failure
 from reinforce.engine.pixel_cells import PixelCells, runs
 from reinforce.engine.rows import Row
+from reinforce.engine.traces import shorten
+from reinforce.engine.watch import WAITING, LeaseWatch
 from reinforce.seeds import seed_for
 from teachers.pixels import to_pixels
 from teachers.protocols import Captioner, ImageSpec, Teacher
@@ -28,10 +31,18 @@ NORM_TOLERANCE = 0.01
 
 
 class Inference:
-    """Runs the models that make ``layers``. ``counters`` receives the busy time of this shard."""
+    """Runs the models that make ``layers``. ``counters`` receives the busy time of this shard, ``watch`` its steps."""
 
-    def __init__(self, config: Config, layers: Iterable[Layer], models: Models, counters: Counters) -> None:
+    def __init__(
+        self,
+        config: Config,
+        layers: Iterable[Layer],
+        models: Models,
+        counters: Counters,
+        watch: LeaseWatch | None = None,
+    ) -> None:
         self._config, self._models, self._counters = config, models, counters
+        self._watch = watch or LeaseWatch()
         self._order = models.turns.next_order()
         computed = [layer for layer in layers if not layer.published]
         self.image_layers = [layer for layer in computed if layer.kind == "images"]
@@ -58,9 +69,10 @@ class Inference:
             crops = put(runs(pixels.crops, cells)).flatten(0, 1)
         views = {spec: put(runs(pixels.views[spec], cells)) for spec in self.captioner_specs}
         seeds = {layer.name: self._caption_seeds(layer, rows) for layer in self.caption_layers}
-        with self._models.use_accelerator(self._counters, self._order):
-            embeddings, captions = self._embed(crops, rows), self._caption(views, seeds)
-        return {**embeddings, **self._texts(captions, len(rows))}
+        what = f"{len(rows)} rows, keys {rows[0].key!r} to {rows[-1].key!r}"
+        with self._watch.stage(WAITING), self._models.use_accelerator(self._counters, self._order):
+            embeddings, captions = self._embed(crops, rows, what), self._caption(views, seeds, what)
+        return {**embeddings, **self._texts(captions, len(rows), what)}
 
     def encode_texts(self, layer: Layer, texts: Sequence[list[str] | None]) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """Embeddings [rows, count, dim] of each row's texts, and the rows that have texts [rows].
@@ -74,9 +86,11 @@ class Inference:
         size = self._config.workers.batch
         for start in range(0, len(distinct), size):
             batch = distinct[start : start + size]
-            with raising_layer_failure(layer.name):
+            what = f"{len(batch):,} texts, the first {shorten(batch[0], 60)!r}"
+            with self._run(layer.name, what):
                 encode = self._models.text_encoder(teacher, batch)
-                with self._models.use_accelerator(self._counters, self._order):
+                wait, turn = self._watch.stage(WAITING), self._models.use_accelerator(self._counters, self._order)
+                with wait, turn, self._watch.stage(layer.name, what):
                     encoded[start : start + size] = to_numpy(encode(), len(batch), teacher.dim)
         values = np.zeros((len(texts), layer.count, teacher.dim), np.float32)
         for i, row in enumerate(texts):
@@ -84,7 +98,13 @@ class Inference:
                 values[i] = encoded[[index[text] for text in row]]
         return values, np.array([bool(row) for row in texts], bool)
 
-    def _embed(self, crops: torch.Tensor | None, rows: Sequence[Row]) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _run(self, layer: str, what: str) -> Iterator[None]:
+        """Run a layer's model on ``what``."""
+        with self._watch.stage(layer, what), raising_layer_failure(layer):
+            yield
+
+    def _embed(self, crops: torch.Tensor | None, rows: Sequence[Row], what: str) -> dict[str, Any]:
         """Image embeddings [rows, K, D] by layer, from crops [rows * K, S, S, 3]."""
         count = self._config.augmentations.count
         placeholders = np.repeat([row.unreadable is not None for row in rows], count)
@@ -94,33 +114,35 @@ class Inference:
             teacher = self._teacher(layer)
             assert teacher.image is not None
             assert crops is not None
-            with raising_layer_failure(layer.name):
+            with self._run(layer.name, what):
                 if teacher.image not in prepared:
                     prepared[teacher.image] = to_pixels(crops, teacher.image)
                 encoded[layer.name] = teacher.encode_images(prepared[teacher.image])
         outputs = {}
         for layer in self.image_layers:  # copied to the CPU only when all teachers' work is queued
             dim = self._teacher(layer).dim
-            with raising_layer_failure(layer.name):
+            with self._run(layer.name, what):
                 values = to_numpy(encoded[layer.name], len(rows) * count, dim, placeholders)
             outputs[layer.name] = values.reshape(len(rows), count, dim)
         return outputs
 
-    def _caption(self, views: Mapping[ImageSpec, torch.Tensor], seeds: Mapping[str, Seeds]) -> dict[str, _Texts]:
+    def _caption(
+        self, views: Mapping[ImageSpec, torch.Tensor], seeds: Mapping[str, Seeds], what: str
+    ) -> dict[str, _Texts]:
         """Functions that return the captions, by layer, with ``seeds`` [B, captions] of each layer."""
         captions = {}
         for layer in self.caption_layers:
             captioner = self._captioner(layer)
-            with raising_layer_failure(layer.name):
+            with self._run(layer.name, what):
                 pixels = to_pixels(views[captioner.image], captioner.image)
                 captions[layer.name] = self._models.captions(captioner, pixels, seeds[layer.name])
         return captions
 
-    def _texts(self, captions: Mapping[str, _Texts], count: int) -> dict[str, Any]:
+    def _texts(self, captions: Mapping[str, _Texts], count: int, what: str) -> dict[str, Any]:
         """The captions of ``count`` images, by layer."""
         outputs = {}
         for layer in self.caption_layers:
-            with raising_layer_failure(layer.name):
+            with self._run(layer.name, what):
                 texts = outputs[layer.name] = captions[layer.name]()
                 if len(texts) != count or any(row is not None and len(row) != layer.count for row in texts):
                     raise ValueError(

@@ -14,6 +14,7 @@ from reinforce.cluster import live_resources
 from reinforce.config import Config, Workers
 from reinforce.cores import Node, capacity, cores_per_process
 from reinforce.dataset.layers import Layer
+from reinforce.engine.hangs import Polls
 from reinforce.engine.outcome import WorkerInfo
 from reinforce.engine.plan import PendingShard
 from reinforce.engine.watch import Pulse
@@ -35,19 +36,11 @@ class Slot:
     failures: int = 0  # leases in a row that raised
     pulse: Pulse = field(default_factory=Pulse)
     started_at: float = field(default_factory=time.monotonic)
-    last_progress: float = field(default_factory=time.monotonic)
 
     @property
     def free(self) -> int:
         """Number of further leases it can take."""
         return 0 if self.info is None or self.alone else SHARDS_IN_FLIGHT - len(self.leases)
-
-    def record_pulse(self, pulse: Pulse, now: float) -> None:
-        """Record a worker's counts; a change of any is progress."""
-        before = self.pulse
-        self.pulse = pulse
-        if (before.samples, before.busy, before.prepared) != (pulse.samples, pulse.busy, pulse.prepared):
-            self.last_progress = now
 
 
 def describe_workers(workers: Workers, shards: int, limit: int, nodes: Sequence[Node]) -> str:
@@ -72,6 +65,7 @@ class Pool:
         self._config = config
         self._class = as_actor(config)
         self.slots: list[Slot] = []
+        self.polls: Polls[Slot] = Polls()
         self.loading: dict[Any, Slot] = {}
         self.leases: dict[Any, Slot] = {}
         self.past_busy = self.past_alive = 0.0  # seconds of workers that are no longer in the pool
@@ -100,6 +94,7 @@ class Pool:
     def remove(self, slot: Slot) -> None:
         """Kill a worker and release its leases."""
         self.slots.remove(slot)
+        self.polls.remove(slot)
         if slot.info is not None:
             self.past_busy += slot.pulse.busy
             self.past_alive += time.monotonic() - slot.started_at
@@ -119,8 +114,6 @@ class Pool:
 
     def lease(self, slot: Slot, shard: PendingShard, alone: bool = False) -> None:
         """Lease a shard to a worker; ``alone`` for a suspect."""
-        if not slot.leases:
-            slot.last_progress = time.monotonic()
         slot.alone, slot.draining = alone, False
         ref = slot.actor.process.remote(shard)
         slot.leases[ref] = shard
@@ -129,7 +122,7 @@ class Pool:
     def end_lease(self, ref: Any) -> PendingShard:
         """Remove a lease that has returned or raised."""
         slot = self.leases.pop(ref)
-        slot.alone, slot.last_progress = False, time.monotonic()
+        slot.alone = False
         return slot.leases.pop(ref)
 
     def _limit(self) -> int:

@@ -19,6 +19,7 @@ from reinforce.engine.decoding import Decoded, SourceItem, StoredItem
 from reinforce.engine.pixel_cells import PixelLayout
 from reinforce.engine.published import Reinforcements
 from reinforce.engine.published_values import PublishedValue
+from reinforce.engine.watch import READING
 from reinforce.source.references import ImageRoots
 from reinforce.source.shards import RawSample, Refusal, read_shard, referenced_images
 from schemas import Reason, image_column
@@ -129,7 +130,7 @@ def rows_from_samples(
     """
     stored = _stored_items(config, url, file, spec)
     if not spec.needs_image and spec.published is None:
-        for row in stored:
+        for row in lease.watch.steps(READING, stored):
             yield Row(row.key, row.caption, group=row.group)
         return
     for item, cell, outcome in decode_ahead(lease, stored, window):

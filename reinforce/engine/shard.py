@@ -31,6 +31,7 @@ from reinforce.engine.published_values import PublishedReader
 from reinforce.engine.refusals import Refusals
 from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, rows_from_samples, rows_from_source
 from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
+from reinforce.engine.watch import WRITING, LeaseWatch
 from reinforce.source.identity import former_url, read_state
 from reinforce.source.shards import Refusal
 from reinforce.source.urls import canonical
@@ -46,13 +47,14 @@ def process_shard(
     models: Models,
     pool: DecodePool,
     group_rows: int = GROUP_ROWS,
+    watch: LeaseWatch | None = None,
 ) -> ShardResult:
     """Compute and commit the missing layers of ``shard``.
 
-    ``layers`` are all layers of the config, ``pool`` decodes images, ``group_rows`` bounds the row groups. Raises
-    LayerFailure for a model's error, and the errors of reading and writing as they are.
+    ``layers`` are all layers of the config, ``pool`` decodes images, ``group_rows`` bounds the row groups, and
+    ``watch`` receives its steps. Raises LayerFailure for a model's error, those of reading and writing as they are.
     """
-    return _ShardProcess(shard, config, layers, store, models, pool, group_rows).run()
+    return _ShardProcess(shard, config, layers, store, models, pool, group_rows, watch or LeaseWatch()).run()
 
 
 def rows_per_batch(config: Config) -> int:
@@ -89,11 +91,12 @@ class _ShardProcess:
         models: Models,
         pool: DecodePool,
         group_rows: int,
+        watch: LeaseWatch,
     ) -> None:
         self.shard, self.config, self.store, self.models, self.pool = shard, config, store, models, pool
         self.all_layers = layers
         self.layers = {name: layers[name] for name in shard.layers}
-        self.group_rows = group_rows
+        self.group_rows, self.watch = group_rows, watch
         self.rows_per_batch = rows_per_batch(config)
         self.source = former_url(shard.url, config.moved)
         self.refusals = Refusals()
@@ -102,7 +105,7 @@ class _ShardProcess:
         self.source_record: SourceRecord | None = None
         self.source_note: str | None = None
         self.counters = Counters()
-        self.inference = Inference(config, self.layers.values(), models, self.counters)
+        self.inference = Inference(config, self.layers.values(), models, self.counters, watch)
 
     def run(self) -> ShardResult:
         start = time.perf_counter()
@@ -153,7 +156,7 @@ class _ShardProcess:
         """Pixel cells for the rows that are pending and those of a batch."""
         published = PublishedReader(self.config, self.layers.values()) if spec.published else None
         decoding = DecodeSpec(self.config, spec.layout(self.config), published=published)
-        return self.pool.lease(decoding, cells_per_shard(self.config))
+        return self.pool.lease(decoding, cells_per_shard(self.config), self.watch)
 
     def _rows(self, stack: contextlib.ExitStack, spec: RowSpec, lease: Lease) -> Generator[Row]:
         """The rows of the shard; records what is refused at reading."""
@@ -315,12 +318,14 @@ class _ShardProcess:
 
     def _commit(self, writers: Mapping[str, LayerWriter]) -> None:
         """Write the quarantine, then each layer after those it needs, so that a committed layer is complete."""
-        self.refusals.write(self.store, self.shard.name, self.config)
+        with self.watch.stage(WRITING, "quarantine"):
+            self.refusals.write(self.store, self.shard.name, self.config)
         if self.refusals.shard_reason is None:
             if SAMPLES in writers:
                 self.source_record = SourceRecord(canonical(self.shard.url), read_state(self.shard.url))
             for name, writer in writers.items():
-                writer.commit(self.source_record.state.footer() if name == SAMPLES and self.source_record else None)
+                with self.watch.stage(WRITING, name):
+                    writer.commit(self.source_record.state.footer() if name == SAMPLES and self.source_record else None)
 
 
 def _captions_of(layer: Layer) -> str:

@@ -1,15 +1,124 @@
-"""What a worker reports to the driver while its shards run."""
+"""What a worker reports to the driver while its shards run: counts, and where each lease is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+#: Stages of a lease. A lease that runs a model is in a stage with the name of the layer.
+READING = "reading"
+DECODING = "decoding"
+WRITING = "writing"
+WAITING = "waiting for the accelerator"  # which the other lease of the worker uses
+PREPARING = "preparing"
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class LeasePulse:
+    """Where the lease of a shard is: its ``stage``, for how many ``seconds``, and ``what`` it works on."""
+
+    shard: str
+    stage: str
+    seconds: float
+    what: str = ""
 
 
 @dataclass(frozen=True)
 class Pulse:
-    """A worker's counts so far. ``key`` is the sample that a decode process has worked on for the longest time."""
+    """A worker's counts so far.
+
+    ``key`` is the sample that a decode process has worked on for the longest time, ``slowest`` the seconds of the
+    slowest finished step by stage, and ``memory`` the bytes of memory that the worker's process uses.
+    """
 
     samples: int = 0
     busy: float = 0.0
     prepared: int = 0
     key: str | None = None
+    leases: tuple[LeasePulse, ...] = ()
+    slowest: Mapping[str, float] = field(default_factory=dict)
+    memory: int = 0
+
+
+class LeaseWatch:
+    """Where one lease is. Its thread writes it, and the thread that answers the driver reads it.
+
+    Entering and leaving a stage is progress. ``slowest`` receives the seconds of the slowest step by stage.
+    """
+
+    def __init__(self, shard: str = "", slowest: dict[str, float] | None = None) -> None:
+        self.shard = shard
+        self._slowest = {} if slowest is None else slowest
+        self._at = (PREPARING, "", time.monotonic())  # one object, so that a reader sees values of one moment
+
+    @contextlib.contextmanager
+    def stage(self, name: str, what: str = "") -> Iterator[None]:
+        """Be in a stage, and afterwards in the one before it."""
+        before = self._at
+        self._at = (name, what, time.monotonic())
+        try:
+            yield
+        finally:
+            self._record(name, self._at[2])
+            self._at = (before[0], before[1], time.monotonic())
+
+    def steps(self, name: str, items: Iterable[_Item]) -> Iterator[_Item]:
+        """Yield ``items``; producing each is a step of the stage."""
+        iterator, count = iter(items), 0
+        while True:
+            with self.stage(name, f"after {count:,} of its samples"):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            count += 1
+            yield item
+
+    def pulse(self, prepared_at: float, now: float) -> LeasePulse:
+        """Where the lease is. ``prepared_at`` is when a decode process of the worker last finished an item."""
+        stage, what, since = self._at
+        return LeasePulse(self.shard, stage, now - (max(since, prepared_at) if stage == DECODING else since), what)
+
+    def _record(self, name: str, since: float) -> None:
+        seconds = time.monotonic() - since
+        if seconds > self._slowest.get(name, 0.0):
+            self._slowest[name] = seconds
+
+
+class WorkerWatch:
+    """The leases of a worker, and the counts that say whether its decode processes make progress."""
+
+    def __init__(self) -> None:
+        self.slowest: dict[str, float] = {}
+        self._leases: dict[int, LeaseWatch] = {}
+        self._prepared = (0, time.monotonic())  # items that were decoded, and since when there are so many
+
+    @contextlib.contextmanager
+    def lease(self, shard: str) -> Iterator[LeaseWatch]:
+        """The watch of a lease, while it runs."""
+        watch = LeaseWatch(shard, self.slowest)
+        self._leases[id(watch)] = watch
+        try:
+            yield watch
+        finally:
+            del self._leases[id(watch)]
+
+    def pulses(self, prepared: int, now: float) -> tuple[LeasePulse, ...]:
+        """Where the leases are, after ``prepared`` items were decoded."""
+        if prepared != self._prepared[0]:
+            self._prepared = (prepared, now)
+        return tuple(watch.pulse(self._prepared[1], now) for watch in list(self._leases.values()))
+
+
+def process_memory() -> int:
+    """Bytes of memory that this process uses, 0 if the system does not report it."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +26,7 @@ from reinforce.engine.outcome import LayerFailure, ShardFailure, ShardResult, Wo
 from reinforce.engine.plan import PendingShard
 from reinforce.engine.self_test import check_models, precisions
 from reinforce.engine.shard import allocate_pixels, process_shard
-from reinforce.engine.watch import Pulse
+from reinforce.engine.watch import Pulse, WorkerWatch, process_memory
 from reinforce.errors import StorageError, UserError
 from teachers.redact import Redactor
 
@@ -46,6 +47,7 @@ class Worker:
         self.redact = Redactor(config.model_dump(mode="json"))
         self.models: Models | None = None
         self.pool: DecodePool | None = None
+        self.watch = WorkerWatch()
 
     def load(self) -> WorkerInfo:
         """Load and test the models of the layers in ``needed``. Raises UserError if one does not work."""
@@ -85,7 +87,8 @@ class Worker:
         assert self.models is not None
         assert self.pool is not None
         try:
-            return process_shard(shard, self.config, self.layers, self.store, self.models, self.pool)
+            with self.watch.lease(shard.name) as watch:
+                return process_shard(shard, self.config, self.layers, self.store, self.models, self.pool, watch=watch)
         except StorageError as error:
             raise ShardFailure(self.redact(str(error)), False) from None
         except UserError:
@@ -100,7 +103,9 @@ class Worker:
         """The counts so far and the longest-running decode; also answers while shards run."""
         counters = self.models.counters if self.models else Counters()
         prepared, key = (self.pool.finished, self.pool.longest()) if self.pool else (0, None)
-        return Pulse(counters.samples, counters.busy, prepared, key)
+        leases = self.watch.pulses(prepared, time.monotonic())
+        slowest = dict(self.watch.slowest)
+        return Pulse(counters.samples, counters.busy, prepared, key, leases, slowest, process_memory())
 
 
 def as_actor(config: Config) -> Any:

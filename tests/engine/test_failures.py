@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import pytest
@@ -22,13 +23,12 @@ from reinforce.engine.failures import (
     StopRun,
     count_failure,
     error_text,
-    hang_reason,
     needs_replacement,
     pause_seconds,
 )
+from reinforce.engine.hangs import Hang
 from reinforce.engine.outcome import LayerFailure, ShardFailure
 from reinforce.engine.plan import PendingShard
-from reinforce.engine.watch import Pulse
 from reinforce.errors import StorageError, UserError
 from schemas import Reason
 
@@ -51,10 +51,10 @@ def die(failures: FailurePolicy, *shards: PendingShard, alone: bool = False, hun
     """The decisions after a worker died (or hung) on a node that is alive."""
     worker = EndedWorker("node", 1, shards, alone)
     if hung:
-        failures.worker_hung(worker, "no progress", 0.0)
+        failures.worker_hung(worker, Hang("no progress"), 0.0)
     else:
         failures.worker_died(worker, "killed", 0.0, process_dead=True)
-    [verdict] = failures.judge_deaths(0.0, lambda node: True)
+    [verdict] = failures.judge_deaths(0.0, lambda: {"node"})
     assert not verdict.node_lost
     return list(verdict.decisions)
 
@@ -152,18 +152,38 @@ def test_the_shards_of_a_worker_that_hangs_are_suspects_too() -> None:
     ]
 
 
-def test_a_worker_that_makes_no_progress_hangs() -> None:
-    settings = Failures(stall_seconds=6.0)
-    assert hang_reason(Pulse(), 10.0, settings, now=16.0) is None
-    assert hang_reason(Pulse(), 10.0, settings, now=16.1) == "no progress for failures.stall_seconds = 6"
-    assert str(hang_reason(Pulse(key="k"), 10.0, settings, now=16.1)).endswith("= 6 at key 'k'")
+def test_a_shard_beside_one_that_hung_is_leased_again_and_is_a_suspect_the_second_time() -> None:
+    failures, worker = policy(solo_attempts=1), EndedWorker("node", 1, (A, B), alone=False)
+    for expected in ((RunAlone(A), Requeue(B)), (RunAlone(A), RunAlone(B))):
+        failures.worker_hung(worker, Hang("a has made no progress", frozenset({"a"})), 0.0)
+        [verdict] = failures.judge_deaths(0.0, lambda: {"node"})
+        assert verdict.decisions == expected
+
+
+def test_the_nodes_are_asked_for_once_however_many_workers_died_and_not_at_all_without_deaths() -> None:
+    failures, asked = policy(), 0
+
+    def live_nodes() -> set[str]:
+        nonlocal asked
+        asked += 1
+        return {"other"}
+
+    assert failures.judge_deaths(0.0, live_nodes) == []
+    assert asked == 0
+    for number in range(800):
+        worker = EndedWorker(f"node {number % 40}", number, (A,), alone=False)
+        failures.worker_died(worker, "unreachable", 0.0, process_dead=False)
+    start = time.perf_counter()
+    verdicts = failures.judge_deaths(0.5, live_nodes)
+    assert (len(verdicts), asked, failures.undecided_shards) == (800, 1, 0)
+    assert time.perf_counter() - start < 0.5
 
 
 def test_a_lost_node_counts_against_no_shard() -> None:
     failures = policy(solo_attempts=1)
     for _ in range(20):
         failures.worker_died(EndedWorker("node", 1, (A,), alone=True), "unreachable", 0.0, process_dead=True)
-        [verdict] = failures.judge_deaths(0.0, lambda node: node != "node")
+        [verdict] = failures.judge_deaths(0.0, set[str])
         assert verdict.node_lost
         assert verdict.decisions == (Requeue(A),)
 
@@ -172,13 +192,13 @@ def test_shards_of_an_unreachable_worker_wait_until_its_node_is_lost_or_the_dead
     failures, worker = policy(), EndedWorker("node", 1, (A, B), alone=False)
     failures.worker_died(worker, "unreachable", 10.0, process_dead=False)
     assert failures.undecided_shards == 2
-    assert failures.judge_deaths(10.0 + NODE_VERDICT_SECONDS - 0.1, lambda node: True) == []
-    [verdict] = failures.judge_deaths(10.0 + NODE_VERDICT_SECONDS, lambda node: True)
+    assert failures.judge_deaths(10.0 + NODE_VERDICT_SECONDS - 0.1, lambda: {"node"}) == []
+    [verdict] = failures.judge_deaths(10.0 + NODE_VERDICT_SECONDS, lambda: {"node"})
     assert verdict.death == Death(worker, "unreachable", 10.0 + NODE_VERDICT_SECONDS)
     assert verdict.decisions == (RunAlone(A), RunAlone(B))
     assert failures.undecided_shards == 0
     failures.worker_died(EndedWorker("node", 1, (A,), alone=False), "unreachable", 10.0, process_dead=False)
-    [verdict] = failures.judge_deaths(10.5, lambda node: False)
+    [verdict] = failures.judge_deaths(10.5, set[str])
     assert verdict.decisions == (Requeue(A),)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,3 +108,35 @@ def test_a_relative_output_without_the_folder_of_the_driver_is_an_error(
         Worker(config, {}, frozenset(), str(tmp_path / "driver")).load()
     absolute = parse_config(config_of("source.tar", tmp_path / "out", captioners={}, teachers={}))
     Worker(absolute, {}, frozenset(), str(tmp_path / "driver"))._check_output()
+
+
+def test_a_worker_reports_the_layer_and_the_batch_in_which_a_shard_hangs_while_it_hangs(
+    shards: Callable[..., str], tmp_path: Path
+) -> None:
+    worker = LocalWorker(config_of(shards(3), tmp_path / "out", captioners={}))
+    assert worker.models is not None
+    running, resume = threading.Event(), threading.Event()
+    teacher: Any = worker.models.teachers["red"]
+    encode = teacher.encode_images
+
+    def hang(pixels: Any) -> Any:
+        running.set()
+        resume.wait(60)
+        return encode(pixels)
+
+    teacher.encode_images = hang
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    assert running.wait(60)
+    time.sleep(0.1)
+    [lease] = worker.pulse().leases
+    resume.set()
+    thread.join(60)
+    assert (lease.shard, lease.stage) == (worker.shard.name, "embeddings/red/images")
+    assert lease.what == "3 rows, keys '00000000' to '00000002'"
+    assert 0.1 <= lease.seconds < 60
+    after = worker.pulse()
+    assert after.leases == ()
+    assert after.slowest["embeddings/red/images"] > 0.1
+    assert after.slowest.keys() >= {"reading", "decoding", "writing"}
+    assert after.memory > 0

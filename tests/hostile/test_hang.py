@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import reinforce
-from reinforce.engine import driver
+from reinforce.engine import hangs
 from reinforce.source.urls import shard_name
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.hostile.images import scan_bomb
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 def test_a_slow_image_costs_its_sample_and_a_hung_model_its_shard(
     shards: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "_POLL_SECONDS", 0.2)
+    monkeypatch.setattr(hangs, "POLL_SECONDS", 0.2)
     source = shards(*[6] * 3)
     bomb = members_of(9, 3)
     bomb[3] = (bomb[3][0].replace("png", "jpg"), scan_bomb(4_000))  # takes three minutes; two seconds are allowed
@@ -45,7 +45,8 @@ def test_a_slow_image_costs_its_sample_and_a_hung_model_its_shard(
     assert (slow["key"], slow["reason"]) == ("00900001", "image_hung")
     assert "failures.sample_seconds = 2, 1 times" in slow["detail"]
     assert (hung["key"], hung["reason"]) == (None, "shard_hung")
-    assert "failures.stall_seconds = 6" in hung["detail"]
+    assert "the worker has not answered for 6 s" in hung["detail"]
+    assert "(limit: failures.stall_seconds = 6)" in hung["detail"]
     layer = out / "embeddings" / "ill" / "caption"
     assert pq.read_table(layer / f"{names['0-bomb']}.parquet")["key"].to_pylist() == ["00900000", "00900002"]
     assert {p.stem for p in layer.glob("*.parquet")} & set(names.values()) == {names["0-bomb"]}

@@ -1,0 +1,205 @@
+"""When a worker counts as hung, and which workers are asked: each sentence of reinforce/engine/hangs.py."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+import time
+
+import pytest
+
+from reinforce.config import Failures
+from reinforce.engine.hangs import (
+    CEILING,
+    MAX_IN_FLIGHT,
+    MODEL_FLOOR,
+    STORAGE_FLOOR,
+    Polls,
+    StallLimits,
+    find_hang,
+    poll_interval,
+    silence_limit,
+    silence_reason,
+)
+from reinforce.engine.watch import DECODING, READING, WAITING, WRITING, LeasePulse, Pulse
+
+LAYER = "embeddings/red/images"
+
+
+def pulse(stage: str, seconds: float, what: str = "", key: str | None = None) -> Pulse:
+    return Pulse(leases=(LeasePulse("a", stage, seconds, what),), key=key)
+
+
+def hangs(stage: str, seconds: float, limits: StallLimits) -> bool:
+    return find_hang(pulse(stage, seconds), {"a"}, limits) is not None
+
+
+# -- limits
+
+
+def test_a_given_limit_is_that_of_every_stage() -> None:
+    limits = StallLimits(Failures(stall_seconds=6.0))
+    limits.record({LAYER: 1000.0})
+    for stage in (LAYER, READING, DECODING, WRITING):
+        assert not hangs(stage, 6.0, limits)
+        assert hangs(stage, 6.1, limits)
+
+
+@pytest.mark.parametrize(
+    ("slowest", "limit"),
+    [(None, CEILING), (0.1, MODEL_FLOOR), (15.0, 300.0), (60.0, 1200.0), (900.0, CEILING), (2000.0, 6000.0)],
+)
+def test_the_limit_of_a_batch_follows_from_the_slowest_batch_of_its_layer(slowest: float | None, limit: float) -> None:
+    limits = StallLimits(Failures())
+    limits.record({} if slowest is None else {LAYER: slowest})
+    limits.record({LAYER: 0.05, "another": 7000.0} if slowest else {})
+    assert limits.seconds(LAYER) == limit
+    assert not hangs(LAYER, limit, limits)
+    assert hangs(LAYER, limit + 1, limits)
+
+
+def test_a_second_batch_that_hangs_is_found_in_minutes_and_not_after_an_hour() -> None:
+    limits = StallLimits(Failures())
+    assert limits.seconds(LAYER) == 3600
+    limits.record({LAYER: 2.0})
+    assert limits.seconds(LAYER) == 300
+
+
+def test_storage_has_a_limit_before_anything_was_measured_and_decoding_outlasts_its_own_limit() -> None:
+    limits = StallLimits(Failures(sample_seconds=1000.0))
+    assert (limits.seconds(READING), limits.seconds(WRITING)) == (STORAGE_FLOOR, STORAGE_FLOOR)
+    assert limits.seconds(DECODING) == 2500.0
+
+
+def test_a_lease_that_waits_for_the_accelerator_never_hangs_and_the_one_that_uses_it_does() -> None:
+    limits = StallLimits(Failures(stall_seconds=6.0))
+    both = Pulse(leases=(LeasePulse("a", WAITING, 9999.0), LeasePulse("b", LAYER, 7.0)))
+    hang = find_hang(both, {"a", "b"}, limits)
+    assert hang is not None
+    assert hang.shards == {"b"}
+
+
+def test_a_lease_stuck_in_reading_is_found_while_the_others_of_its_worker_go_on() -> None:
+    limits = StallLimits(Failures())
+    both = Pulse(samples=10**6, leases=(LeasePulse("a", READING, 901.0), LeasePulse("b", LAYER, 0.1)))
+    hang = find_hang(both, {"a", "b"}, limits)
+    assert hang is not None
+    assert hang.shards == {"a"}
+
+
+def test_a_lease_that_has_ended_since_is_not_looked_at() -> None:
+    assert find_hang(pulse(LAYER, 99.0), {"b"}, StallLimits(Failures(stall_seconds=6.0))) is None
+
+
+# -- messages
+
+
+def test_the_message_names_shard_layer_batch_and_limit() -> None:
+    limits = StallLimits(Failures())
+    limits.record({LAYER: 2.0})
+    hang = find_hang(pulse(LAYER, 312.0, "16 rows, keys 'k16' to 'k31'"), {"a"}, limits)
+    assert hang is not None
+    assert hang.reason == (
+        "a has made no progress for 312 s in layer embeddings/red/images (16 rows, keys 'k16' to 'k31') (limit: 300 s, "
+        "because the slowest such step so far took 2 s; failures.stall_seconds sets another limit)"
+    )
+
+
+def test_the_message_names_the_image_in_work_and_a_given_limit() -> None:
+    limits = StallLimits(Failures(stall_seconds=6.0))
+    hang = find_hang(pulse(DECODING, 7.0, "key 'k3'", key="k9"), {"a"}, limits)
+    assert hang is not None
+    assert hang.reason == (
+        "a has made no progress for 7 s in decoding (key 'k3'); longest in a decode process: key 'k9' "
+        "(limit: failures.stall_seconds = 6)"
+    )
+
+
+def test_a_worker_that_does_not_answer_has_the_limit_of_what_it_last_did() -> None:
+    limits = StallLimits(Failures())
+    assert silence_limit(Pulse(), limits) == CEILING, "nothing is known of it"
+    limits.record({LAYER: 2.0})
+    assert silence_limit(pulse(LAYER, 1.0, "4 rows"), limits) == 300
+    assert silence_reason(301.0, pulse(LAYER, 1.0, "4 rows"), limits) == (
+        "the worker has not answered for 301 s, as if something in it holds the interpreter lock; its last answer: a "
+        "in embeddings/red/images (4 rows) (limit: 300 s, because the slowest such step so far took 2 s; "
+        "failures.stall_seconds sets another limit)"
+    )
+
+
+# -- who is asked
+
+
+def test_few_workers_are_asked_every_five_seconds_and_many_in_turns_within_a_quarter_of_the_limit() -> None:
+    assert poll_interval(1, 300.0) == 5.0
+    assert poll_interval(2_000, 300.0) == 20.0
+    assert poll_interval(10_000, 300.0) == 75.0
+    assert poll_interval(10_000, 30.0) == 7.5
+
+
+def test_no_more_requests_are_under_way_than_allowed_and_slow_ones_keep_nobody_from_being_asked() -> None:
+    polls: Polls[int] = Polls()
+    for worker in range(5_000):
+        polls.add(worker, 0.0)
+    assert len(polls.due(5.0, 300.0)) == MAX_IN_FLIGHT
+    assert polls.due(5.5, 300.0) == []
+    assert len(polls.due(36.0, 300.0)) == MAX_IN_FLIGHT, "none of the first has answered, and others are asked"
+
+
+def test_a_worker_is_asked_again_only_after_its_answer() -> None:
+    polls: Polls[str] = Polls()
+    polls.add("a", 0.0)
+    assert polls.due(5.0, 300.0) == ["a"]
+    assert polls.due(50.0, 300.0) == []
+    polls.answered("a")
+    assert polls.due(60.0, 300.0) == ["a"]
+    polls.remove("a")
+    assert polls.due(70.0, 300.0) == []
+    assert polls.unanswered(70.0) == []
+
+
+def test_time_in_which_the_driver_was_stopped_does_not_count_as_silence() -> None:
+    polls: Polls[str] = Polls()
+    polls.add("a", 0.0)
+    polls.due(5.0, 300.0)
+    assert polls.unanswered(6.0) == [("a", 1.0)]
+    assert polls.unanswered(5000.0) == [("a", 0.0)]
+    assert polls.unanswered(5001.0) == [("a", 1.0)]
+
+
+# -- clusters
+
+
+@pytest.mark.parametrize("workers", [2_000, 10_000])
+def test_no_healthy_worker_is_killed_and_every_hang_is_found_in_time_in_a_large_cluster(workers: int) -> None:
+    """Answers take up to two seconds, batches up to 20 s; 20 workers hang at one moment, 20 others stop answering."""
+    rng, limit = random.Random(0), 30.0
+    limits, polls = StallLimits(Failures(stall_seconds=limit)), Polls[int]()
+    hung, silent = set(range(0, 200, 10)), set(range(5, 205, 10))
+    began = [rng.uniform(-20.0, 0.0) for _ in range(workers)]  # of the batch in work
+    answers: list[tuple[float, int]] = []
+    killed: dict[int, float] = {}
+    for worker in range(workers):
+        polls.add(worker, 0.0)
+    start = time.perf_counter()
+    for tick in itertools.takewhile(lambda tick: tick <= 400, itertools.count()):
+        now = tick / 2
+        while answers and answers[0][0] <= now:
+            _, worker = heapq.heappop(answers)
+            polls.answered(worker)
+            while worker not in hung and now - began[worker] > 20.0:
+                began[worker] += rng.uniform(1.0, 20.0)
+            if worker not in killed and hangs(LAYER, now - began[worker], limits):
+                killed[worker] = now
+                polls.remove(worker)
+        for worker, seconds in polls.unanswered(now):
+            if seconds > limit:
+                killed[worker] = now
+                polls.remove(worker)
+        for worker in polls.due(now, limits.least):
+            if worker not in silent:
+                heapq.heappush(answers, (now + rng.uniform(0.0, 2.0), worker))
+    assert killed.keys() == hung | silent
+    assert max(killed.values()) < 60.0, "the limit, one round of requests, and the answers"
+    assert time.perf_counter() - start < 20.0

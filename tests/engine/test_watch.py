@@ -1,0 +1,78 @@
+"""Where a lease is, as a worker reports it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from reinforce.engine.watch import DECODING, PREPARING, READING, LeaseWatch, WorkerWatch, process_memory
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def at(watch: LeaseWatch, now: float) -> tuple[str, str, float]:
+    pulse = watch.pulse(prepared_at=0.0, now=now)
+    return pulse.stage, pulse.what, pulse.seconds
+
+
+def test_a_lease_is_in_the_innermost_stage_and_entering_and_leaving_one_is_progress(clock: list[float]) -> None:
+    watch = LeaseWatch("a")
+    assert at(watch, 107.0) == (PREPARING, "", 7.0)
+    with watch.stage("embeddings/t/images", "4 rows"):
+        clock[0] = 110.0
+        with watch.stage("inner"):
+            assert at(watch, 110.5) == ("inner", "", 0.5)
+        assert at(watch, 111.0) == ("embeddings/t/images", "4 rows", 1.0)
+    clock[0] = 120.0
+    assert at(watch, 120.0) == (PREPARING, "", 10.0)
+
+
+def test_the_slowest_step_of_each_stage_is_kept_also_of_steps_that_raise(clock: list[float]) -> None:
+    slowest: dict[str, float] = {}
+    watch = LeaseWatch("a", slowest)
+    for seconds in (1.0, 3.0, 2.0):
+        with watch.stage("model"):
+            clock[0] += seconds
+    with contextlib.suppress(ValueError), watch.stage("other"):
+        clock[0] += 5.0
+        raise ValueError("odd")
+    assert slowest == {"model": 3.0, "other": 5.0}
+
+
+def test_each_item_that_is_read_is_a_step_and_what_the_consumer_does_is_not(clock: list[float]) -> None:
+    slowest: dict[str, float] = {}
+    watch = LeaseWatch("a", slowest)
+    seen = []
+
+    def items() -> Iterator[int]:
+        for number in range(3):
+            clock[0] += 2.0
+            seen.append(at(watch, clock[0]))
+            yield number
+
+    for _ in watch.steps(READING, items()):
+        clock[0] += 50.0
+    assert seen == [(READING, f"after {number} of its samples", 2.0) for number in range(3)]
+    assert slowest == {READING: 2.0}
+
+
+def test_images_that_decode_processes_finish_are_progress_of_leases_that_wait_for_them(clock: list[float]) -> None:
+    worker = WorkerWatch()
+    with worker.lease("a") as a, worker.lease("b") as b, a.stage(DECODING, "key 'k'"), b.stage("model"):
+        clock[0] = 200.0
+        assert [(one.shard, one.seconds) for one in worker.pulses(0, 200.0)] == [("a", 100.0), ("b", 100.0)]
+        assert [(one.shard, one.seconds) for one in worker.pulses(7, 210.0)] == [("a", 0.0), ("b", 110.0)]
+        assert [one.seconds for one in worker.pulses(7, 215.0)] == [5.0, 115.0]
+    assert worker.pulses(7, 215.0) == ()
+
+
+def test_the_memory_of_this_process_is_measured() -> None:
+    assert 2**20 < process_memory() < 2**40
