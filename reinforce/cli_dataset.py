@@ -55,14 +55,15 @@ def validate(
             help="Folder or URL of source files, repeatable: have they changed since their samples were written?",
         ),
     ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Read only the keys: damage elsewhere is not found.")] = False,
 ) -> None:
-    """Read all keys of a dataset: files that are damaged or do not fit, keys that repeat, sources that have changed.
+    """Read all of a dataset: files that are damaged or do not fit, keys that repeat, sources that have changed.
 
     Exits with status 1 if it finds something.
     """
     from reinforce.dataset.validate import validate as validate_dataset
 
-    found = validate_dataset(dataset, sources or ())
+    found = validate_dataset(dataset, sources or (), quick)
     for line in found.lines():
         typer.echo(escape(line))
     raise typer.Exit(0 if found.valid else 1)

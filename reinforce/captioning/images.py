@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.captioning.pairs import ImageLocation
+from reinforce.dataset.aligned import read_errors
 from reinforce.dataset.layer_file import LayerFile
 from reinforce.source.urls import canonical, filesystem
 from teachers.weights import cache_folder, locked
@@ -66,7 +67,7 @@ def _copy_images(url: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".images-")
     try:
-        with os.fdopen(handle, "wb") as out, fs.open(path, "rb") as source:
+        with os.fdopen(handle, "wb") as out, fs.open(path, "rb") as source, read_errors(canonical(url)):
             file = LayerFile(source, source.size)
             for index in range(file.num_row_groups):
                 for image in file.read_row_group(index, columns=["image"])["image"]:

@@ -134,7 +134,7 @@ def _read_stored(store: Storage, fingerprint: str) -> pa.Table | None:
     if not store.fs.exists(path):
         return None
     with store.fs.open(path, "rb") as file:
-        table = pq.read_table(file)
+        table = pq.read_table(file, page_checksum_verification=True)
     if (table.schema.metadata or {}).get(_FINGERPRINT) != fingerprint.encode():
         return None
     return table
@@ -142,7 +142,9 @@ def _read_stored(store: Storage, fingerprint: str) -> pa.Table | None:
 
 def _write(store: Storage, table: pa.Table, fingerprint: str) -> None:
     sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({_FINGERPRINT: fingerprint}), sink, compression="zstd")
+    pq.write_table(
+        table.replace_schema_metadata({_FINGERPRINT: fingerprint}), sink, compression="zstd", write_page_checksum=True
+    )
     store.write_bytes(sink.getvalue().to_pybytes(), PAIRS_FILE)
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from reinforce.dataset.layer_file import LayerFile
+from reinforce.dataset.damage import drop_shard_command
+from reinforce.dataset.layer_file import LayerFile, RefusedFile
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.store import Store, parse_footer
 from reinforce.errors import UserError
@@ -39,11 +40,11 @@ class AlignedLayers:
         with contextlib.ExitStack() as stack:
             files = {}
             for name, fingerprint in self.fingerprints.items():
-                with read_errors(self.store.layer_path(name, shard)):
+                with layer_errors(self.store, name, shard):
                     files[name] = stack.enter_context(self.store.open_layer(name, shard, fingerprint, whole=whole))
                 if files[name].num_row_groups != files[SAMPLES].num_row_groups:
-                    raise _alignment_error(name, shard)
-            yield AlignedShard(shard, files, self.columns, self.moved)
+                    raise _alignment_error(self.store, name, shard)
+            yield AlignedShard(self.store, shard, files, self.columns, self.moved)
 
 
 class AlignedShard:
@@ -51,12 +52,13 @@ class AlignedShard:
 
     def __init__(
         self,
+        store: Store,
         shard: str,
         files: Mapping[str, LayerFile],
         columns: Mapping[str, Sequence[str]],
         moved: Mapping[str, str],
     ) -> None:
-        self.shard = shard
+        self.store, self.shard = store, shard
         self.layers = tuple(files)
         self.row_groups: int = files[SAMPLES].num_row_groups
         self._files, self._columns, self._moved = files, columns, moved
@@ -77,7 +79,7 @@ class AlignedShard:
 
     def read_unchecked(self, layer: str, number: int) -> pa.Table:
         """Read a row group of a layer without comparing its keys."""
-        with read_errors(f"{layer}/{self.shard}.parquet"):
+        with layer_errors(self.store, layer, self.shard):
             table = self._files[layer].read_row_group(number, self._columns.get(layer), use_threads=False)
         return _with_current_urls(table, self._moved) if self._moved else table
 
@@ -95,7 +97,7 @@ class RowGroup:
             return self.samples
         table = self._shard.read_unchecked(layer, self._number)
         if not table["key"].equals(self.samples["key"]):
-            raise _alignment_error(layer, self._shard.shard)
+            raise _alignment_error(self._shard.store, layer, self._shard.shard)
         return table
 
 
@@ -109,27 +111,38 @@ def _with_current_urls(table: pa.Table, moved: Mapping[str, str]) -> pa.Table:
     return table.set_column(index, column, pa.array(rows, column.type))
 
 
-def _alignment_error(layer: str, shard: str) -> UserError:
+def _alignment_error(store: Store, layer: str, shard: str) -> UserError:
+    command = drop_shard_command(store.url, [layer], shard)
     return UserError(
         f"{layer}/{shard}.parquet does not have the keys of {SAMPLES}/{shard}.parquet: one of them was changed. "
-        "Delete the file of the layer and run again."
+        f"Set the file of the layer aside by {command} --yes, and run again."
     )
 
 
 @contextlib.contextmanager
-def read_errors(path: str) -> Iterator[None]:
-    """Turn what reading a layer file raises into a UserError that names the file and the fix."""
+def read_errors(path: str, mend: str = "delete it") -> Iterator[None]:
+    """Turn what reading a layer file raises into a UserError that names the file and the fix.
+
+    ``mend`` is what to do with a damaged file.
+    """
     try:
         yield
     except UserError:
         raise
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing. `reinforce run` with its config computes what is missing.") from error
-    except Exception as error:  # each storage driver has its own exceptions, and Arrow several for damage
+    except Exception as error:  # each storage driver has its own exceptions
+        kind = "" if isinstance(error, RefusedFile) else f"{type(error).__name__}: "
         raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {escape(str(error)[:500])}). If it is damaged, delete it: "
-            "`reinforce run` with its config computes what is missing."
+            f"{path} cannot be read ({kind}{escape(str(error)[:500])}). If it is damaged, {mend}: `reinforce run` with "
+            "its config computes what is missing."
         ) from error
+
+
+def layer_errors(store: Store, layer: str, shard: str) -> contextlib.AbstractContextManager[None]:
+    """``read_errors`` of a layer's file, with the command that sets it aside."""
+    command = drop_shard_command(store.url, [layer], shard)
+    return read_errors(store.layer_path(layer, shard), f"set it aside by {command} --yes")
 
 
 @contextlib.contextmanager

@@ -3,14 +3,16 @@
 A dataset may come from somebody else, and a Parquet file of some kilobytes can ask its decoder for gigabytes: by its
 footer, by the headers of its pages, or by a dictionary with one long value. The bounds are those of the reader.
 The Arrow schema in the footer is not used, because Arrow would create the types that it names by whatever code has
-registered them, and types of some libraries unpickle their values. The columns have the types of ``schemas``.
+registered them, and types of some libraries unpickle their values. The columns have the types of ``schemas``. Checksums
+of pages are verified where a file has them.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +20,7 @@ import pyarrow.parquet as pq
 
 import schemas
 from reinforce.dataset import vectors
-from reinforce.dataset.pages import DICTIONARY, Bytes, Page, read_pages
+from reinforce.dataset.pages import DICTIONARY, BadPage, Bytes, Page, read_pages
 
 #: Bytes read at the end of a file: enough for most footers.
 TAIL_BYTES = 64 * 2**10
@@ -35,7 +37,22 @@ _TENSORS = ("embeddings", "scales")
 
 
 class RefusedFile(ValueError):
-    """A file that is no layer file, or that would need more memory than the bounds allow."""
+    """A file that is no layer file, is damaged, or would need more memory than the bounds allow.
+
+    ``file`` is its layer and shard, where they are known.
+    """
+
+    file: tuple[str, str] | None = None
+
+
+@contextlib.contextmanager
+def naming_refused(file: tuple[str, str] | None) -> Iterator[None]:
+    """Give a RefusedFile the layer and shard of its file."""
+    try:
+        yield
+    except RefusedFile as error:
+        error.file = error.file or file
+        raise
 
 
 def _shape_of(type_: pa.DataType) -> str:
@@ -95,18 +112,19 @@ def check_rows(rows: int, most: int = MAX_ROWS) -> int:
 class LayerFile:
     """An open Parquet file whose row groups are checked before they are decoded.
 
-    ``source`` is an open binary file of ``size`` bytes, which the caller closes. Raises RefusedFile, and what the
-    storage raises.
+    ``source`` is an open binary file of ``size`` bytes, which the caller closes, and ``file`` the layer and shard that
+    errors name. Raises RefusedFile, and what the storage raises.
     """
 
-    def __init__(self, source: Any, size: int, max_rows: int = MAX_ROWS) -> None:
-        self._source, self._max_rows = _Source(source, size), max_rows
+    def __init__(self, source: Any, size: int, max_rows: int = MAX_ROWS, file: tuple[str, str] | None = None) -> None:
+        self._source, self._max_rows, self._name = _Source(source, size), max_rows, file
         footer = read_footer(self._source.tail(TAIL_BYTES), size)
         if footer is None:
             footer = read_footer(self._source.tail(MAX_FOOTER_BYTES + 8), size)
             assert footer is not None
         native = isinstance(source, pa.NativeFile)
-        self._file = pq.ParquetFile(source if native else pa.PythonFile(self._source, mode="r"), metadata=footer)
+        readable = source if native else pa.PythonFile(self._source, mode="r")
+        self._file = pq.ParquetFile(readable, metadata=footer, page_checksum_verification=True)
         self.metadata: pq.FileMetaData = footer
         self.num_row_groups: int = footer.num_row_groups
         self._shapes = _tensor_shapes(footer)
@@ -120,13 +138,17 @@ class LayerFile:
 
     def read_row_group(self, number: int, columns: Collection[str] | None = None, use_threads: bool = True) -> pa.Table:
         """Read a row group, or some of its columns. Raises RefusedFile if it is above the bounds or damaged."""
+        with naming_refused(self._name):
+            return self._read_row_group(number, columns, use_threads)
+
+    def _read_row_group(self, number: int, columns: Collection[str] | None, use_threads: bool) -> pa.Table:
         names = [name for name in self._names if columns is None or name in columns]
         if missing := set(columns or ()) - set(names):
             raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
         group = self.metadata.row_group(number)
         check_rows(group.num_rows, self._max_rows)
         leaves = [leaf for leaf in map(group.column, range(group.num_columns)) if _column(leaf) in names]
-        with self._source.fetched([_span(leaf, self._source.size()) for leaf in leaves]):
+        with self._source.fetched([_span(leaf, self._source.size()) for leaf in leaves]), _decode_errors():
             self._check_bytes(group.num_rows, leaves)
             table = self._file.read_row_group(number, columns=names, use_threads=use_threads)
         return self._with_tensors(table)
@@ -164,6 +186,19 @@ class LayerFile:
                 index = table.column_names.index(name)
                 table = table.set_column(index, name, vectors.from_lists(table[name], self._shapes[name]))
         return table.replace_schema_metadata(None)
+
+
+@contextlib.contextmanager
+def _decode_errors() -> Iterator[None]:
+    """Turn what Arrow raises for damage into RefusedFile; the bytes are in memory, or in a memory map."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except (BadPage, pa.ArrowException, OSError) as error:
+        if "CRC checksum" in str(error):
+            raise RefusedFile("a page does not have its checksum: bytes of it have changed") from error
+        raise RefusedFile(f"a page cannot be decoded: {str(error)[:300]}") from error
 
 
 class _Source:

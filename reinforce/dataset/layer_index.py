@@ -111,6 +111,7 @@ def write_index(store: Store, layer: str, fingerprint: str, index: LayerIndex) -
         compression="zstd",
         use_dictionary=False,
         write_statistics=False,
+        write_page_checksum=True,
     )
     store.write_bytes(buffer.getvalue().to_pybytes(), FOLDER, index_file(layer))
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reinforce.dataset.aligned import read_errors
+from reinforce.dataset.aligned import layer_errors
 from reinforce.dataset.layer_file import TAIL_BYTES, check_rows, read_footer
 from reinforce.dataset.layer_index import read_index
 from reinforce.dataset.layers import SAMPLES
@@ -75,7 +75,7 @@ def _footer_counts(store: Store, fingerprint: str, shards: Mapping[str, int]) ->
         sizes = [shards[shard] for shard in batch]
         tails = store.fs.cat_ranges(paths, [max(0, size - TAIL_BYTES) for size in sizes], sizes, on_error="return")
         for shard, path, tail in zip(batch, paths, tails, strict=True):
-            with read_errors(path):
+            with layer_errors(store, SAMPLES, shard):
                 if isinstance(tail, Exception):
                     raise tail
                 metadata = read_footer(tail, shards[shard])

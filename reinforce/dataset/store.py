@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import schemas
-from reinforce.dataset.layer_file import LayerFile, RefusedFile
+from reinforce.dataset.layer_file import LayerFile, RefusedFile, naming_refused
 from reinforce.dataset.layers import Layer
 from reinforce.errors import UserError
 from reinforce.storage import Storage
@@ -66,7 +66,7 @@ class Store(Storage):
         keys, reasons, details = zip(*[(k, r.value, d[:2000]) for k, r, d in rows], strict=True)
         table = pa.table([keys, reasons, details], schema=schemas.quarantine_schema())
         buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd")
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
         self.write_bytes(buffer.getvalue().to_pybytes(), "quarantine", layer, f"{shard}.parquet")
 
     def quarantined(self, layer: str, shard: str) -> list[dict[str, str | None]]:
@@ -109,9 +109,10 @@ class Store(Storage):
         path = self.layer_path(layer, shard)
         options: dict[str, Any] = {"block_size": 8 * 2**20} if whole else {"cache_type": "none"}
         with contextlib.ExitStack() as stack:
-            source = stack.enter_context(_memory_map(path) if self.local else self.fs.open(path, "rb", **options))
-            file = LayerFile(source, source.size() if self.local else source.size)
-            check_footer(path, file.metadata, fingerprint)
+            with naming_refused((layer, shard)):
+                source = stack.enter_context(_memory_map(path) if self.local else self.fs.open(path, "rb", **options))
+                file = LayerFile(source, source.size() if self.local else source.size, file=(layer, shard))
+                check_footer(path, file.metadata, fingerprint)
             yield file
 
 
@@ -138,6 +139,7 @@ class LayerWriter:
             ),
             **_encodings(schema),
             write_statistics=["key"],
+            write_page_checksum=True,
         )
         self.schema = schema
         self.groups: list[int] = []  # rows of each row group

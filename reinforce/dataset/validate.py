@@ -1,4 +1,4 @@
-"""``reinforce validate``: all keys of a dataset, and the source files as they are now. Writes nothing."""
+"""``reinforce validate``: all files of a dataset, their keys, and the source files as they are now. Writes nothing."""
 
 from __future__ import annotations
 
@@ -82,8 +82,10 @@ class Validation:
         yield f"{self.url}: {self.shards:,} shards were read, {found}"
 
 
-def validate(url: str, sources: Sequence[str] = ()) -> Validation:
-    """Read the keys of every layer and compare them, and look at the source files in the folders ``sources``.
+def validate(url: str, sources: Sequence[str] = (), quick: bool = False) -> Validation:
+    """Read every layer, compare the keys, and look at the source files in the folders ``sources``.
+
+    ``quick`` reads only the keys, so that damage in other columns is not found.
 
     The dataset names its sources, and who made it could name anything: other files are not opened. Raises UserError if
     there is no dataset.
@@ -99,7 +101,7 @@ def validate(url: str, sources: Sequence[str] = ()) -> Validation:
         found.errors += [f"{layer}/{shard}.parquet has no samples" for shard in listing.keys() - listings[SAMPLES]]
 
     def read(shard: str) -> _Shard:
-        keys, errors, footer = _read_keys(store, manifest, shard, listings)
+        keys, errors, footer = _read_layers(store, manifest, shard, listings, quick)
         if not sources:
             return _Shard(shard, keys, errors, _UNKNOWN)
         return _Shard(
@@ -120,19 +122,18 @@ def validate(url: str, sources: Sequence[str] = ()) -> Validation:
     return found
 
 
-def _read_keys(
-    store: Store, manifest: Mapping[str, Any], shard: str, listings: Mapping[str, Mapping[str, int]]
+def _read_layers(
+    store: Store, manifest: Mapping[str, Any], shard: str, listings: Mapping[str, Mapping[str, int]], quick: bool
 ) -> tuple[ShardKeys, list[str], dict[str, str]]:
-    """Read the keys of a shard in all its layers: its keys, what is wrong, and the footer of its samples."""
+    """Read a shard in all its layers: its keys, what is wrong, and the footer of its samples."""
     layers = [name for name in manifest["layers"] if shard in listings[name]]
     keys, errors = ShardKeys.of([]), []
     footer: dict[str, str] = {}
     for layer in layers:
         fingerprints = {name: manifest["layers"][name]["fingerprint"] for name in (SAMPLES, layer)}
+        columns = {name: ("key",) for name in fingerprints if quick or name != layer}
         try:
-            with AlignedLayers(store, fingerprints, dict.fromkeys(fingerprints, ("key",))).open(
-                shard, whole=False
-            ) as files:
+            with AlignedLayers(store, fingerprints, columns).open(shard, whole=not quick) as files:
                 for number in range(files.row_groups):
                     tables = files.read(number)
                     if layer == SAMPLES:

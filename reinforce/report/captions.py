@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from reinforce.dataset import vectors
-from reinforce.dataset.aligned import AlignedLayers, read_errors
+from reinforce.dataset.aligned import AlignedLayers, layer_errors
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reader import Dataset
 from reinforce.errors import UserError
@@ -121,7 +121,7 @@ def _rows_per_shard(data: Dataset, limit: int) -> Iterator[tuple[str, int]]:
     for shard in _evenly_spread(data.shards):
         if len(sizes) >= _SHARDS and total >= limit:
             break
-        with read_errors(data.store.layer_path(SAMPLES, shard)), data.store.open_layer(SAMPLES, shard) as file:
+        with layer_errors(data.store, SAMPLES, shard), data.store.open_layer(SAMPLES, shard) as file:
             sizes[shard] = file.metadata.num_rows
         total += sizes[shard]
     for done, shard in enumerate(sorted(sizes, key=lambda shard: sizes[shard])):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 import reinforce
@@ -14,10 +16,13 @@ from reinforce.dataset.damage import find_damaged
 from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.status import read_status
 from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
 from reinforce.engine.plan import make_plan
 from reinforce.errors import UserError
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
+from reinforce.student.data.reader import DatasetReader
+from reinforce.training.order import Order
 from tests.helpers.data import config_of, tree
 from tests.helpers.reinforced import reinforce_here, small_dataset
 
@@ -99,8 +104,6 @@ def test_a_complete_file_of_another_size_counts_as_it_is(dataset: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:4] + b"\0" * 64 + content[4:-8])  # a footer that points elsewhere
     assert damaged(dataset) == [f"{IMAGES}/{path.name}"]
-    import pyarrow.parquet as pq
-
     path.write_bytes(content)
     file = pq.ParquetFile(path)
     metadata = file.schema_arrow.metadata
@@ -118,3 +121,49 @@ def test_a_damaged_file_of_a_shard_outside_the_source_stays_where_it_is(made: Pa
     assert ([file.shard for file in plan.damaged], plan.recomputed) == ([path.stem], [])
     reinforce_here(one)
     assert path.read_bytes() == b"PAR1PAR1"
+
+
+def flip(path: Path, column: str) -> None:
+    """Invert a byte in the middle of the first pages of a column."""
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    leaves = (group.column(i) for i in range(group.num_columns))
+    leaf = next(leaf for leaf in leaves if leaf.path_in_schema.startswith(column))
+    content = bytearray(path.read_bytes())
+    content[leaf.data_page_offset + leaf.total_compressed_size // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("layer", "column"), [("samples", "image"), (IMAGES, "embeddings")])
+def test_a_flipped_byte_is_named_by_every_reader_with_the_command_that_mends_it(
+    dataset: Path, layer: str, column: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = file_of(dataset, layer)
+    flip(path, column)
+    fix = f"reinforce drop {dataset} {layer} --shard {path.stem} --yes"
+
+    def train() -> None:
+        [opened] = open_datasets(Data.model_validate({"datasets": [str(dataset)]}), 0, None)
+        with ThreadPoolExecutor(1) as pool:
+            next(iter(DatasetReader(opened, Order(opened.groups[:, 2], 0, "d", 1, 16), 0, 0, pool)))
+
+    for read in (lambda: list(reinforce.open(str(dataset))), train):
+        with pytest.raises(UserError) as caught:
+            read()
+        for part in (str(path), "a page does not have its checksum", fix):
+            assert part in str(caught.value)
+    found = validate(str(dataset))
+    assert (found.valid, len(found.errors)) == (False, 1)
+    assert str(path) in found.errors[0]
+    assert fix in found.errors[0]
+    assert validate(str(dataset), quick=True).valid, "only the keys are read"
+
+
+def test_files_without_checksums_stay_readable(dataset: Path) -> None:
+    for path in [*dataset.glob("samples/*.parquet"), *dataset.glob("embeddings/**/*.parquet")]:
+        table = pq.ParquetFile(path)
+        with pq.ParquetWriter(path.with_suffix(".new"), table.schema_arrow, compression="none") as writer:
+            for number in range(table.num_row_groups):
+                writer.write_table(table.read_row_group(number))
+        path.with_suffix(".new").replace(path)
+    assert len(list(reinforce.open(str(dataset)))) == 12
+    assert validate(str(dataset)).valid

@@ -100,5 +100,5 @@ def test_a_damaged_file_and_another_fingerprint_are_named(store: Store) -> None:
     with pytest.raises(UserError, match=rf"samples/{first}\.parquet has fingerprint .*, its layer has beef"):
         row_group_table(store, "beef", {first: shards[first]})
     Path(store.layer_path(SAMPLES, first)).write_bytes(b"PAR1 cut")
-    with pytest.raises(UserError, match=rf"samples/{first}\.parquet cannot be read .* If it is damaged, delete it"):
+    with pytest.raises(UserError, match=rf"samples/{first}\.parquet cannot be read .* set it aside by reinforce drop "):
         row_group_table(store, "beef", {first: 8})

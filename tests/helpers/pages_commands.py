@@ -24,7 +24,7 @@ RUN = [
     r"reinforce plan my\.yaml",
     r"reinforce run my\.yaml( --set workers\.cpus=4| --retry-quarantined)?",
     r"reinforce status my-data( --reasons)?",
-    r"reinforce validate my-data( --sources shards)?",
+    r"reinforce validate my-data( --quick| --sources shards)?",
     r"reinforce check (my\.yaml|our_teachers:Tiny --options .*)",
     r"reinforce captions-report my-data",
     r"reinforce train student\.yaml",

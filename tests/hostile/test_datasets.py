@@ -77,6 +77,7 @@ def outcomes(url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tu
     folder = tmp_path_factory.mktemp("bombs")
     for bomb in BOMBS:
         dataset = shutil.copytree(url, folder / slug(bomb.defect))
+        shutil.rmtree(Path(dataset, "index"))  # its sizes would show that the file is another one
         path = layer_file(dataset, bomb.layer)
         path.write_bytes(bomb.write(footer_of(path)))
         assert path.stat().st_size < 25 * 2**20
