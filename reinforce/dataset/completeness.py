@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from reinforce.dataset.listing import Listing
 from reinforce.dataset.store import Store
 
 _NAMED_SHARDS = 3  # per layer in a message
@@ -41,13 +46,22 @@ class Completeness:
         return f"{self.quarantined:,} shards are left out because they are quarantined in a layer"
 
 
-def check_completeness(store: Store, listings: Mapping[str, Mapping[str, int]]) -> Completeness:
-    """Compare the listings of layers (``Store.shards``). The quarantine is listed only if a layer lacks a shard."""
-    every = set().union(*listings.values())
-    lacking = {layer: every - listing.keys() for layer, listing in listings.items()}
+def check_completeness(store: Store, listings: Mapping[str, Listing]) -> Completeness:
+    """Compare the listings of layers (``Store.listings``). The quarantine is listed only if a layer lacks a shard."""
+    every = Listing.union(listings.values())
+    present = {layer: listing.has(every) for layer, listing in listings.items()}
+    complete = np.logical_and.reduce([*present.values()])
     quarantined: set[str] = set()
-    if any(lacking.values()):
-        quarantined = set().union(*(store.quarantined_shards(layer, listing) for layer, listing in listings.items()))
-    missing = {layer: sorted(shards - quarantined) for layer, shards in lacking.items() if shards - quarantined}
-    incomplete = set().union(*lacking.values())
-    return Completeness(sorted(every - incomplete), len(every), missing, len(incomplete & quarantined))
+    if not complete.all():
+        quarantined = set().union(*store.quarantined_shards(listings).values())
+    missing = {}
+    for layer, mask in present.items():
+        if lacking := [shard for shard in _where(every, ~mask) if shard not in quarantined]:
+            missing[layer] = lacking
+    left_out = sum(shard in quarantined for shard in _where(every, ~complete))
+    return Completeness(_where(every, complete), len(every), missing, left_out)
+
+
+def _where(names: pa.StringArray, mask: npt.NDArray[np.bool_]) -> list[str]:
+    chosen: list[str] = names.filter(pa.array(mask)).to_pylist()
+    return chosen

@@ -15,8 +15,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from reinforce.dataset.layer_file import RefusedFile
 from reinforce.dataset.layer_index import read_index
+from reinforce.dataset.listing import Listing
 from reinforce.dataset.store import Store, parse_footer
 
 SET_ASIDE = "set-aside"
@@ -37,32 +40,29 @@ class DamagedFile:
         return f"{self.layer}/{self.shard}.parquet: {self.reason}"
 
 
-def find_damaged(
-    store: Store, listings: Mapping[str, Mapping[str, int]], fingerprints: Mapping[str, str]
-) -> list[DamagedFile]:
-    """Files of listings by layer (``Store.shards``) that are damaged, by their sizes and those in the indexes."""
-    suspects: list[tuple[str, str]] = []
-    for layer, listing in listings.items():
-        names = {shard for shard, size in listing.items() if size < MIN_BYTES}
+def find_damaged(store: Store, listings: Mapping[str, Listing], fingerprints: Mapping[str, str]) -> list[DamagedFile]:
+    """Files of listings by layer (``Store.listings``) that are damaged, by their sizes and those in the indexes."""
+
+    def suspects(layer: str) -> list[tuple[str, str]]:
+        listing = listings[layer]
+        names = {*listing.only(listing.sizes < MIN_BYTES)}
         if listing:
             names.update(read_index(store, layer, fingerprints[layer]).differing(listing))
-        suspects += [(layer, shard) for shard in sorted(names)]
+        return [(layer, shard) for shard in sorted(names)]
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        reasons = pool.map(lambda one: footer_damage(store, *one), suspects)
-        return [DamagedFile(*one, reason) for one, reason in zip(suspects, reasons, strict=True) if reason is not None]
+        found = [suspect for of_layer in pool.map(suspects, listings) for suspect in of_layer]
+        reasons = pool.map(lambda one: footer_damage(store, *one), found)
+        return [DamagedFile(*one, reason) for one, reason in zip(found, reasons, strict=True) if reason is not None]
 
 
-def without_files(
-    listings: Mapping[str, Mapping[str, int]], files: Sequence[DamagedFile]
-) -> dict[str, Mapping[str, int]]:
+def without_files(listings: Mapping[str, Listing], files: Sequence[DamagedFile]) -> dict[str, Listing]:
     """Listings without some files."""
-    names: dict[str, set[str]] = {}
+    names: dict[str, list[str]] = {layer: [] for layer in listings}
     for file in files:
-        names.setdefault(file.layer, set()).add(file.shard)
+        names[file.layer].append(file.shard)
     return {
-        layer: {shard: size for shard, size in listing.items() if shard not in names[layer]}
-        if layer in names
-        else listing
+        layer: listing.only(~listing.within(pa.array(names[layer], pa.string()))) if names[layer] else listing
         for layer, listing in listings.items()
     }
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import schemas
 from reinforce.dataset.layer_file import MAX_ROWS, LayerFile
 from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.listing import Listing
 from reinforce.dataset.store import Store, parse_footer
 from reinforce.errors import StorageError, UserError
 
@@ -52,9 +53,15 @@ class LayerIndex:
         for batch in self.table.select(["shard", "size"]).to_batches(max_chunksize=_GROUP_ROWS):
             yield from zip(batch["shard"].to_pylist(), batch["size"].to_pylist(), strict=True)
 
-    def differing(self, listing: Mapping[str, int]) -> list[str]:
-        """Shards of a listing (``Store.shards``) whose file has another size than the one that was committed."""
-        return [shard for shard, size in self.sizes() if listing.get(shard, size) != size]
+    def differing(self, listing: Listing) -> list[str]:
+        """Shards of a listing whose file has another size than the one that was committed."""
+        shards = self.table["shard"].combine_chunks()
+        places = pc.index_in(shards, value_set=listing.names)
+        listed = places.is_valid().to_numpy(zero_copy_only=False)
+        differs = listed.copy()
+        differs[listed] = listing.sizes[places.drop_null().to_numpy()] != self.table["size"].to_numpy()[listed]
+        names: list[str] = shards.filter(pa.array(differs)).to_pylist()
+        return names
 
     def groups(self, listing: Mapping[str, int]) -> Iterator[tuple[str, npt.NDArray[np.int32]]]:
         """Each shard of a listing whose file has the committed size, with the rows of its row groups."""

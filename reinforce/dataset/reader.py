@@ -20,6 +20,7 @@ from reinforce.dataset.augment import from_records
 from reinforce.dataset.completeness import check_completeness
 from reinforce.dataset.damage import describe_damaged, find_damaged, without_files
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
+from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import read_manifest, select_names
 from reinforce.dataset.row_counts import row_group_table
 from reinforce.dataset.sample import ImagePolicies, Sample
@@ -95,12 +96,13 @@ class Dataset:
         wanted = [captions_layer(c) for c in self.captioners]
         wanted += [embeddings_layer(t, i) for t in self.teachers for i in ("images", TRUE_CAPTION, *self.captioners)]
         self.layers = [SAMPLES, *(name for name in wanted if name in self.manifest["layers"])]
-        listings = {name: self.store.shards(name) for name in self.layers}
+        listings = self.store.listings(self.layers)
         self.shards = self._complete_shards(listings, strict)
-        self._samples_bytes = {shard: listings[SAMPLES][shard] for shard in self.shards}
-        self._total_bytes = {shard: sum(listing[shard] for listing in listings.values()) for shard in self.shards}
+        sizes = {name: listing.sizes_of(self.shards) for name, listing in listings.items()}
+        self._samples_bytes = dict(zip(self.shards, sizes[SAMPLES].tolist(), strict=True))
+        self._total_bytes = dict(zip(self.shards, np.sum([*sizes.values()], axis=0).tolist(), strict=True))
 
-    def _complete_shards(self, listings: Mapping[str, Mapping[str, int]], strict: bool) -> list[str]:
+    def _complete_shards(self, listings: Mapping[str, Listing], strict: bool) -> list[str]:
         """Names of the shards that every layer has. Warns or raises UserError if others are missing."""
         damaged = find_damaged(self.store, listings, self._fingerprints)
         found = check_completeness(self.store, without_files(listings, damaged))

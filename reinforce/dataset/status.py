@@ -9,8 +9,9 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
-from reinforce.dataset.damage import find_damaged
+from reinforce.dataset.damage import find_damaged, without_files
 from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.manifest_model import check_run
 from reinforce.dataset.store import Store
@@ -27,17 +28,16 @@ def read_status(url: str) -> dict[str, Any]:
     """
     store = Store(url)
     manifest = read_manifest(store)
-    layers, quarantine = {}, {}
-    listings = {name: store.shards(name) for name in manifest["layers"]}
+    names = [*manifest["layers"]]
+    every = store.listings([*names, *(f"quarantine/{name}" for name in names)])
+    listings = {name: every[name] for name in names}
     damaged = find_damaged(store, listings, {name: entry["fingerprint"] for name, entry in manifest["layers"].items()})
-    for file in damaged:
-        del listings[file.layer][file.shard]
-    for name, entry in manifest["layers"].items():
-        sizes = listings[name]
-        layers[name] = {**entry, "shards": len(sizes), "bytes": sum(sizes.values())}
-        files = store.shards(f"quarantine/{name}")
+    layers, quarantine = {}, {}
+    for name, listing in without_files(listings, damaged).items():
+        layers[name] = {**manifest["layers"][name], "shards": len(listing), "bytes": listing.total_bytes}
+        files = every[f"quarantine/{name}"]
         if files:
-            quarantine[name] = {"files": len(files), **_quarantine(store, name, sorted(files)[:_QUARANTINE_FILES])}
+            quarantine[name] = {"files": len(files), **_quarantine(store, name, files.first(_QUARANTINE_FILES))}
     return {
         "url": store.url,
         "samples": layers[SAMPLES]["shards"],
@@ -48,12 +48,12 @@ def read_status(url: str) -> dict[str, Any]:
     }
 
 
-def _quarantine(store: Store, layer: str, shards: list[str]) -> dict[str, Any]:
+def _quarantine(store: Store, layer: str, files: Listing) -> dict[str, Any]:
     """Counts and first examples by reason, of the quarantine of a layer."""
     reasons: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    for shard in shards:
-        for row in store.quarantined(layer, shard):
+    for shard, rows in store.quarantined_rows(layer, files):
+        for row in rows:
             reason = f"{row['reason']}" + (" (shard)" if row["key"] is None else "")
             reasons[reason] += 1
             if reason not in examples:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import posixpath
 import re
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
@@ -20,15 +20,18 @@ import pyarrow.parquet as pq
 import schemas
 from reinforce.dataset.layer_file import LayerFile, RefusedFile, naming_refused
 from reinforce.dataset.layers import Layer
+from reinforce.dataset.listing import Listing, list_folders
 from reinforce.errors import UserError
+from reinforce.prefetch import prefetch
 from reinforce.storage import Storage
 from reinforce.terminal import escape
 from schemas import WHOLE_SHARD, Reason
 
 MANIFEST = "dataset.json"
-_SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # names of shards, as ``source.urls`` makes them
 _QUARANTINE_BYTES = 256 * 2**20
 _QUARANTINE_ROWS = 2**20  # a quarantine file has one row group
+_READ_AT_ONCE = 32  # quarantine files
+_READ_AHEAD_BYTES = 2**20  # of a quarantine file that is read while others are
 _INCOMPRESSIBLE = ("image", "embeddings")  # columns that are stored without compression
 
 
@@ -43,19 +46,13 @@ class Store(Storage):
         """Path of a quarantine file in the file system."""
         return self.path("quarantine", layer, f"{shard}.parquet")
 
-    def shards(self, layer: str) -> dict[str, int]:
+    def shards(self, layer: str) -> Listing:
         """List the committed shards of a layer (or of ``quarantine/<layer>``) with the bytes of their files."""
-        try:
-            with self.storage_errors("listed", layer):
-                entries = self.fs.ls(self.path(layer), detail=True, refresh=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        names = ((posixpath.basename(str(e["name"]).rstrip("/")), e) for e in entries if e["type"] == "file")
-        return {
-            name.removesuffix(".parquet"): int(entry["size"] or 0)
-            for name, entry in names
-            if name.endswith(".parquet") and _SHARD.fullmatch(name)
-        }
+        return self.listings([layer])[layer]
+
+    def listings(self, layers: Iterable[str]) -> dict[str, Listing]:
+        """``shards`` of some layers, which are listed side by side."""
+        return list_folders(self, layers)
 
     def writer(self, layer: Layer, schema: pa.Schema, shard: str, source: str) -> LayerWriter:
         """Start a layer's file of a shard; ``source`` is the URL of the shard."""
@@ -80,17 +77,34 @@ class Store(Storage):
             raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}). Delete it.") from error
         return rows
 
-    def quarantined_shards(self, layer: str, committed: Collection[str]) -> set[str]:
-        """Shards that are quarantined as a whole in a layer; ``committed`` are those that have a file.
+    def quarantined_rows(self, layer: str, files: Listing) -> Iterator[tuple[str, list[dict[str, str | None]]]]:
+        """``quarantined`` of some listed quarantine files, of which small ones are read many at a time."""
+        large = {shard for shard, size in files.items() if size > _READ_AHEAD_BYTES}
+
+        def read(shard: str) -> list[dict[str, str | None]] | None:
+            return None if shard in large else self.quarantined(layer, shard)
+
+        with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+            for shard, rows in zip(files, prefetch(pool, read, files, 2 * _READ_AT_ONCE), strict=True):
+                yield shard, self.quarantined(layer, shard) if rows is None else rows
+
+    def quarantined_shards(self, committed: Mapping[str, Listing]) -> dict[str, set[str]]:
+        """Shards that are quarantined as a whole, by layer; ``committed`` are those that have a file, by layer.
 
         A quarantine file is written before the layer's file, so a run that was killed between the two also leaves
         a quarantine file alone. Only the rows distinguish these cases.
         """
-        return {
-            shard
-            for shard in self.shards(f"quarantine/{layer}").keys() - set(committed)
-            if any(row["key"] is None and row["reason"] in WHOLE_SHARD for row in self.quarantined(layer, shard))
-        }
+        files = self.listings(f"quarantine/{layer}" for layer in committed)
+        found = {}
+        for layer, listing in committed.items():
+            alone = files[f"quarantine/{layer}"]
+            alone = alone.only(~alone.within(listing.names))
+            found[layer] = {
+                shard
+                for shard, rows in self.quarantined_rows(layer, alone)
+                if any(row["key"] is None and row["reason"] in WHOLE_SHARD for row in rows)
+            }
+        return found
 
     def forget_quarantine(self, layer: str, shard: str) -> None:
         """Remove a quarantine file."""

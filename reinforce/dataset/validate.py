@@ -93,12 +93,13 @@ def validate(url: str, sources: Sequence[str] = (), quick: bool = False) -> Vali
     roots = ImageRoots.named(sources, "--sources {}")
     store = Store(url)
     manifest = read_manifest(store)
-    listings = {name: store.shards(name) for name in manifest["layers"]}
+    listings = store.listings(manifest["layers"])
     recorded = read_records(store).sources if sources else {}
     sample = KeySample(_CAPACITY)
     found = Validation(store.url, len(listings[SAMPLES]), sample.repeated(), code=_code_lines(manifest))
     for layer, listing in listings.items():
-        found.errors += [f"{layer}/{shard}.parquet has no samples" for shard in listing.keys() - listings[SAMPLES]]
+        without = listing.only(~listing.within(listings[SAMPLES].names))
+        found.errors += [f"{layer}/{shard}.parquet has no samples" for shard in without]
 
     def read(shard: str) -> _Shard:
         keys, errors, footer = _read_layers(store, manifest, shard, listings, quick)

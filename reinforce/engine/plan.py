@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
 from reinforce.config import Config
-from reinforce.dataset.damage import DamagedFile, find_damaged
+from reinforce.dataset.damage import DamagedFile, find_damaged, without_files
 from reinforce.dataset.differences import recipe_error
 from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
+from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import find_manifest
 from reinforce.dataset.store import MANIFEST, Store, parse_footer
 from reinforce.engine.recipe import build_layers, describe_models
@@ -23,7 +28,7 @@ from reinforce.source.urls import Info, canonical, compression, expand, is_publi
 from reinforce.storage import is_job_folder, is_ray_job
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PendingShard:
     """A source shard and its missing layers, each after the layers it needs."""
 
@@ -92,59 +97,97 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
     """List the source and every layer once, and subtract. Raises UserError."""
     layers = build_layers(config, describe_models(config))
     listed: dict[str, Info] = {}
-    urls = source_shards(config, listed)
-    published = _pair_reinforcements(config, urls)
+    source = source_shards(config, listed)
+    published = _pair_reinforcements(config, source)
     store = Store(config.output)
-    committed = {name: store.shards(name) for name in layers}
+    committed = store.listings(layers)
     damaged = find_damaged(store, committed, {name: layer.fingerprint for name, layer in layers.items()})
-    for file in damaged:
-        del committed[file.layer][file.shard]
+    committed = without_files(committed, damaged)
     check_fingerprints(store, layers, committed)
-    quarantine = {name: store.quarantined_shards(name, committed[name]) for name in layers}
-    refused = {name: set() if retry_quarantined else quarantine[name] for name in layers}
-    pending = []
-    missing = dict.fromkeys(layers, 0)
-    quarantined = dict.fromkeys(layers, 0)
-    interned: dict[tuple[str, ...], tuple[str, ...]] = {}  # a run has millions of shards and few different tuples
-    for shard, url in urls.items():
-        todo: list[str] = []
-        lost: set[str] = set()
-        for name, layer in layers.items():
-            if shard in committed[name]:
-                continue
-            if shard in refused[name] or not lost.isdisjoint(layer.needs):
-                lost.add(name)
-                quarantined[name] += 1
-            else:
-                todo.append(name)
-                missing[name] += 1
-        if todo:
-            key = tuple(todo)
-            reinforcements = published.get(shard) if reads_reinforcements(layers[name] for name in todo) else None
-            pending.append(PendingShard(shard, url, interned.setdefault(key, key), reinforcements))
+    quarantine = store.quarantined_shards(committed)
+    refused = {} if retry_quarantined else quarantine
+    missing = _subtract(source.names, layers, committed, refused)
+    pending = [
+        PendingShard(name, source.urls[row], todo, _reinforcements(published, layers, row, todo))
+        for name, row, todo in missing.shards(source.names)
+    ]
     states = {}
     for name in layers:
-        sizes = [committed[name][shard] for shard in urls if shard in committed[name]]
-        states[name] = LayerState(len(sizes), sum(sizes), quarantined[name], missing[name])
-    not_in_source = _not_in_source(urls, committed[SAMPLES], quarantine)
-    extended = [shard.url for shard in pending if SAMPLES not in shard.layers]
+        done = committed[name].only(committed[name].within(source.names))
+        states[name] = LayerState(len(done), done.total_bytes, missing.quarantined[name], missing.missing[name])
+    not_in_source = _not_in_source(source.names, committed[SAMPLES], quarantine)
+    extended = (shard.url for shard in pending if SAMPLES not in shard.layers)
     listed = {url: listed[url] for url in extended if url in listed}
-    return Plan(config, layers, len(urls), states, pending, committed[SAMPLES], not_in_source, listed, damaged)
+    return Plan(config, layers, len(source.urls), states, pending, committed[SAMPLES], not_in_source, listed, damaged)
 
 
-def _not_in_source(
-    urls: Mapping[str, str], committed: Collection[str], quarantine: Mapping[str, Collection[str]]
-) -> NotInSource:
-    finished = [name for name in committed if name not in urls]
-    refused = {name: layer for layer, names in reversed([*quarantine.items()]) for name in names if name not in urls}
-    first = min(refused, default=None)
+@dataclass(frozen=True)
+class _Missing:
+    """The layers that each source shard lacks: ``patterns`` are the tuples of layers that occur, and ``pattern``
+    [shards] is the place of each shard's. ``missing`` and ``quarantined`` count shards by layer."""
+
+    patterns: Sequence[tuple[str, ...]]
+    pattern: npt.NDArray[np.int64]
+    missing: Mapping[str, int]
+    quarantined: Mapping[str, int]
+
+    def shards(self, names: pa.StringArray) -> Iterator[tuple[str, int, tuple[str, ...]]]:
+        """Each shard that lacks layers: its name, its place among ``names``, and these layers."""
+        rows = np.flatnonzero(np.array([bool(layers) for layers in self.patterns])[self.pattern])
+        patterns = map(self.patterns.__getitem__, self.pattern[rows].tolist())
+        return zip(names.take(pa.array(rows)).to_pylist(), rows.tolist(), patterns, strict=True)
+
+
+def _subtract(
+    names: pa.StringArray,
+    layers: Mapping[str, Layer],
+    committed: Mapping[str, Listing],
+    refused: Mapping[str, Collection[str]],
+) -> _Missing:
+    """Find the layers that each shard lacks, without those that it is quarantined in, and those that need them."""
+    lost: dict[str, npt.NDArray[np.bool_]] = {}
+    missing, quarantined = {}, {}
+    patterns: list[tuple[str, ...]] = [()]
+    pattern = np.zeros(len(names), np.int64)
+    for name, layer in layers.items():
+        absent = ~committed[name].has(names)
+        unusable = Listing.of((shard, 0) for shard in refused.get(name, ())).has(names)
+        for need in layer.needs:
+            unusable |= lost[need]
+        lost[name] = absent & unusable
+        todo = absent & ~unusable
+        missing[name], quarantined[name] = int(todo.sum()), int(lost[name].sum())
+        codes, pattern = np.unique(2 * pattern + todo, return_inverse=True)
+        patterns = [(*patterns[code // 2], name) if code % 2 else patterns[code // 2] for code in codes.tolist()]
+    return _Missing(patterns, pattern, missing, quarantined)
+
+
+def _reinforcements(published: Sequence[str], layers: Mapping[str, Layer], row: int, todo: Iterable[str]) -> str | None:
+    """The URL of a shard's published reinforcements, if a missing layer reads them."""
+    return published[row] if published and reads_reinforcements(layers[name] for name in todo) else None
+
+
+def _not_in_source(names: pa.StringArray, committed: Listing, quarantine: Mapping[str, Collection[str]]) -> NotInSource:
+    finished = committed.only(~committed.within(names))
+    refused = {name: layer for layer, found in reversed([*quarantine.items()]) for name in found}
+    others = Listing.of((name, 0) for name in refused)
+    others = others.only(~others.within(names))
+    first = next(iter(others), None)
     return NotInSource(
-        len(finished), len(refused), min(finished, default=None), None if first is None else f"{refused[first]}/{first}"
+        len(finished), len(others), next(iter(finished), None), None if first is None else f"{refused[first]}/{first}"
     )
 
 
-def source_shards(config: Config, listed: dict[str, Info] | None = None) -> dict[str, str]:
-    """Source URLs by shard name; ``listed`` as in ``expand``.
+@dataclass(frozen=True)
+class SourceShards:
+    """The shards of a source in order: their names, and their URLs."""
+
+    names: pa.StringArray
+    urls: Sequence[str]
+
+
+def source_shards(config: Config, listed: dict[str, Info] | None = None) -> SourceShards:
+    """Names and URLs of the source's shards; ``listed`` as in ``expand``.
 
     Raises UserError if the source is empty, two shards have the same name, or Ray deletes a shard after the job.
     """
@@ -161,7 +204,7 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> dict
             "be read without them; give credentials by the environment (AWS_ACCESS_KEY_ID, or fsspec's "
             "configuration), or set images: embed"
         )
-    return dict(zip(shard_names(former_urls(urls, config.moved)), urls, strict=True))
+    return SourceShards(pa.array(shard_names(former_urls(urls, config.moved)), pa.string()), urls)
 
 
 def _check_outlives_job(urls: Iterable[str]) -> None:
@@ -176,23 +219,23 @@ def _check_outlives_job(urls: Iterable[str]) -> None:
             )
 
 
-def _pair_reinforcements(config: Config, urls: Mapping[str, str]) -> dict[str, str]:
-    """The URL of published reinforcements for each shard of ``urls``: paired by file name, else by position.
+def _pair_reinforcements(config: Config, source: SourceShards) -> Sequence[str]:
+    """The URL of published reinforcements for each shard of the source: paired by file name, else by position.
 
     Raises UserError if some shards have no counterpart.
     """
     if config.reinforcements is None:
-        return {}
+        return ()
     found = expand(config.reinforcements)
     for parts in (1, 2):  # by file name, or by folder and file name where file names are not unique
         by_name = {_tail(url, parts): url for url in found}
-        names = {shard: _tail(url, parts) for shard, url in urls.items()}
-        if len(by_name) == len(found) and len({*names.values()} & by_name.keys()) == len(urls):
-            return {shard: by_name[name] for shard, name in names.items()}
-    if len(found) == len(urls):
-        return dict(zip(urls, found, strict=True))
+        names = [_tail(url, parts) for url in source.urls]
+        if len(by_name) == len(found) and len({*names} & by_name.keys()) == len(names):
+            return [by_name[name] for name in names]
+    if len(found) == len(source.urls):
+        return found
     raise UserError(
-        f"reinforcements: {len(found):,} shards for the {len(urls):,} of `source`, and not all of these have a "
+        f"reinforcements: {len(found):,} shards for the {len(source.urls):,} of `source`, and not all of these have a "
         "counterpart of the same file name. Name as many shards as `source` in the same order, or with the same names."
     )
 
@@ -203,7 +246,7 @@ def _tail(url: str, parts: int) -> str:
     return "/".join([*folders, name.partition(".")[0]])
 
 
-def check_fingerprints(store: Store, layers: Mapping[str, Layer], committed: Mapping[str, Mapping[str, int]]) -> None:
+def check_fingerprints(store: Store, layers: Mapping[str, Layer], committed: Mapping[str, Listing]) -> None:
     """Raise UserError if layers exist already and were made by other recipes. Names all of them and what differs."""
     manifest = find_manifest(store)
     recorded = (manifest or {}).get("layers", {})

@@ -86,6 +86,6 @@ def as_config(config: Config | str | Path | dict[str, Any]) -> Config:
 
 def _forget_quarantine(plan: Plan, store: Store) -> None:
     pending = {shard.name for shard in plan.pending}
-    for layer in plan.layers:
-        for shard in store.quarantined_shards(layer, store.shards(layer)) & pending:
+    for layer, shards in store.quarantined_shards(store.listings(plan.layers)).items():
+        for shard in shards & pending:
             store.forget_quarantine(layer, shard)

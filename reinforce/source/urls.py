@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from glob import escape
 from itertools import pairwise
 from typing import Any
@@ -29,6 +29,10 @@ COMPRESSIONS: dict[str, str | None] = {
     ".tar.zst": "zstd",
     ".tzst": "zstd",
 }
+_ENDING = re.compile(rf"({'|'.join(map(re.escape, COMPRESSIONS))})\Z")
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_SPECIAL = re.compile(r"[?#]|::")  # after them, the canonical form is not that of the folder and the name
 _MAX_URLS = 10_000_000
 _BOTOCORE_ATTEMPTS = 4
 _S3FS_ATTEMPTS = 3  # each of them makes botocore's attempts
@@ -117,10 +121,14 @@ def is_public(url: str) -> bool:
 
 def shard_name(url: str) -> str:
     """Return ``<stem>-<10 hex digits>``: the file name without its ending, and a hash of the canonical URL."""
-    location = canonical(url)
+    return _name_at(canonical(url))
+
+
+def _name_at(location: str) -> str:
+    """Return the shard name of a canonical URL."""
     stem = location.rpartition("/")[2]
     stem = stem[: len(stem) - len(_ending(stem))]
-    stem = re.sub(r"[^A-Za-z0-9._-]", "_", stem)[:_MAX_STEM_CHARS].lstrip("._-") or "shard"
+    stem = _NOT_IN_NAMES.sub("_", stem)[:_MAX_STEM_CHARS].lstrip("._-") or "shard"
     digest = hashlib.blake2b(location.encode("utf-8", "surrogateescape"), digest_size=_HASH_DIGITS // 2).hexdigest()
     return f"{stem}-{digest}"
 
@@ -132,15 +140,29 @@ def shard_stem(name: str) -> str:
 
 def shard_names(urls: Sequence[str]) -> list[str]:
     """Return :func:`shard_name` of each URL. Raises UserError if two URLs have the same name, and so the same file."""
+    names = [_name_at(location) for location in _canonical_urls(urls)]
+    if len({*names}) == len(names):
+        return names
     owners: dict[str, str] = {}
-    for url in urls:
-        name = shard_name(url)
+    for url, name in zip(urls, names, strict=True):
         if owners.setdefault(name, url) != url:
             raise UserError(
                 f"source: {canonical(owners[name])} and {canonical(url)} get the same shard name {name}. "
                 "If they are the same file, list it once; otherwise rename one of them."
             )
     return list(owners)
+
+
+def _canonical_urls(urls: Iterable[str]) -> Iterator[str]:
+    """Yield :func:`canonical` of each URL; that of a folder is computed once for all files in it with plain names."""
+    folders: dict[str, str | None] = {}
+    for url in urls:
+        folder, _, name = url.rpartition("/")
+        if folder not in folders:
+            plain = folder and not _SPECIAL.search(folder)
+            folders[folder] = canonical(f"{folder}/x").removesuffix("x") if plain else None
+        start = folders[folder]
+        yield canonical(url) if start is None or not _PLAIN_NAME.fullmatch(name) else start + name
 
 
 def compression(url: str) -> str | None:
@@ -153,8 +175,8 @@ def _too_many(pattern: str) -> UserError:
 
 
 def _ending(path: str) -> str:
-    lower = path.lower()
-    return max((ending for ending in COMPRESSIONS if lower.endswith(ending)), key=len, default="")
+    found = _ENDING.search(path.lower())
+    return found[0] if found else ""
 
 
 def _canonical(segment: str) -> str:

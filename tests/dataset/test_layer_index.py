@@ -9,6 +9,7 @@ import pytest
 from reinforce.dataset import layer_index
 from reinforce.dataset.layer_index import FileEntry, IndexWriter, read_index, write_index
 from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.store import Store
 from reinforce.errors import StorageError
@@ -45,7 +46,7 @@ def test_entries_of_several_runs_are_merged_in_order_and_the_last_one_counts(sto
     index = read_index(store, SAMPLES, "f0")
     assert list(index.sizes()) == [("a", 10), ("b", 20), ("c", 31)]
     assert index.table["rows"].to_pylist() == [3, 2, 4]
-    assert index.differing({"a": 10, "b": 19, "d": 5}) == ["b"]
+    assert index.differing(Listing.of([("a", 10), ("b", 19), ("d", 5)])) == ["b"]
     found = {shard: rows.tolist() for shard, rows in index.groups({"a": 10, "b": 19, "c": 31})}
     assert found == {"a": [1, 2], "c": [4]}
 

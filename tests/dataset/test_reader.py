@@ -139,8 +139,8 @@ def test_quarantined_shards_are_logged_without_a_warning(copy: Path, caplog: pyt
 
 def test_nothing_else_is_listed_if_nothing_is_missing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = []
-    shards = Store.shards
-    monkeypatch.setattr(Store, "shards", lambda store, layer: (listed.append(layer), shards(store, layer))[1])
+    listings = Store.listings
+    monkeypatch.setattr(Store, "listings", lambda store, layers: (listed.extend(layers), listings(store, layers))[1])
     layers = reinforce.open(url).layers
     assert listed == layers
 

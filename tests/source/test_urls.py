@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reinforce.errors import UserError
-from reinforce.source.urls import canonical, compression, expand, filesystem, shard_name, shard_names
+from reinforce.source.urls import _canonical_urls, canonical, compression, expand, filesystem, shard_name, shard_names
 
 
 @pytest.fixture
@@ -168,6 +168,29 @@ def test_shard_names_differ_between_folders_and_compressions():
 @settings(deadline=None)
 def test_any_file_name_becomes_a_safe_shard_name(stem):
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}-[0-9a-f]{10}", shard_name(f"s3://bucket/x/{stem}.tar.zst"))
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "",
+        "x",
+        "./x/..",
+        "~",
+        "/data/x//y",
+        "s3://bucket",
+        "S3://me:pw@bucket/x",
+        "http://h/p?a=/b",
+        "http://h/p#/x",
+        "s3:/",
+    ],
+)
+@pytest.mark.parametrize(
+    "name", ["a.tar", "..", ".", "", "a?b.tar", "a#b", "m@a.tar", "\xe4.tgz", "a.TAR.GZ\n", "a::b.tar"]
+)
+def test_many_urls_get_the_canonical_forms_of_single_ones(folder, name):
+    urls = [f"{folder}/0", f"{folder}/{name}", f"{folder}/b.tar", name, f"simplecache::{folder}/{name}"]
+    assert list(_canonical_urls(urls)) == [canonical(url) for url in urls]
 
 
 def test_two_urls_with_the_same_shard_name_are_a_user_error():

@@ -96,7 +96,7 @@ def _complete_shards(store: Store, fingerprints: Mapping[str, str]) -> dict[str,
 
     Shards that are quarantined in some layer are left out. Raises UserError if others are missing or damaged.
     """
-    listings = {layer: store.shards(layer) for layer in fingerprints}
+    listings = store.listings(fingerprints)
     if damaged := find_damaged(store, listings, fingerprints):
         raise UserError(f"{store.url}: {describe_damaged(store.url, damaged)}.")
     found = check_completeness(store, listings)
@@ -104,7 +104,7 @@ def _complete_shards(store: Store, fingerprints: Mapping[str, str]) -> dict[str,
         raise UserError(f"{store.url}: {found.describe_missing()}. Finish it with `reinforce run` and its config.")
     if found.quarantined:
         _LOG.warning("%s: %s", store.url, found.describe_quarantined())
-    return {shard: listings[SAMPLES][shard] for shard in found.complete}
+    return dict(zip(found.complete, listings[SAMPLES].sizes_of(found.complete).tolist(), strict=True))
 
 
 def _check_some_shards(aligned: AlignedLayers, shards: Sequence[str], roots: ImageRoots | None) -> None:
