@@ -75,6 +75,6 @@ def cause_of(error: Exception) -> Exception:
     return cause if isinstance(cause, Exception) else error
 
 
-def live_resources() -> list[dict[str, float]]:
-    """Return the resources of each live node, by name."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def live_resources(without: frozenset[str] = frozenset()) -> list[dict[str, float]]:
+    """Return the resources of each live node, by name, apart from those of some nodes."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]

@@ -135,6 +135,11 @@ class Workers(Section):
         "node; without GPUs 1, with a worker for each core",
     )
     batch: int = Field(256, ge=1, description="images per forward pass")
+    recycle: int | None = Field(
+        None,
+        ge=1,
+        description="restart each worker after so many shards, against models that leak memory; default: never",
+    )
     start_timeout: float = Field(600.0, gt=0, description="seconds to wait for `min` workers")
 
     @property

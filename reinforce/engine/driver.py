@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
 
 from reinforce.cluster import cause_of, live_nodes, live_resources
 from reinforce.dataset.damage import set_aside, set_aside_notes
@@ -37,6 +37,7 @@ from reinforce.engine.failures import (
     count_failure,
     error_text,
     needs_replacement,
+    pause_seconds,
 )
 from reinforce.engine.hangs import Hang, StallLimits, find_hang, silence_limit, silence_reason
 from reinforce.engine.outcome import ShardResult, WorkerInfo
@@ -64,10 +65,10 @@ class Driver:
         self.config = plan.config.model_copy(update={"workers": workers})
         self.redact = Redactor(self.config.model_dump(mode="json"))
         self.queue = ShardQueue(plan.pending)
-        self.policy = FailurePolicy(self.config.failures, plan.layers, plan.shards, plan.quarantined)
+        self.policy = FailurePolicy(self.config.failures, plan.layers, plan.shards, plan.quarantined, workers.recycle)
         self.totals = RunTotals()
-        self.manifest_written = False
-        self.wait_logged = False
+        self.manifest_written = self.wait_logged = False
+        self.notes_logged = 0
         self.limits = StallLimits(self.config.failures)
         self.polled: dict[Any, Slot] = {}
 
@@ -91,6 +92,7 @@ class Driver:
             seconds, alive = time.monotonic() - start, self._snapshot().alive
             quarantined = self.policy.quarantined_shards
             summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
+            summary = replace(summary, notes=self.policy.notes)
             self.pool.close()
             with contextlib.suppress(StorageError, FileNotFoundError):  # the run itself needs neither
                 self.index.flush()
@@ -112,7 +114,7 @@ class Driver:
         self.records.flush()
         shards = {*self.plan.committed, *self.records.shards}
         found = read_records(self.store).keys.repeated(shards)
-        notes = [*set_aside_notes(self.totals.set_aside), *found.lines(len(shards), self.store.url)]
+        notes = [*self.policy.notes, *set_aside_notes(self.totals.set_aside), *found.lines(len(shards), self.store.url)]
         return {"repeated_keys": found.keys, "notes": notes}
 
     # -- the loop
@@ -125,6 +127,7 @@ class Driver:
             self.pool.shrink(remaining)
             for verdict in self.policy.judge_deaths(time.monotonic(), live_nodes):
                 self._handle_death(verdict)
+            self._report_workers()
             if self.manifest_written or len(self.pool.started) >= self.config.workers.min:
                 self.queue.hand_out(self.pool.started, self.pool.lease, time.monotonic())
             for ref in _ready([*self.pool.loading, *self.pool.leases, *self.polled]):
@@ -142,6 +145,16 @@ class Driver:
             self.events.flush_when_due()
             self.records.flush_when_due()
             self.index.flush_when_due()
+
+    def _report_workers(self) -> None:
+        """Log what the policy found about workers and nodes. Raise UserError if no shard can be finished."""
+        for note in self.policy.notes[self.notes_logged :]:
+            self.events.add("note", text=note)
+            self._log(note)
+        self.notes_logged = len(self.policy.notes)
+        self.pool.avoid(self.policy.faults.avoided(time.monotonic()))
+        if error := self.policy.memory.must_stop(len(self.pool.slots)):
+            raise error
 
     def _check_start(self, waited: float) -> None:
         """Log a slow start once. Raise UserError after ``workers.start_timeout``."""
@@ -192,11 +205,14 @@ class Driver:
             # A process that died is reported as dead at once. An unreachable one may be on a node that is being lost.
             dead = not isinstance(error, ActorUnavailableError)
             reason = str(error).strip().splitlines()[0][:300]
-            self.policy.worker_died(self._end_worker(slot), reason, time.monotonic(), dead)
+            memory = isinstance(error, OutOfMemoryError)
+            self.policy.worker_died(self._end_worker(slot), reason, time.monotonic(), dead, memory)
         else:
-            slot.failures = 0
             self.pool.end_lease(ref)
+            self._count_success(slot, result)
             self._handle_result(result)
+        if slot.exhausted and not slot.leases and slot in self.pool.slots:
+            self._recycle(slot)
 
     def _handle_result(self, result: ShardResult) -> None:
         self.totals.add(result)
@@ -211,33 +227,59 @@ class Driver:
             self._log(f"{result.shard} is quarantined: {result.given_up}: {detail}")
             self._count_quarantined(result.shard, f"{result.given_up}: {detail}")
 
+    def _count_success(self, slot: Slot, result: ShardResult) -> None:
+        assert slot.info is not None
+        slot.failures, slot.failed, slot.finished, slot.memory = 0, 0, slot.finished + 1, result.memory
+        faulty = self.policy.lease_passed(result.shard, slot.info.id, time.monotonic(), len(self.pool.slots))
+        for one in faulty:
+            for other in [slot for slot in self.pool.started if slot.info and slot.info.id == one.worker]:
+                self._replace(other, one.reason)
+
+    def _count_failure(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
+        """Replace a worker that is the cause of what fails at it."""
+        assert slot.info is not None
+        slot.failures, slot.failed = count_failure(slot.failures, error), slot.failed + 1
+        now, text, workers = time.monotonic(), shorten(self.redact(error_text(error)), 500), len(self.pool.slots)
+        if faulty := self.policy.faults.failed(shard.name, slot.info.id, text, now, workers):
+            self._replace(slot, faulty.reason)
+        elif needs_replacement(slot.failures):
+            self._replace(slot, f"{slot.failures} leases in a row have failed at it")
+        elif workers > 1 and (count := self.policy.faults.pause_failures(slot.info.id)):
+            slot.paused_until = now + pause_seconds(count)
+
     def _handle_error(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
+        if not isinstance(error, UserError):
+            self._count_failure(slot, shard, error)
         decision = self.policy.lease_raised(shard, error, time.monotonic())
         if isinstance(decision, StopRun):
             raise decision.error
-        slot.failures = count_failure(slot.failures, error)
-        if needs_replacement(slot.failures):
-            self._replace(slot)
         text = self.redact(error_text(error))
         self.events.add("shard_raised", shard=shard.name, attempt=decision.attempt, error=shorten(text, 2000))
         shown = shorten(text, 1000)
         self._log(f"{shard.name}: attempt {decision.attempt} of {self.config.failures.attempts} raised {shown}")
         self._carry_out(decision)
 
-    def _replace(self, slot: Slot) -> None:
-        """Kill a worker at which every lease fails; the pool grows again by another one."""
-        assert slot.info is not None
-        self.events.add("worker_replaced", node=slot.info.node, pid=slot.info.pid, failures=slot.failures)
-        self._log(f"a worker is replaced: {slot.failures} leases in a row have failed at it")
-        for shard in self._end_worker(slot).shards:
+    def _replace(self, slot: Slot, reason: str) -> None:
+        """Kill a worker that is the cause of failures; the pool grows again by another one."""
+        worker, now = self._end_worker(slot), time.monotonic()
+        self.events.add("worker_replaced", node=worker.node, pid=worker.pid, failures=slot.failed, reason=reason)
+        self._log(f"a worker is replaced, {worker.id}: {reason}")
+        for shard in worker.shards:
             self.queue.add(shard, first=True)
+        self.policy.worker_replaced(worker.id, now)
+
+    def _recycle(self, slot: Slot) -> None:
+        """End a worker after ``workers.recycle`` shards; the pool grows again by another one."""
+        worker = self._end_worker(slot)
+        self.events.add("worker_recycled", node=worker.node, pid=worker.pid, shards=slot.leased, memory=worker.use.last)
 
     def _end_worker(self, slot: Slot) -> EndedWorker:
         """Remove a worker from the pool."""
         assert slot.info is not None
-        shards = tuple(slot.leases.values())
+        shards, info = tuple(slot.leases.values()), slot.info
         self.pool.remove(slot)
-        return EndedWorker(slot.info.node, slot.info.pid, shards, slot.alone)
+        neighbours = sum(other.info is not None and other.info.node == info.node for other in self.pool.slots)
+        return EndedWorker(info.node, info.pid, shards, slot.alone, info.host, slot.use, neighbours)
 
     def _kill_hung(self, slot: Slot, hang: Hang) -> None:
         """Kill a worker in which a shard makes no progress: a hanging thread cannot be stopped otherwise."""
@@ -262,11 +304,11 @@ class Driver:
     def _carry_out(self, decision: Decision) -> None:
         match decision:
             case Retry(shard, at):
-                self.queue.add_delayed(shard, at)
+                self.queue.add_delayed(shard, at, self.policy.faults.tried(shard.name))
             case Requeue(shard):
                 self.queue.add(shard, first=True)
             case RunAlone(shard):
-                self.queue.add_suspect(shard)
+                self.queue.add_suspect(shard, self.policy.faults.tried(shard.name))
             case Quarantine():
                 self._quarantine(decision)
 

@@ -7,7 +7,9 @@
 - A worker in which a shard makes no progress is killed (`hangs.py`). That shard is a suspect. The others of the worker
   are leased again as they are, and are suspects only if it happens to them a second time.
 - A lost node counts against no shard.
-- A worker at which several leases in a row fail is replaced. Storage errors do not count.
+- A worker at which several leases in a row fail is replaced. Storage errors do not count, unless the shards pass
+  elsewhere (`faults.py`).
+- A worker that is killed for its memory counts against no shard (`memory.py`).
 - An error that the user must fix (a fingerprint, missing weights, a full disk) stops the run at once.
 - Too many quarantined shards stop the run, and so do workers that die again and again while they load their models.
 
@@ -20,13 +22,15 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from reinforce.config import Failures
 from reinforce.dataset.layers import Layer
+from reinforce.engine.faults import Faults, Faulty
 from reinforce.engine.hangs import Hang
-from reinforce.engine.outcome import LayerFailure, ShardFailure
+from reinforce.engine.memory import MemoryDeaths, MemoryUse
+from reinforce.engine.outcome import LayerFailure, ShardFailure, WorkerId
 from reinforce.engine.plan import PendingShard
 from reinforce.errors import TooManyQuarantined, UserError
 from schemas import Reason
@@ -91,6 +95,13 @@ class EndedWorker:
     pid: int
     shards: tuple[PendingShard, ...]
     alone: bool
+    host: str = ""
+    use: MemoryUse = field(default_factory=MemoryUse)
+    neighbours: int = 0  # other workers on its node
+
+    @property
+    def id(self) -> WorkerId:
+        return WorkerId(self.node, self.pid, self.host)
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,7 @@ class Death:
     deadline: float  # the node counts as alive if it is not known to be lost by then
     hung: bool = False
     cause: frozenset[str] = frozenset()  # the shards that hung; empty if it is not known which
+    memory: bool = False  # it was killed because the memory of its node ran out
 
 
 @dataclass(frozen=True)
@@ -116,18 +128,28 @@ class DeathVerdict:
 class FailurePolicy:
     """Counts the failures of a run and decides what follows from them.
 
-    ``layers`` are all layers of the run, ``shards`` the number of source shards and ``quarantined_before`` those that
-    earlier runs have quarantined.
+    ``layers`` are all layers of the run, ``shards`` the number of source shards, ``quarantined_before`` those that
+    earlier runs have quarantined, and ``recycle`` the number of shards after which workers are restarted.
     """
 
-    def __init__(self, settings: Failures, layers: Mapping[str, Layer], shards: int, quarantined_before: int) -> None:
-        self.settings, self.layers, self.shards = settings, layers, shards
+    def __init__(
+        self,
+        settings: Failures,
+        layers: Mapping[str, Layer],
+        shards: int,
+        quarantined_before: int,
+        recycle: int | None = None,
+    ) -> None:
+        self.settings, self.layers, self.shards, self.recycle = settings, layers, shards, recycle
         self.deaths: list[Death] = []  # whose node may still turn out to be lost
         self.quarantined: set[str] = set()  # shards, by this run
         self._quarantined_before = quarantined_before
         self._attempts: Counter[str] = Counter()
         self._deaths_alone: Counter[str] = Counter()
         self._bystanders: set[str] = set()  # shards in a worker in which another shard hung
+        self.notes: list[str] = []  # messages about workers and nodes, which are logged and part of the summary
+        self.faults = Faults(self.notes)
+        self.memory = MemoryDeaths(settings.solo_attempts)
         self._failed_starts = 0
 
     @property
@@ -151,10 +173,25 @@ class FailurePolicy:
         layer = error.layer if isinstance(error, LayerFailure) else shard.layers[0]
         return self._quarantine(shard, layer, Reason.SHARD_FAILED, error_text(error), attempt)
 
-    def worker_died(self, worker: EndedWorker, error: str, now: float, process_dead: bool) -> None:
-        """Record a death. Unless the process is known to be dead, its node may be about to be reported as lost."""
+    def lease_passed(self, shard: str, worker: WorkerId, now: float, workers: int) -> list[Faulty]:
+        """Record that a lease returned, where ``workers`` are running -> the workers that are at fault, therefore."""
+        self.memory.passed()
+        return self.faults.passed(shard, worker, now, workers)
+
+    def worker_replaced(self, worker: WorkerId, now: float) -> None:
+        """Record that a worker at fault was replaced. What failed at it does not count as an attempt."""
+        for shard, attempts in self.faults.replaced(worker, now).items():
+            self._attempts[shard] = max(0, self._attempts[shard] - attempts)
+
+    def worker_died(
+        self, worker: EndedWorker, error: str, now: float, process_dead: bool, memory: bool = False
+    ) -> None:
+        """Record a death, ``memory`` if it was killed because the memory of its node ran out.
+
+        Unless the process is known to be dead, its node may be about to be reported as lost.
+        """
         deadline = now if process_dead else now + NODE_VERDICT_SECONDS
-        self.deaths.append(Death(worker, error, deadline))
+        self.deaths.append(Death(worker, error, deadline, memory=memory))
 
     def worker_hung(self, worker: EndedWorker, hang: Hang, now: float) -> None:
         """Record that a worker hung and was killed."""
@@ -171,6 +208,8 @@ class FailurePolicy:
         for death in self.deaths:
             node_lost = death.worker.node not in alive
             if node_lost or now >= death.deadline:
+                if not node_lost:
+                    self._count_death(death)
                 decisions = tuple(self._judge_shard(shard, death, node_lost) for shard in death.worker.shards)
                 verdicts.append(DeathVerdict(death, node_lost, decisions))
             else:
@@ -210,13 +249,29 @@ class FailurePolicy:
             )
         )
 
+    def _count_death(self, death: Death) -> None:
+        worker = death.worker
+        if not death.memory:
+            self.faults.died(tuple(shard.name for shard in worker.shards), worker.id, death.error)
+        elif note := self.memory.died(worker.id, worker.use, self.recycle):
+            self.notes.append(note)
+
     def _judge_shard(self, shard: PendingShard, death: Death, node_lost: bool) -> Decision:
         if node_lost:
             return Requeue(shard)
+        if death.memory:
+            return self._judge_memory(shard, death)
         if death.cause and shard.name not in death.cause and shard.name not in self._bystanders:
             self._bystanders.add(shard.name)
             return Requeue(shard)
         return self._judge_suspect(shard, death)
+
+    def _judge_memory(self, shard: PendingShard, death: Death) -> Decision:
+        worker = death.worker
+        if self.memory.is_cause(shard.name, worker.use, worker.alone, worker.neighbours):
+            detail = f"alone, in a worker that had just started, it needs more memory than there is: {death.error}"
+            return self._quarantine(shard, shard.layers[0], Reason.SHARD_CRASHED, detail, 0)
+        return RunAlone(shard) if worker.alone or worker.use.shards == 0 else Requeue(shard)
 
     def _judge_suspect(self, shard: PendingShard, death: Death) -> Quarantine | RunAlone:
         self._deaths_alone[shard.name] += death.worker.alone

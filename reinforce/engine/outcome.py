@@ -5,21 +5,43 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from reinforce.dataset.layer_index import FileEntry
 from reinforce.dataset.shard_records import ShardRecord
 from reinforce.engine.traces import error_with_frames
 
 
+class WorkerId(NamedTuple):
+    """The process of a worker. ``host`` names its node for people."""
+
+    node: str
+    pid: int
+    host: str = ""
+
+    @property
+    def place(self) -> str:
+        return self.host or self.node[:12]
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.place}"
+
+
 @dataclass(frozen=True)
 class WorkerInfo:
-    """A worker whose models are loaded. ``models`` holds what is known of a model only once it is loaded, by name."""
+    """A worker whose models are loaded. ``models`` holds what is known of a model only once it is loaded, by name, and
+    ``memory`` is the bytes of its process."""
 
     node: str
     pid: int
     accelerator: str
     models: Mapping[str, Mapping[str, Any]]
+    host: str = ""
+    memory: int = 0
+
+    @property
+    def id(self) -> WorkerId:
+        return WorkerId(self.node, self.pid, self.host)
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,7 @@ class ShardResult:
     source_note: str | None = None  # how the source file has changed since the samples were written, if it has
     record: ShardRecord | None = None  # None if the shard is quarantined
     files: Mapping[str, FileEntry] = field(default_factory=dict)  # committed by this lease, by layer
+    memory: int = 0  # bytes of the worker's process afterwards
 
     def event(self) -> dict[str, Any]:
         """The values of the event."""

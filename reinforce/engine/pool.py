@@ -10,37 +10,52 @@ from typing import Any
 
 import ray
 
-from reinforce.cluster import live_resources
+from reinforce.cluster import live_nodes, live_resources
 from reinforce.config import Config, Workers
 from reinforce.cores import Node, capacity, cores_per_process
 from reinforce.dataset.layers import Layer
 from reinforce.engine.hangs import Polls
+from reinforce.engine.memory import MemoryUse
 from reinforce.engine.outcome import WorkerInfo
 from reinforce.engine.plan import PendingShard
 from reinforce.engine.watch import Pulse
 from reinforce.engine.worker import SHARDS_IN_FLIGHT, as_actor
 
 _CAPACITY_SECONDS = 5.0  # between two counts of the cluster's resources
+_NODE_LABEL = "ray.io/node-id"
 
 
 @dataclass(eq=False)
 class Slot:
     """One actor. ``alone``: its one lease is a suspect, and it gets no other. ``draining``: it gets no further lease
-    until a suspect can run in it."""
+    until a suspect can run in it. ``exhausted``: it has had as many leases as ``workers.recycle`` allows."""
 
     actor: Any
     info: WorkerInfo | None = None  # None while the models are loading
     leases: dict[Any, PendingShard] = field(default_factory=dict)
     alone: bool = False
     draining: bool = False
-    failures: int = 0  # leases in a row that raised
+    exhausted: bool = False
+    failures: int = 0  # leases in a row that raised, where the worker may be the cause
+    failed: int = 0  # leases in a row that raised
+    paused_until: float = 0.0  # it gets no lease before
+    leased: int = 0  # leases so far
+    finished: int = 0  # those that returned
+    memory: int = 0  # bytes after the last of them
+    avoids: frozenset[str] = frozenset()  # nodes on which it must not be placed
     pulse: Pulse = field(default_factory=Pulse)
     started_at: float = field(default_factory=time.monotonic)
 
     @property
     def free(self) -> int:
         """Number of further leases it can take."""
-        return 0 if self.info is None or self.alone else SHARDS_IN_FLIGHT - len(self.leases)
+        return 0 if self.info is None or self.alone or self.exhausted else SHARDS_IN_FLIGHT - len(self.leases)
+
+    @property
+    def use(self) -> MemoryUse:
+        """Its memory, as far as it was measured."""
+        first = self.info.memory if self.info else 0
+        return MemoryUse(first, max(self.memory, self.pulse.memory, first), self.finished)
 
 
 def describe_workers(workers: Workers, shards: int, limit: int, nodes: Sequence[Node]) -> str:
@@ -69,25 +84,43 @@ class Pool:
         self.loading: dict[Any, Slot] = {}
         self.leases: dict[Any, Slot] = {}
         self.past_busy = self.past_alive = 0.0  # seconds of workers that are no longer in the pool
+        self._to_avoid: frozenset[str] = frozenset()
+        self._avoided: frozenset[str] = frozenset()  # the same, or empty if there are no other nodes
         self._capacity = 0
         self._capacity_checked = -_CAPACITY_SECONDS
 
     def grow(self, size: int) -> None:
         """Ask for actors until ``size`` (at most ``workers.max``) exist or are pending."""
         for _ in range(min(size, self._limit()) - len(self.slots)):
-            slot = Slot(self._class.remote(*self._arguments))
+            slot = Slot(self._placed().remote(*self._arguments), avoids=self._avoided)
             self.slots.append(slot)
             self.loading[slot.actor.load.remote()] = slot
+
+    def avoid(self, nodes: frozenset[str]) -> None:
+        """Place no new workers on ``nodes``, unless there are no others; move those that have not started."""
+        if nodes == self._to_avoid:
+            return
+        self._to_avoid = nodes
+        nodes = nodes if nodes and live_nodes() - nodes else frozenset()
+        self._avoided, self._capacity_checked = nodes, -_CAPACITY_SECONDS
+        for slot in [slot for slot in self.slots if slot.info is None and slot.avoids != nodes]:
+            self.remove(slot)
+
+    def _placed(self) -> Any:
+        """The actor class, with the nodes that it must not be placed on."""
+        if not self._avoided:
+            return self._class
+        return self._class.options(label_selector={_NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"})
 
     def describe(self, size: int) -> str:
         """A line about the workers that ``size`` shards will have."""
         return describe_workers(self._config.workers, size, self._limit(), live_resources())
 
     def shrink(self, size: int) -> None:
-        """Remove workers without leases until ``size`` are left; those that have not started go first."""
+        """Remove workers without leases until ``size`` are left: those that have not started, and those that fail."""
         if len(self.slots) <= size:
             return
-        idle = sorted((s for s in self.slots if not s.leases), key=lambda slot: slot.info is not None)
+        idle = sorted((s for s in self.slots if not s.leases), key=lambda slot: (slot.info is not None, -slot.failed))
         for slot in idle[: max(0, len(self.slots) - size)]:
             self.remove(slot)
 
@@ -114,7 +147,8 @@ class Pool:
 
     def lease(self, slot: Slot, shard: PendingShard, alone: bool = False) -> None:
         """Lease a shard to a worker; ``alone`` for a suspect."""
-        slot.alone, slot.draining = alone, False
+        slot.alone, slot.draining, slot.leased = alone, False, slot.leased + 1
+        slot.exhausted = self._config.workers.recycle is not None and slot.leased >= self._config.workers.recycle
         ref = slot.actor.process.remote(shard)
         slot.leases[ref] = shard
         self.leases[ref] = slot
@@ -139,7 +173,7 @@ class Pool:
 
     def _count_places(self) -> int:
         workers = self._config.workers
-        return capacity(live_resources(), workers.cores, workers.gpus or 0)
+        return capacity(live_resources(self._avoided), workers.cores, workers.gpus or 0)
 
     def resource_error(self) -> str | None:
         """Message if no node of the cluster can hold a worker, else None."""

@@ -6,10 +6,23 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
+from reinforce.engine.outcome import WorkerId
 from reinforce.engine.plan import PendingShard
 from reinforce.engine.pool import Slot
 from reinforce.engine.worker import SHARDS_IN_FLIGHT
+
+#: Workers at which a shard has failed.
+Tried: TypeAlias = "frozenset[WorkerId]"
+_MAX_RETRIES = 64  # that are looked at in one call
+
+
+def _distance(slot: Slot, tried: Tried) -> int:
+    """How far a worker is from those that have tried a shard: 2 on another node, 1 in another process, else 0."""
+    if slot.info is None or slot.info.id in tried:
+        return 0
+    return 1 if any(worker.node == slot.info.node for worker in tried) else 2
 
 
 class ShardQueue:
@@ -17,12 +30,13 @@ class ShardQueue:
 
     def __init__(self, shards: Iterable[PendingShard]) -> None:
         self._ready = deque(shards)
-        self._suspects: deque[PendingShard] = deque()
-        self._delayed: list[tuple[float, int, PendingShard]] = []
+        self._suspects: deque[tuple[PendingShard, Tried]] = deque()
+        self._retries: deque[tuple[PendingShard, Tried]] = deque()
+        self._delayed: list[tuple[float, int, PendingShard, Tried]] = []
         self._order = itertools.count()  # heapq must never compare shards
 
     def __len__(self) -> int:
-        return len(self._ready) + len(self._suspects) + len(self._delayed)
+        return len(self._ready) + len(self._suspects) + len(self._delayed) + len(self._retries)
 
     def add(self, shard: PendingShard, first: bool = False) -> None:
         if first:
@@ -30,13 +44,15 @@ class ShardQueue:
         else:
             self._ready.append(shard)
 
-    def add_delayed(self, shard: PendingShard, at: float) -> None:
-        """Add a shard that is not leased before time ``at``."""
-        heapq.heappush(self._delayed, (at, next(self._order), shard))
+    def add_delayed(self, shard: PendingShard, at: float, tried: Tried = frozenset()) -> None:
+        """Add a shard that is not leased before time ``at``, and not to workers that have ``tried`` it, nor to others
+        of their nodes, where there are others."""
+        heapq.heappush(self._delayed, (at, next(self._order), shard, tried))
 
-    def add_suspect(self, shard: PendingShard) -> None:
-        """Add a shard that is leased only to a worker without other leases."""
-        self._suspects.append(shard)
+    def add_suspect(self, shard: PendingShard, tried: Tried = frozenset()) -> None:
+        """Add a shard that is leased only to a worker without other leases, on other nodes than those of ``tried`` if
+        one is idle."""
+        self._suspects.append((shard, tried))
 
     def hand_out(self, slots: Sequence[Slot], lease: Callable[..., None], now: float) -> None:
         """Lease two shards to every started worker, and a suspect to a worker that has nothing else.
@@ -45,15 +61,45 @@ class ShardQueue:
         workers as there are suspects get no further leases until they are.
         """
         while self._delayed and self._delayed[0][0] <= now:
-            self._ready.append(heapq.heappop(self._delayed)[2])
+            _, _, shard, tried = heapq.heappop(self._delayed)
+            if tried:
+                self._retries.append((shard, tried))
+            else:
+                self._ready.append(shard)
+        slots = [slot for slot in slots if slot.paused_until <= now]
         idle = [slot for slot in slots if slot.free == SHARDS_IN_FLIGHT]
         while self._suspects and idle:
-            lease(idle.pop(), self._suspects.popleft(), alone=True)
+            shard, tried = self._suspects.popleft()
+            slot = max(idle, key=lambda slot: _distance(slot, tried))
+            idle.remove(slot)
+            lease(slot, shard, alone=True)
         self._drain(slots)
+        if self._retries:
+            self._hand_out_retries(slots, lease)
         for _ in range(SHARDS_IN_FLIGHT):
             for slot in slots:
                 if self._ready and slot.free and not slot.draining:
                     lease(slot, self._ready.popleft())
+
+    def _hand_out_retries(self, slots: Sequence[Slot], lease: Callable[..., None]) -> None:
+        """Lease shards that have failed to workers as far as possible from where they did.
+
+        Workers at which the last lease failed get none while there are others: they are free all the time.
+        """
+        slots = [slot for slot in slots if not slot.failed] or slots
+        nodes = {slot.info.node for slot in slots if slot.info}
+        for _ in range(min(len(self._retries), _MAX_RETRIES)):
+            free = [slot for slot in slots if slot.free and not slot.draining]
+            if not free:
+                return
+            shard, tried = self._retries.popleft()
+            best = max(free, key=lambda slot: _distance(slot, tried))
+            elsewhere = nodes - {worker.node for worker in tried}
+            others = elsewhere or any(slot.info and slot.info.id not in tried for slot in slots)
+            if _distance(best, tried) == (2 if elsewhere else 1 if others else 0):
+                lease(best, shard)
+            else:  # wait for a worker that has not tried it
+                self._retries.append((shard, tried))
 
     def _drain(self, slots: Sequence[Slot]) -> None:
         draining = sum(slot.draining for slot in slots)

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
@@ -71,7 +71,8 @@ class Worker:
             for name, teacher in self.models.teachers.items()
         }
         node = ray.get_runtime_context().get_node_id()
-        return WorkerInfo(node, os.getpid(), str(self.models.accelerator.device), loaded)
+        device = str(self.models.accelerator.device)
+        return WorkerInfo(node, os.getpid(), device, loaded, socket.gethostname(), process_memory())
 
     def _check_output(self) -> None:
         """Raise UserError if ``output`` is relative to a folder of the driver that this node does not have."""
@@ -88,7 +89,8 @@ class Worker:
         assert self.pool is not None
         try:
             with self.watch.lease(shard.name) as watch:
-                return process_shard(shard, self.config, self.layers, self.store, self.models, self.pool, watch=watch)
+                result = process_shard(shard, self.config, self.layers, self.store, self.models, self.pool, watch=watch)
+            return replace(result, memory=process_memory())
         except StorageError as error:
             raise ShardFailure(self.redact(str(error)), False) from None
         except UserError:

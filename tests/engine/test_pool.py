@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from reinforce.config import Workers
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from reinforce.config import Workers, parse_config
 from reinforce.engine.outcome import WorkerInfo
 from reinforce.engine.plan import PendingShard
-from reinforce.engine.pool import Slot, describe_workers
+from reinforce.engine.pool import Pool, Slot, describe_workers
 
 INFO = WorkerInfo("node", 1, "cpu", {})
 SHARD = PendingShard("a", "a.tar", ("samples",))
@@ -41,3 +46,53 @@ def test_a_run_names_its_workers_and_the_cores_that_few_shards_leave_idle() -> N
     assert describe_workers(Workers().fitted_to(gpus), 2, 8, gpus) == (
         "2 workers x 12 CPUs and 1 GPU, batches of 256 images, device cuda"
     )
+
+
+class _Actor:
+    """Takes calls and does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *_: object())
+
+
+def pool_of(monkeypatch: pytest.MonkeyPatch, slots: list[Slot], **workers: Any) -> Pool:
+    monkeypatch.setattr("reinforce.engine.pool.ray.put", lambda value: value)
+    monkeypatch.setattr("reinforce.engine.pool.ray.kill", lambda actor: None)
+    monkeypatch.setattr("reinforce.engine.pool.as_actor", lambda config: _Actor())
+    config = parse_config({"source": "a.tar", "output": "/tmp/out", "workers": workers})
+    pool = Pool(config, {}, frozenset())
+    pool.slots = slots
+    return pool
+
+
+def test_a_worker_gets_as_many_leases_as_recycle_allows_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    slot = Slot(_Actor(), INFO)
+    pool = pool_of(monkeypatch, [slot], recycle=3)
+    for lease in range(3):
+        assert slot.free > 0
+        pool.lease(slot, SHARD)
+        if lease == 0:
+            pool.end_lease(next(iter(slot.leases)))
+    assert (slot.free, slot.exhausted, len(slot.leases)) == (0, True, 2)
+
+
+def test_the_pool_shrinks_by_workers_that_have_not_started_and_then_by_those_that_fail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    good, bad, loading = Slot(_Actor(), INFO), Slot(_Actor(), INFO, failed=2), Slot(_Actor())
+    pool = pool_of(monkeypatch, [good, bad, loading])
+    pool.shrink(2)
+    assert pool.slots == [good, bad]
+    pool.shrink(1)
+    assert pool.slots == [good]
+
+
+def test_no_worker_is_placed_on_an_avoided_node_unless_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, loading = Slot(_Actor(), INFO), Slot(_Actor())
+    pool = pool_of(monkeypatch, [started, loading])
+    monkeypatch.setattr("reinforce.engine.pool.live_nodes", lambda: frozenset({"x"}))
+    pool.avoid(frozenset({"x"}))
+    assert pool.slots == [started, loading], "it is the only node"
+    monkeypatch.setattr("reinforce.engine.pool.live_nodes", lambda: frozenset({"x", "y"}))
+    pool.avoid(frozenset({"x", "z"}))
+    assert pool.slots == [started], "what has not started may be on the node"

@@ -33,7 +33,7 @@ def test_a_setting_that_changes_no_stored_value_changes_no_fingerprint() -> None
     config = config_of("x/{0..1}.tar", "out")
     before = layers_for()
     config["teachers"]["red"]["logit_scale"] = 99.0
-    assert layers_for(teachers=config["teachers"], workers={"cpus": 4, "batch": 3}) == before
+    assert layers_for(teachers=config["teachers"], workers={"cpus": 4, "batch": 3, "recycle": 2}) == before
 
 
 def test_a_change_reaches_the_layers_that_depend_on_it_and_no_others() -> None:

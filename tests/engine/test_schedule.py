@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from reinforce.engine.outcome import WorkerInfo
+from reinforce.engine.outcome import WorkerId, WorkerInfo
 from reinforce.engine.plan import PendingShard
 from reinforce.engine.pool import Slot
 from reinforce.engine.schedule import ShardQueue
@@ -98,3 +98,51 @@ def test_a_shard_added_first_is_leased_first() -> None:
     queue.add(SHARDS[6])
     queue.hand_out([slot], leaser(), now=0.0)
     assert leases_of(slot) == "fa"
+
+
+def at(node: str, pid: int) -> Slot:
+    return Slot(None, WorkerInfo(node, pid, "cpu", {}))
+
+
+def test_a_retry_goes_to_another_node_and_waits_for_it_while_others_go_on() -> None:
+    queue, slots, lease = ShardQueue(SHARDS[:1]), [at("x", 1), at("x", 2), at("y", 3)], leaser()
+    slots[2].leases = {1: SHARDS[5], 2: SHARDS[6]}
+    queue.add_delayed(SHARDS[7], 0.0, frozenset({WorkerId("x", 1)}))
+    queue.hand_out(slots, lease, now=1.0)
+    assert [leases_of(slot) for slot in slots] == ["a", "", "fg"]
+    assert len(queue) == 1
+    end(slots[2], "f")
+    queue.hand_out(slots, lease, now=1.0)
+    assert [leases_of(slot) for slot in slots] == ["a", "", "gh"]
+
+
+def test_a_retry_goes_to_another_worker_of_the_only_node_and_to_the_same_if_there_is_no_other() -> None:
+    tried = frozenset({WorkerId("x", 1)})
+    queue, slots = ShardQueue([]), [at("x", 1), at("x", 2)]
+    queue.add_delayed(SHARDS[0], 0.0, tried)
+    queue.hand_out(slots, leaser(), now=1.0)
+    assert [leases_of(slot) for slot in slots] == ["", "a"]
+    queue.add_delayed(SHARDS[0], 0.0, tried)
+    queue.hand_out(slots[:1], leaser(), now=1.0)
+    assert leases_of(slots[0]) == "a"
+
+
+def test_a_suspect_prefers_another_node_and_does_not_wait_for_it() -> None:
+    queue, slots = ShardQueue([]), [at("y", 3), at("x", 1)]
+    for number in range(2):
+        queue.add_suspect(SHARDS[number], frozenset({WorkerId("x", 1)}))
+    queue.hand_out(slots, leaser(), now=1.0)
+    assert [leases_of(slot) for slot in slots] == ["a", "b"]
+
+
+def test_a_worker_gets_no_lease_during_a_pause_or_once_it_is_to_be_restarted() -> None:
+    queue, slot = ShardQueue(SHARDS[:2]), at("x", 1)
+    slot.paused_until = 5.0
+    queue.hand_out([slot], leaser(), now=4.9)
+    assert leases_of(slot) == ""
+    slot.exhausted = True
+    queue.hand_out([slot], leaser(), now=5.0)
+    assert leases_of(slot) == ""
+    slot.exhausted = False
+    queue.hand_out([slot], leaser(), now=5.0)
+    assert leases_of(slot) == "ab"

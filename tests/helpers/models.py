@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import os
 import re
 import resource
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import ray
 import torch
 
 from reinforce.engine.self_test import TEXTS
@@ -203,3 +207,20 @@ class NanCaptioner(SeedCaptioner):
     def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str] | None]:
         texts = super().caption(pixels, seeds)
         return [None if int(row[0]) % 4 == 1 else text for row, text in zip(seeds, texts, strict=True)]
+
+
+class FullNodeTeacher(ColorTeacher):
+    """Cannot write temporary files on one node: that of the first worker that runs it, which ``marker`` names."""
+
+    def __init__(self, device: torch.device, marker: str, delay: float) -> None:
+        super().__init__(device, size=8, dim=4, delay=delay)
+        self.marker = marker
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        if not set(texts) <= set(TEXTS):
+            node = ray.get_runtime_context().get_node_id()
+            with contextlib.suppress(FileExistsError), open(self.marker, "x") as file:
+                file.write(node)
+            if Path(self.marker).read_text() in ("", node):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return super().encode_texts(texts)

@@ -1,0 +1,250 @@
+"""What is the fault of a worker or a node: each sentence of reinforce/engine/faults.py, and simulated clusters."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from reinforce.config import Failures
+from reinforce.dataset.layers import Layer
+from reinforce.engine.failures import FailurePolicy, Quarantine, Retry
+from reinforce.engine.faults import AVOID_SECONDS, Faults
+from reinforce.engine.outcome import ShardFailure, WorkerId, WorkerInfo
+from reinforce.engine.plan import PendingShard
+from reinforce.engine.pool import Slot
+from reinforce.engine.schedule import ShardQueue
+
+A, B, C = (WorkerId(f"node {name}", number, f"host-{name}") for number, name in enumerate("abc"))
+A2 = WorkerId(A.node, 9, A.host)
+FULL = "OSError: No space left on device"
+
+
+def fail(faults: Faults, worker: WorkerId, *shards: str, now: float = 1.0) -> str | None:
+    """Record failures -> the reason for which the worker is at fault after the last of them."""
+    found = [faults.failed(shard, worker, FULL, now, 2) for shard in shards]
+    return found[-1].reason if found[-1] else None
+
+
+def test_a_worker_at_which_two_shards_failed_that_passed_elsewhere_is_at_fault() -> None:
+    faults = Faults([])
+    assert fail(faults, A, "1", "2") is None
+    assert faults.tried("1") == {A}
+    assert faults.passed("1", B, 2.0, 2) == []
+    [faulty] = faults.passed("2", B, 3.0, 2)
+    assert faulty.worker == A
+    assert faulty.reason == f"2 shards that failed there passed elsewhere; the last error: {FULL}"
+
+
+def test_a_success_clears_a_worker() -> None:
+    faults = Faults([])
+    fail(faults, A, "1", "2")
+    faults.passed("3", A, 1.5, 2)
+    assert faults.passed("1", B, 2.0, 2) == []
+    assert faults.passed("2", B, 3.0, 2) == []
+
+
+def test_three_shards_in_a_row_that_fail_while_others_pass_elsewhere_are_the_workers_fault() -> None:
+    faults = Faults([])
+    assert fail(faults, A, "1", "2", "3", now=1.0) is None, "nothing has passed elsewhere since"
+    faults.passed("9", B, 2.0, 2)
+    assert "4 shards in a row failed there while shards passed elsewhere" in str(fail(faults, A, "4", now=3.0))
+
+
+def test_a_shard_that_fails_again_and_again_at_one_worker_is_not_three_shards() -> None:
+    faults = Faults([])
+    fail(faults, A, "1", now=1.0)
+    faults.passed("9", B, 2.0, 2)
+    assert fail(faults, A, "1", "1", "1", "1", now=3.0) is None
+
+
+def test_shards_that_fail_on_two_nodes_are_themselves_the_cause() -> None:
+    faults = Faults([])
+    for shard in "12345":
+        faults.passed("9", C, 1.0, 3)
+        assert fail(faults, A, shard, now=0.5) is None
+        assert fail(faults, B, shard, now=0.6) is None
+
+
+def test_a_node_whose_workers_are_replaced_twice_in_an_hour_gets_no_workers_for_a_while_and_longer_each_time() -> None:
+    notes: list[str] = []
+    faults = Faults(notes)
+    fail(faults, A, "1")
+    fail(faults, A2, "2")
+    assert faults.replaced(A, 100.0) == {"1": 1}
+    assert faults.avoided(100.0) == frozenset()
+    faults.replaced(A2, 200.0)
+    assert faults.avoided(200.0 + AVOID_SECONDS - 1) == {A.node}
+    assert faults.avoided(200.0 + AVOID_SECONDS + 1) == frozenset()
+    [note] = notes
+    assert note.startswith("node host-a gets no new workers for 10 minutes, because what failed at 2 of its workers")
+    assert note.endswith(f"The last error: {FULL}")
+    faults.replaced(A, 1000.0)
+    assert faults.avoided(1000.0 + 2 * AVOID_SECONDS - 1) == {A.node}
+    assert faults.avoided(9000.0) == frozenset()
+
+
+def test_workers_that_die_of_shards_that_pass_on_another_node_count_against_their_node() -> None:
+    faults = Faults([])
+    for number in range(2):
+        worker = WorkerId(A.node, number, A.host)
+        faults.died((f"{number}a", f"{number}b"), worker, "segfault")
+        faults.passed(f"{number}a", WorkerId(A.node, 7), 1.0, 2)
+        assert faults.avoided(1.0) == frozenset(), "it passed on the same node"
+        faults.passed(f"{number}b", B, 1.0, 2)
+    assert faults.avoided(1.0) == {A.node}
+
+
+def test_where_most_workers_fail_none_of_them_is_at_fault_and_few_are_replaced_at_a_time() -> None:
+    faults, workers = Faults([]), [WorkerId(f"node {number}", number) for number in range(1000)]
+    found = []
+    for number, worker in enumerate(workers[1:]):
+        for shard in range(4):
+            faults.failed(f"{number}/{shard}", worker, "timeout", 1.0, len(workers))
+    for shard in range(4):
+        found += faults.passed(f"5/{shard}", workers[0], 2.0, len(workers))
+    for number, worker in enumerate(workers[1:]):
+        if faulty := faults.failed(f"{number}/4", worker, "timeout", 3.0, len(workers)):
+            found.append(faulty)
+    assert found == []
+    for number, worker in enumerate(workers[1:]):
+        faults.passed(f"{number}/0", worker, 4.0, len(workers))
+    replaced = 0
+    for number, worker in enumerate(workers[1:401]):  # now four in ten fail
+        for shard in range(4):
+            faults.passed("x", workers[-1], 10.5 + shard, len(workers))
+            if faults.failed(f"late {number}/{shard}", worker, "timeout", 10.0 + shard, len(workers)):
+                faults.replaced(worker, 10.0)
+                replaced += 1
+                break
+    assert replaced == 20, "2% of the workers in a minute"
+
+
+# -- simulated runs: the policy, the queue and workers with a clock
+
+
+@dataclass
+class Simulation:
+    """Workers that take ``seconds`` for a shard, or fail after 0.1 s where ``fails(shard, worker)``."""
+
+    nodes: int
+    per_node: int
+    shards: int
+    fails: Callable[[str, WorkerId], bool]
+    seconds: float = 5.0
+    failures: Counter[str] = field(default_factory=Counter)  # by shard
+    replaced: list[WorkerId] = field(default_factory=list)
+    quarantined: list[str] = field(default_factory=list)
+    passed: set[str] = field(default_factory=set)
+
+    def run(self) -> Simulation:
+        names = [f"{number:05d}" for number in range(self.shards)]
+        layers = {"samples": Layer("samples", "samples", "0")}
+        self.policy = FailurePolicy(Failures(allowed_share=1.0), layers, self.shards, 0)
+        self.queue = ShardQueue([PendingShard(name, f"{name}.tar", ("samples",)) for name in names])
+        self.pids, self.numbers, self.now = itertools.count(), itertools.count(), 0.0
+        self.running: list[tuple[float, int, Slot, PendingShard]] = []
+        self.slots = [self._start(f"node {node}") for node in range(self.nodes) for _ in range(self.per_node)]
+        while len(self.queue) or self.running:
+            self.now += 0.5
+            assert self.now < 100_000, "the run does not end"
+            while self.running and self.running[0][0] <= self.now:
+                _, number, slot, shard = heapq.heappop(self.running)
+                if slot.leases.pop(number, None) is not None:
+                    self._end(slot, shard)
+            self.queue.hand_out(self.slots, self._lease, self.now)
+        return self
+
+    def _start(self, node: str) -> Slot:
+        avoided = self.policy.faults.avoided(self.now)
+        if node in avoided:
+            node = next(f"node {number}" for number in range(self.nodes) if f"node {number}" not in avoided)
+        return Slot(None, WorkerInfo(node, next(self.pids), "cpu", {}, f"host of {node}"))
+
+    def _lease(self, slot: Slot, shard: PendingShard, alone: bool = False) -> None:
+        number = next(self.numbers)
+        slot.alone, slot.draining, slot.leases[number] = alone, False, shard
+        assert slot.info is not None
+        seconds = 0.1 if self.fails(shard.name, slot.info.id) else self.seconds
+        heapq.heappush(self.running, (self.now + seconds, number, slot, shard))
+
+    def _end(self, slot: Slot, shard: PendingShard) -> None:
+        assert slot.info is not None
+        slot.alone, worker, faults = False, slot.info.id, self.policy.faults
+        if not self.fails(shard.name, worker):
+            self.passed.add(shard.name)
+            slot.failed = 0
+            for one in self.policy.lease_passed(shard.name, worker, self.now, len(self.slots)):
+                self._replace(one.worker)
+            return
+        self.failures[shard.name] += 1
+        slot.failed += 1
+        error = ShardFailure(FULL, False)
+        if faults.failed(shard.name, worker, FULL, self.now, len(self.slots)):
+            self._replace(worker)
+        elif count := faults.pause_failures(worker):
+            slot.paused_until = self.now + 2.0**count
+        decision = self.policy.lease_raised(shard, error, self.now)
+        if isinstance(decision, Quarantine):
+            self.quarantined.append(shard.name)
+        elif isinstance(decision, Retry):
+            self.queue.add_delayed(shard, decision.at, faults.tried(shard.name))
+
+    def _replace(self, worker: WorkerId) -> None:
+        for slot in [slot for slot in self.slots if slot.info is not None and slot.info.id == worker]:
+            self.slots.remove(slot)
+            self.replaced.append(worker)
+            for shard in slot.leases.values():
+                self.queue.add(shard, first=True)
+            slot.leases = {}
+            self.policy.worker_replaced(worker, self.now)
+            self.slots.append(self._start(worker.node))
+
+
+def test_a_full_temporary_folder_of_one_of_two_nodes_quarantines_nothing_and_the_node_is_avoided() -> None:
+    run = Simulation(2, 1, 30, lambda shard, worker: worker.node == "node 0").run()
+    assert run.quarantined == []
+    assert len(run.passed) == 30
+    assert run.failures.total() <= 15
+    assert [worker.node for worker in run.replaced] == ["node 0", "node 0"]
+    assert "node host of node 0 gets no new workers" in run.policy.notes[0]
+
+
+def test_a_single_bad_worker_is_replaced_and_its_node_stays_in_use() -> None:
+    run = Simulation(2, 2, 60, lambda shard, worker: worker.pid == 1).run()
+    assert (run.quarantined, run.replaced, run.policy.notes) == ([], [WorkerId("node 0", 1, "host of node 0")], [])
+
+
+def test_shards_that_fail_everywhere_are_quarantined_and_replace_no_worker() -> None:
+    bad = {"00003", "00004", "00005", "00017", "00040", "00041"}
+    run = Simulation(3, 2, 60, lambda shard, worker: shard in bad).run()
+    assert set(run.quarantined) == bad
+    assert all(run.failures[shard] == 3 for shard in bad)
+    assert len(run.passed) == 54
+    assert run.replaced == []
+
+
+def test_a_shard_that_always_fails_is_quarantined_also_with_a_single_worker() -> None:
+    run = Simulation(1, 1, 5, lambda shard, worker: shard == "00002").run()
+    assert run.quarantined == ["00002"]
+    assert len(run.passed) == 4
+
+
+@pytest.mark.parametrize("nodes", [250])
+def test_a_bad_rack_of_a_cluster_of_2000_workers_quarantines_nothing(nodes: int) -> None:
+    rng = random.Random(0)
+    rack = {f"node {number}" for number in range(10)}
+    flaky = {(f"{rng.randrange(6000):05d}", rng.randrange(nodes)) for _ in range(50)}
+
+    def fails(shard: str, worker: WorkerId) -> bool:
+        return worker.node in rack or (shard, int(worker.node.split()[1])) in flaky
+
+    run = Simulation(nodes, 8, 6000, fails, seconds=20.0).run()
+    assert run.quarantined == []
+    assert len(run.passed) == 6000
+    assert {worker.node for worker in run.replaced} <= rack

@@ -1,0 +1,104 @@
+"""Workers that are killed for their memory: each sentence of reinforce/engine/memory.py."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from reinforce.config import Failures
+from reinforce.dataset.layers import Layer
+from reinforce.engine.failures import Decision, EndedWorker, FailurePolicy, Quarantine, Requeue, RunAlone
+from reinforce.engine.memory import MemoryDeaths, MemoryUse
+from reinforce.engine.outcome import WorkerId
+from reinforce.engine.plan import PendingShard
+from schemas import Reason
+
+LAYERS = {"samples": Layer("samples", "samples", "0")}
+A, B = (PendingShard(name, f"{name}.tar", ("samples",)) for name in "ab")
+LEAK = MemoryUse(1_200_000_000, 9_870_000_000, 17)
+FRESH = MemoryUse(1_200_000_000, 1_200_000_000, 0)
+WORKER = WorkerId("node", 12, "host-a")
+
+
+def kill(
+    policy: FailurePolicy, *shards: PendingShard, use: MemoryUse = LEAK, alone: bool = False, neighbours: int = 0
+) -> list[Decision]:
+    worker = EndedWorker("node", 12, shards, alone, "host-a", use, neighbours)
+    policy.worker_died(worker, "Memory on the node was low", 0.0, process_dead=True, memory=True)
+    [verdict] = policy.judge_deaths(0.0, lambda: {"node"})
+    return list(verdict.decisions)
+
+
+def test_a_leaking_worker_costs_no_shard_however_often_it_is_killed() -> None:
+    policy, rng = FailurePolicy(Failures(solo_attempts=1), LAYERS, 30, 0), random.Random(0)
+    for _ in range(100):
+        policy.lease_passed("x", WORKER, 0.0, 2)
+        if rng.random() < 0.5:
+            assert kill(policy, A, B) == [Requeue(A), Requeue(B)]
+        else:
+            assert kill(policy, A, alone=True) == [RunAlone(A)]
+    assert policy.memory.must_stop(2) is None
+
+
+def test_a_shard_that_kills_fresh_workers_alone_three_times_is_quarantined() -> None:
+    policy = FailurePolicy(Failures(), LAYERS, 30, 0)
+    assert kill(policy, A, B, use=FRESH) == [RunAlone(A), RunAlone(B)]
+    assert kill(policy, A, use=FRESH, alone=True) == [RunAlone(A)]
+    assert kill(policy, A, use=FRESH, alone=True) == [RunAlone(A)]
+    [decision] = kill(policy, A, use=FRESH, alone=True)
+    assert isinstance(decision, Quarantine)
+    assert decision.reason == Reason.SHARD_CRASHED
+    assert "it needs more memory than there is: Memory on the node was low" in decision.detail
+
+
+def test_deaths_beside_other_workers_of_the_node_count_a_third() -> None:
+    policy = FailurePolicy(Failures(), LAYERS, 30, 0)
+    decisions = [kill(policy, A, use=FRESH, alone=True, neighbours=3)[0] for _ in range(9)]
+    assert decisions[:8] == [RunAlone(A)] * 8
+    assert isinstance(decisions[8], Quarantine)
+
+
+def test_the_message_names_the_worker_its_growth_per_shard_and_the_mend() -> None:
+    policy = FailurePolicy(Failures(), LAYERS, 30, 0)
+    for _ in range(2):
+        kill(policy, A, B)
+    assert policy.notes == []
+    kill(policy, A, B)
+    assert policy.notes == [
+        "3 workers killed because the memory of a node ran out, which counts against no shard. The last one is pid 12 "
+        "on host-a: it grew by 510 MB per shard, from 1,200 MB with its models loaded to 9,870 MB after 17 shards. Its "
+        "models or their libraries keep memory. Correct them, or restart workers before that by workers.recycle: 8"
+    ]
+
+
+def test_the_message_of_workers_that_do_not_grow_asks_for_smaller_batches() -> None:
+    deaths = MemoryDeaths(2)
+    notes = [deaths.died(WORKER, MemoryUse(5_000_000_000, 5_100_000_000, 40), None) for _ in range(3)]
+    assert str(notes[-1]).endswith(
+        "with 5,100 MB after 40 shards. Lower workers.batch, or give each worker more of its node by workers.cpus"
+    )
+
+
+def test_there_is_a_message_after_three_deaths_and_whenever_their_number_has_doubled() -> None:
+    deaths = MemoryDeaths(2)
+    assert [n for n in range(1, 50) if deaths.died(WORKER, LEAK, None)] == [3, 6, 12, 24, 48]
+
+
+@pytest.mark.parametrize(("workers", "most"), [(1, 10), (2, 10), (1000, 2000)])
+def test_a_run_in_which_no_shard_can_be_finished_ends_with_one_error(workers: int, most: int) -> None:
+    deaths = MemoryDeaths(2)
+    for _ in range(most - 1):
+        deaths.died(WORKER, LEAK, None)
+    assert deaths.must_stop(workers) is None
+    deaths.passed()
+    for _ in range(most):
+        assert deaths.must_stop(workers) is None
+        deaths.died(WORKER, LEAK, None)
+    assert str(deaths.must_stop(workers)).startswith("no shard can be finished: ")
+
+
+def test_the_advice_is_below_a_number_of_shards_that_did_not_suffice() -> None:
+    deaths = MemoryDeaths(2)
+    deaths.died(WORKER, LEAK, 6)
+    assert str(deaths.note).endswith("workers.recycle: 5")
