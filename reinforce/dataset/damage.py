@@ -19,12 +19,19 @@ import pyarrow as pa
 
 from reinforce.dataset.layer_file import RefusedFile
 from reinforce.dataset.layer_index import read_index
+from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.listing import Listing
 from reinforce.dataset.store import Store, parse_footer
 
 SET_ASIDE = "set-aside"
 MIN_BYTES = 12  # of a Parquet file
 _THREADS = 16
+#: Columns without which a file is damaged, by the folder of its layer.
+_COLUMNS = {
+    SAMPLES: ("key", "caption", "augmentations"),
+    "captions": ("key", "captions"),
+    "embeddings": ("key", "embeddings"),
+}
 _NAMED = 3
 
 
@@ -77,6 +84,19 @@ def footer_damage(store: Store, layer: str, shard: str) -> str | None:
     return None if stored in (None, str(rows)) else f"its footer states {stored[:20]} rows, its row groups {rows:,}"
 
 
+def file_damage(store: Store, layer: str, shard: str) -> str | None:
+    """Why a file cannot be read, None if all of it can. Raises what the storage raises."""
+    try:
+        with store.open_layer(layer, shard) as file:
+            for number in range(file.num_row_groups):
+                names = file.read_row_group(number).column_names
+                if missing := {*_COLUMNS[layer.partition("/")[0]]} - {*names}:
+                    return f"it has no column {', '.join(sorted(missing))}"
+    except RefusedFile as error:
+        return str(error)
+    return None
+
+
 def set_aside(store: Store, layer: str, shard: str) -> str:
     """Move a file to a name that no reader looks at, below ``set-aside``; returns the new path. Raises StorageError.
 
@@ -116,8 +136,8 @@ def set_aside_notes(files: Sequence[str]) -> list[str]:
     """A line of a run's summary about the files that it has set aside, each given with its reason."""
     if not files:
         return []
-    what = "1 damaged file was" if len(files) == 1 else f"{len(files):,} damaged files were"
-    return [f"{what} moved to {SET_ASIDE}/ and computed again: {_first(files)}"]
+    what = "1 file was" if len(files) == 1 else f"{len(files):,} files were"
+    return [f"{what} damaged or did not fit, moved to {SET_ASIDE}/ to be computed again: {_first(files)}"]
 
 
 def _first(lines: Sequence[str]) -> str:

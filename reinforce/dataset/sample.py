@@ -130,8 +130,8 @@ class Sample:
             )
         return UserError(
             f"{self.policies.url}, key {escape(self.key)}: this is not the image that was augmented ({error}). If "
-            "images are kept by reference, restore the tar that was changed. Otherwise delete the damaged file of the "
-            "samples layer and the shard's files of all other layers, and run again."
+            "images are kept by reference, restore the tar that was changed. Otherwise drop the samples of its shard "
+            "(`reinforce drop DATASET samples --shard NAME --yes`) and run again."
         )
 
     def __repr__(self) -> str:

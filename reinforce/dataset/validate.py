@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reinforce.dataset.aligned import AlignedLayers
+from reinforce.dataset.damage import drop_shard_command
 from reinforce.dataset.key_sample import KeySample, RepeatedKeys, ShardKeys
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import CODE_KEY, read_manifest
@@ -64,7 +65,8 @@ class Validation:
         if self.changed:
             yield (
                 f"{len(self.changed):,} source files have changed since their samples were written. Restore them, or "
-                "delete the files of these shards in every layer (SHARD.parquet) and run again:"
+                f"drop the samples of these shards ({drop_shard_command(self.url, [SAMPLES], 'SHARD')} --yes) and run "
+                "again, which replaces their other layers, too:"
             )
             yield from (f"  {line}" for line in _first(self.changed, "source files"))
         yield from self.code

@@ -16,7 +16,10 @@ from reinforce.source.urls import canonical
 _PROBED = 64  # files of which the first bytes are read, where only the modification time differs
 _THREADS = 16
 _NAMED = 3
-_REMEDY = "Restore the old files, or delete the files of these shards in every layer ({name}.parquet) and run again."
+_REMEDY = (
+    "Restore the old files, or drop the samples of these shards (`reinforce drop DATASET samples --shard {name} "
+    "--yes`) and run again, which replaces their other layers, too."
+)
 
 
 def referenced_source_change(shard: PendingShard, footer: Mapping[str, str]) -> tuple[str | None, bool]:

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
 
 from reinforce.cluster import cause_of, live_nodes, live_resources
-from reinforce.dataset.damage import set_aside, set_aside_notes
+from reinforce.dataset.damage import DamagedFile, set_aside, set_aside_notes
 from reinforce.dataset.layer_index import IndexWriter
 from reinforce.dataset.manifest import find_manifest, update_manifest
 from reinforce.dataset.shard_records import RecordWriter, read_records
@@ -218,6 +218,10 @@ class Driver:
         self.totals.add(result)
         self.events.add("shard", **result.event())
         self.index.add(result.shard, result.files)
+        for layer, reason in result.set_aside.items():
+            text = DamagedFile(layer, result.shard, reason).line()
+            self._log(f"{text}; it is set aside, and the shard is finished after the others")
+            self.totals.set_aside.append(text)
         if result.record:
             self.records.add(result.record)
         if result.source_note:

@@ -63,6 +63,12 @@ class ShardResult:
     record: ShardRecord | None = None  # None if the shard is quarantined
     files: Mapping[str, FileEntry] = field(default_factory=dict)  # committed by this lease, by layer
     memory: int = 0  # bytes of the worker's process afterwards
+    set_aside: Mapping[str, str] = field(default_factory=dict)  # files that are to be computed again: reason by layer
+
+    @classmethod
+    def postponed(cls, shard: str, seconds: float, set_aside: Mapping[str, str]) -> ShardResult:
+        """The result of a lease that has computed nothing, because it needs files that were set aside."""
+        return cls(shard, (), 0, {}, None, seconds, 0.0, 0, {}, set_aside=set_aside)
 
     def event(self) -> dict[str, Any]:
         """The values of the event."""

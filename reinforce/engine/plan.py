@@ -21,21 +21,28 @@ from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
 from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import find_manifest
 from reinforce.dataset.store import MANIFEST, Store, parse_footer
+from reinforce.engine.inputs import stored_layers
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
-from reinforce.source.identity import former_urls
+from reinforce.source.identity import SourceState, former_urls
 from reinforce.source.urls import Info, canonical, compression, expand, is_public, shard_names
 from reinforce.storage import is_job_folder, is_ray_job
 
 
 @dataclass(frozen=True, slots=True)
 class PendingShard:
-    """A source shard and its missing layers, each after the layers it needs."""
+    """A source shard and its missing layers, each after the layers it needs.
+
+    ``stored`` are layers that exist although samples are missing, also of other configs, and ``recorded`` is the state
+    of the source file when its samples were written before, if a run has recorded it.
+    """
 
     name: str
     url: str
     layers: tuple[str, ...]
     reinforcements: str | None = None  # URL of its published reinforcements, if a missing layer reads them
+    stored: tuple[str, ...] = ()
+    recorded: SourceState | None = None
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,9 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
     quarantine = store.quarantined_shards(committed)
     refused = {} if retry_quarantined else quarantine
     missing = _subtract(source.names, layers, committed, refused)
+    stored = stored_layers(store, source.names, committed)
     pending = [
-        PendingShard(name, source.urls[row], todo, _reinforcements(published, layers, row, todo))
+        PendingShard(name, source.urls[row], todo, _reinforcements(published, layers, row, todo), *stored.get(name, ()))
         for name, row, todo in missing.shards(source.names)
     ]
     states = {}

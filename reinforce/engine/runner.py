@@ -16,11 +16,14 @@ from reinforce.engine.probe import check_source
 from reinforce.engine.progress import Progress
 from reinforce.engine.recipe import version_notes
 from reinforce.engine.sources import check_copies
-from reinforce.engine.summary import RunSummary, nothing_to_do
+from reinforce.engine.summary import RunSummary, add_summaries, nothing_to_do
 from reinforce.errors import StorageError, TooManyQuarantined, UserError
 from teachers.redact import Redactor
 
 _LOG = logging.getLogger(__name__)
+#: How often a run goes on with shards of which files were set aside: stored captions that do not fit new samples, then
+#: the other layers of the shard. A disk that damages file after file needs its user.
+_MAX_CONTINUATIONS = 2
 
 
 def run(
@@ -74,7 +77,14 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
         with ray_cluster(address), Progress() as progress:
             from reinforce.engine.driver import Driver
 
-            return Driver(plan, store, progress).run()
+            summary = Driver(plan, store, progress).run()
+            for _ in range(_MAX_CONTINUATIONS if summary.postponed else 0):
+                plan = make_plan(config)
+                rest = Driver(plan, store, progress).run() if plan.pending else nothing_to_do(plan)
+                summary = add_summaries(summary, rest)
+                if not summary.postponed:
+                    break
+            return summary
 
 
 def as_config(config: Config | str | Path | dict[str, Any]) -> Config:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from reinforce.config import Config
 from reinforce.dataset.key_sample import ShardKeys
+from reinforce.dataset.layer_file import LayerFile, RefusedFile, naming_refused
 from reinforce.dataset.layer_index import FileEntry
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer, captions_layer, reads_reinforcements
 from reinforce.dataset.shard_records import ShardRecord, SourceRecord
@@ -23,6 +24,7 @@ from reinforce.engine.changes import referenced_source_change
 from reinforce.engine.decode_pool import DecodePool, Lease
 from reinforce.engine.decoding import DecodeSpec
 from reinforce.engine.inference import Inference
+from reinforce.engine.inputs import OutOfStep, set_inputs_aside, set_stale_aside
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import LayerFailure, ShardResult
 from reinforce.engine.plan import PendingShard
@@ -32,7 +34,7 @@ from reinforce.engine.refusals import Refusals
 from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, rows_from_samples, rows_from_source
 from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
 from reinforce.engine.watch import WRITING, LeaseWatch
-from reinforce.source.identity import former_url, read_state
+from reinforce.source.identity import SourceState, former_url, read_state
 from reinforce.source.shards import Refusal
 from reinforce.source.urls import canonical
 from schemas import Reason
@@ -102,6 +104,8 @@ class _ShardProcess:
         self.refusals = Refusals()
         self.cleaned: dict[str, Counter[str]] = {}
         self.keys = ShardKeys.of([])
+        self.groups: list[list[str]] = []  # keys of each row group, if stored layers are compared with them
+        self.state = SourceState(None, None)  # of the source file that the samples were read from
         self.source_record: SourceRecord | None = None
         self.source_note: str | None = None
         self.counters = Counters()
@@ -109,22 +113,29 @@ class _ShardProcess:
 
     def run(self) -> ShardResult:
         start = time.perf_counter()
+        try:
+            return self._run(start)
+        except (RefusedFile, OutOfStep) as error:
+            others = [name for name in self.all_layers if name not in self.layers]
+            files = set_inputs_aside(self.store, self.shard.name, others, error)
+            if not files:
+                raise
+            return ShardResult.postponed(self.shard.name, time.perf_counter() - start, files)
+
+    def _run(self, start: float) -> ShardResult:
         with contextlib.ExitStack() as stack:
             writers = {name: stack.enter_context(self._writer(layer)) for name, layer in self.layers.items()}
-            caption_files = {
-                name: stack.enter_context(
-                    self.store.open_layer(name, self.shard.name, self.all_layers[name].fingerprint)
-                )
-                for name in self._stored_caption_layers()
-            }
+            caption_files = {name: self._open_input(stack, name) for name in self._stored_caption_layers()}
             spec = self._row_spec(stack)
             lease = stack.enter_context(self._lease(spec))
             with contextlib.closing(self._rows(stack, spec, lease)) as rows:
                 for index, group in itertools.groupby(rows, key=lambda row: row.group):
+                    if short := [name for name, file in caption_files.items() if index >= file.num_row_groups]:
+                        raise OutOfStep(short[0])
                     stored = {name: file.read_row_group(index) for name, file in caption_files.items()}
                     for name, table in self._tables(*self._run_models(group, lease), stored).items():
                         writers[name].write(table)
-            self._commit(writers)
+            stale = self._commit(writers)
             size = sum(writer.bytes for writer in writers.values())
         reason = self.refusals.shard_reason
         return ShardResult(
@@ -141,6 +152,7 @@ class _ShardProcess:
             self.source_note,
             None if reason else ShardRecord(self.shard.name, self.keys, self.source_record),
             {} if reason else {name: FileEntry(one.bytes, tuple(one.groups)) for name, one in writers.items()},
+            set_aside=stale,
         )
 
     # -- rows
@@ -162,8 +174,8 @@ class _ShardProcess:
         """The rows of the shard; records what is refused at reading."""
         window = rows_ahead(self.config)
         if SAMPLES not in self.layers:
-            fingerprint = self.all_layers[SAMPLES].fingerprint
-            file = stack.enter_context(self.store.open_layer(SAMPLES, self.shard.name, fingerprint))
+            file = self._open_input(stack, SAMPLES)
+            self.state = SourceState.from_footer(parse_footer(file.metadata))
             if spec.published is not None and (refusal := spec.published.shard_refusal):
                 layer = next(name for name, layer in self.layers.items() if layer.published)
                 raise LayerFailure(layer, f"{refusal.reason.value}: {refusal.detail}")
@@ -211,6 +223,8 @@ class _ShardProcess:
         """The tables of one row group by layer. ``stored`` are captions layers that were committed before."""
         keys = [row.key for row in rows]
         self.keys = self.keys.joined(ShardKeys.of(keys))
+        if self.shard.stored:
+            self.groups.append(keys)
         captions = {name: aligned_captions(name, table, keys) for name, table in stored.items()}
         tables: dict[str, pa.Table] = {}
         for name, layer in self.layers.items():
@@ -316,16 +330,34 @@ class _ShardProcess:
     def _writer(self, layer: Layer) -> LayerWriter:
         return self.store.writer(layer, self._schema(layer), self.shard.name, self.source)
 
-    def _commit(self, writers: Mapping[str, LayerWriter]) -> None:
-        """Write the quarantine, then each layer after those it needs, so that a committed layer is complete."""
+    def _open_input(self, stack: contextlib.ExitStack, layer: str) -> LayerFile:
+        """Open a file that other layers are computed from. Raises RefusedFile, also if it does not exist."""
+        with naming_refused((layer, self.shard.name)):
+            try:
+                fingerprint = self.all_layers[layer].fingerprint
+                return stack.enter_context(self.store.open_layer(layer, self.shard.name, fingerprint))
+            except FileNotFoundError as error:
+                raise RefusedFile("it does not exist") from error
+
+    def _commit(self, writers: Mapping[str, LayerWriter]) -> dict[str, str]:
+        """Write the quarantine, then each layer after those it needs, so that a committed layer is complete.
+
+        Before samples that were missing, stored layers that do not fit them are set aside; returns these.
+        """
         with self.watch.stage(WRITING, "quarantine"):
             self.refusals.write(self.store, self.shard.name, self.config)
-        if self.refusals.shard_reason is None:
-            if SAMPLES in writers:
-                self.source_record = SourceRecord(canonical(self.shard.url), read_state(self.shard.url))
-            for name, writer in writers.items():
-                with self.watch.stage(WRITING, name):
-                    writer.commit(self.source_record.state.footer() if name == SAMPLES and self.source_record else None)
+        if self.refusals.shard_reason is not None:
+            return {}
+        stale = {}
+        if SAMPLES in writers:
+            self.state = read_state(self.shard.url)
+            self.source_record = SourceRecord(canonical(self.shard.url), self.state)
+            one = self.shard
+            stale = set_stale_aside(self.store, one.name, one.stored, self.groups, self.state, one.recorded)
+        for name, writer in writers.items():
+            with self.watch.stage(WRITING, name):
+                writer.commit(self.state.footer())
+        return stale
 
 
 def _captions_of(layer: Layer) -> str:

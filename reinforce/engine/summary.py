@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from reinforce.dataset.layers import SAMPLES
@@ -40,7 +40,8 @@ class RunSummary:
     workers' time, ``refused`` counts quarantined rows by reason, ``quarantined_shards`` the shards that are quarantined
     in some layer, ``cleaned`` the effects of ``clean`` by captioner, ``examples`` has a shard, a key and a detail for
     each reason of quarantine, ``not_in_source`` the fields of ``NotInSource``, and ``repeated_keys`` counts keys that
-    occur in more than one shard, as ``notes`` describe. The fields are the keys of summary.json.
+    occur in more than one shard, as ``notes`` describe. ``postponed`` counts shards that wait for files that were set
+    aside. The fields are the keys of summary.json.
     """
 
     run: str | None
@@ -58,6 +59,7 @@ class RunSummary:
     not_in_source: Mapping[str, Any] = field(default_factory=dict)
     repeated_keys: int = 0
     notes: Sequence[str] = ()
+    postponed: int = 0
 
     def text(self, output: str) -> str:
         """The summary for people, a few lines."""
@@ -116,9 +118,10 @@ class RunTotals:
     examples: dict[str, str] = field(default_factory=dict)  # by reason
     failed: dict[str, str] = field(default_factory=dict)  # reason by shard: those that failed before any layer
     set_aside: list[str] = field(default_factory=list)  # files, each with its reason
+    postponed: set[str] = field(default_factory=set)  # shards of which files are to be computed again
 
     def add(self, result: ShardResult) -> None:
-        self.finished.add(result.shard)
+        (self.postponed if result.set_aside else self.finished).add(result.shard)
         self.samples += result.samples
         self.bytes += result.bytes
         self.busy += result.busy
@@ -144,6 +147,14 @@ def summarize(
     status, message = verdict(quarantined, plan.shards, plan.config.failures.allowed_share)
     if ending != Ending():
         status, message = ending.status, ending.message
+    elif totals.postponed:
+        status, message = (
+            1,
+            (
+                f"{len(totals.postponed):,} shards are not finished: files that they need were damaged or did not fit, "
+                "and are set aside. Run the same command again."
+            ),
+        )
     elif totals.samples == 0 and any(SAMPLES in shard.layers for shard in plan.pending):
         status, message = 1, f"no samples: {_why_no_samples(totals)}"
     return RunSummary(
@@ -160,6 +171,27 @@ def summarize(
         {captioner: dict(counts) for captioner, counts in totals.cleaned.items()},
         totals.examples,
         asdict(plan.not_in_source),
+        postponed=len(totals.postponed),
+    )
+
+
+def add_summaries(first: RunSummary, second: RunSummary) -> RunSummary:
+    """The summary of a run that was continued for the shards that its first part has postponed."""
+    seconds = first.seconds + second.seconds
+    busy = (first.busy_share * first.seconds + second.busy_share * second.seconds) / (seconds or 1.0)
+    return replace(
+        second,
+        run=second.run or first.run,
+        shards=first.shards + second.shards,
+        samples=first.samples + second.samples,
+        seconds=round(seconds, 3),
+        busy_share=round(busy, 4),
+        bytes=first.bytes + second.bytes,
+        refused=dict(Counter(first.refused) + Counter(second.refused)),
+        message="done" if second.status == 0 else second.message,
+        cleaned={**first.cleaned, **second.cleaned},
+        examples={**second.examples, **first.examples},
+        notes=[*first.notes, *(note for note in second.notes if note not in first.notes)],
     )
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from reinforce.dataset import vectors
 from reinforce.dataset.layers import Layer
+from reinforce.engine.inputs import OutOfStep
 from reinforce.engine.outcome import raising_layer_failure
 from reinforce.engine.refusals import Refusals
 from reinforce.engine.rows import NewSample, Row
@@ -64,11 +65,9 @@ def vectors_table(
 
 
 def aligned_captions(layer: str, table: pa.Table, keys: Sequence[str]) -> list[list[str] | None]:
-    """The captions of a stored row group. Raises ValueError unless its rows have these keys, in this order."""
+    """The captions of a stored row group. Raises OutOfStep unless its rows have these keys, in this order."""
     if table["key"].to_pylist() != list(keys):
-        raise ValueError(
-            f"{layer} does not have the rows of samples: the dataset was changed by hand. Delete the folder {layer}."
-        )
+        raise OutOfStep(layer)
     captions: list[list[str] | None] = table["captions"].to_pylist()
     return captions
 

@@ -47,7 +47,7 @@ def test_replaced_sources_of_shards_that_get_new_layers_are_named(shards: Callab
     assert changed[4].change == "its first 64 KiB differ"
     note = changes_note(plan, changed)
     assert "5 of 6 shards that get new layers have changed since their samples were written (00000-" in note
-    assert "and 2 more). The new layers are computed from the stored images. Restore the old files, or delete" in note
+    assert "and 2 more). The new layers are computed from the stored images. Restore the old files, or drop the" in note
     fresh = parse_config(config_of(source, tmp_path / "other"))
     assert changed_sources(make_plan(fresh), recorded) == [], "samples that are computed now are of the new file"
 

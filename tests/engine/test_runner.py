@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from reinforce.config import parse_config
 from reinforce.engine.plan import make_plan
 from reinforce.engine.runner import as_config, run
+from reinforce.engine.summary import RunSummary
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.reinforced import reinforce_here
@@ -109,3 +111,31 @@ def test_the_code_of_a_class_is_in_no_fingerprint(tmp_path: Path, monkeypatch: p
     after = make_plan(config).layers["embeddings/my/images"]
     assert before.code != after.code
     assert (before.fingerprint, before.recipe) == (after.fingerprint, after.recipe)
+
+
+def test_a_run_goes_on_with_shards_whose_files_were_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar(tmp_path / "0.tar", members_of(0, 3))
+    summaries = [
+        RunSummary(
+            "r1", 4, 40, 2.0, 0.5, 100, {"no_text": 1}, 0, 1, "not finished", notes=["x was set aside"], postponed=1
+        ),
+        RunSummary("r2", 1, 9, 2.0, 0.1, 10, {"no_text": 2}, 0, 0, "done"),
+    ]
+    left = [*summaries]
+
+    class Recorded:
+        def __init__(self, *_: object) -> None: ...
+
+        def run(self) -> RunSummary:
+            return left.pop(0)
+
+    monkeypatch.setattr("reinforce.engine.driver.Driver", Recorded)
+    monkeypatch.setattr("reinforce.cluster.ray_cluster", lambda _: contextlib.nullcontext())
+    config = config_of(f"{tmp_path}/0.tar", tmp_path / "out")
+    found = run(config)
+    assert (found.status, found.message, found.postponed, left) == (0, "done", 0, [])
+    assert (found.shards, found.samples, found.bytes, found.refused) == (5, 49, 110, {"no_text": 3})
+    assert (found.busy_share, found.notes) == (0.3, ["x was set aside"])
+    left = [summaries[0]] * 4
+    assert run(config).status == 1, "files are damaged again and again"
+    assert len(left) == 1

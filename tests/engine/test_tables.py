@@ -8,6 +8,7 @@ import pytest
 
 from reinforce.dataset.augment import Augmentation, Crop, from_records, to_records
 from reinforce.dataset.layers import Layer
+from reinforce.engine.inputs import OutOfStep
 from reinforce.engine.refusals import Refusals
 from reinforce.engine.rows import NewSample, Row
 from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
@@ -54,5 +55,5 @@ def test_vectors_are_null_where_they_are_not_valid_or_not_finite_and_only_the_la
 def test_stored_captions_must_have_the_keys_of_samples_in_their_order() -> None:
     table = pa.table({"key": ["a", "b"], "captions": [["x"], None]})
     assert aligned_captions("captions/c", table, ["a", "b"]) == [["x"], None]
-    with pytest.raises(ValueError, match=r"captions/c does not have the rows of samples.*Delete the folder captions/c"):
+    with pytest.raises(OutOfStep, match=r"captions/c does not have the rows of the samples"):
         aligned_captions("captions/c", table, ["b", "a"])

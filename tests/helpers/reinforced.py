@@ -29,11 +29,14 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8) -> str:
     index = IndexWriter(store, plan.layers)
     for file in plan.recomputed:
         set_aside(store, file.layer, file.shard)
+    postponed = False
     for shard in plan.pending:
-        index.add(shard.name, process_shard(shard, parsed, plan.layers, store, models, decode_pool(), group_rows).files)
+        result = process_shard(shard, parsed, plan.layers, store, models, decode_pool(), group_rows)
+        index.add(shard.name, result.files)
+        postponed |= bool(result.set_aside)
     index.flush()
     store.write_json(update_manifest(store.read_json(MANIFEST), parsed, plan.layers, loaded, plan.layers), MANIFEST)
-    return parsed.output
+    return reinforce_here(config, group_rows) if postponed else parsed.output
 
 
 def small_dataset(folder: Path, sizes: Sequence[int] = (21, 9, 14), **changes: Any) -> str:

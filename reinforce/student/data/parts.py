@@ -112,7 +112,7 @@ class PartMaker:
                 raise UserError(
                     f"{example.file.path}, key {example.key}: this is not the image that was augmented ({error}). "
                     "If images are stored by reference, restore the tar that was changed. Otherwise the file is "
-                    "damaged: delete it and the shard's files of all other layers, and run again."
+                    "damaged: drop it (`reinforce drop DATASET samples --shard NAME --yes`) and run again."
                 ) from error
         np.stack([example.vectors for example in examples], out=buffers.vectors.numpy())
         texts = [example.texts for example in examples]

@@ -1,0 +1,136 @@
+"""Files of a shard that a lease does not compute: those that it reads, and those that must fit the samples it writes.
+
+A file that is damaged, or whose rows are not those of the samples, is set aside, and the run computes it again after
+its other shards. Samples decide the rows, so they stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import pyarrow as pa
+
+from reinforce.dataset.damage import file_damage, set_aside
+from reinforce.dataset.layer_file import RefusedFile
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.listing import Listing
+from reinforce.dataset.manifest import find_manifest
+from reinforce.dataset.shard_records import read_records
+from reinforce.dataset.store import Store, parse_footer
+from reinforce.errors import UserError
+from reinforce.source.identity import SourceState
+
+_MISSING = "it does not exist any more"
+_OTHER_ROWS = "its rows are not those of the samples"
+
+
+class OutOfStep(Exception):
+    """A layer of the shard, the first of ``args``, does not have the rows of its samples."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} does not have the rows of the samples"
+
+
+def set_inputs_aside(
+    store: Store, shard: str, layers: Collection[str], error: RefusedFile | OutOfStep
+) -> dict[str, str] | None:
+    """Set aside the files because of which reading has failed with ``error``; returns the reasons by layer.
+
+    ``layers`` are those of the shard that the lease does not compute. Returns None if no file is at fault: a file that
+    reads well at the second time was damaged on its way.
+    """
+    if isinstance(error, OutOfStep):
+        if SAMPLES in layers:
+            return set_stale_aside(store, shard, layers, _stored_keys(store, shard), None, None)
+        set_aside(store, error.args[0], shard)  # the samples are being computed
+        return {error.args[0]: _OTHER_ROWS}
+    if error.file is None:
+        return None
+    layer = error.file[0]
+    try:
+        reason = file_damage(store, layer, shard)
+    except FileNotFoundError:
+        return {layer: _MISSING}
+    if reason is None:
+        return None
+    set_aside(store, layer, shard)
+    return {layer: reason}
+
+
+def set_stale_aside(
+    store: Store,
+    shard: str,
+    layers: Iterable[str],
+    groups: Sequence[Sequence[str]],
+    state: SourceState | None,
+    recorded: SourceState | None,
+) -> dict[str, str]:
+    """Set aside the files of layers that do not fit the samples, whose row groups have the keys ``groups``.
+
+    ``state`` is that of the source file of the samples. A file whose source had another content is of other images,
+    even if the keys are the same; its own footer records that content, else ``recorded`` does. Returns the reasons.
+    """
+    reasons = {}
+    for layer in layers:
+        with contextlib.suppress(FileNotFoundError):
+            if layer != SAMPLES and (reason := _stale_reason(store, layer, shard, groups, state, recorded)):
+                set_aside(store, layer, shard)
+                reasons[layer] = reason
+    return reasons
+
+
+def _stale_reason(
+    store: Store,
+    layer: str,
+    shard: str,
+    groups: Sequence[Sequence[str]],
+    state: SourceState | None,
+    recorded: SourceState | None,
+) -> str | None:
+    try:
+        with store.open_layer(layer, shard) as file:
+            before = SourceState.from_footer(parse_footer(file.metadata))
+            before = before if before.head is not None else recorded
+            if state is not None and before is not None and before.same_content(state) is False:
+                return f"it is of another source file: {before.describe_change(state)}"
+            if file.num_row_groups != len(groups):
+                return _OTHER_ROWS
+            for number, keys in enumerate(groups):
+                if file.read_row_group(number, columns=["key"])["key"].to_pylist() != list(keys):
+                    return _OTHER_ROWS
+    except RefusedFile as error:
+        return str(error)
+    return None
+
+
+def _stored_keys(store: Store, shard: str) -> list[list[str]]:
+    """The keys of each row group of the stored samples. Raises UserError if they cannot be read."""
+    try:
+        with store.open_layer(SAMPLES, shard) as file:
+            groups = range(file.num_row_groups)
+            return [file.read_row_group(number, columns=["key"])["key"].to_pylist() for number in groups]
+    except RefusedFile as error:
+        raise UserError(f"{store.layer_path(SAMPLES, shard)} cannot be read: {error}.") from error
+
+
+def stored_layers(
+    store: Store, names: pa.StringArray, committed: Mapping[str, Listing]
+) -> dict[str, tuple[tuple[str, ...], SourceState | None]]:
+    """The shards among ``names`` whose samples are missing although other layers exist, also of other configs.
+
+    Each with these layers, and with the state of its source file when samples were written, if a run has recorded it.
+    """
+    absent = ~committed[SAMPLES].has(names)
+    if not absent.any():
+        return {}
+    others = [name for name in (find_manifest(store) or {}).get("layers", {}) if name not in committed]
+    listings = {**committed, **store.listings(others)}
+    has = {layer: listing.has(names) & absent for layer, listing in listings.items() if listing}
+    stored: dict[str, list[str]] = {}
+    for layer, rows in has.items():
+        for shard in names.filter(pa.array(rows)).to_pylist():
+            stored.setdefault(shard, []).append(layer)
+    sources = read_records(store).sources if stored else {}
+    states = {shard: sources[shard].state if shard in sources else None for shard in stored}
+    return {shard: (tuple(layers), states[shard]) for shard, layers in stored.items()}

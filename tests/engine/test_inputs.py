@@ -1,0 +1,231 @@
+"""Files that a lease reads, and those that must fit the samples it writes, are computed again if damaged or stale."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from reinforce.config import parse_config
+from reinforce.dataset.damage import set_aside
+from reinforce.dataset.key_sample import ShardKeys
+from reinforce.dataset.shard_records import RecordWriter, ShardRecord, SourceRecord
+from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
+from reinforce.engine import inputs
+from reinforce.engine.models import load_models
+from reinforce.engine.outcome import ShardResult
+from reinforce.engine.plan import make_plan
+from reinforce.engine.shard import process_shard
+from reinforce.source.identity import read_state
+from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.decoding import decode_pool
+from tests.helpers.reinforced import reinforce_here, small_dataset
+
+LATER = ("embeddings/blue/images", "embeddings/blue/caption", "embeddings/blue/namer")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(small_dataset(tmp_path_factory.mktemp("dataset"), (9, 3)))
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset, ``out``, and of its source."""
+    return Path(shutil.copytree(made.parent, tmp_path / "copy"))
+
+
+def config(made: Path, folder: Path) -> dict[str, Any]:
+    """The source is moved: the shards keep their names."""
+    moved = {str(folder / "source"): str(made.parent / "source")}
+    return config_of(f"{folder}/source/*.tar", folder / "out", moved=moved)
+
+
+def file_of(dataset: Path, layer: str) -> Path:
+    return min((dataset / layer).glob("*.parquet"))
+
+
+def damage(path: Path, group: int) -> None:
+    """Invert a byte of the last column of a row group."""
+    row_group = pq.read_metadata(path).row_group(group)
+    leaf = row_group.column(row_group.num_columns - 1)
+    start = leaf.dictionary_page_offset if leaf.has_dictionary_page else leaf.data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start + leaf.total_compressed_size - 1] ^= 1
+    path.write_bytes(content)
+
+
+def lease(made: Path, folder: Path) -> ShardResult:
+    """One lease of the first pending shard."""
+    parsed = parse_config(config(made, folder))
+    plan = make_plan(parsed)
+    models = load_models(parsed, plan.layers.values())
+    return process_shard(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, decode_pool(), 8)
+
+
+@pytest.mark.parametrize("layer", ["samples", "captions/namer"])
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_damaged_file_that_others_are_computed_from_is_set_aside_and_computed_again(
+    made: Path, folder: Path, layer: str, group: int
+) -> None:
+    before = tree(folder / "out")
+    for name in LATER:
+        file_of(folder / "out", name).unlink()
+    path = file_of(folder / "out", layer)
+    damage(path, group)
+    result = lease(made, folder)
+    assert result.set_aside == {layer: "a page does not have its checksum: bytes of it have changed"}
+    assert (result.layers, result.files, path.exists()) == ((), {}, False)
+    assert len([*(folder / "out" / "set-aside" / layer).iterdir()]) == 1
+    reinforce_here(config(made, folder))
+    assert {k: v for k, v in tree(folder / "out").items() if k != "dataset.json"} == {
+        k: v for k, v in before.items() if k != "dataset.json"
+    }
+
+
+def test_a_footer_that_has_lost_a_column_is_damage(made: Path, folder: Path) -> None:
+    for name in LATER:
+        file_of(folder / "out", name).unlink()
+    path = file_of(folder / "out", "samples")
+    path.write_bytes(path.read_bytes().replace(b"caption", b"caqtion"))
+    assert lease(made, folder).set_aside == {"samples": "it has no column caption"}
+
+
+def test_a_file_that_vanishes_after_the_plan_is_computed_again(made: Path, folder: Path) -> None:
+    for name in LATER:
+        file_of(folder / "out", name).unlink()
+    parsed = parse_config(config(made, folder))
+    plan = make_plan(parsed)
+    models = load_models(parsed, plan.layers.values())
+    file_of(folder / "out", "captions/namer").unlink()
+    result = process_shard(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, decode_pool(), 8)
+    assert result.set_aside == {"captions/namer": "it does not exist any more"}
+
+
+def test_a_file_that_reads_well_the_second_time_stays_and_the_lease_fails(
+    made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in LATER:
+        file_of(folder / "out", name).unlink()
+    path = file_of(folder / "out", "samples")
+    damage(path, 1)
+    monkeypatch.setattr(inputs, "file_damage", lambda *_: None)
+    with pytest.raises(ValueError, match="a page does not have its checksum"):
+        lease(made, folder)
+    assert path.exists()
+
+
+def rewrite_source(folder: Path, keys: int, pictures: int) -> None:
+    """Replace the first tar by one with keys of shard 0 and pictures of another one."""
+    members = members_of(pictures, 12)
+    names = [name for name, _ in members_of(0, 12)]
+    write_tar(folder / "source" / "00000.tar", [(n, data) for n, (_, data) in zip(names, members, strict=True)][keys:])
+
+
+@pytest.mark.parametrize("keys", [3, 9], ids=["the same number of other keys", "fewer keys"])
+def test_samples_of_a_changed_source_replace_the_other_layers_of_their_shard(
+    made: Path, folder: Path, keys: int
+) -> None:
+    file_of(folder / "out", "samples").unlink()
+    rewrite_source(folder, keys * 3 if keys == 9 else 9, 0)
+    result = lease(made, folder)
+    assert result.layers == ("samples",)
+    assert [*result.set_aside] == [*make_plan(parse_config(config(made, folder))).pending[0].layers]
+    reinforce_here(config(made, folder))
+    assert validate(str(folder / "out")).valid
+    fresh = reinforce_here({**config(made, folder), "output": str(folder / "fresh")})
+    assert tree(folder / "out").keys() == tree(Path(fresh)).keys()
+    for name, content in tree(Path(fresh)).items():
+        assert name == "dataset.json" or tree(folder / "out")[name] == content, name
+
+
+@pytest.mark.parametrize("recorded", ["in the files", "by the run", "nowhere"])
+def test_other_images_under_the_same_keys_are_noticed_by_the_recorded_source(
+    made: Path, folder: Path, recorded: str
+) -> None:
+    store = Store(str(folder / "out"))
+    name = file_of(folder / "out", "samples").stem
+    before = read_state(f"{folder}/source/00000.tar")
+    if recorded != "in the files":  # as an earlier version has written them
+        for layer in store.read_json("dataset.json")["layers"]:  # type: ignore[index]
+            _without_state(Path(store.layer_path(layer, name)))
+    if recorded == "by the run":
+        writer = RecordWriter(store, "2026")
+        writer.add(ShardRecord(name, ShardKeys.of([]), SourceRecord(f"{folder}/source/00000.tar", before)))
+        writer.flush()
+    set_aside(store, "samples", name)
+    members = members_of(7, 9)
+    names = [name for name, _ in members_of(0, 9)]
+    write_tar(folder / "source" / "00000.tar", [(n, data) for n, (_, data) in zip(names, members, strict=True)])
+    result = lease(made, folder)
+    if recorded == "nowhere":
+        assert not result.set_aside, "the keys are the same, and nothing else is known"
+        return
+    assert len(result.set_aside) == 7
+    assert all(reason.startswith("it is of another source file: ") for reason in result.set_aside.values())
+
+
+def test_samples_that_are_the_same_again_leave_the_other_layers_alone(made: Path, folder: Path) -> None:
+    before = tree(folder / "out")
+    set_aside(Store(str(folder / "out")), "samples", file_of(folder / "out", "samples").stem)
+    result = lease(made, folder)
+    assert (result.layers, result.set_aside) == (("samples",), {})
+    assert tree(folder / "out") == before
+
+
+def test_layers_of_other_configs_are_compared_too(made: Path, folder: Path) -> None:
+    file_of(folder / "out", "samples").unlink()
+    rewrite_source(folder, 9, 0)
+    whole = config(made, folder)
+    reinforce_here({**whole, "captioners": {}, "teachers": {"red": whole["teachers"]["red"]}})
+    path = file_of(folder / "out", "samples")
+    assert not (folder / "out" / "embeddings/blue/images" / path.name).exists()
+    reinforce_here(whole)
+    assert validate(str(folder / "out")).valid
+
+
+def test_stored_captions_that_do_not_fit_new_samples_are_replaced_with_the_rest(made: Path, folder: Path) -> None:
+    for name in ("samples", *LATER):
+        file_of(folder / "out", name).unlink()
+    rewrite_source(folder, 9, 0)
+    result = lease(made, folder)
+    assert (result.layers, result.set_aside) == ((), {"captions/namer": "its rows are not those of the samples"})
+    result = lease(made, folder)
+    assert len(result.layers) == 1 + 1 + 3
+    assert {*result.set_aside} == {f"embeddings/red/{what}" for what in ("images", "caption", "namer")}
+    assert lease(made, folder).layers == tuple(result.set_aside)
+    assert validate(str(folder / "out")).valid
+
+
+def test_stored_captions_of_other_rows_are_set_aside_with_all_layers_that_do_not_fit(made: Path, folder: Path) -> None:
+    """An earlier version has written samples of a changed source next to the other layers."""
+    for name in LATER:
+        file_of(folder / "out", name).unlink()
+    rewrite_source(folder, 9, 0)
+    other = small_dataset(folder / "other", (3,))
+    new = reinforce_here({**config(made, folder), "output": str(folder / "new")})
+    assert other != new
+    shutil.copy(file_of(Path(new), "samples"), file_of(folder / "out", "samples"))
+    result = lease(made, folder)
+    assert {*result.set_aside} == {
+        "captions/namer",
+        *(f"embeddings/red/{what}" for what in ("images", "caption", "namer")),
+    }
+    reinforce_here(config(made, folder))
+    assert validate(str(folder / "out")).valid
+
+
+def _without_state(path: Path) -> None:
+    """Rewrite a file without the state of the source in its footer."""
+    file = pq.ParquetFile(path)
+    metadata = {k: v for k, v in file.metadata.metadata.items() if not k.startswith(b"reinforce.source_")}
+    metadata.pop(b"ARROW:schema")
+    schema = file.schema_arrow.with_metadata(metadata)
+    with pq.ParquetWriter(path.with_suffix(".new"), schema) as writer:
+        for number in range(file.num_row_groups):
+            writer.write_table(file.read_row_group(number).cast(schema))
+    path.with_suffix(".new").replace(path)
