@@ -68,6 +68,6 @@ class Progress(Screen):
 
 def _expected_samples(now: Snapshot) -> float | None:
     """Estimated samples of all shards, from the mean of the finished ones; None if none is finished."""
-    if now.samples_done == 0:
+    if now.samples_done == 0 or now.shards_done == 0:  # a shard of which a file was set aside is not finished
         return None
     return max(now.samples, now.samples_done / now.shards_done * now.shards)

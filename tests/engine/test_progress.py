@@ -49,3 +49,4 @@ def test_the_line_shows_speed_busy_share_and_remaining_time() -> None:
 
 def test_no_remaining_time_is_shown_before_the_first_shard_is_finished() -> None:
     assert "ETA" not in Progress().line(replace(START, samples=10))
+    assert "ETA" not in Progress().line(replace(START, samples=10, samples_done=10)), "of a shard to be continued"
