@@ -90,8 +90,8 @@ def _stale_reason(
 ) -> str | None:
     try:
         with store.open_layer(layer, shard) as file:
-            before = SourceState.from_footer(parse_footer(file.metadata))
-            before = before if before.head is not None else recorded
+            own = SourceState.from_footer(parse_footer(file.metadata))
+            before = own if own.head is not None else recorded
             if state is not None and before is not None and before.same_content(state) is False:
                 return f"it is of another source file: {before.describe_change(state)}"
             if file.num_row_groups != len(groups):
