@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,26 @@ def _package_folder() -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
+
+
+def is_raylet_alive() -> bool:
+    """Return whether the process of Ray that this machine needs (the raylet) accepts connections.
+
+    When it is gone, requests to Ray end this process after some seconds, without an exception.
+    """
+    node = getattr(ray._private.worker, "_global_node", None)  # None for a client of a remote cluster
+    path = getattr(node, "raylet_socket_name", None)
+    if path is None or not os.path.isabs(path):
+        return True
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(5.0)
+        try:
+            connection.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:  # it is there, and busy
+            return True
+    return True
 
 
 def live_nodes() -> frozenset[str]:

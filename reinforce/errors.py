@@ -18,5 +18,11 @@ class TooManyQuarantined(UserError):
     exit_status = 1
 
 
+class RayEnded(UserError):
+    """Ray ended before the run did, for example because its process was killed."""
+
+    exit_status = 1
+
+
 class StorageError(UserError):
     """A storage request failed after all retries. In a worker, it costs the shard an attempt."""

@@ -101,6 +101,40 @@ class Storage:
             file.flush()
             self.publish(file, local_path, self.path(*parts))
 
+    def create(self, data: bytes, *parts: str) -> bool:
+        """Publish a small file unless there is one -> whether it was published.
+
+        One of several writers succeeds: by a link on a local disk, by a conditional put in an object store. Some stores
+        ignore the condition, or refuse it; so read the file back before relying on it.
+        """
+        path = self.path(*parts)
+        with self.storage_errors("written", *parts):
+            if self.local:
+                with self.staging() as (file, local_path):
+                    file.write(data)
+                    file.flush()
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    try:
+                        os.link(local_path, path)
+                    except FileExistsError:
+                        return False
+                    return True
+            try:
+                self.fs.pipe_file(path, data, mode="create")
+            except Exception as error:  # each driver has its own exceptions
+                self.fs.invalidate_cache()
+                if self.fs.exists(path):
+                    return False
+                if not (isinstance(error, (NotImplementedError, TypeError)) or "NotImplemented" in str(error)):
+                    raise
+                self.fs.pipe_file(path, data)
+            return True
+
+    def remove(self, *parts: str) -> None:
+        """Remove a file, if there is one."""
+        with self.storage_errors("removed", *parts), contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(*parts))
+
     @contextlib.contextmanager
     def new_file(self, *parts: str) -> Iterator[str]:
         """Yield a local path for a file of any size; publish it when the block ends, delete it if the block raises.
@@ -221,7 +255,8 @@ class Storage:
     def lock(self) -> Iterator[None]:
         """Lock a local dataset against a second run, and delete the temporary files of a killed run.
 
-        Object stores need no lock: they have no temporary files, and two runs of one config put equal objects.
+        Object stores need no lock: they have no temporary files, two runs of one config put equal objects, and claims
+        on recipes keep those of other configs from starting.
         """
         if not self.local:
             yield

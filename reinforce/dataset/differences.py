@@ -26,7 +26,7 @@ def recipe_error(
     the settings that differ, and the command that deletes the layers.
     """
     lines = [f"{store.url} was made by another config, and the results would be mixed:"]
-    reasons = {name: _reasons(manifest or {}, layers[name], found) for name in found}
+    reasons = {name: recipe_differences(manifest or {}, layers[name], found) for name in found}
     for reason, names in itertools.groupby(reasons, key=reasons.__getitem__):
         lines += [
             f"  {name}: fingerprint {found[name]} in the dataset, {layers[name].fingerprint} in this config"
@@ -40,9 +40,11 @@ def recipe_error(
     return UserError("\n".join(lines))
 
 
-def _reasons(manifest: Mapping[str, Any], layer: Layer, found: Mapping[str, str | None]) -> list[str]:
-    """Why a layer's fingerprint differs, one line each."""
-    lines = list(_differences(*_recipes(manifest, layer)))
+def recipe_differences(
+    manifest: Mapping[str, Any], layer: Layer, found: Mapping[str, str | None], where: str = "the dataset"
+) -> list[str]:
+    """Why a layer's fingerprint differs from that in a manifest, one line each; ``where`` names what it belongs to."""
+    lines = list(_differences(*_recipes(manifest, layer), where))
     if lines:
         return lines
     if upstream := [name for name in layer.needs if name in found]:
@@ -50,7 +52,7 @@ def _reasons(manifest: Mapping[str, Any], layer: Layer, found: Mapping[str, str 
     entry = _section(manifest, "layers", layer.name)
     now = {"count": layer.count, "dim": layer.dim, "dtype": layer.dtype, "texts": layer.texts}
     known = [key for key, value in now.items() if value and entry.get(key)]
-    lines = list(_differences({key: entry[key] for key in known}, {key: now[key] for key in known}))
+    lines = list(_differences({key: entry[key] for key in known}, {key: now[key] for key in known}, where))
     return lines or ["nothing in dataset.json explains the difference"]
 
 
@@ -76,7 +78,7 @@ def _section(manifest: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> Iterator[str]:
     """One line for each setting that has another value."""
     old, new = (dict(flatten(values)) for values in (before, now))
     for key in dict.fromkeys([*new, *old]):
@@ -84,7 +86,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
             json.dumps(values[key], ensure_ascii=False) if key in values else None for values in (old, new)
         )
         if first != second:  # as text, as in the fingerprint: 1 and 1.0 are different
-            yield f"{key}: {_shorten(first)} in the dataset, {_shorten(second)} in this config"
+            yield f"{key}: {_shorten(first)} in {where}, {_shorten(second)} in this config"
 
 
 def _shorten(text: str | None) -> str:

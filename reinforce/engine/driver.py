@@ -7,17 +7,16 @@ This is the part that talks to Ray and to the storage. `failures.py` decides wha
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
 
-from reinforce.cluster import cause_of, live_nodes, live_resources
+from reinforce.cluster import cause_of, is_raylet_alive, live_nodes, live_resources
+from reinforce.dataset.claims import Claims
 from reinforce.dataset.damage import DamagedFile, set_aside, set_aside_notes
 from reinforce.dataset.layer_index import IndexWriter
 from reinforce.dataset.manifest import find_manifest, update_manifest
@@ -38,6 +37,7 @@ from reinforce.engine.failures import (
     error_text,
     needs_replacement,
     pause_seconds,
+    ray_ended,
 )
 from reinforce.engine.hangs import Hang, StallLimits, find_hang, silence_limit, silence_reason
 from reinforce.engine.outcome import ShardResult, WorkerInfo
@@ -45,20 +45,22 @@ from reinforce.engine.plan import PendingShard, Plan
 from reinforce.engine.pool import Pool, Slot
 from reinforce.engine.progress import Progress, Snapshot
 from reinforce.engine.schedule import ShardQueue
+from reinforce.engine.stop import stop_requests
 from reinforce.engine.summary import Ending, RunSummary, RunTotals, ending_of, summarize
 from reinforce.engine.traces import shorten
 from reinforce.errors import StorageError, UserError
 from teachers.redact import Redactor
 
 _TICK_SECONDS = 0.5
+_RAY_SECONDS = 2.0  # between two looks at Ray on this machine
 _QUIET_START_SECONDS = 15.0  # before a slow start is logged
 
 
 class Driver:
     """Runs one plan to its end. Ray must be initialised."""
 
-    def __init__(self, plan: Plan, store: Store, progress: Progress) -> None:
-        self.plan, self.store, self.progress = plan, store, progress
+    def __init__(self, plan: Plan, store: Store, progress: Progress, claims: Claims | None = None) -> None:
+        self.plan, self.store, self.progress, self.claims = plan, store, progress, claims
         self.needed = frozenset(name for shard in plan.pending for name in shard.layers)
         models = any(plan.layers[name].model and not plan.layers[name].published for name in self.needed)
         workers = plan.config.workers.fitted_to(live_resources(), models)
@@ -68,7 +70,7 @@ class Driver:
         self.policy = FailurePolicy(self.config.failures, plan.layers, plan.shards, plan.quarantined, workers.recycle)
         self.totals = RunTotals()
         self.manifest_written = self.wait_logged = False
-        self.notes_logged = 0
+        self.notes_logged, self.ray_checked = 0, time.monotonic()
         self.limits = StallLimits(self.config.failures)
         self.polled: dict[Any, Slot] = {}
 
@@ -83,7 +85,7 @@ class Driver:
         ending = Ending()
         try:
             self._set_damaged_aside()
-            with _stop_requests() as stop:
+            with stop_requests() as stop:
                 self._loop(start, stop)
         except BaseException as error:
             ending = ending_of(error, self.redact)
@@ -123,6 +125,7 @@ class Driver:
         while remaining := len(self.queue) + len(self.pool.leases) + self.policy.undecided_shards:
             if stop.is_set():
                 raise KeyboardInterrupt
+            self._check_ray(remaining)
             self.pool.grow(remaining)
             self.pool.shrink(remaining)
             for verdict in self.policy.judge_deaths(time.monotonic(), live_nodes):
@@ -145,6 +148,14 @@ class Driver:
             self.events.flush_when_due()
             self.records.flush_when_due()
             self.index.flush_when_due()
+
+    def _check_ray(self, remaining: int) -> None:
+        """Raise RayEnded if Ray has ended on this machine."""
+        if time.monotonic() - self.ray_checked < _RAY_SECONDS:
+            return
+        self.ray_checked = time.monotonic()
+        if not is_raylet_alive():
+            raise ray_ended(len(self.totals.finished), remaining)
 
     def _report_workers(self) -> None:
         """Log what the policy found about workers and nodes. Raise UserError if no shard can be finished."""
@@ -187,10 +198,14 @@ class Driver:
         self.pool.polls.add(slot, slot.started_at)
         self.events.add("worker_started", node=info.node, pid=info.pid, accelerator=info.accelerator)
         if not self.manifest_written and len(self.pool.started) >= self.config.workers.min:
+            if self.claims:
+                self.claims.take()
             old = find_manifest(self.store)
             computed = {name for shard in self.plan.pending for name in shard.layers}
             updated = update_manifest(old, self.config, self.plan.layers, info.models, computed)
             self.store.write_json(updated, MANIFEST)
+            if self.claims:
+                self.claims.release()
             self.manifest_written = True
 
     # -- ends of leases and of workers
@@ -376,18 +391,3 @@ def _ready(refs: list[Any]) -> list[Any]:
         return []
     first, others = ray.wait(refs, num_returns=1, timeout=_TICK_SECONDS)
     return [*first, *ray.wait(others, num_returns=len(others), timeout=0)[0]] if first and others else first
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set. An exception raised by a handler could be lost inside a call into Ray."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

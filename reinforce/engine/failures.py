@@ -32,7 +32,7 @@ from reinforce.engine.hangs import Hang
 from reinforce.engine.memory import MemoryDeaths, MemoryUse
 from reinforce.engine.outcome import LayerFailure, ShardFailure, WorkerId
 from reinforce.engine.plan import PendingShard
-from reinforce.errors import TooManyQuarantined, UserError
+from reinforce.errors import RayEnded, TooManyQuarantined, UserError
 from schemas import Reason
 
 MAX_WORKER_FAILURES = 3  # leases in a row
@@ -291,6 +291,15 @@ class FailurePolicy:
         rest = tuple(name for name in shard.layers if name not in lost)
         self._attempts[shard.name] = self._deaths_alone[shard.name] = 0
         return Quarantine(shard, layer, reason, detail, replace(shard, layers=rest) if rest else None, attempt)
+
+
+def ray_ended(finished: int, remaining: int) -> RayEnded:
+    """The error that ends a run when Ray has ended on the machine of the driver."""
+    return RayEnded(
+        "Ray ended on this machine before the run did: its process (raylet) was killed, perhaps for lack of memory, or "
+        f"crashed. The {finished:,} shards that are finished are kept; {remaining:,} are left. Run the same command "
+        "again to resume."
+    )
 
 
 def pause_seconds(attempt: int) -> float:

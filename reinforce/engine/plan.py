@@ -5,9 +5,11 @@ The same subtraction serves a fresh run, a resumed run and an added teacher.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,10 +19,11 @@ import pyarrow as pa
 from reinforce.config import Config
 from reinforce.dataset.damage import DamagedFile, find_damaged, without_files
 from reinforce.dataset.differences import recipe_error
+from reinforce.dataset.layer_file import RefusedFile
 from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
 from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import find_manifest
-from reinforce.dataset.store import MANIFEST, Store, parse_footer
+from reinforce.dataset.store import MANIFEST, Store, check_footer, parse_footer
 from reinforce.engine.inputs import stored_layers
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
@@ -254,6 +257,21 @@ def _tail(url: str, parts: int) -> str:
     return "/".join([*folders, name.partition(".")[0]])
 
 
+def _check_files(store: Store, layers: Mapping[str, Layer], committed: Mapping[str, Listing]) -> None:
+    """Raise UserError if the first file of a layer was made by another recipe than the layer's."""
+
+    def check(name: str) -> None:
+        for shard in committed[name].first(1):
+            opened = store.open_layer(name, shard, whole=False)
+            # Damage is reported where a file is read, and files may have been removed since they were listed.
+            with contextlib.suppress(RefusedFile, FileNotFoundError), opened as file:
+                if parse_footer(file.metadata).get("fingerprint") is not None:
+                    check_footer(store.layer_path(name, shard), file.metadata, layers[name].fingerprint)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(check, layers))
+
+
 def check_fingerprints(store: Store, layers: Mapping[str, Layer], committed: Mapping[str, Listing]) -> None:
     """Raise UserError if layers exist already and were made by other recipes. Names all of them and what differs."""
     manifest = find_manifest(store)
@@ -267,5 +285,6 @@ def check_fingerprints(store: Store, layers: Mapping[str, Layer], committed: Map
                 found[name] = parse_footer(file.metadata).get("fingerprint")
     if others := {name: value for name, value in found.items() if value != layers[name].fingerprint}:
         raise recipe_error(store, manifest, layers, others)
+    _check_files(store, layers, committed)
     if recorded and SAMPLES not in recorded:
         raise UserError(f"{store.path(MANIFEST)} lists layers but no samples. Restore the file or start a new output.")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.config import Config, load_config, parse_config
+from reinforce.dataset.claims import Claims
 from reinforce.dataset.manifest import code_notes, find_manifest, scale_notes, update_manifest
 from reinforce.dataset.shard_records import read_records
 from reinforce.dataset.store import MANIFEST, Store
@@ -17,7 +18,7 @@ from reinforce.engine.progress import Progress
 from reinforce.engine.recipe import version_notes
 from reinforce.engine.sources import check_copies
 from reinforce.engine.summary import RunSummary, add_summaries, nothing_to_do
-from reinforce.errors import StorageError, TooManyQuarantined, UserError
+from reinforce.errors import RayEnded, StorageError, TooManyQuarantined, UserError
 from teachers.redact import Redactor
 
 _LOG = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def run(
     except StorageError as error:
         raise UserError(redact(f"{error} Finished shards are kept. Run the same command again to resume.")) from None
     except UserError as error:
-        kind = TooManyQuarantined if isinstance(error, TooManyQuarantined) else UserError
+        kind = next((kind for kind in (TooManyQuarantined, RayEnded) if isinstance(error, kind)), UserError)
         raise kind(redact(str(error))) from None
 
 
@@ -59,32 +60,44 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
             if updated != manifest:  # a logit scale may have changed
                 store.write_json(updated, MANIFEST)
             return nothing_to_do(plan)
-        needed = {name for shard in plan.pending for name in shard.layers}
-        layers = [layer for name, layer in plan.layers.items() if name in needed]
-        models = [layer.recipe["model"] for layer in layers if "model" in layer.recipe]
-        for note in [*version_notes(models), *code_notes(manifest, layers)]:
-            _LOG.warning(note)
-        redact = Redactor(config.model_dump(mode="json"))
-        for note in check_source(plan)[1]:
-            _LOG.warning(redact(note))
-        check_copies(plan, store)
-        if plan.listed and (changed := changed_sources(plan, read_records(store).sources)):
-            _LOG.warning(redact(changes_note(plan, changed)))
-        if retry_quarantined:
-            _forget_quarantine(plan, store)
-        from reinforce.cluster import ray_cluster  # imports Ray, which planning does not need
+        with Claims(store, config, plan.layers) as claims:
+            return _compute(plan, store, manifest, claims, address, retry_quarantined)
 
-        with ray_cluster(address), Progress() as progress:
-            from reinforce.engine.driver import Driver
 
-            summary = Driver(plan, store, progress).run()
-            for _ in range(_MAX_CONTINUATIONS if summary.postponed else 0):
-                plan = make_plan(config)
-                rest = Driver(plan, store, progress).run() if plan.pending else nothing_to_do(plan)
-                summary = add_summaries(summary, rest)
-                if not summary.postponed:
-                    break
-            return summary
+def _compute(
+    plan: Plan,
+    store: Store,
+    manifest: dict[str, Any] | None,
+    claims: Claims,
+    address: str | None,
+    retry_quarantined: bool,
+) -> RunSummary:
+    needed = {name for shard in plan.pending for name in shard.layers}
+    layers = [layer for name, layer in plan.layers.items() if name in needed]
+    models = [layer.recipe["model"] for layer in layers if "model" in layer.recipe]
+    for note in [*version_notes(models), *code_notes(manifest, layers)]:
+        _LOG.warning(note)
+    redact = Redactor(plan.config.model_dump(mode="json"))
+    for note in check_source(plan)[1]:
+        _LOG.warning(redact(note))
+    check_copies(plan, store)
+    if plan.listed and (changed := changed_sources(plan, read_records(store).sources)):
+        _LOG.warning(redact(changes_note(plan, changed)))
+    if retry_quarantined:
+        _forget_quarantine(plan, store)
+    from reinforce.cluster import ray_cluster  # imports Ray, which planning does not need
+
+    with ray_cluster(address), Progress() as progress:
+        from reinforce.engine.driver import Driver
+
+        summary = Driver(plan, store, progress, claims).run()
+        for _ in range(_MAX_CONTINUATIONS if summary.postponed else 0):
+            plan = make_plan(plan.config)
+            rest = Driver(plan, store, progress, claims).run() if plan.pending else nothing_to_do(plan)
+            summary = add_summaries(summary, rest)
+            if not summary.postponed:
+                break
+        return summary
 
 
 def as_config(config: Config | str | Path | dict[str, Any]) -> Config:

@@ -15,6 +15,8 @@ from tests.hostile.words import slug
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "hostile.md"
 RUN = "tests/hostile/test_run.py"
+HANGS = "tests/engine/test_hangs.py"
+CLAIMS = "tests/dataset/test_claims.py"
 HANG = "tests/hostile/test_hang.py::test_a_slow_image_costs_its_sample_and_a_hung_model_its_shard"
 FAULTS = "tests/integration/test_faults.py"
 PUBLISHED = "tests/engine/test_published.py"
@@ -35,9 +37,14 @@ OTHERS = [
         HANG,
     ),
     (
-        "a model or a storage that makes no progress for failures.stall_seconds",
-        "`shard_hung`: the worker is killed, its shards run alone, and the one that hangs again is quarantined",
+        "a model or a storage that makes no progress in one step of a shard",
+        "`shard_hung`: the worker is killed, that shard runs alone, and is quarantined if it hangs again",
         HANG,
+    ),
+    (
+        "10,000 workers that are asked in turns for their progress, 40 of which hang",
+        "these are found within a round, and no healthy one is killed",
+        f"{HANGS}::test_no_healthy_worker_is_killed_and_every_hang_is_found_in_time_in_a_large_cluster",
     ),
     (
         "an image that crashes its decoder",
@@ -156,7 +163,17 @@ PROCESSES = [
         "replaced by another worker; costs no shard",
         f"{FAULTS}::test_a_worker_at_which_every_lease_fails_is_replaced_and_no_shard_is_quarantined",
     ),
-    ("a worker that Ray's memory monitor kills", "its shards run again, alone", MEMORY),
+    ("a worker that Ray's memory monitor kills", "counts against no shard", MEMORY),
+    (
+        "a model that leaks memory until its worker is killed, again and again",
+        "counts against no shard; the run names the worker, its growth per shard and `workers.recycle`",
+        "tests/engine/test_memory.py::test_a_leaking_worker_costs_no_shard_however_often_it_is_killed",
+    ),
+    (
+        "a node whose TMPDIR is full",
+        "its shards pass on other nodes; its workers are replaced, and it gets no new ones for a while",
+        "tests/integration/test_faulty_node.py::test_a_node_with_a_full_temporary_folder_costs_no_shard_and_is_avoided",
+    ),
     ("a lost node with its workers", "counts against no shard", NODES),
     ("a node that joins late", "gets workers", NODES),
     ("a full disk", "one error; no partial files; the same command resumes when there is space", FULL),
@@ -281,6 +298,11 @@ STORAGE = [
         "two concurrent runs of one config",
         "both put equal objects",
         f"{S3}::test_two_runs_at_once_put_equal_objects",
+    ),
+    (
+        "two concurrent runs of configs with different seeds",
+        "the second one is refused at its start with what differs; conditional puts decide",
+        f"{CLAIMS}::test_a_second_run_with_another_seed_is_refused_with_what_differs_and_one_of_the_same_config_is_not",
     ),
     (
         "many shards",

@@ -203,3 +203,24 @@ def test_a_worker_at_which_every_lease_fails_is_replaced_and_no_shard_is_quarant
     assert (summary.status, summary.quarantined_shards, summary.samples) == (0, 0, 80)
     events = "".join(path.read_text() for path in tmp_path.glob("out/runs/*/events-*.jsonl"))
     assert events.count('"worker_replaced"') == 1
+
+
+def test_a_run_whose_raylet_is_killed_ends_with_one_message_and_a_summary(source: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with slow_run(simple_config(source, out), tmp_path) as process:
+        wait_for(lambda: finished(out) >= 1)
+        [raylet] = [pid for pid in children(process.pid) if Path(f"/proc/{pid}/comm").read_text().strip() == "raylet"]
+        os.kill(raylet, signal.SIGKILL)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1, output
+    assert output.count("Ray ended on this machine before the run did") == 1
+    assert "are kept" in output
+    assert "Run the same command again to resume" in output
+    assert "Traceback" not in output
+    [summary] = [json.loads(path.read_text()) for path in out.glob("runs/*/summary.json")]
+    assert summary["status"] == 1
+    assert "Ray ended" in summary["message"]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]

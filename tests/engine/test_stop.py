@@ -1,4 +1,4 @@
-"""Requests to stop the driver. Runs, failures and summaries are tested in tests/integration."""
+"""Requests to stop a run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import threading
 
 import pytest
 
-from reinforce.engine.driver import _stop_requests
+from reinforce.engine.stop import stop_requests
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_sets_the_stop_event_and_raises_nothing(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with _stop_requests() as stop:
+    with stop_requests() as stop:
         assert not stop.is_set()
         signal.raise_signal(number)
         assert stop.is_set()
@@ -25,7 +25,7 @@ def test_a_run_in_another_thread_leaves_signal_handlers_alone() -> None:
     seen = []
 
     def run() -> None:
-        with _stop_requests():
+        with stop_requests():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=run)

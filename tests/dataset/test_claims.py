@@ -1,0 +1,192 @@
+"""Claims on recipes: one of several runs of different configs starts, on every kind of storage."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import s3fs
+
+import reinforce
+from reinforce.config import parse_config
+from reinforce.dataset import claims as module
+from reinforce.dataset.claims import Claims
+from reinforce.dataset.manifest import update_manifest
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.errors import UserError
+from tests.helpers.data import config_of
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    yield "memory://claims/out"
+    remove()
+
+
+def remove() -> None:
+    with contextlib.suppress(FileNotFoundError):
+        fsspec.filesystem("memory").rm("/claims", recursive=True)
+
+
+def claims_of(output: str, **changes: Any) -> Claims:
+    """The claims of a run with ``changes`` of the config, as if on a machine of its own."""
+    config = parse_config(config_of("x/{0..1}.tar", output, **changes))
+    return Claims(Store(output), config, build_layers(config, describe_models(config)))
+
+
+def write_manifest(claims: Claims) -> None:
+    claims.store.write_json(update_manifest(None, claims.config, claims.layers, {}), MANIFEST)
+
+
+def names(output: str) -> list[str]:
+    store = Store(output)
+    store.fs.invalidate_cache()
+    return sorted(store.fs.find(store.path("claims")))
+
+
+@pytest.mark.parametrize("storage", ["memory", "local", "s3"])
+def test_a_second_run_with_another_seed_is_refused_with_what_differs_and_one_of_the_same_config_is_not(
+    storage: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if storage == "s3":
+        request.getfixturevalue("s3")
+    output = {"memory": "memory://claims/out", "local": str(tmp_path / "out"), "s3": "s3://bucket/claimed"}[storage]
+    first, same, other = claims_of(output), claims_of(output), claims_of(output, seed=7)
+    first.take()
+    monkeypatch.setattr(module.socket, "gethostname", lambda: "another")
+    same.take()
+    with pytest.raises(UserError) as raised:
+        other.take()
+    lines = str(raised.value).splitlines()
+    assert lines[0].startswith(f"another run writes to {other.store.url} with another config: pid ")
+    assert "    seed: 0 in that run, 7 in this config" in lines
+    assert f"delete {other.store.path('claims')}" in lines[-1]
+    same.release()
+    assert len(names(output)) == len(first.layers), "they are those of the first run"
+    first.take()
+    write_manifest(first)
+    first.release()
+    assert names(output) == []
+    with pytest.raises(UserError, match="was made by another config"):
+        other.take()
+    assert names(output) == []
+    remove()
+
+
+@pytest.mark.parametrize("storage", ["local", "s3"])
+def test_of_many_runs_that_start_at_once_those_of_one_config_start_at_most(
+    storage: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if storage == "s3":
+        request.getfixturevalue("s3")
+    monkeypatch.setattr(Claims, "_is_expired", lambda self, claim: False)
+    output = {"local": str(tmp_path / "out"), "s3": "s3://bucket/claimed"}[storage]
+    runs = [claims_of(output, seed=number % 2, teachers={}, captioners={}) for number in range(6)]
+    started: list[int] = []
+    barrier = threading.Barrier(len(runs))
+
+    def start(claims: Claims) -> None:
+        barrier.wait()
+        try:
+            claims.take()
+        except UserError:
+            return
+        started.append(claims.config.seed)
+
+    threads = [threading.Thread(target=start, args=[claims]) for claims in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(set(started)) == 1
+    assert len(started) == 3
+
+
+def test_a_layer_that_two_configs_define_differently_is_claimed_also_in_a_dataset_that_exists(memory: str) -> None:
+    write_manifest(claims_of(memory, teachers={}, captioners={}))
+    teacher = {"class": "tests.helpers.models:ColorTeacher"}
+    first = claims_of(memory, captioners={}, teachers={"new": teacher})
+    other = claims_of(memory, captioners={}, teachers={"new": {**teacher, "options": {"seed": 5}}})
+    third = claims_of(memory, captioners={}, teachers={"another": {**teacher, "options": {"seed": 5}}})
+    first.take()
+    assert len(names(memory)) == 2, "samples are listed already"
+    with pytest.raises(UserError, match=r"options.seed: not set in that run, 5 in this config"):
+        other.take()
+    third.take()
+
+
+def test_a_claim_of_a_run_that_was_killed_expires(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    claims_of(memory).take()
+    other = claims_of(memory, seed=7)
+    with pytest.raises(UserError, match="claims end 60 minutes after"):
+        other.take()
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 3601)
+    other.take()
+    assert {json.loads(fsspec.filesystem("memory").cat(name))["token"] for name in names(memory)} == {other.token}
+
+
+def test_a_claim_of_a_run_on_this_machine_ends_with_the_lock_of_a_local_dataset(tmp_path: Path) -> None:
+    claims_of(str(tmp_path / "out")).take()
+    claims_of(str(tmp_path / "out"), seed=7).take()
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["ignores the condition", "refuses the condition"])
+def test_a_store_without_conditional_puts_has_claims_that_are_read_back(
+    memory: str, monkeypatch: pytest.MonkeyPatch, refuses: bool
+) -> None:
+    put = fsspec.implementations.memory.MemoryFileSystem.pipe_file
+
+    def pipe_file(self: Any, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        if refuses and mode == "create":
+            raise OSError(22, "NotImplemented: A header you provided implies functionality that is not implemented")
+        put(self, path, value)
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "pipe_file", pipe_file)
+    first, other = claims_of(memory), claims_of(memory, seed=7)
+    first.take()
+    with pytest.raises(UserError, match="seed: 0 in that run"):
+        other.take()
+    for name in names(memory):  # a run that had not seen the claims writes its own over them
+        fsspec.filesystem("memory").rm(name)
+    other.take()
+    with pytest.raises(UserError, match="seed: 7 in that run"):
+        first.take()
+
+
+def test_a_run_is_refused_before_it_writes_anything_or_starts_ray(
+    shards: Callable[..., str], memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reinforce.cluster.ray.init", lambda **_: pytest.fail("Ray was started"))
+    claims_of(memory).take()
+    before = names("memory://claims")
+    with pytest.raises(UserError, match="another run writes to"):
+        reinforce.run(config_of(shards(2), memory, seed=7))
+    assert names("memory://claims") == before
+
+
+def test_claims_of_a_run_that_fails_before_it_begins_are_removed(memory: str) -> None:
+    with pytest.raises(ValueError, match="odd"), claims_of(memory):
+        raise ValueError("odd")
+    assert names(memory) == []
+
+
+def test_a_claim_that_no_run_has_written_does_not_count(memory: str) -> None:
+    store = Store(memory)
+    store.write_bytes(b"not json", "claims", "samples.json")
+    claims_of(memory).take()
+
+
+def test_conditional_puts_are_used_where_the_store_has_them(s3: s3fs.S3FileSystem) -> None:
+    store = Store("s3://bucket/conditional")
+    assert store.create(b"first", "file")
+    assert not store.create(b"second", "file")
+    assert s3.cat_file("bucket/conditional/file") == b"first"
