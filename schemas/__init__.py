@@ -2,10 +2,12 @@
 
 from schemas.layers import (
     AUGMENTATION,
+    IMAGE_DIGEST,
     SCHEMA_VERSION,
     captions_schema,
     embeddings_schema,
     image_column,
+    image_columns,
     index_schema,
     quarantine_schema,
     samples_schema,
@@ -15,6 +17,7 @@ from schemas.reasons import WHOLE_SHARD, Reason
 
 __all__ = [
     "AUGMENTATION",
+    "IMAGE_DIGEST",
     "PAIRS",
     "SCHEMA_VERSION",
     "WHOLE_SHARD",
@@ -22,6 +25,7 @@ __all__ = [
     "captions_schema",
     "embeddings_schema",
     "image_column",
+    "image_columns",
     "index_schema",
     "quarantine_schema",
     "samples_schema",

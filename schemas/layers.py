@@ -47,6 +47,15 @@ def image_column(images: str) -> str:
     return "image" if images == "embed" else "image_ref"
 
 
+#: Column of the digests of images that are stored by reference. Files of earlier versions do not have it.
+IMAGE_DIGEST = "image_digest"
+
+
+def image_columns(images: str) -> tuple[str, ...]:
+    """Columns of a samples layer from which images are read: that of ``image_column``, and of references the digest."""
+    return (image_column(images),) if images == "embed" else (image_column(images), IMAGE_DIGEST)
+
+
 def samples_schema(images: str) -> pa.Schema:
     """Schema of ``samples/<shard>.parquet``; ``images`` is ``embed`` or ``reference``."""
     fields = [
@@ -67,6 +76,9 @@ def samples_schema(images: str) -> pa.Schema:
             ]
         )
         fields.append(_field("image_ref", reference, "where the encoded image lies", nullable=False))
+        fields.append(
+            _field(IMAGE_DIGEST, pa.uint64(), "BLAKE2b-64 of the encoded image, little-endian; absent in older files")
+        )
     fields.append(
         _field(
             "augmentations",

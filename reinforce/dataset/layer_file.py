@@ -143,7 +143,7 @@ class LayerFile:
 
     def _read_row_group(self, number: int, columns: Collection[str] | None, use_threads: bool) -> pa.Table:
         names = [name for name in self._names if columns is None or name in columns]
-        if missing := set(columns or ()) - set(names):
+        if missing := set(columns or ()) - set(names) - {schemas.IMAGE_DIGEST}:
             raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
         group = self.metadata.row_group(number)
         check_rows(group.num_rows, self._max_rows)

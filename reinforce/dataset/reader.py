@@ -18,7 +18,7 @@ from reinforce.dataset import vectors
 from reinforce.dataset.aligned import AlignedLayers, row_errors
 from reinforce.dataset.augment import from_records
 from reinforce.dataset.completeness import check_completeness
-from reinforce.dataset.damage import describe_damaged, find_damaged, without_files
+from reinforce.dataset.damage import describe_damaged, drop_shard_command, find_damaged, without_files
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import read_manifest, select_names
@@ -26,10 +26,10 @@ from reinforce.dataset.row_counts import row_group_table
 from reinforce.dataset.sample import ImagePolicies, Sample
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
-from reinforce.source.references import ImageRoots
+from reinforce.source.references import ChangedImages, ImageRoots
 from reinforce.source.shards import referenced_images
 from reinforce.terminal import escape, format_bytes
-from schemas import image_column
+from schemas import IMAGE_DIGEST, image_column
 
 if TYPE_CHECKING:
     from reinforce.dataset.torch_dataset import TorchSamples
@@ -164,7 +164,10 @@ class Dataset:
     def __iter__(self) -> Iterator[Sample]:
         for shard in self.shards:
             for tables in self.row_groups(shard):
-                yield from self._samples(tables)
+                try:
+                    yield from self._samples(tables)
+                except ChangedImages as error:
+                    raise UserError(error.describe(drop_shard_command(self.store.url, [SAMPLES], shard))) from error
 
     def row_groups(self, shard: str) -> Iterator[dict[str, pa.Table]]:
         """Tables of each row group by layer, aligned by key. Raises UserError if they are not or one is damaged."""
@@ -237,7 +240,8 @@ class Dataset:
         if self.manifest["images"] == "embed":
             images = (row["image"] for row in rows)
         else:
-            images = referenced_images([row["image_ref"] for row in rows], self.roots)
+            digests = [row.get(IMAGE_DIGEST) for row in rows]
+            images = referenced_images([row["image_ref"] for row in rows], self.roots, digests=digests)
         for i, (row, image) in enumerate(zip(rows, images, strict=True)):
             with row_errors(self.store.url):
                 sample = Sample(

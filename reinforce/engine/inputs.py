@@ -21,6 +21,8 @@ from reinforce.dataset.store import Store, parse_footer
 from reinforce.errors import UserError
 from reinforce.source.identity import SourceState
 
+#: Footer entry with a digest of all referenced images. Files of earlier versions do not have it.
+IMAGES = "images_digest"
 _MISSING = "it does not exist any more"
 _OTHER_ROWS = "its rows are not those of the samples"
 
@@ -30,6 +32,12 @@ class OutOfStep(Exception):
 
     def __str__(self) -> str:
         return f"{self.args[0]} does not have the rows of the samples"
+
+
+def origin_entries(footer: Mapping[str, str]) -> dict[str, str]:
+    """What the footer of samples records about their source file, for the footers of other layers."""
+    images = {IMAGES: footer[IMAGES]} if IMAGES in footer else {}
+    return SourceState.from_footer(footer).footer() | images
 
 
 def set_inputs_aside(
@@ -42,7 +50,7 @@ def set_inputs_aside(
     """
     if isinstance(error, OutOfStep):
         if SAMPLES in layers:
-            return set_stale_aside(store, shard, layers, _stored_keys(store, shard), None, None)
+            return set_stale_aside(store, shard, layers, _stored_keys(store, shard), {}, None)
         set_aside(store, error.args[0], shard)  # the samples are being computed
         return {error.args[0]: _OTHER_ROWS}
     if error.file is None:
@@ -63,18 +71,19 @@ def set_stale_aside(
     shard: str,
     layers: Iterable[str],
     groups: Sequence[Sequence[str]],
-    state: SourceState | None,
+    origin: Mapping[str, str],
     recorded: SourceState | None,
 ) -> dict[str, str]:
     """Set aside the files of layers that do not fit the samples, whose row groups have the keys ``groups``.
 
-    ``state`` is that of the source file of the samples. A file whose source had another content is of other images,
-    even if the keys are the same; its own footer records that content, else ``recorded`` does. Returns the reasons.
+    ``origin`` are the footer entries of the samples about their source file. A file whose source had another content is
+    of other images, even if the keys are the same; its own footer records that content, else ``recorded`` does. Returns
+    the reasons.
     """
     reasons = {}
     for layer in layers:
         with contextlib.suppress(FileNotFoundError):
-            if layer != SAMPLES and (reason := _stale_reason(store, layer, shard, groups, state, recorded)):
+            if layer != SAMPLES and (reason := _stale_reason(store, layer, shard, groups, origin, recorded)):
                 set_aside(store, layer, shard)
                 reasons[layer] = reason
     return reasons
@@ -85,14 +94,18 @@ def _stale_reason(
     layer: str,
     shard: str,
     groups: Sequence[Sequence[str]],
-    state: SourceState | None,
+    origin: Mapping[str, str],
     recorded: SourceState | None,
 ) -> str | None:
+    state = SourceState.from_footer(origin)
     try:
         with store.open_layer(layer, shard) as file:
-            own = SourceState.from_footer(parse_footer(file.metadata))
+            footer = parse_footer(file.metadata)
+            own = SourceState.from_footer(footer)
             before = own if own.head is not None else recorded
-            if state is not None and before is not None and before.same_content(state) is False:
+            if footer.get(IMAGES, origin.get(IMAGES)) != origin.get(IMAGES, footer.get(IMAGES)):
+                return "it is of other images"
+            if before is not None and before.same_content(state) is False:
                 return f"it is of another source file: {before.describe_change(state)}"
             if file.num_row_groups != len(groups):
                 return _OTHER_ROWS

@@ -22,7 +22,7 @@ from reinforce.engine.published_values import PublishedValue
 from reinforce.engine.watch import READING
 from reinforce.source.references import ImageRoots
 from reinforce.source.shards import RawSample, Refusal, read_shard, referenced_images
-from schemas import Reason, image_column
+from schemas import IMAGE_DIGEST, Reason, image_columns
 from teachers.protocols import ImageSpec
 
 #: Limits of a row group, of which the first that is reached closes it: rows, bytes of encoded images, and bytes of
@@ -187,7 +187,7 @@ def _stored_items(config: Config, url: str, file: LayerFile, spec: RowSpec) -> I
     columns = ["key", "caption"]
     roots = ImageRoots.of_shard(url, config.input.limits.image_bytes)
     if spec.needs_image:
-        columns += ["augmentations", image_column(config.images)]
+        columns += ["augmentations", *image_columns(config.images)]
     published = spec.published
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=columns)
@@ -195,7 +195,8 @@ def _stored_items(config: Config, url: str, file: LayerFile, spec: RowSpec) -> I
         if "image" in columns:
             images = (value.as_py() for value in table["image"])
         elif "image_ref" in columns:
-            images = referenced_images(table["image_ref"].to_pylist(), roots, config.moved)
+            digests = table[IMAGE_DIGEST].to_pylist() if IMAGE_DIGEST in table.column_names else None
+            images = referenced_images(table["image_ref"].to_pylist(), roots, config.moved, digests)
         records = table["augmentations"].to_pylist() if spec.needs_image else itertools.repeat([])
         keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
         for key, caption, image, record in zip(keys, captions, images, records, strict=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.config import Config
+from reinforce.dataset.damage import drop_shard_command
 from reinforce.dataset.key_sample import ShardKeys
 from reinforce.dataset.layer_file import LayerFile, RefusedFile, naming_refused
 from reinforce.dataset.layer_index import FileEntry
@@ -24,7 +26,7 @@ from reinforce.engine.changes import referenced_source_change
 from reinforce.engine.decode_pool import DecodePool, Lease
 from reinforce.engine.decoding import DecodeSpec
 from reinforce.engine.inference import Inference
-from reinforce.engine.inputs import OutOfStep, set_inputs_aside, set_stale_aside
+from reinforce.engine.inputs import IMAGES, OutOfStep, origin_entries, set_inputs_aside, set_stale_aside
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import LayerFailure, ShardResult
 from reinforce.engine.plan import PendingShard
@@ -34,10 +36,11 @@ from reinforce.engine.refusals import Refusals
 from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, rows_from_samples, rows_from_source
 from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
 from reinforce.engine.watch import WRITING, LeaseWatch
-from reinforce.source.identity import SourceState, former_url, read_state
+from reinforce.source.identity import former_url, read_state
+from reinforce.source.references import ChangedImages
 from reinforce.source.shards import Refusal
 from reinforce.source.urls import canonical
-from schemas import Reason
+from schemas import IMAGE_DIGEST, Reason
 from teachers.postprocess import clean
 
 
@@ -105,7 +108,8 @@ class _ShardProcess:
         self.cleaned: dict[str, Counter[str]] = {}
         self.keys = ShardKeys.of([])
         self.groups: list[list[str]] = []  # keys of each row group, if stored layers are compared with them
-        self.state = SourceState(None, None)  # of the source file that the samples were read from
+        self.origin: dict[str, str] = {}  # footer entries about the source file that the samples were read from
+        self.images = hashlib.blake2b(digest_size=8)  # of the digests of referenced images
         self.source_record: SourceRecord | None = None
         self.source_note: str | None = None
         self.counters = Counters()
@@ -175,13 +179,17 @@ class _ShardProcess:
         window = rows_ahead(self.config)
         if SAMPLES not in self.layers:
             file = self._open_input(stack, SAMPLES)
-            self.state = SourceState.from_footer(parse_footer(file.metadata))
+            self.origin = origin_entries(parse_footer(file.metadata))
             if spec.published is not None and (refusal := spec.published.shard_refusal):
                 layer = next(name for name, layer in self.layers.items() if layer.published)
                 raise LayerFailure(layer, f"{refusal.reason.value}: {refusal.detail}")
             if spec.needs_image and not self.config.embeds_images:
                 self.source_note = self._check_referenced_source(parse_footer(file.metadata))
-            yield from rows_from_samples(self.config, self.shard.url, file, spec, lease, window)
+            try:
+                yield from rows_from_samples(self.config, self.shard.url, file, spec, lease, window)
+            except ChangedImages as error:
+                drop = drop_shard_command(self.store.url, [SAMPLES], self.shard.name)
+                raise LayerFailure(self._first_image_layer(), error.describe(drop)) from error
             return
         for row in rows_from_source(self.config, self.shard.url, spec, lease, window, self.group_rows):
             if isinstance(row, Refusal):
@@ -196,9 +204,11 @@ class _ShardProcess:
         not at their offsets any more."""
         note, replaced = referenced_source_change(self.shard, footer)
         if replaced:
-            layer = next(name for name, layer in self.layers.items() if layer.kind in ("images", "captions"))
-            raise LayerFailure(layer, str(note))
+            raise LayerFailure(self._first_image_layer(), str(note))
         return note
+
+    def _first_image_layer(self) -> str:
+        return next(name for name, layer in self.layers.items() if layer.kind in ("images", "captions"))
 
     # -- models
 
@@ -231,6 +241,8 @@ class _ShardProcess:
             schema = self._schema(layer)
             if layer.kind == "samples":
                 tables[name] = samples_table(schema, rows, self.source)
+                if IMAGE_DIGEST in schema.names:
+                    self.images.update(tables[name][IMAGE_DIGEST].to_numpy().tobytes())
             elif layer.kind == "captions":
                 captions[name] = self._captions(layer, rows, outputs)
                 tables[name] = captions_table(schema, keys, captions[name])
@@ -350,13 +362,14 @@ class _ShardProcess:
             return {}
         stale = {}
         if SAMPLES in writers:
-            self.state = read_state(self.shard.url)
-            self.source_record = SourceRecord(canonical(self.shard.url), self.state)
+            state = read_state(self.shard.url)
+            self.source_record = SourceRecord(canonical(self.shard.url), state)
+            self.origin = state.footer() | ({} if self.config.embeds_images else {IMAGES: self.images.hexdigest()})
             one = self.shard
-            stale = set_stale_aside(self.store, one.name, one.stored, self.groups, self.state, one.recorded)
+            stale = set_stale_aside(self.store, one.name, one.stored, self.groups, self.origin, one.recorded)
         for name, writer in writers.items():
             with self.watch.stage(WRITING, name):
-                writer.commit(self.state.footer())
+                writer.commit(self.origin)
         return stale
 
 

@@ -15,8 +15,9 @@ from reinforce.engine.inputs import OutOfStep
 from reinforce.engine.outcome import raising_layer_failure
 from reinforce.engine.refusals import Refusals
 from reinforce.engine.rows import NewSample, Row
+from reinforce.source.references import image_digest
 from reinforce.source.shards import Refusal
-from schemas import Reason
+from schemas import IMAGE_DIGEST, Reason
 
 
 def samples_table(schema: pa.Schema, rows: Sequence[Row], source: str) -> pa.Table:
@@ -36,6 +37,7 @@ def samples_table(schema: pa.Schema, rows: Sequence[Row], source: str) -> pa.Tab
         columns["image_ref"] = [
             {"url": source, "offset": sample.offset, "length": len(sample.image)} for sample in samples
         ]
+        columns[IMAGE_DIGEST] = [image_digest(sample.image) for sample in samples]
     return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 

@@ -6,9 +6,10 @@ reader's network, so it is followed only into folders that the reader has named.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -87,6 +88,44 @@ class ImageRoots:
                 )
             found.append((checked[url], offset, length))
         return found
+
+
+class ChangedImages(UserError):
+    """Images that are stored by reference are not those that were there. Carries how many of how many, and where."""
+
+    def __init__(self, changed: int, total: int, url: str) -> None:
+        self._what = (
+            f"{changed:,} of {total:,} images that were read are not those that were in {escape(url[:200])} when the "
+            "samples were written: the file was replaced"
+        )
+        super().__init__(self.describe("reinforce drop DATASET samples --shard NAME"))
+
+    def describe(self, drop: str) -> str:
+        """The message; ``drop`` is the command that sets the samples of the shard aside."""
+        return (
+            f"{self._what}. Restore it, or drop the samples by {drop} --yes and run again, which computes the other "
+            "layers of the shard again, too."
+        )
+
+
+def image_digest(image: bytes) -> int:
+    """BLAKE2b-64 of an encoded image."""
+    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little")
+
+
+def check_digests(
+    images: Iterable[bytes], digests: Sequence[int | None], references: Sequence[Mapping[str, Any]]
+) -> Iterator[bytes]:
+    """Yield images that have their digests; one without a digest is not checked. Raises ChangedImages.
+
+    Before that, the remaining images are read, so that the error has their number.
+    """
+    found = iter(zip(images, digests, strict=True))
+    for number, (image, digest) in enumerate(found):
+        if digest is not None and image_digest(image) != digest:
+            changed = 1 + sum(other is not None and image_digest(data) != other for data, other in found)
+            raise ChangedImages(changed, len(digests), references[number]["url"])
+        yield image
 
 
 def _fault(url: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.source.formats import IMAGE_EXTENSIONS, NOT_A_FILE, folder_detail
-from reinforce.source.references import ImageRoots
+from reinforce.source.references import ImageRoots, check_digests
 from reinforce.source.streams import BLOCK_BYTES, check_file, open_stream
 from reinforce.source.tar import DamagedTar, Member, Readable, members
 from reinforce.source.text import caption_of
@@ -114,14 +114,22 @@ def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
 
 
 def referenced_images(
-    references: Sequence[Mapping[str, Any]], roots: ImageRoots, moved: Mapping[str, str] | None = None
+    references: Sequence[Mapping[str, Any]],
+    roots: ImageRoots,
+    moved: Mapping[str, str] | None = None,
+    digests: Sequence[int | None] | None = None,
 ) -> Iterator[bytes]:
     """Yield the images of one row group from their tars; consecutive rows of one URL are read sequentially.
 
-    ``moved`` is that of the config: references name the former places of the tars. Raises UserError before anything is
-    read if a reference is outside ``roots``.
+    ``moved`` is that of the config: references name the former places of the tars. ``digests`` are those of the images
+    if they are known. Raises UserError before anything is read if a reference is outside ``roots``, and ChangedImages.
     """
-    for url, rows in itertools.groupby(roots.ranges(references, moved), key=lambda found: found[0]):
+    images = _read_references(roots.ranges(references, moved))
+    yield from images if digests is None else check_digests(images, digests, references)
+
+
+def _read_references(ranges: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+    for url, rows in itertools.groupby(ranges, key=lambda found: found[0]):
         yield from read_ranges(url, ((offset, length) for _, offset, length in rows))
 
 

@@ -12,6 +12,7 @@ from reinforce.engine.inputs import OutOfStep
 from reinforce.engine.refusals import Refusals
 from reinforce.engine.rows import NewSample, Row
 from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
+from reinforce.source.references import image_digest
 from schemas import captions_schema, embeddings_schema, samples_schema
 
 AUGMENTATION = Augmentation(Crop(1, 2, 10, 20), 24, None)
@@ -30,6 +31,7 @@ def test_a_samples_table_has_the_encoded_images_or_references_to_them() -> None:
         {"url": "s3://bucket/x.tar", "offset": 512, "length": 5},
         {"url": "s3://bucket/x.tar", "offset": 2048, "length": 6},
     ]
+    assert [row.pop("image_digest") for row in referenced] == [image_digest(b"first"), image_digest(b"second")]
     assert embedded == referenced
     assert from_records(embedded[0].pop("augmentations")) == [AUGMENTATION]
     assert embedded[0] == {"key": "a", "caption": "A", "metadata": '{"a": 1}', "width": 40, "height": 30}

@@ -23,7 +23,7 @@ from reinforce.source.image import IMAGE_POLICY
 from reinforce.source.references import ImageRoots
 from reinforce.source.shards import referenced_images
 from reinforce.source.tar import DamagedTar
-from schemas import image_column
+from schemas import IMAGE_DIGEST, image_columns
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.intp]
@@ -75,7 +75,7 @@ class ExampleSpec:
     def columns(self, images: Literal["embed", "reference"]) -> dict[str, tuple[str, ...]]:
         """Columns to read by layer; ``images`` is how the samples layer of the dataset stores images."""
         sources = list(dict.fromkeys(source for kind in self.kinds for source in self.sources(kind)))
-        samples = ["key", "augmentations", image_column(images)]
+        samples = ["key", "augmentations", *image_columns(images)]
         columns: dict[str, tuple[str, ...]] = {
             SAMPLES: (*samples, "caption") if TRUE_CAPTION in sources else (*samples,)
         }
@@ -123,7 +123,8 @@ def make_examples(
 
     ``read`` reads the row group of another layer; one layer is in memory at a time. A row is usable if it has a text
     of every kind and all vectors; if one captioner has none for it, its text comes from another one. Images that are
-    stored by reference are read from their tar, in the tar's order. Raises UserError if they cannot be read.
+    stored by reference are read from their tar, in the tar's order. Raises UserError if they cannot be read, and
+    ChangedImages.
     """
     samples = samples.slice(first, stop - first)
     keys: list[str] = samples["key"].to_pylist()
@@ -220,9 +221,11 @@ def _read_images(samples: pa.Table, rows: Sequence[int], roots: ImageRoots) -> I
         column = samples["image"]
         yield from (column[row].as_py() for row in rows)
         return
-    references = samples["image_ref"].take(pa.array(rows)).to_pylist()
+    wanted = pa.array(rows, pa.int64())
+    references = samples["image_ref"].take(wanted).to_pylist()
+    digests = samples[IMAGE_DIGEST].take(wanted).to_pylist() if IMAGE_DIGEST in samples.column_names else None
     try:
-        yield from referenced_images(references, roots)
+        yield from referenced_images(references, roots, digests=digests)
     except (OSError, DamagedTar) as error:
         tars = ", ".join(sorted({reference["url"] for reference in references}))
         raise UserError(

@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from reinforce.dataset.aligned import row_errors
+from reinforce.dataset.damage import drop_shard_command
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reader import AlignedLayers
 from reinforce.dataset.sample import ImagePolicies
 from reinforce.errors import UserError
-from reinforce.source.references import ImageRoots
+from reinforce.source.references import ChangedImages, ImageRoots
 from reinforce.student.data.examples import Example, Examples, ExampleSpec, SampleFile, make_examples
 from reinforce.training.order import Chunk, Order, Window
 
@@ -62,8 +63,12 @@ class StreamedDataset:
                 )
             path, policies = self.layers.store.layer_path(SAMPLES, shard), self.policies
             file = SampleFile(path, policies.limits, policies.image, policies.augmentation, self.roots)
-            with row_errors(path):
-                found = make_examples(group.samples, group.read, chunk.first, chunk.stop, file, self.spec, epoch)
+            try:
+                with row_errors(path):
+                    found = make_examples(group.samples, group.read, chunk.first, chunk.stop, file, self.spec, epoch)
+            except ChangedImages as error:
+                drop = drop_shard_command(self.layers.store.url, [SAMPLES], shard)
+                raise UserError(error.describe(drop)) from error
         width = sum(dim for _, dim in self.targets)
         if any(row is not None and len(row.vectors) != width for row in found.rows):
             raise UserError(f"{path}: vectors of the shard do not have the dimensions in dataset.json. Restore it.")

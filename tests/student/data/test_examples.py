@@ -132,7 +132,7 @@ def test_sequential_picks_use_every_element_once_before_repeating() -> None:
 
 def test_only_the_needed_columns_are_listed() -> None:
     plain = replace(SPEC, image_teachers=(), text_teachers=(), captioners={})
-    assert plain.columns("reference") == {"samples": ("key", "augmentations", "image_ref", "caption")}
+    assert plain.columns("reference") == {"samples": ("key", "augmentations", "image_ref", "image_digest", "caption")}
     synthetic = replace(SPEC, captions="mixed", synthetic=1.0, image_teachers=())
     assert synthetic.columns("embed") == {
         "samples": ("key", "augmentations", "image"),

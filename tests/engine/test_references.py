@@ -1,0 +1,128 @@
+"""Images that are stored by reference are refused if they are not those that the samples were made of."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import reinforce
+from reinforce.config import parse_config
+from reinforce.dataset.damage import set_aside
+from reinforce.dataset.store import Store
+from reinforce.engine.models import load_models
+from reinforce.engine.outcome import LayerFailure, ShardResult
+from reinforce.engine.plan import make_plan
+from reinforce.engine.shard import process_shard
+from reinforce.errors import UserError
+from reinforce.source.references import image_digest
+from reinforce.student.config import Data
+from reinforce.student.data.datasets import open_datasets
+from reinforce.student.data.reader import DatasetReader
+from reinforce.training.order import Order
+from tests.helpers.data import config_of, members_of, picture, tree, write_tar
+from tests.helpers.decoding import decode_pool
+from tests.helpers.reinforced import reinforce_here
+
+ROWS, SAME = 30, 12  # images: in the shard, and before the first that is replaced
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard whose first 64 KiB are images that stay, and which has one teacher only."""
+    folder = tmp_path_factory.mktemp("references")
+    write_tar(folder / "source" / "0.tar", members())
+    reinforce_here({**config(folder), "teachers": {"red": config(folder)["teachers"]["red"]}}, group_rows=64)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset, with the source where it was."""
+    shutil.copytree(made / "out", tmp_path / "out")
+    yield tmp_path
+    write_tar(made / "source" / "0.tar", members())
+
+
+def members(other: bool = False) -> list[tuple[str, bytes]]:
+    """Members of the tar; ``other`` has other images of the same sizes under the last keys."""
+    found = members_of(0, ROWS, width=120, height=90, format_="BMP")
+    replaced = [picture(900 + i, 120, 90, "BMP") for i in range(ROWS)]
+    return [
+        (name, replaced[i // 3] if other and name.endswith(".png") and i // 3 >= SAME else data)
+        for i, (name, data) in enumerate(found)
+    ]
+
+
+def config(made: Path, output: Path | None = None) -> dict[str, Any]:
+    return config_of(f"{made}/source/0.tar", output or made / "out", images="reference", captioners={})
+
+
+def lease(made: Path, folder: Path) -> ShardResult:
+    parsed = parse_config(config(made, folder / "out"))
+    plan = make_plan(parsed)
+    models = load_models(parsed, plan.layers.values())
+    return process_shard(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, decode_pool(), 64)
+
+
+def samples_file(folder: Path) -> Path:
+    [path] = (folder / "out" / "samples").iterdir()
+    return path
+
+
+def read_dataset(made: Path, folder: Path) -> None:
+    list(reinforce.open(str(folder / "out"), images_from=str(made / "source")))
+
+
+def train(made: Path, folder: Path) -> None:
+    data = {"datasets": [str(folder / "out")], "images_from": [str(made / "source")], "teachers": ["red"]}
+    [opened] = open_datasets(Data.model_validate({k: v for k, v in data.items() if k != "teachers"}), 0, None)
+    with ThreadPoolExecutor(1) as pool:
+        next(iter(DatasetReader(opened, Order(opened.groups[:, 2], 0, "d", 1, ROWS), 0, 0, pool)))
+
+
+def test_each_reference_has_the_digest_of_its_image(made: Path) -> None:
+    images = [data for name, data in members() if name.endswith(".png")]
+    table = pq.read_table(samples_file(made))
+    assert table["image_digest"].to_pylist() == [image_digest(image) for image in images]
+
+
+@pytest.mark.parametrize("read", [lease, read_dataset, train])
+def test_replaced_images_are_refused_with_their_number(made: Path, folder: Path, read: Any) -> None:
+    write_tar(made / "source" / "0.tar", members(other=True))
+    with pytest.raises((LayerFailure, UserError)) as caught:
+        read(made, folder)
+    message = str(caught.value)
+    assert f"{ROWS - SAME} of {ROWS} images that were read are not those that were in {made}/source/0.tar" in message
+    assert f"or drop the samples by reinforce drop {folder}/out samples --shard " in message
+    assert samples_file(folder).stem in message
+    assert not (folder / "out" / "embeddings" / "blue").exists()
+
+
+def test_samples_of_the_new_images_replace_the_other_layers(made: Path, folder: Path) -> None:
+    write_tar(made / "source" / "0.tar", members(other=True))
+    set_aside(Store(str(folder / "out")), "samples", samples_file(folder).stem)
+    result = lease(made, folder)
+    assert result.set_aside == {f"embeddings/red/{what}": "it is of other images" for what in ("images", "caption")}
+    reinforce_here(config(made, folder / "out"), group_rows=64)
+    fresh = Path(reinforce_here(config(made, folder / "fresh"), group_rows=64))
+    assert {k: v for k, v in tree(folder / "out").items() if k != "dataset.json"} == {
+        k: v for k, v in tree(fresh).items() if k != "dataset.json"
+    }
+    read_dataset(made, folder)
+
+
+def test_files_without_digests_are_read_as_before(made: Path, folder: Path) -> None:
+    path = samples_file(folder)
+    metadata = pq.read_metadata(path).metadata
+    metadata.pop(b"ARROW:schema")
+    metadata.pop(b"reinforce.images_digest")
+    table = pq.read_table(path).drop_columns("image_digest")
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    read_dataset(made, folder)
+    train(made, folder)
+    assert "embeddings/blue/images" in lease(made, folder).layers
