@@ -83,9 +83,14 @@ class Pool:
         self.polls: Polls[Slot] = Polls()
         self.loading: dict[Any, Slot] = {}
         self.leases: dict[Any, Slot] = {}
-        self.past_busy = self.past_alive = 0.0  # seconds of workers that are no longer in the pool
         self._to_avoid: frozenset[str] = frozenset()
         self._avoided: frozenset[str] = frozenset()  # the same, or empty if there are no other nodes
+        self.samples = 0  # by the workers' last pulses
+        self.busy = 0.0  # accelerator-seconds, also of workers that are no longer in the pool
+        self._past_alive = self._started_sum = 0.0
+        # With 10,000 workers, nothing may look at all of them whenever a shard ends.
+        self._started: dict[Slot, None] = {}
+        self._free: dict[Slot, None] = {}
         self._capacity = 0
         self._capacity_checked = -_CAPACITY_SECONDS
 
@@ -129,11 +134,15 @@ class Pool:
         self.slots.remove(slot)
         self.polls.remove(slot)
         if slot.info is not None:
-            self.past_busy += slot.pulse.busy
-            self.past_alive += time.monotonic() - slot.started_at
+            del self._started[slot]
+            self._free.pop(slot, None)
+            self.samples -= slot.pulse.samples
+            self._started_sum -= slot.started_at
+            self._past_alive += time.monotonic() - slot.started_at
+        else:
+            self.loading = {ref: other for ref, other in self.loading.items() if other is not slot}
         for ref in slot.leases:
             del self.leases[ref]
-        self.loading = {ref: other for ref, other in self.loading.items() if other is not slot}
         ray.kill(slot.actor)
 
     def close(self) -> None:
@@ -143,7 +152,33 @@ class Pool:
     @property
     def started(self) -> list[Slot]:
         """Workers whose models are loaded."""
-        return [slot for slot in self.slots if slot.info is not None]
+        return list(self._started)
+
+    @property
+    def started_count(self) -> int:
+        return len(self._started)
+
+    @property
+    def free(self) -> list[Slot]:
+        """Started workers that can take a lease."""
+        return list(self._free)
+
+    def record_start(self, slot: Slot, info: WorkerInfo) -> None:
+        """Record that a worker has loaded its models."""
+        slot.info, slot.started_at = info, time.monotonic()
+        self._started_sum += slot.started_at
+        self._started[slot] = self._free[slot] = None
+        self.polls.add(slot, slot.started_at)
+
+    def record_pulse(self, slot: Slot, pulse: Pulse) -> None:
+        """Record a worker's counts."""
+        self.samples += pulse.samples - slot.pulse.samples
+        self.busy += pulse.busy - slot.pulse.busy
+        slot.pulse = pulse
+
+    def alive(self, now: float) -> float:
+        """Seconds for which workers have been in the pool, all added up."""
+        return self._past_alive + len(self._started) * now - self._started_sum
 
     def lease(self, slot: Slot, shard: PendingShard, alone: bool = False) -> None:
         """Lease a shard to a worker; ``alone`` for a suspect."""
@@ -152,11 +187,14 @@ class Pool:
         ref = slot.actor.process.remote(shard)
         slot.leases[ref] = shard
         self.leases[ref] = slot
+        if not slot.free:
+            self._free.pop(slot, None)
 
     def end_lease(self, ref: Any) -> PendingShard:
         """Remove a lease that has returned or raised."""
         slot = self.leases.pop(ref)
         slot.alone = False
+        self._free[slot] = None
         return slot.leases.pop(ref)
 
     def _limit(self) -> int:

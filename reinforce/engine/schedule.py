@@ -34,9 +34,15 @@ class ShardQueue:
         self._retries: deque[tuple[PendingShard, Tried]] = deque()
         self._delayed: list[tuple[float, int, PendingShard, Tried]] = []
         self._order = itertools.count()  # heapq must never compare shards
+        self._draining = False  # whether a worker may be
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._suspects) + len(self._delayed) + len(self._retries)
+
+    @property
+    def needs_all_slots(self) -> bool:
+        """Whether ``hand_out`` needs busy workers as well as those that can take a lease."""
+        return bool(self._suspects or self._retries or self._delayed) or self._draining
 
     def add(self, shard: PendingShard, first: bool = False) -> None:
         if first:
@@ -57,6 +63,7 @@ class ShardQueue:
     def hand_out(self, slots: Sequence[Slot], lease: Callable[..., None], now: float) -> None:
         """Lease two shards to every started worker, and a suspect to a worker that has nothing else.
 
+        ``slots`` are all workers, or those that can take a lease unless ``needs_all_slots``.
         ``lease(slot, shard)`` or ``lease(slot, shard, alone=True)`` starts a lease. Where no worker is idle, as many
         workers as there are suspects get no further leases until they are.
         """
@@ -67,7 +74,7 @@ class ShardQueue:
             else:
                 self._ready.append(shard)
         slots = [slot for slot in slots if slot.paused_until <= now]
-        idle = [slot for slot in slots if slot.free == SHARDS_IN_FLIGHT]
+        idle = [slot for slot in slots if slot.free == SHARDS_IN_FLIGHT] if self._suspects else []
         while self._suspects and idle:
             shard, tried = self._suspects.popleft()
             slot = max(idle, key=lambda slot: _distance(slot, tried))
@@ -76,7 +83,7 @@ class ShardQueue:
         self._drain(slots)
         if self._retries:
             self._hand_out_retries(slots, lease)
-        for _ in range(SHARDS_IN_FLIGHT):
+        for _ in range(SHARDS_IN_FLIGHT if self._ready else 0):
             for slot in slots:
                 if self._ready and slot.free and not slot.draining:
                     lease(slot, self._ready.popleft())
@@ -102,6 +109,8 @@ class ShardQueue:
                 self._retries.append((shard, tried))
 
     def _drain(self, slots: Sequence[Slot]) -> None:
+        if not self._suspects and not self._draining:
+            return
         draining = sum(slot.draining for slot in slots)
         for slot in slots:
             busy = slot.free < SHARDS_IN_FLIGHT and not slot.alone
@@ -109,3 +118,4 @@ class ShardQueue:
                 slot.draining, draining = True, draining + 1
             elif slot.draining and not self._suspects:
                 slot.draining = False
+        self._draining = any(slot.draining for slot in slots)

@@ -62,6 +62,9 @@ def pool_of(monkeypatch: pytest.MonkeyPatch, slots: list[Slot], **workers: Any) 
     config = parse_config({"source": "a.tar", "output": "/tmp/out", "workers": workers})
     pool = Pool(config, {}, frozenset())
     pool.slots = slots
+    for slot in slots:
+        if slot.info:
+            pool.record_start(slot, slot.info)
     return pool
 
 
