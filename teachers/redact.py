@@ -55,18 +55,33 @@ def redact(text: str) -> str:
 
 
 class Redactor:
-    """Removes the secrets of a config and of the environment from messages, events and quarantine details."""
+    """Removes the secrets of a config and of the environment from messages, events and quarantine details.
+
+    Its time for a text does not depend on the number of secrets: 10,000 presigned URLs have 100,000 spellings of them.
+    """
 
     def __init__(self, values: Any) -> None:
         secrets = {*_secrets_in(values), *(os.environ[name] for name in os.environ if is_secret_variable(name))}
         spellings = {spell(secret) for secret in secrets for spell in (str, quote, unquote, _in_json)}
-        long_enough = (secret for secret in spellings if len(secret) >= _MIN_SECRET_CHARS)
-        self._secrets = sorted(long_enough, key=len, reverse=True)
+        self._secrets = frozenset(secret for secret in spellings if len(secret) >= _MIN_SECRET_CHARS)
+        lengths: dict[str, set[int]] = {}
+        for secret in self._secrets:
+            lengths.setdefault(secret[:_MIN_SECRET_CHARS], set()).add(len(secret))
+        self._lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}  # by their beginnings
 
     def __call__(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, REDACTED)
-        return redact(text)
+        parts, end = [], 0  # what lies before ``end`` is in ``parts``
+        for place in range(len(text) - _MIN_SECRET_CHARS + 1 if self._secrets else 0):
+            lengths = self._lengths.get(text[place : place + _MIN_SECRET_CHARS])
+            if lengths is None:
+                continue
+            stop = next((place + n for n in lengths if text[place : place + n] in self._secrets), 0)
+            if stop <= end:
+                continue  # no secret, or one within the last one
+            if place >= end:
+                parts += [text[end:place], REDACTED]
+            end = stop  # a secret that begins within the last one is removed with it
+        return redact("".join([*parts, text[end:]]))
 
 
 def _is_secret_option(name: Any, value: Any) -> bool:

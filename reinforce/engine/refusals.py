@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
-from reinforce.config import Config
 from reinforce.dataset.store import Store
 from reinforce.engine.traces import shorten
 from reinforce.source.shards import Refusal
 from schemas import WHOLE_SHARD
-from teachers.redact import Redactor
 
 _EXAMPLE_CHARS = 300
 
@@ -33,9 +32,8 @@ class Refusals:
         """Number of refusals by reason."""
         return dict(Counter(refusal.reason.value for rows in self._by_layer.values() for refusal in rows))
 
-    def examples(self, config: Config) -> dict[str, str]:
-        """Key and detail of the first refusal of each reason, in one line, without the config's secrets."""
-        redact = Redactor(config.model_dump(mode="json")) if self._by_layer else str
+    def examples(self, redact: Callable[[str], str]) -> dict[str, str]:
+        """Key and detail of the first refusal of each reason, in one line; ``redact`` removes secrets from details."""
         first: dict[str, str] = {}
         for row in (row for rows in self._by_layer.values() for row in rows):
             if row.reason.value not in first:
@@ -43,8 +41,7 @@ class Refusals:
                 first[row.reason.value] = shorten(" ".join(text.split()), _EXAMPLE_CHARS)
         return first
 
-    def write(self, store: Store, shard: str, config: Config) -> None:
-        """Write the quarantine files of a shard, without the config's secrets."""
-        redact = Redactor(config.model_dump(mode="json")) if self._by_layer else str
+    def write(self, store: Store, shard: str, redact: Callable[[str], str]) -> None:
+        """Write the quarantine files of a shard; ``redact`` removes secrets from details."""
         for layer, rows in self._by_layer.items():
             store.quarantine(layer, shard, [(row.key, row.reason, redact(row.detail)) for row in rows])

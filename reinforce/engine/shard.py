@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ from reinforce.source.shards import Refusal
 from reinforce.source.urls import canonical
 from schemas import IMAGE_DIGEST, Reason
 from teachers.postprocess import clean
+from teachers.redact import Redactor
 
 
 def process_shard(
@@ -53,13 +54,17 @@ def process_shard(
     pool: DecodePool,
     group_rows: int = GROUP_ROWS,
     watch: LeaseWatch | None = None,
+    redact: Callable[[str], str] | None = None,
 ) -> ShardResult:
     """Compute and commit the missing layers of ``shard``.
 
-    ``layers`` are all layers of the config, ``pool`` decodes images, ``group_rows`` bounds the row groups, and
-    ``watch`` receives its steps. Raises LayerFailure for a model's error, those of reading and writing as they are.
+    ``layers`` are all layers of the config, ``pool`` decodes images, ``group_rows`` bounds the row groups, ``watch``
+    receives its steps, and ``redact`` removes the config's secrets from what is refused. Raises LayerFailure for a
+    model's error, those of reading and writing as they are.
     """
-    return _ShardProcess(shard, config, layers, store, models, pool, group_rows, watch or LeaseWatch()).run()
+    process = _ShardProcess(shard, config, layers, store, models, pool, group_rows, watch or LeaseWatch())
+    process.redact = redact or Redactor(config.model_dump(mode="json"))
+    return process.run()
 
 
 def rows_per_batch(config: Config) -> int:
@@ -87,6 +92,8 @@ def allocate_pixels(pool: DecodePool, config: Config, layers: Iterable[Layer], m
 
 
 class _ShardProcess:
+    redact: Callable[[str], str]
+
     def __init__(
         self,
         shard: PendingShard,
@@ -152,7 +159,7 @@ class _ShardProcess:
             self.counters.busy,
             size,
             {captioner: dict(+counts) for captioner, counts in self.cleaned.items()},
-            self.refusals.examples(self.config),
+            self.refusals.examples(self.redact),
             self.source_note,
             None if reason else ShardRecord(self.shard.name, self.keys, self.source_record),
             {} if reason else {name: FileEntry(one.bytes, tuple(one.groups)) for name, one in writers.items()},
@@ -357,7 +364,7 @@ class _ShardProcess:
         Before samples that were missing, stored layers that do not fit them are set aside; returns these.
         """
         with self.watch.stage(WRITING, "quarantine"):
-            self.refusals.write(self.store, self.shard.name, self.config)
+            self.refusals.write(self.store, self.shard.name, self.redact)
         if self.refusals.shard_reason is not None:
             return {}
         stale = {}

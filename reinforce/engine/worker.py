@@ -89,7 +89,16 @@ class Worker:
         assert self.pool is not None
         try:
             with self.watch.lease(shard.name) as watch:
-                result = process_shard(shard, self.config, self.layers, self.store, self.models, self.pool, watch=watch)
+                result = process_shard(
+                    shard,
+                    self.config,
+                    self.layers,
+                    self.store,
+                    self.models,
+                    self.pool,
+                    watch=watch,
+                    redact=self.redact,
+                )
             return replace(result, memory=process_memory())
         except StorageError as error:
             raise ShardFailure(self.redact(str(error)), False) from None

@@ -9,6 +9,7 @@ from reinforce.dataset.store import Store
 from reinforce.engine.refusals import Refusals
 from reinforce.source.shards import Refusal
 from schemas import Reason
+from teachers.redact import Redactor
 
 
 def test_refusals_are_counted_by_reason_over_all_layers() -> None:
@@ -26,7 +27,7 @@ def test_the_first_refusal_of_each_reason_is_an_example_without_secrets() -> Non
     refusals.add("samples", Refusal("a", Reason.IMAGE_BROKEN, "cut\nby hf_t0ken-of-eve"))
     refusals.add("samples", Refusal("b", Reason.IMAGE_BROKEN, "cut"))
     refusals.add("samples", Refusal(None, Reason.SHARD_DAMAGED, "at byte 9" + "0" * 1000))
-    examples = refusals.examples(config)
+    examples = refusals.examples(Redactor(config.model_dump()))
     assert examples.keys() == {"image_broken", "shard_damaged"}
     assert examples["image_broken"].startswith("a: cut by ")
     assert "eve" not in examples["image_broken"]
@@ -47,10 +48,11 @@ def test_refusals_are_written_to_the_quarantine_of_their_layer_without_secrets(t
     teacher = {"class": "tests.helpers.models:TextOnly", "options": {"hf_token": "hf_t0ken-of-eve"}}
     config = parse_config({"source": "x.tar", "output": str(tmp_path), "teachers": {"t": teacher}})
     store, refusals = Store(config.output), Refusals()
-    refusals.write(store, "nothing", config)
+    redact = Redactor(config.model_dump())
+    refusals.write(store, "nothing", redact)
     refusals.add("samples", Refusal("a", Reason.IMAGE_BROKEN, "cut"))
     refusals.add("embeddings/t/caption", Refusal("b", Reason.NOT_FINITE, "hf_t0ken-of-eve is invalid"))
-    refusals.write(store, "shard", config)
+    refusals.write(store, "shard", redact)
     assert store.quarantined("samples", "shard") == [{"key": "a", "reason": "image_broken", "detail": "cut"}]
     [row] = store.quarantined("embeddings/t/caption", "shard")
     assert (row["key"], row["reason"]) == ("b", "not_finite")

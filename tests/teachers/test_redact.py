@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -89,3 +92,32 @@ def test_urls_in_any_text_lose_their_secrets(user: str, password: str, signature
     assert redact_values({"a": [url], "n": 3, "secret": [user]}) == {
         "a": ["https://host.example/a/b.tar"], "n": 3, "secret": REDACTED
     }  # fmt: skip
+
+
+def test_the_work_for_a_text_does_not_depend_on_the_number_of_secrets() -> None:
+    urls = [f"https://host/{n}.tar?X-Amz-Signature={n:064x}&X-Amz-Credential=AKIA{n:08d}" for n in range(2000)]
+    few, many = Redactor({"source": urls[:10]}), Redactor({"source": urls})
+    text = json.dumps({"event": "shard", "shard": "00000-0123456789", "layers": ["samples"] * 5}) * 3
+    assert many(text) == few(text) == text
+    assert _calls(many, text) <= _calls(few, text) + 10
+    for url in urls:
+        assert REDACTED in many(f"error at {url.partition('Signature=')[2]}")
+
+
+def test_secrets_that_overlap_or_contain_each_other_leave_nothing_of_themselves() -> None:
+    redact_text = Redactor({"a": {"token": "abcdefgh"}, "b": {"token": "efghijkl"}, "c": {"token": "abcdefghij"}})
+    assert redact_text("x abcdefgh y") == f"x {REDACTED} y"
+    assert redact_text("x abcdefghijkl y") == f"x {REDACTED} y"
+    assert redact_text("abcdefghabcdefghij") == REDACTED * 2
+    assert redact_text("abcdefg efghijkl") == f"abcdefg {REDACTED}"
+
+
+def _calls(function: Callable[[str], str], text: str) -> int:
+    """Number of calls, also of C functions, while the function runs."""
+    calls = []
+    sys.setprofile(lambda frame, event, argument: calls.append(event) if event in ("call", "c_call") else None)
+    try:
+        function(text)
+    finally:
+        sys.setprofile(None)
+    return len(calls)
