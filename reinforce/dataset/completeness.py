@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ class Completeness:
 
     Attributes:
         complete: names of the shards that every layer has, sorted.
-        total: number of shards that some layer has: those of ``samples``, unless files of it were lost.
+        total: number of shards that some layer has or had: those of ``samples``, unless files of it were lost.
         missing: for each layer that lacks shards, their names. Quarantined shards are not among them.
         quarantined: number of shards that are not complete because they are quarantined in a layer.
     """
@@ -46,9 +46,12 @@ class Completeness:
         return f"{self.quarantined:,} shards are left out because they are quarantined in a layer"
 
 
-def check_completeness(store: Store, listings: Mapping[str, Listing]) -> Completeness:
-    """Compare the listings of layers (``Store.listings``). The quarantine is listed only if a layer lacks a shard."""
-    every = Listing.union(listings.values())
+def check_completeness(store: Store, listings: Mapping[str, Listing], known: Iterable[Listing] = ()) -> Completeness:
+    """Compare the listings of layers (``Store.listings``), and other listings of shards that are ``known`` to exist.
+
+    The quarantine is listed only if a layer lacks a shard.
+    """
+    every = Listing.union([*listings.values(), *known])
     present = {layer: listing.has(every) for layer, listing in listings.items()}
     complete = np.logical_and.reduce([*present.values()])
     quarantined: set[str] = set()

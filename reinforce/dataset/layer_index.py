@@ -8,7 +8,7 @@ as finished work. A damaged index, and one of another layer or fingerprint, coun
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import schemas
 from reinforce.dataset.layer_file import MAX_ROWS, LayerFile
 from reinforce.dataset.layers import SAMPLES, Layer
-from reinforce.dataset.listing import Listing
+from reinforce.dataset.listing import SHARD_NAME, Listing
 from reinforce.dataset.store import Store, parse_footer
 from reinforce.errors import StorageError, UserError
 
@@ -52,6 +52,10 @@ class LayerIndex:
         """Each shard with the bytes of its file when it was committed."""
         for batch in self.table.select(["shard", "size"]).to_batches(max_chunksize=_GROUP_ROWS):
             yield from zip(batch["shard"].to_pylist(), batch["size"].to_pylist(), strict=True)
+
+    def listing(self) -> Listing:
+        """The listing of the layer as it was when its files were committed."""
+        return Listing(self.table["shard"].combine_chunks(), self.table["size"].to_numpy())
 
     def differing(self, listing: Listing) -> list[str]:
         """Shards of a listing whose file has another size than the one that was committed."""
@@ -100,7 +104,9 @@ def read_index(store: Store, layer: str, fingerprint: str) -> LayerIndex:
         footer = parse_footer(file.metadata)
         if (footer.get("layer"), footer.get("fingerprint")) != (layer, fingerprint):
             return LayerIndex()
-        return LayerIndex(file.read(schemas.index_schema().names).cast(schemas.index_schema()))
+        table = file.read(schemas.index_schema().names).cast(schemas.index_schema())
+        named = pc.all(pc.match_substring_regex(table["shard"], f"^{SHARD_NAME.pattern}$"), min_count=0).as_py()
+        return LayerIndex(table) if named else LayerIndex()
     except StorageError:
         raise
     except (OSError, ValueError, UserError, pa.ArrowException):  # among them FileNotFoundError and RefusedFile
@@ -121,6 +127,18 @@ def write_index(store: Store, layer: str, fingerprint: str, index: LayerIndex) -
         write_page_checksum=True,
     )
     store.write_bytes(buffer.getvalue().to_pybytes(), FOLDER, index_file(layer))
+
+
+def prune_index(store: Store, layer: str, fingerprint: str, listing: Listing, pending: Collection[str]) -> None:
+    """Remove the files of shards that were deleted: neither in the ``listing`` of the layer nor ``pending`` in a run.
+
+    Readers report files that the index has and the layer lacks. Raises StorageError.
+    """
+    index = read_index(store, layer, fingerprint)
+    shards = index.table["shard"].combine_chunks()
+    kept = listing.has(shards) | pc.is_in(shards, value_set=pa.array(pending, pa.string())).to_numpy(False)
+    if not kept.all():
+        write_index(store, layer, fingerprint, LayerIndex(index.table.filter(pa.array(kept))))
 
 
 class IndexWriter:

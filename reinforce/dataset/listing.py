@@ -25,7 +25,8 @@ import pyarrow.compute as pc
 
 from reinforce.storage import Storage
 
-_SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # names of shards, as ``source.urls`` makes them
+#: Names of shards, as ``source.urls`` makes them.
+SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _ENDING = ".parquet"
 _AT_ONCE = 8  # layers of an object store that are listed at once
 _CHUNK = 4096  # names that are Python objects at a time
@@ -147,7 +148,7 @@ def _list(storage: Storage, folder: str) -> Listing:
             return Listing.of(
                 (name.removesuffix(_ENDING), size)
                 for name, size in _entries(storage, storage.path(folder))
-                if name.endswith(_ENDING) and _SHARD.fullmatch(name)
+                if name.endswith(_ENDING) and SHARD_NAME.fullmatch(name)
             )
     except (FileNotFoundError, NotADirectoryError):
         return Listing.of([])

@@ -19,6 +19,7 @@ from reinforce.dataset.aligned import AlignedLayers, row_errors
 from reinforce.dataset.augment import from_records
 from reinforce.dataset.completeness import check_completeness
 from reinforce.dataset.damage import describe_damaged, drop_shard_command, find_damaged, without_files
+from reinforce.dataset.layer_index import read_index
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import read_manifest, select_names
@@ -105,7 +106,9 @@ class Dataset:
     def _complete_shards(self, listings: Mapping[str, Listing], strict: bool) -> list[str]:
         """Names of the shards that every layer has. Warns or raises UserError if others are missing."""
         damaged = find_damaged(self.store, listings, self._fingerprints)
-        found = check_completeness(self.store, without_files(listings, damaged))
+        committed = read_index(self.store, SAMPLES, self._fingerprints[SAMPLES]).listing()
+        known = [listings[SAMPLES], committed]
+        found = check_completeness(self.store, without_files(listings, damaged), known)
         read, missing = f"{len(found.complete):,} of {found.total:,} shards are read", found.describe_missing()
         if missing and damaged:
             missing = f"{missing}; {describe_damaged(self.store.url, damaged)}"

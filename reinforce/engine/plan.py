@@ -86,7 +86,7 @@ class Plan:
     shards: int
     states: Mapping[str, LayerState]
     pending: list[PendingShard]
-    committed: Collection[str] = ()
+    committed: Listing = field(default_factory=lambda: Listing.of(()))
     not_in_source: NotInSource = NotInSource()
     listed: Mapping[str, Info] = field(default_factory=dict)
     damaged: Sequence[DamagedFile] = ()

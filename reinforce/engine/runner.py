@@ -8,6 +8,8 @@ from typing import Any
 
 from reinforce.config import Config, load_config, parse_config
 from reinforce.dataset.claims import Claims
+from reinforce.dataset.layer_index import prune_index
+from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import code_notes, find_manifest, scale_notes, update_manifest
 from reinforce.dataset.shard_records import read_records
 from reinforce.dataset.store import MANIFEST, Store
@@ -53,6 +55,8 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
     with store.lock():
         plan = make_plan(config, retry_quarantined)
         manifest = find_manifest(store)
+        pending = [shard.name for shard in plan.pending]
+        prune_index(store, SAMPLES, plan.layers[SAMPLES].fingerprint, plan.committed, pending)
         for note in scale_notes(manifest, config):
             _LOG.warning(note)
         if not plan.pending:

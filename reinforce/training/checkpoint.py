@@ -34,7 +34,8 @@ class Progress:
 
     ``step`` is the number of finished steps, ``skipped`` how many of them made no update, ``seconds`` the time spent
     in steps. ``fixed_config`` is the part of the config that determines the training, by dotted keys. ``streams`` is
-    the number of streams that the feed reads, if the order of samples depends on one; older checkpoints do not have it.
+    the number of streams that the feed reads, if the order of samples depends on one, and ``samples`` those of an
+    epoch; older checkpoints do not have them.
     """
 
     step: int
@@ -42,6 +43,7 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0
     streams: int | None = None
+    samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def _encode_header(progress: Progress) -> str:
         "seconds": progress.seconds,
         "skipped": progress.skipped,
         **({} if progress.streams is None else {"streams": progress.streams}),
+        **({} if progress.samples is None else {"samples": progress.samples}),
     }
     return json.dumps(fields)
 

@@ -148,12 +148,19 @@ class _Loop:
         cores = -self.ranks.start_max(-self.ranks.cpus)()  # all ranks read in the same way
         loaders, step = loader_processes(cores, accelerated), self.progress.step
         reading = self.feed.set_up(ranks, self.training.batch // ranks, step, loaders, self.progress.streams)
-        self.progress = replace(self.progress, streams=reading.streams)
+        before, samples = self.progress.samples, self.feed.samples
+        self.progress = replace(self.progress, streams=reading.streams, samples=samples)
         threads = arithmetic_threads(self.ranks.cpus, reading.loaders, accelerated)
         if self.training.compute.cpus is None and threads < self.ranks.cpus:
             torch.set_num_threads(threads)
         line = self.ranks.describe(reading.text)
-        return [line] if reading.note is None else [line, reading.note]
+        notes = [line] if reading.note is None else [line, reading.note]
+        if before not in (None, samples):
+            notes.append(
+                f"an epoch has {samples:,} samples now and had {before:,} at the last checkpoint: the data have "
+                "changed, and the order of samples is another one from here on"
+            )
+        return notes
 
     # -- checkpoints
 

@@ -22,6 +22,12 @@ def test_layers_that_lack_shards_are_named_with_some_of_the_shards(tmp_path: Pat
     assert found.describe_missing() == "e lacks 4 of 6 shards (s1, s2, s4, ...)"
 
 
+def test_shards_that_every_layer_has_lost_are_missing_if_they_are_known(tmp_path: Path) -> None:
+    found = check_completeness(Store(str(tmp_path)), {"samples": of("s1", "s2")}, [of("s0", "s1"), of("s3")])
+    assert (found.complete, found.missing) == (["s1", "s2"], {"samples": ["s0", "s3"]})
+    assert found.describe_missing() == "samples lacks 2 of 4 shards (s0, s3)"
+
+
 def test_a_shard_that_is_quarantined_in_one_layer_is_missing_in_none(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.quarantine("captions/c", "s1", [(None, Reason.SHARD_FAILED, "raised")])

@@ -123,6 +123,33 @@ def test_a_damaged_file_of_a_shard_outside_the_source_stays_where_it_is(made: Pa
     assert path.read_bytes() == b"PAR1PAR1"
 
 
+@pytest.mark.parametrize("how", ["gone", "emptied"])
+def test_samples_that_are_lost_are_counted_where_no_other_layer_is_read(
+    made: Path, dataset: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = file_of(dataset, "samples")
+    path.write_bytes(b"") if how == "emptied" else path.unlink()
+    with caplog.at_level(logging.WARNING):
+        assert len(reinforce.open(str(dataset), teachers=[], captioners=[])) == 3
+    assert f"1 of 2 shards are read, because samples lacks 1 of 2 shards ({path.stem})" in caplog.text
+    plain = Data.model_validate({"datasets": [str(dataset)], "captioners": {}})
+    with pytest.raises(UserError, match="samples lacks 1 of 2 shards" if how == "gone" else "1 file is damaged"):
+        open_datasets(plain, 0, [])
+    reinforce_here(config(made, dataset))
+    assert len(reinforce.open(str(dataset), teachers=[], captioners=[], strict=True)) == 12
+
+
+def test_a_shard_that_was_removed_from_all_layers_is_forgotten_by_the_next_run(made: Path, dataset: Path) -> None:
+    name = file_of(dataset, "samples", 1).name
+    for path in dataset.rglob(name):
+        path.unlink()
+    with pytest.raises(UserError, match="samples lacks 1 of 2 shards"):
+        reinforce.open(str(dataset), strict=True)
+    one = {**config(made, dataset), "source": f"{made.parent}/source/00000.tar"}
+    assert reinforce.run(one).run is None, "nothing is computed"
+    assert len(reinforce.open(str(dataset), strict=True)) == 9
+
+
 def flip(path: Path, column: str) -> None:
     """Invert a byte in the middle of the first pages of a column."""
     group = pq.ParquetFile(path).metadata.row_group(0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from reinforce.dataset import layer_index
-from reinforce.dataset.layer_index import FileEntry, IndexWriter, read_index, write_index
+from reinforce.dataset.layer_index import FileEntry, IndexWriter, prune_index, read_index, write_index
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import read_manifest
@@ -64,6 +64,11 @@ def test_an_index_that_is_missing_damaged_or_of_another_layer_counts_as_empty(st
     assert read_index(store, SAMPLES, "f0").table.num_rows == 1, "it is replaced"
 
 
+def test_an_index_with_names_that_no_shard_has_counts_as_empty(store: Store) -> None:
+    write(store, **{"a": FileEntry(10, (1,)), "\x1b[31m": FileEntry(10, (1,))})
+    assert not read_index(store, SAMPLES, "f0").table.num_rows
+
+
 def test_row_counts_that_no_file_can_have_are_not_used(store: Store) -> None:
     write(store, a=FileEntry(10, (-5,)), b=FileEntry(10, (2**30,)), c=FileEntry(10, (7,)))
     index = read_index(store, SAMPLES, "f0")
@@ -77,6 +82,15 @@ def test_an_index_of_many_files_is_read_in_parts(store: Store) -> None:
     assert dict(index.sizes()) == {name: entry.size for name, entry in files.items()}
     groups = dict(index.groups({name: entry.size for name, entry in files.items()}))
     assert {name: tuple(rows.tolist()) for name, rows in groups.items()} == {n: e.groups for n, e in files.items()}
+
+
+def test_files_that_were_deleted_are_removed_from_the_index(store: Store) -> None:
+    write(store, a=FileEntry(10, (1,)), b=FileEntry(20, (2,)), c=FileEntry(30, (3,)))
+    prune_index(store, SAMPLES, "f0", Listing.of([("a", 10)]), ["c"])
+    assert dict(read_index(store, SAMPLES, "f0").sizes()) == {"a": 10, "c": 30}
+    before = Path(store.path("index", "samples.parquet")).stat().st_mtime_ns
+    prune_index(store, SAMPLES, "f0", Listing.of([("a", 10), ("c", 30)]), [])
+    assert Path(store.path("index", "samples.parquet")).stat().st_mtime_ns == before, "nothing to write"
 
 
 def test_an_error_of_the_storage_is_raised_and_nothing_is_lost(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

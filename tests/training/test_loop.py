@@ -72,6 +72,18 @@ def test_a_stopped_training_resumes_bit_for_bit(tmp_path: Path, options: dict[st
     assert results.seconds > 0
 
 
+def test_a_resumed_training_says_how_many_samples_the_data_had_and_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class SmallerFeed(PairFeed):
+        samples = 48
+
+    stopped_after(3, job(tmp_path))
+    assert "samples now" not in capsys.readouterr().out
+    run(job(tmp_path), SmallerFeed())
+    assert "an epoch has 48 samples now and had 64 at the last checkpoint" in " ".join(capsys.readouterr().out.split())
+
+
 def test_steps_after_the_last_checkpoint_are_in_the_log_once(tmp_path: Path) -> None:
     """A killed training leaves rows after its last checkpoint, and a truncated row."""
     killed = job(tmp_path, checkpoints={"every": 4, "keep": 1})

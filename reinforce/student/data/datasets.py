@@ -14,6 +14,7 @@ from reinforce.dataset.aligned import AlignedLayers
 from reinforce.dataset.backends import load_backend
 from reinforce.dataset.completeness import check_completeness
 from reinforce.dataset.damage import describe_damaged, find_damaged
+from reinforce.dataset.layer_index import read_index
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer
 from reinforce.dataset.manifest import read_manifest, select_names
 from reinforce.dataset.row_counts import row_group_table
@@ -99,7 +100,8 @@ def _complete_shards(store: Store, fingerprints: Mapping[str, str]) -> dict[str,
     listings = store.listings(fingerprints)
     if damaged := find_damaged(store, listings, fingerprints):
         raise UserError(f"{store.url}: {describe_damaged(store.url, damaged)}.")
-    found = check_completeness(store, listings)
+    committed = read_index(store, SAMPLES, fingerprints[SAMPLES]).listing()
+    found = check_completeness(store, listings, [committed])
     if found.missing:
         raise UserError(f"{store.url}: {found.describe_missing()}. Finish it with `reinforce run` and its config.")
     if found.quarantined:
