@@ -7,10 +7,13 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from reinforce.cores import available_cores
 from reinforce.errors import UserError
@@ -88,6 +91,30 @@ def is_raylet_alive() -> bool:
 def live_nodes() -> frozenset[str]:
     """Return the ids of the nodes that Ray reports as alive, in one request for all."""
     return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
+def call_on_nodes(
+    function: Callable[..., Any], calls: Sequence[tuple[str, tuple[Any, ...]]], seconds: float
+) -> list[Any]:
+    """Call a function on the nodes of ``calls``, each with its arguments -> the results, None where there is none in
+    time."""
+    if not calls:
+        return []
+    remote = ray.remote(num_cpus=0, max_retries=0)(function)
+    refs = []
+    for node, arguments in calls:
+        place = NodeAffinitySchedulingStrategy(node, soft=False)
+        refs.append(remote.options(scheduling_strategy=place).remote(*arguments))
+    done = set(ray.wait(refs, num_returns=len(refs), timeout=seconds)[0])
+    results = []
+    for ref in refs:
+        try:
+            results.append(ray.get(ref) if ref in done else None)
+        except RayError:
+            results.append(None)
+        if ref not in done:
+            ray.cancel(ref, force=True)
+    return results
 
 
 def cause_of(error: Exception) -> Exception:

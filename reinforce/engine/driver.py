@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
 
-from reinforce.cluster import cause_of, is_raylet_alive, live_nodes, live_resources
+from reinforce.cluster import call_on_nodes, cause_of, is_raylet_alive, live_nodes, live_resources
 from reinforce.dataset.claims import Claims
 from reinforce.dataset.damage import DamagedFile, set_aside, set_aside_notes
 from reinforce.dataset.layer_index import IndexWriter
@@ -39,7 +39,7 @@ from reinforce.engine.failures import (
     pause_seconds,
     ray_ended,
 )
-from reinforce.engine.hangs import Hang, StallLimits, find_hang, silence_limit, silence_reason
+from reinforce.engine.hangs import Hang, StallLimits, find_hang, find_silence, silence_limit
 from reinforce.engine.outcome import ShardResult, WorkerInfo
 from reinforce.engine.plan import PendingShard, Plan
 from reinforce.engine.pool import Pool, Slot
@@ -48,11 +48,13 @@ from reinforce.engine.schedule import ShardQueue
 from reinforce.engine.stop import stop_requests
 from reinforce.engine.summary import Ending, RunSummary, RunTotals, ending_of, summarize
 from reinforce.engine.traces import shorten
+from reinforce.engine.watch import read_board
 from reinforce.errors import StorageError, UserError
 from teachers.redact import Redactor
 
 _TICK_SECONDS = 0.5
 _PAUSE_SECONDS_PER_REF, _MAX_PAUSE_SECONDS = 5e-5, 1.0
+_BOARD_SECONDS = 10.0  # for the boards of workers that do not answer
 _RAY_SECONDS = 2.0  # between two looks at Ray on this machine
 _QUIET_START_SECONDS = 15.0  # before a slow start is logged
 
@@ -221,8 +223,10 @@ class Driver:
             # A process that died is reported as dead at once. An unreachable one may be on a node that is being lost.
             dead = not isinstance(error, ActorUnavailableError)
             reason = str(error).strip().splitlines()[0][:300]
-            memory = isinstance(error, OutOfMemoryError)
-            self.policy.worker_died(self._end_worker(slot), reason, time.monotonic(), dead, memory)
+            memory, worker = isinstance(error, OutOfMemoryError), self._end_worker(slot)
+            if memory:
+                worker = replace(worker, neighbours=self.pool.count_on_node(worker.node))
+            self.policy.worker_died(worker, reason, time.monotonic(), dead, memory)
         else:
             self.pool.end_lease(ref)
             self._count_success(slot, result)
@@ -298,17 +302,18 @@ class Driver:
         assert slot.info is not None
         shards, info = tuple(slot.leases.values()), slot.info
         self.pool.remove(slot)
-        neighbours = sum(other.info is not None and other.info.node == info.node for other in self.pool.slots)
-        return EndedWorker(info.node, info.pid, shards, slot.alone, info.host, slot.use, neighbours)
+        return EndedWorker(info.node, info.pid, shards, slot.alone, info.host, slot.use)
 
     def _kill_hung(self, slot: Slot, hang: Hang) -> None:
         """Kill a worker in which a shard makes no progress: a hanging thread cannot be stopped otherwise."""
         self.policy.worker_hung(self._end_worker(slot), hang, time.monotonic())
 
     def _kill_silent_workers(self) -> None:
-        for slot, seconds in self.pool.polls.unanswered(time.monotonic()):
-            if seconds > self.limits.least and slot.leases and seconds > silence_limit(slot.pulse, self.limits):
-                self._kill_hung(slot, Hang(silence_reason(seconds, slot.pulse, self.limits)))
+        unanswered = [one for one in self.pool.polls.unanswered(time.monotonic()) if one[1] > self.limits.least]
+        silent = [(s, t) for s, t in unanswered if s.info and s.leases and t > silence_limit(s.pulse, self.limits)]
+        calls = [(slot.info.node, (slot.info.pid, slot.info.board)) for slot, _ in silent if slot.info]
+        for (slot, seconds), board in zip(silent, call_on_nodes(read_board, calls, _BOARD_SECONDS), strict=True):
+            self._kill_hung(slot, find_silence(seconds, slot.pulse, board or (), self.limits))
 
     def _handle_death(self, verdict: DeathVerdict) -> None:
         death = verdict.death

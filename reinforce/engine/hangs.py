@@ -97,13 +97,16 @@ def _is_over(lease: LeasePulse, limits: StallLimits) -> bool:
 
 
 def _describe(lease: LeasePulse, key: str | None, limits: StallLimits) -> str:
-    where = lease.stage if lease.stage in _STORAGE_STAGES else f"layer {lease.stage}"
-    what = f" ({lease.what})" if lease.what else ""
     decoding = f"; longest in a decode process: key {key!r}" if lease.stage == DECODING and key is not None else ""
     return (
-        f"{lease.shard} has made no progress for {lease.seconds:.0f} s in {where}{what}{decoding} "
+        f"{lease.shard} has made no progress for {lease.seconds:.0f} s in {_where(lease)}{decoding} "
         f"(limit: {limits.origin(lease.stage)})"
     )
+
+
+def _where(lease: LeasePulse) -> str:
+    where = lease.stage if lease.stage in (WAITING, *_STORAGE_STAGES) else f"layer {lease.stage}"
+    return f"{where} ({lease.what})" if lease.what else where
 
 
 def silence_limit(pulse: Pulse, limits: StallLimits) -> float:
@@ -111,14 +114,17 @@ def silence_limit(pulse: Pulse, limits: StallLimits) -> float:
     return limits.seconds(_slowest_stage(pulse, limits))
 
 
-def silence_reason(seconds: float, pulse: Pulse, limits: StallLimits) -> str:
-    """Why a worker that does not answer counts as hung. Code that holds the interpreter lock keeps it from answering,
-    so its last answer may be older than what hangs."""
-    seen = "; ".join(f"{one.shard} in {one.stage}{f' ({one.what})' if one.what else ''}" for one in pulse.leases)
-    last = f"; its last answer: {seen}" if seen else ""
-    return (
-        f"the worker has not answered for {seconds:.0f} s, as if something in it holds the interpreter lock{last} "
-        f"(limit: {limits.origin(_slowest_stage(pulse, limits))})"
+def find_silence(seconds: float, pulse: Pulse, board: tuple[LeasePulse, ...], limits: StallLimits) -> Hang:
+    """The hang of a worker that has not answered for ``seconds``. ``board`` is where its leases are, read from outside;
+    where it is empty, all that is known is the last answer."""
+    leases = board or pulse.leases
+    seen = "; ".join(f"{one.shard} in {_where(one)}" for one in leases)
+    at = f"; {'it is' if board else 'at its last answer it was'} at {seen}" if seen else ""
+    running = [one for one in board if one.stage not in (WAITING, *_STORAGE_STAGES)]
+    return Hang(
+        f"the worker has not answered for {seconds:.0f} s, as if something in it holds the interpreter lock{at} "
+        f"(limit: {limits.origin(_slowest_stage(pulse, limits))})",
+        frozenset(one.shard for one in running) if len(running) == 1 else frozenset(),
     )
 
 

@@ -29,8 +29,8 @@ class WorkerId(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """A worker whose models are loaded. ``models`` holds what is known of a model only once it is loaded, by name, and
-    ``memory`` is the bytes of its process."""
+    """A worker whose models are loaded. ``models`` holds what is known of a model only once it is loaded, by name,
+    ``memory`` is the bytes of its process, and ``board`` the descriptor of its ``watch.Board``."""
 
     node: str
     pid: int
@@ -38,6 +38,7 @@ class WorkerInfo:
     models: Mapping[str, Mapping[str, Any]]
     host: str = ""
     memory: int = 0
+    board: int = -1
 
     @property
     def id(self) -> WorkerId:

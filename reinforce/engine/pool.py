@@ -158,6 +158,10 @@ class Pool:
     def started_count(self) -> int:
         return len(self._started)
 
+    def count_on_node(self, node: str) -> int:
+        """Number of started workers on a node."""
+        return sum(slot.info is not None and slot.info.node == node for slot in self._started)
+
     @property
     def free(self) -> list[Slot]:
         """Started workers that can take a lease."""

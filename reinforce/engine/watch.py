@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
+
+from reinforce.shared_memory import SharedMemory
 
 #: Stages of a lease. A lease that runs a model is in a stage with the name of the layer.
 READING = "reading"
@@ -14,6 +18,7 @@ DECODING = "decoding"
 WRITING = "writing"
 WAITING = "waiting for the accelerator"  # which the other lease of the worker uses
 PREPARING = "preparing"
+_SHORT_STAGES = (READING, DECODING)  # of which there is one for each sample
 
 _Item = TypeVar("_Item")
 
@@ -45,27 +50,70 @@ class Pulse:
     memory: int = 0
 
 
+class Board:
+    """Where the leases of a worker are, in memory that other processes of its node can read.
+
+    Code that holds the interpreter lock keeps the worker from answering, and not from being read.
+    """
+
+    BYTES = 1024  # of an entry
+
+    def __init__(self, entries: int) -> None:
+        self._memory = SharedMemory(entries * self.BYTES)
+
+    @property
+    def descriptor(self) -> int:
+        return self._memory.descriptor
+
+    def set(self, entry: int, shard: str, stage: str, what: str) -> None:
+        data = json.dumps([shard, stage, what[:150], time.monotonic()], ensure_ascii=False).encode()
+        os.pwrite(self.descriptor, data[: self.BYTES].ljust(self.BYTES, b"\0"), entry * self.BYTES)
+
+    def clear(self, entry: int) -> None:
+        os.pwrite(self.descriptor, bytes(self.BYTES), entry * self.BYTES)
+
+
+def read_board(pid: int, descriptor: int) -> tuple[LeasePulse, ...]:
+    """The entries of the board of a process of this machine; none if they cannot be read."""
+    data, found = b"", []
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/fd/{descriptor}", "rb") as file:
+        data = file.read()
+    for start in range(0, len(data), Board.BYTES):
+        with contextlib.suppress(ValueError):  # an empty entry, or one that is being written
+            shard, stage, what, since = json.loads(data[start : start + Board.BYTES].rstrip(b"\0"))
+            found.append(LeasePulse(shard, stage, time.monotonic() - since, what))
+    return tuple(found)
+
+
 class LeaseWatch:
     """Where one lease is. Its thread writes it, and the thread that answers the driver reads it.
 
-    Entering and leaving a stage is progress. ``slowest`` receives the seconds of the slowest step by stage.
+    Entering and leaving a stage is progress. ``slowest`` receives the seconds of the slowest step by stage, and
+    ``board`` at ``entry`` the stages that run models.
     """
 
-    def __init__(self, shard: str = "", slowest: dict[str, float] | None = None) -> None:
+    def __init__(
+        self, shard: str = "", slowest: dict[str, float] | None = None, board: Board | None = None, entry: int = 0
+    ) -> None:
         self.shard = shard
         self._slowest = {} if slowest is None else slowest
+        self._board, self._entry = board, entry
         self._at = (PREPARING, "", time.monotonic())  # one object, so that a reader sees values of one moment
+        self._show(PREPARING, "")
 
     @contextlib.contextmanager
     def stage(self, name: str, what: str = "") -> Iterator[None]:
         """Be in a stage, and afterwards in the one before it."""
         before = self._at
         self._at = (name, what, time.monotonic())
+        self._show(name, what)
         try:
             yield
         finally:
             self._record(name, self._at[2])
             self._at = (before[0], before[1], time.monotonic())
+            if name not in _SHORT_STAGES:
+                self._show(before[0], before[1])
 
     def steps(self, name: str, items: Iterable[_Item]) -> Iterator[_Item]:
         """Yield ``items``; producing each is a step of the stage."""
@@ -84,6 +132,10 @@ class LeaseWatch:
         stage, what, since = self._at
         return LeasePulse(self.shard, stage, now - (max(since, prepared_at) if stage == DECODING else since), what)
 
+    def _show(self, name: str, what: str) -> None:
+        if self._board is not None and name not in _SHORT_STAGES:
+            self._board.set(self._entry, self.shard, name, what)
+
     def _record(self, name: str, since: float) -> None:
         seconds = time.monotonic() - since
         if seconds > self._slowest.get(name, 0.0):
@@ -93,20 +145,24 @@ class LeaseWatch:
 class WorkerWatch:
     """The leases of a worker, and the counts that say whether its decode processes make progress."""
 
-    def __init__(self) -> None:
+    def __init__(self, leases: int = 2) -> None:
         self.slowest: dict[str, float] = {}
-        self._leases: dict[int, LeaseWatch] = {}
+        self.board = Board(leases)
+        self._leases: dict[int, LeaseWatch] = {}  # by entry of the board
+        self._free = list(range(leases))
         self._prepared = (0, time.monotonic())  # items that were decoded, and since when there are so many
 
     @contextlib.contextmanager
     def lease(self, shard: str) -> Iterator[LeaseWatch]:
         """The watch of a lease, while it runs."""
-        watch = LeaseWatch(shard, self.slowest)
-        self._leases[id(watch)] = watch
+        entry = self._free.pop()
+        watch = self._leases[entry] = LeaseWatch(shard, self.slowest, self.board, entry)
         try:
             yield watch
         finally:
-            del self._leases[id(watch)]
+            del self._leases[entry]
+            self.board.clear(entry)
+            self._free.append(entry)
 
     def pulses(self, prepared: int, now: float) -> tuple[LeasePulse, ...]:
         """Where the leases are, after ``prepared`` items were decoded."""

@@ -47,7 +47,7 @@ class Worker:
         self.redact = Redactor(config.model_dump(mode="json"))
         self.models: Models | None = None
         self.pool: DecodePool | None = None
-        self.watch = WorkerWatch()
+        self.watch = WorkerWatch(SHARDS_IN_FLIGHT)
 
     def load(self) -> WorkerInfo:
         """Load and test the models of the layers in ``needed``. Raises UserError if one does not work."""
@@ -72,7 +72,8 @@ class Worker:
         }
         node = ray.get_runtime_context().get_node_id()
         device = str(self.models.accelerator.device)
-        return WorkerInfo(node, os.getpid(), device, loaded, socket.gethostname(), process_memory())
+        board = self.watch.board.descriptor
+        return WorkerInfo(node, os.getpid(), device, loaded, socket.gethostname(), process_memory(), board)
 
     def _check_output(self) -> None:
         """Raise UserError if ``output`` is relative to a folder of the driver that this node does not have."""

@@ -18,9 +18,9 @@ from reinforce.engine.hangs import (
     Polls,
     StallLimits,
     find_hang,
+    find_silence,
     poll_interval,
     silence_limit,
-    silence_reason,
 )
 from reinforce.engine.watch import DECODING, READING, WAITING, WRITING, LeasePulse, Pulse
 
@@ -121,11 +121,20 @@ def test_a_worker_that_does_not_answer_has_the_limit_of_what_it_last_did() -> No
     assert silence_limit(Pulse(), limits) == CEILING, "nothing is known of it"
     limits.record({LAYER: 2.0})
     assert silence_limit(pulse(LAYER, 1.0, "4 rows"), limits) == 300
-    assert silence_reason(301.0, pulse(LAYER, 1.0, "4 rows"), limits) == (
-        "the worker has not answered for 301 s, as if something in it holds the interpreter lock; its last answer: a "
-        "in embeddings/red/images (4 rows) (limit: 300 s, because the slowest such step so far took 2 s; "
-        "failures.stall_seconds sets another limit)"
+    hang = find_silence(301.0, pulse(LAYER, 1.0, "4 rows"), (), limits)
+    assert hang.shards == frozenset(), "it may be another one by now"
+    assert hang.reason == (
+        "the worker has not answered for 301 s, as if something in it holds the interpreter lock; at its last answer "
+        "it was at a in layer embeddings/red/images (4 rows) (limit: 300 s, because the slowest such step so far took "
+        "2 s; failures.stall_seconds sets another limit)"
     )
+
+
+def test_the_board_of_a_worker_that_does_not_answer_names_the_shard_and_the_batch() -> None:
+    board = (LeasePulse("a", WAITING, 9.0), LeasePulse("b", LAYER, 9.0, "8 rows"))
+    hang = find_silence(7.0, pulse(LAYER, 1.0, "4 rows"), board, StallLimits(Failures(stall_seconds=6.0)))
+    assert hang.shards == {"b"}
+    assert "; it is at a in waiting for the accelerator; b in layer embeddings/red/images (8 rows)" in hang.reason
 
 
 # -- who is asked

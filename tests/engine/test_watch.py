@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from reinforce.engine.watch import DECODING, PREPARING, READING, LeaseWatch, WorkerWatch, process_memory
+from reinforce.engine.watch import DECODING, PREPARING, READING, LeaseWatch, WorkerWatch, process_memory, read_board
 
 
 @pytest.fixture
@@ -76,3 +79,34 @@ def test_images_that_decode_processes_finish_are_progress_of_leases_that_wait_fo
 
 def test_the_memory_of_this_process_is_measured() -> None:
     assert 2**20 < process_memory() < 2**40
+
+
+def test_a_board_is_read_by_other_processes_while_the_worker_holds_the_interpreter_lock() -> None:
+    code = """
+import re, sys
+from reinforce.engine.watch import READING, WorkerWatch
+worker = WorkerWatch()
+with worker.lease("a") as a, worker.lease("b") as b, a.stage("embeddings/t/images", "4 rows, keys 'x' to 'y'"):
+    with b.stage(READING):
+        print(worker.board.descriptor, flush=True)
+        re.match("(a+)+$", "a" * 99 + "b")
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        descriptor = int(process.stdout.readline())
+        found = {one.shard: one for one in read_board(process.pid, descriptor)}
+        process.kill()
+    assert found.keys() == {"a", "b"}
+    assert (found["a"].stage, found["a"].what) == ("embeddings/t/images", "4 rows, keys 'x' to 'y'")
+    assert found["b"].stage == PREPARING
+    assert 0 <= found["a"].seconds < 60
+    assert read_board(process.pid, descriptor) == ()
+
+
+def test_a_lease_that_has_ended_is_on_no_board() -> None:
+    worker = WorkerWatch()
+    with worker.lease("a"):
+        pass
+    assert read_board(os.getpid(), worker.board.descriptor) == ()
+    with worker.lease("a"), worker.lease("b"):
+        assert {one.shard for one in read_board(os.getpid(), worker.board.descriptor)} == {"a", "b"}
