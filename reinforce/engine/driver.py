@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
 
-from reinforce.cluster import call_on_nodes, cause_of, is_raylet_alive, live_nodes, live_resources
+from reinforce.cluster import cause_of, is_raylet_alive, live_nodes, live_resources
 from reinforce.dataset.claims import Claims
 from reinforce.dataset.damage import DamagedFile, set_aside, set_aside_notes
 from reinforce.dataset.layer_index import IndexWriter
@@ -39,7 +39,7 @@ from reinforce.engine.failures import (
     pause_seconds,
     ray_ended,
 )
-from reinforce.engine.hangs import Hang, StallLimits, find_hang, find_silence, silence_limit
+from reinforce.engine.hangs import Hang, StallLimits, find_hang, find_silence, is_silent
 from reinforce.engine.outcome import ShardResult, WorkerInfo
 from reinforce.engine.plan import PendingShard, Plan
 from reinforce.engine.pool import Pool, Slot
@@ -48,13 +48,11 @@ from reinforce.engine.schedule import ShardQueue
 from reinforce.engine.stop import stop_requests
 from reinforce.engine.summary import Ending, RunSummary, RunTotals, ending_of, summarize
 from reinforce.engine.traces import shorten
-from reinforce.engine.watch import read_board
 from reinforce.errors import StorageError, UserError
 from teachers.redact import Redactor
 
 _TICK_SECONDS = 0.5
 _PAUSE_SECONDS_PER_REF, _MAX_PAUSE_SECONDS = 5e-5, 1.0
-_BOARD_SECONDS = 10.0  # for the boards of workers that do not answer
 _RAY_SECONDS = 2.0  # between two looks at Ray on this machine
 _QUIET_START_SECONDS = 15.0  # before a slow start is logged
 
@@ -309,11 +307,10 @@ class Driver:
         self.policy.worker_hung(self._end_worker(slot), hang, time.monotonic())
 
     def _kill_silent_workers(self) -> None:
-        unanswered = [one for one in self.pool.polls.unanswered(time.monotonic()) if one[1] > self.limits.least]
-        silent = [(s, t) for s, t in unanswered if s.info and s.leases and t > silence_limit(s.pulse, self.limits)]
-        calls = [(slot.info.node, (slot.info.pid, slot.info.board)) for slot, _ in silent if slot.info]
-        for (slot, seconds), board in zip(silent, call_on_nodes(read_board, calls, _BOARD_SECONDS), strict=True):
-            self._kill_hung(slot, find_silence(seconds, slot.pulse, board or (), self.limits))
+        unanswered = self.pool.polls.unanswered(time.monotonic())
+        silent = {slot: t for slot, t in unanswered if slot.leases and is_silent(t, slot.pulse, self.limits)}
+        for slot, board in self.pool.read_boards(silent).items():
+            self._kill_hung(slot, find_silence(silent[slot], slot.pulse, board, self.limits))
 
     def _handle_death(self, verdict: DeathVerdict) -> None:
         death = verdict.death

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
-from reinforce.cluster import live_nodes, live_resources
+from reinforce.cluster import call_on_nodes, live_nodes, live_resources
 from reinforce.config import Config, Workers
 from reinforce.cores import Node, capacity, cores_per_process
 from reinforce.dataset.layers import Layer
@@ -18,10 +18,11 @@ from reinforce.engine.hangs import Polls
 from reinforce.engine.memory import MemoryUse
 from reinforce.engine.outcome import WorkerInfo
 from reinforce.engine.plan import PendingShard
-from reinforce.engine.watch import Pulse
+from reinforce.engine.watch import LeasePulse, Pulse, read_board
 from reinforce.engine.worker import SHARDS_IN_FLIGHT, as_actor
 
 _CAPACITY_SECONDS = 5.0  # between two counts of the cluster's resources
+_BOARD_SECONDS = 10.0  # for the boards of workers that do not answer
 _NODE_LABEL = "ray.io/node-id"
 
 
@@ -179,6 +180,13 @@ class Pool:
         self.samples += pulse.samples - slot.pulse.samples
         self.busy += pulse.busy - slot.pulse.busy
         slot.pulse = pulse
+
+    def read_boards(self, slots: Iterable[Slot]) -> dict[Slot, tuple[LeasePulse, ...]]:
+        """Where the leases of workers that do not answer are; empty where it cannot be read."""
+        running = {slot: slot.info for slot in slots if slot.info is not None}
+        calls = [(info.node, (info.pid, info.board)) for info in running.values()]
+        boards = call_on_nodes(read_board, calls, _BOARD_SECONDS)
+        return {slot: board or () for slot, board in zip(running, boards, strict=True)}
 
     def alive(self, now: float) -> float:
         """Seconds for which workers have been in the pool, all added up."""
