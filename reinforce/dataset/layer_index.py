@@ -97,7 +97,15 @@ def index_file(layer: str) -> str:
 
 
 def read_index(store: Store, layer: str, fingerprint: str) -> LayerIndex:
-    """Read the index of a layer with this fingerprint; empty if there is none that can be used. Raises StorageError."""
+    """Read the index of a layer with this fingerprint; empty if there is none that can be used."""
+    try:
+        return _read_index(store, layer, fingerprint)
+    except StorageError:  # a reader may have no right to read it
+        return LayerIndex()
+
+
+def _read_index(store: Store, layer: str, fingerprint: str) -> LayerIndex:
+    """The same for who writes it again. Raises StorageError."""
     try:
         content = store.read_bytes(FOLDER, index_file(layer), limit=_MAX_BYTES)
         file = LayerFile(pa.BufferReader(content), len(content))
@@ -134,7 +142,7 @@ def prune_index(store: Store, layer: str, fingerprint: str, listing: Listing, pe
 
     Readers report files that the index has and the layer lacks. Raises StorageError.
     """
-    index = read_index(store, layer, fingerprint)
+    index = _read_index(store, layer, fingerprint)
     shards = index.table["shard"].combine_chunks()
     kept = listing.has(shards) | pc.is_in(shards, value_set=pa.array(pending, pa.string())).to_numpy(False)
     if not kept.all():
@@ -166,7 +174,7 @@ class IndexWriter:
         """Write what is new. Raises StorageError."""
         for layer in list(self._entries):
             fingerprint = self._layers[layer].fingerprint
-            index = read_index(self._store, layer, fingerprint).merged(self._entries[layer], layer == SAMPLES)
+            index = _read_index(self._store, layer, fingerprint).merged(self._entries[layer], layer == SAMPLES)
             write_index(self._store, layer, fingerprint, index)
             del self._entries[layer]
         self._written = time.monotonic()

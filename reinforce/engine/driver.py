@@ -97,8 +97,9 @@ class Driver:
             summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
             summary = replace(summary, notes=self.policy.notes)
             self.pool.close()
-            with contextlib.suppress(StorageError, FileNotFoundError):  # the run itself needs neither
+            with contextlib.suppress(StorageError):  # a cache
                 self.index.flush()
+            with contextlib.suppress(StorageError, FileNotFoundError):  # the run itself does not need the records
                 summary = replace(summary, **self._compare_keys())
             with contextlib.nullcontext() if ending == Ending() else contextlib.suppress(UserError):
                 self.events.finish(asdict(summary))

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.config import Config
+from reinforce.dataset.aligned import layer_errors
 from reinforce.dataset.damage import DamagedFile, find_damaged, without_files
 from reinforce.dataset.differences import recipe_error
 from reinforce.dataset.layer_file import RefusedFile
@@ -281,7 +282,8 @@ def check_fingerprints(store: Store, layers: Mapping[str, Layer], committed: Map
         if name in recorded:
             found[name] = recorded[name]["fingerprint"]
         elif shard := next(iter(committed[name]), None):
-            with store.open_layer(name, shard) as file:  # a layer that dataset.json does not list
+            # A layer that dataset.json does not list.
+            with layer_errors(store, name, shard), store.open_layer(name, shard, whole=False) as file:
                 found[name] = parse_footer(file.metadata).get("fingerprint")
     if others := {name: value for name, value in found.items() if value != layers[name].fingerprint}:
         raise recipe_error(store, manifest, layers, others)

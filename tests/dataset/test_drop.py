@@ -261,6 +261,21 @@ def test_a_file_of_a_shard_is_set_aside_and_computed_again(made: Path, dataset: 
         layers_with_shard(store, [layer], "zero")
 
 
+def test_a_file_in_s3_is_set_aside_and_computed_again(s3: Any, made: Path) -> None:
+    url, layer = "s3://bucket/set-aside-test", "embeddings/red/images"
+    reinforce_here(config(made, url))
+    store = Store(url)
+    shard = min(store.shards(layer))
+    content = s3.cat_file(store.layer_path(layer, shard))
+    s3.pipe_file(store.layer_path(layer, shard), content[:-9])
+    assert [(one.layer, one.shard) for one in make_plan(parse_config(config(made, url))).damaged] == [(layer, shard)]
+    reinforce_here(config(made, url))
+    s3.invalidate_cache()
+    assert s3.cat_file(store.layer_path(layer, shard)) == content
+    [moved] = s3.find(store.path("set-aside"))
+    assert s3.cat_file(moved) == content[:-9]
+
+
 def test_dependants_are_found_by_name() -> None:
     known = ["samples", "captions/coca", "embeddings/a/images", "embeddings/a/caption", "embeddings/a/coca"]
     assert with_dependants(["captions/coca"], known) == ["embeddings/a/coca", "captions/coca"]

@@ -93,6 +93,18 @@ def test_files_that_were_deleted_are_removed_from_the_index(store: Store) -> Non
     assert Path(store.path("index", "samples.parquet")).stat().st_mtime_ns == before, "nothing to write"
 
 
+def test_a_reader_without_the_right_to_read_the_index_has_none_and_a_writer_replaces_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(store, a=FileEntry(10, (1,)))
+    monkeypatch.setattr(Store, "read_bytes", _raise)
+    assert not read_index(store, SAMPLES, "f0").table.num_rows
+    with pytest.raises(StorageError):
+        write(store, b=FileEntry(20, (2,)))
+    with pytest.raises(StorageError):
+        prune_index(store, SAMPLES, "f0", Listing.of([]), [])
+
+
 def test_an_error_of_the_storage_is_raised_and_nothing_is_lost(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write(store, a=FileEntry(10, (1,)))
     writer = IndexWriter(store, LAYERS)
@@ -110,5 +122,5 @@ def test_an_error_of_the_storage_is_raised_and_nothing_is_lost(store: Store, mon
     write_index(store, SAMPLES, "f0", read_index(store, SAMPLES, "f0"))
 
 
-def _raise(*_: object) -> None:
+def _raise(*_: object, **__: object) -> None:
     raise StorageError("the storage is away")

@@ -119,3 +119,16 @@ def test_published_shards_are_paired_by_name_else_by_order(tmp_path: Path) -> No
     assert paired("x", "y", "z") == ["x", "y", "z"]
     with pytest.raises(UserError, match=r"2 shards for the 3 of `source`, and not all of these .* Name as many"):
         paired("1/a", "1/b")
+
+
+def test_a_damaged_file_of_a_layer_that_dataset_json_does_not_list_is_named(
+    shards: Callable[..., str], tmp_path: Path
+) -> None:
+    """A run was killed before it wrote dataset.json, and the machine lost what was not on the disk."""
+    config = config_of(shards(2), tmp_path / "out", captioners={}, teachers={})
+    reinforce_here(config)
+    (tmp_path / "out" / "dataset.json").unlink()
+    [path] = (tmp_path / "out" / "samples").iterdir()
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match=rf"{path} cannot be read .* reinforce drop {tmp_path}/out samples --shard "):
+        make_plan(parse_config(config))

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
@@ -24,15 +25,24 @@ from schemas import Reason
 from tests.helpers.reinforced import letters, small_dataset
 
 ROWS = 8
-LAYERS = ["samples", "captions/namer", "embeddings/red/images", "embeddings/blue/caption", "quarantine/samples"]
+INDEX = "index"
+LAYERS = ["samples", "captions/namer", "embeddings/red/images", "embeddings/blue/caption", "quarantine/samples", INDEX]
 SUMMARY = {"run": "r", "shards": 1, "seconds": 1.0, "message": "done", "cleaned": {"namer": {"dropped": 1}}}
 
 
 @functools.cache
 def dataset() -> Path:
-    """A good dataset of one shard, which is deleted at the end."""
+    """A good dataset of one shard, which is deleted at the end.
+
+    It has neither checksums nor an index, as nobody would write them who forges a dataset: they would end most cases
+    before anything is decoded.
+    """
     folder = Path(_temporary().name)
-    made = Path(small_dataset(folder, (ROWS,)))
+    writer = pq.ParquetWriter
+    with mock.patch.object(pq, "ParquetWriter", lambda *a, **k: writer(*a, **{**k, "write_page_checksum": False})):
+        made = Path(small_dataset(folder, (ROWS,)))
+    (made / INDEX).rename(folder / INDEX)
+    (made / INDEX).mkdir()
     shard = next((made / "samples").iterdir()).stem
     Store(str(made)).quarantine("samples", shard, [("k", Reason.NO_IMAGE, "none"), (None, Reason.SHARD_DAMAGED, "cut")])
     (made / "runs" / "r").mkdir(parents=True)
@@ -47,7 +57,7 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
 
 
 def layer_file(layer: str) -> Path:
-    return next((dataset() / layer).iterdir())
+    return min((dataset().parent / layer if layer == INDEX else dataset() / layer).iterdir())
 
 
 @functools.cache
@@ -101,6 +111,13 @@ def changed_bytes(layer: str, changes: list[tuple[tuple[int, float], bytes, bool
     for (number, share), value, inserted in changes:
         at = int(share * length) if number < 0 else starts[number % len(starts)] + int(share * 40)
         data[at : at if inserted else at + len(value)] = value
+    if layer == INDEX:
+        try:
+            (dataset() / INDEX / path.name).write_bytes(data)
+            read_every_way()
+        finally:
+            (dataset() / INDEX / path.name).unlink()
+        return
     with replaced(path, good, bytes(data)):
         read_every_way()
 
