@@ -1,10 +1,11 @@
-"""The exit status of ``reinforce run`` is the status in summary.json, however the run ends."""
+"""The exit status of ``reinforce run`` is the status in summary.json, however the run ends.
+
+Of a run that a signal stops, tests/integration/test_faults.py compares them.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,6 @@ def test_a_run_that_an_error_of_the_user_stops(source: str, tmp_path: Path) -> N
     assert run(tmp_path, config_of(source, tmp_path / "out", teachers=teachers)) == 2
     assert summary(tmp_path)["status"] == 2
     assert "odd" in summary(tmp_path)["message"]
-
-
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_a_signal_stops(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
-) -> None:
-    monkeypatch.setattr(Driver, "_handle_start", lambda *_: os.kill(os.getpid(), sent))
-    assert run(tmp_path, config_of(source, tmp_path / "out")) == 130
-    assert (summary(tmp_path)["status"], summary(tmp_path)["message"]) == (130, "stopped")
 
 
 def test_a_run_that_a_defect_of_the_program_stops(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

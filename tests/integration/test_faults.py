@@ -93,6 +93,9 @@ def test_a_run_whose_driver_was_killed_or_stopped_resumes(
         assert process.returncode == 130, output
         assert "Run the same command again to resume" in output
         assert "Traceback" not in output
+        [path] = (out / "runs").glob("*/summary.json")
+        summary = json.loads(path.read_text())
+        assert (summary["status"], summary["message"]) == (130, "stopped")
     there, whole = tree(out), tree(undisturbed)
     assert 2 <= finished(out) < SHARDS
     assert there.items() <= whole.items(), "every committed file is correct"

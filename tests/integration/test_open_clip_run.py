@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,17 @@ from PIL import Image
 
 import reinforce
 from reinforce.dataset.augment import from_records, replay
-from tests.helpers.data import config_of
+from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.tiny_coca import coca_model
 from tests.helpers.tiny_models import open_clip_model, transformers_siglip
 
-pytestmark = pytest.mark.usefixtures("ray_session")
 
-
-@pytest.fixture
-def config(shards: Callable[..., str], tmp_path: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def config(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The config of a run that has finished."""
+    tmp_path = tmp_path_factory.mktemp("run")
+    for shard, size in enumerate((12, 5)):
+        write_tar(tmp_path / "source" / f"{shard:05d}.tar", members_of(shard, size))
     small = open_clip_model(tmp_path / "small", image_size=32, width=32, embed_dim=16, seed=0)
     large = open_clip_model(tmp_path / "large", image_size=48, width=48, embed_dim=24, seed=1)
     coca = {"model": coca_model(tmp_path / "coca"), "captions": 3, "max_length": 12}
@@ -33,24 +34,26 @@ def config(shards: Callable[..., str], tmp_path: Path) -> dict[str, Any]:
         "large": {"model": large},
         "siglip": {"family": "transformers", "model": transformers_siglip(tmp_path / "siglip")},
     }
-    made = config_of(shards(12, 5), tmp_path / "out", captioners={"coca": coca}, teachers=teachers)
-    return {**made, "augmentations": {"count": 2, "size": 32}}
+    made = config_of(f"{tmp_path}/source/*.tar", tmp_path / "out", captioners={"coca": coca}, teachers=teachers)
+    made["augmentations"] = {"count": 2, "size": 32}
+    assert reinforce.run(made).status == 0
+    return made
 
 
 def test_stored_embeddings_equal_open_clips_for_the_replayed_image_and_the_captions(
-    config: dict[str, Any], tmp_path: Path
+    config: dict[str, Any],
 ) -> None:
-    assert reinforce.run(config).status == 0
+    out = Path(config["output"])
     name = config["teachers"]["small"]["model"]
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     tokenizer = open_clip.get_tokenizer(name)
     model.eval()
-    [shard] = [p.name for p in (tmp_path / "out" / "samples").glob("00000-*.parquet")]
-    samples = pq.read_table(tmp_path / "out" / "samples" / shard)
-    captions = pq.read_table(tmp_path / "out" / "captions" / "coca" / shard)["captions"].to_pylist()
+    [shard] = [p.name for p in (out / "samples").glob("00000-*.parquet")]
+    samples = pq.read_table(out / "samples" / shard)
+    captions = pq.read_table(out / "captions" / "coca" / shard)["captions"].to_pylist()
 
     def stored(what: str) -> np.ndarray:
-        column = pq.read_table(tmp_path / "out" / "embeddings" / "small" / what / shard)["embeddings"]
+        column = pq.read_table(out / "embeddings" / "small" / what / shard)["embeddings"]
         return column.combine_chunks().to_numpy_ndarray()
 
     for row, sample in enumerate(samples.to_pylist()):
@@ -64,9 +67,8 @@ def test_stored_embeddings_equal_open_clips_for_the_replayed_image_and_the_capti
         np.testing.assert_allclose(stored("coca")[row], texts[1:], atol=1e-5)
 
 
-def test_ensembles_of_different_sizes_families_and_dimensions_work(config: dict[str, Any], tmp_path: Path) -> None:
-    assert reinforce.run(config).status == 0
-    data = reinforce.open(str(tmp_path / "out"))
+def test_ensembles_of_different_sizes_families_and_dimensions_work(config: dict[str, Any]) -> None:
+    data = reinforce.open(config["output"])
     shapes = {name: teacher["dim"] for name, teacher in data.manifest["teachers"].items()}
     count = 0
     for sample in data:

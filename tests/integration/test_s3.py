@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3fs
 
 import reinforce
 from tests.helpers.data import config_of, tree
+from tests.helpers.reinforced import reinforce_here
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-@pytest.mark.parametrize("images", ["embed", "reference"])
+@pytest.mark.parametrize(("images", "compute"), [("embed", reinforce.run), ("reference", reinforce_here)])
 def test_a_dataset_in_s3_equals_one_on_disk_and_is_resumed(
-    s3: s3fs.S3FileSystem, shards: Callable[..., str], tmp_path: Path, images: str
+    s3: s3fs.S3FileSystem, shards: Callable[..., str], tmp_path: Path, images: str, compute: Callable[..., Any]
 ) -> None:
     shards(20, 6)
     s3.put(f"{tmp_path}/source/", f"bucket/{images}/source/", recursive=True)
     source = f"s3://bucket/{images}/source/{{00000..00001}}.tar"
     config = config_of(source, tmp_path / "local", images=images, captioners={})
-    assert reinforce.run(config).status == 0
+    compute(config)
 
     remote = {**config, "output": f"s3://bucket/{images}/out"}
     first = {**remote, "teachers": {"red": config["teachers"]["red"]}}
-    assert reinforce.run(first).status == 0
-    assert reinforce.run(remote).status == 0
+    compute(first)
+    compute(remote)
     assert reinforce.run(remote).run is None
     files = s3.find(f"bucket/{images}/out")
     names = {f.removeprefix(f"bucket/{images}/out/"): f for f in files}

@@ -16,12 +16,12 @@ def test_a_small_run_measures_the_figures_of_its_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    parts = ["host", "memory"]  # the others take a minute
+    parts = ["host"]  # the others take a minute
     main(["--quick", "--cores", "1", "--only", *parts, "--results", f"{tmp_path}/figures.json"])
     output = capsys.readouterr().out
     results = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     figures = {figure.name: figure for figure in page.read_figures(results)}
-    expected = ["of it its pixel cells"]
+    expected = []
     for count in (2, 10):
         expected += [
             f"{what}, {count} augmentations"
