@@ -21,7 +21,7 @@ def test_a_small_run_measures_the_figures_of_its_parts(
     output = capsys.readouterr().out
     results = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     figures = {figure.name: figure for figure in page.read_figures(results)}
-    expected = []
+    expected: list[str] = []
     for count in (2, 10):
         expected += [
             f"{what}, {count} augmentations"
