@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import mmap
 import pickle
 import queue
 import threading
@@ -124,7 +125,7 @@ class DecodePool:
     def allocate(self, size: int) -> Bytes:
         """Add a region of pixel memory of ``size`` bytes, which one lease at a time uses, and return it."""
         with self._changing:
-            start = self.pixels.size
+            start = -(-self.pixels.size // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages can be locked for a device
             self.pixels.resize(start + size)
             region = self.pixels.array()[start:]
             self._regions.append((start, region))

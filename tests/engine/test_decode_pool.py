@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -157,6 +158,14 @@ def test_leases_of_two_shards_share_the_processes(expected: tuple[list[Decoded |
                 assert outcome == expected[0][i]
                 assert lease.cells.crops is not None
                 np.testing.assert_array_equal(lease.cells.crops[cell], expected[1][i])
+
+
+def test_regions_begin_at_pages_so_that_they_can_be_locked() -> None:
+    with pool_of(1) as pool:
+        for size in (1, 5_000, 4096):
+            assert pool.allocate(size).ctypes.data % mmap.PAGESIZE == 0
+        outcomes, _ = decode_all(pool, [item(i) for i in range(2)])
+    assert all(isinstance(outcome, Decoded) for outcome in outcomes)
 
 
 def test_closing_ends_the_processes_and_whoever_waits() -> None:
