@@ -137,16 +137,18 @@ def write_index(store: Store, layer: str, fingerprint: str, index: LayerIndex) -
     store.write_bytes(buffer.getvalue().to_pybytes(), FOLDER, index_file(layer))
 
 
-def prune_index(store: Store, layer: str, fingerprint: str, listing: Listing, pending: Collection[str]) -> None:
+def prune_index(store: Store, layer: str, fingerprint: str, listing: Listing, pending: Collection[str]) -> list[str]:
     """Remove the files of shards that were deleted: neither in the ``listing`` of the layer nor ``pending`` in a run.
 
-    Readers report files that the index has and the layer lacks. Raises StorageError.
+    Readers report files that the index has and the layer lacks. Returns the removed shards. Raises StorageError.
     """
     index = _read_index(store, layer, fingerprint)
     shards = index.table["shard"].combine_chunks()
     kept = listing.has(shards) | pc.is_in(shards, value_set=pa.array(pending, pa.string())).to_numpy(False)
     if not kept.all():
         write_index(store, layer, fingerprint, LayerIndex(index.table.filter(pa.array(kept))))
+    removed: list[str] = shards.filter(pa.array(~kept)).to_pylist()
+    return removed
 
 
 class IndexWriter:

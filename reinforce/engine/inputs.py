@@ -6,7 +6,6 @@ its other shards. Samples decide the rows, so they stay.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import pyarrow as pa
@@ -76,16 +75,19 @@ def set_stale_aside(
 ) -> dict[str, str]:
     """Set aside the files of layers that do not fit the samples, whose row groups have the keys ``groups``.
 
-    ``origin`` are the footer entries of the samples about their source file. A file whose source had another content is
+    ``origin`` are the footer entries of new samples about their source file. A file whose source had another content is
     of other images, even if the keys are the same; its own footer records that content, else ``recorded`` does. Returns
     the reasons.
     """
     reasons = {}
     for layer in layers:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             if layer != SAMPLES and (reason := _stale_reason(store, layer, shard, groups, origin, recorded)):
                 set_aside(store, layer, shard)
                 reasons[layer] = reason
+        except FileNotFoundError:
+            if origin:  # an earlier attempt at these samples has set it aside
+                reasons[layer] = _MISSING
     return reasons
 
 

@@ -56,7 +56,12 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
         plan = make_plan(config, retry_quarantined)
         manifest = find_manifest(store)
         pending = [shard.name for shard in plan.pending]
-        prune_index(store, SAMPLES, plan.layers[SAMPLES].fingerprint, plan.committed, pending)
+        if gone := prune_index(store, SAMPLES, plan.layers[SAMPLES].fingerprint, plan.committed, pending):
+            _LOG.warning(
+                "%s: the samples of %d shards, such as %s, were deleted, and `source` does not name these. Readers do "
+                "not report them any more.",
+                store.url, len(gone), gone[0],
+            )  # fmt: skip
         for note in scale_notes(manifest, config):
             _LOG.warning(note)
         if not plan.pending:

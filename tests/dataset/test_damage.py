@@ -139,14 +139,18 @@ def test_samples_that_are_lost_are_counted_where_no_other_layer_is_read(
     assert len(reinforce.open(str(dataset), teachers=[], captioners=[], strict=True)) == 12
 
 
-def test_a_shard_that_was_removed_from_all_layers_is_forgotten_by_the_next_run(made: Path, dataset: Path) -> None:
+def test_a_shard_that_was_removed_from_all_layers_is_named_and_forgotten_by_the_next_run(
+    made: Path, dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     name = file_of(dataset, "samples", 1).name
     for path in dataset.rglob(name):
         path.unlink()
     with pytest.raises(UserError, match="samples lacks 1 of 2 shards"):
         reinforce.open(str(dataset), strict=True)
     one = {**config(made, dataset), "source": f"{made.parent}/source/00000.tar"}
-    assert reinforce.run(one).run is None, "nothing is computed"
+    with caplog.at_level(logging.WARNING):
+        assert reinforce.run(one).run is None, "nothing is computed"
+    assert f"the samples of 1 shards, such as {Path(name).stem}, were deleted" in caplog.text
     assert len(reinforce.open(str(dataset), strict=True)) == 9
 
 

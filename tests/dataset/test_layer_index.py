@@ -86,7 +86,7 @@ def test_an_index_of_many_files_is_read_in_parts(store: Store) -> None:
 
 def test_files_that_were_deleted_are_removed_from_the_index(store: Store) -> None:
     write(store, a=FileEntry(10, (1,)), b=FileEntry(20, (2,)), c=FileEntry(30, (3,)))
-    prune_index(store, SAMPLES, "f0", Listing.of([("a", 10)]), ["c"])
+    assert prune_index(store, SAMPLES, "f0", Listing.of([("a", 10)]), ["c"]) == ["b"]
     assert dict(read_index(store, SAMPLES, "f0").sizes()) == {"a": 10, "c": 30}
     before = Path(store.path("index", "samples.parquet")).stat().st_mtime_ns
     prune_index(store, SAMPLES, "f0", Listing.of([("a", 10), ("c", 30)]), [])

@@ -143,6 +143,26 @@ def test_samples_of_a_changed_source_replace_the_other_layers_of_their_shard(
         assert name == "dataset.json" or tree(folder / "out")[name] == content, name
 
 
+def test_layers_that_a_failed_attempt_has_set_aside_are_still_to_be_computed(
+    made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_of(folder / "out", "samples").unlink()
+    rewrite_source(folder, 9, 0)
+    parsed = parse_config(config(made, folder))
+    plan, store = make_plan(parsed), Store(parsed.output)
+    models = load_models(parsed, plan.layers.values())
+
+    def attempt() -> ShardResult:
+        return process_shard(plan.pending[0], parsed, plan.layers, store, models, decode_pool(), 8)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("reinforce.dataset.store.LayerWriter.commit", _fail)
+        with pytest.raises(OSError, match="the storage is away"):
+            attempt()
+    assert not [*(folder / "out" / "embeddings/red/images").glob(f"{plan.pending[0].name}*")]
+    assert len(attempt().set_aside) == 7
+
+
 @pytest.mark.parametrize("recorded", ["in the files", "by the run", "nowhere"])
 def test_other_images_under_the_same_keys_are_noticed_by_the_recorded_source(
     made: Path, folder: Path, recorded: str
@@ -229,3 +249,7 @@ def _without_state(path: Path) -> None:
         for number in range(file.num_row_groups):
             writer.write_table(file.read_row_group(number).cast(schema))
     path.with_suffix(".new").replace(path)
+
+
+def _fail(*_: object) -> None:
+    raise OSError("the storage is away")
