@@ -85,7 +85,7 @@ class CrossAttentionBlock(_Block):
 
     def __init__(self, block: Any, linear: Linear) -> None:
         super().__init__(block, linear)
-        width, bias = block.attn.embed_dim, block.attn.in_proj_bias
+        width, bias = block.attn.out_proj.weight.shape[1], block.attn.in_proj_bias
         weights, biases = block.attn.in_proj_weight.split([width, 2 * width]), bias.split([width, 2 * width])
         self.project, self.project_image = (linear(*of) for of in zip(weights, biases, strict=True))
         self.image_norm = block.ln_1_kv

@@ -45,7 +45,7 @@ class FrozenAttention(torch.nn.Module):
 
     def __init__(self, attention: torch.nn.MultiheadAttention, accelerator: Accelerator) -> None:
         super().__init__()
-        width, bias = attention.embed_dim, attention.in_proj_bias
+        width, bias = attention.out_proj.weight.shape[1], attention.in_proj_bias
         if attention.in_proj_weight is not None:
             query, *others = attention.in_proj_weight.split(width)
         else:  # keys and values have another width

@@ -82,6 +82,11 @@ class Training(Section):
         parts = self.compute.ranks * self.compute.accumulate
         if self.batch % parts:
             raise ValueError(f"batch ({self.batch}) must be a multiple of compute.ranks x compute.accumulate ({parts})")
+        if self.compute.ranks > 1 and self.compute.gpus not in (None, 0, 1):
+            raise ValueError(
+                f"compute.gpus: {self.compute.gpus:g} of an accelerator for each of {self.compute.ranks} ranks, but "
+                "NCCL refuses two ranks on one accelerator; set compute.gpus to 1, or compute.ranks to 1"
+            )
         return self
 
 

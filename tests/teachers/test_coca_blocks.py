@@ -46,3 +46,11 @@ def test_unsupported_blocks_are_rejected() -> None:
     check_block(towers.ResidualAttentionBlock(WIDTH, 2))
     with pytest.raises(ValueError, match="blocks of type Identity are unknown"):
         check_block(torch.nn.Identity())
+
+
+def test_an_attention_without_the_attribute_embed_dim_is_read() -> None:
+    """open_clip's own attention modules do not have it."""
+    block = towers.ResidualAttentionBlock(WIDTH, 2, is_cross_attention=True).eval()
+    expected = CrossAttentionBlock(block, _linear).keys_values(_noise(2, 4, WIDTH))
+    del block.attn.embed_dim
+    assert torch.equal(CrossAttentionBlock(block, _linear).keys_values(_noise(2, 4, WIDTH)), expected)

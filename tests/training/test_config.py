@@ -43,9 +43,13 @@ def test_changes_are_described_key_by_key() -> None:
         ({"epochs": 2}, "give either `steps` or `epochs`"),
         ({"steps": None}, "give either `steps` or `epochs`"),
         ({"compute": {"ranks": 2, "accumulate": 3}}, r"batch \(16\) must be a multiple of .* \(6\)"),
+        (
+            {"compute": {"ranks": 2, "gpus": 0.5}},
+            r"0\.5 of an accelerator for each of 2 ranks.* set compute\.gpus to 1",
+        ),
     ],
 )
-def test_a_length_or_batch_that_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_together_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         training(**changes)
 
