@@ -16,7 +16,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -25,7 +25,7 @@ from reinforce.config import Config
 from reinforce.dataset.differences import recipe_differences, recipe_error
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest import find_manifest, update_manifest
-from reinforce.dataset.store import Store
+from reinforce.dataset.store import MANIFEST, Store
 from reinforce.errors import StorageError, UserError
 
 FOLDER = "claims"
@@ -56,6 +56,14 @@ class Claims:
             self.release()
             raise self._error(others)
         self._check_manifest()
+
+    def publish(self, loaded: Mapping[str, Mapping[str, Any]], computed: Collection[str]) -> None:
+        """Write dataset.json, with arguments as of ``update_manifest``, and remove the claims. Raises UserError as
+        ``take``."""
+        self.take()
+        updated = update_manifest(find_manifest(self.store), self.config, self.layers, loaded, computed)
+        self.store.write_json(updated, MANIFEST)
+        self.release()
 
     def release(self) -> None:
         """Remove the claims that this run has created."""

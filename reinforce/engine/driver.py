@@ -19,9 +19,8 @@ from reinforce.cluster import cause_of, is_raylet_alive, live_nodes, live_resour
 from reinforce.dataset.claims import Claims
 from reinforce.dataset.damage import DamagedFile, set_aside, set_aside_notes
 from reinforce.dataset.layer_index import IndexWriter
-from reinforce.dataset.manifest import find_manifest, update_manifest
 from reinforce.dataset.shard_records import RecordWriter, read_records
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.store import Store
 from reinforce.engine.events import Events
 from reinforce.engine.failures import (
     DeathVerdict,
@@ -61,7 +60,8 @@ class Driver:
     """Runs one plan to its end. Ray must be initialised."""
 
     def __init__(self, plan: Plan, store: Store, progress: Progress, claims: Claims | None = None) -> None:
-        self.plan, self.store, self.progress, self.claims = plan, store, progress, claims
+        self.plan, self.store, self.progress = plan, store, progress
+        self.claims = claims or Claims(store, plan.config, plan.layers)
         self.needed = frozenset(name for shard in plan.pending for name in shard.layers)
         models = any(plan.layers[name].model and not plan.layers[name].published for name in self.needed)
         workers = plan.config.workers.fitted_to(live_resources(), models)
@@ -200,14 +200,7 @@ class Driver:
         self.pool.record_start(slot, info)
         self.events.add("worker_started", node=info.node, pid=info.pid, accelerator=info.accelerator)
         if not self.manifest_written and self.pool.started_count >= self.config.workers.min:
-            if self.claims:
-                self.claims.take()
-            old = find_manifest(self.store)
-            computed = {name for shard in self.plan.pending for name in shard.layers}
-            updated = update_manifest(old, self.config, self.plan.layers, info.models, computed)
-            self.store.write_json(updated, MANIFEST)
-            if self.claims:
-                self.claims.release()
+            self.claims.publish(info.models, self.needed)
             self.manifest_written = True
 
     # -- ends of leases and of workers
