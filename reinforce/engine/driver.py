@@ -19,30 +19,28 @@ from reinforce.cluster import cause_of, is_raylet_alive, live_nodes, live_resour
 from reinforce.dataset.claims import Claims
 from reinforce.dataset.damage import DamagedFile, set_aside, set_aside_notes
 from reinforce.dataset.layer_index import IndexWriter
+from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.shard_records import RecordWriter, read_records
 from reinforce.dataset.store import Store
 from reinforce.engine.events import Events
 from reinforce.engine.failures import (
     DeathVerdict,
     Decision,
-    EndedWorker,
     FailurePolicy,
     Quarantine,
     Requeue,
     Retry,
     RunAlone,
     StopRun,
-    count_failure,
     error_text,
-    needs_replacement,
-    pause_seconds,
     ray_ended,
 )
-from reinforce.engine.hangs import Hang, StallLimits, find_hang, find_silence, is_silent
+from reinforce.engine.hangs import StallLimits, find_hang
 from reinforce.engine.outcome import ShardResult, WorkerInfo
 from reinforce.engine.plan import PendingShard, Plan
 from reinforce.engine.pool import Pool, Slot
 from reinforce.engine.progress import Progress, Snapshot
+from reinforce.engine.replacing import WorkerHandling
 from reinforce.engine.schedule import ShardQueue
 from reinforce.engine.stop import stop_requests
 from reinforce.engine.summary import Ending, RunSummary, RunTotals, ending_of, summarize
@@ -56,7 +54,7 @@ _RAY_SECONDS = 2.0  # between two looks at Ray on this machine
 _QUIET_START_SECONDS = 15.0  # before a slow start is logged
 
 
-class Driver:
+class Driver(WorkerHandling):
     """Runs one plan to its end. Ray must be initialised."""
 
     def __init__(self, plan: Plan, store: Store, progress: Progress, claims: Claims | None = None) -> None:
@@ -190,13 +188,17 @@ class Driver:
         try:
             info: WorkerInfo = ray.get(ref)
         except RayTaskError as error:
-            raise self.policy.load_raised(cause_of(error)).error from error
+            if stop := self.policy.load_raised(cause_of(error), time.monotonic()):
+                raise stop.error from error
+            self.pool.remove(slot)
+            return
         except RayError as error:
             self.events.add("worker_failed_to_start", error=str(error)[:500])
             if stop := self.policy.load_died(str(error), self.pool.started_count):
                 raise stop.error from error
             self.pool.slots.remove(slot)
             return
+        self.policy.faults.started()
         self.pool.record_start(slot, info)
         self.events.add("worker_started", node=info.node, pid=info.pid, accelerator=info.accelerator)
         if not self.manifest_written and self.pool.started_count >= self.config.workers.min:
@@ -220,9 +222,10 @@ class Driver:
                 worker = replace(worker, neighbours=self.pool.count_on_node(worker.node))
             self.policy.worker_died(worker, reason, time.monotonic(), dead, memory)
         else:
-            self.pool.end_lease(ref)
-            self._count_success(slot, result)
-            self._handle_result(result)
+            shard = self.pool.end_lease(ref)
+            if not (result.given_up and self._try_elsewhere(slot, shard, result.given_up)):
+                self._count_success(slot, result)
+                self._handle_result(result)
         if slot.exhausted and not slot.leases and slot in self.pool.slots:
             self._recycle(slot)
 
@@ -243,25 +246,18 @@ class Driver:
             self._log(f"{result.shard} is quarantined: {result.given_up}: {detail}")
             self._count_quarantined(result.shard, f"{result.given_up}: {detail}")
 
-    def _count_success(self, slot: Slot, result: ShardResult) -> None:
+    def _try_elsewhere(self, slot: Slot, shard: PendingShard, reason: str) -> bool:
+        """Whether a shard that could not be read is tried on another node."""
         assert slot.info is not None
-        slot.failures, slot.failed, slot.finished, slot.memory = 0, 0, slot.finished + 1, result.memory
-        faulty = self.policy.lease_passed(result.shard, slot.info.id, time.monotonic(), len(self.pool.slots))
-        for one in faulty:
-            for other in [slot for slot in self.pool.started if slot.info and slot.info.id == one.worker]:
-                self._replace(other, one.reason)
-
-    def _count_failure(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
-        """Replace a worker that is the cause of what fails at it."""
-        assert slot.info is not None
-        slot.failures, slot.failed = count_failure(slot.failures, error), slot.failed + 1
-        now, text, workers = time.monotonic(), shorten(self.redact(error_text(error)), 500), len(self.pool.slots)
-        if faulty := self.policy.faults.failed(shard.name, slot.info.id, text, now, workers):
-            self._replace(slot, faulty.reason)
-        elif needs_replacement(slot.failures):
-            self._replace(slot, f"{slot.failures} leases in a row have failed at it")
-        elif workers > 1 and (count := self.policy.faults.pause_failures(slot.info.id)):
-            slot.paused_until = now + pause_seconds(count)
+        now, nodes = time.monotonic(), self.pool.count_nodes()
+        decision = self.policy.shard_unread(shard, reason, slot.info.id, nodes, now)
+        if decision is None:
+            return False
+        slot.failed += 1
+        self.store.forget_quarantine(SAMPLES, shard.name)
+        self._log(f"{shard.name} is tried on another node: {reason} on {slot.info.id.place}")
+        self._carry_out(decision)
+        return True
 
     def _handle_error(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
         if not isinstance(error, UserError):
@@ -274,37 +270,6 @@ class Driver:
         shown = shorten(text, 1000)
         self._log(f"{shard.name}: attempt {decision.attempt} of {self.config.failures.attempts} raised {shown}")
         self._carry_out(decision)
-
-    def _replace(self, slot: Slot, reason: str) -> None:
-        """Kill a worker that is the cause of failures; the pool grows again by another one."""
-        worker, now = self._end_worker(slot), time.monotonic()
-        self.events.add("worker_replaced", node=worker.node, pid=worker.pid, failures=slot.failed, reason=reason)
-        self._log(f"a worker is replaced, {worker.id}: {reason}")
-        for shard in worker.shards:
-            self.queue.add(shard, first=True)
-        self.policy.worker_replaced(worker.id, now)
-
-    def _recycle(self, slot: Slot) -> None:
-        """End a worker after ``workers.recycle`` shards; the pool grows again by another one."""
-        worker = self._end_worker(slot)
-        self.events.add("worker_recycled", node=worker.node, pid=worker.pid, shards=slot.leased, memory=worker.use.last)
-
-    def _end_worker(self, slot: Slot) -> EndedWorker:
-        """Remove a worker from the pool."""
-        assert slot.info is not None
-        shards, info = tuple(slot.leases.values()), slot.info
-        self.pool.remove(slot)
-        return EndedWorker(info.node, info.pid, shards, slot.alone, info.host, slot.use)
-
-    def _kill_hung(self, slot: Slot, hang: Hang) -> None:
-        """Kill a worker in which a shard makes no progress: a hanging thread cannot be stopped otherwise."""
-        self.policy.worker_hung(self._end_worker(slot), hang, time.monotonic())
-
-    def _kill_silent_workers(self) -> None:
-        unanswered = self.pool.polls.unanswered(time.monotonic())
-        silent = {slot: t for slot, t in unanswered if slot.leases and is_silent(t, slot.pulse, self.limits)}
-        for slot, board in self.pool.read_boards(silent).items():
-            self._kill_hung(slot, find_silence(silent[slot], slot.pulse, board, self.limits))
 
     def _handle_death(self, verdict: DeathVerdict) -> None:
         death = verdict.death

@@ -26,11 +26,11 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from reinforce.config import Failures
-from reinforce.dataset.layers import Layer
+from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.engine.faults import Faults, Faulty
 from reinforce.engine.hangs import Hang
 from reinforce.engine.memory import MemoryDeaths, MemoryUse
-from reinforce.engine.outcome import LayerFailure, ShardFailure, WorkerId
+from reinforce.engine.outcome import LayerFailure, LoadFailure, ShardFailure, WorkerId
 from reinforce.engine.plan import PendingShard
 from reinforce.errors import RayEnded, TooManyQuarantined, UserError
 from schemas import Reason
@@ -231,8 +231,18 @@ class FailurePolicy:
             )
         )
 
-    def load_raised(self, error: Exception) -> StopRun:
-        """Decide about a worker that could not load its models: no other worker could."""
+    def shard_unread(self, shard: PendingShard, reason: str, worker: WorkerId, nodes: int, now: float) -> Retry | None:
+        """Decide about a shard that could not be read; ``nodes`` is the number of nodes with workers."""
+        if reason not in (Reason.SHARD_MISSING.value, Reason.SHARD_UNREADABLE.value) or SAMPLES not in shard.layers:
+            return None
+        first = self.faults.unread(shard.name, worker, reason)
+        return Retry(shard, now + pause_seconds(1), 1) if first and nodes > 1 else None
+
+    def load_raised(self, error: Exception, now: float = 0.0) -> StopRun | None:
+        """Decide about a worker that could not load its models: no other worker could, unless shards pass on other
+        nodes."""
+        if isinstance(error, LoadFailure):
+            return None if self.faults.not_started(error.worker, str(error), now) else StopRun(error.error)
         if isinstance(error, UserError):
             return StopRun(error)
         return StopRun(UserError(f"a worker could not load its models: {type(error).__name__}: {error}"))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from reinforce.dataset.layer_index import FileEntry
 from reinforce.dataset.shard_records import ShardRecord
 from reinforce.engine.traces import error_with_frames
+from reinforce.errors import UserError
 
 
 class WorkerId(NamedTuple):
@@ -97,6 +98,21 @@ def raising_layer_failure(layer: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise LayerFailure(layer, error_with_frames(error)) from error
+
+
+class LoadFailure(RuntimeError):
+    """A worker could not load its models. ``args`` are the worker, the text, and whether the user must fix it."""
+
+    @property
+    def worker(self) -> WorkerId:
+        return WorkerId(*self.args[0])
+
+    @property
+    def error(self) -> UserError:
+        return UserError(str(self) if self.args[2] else f"a worker could not load its models: {self}")
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class ShardFailure(RuntimeError):

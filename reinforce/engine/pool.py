@@ -159,6 +159,10 @@ class Pool:
     def started_count(self) -> int:
         return len(self._started)
 
+    def count_nodes(self) -> int:
+        """Number of nodes with started workers."""
+        return len({slot.info.node for slot in self._started if slot.info})
+
     def count_on_node(self, node: str) -> int:
         """Number of started workers on a node."""
         return sum(slot.info is not None and slot.info.node == node for slot in self._started)

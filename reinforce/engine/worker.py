@@ -22,7 +22,7 @@ from reinforce.dataset.layers import Layer
 from reinforce.dataset.store import Store
 from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.models import Counters, Models, load_models
-from reinforce.engine.outcome import LayerFailure, ShardFailure, ShardResult, WorkerInfo
+from reinforce.engine.outcome import LayerFailure, LoadFailure, ShardFailure, ShardResult, WorkerId, WorkerInfo
 from reinforce.engine.plan import PendingShard
 from reinforce.engine.self_test import check_models, precisions
 from reinforce.engine.shard import allocate_pixels, process_shard
@@ -50,7 +50,18 @@ class Worker:
         self.watch = WorkerWatch(SHARDS_IN_FLIGHT)
 
     def load(self) -> WorkerInfo:
-        """Load and test the models of the layers in ``needed``. Raises UserError if one does not work."""
+        """Load and test the models of the layers in ``needed``. Raises LoadFailure if one does not work."""
+        try:
+            return self._load()
+        except Exception as error:
+            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            raise LoadFailure(tuple(self._id()), self.redact(text), isinstance(error, UserError)) from None
+
+    def _id(self) -> WorkerId:
+        node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""  # asking would start Ray
+        return WorkerId(node, os.getpid(), socket.gethostname())
+
+    def _load(self) -> WorkerInfo:
         self._check_output()
         torch.set_num_threads(self.config.workers.cores)
         if self.config.classes:
@@ -70,10 +81,9 @@ class Worker:
             }
             for name, teacher in self.models.teachers.items()
         }
-        node = ray.get_runtime_context().get_node_id()
-        device = str(self.models.accelerator.device)
-        board = self.watch.board.descriptor
-        return WorkerInfo(node, os.getpid(), device, loaded, socket.gethostname(), process_memory(), board)
+        device, board = str(self.models.accelerator.device), self.watch.board.descriptor
+        node, pid, host = self._id()
+        return WorkerInfo(node, pid, device, loaded, host, process_memory(), board)
 
     def _check_output(self) -> None:
         """Raise UserError if ``output`` is relative to a folder of the driver that this node does not have."""

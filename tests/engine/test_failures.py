@@ -27,7 +27,7 @@ from reinforce.engine.failures import (
     pause_seconds,
 )
 from reinforce.engine.hangs import Hang
-from reinforce.engine.outcome import LayerFailure, ShardFailure
+from reinforce.engine.outcome import LayerFailure, LoadFailure, ShardFailure, WorkerId
 from reinforce.engine.plan import PendingShard
 from reinforce.errors import StorageError, UserError
 from schemas import Reason
@@ -234,6 +234,27 @@ def test_workers_that_die_while_they_load_stop_the_run_at_the_third_unless_one_r
     stop = failures.load_died("killed\nstack", 0)
     assert stop is not None
     assert "workers die while they load their models (killed). Check the memory" in str(stop.error)
+
+
+def test_models_that_one_node_cannot_load_do_not_stop_a_run_whose_other_nodes_finish_shards() -> None:
+    failures, error = policy(), LoadFailure(("bad", 1, "host"), "no space left", True)
+    stop = failures.load_raised(error)
+    assert stop is not None
+    assert str(stop.error) == "no space left"
+    failures.lease_passed("a", WorkerId("good", 2), 0.0, 2)
+    assert failures.load_raised(error) is None
+    other = failures.load_raised(LoadFailure(("good", 2, "host"), "KeyError: 'x'", False))
+    assert other is not None
+    assert str(other.error) == "a worker could not load its models: KeyError: 'x'"
+
+
+def test_a_shard_that_cannot_be_read_is_tried_on_another_node_once() -> None:
+    failures, here, there = policy(), WorkerId("x", 1), WorkerId("y", 2)
+    assert isinstance(failures.shard_unread(A, "shard_missing", here, 2, 0.0), Retry)
+    assert failures.shard_unread(A, "shard_missing", there, 2, 0.0) is None
+    assert failures.shard_unread(B, "shard_missing", here, 1, 0.0) is None, "there is no other node"
+    c = PendingShard("c", "c.tar", ("samples",))
+    assert failures.shard_unread(c, "shard_damaged", here, 2, 0.0) is None, "it has been read"
 
 
 # -- too many quarantined shards

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from reinforce.engine.outcome import LayerFailure, ShardFailure, raising_layer_failure
+from reinforce.engine.outcome import LayerFailure, LoadFailure, ShardFailure, WorkerId, raising_layer_failure
 
 
 def test_failures_survive_pickling() -> None:
@@ -16,6 +16,11 @@ def test_failures_survive_pickling() -> None:
     for worker_at_fault in (True, False):
         shard = pickle.loads(pickle.dumps(ShardFailure("odd", worker_at_fault)))
         assert (str(shard), shard.worker_at_fault) == ("odd", worker_at_fault)
+
+
+def test_a_failed_start_survives_pickling() -> None:
+    failure = pickle.loads(pickle.dumps(LoadFailure(("node", 1, "host"), "no weights", True)))
+    assert (failure.worker, str(failure.error)) == (WorkerId("node", 1, "host"), "no weights")
 
 
 def test_an_error_of_a_model_names_its_layer() -> None:

@@ -15,7 +15,7 @@ from reinforce.config import parse_config
 from reinforce.engine import inputs
 from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.models import load_models
-from reinforce.engine.outcome import LayerFailure, ShardFailure, ShardResult
+from reinforce.engine.outcome import LayerFailure, LoadFailure, ShardFailure, ShardResult
 from reinforce.engine.plan import PendingShard, make_plan
 from reinforce.engine.worker import Worker
 from reinforce.errors import UserError
@@ -106,7 +106,7 @@ def test_a_relative_output_without_the_folder_of_the_driver_is_an_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = parse_config(config_of("source.tar", "out"))
-    with pytest.raises(UserError, match=rf"output out is relative to {tmp_path}/driver, which does not exist on"):
+    with pytest.raises(LoadFailure, match=rf"^output out is relative to {tmp_path}/driver, which does not exist on"):
         Worker(config, {}, frozenset(), str(tmp_path / "driver")).load()
     absolute = parse_config(config_of("source.tar", tmp_path / "out", captioners={}, teachers={}))
     Worker(absolute, {}, frozenset(), str(tmp_path / "driver"))._check_output()
