@@ -30,6 +30,8 @@ def status(
     Console().print(status_table(found))
     if damage := describe_damaged(found["url"], found["damaged"]):
         typer.echo(escape(damage))
+    if found["lost"]:
+        typer.echo(escape(f"{found['lost']}. `reinforce run` with the dataset's config computes what is missing."))
     for layer, entry in found["quarantine"].items():
         counts = ", ".join(f"{count:,} {reason}" for reason, count in entry["reasons"].items())
         typer.echo(escape(f"quarantine/{layer}: {entry['files']:,} shards; {counts}"))

@@ -9,7 +9,9 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+from reinforce.dataset.completeness import check_completeness
 from reinforce.dataset.damage import find_damaged, without_files
+from reinforce.dataset.layer_index import read_index
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import read_manifest
@@ -24,14 +26,18 @@ def read_status(url: str) -> dict[str, Any]:
     """Read shards and bytes by layer, quarantined rows by layer and reason, and the last run's summary.
 
     ``examples`` of a layer's quarantine has the shard, the key and the detail of the first row of each reason.
-    ``damaged`` are ``DamagedFile`` and count as missing. Raises UserError if there is no dataset.
+    ``damaged`` are ``DamagedFile`` and count as missing, ``lost`` names shards whose samples are gone. Raises UserError
+    if there is no dataset.
     """
     store = Store(url)
     manifest = read_manifest(store)
     names = [*manifest["layers"]]
     every = store.listings([*names, *(f"quarantine/{name}" for name in names)])
     listings = {name: every[name] for name in names}
-    damaged = find_damaged(store, listings, {name: entry["fingerprint"] for name, entry in manifest["layers"].items()})
+    fingerprints = {name: entry["fingerprint"] for name, entry in manifest["layers"].items()}
+    damaged = find_damaged(store, listings, fingerprints)
+    committed = read_index(store, SAMPLES, fingerprints[SAMPLES]).listing()
+    found = check_completeness(store, {SAMPLES: listings[SAMPLES]}, [committed, *listings.values()])
     layers, quarantine = {}, {}
     for name, listing in without_files(listings, damaged).items():
         layers[name] = {**manifest["layers"][name], "shards": len(listing), "bytes": listing.total_bytes}
@@ -44,6 +50,7 @@ def read_status(url: str) -> dict[str, Any]:
         "layers": layers,
         "quarantine": quarantine,
         "damaged": damaged,
+        "lost": found.describe_missing(),
         "last_run": _last_run(store),
     }
 

@@ -132,11 +132,14 @@ def test_samples_that_are_lost_are_counted_where_no_other_layer_is_read(
     with caplog.at_level(logging.WARNING):
         assert len(reinforce.open(str(dataset), teachers=[], captioners=[])) == 3
     assert f"1 of 2 shards are read, because samples lacks 1 of 2 shards ({path.stem})" in caplog.text
+    if how == "gone":
+        assert read_status(str(dataset))["lost"] == f"samples lacks 1 of 2 shards ({path.stem})"
     plain = Data.model_validate({"datasets": [str(dataset)], "captioners": {}})
     with pytest.raises(UserError, match="samples lacks 1 of 2 shards" if how == "gone" else "1 file is damaged"):
         open_datasets(plain, 0, [])
     reinforce_here(config(made, dataset))
     assert len(reinforce.open(str(dataset), teachers=[], captioners=[], strict=True)) == 12
+    assert read_status(str(dataset))["lost"] == ""
 
 
 def test_a_shard_that_was_removed_from_all_layers_is_named_and_forgotten_by_the_next_run(
