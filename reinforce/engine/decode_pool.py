@@ -256,13 +256,15 @@ class _Server(threading.Thread):
         return next(((of_job[at[1]].key, at[2]) for of_job in items), None)
 
     def _start(self) -> None:
-        try:
-            self._handle = ProcessHandle(self.number, self.pool.status, self.pool.pixels)
-        except (ProcessDied, OSError) as error:
-            self._lost_starts += 1
-            self.start_error = f"a decode process does not start: {error}"
-        else:
-            self.start_error = None
+        """Start the process; one that dies before it is ready, such as for lack of memory, is started again."""
+        for _ in range(_MAX_LOST_STARTS):
+            try:
+                self._handle = ProcessHandle(self.number, self.pool.status, self.pool.pixels)
+            except (ProcessDied, OSError) as error:
+                self.start_error = f"a decode process does not start: {error}"
+            else:
+                self.start_error = None
+                return
 
     def _send_tasks(self) -> None:
         """Send tasks until the process has enough of them; wait for one if it has none."""

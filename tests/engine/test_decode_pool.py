@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,6 +229,23 @@ def test_a_process_is_small_and_imports_neither_torch_nor_ray() -> None:
     assert "torch" not in mapped
     assert "/ray/" not in mapped
     assert int(status[status.index("RssAnon:") + 1]) < 100_000, "kB of its own"
+
+
+def test_a_process_that_is_killed_while_it_starts_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = []
+
+    class Killed(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            if len(killed) < 2:
+                killed.append(self.pid)
+                self.kill()
+
+    monkeypatch.setattr(subprocess, "Popen", Killed)
+    with pool_of(1) as pool:
+        assert [isinstance(outcome, Decoded) for outcome in decode_all(pool, [item(0)])[0]] == [True]
+        assert pids(pool)[0] not in killed
+    assert len(killed) == 2
 
 
 def test_a_process_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
