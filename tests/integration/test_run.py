@@ -12,6 +12,10 @@ import pytest
 
 import reinforce
 from reinforce.cli import main
+from reinforce.dataset.layer_index import read_index
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
 from reinforce.source.urls import shard_name
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 
@@ -193,3 +197,34 @@ def test_a_run_warns_of_sources_that_were_replaced_since_their_samples_were_writ
     assert "1 of 2 shards that get new layers have changed since their samples were written (00001-" in caplog.text
     assert summary.notes == []
     assert len(list(reinforce.open(str(tmp_path / "out")))) == 4, "the stored samples"
+
+
+def test_damaged_files_are_set_aside_computed_again_and_named(shards: Callable[..., str], tmp_path: Path) -> None:
+    """One is found by its size before the run, one when another layer is computed from it."""
+    whole = config_of(shards(5), tmp_path / "out")
+    first = {**whole, "teachers": {"red": whole["teachers"]["red"]}}
+    assert reinforce.run(first).status == 0
+    store = Store(whole["output"])
+    for name, entry in read_manifest(store)["layers"].items():
+        assert dict(read_index(store, name, entry["fingerprint"]).sizes()) == store.shards(name), name
+    before = tree(tmp_path / "out")
+    [cut] = (tmp_path / "out" / "embeddings/red/images").iterdir()
+    cut.write_bytes(cut.read_bytes()[:-9])
+    [flipped] = (tmp_path / "out" / "captions/namer").iterdir()
+    data = bytearray(flipped.read_bytes())
+    data[pq.read_metadata(flipped).row_group(0).column(1).data_page_offset + 40] ^= 1
+    flipped.write_bytes(data)
+
+    summary = reinforce.run(whole)
+    assert summary.status == 0
+    text = summary.text(whole["output"])
+    assert f"embeddings/red/images/{cut.name}: it is not a Parquet file, or it is cut off" in text
+    assert f"captions/namer/{flipped.name}: a page " in text
+    assert "moved to set-aside/ to be computed again" in text
+    assert {path.parent.name for path in (tmp_path / "out" / "set-aside").rglob("*.parquet")} == {"images", "namer"}
+    after = tree(tmp_path / "out")
+    assert {name: after[name] for name in before if name != "dataset.json"} == {
+        name: content for name, content in before.items() if name != "dataset.json"
+    }
+    assert reinforce.run(whole).run is None
+    assert validate(whole["output"]).valid
