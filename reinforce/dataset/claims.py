@@ -11,6 +11,7 @@ config from starting: one of several runs can create it, the others compare reci
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -145,18 +146,23 @@ class Claims:
             f"{first.get('host')}, which started {minutes:.0f} minutes ago. The results would be mixed:"
         ]
         fingerprints = {name: str(claim.get("fingerprint")) for name, claim in claims.items()}
-        for name, claim in claims.items():
-            here = self.layers[name].fingerprint
-            lines.append(f"  {name}: fingerprint {fingerprints[name]} in that run, {here} in this config")
-            manifest = claim.get("manifest")
-            manifest = manifest if isinstance(manifest, Mapping) else {}
-            lines += [f"    {x}" for x in recipe_differences(manifest, self.layers[name], fingerprints, "that run")]
-        path = self.store.path(FOLDER)
+        reasons = {name: tuple(self._differences(name, claim, fingerprints)) for name, claim in claims.items()}
+        for reason, names in itertools.groupby(reasons, key=reasons.__getitem__):
+            for name in names:
+                here = self.layers[name].fingerprint
+                lines.append(f"  {name}: fingerprint {fingerprints[name]} in that run, {here} in this config")
+            lines += [f"    {line}" for line in reason]
+        path = f"{self.store.url}/{FOLDER}"
         lines.append(
             f"Use its config, or write to another `output`. If it is not running any more, delete {path}, or wait: "
             f"claims end {self.seconds / 60:.0f} minutes after the start of a run that was killed."
         )
         return UserError("\n".join(lines))
+
+    def _differences(self, name: str, claim: Mapping[str, Any], fingerprints: Mapping[str, str]) -> list[str]:
+        manifest = claim.get("manifest")
+        known = manifest if isinstance(manifest, Mapping) else {}
+        return recipe_differences(known, self.layers[name], fingerprints, "that run")
 
 
 def _parts(name: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ sets one limit for all instead.
 
 - A worker in which a lease is over its limit has hung. The other leases of the worker are not the cause.
 - A worker that was asked and has not answered for the limit of its leases has hung as a whole.
+- Before a batch of a layer has ended, an hour is the limit; after a hang in it, 15 minutes.
 - A lease that waits for the accelerator never counts: the other lease of its worker uses it.
 """
 
@@ -38,10 +39,16 @@ _Worker = TypeVar("_Worker", bound=Hashable)
 
 @dataclass(frozen=True)
 class Hang:
-    """Why a worker counts as hung, and the ``shards`` that are the cause; empty if it is not known which."""
+    """Why a worker counts as hung, and the ``shards`` that are the cause with their ``stages``; empty if it is not
+    known which."""
 
     reason: str
     shards: frozenset[str] = frozenset()
+    stages: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, reason: str, leases: Collection[LeasePulse]) -> Hang:
+        return cls(reason, frozenset(one.shard for one in leases), frozenset(one.stage for one in leases))
 
 
 class StallLimits:
@@ -51,6 +58,11 @@ class StallLimits:
         self._explicit = settings.stall_seconds
         self._decoding = max(STORAGE_FLOOR, _DECODE_ATTEMPTS * settings.sample_seconds)
         self._slowest: dict[str, float] = {}
+        self._hung: set[str] = set()  # stages in which a lease was over the limit
+
+    def record_hang(self, hang: Hang) -> None:
+        """Record a hang: what took longer than an hour once does not get an hour each time."""
+        self._hung |= hang.stages
 
     def record(self, slowest: Mapping[str, float]) -> None:
         """Record the slowest finished steps of a worker."""
@@ -65,7 +77,7 @@ class StallLimits:
         floor = self._decoding if stage == DECODING else STORAGE_FLOOR if stage in _STORAGE_STAGES else MODEL_FLOOR
         slowest = self._slowest.get(stage)
         if slowest is None:
-            return floor if stage in _STORAGE_STAGES else CEILING
+            return STORAGE_FLOOR if stage in self._hung else floor if stage in _STORAGE_STAGES else CEILING
         # A step that may take an hour and a half must not be refused because an hour is the ceiling.
         return max(floor, min(FACTOR * slowest, CEILING), 3.0 * slowest)
 
@@ -88,8 +100,7 @@ def find_hang(pulse: Pulse, shards: Collection[str], limits: StallLimits) -> Han
     stuck = [lease for lease in pulse.leases if lease.shard in shards and _is_over(lease, limits)]
     if not stuck:
         return None
-    reasons = [_describe(lease, pulse.key, limits) for lease in stuck]
-    return Hang("; ".join(reasons), frozenset(lease.shard for lease in stuck))
+    return Hang.of("; ".join(_describe(lease, pulse.key, limits) for lease in stuck), stuck)
 
 
 def _is_over(lease: LeasePulse, limits: StallLimits) -> bool:
@@ -126,10 +137,10 @@ def find_silence(seconds: float, pulse: Pulse, board: tuple[LeasePulse, ...], li
     seen = "; ".join(f"{one.shard} in {_where(one)}" for one in leases)
     at = f"; {'it is' if board else 'at its last answer it was'} at {seen}" if seen else ""
     running = [one for one in board if one.stage not in (WAITING, *_STORAGE_STAGES)]
-    return Hang(
+    return Hang.of(
         f"the worker has not answered for {seconds:.0f} s, as if something in it holds the interpreter lock{at} "
         f"(limit: {limits.origin(_slowest_stage(pulse, limits))})",
-        frozenset(one.shard for one in running) if len(running) == 1 else frozenset(),
+        running if len(running) == 1 else (),
     )
 
 

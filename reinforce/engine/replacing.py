@@ -78,6 +78,7 @@ class WorkerHandling:
 
     def _kill_hung(self, slot: Slot, hang: Hang) -> None:
         """Kill a worker in which a shard makes no progress: a hanging thread cannot be stopped otherwise."""
+        self.limits.record_hang(hang)
         self.policy.worker_hung(self._end_worker(slot), hang, time.monotonic())
 
     def _kill_silent_workers(self) -> None:

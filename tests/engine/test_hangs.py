@@ -66,6 +66,16 @@ def test_a_second_batch_that_hangs_is_found_in_minutes_and_not_after_an_hour() -
     assert limits.seconds(LAYER) == 300
 
 
+def test_a_first_batch_that_hung_for_an_hour_gets_a_quarter_of_it_when_its_shard_runs_alone() -> None:
+    limits = StallLimits(Failures())
+    hang = find_hang(pulse(LAYER, 3601.0), {"a"}, limits)
+    assert hang is not None
+    limits.record_hang(hang)
+    assert (limits.seconds(LAYER), limits.seconds("another")) == (900.0, 3600.0)
+    limits.record({LAYER: 100.0})
+    assert limits.seconds(LAYER) == 2000.0, "what was measured counts more"
+
+
 def test_storage_has_a_limit_before_anything_was_measured_and_decoding_outlasts_its_own_limit() -> None:
     limits = StallLimits(Failures(sample_seconds=1000.0))
     assert (limits.seconds(READING), limits.seconds(WRITING)) == (STORAGE_FLOOR, STORAGE_FLOOR)
