@@ -81,6 +81,8 @@ class AlignedShard:
         """Read a row group of a layer without comparing its keys."""
         with layer_errors(self.store, layer, self.shard):
             table = self._files[layer].read_row_group(number, self._columns.get(layer), use_threads=False)
+            if "key" not in table.column_names:
+                raise RefusedFile("it has no column key")
         return _with_current_urls(table, self._moved) if self._moved else table
 
 

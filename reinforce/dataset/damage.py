@@ -84,14 +84,18 @@ def footer_damage(store: Store, layer: str, shard: str) -> str | None:
     return None if stored in (None, str(rows)) else f"its footer states {stored[:20]} rows, its row groups {rows:,}"
 
 
+def check_columns(layer: str, table: pa.Table) -> None:
+    """Raise RefusedFile if rows of a layer's file lack columns."""
+    if missing := {*_COLUMNS[layer.partition("/")[0]]} - {*table.column_names}:
+        raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
+
+
 def file_damage(store: Store, layer: str, shard: str) -> str | None:
     """Why a file cannot be read, None if all of it can. Raises what the storage raises."""
     try:
         with store.open_layer(layer, shard) as file:
             for number in range(file.num_row_groups):
-                names = file.read_row_group(number).column_names
-                if missing := {*_COLUMNS[layer.partition("/")[0]]} - {*names}:
-                    return f"it has no column {', '.join(sorted(missing))}"
+                check_columns(layer, file.read_row_group(number))
     except RefusedFile as error:
         return str(error)
     return None

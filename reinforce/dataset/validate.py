@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from reinforce.dataset.aligned import AlignedLayers
-from reinforce.dataset.damage import drop_shard_command
+from reinforce.dataset.aligned import AlignedLayers, layer_errors
+from reinforce.dataset.damage import check_columns, drop_shard_command
 from reinforce.dataset.key_sample import KeySample, RepeatedKeys, ShardKeys
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import CODE_KEY, read_manifest
@@ -139,6 +139,9 @@ def _read_layers(
             with AlignedLayers(store, fingerprints, columns).open(shard, whole=not quick) as files:
                 for number in range(files.row_groups):
                     tables = files.read(number)
+                    if layer not in columns:
+                        with layer_errors(store, layer, shard):
+                            check_columns(layer, tables[layer])
                     if layer == SAMPLES:
                         keys = keys.joined(ShardKeys.of(tables[SAMPLES]["key"].to_pylist()), _SHARD_CAPACITY)
             if layer == SAMPLES:

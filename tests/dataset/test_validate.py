@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from reinforce.cli import main
@@ -109,3 +110,14 @@ def test_a_dataset_whose_source_moved_is_compared_where_it_is_now(tmp_path: Path
     moved = {f"{tmp_path}/new": f"{tmp_path}/source"}
     reinforce_here(config_of(f"{tmp_path}/new/*.tar", tmp_path / "out", moved=moved))
     assert validate(url, [f"{tmp_path}/new"]).sources == {"same": 1}
+
+
+@pytest.mark.parametrize("column", ["key", "captions"])
+def test_a_file_without_a_column_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str) -> None:
+    url = small_dataset(tmp_path, sizes=(2,))
+    [path] = Path(url, "captions", "namer").iterdir()
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns([column]).replace_schema_metadata(pq.read_schema(path).metadata), path)
+    out = printed(url, 1, capsys)
+    assert f"it has no column {column}" in out
+    assert f"reinforce drop {url} captions/namer --shard {path.stem}" in out
