@@ -8,7 +8,7 @@ ROUNDS ?= 10
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-latency bench-transfer ablations lint clean fuzz soak audit
+.PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-latency bench-scale bench-transfer ablations lint clean fuzz soak audit
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ bench-captions: $(INSTALLED) ## CoCa's caption decoding compared with open_clip'
 bench-latency: $(INSTALLED) ## MobileCLIP2 compared with ViT-L/14 on one core (minutes)
 	$(BIN)/reinforce latency MobileCLIP2-S0 MobileCLIP2-S2 MobileCLIP2-B MobileCLIP2-S3 MobileCLIP2-S4 ViT-L-14 \
 		--threads 1 --clock process --rounds $(ROUNDS) --json benchmarks/results/latency.json
+
+bench-scale: $(INSTALLED) ## planning, starting and driving at the size of DFN-5B, simulated (five minutes)
+	$(BIN)/python -m benchmarks.scale
 
 fuzz: $(INSTALLED) ## feed random broken shards, images and texts, for SECONDS (default 600)
 	$(BIN)/python -W ignore -m tests.fuzz --seconds $(SECONDS)

@@ -11,13 +11,13 @@ import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import numpy as np
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import ActorDiedError
 
 from reinforce.dataset.key_sample import ShardKeys
 from reinforce.dataset.layer_index import FileEntry
@@ -232,7 +232,7 @@ def simulated(cluster: Cluster, layers: Sequence[str]) -> Iterator[SimulatedRay]
         yield ray
 
 
-def config_of(folder: str, shards: int, workers: int, **failures: Any) -> Mapping[str, Any]:
+def config_of(folder: str, shards: int, workers: int, **failures: Any) -> dict[str, Any]:
     """A config with one teacher, three layers, for a number of shards; no model is loaded."""
     return {
         "source": f"{folder}/source/{{{'0' * 7}..{shards - 1:07d}}}.tar",
@@ -241,6 +241,3 @@ def config_of(folder: str, shards: int, workers: int, **failures: Any) -> Mappin
         "workers": {"min": 1, "max": workers, "gpus": 0, "cpus": 1},
         "failures": failures,
     }
-
-
-__all__ = ["Cluster", "RayError", "SimulatedRay", "config_of", "simulated"]

@@ -28,6 +28,8 @@ from reinforce.storage import Storage
 #: Names of shards, as ``source.urls`` makes them.
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _ENDING = ".parquet"
+_FILE_NAME = re.compile(rf"{SHARD_NAME.pattern}{re.escape(_ENDING)}")
+_LISTED_WHOLE = threading.BoundedSemaphore(2)
 _AT_ONCE = 8  # layers of an object store that are listed at once
 _CHUNK = 4096  # names that are Python objects at a time
 _FAST = contextvars.ContextVar("_FAST", default=False)  # in requests whose answers are parsed here
@@ -52,9 +54,11 @@ class Listing(Mapping[str, int]):
     """
 
     def __init__(self, names: pa.StringArray, sizes: npt.NDArray[np.int64]) -> None:
-        order = pc.sort_indices(names)
-        self.names: pa.StringArray = names.take(order)
-        self.sizes: npt.NDArray[np.int64] = sizes[order.to_numpy()]
+        if not pc.all(pc.less_equal(names[:-1], names[1:])).as_py():
+            order = pc.sort_indices(names)
+            names, sizes = names.take(order), sizes[order.to_numpy()]
+        self.names: pa.StringArray = names
+        self.sizes: npt.NDArray[np.int64] = sizes
 
     @classmethod
     def of(cls, entries: Iterable[tuple[str, int]]) -> Listing:
@@ -145,35 +149,35 @@ def list_folders(storage: Storage, folders: Iterable[str]) -> dict[str, Listing]
 def _list(storage: Storage, folder: str) -> Listing:
     try:
         with storage.storage_errors("listed", folder):
-            return Listing.of(
-                (name.removesuffix(_ENDING), size)
-                for name, size in _entries(storage, storage.path(folder))
-                if name.endswith(_ENDING) and SHARD_NAME.fullmatch(name)
-            )
+            return Listing.of(_entries(storage, storage.path(folder)))
     except (FileNotFoundError, NotADirectoryError):
         return Listing.of([])
 
 
 def _entries(storage: Storage, path: str) -> Iterator[tuple[str, int]]:
-    """Name and bytes of each file in a folder."""
+    """Shard and bytes of each Parquet file in a folder."""
     if storage.local:
-        with os.scandir(path) as entries:
-            yield from ((entry.name, entry.stat().st_size) for entry in entries if entry.is_file())
-    elif _is_s3(storage.fs):
-        yield from _s3_entries(storage.fs, path)
-    else:
-        with _LISTED_WHOLE:  # a driver keeps more than a kilobyte for each file
-            try:
-                found = storage.fs.ls(path, detail=True, refresh=True)
-            finally:
-                storage.fs.invalidate_cache(path)
-        while found:
-            entry = found.pop()
-            if entry["type"] == "file":
-                yield posixpath.basename(str(entry["name"]).rstrip("/")), int(entry["size"] or 0)
+        with os.scandir(path) as files:
+            for file in files:
+                if _FILE_NAME.fullmatch(file.name) and file.is_file():
+                    yield file.name[: -len(_ENDING)], file.stat().st_size
+        return
+    for name, size in _s3_entries(storage.fs, path) if _is_s3(storage.fs) else _whole_listing(storage.fs, path):
+        if _FILE_NAME.fullmatch(name):
+            yield name[: -len(_ENDING)], size
 
 
-_LISTED_WHOLE = threading.BoundedSemaphore(2)
+def _whole_listing(fs: Any, path: str) -> Iterator[tuple[str, int]]:
+    """Name and bytes of each file in a folder, for other drivers, which keep more than a kilobyte for each."""
+    with _LISTED_WHOLE:
+        try:
+            found = fs.ls(path, detail=True, refresh=True)
+        finally:
+            fs.invalidate_cache(path)
+    while found:
+        entry = found.pop()
+        if entry["type"] == "file":
+            yield posixpath.basename(str(entry["name"]).rstrip("/")), int(entry["size"] or 0)
 
 
 # -- S3: a page at a time, parsed here, because botocore takes 0.1 s of CPU for a page of 1,000 names

@@ -6,7 +6,6 @@ The same subtraction serves a fresh run, a resumed run and an added teacher.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from reinforce.engine.inputs import stored_layers
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from reinforce.source.identity import SourceState, former_urls
-from reinforce.source.urls import Info, canonical, compression, expand, is_public, shard_names
+from reinforce.source.urls import Info, canonical, expand, find_compressed, find_private, shard_names
 from reinforce.storage import is_job_folder, is_ray_job
 
 
@@ -205,12 +204,12 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> Sour
     """
     urls = expand(config.source, listed)
     _check_outlives_job(urls)
-    if not config.embeds_images and (packed := next(filter(compression, urls), None)):
+    if not config.embeds_images and (packed := find_compressed(urls)):
         raise UserError(
             f"source: images: reference needs uncompressed .tar shards, and {canonical(packed)} is compressed; set "
             "images: embed"
         )
-    if not config.embeds_images and (private := next(itertools.filterfalse(is_public, urls), None)):
+    if not config.embeds_images and (private := find_private(urls)):
         raise UserError(
             f"source: images: reference stores URLs without user, password and query, and {canonical(private)} cannot "
             "be read without them; give credentials by the environment (AWS_ACCESS_KEY_ID, or fsspec's "

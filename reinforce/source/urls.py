@@ -35,6 +35,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _SPECIAL = re.compile(r"[?#]|::")  # after them, the canonical form is not that of the folder and the name
 _MAX_URLS = 10_000_000
 _BOTOCORE_ATTEMPTS = 4
+_CONNECTIONS = 32  # requests in flight; botocore's default is 10
 _S3FS_ATTEMPTS = 3  # each of them makes botocore's attempts
 _MAX_STEM_CHARS = 100  # with the hash and .parquet, well below the 255 bytes that file systems allow for a name
 _HASH_DIGITS = 10  # of a shard's name
@@ -64,13 +65,15 @@ def filesystem(url: str, redirects: bool = True) -> tuple[Any, str]:
 def _retry_options(url: str) -> dict[str, Any]:
     """Return options for retries of S3 requests with exponential backoff and jitter, unless the user has set others.
 
-    With them, an error of the server is raised after seconds, an unreachable address after a minute, and a server that
-    accepts connections but does not answer after three minutes. What is raised then costs the shard an attempt.
+    They also allow more requests in flight. With them, an error of the server is raised after seconds, an unreachable
+    address after a minute, and a server that accepts connections but does not answer after three minutes. What is
+    raised then costs the shard an attempt.
     """
     configured = "config_kwargs" in fsspec.config.conf.get("s3", {})
     if configured or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & {*os.environ}:
         return {}
-    options = {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": _BOTOCORE_ATTEMPTS}}}
+    retries = {"mode": "standard", "total_max_attempts": _BOTOCORE_ATTEMPTS}
+    options = {"config_kwargs": {"retries": retries, "max_pool_connections": _CONNECTIONS}}
     schemes = {segment.partition("://")[0] for segment in url.split("::") if "://" in segment}
     return dict.fromkeys(schemes & {"s3", "s3a"}, options)
 
@@ -163,6 +166,28 @@ def _canonical_urls(urls: Iterable[str]) -> Iterator[str]:
             folders[folder] = canonical(f"{folder}/x").removesuffix("x") if plain else None
         start = folders[folder]
         yield canonical(url) if start is None or not _PLAIN_NAME.fullmatch(name) else start + name
+
+
+def find_compressed(urls: Sequence[str]) -> str | None:
+    """Return the first URL of a compressed tar, or None."""
+    locations = zip(urls, _canonical_urls(urls), strict=True)
+    return next((url for url, location in locations if COMPRESSIONS.get(_ending(location))), None)
+
+
+def find_private(urls: Iterable[str]) -> str | None:
+    """Return the first URL that is not :func:`is_public`, or None. Plain names are as public as their folder."""
+    folders: dict[str, bool] = {}
+    for url in urls:
+        folder, _, name = url.rpartition("/")
+        if not folder or _SPECIAL.search(folder) or not _PLAIN_NAME.fullmatch(name):
+            public = is_public(url)
+        elif (known := folders.get(folder)) is None:
+            public = folders[folder] = is_public(f"{folder}/x")
+        else:
+            public = known
+        if not public:
+            return url
+    return None
 
 
 def compression(url: str) -> str | None:

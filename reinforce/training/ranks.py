@@ -130,6 +130,34 @@ def join_ranks(compute: Compute, device: str | None = None, cpus: int | None = N
             dist.destroy_process_group()
 
 
+def share_from_first(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 and return its result, which must be picklable, on every rank.
+
+    For what asks a storage for much. Every rank calls this, or none. If it raises, rank 0 raises the error itself and
+    the others UserError or RuntimeError.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    group = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+    shared: list[Any] = [None, _SUCCESS]
+    error = None
+    try:
+        if dist.get_rank() == 0:
+            try:
+                shared[0] = work()
+            except Exception as raised:
+                error, shared[1] = raised, _status_of(raised)
+        dist.broadcast_object_list(shared, 0, group=group)
+    finally:
+        dist.destroy_process_group(group)
+    if error is not None:
+        raise error
+    if shared[1] != _SUCCESS:
+        raise (UserError if shared[1] == _USER_ERROR else RuntimeError)("rank 0 failed: see its message")
+    result: T = shared[0]
+    return result
+
+
 def under_torchrun() -> bool:
     """Whether the environment sets a rank, as torchrun does."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

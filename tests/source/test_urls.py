@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reinforce.errors import UserError
-from reinforce.source.urls import _canonical_urls, canonical, compression, expand, filesystem, shard_name, shard_names
+from reinforce.source.urls import (
+    _canonical_urls,
+    canonical,
+    compression,
+    expand,
+    filesystem,
+    find_compressed,
+    find_private,
+    is_public,
+    shard_name,
+    shard_names,
+)
 
 
 @pytest.fixture
@@ -191,6 +202,10 @@ def test_any_file_name_becomes_a_safe_shard_name(stem):
 def test_many_urls_get_the_canonical_forms_of_single_ones(folder, name):
     urls = [f"{folder}/0", f"{folder}/{name}", f"{folder}/b.tar", name, f"simplecache::{folder}/{name}"]
     assert list(_canonical_urls(urls)) == [canonical(url) for url in urls]
+    assert [find_private([f"{folder}/0.tar", url]) for url in urls] == [
+        next((each for each in (f"{folder}/0.tar", url) if not is_public(each)), None) for url in urls
+    ]
+    assert [find_compressed(["a.tar", url]) for url in urls] == [url if compression(url) else None for url in urls]
 
 
 def test_two_urls_with_the_same_shard_name_are_a_user_error():

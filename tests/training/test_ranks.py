@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from reinforce.errors import UserError
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
-from reinforce.training.ranks import join_ranks
+from reinforce.training.ranks import join_ranks, share_from_first
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Feed, Task
 from teachers.device import Accelerator
@@ -56,6 +56,14 @@ def work(rank: int, folder: str, port: int) -> None:
             except (UserError, Stopped, RuntimeError) as error:
                 outcomes[name] = f"{type(error).__name__}: {error}"
 
+        def gone() -> None:
+            raise UserError(f"gone on rank {rank}")
+
+        outcomes["shared"] = share_from_first(lambda: f"of rank {rank}")
+        try:
+            share_from_first(gone)
+        except UserError as error:
+            outcomes["gone"] = str(error)
         train("ranks")
         train("parts", compute={"accumulate": 4})
         stop = StopSignal()
@@ -117,6 +125,14 @@ def test_an_error_on_rank_0_ends_all_ranks(trained: tuple[Path, list[dict[str, A
         "UserError: the set is gone",
         *["UserError: rank 0 failed: see its message"] * (RANKS - 1),
     ]
+
+
+def test_what_rank_0_finds_is_shared_and_its_error_ends_all_ranks(
+    trained: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    assert [outcomes["shared"] for outcomes in trained[1]] == ["of rank 0"] * RANKS
+    others = ["rank 0 failed: see its message"] * (RANKS - 1)
+    assert [outcomes["gone"] for outcomes in trained[1]] == ["gone on rank 0", *others]
 
 
 def test_all_ranks_skip_the_same_steps(trained: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -111,6 +112,16 @@ def test_ranks_read_every_sample_once_per_epoch(url: str, ranks: int) -> None:
     )
     assert set(seen.values()) == {1}
     assert len(seen) == steps * batch * ranks
+
+
+def test_a_rank_that_is_not_the_first_lists_and_reads_nothing_before_its_first_batch(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = feed_of(url)
+    shared = pickle.loads(pickle.dumps(first._datasets))
+    monkeypatch.setattr(reinforce.student.data.feed, "share_from_first", lambda work: shared)
+    monkeypatch.setattr(reinforce.student.data.feed, "open_datasets", None)
+    assert same(take(feed_of(url), 1, batch=6, rank=1, ranks=2)[0], take(first, 1, batch=6, rank=1, ranks=2)[0])
 
 
 def test_a_resumed_training_gets_the_batches_of_an_uninterrupted_one(url: str) -> None:

@@ -1,0 +1,46 @@
+"""What is measured in a process of its own: ``python -m benchmarks.scale.child NAME ARGUMENTS`` prints JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def plan(config: str, *overrides: str) -> dict[str, Any]:
+    """Plan a run."""
+    from reinforce.config import load_config
+    from reinforce.engine.plan import make_plan
+
+    found = make_plan(load_config(config, list(overrides)))
+    return {"shards": found.shards, "pending": len(found.pending), "quarantined": found.quarantined}
+
+
+def start(url: str, images_from: str) -> dict[str, Any]:
+    """Open the dataset of a training."""
+    from reinforce.student.config import Data
+    from reinforce.student.data.datasets import open_datasets
+
+    data = Data.model_validate({"datasets": url, "images_from": [images_from]})
+    [dataset] = open_datasets(data, 0, None)
+    return {"shards": len(dataset.shards), "rows": dataset.rows}
+
+
+def main(name: str, *arguments: str) -> None:
+    parts: dict[str, Callable[..., dict[str, Any]]] = {"plan": plan, "start": start}
+    if name == "start":  # imports are no part of what is measured
+        import reinforce.student.data.datasets  # noqa: F401
+    began, cpu = time.perf_counter(), time.process_time()
+    found = parts[name](*arguments)
+    memory = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert memory is not None
+    figures = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu, "MB": int(memory[1]) / 1000}
+    print(json.dumps({**found, **figures}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,104 @@
+"""A dataset of the size of DFN-5B in an object store: each shard has the files of one small shard."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from benchmarks.scale.object_store import Content
+from reinforce.config import Config, load_config
+from reinforce.dataset.layer_index import FileEntry, LayerIndex, write_index
+from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.manifest import update_manifest
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.source.urls import shard_names
+from schemas import Reason
+
+CONFIG = Path(__file__).parents[2] / "configs" / "dfn5b.yaml"
+#: Shards of DFN-5B.
+DFN5B = 190_735
+DIM = 768
+_ROWS = 2
+
+
+def overrides(shards: int) -> list[str]:
+    """What replaces the source and the output of the config."""
+    return [f"source=s3://bucket/dfn5b/{{00000000..{shards - 1:08d}}}.tar", "output=s3://bucket/data"]
+
+
+def make_content(shards: int, seconds: float, missing: int = 0, quarantined: int = 0) -> Content:
+    """The dataset of configs/dfn5b.yaml with so many shards, of which the last ``missing`` are not finished.
+
+    ``quarantined`` of these are quarantined. Each request takes ``seconds``.
+    """
+    config = load_config(CONFIG, overrides(shards))
+    layers = build_layers(config, describe_models(config))
+    names = shard_names([f"s3://bucket/dfn5b/{number:08d}.tar" for number in range(shards)])
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        files = {name: _layer_file(store, config, layer) for name, layer in layers.items()}
+        for name in names[shards - missing :][:quarantined]:
+            store.quarantine(SAMPLES, name, [(None, Reason.SHARD_MISSING, "no such file")])
+        store.write_json(update_manifest(None, config, layers, _loaded(config), layers), MANIFEST)
+        for name, layer in layers.items():
+            entries = dict.fromkeys(names[: shards - missing], FileEntry(len(files[name]), (_ROWS,)))
+            index = LayerIndex().merged(entries, groups=name == SAMPLES)
+            write_index(store, name, layer.fingerprint, index)
+        kept = [path for path in Path(folder).rglob("*") if path.is_file() and _is_object(path.relative_to(folder))]
+        objects = {f"data/{path.relative_to(folder)}": path.read_bytes() for path in kept}
+    return Content(names, dict.fromkeys(layers, shards - missing), files, objects, seconds=seconds)
+
+
+def write_manifest(output: Path, config: Path) -> None:
+    """Write the dataset.json of a config into a folder."""
+    parsed = load_config(config)
+    layers = build_layers(parsed, describe_models(parsed))
+    Store(str(output)).write_json(update_manifest(None, parsed, layers, _loaded(parsed), layers), MANIFEST)
+
+
+def _is_object(path: Path) -> bool:
+    return path.parts[0] in ("index", "quarantine", MANIFEST)
+
+
+def _loaded(config: Config) -> Mapping[str, Mapping[str, Any]]:
+    return {name: {"dim": DIM} for name in config.teachers}
+
+
+def _layer_file(store: Store, config: Config, layer: Layer) -> bytes:
+    """A file of the layer with the keys of its rows, and nothing else in them."""
+    schema = layer.schema(config.images, DIM)
+    columns = [_column(field) for field in schema]
+    with store.writer(layer, schema, "shard", "s3://bucket/dfn5b/00000000.tar") as writer:
+        writer.write(pa.table(columns, schema=schema))
+        writer.commit()
+    return Path(store.layer_path(layer.name, "shard")).read_bytes()
+
+
+def _column(field: pa.Field) -> pa.Array:
+    if field.name == "key":
+        return pa.array([f"key-{row}" for row in range(_ROWS)], field.type)
+    if field.nullable:
+        return pa.nulls(_ROWS, field.type)
+    return pa.array([_empty(field.type)] * _ROWS, field.type)
+
+
+def _empty(type_: pa.DataType) -> Any:
+    if pa.types.is_struct(type_):
+        return {type_.field(i).name: _empty(type_.field(i).type) for i in range(type_.num_fields)}
+    return [] if pa.types.is_list(type_) else "" if pa.types.is_string(type_) else 0
+
+
+def environment(address: str) -> dict[str, str]:
+    """Variables with which s3fs uses the store at an address."""
+    return {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "reinforce",
+        "AWS_SECRET_ACCESS_KEY": json.dumps("no secret"),
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }

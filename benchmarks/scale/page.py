@@ -1,0 +1,50 @@
+"""The table of the control plane in docs/performance.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pipeline.figures import Figure
+from benchmarks.pipeline.page import PAGE, limit_text, met_text, number, read_figures
+
+RESULTS = Path(__file__).parents[1] / "results" / "scale.json"
+_MARKERS = re.compile(r"(<!-- scale:[^\n]*-->\n).*?(<!-- end of scale -->)", flags=re.DOTALL)
+
+
+def render_page(text: str, results: Mapping[str, Any]) -> str:
+    """The page with the table written anew; the rest of ``text`` stays."""
+    machine = results.get("machine", results)
+    lines = [
+        f"Measured on {results['date']}: {machine['cpu']}, {machine['cores']} cores, load average "
+        f"{machine['load average']}.\n",
+        "| figure | measured | target | met |",
+        "| --- | --- | --- | --- |",
+    ]
+    for section, part in groupby(read_figures(results), key=lambda figure: figure.section):
+        lines.append(f"| **{section}** | | | |")
+        for each in part:
+            cells = (each.name, _value(each), limit_text(each), met_text(each))
+            lines.append(f"| {' | '.join(cells)} |")
+    if len(_MARKERS.findall(text)) != 1:
+        raise ValueError("the page must have `<!-- scale: -->` and `<!-- end of scale -->`, each once")
+    table = "\n".join(lines)
+    return _MARKERS.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
+
+
+def _value(figure: Figure) -> str:
+    """The value in three digits or more; a count as it is."""
+    if figure.unit in ("ms", "MB"):
+        return number(figure.value, figure.unit)
+    text = f"{figure.value:,.0f}" if figure.value >= 100 else f"{figure.value:.3g}"
+    return f"{text} {figure.unit}".rstrip()
+
+
+def write_page() -> None:
+    """Write the table from the stored results."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    PAGE.write_text(render_page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
