@@ -68,24 +68,49 @@ def _package_folder() -> Iterator[None]:
         os.chdir(before)
 
 
-def is_raylet_alive() -> bool:
-    """Return whether the process of Ray that this machine needs (the raylet) accepts connections.
+class RayletWatch:
+    """Whether the process of Ray that this machine needs (the raylet) runs.
 
-    When it is gone, requests to Ray end this process after some seconds, without an exception.
+    When it is gone, requests to Ray end this process after some seconds, without an exception. One connection is kept,
+    because the raylet logs each that ends.
     """
-    node = getattr(ray._private.worker, "_global_node", None)  # None for a client of a remote cluster
-    path = getattr(node, "raylet_socket_name", None)
-    if path is None or not os.path.isabs(path):
-        return True
-    with socket.socket(socket.AF_UNIX) as connection:
+
+    def __init__(self) -> None:
+        node = getattr(ray._private.worker, "_global_node", None)  # None for a client of a remote cluster
+        path = getattr(node, "raylet_socket_name", None)
+        self._path = path if path is not None and os.path.isabs(path) else None
+        self._connection: socket.socket | None = None
+
+    def is_alive(self) -> bool:
+        if self._path is None:
+            return True
+        if self._connection is not None:
+            try:
+                if self._connection.recv(1, socket.MSG_PEEK):
+                    return True
+            except BlockingIOError:
+                return True
+            except OSError:
+                pass
+            self.close()
+        return self._connect(self._path)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _connect(self, path: str) -> bool:
+        connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(5.0)
         try:
             connection.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-        except OSError:  # it is there, and busy
-            return True
-    return True
+        except OSError as error:
+            connection.close()
+            return not isinstance(error, (ConnectionRefusedError, FileNotFoundError))  # others: it is there, and busy
+        connection.setblocking(False)
+        self._connection = connection
+        return True
 
 
 def live_nodes() -> frozenset[str]:

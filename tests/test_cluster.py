@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 import torch
 
-from reinforce.cluster import cause_of, live_nodes, live_resources, ray_cluster
+from reinforce.cluster import RayletWatch, cause_of, live_nodes, live_resources, ray_cluster
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -45,3 +48,26 @@ def test_the_cause_of_a_task_error_is_the_exception_that_the_task_raised() -> No
     raised = ValueError("bad row")
     assert cause_of(ray.exceptions.RayTaskError("task", "traceback", raised)) is raised
     assert cause_of(raised) is raised
+
+
+def test_a_raylet_is_watched_by_one_connection_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "raylet")
+    monkeypatch.setattr("ray._private.worker._global_node", SimpleNamespace(raylet_socket_name=path))
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        watch = RayletWatch()
+        assert all(watch.is_alive() for _ in range(10))
+        connection, _ = server.accept()
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+        connection.close()
+        assert watch.is_alive(), "it accepts another connection"
+    assert not watch.is_alive()
+    watch.close()
+
+
+def test_without_a_raylet_of_this_machine_there_is_nothing_to_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray._private.worker._global_node", None)
+    assert RayletWatch().is_alive()

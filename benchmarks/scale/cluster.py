@@ -228,7 +228,7 @@ def simulated(cluster: Cluster, layers: Sequence[str]) -> Iterator[SimulatedRay]
         for module in (driver, pool, reinforce_cluster):
             stack.enter_context(mock.patch.object(module, "ray", ray))
         stack.enter_context(mock.patch.object(pool, "as_actor", return_value=ray))
-        stack.enter_context(mock.patch.object(driver, "is_raylet_alive", return_value=True))
+        stack.enter_context(mock.patch.object(driver, "RayletWatch"))
         yield ray
 
 

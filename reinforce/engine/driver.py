@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
 
-from reinforce.cluster import cause_of, is_raylet_alive, live_nodes, live_resources
+from reinforce.cluster import RayletWatch, cause_of, live_nodes, live_resources
 from reinforce.dataset.claims import Claims
 from reinforce.dataset.damage import DamagedFile, set_aside, set_aside_notes
 from reinforce.dataset.layer_index import IndexWriter
@@ -70,6 +70,7 @@ class Driver(WorkerHandling):
         self.totals = RunTotals()
         self.manifest_written = self.wait_logged = False
         self.notes_logged, self.ray_checked = 0, time.monotonic()
+        self.raylet = RayletWatch()
         self.limits = StallLimits(self.config.failures)
         self.polled: dict[Any, Slot] = {}
 
@@ -95,6 +96,7 @@ class Driver(WorkerHandling):
             summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
             summary = replace(summary, notes=self.policy.notes)
             self.pool.close()
+            self.raylet.close()
             with contextlib.suppress(StorageError):  # a cache
                 self.index.flush()
             with contextlib.suppress(StorageError, FileNotFoundError):  # the run itself does not need the records
@@ -155,7 +157,7 @@ class Driver(WorkerHandling):
         if time.monotonic() - self.ray_checked < _RAY_SECONDS:
             return
         self.ray_checked = time.monotonic()
-        if not is_raylet_alive():
+        if not self.raylet.is_alive():
             raise ray_ended(len(self.totals.finished), remaining)
 
     def _report_workers(self) -> None:
