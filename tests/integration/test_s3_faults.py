@@ -53,8 +53,7 @@ def test_each_layer_is_listed_once_in_a_run(
     listed = Counter(request.prefix for request in s3_proxy.requests if request.is_list)
     layer = {f"undisturbed/{name}/": 1 for name in folders}
     quarantine = {f"undisturbed/quarantine/{name}/": 1 for name in folders}
-    above = Counter(name.removesuffix("/").rpartition("/")[0] + "/" for name in quarantine)
-    assert listed == {**layer, **quarantine, **above}, "s3fs lists the parent of a folder that does not exist"
+    assert listed == {**layer, **quarantine}
 
 
 def test_transient_faults_leave_no_trace(s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]) -> None:
