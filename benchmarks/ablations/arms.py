@@ -36,13 +36,19 @@ _NOT_IN_STUDENTS: dict[str, Any] = {
 }
 
 
+_FIRST_STALL_SECONDS = 3600.0  # the default before it followed from the batches
+
+
 def _dataset_json(config: Config) -> str:
-    """A run's config without what changes no number, and without later keys where they have their defaults."""
+    """A run's config without what changes no number, and with later keys and defaults as they were at first."""
     exclude: dict[str, Any] = {"output": True, "workers": True}
     if config.augmentations.backend == AUGMENTATION_BACKEND:
         exclude["augmentations"] = {"backend"}
     if not config.moved:
         exclude["moved"] = True
+    if config.failures.stall_seconds is None:
+        failures = config.failures.model_copy(update={"stall_seconds": _FIRST_STALL_SECONDS})
+        config = config.model_copy(update={"failures": failures})
     return config.model_dump_json(exclude=exclude, exclude_none=True)
 
 

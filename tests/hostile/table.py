@@ -59,7 +59,7 @@ OTHERS = [
     (
         "an embedding of NaN or infinity",
         "`not_finite`: the row is null in that layer",
-        "tests/integration/test_run.py::test_a_row_whose_embedding_is_not_finite_is_null_and_quarantined",
+        "tests/engine/test_shard_contents.py::test_a_row_whose_embedding_is_not_finite_is_null_and_quarantined",
     ),
     (
         "an image without published reinforcements, and published reinforcements without an image",
