@@ -283,6 +283,7 @@ def compare(
     figures: dict[str, dict[str, list[float]]] = {name: {"images/s": [], "cpu ms": []} for name in variants}
     for number in range(rounds):
         for name, run in variants.items():
+            wait_until_idle()
             run(warmup)  # uses up the prefetched batches
             start, cpu = time.perf_counter(), cpu_seconds()
             run(images)
@@ -291,6 +292,14 @@ def compare(
             figures[name]["cpu ms"].append(1000 * cpu / images)
         print(f"round {number + 1}: " + ", ".join(f"{n} {f['images/s'][-1]:.0f} images/s" for n, f in figures.items()))
     return figures
+
+
+def wait_until_idle(seconds: float = 0.25) -> None:
+    """Wait until no process prefetches batches any more."""
+    before, now = 0.0, cpu_seconds()
+    while now - before > 0.1 * seconds:
+        time.sleep(seconds)
+        before, now = now, cpu_seconds()
 
 
 def cpu_seconds() -> float:

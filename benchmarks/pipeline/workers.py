@@ -23,7 +23,7 @@ from reinforce.engine.models import Models
 from reinforce.engine.plan import PendingShard, make_plan
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.engine.shard import allocate_pixels, process_shard
-from reinforce.engine.worker import SHARDS_IN_FLIGHT
+from reinforce.engine.worker import SHARDS_IN_FLIGHT, environment
 from teachers.device import Accelerator
 
 
@@ -62,7 +62,8 @@ class Measured:
 
 
 def start_workers(setup: WorkerSetup, count: int = 1) -> Children:
-    return Children(serve_worker, [(setup,)] * count)
+    with patch.dict(os.environ, environment()):
+        return Children(serve_worker, [(setup,)] * count)
 
 
 def serve_worker(pipe: Connection, setup: WorkerSetup) -> None:

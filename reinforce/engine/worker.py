@@ -130,6 +130,16 @@ class Worker:
         return Pulse(counters.samples, counters.busy, prepared, key, leases, slowest, process_memory())
 
 
+def environment() -> dict[str, str]:
+    """Environment variables with which a worker process must start.
+
+    Arrow's allocator, mimalloc, asks for huge pages. The kernel clears 2 MB for each buffer that is new or was idle,
+    which doubles the CPU of the worker's own process.
+    """
+    name = "MIMALLOC_ALLOW_THP"
+    return {name: os.environ.get(name, "0")}
+
+
 def as_actor(config: Config) -> Any:
     """The actor class with the resources of ``config.workers``."""
     threads = str(config.workers.cores)
@@ -140,5 +150,5 @@ def as_actor(config: Config) -> Any:
         max_task_retries=0,
         max_concurrency=SHARDS_IN_FLIGHT,
         concurrency_groups={"control": 1},
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **environment()}},
     )(Worker)

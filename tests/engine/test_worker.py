@@ -17,7 +17,7 @@ from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.models import load_models
 from reinforce.engine.outcome import LayerFailure, LoadFailure, ShardFailure, ShardResult
 from reinforce.engine.plan import PendingShard, make_plan
-from reinforce.engine.worker import Worker
+from reinforce.engine.worker import Worker, as_actor
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
 from tests.helpers.decoding import decode_pool
@@ -142,3 +142,15 @@ def test_a_worker_reports_the_layer_and_the_batch_in_which_a_shard_hangs_while_i
     assert after.slowest["embeddings/red/images"] > 0.1
     assert after.slowest.keys() >= {"reading", "decoding", "writing"}
     assert after.memory > 0
+
+
+def test_workers_start_with_small_pages_unless_the_environment_sets_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def variables() -> dict[str, str]:
+        actor = as_actor(parse_config(config_of("x.tar", "y")))
+        found: dict[str, str] = actor._default_options["runtime_env"]["env_vars"]
+        return found
+
+    monkeypatch.delenv("MIMALLOC_ALLOW_THP", raising=False)
+    assert variables()["MIMALLOC_ALLOW_THP"] == "0"
+    monkeypatch.setenv("MIMALLOC_ALLOW_THP", "1")
+    assert variables()["MIMALLOC_ALLOW_THP"] == "1"
