@@ -101,9 +101,8 @@ def plan(
     total = sum(size or 0 for size in expected.values())
     size = format_bytes(total) if None not in expected.values() else f"{format_bytes(total)} or more"
     typer.echo(f"{current.shards:,} shards, {len(current.pending):,} with something missing, about {size} to write")
-    if damage := describe_damaged(Store(checked.output).url, current.damaged):
-        typer.echo(escape(damage))
-    for line in not_in_source_lines(asdict(current.not_in_source)):
+    damage = describe_damaged(Store(checked.output).url, current.damaged)
+    for line in filter(None, [damage, *not_in_source_lines(asdict(current.not_in_source))]):
         typer.echo(escape(line))
     sample, notes = check_source(current)
     if sample is not None:

@@ -128,7 +128,7 @@ def drop(store: Store, plan: DropPlan) -> None:
         for layer in plan.sizes:
             _delete_files(store, layer)
             _delete_files(store, "quarantine", layer)
-            _delete(store, FOLDER, index_file(layer))
+            store.remove(FOLDER, index_file(layer))
             _delete_empty_folders(store, FOLDER)
             _remove_entry(store, layer)
 
@@ -240,16 +240,10 @@ def _delete_files(store: Store, *parts: str) -> None:
     folder = posixpath.join(*parts)
     pool = ThreadPoolExecutor(_DELETED_AT_ONCE)
     try:
-        list(pool.map(lambda shard: _delete(store, folder, f"{shard}.parquet"), store.shards(folder)))
+        list(pool.map(lambda shard: store.remove(folder, f"{shard}.parquet"), store.shards(folder)))
     finally:
         pool.shutdown(cancel_futures=True)
     _delete_empty_folders(store, folder)
-
-
-def _delete(store: Store, *parts: str) -> None:
-    """Delete a file, if it exists."""
-    with store.storage_errors("removed", *parts), contextlib.suppress(FileNotFoundError):
-        store.fs.rm_file(store.path(*parts))
 
 
 def _delete_empty_folders(store: Store, folder: str) -> None:

@@ -48,11 +48,6 @@ class LayerIndex:
 
     table: pa.Table = field(default_factory=schemas.index_schema().empty_table)
 
-    def sizes(self) -> Iterator[tuple[str, int]]:
-        """Each shard with the bytes of its file when it was committed."""
-        for batch in self.table.select(["shard", "size"]).to_batches(max_chunksize=_GROUP_ROWS):
-            yield from zip(batch["shard"].to_pylist(), batch["size"].to_pylist(), strict=True)
-
     def listing(self) -> Listing:
         """The listing of the layer as it was when its files were committed."""
         return Listing(self.table["shard"].combine_chunks(), self.table["size"].to_numpy())

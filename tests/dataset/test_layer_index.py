@@ -34,7 +34,7 @@ def test_a_run_writes_the_size_and_rows_of_each_committed_file(tmp_path: Path) -
     store = Store(small_dataset(tmp_path, (9, 3)))
     for layer, entry in read_manifest(store)["layers"].items():
         index = read_index(store, layer, entry["fingerprint"])
-        assert dict(index.sizes()) == store.shards(layer)
+        assert dict(index.listing().items()) == store.shards(layer)
         assert index.table["rows"].to_pylist() == [9, 3]
         groups = index.table["groups"].to_pylist()
         assert groups == ([[8, 1], [3]] if layer == SAMPLES else [None, None])
@@ -44,7 +44,8 @@ def test_entries_of_several_runs_are_merged_in_order_and_the_last_one_counts(sto
     write(store, c=FileEntry(30, (3,)), a=FileEntry(10, (1, 2)))
     write(store, b=FileEntry(20, (2,)), c=FileEntry(31, (4,)))
     index = read_index(store, SAMPLES, "f0")
-    assert list(index.sizes()) == [("a", 10), ("b", 20), ("c", 31)]
+    stored = [(row["shard"], row["size"]) for row in index.table.to_pylist()]
+    assert stored == [("a", 10), ("b", 20), ("c", 31)]
     assert index.table["rows"].to_pylist() == [3, 2, 4]
     assert index.differing(Listing.of([("a", 10), ("b", 19), ("d", 5)])) == ["b"]
     found = {shard: rows.tolist() for shard, rows in index.groups({"a": 10, "b": 19, "c": 31})}
@@ -79,7 +80,7 @@ def test_an_index_of_many_files_is_read_in_parts(store: Store) -> None:
     files = {f"{n:06d}": FileEntry(n, (n % 7, 1)) for n in range(20_000)}
     write(store, **files)
     index = read_index(store, SAMPLES, "f0")
-    assert dict(index.sizes()) == {name: entry.size for name, entry in files.items()}
+    assert dict(index.listing().items()) == {name: entry.size for name, entry in files.items()}
     groups = dict(index.groups({name: entry.size for name, entry in files.items()}))
     assert {name: tuple(rows.tolist()) for name, rows in groups.items()} == {n: e.groups for n, e in files.items()}
 
@@ -87,7 +88,7 @@ def test_an_index_of_many_files_is_read_in_parts(store: Store) -> None:
 def test_files_that_were_deleted_are_removed_from_the_index(store: Store) -> None:
     write(store, a=FileEntry(10, (1,)), b=FileEntry(20, (2,)), c=FileEntry(30, (3,)))
     assert prune_index(store, SAMPLES, "f0", Listing.of([("a", 10)]), ["c"]) == ["b"]
-    assert dict(read_index(store, SAMPLES, "f0").sizes()) == {"a": 10, "c": 30}
+    assert dict(read_index(store, SAMPLES, "f0").listing().items()) == {"a": 10, "c": 30}
     before = Path(store.path("index", "samples.parquet")).stat().st_mtime_ns
     prune_index(store, SAMPLES, "f0", Listing.of([("a", 10), ("c", 30)]), [])
     assert Path(store.path("index", "samples.parquet")).stat().st_mtime_ns == before, "nothing to write"
@@ -116,8 +117,8 @@ def test_an_error_of_the_storage_is_raised_and_nothing_is_lost(store: Store, mon
         patch.setattr(layer_index, "_WRITE_SECONDS", -1.0)
         writer.flush_when_due()
     writer.flush()
-    assert dict(read_index(store, SAMPLES, "f0").sizes()) == {"a": 10, "b": 20}
-    assert dict(read_index(store, "embeddings/a/images", "f1").sizes()) == {"b": 5}
+    assert dict(read_index(store, SAMPLES, "f0").listing().items()) == {"a": 10, "b": 20}
+    assert dict(read_index(store, "embeddings/a/images", "f1").listing().items()) == {"b": 5}
     writer.flush()
     write_index(store, SAMPLES, "f0", read_index(store, SAMPLES, "f0"))
 
