@@ -1,0 +1,316 @@
+"""The device of ``stand_in_cuda``: its tensors, its memory, and what is counted."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+aten = torch.ops.aten
+DEVICE = torch.device("cuda", 0)
+_ROOT = str(Path(__file__).parents[2])
+_COPIES = (aten._to_copy.default, aten.copy_.default)
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+_WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive"}
+_CPU_VALUES = {"fill_", "masked_fill_", "masked_fill", "where", "index_put_", "index_put"}  # and pointwise ones
+
+
+class CudaTensor(torch.Tensor):
+    """A CPU tensor that reports a CUDA device."""
+
+    device = property(lambda self: DEVICE)  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{func} on a tensor of the stand-in outside of stand_in_cuda()")
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy between the host and the device."""
+
+    to_device: bool
+    bytes: int
+    pinned: bool
+    blocking: bool
+    place: str
+
+
+@dataclass
+class Counts:
+    """What a piece of code asked the device to do."""
+
+    operations: int = 0
+    allocations: int = 0
+    allocated_bytes: int = 0
+    graph_launches: int = 0
+    by_name: Counter[str] = field(default_factory=Counter)
+    copies: list[Copy] = field(default_factory=list)
+    waits: Counter[str] = field(default_factory=Counter)  # by reason and place
+
+    @property
+    def synchronizations(self) -> int:
+        """How often the host waited for the device; blocking copies are among them."""
+        return self.waits.total()
+
+    def copies_to_device(self) -> list[Copy]:
+        return [copy for copy in self.copies if copy.to_device]
+
+    def copies_to_host(self) -> list[Copy]:
+        return [copy for copy in self.copies if not copy.to_device]
+
+    def describe(self) -> str:
+        """A text for messages of assertions."""
+        waits = "; ".join(f"{count}x {what}" for what, count in self.waits.most_common(12))
+        names = ", ".join(f"{name} {count}" for name, count in self.by_name.most_common(20))
+        return (
+            f"{self.operations} operations ({names}), {self.allocations} allocations, {len(self.copies)} copies, "
+            f"{self.synchronizations} synchronizations: {waits}"
+        )
+
+
+class StandIn:
+    """The state of the device: what is counted, what is pinned, how much memory is in use."""
+
+    def __init__(self, memory: int) -> None:
+        self.memory, self.allocated, self.peak = memory, 0, 0
+        self.tape: list[tuple[Any, Any, Any, Any]] | None = None  # of the graph that is being captured
+        self.compiled: list[dict[str, Any]] = []
+        self._counting: list[Counts] = []
+        self._pinned: dict[int, tuple[int, Any]] = {}  # address -> (bytes, what keeps the memory)
+        self._alive: Counter[int] = Counter()  # storages and the tensors that refer to them
+        self._sizes: dict[int, int] = {}
+        self._fail: Callable[[int], bool] | None = None
+
+    @contextmanager
+    def counted(self) -> Iterator[Counts]:
+        """Count what happens inside."""
+        counts = Counts()
+        self._counting.append(counts)
+        try:
+            yield counts
+        finally:
+            self._counting.remove(counts)
+
+    @contextmanager
+    def failing_allocations(self, fail: Callable[[int], bool]) -> Iterator[None]:
+        """Raise torch.OutOfMemoryError for each new tensor of ``bytes`` for which ``fail(bytes)``."""
+        self._fail = fail
+        try:
+            yield
+        finally:
+            self._fail = None
+
+    def wait(self, reason: str) -> None:
+        """Record that the host waits for the device."""
+        if self.tape is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {reason} at {_place()}")
+        for counts in self._counting:
+            counts.waits[f"{reason} at {_place()}"] += 1
+
+    def pin(self, address: int, size: int, owner: Any = None) -> None:
+        self._pinned[address] = (size, owner)
+
+    def unpin(self, address: int) -> None:
+        self._pinned.pop(address, None)
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        start = tensor.data_ptr()
+        end = start + tensor.numel() * tensor.element_size()
+        return any(first <= start and end <= first + size for first, (size, _) in self._pinned.items())
+
+    # -- operations
+
+    def operate(self, func: Any, args: Any, kwargs: dict[str, Any], modes: Callable[[], Any]) -> Any:
+        """Run one operation of ATen, on the device if it has a tensor of it or makes one."""
+        tensors = _tensors((args, kwargs))
+        on_device = [tensor for tensor in tensors if isinstance(tensor, CudaTensor)]
+        target = kwargs.get("device")
+        wanted = None if target is None else torch.device(target).type == "cuda"
+        if not on_device and not wanted:
+            return _run(func, args, kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        if func in _COPIES:
+            return self._copy(func, name, args, kwargs, len(on_device) == len(tensors), wanted)
+        if "scaled_dot_product_attention" not in name and func._can_decompose() and _is_composite(func):
+            with modes():
+                return func.decompose(*args, **kwargs)
+        _check_devices(func, name, args, tensors, on_device)
+        if torch.Tag.inplace_view not in func.tags and not _is_view(func):
+            self._count(func, name, args)
+        out = self._execute(func, args, {**kwargs, "device": "cpu"} if wanted else kwargs)
+        return self._adopt(out, on_device) if wanted is not False else out
+
+    def count(self, name: str) -> None:
+        """Count one kernel."""
+        for counts in self._counting:
+            counts.operations += 1
+            counts.by_name[name] += 1
+
+    def count_launch(self) -> None:
+        """Count the replay of a graph."""
+        for counts in self._counting:
+            counts.graph_launches += 1
+        self.count("graph")
+
+    def _count(self, func: Any, name: str, args: Any) -> None:
+        self.count(name)
+        if name in _WAITING:
+            self.wait({"_local_scalar_dense": "item"}.get(name, name))
+        if name in _INDEXING:
+            for index in args[1]:
+                if index is None:
+                    continue
+                if not isinstance(index, CudaTensor):
+                    self._record_copy(index, True, False)
+                elif index.dtype in (torch.bool, torch.uint8):
+                    self.wait("index by a mask")
+
+    def _copy(self, func: Any, name: str, args: Any, kwargs: Any, same: bool, wanted: bool | None) -> Any:
+        if func is aten.copy_.default:
+            target, source = args[:2]
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            if isinstance(target, CudaTensor) == isinstance(source, CudaTensor):
+                self.count(name)
+            else:
+                self._record_copy(source, isinstance(target, CudaTensor), non_blocking, target)
+            return self._execute(func, args, kwargs)
+        source, on_device = args[0], isinstance(args[0], CudaTensor)
+        wanted = on_device if wanted is None else wanted
+        plain = {**kwargs, "device": "cpu"} if "device" in kwargs else kwargs
+        if on_device == wanted:
+            self.count(name)
+        else:
+            self._record_copy(source, wanted, kwargs.get("non_blocking", False))
+            plain = {**plain, "non_blocking": False}
+        out = self._execute(func, args, plain)
+        if wanted:
+            return self._adopt(out, [source] if on_device else [])
+        if kwargs.get("non_blocking"):
+            self.pin(out.data_ptr(), out.nbytes, out)  # CUDA allocates pinned memory for it
+        return out
+
+    def _record_copy(
+        self, source: torch.Tensor, to_device: bool, non_blocking: bool, target: torch.Tensor | None = None
+    ) -> None:
+        host = source if to_device else target
+        pinned = non_blocking if host is None else self.is_pinned(host)
+        blocking = not (non_blocking and pinned)
+        if blocking:
+            self.wait("blocking copy to the device" if to_device else "blocking copy to the host")
+        for counts in self._counting:
+            counts.copies.append(Copy(to_device, source.nbytes, pinned, blocking, _place()))
+
+    def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.tape is None:
+            return _run(func, args, kwargs)
+        # A capture runs nothing, but the shapes are needed: only what changes tensors is left out.
+        out = args[0] if func._schema.is_mutable else _run(func, args, kwargs)
+        self.tape.append((func, args, kwargs, out))
+        return out
+
+    def replay(self, tape: list[tuple[Any, Any, Any, Any]]) -> None:
+        """Run a captured graph again, into the tensors of its capture."""
+        for func, args, kwargs, out in tape:
+            if _is_view(func):
+                continue
+            again = _run(func, args, kwargs)
+            if func._schema.is_mutable:
+                continue
+            with torch._C._DisableTorchDispatch():
+                for old, new in zip(_tensors(out), _tensors(again), strict=True):
+                    old.copy_(new)
+
+    # -- memory
+
+    def _adopt(self, out: Any, inputs: list[torch.Tensor]) -> Any:
+        def adopt(tensor: torch.Tensor) -> torch.Tensor:
+            if isinstance(tensor, CudaTensor):
+                return tensor
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._alive:
+                self._allocate(storage._cdata, storage.nbytes())
+            adopted: torch.Tensor = torch.Tensor._make_subclass(CudaTensor, tensor)
+            self._alive[storage._cdata] += 1
+            finalize(adopted, self._release, storage._cdata).atexit = False
+            return adopted
+
+        return tree_map_only(torch.Tensor, adopt, out)
+
+    def _allocate(self, storage: int, size: int) -> None:
+        if self.allocated + size > self.memory or (self._fail is not None and self._fail(size)):
+            raise torch.OutOfMemoryError(
+                f"CUDA out of memory. Tried to allocate {size} bytes; {self.allocated} of {self.memory} are in use"
+            )
+        self._sizes[storage] = size
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+        for counts in self._counting:
+            counts.allocations += 1
+            counts.allocated_bytes += size
+
+    def _release(self, storage: int) -> None:
+        self._alive[storage] -= 1
+        if not self._alive[storage]:
+            del self._alive[storage]
+            self.allocated -= self._sizes.pop(storage)
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    with torch._C._DisableTorchDispatch():
+        return func(*args, **kwargs)
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    """Whether an operation returns a view and changes nothing."""
+    aliases = [argument.alias_info for argument in func._schema.arguments if argument.alias_info is not None]
+    return bool(aliases) and not any(alias.is_write for alias in aliases)
+
+
+def _check_devices(func: Any, name: str, args: Any, tensors: list[torch.Tensor], on_device: list[Any]) -> None:
+    """Raise RuntimeError where CUDA does for tensors of two devices."""
+    others = [tensor for tensor in tensors if not isinstance(tensor, CudaTensor)]
+    if not others or not on_device:
+        return
+    if name in _INDEXING and isinstance(args[0], CudaTensor):
+        others = [tensor for tensor in others if all(tensor is not index for index in args[1])]
+    scalars = torch.Tag.pointwise in func.tags or name in _CPU_VALUES
+    if mixed := [tensor for tensor in others if tensor.ndim or not scalars]:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in mixed)
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, {DEVICE} and cpu! "
+            f"{name} got CPU tensors of shape {shapes} at {_place()}"
+        )
+
+
+def _place() -> str:
+    """The file and line of this project that is running, as ``teachers/decoding.py:85``."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.startswith(_ROOT) and "/stand_in_" not in path and "/.venv/" not in path:
+            return f"{path[len(_ROOT) + 1 :]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "unknown"
