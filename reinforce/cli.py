@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 from rich.console import Console
 
-from reinforce import cli_dataset
+from reinforce import cli_dataset, cli_export
 from reinforce.config import load_config
 from reinforce.cores import let_waiting_threads_sleep
 from reinforce.errors import UserError
@@ -141,6 +141,7 @@ def check(
 app.command()(cli_dataset.status)
 app.command()(cli_dataset.validate)
 app.command()(cli_dataset.drop)
+app.add_typer(cli_export.export, name="export")
 
 
 @app.command()
@@ -290,47 +291,6 @@ def evaluate(
         typer.echo(line)
     if json_ is not None:
         report.write(json_)
-
-
-export = typer.Typer(no_args_is_help=True, help="Export a model to run without torch and open_clip.")
-app.add_typer(export, name="export")
-
-
-@export.command("onnx")
-def export_onnx(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A folder or URL that a training wrote, local-dir:PATH, NAME,TAG of open_clip, or hf-hub:ORG/REPO.",
-        ),
-    ],
-    pretrained: Annotated[
-        str | None, typer.Option(metavar="TAG", help="Tag or checkpoint of a model given by NAME alone.")
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help="New folder or fsspec URL. Default: the name of MODEL with -onnx."),
-    ] = None,
-) -> None:
-    """Write image.onnx, text.onnx, tokenizer.json, preprocess.json, and a README.md with an example.
-
-    The towers take any batch size, and are reparameterised where the model supports it.
-
-    Their outputs are compared with torch's before the folder is published.
-
-    Requires: pip install -e '.\\[export]', in the checkout
-    """
-    from reinforce.model_names import resolve_models, short_name
-    from reinforce.shipping.packages import require_export_packages
-
-    require_export_packages()
-    from reinforce.shipping import export as shipping
-
-    with resolve_models([model], pretrained) as specs:
-        result = shipping.export_onnx(model, specs[model], output or f"{short_name(model)}-onnx")
-    for line in result.lines():
-        typer.echo(line)
 
 
 @app.command()

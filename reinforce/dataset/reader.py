@@ -105,8 +105,8 @@ class Dataset:
 
     def _complete_shards(self, listings: Mapping[str, Listing], strict: bool) -> list[str]:
         """Names of the shards that every layer has. Warns or raises UserError if others are missing."""
-        damaged = find_damaged(self.store, listings, self._fingerprints)
-        committed = read_index(self.store, SAMPLES, self._fingerprints[SAMPLES]).listing()
+        damaged = find_damaged(self.store, listings, self.fingerprints)
+        committed = read_index(self.store, SAMPLES, self.fingerprints[SAMPLES]).listing()
         known = [listings[SAMPLES], committed]
         found = check_completeness(self.store, without_files(listings, damaged), known)
         read, missing = f"{len(found.complete):,} of {found.total:,} shards are read", found.describe_missing()
@@ -129,7 +129,8 @@ class Dataset:
         return found.complete
 
     @property
-    def _fingerprints(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each layer that is read."""
         return {name: self.manifest["layers"][name]["fingerprint"] for name in self.layers}
 
     def __len__(self) -> int:
@@ -174,7 +175,7 @@ class Dataset:
 
     def row_groups(self, shard: str) -> Iterator[dict[str, pa.Table]]:
         """Tables of each row group by layer, aligned by key. Raises UserError if they are not or one is damaged."""
-        with AlignedLayers(self.store, self._fingerprints, {}, self.manifest.get("moved", {})).open(shard) as layers:
+        with AlignedLayers(self.store, self.fingerprints, {}, self.manifest.get("moved", {})).open(shard) as layers:
             yield from map(layers.read, range(layers.row_groups))
 
     def to_torch(self, transform: Callable[[Sample], Any] | None = None) -> TorchSamples:

@@ -233,6 +233,8 @@ def _check_outlives_job(urls: Iterable[str]) -> None:
 def _pair_reinforcements(config: Config, source: SourceShards) -> Sequence[str]:
     """The URL of published reinforcements for each shard of the source: paired by file name, else by position.
 
+    A file may also have the name of the shard, as ``reinforce export datacompdr`` gives it.
+
     Raises UserError if some shards have no counterpart.
     """
     if config.reinforcements is None:
@@ -243,6 +245,10 @@ def _pair_reinforcements(config: Config, source: SourceShards) -> Sequence[str]:
         names = [_tail(url, parts) for url in source.urls]
         if len(by_name) == len(found) and len({*names} & by_name.keys()) == len(names):
             return [by_name[name] for name in names]
+    by_file = {canonical(url).rpartition("/")[2]: url for url in found}
+    files = [f"{name}.tar" for name in source.names.to_pylist()]
+    if len(by_file) == len(found) and by_file.keys() >= {*files}:
+        return [by_file[file] for file in files]
     if len(found) == len(source.urls):
         return found
     raise UserError(

@@ -23,7 +23,7 @@ FORMAT = "datacompdr-1"
 PARAMETERS, CAPTIONS = "paug.json", "syn.json"
 VECTORS = ("npz", "pth.gz")  # the more precise one first
 _MAX_BYTES = 64 * 2**20  # of one sample's unpacked vectors
-_MAX_OPS = 16
+MAX_OPS = 16  # of one record
 _MAX_MAGNITUDE = 1e4
 
 Floats = npt.NDArray[np.float32]
@@ -45,7 +45,7 @@ def parse_augmentation(record: Any, size: int, width: int, height: int) -> Augme
         )
     if ops is None:
         return Augmentation(box, size, None)
-    if not isinstance(ops, list) or len(ops) > _MAX_OPS:
+    if not isinstance(ops, list) or len(ops) > MAX_OPS:
         raise Unreadable(f"{PARAMETERS}: {str(ops)[:80]!r} is not a list of operations")
     return Augmentation(box, size, tuple(map(_parse_op, ops)))
 

@@ -32,6 +32,7 @@ IMAGE_POLICIES = f"{IMAGE_POLICY}, {IMAGE_POLICY}-reduced-N and {PUBLISHED_POLIC
 #: Accepted formats, by Pillow's names, in the order in which they are tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
+_PLAIN_FORMATS, _PLAIN_MODES = ("JPEG", "PNG", "BMP", "PPM"), ("RGB", "L", "P", "1", "CMYK")
 _WHITE = (255, 255, 255)
 _STRIP_PIXELS = 2**20
 _LARGE_PIXELS = 16 * 2**20
@@ -132,6 +133,26 @@ def check_header(data: bytes, limits: Limits) -> tuple[int, int]:
     except Exception as error:  # as in decode
         raise ImageRefused(Reason.IMAGE_BROKEN, _describe(error)) from error
     return size
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether the header shows that policies ``rgb-1`` and ``pillow-rgb-1`` give the same pixels of an image.
+
+    False where the header does not show it. A PNG may be decoded, because its orientation can follow its pixels.
+    """
+    try:
+        image = _open(data)
+        if image.format not in _PLAIN_FORMATS or image.mode not in _PLAIN_MODES or "transparency" in image.info:
+            return False
+        return image.getexif().get(_EXIF_ORIENTATION, 1) == 1
+    except Exception:  # as in decode
+        return False
+
+
+def format_extension(data: bytes) -> str:
+    """The usual extension of an image's format, by its content. Raises ImageRefused."""
+    name = _open(data).format or ""
+    return {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}.get(name, name.lower())
 
 
 def _load(data: bytes) -> Image.Image:

@@ -27,6 +27,7 @@ RUN = [
     r"reinforce validate my-data( --quick| --sources shards)?",
     r"reinforce check (my\.yaml|our_teachers:Tiny --options .*)",
     r"reinforce captions-report my-data",
+    r"reinforce export datacompdr my-data my-data-dr --teachers conv-64,tiny",
     r"reinforce train student\.yaml",
     r"reinforce evaluate runs/s0 --config student\.yaml",
     r"reinforce evaluate runs/s0 --retrieval flickr=flickr30k-test\.tar --json scores\.json",

@@ -1,0 +1,104 @@
+"""``reinforce export``: models for other runtimes, datasets in the formats of other programs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from reinforce.terminal import escape
+
+DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fsspec URL of a reinforced dataset.")]
+OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URL to write to.")]
+ImagesFrom = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="URL", help="Folder of tars that images may be read from, if stored by reference; repeatable."
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to use: 'auto' or HOST:PORT. Default: RAY_ADDRESS, otherwise this machine."),
+]
+NoRay = Annotated[bool, typer.Option("--no-ray", help="Work in this process, one shard after the other.")]
+
+export = typer.Typer(
+    no_args_is_help=True, help="Export a model to run without torch and open_clip, or a dataset for other programs."
+)
+
+
+@export.command("onnx")
+def export_onnx(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder or URL that a training wrote, local-dir:PATH, NAME,TAG of open_clip, or hf-hub:ORG/REPO.",
+        ),
+    ],
+    pretrained: Annotated[
+        str | None, typer.Option(metavar="TAG", help="Tag or checkpoint of a model given by NAME alone.")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="New folder or fsspec URL. Default: the name of MODEL with -onnx."),
+    ] = None,
+) -> None:
+    """Write image.onnx, text.onnx, tokenizer.json, preprocess.json, and a README.md with an example.
+
+    The towers take any batch size, and are reparameterised where the model supports it.
+
+    Their outputs are compared with torch's before the folder is published.
+
+    Requires: pip install -e '.\\[export]', in the checkout
+    """
+    from reinforce.model_names import resolve_models, short_name
+    from reinforce.shipping.packages import require_export_packages
+
+    require_export_packages()
+    from reinforce.shipping import export as shipping
+
+    with resolve_models([model], pretrained) as specs:
+        result = shipping.export_onnx(model, specs[model], output or f"{short_name(model)}-onnx")
+    for line in result.lines():
+        typer.echo(line)
+
+
+@export.command("datacompdr")
+def export_datacompdr(
+    dataset: DatasetUrl,
+    output: OutputUrl,
+    teachers: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Teachers, whose dimensions follow each other. Default: all.")
+    ] = None,
+    captioners: Annotated[str | None, typer.Option(metavar="A,B", help="Captioners. Default: all.")] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="fp32 vectors in .npz, or bf16 vectors in .pth.gz.")
+    ] = "fp32",
+    images: Annotated[bool, typer.Option(help="Write the images, too.")] = True,
+    images_from: ImagesFrom = None,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Also export records of the augmentation backend fixed-point-1.")
+    ] = False,
+    address: Address = None,
+    no_ray: NoRay = False,
+) -> None:
+    """Write a dataset as tars in the format of DataCompDR, one for each shard, and a config.json.
+
+    The trainer of ml-mobileclip reads them, and so does `reinforcements` of `reinforce run`.
+
+    Finished tars are kept: the same command resumes an export.
+    """
+    from reinforce.publishing.datacompdr import export_datacompdr as write
+
+    result = write(
+        dataset, output, teachers=_names(teachers), captioners=_names(captioners), precision=precision, images=images,
+        images_from=images_from or (), approximate=approximate, use_ray=not no_ray, address=address,
+    )  # fmt: skip
+    for line in result.lines():
+        typer.echo(escape(line))
+
+
+def _names(option: str | None) -> list[str] | None:
+    """The names of an option, None without it."""
+    return None if option is None else [name for name in map(str.strip, option.split(",")) if name]

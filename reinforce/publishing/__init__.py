@@ -1,0 +1,1 @@
+"""Datasets in the formats of other programs: DataCompDR's tars, clip-retrieval's embeddings, Hugging Face's cards."""

@@ -1,0 +1,263 @@
+"""One shard of a dataset as a tar in the format of DataCompDR.
+
+A sample has the members ``KEY.png`` (or another image extension), ``txt``, ``url.txt``, ``syn.json``, ``paug.json``,
+``npz`` or ``pth.gz``, and ``json``, in this order. ``reinforce.engine.published_members`` reads them. Equal layers give
+equal bytes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from reinforce.config import Limits
+from reinforce.dataset import vectors
+from reinforce.dataset.aligned import AlignedLayers, row_errors
+from reinforce.dataset.augment import OPS
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
+from reinforce.dataset.store import Store
+from reinforce.engine.published_members import CAPTIONS, PARAMETERS
+from reinforce.errors import UserError
+from reinforce.source.image import PUBLISHED_POLICY, ImageRefused, decode, format_extension, is_plain
+from reinforce.source.references import ImageRoots
+from reinforce.source.shards import referenced_images, split_name
+from reinforce.source.text import parse_json
+from reinforce.storage import Storage
+from reinforce.terminal import escape
+from schemas import IMAGE_DIGEST, image_columns
+
+#: Name of a captioner's list in ``syn.json``; its vectors are in the array of that name and ``_emb``.
+LIST_OF = "syn_text_{}"
+_ENTRY_SECONDS = 0  # modification time of members
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
+_NAMED_KEYS = 100  # of samples that are left out, per shard
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ShardExport:
+    """What to write of each shard of a dataset.
+
+    Attributes:
+        url, output: of the dataset and of the folder of tars.
+        teachers, captioners: names, in the order in which dimensions and lists are written.
+        fingerprints: of the layers that are read, ``samples`` first.
+        images: ``embed`` or ``reference``, as dataset.json records it.
+        with_images: whether images are written.
+        image_policy: the recorded one.
+        operations: number of operations of each record with RandAugment.
+        precision: of the stored vectors.
+        limits, roots, moved: bounds on images; where they may be read by reference; former folders of the source.
+    """
+
+    url: str
+    output: str
+    teachers: tuple[str, ...]
+    captioners: tuple[str, ...]
+    fingerprints: Mapping[str, str]
+    images: Literal["embed", "reference"]
+    with_images: bool
+    image_policy: str
+    operations: int
+    precision: Literal["fp32", "bf16"]
+    limits: Limits
+    roots: ImageRoots = field(default_factory=ImageRoots)
+    moved: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether images are read: to be written, or to compare image policies."""
+        return self.with_images or (self.images == "embed" and self.image_policy != PUBLISHED_POLICY)
+
+
+class LeftOut(Exception):
+    """A sample that the format cannot hold; the message is the reason."""
+
+
+def tar_name(shard: str) -> str:
+    return f"{shard}.tar"
+
+
+def stats_name(shard: str) -> str:
+    return f"{shard}_stats.json"
+
+
+def export_shard(export: ShardExport, shard: str) -> dict[str, Any]:
+    """Write the tar of a shard, and before it its ``_stats.json``, which is returned.
+
+    Raises UserError for damaged layers and for a record with an operation that the format does not have.
+    """
+    output = Storage(export.output)
+    left_out: dict[str, list[str]] = {}
+    samples, keys = 0, set[str]()
+    with output.new_file(tar_name(shard)) as path:
+        with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+            for key, row in _rows(export, shard):
+                try:
+                    name = _member_name(key, keys)
+                    members = list(_members(export, shard, key, row))
+                except LeftOut as reason:
+                    left_out.setdefault(str(reason), []).append(key)
+                    continue
+                for extension, content in members:
+                    entry = tarfile.TarInfo(f"{name}.{extension}")
+                    entry.size, entry.mtime = len(content), _ENTRY_SECONDS
+                    tar.addfile(entry, io.BytesIO(content))
+                samples += 1
+        stats = {
+            "samples": samples,
+            "left_out": {
+                reason: {"samples": len(found), "keys": found[:_NAMED_KEYS]} for reason, found in left_out.items()
+            },
+        }
+        output.write_json(stats, stats_name(shard))
+    return stats
+
+
+def _rows(export: ShardExport, shard: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Key and values of each row: columns of samples, ``captions`` by captioner, and arrays with NaN where null."""
+    store = Store(export.url)
+    columns = ["key", "caption", "metadata", "augmentations"]
+    columns += image_columns(export.images) if export.reads_images else ()
+    layers = AlignedLayers(store, export.fingerprints, {SAMPLES: columns}, export.moved)
+    with layers.open(shard) as opened:
+        for number in range(opened.row_groups):
+            tables = opened.read(number)
+            with row_errors(store.url):
+                rows = tables[SAMPLES].to_pylist()
+                arrays = _arrays(export, tables)
+                captions = {c: tables[captions_layer(c)]["captions"].to_pylist() for c in export.captioners}
+            images = _images(export, rows)
+            for index, row in enumerate(rows):
+                values = {name: array[index] for name, array in arrays.items()}
+                texts = {name: listed[index] for name, listed in captions.items()}
+                yield row["key"], {**row, "image": next(images), "captions": texts, "arrays": values}
+
+
+def _arrays(export: ShardExport, tables: Mapping[str, pa.Table]) -> dict[str, Floats]:
+    """The published arrays of a row group, [rows, vectors, dimensions of all teachers]."""
+
+    def joined(inputs: str) -> Floats:
+        parts = [vectors.decode(tables[embeddings_layer(teacher, inputs)]) for teacher in export.teachers]
+        return np.concatenate(parts, axis=2)
+
+    texts = {f"{LIST_OF.format(name)}_emb": joined(name) for name in export.captioners}
+    return {"image_emb": joined("images"), "text_emb": joined(TRUE_CAPTION), **texts}
+
+
+def _images(export: ShardExport, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes | None]:
+    if not export.reads_images:
+        return iter([None] * len(rows))
+    if export.images == "embed":
+        return iter([row["image"] for row in rows])
+    digests = [row.get(IMAGE_DIGEST) for row in rows]
+    return referenced_images([row["image_ref"] for row in rows], export.roots, digests=digests)
+
+
+def _members(export: ShardExport, shard: str, key: str, row: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """Extension and content of the members of a sample. Raises LeftOut."""
+    image, caption, arrays = row["image"], row["caption"], dict(row["arrays"])
+    if image is not None and not _has_published_pixels(export, image):
+        raise LeftOut(
+            f"image policy {export.image_policy} gives other pixels than {PUBLISHED_POLICY}, which readers of the "
+            "format apply: orientation, transparency or more than 8 bits"
+        )
+    if caption is None:
+        del arrays["text_emb"]
+    missing = [name for name, array in arrays.items() if np.isnan(array).any()]
+    missing += [LIST_OF.format(name) for name, texts in row["captions"].items() if texts is None or None in texts]
+    if missing:
+        raise LeftOut(f"null in the dataset: {', '.join(missing)}")
+    if export.with_images:
+        yield format_extension(image), image
+    if caption is not None:
+        yield "txt", caption.encode()
+    metadata = parse_json((row["metadata"] or "{}").encode())
+    metadata = metadata if isinstance(metadata, dict) else {}
+    if isinstance(url := metadata.get("url"), str):
+        yield "url.txt", url.encode(errors="replace")
+    yield CAPTIONS, _json({LIST_OF.format(name): texts for name, texts in row["captions"].items()})
+    yield PARAMETERS, _json({"param_aug": [_record(export, shard, key, one) for one in row["augmentations"]]})
+    yield ("npz", _npz(arrays)) if export.precision == "fp32" else ("pth.gz", _pth(arrays))
+    uid = metadata.get("uid")
+    yield "json", _json({**metadata, "uid": uid if isinstance(uid, str) else key})
+
+
+def _has_published_pixels(export: ShardExport, image: bytes) -> bool:
+    """Whether readers of the format decode an image to the pixels that the dataset's policy gives."""
+    if export.image_policy == PUBLISHED_POLICY or is_plain(image):
+        return True
+    try:
+        ours, theirs = (decode(image, export.limits, policy=p) for p in (export.image_policy, PUBLISHED_POLICY))
+    except ImageRefused as error:
+        raise LeftOut(f"its image cannot be decoded: {error.reason.value}") from error
+    return ours.size == theirs.size and ours.tobytes() == theirs.tobytes()
+
+
+def _record(export: ShardExport, shard: str, key: str, record: Mapping[str, Any]) -> list[Any]:
+    """``[[top, left, height, width], [[index of the operation, magnitude], ...] or null]``."""
+    crop, ops = record["crop"], record["ops"]
+    box = [crop[side] for side in ("top", "left", "height", "width")]
+    if ops is None:
+        return [box, None]
+    for op in ops:
+        if op["name"] not in OPS:
+            raise _unsupported(export, shard, key, f"operation {op['name'][:100]!r}; it has {', '.join(OPS)}")
+    if len(ops) != export.operations:
+        raise _unsupported(
+            export, shard, key, f"{len(ops)} operations in one record, where others have {export.operations}"
+        )
+    return [box, [[OPS.index(op["name"]), op["magnitude"]] for op in ops]]
+
+
+def _unsupported(export: ShardExport, shard: str, key: str, what: str) -> UserError:
+    return UserError(
+        f"{Store(export.url).url}, shard {shard}, key {escape(key[:200])}: the format has no {escape(what)}."
+    )
+
+
+def _member_name(key: str, taken: set[str]) -> str:
+    """A key as the name of members, with %XX for what ends a key or leads out of a folder. Raises LeftOut."""
+    *folders, base = key.split("/")
+    parts = [re.sub(r"^\.+$", _percent, folder) for folder in folders] + [re.sub(r"\.", _percent, base)]
+    name = _UNSAFE.sub(_percent, "/".join(parts))
+    if split_name(f"{name}.json") != (name, "json") or name.startswith("/"):
+        raise LeftOut("its key cannot name a member of a tar")
+    if name in taken:
+        raise LeftOut("another key of the shard has the same name in a tar")
+    taken.add(name)
+    return name
+
+
+def _percent(found: re.Match[str]) -> str:
+    return "".join(f"%{ord(letter):02X}" for letter in found[0])
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+
+
+def _npz(arrays: Mapping[str, Floats]) -> bytes:
+    out = io.BytesIO()
+    np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def _pth(arrays: Mapping[str, Floats]) -> bytes:
+    """bfloat16 tensors, saved by torch and compressed, as published."""
+    import torch
+
+    out = io.BytesIO()
+    torch.save({name: torch.from_numpy(np.array(array)).bfloat16() for name, array in arrays.items()}, out)
+    return gzip.compress(out.getvalue(), mtime=0)

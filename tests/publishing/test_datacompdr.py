@@ -1,0 +1,252 @@
+"""Exported tars: read back as reinforcements, read as ml-mobileclip's trainer does, refused where they would lie."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+import reinforce
+from reinforce.dataset.augment import OPS
+from reinforce.errors import UserError
+from reinforce.publishing import datacompdr_shard
+from reinforce.publishing.datacompdr import Exported, export_datacompdr
+from tests.helpers.data import config_of, members_of, picture, write_tar
+from tests.helpers.reinforced import reinforce_here
+
+
+def export(folder: Path, output: Path | None = None, **options: Any) -> Exported:
+    return export_datacompdr(str(folder / "out"), str(output or folder / "tars"), use_ray=False, **options)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``out``, the dataset of ``write_dataset``."""
+    folder = tmp_path_factory.mktemp("plain")
+    write_dataset(folder)
+    return folder
+
+
+def write_dataset(folder: Path, *extra: tuple[str, bytes], **changes: Any) -> None:
+    """A dataset of two shards; ``extra`` are further members of the first one."""
+    for number, size in enumerate((5, 3)):
+        write_tar(folder / "source" / f"{number:05d}.tar", members_of(number, size) + list(extra) * (number == 0))
+    reinforce_here(config_of(f"{folder}/source/*.tar", folder / "out", **changes))
+
+
+def read_back(folder: Path, source: str) -> list[reinforce.Sample]:
+    """The samples of ``tars`` in a dataset that reads them as published reinforcements of ``source``."""
+    described = json.loads((folder / "tars" / "config.json").read_text())["reinforced_dataset"]
+    teachers = {
+        one["name"]: {
+            "family": "published", "model": one["name"], "columns": one["columns"], "logit_scale": 50,
+            "dtype": "float32",
+        }
+        for one in described["teachers"]
+    }  # fmt: skip
+    captioners = {
+        name: {"family": "published", "model": one["list"], "captions": one["captions"]}
+        for name, one in described["captioners"].items()
+    }
+    own = {"reinforcements": f"{folder}/tars/*.tar", "teachers": teachers, "captioners": captioners}
+    return list(reinforce.open(reinforce_here(config_of(source, folder / "back", **own))))
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Reading normalises again what was rounded for storage."""
+    normed: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return normed
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("bf16", 4e-3)])
+def test_reading_an_export_as_reinforcements_gives_the_same_dataset(
+    tmp_path: Path, precision: Any, tolerance: float
+) -> None:
+    write_dataset(tmp_path, teachers={**config_of("", "")["teachers"], "more": {
+        "class": "tests.helpers.models:ColorTeacher", "options": {"size": 16, "dim": 4, "seed": 2}, "dtype": "int8",
+    }})  # fmt: skip
+    exported = export(tmp_path, precision=precision, images=False, teachers=["blue", "more", "red"])
+    assert (exported.shards, exported.samples, exported.left_out) == (2, 8, {})
+    # The file names are those of the shards, which the source's file names are part of: they are paired by them.
+    back = read_back(tmp_path, f"{tmp_path}/source/*.tar")
+    for one, other in zip(reinforce.open(str(tmp_path / "out")), back, strict=True):
+        assert (one.key, one.caption, one.metadata) == (other.key, other.caption, other.metadata)
+        assert (one.captions, one.augmentations) == (other.captions, other.augmentations)
+        assert other.images.keys() == {"blue", "more", "red"}
+        for teacher in one.images:
+            np.testing.assert_allclose(other.images[teacher], unit(one.images[teacher]), atol=tolerance)
+            for texts in ("caption", "namer"):
+                np.testing.assert_allclose(other.texts[teacher][texts], unit(one.texts[teacher][texts]), atol=tolerance)
+        np.testing.assert_array_equal(one.augmented(1), other.augmented(1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_published_trainer_can_read_an_export(plain: Path, tmp_path: Path, precision: Any) -> None:
+    export(plain, tmp_path / "tars", precision=precision, teachers=["red", "blue"])
+    config = json.loads((tmp_path / "tars" / "config.json").read_text())["reinforce"]["image_augmentation"]
+    assert config["random_resized_crop"] == {"interpolation": "bicubic", "size": 24}
+    assert (config["rand_augment"]["num_ops"], {"normalize"} <= config.keys()) == (2, True)
+    urls = sorted(str(path) for path in (tmp_path / "tars").glob("*.tar"))
+    pipeline = webdataset.WebDataset(urls, shardshuffle=False).decode("pilrgba").rename(image="jpg;png", text="txt")
+    samples = list(reinforce.open(str(plain / "out")))
+    for sample, read in zip(samples, pipeline, strict=True):
+        assert (read["__key__"], read["text"]) == (sample.key, sample.caption)
+        assert [key for key in read["syn.json"] if key.startswith("syn_text")] == ["syn_text_namer"]
+        assert read["syn.json"]["syn_text_namer"] == sample.captions["namer"]
+        arrays = read["npz" if precision == "fp32" else "pth.gz"]
+        rows = {name: len(arrays[name]) for name in ("image_emb", "text_emb", "syn_text_namer_emb")}
+        assert rows == {"image_emb": 2, "text_emb": 1, "syn_text_namer_emb": 2}  # no second text_emb: it would be read
+        vector = torch.as_tensor(arrays["image_emb"][1]).type(torch.float32)
+        joined = np.concatenate([sample.images["red"][1], sample.images["blue"][1]])
+        np.testing.assert_allclose(vector, joined, atol=1e-6 if precision == "fp32" else 4e-3)
+        (top, left, height, width), ops = read["paug.json"]["param_aug"][1]  # a list, not a text with one
+        assert vars(sample.augmentations[1].crop) == {"top": top, "left": left, "height": height, "width": width}
+        assert [(OPS[index], magnitude) for index, magnitude in ops] == [
+            (op.name, op.magnitude) for op in sample.augmentations[1].ops or ()
+        ]
+        assert read["image"].convert("RGB").tobytes() == sample.pil().tobytes()
+
+
+def test_an_export_is_repeatable_and_resumed(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for precision in ("fp32", "bf16"):
+        for name in ("first", "second"):
+            export(plain, tmp_path / f"{precision}-{name}", precision=precision)
+        first, second = (
+            {path.name: path.read_bytes() for path in (tmp_path / f"{precision}-{name}").glob("*.*") if path.is_file()}
+            for name in ("first", "second")
+        )
+        assert first == second
+        assert len(first) == 5  # two tars with their counts, and config.json
+
+    written, broken = [], datacompdr_shard._npz
+
+    def fail_late(arrays: Any) -> bytes:
+        written.append(arrays)
+        if len(written) == 7:
+            raise UserError("the disk is gone")
+        return broken(arrays)
+
+    monkeypatch.setattr(datacompdr_shard, "_npz", fail_late)
+    with pytest.raises(UserError, match="the disk is gone"):
+        export(plain, tmp_path / "tars")
+    assert len([*(tmp_path / "tars").glob("*.tar")]) == 1
+    assert not [*(tmp_path / "tars" / ".tmp").glob("reinforce-*")]
+    exported = export(plain, tmp_path / "tars")
+    assert (exported.shards, exported.kept, exported.samples) == (2, 1, 8)
+    tars = {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.*") if path.is_file()}
+    assert tars == {path.name: path.read_bytes() for path in (tmp_path / "fp32-first").glob("*.*") if path.is_file()}
+    with pytest.raises(UserError, match=r"an export with other vectors\. Repeat the options"):
+        export(plain, tmp_path / "tars", precision="bf16")
+
+
+def rotated() -> bytes:
+    """An image that policy rgb-1 turns, and readers of the format do not."""
+    image = Image.open(io.BytesIO(picture(1)))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    out = io.BytesIO()
+    image.save(out, "JPEG", exif=exif)
+    return out.getvalue()
+
+
+def half_transparent(alpha: int) -> bytes:
+    image = Image.open(io.BytesIO(picture(2))).convert("RGBA")
+    image.putalpha(alpha)
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def test_samples_that_the_format_cannot_hold_are_left_out_and_counted(tmp_path: Path) -> None:
+    extra = [("turned.jpg", rotated()), ("turned.txt", b"a"), ("glass.png", half_transparent(9)), ("glass.txt", b"b")]
+    extra += [("opaque.png", half_transparent(255)), ("opaque.txt", b"c"), ("silent.png", picture(3))]
+    extra += [("../../up/a b.png", picture(4)), ("../../up/a b.txt", b"d")]
+    write_dataset(tmp_path, *extra)
+    exported = export(tmp_path)
+    [(reason, count)] = exported.left_out.items()
+    assert (count, exported.samples) == (2, 11)
+    assert reason.startswith("image policy rgb-1 gives other pixels than pillow-rgb-1")
+    assert f"left out: 2 samples, {reason}" in exported.lines()
+    [stats] = [json.loads(path.read_text()) for path in (tmp_path / "tars").glob("00000-*_stats.json")]
+    assert stats["left_out"][reason]["keys"] == ["turned", "glass"]
+    names = [name for path in (tmp_path / "tars").glob("00000-*.tar") for name in member_names(path)]
+    assert "opaque.png" in names
+    assert {name for name in names if name.startswith("silent")} == {
+        "silent.png", "silent.syn.json", "silent.paug.json", "silent.npz", "silent.json",
+    }  # fmt: skip
+    assert "%2E%2E/%2E%2E/up/a b.png" in names, "no name leads out of the folder in which a tar is unpacked"
+    # With images in the tars, an export is a source and its reinforcements.
+    back = read_back(tmp_path, f"{tmp_path}/tars/*.tar")
+    assert len(back) == 11
+    assert [sample.caption for sample in back if sample.key == "silent"] == [None]
+
+
+def member_names(path: Path) -> list[str]:
+    with tarfile.open(path) as tar:
+        assert {entry.mtime for entry in tar.getmembers()} == {0}
+        return tar.getnames()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"augmentations": {"backend": "fixed-point-1", "size": 24}}, "augmentation backend fixed-point-1"),
+        ({"input": {"reduce_to": 8}}, "image policy rgb-1-reduced-8"),
+        ({"augmentations": {"rand_augment": {"ops": 17}, "size": 24}}, "has 17 operations in a record"),
+    ],
+)
+def test_a_policy_that_the_format_cannot_hold_is_refused_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    write_dataset(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        export(tmp_path)
+    assert not (tmp_path / "tars").exists()
+    if "fixed-point-1" in message:
+        assert export(tmp_path, approximate=True).samples == 8
+
+
+def test_teachers_whose_vectors_do_not_fit_together_are_refused(plain: Path, tmp_path: Path) -> None:
+    for teachers, message in ((["red", "red"], "each name once"), (["green"], "has no teacher 'green'")):
+        with pytest.raises(UserError, match=message):
+            export(plain, tmp_path / "tars", teachers=teachers)
+    shutil.copytree(plain / "out", tmp_path / "out")
+    manifest = tmp_path / "out" / "dataset.json"
+    document = json.loads(manifest.read_text())
+    del document["layers"]["embeddings/red/namer"]
+    manifest.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"has no embeddings/red/namer, and the format holds vectors of all teachers"):
+        export(tmp_path)
+    assert not (tmp_path / "tars").exists()
+    assert export(tmp_path, teachers=["blue"]).samples == 8
+
+
+def test_an_operation_that_the_format_does_not_have_is_named(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datacompdr_shard, "OPS", OPS[:3])
+    with pytest.raises(UserError, match=r"shard 00000-\w+, key 000000\d+: the format has no operation '\w+'; it has"):
+        export(plain, tmp_path)
+    assert not [*tmp_path.glob("*.tar")]
+
+
+def test_null_vectors_leave_a_sample_out(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datacompdr_shard._rows
+
+    def with_null(*arguments: Any) -> Any:
+        for key, row in rows(*arguments):
+            if key == "00000002":
+                row["arrays"]["image_emb"] = np.full_like(row["arrays"]["image_emb"], np.nan)
+            yield key, row
+
+    monkeypatch.setattr(datacompdr_shard, "_rows", with_null)
+    assert export(plain, tmp_path).left_out == {"null in the dataset: image_emb": 1}
