@@ -239,6 +239,7 @@ class Driver(WorkerHandling):
             text = DamagedFile(layer, result.shard, reason).line()
             self._log(f"{text}; it is set aside, and the shard is finished after the others")
             self.totals.set_aside.append(text)
+        self.policy.add_notes(result.notes)
         if result.record:
             self.records.add(result.record)
         if result.source_note:

@@ -9,7 +9,8 @@
 - A lost node counts against no shard.
 - A worker at which several leases in a row fail is replaced. Storage errors do not count, unless the shards pass
   elsewhere (`faults.py`).
-- A worker that is killed for its memory counts against no shard (`memory.py`).
+- A worker that is killed for its memory counts against no shard (`memory.py`). Where the memory of its device runs out,
+  the worker halves its batches, and the run stops only if a single input does not fit (`batch_sizes.py`).
 - An error that the user must fix (a fingerprint, missing weights, a full disk) stops the run at once.
 - Too many quarantined shards stop the run, and so do workers that die again and again while they load their models.
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -161,6 +162,10 @@ class FailurePolicy:
     def undecided_shards(self) -> int:
         """Number of shards of dead workers whose verdict is not known yet."""
         return sum(len(death.worker.shards) for death in self.deaths)
+
+    def add_notes(self, notes: Iterable[str]) -> None:
+        """Add messages of a worker. Those that another worker has sent, too, are left out."""
+        self.notes.extend(note for note in notes if note not in self.notes)
 
     def lease_raised(self, shard: PendingShard, error: Exception, now: float) -> Retry | Quarantine | StopRun:
         """Decide about a lease that raised."""

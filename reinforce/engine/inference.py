@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +14,14 @@ import torch
 
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
+from reinforce.engine.batch_sizes import rows_per_batch
+from reinforce.engine.device_memory import OutOfMemory, attempt, release_cache
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import raising_layer_failure
 from reinforce.engine.pixel_cells import PixelCells, runs
 from reinforce.engine.rows import Row
 from reinforce.engine.traces import shorten
-from reinforce.engine.watch import WAITING, LeaseWatch
+from reinforce.engine.watch import PREPARING, WAITING, LeaseWatch
 from reinforce.seeds import seed_for
 from teachers.pixels import to_pixels
 from teachers.protocols import Captioner, ImageSpec, Teacher
@@ -25,6 +29,8 @@ from teachers.protocols import Captioner, ImageSpec, Teacher
 Floats = npt.NDArray[np.float32]
 Seeds = npt.NDArray[np.uint64]
 _Texts: TypeAlias = "Callable[[], Sequence[list[str] | None]]"
+_T = TypeVar("_T")
+_Pixels: TypeAlias = "tuple[torch.Tensor | None, dict[ImageSpec, torch.Tensor]]"
 
 #: Largest difference of an embedding's norm from 1, in every precision.
 NORM_TOLERANCE = 0.01
@@ -53,50 +59,99 @@ class Inference:
         """The image preprocessing of the captioners, each once."""
         return tuple(sorted({self._captioner(layer).image for layer in self.caption_layers}, key=repr))
 
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows of the next batch."""
+        return self._models.batches.rows(rows_per_batch(self._config))
+
     def run(self, rows: Sequence[Row], pixels: PixelCells) -> dict[str, Any]:
         """The outputs for one batch by layer: embeddings float32 [B, K, D] or B lists of captions (None for NaN).
 
-        ``pixels`` hold the cells of the rows. Raises LayerFailure.
+        ``pixels`` hold the cells of the rows. A batch that does not fit in the memory of the device is run in parts.
+        Raises LayerFailure, and UserError if a single row does not fit.
         """
         if not self.image_layers and not self.caption_layers:
             return {}
-        # The CPU's part comes first, so that the other shard can use the accelerator meanwhile.
-        put = self._models.accelerator.put_parts
-        cells = [row.cell for row in rows if row.cell is not None]
-        crops = None
-        if self.image_layers:
-            assert pixels.crops is not None
-            crops = put(runs(pixels.crops, cells)).flatten(0, 1)
-        views = {spec: put(runs(pixels.views[spec], cells)) for spec in self.captioner_specs}
-        seeds = {layer.name: self._caption_seeds(layer, rows) for layer in self.caption_layers}
-        what = f"{len(rows)} rows, keys {rows[0].key!r} to {rows[-1].key!r}"
-        with self._watch.stage(WAITING), self._models.use_accelerator(self._counters, self._order):
-            embeddings, captions = self._embed(crops, rows, what), self._caption(views, seeds, what)
-        return {**embeddings, **self._texts(captions, len(rows), what)}
+        parts: list[dict[str, Any]] = []
+        layers = {layer.name: layer for layer in (*self.image_layers, *self.caption_layers)}
+        rest = rows
+        while rest:
+            part = rest[: self._models.batches.rows(len(rest))]
+            what = f"{len(part)} rows, keys {part[0].key!r} to {part[-1].key!r}"
+            output, shared = self._attempt(partial(self._compute, part, pixels, what))
+            if isinstance(output, OutOfMemory):
+                self._halve(output, layers.get(output.layer or ""), len(part), shared)
+            else:
+                embeddings, captions = output
+                parts.append({**embeddings, **self._texts(captions, len(part), what)})
+                rest = rest[len(part) :]
+        return parts[0] if len(parts) == 1 else {name: _join([part[name] for part in parts]) for name in parts[0]}
 
     def encode_texts(self, layer: Layer, texts: Sequence[list[str] | None]) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """Embeddings [rows, count, dim] of each row's texts, and the rows that have texts [rows].
 
-        Each distinct text is encoded once, in a batch with texts of similar length. Raises LayerFailure.
+        Each distinct text is encoded once, in a batch with texts of similar length. Raises LayerFailure, and UserError
+        if a single text does not fit in the memory of the device.
         """
         teacher = self._teacher(layer)
         distinct = sorted({t for row in texts if row for t in row}, key=lambda t: (len(t), t))
         index = {text: i for i, text in enumerate(distinct)}
         encoded = np.zeros((len(distinct), teacher.dim), np.float32)
-        size = self._config.workers.batch
-        for start in range(0, len(distinct), size):
-            batch = distinct[start : start + size]
+        start = 0
+        while start < len(distinct):
+            batch = distinct[start : start + self._models.batches.texts(self._config.workers.batch)]
             what = f"{len(batch):,} texts, the first {shorten(batch[0], 60)!r}"
             with self._run(layer.name, what):
                 encode = self._models.text_encoder(teacher, batch)
-                wait, turn = self._watch.stage(WAITING), self._models.use_accelerator(self._counters, self._order)
-                with wait, turn, self._watch.stage(layer.name, what):
-                    encoded[start : start + size] = to_numpy(encode(), len(batch), teacher.dim)
+            output, shared = self._attempt(partial(self._encode, layer, encode, len(batch), what))
+            if isinstance(output, OutOfMemory):
+                self._halve(output, layer, len(batch), shared)
+            else:
+                encoded[start : start + len(batch)] = output
+                start += len(batch)
         values = np.zeros((len(texts), layer.count, teacher.dim), np.float32)
         for i, row in enumerate(texts):
             if row:
                 values[i] = encoded[[index[text] for text in row]]
         return values, np.array([bool(row) for row in texts], bool)
+
+    def _attempt(self, work: Callable[[bool], _T]) -> tuple[_T | OutOfMemory, bool]:
+        """The result of ``work``, which holds tensors on the device, and its argument: whether others may, too."""
+        with self._watch.stage(WAITING), self._models.batches.on_device() as shared:
+            return attempt(partial(work, shared)), shared
+
+    def _halve(self, shortage: OutOfMemory, layer: Layer | None, size: int, shared: bool) -> None:
+        """Halve the batches after one of ``size`` inputs did not fit. Raises UserError if they cannot be smaller."""
+        self._models.batches.halve(shortage, layer, size, self._config, shared)
+        with self._models.turns.take(self._order):
+            release_cache(self._models.accelerator.device)
+
+    def _compute(
+        self, rows: Sequence[Row], pixels: PixelCells, what: str, shared: bool
+    ) -> tuple[dict[str, Any], dict[str, _Texts]]:
+        """Embeddings and captions of rows that must fit."""
+        seeds = {layer.name: self._caption_seeds(layer, rows) for layer in self.caption_layers}
+        # The CPU's part comes first, so that the other shard can use the accelerator meanwhile.
+        copied = self._put(rows, pixels, what) if shared else None
+        with self._models.use_accelerator(self._counters, self._order):
+            crops, views = copied or self._put(rows, pixels, what)
+            return self._embed(crops, rows, what), self._caption(views, seeds, what)
+
+    def _encode(self, layer: Layer, encode: Callable[[], torch.Tensor], count: int, what: str, shared: bool) -> Floats:
+        """Embeddings [B, dim] of texts that must fit."""
+        with self._models.use_accelerator(self._counters, self._order), self._run(layer.name, what):
+            return to_numpy(encode(), count, self._teacher(layer).dim)
+
+    def _put(self, rows: Sequence[Row], pixels: PixelCells, what: str) -> _Pixels:
+        """Crops [rows * K, S, S, 3] and whole images by preprocessing, on the device."""
+        put = self._models.accelerator.put_parts
+        cells = [row.cell for row in rows if row.cell is not None]
+        crops = None
+        with self._watch.stage(PREPARING, what):
+            if self.image_layers:
+                assert pixels.crops is not None
+                crops = put(runs(pixels.crops, cells)).flatten(0, 1)
+            return crops, {spec: put(runs(pixels.views[spec], cells)) for spec in self.captioner_specs}
 
     @contextlib.contextmanager
     def _run(self, layer: str, what: str) -> Iterator[None]:
@@ -107,6 +162,7 @@ class Inference:
     def _embed(self, crops: torch.Tensor | None, rows: Sequence[Row], what: str) -> dict[str, Any]:
         """Image embeddings [rows, K, D] by layer, from crops [rows * K, S, S, 3]."""
         count = self._config.augmentations.count
+        size = self._models.batches.crops(len(rows) * count)
         placeholders = np.repeat([row.unreadable is not None for row in rows], count)
         prepared: dict[ImageSpec, torch.Tensor] = {}
         encoded: dict[str, torch.Tensor] = {}
@@ -115,6 +171,10 @@ class Inference:
             assert teacher.image is not None
             assert crops is not None
             with self._run(layer.name, what):
+                if len(crops) > size:
+                    parts = [teacher.encode_images(to_pixels(part, teacher.image)) for part in crops.split(size)]
+                    encoded[layer.name] = torch.cat(parts)
+                    continue
                 if teacher.image not in prepared:
                     prepared[teacher.image] = to_pixels(crops, teacher.image)
                 encoded[layer.name] = teacher.encode_images(prepared[teacher.image])
@@ -160,6 +220,11 @@ class Inference:
 
     def _captioner(self, layer: Layer) -> Captioner:
         return self._models.captioners[str(layer.model)]
+
+
+def _join(parts: Sequence[Any]) -> Any:
+    """The outputs of a layer for a batch, from those of its parts."""
+    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else list(itertools.chain(*parts))
 
 
 def to_numpy(out: torch.Tensor, rows: int, dim: int, ignored: npt.NDArray[np.bool_] | None = None) -> Floats:

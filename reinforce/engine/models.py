@@ -16,6 +16,8 @@ import torch
 from reinforce.config import Config
 from reinforce.dataset.backends import load_backend
 from reinforce.dataset.layers import Layer
+from reinforce.engine.batch_sizes import BatchSizes
+from reinforce.engine.device_memory import memory_hint
 from reinforce.engine.token_cache import TokenCache
 from reinforce.engine.traces import user_frames
 from reinforce.engine.turns import Turns
@@ -42,6 +44,7 @@ class Models:
     accelerator: Accelerator
     counters: Counters = field(default_factory=Counters)
     turns: Turns = field(default_factory=Turns)
+    batches: BatchSizes = field(default_factory=BatchSizes)
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
     _tokens: TokenCache = field(default_factory=TokenCache)
 
@@ -108,7 +111,7 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
             Accelerator(device),
         )
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
-        raise UserError(f"{error}{user_frames(error)}") from error
+        raise UserError(f"{error}{user_frames(error)}{memory_hint(error)}") from error
 
 
 def _splits(model: object, whole: str, *parts: str) -> bool:

@@ -66,6 +66,7 @@ class ShardResult:
     files: Mapping[str, FileEntry] = field(default_factory=dict)  # committed by this lease, by layer
     memory: int = 0  # bytes of the worker's process afterwards
     set_aside: Mapping[str, str] = field(default_factory=dict)  # files that are to be computed again: reason by layer
+    notes: tuple[str, ...] = ()  # about the worker, such as a batch that did not fit in the memory of its device
 
     @classmethod
     def postponed(cls, shard: str, seconds: float, set_aside: Mapping[str, str]) -> ShardResult:

@@ -26,6 +26,7 @@ import torch
 
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
+from reinforce.engine.device_memory import memory_hint
 from reinforce.engine.inference import to_numpy
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.traces import user_frames
@@ -233,7 +234,9 @@ def _failed(name: str, kind: str, model: Any, error: Exception) -> UserError:
     frames = user_frames(error)
     text = str(error) if isinstance(error, ValueError) and not frames else f"{type(error).__name__}: {error}{frames}"
     training = _networks_in_training(model)
-    hint = f" Call `.eval()` on `{'`, `'.join(training)}`, which is in training mode." if training else ""
+    hint = (
+        f" Call `.eval()` on `{'`, `'.join(training)}`, which is in training mode." if training else memory_hint(error)
+    )
     return UserError(f"{name} fails its self-test ({kind}): {text}{hint}")
 
 

@@ -22,6 +22,7 @@ from reinforce.dataset.layer_index import FileEntry
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer, captions_layer, reads_reinforcements
 from reinforce.dataset.shard_records import ShardRecord, SourceRecord
 from reinforce.dataset.store import LayerWriter, Store, parse_footer
+from reinforce.engine.batch_sizes import rows_per_batch
 from reinforce.engine.changes import referenced_source_change
 from reinforce.engine.decode_pool import DecodePool, Lease
 from reinforce.engine.decoding import DecodeSpec
@@ -67,11 +68,6 @@ def process_shard(
     return process.run()
 
 
-def rows_per_batch(config: Config) -> int:
-    """Rows whose augmented images make a batch."""
-    return max(1, config.workers.batch // config.augmentations.count)
-
-
 def rows_ahead(config: Config) -> int:
     """Rows of a shard that are decoded ahead of its current batch."""
     return max(2 * rows_per_batch(config), 2 * config.workers.cores)
@@ -109,7 +105,6 @@ class _ShardProcess:
         self.all_layers = layers
         self.layers = {name: layers[name] for name in shard.layers}
         self.group_rows, self.watch = group_rows, watch
-        self.rows_per_batch = rows_per_batch(config)
         self.source = former_url(shard.url, config.moved)
         self.refusals = Refusals()
         self.cleaned: dict[str, Counter[str]] = {}
@@ -164,6 +159,7 @@ class _ShardProcess:
             None if reason else ShardRecord(self.shard.name, self.keys, self.source_record),
             {} if reason else {name: FileEntry(one.bytes, tuple(one.groups)) for name, one in writers.items()},
             set_aside=stale,
+            notes=self.models.batches.take_notes(),
         )
 
     # -- rows
@@ -223,7 +219,7 @@ class _ShardProcess:
         """The rows of one row group, and the outputs of their batches by layer."""
         group: list[Row] = []
         outputs: dict[str, list[Any]] = {}
-        while batch := list(itertools.islice(rows, self.rows_per_batch)):
+        while batch := list(itertools.islice(rows, self.inference.rows_per_batch)):
             for name, output in self.inference.run(batch, lease.cells).items():
                 outputs.setdefault(name, []).append(output)
             lease.free.release(row.cell for row in batch if row.cell is not None)

@@ -1,0 +1,180 @@
+"""Batches that are halved where the memory of the device runs out."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reinforce.config import parse_config
+from reinforce.dataset.store import Store
+from reinforce.engine.batch_sizes import BatchSizes
+from reinforce.engine.inference import Inference
+from reinforce.engine.models import Counters, Models, load_models
+from reinforce.engine.outcome import ShardResult
+from reinforce.engine.pixel_cells import PixelCells
+from reinforce.engine.plan import make_plan
+from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.engine.rows import Row
+from reinforce.engine.shard import process_shard
+from reinforce.errors import UserError
+from teachers.device import Accelerator
+from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.decoding import decode_pool
+from tests.helpers.models import ColorTeacher
+
+CPU = torch.device("cpu")
+MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+def limited(function: Callable[..., Any], limit: int) -> Callable[..., Any]:
+    """``function``, for which at most ``limit`` inputs fit in memory."""
+
+    def run(inputs: Any, *arguments: Any) -> Any:
+        arrays = isinstance(inputs, list) and isinstance(inputs[0], np.ndarray)  # of a copy
+        if (sum(map(len, inputs)) if arrays else len(inputs)) > limit:
+            raise torch.cuda.OutOfMemoryError(MESSAGE)
+        return function(inputs, *arguments)
+
+    return run
+
+
+def limit_memory(models: Models, where: str, limit: int) -> None:
+    """Let one of a worker's steps run out of memory above ``limit`` inputs."""
+    owner: Any = {"copy": models.accelerator, "captions": models.captioners.get("namer")}.get(where)
+    owner = owner or models.teachers["red"]
+    name = {"copy": "put_parts", "captions": "caption", "images": "encode_images", "texts": "encode_texts"}[where]
+    setattr(owner, name, limited(getattr(owner, name), limit))
+
+
+def process(folder: Path, batch: int, where: str = "copy", limit: int = 1000) -> tuple[ShardResult, dict[str, bytes]]:
+    """A shard of 13 rows with two augmentations in row groups of 8 -> the result and the files of its layers."""
+    config = parse_config(config_of(f"{folder}/0.tar", folder / f"out-{batch}-{limit}", workers={"batch": batch}))
+    plan = make_plan(config)
+    models = load_models(config, plan.layers.values())
+    limit_memory(models, where, limit)
+    result = process_shard(plan.pending[0], config, plan.layers, Store(config.output), models, decode_pool(), 8)
+    return result, tree(folder / f"out-{batch}-{limit}")
+
+
+@pytest.mark.parametrize(
+    ("where", "limit", "layer", "sizes"),
+    [
+        ("images", 4, "embeddings/red/images", ["8 images", "4 images", "2 images"]),
+        ("captions", 2, "captions/namer", ["8 images", "4 images", "2 images"]),
+        ("copy", 2, "copying images", ["8 images", "4 images", "2 images"]),
+        ("texts", 4, "embeddings/red/caption", ["8 texts", "4 texts"]),
+    ],
+)
+def test_a_shard_that_runs_out_of_memory_is_finished_as_with_smaller_batches(
+    where: str, limit: int, layer: str, sizes: list[str], tmp_path: Path
+) -> None:
+    write_tar(tmp_path / "0.tar", members_of(0, 13))
+    result, files = process(tmp_path, 16, where, limit)
+    _, small = process(tmp_path, 4)
+    assert result.refused == {}
+    assert files.keys() == small.keys()
+    same = {name for name in files if where != "texts" or "images" not in name}
+    assert {name: files[name] for name in same} == {name: small[name] for name in same}
+    notes = [note for note in result.notes if note.startswith(layer)]
+    assert [note.partition("now on ")[2].partition(" at once")[0] for note in notes] == sizes[1:]
+    assert f"{layer}: {sizes[0]} at once do not fit in the memory of the device" in notes[0]
+    assert MESSAGE in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("images", r"embeddings/red/images: one augmented image does not fit .* Use teachers\.red: a smaller model"),
+        ("captions", r"captions/namer: one image with its 2 captions does not fit .* fewer `captions`"),
+        ("copy", r"copying images: the pixels of one image do not fit .* smaller augmentations\.count"),
+        ("texts", r"embeddings/red/caption: one text does not fit .* The error was OutOfMemoryError: CUDA out of mem"),
+    ],
+)
+def test_a_single_input_that_does_not_fit_ends_the_run_with_one_error_and_no_quarantine(
+    where: str, message: str, tmp_path: Path
+) -> None:
+    write_tar(tmp_path / "0.tar", members_of(0, 3))
+    with pytest.raises(UserError, match=message):
+        process(tmp_path, 16, where, 0)
+    assert tree(tmp_path / "out-16-0") == {}
+
+
+def test_the_augmentations_of_one_row_are_encoded_in_parts_where_they_do_not_fit_together(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", members_of(0, 3))
+    result, files = process(tmp_path, 2, "images", 1)
+    assert [note for note in result.notes if "1 augmented image at once" in note]
+    assert files.keys() == process(tmp_path, 2)[1].keys()
+
+
+class SmallDevice(Accelerator):
+    """A device with memory for ``capacity`` rows, copied ones and those in a forward pass."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__("cpu")
+        self.capacity, self.used, self.copied = capacity, 0, threading.Semaphore(0)
+
+    def put_parts(self, parts: Sequence[np.ndarray]) -> torch.Tensor:
+        class Block(np.ndarray):
+            """Memory of the device, used until no tensor shares it."""
+
+        block = np.concatenate(parts).view(Block)
+        self.check(len(block))
+        self.used += len(block)
+        weakref.finalize(block, self.free, len(block))
+        self.copied.release()
+        return torch.from_numpy(block)
+
+    def check(self, rows: int) -> None:
+        if self.used + rows > self.capacity:
+            raise torch.cuda.OutOfMemoryError(MESSAGE)
+
+    def free(self, rows: int) -> None:
+        self.used -= rows
+
+
+def test_the_batch_that_the_other_shard_has_copied_is_not_the_cause_of_a_second_shortage() -> None:
+    config = parse_config(config_of("x.tar", "out", workers={"batch": 16}))
+    layer = build_layers(config, describe_models(config))["embeddings/red/images"]
+    device = SmallDevice(17)
+    first = threading.Event()
+
+    class Teacher(ColorTeacher):
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            if not first.is_set():
+                first.set()
+                for _ in range(2):  # until both shards have copied their batch
+                    assert device.copied.acquire(timeout=30)
+            device.check(3 * len(pixels) // 2)  # 8 rows do not fit, 4 do, and 2 beside a copied batch of 8
+            return super().encode_images(pixels)
+
+    models = Models({"red": Teacher(CPU)}, {}, device)
+    crops = np.random.default_rng(0).integers(0, 255, (8, 2, 24, 24, 3), np.uint8)
+    outputs: list[Any] = []
+
+    def shard() -> None:
+        rows = [Row(f"key{i}", None, i) for i in range(8)]
+        outputs.append(Inference(config, [layer], models, Counters()).run(rows, PixelCells(crops)))
+
+    threads = [threading.Thread(target=shard) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(outputs) == 2
+    np.testing.assert_array_equal(outputs[0][layer.name], outputs[1][layer.name])
+    assert outputs[0][layer.name].shape == (8, 2, 8)
+    assert models.batches.rows(8) == 4
+    assert device.used == 0
+
+
+def test_without_a_shortage_no_shard_waits_for_the_other() -> None:
+    sizes = BatchSizes()
+    with sizes.on_device() as first, sizes.on_device() as second:
+        assert (first, second) == (True, True)
