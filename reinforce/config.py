@@ -140,6 +140,11 @@ class Workers(Section):
         ge=1,
         description="restart each worker after so many shards, against models that leak memory; default: never",
     )
+    deterministic: bool = Field(
+        True,
+        description="use the kernels of CUDA that give equal bytes again; false: the fastest ones, and a shard that is "
+        "computed again may differ in rounding",
+    )
     start_timeout: float = Field(600.0, gt=0, description="seconds to wait for `min` workers")
 
     @property

@@ -12,11 +12,13 @@ from typing import Literal, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-Precision = Literal["fp32", "bf16", "fp16"]
+from teachers.determinism import tf32
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Module = TypeVar("Module", bound=torch.nn.Module)
 TimeMark: TypeAlias = "float | torch.cuda.Event"
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Accelerator:
@@ -72,14 +74,16 @@ class Accelerator:
         return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
     def autocast(self) -> torch.autocast:
-        """Context for forward passes in training: autocast unless the precision is fp32."""
-        enabled = self.precision != "fp32"
-        return torch.autocast(self.device.type, dtype=_DTYPES[self.precision] if enabled else None, enabled=enabled)
+        """Context for forward passes in training: autocast where the precision has a data type of its own."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype if enabled else None, enabled=enabled)
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Context for forward passes at inference: no autograd, and autocast unless the precision is fp32."""
-        with torch.inference_mode(), self.autocast():
+        """Context for forward passes at inference: no autograd, autocast as in training, and TF32 where it is the
+        precision."""
+        rounding = tf32() if self.precision == "tf32" and self.device.type == "cuda" else nullcontext()
+        with torch.inference_mode(), self.autocast(), rounding:
             yield
 
     def layout(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,9 @@ class ModelSpec(BaseModel):
         None, alias="class", description="a custom class, package.module:Class; see teachers/protocols.py"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the custom class")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision of the forward pass")
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        "fp32", description="precision of the forward pass; fp32 is IEEE, tf32 rounds the inputs of products on CUDA"
+    )
 
     @model_validator(mode="after")
     def _check_source(self) -> ModelSpec:

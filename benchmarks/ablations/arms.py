@@ -32,7 +32,7 @@ _NOT_IN_STUDENTS: dict[str, Any] = {
     "output": True,
     "seed": True,
     "data": {"workers"},
-    "train": {"compute": {"ranks", "gpus", "cpus"}},
+    "train": {"compute": {"ranks", "gpus", "cpus", "deterministic"}},
 }
 
 

@@ -31,6 +31,7 @@ from reinforce.engine.traces import user_frames
 from reinforce.errors import UserError
 from reinforce.terminal import Screen
 from teachers.describe import import_class
+from teachers.determinism import set_flags
 from teachers.device import Accelerator
 from teachers.protocols import ImageSpec
 from teachers.redact import Redactor
@@ -97,6 +98,7 @@ def check_config(config: Config) -> Report:
     report, redact = Report(), Redactor(config.model_dump(mode="json"))
     workers = config.workers.fitted_to([{"CPU": available_cores(), "GPU": torch.cuda.device_count()}])
     device = "cuda" if workers.gpus else "cpu"
+    set_flags(device, workers.deterministic)
     Screen().log(f"{workers.describe()}, batches of {workers.batch}, device {device}")
     with _threads(workers.cores):
         specs: list[tuple[str, TeacherSpec | CaptionerSpec]] = [*config.teachers.items(), *config.captioners.items()]
@@ -121,6 +123,7 @@ def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) 
             checked = CaptionerSpec.model_validate({**spec, "captions": options.get("captions", _captions_of(cls))})
     except ValueError as error:
         raise UserError(redact(f"{error}{user_frames(error)}")) from error
+    set_flags("auto")
     device = Accelerator().device.type
     Screen().log(f"{describe_share(torch.get_num_threads(), 0)}, batches of {_CLASS_BATCH}, device {device}")
     _check_model(report, redact, cls.__name__, checked, device, _CLASS_BATCH)

@@ -60,6 +60,7 @@ class Tolerance:
 
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(batch=0.999, repeat=0.9999, equal=1e-6),
+    "tf32": Tolerance(batch=0.99, repeat=0.999, equal=1e-6),
     "bf16": Tolerance(batch=0.99, repeat=0.999, equal=1e-4),
     "fp16": Tolerance(batch=0.99, repeat=0.999, equal=1e-4),
 }

@@ -28,6 +28,7 @@ from reinforce.engine.self_test import check_models, precisions
 from reinforce.engine.shard import allocate_pixels, process_shard
 from reinforce.engine.watch import Pulse, WorkerWatch, process_memory
 from reinforce.errors import StorageError, UserError
+from teachers import determinism
 from teachers.redact import Redactor
 
 SHARDS_IN_FLIGHT = 2
@@ -66,6 +67,7 @@ class Worker:
         torch.set_num_threads(self.config.workers.cores)
         if self.config.classes:
             sys.path += [path for path in self.folders if path not in sys.path]  # behind installed packages
+        determinism.set_flags("cuda" if self.config.workers.gpus else "cpu", self.config.workers.deterministic)
         layers = [self.layers[name] for name in sorted(self.needed)]
         failures = self.config.failures
         self.pool = DecodePool(self.config.workers.cores, failures.sample_seconds, failures.solo_attempts)
@@ -137,7 +139,7 @@ def environment() -> dict[str, str]:
     which doubles the CPU of the worker's own process.
     """
     name = "MIMALLOC_ALLOW_THP"
-    return {name: os.environ.get(name, "0")}
+    return {name: os.environ.get(name, "0"), **determinism.environment()}
 
 
 def as_actor(config: Config) -> Any:

@@ -66,6 +66,7 @@ def evaluate_models(
     import torch
 
     from reinforce.evaluation.evaluator import Evaluator
+    from teachers.determinism import set_flags
     from teachers.device import Accelerator
     from teachers.open_clip import OpenClipTeacher
 
@@ -73,6 +74,7 @@ def evaluate_models(
     commands = {} if benchmark is None else clip_benchmark.build_commands(specs, benchmark)
     evaluator = Evaluator(evaluation)
     report = Report()
+    set_flags(device)
     for name, spec in specs.items():
         with model_errors(name):
             accelerator = Accelerator(device, precision)

@@ -12,6 +12,7 @@ import torch
 from reinforce.errors import UserError
 from reinforce.student.distillation import IMAGE, IMAGES, TEXTS, TeacherInfo
 from reinforce.training.task import Batch
+from teachers import determinism
 from teachers.pixels import to_pixels
 from teachers.protocols import Teacher
 from teachers.registry import load_teacher
@@ -38,6 +39,7 @@ def teacher_info(teacher: Teacher, spec: TeacherSpec) -> TeacherInfo:
 
 
 @torch.no_grad()
+@determinism.inference()
 def add_targets(batch: Batch, teachers: Mapping[str, Teacher]) -> Batch:
     """The batch with ``targets`` on its device, computed from its ``views`` and ``texts``; see ``batch.py``."""
     device = batch["image"].device

@@ -48,6 +48,11 @@ class Compute(Section):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations instead of storing them")
     compile: bool = Field(False, description="torch.compile the model")
+    deterministic: bool = Field(
+        True,
+        description="use the kernels of CUDA that give equal bytes again; false: the fastest ones, and a resumed "
+        "training may differ from an uninterrupted one in rounding",
+    )
 
 
 class Checkpoints(Section):

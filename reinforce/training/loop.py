@@ -45,6 +45,7 @@ from reinforce.training.state import State, make_average
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Build, Feed, Task
+from teachers import determinism
 from teachers.redact import redact
 
 _MAX_SKIPPED = 20  # steps in a row without a finite gradient
@@ -75,8 +76,17 @@ def fit(
     main thread.
     """
     stop = stop or StopSignal()
-    with stop.handle_signals():
-        return _Loop(task, feed, job, ranks, stop, screen or Screen(), on_evaluation).run()
+    try:
+        with stop.handle_signals():
+            return _Loop(task, feed, job, ranks, stop, screen or Screen(), on_evaluation).run()
+    except RuntimeError as error:
+        if operation := determinism.operation_without_kernel(error):
+            raise UserError(
+                f"CUDA has no deterministic kernel for {operation}, which this training uses. Set "
+                "train.compute.deterministic to false: a resumed training then differs from an uninterrupted one in "
+                "rounding."
+            ) from error
+        raise
 
 
 def run_rank(
@@ -338,7 +348,7 @@ class _Loop:
         if self._logged_metrics() is not None:
             return
         self.state.model.eval()
-        with self.stop.interruptible():
+        with self.stop.interruptible(), determinism.inference():
             metrics = dict(self.task.evaluate(self.state.final_model))
         self.state.model.train()
         if metrics:

@@ -16,6 +16,7 @@ from reinforce.cores import available_cores, cores_per_process, default_gpus, de
 from reinforce.errors import UserError
 from reinforce.training.config import Compute
 from reinforce.training.stop import Stopped
+from teachers.determinism import set_flags
 from teachers.device import Accelerator
 
 T = TypeVar("T")
@@ -108,8 +109,10 @@ def join_ranks(compute: Compute, device: str | None = None, cpus: int | None = N
     machine = {"CPU": available_cores(), "GPU": torch.cuda.device_count()}
     gpus = default_gpus([machine]) if compute.gpus is None else compute.gpus
     cpus = compute.cpus or cpus or cores_per_process([machine], _local_ranks() if owns_group else 1, gpus)
+    device = device or (f"cuda:{local_rank}" if gpus else "cpu")
+    set_flags(device, compute.deterministic, strict=True)
     try:
-        accelerator = Accelerator(device or (f"cuda:{local_rank}" if gpus else "cpu"), compute.precision)
+        accelerator = Accelerator(device, compute.precision)
     except ValueError as error:
         raise UserError(f"compute.gpus: {error}. Set train.compute.gpus to 0 to train on the CPU.") from error
     if accelerator.device.type == "cuda":

@@ -17,7 +17,7 @@ def test_auto_uses_the_cpu_without_cuda() -> None:
     [
         ("gpu", "fp32", "'gpu' is unknown: use auto, cpu"),
         ("cuda:64", "fp32", "not available: torch sees"),
-        ("cpu", "int4", "use fp32, bf16, fp16"),
+        ("cpu", "int4", "use fp32, tf32, bf16, fp16"),
     ],
 )
 def test_an_unknown_device_or_precision_is_rejected(name: str, precision: str, message: str) -> None:

@@ -1,0 +1,94 @@
+"""Whether CUDA computes equal bytes again: torch's flags and the environment, set in one place before CUDA starts.
+
+A process calls ``set_flags`` before it loads a model. What is then settled on CUDA:
+
+- fp32 products and convolutions are IEEE. TF32 is used where a model's precision is ``tf32``, and nowhere else.
+- Sums of bf16 and fp16 products are accumulated in fp32.
+- Attention uses torch's flash kernel, else its memory-efficient one, else plain products. cuDNN's kernels are not
+  deterministic, and they build a plan for each new shape, which takes tens of milliseconds.
+- With ``deterministic``, kernels are those that give equal bytes again: cuBLAS with a fixed workspace, cuDNN's
+  deterministic algorithms without a search for the fastest, and torch's deterministic operations.
+
+The legacy names of the TF32 flags are used: torch 2.4 has no others, later versions keep both in step, and reading the
+legacy ones after the new ones were set raises in some versions, in torch.compile too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+
+import torch
+
+_LOG = logging.getLogger(__name__)
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
+
+
+def environment() -> dict[str, str]:
+    """Environment variables with which a process that uses CUDA starts. Variables that are set stay."""
+    return {_WORKSPACE: os.environ.get(_WORKSPACE, ":4096:8")}
+
+
+def set_flags(device: str, deterministic: bool = True, strict: bool = False) -> None:
+    """Set the flags of this process for models on a device (``auto``, ``cpu``, ``cuda``, ``cuda:0``).
+
+    Call it before CUDA starts. With ``strict``, an operation without a deterministic kernel raises RuntimeError
+    instead of a warning. Training needs it: the backward passes of attention are deterministic only then. Results on
+    CPUs do not change.
+    """
+    if deterministic and _WORKSPACE not in os.environ and torch.cuda.is_initialized():
+        _LOG.warning("CUDA has started without %s in the environment: results may differ between runs", _WORKSPACE)
+    os.environ.update(environment())
+    allow_tf32(False)
+    products = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = False
+    products.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    for enable in ("flash", "mem_efficient", "math"):
+        getattr(torch.backends.cuda, f"enable_{enable}_sdp")(True)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    # The flag also changes operations on CPUs, which are deterministic without it.
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        torch.use_deterministic_algorithms(deterministic, warn_only=not strict)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let fp32 products and convolutions on CUDA round their inputs to TF32, or not."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """TF32 for the fp32 products and convolutions that are queued inside. The flag is the process's: one thread at a
+    time may use the accelerator."""
+    allow_tf32(True)
+    try:
+        yield
+    finally:
+        allow_tf32(False)
+
+
+@contextlib.contextmanager
+def inference() -> Iterator[None]:
+    """Forward passes of any model in a process with ``strict`` flags: without a deterministic kernel they only warn."""
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    if strict:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        if strict:
+            torch.use_deterministic_algorithms(True)
+
+
+def operation_without_kernel(error: BaseException) -> str | None:
+    """The operation, if ``error`` says that CUDA has no deterministic kernel for it."""
+    found = _NO_KERNEL.search(str(error))
+    return found[1] if found else None

@@ -1,0 +1,136 @@
+"""The flags of torch on which equal bytes on CUDA depend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reinforce.config import parse_config
+from reinforce.engine.check import check_class
+from reinforce.engine.worker import Worker, as_actor
+from reinforce.errors import UserError
+from reinforce.training.launch import launch
+from teachers import determinism
+from teachers.device import Accelerator
+from tests.helpers.data import config_of
+from tests.helpers.trainings import PairFeed, TowersTask, job
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def flags() -> dict[str, bool]:
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return {
+        "tf32 in products": cuda.matmul.allow_tf32,
+        "tf32 in convolutions": cudnn.allow_tf32,
+        "sums in bf16": bool(cuda.matmul.allow_bf16_reduced_precision_reduction),
+        "sums in fp16": bool(cuda.matmul.allow_fp16_reduced_precision_reduction),
+        "cudnn attention": cuda.cudnn_sdp_enabled(),
+        "flash attention": cuda.flash_sdp_enabled(),
+        "deterministic": cudnn.deterministic,
+        "benchmark": cudnn.benchmark,
+    }
+
+
+SETTLED = {**dict.fromkeys(flags(), False), "flash attention": True, "deterministic": True}
+
+
+@pytest.fixture(autouse=True)
+def flags_of_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch's defaults before each test and after it."""
+    monkeypatch.delenv(WORKSPACE, raising=False)
+
+    def reset() -> None:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False
+
+    reset()
+    yield
+    os.environ.pop(WORKSPACE, None)
+    reset()
+
+
+def worker(folder: Path, **options: bool) -> None:
+    config = config_of("x.tar", folder / "out", captioners={}, teachers={}, workers={"gpus": 0, **options})
+    started = Worker(parse_config(config), {}, frozenset(), str(folder))
+    started.load()
+    assert started.pool is not None
+    started.pool.close()
+
+
+def training(folder: Path, **options: bool) -> None:
+    launch(lambda _: (TowersTask(), PairFeed()), job(folder, steps=3, compute=options))
+
+
+@pytest.mark.parametrize("start", [worker, training, lambda _: check_class("tests.helpers.models:ColorTeacher", {})])
+def test_workers_trainings_and_checks_settle_the_flags_before_they_load_models(tmp_path: Path, start: Any) -> None:
+    assert flags() != SETTLED
+    start(tmp_path)
+    assert flags() == SETTLED
+    assert os.environ[WORKSPACE] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled(), "it would change operations on CPUs"
+
+
+@pytest.mark.parametrize("start", [worker, training])
+def test_the_switch_lets_cudnn_choose_its_fastest_kernels_and_keeps_the_precision(tmp_path: Path, start: Any) -> None:
+    start(tmp_path, deterministic=False)
+    assert flags() == {**SETTLED, "deterministic": False, "benchmark": True}
+
+
+def test_ray_starts_workers_with_the_workspace_of_cublas_unless_the_environment_has_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for value in (":4096:8", ":16:8"):
+        actor = as_actor(parse_config(config_of("x.tar", "y")))
+        assert actor._default_options["runtime_env"]["env_vars"][WORKSPACE] == value
+        monkeypatch.setenv(WORKSPACE, ":16:8")
+
+
+def test_on_cuda_operations_are_deterministic_and_only_trainings_require_it() -> None:
+    determinism.set_flags("cuda")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled(), "teachers may use any operation"
+    determinism.set_flags("cuda:1", strict=True)
+    assert not torch.is_deterministic_algorithms_warn_only_enabled(), "else backward passes of attention are not"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    with determinism.inference():
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    determinism.set_flags("cuda", deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_training_with_an_operation_without_a_deterministic_kernel_names_it_and_the_switch(tmp_path: Path) -> None:
+    class Putting(TowersTask):
+        def losses(self, encoded: Any, batch: Any) -> dict[str, torch.Tensor]:
+            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))  # has no deterministic kernel on CPUs, too
+            return super().losses(encoded, batch)
+
+    torch.use_deterministic_algorithms(True)
+    with pytest.raises(UserError, match=r"kernel for put_, which .* Set train\.compute\.deterministic to false"):
+        launch(lambda _: (Putting(), PairFeed()), job(tmp_path, steps=3))
+
+
+def test_tf32_is_used_by_models_of_that_precision_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    determinism.set_flags("cpu")
+    accelerator = Accelerator("cpu", "tf32")
+    with accelerator.forward():
+        assert not torch.backends.cudnn.allow_tf32, "CPUs have no TF32"
+        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == torch.float32
+    accelerator.device = torch.device("cuda")
+    with accelerator.forward():
+        assert flags() == {**SETTLED, "tf32 in products": True, "tf32 in convolutions": True}
+    assert flags() == SETTLED
+    accelerator.precision = "fp32"
+    with accelerator.forward():
+        assert flags() == SETTLED
