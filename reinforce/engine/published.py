@@ -22,7 +22,7 @@ from reinforce.source.text import parse_json
 from reinforce.source.urls import canonical
 from schemas import WHOLE_SHARD, Reason
 
-_SIDECAR = "json"
+_SIDECAR, _URL = "json", "url.txt"
 _CHECKED_SAMPLES = 8
 _LARGEST_IMAGE = (2**31, 2**31)  # any crop fits into it
 
@@ -38,6 +38,7 @@ class Reinforcements:
         self._members: dict[str, dict[str, tuple[int, int]]] = {}  # offset and length, by key and name
         self._keys: dict[str, str] = {}  # by uid
         self._keys_with_uid: set[str] = set()
+        self._keys_of_urls: dict[str, str] = {}
         self._matched: set[str] = set()
         self.refusals: list[Refusal] = []
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
@@ -50,6 +51,8 @@ class Reinforcements:
             if (uid := _uid(item.sidecars)) is not None:
                 self._keys.setdefault(uid, item.key)
                 self._keys_with_uid.add(item.key)
+            if (url_of_image := _url(item.sidecars)) is not None:
+                self._keys_of_urls.setdefault(url_of_image, item.key)
             for name in (PARAMETERS, CAPTIONS, *VECTORS):
                 if name in item.left_out:
                     self.refusals.append(item.left_out[name])
@@ -73,9 +76,12 @@ class Reinforcements:
         return iter(self._members)
 
     def match(self, raw: RawSample) -> str | None:
-        """The key of a source sample's reinforcements, found by its ``uid``, else by its own key; None without any."""
+        """The key of a source sample's reinforcements, found by its ``uid``, URL or key; None without any."""
         uid = _uid(raw.sidecars)
         key = raw.key if uid is None else self._keys.get(uid, uid)
+        if uid is None or key not in self._members:
+            url = _url(raw.all_sidecars)
+            key = key if url is None else self._keys_of_urls.get(url, key)
         # A key whose reinforcements have a uid belongs to the sample of that uid.
         if key not in self._members and raw.key not in self._keys_with_uid:
             key = raw.key
@@ -139,3 +145,12 @@ def _uid(sidecars: Mapping[str, bytes]) -> str | None:
     document = parse_json(sidecars[_SIDECAR]) if _SIDECAR in sidecars else None
     uid = document.get("uid") if isinstance(document, dict) else None
     return uid if isinstance(uid, str) else None
+
+
+def _url(sidecars: Mapping[str, bytes]) -> str | None:
+    """The URL of an image: the member ``url.txt``, or ``url`` of the JSON member, as img2dataset writes it."""
+    if _URL in sidecars:
+        return sidecars[_URL].decode(errors="replace").strip() or None
+    document = parse_json(sidecars[_SIDECAR]) if _SIDECAR in sidecars else None
+    url = document.get("url") if isinstance(document, dict) else None
+    return url if isinstance(url, str) else None

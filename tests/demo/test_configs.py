@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import open_clip
 import pytest
 import yaml
 
-from reinforce.captioning.config import load_captioner_config
-from reinforce.config import load_config
+from reinforce import settings
+from reinforce.captioning.config import CaptionerConfig, load_captioner_config
+from reinforce.config import Config, load_config
 from reinforce.demo.models import MODELS
-from reinforce.student.config import load_student_config
+from reinforce.source.urls import expand
+from reinforce.student.config import StudentConfig, load_student_config
+from reinforce.tuning.config import TuneConfig
 from tests.helpers.demo import ROOT
 
 
@@ -59,3 +64,34 @@ def test_dfn5b_config_matches_the_paper() -> None:
     for teacher in config.teachers.values():
         assert open_clip.get_pretrained_cfg(teacher.model, teacher.pretrained)
     assert (config.workers.min, config.workers.max, config.workers.gpus, config.workers.cpus) == (8, 512, 1, 12)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
+def test_every_config_is_valid(path: Path) -> None:
+    kinds = {"student": StudentConfig, "mobileclip2": StudentConfig, "finetune": CaptionerConfig, "tune": TuneConfig}
+    settings.load(kinds.get(path.stem.partition("-")[0], Config), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "captions", "scales"),
+    [
+        ("dfndr2b", 2, "syn_text_dfn_mscoco38k", {70, 60}),
+        ("dfndr12m", 30, "syn_text_dfn_mscoco38k", {70, 60}),
+        ("dfndr12m-bf16", 30, "syn_text_dfn_mscoco38k", {70, 60}),
+        ("datacompdr12m", 30, "syn_text", {100}),
+        ("datacompdr1b", 10, "syn_text", {100}),
+    ],
+)
+def test_configs_of_published_sets_name_what_their_cards_and_scripts_show(
+    name: str, count: int, captions: str, scales: set[float]
+) -> None:
+    config = load_config(ROOT / f"configs/{name}.yaml")
+    assert config.augmentations.count == count
+    assert [(one.model, one.captions) for one in config.captioners.values()] == [(captions, 5)]
+    assert [one.columns for one in config.teachers.values()] == [(0, 768), (768, 1536)]
+    assert {one.logit_scale for one in config.teachers.values()} == scales
+    source, published = (
+        [url.split("/", 4)[-1] for url in expand(urls)] for urls in (config.source, config.reinforcements or "")
+    )
+    assert len(source) == len(published)
+    assert [url.split("/")[-2:] for url in source][-1][-1] == published[-1].split("/")[-1]
