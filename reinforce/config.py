@@ -116,6 +116,19 @@ class Augmentations(Section):
         return self
 
 
+#: What ``workers.batch: auto`` means on the CPU.
+AUTO_BATCH = 256
+
+
+def _check_batch(value: Any) -> Any:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"must be a number of images, at least 1, or auto, got {value!r}")
+    return value
+
+
+Batch = Annotated[int | Literal["auto"], BeforeValidator(_check_batch)]
+
+
 class Workers(Section):
     """The pool of workers, which grows and shrinks with the cluster between ``min`` and ``max``."""
 
@@ -134,7 +147,10 @@ class Workers(Section):
         description="CPU cores per worker, and processes that decode images; default: a GPU's part of the cores of its "
         "node; without GPUs 1, with a worker for each core",
     )
-    batch: int = Field(256, ge=1, description="images per forward pass")
+    batch: Batch = Field(
+        256,
+        description="images per forward pass; auto: as many as the memory of the GPU holds, at most 1,024; 256 on CPUs",
+    )
     recycle: int | None = Field(
         None,
         ge=1,
@@ -146,6 +162,11 @@ class Workers(Section):
         "computed again may differ in rounding",
     )
     start_timeout: float = Field(600.0, gt=0, description="seconds to wait for `min` workers")
+
+    @property
+    def images(self) -> int:
+        """``batch``, or the number that ``auto`` means on the CPU."""
+        return AUTO_BATCH if self.batch == "auto" else self.batch
 
     @property
     def cores(self) -> int:

@@ -25,7 +25,7 @@ _UNITS: dict[_Bound, str] = {"rows": "image", "crops": "augmented image", "texts
 
 def rows_per_batch(config: Config) -> int:
     """Rows whose augmented images make a batch."""
-    return max(1, config.workers.batch // config.augmentations.count)
+    return max(1, config.workers.images // config.augmentations.count)
 
 
 class BatchSizes:
@@ -73,6 +73,12 @@ class BatchSizes:
                 self._holding -= 1
                 self._changed.notify_all()
 
+    def end_of_search(self) -> bool:
+        """Whether there was a shortage, after which both shards may hold tensors again, in smaller batches."""
+        with self._changed:
+            found, self._one_at_a_time = self._one_at_a_time, False
+        return found
+
     def halve(self, shortage: OutOfMemory, layer: Layer | None, size: int, config: Config, shared: bool) -> None:
         """Halve the size of a batch that did not fit: ``size`` rows, or texts of a layer of texts; ``layer`` is None if
         the images could not be copied.
@@ -81,7 +87,7 @@ class BatchSizes:
         """
         bound, count = _bound(layer, size), config.augmentations.count
         failed = self.crops(count) if bound == "crops" else size
-        planned: dict[_Bound, int] = {"rows": rows_per_batch(config), "crops": count, "texts": config.workers.batch}
+        planned: dict[_Bound, int] = {"rows": rows_per_batch(config), "crops": count, "texts": config.workers.images}
         with self._changed:
             self._one_at_a_time = True
             if failed > 1:

@@ -17,6 +17,8 @@ from rich.table import Table
 
 from reinforce.config import Config, load_config
 from reinforce.cores import available_cores, describe_share
+from reinforce.engine.device_memory import is_out_of_memory, memory_hint
+from reinforce.engine.full_batch import MAX_AUTO_BATCH
 from reinforce.engine.models import Models
 from reinforce.engine.recipe import version_notes
 from reinforce.engine.self_test import (
@@ -98,15 +100,16 @@ def check_config(config: Config) -> Report:
     report, redact = Report(), Redactor(config.model_dump(mode="json"))
     workers = config.workers.fitted_to([{"CPU": available_cores(), "GPU": torch.cuda.device_count()}])
     device = "cuda" if workers.gpus else "cpu"
+    largest = MAX_AUTO_BATCH if workers.batch == "auto" and workers.gpus else workers.images
     set_flags(device, workers.deterministic)
-    Screen().log(f"{workers.describe()}, batches of {workers.batch}, device {device}")
+    Screen().log(f"{workers.describe()}, batches of {largest:,}, device {device}")
     with _threads(workers.cores):
         specs: list[tuple[str, TeacherSpec | CaptionerSpec]] = [*config.teachers.items(), *config.captioners.items()]
         for name, spec in specs:
             if spec.family == "published":
                 report.notes.append(f"{name} is read from published reinforcements: no model is loaded")
             else:
-                _check_model(report, redact, name, spec, device, workers.batch)
+                _check_model(report, redact, name, spec, device, largest)
     return report
 
 
@@ -194,8 +197,9 @@ def _measure_captioner(models: Models, name: str, spec: CaptionerSpec, batch: in
 
 
 def _measure(models: Models, prepare: Callable[[int], Callable[[], Any]], largest: int, what: str) -> tuple[float, int]:
-    """Inputs per second in the largest batch that is worth its time, and the size of that batch."""
+    """Inputs per second in the largest batch that fits and is worth its time, and the size of that batch."""
     size = min(_FIRST_BATCH, largest)
+    best = None
     while True:
         try:
             run = prepare(size)
@@ -206,12 +210,16 @@ def _measure(models: Models, prepare: Callable[[int], Callable[[], Any]], larges
                 run()
                 models.accelerator.synchronize()
         except Exception as error:
+            if best is not None and is_out_of_memory(error):
+                return best
             raise UserError(
                 f"{what} fails in a batch of {size}: {type(error).__name__}: {error}{user_frames(error)}"
+                f"{memory_hint(error)}"
             ) from error
         seconds = time.perf_counter() - start
+        best = size / seconds, size
         if seconds > _ENOUGH_SECONDS or size == largest:
-            return size / seconds, size
+            return best
         size = min(2 * size, largest)
 
 

@@ -202,7 +202,10 @@ class Driver(WorkerHandling):
             return
         self.policy.faults.started()
         self.pool.record_start(slot, info)
-        self.events.add("worker_started", node=info.node, pid=info.pid, accelerator=info.accelerator)
+        self.policy.add_notes(info.notes)
+        self.events.add("worker_started", node=info.node, pid=info.pid, accelerator=info.accelerator, batch=info.batch)
+        if self.pool.started_count == 1 and self.config.workers.batch == "auto":
+            self._log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
         if not self.manifest_written and self.pool.started_count >= self.config.workers.min:
             self.claims.publish(info.models, self.needed)
             self.manifest_written = True

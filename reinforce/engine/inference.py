@@ -99,7 +99,7 @@ class Inference:
         encoded = np.zeros((len(distinct), teacher.dim), np.float32)
         start = 0
         while start < len(distinct):
-            batch = distinct[start : start + self._models.batches.texts(self._config.workers.batch)]
+            batch = distinct[start : start + self._models.batches.texts(self._config.workers.images)]
             what = f"{len(batch):,} texts, the first {shorten(batch[0], 60)!r}"
             with self._run(layer.name, what):
                 encode = self._models.text_encoder(teacher, batch)

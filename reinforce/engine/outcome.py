@@ -31,7 +31,8 @@ class WorkerId(NamedTuple):
 @dataclass(frozen=True)
 class WorkerInfo:
     """A worker whose models are loaded. ``models`` holds what is known of a model only once it is loaded, by name,
-    ``memory`` is the bytes of its process, and ``board`` the descriptor of its ``watch.Board``."""
+    ``memory`` is the bytes of its process, ``board`` the descriptor of its ``watch.Board``, ``batch`` the number of
+    images in a batch, and ``notes`` are messages about it."""
 
     node: str
     pid: int
@@ -40,6 +41,8 @@ class WorkerInfo:
     host: str = ""
     memory: int = 0
     board: int = -1
+    batch: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def id(self) -> WorkerId:

@@ -64,7 +64,12 @@ def describe_workers(workers: Workers, shards: int, limit: int, nodes: Sequence[
     count = min(shards, limit)
     device = "cuda" if workers.gpus else "cpu"
     what = f"{count} worker{'s' * (count != 1)} x {workers.describe()}"
-    line = f"{what}, batches of {workers.batch} images, device {device}"
+    batches = (
+        "the largest batches that fit"
+        if workers.batch == "auto" and workers.gpus
+        else f"batches of {workers.images} images"
+    )
+    line = f"{what}, {batches}, device {device}"
     places = capacity(nodes, workers.cores, workers.gpus or 0)
     cores = cores_per_process(nodes, count, 0)
     if workers.gpus or workers.max is not None or shards >= places or cores <= workers.cores:

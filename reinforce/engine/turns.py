@@ -27,6 +27,11 @@ class Turns:
         """A number above all before, for a shard that begins."""
         return next(self._numbers)
 
+    @property
+    def waiting(self) -> int:
+        """Number of those who wait."""
+        return len(self._waiting)
+
     @contextlib.contextmanager
     def take(self, order: int) -> Iterator[None]:
         """Hold the lock."""

@@ -21,6 +21,7 @@ from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.store import Store
 from reinforce.engine.decode_pool import DecodePool
+from reinforce.engine.full_batch import fit_batch
 from reinforce.engine.models import Counters, Models, load_models
 from reinforce.engine.outcome import LayerFailure, LoadFailure, ShardFailure, ShardResult, WorkerId, WorkerInfo
 from reinforce.engine.plan import PendingShard
@@ -73,6 +74,7 @@ class Worker:
         self.pool = DecodePool(self.config.workers.cores, failures.sample_seconds, failures.solo_attempts)
         self.models = load_models(self.config, layers)
         check_models(self.models, layers, precisions(self.config))
+        self.config = fit_batch(self.models, self.config, layers)
         allocate_pixels(self.pool, self.config, layers, self.models, SHARDS_IN_FLIGHT)
         self.pool.wait_until_ready()
         loaded = {
@@ -85,7 +87,8 @@ class Worker:
         }
         device, board = str(self.models.accelerator.device), self.watch.board.descriptor
         node, pid, host = self._id()
-        return WorkerInfo(node, pid, device, loaded, host, process_memory(), board)
+        notes = self.models.batches.take_notes()
+        return WorkerInfo(node, pid, device, loaded, host, process_memory(), board, self.config.workers.images, notes)
 
     def _check_output(self) -> None:
         """Raise UserError if ``output`` is relative to a folder of the driver that this node does not have."""

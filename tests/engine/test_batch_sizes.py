@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,12 @@ from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.engine.rows import Row
 from reinforce.engine.shard import process_shard
 from reinforce.errors import UserError
-from teachers.device import Accelerator
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
 from tests.helpers.models import ColorTeacher
+from tests.helpers.small_device import MESSAGE, SmallDevice
 
 CPU = torch.device("cpu")
-MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 def limited(function: Callable[..., Any], limit: int) -> Callable[..., Any]:
@@ -111,32 +109,6 @@ def test_the_augmentations_of_one_row_are_encoded_in_parts_where_they_do_not_fit
     result, files = process(tmp_path, 2, "images", 1)
     assert [note for note in result.notes if "1 augmented image at once" in note]
     assert files.keys() == process(tmp_path, 2)[1].keys()
-
-
-class SmallDevice(Accelerator):
-    """A device with memory for ``capacity`` rows, copied ones and those in a forward pass."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__("cpu")
-        self.capacity, self.used, self.copied = capacity, 0, threading.Semaphore(0)
-
-    def put_parts(self, parts: Sequence[np.ndarray]) -> torch.Tensor:
-        class Block(np.ndarray):
-            """Memory of the device, used until no tensor shares it."""
-
-        block = np.concatenate(parts).view(Block)
-        self.check(len(block))
-        self.used += len(block)
-        weakref.finalize(block, self.free, len(block))
-        self.copied.release()
-        return torch.from_numpy(block)
-
-    def check(self, rows: int) -> None:
-        if self.used + rows > self.capacity:
-            raise torch.cuda.OutOfMemoryError(MESSAGE)
-
-    def free(self, rows: int) -> None:
-        self.used -= rows
 
 
 def test_the_batch_that_the_other_shard_has_copied_is_not_the_cause_of_a_second_shortage() -> None:

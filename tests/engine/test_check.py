@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from rich.console import Console
 
 from reinforce.cli import main
 from reinforce.config import parse_config
+from reinforce.engine import check
 from reinforce.engine.check import Report, check_class, check_config, check_target
+from reinforce.engine.models import Models
 from reinforce.errors import UserError
+from teachers.device import Accelerator
 from tests.helpers import tiny_models
 from tests.helpers.data import config_of
 from tests.helpers.models import SeedCaptioner
@@ -156,3 +160,16 @@ def test_the_command_exits_with_0_or_with_2_and_the_check_that_failed(
         main(["check", "my.yaml"])
     assert "error: wrong fails its self-test (images): embeddings must have shape" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["my.yaml", "our_check_lab.py"]
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_not_measured() -> None:
+    sizes = []
+
+    def prepare(size: int) -> Callable[[], Any]:
+        sizes.append(size)
+        if size > 16:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return lambda: None
+
+    assert check._measure(Models({}, {}, Accelerator("cpu")), prepare, 256, "x")[1] == 16
+    assert sizes == [8, 16, 32]

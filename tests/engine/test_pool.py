@@ -46,6 +46,9 @@ def test_a_run_names_its_workers_and_the_cores_that_few_shards_leave_idle() -> N
     assert describe_workers(Workers().fitted_to(gpus), 2, 8, gpus) == (
         "2 workers x 12 CPUs and 1 GPU, batches of 256 images, device cuda"
     )
+    automatic = describe_workers(Workers(batch="auto").fitted_to(gpus), 2, 8, gpus)
+    assert automatic == "2 workers x 12 CPUs and 1 GPU, the largest batches that fit, device cuda"
+    assert line(15, batch="auto") == line(15)
 
 
 class _Actor:
