@@ -152,3 +152,42 @@ def test_autocast_of_the_device_computes_in_its_precision() -> None:
         layer = accelerator.prepare(torch.nn.Linear(3, 2))
         with accelerator.forward():
             assert layer(torch.ones(1, 3, device="cuda")).dtype is torch.bfloat16
+
+
+def test_a_stream_that_does_not_wait_for_another_is_a_race() -> None:
+    with stand_in_cuda():
+        side, source = torch.cuda.Stream(), torch.ones(3, device="cuda")
+        with torch.cuda.stream(side), pytest.raises(RuntimeError, match=r"uses what another stream writes"):
+            source.add(1)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            made = source.add(1)
+        with pytest.raises(RuntimeError, match=r"uses what another stream writes at tests/gpu/test_stand_in.py"):
+            made.add(1)
+        with pytest.raises(RuntimeError, match="writes what another stream reads"):
+            source.zero_()
+        torch.cuda.current_stream().wait_event(side.record_event())
+        made.add(1)
+        made.record_stream(torch.cuda.current_stream())
+        source.zero_()
+        with torch.cuda.stream(side):
+            made = torch.ones(3, device="cuda")
+            made.sum().item()  # the host waits
+        made.add(1)
+
+
+def test_memory_of_one_stream_used_on_another_needs_record_stream() -> None:
+    def use_elsewhere(record: bool) -> None:
+        with stand_in_cuda():
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                made = torch.ones(3, device="cuda")
+            torch.cuda.current_stream().wait_stream(side)
+            made.add(1)
+            if record:
+                made.record_stream(torch.cuda.current_stream())
+            del made
+
+    use_elsewhere(record=True)
+    with pytest.raises(RuntimeError, match="freed without record_stream"):
+        use_elsewhere(record=False)

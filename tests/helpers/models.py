@@ -52,7 +52,7 @@ class ColorTeacher:
         for row, text in enumerate(texts):
             for letter in text:
                 counts[row, ord(letter) % 128] += 1
-        return _unit((counts + 0.01) @ self._letters)
+        return _unit((counts + 0.01).to(self._letters.device) @ self._letters)
 
 
 class ImageOnly:

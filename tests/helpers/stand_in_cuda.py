@@ -16,22 +16,28 @@ Raised, as CUDA does:
 - torch.OutOfMemoryError where the tensors that are alive exceed ``memory``, or inside ``failing_allocations``.
 - RuntimeError by a synchronization or a blocking copy while a CUDA graph is captured.
 
+Raised here, where CUDA gives wrong numbers now and then: RuntimeError where a stream uses what another one writes, or
+writes what another one reads, without waiting for it; and at the end, where memory of one stream was freed while
+another one used it, without ``record_stream``.
+
 Counted in a ``Counts``: kernels, copies (direction, bytes, blocking, whether from pinned memory), synchronizations
 with the place in the code, allocations and the operations by name. A fused attention counts as one operation, though
-autograd decomposes it here; views count as none; a replay of a graph counts as one.
+autograd decomposes it in a training; views count as none; a replay of a graph counts as one.
 
 ``torch.cuda``'s streams, events, graphs and memory figures are replaced; see ``stand_in_runtime``. Threads that start
 inside the context belong to it. Autocast follows the lists of the CPU. ``torch.compile`` returns its function as it
 is and records its arguments in ``compiled``.
 
-Not shown by a pass: that CUDA has the kernel for a data type, its rounding, its speed, races between streams.
+Not shown by a pass: that CUDA has the kernel for a data type, its rounding and its speed; host memory that changes
+while an asynchronous copy reads or writes it.
 """
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -39,9 +45,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers.stand_in_device import DEVICE, Copy, Counts, CudaTensor, StandIn
+from tests.helpers.stand_in_device import Copy, Counts, CudaTensor, StandIn
 from tests.helpers.stand_in_runtime import replaced_runtime
+from tests.helpers.stand_in_streams import DEVICE
 
+_to_copy: Any = torch.ops.aten._to_copy.default
 __all__ = ["DEVICE", "Copy", "Counts", "CudaTensor", "StandIn", "stand_in_cuda"]
 
 
@@ -58,8 +66,11 @@ def stand_in_cuda(memory: int = 80 * 2**30) -> Iterator[StandIn]:
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # `param.data = ` would keep a CPU parameter
-        stack.enter_context(_modes(cuda))
-        yield cuda
+        with _modes(cuda):
+            yield cuda
+        gc.collect()
+        if cuda.races.at_release:
+            raise RuntimeError("; ".join(sorted(set(cuda.races.at_release))))
 
 
 @contextmanager
@@ -128,11 +139,9 @@ def _to(cuda: StandIn, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch
         same = tensor.is_contiguous(memory_format=memory_format)
     if same and not kwargs.get("copy") and not any(args[3:4]):
         return tensor
-    target = DEVICE if there else torch.device("cpu")
-    copied: torch.Tensor = torch.ops.aten._to_copy.default(
-        tensor, dtype=dtype, device=target, non_blocking=non_blocking, memory_format=memory_format
-    )
-    return copied
+    options = {"dtype": dtype, "non_blocking": non_blocking, "memory_format": memory_format}
+    with nullcontext() if there else cuda.leaving():
+        return _to_copy(tensor, device=DEVICE if there else "cpu", **options)
 
 
 def _pin_memory(cuda: StandIn, tensor: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -162,6 +171,5 @@ _REPLACED: dict[Any, Any] = {
     torch.Tensor.is_pinned: lambda cuda, tensor, *_: cuda.is_pinned(tensor),
     torch.Tensor.numpy: _numpy,
     torch.Tensor.__array__: _numpy,
-    torch.Tensor.record_stream: lambda cuda, tensor, stream: None,
     torch.Tensor.get_device: lambda cuda, tensor: tensor.device.index if tensor.is_cuda else -1,
 }

@@ -15,13 +15,17 @@ from weakref import finalize
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tests.helpers.stand_in_streams import DEVICE, Races, Stream, current, host_waits_for
+
 aten = torch.ops.aten
-DEVICE = torch.device("cuda", 0)
 _ROOT = str(Path(__file__).parents[2])
 _COPIES = (aten._to_copy.default, aten.copy_.default)
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 _WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive"}
 _CPU_VALUES = {"fill_", "masked_fill_", "masked_fill", "where", "index_put_", "index_put"}  # and pointwise ones
+
+
+_races: list[Races] = []  # of the device that there is
 
 
 class CudaTensor(torch.Tensor):
@@ -31,6 +35,10 @@ class CudaTensor(torch.Tensor):
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
     is_cpu = property(lambda self: False)  # type: ignore[assignment]
     __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def record_stream(self, stream: Stream) -> None:
+        """Keep the memory until what is queued on ``stream`` is done."""
+        _races[0].record(_storage(self), stream)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,12 +95,15 @@ class StandIn:
     def __init__(self, memory: int) -> None:
         self.memory, self.allocated, self.peak = memory, 0, 0
         self.tape: list[tuple[Any, Any, Any, Any]] | None = None  # of the graph that is being captured
+        self.races = Races()
+        _races[:] = [self.races]
         self.compiled: list[dict[str, Any]] = []
         self._counting: list[Counts] = []
         self._pinned: dict[int, tuple[int, Any]] = {}  # address -> (bytes, what keeps the memory)
         self._alive: Counter[int] = Counter()  # storages and the tensors that refer to them
         self._sizes: dict[int, int] = {}
         self._fail: Callable[[int], bool] | None = None
+        self._leaving = False
 
     @contextmanager
     def counted(self) -> Iterator[Counts]:
@@ -119,6 +130,12 @@ class StandIn:
             raise RuntimeError(f"operation not permitted when stream is capturing: {reason} at {_place()}")
         for counts in self._counting:
             counts.waits[f"{reason} at {_place()}"] += 1
+        host_waits_for(current())
+
+    def synchronize(self) -> None:
+        """Wait for all streams."""
+        self.wait("torch.cuda.synchronize")
+        self.races.synchronize()
 
     def pin(self, address: int, size: int, owner: Any = None) -> None:
         self._pinned[address] = (size, owner)
@@ -137,8 +154,7 @@ class StandIn:
         """Run one operation of ATen, on the device if it has a tensor of it or makes one."""
         tensors = _tensors((args, kwargs))
         on_device = [tensor for tensor in tensors if isinstance(tensor, CudaTensor)]
-        target = kwargs.get("device")
-        wanted = None if target is None else torch.device(target).type == "cuda"
+        wanted = self._wanted_device(kwargs.get("device"), on_device)
         if not on_device and not wanted:
             return _run(func, args, kwargs)
         name = func._schema.name.removeprefix("aten::")
@@ -152,6 +168,24 @@ class StandIn:
             self._count(func, name, args)
         out = self._execute(func, args, {**kwargs, "device": "cpu"} if wanted else kwargs)
         return self._adopt(out, on_device) if wanted is not False else out
+
+    def _wanted_device(self, device: Any, on_device: list[torch.Tensor]) -> bool | None:
+        """Whether the result is to be on the device; None: as the inputs.
+
+        C++ passes the CPU as the device of our tensors, so only ``leaving`` takes a tensor to the host.
+        """
+        if device is None or (on_device and torch.device(device).type == "cpu" and not self._leaving):
+            return None
+        return torch.device(device).type == "cuda"
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Tensors of the device go to the host where an operation says so."""
+        self._leaving = True
+        try:
+            yield
+        finally:
+            self._leaving = False
 
     def count(self, name: str) -> None:
         """Count one kernel."""
@@ -215,6 +249,7 @@ class StandIn:
 
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.tape is None:
+            self._check_races(func, args, kwargs)
             return _run(func, args, kwargs)
         # A capture runs nothing, but the shapes are needed: only what changes tensors is left out.
         out = args[0] if func._schema.is_mutable else _run(func, args, kwargs)
@@ -226,12 +261,24 @@ class StandIn:
         for func, args, kwargs, out in tape:
             if _is_view(func):
                 continue
+            self._check_races(func, args, kwargs)
             again = _run(func, args, kwargs)
             if func._schema.is_mutable:
                 continue
             with torch._C._DisableTorchDispatch():
                 for old, new in zip(_tensors(out), _tensors(again), strict=True):
                     old.copy_(new)
+
+    def _check_races(self, func: Any, args: Any, kwargs: Any) -> None:
+        if _is_view(func):
+            return
+        used = [tensor for tensor in _tensors((args, kwargs)) if isinstance(tensor, CudaTensor)]
+        written = []
+        if func._schema.is_mutable:
+            names = _written_arguments(func)
+            by_name = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+            written = [t for name in names for t in _tensors(by_name.get(name)) if isinstance(t, CudaTensor)]
+        self.races.operate(map(_storage, used), map(_storage, written), _place)
 
     # -- memory
 
@@ -254,6 +301,7 @@ class StandIn:
             raise torch.OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {size} bytes; {self.allocated} of {self.memory} are in use"
             )
+        self.races.allocate(storage, _place)
         self._sizes[storage] = size
         self.allocated += size
         self.peak = max(self.peak, self.allocated)
@@ -266,6 +314,16 @@ class StandIn:
         if not self._alive[storage]:
             del self._alive[storage]
             self.allocated -= self._sizes.pop(storage)
+            self.races.release(storage)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@cache
+def _written_arguments(func: Any) -> tuple[str, ...]:
+    return tuple(a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:

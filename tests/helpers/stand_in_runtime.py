@@ -1,11 +1,11 @@
 """What ``stand_in_cuda`` replaces of ``torch.cuda``, of ``torch.autocast`` and of ``torch.compile``.
 
-Streams run at once, in the order of the program. An event's time is that of the host.
+Optimizers and ``clip_grad_norm_`` take the paths of a CUDA device.
 """
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
@@ -13,58 +13,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.utils._foreach_utils as foreach
 
-from tests.helpers.stand_in_device import DEVICE, StandIn
+from tests.helpers import stand_in_streams as streams
+from tests.helpers.stand_in_device import DEVICE, CudaTensor, StandIn
 
-
-class Stream:
-    """A stream that has always finished."""
-
-    device, device_index, cuda_stream = DEVICE, 0, 0
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.waited: list[Any] = []  # streams and events
-
-    def wait_stream(self, stream: Stream) -> None:
-        self.waited.append(stream)
-
-    def wait_event(self, event: Event) -> None:
-        self.waited.append(event)
-
-    def record_event(self, event: Event | None = None) -> Event:
-        event = event or Event()
-        event.record(self)
-        return event
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        Runtime.cuda.wait("Stream.synchronize")
-
-
-class Event:
-    """An event that is reached when it is recorded."""
-
-    def __init__(self, enable_timing: bool = False, **_: Any) -> None:
-        self.timing, self.time = enable_timing, 0.0
-
-    def record(self, stream: Stream | None = None) -> None:
-        self.time = time.perf_counter()
-
-    def wait(self, stream: Stream | None = None) -> None:
-        (stream or Runtime.current).wait_event(self)
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        Runtime.cuda.wait("Event.synchronize")
-
-    def elapsed_time(self, end: Event) -> float:
-        if not (self.timing and end.timing):
-            raise ValueError("Both events must be created with argument 'enable_timing=True'.")
-        return max(1e-6, (end.time - self.time) * 1000)
+optimizers: Any = sys.modules[torch.optim.Optimizer.__module__]
+_group = torch._C._group_tensors_by_device_and_dtype
 
 
 class CUDAGraph:
@@ -74,14 +29,14 @@ class CUDAGraph:
         self._tape: list[tuple[Any, Any, Any, Any]] = []
 
     def capture_begin(self, *_: Any, **__: Any) -> None:
-        Runtime.cuda.tape = self._tape = []
+        _device[0].tape = self._tape = []
 
     def capture_end(self) -> None:
-        Runtime.cuda.tape = None
+        _device[0].tape = None
 
     def replay(self) -> None:
-        Runtime.cuda.count_launch()
-        Runtime.cuda.replay(self._tape)
+        _device[0].count_launch()
+        _device[0].replay(self._tape)
 
     def pool(self) -> tuple[int, int]:
         return (0, 0)
@@ -90,26 +45,12 @@ class CUDAGraph:
         self._tape = []
 
 
-class Runtime:
-    """The device and the stream of this process."""
-
-    cuda: StandIn
-    default = current = Stream()
+_device: list[StandIn] = []  # of the stand_in_cuda() that is entered
 
 
 @contextmanager
-def _stream(stream: Stream | None) -> Iterator[None]:
-    previous = Runtime.current
-    Runtime.current = stream or previous
-    try:
-        yield
-    finally:
-        Runtime.current = previous
-
-
-@contextmanager
-def _graph(graph: CUDAGraph, pool: Any = None, stream: Stream | None = None, **_: Any) -> Iterator[None]:
-    with _stream(stream or Stream()):
+def _graph(graph: CUDAGraph, pool: Any = None, stream: Any = None, **_: Any) -> Iterator[None]:
+    with streams.use(stream or streams.Stream()):
         graph.capture_begin()
         try:
             yield
@@ -128,16 +69,38 @@ class _Autocast(torch.autocast):
         super().__init__(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
 
 
+class _Generator(torch.Generator):
+    """A generator of the CPU, since the operations run there."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        return super().__new__(cls, "cpu")
+
+
+def _grouped(*arguments: Any) -> Any:
+    """Groups of tensors by device and data type, as optimizers and clip_grad_norm_ make them."""
+    return {
+        (DEVICE if isinstance(lists[0][0], CudaTensor) else device, dtype): (lists, indices)
+        for (device, dtype), (lists, indices) in _group(*arguments).items()
+    }
+
+
 @contextmanager
 def replaced_runtime(cuda: StandIn) -> Iterator[None]:
     """Replace them while the context lasts."""
-    Runtime.cuda, Runtime.current = cuda, Runtime.default
+    _device[:] = [cuda]
+    streams.start(cuda.wait)
     with ExitStack() as stack:
         for name, value in _replacements(cuda).items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(torch, "autocast", _Autocast))
         stack.enter_context(patch.object(torch.amp, "autocast", _Autocast))
         stack.enter_context(patch.object(torch, "compile", _compile(cuda)))
+        stack.enter_context(patch.object(torch.nn.Module, "compile", _compile_module(cuda)))
+        stack.enter_context(patch.object(torch, "Generator", _Generator))
+        for module in (foreach, optimizers):
+            types = [*module._foreach_supported_types, CudaTensor]
+            stack.enter_context(patch.object(module, "_foreach_supported_types", types))
+        stack.enter_context(patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped))
         yield
 
 
@@ -147,6 +110,13 @@ def _compile(cuda: StandIn) -> Callable[..., Any]:
             return lambda inner: compile_(inner, **options)
         cuda.compiled.append({"function": function, **options})
         return function
+
+    return compile_
+
+
+def _compile_module(cuda: StandIn) -> Callable[..., None]:
+    def compile_(module: torch.nn.Module, **options: Any) -> None:
+        cuda.compiled.append({"function": module, **options})
 
     return compile_
 
@@ -195,13 +165,13 @@ def _replacements(cuda: StandIn) -> dict[str, Any]:
         "reset_peak_memory_stats": forget_peak,
         "empty_cache": nothing,
         "set_per_process_memory_fraction": limit,
-        "synchronize": lambda device=None: cuda.wait("torch.cuda.synchronize"),
+        "synchronize": lambda device=None: cuda.synchronize(),
         "cudart": lambda: runtime,
-        "Stream": Stream,
-        "Event": Event,
-        "stream": _stream,
-        "current_stream": lambda device=None: Runtime.current,
-        "default_stream": lambda device=None: Runtime.default,
+        "Stream": streams.Stream,
+        "Event": streams.Event,
+        "stream": streams.use,
+        "current_stream": streams.current,
+        "default_stream": streams.default,
         "CUDAGraph": CUDAGraph,
         "graph": _graph,
         "graph_pool_handle": lambda: (0, 0),
