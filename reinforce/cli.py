@@ -141,6 +141,7 @@ def check(
 app.command()(cli_dataset.status)
 app.command()(cli_dataset.validate)
 app.command()(cli_dataset.drop)
+app.command()(cli_export.card)
 app.add_typer(cli_export.export, name="export")
 
 

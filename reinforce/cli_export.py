@@ -99,6 +99,25 @@ def export_datacompdr(
         typer.echo(escape(line))
 
 
+def card(
+    dataset: DatasetUrl,
+    output: Annotated[
+        str | None, typer.Argument(metavar="[OUTPUT]", help="Folder or fsspec URL. Default: that of the dataset.")
+    ] = None,
+    license_: Annotated[
+        str, typer.Option("--license", metavar="ID", help="Hugging Face's name of the licence, such as cc-by-4.0.")
+    ] = "unknown",
+    force: Annotated[bool, typer.Option("--force", help="Replace a README.md that somebody else has written.")] = False,
+) -> None:
+    """Write README.md, by which Hugging Face's `datasets` and its viewer read every layer of a dataset.
+
+    Write it again after a run has added shards or layers: it has their numbers.
+    """
+    from reinforce.publishing.card import write_card
+
+    typer.echo(escape(f"written: {write_card(dataset, output, license_, force)}"))
+
+
 def _names(option: str | None) -> list[str] | None:
     """The names of an option, None without it."""
     return None if option is None else [name for name in map(str.strip, option.split(",")) if name]

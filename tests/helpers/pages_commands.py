@@ -28,6 +28,7 @@ RUN = [
     r"reinforce check (my\.yaml|our_teachers:Tiny --options .*)",
     r"reinforce captions-report my-data",
     r"reinforce export datacompdr my-data my-data-dr --teachers conv-64,tiny",
+    r"reinforce card my-data --license cc-by-4\.0",
     r"reinforce train student\.yaml",
     r"reinforce evaluate runs/s0 --config student\.yaml",
     r"reinforce evaluate runs/s0 --retrieval flickr=flickr30k-test\.tar --json scores\.json",

@@ -1,0 +1,139 @@
+"""``reinforce card``: the README.md by which Hugging Face's ``datasets`` reads every layer of a dataset.
+
+Its front matter has a configuration for each layer, with the files and the types of the columns: without them,
+``datasets`` shows images as bytes and refuses the tensors of embeddings. The Parquet files stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.row_counts import row_group_table
+from reinforce.dataset.store import Store
+from reinforce.errors import UserError
+from reinforce.publishing.card_page import MARK, LayerCard, one_line, render_page
+from reinforce.storage import Storage
+from schemas import IMAGE_DIGEST, captions_schema, embeddings_schema, samples_schema
+
+NAME = "README.md"
+_MAX_BYTES = 2**22  # of a README.md that is replaced
+
+
+def write_card(url: str, output: str | None = None, licence: str = "unknown", force: bool = False) -> str:
+    """Write README.md into the dataset, or into another folder -> its path.
+
+    Raises UserError if there is one that this function has not written, unless ``force`` is set.
+    """
+    store = Store(url)
+    target = store if output is None else Storage(output)
+    try:
+        before = target.read_bytes(NAME, limit=_MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        before = None
+    if before is not None and MARK.encode() not in before and not force:
+        raise UserError(f"{target.path(NAME)} was not written by this command. --force replaces it.")
+    target.write_bytes(build_card(store, licence).encode(), NAME)
+    return target.path(NAME)
+
+
+def build_card(store: Store, licence: str) -> str:
+    """The content of README.md."""
+    manifest = read_manifest(store)
+    layers = read_layers(store, manifest)
+    rows = next(layer.rows for layer in layers if layer.name == SAMPLES)
+    front = {
+        "license": one_line(licence),
+        "pretty_name": one_line(store.url.rpartition("/")[2]) or "reinforced dataset",
+        "tags": ["reinforced-dataset", "clip", "distillation"],
+        "size_categories": [_size_category(rows)],
+        "configs": [_files(layer) for layer in layers],
+        "dataset_info": [_info(layer) for layer in layers],
+    }
+    header = yaml.safe_dump(front, sort_keys=False, width=2**16)
+    return f"---\n{header}---\n\n{render_page(store.url, manifest, layers, licence)}"
+
+
+def read_layers(store: Store, manifest: Mapping[str, Any]) -> list[LayerCard]:
+    """The layers that have files. Raises UserError if there are none."""
+    entries = manifest["layers"]
+    listings = store.listings(entries)
+    samples = listings[SAMPLES]
+    if not samples:
+        raise UserError(f"{store.url} has no samples. Finish the run.")
+    groups = row_group_table(store, entries[SAMPLES]["fingerprint"], dict(samples.items()))
+    rows = dict.fromkeys(samples, 0)
+    names = list(samples)
+    for shard, _, count in groups.tolist():
+        rows[names[shard]] += count
+    cards = []
+    for name, listing in listings.items():
+        if listing:
+            schema = _schema(store, manifest, name, names)
+            total = sum(rows.get(shard, 0) for shard in listing)
+            cards.append(LayerCard(name, entries[name], schema, len(listing), total, listing.total_bytes))
+    return cards
+
+
+def _schema(store: Store, manifest: Mapping[str, Any], name: str, shards: Sequence[str]) -> pa.Schema:
+    entry = manifest["layers"][name]
+    if entry["kind"] == "captions":
+        return captions_schema()
+    if entry["kind"] != "samples":
+        return embeddings_schema(entry["count"], entry["dim"] or 1, entry["dtype"])
+    schema = samples_schema(manifest["images"])
+    at = schema.get_field_index(IMAGE_DIGEST)
+    if at >= 0:
+        with store.open_layer(SAMPLES, shards[0]) as file:  # absent in files of earlier versions
+            if IMAGE_DIGEST not in file.metadata.schema.to_arrow_schema().names:
+                schema = schema.remove(at)
+    return schema
+
+
+def _files(layer: LayerCard) -> dict[str, Any]:
+    files = {"split": "train", "path": f"{layer.name}/*.parquet"}
+    default = {"default": True} if layer.name == SAMPLES else {}
+    return {"config_name": layer.config, "data_files": [files], **default}
+
+
+def _info(layer: LayerCard) -> dict[str, Any]:
+    return {
+        "config_name": layer.config,
+        "features": [_feature(field) for field in layer.schema],
+        "splits": [{"name": "train", "num_bytes": layer.size, "num_examples": layer.rows}],
+        "download_size": layer.size,
+        "dataset_size": layer.size,
+    }
+
+
+def _feature(field: pa.Field) -> dict[str, Any]:
+    """A column in the notation of ``datasets``. Tensors are flat lists of a fixed length, as Parquet stores them."""
+    if field.name == "image":
+        return {"name": "image", "dtype": "image"}
+    return {"name": field.name, **_type(field.type)}
+
+
+def _type(type_: pa.DataType) -> dict[str, Any]:
+    if isinstance(type_, pa.FixedShapeTensorType):
+        return {**_type(pa.list_(type_.value_type)), "length": type_.storage_type.list_size}
+    if pa.types.is_list(type_):
+        inner = _type(type_.value_type)
+        return {"list": inner.get("struct") or inner["dtype"]}
+    if pa.types.is_struct(type_):
+        return {"struct": [_feature(type_.field(i)) for i in range(type_.num_fields)]}
+    return {"dtype": {"halffloat": "float16", "float": "float32"}.get(str(type_), str(type_))}
+
+
+def _size_category(rows: int) -> str:
+    """Hugging Face's name of a number of rows: 1,364 -> 1K<n<10K."""
+    bounds = [1000 * 10**power for power in range(10)]
+    names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
+    upper = next((i for i, bound in enumerate(bounds) if rows < bound), len(bounds))
+    if upper == 0:
+        return "n<1K"
+    return f"n>{names[-1]}" if upper == len(bounds) else f"{names[upper - 1]}<n<{names[upper]}"

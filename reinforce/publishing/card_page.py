@@ -1,0 +1,144 @@
+"""The text of a dataset's card. What comes from data or configs is escaped for Markdown."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from reinforce.dataset.layers import SAMPLES
+from reinforce.terminal import escape, format_bytes
+
+#: By which a README.md is recognised as one that may be replaced.
+MARK = "<!-- written by `reinforce card` -->"
+_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:@$=])")
+_MAX_CHARS = 200
+
+
+@dataclass(frozen=True)
+class LayerCard:
+    """A layer as the card shows it: its configuration for ``datasets``, and numbers of its files."""
+
+    name: str
+    entry: Mapping[str, Any]
+    schema: pa.Schema
+    shards: int
+    rows: int
+    size: int
+
+    @property
+    def config(self) -> str:
+        """Name of the configuration, which cannot contain a slash."""
+        return self.name.replace("/", "--")
+
+
+def markdown(value: object) -> str:
+    """A value as text of one line that Markdown shows as it is."""
+    text = one_line(value)
+    shown = _SPECIAL.sub(r"\\\1", text[:_MAX_CHARS]) + ("..." if len(text) > _MAX_CHARS else "")
+    return html.escape(shown)
+
+
+def one_line(value: object) -> str:
+    """A value as text without line ends and control characters."""
+    return " ".join(escape(str(value)).split())
+
+
+def render_page(url: str, manifest: Mapping[str, Any], layers: Sequence[LayerCard], licence: str) -> str:
+    """The card below its front matter."""
+    samples = next(layer for layer in layers if layer.name == SAMPLES)
+    size = format_bytes(sum(layer.size for layer in layers))
+    parts = [
+        MARK,
+        f"# {markdown(url.rpartition('/')[2])}",
+        f"A reinforced dataset: {samples.rows:,} image-text pairs with stored augmentations, embeddings of teachers "
+        f"and synthetic captions, in {samples.shards:,} shards, {size}. Licence: {markdown(licence)}.",
+        "## Layers",
+        "All layers have the same rows in the same order within each shard; `key` names a row within its shard.",
+        _table(
+            ("configuration", "rows", "shards", "size", "content"),
+            ((f"`{one.config}`", f"{one.rows:,}", f"{one.shards:,}", format_bytes(one.size), _content(one))
+             for one in layers),
+        ),
+    ]  # fmt: skip
+    rows: Iterable[Sequence[str]]
+    if manifest["teachers"]:
+        rows = ((markdown(name), markdown(_model(entry)), markdown(entry.get("dim")), _scale(entry))
+                for name, entry in manifest["teachers"].items())  # fmt: skip
+        parts += ["## Teachers", _table(("name", "model", "dimension", "logit scale"), rows)]
+    if manifest["captioners"]:
+        rows = ((markdown(name), markdown(_model(entry))) for name, entry in manifest["captioners"].items())
+        parts += ["## Captioners", _table(("name", "model"), rows)]
+    parts += [*_policies(manifest), *_usage(manifest, layers)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _content(layer: LayerCard) -> str:
+    entry = layer.entry
+    if entry["kind"] == "samples":
+        return "images, captions, metadata, augmentation records"
+    if entry["kind"] == "captions":
+        return f"{entry['count']} synthetic captions"
+    what = "augmented images" if entry["kind"] == "images" else "texts"
+    return f"[{entry['count']}, {entry['dim']}] {entry['dtype']}, of {what}, flat"
+
+
+def _model(entry: Mapping[str, Any]) -> str:
+    """The model of a teacher or captioner, as its identity names it."""
+    identity = entry.get("model")
+    if not isinstance(identity, Mapping):
+        return str(identity)
+    named = [identity.get(key) for key in ("class", "model", "pretrained", "texts")]
+    return ", ".join(str(value) for value in named if value) or "unknown"
+
+
+def _scale(entry: Mapping[str, Any]) -> str:
+    scale = entry.get("logit_scale")
+    return "none" if scale is None else f"{scale:g}"
+
+
+def _policies(manifest: Mapping[str, Any]) -> list[str]:
+    augmentations, policies = manifest["augmentations"], manifest.get("policies", {})
+    return [
+        "## Augmentations",
+        f"{markdown(augmentations.get('count'))} records for each image, at {augmentations['size']} pixels: vector k "
+        f"of a teacher's images belongs to record k. Image policy {markdown(policies.get('image'))}, augmentation "
+        f"backend {markdown(policies.get('augmentation'))}.",
+    ]
+
+
+def _usage(manifest: Mapping[str, Any], layers: Sequence[LayerCard]) -> list[str]:
+    lines = [
+        "from datasets import load_dataset",
+        "",
+        f'samples = load_dataset("ORG/NAME", "{SAMPLES}", split="train")  # or streaming=True',
+    ]
+    vectors = next((layer for layer in layers if layer.entry["kind"] in ("images", "texts")), None)
+    if vectors is not None:
+        count, dim = vectors.entry["count"], vectors.entry["dim"]
+        scaled = vectors.entry["dtype"] == "int8"
+        lines += [
+            f'vectors = load_dataset("ORG/NAME", "{vectors.config}", split="train")',
+            'assert samples["key"][:] == vectors["key"][:]  # where both have all shards; else join by key',
+            f'first = np.array(vectors[0]["embeddings"], np.float32).reshape({count}, {dim})',
+        ]
+        lines.insert(0, "import numpy as np")
+        if scaled:
+            lines.append('first *= np.array(vectors[0]["scales"])[:, None]')
+    if manifest["images"] == "reference":
+        lines.append("# Images are not included: `image_ref` names the file and the place of each.")
+    return [
+        "## Use",
+        "```python\n" + "\n".join(lines) + "\n```",
+        "The program that wrote the dataset reads all layers together by `reinforce.open(URL)`, and replays "
+        "augmentations pixel for pixel. `dataset.json` describes every layer.",
+    ]
