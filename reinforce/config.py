@@ -64,14 +64,27 @@ class ReadLimits(Section):
 
 
 class Input(Section):
-    """How the members of a shard become samples."""
+    """How the members of a shard, or the rows of a table, become samples."""
 
+    format: Literal["tar", "parquet", "jsonl"] | None = Field(
+        None, description="what the files of `source` are; default: recognised by their names, else by the first file"
+    )
+    image: str | None = Field(
+        None,
+        description="column of a table with the images, or with their paths or URLs; default: `image`, `jpg` and other "
+        "common names",
+    )
+    key: str | None = Field(
+        None,
+        description="column of a table with the keys; default: `key`, `__key__` or `uid`, else shard and row number",
+    )
     captions: list[str] = Field(
         default=["txt", "json:caption"],
-        description="where the true caption is: a member's extension or json:FIELD; the first with text is used",
+        description="where the true caption is: a member's extension or json:FIELD, in tables COLUMN or json:COLUMN; "
+        "the first with text is used",
     )
     metadata: Literal["all", "none"] | list[str] = Field(
-        "all", description="what to keep of the json sidecar: all, none, or a list of fields"
+        "all", description="what to keep of the json sidecar, or of the columns: all, none, or a list of names"
     )
     limits: Limits = Limits()
     reduce_to: int | None = Field(
@@ -227,7 +240,8 @@ class Config(Section):
     """A run, which computes the layers of a dataset from source shards."""
 
     source: str | list[str] = Field(
-        description="fsspec URLs of WebDataset shards: braces, globs, a .txt file of URLs, or a list of these"
+        description="fsspec URLs of WebDataset shards, or Parquet or jsonl files: braces, globs, a .txt file of URLs, "
+        "or a list of these"
     )
     output: str = Field(min_length=1, description="folder or fsspec URL of the dataset")
     moved: dict[str, str] = Field(

@@ -14,6 +14,7 @@ class Reason(str, Enum):
     REINFORCEMENT_BROKEN = "reinforcement_broken"  # published reinforcements are unreadable or of another image
     DUPLICATE_KEY = "duplicate_key"  # the shard already contained this key, or this member of it
     SPLIT_KEY = "split_key"  # members of a key that are not adjacent to its other members
+    ROW_BROKEN = "row_broken"  # a row of a table that cannot be read
     KEY_CHARS = "key_chars"  # the key is longer than limits.key_chars
     IMAGE_BYTES = "image_bytes"  # the encoded image is larger than limits.image_bytes
     IMAGE_PIXELS = "image_pixels"  # more pixels than limits.pixels by the image's header; it is not decoded

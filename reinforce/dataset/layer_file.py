@@ -20,29 +20,17 @@ import pyarrow.parquet as pq
 
 import schemas
 from reinforce.dataset import vectors
-from reinforce.dataset.pages import DICTIONARY, BadPage, Bytes, Page, read_pages
+from reinforce.source.footers import MAX_FOOTER_BYTES, TAIL_BYTES, RefusedFile, read_footer, span
+from reinforce.source.pages import DICTIONARY, BadPage, Bytes, Page, longest_entry, read_pages
 
-#: Bytes read at the end of a file: enough for most footers.
-TAIL_BYTES = 64 * 2**10
 #: Bounds of a file. A run writes at most 1,024 rows and 32 MiB of images in a row group.
-MAX_FOOTER_BYTES = 8 * 2**20
 MAX_ROWS = 2**14  # of a row group
 MAX_VALUES = 2**20  # of a column of texts or structs in a row group
 MAX_BYTES = 2**30  # of the columns of a row group that are read together
 
-_MAGIC = b"PAR1"
 _GAP = 2**13  # bytes between two columns that are read with them in one request
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 _TENSORS = ("embeddings", "scales")
-
-
-class RefusedFile(ValueError):
-    """A file that is no layer file, is damaged, or would need more memory than the bounds allow.
-
-    ``file`` is its layer and shard, where they are known.
-    """
-
-    file: tuple[str, str] | None = None
 
 
 @contextlib.contextmanager
@@ -80,26 +68,6 @@ def _known_columns() -> dict[str, set[str]]:
 
 
 _COLUMNS = _known_columns()
-
-
-def read_footer(tail: bytes, size: int) -> pq.FileMetaData | None:
-    """Parse the footer of a file of ``size`` bytes from its last bytes; None if more of them are needed.
-
-    Raises RefusedFile if there is none, or it is above the bounds.
-    """
-    if len(tail) < 12 or tail[-4:] != _MAGIC:
-        raise RefusedFile("it is not a Parquet file, or it is cut off")
-    length = int.from_bytes(tail[-8:-4], "little")
-    if not 0 < length <= min(size - 12, MAX_FOOTER_BYTES):
-        raise RefusedFile(f"its footer has {length:,} bytes; at most {MAX_FOOTER_BYTES:,} are read")
-    if length + 8 > len(tail):
-        return None
-    # Any key of another name is ignored by Arrow.
-    footer = tail[-8 - length :].replace(b"ARROW:schema", b"ARROW:unused")
-    try:
-        return pq.read_metadata(pa.BufferReader(_MAGIC + footer))
-    except (pa.ArrowException, OSError) as error:
-        raise RefusedFile(f"its footer cannot be read: {error}") from error
 
 
 def check_rows(rows: int, most: int = MAX_ROWS) -> int:
@@ -148,7 +116,7 @@ class LayerFile:
         group = self.metadata.row_group(number)
         check_rows(group.num_rows, self._max_rows)
         leaves = [leaf for leaf in map(group.column, range(group.num_columns)) if _column(leaf) in names]
-        with self._source.fetched([_span(leaf, self._source.size()) for leaf in leaves]), _decode_errors():
+        with self._source.fetched([span(leaf, self._source.size()) for leaf in leaves]), _decode_errors():
             self._check_bytes(group.num_rows, leaves)
             table = self._file.read_row_group(number, columns=names, use_threads=use_threads)
         return self._with_tensors(table)
@@ -168,7 +136,7 @@ class LayerFile:
 
     def _decoded_bytes(self, leaf: Any, values: int) -> int:
         """An upper bound of the bytes of a column chunk, decompressed and decoded, by the headers of its pages."""
-        start, length = _span(leaf, self._source.size())
+        start, length = span(leaf, self._source.size())
         chunk = self._source.view(start, length)
         pages = list(read_pages(chunk, values))
         total = sum(page.uncompressed for page in pages)
@@ -300,16 +268,6 @@ def _column(leaf: Any) -> str:
     return str(leaf.path_in_schema).partition(".")[0]
 
 
-def _span(leaf: Any, size: int) -> tuple[int, int]:
-    """Start and length of a column chunk, as Arrow computes them."""
-    start, length = leaf.data_page_offset, leaf.total_compressed_size
-    if leaf.has_dictionary_page and 0 < leaf.dictionary_page_offset < start:
-        start = leaf.dictionary_page_offset
-    if start < 0 or length < 0 or start + length > size:
-        raise RefusedFile("a column chunk is outside the file")
-    return start, length
-
-
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The spans in order, with neighbours joined."""
     merged: list[tuple[int, int]] = []
@@ -328,25 +286,4 @@ def _expanded(page: Page, values: int, chunk: Bytes, compression: str) -> int:
         return values * page.uncompressed
     if page.uncompressed > MAX_BYTES:
         raise RefusedFile("a dictionary is above the bounds")
-    stored = bytes(chunk[page.start : page.start + page.stored])
-    data = stored if compression == "UNCOMPRESSED" else _decompress(stored, page.uncompressed, compression)
-    return values * _longest(data, page.values)
-
-
-def _decompress(data: bytes, size: int, compression: str) -> bytes:
-    try:
-        return pa.Codec(compression.lower()).decompress(data, size, asbytes=True)
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise RefusedFile(f"a dictionary cannot be decompressed: {error}") from error
-
-
-def _longest(data: bytes, count: int) -> int:
-    """Bytes of the longest of ``count`` texts in PLAIN encoding."""
-    longest = position = 0
-    for _ in range(count):
-        length = int.from_bytes(data[position : position + 4], "little")
-        position += 4 + length
-        if position > len(data):
-            raise RefusedFile("a dictionary is cut off")
-        longest = max(longest, length)
-    return longest
+    return values * longest_entry(page, chunk[page.start : page.start + page.stored], compression)

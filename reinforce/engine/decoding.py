@@ -19,7 +19,7 @@ from reinforce.engine.published_members import Unreadable
 from reinforce.engine.published_values import Members, PublishedReader, PublishedValue
 from reinforce.source.image import ImageRefused, decode, image_policy
 from reinforce.source.shards import RawSample, Refusal
-from reinforce.source.text import json_error, metadata_of, why_no_caption
+from reinforce.source.text import json_error, metadata_of
 from schemas import Reason
 
 _PLACEHOLDER_CROP = Crop(0, 0, 8, 8)
@@ -131,7 +131,7 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, cell: int, item: SourceItem
     caption = raw.caption(fields, limits)
     left_out = [*_left_out(config, raw, metadata)]
     if caption is None and fields and len(raw.members) > 1:
-        left_out.append(Refusal(raw.key, Reason.NO_TEXT, why_no_caption(raw.all_sidecars, fields, raw.members)))
+        left_out.append(Refusal(raw.key, Reason.NO_TEXT, raw.why_no_caption(fields)))
     return Decoded(
         {} if spec.published is None else spec.published.values(key, item.members),
         caption,

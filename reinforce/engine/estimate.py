@@ -13,7 +13,9 @@ from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest import find_manifest
 from reinforce.dataset.store import Store
 from reinforce.engine.plan import Plan
-from reinforce.source.shards import RawSample, read_shard
+from reinforce.source.formats import TAR
+from reinforce.source.reading import read_samples
+from reinforce.source.shards import RawSample
 from reinforce.source.urls import filesystem
 from reinforce.terminal import format_bytes
 
@@ -86,10 +88,10 @@ def _source_statistics(plan: Plan) -> _SourceStatistics | None:
             fs, path = filesystem(shard.url)
             size = int(fs.size(path) or 0)
             samples, seen = [], 0
-            for item in itertools.islice(read_shard(shard.url, plan.config.input.limits), _READ_SAMPLES):
+            for item in itertools.islice(read_samples(shard.source, plan.config.input), _READ_SAMPLES):
                 if isinstance(item, RawSample):
                     samples.append(item)
-                    seen = item.offset + item.length
+                    seen = item.offset + item.length if shard.format == TAR else seen + item.length
                 if seen > _READ_BYTES:
                     break
         except Exception:  # noqa: S112 - each driver has its own; the plan reports why its sizes are unknown

@@ -27,7 +27,10 @@ from reinforce.dataset.store import MANIFEST, Store, check_footer, parse_footer
 from reinforce.engine.inputs import stored_layers
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
+from reinforce.source.formats import JSONL, PARQUET, TAR
 from reinforce.source.identity import SourceState, former_urls
+from reinforce.source.kinds import source_format
+from reinforce.source.reading import Shard
 from reinforce.source.urls import Info, canonical, expand, find_compressed, find_private, shard_names
 from reinforce.storage import is_job_folder, is_ray_job
 
@@ -46,6 +49,12 @@ class PendingShard:
     reinforcements: str | None = None  # URL of its published reinforcements, if a missing layer reads them
     stored: tuple[str, ...] = ()
     recorded: SourceState | None = None
+    format: str = TAR
+
+    @property
+    def source(self) -> Shard:
+        """The shard as it is read."""
+        return Shard(self.url, self.name, self.format)
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,14 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
     missing = _subtract(source.names, layers, committed, refused)
     stored = stored_layers(store, source.names, committed)
     pending = [
-        PendingShard(name, source.urls[row], todo, _reinforcements(published, layers, row, todo), *stored.get(name, ()))
+        PendingShard(
+            name,
+            source.urls[row],
+            todo,
+            _reinforcements(published, layers, row, todo),
+            *stored.get(name, ((), None)),
+            source.format,
+        )
         for name, row, todo in missing.shards(source.names)
     ]
     states = {}
@@ -191,10 +207,11 @@ def _not_in_source(names: pa.StringArray, committed: Listing, quarantine: Mappin
 
 @dataclass(frozen=True)
 class SourceShards:
-    """The shards of a source in order: their names, and their URLs."""
+    """The shards of a source in order: their names, their URLs, and what the files are."""
 
     names: pa.StringArray
     urls: Sequence[str]
+    format: str = TAR
 
 
 def source_shards(config: Config, listed: dict[str, Info] | None = None) -> SourceShards:
@@ -204,6 +221,12 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> Sour
     """
     urls = expand(config.source, listed)
     _check_outlives_job(urls)
+    format_ = source_format(urls, config.input.format)
+    if not config.embeds_images and format_ in (PARQUET, JSONL):
+        raise UserError(
+            f"source: images: reference needs files that hold the images as they are, in uncompressed tars; "
+            f"{canonical(urls[0])} is a {format_} file; set images: embed"
+        )
     if not config.embeds_images and (packed := find_compressed(urls)):
         raise UserError(
             f"source: images: reference needs uncompressed .tar shards, and {canonical(packed)} is compressed; set "
@@ -215,7 +238,7 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> Sour
             "be read without them; give credentials by the environment (AWS_ACCESS_KEY_ID, or fsspec's "
             "configuration), or set images: embed"
         )
-    return SourceShards(pa.array(shard_names(former_urls(urls, config.moved)), pa.string()), urls)
+    return SourceShards(pa.array(shard_names(former_urls(urls, config.moved)), pa.string()), urls, format_)
 
 
 def _check_outlives_job(urls: Iterable[str]) -> None:

@@ -16,10 +16,11 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
 from reinforce.engine.plan import Plan
 from reinforce.engine.published import check_reinforcements
 from reinforce.errors import UserError
-from reinforce.source.formats import IMAGE_EXTENSIONS, foreign_name
+from reinforce.source.formats import ENDINGS, IMAGE_EXTENSIONS, TAR
 from reinforce.source.image import ImageRefused, check_header
-from reinforce.source.shards import RawSample, ReadBudget, Refusal, read_shard
-from reinforce.source.text import why_no_caption
+from reinforce.source.kinds import unexpected_name
+from reinforce.source.reading import Shard, read_samples
+from reinforce.source.shards import RawSample, ReadBudget, Refusal
 from reinforce.source.urls import canonical, filesystem
 
 _READ_ITEMS = 64  # samples and refusals at the beginning of a shard, among which one sample must be readable
@@ -39,7 +40,8 @@ class FirstSample:
 
     def line(self) -> str:
         """The sample in one line."""
-        image = next(e for e in self.raw.members if e.rpartition(".")[2] in IMAGE_EXTENSIONS)
+        known = (e for e in self.raw.members if e.rpartition(".")[2] in IMAGE_EXTENSIONS)
+        image = next(known, self.raw.members[0])
         size = "" if self.size is None else f", {self.size[0]} x {self.size[1]}"
         caption = "no caption" if self.caption is None else f"caption {_quote(self.caption)}"
         return f"first sample: {self.raw.key} (.{image}{size}), {caption}"
@@ -50,7 +52,7 @@ class FirstSample:
         fields = plan.config.input.captions
         encoded = any(layer.texts == TRUE_CAPTION for layer in plan.layers.values())
         if self.caption is None and fields and encoded:
-            why = why_no_caption(self.raw.all_sidecars, fields, self.raw.members)
+            why = self.raw.why_no_caption(fields)
             notes.append(f"{self._place()}: {why}; set input.captions to where captions are, or to []")
         images = [e for e in self.raw.members if e.rpartition(".")[2] in IMAGE_EXTENSIONS]
         if len(images) > 1:
@@ -71,15 +73,15 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
     Raises UserError if the source or the published reinforcements cannot be read, or do not fit the config. Where a
     dataset has samples already, the files that are no tars are only noted: a run quarantines them.
     """
-    urls = [shard.url for shard in plan.pending if SAMPLES in shard.layers]
-    named, notes = _check_names(urls, _is_new(plan))
-    readable = _check_readable("source", named)
+    new = [shard.source for shard in plan.pending if SAMPLES in shard.layers]
+    named, notes = _check_names(new, _is_new(plan))
+    readable = {*_check_readable("source", [shard.url for shard in named])}
     published = [shard for shard in plan.pending if shard.reinforcements]
     _check_readable("reinforcements", [str(shard.reinforcements) for shard in published])
     if published:
         layers = [plan.layers[name] for name in published[0].layers]
         check_reinforcements(str(published[0].reinforcements), plan.config, layers)
-    sample, faults, doubts = _first_sample(readable, plan.config)
+    sample, faults, doubts = _first_sample([shard for shard in named if shard.url in readable], plan.config)
     if faults and _is_new(plan) and sample is None and not doubts:
         raise UserError(f"source: no sample can be read. {'; '.join(faults)}.")
     notes += [f"source: {fault}" for fault in faults + doubts]
@@ -91,24 +93,27 @@ def _is_new(plan: Plan) -> bool:
     return plan.states[SAMPLES].done == 0
 
 
-def _check_names(urls: Sequence[str], new: bool) -> tuple[Sequence[str], list[str]]:
-    """The files that may be tars by their names, or all if none may be, and a note on the others.
+def _check_names(shards: Sequence[Shard], new: bool) -> tuple[Sequence[Shard], list[str]]:
+    """The files that may have the format of the source by their names, or all if none may, and a note on the others.
 
-    Raises UserError if no file of a ``new`` source may be a tar.
+    Raises UserError if no file of a ``new`` source may.
     """
-    kinds = {url: kind for url in urls if (kind := foreign_name(url))}
+    kinds = {shard.url: kind for shard in shards if (kind := unexpected_name(shard.url, shard.format))}
     if not kinds:
-        return urls, []
+        return shards, []
     url, kind = next(iter(kinds.items()))
-    if len(kinds) == len(urls):
-        others = "" if len(urls) == 1 else f" and {len(urls) - 1:,} more files"
+    if len(kinds) == len(shards):
+        others = "" if len(shards) == 1 else f" and {len(shards) - 1:,} more files"
         message = f"source: {canonical(url)}{others}: {kind}"
         if new:
             raise UserError(f"{message}.")
-        return urls, [message]
-    return [url for url in urls if url not in kinds], [
-        f"source: {len(kinds):,} of {len(urls):,} files are not tars by their names and will be quarantined, such as "
-        f"{canonical(url)}, {kind.partition(',')[0]}; write a pattern that ends in .tar"
+        return shards, [message]
+    format_ = shards[0].format
+    ending = ENDINGS.get(format_, (".tar",))[0]
+    return [shard for shard in shards if shard.url not in kinds], [
+        f"source: {len(kinds):,} of {len(shards):,} files are not {format_}{'s' if format_ == TAR else ' files'} by "
+        f"their names and will be quarantined, such as {canonical(url)}, {kind.partition(',')[0]}; write a pattern "
+        f"that ends in {ending}"
     ]
 
 
@@ -133,16 +138,16 @@ def _read_error(url: str) -> str | None:
         return f"{canonical(url)}: {type(error).__name__}: {error}"
 
 
-def _first_sample(urls: Sequence[str], config: Config) -> tuple[FirstSample | None, list[str], list[str]]:
+def _first_sample(shards: Sequence[Shard], config: Config) -> tuple[FirstSample | None, list[str], list[str]]:
     """The first sample of the first of these shards that has one; of those before, why they have none, and which were
     not read far enough to know."""
     faults: list[str] = []
     doubts: list[str] = []
-    for url in urls:
+    for shard in shards:
         size = config.input.limits.image_bytes + _READ_BYTES
         budget = ReadBudget(size)
         try:
-            found = _sample_of(url, config, budget)
+            found = _sample_of(shard, config, budget)
         except UserError:
             raise
         except Exception as error:  # each driver has its own exceptions
@@ -150,17 +155,17 @@ def _first_sample(urls: Sequence[str], config: Config) -> tuple[FirstSample | No
         if isinstance(found, FirstSample):
             return found, faults, doubts
         if budget.left:
-            faults.append(f"{canonical(url)}: {found}")
+            faults.append(f"{canonical(shard.url)}: {found}")
         else:
-            doubts.append(f"{canonical(url)}: no sample in its first {size:,} bytes; the rest is read by the run")
+            doubts.append(f"{canonical(shard.url)}: no sample in its first {size:,} bytes; the rest is read by the run")
     return None, faults, doubts
 
 
-def _sample_of(url: str, config: Config, budget: ReadBudget) -> FirstSample | str:
+def _sample_of(shard: Shard, config: Config, budget: ReadBudget) -> FirstSample | str:
     """The first sample of a shard, or why there is none at its beginning."""
     limits = config.input.limits
     refusals: list[Refusal] = []
-    for item in itertools.islice(read_shard(url, limits, budget=budget), _READ_ITEMS):
+    for item in itertools.islice(read_samples(shard, config.input, budget), _READ_ITEMS):
         if isinstance(item, Refusal):
             refusals.append(item)
             continue
@@ -169,13 +174,13 @@ def _sample_of(url: str, config: Config, budget: ReadBudget) -> FirstSample | st
         except ImageRefused as refused:
             refusals.append(Refusal(item.key, refused.reason, refused.detail))
             continue
-        return FirstSample(url, item, size, item.caption(config.input.captions, limits))
-    return _describe(refusals)
+        return FirstSample(shard.url, item, size, item.caption(config.input.captions, limits))
+    return _describe(refusals, shard.format)
 
 
-def _describe(refusals: Sequence[Refusal]) -> str:
+def _describe(refusals: Sequence[Refusal], format_: str) -> str:
     if not refusals:
-        return "the tar contains no sample"
+        return f"the {format_}{'' if format_ == TAR else ' file'} contains no sample"
     first = next((refusal for refusal in refusals if refusal.key is None), refusals[0])
     if first.key is None:
         return first.detail

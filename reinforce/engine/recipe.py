@@ -42,10 +42,16 @@ def describe_models(config: Config) -> dict[str, ModelInfo]:
 #: Limits that were added after the first datasets were made. At their defaults they are left out of the recipe, so
 #: that the fingerprints of those datasets stay valid.
 _LATER_LIMITS = ("scans", "members", "key_chars", "shard_samples")
+#: Keys of `input` that were added later, in the same way.
+_LATER_KEYS = ("image", "key")
 
 
 def _input_recipe(config: Config) -> dict[str, Any]:
-    recipe = config.input.model_dump(mode="json", exclude={"reduce_to"})  # recorded in the name of the image policy
+    # The format says how files are recognised, and reduce_to is recorded in the name of the image policy.
+    recipe = config.input.model_dump(mode="json", exclude={"format", "reduce_to"})
+    for name in _LATER_KEYS:
+        if recipe[name] is None:
+            del recipe[name]
     for name in _LATER_LIMITS:
         if recipe["limits"][name] == Limits.model_fields[name].default:
             del recipe["limits"][name]

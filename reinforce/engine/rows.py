@@ -20,8 +20,9 @@ from reinforce.engine.pixel_cells import PixelLayout
 from reinforce.engine.published import Reinforcements
 from reinforce.engine.published_values import PublishedValue
 from reinforce.engine.watch import READING
+from reinforce.source.reading import Shard, read_samples
 from reinforce.source.references import ImageRoots
-from reinforce.source.shards import RawSample, Refusal, read_shard, referenced_images
+from reinforce.source.shards import RawSample, Refusal, referenced_images
 from schemas import IMAGE_DIGEST, Reason, image_columns
 from teachers.protocols import ImageSpec
 
@@ -88,7 +89,7 @@ def max_group_rows(augmentations: int, group_rows: int = GROUP_ROWS) -> int:
 
 
 def rows_from_source(
-    config: Config, url: str, spec: RowSpec, lease: Lease, window: int, group_rows: int = GROUP_ROWS
+    config: Config, shard: Shard, spec: RowSpec, lease: Lease, window: int, group_rows: int = GROUP_ROWS
 ) -> Iterator[Row | Refusal]:
     """Read a source shard. Every image is decoded, even where no layer needs it, so that broken ones are refused.
 
@@ -100,7 +101,7 @@ def rows_from_source(
         return
     grouping = _Grouping(max_group_rows(config.augmentations.count, group_rows))
     seen: set[str] = set()  # published keys: several samples of the source may match one
-    items = _source_items(read_shard(url, config.input.limits), published)
+    items = _source_items(read_samples(shard, config.input), published)
     for item, cell, decoded in decode_ahead(lease, items, window):
         if isinstance(decoded, Refusal):
             yield decoded

@@ -194,7 +194,7 @@ class _ShardProcess:
                 drop = drop_shard_command(self.store.url, [SAMPLES], self.shard.name)
                 raise LayerFailure(self._first_image_layer(), error.describe(drop)) from error
             return
-        for row in rows_from_source(self.config, self.shard.url, spec, lease, window, self.group_rows):
+        for row in rows_from_source(self.config, self.shard.source, spec, lease, window, self.group_rows):
             if isinstance(row, Refusal):
                 self.refusals.add(SAMPLES, row)
             else:

@@ -18,7 +18,8 @@ from reinforce.dataset.store import Store, parse_footer
 from reinforce.engine.plan import PendingShard, Plan
 from reinforce.errors import UserError
 from reinforce.source.identity import SourceState, moved_folders, probe_state
-from reinforce.source.shards import RawSample, read_shard
+from reinforce.source.reading import Shard, read_samples
+from reinforce.source.shards import RawSample
 from reinforce.source.urls import canonical, shard_stem
 
 T = TypeVar("T")
@@ -137,13 +138,13 @@ class _Comparison:
                 footer = parse_footer(file.metadata)
                 same = state.same_content(SourceState.from_footer(footer))
                 if same is None and by_rows:
-                    same = _same_first_row(self._config, shard.url, file)
+                    same = _same_first_row(self._config, shard.source, file)
         except Exception:  # each driver has its own exceptions, and a damaged file is reported where it is needed
             return None, name
         return same, footer.get("source", name)
 
 
-def _same_first_row(config: Config, url: str, file: LayerFile) -> bool:
+def _same_first_row(config: Config, shard: Shard, file: LayerFile) -> bool:
     """Whether the first sample of a source shard is the first row of a samples file: key and image.
 
     For files without a recorded state. A first sample that was refused counts as different.
@@ -152,7 +153,7 @@ def _same_first_row(config: Config, url: str, file: LayerFile) -> bool:
         return False
     column = "image" if config.embeds_images else "image_ref"
     row = file.read_row_group(0, columns=["key", column]).slice(0, 1).to_pylist()[0]
-    sample = next((item for item in read_shard(url, config.input.limits) if isinstance(item, RawSample)), None)
+    sample = next((item for item in read_samples(shard, config.input) if isinstance(item, RawSample)), None)
     if sample is None or sample.key != row["key"]:
         return False
     if config.embeds_images:

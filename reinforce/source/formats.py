@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+#: What a source can be. Of the others than tars, the endings of the files' names.
+TAR, PARQUET, JSONL, CSV, FOLDER, DATASET = "tar", "parquet", "jsonl", "csv", "folder", "dataset"
+ENDINGS = {
+    PARQUET: (".parquet", ".pq"),
+    JSONL: tuple(f".{name}{end}" for name in ("jsonl", "ndjson") for end in ("", ".gz", ".zst", ".zstd")),
+    CSV: tuple(f".{name}{end}" for name in ("csv", "tsv") for end in ("", ".gz", ".zst", ".zstd")),
+}
+#: Compression of a table by the last extension of its name.
+TABLE_COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "zstd": "zstd"}
+
 #: Extensions of images, in formats that reinforce.source.image reads.
 IMAGE_EXTENSIONS = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif"}
@@ -12,7 +22,8 @@ NOT_A_FILE = "a pipe or device, not a file"
 
 _PACK = "pack the samples into tars whose members are KEY.jpg and KEY.txt, with `tar --sort=name`"
 _IMAGES = "pack images and captions into tars whose members are KEY.jpg and KEY.txt, with `tar --sort=name`"
-_TABLE = "write WebDataset tars, as img2dataset does with --output_format webdataset"
+_TABLE = "name such files alone in `source`, or set input.format"
+_OTHER = "write WebDataset tars or Parquet with a column of images"
 _UNPACK = "unpack it, and pack its files with `tar --sort=name`"
 _HTML = "it may be the error page of a server; check the URL"
 _LFS = "run `git lfs pull` in its repository"
@@ -20,7 +31,7 @@ _LIST = "if it lists URLs, name it .txt"
 #: What a file is, by the extension of its name, and the remedy.
 _BY_EXTENSION = {
     "parquet": ("a Parquet file", _TABLE),
-    **dict.fromkeys(("arrow", "feather"), ("an Arrow file", _TABLE)),
+    **dict.fromkeys(("arrow", "feather"), ("an Arrow file", _OTHER)),
     **dict.fromkeys(("csv", "tsv"), ("a CSV file", _TABLE)),
     **dict.fromkeys(("json", "jsonl", "ndjson"), ("a JSON file", _TABLE)),
     **dict.fromkeys(("tfrecord", "tfrecords", "h5", "hdf5", "mdb", "npy", "npz"), ("another format", _PACK)),
@@ -30,7 +41,7 @@ _BY_EXTENSION = {
 #: What a file is, by the bytes at an offset, and the remedy.
 _BY_CONTENT = (
     (0, b"PAR1", ("a Parquet file", _TABLE)),
-    (0, b"ARROW1", ("an Arrow file", _TABLE)),
+    (0, b"ARROW1", ("an Arrow file", _OTHER)),
     (0, b"\x89PNG", ("an image", _IMAGES)),
     (0, b"\xff\xd8\xff", ("an image", _IMAGES)),
     (0, b"GIF8", ("an image", _IMAGES)),
@@ -45,6 +56,24 @@ _BY_CONTENT = (
     (0, b"{", ("a JSON file", _TABLE)),
     (0, b"[", ("a JSON file", _TABLE)),
 )
+
+
+_IMAGE_MAGIC = (
+    (0, b"\xff\xd8\xff", "jpg"),
+    (0, b"\x89PNG", "png"),
+    (8, b"WEBP", "webp"),
+    (0, b"GIF8", "gif"),
+    (0, b"BM", "bmp"),
+    (4, b"ftyp", "avif"),
+    (0, b"II*", "tif"),
+    (0, b"MM", "tif"),
+    (0, b"P", "pnm"),
+)
+
+
+def image_extension(image: bytes) -> str:
+    """The extension of an image's format by its first bytes, for messages."""
+    return next((name for offset, magic, name in _IMAGE_MAGIC if image.startswith(magic, offset)), "image")
 
 
 def folder_detail(url: str) -> str:

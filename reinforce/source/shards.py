@@ -15,7 +15,7 @@ from reinforce.source.formats import IMAGE_EXTENSIONS, NOT_A_FILE, folder_detail
 from reinforce.source.references import ImageRoots, check_digests
 from reinforce.source.streams import BLOCK_BYTES, check_file, open_stream
 from reinforce.source.tar import DamagedTar, Member, Readable, members
-from reinforce.source.text import caption_of
+from reinforce.source.text import caption_of, why_no_caption
 from reinforce.source.urls import canonical, compression, filesystem
 from schemas import Reason
 
@@ -44,6 +44,8 @@ class RawSample:
     left_out: Mapping[str, Refusal] = field(default_factory=dict)  # by extension: sidecars that were not read, and why
     of_image: Mapping[str, bytes] = field(default_factory=dict)  # of an image v1.png: the sidecar v1.txt, as txt
     members: tuple[str, ...] = ()  # the extensions of all members, in order
+    columns: tuple[str, ...] | None = None  # of a row of a table: the names of all columns
+    url: str | None = None  # of a file that holds this image alone
 
     @property
     def all_sidecars(self) -> dict[str, bytes]:
@@ -53,6 +55,13 @@ class RawSample:
     def caption(self, fields: Sequence[str], limits: Limits) -> str | None:
         """The caption by ``caption_of``; the sample's own sidecars take precedence over those of its image."""
         return caption_of(self.sidecars, fields, limits) or caption_of(self.all_sidecars, fields, limits)
+
+    def why_no_caption(self, fields: Sequence[str]) -> str:
+        """Where ``caption`` looked in vain, and what the sample has."""
+        if self.columns is None:
+            return why_no_caption(self.all_sidecars, fields, self.members)
+        looked = ", ".join(field.partition(":")[2] or field for field in fields)
+        return f"no caption: looked for text in the columns {looked}; the row has {', '.join(self.columns)}"[:500]
 
 
 @dataclass
@@ -79,10 +88,13 @@ def read_shard(
     With ``images=False`` only sidecars are read, and samples need no image. ``budget`` bounds what is read of the tar.
     Raises the storage's other errors (timeouts, lost connections), for which the shard can be retried.
     """
+    yield from refusing_absent(url, _read_tar(url, limits, images, budget))
+
+
+def refusing_absent(url: str, items: Iterator[T]) -> Iterator[T | Refusal]:
+    """Yield what is read of a shard, and a Refusal without a key if there is no file, or none that can be read."""
     try:
-        with open_stream(url) as (stream, size):
-            bounded = stream if budget is None else _BoundedStream(stream, budget)
-            yield from _samples(bounded, size, limits, images)
+        yield from items
     except (FileNotFoundError, NotADirectoryError) as error:
         yield Refusal(None, Reason.SHARD_MISSING, _describe(error))
     except IsADirectoryError as error:
@@ -90,6 +102,12 @@ def read_shard(
         yield Refusal(None, Reason.SHARD_UNREADABLE, detail)
     except PermissionError as error:
         yield Refusal(None, Reason.SHARD_UNREADABLE, _describe(error))
+
+
+def _read_tar(url: str, limits: Limits, images: bool, budget: ReadBudget | None) -> Iterator[RawSample | Refusal]:
+    with open_stream(url) as (stream, size):
+        bounded = stream if budget is None else _BoundedStream(stream, budget)
+        yield from _samples(bounded, size, limits, images)
 
 
 def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:

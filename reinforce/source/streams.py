@@ -24,13 +24,14 @@ _MAGIC = {b"\x1f\x8b": ".tar.gz", b"\xfd7zXZ": ".tar.xz", b"BZh": ".tar.bz2", b"
 
 
 @contextmanager
-def open_stream(url: str) -> Iterator[tuple[Readable, int | None]]:
+def open_stream(url: str, kind: str | None = None) -> Iterator[tuple[Readable, int | None]]:
     """Open a shard and yield its uncompressed bytes and their number, or None where that is not known in advance.
 
-    Reading raises EOFError where the data is broken, and otherwise what the storage raises.
+    ``kind`` is its compression, if that does not follow from the ending of a tar. Reading raises EOFError where the
+    data is broken, and otherwise what the storage raises.
     """
     fs, path = filesystem(url)
-    kind = compression(url)
+    kind = kind or compression(url)
     check_file(fs, path)
     with fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
         size = getattr(file, "size", None)

@@ -19,6 +19,7 @@ from reinforce.engine.pixel_cells import PixelCells
 from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, max_group_rows, rows_from_samples, rows_from_source
 from reinforce.errors import UserError
 from reinforce.source.image import decode
+from reinforce.source.reading import Shard
 from reinforce.source.shards import Refusal
 from schemas import Reason
 from teachers.fitting import fit
@@ -58,7 +59,7 @@ def from_source(
 ) -> list[RowPixels | Refusal]:
     parsed = parse_config(config)
     with lease(parsed, spec) as taken:
-        rows = rows_from_source(parsed, config["source"], spec, taken, 4, group_rows)
+        rows = rows_from_source(parsed, Shard(config["source"]), spec, taken, 4, group_rows)
         return [copied(row, taken.cells) for row in rows]
 
 

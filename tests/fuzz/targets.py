@@ -26,6 +26,7 @@ from reinforce.config import Config, Limits, parse_config
 from reinforce.dataset.augment import replay, sample_augmentation
 from reinforce.engine.rows import NewSample, Row, RowSpec, rows_from_source
 from reinforce.source.image import FORMATS, ImageRefused, decode
+from reinforce.source.reading import Shard
 from reinforce.source.shards import Refusal, as_utf8, split_name
 from reinforce.source.text import caption_of, json_error, metadata_of
 from tests.fuzz import datasets, published
@@ -95,7 +96,7 @@ def rows(data: bytes, name: str = "x.tar") -> list[Found | Refusal]:
     fsspec.filesystem("memory").pipe(f"/fuzz/{name}", data)
     spec, found = RowSpec(crops=True), list[Found | Refusal]()
     with lease(CONFIG, spec) as taken:
-        for row in rows_from_source(CONFIG, f"memory://fuzz/{name}", spec, taken, window=4):
+        for row in rows_from_source(CONFIG, Shard(f"memory://fuzz/{name}"), spec, taken, window=4):
             if isinstance(row, Refusal):
                 found.append(row)
                 continue

@@ -82,6 +82,21 @@ OTHERS = [
         "tests/source/test_streams.py::test_temporary_storage_errors_are_raised_after_the_samples_before_them",
     ),
     (
+        "a source file of Parquet that is damaged in a row group",
+        "`shard_damaged`: the rows of this row group that were not read yet are left out, all others are kept",
+        "tests/source/test_parquet.py::test_a_damaged_row_group_costs_its_rows_only",
+    ),
+    (
+        "a source file of Parquet of kilobytes that asks its decoder for gigabytes",
+        "`shard_damaged` or `shard_unreadable`: footers, pages and batches are bounded before they are decoded",
+        "tests/source/test_parquet.py::test_files_of_kilobytes_do_not_need_gigabytes",
+    ),
+    (
+        "rows of a table whose image is null, of another type or no base64, and lines that are no JSON",
+        "`no_image`, `image_broken`, `row_broken`: only these rows are refused",
+        "tests/source/test_lines.py::test_broken_lines_cost_their_rows",
+    ),
+    (
         "a special token of a tokenizer in a caption",
         "tokenized as plain characters",
         "tests/teachers/test_open_clip_text.py::test_special_tokens_in_texts_are_read_as_plain_text",

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
+import pyarrow as pa
+
 Bytes: TypeAlias = "bytes | memoryview"
 
 DATA, INDEX, DICTIONARY, DATA_V2 = range(4)  # types of pages
@@ -30,6 +32,10 @@ class BadPage(ValueError):
     """A page header that is damaged, or that no writer of layer files writes."""
 
 
+class CutOff(BadPage):
+    """A page header whose end is missing."""
+
+
 class Page(NamedTuple):
     """A page: its type, bytes when decompressed and as stored, number of values, and where its stored bytes begin."""
 
@@ -48,7 +54,7 @@ def read_pages(chunk: Bytes, values: int) -> Iterator[Page]:
     """
     position = seen = pages = 0
     while seen < values:
-        page = _read_page(chunk, position)
+        page = read_page(chunk, position)
         pages += 1
         position = page.start + page.stored
         if position > len(chunk):
@@ -62,11 +68,20 @@ def read_pages(chunk: Bytes, values: int) -> Iterator[Page]:
         raise BadPage(f"the pages have {seen} values, the footer has {values}")
 
 
-def _read_page(chunk: Bytes, position: int) -> Page:
+def longest_entry(page: Page, stored: Bytes, compression: str) -> int:
+    """Bytes of the longest text of a dictionary, whose page has the bytes ``stored``. Raises BadPage."""
+    data = (
+        bytes(stored) if compression == "UNCOMPRESSED" else _decompress(bytes(stored), page.uncompressed, compression)
+    )
+    return _longest(data, page.values)
+
+
+def read_page(chunk: Bytes, position: int) -> Page:
+    """Read the page header at ``position``. Raises BadPage, CutOff if the header goes on after the end of ``chunk``."""
     try:
         fields, start = _read_struct(chunk, position, 0)
     except IndexError as error:
-        raise BadPage("a page header is cut off") from error
+        raise CutOff("a page header is cut off") from error
     kind, uncompressed, stored = fields.get(1), _size(fields.get(2)), _size(fields.get(3))
     if kind == INDEX:
         return Page(INDEX, uncompressed, stored, 0, start)
@@ -75,7 +90,7 @@ def _read_page(chunk: Bytes, position: int) -> Page:
         raise BadPage(f"a page of type {kind} without its header")
     encoding = body.get(4 if kind == DATA_V2 else 2)
     if encoding not in ENCODINGS:
-        raise BadPage(f"a page has encoding {encoding}, which layer files do not have")
+        raise BadPage(f"a page has encoding {encoding}, which is not read")
     return Page(kind, uncompressed, stored, _size(body.get(1)), start)  # type: ignore[arg-type]
 
 
@@ -133,3 +148,23 @@ def _read_integer(data: Bytes, position: int, signed: bool = True) -> tuple[int,
         if shift > 70 or value >= 2 * _INT32:
             raise BadPage("a page header has an integer of more than 32 bits")
     return ((value >> 1) ^ -(value & 1) if signed else value), position
+
+
+def _decompress(data: bytes, size: int, compression: str) -> bytes:
+    try:
+        name = "lz4_raw" if compression == "LZ4" else compression.lower()
+        return pa.Codec(name).decompress(data, size, asbytes=True)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise BadPage(f"a dictionary cannot be decompressed: {error}") from error
+
+
+def _longest(data: bytes, count: int) -> int:
+    """Bytes of the longest of ``count`` texts in PLAIN encoding."""
+    longest = position = 0
+    for _ in range(count):
+        length = int.from_bytes(data[position : position + 4], "little")
+        position += 4 + length
+        if position > len(data):
+            raise BadPage("a dictionary is cut off")
+        longest = max(longest, length)
+    return longest

@@ -1,0 +1,56 @@
+"""The footers of Parquet files, bounded before they are parsed.
+
+The Arrow schema in a footer is not used, because Arrow would create the types that it names by whatever code has
+registered them, and types of some libraries unpickle their values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+#: Bytes read at the end of a file: enough for most footers.
+TAIL_BYTES = 64 * 2**10
+MAX_FOOTER_BYTES = 8 * 2**20
+MAGIC = b"PAR1"
+
+
+class RefusedFile(ValueError):
+    """A Parquet file that is damaged, has other columns, or would need more memory than the bounds allow.
+
+    ``file`` is the layer and the shard of a layer file, where they are known.
+    """
+
+    file: tuple[str, str] | None = None
+
+
+def read_footer(tail: bytes, size: int) -> pq.FileMetaData | None:
+    """Parse the footer of a file of ``size`` bytes from its last bytes; None if more of them are needed.
+
+    Raises RefusedFile if there is none, or it is above the bounds.
+    """
+    if len(tail) < 12 or tail[-4:] != MAGIC:
+        raise RefusedFile("it is not a Parquet file, or it is cut off")
+    length = int.from_bytes(tail[-8:-4], "little")
+    if not 0 < length <= min(size - 12, MAX_FOOTER_BYTES):
+        raise RefusedFile(f"its footer has {length:,} bytes; at most {MAX_FOOTER_BYTES:,} are read")
+    if length + 8 > len(tail):
+        return None
+    # Any key of another name is ignored by Arrow.
+    footer = tail[-8 - length :].replace(b"ARROW:schema", b"ARROW:unused")
+    try:
+        return pq.read_metadata(pa.BufferReader(MAGIC + footer))
+    except (pa.ArrowException, OSError) as error:
+        raise RefusedFile(f"its footer cannot be read: {error}") from error
+
+
+def span(leaf: Any, size: int) -> tuple[int, int]:
+    """Start and length of a column chunk, as Arrow computes them."""
+    start, length = leaf.data_page_offset, leaf.total_compressed_size
+    if leaf.has_dictionary_page and 0 < leaf.dictionary_page_offset < start:
+        start = leaf.dictionary_page_offset
+    if start < 0 or length < 0 or start + length > size:
+        raise RefusedFile("a column chunk is outside the file")
+    return start, length

@@ -1,0 +1,146 @@
+"""Read source shards of every format as streams of samples and refusals."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from reinforce.config import Input, Limits
+from reinforce.source import lines, parquet
+from reinforce.source.columns import Columns, NoColumn, Place, RowReader, find_columns
+from reinforce.source.footers import RefusedFile
+from reinforce.source.formats import CSV, JSONL, PARQUET, TAR
+from reinforce.source.shards import RawSample, ReadBudget, Refusal, read_shard, refusing_absent
+from schemas import Reason
+
+_Item = RawSample | Place | Refusal
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard of a source: its URL, its name, of which keys are made where rows have none, and its format."""
+
+    url: str
+    name: str = ""
+    format: str = TAR
+
+
+def read_samples(shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[RawSample | Refusal]:
+    """Yield the samples of a shard in order, with refusals in between, as ``read_shard`` does for tars.
+
+    In tables each row is a sample; a key that occurs again is refused. ``budget`` bounds what is read of a tar; of the
+    other formats little is read before the first sample.
+    """
+    if shard.format == TAR:
+        yield from read_shard(shard.url, spec.limits, budget=budget)
+        return
+    samples = _unique(_READERS[shard.format](shard, spec), spec.limits)
+    yield from refusing_absent(shard.url, _with_images(samples))
+
+
+def _with_images(items: Iterator[_Item]) -> Iterator[RawSample | Refusal]:
+    for item in items:
+        if isinstance(item, Place):
+            yield Refusal(item.key, Reason.NO_IMAGE, "images at paths and URLs are not read")
+        else:
+            yield item
+
+
+def _unique(items: Iterator[_Item], limits: Limits) -> Iterator[_Item]:
+    """Refuse keys that are too long or occur again, and end after ``limits.shard_samples`` rows."""
+    seen: set[bytes] = set()
+    for number, item in enumerate(items):
+        if number == limits.shard_samples:
+            detail = f"more than limits.shard_samples of {limits.shard_samples}"
+            yield Refusal(None, Reason.SHARD_SAMPLES, f"{detail}; the rest, from row {number:,} on, is not read")
+            return
+        if isinstance(item, Refusal):
+            yield item
+            continue
+        digest = hashlib.blake2b(item.key.encode("utf-8", "replace"), digest_size=8).digest()
+        if len(item.key) > limits.key_chars:
+            detail = f"{len(item.key)} characters, above limits.key_chars of {limits.key_chars}"
+            yield Refusal(item.key[:100], Reason.KEY_CHARS, detail)
+        elif digest in seen:
+            yield Refusal(item.key, Reason.DUPLICATE_KEY, "the key occurs earlier in this shard; the first is kept")
+        else:
+            seen.add(digest)
+            yield item
+
+
+def _read_parquet(shard: Shard, spec: Input) -> Iterator[_Item]:
+    reader = RowReader(shard.name, spec)
+    try:
+        with parquet.ParquetFile(shard.url) as file:
+            types = file.types
+            plain = [name for name, type_ in types.items() if not parquet.is_binary(type_)]
+            columns = find_columns([*types], spec, plain)
+            parquet.check_image_column(columns, types)
+            for item in file.rows(columns):
+                if isinstance(item, RefusedFile):
+                    yield Refusal(None, Reason.SHARD_DAMAGED, str(item))
+                else:
+                    yield reader.sample(*item, columns)
+    except (RefusedFile, NoColumn) as error:
+        yield Refusal(None, Reason.SHARD_UNREADABLE, f"a Parquet file that cannot be used: {error}")
+
+
+def _read_jsonl(shard: Shard, spec: Input) -> Iterator[_Item]:
+    limits = spec.limits
+    most = limits.image_bytes * 4 // 3 + 4 * limits.sidecar_bytes + 2**16
+    yield from _read_lines(shard, spec, lambda: lines.jsonl_rows(shard.url, most), "a JSON object")
+
+
+def _read_csv(shard: Shard, spec: Input) -> Iterator[_Item]:
+    yield from _read_lines(shard, spec, lambda: lines.csv_rows(shard.url), "a row")
+
+
+def _read_lines(
+    shard: Shard, spec: Input, rows: Callable[[], Iterator[tuple[int, lines.Row | lines.BrokenRow]]], what: str
+) -> Iterator[_Item]:
+    """The samples of rows without a schema: each row is read by the columns that it has."""
+    reader, known = RowReader(shard.name, spec), _KnownColumns(spec)
+    good = bad = 0
+    try:
+        for number, row in rows():
+            key = f"{shard.name}-{number:08d}"
+            try:
+                if isinstance(row, lines.BrokenRow):
+                    raise row
+                item = reader.sample(number, row, known.columns([*row]))
+                good += 1
+            except lines.BrokenRow as error:
+                bad += 1
+                item = Refusal(key, Reason.IMAGE_BYTES if error.too_long else Reason.ROW_BROKEN, str(error))
+            except NoColumn as error:
+                item = Refusal(key, Reason.NO_IMAGE, str(error))
+                bad += 1
+            yield item
+    except EOFError as error:
+        detail = str(error).replace(" .tar.", " .")  # what to name a compressed file
+        yield Refusal(None, Reason.SHARD_DAMAGED if good else Reason.SHARD_UNREADABLE, detail)
+        return
+    if bad and not good:
+        yield Refusal(None, Reason.SHARD_UNREADABLE, f"no line is {what} with an image; {item.detail}")  # type: ignore[union-attr]
+
+
+class _KnownColumns:
+    """The columns of rows by their names, found once for rows with equal names."""
+
+    def __init__(self, spec: Input) -> None:
+        self._spec = spec
+        self._last: tuple[Sequence[str], Columns] | None = None
+
+    def columns(self, names: Sequence[str]) -> Columns:
+        """Raises NoColumn."""
+        if self._last is None or self._last[0] != names:
+            self._last = names, find_columns(names, self._spec)
+        return self._last[1]
+
+
+_READERS: dict[str, Callable[[Shard, Input], Iterator[_Item]]] = {
+    PARQUET: _read_parquet,
+    JSONL: _read_jsonl,
+    CSV: _read_csv,
+}
