@@ -13,7 +13,7 @@ from benchmarks.pipeline import proc
 from benchmarks.pipeline.figures import Bench, Figure
 from benchmarks.pipeline.inputs import SIZE, make_config, write_shards
 from benchmarks.pipeline.workers import Job, WorkerSetup, start_workers
-from reinforce.engine.shard import cells_per_shard
+from reinforce.engine.batches import cells_per_shard
 from reinforce.engine.worker import SHARDS_IN_FLIGHT
 
 MEMORY = "memory"

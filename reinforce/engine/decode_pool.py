@@ -3,12 +3,15 @@
 A process that crashes, or takes too long for one image, is replaced. The image it was working on begins again in the
 new process, and is refused if that happens ``attempts`` times. All others are decoded again. So neither the worker and
 its models nor the shard are lost.
+
+The images of the oldest lease come first, so that two shards that begin together do not end together.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import mmap
 import pickle
 import queue
@@ -101,7 +104,7 @@ class DecodePool:
         self.finished = 0  # approximate under threads; only its changes matter
         self.idle = 0
         self.closed = False
-        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.jobs: queue.PriorityQueue[tuple[float, int, Job | None]] = queue.PriorityQueue()
         self.status = SharedMemory(StatusBoard.bytes(processes))
         self.pixels = SharedMemory(1)  # the byte that processes lock
         self._regions: list[tuple[int, Bytes]] = []  # start and memory of each region that no lease uses
@@ -158,7 +161,7 @@ class DecodePool:
         with self._changing:
             if self.closed:
                 raise RuntimeError(STOPPED)
-            self.jobs.put(job)
+            self.jobs.put((lease.number, job.number, job))
         return job.future
 
     def longest(self) -> str | None:
@@ -171,7 +174,7 @@ class DecodePool:
         while wait or self.jobs.qsize() > self.idle:
             self._count_idle(+wait)
             try:
-                job = self.jobs.get(block=wait)
+                _, _, job = self.jobs.get(block=wait)
             except queue.Empty:
                 return None
             finally:
@@ -185,13 +188,13 @@ class DecodePool:
         with self._changing:
             self.closed = True
         for _ in self._servers:
-            self.jobs.put(None)
+            self.jobs.put((math.inf, 0, None))
         for server in self._servers:
             server.kill()
             server.join()
         with contextlib.suppress(queue.Empty):
             while True:
-                if (job := self.jobs.get_nowait()) is not None:
+                if (job := self.jobs.get_nowait()[2]) is not None:
                     fail(job)
 
     def __enter__(self) -> DecodePool:

@@ -8,6 +8,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from reinforce.dataset.layer_index import FileEntry
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer, captions_layer, reads_reinforcements
 from reinforce.dataset.shard_records import ShardRecord, SourceRecord
 from reinforce.dataset.store import LayerWriter, Store, parse_footer
-from reinforce.engine.batch_sizes import rows_per_batch
+from reinforce.engine.batches import Batches, cells_per_shard, rows_ahead
 from reinforce.engine.changes import referenced_source_change
 from reinforce.engine.decode_pool import DecodePool, Lease
 from reinforce.engine.decoding import DecodeSpec
@@ -66,16 +67,6 @@ def process_shard(
     process = _ShardProcess(shard, config, layers, store, models, pool, group_rows, watch or LeaseWatch())
     process.redact = redact or Redactor(config.model_dump(mode="json"))
     return process.run()
-
-
-def rows_ahead(config: Config) -> int:
-    """Rows of a shard that are decoded ahead of its current batch."""
-    return max(2 * rows_per_batch(config), 2 * config.workers.cores)
-
-
-def cells_per_shard(config: Config) -> int:
-    """Pixel cells that a shard needs: for the rows ahead, the next one, and the current batch."""
-    return rows_ahead(config) + 1 + rows_per_batch(config)
 
 
 def allocate_pixels(pool: DecodePool, config: Config, layers: Iterable[Layer], models: Models, shards: int) -> None:
@@ -134,6 +125,7 @@ class _ShardProcess:
             caption_files = {name: self._open_input(stack, name) for name in self._stored_caption_layers()}
             spec = self._row_spec(stack)
             lease = stack.enter_context(self._lease(spec))
+            self.batches = stack.enter_context(Batches(lambda: self.inference.rows_per_batch, self.watch))
             with contextlib.closing(self._rows(stack, spec, lease)) as rows:
                 for index, group in itertools.groupby(rows, key=lambda row: row.group):
                     if short := [name for name, file in caption_files.items() if index >= file.num_row_groups]:
@@ -219,14 +211,21 @@ class _ShardProcess:
         """The rows of one row group, and the outputs of their batches by layer."""
         group: list[Row] = []
         outputs: dict[str, list[Any]] = {}
-        while batch := list(itertools.islice(rows, self.inference.rows_per_batch)):
-            for name, output in self.inference.run(batch, lease.cells).items():
+        run, encode = partial(self.inference.run, pixels=lease.cells), self._encode_true_captions
+        for batch, results in self.batches.run(rows, run, encode):
+            for name, output in results.items():
                 outputs.setdefault(name, []).append(output)
             lease.free.release(row.cell for row in batch if row.cell is not None)
             group += batch
             self.counters.samples += len(batch)
             self.models.counters.samples += len(batch)
         return group, outputs
+
+    def _encode_true_captions(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Embeddings of the rows' own captions, and which rows have some, by layer."""
+        texts = [[row.caption] if row.caption else None for row in rows]
+        layers = [layer for layer in self.layers.values() if layer.texts == TRUE_CAPTION and not layer.published]
+        return {layer.name: self.inference.encode_texts(layer, texts) for layer in layers}
 
     # -- tables
 
@@ -284,14 +283,13 @@ class _ShardProcess:
             self._refuse_unreadable(layer, rows)
             return np.concatenate(outputs[layer.name]), np.array([row.unreadable is None for row in rows])
         if layer.texts == TRUE_CAPTION:
-            texts = [[row.caption] if row.caption else None for row in rows]
+            values, valid = outputs[layer.name][0]
             detail = (
                 f"no caption to encode: none at input.captions ({', '.join(self.config.input.captions) or 'empty'})"
             )
         else:
-            texts = captions[_captions_of(layer)]
+            values, valid = self.inference.encode_texts(layer, captions[_captions_of(layer)])
             detail = f"no caption to encode: {_captions_of(layer)} has none for this key"
-        values, valid = self.inference.encode_texts(layer, texts)
         for row, encoded in zip(rows, valid, strict=True):
             if not encoded:
                 self.refusals.add(layer.name, Refusal(row.key, Reason.NO_TEXT, detail))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from reinforce.shared_memory import SharedMemory
 
@@ -19,6 +20,9 @@ WRITING = "writing"
 WAITING = "waiting for the accelerator"  # which the other lease of the worker uses
 PREPARING = "preparing"
 _SHORT_STAGES = (READING, DECODING)  # of which there is one for each sample
+_STAGES_WITHOUT_MODEL = (READING, DECODING, WRITING, WAITING, PREPARING)
+
+_At: TypeAlias = "tuple[str, str, float]"  # stage, what it works on, since when
 
 _Item = TypeVar("_Item")
 
@@ -86,10 +90,11 @@ def read_board(pid: int, descriptor: int) -> tuple[LeasePulse, ...]:
 
 
 class LeaseWatch:
-    """Where one lease is. Its thread writes it, and the thread that answers the driver reads it.
+    """Where one lease is. Its threads write it, and the thread that answers the driver reads it.
 
-    Entering and leaving a stage is progress. ``slowest`` receives the seconds of the slowest step by stage, and
-    ``board`` at ``entry`` the stages that run models.
+    A lease is where the thread is that made this object, unless another of its threads runs a model. Entering and
+    leaving a stage is progress. ``slowest`` receives the seconds of the slowest step by stage, and ``board`` at
+    ``entry`` the stages that run models.
     """
 
     def __init__(
@@ -98,22 +103,29 @@ class LeaseWatch:
         self.shard = shard
         self._slowest = {} if slowest is None else slowest
         self._board, self._entry = board, entry
-        self._at = (PREPARING, "", time.monotonic())  # one object, so that a reader sees values of one moment
-        self._show(PREPARING, "")
+        self._showing = threading.Lock()  # what is written last must be the latest
+        self._at: dict[int, _At] = {threading.get_ident(): (PREPARING, "", time.monotonic())}  # by thread
+        self._show(PREPARING)
 
     @contextlib.contextmanager
     def stage(self, name: str, what: str = "") -> Iterator[None]:
         """Be in a stage, and afterwards in the one before it."""
-        before = self._at
-        self._at = (name, what, time.monotonic())
-        self._show(name, what)
+        thread = threading.get_ident()
+        before = self._at.get(thread)
+        entered = time.monotonic()
+        self._at[thread] = (name, what, entered)
+        self._show(name)
         try:
             yield
         finally:
-            self._record(name, self._at[2])
-            self._at = (before[0], before[1], time.monotonic())
-            if name not in _SHORT_STAGES:
-                self._show(before[0], before[1])
+            left = time.monotonic()
+            if left - entered > self._slowest.get(name, 0.0):
+                self._slowest[name] = left - entered
+            if before is None:
+                del self._at[thread]
+            else:
+                self._at[thread] = (before[0], before[1], left)
+            self._show(name)
 
     def steps(self, name: str, items: Iterable[_Item]) -> Iterator[_Item]:
         """Yield ``items``; producing each is a step of the stage."""
@@ -129,17 +141,24 @@ class LeaseWatch:
 
     def pulse(self, prepared_at: float, now: float) -> LeasePulse:
         """Where the lease is. ``prepared_at`` is when a decode process of the worker last finished an item."""
-        stage, what, since = self._at
+        stage, what, since = self._where()
         return LeasePulse(self.shard, stage, now - (max(since, prepared_at) if stage == DECODING else since), what)
 
-    def _show(self, name: str, what: str) -> None:
-        if self._board is not None and name not in _SHORT_STAGES:
-            self._board.set(self._entry, self.shard, name, what)
+    def _where(self) -> _At:
+        """The longest-running model, or else the stage of the first thread."""
+        threads = list(self._at.values())
+        models = [at for at in threads if at[0] not in _STAGES_WITHOUT_MODEL]
+        return min(models, key=lambda at: at[2]) if models else threads[0]
 
-    def _record(self, name: str, since: float) -> None:
-        seconds = time.monotonic() - since
-        if seconds > self._slowest.get(name, 0.0):
-            self._slowest[name] = seconds
+    def _show(self, changed: str) -> None:
+        """Show on the board where the lease is, after a stage was entered or left."""
+        if self._board is None or changed in _SHORT_STAGES:
+            return
+        with self._showing:
+            stage, what, _ = self._where()
+            if stage in _SHORT_STAGES:
+                stage, what = PREPARING, ""
+            self._board.set(self._entry, self.shard, stage, what)
 
 
 class WorkerWatch:

@@ -264,3 +264,16 @@ def test_a_lease_needs_no_memory_where_no_pixels_are_needed() -> None:
         [outcome] = lease.submit([0], [item(0)]).result()
         assert isinstance(outcome, Decoded)
         assert (outcome.width, outcome.height, outcome.caption) == (40, 30, "a caption")
+
+
+def test_the_images_of_the_oldest_lease_are_decoded_first() -> None:
+    order: list[str] = []
+    with pool_of(1) as pool, pool.lease(SPEC, 64) as older, pool.lease(SPEC, 64) as younger:
+        blocker = younger.submit([0], [item(0, scan_bomb(60))])  # the process is busy while the others are submitted
+        jobs = []
+        for number, (name, lease) in enumerate([("b", younger), ("b", younger), ("a", older), ("a", older)], 1):
+            jobs.append(lease.submit([number], [item(number)]))
+            jobs[-1].add_done_callback(lambda _, name=name: order.append(name))
+        for job in [blocker, *jobs]:
+            job.result(30)
+    assert "".join(order) in ("aabb", "baab")  # a process receives one chunk ahead

@@ -8,10 +8,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from reinforce.engine.watch import DECODING, PREPARING, READING, LeaseWatch, WorkerWatch, process_memory, read_board
+from reinforce.engine.watch import (
+    DECODING,
+    PREPARING,
+    READING,
+    WAITING,
+    LeaseWatch,
+    WorkerWatch,
+    process_memory,
+    read_board,
+)
 
 
 @pytest.fixture
@@ -36,6 +46,25 @@ def test_a_lease_is_in_the_innermost_stage_and_entering_and_leaving_one_is_progr
         assert at(watch, 111.0) == ("embeddings/t/images", "4 rows", 1.0)
     clock[0] = 120.0
     assert at(watch, 120.0) == (PREPARING, "", 10.0)
+
+
+def test_a_lease_is_where_its_own_thread_is_unless_another_of_its_threads_runs_a_model(clock: list[float]) -> None:
+    def shown() -> list[tuple[str, str]]:
+        return [(one.stage, one.what) for one in read_board(os.getpid(), worker.board.descriptor)]
+
+    worker = WorkerWatch()
+    with worker.lease("a") as lease, ThreadPoolExecutor(1) as other, contextlib.ExitStack() as stages:
+        with lease.stage(WAITING):
+            other.submit(stages.enter_context, lease.stage("model", "batch 1")).result()
+            clock[0] += 5.0
+            assert at(lease, clock[0]) == ("model", "batch 1", 5.0)
+            assert shown() == [("model", "batch 1")]
+        with lease.stage(READING):
+            assert at(lease, clock[0]) == ("model", "batch 1", 5.0)
+            other.submit(stages.close).result()
+            clock[0] += 1.0
+            assert at(lease, clock[0]) == (READING, "", 1.0)
+        assert shown() == [(PREPARING, "")]
 
 
 def test_the_slowest_step_of_each_stage_is_kept_also_of_steps_that_raise(clock: list[float]) -> None:
