@@ -102,7 +102,7 @@ def plan(
     size = format_bytes(total) if None not in expected.values() else f"{format_bytes(total)} or more"
     typer.echo(f"{current.shards:,} shards, {len(current.pending):,} with something missing, about {size} to write")
     damage = describe_damaged(Store(checked.output).url, current.damaged)
-    for line in filter(None, [damage, *not_in_source_lines(asdict(current.not_in_source))]):
+    for line in filter(None, [*current.notes, damage, *not_in_source_lines(asdict(current.not_in_source))]):
         typer.echo(escape(line))
     sample, notes = check_source(current)
     if sample is not None:

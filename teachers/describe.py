@@ -147,7 +147,7 @@ def import_class(spec: ModelSpec) -> type:
     if not isinstance(cls, type):
         found = "no such name" if cls is None else f"a {type(cls).__name__} of that name, not a class"
         raise ValueError(f"class {spec.class_}: {module.__file__} has {found}")
-    if spec.precision != "fp32":
+    if spec.precision not in ("auto", "fp32"):
         raise ValueError("`precision` is not used with `class`; pass it to your class in `options`")
     try:
         json.dumps(spec.options)
@@ -194,7 +194,7 @@ def _describe_open_clip(spec: ModelSpec) -> ModelInfo:
     assert model is not None
     open_clip_catalog.check_model(model, spec.pretrained)
     config = open_clip_catalog.model_config(model)
-    identity: dict[str, Any] = {"family": "open_clip", "precision": spec.precision}
+    identity: dict[str, Any] = {"family": "open_clip", "precision": spec.resolved_precision}
     if model.startswith(open_clip_catalog.FOLDER_PREFIX):
         # Identified by its files: a folder that was moved is the same model.
         folder = open_clip_catalog.local_folder(model)
@@ -237,7 +237,7 @@ def _transformers_config(spec: ModelSpec) -> dict[str, Any] | None:
 def _transformers_identity(spec: ModelSpec, extra: tuple[str, ...] = ()) -> dict[str, Any]:
     """``extra`` are names of further files that determine the outputs of a local model."""
     assert spec.model is not None
-    identity: dict[str, Any] = {"family": "transformers", "precision": spec.precision}
+    identity: dict[str, Any] = {"family": "transformers", "precision": spec.resolved_precision}
     if transformers_catalog.is_local_folder(spec.model):
         files = transformers_catalog.content_files(Path(spec.model).expanduser(), extra)
         identity["files"] = {path.name: weights.identity(path) for path in files}

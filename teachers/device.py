@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from teachers.determinism import tf32
+from teachers.spec import Precision
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Module = TypeVar("Module", bound=torch.nn.Module)
 TimeMark: TypeAlias = "float | torch.cuda.Event"
 
@@ -24,16 +24,17 @@ _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16,
 class Accelerator:
     """A device and the precision of forward passes on it.
 
-    ``name`` is ``auto`` (CUDA if available, else CPU) or a torch device. Weights stay float32 and lower precisions
-    use autocast, which works with any module and keeps norms and softmax in float32, as the models were trained.
+    ``name`` is ``auto`` (CUDA if available, else CPU) or a torch device. Precision ``auto`` is bf16 on CUDA devices
+    that have it, else fp32. Weights stay float32 and lower precisions use autocast, which works with any module and
+    keeps norms and softmax in float32, as the models were trained.
     Casting the weights once would save a conversion per pass, which is cheap compared with a large batch, but it
     would also round the text towers' residual stream.
 
-    Raises ValueError if the device is unknown or not available.
+    Raises ValueError if the device is unknown or not available, or has no bf16.
     """
 
-    def __init__(self, name: str = "auto", precision: Precision = "fp32") -> None:
-        if precision not in _DTYPES:
+    def __init__(self, name: str = "auto", precision: Precision | Literal["auto"] = "fp32") -> None:
+        if precision not in ("auto", *_DTYPES):
             raise ValueError(f"precision {precision!r} is unknown: use {', '.join(_DTYPES)}")
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +45,15 @@ class Accelerator:
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device {name!r} is not available: torch sees {torch.cuda.device_count()} CUDA devices")
         self.device = device
-        self.precision = precision
+        has_bf16 = device.type == "cuda" and _has_bf16(device)
+        if precision == "auto":
+            precision = "bf16" if has_bf16 else "fp32"
+        if precision == "bf16" and device.type == "cuda" and not has_bf16:
+            raise ValueError(
+                f"{torch.cuda.get_device_name(device)} has no bf16: set `precision` of this model to fp16 or fp32, or "
+                "use accelerators that have it"
+            )
+        self.precision: Precision = precision
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def place(self, module: Module) -> Module:
@@ -164,6 +173,11 @@ class Accelerator:
         """Wait until the device has finished all queued work. No-op on CPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a CUDA device computes in bf16 itself; torch can emulate it, slowly."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _writable(array: np.ndarray) -> np.ndarray:

@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
 
 class ModelSpec(BaseModel):
     """A model by name and weights, or a custom class."""
@@ -29,8 +31,10 @@ class ModelSpec(BaseModel):
         None, alias="class", description="a custom class, package.module:Class; see teachers/protocols.py"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the custom class")
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
-        "fp32", description="precision of the forward pass; fp32 is IEEE, tf32 rounds the inputs of products on CUDA"
+    precision: Literal["auto"] | Precision = Field(
+        "auto",
+        description="precision of the forward pass; auto: as dataset.json records, else bf16 where workers use GPUs, "
+        "fp32 where they do not. fp32 is IEEE; tf32 rounds the inputs of products on CUDA",
     )
 
     @model_validator(mode="after")
@@ -48,6 +52,11 @@ class ModelSpec(BaseModel):
         if self.family == "published" and (unused := self.model_fields_set - {"family", "model", *self._PUBLISHED}):
             raise ValueError(f"{', '.join(sorted(unused))}: not used with family published; remove it")
         return self
+
+    @property
+    def resolved_precision(self) -> Precision:
+        """``precision``, or fp32 where it is ``auto``, which a run resolves before anything else."""
+        return "fp32" if self.precision == "auto" else self.precision
 
 
 class TeacherSpec(ModelSpec):

@@ -49,6 +49,12 @@ def _dataset_json(config: Config) -> str:
     if config.failures.stall_seconds is None:
         failures = config.failures.model_copy(update={"stall_seconds": _FIRST_STALL_SECONDS})
         config = config.model_copy(update={"failures": failures})
+    for kind in ("teachers", "captioners"):
+        specs = {
+            name: spec.model_copy(update={"precision": spec.resolved_precision})
+            for name, spec in getattr(config, kind).items()
+        }
+        config = config.model_copy(update={kind: specs})
     return config.model_dump_json(exclude=exclude, exclude_none=True)
 
 

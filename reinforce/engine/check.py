@@ -17,9 +17,11 @@ from rich.table import Table
 
 from reinforce.config import Config, load_config
 from reinforce.cores import available_cores, describe_share
+from reinforce.dataset.store import Store
 from reinforce.engine.device_memory import is_out_of_memory, memory_hint
 from reinforce.engine.full_batch import MAX_AUTO_BATCH
 from reinforce.engine.models import Models
+from reinforce.engine.precision import resolve_precisions
 from reinforce.engine.recipe import version_notes
 from reinforce.engine.self_test import (
     TEXTS,
@@ -98,7 +100,9 @@ def check_target(
 def check_config(config: Config) -> Report:
     """Check every model of a config on the device, with the threads and up to the batch of its workers."""
     report, redact = Report(), Redactor(config.model_dump(mode="json"))
-    workers = config.workers.fitted_to([{"CPU": available_cores(), "GPU": torch.cuda.device_count()}])
+    machine = [{"CPU": available_cores(), "GPU": torch.cuda.device_count()}]
+    workers = config.workers.fitted_to(machine)
+    config, _ = resolve_precisions(config, Store(config.output), lambda: machine)
     device = "cuda" if workers.gpus else "cpu"
     largest = MAX_AUTO_BATCH if workers.batch == "auto" and workers.gpus else workers.images
     set_flags(device, workers.deterministic)
@@ -158,7 +162,7 @@ def _check_model(
 
 
 def _measure_images(models: Models, name: str, spec: TeacherSpec, batch: int) -> Measurement:
-    norms = check_image_encoder(models, name, spec.precision)
+    norms = check_image_encoder(models, name, spec.resolved_precision)
     teacher = models.teachers[name]
 
     def prepare(size: int) -> Callable[[], Any]:
@@ -169,7 +173,7 @@ def _measure_images(models: Models, name: str, spec: TeacherSpec, batch: int) ->
 
 
 def _measure_texts(models: Models, name: str, spec: TeacherSpec, batch: int) -> Measurement:
-    norms = check_text_encoder(models, name, spec.precision)
+    norms = check_text_encoder(models, name, spec.resolved_precision)
     teacher = models.teachers[name]
 
     def prepare(size: int) -> Callable[[], Any]:

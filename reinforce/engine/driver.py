@@ -81,7 +81,8 @@ class Driver(WorkerHandling):
         self.index = IndexWriter(self.store, self.plan.layers)
         self.events.add("start", shards=len(self.plan.pending), layers=sorted(self.needed), ray=ray.__version__)
         self.pool = Pool(self.config, self.plan.layers, self.needed)
-        self._log(self.pool.describe(len(self.plan.pending)))
+        for line in (self.pool.describe(len(self.plan.pending)), *self.plan.notes):
+            self._log(line)
         ending = Ending()
         try:
             self._set_damaged_aside()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.config import Config
+from reinforce.cores import Node
 from reinforce.dataset.aligned import layer_errors
 from reinforce.dataset.damage import DamagedFile, find_damaged, without_files
 from reinforce.dataset.differences import recipe_error
@@ -25,6 +26,7 @@ from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import find_manifest
 from reinforce.dataset.store import MANIFEST, Store, check_footer, parse_footer
 from reinforce.engine.inputs import stored_layers
+from reinforce.engine.precision import nodes_of_run, resolve_precisions
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from reinforce.source.formats import JSONL, PARQUET, TAR
@@ -87,7 +89,7 @@ class Plan:
     ``shards`` counts all source shards, ``pending`` lists those that lack a layer, ``committed`` names those that the
     samples layer has, also of other sources, and ``not_in_source`` counts these. ``listed`` is what the file system
     lists, by URL, of the source files of pending shards that have samples already. ``damaged`` are files that count as
-    missing.
+    missing. ``notes`` are lines about precisions that the config leaves open; those of ``config`` are resolved.
     """
 
     config: Config
@@ -99,6 +101,7 @@ class Plan:
     not_in_source: NotInSource = NotInSource()
     listed: Mapping[str, Info] = field(default_factory=dict)
     damaged: Sequence[DamagedFile] = ()
+    notes: Sequence[str] = ()
 
     @property
     def quarantined(self) -> int:
@@ -112,13 +115,16 @@ class Plan:
         return [file for file in self.damaged if file.shard in pending]
 
 
-def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
-    """List the source and every layer once, and subtract. Raises UserError."""
+def make_plan(
+    config: Config, retry_quarantined: bool = False, nodes: Callable[[], Sequence[Node]] = nodes_of_run
+) -> Plan:
+    """List the source and every layer once, and subtract; ``nodes`` as in ``resolve_precisions``. Raises UserError."""
+    store = Store(config.output)
+    config, notes = resolve_precisions(config, store, nodes)
     layers = build_layers(config, describe_models(config))
     listed: dict[str, Info] = {}
     source = source_shards(config, listed)
     published = _pair_reinforcements(config, source)
-    store = Store(config.output)
     committed = store.listings(layers)
     damaged = find_damaged(store, committed, {name: layer.fingerprint for name, layer in layers.items()})
     committed = without_files(committed, damaged)
@@ -145,7 +151,9 @@ def make_plan(config: Config, retry_quarantined: bool = False) -> Plan:
     not_in_source = _not_in_source(source.names, committed[SAMPLES], quarantine)
     extended = (shard.url for shard in pending if SAMPLES not in shard.layers)
     listed = {url: listed[url] for url in extended if url in listed}
-    return Plan(config, layers, len(source.urls), states, pending, committed[SAMPLES], not_in_source, listed, damaged)
+    return Plan(
+        config, layers, len(source.urls), states, pending, committed[SAMPLES], not_in_source, listed, damaged, notes
+    )
 
 
 @dataclass(frozen=True)

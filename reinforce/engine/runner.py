@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from reinforce.config import Config, load_config, parse_config
+from reinforce.cores import Node
 from reinforce.dataset.claims import Claims
 from reinforce.dataset.layer_index import prune_index
 from reinforce.dataset.layers import SAMPLES
@@ -15,6 +19,7 @@ from reinforce.dataset.shard_records import read_records
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.changes import changed_sources, changes_note
 from reinforce.engine.plan import Plan, make_plan
+from reinforce.engine.precision import nodes_of_run
 from reinforce.engine.probe import check_source
 from reinforce.engine.progress import Progress
 from reinforce.engine.recipe import version_notes
@@ -52,8 +57,9 @@ def run(
 def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSummary:
     store = Store(config.output)
     store.check_writable()
-    with store.lock():
-        plan = make_plan(config, retry_quarantined)
+    with store.lock(), contextlib.ExitStack() as connection:
+        plan = make_plan(config, retry_quarantined, lambda: _nodes(address, connection))
+        config = plan.config
         manifest = find_manifest(store)
         pending = [shard.name for shard in plan.pending]
         if gone := prune_index(store, SAMPLES, plan.layers[SAMPLES].fingerprint, plan.committed, pending):
@@ -71,6 +77,15 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
             return nothing_to_do(plan)
         with Claims(store, config, plan.layers) as claims:
             return _compute(plan, store, manifest, claims, address, retry_quarantined)
+
+
+def _nodes(address: str | None, connection: contextlib.ExitStack) -> Sequence[Node]:
+    """The nodes on which workers will run; a cluster stays connected until ``connection`` ends."""
+    if address or os.environ.get("RAY_ADDRESS"):
+        from reinforce.cluster import ray_cluster
+
+        connection.enter_context(ray_cluster(address))
+    return nodes_of_run()
 
 
 def _compute(

@@ -31,9 +31,9 @@ from reinforce.engine.inference import to_numpy
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.traces import user_frames
 from reinforce.errors import UserError
-from teachers.device import Precision
 from teachers.pixels import to_pixels
 from teachers.protocols import Captioner, ImageSpec, Teacher
+from teachers.spec import Precision
 
 Floats = npt.NDArray[np.float32]
 
@@ -89,7 +89,7 @@ def check_models(models: Models, layers: Iterable[Layer], precisions: Mapping[st
 
 def precisions(config: Config) -> dict[str, Precision]:
     """The precision of the forward passes of each model, by name."""
-    return {name: spec.precision for name, spec in (*config.captioners.items(), *config.teachers.items())}
+    return {name: spec.resolved_precision for name, spec in (*config.captioners.items(), *config.teachers.items())}
 
 
 def check_image_encoder(models: Models, name: str, precision: Precision) -> Floats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from reinforce import settings
 from reinforce.config import ImageFolders, LayerName, ReadLimits
@@ -116,8 +116,18 @@ class Loss(Section):
     )
     features_weight: float = Field(1.0, gt=0, description="weight of the `features` loss, relative to distillation")
     teachers: dict[LayerName, TeacherSpec] = Field(
-        default_factory=dict, description="for `online`: the models to run, as in `reinforce run`"
+        default_factory=dict,
+        description="for `online`: the models to run, as in `reinforce run`; precision: fp32 unless it is given",
     )
+
+    @field_validator("teachers")
+    @classmethod
+    def _resolve_precisions(cls, teachers: dict[str, TeacherSpec]) -> dict[str, TeacherSpec]:
+        for name, spec in teachers.items():
+            if spec.precision == "auto" and "precision" in spec.model_fields_set:
+                raise ValueError(f"{name}: `precision: auto` is for `reinforce run`; set fp32, tf32, bf16 or fp16")
+        # Checkpoints record it: before there was `auto`, fp32 was the default.
+        return {name: spec.model_copy(update={"precision": spec.resolved_precision}) for name, spec in teachers.items()}
 
     @model_validator(mode="after")
     def _online(self) -> Loss:

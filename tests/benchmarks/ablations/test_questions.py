@@ -29,7 +29,8 @@ def test_teachers_and_captioners_are_read_from_the_demo_configs(
     assert [arm.label for arm in questions["teachers"].arms] == ["dr.one", *others, "ensemble"]
     online = study.student_config(questions["ways"].arms[1], 0)
     assert online.loss.targets == "online"
-    assert online.loss.teachers == study.demo.teachers
+    in_fp32 = {name: spec.model_copy(update={"precision": "fp32"}) for name, spec in study.demo.teachers.items()}
+    assert online.loss.teachers == in_fp32
     assert study.student_config(questions["scales"].arms[0], 0).loss.logit_scales == dict.fromkeys(
         ["dr.one", *others], float(SCALES[0])
     )

@@ -1,0 +1,87 @@
+"""``precision: auto`` of the models of a run, resolved before fingerprints.
+
+What dataset.json records for a model comes first, so that a dataset that was made in fp32 stays complete on any
+machine. A model that it does not list is computed in bf16 where workers use GPUs, and in fp32 on CPUs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
+
+from reinforce.config import Config
+from reinforce.cores import Node, default_gpus
+from reinforce.dataset.manifest import find_manifest
+from reinforce.dataset.store import Store
+from teachers.spec import ModelSpec, Precision
+
+#: Of these one exists where torch may find a GPU.
+_DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+_RECORDED, _GPUS, _CPUS = "as dataset.json records", "workers use GPUs", "workers use CPUs"
+
+
+def resolve_precisions(config: Config, store: Store, nodes: Callable[[], Sequence[Node]]) -> tuple[Config, list[str]]:
+    """The config with the precision of each model that is loaded, and lines about those that were ``auto``.
+
+    ``nodes`` are those on which workers will run; it is called if `workers.gpus` is not set and they matter.
+    """
+    specs: dict[str, Mapping[str, ModelSpec]] = {"teachers": config.teachers, "captioners": config.captioners}
+    open_ = {kind: [name for name, spec in of.items() if _is_open(spec)] for kind, of in specs.items()}
+    if not any(open_.values()):
+        return config, []
+    manifest = find_manifest(store) or {}
+    found: dict[tuple[str, str], tuple[Precision, str]] = {}
+    for kind, names in open_.items():
+        for name in names:
+            if recorded := _recorded(manifest, kind, name):
+                found[kind, name] = recorded, _RECORDED
+    if len(found) < sum(map(len, open_.values())):
+        gpus = default_gpus(nodes()) if config.workers.gpus is None else config.workers.gpus
+        default: tuple[Precision, str] = ("bf16", _GPUS) if gpus else ("fp32", _CPUS)
+        found = {(kind, name): found.get((kind, name), default) for kind, names in open_.items() for name in names}
+    changed = {
+        kind: {
+            name: spec.model_copy(update={"precision": found[kind, name][0]}) if (kind, name) in found else spec
+            for name, spec in of.items()
+        }
+        for kind, of in specs.items()
+    }
+    return config.model_copy(update=changed), _lines(found)
+
+
+def nodes_of_run() -> list[Node]:
+    """The nodes of the initialised Ray, or of the cluster at RAY_ADDRESS, else this machine."""
+    ray = sys.modules.get("ray")
+    if os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized()):
+        from reinforce.cluster import live_resources, ray_cluster  # imports Ray
+
+        with ray_cluster(None):
+            return [*live_resources()]
+    if not any(map(os.path.exists, _DEVICE_FILES)):
+        return []
+    import torch
+
+    return [{"GPU": torch.cuda.device_count()}]
+
+
+def _is_open(spec: ModelSpec) -> bool:
+    return spec.precision == "auto" and spec.class_ is None and spec.family != "published"
+
+
+def _recorded(manifest: Mapping[str, Any], kind: str, name: str) -> Precision | None:
+    """The precision of a model's layers in dataset.json, None if it lists none."""
+    model = manifest.get(kind, {}).get(name, {}).get("model")
+    precision = model.get("precision") if isinstance(model, dict) else None
+    return precision if precision in get_args(Precision) else None
+
+
+def _lines(found: Mapping[tuple[str, str], tuple[Precision, str]]) -> list[str]:
+    """One line for each precision and reason, with the models."""
+    rows = sorted((precision, reason, name) for (_, name), (precision, reason) in found.items())
+    return [
+        f"precision: {precision} for {', '.join(name for _, _, name in group)} (auto: {reason})"
+        for (precision, reason), group in itertools.groupby(rows, key=lambda row: row[:2])
+    ]
