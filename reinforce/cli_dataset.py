@@ -24,6 +24,7 @@ def status(
     """Show the layers of a dataset, what is quarantined and why, and how the last run ended."""
     from reinforce.dataset.damage import describe_damaged
     from reinforce.dataset.status import read_status, status_table
+    from reinforce.engine.rates import rate_lines
     from reinforce.engine.summary import cleaned_lines, not_in_source_lines
 
     found = read_status(dataset)
@@ -44,7 +45,7 @@ def status(
         text = f"last run {last.get('run')}: {shards:,} shards in {seconds:.0f} s, {last.get('message')}"
         typer.echo(escape(text))
         lines = [*cleaned_lines(last.get("cleaned", {})), *not_in_source_lines(last.get("not_in_source", {}))]
-        for line in [*lines, *map(str, last.get("notes", []))]:
+        for line in [*rate_lines(last), *lines, *map(str, last.get("notes", []))]:
             typer.echo(escape(line))
 
 

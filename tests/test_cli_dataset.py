@@ -34,10 +34,15 @@ def test_status_shows_what_the_last_run_found_outside_its_source(
     dataset: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     absent = {"finished": 0, "quarantined": 1, "first_finished": None, "first_quarantined": "samples/old-ab"}
-    last = {"run": "2026", "shards": 2, "seconds": 1.0, "message": "done", "not_in_source": absent}
+    rates = {"busy_share": 0.5, "stages": {"captions/c": {"inputs": 30, "seconds": 3.0, "per_second": 10.0}}}
+    last = {"run": "2026", "shards": 2, "seconds": 1.0, "message": "done", "not_in_source": absent, **rates}
     Store(str(dataset)).write_json(last, "runs", "2026", "summary.json")
     out = command(capfd, "status", str(dataset))[1].splitlines()
-    assert out[-2] == "last run 2026: 2 shards in 1 s, done"
+    assert out[-4:-1] == [
+        "last run 2026: 2 shards in 1 s, done",
+        "accelerator busy 50%",
+        "  captions/c: 30 captions, 10 captions/s",
+    ]
     assert out[-1].startswith("not in `source`: 1 quarantined shards, such as samples/old-ab. ")
 
 

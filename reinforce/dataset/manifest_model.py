@@ -71,6 +71,18 @@ class _Manifest(_Part):
     captioners: dict[str, dict[str, Any]]
 
 
+class _Stage(_Part):
+    inputs: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    per_second: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    mfu: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+class _Device(_Part):
+    name: _Text = ""
+    memory_peak: int = Field(0, ge=0)
+    memory_total: int = Field(0, ge=0)
+
+
 class RunRecord(_Part):
     """What ``reinforce status`` shows of a run's summary.json."""
 
@@ -80,6 +92,9 @@ class RunRecord(_Part):
     message: _Text | None = None
     cleaned: dict[str, dict[str, int]] = Field(default_factory=dict)
     not_in_source: dict[str, int | _Text | None] = Field(default_factory=dict)
+    busy_share: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    stages: dict[_Text, _Stage] = Field(default_factory=dict)
+    device: _Device = _Device()
 
 
 def check_manifest(manifest: Mapping[str, Any], where: str) -> None:

@@ -1,10 +1,10 @@
 """Sizes of the batches of a worker's models, which are halved where the memory of the device runs out.
 
-The two shards of a worker share the sizes, and a size that was halved stays so. The batches are then cut as with a
-smaller ``workers.batch``.
+The shards of a worker share the sizes, and a size that was halved stays so. The batches are then cut as with a smaller
+``workers.batch``.
 
-Both shards may hold tensors on the device: one computes while the next batch of the other is copied. After the first
-shortage only one at a time may, so that the other's tensors are not the cause of the next one.
+Several batches may be on the device: one computes while those of the same and of the other shard that come next are
+copied. After the first shortage it is one at a time, so that the others are not the cause of the next shortage.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class BatchSizes:
         self._notes: list[str] = []
         self._changed = threading.Condition()
         self._one_at_a_time = False
-        self._holding = 0  # shards with tensors on the device
+        self._holding = 0  # batches on the device
 
     def rows(self, rows: int) -> int:
         """Rows of a batch that may have ``rows``."""
@@ -56,11 +56,16 @@ class BatchSizes:
             notes, self._notes = tuple(self._notes), []
         return notes
 
+    @property
+    def short(self) -> bool:
+        """Whether there was a shortage, since the last ``end_of_search``."""
+        return self._one_at_a_time
+
     @contextlib.contextmanager
     def on_device(self) -> Iterator[bool]:
-        """Hold tensors on the device. After a shortage, one shard at a time can do so.
+        """Hold tensors on the device. After a shortage, one batch at a time can do so.
 
-        Yields whether others may hold some, so that a batch is to be copied before the shard's turn, and not in it.
+        Yields whether others may hold some, so that a batch is to be copied before its turn, and not in it.
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._one_at_a_time or not self._holding)
@@ -74,7 +79,7 @@ class BatchSizes:
                 self._changed.notify_all()
 
     def end_of_search(self) -> bool:
-        """Whether there was a shortage, after which both shards may hold tensors again, in smaller batches."""
+        """Whether there was a shortage, after which several batches, smaller ones, may be on the device again."""
         with self._changed:
             found, self._one_at_a_time = self._one_at_a_time, False
         return found

@@ -204,7 +204,8 @@ class Driver(WorkerHandling):
         self.policy.faults.started()
         self.pool.record_start(slot, info)
         self.policy.add_notes(info.notes)
-        self.events.add("worker_started", node=info.node, pid=info.pid, accelerator=info.accelerator, batch=info.batch)
+        started = {"accelerator": info.accelerator, "batch": info.batch, "device": info.device}
+        self.events.add("worker_started", node=info.node, pid=info.pid, **started)
         if self.pool.started_count == 1 and self.config.workers.batch == "auto":
             self._log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
         if not self.manifest_written and self.pool.started_count >= self.config.workers.min:

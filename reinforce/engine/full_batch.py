@@ -1,19 +1,20 @@
 """A full batch of every model before a run, so that its memory is known to suffice, and ``workers.batch: auto``.
 
-Both shards of a worker run one at the same time, since one computes while the batch of the other is on the device.
+As many are copied to the device at the same time as in a run, where one computes and the others wait for their turn.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.batch_sizes import rows_per_batch
+from reinforce.engine.batches import IN_WORK
 from reinforce.engine.inference import Inference
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import LayerFailure
@@ -23,7 +24,7 @@ from reinforce.errors import UserError
 
 #: Largest batch of ``workers.batch: auto``. Larger ones are hardly faster, and take more shared memory for pixels.
 MAX_AUTO_BATCH = 1024
-_SHARDS = 2
+_COPIED = 2 * IN_WORK  # batches on the device, of two shards
 _POLL_SECONDS = 0.001
 _LONG_TEXT = "a photo of two children in red coats who fly a kite on a wide beach in the evening, " * 6
 
@@ -60,8 +61,8 @@ def _with_batch(config: Config, batch: int) -> Config:
 
 
 def _try_batch(models: Models, config: Config, layers: list[Layer]) -> bool:
-    """Run a full batch in each of two shards -> whether something did not fit and batches are smaller now."""
-    inferences = [Inference(config, layers, models, Counters()) for _ in range(_SHARDS)]
+    """Run full batches side by side -> whether something did not fit and batches are smaller now."""
+    inferences = [Inference(config, layers, models, Counters()) for _ in range(_COPIED)]
     rows = [Row(f"{i}", None, i) for i in range(inferences[0].rows_per_batch)]
     pixels = _noise(config, inferences[0], len(rows))
     texts = [layer for layer in layers if layer.kind == "texts" and not layer.published]
@@ -73,10 +74,12 @@ def _try_batch(models: Models, config: Config, layers: list[Layer]) -> bool:
             inference.encode_texts(layer, [[f"{i} {n} {_LONG_TEXT}" for n in range(layer.count)] for i in range(count)])
 
     try:
-        with ThreadPoolExecutor(_SHARDS) as shards:
-            with models.turns.take(0):  # until both have copied their batch
-                futures = [shards.submit(run, inference) for inference in inferences]
-                while models.turns.waiting < _SHARDS and not any(future.done() for future in futures):
+        with ThreadPoolExecutor(_COPIED) as threads:
+            with models.turns.take(0):  # until all are copied, or one could not be
+                futures = [threads.submit(run, inference) for inference in inferences]
+                while (
+                    models.turns.waiting < _COPIED and not models.batches.short and not any(map(Future.done, futures))
+                ):
                     time.sleep(_POLL_SECONDS)
             for future in futures:
                 future.result()

@@ -20,6 +20,7 @@ from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import raising_layer_failure
 from reinforce.engine.pixel_cells import PixelCells, runs
 from reinforce.engine.rows import Row
+from reinforce.engine.stage_meter import StageMeter
 from reinforce.engine.traces import shorten
 from reinforce.engine.watch import PREPARING, WAITING, LeaseWatch
 from reinforce.seeds import seed_for
@@ -50,6 +51,7 @@ class Inference:
         self._config, self._models, self._counters = config, models, counters
         self._watch = watch or LeaseWatch()
         self._order = models.turns.next_order()
+        self.meter = StageMeter(models.accelerator, models.costs)
         computed = [layer for layer in layers if not layer.published]
         self.image_layers = [layer for layer in computed if layer.kind == "images"]
         self.caption_layers = [layer for layer in computed if layer.kind == "captions"]
@@ -139,7 +141,7 @@ class Inference:
 
     def _encode(self, layer: Layer, encode: Callable[[], torch.Tensor], count: int, what: str, shared: bool) -> Floats:
         """Embeddings [B, dim] of texts that must fit."""
-        with self._models.use_accelerator(self._counters, self._order), self._run(layer.name, what):
+        with self._models.use_accelerator(self._counters, self._order), self._run(layer.name, what, count):
             return to_numpy(encode(), count, self._teacher(layer).dim)
 
     def _put(self, rows: Sequence[Row], pixels: PixelCells, what: str) -> _Pixels:
@@ -154,9 +156,10 @@ class Inference:
             return crops, {spec: put(runs(pixels.views[spec], cells)) for spec in self.captioner_specs}
 
     @contextlib.contextmanager
-    def _run(self, layer: str, what: str) -> Iterator[None]:
-        """Run a layer's model on ``what``."""
-        with self._watch.stage(layer, what), raising_layer_failure(layer):
+    def _run(self, layer: str, what: str, inputs: int = 0) -> Iterator[None]:
+        """Run a layer's model on ``what``; the time for ``inputs`` is measured."""
+        measured = self.meter.stage(layer, inputs) if inputs else contextlib.nullcontext()
+        with self._watch.stage(layer, what), raising_layer_failure(layer), measured:
             yield
 
     def _embed(self, crops: torch.Tensor | None, rows: Sequence[Row], what: str) -> dict[str, Any]:
@@ -170,7 +173,7 @@ class Inference:
             teacher = self._teacher(layer)
             assert teacher.image is not None
             assert crops is not None
-            with self._run(layer.name, what):
+            with self._run(layer.name, what, len(crops)):
                 if len(crops) > size:
                     parts = [teacher.encode_images(to_pixels(part, teacher.image)) for part in crops.split(size)]
                     encoded[layer.name] = torch.cat(parts)
@@ -193,7 +196,7 @@ class Inference:
         captions = {}
         for layer in self.caption_layers:
             captioner = self._captioner(layer)
-            with self._run(layer.name, what):
+            with self._run(layer.name, what, seeds[layer.name].size):
                 pixels = to_pixels(views[captioner.image], captioner.image)
                 captions[layer.name] = self._models.captions(captioner, pixels, seeds[layer.name])
         return captions

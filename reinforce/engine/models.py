@@ -18,6 +18,7 @@ from reinforce.dataset.backends import load_backend
 from reinforce.dataset.layers import Layer
 from reinforce.engine.batch_sizes import BatchSizes
 from reinforce.engine.device_memory import memory_hint
+from reinforce.engine.rates import Cost
 from reinforce.engine.token_cache import TokenCache
 from reinforce.engine.traces import user_frames
 from reinforce.engine.turns import Turns
@@ -45,6 +46,7 @@ class Models:
     counters: Counters = field(default_factory=Counters)
     turns: Turns = field(default_factory=Turns)
     batches: BatchSizes = field(default_factory=BatchSizes)
+    costs: Mapping[str, Cost] = field(default_factory=dict)  # of layers, where they are known
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
     _tokens: TokenCache = field(default_factory=TokenCache)
 

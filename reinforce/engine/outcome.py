@@ -43,6 +43,7 @@ class WorkerInfo:
     board: int = -1
     batch: int = 0
     notes: tuple[str, ...] = ()
+    device: Mapping[str, Any] = field(default_factory=dict)  # name and memory of a CUDA device
 
     @property
     def id(self) -> WorkerId:
@@ -70,6 +71,8 @@ class ShardResult:
     memory: int = 0  # bytes of the worker's process afterwards
     set_aside: Mapping[str, str] = field(default_factory=dict)  # files that are to be computed again: reason by layer
     notes: tuple[str, ...] = ()  # about the worker, such as a batch that did not fit in the memory of its device
+    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # sums of `rates.Stages`, by layer
+    device: Mapping[str, Any] = field(default_factory=dict)  # name and memory of a CUDA device
 
     @classmethod
     def postponed(cls, shard: str, seconds: float, set_aside: Mapping[str, str]) -> ShardResult:

@@ -36,6 +36,7 @@ from reinforce.engine.published import Reinforcements
 from reinforce.engine.published_values import PublishedReader
 from reinforce.engine.refusals import Refusals
 from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, rows_from_samples, rows_from_source
+from reinforce.engine.stage_meter import device_report
 from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
 from reinforce.engine.watch import WRITING, LeaseWatch
 from reinforce.source.identity import former_url, read_state
@@ -152,6 +153,8 @@ class _ShardProcess:
             {} if reason else {name: FileEntry(one.bytes, tuple(one.groups)) for name, one in writers.items()},
             set_aside=stale,
             notes=self.models.batches.take_notes(),
+            stages=self.inference.meter.collect(),
+            device=device_report(self.models.accelerator),
         )
 
     # -- rows

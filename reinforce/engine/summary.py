@@ -10,6 +10,7 @@ from typing import Any
 from reinforce.dataset.layers import SAMPLES
 from reinforce.engine.outcome import ShardResult
 from reinforce.engine.plan import Plan
+from reinforce.engine.rates import Stages, add_stages, fuller, with_rates
 from reinforce.engine.traces import shorten
 from reinforce.errors import UserError
 from reinforce.terminal import format_bytes
@@ -41,7 +42,8 @@ class RunSummary:
     in some layer, ``cleaned`` the effects of ``clean`` by captioner, ``examples`` has a shard, a key and a detail for
     each reason of quarantine, ``not_in_source`` the fields of ``NotInSource``, and ``repeated_keys`` counts keys that
     occur in more than one shard, as ``notes`` describe. ``postponed`` counts shards that wait for files that were set
-    aside. The fields are the keys of summary.json.
+    aside, ``stages`` has the sums and rates of ``rates.with_rates``, and ``device`` the device with the least free
+    memory. The fields are the keys of summary.json.
     """
 
     run: str | None
@@ -60,6 +62,8 @@ class RunSummary:
     repeated_keys: int = 0
     notes: Sequence[str] = ()
     postponed: int = 0
+    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    device: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self, output: str) -> str:
         """The summary for people, a few lines."""
@@ -119,6 +123,8 @@ class RunTotals:
     failed: dict[str, str] = field(default_factory=dict)  # reason by shard: those that failed before any layer
     set_aside: list[str] = field(default_factory=list)  # files, each with its reason
     postponed: set[str] = field(default_factory=set)  # shards of which files are to be computed again
+    stages: Stages = field(default_factory=dict)
+    device: Mapping[str, Any] = field(default_factory=dict)
 
     def add(self, result: ShardResult) -> None:
         (self.postponed if result.set_aside else self.finished).add(result.shard)
@@ -126,6 +132,8 @@ class RunTotals:
         self.bytes += result.bytes
         self.busy += result.busy
         self.refused.update(result.refused)
+        add_stages(self.stages, result.stages)
+        self.device = fuller(self.device, result.device)
         for captioner, counts in result.cleaned.items():
             self.cleaned.setdefault(captioner, Counter()).update(counts)
         for reason, example in result.examples.items():
@@ -172,12 +180,17 @@ def summarize(
         totals.examples,
         asdict(plan.not_in_source),
         postponed=len(totals.postponed),
+        stages=with_rates(totals.stages),
+        device=totals.device,
     )
 
 
 def add_summaries(first: RunSummary, second: RunSummary) -> RunSummary:
     """The summary of a run that was continued for the shards that its first part has postponed."""
     seconds = first.seconds + second.seconds
+    stages: Stages = {}
+    for summary in (first, second):
+        add_stages(stages, summary.stages)
     busy = (first.busy_share * first.seconds + second.busy_share * second.seconds) / (seconds or 1.0)
     return replace(
         second,
@@ -191,6 +204,8 @@ def add_summaries(first: RunSummary, second: RunSummary) -> RunSummary:
         message="done" if second.status == 0 else second.message,
         cleaned={**first.cleaned, **second.cleaned},
         examples={**second.examples, **first.examples},
+        stages=with_rates(stages),
+        device=fuller(first.device, second.device),
         notes=[*first.notes, *(note for note in second.notes if note not in first.notes)],
     )
 

@@ -22,11 +22,13 @@ from reinforce.dataset.layers import Layer
 from reinforce.dataset.store import Store
 from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.full_batch import fit_batch
+from reinforce.engine.model_flops import measure_costs
 from reinforce.engine.models import Counters, Models, load_models
 from reinforce.engine.outcome import LayerFailure, LoadFailure, ShardFailure, ShardResult, WorkerId, WorkerInfo
 from reinforce.engine.plan import PendingShard
 from reinforce.engine.self_test import check_models, precisions
 from reinforce.engine.shard import allocate_pixels, process_shard
+from reinforce.engine.stage_meter import device_report
 from reinforce.engine.watch import Pulse, WorkerWatch, process_memory
 from reinforce.errors import StorageError, UserError
 from teachers import determinism
@@ -75,6 +77,7 @@ class Worker:
         self.models = load_models(self.config, layers)
         check_models(self.models, layers, precisions(self.config))
         self.config = fit_batch(self.models, self.config, layers)
+        self.models.costs = measure_costs(self.models, self.config, layers)
         allocate_pixels(self.pool, self.config, layers, self.models, SHARDS_IN_FLIGHT)
         self.pool.wait_until_ready()
         loaded = {
@@ -88,7 +91,8 @@ class Worker:
         device, board = str(self.models.accelerator.device), self.watch.board.descriptor
         node, pid, host = self._id()
         notes = self.models.batches.take_notes()
-        return WorkerInfo(node, pid, device, loaded, host, process_memory(), board, self.config.workers.images, notes)
+        batch, report = self.config.workers.images, device_report(self.models.accelerator)
+        return WorkerInfo(node, pid, device, loaded, host, process_memory(), board, batch, notes, report)
 
     def _check_output(self) -> None:
         """Raise UserError if ``output`` is relative to a folder of the driver that this node does not have."""

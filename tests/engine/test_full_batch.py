@@ -49,15 +49,15 @@ def setup(batch: Any, capacity: int = 17) -> tuple[Models, Config, list[Layer]]:
     return Models(teachers, {"namer": SeedCaptioner(CPU)}, device), config, layers
 
 
-def test_auto_is_the_largest_batch_that_fits_while_the_other_shard_has_copied_its_own() -> None:
-    models, config, layers = setup("auto", 35)  # each row is a crop and a view: 4 + 4 copied rows and 12 + 4
+def test_auto_is_the_largest_batch_that_fits_while_others_are_copied() -> None:
+    models, config, layers = setup("auto", 50)  # four batches of 4 crops and 4 views are copied, and 12 more are needed
     found = find_batch(models, config, layers, largest=64)
     assert found.workers.images == 8, "4 rows with 2 augmentations"
     assert models.batches.texts(64) == 8
     assert models.batches.take_notes() == ()
     assert models.counters == Counters()
     with models.batches.on_device() as shared:
-        assert shared, "the search is no reason to run one shard at a time"
+        assert shared, "the search is no reason to copy one batch at a time"
 
 
 def test_a_batch_that_does_not_fit_is_reported_before_the_run() -> None:

@@ -43,6 +43,10 @@ def test_a_result_lists_the_committed_layers_their_bytes_and_what_was_refused(tm
     [row] = pq.read_table(path).to_pylist()
     assert row["detail"] == "no caption to encode: none at input.captions (txt, json:caption)"
     assert 0 < result.busy < result.seconds
+    inputs = {name: stage["inputs"] for name, stage in result.stages.items()}
+    images = {"embeddings/red/images": 16, "embeddings/blue/images": 16, "captions/namer": 16}
+    assert {name: inputs[name] for name in images} == images, "8 rows with 2 augmentations and 2 captions"
+    assert all(stage["seconds"] > 0 for stage in result.stages.values())
     for name in files:
         metadata = pq.read_metadata(tmp_path / "out" / name)
         assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [4, 4]

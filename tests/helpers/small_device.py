@@ -20,14 +20,16 @@ class SmallDevice(Accelerator):
     def __init__(self, capacity: int) -> None:
         super().__init__("cpu")
         self.capacity, self.used, self.copied = capacity, 0, threading.Semaphore(0)
+        self._changing = threading.RLock()
 
     def put_parts(self, parts: Sequence[np.ndarray]) -> torch.Tensor:
         class Block(np.ndarray):
             """Memory of the device, used until no tensor shares it."""
 
         block = np.concatenate(parts).view(Block)
-        self.check(len(block))
-        self.used += len(block)
+        with self._changing:
+            self.check(len(block))
+            self.used += len(block)
         weakref.finalize(block, self.free, len(block))
         self.copied.release()
         return torch.from_numpy(block)
@@ -37,4 +39,5 @@ class SmallDevice(Accelerator):
             raise torch.cuda.OutOfMemoryError(MESSAGE)
 
     def free(self, rows: int) -> None:
-        self.used -= rows
+        with self._changing:
+            self.used -= rows
