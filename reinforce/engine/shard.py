@@ -137,7 +137,6 @@ class _ShardProcess:
             stale = self._commit(writers)
             size = sum(writer.bytes for writer in writers.values())
         reason = self.refusals.shard_reason
-        stages = self.inference.meter.collect()
         return ShardResult(
             self.shard.name,
             () if reason else self.shard.layers,
@@ -154,7 +153,7 @@ class _ShardProcess:
             {} if reason else {name: FileEntry(one.bytes, tuple(one.groups)) for name, one in writers.items()},
             set_aside=stale,
             notes=self.models.batches.take_notes(),
-            stages=stages,
+            stages=self.inference.meter.collect(),
             device=device_report(self.models.accelerator),
         )
 

@@ -34,7 +34,6 @@ while an asynchronous copy reads or writes it.
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -57,26 +56,27 @@ __all__ = ["DEVICE", "Copy", "Counts", "CudaTensor", "StandIn", "stand_in_cuda"]
 def stand_in_cuda(memory: int = 80 * 2**30) -> Iterator[StandIn]:
     """Make one CUDA device with ``memory`` bytes available to torch in this process."""
     cuda = StandIn(memory)
-    lifts = torch._C._only_lift_cpu_tensors()
     with ExitStack() as stack:
         stack.enter_context(replaced_runtime(cuda))
         stack.enter_context(_threads_included(cuda))
-        stack.callback(torch._C._set_only_lift_cpu_tensors, lifts)
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") reaches the modes as a copy
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # `param.data = ` would keep a CPU parameter
         with _modes(cuda):
             yield cuda
-        gc.collect()
         if cuda.races.at_release:
             raise RuntimeError("; ".join(sorted(set(cuda.races.at_release))))
 
 
 @contextmanager
 def _modes(cuda: StandIn) -> Iterator[None]:
-    with _Functions(cuda), _Operations(cuda):
-        yield
+    lifts = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") reaches the modes as a copy
+    try:
+        with _Functions(cuda), _Operations(cuda):
+            yield
+    finally:
+        torch._C._set_only_lift_cpu_tensors(lifts)
 
 
 @contextmanager
@@ -118,6 +118,8 @@ class _Functions(TorchFunctionMode):
         tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if tensor is not None and (replaced := _REPLACED.get(func)) is not None:
             return replaced(self._cuda, *args, **kwargs)
+        if (device := kwargs.get("device")) is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": DEVICE}  # with its index, which C++ would ask CUDA for
         if kwargs.get("pin_memory"):
             made = func(*args, **{**kwargs, "pin_memory": False})
             self._cuda.pin(made.data_ptr(), made.nbytes, made)

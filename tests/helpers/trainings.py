@@ -61,7 +61,7 @@ class TowersTask:
         if len(others) > len(right):
             first = torch.distributed.get_rank() * len(right)
         logits = encoded.scalars["logit_scale"] * left @ others.T
-        return {"contrast": cross_entropy(logits, torch.arange(first, first + len(left)))}
+        return {"contrast": cross_entropy(logits, torch.arange(first, first + len(left), device=left.device))}
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
         assert not model.training

@@ -1,0 +1,190 @@
+"""Captioning, a shard and a training on a stand-in for CUDA: no mixed devices, and bounds on what a device is asked."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reinforce.config import parse_config
+from reinforce.dataset.store import Store
+from reinforce.engine.models import load_models
+from reinforce.engine.plan import make_plan
+from reinforce.engine.shard import allocate_pixels, process_shard
+from reinforce.student.train import train
+from reinforce.training import loop
+from reinforce.training.loop import fit
+from reinforce.training.ranks import Ranks
+from reinforce.training.step import StepOutput
+from reinforce.training.stop import Stopped, StopSignal
+from teachers.coca import CocaCaptioner
+from teachers.device import Accelerator
+from teachers.spec import CaptionerSpec
+from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.decoding import decode_pool
+from tests.helpers.reinforced import reinforce_here, small_dataset
+from tests.helpers.stand_in_cuda import Counts, StandIn, stand_in_cuda
+from tests.helpers.students import student_folder
+from tests.helpers.tiny_coca import IMAGE_SIZE, coca_model
+from tests.helpers.tiny_models import open_clip_model, transformers_siglip
+from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, job
+
+# For each word of a batch, with a CoCa of 1 text layer and 2 decoder layers.
+OPERATIONS_A_WORD, WAITS_A_WORD, ALLOCATIONS_A_WORD = 115, 7.5, 135
+# For each batch of images, without captions.
+WAITS_A_BATCH = 12
+WAITS_A_STEP = 4
+
+
+@pytest.fixture(scope="module")
+def coca(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return coca_model(tmp_path_factory.mktemp("coca"))
+
+
+def test_captions_on_a_gpu_are_those_of_a_cpu_with_few_operations_and_waits_a_word(coca: str) -> None:
+    spec = CaptionerSpec(model=coca, captions=3, max_length=14)
+    pixels = torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    seeds = np.arange(12, dtype=np.uint64).reshape(4, 3)
+    expected = CocaCaptioner(spec, Accelerator("cpu")).generate(pixels, seeds)
+    words = max(len(text) for texts in expected for text in texts or []) + 1
+    with stand_in_cuda() as cuda:
+        accelerator = Accelerator("cuda")
+        captioner = CocaCaptioner(spec, accelerator)
+        there = accelerator.put(pixels)
+        captioner.generate(there[:2], seeds[:2])
+        captioner.generate(there, seeds)  # allocates what batches share
+        in_use = cuda.allocated
+        with cuda.counted() as counts:
+            assert captioner.generate(there, seeds) == expected
+        assert cuda.allocated == in_use
+    assert counts.operations <= OPERATIONS_A_WORD * words, counts.describe()
+    assert counts.synchronizations <= WAITS_A_WORD * words, counts.describe()
+    assert counts.allocations <= ALLOCATIONS_A_WORD * words, counts.describe()
+
+
+def test_a_shard_on_a_gpu_has_the_layers_of_a_cpu_and_waits_for_no_copy_of_its_images(
+    tmp_path: Path, coca: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "source" / "0.tar", members_of(0, 12))
+
+    def config(output: str, gpus: int) -> dict[str, Any]:
+        return config_of(
+            f"{tmp_path}/source/*.tar",
+            tmp_path / output,
+            captioners={"coca": {"model": coca, "captions": 2, "max_length": 8, "precision": "fp32"}},
+            teachers={
+                "vit": {"model": open_clip_model(tmp_path / "vit"), "precision": "fp32"},
+                "siglip": {
+                    "model": transformers_siglip(tmp_path / "siglip"),
+                    "family": "transformers",
+                    "precision": "fp32",
+                },
+            },
+            workers={"batch": 8, "max": 1, "gpus": gpus},  # three batches
+        )
+
+    here = reinforce_here(config("cpu", 0))
+    parsed, pool = parse_config(config("cuda", 1)), decode_pool()
+    plan = make_plan(parsed)
+    monkeypatch.setattr(pool, "_regions", [])  # those of other tests are not pinned
+    with stand_in_cuda() as cuda:
+        models = load_models(parsed, plan.layers.values())
+        allocate_pixels(pool, parsed, plan.layers.values(), models, 1)
+        with cuda.counted() as counts:
+            process_shard(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, pool, 8)
+    images = [copy for copy in counts.copies_to_device() if copy.place.startswith("teachers/device.py")]
+    assert images
+    assert not any(copy.blocking for copy in images), images
+    waits = sum(count for wait, count in counts.waits.items() if not _is_decoding(wait))
+    assert waits <= WAITS_A_BATCH * 3, counts.describe()
+    for path in sorted((tmp_path / "cuda").rglob("*.parquet")):
+        found, expected = pq.read_table(path), pq.read_table(Path(here) / path.relative_to(tmp_path / "cuda"))
+        if "embeddings" in path.parts:  # CUDA's convolutions are channels-last, which rounds otherwise
+            near = [np.array(table.column(1).combine_chunks().storage.flatten()) for table in (found, expected)]
+            np.testing.assert_allclose(*(values.astype(np.float32) for values in near), atol=2e-3)
+        else:
+            assert found.equals(expected), path
+
+
+def test_a_training_step_on_a_gpu_has_the_loss_of_a_cpu_and_waits_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers = {"vit": {"model": open_clip_model(tmp_path / "vit"), "logit_scale": 20.0}}
+    dataset = small_dataset(tmp_path, (16,), teachers=teachers)
+    config = {
+        "student": {"model": student_folder(tmp_path / "student")},
+        "data": {"datasets": dataset, "workers": 0, "window": 12},
+        "loss": {"lambda": 0.7},
+        "train": {"steps": 9, "batch": 8, "optimizer": {"warmup": 1}, "ema": 0.9},
+    }
+    losses, _ = _three_steps(monkeypatch, {**config, "output": str(tmp_path / "on-cpu")})
+    with stand_in_cuda() as cuda:
+        found, steps = _three_steps(monkeypatch, {**config, "output": str(tmp_path / "on-cuda")}, cuda)
+    assert found == pytest.approx(losses, rel=1e-5)
+    for counts, in_use in steps[1:]:  # the first makes the optimizer's state
+        assert counts.synchronizations <= WAITS_A_STEP, counts.describe()
+        assert not any(copy.blocking for copy in counts.copies if copy.bytes > 64), counts.describe()
+        assert in_use < 1.01 * steps[0][1]
+
+
+def test_a_training_on_a_gpu_that_resumes_has_the_weights_of_one_that_does_not(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"steps": 6, "ema": 0.9, "compute": {"accumulate": 2}}
+    stop = StopSignal()
+    with stand_in_cuda():
+        ranks = Ranks(0, 1, Accelerator("cuda"))
+        for name, feed, stopped in (
+            ("whole", PairFeed(), StopSignal()),
+            ("parts", StoppingFeed(stop, 3), stop),
+            ("parts", PairFeed(), StopSignal()),
+        ):
+            torch.manual_seed(0)
+            with contextlib.suppress(Stopped):
+                fit(TowersTask(dropout=0.2), feed, job(tmp_path / name, **changes), ranks, stopped)
+    assert feed.seen[0] == 3
+    whole, parts = (
+        load_file(sorted((tmp_path / name / "checkpoints").glob("*.safetensors"))[-1]) for name in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+
+
+def _is_decoding(wait: str) -> bool:
+    return any(file in wait for file in ("coca", "decoding.py", "sampling.py", "rules.py"))
+
+
+def _three_steps(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], cuda: StandIn | None = None
+) -> tuple[list[float], list[tuple[Counts, int]]]:
+    """The losses of a training, what each step has counted, and the memory in use after it.
+
+    The training is interrupted then, since its checkpoint, its evaluation and its export would take longer.
+    """
+    losses: list[float] = []
+    steps: list[tuple[Counts, int]] = []
+    compute, run = loop.backpropagate, loop._Loop._step
+
+    def watched(*arguments: Any) -> StepOutput:
+        output = compute(*arguments)
+        with cuda.uncounted() if cuda else contextlib.nullcontext():
+            losses.append(float(sum(output.losses.values())))
+        return output
+
+    def counted(*arguments: Any) -> int:
+        if len(losses) == 3:
+            raise KeyboardInterrupt
+        with cuda.counted() if cuda else contextlib.nullcontext(Counts()) as counts:
+            signum = run(*arguments)
+        steps.append((counts, cuda.allocated if cuda else 0))
+        return signum
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(loop, "backpropagate", watched)
+        patch.setattr(loop._Loop, "_step", counted)
+        train(config)
+    return losses, steps
