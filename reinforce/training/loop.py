@@ -233,6 +233,7 @@ class _Loop:
         rank_batch = self.training.batch // self.ranks.size
         batches = self.feed.batches(self.ranks.rank, self.ranks.size, rank_batch, self.progress.step)
         prefetcher = Prefetcher(batches, self.accelerator)
+        self.ranks.at(f"reading the batch of step {self.progress.step + 1:,}")
         self._fetch(prefetcher)
         if signum := self.ranks.start_max(self.stop.signum)():
             raise Stopped(signum)
@@ -263,11 +264,14 @@ class _Loop:
         seeds = [
             seed_for(self.job.seed, f"step {step}", "training", self.ranks.rank * parts + part) for part in range(parts)
         ]
+        self.ranks.at(f"the gradients of step {step + 1:,}")
         output = backpropagate(self.task, model, prefetcher.take(), rank_batch, seeds, self.accelerator)
         computed = self.accelerator.mark()
         if step + 1 < self.steps:
+            self.ranks.at(f"reading the batch of step {step + 2:,}")
             self._fetch(prefetcher)  # while the device computes
         fetched = self.accelerator.mark()
+        self.ranks.at(f"the update of step {step + 1:,}", waits=True)
         stop_of_ranks = self.ranks.start_max(self.stop.signum)
         norm = self._update()
         seconds = time.perf_counter() - begun

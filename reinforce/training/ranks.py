@@ -15,6 +15,7 @@ import torch.distributed as dist
 from reinforce.cores import available_cores, cores_per_process, default_gpus, describe_share
 from reinforce.errors import UserError
 from reinforce.training.config import Compute
+from reinforce.training.rank_watch import TIMEOUT, RankWatch
 from reinforce.training.stop import Stopped
 from teachers.determinism import set_flags
 from teachers.device import Accelerator
@@ -30,7 +31,8 @@ _SUCCESS, _ERROR, _USER_ERROR = 0, -1, -2
 class Ranks:
     """This process as one of the ranks, with its number of cores.
 
-    ``control`` is a process group on the CPU, separate from the gradients'.
+    ``control`` is a process group on the CPU, separate from the gradients', and ``watch`` names ranks that others wait
+    for.
     """
 
     rank: int
@@ -38,6 +40,7 @@ class Ranks:
     accelerator: Accelerator
     control: dist.ProcessGroup | None = None
     cpus: int = 1
+    watch: RankWatch | None = None
 
     @property
     def is_first(self) -> bool:
@@ -50,6 +53,7 @@ class Ranks:
         """
         if self.size == 1:
             return work()
+        self.at("work that rank 0 does for all", waits=not self.is_first)
         status = torch.tensor([_SUCCESS])
         result, error = None, None
         if self.is_first:
@@ -67,6 +71,11 @@ class Ranks:
         if code == _USER_ERROR:
             raise UserError("rank 0 failed: see its message")
         raise RuntimeError("rank 0 failed: see its message") if code == _ERROR else Stopped(code)
+
+    def at(self, what: str, waits: bool = False) -> None:
+        """Record where this rank is, for messages of ranks that wait for it; ``waits`` if it may wait there itself."""
+        if self.watch is not None:
+            self.watch.at(what, waits)
 
     def describe(self, reading: str) -> str:
         """A line about what the ranks use; ``reading`` describes the loaders of each."""
@@ -97,12 +106,20 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def join_ranks(compute: Compute, device: str | None = None, cpus: int | None = None) -> Iterator[Ranks]:
+def join_ranks(
+    compute: Compute,
+    device: str | None = None,
+    cpus: int | None = None,
+    report: Callable[[str], None] | None = None,
+    timeout: timedelta = TIMEOUT,
+) -> Iterator[Ranks]:
     """Set up this process as a rank: alone, from torchrun's environment, or in the process group of Ray Train.
 
     ``device`` and ``cpus`` are given by Ray; otherwise they follow from ``compute``, the local rank and this machine.
-    Sets the number of torch threads to that of the rank's cores inside the block. Raises UserError if the accelerator
-    does not exist.
+    ``report`` receives messages about ranks that others wait for, and ``timeout`` bounds such a wait in a step; on Ray
+    Train it is that of the process group. Sets the number of torch threads to that of the rank's cores inside the
+    block. Raises UserError if the accelerator does not exist, and AbsentRanks for a collective that other ranks do not
+    reach.
     """
     owns_group = not dist.is_initialized() and under_torchrun()
     local_rank = int(os.environ.get("LOCAL_RANK", "0")) if owns_group else 0
@@ -120,17 +137,42 @@ def join_ranks(compute: Compute, device: str | None = None, cpus: int | None = N
     threads = torch.get_num_threads()
     torch.set_num_threads(cpus)
     if owns_group:
-        dist.init_process_group("nccl" if accelerator.device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if accelerator.device.type == "cuda" else "gloo", timeout=timeout)
     try:
         if dist.is_initialized():
             control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
-            yield Ranks(dist.get_rank(), dist.get_world_size(), accelerator, control, cpus)
+            rank, size = dist.get_rank(), dist.get_world_size()
+            with watching(rank, size, timeout, report) as watch:
+                yield Ranks(rank, size, accelerator, control, cpus, watch)
         else:
             yield Ranks(0, 1, accelerator, cpus=cpus)
     finally:
         torch.set_num_threads(threads)
         if owns_group:
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def watching(
+    rank: int, size: int, timeout: timedelta, report: Callable[[str], None] | None
+) -> Iterator[RankWatch | None]:
+    """The watch of this rank in the store of the process group; errors of collectives name the ranks that are absent.
+    None for a single rank."""
+    if size == 1:
+        yield None
+        return
+    store = dist.distributed_c10d._get_default_store()
+    own = store.clone() if hasattr(store, "clone") else store  # a connection that does not wait for another thread's
+    watch, ended = RankWatch(dist.PrefixStore("reinforce/ranks", own), rank, size, timeout, report), None
+    try:
+        yield watch
+    except BaseException as error:
+        ended = error
+        if absent := watch.explain(error):
+            raise absent from error
+        raise
+    finally:
+        watch.close(ended)
 
 
 def share_from_first(work: Callable[[], T]) -> T:

@@ -20,6 +20,7 @@ from reinforce.terminal import Screen
 from reinforce.training.config import Compute
 from reinforce.training.job import Job
 from reinforce.training.loop import run_rank
+from reinforce.training.rank_watch import TIMEOUT
 from reinforce.training.ranks import join_ranks
 from reinforce.training.results import Results, read_results
 from reinforce.training.stop import Stopped, StopSignal
@@ -64,7 +65,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
     # Otherwise Ray Train runs the ranks in its own folder, where relative paths of the config are wrong.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
@@ -90,6 +91,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
                 "mailbox": mailbox,
                 "folder": os.getcwd(),
             },
+            torch_config=TorchConfig(timeout_s=int(TIMEOUT.total_seconds())),
             scaling_config=ScalingConfig(
                 num_workers=compute.ranks,
                 use_gpu=each.gpus > 0,
@@ -241,8 +243,9 @@ def _train_rank(settings: dict[str, Any]) -> None:
             ray.get(mailbox.log.remote("all ranks were restarted"))
     try:
         device = str(ray.train.torch.get_device())
-        with join_ranks(job.training.compute, device, settings["cpus"]) as ranks:
-            run_rank(settings["build"], job, ranks, stop, _RemoteScreen(mailbox))
+        screen = _RemoteScreen(mailbox)
+        with join_ranks(job.training.compute, device, settings["cpus"], screen.log) as ranks:
+            run_rank(settings["build"], job, ranks, stop, screen)
     except Stopped as stopped:
         ray.get(mailbox.report_stopped.remote(stopped.signum))
     except UserError as error:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
 from reinforce.training.ranks import join_ranks, share_from_first
 from reinforce.training.stop import Stopped, StopSignal
-from reinforce.training.task import Feed, Task
+from reinforce.training.task import Batch, Feed, Task
 from teachers.device import Accelerator
 from tests.helpers.data import free_port
 from tests.helpers.trainings import PairFeed, TowersTask, builder, curve, job, rows
@@ -38,7 +41,21 @@ def failing(accelerator: Accelerator) -> tuple[Task, Feed]:
     return Failing(), PairFeed()
 
 
-def work(rank: int, folder: str, port: int) -> None:
+class HangingFeed(PairFeed):
+    """Rank 1 hangs while it reads the third batch."""
+
+    def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
+        for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
+            if (rank, step) == (1, 2):
+                time.sleep(3)
+            yield made
+
+
+def hanging(accelerator: Accelerator) -> tuple[Task, Feed]:
+    return TowersTask(), HangingFeed()
+
+
+def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
     """All the trainings of this file, one after the other, because processes take seconds to start."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
@@ -74,13 +91,20 @@ def work(rank: int, folder: str, port: int) -> None:
         train("apart", output=f"apart-{rank}")  # like a folder that two machines do not share
         train("failed", build=failing)
         train("poisoned", build=builder({"poisoned": range(4, 6)}))
+    os.environ["MASTER_PORT"] = str(port_of_hanging)
+    reports: list[str] = []
+    try:
+        with join_ranks(job(folder).training.compute, None, None, reports.append, timedelta(seconds=1)) as ranks:
+            run_rank(hanging, job(f"{folder}/hanging", batch=BATCH), ranks, StopSignal())
+    except RuntimeError as error:
+        outcomes["hanging"] = f"{type(error).__name__}: {error}"
     Path(folder, f"{rank}.json").write_text(json.dumps(outcomes))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder), free_port()), nprocs=RANKS)
+    torch.multiprocessing.spawn(work, (str(folder), free_port(), free_port()), nprocs=RANKS)
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -140,3 +164,15 @@ def test_all_ranks_skip_the_same_steps(trained: tuple[Path, list[dict[str, Any]]
     assert [outcomes["poisoned"] for outcomes in trained[1]] == [12] * RANKS
     skipped = [row["skipped"] for row in rows(trained[0] / "poisoned") if "loss" in row]
     assert skipped == [0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2]
+
+
+def test_a_rank_that_others_wait_for_in_vain_is_named_with_where_it_is(
+    trained: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    for rank in (0, 2):
+        error = trained[1][rank]["hanging"]
+        assert error.startswith(f"AbsentRanks: rank {rank} waits at the update of step 2 for rank 1. Rank 1 (pid ")
+        assert "has been at reading the batch of step 3 for " in error
+        assert "tests/training/test_ranks.py" in error
+        assert "in batches. Look at what it waits for there: `py-spy dump --pid" in error
+        assert "Timed out waiting 1000ms" in error

@@ -1,0 +1,113 @@
+"""Who is absent where other ranks wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from reinforce.training import rank_watch
+from reinforce.training.rank_watch import AbsentRanks, Place, RankWatch, absent_ranks, describe_rank
+
+TIMED_OUT = RuntimeError("[unbound_buffer.cc:78] Timed out waiting 1000ms for recv operation to complete")
+
+
+def place(count: int, waits: bool = False, age: float = 0.0, ended: str = "") -> Place:
+    now = time.time() - age
+    return Place(count, "the gradients of step 3", now - 60, "model.py:7 in forward", waits, "node", 12, now, ended)
+
+
+@pytest.mark.parametrize(
+    ("others", "absent"),
+    [
+        ({1: partial(place, 7), 2: partial(place, 6)}, [2]),
+        ({1: partial(place, 7)}, [2]),
+        ({1: partial(place, 7, age=60), 2: partial(place, 7)}, [1]),
+        ({1: partial(place, 7, waits=True), 2: partial(place, 7, ended="ValueError")}, [2]),
+        ({1: partial(place, 7, waits=True), 2: partial(place, 7)}, [2]),
+        ({1: partial(place, 8), 2: partial(place, 7, waits=True)}, [1]),
+        ({1: partial(place, 7, waits=True), 2: partial(place, 7, waits=True)}, []),
+    ],
+)
+def test_the_absent_are_those_behind_or_lost_or_busy_with_their_own_code(
+    others: dict[int, Callable[[], Place]], absent: list[int]
+) -> None:
+    places = {rank: make() for rank, make in others.items()}
+    assert absent_ranks({0: place(7, waits=True), **places}, 0, 3, silence=30) == absent
+
+
+def test_a_message_says_where_a_rank_is_and_what_to_look_at() -> None:
+    assert describe_rank(4, place(7), 30) == (
+        "Rank 4 (pid 12 on node) has been at the gradients of step 3 for 60 s, in model.py:7 in forward. Look at what "
+        "it waits for there: `py-spy dump --pid 12` on node shows its threads."
+    )
+    assert "has written nothing for 90 s, at the gradients of step 3: it was killed" in describe_rank(
+        4, place(7, age=90), 30
+    )
+    assert describe_rank(4, place(7, ended="KeyError: x"), 30).endswith(
+        "has failed at the gradients of step 3: KeyError: x."
+    )
+    assert describe_rank(4, None, 30) == "Rank 4 has not started: look at the log of its process."
+
+
+def watches(count: int, **options: Any) -> list[RankWatch]:
+    store = dist.HashStore()
+    return [RankWatch(store, rank, count, interval=0.02, **options) for rank in range(count)]
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_wait_is_logged_once_for_all_ranks_and_ends_the_processes_at_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rank_watch, "_GRACE", 0.2)
+    reports: list[str] = []
+    ended = threading.Event()
+    first, second, third = all_ = watches(
+        3, timeout=timedelta(seconds=0.5), report=reports.append, end_process=lambda status: ended.set()
+    )
+    first.at("the update of step 1", waits=True)
+    third.at("the update of step 1", waits=True)
+    wait_for(lambda: reports)
+    assert not ended.is_set()
+    assert len(reports) == 1, "of the two ranks that wait"
+    assert "for rank 1. Rank 1 (pid " in reports[0]
+    assert "has been at the start for " in reports[0]
+    wait_for(ended.is_set)
+    second.at("the update of step 1", waits=True)
+    for one in all_:
+        one.close()
+
+
+def test_an_error_of_a_collective_names_the_ranks_and_another_error_is_left_alone() -> None:
+    first, second = watches(2)
+    first.at("the gradients of step 1")
+    second.close(ValueError("no memory"))
+    absent = first.explain(TIMED_OUT)
+    assert isinstance(absent, AbsentRanks)
+    assert "Rank 1 (pid " in str(absent)
+    assert "has failed at the start: ValueError: no memory." in str(absent)
+    assert str(absent).endswith(f"The error of rank 0 is: {TIMED_OUT}")
+    assert first.explain(RuntimeError("size mismatch")) is None
+    first.close()
+
+
+def test_where_rank_0_is_gone_it_is_the_absent_one() -> None:
+    class Gone(dist.HashStore):
+        def check(self, keys: list[str]) -> bool:
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    watch = RankWatch(Gone(), 1, 2, interval=60)
+    assert "rank 0, which keeps the list of places, cannot be reached" in watch.describe()
+    watch._closed.set()
