@@ -99,6 +99,44 @@ def export_datacompdr(
         typer.echo(escape(line))
 
 
+@export.command("embeddings")
+def export_embeddings(
+    dataset: DatasetUrl,
+    output: OutputUrl,
+    teacher: Annotated[str | None, typer.Option(help="Whose vectors. Default: the only teacher.")] = None,
+    texts: Annotated[
+        str, typer.Option(metavar="NAME", help="`caption` (the true one), a captioner, or `none`.")
+    ] = "caption",
+    image: Annotated[
+        str, typer.Option(metavar="N", help="Number of the augmentation, or `average` of all.")
+    ] = "average",
+    text: Annotated[str, typer.Option(metavar="N", help="Number of the caption, or `average` of all.")] = "0",
+    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Of the stored vectors.")] = "float16",
+    address: Address = None,
+    no_ray: NoRay = False,
+) -> None:
+    """Write the vectors of a teacher as clip-retrieval and autofaiss read them: img_emb, text_emb and metadata.
+
+    Finished parts are kept: the same command resumes an export.
+    """
+    from reinforce.publishing.embeddings import export_embeddings as write
+
+    result = write(
+        dataset, output, teacher=teacher, texts=texts, image=_number("--image", image), text=_number("--text", text),
+        dtype=dtype, use_ray=not no_ray, address=address,
+    )  # fmt: skip
+    for line in result.lines():
+        typer.echo(escape(line))
+
+
+def _number(option: str, value: str) -> int | Literal["average"]:
+    if value == "average":
+        return "average"
+    if not value.isdecimal():
+        raise typer.BadParameter(f"{option}: {value!r} is neither a number nor `average`")
+    return int(value)
+
+
 def card(
     dataset: DatasetUrl,
     output: Annotated[

@@ -66,7 +66,7 @@ class ReadLimits(Section):
 class Input(Section):
     """How the members of a shard, or the rows of a table, become samples."""
 
-    format: Literal["tar", "parquet", "jsonl"] | None = Field(
+    format: Literal["tar", "parquet", "jsonl", "dataset"] | None = Field(
         None, description="what the files of `source` are; default: recognised by their names, else by the first file"
     )
     image: str | None = Field(
@@ -85,6 +85,11 @@ class Input(Section):
     )
     metadata: Literal["all", "none"] | list[str] = Field(
         "all", description="what to keep of the json sidecar, or of the columns: all, none, or a list of names"
+    )
+    images_from: ImageFolders | None = Field(
+        None,
+        description="folders that a source may name images in: one URL or a list; a dataset whose images are stored by "
+        "reference needs it",
     )
     limits: Limits = Limits()
     reduce_to: int | None = Field(

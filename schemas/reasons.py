@@ -10,6 +10,8 @@ class Reason(str, Enum):
 
     # A sample is refused while its shard is read. It is in no layer.
     NO_IMAGE = "no_image"  # the sample has no image, or published reinforcements have no image in the source
+    IMAGE_MISSING = "image_missing"  # there is no file where the source says that the image is
+    IMAGE_PLACE = "image_place"  # the source names a place of the image that is not allowed
     NOT_REINFORCED = "not_reinforced"  # the published reinforcements do not contain this key
     REINFORCEMENT_BROKEN = "reinforcement_broken"  # published reinforcements are unreadable or of another image
     DUPLICATE_KEY = "duplicate_key"  # the shard already contained this key, or this member of it

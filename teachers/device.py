@@ -156,6 +156,10 @@ class Accelerator:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
+    def has_passed(self, mark: TimeMark) -> bool:
+        """Whether the device has done what was queued before a mark. Does not wait."""
+        return isinstance(mark, float) or mark.query()
+
     def seconds_between(self, start: TimeMark, end: TimeMark) -> float:
         """Seconds between two marks that the device has already passed."""
         if isinstance(start, float) or isinstance(end, float):

@@ -160,6 +160,24 @@ def test_what_is_read_with_and_without_this_project_is_equal(workspace: Path) ->
     assert first.images["tiny"].shape == (2, 64)
 
 
+def test_layers_joined_in_sql_and_frames_are_those_of_the_samples(workspace: Path) -> None:
+    names = executed("docs/sql.md")
+    samples = list(reinforce.open("my-data"))
+    vectors = np.stack([sample.images["conv-64"] for sample in samples])
+    for joined in ("by_polars", "by_pandas"):
+        np.testing.assert_array_equal(names[joined].astype(np.float32), vectors)
+    loaded = [vector.numpy().astype(np.float32) for _, vector in names["Captions"]()]
+    np.testing.assert_array_equal(loaded, vectors)
+    scores = {
+        sample.key: float(sample.images["conv-64"][0] @ sample.texts["conv-64"]["caption"][0]) for sample in samples
+    }
+    assert len(names["scored"]) == len(samples)
+    for key, caption, synthetic, uid, score in names["scored"]:
+        (sample,) = (sample for sample in samples if sample.key == key)
+        assert (caption, uid, synthetic) == (sample.caption, key, (sample.captions["coca"] or [""])[0])
+        assert score == pytest.approx(scores[key], abs=1e-4)
+
+
 def test_the_custom_teacher_and_reading_without_this_project_stay_short() -> None:
     (teacher,), (*_, bare) = blocks("docs/teachers.md", "python"), blocks("docs/reading.md", "python")
     assert len(teacher.text.strip().splitlines()) <= 25

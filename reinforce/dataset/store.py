@@ -23,11 +23,12 @@ from reinforce.dataset.layers import Layer
 from reinforce.dataset.listing import Listing, list_folders
 from reinforce.errors import UserError
 from reinforce.prefetch import prefetch
+from reinforce.source import formats
 from reinforce.storage import Storage
 from reinforce.terminal import escape
 from schemas import WHOLE_SHARD, Reason
 
-MANIFEST = "dataset.json"
+MANIFEST = formats.MANIFEST
 _QUARANTINE_BYTES = 256 * 2**20
 _QUARANTINE_ROWS = 2**20  # a quarantine file has one row group
 _READ_AT_ONCE = 32  # quarantine files

@@ -48,10 +48,10 @@ class Inference:
         counters: Counters,
         watch: LeaseWatch | None = None,
     ) -> None:
-        self._config, self._models, self._counters = config, models, counters
+        self._config, self._models = config, models
         self._watch = watch or LeaseWatch()
         self._order = models.turns.next_order()
-        self.meter = StageMeter(models.accelerator, models.costs)
+        self.meter = StageMeter(models.accelerator, models.costs, models.counters, counters)
         computed = [layer for layer in layers if not layer.published]
         self.image_layers = [layer for layer in computed if layer.kind == "images"]
         self.caption_layers = [layer for layer in computed if layer.kind == "captions"]
@@ -135,14 +135,22 @@ class Inference:
         seeds = {layer.name: self._caption_seeds(layer, rows) for layer in self.caption_layers}
         # The CPU's part comes first, so that the other shard can use the accelerator meanwhile.
         copied = self._put(rows, pixels, what) if shared else None
-        with self._models.use_accelerator(self._counters, self._order):
+        with self._use_accelerator():
             crops, views = copied or self._put(rows, pixels, what)
             return self._embed(crops, rows, what), self._caption(views, seeds, what)
 
     def _encode(self, layer: Layer, encode: Callable[[], torch.Tensor], count: int, what: str, shared: bool) -> Floats:
         """Embeddings [B, dim] of texts that must fit."""
-        with self._models.use_accelerator(self._counters, self._order), self._run(layer.name, what, count):
-            return to_numpy(encode(), count, self._teacher(layer).dim)
+        with self._use_accelerator(), self._run(layer.name, what):
+            with self.meter.stage(layer.name, count):
+                vectors = encode()
+            return to_numpy(vectors, count, self._teacher(layer).dim)
+
+    @contextlib.contextmanager
+    def _use_accelerator(self) -> Iterator[None]:
+        with self._models.use_accelerator(self._order):
+            yield
+            self.meter.update()
 
     def _put(self, rows: Sequence[Row], pixels: PixelCells, what: str) -> _Pixels:
         """Crops [rows * K, S, S, 3] and whole images by preprocessing, on the device."""

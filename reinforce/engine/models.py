@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +32,7 @@ class Counters:
     """Counts of a worker (read by the driver while shards run) or of one of its shards."""
 
     samples: int = 0
-    busy: float = 0.0  # seconds in which the accelerator was in use
+    busy: float = 0.0  # seconds in which the accelerator worked
 
 
 @dataclass
@@ -75,20 +74,10 @@ class Models:
         return lambda: splitting.to_texts(tokens)
 
     @contextlib.contextmanager
-    def use_accelerator(self, shard: Counters | None = None, order: int = 0) -> Iterator[None]:
-        """Exclusive use of the accelerator; the lowest ``order`` of those who wait comes first.
-
-        The time in it counts as busy, for the worker and for ``shard``.
-        """
+    def use_accelerator(self, order: int = 0) -> Iterator[None]:
+        """Exclusive use of the accelerator; the lowest ``order`` of those who wait comes first."""
         with self.turns.take(order), torch.inference_mode():
-            start = time.perf_counter()
-            try:
-                yield
-            finally:
-                seconds = time.perf_counter() - start
-                self.counters.busy += seconds
-                if shard is not None:
-                    shard.busy += seconds
+            yield
 
 
 def load_models(config: Config, layers: Iterable[Layer]) -> Models:

@@ -6,7 +6,6 @@ The same subtraction serves a fresh run, a resumed run and an added teacher.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,13 +27,12 @@ from reinforce.dataset.store import MANIFEST, Store, check_footer, parse_footer
 from reinforce.engine.inputs import stored_layers
 from reinforce.engine.precision import nodes_of_run, resolve_precisions
 from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.engine.source_shards import SourceShards, source_shards
 from reinforce.errors import UserError
-from reinforce.source.formats import JSONL, PARQUET, TAR
-from reinforce.source.identity import SourceState, former_urls
-from reinforce.source.kinds import source_format
+from reinforce.source.formats import TAR
+from reinforce.source.identity import SourceState
 from reinforce.source.reading import Shard
-from reinforce.source.urls import Info, canonical, expand, find_compressed, find_private, shard_names
-from reinforce.storage import is_job_folder, is_ray_job
+from reinforce.source.urls import Info, canonical, expand
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,54 +209,6 @@ def _not_in_source(names: pa.StringArray, committed: Listing, quarantine: Mappin
     return NotInSource(
         len(finished), len(others), next(iter(finished), None), None if first is None else f"{refused[first]}/{first}"
     )
-
-
-@dataclass(frozen=True)
-class SourceShards:
-    """The shards of a source in order: their names, their URLs, and what the files are."""
-
-    names: pa.StringArray
-    urls: Sequence[str]
-    format: str = TAR
-
-
-def source_shards(config: Config, listed: dict[str, Info] | None = None) -> SourceShards:
-    """Names and URLs of the source's shards; ``listed`` as in ``expand``.
-
-    Raises UserError if the source is empty, two shards have the same name, or Ray deletes a shard after the job.
-    """
-    urls = expand(config.source, listed)
-    _check_outlives_job(urls)
-    format_ = source_format(urls, config.input.format)
-    if not config.embeds_images and format_ in (PARQUET, JSONL):
-        raise UserError(
-            f"source: images: reference needs files that hold the images as they are, in uncompressed tars; "
-            f"{canonical(urls[0])} is a {format_} file; set images: embed"
-        )
-    if not config.embeds_images and (packed := find_compressed(urls)):
-        raise UserError(
-            f"source: images: reference needs uncompressed .tar shards, and {canonical(packed)} is compressed; set "
-            "images: embed"
-        )
-    if not config.embeds_images and (private := find_private(urls)):
-        raise UserError(
-            f"source: images: reference stores URLs without user, password and query, and {canonical(private)} cannot "
-            "be read without them; give credentials by the environment (AWS_ACCESS_KEY_ID, or fsspec's "
-            "configuration), or set images: embed"
-        )
-    return SourceShards(pa.array(shard_names(former_urls(urls, config.moved)), pa.string()), urls, format_)
-
-
-def _check_outlives_job(urls: Iterable[str]) -> None:
-    """Raise UserError if Ray deletes a local shard after this job; in the next job it would have another name."""
-    for url in urls if is_ray_job() else ():
-        path = canonical(url)
-        if path.startswith(os.sep) and (is_job_folder(url) or is_job_folder(path)):
-            raise UserError(
-                f"source {path} is in the temporary folder of a Ray job. Shards are named after their paths, "
-                "so every job would compute them again. Set `source` to an absolute path that every node reaches, or "
-                "to a URL such as s3://BUCKET/FOLDER."
-            )
 
 
 def _pair_reinforcements(config: Config, source: SourceShards) -> Sequence[str]:

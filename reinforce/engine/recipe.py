@@ -47,8 +47,8 @@ _LATER_KEYS = ("image", "key")
 
 
 def _input_recipe(config: Config) -> dict[str, Any]:
-    # The format says how files are recognised, and reduce_to is recorded in the name of the image policy.
-    recipe = config.input.model_dump(mode="json", exclude={"format", "reduce_to"})
+    # The first two say which files are read, and reduce_to is recorded in the name of the image policy.
+    recipe = config.input.model_dump(mode="json", exclude={"format", "images_from", "reduce_to"})
     for name in _LATER_KEYS:
         if recipe[name] is None:
             del recipe[name]

@@ -137,6 +137,7 @@ class _ShardProcess:
             stale = self._commit(writers)
             size = sum(writer.bytes for writer in writers.values())
         reason = self.refusals.shard_reason
+        stages = self.inference.meter.collect()
         return ShardResult(
             self.shard.name,
             () if reason else self.shard.layers,
@@ -153,7 +154,7 @@ class _ShardProcess:
             {} if reason else {name: FileEntry(one.bytes, tuple(one.groups)) for name, one in writers.items()},
             set_aside=stale,
             notes=self.models.batches.take_notes(),
-            stages=self.inference.meter.collect(),
+            stages=stages,
             device=device_report(self.models.accelerator),
         )
 

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from reinforce.engine.rates import Cost, Stages
 from teachers.device import Accelerator, TimeMark
 
-_MAX_PENDING = 256
+
+class Busy(Protocol):
+    """What counts the seconds in which the device works."""
+
+    busy: float
 
 
 class StageMeter:
-    """Measures the stages of a shard; ``costs`` are those of its layers, where they are known."""
+    """Measures the stages of a shard, from where the device reaches the start of their work to its end.
 
-    def __init__(self, accelerator: Accelerator, costs: Mapping[str, Cost]) -> None:
-        self._accelerator, self._costs = accelerator, costs
-        self._pending: list[tuple[str, int, TimeMark, TimeMark]] = []
+    Their seconds are busy time of ``counters``. What the host does before and after them is not; gaps in them, where
+    the host queues work more slowly than the device does it, are. ``costs`` are those of layers, where they are known.
+    """
+
+    def __init__(self, accelerator: Accelerator, costs: Mapping[str, Cost], *counters: Busy) -> None:
+        self._accelerator, self._costs, self._counters = accelerator, costs, counters
+        self._pending: deque[tuple[str, int, TimeMark, TimeMark]] = deque()
         self._stages: Stages = {}
 
     @contextlib.contextmanager
@@ -29,22 +37,28 @@ class StageMeter:
         start = self._accelerator.mark()
         yield
         self._pending.append((layer, inputs, start, self._accelerator.mark()))
-        if len(self._pending) >= _MAX_PENDING:
-            self.collect()
+
+    def update(self) -> None:
+        """Count the stages that the device has finished. Call it while no other thread uses the device."""
+        while self._pending and self._accelerator.has_passed(self._pending[0][3]):
+            self._count(*self._pending.popleft())
 
     def collect(self) -> Stages:
         """The sums so far, after all work is done."""
-        if self._pending:
+        if self._pending:  # a model whose outputs were not waited for
             self._accelerator.synchronize()
-        for layer, inputs, start, end in self._pending:
-            seconds = self._accelerator.seconds_between(start, end)
-            stage: Any = self._stages.setdefault(layer, Counter())
-            stage.update(inputs=inputs, seconds=seconds)
-            if layer in self._costs:
-                cost = self._costs[layer]
-                stage.update(flops=inputs * cost.flops, peak_flops=seconds * cost.peak)
-        self._pending.clear()
+            self.update()
         return self._stages
+
+    def _count(self, layer: str, inputs: int, start: TimeMark, end: TimeMark) -> None:
+        seconds = self._accelerator.seconds_between(start, end)
+        for counter in self._counters:
+            counter.busy += seconds
+        stage: Any = self._stages.setdefault(layer, Counter())
+        stage.update(inputs=inputs, seconds=seconds)
+        if layer in self._costs:
+            cost = self._costs[layer]
+            stage.update(flops=inputs * cost.flops, peak_flops=seconds * cost.peak)
 
 
 def device_report(accelerator: Accelerator) -> dict[str, Any]:

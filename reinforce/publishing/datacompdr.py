@@ -22,7 +22,7 @@ from reinforce.dataset.sample import ImagePolicies
 from reinforce.engine.published_members import FORMAT, MAX_OPS
 from reinforce.errors import UserError
 from reinforce.publishing.datacompdr_shard import LIST_OF, ShardExport, export_shard, stats_name, tar_name
-from reinforce.publishing.shards import as_seen_by_workers, for_each_shard
+from reinforce.publishing.shards import as_seen_by_workers, existing_files, for_each_shard
 from reinforce.source.image import IMAGE_POLICY, PUBLISHED_POLICY
 from reinforce.storage import Storage
 
@@ -118,7 +118,7 @@ def _write(export: ShardExport, shards: Sequence[str], result: Exported, use_ray
     with output.lock():
         _check_same_config(output, result.config)
         output.write_json(result.config, CONFIG)
-        written = _existing(output)
+        written = existing_files(output)
         missing = [shard for shard in shards if tar_name(shard) not in written]
         found = {shard: output.read_json(stats_name(shard)) or {} for shard in shards if tar_name(shard) in written}
         result.kept = len(found)
@@ -128,15 +128,6 @@ def _write(export: ShardExport, shards: Sequence[str], result: Exported, use_ray
         result.samples += stats.get("samples", 0)
         for reason, entry in stats.get("left_out", {}).items():
             result.left_out[reason] += entry["samples"]
-
-
-def _existing(output: Storage) -> set[str]:
-    """Names of the files in the output folder."""
-    try:
-        with output.storage_errors("listed"):
-            return {str(path).rstrip("/").rpartition("/")[2] for path in output.fs.ls(output.root, detail=False)}
-    except FileNotFoundError:
-        return set()
 
 
 def _check_same_config(output: Storage, config: Mapping[str, Any]) -> None:

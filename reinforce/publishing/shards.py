@@ -42,6 +42,16 @@ def as_seen_by_workers(url: str) -> str:
     return storage.root if storage.local else url
 
 
+def existing_files(output: Storage, *folder: str) -> set[str]:
+    """Names of the files in a folder of the output."""
+    try:
+        with output.storage_errors("listed", *folder):
+            found = output.fs.ls(output.path(*folder), detail=False, refresh=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    return {str(path).rstrip("/").rpartition("/")[2] for path in found}
+
+
 def _here(function: Callable[[str], R], shards: Iterable[str]) -> Iterator[tuple[str, R]]:
     for shard in shards:
         for attempt in range(1, _ATTEMPTS + 1):

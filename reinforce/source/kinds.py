@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reinforce.source.formats import ENDINGS, JSONL, PARQUET, TAR, foreign_name
+from reinforce.source.formats import DATASET, ENDINGS, JSONL, MANIFEST, PARQUET, TAR, foreign_name
 from reinforce.source.urls import COMPRESSIONS, filesystem
 
 _FIRST_BYTES = 512
@@ -39,6 +39,8 @@ def unexpected_name(url: str, format_: str) -> str | None:
     """What a file is and the remedy, if its name is that of another format than ``format_``."""
     if format_ == TAR:
         return foreign_name(url)
+    if format_ not in ENDINGS:
+        return None
     found = format_of_name(url)
     if found is None:
         kind = foreign_name(url)
@@ -56,6 +58,8 @@ def _format_of_content(url: str) -> str:
         return TAR
     try:
         fs, path = filesystem(url)
+        if fs.isfile(f"{path.rstrip('/')}/{MANIFEST}"):
+            return DATASET
         if not fs.isfile(path):
             return TAR
         head = fs.read_block(path, 0, _FIRST_BYTES)

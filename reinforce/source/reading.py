@@ -10,7 +10,8 @@ from reinforce.config import Input, Limits
 from reinforce.source import lines, parquet
 from reinforce.source.columns import Columns, NoColumn, Place, RowReader, find_columns
 from reinforce.source.footers import RefusedFile
-from reinforce.source.formats import CSV, JSONL, PARQUET, TAR
+from reinforce.source.formats import CSV, DATASET, JSONL, PARQUET, TAR
+from reinforce.source.samples_layer import read_samples_layer
 from reinforce.source.shards import RawSample, ReadBudget, Refusal, read_shard, refusing_absent
 from schemas import Reason
 
@@ -139,8 +140,16 @@ class _KnownColumns:
         return self._last[1]
 
 
+def _read_dataset(shard: Shard, spec: Input) -> Iterator[_Item]:
+    try:
+        yield from read_samples_layer(shard.url, spec)
+    except RefusedFile as error:
+        yield Refusal(None, Reason.SHARD_UNREADABLE, f"a samples file that cannot be used: {error}")
+
+
 _READERS: dict[str, Callable[[Shard, Input], Iterator[_Item]]] = {
     PARQUET: _read_parquet,
     JSONL: _read_jsonl,
     CSV: _read_csv,
+    DATASET: _read_dataset,
 }

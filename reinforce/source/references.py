@@ -56,6 +56,10 @@ class ImageRoots:
             roots.append(root.rstrip("/"))
         return cls(tuple(roots), key, max_bytes)
 
+    def holds(self, url: str) -> bool:
+        """Whether a canonical URL is one of these folders and files, or in one."""
+        return any(url == root or url.startswith(f"{root}/") for root in self.urls)
+
     def check(self, url: str) -> str:
         """Return a URL that may be read. Raises UserError, with what to add if it would be allowed then."""
         if url == self.own:
@@ -63,7 +67,7 @@ class ImageRoots:
         shown = escape(url[:200])
         if fault := _fault(url):
             raise UserError(f"an image is stored by reference to {shown}, which is not followed: {fault}.")
-        if not any(url == root or url.startswith(f"{root}/") for root in self.urls):
+        if not self.holds(url):
             folder = escape(url.rpartition("/")[0])
             raise UserError(
                 f"an image is stored by reference to {shown}, which is in no folder that you have allowed. If the tars "

@@ -12,7 +12,8 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.dataset.manifest import update_manifest
 from reinforce.dataset.store import Store
-from reinforce.engine.plan import NotInSource, make_plan, source_shards
+from reinforce.engine.plan import NotInSource, make_plan
+from reinforce.engine.source_shards import source_shards
 from reinforce.errors import UserError
 from schemas import Reason
 from tests.helpers.data import config_of, members_of, write_tar

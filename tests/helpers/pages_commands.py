@@ -28,6 +28,7 @@ RUN = [
     r"reinforce check (my\.yaml|our_teachers:Tiny --options .*)",
     r"reinforce captions-report my-data",
     r"reinforce export datacompdr my-data my-data-dr --teachers conv-64,tiny",
+    r"reinforce export embeddings my-data my-vectors --teacher conv-64",
     r"reinforce card my-data --license cc-by-4\.0",
     r"reinforce train student\.yaml",
     r"reinforce evaluate runs/s0 --config student\.yaml",

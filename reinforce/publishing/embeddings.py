@@ -1,0 +1,258 @@
+"""``reinforce export embeddings``: the vectors of one teacher as clip-retrieval and autofaiss read them.
+
+``img_emb/img_emb_0.npy`` and ``text_emb/text_emb_0.npy`` hold an image and a text vector [rows, dim] for each row of
+``metadata/metadata_0.parquet``. There is one such part for each shard; its metadata is written last, so that the same
+command resumes an export.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from reinforce.dataset import vectors
+from reinforce.dataset.aligned import AlignedLayers, row_errors
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
+from reinforce.dataset.reader import Dataset
+from reinforce.dataset.store import Store
+from reinforce.errors import UserError
+from reinforce.publishing.shards import as_seen_by_workers, existing_files, for_each_shard
+from reinforce.source.text import parse_json
+from reinforce.storage import Storage
+
+CONFIG = "embeddings.json"
+IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
+AVERAGE = "average"
+NO_TEXTS = "none"
+_LEFT_OUT = b"reinforce.left_out"  # in the footer of metadata
+_SCHEMA = pa.schema(
+    [
+        ("image_path", pa.string()),  # the key: clip-retrieval puts it here for tars
+        ("caption", pa.string()),
+        ("shard", pa.string()),
+        ("url", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
+_COLUMNS = ("key", "caption", "metadata", "width", "height")
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which vectors are exported.
+
+    ``texts`` is ``caption``, a captioner, or ``none``. ``image`` and ``text`` are the number of the augmentation and of
+    the caption, or ``average``: the mean of all of them, normalised.
+    """
+
+    teacher: str
+    texts: str
+    image: int | Literal["average"]
+    text: int | Literal["average"]
+    dtype: Literal["float16", "float32"]
+
+
+@dataclass(frozen=True)
+class PartExport:
+    """What to write of each shard. ``fingerprints`` are those of the layers that are read, ``samples`` first."""
+
+    url: str
+    output: str
+    choice: Choice
+    fingerprints: Mapping[str, str]
+    moved: Mapping[str, str]
+
+
+@dataclass
+class ExportedVectors:
+    """Result of an export: rows written, and rows without an image or text vector."""
+
+    output: str
+    choice: Choice
+    parts: int = 0
+    kept: int = 0
+    rows: int = 0
+    left_out: int = 0
+
+    def lines(self) -> list[str]:
+        texts = "" if self.choice.texts == NO_TEXTS else f", texts: {self.choice.texts} ({self.choice.text})"
+        lines = [
+            f"{self.rows:,} vectors of {self.choice.teacher}, images: augmentation {self.choice.image}{texts}, in "
+            f"{self.parts:,} parts{f', of which {self.kept:,} were there before' if self.kept else ''}: {self.output}"
+        ]
+        if self.left_out:
+            lines.append(f"left out: {self.left_out:,} samples without a vector or text")
+        return [*lines, f"index them: autofaiss build_index --embeddings {self.output}/{IMAGES} --metric_type ip"]
+
+
+def export_embeddings(
+    url: str,
+    output: str,
+    *,
+    teacher: str | None = None,
+    texts: str = TRUE_CAPTION,
+    image: int | Literal["average"] = AVERAGE,  # type: ignore[assignment]
+    text: int | Literal["average"] = 0,
+    dtype: Literal["float16", "float32"] = "float16",
+    use_ray: bool = True,
+    address: str | None = None,
+) -> ExportedVectors:
+    """Write the vectors of the complete shards of a dataset to a folder or fsspec URL. Raises UserError.
+
+    Rows that lack a vector are left out and counted. ``teacher`` may be left open if the dataset has one.
+    """
+    captioners = [] if texts in (TRUE_CAPTION, NO_TEXTS) else [texts]
+    data = Dataset(url, None if teacher is None else [teacher], captioners)
+    if len(data.teachers) != 1:
+        raise UserError(f"{data.store.url} has teachers {', '.join(data.teachers)}: choose one by --teacher.")
+    choice = Choice(data.teachers[0], texts, image, text, dtype)
+    layers = _needed_layers(data, choice)
+    fingerprints = {name: data.fingerprints[name] for name in layers}
+    export = PartExport(
+        as_seen_by_workers(url), as_seen_by_workers(output), choice, fingerprints, data.manifest.get("moved", {})
+    )
+    return _write(export, data.shards, use_ray, address)
+
+
+def _needed_layers(data: Dataset, choice: Choice) -> list[str]:
+    """The layers to read. Raises UserError if one is missing or has fewer vectors than asked for."""
+    wanted: list[tuple[str, int | str, str]] = [(embeddings_layer(choice.teacher, "images"), choice.image, "--image")]
+    if choice.texts != NO_TEXTS:
+        wanted.append((embeddings_layer(choice.teacher, choice.texts), choice.text, "--text"))
+    for name, number, option in wanted:
+        if name not in data.layers:
+            raise UserError(f"{data.store.url} has no {name}. Choose by --teacher and --texts.")
+        count = data.manifest["layers"][name]["count"]
+        if isinstance(number, int) and not 0 <= number < count:
+            raise UserError(f"{option}: {name} has vectors 0 to {count - 1}, not {number}.")
+    captions = [captions_layer(name) for name in data.captioners]
+    return [SAMPLES, *captions, *(name for name, _, _ in wanted)]
+
+
+def _write(export: PartExport, shards: Sequence[str], use_ray: bool, address: str | None) -> ExportedVectors:
+    output = Storage(export.output)
+    output.check_writable()
+    result = ExportedVectors(output.url, export.choice)
+    with output.lock():
+        _check_same_export(output, export, shards)
+        digits = len(str(max(len(shards) - 1, 0)))
+        parts = [f"{number:0{digits}d} {shard}" for number, shard in enumerate(shards)]
+        written = existing_files(output, METADATA)
+        missing = [part for part in parts if metadata_file(part.partition(" ")[0]) not in written]
+        result.parts, result.kept = len(parts), len(parts) - len(missing)
+        counts = [_counts_before(output, part.partition(" ")[0]) for part in parts if part not in {*missing}]
+        function = functools.partial(export_part, export)
+        counts += [found for _, found in for_each_shard(function, missing, use_ray=use_ray, address=address)]
+    result.rows, result.left_out = (sum(numbers) for numbers in zip(*counts, strict=True))
+    return result
+
+
+def metadata_file(number: str) -> str:
+    return f"{METADATA}_{number}.parquet"
+
+
+def _counts_before(output: Storage, number: str) -> tuple[int, int]:
+    """Rows of a part that is there, and rows that were left out of it."""
+    path = output.path(METADATA, metadata_file(number))
+    with output.storage_errors("read", METADATA), output.fs.open(path, "rb") as file:
+        footer = pq.read_metadata(file)
+    return footer.num_rows, int((footer.metadata or {}).get(_LEFT_OUT, b"0"))
+
+
+def _check_same_export(output: Storage, export: PartExport, shards: Sequence[str]) -> None:
+    """Record what is exported. Raises UserError if the folder has another export."""
+    digest = hashlib.sha256("\n".join(shards).encode()).hexdigest()[:16]
+    config = {**asdict(export.choice), "layers": dict(export.fingerprints), "shards": len(shards), "digest": digest}
+    before = output.read_json(CONFIG)
+    if before is None:
+        output.write_json(config, CONFIG)
+    elif before != config:
+        different = [key for key in config if before.get(key) != config[key]]
+        raise UserError(
+            f"{output.url} has an export with other {', '.join(different) or 'content'}. Repeat the options of that "
+            "one, or give another folder."
+        )
+
+
+def export_part(export: PartExport, part: str) -> tuple[int, int]:
+    """Write the files of a part, ``NUMBER SHARD`` -> rows that were written, and rows that were left out."""
+    number, _, shard = part.partition(" ")
+    choice, output, store = export.choice, Storage(export.output), Store(export.url)
+    images, texts, rows, left_out = list[Floats](), list[Floats](), list[dict[str, Any]](), 0
+    with AlignedLayers(store, export.fingerprints, {SAMPLES: _COLUMNS}, export.moved).open(shard) as layers:
+        for tables in map(layers.read, range(layers.row_groups)):
+            with row_errors(store.url):
+                image, text, captions = _vectors(tables, choice)
+                keep = _complete(image)
+                if choice.texts != NO_TEXTS:
+                    keep &= _complete(text) & np.array([caption is not None for caption in captions], bool)
+                images.append(image[keep])
+                texts.append(text[keep])
+                samples = tables[SAMPLES].to_pylist()
+                rows += [_metadata(samples[row], captions[row], shard) for row in np.flatnonzero(keep)]
+                left_out += len(keep) - int(keep.sum())
+    _save(output, images, choice.dtype, IMAGES, number)
+    if choice.texts != NO_TEXTS:
+        _save(output, texts, choice.dtype, TEXTS, number)
+    table = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata({_LEFT_OUT: str(left_out)}))
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    output.write_bytes(buffer.getvalue().to_pybytes(), METADATA, metadata_file(number))
+    return len(rows), left_out
+
+
+def _vectors(tables: Mapping[str, pa.Table], choice: Choice) -> tuple[Floats, Floats, list[str | None]]:
+    """Image vectors and text vectors [rows, dim] of a row group, and the captions of the latter; null rows are NaN."""
+    captions: list[str | None] = tables[SAMPLES]["caption"].to_pylist()
+    image = _select(tables[embeddings_layer(choice.teacher, "images")], choice.image)
+    if choice.texts == NO_TEXTS:
+        return image, np.empty((len(image), 0), np.float32), captions
+    if choice.texts != TRUE_CAPTION:
+        listed = tables[captions_layer(choice.texts)]["captions"].to_pylist()
+        at = choice.text if isinstance(choice.text, int) else 0
+        captions = [None if texts is None or len(texts) <= at else texts[at] for texts in listed]
+    return image, _select(tables[embeddings_layer(choice.teacher, choice.texts)], choice.text), captions
+
+
+def _select(table: pa.Table, number: int | str) -> Floats:
+    """Vector ``number`` of each row, or the mean of all, as unit vectors [rows, dim]."""
+    stored = vectors.decode(table)
+    chosen: Floats = stored.mean(axis=1) if number == AVERAGE else stored[:, int(number)]
+    norms = np.linalg.norm(chosen, axis=1, keepdims=True)
+    return np.divide(chosen, np.where(norms > 0, norms, 1), dtype=np.float32)
+
+
+def _complete(found: Floats) -> npt.NDArray[np.bool_]:
+    """Which rows are not null [rows]."""
+    return np.asarray(~np.isnan(found).any(axis=1), np.bool_)
+
+
+def _metadata(sample: Mapping[str, Any], caption: str | None, shard: str) -> dict[str, Any]:
+    document = parse_json((sample["metadata"] or "{}").encode())
+    url = document.get("url") if isinstance(document, dict) else None
+    return {
+        "image_path": sample["key"],
+        "caption": caption,
+        "shard": shard,
+        "url": url if isinstance(url, str) else None,
+        "width": sample["width"],
+        "height": sample["height"],
+    }
+
+
+def _save(output: Storage, parts: Sequence[Floats], dtype: str, folder: str, number: str) -> None:
+    out = io.BytesIO()
+    np.save(out, np.concatenate(parts).astype(dtype))
+    output.write_bytes(out.getvalue(), folder, f"{folder}_{number}.npy")

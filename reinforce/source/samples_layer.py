@@ -1,0 +1,73 @@
+"""The samples layer of another reinforced dataset as a source: keys, images, captions and metadata."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from reinforce.config import Input
+from reinforce.errors import UserError
+from reinforce.source.columns import Columns, Place, make_sample
+from reinforce.source.footers import RefusedFile
+from reinforce.source.parquet import ParquetFile, Row
+from reinforce.source.references import ImageRoots, image_digest
+from reinforce.source.shards import RawSample, Refusal, read_ranges
+from reinforce.source.tar import DamagedTar
+from schemas import IMAGE_DIGEST, Reason, image_column
+
+_CHUNK_ROWS = 64  # of referenced images that are read with one file
+_TEXTS = {"caption": "txt", "metadata": "json"}  # sidecars that the columns are
+_TYPES = {("key", "string"), ("caption", "string"), ("metadata", "string"), ("image", "binary")}
+_TYPES |= {("image_ref", "struct<url: string, offset: int64, length: int64>")}
+
+
+def read_samples_layer(url: str, spec: Input) -> Iterator[RawSample | Refusal]:
+    """Yield the samples of a samples file, in order. Raises as ``ParquetFile``, and what the storage raises."""
+    with ParquetFile(url) as file:
+        names = [*file.types]
+        image = next((name for name in map(image_column, ("embed", "reference")) if name in names), None)
+        types = {name: str(type_).replace(" not null", "") for name, type_ in file.types.items()}
+        if image is None or {(name, types.get(name)) for name in ("key", image, *_TEXTS)} - _TYPES:
+            raise RefusedFile("it does not have the columns of a samples layer")
+        columns = Columns("key", "key", {}, (image, *_TEXTS, *({IMAGE_DIGEST} & {*names})), tuple(names))
+        rows = file.rows(columns)
+        if image == image_column("embed"):
+            for row in rows:
+                yield _damage(row) if isinstance(row, RefusedFile) else _sample(row[1], row[1][image], spec)
+            return
+        roots = ImageRoots.named(spec.images_from or (), 'input.images_from: ["{}"]', spec.limits.image_bytes)
+        while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
+            yield from _referenced([row[1] for row in chunk if not isinstance(row, RefusedFile)], roots, spec)
+            yield from (_damage(row) for row in chunk if isinstance(row, RefusedFile))
+
+
+def _referenced(rows: Sequence[Row], roots: ImageRoots, spec: Input) -> Iterator[RawSample | Refusal]:
+    """The samples of rows whose images are in tars; those of one tar are read together."""
+    for _, group in itertools.groupby(rows, key=lambda row: row["image_ref"]["url"]):
+        part = list(group)
+        done = 0
+        try:
+            ranges = roots.ranges([row["image_ref"] for row in part])
+            for image in read_ranges(ranges[0][0], ((offset, length) for _, offset, length in ranges)):
+                row, done = part[done], done + 1
+                if row.get(IMAGE_DIGEST) not in (None, image_digest(image)):
+                    yield Refusal(row["key"], Reason.IMAGE_BROKEN, "another image than when the samples were written")
+                else:
+                    yield _sample(row, image, spec)
+        except (UserError, DamagedTar, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            allowed = not isinstance(error, UserError)
+            reason = Reason.IMAGE_MISSING if allowed else Reason.IMAGE_PLACE
+            for row in part[done:]:
+                yield Refusal(
+                    row["key"], reason, f"{row['image_ref']['url'][:500]}: {error}" if allowed else str(error)
+                )
+
+
+def _sample(row: Row, image: bytes, spec: Input) -> RawSample | Refusal:
+    sidecars = {name: row[column].encode() for column, name in _TEXTS.items() if row[column] is not None}
+    return make_sample(Place(row["key"], "", sidecars, {}, ()), image, spec.limits)
+
+
+def _damage(item: Any) -> Refusal:
+    return Refusal(None, Reason.SHARD_DAMAGED, str(item))

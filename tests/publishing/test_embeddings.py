@@ -1,0 +1,151 @@
+"""Vectors as clip-retrieval and autofaiss read them, searched by FAISS."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pandas
+import pytest
+
+import reinforce
+from reinforce.cli import main
+from reinforce.demo.data import make_picture, shared_concepts, write_pictures
+from reinforce.demo.styles import twemoji
+from reinforce.errors import UserError
+from reinforce.publishing import embeddings
+from reinforce.publishing.embeddings import ExportedVectors, export_embeddings
+from tests.helpers.data import config_of, members_of, picture, write_tar
+from tests.helpers.demo import COMMITTED
+from tests.helpers.reinforced import reinforce_here
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of two shards; one sample has no caption. The teacher encodes texts and images to random directions."""
+    folder = tmp_path_factory.mktemp("vectors")
+    write_tar(folder / "source" / "00000.tar", [*members_of(0, 5), ("silent.png", picture(9))])
+    write_tar(folder / "source" / "00001.tar", members_of(1, 3))
+    return reinforce_here(config_of(f"{folder}/source/*.tar", folder / "out"))
+
+
+def export(dataset: str, output: Path, **options: Any) -> ExportedVectors:
+    return export_embeddings(dataset, str(output), use_ray=False, **options)
+
+
+def read(folder: Path, name: str) -> np.ndarray:
+    """The arrays of a folder in the order of their names, as embedding_reader reads them."""
+    return np.concatenate([np.load(path) for path in sorted((folder / name).glob("*.npy"))])
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    normed: np.ndarray = vector / np.linalg.norm(vector)
+    return normed
+
+
+def test_rows_of_images_texts_and_metadata_belong_together(dataset: str, tmp_path: Path) -> None:
+    found = export(dataset, tmp_path, teacher="red")
+    assert (found.parts, found.rows, found.left_out) == (2, 8, 1)
+    assert "left out: 1 samples without a vector or text" in found.lines()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*_*.*")) == [
+        *(f"img_emb/img_emb_{n}.npy" for n in range(2)),
+        *(f"metadata/metadata_{n}.parquet" for n in range(2)),
+        *(f"text_emb/text_emb_{n}.npy" for n in range(2)),
+    ]
+    images, texts, table = (
+        read(tmp_path, "img_emb"),
+        read(tmp_path, "text_emb"),
+        pandas.read_parquet(tmp_path / "metadata"),
+    )
+    assert (images.dtype, images.shape, texts.shape, len(table)) == (np.float16, (8, 8), (8, 8), 8)
+    samples = [sample for sample in reinforce.open(dataset) if sample.caption is not None]
+    for sample, image, text, (_, row) in zip(samples, images, texts, table.iterrows(), strict=True):
+        assert (row["image_path"], row["caption"], row["width"]) == (sample.key, sample.caption, sample.width)
+        assert row["url"] == f"https://example.org/{sample.key}"
+        np.testing.assert_allclose(image, unit(sample.images["red"].mean(axis=0)), atol=1e-3)
+        np.testing.assert_allclose(text, unit(sample.texts["red"]["caption"][0]), atol=1e-3)
+
+
+def test_options_choose_augmentation_caption_and_type(dataset: str, tmp_path: Path) -> None:
+    words = ["export", "embeddings", dataset, str(tmp_path), "--teacher", "blue", "--texts", "namer", "--no-ray"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--image", "1", "--text", "1", "--dtype", "float32"])
+    assert not ended.value.code
+    images, texts, table = (
+        read(tmp_path, "img_emb"),
+        read(tmp_path, "text_emb"),
+        pandas.read_parquet(tmp_path / "metadata"),
+    )
+    samples = list(reinforce.open(dataset))
+    assert (images.dtype, len(images)) == (np.float32, len(samples))  # each has synthetic captions
+    for sample, image, text, caption in zip(samples, images, texts, table["caption"], strict=True):
+        np.testing.assert_allclose(image, unit(sample.images["blue"][1]), atol=1e-6)
+        np.testing.assert_allclose(text, unit(sample.texts["blue"]["namer"][1]), atol=1e-6)
+        assert caption == (sample.captions["namer"] or [])[1]
+    export(dataset, tmp_path / "images", teacher="blue", texts="none")
+    assert len(read(tmp_path / "images", "img_emb")) == 9
+    assert not (tmp_path / "images" / "text_emb").exists()
+
+
+def test_an_export_is_resumed(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(dataset, tmp_path / "whole", teacher="red")
+    save = embeddings._save
+
+    def fail_late(output: Any, parts: Any, dtype: str, folder: str, number: str) -> None:
+        if (folder, number) == ("text_emb", "1"):
+            raise UserError("the disk is gone")
+        save(output, parts, dtype, folder, number)
+
+    monkeypatch.setattr(embeddings, "_save", fail_late)
+    with pytest.raises(UserError, match="the disk is gone"):
+        export(dataset, tmp_path / "cut", teacher="red")
+    monkeypatch.undo()
+    found = export(dataset, tmp_path / "cut", teacher="red")
+    assert (found.parts, found.kept, found.rows, found.left_out) == (2, 1, 8, 1)
+    whole, resumed = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*") if path.is_file()}
+        for name in ("whole", "cut")
+    )
+    assert whole == resumed
+    with pytest.raises(UserError, match=r"an export with other image\. Repeat the options"):
+        export(dataset, tmp_path / "cut", teacher="red", image=0)
+    assert json.loads((tmp_path / "cut" / "embeddings.json").read_text())["image"] == "average"
+
+
+def test_faiss_finds_images_of_the_demo_by_their_captions(tmp_path: Path) -> None:
+    count = 60
+    drawings = twemoji()
+    pictures = [make_picture(one, drawings[one.emoji.key]()) for one in shared_concepts()[:count]]
+    write_pictures(tmp_path / "shards", pictures, "")
+    config = {
+        "source": f"{tmp_path}/shards/*.tar",
+        "output": f"{tmp_path}/out",
+        "augmentations": {"count": 2, "size": 64, "scale": [0.7, 1.0]},
+        "teachers": {"conv-64": {"model": f"local-dir:{COMMITTED}/conv-64", "logit_scale": 25}},
+    }
+    assert export(reinforce_here(config, group_rows=count), tmp_path / "vectors").rows == count
+    images, texts = (read(tmp_path / "vectors", name).astype(np.float32) for name in ("img_emb", "text_emb"))
+    index = faiss.IndexFlatIP(images.shape[1])
+    index.add(images)
+    _, found = index.search(texts, 5)
+    first, among_five = (float(np.mean((found[:, :k] == np.arange(count)[:, None]).any(axis=1))) for k in (1, 5))
+    assert first > 10 / count, "ten times chance"
+    assert among_five > 5 * 5 / count, "five times chance"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "has teachers red, blue: choose one by --teacher"),
+        ({"teacher": "red", "texts": "coca"}, "has no captioner 'coca'"),
+        ({"teacher": "red", "image": 2}, r"--image: embeddings/red/images has vectors 0 to 1, not 2"),
+        ({"teacher": "red", "texts": "namer", "text": 7}, r"--text: embeddings/red/namer has vectors 0 to 1, not 7"),
+    ],
+)
+def test_what_is_not_there_is_named(dataset: str, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        export(dataset, tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()

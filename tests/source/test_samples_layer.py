@@ -1,0 +1,95 @@
+"""Another reinforced dataset as the source: the same samples, and none of its teachers' layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from reinforce.config import parse_config
+from reinforce.dataset.store import Store
+from reinforce.engine.plan import make_plan
+from reinforce.engine.probe import check_source
+from reinforce.errors import UserError
+from tests.helpers.data import config_of, members_of, picture, write_tar
+from tests.helpers.reinforced import reinforce_here
+from tests.helpers.tables import outcomes, read_table
+
+TEACHERS = {"red": config_of("", "")["teachers"]["red"]}
+
+
+def config(source: Path | str, output: Path, **changes: Any) -> dict[str, Any]:
+    return config_of(str(source), output, **{"captioners": {}, "teachers": {}, **changes})
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Datasets of one shard: with embedded images and a teacher, and by reference without one."""
+    folder = tmp_path_factory.mktemp("first")
+    write_tar(folder / "tars" / "0.tar", [*members_of(0, 5), ("broken.png", b"no image")])
+    reinforce_here(config(f"{folder}/tars/0.tar", folder / "embed", teachers=TEACHERS))
+    reinforce_here(config(f"{folder}/tars/0.tar", folder / "reference", images="reference"))
+    return folder
+
+
+def rows(dataset: Path | str) -> list[dict[str, Any]]:
+    return [row for path in sorted(Path(dataset, "samples").iterdir()) for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.mark.parametrize("images", ["embed", "reference"])
+def test_the_samples_of_a_dataset_are_those_of_its_source(first: Path, tmp_path: Path, images: str) -> None:
+    spec = {"images_from": str(first / "tars")} if images == "reference" else {}
+    values = config(first / images, tmp_path / "out", input=spec)
+    [shard] = make_plan(parse_config(values)).pending
+    assert (shard.format, shard.layers) == ("dataset", ("samples",))
+    sample, notes = check_source(make_plan(parse_config(values)))
+    assert (sample and sample.caption, notes) == ("thing 0 of shard 0", [])
+    assert rows(reinforce_here(values)) == rows(first / "embed")
+    assert not Store(str(tmp_path / "out")).shards("quarantine/samples")
+    assert rows(reinforce_here({**values, "augmentations": {"count": 1}, "output": f"{tmp_path}/1"})) != rows(
+        first / "embed"
+    )
+
+
+def test_references_are_read_only_from_folders_that_are_named(first: Path, tmp_path: Path) -> None:
+    values = config(first / "reference", tmp_path / "out")
+    with pytest.raises(UserError, match=r"stores its images by reference\. Name the folders .* in input\.images_from"):
+        make_plan(parse_config(values))
+    [path] = (first / "reference" / "samples").iterdir()
+    found = read_table(path, "dataset", images_from=["/elsewhere"])
+    assert {item.reason.value for item in found} == {"image_place"}  # type: ignore[union-attr]
+    assert f'add input.images_from: ["{first}/tars"]' in found[0].detail  # type: ignore[union-attr]
+
+
+def test_a_replaced_or_missing_tar_costs_the_rows_whose_images_are_not_there(first: Path, tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", members_of(0, 5))
+    reinforce_here(config(f"{tmp_path}/0.tar", tmp_path / "out", images="reference"))
+    [path] = (tmp_path / "out" / "samples").iterdir()
+    data = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(
+        data.replace(picture(1), picture(1)[:-9] + bytes(9))[: data.index(picture(3)) + 100]
+    )
+    found = outcomes(read_table(path, "dataset", images_from=str(tmp_path)))
+    assert [value.partition(":")[0] for value in found.values()] == [
+        "thing 0 of shard 0", "image_broken", "thing 2 of shard 0", "image_missing", "image_missing",
+    ]  # fmt: skip
+    (tmp_path / "0.tar").unlink()
+    found = outcomes(read_table(path, "dataset", images_from=str(tmp_path)))
+    assert {value.partition(":")[0] for value in found.values()} == {"image_missing"}
+
+
+def test_a_dataset_that_cannot_be_read_is_one_error(first: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is the output of this run, too"):
+        make_plan(parse_config(config(first / "embed", first / "embed")))
+    with pytest.raises(UserError, match=r"is not a reinforced dataset: it has no dataset\.json"):
+        make_plan(parse_config(config(first / "tars", tmp_path / "out", input={"format": "dataset"})))
+    with pytest.raises(UserError, match=r"images: reference needs files .* is a dataset; set images: embed"):
+        make_plan(parse_config(config(first / "embed", tmp_path / "out", images="reference")))
+    pq.write_table(
+        pa.table({"key": [1], "caption": ["a"], "metadata": ["{}"], "image": [b"x"]}), tmp_path / "x.parquet"
+    )
+    [refusal] = read_table(tmp_path / "x.parquet", "dataset")
+    assert refusal.detail.endswith("cannot be used: it does not have the columns of a samples layer")  # type: ignore[union-attr]
