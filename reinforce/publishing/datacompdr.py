@@ -22,7 +22,7 @@ from reinforce.dataset.sample import ImagePolicies
 from reinforce.engine.published_members import FORMAT, MAX_OPS
 from reinforce.errors import UserError
 from reinforce.publishing.datacompdr_shard import LIST_OF, ShardExport, export_shard, stats_name, tar_name
-from reinforce.publishing.shards import as_seen_by_workers, existing_files, for_each_shard
+from reinforce.publishing.shards import as_seen_by_workers, check_output, existing_files, for_each_shard
 from reinforce.source.image import IMAGE_POLICY, PUBLISHED_POLICY
 from reinforce.storage import Storage
 
@@ -114,7 +114,7 @@ def export_datacompdr(
 
 def _write(export: ShardExport, shards: Sequence[str], result: Exported, use_ray: bool, address: str | None) -> None:
     output = Storage(export.output)
-    output.check_writable()
+    check_output(Storage(export.url), output)
     with output.lock():
         _check_same_config(output, result.config)
         output.write_json(result.config, CONFIG)

@@ -106,7 +106,8 @@ def export_shard(export: ShardExport, shard: str) -> dict[str, Any]:
             for key, row in _rows(export, shard):
                 try:
                     name = _member_name(key, keys)
-                    members = list(_members(export, shard, key, row))
+                    with row_errors(Store(export.url).url):
+                        members = list(_members(export, shard, key, row))
                 except LeftOut as reason:
                     left_out.setdefault(str(reason), []).append(key)
                     continue
@@ -180,7 +181,7 @@ def _members(export: ShardExport, shard: str, key: str, row: Mapping[str, Any]) 
     if missing:
         raise LeftOut(f"null in the dataset: {', '.join(missing)}")
     if export.with_images:
-        yield format_extension(image), image
+        yield _extension(image), image
     if caption is not None:
         yield "txt", caption.encode()
     metadata = parse_json((row["metadata"] or "{}").encode())
@@ -201,8 +202,19 @@ def _has_published_pixels(export: ShardExport, image: bytes) -> bool:
     try:
         ours, theirs = (decode(image, export.limits, policy=p) for p in (export.image_policy, PUBLISHED_POLICY))
     except ImageRefused as error:
-        raise LeftOut(f"its image cannot be decoded: {error.reason.value}") from error
+        raise _undecodable(error) from error
     return ours.size == theirs.size and ours.tobytes() == theirs.tobytes()
+
+
+def _extension(image: bytes) -> str:
+    try:
+        return format_extension(image)
+    except ImageRefused as error:
+        raise _undecodable(error) from error
+
+
+def _undecodable(error: ImageRefused) -> LeftOut:
+    return LeftOut(f"its image cannot be decoded: {error.reason.value}")
 
 
 def _record(export: ShardExport, shard: str, key: str, record: Mapping[str, Any]) -> list[Any]:

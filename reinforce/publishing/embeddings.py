@@ -25,7 +25,7 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embe
 from reinforce.dataset.reader import Dataset
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
-from reinforce.publishing.shards import as_seen_by_workers, existing_files, for_each_shard
+from reinforce.publishing.shards import as_seen_by_workers, check_output, existing_files, for_each_shard
 from reinforce.source.text import parse_json
 from reinforce.storage import Storage
 
@@ -143,7 +143,7 @@ def _needed_layers(data: Dataset, choice: Choice) -> list[str]:
 
 def _write(export: PartExport, shards: Sequence[str], use_ray: bool, address: str | None) -> ExportedVectors:
     output = Storage(export.output)
-    output.check_writable()
+    check_output(Storage(export.url), output)
     result = ExportedVectors(output.url, export.choice)
     with output.lock():
         _check_same_export(output, export, shards)
@@ -174,7 +174,12 @@ def _counts_before(output: Storage, number: str) -> tuple[int, int]:
 def _check_same_export(output: Storage, export: PartExport, shards: Sequence[str]) -> None:
     """Record what is exported. Raises UserError if the folder has another export."""
     digest = hashlib.sha256("\n".join(shards).encode()).hexdigest()[:16]
-    config = {**asdict(export.choice), "layers": dict(export.fingerprints), "shards": len(shards), "digest": digest}
+    config = {
+        **asdict(export.choice),
+        "layers": dict(export.fingerprints),
+        "shards": len(shards),
+        "shard_names": digest,
+    }
     before = output.read_json(CONFIG)
     if before is None:
         output.write_json(config, CONFIG)

@@ -42,6 +42,13 @@ def as_seen_by_workers(url: str) -> str:
     return storage.root if storage.local else url
 
 
+def check_output(dataset: Storage, output: Storage) -> None:
+    """Raise UserError if an export would write into the dataset, or cannot write."""
+    if f"{output.root}/".startswith(f"{dataset.root}/") and type(output.fs) is type(dataset.fs):
+        raise UserError(f"{output.url} is in the dataset. Give another folder.")
+    output.check_writable()
+
+
 def existing_files(output: Storage, *folder: str) -> set[str]:
     """Names of the files in a folder of the output."""
     try:
@@ -95,10 +102,8 @@ def _in_tasks(function: Callable[[str], R], shards: Sequence[str], address: str 
                         result = ray.get(ref)
                     except RayTaskError as error:
                         cause = cause_of(error)
-                        if isinstance(cause, UserError):
-                            raise cause from error
                         if not isinstance(cause, StorageError):
-                            raise
+                            raise cause if isinstance(cause, UserError) else error from None
                         _count_failure(shard, attempt, cause)
                         waiting.append((shard, attempt + 1))
                         continue

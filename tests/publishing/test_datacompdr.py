@@ -14,6 +14,9 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.autoaugment import _apply_op
+from torchvision.transforms.functional import resized_crop
 
 import reinforce
 from reinforce.dataset.augment import OPS
@@ -113,7 +116,11 @@ def test_the_published_trainer_can_read_an_export(plain: Path, tmp_path: Path, p
         assert [(OPS[index], magnitude) for index, magnitude in ops] == [
             (op.name, op.magnitude) for op in sample.augmentations[1].ops or ()
         ]
-        assert read["image"].convert("RGB").tobytes() == sample.pil().tobytes()
+        image = read["image"].convert("RGB")
+        image = resized_crop(image, top, left, height, width, [24, 24], InterpolationMode.BICUBIC)
+        for index, magnitude in ops:
+            image = _apply_op(image, OPS[index], magnitude, InterpolationMode.NEAREST, None)
+        assert image.tobytes() == sample.augmented(1).tobytes()
 
 
 def test_an_export_is_repeatable_and_resumed(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +195,24 @@ def test_samples_that_the_format_cannot_hold_are_left_out_and_counted(tmp_path: 
     back = read_back(tmp_path, f"{tmp_path}/tars/*.tar")
     assert len(back) == 11
     assert [sample.caption for sample in back if sample.key == "silent"] == [None]
+
+
+def test_images_by_reference_are_read_from_folders_that_are_named(tmp_path: Path) -> None:
+    write_dataset(tmp_path, images="reference")
+    with pytest.raises(UserError, match=rf"add --images-from {tmp_path}/source"):
+        export(tmp_path)
+    assert export(tmp_path, images_from=[f"{tmp_path}/source"]).samples == 8
+    names = [name for path in (tmp_path / "tars").glob("*.tar") for name in member_names(path)]
+    assert len([name for name in names if name.endswith(".png")]) == 8
+    notes = export(tmp_path, tmp_path / "without", images=False).notes
+    assert len(notes) == 1
+    assert notes[0].startswith("images were not read: readers of the format decode by pillow-rgb-1")
+
+
+def test_an_export_into_its_dataset_is_refused(plain: Path) -> None:
+    for output in (plain / "out", plain / "out" / "samples"):
+        with pytest.raises(UserError, match=r"is in the dataset\. Give another folder"):
+            export(plain, output)
 
 
 def member_names(path: Path) -> list[str]:
