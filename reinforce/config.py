@@ -66,7 +66,7 @@ class ReadLimits(Section):
 class Input(Section):
     """How the members of a shard, or the rows of a table, become samples."""
 
-    format: Literal["tar", "parquet", "jsonl", "dataset"] | None = Field(
+    format: Literal["tar", "parquet", "jsonl", "csv", "folder", "dataset"] | None = Field(
         None, description="what the files of `source` are; default: recognised by their names, else by the first file"
     )
     image: str | None = Field(
@@ -88,8 +88,8 @@ class Input(Section):
     )
     images_from: ImageFolders | None = Field(
         None,
-        description="folders that a source may name images in: one URL or a list; a dataset whose images are stored by "
-        "reference needs it",
+        description="folders that a source may name images in: one URL or a list; for tables with places outside their "
+        "folder and at private addresses, and for datasets whose images are stored by reference",
     )
     limits: Limits = Limits()
     reduce_to: int | None = Field(

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rich.table import Table
 
+from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest import find_manifest
 from reinforce.dataset.store import Store
 from reinforce.engine.plan import Plan
-from reinforce.source.formats import TAR
-from reinforce.source.reading import read_samples
+from reinforce.source.formats import FOLDER, TAR
+from reinforce.source.reading import Shard, read_listing, read_samples
 from reinforce.source.shards import RawSample
 from reinforce.source.urls import filesystem
 from reinforce.terminal import format_bytes
 
 _READ_BYTES = 8 * 2**20
 _READ_SAMPLES = 2000
+_READ_FILES = 32  # images in files of their own
 _REFERENCE_BYTES = 24  # per image
 _RECORD_BYTES = 6  # per augmentation record, dictionary-encoded and compressed from 54
 _CAPTION_BYTES = 20  # compressed
@@ -85,20 +87,39 @@ def _source_statistics(plan: Plan) -> _SourceStatistics | None:
     """Statistics of the first few megabytes of the first shard that can be read; None if none of three can."""
     for shard in plan.pending[:3]:
         try:
-            fs, path = filesystem(shard.url)
-            size = int(fs.size(path) or 0)
-            samples, seen = [], 0
-            for item in itertools.islice(read_samples(shard.source, plan.config.input), _READ_SAMPLES):
-                if isinstance(item, RawSample):
-                    samples.append(item)
-                    seen = item.offset + item.length if shard.format == TAR else seen + item.length
-                if seen > _READ_BYTES:
-                    break
+            found = _statistics(plan.shard(shard), plan.config)
         except Exception:  # noqa: S112 - each driver has its own; the plan reports why its sizes are unknown
             continue
-        if not samples:
-            continue
-        image = sum(item.length for item in samples) / len(samples)
-        text = sum(len(json.dumps(v.decode("utf-8", "replace"))) for i in samples for v in i.sidecars.values())
-        return _SourceStatistics(size / max(1, seen) * len(samples), image, 0.5 * text / len(samples))
+        if found is not None:
+            return found
     return None
+
+
+def _statistics(shard: Shard, config: Config) -> _SourceStatistics | None:
+    samples: list[RawSample] = []
+    seen, whole = 0, True
+    for item in itertools.islice(read_samples(shard, config.input), _READ_SAMPLES):
+        if isinstance(item, RawSample):
+            samples.append(item)
+            seen = item.offset + item.length if shard.format == TAR else seen + item.length
+        if seen > _READ_BYTES or (samples and samples[-1].url and len(samples) == _READ_FILES):
+            whole = False
+            break
+    if not samples:
+        return None
+    rows = len(samples) if whole else _rows(shard, samples, seen)
+    if rows is None:
+        return None
+    image = sum(item.length for item in samples) / len(samples)
+    text = sum(len(json.dumps(v.decode("utf-8", "replace"))) for i in samples for v in i.sidecars.values())
+    return _SourceStatistics(rows, image, 0.5 * text / len(samples))
+
+
+def _rows(shard: Shard, samples: Sequence[RawSample], seen: int) -> float | None:
+    """The rows of a shard of which the first samples, of ``seen`` bytes, were read; None if that does not show them."""
+    if shard.format == FOLDER:
+        return len(read_listing(shard))
+    if samples[-1].url is not None:
+        return None
+    fs, path = filesystem(shard.url)
+    return int(fs.size(path) or 0) / max(1, seen) * len(samples)

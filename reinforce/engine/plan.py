@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +24,13 @@ from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
 from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import find_manifest
 from reinforce.dataset.store import MANIFEST, Store, check_footer, parse_footer
+from reinforce.engine.folder_lists import list_url
 from reinforce.engine.inputs import stored_layers
 from reinforce.engine.precision import nodes_of_run, resolve_precisions
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.engine.source_shards import SourceShards, source_shards
 from reinforce.errors import UserError
-from reinforce.source.formats import TAR
+from reinforce.source.formats import FOLDER, TAR
 from reinforce.source.identity import SourceState
 from reinforce.source.reading import Shard
 from reinforce.source.urls import Info, canonical, expand
@@ -50,11 +51,12 @@ class PendingShard:
     stored: tuple[str, ...] = ()
     recorded: SourceState | None = None
     format: str = TAR
+    listing: str = ""  # URL of the list of its files
 
     @property
     def source(self) -> Shard:
         """The shard as it is read."""
-        return Shard(self.url, self.name, self.format)
+        return Shard(self.url, self.name, self.format, self.listing)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Plan:
     samples layer has, also of other sources, and ``not_in_source`` counts these. ``listed`` is what the file system
     lists, by URL, of the source files of pending shards that have samples already. ``damaged`` are files that count as
     missing. ``notes`` are lines about precisions that the config leaves open; those of ``config`` are resolved.
+    ``source_notes`` are lines about the source, and ``lists`` those of new shards of folders, by name.
     """
 
     config: Config
@@ -100,11 +103,17 @@ class Plan:
     listed: Mapping[str, Info] = field(default_factory=dict)
     damaged: Sequence[DamagedFile] = ()
     notes: Sequence[str] = ()
+    source_notes: Sequence[str] = ()
+    lists: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def quarantined(self) -> int:
         """Number of shards that are quarantined in some layer."""
         return max(state.quarantined for state in self.states.values())
+
+    def shard(self, shard: PendingShard) -> Shard:
+        """A shard as it is read before the run has written the list of its files."""
+        return replace(shard.source, listing=self.lists.get(shard.name, shard.listing))
 
     @property
     def recomputed(self) -> list[DamagedFile]:
@@ -139,6 +148,7 @@ def make_plan(
             _reinforcements(published, layers, row, todo),
             *stored.get(name, ((), None)),
             source.format,
+            list_url(config, name) if source.format == FOLDER else "",
         )
         for name, row, todo in missing.shards(source.names)
     ]
@@ -150,7 +160,18 @@ def make_plan(
     extended = (shard.url for shard in pending if SAMPLES not in shard.layers)
     listed = {url: listed[url] for url in extended if url in listed}
     return Plan(
-        config, layers, len(source.urls), states, pending, committed[SAMPLES], not_in_source, listed, damaged, notes
+        config,
+        layers,
+        len(source.urls),
+        states,
+        pending,
+        committed[SAMPLES],
+        not_in_source,
+        listed,
+        damaged,
+        notes,
+        source.notes,
+        source.lists,
     )
 
 

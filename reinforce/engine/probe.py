@@ -16,7 +16,7 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
 from reinforce.engine.plan import Plan
 from reinforce.engine.published import check_reinforcements
 from reinforce.errors import UserError
-from reinforce.source.formats import ENDINGS, IMAGE_EXTENSIONS, TAR
+from reinforce.source.formats import ENDINGS, FOLDER, IMAGE_EXTENSIONS, TAR
 from reinforce.source.image import ImageRefused, check_header
 from reinforce.source.kinds import unexpected_name
 from reinforce.source.reading import Shard, read_samples
@@ -73,15 +73,20 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
     Raises UserError if the source or the published reinforcements cannot be read, or do not fit the config. Where a
     dataset has samples already, the files that are no tars are only noted: a run quarantines them.
     """
-    new = [shard.source for shard in plan.pending if SAMPLES in shard.layers]
+    new = [plan.shard(shard) for shard in plan.pending if SAMPLES in shard.layers]
     named, notes = _check_names(new, _is_new(plan))
-    readable = {*_check_readable("source", [shard.url for shard in named])}
+    notes = [*plan.source_notes, *notes]
+    if named and named[0].format == FOLDER:  # its shards are no files
+        readable = named[:1]
+    else:
+        found = {*_check_readable("source", [shard.url for shard in named])}
+        readable = [shard for shard in named if shard.url in found]
     published = [shard for shard in plan.pending if shard.reinforcements]
     _check_readable("reinforcements", [str(shard.reinforcements) for shard in published])
     if published:
         layers = [plan.layers[name] for name in published[0].layers]
         check_reinforcements(str(published[0].reinforcements), plan.config, layers)
-    sample, faults, doubts = _first_sample([shard for shard in named if shard.url in readable], plan.config)
+    sample, faults, doubts = _first_sample(readable, plan.config)
     if faults and _is_new(plan) and sample is None and not doubts:
         raise UserError(f"source: no sample can be read. {'; '.join(faults)}.")
     notes += [f"source: {fault}" for fault in faults + doubts]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from reinforce.config import Config
@@ -20,6 +20,8 @@ from reinforce.engine.pixel_cells import PixelLayout
 from reinforce.engine.published import Reinforcements
 from reinforce.engine.published_values import PublishedValue
 from reinforce.engine.watch import READING
+from reinforce.source.formats import TAR
+from reinforce.source.identity import former_url
 from reinforce.source.reading import Shard, read_samples
 from reinforce.source.references import ImageRoots
 from reinforce.source.shards import RawSample, Refusal, referenced_images
@@ -45,6 +47,7 @@ class NewSample:
     offset: int
     augmentations: Sequence[Mapping[str, Any]]
     left_out: tuple[Refusal, ...]
+    url: str | None = None  # of a file that holds the image alone
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def rows_from_source(
         return
     grouping = _Grouping(max_group_rows(config.augmentations.count, group_rows))
     seen: set[str] = set()  # published keys: several samples of the source may match one
-    items = _source_items(read_samples(shard, config.input), published)
+    items = _source_items(_read_samples(config, shard), published)
     for item, cell, decoded in decode_ahead(lease, items, window):
         if isinstance(decoded, Refusal):
             yield decoded
@@ -122,14 +125,14 @@ def rows_from_source(
 
 
 def rows_from_samples(
-    config: Config, url: str, file: LayerFile, spec: RowSpec, lease: Lease, window: int
+    config: Config, shard: Shard, file: LayerFile, spec: RowSpec, lease: Lease, window: int
 ) -> Iterator[Row]:
     """Read the rows back from the samples layer of a shard, with images only if ``spec`` needs them.
 
-    Images that are stored by reference are read from the shard itself, at ``url``. The cells of yielded rows are to be
-    released by the caller.
+    Images that are stored by reference are read from the shard itself, or from the files that it names. The cells of
+    yielded rows are to be released by the caller.
     """
-    stored = _stored_items(config, url, file, spec)
+    stored = _stored_items(config, shard, file, spec)
     if not spec.needs_image and spec.published is None:
         for row in lease.watch.steps(READING, stored):
             yield Row(row.key, row.caption, group=row.group)
@@ -137,6 +140,34 @@ def rows_from_samples(
     for item, cell, outcome in decode_ahead(lease, stored, window):
         assert isinstance(item, StoredItem)
         yield _stored_row(item, cell, outcome, lease)
+
+
+def _read_samples(config: Config, shard: Shard) -> Iterator[RawSample | Refusal]:
+    """The samples of a shard; with images by reference, only those whose images can be read again."""
+    items = read_samples(shard, config.input)
+    if config.embeds_images or shard.format == TAR:
+        yield from items
+        return
+    roots = _image_roots(config, shard)
+    for item in items:
+        if isinstance(item, Refusal):
+            yield item
+        elif item.url is None:
+            yield Refusal(item.key, Reason.IMAGE_PLACE, "images: reference needs a file for each image")
+        elif not roots.holds(item.url):
+            detail = f"images: reference needs {item.url[:500]!r} to be in a folder of input.images_from"
+            yield Refusal(item.key, Reason.IMAGE_PLACE, detail)
+        else:
+            yield replace(item, url=former_url(item.url, config.moved))
+
+
+def _image_roots(config: Config, shard: Shard) -> ImageRoots:
+    """Where the images of a shard may be read by reference."""
+    size = config.input.limits.image_bytes
+    if shard.format == TAR:
+        return ImageRoots.of_shard(shard.url, size)
+    key = 'input.images_from: ["{}"]'
+    return ImageRoots.named([shard.folder, *(config.input.images_from or ())], key, size)
 
 
 class _Grouping:
@@ -171,7 +202,14 @@ def _source_items(
 
 def _new_sample(raw: RawSample, decoded: Decoded) -> NewSample:
     return NewSample(
-        decoded.metadata, decoded.width, decoded.height, raw.image, raw.offset, decoded.records, decoded.left_out
+        decoded.metadata,
+        decoded.width,
+        decoded.height,
+        raw.image,
+        raw.offset,
+        decoded.records,
+        decoded.left_out,
+        raw.url,
     )
 
 
@@ -183,10 +221,10 @@ def _stored_row(item: StoredItem, cell: int, outcome: Decoded | Refusal, lease: 
     return Row(item.key, item.caption, cell, unreadable=outcome, group=item.group)
 
 
-def _stored_items(config: Config, url: str, file: LayerFile, spec: RowSpec) -> Iterator[StoredItem]:
+def _stored_items(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -> Iterator[StoredItem]:
     """The rows of the samples layer, without images where none are needed."""
     columns = ["key", "caption"]
-    roots = ImageRoots.of_shard(url, config.input.limits.image_bytes)
+    roots = _image_roots(config, shard)
     if spec.needs_image:
         columns += ["augmentations", *image_columns(config.images)]
     published = spec.published

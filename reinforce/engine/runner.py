@@ -18,6 +18,7 @@ from reinforce.dataset.manifest import code_notes, find_manifest, scale_notes, u
 from reinforce.dataset.shard_records import read_records
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.changes import changed_sources, changes_note
+from reinforce.engine.folder_lists import write_lists
 from reinforce.engine.plan import Plan, make_plan
 from reinforce.engine.precision import nodes_of_run
 from reinforce.engine.probe import check_source
@@ -105,6 +106,7 @@ def _compute(
     for note in check_source(plan)[1]:
         _LOG.warning(redact(note))
     check_copies(plan, store)
+    write_lists(store, plan.lists)
     if plan.listed and (changed := changed_sources(plan, read_records(store).sources)):
         _LOG.warning(redact(changes_note(plan, changed)))
     if retry_quarantined:

@@ -39,7 +39,8 @@ from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, rows_from_samples, r
 from reinforce.engine.stage_meter import device_report
 from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
 from reinforce.engine.watch import WRITING, LeaseWatch
-from reinforce.source.identity import former_url, read_state
+from reinforce.source.formats import FOLDER
+from reinforce.source.identity import SourceState, former_url, read_state
 from reinforce.source.references import ChangedImages
 from reinforce.source.shards import Refusal
 from reinforce.source.urls import canonical
@@ -185,7 +186,7 @@ class _ShardProcess:
             if spec.needs_image and not self.config.embeds_images:
                 self.source_note = self._check_referenced_source(parse_footer(file.metadata))
             try:
-                yield from rows_from_samples(self.config, self.shard.url, file, spec, lease, window)
+                yield from rows_from_samples(self.config, self.shard.source, file, spec, lease, window)
             except ChangedImages as error:
                 drop = drop_shard_command(self.store.url, [SAMPLES], self.shard.name)
                 raise LayerFailure(self._first_image_layer(), error.describe(drop)) from error
@@ -367,7 +368,8 @@ class _ShardProcess:
             return {}
         stale = {}
         if SAMPLES in writers:
-            state = read_state(self.shard.url)
+            folder = self.shard.format == FOLDER
+            state = SourceState(None, None) if folder else read_state(self.shard.url)
             self.source_record = SourceRecord(canonical(self.shard.url), state)
             self.origin = state.footer() | ({} if self.config.embeds_images else {IMAGES: self.images.hexdigest()})
             one = self.shard

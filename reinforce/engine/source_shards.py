@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
@@ -13,8 +13,9 @@ from reinforce.config import Config
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.store import Store
+from reinforce.engine.folder_lists import FolderShards, folder_shards
 from reinforce.errors import UserError
-from reinforce.source.formats import DATASET, TAR
+from reinforce.source.formats import CSV, DATASET, FOLDER, TAR
 from reinforce.source.identity import former_urls
 from reinforce.source.kinds import source_format
 from reinforce.source.urls import Info, canonical, expand, find_compressed, find_private, shard_names
@@ -23,11 +24,16 @@ from reinforce.storage import is_job_folder, is_ray_job
 
 @dataclass(frozen=True)
 class SourceShards:
-    """The shards of a source in order: their names, their URLs, and what the files are."""
+    """The shards of a source in order: their names, their URLs, and what the files are.
+
+    ``lists`` are those of new shards of folders, by name, and ``notes`` are for the user.
+    """
 
     names: pa.StringArray
     urls: Sequence[str]
     format: str = TAR
+    lists: Mapping[str, bytes] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def source_shards(config: Config, listed: dict[str, Info] | None = None) -> SourceShards:
@@ -42,17 +48,19 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> Sour
         _check_references(urls, format_)
     if format_ == DATASET:
         urls = [shard for url in urls for shard in _dataset_shards(url, config, listed)]
-    return SourceShards(pa.array(shard_names(former_urls(urls, config.moved)), pa.string()), urls, format_)
+    folders = folder_shards(urls, config) if format_ == FOLDER else FolderShards(urls)
+    names = pa.array(shard_names(former_urls(folders.urls, config.moved)), pa.string())
+    return SourceShards(names, folders.urls, format_, folders.lists, folders.notes)
 
 
 def _check_references(urls: Sequence[str], format_: str) -> None:
     """Raise UserError if images cannot be read from the files of a source again by reference."""
-    if format_ != TAR:
+    if format_ not in (TAR, CSV, FOLDER):
         raise UserError(
-            f"source: images: reference needs files that hold the images as they are, in uncompressed tars; "
+            f"source: images: reference needs files that hold the images as they are: uncompressed tars, or images; "
             f"{canonical(urls[0])} is a {format_}{' file' * (format_ != DATASET)}; set images: embed"
         )
-    if packed := find_compressed(urls):
+    if format_ == TAR and (packed := find_compressed(urls)):
         raise UserError(
             f"source: images: reference needs uncompressed .tar shards, and {canonical(packed)} is compressed; set "
             "images: embed"

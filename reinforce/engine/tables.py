@@ -35,7 +35,7 @@ def samples_table(schema: pa.Schema, rows: Sequence[Row], source: str) -> pa.Tab
         columns["image"] = [sample.image for sample in samples]
     else:
         columns["image_ref"] = [
-            {"url": source, "offset": sample.offset, "length": len(sample.image)} for sample in samples
+            {"url": sample.url or source, "offset": sample.offset, "length": len(sample.image)} for sample in samples
         ]
         columns[IMAGE_DIGEST] = [image_digest(sample.image) for sample in samples]
     return pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from glob import escape
+from typing import Any
 
-from reinforce.source.formats import DATASET, ENDINGS, JSONL, MANIFEST, PARQUET, TAR, foreign_name
+from reinforce.source.formats import DATASET, ENDINGS, FOLDER, JSONL, MANIFEST, PARQUET, TAR, foreign_name
 from reinforce.source.urls import COMPRESSIONS, filesystem
 
 _FIRST_BYTES = 512
-_FILES = (PARQUET, JSONL)
 
 
 def source_format(urls: Sequence[str], named: str | None) -> str:
@@ -32,7 +33,7 @@ def format_of_name(url: str) -> str | None:
     name = _name(url)
     if name.endswith((".tar", *COMPRESSIONS)):
         return TAR
-    return next((format_ for format_ in _FILES if name.endswith(ENDINGS[format_])), None)
+    return next((format_ for format_, endings in ENDINGS.items() if name.endswith(endings)), None)
 
 
 def unexpected_name(url: str, format_: str) -> str | None:
@@ -53,18 +54,25 @@ def _name(url: str) -> str:
 
 
 def _format_of_content(url: str) -> str:
-    """The format of a file by its first bytes; tar where nothing else is recognised or nothing can be read."""
+    """The format of a file or folder by what it holds; tar where nothing is recognised or nothing can be read."""
     if foreign_name(url) is not None:
         return TAR
     try:
         fs, path = filesystem(url)
-        if fs.isfile(f"{path.rstrip('/')}/{MANIFEST}"):
-            return DATASET
-        if not fs.isfile(path):
-            return TAR
-        head = fs.read_block(path, 0, _FIRST_BYTES)
+        if fs.isfile(path):
+            return _format_of_bytes(fs.read_block(path, 0, _FIRST_BYTES))
+        return _format_of_folder(fs, path.rstrip("/")) if fs.isdir(path) else TAR
     except Exception:  # each driver has its own exceptions; whoever reads the file reports them
         return TAR
+
+
+def _format_of_folder(fs: Any, path: str) -> str:
+    if fs.isfile(f"{path}/{MANIFEST}"):
+        return DATASET
+    return TAR if fs.glob(f"{escape(path)}/*.tar*") else FOLDER
+
+
+def _format_of_bytes(head: bytes) -> str:
     if head.startswith(b"PAR1"):
         return PARQUET
     return JSONL if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{") else TAR

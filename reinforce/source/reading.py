@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from reinforce.config import Input, Limits
 from reinforce.source import lines, parquet
 from reinforce.source.columns import Columns, NoColumn, Place, RowReader, find_columns
+from reinforce.source.folders import read_list
 from reinforce.source.footers import RefusedFile
-from reinforce.source.formats import CSV, DATASET, JSONL, PARQUET, TAR
+from reinforce.source.formats import CSV, DATASET, FOLDER, JSONL, PARQUET, TAR
+from reinforce.source.places import Places
 from reinforce.source.samples_layer import read_samples_layer
 from reinforce.source.shards import RawSample, ReadBudget, Refusal, read_shard, refusing_absent
+from reinforce.source.urls import filesystem
 from schemas import Reason
 
 _Item = RawSample | Place | Refusal
@@ -20,11 +24,20 @@ _Item = RawSample | Place | Refusal
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of a source: its URL, its name, of which keys are made where rows have none, and its format."""
+    """A shard of a source: its URL, its name, of which keys are made where rows have none, and its format.
+
+    A shard of a folder has the URL ``FOLDER/<block>``, and ``listing`` is the list of its files: a URL, or the content.
+    """
 
     url: str
     name: str = ""
     format: str = TAR
+    listing: str | bytes = ""
+
+    @property
+    def folder(self) -> str:
+        """The folder that the shard is in."""
+        return self.url.rpartition("/")[0]
 
 
 def read_samples(shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[RawSample | Refusal]:
@@ -37,15 +50,16 @@ def read_samples(shard: Shard, spec: Input, budget: ReadBudget | None = None) ->
         yield from read_shard(shard.url, spec.limits, budget=budget)
         return
     samples = _unique(_READERS[shard.format](shard, spec), spec.limits)
-    yield from refusing_absent(shard.url, _with_images(samples))
+    yield from refusing_absent(shard.url, _with_images(samples, shard.url, spec))
 
 
-def _with_images(items: Iterator[_Item]) -> Iterator[RawSample | Refusal]:
+def _with_images(items: Iterator[_Item], table: str, spec: Input) -> Iterator[RawSample | Refusal]:
+    """The items, with the images of those that are in files of their own."""
     for item in items:
         if isinstance(item, Place):
-            yield Refusal(item.key, Reason.NO_IMAGE, "images at paths and URLs are not read")
-        else:
-            yield item
+            yield from Places(table, spec).samples(itertools.chain([item], items))
+            return
+        yield item
 
 
 def _unique(items: Iterator[_Item], limits: Limits) -> Iterator[_Item]:
@@ -140,6 +154,19 @@ class _KnownColumns:
         return self._last[1]
 
 
+def _read_folder(shard: Shard, spec: Input) -> Iterator[_Item]:
+    yield from read_list(read_listing(shard), shard.folder, spec)
+
+
+def read_listing(shard: Shard) -> list[bytes]:
+    """The lines of the list of a shard of a folder, one for each sample."""
+    content = shard.listing
+    if isinstance(content, str):
+        fs, path = filesystem(content)
+        content = fs.cat_file(path)
+    return content.splitlines()
+
+
 def _read_dataset(shard: Shard, spec: Input) -> Iterator[_Item]:
     try:
         yield from read_samples_layer(shard.url, spec)
@@ -152,4 +179,5 @@ _READERS: dict[str, Callable[[Shard, Input], Iterator[_Item]]] = {
     JSONL: _read_jsonl,
     CSV: _read_csv,
     DATASET: _read_dataset,
+    FOLDER: _read_folder,
 }

@@ -14,7 +14,7 @@ from reinforce.errors import UserError
 from reinforce.source.formats import IMAGE_EXTENSIONS, NOT_A_FILE, folder_detail
 from reinforce.source.references import ImageRoots, check_digests
 from reinforce.source.streams import BLOCK_BYTES, check_file, open_stream
-from reinforce.source.tar import DamagedTar, Member, Readable, members
+from reinforce.source.tar import DamagedTar, File, Member, Readable, members
 from reinforce.source.text import caption_of, why_no_caption
 from reinforce.source.urls import canonical, compression, filesystem
 from schemas import Reason
@@ -110,6 +110,14 @@ def _read_tar(url: str, limits: Limits, images: bool, budget: ReadBudget | None)
         yield from _samples(bounded, size, limits, images)
 
 
+def sample_of_files(key: str, files: Iterable[tuple[str, File]], limits: Limits) -> Iterator[RawSample | Refusal]:
+    """Yield the sample of the (extension, file) of one key, as ``read_shard`` makes it of members, and refusals."""
+    group = _Group(key, None, True)
+    for extension, file in files:
+        group.add(extension, file, limits)
+    yield from group.close(limits)
+
+
 def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
     """Yield the bytes at each (offset, length) of an uncompressed tar; the ranges must be in ascending order.
 
@@ -178,14 +186,14 @@ class _Group:
     extensions: list[str] = field(default_factory=list)
     repeated: str | None = None
     unread: int = 0  # members above limits.members
-    image: Member | None = None
+    image: File | None = None
     image_extension: str = ""
     data: bytes | None = None  # None if above limits.image_bytes
     cut_off: bool = False
     sidecars: dict[str, bytes] = field(default_factory=dict)
     left_out: dict[str, Refusal] = field(default_factory=dict)
 
-    def add(self, extension: str, member: Member, limits: Limits) -> None:
+    def add(self, extension: str, member: File, limits: Limits) -> None:
         if extension in self.extensions:
             self.repeated = extension
             return
@@ -250,7 +258,8 @@ class _Group:
         left_out = {**self._of_image(self.left_out), **self.left_out}
         of_image = self._of_image(self.sidecars)
         image = self.image
-        return RawSample(key, self.data, image.offset, image.size, self.sidecars, left_out, of_image, self._members)
+        place = (image.offset, image.size)
+        return RawSample(key, self.data, *place, self.sidecars, left_out, of_image, self._members, url=image.url)
 
     def _of_image(self, sidecars: Mapping[str, T]) -> dict[str, T]:
         """The sidecars whose compound extension begins as the image's, by its last part where no other has that."""
@@ -337,7 +346,7 @@ def _samples(stream: Readable, size: int | None, limits: Limits, images: bool) -
         )
 
 
-def _read(member: Member, limit: int) -> tuple[bytes | None, bool]:
+def _read(member: File, limit: int) -> tuple[bytes | None, bool]:
     """Return a member's data, or None if it is above the limit or cut off, and whether it is cut off."""
     try:
         return member.read(limit), False

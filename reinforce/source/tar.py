@@ -52,6 +52,20 @@ class Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
+class File(Protocol):
+    """A member of a tar, or a file of its own with its ``url``. ``read`` returns None for more than ``limit`` bytes."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def is_link(self) -> bool: ...
+    @property
+    def url(self) -> str | None: ...
+    def read(self, limit: int) -> bytes | None: ...
+
+
 @dataclass(frozen=True)
 class Member:
     """A file or link in a tar. ``offset`` is the first byte of its data; ``read`` is valid until the next member."""
@@ -62,6 +76,7 @@ class Member:
     is_link: bool  # symbolic or hard, without data
     cut_off: bool  # the stream is known to be too short for it
     _stream: _Stream
+    url: str | None = None  # of a file of its own
 
     def read(self, limit: int) -> bytes | None:
         """Return the data, or None, unread, if it is larger than ``limit`` bytes. Raises DamagedTar if cut off."""

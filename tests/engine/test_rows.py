@@ -67,7 +67,7 @@ def from_samples(config: dict[str, Any], spec: RowSpec = SPEC) -> list[RowPixels
     parsed, store = parse_config(config), Store(config["output"])
     [shard] = store.shards("samples")
     with lease(parsed, spec) as taken, store.open_layer("samples", shard) as file:
-        rows = rows_from_samples(parsed, config["source"], file, spec, taken, 4)
+        rows = rows_from_samples(parsed, Shard(config["source"]), file, spec, taken, 4)
         return list(rows_of([copied(row, taken.cells) for row in rows]))
 
 
@@ -159,7 +159,7 @@ def test_images_are_not_read_back_where_no_layer_needs_them(tmp_path: Path) -> N
     parsed, store, spec = parse_config(config), Store(config["output"]), RowSpec(crops=False)
     [shard] = store.shards("samples")
     with lease(parsed, spec) as taken, store.open_layer("samples", shard) as file:
-        rows = list(rows_from_samples(parsed, config["source"], file, spec, taken, 4))
+        rows = list(rows_from_samples(parsed, Shard(config["source"]), file, spec, taken, 4))
     assert [row.caption for row in rows] == [f"thing {i} of shard 0" for i in range(3)]
     assert all(row.cell is None and row.unreadable is None for row in rows)
 

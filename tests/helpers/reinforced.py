@@ -13,6 +13,7 @@ from reinforce.dataset.damage import set_aside
 from reinforce.dataset.layer_index import IndexWriter
 from reinforce.dataset.manifest import update_manifest
 from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.folder_lists import write_lists
 from reinforce.engine.models import load_models
 from reinforce.engine.plan import make_plan
 from reinforce.engine.shard import process_shard
@@ -24,6 +25,7 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8) -> str:
     """Compute the missing layers of a config, without Ray and in small row groups; returns the dataset's URL."""
     parsed = parse_config(config)
     plan, store = make_plan(parsed), Store(parsed.output)
+    write_lists(store, plan.lists)
     models = load_models(parsed, plan.layers.values())
     loaded = {name: {"dim": teacher.dim} for name, teacher in models.teachers.items()}
     index = IndexWriter(store, plan.layers)

@@ -97,6 +97,16 @@ OTHERS = [
         "tests/source/test_lines.py::test_broken_lines_cost_their_rows",
     ),
     (
+        "a table that names an absolute path, `..`, another file system, or a URL of a private address",
+        "`image_place`: not read, unless input.images_from allows it",
+        "tests/source/test_places.py::test_paths_of_a_table_are_relative_to_its_folder_and_stay_in_it",
+    ),
+    (
+        "an image of a folder that is gone before its shard is computed",
+        "`image_missing`: only its sample is refused",
+        "tests/source/test_folders.py::test_files_that_disappear_cost_their_samples_and_a_list_is_written_once",
+    ),
+    (
         "a special token of a tokenizer in a caption",
         "tokenized as plain characters",
         "tests/teachers/test_open_clip_text.py::test_special_tokens_in_texts_are_read_as_plain_text",

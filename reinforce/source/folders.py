@@ -1,0 +1,223 @@
+"""Folders of images: which files make which sample, and the samples of a list of them.
+
+A sample is the files of one key, as in a tar of the folder. A row of ``metadata.csv``, ``metadata.jsonl`` or
+``metadata.parquet`` belongs to the image that its ``file_name`` names, relative to its folder, as Hugging Face's
+imagefolder has it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from reinforce.config import Input
+from reinforce.errors import UserError
+from reinforce.prefetch import prefetch
+from reinforce.source.columns import NoColumn, Place, RowReader, find_columns, is_image_name
+from reinforce.source.footers import RefusedFile
+from reinforce.source.lines import BrokenRow, csv_rows, jsonl_rows
+from reinforce.source.parquet import ParquetFile, is_binary
+from reinforce.source.shards import RawSample, Refusal, sample_of_files, split_name
+from reinforce.source.streams import check_file
+from reinforce.source.text import parse_json
+from reinforce.source.urls import canonical, filesystem
+from schemas import Reason
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+FILE_NAME = "file_name"
+
+_LINE_BYTES = 2**24
+_THREADS = 16
+_LOCAL_THREADS = 2
+
+
+@dataclass
+class FolderSample:
+    """The files of one key by extension, each with its path in the folder and its size, and a row of metadata."""
+
+    key: str
+    files: dict[str, tuple[str, int]] = field(default_factory=dict)
+    row: Mapping[str, Any] | None = None
+
+    def line(self) -> bytes:
+        """The sample as a line of JSON."""
+        return json.dumps({"key": self.key, "files": self.files, "row": self.row}, default=str).encode() + b"\n"
+
+
+@dataclass
+class Folder:
+    """What a folder holds: its samples in the order of their paths, and notes on what is left out."""
+
+    samples: list[FolderSample]
+    notes: list[str]
+
+
+def list_folder(url: str, spec: Input, output: str = "") -> Folder:
+    """List a folder with all folders in it, but hidden ones and ``output``, a canonical URL. Raises UserError."""
+    root = url.rstrip("/")
+    own = f"{output.removeprefix(canonical(root) + '/')}/"
+    sizes = {path: size for path, size in _files(root).items() if not path.startswith(own)}
+    wanted = {"txt", "json"} | {name.partition(":")[0] for name in spec.captions}
+    samples: dict[str, FolderSample] = {}
+    others, tables = [], []
+    for path in sorted(sizes):
+        name = path.rpartition("/")[2]
+        key, extension = split_name(path)
+        if name.lower() in METADATA:
+            tables.append(path)
+        elif key and (is_image_name(name) or extension in wanted or extension.rpartition(".")[2] in wanted):
+            samples.setdefault(key, FolderSample(key)).files.setdefault(extension, (path, sizes[path]))
+        else:
+            others.append(path)
+    found = [sample for sample in samples.values() if any(map(is_image_name, sample.files))]
+    used = {sample.key for sample in found}
+    others += [path for key, sample in samples.items() if key not in used for path, _ in sample.files.values()]
+    if not found:
+        raise UserError(_no_images(root, others + tables))
+    notes = []
+    if others:
+        shown = canonical(f"{root}/{others[0]}")
+        notes.append(
+            f"source: {len(others):,} files are ignored, which are no images and belong to none, such as {shown}"
+        )
+    notes += [note for path in tables if (note := _add_rows(root, path, found))]
+    return Folder(found, notes)
+
+
+def read_list(lines: Iterable[bytes], folder: str, spec: Input) -> Iterator[RawSample | Refusal]:
+    """Yield the samples of a list, whose lines are those of ``FolderSample``; images are read ahead in threads."""
+    reader = _ListReader(folder.rstrip("/"), spec)
+    threads = _THREADS if "://" in folder else _LOCAL_THREADS
+    with ThreadPoolExecutor(threads) as pool:
+        for items in prefetch(pool, reader.samples, lines, threads):
+            yield from items
+
+
+class _ListReader:
+    def __init__(self, folder: str, spec: Input) -> None:
+        self._folder, self._spec = folder, spec
+        self._rows = RowReader("", spec)
+
+    def samples(self, line: bytes) -> list[RawSample | Refusal]:
+        entry = parse_json(line)
+        key, files, row = entry["key"], entry["files"], entry.get("row")
+        if any(".." in path.split("/") or path.startswith("/") for path, _ in files.values()):
+            return [Refusal(key, Reason.IMAGE_PLACE, "it is not in the folder")]
+        opened: list[tuple[str, _LocalFile]] = []
+        for extension, (path, size) in files.items():
+            file = _LocalFile(f"{self._folder}/{path}", size)
+            if is_image_name(extension) or file.load(self._spec.limits.sidecar_bytes):
+                opened.append((extension, file))
+        try:
+            items = [*sample_of_files(key, opened, self._spec.limits)]
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+            return [Refusal(key, Reason.IMAGE_MISSING, error.strerror or type(error).__name__)]
+        return [self._with_row(item, row) if row and isinstance(item, RawSample) else item for item in items]
+
+    def _with_row(self, item: RawSample, row: Mapping[str, Any]) -> RawSample:
+        """A sample with its row of metadata; its own files take precedence."""
+        try:
+            columns = find_columns([FILE_NAME, *row], self._spec.model_copy(update={"image": FILE_NAME, "key": None}))
+        except NoColumn:
+            return item
+        place = self._rows.sample(0, {FILE_NAME: "x.png", **row}, columns)
+        assert isinstance(place, Place)
+        values = {name: getattr(item, name) for name in item.__dataclass_fields__}
+        values["sidecars"] = {**place.sidecars, **item.sidecars}
+        values["members"] = tuple(dict.fromkeys((*item.members, *place.sidecars)))
+        return RawSample(**values)
+
+
+class _LocalFile:
+    """A file of a folder; ``load`` reads it in advance."""
+
+    offset, is_link = 0, False
+
+    def __init__(self, url: str, size: int) -> None:
+        self.url, self.size = url, size
+        self._data: bytes | None = None
+
+    def load(self, limit: int) -> bool:
+        """Read the file; whether it exists."""
+        try:
+            self._data = self.read(limit) or b""
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
+            return False
+        return True
+
+    def read(self, limit: int) -> bytes | None:
+        if self._data is not None:
+            return self._data
+        fs, path = filesystem(self.url)
+        check_file(fs, path)
+        with fs.open(path, "rb", block_size=limit + 1, cache_type="none") as file:
+            data: bytes = file.read(limit + 1)
+        self.size = len(data)
+        return None if len(data) > limit else data
+
+
+def _files(root: str) -> dict[str, int]:
+    """The sizes of all files of a folder by their paths in it, without hidden ones. Raises UserError."""
+    try:
+        fs, top = filesystem(root)
+        found = fs.find(top, detail=True)
+    except Exception as error:  # each driver has its own exceptions
+        raise UserError(f"source {canonical(root)}: cannot be listed ({type(error).__name__}: {error}).") from error
+    start = f"{top.rstrip('/')}/"
+    paths = {path.removeprefix(start): info for path, info in found.items() if path.startswith(start)}
+    return {
+        path: int(info.get("size") or 0)
+        for path, info in paths.items()
+        if not any(part.startswith(".") for part in path.split("/"))
+    }
+
+
+def _no_images(root: str, others: list[str]) -> str:
+    shown = canonical(root)
+    if not others:
+        return f"source: {shown} is an empty folder. Name one with images, or files by a pattern such as {shown}/*.tar."
+    ending = others[0].rpartition("/")[2].rpartition(".")[2]
+    return (
+        f"source: {shown} is a folder without images; it has {len(others):,} other files, such as {others[0]}. Name "
+        f"files by a pattern such as {shown}/*.{ending}, or a folder with images."
+    )
+
+
+def _add_rows(root: str, table: str, samples: list[FolderSample]) -> str | None:
+    """Add the rows of a metadata file to the samples of its folder; returns a note on those that belong to none."""
+    folder = table.rpartition("/")[0]
+    by_path = {path: sample for sample in samples for path, _ in sample.files.values()}
+    strays, count = 0, 0
+    try:
+        for row in _rows(f"{root}/{table}"):
+            name = str(row.get(FILE_NAME))
+            sample = by_path.get(f"{folder}/{name}" if folder else name)
+            count += 1
+            if sample is None:
+                strays += 1
+            elif sample.row is None:
+                sample.row = {key: value for key, value in row.items() if key != FILE_NAME}
+    except (EOFError, RefusedFile, ValueError) as error:
+        raise UserError(f"source: {canonical(root)}/{table} cannot be read: {error}. Correct or remove it.") from error
+    if count and strays == count:
+        where = f"source: {canonical(root)}/{table}"
+        raise UserError(f"{where}: no row has the path of an image, relative to its folder, in `{FILE_NAME}`.")
+    return f"source: {strays:,} rows of {table} name no image that is there" if strays else None
+
+
+def _rows(url: str) -> Iterator[Mapping[str, Any]]:
+    if url.endswith(".parquet"):
+        with ParquetFile(url) as file:
+            names = [name for name, type_ in file.types.items() if not is_binary(type_)]
+            for found in file.rows(find_columns(names, Input(image=FILE_NAME))):
+                if isinstance(found, RefusedFile):
+                    raise found
+                yield found[1]
+        return
+    for _, row in csv_rows(url) if url.lower().endswith(".csv") else jsonl_rows(url, _LINE_BYTES):
+        if isinstance(row, BrokenRow):
+            raise row
+        yield row

@@ -1,0 +1,107 @@
+"""Images in files of their own, at the paths and URLs that a table or a folder names.
+
+Paths are relative to the folder of the table and stay in it. Everything else is read only where it is in a folder that
+``input.images_from`` names, except http and https URLs of public addresses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from reinforce.config import Input
+from reinforce.prefetch import prefetch
+from reinforce.source.columns import Place, make_sample
+from reinforce.source.references import MAX_URL_CHARS, ImageRoots
+from reinforce.source.shards import RawSample, Refusal
+from reinforce.source.streams import check_file
+from reinforce.source.urls import canonical, filesystem
+from reinforce.source.web import ImageRefusedByPlace, Unreachable, fetch
+from schemas import Reason
+
+_Item = RawSample | Place | Refusal
+
+_THREADS = 16
+_LOCAL_THREADS = 2
+_FIRST_UNREACHABLE = 20  # images of a shard, none of which can be reached, after which it counts as failed
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_WEB = ("http://", "https://")
+
+
+class Places:
+    """Reads images at places that a table at ``table`` names; ``table`` is the URL of a file in its folder."""
+
+    def __init__(self, table: str, spec: Input) -> None:
+        self._limits = spec.limits
+        self.folder = table.rpartition("/")[0]
+        self._roots = ImageRoots.named(spec.images_from or (), 'input.images_from: ["{}"]')
+        self._reached = self._unreachable = 0
+
+    def samples(self, items: Iterable[_Item]) -> Iterator[RawSample | Refusal]:
+        """Yield the items in order, those at places with their images, which are read ahead in threads.
+
+        Raises the storage's errors, and ConnectionError if none of the first images can be reached.
+        """
+        threads = _LOCAL_THREADS if "://" not in self.folder else _THREADS
+        with ThreadPoolExecutor(threads) as pool:
+            yield from prefetch(pool, self._read, items, threads)
+
+    def resolve(self, location: str) -> str:
+        """The URL of a place. Raises ImageRefusedByPlace."""
+        if len(location) > MAX_URL_CHARS or _CONTROL.search(location) or "::" in location:
+            raise ImageRefusedByPlace(Reason.IMAGE_PLACE, "it is no plain path or URL")
+        if location.lower().startswith(_WEB):
+            return location
+        parts = location.split("/")
+        if "://" not in location and not location.startswith(("/", "~")) and ".." not in parts and "\\" not in location:
+            return f"{self.folder}/{'/'.join(part for part in parts if part not in ('', '.'))}"
+        url = location if "://" in location or location.startswith("/") else f"{self.folder}/{location}"
+        url = canonical(url)
+        if ".." in url.split("/") or not self._roots.holds(url):
+            raise ImageRefusedByPlace(
+                Reason.IMAGE_PLACE, "it is not in the folder of the table; allow it in input.images_from"
+            )
+        return url
+
+    def _read(self, item: _Item) -> RawSample | Refusal:
+        if not isinstance(item, Place):
+            return item
+        try:
+            url = self.resolve(item.location)
+            return make_sample(item, self._content(url), self._limits, url)
+        except ImageRefusedByPlace as error:
+            return Refusal(item.key, error.reason, f"{item.location[:500]!r}: {error.detail}")
+
+    def _content(self, url: str) -> bytes:
+        if url.lower().startswith(_WEB):
+            return self._fetched(url)
+        fs, path = filesystem(url)
+        limit = self._limits.image_bytes
+        try:
+            check_file(fs, path)
+            with fs.open(path, "rb", block_size=limit + 1, cache_type="none") as file:
+                data: bytes = file.read(limit + 1)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+            raise ImageRefusedByPlace(Reason.IMAGE_MISSING, error.strerror or type(error).__name__) from error
+        if len(data) > limit:
+            raise ImageRefusedByPlace(Reason.IMAGE_BYTES, f"more bytes than limits.image_bytes of {limit}")
+        return data
+
+    def _is_allowed(self, url: str) -> bool:
+        """Whether the config names the folder of a URL, as one of images or by the table in it."""
+        place = canonical(url)
+        return ".." not in place.split("/") and (self._roots.holds(place) or place.startswith(f"{self.folder}/"))
+
+    def _fetched(self, url: str) -> bytes:
+        try:
+            data = fetch(url, self._limits.image_bytes, self._is_allowed)
+        except Unreachable as error:
+            self._unreachable += 1
+            if not self._reached and self._unreachable >= _FIRST_UNREACHABLE:
+                raise ConnectionError(
+                    f"none of the first {self._unreachable} images can be reached: {error}"
+                ) from error
+            raise ImageRefusedByPlace(Reason.IMAGE_MISSING, str(error)[:500]) from error
+        self._reached += 1
+        return data

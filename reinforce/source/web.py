@@ -1,0 +1,133 @@
+"""Images over HTTP from the addresses that a table names: public ones only, bounded in bytes, time and redirects.
+
+A table may come from somebody else, and its URLs must not reach services of this machine or its network, such as those
+that give out a cloud's credentials. The address that a name resolves to is checked, and the connection goes to that
+address, so that a name cannot resolve to another one in between.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from urllib.parse import quote, urljoin, urlsplit
+
+from schemas import Reason
+
+_TIMEOUT = 10.0  # seconds without an answer
+_DEADLINE = 60.0  # seconds for an image
+_ATTEMPTS = 2
+_MAX_REDIRECTS = 5
+_CHUNK_BYTES = 2**16
+_REDIRECTS = (301, 302, 303, 307, 308)
+_HEADERS = {"User-Agent": "dataset-reinforcement", "Accept": "image/*,*/*;q=0.5"}
+_EMBEDDED = ipaddress.ip_network("64:ff9b::/96")  # addresses that stand for IPv4 ones behind a gateway
+
+
+class ImageRefusedByPlace(Exception):
+    """There is no image at a URL, or it is not read from there; with the reason of quarantine."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+class Unreachable(Exception):
+    """A server does not answer, or answers with an error of its own."""
+
+
+def fetch(url: str, limit: int, private: Callable[[str], bool]) -> bytes:
+    """Return what is at an http or https URL. ``private`` tells for which URLs any address is allowed.
+
+    Raises ImageRefusedByPlace, also for more than ``limit`` bytes, and Unreachable after two attempts.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return _follow(url, limit, private)
+        except (OSError, http.client.HTTPException, Unreachable) as error:
+            if attempt == _ATTEMPTS - 1:
+                raise Unreachable(f"{type(error).__name__}: {error}") from error
+    raise AssertionError
+
+
+def _follow(url: str, limit: int, private: Callable[[str], bool]) -> bytes:
+    for _ in range(_MAX_REDIRECTS + 1):
+        found = _get(url, limit, private(url))
+        if isinstance(found, bytes):
+            return found
+        url = urljoin(url, found)
+    raise ImageRefusedByPlace(Reason.IMAGE_MISSING, f"more than {_MAX_REDIRECTS} redirects")
+
+
+def _get(url: str, limit: int, private: bool) -> bytes | str:
+    """The content at a URL, or the URL that it redirects to."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ImageRefusedByPlace(Reason.IMAGE_PLACE, f"no valid URL: {error}") from error
+    if parts.scheme not in ("http", "https") or not host or parts.username is not None:
+        raise ImageRefusedByPlace(Reason.IMAGE_PLACE, "only http and https URLs without a user are read")
+    connection = _connect(host, port, parts.scheme == "https", private)
+    try:
+        target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (f"?{parts.query}" if parts.query else "")
+        connection.request("GET", target, headers=_HEADERS)
+        answer = connection.getresponse()
+        if answer.status in _REDIRECTS:
+            return answer.headers.get("Location") or ""
+        if answer.status >= 500 or answer.status == 429:
+            raise Unreachable(f"HTTP status {answer.status}")
+        if answer.status != 200:
+            raise ImageRefusedByPlace(Reason.IMAGE_MISSING, f"HTTP status {answer.status}")
+        return _body(answer, limit)
+    finally:
+        connection.close()
+
+
+def _body(answer: http.client.HTTPResponse, limit: int) -> bytes:
+    end, data = time.monotonic() + _DEADLINE, bytearray()
+    while part := answer.read1(_CHUNK_BYTES):
+        data += part
+        if len(data) > limit:
+            raise ImageRefusedByPlace(Reason.IMAGE_BYTES, f"more bytes than limits.image_bytes of {limit}")
+        if time.monotonic() > end:
+            raise Unreachable(f"not read after {_DEADLINE:.0f} seconds")
+    return bytes(data)
+
+
+def _connect(host: str, port: int | None, secure: bool, private: bool) -> http.client.HTTPConnection:
+    """A connection to the address that was checked."""
+    port = port or (443 if secure else 80)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise ImageRefusedByPlace(Reason.IMAGE_PLACE, f"no valid host: {error}") from error
+    addresses = [str(entry[4][0]) for entry in found]
+    if not private and (others := [address for address in addresses if not is_public_address(address)]):
+        detail = f"{host[:200]} is {others[0]}, an address that is not public; allow it in input.images_from"
+        raise ImageRefusedByPlace(Reason.IMAGE_PLACE, detail)
+    connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
+    raw = socket.create_connection((addresses[0], port), timeout=_TIMEOUT)
+    connection.sock = _tls().wrap_socket(raw, server_hostname=host) if secure else raw
+    return connection
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+def is_public_address(address: str) -> bool:
+    """Whether an IP address belongs to no private, local or reserved network, also inside an IPv6 address."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address):
+        inner = found.ipv4_mapped or found.sixtofour or (found.teredo[1] if found.teredo else None)
+        if inner is None and found in _EMBEDDED:
+            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public_address(str(inner))
+    return found.is_global and not found.is_multicast

@@ -1,0 +1,185 @@
+"""Folders of images as sources: the files of a sample, Hugging Face's imagefolder, and shards that stay valid."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+
+import reinforce
+from reinforce.config import Config, Input, parse_config
+from reinforce.dataset.store import Store
+from reinforce.engine import folder_lists
+from reinforce.engine.estimate import expected_bytes
+from reinforce.engine.folder_lists import write_lists
+from reinforce.engine.plan import Plan, make_plan
+from reinforce.engine.probe import check_source
+from reinforce.errors import UserError
+from reinforce.source.folders import list_folder
+from tests.helpers.data import config_of, picture, tree
+from tests.helpers.reinforced import reinforce_here
+
+RED = {"red": config_of("", "")["teachers"]["red"]}
+
+
+def put(folder: Path, name: str, data: bytes | str) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Four images in two folders, with captions in three ways, and files that belong to none."""
+    folder = tmp_path / "photos"
+    for number, name in enumerate(("cats/a.png", "cats/b.v1.png", "dogs/c.png", "dogs/d.png")):
+        put(folder, name, picture(number))
+    put(folder, "cats/a.txt", "a cat")
+    put(folder, "cats/b.v1.txt", "another cat")
+    put(folder, "dogs/c.json", '{"caption": "a dog", "n": 1}')
+    for name in ("Thumbs.db", "notes.md", "alone.txt", ".hidden/x.png", "dogs/.x.png"):
+        put(folder, name, "x")
+    return folder
+
+
+def config(source: Path | str, output: Path | str, **changes: Any) -> dict[str, Any]:
+    return config_of(str(source), output, **{"captioners": {}, "teachers": {}, **changes})  # type: ignore[arg-type]
+
+
+def plan(values: dict[str, Any]) -> Plan:
+    return make_plan(parse_config(values))
+
+
+def rows(dataset: Path | str) -> list[dict[str, Any]]:
+    return [row for path in sorted(Path(dataset, "samples").iterdir()) for row in pq.read_table(path).to_pylist()]
+
+
+def test_a_folder_gives_the_samples_of_a_tar_of_it(photos: Path, tmp_path: Path) -> None:
+    values = config(photos, tmp_path / "out")
+    sample, [note] = check_source(plan(values))
+    assert (sample and sample.line()) == "first sample: cats/a (.png, 40 x 30), caption 'a cat'"
+    assert note == (f"source: 3 files are ignored, which are no images and belong to none, such as {photos}/Thumbs.db")
+    assert (expected_bytes(plan(values))["samples"] or 0) > sum(len(picture(number)) for number in range(4))
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for path in sorted(photos.rglob("*")):
+            if path.is_file() and "/." not in str(path):
+                tar.add(path, str(path.relative_to(photos)))
+    of_folder, of_tar = (
+        rows(reinforce_here({**values, "source": str(source), "output": f"{tmp_path}/{name}"}))
+        for name, source in (("a", photos), ("b", tmp_path / "x.tar"))
+    )
+    assert of_folder == of_tar
+    assert [row["caption"] for row in of_folder] == ["a cat", "another cat", "a dog", None]
+
+
+def test_files_that_are_added_form_new_shards_and_finished_ones_stay(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_lists, "BLOCK", 3)
+    values = config(photos, photos / "out", teachers=RED)
+    reinforce_here(values)
+    before = tree(photos / "out")
+    assert [name.partition("-")[2][:6] for name in Store(str(photos / "out")).shards("samples")] == ["000000", "000001"]
+    assert not plan(values).pending, "the dataset, which is in the folder, is no part of it"
+    for number, name in enumerate(("aaa.png", "cats/b.jpg", "zzz.png"), 7):
+        put(photos, name, picture(number))
+    put(photos, "dogs/d.txt", "came later")
+    (photos / "cats/a.png").unlink()
+    [shard] = plan(values).pending
+    assert "block-000002-" in shard.name
+    assert plan(values).lists.keys() == {shard.name}
+    reinforce_here(values)
+    after = tree(photos / "out")
+    assert {name: after[name] for name in before if name != "dataset.json"} == {
+        name: data for name, data in before.items() if name != "dataset.json"
+    }
+    assert [row["key"] for row in rows(photos / "out")] == ["cats/a", "cats/b", "dogs/c", "dogs/d", "aaa", "zzz"]
+    moved = {**values, "source": str(photos.rename(tmp_path / "moved")), "output": f"{tmp_path}/moved/out"}
+    assert not plan({**moved, "moved": {str(tmp_path / "moved"): str(photos)}}).pending
+
+
+def test_a_folder_of_hugging_face_is_read_with_its_metadata(photos: Path, tmp_path: Path) -> None:
+    for name, content in {
+        "metadata.csv": 'file_name,text,n\ncats/a.png,from csv,1\n"none.png",x,2\n',
+        "dogs/metadata.jsonl": json.dumps({"file_name": "d.png", "text": "a row", "tags": ["x", None]}),
+    }.items():
+        put(photos, name, content)
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(photos / "dogs"), cache_dir=str(tmp_path / "cache"))
+    assert "a row" in loaded["train"]["text"]
+    notes = check_source(plan(config(photos, tmp_path / "out")))[1]
+    assert notes[1:] == ["source: 1 rows of metadata.csv name no image that is there"]
+    made = {row["key"]: row for row in rows(reinforce_here(config(photos, tmp_path / "out")))}
+    assert [made[key]["caption"] for key in ("cats/a", "dogs/c", "dogs/d")] == ["a cat", "a dog", "a row"]
+    assert json.loads(made["dogs/d"]["metadata"]) == {"text": "a row", "tags": ["x", None]}
+    assert json.loads(made["cats/a"]["metadata"]) == {"text": "from csv", "n": "1"}
+
+
+def test_images_of_a_folder_are_read_again_by_reference(photos: Path, tmp_path: Path) -> None:
+    values = config(photos, tmp_path / "out", images="reference")
+    reinforce_here(values)
+    assert rows(tmp_path / "out")[0]["image_ref"] == {
+        "url": f"{photos}/cats/a.png",
+        "offset": 0,
+        "length": len(picture(0)),
+    }
+    reinforce_here({**values, "teachers": RED})
+    embed = reinforce_here(config(photos, tmp_path / "embed", teachers=RED))
+    read = [
+        [sample.images["red"].tolist() for sample in reinforce.open(str(url), images_from=str(photos))]
+        for url in (tmp_path / "out", embed)
+    ]
+    assert read[0] == read[1]
+    put(photos, "cats/a.png", picture(9))
+    with pytest.raises(UserError, match=r"images that were read are not those that were in .*cats/a\.png"):
+        list(reinforce.open(str(tmp_path / "out"), images_from=str(photos)))
+
+
+def test_files_that_disappear_cost_their_samples_and_a_list_is_written_once(photos: Path, tmp_path: Path) -> None:
+    values = config(photos, tmp_path / "out")
+    lists = plan(values).lists
+    write_lists(Store(values["output"]), lists)
+    with pytest.raises(UserError, match=r"was written by another run\. Run the same command again"):
+        write_lists(Store(values["output"]), lists)
+    (photos / "cats/a.png").unlink()
+    (photos / "cats/b.v1.txt").unlink()
+    reinforce_here(values)
+    assert next((row["key"], row["caption"]) for row in rows(tmp_path / "out")) == ("cats/b", None)
+    [shard] = Store(values["output"]).shards("quarantine/samples")
+    found = Store(values["output"]).quarantined("samples", shard)
+    assert ("cats/a", "image_missing", "No such file or directory") in [tuple(row.values()) for row in found]
+    (tmp_path / "out" / "lists" / f"{shard}.jsonl").write_text("junk")
+    with pytest.raises(UserError, match=r"\.jsonl is damaged\. Restore it"):
+        plan(values)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "is an empty folder. Name one with images, or files by a pattern such as"),
+        ({"a.parquet": "x", "b.txt": "y"}, "is a folder without images; it has 2 other files, such as a.parquet. Name"),
+        ({"a.png": "x", "metadata.csv": "name,text\na.png,x\n"}, "/metadata.csv: no row has the path of an image,"),
+        ({"a.png": "x", "metadata.jsonl": "{broken"}, "/metadata.jsonl cannot be read: invalid JSON"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_one_error(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    (tmp_path / "x").mkdir()
+    for name, content in files.items():
+        put(tmp_path / "x", name, content)
+    with pytest.raises(UserError) as raised:
+        plan(config(tmp_path / "x", tmp_path / "out"))
+    assert message in str(raised.value)
+    assert isinstance(parse_config(config("x", "y")), Config)
+
+
+def test_a_list_names_no_file_outside_its_folder(photos: Path) -> None:
+    from reinforce.source.folders import read_list
+
+    line = json.dumps({"key": "x", "files": {"png": ["../secret.png", 1]}}).encode()
+    [refusal] = read_list([line], str(photos), Input())
+    assert refusal.reason.value == "image_place"  # type: ignore[union-attr]
+    assert len(list_folder(str(photos), Input()).samples) == 4

@@ -1,0 +1,182 @@
+"""Images in files of their own: which places a table may name, and how they are read."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import http.server
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from reinforce.config import Limits
+from reinforce.source import places, web
+from reinforce.source.web import is_public_address
+from tests.helpers.data import picture
+from tests.helpers.tables import outcomes, read_table
+
+IMAGES = [picture(number) for number in range(3)]
+
+
+def table(path: Path, places_: Sequence[str], column: str = "file_name") -> Path:
+    """A csv file with these places, and the captions 0, 1, ..."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow([column, "text"])
+        rows.writerows([place, number] for number, place in enumerate(places_))
+    return path
+
+
+def refusals(items: Sequence[Any]) -> list[str]:
+    """The reason and detail of each refusal, and the caption of each sample."""
+    return list(outcomes(items).values())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with images in two folders."""
+    for name in ("a.png", "deep/b.png", "outside/c.png"):
+        path = tmp_path / ("data" if not name.startswith("outside") else "") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(IMAGES["abc".index(path.stem)])
+    return tmp_path / "data"
+
+
+@contextlib.contextmanager
+def server(folder: Path, redirects: dict[str, str] | None = None) -> Iterator[str]:
+    """Serve a folder; ``redirects`` maps paths to where they lead, and /500 fails."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path in (redirects or {}):
+                self.send_response(302)
+                self.send_header("Location", (redirects or {})[self.path])
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+            elif self.path == "/500":
+                self.send_error(500)
+            else:
+                super().do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            """Log nothing."""
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_paths_of_a_table_are_relative_to_its_folder_and_stay_in_it(folder: Path) -> None:
+    outside = f"{folder.parent}/outside"
+    (folder / "folder.png").mkdir()
+    named = [
+        "a.png",
+        "./deep//b.png",
+        "none.png",
+        "folder.png",
+        "../outside/c.png",
+        f"{outside}/c.png",
+        f"file://{outside}/c.png",
+    ]
+    named += ["s3://bucket/x.png", "deep/../a.png", "~/x.png", "a\tb.png", "x.zip::memory://y.png", "..\\c.png"]
+    path = table(folder / "x.csv", named)
+    found = refusals(read_table(path, "csv"))
+    assert found[:2] == ["0", "1"]
+    assert found[2] == "image_missing: 'none.png': No such file or directory"
+    assert found[3] == "image_missing: 'folder.png': a folder"
+    for refusal in found[4:]:
+        assert refusal.startswith("image_place: ")
+    assert found[4].endswith("it is not in the folder of the table; allow it in input.images_from")
+    allowed = refusals(read_table(path, "csv", images_from=[outside]))
+    assert allowed[4:7] == ["4", "5", "6"]
+    assert allowed[7:] == found[7:], "a folder that is allowed allows no other"
+    assert refusals(read_table(table(folder / "y.csv", ["a.png"]), "csv", limits=Limits(image_bytes=100)))[
+        0
+    ].startswith("image_bytes: 'a.png': more bytes than")
+
+
+@pytest.mark.parametrize("format_", ["csv", "jsonl", "parquet"])
+def test_tables_of_any_format_may_name_places(folder: Path, format_: str) -> None:
+    path = folder / f"x.{format_}"
+    if format_ == "csv":
+        table(path, ["a.png", "deep/b.png"])
+    elif format_ == "jsonl":
+        path.write_text('{"path": "a.png", "text": "0"}\n{"path": "deep/b.png", "text": "1"}')
+    else:
+        image = [{"bytes": None, "path": "a.png"}, {"bytes": IMAGES[1], "path": "elsewhere.png"}]
+        pq.write_table(pa.table({"image": image, "text": ["0", "1"]}), path)
+    found = read_table(path, format_)
+    assert [item.image for item in found] == IMAGES[:2]  # type: ignore[union-attr]
+    assert refusals(found) == ["0", "1"]
+
+
+def test_urls_are_read_from_public_addresses_and_from_those_that_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with server(folder) as url:
+        path = table(
+            folder / "x.csv", [f"{url}/a.png", f"{url}/deep/b.png?width=9", f"{url}/none.png", f"{url}/500"], "URL"
+        )
+        found = refusals(read_table(path, "csv"))
+        assert {refusal.partition(":")[0] for refusal in found} == {"image_place"}
+        assert found[0].endswith("127.0.0.1 is 127.0.0.1, an address that is not public; allow it in input.images_from")
+        expected = ["0", "1", "image_missing: ", "image_missing: "]
+        named = refusals(read_table(path, "csv", images_from=url))
+        assert [item if item in "01" else item[:15] for item in named] == expected
+        assert ("HTTP status 404" in named[2], "HTTP status 500" in named[3]) == (True, True)
+        monkeypatch.setattr(web, "is_public_address", lambda address: True)
+        assert [item if item in "01" else item[:15] for item in refusals(read_table(path, "csv"))] == expected
+        small = refusals(read_table(path, "csv", limits=Limits(image_bytes=100)))
+        assert small[0].endswith("more bytes than limits.image_bytes of 100")
+
+
+def test_a_redirect_leads_to_public_addresses_only(folder: Path) -> None:
+    with server(folder) as inside, server(folder, {"/x": f"{inside}/a.png", "/y": "/a.png", "/z": "/z"}) as url:
+        path = table(folder / "x.csv", [f"{url}/x", f"{url}/y", f"{url}/z", "ftp://x/y.png", "http://u:p@x/y.png"])
+        first, *others = refusals(read_table(path, "csv", images_from=url))
+        assert first.startswith("image_place: ")
+        assert others[0] == "1"
+        assert others[1].endswith("more than 5 redirects")
+        assert [refusal.partition(":")[0] for refusal in others[2:]] == ["image_place"] * 2
+
+
+def test_a_shard_whose_images_cannot_be_reached_is_retried_instead_of_quarantined(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "_FIRST_UNREACHABLE", 3)
+    with server(folder) as url:
+        pass
+    path = table(folder / "x.csv", [f"{url}/{number}.png" for number in range(5)])
+    with pytest.raises(ConnectionError, match=r"none of the first . images can be reached: ConnectionRefusedError"):
+        read_table(path, "csv", images_from=url)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("64:ff9b::a00:1", False),
+        ("2002:a00:1::", False),
+    ],
+)
+def test_addresses_of_private_networks_are_not_public(address: str, public: bool) -> None:
+    assert is_public_address(address) == public
