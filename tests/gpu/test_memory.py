@@ -1,0 +1,87 @@
+"""Little memory on a stand-in for CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reinforce.config import Config, parse_config
+from reinforce.dataset.store import Store
+from reinforce.engine.full_batch import find_batch
+from reinforce.engine.model_flops import measure_costs
+from reinforce.engine.models import Models, load_models
+from reinforce.engine.plan import Plan, make_plan
+from reinforce.engine.shard import process_shard
+from reinforce.errors import UserError
+from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.decoding import decode_pool
+from tests.helpers.stand_in_cuda import StandIn, stand_in_cuda
+from tests.helpers.tiny_coca import coca_model
+from tests.helpers.tiny_models import open_clip_model
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("memory")
+    write_tar(folder / "source" / "0.tar", members_of(0, 8))
+    return config_of(
+        f"{folder}/source/*.tar",
+        folder / "out",
+        captioners={
+            "coca": {"model": coca_model(folder / "coca"), "captions": 2, "max_length": 8, "precision": "fp32"}
+        },
+        teachers={"vit": {"model": open_clip_model(folder / "vit"), "precision": "bf16"}},
+        workers={"batch": 16, "max": 1, "gpus": 1},
+    )
+
+
+@pytest.fixture
+def cuda() -> Iterator[StandIn]:
+    with stand_in_cuda() as cuda:
+        yield cuda
+
+
+def load(config: dict[str, Any], **changes: Any) -> tuple[Config, Plan, Models]:
+    parsed = parse_config({**config, **changes})
+    plan = make_plan(parsed)
+    return parsed, plan, load_models(parsed, plan.layers.values())
+
+
+def test_a_shard_is_finished_with_less_memory_and_reports_it(
+    config: dict[str, Any], tmp_path: Path, cuda: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
+    results = []
+    parsed, plan, models = load(config, output=str(tmp_path / "whole"))
+    models.costs = measure_costs(models, parsed, plan.layers.values())
+    for output in ("whole", "halved"):
+        before = cuda.allocated
+        store = Store(str(tmp_path / output))
+        results.append(process_shard(plan.pending[0], parsed, plan.layers, store, models, decode_pool(), 8))
+        assert cuda.allocated < 1.2 * before, "the models, and what a captioner keeps for the next batch"
+        cuda.memory = cuda.allocated + (cuda.peak - cuda.allocated) // 2
+    whole, halved = results
+    assert whole.notes == ()
+    assert any("from now on 4 images at once" in note for note in halved.notes), halved.notes
+    assert (halved.samples, halved.refused) == (8, {})
+    assert tree(tmp_path / "halved").keys() == tree(tmp_path / "whole").keys()
+    assert halved.device["name"] == "NVIDIA H100 80GB HBM3"
+    assert halved.device["memory_peak"] > 0
+    images = halved.stages["embeddings/vit/images"]
+    assert images["flops"] > 16 * 1e5
+    assert images["peak_flops"] == pytest.approx(images["seconds"] * 989e12)
+
+
+def test_auto_is_what_fits_and_without_memory_for_one_image_the_run_ends(config: dict[str, Any], cuda: StandIn) -> None:
+    parsed, plan, models = load(config, captioners={}, workers={"batch": "auto", "gpus": 1})
+    layers, models_only = list(plan.layers.values()), cuda.allocated
+    assert find_batch(models, parsed, layers, largest=8).workers.images == 8
+    cuda.memory = models_only + int(0.6 * (cuda.peak - models_only))
+    assert find_batch(models, parsed, layers, largest=8).workers.images == 4
+    cuda.memory = models_only + 1000
+    with pytest.raises(UserError, match=r"does not fit in the memory of the device|do not fit"):
+        find_batch(models, parsed, layers, largest=8)
