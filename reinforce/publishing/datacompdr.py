@@ -34,19 +34,22 @@ _PUBLISHED_OPS = 2  # of published records, whose datasets record no number
 
 @dataclass
 class Exported:
-    """Result of an export: its samples, those that were left out by reason, and notes for the user."""
+    """Result of an export: samples, those whose images were converted, those left out by reason, and notes."""
 
     output: str
     config: Mapping[str, Any]
     shards: int = 0
     kept: int = 0
     samples: int = 0
+    converted: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         kept = f", of which {self.kept:,} were there before" if self.kept else ""
         lines = [f"{self.shards:,} tars with {self.samples:,} samples{kept}: {self.output}"]
+        if self.converted:
+            lines.append(f"converted: {self.converted:,} images, to PNGs that readers decode to the same pixels")
         lines += [f"left out: {count:,} samples, {reason}" for reason, count in self.left_out.most_common()]
         return [*lines, *self.notes, f"train with ml-mobileclip: {shlex.join(self._flags())}"]
 
@@ -126,6 +129,7 @@ def _write(export: ShardExport, shards: Sequence[str], result: Exported, use_ray
     result.shards = len(found)
     for stats in found.values():
         result.samples += stats.get("samples", 0)
+        result.converted += stats.get("converted_images", 0)
         for reason, entry in stats.get("left_out", {}).items():
             result.left_out[reason] += entry["samples"]
 

@@ -28,7 +28,8 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embe
 from reinforce.dataset.store import Store
 from reinforce.engine.published_members import CAPTIONS, PARAMETERS
 from reinforce.errors import UserError
-from reinforce.source.image import PUBLISHED_POLICY, ImageRefused, decode, format_extension, is_plain
+from reinforce.publishing.datacompdr_images import has_published_pixels, image_member
+from reinforce.source.image import PUBLISHED_POLICY, ImageRefused
 from reinforce.source.references import ImageRoots
 from reinforce.source.shards import referenced_images, split_name
 from reinforce.source.text import parse_json
@@ -100,7 +101,7 @@ def export_shard(export: ShardExport, shard: str) -> dict[str, Any]:
     """
     output = Storage(export.output)
     left_out: dict[str, list[str]] = {}
-    samples, keys = 0, set[str]()
+    samples, converted, keys = 0, 0, set[str]()
     with output.new_file(tar_name(shard)) as path:
         with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
             for key, row in _rows(export, shard):
@@ -108,16 +109,19 @@ def export_shard(export: ShardExport, shard: str) -> dict[str, Any]:
                     name = _member_name(key, keys)
                     with row_errors(Store(export.url).url):
                         members = list(_members(export, shard, key, row))
+                        image, is_converted = _image_members(export, row["image"])
                 except LeftOut as reason:
                     left_out.setdefault(str(reason), []).append(key)
                     continue
-                for extension, content in members:
+                for extension, content in [*image, *members]:
                     entry = tarfile.TarInfo(f"{name}.{extension}")
                     entry.size, entry.mtime = len(content), _ENTRY_SECONDS
                     tar.addfile(entry, io.BytesIO(content))
                 samples += 1
+                converted += is_converted
         stats = {
             "samples": samples,
+            "converted_images": converted,
             "left_out": {
                 reason: {"samples": len(found), "keys": found[:_NAMED_KEYS]} for reason, found in left_out.items()
             },
@@ -166,22 +170,33 @@ def _images(export: ShardExport, rows: Sequence[Mapping[str, Any]]) -> Iterator[
     return referenced_images([row["image_ref"] for row in rows], export.roots, digests=digests)
 
 
+def _image_members(export: ShardExport, image: bytes | None) -> tuple[list[tuple[str, bytes]], bool]:
+    """Extension and content of the image if it is written, and whether it was converted. Raises LeftOut."""
+    if image is None:
+        return [], False
+    try:
+        if export.with_images:
+            extension, content, converted = image_member(image, export.image_policy, export.limits)
+            return [(extension, content)], converted
+        if has_published_pixels(image, export.image_policy, export.limits):
+            return [], False
+    except ImageRefused as error:
+        raise LeftOut(f"its image cannot be decoded: {error.reason.value}") from error
+    raise LeftOut(
+        f"image policy {export.image_policy} gives other pixels than {PUBLISHED_POLICY}, by which readers of the "
+        "format decode the original: orientation, transparency or more than 8 bits"
+    )
+
+
 def _members(export: ShardExport, shard: str, key: str, row: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """Extension and content of the members of a sample. Raises LeftOut."""
-    image, caption, arrays = row["image"], row["caption"], dict(row["arrays"])
-    if image is not None and not _has_published_pixels(export, image):
-        raise LeftOut(
-            f"image policy {export.image_policy} gives other pixels than {PUBLISHED_POLICY}, which readers of the "
-            "format apply: orientation, transparency or more than 8 bits"
-        )
+    """Extension and content of the members of a sample beside its image. Raises LeftOut."""
+    caption, arrays = row["caption"], dict(row["arrays"])
     if caption is None:
         del arrays["text_emb"]
     missing = [name for name, array in arrays.items() if np.isnan(array).any()]
     missing += [LIST_OF.format(name) for name, texts in row["captions"].items() if texts is None or None in texts]
     if missing:
         raise LeftOut(f"null in the dataset: {', '.join(missing)}")
-    if export.with_images:
-        yield _extension(image), image
     if caption is not None:
         yield "txt", caption.encode()
     metadata = parse_json((row["metadata"] or "{}").encode())
@@ -193,28 +208,6 @@ def _members(export: ShardExport, shard: str, key: str, row: Mapping[str, Any]) 
     yield ("npz", _npz(arrays)) if export.precision == "fp32" else ("pth.gz", _pth(arrays))
     uid = metadata.get("uid")
     yield "json", _json({**metadata, "uid": uid if isinstance(uid, str) else key})
-
-
-def _has_published_pixels(export: ShardExport, image: bytes) -> bool:
-    """Whether readers of the format decode an image to the pixels that the dataset's policy gives."""
-    if export.image_policy == PUBLISHED_POLICY or is_plain(image):
-        return True
-    try:
-        ours, theirs = (decode(image, export.limits, policy=p) for p in (export.image_policy, PUBLISHED_POLICY))
-    except ImageRefused as error:
-        raise _undecodable(error) from error
-    return ours.size == theirs.size and ours.tobytes() == theirs.tobytes()
-
-
-def _extension(image: bytes) -> str:
-    try:
-        return format_extension(image)
-    except ImageRefused as error:
-        raise _undecodable(error) from error
-
-
-def _undecodable(error: ImageRefused) -> LeftOut:
-    return LeftOut(f"its image cannot be decoded: {error.reason.value}")
 
 
 def _record(export: ShardExport, shard: str, key: str, record: Mapping[str, Any]) -> list[Any]:

@@ -173,28 +173,34 @@ def half_transparent(alpha: int) -> bytes:
     return out.getvalue()
 
 
-def test_samples_that_the_format_cannot_hold_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_images_that_readers_would_decode_otherwise_are_converted_or_left_out(tmp_path: Path) -> None:
     extra = [("turned.jpg", rotated()), ("turned.txt", b"a"), ("glass.png", half_transparent(9)), ("glass.txt", b"b")]
     extra += [("opaque.png", half_transparent(255)), ("opaque.txt", b"c"), ("silent.png", picture(3))]
+    extra += [("old.bmp", picture(5, format_="BMP")), ("old.txt", b"d")]
     extra += [("../../up/a b.png", picture(4)), ("../../up/a b.txt", b"d")]
     write_dataset(tmp_path, *extra)
     exported = export(tmp_path)
-    [(reason, count)] = exported.left_out.items()
-    assert (count, exported.samples) == (2, 11)
-    assert reason.startswith("image policy rgb-1 gives other pixels than pillow-rgb-1")
-    assert f"left out: 2 samples, {reason}" in exported.lines()
-    [stats] = [json.loads(path.read_text()) for path in (tmp_path / "tars").glob("00000-*_stats.json")]
-    assert stats["left_out"][reason]["keys"] == ["turned", "glass"]
+    assert (exported.left_out, exported.samples, exported.converted) == ({}, 14, 3)
+    assert "converted: 3 images, to PNGs that readers decode to the same pixels" in exported.lines()
     names = [name for path in (tmp_path / "tars").glob("00000-*.tar") for name in member_names(path)]
-    assert "opaque.png" in names
+    assert {"turned.png", "glass.png", "opaque.png", "old.png"} <= {*names}
     assert {name for name in names if name.startswith("silent")} == {
         "silent.png", "silent.syn.json", "silent.paug.json", "silent.npz", "silent.json",
     }  # fmt: skip
     assert "%2E%2E/%2E%2E/up/a b.png" in names, "no name leads out of the folder in which a tar is unpacked"
     # With images in the tars, an export is a source and its reinforcements.
     back = read_back(tmp_path, f"{tmp_path}/tars/*.tar")
-    assert len(back) == 11
     assert [sample.caption for sample in back if sample.key == "silent"] == [None]
+    for one, other in zip(reinforce.open(str(tmp_path / "out")), back, strict=True):
+        assert other.augmented(1).tobytes() == one.augmented(1).tobytes()
+
+    without = export(tmp_path, tmp_path / "without", images=False)
+    [(reason, count)] = without.left_out.items()
+    assert (count, without.samples, without.converted) == (2, 12, 0)
+    assert reason.startswith("image policy rgb-1 gives other pixels than pillow-rgb-1")
+    assert f"left out: 2 samples, {reason}" in without.lines()
+    [stats] = [json.loads(path.read_text()) for path in (tmp_path / "without").glob("00000-*_stats.json")]
+    assert stats["left_out"][reason]["keys"] == ["turned", "glass"]
 
 
 def test_images_by_reference_are_read_from_folders_that_are_named(tmp_path: Path) -> None:
