@@ -25,9 +25,10 @@ def measure_busy(bench: Bench, host_ms: float) -> list[Figure]:
     """Busy share by number of workers. ``host_ms`` is the CPU per sample of everything but the models."""
     scale = bench.scale
     source = write_shards(bench.folder / "busy", scale.busy_shards, scale.busy_images, bench.photos)
+    warm = write_shards(bench.folder / "busy-warm", max(scale.busy_workers), scale.busy_images, bench.photos)
     per_core = PACE * host_ms / 1000 / AUGMENTATIONS / bench.cores  # seconds per augmented image
 
-    def share(workers: Children) -> float:
+    def share(workers: Children, source: str) -> float:
         """The mean of the workers' shares."""
         count = len(workers.all)
         with bench.output() as output:
@@ -40,7 +41,8 @@ def measure_busy(bench: Bench, host_ms: float) -> list[Figure]:
         def started() -> dict[str, float]:  # idle processes of the other variants would take memory
             setup = WorkerSetup(AUGMENTATIONS, max(1, bench.cores // count), bench.device, BATCH)
             with start_workers(setup, count) as workers:
-                return {"busy": share(workers)}
+                share(workers, warm)  # the first images of a new process take longer
+                return {"busy": share(workers, source)}
 
         return started
 

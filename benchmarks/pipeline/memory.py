@@ -21,9 +21,12 @@ GROWTH = 1.05
 
 
 def measure_memory(bench: Bench) -> list[Figure]:
-    """Peak memory with small and with large shards."""
+    """Peak memory with small and with large shards of equally many bytes in all.
+
+    The more row groups a worker writes, the more likely its two shards have one in memory at the same moment.
+    """
     small, large = bench.scale.memory_megabytes
-    first = _peak(bench, small, SHARDS_IN_FLIGHT * max(1, round(large / small / 4)))
+    first = _peak(bench, small, SHARDS_IN_FLIGHT * max(1, round(large / small)))
     second = _peak(bench, large, SHARDS_IN_FLIGHT)
     name = "peak of a worker with {} decode processes, shards of {} MB"
     cells = pixel_cell_bytes(2, bench.cores) / 1e6
