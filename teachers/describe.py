@@ -163,6 +163,8 @@ def import_class(spec: ModelSpec) -> type:
 
 def _describe_class(spec: TeacherSpec) -> ModelInfo:
     cls = import_class(spec)
+    if spec.compile is not None:
+        raise ValueError("`compile` is not used with `class`; compile your class itself")
     images = callable(getattr(cls, "encode_images", None)) and getattr(cls, "image", "unset") is not None
     texts = callable(getattr(cls, "encode_texts", None))
     if not images and not texts:

@@ -25,10 +25,8 @@ class Accelerator:
     """A device and the precision of forward passes on it.
 
     ``name`` is ``auto`` (CUDA if available, else CPU) or a torch device. Precision ``auto`` is bf16 on CUDA devices
-    that have it, else fp32. Weights stay float32 and lower precisions use autocast, which works with any module and
-    keeps norms and softmax in float32, as the models were trained.
-    Casting the weights once would save a conversion per pass, which is cheap compared with a large batch, but it
-    would also round the text towers' residual stream.
+    that have it, else fp32. Lower precisions use autocast, which works with any module and keeps norms and softmax in
+    float32, as the models were trained; ``teachers.towers`` casts weights once where that gives the same bits.
 
     Raises ValueError if the device is unknown or not available, or has no bf16.
     """

@@ -13,9 +13,9 @@ import open_clip
 import torch
 
 from teachers import open_clip_catalog as catalog
-from teachers import weights
+from teachers import towers, weights
 from teachers.device import Accelerator
-from teachers.open_clip_text import TextEncoder
+from teachers.open_clip_text import TextEncoder, keep_residual_in_float32
 from teachers.pixels import channels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec, TeacherSpec
@@ -27,6 +27,7 @@ class OpenClipEncoder:
     def __init__(self, model: Any, image: ImageSpec, tokenizer: Any, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._model = model
+        self._encode_images: Callable[[torch.Tensor], torch.Tensor] = model.encode_image
         self.image: ImageSpec | None = image
         self._text = TextEncoder(model, copy.copy(tokenizer), accelerator)  # a copy, since TextEncoder modifies it
         self.tokenizer_key = self._text.tokenizer_key
@@ -34,7 +35,7 @@ class OpenClipEncoder:
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
         with self._accelerator.forward():
-            features = self._model.encode_image(self._accelerator.layout(pixels))
+            features = self._encode_images(self._accelerator.layout(pixels))
             return torch.nn.functional.normalize(features.float(), dim=-1)
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -63,6 +64,12 @@ class OpenClipTeacher(OpenClipEncoder):
         super().__init__(model, image, open_clip.get_tokenizer(model_name(spec)), accelerator)
         self.logit_scale: float | None = spec.logit_scale or float(model.logit_scale.exp())
         self.dim = int(open_clip.get_model_config(model_name(spec))["embed_dim"])
+        if accelerator.device.type == "cuda":
+            keep_residual_in_float32(model)
+            towers.hold_in_precision(model, accelerator, lambda: towers.probe_outputs(self, accelerator))
+        if spec.compile:
+            towers.compile_blocks(model.visual)
+            self._encode_images = towers.padded(model.encode_image)
 
 
 def load_model(spec: ModelSpec) -> Any:

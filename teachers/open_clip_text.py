@@ -110,6 +110,16 @@ def clean_text(text: str) -> str:
     return cleaned
 
 
+def keep_residual_in_float32(model: torch.nn.Module) -> None:
+    """Let the text tower add up its residuals in float32, also when its matrices are in a lower precision.
+
+    open_clip takes the data type of the embedded tokens from a matrix.
+    """
+    for module in model.modules():
+        if hasattr(module, "get_cast_dtype"):
+            module.get_cast_dtype = lambda: torch.float32  # type: ignore[assignment, unused-ignore]
+
+
 def _tower(model: torch.nn.Module) -> Any:
     return model if isinstance(model, open_clip.CLIP) else model.text
 

@@ -70,6 +70,9 @@ class TeacherSpec(ModelSpec):
     dtype: Literal["float16", "float32", "int8"] = Field(
         "float16", description="data type in which embeddings are stored"
     )
+    compile: bool | None = Field(
+        None, description="compile the blocks of the image tower (torch.compile); takes a minute at the start of a run"
+    )
     columns: tuple[int, int] | None = Field(
         None,
         strict=False,

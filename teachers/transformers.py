@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 import transformers
 
+from teachers import towers
 from teachers import transformers_catalog as catalog
 from teachers.device import Accelerator
 from teachers.pixels import channels
@@ -18,6 +19,8 @@ from teachers.special_tokens import special_token_escaper
 from teachers.trimming import PROBE_TEXTS, trimming_is_exact
 
 _RESAMPLING: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+
+EncodeImages = Callable[[torch.Tensor], torch.Tensor]
 
 
 def load(spec: TeacherSpec, accelerator: Accelerator) -> Teacher:
@@ -52,16 +55,21 @@ class TransformersTeacher:
         siglip = self._model.config.model_type == "siglip"
         positions = self._model.config.text_config.max_position_embeddings
         self._tokenize = _Tokenizer(spec, positions, masked=not siglip)
+        self._encode_images: EncodeImages = self._image_features
         with _first_input(self._model):
             self.dim = _image_dim(self.encode_images, self.image, accelerator)
             self._trims = not siglip and trimming_is_exact(self._encode)
+        self._encode_images = _make_fast(self, self._model, spec, accelerator, self._image_features)
         scale = getattr(self._model, "logit_scale", None)
         self.logit_scale = spec.logit_scale or (float(scale.exp()) if scale is not None else None)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
         with self._accelerator.forward():
-            return _unit(_features(self._model.get_image_features(pixel_values=self._accelerator.layout(pixels))))
+            return _unit(self._encode_images(self._accelerator.layout(pixels)))
+
+    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return _features(self._model.get_image_features(pixel_values=pixels))
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, dim] float32, unit norm."""
@@ -82,15 +90,21 @@ class ImageTeacher:
         self._model, self._pools = _load_model(spec, accelerator)
         self.image: ImageSpec | None = _load_image_spec(spec)
         self.logit_scale = spec.logit_scale
+        self._encode_images: EncodeImages = self._pooled
         with _first_input(self._model):
             self.dim = _image_dim(self.encode_images, self.image, accelerator)
+        self._encode_images = _make_fast(self, self._model, spec, accelerator, self._pooled)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] float32 -> [B, dim] float32, unit norm."""
         with self._accelerator.forward():
-            output = self._model(pixel_values=self._accelerator.layout(pixels))
-            pooled = getattr(output, "pooler_output", None) if self._pools else None
-            return _unit(output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1))
+            return _unit(self._encode_images(self._accelerator.layout(pixels)))
+
+    def _pooled(self, pixels: torch.Tensor) -> torch.Tensor:
+        output = self._model(pixel_values=pixels)
+        pooled = getattr(output, "pooler_output", None) if self._pools else None
+        features: torch.Tensor = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+        return features
 
 
 class TextTeacher:
@@ -105,6 +119,9 @@ class TextTeacher:
         self.logit_scale = spec.logit_scale
         with _first_input(self._model):
             self.dim = self.encode_texts(PROBE_TEXTS).shape[1]
+        if spec.compile:
+            raise ValueError("`compile` is for image towers, and this model has none; remove it")
+        _hold_in_precision(self, self._model, accelerator)
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, dim] float32, unit norm."""
@@ -189,6 +206,22 @@ def _load_model(spec: TeacherSpec, accelerator: Accelerator) -> tuple[Any, bool]
         wrong = [*needed, *map(str, report["mismatched_keys"])]
         raise ValueError(f"the weights of {spec.model} do not fit {type(model).__name__}: {', '.join(wrong[:5])}")
     return accelerator.prepare(model.float()), not missing
+
+
+def _hold_in_precision(teacher: Any, model: Any, accelerator: Accelerator) -> None:
+    if accelerator.device.type == "cuda":
+        towers.hold_in_precision(model, accelerator, lambda: towers.probe_outputs(teacher, accelerator))
+
+
+def _make_fast(
+    teacher: Any, model: Any, spec: TeacherSpec, accelerator: Accelerator, encode: EncodeImages
+) -> EncodeImages:
+    """Hold the weights of a teacher in its precision on CUDA, and compile its image tower if the spec asks for it."""
+    _hold_in_precision(teacher, model, accelerator)
+    if not spec.compile:
+        return encode
+    towers.compile_blocks(getattr(model, "vision_model", model))
+    return towers.padded(encode)
 
 
 @contextmanager
