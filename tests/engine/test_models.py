@@ -12,6 +12,7 @@ import torch
 from reinforce.config import parse_config
 from reinforce.dataset import fixed_point
 from reinforce.dataset.backends import load_backend
+from reinforce.engine import models as engine_models
 from reinforce.engine.models import Models, load_models
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError
@@ -75,6 +76,17 @@ def test_a_model_that_cannot_be_built_is_a_user_error() -> None:
     config["teachers"]["red"]["options"] = {"delay": 0.0, "dim": "eight"}
     with pytest.raises(UserError):
         load_models(parse_config(config), [LAYERS["embeddings/red/caption"]])
+
+
+def test_models_that_do_not_fit_in_memory_together_are_a_user_error_with_the_mend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(*_: object) -> ColorTeacher:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(engine_models, "load_teacher", load)
+    with pytest.raises(UserError, match=r"CUDA out of memory\..* do not fit in the memory of the device together"):
+        load_models(CONFIG, LAYERS.values())
 
 
 def test_an_augmentation_backend_without_a_package_is_a_user_error_before_any_image(
