@@ -8,7 +8,7 @@ ROUNDS ?= 10
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-latency bench-scale bench-transfer ablations lint clean fuzz soak audit
+.PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-latency bench-scale bench-transfer ablations lint clean fuzz soak audit
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ bench-augment: $(INSTALLED) ## decoding and augmenting by augmentation backend a
 
 bench-captions: $(INSTALLED) ## CoCa's caption decoding compared with open_clip's (twenty minutes)
 	$(BIN)/python -m benchmarks.captions
+
+bench-gpu: $(INSTALLED) ## models, captions, shards and trainings on an NVIDIA GPU, with their limits (ten minutes)
+	$(BIN)/python -m benchmarks.gpu
 
 bench-latency: $(INSTALLED) ## MobileCLIP2 compared with ViT-L/14 on one core (minutes)
 	$(BIN)/reinforce latency MobileCLIP2-S0 MobileCLIP2-S2 MobileCLIP2-B MobileCLIP2-S3 MobileCLIP2-S4 ViT-L-14 \

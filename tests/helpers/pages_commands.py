@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from benchmarks.gpu.__main__ import make_parser as gpu_options
 from benchmarks.pipeline.__main__ import make_parser as benchmark_options
 from reinforce.cli import app
 from reinforce.demo.__main__ import app as demo
@@ -40,6 +41,7 @@ RUN = [
 CHECKED = {
     r"make [a-z-]+( .*)?": "takes minutes; the parts of each target have tests of their own",
     r"python -m benchmarks\.pipeline .*": "takes minutes; tests/benchmarks/pipeline/test_main.py runs a small one",
+    r"python -m benchmarks\.gpu .*": "needs a GPU; tests/benchmarks/gpu/test_main.py runs a small one on a CPU",
     r"\.ci/run": "runs these tests",
     r"pip install .*": "needs a package index",
     r"export [A-Z_]+=.*": "sets a variable of the reader's shell",
@@ -159,6 +161,8 @@ def _python(words: list[str]) -> None:
             _parse(typer.main.get_command(demo), words[2:])
         if words[1] == "benchmarks.pipeline":
             benchmark_options().parse_args(words[2:])
+        if words[1] == "benchmarks.gpu":
+            gpu_options().parse_args(words[2:])
         return
     job, *rest = words
     command = re.search(r'run\("([a-z-]+)"', (ROOT / job).read_text(encoding="utf-8"))

@@ -1,0 +1,57 @@
+"""The benchmark of a GPU, on a CPU with tiny models."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import page
+from benchmarks.gpu.__main__ import main
+from benchmarks.pipeline.page import read_figures
+from tests.helpers.decoding import decode_pool
+
+
+def test_a_tiny_run_on_a_cpu_measures_every_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("benchmarks.gpu.shards.DecodePool", lambda _: contextlib.nullcontext(decode_pool()))
+    monkeypatch.setattr("reinforce.training.log.draw_curves", lambda *_: None)  # a second each
+    monkeypatch.setattr("teachers.determinism.set_flags", lambda *_, **__: None)  # flags of the other tests
+    main(["--device", "cpu", "--tiny", "--cores", "1", "--results", f"{tmp_path}/gpu.json"])
+    output = capsys.readouterr().out
+    results = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    figures = {figure.name: figure for figure in read_figures(results)}
+    for name in (
+        "products of bf16 matrices of 64 x 64",
+        "copies from pinned memory to the device",
+        "tiny, images, compiled",
+        "tiny, images, bf16 weights",
+        "tiny, MFU, as in runs",
+        "tiny, texts of 16 tokens",
+        "tiny, texts of 77 tokens",
+        "tiny-coca, batches of 2 images with 2 captions of 3 words",
+        "kernels a word of a batch",
+        "waits of the host a word of a batch",
+        "decoding to Parquet, 2 augmentations, 1 decode processes",
+        "busy share of the device, 10 augmentations, 1 decode processes",
+        "tiny, eager, training",
+    ):
+        assert figures[name].value > 0, name
+        assert name in output
+    same = [figure for name, figure in figures.items() if "differ" in name]
+    assert [figure.value for figure in same] == [0, 0, 0]
+    assert figures["shards that finish in halved batches when memory is short"].met
+    assert "Measured on" in page.render_page(page.PAGE.read_text(encoding="utf-8"), results)
+
+
+@pytest.mark.parametrize(("words", "advice"), [([], "no CUDA device"), (["--device", "cpu"], "add --tiny")])
+def test_what_this_machine_cannot_measure_is_one_message(
+    words: list[str], advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert advice in capsys.readouterr().err
