@@ -27,6 +27,8 @@ SCARCITY = "tests/integration/test_scarcity.py"
 CLUSTER = "tests/integration/test_cluster.py"
 SOURCES = "tests/engine/test_sources.py"
 CHANGES = "tests/engine/test_changes.py"
+EXPORT = "tests/publishing/test_datacompdr.py"
+CARD = "tests/publishing/test_card.py"
 DECODE_POOL = "tests/engine/test_decode_pool.py"
 #: Cases of other tests: defect, outcome, test.
 OTHERS = [
@@ -160,6 +162,16 @@ OTHERS = [
         "arbitrary bytes",
         "rows and refusals, within 10 seconds and 1 GB; no sample is lost",
         "tests/fuzz/test_fuzz.py::test_no_sample_is_lost_and_nothing_hangs",
+    ),
+    (
+        "a dataset whose keys lead out of a folder, exported to tars",
+        "`..` and dots become %XX in the names of members; a key that cannot name a member is left out and counted",
+        f"{EXPORT}::test_images_that_readers_would_decode_otherwise_are_converted_or_left_out",
+    ),
+    (
+        "a dataset.json whose models and policies contain Markdown, HTML or YAML, in `reinforce card`",
+        "shown as text: the front matter and the tables keep their form",
+        f"{CARD}::test_what_comes_from_data_is_escaped",
     ),
 ]
 ENDED = f"{FAULTS}::test_a_run_whose_driver_was_killed_or_stopped_resumes"
