@@ -76,14 +76,14 @@ class RankWatch:
         self._thread_id = threading.get_ident()
         self._silence = 3 * self._interval + 5  # seconds after which a rank that writes nothing counts as lost
         self._at = (0, "the start", time.time(), False)
-        self._reported = 0.0  # seconds after which the last report was made
+        self._due = self._first = min(_FIRST_WARNING, self._limit / 2)  # seconds until the next report
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="rank watch")
         self._thread.start()
 
     def at(self, what: str, waits: bool = False) -> None:
         """Record that the rank is at ``what``, where it may wait for others; every rank calls this equally often."""
-        self._at, self._reported = (self._at[0] + 1, what, time.time(), waits), 0.0
+        self._at, self._due = (self._at[0] + 1, what, time.time(), waits), self._first
 
     def close(self, error: BaseException | None = None) -> None:
         """End the thread. ``error`` is what ended the rank."""
@@ -126,15 +126,16 @@ class RankWatch:
 
     def _report_wait(self, waited: float) -> None:
         """Log whom this rank waits for; end the process if that has lasted for the time limit."""
-        due = max(min(_FIRST_WARNING, self._limit / 2), 2 * self._reported)
+        due = self._due
         if waited < due:
             return
-        self._reported = waited
-        behind = [rank for rank, place in self._read().items() if place.count < self._at[0]]
-        over = waited > self._limit + _GRACE
-        if behind and (over or self._store.add(f"reports/{self._at[0]}/{due:.0f}", 1) == 1):
+        self._due = next_report(waited, self._first, self._limit + _GRACE)
+        if not any(place.count < self._at[0] for place in self._read().values()):
+            return
+        over = waited >= self._limit + _GRACE
+        if over or self._store.add(f"reports/{self._at[0]}/{due:.2f}", 1) == 1:
             self._report(f"{self.describe()} It has waited for {waited:,.0f} s.")
-        if behind and over:
+        if over:
             self._end_process(1)  # the waiting thread is in a library that does not return
 
     def _write(self, ended: str = "") -> None:
@@ -152,6 +153,17 @@ class RankWatch:
             if self._store.check([f"places/{rank}"]):
                 found[rank] = Place(**json.loads(self._store.get(f"places/{rank}")))
         return found
+
+
+def next_report(waited: float, first: float, limit: float) -> float:
+    """Seconds of waiting until the report after that at ``waited``: a power of two times ``first``, at most ``limit``
+    until that has passed. It is the same on all ranks, of which one reports."""
+    if waited >= limit:
+        return waited + first
+    due = first
+    while due <= waited:
+        due *= 2
+    return min(due, limit)
 
 
 def absent_ranks(places: dict[int, Place], own: int, size: int, silence: float) -> list[int]:

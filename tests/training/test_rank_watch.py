@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from reinforce.training import rank_watch
-from reinforce.training.rank_watch import AbsentRanks, Place, RankWatch, absent_ranks, describe_rank
+from reinforce.training.rank_watch import AbsentRanks, Place, RankWatch, absent_ranks, describe_rank, next_report
 
 TIMED_OUT = RuntimeError("[unbound_buffer.cc:78] Timed out waiting 1000ms for recv operation to complete")
 
@@ -68,26 +68,33 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def test_a_wait_is_logged_once_for_all_ranks_and_ends_the_processes_at_the_limit(
+def test_a_wait_is_reported_by_one_rank_each_time_and_ends_the_processes_at_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rank_watch, "_GRACE", 0.2)
+    monkeypatch.setattr(rank_watch, "_GRACE", 0.1)
     reports: list[str] = []
     ended = threading.Event()
     first, second, third = all_ = watches(
-        3, timeout=timedelta(seconds=0.5), report=reports.append, end_process=lambda status: ended.set()
+        3, timeout=timedelta(seconds=0.4), report=reports.append, end_process=lambda status: ended.set()
     )
     first.at("the update of step 1", waits=True)
     third.at("the update of step 1", waits=True)
-    wait_for(lambda: reports)
-    assert not ended.is_set()
-    assert len(reports) == 1, "of the two ranks that wait"
-    assert "for rank 1. Rank 1 (pid " in reports[0]
-    assert "has been at the start for " in reports[0]
     wait_for(ended.is_set)
     second.at("the update of step 1", waits=True)
     for one in all_:
         one.close()
+    assert "for rank 1. Rank 1 (pid " in reports[0]
+    assert "has been at the start for " in reports[0]
+    early = [text for text in reports if text.endswith("It has waited for 0 s.")]
+    assert len(early) <= 4, "at 0.2 s, at 0.4 s, and each of two ranks at the limit of 0.5 s"
+
+
+def test_reports_are_due_at_the_same_times_on_all_ranks() -> None:
+    due, times = 300.0, []
+    while due < 5000:
+        times.append(due)
+        due = next_report(due + 7, 300, 3720)
+    assert times == [300, 600, 1200, 2400, 3720, 4027, 4334, 4641, 4948]
 
 
 def test_an_error_of_a_collective_names_the_ranks_and_another_error_is_left_alone() -> None:
