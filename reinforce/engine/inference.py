@@ -133,10 +133,11 @@ class Inference:
     ) -> tuple[dict[str, Any], dict[str, _Texts]]:
         """Embeddings and captions of rows that must fit."""
         seeds = {layer.name: self._caption_seeds(layer, rows) for layer in self.caption_layers}
-        # The CPU's part comes first, so that the other shard can use the accelerator meanwhile.
+        # The copies come first, on a stream of their own, while the other shard uses the accelerator.
         copied = self._put(rows, pixels, what) if shared else None
         with self._use_accelerator():
             crops, views = copied or self._put(rows, pixels, what)
+            self._models.accelerator.wait_for_copies([*views.values(), *([] if crops is None else [crops])])
             return self._embed(crops, rows, what), self._caption(views, seeds, what)
 
     def _encode(self, layer: Layer, encode: Callable[[], torch.Tensor], count: int, what: str, shared: bool) -> Floats:
@@ -153,11 +154,11 @@ class Inference:
             self.meter.update()
 
     def _put(self, rows: Sequence[Row], pixels: PixelCells, what: str) -> _Pixels:
-        """Crops [rows * K, S, S, 3] and whole images by preprocessing, on the device."""
+        """Crops [rows * K, S, S, 3] and whole images by preprocessing, on the device after ``wait_for_copies``."""
         put = self._models.accelerator.put_parts
         cells = [row.cell for row in rows if row.cell is not None]
         crops = None
-        with self._watch.stage(PREPARING, what):
+        with self._watch.stage(PREPARING, what), self._models.accelerator.copy_stream():
             if self.image_layers:
                 assert pixels.crops is not None
                 crops = put(runs(pixels.crops, cells)).flatten(0, 1)
