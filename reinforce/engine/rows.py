@@ -20,11 +20,13 @@ from reinforce.engine.pixel_cells import PixelLayout
 from reinforce.engine.published import Reinforcements
 from reinforce.engine.published_values import PublishedValue
 from reinforce.engine.watch import READING
+from reinforce.errors import UserError
 from reinforce.source.formats import TAR
 from reinforce.source.identity import former_url
 from reinforce.source.reading import Shard, read_samples
 from reinforce.source.references import ImageRoots
 from reinforce.source.shards import RawSample, Refusal, referenced_images
+from reinforce.source.urls import canonical, is_public
 from schemas import IMAGE_DIGEST, Reason, image_columns
 from teachers.protocols import ImageSpec
 
@@ -150,15 +152,20 @@ def _read_samples(config: Config, shard: Shard) -> Iterator[RawSample | Refusal]
         return
     roots = _image_roots(config, shard)
     for item in items:
-        if isinstance(item, Refusal):
-            yield item
-        elif item.url is None:
-            yield Refusal(item.key, Reason.IMAGE_PLACE, "images: reference needs a file for each image")
-        elif not roots.holds(item.url):
-            detail = f"images: reference needs {item.url[:500]!r} to be in a folder of input.images_from"
-            yield Refusal(item.key, Reason.IMAGE_PLACE, detail)
-        else:
-            yield replace(item, url=former_url(item.url, config.moved))
+        yield item if isinstance(item, Refusal) else _referenced(item, roots, config)
+
+
+def _referenced(item: RawSample, roots: ImageRoots, config: Config) -> RawSample | Refusal:
+    """A sample with the URL of its image as it is stored, if the image can be read there again."""
+    if item.url is None:
+        return Refusal(item.key, Reason.IMAGE_PLACE, "images: reference needs a file for each image")
+    if not is_public(item.url):
+        return Refusal(item.key, Reason.IMAGE_PLACE, "images: reference needs URLs without user, password and query")
+    try:
+        url = roots.check(canonical(item.url))
+    except UserError as error:
+        return Refusal(item.key, Reason.IMAGE_PLACE, str(error))
+    return replace(item, url=former_url(url, config.moved))
 
 
 def _image_roots(config: Config, shard: Shard) -> ImageRoots:

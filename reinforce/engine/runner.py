@@ -119,6 +119,7 @@ def _compute(
         summary = Driver(plan, store, progress, claims).run()
         for _ in range(_MAX_CONTINUATIONS if summary.postponed else 0):
             plan = make_plan(plan.config)
+            write_lists(store, plan.lists)
             rest = Driver(plan, store, progress, claims).run() if plan.pending else nothing_to_do(plan)
             summary = add_summaries(summary, rest)
             if not summary.postponed:

@@ -18,6 +18,7 @@ from reinforce.errors import UserError
 from reinforce.prefetch import prefetch
 from reinforce.source.columns import NoColumn, Place, RowReader, find_columns, is_image_name
 from reinforce.source.footers import RefusedFile
+from reinforce.source.kinds import format_of_name
 from reinforce.source.lines import BrokenRow, csv_rows, jsonl_rows
 from reinforce.source.parquet import ParquetFile, is_binary
 from reinforce.source.shards import RawSample, Refusal, sample_of_files, split_name
@@ -179,10 +180,11 @@ def _no_images(root: str, others: list[str]) -> str:
     shown = canonical(root)
     if not others:
         return f"source: {shown} is an empty folder. Name one with images, or files by a pattern such as {shown}/*.tar."
-    ending = others[0].rpartition("/")[2].rpartition(".")[2]
+    example = next((path for path in others if format_of_name(path)), others[0])
+    folder, slash, name = example.rpartition("/")
     return (
-        f"source: {shown} is a folder without images; it has {len(others):,} other files, such as {others[0]}. Name "
-        f"files by a pattern such as {shown}/*.{ending}, or a folder with images."
+        f"source: {shown} is a folder without images; it has {len(others):,} other files, such as {example}. Name "
+        f"files by a pattern such as {shown}/{folder}{slash}*.{name.rpartition('.')[2]}, or a folder with images."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,21 @@ def test_images_by_reference_need_files_that_hold_them(tmp_path: Path) -> None:
         UserError, match=r"^source: images: reference needs .*x\.parquet is a parquet file; set images: e"
     ):
         make_plan(parse_config(config(tmp_path, path, images="reference")))
+
+
+def test_a_table_of_paths_stores_references_that_are_read_again(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    listed = ["a.png", f"{tmp_path}/a.png", "none.png"]
+    (tmp_path / "x.csv").write_text("file_name\n" + "\n".join(listed))
+    values = config(tmp_path, f"{tmp_path}/x.csv", images="reference", teachers={})
+    [samples, quarantine] = rows(reinforce_here(values))[::-1]
+    assert [row["image_ref"]["url"] for row in samples] == [f"{tmp_path}/a.png"]
+    assert [row["reason"] for row in quarantine] == ["image_place", "image_missing"]
+    reinforce_here(config(tmp_path, f"{tmp_path}/x.csv", images="reference"))
+    encoded = base64.b64encode(IMAGES[0]).decode()
+    (tmp_path / "y.csv").write_text(f"image\n{encoded}\n")
+    found = rows(reinforce_here({**values, "source": f"{tmp_path}/y.csv", "output": f"{tmp_path}/y"}))
+    assert found[0][0]["detail"] == "images: reference needs a file for each image"
 
 
 def test_later_keys_of_the_config_change_a_fingerprint_only_if_they_are_set(tmp_path: Path) -> None:

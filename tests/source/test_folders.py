@@ -119,7 +119,9 @@ def test_a_folder_of_hugging_face_is_read_with_its_metadata(photos: Path, tmp_pa
     assert json.loads(made["cats/a"]["metadata"]) == {"text": "from csv", "n": "1"}
 
 
-def test_images_of_a_folder_are_read_again_by_reference(photos: Path, tmp_path: Path) -> None:
+def test_images_of_a_folder_are_read_again_by_reference(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = config(photos, tmp_path / "out", images="reference")
     reinforce_here(values)
     assert rows(tmp_path / "out")[0]["image_ref"] == {
@@ -134,6 +136,9 @@ def test_images_of_a_folder_are_read_again_by_reference(photos: Path, tmp_path: 
         for url in (tmp_path / "out", embed)
     ]
     assert read[0] == read[1]
+    monkeypatch.chdir(tmp_path)
+    again = rows(reinforce_here({**values, "source": "photos", "output": "again"}))
+    assert again == rows(tmp_path / "out"), "references are absolute"
     put(photos, "cats/a.png", picture(9))
     with pytest.raises(UserError, match=r"images that were read are not those that were in .*cats/a\.png"):
         list(reinforce.open(str(tmp_path / "out"), images_from=str(photos)))
@@ -161,7 +166,7 @@ def test_files_that_disappear_cost_their_samples_and_a_list_is_written_once(phot
     ("files", "message"),
     [
         ({}, "is an empty folder. Name one with images, or files by a pattern such as"),
-        ({"a.parquet": "x", "b.txt": "y"}, "is a folder without images; it has 2 other files, such as a.parquet. Name"),
+        ({"b.txt": "y", "data/a.parquet": "x"}, "x/data/*.parquet, or a folder with images."),
         ({"a.png": "x", "metadata.csv": "name,text\na.png,x\n"}, "/metadata.csv: no row has the path of an image,"),
         ({"a.png": "x", "metadata.jsonl": "{broken"}, "/metadata.jsonl cannot be read: invalid JSON"),
     ],
