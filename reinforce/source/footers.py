@@ -6,6 +6,7 @@ registered them, and types of some libraries unpickle their values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -42,7 +43,7 @@ def read_footer(tail: bytes, size: int) -> pq.FileMetaData | None:
     footer = tail[-8 - length :].replace(b"ARROW:schema", b"ARROW:unused")
     try:
         return pq.read_metadata(pa.BufferReader(MAGIC + footer))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise RefusedFile(f"its footer cannot be read: {error}") from error
 
 
@@ -54,3 +55,58 @@ def span(leaf: Any, size: int) -> tuple[int, int]:
     if start < 0 or length < 0 or start + length > size:
         raise RefusedFile("a column chunk is outside the file")
     return start, length
+
+
+class FooterCheck:
+    """Checks what a footer says of the columns ``names``.
+
+    Reading that from Python would end the process where Arrow rejects it, because its exceptions are not caught there.
+    So Arrow first begins to read the columns from a file that cannot be read.
+    """
+
+    def __init__(self, footer: pq.FileMetaData, names: Sequence[str]) -> None:
+        self._footer, self._names = footer, [*names]
+        try:
+            self._begin(range(footer.num_row_groups))
+            self._good = True
+        except RefusedFile:
+            self._good = False
+
+    def check(self, number: int) -> None:
+        """Raise RefusedFile if Arrow rejects a row group."""
+        if not self._good:
+            self._begin([number])
+
+    def _begin(self, numbers: Sequence[int]) -> None:
+        # With pre_buffer, the places of all columns are computed before anything is read.
+        file = pq.ParquetFile(pa.PythonFile(_NoFile(), mode="r"), metadata=self._footer, pre_buffer=True)
+        try:
+            next(file.iter_batches(1, row_groups=[*numbers], columns=self._names, use_threads=False), None)
+        except _NotReadError:
+            return
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise RefusedFile(f"its footer cannot be used: {str(error)[:300]}") from error
+
+
+class _NotReadError(Exception):
+    """Arrow has accepted the footer."""
+
+
+class _NoFile:
+    """A file that cannot be read."""
+
+    closed = False
+    _position = 0
+
+    def read(self, _: int = -1) -> bytes:
+        raise _NotReadError
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = offset + (2**62 if whence == 2 else 0)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.source.columns import Columns, NoColumn
-from reinforce.source.footers import MAX_FOOTER_BYTES, TAIL_BYTES, RefusedFile, read_footer, span
+from reinforce.source.footers import MAX_FOOTER_BYTES, TAIL_BYTES, FooterCheck, RefusedFile, read_footer, span
 from reinforce.source.pages import DICTIONARY, BadPage, CutOff, longest_entry, read_page
 from reinforce.source.streams import check_file
 from reinforce.source.urls import filesystem
@@ -69,10 +69,12 @@ class ParquetFile:
         source = pa.PythonFile(self._file, mode="r")
         options = {"buffer_size": _READ_BYTES, "pre_buffer": False, "page_checksum_verification": True}
         parquet = pq.ParquetFile(source, metadata=self.footer, **options)
-        first = 0
+        check, first = FooterCheck(self.footer, names), 0
         for number in range(self.footer.num_row_groups):
-            count = self.footer.row_group(number).num_rows
+            count = 0
             try:
+                check.check(number)
+                count = self.footer.row_group(number).num_rows
                 for batch in self._batches(parquet, number, names):
                     yield from enumerate(batch, first)
                     first, count = first + len(batch), count - len(batch)

@@ -93,7 +93,7 @@ class Page:
 class Column:
     """A column: its path, with the repetition of each part, and its pages.
 
-    ``values`` and ``size`` are what the footer states, by default those of the pages.
+    ``values``, ``size`` and ``extra`` are what the footer states, by default those of the pages.
     """
 
     path: Sequence[tuple[str, int]]
@@ -102,6 +102,7 @@ class Column:
     codec: str = "uncompressed"
     values: int | None = None
     size: int | None = None
+    extra: Mapping[int, tuple[int, bytes]] = field(default_factory=dict)  # further fields of the metadata
 
     @property
     def name(self) -> str:
@@ -155,6 +156,7 @@ class File:
         }
         if dictionary:
             metadata[11] = i64(start)
+        metadata |= column.extra
         return struct({2: i64(start), 3: (STRUCT, struct(metadata))})
 
 

@@ -21,7 +21,21 @@ from reinforce.source.shards import RawSample, Refusal
 from tests.helpers.data import picture
 from tests.helpers.tables import IMG2DATASET, outcomes, read_table, write_huggingface
 from tests.hostile.bombs import BOMBS
-from tests.hostile.parquet import OPTIONAL, REQUIRED, RLE_DICTIONARY, Column, File, Page, levels, run, text
+from tests.hostile.parquet import (
+    I64,
+    OPTIONAL,
+    REQUIRED,
+    RLE_DICTIONARY,
+    STRUCT,
+    Column,
+    File,
+    Page,
+    levels,
+    listed,
+    run,
+    struct,
+    text,
+)
 
 IMAGES = [picture(number) for number in range(4)]
 
@@ -160,6 +174,14 @@ def test_files_of_kilobytes_do_not_need_gigabytes(tmp_path: Path, bomb: Any) -> 
     for item in read_lazily(tmp_path / "x.parquet", **spec):
         assert pa.total_allocated_bytes() < 400 * 2**20
         assert item.key is not None or item.reason.value.startswith("shard_")
+
+
+def test_statistics_that_arrow_rejects_do_not_end_the_process(tmp_path: Path) -> None:
+    histogram = struct({2: listed(I64, [b"\0"] * 4)})
+    image = Column([("image", OPTIONAL)], [Page(levels(1, 1) + text(b"x"), 1)], extra={16: (STRUCT, histogram)})
+    (tmp_path / "x.parquet").write_bytes(File([image], 1).encoded())
+    [refusal] = read_table(tmp_path / "x.parquet")
+    assert "its footer cannot be used: Repetition level histogram size mismatch" in refusal.detail  # type: ignore[union-attr]
 
 
 def test_pages_are_bounded_by_their_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
