@@ -96,7 +96,8 @@ def _in_tasks(function: Callable[[str], R], shards: Sequence[str], address: str 
                 while waiting and len(running) < limit:
                     shard, attempt = waiting.popleft()
                     running[task.remote(shared, shard)] = (shard, attempt)
-                for ref in ray.wait([*running], timeout=_TICK_SECONDS)[0]:
+                ray.wait([*running], timeout=_TICK_SECONDS)
+                for ref in ray.wait([*running], num_returns=len(running), timeout=0)[0]:  # all that have ended
                     shard, attempt = running.pop(ref)
                     try:
                         result = ray.get(ref)
