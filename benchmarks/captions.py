@@ -45,8 +45,10 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from reinforce.shipping.machine import cpu_name
+from teachers.choosing import greedy
 from teachers.coca_decoder import CocaDecoder
-from teachers.decoding import greedy, sample
+from teachers.coca_network import CocaNetwork
+from teachers.decoding import sample
 from teachers.device import Accelerator
 from teachers.frozen import FrozenLinear, freeze
 from teachers.rules import DecodingRules
@@ -81,7 +83,7 @@ class Bench:
         self.accelerator = Accelerator("cpu")
         self.visual = copy.deepcopy(self.model.visual)
         freeze(self.visual, self.accelerator)
-        self.forward = CocaDecoder(self.model, self.accelerator, WORDS)
+        self.forward = CocaDecoder(CocaNetwork(self.model, self.accelerator, WORDS), self.accelerator)
         impossible = torch.zeros(self.model.text.vocab_size, dtype=torch.bool)
         impossible[[START, PAD]] = True  # `generate` ends a caption at the padding, which is the token "!"
         self.rules = DecodingRules(START, END, impossible, min_tokens=WORDS, max_tokens=WORDS)
@@ -206,13 +208,13 @@ class Bench:
 
     def profile(self, lengths: np.ndarray) -> dict[str, float]:
         """Return the seconds of each part of one decoding with the cached decoder."""
-        timer, forward = PartTimer(), self.forward
-        blocks = [*forward.text_blocks, *forward.decoder_blocks, *forward.cross_blocks]
+        timer, network = PartTimer(), self.forward.network
+        blocks = [*network.text_blocks, *network.decoder_blocks, *network.cross_blocks]
         watched = [
             *((block, "blocks") for block in blocks),
             *((block.mlp, "mlp") for block in blocks),
-            *((block.project_image, "image keys and values") for block in forward.cross_blocks),
-            (forward.vocabulary, "vocabulary"),
+            *((block.project_image, "image keys and values") for block in network.cross_blocks),
+            (network.vocabulary, "vocabulary"),
             (self.visual, "image encoder"),
         ]
         hooks = [hook for module, part in watched for hook in timer.watch(module, part)]
@@ -232,7 +234,7 @@ class Bench:
 
     def bound(self, lengths: np.ndarray) -> dict[str, float]:
         """Return the operations of one decoding, and the seconds that they take at the speed of matrix products."""
-        visual, width = self.visual, self.forward.positions.shape[1]
+        visual, width = self.visual, self.forward.network.width
         encoding, total = operations(self.encode), operations(lambda: self.decode(lengths))
         rows = round(int(lengths.sum()) / int(lengths.max()))
         patches = len(self.pixels) * (visual.grid_size[0] * visual.grid_size[1] + 1)

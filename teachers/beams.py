@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from teachers.device import upload
 from teachers.rules import Decoder, DecodingRules
 
 Tensor = torch.Tensor
@@ -45,13 +49,13 @@ def beam_search(
     sums = torch.full(shape, -torch.inf, device=device)  # log-probabilities of the open beams
     sums[..., 0] = 0  # beams are identical at first, so only one in each group competes
     tokens = torch.full((images * options.beams, 1), rules.start, device=device)
-    running = torch.arange(images)
-    texts: list[list[list[int]] | None] = [None] * images
+    running = np.arange(images)
+    found: list[tuple[npt.NDArray[np.int64], _EndedTexts]] = []
     for step in range(longest):
         rows = tokens if step else tokens[:: options.beams]
         logits = rules.apply(decoder.next_logits(rows), rows)
         if not step:
-            decoder.select_rows(torch.arange(images).repeat_interleave(options.beams))
+            decoder.select_rows(torch.arange(images, device=device).repeat_interleave(options.beams))
             logits = logits.repeat_interleave(options.beams, dim=0)
         finite = logits.amax(-1).isfinite().view(len(running), -1).all(-1)
         following = logits.log_softmax(-1).unflatten(0, sums.shape)
@@ -63,21 +67,27 @@ def beam_search(
         # the smallest if the length penalty favors short texts.
         ends_at = longest + 1 if options.length_penalty > 0 else step + 2
         bound = sums.amax(-1) / ends_at**options.length_penalty
-        active = ((bound > ended.scores[..., -1]).any(-1) & finite).cpu()
-        for i in (~active & finite.cpu()).nonzero().squeeze(1).tolist():
-            texts[running[i]] = ended.best(i, captions)
-        if not active.any():
-            return texts
-        kept = active.nonzero().squeeze(1)
-        running, kept = running[kept], kept.to(device)
-        ended, sums = ended.of(kept), sums[kept]
-        firsts = torch.arange(len(tokens), device=device).view(-1, *shape[1:])[kept, :, :1]
-        rows = (firsts + parents[kept]).flatten()
-        decoder.select_rows(rows.cpu())
-        tokens = torch.cat([tokens[rows], chosen[kept].view(-1, 1)], dim=1)
-    ended = ended.add(sums / (longest + 1) ** options.length_penalty, tokens[:, 1:])
-    for i, image in enumerate(running.tolist()):
-        texts[image] = ended.best(i, captions)
+        # the one wait for the device in a step
+        active, usable = torch.stack([(bound > ended.scores[..., -1]).any(-1) & finite, finite]).cpu().numpy()
+        if (done := usable & ~active).any():
+            found.append((running[done], ended.of(upload(np.flatnonzero(done), device))))
+        running = running[active]
+        if not len(running):
+            break
+        firsts = torch.arange(len(tokens), device=device).view(-1, *shape[1:])[..., :1]
+        rows = firsts + parents
+        if not active.all():
+            kept = upload(np.flatnonzero(active), device)
+            ended, sums, rows, chosen = ended.of(kept), sums[kept], rows[kept], chosen[kept]
+        decoder.select_rows(rows.flatten())
+        tokens = torch.cat([tokens[rows.flatten()], chosen.view(-1, 1)], dim=1)
+    else:
+        found.append((running, ended.add(sums / (longest + 1) ** options.length_penalty, tokens[:, 1:])))
+    texts: list[list[list[int]] | None] = [None] * images
+    if found:
+        which, of = zip(*found, strict=True)
+        for image, best in zip(np.concatenate(which).tolist(), _EndedTexts.joined(of).texts(captions), strict=True):
+            texts[image] = best
     return texts
 
 
@@ -98,6 +108,11 @@ class _EndedTexts:
         scores = torch.full(shape, -torch.inf, device=device)
         return cls(scores, torch.full((*shape, max_tokens), end, device=device), end)
 
+    @classmethod
+    def joined(cls, parts: Sequence[_EndedTexts]) -> _EndedTexts:
+        """The images of all parts, one after another."""
+        return cls(torch.cat([part.scores for part in parts]), torch.cat([part.tokens for part in parts]), parts[0].end)
+
     def add(self, scores: Tensor, tokens: Tensor) -> _EndedTexts:
         """Merge texts with scores [images, groups, n] and tokens [images * groups * n, at most max_tokens]."""
         padded = torch.nn.functional.pad(tokens, (0, self.tokens.shape[-1] - tokens.shape[-1]), value=self.end)
@@ -109,9 +124,11 @@ class _EndedTexts:
     def of(self, images: Tensor) -> _EndedTexts:
         return _EndedTexts(self.scores[images], self.tokens[images], self.end)
 
-    def best(self, image: int, captions: int) -> list[list[int]]:
-        """The best text of each group by falling score, then each group's second best, and so on."""
-        scores, tokens = self.scores[image].tolist(), self.tokens[image].tolist()
+    def texts(self, captions: int) -> list[list[list[int]]]:
+        """The texts of each image: the best of each group by falling score, each group's second best, and so on."""
+        return [self._best(*image, captions) for image in zip(self.scores.tolist(), self.tokens.tolist(), strict=True)]
+
+    def _best(self, scores: list[list[float]], tokens: list[list[list[int]]], captions: int) -> list[list[int]]:
         ranked = sorted((rank, -score, group) for group, of in enumerate(scores) for rank, score in enumerate(of))
         texts = [tokens[group][rank] for rank, cost, group in ranked if cost < torch.inf]
         distinct = list(dict.fromkeys(tuple(itertools.takewhile(self.end.__ne__, text)) for text in texts))

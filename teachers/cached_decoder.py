@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from teachers.device import Accelerator
+from teachers.step_graphs import Step, decoding_kernels
 
 
 class CachedDecoder:
@@ -32,7 +33,7 @@ class CachedDecoder:
         only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         with accelerator.forward():
             output = model(**prompt, **self._context, **only_last, use_cache=True)
-        self._first_logits = output.logits[:, -1]
+        self._logits, self._count = output.logits[:, -1], 0  # of the prompt's last token; new tokens in the cache
         self._cache_name = "cache" if "cache" in output else "past_key_values"  # renamed by transformers 5
         self._cache = output[self._cache_name]
 
@@ -40,7 +41,7 @@ class CachedDecoder:
         """Start token and new tokens so far, int64 [rows, 1 + new tokens] -> float32 [rows, vocabulary]."""
         count = tokens.shape[1] - 1
         if count == 0:
-            return merge_end_tokens(self._first_logits, self._ends)
+            return merge_end_tokens(self._logits, self._ends)
         arguments = {self._cache_name: self._cache, **self._context}
         if self.positions is not None:
             first, shape = self.positions
@@ -49,10 +50,31 @@ class CachedDecoder:
             logits = self._model(input_ids=tokens[:, -1:], use_cache=True, **arguments).logits
         return merge_end_tokens(logits[:, -1], self._ends)
 
-    def select_rows(self, rows: torch.Tensor) -> None:
-        """Continue with these rows, int64 indices. A row may be selected several times."""
-        rows = rows.to(self._first_logits.device)
+    @staticmethod
+    def padded(rows: int) -> int:
+        """Number of rows that steps have for so many rows: the same."""
+        return rows
+
+    @property
+    def capacity(self) -> int:
+        """None is reserved: arrays grow with the text."""
+        return 0
+
+    def launch(self, step: Step) -> None:
+        """Run a step, which calls ``step`` once."""
+        with decoding_kernels(self._accelerator.device):
+            step()
+        self._count += 1
+
+    def step(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """As ``device_sampling.DeviceDecoder.step``."""
+        return self.next_logits(tokens[:, : self._count + 1])
+
+    def select_rows(self, rows: torch.Tensor, used: torch.Tensor | None = None) -> None:
+        """Continue with these rows, int64 indices on the device. A row may be selected several times."""
         self._cache.reorder_cache(rows)
+        if not self._count:
+            self._logits = self._logits[rows]
         self._context = {name: values[rows] for name, values in self._context.items()}
 
     def row_bytes(self) -> int:

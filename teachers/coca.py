@@ -10,18 +10,22 @@ import numpy.typing as npt
 import open_clip
 import torch
 
-from teachers import coca_decoder
 from teachers import open_clip_catalog as catalog
+from teachers.cache_size import GIB, cache_bytes
+from teachers.choosing import TokenChooser
 from teachers.coca_decoder import CocaDecoder
+from teachers.coca_fixed import SIZES, FixedCocaDecoder
+from teachers.coca_network import CocaNetwork, check_decodable
 from teachers.decoding import decode
 from teachers.device import Accelerator
+from teachers.device_sampling import DeviceSampler
 from teachers.frozen import freeze
 from teachers.open_clip import image_spec, load_model, model_name
 from teachers.rules import DecodingRules
 from teachers.spec import CaptionerSpec
 
-#: Limits on captions decoded in parallel and on the bytes of their caches, independent of the batch size.
-_MAX_ROWS, _MAX_CACHE_BYTES = 1024, 2 * 2**30
+#: Limits on captions decoded in parallel and on the bytes of their caches on a CPU, independent of the batch size.
+_MAX_ROWS, _MAX_CACHE_BYTES = SIZES[-1], 2 * GIB
 
 
 class CocaCaptioner:
@@ -44,16 +48,23 @@ class CocaCaptioner:
         # The rest of the model is released: both parts copy its weights to layouts of their own.
         self._visual = model.visual
         freeze(self._visual, accelerator)
-        self._decoder = CocaDecoder(model, accelerator, spec.max_length - 2, spec.compile)
-        vocabulary_size = model.text_decoder.text_projection.shape[1]
+        compiled, on_cpu = spec.compile is True, accelerator.device.type == "cpu"
+        packed = on_cpu and not compiled
+        network = CocaNetwork(model, accelerator, spec.max_length - 2, packed)
+        self._decoder = (
+            CocaDecoder(network, accelerator)
+            if packed
+            else FixedCocaDecoder(network, accelerator, compiled, graphs=spec.compile is not False)
+        )
         self._rules = DecodingRules(
             start=self._tokens.start,
             end=self._tokens.end,
-            impossible=self._tokens.impossible(vocabulary_size).to(accelerator.device),
+            impossible=self._tokens.impossible(network.vocabulary_size).to(accelerator.device),
             min_tokens=spec.min_length,
             max_tokens=spec.max_length - 2,  # start and end count
             repetition_penalty=spec.repetition_penalty,
         )
+        self._sampler = None if packed else DeviceSampler(self._rules, TokenChooser(spec))
 
     @torch.inference_mode()
     def caption(self, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]) -> list[list[str] | None]:
@@ -73,11 +84,12 @@ class CocaCaptioner:
         with self._accelerator.forward():
             _, images = self._visual(self._accelerator.layout(pixels))
         rows = self._spec.rows_per_image
-        at_once = min(_MAX_ROWS // rows, _MAX_CACHE_BYTES // self._decoder.bytes_per_image(rows, images.shape[1]))
+        budget = cache_bytes(self._accelerator.device, _MAX_CACHE_BYTES)
+        at_once = min(_MAX_ROWS // rows, budget // self._decoder.bytes_per_image(rows, images.shape[1]))
         captions: list[list[list[int]] | None] = []
         for part in np.array_split(np.arange(len(pixels)), -(-len(pixels) // max(1, at_once))):
             self._decoder.begin(images[part[0] : part[-1] + 1], rows)
-            captions += decode(self._decoder, self._rules, self._spec, seeds[part])
+            captions += decode(self._decoder, self._rules, self._spec, seeds[part], self._sampler)
         return captions
 
     def to_texts(self, captions: Sequence[list[list[int]] | None]) -> list[list[str] | None]:
@@ -124,7 +136,7 @@ def check_model(spec: CaptionerSpec, model: Any) -> None:
     if not isinstance(model, open_clip.CoCa):
         raise ValueError(f"captioner model {spec.model!r} is a {type(model).__name__}, not a CoCa, and cannot caption")
     try:
-        coca_decoder.check_decodable(model)
+        check_decodable(model)
     except ValueError as error:
         raise ValueError(f"captioner model {spec.model!r} cannot caption: {error}") from error
     # The end token is never an input, so a caption has one token more than the context.

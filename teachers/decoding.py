@@ -3,69 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from teachers.beams import BeamOptions, beam_search
+from teachers.choosing import TokenChooser
+from teachers.device_sampling import DeviceDecoder, DeviceSampler
 from teachers.rules import Decoder, DecodingRules, compact
-from teachers.sampling import sample_nucleus, sample_top_k, uniforms
+from teachers.sampling import uniforms
 from teachers.spec import CaptionerSpec
 
 #: Logits [rows, vocabulary] and float64 [rows] in (0, 1] -> tokens [rows].
-TokenChooser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def decode(
-    decoder: Decoder, rules: DecodingRules, spec: CaptionerSpec, seeds: npt.NDArray[np.uint64]
+    decoder: Decoder | DeviceDecoder,
+    rules: DecodingRules,
+    spec: CaptionerSpec,
+    seeds: npt.NDArray[np.uint64],
+    sampler: DeviceSampler | None = None,
 ) -> list[list[list[int]] | None]:
     """Decode the captions of a batch with one row per image and seeds [images, captions] -> their new tokens.
 
     With sampling, caption (b, n) is a function of image b and ``seeds[b, n]``, otherwise of image b alone, up to the
     rounding of matrix products. An image whose logits are not finite gives None. Raises ValueError if that happens to
     every image of several, which points to the model.
+
+    ``sampler`` is used in place of ``sample`` and needs a ``DeviceDecoder``. Texts then differ by rounding alone.
     """
     images, captions = seeds.shape
-    device = rules.impossible.device
     if spec.strategy in ("beams", "diverse_beams"):
         groups, diversity = (spec.groups, spec.diversity) if spec.strategy == "diverse_beams" else (1, 0.0)
         options = BeamOptions(spec.beams, groups, diversity, spec.length_penalty)
         texts = beam_search(decoder, rules, images, captions, options)
     else:
         drawn = uniforms(seeds.reshape(-1), rules.max_tokens).reshape(images, captions, rules.max_tokens)
-        texts = sample(decoder, rules, token_chooser(spec), torch.from_numpy(drawn).to(device))
+        if sampler is None:
+            texts = sample(decoder, rules, TokenChooser(spec), torch.from_numpy(drawn))
+        else:
+            texts = sampler.sample(decoder, drawn)  # type: ignore[arg-type]
     if images > 1 and not any(texts):
         raise ValueError("next-token logits are not finite: check the weights, or use `precision: bf16` or `fp32`")
     return texts
 
 
-def token_chooser(spec: CaptionerSpec) -> TokenChooser:
-    """Return the function that chooses the next token, for a strategy without beams."""
-    if spec.strategy == "greedy":
-        return greedy
-    if spec.strategy == "top_k":
-        return partial(sample_top_k, temperature=spec.temperature, top_k=spec.top_k)
-    return partial(sample_nucleus, temperature=spec.temperature, top_p=spec.top_p)
-
-
-def greedy(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    """Logits [rows, vocabulary] -> the most probable tokens [rows]."""
-    return logits.argmax(dim=-1)
-
-
-def sample(
-    decoder: Decoder, rules: DecodingRules, choose: TokenChooser, drawn: torch.Tensor
-) -> list[list[list[int]] | None]:
-    """Decode token by token: token i of caption n of image b by ``choose`` with the number ``drawn[b, n, i]``.
+def sample(decoder: Decoder, rules: DecodingRules, choose: Choose, drawn: torch.Tensor) -> list[list[list[int]] | None]:
+    """Decode token by token on a CPU: token i of caption n of image b by ``choose`` with the number ``drawn[b, n, i]``.
 
     Returns the new tokens of each image's captions, None for an image whose logits are not finite. Rows that have
     ended leave the batch.
     """
     images, captions, _ = drawn.shape
     drawn = drawn.flatten(0, 1)
-    tokens = torch.full((len(drawn), 1), rules.start, device=drawn.device)
+    tokens = torch.full((len(drawn), 1), rules.start)
     running = np.arange(len(drawn))  # the caption of each row
     texts: list[list[int]] = [[] for _ in running]
     failed = np.zeros(images, bool)
@@ -78,8 +71,7 @@ def sample(
         chosen = choose(logits, drawn[:, step])
         broken = ~logits.amax(-1).isfinite()
         tokens = torch.cat([tokens, chosen[:, None]], dim=1)
-        # one synchronization with the device per step
-        ended, lost = torch.stack([(chosen == rules.end) | broken, broken]).cpu().numpy()
+        ended, lost = torch.stack([(chosen == rules.end) | broken, broken]).numpy()
         if not ended.any():
             continue
         failed[running[lost] // captions] = True
@@ -87,7 +79,7 @@ def sample(
             texts[caption] = text
         order = compact(~ended)
         running, kept = running[order], torch.from_numpy(order)
-        tokens, drawn = (part[kept.to(part.device)] for part in (tokens, drawn))
+        tokens, drawn = tokens[kept], drawn[kept]
         if not len(order):
             break
         decoder.select_rows(kept)

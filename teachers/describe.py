@@ -103,7 +103,7 @@ def _coca_identity(spec: CaptionerSpec) -> dict[str, Any]:
 
 def _transformers_captioner_identity(spec: CaptionerSpec) -> dict[str, Any]:
     assert spec.model is not None
-    if spec.compile:
+    if spec.compile is True:
         raise ValueError("`compile` works only with CoCa; remove it")
     config = _transformers_config(spec)
     transformers_catalog.check_captioner(config, spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal, TypeAlias, TypeVar
 
@@ -74,11 +74,6 @@ class Accelerator:
     def dtype(self) -> torch.dtype:
         """Data type of matrix products."""
         return _DTYPES[self.precision]
-
-    def compile(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """``torch.compile`` for a few static shapes; on CUDA each becomes a CUDA graph."""
-        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-        return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
     def autocast(self) -> torch.autocast:
         """Context for forward passes in training: autocast where the precision has a data type of its own."""
@@ -180,6 +175,12 @@ class Accelerator:
 def _has_bf16(device: torch.device) -> bool:
     """Whether a CUDA device computes in bf16 itself; torch can emulate it, slowly."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy a small array to a device without waiting for it. On CPU it is shared, not copied."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _writable(array: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ class Decoder(Protocol):
         ...
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Continue with these rows, int64 indices on the CPU. A row may be selected several times."""
+        """Continue with these rows, int64 indices on the device. A row may be selected several times."""
         ...
 
 
@@ -43,16 +43,36 @@ class DecodingRules:
 
     def apply(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Input and output of ``Decoder.next_logits`` -> float32 [rows, vocabulary], -inf where impossible."""
-        logits = logits.float()
         new = tokens[:, 1:]
-        if self.repetition_penalty != 1 and new.shape[1]:
-            present = logits.gather(1, new)
-            present = torch.where(present > 0, present / self.repetition_penalty, present * self.repetition_penalty)
-            logits = logits.scatter(1, new, present)
+        logits = self._penalize(logits.float(), new) if new.shape[1] else logits.float()
         mask = torch.zeros_like(logits[0]).masked_fill_(self.impossible, -torch.inf)
         if new.shape[1] < self.min_tokens:
-            mask[self.end] = -torch.inf
+            mask[self.end].fill_(-torch.inf)
         return logits + mask  # several times as fast as masked_fill
+
+    def masks(self) -> torch.Tensor:
+        """What ``apply_at`` adds to logits, [2, vocabulary]: before ``min_tokens``, and from then on."""
+        mask = torch.zeros(2, len(self.impossible), device=self.impossible.device)
+        mask.masked_fill_(self.impossible, -torch.inf)
+        mask[0, self.end].fill_(-torch.inf)
+        return mask
+
+    def apply_at(
+        self, logits: torch.Tensor, new: torch.Tensor, position: torch.Tensor, masks: torch.Tensor
+    ) -> torch.Tensor:
+        """As ``apply``, with the number of new tokens on the device, ``position`` int64 [1].
+
+        ``new`` is [rows, any length], padded with the start token, which is impossible; ``masks`` is ``masks()``.
+        """
+        logits = self._penalize(logits.float(), new)
+        return logits + masks.index_select(0, (position >= self.min_tokens).long())
+
+    def _penalize(self, logits: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if self.repetition_penalty == 1:
+            return logits
+        present = logits.gather(1, new)
+        present = torch.where(present > 0, present / self.repetition_penalty, present * self.repetition_penalty)
+        return logits.scatter(1, new, present)
 
 
 def compact(active: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

@@ -10,6 +10,8 @@ import torch
 _TOP_TOKENS = 256
 #: Block size for summing long distributions.
 _BLOCK = 256
+#: Rows that are sorted at once, so that their sums in float64 take little memory.
+_SORTED_ROWS = 128
 
 
 def uniforms(seeds: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.float64]:
@@ -31,15 +33,48 @@ def sample_nucleus(logits: torch.Tensor, u: torch.Tensor, temperature: float, to
     probabilities = _probabilities(logits, temperature)
     if top_p >= 1:
         return _invert_cdf(probabilities, u)
+    sampled, wide, start = _sample_narrow_nuclei(probabilities, u, top_p)
+    if wide.any():
+        rows = probabilities[wide]
+        edge = _wide_nucleus_edge(rows, start[wide], top_p)
+        sampled[wide] = _invert_cdf(rows.where(rows >= edge, 0), u[wide])
+    return sampled
+
+
+def sample_narrow_nuclei(
+    logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``sample_nucleus`` with ``top_p`` below 1, without waiting for a device -> tokens [rows], wide nuclei [rows].
+
+    Where a nucleus is wide, the token is arbitrary, and ``sample_wide_nuclei`` gives the right one from the
+    probabilities, which are written to ``out``, float32 [rows, vocabulary].
+    """
+    probabilities = _probabilities(logits, temperature)
+    out.copy_(probabilities)
+    sampled, wide, _ = _sample_narrow_nuclei(probabilities, u, top_p)
+    return sampled, wide
+
+
+def sample_wide_nuclei(probabilities: torch.Tensor, u: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Tokens [rows] of nuclei of any width from probabilities [rows, vocabulary], without waiting for a device.
+
+    The rows are sorted, which is the fastest way that needs no decision on the host.
+    """
+    tokens = []
+    for rows, numbers in zip(probabilities.split(_SORTED_ROWS), u.split(_SORTED_ROWS), strict=True):
+        edge = _nucleus_edge(rows.sort(dim=-1, descending=True).values, top_p)
+        tokens.append(_invert_cdf(rows.where(rows >= edge, 0), numbers))
+    return torch.cat(tokens)
+
+
+def _sample_narrow_nuclei(
+    probabilities: torch.Tensor, u: torch.Tensor, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sample within the top tokens -> tokens [rows], wide nuclei [rows], least probability of the top [rows, 1]."""
     top, tokens = probabilities.topk(min(_TOP_TOKENS, probabilities.shape[-1]), dim=-1)
     edge = _nucleus_edge(top, top_p)
     wide = (top[:, -1:] >= edge).squeeze(-1)  # the nucleus may extend beyond the top tokens
-    sampled = _sample_tokens(top.where(top >= edge, 0), tokens, u)
-    if wide.any():
-        rows = probabilities[wide]
-        edge = _wide_nucleus_edge(rows, top[wide, -1:], top_p)
-        sampled[wide] = _invert_cdf(rows.where(rows >= edge, 0), u[wide])
-    return sampled
+    return _sample_tokens(top.where(top >= edge, 0), tokens, u), wide, top[:, -1:]
 
 
 def sample_top_k(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
@@ -58,7 +93,7 @@ def _probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def _nucleus_edge(descending: torch.Tensor, top_p: float, above: float | torch.Tensor = 0.0) -> torch.Tensor:
     """Smallest probability in the nucleus, [rows, 1], from descending [rows, n] that follow others of sum ``above``."""
-    before = descending.cumsum(-1, dtype=torch.float64) - descending + above
+    before = _sums(descending) - descending + above
     inside = (before < top_p).sum(-1, keepdim=True)
     return descending.gather(-1, (inside - 1).clamp(min=0))
 
@@ -94,19 +129,36 @@ def _invert_cdf(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Invert the cumulative sum of weights [rows, n] at u [rows] in (0, 1] -> indices [rows] of positive weights."""
     # float64, so that the order of additions on a device does not change the result
     if weights.shape[-1] <= _BLOCK**2 // 16:
-        cumulative = weights.cumsum(-1, dtype=torch.float64)
+        cumulative = _sums(weights)
         return _first_reaching(cumulative, u[:, None] * cumulative[:, -1:])
     blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
-    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    cumulative = _sums(blocks.sum(-1, dtype=torch.float64))
     target = u[:, None] * cumulative[:, -1:]
     block = _first_reaching(cumulative, target)[:, None]
     before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, block)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK)).squeeze(1)
     last = (inside > 0).to(torch.int8).flip(-1).argmax(-1)  # its sum may round differently here and in `blocks.sum`
-    place = torch.minimum(_first_reaching(inside.cumsum(-1, dtype=torch.float64) + before, target), _BLOCK - 1 - last)
+    place = torch.minimum(_first_reaching(_sums(inside) + before, target), _BLOCK - 1 - last)
     return (block.squeeze(-1) * _BLOCK + place).clamp(
         max=weights.shape[-1] - 1
     )  # rows that are not finite may exceed it
+
+
+def _sums(values: torch.Tensor) -> torch.Tensor:
+    """Cumulative sums of values [..., n], in float64.
+
+    torch has no deterministic cumulative sum of floats on CUDA. There, sums are products with a triangular matrix.
+    """
+    if values.device.type == "cpu":
+        return values.cumsum(-1, dtype=torch.float64)
+    size = min(values.shape[-1], _BLOCK)
+    triangle = torch.ones(size, size, dtype=torch.float64, device=values.device).triu()
+    if values.shape[-1] <= _BLOCK:
+        return values.double() @ triangle
+    blocks = torch.nn.functional.pad(values, (0, -values.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    inside = blocks.double() @ triangle
+    before = torch.nn.functional.pad(_sums(inside[..., -1]), (1, -1))
+    return (inside + before[..., None]).flatten(-2)[..., : values.shape[-1]].contiguous()
 
 
 def _first_reaching(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -145,8 +145,10 @@ class CaptionerSpec(ModelSpec):
     )
     min_length: int = Field(5, ge=0, description="minimum tokens before the end token")
     max_length: int = Field(30, ge=2, description="maximum tokens, start and end included")
-    compile: bool = Field(
-        False, description="CoCa: compile the decoding step (CUDA graphs); takes minutes at the start of a run"
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="CoCa: auto: one CUDA graph a word, on CPUs nothing; true: decoding steps are compiled as well, "
+        "which takes a minute for each shape; false: neither",
     )
 
     clean: Clean | None = Field(

@@ -18,18 +18,21 @@ import torch
 import transformers
 
 from teachers import transformers_catalog as catalog
+from teachers.cache_size import GIB, cache_bytes
 from teachers.cached_decoder import merge_end_tokens
 from teachers.chat_captioner import Chat
+from teachers.choosing import TokenChooser
 from teachers.decoding import decode
 from teachers.device import Accelerator
+from teachers.device_sampling import DeviceSampler
 from teachers.image_to_text import CaptioningModel, EncoderDecoder, Git
 from teachers.protocols import Captioner
 from teachers.rules import DecodingRules
 from teachers.spec import CaptionerSpec
 from teachers.transformers import image_spec
 
-#: Limits on captions decoded in parallel and on the bytes of their caches, independent of the batch size.
-_MAX_ROWS, _MAX_CACHE_BYTES = 1024, 4 * 2**30
+#: Limits on captions decoded in parallel and on the bytes of their caches on a CPU, independent of the batch size.
+_MAX_ROWS, _MAX_CACHE_BYTES = 1024, 4 * GIB
 #: Maximum difference from the logits of ``generate``, relative to the largest of them.
 _TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
 _PROBE_TOKENS = 4
@@ -54,6 +57,8 @@ class TransformersCaptioner:
             max_tokens=spec.max_length - 2,  # start and end count
             repetition_penalty=spec.repetition_penalty,
         )
+        on_cpu = accelerator.device.type == "cpu"
+        self._sampler = None if on_cpu else DeviceSampler(self._rules, TokenChooser(spec))
 
     @torch.inference_mode()
     def caption(self, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]) -> list[list[str] | None]:
@@ -74,7 +79,7 @@ class TransformersCaptioner:
         captions: list[list[list[int]] | None] = []
         for i in range(0, len(pixels), images):
             decoder = self._model.begin(pixels[i : i + images])
-            captions += decode(decoder, self._rules, self._spec, seeds[i : i + images])
+            captions += decode(decoder, self._rules, self._spec, seeds[i : i + images], self._sampler)
         return captions
 
     def to_texts(self, captions: Sequence[list[list[int]] | None]) -> list[list[str] | None]:
@@ -122,7 +127,8 @@ class TransformersCaptioner:
                     )
                 sizes.append(decoder.row_bytes())
         token_bytes = (sizes[-1] - sizes[0]) / (_PROBE_TOKENS - 1)
-        rows = _MAX_CACHE_BYTES / (sizes[0] + token_bytes * self._spec.max_length)
+        budget = cache_bytes(self._accelerator.device, _MAX_CACHE_BYTES)
+        rows = budget / (sizes[0] + token_bytes * self._spec.max_length)
         return max(1, min(_MAX_ROWS, int(rows))), found.shape[-1]
 
 

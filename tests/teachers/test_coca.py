@@ -157,16 +157,6 @@ def test_captions_do_not_depend_on_the_batch_for_any_strategy(model, options):
     assert [captioner.caption(pixels[i : i + 1], all_seeds[i : i + 1])[0] for i in range(5)] == together
 
 
-def test_a_compiled_captioner_gives_the_same_captions(model, monkeypatch):
-    plain = torch.compile
-    # without code generation, which takes a minute
-    monkeypatch.setattr(torch, "compile", lambda step, mode, **options: plain(step, backend="eager", **options))
-    compiled, pixels = build_captioner(model, captions=3, compile=True), images(4)
-    for count in (4, 2):
-        wanted = build_captioner(model, captions=3).caption(pixels[:count], seeds(count, 3))
-        assert compiled.caption(pixels[:count], seeds(count, 3)) == wanted
-
-
 def test_a_hugging_face_tokenizer_is_supported(tmp_path):
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "cat": 4, "dog": 5, "Grass": 6, "on": 7}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

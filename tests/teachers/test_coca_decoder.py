@@ -6,8 +6,10 @@ import open_clip
 import pytest
 import torch
 
-from teachers.coca_decoder import CocaDecoder, check_decodable
-from teachers.decoding import greedy, sample
+from teachers.choosing import greedy
+from teachers.coca_decoder import CocaDecoder
+from teachers.coca_network import CocaNetwork, check_decodable
+from teachers.decoding import sample
 from teachers.device import Accelerator
 from teachers.rules import DecodingRules
 from tests.helpers.tiny_coca import coca_config
@@ -60,15 +62,20 @@ def logits_of_steps(forward: Any, images: int) -> list[torch.Tensor]:
     tokens = torch.full((images, 1), START)
     logits = []
     for step in range(LENGTH):
-        logits.append(forward.next_logits(tokens))
+        logits.append(forward.next_logits(tokens).clone())  # a decoder may use their memory again
         rows = torch.as_tensor(taken.get(step, torch.arange(len(tokens))))
         forward.select_rows(rows)
         tokens = torch.cat([tokens[rows], words[step, : len(rows), None]], dim=1)
     return logits
 
 
-def difference(model: Any, precision: str = "fp32", compiled: bool = False) -> float:
-    forward = CocaDecoder(model, Accelerator("cpu", precision), LENGTH, compiled)
+def build_decoder(model: Any, precision: str = "fp32", length: int = LENGTH) -> CocaDecoder:
+    accelerator = Accelerator("cpu", precision)
+    return CocaDecoder(CocaNetwork(model, accelerator, length), accelerator)
+
+
+def difference(model: Any, precision: str = "fp32", forward: Any = None) -> float:
+    forward = forward or build_decoder(model, precision)
     images = image_tokens(model, 3)
     for batch in (images * torch.nan, images):  # the second reuses the caches of the first
         forward.begin(batch, 3)
@@ -107,7 +114,7 @@ def test_a_correct_class_token_mask_hides_the_padding_itself():
 
 def test_a_tower_without_class_token_matches_the_logits_of_a_text_of_full_length():
     model = coca({"embed_cls": False})
-    forward, images = CocaDecoder(model, Accelerator("cpu"), LENGTH), image_tokens(model, 2)
+    forward, images = build_decoder(model), image_tokens(model, 2)
     forward.begin(images, 1)
     tokens = torch.full((2, 76), START)  # open_clip's forward pass accepts no shorter text
     tokens[:, 1:] = torch.randint(0, VOCABULARY, (2, 75), generator=torch.Generator().manual_seed(3))
@@ -122,22 +129,8 @@ def test_a_tower_without_class_token_matches_the_logits_of_a_text_of_full_length
 def test_lower_precisions_match_autocast_within_rounding(precision, apart):
     model = coca({})
     assert difference(model, precision) < apart
-    full = CocaDecoder(model, Accelerator("cpu"), LENGTH)
-    low = CocaDecoder(model, Accelerator("cpu", precision), LENGTH)
+    full, low = build_decoder(model), build_decoder(model, precision)
     assert low.bytes_per_image(5, 10) * 2 == full.bytes_per_image(5, 10)
-
-
-def test_a_compiled_step_has_one_graph_per_power_of_two_and_the_same_logits(monkeypatch):
-    graphs, plain = [], torch.compile
-
-    def backend(graph: Any, _: Any) -> Any:  # without code generation, which takes a minute
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda step, mode, **options: plain(step, backend=backend, **options))
-    monkeypatch.setattr("teachers.coca_decoder._MIN_COMPILED_ROWS", 2)
-    assert difference(coca({}), compiled=True) < 1e-5
-    assert len(graphs) == 4  # for 2, 4 and 8 rows, and for the maximum of 9
 
 
 def test_greedy_captions_match_those_without_a_cache():
@@ -146,7 +139,7 @@ def test_greedy_captions_match_those_without_a_cache():
     impossible[START] = True
     rules = DecodingRules(START, END, impossible, min_tokens=2, max_tokens=40)
     images, drawn = image_tokens(model, 6), torch.ones(6, 1, 40)
-    forward = CocaDecoder(model, Accelerator("cpu"), 40)
+    forward = build_decoder(model, length=40)
     forward.begin(images, 1)
     with torch.inference_mode():
         found = sample(forward, rules, greedy, drawn)
@@ -156,7 +149,7 @@ def test_greedy_captions_match_those_without_a_cache():
 
 def test_caches_have_the_computed_size_and_are_reused():
     model = coca({})
-    forward, images = CocaDecoder(model, Accelerator("cpu"), LENGTH), image_tokens(model, 4)
+    forward, images = build_decoder(model), image_tokens(model, 4)
     forward.begin(images, 3)
     caches = forward.cache, forward.image_cache
     assert sum(cache.nbytes for cache in caches) == 4 * forward.bytes_per_image(3, images.shape[1])

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from teachers.sampling import sample_nucleus, sample_top_k, uniforms
+from teachers.sampling import (
+    sample_narrow_nuclei,
+    sample_nucleus,
+    sample_top_k,
+    sample_wide_nuclei,
+    uniforms,
+)
+from tests.helpers.stand_in_cuda import stand_in_cuda
 
 TEN_THOUSAND = torch.from_numpy((np.arange(10_000) + 0.5) / 10_000)
 GOLDEN = [0.8720734548204874, 0.29536538151378366, 0.42009767850724233]
@@ -133,6 +140,30 @@ def test_a_token_depends_only_on_its_row_and_is_possible(logits, u, top_p, data)
     alone = torch.cat([sample_nucleus(masked[i : i + 1], us[:1], 1.0, top_p) for i in range(len(masked))])
     assert torch.equal(together, alone)
     assert possible[together.numpy()].all()
+
+
+@pytest.mark.parametrize(("size", "spread", "top_p"), [(9_000, 0.1, 0.9), (3_000, 0.0, 0.5), (9_000, 8.0, 0.99)])
+def test_nuclei_without_waiting_are_the_same(size, spread, top_p):
+    """Both halves together, on a CPU and with the sums of CUDA."""
+    generator = torch.Generator().manual_seed(3)
+    logits = spread * torch.randn(200, size, generator=generator)
+    logits[1] *= 100
+    u = torch.rand(200, dtype=torch.float64, generator=generator).clamp(min=2**-53)
+    expected = sample_nucleus(logits, u, 1.0, top_p)
+
+    def sample(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        probabilities = torch.empty_like(logits)
+        tokens, wide = sample_narrow_nuclei(logits, u, 1.0, top_p, probabilities)
+        return torch.where(wide, sample_wide_nuclei(probabilities, u, top_p), tokens)
+
+    assert torch.equal(sample(logits, u), expected)
+    with stand_in_cuda() as cuda:
+        on_device = logits.to("cuda"), u.to("cuda")
+        with cuda.counted() as counts:
+            found = sample(*on_device)
+        assert torch.equal(found.cpu(), expected)
+        assert counts.synchronizations == 0, counts.describe()
+        assert counts.by_name["cumsum"] == 0  # torch has no deterministic one on CUDA
 
 
 def test_a_tiny_top_p_is_greedy():

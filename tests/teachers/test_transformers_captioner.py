@@ -19,6 +19,7 @@ from teachers.image_to_text import Git
 from teachers.registry import load_captioner
 from teachers.transformers_captioner import load
 from tests.helpers import tiny_captioners
+from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.tiny_captioners import PROMPT, Captioners, captioned, pictures, pixels_of, seeds, spec_of
 
 KINDS = [*tiny_captioners.IMAGE_TO_TEXT, *tiny_captioners.CHAT]
@@ -197,3 +198,23 @@ def test_seeds_of_the_wrong_shape_are_rejected(build_captioner: Captioners) -> N
 
 def test_all_supported_model_types_are_tested() -> None:
     assert set(KINDS) == {*catalog.IMAGE_TO_TEXT, *catalog.CHAT_MODELS}
+
+
+@pytest.mark.parametrize("kind", ["blip", "git"])
+def test_captions_on_cuda_are_those_of_the_cpu_with_one_wait_a_word(
+    captioner_folder: Callable[[str], Path], kind: str
+) -> None:
+    spec = spec_of(captioner_folder(kind), kind, captions=3, min_length=1, max_length=9, top_p=0.99)
+    on_cpu = load(spec, Accelerator("cpu"))
+    pixels, all_seeds = pixels_of(pictures(4), on_cpu.image), seeds(4, 3)
+    wanted = on_cpu.caption(pixels, all_seeds)
+    with stand_in_cuda() as cuda:
+        accelerator = Accelerator("cuda")
+        captioner = load(spec, accelerator)
+        on_device = accelerator.put(pixels)
+        with cuda.counted() as counts:
+            assert captioner.caption(on_device, all_seeds) == wanted
+    # transformers' own forward passes may wait, too
+    waits = sum(count for place, count in counts.waits.items() if "teachers/device_sampling" in place)
+    assert 0 < waits <= 7 + 1, counts.describe()
+    assert not [place for place in counts.waits if "teachers/decoding" in place or "teachers/sampling" in place]

@@ -1,0 +1,92 @@
+"""How a decoding step of fixed shapes is launched: operation by operation, or as one CUDA graph.
+
+A step is a function without arguments and results that reads and writes tensors that stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Step = Callable[[], None]
+
+
+class Steps(Protocol):
+    def run(self, key: Hashable, step: Step) -> None:
+        """Run a step. Steps with equal ``key`` are the same operations on the same tensors."""
+        ...
+
+    def clear(self) -> None:
+        """Forget all steps, because their tensors are replaced."""
+        ...
+
+
+class EagerSteps:
+    """Launches the operations of a step one by one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def run(self, key: Hashable, step: Step) -> None:
+        with decoding_kernels(self._device):
+            step()
+
+    def clear(self) -> None:
+        pass
+
+
+class GraphedSteps:
+    """Launches each step as one CUDA graph.
+
+    The first step with a key runs eagerly, which also lets libraries choose and load their kernels, and is then
+    captured. A capture runs nothing. All graphs share one memory pool, since a step keeps no result in it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+
+    def run(self, key: Hashable, step: Step) -> None:
+        if key in self._graphs:
+            self._graphs[key].replay()
+            return
+        with decoding_kernels(self._device):
+            step()
+            self._graphs[key] = self._capture(step)
+
+    def clear(self) -> None:
+        self._graphs.clear()
+
+    def _capture(self, step: Step) -> torch.cuda.CUDAGraph:
+        pool = next((graph.pool() for graph in self._graphs.values()), None)
+        graph = torch.cuda.CUDAGraph()
+        # other threads may allocate and copy meanwhile
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+            step()
+        return graph
+
+
+@contextmanager
+def decoding_kernels(device: torch.device) -> Iterator[None]:
+    """Context in which decoding steps choose their kernels on CUDA. No-op on CPU.
+
+    Attention never uses cuDNN, which builds a plan for each new shape in tens of milliseconds, and whose results may
+    differ between runs. Writes by index need no sorting, which torch's deterministic mode adds: rows are distinct
+    wherever their values are used.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    torch.use_deterministic_algorithms(False)
+    try:
+        with sdpa_kernel(backends):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
