@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 import schemas
 from reinforce.dataset import vectors
-from reinforce.source.footers import MAX_FOOTER_BYTES, TAIL_BYTES, RefusedFile, read_footer, span
+from reinforce.source.footers import MAX_FOOTER_BYTES, TAIL_BYTES, FooterCheck, RefusedFile, read_footer, span
 from reinforce.source.pages import DICTIONARY, BadPage, Bytes, Page, longest_entry, read_pages
 
 #: Bounds of a file. A run writes at most 1,024 rows and 32 MiB of images in a row group.
@@ -97,6 +97,7 @@ class LayerFile:
         self.num_row_groups: int = footer.num_row_groups
         self._shapes = _tensor_shapes(footer)
         self._names = _column_names(footer)
+        self._check: FooterCheck | None = None
 
     def read(self, columns: Collection[str] | None = None) -> pa.Table:
         """Read all row groups; raises as ``read_row_group``."""
@@ -113,6 +114,8 @@ class LayerFile:
         names = [name for name in self._names if columns is None or name in columns]
         if missing := set(columns or ()) - set(names) - {schemas.IMAGE_DIGEST}:
             raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
+        self._check = self._check or FooterCheck(self.metadata, self._names)
+        self._check.check(number)
         group = self.metadata.row_group(number)
         check_rows(group.num_rows, self._max_rows)
         leaves = [leaf for leaf in map(group.column, range(group.num_columns)) if _column(leaf) in names]

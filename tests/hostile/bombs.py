@@ -11,10 +11,12 @@ import pyarrow.parquet as pq
 from tests.hostile.parquet import (
     DELTA_BYTE_ARRAY,
     FLOAT,
+    I64,
     OPTIONAL,
     REPEATED,
     REQUIRED,
     RLE_DICTIONARY,
+    STRUCT,
     Column,
     File,
     Page,
@@ -124,6 +126,13 @@ def _footer(metadata: Metadata) -> bytes:
     return data + footer + len(footer).to_bytes(4, "little") + b"PAR1"
 
 
+def _statistics(metadata: Metadata) -> bytes:
+    """Statistics of a column that Arrow rejects with an exception that Python does not catch."""
+    histogram = struct({2: listed(I64, [b"\0"] * 4)})
+    column = Column([("caption", OPTIONAL)], [Page(levels(1, 1) + text(b"a"), 1)], extra={16: (STRUCT, histogram)})
+    return File([keys(1), column], 1, metadata).encoded()
+
+
 BOMBS = [
     Bomb("zstd pages of kilobytes that decompress to 13 GB", "samples", "needs more than", _zstd),
     Bomb("a dictionary whose one text of 1 MB is repeated 14,000 times", "samples", "needs more than", _dictionary),
@@ -133,5 +142,6 @@ BOMBS = [
     Bomb(
         "vectors of gigabytes in the schema, and none in the rows", "embeddings/red/images", "needs more than", _tensors
     ),
+    Bomb("statistics whose rejection ends the process", "samples", "its footer cannot be used", _statistics),
     Bomb("a footer of millions of columns", "samples", "its footer has", _footer),
 ]

@@ -22,18 +22,14 @@ from tests.helpers.data import picture
 from tests.helpers.tables import IMG2DATASET, outcomes, read_table, write_huggingface
 from tests.hostile.bombs import BOMBS
 from tests.hostile.parquet import (
-    I64,
     OPTIONAL,
     REQUIRED,
     RLE_DICTIONARY,
-    STRUCT,
     Column,
     File,
     Page,
     levels,
-    listed,
     run,
-    struct,
     text,
 )
 
@@ -159,10 +155,10 @@ def test_a_row_group_is_never_decoded_as_a_whole(tmp_path: Path) -> None:
     pq.write_table(rows, tmp_path / "x.parquet", **pages)
     del rows
     assert pq.read_metadata(tmp_path / "x.parquet").num_row_groups == 1
-    most = 0
+    before, most = pa.total_allocated_bytes(), 0
     for number, item in enumerate(read_lazily(tmp_path / "x.parquet")):
         assert item.image[-1] == number
-        most = max(most, pa.total_allocated_bytes())
+        most = max(most, pa.total_allocated_bytes() - before)
     assert number == 63
     assert most < 40 * 2**20
 
@@ -174,14 +170,6 @@ def test_files_of_kilobytes_do_not_need_gigabytes(tmp_path: Path, bomb: Any) -> 
     for item in read_lazily(tmp_path / "x.parquet", **spec):
         assert pa.total_allocated_bytes() < 400 * 2**20
         assert item.key is not None or item.reason.value.startswith("shard_")
-
-
-def test_statistics_that_arrow_rejects_do_not_end_the_process(tmp_path: Path) -> None:
-    histogram = struct({2: listed(I64, [b"\0"] * 4)})
-    image = Column([("image", OPTIONAL)], [Page(levels(1, 1) + text(b"x"), 1)], extra={16: (STRUCT, histogram)})
-    (tmp_path / "x.parquet").write_bytes(File([image], 1).encoded())
-    [refusal] = read_table(tmp_path / "x.parquet")
-    assert "its footer cannot be used: Repetition level histogram size mismatch" in refusal.detail  # type: ignore[union-attr]
 
 
 def test_pages_are_bounded_by_their_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,10 +192,10 @@ def test_rows_of_a_long_dictionary_entry_are_read_a_few_at_a_time(
     keys = [Page(b"".join(text(b"%03d" % n) for n in range(rows)), rows)]
     columns = [Column([("image", OPTIONAL)], pages), Column([("key", REQUIRED)], keys)]
     (tmp_path / "x.parquet").write_bytes(File(columns, rows).encoded())
-    most = 0
+    before, most = pa.total_allocated_bytes(), 0
     for number, item in enumerate(read_lazily(tmp_path / "x.parquet")):
         assert (item.key, len(item.image)) == (f"{number:03d}", 300_000)
-        most = max(most, pa.total_allocated_bytes())
+        most = max(most, pa.total_allocated_bytes() - before)
     assert number == rows - 1
     assert most < 4_000_000
 
