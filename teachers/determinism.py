@@ -58,6 +58,17 @@ def set_flags(device: str, deterministic: bool = True, strict: bool = False) -> 
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+@contextlib.contextmanager
+def strict_flags(device: str, deterministic: bool = True) -> Iterator[None]:
+    """``set_flags`` with ``strict``. Afterwards nothing raises that did not before, such as in a notebook."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    set_flags(device, deterministic, strict=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def allow_tf32(allowed: bool) -> None:
     """Let fp32 products and convolutions on CUDA round their inputs to TF32, or not."""
     torch.backends.cuda.matmul.allow_tf32 = allowed

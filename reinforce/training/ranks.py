@@ -17,7 +17,7 @@ from reinforce.errors import UserError
 from reinforce.training.config import Compute
 from reinforce.training.rank_watch import TIMEOUT, RankWatch
 from reinforce.training.stop import Stopped
-from teachers.determinism import set_flags
+from teachers.determinism import strict_flags
 from teachers.device import Accelerator
 
 T = TypeVar("T")
@@ -127,11 +127,20 @@ def join_ranks(
     gpus = default_gpus([machine]) if compute.gpus is None else compute.gpus
     cpus = compute.cpus or cpus or cores_per_process([machine], _local_ranks() if owns_group else 1, gpus)
     device = device or (f"cuda:{local_rank}" if gpus else "cpu")
-    set_flags(device, compute.deterministic, strict=True)
-    try:
-        accelerator = Accelerator(device, compute.precision)
-    except ValueError as error:
-        raise UserError(f"compute.gpus: {error}. Set train.compute.gpus to 0 to train on the CPU.") from error
+    with strict_flags(device, compute.deterministic):
+        try:
+            accelerator = Accelerator(device, compute.precision)
+        except ValueError as error:
+            raise UserError(f"compute.gpus: {error}. Set train.compute.gpus to 0 to train on the CPU.") from error
+        with _process_group(accelerator, owns_group, cpus, report, timeout) as ranks:
+            yield ranks
+
+
+@contextlib.contextmanager
+def _process_group(
+    accelerator: Accelerator, owns_group: bool, cpus: int, report: Callable[[str], None] | None, timeout: timedelta
+) -> Iterator[Ranks]:
+    """This process as a rank of the process group, which is made and destroyed here if this ``owns_group``."""
     if accelerator.device.type == "cuda":
         torch.cuda.set_device(accelerator.device)
     threads = torch.get_num_threads()

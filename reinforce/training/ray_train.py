@@ -25,6 +25,7 @@ from reinforce.training.ranks import join_ranks
 from reinforce.training.results import Results, read_results
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Build
+from teachers import determinism
 
 _TICK = 0.2
 _ALL_FAILED_SECONDS = 5.0  # wait for the other ranks to report the same user error
@@ -101,6 +102,7 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
                 name="training",
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=job.training.retries),
+                **environment_of_ranks(each.gpus),
             ),
         )
         ray.get(mailbox.log.remote(f"starting {compute.ranks} rank{'s' * (compute.ranks > 1)} on Ray, {each} each"))
@@ -115,6 +117,17 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
     results = read_results(storage)
     assert results is not None
     return results
+
+
+def environment_of_ranks(gpus: float) -> dict[str, Any]:
+    """The part of Ray Train's RunConfig that sets the environment of ranks on GPUs before CUDA starts.
+
+    Versions of Ray without it start them without; a rank then sets it before its first work on CUDA.
+    """
+    from ray.train import RunConfig
+
+    key = "worker_runtime_env"
+    return {key: {"env_vars": determinism.environment()}} if gpus and key in RunConfig.__dataclass_fields__ else {}
 
 
 def _run(trainer: Any, mailbox: Any, each: Reserved) -> Exception | None:

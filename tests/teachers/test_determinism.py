@@ -9,16 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from ray.train import RunConfig
 
 from reinforce.config import parse_config
 from reinforce.engine.check import check_class
 from reinforce.engine.worker import Worker, as_actor
 from reinforce.errors import UserError
 from reinforce.training.launch import launch
+from reinforce.training.ranks import join_ranks
+from reinforce.training.ray_train import environment_of_ranks
 from teachers import determinism
 from teachers.device import Accelerator
 from tests.helpers.data import config_of
+from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.trainings import PairFeed, TowersTask, job
+from tests.helpers.trainings import training as training_config
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -108,6 +113,20 @@ def test_on_cuda_operations_are_deterministic_and_only_trainings_require_it() ->
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
     determinism.set_flags("cuda", deterministic=False)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_rank_on_cuda_requires_determinism_while_it_trains_and_leaves_the_process_as_it_was() -> None:
+    with stand_in_cuda():
+        with join_ranks(training_config().compute, "cuda:0"):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.are_deterministic_algorithms_enabled(), "a notebook goes on"
+
+
+def test_ray_train_starts_ranks_on_gpus_with_the_workspace_of_cublas() -> None:
+    run = RunConfig(**environment_of_ranks(gpus=1))
+    assert run.worker_runtime_env == {"env_vars": {WORKSPACE: ":4096:8"}}
+    assert environment_of_ranks(gpus=0) == {}, "ranks on CPUs can use processes that wait"
 
 
 def test_a_training_with_an_operation_without_a_deterministic_kernel_names_it_and_the_switch(tmp_path: Path) -> None:
