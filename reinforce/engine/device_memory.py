@@ -72,6 +72,13 @@ def release_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def forget_peak(device: torch.device) -> None:
+    """Return unused memory to the device, and count its peak from here on."""
+    if device.type == "cuda":
+        release_cache(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """An error and those that it was raised from or while they were handled."""
     one: BaseException | None = error

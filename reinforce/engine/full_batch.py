@@ -15,6 +15,7 @@ from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.batch_sizes import rows_per_batch
 from reinforce.engine.batches import IN_WORK
+from reinforce.engine.device_memory import forget_peak
 from reinforce.engine.inference import Inference
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import LayerFailure
@@ -48,6 +49,7 @@ def find_batch(models: Models, config: Config, layers: list[Layer], largest: int
     while _try_batch(models, config, layers):
         pass
     models.counters = Counters()
+    forget_peak(models.accelerator.device)
     if automatic:
         models.batches.take_notes()
         planned = rows_per_batch(config)

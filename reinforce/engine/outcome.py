@@ -81,7 +81,13 @@ class ShardResult:
 
     def event(self) -> dict[str, Any]:
         """The values of the event."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("record", "files")}
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("record", "files")}
+        return {**values, "stages": {layer: _rounded(stage) for layer, stage in self.stages.items()}}
+
+
+def _rounded(stage: Mapping[str, float]) -> dict[str, float]:
+    """Sums of a stage for the record of a run, where the events of 190,000 shards should be small."""
+    return {key: value if isinstance(value, int) else float(f"{value:.5g}") for key, value in stage.items()}
 
 
 class LayerFailure(RuntimeError):

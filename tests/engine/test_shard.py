@@ -47,6 +47,8 @@ def test_a_result_lists_the_committed_layers_their_bytes_and_what_was_refused(tm
     images = {"embeddings/red/images": 16, "embeddings/blue/images": 16, "captions/namer": 16}
     assert {name: inputs[name] for name in images} == images, "8 rows with 2 augmentations and 2 captions"
     assert all(stage["seconds"] > 0 for stage in result.stages.values())
+    stage = result.event()["stages"]["embeddings/red/images"]
+    assert (stage["inputs"], len(str(stage["seconds"])) < 12) == (16, True), "rounded, as there may be many events"
     for name in files:
         metadata = pq.read_metadata(tmp_path / "out" / name)
         assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [4, 4]

@@ -11,6 +11,7 @@ import torch
 
 from reinforce.config import Config, parse_config
 from reinforce.dataset.store import Store
+from reinforce.engine import full_batch
 from reinforce.engine.full_batch import find_batch
 from reinforce.engine.model_flops import measure_costs
 from reinforce.engine.models import Models, load_models
@@ -76,12 +77,17 @@ def test_a_shard_is_finished_with_less_memory_and_reports_it(
     assert images["peak_flops"] == pytest.approx(images["seconds"] * 989e12)
 
 
-def test_auto_is_what_fits_and_without_memory_for_one_image_the_run_ends(config: dict[str, Any], cuda: StandIn) -> None:
+def test_auto_is_what_fits_and_without_memory_for_one_image_the_run_ends(
+    config: dict[str, Any], cuda: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parsed, plan, models = load(config, captioners={}, workers={"batch": "auto", "gpus": 1})
     layers, models_only = [plan.layers["embeddings/vit/images"]], cuda.allocated
-    assert find_batch(models, parsed, layers, largest=8).workers.images == 8
+    with monkeypatch.context() as patch:
+        patch.setattr(full_batch, "forget_peak", lambda _: None)
+        assert find_batch(models, parsed, layers, largest=8).workers.images == 8
     cuda.memory = models_only + int(0.6 * (cuda.peak - models_only))
     assert find_batch(models, parsed, layers, largest=8).workers.images == 4
+    assert cuda.peak == cuda.allocated, "the peak of the run does not include the search"
     cuda.memory = models_only + 1000
     with pytest.raises(UserError, match=r"does not fit in the memory of the device|do not fit"):
         find_batch(models, parsed, layers, largest=8)
