@@ -15,7 +15,15 @@ from PIL import Image, ImageCms, ImageFile
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
-from reinforce.source.image import FORMATS, ImageRefused, check_header, decode
+from reinforce.source.image import (
+    FORMATS,
+    PUBLISHED_POLICY,
+    ImageRefused,
+    check_header,
+    decode,
+    format_extension,
+    is_plain,
+)
 from reinforce.source.shards import IMAGE_EXTENSIONS
 from schemas import Reason
 from tests.helpers.images import encode, noise, png_chunk, raw_png
@@ -320,3 +328,28 @@ def test_every_image_extension_has_a_supported_format():
     Image.init()
     for extension in IMAGE_EXTENSIONS - {"jfif", "jpe"}:
         assert Image.EXTENSION[f".{extension}"] in FORMATS
+
+
+def test_plain_images_are_the_same_by_both_policies() -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    palette = noise(mode="RGB").quantize(16)
+    images = {
+        "plain": [encode(noise(mode=mode), "PNG") for mode in ("RGB", "L", "1", "P")]
+        + [encode(noise(mode=mode), "JPEG") for mode in ("RGB", "L", "CMYK")]
+        + [encode(noise(), "BMP"), encode(palette)],
+        "others": [encode(noise(mode=mode), "PNG") for mode in ("RGBA", "LA")]
+        + [encode(noise(), "JPEG", exif=turned), encode(noise(), "PNG", exif=turned)]
+        + [encode(palette, "PNG", transparency=3), encode(noise(), "GIF"), encode(noise(), "WEBP"), b"no image"],
+    }
+    assert {kind: {is_plain(image) for image in found} for kind, found in images.items()} == {
+        "plain": {True},
+        "others": {False},
+    }
+    for image in images["plain"]:
+        ours, theirs = (decode(image, Limits(), policy=policy) for policy in ("rgb-1", PUBLISHED_POLICY))
+        assert ours.tobytes() == theirs.tobytes()
+    formats = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+    extensions = [format_extension(encode(noise(), format_)) for format_ in formats]
+    assert extensions == ["jpg", "png", "webp", "gif", "bmp", "tif", "ppm"]
+    assert {*extensions} <= IMAGE_EXTENSIONS
