@@ -74,7 +74,7 @@ class Validation:
             texts = {
                 _SAME: "as when their samples were written",
                 _TOUCHED: "with another modification time or ETag, but the same size and first 64 KiB",
-                _UNKNOWN: "that were not recorded, by an earlier version",
+                _UNKNOWN: "that were not recorded, by an earlier version or because they are images of a folder",
                 _UNREADABLE: "that cannot be read now, which only `images: reference` needs",
                 _ELSEWHERE: "outside of the folders of --sources, which were not looked at",
             }

@@ -23,8 +23,8 @@ IMAGE_EXTENSIONS = frozenset(
 NOT_A_FILE = "a pipe or device, not a file"
 
 _PACK = "pack the samples into tars whose members are KEY.jpg and KEY.txt, with `tar --sort=name`"
-_IMAGES = "pack images and captions into tars whose members are KEY.jpg and KEY.txt, with `tar --sort=name`"
-_TABLE = "name such files alone in `source`, or set input.format"
+_IMAGES = "name the folder of the images, or pack images and captions into tars, as KEY.jpg and KEY.txt"
+_TABLE = "in `source` of a run, name such files alone or set input.format"
 _OTHER = "write WebDataset tars or Parquet with a column of images"
 _UNPACK = "unpack it, and pack its files with `tar --sort=name`"
 _HTML = "it may be the error page of a server; check the URL"

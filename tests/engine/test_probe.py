@@ -57,7 +57,7 @@ def test_plan_and_run_fail_with_the_same_message(tmp_path: Path, capsys: pytest.
     write_tar(tmp_path / "small.tar", members_of(0, 3))
     small = {"input": {"limits": {"pixels": 100}}}
     cases: list[tuple[str, dict[str, Any], str]] = [
-        ("x", {}, f"source: no sample can be read. {tmp_path}/x.tar: a Parquet file, not a tar: name such files alone"),
+        ("x", {}, f"source: no sample can be read. {tmp_path}/x.tar: a Parquet file, not a tar: in `source` of a run,"),
         ("folder", {}, f"{tmp_path}/folder.tar: a folder, not a tar: write {tmp_path}/folder.tar/*.tar for the tars"),
         ("texts", {}, "texts.tar: the only sample cannot be read: a: no_image: no image among: txt."),
         ("empty", {}, "empty.tar: the tar contains no sample."),
@@ -78,7 +78,7 @@ def test_plan_and_run_fail_with_the_same_message(tmp_path: Path, capsys: pytest.
 def test_files_that_are_not_tars_by_their_names_are_reported(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(picture(number))
-    with pytest.raises(UserError, match=rf"^source: {tmp_path}/0\.png and 2 more files: an image, not a tar: pack "):
+    with pytest.raises(UserError, match=rf"^source: {tmp_path}/0\.png and 2 more files: an image, not a tar: name "):
         probe(config(tmp_path, f"{tmp_path}/*.png"))
     with pytest.raises(UserError, match=r"^source: s3://nobody/x\.arrow: an Arrow file, .* Parquet"):
         probe(config(tmp_path, "s3://nobody/x.arrow"))

@@ -38,8 +38,8 @@ def array() -> bytes:
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 CONTENTS = [
-    (parquet(), "a Parquet file, not a tar: name such files alone in `source`, or set input.format"),
-    (picture(1), "an image, not a tar: pack images and captions"),
+    (parquet(), "a Parquet file, not a tar: in `source` of a run, name such files alone or set input.format"),
+    (picture(1), "an image, not a tar: name the folder of the images"),
     (picture(1, format_="JPEG"), "an image, not a tar: "),
     (picture(1, format_="WEBP"), "an image, not a tar: "),
     (picture(1, format_="GIF"), "an image, not a tar: "),
