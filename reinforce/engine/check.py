@@ -102,7 +102,7 @@ def check_config(config: Config) -> Report:
     report, redact = Report(), Redactor(config.model_dump(mode="json"))
     machine = [{"CPU": available_cores(), "GPU": torch.cuda.device_count()}]
     workers = config.workers.fitted_to(machine)
-    config, _ = resolve_precisions(config, Store(config.output), lambda: machine)
+    config, report.notes = resolve_precisions(config, Store(config.output), lambda: machine)
     device = "cuda" if workers.gpus else "cpu"
     largest = MAX_AUTO_BATCH if workers.batch == "auto" and workers.gpus else workers.images
     set_flags(device, workers.deterministic)
