@@ -6,6 +6,7 @@ Paths are relative to the folder of the table and stay in it. Everything else is
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,9 @@ _Item = RawSample | Place | Refusal
 _THREADS = 16
 _LOCAL_THREADS = 2
 _FIRST_UNREACHABLE = 20  # images of a shard, none of which can be reached, after which it counts as failed
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_NOT_IN_PLACES = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # what a file system raises for impossible paths
 _WEB = ("http://", "https://")
 
 
@@ -49,7 +52,7 @@ class Places:
 
     def resolve(self, location: str) -> str:
         """The URL of a place. Raises ImageRefusedByPlace."""
-        if len(location) > MAX_URL_CHARS or _CONTROL.search(location) or "::" in location:
+        if len(location) > MAX_URL_CHARS or _NOT_IN_PLACES.search(location) or "::" in location:
             raise ImageRefusedByPlace(Reason.IMAGE_PLACE, "it is no plain path or URL")
         if location.lower().startswith(_WEB):
             return location
@@ -82,7 +85,9 @@ class Places:
             check_file(fs, path)
             with fs.open(path, "rb", block_size=limit + 1, cache_type="none") as file:
                 data: bytes = file.read(limit + 1)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        except OSError as error:
+            if not isinstance(error, _MISSING) and error.errno not in _NO_NAME:
+                raise
             raise ImageRefusedByPlace(Reason.IMAGE_MISSING, error.strerror or type(error).__name__) from error
         if len(data) > limit:
             raise ImageRefusedByPlace(Reason.IMAGE_BYTES, f"more bytes than limits.image_bytes of {limit}")

@@ -77,6 +77,10 @@ def server(folder: Path, redirects: dict[str, str] | None = None) -> Iterator[st
 def test_paths_of_a_table_are_relative_to_its_folder_and_stay_in_it(folder: Path) -> None:
     outside = f"{folder.parent}/outside"
     (folder / "folder.png").mkdir()
+    (folder / "odd.jsonl").write_text('{"path": "\\ud800.png"}')
+    assert refusals(read_table(folder / "odd.jsonl", "jsonl"))[0].endswith("it is no plain path or URL")
+    named_too_long = table(folder / "long.csv", ["a" * 300 + ".png"])
+    assert refusals(read_table(named_too_long, "csv"))[0].endswith(".png': File name too long")
     named = [
         "a.png",
         "./deep//b.png",
@@ -86,7 +90,14 @@ def test_paths_of_a_table_are_relative_to_its_folder_and_stay_in_it(folder: Path
         f"{outside}/c.png",
         f"file://{outside}/c.png",
     ]
-    named += ["s3://bucket/x.png", "deep/../a.png", "~/x.png", "a\tb.png", "x.zip::memory://y.png", "..\\c.png"]
+    named += [
+        "s3://bucket/x.png",
+        "deep/../a.png",
+        "~/x.png",
+        "a\tb.png",
+        "x.zip::memory://y.png",
+        "..\\c.png",
+    ]
     path = table(folder / "x.csv", named)
     found = refusals(read_table(path, "csv"))
     assert found[:2] == ["0", "1"]
