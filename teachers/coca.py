@@ -92,6 +92,11 @@ class CocaCaptioner:
             captions += decode(self._decoder, self._rules, self._spec, seeds[part], self._sampler)
         return captions
 
+    def release_memory(self) -> None:
+        """Return the memory that is kept for the next batch."""
+        if isinstance(self._decoder, FixedCocaDecoder):
+            self._decoder.release()
+
     def to_texts(self, captions: Sequence[list[list[int]] | None]) -> list[list[str] | None]:
         """Turn the tokens of ``generate`` into texts; needs no accelerator."""
         return [None if tokens is None else [self._tokens.text(text) for text in tokens] for tokens in captions]

@@ -176,18 +176,24 @@ class FixedCocaDecoder:
         same = captions == self._captions and self.image_cache.shape[2] == image_tokens
         if same and rows <= len(self.cache) and images <= len(self.image_cache):
             return
-        self.steps.clear()  # graphs hold the addresses
         rows, images = (max(rows, len(self.cache)), max(images, len(self.image_cache))) if same else (rows, images)
-        del self.cache, self.image_cache  # before the larger ones are allocated
+        self.release()  # before the larger ones are allocated
         device, network = self._accelerator.device, self.network
         self.cache, self.image_cache = network.text_cache(rows), network.image_cache(images, image_tokens)
-        self._captions = captions
         self._visible = torch.zeros(rows, network.length, dtype=torch.bool, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._row_places = torch.arange(rows, device=device)
         self._image_of, self._slots, self._newest = (torch.zeros_like(self._row_places) for _ in range(3))
         self._hidden = torch.zeros(rows, dtype=torch.bool, device=device)
         self._last_logits = torch.zeros(rows, network.vocabulary_size, dtype=network.dtype, device=device)
+        self._captions = captions  # last: all are there, though any may run out of memory
+
+    def release(self) -> None:
+        """Return the memory of caches and logits. The next batch allocates what it needs."""
+        self.steps.clear()  # graphs hold the addresses
+        self.cache, self.image_cache = self.network.text_cache(0), self.network.image_cache(0, 0)
+        self._last_logits = torch.zeros(0, self.network.vocabulary_size, device=self._accelerator.device)
+        self._captions = 0
 
     @property
     def capacity(self) -> int:

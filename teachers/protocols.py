@@ -92,6 +92,9 @@ class Captioner(Protocol):
 
     It may add ``generate(pixels, seeds) -> tokens`` and ``to_texts(tokens) -> captions``. A run then calls these two
     instead of ``caption``, so that tokens become text while another shard uses the accelerator.
+
+    One that keeps memory of the device between batches may add ``release_memory()``. It is called when the device runs
+    out of memory, before a smaller batch.
     """
 
     #: Preprocessing of ``pixels``.

@@ -15,7 +15,7 @@ import torch
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.batch_sizes import rows_per_batch
-from reinforce.engine.device_memory import OutOfMemory, attempt, release_cache
+from reinforce.engine.device_memory import OutOfMemory, attempt
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import raising_layer_failure
 from reinforce.engine.pixel_cells import PixelCells, runs
@@ -126,7 +126,7 @@ class Inference:
         """Halve the batches after one of ``size`` inputs did not fit. Raises UserError if they cannot be smaller."""
         self._models.batches.halve(shortage, layer, size, self._config, shared)
         with self._models.turns.take(self._order):
-            release_cache(self._models.accelerator.device)
+            self._models.release_memory()
 
     def _compute(
         self, rows: Sequence[Row], pixels: PixelCells, what: str, shared: bool

@@ -16,7 +16,7 @@ from reinforce.config import Config
 from reinforce.dataset.backends import load_backend
 from reinforce.dataset.layers import Layer
 from reinforce.engine.batch_sizes import BatchSizes
-from reinforce.engine.device_memory import memory_hint
+from reinforce.engine.device_memory import memory_hint, release_cache
 from reinforce.engine.rates import Cost
 from reinforce.engine.token_cache import TokenCache
 from reinforce.engine.traces import user_frames
@@ -72,6 +72,16 @@ class Models:
         splitting: Any = captioner
         tokens = splitting.generate(pixels, seeds)
         return lambda: splitting.to_texts(tokens)
+
+    def release_memory(self) -> None:
+        """Return memory that models keep between batches, and that torch keeps for them, to the device.
+
+        Call it while no other thread uses the accelerator.
+        """
+        for model in (*self.teachers.values(), *self.captioners.values()):
+            if callable(release := getattr(model, "release_memory", None)):
+                release()
+        release_cache(self.accelerator.device)
 
     @contextlib.contextmanager
     def use_accelerator(self, order: int = 0) -> Iterator[None]:
