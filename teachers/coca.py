@@ -17,6 +17,7 @@ from teachers.coca_decoder import CocaDecoder
 from teachers.coca_fixed import SIZES, FixedCocaDecoder
 from teachers.coca_network import CocaNetwork, check_decodable
 from teachers.decoding import decode
+from teachers.determinism import unique_indices
 from teachers.device import Accelerator
 from teachers.device_sampling import DeviceSampler
 from teachers.frozen import freeze
@@ -88,8 +89,9 @@ class CocaCaptioner:
         at_once = min(_MAX_ROWS // rows, budget // self._decoder.bytes_per_image(rows, images.shape[1]))
         captions: list[list[list[int]] | None] = []
         for part in np.array_split(np.arange(len(pixels)), -(-len(pixels) // max(1, at_once))):
-            self._decoder.begin(images[part[0] : part[-1] + 1], rows)
-            captions += decode(self._decoder, self._rules, self._spec, seeds[part], self._sampler)
+            with unique_indices():
+                self._decoder.begin(images[part[0] : part[-1] + 1], rows)
+                captions += decode(self._decoder, self._rules, self._spec, seeds[part], self._sampler)
         return captions
 
     def release_memory(self) -> None:

@@ -99,6 +99,20 @@ def inference() -> Iterator[None]:
             torch.use_deterministic_algorithms(True)
 
 
+@contextlib.contextmanager
+def unique_indices() -> Iterator[None]:
+    """Work that writes to each index once, which is deterministic as it is.
+
+    The flag would have CUDA sort the indices of each copy: several kernels in each layer of a decoding step.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def operation_without_kernel(error: BaseException) -> str | None:
     """The operation, if ``error`` says that CUDA has no deterministic kernel for it."""
     found = _NO_KERNEL.search(str(error))

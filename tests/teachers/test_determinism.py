@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ray.train import RunConfig
@@ -18,10 +19,12 @@ from reinforce.errors import UserError
 from reinforce.training.launch import launch
 from reinforce.training.ranks import join_ranks
 from reinforce.training.ray_train import environment_of_ranks
-from teachers import determinism
+from teachers import coca, determinism
 from teachers.device import Accelerator
+from teachers.spec import CaptionerSpec
 from tests.helpers.data import config_of
 from tests.helpers.stand_in_cuda import stand_in_cuda
+from tests.helpers.tiny_coca import IMAGE_SIZE, coca_model
 from tests.helpers.trainings import PairFeed, TowersTask, job
 from tests.helpers.trainings import training as training_config
 
@@ -127,6 +130,26 @@ def test_ray_train_starts_ranks_on_gpus_with_the_workspace_of_cublas() -> None:
     run = RunConfig(**environment_of_ranks(gpus=1))
     assert run.worker_runtime_env == {"env_vars": {WORKSPACE: ":4096:8"}}
     assert environment_of_ranks(gpus=0) == {}, "ranks on CPUs can use processes that wait"
+
+
+def test_captions_are_decoded_without_sorting_the_indices_of_each_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner = coca.CocaCaptioner(
+        CaptionerSpec(model=coca_model(tmp_path), captions=1, max_length=8), Accelerator("cpu")
+    )
+    seen: list[bool] = []
+    begin = captioner._decoder.begin
+
+    def noting(*arguments: Any) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        begin(*arguments)
+
+    monkeypatch.setattr(captioner._decoder, "begin", noting)
+    determinism.set_flags("cuda")
+    captioner.generate(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), np.zeros((1, 1), np.uint64))
+    assert seen == [False]
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def test_a_training_with_an_operation_without_a_deterministic_kernel_names_it_and_the_switch(tmp_path: Path) -> None:
