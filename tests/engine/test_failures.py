@@ -74,6 +74,13 @@ def test_a_lease_that_raises_is_retried_and_quarantined_after_the_last_attempt()
     )
 
 
+def test_a_message_of_several_workers_is_noted_once() -> None:
+    failures = policy()
+    for notes in (("8 images do not fit", "4 images do not fit"), ("8 images do not fit",), ()):
+        failures.add_notes(notes)
+    assert failures.notes == ["8 images do not fit", "4 images do not fit"]
+
+
 def test_attempts_are_counted_for_each_shard() -> None:
     failures = policy(attempts=2)
     assert isinstance(failures.lease_raised(A, RAISED, 0.0), Retry)
