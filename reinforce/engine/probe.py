@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from reinforce.config import Config
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
-from reinforce.engine.plan import Plan
+from reinforce.engine.plan import PendingShard, Plan
 from reinforce.engine.published import check_reinforcements
 from reinforce.errors import UserError
 from reinforce.source.formats import ENDINGS, FOLDER, IMAGE_EXTENSIONS, TAR
@@ -73,7 +73,7 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
     Raises UserError if the source or the published reinforcements cannot be read, or do not fit the config. Where a
     dataset has samples already, the files that are no tars are only noted: a run quarantines them.
     """
-    new = [plan.shard(shard) for shard in plan.pending if SAMPLES in shard.layers]
+    new = [shard for shard in plan.pending if SAMPLES in shard.layers]
     named, notes = _check_names(new, _is_new(plan))
     notes = [*plan.source_notes, *notes]
     if named and named[0].format == FOLDER:  # its shards are no files
@@ -86,7 +86,7 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
     if published:
         layers = [plan.layers[name] for name in published[0].layers]
         check_reinforcements(str(published[0].reinforcements), plan.config, layers)
-    sample, faults, doubts = _first_sample(readable, plan.config)
+    sample, faults, doubts = _first_sample([plan.shard(shard) for shard in readable], plan.config)
     if faults and _is_new(plan) and sample is None and not doubts:
         raise UserError(f"source: no sample can be read. {'; '.join(faults)}.")
     notes += [f"source: {fault}" for fault in faults + doubts]
@@ -98,7 +98,7 @@ def _is_new(plan: Plan) -> bool:
     return plan.states[SAMPLES].done == 0
 
 
-def _check_names(shards: Sequence[Shard], new: bool) -> tuple[Sequence[Shard], list[str]]:
+def _check_names(shards: Sequence[PendingShard], new: bool) -> tuple[Sequence[PendingShard], list[str]]:
     """The files that may have the format of the source by their names, or all if none may, and a note on the others.
 
     Raises UserError if no file of a ``new`` source may.

@@ -25,6 +25,7 @@ NOT_A_FILE = "a pipe or device, not a file"
 _PACK = "pack the samples into tars whose members are KEY.jpg and KEY.txt, with `tar --sort=name`"
 _IMAGES = "name the folder of the images, or pack images and captions into tars, as KEY.jpg and KEY.txt"
 _TABLE = "in `source` of a run, name such files alone or set input.format"
+_JSON = "if it has an object on each line, name it .jsonl or set input.format: jsonl"
 _OTHER = "write WebDataset tars or Parquet with a column of images"
 _UNPACK = "unpack it, and pack its files with `tar --sort=name`"
 _HTML = "it may be the error page of a server; check the URL"
@@ -35,7 +36,7 @@ _BY_EXTENSION = {
     "parquet": ("a Parquet file", _TABLE),
     **dict.fromkeys(("arrow", "feather"), ("an Arrow file", _OTHER)),
     **dict.fromkeys(("csv", "tsv"), ("a CSV file", _TABLE)),
-    **dict.fromkeys(("json", "jsonl", "ndjson"), ("a JSON file", _TABLE)),
+    **dict.fromkeys(("json", "jsonl", "ndjson"), ("a JSON file", _JSON)),
     **dict.fromkeys(("tfrecord", "tfrecords", "h5", "hdf5", "mdb", "npy", "npz"), ("another format", _PACK)),
     **dict.fromkeys(("zip", "7z", "rar"), ("an archive of another format", _UNPACK)),
     **dict.fromkeys(IMAGE_EXTENSIONS, ("an image", _IMAGES)),
@@ -55,8 +56,8 @@ _BY_CONTENT = (
     (0, b"\x89HDF", ("an HDF5 file", _PACK)),
     (0, b"version https://git-lfs", ("a pointer of Git LFS", _LFS)),
     (0, b"<", ("an HTML or XML page", _HTML)),
-    (0, b"{", ("a JSON file", _TABLE)),
-    (0, b"[", ("a JSON file", _TABLE)),
+    (0, b"{", ("a JSON file", _JSON)),
+    (0, b"[", ("a JSON file", _JSON)),
 )
 
 
