@@ -19,6 +19,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -61,12 +62,22 @@ def set_flags(device: str, deterministic: bool = True, strict: bool = False) -> 
 @contextlib.contextmanager
 def strict_flags(device: str, deterministic: bool = True) -> Iterator[None]:
     """``set_flags`` with ``strict``. Afterwards nothing raises that did not before, such as in a notebook."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = _mode()
     set_flags(device, deterministic, strict=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        _set_mode(*before)
+
+
+def _mode() -> tuple[bool, bool]:
+    """Whether torch's operations must be deterministic, and whether others only warn."""
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _set_mode(deterministic: bool, warn_only: bool) -> None:
+    if _mode() != (deterministic, warn_only):  # the call takes a second in its process: it imports the compiler
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def allow_tf32(allowed: bool) -> None:
@@ -89,14 +100,13 @@ def tf32() -> Iterator[None]:
 @contextlib.contextmanager
 def inference() -> Iterator[None]:
     """Forward passes of any model in a process with ``strict`` flags: without a deterministic kernel they only warn."""
-    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-    if strict:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    before = _mode()
+    if before[0]:
+        _set_mode(True, True)
     try:
         yield
     finally:
-        if strict:
-            torch.use_deterministic_algorithms(True)
+        _set_mode(*before)
 
 
 @contextlib.contextmanager
@@ -105,12 +115,15 @@ def unique_indices() -> Iterator[None]:
 
     The flag would have CUDA sort the indices of each copy: several kernels in each layer of a decoding step.
     """
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
+    before = _mode()
+    _set_mode(False, False)
+    compiler = sys.modules.get("torch._inductor.config")
+    if before[0] and hasattr(compiler, "deterministic"):
+        compiler.deterministic = True  # type: ignore[union-attr]  # what is compiled here stays so
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        _set_mode(*before)
 
 
 def operation_without_kernel(error: BaseException) -> str | None:
