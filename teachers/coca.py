@@ -96,6 +96,8 @@ class CocaCaptioner:
 
     def release_memory(self) -> None:
         """Return the memory that is kept for the next batch."""
+        if self._sampler is not None:
+            self._sampler.release()
         if isinstance(self._decoder, FixedCocaDecoder):
             self._decoder.release()
 

@@ -40,8 +40,8 @@ class FixedCocaDecoder:
         self._network_step = _compiled(network.step) if compiled else network.step
         self._min_visible = _MIN_VISIBLE_COMPILED if compiled else _MIN_VISIBLE
         self.cache, self.image_cache = network.text_cache(0), network.image_cache(0, 0)
+        self._last_logits, self._captions = torch.zeros(0), 0
         self._places = torch.arange(network.length, device=accelerator.device)
-        self._captions = 0
 
     def bytes_per_image(self, captions: int, image_tokens: int) -> int:
         """Bytes of the caches for one image with so many captions and image tokens, and of the logits of its rows."""
@@ -95,6 +95,8 @@ class FixedCocaDecoder:
         """
         assert tokens.shape[1] == self._filled + 1
         rows = len(tokens)
+        if len(self._last_logits) != self.capacity:
+            self._last_logits = tokens.new_zeros(self.capacity, self.network.vocabulary_size, dtype=self.network.dtype)
         self._newest[:rows] = tokens[:, -1]
         hiding = self.network.hiding
         if hiding is not None and tokens.shape[1] >= hiding[1]:
@@ -185,15 +187,13 @@ class FixedCocaDecoder:
         self._row_places = torch.arange(rows, device=device)
         self._image_of, self._slots, self._newest = (torch.zeros_like(self._row_places) for _ in range(3))
         self._hidden = torch.zeros(rows, dtype=torch.bool, device=device)
-        self._last_logits = torch.zeros(rows, network.vocabulary_size, dtype=network.dtype, device=device)
         self._captions = captions  # last: all are there, though any may run out of memory
 
     def release(self) -> None:
-        """Return the memory of caches and logits. The next batch allocates what it needs."""
+        """Return the memory of caches, logits and graphs. The next batch allocates what it needs."""
         self.steps.clear()  # graphs hold the addresses
         self.cache, self.image_cache = self.network.text_cache(0), self.network.image_cache(0, 0)
-        self._last_logits = torch.zeros(0, self.network.vocabulary_size, device=self._accelerator.device)
-        self._captions = 0
+        self._last_logits, self._captions = torch.zeros(0), 0
 
     @property
     def capacity(self) -> int:

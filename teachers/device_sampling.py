@@ -86,6 +86,10 @@ class DeviceSampler:
                 rows = smaller
         return state.texts(rows, images, captions, self._rules.end)
 
+    def release(self) -> None:
+        """Release the memory of all batches."""
+        self._state = None
+
     def _reserve(self, rows: int, length: int) -> _State:
         if self._state is None or self._state.capacity != rows or self._state.length != length:
             self._state = None  # before the new one is allocated

@@ -91,8 +91,8 @@ def _load(name: str) -> Any:
 
 
 def _initialized(model: Any) -> Any:
-    """open_clip leaves the last projection of CoCa as it is in memory."""
+    """Initialize CoCa's last projection, which open_clip does not: words are as likely as a trained model's."""
     decoder = getattr(model, "text_decoder", None)
     if decoder is not None:
-        torch.nn.init.normal_(decoder.text_projection, std=decoder.text_projection.shape[0] ** -0.5)
+        torch.nn.init.normal_(decoder.text_projection, std=5 * decoder.text_projection.shape[0] ** -0.5)
     return model

@@ -179,6 +179,19 @@ def test_broken_images_give_none_on_cuda_without_affecting_others():
         assert captioner.caption(*batch(captioner, 3)) == whole  # nothing of them stays in the caches
 
 
+def test_a_captioner_that_ran_out_of_memory_returns_what_it_keeps_and_captions_a_smaller_batch():
+    with stand_in_cuda() as cuda:
+        captioner = build("cuda")
+        pixels, seeds = batch(captioner, 10)
+        whole = captioner.caption(pixels[:3], seeds[:3])
+        with cuda.failing_allocations(lambda size: size > 400_000), pytest.raises(torch.OutOfMemoryError):
+            captioner.caption(pixels, seeds)
+        captioner.release_memory()
+        assert captioner._decoder.capacity == 0
+        assert captioner._sampler._state is None
+        assert captioner.caption(pixels[:3], seeds[:3]) == whole
+
+
 def test_compile_compiles_the_step_that_cuda_captures():
     with stand_in_cuda() as cuda:
         captioner = build("cuda", compile=True)
