@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -48,26 +49,42 @@ def csv_rows(url: str) -> Iterator[tuple[int, Row] | tuple[int, BrokenRow]]:
     Raises as ``jsonl_rows``.
     """
     name = canonical(url).rpartition("/")[2].lower()
-    rows = csv.DictReader(_texts(url), delimiter="\t" if ".tsv" in name else ",", strict=True)
+    reader = csv.reader(_Texts(url), delimiter="\t" if ".tsv" in name else ",", strict=True)
+    names: list[str] | None = None
     number = 0
     while True:
+        line = reader.line_num + 1
         try:
-            row = next(rows, None)
+            values = next(reader, None)
         except (csv.Error, BrokenRow) as error:
-            yield number, BrokenRow(f"line {rows.line_num}: {error}", True)
+            yield number, BrokenRow(f"line {line}: {error}", isinstance(error, BrokenRow))
+            if names is None:  # without the names of the columns, no row can be read
+                return
             number += 1
             continue
-        if row is None:
+        if values is None:
             return
-        yield number, {key: value for key, value in row.items() if key is not None}
-        number += 1
+        if names is None:
+            names = values
+        elif values:
+            yield number, dict(itertools.zip_longest(names, values[: len(names)]))
+            number += 1
 
 
-def _texts(url: str) -> Iterator[str]:
-    for number, line in _lines(url, _CSV_LINE_BYTES, skip_empty=False):
+class _Texts:
+    """The lines of a file as texts. Raises BrokenRow for one that is too long, and goes on after it."""
+
+    def __init__(self, url: str) -> None:
+        self._lines = _lines(url, _CSV_LINE_BYTES, skip_empty=False)
+
+    def __iter__(self) -> _Texts:
+        return self
+
+    def __next__(self) -> str:
+        number, line = next(self._lines)
         if isinstance(line, BrokenRow):
             raise line
-        yield line.decode("utf-8-sig" if number == 0 else "utf-8", "replace") + "\n"
+        return line.decode("utf-8-sig" if number == 0 else "utf-8", "replace") + "\n"
 
 
 def _lines(url: str, most: int, skip_empty: bool = True) -> Iterator[tuple[int, bytes | BrokenRow]]:

@@ -94,3 +94,20 @@ def test_a_file_without_any_row_is_refused_as_a_whole(tmp_path: Path, content: b
     assert isinstance(last, Refusal)
     assert (last.key, last.reason.value) == (None, "shard_unreadable")
     assert last.detail.startswith(detail)
+
+
+def test_csv_and_tsv_are_read_with_quotes_and_compression(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    (tmp_path / "x.csv").write_bytes('\ufefffile_name,text\r\na.png,"one, ""two""\nthree"\r\na.png\r\n'.encode())
+    (tmp_path / "x.tsv.gz").write_bytes(gzip.compress(b"file_name\ttext\tkey\na.png\tone, two\tk\n"))
+    found = read_table(tmp_path / "x.csv", "csv")
+    assert outcomes(found) == {"shard-00000000": 'one, "two" three', "shard-00000001": "None"}
+    assert outcomes(read_table(tmp_path / "x.tsv.gz", "csv")) == {"k": "one, two"}
+    (tmp_path / "x.csv").write_text(f"file_name,text\na.png,one\n{'a' * 2**20}b,two\na.png,three\n")
+    assert list(outcomes(read_table(tmp_path / "x.csv", "csv")).values()) == [
+        "one", "image_bytes: line 3: a line of more than 1,048,576 bytes", "three",
+    ]  # fmt: skip
+    (tmp_path / "x.csv").write_text('file_name,text\na.png,"cut off\n')
+    [broken, whole] = read_table(tmp_path / "x.csv", "csv")
+    assert (broken.key, broken.reason.value) == ("shard-00000000", "row_broken")  # type: ignore[union-attr]
+    assert whole.detail.startswith("no line is a row with an image; line 2: unexpected end of data")  # type: ignore[union-attr]
