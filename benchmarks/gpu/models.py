@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import open_clip
 import torch
 
 from benchmarks.step import TINY
@@ -17,6 +18,7 @@ from teachers.device import Accelerator, Precision
 from teachers.open_clip import OpenClipTeacher, random_model
 from teachers.spec import CaptionerSpec, ModelSpec, TeacherSpec
 
+_get_tokenizer = open_clip.get_tokenizer
 _SMALL = {"context_length": 76, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
 _VISION: Any = TINY["vision_cfg"]
 _TINY: dict[str, dict[str, Any]] = {
@@ -64,10 +66,35 @@ class RandomTeacher(OpenClipTeacher):
     """A teacher of open_clip, without its weights."""
 
     def __init__(self, device: torch.device, name: str, precision: Precision = "bf16") -> None:
-        with patch("teachers.open_clip.load_model", _load(name)):
+        tokenizer = patch("open_clip.get_tokenizer", lambda _: load_tokenizer(name))
+        with patch("teachers.open_clip.load_model", _load(name)), tokenizer:
             super().__init__(
                 TeacherSpec(model=model_name(name), precision=precision), Accelerator(str(device), precision)
             )
+
+
+class HashedTokenizer:
+    """Stands in for a tokenizer that open_clip would download: its own one, folded into the model's vocabulary."""
+
+    def __init__(self, context_length: int, vocabulary: int) -> None:
+        self._tokenizer, self._vocabulary = open_clip.SimpleTokenizer(context_length=context_length), vocabulary
+
+    def __call__(self, texts: str | list[str]) -> torch.Tensor:
+        tokens: torch.Tensor = self._tokenizer(texts)
+        return tokens % self._vocabulary
+
+
+def vocabulary_size(name: str) -> int:
+    """Number of tokens of a model."""
+    return int(open_clip.get_model_config(model_name(name))["text_cfg"].get("vocab_size", 49408))
+
+
+def load_tokenizer(name: str) -> Any:
+    """The model's tokenizer, without a download."""
+    text = open_clip.get_model_config(model_name(name))["text_cfg"]
+    if "hf_tokenizer_name" in text:
+        return HashedTokenizer(text.get("context_length", 77), vocabulary_size(name))
+    return _get_tokenizer(model_name(name))
 
 
 class RandomCaptioner(CocaCaptioner):

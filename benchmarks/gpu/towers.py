@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.models import RandomTeacher, build
+from benchmarks.gpu.models import RandomTeacher, build, vocabulary_size
 from benchmarks.pipeline.figures import Figure, Rule, alternate, medians
 
 TEACHERS = "teachers"
@@ -80,11 +80,11 @@ def _variants(bench: Bench, name: str, pixels: torch.Tensor) -> dict[str, Callab
 
 def _measure_texts(bench: Bench, name: str, teacher: RandomTeacher) -> list[Figure]:
     """Texts per second by their length in tokens; only those that are cut to their longest text differ."""
-    full = teacher.tokenize([""]).shape[1]
+    full, end = teacher.tokenize([""]).shape[1], vocabulary_size(name) - 1
     works: dict[str, Callable[[], object]] = {}
     for length in _LENGTHS:
         tokens = torch.randint(1, 1000, (bench.size.texts, full))
-        tokens[:, min(length, full) - 1] = 49407  # open_clip's end token, at which CLIP pools
+        tokens[:, min(length, full) - 1] = end  # of CLIP, which pools there
         tokens[:, min(length, full) :] = 0
         works[f"texts of {min(length, full)} tokens"] = partial(teacher.encode_tokens, tokens)
     rates, values = _rates(bench, works, bench.size.texts)
