@@ -28,6 +28,7 @@ from reinforce.engine.plan import PendingShard, make_plan
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.engine.shard import allocate_pixels, process_shard
 from reinforce.engine.worker import SHARDS_IN_FLIGHT
+from reinforce.errors import UserError
 
 SHARDS = "shards"
 PER_SECOND = 400  # source images, with 2 augmentations
@@ -85,6 +86,8 @@ class Worker:
         config = self.config(source, str(output), augmentations)
         plan, store = make_plan(config), Store(config.output)
         self.models.counters = Counters()
+        if self._bench.on_cuda:
+            torch.cuda.reset_peak_memory_stats(self.models.accelerator.device)
         start = time.perf_counter()
 
         def process(shard: PendingShard) -> ShardResult:
@@ -157,11 +160,16 @@ def _differing(one: Path, other: Path) -> int:
 def _run_short_of_memory(bench: Bench, worker: Worker) -> Figure:
     """The share of the images that a run computes where full batches do not fit."""
     source, (shards, _) = f"{bench.folder}/source-2/*.tar", bench.size.shards[2]
-    with _too_little_memory(bench, worker.models):
-        measured = worker.run(source, bench.folder / "short")
-    bench.log("out of memory: " + (" ".join(measured.notes) or "nothing was halved"))
-    files = [*(measured.output / "samples").glob("*.parquet")]
-    finished = len(files) / shards if measured.notes else 0.0
+    finished, notes = 0.0, ""
+    try:
+        with _too_little_memory(bench, worker.models):
+            measured = worker.run(source, bench.folder / "short")
+        notes = " ".join(measured.notes)
+        if notes:
+            finished = len([*(measured.output / "samples").glob("*.parquet")]) / shards
+    except UserError as error:  # of a batch of one
+        notes = str(error)
+    bench.log("out of memory: " + (notes or "nothing was halved"))
     return Figure(SHARDS, "shards that finish in halved batches when memory is short", finished, "", 1.0, "at least")
 
 
