@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,16 +60,20 @@ def validate(
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Read only the keys: damage elsewhere is not found.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all problems.")] = False,
 ) -> None:
-    """Read all of a dataset: files that are damaged or do not fit, keys that repeat, sources that have changed.
+    """Read all of a dataset: damaged, misplaced and missing files, wrong rows, repeated keys, changed sources.
 
-    Exits with status 1 if it finds something.
+    Exits with status 0 if the dataset is valid, 1 if something was found, 2 if it cannot be read.
     """
     from reinforce.dataset.validate import validate as validate_dataset
 
     found = validate_dataset(dataset, sources or (), quick)
-    for line in found.lines():
-        typer.echo(escape(line))
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=2))
+    else:
+        for line in found.lines():
+            typer.echo(escape(line))
     raise typer.Exit(0 if found.valid else 1)
 
 

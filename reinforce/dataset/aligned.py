@@ -17,17 +17,21 @@ from reinforce.source.identity import current_url
 from reinforce.terminal import escape
 
 
+class MisalignedKeys(UserError):
+    """A layer's file does not have the rows of the samples of its shard."""
+
+
 @dataclass(frozen=True)
 class AlignedLayers:
     """Layers of a dataset that are read together.
 
-    ``fingerprints`` maps each layer, ``samples`` included, to the fingerprint that its files must have. ``columns``
-    restricts a layer to some of its columns, among them ``key``; default: all columns. ``moved`` is that of
-    dataset.json: references to images get the URLs where the source shards are now.
+    ``fingerprints`` maps each layer, ``samples`` included, to the fingerprint that its files must have, None if that is
+    not checked. ``columns`` restricts a layer to some of its columns, among them ``key``; default: all columns.
+    ``moved`` is that of dataset.json: references to images get the URLs where the source shards are now.
     """
 
     store: Store
-    fingerprints: Mapping[str, str]
+    fingerprints: Mapping[str, str | None]
     columns: Mapping[str, Sequence[str]]
     moved: Mapping[str, str] = field(default_factory=dict)
 
@@ -67,6 +71,10 @@ class AlignedShard:
     def source(self) -> str:
         """URL of the source shard where it is now, as the footer of its samples records it; empty if it does not."""
         return current_url(parse_footer(self._files[SAMPLES].metadata).get("source", ""), self._moved)
+
+    def footer(self, layer: str) -> dict[str, str]:
+        """The footer of a layer's file, as ``parse_footer`` returns it."""
+        return parse_footer(self._files[layer].metadata)
 
     def row_group(self, number: int) -> RowGroup:
         """Read the samples of a row group; its other layers are read on request."""
@@ -113,9 +121,9 @@ def _with_current_urls(table: pa.Table, moved: Mapping[str, str]) -> pa.Table:
     return table.set_column(index, column, pa.array(rows, column.type))
 
 
-def _alignment_error(store: Store, layer: str, shard: str) -> UserError:
+def _alignment_error(store: Store, layer: str, shard: str) -> MisalignedKeys:
     command = drop_shard_command(store.url, [layer], shard)
-    return UserError(
+    return MisalignedKeys(
         f"{layer}/{shard}.parquet does not have the keys of {SAMPLES}/{shard}.parquet: one of them was changed. "
         f"Set the file of the layer aside by {command} --yes, and run again."
     )

@@ -136,7 +136,7 @@ def drop(store: Store, plan: DropPlan) -> None:
 def with_dependants(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """Layers by name, and those of ``known`` that are computed from them, in the order of deletion."""
     names = {*names}
-    dependants = {name for name in known if any(_depends(name, on) for on in names)}
+    dependants = {name for name in known if any(depends(name, on) for on in names)}
     return sorted(names | dependants, key=_deletion_order)
 
 
@@ -153,7 +153,7 @@ def drop_command(url: str, names: Collection[str], known: Collection[str]) -> st
     return shlex.join(["reinforce", "drop", url, *arguments])
 
 
-def _depends(layer: str, on: str) -> bool:
+def depends(layer: str, on: str) -> bool:
     """Whether a layer is computed from another one: all from the samples, embeddings of captions from these."""
     if on == SAMPLES:
         return layer != SAMPLES
@@ -172,7 +172,7 @@ def _describe_files(sizes: Collection[int]) -> str:
 def _known_layers(store: Store, manifest: Mapping[str, Any] | None) -> list[str]:
     """The layers that ``dataset.json`` lists, and others that have files."""
     listed = [name for name in (manifest or {}).get("layers", {}) if _is_layer(name)]
-    stored = {name for name in _stored_layers(store) if name not in listed and any(_file_sizes(store, name))}
+    stored = {name for name in layers_with_folders(store) if name not in listed and any(_file_sizes(store, name))}
     return sorted({*listed, *stored}, key=_deletion_order)
 
 
@@ -182,7 +182,7 @@ def _is_layer(name: str) -> bool:
     return folders.get(len(parts)) == parts[0] and all(LAYER_NAME.fullmatch(part) for part in parts)
 
 
-def _stored_layers(store: Store) -> set[str]:
+def layers_with_folders(store: Store) -> set[str]:
     """Names of the layers that have a folder, or one in the quarantine."""
     names = set()
     for root in ((), ("quarantine",)):

@@ -9,13 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from reinforce.dataset.aligned import AlignedLayers, layer_errors
-from reinforce.dataset.damage import check_columns, drop_shard_command
-from reinforce.dataset.key_sample import KeySample, RepeatedKeys, ShardKeys
+from reinforce.dataset.damage import drop_shard_command
+from reinforce.dataset.findings import Finding
+from reinforce.dataset.inventory import check_missing, check_orphans, check_recipes
+from reinforce.dataset.key_sample import KeySample, RepeatedKeys
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import CODE_KEY, read_manifest
+from reinforce.dataset.shard_checks import CheckedShard, ShardChecks
 from reinforce.dataset.shard_records import SourceRecord, read_records
-from reinforce.dataset.store import Store, parse_footer
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.source.identity import SourceState, current_url, probe_state
 from reinforce.source.references import ImageRoots
@@ -23,23 +25,11 @@ from reinforce.source.urls import canonical
 
 _THREADS = 16
 _CAPACITY = 2**24  # hashes of keys, 128 MiB: datasets of more samples are estimated
-_SHARD_CAPACITY = 2**20  # of them from one shard
 _NAMED = 10
 #: What the state of a source file can be.
 _ELSEWHERE, _UNREADABLE, _UNKNOWN, _CHANGED, _TOUCHED, _SAME = (
     "elsewhere", "unreadable", "unknown", "changed", "touched", "same",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """One shard: its keys, or the errors of its files; how its source compares, and how it has changed."""
-
-    name: str
-    keys: ShardKeys
-    errors: list[str]
-    source: str
-    change: str = ""
 
 
 @dataclass
@@ -49,18 +39,44 @@ class Validation:
     url: str
     shards: int
     repeated: RepeatedKeys
-    errors: list[str] = field(default_factory=list)
+    rows: int = 0
+    findings: list[Finding] = field(default_factory=list)
     sources: Counter[str] = field(default_factory=Counter)
     changed: list[str] = field(default_factory=list)
     code: list[str] = field(default_factory=list)
 
     @property
+    def errors(self) -> list[str]:
+        """The messages of all findings."""
+        return [finding.message for finding in self.findings]
+
+    @property
     def valid(self) -> bool:
-        return not (self.errors or self.changed or self.repeated.keys)
+        return not (self.findings or self.changed or self.repeated.keys)
+
+    def as_json(self) -> dict[str, Any]:
+        """For scripts: all findings, without a limit."""
+        repeated = self.repeated
+        return {
+            "dataset": self.url,
+            "valid": self.valid,
+            "shards": self.shards,
+            "rows": self.rows,
+            "findings": [finding.as_json() for finding in self.findings],
+            "repeated_keys": {
+                "keys": repeated.keys,
+                "share": repeated.share,
+                "exact": repeated.exact,
+                "example": repeated.pair,
+            },
+            "sources": dict(self.sources),
+            "changed_sources": self.changed,
+            "notes": self.code,
+        }
 
     def lines(self) -> Iterator[str]:
         """For people: what was found, the most serious first."""
-        yield from _first(self.errors, "errors")
+        yield from _first(self.errors, "problems")
         yield from self.repeated.lines(0, self.url)
         if self.changed:
             yield (
@@ -95,61 +111,35 @@ def validate(url: str, sources: Sequence[str] = (), quick: bool = False) -> Vali
     roots = ImageRoots.named(sources, "--sources {}")
     store = Store(url)
     manifest = read_manifest(store)
-    listings = store.listings(manifest["layers"])
+    names = [*manifest["layers"]]
+    every = store.listings([*names, *(f"quarantine/{name}" for name in names)])
+    listings = {name: every[name] for name in names}
     recorded = read_records(store).sources if sources else {}
     sample = KeySample(_CAPACITY)
     found = Validation(store.url, len(listings[SAMPLES]), sample.repeated(), code=_code_lines(manifest))
-    for layer, listing in listings.items():
-        without = listing.only(~listing.within(listings[SAMPLES].names))
-        found.errors += [f"{layer}/{shard}.parquet has no samples" for shard in without]
+    found.findings += check_recipes(manifest)
+    found.findings += check_missing(store, manifest, listings)
+    found.findings += check_orphans(store, listings)
+    checks, moved = ShardChecks(store, manifest, every, quick), manifest.get("moved", {})
 
-    def read(shard: str) -> _Shard:
-        keys, errors, footer = _read_layers(store, manifest, shard, listings, quick)
-        if not sources:
-            return _Shard(shard, keys, errors, _UNKNOWN)
-        return _Shard(
-            shard, keys, errors, *_compare_source(footer, recorded.get(shard), roots, manifest.get("moved", {}))
-        )
+    def read(shard: str) -> tuple[str, CheckedShard, str, str]:
+        checked = checks.check(shard)
+        state = _compare_source(checked.footer, recorded.get(shard), roots, moved) if sources else (_UNKNOWN, "")
+        return shard, checked, *state
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        names = iter(listings[SAMPLES])
-        while batch := list(itertools.islice(names, _THREADS * 4)):
-            for shard in pool.map(read, batch):
-                sample.add(shard.name, shard.keys)
-                found.errors += shard.errors
+        shards = iter(listings[SAMPLES])
+        while batch := list(itertools.islice(shards, _THREADS * 4)):
+            for shard, checked, source, change in pool.map(read, batch):
+                sample.add(shard, checked.keys)
+                found.rows += checked.rows
+                found.findings += checked.findings
                 if sources:
-                    found.sources[shard.source] += 1
-                if shard.source == _CHANGED:
-                    found.changed.append(f"{shard.name}: {shard.change}")
+                    found.sources[source] += 1
+                if source == _CHANGED:
+                    found.changed.append(f"{shard}: {change}")
     found.repeated = sample.repeated()
     return found
-
-
-def _read_layers(
-    store: Store, manifest: Mapping[str, Any], shard: str, listings: Mapping[str, Mapping[str, int]], quick: bool
-) -> tuple[ShardKeys, list[str], dict[str, str]]:
-    """Read a shard in all its layers: its keys, what is wrong, and the footer of its samples."""
-    layers = [name for name in manifest["layers"] if shard in listings[name]]
-    keys, errors = ShardKeys.of([]), []
-    footer: dict[str, str] = {}
-    for layer in layers:
-        fingerprints = {name: manifest["layers"][name]["fingerprint"] for name in (SAMPLES, layer)}
-        columns = {name: ("key",) for name in fingerprints if quick or name != layer}
-        try:
-            with AlignedLayers(store, fingerprints, columns).open(shard, whole=not quick) as files:
-                for number in range(files.row_groups):
-                    tables = files.read(number)
-                    if layer not in columns:
-                        with layer_errors(store, layer, shard):
-                            check_columns(layer, tables[layer])
-                    if layer == SAMPLES:
-                        keys = keys.joined(ShardKeys.of(tables[SAMPLES]["key"].to_pylist()), _SHARD_CAPACITY)
-            if layer == SAMPLES:
-                with store.open_layer(SAMPLES, shard, whole=False) as file:
-                    footer = parse_footer(file.metadata)
-        except (UserError, OSError) as error:
-            errors.append(str(error))
-    return keys, errors, footer
 
 
 def _compare_source(

@@ -55,6 +55,11 @@ def decode(data: pa.Table | pa.RecordBatch) -> Floats:
     return vectors
 
 
+def from_scales(column: pa.ChunkedArray) -> Floats:
+    """Convert the column ``scales`` to [rows, count] float32; arbitrary in null rows."""
+    return _tensor_rows(column)[0]
+
+
 def from_lists(column: pa.ChunkedArray, shape: Sequence[int]) -> pa.Array:
     """Convert a column of lists to a fixed_shape_tensor column of ``shape``; null rows stay null.
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -91,7 +95,7 @@ def test_damaged_and_stray_files_are_errors_of_their_own(tmp_path: Path) -> None
     found = validate(url)
     assert not found.valid
     assert len(found.errors) == 3
-    for part in ("cannot be read", "does not have the keys", "stray-0123456789.parquet has no samples"):
+    for part in ("cannot be read", "it is of the source shard", "stray-0123456789.parquet has no samples"):
         assert sum(part in error for error in found.errors) == 1, found.errors
 
 
@@ -121,3 +125,119 @@ def test_a_file_without_a_column_is_an_error(tmp_path: Path, capsys: pytest.Capt
     out = printed(url, 1, capsys)
     assert f"it has no column {column}" in out
     assert f"reinforce drop {url} captions/namer --shard {path.stem}" in out
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(small_dataset(tmp_path_factory.mktemp("dataset"), (5, 3)))
+
+
+def _flip(dataset: Path, files: list[Path]) -> None:
+    column = pq.ParquetFile(files[0]).metadata.row_group(0).column(1)
+    content = bytearray(files[0].read_bytes())
+    content[column.data_page_offset + column.total_compressed_size // 2] ^= 0x10
+    files[0].write_bytes(content)
+
+
+def _truncate(dataset: Path, files: list[Path]) -> None:
+    files[0].write_bytes(files[0].read_bytes()[:-100])
+
+
+def _swap_shards(dataset: Path, files: list[Path]) -> None:
+    first, second = (file.read_bytes() for file in files)
+    files[0].write_bytes(second)
+    files[1].write_bytes(first)
+
+
+def _other_layer(dataset: Path, files: list[Path]) -> None:
+    shutil.copy(dataset / "embeddings" / "red" / "caption" / files[0].name, files[0])
+
+
+def _delete(dataset: Path, files: list[Path]) -> None:
+    files[0].unlink()
+
+
+def _change(path: str, value: object) -> Callable[[Path, list[Path]], None]:
+    def change(dataset: Path, _: list[Path]) -> None:
+        manifest = json.loads((dataset / "dataset.json").read_text())
+        *keys, last = path.split(".")
+        functools.reduce(dict.__getitem__, keys, manifest)[last] = value
+        (dataset / "dataset.json").write_text(json.dumps(manifest))
+
+    return change
+
+
+def _remove_layer(dataset: Path, _: list[Path]) -> None:
+    manifest = json.loads((dataset / "dataset.json").read_text())
+    del manifest["layers"]["embeddings/red/images"]
+    (dataset / "dataset.json").write_text(json.dumps(manifest))
+
+
+def _rewrite(layer: str, change: Callable[[pa.Table], pa.Table]) -> Callable[[Path, list[Path]], None]:
+    """Change the rows of a layer's first file, and keep its footer and checksums valid."""
+
+    def rewrite(dataset: Path, _: list[Path]) -> None:
+        path = sorted((dataset / layer).glob("*.parquet"))[0]
+        table = pq.read_table(path)
+        pq.write_table(change(table).cast(table.schema), path, compression="none", row_group_size=8)
+
+    return rewrite
+
+
+def _scaled(table: pa.Table) -> pa.Table:
+    values = table["embeddings"].combine_chunks().to_numpy_ndarray().copy()
+    values[1] *= 2
+    return table.set_column(1, "embeddings", pa.FixedShapeTensorArray.from_numpy_ndarray(values))
+
+
+def _without_second(table: pa.Table) -> pa.Table:
+    rows = table["captions"].to_pylist()
+    return table.set_column(1, "captions", pa.array([rows[0], None, *rows[2:]], pa.list_(pa.string())))
+
+
+RED = "embeddings/red/images"
+
+
+@pytest.mark.parametrize(
+    ("damage", "layer", "found"),
+    [
+        (_flip, RED, [("damaged", "a page does not have its checksum")]),
+        (_truncate, RED, [("damaged", "cannot be read")]),
+        (_truncate, "samples", [("damaged", "cannot be read")]),
+        (_swap_shards, RED, [("misplaced", "00001.tar"), ("misplaced", "00000.tar")]),
+        (_swap_shards, "samples", [("misplaced", "00001.tar"), ("misplaced", "00000.tar")]),
+        (_other_layer, RED, [("misplaced", "it is a file of layer embeddings/red/caption")]),
+        (_delete, RED, [("missing", "a run has committed it")]),
+        (_delete, "samples", [("missing", "a run has committed it"), *[("orphan", "has no samples")] * 7]),
+        (_change("seed", 7), RED, [("manifest", "the settings of samples have fingerprint")]),
+        (_change("teachers.red.model.options.size", 7), RED, [("manifest", "the settings of embeddings/red")] * 3),
+        (_change("augmentations.count", 3), RED, [("manifest", "the settings of samples"), *[("rows", "3 aug")] * 2]),
+        (_change(f"layers.{RED}.dim", 9), RED, [("rows", "dataset.json states float16 [2, 9]")] * 2),
+        (_remove_layer, RED, [("orphan", "has 2 files, but dataset.json does not list it")]),
+        (_rewrite(RED, _scaled), RED, [("rows", "1 row have a vector whose norm is not 1 (00000001)")]),
+        (_rewrite(RED, lambda table: table.slice(1)), RED, [("misplaced", "does not have the keys of samples")]),
+        (_rewrite("captions/namer", _without_second), RED, [("rows", "1 row are null without a reason")]),
+    ],
+)  # fmt: skip
+def test_each_kind_of_damage_is_found_once_and_names_its_file(
+    made: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path, list[Path]], None],
+    layer: str,
+    found: list[tuple[str, str]],
+) -> None:
+    dataset = shutil.copytree(made, tmp_path / "out")
+    damage(dataset, sorted((dataset / layer).glob("*.parquet")))
+    report = json.loads(printed(str(dataset), 1, capsys, "--json"))
+    assert report["valid"] is False
+    assert [finding["kind"] for finding in report["findings"]] == [kind for kind, _ in found]
+    for finding, (kind, text) in zip(report["findings"], found, strict=True):
+        assert text in finding["message"]
+        if kind == "damaged":
+            assert (finding["layer"], finding["shard"]) == (layer, sorted((dataset / layer).iterdir())[0].stem)
+
+
+def test_json_of_a_valid_dataset(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads(printed(str(made), 0, capsys, "--json", "--quick"))
+    assert (report["valid"], report["shards"], report["rows"], report["findings"]) == (True, 2, 8, [])

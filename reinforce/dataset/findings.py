@@ -1,0 +1,29 @@
+"""What ``reinforce validate`` finds: a message for each problem, and the file that is at fault if one is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+#: ``unreadable``: the storage has failed. ``damaged``: the bytes are not those that were written. ``misplaced``: a file
+#: of another layer, shard or recipe. ``rows``: values that a run does not write. ``missing``: a file that should exist.
+#: ``orphan``: a file that belongs to nothing. ``manifest``: dataset.json contradicts itself or the files.
+Kind = Literal["unreadable", "damaged", "misplaced", "rows", "missing", "orphan", "manifest"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem. ``layer`` and ``shard`` name the file, None if it is not in one file."""
+
+    kind: Kind
+    message: str
+    layer: str | None = None
+    shard: str | None = None
+
+    @property
+    def at_fault(self) -> bool:
+        """Whether the file has a fault that ends if a run computes it again."""
+        return self.kind in ("damaged", "misplaced", "rows") and None not in (self.layer, self.shard)
+
+    def as_json(self) -> dict[str, str | None]:
+        return {"kind": self.kind, "layer": self.layer, "shard": self.shard, "message": self.message}

@@ -1,0 +1,96 @@
+"""Checks of a dataset without opening its layer files: dataset.json by itself, missing files, and orphans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+import schemas
+from reinforce.dataset.drop import depends, layers_with_folders
+from reinforce.dataset.findings import Finding
+from reinforce.dataset.layer_index import read_index
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, compute_fingerprint
+from reinforce.dataset.listing import Listing
+from reinforce.dataset.store import MANIFEST, Store
+
+_SAMPLES_RECIPE = ("images", "seed", "policies", "input", "augmentations")
+_NAMED = 3
+
+
+def check_recipes(manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    """Layers whose settings in dataset.json do not have the fingerprint that is beside them.
+
+    Settings that no fingerprint covers, such as logit scales, are not checked.
+    """
+    if manifest.get("schema_version") != schemas.SCHEMA_VERSION:
+        return
+    for name, entry in manifest["layers"].items():
+        recipe = _recipe(manifest, name, entry)
+        if recipe is not None and (computed := compute_fingerprint(recipe)) != entry["fingerprint"]:
+            yield Finding(
+                "manifest",
+                f"{MANIFEST}: the settings of {name} have fingerprint {computed}, its entry states "
+                f"{entry['fingerprint'][:40]}: one of them was changed. Restore {MANIFEST}.",
+                name,
+            )
+
+
+def _recipe(manifest: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the fingerprint of a layer covers; None if dataset.json does not record it."""
+    layers = manifest["layers"]
+    if name == SAMPLES:
+        known = all(key in manifest for key in _SAMPLES_RECIPE)
+        return {key: manifest[key] for key in _SAMPLES_RECIPE} if known else None
+    if entry["kind"] == "captions":
+        model = manifest["captioners"].get(entry.get("captioner"), {}).get("model")
+        return {"samples": layers[SAMPLES]["fingerprint"], "model": model} if model else None
+    model = manifest["teachers"].get(entry.get("teacher"), {}).get("model")
+    own = entry["kind"] == "images" or entry.get("texts") == TRUE_CAPTION
+    source = layers.get(SAMPLES if own else captions_layer(str(entry.get("texts"))))
+    if not model or source is None:
+        return None
+    recipe = {"source": source["fingerprint"], "model": model, "dtype": entry.get("dtype")}
+    return {**recipe, "what": entry["kind"]}
+
+
+def check_missing(store: Store, manifest: Mapping[str, Any], listings: Mapping[str, Listing]) -> Iterator[Finding]:
+    """Files that runs have committed and that are gone, and those that are not computed yet.
+
+    A shard that is quarantined in a layer lacks this layer and those that are computed from it.
+    """
+    indexes = {name: read_index(store, name, entry["fingerprint"]) for name, entry in manifest["layers"].items()}
+    committed = {name: index.listing() for name, index in indexes.items()}
+    every = Listing.union([listings[SAMPLES], committed[SAMPLES]])
+    if all(listing.has(every).all() for listing in listings.values()):
+        return
+    refused = store.quarantined_shards(listings)
+    for layer, listing in listings.items():
+        unusable = set().union(*(refused[name] for name in listings if name == layer or depends(layer, name)))
+        absent = set(every.filter(pa.array(~listing.has(every))).to_pylist()) - unusable
+        names = pa.array(sorted(absent), pa.string())
+        gone = committed[layer].has(names)
+        for shard in names.filter(pa.array(gone)).to_pylist():
+            yield Finding(
+                "missing", f"{layer}/{shard}.parquet is missing although a run has committed it", layer, shard
+            )
+        if pending := names.filter(pa.array(~gone)).to_pylist():
+            named = ", ".join([*pending[:_NAMED], *["..."] * (len(pending) > _NAMED)])
+            yield Finding(
+                "missing",
+                f"{layer} lacks {len(pending):,} of {len(every):,} shards ({named}), which no index lists: they are "
+                "not computed yet",
+                layer,
+            )
+
+
+def check_orphans(store: Store, listings: Mapping[str, Listing]) -> Iterator[Finding]:
+    """Files of shards without samples, and of layers that dataset.json does not list."""
+    for layer, listing in listings.items():
+        for shard in listing.only(~listing.within(listings[SAMPLES].names)):
+            yield Finding("orphan", f"{layer}/{shard}.parquet has no samples", layer, shard)
+    others = sorted(layers_with_folders(store) - listings.keys())
+    for layer, listing in store.listings(others).items():
+        if listing:
+            yield Finding("orphan", f"{layer} has {len(listing):,} files, but {MANIFEST} does not list it", layer)
