@@ -61,18 +61,26 @@ def validate(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Read only the keys: damage elsewhere is not found.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all problems.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Move files that are at fault to set-aside/: the next run computes them.")
+    ] = False,
 ) -> None:
     """Read all of a dataset: damaged, misplaced and missing files, wrong rows, repeated keys, changed sources.
 
+    --repair moves samples only if their source file is in a folder of --sources and has not changed.
+
     Exits with status 0 if the dataset is valid, 1 if something was found, 2 if it cannot be read.
     """
+    from reinforce.dataset.repair import repair as repair_dataset
     from reinforce.dataset.validate import validate as validate_dataset
 
     found = validate_dataset(dataset, sources or (), quick)
+    repaired = repair_dataset(dataset, found.findings, sources or ()) if repair else None
     if as_json:
-        typer.echo(json.dumps(found.as_json(), indent=2))
+        report = {**found.as_json(), **({"repair": repaired.as_json()} if repaired else {})}
+        typer.echo(json.dumps(report, indent=2))
     else:
-        for line in found.lines():
+        for line in [*found.lines(), *(repaired.lines() if repaired else ())]:
             typer.echo(escape(line))
     raise typer.Exit(0 if found.valid else 1)
 

@@ -25,7 +25,7 @@ RUN = [
     r"reinforce plan my\.yaml",
     r"reinforce run my\.yaml( --set workers\.cpus=4| --retry-quarantined)?",
     r"reinforce status my-data( --reasons)?",
-    r"reinforce validate my-data( --quick| --sources shards)?",
+    r"reinforce validate my-data( --quick| --repair)?( --sources shards)?",
     r"reinforce check (my\.yaml|our_teachers:Tiny --options .*)",
     r"reinforce captions-report my-data",
     r"reinforce export datacompdr my-data my-data-dr --teachers conv-64,tiny",

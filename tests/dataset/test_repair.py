@@ -1,0 +1,117 @@
+"""``reinforce validate --repair``: what is moved, what stays, and that a run makes the dataset as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce.cli import main
+from reinforce.dataset.repair import repair
+from reinforce.dataset.validate import validate
+from tests.helpers.data import config_of, tree
+from tests.helpers.reinforced import reinforce_here, small_dataset
+
+RED = "embeddings/red/images"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(small_dataset(tmp_path_factory.mktemp("dataset"), (5, 3)))
+
+
+@pytest.fixture
+def dataset(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def repaired(dataset: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    with pytest.raises(SystemExit, match=r"^1$"):
+        main(["validate", str(dataset), "--repair", "--json", *options])
+    done: dict[str, Any] = json.loads(capsys.readouterr().out)["repair"]
+    return done
+
+
+def first(dataset: Path, layer: str) -> Path:
+    return sorted((dataset / layer).iterdir())[0]
+
+
+def cut(path: Path) -> bytes:
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    return content[:-100]
+
+
+def test_files_at_fault_are_moved_whole_and_the_next_run_restores_the_dataset(
+    made: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, path = tree(dataset), first(dataset, RED)
+    damaged = cut(path)
+    shutil.copy(first(dataset, "embeddings/red/caption"), first(dataset, "embeddings/blue/caption"))
+    first(dataset, "captions/namer").unlink()
+    done = repaired(dataset, capsys)
+    assert [moved["file"] for moved in done["moved"]] == [
+        f"{RED}/{path.name}",
+        f"embeddings/blue/caption/{path.name}",
+    ]
+    assert done["computed"] == {RED: 1, "embeddings/blue/caption": 1, "captions/namer": 1}
+    assert (done["kept"], Path(done["moved"][0]["to"]).read_bytes()) == ([], damaged)
+    reinforce_here(config_of(f"{made.parent}/source/*.tar", dataset))
+    assert tree(dataset) == before
+    assert validate(str(dataset)).valid
+
+
+def test_samples_are_moved_only_where_their_source_is_still_the_same(
+    made: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, path = tree(dataset), first(dataset, "samples")
+    cut(path)
+    [reason] = repaired(dataset, capsys)["kept"]
+    assert f"samples/{path.name} was not moved: its source " in reason
+    assert "was not looked at, name its folder by --sources, and the samples may be the only copy" in reason
+    source = made.parent / "source"
+    away = source.rename(made.parent / "away")
+    [reason] = repaired(dataset, capsys, "--sources", str(source))["kept"]
+    assert "00000.tar cannot be read, and the samples may be the only copy" in reason
+    source.mkdir()
+    for name in ("00000.tar", "00001.tar"):
+        (source / name).write_bytes(b"other")
+    [reason] = repaired(dataset, capsys, "--sources", str(source))["kept"]
+    assert "00000.tar has changed (" in reason
+    shutil.rmtree(source)
+    away.rename(source)
+    done = repaired(dataset, capsys, "--sources", str(source))
+    assert ([moved["file"] for moved in done["moved"]], done["kept"]) == ([f"samples/{path.name}"], [])
+    reinforce_here(config_of(f"{source}/*.tar", dataset))
+    assert tree(dataset) == before
+
+
+def test_a_file_that_reads_well_the_second_time_stays(dataset: Path) -> None:
+    path = first(dataset, RED)
+    content = path.read_bytes()
+    cut(path)
+    findings = validate(str(dataset)).findings
+    path.write_bytes(content)
+    done = repair(str(dataset), findings)
+    assert (done.moved, done.kept) == ([], [f"{RED}/{path.name} was not moved: it can be read now"])
+
+
+def test_nothing_is_moved_where_dataset_json_is_wrong_and_not_the_files(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((dataset / "dataset.json").read_text())
+    before = tree(dataset, layers_only=False)
+    for change, reason in (
+        ({"seed": 5}, "nothing was moved, because dataset.json is at fault"),
+        ({"layers": {**manifest["layers"], RED: {**manifest["layers"][RED], "dim": 9}}}, "none of its 2 files was"),
+    ):
+        (dataset / "dataset.json").write_text(json.dumps({**manifest, **change}))
+        done = repaired(dataset, capsys)
+        assert (done["moved"], len(done["kept"])) == ([], 1)
+        assert reason in done["kept"][0]
+        assert {name for name in tree(dataset, layers_only=False) if not name.startswith(".tmp/")} == {
+            name for name in before if not name.startswith(".tmp/")
+        }
