@@ -50,12 +50,15 @@ def _dataset_json(config: Config) -> str:
         failures = config.failures.model_copy(update={"stall_seconds": _FIRST_STALL_SECONDS})
         config = config.model_copy(update={"failures": failures})
     for kind in ("teachers", "captioners"):
-        specs = {
-            name: spec.model_copy(update={"precision": spec.resolved_precision})
-            for name, spec in getattr(config, kind).items()
-        }
+        specs = {name: spec.model_copy(update=_first_defaults(spec)) for name, spec in getattr(config, kind).items()}
         config = config.model_copy(update={kind: specs})
     return config.model_dump_json(exclude=exclude, exclude_none=True)
+
+
+def _first_defaults(spec: ModelSpec) -> dict[str, Any]:
+    """Keys of a model whose defaults were other ones at first."""
+    compiled = {"compile": False} if getattr(spec, "compile", None) == "auto" else {}
+    return {"precision": spec.resolved_precision, **compiled}
 
 
 @dataclass(frozen=True)
