@@ -217,14 +217,15 @@ def _describe_open_clip(spec: ModelSpec) -> ModelInfo:
     return ModelInfo(dim=config["embed_dim"] if config else None, images=True, texts=True, identity=identity)
 
 
-def _describe_transformers(spec: ModelSpec) -> ModelInfo:
+def _describe_transformers(spec: TeacherSpec) -> ModelInfo:
     config = _transformers_config(spec)
     images, texts = transformers_catalog.modalities(config)
-    dim = transformers_catalog.embedding_dim(config)
+    dim = transformers_catalog.embedding_dim(config, spec.pooling)
     assert spec.model is not None
     if texts and transformers_catalog.is_local_folder(spec.model):
         check_tokenizer_files(Path(spec.model).expanduser())
-    return ModelInfo(dim=dim, images=images, texts=texts, identity=_transformers_identity(spec))
+    identity = {**_transformers_identity(spec), **spec.transformers_options}
+    return ModelInfo(dim=dim, images=images, texts=texts, identity=identity)
 
 
 def _transformers_config(spec: ModelSpec) -> dict[str, Any] | None:

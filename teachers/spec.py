@@ -59,6 +59,10 @@ class ModelSpec(BaseModel):
         return "fp32" if self.precision == "auto" else self.precision
 
 
+#: Options of teachers of transformers.
+_TRANSFORMERS = ("image_size", "pooling", "lowercase")
+
+
 class TeacherSpec(ModelSpec):
     """One entry of ``teachers:``."""
 
@@ -73,11 +77,41 @@ class TeacherSpec(ModelSpec):
     compile: bool | None = Field(
         None, description="compile the blocks of the image tower (torch.compile); takes a minute at the start of a run"
     )
+    image_size: int | None = Field(
+        None,
+        ge=8,
+        description="family transformers: side in pixels of the square image, for models that accept several sizes; "
+        "default: the model's own",
+    )
+    pooling: Literal["cls", "mean", "summary"] | None = Field(
+        None,
+        description="family transformers, models of texts or images alone: which outputs become the embedding. mean: "
+        "the mean of the text's tokens; cls: the first token; summary: C-RADIO's summary; default: mean for texts, the "
+        "pooler if it has weights or else cls for images",
+    )
+    lowercase: bool | None = Field(
+        None,
+        description="family transformers: texts in lower case, as SigLIP 2 needs; default: as the tokenizer does",
+    )
     columns: tuple[int, int] | None = Field(
         None,
         strict=False,
         description="family published: first and end column of its vectors in the published embeddings",
     )
+
+    @model_validator(mode="after")
+    def _check_transformers(self) -> TeacherSpec:
+        given = [name for name in _TRANSFORMERS if getattr(self, name) is not None]
+        if self.family != "transformers" and given:
+            raise ValueError(f"{', '.join(given)}: used only with family transformers; remove it")
+        return self
+
+    @property
+    def transformers_options(self) -> dict[str, Any]:
+        """Options of family transformers that are set, as part of the model's identity: absent where they are not, so
+        that older fingerprints stay valid. ``lowercase: false`` is the default, which can be confirmed."""
+        options = {name: getattr(self, name) for name in _TRANSFORMERS}
+        return {name: value for name, value in options.items() if value}
 
     @model_validator(mode="after")
     def _check_published(self) -> TeacherSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -9,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 import transformers
 
-from teachers import towers
+from teachers import naflex, towers
 from teachers import transformers_catalog as catalog
 from teachers.device import Accelerator
 from teachers.pixels import channels
@@ -18,6 +19,7 @@ from teachers.spec import TeacherSpec
 from teachers.special_tokens import special_token_escaper
 from teachers.trimming import PROBE_TEXTS, trimming_is_exact
 
+_log = logging.getLogger(__name__)
 _RESAMPLING: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 EncodeImages = Callable[[torch.Tensor], torch.Tensor]
@@ -39,10 +41,11 @@ def load(spec: TeacherSpec, accelerator: Accelerator) -> Teacher:
 
 
 class TransformersTeacher:
-    """A dual encoder: any model with ``get_image_features`` and ``get_text_features``.
+    """A dual encoder: any model with ``get_image_features`` and ``get_text_features``, such as CLIP and SigLIP 2.
 
     Texts are padded to the longest of the batch and masked; the constructor checks this against the full length.
-    SigLIP was trained on texts padded to the full length without a mask, so it gets texts of full length.
+    SigLIP was trained on texts padded to the full length without a mask, so it gets texts of full length. A NaFlex
+    model gets the patches of square images of one size.
     """
 
     def __init__(self, spec: TeacherSpec, accelerator: Accelerator) -> None:
@@ -51,10 +54,16 @@ class TransformersTeacher:
         for method in ("get_image_features", "get_text_features"):
             if not hasattr(self._model, method):
                 raise ValueError(f"{type(self._model).__name__} has no `{method}`: it is not a dual encoder")
-        self.image: ImageSpec | None = _load_image_spec(spec)
-        siglip = self._model.config.model_type == "siglip"
+        if spec.pooling is not None:
+            raise ValueError(f"`pooling` is not used by {type(self._model).__name__}, a dual encoder; remove it")
+        processor = _load_processor(spec)
+        self.image: ImageSpec | None = image_spec(processor, naflex.square_size(processor, spec.image_size))
+        self._patch: int | None = processor["patch_size"] if naflex.takes_patches(processor) else None
+        siglip = self._model.config.model_type in catalog.SIGLIP
         positions = self._model.config.text_config.max_position_embeddings
         self._tokenize = _Tokenizer(spec, positions, masked=not siglip)
+        if siglip and spec.lowercase is None:
+            self._tokenize.check_case()
         self._encode_images: EncodeImages = self._image_features
         with _first_input(self._model):
             self.dim = _image_dim(self.encode_images, self.image, accelerator)
@@ -69,7 +78,8 @@ class TransformersTeacher:
             return _unit(self._encode_images(self._accelerator.layout(pixels)))
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return _features(self._model.get_image_features(pixel_values=pixels))
+        inputs = naflex.patch_inputs(pixels, self._patch) if self._patch else {"pixel_values": pixels}
+        return _features(self._model.get_image_features(**inputs))
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, dim] float32, unit norm."""
@@ -83,12 +93,24 @@ class TransformersTeacher:
 
 
 class ImageTeacher:
-    """An image encoder (DINOv2, ViT, ...): its pooled output if the pooler has weights, else its CLS token."""
+    """An image encoder (DINOv3, C-RADIO, ViT, ...): its pooled output if the pooler has weights, else its CLS token.
+
+    ``pooling`` chooses: the CLS token, or C-RADIO's summary, which is several class tokens in a row.
+    """
 
     def __init__(self, spec: TeacherSpec, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._model, self._pools = _load_model(spec, accelerator)
-        self.image: ImageSpec | None = _load_image_spec(spec)
+        self._model, pools = _load_model(spec, accelerator)
+        self._pools = pools and spec.pooling is None
+        self._summary = spec.pooling == "summary"
+        if spec.pooling is None and self._model.config.model_type == "radio":
+            _log.warning("%s: set `pooling: summary` to get all class tokens, not the first alone", spec.model)
+        processor = _load_processor(spec)
+        self.image: ImageSpec | None = image_spec(processor, naflex.square_size(processor, spec.image_size))
+        if spec.pooling == "mean" or spec.lowercase is not None:
+            raise ValueError(
+                "`lowercase` and `pooling: mean` are for texts, which this model does not encode; remove it"
+            )
         self.logit_scale = spec.logit_scale
         self._encode_images: EncodeImages = self._pooled
         with _first_input(self._model):
@@ -102,20 +124,30 @@ class ImageTeacher:
 
     def _pooled(self, pixels: torch.Tensor) -> torch.Tensor:
         output = self._model(pixel_values=pixels)
+        if self._summary:
+            return _summary(output)
         pooled = getattr(output, "pooler_output", None) if self._pools else None
         features: torch.Tensor = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
         return features
 
 
 class TextTeacher:
-    """A text encoder (BERT, ...): the mean of its last hidden states over all tokens but padding."""
+    """A text encoder (BERT, sentence encoders, ...): the mean of its last hidden states over all tokens but padding.
+
+    ``pooling: cls`` takes the first token instead.
+    """
 
     image = None
 
     def __init__(self, spec: TeacherSpec, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._model, _ = _load_model(spec, accelerator)
-        self._tokenize = _Tokenizer(spec, getattr(self._model.config, "max_position_embeddings", 512), masked=True)
+        if spec.image_size or spec.pooling == "summary":
+            raise ValueError(
+                "`image_size` and `pooling: summary` are for images, which this model does not encode; remove it"
+            )
+        self._mean = spec.pooling != "cls"
+        self._tokenize = _Tokenizer(spec, _positions(self._model), masked=True)
         self.logit_scale = spec.logit_scale
         with _first_input(self._model):
             self.dim = self.encode_texts(PROBE_TEXTS).shape[1]
@@ -129,6 +161,9 @@ class TextTeacher:
             tokens = self._tokenize(texts, self._accelerator)
             hidden = self._model(**tokens).last_hidden_state.float()
             mask = tokens["attention_mask"].unsqueeze(-1)
+            if not self._mean:
+                first = mask[..., 0].argmax(dim=1)  # not 0 where the tokenizer pads on the left
+                return _unit(hidden[torch.arange(len(hidden), device=hidden.device), first])
             return _unit((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
 
 
@@ -143,12 +178,26 @@ class _Tokenizer:
         # tokenizers without a limit report a huge model_max_length
         self._length = min(positions, self._tokenizer.model_max_length)
         self._masked = masked
+        self._lower = bool(spec.lowercase)
+
+    def check_case(self) -> None:
+        """Raise ValueError for SigLIP 2, which was trained on lower-cased texts, if this tokenizer keeps capitals.
+
+        SigLIP's first version has a tokenizer of its own, which need not be checked.
+        """
+        gemma = type(self._tokenizer).__name__.startswith(("Gemma", "Siglip2"))
+        capital, small = (self._tokenizer(text)["input_ids"] for text in ("A PHOTO", "a photo"))
+        if gemma and capital != small:
+            raise ValueError(
+                "SigLIP 2 was trained on lower-cased texts, and the tokenizer of this model keeps capitals: set "
+                "`lowercase: true`, or `lowercase: false` to continue a dataset whose texts were encoded with capitals"
+            )
 
     def __call__(
         self, texts: Sequence[str], accelerator: Accelerator, full_length: bool = False
     ) -> dict[str, torch.Tensor]:
         tokens = self._tokenizer(
-            [self._escape(text) for text in texts],
+            [self._escape(text.lower() if self._lower else text) for text in texts],
             padding="max_length" if full_length else "longest",
             truncation=True,
             max_length=self._length,
@@ -159,10 +208,11 @@ class _Tokenizer:
         return {name: accelerator.put(tokens[name]) for name in names}
 
 
-def image_spec(config: dict[str, Any]) -> ImageSpec:
+def image_spec(config: dict[str, Any], side: int | None = None) -> ImageSpec:
     """Convert an image processor's config to an ImageSpec. Raises ValueError if that is not possible.
 
-    A margin (DINOv2 resizes to 256 and crops 224) is dropped: the shorter side is resized to the crop.
+    A margin (DINOv2 resizes to 256 and crops 224) is dropped: the shorter side is resized to the crop. ``side`` is
+    the side of square images, in place of the config's size.
     """
     crop = config.get("crop_size") if config.get("do_center_crop") else None
     size = config.get("size")
@@ -170,9 +220,11 @@ def image_spec(config: dict[str, Any]) -> ImageSpec:
         size = {"shortest_edge": size} if crop else {"height": size, "width": size}
     if isinstance(crop, int):
         crop = {"height": crop, "width": crop}
-    frame = crop or size or {}
-    if not config.get("do_resize", True) or "height" not in frame or "width" not in frame:
-        raise ValueError(f"images have no fixed size (size {size}, crop_size {crop})")
+    frame = {"height": side, "width": side} if side else crop or size or {}
+    if not (side or config.get("do_resize", True)) or "height" not in frame or "width" not in frame:
+        raise ValueError(
+            f"images have no fixed size (size {size}, crop_size {crop}): set `image_size`, the side in pixels"
+        )
     if not config.get("do_rescale", True) or abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise ValueError(f"pixels are not scaled by 1/255 (rescale_factor {config.get('rescale_factor')})")
     resample = int(config.get("resample", 3))
@@ -189,9 +241,10 @@ def image_spec(config: dict[str, Any]) -> ImageSpec:
     )
 
 
-def _load_image_spec(spec: TeacherSpec) -> ImageSpec:
+def _load_processor(spec: TeacherSpec) -> dict[str, Any]:
     processor = transformers.AutoImageProcessor.from_pretrained(spec.model, trust_remote_code=False)
-    return image_spec(processor.to_dict())
+    config: dict[str, Any] = processor.to_dict()
+    return config
 
 
 def _load_model(spec: TeacherSpec, accelerator: Accelerator) -> tuple[Any, bool]:
@@ -236,6 +289,20 @@ def _first_input(model: Any) -> Iterator[None]:
 def _image_dim(encode: Callable[[torch.Tensor], torch.Tensor], spec: ImageSpec | None, accelerator: Accelerator) -> int:
     assert spec is not None
     return encode(torch.zeros(1, 3, spec.height, spec.width, device=accelerator.device)).shape[1]
+
+
+def _positions(model: Any) -> int:
+    """Tokens that a text encoder takes. RoBERTa's positions start after the index of the padding token."""
+    positions: int = getattr(model.config, "max_position_embeddings", 512)
+    padding = getattr(getattr(model, "embeddings", None), "padding_idx", None)
+    return positions if padding is None else positions - padding - 1
+
+
+def _summary(output: Any) -> torch.Tensor:
+    summary: torch.Tensor | None = getattr(output, "summary", None)
+    if summary is None:
+        raise ValueError("it has no summary, which only C-RADIO has: remove `pooling: summary`")
+    return summary
 
 
 def _features(output: Any) -> torch.Tensor:

@@ -32,6 +32,8 @@ _SETTINGS = (
 )
 #: Further files that determine captions: end tokens and the chat template.
 CAPTIONER_FILES = ("generation_config.json", "chat_template.jinja", "chat_template.json")
+#: Model types whose texts are padded to the full length and not masked, as in training.
+SIGLIP = ("siglip", "siglip2")
 #: Model types that caption an image without a prompt, with the class that does.
 IMAGE_TO_TEXT = {
     "blip": "BlipForConditionalGeneration",
@@ -106,11 +108,13 @@ def modalities(config: dict[str, Any] | None) -> tuple[bool, bool]:
     raise ValueError(f"a model of type {config['model_type']!r} encodes neither images nor texts")
 
 
-def embedding_dim(config: dict[str, Any] | None) -> int | None:
+def embedding_dim(config: dict[str, Any] | None, pooling: str | None = None) -> int | None:
     """Length of the embeddings, None if the config does not contain it."""
     if config is None:
         return None
-    if config["model_type"] == "siglip":
+    if pooling == "summary":
+        value = config["hidden_size"] * len(config["summary_idxs"]) if config.get("summary_idxs") else None
+    elif config["model_type"] in SIGLIP:
         value = config["vision_config"].get("hidden_size")
     else:
         value = config.get("projection_dim" if modalities(config) == (True, True) else "hidden_size")

@@ -1,0 +1,154 @@
+"""Tiny models of the classes that docs/named-teachers.md names, with random weights, in folders of their libraries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import transformers
+from safetensors.torch import save_file
+from timm.models import eva, fastvit, register_model, vision_transformer
+
+from tests.helpers import tiny_models
+from tests.helpers.tiny_models import _TOWER as TOWER
+
+SIDE = 32
+TEXT = {
+    **TOWER,
+    "vocab_size": 300,
+    "max_position_embeddings": 24,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION = {**TOWER, "image_size": SIDE, "patch_size": 8}
+_CLIP = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+_RADIO = transformers.CLIPImageProcessor(size={"height": SIDE, "width": SIDE}, do_center_crop=False, do_normalize=False)
+
+
+@register_model
+def tiny_pe_core(pretrained: bool = False, **options: Any) -> Any:
+    small = {"img_size": SIDE, "patch_size": 8, "ref_feat_shape": (4, 4), "embed_dim": 48, "depth": 1}
+    return eva.vit_pe_core_tiny_patch16_384(pretrained, **small, **options)
+
+
+@register_model
+def tiny_mobileclip2(pretrained: bool = False, **options: Any) -> Any:
+    return fastvit.fastvit_mci0(pretrained, layers=(1, 1, 1, 1), embed_dims=(16, 32, 64, 128), **options)
+
+
+@register_model
+def tiny_siglip2(pretrained: bool = False, **options: Any) -> Any:
+    small = {"img_size": SIDE, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    return vision_transformer.vit_base_patch16_siglip_224(pretrained, **small, **options)
+
+
+def open_clip_named(folder: Path, name: str) -> str:
+    """Save a model with the config of open_clip's ``name``, whose towers are small."""
+    config = open_clip.get_model_config(name)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    text |= {"width": 48, "heads": 3, "layers": 1}
+    if "timm_model_name" in vision:
+        family = next(family for family in ("pe_core", "mobileclip2", "siglip2") if family in _snake(name))
+        vision |= {"timm_model_name": f"tiny_{family}", "image_size": SIDE}
+    else:
+        vision |= {"image_size": SIDE, "layers": 1, "width": 48, "head_width": 16, "patch_size": 8}
+    config["embed_dim"] = 48
+    folder.mkdir(parents=True, exist_ok=True)
+    if "hf_tokenizer_name" in text:  # open_clip takes the tokenizer of the folder
+        text["vocab_size"] = 300
+        tiny_models.tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=text["context_length"])
+    custom = config.pop("custom_text", False)
+    build = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    model = _default(build, config) if "MobileCLIP" in name else tiny_models.seeded(lambda: build(**config), 0)
+    preprocessing = {"size": SIDE, "mean": 0.5, "std": 0.5, "interpolation": "bicubic", "resize_mode": "squash"}
+    saved = {"model_cfg": {**config, **({"custom_text": True} if custom else {})}, "preprocess_cfg": preprocessing}
+    (folder / "open_clip_config.json").write_text(json.dumps(saved))
+    save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
+    return f"local-dir:{folder}"
+
+
+def _default(build: Any, config: dict[str, Any]) -> Any:
+    """A model with the initial weights of its library: with larger ones, FastViT's output is the same for any image."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build(**config).eval()
+
+
+def _snake(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def siglip2(folder: Path) -> str:
+    """A SigLIP 2 with a fixed size: the classes of SigLIP, with Gemma's tokenizer, which keeps capitals."""
+    config = transformers.SiglipConfig(text_config=TEXT, vision_config=VISION)
+    processor = transformers.SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
+    _save(folder, transformers.SiglipModel, config, processor)
+    _gemma_tokenizer(transformers.GemmaTokenizer, folder)
+    return str(folder)
+
+
+def naflex(folder: Path) -> str:
+    vision = {**TOWER, "patch_size": 8, "num_patches": 16}
+    config = transformers.Siglip2Config(text_config=TEXT, vision_config=vision)
+    processor = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    _save(folder, transformers.Siglip2Model, config, processor)
+    _gemma_tokenizer(transformers.Siglip2Tokenizer, folder)
+    return str(folder)
+
+
+def metaclip2(folder: Path) -> str:
+    config = transformers.MetaClip2Config(text_config=TEXT, vision_config=VISION)
+    _save(folder, transformers.MetaClip2Model, config, _CLIP)
+    tiny_models.tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=24)
+    return str(folder)
+
+
+def dinov3(folder: Path) -> str:
+    config = transformers.DINOv3ViTConfig(**VISION, num_register_tokens=2)
+    processor = transformers.DINOv3ViTImageProcessor(size={"height": SIDE, "width": SIDE})
+    return _save(folder, transformers.DINOv3ViTModel, config, processor)
+
+
+def radio(folder: Path) -> str:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8, "max_img_size": 64}
+    return _save(folder, transformers.RadioModel, transformers.RadioConfig(**sizes), _RADIO)
+
+
+def xlm_roberta(folder: Path) -> str:
+    """A sentence encoder whose positions start after that of the padding token."""
+    config = transformers.XLMRobertaConfig(**{**TEXT, "max_position_embeddings": 25})
+    _save(folder, transformers.XLMRobertaModel, config)
+    tiny_models.tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=512)
+    return str(folder)
+
+
+def _save(folder: Path, model: Any, config: Any, processor: Any = None) -> str:
+    tiny_models.seeded(lambda: model(config), 0).save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    return str(folder)
+
+
+def _gemma_tokenizer(tokenizer: Any, folder: Path) -> None:
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    units = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    vocabulary = {unit: index for index, unit in enumerate(units)}
+    tokenizer(vocab=vocabulary, merges=[], model_max_length=24).save_pretrained(folder)
+
+
+#: Tiny models of transformers by the names on the page.
+TRANSFORMERS: dict[str, Callable[[Path], str]] = {
+    "google/siglip2-base-patch16-256": siglip2,
+    "google/siglip2-base-patch16-naflex": naflex,
+    "facebook/metaclip-2-worldwide-huge-quickgelu": metaclip2,
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": dinov3,
+    "nvidia/C-RADIOv4-H": radio,
+    "sentence-transformers/all-MiniLM-L6-v2": tiny_models.transformers_bert,
+    "intfloat/multilingual-e5-small": xlm_roberta,
+    "BAAI/bge-small-en-v1.5": tiny_models.transformers_bert,
+}
