@@ -31,7 +31,7 @@ class Reason(str, Enum):
     SIDECAR_BROKEN = "sidecar_broken"  # a json member is not a JSON object, or a member is a link
     MEMBERS = "members"  # the sample has more members than limits.members
     # A row that one layer cannot compute. It is null in that layer and complete in the others.
-    NO_TEXT = "no_text"  # there is no caption to encode
+    NO_TEXT = "no_text"  # there is no caption to encode, or a captioner gave none
     NOT_FINITE = "not_finite"  # the model returned NaN or infinity
     # A shard as a whole. The key is null.
     SHARD_MISSING = "shard_missing"  # the URL does not exist

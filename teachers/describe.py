@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teachers import open_clip_catalog, postprocess, transformers_catalog, weights
+from teachers import open_clip_catalog, postprocess, server_options, transformers_catalog, weights
 from teachers.redact import redact_values
 from teachers.spec import DECODING_FIELDS, CaptionerSpec, ModelSpec, TeacherSpec
 from teachers.tokenizer_files import check_tokenizer_files
@@ -77,6 +77,10 @@ def describe_captioner(name: str, spec: CaptionerSpec) -> ModelInfo:
             return ModelInfo(dim=None, images=True, texts=False, identity=identity, code=_hash_of_code(cls))
         if spec.family == "published":
             identity = {"family": spec.family, "texts": spec.model, "captions": spec.captions}
+            return ModelInfo(dim=None, images=True, texts=False, identity=identity)
+        if spec.family == "openai":
+            server_options.check(spec)
+            identity = {**server_options.identity(spec), **_cleaning_identity(spec)}
             return ModelInfo(dim=None, images=True, texts=False, identity=identity)
         model = _transformers_captioner_identity(spec) if spec.family == "transformers" else _coca_identity(spec)
         chat = {field: value for field in _CHAT_OPTIONS if (value := getattr(spec, field)) is not None}

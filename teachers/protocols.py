@@ -87,6 +87,18 @@ class Teacher(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class NoCaptions:
+    """Returned for an image without captions, with the reason in ``detail``. Its row is stored as null and quarantined
+    as ``no_text``."""
+
+    detail: str
+
+
+class ServerUnavailable(RuntimeError):
+    """No server that a model needs has answered for as long as its config allows. It ends the run."""
+
+
 class Captioner(Protocol):
     """A model that writes ``captions`` synthetic captions for each image.
 
@@ -95,6 +107,9 @@ class Captioner(Protocol):
 
     One that keeps memory of the device between batches may add ``release_memory()``. It is called when the device runs
     out of memory, before a smaller batch.
+
+    One that cannot promise equal captions for equal images and seeds sets ``repeatable = False``. One whose
+    ``to_texts`` waits for a server sets ``waits = True`` and bounds the wait itself: its time is not that of a hang.
     """
 
     #: Preprocessing of ``pixels``.
@@ -102,11 +117,12 @@ class Captioner(Protocol):
     #: Captions per image. It must equal ``captions`` in the config.
     captions: int
 
-    def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> Sequence[list[str] | None]:
+    def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> Sequence[list[str] | NoCaptions | None]:
         """Caption float32 [B, 3, H, W] on the device -> ``captions`` strings for each of the B images.
 
         ``seeds`` is uint64 [B, captions]. Caption (b, n) must depend on image b and ``seeds[b, n]`` alone, never on
         the other images of the batch, so that a retried shard gets the same captions. Return None for an image whose
-        logits are not finite; its row is stored as null and quarantined as ``not_finite``.
+        logits are not finite; its row is stored as null and quarantined as ``not_finite``. Return ``NoCaptions`` where
+        there is no caption for another reason.
         """
         ...

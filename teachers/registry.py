@@ -39,6 +39,10 @@ def load_captioner(name: str, spec: CaptionerSpec, device: str) -> Captioner:
     with errors_naming(f"captioner {name}"):
         if spec.class_ is not None:
             return _load_custom_captioner(spec, device)
+        if spec.family == "openai":
+            from teachers.server_captioner import ServerCaptioner
+
+            return ServerCaptioner(name, spec)
         accelerator = Accelerator(device, spec.precision)
         if spec.family == "transformers":
             from teachers.transformers_captioner import load

@@ -15,14 +15,16 @@ class ModelSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
     _PUBLISHED: ClassVar[tuple[str, ...]] = ()  # fields allowed with family published, besides `model`
 
-    family: Literal["open_clip", "transformers", "published"] = Field(
+    family: Literal["open_clip", "transformers", "published", "openai"] = Field(
         "open_clip",
-        description="library that `model` belongs to; published: read the outputs from `reinforcements`",
+        description="library that `model` belongs to; published: read the outputs from `reinforcements`; openai: "
+        "captions by a server at `url`",
     )
     model: str | None = Field(
         None,
         description="open_clip: a model name, hf-hub:ORG/REPO or local-dir:PATH; transformers: hub name or folder; "
-        "published: a teacher's name, or for a captioner the list in syn.json, such as syn_text",
+        "published: a teacher's name, or for a captioner the list in syn.json, such as syn_text; openai: the name "
+        "that the server knows",
     )
     pretrained: str | None = Field(
         None, description="open_clip: pretrained tag, or a checkpoint file by path or fsspec URL"
@@ -30,7 +32,10 @@ class ModelSpec(BaseModel):
     class_: str | None = Field(
         None, alias="class", description="a custom class, package.module:Class; see teachers/protocols.py"
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the custom class")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keyword arguments of the custom class; openai: further fields of each request",
+    )
     precision: Literal["auto"] | Precision = Field(
         "auto",
         description="precision of the forward pass; auto: as dataset.json records, else bf16 where workers use GPUs, "
@@ -47,7 +52,7 @@ class ModelSpec(BaseModel):
                 raise ValueError(f"`class` must be package.module:Class, got {self.class_!r}")
             if self.pretrained is not None:
                 raise ValueError("`pretrained` belongs to `model`; pass weights to your class in `options`")
-        elif self.options:
+        elif self.options and self.family != "openai":
             raise ValueError("`options` are used only with `class`")
         if self.family == "published" and (unused := self.model_fields_set - {"family", "model", *self._PUBLISHED}):
             raise ValueError(f"{', '.join(sorted(unused))}: not used with family published; remove it")
@@ -115,6 +120,8 @@ class TeacherSpec(ModelSpec):
 
     @model_validator(mode="after")
     def _check_published(self) -> TeacherSpec:
+        if self.family == "openai":
+            raise ValueError("family openai is for captioners; teachers are of open_clip, transformers or a `class`")
         if (self.family == "published") != (self.columns is not None):
             raise ValueError("`columns` and `family: published` require each other, as in `columns: [0, 768]`")
         if self.columns is not None:
@@ -151,7 +158,7 @@ class CaptionerSpec(ModelSpec):
     captions: int = Field(
         5, ge=1, le=64, description="captions per image; 1 for greedy, at most `beams` for beam search"
     )
-    prompt: str | None = Field(None, min_length=1, description="instruction for a chat model of transformers")
+    prompt: str | None = Field(None, min_length=1, description="instruction for a chat model")
     image_size: int | None = Field(
         None, ge=8, description="side in pixels of the square image for chat models that accept any resolution"
     )
@@ -185,6 +192,25 @@ class CaptionerSpec(ModelSpec):
         "which takes a minute for each shape; false: neither",
     )
 
+    url: str | list[str] | None = Field(
+        None, description="openai: address of the server, such as http://HOST:8000/v1, or a list of equal servers"
+    )
+    api_key_env: str | None = Field(None, description="openai: environment variable that holds the API key")
+    image_quality: int | None = Field(
+        None, ge=1, le=100, description="openai: quality of the JPEG that is sent; default: 90"
+    )
+    concurrency: int | None = Field(
+        None, ge=1, le=1024, description="openai: requests of a worker under way at a time; default: 32"
+    )
+    timeout: float | None = Field(
+        None, gt=0, description="openai: seconds for one request, after which it is sent again; default: 120"
+    )
+    wait: float | None = Field(
+        None,
+        gt=0,
+        description="openai: seconds without an answer of any server after which the run ends; default: 3600",
+    )
+
     clean: Clean | None = Field(
         None, description="cleaning of captions before they are stored; dropped ones are replaced by the others"
     )
@@ -193,6 +219,13 @@ class CaptionerSpec(ModelSpec):
     def _check_lengths(self) -> CaptionerSpec:
         if self.min_length + 2 > self.max_length:
             raise ValueError("max_length must be at least min_length + 2 (start and end count)")
+        return self
+
+    @model_validator(mode="after")
+    def _check_server(self) -> CaptionerSpec:
+        given = [field for field in _SERVER_FIELDS if field in self.model_fields_set]
+        if given and self.family != "openai":
+            raise ValueError(f"{', '.join(given)}: used only with family openai; remove it")
         return self
 
     @model_validator(mode="after")
@@ -240,6 +273,8 @@ _STRATEGIES: dict[str, tuple[str, ...]] = {
     "diverse_beams": ("beams", "groups", "diversity", "length_penalty"),
 }
 _LENGTHS = ("min_length", "max_length")
+#: Fields that only family openai uses.
+_SERVER_FIELDS = ("url", "api_key_env", "image_quality", "concurrency", "timeout", "wait")
 #: All decoding fields; custom classes do not use them.
 DECODING_FIELDS = (
     *("strategy", "temperature", "top_p", "top_k", "beams", "groups", "diversity", "length_penalty"),

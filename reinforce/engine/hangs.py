@@ -8,7 +8,8 @@ sets one limit for all instead.
 - A worker in which a lease is over its limit has hung. The other leases of the worker are not the cause.
 - A worker that was asked and has not answered for the limit of its leases has hung as a whole.
 - Before a batch of a layer has ended, an hour is the limit; after a hang in it, 15 minutes.
-- A lease that waits for the accelerator never counts: the other lease of its worker uses it.
+- A lease that waits for the accelerator never counts: the other lease of its worker uses it. Nor does one that waits
+  for a server: its captioner bounds the time of a request, and that without an answer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from reinforce.config import Failures
-from reinforce.engine.watch import DECODING, PREPARING, READING, WAITING, WRITING, LeasePulse, Pulse
+from reinforce.engine.watch import DECODING, PREPARING, READING, UNLIMITED_STAGES, WRITING, LeasePulse, Pulse
 
 FACTOR = 20.0
 CEILING = 3600.0
@@ -104,7 +105,7 @@ def find_hang(pulse: Pulse, shards: Collection[str], limits: StallLimits) -> Han
 
 
 def _is_over(lease: LeasePulse, limits: StallLimits) -> bool:
-    return lease.stage != WAITING and lease.seconds > limits.seconds(lease.stage)
+    return lease.stage not in UNLIMITED_STAGES and lease.seconds > limits.seconds(lease.stage)
 
 
 def _describe(lease: LeasePulse, key: str | None, limits: StallLimits) -> str:
@@ -116,7 +117,7 @@ def _describe(lease: LeasePulse, key: str | None, limits: StallLimits) -> str:
 
 
 def _where(lease: LeasePulse) -> str:
-    where = lease.stage if lease.stage in (WAITING, *_STORAGE_STAGES) else f"layer {lease.stage}"
+    where = lease.stage if lease.stage in (*UNLIMITED_STAGES, *_STORAGE_STAGES) else f"layer {lease.stage}"
     return f"{where} ({lease.what})" if lease.what else where
 
 
@@ -136,7 +137,7 @@ def find_silence(seconds: float, pulse: Pulse, board: tuple[LeasePulse, ...], li
     leases = board or pulse.leases
     seen = "; ".join(f"{one.shard} in {_where(one)}" for one in leases)
     at = f"; {'it is' if board else 'at its last answer it was'} at {seen}" if seen else ""
-    running = [one for one in board if one.stage not in (WAITING, *_STORAGE_STAGES)]
+    running = [one for one in board if one.stage not in (*UNLIMITED_STAGES, *_STORAGE_STAGES)]
     return Hang.of(
         f"the worker has not answered for {seconds:.0f} s, as if something in it holds the interpreter lock{at} "
         f"(limit: {limits.origin(_slowest_stage(pulse, limits))})",
@@ -146,7 +147,7 @@ def find_silence(seconds: float, pulse: Pulse, board: tuple[LeasePulse, ...], li
 
 def _slowest_stage(pulse: Pulse, limits: StallLimits) -> str:
     """The stage of a worker's leases with the largest limit."""
-    stages = [lease.stage for lease in pulse.leases if lease.stage != WAITING]
+    stages = [lease.stage for lease in pulse.leases if lease.stage not in UNLIMITED_STAGES]
     return max(stages, key=limits.seconds, default="")
 
 

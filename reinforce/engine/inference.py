@@ -22,14 +22,14 @@ from reinforce.engine.pixel_cells import PixelCells, runs
 from reinforce.engine.rows import Row
 from reinforce.engine.stage_meter import StageMeter
 from reinforce.engine.traces import shorten
-from reinforce.engine.watch import PREPARING, WAITING, LeaseWatch
+from reinforce.engine.watch import PREPARING, SERVER, WAITING, LeaseWatch
 from reinforce.seeds import seed_for
 from teachers.pixels import to_pixels
-from teachers.protocols import Captioner, ImageSpec, Teacher
+from teachers.protocols import Captioner, ImageSpec, NoCaptions, Teacher
 
 Floats = npt.NDArray[np.float32]
 Seeds = npt.NDArray[np.uint64]
-_Texts: TypeAlias = "Callable[[], Sequence[list[str] | None]]"
+_Texts: TypeAlias = "Callable[[], Sequence[list[str] | NoCaptions | None]]"
 _T = TypeVar("_T")
 _Pixels: TypeAlias = "tuple[torch.Tensor | None, dict[ImageSpec, torch.Tensor]]"
 
@@ -214,9 +214,11 @@ class Inference:
         """The captions of ``count`` images, by layer."""
         outputs = {}
         for layer in self.caption_layers:
-            with self._run(layer.name, what):
+            stage = SERVER if getattr(self._captioner(layer), "waits", False) else layer.name
+            with self._watch.stage(stage, what), raising_layer_failure(layer.name):
                 texts = outputs[layer.name] = captions[layer.name]()
-                if len(texts) != count or any(row is not None and len(row) != layer.count for row in texts):
+                rows = [row for row in texts if row is not None and not isinstance(row, NoCaptions)]
+                if len(texts) != count or any(len(row) != layer.count for row in rows):
                     raise ValueError(
                         f"{layer.model}: caption() must return {layer.count} texts for each of {count} images"
                     )

@@ -23,7 +23,7 @@ from reinforce.engine.traces import user_frames
 from reinforce.engine.turns import Turns
 from reinforce.errors import UserError
 from teachers.device import Accelerator
-from teachers.protocols import Captioner, Teacher
+from teachers.protocols import Captioner, NoCaptions, Teacher
 from teachers.registry import load_captioner, load_teacher
 
 
@@ -64,7 +64,7 @@ class Models:
 
     def captions(
         self, captioner: Captioner, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]
-    ) -> Callable[[], Sequence[list[str] | None]]:
+    ) -> Callable[[], Sequence[list[str] | NoCaptions | None]]:
         """Caption on the accelerator -> a function that returns the texts, for which it is not needed."""
         if not _splits(captioner, "caption", "generate", "to_texts"):
             texts = captioner.caption(pixels, seeds)

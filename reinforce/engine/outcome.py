@@ -11,6 +11,7 @@ from reinforce.dataset.layer_index import FileEntry
 from reinforce.dataset.shard_records import ShardRecord
 from reinforce.engine.traces import error_with_frames
 from reinforce.errors import UserError
+from teachers.protocols import ServerUnavailable
 
 
 class WorkerId(NamedTuple):
@@ -105,10 +106,13 @@ class LayerFailure(RuntimeError):
 def raising_layer_failure(layer: str) -> Iterator[None]:
     """Turn an error of a layer's model into a LayerFailure with the frames of the user's code.
 
-    It costs the layers of this model only.
+    It costs the layers of this model only. Raises UserError if the model waited for a server in vain, since that costs
+    no shard.
     """
     try:
         yield
+    except ServerUnavailable as error:
+        raise UserError(f"{layer}: {error}") from error
     except Exception as error:
         raise LayerFailure(layer, error_with_frames(error)) from error
 

@@ -68,7 +68,7 @@ def nodes_of_run() -> list[Node]:
 
 
 def _is_open(spec: ModelSpec) -> bool:
-    return spec.precision == "auto" and spec.class_ is None and spec.family != "published"
+    return spec.precision == "auto" and spec.class_ is None and spec.family not in ("published", "openai")
 
 
 def _recorded(manifest: Mapping[str, Any], kind: str, name: str) -> Precision | None:

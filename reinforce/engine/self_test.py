@@ -11,7 +11,8 @@ How close is close enough depends on the precision: see ``TOLERANCES``.
 
 Of a captioner it requires ``captions`` texts for each image, that the same images and seeds give the same texts again,
 and that some caption of a batch begins as it does for its image alone. It does not require more, because the rounding
-of matrix products may depend on the batch and change a sampled word. Different images may get the same caption.
+of matrix products may depend on the batch and change a sampled word. Different images may get the same caption. Of one
+that is not ``repeatable`` it requires texts alone, or reasons why there are none.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from reinforce.engine.models import Counters, Models
 from reinforce.engine.traces import user_frames
 from reinforce.errors import UserError
 from teachers.pixels import to_pixels
-from teachers.protocols import Captioner, ImageSpec, Teacher
+from teachers.protocols import Captioner, ImageSpec, NoCaptions, Teacher
 from teachers.spec import Precision
 
 Floats = npt.NDArray[np.float32]
@@ -127,6 +128,8 @@ def check_captioner(models: Models, name: str, count: int) -> None:
 
     try:
         together = caption(everything)
+        if not getattr(captioner, "repeatable", True):
+            return
         if (again := caption(everything)) != together:
             pair = next((a, b) for a, b in zip(together, again, strict=True) if a != b)
             raise ValueError(
@@ -134,7 +137,7 @@ def check_captioner(models: Models, name: str, count: int) -> None:
                 "random numbers from `seeds`"
             )
         alone = [texts for row in everything for texts in caption([row])]
-        if not _any_begins_alike(together, alone):
+        if any(together) and not _any_begins_alike(together, alone):
             raise ValueError(
                 f"images get other captions in a batch, {together!r}, than alone, {alone!r}; caption (b, n) must "
                 "depend on image b and seeds[b, n] alone"
@@ -151,9 +154,10 @@ def _caption(
         captions = models.captions(captioner, pixels, seeds)
     texts = captions()
     count = seeds.shape[1]
-    if [row is not None and len(row) for row in texts] != [count] * len(rows):
+    lengths = [count if isinstance(row, NoCaptions) else row is not None and len(row) for row in texts]
+    if lengths != [count] * len(rows):
         raise ValueError(f"caption() must return a list of {count} texts for each of {len(rows)} images, got {texts!r}")
-    return [[*row] for row in texts if row is not None]
+    return [[] if row is None or isinstance(row, NoCaptions) else [*row] for row in texts]
 
 
 def _any_begins_alike(a: list[list[str]], b: list[list[str]]) -> bool:

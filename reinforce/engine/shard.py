@@ -46,6 +46,7 @@ from reinforce.source.shards import Refusal
 from reinforce.source.urls import canonical
 from schemas import IMAGE_DIGEST, Reason
 from teachers.postprocess import clean
+from teachers.protocols import NoCaptions
 from teachers.redact import Redactor
 
 
@@ -300,12 +301,15 @@ class _ShardProcess:
                 self.refusals.add(layer.name, Refusal(row.key, Reason.NO_TEXT, detail))
         return values, valid
 
-    def _clean(self, layer: Layer, key: str, texts: list[str] | None) -> list[str] | None:
+    def _clean(self, layer: Layer, key: str, texts: list[str] | NoCaptions | None) -> list[str] | None:
         """One image's captions after the config's ``clean``; None if none is left."""
         captioner = str(layer.model)
         if texts is None:
             detail = f"{captioner} returned NaN or infinity"
             self.refusals.add(layer.name, Refusal(key, Reason.NOT_FINITE, detail))
+            return None
+        if isinstance(texts, NoCaptions):
+            self.refusals.add(layer.name, Refusal(key, Reason.NO_TEXT, f"{captioner}: {texts.detail}"))
             return None
         rules = self.config.captioners[captioner].clean
         if rules is None:

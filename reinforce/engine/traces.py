@@ -21,7 +21,7 @@ _INSTALLED = ("site-packages", "dist-packages")
 #: Installed packages that load and run named models.
 _LIBRARIES = frozenset(
     (
-        *("PIL", "filelock", "fsspec", "huggingface_hub", "numpy", "open_clip"),
+        *("PIL", "filelock", "fsspec", "huggingface_hub", "numpy", "open_clip", "openai"),
         *("safetensors", "timm", "torch", "torchvision", "transformers"),
     )
 )

@@ -74,7 +74,7 @@ def _lists(config: Config) -> Iterator[str]:
 
 def _hubs(spec: ModelSpec) -> Iterator[str]:
     """Where the weights of a model come from, unless they are local files or at a URL of the config."""
-    if spec.model is None or spec.family == "published":
+    if spec.model is None or spec.family in ("published", "openai"):
         return
     if spec.family == "transformers":
         if not is_local_folder(spec.model):

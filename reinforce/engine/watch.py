@@ -18,9 +18,12 @@ READING = "reading"
 DECODING = "decoding"
 WRITING = "writing"
 WAITING = "waiting for the accelerator"  # which the other lease of the worker uses
+SERVER = "waiting for a server"  # that writes captions; the captioner bounds this time
 PREPARING = "preparing"
+#: Stages that never count as a hang.
+UNLIMITED_STAGES = (WAITING, SERVER)
 _SHORT_STAGES = (READING, DECODING)  # of which there is one for each sample
-_STAGES_WITHOUT_MODEL = (READING, DECODING, WRITING, WAITING, PREPARING)
+_STAGES_WITHOUT_MODEL = (READING, DECODING, WRITING, WAITING, SERVER, PREPARING)
 
 _At: TypeAlias = "tuple[str, str, float]"  # stage, what it works on, since when
 

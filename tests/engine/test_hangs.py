@@ -22,7 +22,7 @@ from reinforce.engine.hangs import (
     poll_interval,
     silence_limit,
 )
-from reinforce.engine.watch import DECODING, READING, WAITING, WRITING, LeasePulse, Pulse
+from reinforce.engine.watch import DECODING, READING, SERVER, WAITING, WRITING, LeasePulse, Pulse
 
 LAYER = "embeddings/red/images"
 
@@ -82,9 +82,10 @@ def test_storage_has_a_limit_before_anything_was_measured_and_decoding_outlasts_
     assert limits.seconds(DECODING) == 2500.0
 
 
-def test_a_lease_that_waits_for_the_accelerator_never_hangs_and_the_one_that_uses_it_does() -> None:
+@pytest.mark.parametrize("waiting", [WAITING, SERVER])
+def test_a_lease_that_waits_never_hangs_and_the_one_that_uses_the_accelerator_does(waiting: str) -> None:
     limits = StallLimits(Failures(stall_seconds=6.0))
-    both = Pulse(leases=(LeasePulse("a", WAITING, 9999.0), LeasePulse("b", LAYER, 7.0)))
+    both = Pulse(leases=(LeasePulse("a", waiting, 9999.0), LeasePulse("b", LAYER, 7.0)))
     hang = find_hang(both, {"a", "b"}, limits)
     assert hang is not None
     assert hang.shards == {"b"}

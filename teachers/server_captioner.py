@@ -1,0 +1,212 @@
+"""Captions by servers that speak the chat completions protocol: vLLM, SGLang, TGI, ``transformers serve``, hosted ones.
+
+Each caption is one request with the prompt, the image as a JPEG, and a seed. Requests of a worker run in parallel. The
+accelerator is not used while they are under way.
+
+- A server that is down, overloaded or hangs costs waiting, see ``teachers.servers``.
+- An answer without a caption (a refusal, an empty text) and a request that the server rejects cost the caption. The
+  others of the image fill its place; an image without any is quarantined with the reason of the first.
+- A request that fails three times, each time after the server has answered a request with a plain image, is at fault
+  itself and costs the caption, too.
+- Before the first answer a rejected request is an error of the config: an unknown model, a wrong key.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from teachers import server_options
+from teachers.protocols import ImageSpec, NoCaptions
+from teachers.redact import REDACTED
+from teachers.servers import Server, Servers
+from teachers.spec import CaptionerSpec
+
+if TYPE_CHECKING:
+    import openai
+
+_STRIKES = 3
+_SEED_BITS = 31  # every server takes seeds of this size
+_DETAIL_CHARS = 300
+_REJECTED = (400, 413, 422)  # the request, not the server
+_OVERLOADED = (429, 503)
+_TRANSIENT = (408, 409, 425, 429)
+#: How refusals begin that arrive as an ordinary answer.
+_REFUSAL = re.compile(r"(i['’]m|i am) (sorry|unable)\b|sorry,|i (can['’]t|cannot|can not)\b|as an ai\b", re.IGNORECASE)
+
+
+class ServerCaptioner:
+    """A ``Captioner`` behind one or several servers.
+
+    Raises ValueError if the client library or the key's variable is missing.
+    """
+
+    #: The same images and seeds may get other captions; see ``teachers.protocols.Captioner``.
+    repeatable = False
+    #: ``to_texts`` waits for servers, within bounds of its own.
+    waits = True
+
+    def __init__(self, name: str, spec: CaptionerSpec) -> None:
+        assert spec.url is not None
+        self._openai = _import_client()
+        self.captions = spec.captions
+        side = server_options.image_side(spec)
+        self.image = ImageSpec(side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), resize="squash")
+        self._spec, self._key, self._quality = spec, _api_key(spec), server_options.image_quality(spec)
+        clients = [Server(url, self._client(url)) for url in server_options.addresses(spec.url)]
+        self._servers = Servers(name, clients, server_options.wait(spec))
+        self._threads = ThreadPoolExecutor(server_options.concurrency(spec), thread_name_prefix="captions")
+        fields = server_options.sampling(spec)
+        # What the protocol does not have goes into the body as it is.
+        self._body = {**spec.options, **({"top_k": fields.pop("top_k")} if "top_k" in fields else {})}
+        self._fields = {**fields, "model": spec.model}
+        self._plain = _data_url(np.full((side, side, 3), 127, np.uint8), self._quality)
+
+    def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str] | NoCaptions]:
+        """RGB [B, 3, H, W] in 0 to 1, uint64 seeds [B, captions] -> captions of each image, or why it has none."""
+        return self.to_texts(self.generate(pixels, seeds))
+
+    def generate(self, pixels: torch.Tensor, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is to be sent: uint8 [B, H, W, 3] and the seeds. ``to_texts`` sends it."""
+        images = pixels.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1)
+        return images.contiguous().cpu().numpy(), seeds
+
+    def to_texts(self, prepared: tuple[np.ndarray, np.ndarray]) -> list[list[str] | NoCaptions]:
+        """Send the requests and wait for the answers. Raises ServerUnavailable."""
+        futures = []
+        try:
+            for image, seeds in zip(*prepared, strict=True):
+                url = _data_url(image, self._quality)
+                futures.append([self._threads.submit(self._ask, url, int(seed)) for seed in seeds])
+            return [_fill([one.result() for one in row]) for row in futures]
+        except BaseException:
+            for future in itertools.chain.from_iterable(futures):
+                future.cancel()
+            raise
+
+    def _ask(self, image: str, seed: int) -> str | NoCaptions:
+        """One caption, however long the servers are down."""
+        failures = strikes = 0
+        while True:
+            with self._servers.lend() as server:
+                answers = False  # whether the server has just answered another request
+                try:
+                    if failures > 1:
+                        _check_answer(self._send(server, self._plain, 0))
+                        self._servers.record_answer(server)
+                        answers = True
+                    answer = _check_answer(self._send(server, image, seed))
+                except (self._openai.APIError, ValueError) as error:
+                    failures += 1
+                    status = getattr(error, "status_code", None)
+                    reason = self._describe(error, status)
+                    if status is not None and 300 <= status < 500 and status not in _TRANSIENT:
+                        if not self._servers.answered:
+                            raise ValueError(f"{server.address} rejects a request: {reason}") from None
+                        if status in _REJECTED:
+                            return NoCaptions(f"the server rejects the request: {reason}")
+                    strikes += answers and status not in _OVERLOADED
+                    if strikes == _STRIKES:
+                        return NoCaptions(f"the server answers other requests and fails at this one: {reason}")
+                    self._servers.record_failure(server, reason, _retry_after(error))
+                else:
+                    self._servers.record_answer(server)
+                    return read_answer(answer)
+
+    def _send(self, server: Server, image: str, seed: int) -> Any:
+        content = [
+            {"type": "image_url", "image_url": {"url": image}},
+            {"type": "text", "text": self._spec.prompt},
+        ]
+        return server.client.chat.completions.create(
+            messages=[{"role": "user", "content": content}],
+            seed=seed >> (64 - _SEED_BITS),
+            extra_body=self._body,
+            **self._fields,
+        )
+
+    def _client(self, url: str) -> openai.OpenAI:
+        key = self._key or "none"  # the client wants one
+        return self._openai.OpenAI(base_url=url, api_key=key, timeout=server_options.timeout(self._spec), max_retries=0)
+
+    def _describe(self, error: Exception, status: int | None) -> str:
+        text = str(error.__cause__ or error) if status is None else str(error)
+        text = text.replace(self._key, REDACTED) if self._key else text
+        return f"{type(error).__name__}: {' '.join(text.split())[:_DETAIL_CHARS]}"
+
+
+def read_answer(answer: Any) -> str | NoCaptions:
+    """The caption in an answer, or why there is none."""
+    choice = answer.choices[0]
+    content = choice.message.content
+    text = content.encode("utf-8", "replace").decode().strip() if isinstance(content, str) else ""
+    if refusal := getattr(choice.message, "refusal", None):
+        return NoCaptions(f"the model refuses: {str(refusal)[:_DETAIL_CHARS]}")
+    if choice.finish_reason == "content_filter":
+        return NoCaptions("the server's content filter has withheld the answer")
+    if not text:
+        return NoCaptions(f"the answer is empty (finish_reason {choice.finish_reason})")
+    if _REFUSAL.match(text):
+        return NoCaptions(f"the model refuses: {text[:_DETAIL_CHARS]}")
+    return text
+
+
+def _check_answer(answer: Any) -> Any:
+    """Raise ValueError unless an answer is one of the protocol: something else may listen at the address."""
+    if not getattr(answer, "choices", None) or getattr(answer.choices[0], "message", None) is None:
+        raise ValueError("the answer is not a chat completion")
+    return answer
+
+
+def _fill(answers: Sequence[str | NoCaptions]) -> list[str] | NoCaptions:
+    """The captions of an image; the places of those that it does not have repeat the others."""
+    good = [text for text in answers if isinstance(text, str)]
+    if not good:
+        return next(one for one in answers if isinstance(one, NoCaptions))
+    others = itertools.cycle(good)
+    return [text if isinstance(text, str) else next(others) for text in answers]
+
+
+def _data_url(image: np.ndarray, quality: int) -> str:
+    """uint8 [H, W, 3] -> a JPEG as a data URL."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _retry_after(error: Exception) -> float | None:
+    """Seconds after which the server asks to be tried again."""
+    value = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
+    return float(value) if re.fullmatch(r"\d{1,6}(\.\d+)?", value) else None
+
+
+def _api_key(spec: CaptionerSpec) -> str | None:
+    if spec.api_key_env is None:
+        return None
+    key = os.environ.get(spec.api_key_env)
+    if not key:
+        raise ValueError(
+            f"the environment variable {spec.api_key_env} (api_key_env) is not set. Set it for the workers, too: on a "
+            "cluster in the environment of its nodes."
+        )
+    return key
+
+
+def _import_client() -> Any:
+    try:
+        import openai
+    except ImportError as error:
+        raise ValueError(
+            "family openai needs the package `openai`: pip install 'dataset-reinforcement[server]', on every node"
+        ) from error
+    return openai

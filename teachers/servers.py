@@ -1,0 +1,110 @@
+"""Servers that share the requests of a captioner: which one is asked, and when one that failed is asked again.
+
+The server with the fewest requests in flight is asked. One that fails is left alone for a while, twice as long after
+each failure, and then gets a single request; its answer ends the failure. Time without an answer of any server is
+bounded, and logged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from teachers.protocols import ServerUnavailable
+
+FIRST_PAUSE = 0.5  # seconds
+LONGEST_PAUSE = 30.0
+_LOG_SECONDS = 60.0  # between two lines about servers that do not answer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Server:
+    """A server and its ``client``. It is asked again at ``free_from`` after ``failures`` in a row."""
+
+    address: str
+    client: Any
+    in_flight: int = 0
+    failures: int = 0
+    free_from: float = 0.0
+
+
+class Servers:
+    """The servers of the captioner ``name``, for all threads of a worker.
+
+    ``wait`` is the longest time in seconds without an answer of any server while some are asked.
+    """
+
+    def __init__(self, name: str, servers: Sequence[Server], wait: float) -> None:
+        self._name, self._servers, self._wait = name, servers, wait
+        self._changed = threading.Condition()
+        self._down_since: float | None = None  # the first failure after the last answer of any server
+        self._logged = 0.0
+        self.answered = False  # whether any server ever did
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[Server]:
+        """A server for one request, as soon as one may be asked. Raises ServerUnavailable after ``wait`` seconds."""
+        server = self._take()
+        try:
+            yield server
+        finally:
+            with self._changed:
+                server.in_flight -= 1
+                self._changed.notify_all()
+
+    def _take(self) -> Server:
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                if self._down_since is not None and now - self._down_since > self._wait:
+                    raise ServerUnavailable(
+                        f"no server has answered for {now - self._down_since:.0f} s ({self._addresses()}); `wait` "
+                        f"allows {self._wait:g}. Start the server and run the same command again."
+                    )
+                ready = [one for one in self._servers if one.free_from <= now and not (one.failures and one.in_flight)]
+                if ready:
+                    server = min(ready, key=lambda one: (one.failures > 0, one.in_flight))
+                    server.in_flight += 1
+                    return server
+                # A server that is being tried again ends its request before long, which notifies.
+                times = [one.free_from - now for one in self._servers if one.free_from > now]
+                self._changed.wait(min(times, default=1.0))
+
+    def record_answer(self, server: Server) -> None:
+        """Record that a server works."""
+        with self._changed:
+            if server.failures:
+                _log.warning("captioner %s: %s answers again", self._name, server.address)
+            server.failures, server.free_from = 0, 0.0
+            self._down_since, self.answered = None, True
+            self._changed.notify_all()
+
+    def record_failure(self, server: Server, reason: str, pause: float | None = None) -> None:
+        """Record a failure; the server is asked again after ``pause`` seconds, if it names some."""
+        with self._changed:
+            now = time.monotonic()
+            self._down_since = now if self._down_since is None else self._down_since
+            if now < server.free_from:
+                return  # a request that was under way when another one failed
+            server.failures += 1
+            doubled = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(server.failures - 1, 10))
+            longest = doubled if pause is None else min(max(pause, doubled), 2 * LONGEST_PAUSE)
+            server.free_from = now + longest * random.uniform(0.75, 1.0)  # noqa: S311
+            if server.failures == 1 or now - self._logged > _LOG_SECONDS:
+                self._logged = now
+                _log.warning(
+                    "captioner %s: %s: %s; waiting for it, %.0f of at most %g s so far",
+                    *(self._name, server.address, reason, now - self._down_since, self._wait),
+                )
+            self._changed.notify_all()
+
+    def _addresses(self) -> str:
+        return ", ".join(one.address for one in self._servers)

@@ -1,0 +1,110 @@
+"""Captions by a server process in the code that workers run: killed and restarted, and where it never answers."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from reinforce.dataset.layers import captions_layer
+from reinforce.dataset.store import MANIFEST, Store
+from reinforce.engine.watch import SERVER, LeaseWatch
+from reinforce.errors import UserError
+from tests.helpers.chat_server import chat_server, completion, describe, image_of, start_process
+from tests.helpers.data import config_of, free_port, members_of, write_tar
+from tests.helpers.reinforced import reinforce_here
+
+pytest.importorskip("openai")
+
+
+def config(folder: Path, output: str, url: str, **options: Any) -> dict[str, Any]:
+    vlm = {"family": "openai", "url": url, "model": "tiny", "prompt": "Describe.", "captions": 2, "image_size": 32}
+    vlm |= {"concurrency": 4, **options}
+    return config_of(f"{folder}/source/*.tar", folder / output, captioners={"vlm": vlm}, teachers={})
+
+
+def captions(dataset: str) -> dict[str, list[str] | None]:
+    rows: dict[str, list[str] | None] = {}
+    for file in sorted(Path(dataset, captions_layer("vlm")).glob("*.parquet")):
+        table = pq.read_table(file)
+        rows |= dict(zip(table["key"].to_pylist(), table["captions"].to_pylist(), strict=True))
+    return rows
+
+
+def quarantine(dataset: str) -> dict[str, tuple[str, str]]:
+    files = Path(dataset, "quarantine").rglob("*.parquet")
+    return {row["key"]: (row["reason"], row["detail"]) for file in files for row in pq.read_table(file).to_pylist()}
+
+
+def test_a_server_that_is_killed_and_restarted_costs_waiting_and_no_caption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for shard in range(2):
+        write_tar(tmp_path / "source" / f"{shard:05d}.tar", members_of(shard, 20))
+    stages = set()
+    stage = LeaseWatch.stage
+    monkeypatch.setattr(LeaseWatch, "stage", lambda self, *names: stages.add(names[0]) or stage(self, *names))  # type: ignore[func-returns-value]
+    port, count = free_port(), tmp_path / "count"
+    count.touch()
+    processes = [start_process(port, count)]
+
+    def kill_and_restart() -> None:
+        while count.stat().st_size < 30:
+            time.sleep(0.01)
+        processes[0].kill()
+        processes[0].wait()
+        time.sleep(0.5)
+        processes.append(start_process(port, count))
+
+    thread = threading.Thread(target=kill_and_restart)
+    thread.start()
+    try:
+        out = reinforce_here(config(tmp_path, "killed", f"http://127.0.0.1:{port}"))
+    finally:
+        thread.join()
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert len(processes) == 2
+    assert quarantine(out) == {}
+    assert "waiting for it" in caplog.text
+    assert "answers again" in caplog.text
+    assert SERVER in stages
+    assert captions_layer("vlm") in stages  # the step in which requests are prepared
+    with chat_server(describe) as url:
+        undisturbed = reinforce_here(config(tmp_path, "undisturbed", url))
+    assert captions(out) == captions(undisturbed)
+    assert len(captions(out)) == 40
+    model = Store(out).read_json(MANIFEST)["captioners"]["vlm"]["model"]
+    assert model["repeatable"] is False
+    assert str(port) not in str(model)
+
+
+def test_what_the_server_does_not_describe_is_null_and_quarantined_and_captions_are_cleaned(tmp_path: Path) -> None:
+    red = io.BytesIO()
+    Image.new("RGB", (40, 30), (255, 0, 0)).save(red, "PNG")
+    write_tar(tmp_path / "source" / "0.tar", [*members_of(0, 5), ("red.png", red.getvalue()), ("red.txt", b"red")])
+
+    def answer(_: Any, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        refuses = image_of(request).resize((1, 1)).getpixel((0, 0)) == (254, 0, 0)
+        return 200, completion("I cannot describe it." if refuses else "A  thing. And more.")
+
+    with chat_server(answer) as url:
+        out = reinforce_here(config(tmp_path, "out", url, clean={"first_sentence": True, "drop_duplicates": False}))
+    rows = captions(out)
+    assert rows.pop("red") is None
+    assert [*rows.values()] == [["A thing.", "A thing."]] * 5
+    assert quarantine(out) == {"red": ("no_text", "vlm: the model refuses: I cannot describe it.")}
+
+
+def test_a_server_that_never_answers_ends_the_run_and_quarantines_nothing(tmp_path: Path) -> None:
+    write_tar(tmp_path / "source" / "0.tar", members_of(0, 2))
+    with pytest.raises(UserError, match=r"captions/vlm: no server has answered for .*run the same command again"):
+        reinforce_here(config(tmp_path, "out", f"http://127.0.0.1:{free_port()}", wait=0.1))
+    assert quarantine(str(tmp_path / "out")) == {}

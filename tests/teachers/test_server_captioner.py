@@ -1,0 +1,188 @@
+"""Captions by servers: what is sent, what answers become, and what a server that is down costs."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from teachers.describe import describe_captioner
+from teachers.protocols import NoCaptions, ServerUnavailable
+from teachers.registry import load_captioner
+from teachers.spec import CaptionerSpec
+from tests.helpers.chat_server import Answer, chat_server, completion, describe, image_of
+from tests.helpers.data import free_port
+
+pytest.importorskip("openai")
+
+SIDE = 32
+GRAY, RED = np.array([127, 127, 127]), np.array([255, 0, 0])
+
+
+def spec_of(url: str | list[str], **options: Any) -> CaptionerSpec:
+    given = {"family": "openai", "url": url, "model": "tiny", "prompt": "Describe.", "captions": 1, "image_size": SIDE}
+    return CaptionerSpec(**{**given, **options})
+
+
+def caption(url: str | list[str], colors: list[np.ndarray], **options: Any) -> list[Any]:
+    """The captions of images of one colour each, with seeds 2 ** 33 and up."""
+    captioner = load_captioner("vlm", spec_of(url, **options), "cpu")
+    pixels = torch.tensor(np.array(colors), dtype=torch.float32).div(255)[:, :, None, None].expand(-1, -1, SIDE, SIDE)
+    seeds = (np.arange(len(colors) * captioner.captions, dtype=np.uint64) << np.uint64(33)).reshape(len(colors), -1)
+    return list(captioner.caption(pixels, seeds))
+
+
+def by_color(red: Any) -> Answer:
+    """Answers for a red and for any other image."""
+    gray = 200, completion("a wall")
+    return lambda _, request: red if image_of(request).resize((1, 1)).getpixel((0, 0))[0] > 200 else gray  # type: ignore[index]
+
+
+def test_each_caption_is_one_request_with_the_image_as_a_jpeg_and_its_own_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    seen: list[Any] = []
+
+    def answer(headers: Any, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        seen.append((headers["Authorization"], image_of(request), request))
+        return describe(headers, request)
+
+    with chat_server(answer) as url:
+        options = {"captions": 2, "strategy": "top_k", "top_k": 7, "max_length": 40, "options": {"min_p": 0.1}}
+        rows = caption(url, [GRAY, RED], api_key_env="MY_KEY", **options)
+    assert rows == [
+        ["127 red, 127 green and 127 blue by 0", "127 red, 127 green and 127 blue by 1"],
+        ["254 red, 0 green and 0 blue by 2", "254 red, 0 green and 0 blue by 3"],
+    ]
+    key, image, request = seen[0]
+    assert (key, image.format, image.size) == ("Bearer sk-secret", "JPEG", (SIDE, SIDE))
+    sent = {name: request[name] for name in ("model", "max_tokens", "temperature", "top_k", "min_p")}
+    assert sent == {"model": "tiny", "max_tokens": 40, "temperature": 1.0, "top_k": 7, "min_p": 0.1}
+    assert request["messages"][0]["content"][1] == {"type": "text", "text": "Describe."}
+
+
+@pytest.mark.parametrize(
+    ("answer", "detail"),
+    [
+        ((200, completion("  ")), "the answer is empty (finish_reason stop)"),
+        ((200, completion(None, "length")), "the answer is empty (finish_reason length)"),
+        ((200, completion(None, refusal="No.")), "the model refuses: No."),
+        ((200, completion("I'm sorry, I can't help.")), "the model refuses: I'm sorry, I can't help."),
+        ((200, completion("a", "content_filter")), "the server's content filter has withheld the answer"),
+        ((400, {"error": {"message": "unsafe image"}}), "unsafe image"),
+    ],
+)
+def test_an_image_without_a_caption_has_the_reason(answer: tuple[int, dict[str, Any]], detail: str) -> None:
+    with chat_server(by_color(answer)) as url:
+        first, second = caption(url, [GRAY, RED], concurrency=1)
+    assert first == ["a wall"]
+    assert isinstance(second, NoCaptions)
+    assert detail in second.detail
+
+
+def test_other_captions_of_the_image_fill_the_place_of_a_missing_one() -> None:
+    with chat_server(lambda _, request: (200, completion("" if request["seed"] == 1 else f"{request['seed']}"))) as url:
+        assert caption(url, [GRAY], captions=3) == [["0", "0", "2"]]
+
+
+def test_a_request_at_which_a_working_server_fails_costs_its_caption_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teachers.servers.FIRST_PAUSE", 0.01)
+    with chat_server(by_color((500, {"error": {"message": "out of memory"}}))) as url:
+        first, second = caption(url, [GRAY, RED])
+    assert first == ["a wall"]
+    assert "answers other requests and fails at this one" in second.detail
+    assert "out of memory" in second.detail
+
+
+def test_requests_are_parallel_within_the_bound_and_spread_over_the_servers_that_work() -> None:
+    lock, now, most, served = threading.Lock(), Counter[str](), Counter[str](), Counter[str]()
+
+    def answer_as(name: str) -> Answer:
+        def answer(headers: Any, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+            with lock:
+                now.update([name, "all"])
+                served[name] += 1
+                for one in (name, "all"):
+                    most[one] = max(most[one], now[one])
+            time.sleep(0.03)
+            with lock:
+                now.subtract([name, "all"])
+            return describe(headers, request)
+
+        return answer
+
+    with chat_server(answer_as("a")) as a, chat_server(answer_as("b")) as b:
+        down = f"http://127.0.0.1:{free_port()}"
+        assert len(caption([down, a, b], [GRAY] * 6, captions=4, concurrency=4)) == 6
+    assert most["all"] <= 4
+    assert most["a"] >= 2
+    assert most["b"] >= 2
+    assert served["a"] + served["b"] == 24
+    assert min(served["a"], served["b"]) >= 6
+
+
+def test_a_server_that_stays_down_or_hangs_ends_the_wait_after_its_bound_and_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with chat_server(lambda *_: (time.sleep(1), (200, completion("late")))[1]) as hanging:  # type: ignore[func-returns-value]
+        urls = [f"http://127.0.0.1:{free_port()}", hanging]
+        with pytest.raises(ServerUnavailable, match=r"no server has answered for \d s .*`wait` allows 0.3.*again"):
+            caption(urls, [GRAY], wait=0.3, timeout=0.2)
+    assert "captioner vlm: " + urls[0] in caplog.text
+    assert "of at most 0.3 s so far" in caplog.text
+
+
+def test_a_request_that_the_server_rejects_before_any_answer_is_an_error_of_the_config(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MY_KEY", "no-name-of-a-secret")
+    body = {"error": {"message": "no model tiny for key no-name-of-a-secret"}}
+    with (
+        chat_server(lambda *_: (404, body)) as url,
+        pytest.raises(ValueError, match=r"rejects a request: .*no model tiny for key \(secret\)"),
+    ):
+        caption(url, [GRAY], api_key_env="MY_KEY")
+
+
+def test_the_fingerprint_covers_what_is_asked_and_not_where() -> None:
+    def identity(url: Any = "http://a:1", **options: Any) -> dict[str, Any]:
+        return describe_captioner("vlm", spec_of(url, **options)).identity
+
+    same = {"api_key_env": "K", "concurrency": 2, "timeout": 9.0, "wait": 5.0}
+    assert identity() == identity(["https://b/v1", "http://c"], **same)
+    assert identity()["repeatable"] is False
+    changes: list[dict[str, Any]] = [{"model": "other"}, {"prompt": "Other."}, {"temperature": 0.5}, {"captions": 2}]
+    changes += [{"image_size": 64}, {"image_quality": 80}, {"max_length": 50}, {"options": {"min_p": 0.1}}]
+    assert all(identity(**change) != identity() for change in changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": None}, "needs `url`"),
+        ({"url": "ftp://a"}, "url must be http://"),
+        ({"url": "http://user:pw@a"}, "must not contain a user"),
+        ({"prompt": None}, "needs `prompt`"),
+        ({"strategy": "beams"}, "strategy beams is not used"),
+        ({"min_length": 3}, "min_length: not used"),
+        ({"api_key_env": "sk-123"}, "name of an environment variable"),
+        ({"options": {"seed": 1}}, "options: seed"),
+        ({"family": "transformers"}, "url: used only with family openai"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        describe_captioner("vlm", spec_of(options.pop("url", "http://a"), **options))
+
+
+def test_a_missing_package_or_key_is_named_when_the_captioner_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"captioner vlm: the environment variable MY_KEY .* is not set"):
+        load_captioner("vlm", spec_of("http://a", api_key_env="MY_KEY"), "cpu")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ValueError, match=r"captioner vlm: .*pip install 'dataset-reinforcement\[server\]'"):
+        load_captioner("vlm", spec_of("http://a"), "cpu")
