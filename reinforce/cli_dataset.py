@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from reinforce.config import load_config
+from reinforce.errors import UserError
 from reinforce.terminal import escape
+from teachers.redact import redact
 
 if TYPE_CHECKING:
     from reinforce.dataset.store import Store
+    from reinforce.engine.recompute import Recomputed
 
 DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fsspec URL of a reinforced dataset.")]
 
@@ -64,6 +69,11 @@ def validate(
     repair: Annotated[
         bool, typer.Option("--repair", help="Move files that are at fault to set-aside/: the next run computes them.")
     ] = False,
+    recompute: Annotated[
+        int | None, typer.Option(metavar="ROWS", min=1, help="Compute random rows again with the models of --config.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML config of the dataset, for --recompute.")] = None,
+    seed: Annotated[int, typer.Option(help="Which rows --recompute takes.")] = 0,
 ) -> None:
     """Read all of a dataset: damaged, misplaced and missing files, wrong rows, repeated keys, changed sources.
 
@@ -74,15 +84,27 @@ def validate(
     from reinforce.dataset.repair import repair as repair_dataset
     from reinforce.dataset.validate import validate as validate_dataset
 
+    if recompute and config is None:
+        raise UserError("--recompute needs --config: the config of the dataset names the models.")
     found = validate_dataset(dataset, sources or (), quick)
+    again = _recompute(dataset, config, recompute, seed) if recompute and config else None
+    found.findings += again.findings() if again else ()
     repaired = repair_dataset(dataset, found.findings, sources or ()) if repair else None
     if as_json:
-        report = {**found.as_json(), **({"repair": repaired.as_json()} if repaired else {})}
+        parts = {"recomputed": again, "repair": repaired}
+        report = {**found.as_json(), **{name: part.as_json() for name, part in parts.items() if part is not None}}
         typer.echo(json.dumps(report, indent=2))
     else:
-        for line in [*found.lines(), *(repaired.lines() if repaired else ())]:
-            typer.echo(escape(line))
+        for line in [*(again.lines() if again else ()), *found.lines(), *(repaired.lines() if repaired else ())]:
+            typer.echo(escape(redact(line)))
     raise typer.Exit(0 if found.valid else 1)
+
+
+def _recompute(dataset: str, config: Path, rows: int, seed: int) -> Recomputed:
+    """Compute rows of a dataset again with the models of a config."""
+    from reinforce.engine.recompute import recompute
+
+    return recompute(load_config(config), dataset, rows, seed)
 
 
 def drop(

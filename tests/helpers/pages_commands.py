@@ -50,6 +50,7 @@ CHECKED = {
     r"torchrun .*": "needs several ranks; tests/integration/test_train.py runs them",
     r"reinforce (plan|run) configs/.*": "needs the data of the config; tests/integration runs small ones",
     r"reinforce tune .*": "trains for minutes on Ray Tune; tests/tuning/test_search.py runs a small one",
+    r"reinforce validate my-data --recompute .*": "loads all models; tests/engine/test_recompute.py does",
     r"reinforce drop my-data .*": "deletes layers that other commands need; tests/dataset/test_drop.py",
     r"reinforce train runs/tuning/student\.yaml": "its config is written by a tuning; see tests/tuning/test_command.py",
     r"reinforce (train|finetune-captioner) configs/.*": "trains for minutes; tests/training and tests/captioning",

@@ -1,0 +1,233 @@
+"""Rows of a dataset computed again, and how far the stored values differ: ``reinforce validate --recompute``.
+
+Random rows of some shards are copied with their captions to a temporary dataset, and the code of workers computes the
+other layers of it. Captions are computed from the images alone, embeddings of captions from the stored captions. Each
+model is loaded by itself. Equal software on an equal device gives equal bytes; otherwise vectors differ by rounding,
+and captions, which are sampled, may be others.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from reinforce.config import Config
+from reinforce.dataset import vectors
+from reinforce.dataset.aligned import AlignedLayers
+from reinforce.dataset.findings import Finding
+from reinforce.dataset.layer_file import RefusedFile
+from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.store import Store
+from reinforce.engine.decode_pool import DecodePool
+from reinforce.engine.inputs import OutOfStep, origin_entries
+from reinforce.engine.models import load_models
+from reinforce.engine.outcome import LayerFailure
+from reinforce.engine.plan import PendingShard
+from reinforce.engine.precision import nodes_of_run, resolve_precisions
+from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.engine.shard import process_shard
+from reinforce.errors import UserError
+from teachers.determinism import set_flags
+
+_SHARDS = 16  # from which rows are taken, at most
+#: The smallest cosine of a stored vector and the one that is computed again that counts as rounding.
+MIN_COSINE = 0.99
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Stored values of a layer against those computed again, in ``rows`` rows.
+
+    ``equal`` counts rows without any difference, ``nulls`` those that are null on one side only. ``difference`` is the
+    largest of a component and ``cosine`` the smallest of two vectors, None for captions.
+    """
+
+    layer: str
+    rows: int
+    equal: int
+    nulls: int
+    difference: float | None = None
+    cosine: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        return not self.nulls and (self.cosine is None or self.cosine >= MIN_COSINE)
+
+    def line(self) -> str:
+        parts = [f"{self.layer}: {self.equal:,} of {self.rows:,} rows are equal when computed again"]
+        if self.nulls:
+            parts.append(f"{self.nulls:,} rows are null on one side only")
+        if self.cosine is not None:
+            parts.append(f"largest difference {self.difference:.2g}, smallest cosine {self.cosine:.6f}")
+        return ", ".join(parts) + ("" if self.fits else ": not what the model computes")
+
+
+@dataclass
+class Recomputed:
+    """The comparison of each layer, and why others were not computed."""
+
+    layers: list[Comparison] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def findings(self) -> list[Finding]:
+        """The layers whose values are not what the models compute."""
+        return [Finding("rows", one.line(), one.layer) for one in self.layers if not one.fits]
+
+    def lines(self) -> list[str]:
+        """For people: the layers without a finding, and those that were left out."""
+        return [*(one.line() for one in self.layers if one.fits), *self.left_out]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"layers": [{**asdict(one), "fits": one.fits} for one in self.layers], "left_out": self.left_out}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of one row group of a shard, with the tables of its layers and the footer of its samples."""
+
+    shard: str
+    source: str
+    footer: Mapping[str, str]
+    tables: Mapping[str, pa.Table]
+
+
+def recompute(config: Config, url: str, rows: int, seed: int = 0, pool: DecodePool | None = None) -> Recomputed:
+    """Compute about ``rows`` random rows of the dataset at ``url`` again, with the models of its ``config``.
+
+    A model that cannot be loaded, and layers of another recipe, are left out. Raises UserError.
+    """
+    store, found = Store(url), Recomputed()
+    manifest = read_manifest(store)
+    gpus = float(torch.cuda.is_available() and config.workers.gpus != 0)
+    workers = config.workers.model_copy(update={"gpus": gpus})
+    config = config.model_copy(update={"output": store.url, "workers": workers})
+    config = _describable(resolve_precisions(config, store, nodes_of_run)[0], found)
+    layers = build_layers(config, describe_models(config))
+    chosen = _known(layers, manifest, found)
+    if SAMPLES not in chosen:
+        return found
+    set_flags("cuda" if gpus else "cpu", config.workers.deterministic)
+    picked = [*_pick(store, chosen, config, rows, random.Random(seed))]  # noqa: S311
+    computed = {name: layer for name, layer in chosen.items() if name != SAMPLES and not layer.published}
+    models = dict.fromkeys((layer.kind == "captions", layer.model) for layer in computed.values())
+    own = pool or DecodePool(config.workers.cores)
+    try:
+        for captions, model in models:
+            of_model = {
+                name: layer
+                for name, layer in computed.items()
+                if layer.model == model and (layer.kind == "captions") == captions
+            }
+            try:
+                found.layers += _compare_model(config, layers, of_model, picked, own)
+            except (UserError, LayerFailure, RefusedFile, OutOfStep) as error:
+                found.left_out.append(f"{', '.join(of_model)}: not computed again: {error}")
+    finally:
+        if pool is None:
+            own.close()
+    return found
+
+
+def _describable(config: Config, found: Recomputed) -> Config:
+    """The config without models whose identity cannot be determined, such as those whose weights are not here."""
+    usable: dict[str, dict[str, Any]] = {"captioners": {}, "teachers": {}}
+    for kind, specs in (("captioners", config.captioners), ("teachers", config.teachers)):
+        for name, spec in specs.items():
+            alone: dict[str, Any] = {"captioners": {}, "teachers": {}, kind: {name: spec}}
+            try:
+                describe_models(config.model_copy(update=alone))
+                usable[kind][name] = spec
+            except UserError as error:
+                found.left_out.append(f"{kind[:-1]} {name}: not computed again: {error}")
+    return config.model_copy(update=usable)
+
+
+def _known(layers: Mapping[str, Layer], manifest: Mapping[str, Any], found: Recomputed) -> dict[str, Layer]:
+    """The layers that the dataset has by the same recipe."""
+    known = {}
+    for name, layer in layers.items():
+        stored = manifest["layers"].get(name, {}).get("fingerprint")
+        if stored == layer.fingerprint:
+            known[name] = layer
+        elif stored is not None:
+            found.left_out.append(f"{name}: not computed again: the config has another recipe than the dataset")
+    return known
+
+
+def _pick(store: Store, layers: Mapping[str, Layer], config: Config, rows: int, rng: random.Random) -> Iterator[_Rows]:
+    """Random rows, from shards that have all layers."""
+    listings = store.listings(layers)
+    complete = listings[SAMPLES]
+    for listing in listings.values():
+        complete = complete.only(complete.within(listing.names))
+    shards = sorted(rng.sample([*complete], min(rows, _SHARDS, len(complete))))
+    aligned = AlignedLayers(store, {name: layer.fingerprint for name, layer in layers.items()}, {}, config.moved)
+    for shard in shards:
+        with aligned.open(shard, whole=False) as opened:
+            if not opened.row_groups:
+                continue
+            tables = opened.read(rng.randrange(opened.row_groups))
+            count = tables[SAMPLES].num_rows
+            places = sorted(rng.sample(range(count), min(count, -(-rows // len(shards)))))
+            taken = {name: table.take(places) for name, table in tables.items()}
+            yield _Rows(shard, opened.source, opened.footer(SAMPLES), taken)
+
+
+def _compare_model(
+    config: Config,
+    layers: Mapping[str, Layer],
+    of_model: Mapping[str, Layer],
+    picked: Sequence[_Rows],
+    pool: DecodePool,
+) -> list[Comparison]:
+    """Compute the layers of one model for all rows, and compare."""
+    models = load_models(config, of_model.values())
+    computed: dict[str, list[pa.Table]] = {name: [] for name in of_model}
+    with tempfile.TemporaryDirectory(prefix="reinforce-recompute-") as folder:
+        store = Store(folder)
+        here = config.model_copy(update={"output": folder})
+        for rows in picked:
+            for name, table in rows.tables.items():
+                if name not in of_model and layers[name].kind in ("samples", "captions"):
+                    _write(store, layers[name], config, rows, table)
+            process_shard(PendingShard(rows.shard, rows.source, tuple(of_model)), here, layers, store, models, pool)
+            for name in of_model:
+                with store.open_layer(name, rows.shard) as file:
+                    computed[name].append(file.read())
+    stored = {name: [rows.tables[name] for rows in picked] for name in of_model}
+    return [_compare(layer, stored[name], computed[name]) for name, layer in of_model.items()]
+
+
+def _write(store: Store, layer: Layer, config: Config, rows: _Rows, table: pa.Table) -> None:
+    schema = layer.schema(config.images)
+    schema = pa.schema([column for column in schema if column.name in table.column_names])
+    with store.writer(layer, schema, rows.shard, rows.source) as writer:
+        writer.write(table.select(schema.names).cast(schema))
+        writer.commit(origin_entries(rows.footer))
+
+
+def _compare(layer: Layer, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
+    if layer.kind == "captions":
+        before, now = ([row for table in of for row in table["captions"].to_pylist()] for of in (stored, computed))
+        nulls = sum((one is None) != (other is None) for one, other in zip(before, now, strict=True))
+        equal = sum(one == other for one, other in zip(before, now, strict=True))
+        return Comparison(layer.name, len(before), equal, nulls)
+    old, new = (np.concatenate([vectors.decode(table) for table in of]) for of in (stored, computed))
+    null = np.isnan(old).any(axis=(1, 2)), np.isnan(new).any(axis=(1, 2))
+    both = ~(null[0] | null[1])
+    equal = int((old == new).all(axis=(1, 2)).sum() + (null[0] & null[1]).sum())
+    nulls = int((null[0] != null[1]).sum())
+    if not both.any():
+        return Comparison(layer.name, len(old), equal, nulls)
+    old, new = old[both], new[both]
+    norms = np.linalg.norm(old, axis=2) * np.linalg.norm(new, axis=2)
+    cosines = np.einsum("rcd,rcd->rc", old, new) / np.maximum(norms, np.finfo(np.float32).tiny)
+    return Comparison(layer.name, len(both), equal, nulls, float(np.abs(old - new).max()), float(cosines.min()))
