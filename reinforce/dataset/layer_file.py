@@ -20,7 +20,15 @@ import pyarrow.parquet as pq
 
 import schemas
 from reinforce.dataset import vectors
-from reinforce.source.footers import MAX_FOOTER_BYTES, TAIL_BYTES, FooterCheck, RefusedFile, read_footer, span
+from reinforce.source.footers import (
+    MAX_FOOTER_BYTES,
+    TAIL_BYTES,
+    FooterCheck,
+    RefusedFile,
+    footer_bytes,
+    read_footer,
+    span,
+)
 from reinforce.source.pages import DICTIONARY, BadPage, Bytes, Page, longest_entry, read_pages
 
 #: Bounds of a file. A run writes at most 1,024 rows and 32 MiB of images in a row group.
@@ -86,9 +94,11 @@ class LayerFile:
 
     def __init__(self, source: Any, size: int, max_rows: int = MAX_ROWS, file: tuple[str, str] | None = None) -> None:
         self._source, self._max_rows, self._name = _Source(source, size), max_rows, file
-        footer = read_footer(self._source.tail(TAIL_BYTES), size)
+        tail = self._source.tail(TAIL_BYTES)
+        footer = read_footer(tail, size)
         if footer is None:
-            footer = read_footer(self._source.tail(MAX_FOOTER_BYTES + 8), size)
+            tail = self._source.tail(MAX_FOOTER_BYTES + 8)
+            footer = read_footer(tail, size)
             assert footer is not None
         native = isinstance(source, pa.NativeFile)
         readable = source if native else pa.PythonFile(self._source, mode="r")
@@ -98,6 +108,7 @@ class LayerFile:
         self._shapes = _tensor_shapes(footer)
         self._names = _column_names(footer)
         self._check: FooterCheck | None = None
+        self._footer = footer_bytes(tail)
 
     def read(self, columns: Collection[str] | None = None) -> pa.Table:
         """Read all row groups; raises as ``read_row_group``."""
@@ -114,7 +125,7 @@ class LayerFile:
         names = [name for name in self._names if columns is None or name in columns]
         if missing := set(columns or ()) - set(names) - {schemas.IMAGE_DIGEST}:
             raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
-        self._check = self._check or FooterCheck(self.metadata, self._names)
+        self._check = self._check or FooterCheck(self.metadata, self._names, self._footer)
         self._check.check(number)
         group = self.metadata.row_group(number)
         check_rows(group.num_rows, self._max_rows)

@@ -6,6 +6,7 @@ registered them, and types of some libraries unpickle their values.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ import pyarrow.parquet as pq
 TAIL_BYTES = 64 * 2**10
 MAX_FOOTER_BYTES = 8 * 2**20
 MAGIC = b"PAR1"
+
+_MAX_ACCEPTED = 2**16
+_accepted: set[bytes] = set()  # digests of footers
 
 
 class RefusedFile(ValueError):
@@ -40,11 +44,16 @@ def read_footer(tail: bytes, size: int) -> pq.FileMetaData | None:
     if length + 8 > len(tail):
         return None
     # Any key of another name is ignored by Arrow.
-    footer = tail[-8 - length :].replace(b"ARROW:schema", b"ARROW:unused")
+    footer = footer_bytes(tail).replace(b"ARROW:schema", b"ARROW:unused")
     try:
         return pq.read_metadata(pa.BufferReader(MAGIC + footer))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise RefusedFile(f"its footer cannot be read: {error}") from error
+
+
+def footer_bytes(tail: bytes) -> bytes:
+    """The footer at the end of a file, with its length and the magic bytes."""
+    return tail[-8 - int.from_bytes(tail[-8:-4], "little") :]
 
 
 def span(leaf: Any, size: int) -> tuple[int, int]:
@@ -60,17 +69,28 @@ def span(leaf: Any, size: int) -> tuple[int, int]:
 class FooterCheck:
     """Checks what a footer says of the columns ``names``.
 
+    Where ``content`` gives its bytes, a footer that this process has accepted before is not checked again: loaders open
+    the same files many times.
+
     Reading that from Python would end the process where Arrow rejects it, because its exceptions are not caught there.
     So Arrow first begins to read the columns from a file that cannot be read.
     """
 
-    def __init__(self, footer: pq.FileMetaData, names: Sequence[str]) -> None:
+    def __init__(self, footer: pq.FileMetaData, names: Sequence[str], content: bytes | None = None) -> None:
         self._footer, self._names = footer, [*names]
+        key = None if content is None else _digest(names, content)
+        self._good = key in _accepted
+        if self._good:
+            return
         try:
             self._begin(range(footer.num_row_groups))
-            self._good = True
         except RefusedFile:
-            self._good = False
+            return
+        self._good = True
+        if key is not None:
+            if len(_accepted) >= _MAX_ACCEPTED:
+                _accepted.clear()
+            _accepted.add(key)
 
     def check(self, number: int) -> None:
         """Raise RefusedFile if Arrow rejects a row group."""
@@ -86,6 +106,10 @@ class FooterCheck:
             return
         except (pa.ArrowException, OSError, ValueError) as error:
             raise RefusedFile(f"its footer cannot be used: {str(error)[:300]}") from error
+
+
+def _digest(names: Sequence[str], content: bytes) -> bytes:
+    return hashlib.blake2b(repr([*names]).encode() + content, digest_size=16).digest()
 
 
 class _NotReadError(Exception):
