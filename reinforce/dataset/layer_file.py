@@ -23,6 +23,7 @@ from reinforce.dataset import vectors
 from reinforce.source.footers import (
     MAX_FOOTER_BYTES,
     TAIL_BYTES,
+    ArrowInput,
     FooterCheck,
     RefusedFile,
     footer_bytes,
@@ -183,10 +184,8 @@ def _decode_errors() -> Iterator[None]:
         raise RefusedFile(f"a page cannot be decoded: {str(error)[:300]}") from error
 
 
-class _Source:
+class _Source(ArrowInput):
     """A file whose column chunks are fetched once, checked, and then read by Arrow from memory."""
-
-    closed = False
 
     def __init__(self, file: Any, size: int) -> None:
         self._file, self._size, self._position = file, size, 0
@@ -232,19 +231,6 @@ class _Source:
             data = self.read_at(self._position, count)
         self._position += len(data)
         return data
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._position = offset + (0, self._position, self._size)[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def size(self) -> int:
-        return self._size
-
-    def close(self) -> None:
-        """Do nothing: who has opened the file closes it."""
 
 
 def _column_names(footer: pq.FileMetaData) -> list[str]:

@@ -66,6 +66,27 @@ def span(leaf: Any, size: int) -> tuple[int, int]:
     return start, length
 
 
+class ArrowInput:
+    """The position in a file of ``_size`` bytes that Arrow reads; subclasses add ``read``."""
+
+    closed = False
+    _size: int
+    _position = 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def size(self) -> int:
+        return self._size
+
+    def close(self) -> None:
+        """Do nothing: who has opened the file closes it."""
+
+
 class FooterCheck:
     """Checks what a footer says of the columns ``names``.
 

@@ -15,7 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.source.columns import Columns, NoColumn
-from reinforce.source.footers import MAX_FOOTER_BYTES, TAIL_BYTES, FooterCheck, RefusedFile, read_footer, span
+from reinforce.source.footers import (
+    MAX_FOOTER_BYTES,
+    TAIL_BYTES,
+    ArrowInput,
+    FooterCheck,
+    RefusedFile,
+    read_footer,
+    span,
+)
 from reinforce.source.pages import DICTIONARY, BadPage, CutOff, longest_entry, read_page
 from reinforce.source.streams import check_file
 from reinforce.source.urls import filesystem
@@ -144,7 +152,7 @@ def _describe(error: Exception) -> str:
     return str(error)[:300]
 
 
-class _CheckedFile:
+class _CheckedFile(ArrowInput):
     """A file that Arrow reads column chunks from; each page header is checked when it is read.
 
     ``error`` is what the storage has raised, ``batch_bytes`` are the decompressed bytes of the pages since it was set.
@@ -250,19 +258,6 @@ class _CheckedFile:
         self._check_pages(self._position, data)
         self._position += len(data)
         return data
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._position = offset + (0, self._position, self._size)[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def size(self) -> int:
-        return self._size
-
-    def close(self) -> None:
-        """Do nothing: who has opened the file closes it."""
 
 
 class _Chunk:
