@@ -26,8 +26,6 @@ from reinforce.source.urls import filesystem
 from teachers.redact import redact
 
 _JSON_BYTES = 16 * 2**20  # of a file that is read as JSON
-_READ_ATTEMPTS = 3
-_BODY_CUT_OFF = "ClientPayloadError"  # of aiohttp, which is imported only where s3fs is used
 _TEMPORARY_FOLDER = ".tmp"
 _TEMPORARY_PREFIX = "reinforce-"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota reached, file too large
@@ -91,20 +89,10 @@ class Storage:
         if self.local and os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would block
             raise UserError(f"{path} is not a file. Remove it, and restore the file.")
         with self.storage_errors("read", *parts):
-            content = self._cat(path, limit + 1)
+            content: bytes = self.fs.cat_file(path, end=limit + 1)
         if len(content) > limit:
             raise UserError(f"{path} has more than {limit:,} bytes. Restore it from a backup or from another copy.")
         return content
-
-    def _cat(self, path: str, end: int) -> bytes:
-        """The first bytes of a file. s3fs repeats a request that fails, and not one whose body is cut off."""
-        for _ in range(_READ_ATTEMPTS - 1):
-            try:
-                return bytes(self.fs.cat_file(path, end=end))
-            except Exception as error:
-                if type(error).__name__ != _BODY_CUT_OFF:
-                    raise
-        return bytes(self.fs.cat_file(path, end=end))
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
         """Publish a small file."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import stat
 from pathlib import Path
-from typing import Any
 
 import pytest
-from aiohttp import ClientPayloadError
 
 from reinforce.errors import StorageError, UserError
 from reinforce.storage import Storage
@@ -38,25 +35,6 @@ def test_a_broken_json_file_is_a_user_error_with_the_path(storage: Storage, cont
     storage.write_bytes(content, "dataset.json")
     with pytest.raises(UserError, match=rf"dataset\.json {message}.*[Rr]estore it from a backup"):
         storage.read_json("dataset.json")
-
-
-@pytest.mark.parametrize(("failures", "calls"), [(2, 3), (3, 3)])
-def test_a_read_whose_body_is_cut_off_is_repeated(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch, failures: int, calls: int
-) -> None:
-    storage.write_json({"count": 2}, "dataset.json")
-    cat, seen = storage.fs.cat_file, []
-
-    def cut_off(path: str, **options: Any) -> Any:
-        seen.append(path)
-        if len(seen) <= failures:
-            raise ClientPayloadError("not enough data")
-        return cat(path, **options)
-
-    monkeypatch.setattr(storage.fs, "cat_file", cut_off)
-    with pytest.raises(StorageError, match="cannot be read") if failures == calls else contextlib.nullcontext():
-        assert storage.read_json("dataset.json") == {"count": 2}
-    assert len(seen) == calls
 
 
 def test_a_new_file_appears_at_the_end_of_the_block(storage: Storage) -> None:
