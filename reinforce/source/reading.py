@@ -15,7 +15,15 @@ from reinforce.source.footers import RefusedFile
 from reinforce.source.formats import CSV, DATASET, FOLDER, JSONL, PARQUET, TAR
 from reinforce.source.places import Places
 from reinforce.source.samples_layer import read_samples_layer
-from reinforce.source.shards import RawSample, ReadBudget, Refusal, read_shard, refusing_absent
+from reinforce.source.shards import (
+    RawSample,
+    ReadBudget,
+    Refusal,
+    read_shard,
+    refused_key,
+    refused_rest,
+    refusing_absent,
+)
 from reinforce.source.urls import filesystem
 from schemas import Reason
 
@@ -67,18 +75,14 @@ def _unique(items: Iterator[_Item], limits: Limits) -> Iterator[_Item]:
     seen: set[bytes] = set()
     for number, item in enumerate(items):
         if number == limits.shard_samples:
-            detail = f"more than limits.shard_samples of {limits.shard_samples}"
-            yield Refusal(None, Reason.SHARD_SAMPLES, f"{detail}; the rest, from row {number:,} on, is not read")
+            yield refused_rest(limits, f"row {number:,}")
             return
         if isinstance(item, Refusal):
             yield item
             continue
         digest = hashlib.blake2b(item.key.encode("utf-8", "replace"), digest_size=8).digest()
-        if len(item.key) > limits.key_chars:
-            detail = f"{len(item.key)} characters, above limits.key_chars of {limits.key_chars}"
-            yield Refusal(item.key[:100], Reason.KEY_CHARS, detail)
-        elif digest in seen:
-            yield Refusal(item.key, Reason.DUPLICATE_KEY, "the key occurs earlier in this shard; the first is kept")
+        if refusal := refused_key(item.key, limits, digest in seen):
+            yield refusal
         else:
             seen.add(digest)
             yield item

@@ -118,6 +118,22 @@ def sample_of_files(key: str, files: Iterable[tuple[str, File]], limits: Limits)
     yield from group.close(limits)
 
 
+def refused_key(key: str, limits: Limits, repeated: bool) -> Refusal | None:
+    """Why a sample with this key is not stored; ``repeated`` is whether its shard has another before it."""
+    if len(key) > limits.key_chars:
+        detail = f"{len(key)} characters, above limits.key_chars of {limits.key_chars}"
+        return Refusal(key[:100], Reason.KEY_CHARS, detail)
+    if repeated:
+        return Refusal(key, Reason.DUPLICATE_KEY, "the key occurs earlier in this shard; the first is kept")
+    return None
+
+
+def refused_rest(limits: Limits, first: str) -> Refusal:
+    """The refusal of what follows the last sample that is read of a shard, from ``first`` on."""
+    detail = f"more than limits.shard_samples of {limits.shard_samples}; the rest, from {first} on, is not read"
+    return Refusal(None, Reason.SHARD_SAMPLES, detail)
+
+
 def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
     """Yield the bytes at each (offset, length) of an uncompressed tar; the ranges must be in ascending order.
 
@@ -228,15 +244,11 @@ class _Group:
     def close(self, limits: Limits) -> Iterator[RawSample | Refusal]:
         """Yield the sample, or the refusal of the key, and what was refused of the sample."""
         key = as_utf8(self.key)
-        if len(key) > limits.key_chars:
-            detail = f"{len(key)} characters, above limits.key_chars of {limits.key_chars}"
-            yield Refusal(key[:100], Reason.KEY_CHARS, detail)
+        if refusal := refused_key(key, limits, self.earlier is not None and not self.split):
+            yield refusal
             return
-        if self.earlier is not None:
-            if self.split:
-                yield Refusal(key, Reason.SPLIT_KEY, f"not next to the other members of the key: {self._listed()}")
-            else:
-                yield Refusal(key, Reason.DUPLICATE_KEY, "the key occurs earlier in this shard; the first is kept")
+        if self.split:
+            yield Refusal(key, Reason.SPLIT_KEY, f"not next to the other members of the key: {self._listed()}")
             return
         yield self._sample(key, limits)
         if self.repeated is not None:
@@ -326,9 +338,7 @@ def _samples(stream: Readable, size: int | None, limits: Limits, images: bool) -
     for key, run in itertools.groupby(tar, key=lambda item: item[0]):
         digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
         if len(complete) == limits.shard_samples and digest not in complete:
-            detail = f"more than limits.shard_samples of {limits.shard_samples}"
-            detail = f"{detail}; the rest, from {as_utf8(key)[:100]!r} on, is not read"
-            yield Refusal(None, Reason.SHARD_SAMPLES, detail)
+            yield refused_rest(limits, repr(as_utf8(key)[:100]))
             break
         group = _Group(key, complete.get(digest), images)
         for _, extension, member in run:
