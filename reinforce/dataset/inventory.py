@@ -11,7 +11,15 @@ import schemas
 from reinforce.dataset.drop import depends, layers_with_folders
 from reinforce.dataset.findings import Finding
 from reinforce.dataset.layer_index import read_index
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, compute_fingerprint
+from reinforce.dataset.layers import (
+    SAMPLES,
+    TRUE_CAPTION,
+    captions_layer,
+    captions_recipe,
+    compute_fingerprint,
+    embeddings_fingerprint,
+    embeddings_recipe,
+)
 from reinforce.dataset.listing import Listing
 from reinforce.dataset.store import MANIFEST, Store
 
@@ -27,8 +35,8 @@ def check_recipes(manifest: Mapping[str, Any]) -> Iterator[Finding]:
     if manifest.get("schema_version") != schemas.SCHEMA_VERSION:
         return
     for name, entry in manifest["layers"].items():
-        recipe = _recipe(manifest, name, entry)
-        if recipe is not None and (computed := compute_fingerprint(recipe)) != entry["fingerprint"]:
+        computed = _fingerprint(manifest, name, entry)
+        if computed is not None and computed != entry["fingerprint"]:
             yield Finding(
                 "manifest",
                 f"{MANIFEST}: the settings of {name} have fingerprint {computed}, its entry states "
@@ -37,22 +45,21 @@ def check_recipes(manifest: Mapping[str, Any]) -> Iterator[Finding]:
             )
 
 
-def _recipe(manifest: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the fingerprint of a layer covers; None if dataset.json does not record it."""
+def _fingerprint(manifest: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> str | None:
+    """The fingerprint of a layer's settings; None if dataset.json does not record them."""
     layers = manifest["layers"]
     if name == SAMPLES:
         known = all(key in manifest for key in _SAMPLES_RECIPE)
-        return {key: manifest[key] for key in _SAMPLES_RECIPE} if known else None
+        return compute_fingerprint({key: manifest[key] for key in _SAMPLES_RECIPE}) if known else None
     if entry["kind"] == "captions":
         model = manifest["captioners"].get(entry.get("captioner"), {}).get("model")
-        return {"samples": layers[SAMPLES]["fingerprint"], "model": model} if model else None
+        return compute_fingerprint(captions_recipe(layers[SAMPLES]["fingerprint"], model)) if model else None
     model = manifest["teachers"].get(entry.get("teacher"), {}).get("model")
     own = entry["kind"] == "images" or entry.get("texts") == TRUE_CAPTION
     source = layers.get(SAMPLES if own else captions_layer(str(entry.get("texts"))))
     if not model or source is None:
         return None
-    recipe = {"source": source["fingerprint"], "model": model, "dtype": entry.get("dtype")}
-    return {**recipe, "what": entry["kind"]}
+    return embeddings_fingerprint(embeddings_recipe(source["fingerprint"], model, entry.get("dtype")), entry["kind"])
 
 
 def check_missing(store: Store, manifest: Mapping[str, Any], listings: Mapping[str, Listing]) -> Iterator[Finding]:

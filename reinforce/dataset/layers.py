@@ -86,6 +86,22 @@ def embeddings_layer(teacher: str, inputs: str) -> str:
     return f"embeddings/{teacher}/{inputs}"
 
 
+def captions_recipe(samples: str, model: Mapping[str, Any]) -> dict[str, Any]:
+    """What the fingerprint of a captions layer covers: that of the samples, and the identity of the captioner."""
+    return {"samples": samples, "model": model}
+
+
+def embeddings_recipe(source: str, model: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """What the fingerprint of an embeddings layer covers besides its kind: that of the layer it is computed from, the
+    identity of the teacher, and the storage type."""
+    return {"source": source, "model": model, "dtype": dtype}
+
+
+def embeddings_fingerprint(recipe: Mapping[str, Any], kind: str) -> str:
+    """The fingerprint of an embeddings layer, of images or texts."""
+    return compute_fingerprint({**recipe, "what": kind})
+
+
 def compute_fingerprint(recipe: Mapping[str, Any]) -> str:
     """Hash the schema version and a recipe -> 16 hex digits."""
     text = json.dumps({"schema": schemas.SCHEMA_VERSION, **recipe}, sort_keys=True, separators=(",", ":"))

@@ -12,8 +12,11 @@ from reinforce.dataset.layers import (
     Kind,
     Layer,
     captions_layer,
+    captions_recipe,
     compute_fingerprint,
+    embeddings_fingerprint,
     embeddings_layer,
+    embeddings_recipe,
 )
 from reinforce.engine.published_members import FORMAT
 from reinforce.engine.traces import user_frames
@@ -82,7 +85,7 @@ def build_layers(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, La
     layers = {SAMPLES: samples}
 
     for name, captioner in config.captioners.items():
-        recipe = {"samples": samples.fingerprint, "model": infos[captions_layer(name)].identity}
+        recipe = captions_recipe(samples.fingerprint, infos[captions_layer(name)].identity)
         layer = Layer(
             captions_layer(name),
             "captions",
@@ -109,11 +112,11 @@ def build_layers(config: Config, infos: Mapping[str, ModelInfo]) -> dict[str, La
                 if spec.family == "published" or teacher.family != "published"
             ]
         for what, kind, source, count in sides:
-            recipe = {"source": layers[source].fingerprint, "model": info.identity, "dtype": teacher.dtype}
+            recipe = embeddings_recipe(layers[source].fingerprint, info.identity, teacher.dtype)
             layer = Layer(
                 embeddings_layer(name, what),
                 kind,
-                compute_fingerprint({**recipe, "what": kind}),
+                embeddings_fingerprint(recipe, kind),
                 needs=(SAMPLES,) if source == SAMPLES else (SAMPLES, source),
                 model=name,
                 texts=what if kind == "texts" else None,
