@@ -22,7 +22,13 @@ from reinforce.dataset.sample import ImagePolicies
 from reinforce.engine.published_members import FORMAT, MAX_OPS
 from reinforce.errors import UserError
 from reinforce.publishing.datacompdr_shard import LIST_OF, ShardExport, export_shard, stats_name, tar_name
-from reinforce.publishing.shards import as_seen_by_workers, check_output, existing_files, for_each_shard
+from reinforce.publishing.shards import (
+    as_seen_by_workers,
+    check_output,
+    existing_files,
+    for_each_shard,
+    record_export,
+)
 from reinforce.source.image import IMAGE_POLICY, PUBLISHED_POLICY
 from reinforce.storage import Storage
 
@@ -119,8 +125,7 @@ def _write(export: ShardExport, shards: Sequence[str], result: Exported, use_ray
     output = Storage(export.output)
     check_output(Storage(export.url), output)
     with output.lock():
-        _check_same_config(output, result.config)
-        output.write_json(result.config, CONFIG)
+        record_export(output, result.config, CONFIG, "reinforced_dataset")
         written = existing_files(output)
         missing = [shard for shard in shards if tar_name(shard) not in written]
         found = {shard: output.read_json(stats_name(shard)) or {} for shard in shards if tar_name(shard) in written}
@@ -132,19 +137,6 @@ def _write(export: ShardExport, shards: Sequence[str], result: Exported, use_ray
         result.converted += stats.get("converted_images", 0)
         for reason, entry in stats.get("left_out", {}).items():
             result.left_out[reason] += entry["samples"]
-
-
-def _check_same_config(output: Storage, config: Mapping[str, Any]) -> None:
-    """Raise UserError if the folder has an export with other options or of other layers."""
-    before = output.read_json(CONFIG)
-    if before is None or before == config:
-        return
-    own, other = config["reinforced_dataset"], before.get("reinforced_dataset", {})
-    different = [key for key in own if not isinstance(other, dict) or other.get(key) != own[key]]
-    raise UserError(
-        f"{output.url} has an export with other {', '.join(different) or 'content'}. Repeat the options of that one, "
-        "or give another folder."
-    )
 
 
 def _check_teachers(data: Dataset) -> None:

@@ -25,7 +25,13 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embe
 from reinforce.dataset.reader import Dataset
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
-from reinforce.publishing.shards import as_seen_by_workers, check_output, existing_files, for_each_shard
+from reinforce.publishing.shards import (
+    as_seen_by_workers,
+    check_output,
+    existing_files,
+    for_each_shard,
+    record_export,
+)
 from reinforce.source.text import parse_json
 from reinforce.storage import Storage
 
@@ -146,7 +152,7 @@ def _write(export: PartExport, shards: Sequence[str], use_ray: bool, address: st
     check_output(Storage(export.url), output)
     result = ExportedVectors(output.url, export.choice)
     with output.lock():
-        _check_same_export(output, export, shards)
+        _record(output, export, shards)
         digits = len(str(max(len(shards) - 1, 0)))
         parts = [f"{number:0{digits}d} {shard}" for number, shard in enumerate(shards)]
         written = existing_files(output, METADATA)
@@ -171,7 +177,7 @@ def _counts_before(output: Storage, number: str) -> tuple[int, int]:
     return footer.num_rows, int((footer.metadata or {}).get(_LEFT_OUT, b"0"))
 
 
-def _check_same_export(output: Storage, export: PartExport, shards: Sequence[str]) -> None:
+def _record(output: Storage, export: PartExport, shards: Sequence[str]) -> None:
     """Record what is exported. Raises UserError if the folder has another export."""
     digest = hashlib.sha256("\n".join(shards).encode()).hexdigest()[:16]
     config = {
@@ -180,15 +186,7 @@ def _check_same_export(output: Storage, export: PartExport, shards: Sequence[str
         "shards": len(shards),
         "shard_names": digest,
     }
-    before = output.read_json(CONFIG)
-    if before is None:
-        output.write_json(config, CONFIG)
-    elif before != config:
-        different = [key for key in config if before.get(key) != config[key]]
-        raise UserError(
-            f"{output.url} has an export with other {', '.join(different) or 'content'}. Repeat the options of that "
-            "one, or give another folder."
-        )
+    record_export(output, config, CONFIG)
 
 
 def export_part(export: PartExport, part: str) -> tuple[int, int]:

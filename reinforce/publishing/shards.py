@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from reinforce.errors import StorageError, UserError
@@ -47,6 +47,23 @@ def check_output(dataset: Storage, output: Storage) -> None:
     if f"{output.root}/".startswith(f"{dataset.root}/") and type(output.fs) is type(dataset.fs):
         raise UserError(f"{output.url} is in the dataset. Give another folder.")
     output.check_writable()
+
+
+def record_export(output: Storage, config: Mapping[str, Any], name: str, options: str | None = None) -> None:
+    """Write what is exported to the file ``name``. Raises UserError if the folder has another export.
+
+    The error names the keys that differ, of ``config`` or of its section ``options``.
+    """
+    before = output.read_json(name)
+    if before is None:
+        output.write_json(config, name)
+    elif before != config:
+        own, other = (config, before) if options is None else (config[options], before.get(options))
+        different = [key for key in own if not isinstance(other, dict) or other.get(key) != own[key]]
+        raise UserError(
+            f"{output.url} has an export with other {', '.join(different) or 'content'}. Repeat the options of that "
+            "one, or give another folder."
+        )
 
 
 def existing_files(output: Storage, *folder: str) -> set[str]:
