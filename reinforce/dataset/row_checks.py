@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 from reinforce.dataset import vectors
 from reinforce.dataset.layers import SAMPLES
 
-NORM_TOLERANCE = 0.01
 _FLOAT_ERROR = 2e-3  # of the norm of a vector that is stored in float16
 _NAMED = 3
 
@@ -90,9 +89,9 @@ class RowChecks:
 def _norm_tolerance(table: pa.Table, shape: list[int]) -> Any:
     """How far the norm of a stored vector may be from 1; for int8 [rows, count], from the step of each vector."""
     if "scales" not in table.column_names:
-        return NORM_TOLERANCE + _FLOAT_ERROR
+        return vectors.NORM_TOLERANCE + _FLOAT_ERROR
     scales = vectors.from_scales(table["scales"])
-    return NORM_TOLERANCE + scales * (0.5 * np.sqrt(shape[1]))
+    return vectors.NORM_TOLERANCE + scales * (0.5 * np.sqrt(shape[1]))
 
 
 def _describe(keys: Collection[str], what: str) -> str:

@@ -12,6 +12,9 @@ import pyarrow as pa
 
 Floats = npt.NDArray[np.float32]
 
+#: Largest difference of an embedding's norm from 1, in every precision, before it is stored.
+NORM_TOLERANCE = 0.01
+
 
 def encode(
     vectors: Floats, dtype: Literal["float16", "float32", "int8"], valid: npt.NDArray[np.bool_]

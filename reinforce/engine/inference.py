@@ -14,6 +14,7 @@ import torch
 
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
+from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.engine.batch_sizes import rows_per_batch
 from reinforce.engine.device_memory import OutOfMemory, attempt
 from reinforce.engine.models import Counters, Models
@@ -32,9 +33,6 @@ Seeds = npt.NDArray[np.uint64]
 _Texts: TypeAlias = "Callable[[], Sequence[list[str] | NoCaptions | None]]"
 _T = TypeVar("_T")
 _Pixels: TypeAlias = "tuple[torch.Tensor | None, dict[ImageSpec, torch.Tensor]]"
-
-#: Largest difference of an embedding's norm from 1, in every precision.
-NORM_TOLERANCE = 0.01
 
 
 class Inference:
