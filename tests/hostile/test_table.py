@@ -3,7 +3,8 @@ from __future__ import annotations
 import ast
 
 from schemas import Reason
-from tests.hostile.table import DATASETS, DOCUMENT, OTHERS, PROCESSES, ROOT, STORAGE, document
+from tests.hostile.elsewhere import DATASETS, OTHERS, PROCESSES, STORAGE
+from tests.hostile.table import DOCUMENT, ROOT, document
 
 
 def test_the_page_is_up_to_date() -> None:
