@@ -142,6 +142,11 @@ def call_on_nodes(
     return results
 
 
+def is_node_lost(error: RayError) -> bool:
+    """Return whether an actor died because its node was lost or preempted, by what Ray says of it."""
+    return getattr(error, "preempted", False) or "its node has died" in str(error)
+
+
 def cause_of(error: Exception) -> Exception:
     """Return the exception that a task raised, without Ray's wrapper."""
     cause = getattr(error, "cause", None)

@@ -26,3 +26,5 @@ class RayEnded(UserError):
 
 class StorageError(UserError):
     """A storage request failed after all retries. In a worker, it costs the shard an attempt."""
+
+    exit_status = 1

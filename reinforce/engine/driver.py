@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
 
-from reinforce.cluster import RayletWatch, cause_of, live_nodes, live_resources
+from reinforce.cluster import RayletWatch, cause_of, is_node_lost, live_nodes, live_resources
 from reinforce.dataset.claims import Claims
 from reinforce.dataset.damage import DamagedFile, set_aside, set_aside_notes
 from reinforce.dataset.layer_index import IndexWriter
@@ -197,11 +197,12 @@ class Driver(WorkerHandling):
             return
         except RayError as error:
             self.events.add("worker_failed_to_start", error=str(error)[:500])
-            if stop := self.policy.load_died(str(error), self.pool.started_count):
+            workers = self.pool.count_placeable()
+            if stop := self.policy.load_died(str(error), is_node_lost(error), self.pool.started_count, workers):
                 raise stop.error from error
             self.pool.slots.remove(slot)
             return
-        self.policy.faults.started()
+        self.policy.load_passed()
         self.pool.record_start(slot, info)
         self.policy.add_notes(info.notes)
         started = {"accelerator": info.accelerator, "batch": info.batch, "device": info.device}

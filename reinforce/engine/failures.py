@@ -37,7 +37,7 @@ from reinforce.errors import RayEnded, TooManyQuarantined, UserError
 from schemas import Reason
 
 MAX_WORKER_FAILURES = 3  # leases in a row
-MAX_FAILED_STARTS = 3
+MAX_FAILED_STARTS = 3  # in a row; with more workers, two for each
 TOLERATED_SHARDS = 10  # quarantined shards that never stop a run
 NODE_VERDICT_SECONDS = 60.0  # time that Ray may take to notice a lost node
 _MAX_PAUSE_SECONDS = 60.0
@@ -252,10 +252,18 @@ class FailurePolicy:
             return StopRun(error)
         return StopRun(UserError(f"a worker could not load its models: {type(error).__name__}: {error}"))
 
-    def load_died(self, error: str, workers: int) -> StopRun | None:
-        """Decide about a worker that died while it loaded its models; ``workers`` others are running."""
-        self._failed_starts += 1
-        if self._failed_starts < MAX_FAILED_STARTS or workers:
+    def load_passed(self) -> None:
+        """Record that a worker has loaded its models."""
+        self._failed_starts = 0
+        self.faults.started()
+
+    def load_died(self, error: str, node_lost: bool, running: int, workers: int) -> StopRun | None:
+        """Decide about a worker that died while it loaded its models, or whose node was lost then.
+
+        Of ``workers``, as many as the cluster can hold, ``running`` have loaded theirs.
+        """
+        self._failed_starts += not node_lost
+        if running or self._failed_starts < max(MAX_FAILED_STARTS, 2 * workers):
             return None
         return StopRun(
             UserError(

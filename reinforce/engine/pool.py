@@ -164,6 +164,10 @@ class Pool:
     def started_count(self) -> int:
         return len(self._started)
 
+    def count_placeable(self) -> int:
+        """Number of workers that the cluster can hold at once, of those that were asked for."""
+        return min(len(self.slots), self._cluster_capacity())
+
     def count_nodes(self) -> int:
         """Number of nodes with started workers."""
         return len({slot.info.node for slot in self._started if slot.info})

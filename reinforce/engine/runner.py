@@ -49,7 +49,7 @@ def run(
     try:
         return _run(config, address, retry_quarantined)
     except StorageError as error:
-        raise UserError(redact(f"{error} Finished shards are kept. Run the same command again to resume.")) from None
+        raise StorageError(redact(f"{error} Finished shards are kept. Run the same command again to resume.")) from None
     except UserError as error:
         kind = next((kind for kind in (TooManyQuarantined, RayEnded) if isinstance(error, kind)), UserError)
         raise kind(redact(str(error))) from None

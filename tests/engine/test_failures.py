@@ -233,14 +233,26 @@ def test_models_that_cannot_be_loaded_stop_the_run_at_once() -> None:
     assert str(policy().load_raised(KeyError("x")).error) == "a worker could not load its models: KeyError: 'x'"
 
 
-def test_workers_that_die_while_they_load_stop_the_run_at_the_third_unless_one_runs() -> None:
+def test_workers_that_die_in_a_row_while_they_load_stop_the_run_unless_one_runs() -> None:
     failures = policy()
-    assert failures.load_died("killed\nstack", 0) is None
-    assert failures.load_died("killed\nstack", 0) is None
-    assert failures.load_died("killed\nstack", 1) is None
-    stop = failures.load_died("killed\nstack", 0)
+    assert [failures.load_died("killed\nstack", False, running, 1) for running in (0, 0, 1)] == [None] * 3
+    stop = failures.load_died("killed\nstack", False, 0, 1)
     assert stop is not None
     assert "workers die while they load their models (killed). Check the memory" in str(stop.error)
+
+
+def test_with_many_workers_each_may_die_twice_while_it_loads() -> None:
+    failures = policy()
+    stops = [failures.load_died("killed", False, 0, 8) for _ in range(16)]
+    assert [stop is not None for stop in stops] == [False] * 15 + [True]
+
+
+def test_deaths_before_a_worker_has_loaded_and_those_of_lost_nodes_do_not_count() -> None:
+    failures = policy()
+    for _ in range(3):
+        assert [failures.load_died("killed", False, 0, 1) for _ in range(2)] == [None, None]
+        failures.load_passed()
+    assert [failures.load_died("its node has died", True, 0, 1) for _ in range(10)] == [None] * 10
 
 
 def test_models_that_one_node_cannot_load_do_not_stop_a_run_whose_other_nodes_finish_shards() -> None:

@@ -69,7 +69,7 @@ def test_a_run_that_reads_a_source_and_finds_no_sample_fails() -> None:
     [
         (UserError("disk is full at TOKEN"), 2, "disk is full at ***"),
         (TooManyQuarantined("stopped: 11 of 20"), 1, "stopped: 11 of 20"),
-        (StorageError("no answer"), 2, "no answer"),
+        (StorageError("no answer"), 1, "no answer"),
         (KeyboardInterrupt(), 130, "stopped"),
         (ValueError("TOKEN"), 1, "stopped by an error: ValueError: ***"),
     ],
