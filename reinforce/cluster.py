@@ -118,6 +118,14 @@ def live_nodes() -> frozenset[str]:
     return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
 
+def draining_nodes() -> dict[str, int]:
+    """Return the ids of the nodes that Ray drains, with the times when they end: ms since 1970, or 0.
+
+    Ray has no public function for it; this one is what Ray Train reads.
+    """
+    return dict(ray._private.state.state.get_draining_nodes())
+
+
 def call_on_nodes(
     function: Callable[..., Any], calls: Sequence[tuple[str, tuple[Any, ...]]], seconds: float
 ) -> list[Any]:

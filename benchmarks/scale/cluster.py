@@ -229,6 +229,7 @@ def simulated(cluster: Cluster, layers: Sequence[str]) -> Iterator[SimulatedRay]
             stack.enter_context(mock.patch.object(module, "ray", ray))
         stack.enter_context(mock.patch.object(pool, "as_actor", return_value=ray))
         stack.enter_context(mock.patch.object(driver, "RayletWatch"))
+        stack.enter_context(mock.patch.object(driver, "draining_nodes", return_value={}))
         yield ray
 
 

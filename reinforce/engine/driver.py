@@ -15,13 +15,14 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
 
-from reinforce.cluster import RayletWatch, cause_of, is_node_lost, live_nodes, live_resources
+from reinforce.cluster import RayletWatch, cause_of, draining_nodes, is_node_lost, live_nodes, live_resources
 from reinforce.dataset.claims import Claims
 from reinforce.dataset.damage import DamagedFile, set_aside, set_aside_notes
 from reinforce.dataset.layer_index import IndexWriter
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.shard_records import RecordWriter, read_records
 from reinforce.dataset.store import Store
+from reinforce.engine.drains import Drains
 from reinforce.engine.events import Events
 from reinforce.engine.failures import (
     DeathVerdict,
@@ -70,7 +71,7 @@ class Driver(WorkerHandling):
         self.totals = RunTotals()
         self.manifest_written = self.wait_logged = False
         self.notes_logged, self.ray_checked = 0, time.monotonic()
-        self.raylet = RayletWatch()
+        self.raylet, self.drains = RayletWatch(), Drains()
         self.limits = StallLimits(self.config.failures)
         self.polled: dict[Any, Slot] = {}
 
@@ -131,7 +132,7 @@ class Driver(WorkerHandling):
             self._check_ray(remaining)
             self.pool.grow(remaining)
             self.pool.shrink(remaining)
-            for verdict in self.policy.judge_deaths(time.monotonic(), live_nodes):
+            for verdict in self.policy.judge_deaths(time.monotonic(), lambda: self.drains.remaining(live_nodes())):
                 self._handle_death(verdict)
             self._report_workers()
             if self.manifest_written or self.pool.started_count >= self.config.workers.min:
@@ -154,12 +155,13 @@ class Driver(WorkerHandling):
             self.index.flush_when_due()
 
     def _check_ray(self, remaining: int) -> None:
-        """Raise RayEnded if Ray has ended on this machine."""
+        """Raise RayEnded if Ray has ended on this machine. Look for nodes that Ray drains."""
         if time.monotonic() - self.ray_checked < _RAY_SECONDS:
             return
         self.ray_checked = time.monotonic()
         if not self.raylet.is_alive():
             raise ray_ended(len(self.totals.finished), remaining)
+        self._follow_drains(draining_nodes())
 
     def _report_workers(self) -> None:
         """Log what the policy found about workers and nodes. Raise UserError if no shard can be finished."""

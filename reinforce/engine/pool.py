@@ -29,7 +29,8 @@ _NODE_LABEL = "ray.io/node-id"
 @dataclass(eq=False)
 class Slot:
     """One actor. ``alone``: its one lease is a suspect, and it gets no other. ``draining``: it gets no further lease
-    until a suspect can run in it. ``exhausted``: it has had as many leases as ``workers.recycle`` allows."""
+    until a suspect can run in it. ``exhausted``: it has had as many leases as ``workers.recycle`` allows. ``leaving``:
+    Ray drains its node."""
 
     actor: Any
     info: WorkerInfo | None = None  # None while the models are loading
@@ -37,6 +38,7 @@ class Slot:
     alone: bool = False
     draining: bool = False
     exhausted: bool = False
+    leaving: bool = False
     failures: int = 0  # leases in a row that raised, where the worker may be the cause
     failed: int = 0  # leases in a row that raised
     paused_until: float = 0.0  # it gets no lease before
@@ -50,7 +52,8 @@ class Slot:
     @property
     def free(self) -> int:
         """Number of further leases it can take."""
-        return 0 if self.info is None or self.alone or self.exhausted else SHARDS_IN_FLIGHT - len(self.leases)
+        closed = self.info is None or self.alone or self.exhausted or self.leaving
+        return 0 if closed else SHARDS_IN_FLIGHT - len(self.leases)
 
     @property
     def use(self) -> MemoryUse:
@@ -91,18 +94,20 @@ class Pool:
         self.leases: dict[Any, Slot] = {}
         self._to_avoid: frozenset[str] = frozenset()
         self._avoided: frozenset[str] = frozenset()  # the same, or empty if there are no other nodes
+        self._drained: frozenset[str] = frozenset()  # Ray places no workers on them
         self.samples = 0  # by the workers' last pulses
         self.busy = 0.0  # accelerator-seconds, also of workers that are no longer in the pool
         self._past_alive = self._started_sum = 0.0
         # With 10,000 workers, nothing may look at all of them whenever a shard ends.
         self._started: dict[Slot, None] = {}
         self._free: dict[Slot, None] = {}
+        self.leaving: dict[Slot, None] = {}  # workers on nodes that Ray drains
         self._capacity = 0
         self._capacity_checked = -_CAPACITY_SECONDS
 
     def grow(self, size: int) -> None:
         """Ask for actors until ``size`` (at most ``workers.max``) exist or are pending."""
-        for _ in range(min(size, self._limit()) - len(self.slots)):
+        for _ in range(min(size, self._limit()) - len(self.slots) + len(self.leaving)):
             slot = Slot(self._placed().remote(*self._arguments), avoids=self._avoided)
             self.slots.append(slot)
             self.loading[slot.actor.load.remote()] = slot
@@ -117,6 +122,20 @@ class Pool:
         for slot in [slot for slot in self.slots if slot.info is None and slot.avoids != nodes]:
             self.remove(slot)
 
+    def drain(self, nodes: frozenset[str]) -> None:
+        """Give no further leases to the workers on ``nodes``, which Ray drains. Others are started in their place."""
+        if nodes == self._drained:
+            return
+        self._drained, self._capacity_checked = nodes, -_CAPACITY_SECONDS
+        for slot in self._started:
+            self._mark_leaving(slot)
+
+    def _mark_leaving(self, slot: Slot) -> None:
+        if slot.info is not None and slot.info.node in self._drained and not slot.leaving:
+            slot.leaving = True
+            self.leaving[slot] = None
+            self._free.pop(slot, None)
+
     def _placed(self) -> Any:
         """The actor class, with the nodes that it must not be placed on."""
         if not self._avoided:
@@ -129,10 +148,11 @@ class Pool:
 
     def shrink(self, size: int) -> None:
         """Remove workers without leases until ``size`` are left: those that have not started, and those that fail."""
-        if len(self.slots) <= size:
+        excess = len(self.slots) - len(self.leaving) - size
+        if excess <= 0:
             return
-        idle = sorted((s for s in self.slots if not s.leases), key=lambda slot: (slot.info is not None, -slot.failed))
-        for slot in idle[: max(0, len(self.slots) - size)]:
+        idle = [slot for slot in self.slots if not slot.leases and not slot.leaving]
+        for slot in sorted(idle, key=lambda slot: (slot.info is not None, -slot.failed))[:excess]:
             self.remove(slot)
 
     def remove(self, slot: Slot) -> None:
@@ -142,6 +162,7 @@ class Pool:
         if slot.info is not None:
             del self._started[slot]
             self._free.pop(slot, None)
+            self.leaving.pop(slot, None)
             self.samples -= slot.pulse.samples
             self._started_sum -= slot.started_at
             self._past_alive += time.monotonic() - slot.started_at
@@ -186,6 +207,7 @@ class Pool:
         slot.info, slot.started_at = info, time.monotonic()
         self._started_sum += slot.started_at
         self._started[slot] = self._free[slot] = None
+        self._mark_leaving(slot)
         self.polls.add(slot, slot.started_at)
 
     def record_pulse(self, slot: Slot, pulse: Pulse) -> None:
@@ -219,7 +241,8 @@ class Pool:
         """Remove a lease that has returned or raised."""
         slot = self.leases.pop(ref)
         slot.alone = False
-        self._free[slot] = None
+        if not slot.leaving:
+            self._free[slot] = None
         return slot.leases.pop(ref)
 
     def _limit(self) -> int:
@@ -236,7 +259,7 @@ class Pool:
 
     def _count_places(self) -> int:
         workers = self._config.workers
-        return capacity(live_resources(self._avoided), workers.cores, workers.gpus or 0)
+        return capacity(live_resources(self._avoided | self._drained), workers.cores, workers.gpus or 0)
 
     def resource_error(self) -> str | None:
         """Message if no node of the cluster can hold a worker, else None."""

@@ -1,9 +1,12 @@
-"""The part of the driver that ends workers: at fault, hung, or after as many shards as the config allows."""
+"""The part of the driver that ends workers: at fault, hung, on drained nodes, or after as many shards as the config
+allows."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
+from reinforce.engine.drains import Drain, Drains
 from reinforce.engine.events import Events
 from reinforce.engine.failures import (
     EndedWorker,
@@ -27,6 +30,7 @@ class WorkerHandling:
 
     pool: Pool
     policy: FailurePolicy
+    drains: Drains
     queue: ShardQueue
     limits: StallLimits
     events: Events
@@ -71,6 +75,22 @@ class WorkerHandling:
         """End a worker after ``workers.recycle`` shards; the pool grows again by another one."""
         worker = self._end_worker(slot)
         self.events.add("worker_recycled", node=worker.node, pid=worker.pid, shards=slot.leased, memory=worker.use.last)
+
+    def _follow_drains(self, deadlines: Mapping[str, int]) -> None:
+        """Give no leases to workers on nodes that Ray drains, and end those that have finished theirs."""
+        for drain in self.drains.update(deadlines, time.time()):
+            self._report_drain(drain)
+        self.pool.drain(self.drains.nodes)
+        for slot in [slot for slot in self.pool.leaving if not slot.leases]:
+            worker = self._end_worker(slot)
+            self.events.add("worker_drained", node=worker.node, pid=worker.pid, shards=slot.finished)
+
+    def _report_drain(self, drain: Drain) -> None:
+        slots = {slot: slot.info for slot in self.pool.started if slot.info and slot.info.node == drain.node}
+        shards = [shard.name for slot in slots for shard in slot.leases.values()]
+        self.events.add("node_drained", node=drain.node, seconds=drain.seconds, workers=len(slots), shards=shards)
+        place = next((info.id.place for info in slots.values()), drain.node[:12])
+        self._log(drain.line(place, len(slots), len(shards)))
 
     def _end_worker(self, slot: Slot) -> EndedWorker:
         """Remove a worker from the pool."""

@@ -73,7 +73,7 @@ class ShardQueue:
                 self._retries.append((shard, tried))
             else:
                 self._ready.append(shard)
-        slots = [slot for slot in slots if slot.paused_until <= now]
+        slots = [slot for slot in slots if slot.paused_until <= now and not slot.leaving]
         idle = [slot for slot in slots if slot.free == SHARDS_IN_FLIGHT] if self._suspects else []
         while self._suspects and idle:
             shard, tried = self._suspects.popleft()

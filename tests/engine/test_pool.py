@@ -61,7 +61,7 @@ class _Actor:
 def pool_of(monkeypatch: pytest.MonkeyPatch, slots: list[Slot], **workers: Any) -> Pool:
     monkeypatch.setattr("reinforce.engine.pool.ray.put", lambda value: value)
     monkeypatch.setattr("reinforce.engine.pool.ray.kill", lambda actor: None)
-    monkeypatch.setattr("reinforce.engine.pool.as_actor", lambda config: _Actor())
+    monkeypatch.setattr("reinforce.engine.pool.as_actor", lambda config: SimpleNamespace(remote=lambda *_: _Actor()))
     config = parse_config({"source": "a.tar", "output": "/tmp/out", "workers": workers})
     pool = Pool(config, {}, frozenset())
     pool.slots = slots
@@ -102,3 +102,42 @@ def test_no_worker_is_placed_on_an_avoided_node_unless_there_is_no_other(monkeyp
     monkeypatch.setattr("reinforce.engine.pool.live_nodes", lambda: frozenset({"x", "y"}))
     pool.avoid(frozenset({"x", "z"}))
     assert pool.slots == [started], "what has not started may be on the node"
+
+
+def test_workers_on_a_drained_node_get_no_further_leases_and_others_are_started_in_their_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drained, other = Slot(_Actor(), INFO), Slot(_Actor(), WorkerInfo("other", 1, "cpu", {}))
+    pool = pool_of(monkeypatch, [drained, other], max=2, cpus=1)
+    pool.lease(drained, SHARD)
+    pool.drain(frozenset({"node"}))
+    assert (drained.free, other.free, pool.free) == (0, 2, [other])
+    assert list(drained.leases.values()) == [SHARD], "what is in flight goes on"
+    pool.grow(10)
+    assert len(pool.slots) == 3
+    pool.shrink(2)
+    pool.grow(2)
+    assert len(pool.slots) == 3, "a worker that leaves is not counted"
+    pool.end_lease(next(iter(drained.leases)))
+    assert pool.free == [other]
+    pool.remove(drained)
+    assert list(pool.leaving) == []
+
+
+def test_a_worker_that_starts_on_a_drained_node_gets_no_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pool_of(monkeypatch, [late := Slot(_Actor())], max=1, cpus=1)
+    pool.drain(frozenset({"node"}))
+    pool.record_start(late, INFO)
+    assert (late.free, pool.free) == (0, [])
+
+
+def test_a_drained_node_has_no_places_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"NodeID": name, "Alive": True, "Resources": {"CPU": 4.0}} for name in ("node", "other")]
+    monkeypatch.setattr("reinforce.cluster.ray.nodes", lambda: nodes)
+    pool = pool_of(monkeypatch, [], cpus=1)
+    pool.grow(100)
+    assert len(pool.slots) == 8
+    pool.close()
+    pool.drain(frozenset({"node"}))
+    pool.grow(100)
+    assert len(pool.slots) == 4

@@ -146,3 +146,15 @@ def test_a_worker_gets_no_lease_during_a_pause_or_once_it_is_to_be_restarted() -
     slot.exhausted = False
     queue.hand_out([slot], leaser(), now=5.0)
     assert leases_of(slot) == "ab"
+
+
+def test_a_worker_on_a_drained_node_is_no_place_for_retries_or_suspects() -> None:
+    here, leaving = Slot(None, WorkerInfo("x", 1, "cpu", {})), Slot(None, WorkerInfo("y", 1, "cpu", {}), leaving=True)
+    queue = ShardQueue([])
+    queue.add_delayed(SHARDS[0], 0.0, frozenset({WorkerId("x", 2)}))
+    queue.add_suspect(SHARDS[1], frozenset({WorkerId("x", 1)}))
+    queue.hand_out([leaving, here], leaser(), now=1.0)
+    assert (leases_of(leaving), leases_of(here)) == ("", "b")
+    end(here, "b")
+    queue.hand_out([leaving, here], leaser(), now=1.0)
+    assert (leases_of(leaving), leases_of(here)) == ("", "a")

@@ -1,4 +1,5 @@
-"""A cluster of several nodes: the pool grows when a node joins, and a lost node counts against no shard."""
+"""A cluster of several nodes: the pool grows when a node joins, a lost node counts against no shard, and a drained node
+gets no further shard."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, subprocess, sys, time
 from pathlib import Path
+from ray import _raylet
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 config, output, log, quick = sys.argv[1], Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 
@@ -44,17 +47,24 @@ with open(log, "w") as out:
     second = cluster.add_node(num_cpus=1)
     wait(lambda: len(events("worker_started")) >= 2)
     cluster.remove_node(first, allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+    wait(lambda: len(events("worker_started")) >= 3)
+    gcs, deadline = _raylet.GcsClient(address=cluster.address), int((time.time() + 300) * 1000)
+    gcs.drain_node(second.node_id, DRAIN_NODE_REASON_PREEMPTION, "a preemption notice", deadline)
+    wait(lambda: events("worker_drained"))
+    wait(lambda: second.dead_processes())  # Ray ends a drained node once it is idle
     quick.touch()
     status = run.wait(150)
-print(json.dumps({"status": status, "died": events("worker_died"), "quarantined": events("shard_quarantined")}))
+kinds = ("worker_died", "shard_quarantined", "node_drained", "worker_drained", "shard")
+print(json.dumps({"status": status, "drained": second.node_id, **{kind: events(kind) for kind in kinds}}))
 cluster.shutdown()
 """
 
 
-def test_the_pool_follows_the_cluster_and_a_lost_node_costs_no_shard(
+def test_the_pool_follows_the_cluster_and_lost_and_drained_nodes_cost_no_shard(
     ray_session: None, shards: Callable[..., str], tmp_path: Path
 ) -> None:
-    config = config_of(shards(*[32] * 40), tmp_path / "out", captioners={}, workers={"batch": 32})
+    config = config_of(shards(*[32] * 60), tmp_path / "out", captioners={}, workers={"batch": 32})
     config["teachers"] = {"red": {"class": "tests.helpers.models:ColorTeacher"}}
     path, quick = tmp_path / "config.yaml", tmp_path / "quick"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -71,7 +81,13 @@ def test_the_pool_follows_the_cluster_and_a_lost_node_costs_no_shard(
     assert done.returncode == 0, done.stdout + done.stderr + log
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["status"] == 0, log
-    assert [event["node_lost"] for event in found["died"]] == [True]
-    assert found["quarantined"] == []
+    assert [event["node_lost"] for event in found["worker_died"]] == [True], "none dies on the drained node"
+    assert found["shard_quarantined"] == []
+    [notice], [end] = found["node_drained"], found["worker_drained"]
+    assert notice["node"] == end["node"] == found["drained"]
+    assert 200 < notice["seconds"] <= 300
+    assert notice["shards"]
+    times = {event["shard"]: event["time"] for event in found["shard"]}
+    assert all(notice["time"] <= times[shard] <= end["time"] for shard in notice["shards"]), "what is in flight ends"
     assert reinforce.run({**config, "output": str(tmp_path / "whole")}).status == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
