@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from reinforce.config import load_config
+from reinforce.cli_common import DatasetUrl
 from reinforce.errors import UserError
 from reinforce.terminal import escape
 from teachers.redact import redact
@@ -17,8 +17,6 @@ from teachers.redact import redact
 if TYPE_CHECKING:
     from reinforce.dataset.store import Store
     from reinforce.engine.recompute import Recomputed
-
-DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fsspec URL of a reinforced dataset.")]
 
 
 def status(
@@ -102,6 +100,7 @@ def validate(
 
 def _recompute(dataset: str, config: Path, rows: int, seed: int) -> Recomputed:
     """Compute rows of a dataset again with the models of a config."""
+    from reinforce.config import load_config
     from reinforce.engine.recompute import recompute
 
     return recompute(load_config(config), dataset, rows, seed)

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from reinforce.cli_common import Address, DatasetUrl, examples
 from reinforce.terminal import escape
 
-DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fsspec URL of a reinforced dataset.")]
 OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URL to write to.")]
 ImagesFrom = Annotated[
     list[str] | None,
@@ -16,18 +16,16 @@ ImagesFrom = Annotated[
         metavar="URL", help="Folder of tars that images may be read from, if stored by reference; repeatable."
     ),
 ]
-Address = Annotated[
-    str | None,
-    typer.Option(help="Ray cluster to use: 'auto' or HOST:PORT. Default: RAY_ADDRESS, otherwise this machine."),
-]
 NoRay = Annotated[bool, typer.Option("--no-ray", help="Work in this process, one shard after the other.")]
 
 export = typer.Typer(
-    no_args_is_help=True, help="Export a model to run without torch and open_clip, or a dataset for other programs."
+    no_args_is_help=True,
+    **examples("reinforce export onnx demo/students/distilled"),
+    help="Export a model to run without torch and open_clip, or a dataset for other programs.",
 )
 
 
-@export.command("onnx")
+@export.command("onnx", **examples("reinforce export onnx demo/students/distilled --output demo/onnx"))
 def export_onnx(
     model: Annotated[
         str,
@@ -64,7 +62,10 @@ def export_onnx(
         typer.echo(line)
 
 
-@export.command("datacompdr")
+@export.command(
+    "datacompdr",
+    **examples("reinforce export datacompdr demo/dataset demo/datacompdr --precision bf16"),
+)
 def export_datacompdr(
     dataset: DatasetUrl,
     output: OutputUrl,
@@ -99,7 +100,13 @@ def export_datacompdr(
         typer.echo(escape(line))
 
 
-@export.command("embeddings")
+@export.command(
+    "embeddings",
+    **examples(
+        "reinforce export embeddings demo/dataset demo/vectors --teacher conv-64",
+        "reinforce export embeddings demo/dataset demo/vectors --teacher conv-64 --texts coca",
+    ),
+)
 def export_embeddings(
     dataset: DatasetUrl,
     output: OutputUrl,

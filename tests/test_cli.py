@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,9 @@ import pytest
 import yaml
 from typer.main import get_command
 
+import reinforce
 from reinforce.cli import app, main
+from tests.helpers import command_line, pages_commands
 from tests.helpers.data import config_of
 
 Command = Callable[..., tuple[int, str, str]]
@@ -170,3 +177,183 @@ def test_help_names_existing_configs_and_explains_every_option(command: Command,
 def test_help_shows_the_name_of_an_extra(command: Command) -> None:
     assert ".[export]'" in command("export", "onnx", "--help")[1]
     assert ".[export]'" in command("latency", "--help")[1]
+
+
+# --- commands and options
+
+
+def test_commands_and_options_are_those_that_are_recorded() -> None:
+    recorded = command_line.FILE.read_text(encoding="utf-8")
+    found = command_line.describe()
+    assert found == recorded, (
+        f"the command line has changed:\n{command_line.difference(found, recorded)}\n"
+        "Scripts of users depend on it. If the change is intended, name it in CHANGELOG.md and run:\n"
+        f"{command_line.RENEW}"
+    )
+
+
+def test_a_renamed_option_changes_the_recorded_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = command_line.describe()
+    found = get_command(app)
+    option = next(p for p in found.commands["run"].params if p.name == "retry_quarantined")
+    monkeypatch.setattr(option, "opts", ["--retry"])
+    monkeypatch.setattr("typer.main.get_command", lambda _: found)
+    changed = command_line.difference(command_line.describe(), before)
+    assert "+     --retry, bool, default False" in changed
+
+
+def shown_examples(out: str) -> list[str]:
+    return re.findall(r"^ \$ (.*?) *$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [[], *commands(), ["export"]], ids=" ".join)
+def test_every_help_has_short_examples_that_the_parser_accepts(
+    command: Command, name: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    examples = shown_examples(command(*name, "--help")[1])
+    assert examples
+    for example in examples:
+        words = shlex.split(example)
+        assert words[: len(name) + 1] == ["reinforce", *name]
+        pages_commands.check(words)  # also that the configs exist
+
+
+def test_an_example_with_a_wrong_option_is_found() -> None:
+    with pytest.raises(Exception, match="--sett"):
+        pages_commands.check(shlex.split("reinforce run configs/demo.yaml --sett seed=1"))
+
+
+def test_the_version_is_that_of_the_package(command: Command) -> None:
+    assert command("--version") == (0, f"reinforce {reinforce.__version__}\n", "")
+
+
+# --- errors
+
+
+@pytest.fixture
+def defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect of the program: reading a status raises an error that nobody has foreseen."""
+
+    def fail(url: str) -> None:
+        raise KeyError("s3://me:secret@bucket/x?sig=1")
+
+    monkeypatch.setattr("reinforce.dataset.status.read_status", fail)
+
+
+def test_an_unexpected_error_is_one_line_that_says_what_to_do(command: Command, defect: None) -> None:
+    status, out, err = command("status", "somewhere")
+    assert (status, out) == (1, "")
+    assert re.match(r"error: unexpected KeyError: 's3://bucket/x' \(test_cli\.py:\d+\)\. `reinforce --debug ", err)
+    assert "report it" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_debug_shows_the_traceback(command: Command, defect: None, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    if by == "environment":
+        monkeypatch.setenv("REINFORCE_DEBUG", "1")
+    status, _, err = command(*(["--debug"] if by == "option" else []), "status", "somewhere")
+    assert status == 1
+    assert "Traceback (most recent call last)" in err
+    assert "secret" not in err
+    assert err.splitlines()[-1].startswith("error: unexpected KeyError")
+
+
+def test_debug_shows_the_traceback_of_a_user_error_and_keeps_its_status(command: Command, tmp_path: Path) -> None:
+    status, _, err = command("--debug", "status", str(tmp_path))
+    assert status == 2
+    assert "Traceback" in err
+    assert "is not a reinforced dataset" in err.splitlines()[-1]
+    assert "Traceback" not in command("status", str(tmp_path))[2], "debug holds for one command"
+
+
+# --- the terminal
+
+
+def in_a_terminal(*arguments: str, **variables: str) -> str:
+    """Run a command with a terminal as its standard output; returns what it shows."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", **variables}
+    subprocess.run([sys.executable, "-m", "reinforce", *arguments], stdout=theirs, env=environment, check=True)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 65536):
+            shown += part
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    return shown.decode()
+
+
+COLOUR = re.compile(r"\x1b\[[\d;]*(3[0-79]|4[0-79]|38|48|9[0-7])[\d;]*m")
+
+
+def test_a_terminal_shows_colours_unless_no_color_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "CI", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    assert COLOUR.search(in_a_terminal("export", "--help"))
+    assert not COLOUR.search(in_a_terminal("export", "--help", NO_COLOR="1"))
+
+
+def test_a_file_or_pipe_has_no_escape_sequences(command: Command, tmp_path: Path) -> None:
+    for arguments in (["--help"], ["plan", "--help"], ["status", str(tmp_path)], ["run", "--unknown"]):
+        _, out, err = command(*arguments)
+        assert "\x1b" not in out + err
+
+
+# --- shell completion, by the variables with which the script of the shell asks for it
+
+
+def complete(command: Command, monkeypatch: pytest.MonkeyPatch, line: str) -> list[str]:
+    monkeypatch.setenv("_REINFORCE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+    status, out, _ = command()
+    assert status == 0
+    return out.split()
+
+
+def test_bash_completes_commands_and_options(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert complete(command, monkeypatch, "reinforce pl") == ["plan"]
+    assert complete(command, monkeypatch, "reinforce export ") == ["onnx", "datacompdr", "embeddings"]
+    assert complete(command, monkeypatch, "reinforce run my.yaml --ret") == ["--retry-quarantined"]
+    assert complete(command, monkeypatch, "reinforce evaluate m --precision b") == ["bf16"]
+
+
+BASH = """
+eval "$(_REINFORCE_COMPLETE=source_bash reinforce)"
+complete -p reinforce
+COMP_WORDS=(reinforce exp) COMP_CWORD=1
+_reinforce_completion reinforce exp reinforce
+echo "${COMPREPLY[@]}"
+"""
+
+
+def test_the_script_for_bash_completes_in_a_bash(tmp_path: Path) -> None:
+    program = tmp_path / "reinforce"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m reinforce "$@"\n')
+    program.chmod(0o755)
+    path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", BASH], env=path, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["export"], done.stderr
+    assert "-o default" in done.stdout, "files are completed where the program has no suggestion"
+
+
+def test_help_and_completion_import_no_heavy_library() -> None:
+    code = "import sys, reinforce.cli, atexit\natexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+    for variables, arguments in (
+        ({}, ["--help"]),
+        ({"_REINFORCE_COMPLETE": "complete_bash", "COMP_WORDS": "reinforce run --", "COMP_CWORD": "2"}, []),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code + f"reinforce.cli.main({arguments})"],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ("Usage: reinforce" if arguments else "--retry-quarantined") in done.stdout
+        heavy = {"torch", "ray", "numpy", "pyarrow", "yaml", "fsspec", "transformers", "open_clip", "matplotlib"}
+        assert heavy & set(done.stderr.split()) == set()

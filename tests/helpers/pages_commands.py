@@ -48,6 +48,7 @@ CHECKED = {
     r"ray start --head": "starts a cluster; tests/integration/test_job.py does",
     r"ray job submit .*": "needs a cluster; tests/integration/test_job.py submits one",
     r"torchrun .*": "needs several ranks; tests/integration/test_train.py runs them",
+    r"reinforce --(install|show)-completion": "needs a shell that it knows; tests/test_cli.py completes in a bash",
     r"reinforce (plan|run) configs/.*": "needs the data of the config; tests/integration runs small ones",
     r"reinforce tune .*": "trains for minutes on Ray Tune; tests/tuning/test_search.py runs a small one",
     r"reinforce validate my-data --recompute .*": "loads all models; tests/engine/test_recompute.py does",
@@ -103,6 +104,9 @@ def check_names(program: str, words: list[str]) -> None:
         _python(words)
         return
     command: Any = typer.main.get_command(app)
+    if words and words[0].startswith("--"):
+        _reinforce(words[:1])
+        words = words[1:]
     while hasattr(command, "commands") and words:
         assert words[0] in command.commands, f"reinforce has no command {words[0]}"
         command, words = command.commands[words[0]], words[1:]
@@ -121,7 +125,13 @@ def _parse(command: Any, words: list[str]) -> None:
 
 
 def _reinforce(words: list[str]) -> None:
-    _parse(typer.main.get_command(app), words)
+    command: Any = typer.main.get_command(app)
+    options = {"--help", *(option for parameter in command.params for option in parameter.opts)}
+    while words and words[0] in options:  # such as --version, which needs no command
+        words = words[1:]
+        if not words:
+            return
+    _parse(command, words)
 
 
 def _make(words: list[str]) -> None:

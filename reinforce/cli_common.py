@@ -1,0 +1,93 @@
+"""What commands share: options, examples, and JSON on standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape as literal
+
+from teachers.redact import redact
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config, repeatable: --set workers.cpus=4"),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to use: 'auto' or HOST:PORT. Default: RAY_ADDRESS, otherwise this machine."),
+]
+JsonFile = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Also write the results to this file; -: only to standard output."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else goes to standard error.")]
+DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fsspec URL of a reinforced dataset.")]
+
+_EXAMPLE = "$ "
+
+
+def config_argument(example: str) -> Any:
+    """The argument CONFIG of a command, whose help names a config of ``configs/``."""
+    return typer.Argument(metavar="CONFIG", help=f"YAML config, for example configs/{example}.")
+
+
+def examples(*commands: str) -> dict[str, Any]:
+    """Options of ``app.command`` that add examples to the end of a command's help.
+
+    Each is a command line that runs as it is, after `make demo`.
+    """
+    lines = [literal(_EXAMPLE + command) for command in commands]
+    return {"epilog": "\n\n".join([f"Example{'s' * (len(lines) > 1)}:", *lines])}
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on standard output: without secrets in URLs, with null for numbers that are not finite."""
+    typer.echo(json.dumps(_plain(value), indent=2))
+
+
+@contextlib.contextmanager
+def only_json(active: bool = True) -> Iterator[Callable[[Any], None]]:
+    """Send what is written to standard output to standard error, also by child processes, if ``active``.
+
+    Yields a function that prints JSON, which can be called inside, to the standard output as it was before.
+    """
+    if not active:
+        yield print_json
+        return
+    printed: list[Any] = []
+    with _stdout_to_stderr():
+        yield printed.append
+    for value in printed:
+        print_json(value)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, Mapping):
+        return {redact(str(key)): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int)) else redact(str(value))

@@ -1,0 +1,109 @@
+"""Commands about a dataset that is made: ``reinforce run``, ``plan`` and ``check``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from reinforce.cli_common import Address, Overrides, config_argument
+from reinforce.errors import UserError
+from reinforce.terminal import escape
+from teachers.redact import redact
+
+
+def run(
+    config: Annotated[Path, config_argument("demo.yaml")],
+    set_: Overrides = None,
+    address: Address = None,
+    retry_quarantined: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Retry the shards that are quarantined as a whole.")
+    ] = False,
+) -> None:
+    """Compute the missing layers of a dataset, and nothing else.
+
+    Starting, resuming after a crash and adding a teacher are the same command.
+
+    Exits with status 0 if every shard is finished or, up to failures.allowed_share of the shards, quarantined.
+    """
+    from reinforce.config import load_config
+    from reinforce.engine.runner import run as run_config
+
+    checked = load_config(config, set_)
+    try:
+        summary = run_config(checked, address=address, retry_quarantined=retry_quarantined)
+    except KeyboardInterrupt:
+        typer.echo("stopped; finished shards are kept. Run the same command again to resume.", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(escape(summary.text(checked.output)))
+    raise typer.Exit(summary.status)
+
+
+def plan(
+    config: Annotated[Path, config_argument("demo.yaml")],
+    set_: Overrides = None,
+    uses: Annotated[bool, typer.Option("--uses", help="Only name the classes and hosts that it would use.")] = False,
+) -> None:
+    """Show what is missing in each layer and how large it will be. Starts nothing and writes nothing.
+
+    Reads one sample of the source, and fails where a run would fail before it starts. Custom classes are imported.
+    """
+    from reinforce.config import load_config
+    from reinforce.dataset.damage import describe_damaged
+    from reinforce.dataset.store import Store
+    from reinforce.engine.estimate import expected_bytes, plan_table
+    from reinforce.engine.plan import make_plan
+    from reinforce.engine.probe import check_source
+    from reinforce.engine.sources import check_copies
+    from reinforce.engine.summary import not_in_source_lines
+    from reinforce.engine.uses import config_uses
+    from reinforce.terminal import format_bytes
+
+    checked = load_config(config, set_)
+    for line in config_uses(checked).lines(every=uses):
+        typer.echo(escape(redact(line)))
+    if uses:
+        return
+    current = make_plan(checked)
+    expected = expected_bytes(current)
+    Console().print(plan_table(current, expected))
+    total = sum(size or 0 for size in expected.values())
+    size = format_bytes(total) if None not in expected.values() else f"{format_bytes(total)} or more"
+    typer.echo(f"{current.shards:,} shards, {len(current.pending):,} with something missing, about {size} to write")
+    damage = describe_damaged(Store(checked.output).url, current.damaged)
+    for line in filter(None, [*current.notes, damage, *not_in_source_lines(asdict(current.not_in_source))]):
+        typer.echo(escape(line))
+    sample, notes = check_source(current)
+    if sample is not None:
+        typer.echo(escape(sample.line()))
+    for note in notes:
+        typer.echo(escape(redact(note)), err=True)
+    check_copies(current, Store(current.config.output))
+
+
+def check(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="YAML config of a run, or a class as module:Class.")],
+    set_: Overrides = None,
+    options: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Keyword arguments of the class: '{\"width\": 32}'.")
+    ] = None,
+    kind: Annotated[
+        Literal["teacher", "captioner"] | None, typer.Option(help="What the class is. Default: by its methods.")
+    ] = None,
+) -> None:
+    """Load teachers and captioners, test them on small batches as before a run, and measure their speed.
+
+    Starts nothing and writes nothing. Exits with status 2 if a model fails.
+    """
+    from reinforce.engine.check import check_target
+
+    report = check_target(target, options, kind, set_)
+    if report.rows:
+        Console().print(report.table())
+    for note in report.notes:
+        typer.echo(escape(note))
+    if report.errors:
+        raise UserError("\n".join(report.errors))

@@ -1,0 +1,216 @@
+"""Commands that train, tune and measure models: ``reinforce train``, ``evaluate``, ``tune`` and others."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import typer
+from rich.console import Console
+
+from reinforce.cli_common import Address, JsonFile, Overrides, config_argument
+from reinforce.errors import UserError
+from reinforce.terminal import escape
+from teachers.redact import redact
+
+T = TypeVar("T")
+
+
+def train(
+    config: Annotated[Path, config_argument("student-demo.yaml")],
+    set_: Overrides = None,
+    address: Address = None,
+) -> None:
+    """Train a student from reinforced datasets, or resume from the last checkpoint in its output folder.
+
+    One rank trains in this process, more ranks train on Ray Train. Under torchrun, the ranks are torchrun's.
+    """
+    from reinforce.student.config import load_student_config
+    from reinforce.student.train import train as train_student
+
+    checked = load_student_config(config, set_)
+    results = _run_training(lambda: train_student(checked, address=address))
+    if _is_first_rank():
+        typer.echo(results.summary())
+
+
+def finetune_captioner(
+    config: Annotated[Path, config_argument("finetune-demo.yaml")], set_: Overrides = None, address: Address = None
+) -> None:
+    """Fine-tune a CoCa captioner on images with captions, or resume from the last checkpoint in its output folder.
+
+    Runs where `train` would run. The result is a model for `captioners:` of `reinforce run`.
+    """
+    from reinforce.captioning.config import load_captioner_config
+    from reinforce.captioning.finetune import finetune, format_comparison
+
+    checked = load_captioner_config(config, set_)
+    results = _run_training(lambda: finetune(checked, address=address))
+    if _is_first_rank():
+        typer.echo(results.summary())
+        typer.echo("held-out images, before and after:")
+        typer.echo(format_comparison(results))
+
+
+def tune(
+    config: Annotated[Path, config_argument("tune-demo.yaml")],
+    set_: Overrides = None,
+    address: Address = None,
+    screen_only: Annotated[
+        bool, typer.Option("--screen-only", help="Only screen the logit scales with stored embeddings; train nothing.")
+    ] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write the scales found into dataset.json of the datasets.")
+    ] = False,
+) -> None:
+    """Find the teachers' logit scales and lambda by short trainings; finished trials are not repeated.
+
+    Writes a table, a plot and a config for `reinforce train` to the output folder.
+    """
+    from reinforce.tuning import command
+    from reinforce.tuning.config import load_tune_config
+    from reinforce.tuning.tables import results_table, screening_table
+
+    checked = load_tune_config(config, set_)
+    if screen_only:
+        screenings = _run_training(lambda: command.screen_only(checked))
+        Console().print(screening_table(screenings))
+        typer.echo(f"plot: {redact(checked.output)}/{command.PLOT}")
+        return
+    result = _run_training(lambda: command.tune(checked, address=address))
+    Console().print(screening_table(result.screenings))
+    Console().print(results_table(result.rows, result.metric))
+    lines = result.lines()
+    if record and not result.errors:
+        lines += command.record_scales_in_datasets(checked, result)
+    for line in lines:
+        typer.echo(escape(line))
+    if result.errors:
+        raise UserError("trials failed; the same command retries them:\n  " + "\n  ".join(result.errors))
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="NAME,TAG of open_clip (or NAME with --pretrained), local-dir:PATH, hf-hub:ORG/REPO, or a folder or "
+            "URL that a training wrote.",
+        ),
+    ],
+    pretrained: Annotated[
+        str | None, typer.Option(metavar="TAG", help="Tag or checkpoint of the models given by NAME alone.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML config whose `evaluate` section defines sets.")] = None,
+    zero_shot: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=URL", help="Images with classes: a folder with a folder per class, or shards."),
+    ] = None,
+    retrieval: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=URL", help="Images with captions: shards, or a reinforced dataset."),
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="For --zero-shot: `imagenet` or a text file. Default: the names of the folders.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="For --zero-shot: where shards hold the class, `cls` or json:FIELD.")
+    ] = None,
+    templates: Annotated[
+        str | None, typer.Option(help="For --zero-shot: `openai`, `simple` (default), `none`, or a text file.")
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="For --zero-shot: json:FIELD or a JSON file with the group of each class.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Number of images of each set of the command line. Default: all.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Images or texts per forward pass.")] = None,
+    images_from: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="Folder of tars that a dataset may read by reference.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the forward pass.")] = "fp32",
+    json_: JsonFile = None,
+    clip_benchmark: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also run the package clip_benchmark on datasets that it downloads to this folder.",
+        ),
+    ] = None,
+) -> None:
+    """Evaluate models by zero-shot classification and image-text retrieval.
+
+    Each model gets its own preprocessing. Images that cannot be decoded are skipped and reported.
+    """
+    from reinforce.evaluation import command
+    from reinforce.model_names import resolve_models
+
+    common = {"classes": classes, "label": label, "templates": templates, "groups": groups}
+    common = {key: value for key, value in common.items() if value is not None}
+    sets = command.build_evaluation(config, zero_shot or [], retrieval or [], common, limit, batch, images_from or [])
+    if not sets.metrics and clip_benchmark is None:
+        raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval or --config.")
+    with resolve_models(models, pretrained) as specs:
+        report = command.evaluate_models(specs, sets, device, precision, clip_benchmark)
+    Console().print(report.table())
+    for line in report.lines():
+        typer.echo(line)
+    if json_ is not None:
+        report.write(json_)
+
+
+def latency(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Names of open_clip, local-dir:PATH, or folders that trainings wrote."),
+    ],
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements per tower; the towers take turns.")] = 20,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's, one per core.")] = None,
+    clock: Annotated[
+        Literal["wall", "process"],
+        typer.Option(help="wall: elapsed time; process: CPU time of all threads, for a machine that is not idle."),
+    ] = "wall",
+    onnx_: Annotated[
+        bool, typer.Option("--onnx", help="Also measure in onnxruntime; requires pip install -e '.\\[export]'.")
+    ] = False,
+    json_: JsonFile = None,
+) -> None:
+    """Compare parameters, operations and latency at batch size 1 of models, on the CPU of this machine.
+
+    The architectures are measured with random weights, reparameterised as for export; nothing is downloaded.
+    """
+    from reinforce.model_names import resolve_models
+    from reinforce.shipping.latency import measure_latency
+    from reinforce.shipping.packages import require_export_packages
+
+    if onnx_:
+        require_export_packages()
+    with resolve_models(models, weights=False) as specs:
+        report = measure_latency(specs, rounds=rounds, threads=threads, onnx=onnx_, clock=clock)
+    Console().print(report.table())
+    typer.echo(report.conditions())
+    if json_ is not None:
+        report.write(json_)
+
+
+def _run_training(work: Callable[[], T]) -> T:
+    """Run a training with its log on the terminal; if it is stopped, exit with the status of the signal."""
+    from reinforce.training.stop import Stopped
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("reinforce").setLevel(logging.INFO)
+    try:
+        return work()
+    except (Stopped, KeyboardInterrupt) as stopped:
+        typer.echo("stopped; run the same command again to resume from the last checkpoint", err=True)
+        raise typer.Exit(stopped.status if isinstance(stopped, Stopped) else 130) from None
+
+
+def _is_first_rank() -> bool:
+    """Return whether this process is torchrun's rank 0, or was not started by torchrun."""
+    return os.environ.get("RANK", "0") == "0"
