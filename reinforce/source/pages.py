@@ -7,7 +7,7 @@ the compact protocol: https://github.com/apache/parquet-format/blob/master/src/m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple, TypeAlias
 
 import pyarrow as pa
@@ -15,10 +15,12 @@ import pyarrow as pa
 Bytes: TypeAlias = "bytes | memoryview"
 
 DATA, INDEX, DICTIONARY, DATA_V2 = range(4)  # types of pages
-#: Encodings by name that a page may have. DELTA_BYTE_ARRAY is not among them: it repeats prefixes, so that a small page
-#: can hold any number of bytes. Layer files have the first four.
-ENCODINGS = {0: "PLAIN", 2: "PLAIN_DICTIONARY", 3: "RLE", 8: "RLE_DICTIONARY"}
-ENCODINGS |= {5: "DELTA_BINARY_PACKED", 6: "DELTA_LENGTH_BYTE_ARRAY", 9: "BYTE_STREAM_SPLIT"}
+PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY = 0, 2, 3, 8
+DELTA_BINARY_PACKED, DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY, BYTE_STREAM_SPLIT = 5, 6, 7, 9
+#: Encodings that pages of layer files may have. A page of another one can hold more bytes than its header states.
+LAYER_ENCODINGS = {PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY, DELTA_BINARY_PACKED, BYTE_STREAM_SPLIT}
+#: Encodings that pages may have where ``delta_pages`` computes the bytes of the two others.
+ENCODINGS = LAYER_ENCODINGS | {DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY}
 
 _MAX_DEPTH = 8
 _INT32 = 2**31
@@ -37,24 +39,31 @@ class CutOff(BadPage):
 
 
 class Page(NamedTuple):
-    """A page: its type, bytes when decompressed and as stored, number of values, and where its stored bytes begin."""
+    """A page: its type, bytes when decompressed and as stored, number of values, and where its stored bytes begin.
+
+    ``level_encodings`` are those of definition and repetition levels; of DATA_V2, ``levels`` are the bytes of both.
+    """
 
     type: int
     uncompressed: int
     stored: int
     values: int
     start: int
+    encoding: int = PLAIN
+    level_encodings: tuple[object, object] = (RLE, RLE)
+    levels: int = 0
+    is_compressed: bool = True
 
 
 def read_pages(chunk: Bytes, values: int) -> Iterator[Page]:
-    """Yield the pages of a column chunk of ``values`` values, until all of these are seen.
+    """Yield the pages of a column chunk of a layer file of ``values`` values, until all of these are seen.
 
     Raises BadPage if a header cannot be read, if a page does not fit into the chunk or has a refused encoding, or if
     the pages have another number of values.
     """
     position = seen = pages = 0
     while seen < values:
-        page = read_page(chunk, position)
+        page = read_page(chunk, position, LAYER_ENCODINGS)
         pages += 1
         position = page.start + page.stored
         if position > len(chunk):
@@ -70,13 +79,10 @@ def read_pages(chunk: Bytes, values: int) -> Iterator[Page]:
 
 def longest_entry(page: Page, stored: Bytes, compression: str) -> int:
     """Bytes of the longest text of a dictionary, whose page has the bytes ``stored``. Raises BadPage."""
-    data = (
-        bytes(stored) if compression == "UNCOMPRESSED" else _decompress(bytes(stored), page.uncompressed, compression)
-    )
-    return _longest(data, page.values)
+    return _longest(bytes(decompress(stored, page.uncompressed, compression)), page.values)
 
 
-def read_page(chunk: Bytes, position: int) -> Page:
+def read_page(chunk: Bytes, position: int, encodings: Collection[int] = ENCODINGS) -> Page:
     """Read the page header at ``position``. Raises BadPage, CutOff if the header goes on after the end of ``chunk``."""
     try:
         fields, start = _read_struct(chunk, position, 0)
@@ -89,13 +95,19 @@ def read_page(chunk: Bytes, position: int) -> Page:
     if not isinstance(body, dict):
         raise BadPage(f"a page of type {kind} without its header")
     encoding = body.get(4 if kind == DATA_V2 else 2)
-    if encoding not in ENCODINGS:
+    if not isinstance(encoding, int) or encoding not in encodings:
         raise BadPage(f"a page has encoding {encoding}, which is not read")
-    return Page(kind, uncompressed, stored, _size(body.get(1)), start)  # type: ignore[arg-type]
+    page = Page(kind, uncompressed, stored, _size(body.get(1)), start, encoding)  # type: ignore[arg-type]
+    if kind == DATA:
+        return page._replace(level_encodings=(body.get(3), body.get(4)))
+    if kind == DATA_V2:
+        levels = _size(body.get(5)) + _size(body.get(6))
+        return page._replace(levels=levels, is_compressed=body.get(7) is not False)
+    return page
 
 
 def _size(value: object) -> int:
-    if not isinstance(value, int) or not 0 <= value < _INT32:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _INT32:
         raise BadPage(f"a page header has size or count {value!r}")
     return value
 
@@ -113,20 +125,22 @@ def _read_struct(data: Bytes, position: int, depth: int) -> tuple[dict[int, obje
         if head >> 4:
             number += head >> 4
         else:
-            number, position = _read_integer(data, position)
+            number, position = read_integer(data, position)
         if number in fields or not 0 < number < 2**15:
             raise BadPage("a page header has a field twice")
         value: object = None
         if kind == _I32:
-            value, position = _read_integer(data, position)
+            value, position = read_integer(data, position)
         elif kind == _STRUCT and depth < _MAX_DEPTH:
             value, position = _read_struct(data, position, depth + 1)
         elif kind == _BINARY:
-            length, position = _read_integer(data, position, signed=False)
+            length, position = read_integer(data, position, signed=False)
             position += length
         elif kind == _I64:
-            _, position = _read_integer(data, position)
-        elif kind not in (_TRUE, _FALSE):
+            _, position = read_integer(data, position)
+        elif kind in (_TRUE, _FALSE):
+            value = kind == _TRUE
+        else:
             raise BadPage("a page header has a field of an unknown type")
         if depth == 0 and number <= 8 and kind != (_STRUCT if number >= 5 else _I32):
             raise BadPage("a page header has a field of another type")
@@ -134,7 +148,7 @@ def _read_struct(data: Bytes, position: int, depth: int) -> tuple[dict[int, obje
     return fields, position + 1
 
 
-def _read_integer(data: Bytes, position: int, signed: bool = True) -> tuple[int, int]:
+def read_integer(data: Bytes, position: int, signed: bool = True) -> tuple[int, int]:
     """Read an integer of at most 32 bits, zigzag-coded if ``signed``, and where it ends. Wider ones are errors."""
     value = byte = data[position]
     position += 1
@@ -150,12 +164,15 @@ def _read_integer(data: Bytes, position: int, signed: bool = True) -> tuple[int,
     return ((value >> 1) ^ -(value & 1) if signed else value), position
 
 
-def _decompress(data: bytes, size: int, compression: str) -> bytes:
+def decompress(data: Bytes, size: int, compression: str) -> Bytes:
+    """The ``size`` bytes of a page as stored, by the compression of its column chunk. Raises BadPage."""
+    if compression == "UNCOMPRESSED" or not size:
+        return data
     try:
         name = "lz4_raw" if compression == "LZ4" else compression.lower()
-        return pa.Codec(name).decompress(data, size, asbytes=True)
+        return memoryview(pa.Codec(name).decompress(data, size)).cast("B")
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise BadPage(f"a dictionary cannot be decompressed: {error}") from error
+        raise BadPage(f"a page cannot be decompressed: {error}") from error
 
 
 def _longest(data: bytes, count: int) -> int:

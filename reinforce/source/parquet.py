@@ -1,8 +1,8 @@
 """Rows of a Parquet file of anyone's, a few at a time: neither a row group nor a column is decoded as a whole.
 
 A file may come from somebody else, and some kilobytes can ask a decoder for gigabytes: by the footer, by the headers of
-pages, or by a dictionary with one long value. Arrow reads through a file that checks each page header before it passes
-it on.
+pages, by a dictionary with one long value, or by delta-encoded texts that repeat each other. Arrow reads through a file
+that checks each page before it passes it on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.source.columns import Columns, NoColumn
+from reinforce.source.delta_pages import ColumnLevels, decoded_bytes, is_delta
 from reinforce.source.footers import (
     MAX_FOOTER_BYTES,
     TAIL_BYTES,
@@ -24,7 +25,7 @@ from reinforce.source.footers import (
     read_footer,
     span,
 )
-from reinforce.source.pages import DICTIONARY, BadPage, CutOff, longest_entry, read_page
+from reinforce.source.pages import DICTIONARY, BadPage, CutOff, Page, longest_entry, read_page
 from reinforce.source.streams import check_file
 from reinforce.source.urls import filesystem
 
@@ -94,8 +95,9 @@ class ParquetFile:
 
     def _batches(self, parquet: pq.ParquetFile, number: int, names: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
         group = self.footer.row_group(number)
-        leaves = [leaf for leaf in map(group.column, range(group.num_columns)) if _is_read(leaf.path_in_schema, names)]
-        size = self._file.check(group, leaves)
+        leaves = {i: group.column(i) for i in range(group.num_columns)}
+        leaves = {i: leaf for i, leaf in leaves.items() if _is_read(leaf.path_in_schema, names)}
+        size = self._file.check(group, leaves, self.footer.schema)
         batches = parquet.iter_batches(size, row_groups=[number], columns=[*names], use_threads=False)
         while True:
             self._file.batch_bytes = 0
@@ -177,20 +179,20 @@ class _CheckedFile(ArrowInput):
                 return footer
         raise RefusedFile("its footer cannot be read")
 
-    def check(self, group: Any, leaves: Sequence[Any]) -> int:
-        """Prepare to read these leaves of a row group; returns the rows of a batch.
+    def check(self, group: Any, leaves: Mapping[int, Any], schema: pq.ParquetSchema) -> int:
+        """Prepare to read these leaves of a row group, by their place in the schema; returns the rows of a batch.
 
         Raises RefusedFile for a leaf that is above the bounds.
         """
         rows = max(1, group.num_rows)
-        size = sum(max(0, leaf.total_uncompressed_size) for leaf in leaves)
+        size = sum(max(0, leaf.total_uncompressed_size) for leaf in leaves.values())
         batch = max(1, min(_BATCH_ROWS, _BATCH_BYTES * rows // max(1, size)))
         self._chunks = []
-        for leaf in leaves:
+        for place, leaf in leaves.items():
             if leaf.num_values != group.num_rows and leaf.num_values > MAX_LIST_VALUES:
                 raise RefusedFile(f"column {leaf.path_in_schema} has {leaf.num_values:,} values in {rows:,} rows")
             start, length = span(leaf, self._size)
-            self._chunks.append(_Chunk(start, start + length, leaf))
+            self._chunks.append(_Chunk(start, start + length, leaf, schema.column(place)))
             if leaf.physical_type == "BYTE_ARRAY" and leaf.has_dictionary_page:
                 batch = min(batch, self._dictionary_rows(start, leaf, batch))
         first, last = min(chunk.next for chunk in self._chunks), max(chunk.end for chunk in self._chunks)
@@ -209,7 +211,7 @@ class _CheckedFile(ArrowInput):
         stored = self._read_at(start + header, page.stored)
         return max(1, MAX_BATCH_BYTES // 16 // max(1, longest_entry(page, stored, leaf.compression)))
 
-    def _page(self, position: int, known: bytes | memoryview) -> tuple[Any, int]:
+    def _page(self, position: int, known: bytes | memoryview) -> tuple[Page, int]:
         """The page whose header is at ``position``, and the bytes of its header. ``known`` are bytes from there on."""
         length = _HEADER_BYTES
         while True:
@@ -226,16 +228,37 @@ class _CheckedFile(ArrowInput):
         end = start + len(data)
         for chunk in self._chunks:
             while chunk.next < min(end, chunk.end) and start <= chunk.next:
-                page, header = self._page(chunk.next, memoryview(data)[chunk.next - start :])
-                chunk.pass_page(page, header)
+                known = memoryview(data)[chunk.next - start :]
+                page, header = self._page(chunk.next, known)
+                body = chunk.pass_page(page, header)
                 self.batch_bytes += page.uncompressed
+                if is_delta(page):
+                    self.batch_bytes += self._check_delta(chunk, page, body, known[header:])
                 if self.batch_bytes > MAX_BATCH_BYTES:
                     raise BadPage(f"some rows need more than {MAX_BATCH_BYTES:,} bytes")
 
+    def _check_delta(self, chunk: _Chunk, page: Page, start: int, known: memoryview) -> int:
+        """Bytes of the texts of a page whose body is at ``start``; ``known`` is what has been read from there on.
+
+        The rest of the body is kept for Arrow, which reads it next.
+        """
+        body: bytes | memoryview = known[: page.stored]
+        if len(body) < page.stored:
+            rest = self._read_at(start + len(body), page.stored - len(body))
+            chunk.ahead = (start + len(body), memoryview(rest))
+            body = b"".join((body, rest))
+        size = decoded_bytes(page, body, chunk.levels)
+        if size > MAX_PAGE_BYTES:
+            raise BadPage(f"a page of texts of {size:,} bytes; at most {MAX_PAGE_BYTES:,} are read")
+        return size
+
     def _read_at(self, start: int, length: int) -> bytes | memoryview:
-        first, window = self._window
-        if first <= start and start + length <= first + len(window):
-            return window[start - first : start - first + length]
+        for first, part in (self._window, *(chunk.ahead for chunk in self._chunks)):
+            if first <= start and start + length <= first + len(part):
+                return part[start - first : start - first + length]
+            if first <= start < first + len(part):
+                done = part[start - first :]
+                return b"".join((done, self._read_at(start + len(done), length - len(done))))
         try:
             self._file.seek(start)
             data = bytearray()
@@ -263,12 +286,17 @@ class _CheckedFile(ArrowInput):
 class _Chunk:
     """A column chunk that is being read: the place of its next page header, and how many values are to come."""
 
-    def __init__(self, start: int, end: int, leaf: Any) -> None:
+    def __init__(self, start: int, end: int, leaf: Any, column: Any) -> None:
         self.next, self.end = start, end
+        self.levels = ColumnLevels(column.max_repetition_level, column.max_definition_level, leaf.compression)
+        self.ahead = (
+            0,
+            memoryview(b""),
+        )  # what has been read before Arrow asked for it: where it begins, and its bytes
         self._values, self._first = leaf.num_values, start
 
-    def pass_page(self, page: Any, header: int) -> None:
-        """Check a page and go on to the next. Raises BadPage."""
+    def pass_page(self, page: Page, header: int) -> int:
+        """Check a page and go on to the next; returns the place of its body. Raises BadPage."""
         if page.uncompressed > MAX_PAGE_BYTES:
             raise BadPage(f"a page of {page.uncompressed:,} bytes; at most {MAX_PAGE_BYTES:,} are read")
         if page.type == DICTIONARY:
@@ -278,6 +306,8 @@ class _Chunk:
             self._values -= page.values
         if self._values < 0:
             raise BadPage("the pages have more values than the footer")
-        self.next += header + page.stored
+        body = self.next + header
+        self.next = body + page.stored
         if self.next > self.end:
             raise BadPage("a page is longer than its column chunk")
+        return body

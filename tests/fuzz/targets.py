@@ -29,7 +29,7 @@ from reinforce.source.image import FORMATS, ImageRefused, decode
 from reinforce.source.reading import Shard
 from reinforce.source.shards import Refusal, as_utf8, split_name
 from reinforce.source.text import caption_of, json_error, metadata_of
-from tests.fuzz import datasets, published
+from tests.fuzz import datasets, published, tables
 from tests.helpers.data import picture
 from tests.helpers.decoding import cell_of, lease
 from tests.helpers.images import encode, noise
@@ -322,4 +322,5 @@ TARGETS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "text": (text, {"caption": TEXT_BYTES, "document": TEXT_BYTES}),
     "published": (published.published, {"member": published.MEMBERS}),
     **datasets.TARGETS,
+    **tables.TARGETS,
 }

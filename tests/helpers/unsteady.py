@@ -8,7 +8,8 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 
 class UnsteadyFileSystem(AbstractFileSystem):
-    """Holds one file of any name. Requests beyond byte ``fails_at`` raise ``error``; ``requests`` counts them."""
+    """Holds one file of any name. Requests beyond byte ``fails_at`` raise ``error``; ``requests`` and ``bytes_read``
+    count them."""
 
     protocol = "unsteady"
     cachable = False
@@ -16,6 +17,7 @@ class UnsteadyFileSystem(AbstractFileSystem):
     fails_at = 2**62
     error: Exception = TimeoutError("no answer")
     requests = 0
+    bytes_read = 0
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         return {"name": path, "size": len(self.content), "type": "file"}
@@ -27,6 +29,7 @@ class UnsteadyFileSystem(AbstractFileSystem):
 class _UnsteadyFile(AbstractBufferedFile):
     def _fetch_range(self, start: int, end: int) -> bytes:
         UnsteadyFileSystem.requests += 1
+        UnsteadyFileSystem.bytes_read += end - start
         if end > UnsteadyFileSystem.fails_at:
             raise UnsteadyFileSystem.error
         return UnsteadyFileSystem.content[start:end]

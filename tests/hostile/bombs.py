@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from tests.hostile.parquet import (
     DELTA_BYTE_ARRAY,
+    DELTA_LENGTH_BYTE_ARRAY,
     FLOAT,
     I64,
     OPTIONAL,
@@ -92,6 +93,13 @@ def _prefixes(metadata: Metadata) -> bytes:
     return File([keys(rows), column], rows, metadata).encoded()
 
 
+def _lengths(metadata: Metadata) -> bytes:
+    """A caption, whose page states the lengths of two billion."""
+    body = levels(1, 1) + varint(2**30) + varint(1) + varint(LARGEST) + b"\0\0\0"
+    column = Column([("caption", OPTIONAL)], [Page(body, 1, DELTA_LENGTH_BYTE_ARRAY)])
+    return File([keys(1), column], 1, metadata).encoded()
+
+
 def _levels(metadata: Metadata) -> bytes:
     """One row with two billion captions, all of them null."""
     repetition = run(1, 0) + run(LARGEST - 1, 1)
@@ -137,6 +145,7 @@ BOMBS = [
     Bomb("zstd pages of kilobytes that decompress to 13 GB", "samples", "needs more than", _zstd),
     Bomb("a dictionary whose one text of 1 MB is repeated 14,000 times", "samples", "needs more than", _dictionary),
     Bomb("an encoding in which each text repeats the one before", "samples", "encoding 7", _prefixes),
+    Bomb("a page of 20 bytes that states the lengths of two billion captions", "samples", "encoding 6", _lengths),
     Bomb("a page of 20 bytes with two billion captions of a row", "captions/namer", "2,147,483,647 values", _levels),
     Bomb("a row group of two billion rows", "samples", "2,147,483,647 rows", _rows),
     Bomb(

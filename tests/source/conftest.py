@@ -10,6 +10,6 @@ from tests.helpers.unsteady import UnsteadyFileSystem
 def unsteady(monkeypatch: pytest.MonkeyPatch) -> type[UnsteadyFileSystem]:
     """The file system of ``unsteady://`` URLs; its settings are reset after the test."""
     fsspec.register_implementation("unsteady", UnsteadyFileSystem, clobber=True)
-    for name in ("content", "fails_at", "error", "requests"):
+    for name in ("content", "fails_at", "error", "requests", "bytes_read"):
         monkeypatch.setattr(UnsteadyFileSystem, name, getattr(UnsteadyFileSystem, name))
     return UnsteadyFileSystem
