@@ -24,6 +24,8 @@ from collections.abc import Iterator
 
 import torch
 
+from teachers import process_flags
+
 _LOG = logging.getLogger(__name__)
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
@@ -88,13 +90,14 @@ def allow_tf32(allowed: bool) -> None:
 
 @contextlib.contextmanager
 def tf32() -> Iterator[None]:
-    """TF32 for the fp32 products and convolutions that are queued inside. The flag is the process's: one thread at a
-    time may use the accelerator."""
-    allow_tf32(True)
-    try:
-        yield
-    finally:
-        allow_tf32(False)
+    """TF32 for the fp32 products and convolutions that are queued inside. The flag is the process's: other threads
+    that launch models wait."""
+    with process_flags.changing():
+        allow_tf32(True)
+        try:
+            yield
+        finally:
+            allow_tf32(False)
 
 
 @contextlib.contextmanager
@@ -113,8 +116,12 @@ def inference() -> Iterator[None]:
 def unique_indices() -> Iterator[None]:
     """Work that writes to each index once, which is deterministic as it is.
 
-    The flag would have CUDA sort the indices of each copy: several kernels in each layer of a decoding step.
+    The flag would have CUDA sort the indices of each copy: several kernels in each layer of a decoding step. It does,
+    with the same results, where another thread relies on the flag.
     """
+    if process_flags.are_shared():
+        yield
+        return
     before = _mode()
     _set_mode(False, False)
     compiler = sys.modules.get("torch._inductor.config")

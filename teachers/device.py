@@ -141,6 +141,11 @@ class Accelerator:
             for tensor in tensors:
                 tensor.record_stream(stream)  # keeps their memory until the queued work is done
 
+    def side_stream(self) -> torch.cuda.Stream | None:
+        """A stream for small kernels that run beside large ones, None on CPUs. It has priority: each of its kernels
+        waits for the end of some block of a large one, and not of all of them."""
+        return torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
+
     def mark(self) -> TimeMark:
         """A point in time on the device's clock: when it starts what is queued next."""
         if self.device.type != "cuda":
@@ -152,6 +157,12 @@ class Accelerator:
     def has_passed(self, mark: TimeMark) -> bool:
         """Whether the device has done what was queued before a mark. Does not wait."""
         return isinstance(mark, float) or mark.query()
+
+    def wait_until(self, mark: TimeMark) -> None:
+        """Wait until the device has done what was queued before a mark. Other streams may be captured meanwhile, which
+        ``synchronize`` would spoil."""
+        if not isinstance(mark, float):
+            mark.synchronize()
 
     def seconds_between(self, start: TimeMark, end: TimeMark) -> float:
         """Seconds between two marks that the device has already passed."""

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from teachers import process_flags
+
 Step = Callable[[], None]
 
 
@@ -43,7 +45,8 @@ class GraphedSteps:
     """Launches each step as one CUDA graph.
 
     The first step with a key runs eagerly, which also lets libraries choose and load their kernels, and is then
-    captured. A capture runs nothing. All graphs share one memory pool, since a step keeps no result in it.
+    captured. A capture runs nothing. All graphs share one memory pool, since a step keeps no result in it. Meanwhile
+    other threads launch no models: torch changes flags for it, and they could spoil a capture (``synchronize``).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -54,7 +57,7 @@ class GraphedSteps:
         if key in self._graphs:
             self._graphs[key].replay()
             return
-        with decoding_kernels(self._device):
+        with process_flags.changing(), decoding_kernels(self._device):
             step()
             self._graphs[key] = self._capture(step)
 
@@ -76,9 +79,10 @@ def decoding_kernels(device: torch.device) -> Iterator[None]:
 
     Attention never uses cuDNN, which builds a plan for each new shape in tens of milliseconds, and whose results may
     differ between runs. Writes by index need no sorting, which torch's deterministic mode adds: rows are distinct
-    wherever their values are used.
+    wherever their values are used. Where another thread relies on the flags they stay: ``determinism.set_flags`` has
+    chosen the same attention, and sorted writes have the same results.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or process_flags.are_shared():
         yield
         return
     deterministic = torch.are_deterministic_algorithms_enabled()

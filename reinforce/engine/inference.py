@@ -1,4 +1,4 @@
-"""Batches of images and of texts through the models, one batch at a time on the accelerator."""
+"""Batches of images and of texts through the models, one batch at a time in each lane of the accelerator."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ Floats = npt.NDArray[np.float32]
 Seeds = npt.NDArray[np.uint64]
 _Texts: TypeAlias = "Callable[[], Sequence[list[str] | NoCaptions | None]]"
 _T = TypeVar("_T")
+_TAKE_TURNS = (
+    "captions and embeddings do not fit in the memory of the device at the same time; from now on they take turns."
+)
 _Pixels: TypeAlias = "tuple[torch.Tensor | None, dict[ImageSpec, torch.Tensor]]"
 
 
@@ -48,8 +51,10 @@ class Inference:
     ) -> None:
         self._config, self._models = config, models
         self._watch = watch or LeaseWatch()
-        self._order = models.turns.next_order()
-        self.meter = StageMeter(models.accelerator, models.costs, models.counters, counters)
+        self._order = models.lanes.next_order()
+        self.meter = StageMeter(
+            models.accelerator, models.costs, models.counters, counters, device_time=models.device_time
+        )
         computed = [layer for layer in layers if not layer.published]
         self.image_layers = [layer for layer in computed if layer.kind == "images"]
         self.caption_layers = [layer for layer in computed if layer.kind == "captions"]
@@ -117,13 +122,23 @@ class Inference:
 
     def _attempt(self, work: Callable[[bool], _T]) -> tuple[_T | OutOfMemory, bool]:
         """The result of ``work``, which holds tensors on the device, and its argument: whether others may, too."""
-        with self._watch.stage(WAITING), self._models.batches.on_device() as shared:
-            return attempt(partial(work, shared)), shared
+        while True:
+            overlapped = self._models.lanes.overlap
+            with self._watch.stage(WAITING), self._models.batches.on_device() as shared:
+                output = attempt(partial(work, shared))
+            if not (isinstance(output, OutOfMemory) and overlapped):
+                return output, shared
+            if self._models.lanes.end_overlap():
+                self._models.batches.note(f"{_TAKE_TURNS} Cause: {output.text}")
+            self._release_memory()
 
     def _halve(self, shortage: OutOfMemory, layer: Layer | None, size: int, shared: bool) -> None:
         """Halve the batches after one of ``size`` inputs did not fit. Raises UserError if they cannot be smaller."""
         self._models.batches.halve(shortage, layer, size, self._config, shared)
-        with self._models.turns.take(self._order):
+        self._release_memory()
+
+    def _release_memory(self) -> None:
+        with self._models.lanes.use_all(self._order):
             self._models.release_memory()
 
     def _compute(
@@ -132,11 +147,26 @@ class Inference:
         """Embeddings and captions of rows that must fit."""
         seeds = {layer.name: self._caption_seeds(layer, rows) for layer in self.caption_layers}
         # The copies come first, on a stream of their own, while the other shard uses the accelerator.
+        lanes, ready = self._models.lanes, self._models.accelerator.wait_for_copies
         copied = self._put(rows, pixels, what) if shared else None
-        with self._use_accelerator():
-            crops, views = copied or self._put(rows, pixels, what)
-            self._models.accelerator.wait_for_copies([*views.values(), *([] if crops is None else [crops])])
-            return self._embed(crops, rows, what), self._caption(views, seeds, what)
+        if not lanes.two:
+            with self._use_accelerator():
+                crops, views = copied or self._put(rows, pixels, what)
+                ready([*views.values(), *([] if crops is None else [crops])])
+                return self._embed(crops, rows, what), self._caption(views, seeds, what)
+        crops, views = copied or self._put(rows, pixels, what)
+        embeddings, captions = {}, {}
+        if crops is not None:
+            with self._use_accelerator():
+                ready([crops])
+                embeddings = self._embed(crops, rows, what)
+            del crops  # its memory is free for the next batch of teachers
+            copied = None
+        if views:
+            with self._use_accelerator(captioning=True):
+                ready(views.values())
+                captions = self._caption(views, seeds, what)
+        return embeddings, captions
 
     def _encode(self, layer: Layer, encode: Callable[[], torch.Tensor], count: int, what: str, shared: bool) -> Floats:
         """Embeddings [B, dim] of texts that must fit."""
@@ -146,8 +176,8 @@ class Inference:
             return to_numpy(vectors, count, self._teacher(layer).dim)
 
     @contextlib.contextmanager
-    def _use_accelerator(self) -> Iterator[None]:
-        with self._models.use_accelerator(self._order):
+    def _use_accelerator(self, captioning: bool = False) -> Iterator[None]:
+        with self._models.use_accelerator(self._order, captioning):
             yield
             self.meter.update()
 

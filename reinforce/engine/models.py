@@ -17,10 +17,11 @@ from reinforce.dataset.backends import load_backend
 from reinforce.dataset.layers import Layer
 from reinforce.engine.batch_sizes import BatchSizes
 from reinforce.engine.device_memory import memory_hint, release_cache
+from reinforce.engine.lanes import Lanes
 from reinforce.engine.rates import Cost
+from reinforce.engine.stage_meter import DeviceTime
 from reinforce.engine.token_cache import TokenCache
 from reinforce.engine.traces import user_frames
-from reinforce.engine.turns import Turns
 from reinforce.errors import UserError
 from teachers.device import Accelerator
 from teachers.protocols import Captioner, NoCaptions, Teacher
@@ -37,13 +38,14 @@ class Counters:
 
 @dataclass
 class Models:
-    """The loaded models of a worker and the accelerator they share, one batch at a time."""
+    """The loaded models of a worker and the accelerator they share, one batch at a time in each of its lanes."""
 
     teachers: Mapping[str, Teacher]
     captioners: Mapping[str, Captioner]
     accelerator: Accelerator
     counters: Counters = field(default_factory=Counters)
-    turns: Turns = field(default_factory=Turns)
+    lanes: Lanes = field(default_factory=Lanes)
+    device_time: DeviceTime | None = None  # if lanes overlap
     batches: BatchSizes = field(default_factory=BatchSizes)
     costs: Mapping[str, Cost] = field(default_factory=dict)  # of layers, where they are known
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
@@ -78,16 +80,26 @@ class Models:
 
         Call it while no other thread uses the accelerator.
         """
+        if self.lanes.two:
+            self.accelerator.synchronize()  # memory of one lane's stream may be in use on another
         for model in (*self.teachers.values(), *self.captioners.values()):
             if callable(release := getattr(model, "release_memory", None)):
                 release()
         release_cache(self.accelerator.device)
 
     @contextlib.contextmanager
-    def use_accelerator(self, order: int = 0) -> Iterator[None]:
-        """Exclusive use of the accelerator; the lowest ``order`` of those who wait comes first."""
-        with self.turns.take(order), torch.inference_mode():
+    def use_accelerator(self, order: int = 0, captioning: bool = False) -> Iterator[None]:
+        """Exclusive use of the accelerator, or of one of its two lanes; the lowest ``order`` of those who wait comes
+        first."""
+        with self.lanes.use(order, captioning), torch.inference_mode():
             yield
+
+    def overlap(self) -> None:
+        """Give captioners a lane of their own, if there are teachers, too, and the accelerator has streams."""
+        if self.teachers and self.captioners:
+            self.lanes = Lanes.of(self.accelerator)
+        if self.lanes.two:
+            self.device_time = DeviceTime(self.accelerator)
 
 
 def load_models(config: Config, layers: Iterable[Layer]) -> Models:
@@ -102,7 +114,7 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
     captioners = {layer.model for layer in layers if layer.kind == "captions"}
     teachers = {layer.model for layer in layers if layer.kind in ("images", "texts")}
     try:
-        return Models(
+        models = Models(
             {name: load_teacher(name, spec, device) for name, spec in config.teachers.items() if name in teachers},
             {
                 name: load_captioner(name, spec, device)
@@ -111,6 +123,9 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
             },
             Accelerator(device),
         )
+        if config.workers.overlap:
+            models.overlap()
+        return models
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(f"{error}{user_frames(error)}{memory_hint(error)}") from error
 

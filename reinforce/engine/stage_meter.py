@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -11,6 +12,11 @@ import torch
 
 from reinforce.engine.rates import Cost, Stages
 from teachers.device import Accelerator, TimeMark
+
+_ANCHOR_SECONDS = 60.0
+#: Intervals are added in the order of their ends, apart from those that a shard counts later.
+_KEPT_SECONDS = 120.0
+_counting = threading.Lock()
 
 
 class Busy(Protocol):
@@ -24,10 +30,18 @@ class StageMeter:
 
     Their seconds are busy time of ``counters``. What the host does before and after them is not; gaps in them, where
     the host queues work more slowly than the device does it, are. ``costs`` are those of layers, where they are known.
+    With ``device_time``, stages that overlap with those of other threads are busy time once.
     """
 
-    def __init__(self, accelerator: Accelerator, costs: Mapping[str, Cost], *counters: Busy) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        costs: Mapping[str, Cost],
+        *counters: Busy,
+        device_time: DeviceTime | None = None,
+    ) -> None:
         self._accelerator, self._costs, self._counters = accelerator, costs, counters
+        self._device_time = device_time
         self._pending: deque[tuple[str, int, TimeMark, TimeMark]] = deque()
         self._stages: Stages = {}
 
@@ -39,26 +53,53 @@ class StageMeter:
         self._pending.append((layer, inputs, start, self._accelerator.mark()))
 
     def update(self) -> None:
-        """Count the stages that the device has finished. Call it while no other thread uses the device."""
-        while self._pending and self._accelerator.has_passed(self._pending[0][3]):
-            self._count(*self._pending.popleft())
+        """Count the stages that the device has finished."""
+        with _counting:
+            while self._pending and self._accelerator.has_passed(self._pending[0][3]):
+                self._count(*self._pending.popleft())
 
     def collect(self) -> Stages:
         """The sums so far, after all work is done."""
-        if self._pending:  # a model whose outputs were not waited for
-            self._accelerator.synchronize()
-            self.update()
+        for *_, end in [*self._pending]:  # of models whose outputs were not waited for
+            self._accelerator.wait_until(end)
+        self.update()
         return self._stages
 
     def _count(self, layer: str, inputs: int, start: TimeMark, end: TimeMark) -> None:
         seconds = self._accelerator.seconds_between(start, end)
+        busy = seconds if self._device_time is None else self._device_time.add(start, end)
         for counter in self._counters:
-            counter.busy += seconds
+            counter.busy += busy
         stage: Any = self._stages.setdefault(layer, Counter())
         stage.update(inputs=inputs, seconds=seconds)
         if layer in self._costs:
             cost = self._costs[layer]
             stage.update(flops=inputs * cost.flops, peak_flops=seconds * cost.peak)
+
+
+class DeviceTime:
+    """Seconds in which an accelerator works for any lane: those of intervals that overlap count once."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._anchor: Any = accelerator.mark()
+        self._anchor_seconds = 0.0
+        self._covered: list[tuple[float, float]] = []  # disjoint, in order
+
+    def add(self, start: Any, end: Any) -> float:
+        """Seconds between two passed marks that no earlier interval covers. One thread at a time may call it."""
+        first, last = self._seconds(start), self._seconds(end)
+        if last - self._anchor_seconds > _ANCHOR_SECONDS:  # the clock of CUDA has 24 bits of milliseconds
+            self._anchor, self._anchor_seconds = end, last
+        apart = [one for one in self._covered if one[1] < first or one[0] > last]
+        touching = [one for one in self._covered if not (one[1] < first or one[0] > last)]
+        new = last - first - sum(min(one[1], last) - max(one[0], first) for one in touching)
+        whole = min([first, *(one[0] for one in touching)]), max([last, *(one[1] for one in touching)])
+        self._covered = sorted([*(one for one in apart if one[1] > last - _KEPT_SECONDS), whole])
+        return max(0.0, new)
+
+    def _seconds(self, mark: Any) -> float:
+        return self._anchor_seconds + self._accelerator.seconds_between(self._anchor, mark)
 
 
 def device_report(accelerator: Accelerator) -> dict[str, Any]:

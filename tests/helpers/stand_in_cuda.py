@@ -14,7 +14,8 @@ Raised, as CUDA does:
 - RuntimeError where an operation mixes devices. CPU tensors of no dimension may be operands of pointwise operations,
   and CPU tensors may be indices, which is a blocking copy; TypeError by ``numpy()``.
 - torch.OutOfMemoryError where the tensors that are alive exceed ``memory``, or inside ``failing_allocations``.
-- RuntimeError by a synchronization or a blocking copy while a CUDA graph is captured.
+- RuntimeError by a synchronization or a blocking copy of the thread that captures a CUDA graph, and by one of the whole
+  device or a release of its unused memory in any thread.
 
 Raised here, where CUDA gives wrong numbers now and then: RuntimeError where a stream uses what another one writes, or
 writes what another one reads, without waiting for it; and at the end, where memory of one stream was freed while
@@ -44,7 +45,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers.stand_in_device import Copy, Counts, CudaTensor, StandIn
+from tests.helpers.stand_in_counts import Copy, Counts
+from tests.helpers.stand_in_device import CudaTensor, StandIn
 from tests.helpers.stand_in_runtime import replaced_runtime
 from tests.helpers.stand_in_streams import DEVICE
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from weakref import finalize
 import torch
 from torch.utils._pytree import tree_map_only
 
+from tests.helpers.stand_in_counts import Copy, Counts
 from tests.helpers.stand_in_streams import DEVICE, Races, Stream, current, host_waits_for
 
 aten = torch.ops.aten
@@ -45,56 +46,14 @@ class CudaTensor(torch.Tensor):
         raise RuntimeError(f"{func} on a tensor of the stand-in outside of stand_in_cuda()")
 
 
-@dataclass(frozen=True)
-class Copy:
-    """A copy between the host and the device."""
-
-    to_device: bool
-    bytes: int
-    pinned: bool
-    blocking: bool
-    place: str
-
-
-@dataclass
-class Counts:
-    """What a piece of code asked the device to do."""
-
-    operations: int = 0
-    allocations: int = 0
-    allocated_bytes: int = 0
-    graph_launches: int = 0
-    by_name: Counter[str] = field(default_factory=Counter)
-    copies: list[Copy] = field(default_factory=list)
-    waits: Counter[str] = field(default_factory=Counter)  # by reason and place
-
-    @property
-    def synchronizations(self) -> int:
-        """How often the host waited for the device; blocking copies are among them."""
-        return self.waits.total()
-
-    def copies_to_device(self) -> list[Copy]:
-        return [copy for copy in self.copies if copy.to_device]
-
-    def copies_to_host(self) -> list[Copy]:
-        return [copy for copy in self.copies if not copy.to_device]
-
-    def describe(self) -> str:
-        """A text for messages of assertions."""
-        waits = "; ".join(f"{count}x {what}" for what, count in self.waits.most_common(12))
-        names = ", ".join(f"{name} {count}" for name, count in self.by_name.most_common(20))
-        return (
-            f"{self.operations} operations ({names}), {self.allocations} allocations, {len(self.copies)} copies, "
-            f"{self.synchronizations} synchronizations: {waits}"
-        )
-
-
 class StandIn:
     """The state of the device: what is counted, what is pinned, how much memory is in use."""
 
     def __init__(self, memory: int) -> None:
         self.memory, self.allocated, self.peak = memory, 0, 0
-        self.tape: list[tuple[Any, Any, Any, Any]] | None = None  # of the graph that is being captured
+        self._capturing = threading.local()
+        self.captures = 0  # in progress
+        self._one_thread = threading.RLock()
         self.races = Races()
         _races[:] = [self.races]
         self.compiled: list[dict[str, Any]] = []
@@ -104,6 +63,21 @@ class StandIn:
         self._sizes: dict[int, int] = {}
         self._fail: Callable[[int], bool] | None = None
         self._leaving = False
+
+    @property
+    def tape(self) -> list[tuple[Any, Any, Any, Any]] | None:
+        """Of the graph that this thread captures (capture_error_mode="thread_local")."""
+        return getattr(self._capturing, "tape", None)
+
+    def capture(self, tape: list[tuple[Any, Any, Any, Any]] | None) -> None:
+        """Begin or end a capture."""
+        self.captures += (tape is not None) - (self.tape is not None)
+        self._capturing.tape = tape
+
+    def forbid_captures(self, what: str) -> None:
+        """Raise for what concerns all streams, of which one is being captured."""
+        if self.captures:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what} at {_place()}")
 
     @contextmanager
     def counted(self) -> Iterator[Counts]:
@@ -143,6 +117,7 @@ class StandIn:
 
     def synchronize(self) -> None:
         """Wait for all streams."""
+        self.forbid_captures("torch.cuda.synchronize")
         self.wait("torch.cuda.synchronize")
         self.races.synchronize()
 
@@ -166,6 +141,10 @@ class StandIn:
         wanted = self._wanted_device(kwargs.get("device"), on_device)
         if not on_device and not wanted:
             return _run(func, args, kwargs)
+        with self._one_thread:
+            return self._operate(func, args, kwargs, modes, tensors, on_device, wanted)
+
+    def _operate(self, func: Any, args: Any, kwargs: Any, modes: Any, tensors: Any, on_device: Any, wanted: Any) -> Any:
         name = func._schema.name.removeprefix("aten::")
         if func in _COPIES:
             return self._copy(func, name, args, kwargs, len(on_device) == len(tensors), wanted)
@@ -319,6 +298,10 @@ class StandIn:
             counts.allocated_bytes += size
 
     def _release(self, storage: int) -> None:
+        with self._one_thread:
+            self._forget(storage)
+
+    def _forget(self, storage: int) -> None:
         self._alive[storage] -= 1
         if not self._alive[storage]:
             del self._alive[storage]

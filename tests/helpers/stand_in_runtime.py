@@ -29,10 +29,11 @@ class CUDAGraph:
         self._tape: list[tuple[Any, Any, Any, Any]] = []
 
     def capture_begin(self, *_: Any, **__: Any) -> None:
-        _device[0].tape = self._tape = []
+        self._tape = []
+        _device[0].capture(self._tape)
 
     def capture_end(self) -> None:
-        _device[0].tape = None
+        _device[0].capture(None)
 
     def replay(self) -> None:
         _device[0].count_launch()
@@ -50,6 +51,8 @@ _device: list[StandIn] = []  # of the stand_in_cuda() that is entered
 
 @contextmanager
 def _graph(graph: CUDAGraph, pool: Any = None, stream: Any = None, **_: Any) -> Iterator[None]:
+    _device[0].synchronize()  # as torch does
+    _device[0].forbid_captures("torch.cuda.empty_cache")
     with streams.use(stream or streams.Stream()):
         graph.capture_begin()
         try:
@@ -163,7 +166,7 @@ def _replacements(cuda: StandIn) -> dict[str, Any]:
         "max_memory_reserved": lambda device=None: cuda.peak,
         "memory_stats": lambda device=None: {"allocated_bytes.all.peak": cuda.peak},
         "reset_peak_memory_stats": forget_peak,
-        "empty_cache": nothing,
+        "empty_cache": lambda: cuda.forbid_captures("torch.cuda.empty_cache"),
         "set_per_process_memory_fraction": limit,
         "synchronize": lambda device=None: cuda.synchronize(),
         "cudart": lambda: runtime,

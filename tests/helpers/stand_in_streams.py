@@ -74,7 +74,7 @@ class Event:
     def elapsed_time(self, end: Event) -> float:
         if not (self.timing and end.timing):
             raise ValueError("Both events must be created with argument 'enable_timing=True'.")
-        return max(1e-6, (end.time - self.time) * 1000)
+        return (end.time - self.time) * 1000 or 1e-6
 
 
 class _State:

@@ -19,9 +19,10 @@ from reinforce.errors import UserError
 from reinforce.training.launch import launch
 from reinforce.training.ranks import join_ranks
 from reinforce.training.ray_train import environment_of_ranks
-from teachers import coca, determinism
+from teachers import coca, determinism, process_flags
 from teachers.device import Accelerator
 from teachers.spec import CaptionerSpec
+from teachers.step_graphs import decoding_kernels
 from tests.helpers.data import config_of
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.tiny_coca import IMAGE_SIZE, coca_model
@@ -150,6 +151,17 @@ def test_captions_are_decoded_without_sorting_the_indices_of_each_copy(
     captioner.generate(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), np.zeros((1, 1), np.uint64))
     assert seen == [False]
     assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_a_thread_that_shares_flags_with_others_has_indices_sorted_and_leaves_the_flags() -> None:
+    determinism.set_flags("cuda")
+    for work in (determinism.unique_indices, lambda: decoding_kernels(torch.device("cuda"))):
+        with work():
+            assert not torch.are_deterministic_algorithms_enabled()
+        with process_flags.relying(), work():
+            assert torch.are_deterministic_algorithms_enabled()
+            with process_flags.changing(), work():
+                assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_training_with_an_operation_without_a_deterministic_kernel_names_it_and_the_switch(tmp_path: Path) -> None:
