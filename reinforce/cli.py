@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import reinforce
-from reinforce import cli_dataset, cli_export, cli_run, cli_training
+from reinforce import cli_config, cli_dataset, cli_export, cli_run, cli_training
 from reinforce.cli_common import examples
 from reinforce.cores import let_waiting_threads_sleep
 from reinforce.errors import UserError
@@ -64,6 +64,7 @@ app.command(
         "reinforce check our_lab.teachers:Radiology --options '{\"size\": 336}'",
     )
 )(cli_run.check)
+app.command(**examples("reinforce schema run"))(cli_config.schema)
 app.command(**examples("reinforce status demo/dataset", "reinforce status demo/dataset --reasons"))(cli_dataset.status)
 app.command(
     **examples(

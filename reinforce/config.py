@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from reinforce import settings
+from reinforce.config_schema import InSchema, either, keys_match
 from reinforce.cores import Node, cores_per_process, default_gpus, describe_share
 from reinforce.settings import Section
 from teachers.spec import CaptionerSpec, TeacherSpec
@@ -27,8 +28,14 @@ def _check_layer_name(name: str) -> str:
 
 
 LayerName = Annotated[str, AfterValidator(_check_layer_name)]
+#: Of a mapping from layer names.
+LAYER_NAMES = keys_match(f"^{LAYER_NAME.pattern}$", "caption", "images")
 #: One URL, or a list of URLs.
-ImageFolders = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+ImageFolders = Annotated[
+    list[str],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    InSchema(lambda urls: either({"type": "string"}, urls)),
+]
 
 
 class Limits(Section):
@@ -144,7 +151,11 @@ def _check_batch(value: Any) -> Any:
     return value
 
 
-Batch = Annotated[int | Literal["auto"], BeforeValidator(_check_batch)]
+Batch = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(_check_batch),
+    InSchema(lambda _: either({"type": "integer", "minimum": 1}, {"const": "auto"})),
+]
 
 
 class Workers(Section):
@@ -271,8 +282,12 @@ class Config(Section):
     )
     input: Input = Input()
     augmentations: Augmentations = Augmentations()
-    captioners: dict[LayerName, CaptionerSpec] = Field(default_factory=dict, description="captioners by name")
-    teachers: dict[LayerName, TeacherSpec] = Field(default_factory=dict, description="teachers by name")
+    captioners: Annotated[dict[LayerName, CaptionerSpec], LAYER_NAMES] = Field(
+        default_factory=dict, description="captioners by name"
+    )
+    teachers: Annotated[dict[LayerName, TeacherSpec], LAYER_NAMES] = Field(
+        default_factory=dict, description="teachers by name"
+    )
     workers: Workers = Workers()
     failures: Failures = Failures()
 

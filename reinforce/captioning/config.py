@@ -154,7 +154,7 @@ class CaptionerConfig(Section):
     """Config of a captioner's fine-tuning on images with captions."""
 
     output: str = Field(min_length=1, description="folder or fsspec URL of checkpoints, logs and the final weights")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="seed of the order of samples, of held-out images and of every step")
     captioner: Captioner
     data: Data
     held_out: HeldOut = HeldOut(share=0.02)

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from reinforce.config import ImageFolders, Limits
+from reinforce.config_schema import keys_match
 from reinforce.settings import Section
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -24,6 +25,7 @@ def _check_set_name(name: str) -> str:
 
 
 SetName = Annotated[str, AfterValidator(_check_set_name)]
+_SET_NAMES = keys_match(f"^{_NAME.pattern}$")
 
 
 class ZeroShotSet(Section):
@@ -80,8 +82,12 @@ class Evaluation(Section):
     """Sets by name, and how often they are evaluated during training (always at its end)."""
 
     every: int | None = Field(None, ge=1, description="steps between evaluations; default: only at the end")
-    zero_shot: dict[SetName, ZeroShotSet] = Field(default_factory=dict)
-    retrieval: dict[SetName, RetrievalSet] = Field(default_factory=dict)
+    zero_shot: Annotated[dict[SetName, ZeroShotSet], _SET_NAMES] = Field(
+        default_factory=dict, description="classification sets by name"
+    )
+    retrieval: Annotated[dict[SetName, RetrievalSet], _SET_NAMES] = Field(
+        default_factory=dict, description="retrieval sets by name"
+    )
     best: str | None = Field(
         None,
         description="metric that selects the best checkpoint, e.g. zero_shot/NAME/top1; higher is better, and the "

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from reinforce import settings
-from reinforce.config import ImageFolders, LayerName, ReadLimits
+from reinforce.config import LAYER_NAMES, ImageFolders, LayerName, ReadLimits
+from reinforce.config_schema import InSchema, either
 from reinforce.evaluation.config import Evaluation
 from reinforce.settings import Section
 from reinforce.training.config import Training
@@ -28,7 +29,16 @@ def _as_sources(value: Any) -> Any:
     return values
 
 
-Weights = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_as_weights)]
+def _sources_schema(sources: dict[str, Any]) -> dict[str, Any]:
+    entry = either({"type": "string"}, sources["items"])
+    return either(entry, {**sources, "items": entry})
+
+
+Weights = Annotated[
+    dict[str, Annotated[float, Field(gt=0)]],
+    BeforeValidator(_as_weights),
+    InSchema(lambda weights: either({"type": "array", "items": {"type": "string"}}, weights)),
+]
 
 
 class Source(Section):
@@ -41,7 +51,7 @@ class Source(Section):
 class Data(Section):
     """What is read from the reinforced datasets, and how a training example is made from a sample."""
 
-    datasets: Annotated[list[Source], BeforeValidator(_as_sources)] = Field(
+    datasets: Annotated[list[Source], BeforeValidator(_as_sources), InSchema(_sources_schema)] = Field(
         min_length=1, description="a URL, or a list of URLs or {url, weight}"
     )
     teachers: list[str] | None = Field(
@@ -115,7 +125,7 @@ class Loss(Section):
         "one-sided", description="teachers whose vectors a projection of the student's features approaches (1 - cosine)"
     )
     features_weight: float = Field(1.0, gt=0, description="weight of the `features` loss, relative to distillation")
-    teachers: dict[LayerName, TeacherSpec] = Field(
+    teachers: Annotated[dict[LayerName, TeacherSpec], LAYER_NAMES] = Field(
         default_factory=dict,
         description="for `online`: the models to run, as in `reinforce run`; precision: fp32 unless it is given",
     )
@@ -153,7 +163,7 @@ class StudentConfig(Section):
     """A training of a student on reinforced datasets."""
 
     output: str = Field(min_length=1, description="folder or fsspec URL of checkpoints, logs and the final weights")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="seed of the first weights, the order of samples and every step")
     student: Student
     data: Data
     loss: Loss = Loss()

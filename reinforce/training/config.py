@@ -20,8 +20,10 @@ class Optimizer(Section):
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     final_lr: float = Field(1e-6, ge=0, description="learning rate of the last step")
     warmup: int = Field(1000, ge=0, description="steps until the peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
-    eps: float = Field(1e-8, gt=0)
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), strict=False, description="decay of AdamW's averages of gradients and their squares"
+    )
+    eps: float = Field(1e-8, gt=0, description="added to AdamW's denominator")
     weight_decay: float = Field(0.2, ge=0, description="of matrices; gains, biases and logit scales are not decayed")
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
 

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
 from reinforce import settings
+from reinforce.config_schema import InSchema, either
 from reinforce.settings import Section
 
 
@@ -19,15 +20,25 @@ def _expand_grid(value: Any) -> Any:
     if set(value) != {"from", "to", "count"}:
         raise ValueError("must be a list of values, or {from, to, count}")
     first, last, count = value["from"], value["to"], value["count"]
-    if not all(isinstance(end, (int, float)) and end > 0 for end in (first, last)):
+    if not all(isinstance(end, (int, float)) and not isinstance(end, bool) and end > 0 for end in (first, last)):
         raise ValueError("`from` and `to` must be numbers above 0")
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError("`count` must be a whole number above 0")
     return [float(f"{scale:.3g}") for scale in np.geomspace(first, last, count)]
 
 
+_GRID = {
+    "type": "object",
+    "properties": {
+        "from": {"type": "number", "exclusiveMinimum": 0},
+        "to": {"type": "number", "exclusiveMinimum": 0},
+        "count": {"type": "integer", "minimum": 1},
+    },
+    "required": ["from", "to", "count"],
+    "additionalProperties": False,
+}
 Scale = Annotated[float, Field(gt=0)]
-Scales = Annotated[list[Scale], BeforeValidator(_expand_grid)]
+Scales = Annotated[list[Scale], BeforeValidator(_expand_grid), InSchema(lambda values: either(values, _GRID))]
 
 
 class EarlyStopping(Section):
@@ -75,9 +86,13 @@ class TuneConfig(Section):
     sample: int | None = Field(
         None, ge=2, description="with `joint`: number of combinations, drawn by the first seed; default: all"
     )
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0, 1, 2], min_length=1, description="seeds with which each setting is trained"
+    )
     metric: str | None = Field(None, description="metric to maximize; default: the student's evaluate.best")
-    early_stopping: EarlyStopping | None = EarlyStopping()
+    early_stopping: EarlyStopping | None = Field(
+        EarlyStopping(), description="ends trials that fall behind (ASHA); null: every trial is trained to the end"
+    )
     concurrent: int | None = Field(
         None,
         ge=1,
