@@ -4,11 +4,18 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 SECONDS ?= 600
 ROUNDS ?= 10
+LOWEST_PYTHON ?= python3.10
+CORE_TESTS := tests/test_cli.py tests/test_config.py tests/test_init.py tests/test_settings.py tests/test_storage.py \
+	tests/schemas tests/source tests/dataset tests/engine/test_models.py tests/engine/test_plan.py \
+	tests/engine/test_recipe.py tests/engine/test_rows.py tests/engine/test_shard.py tests/teachers/test_coca.py \
+	tests/teachers/test_decoding.py tests/teachers/test_open_clip.py tests/teachers/test_transformers.py \
+	tests/student/test_loss.py tests/student/test_train.py tests/integration/test_run.py
 # Otherwise every process of a run compiles its imports again: see below.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-latency bench-scale bench-transfer ablations lint clean fuzz soak audit
+.PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-latency bench-scale bench-transfer ablations lint clean fuzz soak audit \
+	docs test-lowest wheel-check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -87,6 +94,27 @@ bench-transfer: $(INSTALLED) ## the demo's two students with three seeds each, a
 ablations: $(INSTALLED) ## the papers' questions at the demo's scale, after `make demo`; continues if stopped (hours)
 	$(BIN)/python -m benchmarks.ablations
 
+wheel-check: $(INSTALLED) ## install the wheel into an empty environment, and use it outside the repository (minutes)
+	rm -rf build dist .venv/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv .venv/wheel
+	.venv/wheel/bin/python -m pip install --quiet dist/*.whl -c constraints.txt
+	env -u PYTHONPATH .venv/wheel/bin/python -I tests/wheel_check.py .
+
+docs: $(INSTALLED) ## the documentation as a site in site/, which needs no network to be read
+	$(BIN)/python -m pip install --quiet -e '.[docs]' -c constraints.txt
+	$(BIN)/python -m reinforce_docs write build/docs
+	$(BIN)/zensical build --strict
+	$(BIN)/python -m reinforce_docs finish site
+
+# uv chooses the lowest versions. Before 2.6, torch for CPUs is not on PyPI: this downloads 3 GB of CUDA libraries.
+test-lowest: ## the core tests with the lowest versions that pyproject.toml allows, on Python 3.10 (minutes, 8 GB)
+	@command -v $(LOWEST_PYTHON) >/dev/null || (echo "Python 3.10 is needed: make test-lowest LOWEST_PYTHON=PATH"; exit 1)
+	test -x .venv/uv/bin/uv || ($(PYTHON) -m venv .venv/uv && .venv/uv/bin/pip install -q uv)
+	.venv/uv/bin/uv venv -q --clear --python $(LOWEST_PYTHON) .venv/lowest
+	.venv/uv/bin/uv pip install -q --python .venv/lowest/bin/python --resolution lowest-direct -e '.[test-core]'
+	OMP_NUM_THREADS=1 .venv/lowest/bin/python -m pytest -p no:cacheprovider $(CORE_TESTS)
+
 lint: $(INSTALLED) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -94,5 +122,5 @@ lint: $(INSTALLED) ## ruff, mypy and the import contracts
 	$(BIN)/mypy
 
 clean: ## remove the output of the demo and of the tools; .venv stays
-	rm -rf demo build dist *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf demo build dist site *.egg-info .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

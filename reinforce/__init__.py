@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from reinforce.errors import UserError
     from reinforce.student.train import train
 
-__version__ = "0.1.0"  # read by pyproject.toml; a job's checkout is not installed
+__version__ = "0.2.0"  # read by pyproject.toml; a job's checkout is not installed
 
 __all__ = ["Config", "Dataset", "Sample", "UserError", "load_config", "open", "run", "train"]
 

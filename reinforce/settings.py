@@ -130,7 +130,9 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    return [m for m in _members(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+    # In Python 3.10, ``list[int]`` counts as an instance of ``type``.
+    classes = [m for m in _members(annotation) if isinstance(m, type) and typing.get_origin(m) is None]
+    return [m for m in classes if issubclass(m, BaseModel)]
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

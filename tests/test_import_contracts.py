@@ -44,7 +44,7 @@ def test_the_contracts_hold() -> None:
     ],
 )
 def test_a_broken_contract_is_reported(tmp_path: Path, file: str, code: str, contract: str) -> None:
-    for name in ("reinforce", "teachers", "schemas", "jobs", "benchmarks"):
+    for name in ("reinforce", "teachers", "schemas", "jobs", "benchmarks", "reinforce_docs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with (tmp_path / file).open("a") as broken:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
+import fsspec.implementations.memory
 import pytest
 import s3fs
 

@@ -1,0 +1,1 @@
+"""The documentation site of `make docs`: pages of the repository, with a reference that is made of the code."""

@@ -1,0 +1,77 @@
+"""The pages of the site: complete, linked inside the site, listed in its navigation, and without outside requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from reinforce_docs.offline import make_offline, outside_requests
+from reinforce_docs.pages import _LINK, ROOT, adapt, source_pages, write_pages
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pages") / "docs"
+    write_pages(folder)
+    return folder
+
+
+def test_every_page_of_the_repository_is_in_the_site(written: Path) -> None:
+    assert [page for page in source_pages() if not (written / page).is_file()] == []
+
+
+def test_every_link_leads_to_a_page_of_the_site(written: Path) -> None:
+    for page in written.rglob("*.md"):
+        if "files" not in page.relative_to(written).parts:
+            for link in _LINK.findall(page.read_text(encoding="utf-8")):
+                assert (page.parent / link[1]).exists(), f"{page.relative_to(written)}: {link[1]}"
+
+
+def listed(entries: list[object]) -> list[str]:
+    values = [value for entry in entries for value in (entry.values() if isinstance(entry, dict) else [entry])]
+    return [name for value in values for name in (listed(value) if isinstance(value, list) else [str(value)])]
+
+
+def test_the_navigation_has_every_page_once(written: Path) -> None:
+    navigation = listed(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    pages = [str(path.relative_to(written)) for path in written.rglob("*.md") if "files" not in path.parts]
+    assert sorted(navigation) == sorted(pages)
+
+
+def test_diagrams_become_the_picture_and_files_become_pages() -> None:
+    shown: set[Path] = set()
+    text = (
+        "See [it](../reinforce/config.py) and [that](data.md#limits), `[code](x.py)`.\n\n```mermaid\nflowchart\n```\n"
+    )
+    adapted = adapt(text, Path("docs/page.md"), shown)
+    assert "[it](../files/reinforce/config.py.md) and [that](data.md#limits)" in adapted
+    assert "![How a run works](run.svg)" in adapted
+    assert shown == {Path("reinforce/config.py")}
+
+
+@pytest.mark.parametrize(
+    "markup",
+    [
+        '<script src="https://unpkg.com/x"></script>',
+        '<link rel="stylesheet" href="https://fonts.googleapis.com/css">',
+        '<img alt="x" src="//cdn.example/x.png">',
+        "<style>@import url(https://example.org/a.css)</style>",
+    ],
+)
+def test_a_request_to_another_host_is_found_and_a_link_is_none(tmp_path: Path, markup: str) -> None:
+    (tmp_path / "page.html").write_text('<a href="https://arxiv.org/abs/2311.17049">paper</a>')
+    assert outside_requests(tmp_path) == []
+    (tmp_path / "page.html").write_text(markup)
+    assert len(outside_requests(tmp_path)) == 1
+
+
+def test_the_script_of_the_search_is_in_the_site(tmp_path: Path) -> None:
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/page.html").write_text('<script src="https://unpkg.com/iframe-worker/shim"></script>')
+    make_offline(tmp_path)
+    assert outside_requests(tmp_path) == []
+    assert 'src="../assets/iframe-worker.js"' in (tmp_path / "sub/page.html").read_text()
+    assert "MIT" in (tmp_path / "assets/iframe-worker.js").read_text()

@@ -1,0 +1,100 @@
+"""The reference of the site is complete: what the code has without a meaning makes a test fail."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import BaseModel, Field
+
+import schemas
+from reinforce_docs import api, commands, formats, keys, statuses
+
+KEYS = [key for model, _ in keys.CONFIGS.values() for group in keys.groups(model) for key in group.keys]
+
+
+def test_every_key_of_every_config_has_a_meaning() -> None:
+    assert [key.name for key in KEYS if not key.meaning] == []
+    assert len(KEYS) > 200
+
+
+def test_keys_of_sections_in_mappings_and_lists_are_listed() -> None:
+    names = {key.name for key in KEYS}
+    assert {"teachers.NAME.model", "captioners.NAME.clean.words", "data.datasets[].url", "workers.cpus"} <= names
+
+
+def test_types_defaults_and_bounds_are_in_words() -> None:
+    class Inner(BaseModel):
+        size: int = Field(3, ge=1, lt=10, description="size of it")
+
+    class Outer(BaseModel):
+        """What it is."""
+
+        mode: Literal["a", "b"] | None = Field(None, description="which of them")
+        pair: tuple[float, float] = Field((0.5, 1.0), description="two numbers")
+        names: list[Annotated[str, Field(min_length=1)]] = Field(description="some names")
+        inner: Inner = Inner()
+
+    outer, inner = keys.groups(Outer)
+    assert [(key.type, key.default, key.bounds) for key in (*outer.keys, *inner.keys)] == [
+        ("a / b, or null", "null", ""),
+        ("[number, number]", "[0.5, 1.0]", ""),
+        ("list of string", "required", ""),
+        ("integer", "3", ">= 1, < 10"),
+    ]
+    assert (outer.path, outer.description, inner.path) == ("", "What it is.", "inner")
+
+
+def test_every_reason_is_listed_with_a_meaning() -> None:
+    listed = list(statuses.reasons())
+    assert [reason for _, reason, _ in listed] == [reason.value for reason in schemas.Reason]
+    assert [reason for _, reason, meaning in listed if not meaning] == []
+
+
+def test_every_exit_status_of_an_error_is_explained() -> None:
+    assert {error.exit_status for error in statuses.error_classes()} <= {*statuses.STATUSES}
+    assert len(statuses.error_classes()) > 2
+
+
+def test_every_environment_variable_of_the_code_is_explained_or_internal() -> None:
+    found = statuses.variables_in_code()
+    assert {"REINFORCE_CACHE", "RAY_ADDRESS", "OMP_WAIT_POLICY"} <= found
+    assert found - {*statuses.VARIABLES} - statuses.INTERNAL == set()
+
+
+def test_every_variable_that_is_explained_is_in_the_code() -> None:
+    folders = ("reinforce", "teachers", "jobs")
+    text = "".join(path.read_text() for name in folders for path in (statuses.ROOT / name).rglob("*.py"))
+    assert [name for name in statuses.VARIABLES if f'"{name}"' not in text] == []
+
+
+def test_every_column_of_every_file_has_a_description() -> None:
+    listed = [(name, formats.description(field)) for _, schema in formats.FILES.values()
+              for name, field in formats.columns(list(schema))]  # fmt: skip
+    assert [name for name, description in listed if not description] == []
+    assert "augmentations[].crop.top" in dict(listed)
+
+
+def test_every_command_has_a_section_with_its_options() -> None:
+    page = commands.commands_page()
+    names = [name for name, _ in commands.commands()]
+    assert re.findall(r"^## (.+)$", page, flags=re.MULTILINE) == names
+    assert {"run", "export onnx"} <= {*names}
+    assert "| `--set KEY=VALUE` |" in page
+    assert "`--rounds integer` | `20` |" in page
+
+
+def test_every_public_name_of_the_package_has_a_docstring_in_the_page() -> None:
+    page = api.api_page()
+    for values in api.OBJECTS.values():
+        for value in values:
+            assert f"### {value.__qualname__}\n" in page
+            assert (value.__doc__ or "").strip().splitlines()[0].replace("``", "`") in page
+    assert "#### Sample.augmented" in page
+
+
+@pytest.mark.parametrize("name", keys.CONFIGS)
+def test_the_page_of_a_config_has_a_row_for_each_key(name: str) -> None:
+    page = keys.keys_page(name)
+    assert page.count("\n| `") == sum(len(group.keys) for group in keys.groups(keys.CONFIGS[name][0]))
