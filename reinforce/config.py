@@ -93,6 +93,12 @@ class Input(Section):
     metadata: Literal["all", "none"] | list[str] = Field(
         "all", description="what to keep of the json sidecar, or of the columns: all, none, or a list of names"
     )
+    rows_per_shard: int | None = Field(
+        None,
+        ge=1,
+        description="rows of a shard of Parquet, jsonl and csv: files are divided into shards, Parquet at its row "
+        "groups; default: a file is a shard",
+    )
     images_from: ImageFolders | None = Field(
         None,
         description="folders that a source may name images in: one URL or a list; for tables with places outside their "

@@ -119,6 +119,8 @@ def _rows(shard: Shard, samples: Sequence[RawSample], seen: int) -> float | None
     """The rows of a shard of which the first samples, of ``seen`` bytes, were read; None if that does not show them."""
     if shard.format == FOLDER:
         return len(read_listing(shard))
+    if shard.part is not None:
+        return shard.part.rows
     if samples[-1].url is not None:
         return None
     fs, path = filesystem(shard.url)

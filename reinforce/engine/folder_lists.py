@@ -21,7 +21,8 @@ from reinforce.source.urls import canonical, shard_name
 LISTS = "lists"
 #: Samples of a shard.
 BLOCK = 2048
-_LIST_BYTES = 2**28
+#: Bytes of a list that are read.
+LIST_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class FolderShards:
 def folder_shards(folders: Sequence[str], config: Config) -> FolderShards:
     """List folders, and form shards of the files that are in no list of the dataset. Raises UserError."""
     store, result = Store(config.output), FolderShards()
-    written = _written(store)
+    written = written_lists(store)
     for url in folders:
         folder = list_folder(url, config.input, canonical(config.output))
         result.notes.extend(folder.notes)
@@ -69,7 +70,8 @@ def list_url(config: Config, shard: str) -> str:
     return f"{config.output.rstrip('/')}/{LISTS}/{shard}.jsonl"
 
 
-def _written(store: Store) -> set[str]:
+def written_lists(store: Store) -> set[str]:
+    """The names of the lists that the dataset has."""
     with store.storage_errors("read", LISTS):
         if not store.fs.isdir(store.path(LISTS)):
             return set()
@@ -79,7 +81,7 @@ def _written(store: Store) -> set[str]:
 
 def _keys(store: Store, shard: str) -> set[str]:
     """The keys of a list. Raises UserError if it is damaged."""
-    lines = store.read_bytes(LISTS, f"{shard}.jsonl", limit=_LIST_BYTES).splitlines()
+    lines = store.read_bytes(LISTS, f"{shard}.jsonl", limit=LIST_BYTES).splitlines()
     entries = [parse_json(line) for line in lines]
     if not all(isinstance(entry, dict) and isinstance(entry.get("key"), str) for entry in entries):
         raise UserError(f"{store.path(LISTS, shard)}.jsonl is damaged. Restore it from a backup or another copy.")

@@ -32,6 +32,7 @@ from reinforce.engine.source_shards import SourceShards, source_shards
 from reinforce.errors import UserError
 from reinforce.source.formats import FOLDER, TAR
 from reinforce.source.identity import SourceState
+from reinforce.source.parts import Part
 from reinforce.source.reading import Shard
 from reinforce.source.urls import Info, canonical, expand
 
@@ -52,11 +53,17 @@ class PendingShard:
     recorded: SourceState | None = None
     format: str = TAR
     listing: str = ""  # URL of the list of its files
+    part: Part | None = None  # of a table that is divided
 
     @property
     def source(self) -> Shard:
         """The shard as it is read."""
-        return Shard(self.url, self.name, self.format, self.listing)
+        return Shard(self.url, self.name, self.format, self.listing, self.part)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether its URL is that of a file, which it has all samples of."""
+        return self.format != FOLDER and self.part is None
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,7 @@ def make_plan(
             *stored.get(name, ((), None)),
             source.format,
             list_url(config, name) if source.format == FOLDER else "",
+            source.part(row),
         )
         for name, row, todo in missing.shards(source.names)
     ]

@@ -16,7 +16,8 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
 from reinforce.engine.plan import PendingShard, Plan
 from reinforce.engine.published import check_reinforcements
 from reinforce.errors import UserError
-from reinforce.source.formats import ENDINGS, FOLDER, IMAGE_EXTENSIONS, TAR
+from reinforce.source.formats import CSV, ENDINGS, FOLDER, IMAGE_EXTENSIONS, JSONL, PARQUET, TAR
+from reinforce.source.identity import probe_state
 from reinforce.source.image import ImageRefused, check_header
 from reinforce.source.kinds import unexpected_name
 from reinforce.source.reading import Shard, read_samples
@@ -26,6 +27,8 @@ from reinforce.source.urls import canonical, filesystem
 _READ_ITEMS = 64  # samples and refusals at the beginning of a shard, among which one sample must be readable
 _READ_BYTES = 64 * 2**20  # in addition to the largest image
 _CAPTION_CHARS = 60
+#: Bytes above which a file is worth several shards: of one with images, and of one that names images.
+_WHOLE_BYTES = {PARQUET: 2**31, JSONL: 2**31, CSV: 2**24}
 _PILLOW_C_HEADERS = (b"WEBP", b"ftyp")  # at byte 8 and 4: formats whose headers are parsed in C
 
 
@@ -79,18 +82,33 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
     if named and named[0].format == FOLDER:  # its shards are no files
         readable = named[:1]
     else:
-        found = {*_check_readable("source", [shard.url for shard in named])}
-        readable = [shard for shard in named if shard.url in found]
+        found = {*_check_readable("source", [shard.source.file for shard in named])}
+        firsts = {shard.source.file: shard for shard in reversed(named)}
+        readable = [firsts[file] for file in dict.fromkeys(shard.source.file for shard in named) if file in found]
     published = [shard for shard in plan.pending if shard.reinforcements]
     _check_readable("reinforcements", [str(shard.reinforcements) for shard in published])
     if published:
         layers = [plan.layers[name] for name in published[0].layers]
         check_reinforcements(str(published[0].reinforcements), plan.config, layers)
+    notes += _undivided(named) if _is_new(plan) and plan.config.input.rows_per_shard is None else []
     sample, faults, doubts = _first_sample([plan.shard(shard) for shard in readable], plan.config)
     if faults and _is_new(plan) and sample is None and not doubts:
         raise UserError(f"source: no sample can be read. {'; '.join(faults)}.")
     notes += [f"source: {fault}" for fault in faults + doubts]
     return sample, notes + (sample.notes(plan) if sample else [])
+
+
+def _undivided(shards: Sequence[PendingShard]) -> list[str]:
+    """A note on a large table that is one shard."""
+    for shard in shards[:1]:
+        most = _WHOLE_BYTES.get(shard.format)
+        size = probe_state(shard.url) if most else None
+        if most and size and (size.bytes or 0) > most:
+            return [
+                f"source: {canonical(shard.url)} has {size.bytes:,} bytes and is one shard, which one worker reads; "
+                "set input.rows_per_shard to divide such files, before the first run"
+            ]
+    return []
 
 
 def _is_new(plan: Plan) -> bool:
@@ -103,7 +121,7 @@ def _check_names(shards: Sequence[PendingShard], new: bool) -> tuple[Sequence[Pe
 
     Raises UserError if no file of a ``new`` source may.
     """
-    kinds = {shard.url: kind for shard in shards if (kind := unexpected_name(shard.url, shard.format))}
+    kinds = {shard.url: kind for shard in shards if (kind := unexpected_name(shard.source.file, shard.format))}
     if not kinds:
         return shards, []
     url, kind = next(iter(kinds.items()))

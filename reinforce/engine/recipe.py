@@ -46,7 +46,7 @@ def describe_models(config: Config) -> dict[str, ModelInfo]:
 #: that the fingerprints of those datasets stay valid.
 _LATER_LIMITS = ("scans", "members", "key_chars", "shard_samples")
 #: Keys of `input` that were added later, in the same way.
-_LATER_KEYS = ("image", "key")
+_LATER_KEYS = ("image", "key", "rows_per_shard")
 
 
 def _input_recipe(config: Config) -> dict[str, Any]:

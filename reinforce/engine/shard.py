@@ -39,7 +39,6 @@ from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, rows_from_samples, r
 from reinforce.engine.stage_meter import device_report
 from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
 from reinforce.engine.watch import WRITING, LeaseWatch
-from reinforce.source.formats import FOLDER
 from reinforce.source.identity import SourceState, former_url, read_state
 from reinforce.source.references import ChangedImages
 from reinforce.source.shards import Refusal
@@ -372,8 +371,7 @@ class _ShardProcess:
             return {}
         stale = {}
         if SAMPLES in writers:
-            folder = self.shard.format == FOLDER
-            state = SourceState(None, None) if folder else read_state(self.shard.url)
+            state = read_state(self.shard.url) if self.shard.is_file else SourceState(None, None)
             self.source_record = SourceRecord(canonical(self.shard.url), state)
             self.origin = state.footer() | ({} if self.config.embeds_images else {IMAGES: self.images.hexdigest()})
             one = self.shard

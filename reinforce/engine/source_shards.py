@@ -14,10 +14,12 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest import read_manifest
 from reinforce.dataset.store import Store
 from reinforce.engine.folder_lists import FolderShards, folder_shards
+from reinforce.engine.table_parts import table_shards
 from reinforce.errors import UserError
 from reinforce.source.formats import CSV, DATASET, FOLDER, TAR
 from reinforce.source.identity import former_urls
 from reinforce.source.kinds import source_format
+from reinforce.source.parts import DIVIDED, Part
 from reinforce.source.urls import Info, canonical, expand, find_compressed, find_private, shard_names
 from reinforce.storage import is_job_folder, is_ray_job
 
@@ -26,7 +28,8 @@ from reinforce.storage import is_job_folder, is_ray_job
 class SourceShards:
     """The shards of a source in order: their names, their URLs, and what the files are.
 
-    ``lists`` are those of new shards of folders, by name, and ``notes`` are for the user.
+    ``lists`` are those of new shards of folders, by name, ``notes`` are for the user, and ``parts`` are those of tables
+    that are divided.
     """
 
     names: pa.StringArray
@@ -34,6 +37,11 @@ class SourceShards:
     format: str = TAR
     lists: Mapping[str, bytes] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    parts: Sequence[Part | None] = ()
+
+    def part(self, row: int) -> Part | None:
+        """The part of a table that a shard is, None if it is a whole file."""
+        return self.parts[row] if self.parts else None
 
 
 def source_shards(config: Config, listed: dict[str, Info] | None = None) -> SourceShards:
@@ -48,6 +56,10 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> Sour
         _check_references(urls, format_)
     if format_ == DATASET:
         urls = [shard for url in urls for shard in _dataset_shards(url, config, listed)]
+    if config.input.rows_per_shard is not None and format_ in DIVIDED:
+        tables = table_shards(urls, config, format_, listed or {})
+        names = pa.array(shard_names(former_urls(tables.urls, config.moved)), pa.string())
+        return SourceShards(names, tables.urls, format_, tables.lists, (), tables.parts)
     folders = folder_shards(urls, config) if format_ == FOLDER else FolderShards(urls)
     names = pa.array(shard_names(former_urls(folders.urls, config.moved)), pa.string())
     return SourceShards(names, folders.urls, format_, folders.lists, folders.notes)

@@ -8,7 +8,7 @@ that checks each page before it passes it on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -69,17 +69,20 @@ class ParquetFile:
         """The types of the columns by name."""
         return {field.name: field.type for field in self.schema}
 
-    def rows(self, columns: Columns) -> Iterator[tuple[int, Row] | RefusedFile]:
+    def rows(
+        self, columns: Columns, groups: Iterable[int] | None = None, first: int = 0
+    ) -> Iterator[tuple[int, Row] | RefusedFile]:
         """Yield (number, row) in order; a row group that cannot be read yields RefusedFile in its place.
 
-        Raises the storage's errors.
+        With ``groups``, only the rows of these row groups, which are numbered from ``first`` on. Raises the storage's
+        errors.
         """
         names = _leaves(self.types, columns)
         source = pa.PythonFile(self._file, mode="r")
         options = {"buffer_size": _READ_BYTES, "pre_buffer": False, "page_checksum_verification": True}
         parquet = pq.ParquetFile(source, metadata=self.footer, **options)
-        check, first = FooterCheck(self.footer, names), 0
-        for number in range(self.footer.num_row_groups):
+        check = FooterCheck(self.footer, names)
+        for number in range(self.footer.num_row_groups) if groups is None else groups:
             count = 0
             try:
                 check.check(number)

@@ -13,6 +13,7 @@ from reinforce.source.columns import Columns, NoColumn, Place, RowReader, find_c
 from reinforce.source.folders import read_list
 from reinforce.source.footers import RefusedFile
 from reinforce.source.formats import CSV, DATASET, FOLDER, JSONL, PARQUET, TAR
+from reinforce.source.parts import Part, group_sizes
 from reinforce.source.places import Places
 from reinforce.source.samples_layer import read_samples_layer
 from reinforce.source.shards import (
@@ -35,17 +36,24 @@ class Shard:
     """A shard of a source: its URL, its name, of which keys are made where rows have none, and its format.
 
     A shard of a folder has the URL ``FOLDER/<block>``, and ``listing`` is the list of its files: a URL, or the content.
+    A shard that is a part of a table has the URL ``TABLE/<part>``, and ``part`` says which rows it has.
     """
 
     url: str
     name: str = ""
     format: str = TAR
     listing: str | bytes = ""
+    part: Part | None = None
+
+    @property
+    def file(self) -> str:
+        """The URL of the file that is read; of a folder, that of the shard."""
+        return self.part.file if self.part else self.url
 
     @property
     def folder(self) -> str:
         """The folder that the shard is in."""
-        return self.url.rpartition("/")[0]
+        return self.file.rpartition("/")[0]
 
 
 def read_samples(shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[RawSample | Refusal]:
@@ -58,7 +66,7 @@ def read_samples(shard: Shard, spec: Input, budget: ReadBudget | None = None) ->
         yield from read_shard(shard.url, spec.limits, budget=budget)
         return
     samples = _unique(_READERS[shard.format](shard, spec), spec.limits)
-    yield from refusing_absent(shard.url, _with_images(samples, shard.url, spec))
+    yield from refusing_absent(shard.file, _with_images(samples, shard.file, spec))
 
 
 def _with_images(items: Iterator[_Item], table: str, spec: Input) -> Iterator[RawSample | Refusal]:
@@ -91,12 +99,12 @@ def _unique(items: Iterator[_Item], limits: Limits) -> Iterator[_Item]:
 def _read_parquet(shard: Shard, spec: Input) -> Iterator[_Item]:
     reader = RowReader(shard.name, spec)
     try:
-        with parquet.ParquetFile(shard.url) as file:
+        with parquet.ParquetFile(shard.file) as file:
             types = file.types
             plain = [name for name, type_ in types.items() if not parquet.is_binary(type_)]
             columns = find_columns([*types], spec, plain)
             parquet.check_image_column(columns, types)
-            for item in file.rows(columns):
+            for item in file.rows(columns, *_row_groups(file, shard.part)):
                 if isinstance(item, RefusedFile):
                     yield Refusal(None, Reason.SHARD_DAMAGED, str(item))
                 else:
@@ -105,14 +113,27 @@ def _read_parquet(shard: Shard, spec: Input) -> Iterator[_Item]:
         yield Refusal(None, Reason.SHARD_UNREADABLE, f"a Parquet file that cannot be used: {error}")
 
 
+def _row_groups(file: parquet.ParquetFile, part: Part | None) -> tuple[range | None, int]:
+    """The row groups that are read, and the number of their first row. Raises RefusedFile if the part is not there."""
+    if part is None:
+        return None, 0
+    if not part.follows(group_sizes(file.footer)):
+        raise RefusedFile("it has other row groups than when its shards were formed")
+    return range(part.start, part.end), part.first
+
+
 def _read_jsonl(shard: Shard, spec: Input) -> Iterator[_Item]:
     limits = spec.limits
     most = limits.image_bytes * 4 // 3 + 4 * limits.sidecar_bytes + 2**16
-    yield from _read_lines(shard, spec, lambda: lines.jsonl_rows(shard.url, most), "a JSON object")
+    yield from _read_lines(shard, spec, lambda: lines.jsonl_rows(shard.file, most, _span(shard)), "a JSON object")
 
 
 def _read_csv(shard: Shard, spec: Input) -> Iterator[_Item]:
-    yield from _read_lines(shard, spec, lambda: lines.csv_rows(shard.url), "a row")
+    yield from _read_lines(shard, spec, lambda: lines.csv_rows(shard.file, _span(shard)), "a row")
+
+
+def _span(shard: Shard) -> lines.Span | None:
+    return shard.part.span if shard.part else None
 
 
 def _read_lines(
@@ -140,6 +161,9 @@ def _read_lines(
         detail = str(error).replace(" .tar.", " .")  # what to name a compressed file
         yield Refusal(None, Reason.SHARD_DAMAGED if good else Reason.SHARD_UNREADABLE, detail)
         return
+    if shard.part and good + bad != shard.part.rows:
+        detail = f"{good + bad:,} rows where {shard.part.rows:,} were when its shards were formed"
+        yield Refusal(None, Reason.SHARD_DAMAGED, detail)
     if bad and not good:
         yield Refusal(None, Reason.SHARD_UNREADABLE, f"no line is {what} with an image; {item.detail}")  # type: ignore[union-attr]
 

@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
@@ -23,8 +23,15 @@ BLOCK_BYTES = 8 * 2**20  # bytes per request to an object store
 _MAGIC = {b"\x1f\x8b": ".tar.gz", b"\xfd7zXZ": ".tar.xz", b"BZh": ".tar.bz2", b"\x28\xb5\x2f\xfd": ".tar.zst"}
 
 
+class Seekable(Readable, Protocol):
+    """A stream of bytes that can go on further ahead."""
+
+    def skip(self, count: int, /) -> None:
+        """Leave out bytes."""
+
+
 @contextmanager
-def open_stream(url: str, kind: str | None = None) -> Iterator[tuple[Readable, int | None]]:
+def open_stream(url: str, kind: str | None = None) -> Iterator[tuple[Seekable, int | None]]:
     """Open a shard and yield its uncompressed bytes and their number, or None where that is not known in advance.
 
     ``kind`` is its compression, if that does not follow from the ending of a tar. Reading raises EOFError where the
@@ -62,6 +69,10 @@ class _PlainStream:
                     raise EOFError(f"compressed data; name the file {ending}")
         return data
 
+    def skip(self, count: int, /) -> None:
+        self._started = True
+        self._file.seek(count, 1)
+
 
 class _Decompressor:
     """Decompresses a file. Raises EOFError for broken data; errors of the storage pass through."""
@@ -80,6 +91,10 @@ class _Decompressor:
                 raise self._file.error from None
             raise EOFError(f"broken {self._kind} data ({error})") from error
         return data
+
+    def skip(self, count: int, /) -> None:
+        while count and (data := self.read(count)):
+            count -= len(data)
 
 
 class _ErrorRecorder:
