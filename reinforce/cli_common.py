@@ -30,6 +30,8 @@ JsonFile = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else goes to standard error.")]
 DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="Folder or fsspec URL of a reinforced dataset.")]
 
+#: FILE of --json for standard output.
+STDOUT = "-"
 _EXAMPLE = "$ "
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from reinforce.cli_common import Address, Overrides, config_argument
+from reinforce.cli_common import Address, AsJson, Overrides, config_argument, only_json
 from reinforce.errors import UserError
 from reinforce.terminal import escape
 from teachers.redact import redact
@@ -22,6 +22,7 @@ def run(
     retry_quarantined: Annotated[
         bool, typer.Option("--retry-quarantined", help="Retry the shards that are quarantined as a whole.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compute the missing layers of a dataset, and nothing else.
 
@@ -32,13 +33,17 @@ def run(
     from reinforce.config import load_config
     from reinforce.engine.runner import run as run_config
 
-    checked = load_config(config, set_)
-    try:
-        summary = run_config(checked, address=address, retry_quarantined=retry_quarantined)
-    except KeyboardInterrupt:
-        typer.echo("stopped; finished shards are kept. Run the same command again to resume.", err=True)
-        raise typer.Exit(130) from None
-    typer.echo(escape(summary.text(checked.output)))
+    with only_json(as_json) as print_json:
+        checked = load_config(config, set_)
+        try:
+            summary = run_config(checked, address=address, retry_quarantined=retry_quarantined)
+        except KeyboardInterrupt:
+            typer.echo("stopped; finished shards are kept. Run the same command again to resume.", err=True)
+            raise typer.Exit(130) from None
+        if as_json:
+            print_json({"output": checked.output, **asdict(summary)})
+        else:
+            typer.echo(escape(summary.text(checked.output)))
     raise typer.Exit(summary.status)
 
 
@@ -46,42 +51,44 @@ def plan(
     config: Annotated[Path, config_argument("demo.yaml")],
     set_: Overrides = None,
     uses: Annotated[bool, typer.Option("--uses", help="Only name the classes and hosts that it would use.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what is missing in each layer and how large it will be. Starts nothing and writes nothing.
 
     Reads one sample of the source, and fails where a run would fail before it starts. Custom classes are imported.
     """
     from reinforce.config import load_config
-    from reinforce.dataset.damage import describe_damaged
     from reinforce.dataset.store import Store
     from reinforce.engine.estimate import expected_bytes, plan_table
     from reinforce.engine.plan import make_plan
+    from reinforce.engine.plan_report import PlanReport
     from reinforce.engine.probe import check_source
     from reinforce.engine.sources import check_copies
-    from reinforce.engine.summary import not_in_source_lines
     from reinforce.engine.uses import config_uses
-    from reinforce.terminal import format_bytes
 
-    checked = load_config(config, set_)
-    for line in config_uses(checked).lines(every=uses):
-        typer.echo(escape(redact(line)))
-    if uses:
-        return
-    current = make_plan(checked)
-    expected = expected_bytes(current)
-    Console().print(plan_table(current, expected))
-    total = sum(size or 0 for size in expected.values())
-    size = format_bytes(total) if None not in expected.values() else f"{format_bytes(total)} or more"
-    typer.echo(f"{current.shards:,} shards, {len(current.pending):,} with something missing, about {size} to write")
-    damage = describe_damaged(Store(checked.output).url, current.damaged)
-    for line in filter(None, [*current.notes, damage, *not_in_source_lines(asdict(current.not_in_source))]):
-        typer.echo(escape(line))
-    sample, notes = check_source(current)
-    if sample is not None:
-        typer.echo(escape(sample.line()))
-    for note in notes:
-        typer.echo(escape(redact(note)), err=True)
-    check_copies(current, Store(current.config.output))
+    with only_json(as_json) as print_json:
+        checked = load_config(config, set_)
+        used = config_uses(checked)
+        if as_json and uses:
+            print_json(asdict(used))
+        for line in () if as_json else used.lines(every=uses):
+            typer.echo(escape(redact(line)))
+        if uses:
+            return
+        current = make_plan(checked)
+        report = PlanReport(current, expected_bytes(current), used)
+        if not as_json:
+            Console().print(plan_table(current, report.expected))
+            for line in report.lines():
+                typer.echo(escape(line))
+        sample, notes = check_source(current)
+        if sample is not None and not as_json:
+            typer.echo(escape(sample.line()))
+        for note in notes:
+            typer.echo(escape(redact(note)), err=True)
+        check_copies(current, Store(current.config.output))
+        if as_json:
+            print_json(report.as_json(sample, notes))
 
 
 def check(

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 import typer
 from rich.console import Console
 
-from reinforce.cli_common import Address, JsonFile, Overrides, config_argument
+from reinforce.cli_common import STDOUT, Address, AsJson, JsonFile, Overrides, config_argument, only_json
 from reinforce.errors import UserError
 from reinforce.terminal import escape
 from teachers.redact import redact
@@ -23,6 +23,7 @@ def train(
     config: Annotated[Path, config_argument("student-demo.yaml")],
     set_: Overrides = None,
     address: Address = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train a student from reinforced datasets, or resume from the last checkpoint in its output folder.
 
@@ -31,14 +32,20 @@ def train(
     from reinforce.student.config import load_student_config
     from reinforce.student.train import train as train_student
 
-    checked = load_student_config(config, set_)
-    results = _run_training(lambda: train_student(checked, address=address))
-    if _is_first_rank():
-        typer.echo(results.summary())
+    with only_json(as_json) as print_json:
+        checked = load_student_config(config, set_)
+        results = _run_training(lambda: train_student(checked, address=address))
+        if _is_first_rank() and as_json:
+            print_json(results.as_json())
+        elif _is_first_rank():
+            typer.echo(results.summary())
 
 
 def finetune_captioner(
-    config: Annotated[Path, config_argument("finetune-demo.yaml")], set_: Overrides = None, address: Address = None
+    config: Annotated[Path, config_argument("finetune-demo.yaml")],
+    set_: Overrides = None,
+    address: Address = None,
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tune a CoCa captioner on images with captions, or resume from the last checkpoint in its output folder.
 
@@ -47,12 +54,15 @@ def finetune_captioner(
     from reinforce.captioning.config import load_captioner_config
     from reinforce.captioning.finetune import finetune, format_comparison
 
-    checked = load_captioner_config(config, set_)
-    results = _run_training(lambda: finetune(checked, address=address))
-    if _is_first_rank():
-        typer.echo(results.summary())
-        typer.echo("held-out images, before and after:")
-        typer.echo(format_comparison(results))
+    with only_json(as_json) as print_json:
+        checked = load_captioner_config(config, set_)
+        results = _run_training(lambda: finetune(checked, address=address))
+        if _is_first_rank() and as_json:
+            print_json(results.as_json())
+        elif _is_first_rank():
+            typer.echo(results.summary())
+            typer.echo("held-out images, before and after:")
+            typer.echo(format_comparison(results))
 
 
 def tune(
@@ -65,6 +75,7 @@ def tune(
     record: Annotated[
         bool, typer.Option("--record", help="Write the scales found into dataset.json of the datasets.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find the teachers' logit scales and lambda by short trainings; finished trials are not repeated.
 
@@ -74,20 +85,25 @@ def tune(
     from reinforce.tuning.config import load_tune_config
     from reinforce.tuning.tables import results_table, screening_table
 
-    checked = load_tune_config(config, set_)
-    if screen_only:
-        screenings = _run_training(lambda: command.screen_only(checked))
-        Console().print(screening_table(screenings))
-        typer.echo(f"plot: {redact(checked.output)}/{command.PLOT}")
-        return
-    result = _run_training(lambda: command.tune(checked, address=address))
-    Console().print(screening_table(result.screenings))
-    Console().print(results_table(result.rows, result.metric))
-    lines = result.lines()
-    if record and not result.errors:
-        lines += command.record_scales_in_datasets(checked, result)
-    for line in lines:
-        typer.echo(escape(line))
+    with only_json(as_json) as print_json:
+        checked = load_tune_config(config, set_)
+        if screen_only:
+            screenings = _run_training(lambda: command.screen_only(checked))
+            if as_json:
+                print_json({name: screening.json() for name, screening in screenings.items()})
+                return
+            Console().print(screening_table(screenings))
+            typer.echo(f"plot: {redact(checked.output)}/{command.PLOT}")
+            return
+        result = _run_training(lambda: command.tune(checked, address=address))
+        recorded = command.record_scales_in_datasets(checked, result) if record and not result.errors else []
+        if as_json:
+            print_json({"output": result.output, **result.json(), "errors": result.errors, "recorded": recorded})
+        else:
+            Console().print(screening_table(result.screenings))
+            Console().print(results_table(result.rows, result.metric))
+            for line in [*result.lines(), *recorded]:
+                typer.echo(escape(line))
     if result.errors:
         raise UserError("trials failed; the same command retries them:\n  " + "\n  ".join(result.errors))
 
@@ -150,18 +166,24 @@ def evaluate(
     from reinforce.evaluation import command
     from reinforce.model_names import resolve_models
 
-    common = {"classes": classes, "label": label, "templates": templates, "groups": groups}
-    common = {key: value for key, value in common.items() if value is not None}
-    sets = command.build_evaluation(config, zero_shot or [], retrieval or [], common, limit, batch, images_from or [])
-    if not sets.metrics and clip_benchmark is None:
-        raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval or --config.")
-    with resolve_models(models, pretrained) as specs:
-        report = command.evaluate_models(specs, sets, device, precision, clip_benchmark)
-    Console().print(report.table())
-    for line in report.lines():
-        typer.echo(line)
-    if json_ is not None:
-        report.write(json_)
+    with only_json(json_ == STDOUT) as print_json:
+        common = {"classes": classes, "label": label, "templates": templates, "groups": groups}
+        given = {key: value for key, value in common.items() if value is not None}
+        sets = command.build_evaluation(
+            config, zero_shot or [], retrieval or [], given, limit, batch, images_from or []
+        )
+        if not sets.metrics and clip_benchmark is None:
+            raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval or --config.")
+        with resolve_models(models, pretrained) as specs:
+            report = command.evaluate_models(specs, sets, device, precision, clip_benchmark)
+        if json_ == STDOUT:
+            print_json(report.as_json())
+            return
+        Console().print(report.table())
+        for line in report.lines():
+            typer.echo(line)
+        if json_ is not None:
+            report.write(json_)
 
 
 def latency(
@@ -190,12 +212,16 @@ def latency(
 
     if onnx_:
         require_export_packages()
-    with resolve_models(models, weights=False) as specs:
-        report = measure_latency(specs, rounds=rounds, threads=threads, onnx=onnx_, clock=clock)
-    Console().print(report.table())
-    typer.echo(report.conditions())
-    if json_ is not None:
-        report.write(json_)
+    with only_json(json_ == STDOUT) as print_json:
+        with resolve_models(models, weights=False) as specs:
+            report = measure_latency(specs, rounds=rounds, threads=threads, onnx=onnx_, clock=clock)
+        if json_ == STDOUT:
+            print_json(report.as_json())
+            return
+        Console().print(report.table())
+        typer.echo(report.conditions())
+        if json_ is not None:
+            report.write(json_)
 
 
 def _run_training(work: Callable[[], T]) -> T:

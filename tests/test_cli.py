@@ -19,6 +19,7 @@ from typer.main import get_command
 
 import reinforce
 from reinforce.cli import app, main
+from reinforce.cli_common import only_json
 from tests.helpers import command_line, pages_commands
 from tests.helpers.data import config_of
 
@@ -116,12 +117,24 @@ def test_plan_run_and_status_report_the_state_of_the_dataset(
     assert status == 0
     assert "2 shards, 2 with something missing" in out
     assert not (tmp_path / "out").exists(), "plan writes nothing"
+    planned = json.loads(command("plan", path, "--json")[1])
+    assert (planned["shards"], planned["pending_shards"]) == (2, 2)
+    assert planned["layers"]["captions/namer"]["missing"] == 2
+    assert planned["layers"]["samples"]["expected_bytes"] > 1000
+    assert planned["first_sample"]["caption"] == "thing 0 of shard 0"
+    assert planned["first_sample"]["size"] == [40, 30]
+    assert {"tests.helpers.models:ColorTeacher"} <= {*planned["classes"]}
+
+    status, out, err = command("run", path, "--json")
+    assert status == 0
+    ended = json.loads(out)
+    assert (ended["samples"], ended["shards"], ended["status"], ended["message"]) == (8, 2, 0, "done")
+    [summary] = (tmp_path / "out" / "runs").glob("*/summary.json")
+    assert ended == {"output": str(tmp_path / "out"), **json.loads(summary.read_text())}
+    assert "batches of 16 images" in err, "the log is on standard error"
 
     status, out, _ = command("run", path)
-    assert status == 0
-    assert "8 samples" in out
-    assert "accelerator busy" in out
-
+    assert "nothing to do" in out
     status, out, _ = command("plan", path)
     assert "0 with something missing" in out
     status, out, _ = command("status", str(tmp_path / "out"))
@@ -357,3 +370,20 @@ def test_help_and_completion_import_no_heavy_library() -> None:
         assert ("Usage: reinforce" if arguments else "--retry-quarantined") in done.stdout
         heavy = {"torch", "ray", "numpy", "pyarrow", "yaml", "fsspec", "transformers", "open_clip", "matplotlib"}
         assert heavy & set(done.stderr.split()) == set()
+
+
+# --- JSON
+
+
+def test_only_json_reaches_standard_output_whatever_else_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    with only_json() as print_json:
+        print("a log")
+        subprocess.run(["echo", "from a child"], check=True)
+        print_json({"url": "s3://me:secret@b/\u00e4?sig=1", "loss": float("nan"), "path": Path("x"), "pair": (1, None)})
+        print("more")
+    print("after")
+    out, err = capfd.readouterr()
+    text, _, after = out.rpartition("}\n")
+    assert json.loads(text + "}") == {"url": "s3://b/\u00e4", "loss": None, "path": "x", "pair": [1, None]}
+    assert after == "after\n"
+    assert [line for line in err.splitlines() if line] == ["a log", "from a child", "more"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.table import Table
 
@@ -64,27 +65,25 @@ class Report:
         lines = {f"{name}: {summary}": None for sets in self.sets.values() for name, summary in sets.items()}
         return list(lines)
 
-    def write(self, url: str) -> None:
-        """Write metrics, image counts and all refused images as JSON to a path or fsspec URL.
-
-        Raises UserError where the file cannot be written.
-        """
+    def as_json(self) -> dict[str, Any]:
+        """Metrics, numbers of images and all refused images, by model."""
         models = {
             model: {
                 "metrics": self.metrics[model],
-                "sets": {
-                    name: {
-                        "images": summary.images,
-                        "refused": [
-                            {"key": r.key, "reason": r.reason.value, "detail": r.detail} for r in summary.refused
-                        ],
-                    }
-                    for name, summary in self.sets[model].items()
-                },
+                "sets": {name: _set_as_json(summary) for name, summary in self.sets[model].items()},
             }
             for model in self.metrics
         }
+        return {"models": models}
+
+    def write(self, url: str) -> None:
+        """Write ``as_json`` to a path or fsspec URL. Raises UserError where the file cannot be written."""
         try:
-            write_file((json.dumps({"models": models}, indent=2, ensure_ascii=False) + "\n").encode(), url)
+            write_file((json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n").encode(), url)
         except OSError as error:
             raise UserError(f"{url} cannot be written: {error}. Give another --json FILE.") from error
+
+
+def _set_as_json(summary: SetSummary) -> dict[str, Any]:
+    refused = [{"key": r.key, "reason": r.reason.value, "detail": r.detail} for r in summary.refused]
+    return {"images": summary.images, "refused": refused}

@@ -56,11 +56,14 @@ class LatencyReport:
         rounds = f"medians of {about['rounds']} rounds by the {about['clock']}, one image or text at a time"
         return f"{about['cpu']}, {cores}; {rounds}, random weights; {versions}"
 
+    def as_json(self) -> dict[str, Any]:
+        """The report as it is written."""
+        return {**self.about, "models": self.models}
+
     def write(self, url: str) -> None:
         """Write the report as JSON to a path or fsspec URL. Raises UserError if it cannot be written."""
-        data = {**self.about, "models": self.models}
         try:
-            write_file((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), url)
+            write_file((json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n").encode(), url)
         except OSError as error:
             raise UserError(f"{url} cannot be written: {error}. Give another --json FILE.") from error
 

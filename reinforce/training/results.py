@@ -61,10 +61,14 @@ class Results:
         lines.append(f"weights: {self.output}/{self.export}   curves: {self.output}/{CURVES}")
         return "\n".join(lines)
 
-    def write(self, storage: Storage) -> None:
+    def as_json(self) -> dict[str, Any]:
+        """The content of results.json."""
         rates = {"seconds_per_step": self.seconds_per_step, "samples_per_second": self.samples_per_second}
         files = {"weights": self.export, "checkpoints": FOLDER, "log": LOG, "tensorboard": EVENTS, "curves": CURVES}
-        storage.write_json({**asdict(self), **rates, "files": files}, RESULTS)
+        return {**asdict(self), **rates, "files": files}
+
+    def write(self, storage: Storage) -> None:
+        storage.write_json(self.as_json(), RESULTS)
 
 
 def read_results(storage: Storage) -> Results | None:

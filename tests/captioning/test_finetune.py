@@ -128,6 +128,9 @@ def test_the_command_prints_metrics_before_and_after(
     output = capsys.readouterr().out
     assert "before and after" in output
     assert f"weights: {folder}/out/captioner" in output
+    with pytest.raises(SystemExit):
+        main(["finetune-captioner", str(path), "--json"])
+    assert json.loads(capsys.readouterr().out) == json.loads((folder / "out" / "results.json").read_text())
 
 
 def test_a_checkpoint_of_another_config_is_refused(trained: tuple[Path, Results]) -> None:

@@ -88,9 +88,11 @@ def test_sets_of_the_config_and_the_command_line_are_merged(evaluate: Run, root:
 def test_a_remote_model_gives_the_metrics_of_a_local_one(evaluate: Run, root: Path, tmp_path: Path) -> None:
     fsspec.filesystem("memory").put(str(root / "trained"), "/run", recursive=True)
     models = [f"{root}/trained", "memory://run"]
-    assert evaluate(*models, "--retrieval", f"x={root}/colours.tar", "--json", f"{tmp_path}/x.json")[0] == 0
-    here, there = json.loads((tmp_path / "x.json").read_text())["models"].values()
+    status, out, err = evaluate(*models, "--retrieval", f"x={root}/colours.tar", "--json", "-")
+    assert status == 0
+    here, there = json.loads(out)["models"].values()
     assert here == there
+    assert "decoding thread" in err, "the log is on standard error"
 
 
 FAULTS: dict[str, tuple[list[str], str]] = {

@@ -148,9 +148,13 @@ def test_a_killed_and_interrupted_training_has_the_curve_of_an_uninterrupted_one
     assert (output / f"checkpoints/step-{stopped_at:09d}.safetensors").exists()
 
     with pytest.raises(SystemExit) as ended:
-        main(["train", config])
+        main(["train", config, "--json"])
     assert ended.value.code == 0
-    printed = capfd.readouterr().out
+    shown, printed = capfd.readouterr()
+    assert json.loads(shown) == json.loads((output / "results.json").read_text()), "only JSON is on standard output"
+    with pytest.raises(SystemExit):
+        main(["train", config])
+    printed += capfd.readouterr().out
     assert f"resuming after step {stopped_at} of {STEPS}" in printed
     assert f"for {STEPS} steps on {STEPS * BATCH} samples" in printed
     assert "retrieval/own/text_to_image/r1" in printed

@@ -98,8 +98,11 @@ def test_tuning_writes_results_resumes_and_records_scales(
     (best / "checkpoints" / f"step-{STEPS:09d}.safetensors").unlink()
     (best / "checkpoints" / "best.json").unlink()
     del logs[best / LOG]
-    assert tune(config, output, "--record") == 0
-    printed, _ = capfd.readouterr()
+    assert tune(config, output, "--record", "--json") == 0
+    shown, printed = capfd.readouterr()
+    found = json.loads(shown)  # only JSON is on standard output
+    [recorded] = found.pop("recorded")
+    assert found == {"output": str(output), **json.loads((output / "table.json").read_text()), "errors": []}
     assert f"red-{curve['best']:g}_seed-1: step {STEPS} of {STEPS}" in printed
     assert table_of(output) == table
     assert {path: path.read_bytes() for path in logs} == logs
@@ -108,7 +111,7 @@ def test_tuning_writes_results_resumes_and_records_scales(
     entry = read_manifest(Store(url))["teachers"]["red"]
     assert entry["logit_scale"] == curve["best"]
     assert entry["logit_scale_from"].startswith(f"tuned by {METRIC}")
-    assert f"logit scale of red is now {curve['best']:g}, was 50 (config)" in printed
+    assert f"logit scale of red is now {curve['best']:g}, was 50 (config)" in recorded
 
 
 def test_screen_only_trains_nothing(config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
