@@ -64,6 +64,9 @@ app.command(
         "reinforce check our_lab.teachers:Radiology --options '{\"size\": 336}'",
     )
 )(cli_run.check)
+app.command(
+    **examples("reinforce init demo/shards my.yaml", "reinforce init hf://datasets/ORG/NAME", "reinforce init photos/")
+)(cli_config.init)
 app.command(**examples("reinforce schema run"))(cli_config.schema)
 app.command(**examples("reinforce status demo/dataset", "reinforce status demo/dataset --reasons"))(cli_dataset.status)
 app.command(

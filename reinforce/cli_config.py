@@ -1,13 +1,45 @@
-"""Commands that help to write configs: ``reinforce schema``."""
+"""Commands that help to write configs: ``reinforce init`` and ``schema``."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from reinforce.errors import UserError
+from reinforce.terminal import escape
+from teachers.redact import redact
+
 Kind = Literal["run", "student", "tune", "captioner"]
+
+
+def init(
+    data: Annotated[
+        str,
+        typer.Argument(metavar="DATA", help="Folder, file or pattern: tars, Parquet, jsonl, csv, images, a dataset."),
+    ],
+    output: Annotated[
+        Path | None, typer.Argument(metavar="[OUTPUT.yaml]", help="Config to write. Default: named after DATA.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a config that exists.")] = False,
+) -> None:
+    """Write a commented config for the data, which `plan` and `run` accept as it is.
+
+    The format, the columns and the captions are recognised, and models are proposed for the GPU, or for CPUs.
+    """
+    from reinforce.engine.starter import default_path, make_starter
+
+    path = output or default_path(data)
+    if path.exists() and not force:
+        raise UserError(f"{path} exists. Name another file, or replace it with --force.")
+    starter = make_starter(data, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(starter.text, encoding="utf-8")
+    for line in starter.lines:
+        typer.echo(escape(redact(line)))
+    typer.echo(escape(f"written: {path}; next: reinforce plan {path}"))
 
 
 def schema(

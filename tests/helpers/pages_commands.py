@@ -36,6 +36,7 @@ RUN = [
     r"reinforce evaluate runs/s0 --retrieval flickr=flickr30k-test\.tar --json scores\.json",
     r"reinforce tune tune\.yaml --screen-only",
     r"reinforce schema run",
+    r"reinforce init shards",
 ]
 
 #: Commands that are only parsed, with the files that they name, and why they are not run here.

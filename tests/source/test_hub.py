@@ -12,8 +12,10 @@ from urllib.parse import unquote, urlsplit
 
 import fsspec
 import pytest
+import yaml
 from huggingface_hub import HfFileSystem
 
+from reinforce.cli import main
 from reinforce.source.identity import read_state
 from reinforce.source.kinds import source_format
 from reinforce.source.urls import canonical, expand, shard_name
@@ -86,3 +88,22 @@ def test_files_of_the_hub_are_listed_and_read(hub: Path) -> None:
     assert shard_name(url).startswith("train-0.parquet-")
     assert [outcomes(read_table(one)) for one in urls] == [{"shard-00000000": f"thing {n}"} for n in range(2)]
     assert read_state(url).bytes == (hub / "data/train-0.parquet").stat().st_size
+
+
+def test_init_writes_a_config_for_a_dataset_of_the_hub(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (hub / "data").mkdir()
+    for name in ("train-0", "train-1", "validation-0"):
+        write_huggingface(hub / "data" / f"{name}.parquet", [picture(3)], {"caption": ["a thing"]})
+    (hub / "here").mkdir()
+    monkeypatch.chdir(hub / "here")
+    for command in (["init", "hf://datasets/lab/photos"], ["plan", "photos.yaml"]):
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert not ended.value.code
+    config = yaml.safe_load(Path("photos.yaml").read_text())
+    assert config["source"] == "hf://datasets/lab/photos/data/train*.parquet"
+    out = capsys.readouterr().out
+    assert "other splits than `train` are left out: 1" in out
+    assert "2 shards, 2 with something missing" in out

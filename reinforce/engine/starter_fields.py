@@ -1,0 +1,162 @@
+"""Where a shard has its images, keys and captions, guessed by the names and types of its columns or members."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reinforce.config import Input
+from reinforce.errors import UserError
+from reinforce.source.columns import Columns, NoColumn, find_columns, is_image_name
+from reinforce.source.footers import RefusedFile
+from reinforce.source.formats import CSV, JSONL, PARQUET
+from reinforce.source.lines import BrokenRow, csv_rows, jsonl_rows
+from reinforce.source.parquet import ParquetFile, is_binary
+from reinforce.source.reading import Shard, read_samples
+from reinforce.source.shards import RawSample
+from reinforce.source.urls import canonical
+
+#: Names of captions besides those that are read by default, in the order of preference, in lower case.
+_CAPTIONS = ("txt", "text", "caption", "captions", "alt_text", "alt", "description", "title", "prompt", "sentence")
+_KEYS = ("id", "image_id", "sample_id", "hash", "sha256", "md5")
+_FIRST_SAMPLES = 16
+_LINE_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What is found: the columns of a table (``image``, ``key``; None: by default), where captions are (None: as by
+    default), whether there are any, other names, and an example."""
+
+    image: str | None = None
+    captions: tuple[str, ...] | None = None
+    has_captions: bool = True
+    other_key: str | None = None
+    names: tuple[str, ...] = ()
+    example: str | None = None
+
+    def as_input(self) -> dict[str, Any]:
+        """The keys of `input` that differ from the default."""
+        found: dict[str, Any] = {} if self.image is None else {"image": self.image}
+        return found if self.captions is None else {**found, "captions": [*self.captions]}
+
+    def lines(self) -> list[str]:
+        """About captions, for people."""
+        if self.example is not None:
+            return [f"caption of the first sample: {self.example!r}"]
+        return ["no caption was found; set input.captions to where captions are"]
+
+
+def find_fields(shard: Shard, spec: Input) -> Fields:
+    """Look at the beginning of a shard. Raises UserError if it has no image that can be read."""
+    if shard.format in (PARQUET, JSONL, CSV):
+        fields = _table_fields(shard, spec)
+        return _with_example(shard, fields)
+    sample = _first_sample(shard, spec)
+    if caption := sample.caption(spec.captions, spec.limits):
+        return Fields(example=_shorten(caption), names=sample.members)
+    document = _json_of(sample)
+    texts = [name for name in document if isinstance(document[name], str)]
+    chosen = _named(texts, _CAPTIONS)
+    if chosen is None:
+        return Fields(captions=(), has_captions=False, names=(*sample.members, *document))
+    found = Fields(captions=(f"json:{chosen}",), names=(*sample.members, *document))
+    return _with_example(shard, found)
+
+
+def _table_fields(shard: Shard, spec: Input) -> Fields:
+    binary, rows = _columns(shard)
+    names = tuple(rows)
+    image: str | None = None
+    try:
+        columns = find_columns(names, spec)
+    except NoColumn as error:
+        image = next(iter(binary), None) or next((n for n in names if _is_place(rows[n])), None)
+        if image is None:
+            raise UserError(f"{canonical(shard.url)}: {error}") from None
+        columns = find_columns(names, spec.model_copy(update={"image": image}))
+    texts = [name for name in names if name not in (columns.image, columns.key) and _is_text(rows[name])]
+    defaults = {"txt", "text", "caption"} & {*texts}
+    other = None if columns.key else _named(names, _KEYS)
+    if defaults:
+        return Fields(image, None, True, other, names)
+    chosen = _named(texts, _CAPTIONS) or next(
+        (t for t in texts if " " in str(rows[t]) and not _is_place(rows[t])), None
+    )
+    return Fields(image, () if chosen is None else (chosen,), chosen is not None, other, names)
+
+
+def _columns(shard: Shard) -> tuple[list[str], Mapping[str, Any]]:
+    """The binary columns of a table, and a value of each column of its first row."""
+    try:
+        if shard.format == PARQUET:
+            with ParquetFile(shard.url) as file:
+                return _parquet_columns(file)
+        rows: Iterator[tuple[int, Any]] = (
+            csv_rows(shard.url) if shard.format == CSV else jsonl_rows(shard.url, _LINE_BYTES)
+        )
+        for _, row in rows:
+            if not isinstance(row, BrokenRow):
+                return [], row
+    except (RefusedFile, OSError, EOFError) as error:
+        raise UserError(f"{canonical(shard.url)} cannot be read: {error}") from error
+    raise UserError(f"{canonical(shard.url)} has no row. Name another file.")
+
+
+def _parquet_columns(file: ParquetFile) -> tuple[list[str], Mapping[str, Any]]:
+    types = file.types
+    binary = [name for name, type_ in types.items() if is_binary(type_)]
+    plain = [name for name in types if name not in binary]
+    read = Columns(plain[0], None, {}, tuple(plain), tuple(types)) if plain else None
+    first = next(file.rows(read), None) if read else None
+    row = first[1] if isinstance(first, tuple) else {}
+    return binary, {name: row.get(name) for name in types}
+
+
+def _first_sample(shard: Shard, spec: Input) -> RawSample:
+    faults = []
+    for number, item in enumerate(read_samples(shard, spec)):
+        if isinstance(item, RawSample):
+            return item
+        faults.append(f"{item.key}: {item.detail}" if item.key else item.detail)
+        if number == _FIRST_SAMPLES:
+            break
+    raise UserError(f"{canonical(shard.url)}: no sample can be read. {'; '.join(faults[:1]) or 'It is empty.'}")
+
+
+def _with_example(shard: Shard, fields: Fields) -> Fields:
+    """The fields with the caption of the first sample."""
+    spec = Input(**fields.as_input())
+    with contextlib.suppress(UserError):
+        caption = _first_sample(shard, spec).caption(spec.captions, spec.limits)
+        return Fields(**{**vars(fields), "example": None if caption is None else _shorten(caption)})
+    return fields
+
+
+def _json_of(sample: RawSample) -> dict[str, Any]:
+    try:
+        found = json.loads(sample.sidecars.get("json", b"{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _named(names: Sequence[str], known: Sequence[str]) -> str | None:
+    lower = {name.lower(): name for name in reversed(names)}
+    return next((lower[name] for name in known if name in lower), None)
+
+
+def _is_text(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, str)
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, str) and ("://" in value or is_image_name(value))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]} ..."
