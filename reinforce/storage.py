@@ -29,13 +29,13 @@ _JSON_BYTES = 16 * 2**20  # of a file that is read as JSON
 _TEMPORARY_FOLDER = ".tmp"
 _TEMPORARY_PREFIX = "reinforce-"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota reached, file too large
-_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the process that `ray job submit` starts
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the process that `ray job submit` starts
 _UPLOADED_FOLDER = "working_dir_files"  # in Ray's temporary folder, with what --working-dir uploaded
 
 
 def is_ray_job() -> bool:
     """Whether `ray job submit` started this process."""
-    return _JOB_VARIABLE in os.environ
+    return JOB_VARIABLE in os.environ
 
 
 def is_job_folder(path: str) -> bool:

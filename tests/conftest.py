@@ -50,6 +50,7 @@ def ray_session(s3_server: str) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:  # workers get the environment of the first ray.init
         _set_s3_environment(patch, s3_server)
+        patch.setenv("RAY_metrics_report_interval_ms", "2000")  # instead of 10,000, for which a test would wait
         ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()

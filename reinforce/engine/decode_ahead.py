@@ -107,6 +107,7 @@ class _Ahead:
         """Submit the open chunk and open another."""
         chunk, self._open = self._open, _Chunk()
         chunk.future = self._lease.submit(chunk.cells, chunk.items)
+        self._lease.watch.read_bytes += chunk.size
         self._submitted.append(chunk)
         while self._submitted[0].future is not None and self._submitted[0].future.done():
             self._submitted.popleft()

@@ -40,22 +40,25 @@ from reinforce.engine.hangs import StallLimits, find_hang
 from reinforce.engine.outcome import ShardResult, WorkerInfo
 from reinforce.engine.plan import PendingShard, Plan
 from reinforce.engine.pool import Pool, Slot
-from reinforce.engine.progress import Progress, Snapshot
+from reinforce.engine.progress import Progress
 from reinforce.engine.replacing import WorkerHandling
+from reinforce.engine.reporting import RunReporting
 from reinforce.engine.schedule import ShardQueue
 from reinforce.engine.stop import stop_requests
-from reinforce.engine.summary import Ending, RunSummary, RunTotals, ending_of, summarize
+from reinforce.engine.summary import WORKER_LOST, Ending, RunSummary, RunTotals, ending_of, summarize
 from reinforce.engine.traces import shorten
 from reinforce.errors import StorageError, UserError
 from teachers.redact import Redactor
 
+#: Reasons of retries, in metrics.
+RETRY_REASONS: dict[type, str] = {Retry: "error", Requeue: WORKER_LOST, RunAlone: "suspect"}
 _TICK_SECONDS = 0.5
 _PAUSE_SECONDS_PER_REF, _MAX_PAUSE_SECONDS = 5e-5, 1.0
 _RAY_SECONDS = 2.0  # between two looks at Ray on this machine
 _QUIET_START_SECONDS = 15.0  # before a slow start is logged
 
 
-class Driver(WorkerHandling):
+class Driver(WorkerHandling, RunReporting):
     """Runs one plan to its end. Ray must be initialised."""
 
     def __init__(self, plan: Plan, store: Store, progress: Progress, claims: Claims | None = None) -> None:
@@ -85,6 +88,7 @@ class Driver(WorkerHandling):
         for line in (self.pool.describe(len(self.plan.pending)), *self.plan.notes):
             self._log(line)
         ending = Ending()
+        self._begin_reports()
         try:
             self._set_damaged_aside()
             with stop_requests() as stop:
@@ -97,6 +101,7 @@ class Driver(WorkerHandling):
             quarantined = self.policy.quarantined_shards
             summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
             summary = replace(summary, notes=self.policy.notes)
+            self._report(last=True)
             self.pool.close()
             self.raylet.close()
             with contextlib.suppress(StorageError):  # a cache
@@ -150,6 +155,7 @@ class Driver(WorkerHandling):
             if not self.manifest_written:
                 self._check_start(time.monotonic() - start)
             self.progress.show(self._snapshot())
+            self._report()
             self.events.flush_when_due()
             self.records.flush_when_due()
             self.index.flush_when_due()
@@ -202,7 +208,7 @@ class Driver(WorkerHandling):
             workers = self.pool.count_placeable()
             if stop := self.policy.load_died(str(error), is_node_lost(error), self.pool.started_count, workers):
                 raise stop.error from error
-            self.pool.slots.remove(slot)
+            self.pool.discard(slot)
             return
         self.policy.load_passed()
         self.pool.record_start(slot, info)
@@ -294,6 +300,8 @@ class Driver(WorkerHandling):
             self._carry_out(decision)
 
     def _carry_out(self, decision: Decision) -> None:
+        if (reason := RETRY_REASONS.get(type(decision))) is not None:
+            self.totals.retries[reason] += 1
         match decision:
             case Retry(shard, at):
                 self.queue.add_delayed(shard, at, self.policy.faults.tried(shard.name))
@@ -337,19 +345,6 @@ class Driver(WorkerHandling):
             shards = {shard.name for shard in slot.leases.values()}
             if hang := find_hang(slot.pulse, shards, self.limits):
                 self._kill_hung(slot, hang)
-
-    def _snapshot(self) -> Snapshot:
-        return Snapshot(
-            shards_done=len(self.totals.finished),
-            shards=len(self.plan.pending),
-            samples=max(self.totals.samples, self.pool.samples),
-            samples_done=self.totals.samples,
-            busy=self.pool.busy,
-            alive=self.pool.alive(time.monotonic()),
-            workers=self.pool.started_count,
-            quarantined_shards=len(self.policy.quarantined),
-            refused_rows=sum(self.totals.refused.values()),
-        )
 
     def _log(self, text: str) -> None:
         self.progress.log(self.redact(text))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import heapq
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
@@ -20,7 +22,34 @@ from teachers.redact import redact_values
 _PART_BYTES = 2**20
 _FLUSH_SECONDS = 10.0
 _FLUSH_SECONDS_LOCAL = 1.0
+_SLOWEST = 5
+_ERROR_CHARACTERS = 300
 _PATIENCE_SECONDS = 300.0  # during which failed writes are tolerated
+
+
+class EventDigest:
+    """What events say of the run as a whole: counts by kind, the slowest shards, and those that have failed and are
+    not finished, each with its failures and its last error."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.slowest: list[tuple[float, str, str]] = []  # a heap of seconds, shard and its longest stage
+        self.failing: dict[str, tuple[int, str]] = {}
+
+    def add(self, event: str, values: Mapping[str, Any]) -> None:
+        self.counts[event] += 1
+        shard = values.get("shard")
+        if event in ("shard", "shard_quarantined"):
+            self.failing.pop(str(shard), None)
+        if event == "shard":
+            times = values.get("times") or {"": 0.0}
+            heapq.heappush(self.slowest, (values["seconds"], str(shard), max(times, key=times.__getitem__)))
+            if len(self.slowest) > _SLOWEST:
+                heapq.heappop(self.slowest)
+        elif event in ("shard_raised", "worker_died", "worker_hung") and not values.get("node_lost"):
+            for name in values.get("shards", [shard]):
+                failures, _ = self.failing.pop(name, (0, ""))
+                self.failing[name] = failures + 1, str(values.get("error", ""))[:_ERROR_CHARACTERS]
 
 
 class Events:
@@ -36,6 +65,7 @@ class Events:
         self._part = 0
         self._lines: list[bytes] = []
         self._dirty = False
+        self.digest = EventDigest()
         self._flushed = self._clean_at = time.monotonic()
         self._interval = _FLUSH_SECONDS_LOCAL if store.local else _FLUSH_SECONDS
         self._folder = ("runs", self.run)
@@ -47,6 +77,7 @@ class Events:
         line = self._redact(json.dumps(record, ensure_ascii=False, default=str))
         self._lines.append(line.encode("utf-8", "replace") + b"\n")
         self._dirty = True
+        self.digest.add(event, values)
 
     def flush_when_due(self) -> None:
         """Write new events every few seconds. Raises StorageError if writing has failed for five minutes."""

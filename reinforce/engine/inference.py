@@ -235,7 +235,8 @@ class Inference:
             captioner = self._captioner(layer)
             with self._run(layer.name, what, seeds[layer.name].size):
                 pixels = to_pixels(views[captioner.image], captioner.image)
-                captions[layer.name] = self._models.captions(captioner, pixels, seeds[layer.name])
+                captions[layer.name], tokens = self._models.captions(captioner, pixels, seeds[layer.name])
+            self.meter.add_tokens(layer.name, tokens)
         return captions
 
     def _texts(self, captions: Mapping[str, _Texts], count: int, what: str) -> dict[str, Any]:

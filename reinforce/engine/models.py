@@ -66,14 +66,15 @@ class Models:
 
     def captions(
         self, captioner: Captioner, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]
-    ) -> Callable[[], Sequence[list[str] | NoCaptions | None]]:
-        """Caption on the accelerator -> a function that returns the texts, for which it is not needed."""
+    ) -> tuple[Callable[[], Sequence[list[str] | NoCaptions | None]], int]:
+        """Caption on the accelerator -> a function that returns the texts, for which it is not needed, and the number
+        of tokens, 0 where it is not known."""
         if not _splits(captioner, "caption", "generate", "to_texts"):
             texts = captioner.caption(pixels, seeds)
-            return lambda: texts
+            return lambda: texts, 0
         splitting: Any = captioner
         tokens = splitting.generate(pixels, seeds)
-        return lambda: splitting.to_texts(tokens)
+        return lambda: splitting.to_texts(tokens), _count_tokens(tokens)
 
     def release_memory(self) -> None:
         """Return memory that models keep between batches, and that torch keeps for them, to the device.
@@ -128,6 +129,13 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
         return models
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(f"{error}{user_frames(error)}{memory_hint(error)}") from error
+
+
+def _count_tokens(captions: object) -> int:
+    """Tokens of captions as lists of tokens, by image; 0 for what a captioner prepares in another form."""
+    images = captions if isinstance(captions, list) else []
+    texts = [text for image in images if isinstance(image, list) for text in image]
+    return sum(map(len, texts)) if all(isinstance(text, list) for text in texts) else 0
 
 
 def _splits(model: object, whole: str, *parts: str) -> bool:

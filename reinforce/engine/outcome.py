@@ -45,6 +45,7 @@ class WorkerInfo:
     batch: int = 0
     notes: tuple[str, ...] = ()
     device: Mapping[str, Any] = field(default_factory=dict)  # name and memory of a CUDA device
+    log: str = ""  # path of its output on its node, if that is a file
 
     @property
     def id(self) -> WorkerId:
@@ -74,6 +75,8 @@ class ShardResult:
     notes: tuple[str, ...] = ()  # about the worker, such as a batch that did not fit in the memory of its device
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # sums of `rates.Stages`, by layer
     device: Mapping[str, Any] = field(default_factory=dict)  # name and memory of a CUDA device
+    read_bytes: int = 0  # encoded images and texts, of the source or of stored samples
+    times: Mapping[str, float] = field(default_factory=dict)  # seconds by stage of `watch`, which add up to `seconds`
 
     @classmethod
     def postponed(cls, shard: str, seconds: float, set_aside: Mapping[str, str]) -> ShardResult:
@@ -83,11 +86,12 @@ class ShardResult:
     def event(self) -> dict[str, Any]:
         """The values of the event."""
         values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("record", "files")}
-        return {**values, "stages": {layer: _rounded(stage) for layer, stage in self.stages.items()}}
+        stages = {layer: _rounded(stage) for layer, stage in self.stages.items()}
+        return {**values, "stages": stages, "times": _rounded(self.times)}
 
 
 def _rounded(stage: Mapping[str, float]) -> dict[str, float]:
-    """Sums of a stage for the record of a run, where the events of 190,000 shards should be small."""
+    """Sums for the record of a run, where the events of 190,000 shards should be small."""
     return {key: value if isinstance(value, int) else float(f"{value:.5g}") for key, value in stage.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,6 +49,9 @@ class Slot:
     avoids: frozenset[str] = frozenset()  # nodes on which it must not be placed
     pulse: Pulse = field(default_factory=Pulse)
     started_at: float = field(default_factory=time.monotonic)
+    index: int = 0  # a number that no other worker of the pool has, for metrics and status
+    pulse_at: float = 0.0
+    leased_at: dict[str, float] = field(default_factory=dict)  # by shard
 
     @property
     def free(self) -> int:
@@ -92,6 +96,7 @@ class Pool:
         self.polls: Polls[Slot] = Polls()
         self.loading: dict[Any, Slot] = {}
         self.leases: dict[Any, Slot] = {}
+        self._indexes: list[int] = []  # a heap of those that are free again
         self._to_avoid: frozenset[str] = frozenset()
         self._avoided: frozenset[str] = frozenset()  # the same, or empty if there are no other nodes
         self._drained: frozenset[str] = frozenset()  # Ray places no workers on them
@@ -108,7 +113,8 @@ class Pool:
     def grow(self, size: int) -> None:
         """Ask for actors until ``size`` (at most ``workers.max``) exist or are pending."""
         for _ in range(min(size, self._limit()) - len(self.slots) + len(self.leaving)):
-            slot = Slot(self._placed().remote(*self._arguments), avoids=self._avoided)
+            index = heapq.heappop(self._indexes) if self._indexes else len(self.slots)
+            slot = Slot(self._placed().remote(*self._arguments, index), avoids=self._avoided, index=index)
             self.slots.append(slot)
             self.loading[slot.actor.load.remote()] = slot
 
@@ -157,7 +163,7 @@ class Pool:
 
     def remove(self, slot: Slot) -> None:
         """Kill a worker and release its leases."""
-        self.slots.remove(slot)
+        self.discard(slot)
         self.polls.remove(slot)
         if slot.info is not None:
             del self._started[slot]
@@ -171,6 +177,11 @@ class Pool:
         for ref in slot.leases:
             del self.leases[ref]
         ray.kill(slot.actor)
+
+    def discard(self, slot: Slot) -> None:
+        """Remove a worker whose process has ended before it started."""
+        self.slots.remove(slot)
+        heapq.heappush(self._indexes, slot.index)
 
     def close(self) -> None:
         for slot in list(self.slots):
@@ -214,7 +225,7 @@ class Pool:
         """Record a worker's counts."""
         self.samples += pulse.samples - slot.pulse.samples
         self.busy += pulse.busy - slot.pulse.busy
-        slot.pulse = pulse
+        slot.pulse, slot.pulse_at = pulse, time.monotonic()
 
     def read_boards(self, slots: Iterable[Slot]) -> dict[Slot, tuple[LeasePulse, ...]]:
         """Where the leases of workers that do not answer are; empty where it cannot be read."""
@@ -231,6 +242,7 @@ class Pool:
         """Lease a shard to a worker; ``alone`` for a suspect."""
         slot.alone, slot.draining, slot.leased = alone, False, slot.leased + 1
         slot.exhausted = self._config.workers.recycle is not None and slot.leased >= self._config.workers.recycle
+        slot.leased_at[shard.name] = time.monotonic()
         ref = slot.actor.process.remote(shard)
         slot.leases[ref] = shard
         self.leases[ref] = slot
@@ -243,7 +255,9 @@ class Pool:
         slot.alone = False
         if not slot.leaving:
             self._free[slot] = None
-        return slot.leases.pop(ref)
+        shard = slot.leases.pop(ref)
+        slot.leased_at.pop(shard.name, None)
+        return shard
 
     def _limit(self) -> int:
         """Most workers that may exist."""

@@ -27,6 +27,15 @@ class Snapshot:
     refused_rows: int
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What snapshots of the last minute show; None where they show nothing. ``eta`` is in seconds."""
+
+    samples_per_second: float | None = None
+    busy_share: float | None = None
+    eta: float | None = None
+
+
 class Progress(Screen):
     """Prints snapshots. ``show`` can be called at any rate."""
 
@@ -42,18 +51,26 @@ class Progress(Screen):
             self._history.popleft()
         self.draw(self.line(now), now.samples if now.samples_done else 0, _expected_samples(now) or 1)
 
-    def line(self, now: Snapshot) -> str:
+    def rates(self, now: Snapshot) -> Rates:
+        """Rates over the last minute, and the remaining time at the average rate of this run."""
         then_time, then = self._history[0] if self._history else (self._start, now)
         span = time.monotonic() - then_time
-        parts = [f"{now.shards_done:,} of {now.shards:,} shards", f"{now.samples:,} samples"]
-        if span > 0 and now.samples > then.samples:
-            parts.append(f"{(now.samples - then.samples) / span:,.0f} samples/s")
+        speed = (now.samples - then.samples) / span if span > 0 and now.samples > then.samples else None
+        busy = None
         if now.busy > 0 and now.alive > then.alive:
-            parts.append(f"accelerator busy {min(1.0, (now.busy - then.busy) / (now.alive - then.alive)):.0%}")
+            busy = min(1.0, (now.busy - then.busy) / (now.alive - then.alive))
+        return Rates(speed, busy, self._eta(now))
+
+    def line(self, now: Snapshot) -> str:
+        rates = self.rates(now)
+        parts = [f"{now.shards_done:,} of {now.shards:,} shards", f"{now.samples:,} samples"]
+        if rates.samples_per_second is not None:
+            parts.append(f"{rates.samples_per_second:,.0f} samples/s")
+        if rates.busy_share is not None:
+            parts.append(f"accelerator busy {rates.busy_share:.0%}")
         parts.append(f"{now.workers} worker{'s' * (now.workers != 1)}")
-        eta = self._eta(now)
-        if eta is not None:
-            parts.append(f"ETA {format_duration(eta)}")
+        if rates.eta is not None:
+            parts.append(f"ETA {format_duration(rates.eta)}")
         if now.quarantined_shards or now.refused_rows:
             parts.append(f"quarantine: {now.quarantined_shards} shards, {now.refused_rows:,} rows")
         return "  ".join(parts)

@@ -13,8 +13,11 @@ from typing import Any, TypeAlias
 from reinforce.terminal import format_bytes
 
 #: What is summed over batches, shards and workers, by layer: ``inputs``, ``seconds``, and, where they are known,
-#: ``flops`` and ``peak_flops``, those that the card could have done in these seconds.
+#: ``flops`` and ``peak_flops``, those that the card could have done in these seconds, and ``tokens`` of captions.
 Stages: TypeAlias = "dict[str, Counter[str]]"
+
+
+_RATES = ("per_second", "tokens_per_second", "mfu")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,12 @@ def add_stages(sums: Stages, stages: Mapping[str, Mapping[str, float]]) -> None:
     """Add what ``StageMeter`` has measured, or an earlier sum."""
     for layer, stage in stages.items():
         entry: Any = sums.setdefault(layer, Counter())
-        entry.update({key: value for key, value in stage.items() if key not in ("per_second", "mfu")})
+        entry.update({key: value for key, value in stage.items() if key not in _RATES})
+
+
+def add_numbers(sums: Any, numbers: Mapping[str, float]) -> None:
+    """Add numbers by name to a Counter, whose type is that of whole numbers."""
+    sums.update(numbers)
 
 
 def with_rates(stages: Stages) -> dict[str, dict[str, float]]:
@@ -39,6 +47,8 @@ def with_rates(stages: Stages) -> dict[str, dict[str, float]]:
         entry = found[layer] = {key: round(value, 3) for key, value in stage.items()}
         if stage["seconds"]:
             entry["per_second"] = round(stage["inputs"] / stage["seconds"], 2)
+            if stage["tokens"]:
+                entry["tokens_per_second"] = round(stage["tokens"] / stage["seconds"], 2)
         if stage["peak_flops"]:
             entry["mfu"] = round(stage["flops"] / stage["peak_flops"], 4)
     return found
@@ -62,5 +72,7 @@ def rate_lines(summary: Mapping[str, Any]) -> list[str]:
     for layer, stage in stages.items():
         unit = "captions" if layer.startswith("captions/") else "images" if layer.endswith("/images") else "texts"
         mfu = f", MFU {stage['mfu']:.0%}" if "mfu" in stage else ""
-        lines.append(f"  {layer}: {stage['inputs']:,.0f} {unit}, {stage.get('per_second', 0):,.0f} {unit}/s{mfu}")
+        tokens = f", {stage['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in stage else ""
+        speed = f"{stage.get('per_second', 0):,.0f} {unit}/s{tokens}{mfu}"
+        lines.append(f"  {layer}: {stage['inputs']:,.0f} {unit}, {speed}")
     return lines

@@ -21,6 +21,7 @@ from reinforce.engine.outcome import ShardResult
 from reinforce.engine.plan import PendingShard
 from reinforce.engine.pool import Pool, Slot
 from reinforce.engine.schedule import ShardQueue
+from reinforce.engine.summary import WORKER_LOST, RunTotals
 from reinforce.engine.traces import shorten
 from teachers.redact import Redactor
 
@@ -35,6 +36,7 @@ class WorkerHandling:
     limits: StallLimits
     events: Events
     redact: Redactor
+    totals: RunTotals
 
     def _log(self, text: str) -> None:
         raise NotImplementedError
@@ -69,6 +71,7 @@ class WorkerHandling:
         self._log(f"a worker is replaced, {worker.id}: {reason}")
         for shard in worker.shards:
             self.queue.add(shard, first=True)
+            self.totals.retries[WORKER_LOST] += 1
         self.policy.worker_replaced(worker.id, now)
 
     def _recycle(self, slot: Slot) -> None:

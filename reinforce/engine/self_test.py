@@ -150,7 +150,7 @@ def _caption(
     models: Models, captioner: Captioner, rows: Sequence[int], seeds: npt.NDArray[np.uint64]
 ) -> list[list[str]]:
     with models.use_accelerator(captioning=True):
-        captions = models.captions(captioner, probe_images(models, captioner.image, rows), seeds)
+        captions, _ = models.captions(captioner, probe_images(models, captioner.image, rows), seeds)
     texts = captions()
     count = seeds.shape[1]
     lengths = [count if isinstance(row, NoCaptions) else row is not None and len(row) for row in texts]

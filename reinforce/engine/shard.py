@@ -157,6 +157,8 @@ class _ShardProcess:
             notes=self.models.batches.take_notes(),
             stages=stages,
             device=device_report(self.models.accelerator),
+            read_bytes=self.watch.read_bytes,
+            times=self.watch.take_seconds(),
         )
 
     # -- rows

@@ -52,6 +52,12 @@ class StageMeter:
         yield
         self._pending.append((layer, inputs, start, self._accelerator.mark()))
 
+    def add_tokens(self, layer: str, tokens: int) -> None:
+        """Count tokens that a captioner has generated."""
+        if tokens:
+            stage: Any = self._stages.setdefault(layer, Counter())
+            stage.update(tokens=tokens)
+
     def update(self) -> None:
         """Count the stages that the device has finished."""
         with _counting:

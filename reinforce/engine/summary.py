@@ -10,7 +10,7 @@ from typing import Any
 from reinforce.dataset.layers import SAMPLES
 from reinforce.engine.outcome import ShardResult
 from reinforce.engine.plan import Plan
-from reinforce.engine.rates import Stages, add_stages, fuller, with_rates
+from reinforce.engine.rates import Stages, add_numbers, add_stages, fuller, with_rates
 from reinforce.engine.traces import shorten
 from reinforce.errors import UserError
 from reinforce.terminal import format_bytes
@@ -18,6 +18,7 @@ from schemas import Reason
 from teachers.postprocess import COUNTS
 from teachers.redact import redact
 
+WORKER_LOST = "worker lost"  # why a shard is leased again, if its worker is gone
 _STOPPED_STATUS = 130  # as of a command that a shell stops by Ctrl-C
 _EXAMPLE_CHARS = 300
 _MAX_EXAMPLES = 10
@@ -125,9 +126,19 @@ class RunTotals:
     postponed: set[str] = field(default_factory=set)  # shards of which files are to be computed again
     stages: Stages = field(default_factory=dict)
     device: Mapping[str, Any] = field(default_factory=dict)
+    written: int = 0  # shards of which all was written
+    given_up: int = 0  # shards that are quarantined, in some layer
+    quarantined: Counter[str] = field(default_factory=Counter)  # those of them that failed, by reason
+    read_bytes: int = 0
+    times: Counter[str] = field(default_factory=Counter)  # seconds of shards by stage
+    retries: Counter[str] = field(default_factory=Counter)  # shards that were leased again, by reason
 
     def add(self, result: ShardResult) -> None:
         (self.postponed if result.set_aside else self.finished).add(result.shard)
+        self.written += not (result.set_aside or result.given_up)
+        self.given_up += result.given_up is not None
+        self.read_bytes += result.read_bytes
+        add_numbers(self.times, result.times)
         self.samples += result.samples
         self.bytes += result.bytes
         self.busy += result.busy
@@ -141,6 +152,8 @@ class RunTotals:
 
     def add_quarantined(self, shard: str, layer: str, reason: str, detail: str) -> None:
         """Count a shard that failed while a layer was computed."""
+        self.given_up += 1
+        self.quarantined[reason] += 1
         where = shard if layer == SAMPLES else f"{shard} in {layer}"
         self.examples.setdefault(reason, f"{where}: {shorten(' '.join(detail.split()), _EXAMPLE_CHARS)}")
         if layer == SAMPLES:

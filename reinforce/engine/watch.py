@@ -97,7 +97,8 @@ class LeaseWatch:
 
     A lease is where the thread is that made this object, unless another of its threads runs a model. Entering and
     leaving a stage is progress. ``slowest`` receives the seconds of the slowest step by stage, and ``board`` at
-    ``entry`` the stages that run models.
+    ``entry`` the stages that run models. ``read_bytes`` counts the encoded images and texts that were read, and
+    ``seconds`` has the time of the thread that made this object by stage, in the innermost one.
     """
 
     def __init__(
@@ -107,7 +108,10 @@ class LeaseWatch:
         self._slowest = {} if slowest is None else slowest
         self._board, self._entry = board, entry
         self._showing = threading.Lock()  # what is written last must be the latest
-        self._at: dict[int, _At] = {threading.get_ident(): (PREPARING, "", time.monotonic())}  # by thread
+        self.read_bytes = 0
+        self.seconds: dict[str, float] = {}
+        self._thread = threading.get_ident()
+        self._at: dict[int, _At] = {self._thread: (PREPARING, "", time.monotonic())}  # by thread
         self._show(PREPARING)
 
     @contextlib.contextmanager
@@ -116,12 +120,16 @@ class LeaseWatch:
         thread = threading.get_ident()
         before = self._at.get(thread)
         entered = time.monotonic()
+        if thread == self._thread:
+            self._count(entered)
         self._at[thread] = (name, what, entered)
         self._show(name)
         try:
             yield
         finally:
             left = time.monotonic()
+            if thread == self._thread:
+                self._count(left)
             if left - entered > self._slowest.get(name, 0.0):
                 self._slowest[name] = left - entered
             if before is None:
@@ -129,6 +137,16 @@ class LeaseWatch:
             else:
                 self._at[thread] = (before[0], before[1], left)
             self._show(name)
+
+    def _count(self, now: float) -> None:
+        """Add the time of the thread that made this object to the stage that it leaves, or interrupts."""
+        stage, _, since = self._at[self._thread]
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - since
+
+    def take_seconds(self) -> dict[str, float]:
+        """The seconds by stage until now, at the end of the lease."""
+        self._count(time.monotonic())
+        return self.seconds
 
     def steps(self, name: str, items: Iterable[_Item]) -> Iterator[_Item]:
         """Yield ``items``; producing each is a step of the stage."""
@@ -200,3 +218,11 @@ def process_memory() -> int:
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def output_path() -> str:
+    """The file that this process writes its errors to, or ''."""
+    with contextlib.suppress(OSError):
+        path = os.readlink("/proc/self/fd/2")
+        return path if os.path.isfile(path) else ""
+    return ""

@@ -22,6 +22,7 @@ from reinforce.dataset.layers import Layer
 from reinforce.dataset.store import Store
 from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.full_batch import fit_batch
+from reinforce.engine.metrics import Recorder
 from reinforce.engine.model_flops import measure_costs
 from reinforce.engine.models import Counters, Models, load_models
 from reinforce.engine.outcome import LayerFailure, LoadFailure, ShardFailure, ShardResult, WorkerId, WorkerInfo
@@ -29,7 +30,7 @@ from reinforce.engine.plan import PendingShard
 from reinforce.engine.self_test import check_models, precisions
 from reinforce.engine.shard import allocate_pixels, process_shard
 from reinforce.engine.stage_meter import device_report
-from reinforce.engine.watch import Pulse, WorkerWatch, process_memory
+from reinforce.engine.watch import Pulse, WorkerWatch, output_path, process_memory
 from reinforce.errors import StorageError, UserError
 from teachers import determinism
 from teachers.redact import Redactor
@@ -40,8 +41,11 @@ SHARDS_IN_FLIGHT = 2
 class Worker:
     """Runs leases, two at a time; ``as_actor`` makes it a Ray actor."""
 
-    def __init__(self, config: Config, layers: Mapping[str, Layer], needed: frozenset[str], folder: str) -> None:
-        """``folder`` is the driver's working directory: relative paths and custom classes are looked up there."""
+    def __init__(
+        self, config: Config, layers: Mapping[str, Layer], needed: frozenset[str], folder: str, index: int = 0
+    ) -> None:
+        """``folder`` is the driver's working directory: relative paths and custom classes are looked up there.
+        ``index`` names the worker in metrics."""
         self.config, self.layers, self.needed = config, layers, needed
         self.folders = [path for path in (os.getcwd(), folder) if os.path.isdir(path)]
         self.missing_folder = None if os.path.isdir(folder) else folder
@@ -52,6 +56,7 @@ class Worker:
         self.models: Models | None = None
         self.pool: DecodePool | None = None
         self.watch = WorkerWatch(SHARDS_IN_FLIGHT)
+        self.metrics = Recorder(str(index))
 
     def load(self) -> WorkerInfo:
         """Load and test the models of the layers in ``needed``. Raises LoadFailure if one does not work."""
@@ -92,7 +97,9 @@ class Worker:
         node, pid, host = self._id()
         notes = self.models.batches.take_notes()
         batch, report = self.config.workers.images, device_report(self.models.accelerator)
-        return WorkerInfo(node, pid, device, loaded, host, process_memory(), board, batch, notes, report)
+        memory, log = process_memory(), output_path()
+        self._record_metrics()
+        return WorkerInfo(node, pid, device, loaded, host, memory, board, batch, notes, report, log)
 
     def _check_output(self) -> None:
         """Raise UserError if ``output`` is relative to a folder of the driver that this node does not have."""
@@ -119,6 +126,7 @@ class Worker:
                     watch=watch,
                     redact=self.redact,
                 )
+            self._record_metrics()
             return replace(result, memory=process_memory())
         except StorageError as error:
             raise ShardFailure(self.redact(str(error)), False) from None
@@ -136,7 +144,21 @@ class Worker:
         prepared, key = (self.pool.finished, self.pool.longest()) if self.pool else (0, None)
         leases = self.watch.pulses(prepared, time.monotonic())
         slowest = dict(self.watch.slowest)
+        self._record_metrics()
         return Pulse(counters.samples, counters.busy, prepared, key, leases, slowest, process_memory())
+
+    def _record_metrics(self) -> None:
+        if self.models is None or self.pool is None:
+            return
+        self.metrics.record(
+            {
+                "reinforce_worker_samples_total": self.models.counters.samples,
+                "reinforce_worker_busy_seconds_total": self.models.counters.busy,
+                "reinforce_worker_decode_queue": self.pool.jobs.qsize(),
+                "reinforce_worker_accelerator_queue": self.models.turns.waiting,
+                "reinforce_worker_memory_bytes": process_memory(),
+            }
+        )
 
 
 def environment() -> dict[str, str]:

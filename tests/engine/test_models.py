@@ -123,8 +123,10 @@ def test_a_class_that_overrides_a_method_below_its_parts_is_called_by_the_method
     teacher = Overriding(CPU)
     torch.testing.assert_close(models().text_encoder(teacher, ["one"])(), teacher.encode_texts(["one"]))
     pixels, seeds = torch.zeros(1, 3, 8, 8), np.array([[1, 2]], np.uint64)
-    assert models().captions(Splitting(CPU), pixels, seeds)() == [["seed 1", "seed 2"]]
-    assert models().captions(OverridingCaptioner(CPU), pixels, seeds)() == [["mine", "mine"]]
+    texts, _ = models().captions(Splitting(CPU), pixels, seeds)
+    assert texts() == [["seed 1", "seed 2"]]
+    texts, tokens = models().captions(OverridingCaptioner(CPU), pixels, seeds)
+    assert (texts(), tokens) == ([["mine", "mine"]], 0)
 
 
 def test_teachers_of_open_clip_with_one_tokenizer_share_the_tokens_of_a_batch() -> None:
