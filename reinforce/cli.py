@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import reinforce
-from reinforce import cli_config, cli_dataset, cli_export, cli_run, cli_training
+from reinforce import cli_config, cli_dataset, cli_export, cli_run, cli_status, cli_training
 from reinforce.cli_common import examples
 from reinforce.cores import let_waiting_threads_sleep
 from reinforce.errors import UserError
@@ -68,7 +68,13 @@ app.command(
     **examples("reinforce init demo/shards my.yaml", "reinforce init hf://datasets/ORG/NAME", "reinforce init photos/")
 )(cli_config.init)
 app.command(**examples("reinforce schema run"))(cli_config.schema)
-app.command(**examples("reinforce status demo/dataset", "reinforce status demo/dataset --reasons"))(cli_dataset.status)
+app.command(
+    **examples(
+        "reinforce status demo/dataset",
+        "reinforce status demo/dataset --watch",
+        "reinforce status demo/dataset --reasons",
+    )
+)(cli_status.status)
 app.command(
     **examples(
         "reinforce validate demo/dataset",
@@ -107,6 +113,8 @@ app.command(**examples("reinforce latency MobileCLIP2-S0 ViT-B-32 --threads 1"))
 app.command("captions-report", **examples("reinforce captions-report demo/dataset --out demo/captions-report"))(
     cli_dataset.captions_report
 )
+
+app.command(**examples("reinforce dashboard grafana/dashboards"))(cli_status.dashboard)
 
 
 def main(arguments: list[str] | None = None) -> None:

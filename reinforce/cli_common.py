@@ -49,9 +49,12 @@ def examples(*commands: str) -> dict[str, Any]:
     return {"epilog": "\n\n".join([f"Example{'s' * (len(lines) > 1)}:", *lines])}
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON object on standard output: without secrets in URLs, with null for numbers that are not finite."""
-    typer.echo(json.dumps(_plain(value), indent=2))
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """Print one JSON object on standard output: without secrets in URLs, with null for numbers that are not finite.
+
+    ``indent`` None gives a single line.
+    """
+    typer.echo(json.dumps(_plain(value), indent=indent))
 
 
 @contextlib.contextmanager

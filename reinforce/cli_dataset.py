@@ -1,4 +1,4 @@
-"""Commands about a dataset that exists: ``reinforce status``, ``drop`` and ``captions-report``."""
+"""Commands about a dataset that exists: ``reinforce validate``, ``drop`` and ``captions-report``."""
 
 from __future__ import annotations
 
@@ -17,40 +17,6 @@ from teachers.redact import redact
 if TYPE_CHECKING:
     from reinforce.dataset.store import Store
     from reinforce.engine.recompute import Recomputed
-
-
-def status(
-    dataset: DatasetUrl,
-    reasons: Annotated[
-        bool, typer.Option("--reasons", help="Also show the first shard, key and detail of each reason of quarantine.")
-    ] = False,
-) -> None:
-    """Show the layers of a dataset, what is quarantined and why, and how the last run ended."""
-    from reinforce.dataset.damage import describe_damaged
-    from reinforce.dataset.status import read_status, status_table
-    from reinforce.engine.rates import rate_lines
-    from reinforce.engine.summary import cleaned_lines, not_in_source_lines
-
-    found = read_status(dataset)
-    Console().print(status_table(found))
-    if damage := describe_damaged(found["url"], found["damaged"]):
-        typer.echo(escape(damage))
-    if found["lost"]:
-        typer.echo(escape(f"{found['lost']}. `reinforce run` with the dataset's config computes what is missing."))
-    for layer, entry in found["quarantine"].items():
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in entry["reasons"].items())
-        typer.echo(escape(f"quarantine/{layer}: {entry['files']:,} shards; {counts}"))
-        for reason in entry["reasons"] if reasons else ():
-            typer.echo(escape(f"  {reason}, for example {entry['examples'][reason]}"))
-    if found["quarantine"] and not reasons:
-        typer.echo(escape(f"`reinforce status {found['url']} --reasons` shows an example of each reason"))
-    if last := found["last_run"]:
-        shards, seconds = last.get("shards", 0), last.get("seconds", 0)
-        text = f"last run {last.get('run')}: {shards:,} shards in {seconds:.0f} s, {last.get('message')}"
-        typer.echo(escape(text))
-        lines = [*cleaned_lines(last.get("cleaned", {})), *not_in_source_lines(last.get("not_in_source", {}))]
-        for line in [*rate_lines(last), *lines, *map(str, last.get("notes", []))]:
-            typer.echo(escape(line))
 
 
 def validate(

@@ -10,40 +10,8 @@ import pytest
 from reinforce.cli import main
 from reinforce.dataset import drop as dropping
 from reinforce.dataset.store import Store
-from schemas import Reason
 from tests.helpers.data import tree
 from tests.helpers.reinforced import small_dataset
-
-
-def test_status_shows_an_example_of_each_reason_when_asked(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    [shard, *_] = sorted(Store(str(dataset)).shards("samples"))
-    rows = [("k\x1b", Reason.IMAGE_BROKEN, "the file ends early"), (None, Reason.SHARD_DAMAGED, "at byte 9")]
-    Store(str(dataset)).quarantine("samples", shard, rows)
-    counts = "quarantine/samples: 1 shards; 1 image_broken, 1 shard_damaged (shard)"
-    out = command(capfd, "status", str(dataset))[1].splitlines()
-    assert out[-2:] == [counts, f"`reinforce status {dataset} --reasons` shows an example of each reason"]
-    out = command(capfd, "status", str(dataset), "--reasons")[1].splitlines()
-    assert out[-3:] == [
-        counts,
-        f"  image_broken, for example {shard}: k\\x1b: the file ends early",
-        f"  shard_damaged (shard), for example {shard}: at byte 9",
-    ]
-
-
-def test_status_shows_what_the_last_run_found_outside_its_source(
-    dataset: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    absent = {"finished": 0, "quarantined": 1, "first_finished": None, "first_quarantined": "samples/old-ab"}
-    rates = {"busy_share": 0.5, "stages": {"captions/c": {"inputs": 30, "seconds": 3.0, "per_second": 10.0}}}
-    last = {"run": "2026", "shards": 2, "seconds": 1.0, "message": "done", "not_in_source": absent, **rates}
-    Store(str(dataset)).write_json(last, "runs", "2026", "summary.json")
-    out = command(capfd, "status", str(dataset))[1].splitlines()
-    assert out[-4:-1] == [
-        "last run 2026: 2 shards in 1 s, done",
-        "accelerator busy 50%",
-        "  captions/c: 30 captions, 10 captions/s",
-    ]
-    assert out[-1].startswith("not in `source`: 1 quarantined shards, such as samples/old-ab. ")
 
 
 @pytest.fixture

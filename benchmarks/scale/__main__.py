@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import make_table
 from benchmarks.scale import page
 from benchmarks.scale.driver import driver_figures
-from benchmarks.scale.inputs import CONFIG, DFN5B, environment, make_content, overrides, write_manifest
+from benchmarks.scale.inputs import CONFIG, DFN5B, environment, make_content, overrides, running_job, write_manifest
 from benchmarks.scale.object_store import counts, serve
 from benchmarks.stored import write_results
 from reinforce.source.urls import shard_names
@@ -77,6 +77,27 @@ def measure_start(scale: Scale) -> list[Figure]:
         Figure(section, "peak of memory of a rank", found["MB"], "MB"),
         Figure(section, "listing requests", requests["LIST"], ""),
         Figure(section, "reading requests", requests["GET"] + requests["HEAD"], ""),
+    ]
+
+
+def measure_status(scale: Scale) -> list[Figure]:
+    """`reinforce status` of a finished dataset, and of a job that runs, in an object store."""
+    content = make_content(scale.shards, scale.seconds)
+    content = replace(content, objects={**content.objects, **running_job(scale.shards, scale.workers)})
+    with serve(content) as address:
+        job = run_child(["job", "s3://bucket/data"], environment(address))
+        job_requests = counts(address)
+        found = run_child(["status", "s3://bucket/data"], environment(address))
+        requests = counts(address) - job_requests
+    assert (found["shards"], job["workers"]) == (scale.shards, scale.workers), (found, job)
+    section = f"status of {scale.shards:,} shards x 8 layers in S3, {scale.seconds:g} s a request"
+    return [
+        Figure(section, "time", found["seconds"], "s", 40.0, "at most"),
+        Figure(section, "CPU", found["cpu"], "s"),
+        Figure(section, "listing requests", requests["LIST"], ""),
+        Figure(section, "reading requests", requests["GET"] + requests["HEAD"], ""),
+        Figure(section, f"time, of a running job with {scale.workers:,} workers", job["seconds"], "s", 2.0, "at most"),
+        Figure(section, "requests, of a running job", sum(job_requests[kind] for kind in ("LIST", "GET", "HEAD")), ""),
     ]
 
 
@@ -142,6 +163,7 @@ def measure_secrets(scale: Scale) -> list[Figure]:
 SECTIONS: dict[str, Callable[[Scale], list[Figure]]] = {
     "resume": measure_resume,
     "start": measure_start,
+    "status": measure_status,
     "local": measure_local,
     "driver": measure_driver,
     "secrets": measure_secrets,

@@ -30,10 +30,30 @@ def start(url: str, images_from: str) -> dict[str, Any]:
     return {"shards": len(dataset.shards), "rows": dataset.rows}
 
 
+def status(url: str) -> dict[str, Any]:
+    """The status of a dataset."""
+    from reinforce.dataset.status import read_status
+
+    return {"shards": read_status(url)["samples"]}
+
+
+def job(url: str) -> dict[str, Any]:
+    """The state of a running job."""
+    from reinforce.dataset.run_progress import list_runs, running
+    from reinforce.storage import Storage
+
+    store = Storage(url)
+    found = running(store, list_runs(store))
+    assert found is not None
+    return {"workers": len(found.workers)}
+
+
 def main(name: str, *arguments: str) -> None:
-    parts: dict[str, Callable[..., dict[str, Any]]] = {"plan": plan, "start": start}
+    parts: dict[str, Callable[..., dict[str, Any]]] = {"plan": plan, "start": start, "status": status, "job": job}
     if name == "start":  # imports are no part of what is measured
-        import reinforce.student.data.datasets  # noqa: F401
+        import reinforce.student.data.datasets
+    if name in ("status", "job"):
+        import reinforce.dataset.status  # noqa: F401
     began, cpu = time.perf_counter(), time.process_time()
     found = parts[name](*arguments)
     memory = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from reinforce.config import Config, load_config
 from reinforce.dataset.layer_index import FileEntry, LayerIndex, write_index
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.manifest import update_manifest
+from reinforce.dataset.run_progress import RunProgress
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.source.urls import shard_names
@@ -53,6 +55,29 @@ def make_content(shards: int, seconds: float, missing: int = 0, quarantined: int
         kept = [path for path in Path(folder).rglob("*") if path.is_file() and _is_object(path.relative_to(folder))]
         objects = {f"data/{path.relative_to(folder)}": path.read_bytes() for path in kept}
     return Content(names, dict.fromkeys(layers, shards - missing), files, objects, seconds=seconds)
+
+
+def running_job(shards: int, workers: int) -> dict[str, bytes]:
+    """The progress of a run whose workers have two shards each."""
+    now = time.time()
+    stage = {"leased": now - 60, "stage": "embeddings/dfn2b/images", "what": "256 rows, keys 'a' to 'b'", "since": now}
+    states = [
+        {
+            "worker": number,
+            "host": f"node-{number // 8}",
+            "pid": number,
+            "log": "/tmp/ray/session_2026-11-26/logs/worker-0123456789abcdef.err",  # noqa: S108 - not opened
+            "shards": [{**stage, "shard": f"{2 * number + n:08d}-0123456789"} for n in range(2)],
+        }
+        for number in range(workers)
+    ]
+    progress = RunProgress.model_validate(
+        {
+            "run": "r", "time": now, "interval": 60.0, "started": now, "host": "head", "pid": 1, "shards": shards,
+            "shards_done": shards // 2, "samples": 10**9, "workers": states,
+        }
+    )  # fmt: skip
+    return {"data/runs/r/progress.json": progress.model_dump_json().encode()}
 
 
 def write_manifest(output: Path, config: Path) -> None:

@@ -56,13 +56,12 @@ def serve(content: Content) -> Iterator[str]:
         process.join()
 
 
-def counts(address: str) -> dict[str, int]:
+def counts(address: str) -> Counter[str]:
     """The requests so far, by kind, and the most that were in work at once (``at once``)."""
     import urllib.request
 
     with urllib.request.urlopen(f"{address}/-counts") as answer:  # noqa: S310 - the server above
-        found: dict[str, int] = json.load(answer)
-    return found
+        return Counter(json.load(answer))
 
 
 def _serve(content: Content, parent: multiprocessing.connection.Connection) -> None:
@@ -138,6 +137,7 @@ class _Store:
     def _list(self, query: Mapping[str, str]) -> str:
         prefix = query.get("prefix", "")
         layer = prefix.removeprefix(f"{self._content.root}/").rstrip("/")
+        folders: list[str] = []
         first, most = int(query.get("continuation-token", 0)), min(PAGE, int(query.get("max-keys", PAGE)))
         if layer in self._content.done:
             total, size = self._content.done[layer], len(self._content.files.get(layer, b"")) or 1000
@@ -145,15 +145,19 @@ class _Store:
             found = [(f"{prefix}{name}.parquet", size) for name in names]
         else:
             matching = sorted(key for key in self._objects if key.startswith(prefix))
+            deep = [key for key in matching if "/" in key[len(prefix) :]] if query.get("delimiter") else []
+            folders = sorted({prefix + key[len(prefix) :].partition("/")[0] + "/" for key in deep})
+            matching = [key for key in matching if key not in deep]
             total = len(matching)
             found = [(key, len(self._objects[key])) for key in matching[first : first + most]]
         more = first + len(found) < total
+        prefixes = "".join(f"<CommonPrefixes><Prefix>{folder}</Prefix></CommonPrefixes>" for folder in folders)
         token = f"<NextContinuationToken>{first + len(found)}</NextContinuationToken>" if more else ""
         return (
             f'{_HEAD}<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>bucket</Name>'
             f"<Prefix>{prefix}</Prefix><KeyCount>{len(found)}</KeyCount><MaxKeys>{most}</MaxKeys>"
             f"<IsTruncated>{str(more).lower()}</IsTruncated>{token}"
-            f"{''.join(_ENTRY.format(*entry) for entry in found)}</ListBucketResult>"
+            f"{''.join(_ENTRY.format(*entry) for entry in found)}{prefixes}</ListBucketResult>"
         )
 
 

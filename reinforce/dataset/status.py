@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections import Counter
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from reinforce.dataset.layer_index import read_index
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import read_manifest
-from reinforce.dataset.manifest_model import check_run
+from reinforce.dataset.run_progress import list_runs, read_summary
 from reinforce.dataset.store import Store
 from reinforce.terminal import escape, format_bytes
 
@@ -87,14 +86,4 @@ def status_table(status: dict[str, Any]) -> Table:
 
 def _last_run(store: Store) -> dict[str, Any] | None:
     """The summary of the latest run that has one."""
-    try:
-        runs = store.fs.ls(store.path("runs"), detail=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    for run in sorted(runs, reverse=True):
-        parts = ("runs", posixpath.basename(str(run).rstrip("/")), "summary.json")
-        summary = store.read_json(*parts)
-        if summary is not None:
-            check_run(summary, store.path(*parts))
-            return summary
-    return None
+    return next((summary for run in list_runs(store) if (summary := read_summary(store, run)) is not None), None)

@@ -24,6 +24,7 @@ _ENDED = {
     "died": "worker_died",
     "hung": "worker_hung",
     "replaced": "worker_replaced",
+    "drained": "worker_drained",
     "recycled": "worker_recycled",
     "failed to start": "worker_failed_to_start",
 }

@@ -55,8 +55,9 @@ class StageMeter:
     def add_tokens(self, layer: str, tokens: int) -> None:
         """Count tokens that a captioner has generated."""
         if tokens:
-            stage: Any = self._stages.setdefault(layer, Counter())
-            stage.update(tokens=tokens)
+            with _counting:
+                stage: Any = self._stages.setdefault(layer, Counter())
+                stage.update(tokens=tokens)
 
     def update(self) -> None:
         """Count the stages that the device has finished."""

@@ -24,7 +24,8 @@ BUCKET = "s3://my-bucket/"
 RUN = [
     r"reinforce plan my\.yaml",
     r"reinforce run my\.yaml( --set workers\.cpus=4| --retry-quarantined)?",
-    r"reinforce status my-data( --reasons)?",
+    r"reinforce status my-data( --reasons| --watch| --json)?",
+    r"reinforce dashboard grafana/dashboards",
     r"reinforce validate my-data( --quick| --repair)?( --sources shards)?",
     r"reinforce check (my\.yaml|our_teachers:Tiny --options .*)",
     r"reinforce captions-report my-data",
@@ -54,6 +55,7 @@ CHECKED = {
     r"reinforce (plan|run) configs/.*": "needs the data of the config; tests/integration runs small ones",
     r"reinforce tune .*": "trains for minutes on Ray Tune; tests/tuning/test_search.py runs a small one",
     r"reinforce validate my-data --recompute .*": "loads all models; tests/engine/test_recompute.py does",
+    r"reinforce dashboard": "needs the folder of a running Ray; tests/engine/test_dashboard.py",
     r"reinforce drop my-data .*": "deletes layers that other commands need; tests/dataset/test_drop.py",
     r"reinforce train runs/tuning/student\.yaml": "its config is written by a tuning; see tests/tuning/test_command.py",
     r"reinforce (train|finetune-captioner) configs/.*": "trains for minutes; tests/training and tests/captioning",

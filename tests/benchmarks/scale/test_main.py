@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks.scale import page
-from benchmarks.scale.__main__ import QUICK, main, measure_resume, measure_start
+from benchmarks.scale.__main__ import QUICK, main, measure_resume, measure_start, measure_status
 
 
 def test_a_resumed_run_and_a_training_need_few_requests_for_each_shard() -> None:
@@ -19,6 +19,13 @@ def test_a_resumed_run_and_a_training_need_few_requests_for_each_shard() -> None
     started = {figure.name: figure.value for figure in measure_start(QUICK)}
     assert started["listing requests"] == 8 * 3
     assert started["reading requests"] <= 16 * 8 * 3 + 2 * 8 + 2, "16 shards are opened in each layer"
+
+
+def test_the_status_of_a_running_job_takes_three_requests_and_that_of_a_dataset_one_for_a_thousand_files() -> None:
+    found = {figure.name: figure.value for figure in measure_status(QUICK)}
+    assert found["requests, of a running job"] == 3
+    assert found["listing requests"] <= 8 * 3 + 8 + 1
+    assert found["reading requests"] <= 2 * 8 + 2
 
 
 @pytest.mark.parametrize("part", ["local", "driver", "secrets"])

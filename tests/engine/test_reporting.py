@@ -1,0 +1,52 @@
+"""What a driver reports of its workers and of its job."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from reinforce.engine.events import EventDigest
+from reinforce.engine.outcome import WorkerInfo
+from reinforce.engine.pool import Slot
+from reinforce.engine.reporting import job_id, worker_progress
+from reinforce.engine.watch import LeasePulse, Pulse
+
+
+def test_a_worker_is_shown_with_the_times_of_its_shards_and_stages() -> None:
+    now, clock = time.time(), time.monotonic()
+    slot = Slot(None, WorkerInfo("n" * 20, 7, "cpu", {}, "host", log="/tmp/w.err"), index=4)
+    slot.leased_at = {"a": clock - 90, "b": clock - 3}
+    slot.pulse, slot.pulse_at = Pulse(50, leases=(LeasePulse("a", "decoding", 20.0, "key 'k'"),)), clock - 5
+    found = worker_progress(slot)
+    assert (found.worker, found.host, found.pid, found.log, found.samples) == (4, "host", 7, "/tmp/w.err", 50)
+    a, b = found.shards
+    assert (a.shard, a.stage, a.what) == ("a", "decoding", "key 'k'")
+    assert a.leased == pytest.approx(now - 90, abs=1)
+    assert a.since == pytest.approx(now - 25, abs=1)
+    assert (b.shard, b.stage, b.since) == ("b", "", 0.0), "it was leased after the worker's last answer"
+
+
+def test_the_job_is_that_of_ray_job_submit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert job_id() == ""
+    for text, name in (('{"metadata": {"job_submission_id": "raysubmit_x"}}', "raysubmit_x"), ("[]", ""), ("{", "")):
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", text)
+        assert job_id() == name
+
+
+def test_events_show_the_slowest_shards_and_those_that_fail_until_they_are_finished() -> None:
+    digest = EventDigest()
+    for number in range(8):
+        times = {"reading": 0.1, "decoding": number}
+        digest.add("shard", {"shard": f"s{number}", "seconds": float(number), "times": times})
+    assert sorted(digest.slowest)[-1] == (7.0, "s7", "decoding")
+    assert len(digest.slowest) == 5
+    digest.add("shard_raised", {"shard": "a", "error": "one"})
+    digest.add("shard_raised", {"shard": "a", "error": "two"})
+    digest.add("worker_died", {"shards": ["a", "b"], "error": "killed", "node_lost": False})
+    digest.add("worker_died", {"shards": ["c"], "error": "its node was lost", "node_lost": True})
+    assert digest.failing == {"a": (3, "killed"), "b": (1, "killed")}
+    digest.add("shard", {"shard": "a", "seconds": 1.0})
+    digest.add("shard_quarantined", {"shard": "b"})
+    assert digest.failing == {}
+    assert (digest.counts["shard"], digest.counts["worker_died"]) == (9, 2)

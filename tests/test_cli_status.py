@@ -1,0 +1,212 @@
+"""``reinforce status``, ``--watch`` and ``--json``: of a finished dataset, and of a run while it goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from reinforce import cli_status
+from reinforce.cli import main
+from reinforce.dataset.run_progress import RunProgress
+from reinforce.dataset.store import Store
+from schemas import Reason
+from tests.helpers.reinforced import small_dataset
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(small_dataset(tmp_path_factory.mktemp("made"), (3, 2)))
+
+
+@pytest.fixture
+def dataset(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def command(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[object, str, str]:
+    """The exit status, standard output and standard error of a command."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    return ended.value.code or 0, *capfd.readouterr()
+
+
+def report(store: Store, done: int, **changes: Any) -> None:
+    """Write the progress of run ``r``, of this process."""
+    worker = {"worker": 0, "host": "n1", "pid": 7, "log": "/tmp/w.err"}
+    lease = {"shard": "s1", "leased": time.time() - 9, "stage": "decoding", "since": time.time() - 4}
+    values = {
+        "run": "r", "time": time.time(), "interval": 2.0, "started": time.time() - 60, "pid": os.getpid(),
+        "host": socket.gethostname(), "shards": 2, "shards_done": done, "samples": 10 * done,
+        "workers": [{**worker, "shards": [lease]}],
+    }  # fmt: skip
+    progress = RunProgress.model_validate({**values, **changes})
+    store.write_json(progress.model_dump(mode="json"), "runs", "r", "progress.json")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """Steps that are taken one by one where --watch would sleep."""
+    steps: list[Callable[[], None]] = []
+    monkeypatch.setattr(cli_status.time, "sleep", lambda _: steps.pop(0)())
+    monkeypatch.setattr(cli_status, "_LINE_SECONDS", 0.0)
+    return steps
+
+
+def end(store: Store, status: int = 0) -> Callable[[], None]:
+    summary = {"run": "r", "shards": 2, "seconds": 3.0, "message": "done", "status": status}
+    return lambda: store.write_json(summary, "runs", "r", "summary.json")
+
+
+def test_a_running_job_is_shown_with_its_workers_before_the_layers(
+    dataset: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    report(Store(str(dataset)), 1, samples_per_second=5.0, eta_seconds=61.0)
+    lines = command(capfd, "status", str(dataset))[1].splitlines()
+    assert lines[0].startswith("run r is running since 0:01:00; log: in the terminal of pid")
+    assert lines[1] == "1 of 2 shards  10 samples  5 samples/s  1 worker  ETA 0:01:01"
+    assert lines[2].split() == ["worker", "on", "shard", "for", "stage", "for", "log"]
+    assert lines[3].split()[4:8] == ["s1", "0:00:09", "decoding", "0:00:04"]
+    assert lines[4].split()[:2] == ["layer", "shards"]
+
+
+def test_a_job_that_loads_its_models_into_a_new_folder_is_shown(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    report(Store(str(tmp_path)), 0, workers=[], starting_workers=4)
+    status, out, _ = command(capfd, "status", str(tmp_path))
+    assert (status, out.splitlines()[-1]) == (0, "there are no layers yet: workers load their models")
+    found = json.loads(command(capfd, "status", str(tmp_path), "--json")[1])
+    assert (found["run"]["starting_workers"], found["layers"], found["shards"]) == (4, {}, 0)
+
+
+def test_json_has_the_run_and_the_dataset(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    store = Store(str(dataset))
+    layer = "embeddings/red/images"
+    [shard, *_] = sorted(store.shards(layer))
+    path = dataset / layer / f"{shard}.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    store.quarantine("samples", shard, [("k", Reason.IMAGE_BROKEN, "cut off")])
+    report(store, 1, job="raysubmit_1")
+    found = json.loads(command(capfd, "status", str(dataset), "--json")[1])
+    assert found.keys() == {"url", "run", "shards", "layers", "quarantine", "damaged", "missing", "last_run"}
+    assert (found["url"], found["shards"], found["last_run"]) == (str(dataset), 2, None)
+    assert found["layers"][layer]["shards"] == 1
+    assert [(file["layer"], file["shard"]) for file in found["damaged"]] == [(layer, shard)]
+    assert found["quarantine"]["samples"]["reasons"] == {"image_broken": 1}
+    run = found["run"]
+    assert (run["state"], run["log_command"]) == ("running", "ray job logs raysubmit_1 --follow")
+    assert run["workers"][0]["shards"][0]["stage"] == "decoding"
+    end(store)()
+    found = json.loads(command(capfd, "status", str(dataset), "--json")[1])
+    assert (found["run"], found["last_run"]["status"]) == (None, 0)
+
+
+def test_watch_prints_lines_until_the_run_ends_and_exits_with_its_status(
+    dataset: Path, capfd: pytest.CaptureFixture[str], quick: list[Callable[[], None]]
+) -> None:
+    store = Store(str(dataset))
+    report(store, 0)
+    quick += [lambda: None, lambda: report(store, 1), end(store, status=1)]
+    status, out, err = command(capfd, "status", str(dataset), "--watch")
+    lines = out.splitlines()
+    assert (status, err) == (1, "")
+    assert [line[:13] for line in lines[:2]] == ["0 of 2 shards", "1 of 2 shards"], "nothing where nothing is new"
+    assert lines[2].startswith("layer"), "at the end, what is there now"
+    assert "\x1b" not in out
+
+
+def test_watch_as_json_prints_a_line_for_each_report(
+    dataset: Path, capfd: pytest.CaptureFixture[str], quick: list[Callable[[], None]]
+) -> None:
+    store = Store(str(dataset))
+    report(store, 0)
+    quick += [lambda: report(store, 2), end(store)]
+    status, out, _ = command(capfd, "status", str(dataset), "--watch", "--json")
+    assert status == 0
+    assert [json.loads(line)["shards_done"] for line in out.splitlines()] == [0, 2]
+
+
+def test_watch_on_a_terminal_replaces_what_it_has_shown(
+    dataset: Path,
+    capfd: pytest.CaptureFixture[str],
+    quick: list[Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli_status, "Console", lambda: Console(force_terminal=True, width=120))
+    store = Store(str(dataset))
+    report(store, 0)
+    quick += [lambda: report(store, 1), end(store)]
+    _, out, _ = command(capfd, "status", str(dataset), "--watch")
+    rest = out.split("0 of 2 shards", 1)[1]
+    assert "\x1b[1A" in rest.split("1 of 2 shards")[0], "the cursor goes up"
+    assert "decoding" in rest
+
+
+def test_watch_ends_with_an_error_once_the_run_does_not_report_any_more(
+    dataset: Path, capfd: pytest.CaptureFixture[str], quick: list[Callable[[], None]]
+) -> None:
+    store = Store(str(dataset))
+    report(store, 1)
+    quick += [lambda: report(store, 1, pid=2**22 + 1)]
+    status, out, err = command(capfd, "status", str(dataset), "--watch")
+    assert status == 2
+    assert "1 of 2 shards" in out
+    assert "was probably killed" in err
+    assert command(capfd, "status", str(dataset))[1].startswith("run r has not reported for ")
+
+
+def test_ctrl_c_ends_watch_and_nothing_else(
+    dataset: Path, capfd: pytest.CaptureFixture[str], quick: list[Callable[[], None]]
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    report(Store(str(dataset)), 1)
+    quick.append(interrupt)
+    status, out, err = command(capfd, "status", str(dataset), "--watch")
+    assert (status, err) == (130, "")
+    assert out.splitlines() == ["1 of 2 shards  10 samples  1 worker"]
+
+
+def test_watch_without_a_run_is_an_error(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "no run has begun in" in command(capfd, "status", str(dataset), "--watch")[2]
+
+
+def test_status_shows_an_example_of_each_reason_when_asked(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    [shard, *_] = sorted(Store(str(dataset)).shards("samples"))
+    rows = [("k\x1b", Reason.IMAGE_BROKEN, "the file ends early"), (None, Reason.SHARD_DAMAGED, "at byte 9")]
+    Store(str(dataset)).quarantine("samples", shard, rows)
+    counts = "quarantine/samples: 1 shards; 1 image_broken, 1 shard_damaged (shard)"
+    out = command(capfd, "status", str(dataset))[1].splitlines()
+    assert out[-2:] == [counts, f"`reinforce status {dataset} --reasons` shows an example of each reason"]
+    out = command(capfd, "status", str(dataset), "--reasons")[1].splitlines()
+    assert out[-3:] == [
+        counts,
+        f"  image_broken, for example {shard}: k\\x1b: the file ends early",
+        f"  shard_damaged (shard), for example {shard}: at byte 9",
+    ]
+
+
+def test_status_shows_what_the_last_run_found_outside_its_source(
+    dataset: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    absent = {"finished": 0, "quarantined": 1, "first_finished": None, "first_quarantined": "samples/old-ab"}
+    rates = {"busy_share": 0.5, "stages": {"captions/c": {"inputs": 30, "seconds": 3.0, "per_second": 10.0}}}
+    last = {"run": "2026", "shards": 2, "seconds": 1.0, "message": "done", "not_in_source": absent, **rates}
+    Store(str(dataset)).write_json(last, "runs", "2026", "summary.json")
+    out = command(capfd, "status", str(dataset))[1].splitlines()
+    assert out[-4:-1] == [
+        "last run 2026: 2 shards in 1 s, done",
+        "accelerator busy 50%",
+        "  captions/c: 30 captions, 10 captions/s",
+    ]
+    assert out[-1].startswith("not in `source`: 1 quarantined shards, such as samples/old-ab. ")
