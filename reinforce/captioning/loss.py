@@ -37,6 +37,6 @@ def captioning_losses(
         losses["contrastive"] = weights.contrastive * clip
     if weights.caption:
         nll = features["nll"]
-        tokens = torch.tensor(float(sum(length)), device=nll.device)
+        tokens = torch.full((), float(sum(length)), device=nll.device)  # a copy from the host would wait
         losses["caption"] = weights.caption * nll.sum() / gather.mean(tokens)
     return losses

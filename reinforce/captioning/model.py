@@ -17,6 +17,7 @@ from reinforce.errors import UserError
 from reinforce.training.task import Batch, Encoded
 from teachers import open_clip_catalog as catalog
 from teachers.coca import check_model, check_model_name
+from teachers.device import upload
 from teachers.open_clip import image_spec, load_model, model_name
 from teachers.pixels import to_pixels
 from teachers.protocols import ImageSpec
@@ -122,7 +123,7 @@ class CaptionerModel(torch.nn.Module):
             x = run(block, x, None, None, attention_mask)
             x = run(cross, x, image_tokens, image_tokens, None)
         mask = torch.arange(longest) < torch.tensor(list(length))[:, None]  # on the CPU, to avoid a synchronisation
-        positions = mask.flatten().nonzero()[:, 0].to(caption.device, non_blocking=True)
+        positions = upload(mask.flatten().nonzero()[:, 0].numpy(), caption.device)
         logits = decoder.ln_final(x).flatten(0, 1)[positions] @ decoder.text_projection
         labels = caption[:, 1 : longest + 1].flatten()[positions]
         return TokenPredictions(logits, labels, positions, (len(length), longest))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,3 +66,22 @@ def test_trainable_parameters_are_counted_by_tower(tmp_path: Path) -> None:
     assert counts["scales"] == 1
     assert counts["decoder"] == sum(p.numel() for p in model.coca.text_decoder.parameters())
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_compiled_captioner_has_few_graphs_whatever_the_lengths_of_captions(tmp_path: Path) -> None:
+    model = make_captioner(tmp_path)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model.compile(backend=backend)
+    counts = []
+    for number in range(6):
+        texts = [f"a {'red ' * (number * shift % 7)}apple" for shift in (1, 2, 3, 5)]
+        with torch.no_grad():
+            model(make_batch(texts, number))
+        counts.append(len(graphs))
+    assert counts[0] < counts[1] < 2 * counts[0], "the parts that depend on lengths"
+    assert counts[1:] == [counts[1]] * 5

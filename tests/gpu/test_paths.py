@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from reinforce.captioning.task import CaptioningTask
 from reinforce.config import parse_config
 from reinforce.dataset.store import Store
 from reinforce.engine.models import load_models
@@ -19,15 +20,18 @@ from reinforce.engine.plan import make_plan
 from reinforce.engine.shard import allocate_pixels, process_shard
 from reinforce.student.train import train
 from reinforce.training import loop
+from reinforce.training.batches import Prefetcher
 from reinforce.training.loop import fit
 from reinforce.training.ranks import Ranks
-from reinforce.training.step import StepOutput
+from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.coca import CocaCaptioner
 from teachers.device import Accelerator
 from teachers.spec import CaptionerSpec
+from tests.helpers.captioning import TEXTS, make_batch, make_captioner
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool
+from tests.helpers.real_sizes import RAISING
 from tests.helpers.reinforced import reinforce_here, small_dataset
 from tests.helpers.stand_in_cuda import Counts, StandIn, stand_in_cuda
 from tests.helpers.students import student_folder
@@ -68,6 +72,7 @@ def test_captions_on_a_gpu_are_those_of_a_cpu_with_few_operations_and_waits_a_wo
     assert counts.graph_launches <= LAUNCHES_A_WORD * words, counts.describe()
     assert counts.synchronizations <= WAITS_A_WORD * words, counts.describe()
     assert counts.allocations <= ALLOCATIONS_A_WORD * words, counts.describe()
+    assert not RAISING & counts.by_name.keys()
 
 
 def test_a_shard_on_a_gpu_has_the_layers_of_a_cpu_and_waits_for_no_copy_of_its_images(
@@ -133,6 +138,26 @@ def test_a_training_step_on_a_gpu_has_the_loss_of_a_cpu_and_waits_once(
         assert counts.synchronizations <= WAITS_A_STEP, counts.describe()
         assert not any(copy.blocking for copy in counts.copies if copy.bytes > 64), counts.describe()
         assert in_use < 1.01 * steps[0][1]
+        assert not RAISING & counts.by_name.keys(), "strict determinism ends the training"
+
+
+def test_a_step_of_a_captioner_on_a_gpu_has_the_losses_of_a_cpu_and_deterministic_operations(tmp_path: Path) -> None:
+    losses: list[dict[str, float]] = []
+    for device in ("cpu", "cuda"):
+        with stand_in_cuda() if device == "cuda" else contextlib.nullcontext(StandIn(0)) as cuda:
+            accelerator = Accelerator(device)
+            model = accelerator.place(make_captioner(tmp_path))
+            task = CaptioningTask(model, model.loss, evaluator=None)  # type: ignore[arg-type]
+            batches = Prefetcher([make_batch(TEXTS)], accelerator)
+            batches.fetch()
+            there = batches.take()
+            with cuda.counted() as counts:
+                output = backpropagate(task, model, there, len(TEXTS), [0], accelerator)
+            losses.append({name: float(loss) for name, loss in output.losses.items()})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert counts.synchronizations == 0, counts.describe()
+    assert {"nll_loss_forward", "nll_loss_backward"} <= counts.by_name.keys()
+    assert not RAISING & counts.by_name.keys(), "strict determinism ends the training"
 
 
 def test_a_training_on_a_gpu_that_resumes_has_the_weights_of_one_that_does_not(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from reinforce.student.config import StudentConfig
 from reinforce.student.distillation import IMAGES, TEXTS
 from reinforce.student.task import StudentTask
 from reinforce.student.train import build
+from reinforce.training.batches import slice_batch
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
 from teachers.device import Accelerator
@@ -157,6 +158,10 @@ def test_a_student_is_compiled_once_for_all_batches(config: Any) -> None:
     for _ in range(3):
         task.model(task.prepare(next(batches)))
     assert len(graphs) == 1
+    batch = task.prepare(next(batches))
+    for size in (PAIRS - 1, 2, PAIRS - 2, 3, PAIRS, PAIRS - 3):  # one more graph serves all of them
+        task.model(slice_batch(batch, 0, size))
+    assert len(graphs) == 2
 
 
 def test_mixed_captions_give_one_loss(config: Any, dataset: str) -> None:

@@ -1,0 +1,138 @@
+"""Models of real size, without their memory: shapes, data types, bytes of caches, FLOPs, and which operations occur."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from reinforce.student.loss import Objective, contrastive_losses
+from reinforce.student.model import Student
+from reinforce.training.step import backpropagate
+from reinforce.training.task import Batch, Encoded
+from teachers.cache_size import _PART, GIB
+from teachers.choosing import TokenChooser
+from teachers.coca_fixed import FixedCocaDecoder
+from teachers.coca_network import CocaNetwork
+from teachers.device import Accelerator
+from teachers.device_sampling import DeviceSampler
+from teachers.open_clip import image_spec
+from teachers.rules import DecodingRules
+from teachers.spec import CaptionerSpec
+from tests.helpers.real_sizes import Operations, SavedForBackward, build_without_memory, counted_attention
+
+# GFLOPs of an image and of a text, in docs/model_profile.csv of open_clip.
+PROFILES = {
+    "ViT-L-14-quickgelu": (224, 768, 162.03, 13.30),
+    "ViT-SO400M-14-SigLIP": (224, 1152, 220.35, 13.19),
+}
+IMAGES, CAPTIONS, LENGTH = 128, 5, 75
+TEACHERS, KINDS = ("dfn2b", "dfn2b-s39b"), ("image", "caption", "synthetic")
+BATCH = 256
+MATRICES = 4  # that each of the losses keeps for its gradient
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_towers_compute_in_bf16_and_have_the_flops_that_open_clip_publishes(name: str) -> None:
+    size, dim, of_image, of_text = PROFILES[name]
+    mode, accelerator = FakeTensorMode(), Accelerator("cpu", "bf16")
+    model = build_without_memory(mode, name).requires_grad_(False)
+    with mode:
+        pixels = torch.empty(256, 3, size, size)
+        tokens = torch.empty(256, model.context_length, dtype=torch.int64)
+    for inputs, encode, gflops in ((pixels, model.encode_image, of_image), (tokens, model.encode_text, of_text)):
+        with mode, accelerator.forward(), counted_attention(), FlopCounterMode(display=False) as counter:
+            features = encode(inputs)
+        assert (features.shape, features.dtype) == ((256, dim), torch.bfloat16)
+        assert counter.get_total_flops() / 256 / 1e9 == pytest.approx(gflops, abs=0.01)
+
+
+def test_128_images_with_5_captions_are_one_part_on_80_gib_and_a_step_waits_for_nothing() -> None:
+    mode, accelerator = FakeTensorMode(), Accelerator("cpu", "bf16")
+    model = build_without_memory(mode, "coca_ViT-L-14").requires_grad_(False)
+    spec = CaptionerSpec(model="coca_ViT-L-14", captions=CAPTIONS, repetition_penalty=1.2)
+    with mode, torch.inference_mode():
+        with accelerator.forward():
+            _, images = model.visual(torch.empty(IMAGES, 3, 224, 224))
+        assert (images.shape, images.dtype) == ((IMAGES, 255, 768), torch.bfloat16)
+        network = CocaNetwork(model, accelerator, LENGTH, packed=False)
+        decoder = FixedCocaDecoder(network, accelerator, graphs=False)
+        decoder.begin(images, CAPTIONS)
+        rules = DecodingRules(49406, 49407, torch.zeros(49408, dtype=torch.bool), 5, LENGTH, spec.repetition_penalty)
+        sampler = DeviceSampler.__new__(DeviceSampler)
+        sampler._rules, sampler._choose, sampler._state = rules, TokenChooser(spec), None
+        sampler._masks, sampler._padding = rules.masks(), 0
+        rows = decoder.padded(IMAGES * CAPTIONS)
+        state = sampler._reserve(rows, LENGTH)
+        decoder.select_rows(torch.arange(IMAGES).repeat_interleave(CAPTIONS))
+        with Operations() as operations:  # fake tensors raise where a value is needed
+            sampler._step(decoder, state, rows)
+            decoder.step(state.tokens, state.position)
+        assert decoder.step(state.tokens, state.position).shape == (640, 49408)
+    assert operations.raising <= {"cumsum"}, "the CPU's; see ``teachers.sampling._sums``"
+    # Keys and values in bf16: of texts in 24 layers, of 255 image tokens in 12; in fp32, five arrays of logits.
+    texts = 640 * 24 * 2 * LENGTH * 768 * 2
+    of_images = 128 * 12 * 255 * 2 * 768 * 2
+    assert (decoder.cache.nbytes, decoder.image_cache.nbytes) == (texts, of_images)
+    needed = texts + of_images + 5 * 640 * 49408 * 4
+    assert decoder.bytes_per_image(CAPTIONS, 255) * IMAGES == needed
+    assert needed < 80 * GIB // _PART
+    assert needed > 24 * GIB // _PART, "a card of 24 GiB cuts it into parts"
+
+
+class _Students:
+    """A student's task, without a dataset."""
+
+    def __init__(self, model: Student) -> None:
+        self.model = model
+        self._objective = Objective(0.7, "softmax", dict.fromkeys(TEACHERS, 60.0))
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
+    def losses(self, encoded: Encoded, batch: Batch) -> dict[str, torch.Tensor]:
+        return contrastive_losses(
+            self._objective, encoded.features, encoded.scalars["logit_scale"], None, batch["targets"]
+        )
+
+
+def test_a_step_of_a_student_has_deterministic_operations_on_cuda_and_gradients_in_fp32() -> None:
+    mode, name = FakeTensorMode(), "MobileCLIP2-S0"
+    clip = build_without_memory(mode, name)
+    config = open_clip.get_model_config(name)
+    student = Student(name, clip, config, image_spec(open_clip.get_model_preprocess_cfg(clip)), False)
+    size = student.image.height
+    with mode:
+        batch = {
+            "image": torch.empty(BATCH, size, size, 3, dtype=torch.uint8),
+            "caption": torch.empty(BATCH, 77, dtype=torch.int64),
+            "synthetic": torch.empty(BATCH, 77, dtype=torch.int64),
+            "targets": {name: {kind: torch.empty(BATCH, 768) for kind in KINDS} for name in TEACHERS},
+        }
+    saved = SavedForBackward(student)
+    with mode, Operations() as operations, saved.watch():
+        backpropagate(_Students(student), student.train(), batch, BATCH, [0], Accelerator("cpu", "bf16"))
+    gradients = [parameter.grad for parameter in student.parameters()]
+    assert all(gradient is not None and gradient.dtype is torch.float32 for gradient in gradients)
+    assert {"convolution_backward", "native_batch_norm_backward", "embedding_dense_backward"} <= operations.names
+    assert not operations.raising
+    assert 0.1 < saved.bytes / BATCH / 1e9 < 0.15, "GB for each image; in docs/accelerators.md"
+
+
+def test_the_loss_of_8192_pairs_is_computed_in_fp32_and_keeps_a_few_matrices() -> None:
+    batch, dim = 8192, 512
+    with FakeTensorMode():
+        features = {kind: torch.empty(batch, dim, dtype=torch.bfloat16, requires_grad=True) for kind in KINDS}
+        targets = {name: {kind: torch.empty(batch, 768) for kind in KINDS} for name in TEACHERS}
+        scale, saved = torch.empty((), requires_grad=True), SavedForBackward(torch.nn.Identity())
+        with Operations() as operations, saved.watch():
+            objective = Objective(0.7, "softmax", dict.fromkeys(TEACHERS, 60.0))
+            losses = contrastive_losses(objective, features, scale, None, targets)
+            torch.stack([*losses.values()]).sum().backward()
+    assert all(loss.dtype is torch.float32 for loss in losses.values())
+    assert not operations.raising
+    assert all(value.grad is not None and value.grad.dtype is torch.bfloat16 for value in features.values())
+    matrix = batch * batch * 4
+    assert saved.bytes <= MATRICES * len(losses) * matrix, saved.bytes / matrix

@@ -1,0 +1,125 @@
+"""Models of real size without memory and without arithmetic: fake tensors of the CPU.
+
+Shapes, data types and operations are those of the models; values are not computed. A torch without CUDA cannot make
+fake tensors of CUDA beyond a few operations ("not linked with support for cuda devices"), so autocast and the choice of
+attention kernels are those of the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import open_clip
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# torch.use_deterministic_algorithms in torch 2.13 lists what raises on CUDA; these are ATen's names.
+RAISING = {
+    "_adaptive_avg_pool2d_backward",
+    "_adaptive_avg_pool3d_backward",
+    "adaptive_max_pool2d_backward",
+    "avg_pool3d_backward",
+    "fractional_max_pool2d_backward",
+    "fractional_max_pool3d_backward",
+    "max_unpool2d",
+    "max_unpool3d",
+    "upsample_linear1d_backward",
+    "upsample_bilinear2d_backward",
+    "upsample_bicubic2d_backward",
+    "_upsample_bilinear2d_aa_backward",
+    "_upsample_bicubic2d_aa_backward",
+    "upsample_trilinear3d_backward",
+    "reflection_pad1d_backward",
+    "reflection_pad2d_backward",
+    "reflection_pad3d_backward",
+    "nll_loss2d_forward",
+    "nll_loss2d_backward",
+    "_ctc_loss",
+    "_ctc_loss_backward",
+    "_embedding_bag_backward",
+    "put",
+    "put_",
+    "histc",
+    "median",
+    "nanmedian",
+    "kthvalue",
+    "grid_sampler_2d_backward",
+    "grid_sampler_3d_backward",
+    "cummax",
+    "cummin",
+    "logcumsumexp",
+}
+#: These raise for floating-point numbers only; bincount with weights.
+_RAISING_FOR_FLOATS = {"cumsum", "cumsum_", "cumprod", "bincount"}
+
+
+class Operations(TorchDispatchMode):
+    """Records the operations of ATen, and those that raise on CUDA where deterministic algorithms are required."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.raising: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        self.names.add(name)
+        floats = any(isinstance(arg, torch.Tensor) and arg.is_floating_point() for arg in args)
+        if name in RAISING or (name in _RAISING_FOR_FLOATS and floats):
+            self.raising.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def build_without_memory(mode: FakeTensorMode, name: str) -> Any:
+    """An open_clip model in eval mode, whose parameters and buffers are fake."""
+    with torch.device("meta"):
+        model = open_clip.create_model(name, load_weights=False, device="meta")
+    for module in model.modules():
+        for values in (module._parameters, module._buffers):
+            for key, value in values.items():
+                if value is None:
+                    continue
+                with mode:
+                    fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+                is_parameter = isinstance(value, torch.nn.Parameter)
+                values[key] = torch.nn.Parameter(fake, value.requires_grad) if is_parameter else fake
+    return model.eval()
+
+
+@contextmanager
+def counted_attention() -> Iterator[None]:
+    """Attention as products, since torch's counter does not know the CPU's fused kernel."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class SavedForBackward:
+    """Bytes of the tensors that autograd keeps for the backward pass, without parameters."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._ignored = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self._kept: dict[int, torch.UntypedStorage] = {}
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._ignored:
+                self._kept[storage._cdata] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._kept.values())
