@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import reinforce
-from reinforce import cli_config, cli_dataset, cli_export, cli_run, cli_status, cli_training
+from reinforce import cli_config, cli_dataset, cli_export, cli_inspect, cli_run, cli_status, cli_training
 from reinforce.cli_common import examples
 from reinforce.cores import let_waiting_threads_sleep
 from reinforce.errors import UserError
@@ -88,6 +88,12 @@ app.command(
         "reinforce drop demo/dataset 'embeddings/conv-48/*' --yes",
     )
 )(cli_dataset.drop)
+app.command(
+    **examples(
+        "reinforce inspect demo/dataset demo/report",
+        "reinforce inspect demo/dataset demo/report --teachers conv-64 --limit 500 --seed 1",
+    )
+)(cli_inspect.inspect)
 app.command(**examples("reinforce card demo/dataset --license cc-by-4.0"))(cli_export.card)
 app.add_typer(cli_export.export, name="export")
 app.command(

@@ -40,6 +40,11 @@ def config_argument(example: str) -> Any:
     return typer.Argument(metavar="CONFIG", help=f"YAML config, for example configs/{example}.")
 
 
+def split_names(option: str | None) -> list[str] | None:
+    """The names of an option, which commas separate; None without it."""
+    return None if option is None else [name for name in map(str.strip, option.split(",")) if name]
+
+
 def examples(*commands: str) -> dict[str, Any]:
     """Options of ``app.command`` that add examples to the end of a command's help.
 

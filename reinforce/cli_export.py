@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from reinforce.cli_common import Address, DatasetUrl, examples
+from reinforce.cli_common import Address, DatasetUrl, examples, split_names
 from reinforce.terminal import escape
 
 OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URL to write to.")]
@@ -93,8 +93,8 @@ def export_datacompdr(
     from reinforce.publishing.datacompdr import export_datacompdr as write
 
     result = write(
-        dataset, output, teachers=_names(teachers), captioners=_names(captioners), precision=precision, images=images,
-        images_from=images_from or (), approximate=approximate, use_ray=not no_ray, address=address,
+        dataset, output, teachers=split_names(teachers), captioners=split_names(captioners), precision=precision,
+        images=images, images_from=images_from or (), approximate=approximate, use_ray=not no_ray, address=address,
     )  # fmt: skip
     for line in result.lines():
         typer.echo(escape(line))
@@ -161,8 +161,3 @@ def card(
     from reinforce.publishing.card import write_card
 
     typer.echo(escape(f"written: {write_card(dataset, output, license_, force)}"))
-
-
-def _names(option: str | None) -> list[str] | None:
-    """The names of an option, None without it."""
-    return None if option is None else [name for name in map(str.strip, option.split(",")) if name]

@@ -16,6 +16,7 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,7 @@ from reinforce.source.urls import filesystem
 from teachers.redact import redact
 
 _JSON_BYTES = 16 * 2**20  # of a file that is read as JSON
+_PUTS_AT_ONCE = 16
 _TEMPORARY_FOLDER = ".tmp"
 _TEMPORARY_PREFIX = "reinforce-"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota reached, file too large
@@ -151,15 +153,17 @@ class Storage:
                 self.publish(file, local_path, self.path(*parts))
 
     def put_folder(self, folder: str, *parts: str) -> None:
-        """Publish the files of a local folder, each atomically."""
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                target = (*parts, *path.relative_to(folder).parts)
-                if self.local:
-                    with self.new_file(*target) as local_path:
-                        shutil.copyfile(path, local_path)
-                else:
-                    self.fs.put_file(str(path), self.path(*target))
+        """Publish the files of a local folder, each atomically; many at a time to an object store."""
+        paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+        targets = [(*parts, *path.relative_to(folder).parts) for path in paths]
+        if self.local:
+            for path, target in zip(paths, targets, strict=True):
+                with self.new_file(*target) as local_path:
+                    shutil.copyfile(path, local_path)
+            return
+        with ThreadPoolExecutor(_PUTS_AT_ONCE) as pool:
+            names = [self.path(*target) for target in targets]
+            list(pool.map(self.fs.put_file, map(str, paths), names))
 
     def write_json(self, data: Mapping[str, Any], *parts: str) -> None:
         self.write_bytes((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), *parts)

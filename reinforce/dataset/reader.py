@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from reinforce import settings
 from reinforce.config import ReadLimits
 from reinforce.dataset import vectors
-from reinforce.dataset.aligned import AlignedLayers, row_errors
+from reinforce.dataset.aligned import AlignedLayers, layer_errors, row_errors
 from reinforce.dataset.augment import from_records
 from reinforce.dataset.completeness import check_completeness
 from reinforce.dataset.damage import describe_damaged, drop_shard_command, find_damaged, without_files
@@ -178,6 +180,39 @@ class Dataset:
         with AlignedLayers(self.store, self.fingerprints, {}, self.manifest.get("moved", {})).open(shard) as layers:
             yield from map(layers.read, range(layers.row_groups))
 
+    def rows(self, shard: str, group: int, places: Sequence[int], *, images: bool = True) -> list[Sample]:
+        """The samples at some places of a row group, or all but their images. Raises UserError as iterating does."""
+        layers = AlignedLayers(self.store, self.fingerprints, {}, self.manifest.get("moved", {}))
+        with layers.open(shard, whole=False) as files:
+            tables = {name: table.take(pa.array(places)) for name, table in files.read(group).items()}
+        try:
+            return list(self._samples(tables, images))
+        except ChangedImages as error:
+            raise UserError(error.describe(drop_shard_command(self.store.url, [SAMPLES], shard))) from error
+
+    def show(self, key: str) -> Sample:
+        """The sample of a key, which a notebook shows with its crops, augmentations and captions.
+
+        Reads the keys of one shard after the other, in ``data["NAME"].show(key)`` only those of a shard. Raises
+        KeyError if no shard has the key.
+        """
+        for shard in self.shards:
+            for group, place in self._find(shard, key):
+                return self.rows(shard, group, [place])[0]
+        raise KeyError(f"{self.store.url} has no sample {key!r} in {len(self.shards):,} shards")
+
+    def _find(self, shard: str, key: str) -> Iterator[tuple[int, int]]:
+        """Row group and place of a key in a shard, if it has it."""
+        fingerprint = self.fingerprints[SAMPLES]
+        with (
+            layer_errors(self.store, SAMPLES, shard),
+            self.store.open_layer(SAMPLES, shard, fingerprint, whole=False) as file,
+        ):
+            for group in range(file.num_row_groups):
+                place = pc.index(file.read_row_group(group, ["key"])["key"], key).as_py()
+                if place >= 0:
+                    yield group, place
+
     def to_torch(self, transform: Callable[[Sample], Any] | None = None) -> TorchSamples:
         """A ``torch.utils.data.IterableDataset`` of ``transform(sample)``, or of the samples.
 
@@ -201,16 +236,32 @@ class Dataset:
 
         return TorchSamples(self, transform)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files of these shards, in all layers that are read."""
+        return sum(self._total_bytes[shard] for shard in self.shards)
+
     def __repr__(self) -> str:
-        size = sum(self._total_bytes[shard] for shard in self.shards)
         lines = [
             f"Dataset({self.store.url!r})",
             f"  {len(self):,} samples in {len(self.shards):,} {'shard' if len(self.shards) == 1 else 'shards'}, "
-            f"{format_bytes(size)}",
+            f"{format_bytes(self.nbytes)}",
             f"  teachers: {', '.join(map(self._describe_teacher, self.teachers)) or 'none'}",
             f"  captioners: {', '.join(map(self._describe_captioner, self.captioners)) or 'none'}",
         ]
         return escape("\n".join(lines))
+
+    def _repr_html_(self) -> str:
+        from reinforce.dataset.notebook import dataset_html
+
+        facts = [
+            ("samples", f"{len(self):,}"),
+            ("shards", f"{len(self.shards):,}"),
+            ("size", format_bytes(self.nbytes)),
+            ("teachers", ", ".join(map(self._describe_teacher, self.teachers)) or "none"),
+            ("captioners", ", ".join(map(self._describe_captioner, self.captioners)) or "none"),
+        ]
+        return dataset_html(self.store.url, facts, {name: self.manifest["layers"][name] for name in self.layers})
 
     def _describe_teacher(self, name: str) -> str:
         scale = self.manifest["teachers"][name].get("logit_scale")
@@ -232,7 +283,7 @@ class Dataset:
     def _policies(self) -> ImagePolicies:
         return ImagePolicies.from_manifest(self.manifest, self.store.url, self._limits)
 
-    def _samples(self, tables: Mapping[str, pa.Table]) -> Iterator[Sample]:
+    def _samples(self, tables: Mapping[str, pa.Table], with_images: bool = True) -> Iterator[Sample]:
         """The samples of one row group. Raises UserError if a row is not what a run writes."""
         column = image_column(self.manifest["images"])
         if column not in tables[SAMPLES].column_names:
@@ -241,7 +292,9 @@ class Dataset:
             rows = tables[SAMPLES].to_pylist()
             layers = _RowGroupLayers(tables, self.teachers, self.captioners)
         images: Iterator[bytes]
-        if self.manifest["images"] == "embed":
+        if not with_images:
+            images = itertools.repeat(b"", len(rows))
+        elif self.manifest["images"] == "embed":
             images = (row["image"] for row in rows)
         else:
             digests = [row.get(IMAGE_DIGEST) for row in rows]

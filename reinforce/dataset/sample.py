@@ -146,3 +146,8 @@ class Sample:
             f"image=<{len(self.image):,} bytes>, augmentations={len(self.augmentations)}, captions={captions}, "
             f"images={images}, texts={texts})"
         )
+
+    def _repr_html_(self) -> str:
+        from reinforce.dataset.notebook import sample_html
+
+        return sample_html(self)

@@ -58,6 +58,18 @@ def decode(data: pa.Table | pa.RecordBatch) -> Floats:
     return vectors
 
 
+def normalized(values: Floats) -> Floats:
+    """Vectors [..., D] at unit norm: stored in 16 or 8 bits, they are not exactly so."""
+    unit: Floats = values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), np.float32(1e-12))
+    return unit
+
+
+def mean_cosines(texts: Floats, images: Floats) -> Floats:
+    """Cosine of texts [rows, N, D] with images [rows, K, D], mean over the images -> [rows, N]."""
+    cosines: Floats = np.einsum("rnd,rd->rn", normalized(texts), normalized(images).mean(axis=1))
+    return cosines
+
+
 def from_scales(column: pa.ChunkedArray) -> Floats:
     """Convert the column ``scales`` to [rows, count] float32; arbitrary in null rows."""
     return _tensor_rows(column)[0]

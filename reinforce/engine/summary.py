@@ -13,7 +13,7 @@ from reinforce.engine.plan import Plan
 from reinforce.engine.rates import Stages, add_numbers, add_stages, fuller, with_rates
 from reinforce.engine.traces import shorten
 from reinforce.errors import UserError
-from reinforce.terminal import format_bytes
+from reinforce.terminal import format_bytes, format_duration
 from schemas import Reason
 from teachers.postprocess import COUNTS
 from teachers.redact import redact
@@ -91,6 +91,33 @@ class RunSummary:
         if self.message != "done":
             lines.append(self.message)
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from reinforce.markup import render
+
+        rate = self.samples / self.seconds if self.seconds else 0.0
+        facts = [
+            ("shards", f"{self.shards:,}"),
+            ("samples", f"{self.samples:,}"),
+            ("time", f"{format_duration(self.seconds)}, {rate:,.0f} samples/s"),
+            ("accelerator busy", f"{self.busy_share:.0%}"),
+            ("written", format_bytes(self.bytes)),
+            ("quarantined", ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.refused.items())) or "0"),
+            ("quarantined shards", f"{self.quarantined_shards:,}"),
+            *(("note", note) for note in self.notes),
+        ]
+        stages = [
+            (name, f"{stage['inputs']:,.0f}", f"{stage.get('per_second', 0):,.0f}")
+            for name, stage in self.stages.items()
+        ]
+        return render(
+            "notebook/table.html",
+            title=f"{self.run}: {self.message}" if self.run else self.message,
+            facts=facts if self.run else [],
+            heads=("layer", "inputs", "inputs/s on the device"),
+            lines=stages,
+            more=0,
+        )
 
 
 @dataclass(frozen=True)

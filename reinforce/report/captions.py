@@ -39,7 +39,7 @@ class SimilarityStatistics:
 
     def add(self, texts: np.ndarray, images: np.ndarray) -> None:
         """Add texts [rows, N, D] and images [rows, K, D]. Rows with NaN, which are null in a layer, are skipped."""
-        cosines = np.einsum("rnd,rd->rn", _normalize(texts), _normalize(images).mean(axis=1))
+        cosines = vectors.mean_cosines(texts, images)
         valid = cosines[np.isfinite(cosines).all(axis=1)].astype(np.float64)
         self.counts += np.histogram(valid.clip(-1, 1), _BINS, (-1, 1))[0]
         self.total += float(valid.sum())
@@ -135,9 +135,3 @@ def _evenly_spread(items: Sequence[str]) -> dict[str, None]:
     """All items, ordered so that every prefix is spread over them: each 2^k-th, then those halfway between, ..."""
     steps = (2**k for k in range(len(items).bit_length(), -1, -1))
     return dict.fromkeys(item for step in steps for item in items[::step])
-
-
-def _normalize(values: np.ndarray) -> np.ndarray:
-    # Stored in 16 or 8 bits, vectors are not exactly of unit norm.
-    norms: np.ndarray = np.linalg.norm(values, axis=-1, keepdims=True)
-    return values / np.maximum(norms, 1e-12)

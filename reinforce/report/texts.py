@@ -24,7 +24,7 @@ DEFINITIONS = {
     "lengths": "number of captions by number of words",
 }
 _MAX_N = 3  # words of the longest n-grams
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _END_MARK = re.compile(r"[.!?。！？…][\"'”’)\]」』]*$")
 _NOT_LAST = {  # words that cannot end a sentence
     "a", "an", "the", "and", "or", "but", "of", "with", "from", "into", "than", "as", "is", "are", "was", "were",
@@ -34,12 +34,12 @@ _WORD_BITS = 24  # of a word's number in an n-gram
 
 
 class TextStatistics:
-    """Statistics of captions with ``count`` per image, added a row group at a time.
+    """Statistics of captions with ``count`` per image, added a row group at a time; self-BLEU only with ``bleu``.
 
     Memory grows with the number of distinct n-grams and captions.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, bleu: bool = True) -> None:
         self._rows = self._null = self._no_end_mark = self._ends_midway = self._repeated = 0
         self._lengths: Counter[int] = Counter()
         self._word_ids: dict[str, int] = {}
@@ -49,7 +49,7 @@ class TextStatistics:
         self._ngrams = [0] * _MAX_N
         # By n and number of captions: the sum over images of distinct / all n-grams, and the images that have any.
         self._ratios = [[[0.0, 0] for _ in range(count)] for _ in range(_MAX_N)]
-        self._bleu = _SelfBleu()
+        self._bleu = _SelfBleu() if bleu else None
 
     def add(self, rows: Sequence[Sequence[str] | None]) -> None:
         """Add the captions of some images, each a list of texts or None."""
@@ -57,10 +57,11 @@ class TextStatistics:
         self._rows += len(rows)
         self._null += len(rows) - len(images)
         for texts in images:
-            words = [tuple(_WORD.findall(text.lower())) for text in texts]
+            words = [tuple(WORD.findall(text.lower())) for text in texts]
             self._count_captions(texts, words)
             self._count_ngrams(words)
-        self._bleu.add(images)
+        if self._bleu is not None:
+            self._bleu.add(images)
 
     def _count_captions(self, texts: Sequence[str], words: Sequence[tuple[str, ...]]) -> None:
         self._lengths.update(map(len, words))
@@ -100,7 +101,7 @@ class TextStatistics:
             "distinct_within_image": {
                 str(n + 1): [_ratio(total, images) for total, images in self._ratios[n]] for n in range(_MAX_N)
             },
-            "self_bleu": self._bleu.score(),
+            "self_bleu": self._bleu.score() if self._bleu is not None else None,
             "duplicates_within_image": _ratio(self._repeated, captions),
             "duplicates_across_images": _ratio(across_images, captions),
             "no_end_mark": _ratio(self._no_end_mark, captions),

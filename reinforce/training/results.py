@@ -61,6 +61,31 @@ class Results:
         lines.append(f"weights: {self.output}/{self.export}   curves: {self.output}/{CURVES}")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        from reinforce.markup import render
+
+        facts = [
+            ("steps", f"{self.steps:,}"),
+            ("samples", f"{self.samples:,}"),
+            ("time", f"{format_duration(self.seconds)}, {self.seconds_per_step:.3g} s per step"),
+            ("parameters", f"{self.parameters / 1e6:,.1f} million"),
+            *([("final loss", f"{self.loss:.4f}")] if self.loss is not None else []),
+            ("weights", f"{self.output}/{self.export}"),
+        ]
+        best = {self.best.metric: f"{self.best.value:.4f} at step {self.best.step:,}"} if self.best else {}
+        metrics = [
+            (name, "not finite" if value is None else f"{value:.4f}", best.get(name, ""))
+            for name, value in self.metrics.items()
+        ]
+        return render(
+            "notebook/table.html",
+            title=self.output,
+            facts=facts,
+            heads=("metric", "last", "best"),
+            lines=metrics,
+            more=0,
+        )
+
     def as_json(self) -> dict[str, Any]:
         """The content of results.json."""
         rates = {"seconds_per_step": self.seconds_per_step, "samples_per_second": self.samples_per_second}

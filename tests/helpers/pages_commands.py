@@ -29,6 +29,7 @@ RUN = [
     r"reinforce validate my-data( --quick| --repair)?( --sources shards)?",
     r"reinforce check (my\.yaml|our_teachers:Tiny --options .*)",
     r"reinforce captions-report my-data",
+    r"reinforce inspect my-data my-report",
     r"reinforce export datacompdr my-data my-data-dr --teachers conv-64,tiny",
     r"reinforce export embeddings my-data my-vectors --teacher conv-64",
     r"reinforce card my-data --license cc-by-4\.0",

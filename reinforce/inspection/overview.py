@@ -1,0 +1,220 @@
+"""The facts of a dataset that need no rows: layers, models, bytes, quarantine, runs and the recipe."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reinforce.dataset.completeness import check_completeness
+from reinforce.dataset.damage import describe_damaged, find_damaged, without_files
+from reinforce.dataset.layer_index import read_index
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
+from reinforce.dataset.listing import Listing
+from reinforce.dataset.manifest_model import check_run
+from reinforce.dataset.reader import Dataset
+from reinforce.dataset.store import Store
+from reinforce.errors import UserError
+from reinforce.seeds import permutation
+
+_RUNS = 20  # the latest, which are shown
+_QUARANTINE_FILES = 200  # of a layer, which are read
+_ITEMS = 60  # quarantined items that are shown
+_RUN_TIME = re.compile(r"(\d{4})(\d\d)(\d\d)T(\d\d)(\d\d)\d\dZ")
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One layer: what it holds, how many shards have it, and the bytes of its files."""
+
+    name: str
+    content: str
+    shards: int
+    bytes: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A quarantined item; ``key`` is None for a shard as a whole."""
+
+    layer: str
+    shard: str
+    key: str | None
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """What is quarantined: counts by layer and reason in the ``read`` of ``files``, and some items of each reason."""
+
+    files: int
+    read: int
+    counts: tuple[tuple[str, str, int], ...]
+    items: tuple[Quarantined, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(count for *_, count in self.counts)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run, as its summary.json records it."""
+
+    name: str
+    started: str
+    samples: int
+    shards: int
+    seconds: float
+    busy_share: float
+    message: str
+    stages: Mapping[str, Any]
+
+    @property
+    def rate(self) -> float:
+        return self.samples / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The facts. ``shards`` counts those of the samples layer."""
+
+    shards: int
+    layers: tuple[LayerFacts, ...]
+    quarantine: Quarantine
+    runs: tuple[RunFacts, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(layer.bytes for layer in self.layers)
+
+
+def read_overview(data: Dataset, seed: int) -> Overview:
+    """Read the facts of a dataset: listings, some quarantine files, and the summaries of the latest runs."""
+    store, entries = data.store, data.manifest["layers"]
+    every = store.listings([*entries, *(f"quarantine/{name}" for name in entries)])
+    listings = {name: every[name] for name in entries}
+    damaged = find_damaged(store, listings, {name: entry["fingerprint"] for name, entry in entries.items()})
+    readable = without_files(listings, damaged)
+    committed = read_index(store, SAMPLES, entries[SAMPLES]["fingerprint"]).listing()
+    found = check_completeness(store, readable, [committed, *listings.values()])
+    problems = [text for text in (describe_damaged(store.url, damaged), found.describe_missing()) if text]
+    facts = tuple(
+        LayerFacts(name, _content(entry), len(readable[name]), readable[name].total_bytes, entry["fingerprint"])
+        for name, entry in entries.items()
+    )
+    quarantine = _quarantine(store, {name: every[f"quarantine/{name}"] for name in entries}, seed, problems)
+    runs = tuple(_runs(store, problems))
+    return Overview(len(readable[SAMPLES]), facts, quarantine, runs, tuple(problems))
+
+
+def _content(entry: Mapping[str, Any]) -> str:
+    if entry["kind"] == "samples":
+        return "keys, captions, images, augmentation records"
+    if entry["kind"] == "captions":
+        return f"{entry['count']} captions"
+    texts = entry.get("texts")
+    what = {None: "images", TRUE_CAPTION: "true caption"}.get(texts, f"captions of {texts}")
+    return f"{what}, {entry['count']} \u00d7 {entry['dim']} {entry['dtype']}"
+
+
+def _quarantine(store: Store, files: Mapping[str, Listing], seed: int, problems: list[str]) -> Quarantine:
+    counts: Counter[tuple[str, str]] = Counter()
+    by_reason: dict[tuple[str, str], list[Quarantined]] = {}
+    read = 0
+    for layer, listing in files.items():
+        names = [*listing]
+        chosen = sorted(permutation(len(names), seed, "inspected quarantine").tolist()[:_QUARANTINE_FILES])
+        part = Listing.of((names[place], int(listing.sizes[place])) for place in chosen)
+        try:
+            for shard, rows in store.quarantined_rows(layer, part):
+                read += 1
+                for row in rows:
+                    item = Quarantined(layer, shard, row["key"], str(row["reason"]), str(row["detail"] or ""))
+                    counts[layer, item.reason] += 1
+                    by_reason.setdefault((layer, item.reason), []).append(item)
+        except UserError as error:
+            problems.append(str(error))
+    ordered = tuple((layer, reason, count) for (layer, reason), count in sorted(counts.items()))
+    return Quarantine(sum(map(len, files.values())), read, ordered, tuple(_in_turn([*by_reason.values()])))
+
+
+def _in_turn(lists: list[list[Quarantined]]) -> Iterator[Quarantined]:
+    """The first items of every list, then the second ones, and so on."""
+    shown = 0
+    for nth in range(max(map(len, lists), default=0)):
+        for items in lists:
+            if nth < len(items) and shown < _ITEMS:
+                shown += 1
+                yield items[nth]
+
+
+def _runs(store: Store, problems: list[str]) -> Iterator[RunFacts]:
+    try:
+        names = [posixpath.basename(str(path).rstrip("/")) for path in store.fs.ls(store.path("runs"), detail=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in sorted(names, reverse=True)[:_RUNS]:
+        try:
+            summary = store.read_json("runs", name, "summary.json")
+            if summary is not None:
+                check_run(summary, store.path("runs", name, "summary.json"))
+                yield _run(name, summary)
+        except UserError as error:
+            problems.append(str(error))
+
+
+def _run(name: str, summary: Mapping[str, Any]) -> RunFacts:
+    time = _RUN_TIME.match(name)
+    samples = summary.get("samples", 0)
+    return RunFacts(
+        name,
+        "{}-{}-{} {}:{} UTC".format(*time.groups()) if time else name,
+        samples if isinstance(samples, int) else 0,
+        int(summary.get("shards", 0)),
+        float(summary.get("seconds", 0)),
+        float(summary.get("busy_share", 0)),
+        str(summary.get("message") or ""),
+        summary.get("stages") or {},
+    )
+
+
+def recipe_lines(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The settings that determine a dataset, by name, for people."""
+    augmentations = dict(manifest.get("augmentations", {}))
+    lines = [
+        ("schema version", str(manifest.get("schema_version", ""))),
+        ("seed", str(manifest.get("seed", ""))),
+        ("images", {"embed": "embedded", "reference": "by reference"}.get(manifest["images"], manifest["images"])),
+        *((f"{name} policy", str(value)) for name, value in dict(manifest.get("policies", {})).items()),
+        *((f"augmentations: {name}", _compact(value)) for name, value in augmentations.items()),
+    ]
+    return lines
+
+
+def model_facts(entry: Mapping[str, Any]) -> str:
+    """A teacher or captioner in one line: what dataset.json records of its model, without file digests."""
+    model = entry.get("model")
+    if not isinstance(model, Mapping):
+        return _compact(model) if model else ""
+    shown = {key: value for key, value in model.items() if key not in ("files", "digest", "sha256")}
+    return ", ".join(f"{key} {_compact(value)}" for key, value in shown.items() if value is not None)
+
+
+def _compact(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_compact(inner)}" for key, inner in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_compact, value))
+    return json.dumps(value)

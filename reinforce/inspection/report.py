@@ -1,0 +1,213 @@
+"""``reinforce inspect``: look at rows of a dataset, and write what was found as a folder of HTML pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.reader import Dataset
+from reinforce.dataset.vectors import NORM_TOLERANCE
+from reinforce.inspection import plots
+from reinforce.inspection.charts import draw_chart, draw_dots
+from reinforce.inspection.folder import ReportFolder
+from reinforce.inspection.gallery import VIEWS, Card, choose, make_cards
+from reinforce.inspection.overview import Overview, Quarantined, model_facts, read_overview, recipe_lines
+from reinforce.inspection.rows import Rows, read_rows
+from reinforce.inspection.selection import Selection, select
+from reinforce.inspection.texts import text_figures
+from reinforce.markup import TEMPLATES, render
+from reinforce.terminal import escape
+
+_FOUND_ROWS = 1000  # of a file with the texts that the search reads
+_PROBLEMS = 20  # that are shown
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What a report has looked at: ``rows`` of ``samples`` (estimated unless ``exact``), in row groups of shards."""
+
+    output: str
+    rows: int
+    samples: int
+    exact: bool
+    groups: int
+    shards: int
+    pictures: int
+    files: int
+    bytes: int
+    problems: int
+
+    def lines(self) -> list[str]:
+        """A summary for people."""
+        about = "" if self.exact else "about "
+        looked = (
+            f"looked at {self.rows:,} of {about}{self.samples:,} samples, in {self.groups:,} row groups of "
+            f"{self.shards:,} shards; {self.pictures:,} have pictures"
+        )
+        problems = [f"{self.problems:,} problems, which the report lists"] if self.problems else []
+        return [looked, *problems, f"open {self.output}/index.html"]
+
+
+def inspect(
+    url: str,
+    output: str,
+    teachers: Sequence[str] | None = None,
+    captioners: Sequence[str] | None = None,
+    *,
+    limit: int = 10_000,
+    seed: int = 0,
+    images_from: Sequence[str] = (),
+    version: str = "",
+) -> Inspected:
+    """Write a report on a dataset to a folder or fsspec URL, in place of an earlier report.
+
+    Looks at no more than ``limit`` samples, in seeded row groups. Equal arguments give equal files. ``version`` is that
+    of the program, which the pages show. Raises UserError.
+    """
+    folder = ReportFolder(output)
+    data = Dataset(url, teachers, captioners, images_from=images_from, images_key="--images-from {}")
+    overview = read_overview(data, seed)
+    selection = select(data, limit, seed)
+    rows = read_rows(data, selection)
+    items = _by_key(overview.quarantine.items)
+    files: dict[str, bytes] = {}
+    cards = make_cards(data, rows, choose(rows, seed, set(items)), items, files.__setitem__)
+    page = _Page(data, overview, selection, rows, limit, seed, version)
+    files |= {name: text.encode() for name, text in {**page.pages(cards), **_search_files(rows)}.items()}
+    files |= {name: (TEMPLATES / "report" / name).read_bytes() for name in ("report.css", "report.js")}
+    about = {
+        "dataset": data.store.url,
+        "version": version,
+        "teachers": data.teachers,
+        "captioners": data.captioners,
+        "limit": limit,
+        "seed": seed,
+        "rows": len(rows),
+        "samples": selection.samples,
+        "exact": selection.exact,
+    }
+    folder.publish(files, about)
+    return Inspected(
+        folder.storage.url, len(rows), selection.samples, selection.exact, len(selection.groups),
+        len(selection.by_shard()), sum(card.picture is not None for card in cards), len(files) + 1,
+        sum(map(len, files.values())), len(page.problems),
+    )  # fmt: skip
+
+
+def _by_key(items: Sequence[Quarantined]) -> dict[tuple[str, str], list[Quarantined]]:
+    """Quarantined items of samples by shard and key."""
+    found: dict[tuple[str, str], list[Quarantined]] = {}
+    for item in items:
+        if item.key is not None:
+            found.setdefault((item.shard, item.key), []).append(item)
+    return found
+
+
+class _Page:
+    """What the pages of a report are filled in with."""
+
+    def __init__(
+        self, data: Dataset, overview: Overview, selection: Selection, rows: Rows, limit: int, seed: int, version: str
+    ) -> None:
+        self._data, self._rows, self._overview = data, rows, overview
+        self.problems = [*overview.problems, *dict.fromkeys(rows.problems)]
+        self._shared: dict[str, Any] = {
+            "title": data.store.url.rstrip("/").rpartition("/")[2] or data.store.url,
+            "url": data.store.url,
+            "version": version,
+            "selection": selection,
+            "rows": rows,
+            "limit": limit,
+            "seed": seed,
+            "teachers": data.teachers,
+            "captioners": data.captioners,
+        }
+
+    def pages(self, cards: Sequence[Card]) -> dict[str, str]:
+        """The HTML of each page by its name."""
+        return {
+            "index.html": self._summary(),
+            "gallery.html": self._gallery(cards),
+            "plots.html": self._plots(),
+        }
+
+    def _summary(self) -> str:
+        manifest = self._data.manifest
+        return render(
+            "report/summary.html",
+            page="index.html",
+            **self._shared,
+            overview=self._overview,
+            problems=self.problems[:_PROBLEMS],
+            more_problems=max(0, len(self.problems) - _PROBLEMS),
+            manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
+            recipe=recipe_lines(manifest),
+            models=[
+                (kind, name, model_facts(entry), entry)
+                for kind, names in (("teacher", self._data.teachers), ("captioner", self._data.captioners))
+                for name in names
+                for entry in [manifest[f"{kind}s"][name]]
+            ],
+        )
+
+    def _gallery(self, cards: Sequence[Card]) -> str:
+        shown = {(card.shard, card.view.key) for card in cards}
+        others = [item for item in self._overview.quarantine.items if (item.shard, item.key) not in shown]
+        counts = {view.name: sum(view.name in card.ranks for card in cards) for view in VIEWS}
+        counts["quarantine"] += len(others)
+        parts = -(-len(self._rows) // _FOUND_ROWS)
+        return render(
+            "report/gallery.html",
+            page="gallery.html",
+            **self._shared,
+            cards=cards,
+            others=others,
+            views=[(view, counts[view.name]) for view in VIEWS],
+            parts=parts,
+        )
+
+    def _plots(self) -> str:
+        rows = self._rows
+        texts = text_figures(rows)
+        lengths = plots.length_chart(texts)
+        names, matrix = plots.correlations(rows)
+        operations = plots.operation_chart(rows)
+        sections: Mapping[str, list[Any]] = {
+            "similarity": [*plots.similarity_charts(rows)],
+            "crops": [plots.area_chart(rows)],
+            "targets": [plots.entropy_chart(rows), plots.agreement_chart(rows)],
+            "captions": [lengths],
+        }
+        drawn = {
+            name: [(chart, draw_chart(chart)) for chart in charts if chart is not None]
+            for name, charts in sections.items()
+        }
+        if operations is not None:
+            drawn["crops"].append((operations, draw_dots(operations)))
+        return render(
+            "report/plots.html",
+            page="plots.html",
+            **self._shared,
+            charts=drawn,
+            correlations=[*zip(names, matrix, strict=True)],
+            texts=texts,
+            layers=[(name, figures) for name, figures in rows.layers.items() if name != SAMPLES],
+            tolerance=NORM_TOLERANCE,
+        )
+
+
+def _search_files(rows: Rows) -> dict[str, str]:
+    """Scripts with key, shard and captions of all rows, which the search of the gallery loads."""
+    files = {}
+    for part, start in enumerate(range(0, len(rows), _FOUND_ROWS)):
+        entries = []
+        for row in range(start, min(start + _FOUND_ROWS, len(rows))):
+            synthetic = [text for texts in rows.synthetic.values() for text in texts[row] or () if text is not None]
+            texts = [rows.captions[row], *synthetic]
+            shown = [None if text is None else escape(text) for text in texts]
+            entries.append([row, escape(rows.keys[row]), rows.places[row][0].shard, shown])
+        files[f"data/rows-{part}.js"] = f"inspection.add({json.dumps(entries, separators=(',', ':'))});\n"
+    return files

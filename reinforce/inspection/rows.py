@@ -1,0 +1,200 @@
+"""The rows that a report looks at: read a row group at a time, and kept as a few numbers and texts a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from reinforce.dataset import vectors
+from reinforce.dataset.aligned import AlignedLayers, row_errors
+from reinforce.dataset.augment import OPS
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
+from reinforce.dataset.reader import Dataset
+from reinforce.dataset.vectors import Floats
+from reinforce.errors import UserError
+from reinforce.inspection.selection import Group, Selection
+from reinforce.inspection.targets import Targets
+
+_COLUMNS = ["key", "caption", "width", "height", "augmentations"]
+NORM_BINS = np.linspace(0.98, 1.02, 41)
+
+
+@dataclass
+class LayerFigures:
+    """Rows of a layer: how many, how many are null, and the norms of their vectors."""
+
+    rows: int = 0
+    null: int = 0
+    vectors: int = 0
+    outside: int = 0  # vectors whose norm differs from 1 by more than ``vectors.NORM_TOLERANCE``
+    lowest: float = np.inf
+    highest: float = -np.inf
+    norms: np.ndarray = field(default_factory=lambda: np.zeros(len(NORM_BINS) - 1, np.int64))
+
+    def add_vectors(self, values: Floats) -> None:
+        """Add vectors [R, N, D], NaN in null rows."""
+        norms = np.linalg.norm(values, axis=2)
+        valid = np.isfinite(norms).all(axis=1)
+        self.add_nulls(~valid)
+        norms = norms[valid].ravel()
+        if len(norms):
+            self.vectors += len(norms)
+            self.outside += int((np.abs(norms - 1) > vectors.NORM_TOLERANCE).sum())
+            self.lowest, self.highest = min(self.lowest, float(norms.min())), max(self.highest, float(norms.max()))
+            self.norms += np.histogram(norms.clip(NORM_BINS[0], NORM_BINS[-1]), NORM_BINS)[0]
+
+    def add_nulls(self, null: np.ndarray) -> None:
+        self.rows += len(null)
+        self.null += int(null.sum())
+
+
+@dataclass
+class Rows:
+    """What is known of the rows that were looked at, one entry of each list a row, in the order of ``places``.
+
+    ``areas`` and ``operations`` are [R, K] by row group: the crop's share of the image, and a bit for each of
+    ``OPS``. ``similarity`` of a teacher and kind of text is [R, K] for the true caption, by augmentation, and [R, N]
+    for captioners, mean over the augmentations.
+    """
+
+    teachers: list[str]
+    captioners: list[str]
+    targets: Targets
+    places: list[tuple[Group, int]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    captions: list[str | None] = field(default_factory=list)
+    synthetic: dict[str, list[list[str] | None]] = field(default_factory=dict)
+    pixels: list[np.ndarray] = field(default_factory=list)
+    areas: list[np.ndarray] = field(default_factory=list)
+    operations: list[np.ndarray] = field(default_factory=list)
+    similarity: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
+    layers: dict[str, LayerFigures] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def similarities(self, teacher: str, texts: str) -> np.ndarray:
+        """Similarities of all rows [R, K or N]; [R, 0] if the teacher has no vectors of both."""
+        parts = self.similarity.get((teacher, texts))
+        return np.concatenate(parts) if parts else np.empty((len(self), 0), np.float32)
+
+    def true_similarity(self, teacher: str) -> np.ndarray:
+        """Similarity of the true caption, mean over the augmentations [R]; NaN where there is none."""
+        values = self.similarities(teacher, TRUE_CAPTION)
+        return values.mean(axis=1) if values.shape[1] else np.full(len(self), np.nan, np.float32)
+
+
+def read_rows(data: Dataset, selection: Selection) -> Rows:
+    """Read the selected row groups, without images. One that cannot be read is a problem of the rows."""
+    rows = _empty(data)
+    rows.problems += selection.problems
+    layers = AlignedLayers(data.store, data.fingerprints, {SAMPLES: _COLUMNS})
+    for shard, groups in selection.by_shard().items():
+        try:
+            with layers.open(shard, whole=False) as files:
+                for group in groups:
+                    tables = {name: table.slice(0, group.rows) for name, table in files.read(group.number).items()}
+                    with row_errors(f"{data.store.url}, shard {shard}"):
+                        _add(rows, group, tables)
+        except UserError as error:
+            rows.problems.append(str(error))
+    rows.targets.finish()
+    return rows
+
+
+def _empty(data: Dataset) -> Rows:
+    scales = {
+        teacher: data.manifest["teachers"][teacher].get("logit_scale")
+        for teacher in data.teachers
+        if _has(data, teacher, "images") and _has(data, teacher, TRUE_CAPTION)
+    }
+    layers = {name: LayerFigures() for name in data.layers if name != SAMPLES}
+    synthetic: dict[str, list[list[str] | None]] = {name: [] for name in data.captioners}
+    return Rows([*data.teachers], [*data.captioners], Targets(scales), synthetic=synthetic, layers=layers)
+
+
+def _has(data: Dataset, teacher: str, inputs: str) -> bool:
+    return embeddings_layer(teacher, inputs) in data.layers
+
+
+def _add(rows: Rows, group: Group, tables: Mapping[str, pa.Table]) -> None:
+    """Add a row group. Nothing is added if something in it cannot be read."""
+    samples = tables[SAMPLES]
+    areas, operations = _augmentations(samples)
+    decoded = {name: vectors.decode(table) for name, table in tables.items() if name.startswith("embeddings/")}
+    similarity = _similarities(rows, decoded)
+    pixels = np.stack([samples["width"].to_numpy(), samples["height"].to_numpy()], axis=1)
+    captions = {name: tables[captions_layer(name)]["captions"].to_pylist() for name in rows.captioners}
+    rows.keys += samples["key"].to_pylist()
+    rows.captions += samples["caption"].to_pylist()
+    rows.places += [(group, row) for row in range(samples.num_rows)]
+    rows.pixels.append(pixels)
+    rows.areas.append(areas)
+    rows.operations.append(operations)
+    for name, texts in captions.items():
+        rows.synthetic[name] += texts
+        rows.layers[captions_layer(name)].add_nulls(np.array([text is None for text in texts], bool))
+    for name, values in decoded.items():
+        rows.layers[name].add_vectors(values)
+    for which, values in similarity.items():
+        rows.similarity.setdefault(which, []).append(values)
+    rows.targets.add(
+        {
+            teacher: (
+                decoded[embeddings_layer(teacher, "images")][:, 0],
+                decoded[embeddings_layer(teacher, TRUE_CAPTION)][:, 0],
+            )
+            for teacher in rows.targets.scales
+        }
+    )
+
+
+def _similarities(rows: Rows, decoded: Mapping[str, Floats]) -> dict[tuple[str, str], np.ndarray]:
+    found = {}
+    for teacher in rows.teachers:
+        images = decoded.get(embeddings_layer(teacher, "images"))
+        for inputs in (TRUE_CAPTION, *rows.captioners):
+            texts = decoded.get(embeddings_layer(teacher, inputs))
+            if images is None or texts is None:
+                continue
+            if inputs == TRUE_CAPTION:
+                one = vectors.normalized(texts[:, :1])
+                found[teacher, inputs] = np.einsum("rnd,rkd->rk", one, vectors.normalized(images))
+            else:
+                found[teacher, inputs] = vectors.mean_cosines(texts, images)
+    return found
+
+
+def _augmentations(samples: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Areas of the crops as shares of their images, and bits of the operations: float32 and int32 [R, K].
+
+    K is the smallest number of records of a row.
+    """
+    column = samples["augmentations"].combine_chunks()
+    offsets = np.asarray(column.offsets)
+    count = int(np.diff(offsets).min(initial=0 if not len(samples) else 2**16))
+    places = offsets[:-1, None] + np.arange(count)
+    records = column.values
+    crop = records.field("crop")
+    crops = np.asarray(crop.field("width")).astype(np.float64) * np.asarray(crop.field("height"))
+    pixels = samples["width"].to_numpy().astype(np.float64) * samples["height"].to_numpy()
+    areas = crops[places] / np.maximum(pixels, 1)[:, None]
+    return areas.astype(np.float32), _operation_bits(records.field("ops"))[places]
+
+
+def _operation_bits(operations: pa.ListArray) -> np.ndarray:
+    """For each record, a bit for each of ``OPS`` that it has."""
+    bits = np.zeros(len(operations), np.int32)
+    names = pc.index_in(operations.values.field("name"), value_set=pa.array(OPS))
+    known = np.asarray(names.fill_null(len(OPS)))
+    lengths = np.asarray(pc.fill_null(pc.list_value_length(operations), 0))
+    starts = np.asarray(operations.offsets)[:-1]
+    for nth in range(int(lengths.max(initial=0))):
+        has = lengths > nth
+        bits[has] |= (1 << known[starts[has] + nth]).astype(np.int32)
+    return bits

@@ -1,0 +1,117 @@
+"""Which row groups a report looks at: seeded ones, of seeded shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from reinforce.dataset.aligned import layer_errors
+from reinforce.dataset.layer_index import LayerIndex, read_index
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.reader import Dataset
+from reinforce.errors import UserError
+from reinforce.seeds import permutation
+
+_SHARDS = 64  # opened at least, if there are so many; more only while these have fewer rows than the limit
+_GROUPS = 256  # row groups at most: each takes a request for every layer
+
+
+@dataclass(frozen=True)
+class Group:
+    """A row group, and how many of its rows are looked at, from the first."""
+
+    shard: str
+    number: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The row groups that are looked at, in the order of the shards.
+
+    ``samples`` is the number of samples of the dataset, estimated from the opened shards unless it is ``exact``.
+    """
+
+    groups: tuple[Group, ...]
+    samples: int
+    exact: bool
+    problems: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(group.rows for group in self.groups)
+
+    def by_shard(self) -> dict[str, list[Group]]:
+        found: dict[str, list[Group]] = {}
+        for group in self.groups:
+            found.setdefault(group.shard, []).append(group)
+        return found
+
+
+def select(data: Dataset, limit: int, seed: int) -> Selection:
+    """Select row groups with at most ``limit`` rows together, the last of them cut.
+
+    Reads the index and the footers of the shards that it opens; a shard whose footer is damaged is a problem.
+    """
+    opened: dict[str, list[int]] = {}
+    problems = []
+    total = 0
+    for shard in _in_seeded_order(data.shards, seed):
+        if len(opened) >= min(_SHARDS, limit) and total >= limit:
+            break
+        try:
+            opened[shard] = _rows_of_groups(data, shard)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        total += sum(opened[shard])
+    groups = _cut(opened, limit, seed)
+    places = {shard: place for place, shard in enumerate(data.shards)}
+    groups.sort(key=lambda group: (places[group.shard], group.number))
+    samples, exact = _count_samples(data, {shard: sum(rows) for shard, rows in opened.items()})
+    return Selection(tuple(groups), samples, exact, tuple(problems))
+
+
+def _in_seeded_order(shards: list[str], seed: int) -> Iterator[str]:
+    return (shards[place] for place in permutation(len(shards), seed, "inspected shards").tolist())
+
+
+def _rows_of_groups(data: Dataset, shard: str) -> list[int]:
+    store, fingerprint = data.store, data.fingerprints[SAMPLES]
+    with layer_errors(store, SAMPLES, shard), store.open_layer(SAMPLES, shard, fingerprint, whole=False) as file:
+        return [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+
+
+def _cut(opened: dict[str, list[int]], limit: int, seed: int) -> list[Group]:
+    groups = [Group(shard, n, rows) for shard, counts in opened.items() for n, rows in enumerate(counts) if rows > 0]
+    chosen: list[Group] = []
+    for place in permutation(len(groups), seed, "inspected row groups").tolist():
+        if limit <= 0 or len(chosen) == _GROUPS:
+            break
+        group = groups[place]
+        chosen.append(Group(group.shard, group.number, min(group.rows, limit)))
+        limit -= group.rows
+    return chosen
+
+
+def _count_samples(data: Dataset, opened: dict[str, int]) -> tuple[int, bool]:
+    """The number of samples of the dataset, and whether it is exact."""
+    if len(opened) == len(data.shards):
+        return sum(opened.values()), True
+    index = read_index(data.store, SAMPLES, data.fingerprints[SAMPLES])
+    rows, shards = _indexed_rows(index, data.shards)
+    if shards == len(data.shards):
+        return rows, True
+    mean = (rows + sum(opened.values())) / max(1, shards + len(opened))
+    return round(mean * len(data.shards)), False
+
+
+def _indexed_rows(index: LayerIndex, shards: list[str]) -> tuple[int, int]:
+    """Rows of the shards that the index has, and their number."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    known = index.table.filter(pc.is_in(index.table["shard"], value_set=pa.array(shards, pa.string())))
+    return int(np.asarray(known["rows"]).sum()), known.num_rows

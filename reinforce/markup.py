@@ -1,0 +1,47 @@
+"""HTML by jinja2 templates, in which everything that comes from data is text.
+
+Values are escaped, and control characters in them are written as ``\\x00`` or ``\\u202e``. Only what templates and
+``render`` have made is HTML.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from reinforce.terminal import escape, format_bytes, format_duration
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render(template: str, **values: Any) -> Markup:
+    """Fill in a template of the folder ``templates``."""
+    return Markup(_environment().get_template(template).render(values))  # noqa: S704 - escaped by the environment
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_without_control_characters,
+    )
+    environment.filters.update(
+        count=lambda value: f"{value:,}",
+        size=format_bytes,
+        duration=format_duration,
+        share=lambda value: "-" if value is None else f"{value:.1%}".replace("%", " %"),
+        fixed=lambda value, digits=3: "-" if value is None else f"{value:.{digits}f}".replace("-", "\u2212"),
+    )
+    return environment
+
+
+def _without_control_characters(value: Any) -> Any:
+    return escape(value) if isinstance(value, str) and not isinstance(value, Markup) else value

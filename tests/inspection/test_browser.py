@@ -1,0 +1,236 @@
+"""Reports in a browser: Debian's chromium, driven by playwright. Skipped where one of them is missing."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import itertools
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce.inspection import gallery
+from reinforce.inspection.report import inspect
+from tests.helpers.hostile_captions import SCRIPT
+from tests.helpers.inspected import REFUSED, WITHOUT_CAPTION, hostile_dataset
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
+
+OPTIONS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+PAGES = ("index.html", "gallery.html", "plots.html")
+#: Contrast of two colours by WCAG 2: of each element's text to the ground that is painted behind it.
+CONTRASTS = """
+(selectors) => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const luminance = ([r, g, b]) => {
+    const [x, y, z] = [r, g, b].map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+  };
+  const ground = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = rgba(getComputedStyle(at).backgroundColor);
+      if (colour[3] === 255) return colour;
+    }
+    return [255, 255, 255, 255];
+  };
+  const found = {};
+  for (const selector of selectors) {
+    const element = document.querySelector(selector);
+    if (!element) continue;
+    const style = getComputedStyle(element);
+    const own = element instanceof SVGElement ? (style.stroke === "none" ? style.fill : style.stroke) : style.color;
+    const [a, b] = [luminance(rgba(own)), luminance(ground(element))].sort((x, y) => y - x);
+    found[selector] = (a + 0.05) / (b + 0.05);
+  }
+  return found;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report that has pictures of some samples only."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gallery, "_RANDOM", 6)
+        patch.setattr(gallery, "_RANKED", 4)
+        inspect(hostile_dataset(folder), str(folder / "report"))
+    return folder / "report"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        yield opened
+        opened.close()
+
+
+class Watched:
+    """A page, what it has asked for, and what went wrong in it."""
+
+    def __init__(self, page: Any) -> None:
+        self.page, self.requests, self.errors = page, [], []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("requestfailed", lambda request: self.errors.append(f"{request.url} failed"))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        page.on("dialog", lambda dialog: self.errors.append(dialog.message))
+
+
+@pytest.fixture
+def watched(browser: Any) -> Iterator[Watched]:
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        watched = Watched(context.new_page())
+        yield watched
+        assert watched.errors == []
+        assert [url for url in watched.requests if not url.startswith(("file://", "http://127.0.0.1:", "data:"))] == []
+
+
+def shown(page: Any) -> list[str]:
+    """The titles of the cards that are shown, in order."""
+    titles: list[str] = page.locator(".card:not([hidden]) h2").all_inner_texts()
+    return titles
+
+
+def choose(page: Any, view: str) -> None:
+    page.locator(f"input[name=view][value={view}]").check(force=True)
+
+
+def test_pages_open_from_disk_and_from_a_server_without_errors(report: Path, watched: Watched) -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(report))
+    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for root in (f"file://{report}", f"http://127.0.0.1:{server.server_port}"):
+        for name in PAGES:
+            watched.page.goto(f"{root}/{name}", wait_until="networkidle")
+            assert watched.page.locator("h1").inner_text() in ("Summary", "Gallery", "Plots")
+    server.shutdown()
+    server.server_close()
+    assert len(watched.requests) > 20
+
+
+def test_markup_in_captions_and_keys_stays_text(report: Path, watched: Watched) -> None:
+    page = watched.page
+    page.goto(f"file://{report}/gallery.html#view=key")
+    page.fill("#query", "<script>")
+    assert page.locator(".card:not([hidden])").first.locator("bdi", has_text=SCRIPT).count() >= 1
+    page.wait_for_function("document.querySelectorAll('#found-list li').length > 0")  # built by the script
+    assert SCRIPT in page.locator("#found-list li").first.inner_text()
+    own = "[...document.scripts].map((script) => script.getAttribute('src'))"
+    assert all(source.startswith(("report.js", "data/rows-")) for source in page.evaluate(own))
+    assert page.evaluate("document.querySelectorAll('main img[onerror], main svg[onload], [onmouseover]').length") == 0
+    assert page.evaluate("window.attacked") is None
+
+
+def test_search_and_views_choose_samples(report: Path, watched: Watched) -> None:
+    page = watched.page
+    page.goto(f"file://{report}/gallery.html")
+    assert len(shown(page)) == 6
+    page.fill("#query", "قطة")
+    page.wait_for_function("document.querySelector('#status').textContent.includes('picture')")
+    everything = page.locator("main").inner_text()
+    assert "قطة سوداء" in everything
+    assert "thing 3 of shard 1" not in everything
+    page.fill("#query", "THING 00100007")
+    page.wait_for_function("!document.querySelector('#status').textContent.includes('loaded')")
+    titles = [*shown(page), *page.locator("#found-list b").all_inner_texts()]
+    assert titles == ["00100007"]
+    page.fill("#query", "no caption has these words")
+    assert page.locator("#nothing").is_visible()
+    page.fill("#query", "")
+    choose(page, "key")
+    places = [*zip(page.locator(".card:not([hidden]) .where bdi").all_inner_texts(), shown(page), strict=True)]
+    assert places == sorted(places)
+    choose(page, "disagree")
+    agreement = [float(text.split()[-1]) for text in page.locator(".card:not([hidden]) .agreement").all_inner_texts()]
+    assert len(agreement) == 4
+    assert agreement == sorted(agreement)
+    choose(page, "quarantine")
+    assert set(shown(page)) == {*REFUSED, *WITHOUT_CAPTION}
+    assert (
+        page.locator(".card:not([hidden])", has_text=REFUSED[0]).locator(".refusal").inner_text().startswith("image_")
+    )
+    page.reload()  # the address keeps the view
+    assert set(shown(page)) == {*REFUSED, *WITHOUT_CAPTION}
+
+
+def test_the_keyboard_reaches_everything_and_focus_is_visible(report: Path, watched: Watched) -> None:
+    page = watched.page
+    page.goto(f"file://{report}/gallery.html")
+    outline = """() => {
+      const active = document.activeElement;
+      const drawn = active.matches(".views input") ? active.nextElementSibling : active;
+      const style = getComputedStyle(drawn);
+      const name = active.id || active.name || active.textContent.trim();
+      return [name, style.outlineStyle, parseFloat(style.outlineWidth)];
+    }"""
+    stops = []
+    for _ in range(9):
+        page.keyboard.press("Tab")
+        stops.append(page.evaluate(outline))
+    names = [name for name, *_ in stops]
+    assert names[:7] == ["Skip to the content", "Summary", "Gallery", "Plots", "theme", "view", "query"]
+    assert [(style, width) for _, style, width in stops if style == "none" or width < 2] == []
+    for _ in range(3):
+        page.keyboard.press("Shift+Tab")  # to the views
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.value") == "key"
+    assert len(shown(page)) > 6
+    page.locator("#theme").focus()
+    ground = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(ground)
+    page.keyboard.press("Space")
+    assert page.locator("#theme").get_attribute("aria-pressed") == "true"
+    assert page.evaluate(ground) != light
+    page.keyboard.press("Space")
+    assert page.evaluate(ground) == light
+    page.locator(".skip").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_pages_fit_a_phone_and_can_be_read_in_both_colours(report: Path, browser: Any, colours: str) -> None:
+    text = [".lead", ".brand", "nav a", "nav a[aria-current]", "h2", ".foot p", "th", "td.number", ".tiles dt", ".tag",
+            ".true .tag", ".card .where", ".replay p", "figcaption", ".views input:checked + span", "#status",
+            ".refusal b", ".legend li", ".chart text", "summary", ".off span"]  # fmt: skip
+    drawn = [".line.c0", ".line.c1", ".dot.c0", ".dot.c1", ".zero"]
+    with browser.new_context(viewport={"width": 360, "height": 800}, color_scheme=colours) as context:
+        page = context.new_page()
+        for name in PAGES:
+            page.goto(f"file://{report}/{name}")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360, name
+            contrasts = page.evaluate(CONTRASTS, text)
+            assert len(contrasts) > 5
+            assert {selector: ratio for selector, ratio in contrasts.items() if ratio < 4.5} == {}, name
+            assert {s: ratio for s, ratio in page.evaluate(CONTRASTS, drawn).items() if ratio < 3} == {}, name
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert ground.startswith("rgb(2") == (colours == "light")
+
+
+def test_images_and_tables_have_names_for_screen_readers(report: Path, watched: Watched) -> None:
+    page = watched.page
+    for name in PAGES:
+        page.goto(f"file://{report}/{name}")
+        counts = {role: page.get_by_role(role).count() for role in ("banner", "navigation", "main", "contentinfo")}
+        assert counts == {"banner": 1, "navigation": 1, "main": 1, "contentinfo": 1}
+        unnamed = "img:not([alt]), table:not(:has(caption)), [role=img]:not([aria-label]), input[type=search]:not([id])"
+        assert [found.inner_html() for found in page.locator(unnamed).all()] == []
+        levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map((e) => Number(e.tagName[1]))")
+        assert levels[0] == 1
+        assert all(after - before <= 1 for before, after in itertools.pairwise(levels))

@@ -1,0 +1,155 @@
+"""The files of a report, without a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce.errors import UserError
+from reinforce.inspection.report import inspect
+from tests.helpers.inspected import REFUSED, hostile_dataset
+from tests.helpers.reinforced import small_dataset
+
+PAGES = ("index.html", "gallery.html", "plots.html")
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return hostile_dataset(tmp_path_factory.mktemp("hostile"))
+
+
+def files_of(folder: Path | str) -> dict[str, bytes]:
+    root = Path(folder)
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+class Addresses(HTMLParser):
+    """Collects what a page refers to, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_same_report_twice_has_equal_files_and_an_earlier_one_leaves_nothing(url: str, tmp_path: Path) -> None:
+    inspect(url, str(tmp_path / "once"), limit=20, seed=3)
+    inspect(url, str(tmp_path / "again"), limit=40, seed=1)
+    inspect(url, str(tmp_path / "again"), limit=20, seed=3)
+    once = files_of(tmp_path / "once")
+    assert once == files_of(tmp_path / "again")
+    assert json.loads(once["report.json"])["files"] == sorted(set(once) - {"report.json"})
+    inspect(url, str(tmp_path / "again"), limit=20, seed=4)
+    assert once["gallery.html"] != files_of(tmp_path / "again")["gallery.html"]
+
+
+def test_every_address_in_the_pages_is_a_file_of_the_report(url: str, tmp_path: Path) -> None:
+    inspect(url, str(tmp_path / "report"))
+    for name in PAGES:
+        page = Addresses((tmp_path / "report" / name).read_text())
+        for address in page.found:
+            if not address.startswith(("#", "data:,")):
+                assert (tmp_path / "report" / address.partition("#")[0]).is_file(), address
+    assert not re.search(rb"https?://(?!example)", (tmp_path / "report" / "gallery.html").read_bytes())
+
+
+def test_a_limit_looks_at_few_rows_and_the_report_says_how_many(url: str, tmp_path: Path) -> None:
+    found = inspect(url, str(tmp_path / "report"), limit=11)
+    assert (found.rows, found.samples, found.exact) == (11, 42, True)
+    page = Addresses((tmp_path / "report" / "index.html").read_text())
+    assert "Looked at 11 of 42 samples" in page.text
+    assert "2 row groups" in page.text
+
+
+def test_quarantined_items_are_listed_with_their_reason(url: str, tmp_path: Path) -> None:
+    inspect(url, str(tmp_path / "report"))
+    text = Addresses((tmp_path / "report" / "gallery.html").read_text()).text
+    for key in REFUSED:
+        assert re.search(rf"{key}\s+00000-\w+\s+image_\w+ in samples", text)
+    assert "no_text in embeddings/red/caption" in text
+
+
+def test_only_the_chosen_teachers_and_captioners_are_read(url: str, tmp_path: Path) -> None:
+    inspect(url, str(tmp_path / "report"), ["blue"], [])
+    plots = Addresses((tmp_path / "report" / "plots.html").read_text()).text
+    assert "embeddings/blue/images" in plots
+    assert "embeddings/red" not in plots
+    assert "evil" not in plots
+    assert "needs two that have a logit scale" in plots
+    with pytest.raises(UserError, match="green"):
+        inspect(url, str(tmp_path / "other"), ["green"])
+
+
+@pytest.mark.parametrize("teachers", [{}, {"only": {"class": "tests.helpers.models:ImageOnly"}}])
+def test_a_dataset_without_texts_or_teachers_has_a_report(tmp_path: Path, teachers: dict[str, Any]) -> None:
+    data = small_dataset(tmp_path, (3,), teachers=teachers, captioners={})
+    found = inspect(data, str(tmp_path / "report"))
+    assert (found.rows, found.pictures) == (3, 3)
+    assert "No teacher has vectors of both" in (tmp_path / "report" / "plots.html").read_text()
+
+
+def test_images_by_reference_are_shown_from_the_named_folder_only(tmp_path: Path) -> None:
+    data = small_dataset(tmp_path, (4,), images="reference")
+    found = inspect(data, str(tmp_path / "without"))
+    assert (found.rows, found.pictures, found.problems) == (4, 0, 1)
+    assert "add --images-from" in Addresses((tmp_path / "without" / "index.html").read_text()).text
+    found = inspect(data, str(tmp_path / "with"), images_from=[str(tmp_path / "source")])
+    assert (found.pictures, found.problems) == (4, 0)
+
+
+def test_a_damaged_file_is_a_problem_and_the_other_shards_are_shown(url: str, tmp_path: Path) -> None:
+    data = shutil.copytree(url, tmp_path / "data")
+    victim = min(data.glob("embeddings/red/images/*.parquet"))
+    content = bytearray(victim.read_bytes())
+    content[100:140] = bytes(40)
+    victim.write_bytes(content)
+    found = inspect(str(data), str(tmp_path / "report"))
+    assert (found.rows, found.problems) == (30, 1)
+    text = Addresses((tmp_path / "report" / "index.html").read_text()).text
+    assert f"embeddings/red/images/{victim.name} cannot be read" in text
+
+
+def test_a_folder_with_other_files_is_refused_and_left_as_it_is(url: str, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "index.html").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        inspect(url, str(tmp_path / "thesis"))
+    (tmp_path / "thesis" / "report.json").write_text('{"kind": "other", "files": ["index.html"]}')
+    with pytest.raises(UserError, match="another program"):
+        inspect(url, str(tmp_path / "thesis"))
+    assert (tmp_path / "thesis" / "index.html").read_text() == "mine"
+    with pytest.raises(UserError, match="not empty"):
+        inspect(url, url)
+
+
+def test_a_forged_list_of_files_removes_nothing_outside_the_report(url: str, tmp_path: Path) -> None:
+    (tmp_path / "kept.html").write_text("kept")
+    folder = tmp_path / "report"
+    folder.mkdir()
+    names = ["../kept.html", str(tmp_path / "kept.html"), "images/../../kept.html", 7]
+    (folder / "report.json").write_text(json.dumps({"kind": "reinforce-inspect", "files": names}))
+    inspect(url, str(folder), limit=4)
+    assert (tmp_path / "kept.html").read_text() == "kept"
+
+
+def test_a_report_in_an_object_store_has_the_types_that_browsers_need(url: str, s3: Any) -> None:
+    inspect(url, "s3://bucket/report", limit=8)
+    inspect(url, "s3://bucket/report", limit=4)
+    types = {"index.html": "text/html", "report.css": "text/css", "report.js": "javascript"}
+    for name, kind in types.items():
+        assert kind in s3.info(f"bucket/report/{name}", refresh=True)["ContentType"], name
+    names = {path.removeprefix("bucket/report/") for path in s3.find("bucket/report")}
+    assert names == {"report.json", *json.loads(s3.cat("bucket/report/report.json"))["files"]}
