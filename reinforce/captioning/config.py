@@ -11,7 +11,7 @@ from reinforce import settings
 from reinforce.config import ImageFolders, Limits
 from reinforce.evaluation.config import RECALLS
 from reinforce.settings import Section
-from reinforce.training.config import Training
+from reinforce.training.config import Trackers, Training
 from teachers.spec import CaptionerSpec
 
 Tower = Literal["image", "text", "decoder"]
@@ -161,6 +161,9 @@ class CaptionerConfig(Section):
     loss: Loss = Loss()
     train: Training
     evaluate: Evaluation = Evaluation()
+    log: Trackers | None = Field(
+        None, description="trackers of the training besides log.jsonl and TensorBoard; default: none"
+    )
 
     @model_validator(mode="after")
     def _check_trainable(self) -> CaptionerConfig:

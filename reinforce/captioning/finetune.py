@@ -22,11 +22,19 @@ from reinforce.training.job import Job
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.log import LOG
 from reinforce.training.results import Results
+from reinforce.training.trackers import check_trackers
 from teachers.device import Accelerator
 from teachers.open_clip_tokens import Tokenizer
 
 #: Config keys that may change when a fine-tuning resumes: where it writes, how it is evaluated, how fast it reads.
-_MUTABLE_KEYS = ("output", "evaluate", "data.threads", "data.images_from", *(f"train.{key}" for key in MUTABLE_KEYS))
+_MUTABLE_KEYS = (
+    "output",
+    "evaluate",
+    "log",
+    "data.threads",
+    "data.images_from",
+    *(f"train.{key}" for key in MUTABLE_KEYS),
+)
 #: Folder of the output with the final weights.
 EXPORT = "captioner"
 _TEXTS_AT_ONCE = 1024
@@ -42,6 +50,7 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
     config = _parse_config(config)
     Storage(config.output).check_writable()
     check_captioner(config)
+    check_trackers(config.log)
     load_pairs(config)  # scan the data once, before the ranks start
     job = Job(
         training=config.train,
@@ -52,6 +61,7 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
         evaluate_start=True,
         best=config.evaluate.best_metric,
         export=EXPORT,
+        trackers=config.log,
     )
     if runs_on_ray(job, address):
         build_captioner(config)  # report its faults before Ray starts

@@ -12,7 +12,7 @@ from reinforce.config import LAYER_NAMES, ImageFolders, LayerName, ReadLimits
 from reinforce.config_schema import InSchema, either
 from reinforce.evaluation.config import Evaluation
 from reinforce.settings import Section
-from reinforce.training.config import Training
+from reinforce.training.config import Trackers, Training
 from teachers.spec import TeacherSpec
 
 
@@ -169,6 +169,9 @@ class StudentConfig(Section):
     loss: Loss = Loss()
     train: Training
     evaluate: Evaluation = Evaluation()
+    log: Trackers | None = Field(
+        None, description="trackers of the training besides log.jsonl and TensorBoard; default: none"
+    )
 
 
 def load_student_config(path: str | Path, overrides: list[str] | None = None) -> StudentConfig:

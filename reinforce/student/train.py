@@ -15,12 +15,19 @@ from reinforce.training.config import MUTABLE_KEYS, fixed_config
 from reinforce.training.job import Job
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.results import Results
+from reinforce.training.trackers import check_trackers
 from teachers.device import Accelerator
 from teachers.open_clip_tokens import Tokenizer
 
 #: Keys that may change when a training resumes: where it writes, how it is evaluated, how fast it reads.
 _READING = ("workers", "prefetch", "images_from", "limits")
-_MUTABLE = ("output", "evaluate", *(f"data.{key}" for key in _READING), *(f"train.{key}" for key in MUTABLE_KEYS))
+_MUTABLE = (
+    "output",
+    "evaluate",
+    "log",
+    *(f"data.{key}" for key in _READING),
+    *(f"train.{key}" for key in MUTABLE_KEYS),
+)
 
 
 def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str | None = None) -> Results:
@@ -34,6 +41,7 @@ def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str |
     config = _as_student_config(config)
     Storage(config.output).check_writable()
     job = make_job(config)
+    check_trackers(config.log)
     if runs_on_ray(job, address) and config.loss.targets == "stored":
         build(config, Accelerator("cpu"))  # reports errors of the config before Ray starts
     return launch(partial(build, config), job, address)
@@ -48,6 +56,7 @@ def make_job(config: StudentConfig) -> Job:
         fixed_config=fixed_config(config, _MUTABLE),
         evaluate_every=config.evaluate.every,
         best=config.evaluate.best_metric,
+        trackers=config.log,
     )
 
 

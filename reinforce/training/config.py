@@ -97,6 +97,45 @@ class Training(Section):
         return self
 
 
+class Wandb(Section):
+    """A run of Weights & Biases; WANDB_API_KEY or `wandb login` gives access."""
+
+    project: str = Field("reinforce", min_length=1, description="project that the run belongs to")
+    name: str | None = Field(None, min_length=1, description="name of the run; default: that of the output folder")
+    entity: str | None = Field(None, description="user or team; default: that of the account")
+    tags: list[str] = Field(default_factory=list, description="tags of the run")
+    mode: Literal["online", "offline"] = Field(
+        "online", description="offline: write to `folder`, to be sent later by `wandb sync`"
+    )
+    folder: str | None = Field(None, description="folder for files of the package; default: WANDB_DIR, else ./wandb")
+
+
+class Mlflow(Section):
+    """A run of MLflow."""
+
+    uri: str | None = Field(
+        None, description="tracking server, or a folder as file:PATH; default: MLFLOW_TRACKING_URI, else MLflow's own"
+    )
+    experiment: str = Field("reinforce", min_length=1, description="experiment that the run belongs to")
+    name: str | None = Field(None, min_length=1, description="name of the run; default: that of the output folder")
+
+
+class Trackio(Section):
+    """A run of trackio, which `trackio show` displays."""
+
+    project: str = Field("reinforce", min_length=1, description="project that the run belongs to")
+    name: str | None = Field(None, min_length=1, description="name of the run; default: that of the output folder")
+    space: str | None = Field(None, description="Space of Hugging Face to log to, ORG/NAME; default: this machine")
+
+
+class Trackers(Section):
+    """Trackers that get the rows of log.jsonl, too. One that fails is reported, and the training goes on."""
+
+    wandb: Wandb | None = Field(None, description="Weights & Biases; pip install -e '.[wandb]'")
+    mlflow: Mlflow | None = Field(None, description="MLflow; pip install -e '.[mlflow]'")
+    trackio: Trackio | None = Field(None, description="trackio; pip install -e '.[trackio]'")
+
+
 #: Keys of a `Training` that may change when it resumes: its length, where it runs, checkpoints and logs.
 MUTABLE_KEYS = (
     *("steps", "epochs", "checkpoints", "log_every", "retries"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reinforce.errors import UserError
-from reinforce.training.config import Training
+from reinforce.training.config import Trackers, Training
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Job:
     ``fixed_config`` is the part of the config that determines the training, by dotted keys: a checkpoint with another
     one is refused. ``evaluate_every`` is in steps (None: only at the end); ``evaluate_start`` also evaluates before
     the first step. ``best`` is the metric whose best checkpoint is kept (default: the first metric). ``export`` is the
-    folder of ``output`` for the final weights.
+    folder of ``output`` for the final weights. ``trackers`` get the rows of the log, too.
     """
 
     training: Training
@@ -28,6 +28,7 @@ class Job:
     evaluate_start: bool = False
     best: str | None = None
     export: str = "student"
+    trackers: Trackers | None = None
 
 
 def total_steps(training: Training, samples: int, ranks: int) -> int:

@@ -6,12 +6,13 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reinforce.storage import Storage
 from reinforce.training.curves import draw_curves
+from reinforce.training.trackers import Tracker
 
 _DRAWING_SECONDS = 30.0
 LOG, CURVES, EVENTS = "log.jsonl", "curves.png", "tensorboard"
@@ -24,11 +25,11 @@ class Log:
     store the files are uploaded by ``publish``.
     """
 
-    def __init__(self, storage: Storage, start: int) -> None:
+    def __init__(self, storage: Storage, start: int, trackers: Sequence[Tracker] = ()) -> None:
         """Continue after step ``start``: later rows, of steps that will be repeated, are deleted."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._storage = storage
+        self._storage, self._trackers = storage, trackers
         self.rows = [row for row in _read_rows(storage) if row["step"] <= start]
         self._temporary = None if storage.local else tempfile.TemporaryDirectory(prefix="reinforce-log-")
         folder = Path(storage.root if self._temporary is None else self._temporary.name)
@@ -47,9 +48,11 @@ class Log:
         self.rows.append(clean)
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
-        for name, value in _flat(row):
-            if name != "step":
-                self._events.add_scalar(name, value, row["step"])
+        scalars = {name: value for name, value in _flat(row) if name != "step"}
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, row["step"])
+        for tracker in self._trackers:
+            tracker.add(row["step"], scalars)
 
     def publish(self, last: bool = False) -> None:
         """Write all files to the output. Curves, which take a second, are drawn every 30 s and when ``last``."""
@@ -63,7 +66,9 @@ class Log:
     def __enter__(self) -> Log:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        for tracker in self._trackers:
+            tracker.close(failed=error is not None)
         self._file.close()
         self._events.close()
         if self._temporary is not None:

@@ -45,6 +45,7 @@ from reinforce.training.state import State, make_average
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Build, Feed, Task
+from reinforce.training.trackers import open_trackers
 from teachers import determinism
 from teachers.redact import redact
 
@@ -139,7 +140,8 @@ class _Loop:
         notes = [*self._set_up_reading(), *self.task.notes]
         with contextlib.ExitStack() as stack:
             if self.ranks.is_first:
-                self.log = stack.enter_context(Log(self.storage, self.progress.step))
+                trackers = open_trackers(self.job, self.storage)
+                self.log = stack.enter_context(Log(self.storage, self.progress.step, trackers))
                 stack.enter_context(self.screen)
                 for note in notes:
                     self.screen.log(note)
