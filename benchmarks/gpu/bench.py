@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.pipeline.figures import Figure
 from reinforce.engine.peak_flops import peak_flops
 from teachers.device import Accelerator, Precision
 
@@ -20,7 +22,8 @@ class Size:
 
     teachers: tuple[str, ...] = ("ViT-L-14", "ViT-L-14-quickgelu", "ViT-SO400M-14-SigLIP")
     captioner: str = "coca_ViT-L-14"
-    students: tuple[str, ...] = ("MobileCLIP2-S0", "MobileCLIP2-S4")
+    #: Students and their batches, whose activations take 31 and 50 GB.
+    students: Mapping[str, int] = field(default_factory=lambda: {"MobileCLIP2-S0": 256, "MobileCLIP2-S4": 128})
     rounds: int = 3
     seconds: float = 1.0
     matrix: int = 8192
@@ -34,14 +37,13 @@ class Size:
     shards: Mapping[int, tuple[int, int]] = field(default_factory=lambda: {2: (4, 512), 10: (4, 192)})
     batch: int = 256
     steps: int = 24
-    train_batch: int = 256
     compiles_students: bool = True
 
 
 TINY = Size(
     teachers=("tiny",),
     captioner="tiny-coca",
-    students=("tiny",),
+    students={"tiny": 4},
     rounds=1,
     seconds=0.0,
     matrix=64,
@@ -54,7 +56,6 @@ TINY = Size(
     shards={2: (2, 6), 10: (1, 2)},
     batch=8,
     steps=2,
-    train_batch=4,
     compiles_students=False,
 )
 
@@ -64,7 +65,7 @@ class Bench:
     """The place, the device and the size of the measurements; ``log`` shows a line of progress.
 
     ``cores`` is the number of decode and loader processes. After ``deadline``, on the clock of ``time.monotonic``,
-    what takes minutes is left out.
+    what takes minutes is left out. ``failures`` receives the parts that raised, with their errors.
     """
 
     folder: Path
@@ -74,14 +75,29 @@ class Bench:
     log: Callable[[str], None] = print
     deadline: float = math.inf
     measured: dict[str, float] = field(default_factory=dict)  # what later sections compare with
+    failures: dict[str, str] = field(default_factory=dict)
 
     @property
     def on_cuda(self) -> bool:
         return self.device.startswith("cuda")
 
-    @property
-    def is_late(self) -> bool:
-        return time.monotonic() > self.deadline
+    def is_late(self, minutes: float = 0.0) -> bool:
+        """Whether fewer than ``minutes`` are left until the deadline."""
+        return time.monotonic() > self.deadline - 60 * minutes
+
+    def attempt(self, what: str, work: Callable[[], list[Figure]]) -> list[Figure]:
+        """The figures of a part; none if it raises, so that the other parts are measured."""
+        try:
+            return work()
+        except Exception as error:
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            self.failures[what] = text
+            self.log(f"{what} FAILED: {text}")
+            gc.collect(1)  # what the error has held
+            return []
+        finally:
+            if self.on_cuda:
+                torch.cuda.empty_cache()
 
     @property
     def compiler(self) -> str:

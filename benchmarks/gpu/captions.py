@@ -38,7 +38,7 @@ def measure_captions(bench: Bench) -> list[Figure]:
     target: tuple[float | None, Rule] = (PER_SECOND, "at least") if bench.on_cuda else (None, "")
     rates = values["captions rate"]
     rate = Figure(CAPTIONS, what, statistics.median(rates), "captions/s", *target, rates)
-    return [rate, *_count_calls(bench, work, words)]
+    return [rate, *bench.attempt("captions: calls of a word", lambda: _count_calls(bench, work, words))]
 
 
 def _count_calls(bench: Bench, work: Callable[[], object], words: int) -> list[Figure]:

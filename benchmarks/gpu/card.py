@@ -11,6 +11,18 @@ from benchmarks.pipeline.figures import Figure, alternate, medians
 from reinforce.engine.peak_flops import peak_flops
 
 CARD = "card"
+#: GB/s of the memory, as NVIDIA's data sheets state them, by words of torch's name; the first that matches is used.
+_BANDWIDTHS = (
+    ("B200", 7700),
+    ("H200", 4800),
+    ("H100 PCIe", 2000),
+    ("H100 80GB", 3350),
+    ("A100 40GB", 1555),
+    ("A100 80GB", 2039),
+    ("L40S", 864),
+    ("A40", 696),
+    ("L4", 300),
+)
 
 
 def measure_card(bench: Bench) -> list[Figure]:
@@ -56,8 +68,15 @@ def measure_card(bench: Bench) -> list[Figure]:
         "" if peak is None else "limit",
         [value / 1e12 for value in values["products rate"]],
     )
-    copies = [
-        Figure(CARD, text, rates[name] / 1e9, "GB/s", rounds=[value / 1e9 for value in values[f"{name} rate"]])
-        for name, text in names.items()
-    ]
+    copies = []
+    for name, text in names.items():
+        limit = _copy_limit(bench.card()) if name == "inside" else None
+        rounds = [value / 1e9 for value in values[f"{name} rate"]]
+        copies.append(Figure(CARD, text, rates[name] / 1e9, "GB/s", limit, "limit" if limit else "", rounds))
     return [products, *copies]
+
+
+def _copy_limit(card: str) -> float | None:
+    """GB/s that a copy inside a card can reach, since it reads and writes each byte; None if that is not known."""
+    words = card.replace("-", " ").split()
+    return next((rate / 2 for name, rate in _BANDWIDTHS if all(word in words for word in name.split())), None)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +23,7 @@ from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest import update_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.decode_pool import DecodePool
+from reinforce.engine.lanes import Lanes
 from reinforce.engine.models import Counters, Models, load_models
 from reinforce.engine.outcome import ShardResult
 from reinforce.engine.plan import PendingShard, make_plan
@@ -116,19 +118,45 @@ def measure_shards(bench: Bench, pool: DecodePool | None = None) -> list[Figure]
         photos = [photo(seed) for seed in range(8)]
         figures = []
         for augmentations, (shards, images) in bench.size.shards.items():
-            folder = bench.folder / f"source-{augmentations}"
-            source = write_shards(folder, shards, images, photos)
-            worker.allocate(worker.config(source, "none", augmentations))
-            measured = worker.run(source, bench.folder / f"run-{augmentations}", augmentations)
-            target: tuple[float | None, Rule] = (None, "")
-            if bench.on_cuda and augmentations == 2:
-                target = (PER_SECOND, "at least")
-            what = f"{augmentations} augmentations, {bench.cores} decode processes"
-            figures += [
-                Figure(SHARDS, f"decoding to Parquet, {what}", measured.rate, "images/s", *target),
-                Figure(SHARDS, f"busy share of the device, {what}", measured.busy, "", 1.0, "limit"),
-            ]
-        return [*figures, *_compare_bytes(bench, worker), _run_short_of_memory(bench, worker)]
+            source = write_shards(bench.folder / f"source-{augmentations}", shards, images, photos)
+            work = partial(_measure, bench, worker, source, augmentations)
+            figures += bench.attempt(f"shards: {augmentations} augmentations", work)
+        figures += bench.attempt("shards: overlap", lambda: _overlap(bench, worker))
+        figures += bench.attempt("shards: equal bytes", lambda: _compare_bytes(bench, worker))
+        return figures + bench.attempt("shards: too little memory", lambda: [_run_short_of_memory(bench, worker)])
+
+
+def _measure(bench: Bench, worker: Worker, source: str, augmentations: int) -> list[Figure]:
+    worker.allocate(worker.config(source, "none", augmentations))
+    measured = worker.run(source, bench.folder / f"run-{augmentations}", augmentations)
+    target: tuple[float | None, Rule] = (None, "")
+    if bench.on_cuda and augmentations == 2:
+        target = (PER_SECOND, "at least")
+    what = f"{augmentations} augmentations, {bench.cores} decode processes"
+    return [
+        Figure(SHARDS, f"decoding to Parquet, {what}", measured.rate, "images/s", *target),
+        Figure(SHARDS, f"busy share of the device, {what}", measured.busy, "", 1.0, "limit"),
+    ]
+
+
+def _overlap(bench: Bench, worker: Worker) -> list[Figure]:
+    """The run with 2 augmentations and ``workers.overlap``, whose first shards capture graphs while teachers wait."""
+    models = worker.models
+    models.overlap()
+    try:
+        if not models.lanes.two:
+            return []  # on a CPU
+        measured = worker.run(f"{bench.folder}/source-2/*.tar", bench.folder / "overlap")
+        overlapped = models.lanes.overlap
+    finally:
+        models.release_memory()
+        models.lanes, models.device_time = Lanes(), None
+    different = _differing(bench.folder / "run-2", measured.output)
+    note = "" if overlapped else " (memory was short, so they took turns)"
+    return [
+        Figure(SHARDS, f"decoding to Parquet, captions beside embeddings{note}", measured.rate, "images/s"),
+        Figure(SHARDS, "files that differ with captions beside embeddings", different, "", 0.0, "at most"),
+    ]
 
 
 def _compare_bytes(bench: Bench, worker: Worker) -> list[Figure]:
@@ -179,9 +207,10 @@ def _too_little_memory(bench: Bench, models: Models) -> Iterator[None]:
     if bench.on_cuda:
         device = models.accelerator.device
         torch.cuda.empty_cache()
-        kept, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        batch = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction((kept + 0.6 * (peak - kept)) / total, device)
+        kept = torch.cuda.memory_reserved(device)  # counts for the limit, with the gaps between tensors
+        torch.cuda.set_per_process_memory_fraction((kept + 0.6 * batch) / total, device)
         try:
             yield
         finally:

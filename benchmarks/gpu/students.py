@@ -35,11 +35,12 @@ def measure_students(bench: Bench) -> list[Figure]:
     figures: list[Figure] = []
     for name in bench.size.students:
         for compiled in (False, True):
-            if compiled and (bench.is_late or not bench.size.compiles_students):
+            if compiled and (bench.is_late() or not bench.size.compiles_students):
                 bench.log(f"{name}, compiled: left out")
                 continue
-            figures += _measure(bench, name, compiled)
-    return [*figures, _compare_resumed(bench)]
+            what = f"students: {name}{', compiled' * compiled}"
+            figures += bench.attempt(what, partial(_measure, bench, name, compiled))
+    return figures + bench.attempt("students: resuming", lambda: [_compare_resumed(bench)])
 
 
 def _measure(bench: Bench, name: str, compiled: bool) -> list[Figure]:
@@ -47,7 +48,7 @@ def _measure(bench: Bench, name: str, compiled: bool) -> list[Figure]:
     _train(bench, name, output, compiled=compiled)
     rows = [row for row in map(json.loads, (output / "log.jsonl").read_text().splitlines()) if "loss" in row]
     last = rows[-1]  # of the second half of the steps
-    what = f"{name}, {'compiled' if compiled else 'eager'}"
+    what = f"{name}, {'compiled' if compiled else 'eager'}, batches of {bench.size.students[name]}"
     limit = last["samples_per_second"] / max(1e-9, 1 - last["waiting"])
     return [
         Figure(STUDENTS, f"{what}, training", last["samples_per_second"], "samples/s", limit, "limit"),
@@ -57,7 +58,7 @@ def _measure(bench: Bench, name: str, compiled: bool) -> list[Figure]:
 
 def _compare_resumed(bench: Bench) -> Figure:
     """Tensors of the last checkpoint that differ between the first training and one that was interrupted."""
-    name = bench.size.students[0]
+    name = next(iter(bench.size.students))
     resumed = bench.folder / "resumed"
     with contextlib.suppress(_Enough):
         _train(bench, name, resumed, stop=True)
@@ -89,7 +90,7 @@ def _train(bench: Bench, name: str, output: Path, compiled: bool = False, stop: 
             "evaluate": {"every": half},
             "train": {
                 "steps": size.steps,
-                "batch": size.train_batch,
+                "batch": size.students[name],
                 "log_every": half,
                 "optimizer": {"warmup": 1},
                 "checkpoints": {"every": half},

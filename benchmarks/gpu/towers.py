@@ -18,15 +18,14 @@ TEACHERS = "teachers"
 MFU = 0.45
 _LENGTHS = (16, 77)
 _AS_IN_RUNS = "as in runs"
+_MINUTES = 4.0  # that the sections after this one take
 
 
 def measure_towers(bench: Bench) -> list[Figure]:
     """Images per second of each teacher as open_clip has it, compiled, with bf16 weights, and as runs use it."""
     figures: list[Figure] = []
     for name in bench.size.teachers:
-        figures += _measure(bench, name)
-        if bench.on_cuda:
-            torch.cuda.empty_cache()
+        figures += bench.attempt(f"teachers: {name}", partial(_measure, bench, name))
     return figures
 
 
@@ -61,7 +60,6 @@ def _variants(bench: Bench, name: str, pixels: torch.Tensor) -> dict[str, Callab
     accelerator = bench.accelerator()
     tower: Any = accelerator.prepare(build(name)).visual
     cast = copy.deepcopy(tower).to(torch.bfloat16)
-    compiled: Any = torch.compile(tower, backend=bench.compiler, dynamic=False)
     low = pixels.to(torch.bfloat16)
 
     def forward(model: Any) -> Callable[[], object]:
@@ -75,7 +73,12 @@ def _variants(bench: Bench, name: str, pixels: torch.Tensor) -> dict[str, Callab
         with torch.inference_mode():
             return cast(low)
 
-    return {"open_clip, eager": forward(tower), "compiled": forward(compiled), "bf16 weights": in_bf16}
+    variants = {"open_clip, eager": forward(tower), "bf16 weights": in_bf16}
+    if bench.is_late(_MINUTES):
+        bench.log(f"{name}, compiled: left out")
+    else:
+        variants["compiled"] = forward(torch.compile(tower, backend=bench.compiler, dynamic=False))
+    return variants
 
 
 def _measure_texts(bench: Bench, name: str, teacher: RandomTeacher) -> list[Figure]:

@@ -98,6 +98,7 @@ class Models:
     def overlap(self) -> None:
         """Give captioners a lane of their own, if there are teachers, too, and the accelerator has streams."""
         if self.teachers and self.captioners:
+            self.release_memory()  # which would be of the stream that captioners used before
             self.lanes = Lanes.of(self.accelerator)
         if self.lanes.two:
             self.device_time = DeviceTime(self.accelerator)

@@ -1,4 +1,14 @@
-"""Peak rates of common cards, as their makers state them: dense matrix products without sparsity."""
+"""Peak rates of common cards, as their makers state them: dense matrix products without sparsity.
+
+Data sheets of NVIDIA state them with sparsity, twice as high. Compared with copies of these in November 2026: B200 and
+GB200 (https://glennklockwood.com/garden/processors/B200, and NVIDIA's table in
+https://zdszero.github.io/Computer/Artificial_Intelligence/Hardware.html), H100 SXM and PCIe
+(https://archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html), H200
+(https://itkb.uw.cz/2026/06/nvidia-h200-vs-b300-precisions-cores.html), A100
+(https://glennklockwood.com/garden/processors/A100), A40 and L4 (https://hmc-tech.com/gpu/nvidia-l4-vs-nvidia-a40, 3 %
+higher clocks), L40S, L40, A30, H800 and GH200 (hardware_dict.py of https://github.com/feifeibear/LLMRoofline). Others
+were not compared. GeForce cards have half the rate with sums in fp32.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +18,8 @@ _TERA = 1e12
 #: TFLOP/s in bf16 and fp16 with sums in fp32, in TF32, and in fp32, by words that torch's name of the card contains.
 #: None where the card has no such unit. The first row that matches is used.
 _CARDS: tuple[tuple[tuple[str, ...], float | None, float | None, float], ...] = (
-    (("B200",), 2250, 1125, 75),
+    (("GB200",), 2500, 1250, 80),
+    (("B200",), 2250, 1100, 75),
     (("GH200",), 989, 494.5, 67),
     (("H200", "NVL"), 835.5, 417.5, 60),
     (("H200",), 989, 494.5, 67),

@@ -16,6 +16,8 @@ from teachers.device import Precision
         ("NVIDIA H100 PCIe", "fp16", 756),
         ("NVIDIA H100 NVL", "bf16", 835.5),
         ("NVIDIA H200", "tf32", 494.5),
+        ("NVIDIA B200", "tf32", 1100),
+        ("NVIDIA GB200", "bf16", 2500),
         ("NVIDIA GH200 480GB", "bf16", 989),
         ("NVIDIA A100-SXM4-80GB", "bf16", 312),
         ("NVIDIA A10G", "bf16", 70),

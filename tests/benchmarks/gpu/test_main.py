@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import page
 from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.bench import Bench
+from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import read_figures
 from tests.helpers.decoding import decode_pool
 
@@ -38,7 +41,7 @@ def test_a_tiny_run_on_a_cpu_measures_every_figure(
         "waits of the host a word of a batch",
         "decoding to Parquet, 2 augmentations, 1 decode processes",
         "busy share of the device, 10 augmentations, 1 decode processes",
-        "tiny, eager, training",
+        "tiny, eager, batches of 4, training",
     ):
         assert figures[name].value > 0, name
         assert name in output
@@ -46,6 +49,32 @@ def test_a_tiny_run_on_a_cpu_measures_every_figure(
     assert [figure.value for figure in same] == [0, 0, 0]
     assert figures["shards that finish in halved batches when memory is short"].met
     assert "Measured on" in page.render_page(page.PAGE.read_text(encoding="utf-8"), results)
+
+
+def test_a_part_that_fails_is_reported_and_the_others_are_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def captions(bench: Bench) -> list[Figure]:
+        first = Figure("captions", "first", 2.0, "captions/s")
+        return [first, *bench.attempt("captions: second", lambda: [Figure("captions", "second", 1 / 0, "")])]
+
+    def shards(bench: Bench) -> list[Figure]:
+        assert "first" in (tmp_path / "gpu.json").read_text(), "each section is stored when it ends"
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    sections = {"captions": captions, "shards": shards, "students": lambda _: [Figure("students", "third", 3.0, "")]}
+    monkeypatch.setattr("benchmarks.gpu.__main__.SECTIONS", sections)
+    monkeypatch.setattr("teachers.determinism.set_flags", lambda *_, **__: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", "cpu", "--tiny", "--cores", "1", "--results", f"{tmp_path}/gpu.json"])
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert [figure.value for figure in read_figures(results)] == [2, 3]
+    assert results["failures"] == {
+        "captions: second": "ZeroDivisionError: division by zero",
+        "shards": "OutOfMemoryError: CUDA out of memory.",
+    }
+    assert ended.value.code == 1
+    assert "2 parts failed: captions: second, shards" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "advice"), [([], "no CUDA device"), (["--device", "cpu"], "add --tiny")])
