@@ -1,0 +1,45 @@
+# For nodes with NVIDIA GPUs: the dependencies in /opt/venv, code and configs in /opt/reinforce.
+#
+#   docker build -f deploy/docker/cuda.Dockerfile -t YOUR-REGISTRY/reinforce:cuda .
+
+ARG BASE=python:3.11-slim-trixie
+
+# hadolint ignore=DL3006
+FROM ${BASE} AS build
+# The versions that the tests ran with; constraints.txt holds those of everything else.
+ARG TORCH=2.13.0
+ARG TORCHVISION=0.28.0
+# The default brings its own CUDA libraries; the host needs NVIDIA's driver and container toolkit, and no CUDA.
+# For a driver that is too old for it, such as https://download.pytorch.org/whl/cu126.
+ARG TORCH_INDEX=https://pypi.org/simple
+WORKDIR /opt/reinforce
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+RUN python -m venv /opt/venv \
+    && /opt/venv/bin/pip install --no-cache-dir --no-compile --index-url "${TORCH_INDEX}" --constraint constraints.txt \
+    "torch==${TORCH}" "torchvision==${TORCHVISION}"
+COPY schemas schemas
+COPY teachers teachers
+COPY reinforce reinforce
+COPY jobs jobs
+RUN /opt/venv/bin/pip install --no-cache-dir --no-compile --constraint constraints.txt '.[fast,server]' \
+    && rm -rf build ./*.egg-info
+
+# hadolint ignore=DL3006
+FROM ${BASE}
+# A C compiler, for `compile: true` of teachers.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+# Login shells reset PATH, and some launchers start Ray in one.
+RUN useradd --uid 1000 --create-home --shell /bin/bash ray \
+    && echo "PATH=/opt/venv/bin:\$PATH" >/etc/profile.d/venv.sh
+COPY --from=build /opt/venv /opt/venv
+COPY jobs /opt/reinforce/jobs
+COPY configs /opt/reinforce/configs
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 \
+    NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 1000
+WORKDIR /home/ray
+# No HEALTHCHECK: what is healthy differs between a head, a node and a command. deploy/kuberay has probes of Ray.
+CMD ["reinforce", "--help"]
