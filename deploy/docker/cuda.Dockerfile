@@ -9,6 +9,8 @@ FROM ${BASE} AS build
 # The versions that the tests ran with; constraints.txt holds those of everything else.
 ARG TORCH=2.13.0
 ARG TORCHVISION=0.28.0
+# More packages: boto3 or google-api-python-client for heads of Ray's cluster launcher on AWS or GCP.
+ARG PACKAGES=
 # The default brings its own CUDA libraries; the host needs NVIDIA's driver and container toolkit, and no CUDA.
 # For a driver that is too old for it, such as https://download.pytorch.org/whl/cu126.
 ARG TORCH_INDEX=https://pypi.org/simple
@@ -21,15 +23,15 @@ COPY schemas schemas
 COPY teachers teachers
 COPY reinforce reinforce
 COPY jobs jobs
-RUN /opt/venv/bin/pip install --no-cache-dir --no-compile --constraint constraints.txt '.[fast,server]' \
+RUN /opt/venv/bin/pip install --no-cache-dir --no-compile --constraint constraints.txt '.[fast,server]' ${PACKAGES} \
     && rm -rf build ./*.egg-info
 
 # hadolint ignore=DL3006
 FROM ${BASE}
-# A C compiler, for `compile: true` of teachers.
+# Ray's cluster launcher copies files by rsync and ssh; `compile: true` of teachers needs a C compiler.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && apt-get install -y --no-install-recommends gcc libc6-dev openssh-client rsync \
     && rm -rf /var/lib/apt/lists/*
 # Login shells reset PATH, and some launchers start Ray in one.
 RUN useradd --uid 1000 --create-home --shell /bin/bash ray \
@@ -37,7 +39,8 @@ RUN useradd --uid 1000 --create-home --shell /bin/bash ray \
 COPY --from=build /opt/venv /opt/venv
 COPY jobs /opt/reinforce/jobs
 COPY configs /opt/reinforce/configs
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 \
+COPY deploy/drain_on_notice.py /opt/reinforce/
+ENV PATH=/opt/venv/bin:$PATH HOME=/home/ray PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 1000
 WORKDIR /home/ray

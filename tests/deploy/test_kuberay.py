@@ -129,9 +129,10 @@ def test_the_manifests_name_the_ray_of_the_image_and_files_that_are_in_it() -> N
     [script] = re.findall(r"/opt/reinforce/(\S+\.py)", job["entrypoint"])
     assert (ROOT / script).is_file()
     for image in ("cpu", "cuda"):
-        assert f"COPY jobs /opt/reinforce/{Path(script).parent}" in (
-            ROOT / f"deploy/docker/{image}.Dockerfile"
-        ).read_text()
+        assert (
+            f"COPY jobs /opt/reinforce/{Path(script).parent}"
+            in (ROOT / f"deploy/docker/{image}.Dockerfile").read_text()
+        )
 
 
 def _without_unknown_fields(schema: Any) -> Any:
