@@ -14,7 +14,7 @@ CORE_TESTS := tests/test_cli.py tests/test_config.py tests/test_init.py tests/te
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-latency bench-scale bench-transfer ablations lint clean fuzz soak audit \
+.PHONY: deploy-check help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-latency bench-scale bench-transfer ablations lint clean fuzz soak audit \
 	docs test-lowest wheel-check
 
 help: ## list the targets
@@ -114,6 +114,12 @@ test-lowest: ## the core tests with the lowest versions that pyproject.toml allo
 	.venv/uv/bin/uv venv -q --clear --python $(LOWEST_PYTHON) .venv/lowest
 	.venv/uv/bin/uv pip install -q --python .venv/lowest/bin/python --resolution lowest-direct -e '.[test-core]'
 	OMP_NUM_THREADS=1 .venv/lowest/bin/python -m pytest -p no:cacheprovider $(CORE_TESTS)
+
+deploy-check: $(INSTALLED) ## deploy/ by its parsers and linters, with SkyPilot and Kubernetes' schemas (a minute)
+	@test -e .venv/deploy/.installed || { $(BIN)/python -m venv .venv/deploy \
+		&& .venv/deploy/bin/pip install -q --no-compile skypilot==0.14.1 kubernetes-validate==1.37.0 \
+		&& touch .venv/deploy/.installed; }
+	DEPLOY_TOOLS=.venv/deploy/bin $(BIN)/python -m pytest tests/deploy -v -v -rs
 
 lint: $(INSTALLED) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check

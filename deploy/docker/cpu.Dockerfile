@@ -21,7 +21,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY schemas schemas
 COPY teachers teachers
 COPY reinforce reinforce
-COPY jobs jobs
+COPY configs configs
 RUN /opt/venv/bin/pip install --no-cache-dir --no-compile --constraint constraints.txt '.[fast,server]' ${PACKAGES} \
     && rm -rf build ./*.egg-info
 

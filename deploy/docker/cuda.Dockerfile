@@ -22,7 +22,7 @@ RUN python -m venv /opt/venv \
 COPY schemas schemas
 COPY teachers teachers
 COPY reinforce reinforce
-COPY jobs jobs
+COPY configs configs
 RUN /opt/venv/bin/pip install --no-cache-dir --no-compile --constraint constraints.txt '.[fast,server]' ${PACKAGES} \
     && rm -rf build ./*.egg-info
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,11 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 BIN = Path(sys.executable).parent
 IMAGES = ("cpu", "cuda")
+
+
+def tool(name: str) -> str:
+    """The path of a linter, which a package of the extra `test` brings. Skips without it."""
+    return shutil.which(name, path=f"{BIN}:{os.environ['PATH']}") or pytest.skip(f"{name} is not installed")
 
 
 def scripts() -> dict[str, str]:
@@ -34,14 +40,14 @@ def scripts() -> dict[str, str]:
 @pytest.mark.parametrize(("name", "code"), scripts().items())
 def test_shell_code_passes_shellcheck(name: str, code: str) -> None:
     # SC1090: a virtual environment; SC2046: words of `jobs -p`; SC2086, SC2088: the words and `~` are for Ray
-    command = [BIN / "shellcheck", "--norc", "--exclude=SC1090,SC2046,SC2086,SC2088", "-"]
+    command = [tool("shellcheck"), "--norc", "--exclude=SC1090,SC2046,SC2086,SC2088", "-"]
     done = subprocess.run(command, input=code, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{name}: {done.stdout}"
 
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_dockerfiles_pass_hadolint(image: str) -> None:
-    command = [BIN / "hadolint", "--format=json", DEPLOY / f"docker/{image}.Dockerfile"]
+    command = [tool("hadolint"), "--format=json", DEPLOY / f"docker/{image}.Dockerfile"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert json.loads(done.stdout) == [], done.stderr
 
@@ -76,9 +82,7 @@ def test_the_command_lines_of_ray_start_are_those_of_the_installed_ray() -> None
 
     texts = [path.read_text() for path in DEPLOY.rglob("*") if path.suffix in {".yaml", ".sbatch", ".service", ".py"}]
     options = {
-        name: {
-            option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts
-        }
+        name: {option for parameter in command.params for option in parameter.opts}
         for name, command in cli.commands.items()
     }
     calls = [match for text in texts for match in re.finditer(r"\bray (start|health-check)\b([^\n;&|]*)", text)]
