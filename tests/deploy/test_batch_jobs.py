@@ -35,7 +35,7 @@ if name == "srun":
 if name == "ray" and arguments[0] == "start":
     time.sleep(60)
 if name == "reinforce":
-    while open(os.environ["CALLS"]).read().count("\\nray start ") < int(os.environ.get("NODES", "1")):
+    while open(os.environ["CALLS"]).read().count("\\nray start ") < int(os.environ.get("STARTS", "1")):
         time.sleep(0.05)
     time.sleep(float(os.environ.get("RUN_SECONDS", "0.2")))
     sys.exit(int(os.environ.get("RUN_STATUS", "0")))
@@ -73,7 +73,7 @@ def wait_for_call(environment: dict[str, str], start: str) -> None:
 @pytest.fixture
 def slurm(environment: dict[str, str]) -> dict[str, str]:
     job = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "node-[a-c]", "SLURM_CPUS_ON_NODE": "8"}
-    return {**environment, **job, "SLURM_GPUS_ON_NODE": "2", "NODES": "3"}
+    return {**environment, **job, "SLURM_GPUS_ON_NODE": "2", "STARTS": "3"}
 
 
 COMMAND = ["bash", "deploy/slurm/reinforce.sbatch"]
