@@ -14,7 +14,7 @@ CORE_TESTS := tests/test_cli.py tests/test_config.py tests/test_init.py tests/te
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: deploy-check help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-latency bench-scale bench-transfer ablations lint clean fuzz soak audit \
+.PHONY: deploy-check help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-latency bench-scale bench-sources bench-transfer ablations lint clean fuzz soak audit \
 	docs test-lowest wheel-check
 
 help: ## list the targets
@@ -74,6 +74,9 @@ bench-gpu: $(INSTALLED) ## models, captions, shards and trainings on an NVIDIA G
 bench-latency: $(INSTALLED) ## MobileCLIP2 compared with ViT-L/14 on one core (minutes)
 	$(BIN)/reinforce latency MobileCLIP2-S0 MobileCLIP2-S2 MobileCLIP2-B MobileCLIP2-S3 MobileCLIP2-S4 ViT-L-14 \
 		--threads 1 --clock process --rounds $(ROUNDS) --json benchmarks/results/latency.json
+
+bench-sources: $(INSTALLED) ## CPU of a run by the format of its source, compared with tars (five minutes)
+	$(BIN)/python -m benchmarks.sources
 
 bench-scale: $(INSTALLED) ## planning, starting and driving at the size of DFN-5B, simulated (five minutes)
 	$(BIN)/python -m benchmarks.scale

@@ -38,6 +38,9 @@ ImageFolders = Annotated[
 ]
 
 
+Format = Literal["tar", "parquet", "jsonl", "csv", "folder", "dataset"]
+
+
 class Limits(Section):
     """Limits on samples. Samples, or parts of samples, above a limit are quarantined; captions are cut."""
 
@@ -73,7 +76,7 @@ class ReadLimits(Section):
 class Input(Section):
     """How the members of a shard, or the rows of a table, become samples."""
 
-    format: Literal["tar", "parquet", "jsonl", "csv", "folder", "dataset"] | None = Field(
+    format: Format | None = Field(
         None, description="what the files of `source` are; default: recognised by their names, else by the first file"
     )
     image: str | None = Field(

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from reinforce import settings
-from reinforce.config import ImageFolders, Limits
+from reinforce.config import Format, ImageFolders, Limits
 from reinforce.evaluation.config import RECALLS
 from reinforce.settings import Section
 from reinforce.training.config import Trackers, Training
@@ -33,8 +33,14 @@ class Data(Section):
     """Images with captions, and how examples are made from them."""
 
     source: str | list[str] = Field(
-        description="WebDataset shards by fsspec URL, uncompressed (braces, globs, a .txt file of URLs, or a list), or "
-        "the folder or URL of a reinforced dataset"
+        description="what `source` of a run may be, by fsspec URL (braces, globs, a .txt file of URLs, or a list): "
+        "uncompressed tars, Parquet, jsonl or csv files, a folder of images, or a reinforced dataset"
+    )
+    format: Format | None = Field(
+        None, description="what the files are; default: recognised by their names, else by the first file"
+    )
+    image: str | None = Field(
+        None, description="column of a table with the images, or with their paths; default: as in a run"
     )
     images_from: ImageFolders | None = Field(
         None,
@@ -44,7 +50,8 @@ class Data(Section):
         default=["json:captions", "txt", "json:caption"],
         min_length=1,
         description="where to find an image's captions, first hit wins: a member's extension, lines:EXTENSION for one "
-        "caption per line, or json:FIELD (text or a list of texts); `txt` of a reinforced dataset is its caption",
+        "caption per line, or json:FIELD (text or a list of texts); `txt` of a reinforced dataset is its caption; of "
+        "tables: COLUMN, or json:COLUMN for all texts of a list",
     )
     use: Literal["one", "all"] = Field(
         "one", description="per epoch, `one` randomly drawn caption of each image, or `all` of them"

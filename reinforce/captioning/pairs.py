@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 
 import schemas
 from reinforce.captioning.config import CaptionerConfig
-from reinforce.captioning.scan import list_files, scan
+from reinforce.captioning.scan import copied_input, list_files, scan
 from reinforce.errors import UserError
 from reinforce.seeds import seed_for
+from reinforce.source.reading import Shard
 from reinforce.source.text import CAPTION_POLICY
 from reinforce.source.urls import canonical, filesystem
 from reinforce.storage import Storage
@@ -31,15 +32,16 @@ _FINGERPRINT = b"fingerprint"
 
 
 class ImageLocation(NamedTuple):
-    """Location of an encoded image: bytes of a tar, or of the concatenated images of a samples file.
+    """Location of an encoded image: bytes of a file, or of the concatenated images of a samples file or a table.
 
-    ``referenced`` is true where a dataset names the URL, not the config.
+    ``referenced`` is true where a dataset names the URL, not the config, and ``input`` says how a table is read.
     """
 
     url: str
     offset: int
     length: int
     referenced: bool = False
+    input: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,12 @@ class Pairs:
     """Images with their captions, in a fixed order.
 
     ``table`` has the columns of ``schemas.PAIRS``. ``urls`` maps its URLs to those to read from, which may contain
-    credentials and cache options that must not be stored.
+    credentials and cache options that must not be stored, and ``inputs`` those of tables to how they are read.
     """
 
     table: pa.Table
     urls: Mapping[str, str]
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -61,7 +64,7 @@ class Pairs:
 
     def location(self, index: int) -> ImageLocation:
         url, offset, length = (self.table[name][index].as_py() for name in ("url", "offset", "length"))
-        return ImageLocation(self.urls.get(url, url), offset, length, referenced=url not in self.urls)
+        return ImageLocation(self.urls.get(url, url), offset, length, url not in self.urls, self.inputs.get(url))
 
     def captions(self, index: int) -> list[str]:
         return list(self.table["captions"][index].as_py())
@@ -71,18 +74,18 @@ class Pairs:
         return np.asarray(pc.list_value_length(self.table["captions"]), np.int64)
 
     def training(self) -> Pairs:
-        return Pairs(self.table.filter(pc.invert(self.table["held_out"])).combine_chunks(), self.urls)
+        return Pairs(self.table.filter(pc.invert(self.table["held_out"])).combine_chunks(), self.urls, self.inputs)
 
     def held_out(self) -> Pairs:
-        return Pairs(self.table.filter(self.table["held_out"]).combine_chunks(), self.urls)
+        return Pairs(self.table.filter(self.table["held_out"]).combine_chunks(), self.urls, self.inputs)
 
     def shuffled(self, seed: int) -> Pairs:
         """Return the pairs in a seeded order of keys, so that the first ones are a random sample."""
         order = np.argsort([seed_for(seed, key, "sample") for key in self.table["key"].to_pylist()], kind="stable")
-        return Pairs(self.table.take(order).combine_chunks(), self.urls)
+        return Pairs(self.table.take(order).combine_chunks(), self.urls, self.inputs)
 
     def first(self, limit: int | None) -> Pairs:
-        return Pairs(self.table.slice(0, limit).combine_chunks(), self.urls)
+        return Pairs(self.table.slice(0, limit).combine_chunks(), self.urls, self.inputs)
 
 
 def load_pairs(config: CaptionerConfig) -> Pairs:
@@ -94,21 +97,30 @@ def load_pairs(config: CaptionerConfig) -> Pairs:
     sources = {"data": config.data.source}
     if config.held_out.source is not None:
         sources["held_out"] = config.held_out.source
-    files = {where: list_files(source, where) for where, source in sources.items()}
+    files = {where: list_files(source, config.data, where) for where, source in sources.items()}
     fingerprint = _fingerprint(config, files)
     table = _read_stored(store, fingerprint)
     if table is None:
         table = _split_held_out(config, [scan(source, config.data, where) for where, source in sources.items()])
         _write(store, table, fingerprint)
-    pairs = Pairs(table, {canonical(url): url for urls in files.values() for url in urls})
+    listed = {canonical(shard.url): shard for shards in files.values() for shard in shards}
+    inputs = {url: copied_input(shard, config.data) for url, shard in listed.items()}
+    urls = {url: shard.url for url, shard in listed.items()}
+    pairs = Pairs(table, urls, {url: spec for url, spec in inputs.items() if spec is not None})
     _check_sizes(config, pairs)
     return pairs
 
 
-def _fingerprint(config: CaptionerConfig, files: Mapping[str, Sequence[str]]) -> str:
+def _fingerprint(config: CaptionerConfig, files: Mapping[str, Sequence[Shard]]) -> str:
     """Hash of everything that determines the pairs, including the state of the files."""
-    states = []
-    for url in (url for urls in files.values() for url in urls):
+    states: list[tuple[str, str]] = []
+    inputs = []
+    for shard in (shard for shards in files.values() for shard in shards):
+        url = shard.url
+        if isinstance(shard.listing, bytes):
+            states.append((canonical(url), hashlib.sha256(shard.listing).hexdigest()))
+            continue
+        inputs.append(copied_input(shard, config.data))
         fs, path = filesystem(url)
         try:
             states.append((canonical(url), fs.ukey(path)))
@@ -118,14 +130,16 @@ def _fingerprint(config: CaptionerConfig, files: Mapping[str, Sequence[str]]) ->
             raise UserError(
                 f"{canonical(url)} cannot be reached: {type(error).__name__}: {error}. Check the URL and credentials."
             ) from error
-    parts = {
-        "files": {where: len(urls) for where, urls in files.items()},
+    parts: dict[str, Any] = {
+        "files": {where: len(shards) for where, shards in files.items()},
         "states": states,
         "captions": config.data.captions,
         "limits": config.data.limits.model_dump(),
         "policy": CAPTION_POLICY,
         "held_out": [config.held_out.share, config.seed],
     }
+    if any(inputs):
+        parts["inputs"] = inputs
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Scan of sources for image-caption pairs: every sample of shards or of a reinforced dataset that has a caption."""
+"""Scan of sources for image-caption pairs: every sample of a source of any format that has a caption."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ import pyarrow.compute as pc
 
 import schemas
 from reinforce.captioning.config import Data
+from reinforce.config import Input
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reader import Dataset
 from reinforce.errors import UserError
 from reinforce.evaluation.fields import read_captions
-from reinforce.evaluation.reading import detect_kind, read_samples
+from reinforce.evaluation.reading import detect_kind, input_of, list_shards, raise_on_damage
+from reinforce.source.formats import DATASET, FOLDER, TAR
+from reinforce.source.reading import Shard, read_samples
 from reinforce.source.references import ImageRoots
 from reinforce.source.shards import Refusal
-from reinforce.source.urls import canonical, compression, expand
+from reinforce.source.urls import canonical, compression
 from schemas import Reason
 
 #: The columns of ``schemas.PAIRS`` that a scan fills: all but ``held_out``.
@@ -35,19 +38,34 @@ _log = logging.getLogger(__name__)
 ShardPairs = tuple[pa.RecordBatch, list[Refusal]]
 
 
-def list_files(source: str | list[str], where: str) -> list[str]:
-    """List the files with the images: tars, or the samples layer of a reinforced dataset. Raises UserError."""
+def input_of_data(data: Data) -> Input:
+    """How the samples of a fine-tuning are read."""
+    return input_of(data.limits, data.images_from, data.captions, data.image, data.format)
+
+
+def list_files(source: str | list[str], data: Data, where: str) -> list[Shard]:
+    """List the files with the images, or the samples layer of a reinforced dataset. Raises UserError."""
     if detect_kind(source) == "dataset":
         dataset = Dataset(str(source), [], [])
-        return [_samples_file(dataset, shard) for shard in dataset.shards]
-    urls = expand(source)
-    for url in urls:
-        if compression(url):
+        return [Shard(_samples_file(dataset, shard), shard, DATASET) for shard in dataset.shards]
+    shards = list_shards(source, input_of_data(data))
+    for shard in shards:
+        if shard.format == TAR and compression(shard.url):
             raise UserError(
-                f"{where}: {canonical(url)} is compressed, and images are read in random order, which a compressed tar "
-                "does not allow. Decompress it."
+                f"{where}: {canonical(shard.url)} is compressed, and images are read in random order, which a "
+                "compressed tar does not allow. Decompress it."
             )
-    return urls
+    return shards
+
+
+def copied_input(shard: Shard, data: Data) -> str | None:
+    """How the images of a file are read that are copied before they are read in random order, as JSON.
+
+    None for tars and folders, whose images are bytes of files, and for the files of a reinforced dataset.
+    """
+    if shard.format in (TAR, FOLDER, DATASET):
+        return None
+    return input_of_data(data).model_copy(update={"format": shard.format}).model_dump_json()
 
 
 def scan(source: str | list[str], data: Data, where: str) -> pa.Table:
@@ -61,20 +79,30 @@ def scan(source: str | list[str], data: Data, where: str) -> pa.Table:
         parts = [_scan_dataset_shard(dataset, shard, data) for shard in dataset.shards]
     else:
         with ThreadPoolExecutor(_READERS) as pool:
-            parts = list(pool.map(lambda url: _scan_tar(url, data, where), list_files(source, where)))
+            parts = list(pool.map(lambda shard: _scan_file(shard, data, where), list_files(source, data, where)))
     refused = [refusal for _, refusals in parts for refusal in refusals]
     table = pa.Table.from_batches([batch for batch, _ in parts], schema=SCAN_SCHEMA)
     _report_refused(refused, table.num_rows, data, where)
     return table
 
 
-def _scan_tar(url: str, data: Data, where: str) -> ShardPairs:
-    pairs = _PairsBuilder(data)
-    for item in read_samples([url], data.limits, where):
+def _scan_file(shard: Shard, data: Data, where: str) -> ShardPairs:
+    pairs, offset = _PairsBuilder(data), 0
+    for item in raise_on_damage(read_samples(shard, input_of_data(data)), shard.file, where):
         if isinstance(item, Refusal):
             pairs.refused.append(item)
+        elif shard.format == TAR:
+            pairs.add(item.key, canonical(shard.url), item.offset, item.length, item.all_sidecars)
+        elif item.url is None:  # the copy has the images of the file one after the other
+            pairs.add(item.key, canonical(shard.url), offset, item.length, item.all_sidecars)
+            offset += item.length
+        elif item.url.lower().startswith(("http://", "https://")):
+            raise UserError(
+                f"{where}: {canonical(shard.file)} names images at web addresses, and images are read in random order, "
+                "many times. Download them, for instance with img2dataset, and name its tars."
+            )
         else:
-            pairs.add(item.key, canonical(url), item.offset, item.length, item.all_sidecars)
+            pairs.add(item.key, canonical(item.url), 0, item.length, item.all_sidecars)
     return pairs.build()
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
-from reinforce.config import ImageFolders, Limits
+from reinforce.config import Format, ImageFolders, Limits
 from reinforce.config_schema import keys_match
 from reinforce.settings import Section
 
@@ -28,12 +28,24 @@ SetName = Annotated[str, AfterValidator(_check_set_name)]
 _SET_NAMES = keys_match(f"^{_NAME.pattern}$")
 
 
-class ZeroShotSet(Section):
+class Table(Section):
+    """How the files of a set are read, beside their names."""
+
+    format: Format | None = Field(
+        None, description="what the files are; default: recognised by their names, else by the first file"
+    )
+    image: str | None = Field(
+        None, description="column of a table with the images, or with their paths or URLs; default: as in a run"
+    )
+
+
+class ZeroShotSet(Table):
     """A classification set: images with classes."""
 
     images: str | list[str] = Field(
         min_length=1,
-        description="a folder with one folder per class, WebDataset shards by any fsspec URL, or a reinforced dataset",
+        description="a folder with one folder per class, or what `source` of a run may be, by any fsspec URL: tars, "
+        "Parquet, jsonl or csv files, or a reinforced dataset",
     )
     classes: str | list[str] | None = Field(
         None,
@@ -43,7 +55,7 @@ class ZeroShotSet(Section):
     label: str = Field(
         "cls",
         description="of shards: extension of the member with the image's class, or json:FIELD; an integer is an index "
-        "into the classes, text is a class name",
+        "into the classes, text is a class name; of tables: the column, by default `cls`, else `label`",
     )
     templates: str | list[str] = Field(
         "simple",
@@ -62,18 +74,23 @@ class ZeroShotSet(Section):
     )
 
 
-class RetrievalSet(Section):
+class RetrievalSet(Table):
     """A retrieval set: images with captions. Any true match counts as a hit.
 
     All captions of an image match it. Equal captions are one text, which matches all of their images.
     """
 
-    pairs: str | list[str] = Field(min_length=1, description="WebDataset shards, or a reinforced dataset")
+    pairs: str | list[str] = Field(
+        min_length=1,
+        description="what `source` of a run may be: tars, Parquet, jsonl or csv files, a folder of images, or a "
+        "reinforced dataset",
+    )
     captions: list[str] = Field(
         default=["txt", "json:caption"],
         min_length=1,
         description="where to find an image's captions, first hit wins: a member's extension, lines:EXTENSION for one "
-        "caption per line, or json:FIELD (text or a list of texts); `txt` of a reinforced dataset is its caption",
+        "caption per line, or json:FIELD (text or a list of texts); `txt` of a reinforced dataset is its caption; of "
+        "tables: COLUMN, or json:COLUMN for all texts of a list",
     )
     limit: int | None = Field(None, ge=1, description="images to use, the first ones")
 

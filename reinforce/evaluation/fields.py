@@ -9,7 +9,8 @@ from typing import Any
 from reinforce.config import Limits
 from reinforce.source.text import caption_of, metadata_of
 
-_JSON, _LINES = "json:", "lines:"
+LINES = "lines:"
+_JSON = "json:"
 
 
 def is_json_field(value: object) -> bool:
@@ -39,8 +40,8 @@ def read_captions(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: 
     """
     for field in fields:
         texts: list[bytes] = []
-        if field.startswith(_LINES):
-            texts = sidecars.get(field.removeprefix(_LINES), b"").splitlines()
+        if field.startswith(LINES):
+            texts = sidecars.get(field.removeprefix(LINES), b"").splitlines()
         elif is_json_field(field):
             value = read_json_field(sidecars, field)
             values = value if isinstance(value, list) else [value]

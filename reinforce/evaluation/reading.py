@@ -1,4 +1,4 @@
-"""Readers of the images of evaluation sets: class folders, WebDataset shards, reinforced datasets."""
+"""Readers of the images of evaluation sets: class folders, reinforced datasets, and whatever a run reads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from typing import Any, Literal
 
 from fsspec.implementations.local import LocalFileSystem
 
-from reinforce.config import Limits
+from reinforce.config import Format, Input, Limits
 from reinforce.dataset.reader import Dataset
 from reinforce.dataset.store import MANIFEST
 from reinforce.errors import UserError
-from reinforce.source.shards import IMAGE_EXTENSIONS, RawSample, Refusal, read_shard
-from reinforce.source.urls import COMPRESSIONS, canonical, expand, filesystem
+from reinforce.evaluation.fields import LINES, is_json_field
+from reinforce.source import reading
+from reinforce.source.folders import list_folder
+from reinforce.source.formats import FOLDER, IMAGE_EXTENSIONS
+from reinforce.source.kinds import source_format
+from reinforce.source.reading import Shard
+from reinforce.source.shards import RawSample, Refusal
+from reinforce.source.urls import COMPRESSIONS, canonical, expand, filesystem, shard_names
 from schemas import Reason
 
 
@@ -118,24 +124,46 @@ def make_loader(url: str) -> Callable[[str], bytes]:
     return load
 
 
-def read_samples(
-    urls: str | Sequence[str], limits: Limits, where: str, images_from: Sequence[str] = ()
-) -> Iterator[RawSample | Refusal]:
-    """Yield the samples of shards or of a reinforced dataset in order, and the refusals among them.
+def read_samples(urls: str | Sequence[str], spec: Input, where: str) -> Iterator[RawSample | Refusal]:
+    """Yield the samples of a source of any format in order, and the refusals among them.
 
     A dataset's samples have the true caption as ``txt`` and the metadata as ``json``. Raises UserError for a shard
-    that cannot be read completely, since metrics on a part of a set do not compare. ``images_from`` are the folders
-    from which a dataset may read images that it stores by reference.
+    that cannot be read completely, since metrics on a part of a set do not compare.
     """
     if detect_kind(urls) == "dataset":
         assert isinstance(urls, str)
-        yield from _raise_on_damage(_read_dataset(urls, images_from), urls, where)
+        yield from raise_on_damage(_read_dataset(urls, spec.images_from or ()), urls, where)
         return
-    for url in expand(urls):
-        yield from _raise_on_damage(read_shard(url, limits), url, where)
+    for shard in list_shards(urls, spec):
+        yield from raise_on_damage(reading.read_samples(shard, spec), shard.file, where)
 
 
-def _raise_on_damage(items: Iterator[RawSample | Refusal], url: str, where: str) -> Iterator[RawSample | Refusal]:
+def list_shards(urls: str | Sequence[str], spec: Input) -> list[Shard]:
+    """The files of a source that is no reinforced dataset, and each folder of images as one shard. Raises UserError."""
+    found = expand(urls)
+    format_ = source_format(found, spec.format)
+    if format_ != FOLDER:
+        return [Shard(url, name, format_) for url, name in zip(found, shard_names(found), strict=True)]
+    lists = {url: b"".join(sample.line() for sample in list_folder(url, spec).samples) for url in found}
+    return [Shard(f"{url.rstrip('/')}/all", format=format_, listing=lines) for url, lines in lists.items()]
+
+
+def input_of(
+    limits: Limits,
+    images_from: Sequence[str] | None,
+    fields: Sequence[str],
+    image: str | None = None,
+    format_: Format | None = None,
+) -> Input:
+    """How samples are read whose labels or captions are at ``fields``, in the forms of ``fields.read_captions``."""
+    captions = [field for field in fields if not is_json_field(field)]
+    captions = [field.removeprefix(LINES) for field in captions]
+    allowed = [*images_from] if images_from else None
+    return Input(format=format_, image=image, captions=captions, images_from=allowed, limits=limits)
+
+
+def raise_on_damage(items: Iterator[RawSample | Refusal], url: str, where: str) -> Iterator[RawSample | Refusal]:
+    """Yield the items of a shard. Raises UserError if it cannot be read completely."""
     fix = "Check the path, or download it again."
     try:
         for item in items:

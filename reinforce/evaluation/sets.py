@@ -17,12 +17,16 @@ from reinforce.evaluation.reading import (
     File,
     check_file_size,
     detect_kind,
+    input_of,
     list_class_folders,
     make_loader,
     read_samples,
 )
 from reinforce.source.shards import RawSample, Refusal
 from schemas import Reason
+
+#: Further columns of a label of this name.
+_LABELS = {"cls": ("label",)}
 
 Examples = Callable[[], Iterator[Example | Refusal]]
 
@@ -52,13 +56,14 @@ def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits, images_fr
     """Check a classification set and count its images. Raises UserError."""
     name = f"{ZERO_SHOT}/{name}"
     templates = load_templates(config.templates, name)
-    if detect_kind(config.images) == "folder":
+    if config.format is None and detect_kind(config.images) == "folder":
         return _open_folders(name, config, templates, limits)
     given = None if config.classes is None else load_class_names(config.classes, name)
     labels: list[int | str] = []
     group_of: dict[int | str, str] = {}
     images = 0
-    for item in itertools.islice(read_samples(config.images, limits, name, images_from), config.limit):
+    spec = input_of(limits, images_from, [config.label], config.image, config.format)
+    for item in itertools.islice(read_samples(config.images, spec, name), config.limit):
         images += 1
         if isinstance(item, RawSample):
             labels.append(_require_label(item, config.label, name))
@@ -76,7 +81,7 @@ def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits, images_fr
         groups = load_groups(config.groups, classes, name)
 
     def examples() -> Iterator[Example | Refusal]:
-        for item in itertools.islice(read_samples(config.images, limits, name, images_from), config.limit):
+        for item in itertools.islice(read_samples(config.images, spec, name), config.limit):
             if isinstance(item, Refusal):
                 yield item
             else:
@@ -89,14 +94,10 @@ def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits, images_fr
 def open_retrieval_set(name: str, config: RetrievalSet, limits: Limits, images_from: Sequence[str] = ()) -> Retrieval:
     """Check a retrieval set and count its images. Raises UserError."""
     name = f"{RETRIEVAL}/{name}"
-    if detect_kind(config.pairs) == "folder":
-        raise UserError(
-            f"{name}: {config.pairs} is a folder, neither shards nor a reinforced dataset: for shards in it write "
-            f"{config.pairs}/*.tar."
-        )
+    spec = input_of(limits, images_from, config.captions, config.image, config.format)
 
     def examples() -> Iterator[Example | Refusal]:
-        for item in itertools.islice(read_samples(config.pairs, limits, name, images_from), config.limit):
+        for item in itertools.islice(read_samples(config.pairs, spec, name), config.limit):
             if isinstance(item, Refusal):
                 yield item
             elif captions := read_captions(item.all_sidecars, config.captions, limits):
@@ -144,11 +145,15 @@ def _select_files(folders: Sequence[list[File]], limit: int | None) -> list[tupl
 
 def _require_label(sample: RawSample, field: str, where: str) -> int | str:
     label = read_label(sample.all_sidecars, field)
+    if label is None and sample.columns is not None and not is_json_field(field):
+        of_column = (read_label(sample.all_sidecars, f"json:{name}") for name in (field, *_LABELS.get(field, ())))
+        label = next((found for found in of_column if found is not None), None)
     if label is None:
-        members = ", ".join(sorted(sample.sidecars)) or "none"
+        members = ", ".join(sample.columns or sorted(sample.sidecars)) or "none"
+        what = "other members" if sample.columns is None else "columns"
         raise UserError(
-            f"{where}: {sample.key} has no label at {field} (its other members: {members}): set `label` to a "
-            "member's extension or json:FIELD."
+            f"{where}: {sample.key} has no label at {field} (its {what}: {members}): set `label` to "
+            f"{'a column' if sample.columns else 'the extension of a member or json:FIELD'}."
         )
     return label
 

@@ -91,10 +91,11 @@ class RowReader:
         value = row.get(columns.key) if columns.key else None
         key = f"{self._shard}-{number:08d}" if value is None or value == "" else str(value)
         sidecars, left_out = self._sidecars(key, row, columns)
-        image = row.get(columns.image)
+        image, named = row.get(columns.image), columns.image.lower() in PLACES
         if isinstance(image, dict):
-            image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
-        if isinstance(image, str) and is_place(image):
+            named = image.get("bytes") is None
+            image = image.get("path") if named else image.get("bytes")
+        if isinstance(image, str) and ((named and not image.startswith("data:")) or is_place(image)):
             return Place(key, image, sidecars, left_out, columns.all)
         if isinstance(image, str):
             image = _from_base64(image, self._limits)

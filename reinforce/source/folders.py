@@ -31,6 +31,7 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE_NAME = "file_name"
 
 _LINE_BYTES = 2**24
+_READ = "images, tars, Parquet, jsonl or csv"
 _THREADS = 16
 _LOCAL_THREADS = 2
 
@@ -180,7 +181,12 @@ def _no_images(root: str, others: list[str]) -> str:
     shown = canonical(root)
     if not others:
         return f"source: {shown} is an empty folder. Name one with images, or files by a pattern such as {shown}/*.tar."
-    example = next((path for path in others if format_of_name(path)), others[0])
+    example = next((path for path in others if format_of_name(path)), None)
+    if example is None:
+        return (
+            f"source: {shown} is a folder without images; it has {len(others):,} other files, such as {others[0]}, and "
+            f"none that is read: {_READ}. Name a folder or files of these."
+        )
     folder, slash, name = example.rpartition("/")
     return (
         f"source: {shown} is a folder without images; it has {len(others):,} other files, such as {example}. Name "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from glob import escape
 from typing import Any
@@ -10,6 +11,8 @@ from reinforce.source.formats import DATASET, ENDINGS, FOLDER, JSONL, MANIFEST, 
 from reinforce.source.urls import COMPRESSIONS, filesystem
 
 _FIRST_BYTES = 512
+_PACKED_TABLE = re.compile(r"\.(jsonl|ndjson|csv|tsv|json)\.(bz2|xz|lz4|br|snappy|7z|zip)$")
+_LINES_OF_JSON = re.compile(r"\.json(\.(gz|zst|zstd))?$")  # such as Dataset.to_json writes, if the config says so
 
 
 def source_format(urls: Sequence[str], named: str | None) -> str:
@@ -38,8 +41,12 @@ def format_of_name(url: str) -> str | None:
 
 def unexpected_name(url: str, format_: str) -> str | None:
     """What a file is and the remedy, if its name is that of another format than ``format_``."""
+    if format_ == TAR and _PACKED_TABLE.search(_name(url)):
+        return "a table with a compression that is not read: store it as it is, or as .gz or .zst"
     if format_ == TAR:
         return foreign_name(url)
+    if format_ == JSONL and _LINES_OF_JSON.search(_name(url)):
+        return None
     if format_ not in ENDINGS:
         return None
     found = format_of_name(url)

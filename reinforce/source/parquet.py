@@ -86,7 +86,8 @@ class ParquetFile:
             count = 0
             try:
                 check.check(number)
-                count = self.footer.row_group(number).num_rows
+                if not (count := self.footer.row_group(number).num_rows):
+                    continue
                 for batch in self._batches(parquet, number, names):
                     yield from enumerate(batch, first)
                     first, count = first + len(batch), count - len(batch)

@@ -108,7 +108,8 @@ def _connect(host: str, port: int | None, secure: bool, private: bool) -> http.c
         raise ImageRefusedByPlace(Reason.IMAGE_PLACE, f"no valid host: {error}") from error
     addresses = [str(entry[4][0]) for entry in found]
     if not private and (others := [address for address in addresses if not is_public_address(address)]):
-        detail = f"{host[:200]} is {others[0]}, an address that is not public; allow it in input.images_from"
+        named = "" if host == others[0] else f"{host[:200]} is "
+        detail = f"{named}{others[0]}, an address that is not public; allow it in input.images_from"
         raise ImageRefusedByPlace(Reason.IMAGE_PLACE, detail)
     connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
     raw = socket.create_connection((addresses[0], port), timeout=_TIMEOUT)

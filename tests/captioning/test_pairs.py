@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import base64
 import gzip
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,6 +14,8 @@ from reinforce.captioning.pairs import PAIRS_FILE, Pairs, load_pairs
 from reinforce.errors import UserError
 from tests.helpers.captioning import captioner_config, write_shards
 from tests.helpers.data import picture
+from tests.helpers.tables import write_huggingface
+from tests.helpers.web import redirecting_server
 
 
 def keys(pairs: Pairs) -> list[str]:
@@ -107,3 +111,43 @@ def test_url_options_are_used_for_reading_and_not_stored(tmp_path: Path) -> None
     assert pairs.location(3).url == source
     assert set(pairs.table["url"].to_pylist()) == {"memory://secret/0.tar"}
     assert read_images([pairs.location(3)]) == [picture(3)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "folder", "csv"])
+def test_pairs_of_tables_and_folders_have_their_images(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
+    images = [picture(number, 9, 9) for number in range(40)]
+    captions = [None if number == 3 else f"caption {number}" for number in range(40)]
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number, image in enumerate(images):
+        (folder / f"{number:02d}.png").write_bytes(image)
+        if captions[number]:
+            (folder / f"{number:02d}.txt").write_text(f"caption {number}")
+    rows = [f"{number:02d}.png,{text or ''}\n" for number, text in enumerate(captions)]
+    encoded = [{"image": base64.b64encode(i).decode(), "text": t} for i, t in zip(images, captions, strict=True)]
+    sources = {"folder": folder, "csv": folder / "x.csv", "jsonl": tmp_path / "x.jsonl", "parquet": tmp_path / "x.pq"}
+    if kind == "csv":
+        sources["csv"].write_text("file_name,text\n" + "".join(rows))
+    sources["jsonl"].write_text("".join(json.dumps(row) + "\n" for row in encoded))
+    write_huggingface(sources["parquet"], images, {"text": captions})
+    config = captioner_config(tmp_path)
+    data = config.data.model_copy(update={"source": str(sources[kind]), "captions": ["txt"]})
+    pairs = load_pairs(config.model_copy(update={"data": data}))
+    assert [pairs.captions(i) for i in range(39)] == [[text] for text in captions if text]
+    expected = [image for number, image in enumerate(images) if number != 3]
+    assert read_images([pairs.location(i) for i in (10, 0, 3)]) == [expected[i] for i in (10, 0, 3)]
+    assert read_images([pairs.training().location(0)])[0] in expected
+    again = load_pairs(config.model_copy(update={"data": data}))
+    assert again.table == pairs.table
+
+
+def test_pairs_are_not_read_from_web_addresses(tmp_path: Path) -> None:
+    with redirecting_server() as (address, _):
+        (tmp_path / "x.csv").write_text(f"url,text\n{address}/0.png,a thing\n")
+        config = captioner_config(tmp_path)
+        data = {"source": f"{tmp_path}/x.csv", "captions": ["txt"], "images_from": [address]}
+        with pytest.raises(UserError, match="names images at web addresses"):
+            load_pairs(config.model_copy(update={"data": config.data.model_copy(update=data)}))

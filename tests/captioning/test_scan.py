@@ -53,7 +53,8 @@ def test_a_dataset_gives_the_captions_of_its_shards(tmp_path: Path, images: str)
     if images == "reference":
         assert of_dataset["offset"].to_pylist() == of_shards["offset"].to_pylist()
     else:
-        assert of_dataset["url"].unique().to_pylist() == list_files(dataset, "data")
+        files = list_files(dataset, data, "data")
+        assert of_dataset["url"].unique().to_pylist() == [shard.url for shard in files]
         assert pc.min(of_dataset["offset"]).as_py() == 0
 
 

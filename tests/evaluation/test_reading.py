@@ -7,7 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from reinforce.config import Limits
+from reinforce.config import Input, Limits
 from reinforce.errors import UserError
 from reinforce.evaluation.command import build_evaluation
 from reinforce.evaluation.reading import (
@@ -61,7 +61,7 @@ def test_a_file_above_the_limit_is_refused_without_reading() -> None:
 def test_samples_of_all_shards_come_in_order_with_refusals(tmp_path: Path) -> None:
     first = write_colour_shard(tmp_path / "0.tar", each=1)
     write_tar(tmp_path / "1.tar", [("z.txt", b"no image")])
-    items = list(read_samples([first, f"{tmp_path}/1.tar"], Limits(), "set"))
+    items = list(read_samples([first, f"{tmp_path}/1.tar"], Input(), "set"))
     assert [item.key for item in items] == [*(f"{i}0" for i in range(len(COLOURS))), "z"]
     assert all(isinstance(item, RawSample) for item in items[:-1])
     assert isinstance(items[-1], Refusal)
@@ -72,14 +72,14 @@ def test_a_damaged_shard_is_a_user_error(tmp_path: Path) -> None:
     path = Path(write_colour_shard(tmp_path / "0.tar"))
     path.write_bytes(path.read_bytes()[:7000])
     with pytest.raises(UserError, match=r"set: .*0\.tar: shard_damaged: .*Check the path, or download it again"):
-        list(read_samples(str(path), Limits(), "set"))
+        list(read_samples(str(path), Input(), "set"))
 
 
 def test_images_by_reference_are_read_from_named_folders(tmp_path: Path) -> None:
     url = small_dataset(tmp_path, (2,), images="reference")
     message = rf'add evaluate\.images_from: \["{tmp_path}/source"\], or --images-from "{tmp_path}/source"'
     with pytest.raises(UserError, match=message):
-        list(read_samples(url, Limits(), "set"))
-    assert len(list(read_samples(url, Limits(), "set", [f"{tmp_path}/source"]))) == 2
+        list(read_samples(url, Input(), "set"))
+    assert len(list(read_samples(url, Input(images_from=[f"{tmp_path}/source"]), "set"))) == 2
     evaluation = build_evaluation(None, [], [f"pairs={url}"], {}, None, None, [f"{tmp_path}/source"])
     assert evaluation.images_from == [f"{tmp_path}/source"]

@@ -19,6 +19,7 @@ from reinforce.evaluation.reading import Example
 from reinforce.evaluation.sets import Examples, ZeroShot, open_retrieval_set, open_zero_shot_set
 from reinforce.source.shards import Refusal
 from tests.helpers.evaluation import COLOURS, solid_image, write_colour_folder, write_colour_shard, write_shard
+from tests.helpers.tables import write_huggingface
 
 LIMITS = Limits()
 NAMES = list(COLOURS)
@@ -44,6 +45,41 @@ def test_shards_and_folders_give_the_same_examples(tmp_path: Path) -> None:
         assert form.classes == folder.classes == NAMES
         assert list_examples(form.examples) == list_examples(folder.examples)
         assert form.images == folder.images == 12
+
+
+def test_parquet_and_csv_give_the_examples_of_shards(tmp_path: Path) -> None:
+    url = write_colour_shard(tmp_path / "shard.tar")
+    of_shard = zero_shot(url, classes=NAMES)
+    images = [image for image, _ in list_examples(of_shard.examples)]
+    labels = [label for _, label in list_examples(of_shard.examples)]
+    parquet = write_huggingface(tmp_path / "set.parquet", images, {"label": labels, "name": [NAMES[i] for i in labels]})
+    for number, image in enumerate(images):
+        (tmp_path / f"{number}.png").write_bytes(image)
+    rows = "".join(f"{number}.png,{label}\n" for number, label in enumerate(labels))
+    (tmp_path / "set.csv").write_text(f"file_name,cls\n{rows}")
+    for form in (
+        zero_shot(parquet, classes=NAMES),
+        zero_shot(parquet, label="name"),
+        zero_shot(f"{tmp_path}/set.csv", classes=NAMES, label="cls"),
+    ):
+        assert list_examples(form.examples) == list_examples(of_shard.examples)
+        assert (form.classes, form.images) == (NAMES, 12)
+    with pytest.raises(UserError, match=r"no label at no \(its columns: image, label, name\): set `label` to a column"):
+        zero_shot(parquet, classes=NAMES, label="no")
+
+
+def test_pairs_are_read_from_a_folder_a_table_and_a_list_of_captions(tmp_path: Path) -> None:
+    images = [solid_image(colour) for colour in NAMES[:2]]
+    for name, image in zip("ab", images, strict=True):
+        (tmp_path / f"{name}.png").write_bytes(image)
+        (tmp_path / f"{name}.txt").write_text(f"one {name}")
+    rows = {"captions": [["one a"], ["one b", "two b"]]}
+    parquet = write_huggingface(tmp_path / "parquet" / "x.parquet", images, rows)
+    captions = RetrievalSet(pairs=parquet, captions=["json:captions"])
+    found = open_retrieval_set("set", captions, LIMITS)
+    assert list_examples(found.examples) == [(images[0], ("one a",)), (images[1], ("one b", "two b"))]
+    folder = open_retrieval_set("set", RetrievalSet(pairs=str(tmp_path)), LIMITS)
+    assert list_examples(folder.examples) == [(images[0], ("one a",)), (images[1], ("one b",))]
 
 
 def test_sets_are_read_from_any_file_system(tmp_path: Path) -> None:
@@ -181,7 +217,7 @@ def faults(root: Path) -> dict[str, tuple[Callable[[], Any], str]]:
         ),
         "retrieval from class folders": (
             lambda: open_retrieval_set("set", RetrievalSet(pairs=folder), LIMITS),
-            f"for shards in it write {folder}/*.tar",
+            f"none of 12 images in {folder} has a caption at txt, json:caption",
         ),
         "no captions": (
             lambda: open_retrieval_set("set", RetrievalSet(pairs=url, captions=["text"]), LIMITS),

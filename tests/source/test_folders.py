@@ -167,6 +167,7 @@ def test_files_that_disappear_cost_their_samples_and_a_list_is_written_once(phot
     [
         ({}, "is an empty folder. Name one with images, or files by a pattern such as"),
         ({"b.txt": "y", "data/a.parquet": "x"}, "x/data/*.parquet, or a folder with images."),
+        ({"x.arrow": "x"}, "none that is read: images, tars, Parquet, jsonl or csv. Name a folder or files of these."),
         ({"a.png": "x", "metadata.csv": "name,text\na.png,x\n"}, "/metadata.csv: no row has the path of an image,"),
         ({"a.png": "x", "metadata.jsonl": "{broken"}, "/metadata.jsonl cannot be read: invalid JSON"),
     ],

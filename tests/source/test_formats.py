@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.source.formats import folder_detail, foreign_content, foreign_name
+from reinforce.source.kinds import unexpected_name
 from reinforce.source.shards import read_shard
 from tests.helpers.data import picture
 from tests.helpers.tars import LIMITS, TAR, outcomes, read
@@ -100,3 +101,17 @@ def test_other_formats_are_recognised_by_names(url: str, kind: str | None) -> No
     found = foreign_name(url)
     assert (found is None) == (kind is None)
     assert found is None or found.startswith(str(kind))
+
+
+@pytest.mark.parametrize(
+    ("name", "format_", "kind"),
+    [
+        ("x.jsonl.bz2", "tar", "a table with a compression that is not read: store it as it is, or as .gz or .zst"),
+        ("x.tar.bz2", "tar", None),
+        ("x.json", "jsonl", None),
+        ("x.json.gz", "jsonl", None),
+        ("x.parquet", "jsonl", "a parquet file by its name, not a jsonl file"),
+    ],
+)
+def test_names_that_do_not_fit_the_format_are_described(name: str, format_: str, kind: str | None) -> None:
+    assert unexpected_name(f"/data/{name}", format_) == kind

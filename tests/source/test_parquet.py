@@ -164,6 +164,26 @@ def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
     assert refusal.detail == "a Parquet file that cannot be used: it is not a Parquet file, or it is cut off"  # type: ignore[union-attr]
 
 
+def test_files_without_rows_have_no_samples(tmp_path: Path) -> None:
+    empty = pa.table({"image": pa.array([], pa.binary())})
+    pq.write_table(empty, tmp_path / "x.parquet")
+    assert read_table(tmp_path / "x.parquet") == []
+    with pq.ParquetWriter(tmp_path / "x.parquet", empty.schema) as writer:
+        for part in (empty, pa.table({"image": IMAGES[:1]}), empty):
+            writer.write_table(part)
+    assert [item.key for item in read_table(tmp_path / "x.parquet")] == ["shard-00000000"]
+
+
+def test_texts_in_columns_of_paths_are_paths(tmp_path: Path) -> None:
+    struct = [{"bytes": None, "path": "/etc/passwd"}]
+    for image in ({"file_name": ["/etc/passwd"]}, {"image": struct}):
+        [refusal] = read_table(written(tmp_path / "x.parquet", image))
+        assert refusal.detail.startswith("'/etc/passwd': it is not in the folder of the table")  # type: ignore[union-attr]
+    encoded = f"data:image/png;base64,{base64.b64encode(IMAGES[0]).decode()}"
+    [item] = read_table(written(tmp_path / "x.parquet", {"image_url": [encoded]}))
+    assert item.image == IMAGES[0]  # type: ignore[union-attr]
+
+
 def test_a_row_group_is_never_decoded_as_a_whole(tmp_path: Path) -> None:
     image = bytes(2**20)
     rows = pa.table({"image": pa.array([image[:-1] + bytes([n]) for n in range(64)], pa.binary())})
