@@ -17,7 +17,7 @@ from reinforce.dataset.layers import Layer
 from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.engine.batch_sizes import rows_per_batch
 from reinforce.engine.device_memory import OutOfMemory, attempt
-from reinforce.engine.models import Counters, Models
+from reinforce.engine.models import Counters, Models, encodes
 from reinforce.engine.outcome import raising_layer_failure
 from reinforce.engine.pixel_cells import PixelCells, runs
 from reinforce.engine.rows import Row
@@ -155,17 +155,19 @@ class Inference:
                 ready([*views.values(), *([] if crops is None else [crops])])
                 return self._embed(crops, rows, what), self._caption(views, seeds, what)
         crops, views = copied or self._put(rows, pixels, what)
-        embeddings, captions = {}, {}
-        if crops is not None:
+        embeddings, captions, encoded = {}, {}, {}
+        encoding = [layer for layer in self.caption_layers if encodes(self._captioner(layer))]
+        if crops is not None or encoding:
             with self._use_accelerator():
-                ready([crops])
+                ready([*(views.values() if encoding else []), *([] if crops is None else [crops])])
                 embeddings = self._embed(crops, rows, what)
+                encoded = {layer.name: self._encode_for_captions(layer, views, seeds, what) for layer in encoding}
             del crops  # its memory is free for the next batch of teachers
             copied = None
         if views:
             with self._use_accelerator(captioning=True):
                 ready(views.values())
-                captions = self._caption(views, seeds, what)
+                captions = self._caption(views, seeds, what, encoded)
         return embeddings, captions
 
     def _encode(self, layer: Layer, encode: Callable[[], torch.Tensor], count: int, what: str, shared: bool) -> Floats:
@@ -226,14 +228,30 @@ class Inference:
             outputs[layer.name] = values.reshape(len(rows), count, dim)
         return outputs
 
+    def _encode_for_captions(
+        self, layer: Layer, views: Mapping[ImageSpec, torch.Tensor], seeds: Mapping[str, Seeds], what: str
+    ) -> Callable[[], _Texts]:
+        """The images of a captions layer, encoded in the lane of teachers -> the rest, for the lane of captioners."""
+        captioner = self._captioner(layer)
+        with self._run(layer.name, what), self.meter.stage(layer.name, 0):
+            pixels = to_pixels(views[captioner.image], captioner.image)
+            return self._models.encode_for_captions(captioner, pixels, seeds[layer.name])
+
     def _caption(
-        self, views: Mapping[ImageSpec, torch.Tensor], seeds: Mapping[str, Seeds], what: str
+        self,
+        views: Mapping[ImageSpec, torch.Tensor],
+        seeds: Mapping[str, Seeds],
+        what: str,
+        encoded: Mapping[str, Callable[[], _Texts]] | None = None,
     ) -> dict[str, _Texts]:
         """Functions that return the captions, by layer, with ``seeds`` [B, captions] of each layer."""
         captions = {}
         for layer in self.caption_layers:
             captioner = self._captioner(layer)
             with self._run(layer.name, what, seeds[layer.name].size):
+                if encoded and layer.name in encoded:
+                    captions[layer.name] = encoded[layer.name]()
+                    continue
                 pixels = to_pixels(views[captioner.image], captioner.image)
                 captions[layer.name], tokens = self._models.captions(captioner, pixels, seeds[layer.name])
             self.meter.add_tokens(layer.name, tokens)

@@ -76,6 +76,19 @@ class Models:
         tokens = splitting.generate(pixels, seeds)
         return lambda: splitting.to_texts(tokens), _count_tokens(tokens)
 
+    def encode_for_captions(
+        self, captioner: Captioner, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]
+    ) -> Callable[[], Callable[[], Sequence[list[str] | NoCaptions | None]]]:
+        """Encode images, of a captioner that ``encodes`` -> a function that does the rest of ``captions``."""
+        splitting: Any = captioner
+        images = self.accelerator.hand_over(splitting.encode(pixels))
+
+        def decode() -> Callable[[], Sequence[list[str] | NoCaptions | None]]:
+            tokens = splitting.decode(images(), seeds)
+            return lambda: splitting.to_texts(tokens)
+
+        return decode
+
     def release_memory(self) -> None:
         """Return memory that models keep between batches, and that torch keeps for them, to the device.
 
@@ -102,6 +115,12 @@ class Models:
             self.lanes = Lanes.of(self.accelerator)
         if self.lanes.two:
             self.device_time = DeviceTime(self.accelerator)
+
+
+def encodes(captioner: Captioner) -> bool:
+    """Whether a captioner encodes images by a function of its own, which may run while it decodes others."""
+    parts = ("caption", "generate", "to_texts"), ("generate", "encode", "decode")
+    return all(_splits(captioner, *names) for names in parts)
 
 
 def load_models(config: Config, layers: Iterable[Layer]) -> Models:

@@ -20,6 +20,7 @@ from reinforce.engine.plan import make_plan
 from reinforce.engine.self_test import check_models, precisions
 from reinforce.engine.shard import process_shard
 from teachers import process_flags
+from teachers.coca import CocaCaptioner
 from teachers.device import Accelerator
 from teachers.step_graphs import GraphedSteps
 from tests.engine.test_inference import CONFIG, LAYERS, pixels, rows
@@ -45,7 +46,7 @@ def test_shards_in_two_lanes_have_the_bytes_of_shards_in_one(
     for number in range(2):
         write_tar(tmp_path / "source" / f"{number}.tar", members_of(number, 5))
     captioner = {"model": coca_model(tmp_path / "coca"), "captions": 2, "max_length": 7, "precision": "fp32"}
-    streams = dict[str, set[Any]](teacher=set(), captures=set())
+    streams = dict[str, set[Any]](teacher=set(), captures=set(), encode=set())
     capture, encode = GraphedSteps._capture, ColorTeacher.encode_images
 
     def capturing(self: GraphedSteps, *arguments: Any) -> Any:
@@ -57,6 +58,12 @@ def test_shards_in_two_lanes_have_the_bytes_of_shards_in_one(
         streams["teacher"].add(torch.cuda.current_stream())
         return encode(self, images)
 
+    def encoding_for_captions(self: CocaCaptioner, images: torch.Tensor) -> torch.Tensor:
+        streams["encode"].add(torch.cuda.current_stream())
+        return encode_for_captions(self, images)
+
+    encode_for_captions = CocaCaptioner.encode
+    monkeypatch.setattr(CocaCaptioner, "encode", encoding_for_captions)
     monkeypatch.setattr(GraphedSteps, "_capture", capturing)
     monkeypatch.setattr(ColorTeacher, "encode_images", encoding)
 
@@ -82,11 +89,13 @@ def test_shards_in_two_lanes_have_the_bytes_of_shards_in_one(
 
     expected, _ = run(False)
     streams["captures"].clear()
+    streams["encode"].clear()
     found, models = run(True)
     assert tree(tmp_path / "overlap-True") == tree(tmp_path / "overlap-False")
     assert [result.notes for result in found] == [(), ()]
     assert streams["teacher"] == {torch.cuda.default_stream()}
     assert streams["captures"] == {models.lanes._stream}
+    assert streams["encode"] == {torch.cuda.default_stream(), models.lanes._stream}, "the second in the self-test"
     assert sum(result.busy for result in found) == pytest.approx(models.counters.busy)
     for one, other in zip(expected, found, strict=True):
         assert one.stages.keys() == other.stages.keys()
@@ -180,4 +189,11 @@ def test_memory_of_a_lane_that_another_one_has_not_waited_for_is_noticed(
     inference = Inference(CONFIG, [LAYERS[NAMES[1]]], models, Counters())
     with pytest.raises(RuntimeError, match="race"):
         inference.run(rows(3), pixels())
+    made = torch.ones(3, device="cuda")
+    take = models.accelerator.hand_over(made + 1)
+    later = made + 2
+    with torch.cuda.stream(models.lanes._stream):
+        assert take().sum().item() == 6
+        with pytest.raises(RuntimeError, match="race"):
+            later.sum()
     cuda.races.at_release.clear()
