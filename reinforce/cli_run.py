@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -51,23 +52,35 @@ def plan(
     config: Annotated[Path, config_argument("demo.yaml")],
     set_: Overrides = None,
     uses: Annotated[bool, typer.Option("--uses", help="Only name the classes and hosts that it would use.")] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to check: 'auto' or HOST:PORT. Default: RAY_ADDRESS, or this machine."),
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Images a second of one worker's models. Default: as the last run measured.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Price of a worker (a GPU and its cores) for an hour.")] = None,
+    hours: Annotated[float | None, typer.Option(help="Also estimate how many workers finish in this time.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what is missing in each layer and how large it will be. Starts nothing and writes nothing.
+    """Show what is missing in each layer, how large it will be, and how long it may take. Starts and writes nothing.
 
     Reads one sample of the source, and fails where a run would fail before it starts. Custom classes are imported.
     """
     from reinforce.config import load_config
     from reinforce.dataset.store import Store
-    from reinforce.engine.estimate import expected_bytes, plan_table
+    from reinforce.engine.cluster_check import machines_of_plan
+    from reinforce.engine.estimate import plan_table, source_statistics
     from reinforce.engine.plan import make_plan
-    from reinforce.engine.plan_report import PlanReport
+    from reinforce.engine.plan_report import make_report
     from reinforce.engine.probe import check_source
     from reinforce.engine.sources import check_copies
     from reinforce.engine.uses import config_uses
 
-    with only_json(as_json) as print_json:
-        checked = load_config(config, set_)
+    given = {"rate": rate, "price": price}
+    options = [f"estimate.{key}={value}" for key, value in given.items() if value is not None]
+    with only_json(as_json) as print_json, contextlib.ExitStack() as connection:
+        checked = load_config(config, [*(set_ or []), *options])
         used = config_uses(checked)
         if as_json and uses:
             print_json(asdict(used))
@@ -75,13 +88,15 @@ def plan(
             typer.echo(escape(redact(line)))
         if uses:
             return
+        machines = connection.enter_context(machines_of_plan(address))
         current = make_plan(checked)
-        report = PlanReport(current, expected_bytes(current), used)
+        report = make_report(current, used, source_statistics(current), machines(), hours)
         if not as_json:
             Console().print(plan_table(current, report.expected))
             for line in report.lines():
                 typer.echo(escape(line))
         sample, notes = check_source(current)
+        notes += report.effort.warnings if report.effort is not None else ()
         if sample is not None and not as_json:
             typer.echo(escape(sample.line()))
         for note in notes:

@@ -20,8 +20,9 @@ from typer.main import get_command
 import reinforce
 from reinforce.cli import app, main
 from reinforce.cli_common import only_json
+from reinforce.engine.cluster_check import cluster_machines
 from tests.helpers import command_line, pages_commands
-from tests.helpers.data import config_of
+from tests.helpers.data import config_of, members_of, write_tar
 
 Command = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parent.parent
@@ -124,6 +125,11 @@ def test_plan_run_and_status_report_the_state_of_the_dataset(
     assert planned["first_sample"]["caption"] == "thing 0 of shard 0"
     assert planned["first_sample"]["size"] == [40, 30]
     assert {"tests.helpers.models:ColorTeacher"} <= {*planned["classes"]}
+    assert planned["estimate"]["hours"] is None, "no model was measured"
+    assert json.loads(command("plan", path, "--rate", "10", "--price", "3600", "--json")[1])["estimate"]["cost"] == 0.8
+    [node] = cluster_machines()
+    assert node.shm_bytes is not None, "the node was asked"
+    assert planned["estimate"]["workers"] == 1, "workers.max of the config"
 
     status, out, err = command("run", path, "--json")
     assert status == 0
@@ -135,6 +141,9 @@ def test_plan_run_and_status_report_the_state_of_the_dataset(
 
     status, out, _ = command("run", path)
     assert "nothing to do" in out
+    write_tar(tmp_path / "source" / "00002.tar", members_of(2, 4))
+    assert "4 images at " in command("plan", path)[1], "the rate is that of the run"
+    (tmp_path / "source" / "00002.tar").unlink()
     status, out, _ = command("plan", path)
     assert "0 with something missing" in out
     status, out, _ = command("status", str(tmp_path / "out"))

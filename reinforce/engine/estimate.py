@@ -29,15 +29,17 @@ _CAPTION_BYTES = 20  # compressed
 
 
 @dataclass(frozen=True)
-class _SourceStatistics:
+class SourceStatistics:
+    """What the beginning of a source shows."""
+
     rows: float  # per shard
     image_bytes: float  # per row
     text_bytes: float  # per row
 
 
-def expected_bytes(plan: Plan) -> dict[str, int | None]:
-    """Bytes still to be written, by layer; None if they cannot be estimated."""
-    statistics = _source_statistics(plan) if plan.pending else None
+def expected_bytes(plan: Plan, statistics: SourceStatistics | None = None) -> dict[str, int | None]:
+    """Bytes still to be written, by layer; None if they cannot be estimated. ``statistics`` are read if not given."""
+    statistics = statistics or source_statistics(plan)
     dims = _recorded_dims(plan)
     sizes: dict[str, int | None] = {}
     for name, layer in plan.layers.items():
@@ -66,7 +68,7 @@ def plan_table(plan: Plan, expected: Mapping[str, int | None]) -> Table:
     return table
 
 
-def _shard_bytes(plan: Plan, layer: Layer, statistics: _SourceStatistics) -> float | None:
+def _shard_bytes(plan: Plan, layer: Layer, statistics: SourceStatistics) -> float | None:
     """Expected bytes of one shard of a layer; None if the model's dimension is not known before it is loaded."""
     if layer.kind == "samples":
         image = statistics.image_bytes if plan.config.embeds_images else _REFERENCE_BYTES
@@ -83,8 +85,9 @@ def _recorded_dims(plan: Plan) -> dict[str, int | None]:
     return {name: teacher.get("dim") for name, teacher in manifest.get("teachers", {}).items()}
 
 
-def _source_statistics(plan: Plan) -> _SourceStatistics | None:
-    """Statistics of the first few megabytes of the first shard that can be read; None if none of three can."""
+def source_statistics(plan: Plan) -> SourceStatistics | None:
+    """Statistics of the first few megabytes of the first shard that can be read; None if none of three can, or if
+    nothing is missing."""
     for shard in plan.pending[:3]:
         try:
             found = _statistics(plan.shard(shard), plan.config)
@@ -95,7 +98,7 @@ def _source_statistics(plan: Plan) -> _SourceStatistics | None:
     return None
 
 
-def _statistics(shard: Shard, config: Config) -> _SourceStatistics | None:
+def _statistics(shard: Shard, config: Config) -> SourceStatistics | None:
     samples: list[RawSample] = []
     seen, whole = 0, True
     for item in itertools.islice(read_samples(shard, config.input), _READ_SAMPLES):
@@ -112,7 +115,7 @@ def _statistics(shard: Shard, config: Config) -> _SourceStatistics | None:
         return None
     image = sum(item.length for item in samples) / len(samples)
     text = sum(len(json.dumps(v.decode("utf-8", "replace"))) for i in samples for v in i.sidecars.values())
-    return _SourceStatistics(rows, image, 0.5 * text / len(samples))
+    return SourceStatistics(rows, image, 0.5 * text / len(samples))
 
 
 def _rows(shard: Shard, samples: Sequence[RawSample], seen: int) -> float | None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from reinforce.dataset.damage import describe_damaged
+from reinforce.dataset.run_progress import list_runs, read_summary
 from reinforce.dataset.store import Store
+from reinforce.engine.cluster_check import Machine, count_workers, machine_warnings
+from reinforce.engine.effort import Effort, Rate, decoding_rate, estimate_effort, measured_rate
+from reinforce.engine.estimate import SourceStatistics, expected_bytes
 from reinforce.engine.plan import Plan
 from reinforce.engine.probe import FirstSample
 from reinforce.engine.summary import not_in_source_lines
@@ -23,6 +27,8 @@ class PlanReport:
     plan: Plan
     expected: Mapping[str, int | None]
     uses: Uses
+    effort: Effort | None = None
+    hours: float | None = None  # wished
 
     @property
     def bytes(self) -> int | None:
@@ -37,7 +43,8 @@ class PlanReport:
         size += "" if self.bytes is not None else " or more"
         lines = [f"{plan.shards:,} shards, {len(plan.pending):,} with something missing, about {size} to write"]
         damage = describe_damaged(Store(plan.config.output).url, plan.damaged)
-        return [*lines, *filter(None, [*plan.notes, damage]), *not_in_source_lines(asdict(plan.not_in_source))]
+        lines += [*filter(None, [*plan.notes, damage]), *not_in_source_lines(asdict(plan.not_in_source))]
+        return lines + (self.effort.lines(self.hours) if self.effort is not None else [])
 
     def as_json(self, sample: FirstSample | None, warnings: Sequence[str]) -> dict[str, Any]:
         """The report with the first sample of the source, if one was read, and warnings; keys are documented in
@@ -58,7 +65,36 @@ class PlanReport:
             "places": [*self.uses.places],
             "notes": [*plan.notes],
             "warnings": [*warnings],
+            "estimate": None if self.effort is None else self.effort.as_json(),
         }
+
+
+def make_report(
+    plan: Plan, uses: Uses, statistics: SourceStatistics | None, machines: Sequence[Machine], hours: float | None = None
+) -> PlanReport:
+    """The report of a plan on these machines; ``statistics`` are those of its source."""
+    report = PlanReport(plan, expected_bytes(plan, statistics), uses)
+    if statistics is None or not plan.pending:
+        return report
+    models = any(plan.layers[name].model is not None for shard in plan.pending for name in shard.layers)
+    workers = plan.config.workers.fitted_to([machine.resources for machine in machines], models)
+    share = (workers.gpus or 0.0, workers.cores)
+    rate = _rate(plan, share[1], models)
+    effort = estimate_effort(plan, statistics, report.bytes, rate, count_workers(machines, workers), share, hours)
+    lacking = machine_warnings(machines, workers, plan.config.output, report.bytes)
+    return replace(report, effort=replace(effort, warnings=[*effort.warnings, *lacking]), hours=hours)
+
+
+def _rate(plan: Plan, cores: int, models: bool) -> Rate | None:
+    """The rate of a worker: of the config, of decoding where no model is needed, or of the last run."""
+    given = plan.config.estimate
+    if given is not None and given.rate is not None:
+        return Rate(given.rate, "estimate.rate")
+    if not models:
+        return decoding_rate(plan, cores)
+    store = Store(plan.config.output)
+    summaries = (read_summary(store, run) for run in list_runs(store)[:3])
+    return next(filter(None, (measured_rate(plan, summary) for summary in summaries)), None)
 
 
 def _sample(sample: FirstSample) -> dict[str, Any]:

@@ -22,7 +22,7 @@ BUCKET = "s3://my-bucket/"
 
 #: Commands that are run on the small dataset of the workspace.
 RUN = [
-    r"reinforce plan my\.yaml",
+    r"reinforce plan my\.yaml( --rate 400 --price 3 --hours 24)?",
     r"reinforce run my\.yaml( --set workers\.cpus=4| --retry-quarantined)?",
     r"reinforce status my-data( --reasons| --watch| --json)?",
     r"reinforce dashboard grafana/dashboards",

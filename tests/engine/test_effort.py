@@ -1,0 +1,117 @@
+"""Hours, workers and costs of a plan, by measured rates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reinforce.config import parse_config
+from reinforce.engine.cluster_check import Machine, machine_warnings
+from reinforce.engine.effort import DECODE_MS, OWN_MS, Effort, Rate, estimate_effort, measured_rate
+from reinforce.engine.estimate import SourceStatistics
+from reinforce.engine.plan import Plan, make_plan
+from reinforce.engine.plan_report import make_report
+from reinforce.engine.uses import config_uses
+from tests.helpers.data import config_of
+from tests.helpers.pages import ROOT
+from tests.helpers.reinforced import reinforce_here
+
+STATISTICS = SourceStatistics(10_000, 80_000, 100)
+
+
+@pytest.fixture
+def plan(shards: Callable[..., str], tmp_path: Path) -> Plan:
+    return make_plan(parse_config(config_of(shards(3, 3), tmp_path / "out", estimate={"price": 2.0})))
+
+
+def effort(plan: Plan, rate: float | None = 400.0, gpus: float = 1.0, cpus: int = 12, **options: Any) -> Effort:
+    given = None if rate is None else Rate(rate, "a test")
+    return estimate_effort(plan, STATISTICS, 5 * 10**9, given, 8, (gpus, cpus), **options)
+
+
+def test_hours_and_cost_follow_from_rate_workers_and_price(plan: Plan) -> None:
+    found = effort(plan, hours=0.005)
+    assert (found.samples, found.read_bytes) == (20_000, 1_600_000_000)
+    assert found.worker_hours == pytest.approx(20_000 / 400 / 3600)
+    assert found.hours == pytest.approx(found.worker_hours / 8)
+    assert found.cost == pytest.approx(2 * found.worker_hours)
+    assert found.wanted_workers == 3
+    assert found.storage_cost is None
+    text = "\n".join(found.lines(0.005))
+    for part in ("20,000 images at 400 a second a worker", "8 workers with 1 GPU and 12 cores each", "0.0 GPU hours",
+                 "in 0.005 hours: 3 such workers", "0.03 USD",
+                 "400 images a second for the models of a worker (a test)",
+                 "ms of CPU an image with 2 augmentations"):  # fmt: skip
+        assert part in text, text
+
+
+def test_too_few_cores_for_a_gpu_are_warned_of_and_limit_the_rate(plan: Plan) -> None:
+    assert not effort(plan).warnings
+    found = effort(plan, cpus=2)
+    assert found.cores == pytest.approx(400 * (DECODE_MS[2] + OWN_MS[2]) / 1000)
+    assert found.limited == pytest.approx(2000 / (DECODE_MS[2] + OWN_MS[2]))
+    [warning] = found.warnings
+    assert "takes 2.5 cores a GPU, and a worker has 2: the GPU would wait, at 326 images a second" in warning
+    assert not effort(plan, gpus=0.0, cpus=1).warnings, "models on CPUs were measured with their cores"
+
+
+def test_without_a_rate_hours_and_costs_are_unknown(plan: Plan) -> None:
+    found = effort(plan, rate=None)
+    assert (found.hours, found.cost, found.cores) == (None, None, None)
+    assert "hours are not known: give --rate" in found.lines()[0]
+    json.dumps(found.as_json())
+
+
+def test_the_rate_is_that_of_an_earlier_run_of_the_same_layers(plan: Plan) -> None:
+    models = [name for name, layer in plan.layers.items() if layer.model is not None]
+    stages = {name: {"inputs": 300, "seconds": 2.0, "per_second": 150.0} for name in models}
+    summary = {"run": "r1", "samples": 100, "stages": stages, "device": {"name": "H100"}}
+    found = measured_rate(plan, summary)
+    assert found is not None
+    assert found.value == pytest.approx(100 / (2.0 * len(models)))
+    assert found.origin == "as run r1 measured on H100"
+    assert measured_rate(plan, {**summary, "stages": {**stages, models[0]: {}}}) is None, "one layer was not measured"
+    assert measured_rate(plan, None) is None
+
+
+def test_a_plan_of_decoding_alone_has_the_rate_of_the_cores(shards: Callable[..., str], tmp_path: Path) -> None:
+    config = config_of(shards(3), tmp_path / "out", teachers={}, captioners={})
+    plan = make_plan(parse_config(config))
+    report = make_report(plan, config_uses(plan.config), STATISTICS, [Machine("m", {"CPU": 4.0}, 2**31, 0.5)])
+    assert report.effort is not None
+    assert report.effort.rate is not None
+    assert report.effort.workers == 1, "workers.max of the config"
+    assert not report.effort.warnings
+    reinforce_here(config)
+    done = make_plan(parse_config(config))
+    assert make_report(done, config_uses(done.config), None, []).effort is None, "nothing is missing"
+
+
+def test_the_milliseconds_are_those_of_the_performance_page() -> None:
+    figures = json.loads((ROOT / "benchmarks/results/pipeline.json").read_text(encoding="utf-8"))["figures"]
+    measured = {figure["name"]: figure["value"] for figure in figures}
+    for table, what in ((DECODE_MS, "its decode processes"), (OWN_MS, "its own process")):
+        for count, value in table.items():
+            assert value == pytest.approx(measured[f"CPU per sample of {what}, {count} augmentations"], rel=0.1)
+
+
+def test_machines_that_lack_something_are_warned_of(tmp_path: Path) -> None:
+    workers = parse_config({"source": "x.tar", "output": "o", "workers": {"min": 4, "gpus": 1, "cpus": 8}}).workers
+    good = Machine("node a", {"CPU": 32.0, "GPU": 4.0}, 2**33, 0.5)
+    assert machine_warnings([good], workers, str(tmp_path / "out"), 1000) == []
+    small = Machine("node b", {"CPU": 4.0, "GPU": 1.0}, 64 * 2**20, 0.97)
+    silent = Machine("node c", {"CPU": 32.0, "GPU": 1.0})
+    found = machine_warnings([small, silent], workers, str(tmp_path / "out"), 10**18)
+    assert len(found) == 5
+    for part, text in zip(
+        ("node b: /dev/shm has 64.0 MiB", "node b: the disk of Ray's temporary folder is 97% full",
+         "node c did not answer",
+         "1 workers of 8 CPUs and 1 GPU fit at a time, and workers.min is 4", "free, and"),
+        found, strict=True,
+    ):  # fmt: skip
+        assert part in text
+    assert machine_warnings([good], workers, "memory://out", 10**18) == [], "of an object store nothing is known"
