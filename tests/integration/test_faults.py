@@ -19,7 +19,9 @@ import pytest
 import yaml
 
 import reinforce
+from reinforce.dataset.run_progress import RunProgress, list_runs, running
 from reinforce.source.urls import shard_name
+from reinforce.storage import Storage
 from tests.helpers.data import config_of, members_of, tree, write_tar
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +65,12 @@ def finished(out: Path) -> int:
 def events(out: Path, kind: str) -> list[dict[str, Any]]:
     lines = [line for path in sorted(out.glob("runs/*/events-*.jsonl")) for line in path.read_text().splitlines()]
     return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def running_job(out: Path) -> RunProgress | None:
+    """What `reinforce status` shows of a running job."""
+    store = Storage(str(out))
+    return running(store, list_runs(store))
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +122,17 @@ def test_a_second_run_is_refused_and_a_killed_worker_costs_nothing(
         wait_for(lambda: finished(out) >= 1 and events(out, "worker_started"))
         with pytest.raises(reinforce.UserError, match="another run is writing"):
             reinforce.run(config)
+        wait_for(lambda: (now := running_job(out)) and now.workers)
+        now = running_job(out)
+        assert now is not None
+        assert (now.pid, now.shards, now.silent_for()) == (process.pid, SHARDS, None)
+        assert {worker.pid for worker in now.workers} <= {event["pid"] for event in events(out, "worker_started")}
+        assert all(Path(worker.log).is_file() for worker in now.workers)
+        assert all(lease.shard.startswith("0000") for worker in now.workers for lease in worker.shards)
         os.kill(events(out, "worker_started")[0]["pid"], signal.SIGKILL)
         output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
+    assert running_job(out) is None
     assert "a worker died" in output
     assert [event["node_lost"] for event in events(out, "worker_died")] == [False]
     assert tree(out) == tree(undisturbed)
