@@ -7,6 +7,7 @@ of shards take no memory. Objects that are written are kept in memory.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import json
 import multiprocessing
@@ -138,7 +139,9 @@ class _Store:
         prefix = query.get("prefix", "")
         layer = prefix.removeprefix(f"{self._content.root}/").rstrip("/")
         folders: list[str] = []
-        first, most = int(query.get("continuation-token", 0)), min(PAGE, int(query.get("max-keys", PAGE)))
+        after = posixpath.basename(query.get("start-after", "")).removesuffix(".parquet")
+        start = bisect.bisect_right(self._content.shards, after) if after else 0
+        first, most = int(query.get("continuation-token", start)), min(PAGE, int(query.get("max-keys", PAGE)))
         if layer in self._content.done:
             total, size = self._content.done[layer], len(self._content.files.get(layer, b"")) or 1000
             names = self._content.shards[first : min(first + most, total)]

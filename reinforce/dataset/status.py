@@ -31,16 +31,16 @@ def read_status(url: str) -> dict[str, Any]:
     store = Store(url)
     manifest = read_manifest(store)
     names = [*manifest["layers"]]
-    every = store.listings([*names, *(f"quarantine/{name}" for name in names)])
-    listings = {name: every[name] for name in names}
     fingerprints = {name: entry["fingerprint"] for name, entry in manifest["layers"].items()}
-    damaged = find_damaged(store, listings, fingerprints)
     committed = read_index(store, SAMPLES, fingerprints[SAMPLES]).listing()
+    listings = store.listings(names, committed)
+    quarantined = store.listings(f"quarantine/{name}" for name in names)
+    damaged = find_damaged(store, listings, fingerprints)
     found = check_completeness(store, {SAMPLES: listings[SAMPLES]}, [committed, *listings.values()])
     layers, quarantine = {}, {}
     for name, listing in without_files(listings, damaged).items():
         layers[name] = {**manifest["layers"][name], "shards": len(listing), "bytes": listing.total_bytes}
-        files = every[f"quarantine/{name}"]
+        files = quarantined[f"quarantine/{name}"]
         if files:
             quarantine[name] = {"files": len(files), **_quarantine(store, name, files.first(_QUARANTINE_FILES))}
     return {

@@ -12,6 +12,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from benchmarks.scale.object_store import Content, counts, serve
+from reinforce.dataset import listing
 from reinforce.dataset.listing import Listing
 from reinforce.dataset.store import Store
 
@@ -59,6 +60,14 @@ def test_listings_of_s3_are_not_kept_by_the_driver_nor_parsed_by_botocore(
     assert len(store.fs.call_s3("list_objects_v2", Bucket="bucket", Prefix="data/samples/")["Contents"]) == 1000
 
 
+def test_objects_that_are_no_layer_files_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a.parquet", "b c.parquet", "b.parquet", "c.txt", "d.parquet\ne.parquet"]
+    pages = [(names, [1, 2, 3, 4, 5]), ([], []), (["f.parquet"], [6])]
+    monkeypatch.setattr(listing, "_s3_pages", lambda *_: iter(pages))
+    assert dict(listing._list_s3(None, "", ("", None))) == {"a": 1, "b": 3, "f": 6}
+    assert dict(listing._list_s3(None, "", ("a.parquet", "b.parquet"))) == {"b": 3}
+
+
 def test_a_listing_of_another_driver_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     dropped: list[str] = []
     monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda self, path=None: dropped.append(path))
@@ -96,3 +105,16 @@ def test_a_listing_is_a_mapping_and_answers_for_many_names() -> None:
     assert listing.sizes_of(["c", "a"]).tolist() == [0, 1]
     assert Listing.union([listing, Listing.of([("0", 1)]), Listing.of([])]).to_pylist() == ["0", "a", "b", "c"]
     assert listing.nbytes < 100
+
+
+@pytest.mark.parametrize("known", [SHARDS, SHARDS[::-7], ["0", "zz"] * 5])
+def test_a_listing_in_ranges_is_the_same_whatever_is_known(
+    address: str, known: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "_MIN_RANGE", 2)
+    found = Store("s3://bucket/data").listings(DONE, Listing.of((name, 1) for name in known))
+    assert {layer: list(one) for layer, one in found.items()} == {
+        layer: SHARDS[:count] for layer, count in DONE.items()
+    }
+    assert counts(address)["LIST"] <= 5 + 3 * 4
+    assert counts(address)["at once"] > 3
