@@ -87,6 +87,8 @@ class WorkerHandling:
         for slot in [slot for slot in self.pool.leaving if not slot.leases]:
             worker = self._end_worker(slot)
             self.events.add("worker_drained", node=worker.node, pid=worker.pid, shards=slot.finished)
+            if not self.pool.started_count:
+                self._log("no worker is left, because the nodes are drained; the run waits for other nodes")
 
     def _report_drain(self, drain: Drain) -> None:
         slots = {slot: slot.info for slot in self.pool.started if slot.info and slot.info.node == drain.node}

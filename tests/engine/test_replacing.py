@@ -5,11 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from reinforce.config import Failures
+import pytest
+
+from reinforce.config import Failures, parse_config
+from reinforce.engine.drains import Drains
 from reinforce.engine.failures import FailurePolicy
 from reinforce.engine.outcome import ShardResult, WorkerInfo
 from reinforce.engine.plan import PendingShard
-from reinforce.engine.pool import Slot
+from reinforce.engine.pool import Pool, Slot
 from reinforce.engine.replacing import WorkerHandling
 from schemas import Reason
 
@@ -53,3 +56,48 @@ def test_shards_that_are_missing_on_one_node_only_replace_its_worker() -> None:
     for name in "ab":
         handling.finish(handling.there, name, None)
     assert handling.replaced == [handling.here]
+
+
+class Draining(WorkerHandling):
+    """Two workers on two nodes, of which Ray may drain one or both; events and messages are recorded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("reinforce.engine.pool.ray.put", lambda value: value)
+        monkeypatch.setattr("reinforce.engine.pool.ray.kill", lambda actor: None)
+        self.pool, self.drains = (
+            Pool(parse_config({"source": "a.tar", "output": "/tmp/out"}), {}, frozenset()),
+            Drains(),
+        )
+        for node in "xy":
+            self.pool.slots.append(slot := Slot(None))
+            self.pool.record_start(slot, WorkerInfo(node, 1, "cpu", {}))
+        self.slots = list(self.pool.slots)
+        self.recorded: list[tuple[str, Any]] = []
+        events: Any = SimpleNamespace(add=lambda event, **values: self.recorded.append((event, values["node"])))
+        self.events = events
+        self.lines: list[str] = []
+
+    def _log(self, text: str) -> None:
+        self.lines.append(text)
+
+    def follow(self, **deadlines: int) -> None:
+        self._follow_drains(deadlines)
+
+
+def test_a_worker_on_a_drained_node_is_ended_once_its_leases_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    handling = Draining(monkeypatch)
+    here, there = handling.slots
+    shard = PendingShard("a", "a.tar", ("samples",))
+    here.leases[0] = shard
+    handling.pool.leases[0] = here
+    handling.follow(x=0)
+    handling.follow(x=0)
+    assert handling.recorded == [("node_drained", "x")]
+    assert len(handling.lines) == 1
+    handling.pool.end_lease(0)
+    handling.follow(x=0)
+    assert handling.recorded[1:] == [("worker_drained", "x")]
+    assert handling.pool.slots == [there]
+    handling.follow(x=0, y=0)
+    assert handling.pool.slots == []
+    assert handling.lines[-1] == "no worker is left, because the nodes are drained; the run waits for other nodes"
