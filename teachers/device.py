@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -125,7 +125,12 @@ class Accelerator:
         if self.device.type != "cuda" or not memory.nbytes:
             return False
         with torch.cuda.device(self.device):
-            return int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)) == 0
+            if int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)) == 0:
+                return True
+            # CUDA keeps the error, and torch would raise it after the next kernel: "out of memory" in some model.
+            with suppress(RuntimeError):
+                torch.ones(1, device=self.device)
+            return False
 
     @contextmanager
     def copy_stream(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teachers import process_flags
+from teachers.determinism import unique_indices
 
 Step = Callable[[], None]
 
@@ -67,8 +68,11 @@ class GraphedSteps:
     def _capture(self, step: Step) -> torch.cuda.CUDAGraph:
         pool = next((graph.pool() for graph in self._graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
-        # other threads may allocate and copy meanwhile
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+        # Other threads may allocate and copy meanwhile. If a capture fails (out of memory), torch.cuda.graph may leave
+        # its own stream as the current one, so the outer context sets it back.
+        stream = torch.cuda.stream(torch.cuda.current_stream(self._device))
+        graphed = torch.cuda.graph(graph, pool, capture_error_mode="thread_local")
+        with torch.cuda.device(self._device), stream, graphed:
             step()
         return graph
 
@@ -85,12 +89,6 @@ def decoding_kernels(device: torch.device) -> Iterator[None]:
     if device.type != "cuda" or process_flags.are_shared():
         yield
         return
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    torch.use_deterministic_algorithms(False)
-    try:
-        with sdpa_kernel(backends):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    with sdpa_kernel(backends), unique_indices():
+        yield

@@ -11,6 +11,7 @@ import torch
 from reinforce.engine.inference import Inference
 from reinforce.engine.models import Counters, Models
 from teachers.device import Accelerator
+from teachers.step_graphs import GraphedSteps
 from tests.engine.test_inference import CONFIG, LAYERS, pixels, rows
 from tests.helpers.models import ColorTeacher, SeedCaptioner
 from tests.helpers.stand_in_cuda import stand_in_cuda
@@ -47,3 +48,45 @@ def test_images_are_copied_while_the_device_computes_and_models_wait_for_them(mo
     assert on_default == [False] * 4
     np.testing.assert_allclose(found[NAMES[0]], expected[NAMES[0]], atol=1e-6)
     assert found[NAMES[1]] == expected[NAMES[1]]
+
+
+def test_memory_that_cannot_be_pinned_leaves_no_error_for_the_next_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = np.zeros(8, np.uint8)
+    with stand_in_cuda() as cuda:
+        accelerator, pending, operate = Accelerator("cuda"), list[RuntimeError](), cuda.operate
+
+        def register(address: int, size: int, flags: int) -> int:
+            pending.append(RuntimeError("CUDA error: out of memory"))
+            return 2
+
+        def kernel(*arguments: Any) -> Any:  # as C10_CUDA_KERNEL_LAUNCH_CHECK
+            out = operate(*arguments)
+            if pending:
+                raise pending.pop()
+            return out
+
+        monkeypatch.setattr(torch.cuda.cudart(), "cudaHostRegister", register)
+        monkeypatch.setattr(cuda, "operate", kernel)
+        assert not accelerator.pin(memory)
+        assert accelerator.put_parts([memory]).tolist() == [0] * 8
+
+
+def test_a_capture_that_fails_leaves_the_thread_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        """As torch.cuda.graph, whose end raises before it sets the stream back."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            torch.cuda.stream(torch.cuda.Stream()).__enter__()
+
+        def __exit__(self, *_: Any) -> None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    with stand_in_cuda():
+        monkeypatch.setattr(torch.cuda, "graph", Failing)
+        before = torch.cuda.current_stream()
+        with pytest.raises(RuntimeError, match="during capture"):
+            GraphedSteps(torch.device("cuda", 0)).run("step", lambda: None)
+        assert torch.cuda.current_stream() is before
