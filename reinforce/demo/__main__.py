@@ -66,12 +66,12 @@ def keep(
 @app.command()
 def show(
     dataset: Annotated[str, typer.Argument(help="the reinforced dataset")] = "demo/dataset",
-    picture: Annotated[Path, typer.Option(help="path of the contact sheet")] = Path("demo/sample.png"),
+    report: Annotated[Path, typer.Option(help="folder for the report")] = Path("demo/report"),
 ) -> None:
-    """Show the files of a dataset and one sample, and draw a contact sheet."""
+    """Show the files of a dataset and one sample, and write a report as `reinforce inspect` does."""
     from reinforce.demo.show import show_dataset
 
-    show_dataset(dataset, picture)
+    show_dataset(dataset, report)
 
 
 @app.command()

@@ -1,43 +1,32 @@
-"""View of a finished dataset: its files, all values of one sample, and a contact sheet.
+"""View of a finished dataset: its files, all values of one sample, and the report of ``reinforce inspect``.
 
-The layers are read with pyarrow and numpy alone; only the contact sheet needs this package, to replay augmentations.
+Files and values are read with pyarrow and numpy alone.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from reinforce.config import Limits
-from reinforce.dataset.augment import AUGMENTATION_BACKEND, Augmentation, from_records
-from reinforce.dataset.backends import load_backend
-from reinforce.demo.sheet import Card, draw_sheet
+from reinforce.dataset.augment import Augmentation, from_records
 from reinforce.errors import UserError
-from reinforce.source.image import decode
+from reinforce.inspection.report import inspect
 from reinforce.terminal import format_bytes
 
-_PICTURED, _REPLAYED = 8, 4
 
-
-def show_dataset(dataset: str | Path, picture: str | Path) -> None:
-    """Print the dataset's files and its first sample, and draw a contact sheet to ``picture``. Raises UserError."""
+def show_dataset(dataset: str | Path, report: str | Path) -> None:
+    """Print the dataset's files and its first sample, and write a report to a folder. Raises UserError."""
     root = Path(dataset)
     shards = [path for path in sorted((root / "samples").glob("*.parquet")) if pq.read_metadata(path).num_rows]
     if not shards:
         raise UserError(f"{root} has no samples. Run `reinforce run configs/demo.yaml` first.")
     print("\n".join(describe_files(root)), end="\n\n")
     print("\n".join(describe_sample(root, shards[0].name)), end="\n\n")
-    cards = list(_cards(root, shards[0].name))
-    Path(picture).parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(cards).save(picture)
-    print(f"{picture} shows {len(cards)} images with replayed augmentations")
+    print("\n".join(inspect(str(root), str(report)).lines()))
 
 
 def describe_files(root: Path) -> list[str]:
@@ -97,44 +86,6 @@ def _describe_augmentation(augmentation: Augmentation) -> str:
     ops = [f"{op.name} {op.magnitude:.3g}" if op.magnitude else op.name for op in augmentation.ops or ()]
     box = f"rows {crop.top} to {crop.top + crop.height}, columns {crop.left} to {crop.left + crop.width}"
     return f"{box}, resized to {augmentation.size} x {augmentation.size}" + "".join(f", {op}" for op in ops)
-
-
-def _cards(root: Path, shard: str) -> Iterator[Card]:
-    """Yield one sample of each category, with the synthetic captions of the first captioner."""
-    table = pq.read_table(root / "samples" / shard)
-    synthetic = next(iter(sorted((root / "captions").glob(f"*/{shard}"))), None)
-    captions = pq.read_table(synthetic).column("captions") if synthetic else None
-    seen: set[str] = set()
-    replay = load_backend(_augmentation_backend(root))
-    for row in range(table.num_rows):
-        sample = table.slice(row, 1).to_pylist()[0]
-        category = json.loads(sample["metadata"] or "{}").get("category", str(row))
-        if category in seen:
-            continue
-        seen.add(category)
-        image = decode(_read_image(sample), Limits())
-        crops = [replay(image, augmentation) for augmentation in from_records(sample["augmentations"])[:_REPLAYED]]
-        texts = captions[row].as_py() or [] if captions is not None else []
-        yield Card(image, [Image.fromarray(crop) for crop in crops], sample["caption"] or sample["key"], texts)
-        if len(seen) == _PICTURED:
-            return
-
-
-def _augmentation_backend(root: Path) -> str:
-    """The backend that dataset.json records; the default one if there is no such file."""
-    file = root / "dataset.json"
-    return str(json.loads(file.read_text())["policies"]["augmentation"]) if file.exists() else AUGMENTATION_BACKEND
-
-
-def _read_image(sample: dict[str, Any]) -> bytes:
-    if "image" in sample:
-        return bytes(sample["image"])
-    import fsspec
-
-    reference = sample["image_ref"]
-    with fsspec.open(reference["url"]) as file:
-        file.seek(reference["offset"])
-        return bytes(file.read(reference["length"]))
 
 
 def _read_row(path: Path, row: int) -> dict[str, Any]:
