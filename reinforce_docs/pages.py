@@ -29,7 +29,7 @@ PICTURE = "docs/run.svg"
 
 def source_pages() -> list[Path]:
     """The Markdown pages of the repository, relative to its root."""
-    found = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*/*.md")]
+    found = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*/*.md"), *ROOT.glob("deploy/*.md")]
     return sorted(path.relative_to(ROOT) for path in found)
 
 
