@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from reinforce.dataset.run_progress import list_runs, read_progress
+from reinforce.storage import Storage
 from tests.helpers.data import config_of, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +82,10 @@ def test_a_submitted_job_finishes_and_submitting_it_again_does_nothing(
     first = submit()
     assert first.returncode == 0, first.stdout + first.stderr
     assert "9 samples" in first.stdout
+    [run] = list_runs(store := Storage(str(tmp_path / "out")))
+    progress = read_progress(store, run)
+    assert progress is not None
+    assert f"{progress.log_command()}\n".removesuffix(" --follow\n") in first.stdout, "Ray names the same command"
     assert "\x1b[2K" not in first.stdout, "the log of a job has no control sequences"
     assert re.search(r"^\(\w+ pid=\d+\) printed by a worker$", first.stdout, re.MULTILINE), "nor colours"
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")}
