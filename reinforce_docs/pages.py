@@ -44,7 +44,7 @@ def write_pages(folder: Path) -> None:
         _write(folder / shown_as(path), show(path))
     for name, render in REFERENCE.items():
         _write(folder / "docs/reference" / f"{name}.md", render())
-    for picture in [*ROOT.glob("docs/*.png"), *ROOT.glob("docs/*.svg"), *ROOT.glob("docs/ablations/*.png")]:
+    for picture in [*ROOT.glob("docs/*.webp"), *ROOT.glob("docs/*.svg"), *ROOT.glob("docs/**/*.png")]:
         target = folder / picture.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, target)
@@ -86,7 +86,7 @@ def _adapt_prose(text: str, page: Path, shown: set[Path]) -> str:
         if found[2] is None:  # a code span
             return found[0]
         target = Path(os.path.normpath(page.parent / found[2]))
-        if target.suffix in (".md", ".png", ".svg"):
+        if target.suffix in (".md", ".png", ".svg", ".webp"):
             return found[0]
         shown.add(target)
         return f"{found[1]}{os.path.relpath(shown_as(target), page.parent)})"
