@@ -396,3 +396,20 @@ def test_only_json_reaches_standard_output_whatever_else_is_printed(capfd: pytes
     assert json.loads(text + "}") == {"url": "s3://b/\u00e4", "loss": None, "path": "x", "pair": [1, None]}
     assert after == "after\n"
     assert [line for line in err.splitlines() if line] == ["a log", "from a child", "more"]
+
+
+def keys_in(value: Any) -> set[str]:
+    """Every key at any depth."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return {*(value if isinstance(value, dict) else ()), *(key for one in inner for key in keys_in(one))}
+
+
+def test_the_page_names_keys_that_plan_prints(command: Command, shards: Callable[..., str], tmp_path: Path) -> None:
+    path = write_config(tmp_path, config_of(shards(2), tmp_path / "out"))
+    printed = json.loads(command("plan", path, "--json")[1])
+    page = (ROOT / "docs/command-line.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith("| `reinforce plan --json` |"))
+    named = set(re.findall(r"`([a-z_]+)`", row))
+    assert {"layers", "expected_bytes", "estimate"} <= named
+    assert named - keys_in(printed) == set()
+    assert printed.keys() - named == set(), "every key at the top is documented"

@@ -76,7 +76,8 @@ def make_report(
     report = PlanReport(plan, expected_bytes(plan, statistics), uses)
     if statistics is None or not plan.pending:
         return report
-    models = any(plan.layers[name].model is not None for shard in plan.pending for name in shard.layers)
+    needed = {name for shard in plan.pending for name in shard.layers}
+    models = any(plan.layers[name].model and not plan.layers[name].published for name in needed)
     workers = plan.config.workers.fitted_to([machine.resources for machine in machines], models)
     share = (workers.gpus or 0.0, workers.cores)
     rate = _rate(plan, share[1], models)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,11 @@ def test_machines_that_lack_something_are_warned_of(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert part in text
     assert machine_warnings([good], workers, "memory://out", 10**18) == [], "of an object store nothing is known"
+
+
+def test_published_layers_need_no_gpu(plan: Plan) -> None:
+    published = {name: replace(layer, published=layer.model is not None) for name, layer in plan.layers.items()}
+    machines = [Machine("m", {"CPU": 8.0, "GPU": 1.0}, 2**31, 0.5)]
+    report = make_report(replace(plan, layers=published), config_uses(plan.config), STATISTICS, machines)
+    assert report.effort is not None
+    assert (report.effort.gpus, report.effort.rate is not None) == (0.0, True)
