@@ -23,6 +23,8 @@ help: ## list the targets
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
+	@# A recent pip resolves these packages in less than half the time of Python 3.11's; without one, that does.
+	-$(BIN)/python -m pip install --quiet --no-compile --upgrade 'pip>=25'
 	@# Modules are compiled once, when they are imported; compiling everything here takes a minute of one core.
 	$(BIN)/python -m pip install --no-compile -e '.[demo,test]' -c constraints.txt
 	touch $@
@@ -52,6 +54,11 @@ demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner
 # One thread for each process, and three processes for two cores, since some tests mostly wait.
 test: $(INSTALLED) ## run the tests, three files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+# What tests import is compiled by one process. Otherwise each process of `make test` does it, all at the same time.
+.PHONY: collect
+collect: $(INSTALLED) # import all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --collect-only -qq
 
 bench: $(INSTALLED) ## the pipeline compared with this machine's limits (ten minutes)
 	$(BIN)/python -m benchmarks.pipeline
