@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from reinforce.terminal import Screen
 from reinforce.training.config import Compute
 from reinforce.training.job import Job
 from reinforce.training.loop import run_rank
+from reinforce.training.mailbox import Mailbox
 from reinforce.training.rank_watch import TIMEOUT
 from reinforce.training.ranks import join_ranks
 from reinforce.training.results import Results, read_results
@@ -28,6 +28,9 @@ from reinforce.training.task import Build
 from teachers import determinism
 
 _TICK = 0.2
+#: Callbacks of Ray Train that are not used. The cleaner is for long-lived drivers, and without a dashboard it delays
+#: the end by 10 s. The others, of several versions, start an actor for Ray Data and import that in each rank.
+_UNUSED_CALLBACKS = {"PlacementGroupCleanerCallback", "DatasetsCallback", "DatasetsSetupCallback"}
 _ALL_FAILED_SECONDS = 5.0  # wait for the other ranks to report the same user error
 _WAITING_SECONDS = 30.0  # between messages while the cluster is too small
 
@@ -70,9 +73,8 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            # The cleaner is for long-lived drivers; without a dashboard it delays the end by 10 s.
             made = super()._create_default_callbacks()
-            return [callback for callback in made if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+            return [callback for callback in made if type(callback).__name__ not in _UNUSED_CALLBACKS]
 
     compute = job.training.compute
     storage = Storage(job.output)
@@ -82,12 +84,11 @@ def launch_on_ray(build: Build, job: Job, address: str | None) -> Results:
     with storage.lock(), cluster, tempfile.TemporaryDirectory(prefix="reinforce-ray-") as scratch:
         each = reserve(compute, compute.ranks)
         check_capacity(each, can_grow)
-        mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+        mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
         trainer = Trainer(
             _train_rank,
             train_loop_config={
-                "build": build,
-                "job": job,
+                "work": ray.put((build, job)),  # by reference: Ray's controller would import what they need
                 "cpus": each.cpus,
                 "mailbox": mailbox,
                 "folder": os.getcwd(),
@@ -184,67 +185,14 @@ class _RemoteScreen(Screen):
         """Does nothing: a message per step would be too many."""
 
 
-class _Mailbox:
-    """An actor through which driver and ranks exchange messages."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._bar: tuple[str, float, float] | None = None
-        self._starts = 0
-        self._stop_requested = asyncio.Event()
-        self._requested_signum = 0
-        self._stopped_by = 0
-        self._user_errors: dict[int, str] = {}
-
-    async def request_stop(self, signum: int) -> None:
-        """The driver received a signal."""
-        self._requested_signum = signum
-        self._stop_requested.set()
-
-    async def wait_for_stop(self) -> int:
-        """Wait until the driver receives a signal, and return it."""
-        await self._stop_requested.wait()
-        return self._requested_signum
-
-    async def report_stopped(self, signum: int) -> None:
-        """The ranks wrote a checkpoint and ended because of the signal."""
-        self._stopped_by = signum
-
-    async def report_user_error(self, rank: int, message: str) -> None:
-        """A rank failed with an error that only the user can fix."""
-        self._user_errors[rank] = message
-
-    async def report_start(self) -> int:
-        """The ranks are starting; returns how often they have started before."""
-        self._starts += 1
-        return self._starts - 1
-
-    async def log(self, line: str) -> None:
-        """Add a line for the driver's screen."""
-        self._lines.append(line)
-
-    async def draw(self, bar: tuple[str, float, float]) -> None:
-        """Replace the progress bar of the driver's screen."""
-        self._bar = bar
-
-    async def read_screen(self) -> tuple[list[str], tuple[str, float, float] | None, int]:
-        """Lines and bar that are new since the last call, and how often the ranks were started."""
-        lines, bar = self._lines, self._bar
-        self._lines, self._bar = [], None
-        return lines, bar, self._starts
-
-    async def outcome(self) -> tuple[dict[int, str], int]:
-        """User errors by rank, and the signal that ended the training, or 0."""
-        return self._user_errors, self._stopped_by
-
-
 def _train_rank(settings: dict[str, Any]) -> None:
     """The train loop that each worker of Ray Train runs."""
     import ray.train.torch
 
-    folder, mailbox, job = settings["folder"], settings["mailbox"], settings["job"]
+    folder, mailbox = settings["folder"], settings["mailbox"]
     if os.path.isdir(folder):  # paths of the config and custom classes are relative to the driver's folder
         os.chdir(folder)
+    build, job = ray.get(settings["work"])
     if ray.get(mailbox.outcome.remote())[0]:
         return  # this is a restart after a user error, which a restart cannot fix
     stop = StopSignal()
@@ -258,7 +206,7 @@ def _train_rank(settings: dict[str, Any]) -> None:
         device = str(ray.train.torch.get_device())
         screen = _RemoteScreen(mailbox)
         with join_ranks(job.training.compute, device, settings["cpus"], screen.log) as ranks:
-            run_rank(settings["build"], job, ranks, stop, screen)
+            run_rank(build, job, ranks, stop, screen)
     except Stopped as stopped:
         ray.get(mailbox.report_stopped.remote(stopped.signum))
     except UserError as error:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 
-from reinforce.training.ray_train import _Mailbox
+from reinforce.training.mailbox import Mailbox
 
 
 def test_the_screen_gets_each_line_once_and_the_last_bar() -> None:
     async def exchange() -> None:
-        mailbox = _Mailbox()
+        mailbox = Mailbox()
         await mailbox.log("one")
         await mailbox.draw(("a", 1, 9))
         await mailbox.draw(("b", 2, 9))
@@ -22,7 +24,7 @@ def test_the_screen_gets_each_line_once_and_the_last_bar() -> None:
 
 def test_restarts_are_counted() -> None:
     async def exchange() -> None:
-        mailbox = _Mailbox()
+        mailbox = Mailbox()
         assert [await mailbox.report_start() for _ in range(3)] == [0, 1, 2]
         assert (await mailbox.read_screen())[2] == 3
 
@@ -31,7 +33,7 @@ def test_restarts_are_counted() -> None:
 
 def test_a_stop_request_reaches_a_rank_that_waits_for_it() -> None:
     async def exchange() -> None:
-        mailbox = _Mailbox()
+        mailbox = Mailbox()
         waiting = asyncio.create_task(mailbox.wait_for_stop())
         await asyncio.sleep(0)
         assert not waiting.done()
@@ -46,9 +48,14 @@ def test_a_stop_request_reaches_a_rank_that_waits_for_it() -> None:
 
 def test_user_errors_are_kept_by_rank() -> None:
     async def exchange() -> None:
-        mailbox = _Mailbox()
+        mailbox = Mailbox()
         await mailbox.report_user_error(1, "second")
         await mailbox.report_user_error(0, "first")
         assert await mailbox.outcome() == ({0: "first", 1: "second"}, 0)
 
     asyncio.run(exchange())
+
+
+def test_its_process_imports_neither_torch_nor_open_clip() -> None:
+    code = "import sys; import reinforce.training.mailbox; sys.exit(not {'torch', 'open_clip'}.isdisjoint(sys.modules))"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,59 @@
+"""Messages between the driver and the ranks of a training on Ray. Its actor imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+class Mailbox:
+    """An actor through which driver and ranks exchange messages."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._bar: tuple[str, float, float] | None = None
+        self._starts = 0
+        self._stop_requested = asyncio.Event()
+        self._requested_signum = 0
+        self._stopped_by = 0
+        self._user_errors: dict[int, str] = {}
+
+    async def request_stop(self, signum: int) -> None:
+        """The driver received a signal."""
+        self._requested_signum = signum
+        self._stop_requested.set()
+
+    async def wait_for_stop(self) -> int:
+        """Wait until the driver receives a signal, and return it."""
+        await self._stop_requested.wait()
+        return self._requested_signum
+
+    async def report_stopped(self, signum: int) -> None:
+        """The ranks wrote a checkpoint and ended because of the signal."""
+        self._stopped_by = signum
+
+    async def report_user_error(self, rank: int, message: str) -> None:
+        """A rank failed with an error that only the user can fix."""
+        self._user_errors[rank] = message
+
+    async def report_start(self) -> int:
+        """The ranks are starting; returns how often they have started before."""
+        self._starts += 1
+        return self._starts - 1
+
+    async def log(self, line: str) -> None:
+        """Add a line for the driver's screen."""
+        self._lines.append(line)
+
+    async def draw(self, bar: tuple[str, float, float]) -> None:
+        """Replace the progress bar of the driver's screen."""
+        self._bar = bar
+
+    async def read_screen(self) -> tuple[list[str], tuple[str, float, float] | None, int]:
+        """Lines and bar that are new since the last call, and how often the ranks were started."""
+        lines, bar = self._lines, self._bar
+        self._lines, self._bar = [], None
+        return lines, bar, self._starts
+
+    async def outcome(self) -> tuple[dict[int, str], int]:
+        """User errors by rank, and the signal that ended the training, or 0."""
+        return self._user_errors, self._stopped_by
