@@ -30,10 +30,11 @@ def train(
     One rank trains in this process, more ranks train on Ray Train. Under torchrun, the ranks are torchrun's.
     """
     from reinforce.student.config import load_student_config
-    from reinforce.student.train import train as train_student
 
     with only_json(as_json) as print_json:
         checked = load_student_config(config, set_)
+        from reinforce.student.train import train as train_student  # takes seconds, so the config is checked before
+
         results = _run_training(lambda: train_student(checked, address=address))
         if _is_first_rank() and as_json:
             print_json(results.as_json())
@@ -52,10 +53,11 @@ def finetune_captioner(
     Runs where `train` would run. The result is a model for `captioners:` of `reinforce run`.
     """
     from reinforce.captioning.config import load_captioner_config
-    from reinforce.captioning.finetune import finetune, format_comparison
 
     with only_json(as_json) as print_json:
         checked = load_captioner_config(config, set_)
+        from reinforce.captioning.finetune import finetune, format_comparison
+
         results = _run_training(lambda: finetune(checked, address=address))
         if _is_first_rank() and as_json:
             print_json(results.as_json())

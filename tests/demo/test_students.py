@@ -17,10 +17,12 @@ def test_failed_training_is_named_and_terminates_the_others(
 ) -> None:
     monkeypatch.chdir(ROOT)
     trainings = {
-        name: [f"output={tmp_path}/{name}", f"data.datasets=no-{name}"] for name in ("first", "second", "third")
+        name: [f"output={tmp_path}/{name}", f"no-{name}=1"]  # found before models are imported
+        for name in ("first", "second", "third")
     }
     with pytest.raises(UserError, match=r"the training '(first|second)' failed with status 2"):
         train_side_by_side(trainings)
     printed = capfd.readouterr().out
-    assert re.search(r"(first |second) \| error: .*no-(first|second)", printed)
+    assert re.search(r"(first |second) \| error: ", printed)
+    assert re.search(r"(first |second) \|   no-(first|second): unknown key", printed)
     assert "third" not in printed
