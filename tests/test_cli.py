@@ -23,6 +23,7 @@ from reinforce.cli_common import only_json
 from reinforce.engine.cluster_check import cluster_machines
 from tests.helpers import command_line, pages_commands
 from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.reinforced import fresh_dataset
 
 Command = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parent.parent
@@ -98,10 +99,10 @@ def test_a_user_error_is_one_message_that_names_the_place(
 
 
 def test_run_and_plan_report_a_changed_fingerprint(
-    command: Command, shards: Callable[..., str], tmp_path: Path, ray_session: None
+    command: Command, shards: Callable[..., str], tmp_path: Path
 ) -> None:
     config = config_of(shards(3), tmp_path / "out")
-    assert command("run", write_config(tmp_path, config))[0] == 0
+    fresh_dataset(config)
     path = write_config(tmp_path, {**config, "seed": 1})
     for verb in ("run", "plan"):
         status, _, err = command(verb, path)
@@ -156,18 +157,6 @@ def test_plan_run_and_status_report_the_state_of_the_dataset(
     assert manifest["teachers"]["red"]["logit_scale"] == 75.0, "no layer depends on the scale"
     assert manifest["teachers"]["blue"]["logit_scale"] == 30.0
     assert manifest["teachers"]["blue"]["logit_scale_from"] == "model"
-
-
-def test_a_model_with_a_wrong_output_shape_fails_before_the_run_starts(
-    command: Command, shards: Callable[..., str], tmp_path: Path, ray_session: None
-) -> None:
-    config = config_of(shards(3), tmp_path / "out")
-    config["teachers"] = {"odd": {"class": "tests.helpers.models:WrongShapeTeacher"}}
-    status, _, err = command("run", write_config(tmp_path, config))
-    assert status == 2
-    assert "odd" in err
-    assert "(3, 7)" in err
-    assert not list(tmp_path.glob("out/samples/*"))
 
 
 def test_status_of_another_folder_is_a_user_error(command: Command, tmp_path: Path) -> None:

@@ -7,20 +7,16 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
-from reinforce.captioning.config import Loss
-from reinforce.captioning.loss import captioning_losses
 from reinforce.captioning.model import CaptionerModel
 from reinforce.training.task import Batch
 from teachers.pixels import to_pixels
+from tests.helpers.caption_ranks import RANKS, compute, run_rank
 from tests.helpers.captioning import TEXTS, gradients_of, make_batch, make_captioner, task_losses
 
 #: The tokenizer encodes "&!;" as the tokens 5, 0 and 282: open_clip's padding is also a word.
 WITH_ZERO = "a sign that says &!;"
-RANKS, PAIRS = 2, 3  # pairs per rank
-LENGTHS = [2, 3, 4, 30, 40, 50]  # the ranks differ in their number of tokens
 
 
 def open_clip_losses(model: CaptionerModel, batch: Batch) -> dict[str, torch.Tensor]:
@@ -63,26 +59,6 @@ def test_a_word_with_the_token_of_the_padding_counts(tmp_path: Path) -> None:
         ]
         torch.testing.assert_close(ours, 2 * torch.stack(token_by_token).mean(), rtol=1e-5, atol=1e-5)
         assert abs(float(ours - open_clip_losses(model, batch)["caption_loss"])) > 1e-3  # which ignores the word
-
-
-def compute(rows: slice) -> dict[str, torch.Tensor]:
-    """Losses and gradients by feature, for some rows of the batch."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"image": (RANKS * PAIRS, 5), "text": (RANKS * PAIRS, 5), "nll": (RANKS * PAIRS,)}
-    whole = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    features = {name: value[rows].clone().requires_grad_() for name, value in whole.items()}
-    losses = captioning_losses(Loss(), features, torch.tensor(10.0), LENGTHS[rows])
-    torch.stack(list(losses.values())).sum().backward()
-    gradients = {f"of {name}": value.grad for name, value in features.items() if value.grad is not None}
-    return {name: value.detach() for name, value in losses.items()} | gradients
-
-
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    torch.save(compute(slice(rank * PAIRS, (rank + 1) * PAIRS)), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,8 +79,9 @@ def harmful_pth() -> bytes:
 
 
 CROP = [0, 0, 10, 10]
-#: Defects of the first sample: the layer in whose quarantine it must be, and the changed members.
-BROKEN: dict[str, tuple[str, dict[str, bytes | None]]] = {
+#: Defects of the first sample: the layer in whose quarantine it must be, and the changed members. What takes long to
+#: make is made by a function, because every process of the tests imports this file.
+BROKEN: dict[str, tuple[str, dict[str, bytes | Callable[[], bytes] | None]]] = {
     "no augmentations": ("samples", {"paug.json": None}),
     "augmentations that are no JSON": ("samples", {"paug.json": b"{"}),
     "augmentations nested too deeply": ("samples", {"paug.json": b"[" * 100_000}),
@@ -118,14 +120,14 @@ BROKEN: dict[str, tuple[str, dict[str, bytes | None]]] = {
     "too few columns": ("embeddings/two/images", {"npz": npz({"image_emb": ALL[0].vectors["image_emb"][:, :8]})}),
     "vectors that are whole numbers": ("embeddings/one/images", {"npz": npz({"image_emb": np.ones((3, 10), int)})}),
     "a header that promises terabytes": ("embeddings/one/images", {"npz": header_of((2**20, 2**20))}),
-    "an npz that unpacks to 100 MB": ("embeddings/one/images", {"npz": bomb()}),
+    "an npz that unpacks to 100 MB": ("embeddings/one/images", {"npz": bomb}),
     "a pth.gz that unpacks to 100 MB": (
         "embeddings/one/images",
-        {"npz": None, "pth.gz": gzip.compress(bytes(100 * 2**20))},
+        {"npz": None, "pth.gz": lambda: gzip.compress(bytes(100 * 2**20))},
     ),
     "a zip in a pth.gz that unpacks to 100 MB": (
         "embeddings/one/images",
-        {"npz": None, "pth.gz": gzip.compress(bomb("archive/data/0"))},
+        {"npz": None, "pth.gz": lambda: gzip.compress(bomb("archive/data/0"))},
     ),
     "a pickle of an npz": ("embeddings/one/images", {"npz": harmful_npz()}),
     "a pickle of a pth.gz": ("embeddings/one/images", {"npz": None, "pth.gz": harmful_pth()}),
@@ -160,7 +162,8 @@ def test_an_unreadable_member_costs_its_own_row_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    layer, changed = BROKEN[defect]
+    layer, members = BROKEN[defect]
+    changed = {name: member() if callable(member) else member for name, member in members.items()}
     write_published(
         tmp_path,
         [source_members(one) for one in ALL[:3]],

@@ -15,6 +15,7 @@ import re
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import fsspec
@@ -58,8 +59,8 @@ class Mutation:
 Span = tuple[int, int]
 
 
-def _shard() -> tuple[bytes, dict[str, Span], dict[str, list[Span]], dict[str, Found]]:
-    """Return a tar of good samples, the span of each sample, the spans of its headers, and its row."""
+def _shard() -> tuple[bytes, dict[str, Span], dict[str, list[Span]]]:
+    """Return a tar of good samples, the span of each sample, and the spans of its headers."""
     members = []
     for i, key in enumerate(KEYS):
         format_ = ("PNG", "JPEG", "WEBP", "PNG", "JPEG")[i]
@@ -75,7 +76,7 @@ def _shard() -> tuple[bytes, dict[str, Span], dict[str, list[Span]], dict[str, F
         end = info.offset_data + info.size + -info.size % BLOCK
         spans[key] = (spans.get(key, (info.offset, 0))[0], end)
         headers[key].append((info.offset, info.offset_data))
-    return data, spans, headers, by_key_of(rows(data))
+    return data, spans, headers
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,13 @@ def by_key_of(found: list[Found | Refusal]) -> dict[str, Found]:
     return {row.key: row for row in found if isinstance(row, Found)}
 
 
-GOOD, SPANS, HEADERS, ROWS = _shard()
+@cache
+def good_rows() -> dict[str, Found]:
+    """The rows of the good samples. Decoding them starts processes, so it is not done at import."""
+    return by_key_of(rows(GOOD))
+
+
+GOOD, SPANS, HEADERS = _shard()
 _PLACES = sorted({at + more for span in SPANS.values() for at in span for more in (0, 124, 156, 257, 512)})
 VALUES = st.one_of(
     st.binary(max_size=8),
@@ -153,7 +160,7 @@ def shard(mutations: list[Mutation]) -> None:
         before = all(at >= end for at, _ in touched)
         copied = key in refused  # a mutation copied its header, and one of the two samples was refused
         if key in by_key and (before or (untouched and not copied)):
-            now, then = by_key[key], ROWS[key]
+            now, then = by_key[key], good_rows()[key]
             assert (now.sample.image, now.row.caption) == (then.sample.image, then.row.caption)
             assert np.array_equal(now.crops, then.crops)
         if before:
@@ -220,24 +227,28 @@ def members(listed: list[tuple[str, bytes, bytes]], tar_format: int) -> None:
 
 # --- images
 
-SEEDS = [encode(noise(), format_) for format_ in FORMATS]
-SEEDS += [
-    encode(noise(200, 150), "JPEG", progressive=True),
-    encode(noise(99, 70), "JPEG", restart_marker_blocks=4),
-]
-SEEDS += [encode(noise().convert(mode), "PNG") for mode in ("1", "L", "LA", "P", "RGBA")]
-SEEDS += [
-    encode(noise().convert("CMYK"), "JPEG"),
-    encode(noise(), "TIFF", compression="tiff_lzw"),
-]
-SEEDS += [
-    encode(noise(), "TIFF", compression="jpeg"),
-    encode(Image.fromarray(np.eye(9, dtype=np.float32)), "TIFF"),
-]
-SEEDS += [data for data in (case.data() for case in IMAGES) if len(data) < 20_000]
+
+@cache
+def _image_seeds() -> list[bytes]:
+    """Good and hostile images. Making them takes a second, so it is not done at import."""
+    seeds = [encode(noise(), format_) for format_ in FORMATS]
+    seeds += [
+        encode(noise(200, 150), "JPEG", progressive=True),
+        encode(noise(99, 70), "JPEG", restart_marker_blocks=4),
+    ]
+    seeds += [encode(noise().convert(mode), "PNG") for mode in ("1", "L", "LA", "P", "RGBA")]
+    seeds += [
+        encode(noise().convert("CMYK"), "JPEG"),
+        encode(noise(), "TIFF", compression="tiff_lzw"),
+        encode(noise(), "TIFF", compression="jpeg"),
+        encode(Image.fromarray(np.eye(9, dtype=np.float32)), "TIFF"),
+    ]
+    return [*seeds, *(data for data in (case.data() for case in IMAGES) if len(data) < 20_000)]
+
+
 IMAGE_BYTES = st.builds(
     lambda seed, changes, cut, more: _changed(seed, changes)[: cut and max(1, len(seed) * cut // 100)] + more,
-    st.sampled_from(SEEDS),
+    st.deferred(lambda: st.sampled_from(_image_seeds())),
     st.lists(
         st.tuples(st.floats(0, 1, exclude_max=True), st.one_of(st.integers(0, 255), st.binary(max_size=6))), max_size=5
     ),

@@ -23,6 +23,7 @@ from reinforce.dataset.run_progress import RunProgress, list_runs, running
 from reinforce.source.urls import shard_name
 from reinforce.storage import Storage
 from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.reinforced import fresh_dataset
 
 ROOT = Path(__file__).parents[2]
 LAST = "embeddings/red/caption"  # the layer that is committed last
@@ -83,9 +84,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_session: None, source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert reinforce.run(simple_config(source, out)).status == 0
-    return out
+    return fresh_dataset(simple_config(source, tmp_path_factory.mktemp("undisturbed") / "out"))
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -182,8 +181,7 @@ def test_single_failures_leave_no_trace_and_a_shard_that_always_segfaults_is_qua
     [event] = events(out, "shard_quarantined")
     assert (event["shard"], event["layer"], event["reason"]) == (bad, "samples", "shard_crashed")
     repaired.touch()
-    assert reinforce.run({**config, "output": str(tmp_path / "whole")}).status == 0
-    there, whole = tree(out), tree(tmp_path / "whole")
+    there, whole = tree(out), tree(fresh_dataset({**config, "output": str(tmp_path / "whole")}))
     assert there.keys() - whole.keys() == {f"quarantine/samples/{bad}.parquet"}
     assert {name for name in whole.keys() - there.keys() if bad not in name} == set()
     assert all(there[name] == data for name, data in whole.items() if bad not in name)

@@ -11,12 +11,12 @@ import s3fs
 
 import reinforce
 from tests.helpers.data import config_of, tree
-from tests.helpers.reinforced import reinforce_here
+from tests.helpers.reinforced import fresh_dataset
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-@pytest.mark.parametrize(("images", "compute"), [("embed", reinforce.run), ("reference", reinforce_here)])
+@pytest.mark.parametrize(("images", "compute"), [("embed", reinforce.run), ("reference", fresh_dataset)])
 def test_a_dataset_in_s3_equals_one_on_disk_and_is_resumed(
     s3: s3fs.S3FileSystem, shards: Callable[..., str], tmp_path: Path, images: str, compute: Callable[..., Any]
 ) -> None:
@@ -24,7 +24,7 @@ def test_a_dataset_in_s3_equals_one_on_disk_and_is_resumed(
     s3.put(f"{tmp_path}/source/", f"bucket/{images}/source/", recursive=True)
     source = f"s3://bucket/{images}/source/{{00000..00001}}.tar"
     config = config_of(source, tmp_path / "local", images=images, captioners={})
-    compute(config)
+    fresh_dataset(config)
 
     remote = {**config, "output": f"s3://bucket/{images}/out"}
     first = {**remote, "teachers": {"red": config["teachers"]["red"]}}

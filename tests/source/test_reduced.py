@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import subprocess
@@ -27,15 +26,12 @@ from tests.helpers.data import config_of, write_tar
 from tests.helpers.images import encode, noise
 from tests.helpers.pixels import PixelRecorder
 from tests.helpers.random_images import natural
+from tests.helpers.reduced import decoded_digest, policy
 from tests.helpers.reinforced import reinforce_here
 from tests.hostile.images import IMAGES, ImageCase
 from tests.source.test_jpeg import JPEGS, without_scan_data
 
 LIMITS = Limits(aspect=100)
-
-
-def policy(side: int) -> str:
-    return f"rgb-1-reduced-{side}"
 
 
 def size_of(width: int, height: int, side: int, **options: Any) -> tuple[int, int]:
@@ -135,7 +131,7 @@ def test_pixels_do_not_depend_on_the_instructions_of_the_processor(tmp_path: Pat
     for number, options in enumerate([*JPEGS, {"progressive": True}]):
         (tmp_path / f"{number}.jpg").write_bytes(encode(natural(203, 151, number), "JPEG", **options))
     code = (
-        "import sys; from tests.source.test_reduced import decoded_digest; from pathlib import Path; "
+        "import sys; from tests.helpers.reduced import decoded_digest; from pathlib import Path; "
         "print(decoded_digest(Path(sys.argv[1])))"
     )
     digests = {
@@ -149,15 +145,6 @@ def test_pixels_do_not_depend_on_the_instructions_of_the_processor(tmp_path: Pat
         for name in ("", "JSIMD_FORCENONE", "JSIMD_FORCESSE2")
     }
     assert digests == {decoded_digest(tmp_path)}
-
-
-def decoded_digest(folder: Path) -> str:
-    """SHA-256 of the pixels of all JPEGs at all scales."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        for name in ("rgb-1", policy(75), policy(37), policy(18)):
-            digest.update(decode(path.read_bytes(), LIMITS, policy=name).tobytes())
-    return digest.hexdigest()
 
 
 def test_the_policy_is_recorded_and_the_default_fingerprint_stays() -> None:
