@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -127,6 +128,16 @@ def test_a_class_that_overrides_a_method_below_its_parts_is_called_by_the_method
     assert texts() == [["seed 1", "seed 2"]]
     texts, tokens = models().captions(OverridingCaptioner(CPU), pixels, seeds)
     assert (texts(), tokens) == ([["mine", "mine"]], 0)
+
+
+def test_tokens_of_captions_are_counted_where_a_captioner_returns_lists_of_them() -> None:
+    class Generating(Splitting):
+        def generate(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[Any]:
+            return [[[1, 2, 3], [4]], None]
+
+    pixels, seeds = torch.zeros(2, 3, 8, 8), np.zeros((2, 2), np.uint64)
+    assert models().captions(Generating(CPU), pixels, seeds)[1] == 4
+    assert models().captions(Splitting(CPU), pixels, seeds)[1] == 0, "in another form"
 
 
 def test_teachers_of_open_clip_with_one_tokenizer_share_the_tokens_of_a_batch() -> None:

@@ -82,6 +82,16 @@ def test_a_worker_gets_as_many_leases_as_recycle_allows_and_no_more(monkeypatch:
     assert (slot.free, slot.exhausted, len(slot.leases)) == (0, True, 2)
 
 
+def test_a_new_worker_gets_the_number_of_one_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pool_of(monkeypatch, [], max=4)
+    pool.grow(3)
+    assert [slot.index for slot in pool.slots] == [0, 1, 2]
+    pool.remove(pool.slots[1])
+    pool.discard(pool.slots[0])
+    pool.grow(4)
+    assert sorted(slot.index for slot in pool.slots) == [0, 1, 2, 3]
+
+
 def test_the_pool_shrinks_by_workers_that_have_not_started_and_then_by_those_that_fail(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

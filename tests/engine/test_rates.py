@@ -22,6 +22,9 @@ def test_rates_are_those_of_the_sums_also_over_summaries() -> None:
         "per_second": 50.0,
         "mfu": 0.5,
     }
+    tokens = with_rates({"captions/c": Counter(inputs=30, seconds=3.0, tokens=240)})
+    assert tokens["captions/c"]["tokens_per_second"] == 80.0
+    assert rate_lines({"stages": tokens})[1] == "  captions/c: 30 captions, 10 captions/s, 80 tokens/s"
     assert rates["captions/c"] == {"inputs": 30, "seconds": 3.0, "per_second": 10.0}
     assert with_rates({"captions/c": Counter(inputs=0, seconds=0.0)})["captions/c"]["inputs"] == 0
 

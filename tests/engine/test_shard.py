@@ -43,6 +43,9 @@ def test_a_result_lists_the_committed_layers_their_bytes_and_what_was_refused(tm
     [row] = pq.read_table(path).to_pylist()
     assert row["detail"] == "no caption to encode: none at input.captions (txt, json:caption)"
     assert 0 < result.busy < result.seconds
+    assert result.read_bytes == sum(len(data) for _, data in members), "also of what is refused"
+    assert sum(result.times.values()) == pytest.approx(result.seconds, abs=0.5)
+    assert result.event()["times"].keys() == result.times.keys() >= {"reading", "decoding", "writing"}
     inputs = {name: stage["inputs"] for name, stage in result.stages.items()}
     images = {"embeddings/red/images": 16, "embeddings/blue/images": 16, "captions/namer": 16}
     assert {name: inputs[name] for name in images} == images, "8 rows with 2 augmentations and 2 captions"
