@@ -14,6 +14,7 @@ from reinforce_docs.tables import cell, code, table
 ROOT = Path(__file__).parents[1]
 #: Environment variables that commands read or set -> what they mean for users.
 VARIABLES = {
+    "RAY_TMPDIR": "folder of Ray's files on a machine, whose free space `plan` checks; default: `/tmp`",
     "REINFORCE_CACHE": "folder for weights that were fetched and converted; default: `~/.cache/reinforce`",
     "RAY_ADDRESS": "Ray cluster of commands without `--address`: `auto` or HOST:PORT; default: this machine",
     "RAY_COLOR_PREFIX": "set to 0, unless it is set: Ray's log lines have no colour codes where they are no terminal",
@@ -24,6 +25,9 @@ VARIABLES = {
     "TORCH_CPP_LOG_LEVEL": "set to ERROR, unless it is set: hides warnings of intended settings",
     "AWS_RETRY_MODE": "mode of retries of S3, as in botocore; if it is set, this project sets no retries",
     "AWS_MAX_ATTEMPTS": "attempts of a request to S3, as in botocore; if it is set, this project sets no retries",
+    "MLFLOW_ALLOW_FILE_STORE": "set for the tracker MLflow, unless it is set: it may write to a folder",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "retries of the tracker MLflow; set, unless it is set, so that none waits long",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "seconds for a request of the tracker MLflow; set, unless it is set",
     "RANK": "set by torchrun: number of the rank; only rank 0 prints results",
     "LOCAL_RANK": "set by torchrun: number of the rank on its node, which selects its GPU",
     "WORLD_SIZE": "set by torchrun: number of ranks; has precedence over `train.compute.ranks`",
