@@ -72,6 +72,8 @@ def test_memory_that_cannot_be_pinned_leaves_no_error_for_the_next_kernel(monkey
 
 
 def test_a_capture_that_fails_leaves_the_thread_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = list[Any]()  # and not left when nothing refers to it
+
     class Failing:
         """As torch.cuda.graph, whose end raises before it sets the stream back."""
 
@@ -79,7 +81,8 @@ def test_a_capture_that_fails_leaves_the_thread_on_its_stream(monkeypatch: pytes
             pass
 
         def __enter__(self) -> None:
-            torch.cuda.stream(torch.cuda.Stream()).__enter__()
+            entered.append(torch.cuda.stream(torch.cuda.Stream()))
+            entered[0].__enter__()
 
         def __exit__(self, *_: Any) -> None:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
