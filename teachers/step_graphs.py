@@ -53,6 +53,8 @@ class GraphedSteps:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        # Kernels of a graph keep the priority of the stream of their capture; see ``Accelerator.side_stream``.
+        self._stream = torch.cuda.Stream(device, priority=-1)
 
     def run(self, key: Hashable, step: Step) -> None:
         if key in self._graphs:
@@ -71,7 +73,7 @@ class GraphedSteps:
         # Other threads may allocate and copy meanwhile. If a capture fails (out of memory), torch.cuda.graph may leave
         # its own stream as the current one, so the outer context sets it back.
         stream = torch.cuda.stream(torch.cuda.current_stream(self._device))
-        graphed = torch.cuda.graph(graph, pool, capture_error_mode="thread_local")
+        graphed = torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local")
         with torch.cuda.device(self._device), stream, graphed:
             step()
         return graph

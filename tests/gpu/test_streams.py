@@ -77,11 +77,11 @@ def test_a_capture_that_fails_leaves_the_thread_on_its_stream(monkeypatch: pytes
     class Failing:
         """As torch.cuda.graph, whose end raises before it sets the stream back."""
 
-        def __init__(self, *_: Any, **__: Any) -> None:
-            pass
+        def __init__(self, graph: Any, pool: Any, stream: Any, **_: Any) -> None:
+            self.stream = stream
 
         def __enter__(self) -> None:
-            entered.append(torch.cuda.stream(torch.cuda.Stream()))
+            entered.append(torch.cuda.stream(self.stream))
             entered[0].__enter__()
 
         def __exit__(self, *_: Any) -> None:
