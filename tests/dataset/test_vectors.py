@@ -40,6 +40,7 @@ def unit_rows(draw) -> np.ndarray:
     return (values / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
+@pytest.mark.skipif(int(pa.__version__.partition(".")[0]) < 26, reason="plain pyarrow 25 does not read null rows")
 @settings(max_examples=150, deadline=None)
 @given(unit_rows(), st.sampled_from(DTYPES), st.data())
 def test_vectors_and_nulls_survive_parquet(vectors, dtype, data):
