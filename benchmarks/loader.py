@@ -44,8 +44,8 @@ from benchmarks.stored import write_results
 from reinforce.config import Augmentations, parse_config
 from reinforce.dataset.augment import AUGMENTATION_BACKEND
 from reinforce.dataset.backends import load_backend
-from reinforce.dataset.manifest import update_manifest
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.manifest import update_manifest, write_manifest
+from reinforce.dataset.store import Store
 from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.models import load_models
 from reinforce.engine.plan import make_plan
@@ -172,7 +172,7 @@ def reinforce(source: str, output: str, backend: str = AUGMENTATION_BACKEND, pro
     with DecodePool(processes) as pool:
         for shard in plan.pending:
             process_shard(shard, config, plan.layers, store, models, pool)
-    store.write_json(update_manifest(None, config, plan.layers, loaded), MANIFEST)
+    write_manifest(store, update_manifest(None, config, plan.layers, loaded))
 
 
 class DecodeOnly:

@@ -29,6 +29,10 @@ def validate(
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Read only the keys: damage elsewhere is not found.")] = False,
+    count: Annotated[
+        bool,
+        typer.Option("--count", help="Count the samples in the files of --sources: all of a tar or jsonl is read."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all problems.")] = False,
     repair: Annotated[
         bool, typer.Option("--repair", help="Move files that are at fault to set-aside/: the next run computes them.")
@@ -50,7 +54,9 @@ def validate(
 
     if recompute and config is None:
         raise UserError("--recompute needs --config: the config of the dataset names the models.")
-    found = validate_dataset(dataset, sources or (), quick)
+    if count and not sources:
+        raise UserError("--count needs --sources: the folders of the source files.")
+    found = validate_dataset(dataset, sources or (), quick, count)
     again = _recompute(dataset, config, recompute, seed) if recompute and config else None
     found.findings += again.findings() if again else ()
     repaired = repair_dataset(dataset, found.findings, sources or ()) if repair else None

@@ -25,8 +25,8 @@ from typing import Any
 from reinforce.config import Config
 from reinforce.dataset.differences import recipe_differences, recipe_error
 from reinforce.dataset.layers import Layer
-from reinforce.dataset.manifest import find_manifest, update_manifest
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.manifest import find_manifest, update_manifest, write_manifest
+from reinforce.dataset.store import Store
 from reinforce.errors import StorageError, UserError
 
 FOLDER = "claims"
@@ -63,7 +63,7 @@ class Claims:
         ``take``."""
         self.take()
         updated = update_manifest(find_manifest(self.store), self.config, self.layers, loaded, computed)
-        self.store.write_json(updated, MANIFEST)
+        write_manifest(self.store, updated)
         self.release()
 
     def release(self) -> None:

@@ -22,7 +22,7 @@ from reinforce.config import LAYER_NAME
 from reinforce.dataset.damage import set_aside
 from reinforce.dataset.layer_index import FOLDER, index_file
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer
-from reinforce.dataset.manifest import TUNED_KEY, find_manifest
+from reinforce.dataset.manifest import TUNED_KEY, find_manifest, write_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.errors import UserError
 from reinforce.terminal import format_bytes
@@ -264,7 +264,7 @@ def _remove_entry(store: Store, layer: str) -> None:
         manifest[kind] = {name: entry for name, entry in manifest[kind].items() if f"{kind}.{name}" not in orphans}
     manifest["layers"].pop(layer, None)
     if manifest["layers"]:
-        store.write_json(manifest, MANIFEST)
+        write_manifest(store, manifest)
     else:
         with store.storage_errors("removed", MANIFEST):
             store.fs.rm_file(store.path(MANIFEST))

@@ -21,6 +21,7 @@ from reinforce.dataset.layers import (
     embeddings_recipe,
 )
 from reinforce.dataset.listing import Listing
+from reinforce.dataset.manifest import DIGEST_KEY, manifest_digest
 from reinforce.dataset.store import MANIFEST, Store
 
 _SAMPLES_RECIPE = ("images", "seed", "policies", "input", "augmentations")
@@ -28,10 +29,23 @@ _NAMED = 3
 
 
 def check_recipes(manifest: Mapping[str, Any]) -> Iterator[Finding]:
-    """Layers whose settings in dataset.json do not have the fingerprint that is beside them.
+    """Layers whose settings in dataset.json do not have the fingerprint that is beside them, or else another digest.
 
-    Settings that no fingerprint covers, such as logit scales, are not checked.
+    The digest covers logit scales and all else that no fingerprint covers. Earlier versions did not write it.
     """
+    found = [*_wrong_fingerprints(manifest)]
+    yield from found
+    digest = manifest.get(DIGEST_KEY)
+    if not found and digest is not None and digest != manifest_digest(manifest):
+        yield Finding(
+            "manifest",
+            f"{MANIFEST} is not as it was written: its content has the digest {manifest_digest(manifest)}, it states "
+            f"{str(digest)[:40]}. A logit scale or another value was changed. Restore {MANIFEST}, or remove `digest` "
+            "from it if the change is wanted.",
+        )
+
+
+def _wrong_fingerprints(manifest: Mapping[str, Any]) -> Iterator[Finding]:
     if manifest.get("schema_version") != schemas.SCHEMA_VERSION:
         return
     for name, entry in manifest["layers"].items():

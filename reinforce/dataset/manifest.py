@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,8 @@ from reinforce.source.urls import canonical
 
 #: Key of a teacher's entry with the logit scales from before a tuned one was recorded.
 TUNED_KEY = "logit_scale_tuned"
+#: Key of the hash of all else in dataset.json; earlier versions did not write it.
+DIGEST_KEY = "digest"
 #: Key of the entry of a custom class with the hashes of the file that defines it, one for each change.
 CODE_KEY = "code"
 
@@ -39,6 +43,26 @@ def find_manifest(store: Store) -> dict[str, Any] | None:
         raise UserError(f"{store.url} was written by a newer version of this program. Upgrade to read it.")
     check_manifest(manifest, store.url)
     return manifest
+
+
+def write_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
+    """Write dataset.json with its digest."""
+    store.write_json({**manifest, DIGEST_KEY: manifest_digest(manifest)}, MANIFEST)
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Hash of all of a manifest but its digest -> 16 hex digits.
+
+    Fingerprints do not cover what changes no stored number, such as logit scales, which a training uses.
+    """
+    content = {key: value for key, value in manifest.items() if key != DIGEST_KEY}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def same_content(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+    """Whether two manifests are equal apart from their digests, which those of earlier versions do not have."""
+    return other is not None and manifest_digest(one) == manifest_digest(other)
 
 
 def select_names(url: str, kind: str, names: Sequence[str] | None, manifest: Mapping[str, Any]) -> list[str]:

@@ -14,9 +14,11 @@ from reinforce.dataset.findings import Finding
 from reinforce.dataset.inventory import check_missing, check_orphans, check_recipes
 from reinforce.dataset.key_sample import KeySample, RepeatedKeys
 from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import CODE_KEY, read_manifest
 from reinforce.dataset.shard_checks import CheckedShard, ShardChecks
 from reinforce.dataset.shard_records import SourceRecord, read_records
+from reinforce.dataset.source_counts import count_source, count_stored, limits_of
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.source.identity import SourceState, current_url, probe_state
@@ -44,6 +46,7 @@ class Validation:
     sources: Counter[str] = field(default_factory=Counter)
     changed: list[str] = field(default_factory=list)
     code: list[str] = field(default_factory=list)
+    counted: int | None = None  # shards whose samples were counted in their source, None if none were to be
 
     @property
     def errors(self) -> list[str]:
@@ -71,6 +74,7 @@ class Validation:
             },
             "sources": dict(self.sources),
             "changed_sources": self.changed,
+            "counted_sources": self.counted,
             "notes": self.code,
         }
 
@@ -96,14 +100,20 @@ class Validation:
             }
             parts = [f"{self.sources[state]:,} {text}" for state, text in texts.items() if self.sources[state]]
             yield f"source files: {'; '.join(parts) or 'all have changed'}"
+        if self.counted is not None:
+            yield (
+                f"samples were counted in the source files of {self.counted:,} of {self.shards:,} shards; others are "
+                "not in --sources, have changed, or are parts of files or folders"
+            )
         found = "valid" if self.valid else "not valid"
         yield f"{self.url}: {self.shards:,} shards were read, {found}"
 
 
-def validate(url: str, sources: Sequence[str] = (), quick: bool = False) -> Validation:
+def validate(url: str, sources: Sequence[str] = (), quick: bool = False, count: bool = False) -> Validation:
     """Read every layer, compare the keys, and look at the source files in the folders ``sources``.
 
-    ``quick`` reads only the keys, so that damage in other columns is not found.
+    ``quick`` reads only the keys, so that damage in other columns is not found. ``count`` also compares the samples of
+    each source file with the rows and the quarantine of its shard.
 
     The dataset names its sources, and who made it could name anything: other files are not opened. Raises UserError if
     there is no dataset.
@@ -120,11 +130,16 @@ def validate(url: str, sources: Sequence[str] = (), quick: bool = False) -> Vali
     found.findings += check_recipes(manifest)
     found.findings += check_missing(store, manifest, listings)
     found.findings += check_orphans(store, listings)
+    counted: list[bool] = []
     checks, moved = ShardChecks(store, manifest, every, quick), manifest.get("moved", {})
 
     def read(shard: str) -> tuple[str, CheckedShard, str, str]:
         checked = checks.check(shard)
         state = _compare_source(checked.footer, recorded.get(shard), roots, moved) if sources else (_UNKNOWN, "")
+        if count and state[0] in (_SAME, _TOUCHED) and not checked.findings:
+            compared = _compare_count(store, manifest, every, shard, checked)
+            checked.findings += compared or ()
+            counted.append(compared is not None)
         return shard, checked, *state
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -139,7 +154,31 @@ def validate(url: str, sources: Sequence[str] = (), quick: bool = False) -> Vali
                 if source == _CHANGED:
                     found.changed.append(f"{shard}: {change}")
     found.repeated = sample.repeated()
+    found.counted = sum(counted) if count else None
     return found
+
+
+def _compare_count(
+    store: Store, manifest: Mapping[str, Any], listings: Mapping[str, Listing], shard: str, checked: CheckedShard
+) -> list[Finding] | None:
+    """A finding if a source file has another number of samples than its shard; None if that cannot be counted."""
+    url = current_url(checked.footer["source"], manifest.get("moved", {}))
+    refused = store.quarantined(SAMPLES, shard) if shard in listings[f"quarantine/{SAMPLES}"] else []
+    stored = count_stored(url, checked.rows, checked.keys, refused)
+    try:
+        there = None if stored is None else count_source(url, limits_of(manifest))
+    except Exception:  # each driver has its own exceptions
+        return None
+    if stored is None or there is None:
+        return None
+    if stored == there:
+        return []
+    message = (
+        f"{shard}: its source {url} has {there:,} samples, the dataset has {checked.rows:,} rows and "
+        f"{stored - checked.rows:,} samples in the quarantine. To compute it again: "
+        f"{drop_shard_command(store.url, [SAMPLES], shard)} --yes, and run again."
+    )
+    return [Finding("count", message, SAMPLES, shard)]
 
 
 def _compare_source(

@@ -14,9 +14,16 @@ from reinforce.cores import Node
 from reinforce.dataset.claims import Claims
 from reinforce.dataset.layer_index import prune_index
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.manifest import code_notes, find_manifest, scale_notes, update_manifest
+from reinforce.dataset.manifest import (
+    code_notes,
+    find_manifest,
+    same_content,
+    scale_notes,
+    update_manifest,
+    write_manifest,
+)
 from reinforce.dataset.shard_records import read_records
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.store import Store
 from reinforce.engine.changes import changed_sources, changes_note
 from reinforce.engine.folder_lists import write_lists
 from reinforce.engine.plan import Plan, make_plan
@@ -73,8 +80,8 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
             _LOG.warning(note)
         if not plan.pending:
             updated = update_manifest(manifest, config, plan.layers, {})
-            if updated != manifest:  # a logit scale may have changed
-                store.write_json(updated, MANIFEST)
+            if not same_content(updated, manifest):  # a logit scale may have changed
+                write_manifest(store, updated)
             return nothing_to_do(plan)
         with Claims(store, config, plan.layers) as claims:
             return _compute(plan, store, manifest, claims, address, retry_quarantined)

@@ -11,8 +11,8 @@ from typing import Any
 import ray
 
 from reinforce.cluster import ray_cluster
-from reinforce.dataset.manifest import read_manifest, record_scales
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.manifest import read_manifest, record_scales, write_manifest
+from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from reinforce.student.distillation import IMAGES, TEXTS, plan_distillation, stored_teachers
 from reinforce.student.train import build
@@ -223,7 +223,7 @@ def record_scales_in_datasets(config: TuneConfig, result: TuningResult) -> list[
                 then = f"{before['logit_scale']:g}" if before["logit_scale"] is not None else "none"
                 then += f" ({before['logit_scale_from']})"
                 lines.append(f"{store.url}: logit scale of {name} is now {scale:g}, was {then}")
-            store.write_json(manifest, MANIFEST)
+            write_manifest(store, manifest)
     return lines
 
 

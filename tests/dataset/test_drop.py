@@ -70,6 +70,7 @@ def test_a_teacher_is_deleted_with_its_quarantine_and_its_entries(made: Path, da
     assert list(manifest["teachers"]) == ["blue"]
     assert manifest == {
         **before[1],
+        "digest": manifest["digest"],
         "teachers": {"blue": before[1]["teachers"]["blue"]},
         "layers": {name: entry for name, entry in before[1]["layers"].items() if "/red/" not in name},
     }

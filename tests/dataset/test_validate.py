@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import os
@@ -15,11 +16,12 @@ import pytest
 
 from reinforce.cli import main
 from reinforce.dataset.key_sample import ShardKeys
+from reinforce.dataset.manifest import write_manifest
 from reinforce.dataset.shard_records import RecordWriter, ShardRecord, SourceRecord
 from reinforce.dataset.store import Store
 from reinforce.dataset.validate import validate
 from reinforce.source.identity import read_state
-from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here, small_dataset
 
 
@@ -78,7 +80,7 @@ def test_layers_of_several_states_of_a_class_are_named(tmp_path: Path) -> None:
     assert manifest is not None
     manifest["teachers"]["red"]["code"] = ["aa", "bb"]
     manifest["teachers"]["blue"]["code"] = 3  # forged
-    Store(url).write_json(manifest, "dataset.json")
+    write_manifest(Store(url), manifest)
     lines = [*validate(url).lines()]
     assert lines[0].startswith(
         "teacher red: its layers were computed with 2 states of the file of its class (hashes aa, "
@@ -212,8 +214,9 @@ RED = "embeddings/red/images"
         (_change("seed", 7), RED, [("manifest", "the settings of samples have fingerprint")]),
         (_change("teachers.red.model.options.size", 7), RED, [("manifest", "the settings of embeddings/red")] * 3),
         (_change("augmentations.count", 3), RED, [("manifest", "the settings of samples"), *[("rows", "3 aug")] * 2]),
-        (_change(f"layers.{RED}.dim", 9), RED, [("rows", "dataset.json states float16 [2, 9]")] * 2),
-        (_remove_layer, RED, [("orphan", "has 2 files, but dataset.json does not list it")]),
+        (_change("teachers.red.logit_scale", 3.0), RED, [("manifest", "A logit scale or another value was changed")]),
+        (_change(f"layers.{RED}.dim", 9), RED, [("manifest", "is not as"), *[("rows", "float16 [2, 9]")] * 2]),
+        (_remove_layer, RED, [("manifest", "is not as"), ("orphan", "has 2 files, but dataset.json does not")]),
         (_rewrite(RED, _scaled), RED, [("rows", "1 row have a vector whose norm is not 1 (00000001)")]),
         (_rewrite(RED, lambda table: table.slice(1)), RED, [("misplaced", "does not have the keys of samples")]),
         (_rewrite("captions/namer", _without_second), RED, [("rows", "1 row are null without a reason")]),
@@ -241,3 +244,28 @@ def test_each_kind_of_damage_is_found_once_and_names_its_file(
 def test_json_of_a_valid_dataset(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(printed(str(made), 0, capsys, "--json", "--quick"))
     assert (report["valid"], report["shards"], report["rows"], report["findings"]) == (True, 2, 8, [])
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "jsonl"])
+def test_samples_are_counted_in_the_source(tmp_path: Path, kind: str) -> None:
+    images = [picture(number, 9, 9) for number in range(5)]
+    keys = ["a", "b", "c", "d", "d"] if kind != "tar" else ["a", "b", "c", "d", "e"]
+    values: list[bytes | None] = [*images[:4], None] if kind == "tar" else [images[0], None, *images[2:]]
+    path = tmp_path / f"x.{kind}"
+    if kind == "tar":
+        members = [(f"{key}.png", image) for key, image in zip(keys, values, strict=True) if image]
+        write_tar(path, [*members, ("e.txt", b"no image"), ("d.json", b"broken")])
+    elif kind == "parquet":
+        pq.write_table(pa.table({"image": pa.array(values, pa.binary()), "key": keys}), path)
+    else:
+        encoded = [None if image is None else base64.b64encode(image).decode() for image in values]
+        rows = [{"image": image, "key": key} for image, key in zip(encoded, keys, strict=True)]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    augmentations = {"count": 1, "size": 8}
+    url = reinforce_here({"source": str(path), "output": f"{tmp_path}/out", "augmentations": augmentations})
+    found = validate(url, [str(tmp_path)], count=True)
+    assert (found.counted, found.errors, found.rows) == (1, [], 4 if kind == "tar" else 3)
+    [quarantine] = Path(url, "quarantine", "samples").iterdir()
+    quarantine.unlink()
+    [error] = validate(url, [str(tmp_path)], count=True).errors
+    assert f"has 5 samples, the dataset has {found.rows} rows and 0 samples in the quarantine" in error

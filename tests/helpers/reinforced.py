@@ -12,7 +12,7 @@ import torch
 from reinforce.config import parse_config
 from reinforce.dataset.damage import set_aside
 from reinforce.dataset.layer_index import IndexWriter
-from reinforce.dataset.manifest import update_manifest
+from reinforce.dataset.manifest import update_manifest, write_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.folder_lists import write_lists
 from reinforce.engine.models import load_models
@@ -39,7 +39,7 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8) -> str:
         index.add(shard.name, result.files)
         postponed |= bool(result.set_aside)
     index.flush()
-    store.write_json(update_manifest(store.read_json(MANIFEST), parsed, plan.layers, loaded, plan.layers), MANIFEST)
+    write_manifest(store, update_manifest(store.read_json(MANIFEST), parsed, plan.layers, loaded, plan.layers))
     return reinforce_here(config, group_rows) if postponed else parsed.output
 
 
