@@ -205,7 +205,7 @@ def model_facts(entry: Mapping[str, Any]) -> str:
     if not isinstance(model, Mapping):
         return _compact(model) if model else ""
     shown = {key: value for key, value in model.items() if key not in ("files", "digest", "sha256")}
-    return ", ".join(f"{key} {_compact(value)}" for key, value in shown.items() if value is not None)
+    return ", ".join(f"{key} {_compact(value)}" for key, value in shown.items() if value not in (None, {}, []))
 
 
 def _compact(value: Any) -> str:
