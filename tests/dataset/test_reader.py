@@ -159,7 +159,7 @@ def test_repr_is_a_summary(url: str) -> None:
     assert lines == [
         f"Dataset({url!r})",
         f"  44 samples in 3 shards, {size / 1024:.1f} KiB",
-        "  teachers: red (dim 8, K 2, logit scale 50), blue (dim 12, K 2, no logit scale)",
+        "  teachers: red (dim 8, K 2, logit scale 50), blue (dim 12, K 2, logit scale 30)",
         "  captioners: namer (N 2)",
     ]
     assert "9 samples in 1 shard, " in repr(reinforce.open(url, teachers=[], captioners=[])[1])
