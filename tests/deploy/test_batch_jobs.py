@@ -35,7 +35,7 @@ if name == "srun":
 if name == "ray" and arguments[0] == "start":
     time.sleep(60)
 if name == "reinforce":
-    while open(os.environ["CALLS"]).read().count("\\nray start ") < int(os.environ.get("STARTS", "1")):
+    while ("\\n" + open(os.environ["CALLS"]).read()).count("\\nray start ") < int(os.environ.get("STARTS", "1")):
         time.sleep(0.05)
     time.sleep(float(os.environ.get("RUN_SECONDS", "0.2")))
     sys.exit(int(os.environ.get("RUN_STATUS", "0")))
