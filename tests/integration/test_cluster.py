@@ -64,14 +64,14 @@ cluster.shutdown()
 def test_the_pool_follows_the_cluster_and_lost_and_drained_nodes_cost_no_shard(
     shards: Callable[..., str], tmp_path: Path
 ) -> None:
-    config = config_of(shards(*[32] * 60), tmp_path / "out", captioners={}, workers={"batch": 32})
+    config = config_of(shards(*[32] * 40), tmp_path / "out", captioners={}, workers={"batch": 32})
     config["teachers"] = {"red": {"class": "tests.helpers.models:ColorTeacher"}}
     path, quick = tmp_path / "config.yaml", tmp_path / "quick"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(path), str(tmp_path / "out"), str(tmp_path / "log"), str(quick)],
         cwd=ROOT,
-        env={**os.environ, "TESTS_DELAY": "1", "TESTS_UNTIL": str(quick), "RAY_raylet_start_wait_time_s": "240"},
+        env={**os.environ, "TESTS_DELAY": "2", "TESTS_UNTIL": str(quick), "RAY_raylet_start_wait_time_s": "240"},
         capture_output=True,
         text=True,
         timeout=540,
