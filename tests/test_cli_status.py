@@ -67,8 +67,10 @@ def end(store: Store, status: int = 0) -> Callable[[], None]:
 
 
 def test_a_running_job_is_shown_with_its_workers_before_the_layers(
-    dataset: Path, capfd: pytest.CaptureFixture[str]
+    dataset: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     report(Store(str(dataset)), 1, samples_per_second=5.0, eta_seconds=61.0)
     lines = command(capfd, "status", str(dataset))[1].splitlines()
     assert lines[0].startswith("run r is running since 0:01:00; log: in the terminal of pid")

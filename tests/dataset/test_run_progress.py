@@ -17,6 +17,13 @@ from reinforce.errors import UserError
 from reinforce.storage import Storage
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time stands still."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+
+
 def progress_of(**changes: Any) -> RunProgress:
     now = time.time()
     values = {

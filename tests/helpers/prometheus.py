@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -78,6 +78,10 @@ def scraping(folder: Path) -> Iterator[Prometheus]:
             process.terminate()
 
 
-def wait_for_reports() -> None:
-    """Wait until what was recorded is scraped."""
-    time.sleep(REPORT_SECONDS + 2.0)
+def wait_for_reports(arrived: Callable[[], bool] = lambda: True) -> None:
+    """Wait until what was recorded is scraped, twice, since rates need two values; ``arrived`` may need longer."""
+    time.sleep(REPORT_SECONDS)
+    deadline = time.monotonic() + 60
+    while not arrived() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    time.sleep(2.0)

@@ -65,7 +65,7 @@ def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
         before = {name: _total(prometheus, name) for name in COUNTED} if prometheus else {}
         summary = reinforce.run(config)
         if prometheus:
-            wait_for_reports()
+            wait_for_reports(lambda: _total(prometheus, "samples") == before["samples"] + 9)
         yield Finished(blip, config["output"], summary, before, prometheus)
 
 
