@@ -65,7 +65,7 @@ app.command(
     )
 )(cli_run.check)
 app.command(
-    **examples("reinforce init demo/shards my.yaml", "reinforce init hf://datasets/ORG/NAME", "reinforce init photos/")
+    **examples("reinforce init demo/shards", "reinforce init hf://datasets/ORG/NAME", "reinforce init photos/")
 )(cli_config.init)
 app.command(**examples("reinforce schema run"))(cli_config.schema)
 app.command(
