@@ -41,9 +41,8 @@ def _parameter(parameter: Any, function: Callable[..., Any]) -> str:
     """A parameter by the names that the parser has, and by the type and the default of the function's."""
     argument = parameter.param_type_name == "argument"
     names = parameter.metavar or parameter.name if argument else "/".join([*parameter.opts, *parameter.secondary_opts])
-    default = inspect.signature(function).parameters[parameter.name].default
-    hint = typing.get_type_hints(function, include_extras=True)[parameter.name]
-    kind, info = typing.get_args(hint)[0], typing.get_args(hint)[1]
+    found = inspect.signature(function, eval_str=True).parameters[parameter.name]
+    default, (kind, info, *_) = found.default, typing.get_args(found.annotation)
     limits = [f"at least {info.min}"] if info.min is not None else []
     limits += [f"at most {info.max}"] if info.max is not None else []
     given = ["required"] if default is inspect.Parameter.empty else [f"default {default!r}"]
