@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: deploy-check help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-latency bench-scale bench-sources bench-transfer ablations lint clean fuzz soak audit \
-	docs test-lowest wheel-check
+	docs test-lowest test-slow wheel-check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner
 # One thread for each process, and three processes for two cores, since some tests mostly wait.
 test: $(INSTALLED) ## run the tests, three files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+test-slow: $(INSTALLED) ## run the few tests that `make test` leaves out, because they take long (two minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # What tests import is compiled by one process. Otherwise each process of `make test` does it, all at the same time.
 .PHONY: collect

@@ -68,6 +68,7 @@ def test_trainable_parameters_are_counted_by_tower(tmp_path: Path) -> None:
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_a_compiled_captioner_has_few_graphs_whatever_the_lengths_of_captions(tmp_path: Path) -> None:
     model = make_captioner(tmp_path)
     graphs = []

@@ -73,7 +73,7 @@ def wait_for_call(environment: dict[str, str], start: str) -> None:
 @pytest.fixture
 def slurm(environment: dict[str, str]) -> dict[str, str]:
     job = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "node-[a-c]", "SLURM_CPUS_ON_NODE": "8"}
-    return {**environment, **job, "SLURM_GPUS_ON_NODE": "2", "STARTS": "3"}
+    return {**environment, **job, "SLURM_GPUS_ON_NODE": "2", "STARTS": "3", "VENV": "/nowhere"}
 
 
 COMMAND = ["bash", "deploy/slurm/reinforce.sbatch"]

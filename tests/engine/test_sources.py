@@ -14,7 +14,7 @@ import pytest
 import reinforce
 from reinforce.cli import main
 from reinforce.config import parse_config
-from reinforce.dataset.manifest import update_manifest
+from reinforce.dataset.manifest import DIGEST_KEY, update_manifest
 from reinforce.dataset.store import MANIFEST, Store
 from reinforce.engine.plan import make_plan
 from reinforce.engine.runner import run
@@ -129,6 +129,7 @@ def test_a_dataset_whose_source_moved_is_extended_under_the_old_names(
     found, expected = tree(tmp_path / "out"), tree(fresh)
     found_manifest, expected_manifest = json.loads(found.pop(MANIFEST)), json.loads(expected.pop(MANIFEST))
     assert found == expected, "also for a shard that is new in the new place"
+    assert found_manifest.pop(DIGEST_KEY) != expected_manifest.pop(DIGEST_KEY)
     assert found_manifest == {**expected_manifest, "moved": {f"{tmp_path}/new": f"{tmp_path}/source"}}
     samples = [sample.pil().size for sample in reinforce.open(str(tmp_path / "out"), images_from=f"{tmp_path}/new")]
     assert samples == [(40, 30)] * 9, "readers find referenced images where they are now"

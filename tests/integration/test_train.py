@@ -161,6 +161,7 @@ def test_a_killed_and_interrupted_training_has_the_curve_of_an_uninterrupted_one
     assert_same(output, undisturbed)
 
 
+@pytest.mark.slow
 def test_sigterm_under_torchrun_ends_both_ranks_with_a_checkpoint_and_they_resume(
     start: Start, base: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -225,7 +226,6 @@ ConfigError = Callable[[dict[str, Any]], dict[str, Any]]
         (lambda c: {"data": {**c["data"], "datasets": "nowhere"}}, "nowhere"),
         (lambda c: {"data": {**c["data"], "teachers": ["green"]}}, "no teacher 'green'"),
         (lambda c: {"student": {"model": "ViT-Z-99"}}, "ViT-Z-99"),
-        (lambda c: {"loss": {"lambda": 0.7}}, "teacher blue has no logit scale"),
         (lambda c: {"train": {**c["train"], "compute": {"gpus": 1}}}, "Set train.compute.gpus to 0"),
         (lambda c: {"evaluate": {"retrieval": {"own": {"pairs": "nothing-here"}}}}, "nothing-here"),
         (lambda c: {"output": "/proc/no"}, "output /proc/no cannot be written"),

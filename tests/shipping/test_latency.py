@@ -82,6 +82,7 @@ def test_operations_match_a_count_by_hand(tmp_path: Path) -> None:
     assert about["gflop"]["text"] * 1e9 == pytest.approx(blocks(length) + projecting)
 
 
+@pytest.mark.slow
 def test_onnxruntime_is_measured_next_to_torch(tmp_path: Path) -> None:
     with resolve_models([student_folder(tmp_path)], weights=False) as specs:
         report = measure_latency(specs, rounds=2, onnx=True, clock="process")

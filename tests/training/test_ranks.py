@@ -115,6 +115,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_several_ranks_have_the_curve_of_one_with_the_whole_batch(trained: tuple[Path, Any], one: Path) -> None:
     np.testing.assert_allclose(curve(trained[0] / "ranks"), curve(one), rtol=2e-4)
     metrics = [[row["metrics"] for row in rows(output) if "metrics" in row] for output in (trained[0] / "ranks", one)]
