@@ -113,25 +113,25 @@ def _annotation_of(annotation: Any, part: int | str) -> Any:
         for name, field in section.model_fields.items():
             if part in (name, field.alias):
                 return field.annotation
-    for member in _members(annotation):
+    for member in union_members(annotation):
         if typing.get_origin(member) in (dict, list, tuple) and "[" not in str(part):
             return typing.get_args(member)[-1]
     return annotation  # ``part`` is the name of a member of a union
 
 
-def _members(annotation: Any) -> list[Any]:
+def union_members(annotation: Any) -> list[Any]:
     """Return the members of a union; ``Annotated`` is unwrapped."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
-        return _members(typing.get_args(annotation)[0])
+        return union_members(typing.get_args(annotation)[0])
     if origin in (typing.Union, types.UnionType):
-        return [inner for member in typing.get_args(annotation) for inner in _members(member)]
+        return [inner for member in typing.get_args(annotation) for inner in union_members(member)]
     return [annotation]
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
     # In Python 3.10, ``list[int]`` counts as an instance of ``type``.
-    classes = [m for m in _members(annotation) if isinstance(m, type) and typing.get_origin(m) is None]
+    classes = [m for m in union_members(annotation) if isinstance(m, type) and typing.get_origin(m) is None]
     return [m for m in classes if issubclass(m, BaseModel)]
 
 

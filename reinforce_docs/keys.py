@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.config import Config
+from reinforce.settings import union_members
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig
 from reinforce_docs.tables import cell, code, table
@@ -55,7 +55,7 @@ def groups(model: type[BaseModel], path: str = "") -> Iterator[Group]:
     """The sections of a config, the top level first. A section's own keys come before those of its sections."""
     prefix = f"{path}." if path else ""
     fields = [(prefix + (field.alias or name), field) for name, field in model.model_fields.items()]
-    own = tuple(_key(name, field) for name, field in fields if not _is_section(field.annotation))
+    own = tuple(_key(name, field) for name, field in fields if not _is_model(field.annotation))
     yield Group(path, inspect.getdoc(model) or "", own)
     for name, field in fields:
         for suffix, section in _sections(field.annotation):
@@ -102,27 +102,13 @@ def _default(field: FieldInfo) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value, default=str)
 
 
-def _members(annotation: Any) -> list[Any]:
-    """The members of a union, without ``Annotated``."""
-    origin = typing.get_origin(annotation)
-    if origin is typing.Annotated:
-        return _members(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        return [inner for member in typing.get_args(annotation) for inner in _members(member)]
-    return [annotation]
-
-
 def _is_model(value: Any) -> bool:
     return inspect.isclass(value) and typing.get_origin(value) is None and issubclass(value, BaseModel)
 
 
-def _is_section(annotation: Any) -> bool:
-    return _is_model(annotation)
-
-
 def _sections(annotation: Any) -> Iterator[tuple[str, type[BaseModel]]]:
     """The sections that a key may hold, with what their path adds: ``.NAME`` in mappings, ``[]`` in lists."""
-    for member in _members(annotation):
+    for member in union_members(annotation):
         origin, arguments = typing.get_origin(member), typing.get_args(member)
         if _is_model(member):
             yield "", member
@@ -134,7 +120,7 @@ def _sections(annotation: Any) -> Iterator[tuple[str, type[BaseModel]]]:
 
 def type_text(annotation: Any) -> str:
     """A type in words, such as ``list of string, or null``."""
-    return ", or ".join(dict.fromkeys(_member_text(member) for member in _members(annotation)))
+    return ", or ".join(dict.fromkeys(_member_text(member) for member in union_members(annotation)))
 
 
 def _member_text(member: Any) -> str:
