@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
 
+from tests.helpers.commands import Command, run_command
 from tests.helpers.data import members_of, write_tar
 from tests.helpers.s3_proxy import Proxy
 
@@ -94,3 +96,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     step = 0.8 * len(computing) / max(1, len(waiting))  # the last files are short, so that no process ends late
     place = {file: float(n) for n, file in enumerate(computing)} | {file: n * step for n, file in enumerate(waiting)}
     items.sort(key=lambda item: place[item.path])
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command."""
+    return partial(run_command, capfd)

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 from pydantic import BaseModel, ValidationError
 
 from reinforce.captioning.config import CaptionerConfig
-from reinforce.cli_config import Kind, schema_of
+from reinforce.cli.config import Kind, schema_of
 from reinforce.config import Config
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig

@@ -167,9 +167,11 @@ def measured_rate(plan: Plan, summary: Mapping[str, Any] | None) -> Rate | None:
     stages = summary.get("stages") or {}
     needed = {layer for shard in plan.pending for layer in shard.layers}
     models = [name for name in needed if plan.layers[name].model is not None and not plan.layers[name].published]
-    if not models or any(not stages.get(name, {}).get("seconds") for name in models):
+    if any("seconds" not in stages.get(name, {}) for name in models):
         return None
     seconds = sum(stages[name]["seconds"] for name in models) / summary["samples"]
+    if not seconds:  # no model, or all of them together took less than is recorded
+        return None
     device = (summary.get("device") or {}).get("name")
     return Rate(1 / seconds, f"as run {summary.get('run')} measured" + (f" on {device}" if device else ""))
 

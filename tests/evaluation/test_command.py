@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,15 @@ import pytest
 import torch
 import yaml
 
-from reinforce.cli import main
 from reinforce.cores import available_cores
 from tests.helpers import tiny_models
+from tests.helpers.commands import Command
 from tests.helpers.evaluation import solid_image, write_colour_folder, write_colour_shard, write_shard
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def evaluate(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command -> (exit status, standard output, standard error)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main(["evaluate", *arguments])
-        out, err = capfd.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), out, err
-
-    return run
+def evaluate(command: Command) -> Command:
+    return partial(command, "evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_models_are_compared_and_refused_images_listed(evaluate: Run, root: Path, tmp_path: Path) -> None:
+def test_models_are_compared_and_refused_images_listed(evaluate: Command, root: Path, tmp_path: Path) -> None:
     models = [f"local-dir:{root}/plain", f"{root}/trained", f"{root}/trained/student"]
     sets = ["--zero-shot", f"colours={root}/folder", "--templates", "none", "--retrieval", f"holes={root}/holes.tar"]
     status, out, _ = evaluate(*models, *sets, "--json", f"{tmp_path}/out/report.json", "--batch", "4")
@@ -73,7 +62,7 @@ def test_models_are_compared_and_refused_images_listed(evaluate: Run, root: Path
     assert f"{100 * one['metrics']['zero_shot/colours/top1']:.2f}" in out
 
 
-def test_sets_of_the_config_and_the_command_line_are_merged(evaluate: Run, root: Path, tmp_path: Path) -> None:
+def test_sets_of_the_config_and_the_command_line_are_merged(evaluate: Command, root: Path, tmp_path: Path) -> None:
     section: dict[str, Any] = {"zero_shot": {"a": {"images": f"{root}/folder"}, "b": {"images": "nowhere.tar"}}}
     config = tmp_path / "student.yaml"
     config.write_text(yaml.safe_dump({"output": "x", "student": {"model": "y"}, "evaluate": section}))
@@ -85,7 +74,7 @@ def test_sets_of_the_config_and_the_command_line_are_merged(evaluate: Run, root:
     assert "zero_shot/b/group" in out
 
 
-def test_a_remote_model_gives_the_metrics_of_a_local_one(evaluate: Run, root: Path, tmp_path: Path) -> None:
+def test_a_remote_model_gives_the_metrics_of_a_local_one(evaluate: Command, root: Path, tmp_path: Path) -> None:
     fsspec.filesystem("memory").put(str(root / "trained"), "/run", recursive=True)
     models = [f"{root}/trained", "memory://run"]
     status, out, err = evaluate(*models, "--retrieval", f"x={root}/colours.tar", "--json", "-")
@@ -122,7 +111,7 @@ FAULTS: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_user_error_is_one_message(evaluate: Run, root: Path, fault: str) -> None:
+def test_a_user_error_is_one_message(evaluate: Command, root: Path, fault: str) -> None:
     arguments, message = FAULTS[fault]
     status, out, err = evaluate(*(argument.format(root=root) for argument in arguments))
     assert status == 2
@@ -135,7 +124,7 @@ def test_a_user_error_is_one_message(evaluate: Run, root: Path, fault: str) -> N
 
 
 def test_clip_benchmark_commands_are_printed_where_it_is_not_installed(
-    evaluate: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluate: Command, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     status, _, err = evaluate(f"{root}/plain", "--clip-benchmark", f"{tmp_path}/b")
@@ -147,7 +136,7 @@ def test_clip_benchmark_commands_are_printed_where_it_is_not_installed(
 
 
 def test_clip_benchmark_results_are_part_of_the_report(
-    evaluate: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluate: Command, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A script replaces the program and writes the output of release 1.6.2 for a set of each kind."""
     program = tmp_path / "bin" / "clip_benchmark"

@@ -114,7 +114,7 @@ class FailingTeacher(ColorTeacher):
         return out
 
 
-def _allocate(gigabytes: float = 4.0, seconds: float = 60.0) -> None:
+def _allocate(gigabytes: float = 6.0, seconds: float = 60.0) -> None:
     """Allocate memory and hold it until the process is killed. Raises AssertionError if nothing kills it."""
     blocks = [np.ones(2**27, np.uint8) for _ in range(int(gigabytes * 8))]
     time.sleep(seconds)

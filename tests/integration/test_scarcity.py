@@ -18,14 +18,14 @@ from tests.helpers.reinforced import fresh_dataset
 ROOT = Path(__file__).parents[2]
 DISK_BYTES = 300_000  # room for the first few shards
 
-#: A run on a Ray of its own, whose memory monitor allows 2.5 GiB more than are in use now.
+#: A run on a Ray of its own, whose memory monitor allows 4 GiB more than are in use now: other tests take some of it.
 SCRIPT = """
 import json, sys
 import ray, yaml
 from ray._private.utils import get_system_memory, get_used_memory
 import reinforce
 
-limit = (get_used_memory() + 2.5 * 2**30) / get_system_memory()
+limit = (get_used_memory() + 4 * 2**30) / get_system_memory()
 assert limit < 0.97, "too little memory is free for this test"
 system = {"memory_usage_threshold": limit, "memory_monitor_refresh_ms": 100}
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _system_config=system)
@@ -94,6 +94,6 @@ def test_a_worker_killed_by_the_memory_monitor_costs_no_shard(shards: Callable[.
     assert json.loads(done.stdout.splitlines()[-1]) == [0, 0]
     lines = [line for path in tmp_path.glob("out/runs/*/events-*.jsonl") for line in path.read_text().splitlines()]
     died = [event for event in map(json.loads, lines) if event["event"] == "worker_died"]
-    assert 1 <= len(died) <= 3, "what else runs on this machine may fill the memory once more"
-    assert all("memory" in death["error"] for death in died)
+    assert len(died) == 1
+    assert "memory" in died[0]["error"]
     assert tree(tmp_path / "out") == tree(fresh_dataset({**config, "output": str(tmp_path / "whole")}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from safetensors.torch import load_file
 import reinforce
 from reinforce.cli import main
 from reinforce.cores import available_cores, describe_share
+from reinforce.dataset.store import MANIFEST
+from tests.helpers.commands import Command
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.students import student_folder
 from tests.helpers.trainings import curve, rows
@@ -241,4 +244,18 @@ def test_errors_in_the_config_are_reported_before_anything_starts(
         main(["train", config])
     assert ended.value.code == 2
     assert message in capfd.readouterr().err
+    assert not (tmp_path / "out/log.jsonl").exists()
+
+
+def test_a_teacher_without_a_logit_scale_is_reported_before_anything_starts(
+    base: dict[str, Any], tmp_path: Path, command: Command
+) -> None:
+    url = shutil.copytree(base["data"]["datasets"], tmp_path / "data")
+    manifest = json.loads((url / MANIFEST).read_text())
+    manifest["teachers"]["blue"]["logit_scale"] = None
+    (url / MANIFEST).write_text(json.dumps(manifest))
+    config = written(base, tmp_path / "out", {"loss": {"lambda": 0.7}, "data": {**base["data"], "datasets": str(url)}})
+    status, _, err = command("train", config)
+    assert status == 2
+    assert "teacher blue has no logit scale" in err
     assert not (tmp_path / "out/log.jsonl").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +11,18 @@ import open_clip
 import pytest
 import torch
 
-from reinforce.cli import main
 from reinforce.model_names import resolve_models
 from reinforce.shipping.latency import measure_latency
 from reinforce.shipping.towers import reparameterize
 from tests.helpers import shipping as models
+from tests.helpers.commands import Command
 from tests.helpers.students import student_folder
 from tests.helpers.tiny_coca import coca_model
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def latency(capfd: pytest.CaptureFixture[str]) -> Run:
-    """A function that runs the command and returns (exit status, standard output, standard error)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main(["latency", *arguments])
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), *capfd.readouterr()
-
-    return run
+def latency(command: Command) -> Command:
+    return partial(command, "latency")
 
 
 @pytest.fixture
@@ -42,7 +32,7 @@ def threads() -> Any:
     torch.set_num_threads(before)
 
 
-def test_command_measures_several_models(latency: Run, tmp_path: Path, threads: None) -> None:
+def test_command_measures_several_models(latency: Command, tmp_path: Path, threads: None) -> None:
     vit = student_folder(tmp_path / "runs" / "student")  # without weights, in the layout of a training's output
     fast = models.fastvit(tmp_path / "fast", weights=False)
     status, out, _ = latency(
@@ -96,7 +86,7 @@ def test_onnxruntime_is_measured_next_to_torch(tmp_path: Path) -> None:
     assert report.table().row_count == 2
 
 
-def test_models_that_cannot_be_measured_are_reported(latency: Run, tmp_path: Path) -> None:
+def test_models_that_cannot_be_measured_are_reported(latency: Command, tmp_path: Path) -> None:
     for model, message in {
         "hf-hub:nobody/nothing": "its architecture is not on this machine",
         "MobileCLIP2-S5": "did you mean MobileCLIP2-S",

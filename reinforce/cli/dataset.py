@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from reinforce.cli_common import DatasetUrl
+from reinforce.cli.common import DatasetUrl
 from reinforce.errors import UserError
 from reinforce.terminal import escape
 from teachers.redact import redact

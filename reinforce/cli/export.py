@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from reinforce.cli_common import Address, DatasetUrl, examples, split_names
+from reinforce.cli.common import Address, DatasetUrl, examples, split_names
 from reinforce.terminal import escape
 
 OutputUrl = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or fsspec URL to write to.")]

@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 
 import reinforce
-from reinforce import cli_config, cli_dataset, cli_export, cli_inspect, cli_run, cli_status, cli_training
-from reinforce.cli_common import examples
+from reinforce.cli import config, dataset, export, inspect, run, status, training
+from reinforce.cli.common import examples
 from reinforce.cores import let_waiting_threads_sleep
 from reinforce.errors import UserError
 from reinforce.terminal import escape
@@ -56,57 +56,57 @@ app.command(
         "reinforce run configs/demo.yaml --set workers.cpus=2",
         "reinforce run configs/demo.yaml --retry-quarantined",
     )
-)(cli_run.run)
-app.command(**examples("reinforce plan configs/demo.yaml", "reinforce plan configs/demo.yaml --uses"))(cli_run.plan)
+)(run.run)
+app.command(**examples("reinforce plan configs/demo.yaml", "reinforce plan configs/demo.yaml --uses"))(run.plan)
 app.command(
     **examples(
         "reinforce check configs/demo.yaml",
         "reinforce check our_lab.teachers:Radiology --options '{\"size\": 336}'",
     )
-)(cli_run.check)
+)(run.check)
 app.command(
     **examples("reinforce init demo/shards", "reinforce init hf://datasets/ORG/NAME", "reinforce init photos/")
-)(cli_config.init)
-app.command(**examples("reinforce schema run"))(cli_config.schema)
+)(config.init)
+app.command(**examples("reinforce schema run"))(config.schema)
 app.command(
     **examples(
         "reinforce status demo/dataset",
         "reinforce status demo/dataset --watch",
         "reinforce status demo/dataset --reasons",
     )
-)(cli_status.status)
+)(status.status)
 app.command(
     **examples(
         "reinforce validate demo/dataset",
         "reinforce validate demo/dataset --sources demo/shards --repair",
         "reinforce validate demo/dataset --recompute 32 --config configs/demo.yaml",
     )
-)(cli_dataset.validate)
+)(dataset.validate)
 app.command(
     **examples(
         "reinforce drop demo/dataset 'embeddings/conv-48/*'",
         "reinforce drop demo/dataset 'embeddings/conv-48/*' --yes",
     )
-)(cli_dataset.drop)
+)(dataset.drop)
 app.command(
     **examples(
         "reinforce inspect demo/dataset demo/report",
         "reinforce inspect demo/dataset demo/report --teachers conv-64 --limit 500 --seed 1",
     )
-)(cli_inspect.inspect)
-app.command(**examples("reinforce card demo/dataset --license cc-by-4.0"))(cli_export.card)
-app.add_typer(cli_export.export, name="export")
+)(inspect.inspect)
+app.command(**examples("reinforce card demo/dataset --license cc-by-4.0"))(export.card)
+app.add_typer(export.export, name="export")
 app.command(
     **examples(
         "reinforce train configs/student-demo.yaml",
         "reinforce train configs/student-demo.yaml --set output=demo/students/second",
     )
-)(cli_training.train)
+)(training.train)
 app.command("finetune-captioner", **examples("reinforce finetune-captioner configs/finetune-demo.yaml"))(
-    cli_training.finetune_captioner
+    training.finetune_captioner
 )
 app.command(**examples("reinforce tune configs/tune-demo.yaml", "reinforce tune configs/tune-demo.yaml --screen-only"))(
-    cli_training.tune
+    training.tune
 )
 app.command(
     **examples(
@@ -114,13 +114,13 @@ app.command(
         "reinforce evaluate demo/students/plain --config configs/student-demo.yaml",
         "reinforce evaluate MobileCLIP2-S0,dfndr2b --zero-shot pets=pets/",
     )
-)(cli_training.evaluate)
-app.command(**examples("reinforce latency MobileCLIP2-S0 ViT-B-32 --threads 1"))(cli_training.latency)
+)(training.evaluate)
+app.command(**examples("reinforce latency MobileCLIP2-S0 ViT-B-32 --threads 1"))(training.latency)
 app.command("captions-report", **examples("reinforce captions-report demo/dataset --out demo/captions-report"))(
-    cli_dataset.captions_report
+    dataset.captions_report
 )
 
-app.command(**examples("reinforce dashboard grafana/dashboards"))(cli_status.dashboard)
+app.command(**examples("reinforce dashboard grafana/dashboards"))(status.dashboard)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -147,7 +147,7 @@ def _fail(message: str, status: int) -> None:
 def _describe(error: Exception) -> str:
     """An error that nobody has foreseen, in one line: what it is, where it was raised, and what to do."""
     frames = traceback.extract_tb(error.__traceback__)
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(root)] or [*frames]
     place = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "unknown place"
     text = " ".join(f"{type(error).__name__}: {error}".split())

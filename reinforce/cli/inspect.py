@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from reinforce.cli_common import DatasetUrl, split_names
+from reinforce.cli.common import DatasetUrl, split_names
 from reinforce.terminal import escape
 
 Names = Annotated[str | None, typer.Option(metavar="NAMES", help="Names, separated by commas. Default: all.")]

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from reinforce import cli_status
-from reinforce.cli import main
+from reinforce.cli import status as cli_status
 from reinforce.dataset.run_progress import RunProgress
 from reinforce.dataset.store import Store
 from schemas import Reason
+from tests.helpers.commands import Command
 from tests.helpers.reinforced import small_dataset
 
 
@@ -30,13 +30,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def dataset(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "out"))
-
-
-def command(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[object, str, str]:
-    """The exit status, standard output and standard error of a command."""
-    with pytest.raises(SystemExit) as ended:
-        main(list(words))
-    return ended.value.code or 0, *capfd.readouterr()
 
 
 def report(store: Store, done: int, **changes: Any) -> None:
@@ -67,12 +60,12 @@ def end(store: Store, status: int = 0) -> Callable[[], None]:
 
 
 def test_a_running_job_is_shown_with_its_workers_before_the_layers(
-    dataset: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    dataset: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     report(Store(str(dataset)), 1, samples_per_second=5.0, eta_seconds=61.0)
-    lines = command(capfd, "status", str(dataset))[1].splitlines()
+    lines = command("status", str(dataset))[1].splitlines()
     assert lines[0].startswith("run r is running since 0:01:00; log: in the terminal of pid")
     assert lines[1] == "1 of 2 shards  10 samples  5 samples/s  1 worker  ETA 0:01:01"
     assert lines[2].split() == ["worker", "on", "shard", "for", "stage", "for", "log"]
@@ -80,17 +73,15 @@ def test_a_running_job_is_shown_with_its_workers_before_the_layers(
     assert lines[4].split()[:2] == ["layer", "shards"]
 
 
-def test_a_job_that_loads_its_models_into_a_new_folder_is_shown(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_job_that_loads_its_models_into_a_new_folder_is_shown(tmp_path: Path, command: Command) -> None:
     report(Store(str(tmp_path)), 0, workers=[], starting_workers=4)
-    status, out, _ = command(capfd, "status", str(tmp_path))
+    status, out, _ = command("status", str(tmp_path))
     assert (status, out.splitlines()[-1]) == (0, "there are no layers yet: workers load their models")
-    found = json.loads(command(capfd, "status", str(tmp_path), "--json")[1])
+    found = json.loads(command("status", str(tmp_path), "--json")[1])
     assert (found["run"]["starting_workers"], found["layers"], found["shards"]) == (4, {}, 0)
 
 
-def test_json_has_the_run_and_the_dataset(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_json_has_the_run_and_the_dataset(dataset: Path, command: Command) -> None:
     store = Store(str(dataset))
     layer = "embeddings/red/images"
     [shard, *_] = sorted(store.shards(layer))
@@ -98,7 +89,7 @@ def test_json_has_the_run_and_the_dataset(dataset: Path, capfd: pytest.CaptureFi
     path.write_bytes(path.read_bytes()[:-20])
     store.quarantine("samples", shard, [("k", Reason.IMAGE_BROKEN, "cut off")])
     report(store, 1, job="raysubmit_1")
-    found = json.loads(command(capfd, "status", str(dataset), "--json")[1])
+    found = json.loads(command("status", str(dataset), "--json")[1])
     assert found.keys() == {"url", "run", "shards", "layers", "quarantine", "damaged", "missing", "last_run"}
     assert (found["url"], found["shards"], found["last_run"]) == (str(dataset), 2, None)
     assert found["layers"][layer]["shards"] == 1
@@ -108,17 +99,17 @@ def test_json_has_the_run_and_the_dataset(dataset: Path, capfd: pytest.CaptureFi
     assert (run["state"], run["log_command"]) == ("running", "ray job logs raysubmit_1 --follow")
     assert run["workers"][0]["shards"][0]["stage"] == "decoding"
     end(store)()
-    found = json.loads(command(capfd, "status", str(dataset), "--json")[1])
+    found = json.loads(command("status", str(dataset), "--json")[1])
     assert (found["run"], found["last_run"]["status"]) == (None, 0)
 
 
 def test_watch_prints_lines_until_the_run_ends_and_exits_with_its_status(
-    dataset: Path, capfd: pytest.CaptureFixture[str], quick: list[Callable[[], None]]
+    dataset: Path, command: Command, quick: list[Callable[[], None]]
 ) -> None:
     store = Store(str(dataset))
     report(store, 0)
     quick += [lambda: None, lambda: report(store, 1), end(store, status=1)]
-    status, out, err = command(capfd, "status", str(dataset), "--watch")
+    status, out, err = command("status", str(dataset), "--watch")
     lines = out.splitlines()
     assert (status, err) == (1, "")
     assert [line[:13] for line in lines[:2]] == ["0 of 2 shards", "1 of 2 shards"], "nothing where nothing is new"
@@ -127,19 +118,19 @@ def test_watch_prints_lines_until_the_run_ends_and_exits_with_its_status(
 
 
 def test_watch_as_json_prints_a_line_for_each_report(
-    dataset: Path, capfd: pytest.CaptureFixture[str], quick: list[Callable[[], None]]
+    dataset: Path, command: Command, quick: list[Callable[[], None]]
 ) -> None:
     store = Store(str(dataset))
     report(store, 0)
     quick += [lambda: report(store, 2), end(store)]
-    status, out, _ = command(capfd, "status", str(dataset), "--watch", "--json")
+    status, out, _ = command("status", str(dataset), "--watch", "--json")
     assert status == 0
     assert [json.loads(line)["shards_done"] for line in out.splitlines()] == [0, 2]
 
 
 def test_watch_on_a_terminal_replaces_what_it_has_shown(
     dataset: Path,
-    capfd: pytest.CaptureFixture[str],
+    command: Command,
     quick: list[Callable[[], None]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -147,50 +138,48 @@ def test_watch_on_a_terminal_replaces_what_it_has_shown(
     store = Store(str(dataset))
     report(store, 0)
     quick += [lambda: report(store, 1), end(store)]
-    _, out, _ = command(capfd, "status", str(dataset), "--watch")
+    _, out, _ = command("status", str(dataset), "--watch")
     rest = out.split("0 of 2 shards", 1)[1]
     assert "\x1b[1A" in rest.split("1 of 2 shards")[0], "the cursor goes up"
     assert "decoding" in rest
 
 
 def test_watch_ends_with_an_error_once_the_run_does_not_report_any_more(
-    dataset: Path, capfd: pytest.CaptureFixture[str], quick: list[Callable[[], None]]
+    dataset: Path, command: Command, quick: list[Callable[[], None]]
 ) -> None:
     store = Store(str(dataset))
     report(store, 1)
     quick += [lambda: report(store, 1, pid=2**22 + 1)]
-    status, out, err = command(capfd, "status", str(dataset), "--watch")
+    status, out, err = command("status", str(dataset), "--watch")
     assert status == 2
     assert "1 of 2 shards" in out
     assert "was probably killed" in err
-    assert command(capfd, "status", str(dataset))[1].startswith("run r has not reported for ")
+    assert command("status", str(dataset))[1].startswith("run r has not reported for ")
 
 
-def test_ctrl_c_ends_watch_and_nothing_else(
-    dataset: Path, capfd: pytest.CaptureFixture[str], quick: list[Callable[[], None]]
-) -> None:
+def test_ctrl_c_ends_watch_and_nothing_else(dataset: Path, command: Command, quick: list[Callable[[], None]]) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     report(Store(str(dataset)), 1)
     quick.append(interrupt)
-    status, out, err = command(capfd, "status", str(dataset), "--watch")
+    status, out, err = command("status", str(dataset), "--watch")
     assert (status, err) == (130, "")
     assert out.splitlines() == ["1 of 2 shards  10 samples  1 worker"]
 
 
-def test_watch_without_a_run_is_an_error(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert "no run has begun in" in command(capfd, "status", str(dataset), "--watch")[2]
+def test_watch_without_a_run_is_an_error(dataset: Path, command: Command) -> None:
+    assert "no run has begun in" in command("status", str(dataset), "--watch")[2]
 
 
-def test_status_shows_an_example_of_each_reason_when_asked(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_status_shows_an_example_of_each_reason_when_asked(dataset: Path, command: Command) -> None:
     [shard, *_] = sorted(Store(str(dataset)).shards("samples"))
     rows = [("k\x1b", Reason.IMAGE_BROKEN, "the file ends early"), (None, Reason.SHARD_DAMAGED, "at byte 9")]
     Store(str(dataset)).quarantine("samples", shard, rows)
     counts = "quarantine/samples: 1 shards; 1 image_broken, 1 shard_damaged (shard)"
-    out = command(capfd, "status", str(dataset))[1].splitlines()
+    out = command("status", str(dataset))[1].splitlines()
     assert out[-2:] == [counts, f"`reinforce status {dataset} --reasons` shows an example of each reason"]
-    out = command(capfd, "status", str(dataset), "--reasons")[1].splitlines()
+    out = command("status", str(dataset), "--reasons")[1].splitlines()
     assert out[-3:] == [
         counts,
         f"  image_broken, for example {shard}: k\\x1b: the file ends early",
@@ -198,14 +187,12 @@ def test_status_shows_an_example_of_each_reason_when_asked(dataset: Path, capfd:
     ]
 
 
-def test_status_shows_what_the_last_run_found_outside_its_source(
-    dataset: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_status_shows_what_the_last_run_found_outside_its_source(dataset: Path, command: Command) -> None:
     absent = {"finished": 0, "quarantined": 1, "first_finished": None, "first_quarantined": "samples/old-ab"}
     rates = {"busy_share": 0.5, "stages": {"captions/c": {"inputs": 30, "seconds": 3.0, "per_second": 10.0}}}
     last = {"run": "2026", "shards": 2, "seconds": 1.0, "message": "done", "not_in_source": absent, **rates}
     Store(str(dataset)).write_json(last, "runs", "2026", "summary.json")
-    out = command(capfd, "status", str(dataset))[1].splitlines()
+    out = command("status", str(dataset))[1].splitlines()
     assert out[-4:-1] == [
         "last run 2026: 2 shards in 1 s, done",
         "accelerator busy 50%",

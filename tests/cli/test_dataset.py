@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from reinforce.cli import main
 from reinforce.dataset import drop as dropping
 from reinforce.dataset.store import Store
+from tests.helpers.commands import Command
 from tests.helpers.data import tree
 from tests.helpers.reinforced import small_dataset
 
@@ -19,18 +19,9 @@ def dataset(tmp_path: Path) -> Path:
     return Path(small_dataset(tmp_path, (3, 2)))
 
 
-def command(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[object, str, str]:
-    """The exit status, standard output and standard error of a command."""
-    with pytest.raises(SystemExit) as ended:
-        main(list(words))
-    return ended.value.code or 0, *capfd.readouterr()
-
-
-def test_a_dry_run_shows_files_and_bytes_and_the_command_that_deletes(
-    dataset: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_shows_files_and_bytes_and_the_command_that_deletes(dataset: Path, command: Command) -> None:
     before = tree(dataset, layers_only=False)
-    status, out, err = command(capfd, "drop", str(dataset), "embeddings/red/*")
+    status, out, err = command("drop", str(dataset), "embeddings/red/*")
     *shown, last = out.splitlines()
     assert (status, err) == (0, "")
     size = sum(len(data) for name, data in before.items() if name.startswith("embeddings/red/"))
@@ -38,16 +29,14 @@ def test_a_dry_run_shows_files_and_bytes_and_the_command_that_deletes(
     assert last == f"nothing was deleted; to delete: reinforce drop {dataset} 'embeddings/red/*' --yes"
     assert tree(dataset, layers_only=False) == before
 
-    status, out, _ = command(capfd, *shlex.split(last.partition("reinforce ")[2]))
+    status, out, _ = command(*shlex.split(last.partition("reinforce ")[2]))
     assert (status, out.splitlines()) == (0, [*shown, "deleted"])
     assert not any("/red/" in name for name in tree(dataset))
 
 
-def test_a_dry_run_names_what_depends_on_the_layers_and_the_full_command(
-    dataset: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_names_what_depends_on_the_layers_and_the_full_command(dataset: Path, command: Command) -> None:
     for options in ([], ["--yes"]):
-        status, out, err = command(capfd, "drop", str(dataset), "captions/namer", *options)
+        status, out, err = command("drop", str(dataset), "captions/namer", *options)
         assert status == 2
         assert out.splitlines()[-2:] == [
             "depends on this: embeddings/blue/namer",
@@ -55,45 +44,43 @@ def test_a_dry_run_names_what_depends_on_the_layers_and_the_full_command(
         ]
         full = f"reinforce drop {dataset} embeddings/blue/namer embeddings/red/namer captions/namer"
         assert err.strip().endswith(f"Name them, too: {full}")
-    assert command(capfd, *shlex.split(full)[1:], "--yes")[0] == 0
+    assert command(*shlex.split(full)[1:], "--yes")[0] == 0
     assert not any("namer" in name for name in tree(dataset))
 
 
 def test_an_interrupted_drop_names_the_way_to_finish_it(
-    dataset: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    dataset: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(dropping, "_remove_entry", interrupt)
-        status, _, err = command(capfd, "drop", str(dataset), "embeddings/red/*", "--yes")
+        status, _, err = command("drop", str(dataset), "embeddings/red/*", "--yes")
     assert (status, err) == (130, "stopped; run the same command again to delete the rest\n")
-    assert command(capfd, "drop", str(dataset), "embeddings/red/*", "--yes")[0] == 0
+    assert command("drop", str(dataset), "embeddings/red/*", "--yes")[0] == 0
 
 
-def test_a_damaged_file_is_shown_and_set_aside_after_a_dry_run(
-    dataset: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_file_is_shown_and_set_aside_after_a_dry_run(dataset: Path, command: Command) -> None:
     layer = "embeddings/red/images"
     [shard, *_] = sorted(Store(str(dataset)).shards(layer))
     path = dataset / layer / f"{shard}.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    out = command(capfd, "status", str(dataset))[1]
+    out = command("status", str(dataset))[1]
     fix = f"reinforce drop {dataset} {layer} --shard {shard}"
     assert f"1 file is damaged ({layer}/{shard}.parquet: it is not a Parquet file, or it is cut off)" in out
     assert f"{fix} --yes" in out
     assert "1/2" in next(line for line in out.splitlines() if line.startswith(layer))
 
     before = tree(dataset, layers_only=False)
-    status, out, _ = command(capfd, *shlex.split(fix)[1:])
+    status, out, _ = command(*shlex.split(fix)[1:])
     assert status == 0
     assert out.splitlines() == [str(path), f"nothing was moved; to move to set-aside/: {fix} --yes"]
     assert {k: v for k, v in tree(dataset, layers_only=False).items() if k != ".tmp/lock"} == before
-    status, out, _ = command(capfd, *shlex.split(fix)[1:], "--yes")
+    status, out, _ = command(*shlex.split(fix)[1:], "--yes")
     assert status == 0
     assert not path.exists()
     assert [str(moved) for moved in (dataset / "set-aside" / layer).iterdir()] == [
         out.splitlines()[0].removeprefix("moved to ")
     ]
-    assert "damaged" not in command(capfd, "status", str(dataset))[1]
+    assert "damaged" not in command("status", str(dataset))[1]

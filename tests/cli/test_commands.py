@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,29 +15,15 @@ import yaml
 from typer.main import get_command
 
 import reinforce
-from reinforce.cli import app, main
-from reinforce.cli_common import only_json
+from reinforce.cli import app
+from reinforce.cli.common import only_json
 from reinforce.engine.cluster_check import cluster_machines
 from tests.helpers import command_line, pages_commands
-from tests.helpers.data import config_of
+from tests.helpers.commands import Command
+from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import fresh_dataset
 
-Command = Callable[..., tuple[int, str, str]]
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Command:
-    """Run a command; returns the exit status, standard output and standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main(list(arguments))
-        out, err = capfd.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), out, err
-
-    return run
+ROOT = Path(__file__).parents[2]
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> str:
@@ -114,7 +97,9 @@ def test_run_and_plan_report_a_changed_fingerprint(
 def test_plan_run_and_status_report_the_state_of_the_dataset(
     command: Command, shards: Callable[..., str], tmp_path: Path, ray_session: None
 ) -> None:
-    path = write_config(tmp_path, config_of(shards(4, 4), tmp_path / "out"))
+    config = config_of(shards(4, 4), tmp_path / "out")
+    config["teachers"]["red"]["options"]["delay"] = 0.01  # seconds are recorded with three digits
+    path = write_config(tmp_path, config)
     status, out, _ = command("plan", path)
     assert status == 0
     assert "2 shards, 2 with something missing" in out
@@ -142,6 +127,9 @@ def test_plan_run_and_status_report_the_state_of_the_dataset(
 
     status, out, _ = command("run", path)
     assert "nothing to do" in out
+    write_tar(tmp_path / "source" / "00002.tar", members_of(2, 4))
+    assert "4 images at " in command("plan", path)[1], "the rate is that of the run"
+    (tmp_path / "source" / "00002.tar").unlink()
     status, out, _ = command("plan", path)
     assert "0 with something missing" in out
     status, out, _ = command("status", str(tmp_path / "out"))
@@ -252,7 +240,7 @@ def defect(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unexpected_error_is_one_line_that_says_what_to_do(command: Command, defect: None) -> None:
     status, out, err = command("status", "somewhere")
     assert (status, out) == (1, "")
-    assert re.match(r"error: unexpected KeyError: 's3://bucket/x' \(test_cli\.py:\d+\)\. `reinforce --debug ", err)
+    assert re.match(r"error: unexpected KeyError: 's3://bucket/x' \(test_commands\.py:\d+\)\. `reinforce --debug ", err)
     assert "report it" in err
     assert err.count("\n") == 1
 
@@ -274,97 +262,6 @@ def test_debug_shows_the_traceback_of_a_user_error_and_keeps_its_status(command:
     assert "Traceback" in err
     assert "is not a reinforced dataset" in err.splitlines()[-1]
     assert "Traceback" not in command("status", str(tmp_path))[2], "debug holds for one command"
-
-
-# --- the terminal
-
-
-def in_a_terminal(*arguments: str, **variables: str) -> str:
-    """Run a command with a terminal as its standard output; returns what it shows."""
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", **variables}
-    subprocess.run([sys.executable, "-m", "reinforce", *arguments], stdout=theirs, env=environment, check=True)
-    os.close(theirs)
-    shown = b""
-    try:
-        while part := os.read(ours, 65536):
-            shown += part
-    except OSError:  # the other end is closed
-        pass
-    os.close(ours)
-    return shown.decode()
-
-
-COLOUR = re.compile(r"\x1b\[[\d;]*(3[0-79]|4[0-79]|38|48|9[0-7])[\d;]*m")
-
-
-def test_a_terminal_shows_colours_unless_no_color_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("NO_COLOR", "FORCE_COLOR", "CI", "GITHUB_ACTIONS"):
-        monkeypatch.delenv(name, raising=False)
-    assert COLOUR.search(in_a_terminal("export", "--help"))
-    assert not COLOUR.search(in_a_terminal("export", "--help", NO_COLOR="1"))
-
-
-def test_a_file_or_pipe_has_no_escape_sequences(command: Command, tmp_path: Path) -> None:
-    for arguments in (["--help"], ["plan", "--help"], ["status", str(tmp_path)], ["run", "--unknown"]):
-        _, out, err = command(*arguments)
-        assert "\x1b" not in out + err
-
-
-# --- shell completion, by the variables with which the script of the shell asks for it
-
-
-def complete(command: Command, monkeypatch: pytest.MonkeyPatch, line: str) -> list[str]:
-    monkeypatch.setenv("_REINFORCE_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", line)
-    monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
-    status, out, _ = command()
-    assert status == 0
-    return out.split()
-
-
-def test_bash_completes_commands_and_options(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert complete(command, monkeypatch, "reinforce pl") == ["plan"]
-    assert complete(command, monkeypatch, "reinforce export ") == ["onnx", "datacompdr", "embeddings"]
-    assert complete(command, monkeypatch, "reinforce run my.yaml --ret") == ["--retry-quarantined"]
-    assert complete(command, monkeypatch, "reinforce evaluate m --precision b") == ["bf16"]
-
-
-BASH = """
-eval "$(_REINFORCE_COMPLETE=source_bash reinforce)"
-complete -p reinforce
-COMP_WORDS=(reinforce exp) COMP_CWORD=1
-_reinforce_completion reinforce exp reinforce
-echo "${COMPREPLY[@]}"
-"""
-
-
-def test_the_script_for_bash_completes_in_a_bash(tmp_path: Path) -> None:
-    program = tmp_path / "reinforce"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m reinforce "$@"\n')
-    program.chmod(0o755)
-    path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", BASH], env=path, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[-1:] == ["export"], done.stderr
-    assert "-o default" in done.stdout, "files are completed where the program has no suggestion"
-
-
-def test_help_and_completion_import_no_heavy_library() -> None:
-    code = "import sys, reinforce.cli, atexit\natexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
-    for variables, arguments in (
-        ({}, ["--help"]),
-        ({"_REINFORCE_COMPLETE": "complete_bash", "COMP_WORDS": "reinforce run --", "COMP_CWORD": "2"}, []),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", code + f"reinforce.cli.main({arguments})"],
-            env={**os.environ, **variables},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert ("Usage: reinforce" if arguments else "--retry-quarantined") in done.stdout
-        heavy = {"torch", "ray", "numpy", "pyarrow", "yaml", "fsspec", "transformers", "open_clip", "matplotlib"}
-        assert heavy & set(done.stderr.split()) == set()
 
 
 # --- JSON

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from reinforce.cli_common import Address, AsJson, Overrides, config_argument, only_json
+from reinforce.cli.common import Address, AsJson, Overrides, config_argument, only_json
 from reinforce.errors import UserError
 from reinforce.terminal import escape
 from teachers.redact import redact

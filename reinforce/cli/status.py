@@ -12,7 +12,7 @@ import typer
 from rich.console import Console, Group
 from rich.live import Live
 
-from reinforce.cli_common import DatasetUrl, print_json
+from reinforce.cli.common import DatasetUrl, print_json
 from reinforce.errors import UserError
 from reinforce.terminal import escape
 

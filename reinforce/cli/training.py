@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 import typer
 from rich.console import Console
 
-from reinforce.cli_common import STDOUT, Address, AsJson, JsonFile, Overrides, config_argument, only_json
+from reinforce.cli.common import STDOUT, Address, AsJson, JsonFile, Overrides, config_argument, only_json
 from reinforce.errors import UserError
 from reinforce.terminal import escape
 from teachers.redact import redact

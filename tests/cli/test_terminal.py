@@ -1,0 +1,104 @@
+"""What the command line shows in a terminal and in a pipe, and how a shell completes it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.commands import Command
+
+# --- the terminal
+
+
+def in_a_terminal(*arguments: str, **variables: str) -> str:
+    """Run a command with a terminal as its standard output; returns what it shows."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", **variables}
+    subprocess.run([sys.executable, "-m", "reinforce", *arguments], stdout=theirs, env=environment, check=True)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 65536):
+            shown += part
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    return shown.decode()
+
+
+COLOUR = re.compile(r"\x1b\[[\d;]*(3[0-79]|4[0-79]|38|48|9[0-7])[\d;]*m")
+
+
+def test_a_terminal_shows_colours_unless_no_color_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "CI", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    assert COLOUR.search(in_a_terminal("export", "--help"))
+    assert not COLOUR.search(in_a_terminal("export", "--help", NO_COLOR="1"))
+
+
+def test_a_file_or_pipe_has_no_escape_sequences(command: Command, tmp_path: Path) -> None:
+    for arguments in (["--help"], ["plan", "--help"], ["status", str(tmp_path)], ["run", "--unknown"]):
+        _, out, err = command(*arguments)
+        assert "\x1b" not in out + err
+
+
+# --- shell completion, by the variables with which the script of the shell asks for it
+
+
+def complete(command: Command, monkeypatch: pytest.MonkeyPatch, line: str) -> list[str]:
+    monkeypatch.setenv("_REINFORCE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+    status, out, _ = command()
+    assert status == 0
+    return out.split()
+
+
+def test_bash_completes_commands_and_options(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert complete(command, monkeypatch, "reinforce pl") == ["plan"]
+    assert complete(command, monkeypatch, "reinforce export ") == ["onnx", "datacompdr", "embeddings"]
+    assert complete(command, monkeypatch, "reinforce run my.yaml --ret") == ["--retry-quarantined"]
+    assert complete(command, monkeypatch, "reinforce evaluate m --precision b") == ["bf16"]
+
+
+BASH = """
+eval "$(_REINFORCE_COMPLETE=source_bash reinforce)"
+complete -p reinforce
+COMP_WORDS=(reinforce exp) COMP_CWORD=1
+_reinforce_completion reinforce exp reinforce
+echo "${COMPREPLY[@]}"
+"""
+
+
+def test_the_script_for_bash_completes_in_a_bash(tmp_path: Path) -> None:
+    program = tmp_path / "reinforce"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m reinforce "$@"\n')
+    program.chmod(0o755)
+    path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", BASH], env=path, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["export"], done.stderr
+    assert "-o default" in done.stdout, "files are completed where the program has no suggestion"
+
+
+def test_help_and_completion_import_no_heavy_library() -> None:
+    code = "import sys, reinforce.cli, atexit\natexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+    for variables, arguments in (
+        ({}, ["--help"]),
+        ({"_REINFORCE_COMPLETE": "complete_bash", "COMP_WORDS": "reinforce run --", "COMP_CWORD": "2"}, []),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code + f"reinforce.cli.main({arguments})"],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ("Usage: reinforce" if arguments else "--retry-quarantined") in done.stdout
+        heavy = {"torch", "ray", "numpy", "pyarrow", "yaml", "fsspec", "transformers", "open_clip", "matplotlib"}
+        assert heavy & set(done.stderr.split()) == set()
