@@ -42,7 +42,7 @@ INTERNAL = {
 STATUSES = {
     0: "done; of `run`: every shard is finished or, up to `failures.allowed_share` of them, quarantined",
     1: "of `run`: more shards are quarantined than allowed, or Ray or a storage failed; of `validate`: something was "
-    "found; of any command: a bug, with a traceback",
+    "found; of any command: an error that nobody has foreseen, in one line (`--debug` shows its traceback)",
     2: "an error that the user can fix: the config, the source or the environment; one message",
     130: "stopped by Ctrl-C (SIGINT); the same command resumes",
     143: "stopped by SIGTERM, of trainings after a checkpoint; the same command resumes",
