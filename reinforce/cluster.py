@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,13 @@ def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[Non
     """Use Ray as it is initialised, connect to a cluster, or start Ray on this machine and stop it at the end.
 
     ``address`` defaults to the environment variable RAY_ADDRESS. With ``log_to_driver``, the output of workers is
-    printed here with Ray's prefix. Raises UserError if there is no cluster at the address.
+    printed here with Ray's prefix. SIGTERM is handled as before; where nothing handles it, it raises SystemExit with
+    status 143. Raises UserError if there is no cluster at the address.
     """
     if ray.is_initialized():
         yield
         return
+    before = signal.getsignal(signal.SIGTERM)
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray colours the prefix of workers' lines in files as well
     address = address or os.environ.get("RAY_ADDRESS")
@@ -48,9 +52,21 @@ def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[Non
         with _package_folder():
             ray.init(address="local", log_to_driver=log_to_driver, **machine, **quiet)
     try:
+        _handle_sigterm(_exit if before in (signal.SIG_DFL, None) else before)
         yield
     finally:
         ray.shutdown()
+        _handle_sigterm(before)
+
+
+def _handle_sigterm(handler: Any) -> None:
+    """Replace the handler that ``ray.init`` installs in the main thread; that one exits with status 15."""
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _exit(signum: int, frame: object) -> None:
+    sys.exit(128 + signum)  # the status by which shells report it; Ray is shut down first
 
 
 @contextlib.contextmanager

@@ -44,8 +44,9 @@ STATUSES = {
     1: "of `run`: more shards are quarantined than allowed, or Ray or a storage failed; of `validate`: something was "
     "found; of any command: an error that nobody has foreseen, in one line (`--debug` shows its traceback)",
     2: "an error that the user can fix: the config, the source or the environment; one message",
-    130: "stopped by Ctrl-C (SIGINT); the same command resumes",
-    143: "stopped by SIGTERM, of trainings after a checkpoint; the same command resumes",
+    130: "stopped by Ctrl-C (SIGINT), of `run` also by SIGTERM while it works; the same command resumes",
+    143: "stopped by SIGTERM, of trainings after a checkpoint, of `run` before or after its work; the same command "
+    "resumes",
 }
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +40,23 @@ def test_ray_on_this_machine_has_the_cores_and_gpus_that_this_process_can_use(mo
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with ray_cluster(None):
         assert (started["address"], started["num_cpus"], started["num_gpus"]) == ("local", 16, 2)
+
+
+@pytest.mark.parametrize("own", [None, lambda *_: None], ids=["default", "own"])
+def test_sigterm_is_handled_as_before_and_ends_a_program_without_a_handler(
+    monkeypatch: pytest.MonkeyPatch, own: Any
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(signum)))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    first = signal.signal(signal.SIGTERM, own or signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit, match="143") if own is None else nullcontext(), ray_cluster(None):
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == (own or signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGTERM, first)
 
 
 @pytest.mark.usefixtures("ray_session")

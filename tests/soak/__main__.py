@@ -31,7 +31,8 @@ from tests.helpers.s3_runs import layers, writes_layer
 
 ROOT = Path(__file__).parents[2]
 NODES = 3
-EXPECTED_STATUSES = (130, 0, 1, -signal.SIGKILL)  # of a driver: stopped, finished, a storage failed, killed
+#: Of a driver: stopped, stopped before or after its work, finished, a storage failed, killed.
+EXPECTED_STATUSES = (130, 143, 0, 1, -signal.SIGKILL)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SUMMARY = " samples in "  # in a driver's last line
 
