@@ -74,11 +74,11 @@ def keys_page(name: str) -> str:
             parts += [f"## {group.path.replace('.NAME', '')}\n", _text(group.description) + "\n"]
         if group.keys:
             rows = [
-                (code(key.name.removeprefix(f"{group.path}.")), cell(key.type), code(key.default), cell(key.bounds),
-                 cell(key.meaning))
+                (code(key.name.removeprefix(f"{group.path}.")), cell(key.meaning), cell(key.type), code(key.default),
+                 cell(key.bounds))
                 for key in group.keys
             ]  # fmt: skip
-            parts.append(table(("key", "type", "default", "bounds", "meaning"), rows))
+            parts.append(table(("key", "meaning", "type", "default", "bounds"), rows))
     return "\n".join(parts)
 
 

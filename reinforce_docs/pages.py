@@ -25,6 +25,7 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".toml": "toml", ".cff": "yaml"}
 #: The picture that stands in the site for the diagrams, which the repository's host draws.
 PICTURE = "docs/run.svg"
+STYLES = Path(__file__).with_name("site.css")
 
 
 def source_pages() -> list[Path]:
@@ -34,7 +35,7 @@ def source_pages() -> list[Path]:
 
 
 def write_pages(folder: Path) -> None:
-    """Write all pages, pictures, shown files and the reference to a new folder, in the layout of the repository."""
+    """Write pages, pictures, styles, shown files and the reference to a new folder, in the layout of the repository."""
     shutil.rmtree(folder, ignore_errors=True)
     shown: set[Path] = set()
     for page in source_pages():
@@ -48,6 +49,7 @@ def write_pages(folder: Path) -> None:
         target = folder / picture.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, target)
+    shutil.copy(STYLES, folder / STYLES.name)
 
 
 def adapt(text: str, page: Path, shown: set[Path]) -> str:
@@ -105,7 +107,9 @@ def _equations(text: str) -> str:
     text = re.sub(
         r"\$\$(.+?)\$\$", lambda found: f"\n{convert(found[1].strip(), display='block')}\n", text, flags=re.DOTALL
     )
-    return re.sub(r"(?<![\w$])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\w$])", lambda found: convert(found[1]), text)
+    # In a span, since Markdown takes <math> at the start of a line for a paragraph of its own.
+    inline = r"(?<![\w$])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\w$])"
+    return re.sub(inline, lambda found: f"<span>{convert(found[1])}</span>", text)
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -40,6 +42,11 @@ def test_the_navigation_has_every_page_once(written: Path) -> None:
     assert sorted(navigation) == sorted(pages)
 
 
+def test_the_styles_of_the_site_are_written(written: Path) -> None:
+    [styles] = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["extra_css"]
+    assert "math {" in (written / styles).read_text(encoding="utf-8")
+
+
 def test_diagrams_become_the_picture_and_files_become_pages() -> None:
     shown: set[Path] = set()
     text = (
@@ -49,6 +56,14 @@ def test_diagrams_become_the_picture_and_files_become_pages() -> None:
     assert "[it](../files/reinforce/config.py.md) and [that](data.md#limits)" in adapted
     assert "![How a run works](run.svg)" in adapted
     assert shown == {Path("reinforce/config.py")}
+
+
+def test_an_equation_at_the_start_of_a_line_stays_in_its_paragraph(monkeypatch: pytest.MonkeyPatch) -> None:
+    convert = SimpleNamespace(convert=lambda text, display="inline": f"<math>{text}</math>")
+    monkeypatch.setitem(sys.modules, "latex2mathml", SimpleNamespace(converter=convert))
+    monkeypatch.setitem(sys.modules, "latex2mathml.converter", convert)
+    adapted = adapt("$s$ is a scale, and $$Q$$", Path("docs/page.md"), set())
+    assert adapted == "<span><math>s</math></span> is a scale, and \n<math>Q</math>\n"
 
 
 @pytest.mark.parametrize(

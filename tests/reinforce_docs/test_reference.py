@@ -24,6 +24,12 @@ def test_keys_of_sections_in_mappings_and_lists_are_listed() -> None:
     assert {"teachers.NAME.model", "captioners.NAME.clean.words", "data.datasets[].url", "workers.cpus"} <= names
 
 
+def test_the_meaning_stands_next_to_the_key_so_that_narrow_screens_show_it() -> None:
+    titles = [line for line in keys.keys_page("run").splitlines() if line.startswith("| key")]
+    assert titles
+    assert {*titles} == {"| key | meaning | type | default | bounds |"}
+
+
 def test_types_defaults_and_bounds_are_in_words() -> None:
     class Inner(BaseModel):
         size: int = Field(3, ge=1, lt=10, description="size of it")
