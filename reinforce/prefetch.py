@@ -1,18 +1,18 @@
-"""An ordered map over threads that runs ahead of its consumer within bounds."""
+"""An ordered map over threads or processes that runs ahead of its consumer within bounds."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def prefetch(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
-    """Yield ``function(item)`` in order, computed in threads ahead of the consumer; at most ``window`` are pending."""
+def prefetch(pool: Executor, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
+    """Yield ``function(item)`` in order, computed ahead of the consumer; at most ``window`` are pending."""
     futures: deque[Future[R]] = deque()
     try:
         for item in items:

@@ -57,7 +57,13 @@ app.command(
         "reinforce run configs/demo.yaml --retry-quarantined",
     )
 )(run.run)
-app.command(**examples("reinforce plan configs/demo.yaml", "reinforce plan configs/demo.yaml --uses"))(run.plan)
+app.command(
+    **examples(
+        "reinforce plan configs/demo.yaml",
+        "reinforce plan configs/demo.yaml --rate 400 --price 3 --hours 24",
+        "reinforce plan configs/demo.yaml --uses",
+    )
+)(run.plan)
 app.command(
     **examples(
         "reinforce check configs/demo.yaml",
@@ -78,6 +84,7 @@ app.command(
 app.command(
     **examples(
         "reinforce validate demo/dataset",
+        "reinforce validate demo/dataset --quick --sample 100",
         "reinforce validate demo/dataset --sources demo/shards --repair",
         "reinforce validate demo/dataset --recompute 32 --config configs/demo.yaml",
     )

@@ -41,9 +41,18 @@ def validate(
         int | None, typer.Option(metavar="ROWS", min=1, help="Compute random rows again with the models of --config.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML config of the dataset, for --recompute.")] = None,
-    seed: Annotated[int, typer.Option(help="Which rows --recompute takes.")] = 0,
+    sample: Annotated[
+        int | None,
+        typer.Option(metavar="SHARDS", min=1, help="Read only so many random shards; all are listed."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which shards --sample and which rows --recompute take.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read. Default: by the cores and the dataset's size.")
+    ] = None,
 ) -> None:
     """Read all of a dataset: damaged, misplaced and missing files, wrong rows, repeated keys, changed sources.
+
+    --sample reads random shards; missing and stray files, files of another size and dataset.json are checked of all.
 
     --repair moves samples only if their source file is in a folder of --sources and has not changed.
 
@@ -56,7 +65,7 @@ def validate(
         raise UserError("--recompute needs --config: the config of the dataset names the models.")
     if count and not sources:
         raise UserError("--count needs --sources: the folders of the source files.")
-    found = validate_dataset(dataset, sources or (), quick, count)
+    found = validate_dataset(dataset, sources or (), quick, count, sample, seed, workers)
     again = _recompute(dataset, config, recompute, seed) if recompute and config else None
     found.findings += again.findings() if again else ()
     repaired = repair_dataset(dataset, found.findings, sources or ()) if repair else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -47,7 +47,7 @@ class AlignedLayers:
                 with layer_errors(self.store, name, shard):
                     files[name] = stack.enter_context(self.store.open_layer(name, shard, fingerprint, whole=whole))
                 if files[name].num_row_groups != files[SAMPLES].num_row_groups:
-                    raise _alignment_error(self.store, name, shard)
+                    raise alignment_error(self.store, name, shard)
             yield AlignedShard(self.store, shard, files, self.columns, self.moved)
 
 
@@ -107,7 +107,7 @@ class RowGroup:
             return self.samples
         table = self._shard.read_unchecked(layer, self._number)
         if not table["key"].equals(self.samples["key"]):
-            raise _alignment_error(self._shard.store, layer, self._shard.shard)
+            raise alignment_error(self._shard.store, layer, self._shard.shard)
         return table
 
 
@@ -121,7 +121,8 @@ def _with_current_urls(table: pa.Table, moved: Mapping[str, str]) -> pa.Table:
     return table.set_column(index, column, pa.array(rows, column.type))
 
 
-def _alignment_error(store: Store, layer: str, shard: str) -> MisalignedKeys:
+def alignment_error(store: Store, layer: str, shard: str) -> MisalignedKeys:
+    """The error for a file whose rows are not those of the samples of its shard."""
     command = drop_shard_command(store.url, [layer], shard)
     return MisalignedKeys(
         f"{layer}/{shard}.parquet does not have the keys of {SAMPLES}/{shard}.parquet: one of them was changed. "
@@ -130,10 +131,10 @@ def _alignment_error(store: Store, layer: str, shard: str) -> MisalignedKeys:
 
 
 @contextlib.contextmanager
-def read_errors(path: str, mend: str = "delete it") -> Iterator[None]:
+def read_errors(path: str, mend: Callable[[], str] = lambda: "delete it") -> Iterator[None]:
     """Turn what reading a layer file raises into a UserError that names the file and the fix.
 
-    ``mend`` is what to do with a damaged file.
+    ``mend`` returns what to do with a damaged file.
     """
     try:
         yield
@@ -144,15 +145,17 @@ def read_errors(path: str, mend: str = "delete it") -> Iterator[None]:
     except Exception as error:  # each storage driver has its own exceptions
         kind = "" if isinstance(error, RefusedFile) else f"{type(error).__name__}: "
         raise UserError(
-            f"{path} cannot be read ({kind}{escape(str(error)[:500])}). If it is damaged, {mend}: `reinforce run` with "
-            "its config computes what is missing."
+            f"{path} cannot be read ({kind}{escape(str(error)[:500])}). If it is damaged, {mend()}: `reinforce run` "
+            "with its config computes what is missing."
         ) from error
 
 
 def layer_errors(store: Store, layer: str, shard: str) -> contextlib.AbstractContextManager[None]:
     """``read_errors`` of a layer's file, with the command that sets it aside."""
-    command = drop_shard_command(store.url, [layer], shard)
-    return read_errors(store.layer_path(layer, shard), f"set it aside by {command} --yes")
+    return read_errors(
+        store.layer_path(layer, shard),
+        lambda: f"set it aside by {drop_shard_command(store.url, [layer], shard)} --yes",
+    )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from reinforce.dataset.layer_file import RefusedFile
-from reinforce.dataset.layer_index import read_index
+from reinforce.dataset.layer_index import LayerIndex, read_index
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.listing import Listing
 from reinforce.dataset.store import Store, parse_footer
@@ -47,14 +47,23 @@ class DamagedFile:
         return f"{self.layer}/{self.shard}.parquet: {self.reason}"
 
 
-def find_damaged(store: Store, listings: Mapping[str, Listing], fingerprints: Mapping[str, str]) -> list[DamagedFile]:
-    """Files of listings by layer (``Store.listings``) that are damaged, by their sizes and those in the indexes."""
+def find_damaged(
+    store: Store,
+    listings: Mapping[str, Listing],
+    fingerprints: Mapping[str, str],
+    indexes: Mapping[str, LayerIndex] | None = None,
+) -> list[DamagedFile]:
+    """Files of listings by layer (``Store.listings``) that are damaged, by their sizes and those in the indexes.
+
+    Indexes that are not given are read.
+    """
 
     def suspects(layer: str) -> list[tuple[str, str]]:
         listing = listings[layer]
         names = {*listing.only(listing.sizes < MIN_BYTES)}
         if listing:
-            names.update(read_index(store, layer, fingerprints[layer]).differing(listing))
+            index = read_index(store, layer, fingerprints[layer]) if indexes is None else indexes[layer]
+            names.update(index.differing(listing))
         return [(layer, shard) for shard in sorted(names)]
 
     with ThreadPoolExecutor(_THREADS) as pool:

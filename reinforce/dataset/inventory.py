@@ -10,7 +10,7 @@ import pyarrow as pa
 import schemas
 from reinforce.dataset.drop import depends, layers_with_folders
 from reinforce.dataset.findings import Finding
-from reinforce.dataset.layer_index import read_index
+from reinforce.dataset.layer_index import LayerIndex
 from reinforce.dataset.layers import (
     SAMPLES,
     TRUE_CAPTION,
@@ -76,12 +76,13 @@ def _fingerprint(manifest: Mapping[str, Any], name: str, entry: Mapping[str, Any
     return embeddings_fingerprint(embeddings_recipe(source["fingerprint"], model, entry.get("dtype")), entry["kind"])
 
 
-def check_missing(store: Store, manifest: Mapping[str, Any], listings: Mapping[str, Listing]) -> Iterator[Finding]:
-    """Files that runs have committed and that are gone, and those that are not computed yet.
+def check_missing(
+    store: Store, listings: Mapping[str, Listing], indexes: Mapping[str, LayerIndex]
+) -> Iterator[Finding]:
+    """Files that runs have committed, by the indexes, and that are gone, and those that are not computed yet.
 
     A shard that is quarantined in a layer lacks this layer and those that are computed from it.
     """
-    indexes = {name: read_index(store, name, entry["fingerprint"]) for name, entry in manifest["layers"].items()}
     committed = {name: index.listing() for name, index in indexes.items()}
     every = Listing.union([listings[SAMPLES], committed[SAMPLES]])
     if all(listing.has(every).all() for listing in listings.values()):
@@ -94,7 +95,11 @@ def check_missing(store: Store, manifest: Mapping[str, Any], listings: Mapping[s
         gone = committed[layer].has(names)
         for shard in names.filter(pa.array(gone)).to_pylist():
             yield Finding(
-                "missing", f"{layer}/{shard}.parquet is missing although a run has committed it", layer, shard
+                "missing",
+                f"{layer}/{shard}.parquet is missing although a run has committed it. `reinforce run` with the "
+                "dataset's config computes it again.",
+                layer,
+                shard,
             )
         if pending := names.filter(pa.array(~gone)).to_pylist():
             named = ", ".join([*pending[:_NAMED], *["..."] * (len(pending) > _NAMED)])

@@ -100,6 +100,11 @@ class KeySample:
                 self._limit = int(np.partition(every, len(every) // 2)[len(every) // 2])
                 self._trim()
 
+    @property
+    def limit(self) -> int:
+        """The largest hash that is still sampled."""
+        return self._limit
+
     def __getitem__(self, shard: str) -> ShardKeys:
         return self._shards.get(shard, _NO_KEYS).below(self._limit)
 
@@ -112,15 +117,20 @@ class KeySample:
         names = sorted(name for name in self._shards if shards is None or name in shards)
         parts = [self[name].hashes for name in names]
         every = np.concatenate(parts) if parts else _NO_KEYS.hashes
-        owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        order = np.argsort(every, kind="stable")
-        every, owners = every[order], owners[order]
-        same = np.flatnonzero(every[1:] == every[:-1])  # a shard has each of its hashes once
-        repeated = len(np.unique(every[same]))
-        pair = (names[owners[same[0]]], names[owners[same[0] + 1]]) if len(same) else None
+        every.sort()
+        same = every[1:][every[1:] == every[:-1]]  # a shard has each of its hashes once
+        repeated = len(np.unique(same))
         estimate = round(repeated * (ALL / max(1, self._limit)))
         share = repeated / max(1, len(every) - len(same))
+        owners = [name for name, part in zip(names, parts, strict=True) if len(same) and _has(part, same[0])]
+        pair = (owners[0], owners[1]) if owners else None
         return RepeatedKeys(estimate, share, self._limit == ALL, len(names), pair)
+
+
+def _has(hashes: Hashes, one: np.uint64) -> bool:
+    """Whether a hash is among some in ascending order."""
+    place = np.searchsorted(hashes, one)
+    return bool(place < len(hashes) and hashes[place] == one)
 
 
 _NO_KEYS = ShardKeys(np.empty(0, np.uint64))

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import re
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -37,6 +40,7 @@ MAX_ROWS = 2**14  # of a row group
 MAX_VALUES = 2**20  # of a column of texts or structs in a row group
 MAX_BYTES = 2**30  # of the columns of a row group that are read together
 
+_KEYS = "key"
 _GAP = 2**13  # bytes between two columns that are read with them in one request
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 _TENSORS = ("embeddings", "scales")
@@ -77,6 +81,7 @@ def _known_columns() -> dict[str, set[str]]:
 
 
 _COLUMNS = _known_columns()
+_accepted_schemas: deque[pa.Schema] = deque(maxlen=4)  # the last ones, because files of a layer have the same
 
 
 def check_rows(rows: int, most: int = MAX_ROWS) -> int:
@@ -84,6 +89,15 @@ def check_rows(rows: int, most: int = MAX_ROWS) -> int:
     if not 0 <= rows <= most:
         raise RefusedFile(f"a row group has {rows:,} rows; at most {most:,} are read")
     return rows
+
+
+@dataclass(frozen=True)
+class StoredKeys:
+    """The column of keys of a row group as it is stored: equal bytes that are decoded alike are equal keys."""
+
+    rows: int
+    form: tuple[object, ...]
+    chunk: bytes
 
 
 class LayerFile:
@@ -101,15 +115,26 @@ class LayerFile:
             tail = self._source.tail(MAX_FOOTER_BYTES + 8)
             footer = read_footer(tail, size)
             assert footer is not None
-        native = isinstance(source, pa.NativeFile)
-        readable = source if native else pa.PythonFile(self._source, mode="r")
-        self._file = pq.ParquetFile(readable, metadata=footer, page_checksum_verification=True)
+        self._readable = source if isinstance(source, pa.NativeFile) else None
         self.metadata: pq.FileMetaData = footer
         self.num_row_groups: int = footer.num_row_groups
-        self._shapes = _tensor_shapes(footer)
         self._names = _column_names(footer)
         self._check: FooterCheck | None = None
         self._footer = footer_bytes(tail)
+
+    @property
+    def footer(self) -> tuple[pq.FileMetaData, Sequence[str], bytes]:
+        """The footer, its columns and its bytes, for ``check_together``."""
+        return self.metadata, self._names, self._footer
+
+    @functools.cached_property
+    def _file(self) -> pq.ParquetFile:
+        readable = pa.PythonFile(self._source, mode="r") if self._readable is None else self._readable
+        return pq.ParquetFile(readable, metadata=self.metadata, page_checksum_verification=True)
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, list[int]]:
+        return _tensor_shapes(self.metadata)
 
     def read(self, columns: Collection[str] | None = None) -> pa.Table:
         """Read all row groups; raises as ``read_row_group``."""
@@ -126,15 +151,40 @@ class LayerFile:
         names = [name for name in self._names if columns is None or name in columns]
         if missing := set(columns or ()) - set(names) - {schemas.IMAGE_DIGEST}:
             raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
-        self._check = self._check or FooterCheck(self.metadata, self._names, self._footer)
-        self._check.check(number)
-        group = self.metadata.row_group(number)
-        check_rows(group.num_rows, self._max_rows)
+        group = self._row_group(number)
         leaves = [leaf for leaf in map(group.column, range(group.num_columns)) if _column(leaf) in names]
         with self._source.fetched([span(leaf, self._source.size()) for leaf in leaves]), _decode_errors():
             self._check_bytes(group.num_rows, leaves)
             table = self._file.read_row_group(number, columns=names, use_threads=use_threads)
         return self._with_tensors(table)
+
+    def stored_keys(self, number: int, most_bytes: int) -> StoredKeys | None:
+        """The keys of a row group without decoding them; None if they take more than ``most_bytes``.
+
+        Raises RefusedFile as ``read_row_group``, but damage is found only by comparing the result with another one.
+        """
+        with naming_refused(self._name):
+            group = self._row_group(number)
+            place = next((n for n in range(group.num_columns) if group.column(n).path_in_schema == _KEYS), None)
+            if place is None:
+                raise RefusedFile(f"it has no column {_KEYS}")
+            leaf, column = group.column(place), self.metadata.schema.column(place)
+            start, length = span(leaf, self._source.size())
+            if length > most_bytes:
+                return None
+            form = (
+                leaf.physical_type, str(column.logical_type), column.max_definition_level, leaf.num_values,
+                leaf.compression, leaf.total_uncompressed_size, leaf.data_page_offset - start,
+            )  # fmt: skip
+            return StoredKeys(group.num_rows, form, bytes(self._source.read_at(start, length)))
+
+    def _row_group(self, number: int) -> pq.RowGroupMetaData:
+        """What the footer says of a row group, after Arrow has accepted it."""
+        self._check = self._check or FooterCheck(self.metadata, self._names, self._footer)
+        self._check.check(number)
+        group = self.metadata.row_group(number)
+        check_rows(group.num_rows, self._max_rows)
+        return group
 
     def _check_bytes(self, rows: int, leaves: Sequence[Any]) -> None:
         total = 0
@@ -239,11 +289,14 @@ def _column_names(footer: pq.FileMetaData) -> list[str]:
         found = footer.schema.to_arrow_schema()
     except pa.ArrowException as error:
         raise RefusedFile(f"its schema cannot be read: {error}") from error
+    if any(found.equals(known) for known in _accepted_schemas):
+        return [*found.names]
     if len({*found.names}) < len(found.names):
         raise RefusedFile("two of its columns have one name")
     for field in found:
         if _shape_of(field.type) not in _COLUMNS.get(field.name, {_shape_of(field.type)}):
             raise RefusedFile(f"column {field.name} has type {str(field.type)[:200]}")
+    _accepted_schemas.append(found)
     return [str(name) for name in found.names]
 
 

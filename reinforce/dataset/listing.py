@@ -138,6 +138,14 @@ class Listing(Mapping[str, int]):
         found: npt.NDArray[np.int64] = self.sizes[places.to_numpy()]
         return found
 
+    def aligned(self, names: pa.StringArray) -> npt.NDArray[np.int64]:
+        """The bytes of the files of some shards, -1 for those that are not listed [names]."""
+        places = pc.index_in(names, value_set=self.names)
+        listed = places.is_valid().to_numpy(zero_copy_only=False)
+        found = np.full(len(names), -1, np.int64)
+        found[listed] = self.sizes[places.drop_null().to_numpy()]
+        return found
+
     def items(self) -> ItemsView[str, int]:
         return _Items(self)
 

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from reinforce.config import Limits
+from reinforce.dataset.key_hashes import hash_keys
 from reinforce.dataset.key_sample import ShardKeys
 from reinforce.source import lines
 from reinforce.source.footers import RefusedFile
@@ -44,13 +46,14 @@ def count_source(url: str, limits: Limits) -> int | None:
 def count_stored(url: str, rows: int, keys: ShardKeys, quarantine: Quarantine) -> int | None:
     """Samples of a shard of the dataset: its rows and those that are only in the quarantine of the samples layer.
 
-    None where a part of a table could not be read, of which the quarantine does not say how many rows it had.
+    ``keys`` are all hashes of its rows by ``hash_keys``. None where a part of a table could not be read, of which the
+    quarantine does not say how many rows it had.
     """
     table = format_of_name(url) in (PARQUET, JSONL, CSV)
     if table and any(row["key"] is None and row["reason"] != Reason.SHARD_SAMPLES for row in quarantine):
         return None
     refused = {row["key"] for row in quarantine if row["key"] is not None}
-    others = ShardKeys.of(sorted(refused)).hashes
+    others = np.unique(hash_keys(pa.array(sorted(refused), pa.string())))
     only = len(np.setdiff1d(others, keys.hashes))
     repeated = sum(row["reason"] == Reason.DUPLICATE_KEY and row["key"] is not None for row in quarantine)
     return rows + only + (repeated if table else 0)

@@ -21,6 +21,7 @@ import schemas
 from reinforce.dataset.layer_file import LayerFile, RefusedFile, naming_refused
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.listing import Listing, list_folders
+from reinforce.dataset.range_file import RangeFile
 from reinforce.errors import UserError
 from reinforce.prefetch import prefetch
 from reinforce.source import formats
@@ -112,21 +113,36 @@ class Store(Storage):
         with self.storage_errors("removed", "quarantine", layer, f"{shard}.parquet"):
             self.fs.rm_file(self.quarantine_path(layer, shard))
 
+    def layer_end(self, layer: str, shard: str, size: int) -> LayerFile:
+        """Read the end of a committed file whose ``size`` was listed, for row groups at one request each.
+
+        Raises RefusedFile, also if the file has another size by now, and what the storage raises.
+        """
+        source = RangeFile(None if self.local else self.fs, self.layer_path(layer, shard), size)
+        return LayerFile(source, size, file=(layer, shard))
+
     @contextlib.contextmanager
     def open_layer(
-        self, layer: str, shard: str, fingerprint: str | None = None, *, whole: bool = True
+        self, layer: str, shard: str, fingerprint: str | None = None, *, whole: bool = True, size: int | None = None
     ) -> Iterator[LayerFile]:
         """Open a committed file to read it as a ``whole``, or single row groups at one request each.
 
-        Raises UserError if it is from a newer version or does not have the ``fingerprint``, and RefusedFile if it is
-        damaged or above the bounds of ``layer_file``, also while it is read.
+        With its ``size`` as listed, an object store is asked once for the end of the file, and for no more if that is
+        all of it. Raises UserError if it is from a newer version or does not have the ``fingerprint``, and RefusedFile
+        if it is damaged or above the bounds of ``layer_file``, also while it is read.
         """
         path = self.layer_path(layer, shard)
         options: dict[str, Any] = {"block_size": 8 * 2**20} if whole else {"cache_type": "none"}
         with contextlib.ExitStack() as stack:
             with naming_refused((layer, shard)):
-                source = stack.enter_context(_memory_map(path) if self.local else self.fs.open(path, "rb", **options))
-                file = LayerFile(source, source.size() if self.local else source.size, file=(layer, shard))
+                file = None
+                if size is not None and not self.local:
+                    with contextlib.suppress(RefusedFile):  # it may have been replaced since it was listed
+                        file = self.layer_end(layer, shard, size)
+                if file is None:
+                    opened = _memory_map(path) if self.local else self.fs.open(path, "rb", **options)
+                    source = stack.enter_context(opened)
+                    file = LayerFile(source, source.size() if self.local else source.size, file=(layer, shard))
                 check_footer(path, file.metadata, fingerprint)
             yield file
 

@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from reinforce.dataset.damage import drop_shard_command
+import pyarrow as pa
+
+from reinforce.dataset.damage import drop_shard_command, find_damaged
 from reinforce.dataset.findings import Finding
 from reinforce.dataset.inventory import check_missing, check_orphans, check_recipes
-from reinforce.dataset.key_sample import KeySample, RepeatedKeys
+from reinforce.dataset.key_sample import ALL, KeySample, RepeatedKeys
+from reinforce.dataset.layer_index import LayerIndex, read_index
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import CODE_KEY, read_manifest
-from reinforce.dataset.shard_checks import CheckedShard, ShardChecks
+from reinforce.dataset.shard_checks import ShardFiles
+from reinforce.dataset.shard_pool import ShardPool, default_processes
+from reinforce.dataset.shard_reader import ELSEWHERE, SAME, TOUCHED, UNKNOWN, UNREADABLE, ReadOptions, Shards
 from reinforce.dataset.shard_records import SourceRecord, read_records
-from reinforce.dataset.source_counts import count_source, count_stored, limits_of
 from reinforce.dataset.store import Store
-from reinforce.errors import UserError
-from reinforce.source.identity import SourceState, current_url, probe_state
 from reinforce.source.references import ImageRoots
-from reinforce.source.urls import canonical
 
-_THREADS = 16
 _CAPACITY = 2**24  # hashes of keys, 128 MiB: datasets of more samples are estimated
 _NAMED = 10
-#: What the state of a source file can be.
-_ELSEWHERE, _UNREADABLE, _UNKNOWN, _CHANGED, _TOUCHED, _SAME = (
-    "elsewhere", "unreadable", "unknown", "changed", "touched", "same",
-)  # fmt: skip
 
 
 @dataclass
 class Validation:
-    """What was found in the dataset at ``url``."""
+    """What was found in the dataset at ``url``, of whose ``shards`` some were ``read``."""
 
     url: str
     shards: int
+    read: int
     repeated: RepeatedKeys
     rows: int = 0
     findings: list[Finding] = field(default_factory=list)
@@ -64,6 +61,7 @@ class Validation:
             "dataset": self.url,
             "valid": self.valid,
             "shards": self.shards,
+            "read_shards": self.read,
             "rows": self.rows,
             "findings": [finding.as_json() for finding in self.findings],
             "repeated_keys": {
@@ -92,115 +90,129 @@ class Validation:
         yield from self.code
         if self.sources:
             texts = {
-                _SAME: "as when their samples were written",
-                _TOUCHED: "with another modification time or ETag, but the same size and first 64 KiB",
-                _UNKNOWN: "that were not recorded, by an earlier version or because they are images of a folder",
-                _UNREADABLE: "that cannot be read now, which only `images: reference` needs",
-                _ELSEWHERE: "outside of the folders of --sources, which were not looked at",
+                SAME: "as when their samples were written",
+                TOUCHED: "with another modification time or ETag, but the same size and first 64 KiB",
+                UNKNOWN: "that were not recorded, by an earlier version or because they are images of a folder",
+                UNREADABLE: "that cannot be read now, which only `images: reference` needs",
+                ELSEWHERE: "outside of the folders of --sources, which were not looked at",
             }
             parts = [f"{self.sources[state]:,} {text}" for state, text in texts.items() if self.sources[state]]
             yield f"source files: {'; '.join(parts) or 'all have changed'}"
         if self.counted is not None:
             yield (
-                f"samples were counted in the source files of {self.counted:,} of {self.shards:,} shards; others are "
+                f"samples were counted in the source files of {self.counted:,} of {self.read:,} shards; others are "
                 "not in --sources, have changed, or are parts of files or folders"
             )
         found = "valid" if self.valid else "not valid"
-        yield f"{self.url}: {self.shards:,} shards were read, {found}"
+        if self.read < self.shards:
+            yield (
+                f"{self.url}: all {self.shards:,} shards were listed and {self.read:,} random ones were read, among "
+                f"which repeated keys were looked for, {found}"
+            )
+        else:
+            yield f"{self.url}: {self.shards:,} shards were read, {found}"
 
 
-def validate(url: str, sources: Sequence[str] = (), quick: bool = False, count: bool = False) -> Validation:
+def validate(
+    url: str,
+    sources: Sequence[str] = (),
+    quick: bool = False,
+    count: bool = False,
+    sample: int | None = None,
+    seed: int = 0,
+    processes: int | None = None,
+) -> Validation:
     """Read every layer, compare the keys, and look at the source files in the folders ``sources``.
 
     ``quick`` reads only the keys, so that damage in other columns is not found. ``count`` also compares the samples of
-    each source file with the rows and the quarantine of its shard.
+    each source file with the rows and the quarantine of its shard. With ``sample``, only so many random shards are
+    read, which ones depends on the ``seed``; what the listings and ``dataset.json`` show is checked of all.
+
+    ``processes`` read; the default depends on the cores and on the size of the dataset.
 
     The dataset names its sources, and who made it could name anything: other files are not opened. Raises UserError if
     there is no dataset.
     """
-    roots = ImageRoots.named(sources, "--sources {}")
+    ImageRoots.named(sources, "--sources {}")  # checked before anything is read
     store = Store(url)
     manifest = read_manifest(store)
+    options = ReadOptions(url, manifest, quick, sources, count)
     names = [*manifest["layers"]]
     every = store.listings([*names, *(f"quarantine/{name}" for name in names)])
     listings = {name: every[name] for name in names}
-    recorded = read_records(store).sources if sources else {}
-    sample = KeySample(_CAPACITY)
-    found = Validation(store.url, len(listings[SAMPLES]), sample.repeated(), code=_code_lines(manifest))
+    keys = KeySample(_CAPACITY)
+    chosen = _choose(listings[SAMPLES], sample, seed)
+    found = Validation(store.url, len(listings[SAMPLES]), len(chosen), keys.repeated(), code=_code_lines(manifest))
     found.findings += check_recipes(manifest)
-    found.findings += check_missing(store, manifest, listings)
+    indexes = {name: read_index(store, name, entry["fingerprint"]) for name, entry in manifest["layers"].items()}
+    found.findings += check_missing(store, listings, indexes)
     found.findings += check_orphans(store, listings)
-    counted: list[bool] = []
-    checks, moved = ShardChecks(store, manifest, every, quick), manifest.get("moved", {})
-
-    def read(shard: str) -> tuple[str, CheckedShard, str, str]:
-        checked = checks.check(shard)
-        state = _compare_source(checked.footer, recorded.get(shard), roots, moved) if sources else (_UNKNOWN, "")
-        if count and state[0] in (_SAME, _TOUCHED) and not checked.findings:
-            compared = _compare_count(store, manifest, every, shard, checked)
-            checked.findings += compared or ()
-            counted.append(compared is not None)
-        return shard, checked, *state
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        shards = iter(listings[SAMPLES])
-        while batch := list(itertools.islice(shards, _THREADS * 4)):
-            for shard, checked, source, change in pool.map(read, batch):
-                sample.add(shard, checked.keys)
-                found.rows += checked.rows
-                found.findings += checked.findings
-                if sources:
-                    found.sources[source] += 1
-                if source == _CHANGED:
-                    found.changed.append(f"{shard}: {change}")
-    found.repeated = sample.repeated()
-    found.counted = sum(counted) if count else None
+    if len(chosen) < len(listings[SAMPLES]):
+        found.findings += _check_sizes(store, manifest, listings, indexes, chosen)
+    indexes.clear()
+    if processes is None:
+        share = len(chosen) / max(1, len(listings[SAMPLES]))
+        size = int(share * sum(listing.total_bytes for listing in listings.values()))
+        processes = default_processes(quick, len(chosen) * len(names), size)
+    recorded = read_records(store).sources if sources else {}
+    with ShardPool(options, processes) as pool:
+        files = _shard_files(chosen, every, names)
+        counted = 0
+        for part in pool.read(_batches(files, pool.batch, recorded, keys, count)):
+            for shard, hashes in part.keys:
+                keys.add(shard, hashes)
+            found.rows += part.rows
+            found.findings += part.findings
+            found.sources += part.sources
+            found.changed += part.changed
+            counted += part.counted
+    found.repeated = keys.repeated()
+    found.counted = counted if count else None
     return found
 
 
-def _compare_count(
-    store: Store, manifest: Mapping[str, Any], listings: Mapping[str, Listing], shard: str, checked: CheckedShard
-) -> list[Finding] | None:
-    """A finding if a source file has another number of samples than its shard; None if that cannot be counted."""
-    url = current_url(checked.footer["source"], manifest.get("moved", {}))
-    refused = store.quarantined(SAMPLES, shard) if shard in listings[f"quarantine/{SAMPLES}"] else []
-    stored = count_stored(url, checked.rows, checked.keys, refused)
-    try:
-        there = None if stored is None else count_source(url, limits_of(manifest))
-    except Exception:  # each driver has its own exceptions
-        return None
-    if stored is None or there is None:
-        return None
-    if stored == there:
-        return []
-    message = (
-        f"{shard}: its source {url} has {there:,} samples, the dataset has {checked.rows:,} rows and "
-        f"{stored - checked.rows:,} samples in the quarantine. To compute it again: "
-        f"{drop_shard_command(store.url, [SAMPLES], shard)} --yes, and run again."
-    )
-    return [Finding("count", message, SAMPLES, shard)]
+def _choose(samples: Listing, most: int | None, seed: int) -> Listing:
+    """Some random shards, or all."""
+    if most is None or most >= len(samples):
+        return samples
+    places = sorted(random.Random(seed).sample(range(len(samples)), most))  # noqa: S311 - not a secret
+    return Listing(samples.names.take(pa.array(places, pa.int64())), samples.sizes[places])
 
 
-def _compare_source(
-    footer: Mapping[str, str], recorded: SourceRecord | None, roots: ImageRoots, moved: Mapping[str, str]
-) -> tuple[str, str]:
-    """How the source file compares with the one that the samples were read from, and what has changed."""
-    before = SourceState.from_footer(footer)
-    if "source" not in footer or before.head is None:
-        return _UNKNOWN, ""
-    url = current_url(footer["source"], moved)
-    try:
-        now = probe_state(roots.check(url))
-    except UserError:
-        return _ELSEWHERE, ""
-    if now is None:
-        return _UNREADABLE, ""
-    if before.same_content(now) is False:
-        return _CHANGED, before.describe_change(now)
-    same_place = recorded is not None and recorded.url == canonical(url)
-    if same_place and recorded is not None and recorded.state.stamp not in (None, now.stamp):
-        return _TOUCHED, ""
-    return _SAME, ""
+def _check_sizes(
+    store: Store,
+    manifest: Mapping[str, Any],
+    listings: Mapping[str, Listing],
+    indexes: Mapping[str, LayerIndex],
+    read: Listing,
+) -> Iterator[Finding]:
+    """Files of shards that are not read whose size is not that which was committed, and whose footer is damaged."""
+    fingerprints = {name: entry["fingerprint"] for name, entry in manifest["layers"].items()}
+    others = {name: listing.only(~listing.within(read.names)) for name, listing in listings.items()}
+    for file in find_damaged(store, others, fingerprints, indexes):
+        message = (
+            f"{store.layer_path(file.layer, file.shard)}: {file.reason}. To compute it again: "
+            f"{drop_shard_command(store.url, [file.layer], file.shard)} --yes, and run again."
+        )
+        yield Finding("damaged", message, file.layer, file.shard)
+
+
+def _shard_files(chosen: Listing, listings: Mapping[str, Listing], layers: Sequence[str]) -> Iterator[ShardFiles]:
+    """What listings of layers and of their quarantine have of some shards."""
+    sizes = [listings[layer].aligned(chosen.names) for layer in layers]
+    refused = [listings[f"quarantine/{layer}"].has(chosen.names) for layer in layers]
+    for place, name in enumerate(chosen):
+        present = {layer: int(size[place]) for layer, size in zip(layers, sizes, strict=True) if size[place] >= 0}
+        yield ShardFiles(name, present, [layer for layer, has in zip(layers, refused, strict=True) if has[place]])
+
+
+def _batches(
+    files: Iterator[ShardFiles], size: int, recorded: Mapping[str, SourceRecord], keys: KeySample, count: bool
+) -> Iterator[Shards]:
+    """The shards in batches. Counting needs all hashes of keys; otherwise those that are still sampled are enough."""
+    while batch := [*itertools.islice(files, size)]:
+        known = {file.name: recorded[file.name] for file in batch if file.name in recorded}
+        yield Shards(batch, known, ALL if count else keys.limit)
 
 
 def _code_lines(manifest: Mapping[str, Any]) -> list[str]:

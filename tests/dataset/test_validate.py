@@ -9,17 +9,23 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from reinforce.cli import main
+from reinforce.dataset import shard_pool
 from reinforce.dataset.key_sample import ShardKeys
+from reinforce.dataset.layer_file import LayerFile
+from reinforce.dataset.listing import Listing
 from reinforce.dataset.manifest import write_manifest
 from reinforce.dataset.shard_records import RecordWriter, ShardRecord, SourceRecord
 from reinforce.dataset.store import Store
 from reinforce.dataset.validate import validate
+from reinforce.errors import UserError
 from reinforce.source.identity import read_state
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here, small_dataset
@@ -103,7 +109,7 @@ def test_damaged_and_stray_files_are_errors_of_their_own(tmp_path: Path) -> None
 
 def test_files_that_the_user_has_not_named_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = small_dataset(tmp_path, sizes=(2,))
-    monkeypatch.setattr("reinforce.dataset.validate.probe_state", lambda url: pytest.fail(f"{url} was opened"))
+    monkeypatch.setattr("reinforce.dataset.shard_reader.probe_state", lambda url: pytest.fail(f"{url} was opened"))
     found = validate(url, [f"{tmp_path}/sour", "s3://bucket/source"])
     assert found.sources == {"elsewhere": 1}
     assert "source files: 1 outside of the folders of --sources, which were not looked at" in list(found.lines())
@@ -244,6 +250,154 @@ def test_each_kind_of_damage_is_found_once_and_names_its_file(
 def test_json_of_a_valid_dataset(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(printed(str(made), 0, capsys, "--json", "--quick"))
     assert (report["valid"], report["shards"], report["rows"], report["findings"]) == (True, 2, 8, [])
+
+
+def _other_keys(table: pa.Table) -> pa.Table:
+    keys = table["key"].to_pylist()
+    return table.set_column(0, "key", pa.array([keys[0], "another", *keys[2:]]))
+
+
+def _flip_keys(_: Path, files: list[Path]) -> None:
+    column = pq.ParquetFile(files[0]).metadata.row_group(0).column(0)
+    content = bytearray(files[0].read_bytes())
+    content[column.data_page_offset + column.total_compressed_size - 3] ^= 0x10
+    files[0].write_bytes(content)
+
+
+def _flip_end(_: Path, files: list[Path]) -> None:
+    content = files[0].read_bytes()
+    files[0].write_bytes(content[:-1] + b"2")
+
+
+@pytest.mark.parametrize(
+    ("damage", "layer", "found"),
+    [
+        (_flip_keys, RED, ["damaged"]),
+        (_flip_keys, "samples", ["damaged"]),
+        (_flip_end, RED, ["damaged"]),
+        (_truncate, RED, ["damaged"]),
+        (_truncate, "samples", ["damaged"]),
+        (_swap_shards, RED, ["misplaced"] * 2),
+        (_swap_shards, "samples", ["misplaced"] * 2),
+        (_other_layer, RED, ["misplaced"]),
+        (_rewrite(RED, _other_keys), RED, ["misplaced"]),
+        (_rewrite("samples", _other_keys), "samples", ["misplaced"] * 7),
+        (_rewrite(RED, lambda table: table.slice(1)), RED, ["misplaced"]),
+        (_rewrite(RED, lambda table: table.take([1, 0, *range(2, len(table))])), RED, ["misplaced"]),
+        (_rewrite(RED, lambda table: table), RED, []),
+        (_flip, RED, []),
+    ],
+)  # fmt: skip
+def test_quick_finds_what_is_wrong_with_footers_and_keys(
+    made: Path, tmp_path: Path, damage: Callable[[Path, list[Path]], None], layer: str, found: list[str]
+) -> None:
+    dataset = shutil.copytree(made, tmp_path / "out")
+    damage(dataset, sorted((dataset / layer).glob("*.parquet")))
+    findings = validate(str(dataset), quick=True).findings
+    assert [finding.kind for finding in findings] == found
+    if found and found[0] == "damaged":
+        assert [(finding.layer, finding.shard) for finding in findings] == [
+            (layer, sorted((dataset / layer).glob("*.parquet"))[0].stem)
+        ]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_an_object_store_is_asked_once_for_a_small_file(
+    made: Path, monkeypatch: pytest.MonkeyPatch, quick: bool
+) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    for path in made.rglob("*"):
+        if path.is_file():
+            fs.pipe_file(f"/validated/{path.relative_to(made)}", path.read_bytes())
+    asked: list[str] = []
+    cat_file = type(fs).cat_file
+
+    def counted(self: Any, path: str, *rest: Any, **options: Any) -> bytes:
+        asked.append(path)
+        data: bytes = cat_file(self, path, *rest, **options)
+        return data
+
+    monkeypatch.setattr(type(fs), "cat_file", counted)
+    monkeypatch.setattr(type(fs), "open", lambda self, path, *rest, **_: pytest.fail(f"{path} was opened"))
+    assert validate("memory://validated", quick=quick).errors == []
+    layers = [path for path in asked if "/index/" not in path and not path.endswith("dataset.json")]
+    assert sorted(layers) == sorted(
+        path for path in fs.find("/validated") if path.endswith(".parquet") and "/index/" not in path
+    )
+
+
+def test_a_file_that_was_replaced_after_it_was_listed_is_read_as_it_is(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = shutil.copytree(made, tmp_path / "out")
+    listings = Store.listings
+
+    def listed(store: Store, *rest: Any) -> dict[str, Listing]:
+        return {name: Listing(found.names, found.sizes + 7) for name, found in listings(store, *rest).items()}
+
+    monkeypatch.setattr(Store, "listings", listed)
+    assert validate(str(dataset), quick=True).errors == []
+
+
+def _recording(store: Store, method: Any, shards: set[str], layer: str, shard: str, size: int) -> LayerFile:
+    shards.add(shard)
+    file: LayerFile = method(store, layer, shard, size)
+    return file
+
+
+def test_a_sample_of_shards_is_read_and_all_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = small_dataset(tmp_path, sizes=(1,) * 6)
+    shards = [*Store(url).shards("samples")]
+    read: list[set[str]] = []
+    for seed in (1, 1, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            opened: set[str] = set()
+            patch.setattr(Store, "layer_end", functools.partialmethod(_recording, Store.layer_end, opened))
+            assert validate(url, quick=True, sample=2, seed=seed).valid
+        read.append(opened)
+    assert [len(opened) for opened in read] == [2, 2, 2]
+    assert read[0] == read[1] != read[2]
+    out = printed(url, 0, capsys, "--sample", "2", "--seed", "1")
+    assert f"{url}: all 6 shards were listed and 2 random ones were read, among which repeated keys were" in out
+    for shard in shards:
+        path = Path(url, RED, f"{shard}.parquet")
+        path.write_bytes(path.read_bytes()[:-50])
+    Path(url, "captions", "namer", f"{shards[0]}.parquet").unlink()
+    Path(url, "samples", f"{shards[5]}.parquet").write_bytes(b"")
+    report = json.loads(printed(url, 1, capsys, "--sample", "2", "--json"))
+    assert (report["shards"], report["read_shards"]) == (6, 2)
+    found = sorted((finding["kind"], finding["layer"], finding["shard"]) for finding in report["findings"])
+    assert found == sorted(
+        [
+            *(("damaged", RED, shard) for shard in shards),
+            ("damaged", "samples", shards[5]),
+            ("missing", "captions/namer", shards[0]),
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_processes_find_what_threads_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = small_dataset(tmp_path, sizes=(3,) * 40)
+    files = sorted((Path(url) / RED).iterdir())
+    _flip_keys(Path(url), files)
+    _swap_shards(Path(url), files[2:4])
+    write_tar(tmp_path / "source" / "00007.tar", members_of(7, 4))
+    for quick in (True, False):
+        reports = [
+            validate(url, [str(tmp_path)], quick, count=True, processes=processes).as_json() for processes in (1, 3)
+        ]
+        assert reports[0] == reports[1]
+        assert [finding["kind"] for finding in reports[0]["findings"]] == ["damaged", "misplaced", "misplaced"]
+        assert len(reports[0]["changed_sources"]) == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_command_with_one_line(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_pool, "_start", os._exit)
+    with pytest.raises(UserError, match=r"has ended, probably for lack of memory. Use fewer of them: --workers 1"):
+        validate(str(made), processes=2)
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet", "jsonl"])
