@@ -20,7 +20,16 @@ from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import make_table
 from benchmarks.scale import page
 from benchmarks.scale.driver import driver_figures
-from benchmarks.scale.inputs import CONFIG, DFN5B, environment, make_content, overrides, running_job, write_manifest
+from benchmarks.scale.inputs import (
+    CONFIG,
+    DFN5B,
+    environment,
+    make_content,
+    overrides,
+    running_job,
+    write_manifest,
+    write_shards,
+)
 from benchmarks.scale.object_store import counts, serve
 from benchmarks.stored import write_results
 from reinforce.source.urls import shard_names
@@ -41,9 +50,10 @@ class Scale:
     workers: int = 10_000
     watch_seconds: float = 40.0
     urls: int = 10_000
+    local_files: int = 16_000
 
 
-QUICK = Scale(3000, 0.01, 3000, 100, 1.0, 100)
+QUICK = Scale(3000, 0.01, 3000, 100, 1.0, 100, 160)
 
 
 def measure_resume(scale: Scale) -> list[Figure]:
@@ -98,6 +108,30 @@ def measure_status(scale: Scale) -> list[Figure]:
         Figure(section, "reading requests", requests["GET"] + requests["HEAD"], ""),
         Figure(section, f"time, of a running job with {scale.workers:,} workers", job["seconds"], "s", 2.0, "at most"),
         Figure(section, "requests, of a running job", sum(job_requests[kind] for kind in ("LIST", "GET", "HEAD")), ""),
+    ]
+
+
+def measure_validate(scale: Scale) -> list[Figure]:
+    """`reinforce validate --quick`: the listing of a large dataset in an object store, and shards of a local one."""
+    with serve(make_content(scale.shards, scale.seconds)) as address:
+        listed = run_child(["validate", "s3://bucket/data", "1"], environment(address))
+        requests = counts(address)
+    memory = Path("/dev/shm")  # noqa: S108 - a folder of its own in it
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        write_shards(Path(folder, "data"), scale.local_files // 8)
+        read = run_child(["validate", f"{folder}/data"], {})
+    # All shards of the object store have the files of one, so the one that is read has those of another shard.
+    assert (listed["read"], listed["kinds"], read["valid"]) == (1, ["misplaced"], True), (listed, read)
+    section = f"validate --quick --sample 1 of {scale.shards:,} shards x 8 layers in S3, {scale.seconds:g} s a request"
+    of_files = f"validate --quick of {read['shards']:,} local shards x 8 layers, one process"
+    return [
+        Figure(section, "time", listed["seconds"], "s", 60.0, "at most"),
+        Figure(section, "CPU", listed["cpu"], "s"),
+        Figure(section, "peak of memory", listed["MB"], "MB"),
+        Figure(section, "listing requests", requests["LIST"], ""),
+        Figure(section, "reading requests", requests["GET"] + requests["HEAD"], ""),
+        Figure(of_files, "CPU per shard", read["cpu"] / read["shards"] * 1000, "ms", 2.5, "at most"),
+        Figure(of_files, "peak of memory", read["MB"], "MB", 300.0, "at most"),
     ]
 
 
@@ -164,6 +198,7 @@ SECTIONS: dict[str, Callable[[Scale], list[Figure]]] = {
     "resume": measure_resume,
     "start": measure_start,
     "status": measure_status,
+    "validate": measure_validate,
     "local": measure_local,
     "driver": measure_driver,
     "secrets": measure_secrets,
@@ -191,6 +226,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small numbers, to test the benchmark; prints only")
     parser.add_argument("--only", choices=SECTIONS, action="append", help="measure this part and print it")
+    parser.add_argument("--keep", action="store_true", help="with --only, replace the part in the stored results")
     parser.add_argument("--page", action="store_true", help="only write the page from the stored figures")
     return parser
 
@@ -204,8 +240,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in given.only or SECTIONS:
         figures += SECTIONS[name](QUICK if given.quick else Scale())
     Console().print(make_table(figures))
-    if not given.quick and not given.only:
-        write_results(page.RESULTS, PACKAGES, {"figures": [asdict(figure) for figure in figures]})
+    if not given.quick and (given.keep or not given.only):
+        if given.only:
+            page.replace_figures(figures)
+        else:
+            write_results(page.RESULTS, PACKAGES, {"figures": [asdict(figure) for figure in figures]})
         page.write_page()
 
 

@@ -37,6 +37,15 @@ def status(url: str) -> dict[str, Any]:
     return {"shards": read_status(url)["samples"]}
 
 
+def validate(url: str, sample: str = "") -> dict[str, Any]:
+    """Validate a dataset by its keys, in this process."""
+    from reinforce.dataset.validate import validate as validate_dataset
+
+    found = validate_dataset(url, quick=True, sample=int(sample) if sample else None, processes=1)
+    kinds = sorted({finding.kind for finding in found.findings})
+    return {"shards": found.shards, "read": found.read, "valid": found.valid, "kinds": kinds}
+
+
 def job(url: str) -> dict[str, Any]:
     """The state of a running job."""
     from reinforce.dataset.run_progress import list_runs, running
@@ -49,11 +58,13 @@ def job(url: str) -> dict[str, Any]:
 
 
 def main(name: str, *arguments: str) -> None:
-    parts: dict[str, Callable[..., dict[str, Any]]] = {"plan": plan, "start": start, "status": status, "job": job}
+    every = (plan, start, status, validate, job)
+    parts: dict[str, Callable[..., dict[str, Any]]] = {part.__name__: part for part in every}
     if name == "start":  # imports are no part of what is measured
         import reinforce.student.data.datasets
-    if name in ("status", "job"):
-        import reinforce.dataset.status  # noqa: F401
+    if name in ("status", "job", "validate"):
+        import reinforce.dataset.status
+        import reinforce.dataset.validate  # noqa: F401
     began, cpu = time.perf_counter(), time.process_time()
     found = parts[name](*arguments)
     memory = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())

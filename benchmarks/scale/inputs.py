@@ -57,6 +57,18 @@ def make_content(shards: int, seconds: float, missing: int = 0, quarantined: int
     return Content(names, dict.fromkeys(layers, shards - missing), files, objects, seconds=seconds)
 
 
+def write_shards(output: Path, shards: int) -> None:
+    """Write the dataset of configs/dfn5b.yaml with so many shards, each with keys of its own."""
+    config = load_config(CONFIG, [*overrides(shards)[:1], f"output={output}"])
+    layers = build_layers(config, describe_models(config))
+    store = Store(str(output))
+    store.write_json(update_manifest(None, config, layers, _loaded(config), layers), MANIFEST)
+    urls = [f"s3://bucket/dfn5b/{number:08d}.tar" for number in range(shards)]
+    for name, url in zip(shard_names(urls), urls, strict=True):
+        for layer in layers.values():
+            _write_layer(store, config, layer, name, url)
+
+
 def running_job(shards: int, workers: int) -> dict[str, bytes]:
     """The progress of a run whose workers have two shards each."""
     now = time.time()
@@ -96,18 +108,22 @@ def _loaded(config: Config) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _layer_file(store: Store, config: Config, layer: Layer) -> bytes:
-    """A file of the layer with the keys of its rows, and nothing else in them."""
-    schema = layer.schema(config.images, DIM)
-    columns = [_column(field) for field in schema]
-    with store.writer(layer, schema, "shard", "s3://bucket/dfn5b/00000000.tar") as writer:
-        writer.write(pa.table(columns, schema=schema))
-        writer.commit()
+    """A file of the layer."""
+    _write_layer(store, config, layer, "shard", "s3://bucket/dfn5b/00000000.tar")
     return Path(store.layer_path(layer.name, "shard")).read_bytes()
 
 
-def _column(field: pa.Field) -> pa.Array:
+def _write_layer(store: Store, config: Config, layer: Layer, shard: str, url: str) -> None:
+    """Write a file with the keys of its rows, and nothing else in them."""
+    schema = layer.schema(config.images, DIM)
+    with store.writer(layer, schema, shard, url) as writer:
+        writer.write(pa.table([_column(field, shard) for field in schema], schema=schema))
+        writer.commit()
+
+
+def _column(field: pa.Field, shard: str) -> pa.Array:
     if field.name == "key":
-        return pa.array([f"key-{row}" for row in range(_ROWS)], field.type)
+        return pa.array([f"{shard}-{row}" for row in range(_ROWS)], field.type)
     if field.nullable:
         return pa.nulls(_ROWS, field.type)
     return pa.array([_empty(field.type)] * _ROWS, field.type)

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from benchmarks.pipeline.figures import Figure
 from benchmarks.scale import page
-from benchmarks.scale.__main__ import QUICK, main, measure_resume, measure_start, measure_status
+from benchmarks.scale.__main__ import QUICK, main, measure_resume, measure_start, measure_status, measure_validate
 
 
 def test_a_resumed_run_and_a_training_need_few_requests_for_each_shard() -> None:
@@ -26,6 +27,24 @@ def test_the_status_of_a_running_job_takes_three_requests_and_that_of_a_dataset_
     assert found["requests, of a running job"] == 3
     assert found["listing requests"] <= 8 * 3 + 8 + 1
     assert found["reading requests"] <= 2 * 8 + 2
+
+
+def test_a_sample_is_validated_with_one_request_for_a_thousand_files() -> None:
+    found = {figure.name: figure for figure in measure_validate(QUICK)}
+    assert found["listing requests"].value <= 2 * 8 * 3 + 8 + 1, "layers, their quarantine and the folders"
+    assert found["reading requests"].value <= 2 * 8 + 2, "an index and a file of a layer"
+    assert found["CPU per shard"].section == "validate --quick of 20 local shards x 8 layers, one process"
+
+
+def test_figures_that_are_measured_alone_replace_their_section() -> None:
+    results = json.loads(page.RESULTS.read_text(encoding="utf-8"))
+    before = page.read_figures(results)
+    section = before[0].section
+    new = page.replaced(results, [Figure(section, "time", 1.0, "s")], 7.5)
+    found = page.read_figures(new)
+    assert [figure.value for figure in found if figure.section == section] == [1.0]
+    assert [one for one in found if one.section != section] == [one for one in before if one.section != section]
+    assert f"| **{section}**, load average 7.5 | | | |" in page.render_page(page.PAGE.read_text(encoding="utf-8"), new)
 
 
 @pytest.mark.parametrize("part", ["local", "driver", "secrets"])
