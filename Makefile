@@ -33,10 +33,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 install: $(INSTALLED) ## create .venv with the tested versions of everything
 
-demo: $(INSTALLED) ## reinforce 1,364 emoji, train a student with and without it, compare (minutes, no network)
+demo: $(INSTALLED) ## reinforce 1,364 emoji, train students with and without it, compare (minutes, no network)
 	$(BIN)/python -m reinforce.demo data
 	$(BIN)/reinforce run configs/demo.yaml
-	$(BIN)/python -m reinforce.demo show
+	$(BIN)/reinforce run configs/demo.yaml --set 'source=demo/noisy-shards/*.tar' --set output=demo/noisy-dataset
+	$(BIN)/reinforce inspect demo/dataset demo/report
 	$(BIN)/python -m reinforce.demo students
 	$(BIN)/python -m reinforce.demo compare
 

@@ -19,7 +19,6 @@ SCALES = (5, 10, 20, 40, 80)
 LAMBDAS = (0, 0.3, 0.7, 1)
 AUGMENTATIONS = (1, 2, 5, 10, 30)
 CAPTIONS = (1, 2, 5)
-WRONG_SHARE = 0.4
 #: Decoding of the second captioner: a lower temperature than that of the first.
 CAREFUL: Mapping[str, object] = {"strategy": "nucleus", "temperature": 0.6, "top_p": 1.0}
 _SAMPLING = frozenset(DECODING_FIELDS) - {"repetition_penalty", "min_length", "max_length", "compile"}
@@ -203,7 +202,7 @@ def _storage(study: Study) -> Question:
 
 
 def _noise(study: Study) -> Question:
-    share = f"{WRONG_SHARE:.0%}"
+    share = f"{SHARE:.0%}"
     dataset = study.add_dataset(WRONG, override("source", f"{study.wrong_shards}/*.tar"))
     plain, distilled = (
         study.add_arm(f"{base} with {share} wrong", f"{base}-{WRONG}", base=base, dataset=dataset)

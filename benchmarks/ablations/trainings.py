@@ -13,9 +13,8 @@ import ray
 from ray.exceptions import RayError
 
 from benchmarks.ablations.arms import WRONG, Study
-from benchmarks.ablations.questions import WRONG_SHARE
 from benchmarks.ablations.results import Training
-from benchmarks.ablations.wrong_captions import write_wrong_captions
+from reinforce.demo.wrong_captions import SHARE, write_wrong_captions
 from reinforce.cluster import cause_of
 from reinforce.engine.plan import make_plan
 from reinforce.engine.runner import run
@@ -39,7 +38,7 @@ def make_datasets(study: Study, names: Iterable[str], start_cluster: Callable[[]
     """
     for name in names:
         if name == WRONG:
-            write_wrong_captions(study.demo.source, study.wrong_shards, WRONG_SHARE)
+            write_wrong_captions(study.demo.source, study.wrong_shards, SHARE)
         config = study.dataset_config(name)
         plan = make_plan(config)
         if plan.pending:

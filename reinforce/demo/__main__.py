@@ -15,15 +15,20 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 @app.command()
 def data(
     out: Annotated[Path, typer.Option(help="folder for the student's shards")] = Path("demo/shards"),
+    noisy: Annotated[Path, typer.Option(help="folder for the same shards with wrong captions")] = Path(
+        "demo/noisy-shards"
+    ),
     tests: Annotated[Path, typer.Option(help="folder for the students' test sets")] = Path("demo/tests"),
 ) -> None:
     """Write the demo's shards: emoji with captions for training, and others as test sets."""
-    from reinforce.demo.data import write_shards, write_tests
+    from reinforce.demo.data import write_noisy_shards, write_shards, write_tests
 
     paths = write_shards(out)
     print(f"data: {len(paths)} shards in {out} (Twemoji, CC-BY 4.0, see {out / 'CREDITS.txt'})")
+    paths = write_noisy_shards(noisy, paths)
+    print(f"data: {len(paths)} shards in {noisy}, the same with 40 % of the captions exchanged")
     paths = write_tests(tests)
-    print(f"data: {len(paths)} shards in {tests} (OpenMoji, CC BY-SA 4.0), for evaluation only")
+    print(f"data: {len(paths)} shards in {tests} (OpenMoji, CC BY-SA 4.0, and icons of fonts), for evaluation only")
 
 
 @app.command()
@@ -31,7 +36,7 @@ def teacher_data(
     out: Annotated[Path, typer.Option(help="folder for the shards")] = Path("demo/teacher-data"),
     fetched: Annotated[Path, typer.Option(help="cache folder of the npm packages")] = Path("demo/npm"),
 ) -> None:
-    """Write the training data of the demo's teachers: eight styles, six of which are npm packages."""
+    """Write the training data of the demo's teachers: ten styles, eight of which are npm packages."""
     from reinforce.demo.teacher_data import write_teacher_data
 
     paths = write_teacher_data(out, fetched)
@@ -64,34 +69,23 @@ def keep(
 
 
 @app.command()
-def show(
-    dataset: Annotated[str, typer.Argument(help="the reinforced dataset")] = "demo/dataset",
-    report: Annotated[Path, typer.Option(help="folder for the report")] = Path("demo/report"),
-) -> None:
-    """Show the files of a dataset and one sample, and write a report as `reinforce inspect` does."""
-    from reinforce.demo.show import show_dataset
-
-    show_dataset(dataset, report)
-
-
-@app.command()
 def students(
     out: Annotated[Path, typer.Option(help="folder for the students")] = Path("demo/students"),
-    seed: Annotated[int, typer.Option(help="seed of both trainings")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the trainings")] = 0,
 ) -> None:
-    """Train a plain and a distilled student in parallel, with equal steps and equal initial weights."""
+    """Train a plain and a distilled student, with right captions and with wrong ones, two at a time."""
     from reinforce.demo.compare import ARMS, arm_overrides
     from reinforce.demo.students import train_side_by_side
 
-    train_side_by_side({arm: arm_overrides(arm, out / arm, seed) for arm in ARMS})
+    train_side_by_side({arm: arm_overrides(arm, out / arm, seed) for arm in ARMS}, out)
 
 
 @app.command()
 def compare(
     students: Annotated[Path, typer.Argument(help="folder of the students")] = Path("demo/students"),
-    out: Annotated[Path, typer.Option(help="folder for results.json and curves.png")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="folder for results.json and summary.png")] = Path("demo"),
 ) -> None:
-    """Compare the two students in a table."""
+    """Compare the students in a table and a picture."""
     from reinforce.demo.compare import compare_students
 
     compare_students(students, out)

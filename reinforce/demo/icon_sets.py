@@ -32,6 +32,8 @@ ICON_SETS = {
     "fluent-contrast": IconSet("@iconify-json/fluent-emoji-high-contrast@1.2.6", "Microsoft (Fluent Emoji)", "MIT"),
     "emojione": IconSet("@iconify-json/emojione@1.2.3", "EmojiOne (version 2)", "CC-BY 4.0"),
     "emojione-monotone": IconSet("@iconify-json/emojione-monotone@1.2.1", "EmojiOne (version 2)", "CC-BY 4.0"),
+    "fxemoji": IconSet("@iconify-json/fxemoji@1.2.2", "Mozilla (FxEmojis)", "Apache-2.0"),
+    "streamline": IconSet("@iconify-json/streamline-emojis@1.2.4", "Streamline (Streamline Emojis)", "CC-BY 4.0"),
 }
 _KEYWORDS = "emojibase-data@17.0.0"  # MIT, from Unicode's CLDR
 #: Sets that map icon names to code points; the other sets use the same names.
@@ -89,7 +91,7 @@ def credits_text(style: str) -> str:
 
 @functools.cache
 def _codes_by_name(folder: Path) -> dict[str, str]:
-    """Return code points by icon name ('red-apple'), without skin tones."""
+    """Return code points by icon name ('red-apple', and 'redapple' as in FxEmojis), without skin tones."""
     codes: dict[str, str] = {}
     for style in _NAMED_SETS:
         for key, name in _read_json(folder, ICON_SETS[style].package, "chars.json").items():
@@ -98,7 +100,7 @@ def _codes_by_name(folder: Path) -> dict[str, str]:
     for entry in _read_json(folder, _KEYWORDS, "en/data.json"):
         name = re.sub("[^a-z0-9]+", "-", entry["label"].lower()).strip("-")
         codes.setdefault(name, base_code(entry["hexcode"]))
-    return codes
+    return {name.replace("-", ""): code for name, code in codes.items()} | codes
 
 
 def _archive(folder: Path, package: str) -> Path:

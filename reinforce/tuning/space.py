@@ -120,7 +120,7 @@ def _read_raw(student: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merge(data: Mapping[str, Any], changes: Mapping[str, Any], place: str = "trial") -> dict[str, Any]:
-    """Return ``data`` with the keys of ``changes``, section by section."""
+    """Return ``data`` with the keys of ``changes``, section by section; null removes a section."""
     merged = dict(data)
     if place == "trial.train" and {"steps", "epochs"} & changes.keys():  # a training has exactly one of them
         merged = {key: value for key, value in merged.items() if key not in ("steps", "epochs")}
@@ -130,6 +130,8 @@ def _merge(data: Mapping[str, Any], changes: Mapping[str, Any], place: str = "tr
         before = merged.get(key)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
             merged[key] = _merge(before, value, f"{place}.{key}")
+        elif value is None and isinstance(before, Mapping):
+            del merged[key]
         else:
             merged[key] = value
     return merged

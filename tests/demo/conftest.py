@@ -12,17 +12,17 @@ import pytest
 from filelock import FileLock
 
 from reinforce.demo import icon_sets
-from reinforce.demo.data import shared_concepts, write_shards, write_tests
+from reinforce.demo.data import shared_concepts, write_noisy_shards, write_shards, write_tests
 
 
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's `shards` and `tests`, written once for all processes of a session: drawing them takes seconds."""
+    """The demo's `shards`, `noisy-shards` and `tests`, written once for all processes of a session: drawing them takes seconds."""
     parallel = "PYTEST_XDIST_WORKER" in os.environ
     folder = (tmp_path_factory.getbasetemp().parent if parallel else tmp_path_factory.getbasetemp()) / "demo-data"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            write_shards(f"{folder}.new/shards")
+            write_noisy_shards(f"{folder}.new/noisy-shards", write_shards(f"{folder}.new/shards"))
             write_tests(f"{folder}.new/tests")
             os.rename(f"{folder}.new", folder)
     return folder

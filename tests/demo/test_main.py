@@ -22,16 +22,17 @@ def run(*arguments: str) -> str:
 
 def test_commands_of_the_makefile_exist() -> None:
     commands = set(re.findall(r"reinforce\.demo ([\w-]+)", (ROOT / "Makefile").read_text()))
-    assert commands == {"data", "teacher-data", "initial-models", "keep", "show", "students", "compare"}
+    assert commands == {"data", "teacher-data", "initial-models", "keep", "students", "compare"}
     for command in commands:
         assert "--help" in run(command, "--help")
 
 
 def test_data_writes_shards_and_test_sets_of_equal_bytes(demo_folder: Path, tmp_path: Path) -> None:
-    output = run("data", "--out", str(tmp_path / "shards"), "--tests", str(tmp_path / "tests"))
+    out, noisy, tests = (tmp_path / name for name in ("shards", "noisy-shards", "tests"))
+    output = run("data", "--out", str(out), "--noisy", str(noisy), "--tests", str(tests))
     assert f"3 shards in {tmp_path}/shards" in output
     assert {path.name for path in (tmp_path / "tests").iterdir()} == {
-        "classes.txt", "groups.json", "unseen-pictures", "unseen-style",
+        "classes.txt", "groups.json", "unseen-icons", "unseen-pictures", "unseen-style",
     }  # fmt: skip
     assert tree(tmp_path) == tree(demo_folder)
 

@@ -21,8 +21,9 @@ def test_failed_training_is_named_and_terminates_the_others(
         for name in ("first", "second", "third")
     }
     with pytest.raises(UserError, match=r"the training '(first|second)' failed with status 2"):
-        train_side_by_side(trainings)
+        train_side_by_side(trainings, tmp_path)
     printed = capfd.readouterr().out
     assert re.search(r"(first |second) \| error: ", printed)
     assert re.search(r"(first |second) \|   no-(first|second): unknown key", printed)
     assert "third" not in printed
+    assert "unknown key" in "".join(path.read_text() for path in tmp_path.glob("*.log"))

@@ -59,4 +59,6 @@ def test_demo_tuning_config_matches_its_student(monkeypatch: pytest.MonkeyPatch)
     assert set(tuning.scales) == set(base.full.data.teachers or [])
     assert tuning.metric in base.short.evaluate.metrics
     assert base.short.train.steps is not None
+    assert list(base.short.evaluate.zero_shot) == ["held-out"]  # none of the demo's tests
+    assert not base.short.evaluate.retrieval
     assert (base.short.evaluate.every or 0) < base.short.train.steps

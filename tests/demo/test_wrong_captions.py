@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ablations.wrong_captions import write_wrong_captions
+from reinforce.demo.wrong_captions import write_wrong_captions
 from reinforce.errors import UserError
 from tests.helpers.data import members_of, write_tar
 

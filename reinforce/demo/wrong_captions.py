@@ -1,4 +1,4 @@
-"""Source shards in which some captions are exchanged."""
+"""Source shards in which some captions are exchanged: as on the web, where many do not describe their picture."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from reinforce.errors import UserError
 from reinforce.seeds import permutation
 from reinforce.source.urls import expand
 
+#: Share of wrong captions in the demo's noisy shards.
+SHARE = 0.4
 
 def write_wrong_captions(source: str | Sequence[str], out: Path, share: float, seed: int = 0) -> list[Path]:
     """Copy local shards to ``out`` and exchange ``share`` of all captions among each other.
