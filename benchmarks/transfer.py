@@ -76,6 +76,7 @@ holds out Twemoji pictures of its own. The accuracy of the teachers is in
 [their model card](../configs/demo-models/README.md).
 """
 
+
 def main(out: Path, seeds: int, more: Sequence[str]) -> None:
     """Train ``seeds`` students of each arm with ``more`` overrides; print and write the results."""
     folders = {arm: [out / f"{arm}-{seed}" for seed in range(seeds)] for arm in ARMS}

@@ -53,7 +53,10 @@ def json_schema(model: type[BaseModel]) -> Schema:
 
 
 def partial(schema: Schema, prefix: str) -> tuple[Schema, dict[str, Schema]]:
-    """A schema in which no key is required, and its sections, whose names begin with ``prefix``."""
+    """A schema in which no key is required, and its sections, whose names begin with ``prefix``.
+
+    In a mapping of sections by name, such as sets, null is accepted: it removes a section.
+    """
     renamed = _optional(schema, prefix)
     sections = {f"{prefix}{name}": section for name, section in renamed.pop("$defs", {}).items()}
     renamed.pop("$schema", None)
@@ -84,4 +87,7 @@ def _optional(value: Any, prefix: str) -> Any:
     kept = {name: inner for name, inner in value.items() if not (name == "required" and isinstance(inner, list))}
     if "$ref" in kept:
         kept["$ref"] = kept["$ref"].replace("#/$defs/", f"#/$defs/{prefix}")
+    named = kept.get("additionalProperties")
+    if isinstance(named, dict) and "$ref" in named:
+        kept["additionalProperties"] = either(named, {"type": "null"})
     return {name: inner if name == "$ref" else _optional(inner, prefix) for name, inner in kept.items()}

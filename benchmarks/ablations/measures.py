@@ -55,7 +55,7 @@ ALL_MEASURES: Mapping[str, Measure] = {
     **{name: Measure(title) for name, (title, _) in MEASURES.items()},
     SECONDS: Measure("s/step", "seconds"),
     BYTES: Measure("bytes/sample", "bytes"),
-    RETAINED: Measure("own style, retained"),
+    RETAINED: Measure("training pictures, retained"),
     **{name + REACHED_AT: Measure(f"{title}: steps", "steps") for name, (title, _) in MEASURES.items()},
 }
 

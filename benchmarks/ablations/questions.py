@@ -9,6 +9,7 @@ from benchmarks.ablations.arms import WRONG, Arm, Study, model_mapping, override
 from benchmarks.ablations.claims import Claim, Compare, Pick, Sooner
 from benchmarks.ablations.measures import BYTES, REACHED_AT, RETAINED
 from reinforce.demo.compare import SECONDS
+from reinforce.demo.wrong_captions import SHARE
 from teachers.spec import DECODING_FIELDS
 
 #: Columns of a question's table, and panels of its figure.
@@ -220,7 +221,8 @@ def _noise(study: Study) -> Question:
         ),
         f"{share} of the student's samples have the caption of another sample, the same samples with every seed. The "
         "dataset is made from these shards, so the teachers embed the wrong captions; the captioner only uses the "
-        "pictures. *Retained* is the accuracy on the own style divided by that of the same seed with true captions.",
+        "pictures. *Retained* is the accuracy on the training pictures divided by that of the same seed with true "
+        "captions.",
         columns=(*ACCURACY, RETAINED),
         panels=(OWN, UNSEEN, PICTURES, RETRIEVAL),
         clean={plain.label: "plain", distilled.label: "distilled"},

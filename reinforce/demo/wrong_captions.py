@@ -15,6 +15,7 @@ from reinforce.source.urls import expand
 #: Share of wrong captions in the demo's noisy shards.
 SHARE = 0.4
 
+
 def write_wrong_captions(source: str | Sequence[str], out: Path, share: float, seed: int = 0) -> list[Path]:
     """Copy local shards to ``out`` and exchange ``share`` of all captions among each other.
 

@@ -71,7 +71,7 @@ class TuneConfig(Section):
     trial: dict[str, Any] = Field(
         default_factory=dict,
         description="keys that replace those of the student's config in trials, e.g. {train: {steps: 2000}}; null "
-        "removes a section, such as a set under `evaluate`",
+        "removes a section that has a name, such as a set under `evaluate.zero_shot`",
     )
     mode: Literal["independent", "joint"] = Field(
         "independent",

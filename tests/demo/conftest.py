@@ -17,7 +17,7 @@ from reinforce.demo.data import shared_concepts, write_noisy_shards, write_shard
 
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's `shards`, `noisy-shards` and `tests`, written once for all processes of a session: drawing them takes seconds."""
+    """The demo's `shards`, `noisy-shards` and `tests`, written once for all processes: drawing takes seconds."""
     parallel = "PYTEST_XDIST_WORKER" in os.environ
     folder = (tmp_path_factory.getbasetemp().parent if parallel else tmp_path_factory.getbasetemp()) / "demo-data"
     with FileLock(f"{folder}.lock"):

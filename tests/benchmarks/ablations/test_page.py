@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.ablations import page
 from benchmarks.ablations.arms import Study
@@ -33,7 +32,7 @@ def test_page_reports_agreement_and_disagreement(study: Study, tmp_path: Path) -
     text, numbers = write_page(study, [falls], tmp_path)
     assert "**These results do not agree.**" in text
     assert "unseen style: lambda 1 above lambda 0: no, below it" in text
-    assert "retrieval R@5: lambda 0.7 not below the best other (lambda 0): no" in text
+    assert "retrieval, unseen style: lambda 0.7 not below the best other (lambda 0): no" in text
     found = numbers["questions"]["lambda"]  # type: ignore[index]
     assert [claim["holds"] for claim in found["claims"]] == [False] * 3
     assert found["arms"]["lambda 1"]["arm"] == "distilled"
@@ -89,8 +88,8 @@ def test_other_machines_are_listed_with_their_questions(study: Study, tmp_path: 
     questions = make_questions(study)
     here, there = rising_answer(questions["lambda"]), replace(rising_answer(questions["scales"]), machine="another")
     assert "(torch" in write_page(study, [here], tmp_path)[0]
-    assert ";\nthis one).\n" in write_page(study, [here], tmp_path)[0]
-    assert "\nthis one; another, for *Logit scales*).\n" in write_page(study, [here, there], tmp_path)[0]
+    assert "; this one).\n" in write_page(study, [here], tmp_path)[0]
+    assert "this one; another, for *Logit scales*).\n" in write_page(study, [here, there], tmp_path)[0]
 
 
 def test_single_seed_gives_no_conclusion(study: Study) -> None:
@@ -104,12 +103,9 @@ def test_single_seed_gives_no_conclusion(study: Study) -> None:
 
 def test_committed_page_is_rendered_from_the_stored_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    stored = json.loads(page.RESULTS.read_text())
-    monkeypatch.setattr(torch, "__version__", stored["torch"])
-    study = Study(Path("demo/ablations"), stored["changes"])
-    answers = page.read_stored_answers(study, stored["seeds"])
-    assert list(answers) == list(stored["questions"])
-    checked = [(answer, page.check_claims(answer)) for answer in answers.values()]
-    text = page.render_page(checked, page.describe_study(study, stored["seeds"], list(answers)))
+    answers, info, earlier = page.read_stored_page(Study(Path("demo/ablations")))
+    checked = [(answer, page.check_claims(answer)) for answer in answers]
+    text = page.render_page(checked, info, earlier)
     assert page.PAGE.read_text() == text
-    assert {path.stem for path in page.PAGE.with_suffix("").iterdir()} == set(answers)
+    assert ("of an earlier recipe" in text) == earlier
+    assert {path.stem for path in page.PAGE.with_suffix("").iterdir()} == {answer.question.name for answer in answers}
