@@ -41,17 +41,22 @@ demo: $(INSTALLED) ## reinforce 1,364 emoji, train students with and without it,
 	$(BIN)/python -m reinforce.demo students
 	$(BIN)/python -m reinforce.demo compare
 
-demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner again (35 minutes on two cores, npm)
+demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner again (an hour on two cores, npm)
 	$(BIN)/python -m reinforce.demo data
 	$(BIN)/python -m reinforce.demo teacher-data
 	$(BIN)/python -m reinforce.demo initial-models
 	$(BIN)/reinforce run configs/demo-teachers/samples.yaml
+	$(BIN)/reinforce run configs/demo-teachers/samples.yaml --set 'source=demo/teacher-data/*/*.tar' \
+		--set output=demo/teachers/samples-styles --set augmentations.count=20 \
+		--set augmentations.scale=[0.5,1.0] --set augmentations.rand_augment.magnitude=12
 	$(BIN)/reinforce train configs/demo-teachers/conv-64.yaml
 	$(BIN)/reinforce train configs/demo-teachers/conv-48.yaml
+	$(BIN)/reinforce train configs/demo-teachers/styles-64.yaml
 	$(BIN)/reinforce finetune-captioner configs/demo-teachers/coca-pretrain.yaml
 	$(BIN)/reinforce finetune-captioner configs/demo-teachers/coca-finetune.yaml
 	$(BIN)/python -m reinforce.demo keep demo/teachers/conv-64/student configs/demo-models/conv-64
 	$(BIN)/python -m reinforce.demo keep demo/teachers/conv-48/student configs/demo-models/conv-48
+	$(BIN)/python -m reinforce.demo keep demo/teachers/styles-64/student configs/demo-models/styles-64
 	$(BIN)/python -m reinforce.demo keep demo/teachers/coca-finetune/captioner configs/demo-models/coca-64
 
 # One thread for each process, and three processes for two cores, since some tests mostly wait.

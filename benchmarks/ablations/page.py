@@ -49,8 +49,8 @@ caption. *Training pictures* are no test. Seconds are for one core per training,
 cores (torch {torch}; {machines}).
 """
 _EARLIER = """\
-**These numbers are of an earlier recipe of the demo**, with other teachers, other logit scales (25) and {steps:,}
-steps; [transfer](transfer.md) is of the present one. `make ablations` measures them again.
+**These numbers are of an earlier recipe of the demo**, with two teachers, a student of 48 pixels, logit scales of 25 and
+{steps:,} steps; [transfer](transfer.md) is of the present one. `make ablations` measures them again.
 
 """
 _SECTION = """

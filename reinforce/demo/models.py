@@ -80,6 +80,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "preprocess_cfg": {"size": 64, **_OPENAI, "interpolation": "bicubic", "resize_mode": "shortest"},
     },
 }
+MODELS["styles-64"] = MODELS["conv-64"]  # trained on more styles
 
 
 def write_initial_models(out: str | Path, data: str | Path, seed: int = 0) -> list[Path]:

@@ -58,7 +58,8 @@ def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unseen = next(concept for concept in shared_concepts() if concept.unseen)
     square = '<path fill="{}" d="M2 2h12v12H2z"/>'
     for style, icons in icon_sets.ICON_SETS.items():
-        bodies = {"red-apple": {"body": square.format("red")}, "unseen": {"body": square.format("blue")}}
+        apple = "redapple" if style == "fxemoji" else "red-apple"
+        bodies = {apple: {"body": square.format("red")}, "unseen": {"body": square.format("blue")}}
         spelled = {"1f34e": "red-apple", unseen.emoji.key: "unseen", "1f44b-1f3fd": "red-apple"}
         members: dict[str, object] = {"icons.json": {"icons": bodies, "width": 16, "height": 16}}
         members["chars.json"] = spelled if style in ("noto", "fluent") else {}

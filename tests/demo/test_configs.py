@@ -23,14 +23,16 @@ def test_demo_config_uses_the_committed_models() -> None:
     assert (config.source, config.output) == ("demo/shards/*.tar", "demo/dataset")
     named = [spec.model for spec in [*config.teachers.values(), *config.captioners.values()]]
     assert {f"local-dir:configs/demo-models/{name}" for name in MODELS} == set(named)
-    assert len(config.teachers) == 2
+    assert len(config.teachers) == 3
 
 
-@pytest.mark.parametrize("name", ["conv-64", "conv-48"])
+@pytest.mark.parametrize("name", ["conv-64", "conv-48", "styles-64"])
 def test_teacher_configs_are_plain_clip(name: str) -> None:
     config = load_student_config(ROOT / f"configs/demo-teachers/{name}.yaml")
     assert (config.loss.lambda_, config.student.model) == (0, f"local-dir:demo/initial-models/{name}")
-    assert load_config(ROOT / "configs/demo-teachers/samples.yaml").output == config.data.datasets[0].url
+    samples = load_config(ROOT / "configs/demo-teachers/samples.yaml").output
+    assert config.data.datasets[0].url == (f"{samples}-styles" if name == "styles-64" else samples)
+    assert config.data.datasets[0].url in (ROOT / "Makefile").read_text() + samples
 
 
 def test_captioner_configs_end_with_noun_phrases() -> None:

@@ -28,5 +28,6 @@ def test_drawings_and_keywords_are_read_by_code_points(npm: Path) -> None:
     assert "1f34e" in drawings
     assert len(drawings) == 2
     assert Image.open(io.BytesIO(drawings["1f34e"]())).convert("RGB").getpixel((36, 36)) == (255, 0, 0)
+    assert icon_sets.read_drawings(npm, "fxemoji").keys() == drawings.keys()  # whose names have no hyphens
     assert icon_sets.read_keywords(npm) == {"1f34e": ["fruit", "ripe"]}
     assert "Apache-2.0" in icon_sets.credits_text("noto")
