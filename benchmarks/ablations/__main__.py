@@ -79,7 +79,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override in the config of all students"
     )
     parser.add_argument("--out", type=Path, default=OUT, help="folder for datasets and students")
-    parser.add_argument("--page", action="store_true", help="write the page again from the stored numbers, and end")
     parser.add_argument("--address", help="Ray cluster with access to the folder; default: a local one")
     return parser
 
@@ -87,10 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     options = make_parser().parse_args()
     try:
-        if options.page:
-            page.write_stored_page(Study(options.out))
-        else:
-            main(options.out, options.questions, options.seeds, options.set, options.address)
+        main(options.out, options.questions, options.seeds, options.set, options.address)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     except (Stopped, KeyboardInterrupt) as stopped:

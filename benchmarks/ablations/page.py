@@ -38,20 +38,15 @@ make demo                 # writes the training shards and the test sets
 {command}
 ```
 
-{earlier}{summary}
+{summary}
 
 Tables show the mean over the seeds ± the sample standard deviation. Two arms count as different if their means
 differ by more than the noise: {errors:g} standard errors of a difference, or {picked:g} where the best or worst of
 several arms is chosen. The standard error is estimated from the deviations of all arms of a question. *Level* means
-that {seeds} seeds do not show a difference. The sets are those of the [demo](transfer.md): top-1 accuracy of zero-shot
-classification among all concepts, and for retrieval whether the right picture is among the five nearest to a
-caption. *Training pictures* are no test. Seconds are for one core per training, with as many parallel trainings as
-cores (torch {torch}; {machines}).
-"""
-_EARLIER = """\
-**These numbers are of an earlier recipe of the demo**, with two teachers, a student of 48 pixels, logit scales of 25 and
-{steps:,} steps; [transfer](transfer.md) is of the present one. `make ablations` measures them again.
-
+that {seeds} seeds do not show a difference. The sets are those of [transfer](transfer.md): top-1 accuracy
+of zero-shot classification among all concepts, and for retrieval whether the right picture is among the five
+nearest to a caption. Seconds are for one core per training, with as many parallel trainings as cores (torch {torch};
+{machines}).
 """
 _SECTION = """
 ## {title}
@@ -106,15 +101,6 @@ def read_stored_answers(study: Study, seeds: int, results: Path = RESULTS) -> di
     }
 
 
-def read_stored_page(study: Study, results: Path = RESULTS) -> tuple[list[Answer], StudyInfo, bool]:
-    """Read all stored answers, what their students have in common, and whether a recipe is an earlier one."""
-    stored, questions = json.loads(results.read_text()), make_questions(study)
-    kept = {name: entry for name, entry in stored["questions"].items() if name in questions}
-    answers = [_from_json(questions[name], entry) for name, entry in kept.items()]
-    info = StudyInfo(**{name: stored[name] for name in StudyInfo.__dataclass_fields__})
-    return answers, info, any(entry["recipe"] != study.recipe(questions[name].arms) for name, entry in kept.items())
-
-
 def _from_json(question: Question, stored: Mapping[str, Any]) -> Answer:
     """Read an answer that ``_to_json`` wrote."""
     numbers = {
@@ -155,17 +141,8 @@ def check_claims(answer: Answer) -> list[Verdict]:
     return [claim.check(answer.numbers) for claim in answer.question.claims] if seeds > 1 else []
 
 
-def write_stored_page(study: Study) -> None:
-    """Write the page and its figures again, from the stored numbers."""
-    answers, info, earlier = read_stored_page(study)
-    for answer in answers:
-        figures.draw(answer, PAGE.with_suffix("") / f"{answer.question.name}.png")
-    checked = [(answer, check_claims(answer)) for answer in answers]
-    plots.write_file(render_page(checked, info, earlier).encode(), str(PAGE))
-
-
-def render_page(checked: Sequence[tuple[Answer, Sequence[Verdict]]], info: StudyInfo, earlier: bool = False) -> str:
-    """Return the whole page; ``earlier`` says at its top that the recipe has changed since."""
+def render_page(checked: Sequence[tuple[Answer, Sequence[Verdict]]], info: StudyInfo) -> str:
+    """Return the whole page."""
     rows = ["| question | these results |", "|---|---|"]
     for answer, verdicts in checked:
         title = answer.question.title
@@ -176,7 +153,6 @@ def render_page(checked: Sequence[tuple[Answer, Sequence[Verdict]]], info: Study
         command="make ablations            # trains the students; writes this page"
         if info.command == _PROGRAM
         else info.command,
-        earlier=_EARLIER.format(steps=info.steps) if earlier else "",
         summary="\n".join(rows),
         errors=ERRORS,
         picked=ERRORS_OF_PICKED,

@@ -45,7 +45,7 @@ def test_committed_models_are_small_and_match_the_initial_configs() -> None:
         weights = COMMITTED / name / "open_clip_model.safetensors"
         assert all(v.dtype == torch.float16 for v in load_file(weights).values() if v.is_floating_point())
         sizes += weights.stat().st_size
-    assert sizes < 12e6
+    assert sizes < 16e6
 
 
 @pytest.mark.parametrize("name", MODELS)
