@@ -18,5 +18,5 @@ def test_summary_has_mean_range_and_seeds() -> None:
 
 def test_committed_page_is_rendered_from_the_stored_numbers() -> None:
     stored = json.loads(transfer.RESULTS.read_text())
-    page = transfer.render_page(stored, len(stored["plain"]["own_style"]["seeds"]))
+    page = transfer.render_page(stored)
     assert transfer.PAGE.read_text() == page
