@@ -26,7 +26,7 @@ RUN = [
     r"reinforce run my\.yaml( --set workers\.cpus=4| --retry-quarantined)?",
     r"reinforce status (my-data|demo/dataset)( --reasons| --watch| --json)?",
     r"reinforce dashboard grafana/dashboards",
-    r"reinforce validate my-data( --quick| --repair)?( --sources shards)?",
+    r"reinforce validate my-data( --quick| --repair)?( --sample 2000)?( --sources shards)?",
     r"reinforce check (my\.yaml|our_teachers:Tiny --options .*)",
     r"reinforce captions-report my-data",
     r"reinforce inspect (my-data my-report|demo/dataset demo/report)",
