@@ -60,7 +60,7 @@ _NEXT = """\
 Look at the dataset     open {out}/report/index.html
 See the table as bars   open {out}/summary.png
 Use the student         open_clip.create_model_and_transforms("local-dir:{students}/distilled/student")
-Your own data           docs/data.md, in an hour: docs/tutorial.md"""
+Your own data           docs/data.md; step by step: docs/tutorial.md"""
 
 
 def arm_overrides(arm: str, folder: str | Path, seed: int = 0) -> list[str]:
@@ -120,7 +120,7 @@ def print_table(title: str, rows: Mapping[str, Sequence[Mapping[str, float]]]) -
         cells = []
         for arms in PAIRS.values():
             values = [[row[name] for row in rows[arm]] for arm in arms]
-            cells += [*map(format_share, values), f"{ratio(*values):.1f}"]
+            cells += [*map(format_share, values), f"{ratio(*values):.1f}" if any(values[0]) else "-"]
         table.add_row(MEASURES[name][0], *cells)
     Console(width=max(Console().width, 120)).print(table)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from reinforce.demo.compare import CONFIG
 from reinforce.errors import UserError
 
 MAX_PARALLEL = 2
-_SHOWN = ("step ", "resuming ")  # the beginnings of the lines of a training that are shown
+_SHOWN = re.compile(r"step [\d,]+ of |resuming ")  # the lines of a training that are shown; metrics are in its log
 _LAST_LINES = 20
 
 
@@ -56,7 +57,7 @@ def train_side_by_side(trainings: Mapping[str, Sequence[str]], logs: str | Path)
             for line in process.stdout:
                 log.write(line)
                 last.append(line.rstrip("\n"))
-                if line.startswith(_SHOWN):
+                if _SHOWN.match(line):
                     show(name, last[-1])
         if status := process.wait():
             if not failed.is_set():  # the others are terminated because of the first

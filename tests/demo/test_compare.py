@@ -34,6 +34,11 @@ def test_comparison_prints_a_table_and_writes_results_and_a_picture(
     printed = capsys.readouterr().out
     assert len(re.findall(r"unseen \w+ +│ +12\.5% │ +25\.0% │ +2\.0 │ +6\.2% │ +18\.8% │ +3\.0 │", printed)) >= 3
     assert f"{tmp_path}/students/distilled/student" in printed
+    finish_training(tmp_path / "students" / "plain", 0.0)
+    compare_students(tmp_path / "students", tmp_path)
+    assert re.search(r"unseen icons +│ +0\.0% │ +25\.0% │ +- │", capsys.readouterr().out)
+    finish_training(tmp_path / "students" / "plain", 0.125)
+    compare_students(tmp_path / "students", tmp_path)
     assert len(printed.splitlines()) < 30
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["distilled"] == {**dict.fromkeys(MEASURES, 0.25), "seconds_per_step": 0.2}

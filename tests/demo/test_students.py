@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from reinforce.demo import students
 from reinforce.demo.students import train_side_by_side
 from reinforce.errors import UserError
 from tests.helpers.demo import ROOT
@@ -27,3 +28,9 @@ def test_failed_training_is_named_and_terminates_the_others(
     assert re.search(r"(first |second) \|   no-(first|second): unknown key", printed)
     assert "third" not in printed
     assert "unknown key" in "".join(path.read_text() for path in tmp_path.glob("*.log"))
+
+
+def test_progress_is_shown_and_metrics_are_not() -> None:
+    shown = ["step 1,040 of 2,000  loss 4.5", "resuming after step 40 of 200"]
+    lines = [*shown, "step 200: zero_shot/own-style/top1 0.3", "final loss: 2.1"]
+    assert [line for line in lines if students._SHOWN.match(line)] == shown
