@@ -29,6 +29,7 @@ def test_the_status_of_a_running_job_takes_three_requests_and_that_of_a_dataset_
     assert found["reading requests"] <= 2 * 8 + 2
 
 
+@pytest.mark.slow
 def test_a_sample_is_validated_with_one_request_for_a_thousand_files() -> None:
     found = {figure.name: figure for figure in measure_validate(QUICK)}
     assert found["listing requests"].value <= 2 * 8 * 3 + 8 + 1, "layers, their quarantine and the folders"
