@@ -31,8 +31,9 @@ from tests.helpers.s3_runs import layers, writes_layer
 
 ROOT = Path(__file__).parents[2]
 NODES = 3
-#: Of a driver: stopped, stopped before or after its work, finished, a storage failed, killed.
-EXPECTED_STATUSES = (130, 143, 0, 1, -signal.SIGKILL)
+#: Of a driver: stopped, stopped before or after its work, stopped before Ray is started, finished, a storage failed,
+#: killed.
+EXPECTED_STATUSES = (130, 143, -signal.SIGTERM, 0, 1, -signal.SIGKILL)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SUMMARY = " samples in "  # in a driver's last line
 
