@@ -21,8 +21,8 @@ from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig, load_student_config
 from reinforce.training.results import Results, read_results
 
-#: Overrides of CONFIG for each student.
 _PLAIN, _NOISY = ("loss.lambda=0", "data.captioners=[]"), ("data.datasets=demo/noisy-dataset",)
+#: Overrides of CONFIG for each student.
 ARMS: Mapping[str, Sequence[str]] = {
     "plain": _PLAIN,
     "distilled": (),
@@ -54,8 +54,8 @@ SECONDS = "seconds_per_step"
 _SETS = """\
 Top-1 accuracy among 1,364 names. Of OpenMoji's unseen style, teachers saw the drawings; of its unseen pictures and of
 the icons of two fonts, no model saw any. Retrieval: the right picture is among the five nearest to a caption. The
-training pictures are no test: a student that learns them by heart is best there. Noise of one seed: about a quarter of
-a number; over three seeds: docs/transfer.md."""
+training pictures are no test: a student that learns them by heart is best there. Figures of one seed are noisy; those
+of three seeds are in docs/transfer.md."""
 _NEXT = """\
 Look at the dataset     open {out}/report/index.html
 See the table as bars   open {out}/summary.png

@@ -1,7 +1,7 @@
 """Training data of the demo's teachers and captioner: shards in ten styles.
 
-OpenMoji is included for three quarters of the concepts only. The teachers are trained on all styles, the captioner on
-three, Twemoji, OpenMoji and Noto; the vocabulary is built from the captions of all.
+OpenMoji is included for three quarters of the concepts only. styles-64 is trained on all styles, the other teachers and
+the captioner on three, Twemoji, OpenMoji and Noto; the vocabulary is built from the captions of all.
 """
 
 from __future__ import annotations
