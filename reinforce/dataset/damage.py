@@ -133,6 +133,11 @@ def drop_shard_command(url: str, layers: Sequence[str], shard: str) -> str:
     return shlex.join(["reinforce", "drop", url, *layers, "--shard", shard])
 
 
+def compute_again(url: str, layer: str, shard: str) -> str:
+    """The sentence that says how to compute a layer's file of a shard again."""
+    return f"To compute it again: {drop_shard_command(url, [layer], shard)} --yes, and run again."
+
+
 def describe_damaged(url: str, files: Sequence[DamagedFile]) -> str:
     """The damaged files and what to do, as a line without its full stop; empty if there are none."""
     if not files:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from reinforce.dataset.aligned import MisalignedKeys, alignment_error, layer_errors
-from reinforce.dataset.damage import check_columns, drop_shard_command
+from reinforce.dataset.damage import check_columns, compute_again
 from reinforce.dataset.findings import Finding
 from reinforce.dataset.key_hashes import Hashes, digest_keys, hash_keys
 from reinforce.dataset.key_sample import ALL, ShardKeys
@@ -200,8 +200,7 @@ class ShardChecks:
         return {row["key"] for row in self.store.quarantined(layer, shard.name) if row["key"] is not None}
 
     def _message(self, layer: str, shard: str, reason: str) -> str:
-        command = drop_shard_command(self.store.url, [layer], shard)
-        return f"{self.store.layer_path(layer, shard)}: {reason}. To compute it again: {command} --yes, and run again."
+        return f"{self.store.layer_path(layer, shard)}: {reason}. {compute_again(self.store.url, layer, shard)}"
 
 
 def _unreadable(error: UserError | OSError, layer: str, shard: str) -> Finding:

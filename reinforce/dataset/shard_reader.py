@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from reinforce.dataset.damage import drop_shard_command
+from reinforce.dataset.damage import compute_again
 from reinforce.dataset.findings import Finding
 from reinforce.dataset.key_sample import ShardKeys
 from reinforce.dataset.layers import SAMPLES
@@ -125,8 +125,7 @@ class ShardReader:
             return []
         message = (
             f"{files.name}: its source {url} has {there:,} samples, the dataset has {checked.rows:,} rows and "
-            f"{stored - checked.rows:,} samples in the quarantine. To compute it again: "
-            f"{drop_shard_command(store.url, [SAMPLES], files.name)} --yes, and run again."
+            f"{stored - checked.rows:,} samples in the quarantine. {compute_again(store.url, SAMPLES, files.name)}"
         )
         return [Finding("count", message, SAMPLES, files.name)]
 

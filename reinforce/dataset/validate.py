@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from reinforce.dataset.damage import drop_shard_command, find_damaged
+from reinforce.dataset.damage import compute_again, drop_shard_command, find_damaged
 from reinforce.dataset.findings import Finding
 from reinforce.dataset.inventory import check_missing, check_orphans, check_recipes
 from reinforce.dataset.key_sample import ALL, KeySample, RepeatedKeys
@@ -190,10 +190,8 @@ def _check_sizes(
     fingerprints = {name: entry["fingerprint"] for name, entry in manifest["layers"].items()}
     others = {name: listing.only(~listing.within(read.names)) for name, listing in listings.items()}
     for file in find_damaged(store, others, fingerprints, indexes):
-        message = (
-            f"{store.layer_path(file.layer, file.shard)}: {file.reason}. To compute it again: "
-            f"{drop_shard_command(store.url, [file.layer], file.shard)} --yes, and run again."
-        )
+        advice = compute_again(store.url, file.layer, file.shard)
+        message = f"{store.layer_path(file.layer, file.shard)}: {file.reason}. {advice}"
         yield Finding("damaged", message, file.layer, file.shard)
 
 
