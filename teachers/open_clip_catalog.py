@@ -16,6 +16,7 @@ from teachers.weights import CHECKPOINTS, is_url
 
 HUB_PREFIX = "hf-hub:"
 FOLDER_PREFIX = "local-dir:"
+_CONFIG = "open_clip_config.json"
 
 #: Weights in a local-dir folder, in order of preference; another checkpoint is used if it is the only one.
 _WEIGHTS = (
@@ -43,7 +44,7 @@ def model_config(model: str) -> dict[str, Any] | None:
     if model.startswith(HUB_PREFIX):
         return None
     if model.startswith(FOLDER_PREFIX):
-        path = local_folder(model) / "open_clip_config.json"
+        path = local_folder(model) / _CONFIG
         config = _read_json(path).get("model_cfg")
         if not isinstance(config, dict):
             raise ValueError(f"{path} has no `model_cfg`: use a folder written by open_clip's push_to_hf_hub")
@@ -58,6 +59,16 @@ def model_config(model: str) -> dict[str, Any] | None:
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}: it does not describe an image-text model")
     return config
+
+
+def folder_config(model: str) -> dict[str, Any] | None:
+    """The whole open_clip_config.json of ``local-dir:PATH``; None for other models, whose config does not change.
+
+    Raises ValueError or FileNotFoundError.
+    """
+    if not model.startswith(FOLDER_PREFIX):
+        return None
+    return _read_json(local_folder(model) / _CONFIG)
 
 
 def check_model(model: str, pretrained: str | None) -> None:

@@ -35,7 +35,7 @@ class Progress:
     ``step`` is the number of finished steps, ``skipped`` how many of them made no update, ``seconds`` the time spent
     in steps. ``fixed_config`` is the part of the config that determines the training, by dotted keys. ``streams`` is
     the number of streams that the feed reads, if the order of samples depends on one, and ``samples`` those of an
-    epoch; older checkpoints do not have them.
+    epoch; ``model_config`` is that of the job. Older checkpoints do not have these.
     """
 
     step: int
@@ -44,6 +44,7 @@ class Progress:
     skipped: int = 0
     streams: int | None = None
     samples: int | None = None
+    model_config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,14 @@ def _file_name(step: int) -> str:
 
 
 def _encode_header(progress: Progress) -> str:
+    optional = {"streams": progress.streams, "samples": progress.samples, "model_config": progress.model_config}
     fields = {
         "version": _VERSION,
         "step": progress.step,
         "course": progress.fixed_config,
         "seconds": progress.seconds,
         "skipped": progress.skipped,
-        **({} if progress.streams is None else {"streams": progress.streams}),
-        **({} if progress.samples is None else {"samples": progress.samples}),
+        **{name: value for name, value in optional.items() if value is not None},
     }
     return json.dumps(fields)
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from reinforce.errors import UserError
+from reinforce.settings import flatten
 from reinforce.training.config import Trackers, Training
+from teachers.open_clip_catalog import folder_config
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Job:
     ``fixed_config`` is the part of the config that determines the training, by dotted keys: a checkpoint with another
     one is refused. ``evaluate_every`` is in steps (None: only at the end); ``evaluate_start`` also evaluates before
     the first step. ``best`` is the metric whose best checkpoint is kept (default: the first metric). ``export`` is the
-    folder of ``output`` for the final weights. ``trackers`` get the rows of the log, too.
+    folder of ``output`` for the final weights. ``trackers`` get the rows of the log, too. ``model_config`` is what the
+    folder of a model says of it, by dotted keys; it must not change either.
     """
 
     training: Training
@@ -29,6 +32,16 @@ class Job:
     best: str | None = None
     export: str = "student"
     trackers: Trackers | None = None
+    model_config: Mapping[str, Any] | None = None
+
+
+def model_config(model: str) -> dict[str, Any] | None:
+    """``Job.model_config`` of a model by its name in open_clip; None if it is in no folder or the folder is faulty."""
+    try:
+        config = folder_config(model)
+    except (ValueError, OSError):
+        return None  # reported where the model is built
+    return None if config is None else dict(flatten(config, f"{model}/open_clip_config.json: "))
 
 
 def total_steps(training: Training, samples: int, ranks: int) -> int:

@@ -122,7 +122,7 @@ class _Loop:
         self.accelerator = ranks.accelerator
         self.storage = Storage(job.output)
         self.checkpoints = Checkpoints(self.storage, self.training.checkpoints.keep)
-        self.progress = Progress(0, job.fixed_config)
+        self.progress = Progress(0, job.fixed_config, model_config=job.model_config)
         model = self.accelerator.place(task.model).train()
         average = make_average(model, self.training.ema) if self.training.ema and ranks.is_first else None
         self.state = State(model, make_adamw(model, self.training.optimizer), average)
@@ -197,7 +197,9 @@ class _Loop:
         if not latest:
             return
         progress, tensors = self.checkpoints.load(latest)
-        if changed := describe_changes(progress.fixed_config, self.job.fixed_config):
+        model = self.job.model_config
+        changed = describe_changes(progress.fixed_config, self.job.fixed_config)
+        if changed := changed + describe_changes(progress.model_config or model or {}, model or {}):
             raise UserError(
                 f"{self.job.output} has a training of another config:\n  " + "\n  ".join(changed) + "\n"
                 "Write to another `output`, restore these values, or delete the folder to start over."
@@ -214,7 +216,7 @@ class _Loop:
                 f"the checkpoint of step {latest:,} in {self.job.output} is of another model: {error}. Write to "
                 "another `output`, or resume with the versions of this program and of open_clip that wrote it."
             ) from error
-        self.progress = progress
+        self.progress = replace(progress, model_config=model)
 
     def _save(self, last: bool = False) -> None:
         def save() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,17 @@ CONFIG: dict[str, Any] = {
 def test_the_job_has_the_output_the_seed_and_the_evaluation_of_the_config() -> None:
     job = make_job(settings.parse(StudentConfig, CONFIG))
     assert (job.output, job.seed, job.evaluate_every, job.export) == ("out", 7, 2, "student")
+
+
+def test_the_job_has_the_config_of_a_model_in_a_folder(tmp_path: Path) -> None:
+    settings_of_model = {"model_cfg": {"vision_cfg": {"image_size": 48}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings_of_model))
+    name = f"local-dir:{tmp_path}"
+    config = settings.parse(StudentConfig, {**CONFIG, "student": {"model": name}})
+    assert make_job(config).model_config == {f"{name}/open_clip_config.json: model_cfg.vision_cfg.image_size": 48}
+    (tmp_path / "open_clip_config.json").unlink()
+    assert make_job(config).model_config is None
+    assert make_job(settings.parse(StudentConfig, CONFIG)).model_config is None
 
 
 def test_keys_that_change_what_is_learnt_may_not_change_on_resume() -> None:

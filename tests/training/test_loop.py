@@ -8,6 +8,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,16 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     stopped_after(6, job(tmp_path))
     with pytest.raises(UserError, match=r"(?s)checkpoint of step 6 in .* is of another model: .*size mismatch"):
         run(job(tmp_path), width=20)
+
+
+def test_a_checkpoint_of_a_model_whose_folder_has_changed_is_refused(tmp_path: Path) -> None:
+    with_model = partial(replace, job(tmp_path))
+    stopped_after(3, with_model())  # as by versions that did not record it
+    stopped_after(6, with_model(model_config={"size": 48, "width": 16}))
+    with pytest.raises(UserError, match=r"of another config:\n  size: 48 before, 32 now\nWrite to another `output`"):
+        run(with_model(model_config={"size": 32, "width": 16}))
+    results, _ = run(with_model(model_config={"size": 48, "width": 16}))
+    assert results.steps == 12
 
 
 def test_a_metric_that_is_not_finite_is_reported_and_never_the_best(tmp_path: Path) -> None:
