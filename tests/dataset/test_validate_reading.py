@@ -1,0 +1,137 @@
+"""What `reinforce validate` reads: requests to object stores, samples of shards, and shards in several processes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from reinforce.cli import main
+from reinforce.dataset import shard_pool
+from reinforce.dataset.layer_file import LayerFile
+from reinforce.dataset.listing import Listing
+from reinforce.dataset.store import Store
+from reinforce.dataset.validate import validate
+from reinforce.errors import UserError
+from tests.helpers.data import members_of, write_tar
+from tests.helpers.reinforced import small_dataset
+
+RED = "embeddings/red/images"
+
+
+def printed(url: str, status: int, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    with pytest.raises(SystemExit, match=f"^{status}$"):
+        main(["validate", url, *options])
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(small_dataset(tmp_path_factory.mktemp("dataset"), (5, 3)))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_an_object_store_is_asked_once_for_a_small_file(
+    made: Path, monkeypatch: pytest.MonkeyPatch, quick: bool
+) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    for path in made.rglob("*"):
+        if path.is_file():
+            fs.pipe_file(f"/validated/{path.relative_to(made)}", path.read_bytes())
+    asked: list[str] = []
+    cat_file = type(fs).cat_file
+
+    def counted(self: Any, path: str, *rest: Any, **options: Any) -> bytes:
+        asked.append(path)
+        data: bytes = cat_file(self, path, *rest, **options)
+        return data
+
+    monkeypatch.setattr(type(fs), "cat_file", counted)
+    monkeypatch.setattr(type(fs), "open", lambda self, path, *rest, **_: pytest.fail(f"{path} was opened"))
+    assert validate("memory://validated", quick=quick).errors == []
+    layers = [path for path in asked if "/index/" not in path and not path.endswith("dataset.json")]
+    assert sorted(layers) == sorted(
+        path for path in fs.find("/validated") if path.endswith(".parquet") and "/index/" not in path
+    )
+
+
+def test_a_file_that_was_replaced_after_it_was_listed_is_read_as_it_is(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = shutil.copytree(made, tmp_path / "out")
+    listings = Store.listings
+
+    def listed(store: Store, *rest: Any) -> dict[str, Listing]:
+        return {name: Listing(found.names, found.sizes + 7) for name, found in listings(store, *rest).items()}
+
+    monkeypatch.setattr(Store, "listings", listed)
+    assert validate(str(dataset), quick=True).errors == []
+
+
+def _recording(store: Store, method: Any, shards: set[str], layer: str, shard: str, size: int) -> LayerFile:
+    shards.add(shard)
+    file: LayerFile = method(store, layer, shard, size)
+    return file
+
+
+def test_a_sample_of_shards_is_read_and_all_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = small_dataset(tmp_path, sizes=(1,) * 6)
+    shards = [*Store(url).shards("samples")]
+    read: list[set[str]] = []
+    for seed in (1, 1, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            opened: set[str] = set()
+            patch.setattr(Store, "layer_end", functools.partialmethod(_recording, Store.layer_end, opened))
+            assert validate(url, quick=True, sample=2, seed=seed).valid
+        read.append(opened)
+    assert [len(opened) for opened in read] == [2, 2, 2]
+    assert read[0] == read[1] != read[2]
+    out = printed(url, 0, capsys, "--sample", "2", "--seed", "1")
+    assert f"{url}: all 6 shards were listed and 2 random ones were read, among which repeated keys were" in out
+    for shard in shards:
+        path = Path(url, RED, f"{shard}.parquet")
+        path.write_bytes(path.read_bytes()[:-50])
+    Path(url, "captions", "namer", f"{shards[0]}.parquet").unlink()
+    Path(url, "samples", f"{shards[5]}.parquet").write_bytes(b"")
+    report = json.loads(printed(url, 1, capsys, "--sample", "2", "--json"))
+    assert (report["shards"], report["read_shards"]) == (6, 2)
+    found = sorted((finding["kind"], finding["layer"], finding["shard"]) for finding in report["findings"])
+    assert found == sorted(
+        [
+            *(("damaged", RED, shard) for shard in shards),
+            ("damaged", "samples", shards[5]),
+            ("missing", "captions/namer", shards[0]),
+        ]
+    )
+
+
+@pytest.mark.slow
+def test_processes_find_what_threads_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = small_dataset(tmp_path, sizes=(3,) * 40)
+    files = sorted((Path(url) / RED).iterdir())
+    files[0].write_bytes(files[0].read_bytes()[:-100])
+    first, second = (file.read_bytes() for file in files[2:4])
+    files[2].write_bytes(second)
+    files[3].write_bytes(first)
+    write_tar(tmp_path / "source" / "00007.tar", members_of(7, 4))
+    for quick in (True, False):
+        reports = [
+            validate(url, [str(tmp_path)], quick, count=True, processes=processes).as_json() for processes in (1, 3)
+        ]
+        assert reports[0] == reports[1]
+        assert [finding["kind"] for finding in reports[0]["findings"]] == ["damaged", "misplaced", "misplaced"]
+        assert len(reports[0]["changed_sources"]) == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_command_with_one_line(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_pool, "_start", os._exit)
+    with pytest.raises(UserError, match=r"has ended, probably for lack of memory. Use fewer of them: --workers 1"):
+        validate(str(made), processes=2)
