@@ -62,7 +62,7 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
         best=config.evaluate.best_metric,
         export=EXPORT,
         trackers=config.log,
-        model_config=model_config(config.model),
+        model_config=model_config(config.captioner.model),
     )
     if runs_on_ray(job, address):
         build_captioner(config)  # report its faults before Ray starts
