@@ -14,7 +14,7 @@ from tests.fuzz.watchdog import bounded
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = {"shard": 60, "packed": 40, "members": 60, "image": 150, "text": 150, "published": 100}
-EXAMPLES |= {"dataset": 60, "manifest": 60, "table": 20}
+EXAMPLES |= {"dataset": 30, "manifest": 30, "table": 20}
 
 
 @pytest.mark.filterwarnings("ignore")

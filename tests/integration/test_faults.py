@@ -87,7 +87,7 @@ def undisturbed(ray_session: None, source: str, tmp_path_factory: pytest.TempPat
     return fresh_dataset(simple_config(source, tmp_path_factory.mktemp("undisturbed") / "out"))
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_whose_driver_was_killed_or_stopped_resumes(
     source: str, undisturbed: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:

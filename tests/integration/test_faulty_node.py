@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.helpers.data import config_of
@@ -28,6 +29,7 @@ print(json.dumps([summary.status, summary.quarantined_shards, summary.samples, l
 """
 
 
+@pytest.mark.slow
 def test_a_node_with_a_full_temporary_folder_costs_no_shard_and_is_avoided(
     shards: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ def test_a_second_run_does_nothing(shards: Callable[..., str], tmp_path: Path) -
     assert tree(tmp_path / "out", layers_only=False) == before
 
 
+@pytest.mark.slow
 def test_two_runs_into_two_folders_give_equal_files(
     shards: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

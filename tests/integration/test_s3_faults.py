@@ -41,6 +41,7 @@ def undisturbed(s3: s3fs.S3FileSystem, first_run: list[Request]) -> dict[str, by
     return made
 
 
+@pytest.mark.slow
 def test_each_layer_is_listed_once_in_a_run(
     s3_proxy: Proxy, first_run: list[Request], undisturbed: dict[str, bytes]
 ) -> None:
@@ -82,6 +83,7 @@ def test_transient_faults_leave_no_trace(s3: s3fs.S3FileSystem, s3_proxy: Proxy,
     assert layers(s3, "passing") == undisturbed
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_put_equal_objects(
     s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]
 ) -> None:

@@ -81,6 +81,7 @@ def test_a_full_disk_ends_a_run_with_one_error_and_nothing_half_written(
     assert there.items() <= tree(out).items(), "the files on the full disk were complete"
 
 
+@pytest.mark.slow
 def test_a_worker_killed_by_the_memory_monitor_costs_no_shard(shards: Callable[..., str], tmp_path: Path) -> None:
     options = {"trigger": "thing 3 of shard 1", "failure": "memory", "once": str(tmp_path / "taken")}
     teachers = {"ill": {"class": "tests.helpers.models:FailingTeacher", "options": options}}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import s3fs
 
 from reinforce import settings
@@ -17,6 +18,7 @@ from tests.helpers.students import student_folder
 STEPS = 3
 
 
+@pytest.mark.slow
 def test_trials_and_results_are_written_to_the_store(s3: s3fs.S3FileSystem, tmp_path: Path) -> None:
     url = small_dataset(tmp_path, sizes=(13,))
     student: dict[str, Any] = {

@@ -34,7 +34,7 @@ class Exported(NamedTuple):
     folder: Path
 
 
-@pytest.fixture(scope="module", params=["vit", "fastvit"])
+@pytest.fixture(scope="module", params=["vit", pytest.param("fastvit", marks=pytest.mark.slow)])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A model and its exported folder; one is exported to disk, the other to an object store and copied back."""
     root: Path = tmp_path_factory.mktemp(request.param)

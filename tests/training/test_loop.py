@@ -310,6 +310,7 @@ def test_results_are_written_as_json_and_summarised(tmp_path: Path) -> None:
     assert "12 steps" in results.summary()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_same_curve(tmp_path: Path) -> None:
     run(job(tmp_path / "plain", steps=5))
     run(job(tmp_path / "compiled", steps=5, compute={"compile": True}))
