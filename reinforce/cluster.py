@@ -33,30 +33,39 @@ def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[Non
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
+    handler = _exit if before in (signal.SIG_DFL, None) else before
+    try:
+        try:
+            _start_ray(address or os.environ.get("RAY_ADDRESS"), log_to_driver)
+        except SystemExit as error:
+            if error.code != signal.SIGTERM:
+                raise
+            _exit(signal.SIGTERM, None)  # by Ray's handler; what Ray has started is stopped first
+        _handle_sigterm(handler)
+        yield
+    finally:
+        ray.shutdown()
+        _handle_sigterm(before)
+
+
+def _start_ray(address: str | None, log_to_driver: bool) -> None:
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray colours the prefix of workers' lines in files as well
-    address = address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
             with _package_folder():
                 ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
         except (ConnectionError, RuntimeError) as error:
             raise UserError(f"no Ray cluster at {address}: {error}. Check --address and RAY_ADDRESS.") from error
-    else:
-        # ERROR, because at WARNING Ray explains token authentication, which does not apply to one machine.
-        quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
-        import torch  # whoever starts Ray here has imported it
+        return
+    # ERROR, because at WARNING Ray explains token authentication, which does not apply to one machine.
+    quiet = {"include_dashboard": False, "logging_level": logging.ERROR}
+    import torch  # whoever starts Ray here has imported it
 
-        # Ray counts GPUs by their drivers; those count that torch can use.
-        machine = {"num_cpus": available_cores(), "num_gpus": torch.cuda.device_count()}
-        with _package_folder():
-            ray.init(address="local", log_to_driver=log_to_driver, **machine, **quiet)
-    try:
-        _handle_sigterm(_exit if before in (signal.SIG_DFL, None) else before)
-        yield
-    finally:
-        ray.shutdown()
-        _handle_sigterm(before)
+    # Ray counts GPUs by their drivers; those count that torch can use.
+    machine = {"num_cpus": available_cores(), "num_gpus": torch.cuda.device_count()}
+    with _package_folder():
+        ray.init(address="local", log_to_driver=log_to_driver, **machine, **quiet)
 
 
 def _handle_sigterm(handler: Any) -> None:

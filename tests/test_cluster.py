@@ -59,6 +59,23 @@ def test_sigterm_is_handled_as_before_and_ends_a_program_without_a_handler(
         signal.signal(signal.SIGTERM, first)
 
 
+def test_sigterm_while_ray_starts_ends_with_143_and_stops_what_ray_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(signum))
+        signal.raise_signal(signal.SIGTERM)
+
+    stopped: list[bool] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: stopped.append(True))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"), ray_cluster(None):
+        pytest.fail("Ray has not started")
+    assert stopped
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_only_known_nodes_are_alive() -> None:
     assert live_nodes() == {ray.get_runtime_context().get_node_id()}
