@@ -43,6 +43,7 @@ class Claims:
         self.seconds = max(MIN_SECONDS, 2 * config.workers.start_timeout)
         self.token = uuid.uuid4().hex
         self._owned: set[str] = set()
+        self._shared: set[str] = set()  # of other runs of this config
         self._manifest: dict[str, Any] = {}
 
     def take(self) -> None:
@@ -65,14 +66,24 @@ class Claims:
         updated = update_manifest(find_manifest(self.store), self.config, self.layers, loaded, computed)
         write_manifest(self.store, updated)
         self.release()
+        for name in self._shared:  # dataset.json replaces them; a run that was killed does not remove its own
+            self._remove(name)
+        self._remove_folder()
 
     def release(self) -> None:
         """Remove the claims that this run has created."""
         for name in sorted(self._owned):
-            with contextlib.suppress(StorageError, FileNotFoundError):
-                if (found := self._read(name)) and found.get("token") == self.token:
-                    self.store.remove(*_parts(name))
+            self._remove(name, self.token)
         self._owned.clear()
+        self._remove_folder()
+
+    def _remove(self, name: str, token: str | None = None) -> None:
+        """Remove the claim on a layer; with ``token``, only if it is of that run."""
+        with contextlib.suppress(StorageError, FileNotFoundError):
+            if token is None or ((found := self._read(name)) and found.get("token") == token):
+                self.store.remove(*_parts(name))
+
+    def _remove_folder(self) -> None:
         if self.store.local:
             with contextlib.suppress(OSError):
                 os.rmdir(self.store.path(FOLDER))
@@ -98,6 +109,7 @@ class Claims:
                 self._owned.add(name)
                 return None
             if found.get("fingerprint") == self.layers[name].fingerprint:
+                self._shared.add(name)
                 return None
             if not self._is_expired(found):
                 return found
