@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DEMO_INSTALLED := .venv/.installed-demo
+comma := ,
 SECONDS ?= 600
 ROUNDS ?= 10
 LOWEST_PYTHON ?= python3.10
@@ -22,18 +24,27 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
-$(INSTALLED): pyproject.toml constraints.txt
+# Install the extras $(1).
+define pip_install
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	@# A recent pip resolves these packages in less than half the time of Python 3.11's; without one, that does.
 	-$(BIN)/python -m pip install --quiet --no-compile --upgrade 'pip>=25'
 	@# Modules are compiled once, when they are imported; compiling everything here takes a minute of one core.
-	$(BIN)/python -m pip install --no-compile -e '.[demo,test]' -c constraints.txt
+	$(BIN)/python -m pip install --no-compile -e '.[$(1)]' -c constraints.txt
+endef
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(call pip_install,demo$(comma)test)
+	touch $@ $(DEMO_INSTALLED)
+
+$(DEMO_INSTALLED): pyproject.toml constraints.txt
+	$(call pip_install,demo$(comma)fast)
 	touch $@
 
 install: $(INSTALLED) ## create .venv with the tested versions of everything
 
-demo: $(INSTALLED) ## reinforce 1,364 emoji, train students with and without it, compare (minutes, no network)
+demo: $(DEMO_INSTALLED) ## reinforce 1,364 emoji, train students with and without it, compare (minutes, no network)
 	$(BIN)/python -m reinforce.demo data
 	$(BIN)/reinforce run configs/demo.yaml
 	$(BIN)/reinforce run configs/demo.yaml --set 'source=demo/noisy-shards/*.tar' --set output=demo/noisy-dataset
@@ -63,7 +74,7 @@ demo-teachers: $(INSTALLED) ## train the demo's committed teachers and captioner
 test: $(INSTALLED) ## run the tests, three files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(INSTALLED) ## run the few tests that `make test` leaves out, because they take long (a minute)
+test-slow: $(INSTALLED) ## run the few tests that `make test` leaves out, because they take long (five minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # What tests import is compiled by one process. Otherwise each process of `make test` does it, all at the same time.
