@@ -14,6 +14,9 @@ from reinforce.config import Limits
 #: Name and version of the text cleaning in :func:`caption_of`; recorded in dataset.json.
 CAPTION_POLICY = "text-1"
 
+#: Levels of JSON. Python's own limit differs between its versions: 3.11 takes fewer than 1,000, 3.13 takes 10,000.
+_MAX_DEPTH = 900
+
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
 
@@ -106,10 +109,23 @@ def _decode(data: bytes) -> str:
 
 def parse_json(data: bytes) -> Any:
     """Parse JSON; return None if it is invalid, nested too deeply or has a number of thousands of digits."""
+    text = _decode(data)
     try:
-        return json.loads(_decode(data), strict=False, parse_constant=lambda _: None, parse_float=_finite)
+        document = json.loads(text, strict=False, parse_constant=lambda _: None, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
+    return None if text.count("[") + text.count("{") > _MAX_DEPTH and _is_deep(document) else document
+
+
+def _is_deep(document: Any) -> bool:
+    """Whether lists and objects are nested more than _MAX_DEPTH levels deep."""
+    level = [document]
+    for _ in range(_MAX_DEPTH + 1):
+        nested = [value for value in level if isinstance(value, (dict, list))]
+        if not nested:
+            return False
+        level = [child for value in nested for child in (value.values() if isinstance(value, dict) else value)]
+    return True
 
 
 def _finite(digits: str) -> float | None:

@@ -74,6 +74,14 @@ def test_json_that_is_invalid_too_deep_or_not_an_object_is_not_used(data):
     assert caption_of({"json": data}, FIELDS, LIMITS) is None
 
 
+def test_json_of_900_levels_is_used_with_every_python():
+    deep = {levels: b'{"a":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}" for levels in (900, 901)}
+    assert metadata_of({"json": deep[900]}, "all") == deep[900].decode()
+    assert metadata_of({"json": deep[901]}, "all") is None
+    wide = b'{"a":[' + b",".join([b"[]"] * 2000) + b"]}"
+    assert metadata_of({"json": wide}, "all") == wide.decode()
+
+
 def test_metadata_is_compact_json_in_the_original_order():
     data = {"json": '{"b": 1, "a": {"z": [1, 2.50]}, "big": 1180591620717411303424, "ü": "日"}'.encode()}
     assert metadata_of(data, "all") == '{"b":1,"a":{"z":[1,2.5]},"big":1180591620717411303424,"ü":"日"}'
