@@ -53,7 +53,7 @@ def serve(content: Content) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{ours.recv()}"
     finally:
-        process.terminate()
+        process.kill()  # after SIGTERM, asyncio of Python 3.12 would wait for clients to close their connections
         process.join()
 
 
