@@ -26,8 +26,8 @@ def ray_cluster(address: str | None, log_to_driver: bool = True) -> Iterator[Non
     """Use Ray as it is initialised, connect to a cluster, or start Ray on this machine and stop it at the end.
 
     ``address`` defaults to the environment variable RAY_ADDRESS. With ``log_to_driver``, the output of workers is
-    printed here with Ray's prefix. SIGTERM is handled as before; where nothing handles it, it raises SystemExit with
-    status 143. Raises UserError if there is no cluster at the address.
+    printed here with Ray's prefix. SIGTERM is handled as before; while Ray starts, and where nothing handles it, it
+    raises SystemExit with status 143. Raises UserError if there is no cluster at the address.
     """
     if ray.is_initialized():
         yield

@@ -16,7 +16,7 @@ from teachers.weights import CHECKPOINTS, is_url
 
 HUB_PREFIX = "hf-hub:"
 FOLDER_PREFIX = "local-dir:"
-_CONFIG = "open_clip_config.json"
+CONFIG_FILE = "open_clip_config.json"
 
 #: Weights in a local-dir folder, in order of preference; another checkpoint is used if it is the only one.
 _WEIGHTS = (
@@ -44,7 +44,7 @@ def model_config(model: str) -> dict[str, Any] | None:
     if model.startswith(HUB_PREFIX):
         return None
     if model.startswith(FOLDER_PREFIX):
-        path = local_folder(model) / _CONFIG
+        path = local_folder(model) / CONFIG_FILE
         config = _read_json(path).get("model_cfg")
         if not isinstance(config, dict):
             raise ValueError(f"{path} has no `model_cfg`: use a folder written by open_clip's push_to_hf_hub")
@@ -68,7 +68,7 @@ def folder_config(model: str) -> dict[str, Any] | None:
     """
     if not model.startswith(FOLDER_PREFIX):
         return None
-    return _read_json(local_folder(model) / _CONFIG)
+    return _read_json(local_folder(model) / CONFIG_FILE)
 
 
 def check_model(model: str, pretrained: str | None) -> None:

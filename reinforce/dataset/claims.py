@@ -65,28 +65,24 @@ class Claims:
         self.take()
         updated = update_manifest(find_manifest(self.store), self.config, self.layers, loaded, computed)
         write_manifest(self.store, updated)
-        self.release()
         for name in self._shared:  # dataset.json replaces them; a run that was killed does not remove its own
             self._remove(name)
-        self._remove_folder()
+        self.release()
 
     def release(self) -> None:
         """Remove the claims that this run has created."""
         for name in sorted(self._owned):
             self._remove(name, self.token)
         self._owned.clear()
-        self._remove_folder()
+        if self.store.local:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.store.path(FOLDER))
 
     def _remove(self, name: str, token: str | None = None) -> None:
         """Remove the claim on a layer; with ``token``, only if it is of that run."""
         with contextlib.suppress(StorageError, FileNotFoundError):
             if token is None or ((found := self._read(name)) and found.get("token") == token):
                 self.store.remove(*_parts(name))
-
-    def _remove_folder(self) -> None:
-        if self.store.local:
-            with contextlib.suppress(OSError):
-                os.rmdir(self.store.path(FOLDER))
 
     def __enter__(self) -> Claims:
         self.take()

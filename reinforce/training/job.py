@@ -9,7 +9,7 @@ from typing import Any
 from reinforce.errors import UserError
 from reinforce.settings import flatten
 from reinforce.training.config import Trackers, Training
-from teachers.open_clip_catalog import folder_config
+from teachers.open_clip_catalog import CONFIG_FILE, folder_config
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def model_config(model: str) -> dict[str, Any] | None:
         config = folder_config(model)
     except (ValueError, OSError):
         return None  # reported where the model is built
-    return None if config is None else dict(flatten(config, f"{model}/open_clip_config.json: "))
+    return None if config is None else dict(flatten(config, f"{model}/{CONFIG_FILE}: "))
 
 
 def total_steps(training: Training, samples: int, ranks: int) -> int:
