@@ -15,6 +15,7 @@ from reinforce.errors import UserError
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.distillation import CAPTION, IMAGE, IMAGES, SYNTHETIC, TEXTS, TeacherInfo
 from reinforce.student.loss import Form
+from reinforce.student.pointwise import avoid_faulty_convolutions
 from reinforce.training.task import Batch, Encoded
 from teachers import open_clip_catalog as catalog
 from teachers.open_clip import image_spec, load_model, model_name, random_model
@@ -147,6 +148,7 @@ def build_student(
         raise UserError(f"student: {error}") from error
     if form == "softmax" and clip.logit_bias is not None:
         clip.logit_bias.requires_grad_(False)
+    avoid_faulty_convolutions(clip)
     if checkpointing:
         clip.set_grad_checkpointing()
     with _seeded(seed):
