@@ -9,9 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors
+
 from reinforce.config import Config, load_config
 from reinforce.dataset.augment import AUGMENTATION_BACKEND
 from reinforce.demo.compare import CONFIG, student_config
+from reinforce.demo.models import WEIGHTS
 from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.training.job import total_steps
@@ -120,6 +124,14 @@ class Study:
             self.datasets[name] = overrides
         return self._dataset_names[key]
 
+    def own_scales(self) -> dict[str, float]:
+        """Return the logit scale that each teacher was trained to."""
+        scales = {}
+        for name in self.teachers:
+            with safetensors.safe_open(_weights_file(self.demo.teachers[name]), "numpy") as stored:
+                scales[name] = round(float(np.exp(stored.get_tensor("logit_scale"))), 1)
+        return scales
+
     def add_arm(
         self,
         label: str,
@@ -148,11 +160,8 @@ class Study:
             self.student_config(arm, 0).model_dump_json(exclude=_NOT_IN_STUDENTS, exclude_none=True) for arm in arms
         ]
         datasets = [_dataset_json(self.dataset_config(arm.dataset)) for arm in arms]
-        models = [model.model for model in (*self.demo.teachers.values(), *self.demo.captioners.values())]
-        folders = [
-            Path(model.removeprefix(FOLDER_PREFIX)) for model in models if model and model.startswith(FOLDER_PREFIX)
-        ]
-        files = [weights.identity(file) for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+        models = (*self.demo.teachers.values(), *self.demo.captioners.values())
+        files = [weights.identity(_weights_file(model)) for model in models]
         return hashlib.sha256("\0".join([*students, *datasets, *files]).encode()).hexdigest()[:16]
 
     def dataset_url(self, name: str) -> str:
@@ -169,6 +178,11 @@ class Study:
         dataset = override("data.datasets", self.dataset_url(arm.dataset))
         overrides = [*ONE_CORE, override("evaluate.every", every), *self.overrides, dataset, *arm.overrides]
         return student_config(arm.base, self.out / "students" / f"{arm.name}-{seed}", seed, overrides)
+
+
+def _weights_file(model: ModelSpec) -> Path:
+    """Return the weights of one of the demo's models, all of which are folders of open_clip."""
+    return Path((model.model or "").removeprefix(FOLDER_PREFIX), WEIGHTS)
 
 
 def override(key: str, value: Any) -> str:

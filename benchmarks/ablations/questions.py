@@ -20,6 +20,8 @@ SCALES = (5, 10, 20, 40, 80)
 LAMBDAS = (0, 0.3, 0.7, 1)
 AUGMENTATIONS = (1, 2, 5, 10, 30)
 CAPTIONS = (1, 2, 5)
+#: Label -> `min_length` and `max_length` of the captioner; only the latter counts the tokens of start and end.
+LENGTHS: Mapping[str, tuple[int, int]] = {"at most 3 tokens": (1, 5), "at least 12 tokens": (12, 16)}
 #: Decoding of the second captioner: a lower temperature than that of the first.
 CAREFUL: Mapping[str, object] = {"strategy": "nucleus", "temperature": 0.6, "top_p": 1.0}
 _SAMPLING = frozenset(DECODING_FIELDS) - {"repetition_penalty", "min_length", "max_length", "compile"}
@@ -50,7 +52,10 @@ class Question:
 
 def make_questions(study: Study) -> dict[str, Question]:
     """Return all questions by name, in the order of the page."""
-    makers = (_ways, _teachers, _scales, _lambda, _augmentations, _captions, _storage, _noise, _steps)
+    makers = (
+        *(_ways, _teachers, _scales, _finding_scales, _lambda, _features, _augmentations),
+        *(_captions, _lengths, _storage, _noise, _steps),
+    )
     return {question.name: question for question in (make(study) for make in makers)}
 
 
@@ -110,6 +115,26 @@ def _scales(study: Study) -> Question:
     )
 
 
+def _finding_scales(study: Study) -> Question:
+    learnt = study.add_arm("learnt", "learnt-scales", "loss.learn_scales=true")
+    own = study.add_arm("the teachers' own", "own-scales", override("loss.logit_scales", study.own_scales()))
+    return Question(
+        "finding-scales",
+        "Ways to find logit scales",
+        "MobileCLIP2: a teacher's best logit scale for distillation is not the one that it was trained to, and is "
+        "found by trainings with several values.",
+        (own, learnt, study.add_arm("tuned", "distilled")),
+        (
+            Compare(UNSEEN, "tuned", "above", "the teachers' own"),
+            Compare(UNSEEN, "tuned", "above", "learnt"),
+            Compare(RETRIEVAL, "tuned", "above", "learnt"),
+        ),
+        "*Tuned* are the demo's scales, found by `reinforce tune`. *Learnt* scales start from them and become those "
+        "with which the true pairs of the batches are most likely (`loss.learn_scales`). The screening of "
+        "`reinforce tune` proposes a scale by the same measure, without training.",
+    )
+
+
 def _lambda(study: Study) -> Question:
     arms = [study.add_arm(f"lambda {v:g}", f"lambda-{v:g}", override("loss.lambda", v), x=v) for v in LAMBDAS]
     labels = [arm.label for arm in arms]
@@ -129,6 +154,23 @@ def _lambda(study: Study) -> Question:
         ),
         "With lambda 0 the student still uses synthetic captions, unlike the plain student.",
         axis="lambda",
+    )
+
+
+def _features(study: Study) -> Question:
+    both = study.add_arm("similarities and features", "features", "loss.features=all")
+    return Question(
+        "features",
+        "Feature distillation beside similarities",
+        "MobileCLIP distils similarities only. CLIP-KD ([2307.12732](https://arxiv.org/abs/2307.12732)) finds that "
+        "imitating the teacher's features helps, too, and adds to similarities.",
+        (study.add_arm("similarities", "distilled"), both),
+        (
+            Compare(UNSEEN, both.label, "above", "similarities"),
+            Compare(RETRIEVAL, both.label, "above", "similarities"),
+        ),
+        "`loss.features: all`: for each teacher, a linear map of the student's features approaches the teacher's "
+        "embedding (1 - cosine), with the weight of the distillation.",
     )
 
 
@@ -178,6 +220,32 @@ def _captions(study: Study) -> Question:
         ),
         f"The second captioner is the same model, {first}, sampled at temperature {CAREFUL['temperature']} without "
         "top-p. Two independently trained captioners would differ more.",
+    )
+
+
+def _lengths(study: Study) -> Question:
+    first = study.captioners[0]
+    captioner = model_mapping(study.demo.captioners[first])
+
+    def limited(number: int, label: str) -> Arm:
+        shortest, longest = LENGTHS[label]
+        limits = {"min_length": shortest, "max_length": longest}
+        dataset = study.add_dataset(f"lengths-{number}", override("captioners", {first: {**captioner, **limits}}))
+        return study.add_arm(label, f"lengths-{number}", dataset=dataset)
+
+    short, long = (limited(number, label) for number, label in enumerate(LENGTHS))
+    return Question(
+        "lengths",
+        "Length of synthetic captions",
+        "MobileCLIP2: captioners with a context of 77 tokens are at least as good as with 255, so longer captions are "
+        "not better.",
+        (short, study.add_arm("free", "distilled"), long),
+        (
+            Compare(UNSEEN, long.label, "not above", "free"),
+            Compare(RETRIEVAL, long.label, "not above", "free"),
+            Compare(UNSEEN, short.label, "not above", "free"),
+        ),
+        "The captioner was trained on noun phrases of a few words. *Free* captions end where it ends them.",
     )
 
 

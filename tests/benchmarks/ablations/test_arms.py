@@ -67,3 +67,7 @@ def test_overrides_apply_to_all_students_and_errors_are_reported_early(
         Study(tmp_path, ["train.steps=5", "train.optimizer.warmup=5"])
     with pytest.raises(UserError, match=r"train\.epochs=null"):
         Study(tmp_path, ["train.steps=null", "train.epochs=3"])
+
+
+def test_own_scales_are_those_of_the_teachers_weights(study: Study) -> None:
+    assert study.own_scales() == {"conv-64": 27.3, "conv-48": 29.8, "styles-64": 24.0}

@@ -21,6 +21,7 @@ def test_teachers_and_captioners_are_read_from_the_demo_configs(
     demo["captioners"] = dict(zip(["words"], demo["captioners"].values(), strict=False))
     student["data"] |= {"teachers": ["dr.one", *others], "captioners": ["words"]}
     (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/demo-models").symlink_to(ROOT / "configs/demo-models")
     for name, config in (("demo", demo), ("student-demo", student)):
         (tmp_path / f"configs/{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     monkeypatch.chdir(tmp_path)
