@@ -39,7 +39,7 @@ make demo                 # writes the training shards and the test sets
 ```
 
 {summary}
-
+{unanswered}
 Tables show the mean over the seeds ± the sample standard deviation. Two arms count as different if their means
 differ by more than the noise: {errors:g} standard errors of a difference, or {picked:g} where the best or worst of
 several arms is chosen. The standard error is estimated from the deviations of all arms of a question. *Level* means
@@ -67,10 +67,12 @@ _SECTION = """
 class StudyInfo:
     """What all students have in common. The field names are keys of results/ablations.json.
 
-    ``command`` regenerates the page with its questions; ``changes`` are the overrides of the students' config.
+    ``command`` regenerates the page with its questions, ``unanswered`` are the titles of the others, and ``changes``
+    are the overrides of the students' config.
     """
 
     command: str
+    unanswered: Sequence[str]
     steps: int
     batch: int
     seeds: int
@@ -80,19 +82,21 @@ class StudyInfo:
 
 def describe_study(study: Study, seeds: int, answered: Sequence[str], out: Path | None = None) -> StudyInfo:
     """Describe a study with these answered questions; ``out`` is its folder, unless it is the default one."""
-    words = [] if len(answered) == len(make_questions(study)) else ["--questions", *answered]
+    questions = make_questions(study)
+    unanswered = [question.title for name, question in questions.items() if name not in answered]
+    words = ["--questions", *answered] if unanswered else []
     words += ["--seeds", str(seeds)] if seeds != _SEEDS else []
     words += [word for override in study.overrides for word in ("--set", override)]
     words += ["--out", str(out)] if out is not None else []
     command = " ".join([_PROGRAM, shlex.join(words)]).strip()
-    return StudyInfo(command, study.steps, study.batch, seeds, study.overrides, torch.__version__)
+    return StudyInfo(command, unanswered, study.steps, study.batch, seeds, study.overrides, torch.__version__)
 
 
 def read_stored_answers(study: Study, seeds: int, results: Path = RESULTS) -> dict[str, Answer]:
     """Read the stored answers with equal arms, steps and seeds, by question; the machine may differ."""
     stored = json.loads(results.read_text()) if results.exists() else {"questions": {}}
     current = json.loads(json.dumps(asdict(describe_study(study, seeds, []))))
-    if any(stored.get(key) != value for key, value in current.items() if key != "command"):
+    if any(stored.get(key) != value for key, value in current.items() if key not in ("command", "unanswered")):
         return {}
     return {
         name: _from_json(question, stored["questions"][name])
@@ -154,10 +158,18 @@ def render_page(checked: Sequence[tuple[Answer, Sequence[Verdict]]], info: Study
         if info.command == _PROGRAM
         else info.command,
         summary="\n".join(rows),
+        unanswered=_unanswered(info),
         errors=ERRORS,
         picked=ERRORS_OF_PICKED,
     )
     return top + "".join(_section(answer, verdicts) for answer, verdicts in checked)
+
+
+def _unanswered(info: StudyInfo) -> str:
+    if not info.unanswered:
+        return ""
+    titles = "\n".join(f"- {title}" for title in info.unanswered)
+    return f"\nNot measured yet with this recipe; `make ablations` does it:\n\n{titles}\n"
 
 
 def _section(answer: Answer, verdicts: Sequence[Verdict]) -> str:
