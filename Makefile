@@ -47,7 +47,8 @@ install: $(INSTALLED) ## create .venv with the tested versions of everything
 demo: $(DEMO_INSTALLED) ## reinforce 1,364 emoji, train students with and without it, compare (minutes, no network)
 	$(BIN)/python -m reinforce.demo data
 	$(BIN)/reinforce run configs/demo.yaml
-	$(BIN)/reinforce run configs/demo.yaml --set 'source=demo/noisy-shards/*.tar' --set output=demo/noisy-dataset
+	$(BIN)/reinforce run configs/demo.yaml --set 'source=demo/noisy-shards/*.tar' --set output=demo/noisy-dataset \
+		--set augmentations.count=5
 	$(BIN)/reinforce inspect demo/dataset demo/report
 	$(BIN)/python -m reinforce.demo students
 	$(BIN)/python -m reinforce.demo compare

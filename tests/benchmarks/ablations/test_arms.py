@@ -31,7 +31,7 @@ def test_every_dataset_is_a_distinct_valid_run(study: Study) -> None:
     configs = {name: study.dataset_config(name) for name in study.datasets}
     assert configs[BASE] == load_config("configs/demo.yaml", [f"output={study.out}/datasets/base"])
     assert len({config.model_dump_json(exclude={"output"}) for config in configs.values()}) == len(configs)
-    assert {config.augmentations.count for config in configs.values()} >= {1, 2, 5, 10, 30}
+    assert {config.augmentations.count for config in configs.values()} >= {1, 2, 5, 10}
     assert {spec.dtype for config in configs.values() for spec in config.teachers.values()} >= {"float32", "int8"}
     assert configs[WRONG].source == f"{study.wrong_shards}/*.tar"
     first, second = configs["two-captioners"].captioners.values()
@@ -46,7 +46,7 @@ def test_equal_arms_are_trained_once(study: Study) -> None:
         study.student_config(arm, 0).model_dump_json(exclude={"output", "seed", "evaluate"}) for arm in arms.values()
     }
     assert len(configs) == len(arms)
-    shared = {"ways": "stored", "teachers": "ensemble", "lambda": "lambda 1", "storage": "float16"}
+    shared = {"ways": "stored", "teachers": "ensemble", "lambda": "lambda 0.85", "storage": "float16"}
     for name, label in shared.items():
         assert {arm.label: arm.name for arm in questions[name].arms}[label] == "distilled"
     count = study.demo.augmentations.count

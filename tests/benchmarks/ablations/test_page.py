@@ -22,9 +22,9 @@ from tests.helpers.demo import ROOT
 def test_page_reports_agreement_and_disagreement(study: Study, tmp_path: Path) -> None:
     questions = make_questions(study)
     agrees = make_answer(
-        questions["lambda"], {"lambda 0": 0.1, "lambda 0.3": 0.2, "lambda 0.7": 0.31, "lambda 1": 0.31}
+        questions["lambda"], {"lambda 0": 0.1, "lambda 0.7": 0.31, "lambda 0.85": 0.2, "lambda 1": 0.31}
     )
-    falls = make_answer(questions["lambda"], {"lambda 0": 0.4, "lambda 0.3": 0.3, "lambda 0.7": 0.2, "lambda 1": 0.1})
+    falls = make_answer(questions["lambda"], {"lambda 0": 0.4, "lambda 0.7": 0.2, "lambda 0.85": 0.3, "lambda 1": 0.1})
     text, _ = write_page(study, [agrees], tmp_path)
     assert "| [Lambda](#lambda) | agree |" in text
     assert "**These results agree.**" in text
@@ -36,7 +36,7 @@ def test_page_reports_agreement_and_disagreement(study: Study, tmp_path: Path) -
     assert "retrieval, unseen style: lambda 0.7 not below the best other (lambda 0): no" in text
     found = numbers["questions"]["lambda"]  # type: ignore[index]
     assert [claim["holds"] for claim in found["claims"]] == [False] * 3
-    assert found["arms"]["lambda 1"]["arm"] == "distilled"
+    assert found["arms"]["lambda 0.85"]["arm"] == "distilled"
     assert found["arms"]["lambda 1"]["unseen_style"]["seeds"] == pytest.approx([0.1, 0.101, 0.102])
     assert numbers["command"] == "python -m benchmarks.ablations --questions lambda"
     assert "\nNot measured yet with this recipe; `make ablations` does it:\n\n- Plain, online" in text
