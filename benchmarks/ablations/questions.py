@@ -133,9 +133,9 @@ def _finding_scales(study: Study) -> Question:
             Compare(UNSEEN, "screened", "not below", "tuned"),
             Compare(UNSEEN, "learnt", "not below", "tuned"),
         ),
-        "*Tuned* are the demo's scales, found by the trainings of `reinforce tune`. *Screened* are those with which the "
-        "true pairs of stored embeddings are most likely, which `reinforce tune --screen-only` finds in seconds. "
-        "*Learnt* scales follow the same measure during the training, from the tuned ones (`loss.learn_scales`).",
+        "*Tuned* are the demo's scales, found by trainings. *Screened* are those with which the true pairs of stored "
+        "embeddings are most likely, which `reinforce tune --screen-only` finds in seconds. *Learnt* scales follow the "
+        "same measure during the training, from the tuned ones (`loss.learn_scales`).",
     )
 
 

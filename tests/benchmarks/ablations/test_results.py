@@ -29,7 +29,7 @@ def test_question_is_answered_when_all_seeds_are_finished(study: Study, tmp_path
     assert [found.question.name for found in answers] == ["lambda"]  # others need the plain student
     text, numbers = write_page(study, answers, tmp_path, seeds=2)
     assert list(numbers["questions"]) == ["lambda"]  # type: ignore[call-overload]
-    assert "Synthetic captions" not in text
+    assert "## Synthetic captions" not in text
     assert read_answer(study, questions["lambda"], 3) is None
     shutil.rmtree(study.out / "students" / "distilled-1")
     assert read_answer(study, questions["lambda"], 2) is None
