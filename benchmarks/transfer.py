@@ -69,7 +69,8 @@ The accuracies are top-1 accuracies of zero-shot classification among all 1,364 
   texts are alike, too, and has no more parameters for it.
 
 With wrong captions, 40 % of the samples have the caption of another sample, the same samples with every seed. The
-dataset is made from these shards, so the teachers embed the wrong captions; the captioner only sees the pictures.
+dataset is made from these shards, so the teachers embed the wrong captions; the captioner only sees the pictures. It
+stores 5 augmentations of each picture instead of 10.
 
 The tests were chosen before the recipe was tuned, and the tuning looked at none of them: `configs/tune-demo.yaml`
 holds out Twemoji pictures of its own. The accuracy of the teachers is in

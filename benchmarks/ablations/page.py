@@ -169,7 +169,10 @@ def _unanswered(info: StudyInfo) -> str:
     if not info.unanswered:
         return ""
     titles = "\n".join(f"- {title}" for title in info.unanswered)
-    return f"\nNot measured yet with this recipe; `make ablations` does it:\n\n{titles}\n"
+    return (
+        "\nNot measured yet with this recipe; `make ablations` does it. Some were answered with\n"
+        f"[an earlier recipe](ablations-earlier.md):\n\n{titles}\n"
+    )
 
 
 def _section(answer: Answer, verdicts: Sequence[Verdict]) -> str:
