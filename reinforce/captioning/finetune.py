@@ -18,7 +18,7 @@ from reinforce.captioning.task import CaptioningTask
 from reinforce.storage import Storage
 from reinforce.training import gather
 from reinforce.training.config import MUTABLE_KEYS, fixed_config
-from reinforce.training.job import Job, model_config
+from reinforce.training.job import Job, model_settings
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.log import LOG
 from reinforce.training.results import Results
@@ -62,7 +62,7 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
         best=config.evaluate.best_metric,
         export=EXPORT,
         trackers=config.log,
-        model_config=model_config(config.captioner.model),
+        model_config=model_settings(config.captioner.model),
     )
     if runs_on_ray(job, address):
         build_captioner(config)  # report its faults before Ray starts

@@ -12,7 +12,7 @@ from reinforce.student.config import StudentConfig, load_student_config
 from reinforce.student.data.feed import StudentFeed
 from reinforce.student.task import StudentTask
 from reinforce.training.config import MUTABLE_KEYS, fixed_config
-from reinforce.training.job import Job, model_config
+from reinforce.training.job import Job, model_settings
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.results import Results
 from reinforce.training.trackers import check_trackers
@@ -57,7 +57,7 @@ def make_job(config: StudentConfig) -> Job:
         evaluate_every=config.evaluate.every,
         best=config.evaluate.best_metric,
         trackers=config.log,
-        model_config=model_config(config.student.model),
+        model_config=model_settings(config.student.model),
     )
 
 

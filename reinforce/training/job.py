@@ -35,7 +35,7 @@ class Job:
     model_config: Mapping[str, Any] | None = None
 
 
-def model_config(model: str) -> dict[str, Any] | None:
+def model_settings(model: str) -> dict[str, Any] | None:
     """``Job.model_config`` of a model by its name in open_clip; None if it is in no folder or the folder is faulty."""
     try:
         config = folder_config(model)

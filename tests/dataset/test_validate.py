@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reinforce.cli import main
 from reinforce.dataset.key_sample import ShardKeys
 from reinforce.dataset.manifest import write_manifest
 from reinforce.dataset.shard_records import RecordWriter, ShardRecord, SourceRecord
@@ -23,12 +22,7 @@ from reinforce.dataset.validate import validate
 from reinforce.source.identity import read_state
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here, small_dataset
-
-
-def printed(url: str, status: int, capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    with pytest.raises(SystemExit, match=f"^{status}$"):
-        main(["validate", url, *options])
-    return capsys.readouterr().out
+from tests.helpers.validated import printed
 
 
 def test_a_sound_dataset_is_valid_and_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import fsspec
 import pytest
 
-from reinforce.cli import main
 from reinforce.dataset import shard_pool
 from reinforce.dataset.layer_file import LayerFile
 from reinforce.dataset.listing import Listing
@@ -21,14 +20,9 @@ from reinforce.dataset.validate import validate
 from reinforce.errors import UserError
 from tests.helpers.data import members_of, write_tar
 from tests.helpers.reinforced import small_dataset
+from tests.helpers.validated import printed
 
 RED = "embeddings/red/images"
-
-
-def printed(url: str, status: int, capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    with pytest.raises(SystemExit, match=f"^{status}$"):
-        main(["validate", url, *options])
-    return capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
