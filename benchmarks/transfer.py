@@ -40,7 +40,8 @@ _TEXT = """\
 
 The demo's students are trained for {steps} steps from the same initial weights, with {seeds} seeds each, on Twemoji
 pictures only. The plain student uses the pictures and their captions (lambda 0). The distilled student uses everything
-in the reinforced dataset: the teachers' embeddings (lambda {lambda_}) and synthetic captions.
+in the reinforced dataset: the teachers' embeddings, by similarities and as features (lambda {lambda_}), and synthetic
+captions.
 
 ```console
 make demo               # makes the datasets and one student of each kind
@@ -65,8 +66,7 @@ The accuracies are top-1 accuracies of zero-shot classification among all 1,364 
 - *subgroup*: the predicted concept is in the right one of Unicode's subgroups, such as food-fruit.
 - *retrieval, unseen style*: the right picture is among the five nearest to a caption.
 - *training pictures*: the Twemoji pictures on which the students were trained. This is no test of what they have
-  learnt: a student that learns its pictures by heart is best here. The distilled student learns which pictures and
-  texts are alike, too, and has no more parameters for it.
+  learnt: a student that learns its pictures by heart is good here.
 
 With wrong captions, 40 % of the samples have the caption of another sample, the same samples with every seed. The
 dataset is made from these shards, so the teachers embed the wrong captions; the captioner only sees the pictures. It

@@ -30,6 +30,8 @@ WRONG = "wrong-captions"
 ARMS_WITH_CURVES, POINTS = ("plain", "distilled"), 12
 #: A training uses one core including its data loading, so that as many can run in parallel as there are cores.
 ONE_CORE = ("train.compute.ranks=1", "train.compute.cpus=1", "data.workers=0")
+#: Overrides of all students: features are distilled only where they are the question.
+_FIXED = (*ONE_CORE, "loss.features=one-sided")
 
 #: Keys of students' configs that are not in a recipe.
 _NOT_IN_STUDENTS: dict[str, Any] = {
@@ -176,7 +178,7 @@ class Study:
         """Return the config of one seed of an arm."""
         every = max(1, self.steps // POINTS) if arm.name in ARMS_WITH_CURVES else None
         dataset = override("data.datasets", self.dataset_url(arm.dataset))
-        overrides = [*ONE_CORE, override("evaluate.every", every), *self.overrides, dataset, *arm.overrides]
+        overrides = [*_FIXED, override("evaluate.every", every), *self.overrides, dataset, *arm.overrides]
         return student_config(arm.base, self.out / "students" / f"{arm.name}-{seed}", seed, overrides)
 
 

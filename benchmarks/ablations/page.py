@@ -30,8 +30,9 @@ _TEXT = """\
 MobileCLIP ([2311.17049](https://arxiv.org/abs/2311.17049)) and MobileCLIP2
 ([2508.20691](https://arxiv.org/abs/2508.20691)) report what matters in dataset reinforcement. This page repeats
 their ablations with the demo's data: students trained for {steps:,} steps with batches of {batch:,} samples,
-{seeds} seeds per arm. The seed determines the initial weights and the sample order. Results for trainings of
-minutes need not hold for trainings of days, and vice versa.
+{seeds} seeds per arm. The seed determines the initial weights and the sample order. Unlike the demo's, these students
+distil similarities only, except where features are the question. Results for trainings of minutes need not hold for
+trainings of days, and vice versa.
 
 ```console
 make demo                 # writes the training shards and the test sets
