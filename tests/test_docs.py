@@ -267,7 +267,8 @@ def test_results_in_readme_are_those_that_were_measured() -> None:
             row = f"| {100 * means[0]:.1f} % | **{100 * means[1]:.1f} %** | {means[1] / means[0]:.1f} |"
             assert row in readme, row
     seconds = [questions["ways"]["arms"][way]["seconds_per_step"]["mean"] for way in ("online", "stored")]
-    assert f"takes {seconds[0] / seconds[1]:.1f} times as long" in readme
+    assert seconds[0] > 2 * seconds[1]
+    assert "a step takes more than twice as long" in readme
 
 
 def test_tables_of_the_performance_page_are_those_that_were_measured() -> None:

@@ -77,8 +77,9 @@ def _ways(study: Study) -> Question:
             Compare(SECONDS, "stored", "below", "online"),
         ),
         "Online, the same teachers encode the same crops in every step. Seconds per step are for one core and include "
-        "data loading. The demo's teachers are hardly larger than its student; in the papers they are many times as "
-        "large, so that online distillation is slower still.",
+        "data loading; other work on the machine makes them longer, which their deviation shows. The demo's teachers "
+        "are hardly larger than its student; in the papers they are many times as large, so that online distillation "
+        "is slower still.",
         columns=(*ACCURACY, SECONDS),
         panels=(OWN, UNSEEN, PICTURES, SECONDS),
     )
