@@ -242,8 +242,8 @@ def _lengths(study: Study) -> Question:
     return Question(
         "lengths",
         "Length of synthetic captions",
-        "MobileCLIP2: captioners with a context of 77 tokens are at least as good as with 255, so longer captions are "
-        "not better.",
+        "MobileCLIP2: captions of at most 77 tokens are at least as good as captions of at most 255. Longer captions "
+        "are not better.",
         (short, study.add_arm("free", "distilled"), long),
         (
             Compare(UNSEEN, long.label, "not above", "free"),

@@ -21,8 +21,7 @@ from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig, load_student_config
 from reinforce.training.results import Results, read_results
 
-_PLAIN = ("loss.lambda=0", "loss.features=one-sided", "data.captioners=[]")
-_NOISY = ("data.datasets=demo/noisy-dataset",)
+_PLAIN, _NOISY = ("loss.lambda=0", "data.captioners=[]"), ("data.datasets=demo/noisy-dataset",)
 #: Overrides of CONFIG for each student.
 ARMS: Mapping[str, Sequence[str]] = {
     "plain": _PLAIN,

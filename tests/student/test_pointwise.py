@@ -12,7 +12,7 @@ from reinforce.student.pointwise import avoid_faulty_convolutions
 from tests.helpers.demo import ROOT
 from tests.helpers.students import built, student_folder
 
-# In a process of its own: it ends with a signal where the fault is. Some sizes give wrong numbers instead.
+# This runs in its own process, because the fault can end a process with a signal. It can also give wrong gradients.
 _GRADIENTS = """
 import torch
 from reinforce.student.pointwise import avoid_faulty_convolutions
