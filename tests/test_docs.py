@@ -266,8 +266,7 @@ def test_results_in_readme_are_those_that_were_measured() -> None:
             means = [transfer[arm][name]["mean"] for arm in (plain, distilled)]
             row = f"| {100 * means[0]:.1f} % | **{100 * means[1]:.1f} %** | {means[1] / means[0]:.1f} |"
             assert row in readme, row
-    # the fastest seeds, since other work on the machine makes steps longer
-    seconds = [min(questions["ways"]["arms"][way]["seconds_per_step"]["seeds"]) for way in ("online", "stored")]
+    seconds = [questions["ways"]["arms"][way]["seconds_per_step"]["mean"] for way in ("online", "stored")]
     assert f"takes {seconds[0] / seconds[1]:.1f} times as long" in readme
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from benchmarks.ablations import page
 from benchmarks.ablations.arms import Study
-from benchmarks.ablations.questions import make_questions
+from benchmarks.ablations.encoders import prepare
+from benchmarks.ablations.questions import Question, make_questions
 from benchmarks.ablations.results import find_training, read_answer
 from reinforce.errors import UserError
 from reinforce.terminal import Screen
@@ -30,7 +31,7 @@ def main(out: Path, names: Sequence[str], seeds: int, overrides: Sequence[str], 
         raise UserError(f"unknown question {', '.join(unknown)}; available: {', '.join(questions)}.")
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: must be 1 or more; 3 or more to estimate the spread.")
-    chosen = [questions[name] for name in names or questions]
+    chosen = [question for name in names or questions if can_answer(question := questions[name], names, screen)]
     arms = {arm.name: arm for question in chosen for arm in question.arms}
     written: list[str] = []
     stored = page.read_stored_answers(study, seeds)
@@ -49,6 +50,8 @@ def main(out: Path, names: Sequence[str], seeds: int, overrides: Sequence[str], 
             page.write_page(study, answers, page.describe_study(study, seeds, answered, None if out == OUT else out))
             screen.log(f"{page.PAGE} and {page.RESULTS} have: {', '.join(answered)}")
 
+    if encoders := [arm.encoder for arm in arms.values() if arm.encoder is not None]:
+        prepare(encoders, out)
     with contextlib.ExitStack() as stack:
         started: list[bool] = []
 
@@ -69,6 +72,17 @@ def main(out: Path, names: Sequence[str], seeds: int, overrides: Sequence[str], 
         if unfinished:
             start_cluster()
             train_all(unfinished, done, write, screen)
+
+
+def can_answer(question: Question, names: Sequence[str], screen: Screen) -> bool:
+    """Whether the folder that a question needs exists. Raises UserError if it does not and the question is named."""
+    if question.needs is None or question.needs.exists():
+        return True
+    problem = f"{question.name} needs {question.needs}, which `make demo-teachers` writes"
+    if question.name in names:
+        raise UserError(f"{problem}.")
+    screen.log(f"left out: {problem}")
+    return False
 
 
 def make_parser() -> argparse.ArgumentParser:

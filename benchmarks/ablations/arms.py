@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from benchmarks.ablations.encoders import Encoder
 from reinforce.config import Config, load_config
 from reinforce.dataset.augment import AUGMENTATION_BACKEND
 from reinforce.demo.compare import CONFIG, student_config
@@ -73,7 +74,7 @@ class Arm:
 
     ``name`` is used for folders. ``label`` is used on the page; it may differ between questions that share the arm.
     ``base`` is one of the demo's arms, ``overrides`` are KEY=VALUE of its config, ``dataset`` is its training data, and
-    ``x`` its position on a numeric axis.
+    ``x`` its position on a numeric axis. ``encoder`` is its image encoder, unless it is the demo's.
     """
 
     label: str
@@ -82,6 +83,7 @@ class Arm:
     overrides: tuple[str, ...]
     dataset: str
     x: float | None = None
+    encoder: Encoder | None = None
 
 
 class Study:
@@ -142,9 +144,12 @@ class Study:
         base: str = "distilled",
         dataset: str = BASE,
         x: float | None = None,
+        encoder: Encoder | None = None,
     ) -> Arm:
         """Add an arm and return it; if an equal arm exists, its name and folders are used."""
-        arm = Arm(label, name, base, overrides, dataset, x)
+        if encoder is not None:
+            overrides = (*overrides, override("student.model", encoder.model(self.out)))
+        arm = Arm(label, name, base, overrides, dataset, x, encoder)
         key = self.student_config(arm, 0).model_dump_json(exclude={"output", "seed", "evaluate"})
         return replace(self._arms.setdefault(key, arm), label=label, x=x)
 

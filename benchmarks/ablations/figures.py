@@ -98,4 +98,4 @@ def _to_axis(measure: Measure, values: Sequence[float]) -> list[float]:
 
 
 def _unit(measure: Measure) -> str:
-    return {"share": "%", "seconds": "seconds", "bytes": "bytes", "steps": "steps"}[measure.unit]
+    return "%" if measure.unit == "share" else measure.unit

@@ -11,6 +11,7 @@ from typing import Literal
 from reinforce.demo.compare import MEASURES, SECONDS
 
 BYTES, RETAINED = "bytes_per_sample", "kept"
+MILLISECONDS, MILLISECONDS_ALONE = "milliseconds", "milliseconds_alone"
 REACHED_AT = "_reached_at"  # suffix of a measure's name: the step at which it reaches a level
 #: By label of an arm, then by measure: a value for each seed, in order.
 Numbers = Mapping[str, Mapping[str, Sequence[float]]]
@@ -18,19 +19,22 @@ Numbers = Mapping[str, Mapping[str, Sequence[float]]]
 Curve = Sequence[tuple[int, float]]
 
 
+_DIGITS = {"seconds": 3, "milliseconds": 2}
+
+
 @dataclass(frozen=True)
 class Measure:
     """A measure's title and unit. Shares are in percent, their differences in points; steps may be infinite (never)."""
 
     title: str
-    unit: Literal["share", "seconds", "bytes", "steps"] = "share"
+    unit: Literal["share", "seconds", "milliseconds", "bytes", "steps"] = "share"
 
     def format(self, value: float) -> str:
         if not math.isfinite(value):
             return "never"
         if self.unit == "share":
             return f"{value:.1%}"
-        return f"{value:.3f}" if self.unit == "seconds" else f"{value:,.0f}"
+        return f"{value:,.{_DIGITS.get(self.unit, 0)}f}"
 
     def format_difference(self, first: float, second: float) -> str:
         difference = abs(first - second)
@@ -55,6 +59,8 @@ ALL_MEASURES: Mapping[str, Measure] = {
     **{name: Measure(title) for name, (title, _) in MEASURES.items()},
     SECONDS: Measure("s/step", "seconds"),
     BYTES: Measure("bytes/sample", "bytes"),
+    MILLISECONDS: Measure("ms/image, 64 together", "milliseconds"),
+    MILLISECONDS_ALONE: Measure("ms/image, one alone", "milliseconds"),
     RETAINED: Measure("training pictures, retained"),
     **{name + REACHED_AT: Measure(f"{title}: steps", "steps") for name, (title, _) in MEASURES.items()},
 }

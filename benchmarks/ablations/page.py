@@ -36,6 +36,7 @@ trainings of days, and vice versa.
 
 ```console
 make demo                 # writes the training shards and the test sets
+make demo-teachers        # only for the question of the captioner's pre-trained state; an hour
 {command}
 ```
 
@@ -170,10 +171,7 @@ def _unanswered(info: StudyInfo) -> str:
     if not info.unanswered:
         return ""
     titles = "\n".join(f"- {title}" for title in info.unanswered)
-    return (
-        "\nNot measured yet with this recipe; `make ablations` does it. Some were answered with\n"
-        f"[an earlier recipe](ablations-earlier.md):\n\n{titles}\n"
-    )
+    return f"\nNot measured yet with this recipe; `make ablations` does it:\n\n{titles}\n"
 
 
 def _section(answer: Answer, verdicts: Sequence[Verdict]) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from benchmarks.ablations.arms import WRONG, Arm, Study, model_mapping, override
 from benchmarks.ablations.claims import Claim, Compare, Pick, Sooner
-from benchmarks.ablations.measures import BYTES, REACHED_AT, RETAINED
+from benchmarks.ablations.encoders import Encoder
+from benchmarks.ablations.measures import BYTES, MILLISECONDS, MILLISECONDS_ALONE, REACHED_AT, RETAINED
 from reinforce.demo.compare import SECONDS
 from reinforce.demo.wrong_captions import SHARE
+from teachers.open_clip_catalog import FOLDER_PREFIX
 from teachers.spec import DECODING_FIELDS
 
 #: Columns of a question's table, and panels of its figure.
@@ -26,6 +29,15 @@ CAPTIONS = (1, 2, 5)
 LENGTHS: Mapping[str, tuple[int, int]] = {"at most 3 tokens": (1, 5), "at least 12 tokens": (12, 16)}
 #: Decoding of the second captioner: a lower temperature than that of the first.
 CAREFUL: Mapping[str, object] = {"strategy": "nucleus", "temperature": 0.6, "top_p": 1.0}
+#: By pixels: encoders of five and of four stages that take about equally long for an image of these.
+STAGES: Mapping[int, tuple[Encoder, Encoder]] = {
+    64: (Encoder((1, 1, 1, 1, 1), 16, 64), Encoder((1, 1, 2, 1), 24, 64)),
+    128: (Encoder((1, 1, 1, 1, 1), 16, 128), Encoder((1, 1, 6, 2), 16, 128)),
+}
+#: Written by `make demo-teachers`.
+PRETRAINED_CAPTIONER = Path("demo/teachers/coca-pretrain/captioner")
+#: Name and override of an arm.
+WITHOUT_CAPTIONS = ("captions-none", "data.captioners=[]")
 _SAMPLING = frozenset(DECODING_FIELDS) - {"repetition_penalty", "min_length", "max_length", "compile"}
 
 
@@ -35,7 +47,7 @@ class Question:
 
     ``axis`` is the label of the axis of arms with an ``x``, with a logarithmic scale if ``log``. ``target`` is the arm
     whose final accuracy defines the measures with REACHED_AT. ``clean`` maps an arm to the arm with true captions to
-    which RETAINED relates it.
+    which RETAINED relates it. ``needs`` is a folder without which its datasets cannot be made.
     """
 
     name: str
@@ -50,13 +62,14 @@ class Question:
     log: bool = False
     target: str | None = None
     clean: Mapping[str, str] = field(default_factory=dict)
+    needs: Path | None = None
 
 
 def make_questions(study: Study) -> dict[str, Question]:
     """Return all questions by name, in the order of the page."""
     makers = (
         *(_ways, _teachers, _scales, _finding_scales, _lambda, _features, _augmentations),
-        *(_captions, _lengths, _storage, _noise, _steps),
+        *(_captions, _lengths, _finetuning, _storage, _noise, _steps, _stages),
     )
     return {question.name: question for question in (make(study) for make in makers)}
 
@@ -94,7 +107,7 @@ def _teachers(study: Study) -> Question:
         "MobileCLIP: a student of an ensemble of teachers is better than a student of any one of them.",
         (*alone, together),
         tuple(Compare(UNSEEN, "ensemble", "above", arm.label) for arm in alone),
-        f"The ensemble is {' and '.join(study.teachers)}.",
+        f"The ensemble is {', '.join(study.teachers)}.",
     )
 
 
@@ -207,7 +220,7 @@ def _captions(study: Study) -> Question:
 
     second = f"{first}-careful"
     both = study.add_dataset("two-captioners", override("captioners", {first: {**one, "captions": 1}, second: careful}))
-    none = study.add_arm("none", "captions-none", "data.captioners=[]")
+    none = study.add_arm("none", *WITHOUT_CAPTIONS)
     two = study.add_arm(
         "1 of each of two", "two-captioners", override("data.captioners", [first, second]), dataset=both
     )
@@ -251,6 +264,29 @@ def _lengths(study: Study) -> Question:
             Compare(UNSEEN, short.label, "not above", "free"),
         ),
         "The captioner was trained on noun phrases of a few words. *Free* captions end where it ends them.",
+    )
+
+
+def _finetuning(study: Study) -> Question:
+    first = study.captioners[0]
+    before = {**model_mapping(study.demo.captioners[first]), "model": f"{FOLDER_PREFIX}{PRETRAINED_CAPTIONER}"}
+    dataset = study.add_dataset("pretrained-captioner", override("captioners", {first: before}))
+    pretrained = study.add_arm("pre-trained", "pretrained-captioner", dataset=dataset)
+    finetuned = study.add_arm("fine-tuned", "distilled")
+    return Question(
+        "finetuning",
+        "A fine-tuned captioner and its pre-trained state",
+        "MobileCLIP2: a captioner that is fine-tuned on few but high-quality captions gives a better dataset than one "
+        "that is pre-trained on captions from the web only.",
+        (study.add_arm("none", *WITHOUT_CAPTIONS), pretrained, finetuned),
+        (
+            Compare(UNSEEN, finetuned.label, "above", pretrained.label),
+            Compare(RETRIEVAL, finetuned.label, "above", pretrained.label),
+        ),
+        "The captioner is pre-trained on captions of which half add keywords to a phrase, and fine-tuned on the "
+        "phrases alone, for 1,000 further steps: see [its training](../configs/demo-models/README.md). *None*: without "
+        "synthetic captions.",
+        needs=PRETRAINED_CAPTIONER,
     )
 
 
@@ -315,4 +351,30 @@ def _steps(study: Study) -> Question:
         columns=(OWN, OWN + REACHED_AT, UNSEEN, UNSEEN + REACHED_AT),
         panels=(OWN, UNSEEN),
         target="plain",
+    )
+
+
+def _stages(study: Study) -> Question:
+    arms, claims = list[Arm](), list[Claim]()
+    for size, encoders in STAGES.items():
+        five, four = (
+            study.add_arm(f"{stages} stages, {size} pixels", f"stages-{encoder.name}", encoder=encoder)
+            for stages, encoder in zip(("five", "four"), encoders, strict=True)
+        )
+        arms += [five, four]
+        claims += [Compare(measure, five.label, "above", four.label) for measure in (UNSEEN, RETRIEVAL)]
+    return Question(
+        "stages",
+        "Image encoders of five and of four stages",
+        "MobileCLIP2: a fifth stage, at half the resolution, makes an image encoder of given size faster, the more so "
+        "the larger the images. So it should be more accurate than one of four stages that takes equally long.",
+        arms,
+        claims,
+        "Both are small versions of MobileCLIP2-S3's image encoder; that of four stages lacks the last and has the "
+        "widths and blocks with which it takes about as long: within a tenth, in CPU milliseconds of one core for an "
+        "image, alone and of 64 together. At this size an image alone mostly takes the time to start operations. The "
+        "fifth stage has one position with images of 64 pixels and four with 128; in MobileCLIP2-S3, with 256, it has "
+        "16. The pictures have 72 pixels.",
+        columns=(*ACCURACY, MILLISECONDS, MILLISECONDS_ALONE),
+        panels=(OWN, UNSEEN, PICTURES, MILLISECONDS),
     )

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks.ablations.arms import Arm, Study
+from benchmarks.ablations.encoders import read_milliseconds
 from benchmarks.ablations.measures import BYTES, REACHED_AT, RETAINED, Curve, Numbers, step_of_level
 from benchmarks.ablations.questions import Question
 from reinforce.dataset.layers import SAMPLES
@@ -113,6 +114,8 @@ def read_answer(study: Study, question: Question, seeds: int) -> Answer | None:
                     curves.setdefault(arm.label, {}).setdefault(name, []).append(_read_curve(training.folder, metric))
         if BYTES in question.columns:
             rows[BYTES] = [bytes_per_sample(study.dataset_url(arm.dataset))] * seeds
+        if arm.encoder is not None:
+            rows |= {name: [value] * seeds for name, value in read_milliseconds(arm.encoder, study.out).items()}
         numbers[arm.label] = rows
     return add_derived_measures(Answer(question, numbers, machine_name(), curves))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.ablations import page
 from benchmarks.ablations.arms import BASE, Study
-from benchmarks.ablations.measures import BYTES
+from benchmarks.ablations.measures import BYTES, MILLISECONDS, MILLISECONDS_ALONE
 from benchmarks.ablations.questions import Question
 from benchmarks.ablations.results import Answer, Training, add_derived_measures
 from reinforce.dataset.store import Store
@@ -27,7 +27,7 @@ def make_answer(question: Question, levels: Mapping[str, float], seeds: int = 3)
     curves: dict[str, dict[str, list[list[tuple[int, float]]]]] = {}
     for arm in question.arms:
         values = [levels[arm.label] + 0.001 * seed for seed in range(seeds)]
-        numbers[arm.label] = dict.fromkeys((*MEASURES, SECONDS, BYTES), values)
+        numbers[arm.label] = dict.fromkeys((*MEASURES, SECONDS, BYTES, MILLISECONDS, MILLISECONDS_ALONE), values)
         if question.target is not None:
             curves[arm.label] = {name: [[(50, v / 2), (100, v)] for v in values] for name in MEASURES}
     return add_derived_measures(Answer(question, numbers, "this one", curves))

@@ -45,7 +45,6 @@ RUN = [
 CHECKED = {
     r"make [a-z-]+( .*)?": "takes minutes; the parts of each target have tests of their own",
     r"python -m benchmarks\.pipeline .*": "takes minutes; tests/benchmarks/pipeline/test_main.py runs a small one",
-    r"python -m benchmarks\.ablations .*": "takes hours; tests/benchmarks/ablations runs its parts",
     r"python -m benchmarks\.gpu .*": "needs a GPU; tests/benchmarks/gpu/test_main.py runs a small one on a CPU",
     r"\.ci/run": "runs these tests",
     r"pip install .*": "needs a package index",

@@ -39,7 +39,7 @@ def test_page_reports_agreement_and_disagreement(study: Study, tmp_path: Path) -
     assert found["arms"]["lambda 0.85"]["arm"] == "distilled"
     assert found["arms"]["lambda 1"]["unseen_style"]["seeds"] == pytest.approx([0.1, 0.101, 0.102])
     assert numbers["command"] == "python -m benchmarks.ablations --questions lambda"
-    assert "[an earlier recipe](ablations-earlier.md):\n\n- Plain, online" in text
+    assert "`make ablations` does it:\n\n- Plain, online" in text
     assert "- Lambda\n" not in text
 
 
