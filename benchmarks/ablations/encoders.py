@@ -18,7 +18,7 @@ from reinforce.shipping.towers import reparameterize
 from teachers.open_clip import random_model
 from teachers.open_clip_catalog import CONFIG_FILE, FOLDER_PREFIX
 
-#: The first student's folder: its text encoder and its tokenizer are those of all.
+#: The demo's student, whose text encoder and tokenizer all have.
 _STUDENT = Path("configs/student-demo")
 _TIMED, _ROUNDS = "milliseconds.json", 15
 #: Measure -> images of a forward pass.

@@ -18,7 +18,7 @@ Numbers = Mapping[str, Mapping[str, Sequence[float]]]
 #: (step, value), in order.
 Curve = Sequence[tuple[int, float]]
 
-
+#: Digits after the point; others have none.
 _DIGITS = {"seconds": 3, "milliseconds": 2}
 
 
