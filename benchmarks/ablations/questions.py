@@ -255,8 +255,7 @@ def _lengths(study: Study) -> Question:
     return Question(
         "lengths",
         "Length of synthetic captions",
-        "MobileCLIP2: captions of at most 77 tokens are at least as good as captions of at most 255. Longer captions "
-        "are not better.",
+        "MobileCLIP2: captions of at most 255 tokens are not better than captions of at most 77.",
         (short, study.add_arm("free", "distilled"), long),
         (
             Compare(UNSEEN, long.label, "not above", "free"),
