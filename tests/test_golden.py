@@ -1,0 +1,13 @@
+"""Stored datasets stay valid: their fingerprints and their content are those of tests/golden."""
+
+import json
+
+from tests.helpers.golden import GOLDEN, fingerprints, small_dataset
+
+
+def test_the_fingerprints_of_the_shipped_configs_are_unchanged() -> None:
+    assert fingerprints() == json.loads((GOLDEN / "fingerprints.json").read_text())
+
+
+def test_the_files_of_a_small_dataset_are_unchanged() -> None:
+    assert small_dataset() == json.loads((GOLDEN / "dataset.json").read_text())
