@@ -35,8 +35,8 @@ from reinforce.config import Augmentations, Limits
 from reinforce.dataset import fixed_point
 from reinforce.dataset.augment import Augmentation, replay_with, sample_augmentation
 from reinforce.dataset.backends import BACKENDS, Replay, load_backend
-from reinforce.source import fast_jpeg
-from reinforce.source.image import decode
+from reinforce.images import fast_jpeg
+from reinforce.images.policy import decode
 from teachers.pixels import to_pixels
 from teachers.registry import load_teacher
 from teachers.spec import TeacherSpec

@@ -50,7 +50,7 @@ from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.models import load_models
 from reinforce.engine.plan import make_plan
 from reinforce.engine.shard import process_shard
-from reinforce.source.image import decode
+from reinforce.images.policy import decode
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.feed import StudentFeed

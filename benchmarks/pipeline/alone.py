@@ -11,7 +11,7 @@ from benchmarks.pipeline.children import serve
 from benchmarks.pipeline.inputs import make_config
 from reinforce.dataset.augment import sample_augmentation
 from reinforce.dataset.backends import load_backend
-from reinforce.source.image import decode, image_policy
+from reinforce.images.policy import decode, image_policy
 
 
 def serve_decoding(pipe: Connection, augmentations: int, photos: Sequence[bytes]) -> None:

@@ -33,9 +33,9 @@ from reinforce.captioning.pairs import Pairs
 from reinforce.config import Augmentations, RandAugment
 from reinforce.dataset.augment import replay, sample_augmentation
 from reinforce.errors import UserError
+from reinforce.images.policy import ImageRefused, decode
 from reinforce.prefetch import prefetch
 from reinforce.seeds import permutation, uniforms
-from reinforce.source.image import ImageRefused, decode
 from reinforce.training.task import Reading
 
 #: Consecutive broken images after which the feed fails.

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 import schemas
 from reinforce.dataset import vectors
-from reinforce.source.footers import (
+from reinforce.parquet.footers import (
     MAX_FOOTER_BYTES,
     TAIL_BYTES,
     ArrowInput,
@@ -33,7 +33,7 @@ from reinforce.source.footers import (
     read_footer,
     span,
 )
-from reinforce.source.pages import DICTIONARY, BadPage, Bytes, Page, longest_entry, read_pages
+from reinforce.parquet.pages import DICTIONARY, BadPage, Bytes, Page, longest_entry, read_pages
 
 #: Bounds of a file. A run writes at most 1,024 rows and 32 MiB of images in a row group.
 MAX_ROWS = 2**14  # of a row group

@@ -14,7 +14,7 @@ from reinforce.config import Limits, ReadLimits
 from reinforce.dataset.augment import Augmentation
 from reinforce.dataset.backends import BACKENDS, load_backend
 from reinforce.errors import UserError
-from reinforce.source.image import IMAGE_POLICIES, ImageRefused, decode, is_image_policy
+from reinforce.images.policy import IMAGE_POLICIES, ImageRefused, decode, is_image_policy
 from reinforce.terminal import escape
 from schemas import Reason
 

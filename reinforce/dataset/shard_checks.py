@@ -21,7 +21,7 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.row_checks import RowChecks
 from reinforce.dataset.store import Store, check_footer, parse_footer
 from reinforce.errors import UserError
-from reinforce.source.footers import check_together
+from reinforce.parquet.footers import check_together
 from reinforce.source.urls import shard_name
 
 _NO_HASHES: Hashes = np.empty(0, np.uint64)

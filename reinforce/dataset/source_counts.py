@@ -14,8 +14,8 @@ import pyarrow as pa
 from reinforce.config import Limits
 from reinforce.dataset.key_hashes import hash_keys
 from reinforce.dataset.key_sample import ShardKeys
+from reinforce.parquet.footers import RefusedFile
 from reinforce.source import lines
-from reinforce.source.footers import RefusedFile
 from reinforce.source.formats import CSV, JSONL, PARQUET, TAR
 from reinforce.source.kinds import format_of_name
 from reinforce.source.parquet import ParquetFile

@@ -24,8 +24,8 @@ import numpy as np
 
 from reinforce.engine.decoding import DecodeSpec, Item, decode_item
 from reinforce.engine.pixel_cells import PixelCells
+from reinforce.images import policy as image
 from reinforce.shared_memory import SharedMemory
-from reinforce.source import image
 
 READY = b"ready"
 #: What follows ``python -c``; the module is found where the parent finds it.

@@ -17,7 +17,7 @@ from reinforce.dataset.backends import load_backend
 from reinforce.engine.pixel_cells import PixelCells, PixelLayout
 from reinforce.engine.published_members import Unreadable
 from reinforce.engine.published_values import Members, PublishedReader, PublishedValue
-from reinforce.source.image import ImageRefused, decode, image_policy
+from reinforce.images.policy import ImageRefused, decode, image_policy
 from reinforce.source.shards import RawSample, Refusal
 from reinforce.source.text import json_error, metadata_of
 from schemas import Reason

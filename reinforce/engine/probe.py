@@ -16,9 +16,9 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
 from reinforce.engine.plan import PendingShard, Plan
 from reinforce.engine.published import check_reinforcements
 from reinforce.errors import UserError
+from reinforce.images.policy import ImageRefused, check_header
 from reinforce.source.formats import CSV, ENDINGS, FOLDER, IMAGE_EXTENSIONS, JSONL, PARQUET, TAR
 from reinforce.source.identity import probe_state
-from reinforce.source.image import ImageRefused, check_header
 from reinforce.source.kinds import unexpected_name
 from reinforce.source.reading import Shard, read_samples
 from reinforce.source.shards import RawSample, ReadBudget, Refusal

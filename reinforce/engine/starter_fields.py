@@ -10,8 +10,8 @@ from typing import Any
 
 from reinforce.config import Input
 from reinforce.errors import UserError
+from reinforce.parquet.footers import RefusedFile
 from reinforce.source.columns import Columns, NoColumn, find_columns, is_image_name
-from reinforce.source.footers import RefusedFile
 from reinforce.source.formats import CSV, JSONL, PARQUET
 from reinforce.source.lines import BrokenRow, csv_rows, jsonl_rows
 from reinforce.source.parquet import ParquetFile, is_binary

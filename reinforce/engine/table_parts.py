@@ -16,7 +16,7 @@ from reinforce.config import Config
 from reinforce.dataset.store import Store
 from reinforce.engine.folder_lists import LIST_BYTES, LISTS, written_lists
 from reinforce.errors import UserError
-from reinforce.source.footers import RefusedFile
+from reinforce.parquet.footers import RefusedFile
 from reinforce.source.formats import ENDINGS
 from reinforce.source.identity import former_url
 from reinforce.source.parts import Part, find_parts

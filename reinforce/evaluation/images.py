@@ -14,8 +14,8 @@ import numpy as np
 from reinforce.config import Limits
 from reinforce.evaluation.reading import Example
 from reinforce.evaluation.sets import Examples
+from reinforce.images.policy import ImageRefused, decode
 from reinforce.prefetch import prefetch
-from reinforce.source.image import ImageRefused, decode
 from reinforce.source.shards import Refusal
 from schemas import Reason
 from teachers.fitting import fit

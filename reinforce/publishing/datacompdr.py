@@ -21,6 +21,7 @@ from reinforce.dataset.reader import Dataset
 from reinforce.dataset.sample import ImagePolicies
 from reinforce.engine.published_members import FORMAT, MAX_OPS
 from reinforce.errors import UserError
+from reinforce.images.policy import IMAGE_POLICY, PUBLISHED_POLICY
 from reinforce.publishing.datacompdr_shard import LIST_OF, ShardExport, export_shard, stats_name, tar_name
 from reinforce.publishing.shards import (
     as_seen_by_workers,
@@ -29,7 +30,6 @@ from reinforce.publishing.shards import (
     for_each_shard,
     record_export,
 )
-from reinforce.source.image import IMAGE_POLICY, PUBLISHED_POLICY
 from reinforce.storage import Storage
 
 CONFIG = "config.json"

@@ -7,7 +7,7 @@ import io
 from PIL import Image
 
 from reinforce.config import Limits
-from reinforce.source.image import PUBLISHED_POLICY, decode, format_extension, is_plain
+from reinforce.images.policy import PUBLISHED_POLICY, decode, format_extension, is_plain
 
 _READ_EXTENSIONS = ("jpg", "png", "webp")  # by the trainer of ml-mobileclip
 

@@ -29,8 +29,8 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embe
 from reinforce.dataset.store import Store
 from reinforce.engine.published_members import CAPTIONS, PARAMETERS
 from reinforce.errors import UserError
+from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused
 from reinforce.publishing.datacompdr_images import has_published_pixels, image_member
-from reinforce.source.image import PUBLISHED_POLICY, ImageRefused
 from reinforce.source.references import ImageRoots
 from reinforce.source.shards import referenced_images, split_name
 from reinforce.source.text import parse_json

@@ -15,9 +15,9 @@ from typing import Any
 
 from reinforce.config import Input
 from reinforce.errors import UserError
+from reinforce.parquet.footers import RefusedFile
 from reinforce.prefetch import prefetch
 from reinforce.source.columns import NoColumn, Place, RowReader, find_columns, is_image_name
-from reinforce.source.footers import RefusedFile
 from reinforce.source.kinds import format_of_name
 from reinforce.source.lines import BrokenRow, csv_rows, jsonl_rows
 from reinforce.source.parquet import ParquetFile, is_binary

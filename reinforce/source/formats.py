@@ -14,7 +14,7 @@ ENDINGS = {
 #: Compression of a table by the last extension of its name.
 TABLE_COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "zstd": "zstd"}
 
-#: Extensions of images, in formats that reinforce.source.image reads.
+#: Extensions of images, in formats that reinforce.images.policy reads.
 IMAGE_EXTENSIONS = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif"}
     | {"pnm", "pbm", "pgm", "ppm"}

@@ -14,9 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reinforce.source.columns import Columns, NoColumn
-from reinforce.source.delta_pages import ColumnLevels, decoded_bytes, is_delta
-from reinforce.source.footers import (
+from reinforce.parquet.delta_pages import ColumnLevels, decoded_bytes, is_delta
+from reinforce.parquet.footers import (
     MAX_FOOTER_BYTES,
     TAIL_BYTES,
     ArrowInput,
@@ -25,7 +24,8 @@ from reinforce.source.footers import (
     read_footer,
     span,
 )
-from reinforce.source.pages import DICTIONARY, BadPage, CutOff, Page, longest_entry, read_page
+from reinforce.parquet.pages import DICTIONARY, BadPage, CutOff, Page, longest_entry, read_page
+from reinforce.source.columns import Columns, NoColumn
 from reinforce.source.streams import check_file
 from reinforce.source.urls import filesystem
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from reinforce.parquet.footers import RefusedFile
 from reinforce.source import lines
-from reinforce.source.footers import RefusedFile
 from reinforce.source.formats import CSV, JSONL, PARQUET
 from reinforce.source.parquet import ParquetFile
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from reinforce.config import Input, Limits
+from reinforce.parquet.footers import RefusedFile
 from reinforce.source import lines, parquet
 from reinforce.source.columns import Columns, NoColumn, Place, RowReader, find_columns
 from reinforce.source.folders import read_list
-from reinforce.source.footers import RefusedFile
 from reinforce.source.formats import CSV, DATASET, FOLDER, JSONL, PARQUET, TAR
 from reinforce.source.parts import Part, group_sizes
 from reinforce.source.places import Places

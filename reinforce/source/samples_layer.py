@@ -8,8 +8,8 @@ from typing import Any
 
 from reinforce.config import Input
 from reinforce.errors import UserError
+from reinforce.parquet.footers import RefusedFile
 from reinforce.source.columns import Columns, Place, make_sample
-from reinforce.source.footers import RefusedFile
 from reinforce.source.parquet import ParquetFile, Row
 from reinforce.source.references import ImageRoots, image_digest
 from reinforce.source.shards import RawSample, Refusal, read_ranges

@@ -13,7 +13,7 @@ from benchmarks import augment
 from benchmarks.augment import Variant, compare, cosines, report, variants
 from benchmarks.loader import photo
 from reinforce.config import Limits
-from reinforce.source.image import decode
+from reinforce.images.policy import decode
 
 
 def test_photographs_have_the_side_that_is_asked_for() -> None:

@@ -14,7 +14,7 @@ from reinforce.captioning.model import CaptionerModel
 from reinforce.captioning.pairs import Pairs, load_pairs
 from reinforce.config import Limits
 from reinforce.errors import UserError
-from reinforce.source.image import decode
+from reinforce.images.policy import decode
 from teachers.coca import CocaCaptioner
 from teachers.device import Accelerator
 from teachers.fitting import fit

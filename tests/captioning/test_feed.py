@@ -17,7 +17,7 @@ from reinforce.captioning.pairs import Pairs, load_pairs
 from reinforce.config import Augmentations, Limits, RandAugment
 from reinforce.dataset.augment import replay, sample_augmentation
 from reinforce.errors import UserError
-from reinforce.source.image import decode
+from reinforce.images.policy import decode
 from teachers.open_clip_tokens import Tokenizer
 from teachers.weights import cache_folder
 from tests.helpers.captioning import captioner_config, write_shards

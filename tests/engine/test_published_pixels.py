@@ -16,7 +16,7 @@ from torchvision.transforms.autoaugment import _apply_op
 
 from reinforce.config import Limits
 from reinforce.dataset.augment import OPS
-from reinforce.source.image import PUBLISHED_POLICY, decode
+from reinforce.images.policy import PUBLISHED_POLICY, decode
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed
 from tests.helpers.images import encode, noise

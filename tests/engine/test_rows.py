@@ -18,7 +18,7 @@ from reinforce.dataset.store import Store
 from reinforce.engine.pixel_cells import PixelCells
 from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, max_group_rows, rows_from_samples, rows_from_source
 from reinforce.errors import UserError
-from reinforce.source.image import decode
+from reinforce.images.policy import decode
 from reinforce.source.reading import Shard
 from reinforce.source.shards import Refusal
 from schemas import Reason

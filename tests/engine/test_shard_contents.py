@@ -14,8 +14,8 @@ import torch
 import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.augment import replay
+from reinforce.images.policy import decode
 from reinforce.seeds import seed_for
-from reinforce.source.image import decode
 from teachers.pixels import to_pixels
 from tests.helpers.data import config_of, tree
 from tests.helpers.models import ColorTeacher

@@ -26,7 +26,7 @@ from PIL import Image
 from reinforce.config import Config, Limits, parse_config
 from reinforce.dataset.augment import replay, sample_augmentation
 from reinforce.engine.rows import NewSample, Row, RowSpec, rows_from_source
-from reinforce.source.image import FORMATS, ImageRefused, decode
+from reinforce.images.policy import FORMATS, ImageRefused, decode
 from reinforce.source.reading import Shard
 from reinforce.source.shards import Refusal, as_utf8, split_name
 from reinforce.source.text import caption_of, json_error, metadata_of

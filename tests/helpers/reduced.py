@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from reinforce.config import Limits
-from reinforce.source.image import decode
+from reinforce.images.policy import decode
 
 
 def policy(side: int) -> str:

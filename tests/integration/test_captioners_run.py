@@ -22,8 +22,8 @@ from reinforce.config import Limits
 from reinforce.engine.dashboard import dashboard_text
 from reinforce.engine.metrics import SERIES
 from reinforce.engine.summary import RunSummary
+from reinforce.images.policy import decode
 from reinforce.seeds import seed_for
-from reinforce.source.image import decode
 from teachers.fitting import fit
 from teachers.pixels import to_pixels
 from teachers.registry import load_captioner

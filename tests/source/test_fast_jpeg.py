@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reinforce.config import Limits
-from reinforce.source import fast_jpeg
-from reinforce.source.image import ImageRefused, decode
+from reinforce.images import fast_jpeg
+from reinforce.images.policy import ImageRefused, decode
 from tests.helpers.images import encode
 from tests.helpers.random_images import natural, noise
 from tests.hostile.images import IMAGES, ImageCase

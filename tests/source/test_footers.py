@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reinforce.source import footers
-from reinforce.source.footers import FooterCheck, RefusedFile, check_together, footer_bytes, read_footer
+from reinforce.parquet import footers
+from reinforce.parquet.footers import FooterCheck, RefusedFile, check_together, footer_bytes, read_footer
 from tests.hostile.parquet import REQUIRED, Column, File, Page, i64, text
 
 NAMES = ["key"]

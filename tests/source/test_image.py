@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageFile
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
-from reinforce.source.image import (
+from reinforce.images.policy import (
     FORMATS,
     PUBLISHED_POLICY,
     ImageRefused,
@@ -124,7 +124,7 @@ def test_the_transparent_colour_of_a_png_works_at_every_depth(depth, colour, sam
 
 @pytest.mark.parametrize("mode", ["La", "RGBa", "PA"])
 def test_alpha_modes_without_a_common_file_format_are_composited(mode, monkeypatch):
-    from reinforce.source import image as module
+    from reinforce.images import policy as module
 
     source = Image.new("LA", (1, 1), (0, 0)) if mode == "La" else Image.new("RGBA", (1, 1), (0, 255, 0, 0))
     converted = source.convert(mode) if mode != "PA" else source.convert("P").convert("PA")
@@ -226,7 +226,7 @@ def test_conversion_in_strips_equals_conversion_at_once(monkeypatch):
     ]
     images += [encode(Image.fromarray(values.clip(0).astype(np.uint16)), transparency=7)]
     at_once = [decode(data, LIMITS).tobytes() for data in images]
-    monkeypatch.setattr("reinforce.source.image._STRIP_PIXELS", 1)
+    monkeypatch.setattr("reinforce.images.policy._STRIP_PIXELS", 1)
     assert [decode(data, LIMITS).tobytes() for data in images] == at_once
 
 

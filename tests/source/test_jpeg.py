@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reinforce.config import Limits
-from reinforce.source.image import ImageRefused, decode
+from reinforce.images.policy import ImageRefused, decode
 from tests.helpers.images import encode, noise
 
 LIMITS = Limits()

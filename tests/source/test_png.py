@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from reinforce.config import Limits
-from reinforce.source import png
-from reinforce.source.image import ImageRefused, decode
+from reinforce.images import png
+from reinforce.images.policy import ImageRefused, decode
 from tests.helpers.images import encode, noise, png_chunk, raw_png
 
 LIMITS = Limits()

@@ -20,7 +20,7 @@ from reinforce.config import Limits, parse_config
 from reinforce.dataset.backends import BACKENDS, load_backend
 from reinforce.engine.recipe import build_layers
 from reinforce.errors import UserError
-from reinforce.source.image import ImageRefused, decode, image_policy, is_image_policy
+from reinforce.images.policy import ImageRefused, decode, image_policy, is_image_policy
 from schemas import Reason
 from tests.helpers.data import config_of, write_tar
 from tests.helpers.images import encode, noise

@@ -18,8 +18,8 @@ from reinforce.dataset import vectors
 from reinforce.dataset.augment import AUGMENTATION_BACKEND, Augmentation, from_records
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.errors import UserError
+from reinforce.images.policy import IMAGE_POLICY
 from reinforce.seeds import uniforms
-from reinforce.source.image import IMAGE_POLICY
 from reinforce.source.references import ImageRoots
 from reinforce.source.shards import referenced_images
 from reinforce.source.tar import DamagedTar

@@ -13,8 +13,8 @@ import torch
 
 from reinforce.dataset.backends import load_backend
 from reinforce.errors import UserError
+from reinforce.images.policy import ImageRefused, decode
 from reinforce.shared_memory import SharedMemory
-from reinforce.source.image import ImageRefused, decode
 from reinforce.student.data.examples import Example
 
 #: n texts -> int64 [n, context].

@@ -23,7 +23,7 @@ import reinforce.student.data.feed
 from reinforce.config import Limits
 from reinforce.dataset.augment import replay
 from reinforce.errors import UserError
-from reinforce.source.image import decode
+from reinforce.images.policy import decode
 from reinforce.student.config import Data
 from reinforce.student.data.assembly import Assembler
 from reinforce.student.data.feed import StudentFeed

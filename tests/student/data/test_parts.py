@@ -12,7 +12,7 @@ import torch
 from reinforce.config import Limits
 from reinforce.dataset.augment import Augmentation, Crop, replay
 from reinforce.errors import UserError
-from reinforce.source.image import decode
+from reinforce.images.policy import decode
 from reinforce.student.data.examples import Example, SampleFile
 from reinforce.student.data.parts import PartBuffers, PartMaker
 from tests.helpers.data import picture

@@ -16,8 +16,8 @@ from PIL import Image, ImageFile
 
 from reinforce.config import Config, Limits
 from reinforce.errors import UserError
-from reinforce.source import fast_jpeg, png
-from reinforce.source.jpeg import lacks_scan_data
+from reinforce.images import fast_jpeg, png
+from reinforce.images.jpeg import lacks_scan_data
 from schemas import Reason
 
 #: Name and version of the conversion to RGB in :func:`decode`; recorded in dataset.json.

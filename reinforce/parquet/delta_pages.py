@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from reinforce.source.pages import (
+from reinforce.parquet.pages import (
     DATA_V2,
     DELTA_BYTE_ARRAY,
     DELTA_LENGTH_BYTE_ARRAY,

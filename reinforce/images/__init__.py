@@ -1,0 +1,1 @@
+"""The image policy: encoded bytes to RGB, or a reason."""

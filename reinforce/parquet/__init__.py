@@ -1,0 +1,1 @@
+"""Bounded reading of untrusted Parquet: footers, page headers, delta-encoded pages."""
