@@ -22,8 +22,8 @@ from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.scan import copied_input, list_files, scan
 from reinforce.errors import UserError
 from reinforce.seeds import seed_for
+from reinforce.source.captions import CAPTION_POLICY
 from reinforce.source.reading import Shard
-from reinforce.source.text import CAPTION_POLICY
 from reinforce.source.urls import canonical, filesystem
 from reinforce.storage import Storage
 

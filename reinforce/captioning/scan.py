@@ -20,10 +20,10 @@ from reinforce.dataset.reader import Dataset
 from reinforce.errors import UserError
 from reinforce.evaluation.fields import read_captions
 from reinforce.evaluation.reading import detect_kind, input_of, list_shards, raise_on_damage
-from reinforce.source.formats import DATASET, FOLDER, TAR
+from reinforce.source.file_types import DATASET, FOLDER, TAR
+from reinforce.source.formats.tar import Refusal
 from reinforce.source.reading import Shard, read_samples
 from reinforce.source.references import ImageRoots
-from reinforce.source.shards import Refusal
 from reinforce.source.urls import canonical, compression
 from schemas import Reason
 

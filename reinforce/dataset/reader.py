@@ -29,8 +29,8 @@ from reinforce.dataset.row_counts import row_group_table
 from reinforce.dataset.sample import ImagePolicies, Sample
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
+from reinforce.source.formats.tar import referenced_images
 from reinforce.source.references import ChangedImages, ImageRoots
-from reinforce.source.shards import referenced_images
 from reinforce.terminal import escape, format_bytes
 from schemas import IMAGE_DIGEST, image_column
 

@@ -15,11 +15,10 @@ from reinforce.config import Limits
 from reinforce.dataset.key_hashes import hash_keys
 from reinforce.dataset.key_sample import ShardKeys
 from reinforce.parquet.footers import RefusedFile
-from reinforce.source import lines
-from reinforce.source.formats import CSV, JSONL, PARQUET, TAR
-from reinforce.source.kinds import format_of_name
-from reinforce.source.parquet import ParquetFile
-from reinforce.source.shards import read_shard
+from reinforce.source.file_types import CSV, JSONL, PARQUET, TAR, lines
+from reinforce.source.formats.parquet import ParquetFile
+from reinforce.source.formats.recognise import format_of_name
+from reinforce.source.formats.tar import read_shard
 from schemas import Reason
 
 _LINE_BYTES = 2**30

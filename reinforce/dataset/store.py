@@ -24,7 +24,7 @@ from reinforce.dataset.listing import Listing, list_folders
 from reinforce.dataset.range_file import RangeFile
 from reinforce.errors import UserError
 from reinforce.prefetch import prefetch
-from reinforce.source import formats
+from reinforce.source import file_types as formats
 from reinforce.storage import Storage
 from reinforce.terminal import escape
 from schemas import WHOLE_SHARD, Reason

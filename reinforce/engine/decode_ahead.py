@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from reinforce.engine.decode_pool import Lease
 from reinforce.engine.decoding import Decoded, Failed, Item, Outcome
 from reinforce.engine.watch import DECODING, READING
-from reinforce.source.shards import Refusal
+from reinforce.source.formats.tar import Refusal
 
 #: Limits of a chunk, of which the first that is reached closes it: items and encoded bytes.
 CHUNK_ITEMS = 8

@@ -27,7 +27,7 @@ from reinforce.engine.decoding import DecodeSpec, Item, Outcome, SourceItem
 from reinforce.engine.pixel_cells import Bytes, FreeCells, PixelCells
 from reinforce.engine.watch import LeaseWatch
 from reinforce.shared_memory import SharedMemory
-from reinforce.source.shards import Refusal
+from reinforce.source.formats.tar import Refusal
 from schemas import Reason
 
 _MAX_LOOK_SECONDS = 1.0  # between two looks at what a busy process works on

@@ -18,8 +18,8 @@ from reinforce.engine.pixel_cells import PixelCells, PixelLayout
 from reinforce.engine.published_members import Unreadable
 from reinforce.engine.published_values import Members, PublishedReader, PublishedValue
 from reinforce.images.policy import ImageRefused, decode, image_policy
-from reinforce.source.shards import RawSample, Refusal
-from reinforce.source.text import json_error, metadata_of
+from reinforce.source.captions import json_error, metadata_of
+from reinforce.source.formats.tar import RawSample, Refusal
 from schemas import Reason
 
 _PLACEHOLDER_CROP = Crop(0, 0, 8, 8)

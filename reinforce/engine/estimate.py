@@ -14,9 +14,9 @@ from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest import find_manifest
 from reinforce.dataset.store import Store
 from reinforce.engine.plan import Plan
-from reinforce.source.formats import FOLDER, TAR
+from reinforce.source.file_types import FOLDER, TAR
+from reinforce.source.formats.tar import RawSample
 from reinforce.source.reading import Shard, read_listing, read_samples
-from reinforce.source.shards import RawSample
 from reinforce.source.urls import filesystem
 from reinforce.terminal import format_bytes
 

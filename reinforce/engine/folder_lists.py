@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from reinforce.config import Config
 from reinforce.dataset.store import Store
 from reinforce.errors import UserError
-from reinforce.source.folders import FolderSample, list_folder
+from reinforce.source.captions import parse_json
+from reinforce.source.formats.folder import FolderSample, list_folder
 from reinforce.source.identity import former_url
-from reinforce.source.text import parse_json
 from reinforce.source.urls import canonical, shard_name
 
 LISTS = "lists"

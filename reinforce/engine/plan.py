@@ -30,9 +30,9 @@ from reinforce.engine.precision import nodes_of_run, resolve_precisions
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.engine.source_shards import SourceShards, source_shards
 from reinforce.errors import UserError
-from reinforce.source.formats import FOLDER, TAR
+from reinforce.source.file_types import FOLDER, TAR
+from reinforce.source.formats.parts import Part
 from reinforce.source.identity import SourceState
-from reinforce.source.parts import Part
 from reinforce.source.reading import Shard
 from reinforce.source.urls import Info, canonical, expand
 

@@ -17,8 +17,8 @@ from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.engine.published_members import CAPTIONS, PARAMETERS, VECTORS, Unreadable
 from reinforce.engine.published_values import Members, PublishedReader
 from reinforce.errors import StorageError, UserError
-from reinforce.source.shards import RawSample, Refusal, read_shard
-from reinforce.source.text import parse_json
+from reinforce.source.captions import parse_json
+from reinforce.source.formats.tar import RawSample, Refusal, read_shard
 from reinforce.source.urls import canonical
 from schemas import WHOLE_SHARD, Reason
 

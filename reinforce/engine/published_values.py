@@ -20,8 +20,8 @@ from reinforce.engine.published_members import (
     parse_augmentation,
     parse_vectors,
 )
-from reinforce.source.shards import Refusal
-from reinforce.source.text import clean_text, parse_json
+from reinforce.source.captions import clean_text, parse_json
+from reinforce.source.formats.tar import Refusal
 from schemas import Reason
 
 _IMAGES, _TEXTS = "image_emb", "text_emb"  # names of arrays

@@ -22,7 +22,7 @@ from reinforce.engine.published_members import FORMAT
 from reinforce.engine.traces import user_frames
 from reinforce.errors import UserError
 from reinforce.images.policy import image_policy
-from reinforce.source.text import CAPTION_POLICY
+from reinforce.source.captions import CAPTION_POLICY
 from teachers.registry import ModelInfo, describe_captioner, describe_teacher
 
 

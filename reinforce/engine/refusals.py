@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from reinforce.dataset.store import Store
 from reinforce.engine.traces import shorten
-from reinforce.source.shards import Refusal
+from reinforce.source.formats.tar import Refusal
 from schemas import WHOLE_SHARD
 
 _EXAMPLE_CHARS = 300

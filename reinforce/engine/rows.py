@@ -21,11 +21,11 @@ from reinforce.engine.published import Reinforcements
 from reinforce.engine.published_values import PublishedValue
 from reinforce.engine.watch import READING
 from reinforce.errors import UserError
-from reinforce.source.formats import TAR
+from reinforce.source.file_types import TAR
+from reinforce.source.formats.tar import RawSample, Refusal, referenced_images
 from reinforce.source.identity import former_url
 from reinforce.source.reading import Shard, read_samples
 from reinforce.source.references import ImageRoots
-from reinforce.source.shards import RawSample, Refusal, referenced_images
 from reinforce.source.urls import canonical, is_public
 from schemas import IMAGE_DIGEST, Reason, image_columns
 from teachers.protocols import ImageSpec

@@ -39,9 +39,9 @@ from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, rows_from_samples, r
 from reinforce.engine.stage_meter import device_report
 from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
 from reinforce.engine.watch import WRITING, LeaseWatch
+from reinforce.source.formats.tar import Refusal
 from reinforce.source.identity import SourceState, former_url, read_state
 from reinforce.source.references import ChangedImages
-from reinforce.source.shards import Refusal
 from reinforce.source.urls import canonical
 from schemas import IMAGE_DIGEST, Reason
 from teachers.postprocess import clean

@@ -16,10 +16,10 @@ from reinforce.dataset.store import Store
 from reinforce.engine.folder_lists import FolderShards, folder_shards
 from reinforce.engine.table_parts import table_shards
 from reinforce.errors import UserError
-from reinforce.source.formats import CSV, DATASET, FOLDER, TAR
+from reinforce.source.file_types import CSV, DATASET, FOLDER, TAR
+from reinforce.source.formats.parts import DIVIDED, Part
+from reinforce.source.formats.recognise import source_format
 from reinforce.source.identity import former_urls
-from reinforce.source.kinds import source_format
-from reinforce.source.parts import DIVIDED, Part
 from reinforce.source.urls import Info, canonical, expand, find_compressed, find_private, shard_names
 from reinforce.storage import is_job_folder, is_ray_job
 

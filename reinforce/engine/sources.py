@@ -17,9 +17,9 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.store import Store, parse_footer
 from reinforce.engine.plan import PendingShard, Plan
 from reinforce.errors import UserError
+from reinforce.source.formats.tar import RawSample
 from reinforce.source.identity import SourceState, moved_folders, probe_state
 from reinforce.source.reading import Shard, read_samples
-from reinforce.source.shards import RawSample
 from reinforce.source.urls import canonical, shard_stem
 
 T = TypeVar("T")

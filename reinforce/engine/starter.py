@@ -17,9 +17,9 @@ from reinforce.engine.source_shards import source_shards
 from reinforce.engine.starter_fields import find_fields
 from reinforce.engine.starter_text import render
 from reinforce.errors import UserError
-from reinforce.source.folders import METADATA
-from reinforce.source.formats import DATASET, ENDINGS, FOLDER, MANIFEST, TAR
-from reinforce.source.kinds import format_of_name
+from reinforce.source.file_types import DATASET, ENDINGS, FOLDER, MANIFEST, TAR
+from reinforce.source.formats.folder import METADATA
+from reinforce.source.formats.recognise import format_of_name
 from reinforce.source.reading import Shard
 from reinforce.source.urls import Info, canonical, filesystem
 

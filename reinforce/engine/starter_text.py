@@ -9,7 +9,7 @@ import textwrap
 import yaml
 
 from reinforce.engine.starter_fields import Fields
-from reinforce.source.formats import CSV, FOLDER, JSONL, PARQUET, TAR
+from reinforce.source.file_types import CSV, FOLDER, JSONL, PARQUET, TAR
 from reinforce.terminal import escape
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./-][A-Za-z0-9_./*-]*(://[A-Za-z0-9_./*-]+)?")

@@ -17,10 +17,10 @@ from reinforce.dataset.store import Store
 from reinforce.engine.folder_lists import LIST_BYTES, LISTS, written_lists
 from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
-from reinforce.source.formats import ENDINGS
+from reinforce.source.captions import parse_json
+from reinforce.source.file_types import ENDINGS
+from reinforce.source.formats.parts import Part, find_parts
 from reinforce.source.identity import former_url
-from reinforce.source.parts import Part, find_parts
-from reinforce.source.text import parse_json
 from reinforce.source.urls import Info, canonical, filesystem
 
 _THREADS = 16

@@ -15,8 +15,8 @@ from reinforce.engine.inputs import OutOfStep
 from reinforce.engine.outcome import raising_layer_failure
 from reinforce.engine.refusals import Refusals
 from reinforce.engine.rows import NewSample, Row
+from reinforce.source.formats.tar import Refusal
 from reinforce.source.references import image_digest
-from reinforce.source.shards import Refusal
 from schemas import IMAGE_DIGEST, Reason
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reinforce.config import Limits
-from reinforce.source.text import caption_of, metadata_of
+from reinforce.source.captions import caption_of, metadata_of
 
 LINES = "lines:"
 _JSON = "json:"

@@ -16,7 +16,7 @@ from reinforce.evaluation.reading import Example
 from reinforce.evaluation.sets import Examples
 from reinforce.images.policy import ImageRefused, decode
 from reinforce.prefetch import prefetch
-from reinforce.source.shards import Refusal
+from reinforce.source.formats.tar import Refusal
 from schemas import Reason
 from teachers.fitting import fit
 from teachers.protocols import ImageSpec

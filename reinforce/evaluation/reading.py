@@ -17,11 +17,11 @@ from reinforce.dataset.store import MANIFEST
 from reinforce.errors import UserError
 from reinforce.evaluation.fields import LINES, is_json_field
 from reinforce.source import reading
-from reinforce.source.folders import list_folder
-from reinforce.source.formats import FOLDER, IMAGE_EXTENSIONS
-from reinforce.source.kinds import source_format
+from reinforce.source.file_types import FOLDER, IMAGE_EXTENSIONS
+from reinforce.source.formats.folder import list_folder
+from reinforce.source.formats.recognise import source_format
+from reinforce.source.formats.tar import RawSample, Refusal
 from reinforce.source.reading import Shard
-from reinforce.source.shards import RawSample, Refusal
 from reinforce.source.urls import COMPRESSIONS, canonical, expand, filesystem, shard_names
 from schemas import Reason
 

@@ -32,7 +32,7 @@ from reinforce.publishing.shards import (
     for_each_shard,
     record_export,
 )
-from reinforce.source.text import parse_json
+from reinforce.source.captions import parse_json
 from reinforce.storage import Storage
 
 CONFIG = "embeddings.json"

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 
 from reinforce.config import Input, Limits
 from reinforce.parquet.footers import RefusedFile
-from reinforce.source import lines, parquet
-from reinforce.source.columns import Columns, NoColumn, Place, RowReader, find_columns
-from reinforce.source.folders import read_list
-from reinforce.source.formats import CSV, DATASET, FOLDER, JSONL, PARQUET, TAR
-from reinforce.source.parts import Part, group_sizes
-from reinforce.source.places import Places
-from reinforce.source.samples_layer import read_samples_layer
-from reinforce.source.shards import (
+from reinforce.source.file_types import CSV, DATASET, FOLDER, JSONL, PARQUET, TAR, lines, parquet
+from reinforce.source.formats.columns import Columns, NoColumn, Place, RowReader, find_columns
+from reinforce.source.formats.dataset import read_samples_layer
+from reinforce.source.formats.folder import read_list
+from reinforce.source.formats.parts import Part, group_sizes
+from reinforce.source.formats.tar import (
     RawSample,
     ReadBudget,
     Refusal,
@@ -25,6 +23,7 @@ from reinforce.source.shards import (
     refused_rest,
     refusing_absent,
 )
+from reinforce.source.linked_images.places import Places
 from reinforce.source.urls import filesystem
 from schemas import Reason
 

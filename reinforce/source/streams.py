@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from reinforce.source.formats import NOT_A_FILE
+from reinforce.source.file_types import NOT_A_FILE
 from reinforce.source.tar import Readable
 from reinforce.source.urls import compression, filesystem
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from reinforce.source.formats import foreign_content
+from reinforce.source.file_types import foreign_content
 
 BLOCK = 512
 _RECORD_BYTES = (20 * BLOCK, 2**20)  # multiples that writers pad a tar to, if they do

@@ -22,7 +22,7 @@ from reinforce.engine.decode_ahead import decode_ahead
 from reinforce.engine.decode_pool import DecodePool, Lease
 from reinforce.engine.decoding import Decoded, DecodeSpec, Outcome, SourceItem
 from reinforce.engine.pixel_cells import PixelLayout
-from reinforce.source.shards import RawSample, Refusal
+from reinforce.source.formats.tar import RawSample, Refusal
 from tests.helpers.data import config_of, picture
 from tests.helpers.decode_faults import CrashingSample, FailingSample, OnceCrashingSample
 from tests.hostile.images import scan_bomb

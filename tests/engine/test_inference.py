@@ -17,7 +17,7 @@ from reinforce.engine.pixel_cells import PixelCells
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.engine.rows import Row
 from reinforce.seeds import seed_for
-from reinforce.source.shards import Refusal
+from reinforce.source.formats.tar import Refusal
 from schemas import Reason
 from teachers.device import Accelerator
 from teachers.pixels import to_pixels

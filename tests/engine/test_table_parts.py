@@ -19,9 +19,10 @@ from reinforce.engine.plan import make_plan
 from reinforce.engine.probe import check_source
 from reinforce.engine.recipe import build_layers
 from reinforce.errors import UserError
-from reinforce.source import lines, streams
+from reinforce.source import streams
+from reinforce.source.file_types import lines
+from reinforce.source.formats.tar import RawSample, Refusal
 from reinforce.source.reading import read_samples
-from reinforce.source.shards import RawSample, Refusal
 from tests.helpers.data import picture
 from tests.helpers.reinforced import reinforce_here
 

@@ -16,7 +16,7 @@ from reinforce.engine.published import Reinforcements
 from reinforce.engine.published_members import Unreadable
 from reinforce.engine.published_values import PublishedReader
 from reinforce.engine.recipe import build_layers, describe_models
-from reinforce.source.shards import Refusal
+from reinforce.source.formats.tar import Refusal
 from tests.helpers.published import COUNT, HEIGHT, WIDTH, config_of, published_members, published_sample
 from tests.helpers.tars import tar_bytes
 

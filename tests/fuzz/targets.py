@@ -27,9 +27,9 @@ from reinforce.config import Config, Limits, parse_config
 from reinforce.dataset.augment import replay, sample_augmentation
 from reinforce.engine.rows import NewSample, Row, RowSpec, rows_from_source
 from reinforce.images.policy import FORMATS, ImageRefused, decode
+from reinforce.source.captions import caption_of, json_error, metadata_of
+from reinforce.source.formats.tar import Refusal, as_utf8, split_name
 from reinforce.source.reading import Shard
-from reinforce.source.shards import Refusal, as_utf8, split_name
-from reinforce.source.text import caption_of, json_error, metadata_of
 from tests.fuzz import datasets, published, tables
 from tests.helpers.data import picture
 from tests.helpers.decoding import cell_of, lease

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.engine.decoding import SourceItem
-from reinforce.source.shards import RawSample
+from reinforce.source.formats.tar import RawSample
 
 
 class _Faulty(RawSample):

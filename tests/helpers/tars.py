@@ -10,7 +10,7 @@ import fsspec
 import pyarrow as pa
 
 from reinforce.config import Limits
-from reinforce.source.shards import RawSample, Refusal, read_shard
+from reinforce.source.formats.tar import RawSample, Refusal, read_shard
 
 Member = tuple[str, bytes]
 

@@ -20,7 +20,7 @@ from reinforce.engine.folder_lists import write_lists
 from reinforce.engine.plan import Plan, make_plan
 from reinforce.engine.probe import check_source
 from reinforce.errors import UserError
-from reinforce.source.folders import list_folder
+from reinforce.source.formats.folder import list_folder
 from tests.helpers.data import config_of, picture, tree
 from tests.helpers.reinforced import reinforce_here
 
@@ -183,7 +183,7 @@ def test_a_folder_that_cannot_be_used_is_one_error(tmp_path: Path, files: dict[s
 
 
 def test_a_list_names_no_file_outside_its_folder(photos: Path) -> None:
-    from reinforce.source.folders import read_list
+    from reinforce.source.formats.folder import read_list
 
     line = json.dumps({"key": "x", "files": {"png": ["../secret.png", 1]}}).encode()
     [refusal] = read_list([line], str(photos), Input())

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reinforce.source.formats import folder_detail, foreign_content, foreign_name
-from reinforce.source.kinds import unexpected_name
-from reinforce.source.shards import read_shard
+from reinforce.source.file_types import folder_detail, foreign_content, foreign_name
+from reinforce.source.formats.recognise import unexpected_name
+from reinforce.source.formats.tar import read_shard
 from tests.helpers.data import picture
 from tests.helpers.tars import LIMITS, TAR, outcomes, read
 

@@ -16,8 +16,8 @@ import yaml
 from huggingface_hub import HfFileSystem
 
 from reinforce.cli import main
+from reinforce.source.formats.recognise import source_format
 from reinforce.source.identity import read_state
-from reinforce.source.kinds import source_format
 from reinforce.source.urls import canonical, expand, shard_name
 from tests.helpers.data import picture
 from tests.helpers.tables import outcomes, read_table, write_huggingface

@@ -25,7 +25,7 @@ from reinforce.images.policy import (
     format_extension,
     is_plain,
 )
-from reinforce.source.shards import IMAGE_EXTENSIONS
+from reinforce.source.formats.tar import IMAGE_EXTENSIONS
 from schemas import Reason
 from tests.helpers.images import encode, noise, png_chunk, raw_png
 

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.config import Limits
-from reinforce.source import places, web
-from reinforce.source.web import is_public_address
+from reinforce.source.linked_images import http as web
+from reinforce.source.linked_images import places
+from reinforce.source.linked_images.http import is_public_address
 from tests.helpers.data import picture
 from tests.helpers.tables import outcomes, read_table
 

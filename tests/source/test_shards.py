@@ -13,7 +13,7 @@ import pytest
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
-from reinforce.source.shards import RawSample, Refusal, read_ranges, read_shard
+from reinforce.source.formats.tar import RawSample, Refusal, read_ranges, read_shard
 from reinforce.source.tar import DamagedTar
 from reinforce.source.urls import expand
 from schemas import Reason

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reinforce.config import Input, Limits
-from reinforce.source.text import caption_of, metadata_of, why_no_caption
+from reinforce.source.captions import caption_of, metadata_of, why_no_caption
 
 LIMITS = Limits()
 FIELDS = Input().captions

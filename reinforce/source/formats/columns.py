@@ -11,8 +11,8 @@ from datetime import date, time
 from typing import Any
 
 from reinforce.config import Input, Limits
-from reinforce.source.formats import IMAGE_EXTENSIONS, image_extension
-from reinforce.source.shards import RawSample, Refusal
+from reinforce.source.file_types import IMAGE_EXTENSIONS, image_extension
+from reinforce.source.formats.tar import RawSample, Refusal
 from schemas import Reason
 
 #: Names of columns with images, with their places, and with keys: upper or lower case, in the order of preference.

@@ -17,13 +17,13 @@ from reinforce.config import Input
 from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
 from reinforce.prefetch import prefetch
-from reinforce.source.columns import NoColumn, Place, RowReader, find_columns, is_image_name
-from reinforce.source.kinds import format_of_name
-from reinforce.source.lines import BrokenRow, csv_rows, jsonl_rows
-from reinforce.source.parquet import ParquetFile, is_binary
-from reinforce.source.shards import RawSample, Refusal, sample_of_files, split_name
+from reinforce.source.captions import parse_json
+from reinforce.source.formats.columns import NoColumn, Place, RowReader, find_columns, is_image_name
+from reinforce.source.formats.lines import BrokenRow, csv_rows, jsonl_rows
+from reinforce.source.formats.parquet import ParquetFile, is_binary
+from reinforce.source.formats.recognise import format_of_name
+from reinforce.source.formats.tar import RawSample, Refusal, sample_of_files, split_name
 from reinforce.source.streams import check_file
-from reinforce.source.text import parse_json
 from reinforce.source.urls import canonical, filesystem
 from schemas import Reason
 

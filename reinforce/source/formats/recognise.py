@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from glob import escape
 from typing import Any
 
-from reinforce.source.formats import DATASET, ENDINGS, FOLDER, JSONL, MANIFEST, PARQUET, TAR, foreign_name
+from reinforce.source.file_types import DATASET, ENDINGS, FOLDER, JSONL, MANIFEST, PARQUET, TAR, foreign_name
 from reinforce.source.urls import COMPRESSIONS, filesystem
 
 _FIRST_BYTES = 512

@@ -9,10 +9,10 @@ from typing import Any
 from reinforce.config import Input
 from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
-from reinforce.source.columns import Columns, Place, make_sample
-from reinforce.source.parquet import ParquetFile, Row
+from reinforce.source.formats.columns import Columns, Place, make_sample
+from reinforce.source.formats.parquet import ParquetFile, Row
+from reinforce.source.formats.tar import RawSample, Refusal, read_ranges
 from reinforce.source.references import ImageRoots, image_digest
-from reinforce.source.shards import RawSample, Refusal, read_ranges
 from reinforce.source.tar import DamagedTar
 from schemas import IMAGE_DIGEST, Reason, image_column
 

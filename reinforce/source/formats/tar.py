@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
-from reinforce.source.formats import IMAGE_EXTENSIONS, NOT_A_FILE, folder_detail
+from reinforce.source.captions import caption_of, why_no_caption
+from reinforce.source.file_types import IMAGE_EXTENSIONS, NOT_A_FILE, folder_detail
 from reinforce.source.references import ImageRoots, check_digests
 from reinforce.source.streams import BLOCK_BYTES, check_file, open_stream
 from reinforce.source.tar import DamagedTar, File, Member, Readable, members
-from reinforce.source.text import caption_of, why_no_caption
 from reinforce.source.urls import canonical, compression, filesystem
 from schemas import Reason
 

@@ -25,7 +25,7 @@ from reinforce.parquet.footers import (
     span,
 )
 from reinforce.parquet.pages import DICTIONARY, BadPage, CutOff, Page, longest_entry, read_page
-from reinforce.source.columns import Columns, NoColumn
+from reinforce.source.formats.columns import Columns, NoColumn
 from reinforce.source.streams import check_file
 from reinforce.source.urls import filesystem
 

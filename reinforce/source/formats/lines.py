@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reinforce.source.formats import TABLE_COMPRESSIONS
+from reinforce.source.captions import json_error, parse_json
+from reinforce.source.file_types import TABLE_COMPRESSIONS
 from reinforce.source.streams import Seekable, open_stream
 from reinforce.source.tar import Readable
-from reinforce.source.text import json_error, parse_json
 from reinforce.source.urls import canonical
 
 Row = Mapping[str, Any]

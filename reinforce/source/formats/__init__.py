@@ -1,0 +1,1 @@
+"""The formats of sources: one file for each."""
