@@ -32,9 +32,8 @@ from rich.table import Table
 from benchmarks.loader import photo
 from benchmarks.stored import write_results
 from reinforce.config import Augmentations, Limits
-from reinforce.dataset import fixed_point
-from reinforce.dataset.augment import Augmentation, replay_with, sample_augmentation
-from reinforce.dataset.backends import BACKENDS, Replay, load_backend
+from reinforce.dataset.augment.backends import BACKENDS, Replay, load_backend
+from reinforce.dataset.augment.records import Augmentation, fixed_point, replay_with, sample_augmentation
 from reinforce.images import fast_jpeg
 from reinforce.images.policy import decode
 from teachers.pixels import to_pixels

@@ -42,10 +42,10 @@ from torchvision import transforms
 
 from benchmarks.stored import write_results
 from reinforce.config import Augmentations, parse_config
-from reinforce.dataset.augment import AUGMENTATION_BACKEND
-from reinforce.dataset.backends import load_backend
-from reinforce.dataset.manifest import update_manifest, write_manifest
-from reinforce.dataset.store import Store
+from reinforce.dataset.augment.backends import load_backend
+from reinforce.dataset.augment.records import AUGMENTATION_BACKEND
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import update_manifest, write_manifest
 from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.models import load_models
 from reinforce.engine.plan import make_plan

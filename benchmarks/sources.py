@@ -31,7 +31,7 @@ from benchmarks.loader import photo, sentence
 from benchmarks.pipeline.proc import children, cpu_seconds
 from benchmarks.stored import write_results
 from reinforce.config import parse_config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.models import load_models
 from reinforce.engine.plan import make_plan

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reinforce.config import Config, load_config
-    from reinforce.dataset.reader import Dataset, open
-    from reinforce.dataset.sample import Sample
+    from reinforce.dataset.reading.dataset import Dataset, open
+    from reinforce.dataset.reading.sample import Sample
     from reinforce.engine.runner import run
     from reinforce.errors import UserError
     from reinforce.student.train import train

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import reinforce
-from reinforce.dataset.torch_dataset import TorchSamples
+from reinforce.dataset.reading.torch_dataset import TorchSamples
 from teachers import protocols
 
 #: Title -> objects, in the order of the page.

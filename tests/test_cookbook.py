@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import reinforce
-from reinforce.dataset.validate import validate
+from reinforce.dataset.validate.validate import validate
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.pages import blocks
 from tests.helpers.reinforced import reinforce_here

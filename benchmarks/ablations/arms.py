@@ -14,7 +14,7 @@ import safetensors
 
 from benchmarks.ablations.encoders import Encoder
 from reinforce.config import Config, load_config
-from reinforce.dataset.augment import AUGMENTATION_BACKEND
+from reinforce.dataset.augment.records import AUGMENTATION_BACKEND
 from reinforce.demo.compare import CONFIG, student_config
 from reinforce.demo.models import WEIGHTS
 from reinforce.errors import UserError

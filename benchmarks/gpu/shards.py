@@ -19,9 +19,9 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.pipeline.figures import Figure, Rule
 from benchmarks.pipeline.inputs import photo, write_shards
 from reinforce.config import Config, parse_config
+from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import Layer
-from reinforce.dataset.manifest import update_manifest
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.manifest.manifest import update_manifest
 from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.lanes import Lanes
 from reinforce.engine.models import Counters, Models, load_models

@@ -9,8 +9,8 @@ from multiprocessing.connection import Connection
 
 from benchmarks.pipeline.children import serve
 from benchmarks.pipeline.inputs import make_config
-from reinforce.dataset.augment import sample_augmentation
-from reinforce.dataset.backends import load_backend
+from reinforce.dataset.augment.backends import load_backend
+from reinforce.dataset.augment.records import sample_augmentation
 from reinforce.images.policy import decode, image_policy
 
 

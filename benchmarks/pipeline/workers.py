@@ -17,7 +17,7 @@ from benchmarks.pipeline import proc
 from benchmarks.pipeline.children import Children, serve
 from benchmarks.pipeline.inputs import make_config
 from benchmarks.pipeline.stand_ins import STAND_IN, FixedTimeTeacher, StandInAccelerator, skip_conversion
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.models import Models
 from reinforce.engine.plan import PendingShard, make_plan

@@ -19,9 +19,9 @@ from unittest import mock
 import numpy as np
 from ray.exceptions import ActorDiedError
 
-from reinforce.dataset.key_sample import ShardKeys
-from reinforce.dataset.layer_index import FileEntry
-from reinforce.dataset.shard_records import ShardRecord
+from reinforce.dataset.files.index import FileEntry
+from reinforce.dataset.runs.key_sample import ShardKeys
+from reinforce.dataset.runs.shard_records import ShardRecord
 from reinforce.engine.outcome import ShardResult, WorkerInfo
 from reinforce.engine.plan import PendingShard
 from reinforce.engine.watch import Pulse

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from benchmarks.pipeline.figures import Figure
 from benchmarks.scale.cluster import Cluster, SimulatedRay, config_of, simulated
 from reinforce.config import parse_config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine.driver import Driver
 from reinforce.engine.plan import make_plan
 from reinforce.engine.progress import Progress

@@ -31,7 +31,7 @@ from reinforce.captioning.config import Data
 from reinforce.captioning.images import read_images
 from reinforce.captioning.pairs import Pairs
 from reinforce.config import Augmentations, RandAugment
-from reinforce.dataset.augment import replay, sample_augmentation
+from reinforce.dataset.augment.records import replay, sample_augmentation
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode
 from reinforce.prefetch import prefetch

@@ -13,8 +13,8 @@ from typing import Any
 
 from reinforce.captioning.pairs import ImageLocation
 from reinforce.config import Input
-from reinforce.dataset.aligned import read_errors
-from reinforce.dataset.layer_file import LayerFile
+from reinforce.dataset.files.layer_file import LayerFile
+from reinforce.dataset.reading.aligned import read_errors
 from reinforce.evaluation.reading import raise_on_damage
 from reinforce.source.formats.tar import RawSample
 from reinforce.source.reading import Shard, read_samples

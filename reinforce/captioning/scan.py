@@ -16,7 +16,7 @@ import schemas
 from reinforce.captioning.config import Data
 from reinforce.config import Input
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.reader import Dataset
+from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.evaluation.fields import read_captions
 from reinforce.evaluation.reading import detect_kind, input_of, list_shards, raise_on_damage

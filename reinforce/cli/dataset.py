@@ -15,7 +15,7 @@ from reinforce.terminal import escape
 from teachers.redact import redact
 
 if TYPE_CHECKING:
-    from reinforce.dataset.store import Store
+    from reinforce.dataset.files.store import Store
     from reinforce.engine.recompute import Recomputed
 
 
@@ -58,8 +58,8 @@ def validate(
 
     Exits with status 0 if the dataset is valid, 1 if something was found, 2 if it cannot be read.
     """
-    from reinforce.dataset.repair import repair as repair_dataset
-    from reinforce.dataset.validate import validate as validate_dataset
+    from reinforce.dataset.validate.repair import repair as repair_dataset
+    from reinforce.dataset.validate.validate import validate as validate_dataset
 
     if recompute and config is None:
         raise UserError("--recompute needs --config: the config of the dataset names the models.")
@@ -107,7 +107,7 @@ def drop(
     Do not use it while a run writes to the dataset; only a local dataset is locked.
     """
     from reinforce.dataset import drop as dropping
-    from reinforce.dataset.store import Store
+    from reinforce.dataset.files.store import Store
 
     store = Store(dataset)
     if shard is not None:
@@ -132,7 +132,7 @@ def drop(
 def _drop_shard(store: Store, patterns: list[str], shard: str, yes: bool) -> None:
     """Set aside the files of a shard, or show which they are."""
     from reinforce.dataset import drop as dropping
-    from reinforce.dataset.damage import drop_shard_command
+    from reinforce.dataset.files.damage import drop_shard_command
 
     layers = dropping.layers_with_shard(store, patterns, shard)
     if yes:

@@ -68,7 +68,7 @@ def plan(
     Reads one sample of the source, and fails where a run would fail before it starts. Custom classes are imported.
     """
     from reinforce.config import load_config
-    from reinforce.dataset.store import Store
+    from reinforce.dataset.files.store import Store
     from reinforce.engine.cluster_check import machines_of_plan
     from reinforce.engine.estimate import plan_table, source_statistics
     from reinforce.engine.plan import make_plan

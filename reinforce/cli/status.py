@@ -17,8 +17,8 @@ from reinforce.errors import UserError
 from reinforce.terminal import escape
 
 if TYPE_CHECKING:
-    from reinforce.dataset.run_progress import RunProgress
-    from reinforce.dataset.store import Store
+    from reinforce.dataset.files.store import Store
+    from reinforce.dataset.runs.progress import RunProgress
 
 _LINE_SECONDS = 10.0  # between two lines of --watch that is not on a terminal
 _FIRST_SECONDS = 60.0  # for the first news of a run that has begun
@@ -40,7 +40,7 @@ def status(
 
     Reads only the dataset, so it works on any machine that reaches it, with or without Ray.
     """
-    from reinforce.dataset.store import Store
+    from reinforce.dataset.files.store import Store
 
     store = Store(dataset)
     if not watch:
@@ -69,9 +69,9 @@ def dashboard(
 
 def _show(store: Store, reasons: bool, as_json: bool) -> None:
     """Print the status once."""
-    from reinforce.dataset.run_progress import list_runs, running
+    from reinforce.dataset.files.store import MANIFEST
+    from reinforce.dataset.runs.progress import list_runs, running
     from reinforce.dataset.status import read_status
-    from reinforce.dataset.store import MANIFEST
 
     progress = running(store, list_runs(store))
     begun = progress is not None and not store.fs.exists(store.path(MANIFEST))  # no model is loaded yet
@@ -109,7 +109,7 @@ def _run_as_json(progress: RunProgress) -> dict[str, Any]:
 
 def _follow(store: Store, as_json: bool) -> dict[str, Any]:
     """Show the latest run until it has ended; returns its summary. Raises UserError if it does not report."""
-    from reinforce.dataset.run_progress import list_runs, read_summary
+    from reinforce.dataset.runs.progress import list_runs, read_summary
 
     runs = list_runs(store)
     if not runs:
@@ -117,7 +117,7 @@ def _follow(store: Store, as_json: bool) -> dict[str, Any]:
     shown = _shown_as_json if as_json else _shown_in_place if Console().is_terminal else _shown_as_lines
     for progress in shown(_reports(store, runs[0])):
         if progress.silent_for() is not None:
-            from reinforce.dataset.run_view import state_line
+            from reinforce.dataset.runs.progress_view import state_line
 
             raise UserError(state_line(progress))
     return read_summary(store, runs[0]) or {}
@@ -125,7 +125,7 @@ def _follow(store: Store, as_json: bool) -> dict[str, Any]:
 
 def _reports(store: Store, run: str) -> Iterator[RunProgress]:
     """The reports of a run until it ends."""
-    from reinforce.dataset.run_progress import read_progress, read_summary
+    from reinforce.dataset.runs.progress import read_progress, read_summary
 
     begun, seen = time.monotonic(), 0.0
     while read_summary(store, run) is None:
@@ -146,7 +146,7 @@ def _shown_as_json(reports: Iterator[RunProgress]) -> Iterator[RunProgress]:
 
 
 def _shown_as_lines(reports: Iterator[RunProgress]) -> Iterator[RunProgress]:
-    from reinforce.dataset.run_view import headline
+    from reinforce.dataset.runs.progress_view import headline
 
     printed = float("-inf")
     for progress in reports:
@@ -166,14 +166,14 @@ def _shown_in_place(reports: Iterator[RunProgress]) -> Iterator[RunProgress]:
 def _run_group(progress: RunProgress) -> Group:
     from rich.text import Text
 
-    from reinforce.dataset.run_view import detail_lines, headline, state_line, workers_table
+    from reinforce.dataset.runs.progress_view import detail_lines, headline, state_line, workers_table
 
     lines = [Text(line) for line in (state_line(progress), headline(progress))]
     return Group(*lines, workers_table(progress), *(Text(line) for line in detail_lines(progress)))
 
 
 def _print_run(progress: RunProgress) -> None:
-    from reinforce.dataset.run_view import detail_lines, headline, state_line, workers_table
+    from reinforce.dataset.runs.progress_view import detail_lines, headline, state_line, workers_table
 
     typer.echo(state_line(progress))
     typer.echo(headline(progress))
@@ -183,7 +183,7 @@ def _print_run(progress: RunProgress) -> None:
 
 
 def _print_dataset(found: Mapping[str, Any], reasons: bool) -> None:
-    from reinforce.dataset.damage import describe_damaged
+    from reinforce.dataset.files.damage import describe_damaged
     from reinforce.dataset.status import status_table
     from reinforce.engine.rates import rate_lines
     from reinforce.engine.summary import cleaned_lines, not_in_source_lines

@@ -19,11 +19,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from reinforce.config import LAYER_NAME
-from reinforce.dataset.damage import set_aside
-from reinforce.dataset.layer_index import FOLDER, index_file
+from reinforce.dataset.files.damage import set_aside
+from reinforce.dataset.files.index import FOLDER, index_file
+from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer
-from reinforce.dataset.manifest import TUNED_KEY, find_manifest, write_manifest
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.manifest.manifest import TUNED_KEY, find_manifest, write_manifest
 from reinforce.errors import UserError
 from reinforce.terminal import format_bytes
 

@@ -8,14 +8,14 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
-from reinforce.dataset.completeness import check_completeness
-from reinforce.dataset.damage import find_damaged, without_files
-from reinforce.dataset.layer_index import read_index
+from reinforce.dataset.files.damage import find_damaged, without_files
+from reinforce.dataset.files.index import read_index
+from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.listing import Listing
-from reinforce.dataset.manifest import read_manifest
-from reinforce.dataset.run_progress import list_runs, read_summary
-from reinforce.dataset.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.reading.completeness import check_completeness
+from reinforce.dataset.runs.progress import list_runs, read_summary
 from reinforce.terminal import escape, format_bytes
 
 _QUARANTINE_FILES = 1000  # per layer whose reasons are counted

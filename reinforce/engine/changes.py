@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.shard_records import SourceRecord
+from reinforce.dataset.runs.shard_records import SourceRecord
 from reinforce.engine.plan import PendingShard, Plan
 from reinforce.engine.sources import evenly_spread
 from reinforce.source.identity import SourceState, listed_state, probe_state

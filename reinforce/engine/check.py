@@ -17,7 +17,7 @@ from rich.table import Table
 
 from reinforce.config import Config, load_config
 from reinforce.cores import available_cores, describe_share
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine.device_memory import is_out_of_memory, memory_hint
 from reinforce.engine.full_batch import MAX_AUTO_BATCH
 from reinforce.engine.models import Models

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 from PIL.Image import new as new_image
 
 from reinforce.config import Config
-from reinforce.dataset.augment import Augmentation, Crop, from_records, sample_augmentation, to_records
-from reinforce.dataset.backends import load_backend
+from reinforce.dataset.augment.backends import load_backend
+from reinforce.dataset.augment.records import Augmentation, Crop, from_records, sample_augmentation, to_records
 from reinforce.engine.pixel_cells import PixelCells, PixelLayout
 from reinforce.engine.published_members import Unreadable
 from reinforce.engine.published_values import Members, PublishedReader, PublishedValue

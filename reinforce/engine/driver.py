@@ -16,12 +16,12 @@ import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
 
 from reinforce.cluster import RayletWatch, cause_of, draining_nodes, is_node_lost, live_nodes, live_resources
-from reinforce.dataset.claims import Claims
-from reinforce.dataset.damage import DamagedFile, set_aside, set_aside_notes
-from reinforce.dataset.layer_index import IndexWriter
+from reinforce.dataset.files.damage import DamagedFile, set_aside, set_aside_notes
+from reinforce.dataset.files.index import IndexWriter
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.shard_records import RecordWriter, read_records
-from reinforce.dataset.store import Store
+from reinforce.dataset.manifest.claims import Claims
+from reinforce.dataset.runs.shard_records import RecordWriter, read_records
 from reinforce.engine.drains import Drains
 from reinforce.engine.events import Events
 from reinforce.engine.failures import (

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from rich.table import Table
 
 from reinforce.config import Config
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer
-from reinforce.dataset.manifest import find_manifest
-from reinforce.dataset.store import Store
+from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.engine.plan import Plan
 from reinforce.source.file_types import FOLDER, TAR
 from reinforce.source.formats.tar import RawSample

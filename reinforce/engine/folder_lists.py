@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from reinforce.config import Config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
 from reinforce.source.captions import parse_json
 from reinforce.source.formats.folder import FolderSample, list_folder

@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import pyarrow as pa
 
-from reinforce.dataset.damage import file_damage, set_aside
-from reinforce.dataset.layer_file import RefusedFile
+from reinforce.dataset.files.damage import file_damage, set_aside
+from reinforce.dataset.files.layer_file import RefusedFile
+from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.listing import Listing
-from reinforce.dataset.manifest import find_manifest
-from reinforce.dataset.shard_records import read_records
-from reinforce.dataset.store import Store, parse_footer
+from reinforce.dataset.manifest.manifest import find_manifest
+from reinforce.dataset.runs.shard_records import read_records
 from reinforce.errors import UserError
 from reinforce.source.identity import SourceState
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from reinforce.config import Config
-from reinforce.dataset.backends import load_backend
+from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.layers import Layer
 from reinforce.engine.batch_sizes import BatchSizes
 from reinforce.engine.device_memory import memory_hint, release_cache

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from reinforce.dataset.layer_index import FileEntry
-from reinforce.dataset.shard_records import ShardRecord
+from reinforce.dataset.files.index import FileEntry
+from reinforce.dataset.runs.shard_records import ShardRecord
 from reinforce.engine.traces import error_with_frames
 from reinforce.errors import UserError
 from teachers.protocols import ServerUnavailable

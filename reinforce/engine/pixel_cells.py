@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL.Image import Image
 
-from reinforce.dataset.augment import Augmentation
-from reinforce.dataset.backends import Replay
+from reinforce.dataset.augment.backends import Replay
+from reinforce.dataset.augment.records import Augmentation
 from teachers.fitting import fit
 from teachers.protocols import ImageSpec
 

@@ -16,14 +16,14 @@ import pyarrow as pa
 
 from reinforce.config import Config
 from reinforce.cores import Node
-from reinforce.dataset.aligned import layer_errors
-from reinforce.dataset.damage import DamagedFile, find_damaged, without_files
-from reinforce.dataset.differences import recipe_error
-from reinforce.dataset.layer_file import RefusedFile
+from reinforce.dataset.files.damage import DamagedFile, find_damaged, without_files
+from reinforce.dataset.files.layer_file import RefusedFile
+from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.store import MANIFEST, Store, check_footer, parse_footer
 from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
-from reinforce.dataset.listing import Listing
-from reinforce.dataset.manifest import find_manifest
-from reinforce.dataset.store import MANIFEST, Store, check_footer, parse_footer
+from reinforce.dataset.manifest.differences import recipe_error
+from reinforce.dataset.manifest.manifest import find_manifest
+from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.engine.folder_lists import list_url
 from reinforce.engine.inputs import stored_layers
 from reinforce.engine.precision import nodes_of_run, resolve_precisions

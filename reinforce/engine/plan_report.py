@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from reinforce.dataset.damage import describe_damaged
-from reinforce.dataset.run_progress import list_runs, read_summary
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.damage import describe_damaged
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.runs.progress import list_runs, read_summary
 from reinforce.engine.cluster_check import Machine, count_workers, machine_warnings
 from reinforce.engine.effort import Effort, Rate, decoding_rate, estimate_effort, measured_rate
 from reinforce.engine.estimate import SourceStatistics, expected_bytes

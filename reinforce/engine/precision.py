@@ -14,8 +14,8 @@ from typing import Any, get_args
 
 from reinforce.config import Config
 from reinforce.cores import Node, default_gpus
-from reinforce.dataset.manifest import find_manifest
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import find_manifest
 from teachers.spec import ModelSpec, Precision
 
 #: Of these one exists where torch may find a GPU.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from reinforce.dataset.augment import OPS, Augmentation, Crop, Op
+from reinforce.dataset.augment.records import OPS, Augmentation, Crop, Op
 
 #: Name and version of how the members are read; recorded in dataset.json.
 FORMAT = "datacompdr-1"

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from reinforce.config import Config
-from reinforce.dataset.augment import Augmentation
+from reinforce.dataset.augment.records import Augmentation
 from reinforce.dataset.layers import TRUE_CAPTION, Layer
 from reinforce.engine.published_members import (
     CAPTIONS,

@@ -20,12 +20,12 @@ import torch
 
 from reinforce.config import Config
 from reinforce.dataset import vectors
-from reinforce.dataset.aligned import AlignedLayers
-from reinforce.dataset.findings import Finding
-from reinforce.dataset.layer_file import RefusedFile
+from reinforce.dataset.files.layer_file import RefusedFile
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, Layer
-from reinforce.dataset.manifest import read_manifest
-from reinforce.dataset.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.reading.aligned import AlignedLayers
+from reinforce.dataset.validate.findings import Finding
 from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.inputs import OutOfStep, origin_entries
 from reinforce.engine.models import load_models

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine.traces import shorten
 from reinforce.source.formats.tar import Refusal
 from schemas import WHOLE_SHARD

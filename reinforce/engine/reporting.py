@@ -9,7 +9,8 @@ import socket
 import time
 from typing import Any
 
-from reinforce.dataset.run_progress import (
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.runs.progress import (
     FILE,
     FailingShard,
     LeaseProgress,
@@ -17,7 +18,6 @@ from reinforce.dataset.run_progress import (
     SlowShard,
     WorkerProgress,
 )
-from reinforce.dataset.store import Store
 from reinforce.engine.events import Events
 from reinforce.engine.failures import FailurePolicy
 from reinforce.engine.metrics import Recorder, totals_values

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from reinforce.config import Config
-from reinforce.dataset.layer_file import LayerFile
+from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.engine.decode_ahead import decode_ahead
 from reinforce.engine.decode_pool import Lease
 from reinforce.engine.decoding import Decoded, SourceItem, StoredItem

@@ -11,10 +11,11 @@ from typing import Any
 
 from reinforce.config import Config, load_config, parse_config
 from reinforce.cores import Node
-from reinforce.dataset.claims import Claims
-from reinforce.dataset.layer_index import prune_index
+from reinforce.dataset.files.index import prune_index
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.manifest import (
+from reinforce.dataset.manifest.claims import Claims
+from reinforce.dataset.manifest.manifest import (
     code_notes,
     find_manifest,
     same_content,
@@ -22,8 +23,7 @@ from reinforce.dataset.manifest import (
     update_manifest,
     write_manifest,
 )
-from reinforce.dataset.shard_records import read_records
-from reinforce.dataset.store import Store
+from reinforce.dataset.runs.shard_records import read_records
 from reinforce.engine.changes import changed_sources, changes_note
 from reinforce.engine.folder_lists import write_lists
 from reinforce.engine.plan import Plan, make_plan

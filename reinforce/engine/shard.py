@@ -16,13 +16,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.config import Config
-from reinforce.dataset.damage import drop_shard_command
-from reinforce.dataset.key_sample import ShardKeys
-from reinforce.dataset.layer_file import LayerFile, RefusedFile, naming_refused
-from reinforce.dataset.layer_index import FileEntry
+from reinforce.dataset.files.damage import drop_shard_command
+from reinforce.dataset.files.index import FileEntry
+from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, naming_refused
+from reinforce.dataset.files.store import LayerWriter, Store, parse_footer
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer, captions_layer, reads_reinforcements
-from reinforce.dataset.shard_records import ShardRecord, SourceRecord
-from reinforce.dataset.store import LayerWriter, Store, parse_footer
+from reinforce.dataset.runs.key_sample import ShardKeys
+from reinforce.dataset.runs.shard_records import ShardRecord, SourceRecord
 from reinforce.engine.batches import Batches, cells_per_shard, rows_ahead
 from reinforce.engine.changes import referenced_source_change
 from reinforce.engine.decode_pool import DecodePool, Lease

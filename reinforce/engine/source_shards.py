@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from reinforce.config import Config
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.manifest import read_manifest
-from reinforce.dataset.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.engine.folder_lists import FolderShards, folder_shards
 from reinforce.engine.table_parts import table_shards
 from reinforce.errors import UserError

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from reinforce.config import Config
-from reinforce.dataset.layer_file import LayerFile
+from reinforce.dataset.files.layer_file import LayerFile
+from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.store import Store, parse_footer
 from reinforce.engine.plan import PendingShard, Plan
 from reinforce.errors import UserError
 from reinforce.source.formats.tar import RawSample

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from reinforce.config import Config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine.folder_lists import LIST_BYTES, LISTS, written_lists
 from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile

@@ -18,8 +18,8 @@ import ray
 import torch
 
 from reinforce.config import Config
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer
-from reinforce.dataset.store import Store
 from reinforce.engine.decode_pool import DecodePool
 from reinforce.engine.full_batch import fit_batch
 from reinforce.engine.metrics import Recorder

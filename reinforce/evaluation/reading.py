@@ -12,8 +12,8 @@ from typing import Any, Literal
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.config import Format, Input, Limits
-from reinforce.dataset.reader import Dataset
-from reinforce.dataset.store import MANIFEST
+from reinforce.dataset.files.store import MANIFEST
+from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.evaluation.fields import LINES, is_json_field
 from reinforce.source import reading

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reinforce.dataset.reader import Dataset
-from reinforce.dataset.sample import Sample
-from reinforce.dataset.sample_view import Pictures, SampleView, draw
+from reinforce.dataset.reading.dataset import Dataset
+from reinforce.dataset.reading.sample import Sample
+from reinforce.dataset.reading.sample_view import Pictures, SampleView, draw
 from reinforce.errors import UserError
 from reinforce.inspection.overview import Quarantined
 from reinforce.inspection.rows import Rows

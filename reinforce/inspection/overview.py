@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reinforce.dataset.completeness import check_completeness
-from reinforce.dataset.damage import describe_damaged, find_damaged, without_files
-from reinforce.dataset.layer_index import read_index
+from reinforce.dataset.files.damage import describe_damaged, find_damaged, without_files
+from reinforce.dataset.files.index import read_index
+from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
-from reinforce.dataset.listing import Listing
-from reinforce.dataset.manifest_model import check_run
-from reinforce.dataset.reader import Dataset
-from reinforce.dataset.store import Store
+from reinforce.dataset.manifest.schema import check_run
+from reinforce.dataset.reading.completeness import check_completeness
+from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.seeds import permutation
 

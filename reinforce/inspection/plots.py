@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from reinforce.dataset.augment import OPS
+from reinforce.dataset.augment.records import OPS
 from reinforce.dataset.layers import TRUE_CAPTION
 from reinforce.inspection.charts import Chart, Dot, DotChart, Mark, Series
 from reinforce.inspection.rows import Rows

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.reader import Dataset
+from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.inspection import plots
 from reinforce.inspection.charts import draw_chart, draw_dots

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reinforce.dataset import vectors
-from reinforce.dataset.aligned import AlignedLayers, row_errors
-from reinforce.dataset.augment import OPS
+from reinforce.dataset.augment.records import OPS
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
-from reinforce.dataset.reader import Dataset
+from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
+from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.vectors import Floats
 from reinforce.errors import UserError
 from reinforce.inspection.selection import Group, Selection

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reinforce.dataset.aligned import layer_errors
-from reinforce.dataset.layer_index import LayerIndex, read_index
+from reinforce.dataset.files.index import LayerIndex, read_index
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.reader import Dataset
+from reinforce.dataset.reading.aligned import layer_errors
+from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.seeds import permutation
 

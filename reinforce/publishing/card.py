@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.manifest import read_manifest
-from reinforce.dataset.row_counts import row_group_table
-from reinforce.dataset.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.errors import UserError
 from reinforce.publishing.card_page import MARK, LayerCard, one_line, render_page
 from reinforce.storage import Storage

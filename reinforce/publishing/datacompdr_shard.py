@@ -23,10 +23,10 @@ import pyarrow as pa
 
 from reinforce.config import Limits
 from reinforce.dataset import vectors
-from reinforce.dataset.aligned import AlignedLayers, row_errors
-from reinforce.dataset.augment import OPS
+from reinforce.dataset.augment.records import OPS
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
-from reinforce.dataset.store import Store
+from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.engine.published_members import CAPTIONS, PARAMETERS
 from reinforce.errors import UserError
 from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused

@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.dataset import vectors
-from reinforce.dataset.aligned import AlignedLayers, row_errors
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
-from reinforce.dataset.reader import Dataset
-from reinforce.dataset.store import Store
+from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
+from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.publishing.shards import (
     as_seen_by_workers,

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from reinforce.dataset import vectors
-from reinforce.dataset.aligned import AlignedLayers, layer_errors
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
-from reinforce.dataset.reader import Dataset
+from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors
+from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.report.texts import DEFINITIONS, TextStatistics
 

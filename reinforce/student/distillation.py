@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reinforce.dataset.manifest import select_names
+from reinforce.dataset.manifest.manifest import select_names
 from reinforce.errors import UserError
 from reinforce.student.config import Data, Loss, StudentConfig
 from reinforce.training.config import HIGHEST_LOGIT_SCALE

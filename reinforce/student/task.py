@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from reinforce.dataset.manifest import read_manifest
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.student import online
 from reinforce.student.config import StudentConfig

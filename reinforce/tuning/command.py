@@ -11,8 +11,8 @@ from typing import Any
 import ray
 
 from reinforce.cluster import ray_cluster
-from reinforce.dataset.manifest import read_manifest, record_scales, write_manifest
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest, record_scales, write_manifest
 from reinforce.errors import UserError
 from reinforce.student.distillation import IMAGES, TEXTS, plan_distillation, stored_teachers
 from reinforce.student.train import build

@@ -15,7 +15,7 @@ from reinforce.captioning.config import Data
 from reinforce.captioning.feed import CaptionFeed, predicted_lengths
 from reinforce.captioning.pairs import Pairs, load_pairs
 from reinforce.config import Augmentations, Limits, RandAugment
-from reinforce.dataset.augment import replay, sample_augmentation
+from reinforce.dataset.augment.records import replay, sample_augmentation
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from teachers.open_clip_tokens import Tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from reinforce.dataset import drop as dropping
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from tests.helpers.commands import Command
 from tests.helpers.data import tree
 from tests.helpers.reinforced import small_dataset

@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from reinforce.cli import status as cli_status
-from reinforce.dataset.run_progress import RunProgress
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.runs.progress import RunProgress
 from schemas import Reason
 from tests.helpers.commands import Command
 from tests.helpers.reinforced import small_dataset

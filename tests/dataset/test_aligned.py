@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from reinforce.dataset.aligned import AlignedLayers, read_errors
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer
-from reinforce.dataset.store import Store
+from reinforce.dataset.reading.aligned import AlignedLayers, read_errors
 from reinforce.errors import UserError
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.int64())])

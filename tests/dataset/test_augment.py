@@ -18,7 +18,16 @@ from torchvision.transforms.autoaugment import _apply_op
 
 from reinforce.config import Augmentations
 from reinforce.config import RandAugment as RandAugmentPolicy
-from reinforce.dataset.augment import OPS, Augmentation, Crop, Op, from_records, replay, sample_augmentation, to_records
+from reinforce.dataset.augment.records import (
+    OPS,
+    Augmentation,
+    Crop,
+    Op,
+    from_records,
+    replay,
+    sample_augmentation,
+    to_records,
+)
 from schemas import AUGMENTATION
 
 POLICY = Augmentations()
@@ -88,7 +97,7 @@ def test_the_crop_is_inside_the_image(policy, seed, size):
 
 def test_the_golden_record_is_sampled_in_any_process():
     code = (
-        "from reinforce.dataset.augment import sample_augmentation; from reinforce.config import Augmentations; "
+        "from reinforce.dataset.augment.records import sample_augmentation; from reinforce.config import Augmentations; "
         f"import sys; print(sample_augmentation(Augmentations(), *{GOLDEN_ARGUMENTS!a}), "
         "'torch' in sys.modules, 'torchvision' in sys.modules)"
     )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from reinforce.config import Augmentations, parse_config
-from reinforce.dataset.augment import AUGMENTATION_BACKEND, replay, sample_augmentation
-from reinforce.dataset.backends import BACKENDS, load_backend
+from reinforce.dataset.augment.backends import BACKENDS, load_backend
+from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, replay, sample_augmentation
 from reinforce.dataset.layers import Layer
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.errors import UserError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reinforce.dataset.completeness import check_completeness
-from reinforce.dataset.listing import Listing
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.reading.completeness import check_completeness
 from schemas import Reason
 
 

@@ -12,11 +12,11 @@ import pytest
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.damage import find_damaged
-from reinforce.dataset.manifest import read_manifest
+from reinforce.dataset.files.damage import find_damaged
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.status import read_status
-from reinforce.dataset.store import Store
-from reinforce.dataset.validate import validate
+from reinforce.dataset.validate.validate import validate
 from reinforce.engine.plan import make_plan
 from reinforce.errors import UserError
 from reinforce.student.config import Data

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reinforce.config import Augmentations, RandAugment
-from reinforce.dataset import augment, fixed_point
-from reinforce.dataset.augment import OPS, Augmentation, Crop, Op, sample_augmentation
-from reinforce.dataset.backends import Replay, load_backend
-from reinforce.dataset.fixed_point import OPERATIONS, RESIZERS, load_resizer
+from reinforce.dataset.augment.backends import Replay, load_backend
+from reinforce.dataset.augment.fixed_point import OPERATIONS, RESIZERS, load_resizer
+from reinforce.dataset.augment.records import OPS, Augmentation, Crop, Op, fixed_point, sample_augmentation
+from reinforce.dataset.augment.records import records as augment
 from reinforce.errors import UserError
 from tests.helpers.random_images import natural, noise
 
@@ -181,7 +181,7 @@ def test_a_record_that_does_not_fit_is_an_error() -> None:
 def test_torch_is_imported_only_where_cykooz_resizer_is_missing() -> None:
     pytest.importorskip("cykooz_resizer")
     code = (
-        "import sys; from reinforce.dataset.backends import load_backend; "
+        "import sys; from reinforce.dataset.augment.backends import load_backend; "
         "print({name: (load_backend(name) and None, 'torch' in sys.modules, 'cykooz_resizer' in sys.modules)[1:] "
         "for name in ('torchvision-pil-1', 'fixed-point-1')})"
     )

@@ -6,7 +6,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reinforce.dataset.key_hashes import digest_keys, hash_keys
+from reinforce.dataset.validate.key_hashes import digest_keys, hash_keys
 
 texts = st.lists(st.text(max_size=20) | st.sampled_from(["x" * 255, "x" * 256, "x" * 257]), max_size=8)
 few = settings(max_examples=40, deadline=None)

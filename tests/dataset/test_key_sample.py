@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reinforce.dataset.key_sample import ALL, SHARD_HASHES, KeySample, ShardKeys
+from reinforce.dataset.runs.key_sample import ALL, SHARD_HASHES, KeySample, ShardKeys
 
 shards = st.lists(st.sets(st.text(max_size=2)), max_size=5)
 

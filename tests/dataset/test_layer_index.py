@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from reinforce.dataset import layer_index
-from reinforce.dataset.layer_index import FileEntry, IndexWriter, prune_index, read_index, write_index
+from reinforce.dataset.files import index as layer_index
+from reinforce.dataset.files.index import FileEntry, IndexWriter, prune_index, read_index, write_index
+from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, Layer
-from reinforce.dataset.listing import Listing
-from reinforce.dataset.manifest import read_manifest
-from reinforce.dataset.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.errors import StorageError
 from tests.helpers.reinforced import small_dataset
 

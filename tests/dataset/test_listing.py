@@ -12,9 +12,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from benchmarks.scale.object_store import Content, counts, serve
-from reinforce.dataset import listing
-from reinforce.dataset.listing import Listing
-from reinforce.dataset.store import Store
+from reinforce.dataset.files import listing
+from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.store import Store
 
 SHARDS = [f"{number:06d}-0123456789" for number in range(2500)]
 DONE = {"samples": 2500, "captions/c": 1000, "embeddings/t/images": 0}

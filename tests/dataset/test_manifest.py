@@ -9,9 +9,9 @@ import pytest
 
 import schemas
 from reinforce.config import Config, parse_config
+from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import Layer
-from reinforce.dataset.manifest import read_manifest, record_scales, scale_notes, select_names, update_manifest
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.manifest.manifest import read_manifest, record_scales, scale_notes, select_names, update_manifest
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reinforce.dataset.range_file import RangeFile
+from reinforce.dataset.files.range_file import RangeFile
 
 DATA = bytes(range(200))
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import reinforce
-from reinforce.dataset import row_counts
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.reading import row_counts
 from reinforce.errors import UserError
 from schemas import Reason
 from tests.helpers.reinforced import small_dataset

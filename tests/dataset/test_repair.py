@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from reinforce.cli import main
-from reinforce.dataset.repair import repair
-from reinforce.dataset.validate import validate
+from reinforce.dataset.validate.repair import repair
+from reinforce.dataset.validate.validate import validate
 from tests.helpers.data import config_of, tree
 from tests.helpers.reinforced import reinforce_here, small_dataset
 

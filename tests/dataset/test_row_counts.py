@@ -8,11 +8,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from reinforce.dataset import row_counts
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.manifest import read_manifest
-from reinforce.dataset.row_counts import row_group_table
-from reinforce.dataset.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.reading import row_counts
+from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.errors import UserError
 from tests.helpers.reinforced import small_dataset
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from reinforce.dataset.run_progress import RunProgress, list_runs, read_progress, running
-from reinforce.dataset.run_view import WORKERS, detail_lines, headline, state_line, workers_table
+from reinforce.dataset.runs.progress import RunProgress, list_runs, read_progress, running
+from reinforce.dataset.runs.progress_view import WORKERS, detail_lines, headline, state_line, workers_table
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 

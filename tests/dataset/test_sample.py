@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import reinforce
-from reinforce.dataset.augment import replay
-from reinforce.dataset.backends import load_backend
+from reinforce.dataset.augment.backends import load_backend
+from reinforce.dataset.augment.records import replay
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, picture, write_tar
 from tests.helpers.pixels import PixelRecorder, torchvision_replay

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from reinforce.dataset.key_sample import ShardKeys
-from reinforce.dataset.shard_records import RecordWriter, ShardRecord, SourceRecord, read_records
+from reinforce.dataset.runs.key_sample import ShardKeys
+from reinforce.dataset.runs.shard_records import RecordWriter, ShardRecord, SourceRecord, read_records
 from reinforce.source.identity import SourceState
 from reinforce.storage import Storage
 

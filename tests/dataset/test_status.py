@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.status import read_status, status_table
-from reinforce.dataset.store import Store
 from reinforce.errors import UserError
 from schemas import Reason
 from tests.helpers.reinforced import small_dataset

@@ -11,9 +11,9 @@ import pytest
 
 import schemas
 from reinforce.config import Augmentations
-from reinforce.dataset.augment import sample_augmentation, to_records
+from reinforce.dataset.augment.records import sample_augmentation, to_records
+from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.layers import Layer
-from reinforce.dataset.store import Store, parse_footer
 from reinforce.dataset.vectors import encode
 from reinforce.errors import UserError
 from schemas import Reason

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reinforce.dataset.key_sample import ShardKeys
-from reinforce.dataset.manifest import write_manifest
-from reinforce.dataset.shard_records import RecordWriter, ShardRecord, SourceRecord
-from reinforce.dataset.store import Store
-from reinforce.dataset.validate import validate
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import write_manifest
+from reinforce.dataset.runs.key_sample import ShardKeys
+from reinforce.dataset.runs.shard_records import RecordWriter, ShardRecord, SourceRecord
+from reinforce.dataset.validate.validate import validate
 from reinforce.source.identity import read_state
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here, small_dataset
@@ -97,7 +97,9 @@ def test_damaged_and_stray_files_are_errors_of_their_own(tmp_path: Path) -> None
 
 def test_files_that_the_user_has_not_named_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = small_dataset(tmp_path, sizes=(2,))
-    monkeypatch.setattr("reinforce.dataset.shard_reader.probe_state", lambda url: pytest.fail(f"{url} was opened"))
+    monkeypatch.setattr(
+        "reinforce.dataset.validate.shard_reader.probe_state", lambda url: pytest.fail(f"{url} was opened")
+    )
     found = validate(url, [f"{tmp_path}/sour", "s3://bucket/source"])
     assert found.sources == {"elsewhere": 1}
     assert "source files: 1 outside of the folders of --sources, which were not looked at" in list(found.lines())

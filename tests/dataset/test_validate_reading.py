@@ -12,11 +12,11 @@ from typing import Any
 import fsspec
 import pytest
 
-from reinforce.dataset import shard_pool
-from reinforce.dataset.layer_file import LayerFile
-from reinforce.dataset.listing import Listing
-from reinforce.dataset.store import Store
-from reinforce.dataset.validate import validate
+from reinforce.dataset.files.layer_file import LayerFile
+from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.validate.validate import process_pool as shard_pool
+from reinforce.dataset.validate.validate import validate
 from reinforce.errors import UserError
 from tests.helpers.data import members_of, write_tar
 from tests.helpers.reinforced import small_dataset

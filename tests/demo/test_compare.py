@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.demo.compare import ARMS, MEASURES, PAIRS, compare_students, student_config
 from reinforce.errors import UserError
 from reinforce.training.results import Results

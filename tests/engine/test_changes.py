@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.dataset.shard_records import SourceRecord
+from reinforce.dataset.runs.shard_records import SourceRecord
 from reinforce.engine.changes import changed_sources, changes_note, referenced_source_change
 from reinforce.engine.outcome import LayerFailure
 from reinforce.engine.plan import make_plan

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine import events
 from reinforce.errors import StorageError
 from teachers.redact import Redactor

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.dataset.damage import set_aside
-from reinforce.dataset.key_sample import ShardKeys
-from reinforce.dataset.shard_records import RecordWriter, ShardRecord, SourceRecord
-from reinforce.dataset.store import Store
-from reinforce.dataset.validate import validate
+from reinforce.dataset.files.damage import set_aside
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.runs.key_sample import ShardKeys
+from reinforce.dataset.runs.shard_records import RecordWriter, ShardRecord, SourceRecord
+from reinforce.dataset.validate.validate import validate
 from reinforce.engine import inputs
 from reinforce.engine.models import load_models
 from reinforce.engine.outcome import ShardResult
@@ -156,7 +156,7 @@ def test_layers_that_a_failed_attempt_has_set_aside_are_still_to_be_computed(
         return process_shard(plan.pending[0], parsed, plan.layers, store, models, decode_pool(), 8)
 
     with monkeypatch.context() as patch:
-        patch.setattr("reinforce.dataset.store.LayerWriter.commit", _fail)
+        patch.setattr("reinforce.dataset.files.store.LayerWriter.commit", _fail)
         with pytest.raises(OSError, match="the storage is away"):
             attempt()
     assert not [*(folder / "out" / "embeddings/red/images").glob(f"{plan.pending[0].name}*")]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from reinforce.config import parse_config
-from reinforce.dataset import fixed_point
-from reinforce.dataset.backends import load_backend
+from reinforce.dataset.augment.backends import load_backend
+from reinforce.dataset.augment.records import fixed_point
 from reinforce.engine import models as engine_models
 from reinforce.engine.models import Models, load_models
 from reinforce.engine.recipe import build_layers, describe_models

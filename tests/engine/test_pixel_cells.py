@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from reinforce.dataset.augment import AUGMENTATION_BACKEND, Augmentation, Crop, replay
-from reinforce.dataset.backends import load_backend
+from reinforce.dataset.augment.backends import load_backend
+from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation, Crop, replay
 from reinforce.engine.pixel_cells import FreeCells, PixelLayout, runs
 from teachers.fitting import fit
 from teachers.protocols import ImageSpec

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.dataset.manifest import update_manifest
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import update_manifest
 from reinforce.engine.plan import NotInSource, make_plan
 from reinforce.engine.source_shards import source_shards
 from reinforce.errors import UserError

@@ -13,7 +13,7 @@ import yaml
 
 from reinforce.cli import main
 from reinforce.config import parse_config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine.plan import make_plan
 from reinforce.engine.probe import FirstSample, check_source
 from reinforce.engine.runner import run

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import reinforce
-from reinforce.dataset.augment import OPS, Augmentation, Crop, Op
+from reinforce.dataset.augment.records import OPS, Augmentation, Crop, Op
 from reinforce.engine.published_members import Unreadable, parse_augmentation, parse_vectors
 from tests.helpers.published import (
     ALL,

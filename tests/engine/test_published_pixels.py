@@ -15,7 +15,7 @@ from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
 from reinforce.config import Limits
-from reinforce.dataset.augment import OPS
+from reinforce.dataset.augment.records import OPS
 from reinforce.images.policy import PUBLISHED_POLICY, decode
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed

@@ -12,8 +12,8 @@ import pytest
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.damage import set_aside
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.damage import set_aside
+from reinforce.dataset.files.store import Store
 from reinforce.engine.models import load_models
 from reinforce.engine.outcome import LayerFailure, ShardResult
 from reinforce.engine.plan import make_plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from reinforce.config import parse_config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine.refusals import Refusals
 from reinforce.source.formats.tar import Refusal
 from schemas import Reason

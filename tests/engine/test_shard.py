@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine.models import load_models
 from reinforce.engine.outcome import LayerFailure, ShardResult
 from reinforce.engine.plan import make_plan

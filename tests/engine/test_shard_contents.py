@@ -13,7 +13,7 @@ import torch
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.dataset.augment import replay
+from reinforce.dataset.augment.records import replay
 from reinforce.images.policy import decode
 from reinforce.seeds import seed_for
 from teachers.pixels import to_pixels

@@ -14,8 +14,8 @@ import pytest
 import reinforce
 from reinforce.cli import main
 from reinforce.config import parse_config
-from reinforce.dataset.manifest import DIGEST_KEY, update_manifest
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.manifest.manifest import DIGEST_KEY, update_manifest
 from reinforce.engine.plan import make_plan
 from reinforce.engine.runner import run
 from reinforce.engine.sources import find_copies

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.dataset.validate import validate
+from reinforce.dataset.validate.validate import validate
 from reinforce.engine.plan import make_plan
 from reinforce.engine.probe import check_source
 from reinforce.engine.recipe import build_layers

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from reinforce.dataset.augment import Augmentation, Crop, from_records, to_records
+from reinforce.dataset.augment.records import Augmentation, Crop, from_records, to_records
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inputs import OutOfStep
 from reinforce.engine.refusals import Refusals

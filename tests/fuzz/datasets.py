@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 import reinforce
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.status import read_status
-from reinforce.dataset.store import Store
-from reinforce.dataset.validate import validate
+from reinforce.dataset.validate.validate import validate
 from reinforce.errors import UserError
 from reinforce.student.config import Data
 from reinforce.student.data.feed import StudentFeed

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reinforce.config import Config, Limits, parse_config
-from reinforce.dataset.augment import replay, sample_augmentation
+from reinforce.dataset.augment.records import replay, sample_augmentation
 from reinforce.engine.rows import NewSample, Row, RowSpec, rows_from_source
 from reinforce.images.policy import FORMATS, ImageRefused, decode
 from reinforce.source.captions import caption_of, json_error, metadata_of

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from reinforce.config import parse_config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine.inference import Inference
 from reinforce.engine.models import Counters, Models, load_models
 from reinforce.engine.outcome import ShardResult

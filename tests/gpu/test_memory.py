@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from reinforce.config import Config, parse_config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine import full_batch
 from reinforce.engine.full_batch import find_batch
 from reinforce.engine.model_flops import measure_costs

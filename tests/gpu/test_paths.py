@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from reinforce.captioning.task import CaptioningTask
 from reinforce.config import parse_config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine.models import load_models
 from reinforce.engine.plan import make_plan
 from reinforce.engine.shard import allocate_pixels, process_shard

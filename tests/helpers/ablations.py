@@ -11,7 +11,7 @@ from benchmarks.ablations.arms import BASE, Study
 from benchmarks.ablations.measures import BYTES, MILLISECONDS, MILLISECONDS_ALONE
 from benchmarks.ablations.questions import Question
 from benchmarks.ablations.results import Answer, Training, add_derived_measures
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.demo.compare import MEASURES, SECONDS
 from reinforce.training.results import Results
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.config import load_config, parse_config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine.precision import resolve_precisions
 from reinforce.engine.recipe import build_layers, describe_models
 from tests.helpers.data import config_of, members_of, write_tar

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 import reinforce
-from reinforce.dataset.augment import OPS
-from reinforce.dataset.store import Store
+from reinforce.dataset.augment.records import OPS
+from reinforce.dataset.files.store import Store
 from tests.helpers import data
 from tests.helpers.data import picture, write_tar
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from reinforce.config import parse_config
-from reinforce.dataset.damage import set_aside
-from reinforce.dataset.layer_index import IndexWriter
-from reinforce.dataset.manifest import update_manifest, write_manifest
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.files.damage import set_aside
+from reinforce.dataset.files.index import IndexWriter
+from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.manifest.manifest import update_manifest, write_manifest
 from reinforce.engine.folder_lists import write_lists
 from reinforce.engine.models import load_models
 from reinforce.engine.plan import make_plan

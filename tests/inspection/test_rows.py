@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import reinforce
-from reinforce.dataset.augment import OPS
+from reinforce.dataset.augment.records import OPS
 from reinforce.inspection.gallery import choose, synthetic_gap
 from reinforce.inspection.rows import Rows, read_rows
 from reinforce.inspection.selection import select

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 import reinforce
-from reinforce.dataset.run_progress import RunProgress, list_runs, running
+from reinforce.dataset.runs.progress import RunProgress, list_runs, running
 from reinforce.source.urls import shard_name
 from reinforce.storage import Storage
 from tests.helpers.data import config_of, members_of, tree, write_tar

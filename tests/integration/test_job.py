@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reinforce.dataset.run_progress import list_runs, read_progress
+from reinforce.dataset.runs.progress import list_runs, read_progress
 from reinforce.storage import Storage
 from tests.helpers.data import config_of, free_port
 

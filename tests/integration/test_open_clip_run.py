@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import reinforce
-from reinforce.dataset.augment import from_records, replay
+from reinforce.dataset.augment.records import from_records, replay
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.tiny_coca import coca_model
 from tests.helpers.tiny_models import open_clip_model, transformers_siglip

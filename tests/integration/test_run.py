@@ -12,10 +12,10 @@ import pytest
 
 import reinforce
 from reinforce.cli import main
-from reinforce.dataset.layer_index import read_index
-from reinforce.dataset.manifest import read_manifest
-from reinforce.dataset.store import Store
-from reinforce.dataset.validate import validate
+from reinforce.dataset.files.index import read_index
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.validate.validate import validate
 from reinforce.source.urls import shard_name
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.reinforced import fresh_dataset

@@ -14,7 +14,7 @@ import pytest
 import s3fs
 
 import reinforce
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine.summary import RunSummary
 from reinforce.source import urls
 from tests.helpers.data import members_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.errors import StorageError
 from tests.helpers.s3_proxy import Proxy, Request, hold, refuse
 
@@ -48,7 +48,7 @@ def test_a_process_killed_in_the_middle_of_an_upload_leaves_no_object(s3: s3fs.S
 def test_a_process_killed_while_it_puts_a_file_leaves_none_on_its_machine(
     s3: s3fs.S3FileSystem, s3_proxy: Proxy, tmp_path: Path
 ) -> None:
-    code = "from reinforce.dataset.store import Store; Store('s3://bucket/put').write_bytes(b'whole', 'file')"
+    code = "from reinforce.dataset.files.store import Store; Store('s3://bucket/put').write_bytes(b'whole', 'file')"
     with s3_proxy.inject(hold, lambda request: request.method == "PUT") as reached:
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)})
         while not reached:

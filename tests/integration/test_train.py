@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import reinforce
 from reinforce.cli import main
 from reinforce.cores import available_cores, describe_share
-from reinforce.dataset.store import MANIFEST
+from reinforce.dataset.files.store import MANIFEST
 from tests.helpers.commands import Command
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.students import student_folder

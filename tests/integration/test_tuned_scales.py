@@ -10,8 +10,8 @@ import pytest
 
 from reinforce import settings
 from reinforce.config import parse_config
-from reinforce.dataset.manifest import read_manifest, record_scales, update_manifest
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.manifest.manifest import read_manifest, record_scales, update_manifest
 from reinforce.engine.plan import make_plan
 from reinforce.engine.runner import run
 from reinforce.student.config import StudentConfig

@@ -15,7 +15,7 @@ from PIL import Image
 
 import reinforce
 from reinforce.cli import main
-from reinforce.dataset.store import MANIFEST, Store
+from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.errors import UserError
 from reinforce.publishing.card import write_card
 from reinforce.publishing.card_page import MARK, markdown

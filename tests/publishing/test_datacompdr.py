@@ -19,7 +19,7 @@ from torchvision.transforms.autoaugment import _apply_op
 from torchvision.transforms.functional import resized_crop
 
 import reinforce
-from reinforce.dataset.augment import OPS
+from reinforce.dataset.augment.records import OPS
 from reinforce.errors import UserError
 from reinforce.publishing import datacompdr_shard
 from reinforce.publishing.datacompdr import Exported, export_datacompdr

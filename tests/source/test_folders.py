@@ -13,7 +13,7 @@ import pytest
 
 import reinforce
 from reinforce.config import Config, Input, parse_config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine import folder_lists
 from reinforce.engine.estimate import expected_bytes
 from reinforce.engine.folder_lists import write_lists

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine.plan import make_plan
 from reinforce.engine.probe import check_source
 from reinforce.errors import UserError

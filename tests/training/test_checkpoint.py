@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
 from reinforce.training.checkpoint import BestCheckpoint, Checkpoints, Progress
 
@@ -93,7 +93,7 @@ def sizes(folder: Path) -> Iterator[int]:
 
 def test_a_process_killed_while_writing_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     script = (
-        "import sys, torch; from reinforce.dataset.store import Store; from reinforce.training.checkpoint import *\n"
+        "import sys, torch; from reinforce.dataset.files.store import Store; from reinforce.training.checkpoint import *\n"
         "made = Checkpoints(Store(sys.argv[1]), 2)\n"
         "made.save(Progress(1, {}), {'model/w': torch.ones(4)})\n"
         "print('first', flush=True)\n"

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from reinforce.cli import main
-from reinforce.dataset.manifest import read_manifest
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.student.config import load_student_config
 from reinforce.student.train import build
 from reinforce.training.log import LOG

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from reinforce.dataset.aligned import AlignedLayers
-from reinforce.dataset.backends import load_backend
-from reinforce.dataset.completeness import check_completeness
-from reinforce.dataset.damage import describe_damaged, find_damaged
-from reinforce.dataset.layer_index import read_index
+from reinforce.dataset.augment.backends import load_backend
+from reinforce.dataset.files.damage import describe_damaged, find_damaged
+from reinforce.dataset.files.index import read_index
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, embeddings_layer
-from reinforce.dataset.manifest import read_manifest, select_names
-from reinforce.dataset.row_counts import row_group_table
-from reinforce.dataset.sample import ImagePolicies
-from reinforce.dataset.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest, select_names
+from reinforce.dataset.reading.aligned import AlignedLayers
+from reinforce.dataset.reading.completeness import check_completeness
+from reinforce.dataset.reading.row_counts import row_group_table
+from reinforce.dataset.reading.sample import ImagePolicies
 from reinforce.errors import UserError
 from reinforce.source.references import ImageRoots
 from reinforce.student.config import Data

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from reinforce.config import Limits
 from reinforce.dataset import vectors
-from reinforce.dataset.augment import AUGMENTATION_BACKEND, Augmentation, from_records
+from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation, from_records
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICY

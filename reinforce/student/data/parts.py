@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from reinforce.dataset.backends import load_backend
+from reinforce.dataset.augment.backends import load_backend
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode
 from reinforce.shared_memory import SharedMemory

@@ -11,11 +11,11 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from reinforce.dataset.aligned import row_errors
-from reinforce.dataset.damage import drop_shard_command
+from reinforce.dataset.files.damage import drop_shard_command
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.reader import AlignedLayers
-from reinforce.dataset.sample import ImagePolicies
+from reinforce.dataset.reading.aligned import row_errors
+from reinforce.dataset.reading.dataset import AlignedLayers
+from reinforce.dataset.reading.sample import ImagePolicies
 from reinforce.errors import UserError
 from reinforce.source.references import ChangedImages, ImageRoots
 from reinforce.student.data.examples import Example, Examples, ExampleSpec, SampleFile, make_examples

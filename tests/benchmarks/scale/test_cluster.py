@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.scale.cluster import Cluster, SimulatedRay, config_of, simulated
 from reinforce.config import parse_config
-from reinforce.dataset.store import Store
+from reinforce.dataset.files.store import Store
 from reinforce.engine import driver
 from reinforce.engine.plan import make_plan
 from reinforce.engine.pool import Slot

@@ -21,7 +21,7 @@ import torch
 import reinforce
 import reinforce.student.data.feed
 from reinforce.config import Limits
-from reinforce.dataset.augment import replay
+from reinforce.dataset.augment.records import replay
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from reinforce.student.config import Data

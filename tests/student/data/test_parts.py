@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reinforce.config import Limits
-from reinforce.dataset.augment import Augmentation, Crop, replay
+from reinforce.dataset.augment.records import Augmentation, Crop, replay
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from reinforce.student.data.examples import Example, SampleFile

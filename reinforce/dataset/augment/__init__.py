@@ -1,0 +1,1 @@
+"""Augmentation records, and the backends that replay them."""

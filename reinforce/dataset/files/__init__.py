@@ -1,0 +1,1 @@
+"""Layer files: paths, listings, reading, writing, damage."""

@@ -1,0 +1,163 @@
+"""Layer files that are not what a run has committed: found by their sizes, and set aside.
+
+A listing has the sizes of all files, and the index those that were committed, so looking for damage costs one request
+for each layer. Only a file whose size differs is opened. If its footer can be read, it was replaced by a complete file,
+and counts. A file that was set aside is no layer file any more: a run computes it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from reinforce.dataset.files.index import LayerIndex, read_index
+from reinforce.dataset.files.layer_file import RefusedFile
+from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.store import Store, parse_footer
+from reinforce.dataset.layers import SAMPLES
+
+SET_ASIDE = "set-aside"
+MIN_BYTES = 12  # of a Parquet file
+_THREADS = 16
+#: Columns without which a file is damaged, by the folder of its layer.
+_COLUMNS = {
+    SAMPLES: ("key", "caption", "augmentations"),
+    "captions": ("key", "captions"),
+    "embeddings": ("key", "embeddings"),
+}
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class DamagedFile:
+    """A layer file that cannot be read, and why."""
+
+    layer: str
+    shard: str
+    reason: str
+
+    def line(self) -> str:
+        return f"{self.layer}/{self.shard}.parquet: {self.reason}"
+
+
+def find_damaged(
+    store: Store,
+    listings: Mapping[str, Listing],
+    fingerprints: Mapping[str, str],
+    indexes: Mapping[str, LayerIndex] | None = None,
+) -> list[DamagedFile]:
+    """Files of listings by layer (``Store.listings``) that are damaged, by their sizes and those in the indexes.
+
+    Indexes that are not given are read.
+    """
+
+    def suspects(layer: str) -> list[tuple[str, str]]:
+        listing = listings[layer]
+        names = {*listing.only(listing.sizes < MIN_BYTES)}
+        if listing:
+            index = read_index(store, layer, fingerprints[layer]) if indexes is None else indexes[layer]
+            names.update(index.differing(listing))
+        return [(layer, shard) for shard in sorted(names)]
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = [suspect for of_layer in pool.map(suspects, listings) for suspect in of_layer]
+        reasons = pool.map(lambda one: footer_damage(store, *one), found)
+        return [DamagedFile(*one, reason) for one, reason in zip(found, reasons, strict=True) if reason is not None]
+
+
+def without_files(listings: Mapping[str, Listing], files: Sequence[DamagedFile]) -> dict[str, Listing]:
+    """Listings without some files."""
+    names: dict[str, list[str]] = {layer: [] for layer in listings}
+    for file in files:
+        names[file.layer].append(file.shard)
+    return {
+        layer: listing.only(~listing.within(pa.array(names[layer], pa.string()))) if names[layer] else listing
+        for layer, listing in listings.items()
+    }
+
+
+def footer_damage(store: Store, layer: str, shard: str) -> str | None:
+    """Why the footer of a file cannot be read, None if it can. Raises what the storage raises."""
+    try:
+        with store.open_layer(layer, shard, whole=False) as file:
+            rows, stored = file.metadata.num_rows, parse_footer(file.metadata).get("rows")
+    except RefusedFile as error:
+        return str(error)
+    return None if stored in (None, str(rows)) else f"its footer states {stored[:20]} rows, its row groups {rows:,}"
+
+
+def check_columns(layer: str, table: pa.Table) -> None:
+    """Raise RefusedFile if rows of a layer's file lack columns."""
+    if missing := {*_COLUMNS[layer.partition("/")[0]]} - {*table.column_names}:
+        raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
+
+
+def file_damage(store: Store, layer: str, shard: str) -> str | None:
+    """Why a file cannot be read, None if all of it can. Raises what the storage raises."""
+    try:
+        with store.open_layer(layer, shard) as file:
+            for number in range(file.num_row_groups):
+                check_columns(layer, file.read_row_group(number))
+    except RefusedFile as error:
+        return str(error)
+    return None
+
+
+def set_aside(store: Store, layer: str, shard: str) -> str:
+    """Move a file to a name that no reader looks at, below ``set-aside``; returns the new path. Raises StorageError.
+
+    The refused rows of its quarantine are forgotten: whoever computes the file again writes them again.
+    """
+    now = datetime.datetime.now(datetime.timezone.utc)
+    target = store.path(SET_ASIDE, layer, f"{shard}.{now:%Y%m%dT%H%M%S.%fZ}.parquet")
+    with store.storage_errors("moved", layer, f"{shard}.parquet"):
+        if store.local:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.replace(store.layer_path(layer, shard), target)
+        else:
+            store.fs.mv(store.layer_path(layer, shard), target)
+    with contextlib.suppress(FileNotFoundError):
+        store.forget_quarantine(layer, shard)
+    return target
+
+
+def drop_shard_command(url: str, layers: Sequence[str], shard: str) -> str:
+    """The command that shows the files of a shard in some layers, and with ``--yes`` sets them aside."""
+    return shlex.join(["reinforce", "drop", url, *layers, "--shard", shard])
+
+
+def compute_again(url: str, layer: str, shard: str) -> str:
+    """The sentence that says how to compute a layer's file of a shard again."""
+    return f"To compute it again: {drop_shard_command(url, [layer], shard)} --yes, and run again."
+
+
+def describe_damaged(url: str, files: Sequence[DamagedFile]) -> str:
+    """The damaged files and what to do, as a line without its full stop; empty if there are none."""
+    if not files:
+        return ""
+    what, them = ("1 file is damaged", "it") if len(files) == 1 else (f"{len(files):,} files are damaged", "them")
+    return (
+        f"{what} ({_first([file.line() for file in files])}). `reinforce run` with the dataset's config sets {them} "
+        f"aside and computes {them} again; to set one aside before: "
+        f"{drop_shard_command(url, [files[0].layer], files[0].shard)} --yes"
+    )
+
+
+def set_aside_notes(files: Sequence[str]) -> list[str]:
+    """A line of a run's summary about the files that it has set aside, each given with its reason."""
+    if not files:
+        return []
+    what = "1 file was" if len(files) == 1 else f"{len(files):,} files were"
+    return [f"{what} damaged or did not fit, moved to {SET_ASIDE}/ to be computed again: {_first(files)}"]
+
+
+def _first(lines: Sequence[str]) -> str:
+    more = [f"and {len(lines) - _NAMED:,} more"] if len(lines) > _NAMED else []
+    return "; ".join([*lines[:_NAMED], *more])

@@ -1,0 +1,257 @@
+"""The layer files of a reinforced dataset: paths, listings, reading and writing.
+
+Only a committed Parquet file marks a shard of a layer as done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import schemas
+from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, naming_refused
+from reinforce.dataset.files.listing import Listing, list_folders
+from reinforce.dataset.files.range_file import RangeFile
+from reinforce.dataset.layers import Layer
+from reinforce.errors import UserError
+from reinforce.prefetch import prefetch
+from reinforce.source import file_types as formats
+from reinforce.storage import Storage
+from reinforce.terminal import escape
+from schemas import WHOLE_SHARD, Reason
+
+MANIFEST = formats.MANIFEST
+_QUARANTINE_BYTES = 256 * 2**20
+_QUARANTINE_ROWS = 2**20  # a quarantine file has one row group
+_READ_AT_ONCE = 32  # quarantine files
+_READ_AHEAD_BYTES = 2**20  # of a quarantine file that is read while others are
+_INCOMPRESSIBLE = ("image", "embeddings")  # columns that are stored without compression
+
+
+class Store(Storage):
+    """The files of one dataset at ``url`` (a folder or any fsspec URL)."""
+
+    def layer_path(self, layer: str, shard: str) -> str:
+        """Path of a layer's file in the file system."""
+        return self.path(layer, f"{shard}.parquet")
+
+    def quarantine_path(self, layer: str, shard: str) -> str:
+        """Path of a quarantine file in the file system."""
+        return self.path("quarantine", layer, f"{shard}.parquet")
+
+    def shards(self, layer: str) -> Listing:
+        """List the committed shards of a layer (or of ``quarantine/<layer>``) with the bytes of their files."""
+        return self.listings([layer])[layer]
+
+    def listings(self, layers: Iterable[str], known: Listing | None = None) -> dict[str, Listing]:
+        """``shards`` of some layers, which are listed side by side, and faster where most of them are ``known``."""
+        return list_folders(self, layers, known)
+
+    def writer(self, layer: Layer, schema: pa.Schema, shard: str, source: str) -> LayerWriter:
+        """Start a layer's file of a shard; ``source`` is the URL of the shard."""
+        return LayerWriter(self, layer, schema, shard, source)
+
+    def quarantine(self, layer: str, shard: str, rows: list[tuple[str | None, Reason, str]]) -> None:
+        """Write the quarantine file of a shard. Rows are (key, reason, detail); key None is the shard as a whole."""
+        keys, reasons, details = zip(*[(k, r.value, d[:2000]) for k, r, d in rows], strict=True)
+        table = pa.table([keys, reasons, details], schema=schemas.quarantine_schema())
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+        self.write_bytes(buffer.getvalue().to_pybytes(), "quarantine", layer, f"{shard}.parquet")
+
+    def quarantined(self, layer: str, shard: str) -> list[dict[str, str | None]]:
+        """Read the rows of a quarantine file: key, reason, detail. Raises UserError if it is damaged."""
+        content = self.read_bytes("quarantine", layer, f"{shard}.parquet", limit=_QUARANTINE_BYTES)
+        try:
+            file = LayerFile(pa.BufferReader(content), len(content), max_rows=_QUARANTINE_ROWS)
+            rows: list[dict[str, str | None]] = file.read(schemas.quarantine_schema().names).to_pylist()
+        except Exception as error:  # Arrow raises several for damage
+            path = self.quarantine_path(layer, shard)
+            raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}). Delete it.") from error
+        return rows
+
+    def quarantined_rows(self, layer: str, files: Listing) -> Iterator[tuple[str, list[dict[str, str | None]]]]:
+        """``quarantined`` of some listed quarantine files, of which small ones are read many at a time."""
+        large = {shard for shard, size in files.items() if size > _READ_AHEAD_BYTES}
+
+        def read(shard: str) -> list[dict[str, str | None]] | None:
+            return None if shard in large else self.quarantined(layer, shard)
+
+        with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+            for shard, rows in zip(files, prefetch(pool, read, files, 2 * _READ_AT_ONCE), strict=True):
+                yield shard, self.quarantined(layer, shard) if rows is None else rows
+
+    def quarantined_shards(self, committed: Mapping[str, Listing]) -> dict[str, set[str]]:
+        """Shards that are quarantined as a whole, by layer; ``committed`` are those that have a file, by layer.
+
+        A quarantine file is written before the layer's file, so a run that was killed between the two also leaves
+        a quarantine file alone. Only the rows distinguish these cases.
+        """
+        files = self.listings(f"quarantine/{layer}" for layer in committed)
+        found = {}
+        for layer, listing in committed.items():
+            alone = files[f"quarantine/{layer}"]
+            alone = alone.only(~alone.within(listing.names))
+            found[layer] = {
+                shard
+                for shard, rows in self.quarantined_rows(layer, alone)
+                if any(row["key"] is None and row["reason"] in WHOLE_SHARD for row in rows)
+            }
+        return found
+
+    def forget_quarantine(self, layer: str, shard: str) -> None:
+        """Remove a quarantine file."""
+        with self.storage_errors("removed", "quarantine", layer, f"{shard}.parquet"):
+            self.fs.rm_file(self.quarantine_path(layer, shard))
+
+    def layer_end(self, layer: str, shard: str, size: int) -> LayerFile:
+        """Read the end of a committed file whose ``size`` was listed, for row groups at one request each.
+
+        Raises RefusedFile, also if the file has another size by now, and what the storage raises.
+        """
+        source = RangeFile(None if self.local else self.fs, self.layer_path(layer, shard), size)
+        return LayerFile(source, size, file=(layer, shard))
+
+    @contextlib.contextmanager
+    def open_layer(
+        self, layer: str, shard: str, fingerprint: str | None = None, *, whole: bool = True, size: int | None = None
+    ) -> Iterator[LayerFile]:
+        """Open a committed file to read it as a ``whole``, or single row groups at one request each.
+
+        With its ``size`` as listed, an object store is asked once for the end of the file, and for no more if that is
+        all of it. Raises UserError if it is from a newer version or does not have the ``fingerprint``, and RefusedFile
+        if it is damaged or above the bounds of ``layer_file``, also while it is read.
+        """
+        path = self.layer_path(layer, shard)
+        options: dict[str, Any] = {"block_size": 8 * 2**20} if whole else {"cache_type": "none"}
+        with contextlib.ExitStack() as stack:
+            with naming_refused((layer, shard)):
+                file = None
+                if size is not None and not self.local:
+                    with contextlib.suppress(RefusedFile):  # it may have been replaced since it was listed
+                        file = self.layer_end(layer, shard, size)
+                if file is None:
+                    opened = _memory_map(path) if self.local else self.fs.open(path, "rb", **options)
+                    source = stack.enter_context(opened)
+                    file = LayerFile(source, source.size() if self.local else source.size, file=(layer, shard))
+                check_footer(path, file.metadata, fingerprint)
+            yield file
+
+
+class LayerWriter:
+    """Writes one layer of one shard, a row group at a time, and publishes the file with ``commit``.
+
+    A context manager: leaving it without a commit discards the file.
+    """
+
+    def __init__(self, store: Store, layer: Layer, schema: pa.Schema, shard: str, source: str) -> None:
+        self._store = store
+        self._parts = (layer.name, f"{shard}.parquet")
+        self._stack = contextlib.ExitStack()
+        self._file, self._local_path = self._stack.enter_context(store.staging())
+        self._parquet = pq.ParquetWriter(
+            self._file,
+            schema.with_metadata(
+                {
+                    "reinforce.schema_version": str(schemas.SCHEMA_VERSION),
+                    "reinforce.layer": layer.name,
+                    "reinforce.fingerprint": layer.fingerprint,
+                    "reinforce.source": source,
+                }
+            ),
+            **_encodings(schema),
+            write_statistics=["key"],
+            write_page_checksum=True,
+        )
+        self.schema = schema
+        self.groups: list[int] = []  # rows of each row group
+        self.bytes = 0
+
+    def write(self, table: pa.Table) -> None:
+        """Write one row group."""
+        with self._store.storage_errors("written", *self._parts):
+            self._parquet.write_table(table, row_group_size=max(1, table.num_rows))
+        self.groups.append(table.num_rows)
+
+    def commit(self, footer: Mapping[str, str] | None = None) -> None:
+        """Finish the file and publish it; ``footer`` are further entries for its footer."""
+        with self._store.storage_errors("written", *self._parts):
+            entries = {"rows": str(sum(self.groups)), **(footer or {})}
+            self._parquet.add_key_value_metadata({f"reinforce.{key}": value for key, value in entries.items()})
+            self._parquet.close()
+            self._file.flush()
+            self.bytes = self._file.tell()
+            self._store.publish(self._file, self._local_path, self._store.path(*self._parts))
+
+    def __enter__(self) -> LayerWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            if self._parquet.is_open:
+                with contextlib.suppress(OSError):  # the file is discarded
+                    self._parquet.close()
+
+
+def _memory_map(path: str) -> Any:
+    """Map a local file into memory. Raises RefusedFile if it is a folder, pipe or device, or empty."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) or not found.st_size:  # opening a pipe would block
+        raise RefusedFile("it is empty, or not a regular file")
+    return pa.memory_map(path)
+
+
+def _encodings(schema: pa.Schema) -> dict[str, Any]:
+    """Arguments of ParquetWriter for the compression and encoding of every column.
+
+    ParquetWriter identifies a nested column by the full path of its values, ``augmentations.list.element.crop.top``,
+    and ignores shorter names. Parquet stores int8 as 32-bit integers; a dictionary brings each back to one byte.
+    """
+    empty = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), empty)
+    columns = pq.ParquetFile(empty.getvalue()).schema
+    paths = {columns.column(i).path: columns.column(i).path.split(".")[0] for i in range(len(columns))}
+    tensors = [f.name for f in schema if isinstance(f.type, pa.FixedShapeTensorType) and f.type.value_type == pa.int8()]
+    dictionary = ("augmentations", "image_ref", *tensors)
+    return {
+        "compression": {path: "none" if name in _INCOMPRESSIBLE else "zstd" for path, name in paths.items()},
+        "use_dictionary": [path for path, name in paths.items() if name in dictionary],
+    }
+
+
+def check_footer(path: str, metadata: pq.FileMetaData, fingerprint: str | None) -> None:
+    """Raise UserError if a file is from a newer version or has another fingerprint than a given one."""
+    footer = parse_footer(metadata)
+    version = footer.get("schema_version", "0")
+    if not re.fullmatch(r"\d{1,9}", version):
+        raise RefusedFile(f"its footer has schema version {escape(version[:20])}")
+    if int(version) > schemas.SCHEMA_VERSION:
+        raise UserError(f"{path} was written by a newer version of this program. Upgrade to read it.")
+    if fingerprint is not None and footer.get("fingerprint") != fingerprint:
+        raise UserError(
+            f"{path} has fingerprint {escape(footer.get('fingerprint', 'none')[:40])}, its layer has {fingerprint}: "
+            "it was made by another recipe. Delete it, or all of its layer with `reinforce drop`, and compute it again "
+            "by `reinforce run`."
+        )
+
+
+def parse_footer(metadata: pq.FileMetaData) -> dict[str, str]:
+    """Parse the footer's keys: schema_version, layer, fingerprint, source and rows; source_* only in new samples."""
+    pairs = metadata.metadata or {}
+    prefix = b"reinforce."
+    return {
+        k.removeprefix(prefix).decode(errors="replace"): v.decode(errors="replace")
+        for k, v in pairs.items()
+        if k.startswith(prefix)
+    }

@@ -1,0 +1,1 @@
+"""``dataset.json``: its content, its checks, its differences from a config, claims."""

@@ -1,0 +1,178 @@
+"""Claims on the recipes of layers that ``dataset.json`` does not list yet: ``claims/<layer>.json``.
+
+A run lists its layers in dataset.json once its models are loaded. Until then a claim keeps a second run of another
+config from starting: one of several runs can create it, the others compare recipes. Runs of one config share it.
+
+- A run takes its claims before it writes anything, then reads dataset.json once more, because another run may have
+  written it in between. It does both again just before it writes dataset.json, and then removes its claims.
+- A claim of a run that was killed expires. On a local disk, which is locked for the run, it does so at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+from reinforce.config import Config
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import Layer
+from reinforce.dataset.manifest.differences import recipe_differences, recipe_error
+from reinforce.dataset.manifest.manifest import find_manifest, update_manifest, write_manifest
+from reinforce.errors import StorageError, UserError
+
+FOLDER = "claims"
+MIN_SECONDS = 3600.0  # after which a claim expires, or twice workers.start_timeout
+_ATTEMPTS = 5
+_THREADS = 8
+
+
+class Claims:
+    """The claims of one run on the ``layers`` of a config. A context manager takes and removes them."""
+
+    def __init__(self, store: Store, config: Config, layers: Mapping[str, Layer]) -> None:
+        self.store, self.config, self.layers = store, config, layers
+        self.seconds = max(MIN_SECONDS, 2 * config.workers.start_timeout)
+        self.token = uuid.uuid4().hex
+        self._owned: set[str] = set()
+        self._shared: set[str] = set()  # of other runs of this config
+        self._manifest: dict[str, Any] = {}
+
+    def take(self) -> None:
+        """Claim the layers that dataset.json does not list. Raises UserError if they are of another recipe there, or
+        another run has claimed them with another."""
+        manifest = find_manifest(self.store)
+        unlisted = [name for name in self.layers if name not in (manifest or {}).get("layers", {})]
+        self._manifest = update_manifest(manifest, self.config, self.layers, {})
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = dict(zip(unlisted, pool.map(self._claim, unlisted), strict=True))
+        if others := {name: claim for name, claim in found.items() if claim is not None}:
+            self.release()
+            raise self._error(others)
+        self._check_manifest()
+
+    def publish(self, loaded: Mapping[str, Mapping[str, Any]], computed: Collection[str]) -> None:
+        """Write dataset.json, with arguments as of ``update_manifest``, and remove the claims. Raises UserError as
+        ``take``."""
+        self.take()
+        updated = update_manifest(find_manifest(self.store), self.config, self.layers, loaded, computed)
+        write_manifest(self.store, updated)
+        for name in self._shared:  # dataset.json replaces them; a run that was killed does not remove its own
+            self._remove(name)
+        self.release()
+
+    def release(self) -> None:
+        """Remove the claims that this run has created."""
+        for name in sorted(self._owned):
+            self._remove(name, self.token)
+        self._owned.clear()
+        if self.store.local:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.store.path(FOLDER))
+
+    def _remove(self, name: str, token: str | None = None) -> None:
+        """Remove the claim on a layer; with ``token``, only if it is of that run."""
+        with contextlib.suppress(StorageError, FileNotFoundError):
+            if token is None or ((found := self._read(name)) and found.get("token") == token):
+                self.store.remove(*_parts(name))
+
+    def __enter__(self) -> Claims:
+        self.take()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _claim(self, name: str) -> dict[str, Any] | None:
+        """Claim a layer -> the claim of another recipe, or None."""
+        found: dict[str, Any] | None = None
+        for _ in range(_ATTEMPTS):
+            found = self._read(name)
+            if found is None:
+                self.store.create(self._claim_json(name), *_parts(name))
+                continue  # whatever the store reports, what can be read is what counts
+            if found.get("token") == self.token:
+                self._owned.add(name)
+                return None
+            if found.get("fingerprint") == self.layers[name].fingerprint:
+                self._shared.add(name)
+                return None
+            if not self._is_expired(found):
+                return found
+            self.store.remove(*_parts(name))
+        raise StorageError(f"{self.store.path(*_parts(name))} cannot be written: other runs remove it. Run again.")
+
+    def _is_expired(self, claim: Mapping[str, Any]) -> bool:
+        if self.store.local and claim.get("host") == socket.gethostname():
+            return True  # this run has the lock of the dataset on this machine
+        at = claim.get("time")
+        return not isinstance(at, (int, float)) or abs(time.time() - at) > self.seconds
+
+    def _claim_json(self, name: str) -> bytes:
+        claim = {
+            "layer": name,
+            "fingerprint": self.layers[name].fingerprint,
+            "token": self.token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": time.time(),
+            "manifest": self._manifest,
+        }
+        return json.dumps(claim, ensure_ascii=False).encode()
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            return self.store.read_json(*_parts(name))
+        except StorageError:
+            raise
+        except UserError:  # no run has written it
+            return {}
+
+    def _check_manifest(self) -> None:
+        manifest = find_manifest(self.store)
+        listed = (manifest or {}).get("layers", {})
+        fingerprints = {name: listed[name]["fingerprint"] for name in self.layers if name in listed}
+        others = {name: found for name, found in fingerprints.items() if found != self.layers[name].fingerprint}
+        if others:
+            raise recipe_error(self.store, manifest, self.layers, others)
+
+    def _error(self, claims: Mapping[str, Mapping[str, Any]]) -> UserError:
+        first = next(iter(claims.values()))
+        minutes = max(0.0, time.time() - float(first["time"])) / 60
+        lines = [
+            f"another run writes to {self.store.url} with another config: pid {first.get('pid')} on "
+            f"{first.get('host')}, which started {minutes:.0f} minutes ago. The results would be mixed:"
+        ]
+        fingerprints = {name: str(claim.get("fingerprint")) for name, claim in claims.items()}
+        reasons = {name: tuple(self._differences(name, claim, fingerprints)) for name, claim in claims.items()}
+        for reason, names in itertools.groupby(reasons, key=reasons.__getitem__):
+            for name in names:
+                here = self.layers[name].fingerprint
+                lines.append(f"  {name}: fingerprint {fingerprints[name]} in that run, {here} in this config")
+            lines += [f"    {line}" for line in reason]
+        path = f"{self.store.url}/{FOLDER}"
+        lines.append(
+            f"Use its config, or write to another `output`. If it is not running any more, delete {path}, or wait: "
+            f"claims end {self.seconds / 60:.0f} minutes after the start of a run that was killed."
+        )
+        return UserError("\n".join(lines))
+
+    def _differences(self, name: str, claim: Mapping[str, Any], fingerprints: Mapping[str, str]) -> list[str]:
+        manifest = claim.get("manifest")
+        known = manifest if isinstance(manifest, Mapping) else {}
+        return recipe_differences(known, self.layers[name], fingerprints, "that run")
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """The file of a layer's claim."""
+    return FOLDER, f"{name.replace('/', '@')}.json"

@@ -1,0 +1,228 @@
+"""dataset.json: the layers of a dataset, their recipes, and the teachers' logit scales."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import schemas
+from reinforce.config import Config
+from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.manifest.schema import check_manifest
+from reinforce.errors import UserError
+from reinforce.source.urls import canonical
+
+#: Key of a teacher's entry with the logit scales from before a tuned one was recorded.
+TUNED_KEY = "logit_scale_tuned"
+#: Key of the hash of all else in dataset.json; earlier versions did not write it.
+DIGEST_KEY = "digest"
+#: Key of the entry of a custom class with the hashes of the file that defines it, one for each change.
+CODE_KEY = "code"
+
+
+def read_manifest(store: Store) -> dict[str, Any]:
+    """Read dataset.json. Raises UserError if there is none, it is damaged, or a newer version wrote it."""
+    manifest = find_manifest(store)
+    if manifest is None:
+        raise UserError(f"{store.url} is not a reinforced dataset: it has no {MANIFEST}.")
+    if SAMPLES not in manifest["layers"]:
+        raise UserError(f"{store.url}: {MANIFEST} lists no samples. Restore it.")
+    return manifest
+
+
+def find_manifest(store: Store) -> dict[str, Any] | None:
+    """Read dataset.json, None if there is none. Raises UserError if it is damaged, or a newer version wrote it."""
+    manifest = store.read_json(MANIFEST)
+    if manifest is None:
+        return None
+    version = manifest.get("schema_version", 0)
+    if isinstance(version, int) and version > schemas.SCHEMA_VERSION:
+        raise UserError(f"{store.url} was written by a newer version of this program. Upgrade to read it.")
+    check_manifest(manifest, store.url)
+    return manifest
+
+
+def write_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
+    """Write dataset.json with its digest."""
+    store.write_json({**manifest, DIGEST_KEY: manifest_digest(manifest)}, MANIFEST)
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Hash of all of a manifest but its digest -> 16 hex digits.
+
+    Fingerprints do not cover what changes no stored number, such as logit scales, which a training uses.
+    """
+    content = {key: value for key, value in manifest.items() if key != DIGEST_KEY}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def same_content(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+    """Whether two manifests are equal apart from their digests, which those of earlier versions do not have."""
+    return other is not None and manifest_digest(one) == manifest_digest(other)
+
+
+def select_names(url: str, kind: str, names: Sequence[str] | None, manifest: Mapping[str, Any]) -> list[str]:
+    """Select ``teachers`` or ``captioners`` by name; None selects all. Raises UserError if there is none of a name."""
+    known = list(manifest[kind])
+    for name in names or []:
+        if name not in known:
+            raise UserError(f"{url} has no {kind[:-1]} {name!r}; it has: {', '.join(known) or 'none'}.")
+    return known if names is None else list(names)
+
+
+def update_manifest(
+    old: Mapping[str, Any] | None,
+    config: Config,
+    layers: Mapping[str, Layer],
+    loaded: Mapping[str, Mapping[str, Any]],
+    computed: Collection[str] = (),
+) -> dict[str, Any]:
+    """Add a config's layers to the manifest; layers of other configs stay.
+
+    ``loaded`` maps the name of each loaded model to its dim, logit_scale and image preprocessing. ``computed`` names
+    the layers that the run computes: the code of their classes is recorded.
+    """
+    made = [layer for name, layer in layers.items() if name in computed]
+    manifest: dict[str, Any] = {
+        "format": "reinforced-dataset",
+        "schema_version": schemas.SCHEMA_VERSION,
+        **layers[SAMPLES].recipe,
+        "teachers": dict((old or {}).get("teachers", {})),
+        "captioners": dict((old or {}).get("captioners", {})),
+        "layers": dict((old or {}).get("layers", {})),
+    }
+    for name, layer in layers.items():
+        manifest["layers"][name] = _layer_entry(
+            layer, manifest["layers"].get(name, {}), loaded.get(layer.model or "", {})
+        )
+    for name, teacher in config.teachers.items():
+        before = manifest["teachers"].get(name, {})
+        of_model = loaded.get(name, {})
+        manifest["teachers"][name] = {
+            "model": _model_identity(layers, name, "embeddings") or before.get("model"),
+            **_code(before, _model_layer(made, name, "embeddings")),
+            **_logit_scale(before, teacher.logit_scale, of_model.get("logit_scale")),
+            "dim": of_model.get("dim") or before.get("dim"),
+            "image": of_model.get("image") or before.get("image"),
+        }
+    if moved := _moved((old or {}).get("moved", {}), config):
+        manifest["moved"] = moved
+    for name in config.captioners:
+        before = manifest["captioners"].get(name, {})
+        manifest["captioners"][name] = {
+            "model": _model_identity(layers, name, "captions"),
+            **_code(before, _model_layer(made, name, "captions")),
+        }
+    return manifest
+
+
+def _moved(before: Mapping[str, str], config: Config) -> dict[str, str]:
+    """Former folders of the source by where they are now; those of this config replace earlier places."""
+    now = {canonical(new): canonical(old) for new, old in config.moved.items()}
+    return {**{new: old for new, old in before.items() if old not in now.values()}, **now}
+
+
+def _layer_entry(layer: Layer, before: Mapping[str, Any], of_model: Mapping[str, Any]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"kind": layer.kind, "fingerprint": layer.fingerprint}
+    if layer.kind == "captions":
+        entry |= {"captioner": layer.model, "count": layer.count}
+    elif layer.model is not None:
+        dim = of_model.get("dim", layer.dim) or before.get("dim")
+        entry |= {"teacher": layer.model, "texts": layer.texts, "count": layer.count, "dim": dim, "dtype": layer.dtype}
+    return entry
+
+
+def _logit_scale(before: Mapping[str, Any], of_config: float | None, of_model: float | None) -> dict[str, Any]:
+    """The entries for the logit scale in use and its origin.
+
+    A tuned scale stays in use until the config's scale differs from the one at the time of tuning.
+    """
+    tuned = before.get(TUNED_KEY)
+    if tuned is not None and of_config in (None, tuned["config"]):
+        return {key: before[key] for key in ("logit_scale", "logit_scale_from", TUNED_KEY)}
+    if of_config:
+        return {"logit_scale": of_config, "logit_scale_from": "config"}
+    scale = of_model if of_model is not None else before.get("logit_scale")
+    return {"logit_scale": scale, "logit_scale_from": "model"}
+
+
+def record_scales(manifest: Mapping[str, Any], scales: Mapping[str, float], origin: str) -> dict[str, Any]:
+    """Put tuned logit scales into the manifest, with the scales that they replace."""
+    teachers = dict(manifest["teachers"])
+    for name, scale in scales.items():
+        entry = teachers[name]
+        if TUNED_KEY in entry:
+            replaced = entry[TUNED_KEY]
+        else:
+            of_config = entry["logit_scale"] if entry["logit_scale_from"] == "config" else None
+            replaced = {"config": of_config, "before": entry["logit_scale"], "before_from": entry["logit_scale_from"]}
+        teachers[name] = {**entry, "logit_scale": scale, "logit_scale_from": origin, TUNED_KEY: replaced}
+    return {**manifest, "teachers": teachers}
+
+
+def _code(before: Mapping[str, Any], layer: Layer | None) -> dict[str, Any]:
+    """The entry for the code of a custom class: the hashes of the runs so far, in order; empty if none is known.
+
+    ``layer`` is one that is computed now, None if there is none. Another model or version begins a new list.
+    """
+    known = list(before.get(CODE_KEY, ()))
+    if layer is not None and before.get("model") != layer.recipe["model"]:
+        known = []
+    if layer is not None and layer.code is not None and known[-1:] != [layer.code]:
+        known.append(layer.code)
+    return {CODE_KEY: known} if known else {}
+
+
+def code_notes(old: Mapping[str, Any] | None, layers: Iterable[Layer]) -> list[str]:
+    """Warnings that a run logs: one for each custom class whose file has changed while its ``version`` has not.
+
+    ``layers`` are those that the run computes.
+    """
+    notes: dict[tuple[str, str], str] = {}
+    for layer in layers:
+        kind = "captioner" if layer.kind == "captions" else "teacher"
+        before = (old or {}).get(f"{kind}s", {}).get(layer.model, {})
+        known = before.get(CODE_KEY)
+        if layer.code is None or not known or known[-1] == layer.code or before.get("model") != layer.recipe["model"]:
+            continue
+        model = layer.recipe["model"]
+        version = f"is still {model['version']!r}" if "version" in model else "is not set"
+        notes[kind, str(layer.model)] = (
+            f"{kind} {layer.model}: the file of class {model['class']} has changed since its layers were computed "
+            f"(hash {known[-1]} then, {layer.code} now), and its `version` {version}. If its outputs are the same, "
+            "continue: this run records the new hash. If they have changed, stop the run and set another `version`; "
+            "otherwise one layer will have outputs of both."
+        )
+    return list(notes.values())
+
+
+def scale_notes(old: Mapping[str, Any] | None, config: Config) -> list[str]:
+    """Lines that a run logs: one for each teacher whose tuned scale is replaced, or kept against the config's."""
+    notes = []
+    for name, teacher in config.teachers.items():
+        before = (old or {}).get("teachers", {}).get(name, {})
+        if TUNED_KEY not in before:
+            continue
+        tuned = f"{before['logit_scale']:g} ({before['logit_scale_from']})"
+        if TUNED_KEY not in _logit_scale(before, teacher.logit_scale, None):
+            notes.append(f"teacher {name}: logit scale {teacher.logit_scale:g} of this config replaces {tuned}")
+        elif teacher.logit_scale not in (None, before["logit_scale"]):
+            notes.append(
+                f"teacher {name}: logit scale {tuned} stays in use, not the {teacher.logit_scale:g} of this config, "
+                "which was in use before the tuning; any other value would replace it"
+            )
+    return notes
+
+
+def _model_identity(layers: Mapping[str, Layer], name: str, folder: str) -> Any:
+    layer = _model_layer(layers.values(), name, folder)
+    return layer.recipe["model"] if layer else None
+
+
+def _model_layer(layers: Iterable[Layer], name: str, folder: str) -> Layer | None:
+    """A layer of a teacher (``embeddings``) or captioner (``captions``), or None."""
+    return next((layer for layer in layers if layer.model == name and layer.name.startswith(f"{folder}/")), None)

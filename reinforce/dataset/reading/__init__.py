@@ -1,0 +1,1 @@
+"""``reinforce.open``: aligned layers, samples, and how they are shown."""

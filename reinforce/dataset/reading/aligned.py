@@ -1,0 +1,172 @@
+"""Layers of a shard read together, by row group, with their rows checked to be aligned by key."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from reinforce.dataset.files.damage import drop_shard_command
+from reinforce.dataset.files.layer_file import LayerFile, RefusedFile
+from reinforce.dataset.files.store import Store, parse_footer
+from reinforce.dataset.layers import SAMPLES
+from reinforce.errors import UserError
+from reinforce.source.identity import current_url
+from reinforce.terminal import escape
+
+
+class MisalignedKeys(UserError):
+    """A layer's file does not have the rows of the samples of its shard."""
+
+
+@dataclass(frozen=True)
+class AlignedLayers:
+    """Layers of a dataset that are read together.
+
+    ``fingerprints`` maps each layer, ``samples`` included, to the fingerprint that its files must have, None if that is
+    not checked. ``columns`` restricts a layer to some of its columns, among them ``key``; default: all columns.
+    ``moved`` is that of dataset.json: references to images get the URLs where the source shards are now.
+    """
+
+    store: Store
+    fingerprints: Mapping[str, str | None]
+    columns: Mapping[str, Sequence[str]]
+    moved: Mapping[str, str] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def open(self, shard: str, *, whole: bool = True) -> Iterator[AlignedShard]:
+        """Open a shard's files, to be read as a ``whole`` or for single row groups.
+
+        Raises UserError if one is missing, damaged, or has another fingerprint.
+        """
+        with contextlib.ExitStack() as stack:
+            files = {}
+            for name, fingerprint in self.fingerprints.items():
+                with layer_errors(self.store, name, shard):
+                    files[name] = stack.enter_context(self.store.open_layer(name, shard, fingerprint, whole=whole))
+                if files[name].num_row_groups != files[SAMPLES].num_row_groups:
+                    raise alignment_error(self.store, name, shard)
+            yield AlignedShard(self.store, shard, files, self.columns, self.moved)
+
+
+class AlignedShard:
+    """The open files of one shard's layers."""
+
+    def __init__(
+        self,
+        store: Store,
+        shard: str,
+        files: Mapping[str, LayerFile],
+        columns: Mapping[str, Sequence[str]],
+        moved: Mapping[str, str],
+    ) -> None:
+        self.store, self.shard = store, shard
+        self.layers = tuple(files)
+        self.row_groups: int = files[SAMPLES].num_row_groups
+        self._files, self._columns, self._moved = files, columns, moved
+
+    @property
+    def source(self) -> str:
+        """URL of the source shard where it is now, as the footer of its samples records it; empty if it does not."""
+        return current_url(parse_footer(self._files[SAMPLES].metadata).get("source", ""), self._moved)
+
+    def footer(self, layer: str) -> dict[str, str]:
+        """The footer of a layer's file, as ``parse_footer`` returns it."""
+        return parse_footer(self._files[layer].metadata)
+
+    def row_group(self, number: int) -> RowGroup:
+        """Read the samples of a row group; its other layers are read on request."""
+        return RowGroup(self, number)
+
+    def read(self, number: int) -> dict[str, pa.Table]:
+        """Read a row group of every layer. Raises UserError if they are not aligned or a file is damaged."""
+        group = self.row_group(number)
+        return {name: group.read(name) for name in self.layers}
+
+    def read_unchecked(self, layer: str, number: int) -> pa.Table:
+        """Read a row group of a layer without comparing its keys."""
+        with layer_errors(self.store, layer, self.shard):
+            table = self._files[layer].read_row_group(number, self._columns.get(layer), use_threads=False)
+            if "key" not in table.column_names:
+                raise RefusedFile("it has no column key")
+        return _with_current_urls(table, self._moved) if self._moved else table
+
+
+class RowGroup:
+    """One row group of an open shard: its ``samples``, and other layers on request."""
+
+    def __init__(self, shard: AlignedShard, number: int) -> None:
+        self._shard, self._number = shard, number
+        self.samples: pa.Table = shard.read_unchecked(SAMPLES, number)
+
+    def read(self, layer: str) -> pa.Table:
+        """Read a layer. Raises UserError if its keys are not those of the samples or its file is damaged."""
+        if layer == SAMPLES:
+            return self.samples
+        table = self._shard.read_unchecked(layer, self._number)
+        if not table["key"].equals(self.samples["key"]):
+            raise alignment_error(self._shard.store, layer, self._shard.shard)
+        return table
+
+
+def _with_current_urls(table: pa.Table, moved: Mapping[str, str]) -> pa.Table:
+    """A table whose references to images, if it has some, name the tars where they are now."""
+    index = table.schema.get_field_index("image_ref")
+    if index < 0:
+        return table
+    rows = [{**row, "url": current_url(row["url"], moved)} for row in table["image_ref"].to_pylist()]
+    column = table.schema.field(index)
+    return table.set_column(index, column, pa.array(rows, column.type))
+
+
+def alignment_error(store: Store, layer: str, shard: str) -> MisalignedKeys:
+    """The error for a file whose rows are not those of the samples of its shard."""
+    command = drop_shard_command(store.url, [layer], shard)
+    return MisalignedKeys(
+        f"{layer}/{shard}.parquet does not have the keys of {SAMPLES}/{shard}.parquet: one of them was changed. "
+        f"Set the file of the layer aside by {command} --yes, and run again."
+    )
+
+
+@contextlib.contextmanager
+def read_errors(path: str, mend: Callable[[], str] = lambda: "delete it") -> Iterator[None]:
+    """Turn what reading a layer file raises into a UserError that names the file and the fix.
+
+    ``mend`` returns what to do with a damaged file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing. `reinforce run` with its config computes what is missing.") from error
+    except Exception as error:  # each storage driver has its own exceptions
+        kind = "" if isinstance(error, RefusedFile) else f"{type(error).__name__}: "
+        raise UserError(
+            f"{path} cannot be read ({kind}{escape(str(error)[:500])}). If it is damaged, {mend()}: `reinforce run` "
+            "with its config computes what is missing."
+        ) from error
+
+
+def layer_errors(store: Store, layer: str, shard: str) -> contextlib.AbstractContextManager[None]:
+    """``read_errors`` of a layer's file, with the command that sets it aside."""
+    return read_errors(
+        store.layer_path(layer, shard),
+        lambda: f"set it aside by {drop_shard_command(store.url, [layer], shard)} --yes",
+    )
+
+
+@contextlib.contextmanager
+def row_errors(where: str) -> Iterator[None]:
+    """Turn what the conversion of damaged or forged rows raises into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError, pa.ArrowException) as error:
+        raise UserError(
+            f"{where}: rows are not as runs write them ({escape(f'{type(error).__name__}: {error}'[:300])}). Restore "
+            "the dataset."
+        ) from error

@@ -1,0 +1,343 @@
+"""Reading a reinforced dataset: samples with the layers of some teachers and captioners."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from reinforce import settings
+from reinforce.config import ReadLimits
+from reinforce.dataset import vectors
+from reinforce.dataset.augment.records import from_records
+from reinforce.dataset.files.damage import describe_damaged, drop_shard_command, find_damaged, without_files
+from reinforce.dataset.files.index import read_index
+from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
+from reinforce.dataset.manifest.manifest import read_manifest, select_names
+from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors, row_errors
+from reinforce.dataset.reading.completeness import check_completeness
+from reinforce.dataset.reading.row_counts import row_group_table
+from reinforce.dataset.reading.sample import ImagePolicies, Sample
+from reinforce.errors import UserError
+from reinforce.source.formats.tar import referenced_images
+from reinforce.source.references import ChangedImages, ImageRoots
+from reinforce.terminal import escape, format_bytes
+from schemas import IMAGE_DIGEST, image_column
+
+if TYPE_CHECKING:
+    from reinforce.dataset.reading.torch_dataset import TorchSamples
+
+
+_LOG = logging.getLogger(__name__)
+
+
+def open(
+    url: str,
+    teachers: Sequence[str] | None = None,
+    captioners: Sequence[str] | None = None,
+    *,
+    strict: bool = False,
+    images_from: str | Sequence[str] = (),
+    limits: Mapping[str, int] | None = None,
+) -> Dataset:
+    """Open the dataset at a folder or fsspec URL with the layers of some teachers and captioners; default: all.
+
+    Shards that a layer lacks are not read: a warning names the layers and numbers, or with ``strict`` a UserError.
+    Quarantined shards are not read either, and are only logged. Raises UserError if there is no dataset, or it has no
+    teacher or captioner of a given name.
+
+    If the dataset stores its images by reference, ``images_from`` are the folders or URLs of tars that it may read them
+    from, such as the folder of its ``source``. ``limits`` are ``image_bytes`` and ``pixels`` of
+    ``reinforce.config.ReadLimits``, above which an image is not read.
+    """
+    return Dataset(url, teachers, captioners, strict=strict, images_from=images_from, limits=limits)
+
+
+class Dataset:
+    """The samples of the shards that are complete in every selected layer; ``reinforce.open`` makes one.
+
+    Iterating yields ``Sample`` in the order of the shards. ``len(data)`` is the number of samples; the first call
+    reads the footer of each shard's samples file. ``data[name]`` with a name of ``data.shards``, ``data[3]`` and
+    ``data[2:5]`` are the dataset restricted to these shards.
+
+    Attributes:
+        shards: names of the shards, sorted.
+        teachers, captioners: names of those selected.
+        layers: names of the layers that are read.
+        manifest: content of dataset.json.
+        store: the dataset's files.
+        roots: where images that are stored by reference may be read.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        teachers: Sequence[str] | None = None,
+        captioners: Sequence[str] | None = None,
+        *,
+        strict: bool = False,
+        images_from: str | Sequence[str] = (),
+        limits: Mapping[str, int] | None = None,
+        images_key: str = 'images_from=["{}"]',
+    ) -> None:
+        self.store = Store(url)
+        self._limits = settings.parse(ReadLimits, limits or {}, "limits")
+        self.roots = ImageRoots.named(images_from, images_key, self._limits.image_bytes)
+        self.manifest = read_manifest(self.store)
+        self.teachers = select_names(self.store.url, "teachers", teachers, self.manifest)
+        self.captioners = select_names(self.store.url, "captioners", captioners, self.manifest)
+        wanted = [captions_layer(c) for c in self.captioners]
+        wanted += [embeddings_layer(t, i) for t in self.teachers for i in ("images", TRUE_CAPTION, *self.captioners)]
+        self.layers = [SAMPLES, *(name for name in wanted if name in self.manifest["layers"])]
+        listings = self.store.listings(self.layers)
+        self.shards = self._complete_shards(listings, strict)
+        sizes = {name: listing.sizes_of(self.shards) for name, listing in listings.items()}
+        self._samples_bytes = dict(zip(self.shards, sizes[SAMPLES].tolist(), strict=True))
+        self._total_bytes = dict(zip(self.shards, np.sum([*sizes.values()], axis=0).tolist(), strict=True))
+
+    def _complete_shards(self, listings: Mapping[str, Listing], strict: bool) -> list[str]:
+        """Names of the shards that every layer has. Warns or raises UserError if others are missing."""
+        damaged = find_damaged(self.store, listings, self.fingerprints)
+        committed = read_index(self.store, SAMPLES, self.fingerprints[SAMPLES]).listing()
+        known = [listings[SAMPLES], committed]
+        found = check_completeness(self.store, without_files(listings, damaged), known)
+        read, missing = f"{len(found.complete):,} of {found.total:,} shards are read", found.describe_missing()
+        if missing and damaged:
+            missing = f"{missing}; {describe_damaged(self.store.url, damaged)}"
+        notes = [missing] if missing else []
+        notes += [found.describe_quarantined()] if found.quarantined else []
+        if not found.complete:
+            raise UserError(
+                f"{self.store.url} has no shard that is complete in {', '.join(self.layers)}. Finish the run."
+                + "".join(f"\n  {note}" for note in notes)
+            )
+        fix = "`reinforce run` with the dataset's config computes what is missing"
+        if missing and strict:
+            raise UserError(f"{self.store.url}: {missing}. {fix}; without `strict`, {read}.")
+        if missing:
+            _LOG.warning("%s: %s, because %s. %s.", self.store.url, read, "; ".join(notes), fix)
+        elif notes:
+            _LOG.info("%s: %s; %s", self.store.url, read, notes[0])
+        return found.complete
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each layer that is read."""
+        return {name: self.manifest["layers"][name]["fingerprint"] for name in self.layers}
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @cached_property
+    def _rows(self) -> int:
+        fingerprint = self.manifest["layers"][SAMPLES]["fingerprint"]
+        sizes = {shard: self._samples_bytes[shard] for shard in self.shards}
+        return int(row_group_table(self.store, fingerprint, sizes)[:, 2].sum())
+
+    def __bool__(self) -> bool:
+        return bool(self.shards)  # without the row counts
+
+    def __getitem__(self, index: str | int | slice) -> Dataset:
+        """The dataset restricted to a shard by name or number, or to a slice of the shards.
+
+        Raises KeyError for an unknown name and IndexError for a number out of range.
+        """
+        if isinstance(index, str):
+            if index not in self.shards:
+                raise KeyError(f"{self.store.url} has no shard {index!r} that is complete in every selected layer")
+            shards = [index]
+        elif isinstance(index, slice):
+            shards = self.shards[index]
+        elif not -len(self.shards) <= index < len(self.shards):
+            raise IndexError(f"shard {index} is out of range: {self.store.url} has {len(self.shards):,} shards")
+        else:
+            shards = [self.shards[index]]
+        restricted = copy.copy(self)
+        restricted.__dict__.pop("_rows", None)
+        restricted.shards = shards
+        return restricted
+
+    def __iter__(self) -> Iterator[Sample]:
+        for shard in self.shards:
+            for tables in self.row_groups(shard):
+                try:
+                    yield from self._samples(tables)
+                except ChangedImages as error:
+                    raise UserError(error.describe(drop_shard_command(self.store.url, [SAMPLES], shard))) from error
+
+    def row_groups(self, shard: str) -> Iterator[dict[str, pa.Table]]:
+        """Tables of each row group by layer, aligned by key. Raises UserError if they are not or one is damaged."""
+        with AlignedLayers(self.store, self.fingerprints, {}, self.manifest.get("moved", {})).open(shard) as layers:
+            yield from map(layers.read, range(layers.row_groups))
+
+    def rows(self, shard: str, group: int, places: Sequence[int], *, images: bool = True) -> list[Sample]:
+        """The samples at some places of a row group, or all but their images. Raises UserError as iterating does."""
+        layers = AlignedLayers(self.store, self.fingerprints, {}, self.manifest.get("moved", {}))
+        with layers.open(shard, whole=False) as files:
+            tables = {name: table.take(pa.array(places)) for name, table in files.read(group).items()}
+        try:
+            return list(self._samples(tables, images))
+        except ChangedImages as error:
+            raise UserError(error.describe(drop_shard_command(self.store.url, [SAMPLES], shard))) from error
+
+    def show(self, key: str) -> Sample:
+        """The sample of a key, which a notebook shows with its crops, augmentations and captions.
+
+        Reads the keys of one shard after the other, in ``data["NAME"].show(key)`` only those of a shard. Raises
+        KeyError if no shard has the key.
+        """
+        for shard in self.shards:
+            for group, place in self._find(shard, key):
+                return self.rows(shard, group, [place])[0]
+        raise KeyError(f"{self.store.url} has no sample {key!r} in {len(self.shards):,} shards")
+
+    def _find(self, shard: str, key: str) -> Iterator[tuple[int, int]]:
+        """Row group and place of a key in a shard, if it has it."""
+        fingerprint = self.fingerprints[SAMPLES]
+        with (
+            layer_errors(self.store, SAMPLES, shard),
+            self.store.open_layer(SAMPLES, shard, fingerprint, whole=False) as file,
+        ):
+            for group in range(file.num_row_groups):
+                place = pc.index(file.read_row_group(group, ["key"])["key"], key).as_py()
+                if place >= 0:
+                    yield group, place
+
+    def to_torch(self, transform: Callable[[Sample], Any] | None = None) -> TorchSamples:
+        """A ``torch.utils.data.IterableDataset`` of ``transform(sample)``, or of the samples.
+
+        Each shard is read by one DataLoader worker of one rank of ``torch.distributed``, if that is initialised.
+        Samples come in the order of the shards, without shuffling. Ranks and workers can get different numbers of
+        samples, and no samples if there are fewer shards. With the start method ``spawn``, ``transform`` must be
+        picklable: a function of a module, not a lambda. Example:
+
+            def image_and_vector(sample):
+                pixels = np.asarray(sample.augmented(0, size=224))
+                return {"image": torch.from_numpy(pixels.copy()), "vector": torch.from_numpy(sample.images["dfn2b"][0])}
+
+            data = reinforce.open("my-data", teachers=["dfn2b"], captioners=[])
+            for batch in DataLoader(data.to_torch(image_and_vector), batch_size=64, num_workers=2):
+                ...  # batch["image"]: uint8 [64, 224, 224, 3], batch["vector"]: float32 [64, D]
+
+        Without a ``transform``, pass ``batch_size=None`` or a ``collate_fn`` to the DataLoader. To train a student
+        with shuffling and exact resume, use ``reinforce train``.
+        """
+        from reinforce.dataset.reading.torch_dataset import TorchSamples
+
+        return TorchSamples(self, transform)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files of these shards, in all layers that are read."""
+        return sum(self._total_bytes[shard] for shard in self.shards)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Dataset({self.store.url!r})",
+            f"  {len(self):,} samples in {len(self.shards):,} {'shard' if len(self.shards) == 1 else 'shards'}, "
+            f"{format_bytes(self.nbytes)}",
+            f"  teachers: {', '.join(map(self._describe_teacher, self.teachers)) or 'none'}",
+            f"  captioners: {', '.join(map(self._describe_captioner, self.captioners)) or 'none'}",
+        ]
+        return escape("\n".join(lines))
+
+    def _repr_html_(self) -> str:
+        from reinforce.dataset.reading.notebook import dataset_html
+
+        facts = [
+            ("samples", f"{len(self):,}"),
+            ("shards", f"{len(self.shards):,}"),
+            ("size", format_bytes(self.nbytes)),
+            ("teachers", ", ".join(map(self._describe_teacher, self.teachers)) or "none"),
+            ("captioners", ", ".join(map(self._describe_captioner, self.captioners)) or "none"),
+        ]
+        return dataset_html(self.store.url, facts, {name: self.manifest["layers"][name] for name in self.layers})
+
+    def _describe_teacher(self, name: str) -> str:
+        scale = self.manifest["teachers"][name].get("logit_scale")
+        layers = self.manifest["layers"]
+        images = layers.get(embeddings_layer(name, "images"))
+        layer = images or layers.get(embeddings_layer(name, TRUE_CAPTION)) or {}
+        details = [
+            f"dim {layer.get('dim')}",
+            f"K {images['count']}" if images else "texts only",
+            "no logit scale" if scale is None else f"logit scale {scale:g}",
+        ]
+        return f"{name} ({', '.join(details)})"
+
+    def _describe_captioner(self, name: str) -> str:
+        layer = self.manifest["layers"].get(captions_layer(name), {})
+        return f"{name} (N {layer.get('count')})"
+
+    @cached_property
+    def _policies(self) -> ImagePolicies:
+        return ImagePolicies.from_manifest(self.manifest, self.store.url, self._limits)
+
+    def _samples(self, tables: Mapping[str, pa.Table], with_images: bool = True) -> Iterator[Sample]:
+        """The samples of one row group. Raises UserError if a row is not what a run writes."""
+        column = image_column(self.manifest["images"])
+        if column not in tables[SAMPLES].column_names:
+            raise UserError(f"{self.store.url}: column {column}, which dataset.json states, is missing. Restore it.")
+        with row_errors(self.store.url):
+            rows = tables[SAMPLES].to_pylist()
+            layers = _RowGroupLayers(tables, self.teachers, self.captioners)
+        images: Iterator[bytes]
+        if not with_images:
+            images = itertools.repeat(b"", len(rows))
+        elif self.manifest["images"] == "embed":
+            images = (row["image"] for row in rows)
+        else:
+            digests = [row.get(IMAGE_DIGEST) for row in rows]
+            images = referenced_images([row["image_ref"] for row in rows], self.roots, digests=digests)
+        for i, (row, image) in enumerate(zip(rows, images, strict=True)):
+            with row_errors(self.store.url):
+                sample = Sample(
+                    key=row["key"],
+                    caption=row["caption"],
+                    metadata=json.loads(row["metadata"]) if row["metadata"] else None,
+                    width=row["width"],
+                    height=row["height"],
+                    image=image,
+                    augmentations=tuple(from_records(row["augmentations"])),
+                    captions=layers.captions(i),
+                    images=layers.images(i),
+                    texts=layers.texts(i),
+                    policies=self._policies,
+                )
+            yield sample
+
+
+class _RowGroupLayers:
+    """The captions and vectors of a row group, by row."""
+
+    def __init__(self, tables: Mapping[str, pa.Table], teachers: Sequence[str], captioners: Sequence[str]) -> None:
+        self._teachers = teachers
+        self._captions = {
+            c: tables[captions_layer(c)]["captions"].to_pylist() for c in captioners if captions_layer(c) in tables
+        }
+        arrays = {name: vectors.decode(table) for name, table in tables.items() if name.startswith("embeddings/")}
+        self._images = {name.split("/")[1]: v for name, v in arrays.items() if name.endswith("/images")}
+        self._texts = {name: v for name, v in arrays.items() if not name.endswith("/images")}
+
+    def captions(self, row: int) -> dict[str, list[str] | None]:
+        return {name: texts[row] for name, texts in self._captions.items()}
+
+    def images(self, row: int) -> dict[str, np.ndarray]:
+        return {teacher: values[row] for teacher, values in self._images.items()}
+
+    def texts(self, row: int) -> dict[str, dict[str, np.ndarray]]:
+        texts: dict[str, dict[str, np.ndarray]] = {teacher: {} for teacher in self._teachers}
+        for name, values in self._texts.items():
+            _, teacher, inputs = name.split("/")
+            texts[teacher][inputs] = values[row]
+        return texts

@@ -1,0 +1,71 @@
+"""Datasets and samples as a notebook shows them: HTML without scripts that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from reinforce.dataset.reading.sample_view import SampleView, Shown, draw
+from reinforce.errors import UserError
+from reinforce.markup import render
+
+_SIDE, _REPLAY_SIDE = 320, 120  # pixels
+_LAYERS = 40  # that are listed
+
+
+def sample_html(sample: Shown) -> str:
+    """A sample: the image with its crops, its augmentations, and its captions with their similarities."""
+    view, original, problem = SampleView.of(sample), "", ""
+    replays: list[str] = []
+    try:
+        pictures = draw(sample, _SIDE, _REPLAY_SIDE)
+        original, replays = _address(pictures.original), _parts(pictures.replays, len(view.replays))
+    except UserError as error:
+        problem = str(error)
+    return render("notebook/sample.html", view=view, original=original, replays=replays, problem=problem)
+
+
+def dataset_html(url: str, facts: Sequence[tuple[str, str]], layers: Mapping[str, Mapping[str, Any]]) -> str:
+    """A dataset: facts by name, and the entries in dataset.json of the layers that are read."""
+    names = [*layers][:_LAYERS]
+    lines = [(name, *_describe(layers[name]), layers[name]["fingerprint"]) for name in names]
+    return render(
+        "notebook/table.html",
+        title=url,
+        facts=facts,
+        heads=("layer", "a row", "type", "fingerprint"),
+        lines=lines,
+        more=len(layers) - len(names),
+    )
+
+
+def _describe(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """What a row of a layer holds, and its type."""
+    if entry["kind"] == "samples":
+        return "image, caption, augmentations", ""
+    if entry["kind"] == "captions":
+        return f"{entry['count']} captions", "text"
+    return f"[{entry['count']}, {entry['dim']}]", str(entry["dtype"])
+
+
+def _parts(strip: bytes, count: int) -> list[str]:
+    """Addresses of the squares of a strip, as single images: notebooks may remove the styles that cut it."""
+    if not strip:
+        return []
+    with Image.open(io.BytesIO(strip)) as image:
+        side = image.height
+        parts = [image.crop((k * side, 0, (k + 1) * side, side)) for k in range(count)]
+    found = []
+    for part in parts:
+        out = io.BytesIO()
+        part.save(out, "WEBP", quality=85, method=2)
+        found.append(_address(out.getvalue()))
+    return found
+
+
+def _address(webp: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"

@@ -1,0 +1,153 @@
+"""One sample of a reinforced dataset, and its image as the teachers saw it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pydantic import ValidationError
+
+from reinforce.config import Limits, ReadLimits
+from reinforce.dataset.augment.backends import BACKENDS, load_backend
+from reinforce.dataset.augment.records import Augmentation
+from reinforce.errors import UserError
+from reinforce.images.policy import IMAGE_POLICIES, ImageRefused, decode, is_image_policy
+from reinforce.terminal import escape
+from schemas import Reason
+
+_CAPTION_CHARS = 60  # of a caption in repr
+
+
+@dataclass(frozen=True)
+class ImagePolicies:
+    """How a dataset's images become pixels, as its dataset.json records it.
+
+    ``image`` is the image policy, ``augmentation`` the augmentation backend, ``limits`` the bounds on an image.
+    """
+
+    url: str
+    image: str
+    augmentation: str
+    limits: Limits
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any], url: str, bounds: ReadLimits | None = None) -> ImagePolicies:
+        """Read them from a manifest, with its limits lowered to ``bounds``.
+
+        Raises UserError if it does not record them.
+        """
+        try:
+            policies, limits = manifest["policies"], Limits.model_validate(manifest["input"]["limits"])
+            image, augmentation = policies["image"], policies["augmentation"]
+            if not isinstance(image, str) or not isinstance(augmentation, str):
+                raise TypeError
+            return cls(url, image, augmentation, (bounds or ReadLimits()).applied_to(limits))
+        except (KeyError, TypeError, ValidationError) as error:
+            raise UserError(f"{url}: dataset.json does not record image policies and limits. Restore it.") from error
+
+    def check(self) -> None:
+        """Raise UserError if this version of the program does not implement the recorded policies."""
+        for name, recorded, is_supported, supported in (
+            ("image", self.image, is_image_policy(self.image), IMAGE_POLICIES),
+            ("augmentation", self.augmentation, self.augmentation in BACKENDS, " and ".join(BACKENDS)),
+        ):
+            if not is_supported:
+                raise UserError(
+                    f"{self.url} has {name} policy {recorded}, this version supports {supported}. Use the version "
+                    "that wrote it."
+                )
+
+
+@dataclass(frozen=True, repr=False)
+class Sample:
+    """One image-text pair with its reinforcements.
+
+    Attributes:
+        key: name of the sample, unique within its shard.
+        caption: true caption, or None.
+        metadata: the sample's JSON sidecar, or the fields of it that were kept, or None.
+        width, height: size in pixels of the decoded image.
+        image: encoded image, as in the source; ``pil()`` decodes it.
+        augmentations: K augmentation records; ``augmented(k)`` replays one.
+        captions: synthetic captions by captioner, None if the layer is null for this sample.
+        images: float32 [K, D] by teacher; row k is the embedding of ``augmented(k)``.
+        texts: float32 [1 or N, D] by teacher, then by ``caption`` (the true caption) or captioner.
+        policies: how the dataset's images become pixels.
+
+    Vectors are NaN if the layer is null for this sample.
+    """
+
+    key: str
+    caption: str | None
+    metadata: dict[str, Any] | None
+    width: int
+    height: int
+    image: bytes
+    augmentations: tuple[Augmentation, ...]
+    captions: Mapping[str, list[str] | None]
+    images: Mapping[str, np.ndarray]
+    texts: Mapping[str, Mapping[str, np.ndarray]]
+    policies: ImagePolicies
+
+    def pil(self) -> Image.Image:
+        """Decode the image to RGB by the dataset's recorded image policy and limits.
+
+        Raises UserError if the image cannot be decoded or the policy is from a newer version.
+        """
+        self.policies.check()
+        try:
+            return decode(self.image, self.policies.limits, policy=self.policies.image)
+        except ImageRefused as error:
+            raise self._image_error(error) from error
+
+    def augmented(self, k: int, size: int | None = None, image: Image.Image | None = None) -> Image.Image:
+        """Replay augmentation record ``k`` by the recorded backend: the RGB crop that the teachers saw.
+
+        ``size`` is the side of the result in pixels; default: the recorded one. At another size, translations are
+        scaled with it, as in student training. Each call decodes the image; to replay many records, decode it once
+        with ``pil()`` and pass it as ``image``.
+        Raises IndexError if there is no record ``k``, and UserError as ``pil()``.
+        """
+        if not -len(self.augmentations) <= k < len(self.augmentations):
+            raise IndexError(
+                f"record {k} is out of range: sample {self.key} has {len(self.augmentations)} augmentation records"
+            )
+        self.policies.check()
+        replay = load_backend(self.policies.augmentation)
+        try:
+            return Image.fromarray(replay(image or self.pil(), self.augmentations[k], size))
+        except ValueError as error:
+            raise self._image_error(error) from error
+
+    def _image_error(self, error: Exception) -> UserError:
+        if isinstance(error, ImageRefused) and error.reason is Reason.IMAGE_PIXELS:
+            return UserError(
+                f"{self.policies.url}, key {escape(self.key)}: {error.detail}. If you trust the dataset, open it with "
+                'limits={"pixels": ...}.'
+            )
+        return UserError(
+            f"{self.policies.url}, key {escape(self.key)}: this is not the image that was augmented ({error}). If "
+            "images are kept by reference, restore the tar that was changed. Otherwise drop the samples of its shard "
+            "(`reinforce drop DATASET samples --shard NAME --yes`) and run again."
+        )
+
+    def __repr__(self) -> str:
+        caption = self.caption
+        if caption is not None and len(caption) > _CAPTION_CHARS:
+            caption = caption[: _CAPTION_CHARS - 3] + "..."
+        captions = {name: None if texts is None else len(texts) for name, texts in self.captions.items()}
+        images = {teacher: vectors.shape for teacher, vectors in self.images.items()}
+        texts = {t: {name: vectors.shape for name, vectors in by_text.items()} for t, by_text in self.texts.items()}
+        return (
+            f"Sample(key={self.key!r}, caption={caption!r}, width={self.width}, height={self.height}, "
+            f"image=<{len(self.image):,} bytes>, augmentations={len(self.augmentations)}, captions={captions}, "
+            f"images={images}, texts={texts})"
+        )
+
+    def _repr_html_(self) -> str:
+        from reinforce.dataset.reading.notebook import sample_html
+
+        return sample_html(self)

@@ -1,0 +1,1 @@
+"""What runs leave in a dataset: records of shards, progress."""

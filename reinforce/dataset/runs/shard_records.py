@@ -1,0 +1,157 @@
+"""What a run records of the shards that it finishes: ``runs/<run>/shards.jsonl``, one JSON object a line.
+
+The state of the source file with its modification time, and hashes of keys. Layer files have neither: they are
+functions of the content alone, and reading the footers of a large dataset takes minutes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from reinforce.dataset.runs.key_sample import ALL, KeySample, ShardKeys
+from reinforce.errors import StorageError
+from reinforce.source.identity import SourceState
+from reinforce.storage import Storage
+
+FILE = "shards.jsonl"
+_WRITE_SECONDS = 300.0
+_MAX_BYTES = 2**30  # of a run's records; a million shards take a third of it
+
+
+class _Entry(BaseModel):
+    """A line of the file."""
+
+    shard: str
+    limit: str
+    keys: str
+    url: str | None = None
+    bytes: int | None = None
+    head: str | None = None
+    stamp: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """The state of a source file at its canonical URL when its samples were written."""
+
+    url: str
+    state: SourceState
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard: hashes of its keys, and the source file if its samples were written."""
+
+    shard: str
+    keys: ShardKeys
+    source: SourceRecord | None
+
+    def line(self) -> str:
+        """The record as JSON; hashes are little-endian uint64 in base64, limits hexadecimal."""
+        entry: dict[str, Any] = {
+            "shard": self.shard,
+            "limit": f"{self.keys.limit:x}",
+            "keys": _encode(self.keys.hashes),
+        }
+        if self.source is not None:
+            state = self.source.state
+            entry |= {"url": self.source.url, "bytes": state.bytes, "head": state.head, "stamp": state.stamp}
+        return json.dumps(entry, ensure_ascii=False)
+
+    @classmethod
+    def parse(cls, line: str) -> ShardRecord | None:
+        """The record of a line, or None if it is none."""
+        try:
+            entry = _Entry.model_validate_json(line)
+            keys = ShardKeys(_decode(entry.keys), min(max(int(entry.limit, 16), 0), ALL))
+        except ValueError:  # also pydantic's, and those of broken numbers and base64
+            return None
+        source = SourceRecord(entry.url, SourceState(entry.bytes, entry.head, entry.stamp)) if entry.url else None
+        return cls(entry.shard, keys, source)
+
+
+class RecordWriter:
+    """Collects the records of a run and writes them: every few minutes, and with ``flush``."""
+
+    def __init__(self, store: Storage, run: str) -> None:
+        self._store, self._run = store, run
+        self._keys = KeySample()
+        self._sources: dict[str, SourceRecord | None] = {}
+        self._written, self._changed = time.monotonic(), False
+
+    def add(self, record: ShardRecord) -> None:
+        self._keys.add(record.shard, record.keys)
+        self._sources[record.shard] = record.source or self._sources.get(record.shard)
+        self._changed = True
+
+    @property
+    def shards(self) -> Collection[str]:
+        """Names of the shards so far."""
+        return self._sources.keys()
+
+    def _records(self) -> Iterator[ShardRecord]:
+        for shard, source in self._sources.items():
+            yield ShardRecord(shard, self._keys[shard], source)
+
+    def flush_when_due(self) -> None:
+        """Write the records now and then. After an error of the storage, the next time."""
+        if self._changed and time.monotonic() - self._written > _WRITE_SECONDS:
+            try:
+                self.flush()
+            except StorageError:
+                self._written = time.monotonic()
+
+    def flush(self) -> None:
+        """Write the records so far, if there are new ones."""
+        if self._changed:
+            content = "".join(f"{record.line()}\n" for record in self._records())
+            self._store.write_bytes(content.encode("utf-8", "replace"), "runs", self._run, FILE)
+        self._written, self._changed = time.monotonic(), False
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of all runs of a dataset."""
+
+    keys: KeySample
+    sources: Mapping[str, SourceRecord]
+
+
+def read_records(store: Storage) -> Records:
+    """Read the records of all runs; those of later runs replace earlier ones.
+
+    Damaged lines are left out, and so is what is no file or has more than 1 GiB.
+    """
+    with store.storage_errors("read", "runs"):
+        found = store.fs.glob(store.path("runs", "*", FILE), detail=True)
+        paths = sorted(path for path, info in found.items() if _is_readable(info))
+        contents = store.fs.cat(paths, on_error="omit") if paths else {}
+    keys, sources = KeySample(), {}
+    for path in sorted(contents):
+        for line in contents.pop(path).decode(errors="replace").split("\n"):
+            if (record := ShardRecord.parse(line)) is None:
+                continue
+            keys.add(record.shard, record.keys)
+            if record.source is not None:
+                sources[record.shard] = record.source
+    return Records(keys, sources)
+
+
+def _is_readable(info: Mapping[str, Any]) -> bool:
+    return info["type"] == "file" and not (info.get("size") or 0) > _MAX_BYTES
+
+
+def _encode(hashes: np.ndarray) -> str:
+    return base64.b64encode(hashes.astype("<u8").tobytes()).decode()
+
+
+def _decode(text: str) -> np.ndarray:
+    return np.unique(np.frombuffer(base64.b64decode(text, validate=True), "<u8").astype(np.uint64))

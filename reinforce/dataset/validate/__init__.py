@@ -1,0 +1,1 @@
+"""``reinforce validate`` and ``--repair``."""

@@ -1,0 +1,122 @@
+"""Checks of a dataset without opening its layer files: dataset.json by itself, missing files, and orphans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+import schemas
+from reinforce.dataset.drop import depends, layers_with_folders
+from reinforce.dataset.files.index import LayerIndex
+from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.layers import (
+    SAMPLES,
+    TRUE_CAPTION,
+    captions_layer,
+    captions_recipe,
+    compute_fingerprint,
+    embeddings_fingerprint,
+    embeddings_recipe,
+)
+from reinforce.dataset.manifest.manifest import DIGEST_KEY, manifest_digest
+from reinforce.dataset.validate.findings import Finding
+
+_SAMPLES_RECIPE = ("images", "seed", "policies", "input", "augmentations")
+_NAMED = 3
+
+
+def check_recipes(manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    """Layers whose settings in dataset.json do not have the fingerprint that is beside them, or else another digest.
+
+    The digest covers logit scales and all else that no fingerprint covers. Earlier versions did not write it.
+    """
+    found = [*_wrong_fingerprints(manifest)]
+    yield from found
+    digest = manifest.get(DIGEST_KEY)
+    if not found and digest is not None and digest != manifest_digest(manifest):
+        yield Finding(
+            "manifest",
+            f"{MANIFEST} is not as it was written: its content has the digest {manifest_digest(manifest)}, it states "
+            f"{str(digest)[:40]}. A logit scale or another value was changed. Restore {MANIFEST}, or remove `digest` "
+            "from it if the change is wanted.",
+        )
+
+
+def _wrong_fingerprints(manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    if manifest.get("schema_version") != schemas.SCHEMA_VERSION:
+        return
+    for name, entry in manifest["layers"].items():
+        computed = _fingerprint(manifest, name, entry)
+        if computed is not None and computed != entry["fingerprint"]:
+            yield Finding(
+                "manifest",
+                f"{MANIFEST}: the settings of {name} have fingerprint {computed}, its entry states "
+                f"{entry['fingerprint'][:40]}: one of them was changed. Restore {MANIFEST}.",
+                name,
+            )
+
+
+def _fingerprint(manifest: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> str | None:
+    """The fingerprint of a layer's settings; None if dataset.json does not record them."""
+    layers = manifest["layers"]
+    if name == SAMPLES:
+        known = all(key in manifest for key in _SAMPLES_RECIPE)
+        return compute_fingerprint({key: manifest[key] for key in _SAMPLES_RECIPE}) if known else None
+    if entry["kind"] == "captions":
+        model = manifest["captioners"].get(entry.get("captioner"), {}).get("model")
+        return compute_fingerprint(captions_recipe(layers[SAMPLES]["fingerprint"], model)) if model else None
+    model = manifest["teachers"].get(entry.get("teacher"), {}).get("model")
+    own = entry["kind"] == "images" or entry.get("texts") == TRUE_CAPTION
+    source = layers.get(SAMPLES if own else captions_layer(str(entry.get("texts"))))
+    if not model or source is None:
+        return None
+    return embeddings_fingerprint(embeddings_recipe(source["fingerprint"], model, entry.get("dtype")), entry["kind"])
+
+
+def check_missing(
+    store: Store, listings: Mapping[str, Listing], indexes: Mapping[str, LayerIndex]
+) -> Iterator[Finding]:
+    """Files that runs have committed, by the indexes, and that are gone, and those that are not computed yet.
+
+    A shard that is quarantined in a layer lacks this layer and those that are computed from it.
+    """
+    committed = {name: index.listing() for name, index in indexes.items()}
+    every = Listing.union([listings[SAMPLES], committed[SAMPLES]])
+    if all(listing.has(every).all() for listing in listings.values()):
+        return
+    refused = store.quarantined_shards(listings)
+    for layer, listing in listings.items():
+        unusable = set().union(*(refused[name] for name in listings if name == layer or depends(layer, name)))
+        absent = set(every.filter(pa.array(~listing.has(every))).to_pylist()) - unusable
+        names = pa.array(sorted(absent), pa.string())
+        gone = committed[layer].has(names)
+        for shard in names.filter(pa.array(gone)).to_pylist():
+            yield Finding(
+                "missing",
+                f"{layer}/{shard}.parquet is missing although a run has committed it. `reinforce run` with the "
+                "dataset's config computes it again.",
+                layer,
+                shard,
+            )
+        if pending := names.filter(pa.array(~gone)).to_pylist():
+            named = ", ".join([*pending[:_NAMED], *["..."] * (len(pending) > _NAMED)])
+            yield Finding(
+                "missing",
+                f"{layer} lacks {len(pending):,} of {len(every):,} shards ({named}), which no index lists: they are "
+                "not computed yet",
+                layer,
+            )
+
+
+def check_orphans(store: Store, listings: Mapping[str, Listing]) -> Iterator[Finding]:
+    """Files of shards without samples, and of layers that dataset.json does not list."""
+    for layer, listing in listings.items():
+        for shard in listing.only(~listing.within(listings[SAMPLES].names)):
+            yield Finding("orphan", f"{layer}/{shard}.parquet has no samples", layer, shard)
+    others = sorted(layers_with_folders(store) - listings.keys())
+    for layer, listing in store.listings(others).items():
+        if listing:
+            yield Finding("orphan", f"{layer} has {len(listing):,} files, but {MANIFEST} does not list it", layer)

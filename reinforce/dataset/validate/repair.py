@@ -1,0 +1,134 @@
+"""``reinforce validate --repair``: sets the files aside that are at fault, so that the next run computes them again.
+
+Nothing is deleted. A file stays where a run could not replace it, or where dataset.json may be wrong instead of it.
+Samples come from the source, so theirs stay unless the source file can be read and has not changed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from reinforce.dataset.drop import drop_command, with_dependants
+from reinforce.dataset.files.damage import SET_ASIDE, file_damage, set_aside
+from reinforce.dataset.files.layer_file import RefusedFile
+from reinforce.dataset.files.store import MANIFEST, Store, parse_footer
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.runs.shard_records import read_records
+from reinforce.dataset.validate.findings import Finding
+from reinforce.errors import UserError
+from reinforce.source.identity import SourceState, current_url, probe_state
+from reinforce.source.references import ImageRoots
+from reinforce.source.urls import shard_name
+
+_NAMED = 10
+
+
+@dataclass
+class Repair:
+    """Files that were moved, with their new paths; why others stay; and the shards that the next run computes."""
+
+    moved: list[tuple[str, str]] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    computed: Counter[str] = field(default_factory=Counter)
+
+    def lines(self) -> Iterator[str]:
+        """For people: what was moved, what stays and what the next run computes."""
+        yield from (f"moved {name} to {path}" for name, path in self.moved[:_NAMED])
+        if len(self.moved) > _NAMED:
+            yield f"and {len(self.moved) - _NAMED:,} more files to {SET_ASIDE}/"
+        yield from self.kept[:_NAMED]
+        if len(self.kept) > _NAMED:
+            yield f"and {len(self.kept) - _NAMED:,} more that were not moved"
+        if self.computed:
+            parts = [f"{layer} of {count:,} shards" for layer, count in self.computed.items()]
+            yield f"`reinforce run` with the dataset's config computes: {'; '.join(parts)}"
+        elif not self.kept:
+            yield "there is nothing to repair"
+
+    def as_json(self) -> dict[str, Any]:
+        moved = [{"file": name, "to": path} for name, path in self.moved]
+        return {"moved": moved, "kept": self.kept, "computed": dict(self.computed)}
+
+
+def repair(url: str, findings: Sequence[Finding], sources: Sequence[str] = ()) -> Repair:
+    """Set the files aside that ``findings`` name as at fault; a local dataset is locked.
+
+    Source files are looked at in the folders ``sources`` only. Raises UserError, among others if a run is writing.
+    """
+    roots = ImageRoots.named(sources, "--sources {}")
+    store = Store(url)
+    manifest = read_manifest(store)
+    done = Repair()
+    if wrong := [finding for finding in findings if finding.kind == "manifest"]:
+        done.kept.append(f"nothing was moved, because {MANIFEST} is at fault, not the files: {wrong[0].message}")
+        return done
+    files: dict[str, list[str]] = {}
+    for layer, shard in dict.fromkeys((f.layer, f.shard) for f in findings if f.at_fault):
+        files.setdefault(str(layer), []).append(str(shard))
+    listings = store.listings(files)
+    damaged = {(f.layer, f.shard) for f in findings if f.kind == "damaged"}
+    passed = {file for file in damaged if file_damage(store, str(file[0]), str(file[1])) is None}
+    with store.lock():
+        for layer, shards in files.items():
+            if len(shards) == len(listings[layer]) > 1:
+                command = drop_command(store.url, with_dependants([layer], manifest["layers"]), manifest["layers"])
+                done.kept.append(
+                    f"{layer}: none of its {len(shards):,} files was moved, because all are at fault, so {MANIFEST} is "
+                    f"more likely to be wrong. Restore it; or to compute the layer again: {command}"
+                )
+                continue
+            kept = {shard: "it can be read now" for shard in shards if (layer, shard) in passed}
+            if layer == SAMPLES:
+                kept = {**_only_copies(store, manifest, shards, roots), **kept}
+            done.kept += (f"{layer}/{shard}.parquet was not moved: {reason}" for shard, reason in kept.items())
+            for shard in shards:
+                if shard not in kept:
+                    done.moved.append((f"{layer}/{shard}.parquet", set_aside(store, layer, shard)))
+                    done.computed[layer] += 1
+    done.computed.update(f.layer for f in findings if f.kind == "missing" and f.layer and f.shard)
+    return done
+
+
+def _only_copies(store: Store, manifest: Mapping[str, Any], shards: Iterable[str], roots: ImageRoots) -> dict[str, str]:
+    """The shards whose samples a run could not compute again, with the reason."""
+    recorded = read_records(store).sources
+    reasons = {}
+    for shard in shards:
+        source, before = _source_of(store, manifest, shard)
+        if source is None and shard in recorded:
+            source, before = recorded[shard].url, recorded[shard].state
+        if reason := _irreplaceable(source, before, manifest.get("moved", {}), roots):
+            reasons[shard] = f"{reason}, and the samples may be the only copy"
+    return reasons
+
+
+def _irreplaceable(source: str | None, before: SourceState, moved: Mapping[str, str], roots: ImageRoots) -> str | None:
+    if source is None:
+        return "no file of the shard records its source"
+    url = current_url(source, moved)
+    try:
+        now = probe_state(roots.check(url))
+    except UserError:
+        return f"its source {url} was not looked at, name its folder by --sources"
+    if now is None:
+        return f"its source {url} cannot be read"
+    if before.same_content(now) is False:
+        return f"its source {url} has changed ({before.describe_change(now)})"
+    return None
+
+
+def _source_of(store: Store, manifest: Mapping[str, Any], shard: str) -> tuple[str | None, SourceState]:
+    """URL and state of the source file of a shard, by the footers of its files that are of this shard."""
+    for layer in manifest["layers"]:
+        try:
+            with store.open_layer(layer, shard, whole=False) as file:
+                footer = parse_footer(file.metadata)
+        except (RefusedFile, UserError, OSError):
+            continue
+        if (source := footer.get("source")) and shard_name(source) == shard:
+            return source, SourceState.from_footer(footer)
+    return None, SourceState(None, None)

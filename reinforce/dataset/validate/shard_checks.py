@@ -1,0 +1,211 @@
+"""Checks of the files of one shard: footers, checksums, keys and rows."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from reinforce.dataset.files.damage import check_columns, compute_again
+from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, StoredKeys
+from reinforce.dataset.files.store import Store, check_footer, parse_footer
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.reading.aligned import MisalignedKeys, alignment_error, layer_errors
+from reinforce.dataset.runs.key_sample import ALL, ShardKeys
+from reinforce.dataset.validate.findings import Finding
+from reinforce.dataset.validate.key_hashes import Hashes, digest_keys, hash_keys
+from reinforce.dataset.validate.row_checks import RowChecks
+from reinforce.errors import UserError
+from reinforce.parquet.footers import check_together
+from reinforce.source.urls import shard_name
+
+_NO_HASHES: Hashes = np.empty(0, np.uint64)
+SHARD_CAPACITY = 2**20  # hashes of keys from one shard
+_shard_name = functools.lru_cache(maxsize=256)(shard_name)  # the files of a shard have one source
+_STORED_BYTES = 2**24  # of the stored keys of a shard's samples that are kept, to be compared with other layers
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """What listings have of a shard: the bytes of its file by layer, and the layers with a quarantine file."""
+
+    name: str
+    sizes: Mapping[str, int]
+    quarantined: Collection[str] = ()
+
+
+@dataclass
+class CheckedShard:
+    """A shard as it was read: hashes of its keys, rows, the footer of its samples, and what is wrong.
+
+    ``counted`` is whether its samples were counted in its source.
+    """
+
+    keys: ShardKeys = field(default_factory=lambda: ShardKeys(_NO_HASHES))
+    rows: int = 0
+    footer: dict[str, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    counted: bool = False
+
+
+class _Keys:
+    """The keys of the samples of a shard, by row group: digests, how they are stored, and their hashes up to a limit.
+
+    Nothing of it grows with the keys but the stored ones and the hashes, which are bounded.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.digests: list[bytes] = []
+        self.stored: list[StoredKeys | None] = []
+        self._hashes: list[Hashes] = []
+        self._limit, self._free, self._count = limit, _STORED_BYTES, 0
+
+    @property
+    def free_bytes(self) -> int:
+        """How many bytes of stored keys are kept of the next row group."""
+        return self._free
+
+    def add(self, keys: pa.ChunkedArray, stored: StoredKeys | None) -> None:
+        """Add the keys of the next row group."""
+        self.digests.append(digest_keys(keys))
+        self.stored.append(stored)
+        self._free -= 0 if stored is None else len(stored.chunk)
+        hashes = hash_keys(keys)
+        self._hashes.append(hashes[hashes <= np.uint64(self._limit)])
+        self._count += len(self._hashes[-1])
+        if self._count > 2 * SHARD_CAPACITY:
+            kept = self.sample()
+            self._hashes, self._limit, self._count = [kept.hashes], kept.limit, len(kept.hashes)
+
+    def sample(self) -> ShardKeys:
+        """The hashes of the shard."""
+        hashes = np.unique(np.concatenate(self._hashes)) if self._hashes else _NO_HASHES
+        return ShardKeys(_NO_HASHES, self._limit).joined(ShardKeys(hashes, self._limit), SHARD_CAPACITY)
+
+
+@dataclass(frozen=True)
+class ShardChecks:
+    """Reads shards of a dataset; ``quick`` reads only keys."""
+
+    store: Store
+    manifest: Mapping[str, Any]
+    quick: bool
+
+    def check(self, shards: Sequence[ShardFiles], limit: int = ALL) -> list[CheckedShard]:
+        """Read some shards; hashes of their keys up to a ``limit`` are returned."""
+        files: dict[tuple[str, str], LayerFile] = {}
+        if self.quick:
+            for shard in shards:
+                for layer, size in shard.sizes.items():
+                    with contextlib.suppress(Exception):  # then it is opened again, which raises the same
+                        files[layer, shard.name] = self.store.layer_end(layer, shard.name, size)
+            check_together([file.footer for file in files.values()])
+        return [self._check(shard, files, limit) for shard in shards]
+
+    def _check(self, shard: ShardFiles, files: Mapping[tuple[str, str], LayerFile], limit: int) -> CheckedShard:
+        """Read a shard in all its layers, the samples first. Other layers are not compared with damaged samples."""
+        found = CheckedShard()
+        keys: _Keys | None = _Keys(limit)
+        for layer in sorted(self.manifest["layers"], key=lambda name: name != SAMPLES):
+            if layer in shard.sizes:
+                found.findings += self._layer(layer, shard, files.get((layer, shard.name)), found, keys)
+            if layer == SAMPLES and keys is not None:
+                found.keys = keys.sample()
+                if any(finding.kind != "rows" for finding in found.findings):
+                    keys = None
+        return found
+
+    def _layer(
+        self, layer: str, shard: ShardFiles, end: LayerFile | None, found: CheckedShard, keys: _Keys | None
+    ) -> Iterator[Finding]:
+        """What is wrong with a layer's file, whose rows are compared with the ``keys`` of the samples.
+
+        Those of the samples themselves are added to them. They are None if the samples are damaged. ``end`` is the file
+        if its end was read before.
+        """
+        try:
+            with layer_errors(self.store, layer, shard.name), self._opened(layer, shard, end) as file:
+                footer = parse_footer(file.metadata)
+                if layer == SAMPLES:
+                    found.footer = footer
+                wrong = [*self._footer(layer, shard.name, footer)]
+                yield from wrong
+                if keys is None:
+                    for number in range(file.num_row_groups):
+                        file.read_row_group(number, ("key",) if self.quick else None)
+                elif not wrong:
+                    yield from self._rows(layer, shard, file, found, keys)
+        except MisalignedKeys as error:
+            yield Finding("misplaced", str(error), layer, shard.name)
+        except (UserError, OSError) as error:
+            yield _unreadable(error, layer, shard.name)
+
+    def _opened(
+        self, layer: str, shard: ShardFiles, end: LayerFile | None
+    ) -> contextlib.AbstractContextManager[LayerFile]:
+        if end is None:
+            return self.store.open_layer(layer, shard.name, whole=not self.quick, size=shard.sizes[layer])
+        check_footer(self.store.layer_path(layer, shard.name), end.metadata, None)
+        return contextlib.nullcontext(end)
+
+    def _footer(self, layer: str, shard: str, footer: Mapping[str, str]) -> Iterator[Finding]:
+        """Why a file is not the one of this layer and shard, by its footer."""
+        expected = self.manifest["layers"][layer]["fingerprint"]
+        if footer.get("layer", layer) != layer:
+            reason = f"it is a file of layer {footer['layer'][:200]}"
+        elif footer.get("fingerprint") != expected:
+            reason = f"it has fingerprint {footer.get('fingerprint', 'none')[:40]}, its layer has {expected}"
+        elif (source := footer.get("source")) and _shard_name(source) != shard:
+            reason = f"it is of the source shard {source[:500]}"
+        else:
+            return
+        yield Finding("misplaced", self._message(layer, shard, reason), layer, shard)
+
+    def _rows(
+        self, layer: str, shard: ShardFiles, file: LayerFile, found: CheckedShard, keys: _Keys
+    ) -> Iterator[Finding]:
+        checks = RowChecks(layer, self.manifest["layers"][layer], self.manifest["augmentations"].get("count"))
+        if layer != SAMPLES and file.num_row_groups != len(keys.digests):
+            raise alignment_error(self.store, layer, shard.name)
+        for number in range(file.num_row_groups):
+            stored = None
+            if self.quick:
+                stored = file.stored_keys(number, keys.free_bytes if layer == SAMPLES else _STORED_BYTES)
+                if layer != SAMPLES and stored is not None and stored == keys.stored[number]:
+                    continue
+            table = file.read_row_group(number, ("key",) if self.quick else None, use_threads=False)
+            if "key" not in table.column_names:
+                raise RefusedFile("it has no column key")
+            if layer == SAMPLES:
+                keys.add(table["key"], stored)
+                found.rows += table.num_rows
+            elif digest_keys(table["key"]) != keys.digests[number]:
+                raise alignment_error(self.store, layer, shard.name)
+            if not self.quick:
+                check_columns(layer, table)
+                checks.add(table)
+        if not self.quick:
+            for problem in checks.problems(self._quarantined(layer, shard)):
+                yield Finding("rows", self._message(layer, shard.name, problem), layer, shard.name)
+
+    def _quarantined(self, layer: str, shard: ShardFiles) -> set[str]:
+        """The keys in a layer's quarantine of a shard; empty for samples, whose refused keys have no row."""
+        if layer == SAMPLES or layer not in shard.quarantined:
+            return set()
+        return {row["key"] for row in self.store.quarantined(layer, shard.name) if row["key"] is not None}
+
+    def _message(self, layer: str, shard: str, reason: str) -> str:
+        return f"{self.store.layer_path(layer, shard)}: {reason}. {compute_again(self.store.url, layer, shard)}"
+
+
+def _unreadable(error: UserError | OSError, layer: str, shard: str) -> Finding:
+    """The finding for an error of reading: the file is damaged if its content was refused."""
+    cause = error if isinstance(error, RefusedFile) else error.__cause__
+    if not isinstance(cause, RefusedFile):
+        return Finding("unreadable", str(error), layer, shard)
+    return Finding("damaged", str(error), *(cause.file or (layer, shard)))

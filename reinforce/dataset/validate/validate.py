@@ -1,0 +1,230 @@
+"""``reinforce validate``: all files of a dataset, their keys, and the source files as they are now. Writes nothing."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from reinforce.dataset.files.damage import compute_again, drop_shard_command, find_damaged
+from reinforce.dataset.files.index import LayerIndex, read_index
+from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.manifest.manifest import CODE_KEY, read_manifest
+from reinforce.dataset.runs.key_sample import ALL, KeySample, RepeatedKeys
+from reinforce.dataset.runs.shard_records import SourceRecord, read_records
+from reinforce.dataset.validate.findings import Finding
+from reinforce.dataset.validate.inventory import check_missing, check_orphans, check_recipes
+from reinforce.dataset.validate.process_pool import ShardPool, default_processes
+from reinforce.dataset.validate.shard_checks import ShardFiles
+from reinforce.dataset.validate.shard_reader import ELSEWHERE, SAME, TOUCHED, UNKNOWN, UNREADABLE, ReadOptions, Shards
+from reinforce.source.references import ImageRoots
+
+_CAPACITY = 2**24  # hashes of keys, 128 MiB: datasets of more samples are estimated
+_NAMED = 10
+
+
+@dataclass
+class Validation:
+    """What was found in the dataset at ``url``, of whose ``shards`` some were ``read``."""
+
+    url: str
+    shards: int
+    read: int
+    repeated: RepeatedKeys
+    rows: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    sources: Counter[str] = field(default_factory=Counter)
+    changed: list[str] = field(default_factory=list)
+    code: list[str] = field(default_factory=list)
+    counted: int | None = None  # shards whose samples were counted in their source, None if none were to be
+
+    @property
+    def errors(self) -> list[str]:
+        """The messages of all findings."""
+        return [finding.message for finding in self.findings]
+
+    @property
+    def valid(self) -> bool:
+        return not (self.findings or self.changed or self.repeated.keys)
+
+    def as_json(self) -> dict[str, Any]:
+        """For scripts: all findings, without a limit."""
+        repeated = self.repeated
+        return {
+            "dataset": self.url,
+            "valid": self.valid,
+            "shards": self.shards,
+            "read_shards": self.read,
+            "rows": self.rows,
+            "findings": [finding.as_json() for finding in self.findings],
+            "repeated_keys": {
+                "keys": repeated.keys,
+                "share": repeated.share,
+                "exact": repeated.exact,
+                "example": repeated.pair,
+            },
+            "sources": dict(self.sources),
+            "changed_sources": self.changed,
+            "counted_sources": self.counted,
+            "notes": self.code,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """For people: what was found, the most serious first."""
+        yield from _first(self.errors, "problems")
+        yield from self.repeated.lines(0, self.url)
+        if self.changed:
+            yield (
+                f"{len(self.changed):,} source files have changed since their samples were written. Restore them, or "
+                f"drop the samples of these shards ({drop_shard_command(self.url, [SAMPLES], 'SHARD')} --yes) and run "
+                "again, which replaces their other layers, too:"
+            )
+            yield from (f"  {line}" for line in _first(self.changed, "source files"))
+        yield from self.code
+        if self.sources:
+            texts = {
+                SAME: "as when their samples were written",
+                TOUCHED: "with another modification time or ETag, but the same size and first 64 KiB",
+                UNKNOWN: "that were not recorded, by an earlier version or because they are images of a folder",
+                UNREADABLE: "that cannot be read now, which only `images: reference` needs",
+                ELSEWHERE: "outside of the folders of --sources, which were not looked at",
+            }
+            parts = [f"{self.sources[state]:,} {text}" for state, text in texts.items() if self.sources[state]]
+            yield f"source files: {'; '.join(parts) or 'all have changed'}"
+        if self.counted is not None:
+            yield (
+                f"samples were counted in the source files of {self.counted:,} of {self.read:,} shards; others are "
+                "not in --sources, have changed, or are parts of files or folders"
+            )
+        found = "valid" if self.valid else "not valid"
+        if self.read < self.shards:
+            yield (
+                f"{self.url}: all {self.shards:,} shards were listed and {self.read:,} random ones were read, among "
+                f"which repeated keys were looked for, {found}"
+            )
+        else:
+            yield f"{self.url}: {self.shards:,} shards were read, {found}"
+
+
+def validate(
+    url: str,
+    sources: Sequence[str] = (),
+    quick: bool = False,
+    count: bool = False,
+    sample: int | None = None,
+    seed: int = 0,
+    processes: int | None = None,
+) -> Validation:
+    """Read every layer, compare the keys, and look at the source files in the folders ``sources``.
+
+    ``quick`` reads only the keys, so that damage in other columns is not found. ``count`` also compares the samples of
+    each source file with the rows and the quarantine of its shard. With ``sample``, only so many random shards are
+    read, which ones depends on the ``seed``; what the listings and ``dataset.json`` show is checked of all.
+
+    ``processes`` read; the default depends on the cores and on the size of the dataset.
+
+    The dataset names its sources, and who made it could name anything: other files are not opened. Raises UserError if
+    there is no dataset.
+    """
+    ImageRoots.named(sources, "--sources {}")  # checked before anything is read
+    store = Store(url)
+    manifest = read_manifest(store)
+    options = ReadOptions(url, manifest, quick, sources, count)
+    names = [*manifest["layers"]]
+    every = store.listings([*names, *(f"quarantine/{name}" for name in names)])
+    listings = {name: every[name] for name in names}
+    keys = KeySample(_CAPACITY)
+    chosen = _choose(listings[SAMPLES], sample, seed)
+    found = Validation(store.url, len(listings[SAMPLES]), len(chosen), keys.repeated(), code=_code_lines(manifest))
+    found.findings += check_recipes(manifest)
+    indexes = {name: read_index(store, name, entry["fingerprint"]) for name, entry in manifest["layers"].items()}
+    found.findings += check_missing(store, listings, indexes)
+    found.findings += check_orphans(store, listings)
+    if len(chosen) < len(listings[SAMPLES]):
+        found.findings += _check_sizes(store, manifest, listings, indexes, chosen)
+    indexes.clear()
+    if processes is None:
+        share = len(chosen) / max(1, len(listings[SAMPLES]))
+        size = int(share * sum(listing.total_bytes for listing in listings.values()))
+        processes = default_processes(quick, len(chosen) * len(names), size)
+    recorded = read_records(store).sources if sources else {}
+    with ShardPool(options, processes) as pool:
+        files = _shard_files(chosen, every, names)
+        counted = 0
+        for part in pool.read(_batches(files, pool.batch, recorded, keys, count)):
+            for shard, hashes in part.keys:
+                keys.add(shard, hashes)
+            found.rows += part.rows
+            found.findings += part.findings
+            found.sources += part.sources
+            found.changed += part.changed
+            counted += part.counted
+    found.repeated = keys.repeated()
+    found.counted = counted if count else None
+    return found
+
+
+def _choose(samples: Listing, most: int | None, seed: int) -> Listing:
+    """Some random shards, or all."""
+    if most is None or most >= len(samples):
+        return samples
+    places = sorted(random.Random(seed).sample(range(len(samples)), most))  # noqa: S311 - not a secret
+    return Listing(samples.names.take(pa.array(places, pa.int64())), samples.sizes[places])
+
+
+def _check_sizes(
+    store: Store,
+    manifest: Mapping[str, Any],
+    listings: Mapping[str, Listing],
+    indexes: Mapping[str, LayerIndex],
+    read: Listing,
+) -> Iterator[Finding]:
+    """Files of shards that are not read whose size is not that which was committed, and whose footer is damaged."""
+    fingerprints = {name: entry["fingerprint"] for name, entry in manifest["layers"].items()}
+    others = {name: listing.only(~listing.within(read.names)) for name, listing in listings.items()}
+    for file in find_damaged(store, others, fingerprints, indexes):
+        advice = compute_again(store.url, file.layer, file.shard)
+        message = f"{store.layer_path(file.layer, file.shard)}: {file.reason}. {advice}"
+        yield Finding("damaged", message, file.layer, file.shard)
+
+
+def _shard_files(chosen: Listing, listings: Mapping[str, Listing], layers: Sequence[str]) -> Iterator[ShardFiles]:
+    """What listings of layers and of their quarantine have of some shards."""
+    sizes = [listings[layer].aligned(chosen.names) for layer in layers]
+    refused = [listings[f"quarantine/{layer}"].has(chosen.names) for layer in layers]
+    for place, name in enumerate(chosen):
+        present = {layer: int(size[place]) for layer, size in zip(layers, sizes, strict=True) if size[place] >= 0}
+        yield ShardFiles(name, present, [layer for layer, has in zip(layers, refused, strict=True) if has[place]])
+
+
+def _batches(
+    files: Iterator[ShardFiles], size: int, recorded: Mapping[str, SourceRecord], keys: KeySample, count: bool
+) -> Iterator[Shards]:
+    """The shards in batches. Counting needs all hashes of keys; otherwise those that are still sampled are enough."""
+    while batch := [*itertools.islice(files, size)]:
+        known = {file.name: recorded[file.name] for file in batch if file.name in recorded}
+        yield Shards(batch, known, ALL if count else keys.limit)
+
+
+def _code_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """One line for each custom class whose file has changed while its layers were computed."""
+    return [
+        f"{kind[:-1]} {name}: its layers were computed with {len(entry[CODE_KEY])} states of the file of its class "
+        f"(hashes {', '.join(map(str, entry[CODE_KEY]))}) under one `version`"
+        for kind in ("teachers", "captioners")
+        for name, entry in manifest[kind].items()
+        if isinstance(entry.get(CODE_KEY), list) and len(entry[CODE_KEY]) > 1
+    ]
+
+
+def _first(lines: list[str], what: str) -> Iterator[str]:
+    yield from lines[:_NAMED]
+    if len(lines) > _NAMED:
+        yield f"and {len(lines) - _NAMED:,} more {what}"
