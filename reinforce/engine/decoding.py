@@ -12,11 +12,11 @@ from typing import Any, TypeAlias
 from PIL.Image import new as new_image
 
 from reinforce.config import Config
+from reinforce.datacompdr.members import Unreadable
+from reinforce.datacompdr.values import Members, PublishedReader, PublishedValue
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.augment.records import Augmentation, Crop, from_records, sample_augmentation, to_records
 from reinforce.engine.pixel_cells import PixelCells, PixelLayout
-from reinforce.engine.published_members import Unreadable
-from reinforce.engine.published_values import Members, PublishedReader, PublishedValue
 from reinforce.images.policy import ImageRefused, decode, image_policy
 from reinforce.source.captions import json_error, metadata_of
 from reinforce.source.formats.tar import RawSample, Refusal

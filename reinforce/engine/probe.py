@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from reinforce.config import Config
+from reinforce.datacompdr.reinforcements import check_reinforcements
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
 from reinforce.engine.plan import PendingShard, Plan
-from reinforce.engine.published import check_reinforcements
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, check_header
 from reinforce.source.file_types import CSV, ENDINGS, FOLDER, IMAGE_EXTENSIONS, JSONL, PARQUET, TAR

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from reinforce.config import Config, Limits
+from reinforce.datacompdr.members import FORMAT
 from reinforce.dataset.layers import (
     SAMPLES,
     TRUE_CAPTION,
@@ -18,7 +19,6 @@ from reinforce.dataset.layers import (
     embeddings_layer,
     embeddings_recipe,
 )
-from reinforce.engine.published_members import FORMAT
 from reinforce.engine.traces import user_frames
 from reinforce.errors import UserError
 from reinforce.images.policy import image_policy

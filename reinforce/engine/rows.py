@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from reinforce.config import Config
+from reinforce.datacompdr.reinforcements import Reinforcements
+from reinforce.datacompdr.values import PublishedValue
 from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.engine.decode_ahead import decode_ahead
 from reinforce.engine.decode_pool import Lease
 from reinforce.engine.decoding import Decoded, SourceItem, StoredItem
 from reinforce.engine.pixel_cells import PixelLayout
-from reinforce.engine.published import Reinforcements
-from reinforce.engine.published_values import PublishedValue
 from reinforce.engine.watch import READING
 from reinforce.errors import UserError
 from reinforce.source.file_types import TAR

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.config import Config
+from reinforce.datacompdr.reinforcements import Reinforcements
+from reinforce.datacompdr.values import PublishedReader
 from reinforce.dataset.files.damage import drop_shard_command
 from reinforce.dataset.files.index import FileEntry
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, naming_refused
@@ -32,8 +34,6 @@ from reinforce.engine.inputs import IMAGES, OutOfStep, origin_entries, set_input
 from reinforce.engine.models import Counters, Models
 from reinforce.engine.outcome import LayerFailure, ShardResult
 from reinforce.engine.plan import PendingShard
-from reinforce.engine.published import Reinforcements
-from reinforce.engine.published_values import PublishedReader
 from reinforce.engine.refusals import Refusals
 from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, rows_from_samples, rows_from_source
 from reinforce.engine.stage_meter import device_report

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from reinforce.datacompdr.members import FORMAT, MAX_OPS
 from reinforce.dataset.augment.fixed_point import FIXED_POINT_BACKEND
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND
 from reinforce.dataset.layers import TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.reading.sample import ImagePolicies
-from reinforce.engine.published_members import FORMAT, MAX_OPS
 from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICY, PUBLISHED_POLICY
 from reinforce.publishing.datacompdr_shard import LIST_OF, ShardExport, export_shard, stats_name, tar_name

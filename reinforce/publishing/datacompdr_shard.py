@@ -1,7 +1,7 @@
 """One shard of a dataset as a tar in the format of DataCompDR.
 
 A sample has the members ``KEY.png`` (or another image extension), ``txt``, ``url.txt``, ``syn.json``, ``paug.json``,
-``npz`` or ``pth.gz``, and ``json``, in this order. ``reinforce.engine.published_members`` reads them. Equal layers give
+``npz`` or ``pth.gz``, and ``json``, in this order. ``reinforce.datacompdr.members`` reads them. Equal layers give
 equal bytes.
 """
 
@@ -22,12 +22,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.config import Limits
+from reinforce.datacompdr.members import CAPTIONS, PARAMETERS
 from reinforce.dataset import vectors
 from reinforce.dataset.augment.records import OPS
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
-from reinforce.engine.published_members import CAPTIONS, PARAMETERS
 from reinforce.errors import UserError
 from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused
 from reinforce.publishing.datacompdr_images import has_published_pixels, image_member

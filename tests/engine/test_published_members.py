@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import reinforce
+from reinforce.datacompdr.members import Unreadable, parse_augmentation, parse_vectors
 from reinforce.dataset.augment.records import OPS, Augmentation, Crop, Op
-from reinforce.engine.published_members import Unreadable, parse_augmentation, parse_vectors
 from tests.helpers.published import (
     ALL,
     COUNT,

@@ -12,9 +12,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from reinforce.config import parse_config
-from reinforce.engine.published import Reinforcements
-from reinforce.engine.published_members import Unreadable
-from reinforce.engine.published_values import PublishedReader
+from reinforce.datacompdr.members import Unreadable
+from reinforce.datacompdr.reinforcements import Reinforcements
+from reinforce.datacompdr.values import PublishedReader
 from reinforce.engine.recipe import build_layers, describe_models
 from reinforce.source.formats.tar import Refusal
 from tests.helpers.published import COUNT, HEIGHT, WIDTH, config_of, published_members, published_sample

@@ -8,9 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from reinforce.config import Config
-from reinforce.dataset.augment.records import Augmentation
-from reinforce.dataset.layers import TRUE_CAPTION, Layer
-from reinforce.engine.published_members import (
+from reinforce.datacompdr.members import (
     CAPTIONS,
     PARAMETERS,
     VECTORS,
@@ -20,6 +18,8 @@ from reinforce.engine.published_members import (
     parse_augmentation,
     parse_vectors,
 )
+from reinforce.dataset.augment.records import Augmentation
+from reinforce.dataset.layers import TRUE_CAPTION, Layer
 from reinforce.source.captions import clean_text, parse_json
 from reinforce.source.formats.tar import Refusal
 from schemas import Reason

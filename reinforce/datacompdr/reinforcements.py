@@ -13,9 +13,9 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 
 from reinforce.config import Config
+from reinforce.datacompdr.members import CAPTIONS, PARAMETERS, VECTORS, Unreadable
+from reinforce.datacompdr.values import Members, PublishedReader
 from reinforce.dataset.layers import SAMPLES, Layer
-from reinforce.engine.published_members import CAPTIONS, PARAMETERS, VECTORS, Unreadable
-from reinforce.engine.published_values import Members, PublishedReader
 from reinforce.errors import StorageError, UserError
 from reinforce.source.captions import parse_json
 from reinforce.source.formats.tar import RawSample, Refusal, read_shard

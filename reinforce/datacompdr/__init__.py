@@ -1,0 +1,1 @@
+"""Published reinforcements (DataCompDR, DFNDR): members, values, and their match with samples."""
