@@ -46,10 +46,10 @@ from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import update_manifest, write_manifest
-from reinforce.engine.decode_pool import DecodePool
-from reinforce.engine.models import load_models
-from reinforce.engine.plan import make_plan
-from reinforce.engine.shard import process_shard
+from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.inference.models import load_models
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker.shard import process_shard
 from reinforce.images.policy import decode
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets

@@ -32,10 +32,10 @@ from benchmarks.pipeline.proc import children, cpu_seconds
 from benchmarks.stored import write_results
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.decode_pool import DecodePool
-from reinforce.engine.models import load_models
-from reinforce.engine.plan import make_plan
-from reinforce.engine.shard import process_shard
+from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.inference.models import load_models
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker.shard import process_shard
 from reinforce.source.reading import Shard, read_samples
 
 RESULTS = Path(__file__).parent / "results" / "sources.json"

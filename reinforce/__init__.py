@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from reinforce.config import Config, load_config
     from reinforce.dataset.reading.dataset import Dataset, open
     from reinforce.dataset.reading.sample import Sample
-    from reinforce.engine.runner import run
+    from reinforce.engine.run import run
     from reinforce.errors import UserError
     from reinforce.student.train import train
 

@@ -22,14 +22,14 @@ from reinforce.config import Config, parse_config
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest.manifest import update_manifest
-from reinforce.engine.decode_pool import DecodePool
-from reinforce.engine.lanes import Lanes
-from reinforce.engine.models import Counters, Models, load_models
-from reinforce.engine.outcome import ShardResult
-from reinforce.engine.plan import PendingShard, make_plan
-from reinforce.engine.recipe import build_layers, describe_models
-from reinforce.engine.shard import allocate_pixels, process_shard
-from reinforce.engine.worker import SHARDS_IN_FLIGHT
+from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.inference.lanes import Lanes
+from reinforce.engine.inference.models import Counters, Models, load_models
+from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.plan.plan import PendingShard, make_plan
+from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT
+from reinforce.engine.worker.shard import allocate_pixels, process_shard
 from reinforce.errors import UserError
 
 SHARDS = "shards"

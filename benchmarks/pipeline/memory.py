@@ -13,8 +13,8 @@ from benchmarks.pipeline import proc
 from benchmarks.pipeline.figures import Bench, Figure
 from benchmarks.pipeline.inputs import SIZE, make_config, write_shards
 from benchmarks.pipeline.workers import Job, WorkerSetup, start_workers
-from reinforce.engine.batches import cells_per_shard
-from reinforce.engine.worker import SHARDS_IN_FLIGHT
+from reinforce.engine.inference.batches import cells_per_shard
+from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT
 
 MEMORY = "memory"
 GROWTH = 1.05

@@ -18,12 +18,12 @@ from benchmarks.pipeline.children import Children, serve
 from benchmarks.pipeline.inputs import make_config
 from benchmarks.pipeline.stand_ins import STAND_IN, FixedTimeTeacher, StandInAccelerator, skip_conversion
 from reinforce.dataset.files.store import Store
-from reinforce.engine.decode_pool import DecodePool
-from reinforce.engine.models import Models
-from reinforce.engine.plan import PendingShard, make_plan
-from reinforce.engine.recipe import build_layers, describe_models
-from reinforce.engine.shard import allocate_pixels, process_shard
-from reinforce.engine.worker import SHARDS_IN_FLIGHT, environment
+from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.inference.models import Models
+from reinforce.engine.plan.plan import PendingShard, make_plan
+from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, environment
+from reinforce.engine.worker.shard import allocate_pixels, process_shard
 from teachers.device import Accelerator
 
 
@@ -77,7 +77,7 @@ def serve_worker(pipe: Connection, setup: WorkerSetup) -> None:
     layers = build_layers(config, describe_models(config))
     with contextlib.ExitStack() as stack:
         if stand_in:
-            stack.enter_context(patch("reinforce.engine.inference.to_pixels", skip_conversion))
+            stack.enter_context(patch("reinforce.engine.inference.inference.to_pixels", skip_conversion))
         pool = stack.enter_context(DecodePool(setup.cores))
         allocate_pixels(pool, config, layers.values(), models, SHARDS_IN_FLIGHT)
         pool.wait_until_ready()

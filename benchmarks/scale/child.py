@@ -14,7 +14,7 @@ from typing import Any
 def plan(config: str, *overrides: str) -> dict[str, Any]:
     """Plan a run."""
     from reinforce.config import load_config
-    from reinforce.engine.plan import make_plan
+    from reinforce.engine.plan.plan import make_plan
 
     found = make_plan(load_config(config, list(overrides)))
     return {"shards": found.shards, "pending": len(found.pending), "quarantined": found.quarantined}

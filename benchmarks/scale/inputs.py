@@ -18,7 +18,7 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.manifest.manifest import update_manifest
 from reinforce.dataset.runs.progress import RunProgress
-from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.source.urls import shard_names
 from schemas import Reason
 

@@ -29,7 +29,7 @@ def init(
 
     The format, the columns and the captions are recognised, and models are proposed for the GPU, or for CPUs.
     """
-    from reinforce.engine.starter import default_path, make_starter
+    from reinforce.engine.starter.starter import default_path, make_starter
 
     path = output or default_path(data)
     if path.exists() and not force:

@@ -32,7 +32,7 @@ def run(
     Exits with status 0 if every shard is finished or, up to failures.allowed_share of the shards, quarantined.
     """
     from reinforce.config import load_config
-    from reinforce.engine.runner import run as run_config
+    from reinforce.engine.run import run as run_config
 
     with only_json(as_json) as print_json:
         checked = load_config(config, set_)
@@ -69,13 +69,13 @@ def plan(
     """
     from reinforce.config import load_config
     from reinforce.dataset.files.store import Store
-    from reinforce.engine.cluster_check import machines_of_plan
-    from reinforce.engine.estimate import plan_table, source_statistics
-    from reinforce.engine.plan import make_plan
-    from reinforce.engine.plan_report import make_report
-    from reinforce.engine.probe import check_source
-    from reinforce.engine.sources import check_copies
-    from reinforce.engine.uses import config_uses
+    from reinforce.engine.plan.duplicates import check_copies
+    from reinforce.engine.plan.plan import make_plan
+    from reinforce.engine.preflight.access import config_uses
+    from reinforce.engine.preflight.check_machines import machines_of_plan
+    from reinforce.engine.preflight.check_source import check_source
+    from reinforce.engine.preflight.estimate_bytes import plan_table, source_statistics
+    from reinforce.engine.preflight.report import make_report
 
     given = {"rate": rate, "price": price}
     options = [f"estimate.{key}={value}" for key, value in given.items() if value is not None]
@@ -120,7 +120,7 @@ def check(
 
     Starts nothing and writes nothing. Exits with status 2 if a model fails.
     """
-    from reinforce.engine.check import check_target
+    from reinforce.engine.preflight.check_models import check_target
 
     report = check_target(target, options, kind, set_)
     if report.rows:

@@ -62,7 +62,7 @@ def dashboard(
     ] = None,
 ) -> None:
     """Write the Grafana dashboard of runs into the folder from which Grafana provisions its dashboards."""
-    from reinforce.engine.dashboard import write_dashboard
+    from reinforce.engine.record.dashboard import write_dashboard
 
     typer.echo(escape(f"written: {write_dashboard(folder)}"))
 
@@ -185,8 +185,8 @@ def _print_run(progress: RunProgress) -> None:
 def _print_dataset(found: Mapping[str, Any], reasons: bool) -> None:
     from reinforce.dataset.files.damage import describe_damaged
     from reinforce.dataset.status import status_table
-    from reinforce.engine.rates import rate_lines
-    from reinforce.engine.summary import cleaned_lines, not_in_source_lines
+    from reinforce.engine.record.rates import rate_lines
+    from reinforce.engine.record.summary import cleaned_lines, not_in_source_lines
 
     Console().print(status_table(dict(found)))
     if damage := describe_damaged(found["url"], found["damaged"]):

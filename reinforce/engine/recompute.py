@@ -26,14 +26,14 @@ from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.validate.findings import Finding
-from reinforce.engine.decode_pool import DecodePool
-from reinforce.engine.inputs import OutOfStep, origin_entries
-from reinforce.engine.models import load_models
-from reinforce.engine.outcome import LayerFailure
-from reinforce.engine.plan import PendingShard
-from reinforce.engine.precision import nodes_of_run, resolve_precisions
-from reinforce.engine.recipe import build_layers, describe_models
-from reinforce.engine.shard import process_shard
+from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.inference.models import load_models
+from reinforce.engine.messages.results import LayerFailure
+from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.plan.precision import nodes_of_run, resolve_precisions
+from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.worker.shard import process_shard
+from reinforce.engine.worker.stale_files import OutOfStep, origin_entries
 from reinforce.errors import UserError
 from teachers.determinism import set_flags
 

@@ -17,7 +17,7 @@ from typer.main import get_command
 import reinforce
 from reinforce.cli import app
 from reinforce.cli.common import only_json
-from reinforce.engine.cluster_check import cluster_machines
+from reinforce.engine.preflight.check_machines import cluster_machines
 from tests.helpers import command_line, pages_commands
 from tests.helpers.commands import Command
 from tests.helpers.data import config_of, members_of, write_tar

@@ -9,7 +9,7 @@ from reinforce.config import Augmentations, parse_config
 from reinforce.dataset.augment.backends import BACKENDS, load_backend
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, replay, sample_augmentation
 from reinforce.dataset.layers import Layer
-from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
 from tests.helpers.random_images import noise

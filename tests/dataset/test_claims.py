@@ -20,7 +20,7 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.claims import Claims
 from reinforce.dataset.manifest.manifest import claims as module
 from reinforce.dataset.manifest.manifest import update_manifest
-from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
 

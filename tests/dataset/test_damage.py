@@ -17,7 +17,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.status import read_status
 from reinforce.dataset.validate.validate import validate
-from reinforce.engine.plan import make_plan
+from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets

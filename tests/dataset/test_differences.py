@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.engine.plan import make_plan
+from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import reinforce_here, small_dataset

@@ -17,7 +17,7 @@ from reinforce.dataset import drop as dropping
 from reinforce.dataset.drop import drop, drop_command, drop_shard, layers_with_shard, plan_drop, with_dependants
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales
-from reinforce.engine.plan import make_plan
+from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
 from schemas import Reason
 from tests.helpers.data import config_of, members_of, tree, write_tar

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import reinforce
-from reinforce.engine.summary import RunSummary
+from reinforce.engine.record.summary import RunSummary
 from reinforce.training.results import Results
 from tests.helpers.reinforced import small_dataset
 

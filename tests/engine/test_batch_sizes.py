@@ -13,15 +13,15 @@ import torch
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.batch_sizes import BatchSizes
-from reinforce.engine.inference import Inference
-from reinforce.engine.models import Counters, Models, load_models
-from reinforce.engine.outcome import ShardResult
-from reinforce.engine.pixel_cells import PixelCells
-from reinforce.engine.plan import make_plan
-from reinforce.engine.recipe import build_layers, describe_models
-from reinforce.engine.rows import Row
-from reinforce.engine.shard import process_shard
+from reinforce.engine.decode.cells import PixelCells
+from reinforce.engine.decode.rows import Row
+from reinforce.engine.inference.batch_sizes import BatchSizes
+from reinforce.engine.inference.inference import Inference
+from reinforce.engine.inference.models import Counters, Models, load_models
+from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.worker.shard import process_shard
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from reinforce.engine.batches import Batches
-from reinforce.engine.rows import Row
-from reinforce.engine.turns import Turns
-from reinforce.engine.watch import LeaseWatch
+from reinforce.engine.decode.rows import Row
+from reinforce.engine.inference.batches import Batches
+from reinforce.engine.inference.turns import Turns
+from reinforce.engine.messages.pulse import LeaseWatch
 
 
 def rows(count: int) -> list[Row]:

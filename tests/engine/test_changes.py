@@ -12,9 +12,9 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.dataset.runs.shard_records import SourceRecord
-from reinforce.engine.changes import changed_sources, changes_note, referenced_source_change
-from reinforce.engine.outcome import LayerFailure
-from reinforce.engine.plan import make_plan
+from reinforce.engine.messages.results import LayerFailure
+from reinforce.engine.plan.changed_sources import changed_sources, changes_note, referenced_source_change
+from reinforce.engine.plan.plan import make_plan
 from reinforce.source.identity import read_state
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import reinforce_here

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from reinforce.cli import main
 from reinforce.config import parse_config
-from reinforce.engine import check
-from reinforce.engine.check import Report, check_class, check_config, check_target
-from reinforce.engine.models import Models
+from reinforce.engine.inference.models import Models
+from reinforce.engine.preflight import check_models as check
+from reinforce.engine.preflight.check_models import Report, check_class, check_config, check_target
 from reinforce.errors import UserError
 from teachers.device import Accelerator
 from tests.helpers import tiny_models

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.engine.decode_ahead import chunk_items, decode_ahead
-from reinforce.engine.rows import RowSpec
+from reinforce.engine.decode.ahead import chunk_items, decode_ahead
+from reinforce.engine.decode.rows import RowSpec
 from reinforce.source.formats.tar import RawSample, Refusal
 from schemas import Reason
 from tests.helpers.data import config_of, picture

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.engine.decode_ahead import decode_ahead
-from reinforce.engine.decode_pool import DecodePool, Lease
-from reinforce.engine.decoding import Decoded, DecodeSpec, Outcome, SourceItem
-from reinforce.engine.pixel_cells import PixelLayout
+from reinforce.engine.decode.ahead import decode_ahead
+from reinforce.engine.decode.cells import PixelLayout
+from reinforce.engine.decode.item import Decoded, DecodeSpec, Outcome, SourceItem
+from reinforce.engine.decode.pool import DecodePool, Lease
 from reinforce.source.formats.tar import RawSample, Refusal
 from tests.helpers.data import config_of, picture
 from tests.helpers.decode_faults import CrashingSample, FailingSample, OnceCrashingSample
@@ -185,7 +185,7 @@ def test_closing_ends_the_processes_and_whoever_waits() -> None:
 
 PARENT = """
 import sys, time
-from reinforce.engine.decode_pool import DecodePool
+from reinforce.engine.decode.pool import DecodePool
 from tests.engine.test_decode_pool import SPEC, item, pids
 from tests.hostile.images import scan_bomb
 pool = DecodePool(2)

@@ -7,8 +7,8 @@ import weakref
 import pytest
 import torch
 
-from reinforce.engine.device_memory import OutOfMemory, attempt, is_out_of_memory, memory_hint
-from reinforce.engine.outcome import raising_layer_failure
+from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt, is_out_of_memory, memory_hint
+from reinforce.engine.messages.results import raising_layer_failure
 
 
 @pytest.mark.parametrize(

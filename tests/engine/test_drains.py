@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reinforce.engine.drains import Drain, Drains
+from reinforce.engine.driver.policy.drains import Drain, Drains
 
 
 def test_each_drain_is_found_once_with_the_seconds_that_are_left() -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.engine.cluster_check import Machine, machine_warnings
-from reinforce.engine.effort import DECODE_MS, OWN_MS, Effort, Rate, estimate_effort, measured_rate
-from reinforce.engine.estimate import SourceStatistics
-from reinforce.engine.plan import Plan, make_plan
-from reinforce.engine.plan_report import make_report
-from reinforce.engine.uses import config_uses
+from reinforce.engine.plan.plan import Plan, make_plan
+from reinforce.engine.preflight.access import config_uses
+from reinforce.engine.preflight.check_machines import Machine, machine_warnings
+from reinforce.engine.preflight.estimate_bytes import SourceStatistics
+from reinforce.engine.preflight.estimate_hours import DECODE_MS, OWN_MS, Effort, Rate, estimate_effort, measured_rate
+from reinforce.engine.preflight.report import make_report
 from tests.helpers.data import config_of
 from tests.helpers.pages import ROOT
 from tests.helpers.reinforced import reinforce_here

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from reinforce.config import parse_config
-from reinforce.engine.estimate import expected_bytes, plan_table
-from reinforce.engine.plan import make_plan
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.preflight.estimate_bytes import expected_bytes, plan_table
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import reinforce_here
 

@@ -9,7 +9,7 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine import events
+from reinforce.engine.record import events
 from reinforce.errors import StorageError
 from teachers.redact import Redactor
 

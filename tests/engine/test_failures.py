@@ -1,4 +1,4 @@
-"""The failure policy: each sentence of reinforce/engine/failures.py."""
+"""The failure policy: each sentence of reinforce/engine/driver/policy/failures.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from reinforce.config import Failures
 from reinforce.dataset.layers import Layer
-from reinforce.engine.failures import (
+from reinforce.engine.driver.policy.failures import (
     NODE_VERDICT_SECONDS,
     Death,
     Decision,
@@ -26,9 +26,9 @@ from reinforce.engine.failures import (
     needs_replacement,
     pause_seconds,
 )
-from reinforce.engine.hangs import Hang
-from reinforce.engine.outcome import LayerFailure, LoadFailure, ShardFailure, WorkerId
-from reinforce.engine.plan import PendingShard
+from reinforce.engine.driver.policy.hangs import Hang
+from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId
+from reinforce.engine.plan.plan import PendingShard
 from reinforce.errors import StorageError, UserError
 from schemas import Reason
 

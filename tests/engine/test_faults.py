@@ -1,4 +1,4 @@
-"""What is the fault of a worker or a node: each sentence of reinforce/engine/faults.py, and simulated clusters."""
+"""What is the fault of a worker or a node: each sentence of reinforce/engine/driver/policy/faults.py, and simulated clusters."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 
 from reinforce.config import Failures
 from reinforce.dataset.layers import Layer
-from reinforce.engine.failures import FailurePolicy, Quarantine, Retry
-from reinforce.engine.faults import AVOID_SECONDS, Faults
-from reinforce.engine.outcome import ShardFailure, WorkerId, WorkerInfo
-from reinforce.engine.plan import PendingShard
-from reinforce.engine.pool import Slot
-from reinforce.engine.schedule import ShardQueue
+from reinforce.engine.driver.policy.failures import FailurePolicy, Quarantine, Retry
+from reinforce.engine.driver.policy.faults import AVOID_SECONDS, Faults
+from reinforce.engine.driver.pool import Slot
+from reinforce.engine.driver.shard_queue import ShardQueue
+from reinforce.engine.messages.results import ShardFailure, WorkerId, WorkerInfo
+from reinforce.engine.plan.plan import PendingShard
 
 A, B, C = (WorkerId(f"node {name}", number, f"host-{name}") for number, name in enumerate("abc"))
 A2 = WorkerId(A.node, 9, A.host)

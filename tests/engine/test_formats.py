@@ -11,10 +11,10 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.estimate import expected_bytes
-from reinforce.engine.plan import make_plan
-from reinforce.engine.probe import FirstSample, check_source
-from reinforce.engine.recipe import build_layers
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.plan.recipe import build_layers
+from reinforce.engine.preflight.check_source import FirstSample, check_source
+from reinforce.engine.preflight.estimate_bytes import expected_bytes
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here

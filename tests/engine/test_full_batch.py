@@ -11,9 +11,9 @@ import torch
 
 from reinforce.config import Config, parse_config
 from reinforce.dataset.layers import Layer
-from reinforce.engine.full_batch import find_batch, fit_batch
-from reinforce.engine.models import Counters, Models
-from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.engine.inference.full_batch import find_batch, fit_batch
+from reinforce.engine.inference.models import Counters, Models
+from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
 from tests.helpers.models import ColorTeacher, SeedCaptioner

@@ -1,4 +1,4 @@
-"""When a worker counts as hung, and which workers are asked: each sentence of reinforce/engine/hangs.py."""
+"""When a worker counts as hung, and which workers are asked: each sentence of reinforce/engine/driver/policy/hangs.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 import pytest
 
 from reinforce.config import Failures
-from reinforce.engine.hangs import (
+from reinforce.engine.driver.policy.hangs import (
     CEILING,
     MAX_IN_FLIGHT,
     MODEL_FLOOR,
@@ -22,7 +22,7 @@ from reinforce.engine.hangs import (
     poll_interval,
     silence_limit,
 )
-from reinforce.engine.watch import DECODING, READING, SERVER, WAITING, WRITING, LeasePulse, Pulse
+from reinforce.engine.messages.pulse import DECODING, READING, SERVER, WAITING, WRITING, LeasePulse, Pulse
 
 LAYER = "embeddings/red/images"
 

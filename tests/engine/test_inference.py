@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from reinforce.config import parse_config
-from reinforce.engine.inference import Inference, to_numpy
-from reinforce.engine.models import Counters, Models
-from reinforce.engine.outcome import LayerFailure
-from reinforce.engine.pixel_cells import PixelCells
-from reinforce.engine.recipe import build_layers, describe_models
-from reinforce.engine.rows import Row
+from reinforce.engine.decode.cells import PixelCells
+from reinforce.engine.decode.rows import Row
+from reinforce.engine.inference.inference import Inference, to_numpy
+from reinforce.engine.inference.models import Counters, Models
+from reinforce.engine.messages.results import LayerFailure
+from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.seeds import seed_for
 from reinforce.source.formats.tar import Refusal
 from schemas import Reason

@@ -15,11 +15,11 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import RecordWriter, ShardRecord, SourceRecord
 from reinforce.dataset.validate.validate import validate
-from reinforce.engine import inputs
-from reinforce.engine.models import load_models
-from reinforce.engine.outcome import ShardResult
-from reinforce.engine.plan import make_plan
-from reinforce.engine.shard import process_shard
+from reinforce.engine.inference.models import load_models
+from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker.actor import stale_files as inputs
+from reinforce.engine.worker.shard import process_shard
 from reinforce.source.identity import read_state
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from reinforce.engine.lanes import Lanes
-from reinforce.engine.models import Models
+from reinforce.engine.inference.lanes import Lanes
+from reinforce.engine.inference.models import Models
 from teachers.device import Accelerator
 from tests.helpers.models import ColorTeacher, SeedCaptioner
 

@@ -1,4 +1,4 @@
-"""Workers that are killed for their memory: each sentence of reinforce/engine/memory.py."""
+"""Workers that are killed for their memory: each sentence of reinforce/engine/driver/policy/memory.py."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 
 from reinforce.config import Failures
 from reinforce.dataset.layers import Layer
-from reinforce.engine.failures import Decision, EndedWorker, FailurePolicy, Quarantine, Requeue, RunAlone
-from reinforce.engine.memory import MemoryDeaths, MemoryUse
-from reinforce.engine.outcome import WorkerId
-from reinforce.engine.plan import PendingShard
+from reinforce.engine.driver.policy.failures import Decision, EndedWorker, FailurePolicy, Quarantine, Requeue, RunAlone
+from reinforce.engine.driver.policy.memory import MemoryDeaths, MemoryUse
+from reinforce.engine.messages.results import WorkerId
+from reinforce.engine.plan.plan import PendingShard
 from schemas import Reason
 
 LAYERS = {"samples": Layer("samples", "samples", "0")}

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from reinforce.engine import metrics
-from reinforce.engine.metrics import SERIES, Recorder, totals_values
-from reinforce.engine.outcome import ShardResult
-from reinforce.engine.summary import RunTotals
+from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.record import metrics
+from reinforce.engine.record.metrics import SERIES, Recorder, totals_values
+from reinforce.engine.record.summary import RunTotals
 
 PAGE = Path(__file__).parents[2] / "docs" / "monitoring.md"
 

@@ -13,9 +13,9 @@ import torch
 from reinforce.config import parse_config
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.augment.records import fixed_point
-from reinforce.engine import models as engine_models
-from reinforce.engine.models import Models, load_models
-from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.engine.inference.inference import models as engine_models
+from reinforce.engine.inference.models import Models, load_models
+from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from teachers import open_clip_text
 from teachers.device import Accelerator

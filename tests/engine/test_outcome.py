@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from reinforce.engine.outcome import LayerFailure, LoadFailure, ShardFailure, WorkerId, raising_layer_failure
+from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId, raising_layer_failure
 
 
 def test_failures_survive_pickling() -> None:

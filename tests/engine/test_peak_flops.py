@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from reinforce.engine.peak_flops import peak_flops
+from reinforce.engine.inference.peak_flops import peak_flops
 from teachers.device import Precision
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation, Crop, replay
-from reinforce.engine.pixel_cells import FreeCells, PixelLayout, runs
+from reinforce.engine.decode.cells import FreeCells, PixelLayout, runs
 from teachers.fitting import fit
 from teachers.protocols import ImageSpec
 

@@ -12,8 +12,8 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import update_manifest
-from reinforce.engine.plan import NotInSource, make_plan
-from reinforce.engine.source_shards import source_shards
+from reinforce.engine.plan.plan import NotInSource, make_plan
+from reinforce.engine.plan.source_shards import source_shards
 from reinforce.errors import UserError
 from schemas import Reason
 from tests.helpers.data import config_of, members_of, write_tar

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from reinforce.config import Workers, parse_config
-from reinforce.engine.outcome import WorkerInfo
-from reinforce.engine.plan import PendingShard
-from reinforce.engine.pool import Pool, Slot, describe_workers
+from reinforce.engine.driver.pool import Pool, Slot, describe_workers
+from reinforce.engine.messages.results import WorkerInfo
+from reinforce.engine.plan.plan import PendingShard
 
 INFO = WorkerInfo("node", 1, "cpu", {})
 SHARD = PendingShard("a", "a.tar", ("samples",))
@@ -59,9 +59,11 @@ class _Actor:
 
 
 def pool_of(monkeypatch: pytest.MonkeyPatch, slots: list[Slot], **workers: Any) -> Pool:
-    monkeypatch.setattr("reinforce.engine.pool.ray.put", lambda value: value)
-    monkeypatch.setattr("reinforce.engine.pool.ray.kill", lambda actor: None)
-    monkeypatch.setattr("reinforce.engine.pool.as_actor", lambda config: SimpleNamespace(remote=lambda *_: _Actor()))
+    monkeypatch.setattr("reinforce.engine.driver.pool.ray.put", lambda value: value)
+    monkeypatch.setattr("reinforce.engine.driver.pool.ray.kill", lambda actor: None)
+    monkeypatch.setattr(
+        "reinforce.engine.driver.pool.as_actor", lambda config: SimpleNamespace(remote=lambda *_: _Actor())
+    )
     config = parse_config({"source": "a.tar", "output": "/tmp/out", "workers": workers})
     pool = Pool(config, {}, frozenset())
     pool.slots = slots
@@ -106,10 +108,10 @@ def test_the_pool_shrinks_by_workers_that_have_not_started_and_then_by_those_tha
 def test_no_worker_is_placed_on_an_avoided_node_unless_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     started, loading = Slot(_Actor(), INFO), Slot(_Actor())
     pool = pool_of(monkeypatch, [started, loading])
-    monkeypatch.setattr("reinforce.engine.pool.live_nodes", lambda: frozenset({"x"}))
+    monkeypatch.setattr("reinforce.engine.driver.pool.live_nodes", lambda: frozenset({"x"}))
     pool.avoid(frozenset({"x"}))
     assert pool.slots == [started, loading], "it is the only node"
-    monkeypatch.setattr("reinforce.engine.pool.live_nodes", lambda: frozenset({"x", "y"}))
+    monkeypatch.setattr("reinforce.engine.driver.pool.live_nodes", lambda: frozenset({"x", "y"}))
     pool.avoid(frozenset({"x", "z"}))
     assert pool.slots == [started], "what has not started may be on the node"
 

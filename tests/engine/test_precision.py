@@ -12,9 +12,9 @@ import torch
 
 from reinforce.cli import main
 from reinforce.config import parse_config
-from reinforce.engine.plan import Plan, make_plan
-from reinforce.engine.precision import nodes_of_run
-from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.engine.plan.plan import Plan, make_plan
+from reinforce.engine.plan.precision import nodes_of_run
+from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import make_job
 from teachers.device import Accelerator

@@ -14,9 +14,9 @@ import yaml
 from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.plan import make_plan
-from reinforce.engine.probe import FirstSample, check_source
-from reinforce.engine.runner import run
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.preflight.check_source import FirstSample, check_source
+from reinforce.engine.run import run
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.published import ALL, published_members, source_members, write_published
@@ -169,7 +169,7 @@ def test_several_images_of_the_first_sample_are_noted(tmp_path: Path) -> None:
 def test_a_bounded_number_of_bytes_is_read_before_the_first_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reinforce.engine.probe._READ_BYTES", 10**6)
+    monkeypatch.setattr("reinforce.engine.preflight.check_source._READ_BYTES", 10**6)
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tar_bytes([("big.npy", bytes(3 * 10**6)), *members_of(0, 1)])))
     values = config(tmp_path, f"{tmp_path}/x.tar.gz", input={"limits": {"image_bytes": 1000, "sidecar_bytes": 1000}})
     sample, notes = probe(values)

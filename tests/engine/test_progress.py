@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from reinforce.engine.progress import Progress, Snapshot
+from reinforce.engine.record.progress import Progress, Snapshot
 
 START = Snapshot(
     shards_done=0, shards=100, samples=0, samples_done=0, busy=0.0, alive=0.0, workers=2,

@@ -11,8 +11,8 @@ import pytest
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.engine.outcome import LayerFailure
-from reinforce.engine.plan import make_plan
+from reinforce.engine.messages.results import LayerFailure
+from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
 from tests.helpers.data import tree
 from tests.helpers.published import (

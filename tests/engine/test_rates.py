@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from reinforce.dataset.manifest.schema import check_run
-from reinforce.engine.rates import Stages, add_stages, fuller, rate_lines, with_rates
+from reinforce.engine.record.rates import Stages, add_stages, fuller, rate_lines, with_rates
 
 IMAGES = {"inputs": 100, "seconds": 2.0, "flops": 3e12, "peak_flops": 6e12}
 CARD = {"name": "NVIDIA H100 80GB HBM3", "memory_peak": 2**30, "memory_total": 80 * 2**30}

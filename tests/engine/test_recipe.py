@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.config import load_config, parse_config
-from reinforce.engine.recipe import build_layers, describe_models, version_notes
+from reinforce.engine.plan.recipe import build_layers, describe_models, version_notes
 from reinforce.source.urls import expand
 from tests.helpers.data import config_of
 

@@ -14,10 +14,10 @@ import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.files.damage import set_aside
 from reinforce.dataset.files.store import Store
-from reinforce.engine.models import load_models
-from reinforce.engine.outcome import LayerFailure, ShardResult
-from reinforce.engine.plan import make_plan
-from reinforce.engine.shard import process_shard
+from reinforce.engine.inference.models import load_models
+from reinforce.engine.messages.results import LayerFailure, ShardResult
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker.shard import process_shard
 from reinforce.errors import UserError
 from reinforce.source.references import image_digest
 from reinforce.student.config import Data

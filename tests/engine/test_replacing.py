@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from reinforce.config import Failures, parse_config
-from reinforce.engine.drains import Drains
-from reinforce.engine.failures import FailurePolicy
-from reinforce.engine.outcome import ShardResult, WorkerInfo
-from reinforce.engine.plan import PendingShard
-from reinforce.engine.pool import Pool, Slot
-from reinforce.engine.replacing import WorkerHandling
+from reinforce.engine.driver.policy.drains import Drains
+from reinforce.engine.driver.policy.failures import FailurePolicy
+from reinforce.engine.driver.pool import Pool, Slot
+from reinforce.engine.driver.worker_lifecycle import WorkerHandling
+from reinforce.engine.messages.results import ShardResult, WorkerInfo
+from reinforce.engine.plan.plan import PendingShard
 from schemas import Reason
 
 
@@ -62,8 +62,8 @@ class Draining(WorkerHandling):
     """Two workers on two nodes, of which Ray may drain one or both; events and messages are recorded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("reinforce.engine.pool.ray.put", lambda value: value)
-        monkeypatch.setattr("reinforce.engine.pool.ray.kill", lambda actor: None)
+        monkeypatch.setattr("reinforce.engine.driver.pool.ray.put", lambda value: value)
+        monkeypatch.setattr("reinforce.engine.driver.pool.ray.kill", lambda actor: None)
         self.pool, self.drains = (
             Pool(parse_config({"source": "a.tar", "output": "/tmp/out"}), {}, frozenset()),
             Drains(),

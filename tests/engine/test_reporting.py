@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from reinforce.engine.events import EventDigest
-from reinforce.engine.outcome import WorkerInfo
-from reinforce.engine.pool import Slot
-from reinforce.engine.reporting import job_id, worker_progress
-from reinforce.engine.watch import LeasePulse, Pulse
+from reinforce.engine.driver.pool import Slot
+from reinforce.engine.driver.reporter import job_id, worker_progress
+from reinforce.engine.messages.pulse import LeasePulse, Pulse
+from reinforce.engine.messages.results import WorkerInfo
+from reinforce.engine.record.events import EventDigest
 
 
 def test_a_worker_is_shown_with_the_times_of_its_shards_and_stages() -> None:

@@ -15,8 +15,8 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.dataset.augment.records import from_records, replay
 from reinforce.dataset.files.store import Store
-from reinforce.engine.pixel_cells import PixelCells
-from reinforce.engine.rows import GROUP_ROWS, Row, RowSpec, max_group_rows, rows_from_samples, rows_from_source
+from reinforce.engine.decode.cells import PixelCells
+from reinforce.engine.decode.rows import GROUP_ROWS, Row, RowSpec, max_group_rows, rows_from_samples, rows_from_source
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from reinforce.source.formats.tar import Refusal

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from reinforce.config import parse_config
-from reinforce.engine.plan import make_plan
-from reinforce.engine.runner import as_config, run
-from reinforce.engine.summary import RunSummary
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.record.summary import RunSummary
+from reinforce.engine.run import as_config, run
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.reinforced import reinforce_here
@@ -129,7 +129,7 @@ def test_a_run_goes_on_with_shards_whose_files_were_set_aside(tmp_path: Path, mo
         def run(self) -> RunSummary:
             return left.pop(0)
 
-    monkeypatch.setattr("reinforce.engine.driver.Driver", Recorded)
+    monkeypatch.setattr("reinforce.engine.driver.driver.Driver", Recorded)
     monkeypatch.setattr("reinforce.cluster.ray_cluster", lambda _: contextlib.nullcontext())
     config = config_of(f"{tmp_path}/0.tar", tmp_path / "out")
     found = run(config)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from reinforce.engine.outcome import WorkerId, WorkerInfo
-from reinforce.engine.plan import PendingShard
-from reinforce.engine.pool import Slot
-from reinforce.engine.schedule import ShardQueue
+from reinforce.engine.driver.pool import Slot
+from reinforce.engine.driver.shard_queue import ShardQueue
+from reinforce.engine.messages.results import WorkerId, WorkerInfo
+from reinforce.engine.plan.plan import PendingShard
 
 SHARDS = [PendingShard(name, f"{name}.tar", ("samples",)) for name in "abcdefgh"]
 

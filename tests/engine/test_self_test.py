@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from reinforce.config import parse_config
-from reinforce.engine.models import Counters, Models
-from reinforce.engine.recipe import build_layers, describe_models
-from reinforce.engine.self_test import TEXTS, check_models, check_text_encoder
+from reinforce.engine.inference.models import Counters, Models
+from reinforce.engine.inference.self_test import TEXTS, check_models, check_text_encoder
+from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from teachers.device import Accelerator, Precision
 from teachers.registry import load_captioner, load_teacher

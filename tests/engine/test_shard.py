@@ -10,10 +10,10 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.models import load_models
-from reinforce.engine.outcome import LayerFailure, ShardResult
-from reinforce.engine.plan import make_plan
-from reinforce.engine.shard import process_shard
+from reinforce.engine.inference.models import load_models
+from reinforce.engine.messages.results import LayerFailure, ShardResult
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker.shard import process_shard
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
 

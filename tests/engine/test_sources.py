@@ -16,9 +16,9 @@ from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import DIGEST_KEY, update_manifest
-from reinforce.engine.plan import make_plan
-from reinforce.engine.runner import run
-from reinforce.engine.sources import find_copies
+from reinforce.engine.plan.duplicates import find_copies
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.run import run
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import reinforce_here

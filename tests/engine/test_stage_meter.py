@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reinforce.engine.models import Counters, Models
-from reinforce.engine.rates import Cost
-from reinforce.engine.stage_meter import DeviceTime, StageMeter, device_report
+from reinforce.engine.inference.models import Counters, Models
+from reinforce.engine.inference.stage_meter import DeviceTime, StageMeter, device_report
+from reinforce.engine.record.rates import Cost
 from teachers.device import Accelerator
 from tests.engine.test_inference import CONFIG, LAYERS, Inference, pixels, rows
 from tests.helpers.models import ColorTeacher, SeedCaptioner

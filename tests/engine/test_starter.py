@@ -171,7 +171,7 @@ def load_text(config: dict[str, Any], folder: Path) -> Any:
 def test_a_machine_with_a_gpu_gets_the_ensemble_and_a_captioner(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reinforce.engine.starter.nodes_of_run", lambda: [{"GPU": 1}])
+    monkeypatch.setattr("reinforce.engine.starter.starter.nodes_of_run", lambda: [{"GPU": 1}])
     config, _, planned = init(capfd, write_tars(folder / "source"))
     assert config["teachers"].keys() == {"dfn2b", "dfn2b-s39b"}
     assert config["captioners"].keys() == {"coca"}

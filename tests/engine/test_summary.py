@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.engine.outcome import ShardResult
-from reinforce.engine.plan import LayerState, NotInSource, PendingShard, Plan
-from reinforce.engine.summary import (
+from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.plan.plan import LayerState, NotInSource, PendingShard, Plan
+from reinforce.engine.record.summary import (
     Ending,
     RunSummary,
     RunTotals,

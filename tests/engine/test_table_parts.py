@@ -15,9 +15,9 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.dataset.validate.validate import validate
-from reinforce.engine.plan import make_plan
-from reinforce.engine.probe import check_source
-from reinforce.engine.recipe import build_layers
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.plan.recipe import build_layers
+from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
 from reinforce.source import streams
 from reinforce.source.file_types import lines

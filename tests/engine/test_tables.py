@@ -8,10 +8,10 @@ import pytest
 
 from reinforce.dataset.augment.records import Augmentation, Crop, from_records, to_records
 from reinforce.dataset.layers import Layer
-from reinforce.engine.inputs import OutOfStep
-from reinforce.engine.refusals import Refusals
-from reinforce.engine.rows import NewSample, Row
-from reinforce.engine.tables import aligned_captions, captions_table, samples_table, vectors_table
+from reinforce.engine.decode.rows import NewSample, Row
+from reinforce.engine.worker.refusals import Refusals
+from reinforce.engine.worker.stale_files import OutOfStep
+from reinforce.engine.worker.tables import aligned_captions, captions_table, samples_table, vectors_table
 from reinforce.source.references import image_digest
 from schemas import captions_schema, embeddings_schema, samples_schema
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.engine.models import load_models
-from reinforce.engine.outcome import LayerFailure
-from reinforce.engine.recipe import build_layers, describe_models
-from reinforce.engine.self_test import TEXTS, check_models
-from reinforce.engine.traces import error_with_frames, shorten, user_frames
+from reinforce.engine.inference.models import load_models
+from reinforce.engine.inference.self_test import TEXTS, check_models
+from reinforce.engine.messages.results import LayerFailure
+from reinforce.engine.messages.tracebacks import error_with_frames, shorten, user_frames
+from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from tests.engine.test_worker import TOKEN, LocalWorker
 from tests.helpers.data import config_of

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from reinforce.engine.turns import Turns
+from reinforce.engine.inference.turns import Turns
 
 
 def test_of_those_who_wait_the_oldest_shard_comes_first() -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from reinforce.cli import main
 from reinforce.config import parse_config
-from reinforce.engine.uses import config_uses
+from reinforce.engine.preflight.access import config_uses
 from tests.helpers.data import config_of
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from reinforce.engine.watch import (
+from reinforce.engine.messages.pulse import (
     DECODING,
     PREPARING,
     READING,
@@ -126,7 +126,7 @@ def test_the_memory_of_this_process_is_measured() -> None:
 def test_a_board_is_read_by_other_processes_while_the_worker_holds_the_interpreter_lock() -> None:
     code = """
 import re, sys
-from reinforce.engine.watch import READING, WorkerWatch
+from reinforce.engine.messages.pulse import READING, WorkerWatch
 worker = WorkerWatch()
 with worker.lease("a") as a, worker.lease("b") as b, a.stage("embeddings/t/images", "4 rows, keys 'x' to 'y'"):
     with b.stage(READING):

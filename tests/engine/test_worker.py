@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from reinforce.config import parse_config
-from reinforce.engine import inputs
-from reinforce.engine.decode_pool import DecodePool
-from reinforce.engine.models import load_models
-from reinforce.engine.outcome import LayerFailure, LoadFailure, ShardFailure, ShardResult
-from reinforce.engine.plan import PendingShard, make_plan
-from reinforce.engine.worker import Worker, as_actor
+from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.inference.models import load_models
+from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, ShardResult
+from reinforce.engine.plan.plan import PendingShard, make_plan
+from reinforce.engine.worker.actor import Worker, as_actor
+from reinforce.engine.worker.actor import stale_files as inputs
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
 from tests.helpers.decoding import decode_pool

@@ -15,7 +15,7 @@ from reinforce.config import parse_config
 from reinforce.datacompdr.members import Unreadable
 from reinforce.datacompdr.reinforcements import Reinforcements
 from reinforce.datacompdr.values import PublishedReader
-from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.source.formats.tar import Refusal
 from tests.helpers.published import COUNT, HEIGHT, WIDTH, config_of, published_members, published_sample
 from tests.helpers.tars import tar_bytes

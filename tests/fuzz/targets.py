@@ -25,7 +25,7 @@ from PIL import Image
 
 from reinforce.config import Config, Limits, parse_config
 from reinforce.dataset.augment.records import replay, sample_augmentation
-from reinforce.engine.rows import NewSample, Row, RowSpec, rows_from_source
+from reinforce.engine.decode.rows import NewSample, Row, RowSpec, rows_from_source
 from reinforce.images.policy import FORMATS, ImageRefused, decode
 from reinforce.source.captions import caption_of, json_error, metadata_of
 from reinforce.source.formats.tar import Refusal, as_utf8, split_name

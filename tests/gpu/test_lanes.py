@@ -13,12 +13,12 @@ import torch
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.inference import Inference
-from reinforce.engine.models import Counters, Models, load_models
-from reinforce.engine.outcome import ShardResult
-from reinforce.engine.plan import make_plan
-from reinforce.engine.self_test import check_models, precisions
-from reinforce.engine.shard import process_shard
+from reinforce.engine.inference.inference import Inference
+from reinforce.engine.inference.models import Counters, Models, load_models
+from reinforce.engine.inference.self_test import check_models, precisions
+from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker.shard import process_shard
 from teachers import process_flags
 from teachers.coca import CocaCaptioner
 from teachers.device import Accelerator

@@ -14,12 +14,12 @@ import torch
 
 from reinforce.config import Config, parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine import full_batch
-from reinforce.engine.full_batch import find_batch
-from reinforce.engine.model_flops import measure_costs
-from reinforce.engine.models import Models, load_models
-from reinforce.engine.plan import Plan, make_plan
-from reinforce.engine.shard import process_shard
+from reinforce.engine.inference.full_batch import find_batch
+from reinforce.engine.inference.inference import full_batch
+from reinforce.engine.inference.model_flops import measure_costs
+from reinforce.engine.inference.models import Models, load_models
+from reinforce.engine.plan.plan import Plan, make_plan
+from reinforce.engine.worker.shard import process_shard
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool

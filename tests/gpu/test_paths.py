@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from reinforce.captioning.task import CaptioningTask
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.models import load_models
-from reinforce.engine.plan import make_plan
-from reinforce.engine.shard import allocate_pixels, process_shard
+from reinforce.engine.inference.models import load_models
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker.shard import allocate_pixels, process_shard
 from reinforce.student.train import train
 from reinforce.training import loop
 from reinforce.training.batches import Prefetcher

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from reinforce.engine.inference import Inference
-from reinforce.engine.models import Counters, Models
+from reinforce.engine.inference.inference import Inference
+from reinforce.engine.inference.models import Counters, Models
 from teachers.device import Accelerator
 from teachers.step_graphs import GraphedSteps
 from tests.engine.test_inference import CONFIG, LAYERS, pixels, rows

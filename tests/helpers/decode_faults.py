@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforce.engine.decoding import SourceItem
+from reinforce.engine.decode.item import SourceItem
 from reinforce.source.formats.tar import RawSample
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from reinforce.config import Config
-from reinforce.engine.decode_pool import DecodePool, Lease
-from reinforce.engine.decoding import DecodeSpec
-from reinforce.engine.rows import Row, RowSpec
+from reinforce.engine.decode.item import DecodeSpec
+from reinforce.engine.decode.pool import DecodePool, Lease
+from reinforce.engine.decode.rows import Row, RowSpec
 
 
 @functools.cache

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from reinforce.config import load_config, parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.precision import resolve_precisions
-from reinforce.engine.recipe import build_layers, describe_models
+from reinforce.engine.plan.precision import resolve_precisions
+from reinforce.engine.plan.recipe import build_layers, describe_models
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import reinforce_here
 

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 import torch
 
-from reinforce.engine.self_test import TEXTS
+from reinforce.engine.inference.self_test import TEXTS
 from teachers.protocols import ImageSpec
 
 HALF = (0.5, 0.5, 0.5)

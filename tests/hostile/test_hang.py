@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import reinforce
-from reinforce.engine import hangs
+from reinforce.engine.driver.driver.policy import hangs
 from reinforce.source.urls import shard_name
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.hostile.images import scan_bomb

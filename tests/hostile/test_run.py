@@ -14,7 +14,7 @@ import pytest
 
 import reinforce
 from reinforce.config import Limits
-from reinforce.engine.summary import RunSummary
+from reinforce.engine.record.summary import RunSummary
 from reinforce.images.policy import decode
 from reinforce.source.urls import shard_name
 from tests.helpers.data import config_of, picture, tree, write_tar

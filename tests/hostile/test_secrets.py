@@ -17,7 +17,7 @@ import yaml
 
 import reinforce
 from reinforce.config import parse_config
-from reinforce.engine.plan import make_plan
+from reinforce.engine.plan.plan import make_plan
 from teachers.redact import REDACTED
 from tests.helpers.data import config_of, members_of, write_tar
 

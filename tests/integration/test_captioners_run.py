@@ -19,9 +19,9 @@ from PIL import Image
 import reinforce
 from reinforce.cli import main
 from reinforce.config import Limits
-from reinforce.engine.dashboard import dashboard_text
-from reinforce.engine.metrics import SERIES
-from reinforce.engine.summary import RunSummary
+from reinforce.engine.record.dashboard import dashboard_text
+from reinforce.engine.record.metrics import SERIES
+from reinforce.engine.record.summary import RunSummary
 from reinforce.images.policy import decode
 from reinforce.seeds import seed_for
 from teachers.fitting import fit

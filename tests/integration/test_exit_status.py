@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from reinforce.cli import main
-from reinforce.engine.driver import Driver
+from reinforce.engine.driver.driver import Driver
 from tests.helpers.data import config_of, members_of, write_tar
 
 pytestmark = pytest.mark.usefixtures("ray_session")

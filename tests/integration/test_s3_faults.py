@@ -15,7 +15,7 @@ import s3fs
 
 import reinforce
 from reinforce.dataset.files.store import Store
-from reinforce.engine.summary import RunSummary
+from reinforce.engine.record.summary import RunSummary
 from reinforce.source import urls
 from tests.helpers.data import members_of
 from tests.helpers.s3_proxy import Fault, Proxy, Request, cut, hold, refuse, run_first, slow

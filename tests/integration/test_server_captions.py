@@ -14,7 +14,7 @@ from PIL import Image
 
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import captions_layer
-from reinforce.engine.watch import SERVER, LeaseWatch
+from reinforce.engine.messages.pulse import SERVER, LeaseWatch
 from reinforce.errors import UserError
 from tests.helpers.chat_server import chat_server, completion, describe, image_of, start_process
 from tests.helpers.data import config_of, free_port, members_of, write_tar

@@ -12,8 +12,8 @@ from reinforce import settings
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales, update_manifest
-from reinforce.engine.plan import make_plan
-from reinforce.engine.runner import run
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.run import run
 from reinforce.student.config import StudentConfig
 from reinforce.student.distillation import plan_distillation, stored_teachers
 from tests.helpers.data import config_of

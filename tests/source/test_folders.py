@@ -14,11 +14,10 @@ import pytest
 import reinforce
 from reinforce.config import Config, Input, parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine import folder_lists
-from reinforce.engine.estimate import expected_bytes
-from reinforce.engine.folder_lists import write_lists
-from reinforce.engine.plan import Plan, make_plan
-from reinforce.engine.probe import check_source
+from reinforce.engine.plan.folder_lists import write_lists
+from reinforce.engine.plan.plan import Plan, folder_lists, make_plan
+from reinforce.engine.preflight.check_source import check_source
+from reinforce.engine.preflight.estimate_bytes import expected_bytes
 from reinforce.errors import UserError
 from reinforce.source.formats.folder import list_folder
 from tests.helpers.data import config_of, picture, tree

@@ -18,7 +18,7 @@ from PIL import Image
 import reinforce
 from reinforce.config import Limits, parse_config
 from reinforce.dataset.augment.backends import BACKENDS, load_backend
-from reinforce.engine.recipe import build_layers
+from reinforce.engine.plan.recipe import build_layers
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode, image_policy, is_image_policy
 from schemas import Reason

@@ -11,8 +11,8 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.plan import make_plan
-from reinforce.engine.probe import check_source
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.reinforced import reinforce_here

@@ -13,8 +13,8 @@ import torch
 from ray.train import RunConfig
 
 from reinforce.config import parse_config
-from reinforce.engine.check import check_class
-from reinforce.engine.worker import Worker, as_actor
+from reinforce.engine.preflight.check_models import check_class
+from reinforce.engine.worker.actor import Worker, as_actor
 from reinforce.errors import UserError
 from reinforce.training.launch import launch
 from reinforce.training.ranks import join_ranks

@@ -11,9 +11,9 @@ import yaml
 from transformers import AutoTokenizer, RadioModel, XLMRobertaModel
 
 from reinforce.config import parse_config
-from reinforce.engine.models import load_models
-from reinforce.engine.recipe import build_layers, describe_models
-from reinforce.engine.self_test import check_models, precisions
+from reinforce.engine.inference.models import load_models
+from reinforce.engine.inference.self_test import check_models, precisions
+from reinforce.engine.plan.recipe import build_layers, describe_models
 from teachers.describe import describe_teacher
 from teachers.registry import load_teacher
 from teachers.spec import TeacherSpec

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.pipeline.inputs import make_config, photo, write_shards
-from reinforce.engine.plan import make_plan
+from reinforce.engine.plan.plan import make_plan
 from tests.helpers.demo import read_samples
 
 

@@ -11,12 +11,12 @@ import pytest
 from benchmarks.scale.cluster import Cluster, SimulatedRay, config_of, simulated
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine import driver
-from reinforce.engine.plan import make_plan
-from reinforce.engine.pool import Slot
-from reinforce.engine.progress import Progress
-from reinforce.engine.schedule import ShardQueue
-from reinforce.engine.summary import RunSummary
+from reinforce.engine.driver.driver import driver
+from reinforce.engine.driver.pool import Slot
+from reinforce.engine.driver.shard_queue import ShardQueue
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.record.progress import Progress
+from reinforce.engine.record.summary import RunSummary
 
 
 def run(folder: Path, shards: int, cluster: Cluster) -> tuple[RunSummary, SimulatedRay]:

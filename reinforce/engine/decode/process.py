@@ -1,0 +1,142 @@
+"""A decode process: receives chunks of encoded images, writes their pixels into shared memory, returns the records.
+
+It is started with ``python -c`` and the descriptors of its socket and of its shared memory, so that it imports only
+what decoding needs, whatever program the worker runs in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import gc
+import os
+import pickle
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from reinforce.engine.decode.cells import PixelCells
+from reinforce.engine.decode.item import DecodeSpec, Item, decode_item
+from reinforce.images import policy as image
+from reinforce.shared_memory import SharedMemory
+
+READY = b"ready"
+#: What follows ``python -c``; the module is found where the parent finds it.
+COMMAND = (
+    "import json, sys; arguments = json.loads(sys.argv[1]); sys.path[:] = arguments.pop('path'); "
+    "from reinforce.engine import decode_process; decode_process.main(**arguments)"
+)
+_KEPT_SPECS = 8
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Items of one lease with their cells. ``spec`` is None if the process has received that of the lease before."""
+
+    job: int
+    first: int  # number of the first item in its job
+    lease: int
+    spec: bytes | None  # a pickled DecodeSpec
+    cells: Sequence[int]
+    items: Sequence[Item]
+
+
+class StatusBoard:
+    """What each process works on, in shared memory: the job, the item's number in it, and since when.
+
+    The parent reads it when a process has died or takes too long.
+    """
+
+    def __init__(self, memory: SharedMemory) -> None:
+        self._entries = memory.array().view(np.float64).reshape(-1, 3)
+
+    @staticmethod
+    def bytes(processes: int) -> int:
+        """Size of a board."""
+        return processes * 3 * 8
+
+    def set(self, process: int, job: int, item: int) -> None:
+        self._entries[process] = (job, item, time.monotonic())
+
+    def clear(self, process: int) -> None:
+        self._entries[process] = (0, 0, 0)
+
+    def get(self, process: int) -> tuple[int, int, float] | None:
+        """Job, item and seconds of a process, or None if it is idle."""
+        job, item, began = self._entries[process].tolist()
+        return (int(job), int(item), time.monotonic() - began) if job else None
+
+
+def main(number: int, parent: int, socket: int, status: int, pixels: int, messages: Sequence[int]) -> None:
+    """Work until the parent is gone. ``number`` is the process's entry on the board; the rest are descriptors."""
+    _exit_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    warnings.filterwarnings("ignore", module="PIL")  # one line per image with odd metadata; refusals are recorded
+    image.large_image_lock = _FileLock(pixels)
+    board = StatusBoard(SharedMemory(descriptor=status))
+    inbox = [SharedMemory(descriptor=descriptor) for descriptor in messages]
+    leases = _Leases(SharedMemory(descriptor=pixels))
+    connection = Connection(socket)
+    gc.freeze()  # garbage collections skip all imported modules
+    try:
+        connection.send_bytes(READY)
+        while True:
+            slot, length = np.frombuffer(connection.recv_bytes(), np.int64).tolist()
+            chunk: Chunk = pickle.loads(inbox[slot].read(length))  # noqa: S301 - from the parent
+            spec, cells = leases.get(chunk)
+            outcomes = []
+            for number_in_job, (cell, item) in enumerate(zip(chunk.cells, chunk.items, strict=True), chunk.first):
+                board.set(number, chunk.job, number_in_job)
+                outcomes.append(decode_item(spec, cells, cell, item))
+            board.clear(number)
+            connection.send_bytes(pickle.dumps(outcomes, pickle.HIGHEST_PROTOCOL))
+    except (EOFError, OSError):  # the parent is gone
+        sys.exit(0)
+
+
+class _Leases:
+    """The specs of recent leases, and their cells in the pixel memory."""
+
+    def __init__(self, memory: SharedMemory) -> None:
+        self._memory = memory
+        self._pixels = memory.array()
+        self._known: dict[int, tuple[DecodeSpec, PixelCells]] = {}
+
+    def get(self, chunk: Chunk) -> tuple[DecodeSpec, PixelCells]:
+        if chunk.spec is not None:
+            spec: DecodeSpec = pickle.loads(chunk.spec)  # noqa: S301 - from the parent
+            if spec.stop > len(self._pixels):
+                self._pixels = self._memory.array()
+            self._known[chunk.lease] = spec, spec.layout.cells(self._pixels[spec.start : spec.stop])
+            for lease in list(self._known)[:-_KEPT_SPECS]:
+                del self._known[lease]
+        return self._known[chunk.lease]
+
+
+class _FileLock:
+    """A lock of all processes that have the descriptor. The kernel releases it when its holder dies."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __enter__(self) -> None:
+        fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1)
+
+    def __exit__(self, *_: Any) -> None:
+        fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1)
+
+
+def _exit_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, even inside a decoder that hangs (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(0)

@@ -1,0 +1,250 @@
+"""The rows of a shard, ready for the models: read from the source the first time, from the samples layer afterwards.
+
+Both paths give the same rows in the same order and the same row groups. A bounded window of rows is decoded and
+augmented ahead in decode processes. Memory grows with the window and the row group, never with the shard.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from reinforce.config import Config
+from reinforce.datacompdr.reinforcements import Reinforcements
+from reinforce.datacompdr.values import PublishedValue
+from reinforce.dataset.files.layer_file import LayerFile
+from reinforce.engine.decode.ahead import decode_ahead
+from reinforce.engine.decode.cells import PixelLayout
+from reinforce.engine.decode.item import Decoded, SourceItem, StoredItem
+from reinforce.engine.decode.pool import Lease
+from reinforce.engine.messages.pulse import READING
+from reinforce.errors import UserError
+from reinforce.source.file_types import TAR
+from reinforce.source.formats.tar import RawSample, Refusal, referenced_images
+from reinforce.source.identity import former_url
+from reinforce.source.reading import Shard, read_samples
+from reinforce.source.references import ImageRoots
+from reinforce.source.urls import canonical, is_public
+from schemas import IMAGE_DIGEST, Reason, image_columns
+from teachers.protocols import ImageSpec
+
+#: Limits of a row group, of which the first that is reached closes it: rows, bytes of encoded images, and bytes of
+#: vectors at a nominal width. Small enough to shuffle and to stream.
+GROUP_ROWS = 1024
+GROUP_BYTES = 32 * 2**20
+_NOMINAL_VECTOR_BYTES = 1536 * 2
+
+
+@dataclass(frozen=True)
+class NewSample:
+    """A sample read from the source, as the samples layer stores it. ``augmentations`` are records as dicts;
+    ``left_out`` lists the parts that are missing."""
+
+    metadata: str | None
+    width: int
+    height: int
+    image: bytes
+    offset: int
+    augmentations: Sequence[Mapping[str, Any]]
+    left_out: tuple[Refusal, ...]
+    url: str | None = None  # of a file that holds the image alone
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample on its way through the models; its pixels are in the lease's ``cell``, None where none are needed.
+
+    ``published`` holds the values of published layers, by layer, and ``group`` numbers the row group. ``sample`` is
+    set only for a row from the source. ``unreadable`` is set only for a row from the samples layer: why its
+    referenced image can no longer be read; its pixels are black then.
+    """
+
+    key: str
+    caption: str | None
+    cell: int | None = None
+    published: Mapping[str, PublishedValue] = field(default_factory=dict)
+    sample: NewSample | None = None
+    unreadable: Refusal | None = None
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """What the layers of a lease need of each row: ``crops``, ``views`` and values of ``published`` reinforcements."""
+
+    crops: bool
+    views: tuple[ImageSpec, ...] = ()
+    published: Reinforcements | None = None
+
+    @property
+    def needs_image(self) -> bool:
+        return self.crops or bool(self.views)
+
+    def layout(self, config: Config) -> PixelLayout:
+        """The pixels of one row."""
+        policy = config.augmentations
+        return PixelLayout((policy.count, policy.size) if self.crops else None, self.views)
+
+
+def max_group_rows(augmentations: int, group_rows: int = GROUP_ROWS) -> int:
+    """Most rows of a row group. Independent of the teachers, so that one can be added later."""
+    return max(1, min(group_rows, GROUP_BYTES // (augmentations * _NOMINAL_VECTOR_BYTES)))
+
+
+def rows_from_source(
+    config: Config, shard: Shard, spec: RowSpec, lease: Lease, window: int, group_rows: int = GROUP_ROWS
+) -> Iterator[Row | Refusal]:
+    """Read a source shard. Every image is decoded, even where no layer needs it, so that broken ones are refused.
+
+    The cells of yielded rows are to be released by the caller.
+    """
+    published = spec.published
+    if published is not None and published.shard_refusal is not None:
+        yield published.shard_refusal
+        return
+    grouping = _Grouping(max_group_rows(config.augmentations.count, group_rows))
+    seen: set[str] = set()  # published keys: several samples of the source may match one
+    items = _source_items(_read_samples(config, shard), published)
+    for item, cell, decoded in decode_ahead(lease, items, window):
+        if isinstance(decoded, Refusal):
+            yield decoded
+            continue
+        assert isinstance(item, SourceItem)
+        if item.key in seen:
+            lease.free.release([cell])
+            yield Refusal(item.key, Reason.DUPLICATE_KEY, "another sample has the same reinforcements; it is kept")
+            continue
+        if published is not None:
+            seen.add(item.key)
+        sample = _new_sample(item.raw, decoded)
+        group = grouping.add(len(sample.image))
+        yield Row(item.key, decoded.caption, cell, decoded.published, sample, group=group)
+    if published is not None:
+        yield from published.refusals
+        yield from published.unmatched()
+
+
+def rows_from_samples(
+    config: Config, shard: Shard, file: LayerFile, spec: RowSpec, lease: Lease, window: int
+) -> Iterator[Row]:
+    """Read the rows back from the samples layer of a shard, with images only if ``spec`` needs them.
+
+    Images that are stored by reference are read from the shard itself, or from the files that it names. The cells of
+    yielded rows are to be released by the caller.
+    """
+    stored = _stored_items(config, shard, file, spec)
+    if not spec.needs_image and spec.published is None:
+        for row in lease.watch.steps(READING, stored):
+            yield Row(row.key, row.caption, group=row.group)
+        return
+    for item, cell, outcome in decode_ahead(lease, stored, window):
+        assert isinstance(item, StoredItem)
+        yield _stored_row(item, cell, outcome, lease)
+
+
+def _read_samples(config: Config, shard: Shard) -> Iterator[RawSample | Refusal]:
+    """The samples of a shard; with images by reference, only those whose images can be read again."""
+    items = read_samples(shard, config.input)
+    if config.embeds_images or shard.format == TAR:
+        yield from items
+        return
+    roots = _image_roots(config, shard)
+    for item in items:
+        yield item if isinstance(item, Refusal) else _referenced(item, roots, config)
+
+
+def _referenced(item: RawSample, roots: ImageRoots, config: Config) -> RawSample | Refusal:
+    """A sample with the URL of its image as it is stored, if the image can be read there again."""
+    if item.url is None:
+        return Refusal(item.key, Reason.IMAGE_PLACE, "images: reference needs a file for each image")
+    if not is_public(item.url):
+        return Refusal(item.key, Reason.IMAGE_PLACE, "images: reference needs URLs without user, password and query")
+    try:
+        url = roots.check(canonical(item.url))
+    except UserError as error:
+        return Refusal(item.key, Reason.IMAGE_PLACE, str(error))
+    return replace(item, url=former_url(url, config.moved))
+
+
+def _image_roots(config: Config, shard: Shard) -> ImageRoots:
+    """Where the images of a shard may be read by reference."""
+    size = config.input.limits.image_bytes
+    if shard.format == TAR:
+        return ImageRoots.of_shard(shard.url, size)
+    key = 'input.images_from: ["{}"]'
+    return ImageRoots.named([shard.folder, *(config.input.images_from or ())], key, size)
+
+
+class _Grouping:
+    """Numbers the row group of each row: a new one begins at ``limit`` rows or ``GROUP_BYTES``."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._group = self._rows = self._bytes = 0
+
+    def add(self, size: int) -> int:
+        """The row group of the next row, whose encoded image has ``size`` bytes."""
+        if self._rows and (self._rows == self._limit or self._bytes + size > GROUP_BYTES):
+            self._group, self._rows, self._bytes = self._group + 1, 0, 0
+        self._rows, self._bytes = self._rows + 1, self._bytes + size
+        return self._group
+
+
+def _source_items(
+    samples: Iterable[RawSample | Refusal], published: Reinforcements | None
+) -> Iterator[SourceItem | Refusal]:
+    for raw in samples:
+        if isinstance(raw, Refusal):
+            yield raw
+        elif published is None:
+            yield SourceItem(raw.key, raw)
+        elif (key := published.match(raw)) is not None:
+            yield SourceItem(key, raw, published.members(key))
+        else:
+            detail = "the published reinforcements have neither its key nor its uid"
+            yield Refusal(raw.key, Reason.NOT_REINFORCED, detail)
+
+
+def _new_sample(raw: RawSample, decoded: Decoded) -> NewSample:
+    return NewSample(
+        decoded.metadata,
+        decoded.width,
+        decoded.height,
+        raw.image,
+        raw.offset,
+        decoded.records,
+        decoded.left_out,
+        raw.url,
+    )
+
+
+def _stored_row(item: StoredItem, cell: int, outcome: Decoded | Refusal, lease: Lease) -> Row:
+    if isinstance(outcome, Decoded):
+        return Row(item.key, item.caption, cell, outcome.published, None, outcome.unreadable, item.group)
+    cell = lease.free.take()  # an image that was accepted before crashes its decode process now
+    lease.cells.blacken(cell)
+    return Row(item.key, item.caption, cell, unreadable=outcome, group=item.group)
+
+
+def _stored_items(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -> Iterator[StoredItem]:
+    """The rows of the samples layer, without images where none are needed."""
+    columns = ["key", "caption"]
+    roots = _image_roots(config, shard)
+    if spec.needs_image:
+        columns += ["augmentations", *image_columns(config.images)]
+    published = spec.published
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=columns)
+        images: Iterable[bytes | None] = itertools.repeat(None)
+        if "image" in columns:
+            images = (value.as_py() for value in table["image"])
+        elif "image_ref" in columns:
+            digests = table[IMAGE_DIGEST].to_pylist() if IMAGE_DIGEST in table.column_names else None
+            images = referenced_images(table["image_ref"].to_pylist(), roots, config.moved, digests)
+        records = table["augmentations"].to_pylist() if spec.needs_image else itertools.repeat([])
+        keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
+        for key, caption, image, record in zip(keys, captions, images, records, strict=False):
+            members = None if published is None else published.members(key)
+            yield StoredItem(key, caption, group, image, record, members)

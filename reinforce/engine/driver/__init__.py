@@ -1,0 +1,1 @@
+"""Leases shards to workers until all are finished or quarantined."""

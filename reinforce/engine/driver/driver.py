@@ -1,0 +1,364 @@
+"""The driver: leases the shards of a plan to workers until every one is finished or quarantined.
+
+This is the part that talks to Ray and to the storage. `failures.py` decides what happens when something fails,
+`schedule.py` which worker gets which shard, and `pool.py` how many workers there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
+
+from reinforce.cluster import RayletWatch, cause_of, draining_nodes, is_node_lost, live_nodes, live_resources
+from reinforce.dataset.files.damage import DamagedFile, set_aside, set_aside_notes
+from reinforce.dataset.files.index import IndexWriter
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.manifest.claims import Claims
+from reinforce.dataset.runs.shard_records import RecordWriter, read_records
+from reinforce.engine.driver.policy.drains import Drains
+from reinforce.engine.driver.policy.failures import (
+    DeathVerdict,
+    Decision,
+    FailurePolicy,
+    Quarantine,
+    Requeue,
+    Retry,
+    RunAlone,
+    StopRun,
+    error_text,
+    ray_ended,
+)
+from reinforce.engine.driver.policy.hangs import StallLimits, find_hang
+from reinforce.engine.driver.pool import Pool, Slot
+from reinforce.engine.driver.reporter import RunReporting
+from reinforce.engine.driver.shard_queue import ShardQueue
+from reinforce.engine.driver.stop import stop_requests
+from reinforce.engine.driver.worker_lifecycle import WorkerHandling
+from reinforce.engine.messages.results import ShardResult, WorkerInfo
+from reinforce.engine.messages.tracebacks import shorten
+from reinforce.engine.plan.plan import PendingShard, Plan
+from reinforce.engine.record.events import Events
+from reinforce.engine.record.progress import Progress
+from reinforce.engine.record.summary import WORKER_LOST, Ending, RunSummary, RunTotals, ending_of, summarize
+from reinforce.errors import StorageError, UserError
+from teachers.redact import Redactor
+
+#: Reasons of retries, in metrics.
+RETRY_REASONS: dict[type, str] = {Retry: "error", Requeue: WORKER_LOST, RunAlone: "suspect"}
+_TICK_SECONDS = 0.5
+_PAUSE_SECONDS_PER_REF, _MAX_PAUSE_SECONDS = 5e-5, 1.0
+_RAY_SECONDS = 2.0  # between two looks at Ray on this machine
+_QUIET_START_SECONDS = 15.0  # before a slow start is logged
+
+
+class Driver(WorkerHandling, RunReporting):
+    """Runs one plan to its end. Ray must be initialised."""
+
+    def __init__(self, plan: Plan, store: Store, progress: Progress, claims: Claims | None = None) -> None:
+        self.plan, self.store, self.progress = plan, store, progress
+        self.claims = claims or Claims(store, plan.config, plan.layers)
+        self.needed = frozenset(name for shard in plan.pending for name in shard.layers)
+        models = any(plan.layers[name].model and not plan.layers[name].published for name in self.needed)
+        workers = plan.config.workers.fitted_to(live_resources(), models)
+        self.config = plan.config.model_copy(update={"workers": workers})
+        self.redact = Redactor(self.config.model_dump(mode="json"))
+        self.queue = ShardQueue(plan.pending)
+        self.policy = FailurePolicy(self.config.failures, plan.layers, plan.shards, plan.quarantined, workers.recycle)
+        self.totals = RunTotals()
+        self.manifest_written = self.wait_logged = False
+        self.notes_logged, self.ray_checked = 0, time.monotonic()
+        self.raylet, self.drains = RayletWatch(), Drains()
+        self.limits = StallLimits(self.config.failures)
+        self.polled: dict[Any, Slot] = {}
+
+    def run(self) -> RunSummary:
+        start = time.monotonic()
+        self.events = Events(self.store, self.config, self.redact)
+        self.records = RecordWriter(self.store, self.events.run)
+        self.index = IndexWriter(self.store, self.plan.layers)
+        self.events.add("start", shards=len(self.plan.pending), layers=sorted(self.needed), ray=ray.__version__)
+        self.pool = Pool(self.config, self.plan.layers, self.needed)
+        for line in (self.pool.describe(len(self.plan.pending)), *self.plan.notes):
+            self._log(line)
+        ending = Ending()
+        self._begin_reports()
+        try:
+            self._set_damaged_aside()
+            with stop_requests() as stop:
+                self._loop(start, stop)
+        except BaseException as error:
+            ending = ending_of(error, self.redact)
+            raise
+        finally:
+            seconds, alive = time.monotonic() - start, self._snapshot().alive
+            quarantined = self.policy.quarantined_shards
+            summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
+            summary = replace(summary, notes=self.policy.notes)
+            self._report(last=True)
+            self.pool.close()
+            self.raylet.close()
+            with contextlib.suppress(StorageError):  # a cache
+                self.index.flush()
+            with contextlib.suppress(StorageError, FileNotFoundError):  # the run itself does not need the records
+                summary = replace(summary, **self._compare_keys())
+            with contextlib.nullcontext() if ending == Ending() else contextlib.suppress(UserError):
+                self.events.finish(asdict(summary))
+        return summary
+
+    def _set_damaged_aside(self) -> None:
+        """Move damaged files away before their shards are computed again."""
+        for file in self.plan.recomputed:
+            path = set_aside(self.store, file.layer, file.shard)
+            self.events.add("set_aside", shard=file.shard, layer=file.layer, reason=file.reason, path=path)
+            self._log(f"{file.line()}; it is set aside as {path} and computed again")
+            self.totals.set_aside.append(file.line())
+
+    def _compare_keys(self) -> dict[str, Any]:
+        """Write the records, and compare the keys of this run's shards with those of earlier runs."""
+        self.records.flush()
+        shards = {*self.plan.committed, *self.records.shards}
+        found = read_records(self.store).keys.repeated(shards)
+        notes = [*self.policy.notes, *set_aside_notes(self.totals.set_aside), *found.lines(len(shards), self.store.url)]
+        return {"repeated_keys": found.keys, "notes": notes}
+
+    # -- the loop
+
+    def _loop(self, start: float, stop: threading.Event) -> None:
+        while remaining := len(self.queue) + len(self.pool.leases) + self.policy.undecided_shards:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            self._check_ray(remaining)
+            self.pool.grow(remaining)
+            self.pool.shrink(remaining)
+            for verdict in self.policy.judge_deaths(time.monotonic(), lambda: self.drains.remaining(live_nodes())):
+                self._handle_death(verdict)
+            self._report_workers()
+            if self.manifest_written or self.pool.started_count >= self.config.workers.min:
+                slots = self.pool.started if self.queue.needs_all_slots else self.pool.free
+                self.queue.hand_out(slots, self.pool.lease, time.monotonic())
+            for ref in _ready([*self.pool.loading, *self.pool.leases, *self.polled]):
+                if ref in self.polled:
+                    self._record_pulse(self.polled.pop(ref), ref)
+                elif ref in self.pool.loading:
+                    self._handle_start(ref)
+                elif ref in self.pool.leases:  # else the worker was found dead through its other lease
+                    self._handle_lease_end(ref)
+            self._kill_silent_workers()
+            self._poll_workers()
+            if not self.manifest_written:
+                self._check_start(time.monotonic() - start)
+            self.progress.show(self._snapshot())
+            self._report()
+            self.events.flush_when_due()
+            self.records.flush_when_due()
+            self.index.flush_when_due()
+
+    def _check_ray(self, remaining: int) -> None:
+        """Raise RayEnded if Ray has ended on this machine. Look for nodes that Ray drains."""
+        if time.monotonic() - self.ray_checked < _RAY_SECONDS:
+            return
+        self.ray_checked = time.monotonic()
+        if not self.raylet.is_alive():
+            raise ray_ended(len(self.totals.finished), remaining)
+        self._follow_drains(draining_nodes())
+
+    def _report_workers(self) -> None:
+        """Log what the policy found about workers and nodes. Raise UserError if no shard can be finished."""
+        for note in self.policy.notes[self.notes_logged :]:
+            self.events.add("note", text=note)
+            self._log(note)
+        self.notes_logged = len(self.policy.notes)
+        self.pool.avoid(self.policy.faults.avoided(time.monotonic()))
+        if error := self.policy.memory.must_stop(len(self.pool.slots)):
+            raise error
+
+    def _check_start(self, waited: float) -> None:
+        """Log a slow start once. Raise UserError after ``workers.start_timeout``."""
+        if waited > _QUIET_START_SECONDS and not self.wait_logged:
+            self.wait_logged = True
+            self._log(self.pool.resource_error() or "waiting for workers to load their models ...")
+        workers = self.config.workers
+        if waited > workers.start_timeout:
+            cause = self.pool.resource_error() or "see the workers' logs"
+            raise UserError(
+                f"{self.pool.started_count} of workers.min = {workers.min} workers have started in {waited:.0f} s "
+                f"(workers.start_timeout): {cause}"
+            )
+
+    # -- starts
+
+    def _handle_start(self, ref: Any) -> None:
+        slot = self.pool.loading.pop(ref)
+        try:
+            info: WorkerInfo = ray.get(ref)
+        except RayTaskError as error:
+            if stop := self.policy.load_raised(cause_of(error), time.monotonic()):
+                raise stop.error from error
+            self.pool.remove(slot)
+            return
+        except RayError as error:
+            self.events.add("worker_failed_to_start", error=str(error)[:500])
+            workers = self.pool.count_placeable()
+            if stop := self.policy.load_died(str(error), is_node_lost(error), self.pool.started_count, workers):
+                raise stop.error from error
+            self.pool.discard(slot)
+            return
+        self.policy.load_passed()
+        self.pool.record_start(slot, info)
+        self.policy.add_notes(info.notes)
+        started = {"accelerator": info.accelerator, "batch": info.batch, "device": info.device}
+        self.events.add("worker_started", node=info.node, pid=info.pid, **started)
+        if self.pool.started_count == 1 and self.config.workers.batch == "auto":
+            self._log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
+        if not self.manifest_written and self.pool.started_count >= self.config.workers.min:
+            self.claims.publish(info.models, self.needed)
+            self.manifest_written = True
+
+    # -- ends of leases and of workers
+
+    def _handle_lease_end(self, ref: Any) -> None:
+        slot = self.pool.leases[ref]
+        try:
+            result: ShardResult = ray.get(ref)
+        except RayTaskError as error:
+            self._handle_error(slot, self.pool.end_lease(ref), cause_of(error))
+        except RayError as error:
+            # A process that died is reported as dead at once. An unreachable one may be on a node that is being lost.
+            dead = not isinstance(error, ActorUnavailableError)
+            reason = str(error).strip().splitlines()[0][:300]
+            memory, worker = isinstance(error, OutOfMemoryError), self._end_worker(slot)
+            if memory:
+                worker = replace(worker, neighbours=self.pool.count_on_node(worker.node))
+            self.policy.worker_died(worker, reason, time.monotonic(), dead, memory)
+        else:
+            shard = self.pool.end_lease(ref)
+            if not (result.given_up and self._try_elsewhere(slot, shard, result.given_up)):
+                self._count_success(slot, result)
+                self._handle_result(result)
+        if slot.exhausted and not slot.leases and slot in self.pool.slots:
+            self._recycle(slot)
+
+    def _handle_result(self, result: ShardResult) -> None:
+        self.totals.add(result)
+        self.events.add("shard", **result.event())
+        self.index.add(result.shard, result.files)
+        for layer, reason in result.set_aside.items():
+            text = DamagedFile(layer, result.shard, reason).line()
+            self._log(f"{text}; it is set aside, and the shard is finished after the others")
+            self.totals.set_aside.append(text)
+        self.policy.add_notes(result.notes)
+        if result.record:
+            self.records.add(result.record)
+        if result.source_note:
+            self._log(f"{result.shard}: {result.source_note}")
+        if result.given_up:
+            detail = result.examples.get(result.given_up, "")
+            self._log(f"{result.shard} is quarantined: {result.given_up}: {detail}")
+            self._count_quarantined(result.shard, f"{result.given_up}: {detail}")
+
+    def _try_elsewhere(self, slot: Slot, shard: PendingShard, reason: str) -> bool:
+        """Whether a shard that could not be read is tried on another node."""
+        assert slot.info is not None
+        now, nodes = time.monotonic(), self.pool.count_nodes()
+        decision = self.policy.shard_unread(shard, reason, slot.info.id, nodes, now)
+        if decision is None:
+            return False
+        slot.failed += 1
+        self.store.forget_quarantine(SAMPLES, shard.name)
+        self._log(f"{shard.name} is tried on another node: {reason} on {slot.info.id.place}")
+        self._carry_out(decision)
+        return True
+
+    def _handle_error(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
+        if not isinstance(error, UserError):
+            self._count_failure(slot, shard, error)
+        decision = self.policy.lease_raised(shard, error, time.monotonic())
+        if isinstance(decision, StopRun):
+            raise decision.error
+        text = self.redact(error_text(error))
+        self.events.add("shard_raised", shard=shard.name, attempt=decision.attempt, error=shorten(text, 2000))
+        shown = shorten(text, 1000)
+        self._log(f"{shard.name}: attempt {decision.attempt} of {self.config.failures.attempts} raised {shown}")
+        self._carry_out(decision)
+
+    def _handle_death(self, verdict: DeathVerdict) -> None:
+        death = verdict.death
+        names = [shard.name for shard in death.worker.shards]
+        event = "worker_hung" if death.hung else "worker_died"
+        self.events.add(event, pid=death.worker.pid, shards=names, node_lost=verdict.node_lost, error=death.error)
+        reason = "its node was lost" if verdict.node_lost else death.error
+        what = "hung and was killed" if death.hung else "died"
+        self._log(f"a worker {what} ({reason}); in flight: {', '.join(names)}")
+        for decision in verdict.decisions:
+            self._carry_out(decision)
+
+    def _carry_out(self, decision: Decision) -> None:
+        if (reason := RETRY_REASONS.get(type(decision))) is not None:
+            self.totals.retries[reason] += 1
+        match decision:
+            case Retry(shard, at):
+                self.queue.add_delayed(shard, at, self.policy.faults.tried(shard.name))
+            case Requeue(shard):
+                self.queue.add(shard, first=True)
+            case RunAlone(shard):
+                self.queue.add_suspect(shard, self.policy.faults.tried(shard.name))
+            case Quarantine():
+                self._quarantine(decision)
+
+    def _quarantine(self, decision: Quarantine) -> None:
+        name, layer, reason = decision.shard.name, decision.layer, decision.reason
+        detail = shorten(self.redact(decision.detail), 2000)
+        self.store.quarantine(layer, name, [(None, reason, detail)])
+        self.events.add("shard_quarantined", shard=name, layer=layer, reason=reason.value, detail=detail)
+        cause = f"{reason.value}: {shorten(detail, 300)}"
+        self._log(f"{name} is quarantined in {layer}: {cause}")
+        self.totals.add_quarantined(name, layer, reason.value, detail)
+        self._count_quarantined(name, cause)
+        if decision.rest is not None:
+            self.queue.add(decision.rest)
+        else:
+            self.totals.finished.add(name)
+
+    def _count_quarantined(self, name: str, cause: str) -> None:
+        if stop := self.policy.shard_quarantined(name, cause):
+            raise stop.error
+
+    # -- progress
+
+    def _poll_workers(self) -> None:
+        """Ask workers for their counts, in turns."""
+        for slot in self.pool.polls.due(time.monotonic(), self.limits.least):
+            self.polled[slot.actor.pulse.options(concurrency_group="control").remote()] = slot
+
+    def _record_pulse(self, slot: Slot, ref: Any) -> None:
+        self.pool.polls.answered(slot)
+        with contextlib.suppress(RayError):  # a dead worker is detected when its leases fail
+            self.pool.record_pulse(slot, ray.get(ref))
+            self.limits.record(slot.pulse.slowest)
+            shards = {shard.name for shard in slot.leases.values()}
+            if hang := find_hang(slot.pulse, shards, self.limits):
+                self._kill_hung(slot, hang)
+
+    def _log(self, text: str) -> None:
+        self.progress.log(self.redact(text))
+
+
+def _ready(refs: list[Any]) -> list[Any]:
+    """All refs that are ready, after waiting for the first for at most a tick.
+
+    Ray takes 0.6 us of CPU for each ref that it looks at. So with 20,000 refs it is asked once a second; the workers
+    have another shard meanwhile.
+    """
+    if not refs:
+        time.sleep(_TICK_SECONDS)
+        return []
+    time.sleep(min(_MAX_PAUSE_SECONDS, len(refs) * _PAUSE_SECONDS_PER_REF))
+    ready: list[Any] = ray.wait(refs, num_returns=len(refs), timeout=0)[0]
+    return ready or ray.wait(refs, num_returns=1, timeout=_TICK_SECONDS)[0]

@@ -1,0 +1,1 @@
+"""What a failure means. Pure: no Ray, no storage, no clock."""

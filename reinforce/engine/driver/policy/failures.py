@@ -1,0 +1,346 @@
+"""The failure policy of a run: what happens to shards and workers when something fails.
+
+- A lease that raises is retried after a pause, a few times. Then the shard is quarantined in the layer
+  whose model raised, or in its first missing layer if no model did; layers that do not need that one are retried.
+- When a worker's process dies, every shard in flight in it becomes a suspect and runs alone next. Only a shard that
+  kills its process alone, ``failures.solo_attempts`` times, is quarantined.
+- A worker in which a shard makes no progress is killed (`hangs.py`). That shard is a suspect. The others of the worker
+  are leased again as they are, and are suspects only if it happens to them a second time.
+- A lost node counts against no shard.
+- A worker at which several leases in a row fail is replaced. Storage errors do not count, unless the shards pass
+  elsewhere (`faults.py`).
+- A worker that is killed for its memory counts against no shard (`memory.py`). Where the memory of its device runs out,
+  the worker halves its batches, and the run stops only if a single input does not fit (`batch_sizes.py`).
+- An error that the user must fix (a fingerprint, missing weights, a full disk) stops the run at once.
+- Too many quarantined shards stop the run, and so do workers that die again and again while they load their models.
+
+Everything here is pure: no Ray, no storage, and times are arguments. The driver reports what happened and carries out
+the decisions that are returned.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from reinforce.config import Failures
+from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.engine.driver.policy.faults import Faults, Faulty
+from reinforce.engine.driver.policy.hangs import Hang
+from reinforce.engine.driver.policy.memory import MemoryDeaths, MemoryUse
+from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId
+from reinforce.engine.plan.plan import PendingShard
+from reinforce.errors import RayEnded, TooManyQuarantined, UserError
+from schemas import Reason
+
+MAX_WORKER_FAILURES = 3  # leases in a row
+MAX_FAILED_STARTS = 3  # in a row; with more workers, two for each
+TOLERATED_SHARDS = 10  # quarantined shards that never stop a run
+NODE_VERDICT_SECONDS = 60.0  # time that Ray may take to notice a lost node
+_MAX_PAUSE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Lease the shard again at time ``at``; ``attempt`` attempts have failed."""
+
+    shard: PendingShard
+    at: float
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """Quarantine the shard in ``layer``, and lease ``rest``: its layers that do not need that one, or None."""
+
+    shard: PendingShard
+    layer: str
+    reason: Reason
+    detail: str
+    rest: PendingShard | None
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Requeue:
+    """Lease the shard again at once."""
+
+    shard: PendingShard
+
+
+@dataclass(frozen=True)
+class RunAlone:
+    """Lease the shard, a suspect, to a worker that has no other shard."""
+
+    shard: PendingShard
+
+
+@dataclass(frozen=True)
+class StopRun:
+    """End the run with ``error``."""
+
+    error: UserError
+
+
+Decision: TypeAlias = "Retry | Quarantine | Requeue | RunAlone"
+
+
+@dataclass(frozen=True)
+class EndedWorker:
+    """A worker that is gone, and the shards that were in flight in it; ``alone`` if that was a single suspect."""
+
+    node: str
+    pid: int
+    shards: tuple[PendingShard, ...]
+    alone: bool
+    host: str = ""
+    use: MemoryUse = field(default_factory=MemoryUse)
+    neighbours: int = 0  # other workers on its node
+
+    @property
+    def id(self) -> WorkerId:
+        return WorkerId(self.node, self.pid, self.host)
+
+
+@dataclass(frozen=True)
+class Death:
+    """A worker that died, or hung and was killed."""
+
+    worker: EndedWorker
+    error: str
+    deadline: float  # the node counts as alive if it is not known to be lost by then
+    hung: bool = False
+    cause: frozenset[str] = frozenset()  # the shards that hung; empty if it is not known which
+    memory: bool = False  # it was killed because the memory of its node ran out
+
+
+@dataclass(frozen=True)
+class DeathVerdict:
+    """Whether a worker died with its node, and what happens to its shards."""
+
+    death: Death
+    node_lost: bool
+    decisions: tuple[Decision, ...]
+
+
+class FailurePolicy:
+    """Counts the failures of a run and decides what follows from them.
+
+    ``layers`` are all layers of the run, ``shards`` the number of source shards, ``quarantined_before`` those that
+    earlier runs have quarantined, and ``recycle`` the number of shards after which workers are restarted.
+    """
+
+    def __init__(
+        self,
+        settings: Failures,
+        layers: Mapping[str, Layer],
+        shards: int,
+        quarantined_before: int,
+        recycle: int | None = None,
+    ) -> None:
+        self.settings, self.layers, self.shards, self.recycle = settings, layers, shards, recycle
+        self.deaths: list[Death] = []  # whose node may still turn out to be lost
+        self.quarantined: set[str] = set()  # shards, by this run
+        self._quarantined_before = quarantined_before
+        self._attempts: Counter[str] = Counter()
+        self._deaths_alone: Counter[str] = Counter()
+        self._bystanders: set[str] = set()  # shards in a worker in which another shard hung
+        self.notes: list[str] = []  # messages about workers and nodes, which are logged and part of the summary
+        self.faults = Faults(self.notes)
+        self.memory = MemoryDeaths(settings.solo_attempts)
+        self._failed_starts = 0
+
+    @property
+    def quarantined_shards(self) -> int:
+        """Number of quarantined shards, those of earlier runs included."""
+        return self._quarantined_before + len(self.quarantined)
+
+    @property
+    def undecided_shards(self) -> int:
+        """Number of shards of dead workers whose verdict is not known yet."""
+        return sum(len(death.worker.shards) for death in self.deaths)
+
+    def add_notes(self, notes: Iterable[str]) -> None:
+        """Add messages of a worker. Those that another worker has sent, too, are left out."""
+        self.notes.extend(note for note in notes if note not in self.notes)
+
+    def lease_raised(self, shard: PendingShard, error: Exception, now: float) -> Retry | Quarantine | StopRun:
+        """Decide about a lease that raised."""
+        if isinstance(error, UserError):
+            return StopRun(error)
+        self._attempts[shard.name] += 1
+        attempt = self._attempts[shard.name]
+        if attempt < self.settings.attempts:
+            return Retry(shard, now + pause_seconds(attempt), attempt)
+        layer = error.layer if isinstance(error, LayerFailure) else shard.layers[0]
+        return self._quarantine(shard, layer, Reason.SHARD_FAILED, error_text(error), attempt)
+
+    def lease_passed(self, shard: str, worker: WorkerId, now: float, workers: int) -> list[Faulty]:
+        """Record that a lease returned, where ``workers`` are running -> the workers that are at fault, therefore."""
+        self.memory.passed()
+        return self.faults.passed(shard, worker, now, workers)
+
+    def worker_replaced(self, worker: WorkerId, now: float) -> None:
+        """Record that a worker at fault was replaced. What failed at it does not count as an attempt."""
+        for shard, attempts in self.faults.replaced(worker, now).items():
+            self._attempts[shard] = max(0, self._attempts[shard] - attempts)
+
+    def worker_died(
+        self, worker: EndedWorker, error: str, now: float, process_dead: bool, memory: bool = False
+    ) -> None:
+        """Record a death, ``memory`` if it was killed because the memory of its node ran out.
+
+        Unless the process is known to be dead, its node may be about to be reported as lost.
+        """
+        deadline = now if process_dead else now + NODE_VERDICT_SECONDS
+        self.deaths.append(Death(worker, error, deadline, memory=memory))
+
+    def worker_hung(self, worker: EndedWorker, hang: Hang, now: float) -> None:
+        """Record that a worker hung and was killed."""
+        self.deaths.append(Death(worker, hang.reason, now, hung=True, cause=hang.shards))
+
+    def judge_deaths(self, now: float, live_nodes: Callable[[], Collection[str]]) -> list[DeathVerdict]:
+        """Decide about the shards of dead workers, as soon as it is known whether their node is lost.
+
+        ``live_nodes`` is called at most once, because it is a request to the cluster.
+        """
+        if not self.deaths:
+            return []
+        alive, verdicts, undecided = live_nodes(), [], []
+        for death in self.deaths:
+            node_lost = death.worker.node not in alive
+            if node_lost or now >= death.deadline:
+                if not node_lost:
+                    self._count_death(death)
+                decisions = tuple(self._judge_shard(shard, death, node_lost) for shard in death.worker.shards)
+                verdicts.append(DeathVerdict(death, node_lost, decisions))
+            else:
+                undecided.append(death)
+        self.deaths = undecided
+        return verdicts
+
+    def shard_quarantined(self, name: str, cause: str) -> StopRun | None:
+        """Count a quarantined shard. A fault of so many shards (credentials, a disk) would also hit the rest."""
+        self.quarantined.add(name)
+        count, share = self.quarantined_shards, self.settings.allowed_share
+        if count <= max(TOLERATED_SHARDS, share * self.shards):
+            return None
+        return StopRun(
+            TooManyQuarantined(
+                f"stopped: {count:,} of {self.shards:,} shards are quarantined, more than failures.allowed_share = "
+                f"{share:g}. They probably share the cause of the last one, {name}: {cause.rstrip('.')}. Fix it and "
+                "run with --retry-quarantined."
+            )
+        )
+
+    def shard_unread(self, shard: PendingShard, reason: str, worker: WorkerId, nodes: int, now: float) -> Retry | None:
+        """Decide about a shard that could not be read; ``nodes`` is the number of nodes with workers."""
+        if reason not in (Reason.SHARD_MISSING.value, Reason.SHARD_UNREADABLE.value) or SAMPLES not in shard.layers:
+            return None
+        first = self.faults.unread(shard.name, worker, reason)
+        return Retry(shard, now + pause_seconds(1), 1) if first and nodes > 1 else None
+
+    def load_raised(self, error: Exception, now: float = 0.0) -> StopRun | None:
+        """Decide about a worker that could not load its models: no other worker could, unless shards pass on other
+        nodes."""
+        if isinstance(error, LoadFailure):
+            return None if self.faults.not_started(error.worker, str(error), now) else StopRun(error.error)
+        if isinstance(error, UserError):
+            return StopRun(error)
+        return StopRun(UserError(f"a worker could not load its models: {type(error).__name__}: {error}"))
+
+    def load_passed(self) -> None:
+        """Record that a worker has loaded its models."""
+        self._failed_starts = 0
+        self.faults.started()
+
+    def load_died(self, error: str, node_lost: bool, running: int, workers: int) -> StopRun | None:
+        """Decide about a worker that died while it loaded its models, or whose node was lost then.
+
+        Of ``workers``, as many as the cluster can hold, ``running`` have loaded theirs.
+        """
+        self._failed_starts += not node_lost
+        if running or self._failed_starts < max(MAX_FAILED_STARTS, 2 * workers):
+            return None
+        return StopRun(
+            UserError(
+                f"workers die while they load their models ({error.splitlines()[0]}). Check the memory of the nodes "
+                "and the Ray logs."
+            )
+        )
+
+    def _count_death(self, death: Death) -> None:
+        worker = death.worker
+        if not death.memory:
+            self.faults.died(tuple(shard.name for shard in worker.shards), worker.id, death.error)
+        elif note := self.memory.died(worker.id, worker.use, self.recycle):
+            self.notes.append(note)
+
+    def _judge_shard(self, shard: PendingShard, death: Death, node_lost: bool) -> Decision:
+        if node_lost:
+            return Requeue(shard)
+        if death.memory:
+            return self._judge_memory(shard, death)
+        if death.cause and shard.name not in death.cause and shard.name not in self._bystanders:
+            self._bystanders.add(shard.name)
+            return Requeue(shard)
+        return self._judge_suspect(shard, death)
+
+    def _judge_memory(self, shard: PendingShard, death: Death) -> Decision:
+        worker = death.worker
+        if self.memory.is_cause(shard.name, worker.use, worker.alone, worker.neighbours):
+            detail = f"alone, in a worker that had just started, it needs more memory than there is: {death.error}"
+            return self._quarantine(shard, shard.layers[0], Reason.SHARD_CRASHED, detail, 0)
+        return RunAlone(shard) if worker.alone or worker.use.shards == 0 else Requeue(shard)
+
+    def _judge_suspect(self, shard: PendingShard, death: Death) -> Quarantine | RunAlone:
+        self._deaths_alone[shard.name] += death.worker.alone
+        deaths = self._deaths_alone[shard.name]
+        if deaths < self.settings.solo_attempts:
+            return RunAlone(shard)
+        if death.hung:
+            return self._quarantine(shard, shard.layers[0], Reason.SHARD_HUNG, death.error, deaths)
+        detail = f"its worker died each time that it ran this shard alone, {deaths} times: {death.error}"
+        return self._quarantine(shard, shard.layers[0], Reason.SHARD_CRASHED, detail, deaths)
+
+    def _quarantine(self, shard: PendingShard, layer: str, reason: Reason, detail: str, attempt: int) -> Quarantine:
+        lost = {layer}
+        for name in shard.layers:  # each after the layers it needs
+            if not lost.isdisjoint(self.layers[name].needs):
+                lost.add(name)
+        rest = tuple(name for name in shard.layers if name not in lost)
+        self._attempts[shard.name] = self._deaths_alone[shard.name] = 0
+        return Quarantine(shard, layer, reason, detail, replace(shard, layers=rest) if rest else None, attempt)
+
+
+def ray_ended(finished: int, remaining: int) -> RayEnded:
+    """The error that ends a run when Ray has ended on the machine of the driver."""
+    return RayEnded(
+        "Ray ended on this machine before the run did: its process (raylet) was killed, perhaps for lack of memory, or "
+        f"crashed. The {finished:,} shards that are finished are kept; {remaining:,} are left. Run the same command "
+        "again to resume."
+    )
+
+
+def pause_seconds(attempt: int) -> float:
+    """Exponential back-off with jitter after ``attempt`` failed attempts: between half of 2^(attempt - 1) and all of
+    it, at most a minute."""
+    return min(_MAX_PAUSE_SECONDS, 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
+
+
+def count_failure(failures: int, error: Exception) -> int:
+    """The number of leases in a row that failed at a worker, after ``failures`` and ``error``."""
+    return failures + (error.worker_at_fault if isinstance(error, ShardFailure) else 1)
+
+
+def needs_replacement(failures: int) -> bool:
+    """Whether a worker is replaced after so many failures in a row; its accelerator may be in a bad state."""
+    return failures >= MAX_WORKER_FAILURES
+
+
+def error_text(error: Exception) -> str:
+    """The text of an error that a lease raised."""
+    return str(error) if isinstance(error, ShardFailure) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,175 @@
+"""What is the fault of a worker or of its node, and not of a shard: pure policy.
+
+What fails at one worker and passes at another is the fault of the first, or of its node (a full disk, a bad
+accelerator, a missing mount).
+
+- A shard that failed is tried elsewhere: on another node where there is one, else at another worker.
+- A worker is replaced when two shards that failed at it have passed elsewhere, or when three different shards in a row
+  failed at it while others passed. A shard that fails on two nodes, or at three workers, is itself the cause.
+- What failed at a replaced worker does not count as an attempt of the shard.
+- A node gets no new workers for a while when what failed at two of its workers, which were replaced or died, passed on
+  other nodes within an hour. The time doubles with each further one. A node where models cannot be loaded, while
+  workers of other nodes finish shards, gets none at once.
+- A shard that cannot be read from one node may be readable from another (a mount, credentials): it is tried there.
+- Where half of the workers fail, the cause is neither: a storage, for example. Few are replaced at a time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from reinforce.engine.messages.results import WorkerId
+
+PROVEN = 2  # shards that failed at a worker and passed elsewhere
+IN_A_ROW = 3  # shards that failed at a worker since its last success
+NODE_FAULTS = 2  # within an hour
+MAX_FAILED_STARTS = 10  # in a row, on whatever nodes
+AVOID_SECONDS = 600.0  # the first time
+_HOUR = 3600.0
+_REPLACED_SHARE = 0.02  # of the workers, per minute
+_OWN_NODES, _OWN_WORKERS = 2, 3  # a shard that fails at so many is the cause
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """A worker to replace, and why."""
+
+    worker: WorkerId
+    reason: str
+
+
+class Faults:
+    """Counts where shards failed and where they passed. ``notes`` receives a message when a node is avoided."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self._notes = notes
+        self._failed: dict[str, Counter[WorkerId]] = {}  # by shard
+        self._row: dict[WorkerId, dict[str, float]] = {}  # shards since the last success, with the time
+        self._unread: dict[WorkerId, set[str]] = {}  # shards that could not be read, since the last success
+        self._proven: dict[WorkerId, set[str]] = {}
+        self._failed_starts = 0  # in a row
+        self._errors: dict[WorkerId, str] = {}
+        self._died: set[WorkerId] = set()
+        self._passes: deque[tuple[float, WorkerId]] = deque(maxlen=2)  # the last ones, of different workers
+        self._replaced: deque[float] = deque(maxlen=1000)
+        self._node_faults: dict[str, list[float]] = {}
+        self._avoided: dict[str, float] = {}  # until when
+
+    def tried(self, shard: str) -> frozenset[WorkerId]:
+        """The workers at which a shard has failed."""
+        return frozenset(self._failed.get(shard, ()))
+
+    def failed(self, shard: str, worker: WorkerId, error: str, now: float, workers: int) -> Faulty | None:
+        """Record that a lease raised, where ``workers`` are running -> its worker, if it is at fault."""
+        places = self._failed.setdefault(shard, Counter())
+        places[worker] += 1
+        self._errors[worker] = error
+        row = self._row.setdefault(worker, {})
+        row.setdefault(shard, now)
+        if len({place.node for place in places}) >= _OWN_NODES or len(places) >= _OWN_WORKERS:
+            for place in places:
+                self._row.get(place, {}).pop(shard, None)
+        elsewhere = any(passed > min(row.values(), default=now) and other != worker for passed, other in self._passes)
+        if len(row) >= IN_A_ROW and elsewhere:
+            what = f"{len(row)} shards in a row failed there while shards passed elsewhere"
+            return self._faulty(worker, what, now, workers)
+        return None
+
+    def unread(self, shard: str, worker: WorkerId, error: str) -> bool:
+        """Record that a shard could not be read -> whether this is its first failure."""
+        places = self._failed.setdefault(shard, Counter())
+        places[worker] += 1
+        self._errors[worker] = error
+        self._unread.setdefault(worker, set()).add(shard)
+        return places.total() == 1
+
+    def started(self) -> None:
+        """Record that a worker has loaded its models."""
+        self._failed_starts = 0
+
+    def not_started(self, worker: WorkerId, error: str, now: float) -> bool:
+        """Record that models could not be loaded -> whether only the node of the worker is at fault."""
+        self._failed_starts += 1
+        if self._failed_starts > MAX_FAILED_STARTS or not any(other.node != worker.node for _, other in self._passes):
+            return False
+        self._avoid(worker.node, AVOID_SECONDS * 2.0 ** (self._failed_starts - 1), now)
+        self._notes.append(_avoidance(worker, AVOID_SECONDS, "models cannot be loaded there", error))
+        return True
+
+    def died(self, shards: tuple[str, ...], worker: WorkerId, error: str) -> None:
+        """Record that a worker died, or hung, with ``shards`` in flight."""
+        self._died.add(worker)
+        self._errors[worker] = error
+        for shard in shards:
+            self._failed.setdefault(shard, Counter())[worker] += 1
+
+    def passed(self, shard: str, worker: WorkerId, now: float, workers: int) -> list[Faulty]:
+        """Record that a lease returned -> the workers that are at fault because of it."""
+        if self._passes and self._passes[-1][1] == worker:
+            self._passes.pop()
+        self._passes.append((now, worker))
+        self._row.pop(worker, None)
+        self._proven.pop(worker, None)
+        self._unread.pop(worker, None)
+        found = []
+        for place in self._failed.pop(shard, ()):
+            if place == worker:
+                continue
+            if place in self._died and place.node != worker.node:
+                self._died.discard(place)
+                self._count_node_fault(place, now)
+            elif shard in self._row.get(place, ()) or shard in self._unread.get(place, ()):
+                proven = self._proven.setdefault(place, set())
+                proven.add(shard)
+                what = f"{len(proven)} shards that failed there passed elsewhere"
+                if len(proven) >= PROVEN and (faulty := self._faulty(place, what, now, workers)):
+                    found.append(faulty)
+        return found
+
+    def replaced(self, worker: WorkerId, now: float) -> dict[str, int]:
+        """Record that a worker was replaced -> the failed attempts of shards at it, which do not count any more."""
+        self._replaced.append(now)
+        for counts in (self._row, self._unread):
+            counts.pop(worker, None)
+        if self._proven.pop(worker, None):
+            self._count_node_fault(worker, now)
+        else:
+            self._died.add(worker)  # its node is at fault when one of its shards passes on another
+        return {shard: places[worker] for shard, places in self._failed.items() if worker in places}
+
+    def avoided(self, now: float) -> frozenset[str]:
+        """The nodes that get no new workers now."""
+        return frozenset(node for node, until in self._avoided.items() if now < until)
+
+    def pause_failures(self, worker: WorkerId) -> int:
+        """Number of shards in a row that failed at a worker, those aside that any worker may have."""
+        return max(0, len(self._row.get(worker, ())) - IN_A_ROW + 1)
+
+    def _faulty(self, worker: WorkerId, what: str, now: float, workers: int) -> Faulty | None:
+        failing = sum(len(row) >= PROVEN for row in self._row.values())
+        recent = sum(now - at < 60.0 for at in self._replaced)
+        if failing > max(1, workers // 2) or recent >= max(NODE_FAULTS, _REPLACED_SHARE * workers):
+            return None
+        return Faulty(worker, f"{what}; the last error: {self._errors[worker]}")
+
+    def _count_node_fault(self, worker: WorkerId, now: float) -> None:
+        faults = [at for at in self._node_faults.get(worker.node, []) if now - at < _HOUR] + [now]
+        self._node_faults[worker.node] = faults
+        if len(faults) < NODE_FAULTS:
+            return
+        seconds = self._avoid(worker.node, AVOID_SECONDS * 2.0 ** (len(faults) - NODE_FAULTS), now)
+        what = f"what failed at {len(faults)} of its workers passed elsewhere"
+        self._notes.append(_avoidance(worker, seconds, what, self._errors.get(worker, "none")))
+
+    def _avoid(self, node: str, seconds: float, now: float) -> float:
+        seconds = min(_HOUR, seconds)
+        self._avoided[node] = now + seconds
+        return seconds
+
+
+def _avoidance(worker: WorkerId, seconds: float, what: str, error: str) -> str:
+    return (
+        f"node {worker.place} gets no new workers for {seconds / 60:.0f} minutes, because {what}. Check its disks, "
+        f"TMPDIR, mounts and accelerators. The last error: {error}"
+    )

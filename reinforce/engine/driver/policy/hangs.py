@@ -1,0 +1,218 @@
+"""When a worker counts as hung, and which workers are asked for their counts: pure policy.
+
+Progress is that of a lease. A worker measures itself for how long each of its leases has been in its step, so a hang is
+found whenever the worker is asked, and never because it was not asked. How long a step may take follows from the steps
+that all workers have finished: ``FACTOR`` times the slowest of that stage, within bounds. ``failures.stall_seconds``
+sets one limit for all instead.
+
+- A worker in which a lease is over its limit has hung. The other leases of the worker are not the cause.
+- A worker that was asked and has not answered for the limit of its leases has hung as a whole.
+- Before a batch of a layer has ended, an hour is the limit; after a hang in it, 15 minutes.
+- A lease that waits for the accelerator never counts: the other lease of its worker uses it. Nor does one that waits
+  for a server: its captioner bounds the time of a request, and that without an answer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from reinforce.config import Failures
+from reinforce.engine.messages.pulse import DECODING, PREPARING, READING, UNLIMITED_STAGES, WRITING, LeasePulse, Pulse
+
+FACTOR = 20.0
+CEILING = 3600.0
+MODEL_FLOOR = 300.0
+STORAGE_FLOOR = 900.0  # retries of a storage that does not answer take minutes
+_STORAGE_STAGES = (READING, DECODING, WRITING, PREPARING)
+_DECODE_ATTEMPTS = 2.5  # times failures.sample_seconds; a decode process that hangs is replaced by then
+
+POLL_SECONDS = 5.0  # between two requests to one worker, at least
+POLLS_PER_SECOND = 100.0  # of all workers, unless the limit needs more
+MAX_IN_FLIGHT = 1024
+_SLOW_ANSWER_SECONDS = 30.0  # later answers do not keep others from being asked
+_PAUSE_SECONDS = 30.0  # a driver that did not look for so long was itself stopped
+
+_Worker = TypeVar("_Worker", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Hang:
+    """Why a worker counts as hung, and the ``shards`` that are the cause with their ``stages``; empty if it is not
+    known which."""
+
+    reason: str
+    shards: frozenset[str] = frozenset()
+    stages: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, reason: str, leases: Collection[LeasePulse]) -> Hang:
+        return cls(reason, frozenset(one.shard for one in leases), frozenset(one.stage for one in leases))
+
+
+class StallLimits:
+    """The longest time that a step of a lease may take, by its stage."""
+
+    def __init__(self, settings: Failures) -> None:
+        self._explicit = settings.stall_seconds
+        self._decoding = max(STORAGE_FLOOR, _DECODE_ATTEMPTS * settings.sample_seconds)
+        self._slowest: dict[str, float] = {}
+        self._hung: set[str] = set()  # stages in which a lease was over the limit
+
+    def record_hang(self, hang: Hang) -> None:
+        """Record a hang: what took longer than an hour once does not get an hour each time."""
+        self._hung |= hang.stages
+
+    def record(self, slowest: Mapping[str, float]) -> None:
+        """Record the slowest finished steps of a worker."""
+        for stage, seconds in slowest.items():
+            if seconds > self._slowest.get(stage, 0.0):
+                self._slowest[stage] = seconds
+
+    def seconds(self, stage: str) -> float:
+        """The limit of a stage."""
+        if self._explicit is not None:
+            return self._explicit
+        floor = self._decoding if stage == DECODING else STORAGE_FLOOR if stage in _STORAGE_STAGES else MODEL_FLOOR
+        slowest = self._slowest.get(stage)
+        if slowest is None:
+            return STORAGE_FLOOR if stage in self._hung else floor if stage in _STORAGE_STAGES else CEILING
+        # A step that may take an hour and a half must not be refused because an hour is the ceiling.
+        return max(floor, min(FACTOR * slowest, CEILING), 3.0 * slowest)
+
+    @property
+    def least(self) -> float:
+        """The smallest limit that any stage can have."""
+        return MODEL_FLOOR if self._explicit is None else self._explicit
+
+    def origin(self, stage: str) -> str:
+        """Where the limit of a stage comes from, for messages."""
+        if self._explicit is not None:
+            return f"failures.stall_seconds = {self._explicit:g}"
+        slowest = self._slowest.get(stage)
+        seen = "no such step has ended yet" if slowest is None else f"the slowest such step so far took {slowest:.3g} s"
+        return f"{self.seconds(stage):.0f} s, because {seen}; failures.stall_seconds sets another limit"
+
+
+def find_hang(pulse: Pulse, shards: Collection[str], limits: StallLimits) -> Hang | None:
+    """The hang of a worker with leases of ``shards``, or None."""
+    stuck = [lease for lease in pulse.leases if lease.shard in shards and _is_over(lease, limits)]
+    if not stuck:
+        return None
+    return Hang.of("; ".join(_describe(lease, pulse.key, limits) for lease in stuck), stuck)
+
+
+def _is_over(lease: LeasePulse, limits: StallLimits) -> bool:
+    return lease.stage not in UNLIMITED_STAGES and lease.seconds > limits.seconds(lease.stage)
+
+
+def _describe(lease: LeasePulse, key: str | None, limits: StallLimits) -> str:
+    decoding = f"; longest in a decode process: key {key!r}" if lease.stage == DECODING and key is not None else ""
+    return (
+        f"{lease.shard} has made no progress for {lease.seconds:.0f} s in {_where(lease)}{decoding} "
+        f"(limit: {limits.origin(lease.stage)})"
+    )
+
+
+def _where(lease: LeasePulse) -> str:
+    where = lease.stage if lease.stage in (*UNLIMITED_STAGES, *_STORAGE_STAGES) else f"layer {lease.stage}"
+    return f"{where} ({lease.what})" if lease.what else where
+
+
+def silence_limit(pulse: Pulse, limits: StallLimits) -> float:
+    """Seconds for which a worker may leave a request unanswered, by its last answer."""
+    return limits.seconds(_slowest_stage(pulse, limits))
+
+
+def is_silent(seconds: float, pulse: Pulse, limits: StallLimits) -> bool:
+    """Whether a worker that has not answered for ``seconds`` counts as hung."""
+    return seconds > limits.least and seconds > silence_limit(pulse, limits)
+
+
+def find_silence(seconds: float, pulse: Pulse, board: tuple[LeasePulse, ...], limits: StallLimits) -> Hang:
+    """The hang of a worker that has not answered for ``seconds``. ``board`` is where its leases are, read from outside;
+    where it is empty, all that is known is the last answer."""
+    leases = board or pulse.leases
+    seen = "; ".join(f"{one.shard} in {_where(one)}" for one in leases)
+    at = f"; {'it is' if board else 'at its last answer it was'} at {seen}" if seen else ""
+    running = [one for one in board if one.stage not in (*UNLIMITED_STAGES, *_STORAGE_STAGES)]
+    return Hang.of(
+        f"the worker has not answered for {seconds:.0f} s, as if something in it holds the interpreter lock{at} "
+        f"(limit: {limits.origin(_slowest_stage(pulse, limits))})",
+        running if len(running) == 1 else (),
+    )
+
+
+def _slowest_stage(pulse: Pulse, limits: StallLimits) -> str:
+    """The stage of a worker's leases with the largest limit."""
+    stages = [lease.stage for lease in pulse.leases if lease.stage not in UNLIMITED_STAGES]
+    return max(stages, key=limits.seconds, default="")
+
+
+def poll_interval(workers: int, least: float) -> float:
+    """Seconds between two requests to one worker: more with many workers, a quarter of the ``least`` limit at most."""
+    return max(POLL_SECONDS, min(least / 4, workers / POLLS_PER_SECOND))
+
+
+class Polls(Generic[_Worker]):
+    """Which workers are asked for their counts, in turns, and which have not answered yet.
+
+    The driver calls ``due`` once a tick and asks the workers that it returns. At most ``MAX_IN_FLIGHT`` requests are
+    under way, those aside that are slow.
+    """
+
+    def __init__(self) -> None:
+        self._turns: deque[tuple[float, _Worker]] = deque()  # time from which a worker is due
+        self._known: set[_Worker] = set()
+        self._asked: dict[_Worker, float] = {}  # in the order in which they were asked
+        self._looked: float | None = None
+
+    def add(self, worker: _Worker, now: float) -> None:
+        """Ask a worker from now on."""
+        self._known.add(worker)
+        self._turns.append((now + POLL_SECONDS, worker))
+
+    def remove(self, worker: _Worker) -> None:
+        """Do not ask a worker any more."""
+        self._known.discard(worker)
+        self._asked.pop(worker, None)
+
+    def due(self, now: float, least: float) -> list[_Worker]:
+        """The workers to ask now; ``least`` is the smallest limit of a step."""
+        interval = poll_interval(len(self._known), least)
+        room = MAX_IN_FLIGHT - self._quick(now)
+        due: list[_Worker] = []
+        while self._turns and len(due) < room and self._turns[0][0] <= now:
+            _, worker = self._turns.popleft()
+            if worker not in self._known:
+                continue
+            self._turns.append((now + interval, worker))
+            if worker not in self._asked:
+                self._asked[worker] = now
+                due.append(worker)
+        return due
+
+    def answered(self, worker: _Worker) -> None:
+        """Record an answer."""
+        self._asked.pop(worker, None)
+
+    def unanswered(self, now: float) -> list[tuple[_Worker, float]]:
+        """Workers that were asked and have not answered, with the seconds since then, the longest first.
+
+        Time in which the driver itself did not run does not count.
+        """
+        if self._looked is not None and now - self._looked > _PAUSE_SECONDS:
+            self._asked = dict.fromkeys(self._asked, now)
+        self._looked = now
+        return [(worker, now - asked) for worker, asked in self._asked.items()]
+
+    def _quick(self, now: float) -> int:
+        """Number of requests under way that are not slow."""
+        quick = 0
+        for asked in reversed(self._asked.values()):
+            if now - asked > _SLOW_ANSWER_SECONDS:
+                break
+            quick += 1
+        return quick

@@ -1,0 +1,288 @@
+"""The pool of worker actors: asks the cluster for as many as are useful, and tracks the leases of each."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from reinforce.cluster import call_on_nodes, live_nodes, live_resources
+from reinforce.config import Config, Workers
+from reinforce.cores import Node, capacity, cores_per_process
+from reinforce.dataset.layers import Layer
+from reinforce.engine.driver.policy.hangs import Polls
+from reinforce.engine.driver.policy.memory import MemoryUse
+from reinforce.engine.messages.pulse import LeasePulse, Pulse, read_board
+from reinforce.engine.messages.results import WorkerInfo
+from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, as_actor
+
+_CAPACITY_SECONDS = 5.0  # between two counts of the cluster's resources
+_BOARD_SECONDS = 10.0  # for the boards of workers that do not answer
+_NODE_LABEL = "ray.io/node-id"
+
+
+@dataclass(eq=False)
+class Slot:
+    """One actor. ``alone``: its one lease is a suspect, and it gets no other. ``draining``: it gets no further lease
+    until a suspect can run in it. ``exhausted``: it has had as many leases as ``workers.recycle`` allows. ``leaving``:
+    Ray drains its node."""
+
+    actor: Any
+    info: WorkerInfo | None = None  # None while the models are loading
+    leases: dict[Any, PendingShard] = field(default_factory=dict)
+    alone: bool = False
+    draining: bool = False
+    exhausted: bool = False
+    leaving: bool = False
+    failures: int = 0  # leases in a row that raised, where the worker may be the cause
+    failed: int = 0  # leases in a row that raised
+    paused_until: float = 0.0  # it gets no lease before
+    leased: int = 0  # leases so far
+    finished: int = 0  # those that returned
+    memory: int = 0  # bytes after the last of them
+    avoids: frozenset[str] = frozenset()  # nodes on which it must not be placed
+    pulse: Pulse = field(default_factory=Pulse)
+    started_at: float = field(default_factory=time.monotonic)
+    index: int = 0  # a number that no other worker of the pool has, for metrics and status
+    pulse_at: float = 0.0
+    leased_at: dict[str, float] = field(default_factory=dict)  # by shard
+
+    @property
+    def free(self) -> int:
+        """Number of further leases it can take."""
+        closed = self.info is None or self.alone or self.exhausted or self.leaving
+        return 0 if closed else SHARDS_IN_FLIGHT - len(self.leases)
+
+    @property
+    def use(self) -> MemoryUse:
+        """Its memory, as far as it was measured."""
+        first = self.info.memory if self.info else 0
+        return MemoryUse(first, max(self.memory, self.pulse.memory, first), self.finished)
+
+
+def describe_workers(workers: Workers, shards: int, limit: int, nodes: Sequence[Node]) -> str:
+    """A line about the workers of a run, at most ``limit`` and one for each shard, and about cores that stay idle."""
+    count = min(shards, limit)
+    device = "cuda" if workers.gpus else "cpu"
+    what = f"{count} worker{'s' * (count != 1)} x {workers.describe()}"
+    batches = (
+        "the largest batches that fit"
+        if workers.batch == "auto" and workers.gpus
+        else f"batches of {workers.images} images"
+    )
+    line = f"{what}, {batches}, device {device}"
+    places = capacity(nodes, workers.cores, workers.gpus or 0)
+    cores = cores_per_process(nodes, count, 0)
+    if workers.gpus or workers.max is not None or shards >= places or cores <= workers.cores:
+        return line
+    left = f"{shards} shard{'s' * (shards != 1)}"
+    return f"{line}; there are {places} places for workers and {left}: workers.cpus={cores} uses more cores"
+
+
+class Pool:
+    """The actors of a run. Ray keeps those that cannot be placed pending, and starts them when a node joins."""
+
+    def __init__(self, config: Config, layers: Mapping[str, Layer], needed: frozenset[str]) -> None:
+        self._arguments = [ray.put(value) for value in (config, layers, needed, os.getcwd())]
+        self._config = config
+        self._class = as_actor(config)
+        self.slots: list[Slot] = []
+        self.polls: Polls[Slot] = Polls()
+        self.loading: dict[Any, Slot] = {}
+        self.leases: dict[Any, Slot] = {}
+        self._indexes: list[int] = []  # a heap of those that are free again
+        self._to_avoid: frozenset[str] = frozenset()
+        self._avoided: frozenset[str] = frozenset()  # the same, or empty if there are no other nodes
+        self._drained: frozenset[str] = frozenset()  # Ray places no workers on them
+        self.samples = 0  # by the workers' last pulses
+        self.busy = 0.0  # accelerator-seconds, also of workers that are no longer in the pool
+        self._past_alive = self._started_sum = 0.0
+        # With 10,000 workers, nothing may look at all of them whenever a shard ends.
+        self._started: dict[Slot, None] = {}
+        self._free: dict[Slot, None] = {}
+        self.leaving: dict[Slot, None] = {}  # workers on nodes that Ray drains
+        self._capacity = 0
+        self._capacity_checked = -_CAPACITY_SECONDS
+
+    def grow(self, size: int) -> None:
+        """Ask for actors until ``size`` (at most ``workers.max``) exist or are pending."""
+        for _ in range(min(size, self._limit()) - len(self.slots) + len(self.leaving)):
+            index = heapq.heappop(self._indexes) if self._indexes else len(self.slots)
+            slot = Slot(self._placed().remote(*self._arguments, index), avoids=self._avoided, index=index)
+            self.slots.append(slot)
+            self.loading[slot.actor.load.remote()] = slot
+
+    def avoid(self, nodes: frozenset[str]) -> None:
+        """Place no new workers on ``nodes``, unless there are no others; move those that have not started."""
+        if nodes == self._to_avoid:
+            return
+        self._to_avoid = nodes
+        nodes = nodes if nodes and live_nodes() - nodes else frozenset()
+        self._avoided, self._capacity_checked = nodes, -_CAPACITY_SECONDS
+        for slot in [slot for slot in self.slots if slot.info is None and slot.avoids != nodes]:
+            self.remove(slot)
+
+    def drain(self, nodes: frozenset[str]) -> None:
+        """Give no further leases to the workers on ``nodes``, which Ray drains. Others are started in their place."""
+        if nodes == self._drained:
+            return
+        self._drained, self._capacity_checked = nodes, -_CAPACITY_SECONDS
+        for slot in self._started:
+            self._mark_leaving(slot)
+
+    def _mark_leaving(self, slot: Slot) -> None:
+        if slot.info is not None and slot.info.node in self._drained and not slot.leaving:
+            slot.leaving = True
+            self.leaving[slot] = None
+            self._free.pop(slot, None)
+
+    def _placed(self) -> Any:
+        """The actor class, with the nodes that it must not be placed on."""
+        if not self._avoided:
+            return self._class
+        return self._class.options(label_selector={_NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"})
+
+    def describe(self, size: int) -> str:
+        """A line about the workers that ``size`` shards will have."""
+        return describe_workers(self._config.workers, size, self._limit(), live_resources())
+
+    def shrink(self, size: int) -> None:
+        """Remove workers without leases until ``size`` are left: those that have not started, and those that fail."""
+        excess = len(self.slots) - len(self.leaving) - size
+        if excess <= 0:
+            return
+        idle = [slot for slot in self.slots if not slot.leases and not slot.leaving]
+        for slot in sorted(idle, key=lambda slot: (slot.info is not None, -slot.failed))[:excess]:
+            self.remove(slot)
+
+    def remove(self, slot: Slot) -> None:
+        """Kill a worker and release its leases."""
+        self.discard(slot)
+        self.polls.remove(slot)
+        if slot.info is not None:
+            del self._started[slot]
+            self._free.pop(slot, None)
+            self.leaving.pop(slot, None)
+            self.samples -= slot.pulse.samples
+            self._started_sum -= slot.started_at
+            self._past_alive += time.monotonic() - slot.started_at
+        else:
+            self.loading = {ref: other for ref, other in self.loading.items() if other is not slot}
+        for ref in slot.leases:
+            del self.leases[ref]
+        ray.kill(slot.actor)
+
+    def discard(self, slot: Slot) -> None:
+        """Remove a worker whose process has ended before it started."""
+        self.slots.remove(slot)
+        heapq.heappush(self._indexes, slot.index)
+
+    def close(self) -> None:
+        for slot in list(self.slots):
+            self.remove(slot)
+
+    @property
+    def started(self) -> list[Slot]:
+        """Workers whose models are loaded."""
+        return list(self._started)
+
+    @property
+    def started_count(self) -> int:
+        return len(self._started)
+
+    def count_placeable(self) -> int:
+        """Number of workers that the cluster can hold at once, of those that were asked for."""
+        return min(len(self.slots), self._cluster_capacity())
+
+    def count_nodes(self) -> int:
+        """Number of nodes with started workers."""
+        return len({slot.info.node for slot in self._started if slot.info})
+
+    def count_on_node(self, node: str) -> int:
+        """Number of started workers on a node."""
+        return sum(slot.info is not None and slot.info.node == node for slot in self._started)
+
+    @property
+    def free(self) -> list[Slot]:
+        """Started workers that can take a lease."""
+        return list(self._free)
+
+    def record_start(self, slot: Slot, info: WorkerInfo) -> None:
+        """Record that a worker has loaded its models."""
+        slot.info, slot.started_at = info, time.monotonic()
+        self._started_sum += slot.started_at
+        self._started[slot] = self._free[slot] = None
+        self._mark_leaving(slot)
+        self.polls.add(slot, slot.started_at)
+
+    def record_pulse(self, slot: Slot, pulse: Pulse) -> None:
+        """Record a worker's counts."""
+        self.samples += pulse.samples - slot.pulse.samples
+        self.busy += pulse.busy - slot.pulse.busy
+        slot.pulse, slot.pulse_at = pulse, time.monotonic()
+
+    def read_boards(self, slots: Iterable[Slot]) -> dict[Slot, tuple[LeasePulse, ...]]:
+        """Where the leases of workers that do not answer are; empty where it cannot be read."""
+        running = {slot: slot.info for slot in slots if slot.info is not None}
+        calls = [(info.node, (info.pid, info.board)) for info in running.values()]
+        boards = call_on_nodes(read_board, calls, _BOARD_SECONDS)
+        return {slot: board or () for slot, board in zip(running, boards, strict=True)}
+
+    def alive(self, now: float) -> float:
+        """Seconds for which workers have been in the pool, all added up."""
+        return self._past_alive + len(self._started) * now - self._started_sum
+
+    def lease(self, slot: Slot, shard: PendingShard, alone: bool = False) -> None:
+        """Lease a shard to a worker; ``alone`` for a suspect."""
+        slot.alone, slot.draining, slot.leased = alone, False, slot.leased + 1
+        slot.exhausted = self._config.workers.recycle is not None and slot.leased >= self._config.workers.recycle
+        slot.leased_at[shard.name] = time.monotonic()
+        ref = slot.actor.process.remote(shard)
+        slot.leases[ref] = shard
+        self.leases[ref] = slot
+        if not slot.free:
+            self._free.pop(slot, None)
+
+    def end_lease(self, ref: Any) -> PendingShard:
+        """Remove a lease that has returned or raised."""
+        slot = self.leases.pop(ref)
+        slot.alone = False
+        if not slot.leaving:
+            self._free[slot] = None
+        shard = slot.leases.pop(ref)
+        slot.leased_at.pop(shard.name, None)
+        return shard
+
+    def _limit(self) -> int:
+        """Most workers that may exist."""
+        workers = self._config.workers
+        return max(workers.min, self._cluster_capacity()) if workers.max is None else workers.max
+
+    def _cluster_capacity(self) -> int:
+        """Number of workers that the cluster's nodes can hold, updated every few seconds."""
+        if time.monotonic() - self._capacity_checked > _CAPACITY_SECONDS:
+            self._capacity_checked = time.monotonic()
+            self._capacity = self._count_places()
+        return self._capacity
+
+    def _count_places(self) -> int:
+        workers = self._config.workers
+        return capacity(live_resources(self._avoided | self._drained), workers.cores, workers.gpus or 0)
+
+    def resource_error(self) -> str | None:
+        """Message if no node of the cluster can hold a worker, else None."""
+        if self._count_places():
+            return None
+        workers = self._config.workers
+        nodes = live_resources()
+        best: dict[str, float] = max(nodes, key=lambda n: (n.get("GPU", 0), n.get("CPU", 0)), default={})
+        return (
+            f"a worker needs {workers.cores} CPUs and {workers.gpus or 0:g} GPUs, but the largest node has "
+            f"{best.get('CPU', 0):g} CPUs and {best.get('GPU', 0):g} GPUs. Lower workers.cpus or workers.gpus."
+        )

@@ -1,0 +1,1 @@
+"""Models on one accelerator: batches, memory, turns, self-test, time."""

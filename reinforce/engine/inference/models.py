@@ -1,0 +1,170 @@
+"""The loaded models of a worker, and the accelerator that they share."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from reinforce.config import Config
+from reinforce.dataset.augment.backends import load_backend
+from reinforce.dataset.layers import Layer
+from reinforce.engine.inference.batch_sizes import BatchSizes
+from reinforce.engine.inference.lanes import Lanes
+from reinforce.engine.inference.out_of_memory import memory_hint, release_cache
+from reinforce.engine.inference.stage_meter import DeviceTime
+from reinforce.engine.inference.token_cache import TokenCache
+from reinforce.engine.messages.tracebacks import user_frames
+from reinforce.engine.record.rates import Cost
+from reinforce.errors import UserError
+from teachers.device import Accelerator
+from teachers.protocols import Captioner, NoCaptions, Teacher
+from teachers.registry import load_captioner, load_teacher
+
+
+@dataclass
+class Counters:
+    """Counts of a worker (read by the driver while shards run) or of one of its shards."""
+
+    samples: int = 0
+    busy: float = 0.0  # seconds in which the accelerator worked
+
+
+@dataclass
+class Models:
+    """The loaded models of a worker and the accelerator they share, one batch at a time in each of its lanes."""
+
+    teachers: Mapping[str, Teacher]
+    captioners: Mapping[str, Captioner]
+    accelerator: Accelerator
+    counters: Counters = field(default_factory=Counters)
+    lanes: Lanes = field(default_factory=Lanes)
+    device_time: DeviceTime | None = None  # if lanes overlap
+    batches: BatchSizes = field(default_factory=BatchSizes)
+    costs: Mapping[str, Cost] = field(default_factory=dict)  # of layers, where they are known
+    _tokenizing: threading.Lock = field(default_factory=threading.Lock)
+    _tokens: TokenCache = field(default_factory=TokenCache)
+
+    def text_encoder(self, teacher: Teacher, texts: Sequence[str]) -> Callable[[], torch.Tensor]:
+        """A function that encodes ``texts`` on the accelerator. They are tokenized now if the teacher supports it.
+
+        Teachers with one tokenizer share the tokens of a batch.
+        """
+        if not _splits(teacher, "encode_texts", "tokenize", "encode_tokens"):
+            return lambda: teacher.encode_texts(texts)
+        splitting: Any = teacher
+        key: Hashable | None = getattr(teacher, "tokenizer_key", None)
+        with self._tokenizing:
+            tokens = self._tokens.get(key, texts, splitting.tokenize)
+        return lambda: splitting.encode_tokens(tokens)
+
+    def captions(
+        self, captioner: Captioner, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]
+    ) -> tuple[Callable[[], Sequence[list[str] | NoCaptions | None]], int]:
+        """Caption on the accelerator -> a function that returns the texts, for which it is not needed, and the number
+        of tokens, 0 where it is not known."""
+        if not _splits(captioner, "caption", "generate", "to_texts"):
+            texts = captioner.caption(pixels, seeds)
+            return lambda: texts, 0
+        splitting: Any = captioner
+        tokens = splitting.generate(pixels, seeds)
+        return lambda: splitting.to_texts(tokens), _count_tokens(tokens)
+
+    def encode_for_captions(
+        self, captioner: Captioner, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]
+    ) -> Callable[[], Callable[[], Sequence[list[str] | NoCaptions | None]]]:
+        """Encode images, of a captioner that ``encodes`` -> a function that does the rest of ``captions``."""
+        splitting: Any = captioner
+        images = self.accelerator.hand_over(splitting.encode(pixels))
+
+        def decode() -> Callable[[], Sequence[list[str] | NoCaptions | None]]:
+            tokens = splitting.decode(images(), seeds)
+            return lambda: splitting.to_texts(tokens)
+
+        return decode
+
+    def release_memory(self) -> None:
+        """Return memory that models keep between batches, and that torch keeps for them, to the device.
+
+        Call it while no other thread uses the accelerator.
+        """
+        if self.lanes.two:
+            self.accelerator.synchronize()  # memory of one lane's stream may be in use on another
+        for model in (*self.teachers.values(), *self.captioners.values()):
+            if callable(release := getattr(model, "release_memory", None)):
+                release()
+        release_cache(self.accelerator.device)
+
+    @contextlib.contextmanager
+    def use_accelerator(self, order: int = 0, captioning: bool = False) -> Iterator[None]:
+        """Exclusive use of the accelerator, or of one of its two lanes; the lowest ``order`` of those who wait comes
+        first."""
+        with self.lanes.use(order, captioning), torch.inference_mode():
+            yield
+
+    def overlap(self) -> None:
+        """Give captioners a lane of their own, if there are teachers, too, and the accelerator has streams."""
+        if self.teachers and self.captioners:
+            self.release_memory()  # which would be of the stream that captioners used before
+            self.lanes = Lanes.of(self.accelerator)
+        if self.lanes.two:
+            self.device_time = DeviceTime(self.accelerator)
+
+
+def encodes(captioner: Captioner) -> bool:
+    """Whether a captioner encodes images by a function of its own, which may run while it decodes others."""
+    parts = ("caption", "generate", "to_texts"), ("generate", "encode", "decode")
+    return all(_splits(captioner, *names) for names in parts)
+
+
+def load_models(config: Config, layers: Iterable[Layer]) -> Models:
+    """Load the models that make ``layers``. Raises UserError if one, or the augmentation backend, cannot be loaded."""
+    load_backend(config.augmentations.backend)  # decode processes use it; here an error ends the run
+    layers = [layer for layer in layers if not layer.published]
+    device = "cuda" if config.workers.gpus else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "a worker has a GPU, but torch does not see it. Install a torch that supports it, or set workers.gpus to 0."
+        )
+    captioners = {layer.model for layer in layers if layer.kind == "captions"}
+    teachers = {layer.model for layer in layers if layer.kind in ("images", "texts")}
+    try:
+        models = Models(
+            {name: load_teacher(name, spec, device) for name, spec in config.teachers.items() if name in teachers},
+            {
+                name: load_captioner(name, spec, device)
+                for name, spec in config.captioners.items()
+                if name in captioners
+            },
+            Accelerator(device),
+        )
+        if config.workers.overlap:
+            models.overlap()
+        return models
+    except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
+        raise UserError(f"{error}{user_frames(error)}{memory_hint(error)}") from error
+
+
+def _count_tokens(captions: object) -> int:
+    """Tokens of captions as lists of tokens, by image; 0 for what a captioner prepares in another form."""
+    images = captions if isinstance(captions, list) else []
+    texts = [text for image in images if isinstance(image, list) for text in image]
+    return sum(map(len, texts)) if all(isinstance(text, list) for text in texts) else 0
+
+
+def _splits(model: object, whole: str, *parts: str) -> bool:
+    """Whether ``parts`` replace the method ``whole``: no class below theirs overrides it."""
+    defined = {name: _definer(type(model), name) for name in (whole, *parts)}
+    owner = defined.pop(whole)
+    return owner is not None and all(part is not None and issubclass(part, owner) for part in defined.values())
+
+
+def _definer(kind: type, method: str) -> type | None:
+    """The class from which ``kind`` has a method, or None."""
+    return next((base for base in kind.__mro__ if method in vars(base)), None)

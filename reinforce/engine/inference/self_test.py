@@ -1,0 +1,257 @@
+"""Self-test of the loaded models before a run: a few small forward passes, whose outputs are checked.
+
+Of each encoder of a teacher it requires, on a batch of three inputs, that
+
+- the shape is [3, dim], every value is finite and every norm is within ``NORM_TOLERANCE`` of 1,
+- the same batch gives the same embeddings again,
+- different inputs give different embeddings,
+- the batch gives what each input gives alone.
+
+How close is close enough depends on the precision: see ``TOLERANCES``.
+
+Of a captioner it requires ``captions`` texts for each image, that the same images and seeds give the same texts again,
+and that some caption of a batch begins as it does for its image alone. It does not require more, because the rounding
+of matrix products may depend on the batch and change a sampled word. Different images may get the same caption. Of one
+that is not ``repeatable`` it requires texts alone, or reasons why there are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from reinforce.config import Config
+from reinforce.dataset.layers import Layer
+from reinforce.engine.inference.inference import to_numpy
+from reinforce.engine.inference.models import Counters, Models
+from reinforce.engine.inference.out_of_memory import memory_hint
+from reinforce.engine.messages.tracebacks import user_frames
+from reinforce.errors import UserError
+from teachers.pixels import to_pixels
+from teachers.protocols import Captioner, ImageSpec, NoCaptions, Teacher
+from teachers.spec import Precision
+
+Floats = npt.NDArray[np.float32]
+
+#: The first two have the same numbers of words and letters; the third is longer.
+TEXTS = (
+    "a cat in the sun",
+    "a dog on the bed",
+    "two children in red coats fly a kite on a wide beach in the evening",
+)
+_IMAGES = 3
+_CAPTIONED_IMAGES = 2
+_COMPARED_CHARACTERS = 24  # at the start of a caption
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """``batch`` is the least cosine between an input's embeddings in a batch and alone, ``repeat`` between two passes
+    over one batch. Embeddings that differ by at most ``equal`` in every component are the same."""
+
+    batch: float
+    repeat: float
+    equal: float
+
+
+TOLERANCES: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(batch=0.999, repeat=0.9999, equal=1e-6),
+    "tf32": Tolerance(batch=0.99, repeat=0.999, equal=1e-6),
+    "bf16": Tolerance(batch=0.99, repeat=0.999, equal=1e-4),
+    "fp16": Tolerance(batch=0.99, repeat=0.999, equal=1e-4),
+}
+_PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def check_models(models: Models, layers: Iterable[Layer], precisions: Mapping[str, Precision]) -> None:
+    """Test the models that make ``layers``. ``precisions`` are those of the forward passes, by name of the model.
+
+    Raises UserError that names the model, the check that failed and what was measured.
+    """
+    tested = set()
+    for layer in layers:
+        if layer.model is None or layer.published or (layer.model, layer.kind) in tested:
+            continue
+        tested.add((layer.model, layer.kind))
+        precision = precisions.get(layer.model, "fp32")
+        if layer.kind == "captions":
+            check_captioner(models, layer.model, layer.count)
+        elif layer.kind == "images":
+            check_image_encoder(models, layer.model, precision)
+        else:
+            check_text_encoder(models, layer.model, precision)
+    models.counters = Counters()
+
+
+def precisions(config: Config) -> dict[str, Precision]:
+    """The precision of the forward passes of each model, by name."""
+    return {name: spec.resolved_precision for name, spec in (*config.captioners.items(), *config.teachers.items())}
+
+
+def check_image_encoder(models: Models, name: str, precision: Precision) -> Floats:
+    """Test the image encoder of a teacher -> the norms of its embeddings. Raises UserError."""
+    teacher = models.teachers[name]
+
+    def encode(rows: Sequence[int]) -> torch.Tensor:
+        pixels = probe_images(models, teacher.image, rows)
+        with models.use_accelerator():
+            return teacher.encode_images(pixels)
+
+    return _check_encoder(name, "images", teacher, encode, precision)
+
+
+def check_text_encoder(models: Models, name: str, precision: Precision) -> Floats:
+    """Test the text encoder of a teacher -> the norms of its embeddings. Raises UserError."""
+    teacher = models.teachers[name]
+
+    def encode(rows: Sequence[int]) -> torch.Tensor:
+        run = models.text_encoder(teacher, [TEXTS[row] for row in rows])
+        with models.use_accelerator():
+            return run()
+
+    return _check_encoder(name, "texts", teacher, encode, precision)
+
+
+def check_captioner(models: Models, name: str, count: int) -> None:
+    """Test a captioner that writes ``count`` captions for an image. Raises UserError."""
+    captioner = models.captioners[name]
+    seeds = np.arange(_CAPTIONED_IMAGES * count, dtype=np.uint64).reshape(_CAPTIONED_IMAGES, count)
+    everything = list(range(_CAPTIONED_IMAGES))
+
+    def caption(rows: list[int]) -> list[list[str]]:
+        return _caption(models, captioner, rows, seeds[rows])
+
+    try:
+        together = caption(everything)
+        if not getattr(captioner, "repeatable", True):
+            return
+        if (again := caption(everything)) != together:
+            pair = next((a, b) for a, b in zip(together, again, strict=True) if a != b)
+            raise ValueError(
+                f"the same images and seeds get other captions the second time, {pair[0]!r} and {pair[1]!r}; draw all "
+                "random numbers from `seeds`"
+            )
+        alone = [texts for row in everything for texts in caption([row])]
+        if any(together) and not _any_begins_alike(together, alone):
+            raise ValueError(
+                f"images get other captions in a batch, {together!r}, than alone, {alone!r}; caption (b, n) must "
+                "depend on image b and seeds[b, n] alone"
+            )
+    except Exception as error:
+        raise _failed(name, "captions", captioner, error) from error
+
+
+def _caption(
+    models: Models, captioner: Captioner, rows: Sequence[int], seeds: npt.NDArray[np.uint64]
+) -> list[list[str]]:
+    with models.use_accelerator(captioning=True):
+        captions, _ = models.captions(captioner, probe_images(models, captioner.image, rows), seeds)
+    texts = captions()
+    count = seeds.shape[1]
+    lengths = [count if isinstance(row, NoCaptions) else row is not None and len(row) for row in texts]
+    if lengths != [count] * len(rows):
+        raise ValueError(f"caption() must return a list of {count} texts for each of {len(rows)} images, got {texts!r}")
+    return [[] if row is None or isinstance(row, NoCaptions) else [*row] for row in texts]
+
+
+def _any_begins_alike(a: list[list[str]], b: list[list[str]]) -> bool:
+    pairs = ((x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True))
+    return any(x[:_COMPARED_CHARACTERS] == y[:_COMPARED_CHARACTERS] for x, y in pairs)
+
+
+def _check_encoder(
+    name: str, kind: str, teacher: Teacher, encode: Callable[[Sequence[int]], torch.Tensor], precision: Precision
+) -> Floats:
+    everything = range(len(TEXTS) if kind == "texts" else _IMAGES)
+    try:
+        out = encode(everything)
+        tolerance = TOLERANCES[_PRECISIONS.get(out.dtype, precision)]
+        together = _embeddings(out, len(everything), teacher.dim)
+        _check_repeatable(together, _embeddings(encode(everything), len(everything), teacher.dim), tolerance)
+        _check_different(together, kind, tolerance)
+        alone = np.concatenate([_embeddings(encode([row]), 1, teacher.dim) for row in everything])
+        _check_independent(together, alone, tolerance)
+    except Exception as error:
+        raise _failed(name, kind, teacher, error) from error
+    norms: Floats = np.linalg.norm(together, axis=1)
+    return norms
+
+
+def _embeddings(out: torch.Tensor, rows: int, dim: int) -> Floats:
+    values = to_numpy(out, rows, dim)
+    if not np.isfinite(values).all():
+        raise ValueError("embeddings must be finite, got NaN or infinity; check the weights and the precision")
+    return values
+
+
+def _check_repeatable(first: Floats, second: Floats, tolerance: Tolerance) -> None:
+    cosine = _least_cosine(first, second)
+    if cosine < tolerance.repeat:
+        raise ValueError(
+            f"the same batch gives other embeddings the second time (cosine {cosine:.5f}, at least {tolerance.repeat} "
+            "is required); remove what is random, and call `.eval()` on networks with dropout or batch norm"
+        )
+
+
+def _check_different(values: Floats, kind: str, tolerance: Tolerance) -> None:
+    for one in range(len(values)):
+        for other in range(one):
+            difference = float(np.abs(values[one] - values[other]).max())
+            if difference <= tolerance.equal:
+                what = f"{TEXTS[other]!r} and {TEXTS[one]!r}" if kind == "texts" else "two different images"
+                cause = "tokenizer and the text encoder" if kind == "texts" else "image encoder and `image`"
+                raise ValueError(
+                    f"{what} get the same embedding (largest difference {difference:.1g}); check the {cause}"
+                )
+
+
+def _check_independent(together: Floats, alone: Floats, tolerance: Tolerance) -> None:
+    cosine = _least_cosine(together, alone)
+    if cosine < tolerance.batch:
+        raise ValueError(
+            f"inputs get other embeddings in a batch than alone (cosine {cosine:.5f}, at least {tolerance.batch} is "
+            "required); keep the order of the rows, mask padding, and call `.eval()` on networks with batch norm"
+        )
+
+
+def _least_cosine(a: Floats, b: Floats) -> float:
+    products = np.einsum("ij,ij->i", a, b, dtype=np.float64)
+    lengths = np.linalg.norm(a.astype(np.float64), axis=1) * np.linalg.norm(b.astype(np.float64), axis=1)
+    return float((products / lengths).min())
+
+
+def probe_images(models: Models, spec: ImageSpec | None, rows: Sequence[int]) -> torch.Tensor:
+    """Images of 4 x 4 seeded colors as a model's pixels, [rows, 3, H, W]."""
+    if spec is None:
+        raise ValueError("it has no `image` (an ImageSpec), so it cannot encode images")
+    colors = np.random.default_rng(0).integers(0, 256, (_IMAGES, 4, 4, 3), np.uint8)[list(rows)]
+    y, x = np.arange(spec.height) * 4 // spec.height, np.arange(spec.width) * 4 // spec.width
+    return to_pixels(models.accelerator.put(np.ascontiguousarray(colors[:, y][:, :, x])), spec)
+
+
+def _failed(name: str, kind: str, model: Any, error: Exception) -> UserError:
+    frames = user_frames(error)
+    text = str(error) if isinstance(error, ValueError) and not frames else f"{type(error).__name__}: {error}{frames}"
+    training = _networks_in_training(model)
+    hint = (
+        f" Call `.eval()` on `{'`, `'.join(training)}`, which is in training mode." if training else memory_hint(error)
+    )
+    return UserError(f"{name} fails its self-test ({kind}): {text}{hint}")
+
+
+def _networks_in_training(model: Any) -> list[str]:
+    """Attributes of a model that are networks with dropout or batch norm in training mode."""
+    networks = {name: value for name, value in vars(model).items() if isinstance(value, torch.nn.Module)}
+    if isinstance(model, torch.nn.Module):
+        networks |= dict(model.named_children())
+    stochastic = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase)
+    return [
+        name
+        for name, network in networks.items()
+        if any(part.training and isinstance(part, stochastic) for part in network.modules())
+    ]

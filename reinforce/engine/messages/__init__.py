@@ -1,0 +1,1 @@
+"""What driver and workers send each other: tasks, results, pulses, errors with their frames."""

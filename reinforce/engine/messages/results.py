@@ -1,0 +1,150 @@
+"""What a worker returns to the driver, and the errors that it raises there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from reinforce.dataset.files.index import FileEntry
+from reinforce.dataset.runs.shard_records import ShardRecord
+from reinforce.engine.messages.tracebacks import error_with_frames
+from reinforce.errors import UserError
+from teachers.protocols import ServerUnavailable
+
+
+class WorkerId(NamedTuple):
+    """The process of a worker. ``host`` names its node for people."""
+
+    node: str
+    pid: int
+    host: str = ""
+
+    @property
+    def place(self) -> str:
+        return self.host or self.node[:12]
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.place}"
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """A worker whose models are loaded. ``models`` holds what is known of a model only once it is loaded, by name,
+    ``memory`` is the bytes of its process, ``board`` the descriptor of its ``watch.Board``, ``batch`` the number of
+    images in a batch, and ``notes`` are messages about it."""
+
+    node: str
+    pid: int
+    accelerator: str
+    models: Mapping[str, Mapping[str, Any]]
+    host: str = ""
+    memory: int = 0
+    board: int = -1
+    batch: int = 0
+    notes: tuple[str, ...] = ()
+    device: Mapping[str, Any] = field(default_factory=dict)  # name and memory of a CUDA device
+    log: str = ""  # path of its output on its node, if that is a file
+
+    @property
+    def id(self) -> WorkerId:
+        return WorkerId(self.node, self.pid, self.host)
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """Result of one lease. The fields but ``record`` and ``files`` are the keys of the ``shard`` event in
+    events.jsonl."""
+
+    shard: str
+    layers: tuple[str, ...]  # committed by this lease
+    samples: int
+    refused: Mapping[str, int]  # rows that this lease quarantined, by reason
+    given_up: str | None  # reason for which the shard as a whole is quarantined, or None
+    seconds: float
+    busy: float
+    bytes: int
+    cleaned: Mapping[str, Mapping[str, int]]  # effects of `clean`, by captioner and teachers.postprocess.COUNTS
+    examples: Mapping[str, str] = field(default_factory=dict)  # by reason: key and detail of the first refusal
+    source_note: str | None = None  # how the source file has changed since the samples were written, if it has
+    record: ShardRecord | None = None  # None if the shard is quarantined
+    files: Mapping[str, FileEntry] = field(default_factory=dict)  # committed by this lease, by layer
+    memory: int = 0  # bytes of the worker's process afterwards
+    set_aside: Mapping[str, str] = field(default_factory=dict)  # files that are to be computed again: reason by layer
+    notes: tuple[str, ...] = ()  # about the worker, such as a batch that did not fit in the memory of its device
+    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # sums of `rates.Stages`, by layer
+    device: Mapping[str, Any] = field(default_factory=dict)  # name and memory of a CUDA device
+    read_bytes: int = 0  # encoded images and texts, of the source or of stored samples
+    times: Mapping[str, float] = field(default_factory=dict)  # seconds by stage of `watch`, which add up to `seconds`
+
+    @classmethod
+    def postponed(cls, shard: str, seconds: float, set_aside: Mapping[str, str]) -> ShardResult:
+        """The result of a lease that has computed nothing, because it needs files that were set aside."""
+        return cls(shard, (), 0, {}, None, seconds, 0.0, 0, {}, set_aside=set_aside)
+
+    def event(self) -> dict[str, Any]:
+        """The values of the event."""
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("record", "files")}
+        stages = {layer: _rounded(stage) for layer, stage in self.stages.items()}
+        return {**values, "stages": stages, "times": _rounded(self.times)}
+
+
+def _rounded(stage: Mapping[str, float]) -> dict[str, float]:
+    """Sums for the record of a run, where the events of 190,000 shards should be small."""
+    return {key: value if isinstance(value, int) else float(f"{value:.5g}") for key, value in stage.items()}
+
+
+class LayerFailure(RuntimeError):
+    """A model raised; ``args`` are the layer's name and the error's text."""
+
+    @property
+    def layer(self) -> str:
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[1]}"
+
+
+@contextlib.contextmanager
+def raising_layer_failure(layer: str) -> Iterator[None]:
+    """Turn an error of a layer's model into a LayerFailure with the frames of the user's code.
+
+    It costs the layers of this model only. Raises UserError if the model waited for a server in vain, since that costs
+    no shard.
+    """
+    try:
+        yield
+    except ServerUnavailable as error:
+        raise UserError(f"{layer}: {error}") from error
+    except Exception as error:
+        raise LayerFailure(layer, error_with_frames(error)) from error
+
+
+class LoadFailure(RuntimeError):
+    """A worker could not load its models. ``args`` are the worker, the text, and whether the user must fix it."""
+
+    @property
+    def worker(self) -> WorkerId:
+        return WorkerId(*self.args[0])
+
+    @property
+    def error(self) -> UserError:
+        return UserError(str(self) if self.args[2] else f"a worker could not load its models: {self}")
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class ShardFailure(RuntimeError):
+    """A shard raised. Carries the text of the error, since errors of many storages cannot be pickled.
+
+    ``args`` are the text and whether the worker may be at fault, for example because its accelerator is broken.
+    """
+
+    @property
+    def worker_at_fault(self) -> bool:
+        return bool(self.args[1])
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -1,0 +1,1 @@
+"""Which layers each shard lacks. Loads neither torch nor Ray."""

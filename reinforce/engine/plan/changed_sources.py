@@ -1,0 +1,82 @@
+"""Source files that were replaced under their names since their samples were written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.runs.shard_records import SourceRecord
+from reinforce.engine.plan.duplicates import evenly_spread
+from reinforce.engine.plan.plan import PendingShard, Plan
+from reinforce.source.identity import SourceState, listed_state, probe_state
+from reinforce.source.urls import canonical
+
+_PROBED = 64  # files of which the first bytes are read, where only the modification time differs
+_THREADS = 16
+_NAMED = 3
+_REMEDY = (
+    "Restore the old files, or drop the samples of these shards (`reinforce drop DATASET samples --shard {name} "
+    "--yes`) and run again, which replaces their other layers, too."
+)
+
+
+def referenced_source_change(shard: PendingShard, footer: Mapping[str, str]) -> tuple[str | None, bool]:
+    """How the file that holds the referenced images of a shard differs from the one that its samples were read from.
+
+    ``footer`` is that of the samples file. Returns a note, or None, and whether it is another file, in which images are
+    not at their offsets; a file that only became longer or shorter begins with the same bytes.
+    """
+    before, now = SourceState.from_footer(footer), probe_state(shard.url)
+    if now is None or before.same_content(now) is not False:
+        return None, False
+    note = f"{canonical(shard.url)} has changed since its samples were written: {before.describe_change(now)}"
+    if None in (before.head, now.head) or before.head == now.head:
+        return f"{note}; its images are read by reference", False
+    return f"{note}, so referenced images are not where they were. {_REMEDY.format(name=shard.name)}", True
+
+
+@dataclass(frozen=True)
+class ChangedSource:
+    """A shard whose source file has changed, and how."""
+
+    shard: str
+    change: str
+
+
+def changed_sources(plan: Plan, recorded: Mapping[str, SourceRecord]) -> list[ChangedSource]:
+    """Shards that get new layers and whose source file has changed since their samples were written.
+
+    A shard that the listing of the source or the records lack is not judged. Where only the modification time differs,
+    the first bytes of some files decide.
+    """
+    changed, unsure = [], []
+    for shard in plan.pending:
+        info, before = plan.listed.get(shard.url), recorded.get(shard.name)
+        if info is None or before is None or SAMPLES in shard.layers:
+            continue
+        now = listed_state(info)
+        if now.bytes != before.state.bytes and None not in (now.bytes, before.state.bytes):
+            changed.append(ChangedSource(shard.name, before.state.describe_change(now)))
+        elif now.stamp != before.state.stamp and before.url == canonical(shard.url):
+            unsure.append((shard, before.state))
+    probed = evenly_spread(unsure, _PROBED)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        states = [*pool.map(lambda item: probe_state(item[0].url), probed)]
+    for (shard, before_state), state in zip(probed, states, strict=True):
+        if state is not None and before_state.same_content(state) is False:
+            changed.append(ChangedSource(shard.name, before_state.describe_change(state)))
+    return changed
+
+
+def changes_note(plan: Plan, changed: list[ChangedSource]) -> str:
+    """A warning about changed sources."""
+    names = "; ".join(f"{one.shard}: {one.change}" for one in changed[:_NAMED])
+    more = f"; and {len(changed) - _NAMED:,} more" if len(changed) > _NAMED else ""
+    extended = sum(SAMPLES not in shard.layers for shard in plan.pending)
+    stored = "from the stored images" if plan.config.embeds_images else "from images at their old offsets"
+    return (
+        f"source: {len(changed):,} of {extended:,} shards that get new layers have changed since their samples were "
+        f"written ({names}{more}). The new layers are computed {stored}. {_REMEDY.format(name='SHARD')}"
+    )

@@ -1,0 +1,161 @@
+"""New source shards that have the content of other shards.
+
+Shards are named after their URLs, so the same files under another folder, host or link are new shards. Where file names
+meet, some contents are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from reinforce.config import Config
+from reinforce.dataset.files.layer_file import LayerFile
+from reinforce.dataset.files.store import Store, parse_footer
+from reinforce.dataset.layers import SAMPLES
+from reinforce.engine.plan.plan import PendingShard, Plan
+from reinforce.errors import UserError
+from reinforce.source.formats.tar import RawSample
+from reinforce.source.identity import SourceState, moved_folders, probe_state
+from reinforce.source.reading import Shard, read_samples
+from reinforce.source.urls import canonical, shard_stem
+
+T = TypeVar("T")
+
+_COMPARED = 64  # new shards, evenly spread over those whose file name another shard has
+_TWINS = 8  # other shards that each of them is compared with
+_WITHOUT_STATE = 4  # new shards that are compared by rows with files of earlier versions, which reads more
+_THREADS = 16
+_SHOWN_FOLDERS = 3
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Result of comparing new shards with shards of the same file name.
+
+    ``pairs`` are the URLs (new shard, other shard) with equal content; ``compared`` counts the new shards that were
+    compared, and ``new`` those whose file name another shard has.
+    """
+
+    pairs: Sequence[tuple[str, str]]
+    compared: int
+    new: int
+
+
+def check_copies(plan: Plan, store: Store) -> None:
+    """Raise UserError if new shards have the content of other shards, so that their samples would be stored twice."""
+    found = find_copies(plan, store)
+    if not found.pairs:
+        return
+    new, other = found.pairs[0]
+    folders = dict([*moved_folders(found.pairs).items()][:_SHOWN_FOLDERS])
+    value = ", ".join(f'"{now}": "{before}"' for now, before in folders.items())
+    raise UserError(
+        f"source: {found.new:,} new shards have the file name of another shard, {found.compared:,} of them were "
+        f"compared with it, and {len(found.pairs):,} have the same content, for example {new} and {other}. Their "
+        "samples would be stored twice. If the files were moved or linked, keep the names of their shards: set "
+        f"`moved: {{{value}}}`. If `source` lists files twice, list them once."
+    )
+
+
+def find_copies(plan: Plan, store: Store) -> Copies:
+    """Compare a bounded number of new shards with the shards of the same file name. Shards named by ``moved`` to be
+    where they were (a folder mapped to itself) are not compared."""
+    meeting = _meeting_shards(plan)
+    chosen = evenly_spread(meeting, _COMPARED)
+    if not chosen:
+        return Copies((), 0, 0)
+    comparison = _Comparison(plan, store)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        outcomes = [*pool.map(comparison.compare, chosen, range(len(chosen)))]
+    pairs = [
+        (canonical(shard.url), canonical(outcome))
+        for (shard, _), outcome in zip(chosen, outcomes, strict=True)
+        if isinstance(outcome, str)
+    ]
+    return Copies(pairs, len(outcomes) - outcomes.count(None), len(meeting))
+
+
+def evenly_spread(items: Sequence[T], most: int) -> list[T]:
+    """At most ``most`` of the items, evenly spread over them."""
+    step = max(1, len(items) / most)
+    return [items[int(i * step)] for i in range(min(most, len(items)))]
+
+
+def _meeting_shards(plan: Plan) -> list[tuple[PendingShard, list[str]]]:
+    """New shards with the names of others, committed or new, that have the same file name."""
+    new = [shard for shard in plan.pending if SAMPLES in shard.layers]
+    if not new:
+        return []
+    stems = {shard_stem(shard.name) for shard in new}
+    if len(stems) == len(new) and stems.isdisjoint(map(shard_stem, plan.committed)):
+        return []
+    owners: dict[str, list[str]] = {}
+    for name in plan.committed:
+        owners.setdefault(shard_stem(name), []).append(name)
+    kept = tuple(f"{canonical(folder)}/" for folder, former in plan.config.moved.items() if folder == former)
+    meeting = []
+    for shard in new:
+        names = owners.setdefault(shard_stem(shard.name), [])
+        if names and not (kept and canonical(shard.url).startswith(kept)):
+            meeting.append((shard, names[:_TWINS]))
+        names.append(shard.name)
+    return meeting
+
+
+class _Comparison:
+    """Compares new shards with others of the plan and the dataset."""
+
+    def __init__(self, plan: Plan, store: Store) -> None:
+        self._config, self._store = plan.config, store
+        self._urls: Mapping[str, str] = {shard.name: shard.url for shard in plan.pending if SAMPLES in shard.layers}
+
+    def compare(self, item: tuple[PendingShard, list[str]], number: int) -> str | Literal[False] | None:
+        """The URL of the shard that the new one is a copy of, False if it is none, None if nothing can be compared."""
+        shard, names = item
+        state = probe_state(shard.url)
+        outcome: Literal[False] | None = None
+        for name in names if state is not None else ():
+            assert state is not None
+            if name in self._urls:
+                other, url = probe_state(self._urls[name]), self._urls[name]
+                same = state.same_content(other) if other is not None else None
+            else:
+                same, url = self._same_as_committed(shard, state, name, number < _WITHOUT_STATE)
+            if same:
+                return url
+            outcome = same if same is not None else outcome
+        return outcome
+
+    def _same_as_committed(
+        self, shard: PendingShard, state: SourceState, name: str, by_rows: bool
+    ) -> tuple[bool | None, str]:
+        """Whether a new shard has the content of a committed one, and the URL of that one."""
+        try:
+            with self._store.open_layer(SAMPLES, name, whole=False) as file:
+                footer = parse_footer(file.metadata)
+                same = state.same_content(SourceState.from_footer(footer))
+                if same is None and by_rows:
+                    same = _same_first_row(self._config, shard.source, file)
+        except Exception:  # each driver has its own exceptions, and a damaged file is reported where it is needed
+            return None, name
+        return same, footer.get("source", name)
+
+
+def _same_first_row(config: Config, shard: Shard, file: LayerFile) -> bool:
+    """Whether the first sample of a source shard is the first row of a samples file: key and image.
+
+    For files without a recorded state. A first sample that was refused counts as different.
+    """
+    if file.num_row_groups == 0:
+        return False
+    column = "image" if config.embeds_images else "image_ref"
+    row = file.read_row_group(0, columns=["key", column]).slice(0, 1).to_pylist()[0]
+    sample = next((item for item in read_samples(shard, config.input) if isinstance(item, RawSample)), None)
+    if sample is None or sample.key != row["key"]:
+        return False
+    if config.embeds_images:
+        return bool(row["image"] == sample.image)
+    return (row["image_ref"]["offset"], row["image_ref"]["length"]) == (sample.offset, sample.length)

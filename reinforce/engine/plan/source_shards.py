@@ -1,0 +1,112 @@
+"""The shards of a source: its format is recognised, datasets are listed, and each shard gets its name."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from reinforce.config import Config
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.engine.plan.folder_lists import FolderShards, folder_shards
+from reinforce.engine.plan.table_parts import table_shards
+from reinforce.errors import UserError
+from reinforce.source.file_types import CSV, DATASET, FOLDER, TAR
+from reinforce.source.formats.parts import DIVIDED, Part
+from reinforce.source.formats.recognise import source_format
+from reinforce.source.identity import former_urls
+from reinforce.source.urls import Info, canonical, expand, find_compressed, find_private, shard_names
+from reinforce.storage import is_job_folder, is_ray_job
+
+
+@dataclass(frozen=True)
+class SourceShards:
+    """The shards of a source in order: their names, their URLs, and what the files are.
+
+    ``lists`` are those of new shards of folders, by name, ``notes`` are for the user, and ``parts`` are those of tables
+    that are divided.
+    """
+
+    names: pa.StringArray
+    urls: Sequence[str]
+    format: str = TAR
+    lists: Mapping[str, bytes] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    parts: Sequence[Part | None] = ()
+
+    def part(self, row: int) -> Part | None:
+        """The part of a table that a shard is, None if it is a whole file."""
+        return self.parts[row] if self.parts else None
+
+
+def source_shards(config: Config, listed: dict[str, Info] | None = None) -> SourceShards:
+    """Names and URLs of the source's shards; ``listed`` as in ``expand``.
+
+    Raises UserError if the source is empty, two shards have the same name, or Ray deletes a shard after the job.
+    """
+    urls = expand(config.source, listed)
+    _check_outlives_job(urls)
+    format_ = source_format(urls, config.input.format)
+    if not config.embeds_images:
+        _check_references(urls, format_)
+    if format_ == DATASET:
+        urls = [shard for url in urls for shard in _dataset_shards(url, config, listed)]
+    if config.input.rows_per_shard is not None and format_ in DIVIDED:
+        tables = table_shards(urls, config, format_, listed or {})
+        names = pa.array(shard_names(former_urls(tables.urls, config.moved)), pa.string())
+        return SourceShards(names, tables.urls, format_, tables.lists, (), tables.parts)
+    folders = folder_shards(urls, config) if format_ == FOLDER else FolderShards(urls)
+    names = pa.array(shard_names(former_urls(folders.urls, config.moved)), pa.string())
+    return SourceShards(names, folders.urls, format_, folders.lists, folders.notes)
+
+
+def _check_references(urls: Sequence[str], format_: str) -> None:
+    """Raise UserError if images cannot be read from the files of a source again by reference."""
+    if format_ not in (TAR, CSV, FOLDER):
+        raise UserError(
+            f"source: images: reference needs files that hold the images as they are: uncompressed tars, or images; "
+            f"{canonical(urls[0])} is a {format_}{' file' * (format_ != DATASET)}; set images: embed"
+        )
+    if format_ == TAR and (packed := find_compressed(urls)):
+        raise UserError(
+            f"source: images: reference needs uncompressed .tar shards, and {canonical(packed)} is compressed; set "
+            "images: embed"
+        )
+    if private := find_private(urls):
+        raise UserError(
+            f"source: images: reference stores URLs without user, password and query, and {canonical(private)} cannot "
+            "be read without them; give credentials by the environment (AWS_ACCESS_KEY_ID, or fsspec's "
+            "configuration), or set images: embed"
+        )
+
+
+def _dataset_shards(url: str, config: Config, listed: dict[str, Info] | None) -> list[str]:
+    """The samples files of a reinforced dataset. Raises UserError."""
+    manifest = read_manifest(Store(url))
+    if canonical(url) == canonical(config.output):
+        raise UserError(f"source: {canonical(url)} is the output of this run, too. Set another `output`.")
+    if manifest["images"] == "reference" and not config.input.images_from:
+        raise UserError(
+            f"source: {canonical(url)} stores its images by reference. Name the folders with the tars that you allow "
+            "it to read in input.images_from."
+        )
+    folder = url.rstrip("/")
+    literal = folder if "://" in folder else glob.escape(folder)
+    return expand(f"{literal}/{SAMPLES}/*.parquet", listed)
+
+
+def _check_outlives_job(urls: Iterable[str]) -> None:
+    """Raise UserError if Ray deletes a local shard after this job; in the next job it would have another name."""
+    for url in urls if is_ray_job() else ():
+        path = canonical(url)
+        if path.startswith(os.sep) and (is_job_folder(url) or is_job_folder(path)):
+            raise UserError(
+                f"source {path} is in the temporary folder of a Ray job. Shards are named after their paths, "
+                "so every job would compute them again. Set `source` to an absolute path that every node reaches, or "
+                "to a URL such as s3://BUCKET/FOLDER."
+            )

@@ -1,0 +1,138 @@
+"""Whether the machines that a plan would run on have what it needs: shared memory, disks, cores for each GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reinforce.config import Workers
+from reinforce.cores import Node, available_cores, capacity
+from reinforce.engine.plan.precision import nodes_of_run
+from reinforce.storage import Storage
+from reinforce.terminal import format_bytes
+
+_SHM = "/dev/shm"  # noqa: S108
+_SHM_BYTES = 2**30  # Ray moves its object store to the disk below some hundred megabytes; Docker's default is 64 MiB
+_FULL = 0.95  # Ray starts no work on a node whose disk is used above that
+_ASKING_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One node: what Ray may use of it, and its free memory and disk; None where it did not answer."""
+
+    name: str
+    resources: Node
+    shm_bytes: int | None = None
+    disk_used: float | None = None
+
+
+def this_machine(resources: Node) -> Machine:
+    """The machine of this process."""
+    return Machine("this machine", {"CPU": available_cores(), **resources}, *look(_ray_folder()))
+
+
+@contextlib.contextmanager
+def machines_of_plan(address: str | None) -> Iterator[Callable[[], Sequence[Machine]]]:
+    """Connect to the cluster at ``address`` or RAY_ADDRESS, unless Ray is initialised -> the machines that a run would
+    use: those of the cluster, else this one.
+
+    Raises UserError if there is no cluster at the address.
+    """
+    ray = sys.modules.get("ray")
+    if not (address or os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized())):
+        yield lambda: [this_machine(dict(*nodes_of_run()[:1]))]
+        return
+    from reinforce.cluster import ray_cluster  # imports Ray
+
+    with ray_cluster(address, log_to_driver=False):
+        yield cluster_machines
+
+
+def cluster_machines() -> list[Machine]:
+    """The live nodes of the cluster that Ray is connected to."""
+    import ray
+
+    from reinforce.cluster import call_on_nodes
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    found = call_on_nodes(look, [(node["NodeID"], (_ray_folder(),)) for node in nodes], _ASKING_SECONDS)
+    return [
+        Machine(f"node {node['NodeManagerHostname']}", node["Resources"], *(answer or (None, None)))
+        for node, answer in zip(nodes, found, strict=True)
+    ]
+
+
+def look(folder: str) -> tuple[int | None, float | None]:
+    """Bytes of shared memory, and the used share of the disk with ``folder``, of the machine that calls this."""
+    return _total(_SHM), _used(folder)
+
+
+def _total(path: str) -> int | None:
+    return shutil.disk_usage(path).total if os.path.isdir(path) else None
+
+
+def _used(path: str) -> float | None:
+    if not os.path.isdir(path):
+        return None
+    usage = shutil.disk_usage(path)
+    return 1 - usage.free / usage.total
+
+
+def _ray_folder() -> str:
+    return os.environ.get("RAY_TMPDIR", "/tmp")  # noqa: S108
+
+
+def count_workers(machines: Sequence[Machine], workers: Workers) -> int:
+    """Workers that the machines hold, at most `workers.max`."""
+    held = capacity([machine.resources for machine in machines], workers.cores, workers.gpus or 0)
+    return held if workers.max is None else min(held, workers.max)
+
+
+def machine_warnings(machines: Sequence[Machine], workers: Workers, output: str, written: int | None) -> list[str]:
+    """What the machines lack, one line each."""
+    warnings = [warning for machine in machines for warning in _warnings_of(machine)]
+    held = count_workers(machines, workers)
+    if held < workers.min:
+        share = f"{workers.cores} CPUs" + (f" and {workers.gpus:g} GPU" if workers.gpus else "")
+        warnings.append(f"{held:,} workers of {share} fit at a time, and workers.min is {workers.min:,}")
+    return warnings + _output_warnings(output, written)
+
+
+def _warnings_of(machine: Machine) -> list[str]:
+    warnings = []
+    if machine.shm_bytes is not None and machine.shm_bytes < _SHM_BYTES:
+        warnings.append(
+            f"{machine.name}: {_SHM} has {format_bytes(machine.shm_bytes)}; Ray then keeps its objects on the disk. "
+            "Start containers with --shm-size=2g or more."
+        )
+    if machine.disk_used is not None and machine.disk_used > _FULL:
+        warnings.append(
+            f"{machine.name}: the disk of Ray's temporary folder is {machine.disk_used:.0%} full; Ray starts no work "
+            f"above {_FULL:.0%}. Free space, or set RAY_TMPDIR."
+        )
+    if machine.shm_bytes is None and machine.disk_used is None:
+        warnings.append(f"{machine.name} did not answer: its shared memory and disk are not checked")
+    return warnings
+
+
+def _output_warnings(output: str, written: int | None) -> list[str]:
+    """Whether a local output has room; of object stores nothing is known."""
+    store: Any = Storage(output)
+    folder = os.path.abspath(store.root)
+    while store.local and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    if not store.local or written is None:
+        return []
+    free = shutil.disk_usage(folder).free
+    if written < free:
+        return []
+    return [
+        f"{socket.gethostname()}: {folder} has {format_bytes(free)} free, and {format_bytes(written)} are to be written"
+    ]

@@ -1,0 +1,276 @@
+"""``reinforce check``: load models in this process, without Ray, test them and measure their speed."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from reinforce.config import Config, load_config
+from reinforce.cores import available_cores, describe_share
+from reinforce.dataset.files.store import Store
+from reinforce.engine.inference.full_batch import MAX_AUTO_BATCH
+from reinforce.engine.inference.models import Models
+from reinforce.engine.inference.out_of_memory import is_out_of_memory, memory_hint
+from reinforce.engine.inference.self_test import (
+    TEXTS,
+    Floats,
+    check_captioner,
+    check_image_encoder,
+    check_text_encoder,
+    probe_images,
+)
+from reinforce.engine.messages.tracebacks import user_frames
+from reinforce.engine.plan.precision import resolve_precisions
+from reinforce.engine.plan.recipe import version_notes
+from reinforce.errors import UserError
+from reinforce.terminal import Screen
+from teachers.describe import import_class
+from teachers.determinism import set_flags
+from teachers.device import Accelerator
+from teachers.protocols import ImageSpec
+from teachers.redact import Redactor
+from teachers.registry import describe_captioner, describe_teacher, load_captioner, load_teacher
+from teachers.spec import CaptionerSpec, TeacherSpec
+
+Kind = Literal["teacher", "captioner"]
+
+_FIRST_BATCH, _CLASS_BATCH = 8, 64
+_ENOUGH_SECONDS = 0.5  # of one batch; a larger one is not measured
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One side of a model that works. ``rate`` is inputs per second in batches of ``batch``."""
+
+    model: str
+    side: str
+    dim: int | None
+    norms: Floats | None
+    rate: float
+    batch: int
+
+
+@dataclass
+class Report:
+    """What was measured, what the user should know, and what failed."""
+
+    rows: list[Measurement] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def table(self) -> Table:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for heading in ("model", "side", "dimension", "norm", "speed", "batch"):
+            table.add_column(heading, justify="left" if heading in ("model", "side") else "right", no_wrap=True)
+        for row in self.rows:
+            norm = "-" if row.norms is None else " to ".join(sorted({f"{n:.4f}" for n in _ends(row.norms)}))
+            rate = f"{row.rate:,.0f}" if row.rate >= 100 else f"{row.rate:.3g}"
+            table.add_row(row.model, row.side, str(row.dim or "-"), norm, f"{rate} {row.side}/s", str(row.batch))
+        return table
+
+
+def check_target(
+    target: str, options: str | None = None, kind: Kind | None = None, set_: list[str] | None = None
+) -> Report:
+    """Check the models of a YAML config, with ``set_`` as overrides, or a class ``module:Class``.
+
+    ``options`` are the keyword arguments of the class as JSON. Raises UserError for a wrong target.
+    """
+    if Path(target).suffix in (".yaml", ".yml") or Path(target).is_file():
+        if options is not None or kind is not None:
+            raise UserError("--options and --kind belong to a class; a config has both for each model")
+        return check_config(load_config(target, set_))
+    if ":" not in target:
+        raise UserError(f"{target} is neither a YAML file nor a class such as our_teachers:Tiny")
+    if set_:
+        raise UserError("--set belongs to a config; use --options for the keyword arguments of a class")
+    return check_class(target, _parse_options(options), kind)
+
+
+def check_config(config: Config) -> Report:
+    """Check every model of a config on the device, with the threads and up to the batch of its workers."""
+    report, redact = Report(), Redactor(config.model_dump(mode="json"))
+    machine = [{"CPU": available_cores(), "GPU": torch.cuda.device_count()}]
+    workers = config.workers.fitted_to(machine)
+    config, report.notes = resolve_precisions(config, Store(config.output), lambda: machine)
+    device = "cuda" if workers.gpus else "cpu"
+    largest = MAX_AUTO_BATCH if workers.batch == "auto" and workers.gpus else workers.images
+    set_flags(device, workers.deterministic)
+    Screen().log(f"{workers.describe()}, batches of {largest:,}, device {device}")
+    with _threads(workers.cores):
+        specs: list[tuple[str, TeacherSpec | CaptionerSpec]] = [*config.teachers.items(), *config.captioners.items()]
+        for name, spec in specs:
+            if spec.family == "published":
+                report.notes.append(f"{name} is read from published reinforcements: no model is loaded")
+            else:
+                _check_model(report, redact, name, spec, device, largest)
+    return report
+
+
+def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) -> Report:
+    """Check a custom class on CUDA if available, else on the CPU."""
+    report, redact = Report(), Redactor(options)
+    spec = {"class": target, "options": options}
+    try:
+        cls = import_class(TeacherSpec.model_validate(spec))
+        checked: TeacherSpec | CaptionerSpec
+        if (kind or _kind_of(cls)) == "teacher":
+            checked = TeacherSpec.model_validate(spec)
+        else:
+            checked = CaptionerSpec.model_validate({**spec, "captions": options.get("captions", _captions_of(cls))})
+    except ValueError as error:
+        raise UserError(redact(f"{error}{user_frames(error)}")) from error
+    set_flags("auto")
+    device = Accelerator().device.type
+    Screen().log(f"{describe_share(torch.get_num_threads(), 0)}, batches of {_CLASS_BATCH}, device {device}")
+    _check_model(report, redact, cls.__name__, checked, device, _CLASS_BATCH)
+    return report
+
+
+def _check_model(
+    report: Report, redact: Redactor, name: str, spec: TeacherSpec | CaptionerSpec, device: str, batch: int
+) -> None:
+    """Add a model's measurements to the report, or what failed."""
+    try:
+        models = Models({}, {}, Accelerator(device))
+        if isinstance(spec, CaptionerSpec):
+            info = describe_captioner(name, spec)
+            models.captioners = {name: load_captioner(name, spec, device)}
+            report.rows.append(_measure_captioner(models, name, spec, batch))
+        else:
+            info = describe_teacher(name, spec)
+            models.teachers = {name: load_teacher(name, spec, device)}
+            if info.images:
+                report.rows.append(_measure_images(models, name, spec, batch))
+            if info.texts:
+                report.rows.append(_measure_texts(models, name, spec, batch))
+        report.notes += version_notes([info.identity])
+    except UserError as error:
+        report.errors.append(redact(str(error)))
+    except Exception as error:  # a model may raise anything
+        report.errors.append(redact(f"{error}{user_frames(error)}"))
+
+
+def _measure_images(models: Models, name: str, spec: TeacherSpec, batch: int) -> Measurement:
+    norms = check_image_encoder(models, name, spec.resolved_precision)
+    teacher = models.teachers[name]
+
+    def prepare(size: int) -> Callable[[], Any]:
+        pixels = _pixels(models, teacher.image, size)
+        return lambda: teacher.encode_images(pixels)
+
+    return Measurement(name, "images", teacher.dim, norms, *_measure(models, prepare, batch, f"{name} (images)"))
+
+
+def _measure_texts(models: Models, name: str, spec: TeacherSpec, batch: int) -> Measurement:
+    norms = check_text_encoder(models, name, spec.resolved_precision)
+    teacher = models.teachers[name]
+
+    def prepare(size: int) -> Callable[[], Any]:
+        texts = [f"{TEXTS[i % len(TEXTS)]}, {i}" for i in range(size)]
+
+        def run() -> Any:  # tokenizes each time
+            return models.text_encoder(teacher, texts)()
+
+        return run
+
+    return Measurement(name, "texts", teacher.dim, norms, *_measure(models, prepare, batch, f"{name} (texts)"))
+
+
+def _measure_captioner(models: Models, name: str, spec: CaptionerSpec, batch: int) -> Measurement:
+    check_captioner(models, name, spec.captions)
+    captioner = models.captioners[name]
+
+    def prepare(size: int) -> Callable[[], Any]:
+        pixels = _pixels(models, captioner.image, size)
+        seeds = np.arange(size * spec.captions, dtype=np.uint64).reshape(size, spec.captions)
+        return lambda: captioner.caption(pixels, seeds)
+
+    rate, size = _measure(models, prepare, batch, f"{name} (captions)")
+    return Measurement(name, "captions", None, None, rate * spec.captions, size)
+
+
+def _measure(models: Models, prepare: Callable[[int], Callable[[], Any]], largest: int, what: str) -> tuple[float, int]:
+    """Inputs per second in the largest batch that fits and is worth its time, and the size of that batch."""
+    size = min(_FIRST_BATCH, largest)
+    best = None
+    while True:
+        try:
+            run = prepare(size)
+            with models.use_accelerator():
+                run()  # warm-up
+                models.accelerator.synchronize()
+                start = time.perf_counter()
+                run()
+                models.accelerator.synchronize()
+        except Exception as error:
+            if best is not None and is_out_of_memory(error):
+                return best
+            raise UserError(
+                f"{what} fails in a batch of {size}: {type(error).__name__}: {error}{user_frames(error)}"
+                f"{memory_hint(error)}"
+            ) from error
+        seconds = time.perf_counter() - start
+        best = size / seconds, size
+        if seconds > _ENOUGH_SECONDS or size == largest:
+            return best
+        size = min(2 * size, largest)
+
+
+def _pixels(models: Models, spec: ImageSpec | None, size: int) -> torch.Tensor:
+    return probe_images(models, spec, [i % 3 for i in range(size)])
+
+
+def _ends(norms: Floats) -> tuple[float, float]:
+    return float(norms.min()), float(norms.max())
+
+
+def _kind_of(cls: type) -> Kind:
+    """Whether a class is a teacher or a captioner. Raises ValueError if its methods do not tell."""
+    captions = callable(getattr(cls, "caption", None))
+    embeds = callable(getattr(cls, "encode_images", None)) or callable(getattr(cls, "encode_texts", None))
+    if captions == embeds:
+        has = "both `caption` and `encode_*`" if captions else "none of `encode_images`, `encode_texts` and `caption`"
+        raise ValueError(f"class {cls.__name__} has {has}: add a method, or set --kind teacher or --kind captioner")
+    return "captioner" if captions else "teacher"
+
+
+def _captions_of(cls: type) -> Any:
+    """Captions per image that a class writes by default."""
+    parameter = inspect.signature(cls).parameters.get("captions")
+    default = parameter.default if parameter is not None else None
+    return next(
+        (value for value in (getattr(cls, "captions", None), default) if isinstance(value, int)),
+        CaptionerSpec.model_fields["captions"].default,
+    )
+
+
+def _parse_options(options: str | None) -> dict[str, Any]:
+    try:
+        parsed = json.loads(options or "{}")
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise UserError("""--options must be a JSON object, such as '{"width": 32}'""")
+    return parsed
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Use so many threads of torch, as a worker does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

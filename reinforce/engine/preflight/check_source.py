@@ -1,0 +1,219 @@
+"""Checks of the source before a run, and with a plan: its names, whether it can be read, and one sample of it.
+
+One image-text pair is read as a run reads it, with the limits of the config. Its image is not decoded: what happens to
+an image that crashes or hangs the decoder is a matter of the workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from reinforce.config import Config
+from reinforce.datacompdr.reinforcements import check_reinforcements
+from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
+from reinforce.engine.plan.plan import PendingShard, Plan
+from reinforce.errors import UserError
+from reinforce.images.policy import ImageRefused, check_header
+from reinforce.source.file_types import CSV, ENDINGS, FOLDER, IMAGE_EXTENSIONS, JSONL, PARQUET, TAR
+from reinforce.source.formats.recognise import unexpected_name
+from reinforce.source.formats.tar import RawSample, ReadBudget, Refusal
+from reinforce.source.identity import probe_state
+from reinforce.source.reading import Shard, read_samples
+from reinforce.source.urls import canonical, filesystem
+
+_READ_ITEMS = 64  # samples and refusals at the beginning of a shard, among which one sample must be readable
+_READ_BYTES = 64 * 2**20  # in addition to the largest image
+_CAPTION_CHARS = 60
+#: Bytes above which a file is worth several shards: of one with images, and of one that names images.
+_WHOLE_BYTES = {PARQUET: 2**31, JSONL: 2**31, CSV: 2**24}
+_PILLOW_C_HEADERS = (b"WEBP", b"ftyp")  # at byte 8 and 4: formats whose headers are parsed in C
+
+
+@dataclass(frozen=True)
+class FirstSample:
+    """The first sample of a source that can be read."""
+
+    url: str
+    raw: RawSample
+    size: tuple[int, int] | None  # width and height, or None for formats whose header is not read here
+    caption: str | None
+
+    def line(self) -> str:
+        """The sample in one line."""
+        known = (e for e in self.raw.members if e.rpartition(".")[2] in IMAGE_EXTENSIONS)
+        image = next(known, self.raw.members[0])
+        size = "" if self.size is None else f", {self.size[0]} x {self.size[1]}"
+        caption = "no caption" if self.caption is None else f"caption {_quote(self.caption)}"
+        return f"first sample: {self.raw.key} (.{image}{size}), {caption}"
+
+    def notes(self, plan: Plan) -> list[str]:
+        """What may be wrong with the sample, one line each."""
+        notes = []
+        fields = plan.config.input.captions
+        encoded = any(layer.texts == TRUE_CAPTION for layer in plan.layers.values())
+        if self.caption is None and fields and encoded:
+            why = self.raw.why_no_caption(fields)
+            notes.append(f"{self._place()}: {why}; set input.captions to where captions are, or to []")
+        images = [e for e in self.raw.members if e.rpartition(".")[2] in IMAGE_EXTENSIONS]
+        if len(images) > 1:
+            listed = ", ".join(f".{extension}" for extension in images[:5])
+            notes.append(
+                f"{self._place()}: {len(images)} images ({listed}), of which one is read; a key ends at the first dot "
+                "of the file name"
+            )
+        return notes
+
+    def _place(self) -> str:
+        return f"the first sample of {canonical(self.url)}, {self.raw.key}"
+
+
+def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
+    """Return a sample of the source, None if no sample is to be read, and notes for the user.
+
+    Raises UserError if the source or the published reinforcements cannot be read, or do not fit the config. Where a
+    dataset has samples already, the files that are no tars are only noted: a run quarantines them.
+    """
+    new = [shard for shard in plan.pending if SAMPLES in shard.layers]
+    named, notes = _check_names(new, _is_new(plan))
+    notes = [*plan.source_notes, *notes]
+    if named and named[0].format == FOLDER:  # its shards are no files
+        readable = named[:1]
+    else:
+        found = {*_check_readable("source", [shard.source.file for shard in named])}
+        firsts = {shard.source.file: shard for shard in reversed(named)}
+        readable = [firsts[file] for file in dict.fromkeys(shard.source.file for shard in named) if file in found]
+    published = [shard for shard in plan.pending if shard.reinforcements]
+    _check_readable("reinforcements", [str(shard.reinforcements) for shard in published])
+    if published:
+        layers = [plan.layers[name] for name in published[0].layers]
+        check_reinforcements(str(published[0].reinforcements), plan.config, layers)
+    notes += _undivided(named) if _is_new(plan) and plan.config.input.rows_per_shard is None else []
+    sample, faults, doubts = _first_sample([plan.shard(shard) for shard in readable], plan.config)
+    if faults and _is_new(plan) and sample is None and not doubts:
+        raise UserError(f"source: no sample can be read. {'; '.join(faults)}.")
+    notes += [f"source: {fault}" for fault in faults + doubts]
+    return sample, notes + (sample.notes(plan) if sample else [])
+
+
+def _undivided(shards: Sequence[PendingShard]) -> list[str]:
+    """A note on a large table that is one shard."""
+    for shard in shards[:1]:
+        most = _WHOLE_BYTES.get(shard.format)
+        size = probe_state(shard.url) if most else None
+        if most and size and (size.bytes or 0) > most:
+            return [
+                f"source: {canonical(shard.url)} has {size.bytes:,} bytes and is one shard, which one worker reads; "
+                "set input.rows_per_shard to divide such files, before the first run"
+            ]
+    return []
+
+
+def _is_new(plan: Plan) -> bool:
+    """Whether the dataset has no samples yet."""
+    return plan.states[SAMPLES].done == 0
+
+
+def _check_names(shards: Sequence[PendingShard], new: bool) -> tuple[Sequence[PendingShard], list[str]]:
+    """The files that may have the format of the source by their names, or all if none may, and a note on the others.
+
+    Raises UserError if no file of a ``new`` source may.
+    """
+    kinds = {shard.url: kind for shard in shards if (kind := unexpected_name(shard.source.file, shard.format))}
+    if not kinds:
+        return shards, []
+    url, kind = next(iter(kinds.items()))
+    if len(kinds) == len(shards):
+        others = "" if len(shards) == 1 else f" and {len(shards) - 1:,} more files"
+        message = f"source: {canonical(url)}{others}: {kind}"
+        if new:
+            raise UserError(f"{message}.")
+        return shards, [message]
+    format_ = shards[0].format
+    ending = ENDINGS.get(format_, (".tar",))[0]
+    return [shard for shard in shards if shard.url not in kinds], [
+        f"source: {len(kinds):,} of {len(shards):,} files are not {format_}{'s' if format_ == TAR else ' files'} by "
+        f"their names and will be quarantined, such as {canonical(url)}, {kind.partition(',')[0]}; write a pattern "
+        f"that ends in {ending}"
+    ]
+
+
+def _check_readable(key: str, urls: Sequence[str]) -> list[str]:
+    """Return those of the first, the middle and the last file that exist. Raises UserError if there is none."""
+    probes = list(dict.fromkeys((urls[0], urls[len(urls) // 2], urls[-1]))) if urls else []
+    with ThreadPoolExecutor(3) as pool:  # a storage that does not answer takes minutes for each
+        faults = [*pool.map(_read_error, probes)]
+    if faults and None not in faults:
+        raise UserError(
+            f"{key} cannot be read: {'; '.join(map(str, faults))}. Check the URL pattern and the credentials."
+        )
+    return [url for url, fault in zip(probes, faults, strict=True) if fault is None]
+
+
+def _read_error(url: str) -> str | None:
+    """Why a file cannot be read, or None."""
+    try:
+        fs, path = filesystem(url)
+        return None if fs.exists(path) else f"{canonical(url)} does not exist"
+    except Exception as error:  # each driver has its own exceptions
+        return f"{canonical(url)}: {type(error).__name__}: {error}"
+
+
+def _first_sample(shards: Sequence[Shard], config: Config) -> tuple[FirstSample | None, list[str], list[str]]:
+    """The first sample of the first of these shards that has one; of those before, why they have none, and which were
+    not read far enough to know."""
+    faults: list[str] = []
+    doubts: list[str] = []
+    for shard in shards:
+        size = config.input.limits.image_bytes + _READ_BYTES
+        budget = ReadBudget(size)
+        try:
+            found = _sample_of(shard, config, budget)
+        except UserError:
+            raise
+        except Exception as error:  # each driver has its own exceptions
+            found = f"{type(error).__name__}: {error}"
+        if isinstance(found, FirstSample):
+            return found, faults, doubts
+        if budget.left:
+            faults.append(f"{canonical(shard.url)}: {found}")
+        else:
+            doubts.append(f"{canonical(shard.url)}: no sample in its first {size:,} bytes; the rest is read by the run")
+    return None, faults, doubts
+
+
+def _sample_of(shard: Shard, config: Config, budget: ReadBudget) -> FirstSample | str:
+    """The first sample of a shard, or why there is none at its beginning."""
+    limits = config.input.limits
+    refusals: list[Refusal] = []
+    for item in itertools.islice(read_samples(shard, config.input, budget), _READ_ITEMS):
+        if isinstance(item, Refusal):
+            refusals.append(item)
+            continue
+        try:
+            size = None if _has_c_header(item.image) else check_header(item.image, limits)
+        except ImageRefused as refused:
+            refusals.append(Refusal(item.key, refused.reason, refused.detail))
+            continue
+        return FirstSample(shard.url, item, size, item.caption(config.input.captions, limits))
+    return _describe(refusals, shard.format)
+
+
+def _describe(refusals: Sequence[Refusal], format_: str) -> str:
+    if not refusals:
+        return f"the {format_}{'' if format_ == TAR else ' file'} contains no sample"
+    first = next((refusal for refusal in refusals if refusal.key is None), refusals[0])
+    if first.key is None:
+        return first.detail
+    what = "the only sample cannot" if len(refusals) == 1 else f"none of the first {len(refusals)} samples can"
+    return f"{what} be read: {first.key}: {first.reason.value}: {first.detail}"
+
+
+def _has_c_header(image: bytes) -> bool:
+    return image[8:12] == _PILLOW_C_HEADERS[0] or image[4:8] == _PILLOW_C_HEADERS[1]
+
+
+def _quote(caption: str) -> str:
+    return repr(caption if len(caption) <= _CAPTION_CHARS else f"{caption[:_CAPTION_CHARS]} ...")

@@ -1,0 +1,130 @@
+"""Estimated bytes of what a plan will write: from committed files, else from the beginning of a source shard."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from rich.table import Table
+
+from reinforce.config import Config
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import Layer
+from reinforce.dataset.manifest.manifest import find_manifest
+from reinforce.engine.plan.plan import Plan
+from reinforce.source.file_types import FOLDER, TAR
+from reinforce.source.formats.tar import RawSample
+from reinforce.source.reading import Shard, read_listing, read_samples
+from reinforce.source.urls import filesystem
+from reinforce.terminal import format_bytes
+
+_READ_BYTES = 8 * 2**20
+_READ_SAMPLES = 2000
+_READ_FILES = 32  # images in files of their own
+_REFERENCE_BYTES = 24  # per image
+_RECORD_BYTES = 6  # per augmentation record, dictionary-encoded and compressed from 54
+_CAPTION_BYTES = 20  # compressed
+
+
+@dataclass(frozen=True)
+class SourceStatistics:
+    """What the beginning of a source shows."""
+
+    rows: float  # per shard
+    image_bytes: float  # per row
+    text_bytes: float  # per row
+
+
+def expected_bytes(plan: Plan, statistics: SourceStatistics | None = None) -> dict[str, int | None]:
+    """Bytes still to be written, by layer; None if they cannot be estimated. ``statistics`` are read if not given."""
+    statistics = statistics or source_statistics(plan)
+    dims = _recorded_dims(plan)
+    sizes: dict[str, int | None] = {}
+    for name, layer in plan.layers.items():
+        state = plan.states[name]
+        per_shard: float | None = None
+        if state.missing == 0:
+            per_shard = 0
+        elif state.done:
+            per_shard = state.done_bytes / state.done
+        elif statistics is not None:
+            known = replace(layer, dim=layer.dim or dims.get(layer.model or ""))
+            per_shard = _shard_bytes(plan, known, statistics)
+        sizes[name] = None if per_shard is None else round(per_shard * state.missing)
+    return sizes
+
+
+def plan_table(plan: Plan, expected: Mapping[str, int | None]) -> Table:
+    """A plan as a table: what is done, missing and quarantined per layer, and the bytes to expect."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("layer", "done", "missing", "quarantined", "expected"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
+    for name, state in plan.states.items():
+        size = expected[name]
+        text = "?" if size is None else format_bytes(size)
+        table.add_row(name, f"{state.done:,}", f"{state.missing:,}", f"{state.quarantined:,}", text)
+    return table
+
+
+def _shard_bytes(plan: Plan, layer: Layer, statistics: SourceStatistics) -> float | None:
+    """Expected bytes of one shard of a layer; None if the model's dimension is not known before it is loaded."""
+    if layer.kind == "samples":
+        image = statistics.image_bytes if plan.config.embeds_images else _REFERENCE_BYTES
+        records = _RECORD_BYTES * plan.config.augmentations.count
+        return statistics.rows * (image + statistics.text_bytes + records)
+    if layer.kind == "captions":
+        return statistics.rows * layer.count * _CAPTION_BYTES
+    return None if layer.row_bytes is None else statistics.rows * layer.row_bytes
+
+
+def _recorded_dims(plan: Plan) -> dict[str, int | None]:
+    """Dimensions of the teachers that an earlier run loaded, from dataset.json."""
+    manifest = find_manifest(Store(plan.config.output)) or {}
+    return {name: teacher.get("dim") for name, teacher in manifest.get("teachers", {}).items()}
+
+
+def source_statistics(plan: Plan) -> SourceStatistics | None:
+    """Statistics of the first few megabytes of the first shard that can be read; None if none of three can, or if
+    nothing is missing."""
+    for shard in plan.pending[:3]:
+        try:
+            found = _statistics(plan.shard(shard), plan.config)
+        except Exception:  # noqa: S112 - each driver has its own; the plan reports why its sizes are unknown
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+def _statistics(shard: Shard, config: Config) -> SourceStatistics | None:
+    samples: list[RawSample] = []
+    seen, whole = 0, True
+    for item in itertools.islice(read_samples(shard, config.input), _READ_SAMPLES):
+        if isinstance(item, RawSample):
+            samples.append(item)
+            seen = item.offset + item.length if shard.format == TAR else seen + item.length
+        if seen > _READ_BYTES or (samples and samples[-1].url and len(samples) == _READ_FILES):
+            whole = False
+            break
+    if not samples:
+        return None
+    rows = len(samples) if whole else _rows(shard, samples, seen)
+    if rows is None:
+        return None
+    image = sum(item.length for item in samples) / len(samples)
+    text = sum(len(json.dumps(v.decode("utf-8", "replace"))) for i in samples for v in i.sidecars.values())
+    return SourceStatistics(rows, image, 0.5 * text / len(samples))
+
+
+def _rows(shard: Shard, samples: Sequence[RawSample], seen: int) -> float | None:
+    """The rows of a shard of which the first samples, of ``seen`` bytes, were read; None if that does not show them."""
+    if shard.format == FOLDER:
+        return len(read_listing(shard))
+    if shard.part is not None:
+        return shard.part.rows
+    if samples[-1].url is not None:
+        return None
+    fs, path = filesystem(shard.url)
+    return int(fs.size(path) or 0) / max(1, seen) * len(samples)

@@ -1,0 +1,1 @@
+"""What a run records: events, totals and summary, rates, metrics, progress."""

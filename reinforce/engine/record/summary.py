@@ -1,0 +1,321 @@
+"""Totals of a run while it goes, and the summary at its end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from reinforce.dataset.layers import SAMPLES
+from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.messages.tracebacks import shorten
+from reinforce.engine.plan.plan import Plan
+from reinforce.engine.record.rates import Stages, add_numbers, add_stages, fuller, with_rates
+from reinforce.errors import UserError
+from reinforce.terminal import format_bytes, format_duration
+from schemas import Reason
+from teachers.postprocess import COUNTS
+from teachers.redact import redact
+
+WORKER_LOST = "worker lost"  # why a shard is leased again, if its worker is gone
+_STOPPED_STATUS = 130  # as of a command that a shell stops by Ctrl-C
+_EXAMPLE_CHARS = 300
+_MAX_EXAMPLES = 10
+#: What to do about shards that fail while they are processed, by reason.
+_REMEDIES = {
+    Reason.SHARD_CRASHED.value: (
+        "The output of the worker shows why it died. A segmentation fault is a defect of a model or a library at this "
+        "data. Without such a line it was probably killed for its memory: lower workers.batch or workers.cpus, or use "
+        "a larger machine."
+    ),
+    Reason.SHARD_HUNG.value: ("If its batches are only slow, raise failures.stall_seconds."),
+    Reason.SHARD_FAILED.value: "Fix what raised this error.",
+}
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Figures of one run. ``status`` is the exit status of the command, 0 for success.
+
+    ``samples`` counts those with at least one new layer, ``busy_share`` is the accelerators' busy time over the
+    workers' time, ``refused`` counts quarantined rows by reason, ``quarantined_shards`` the shards that are quarantined
+    in some layer, ``cleaned`` the effects of ``clean`` by captioner, ``examples`` has a shard, a key and a detail for
+    each reason of quarantine, ``not_in_source`` the fields of ``NotInSource``, and ``repeated_keys`` counts keys that
+    occur in more than one shard, as ``notes`` describe. ``postponed`` counts shards that wait for files that were set
+    aside, ``stages`` has the sums and rates of ``rates.with_rates``, and ``device`` the device with the least free
+    memory. The fields are the keys of summary.json.
+    """
+
+    run: str | None
+    shards: int
+    samples: int
+    seconds: float
+    busy_share: float
+    bytes: int
+    refused: Mapping[str, int]
+    quarantined_shards: int
+    status: int
+    message: str
+    cleaned: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    examples: Mapping[str, str] = field(default_factory=dict)
+    not_in_source: Mapping[str, Any] = field(default_factory=dict)
+    repeated_keys: int = 0
+    notes: Sequence[str] = ()
+    postponed: int = 0
+    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    device: Mapping[str, Any] = field(default_factory=dict)
+
+    def text(self, output: str) -> str:
+        """The summary for people, a few lines."""
+        output = redact(output)
+        if self.run is None:
+            return self.message
+        rate = self.samples / self.seconds if self.seconds else 0.0
+        lines = [
+            f"{self.shards:,} shards, {self.samples:,} samples in {self.seconds:.1f} s ({rate:,.0f} samples/s, "
+            f"accelerator busy {self.busy_share:.0%}), {format_bytes(self.bytes)} written to {output}"
+        ]
+        lines += cleaned_lines(self.cleaned)
+        if self.refused:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.refused.items()))
+            lines.append(f"quarantined rows: {reasons}")
+        lines += example_lines(self.examples)
+        lines += self.notes
+        if self.quarantined_shards:
+            lines.append(
+                f"quarantined shards: {self.quarantined_shards:,}; `reinforce status {output} --reasons` lists them by "
+                "reason; `reinforce run --retry-quarantined` retries them"
+            )
+        lines += not_in_source_lines(self.not_in_source)
+        if self.message != "done":
+            lines.append(self.message)
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from reinforce.markup import render
+
+        rate = self.samples / self.seconds if self.seconds else 0.0
+        facts = [
+            ("shards", f"{self.shards:,}"),
+            ("samples", f"{self.samples:,}"),
+            ("time", f"{format_duration(self.seconds)}, {rate:,.0f} samples/s"),
+            ("accelerator busy", f"{self.busy_share:.0%}"),
+            ("written", format_bytes(self.bytes)),
+            ("quarantined", ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.refused.items())) or "0"),
+            ("quarantined shards", f"{self.quarantined_shards:,}"),
+            *(("note", note) for note in self.notes),
+        ]
+        stages = [
+            (name, f"{stage['inputs']:,.0f}", f"{stage.get('per_second', 0):,.0f}")
+            for name, stage in self.stages.items()
+        ]
+        return render(
+            "notebook/table.html",
+            title=f"{self.run}: {self.message}" if self.run else self.message,
+            facts=facts if self.run else [],
+            heads=("layer", "inputs", "inputs/s on the device"),
+            lines=stages,
+            more=0,
+        )
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended: the exit status of its command, and why it stopped if it did not finish."""
+
+    status: int = 0
+    message: str = "done"
+
+
+def ending_of(error: BaseException, redactor: Callable[[str], str]) -> Ending:
+    """How a run ends with an error that is raised in the driver; ``redactor`` removes secrets."""
+    if isinstance(error, UserError):
+        return Ending(error.exit_status, redactor(str(error)))
+    if isinstance(error, KeyboardInterrupt):
+        return Ending(_STOPPED_STATUS, "stopped")
+    return Ending(1, redactor(f"stopped by an error: {type(error).__name__}: {error}"))
+
+
+@dataclass
+class RunTotals:
+    """Sums over the results of a run's leases, and the first example of each reason of quarantine."""
+
+    samples: int = 0
+    bytes: int = 0
+    busy: float = 0.0
+    refused: Counter[str] = field(default_factory=Counter)
+    cleaned: dict[str, Counter[str]] = field(default_factory=dict)
+    finished: set[str] = field(default_factory=set)  # shards of which nothing is left to do
+    examples: dict[str, str] = field(default_factory=dict)  # by reason
+    failed: dict[str, str] = field(default_factory=dict)  # reason by shard: those that failed before any layer
+    set_aside: list[str] = field(default_factory=list)  # files, each with its reason
+    postponed: set[str] = field(default_factory=set)  # shards of which files are to be computed again
+    stages: Stages = field(default_factory=dict)
+    device: Mapping[str, Any] = field(default_factory=dict)
+    written: int = 0  # shards of which all was written
+    given_up: int = 0  # shards that are quarantined, in some layer
+    quarantined: Counter[str] = field(default_factory=Counter)  # those of them that failed, by reason
+    read_bytes: int = 0
+    times: Counter[str] = field(default_factory=Counter)  # seconds of shards by stage
+    retries: Counter[str] = field(default_factory=Counter)  # shards that were leased again, by reason
+
+    def add(self, result: ShardResult) -> None:
+        (self.postponed if result.set_aside else self.finished).add(result.shard)
+        self.written += not (result.set_aside or result.given_up)
+        self.given_up += result.given_up is not None
+        self.read_bytes += result.read_bytes
+        add_numbers(self.times, result.times)
+        self.samples += result.samples
+        self.bytes += result.bytes
+        self.busy += result.busy
+        self.refused.update(result.refused)
+        add_stages(self.stages, result.stages)
+        self.device = fuller(self.device, result.device)
+        for captioner, counts in result.cleaned.items():
+            self.cleaned.setdefault(captioner, Counter()).update(counts)
+        for reason, example in result.examples.items():
+            self.examples.setdefault(reason, f"{result.shard}: {example}")
+
+    def add_quarantined(self, shard: str, layer: str, reason: str, detail: str) -> None:
+        """Count a shard that failed while a layer was computed."""
+        self.given_up += 1
+        self.quarantined[reason] += 1
+        where = shard if layer == SAMPLES else f"{shard} in {layer}"
+        self.examples.setdefault(reason, f"{where}: {shorten(' '.join(detail.split()), _EXAMPLE_CHARS)}")
+        if layer == SAMPLES:
+            self.failed[shard] = reason
+
+
+def summarize(
+    run: str, plan: Plan, totals: RunTotals, quarantined: int, seconds: float, alive: float, ending: Ending
+) -> RunSummary:
+    """The summary of run ``run`` after ``seconds``. ``alive`` is the workers' time in seconds, ``quarantined`` counts
+    shards."""
+    status, message = verdict(quarantined, plan.shards, plan.config.failures.allowed_share)
+    if ending != Ending():
+        status, message = ending.status, ending.message
+    elif totals.postponed:
+        status, message = (
+            1,
+            (
+                f"{len(totals.postponed):,} shards are not finished: files that they need were damaged or did not fit, "
+                "and are set aside. Run the same command again."
+            ),
+        )
+    elif totals.samples == 0 and any(SAMPLES in shard.layers for shard in plan.pending):
+        status, message = 1, f"no samples: {_why_no_samples(totals)}"
+    return RunSummary(
+        run,
+        len(totals.finished),
+        totals.samples,
+        round(seconds, 3),
+        round(min(1.0, totals.busy / (alive or seconds)), 4),
+        totals.bytes,
+        dict(totals.refused),
+        quarantined,
+        status,
+        message,
+        {captioner: dict(counts) for captioner, counts in totals.cleaned.items()},
+        totals.examples,
+        asdict(plan.not_in_source),
+        postponed=len(totals.postponed),
+        stages=with_rates(totals.stages),
+        device=totals.device,
+    )
+
+
+def add_summaries(first: RunSummary, second: RunSummary) -> RunSummary:
+    """The summary of a run that was continued for the shards that its first part has postponed."""
+    seconds = first.seconds + second.seconds
+    stages: Stages = {}
+    for summary in (first, second):
+        add_stages(stages, summary.stages)
+    busy = (first.busy_share * first.seconds + second.busy_share * second.seconds) / (seconds or 1.0)
+    return replace(
+        second,
+        run=second.run or first.run,
+        shards=first.shards + second.shards,
+        samples=first.samples + second.samples,
+        seconds=round(seconds, 3),
+        busy_share=round(busy, 4),
+        bytes=first.bytes + second.bytes,
+        refused=dict(Counter(first.refused) + Counter(second.refused)),
+        message="done" if second.status == 0 else second.message,
+        cleaned={**first.cleaned, **second.cleaned},
+        examples={**second.examples, **first.examples},
+        stages=with_rates(stages),
+        device=fuller(first.device, second.device),
+        notes=[*first.notes, *(note for note in second.notes if note not in first.notes)],
+    )
+
+
+def _why_no_samples(totals: RunTotals) -> str:
+    """What happened to the shards of a run that has not a single sample."""
+    if totals.failed:
+        shard, reason = next(iter(totals.failed.items()))
+        failed = "the shard" if len(totals.failed) == 1 else f"{len(totals.failed):,} shards, such as"
+        example = totals.examples[reason]
+        what = example if example.startswith(shard) else f"{shard}: {example}"
+        return f"{failed} {what} ({reason}). {_REMEDIES[reason]} Then run again with --retry-quarantined."
+    if not totals.refused:
+        return "the source contains no image-text pair. Check `source`."
+    reason, _ = totals.refused.most_common(1)[0]
+    return f"not one image-text pair could be read from the source; {reason}: {totals.examples.get(reason, '')}"
+
+
+def example_lines(examples: Mapping[str, str]) -> list[str]:
+    """One line for each reason of quarantine with its first example."""
+    lines = [f"  {reason}, for example {example}" for reason, example in sorted(examples.items())]
+    rest = len(lines) - _MAX_EXAMPLES
+    return lines[:_MAX_EXAMPLES] + ([f"  and {rest} more reasons"] if rest > 0 else [])
+
+
+def cleaned_lines(cleaned: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """The effects of ``clean``, one line for each captioner that has this section."""
+    lines = []
+    for captioner, counts in sorted(cleaned.items()):
+        parts = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in COUNTS if counts.get(name)]
+        lines.append(f"captions by {captioner}: {', '.join(parts)}")
+    return lines
+
+
+def not_in_source_lines(counts: Mapping[str, Any]) -> list[str]:
+    """What a dataset has of shards that ``source`` does not name; ``counts`` are the fields of ``NotInSource``."""
+    lines = []
+    if count := counts.get("finished"):
+        lines.append(
+            f"not in `source`: {count:,} finished shards, such as {counts['first_finished']}. They stay in the dataset "
+            "and are read; to remove one, delete its files NAME.parquet in all layers"
+        )
+    if count := counts.get("quarantined"):
+        lines.append(
+            f"not in `source`: {count:,} quarantined shards, such as {counts['first_quarantined']}. They are not "
+            "retried; to forget one, delete its file quarantine/LAYER/NAME.parquet"
+        )
+    return lines
+
+
+def verdict(quarantined: int, shards: int, allowed_share: float) -> tuple[int, str]:
+    """Exit status and message for a number of quarantined shards."""
+    if quarantined > allowed_share * shards:
+        return 1, (
+            f"{quarantined:,} of {shards:,} shards are quarantined, more than failures.allowed_share = "
+            f"{allowed_share:g}"
+        )
+    return 0, "done"
+
+
+def nothing_to_do(plan: Plan) -> RunSummary:
+    """The summary of a run that found every layer complete."""
+    status, message = verdict(plan.quarantined, plan.shards, plan.config.failures.allowed_share)
+    text = (
+        f"nothing to do: {plan.shards:,} shards, {len(plan.layers)} layers, all complete in "
+        f"{redact(plan.config.output)}"
+    )
+    if plan.quarantined:
+        text += f" except {plan.quarantined:,} quarantined shards (--retry-quarantined retries them)"
+    text = "\n".join([text, *not_in_source_lines(asdict(plan.not_in_source))])
+    if status:
+        text += f"\n{message}"
+    return RunSummary(None, 0, 0, 0.0, 0.0, 0, {}, plan.quarantined, status, text)

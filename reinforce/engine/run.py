@@ -1,0 +1,148 @@
+"""``reinforce.run``: check the config and the source, plan, and compute what is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reinforce.config import Config, load_config, parse_config
+from reinforce.cores import Node
+from reinforce.dataset.files.index import prune_index
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.manifest.claims import Claims
+from reinforce.dataset.manifest.manifest import (
+    code_notes,
+    find_manifest,
+    same_content,
+    scale_notes,
+    update_manifest,
+    write_manifest,
+)
+from reinforce.dataset.runs.shard_records import read_records
+from reinforce.engine.plan.changed_sources import changed_sources, changes_note
+from reinforce.engine.plan.duplicates import check_copies
+from reinforce.engine.plan.folder_lists import write_lists
+from reinforce.engine.plan.plan import Plan, make_plan
+from reinforce.engine.plan.precision import nodes_of_run
+from reinforce.engine.plan.recipe import version_notes
+from reinforce.engine.preflight.check_source import check_source
+from reinforce.engine.record.progress import Progress
+from reinforce.engine.record.summary import RunSummary, add_summaries, nothing_to_do
+from reinforce.errors import RayEnded, StorageError, TooManyQuarantined, UserError
+from teachers.redact import Redactor
+
+_LOG = logging.getLogger(__name__)
+#: How often a run goes on with shards of which files were set aside: stored captions that do not fit new samples, then
+#: the other layers of the shard. A disk that damages file after file needs its user.
+_MAX_CONTINUATIONS = 2
+
+
+def run(
+    config: Config | str | Path | dict[str, Any], *, address: str | None = None, retry_quarantined: bool = False
+) -> RunSummary:
+    """Compute every missing layer of ``config`` and nothing else.
+
+    Uses the initialised Ray if there is one, else the cluster at ``address`` (or RAY_ADDRESS), else this machine.
+    ``retry_quarantined`` removes shards that are quarantined as a whole from the quarantine and tries them again.
+    Raises UserError for errors that the user must fix.
+    """
+    config = as_config(config)
+    redact = Redactor(config.model_dump(mode="json"))  # errors of storages and models may quote the config
+    try:
+        return _run(config, address, retry_quarantined)
+    except StorageError as error:
+        raise StorageError(redact(f"{error} Finished shards are kept. Run the same command again to resume.")) from None
+    except UserError as error:
+        kind = next((kind for kind in (TooManyQuarantined, RayEnded) if isinstance(error, kind)), UserError)
+        raise kind(redact(str(error))) from None
+
+
+def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSummary:
+    store = Store(config.output)
+    store.check_writable()
+    with store.lock(), contextlib.ExitStack() as connection:
+        plan = make_plan(config, retry_quarantined, lambda: _nodes(address, connection))
+        config = plan.config
+        manifest = find_manifest(store)
+        pending = [shard.name for shard in plan.pending]
+        if gone := prune_index(store, SAMPLES, plan.layers[SAMPLES].fingerprint, plan.committed, pending):
+            _LOG.warning(
+                "%s: the samples of %d shards, such as %s, were deleted, and `source` does not name these. Readers do "
+                "not report them any more.",
+                store.url, len(gone), gone[0],
+            )  # fmt: skip
+        for note in scale_notes(manifest, config):
+            _LOG.warning(note)
+        if not plan.pending:
+            updated = update_manifest(manifest, config, plan.layers, {})
+            if not same_content(updated, manifest):  # a logit scale may have changed
+                write_manifest(store, updated)
+            return nothing_to_do(plan)
+        with Claims(store, config, plan.layers) as claims:
+            return _compute(plan, store, manifest, claims, address, retry_quarantined)
+
+
+def _nodes(address: str | None, connection: contextlib.ExitStack) -> Sequence[Node]:
+    """The nodes on which workers will run; a cluster stays connected until ``connection`` ends."""
+    if address or os.environ.get("RAY_ADDRESS"):
+        from reinforce.cluster import ray_cluster
+
+        connection.enter_context(ray_cluster(address))
+    return nodes_of_run()
+
+
+def _compute(
+    plan: Plan,
+    store: Store,
+    manifest: dict[str, Any] | None,
+    claims: Claims,
+    address: str | None,
+    retry_quarantined: bool,
+) -> RunSummary:
+    needed = {name for shard in plan.pending for name in shard.layers}
+    layers = [layer for name, layer in plan.layers.items() if name in needed]
+    models = [layer.recipe["model"] for layer in layers if "model" in layer.recipe]
+    for note in [*version_notes(models), *code_notes(manifest, layers)]:
+        _LOG.warning(note)
+    redact = Redactor(plan.config.model_dump(mode="json"))
+    for note in check_source(plan)[1]:
+        _LOG.warning(redact(note))
+    check_copies(plan, store)
+    write_lists(store, plan.lists)
+    if plan.listed and (changed := changed_sources(plan, read_records(store).sources)):
+        _LOG.warning(redact(changes_note(plan, changed)))
+    if retry_quarantined:
+        _forget_quarantine(plan, store)
+    from reinforce.cluster import ray_cluster  # imports Ray, which planning does not need
+
+    with ray_cluster(address), Progress() as progress:
+        from reinforce.engine.driver.driver import Driver
+
+        summary = Driver(plan, store, progress, claims).run()
+        for _ in range(_MAX_CONTINUATIONS if summary.postponed else 0):
+            plan = make_plan(plan.config)
+            write_lists(store, plan.lists)
+            rest = Driver(plan, store, progress, claims).run() if plan.pending else nothing_to_do(plan)
+            summary = add_summaries(summary, rest)
+            if not summary.postponed:
+                break
+        return summary
+
+
+def as_config(config: Config | str | Path | dict[str, Any]) -> Config:
+    """A validated config from a config, a YAML file or a mapping. Raises UserError."""
+    if isinstance(config, Config):
+        return config
+    return parse_config(config) if isinstance(config, dict) else load_config(config)
+
+
+def _forget_quarantine(plan: Plan, store: Store) -> None:
+    pending = {shard.name for shard in plan.pending}
+    for layer, shards in store.quarantined_shards(store.listings(plan.layers)).items():
+        for shard in shards & pending:
+            store.forget_quarantine(layer, shard)

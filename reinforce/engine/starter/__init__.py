@@ -1,0 +1,1 @@
+"""``reinforce init``: a config for a source."""

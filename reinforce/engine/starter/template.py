@@ -1,0 +1,116 @@
+"""The text of a starter config."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+
+import yaml
+
+from reinforce.engine.starter.fields import Fields
+from reinforce.source.file_types import CSV, FOLDER, JSONL, PARQUET, TAR
+from reinforce.terminal import escape
+
+_PLAIN = re.compile(r"[A-Za-z0-9_./-][A-Za-z0-9_./*-]*(://[A-Za-z0-9_./*-]+)?")
+_HEAD = """\
+# yaml-language-server: $schema={schema}
+# Written by `reinforce init`: {found}. Next:
+#   reinforce plan {path}     # what will be computed, and its size; starts nothing
+#   reinforce run {path}      # the same command again continues
+# `reinforce schema run` describes every key; unknown keys are reported before anything starts.
+
+# Braces such as {{00000..01023}}, globs, a .txt file of URLs, or a list; any fsspec URL.
+source: {source}
+
+# A folder or any fsspec URL, such as s3://my-bucket/{output}.
+output: {output}
+
+# Everything random is derived from this number and the sample's key.
+seed: 0
+
+# `embed` stores a copy of each image in the dataset; `reference` only its place in the source.
+{reference}images: embed
+"""
+_AUGMENTATIONS = """
+# Random crops with RandAugment, stored as parameters and replayed bit-exactly for the student. More of them help until
+# about 5, and cost as much more; `backend: fixed-point-1` takes less CPU. They are chosen once for a dataset.
+augmentations: {count: 2, size: 224}
+"""
+_GPU = """
+# Each captioner is a layer, captions/<name>. Nothing is needed here for distillation from true captions alone.
+captioners:
+  coca: {model: coca_ViT-L-14, pretrained: mscoco_finetuned_laion2b_s13b_b90k, captions: 5, top_p: 0.9}
+
+# The ensemble of MobileCLIP2. Another teacher can be added later: only its layers are computed then.
+teachers:
+  dfn2b: {model: ViT-L-14-quickgelu, pretrained: dfn2b, logit_scale: 70}
+  dfn2b-s39b: {model: ViT-L-14, pretrained: dfn2b_s39b, logit_scale: 60}
+
+# A GPU was found here: one worker for each GPU of the machine or cluster.
+workers: {batch: auto}
+"""
+_CPU = """
+# No GPU was found here, so these models are small. A captioner is slow on CPUs; take out the `#` to have one.
+# captioners:
+#   coca: {model: coca_ViT-B-32, pretrained: mscoco_finetuned_laion2b_s13b_b90k, captions: 1}
+
+# On GPUs, the ensemble of MobileCLIP2 is better (logit scales 70 and 60):
+#   dfn2b: {model: ViT-L-14-quickgelu, pretrained: dfn2b, logit_scale: 70}
+#   dfn2b-s39b: {model: ViT-L-14, pretrained: dfn2b_s39b, logit_scale: 60}
+# Another teacher can be added later: only its layers are computed then.
+teachers:
+  mobileclip2-s0: {model: MobileCLIP2-S0, pretrained: dfndr2b}
+
+# One worker for each core.
+workers: {batch: 64}
+"""
+
+
+def render(
+    source: str, output: str, found: str, format_: str, fields: Fields, gpu: bool, schema: str, path: str
+) -> str:
+    """The config for a source of a format."""
+    reference = "" if format_ in (TAR, CSV, FOLDER) else f"# Sources of format {format_} need `embed`.\n"
+    head = _HEAD.format(
+        schema=_comment(schema),
+        found=found,
+        path=_comment(path),
+        source=_scalar(source),
+        output=_scalar(output),
+        reference=reference,
+    )
+    return head + _input(format_, fields) + _AUGMENTATIONS + (_GPU if gpu else _CPU)
+
+
+def _input(format_: str, fields: Fields) -> str:
+    """The section `input`: what was found, and as comments what may be set."""
+    lines = [f"format: {format_}"]
+    if format_ in (PARQUET, JSONL, CSV):
+        columns = "columns: " + ", ".join(_scalar(name[:40]) for name in fields.names[:20])
+        lines = [*(f"# {line}" for line in textwrap.wrap(columns, 110)), *lines]
+        lines.append(
+            f"image: {_scalar(fields.image)}" if fields.image else "# image: NAME  # the column was recognised"
+        )
+        lines.append(
+            f"# key: {_scalar(fields.other_key)}  # if its values differ; else keys are made of shard and row"
+            if fields.other_key
+            else "# key: NAME  # default: `key`, `__key__` or `uid`, else shard and row number"
+        )
+    captions = None if fields.captions is None else json.dumps([*fields.captions], ensure_ascii=False)
+    if not fields.has_captions:
+        lines.append("# no caption was found: name a member, column or json:FIELD here")
+    lines.append(
+        f"captions: {captions}" if captions else '# captions: [txt, "json:caption"]  # the first with text is used'
+    )
+    return "\n# How files become samples.\ninput:\n" + "".join(f"  {line}\n" for line in lines)
+
+
+def _comment(text: str) -> str:
+    """A path in a comment, which ends with the line."""
+    return escape(text).replace("\n", " ")
+
+
+def _scalar(text: str) -> str:
+    """A text as a YAML scalar: quoted unless it is plain, since a name or URL may contain anything."""
+    return text if _PLAIN.fullmatch(text) and yaml.safe_load(text) == text else json.dumps(text)

@@ -1,0 +1,1 @@
+"""One shard at a time: rows, models, tables, commit."""

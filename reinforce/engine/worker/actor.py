@@ -1,0 +1,185 @@
+"""The worker actor: one per accelerator (or per few cores), holding every model that the run's layers need.
+
+Two shards are in flight in it at a time. Its decode processes work for both, and their batches take turns at the
+accelerator, so that it does not wait for the next shard to begin when one ends.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import ray
+import torch
+
+from reinforce.config import Config
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import Layer
+from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.inference.full_batch import fit_batch
+from reinforce.engine.inference.model_flops import measure_costs
+from reinforce.engine.inference.models import Counters, Models, load_models
+from reinforce.engine.inference.self_test import check_models, precisions
+from reinforce.engine.inference.stage_meter import device_report
+from reinforce.engine.messages.pulse import Pulse, WorkerWatch, output_path, process_memory
+from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, ShardResult, WorkerId, WorkerInfo
+from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.record.metrics import Recorder
+from reinforce.engine.worker.shard import allocate_pixels, process_shard
+from reinforce.errors import StorageError, UserError
+from teachers import determinism
+from teachers.redact import Redactor
+
+SHARDS_IN_FLIGHT = 2
+
+
+class Worker:
+    """Runs leases, two at a time; ``as_actor`` makes it a Ray actor."""
+
+    def __init__(
+        self, config: Config, layers: Mapping[str, Layer], needed: frozenset[str], folder: str, index: int = 0
+    ) -> None:
+        """``folder`` is the driver's working directory: relative paths and custom classes are looked up there.
+        ``index`` names the worker in metrics."""
+        self.config, self.layers, self.needed = config, layers, needed
+        self.folders = [path for path in (os.getcwd(), folder) if os.path.isdir(path)]
+        self.missing_folder = None if os.path.isdir(folder) else folder
+        if self.missing_folder is None:
+            os.chdir(folder)
+        self.store = Store(config.output)
+        self.redact = Redactor(config.model_dump(mode="json"))
+        self.models: Models | None = None
+        self.pool: DecodePool | None = None
+        self.watch = WorkerWatch(SHARDS_IN_FLIGHT)
+        self.metrics = Recorder(str(index))
+
+    def load(self) -> WorkerInfo:
+        """Load and test the models of the layers in ``needed``. Raises LoadFailure if one does not work."""
+        try:
+            return self._load()
+        except Exception as error:
+            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            raise LoadFailure(tuple(self._id()), self.redact(text), isinstance(error, UserError)) from None
+
+    def _id(self) -> WorkerId:
+        node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""  # asking would start Ray
+        return WorkerId(node, os.getpid(), socket.gethostname())
+
+    def _load(self) -> WorkerInfo:
+        self._check_output()
+        torch.set_num_threads(self.config.workers.cores)
+        if self.config.classes:
+            sys.path += [path for path in self.folders if path not in sys.path]  # behind installed packages
+        determinism.set_flags("cuda" if self.config.workers.gpus else "cpu", self.config.workers.deterministic)
+        layers = [self.layers[name] for name in sorted(self.needed)]
+        failures = self.config.failures
+        self.pool = DecodePool(self.config.workers.cores, failures.sample_seconds, failures.solo_attempts)
+        self.models = load_models(self.config, layers)
+        check_models(self.models, layers, precisions(self.config))
+        self.config = fit_batch(self.models, self.config, layers)
+        self.models.costs = measure_costs(self.models, self.config, layers)
+        allocate_pixels(self.pool, self.config, layers, self.models, SHARDS_IN_FLIGHT)
+        self.pool.wait_until_ready()
+        loaded = {
+            name: {
+                "dim": teacher.dim,
+                "logit_scale": getattr(teacher, "logit_scale", None),
+                "image": asdict(image) if (image := getattr(teacher, "image", None)) else None,
+            }
+            for name, teacher in self.models.teachers.items()
+        }
+        device, board = str(self.models.accelerator.device), self.watch.board.descriptor
+        node, pid, host = self._id()
+        notes = self.models.batches.take_notes()
+        batch, report = self.config.workers.images, device_report(self.models.accelerator)
+        memory, log = process_memory(), output_path()
+        self._record_metrics()
+        return WorkerInfo(node, pid, device, loaded, host, memory, board, batch, notes, report, log)
+
+    def _check_output(self) -> None:
+        """Raise UserError if ``output`` is relative to a folder of the driver that this node does not have."""
+        if self.store.relative and self.missing_folder is not None:
+            raise UserError(
+                f"output {self.store.url} is relative to {self.missing_folder}, which does not exist on "
+                f"{socket.gethostname()}. Set `output` to an absolute path that every node reaches, or to a URL "
+                "such as s3://BUCKET/FOLDER."
+            )
+
+    def process(self, shard: PendingShard) -> ShardResult:
+        """Compute and commit the missing layers of one shard. Raises UserError, LayerFailure or ShardFailure."""
+        assert self.models is not None
+        assert self.pool is not None
+        try:
+            with self.watch.lease(shard.name) as watch:
+                result = process_shard(
+                    shard,
+                    self.config,
+                    self.layers,
+                    self.store,
+                    self.models,
+                    self.pool,
+                    watch=watch,
+                    redact=self.redact,
+                )
+            self._record_metrics()
+            return replace(result, memory=process_memory())
+        except StorageError as error:
+            raise ShardFailure(self.redact(str(error)), False) from None
+        except UserError:
+            raise
+        except LayerFailure as error:
+            raise LayerFailure(error.layer, self.redact(str(error.args[1]))) from None
+        except Exception as error:
+            worker_at_fault = isinstance(error, (RuntimeError, MemoryError))  # storage drivers raise neither
+            raise ShardFailure(self.redact(f"{type(error).__name__}: {error}"), worker_at_fault) from None
+
+    def pulse(self) -> Pulse:
+        """The counts so far and the longest-running decode; also answers while shards run."""
+        counters = self.models.counters if self.models else Counters()
+        prepared, key = (self.pool.finished, self.pool.longest()) if self.pool else (0, None)
+        leases = self.watch.pulses(prepared, time.monotonic())
+        slowest = dict(self.watch.slowest)
+        self._record_metrics()
+        return Pulse(counters.samples, counters.busy, prepared, key, leases, slowest, process_memory())
+
+    def _record_metrics(self) -> None:
+        if self.models is None or self.pool is None:
+            return
+        self.metrics.record(
+            {
+                "reinforce_worker_samples_total": self.models.counters.samples,
+                "reinforce_worker_busy_seconds_total": self.models.counters.busy,
+                "reinforce_worker_decode_queue": self.pool.jobs.qsize(),
+                "reinforce_worker_accelerator_queue": self.models.lanes.waiting,
+                "reinforce_worker_memory_bytes": process_memory(),
+            }
+        )
+
+
+def environment() -> dict[str, str]:
+    """Environment variables with which a worker process must start.
+
+    Arrow's allocator, mimalloc, asks for huge pages. The kernel clears 2 MB for each buffer that is new or was idle,
+    which doubles the CPU of the worker's own process.
+    """
+    name = "MIMALLOC_ALLOW_THP"
+    return {name: os.environ.get(name, "0"), **determinism.environment()}
+
+
+def as_actor(config: Config) -> Any:
+    """The actor class with the resources of ``config.workers``."""
+    threads = str(config.workers.cores)
+    return ray.remote(
+        num_cpus=config.workers.cores,
+        num_gpus=config.workers.gpus,
+        max_restarts=0,
+        max_task_retries=0,
+        max_concurrency=SHARDS_IN_FLIGHT,
+        concurrency_groups={"control": 1},
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **environment()}},
+    )(Worker)
