@@ -36,7 +36,7 @@ from reinforce.dataset.augment.backends import BACKENDS, Replay, load_backend
 from reinforce.dataset.augment.records import Augmentation, fixed_point, replay_with, sample_augmentation
 from reinforce.images import fast_jpeg
 from reinforce.images.policy import decode
-from teachers.pixels import to_pixels
+from teachers.preprocessing.pixels import to_pixels
 from teachers.registry import load_teacher
 from teachers.spec import TeacherSpec
 

@@ -45,14 +45,14 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from reinforce.shipping.machine import cpu_name
-from teachers.choosing import greedy
-from teachers.coca_decoder import CocaDecoder
-from teachers.coca_network import CocaNetwork
-from teachers.decoding import sample
-from teachers.device import Accelerator
-from teachers.frozen import FrozenLinear, freeze
-from teachers.rules import DecodingRules
-from teachers.sampling import sample_nucleus, uniforms
+from teachers.coca.decoder import CocaDecoder
+from teachers.coca.network import CocaNetwork
+from teachers.decoding.choosing import greedy
+from teachers.decoding.decode import sample
+from teachers.decoding.rules import DecodingRules
+from teachers.decoding.sampling import sample_nucleus, uniforms
+from teachers.device.accelerator import Accelerator
+from teachers.device.frozen import FrozenLinear, freeze
 
 CAPTIONS, TOKENS, TOP_P = 5, 30, 0.9
 WORDS = TOKENS - 2

@@ -55,7 +55,7 @@ from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.feed import StudentFeed
 from reinforce.training.order import Chunk
-from teachers.open_clip_tokens import Tokenizer
+from teachers.open_clip.tokenizer import Tokenizer
 from teachers.protocols import ImageSpec
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"

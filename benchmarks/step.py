@@ -39,7 +39,7 @@ from reinforce.training.batches import Prefetcher
 from reinforce.training.config import Optimizer
 from reinforce.training.optimizer import make_adamw
 from reinforce.training.step import backpropagate
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 
 BOUND = 1.1
 DIM = 768

@@ -18,10 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teachers import open_clip_catalog, postprocess, server_options, transformers_catalog, weights
+from teachers import weights
+from teachers.decoding.decode import postprocess
+from teachers.open_clip.teacher import catalog as open_clip_catalog
 from teachers.redact import redact_values
+from teachers.server import options as server_options
 from teachers.spec import DECODING_FIELDS, CaptionerSpec, ModelSpec, TeacherSpec
-from teachers.tokenizer_files import check_tokenizer_files
+from teachers.tokens.files import check_tokenizer_files
+from teachers.transformers.teacher import catalog as transformers_catalog
 
 #: Options of chat models of transformers; part of the identity only where they are set.
 _CHAT_OPTIONS = ("prompt", "image_size")

@@ -17,38 +17,38 @@ def load_teacher(name: str, spec: TeacherSpec, device: str) -> Teacher:
     Raises ValueError, OSError (FileNotFoundError included) for a wrong config and RuntimeError for errors in the
     model's own code. Each message starts with the teacher's name.
     """
-    from teachers.device import Accelerator
+    from teachers.device.accelerator import Accelerator
 
     with errors_naming(f"teacher {name}"):
         if spec.class_ is not None:
             return _load_custom_teacher(spec, device)
         accelerator = Accelerator(device, spec.precision)
         if spec.family == "transformers":
-            from teachers.transformers import load
+            from teachers.transformers.teacher import load
 
             return load(spec, accelerator)
-        from teachers.open_clip import OpenClipTeacher
+        from teachers.open_clip.teacher import OpenClipTeacher
 
         return OpenClipTeacher(spec, accelerator)
 
 
 def load_captioner(name: str, spec: CaptionerSpec, device: str) -> Captioner:
     """Load a captioner with its weights on a device; raises as ``load_teacher`` does."""
-    from teachers.device import Accelerator
+    from teachers.device.accelerator import Accelerator
 
     with errors_naming(f"captioner {name}"):
         if spec.class_ is not None:
             return _load_custom_captioner(spec, device)
         if spec.family == "openai":
-            from teachers.server_captioner import ServerCaptioner
+            from teachers.server.captioner import ServerCaptioner
 
             return ServerCaptioner(name, spec)
         accelerator = Accelerator(device, spec.precision)
         if spec.family == "transformers":
-            from teachers.transformers_captioner import load
+            from teachers.transformers.captioner import load
 
             return load(spec, accelerator)
-        from teachers.coca import CocaCaptioner
+        from teachers.coca.captioner import CocaCaptioner
 
         return CocaCaptioner(spec, accelerator)
 
@@ -89,6 +89,6 @@ def _load_custom_captioner(spec: CaptionerSpec, device: str) -> Captioner:
 
 
 def _build(spec: ModelSpec, device: str) -> Any:
-    from teachers.device import Accelerator
+    from teachers.device.accelerator import Accelerator
 
     return import_class(spec)(Accelerator(device).device, **spec.options)

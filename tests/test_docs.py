@@ -25,7 +25,7 @@ from reinforce.config import Config, Limits
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig
 from schemas import Reason
-from teachers.open_clip_catalog import check_model
+from teachers.open_clip.catalog import check_model
 from tests.helpers import pages_commands as commands
 from tests.helpers.pages import (
     GENERATED,

@@ -35,7 +35,11 @@ def test_the_contracts_hold() -> None:
 @pytest.mark.parametrize(
     ("file", "code", "contract"),
     [
-        ("teachers/pixels.py", LAZY.format(module="reinforce", name="errors"), "reinforce uses teachers and schemas"),
+        (
+            "teachers/preprocessing/pixels.py",
+            LAZY.format(module="reinforce", name="errors"),
+            "reinforce uses teachers and schemas",
+        ),
         (
             "reinforce/source/captions.py",
             LAZY.format(module="reinforce.dataset", name="layers"),

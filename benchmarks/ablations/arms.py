@@ -21,7 +21,7 @@ from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.training.job import total_steps
 from teachers import weights
-from teachers.open_clip_catalog import FOLDER_PREFIX
+from teachers.open_clip.catalog import FOLDER_PREFIX
 from teachers.spec import ModelSpec
 
 DEMO = "configs/demo.yaml"

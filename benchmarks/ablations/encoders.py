@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.ablations.measures import MILLISECONDS, MILLISECONDS_ALONE
 from reinforce.shipping.towers import reparameterize
-from teachers.open_clip import random_model
-from teachers.open_clip_catalog import CONFIG_FILE, FOLDER_PREFIX
+from teachers.open_clip.catalog import CONFIG_FILE, FOLDER_PREFIX
+from teachers.open_clip.teacher import random_model
 
 #: The demo's student, whose text encoder and tokenizer all have.
 _STUDENT = Path("configs/student-demo")

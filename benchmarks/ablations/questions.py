@@ -12,7 +12,7 @@ from benchmarks.ablations.encoders import Encoder
 from benchmarks.ablations.measures import BYTES, MILLISECONDS, MILLISECONDS_ALONE, REACHED_AT, RETAINED
 from reinforce.demo.compare import SECONDS
 from reinforce.demo.wrong_captions import SHARE
-from teachers.open_clip_catalog import FOLDER_PREFIX
+from teachers.open_clip.catalog import FOLDER_PREFIX
 from teachers.spec import DECODING_FIELDS
 
 #: Columns of a question's table, and panels of its figure.

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.pipeline.figures import Figure
 from reinforce.engine.inference.peak_flops import peak_flops
-from teachers.device import Accelerator, Precision
+from teachers.device.accelerator import Accelerator, Precision
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import open_clip
 import torch
 
 from benchmarks.step import TINY
-from teachers.coca import CocaCaptioner
-from teachers.device import Accelerator, Precision
-from teachers.open_clip import OpenClipTeacher, random_model
+from teachers.coca.captioner import CocaCaptioner
+from teachers.device.accelerator import Accelerator, Precision
+from teachers.open_clip.teacher import OpenClipTeacher, random_model
 from teachers.spec import CaptionerSpec, ModelSpec, TeacherSpec
 
 _get_tokenizer = open_clip.get_tokenizer
@@ -67,7 +67,7 @@ class RandomTeacher(OpenClipTeacher):
 
     def __init__(self, device: torch.device, name: str, precision: Precision = "bf16") -> None:
         tokenizer = patch("open_clip.get_tokenizer", lambda _: load_tokenizer(name))
-        with patch("teachers.open_clip.load_model", _load(name)), tokenizer:
+        with patch("teachers.open_clip.teacher.load_model", _load(name)), tokenizer:
             super().__init__(
                 TeacherSpec(model=model_name(name), precision=precision), Accelerator(str(device), precision)
             )
@@ -106,7 +106,7 @@ class RandomCaptioner(CocaCaptioner):
         spec = CaptionerSpec(
             model=model_name(name), precision=precision, captions=captions, min_length=words, max_length=words + 2
         )
-        with patch("teachers.coca.load_model", _load(name)):
+        with patch("teachers.coca.captioner.load_model", _load(name)):
             super().__init__(spec, Accelerator(str(device), precision))
 
 

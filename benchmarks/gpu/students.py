@@ -20,7 +20,7 @@ from reinforce.student.train import build, make_job
 from reinforce.training.loop import run_rank
 from reinforce.training.ranks import Ranks
 from reinforce.training.stop import StopSignal
-from teachers.device import Precision
+from teachers.device.accelerator import Precision
 
 STUDENTS = "students"
 WAITING = 0.02

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.pipeline.inputs import SIZE
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from teachers.protocols import ImageSpec
 
 STAND_IN = "stand-in"

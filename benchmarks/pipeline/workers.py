@@ -24,7 +24,7 @@ from reinforce.engine.plan.plan import PendingShard, make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, environment
 from reinforce.engine.worker.shard import allocate_pixels, process_shard
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 
 
 @dataclass(frozen=True)

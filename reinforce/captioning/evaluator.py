@@ -24,10 +24,10 @@ from reinforce.errors import UserError
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.ranking import compute_recalls
 from reinforce.evaluation.reading import Example
-from teachers.coca import CocaCaptioner
-from teachers.device import Accelerator
-from teachers.export import write_open_clip
-from teachers.pixels import to_pixels
+from teachers.coca.captioner import CocaCaptioner
+from teachers.device.accelerator import Accelerator
+from teachers.open_clip.export import write_open_clip
+from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 
 #: Bytes of decoded held-out images that are kept between evaluations.

@@ -23,8 +23,8 @@ from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.log import LOG
 from reinforce.training.results import Results
 from reinforce.training.trackers import check_trackers
-from teachers.device import Accelerator
-from teachers.open_clip_tokens import Tokenizer
+from teachers.device.accelerator import Accelerator
+from teachers.open_clip.tokenizer import Tokenizer
 
 #: Config keys that may change when a fine-tuning resumes: where it writes, how it is evaluated, how fast it reads.
 _MUTABLE_KEYS = (
@@ -96,7 +96,7 @@ def count_truncated(captions: Sequence[str], model: str) -> int:
     """Count the captions that an open_clip model truncates, because they have more tokens than its context."""
     import open_clip
 
-    from teachers.open_clip_text import disable_special_tokens
+    from teachers.open_clip.text import disable_special_tokens
 
     tokenizer = disable_special_tokens(open_clip.get_tokenizer(model))
     [empty] = tokenizer([""])

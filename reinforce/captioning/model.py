@@ -15,11 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from reinforce.captioning.config import TOWERS, CaptionerConfig, Loss, Tower
 from reinforce.errors import UserError
 from reinforce.training.task import Batch, Encoded
-from teachers import open_clip_catalog as catalog
-from teachers.coca import check_model, check_model_name
-from teachers.device import upload
-from teachers.open_clip import image_spec, load_model, model_name
-from teachers.pixels import to_pixels
+from teachers.coca.captioner import check_model, check_model_name
+from teachers.device.accelerator import upload
+from teachers.open_clip.teacher import catalog, image_spec, load_model, model_name
+from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import CaptionerSpec
 

@@ -12,7 +12,7 @@ from reinforce.captioning.evaluator import CaptionerEvaluator
 from reinforce.captioning.loss import captioning_losses
 from reinforce.captioning.model import CaptionerModel
 from reinforce.training.task import Batch, Encoded
-from teachers.export import write_open_clip
+from teachers.open_clip.export import write_open_clip
 
 
 class CaptioningTask:

@@ -35,7 +35,7 @@ from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.shard import process_shard
 from reinforce.engine.worker.stale_files import OutOfStep, origin_entries
 from reinforce.errors import UserError
-from teachers.determinism import set_flags
+from teachers.device.determinism import set_flags
 
 _SHARDS = 16  # from which rows are taken, at most
 #: The smallest cosine of a stored vector and the one that is computed again that counts as rounding.

@@ -17,7 +17,7 @@ from reinforce.terminal import Screen
 from teachers.spec import ModelSpec, TeacherSpec
 
 if TYPE_CHECKING:
-    from teachers.device import Precision
+    from teachers.device.accelerator import Precision
 
 
 def build_evaluation(
@@ -66,9 +66,9 @@ def evaluate_models(
     import torch
 
     from reinforce.evaluation.evaluator import Evaluator
-    from teachers.determinism import set_flags
-    from teachers.device import Accelerator
-    from teachers.open_clip import OpenClipTeacher
+    from teachers.device.accelerator import Accelerator
+    from teachers.device.determinism import set_flags
+    from teachers.open_clip.teacher import OpenClipTeacher
 
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # torch ignores quotas of containers
     commands = {} if benchmark is None else clip_benchmark.build_commands(specs, benchmark)

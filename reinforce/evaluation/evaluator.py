@@ -18,9 +18,9 @@ from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.ranking import compute_accuracies, compute_recalls, rank_classes
 from reinforce.evaluation.report import Result, SetSummary
 from reinforce.evaluation.sets import Retrieval, ZeroShot, open_retrieval_set, open_zero_shot_set
-from teachers.device import Accelerator
-from teachers.open_clip import OpenClipEncoder
-from teachers.pixels import to_pixels
+from teachers.device.accelerator import Accelerator
+from teachers.open_clip.teacher import OpenClipEncoder
+from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Evaluator:
     ) -> Result:
         """Evaluate an open_clip model that is on the accelerator, without side effects on its training.
 
-        ``image`` is its preprocessing (``teachers.open_clip.image_spec``), ``tokenizer`` open_clip's. Modes of
+        ``image`` is its preprocessing (``teachers.open_clip.teacher.image_spec``), ``tokenizer`` open_clip's. Modes of
         modules, gradients and the global random state are left unchanged.
         """
         with _eval_mode(model, accelerator):

@@ -18,7 +18,7 @@ from reinforce.images.policy import ImageRefused, decode
 from reinforce.prefetch import prefetch
 from reinforce.source.formats.tar import Refusal
 from schemas import Reason
-from teachers.fitting import fit
+from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
 
 

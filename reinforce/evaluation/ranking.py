@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from reinforce.evaluation.config import RECALLS
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 
 #: Queries and candidates of one block of scores; a block takes 8 + 4 bytes per pair.
 BLOCK = 2048

@@ -27,8 +27,8 @@ from reinforce.shipping.readme import render_readme
 from reinforce.shipping.towers import reparameterize, split_towers
 from reinforce.storage import Storage
 from reinforce.terminal import format_bytes
-from teachers.open_clip import image_spec, load_model, model_name
-from teachers.pixels import to_pixels
+from teachers.open_clip.teacher import image_spec, load_model, model_name
+from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec
 

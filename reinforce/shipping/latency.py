@@ -28,9 +28,9 @@ from reinforce.shipping.machine import describe_machine
 from reinforce.shipping.report import LatencyReport
 from reinforce.shipping.towers import count_parameters, reparameterize, split_towers
 from reinforce.terminal import Screen
-from teachers.open_clip import image_spec, model_name, random_model
-from teachers.open_clip_tokens import Tokenizer
-from teachers.pixels import to_pixels
+from teachers.open_clip.teacher import image_spec, model_name, random_model
+from teachers.open_clip.tokenizer import Tokenizer
+from teachers.preprocessing.pixels import to_pixels
 from teachers.spec import ModelSpec
 
 _TEXT = "a photo of a small brown dog that runs over wet grass"

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from reinforce.student.model import Student, load_tokenizer
-from teachers.export import write_open_clip
+from teachers.open_clip.export import write_open_clip
 
 _LOG = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import torch
 from reinforce.errors import UserError
 from reinforce.student.distillation import IMAGE, IMAGES, TEXTS, TeacherInfo
 from reinforce.training.task import Batch
-from teachers import determinism
-from teachers.pixels import to_pixels
+from teachers.device.accelerator import determinism
+from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import Teacher
 from teachers.registry import load_teacher
 from teachers.spec import TeacherSpec

@@ -16,8 +16,8 @@ from reinforce.training.job import Job, model_settings
 from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.results import Results
 from reinforce.training.trackers import check_trackers
-from teachers.device import Accelerator
-from teachers.open_clip_tokens import Tokenizer
+from teachers.device.accelerator import Accelerator
+from teachers.open_clip.tokenizer import Tokenizer
 
 #: Keys that may change when a training resumes: where it writes, how it is evaluated, how fast it reads.
 _READING = ("workers", "prefetch", "images_from", "limits")

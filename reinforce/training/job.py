@@ -9,7 +9,7 @@ from typing import Any
 from reinforce.errors import UserError
 from reinforce.settings import flatten
 from reinforce.training.config import Trackers, Training
-from teachers.open_clip_catalog import CONFIG_FILE, folder_config
+from teachers.open_clip.catalog import CONFIG_FILE, folder_config
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from reinforce.errors import UserError
 from reinforce.training.config import Compute
 from reinforce.training.rank_watch import TIMEOUT, RankWatch
 from reinforce.training.stop import Stopped
-from teachers.determinism import strict_flags
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
+from teachers.device.determinism import strict_flags
 
 T = TypeVar("T")
 #: Timeout of the control group: rank 0 may evaluate and write for longer than any collective of a step takes.

@@ -11,7 +11,7 @@ import torch
 
 from reinforce.training.batches import slice_batch
 from reinforce.training.task import Batch, Encoded, Task
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from reinforce.captioning.pairs import Pairs, load_pairs
 from reinforce.config import Limits
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
-from teachers.coca import CocaCaptioner
-from teachers.device import Accelerator
-from teachers.fitting import fit
-from teachers.open_clip_tokens import Tokenizer
-from teachers.pixels import to_pixels
+from teachers.coca.captioner import CocaCaptioner
+from teachers.device.accelerator import Accelerator
+from teachers.open_clip.tokenizer import Tokenizer
+from teachers.preprocessing.fit import fit
+from teachers.preprocessing.pixels import to_pixels
 from tests.helpers.captioning import captioner_config, make_captioner, write_shards
 from tests.helpers.data import picture, write_tar
 from tests.helpers.tiny_coca import END

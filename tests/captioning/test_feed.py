@@ -18,7 +18,7 @@ from reinforce.config import Augmentations, Limits, RandAugment
 from reinforce.dataset.augment.records import replay, sample_augmentation
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
-from teachers.open_clip_tokens import Tokenizer
+from teachers.open_clip.tokenizer import Tokenizer
 from teachers.weights import cache_folder
 from tests.helpers.captioning import captioner_config, write_shards
 from tests.helpers.data import picture, write_tar

@@ -20,7 +20,7 @@ from reinforce.captioning.finetune import build, count_truncated, finetune, form
 from reinforce.cli import main
 from reinforce.errors import UserError
 from reinforce.training.results import Results
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from tests.helpers.captioning import captioner_config, write_shards
 from tests.helpers.data import picture, write_tar
 from tests.helpers.reinforced import reinforce_here

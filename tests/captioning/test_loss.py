@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from reinforce.captioning.model import CaptionerModel
 from reinforce.training.task import Batch
-from teachers.pixels import to_pixels
+from teachers.preprocessing.pixels import to_pixels
 from tests.helpers.caption_ranks import RANKS, compute, run_rank
 from tests.helpers.captioning import TEXTS, gradients_of, make_batch, make_captioner, task_losses
 

@@ -8,7 +8,7 @@ import torch
 from reinforce.captioning.model import build_captioner
 from reinforce.captioning.task import CaptioningTask
 from reinforce.training.step import backpropagate
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from tests.helpers.captioning import TEXTS, captioner_config, gradients_of, make_batch, make_captioner
 
 

@@ -19,7 +19,7 @@ from reinforce.engine.inference.models import Models
 from reinforce.engine.preflight import check_models as check
 from reinforce.engine.preflight.check_models import Report, check_class, check_config, check_target
 from reinforce.errors import UserError
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from tests.helpers import tiny_models
 from tests.helpers.data import config_of
 from tests.helpers.models import SeedCaptioner

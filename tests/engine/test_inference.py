@@ -19,8 +19,8 @@ from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.seeds import seed_for
 from reinforce.source.formats.tar import Refusal
 from schemas import Reason
-from teachers.device import Accelerator
-from teachers.pixels import to_pixels
+from teachers.device.accelerator import Accelerator
+from teachers.preprocessing.pixels import to_pixels
 from tests.helpers.data import config_of
 from tests.helpers.models import ColorTeacher, SeedCaptioner, WrongShapeTeacher
 

@@ -11,7 +11,7 @@ import pytest
 
 from reinforce.engine.inference.lanes import Lanes
 from reinforce.engine.inference.models import Models
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from tests.helpers.models import ColorTeacher, SeedCaptioner
 
 

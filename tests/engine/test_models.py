@@ -17,8 +17,8 @@ from reinforce.engine.inference.inference import models as engine_models
 from reinforce.engine.inference.models import Models, load_models
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
-from teachers import open_clip_text
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
+from teachers.open_clip.teacher import text as open_clip_text
 from tests.helpers.data import config_of
 from tests.helpers.models import ColorTeacher, SeedCaptioner
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from reinforce.engine.inference.peak_flops import peak_flops
-from teachers.device import Precision
+from teachers.device.accelerator import Precision
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from PIL import Image
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation, Crop, replay
 from reinforce.engine.decode.cells import FreeCells, PixelLayout, runs
-from teachers.fitting import fit
+from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
 
 VIEW = ImageSpec((6, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", "squash")

@@ -17,7 +17,7 @@ from reinforce.engine.plan.precision import nodes_of_run
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import make_job
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from tests.helpers.data import config_of
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tiny_coca import coca_model

@@ -22,7 +22,7 @@ from reinforce.images.policy import decode
 from reinforce.source.formats.tar import Refusal
 from reinforce.source.reading import Shard
 from schemas import Reason
-from teachers.fitting import fit
+from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import cell_of, lease

@@ -15,7 +15,7 @@ from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.self_test import TEXTS, check_models, check_text_encoder
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
-from teachers.device import Accelerator, Precision
+from teachers.device.accelerator import Accelerator, Precision
 from teachers.registry import load_captioner, load_teacher
 from teachers.spec import CaptionerSpec, TeacherSpec
 from tests.helpers import tiny_models

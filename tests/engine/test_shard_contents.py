@@ -16,7 +16,7 @@ from reinforce.config import parse_config
 from reinforce.dataset.augment.records import replay
 from reinforce.images.policy import decode
 from reinforce.seeds import seed_for
-from teachers.pixels import to_pixels
+from teachers.preprocessing.pixels import to_pixels
 from tests.helpers.data import config_of, tree
 from tests.helpers.models import ColorTeacher
 from tests.helpers.reinforced import reinforce_here

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.stage_meter import DeviceTime, StageMeter, device_report
 from reinforce.engine.record.rates import Cost
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from tests.engine.test_inference import CONFIG, LAYERS, Inference, pixels, rows
 from tests.helpers.models import ColorTeacher, SeedCaptioner
 

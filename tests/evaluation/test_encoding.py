@@ -12,7 +12,7 @@ from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGE
 
 from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.encoding import build_classifier, encode_texts
-from teachers.open_clip import OpenClipEncoder
+from teachers.open_clip.teacher import OpenClipEncoder
 from tests.helpers import tiny_models
 from tests.helpers.evaluation import CPU, ColourOracle, load_spec, load_teacher
 

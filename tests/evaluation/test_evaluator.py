@@ -19,7 +19,7 @@ from PIL import Image
 from reinforce.errors import UserError
 from reinforce.evaluation.evaluator import Evaluator
 from reinforce.evaluation.report import Result
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from tests.helpers.data import config_of
 from tests.helpers.evaluation import (
     COLOURS,

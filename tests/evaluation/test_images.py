@@ -20,7 +20,7 @@ from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.reading import Example
 from reinforce.source.formats.tar import Refusal
 from schemas import Reason
-from teachers.pixels import to_pixels
+from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from tests.helpers.evaluation import (
     COLOURS,

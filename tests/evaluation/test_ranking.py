@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from reinforce.evaluation.config import RECALLS
 from reinforce.evaluation.ranking import BLOCK, compute_accuracies, compute_recalls, rank_classes, rank_matches
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 
 CPU = Accelerator("cpu")
 

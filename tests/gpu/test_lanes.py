@@ -19,10 +19,9 @@ from reinforce.engine.inference.self_test import check_models, precisions
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker.shard import process_shard
-from teachers import process_flags
-from teachers.coca import CocaCaptioner
-from teachers.device import Accelerator
-from teachers.step_graphs import GraphedSteps
+from teachers.coca.captioner import CocaCaptioner
+from teachers.device.accelerator import Accelerator, process_flags
+from teachers.device.step_graphs import GraphedSteps
 from tests.engine.test_inference import CONFIG, LAYERS, pixels, rows
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool

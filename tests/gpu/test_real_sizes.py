@@ -12,14 +12,14 @@ from reinforce.student.loss import Objective, contrastive_losses
 from reinforce.student.model import Student
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch, Encoded
-from teachers.cache_size import _PART, GIB
-from teachers.choosing import TokenChooser
-from teachers.coca_fixed import FixedCocaDecoder
-from teachers.coca_network import CocaNetwork
-from teachers.device import Accelerator
-from teachers.device_sampling import DeviceSampler
-from teachers.open_clip import image_spec
-from teachers.rules import DecodingRules
+from teachers.coca.fixed_decoder import FixedCocaDecoder
+from teachers.coca.network import CocaNetwork
+from teachers.decoding.choosing import TokenChooser
+from teachers.decoding.device_sampling import DeviceSampler
+from teachers.decoding.rules import DecodingRules
+from teachers.device.accelerator import Accelerator
+from teachers.device.cache_size import _PART, GIB
+from teachers.open_clip.teacher import image_spec
 from teachers.spec import CaptionerSpec
 from tests.helpers.real_sizes import Operations, SavedForBackward, build_without_memory, counted_attention
 
@@ -71,7 +71,7 @@ def test_128_images_with_5_captions_are_one_part_on_80_gib_and_a_step_waits_for_
             sampler._step(decoder, state, rows)
             decoder.step(state.tokens, state.position)
         assert decoder.step(state.tokens, state.position).shape == (640, 49408)
-    assert operations.raising <= {"cumsum"}, "the CPU's; see ``teachers.sampling._sums``"
+    assert operations.raising <= {"cumsum"}, "the CPU's; see ``teachers.decoding.sampling._sums``"
     # Keys and values in bf16: of texts in 24 layers, of 255 image tokens in 12; in fp32, five arrays of logits.
     texts = 640 * 24 * 2 * LENGTH * 768 * 2
     of_images = 128 * 12 * 255 * 2 * 768 * 2

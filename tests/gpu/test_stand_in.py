@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from tests.helpers.stand_in_cuda import CudaTensor, stand_in_cuda
 
 

@@ -10,8 +10,8 @@ import torch
 
 from reinforce.engine.inference.inference import Inference
 from reinforce.engine.inference.models import Counters, Models
-from teachers.device import Accelerator
-from teachers.step_graphs import GraphedSteps
+from teachers.device.accelerator import Accelerator
+from teachers.device.step_graphs import GraphedSteps
 from tests.engine.test_inference import CONFIG, LAYERS, pixels, rows
 from tests.helpers.models import ColorTeacher, SeedCaptioner
 from tests.helpers.stand_in_cuda import stand_in_cuda

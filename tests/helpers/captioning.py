@@ -14,7 +14,7 @@ from reinforce.captioning.model import CaptionerModel, build_captioner
 from reinforce.captioning.task import CaptioningTask
 from reinforce.settings import parse
 from reinforce.training.task import Batch
-from teachers.open_clip_tokens import Tokenizer
+from teachers.open_clip.tokenizer import Tokenizer
 from tests.helpers.data import picture, write_tar
 from tests.helpers.tiny_coca import END, IMAGE_SIZE, coca_model
 

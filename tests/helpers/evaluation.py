@@ -17,8 +17,8 @@ from reinforce import settings
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import Encoder
 from reinforce.evaluation.evaluator import Evaluator
-from teachers.device import Accelerator
-from teachers.open_clip import OpenClipTeacher, image_spec
+from teachers.device.accelerator import Accelerator
+from teachers.open_clip.teacher import OpenClipTeacher, image_spec
 from teachers.protocols import ImageSpec
 from teachers.spec import TeacherSpec
 from tests.helpers import tiny_models

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
 

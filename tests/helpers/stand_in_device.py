@@ -364,7 +364,7 @@ def _check_devices(func: Any, name: str, args: Any, tensors: list[torch.Tensor],
 
 
 def _place() -> str:
-    """The file and line of this project that is running, as ``teachers/decoding.py:85``."""
+    """The file and line of this project that is running, as ``teachers/decoding/decode.py:85``."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename

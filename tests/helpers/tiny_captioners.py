@@ -12,11 +12,11 @@ import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from teachers.fitting import fit
-from teachers.pixels import to_pixels
+from teachers.preprocessing.fit import fit
+from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import CaptionerSpec
-from teachers.transformers_captioner import TransformersCaptioner
+from teachers.transformers.captioner import TransformersCaptioner
 
 SIDE = 32
 _SQUARE = {"height": SIDE, "width": SIDE}

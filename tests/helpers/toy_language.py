@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from teachers.rules import DecodingRules
+from teachers.decoding.rules import DecodingRules
 
 WORDS, START, END = (0, 1, 2), 3, 4
 VOCABULARY = 5
 
 
 class ToyDecoder:
-    """A ``teachers.rules.Decoder`` of the toy language. Raises AssertionError if rows and tokens do not match."""
+    """A ``teachers.decoding.rules.Decoder`` of the toy language. Raises AssertionError if rows and tokens do not match."""
 
     def __init__(self, images: Sequence[int]) -> None:
         self._rows = [(image, [START]) for image in images]

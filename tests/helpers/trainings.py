@@ -19,7 +19,7 @@ from reinforce.training.gather import gather
 from reinforce.training.job import Job
 from reinforce.training.stop import StopSignal
 from reinforce.training.task import Batch, Build, Encoded, Reading
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 
 WIDTH = 6
 

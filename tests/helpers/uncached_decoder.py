@@ -8,7 +8,7 @@ import torch
 
 
 class UncachedDecoder:
-    """A ``teachers.rules.Decoder`` without a cache, over image tokens [B, n, width]."""
+    """A ``teachers.decoding.rules.Decoder`` without a cache, over image tokens [B, n, width]."""
 
     def __init__(self, model: Any, images: torch.Tensor) -> None:
         self._model, self._images = model, images

@@ -24,8 +24,8 @@ from reinforce.engine.record.metrics import SERIES
 from reinforce.engine.record.summary import RunSummary
 from reinforce.images.policy import decode
 from reinforce.seeds import seed_for
-from teachers.fitting import fit
-from teachers.pixels import to_pixels
+from teachers.preprocessing.fit import fit
+from teachers.preprocessing.pixels import to_pixels
 from teachers.registry import load_captioner
 from teachers.spec import CaptionerSpec
 from tests.helpers import tiny_captioners

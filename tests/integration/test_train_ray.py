@@ -21,7 +21,7 @@ from reinforce.training.loop import run_rank
 from reinforce.training.ranks import Ranks
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, builder, curve, job
 
 pytestmark = pytest.mark.usefixtures("ray_session")

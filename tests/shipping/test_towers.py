@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 from reinforce.shipping.towers import count_parameters, reparameterize, split_towers
-from teachers.open_clip import image_spec, load_model
+from teachers.open_clip.teacher import image_spec, load_model
 from teachers.spec import ModelSpec
 from tests.helpers import shipping as models
 from tests.helpers.tiny_coca import coca_model

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from reinforce.student.export import export
 from reinforce.student.model import load_tokenizer
-from teachers.fitting import fit
+from teachers.preprocessing.fit import fit
 from tests.helpers.students import IMAGE_TEACHER, KINDS, TEACHER, batch_for, built, student_folder, train_briefly
 
 

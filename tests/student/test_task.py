@@ -20,7 +20,7 @@ from reinforce.student.train import build
 from reinforce.training.batches import slice_batch
 from reinforce.training.step import backpropagate
 from reinforce.training.task import Batch
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.students import student_folder

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from teachers.device import Accelerator
-from teachers.transformers_captioner import TransformersCaptioner, load
+from teachers.device.accelerator import Accelerator
+from teachers.transformers.captioner import TransformersCaptioner, load
 from tests.helpers import tiny_captioners, tiny_models
 from tests.helpers.tiny_captioners import Captioners, spec_of
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from teachers.beams import BeamOptions, beam_search
-from teachers.rules import DecodingRules
+from teachers.decoding.beams import BeamOptions, beam_search
+from teachers.decoding.rules import DecodingRules
 from tests.helpers.toy_language import END, WORDS, ToyDecoder, all_texts, log_probabilities, rules
 
 IMAGES = (11, 12, 13, 14)

@@ -4,10 +4,10 @@ import open_clip
 import pytest
 import torch
 
-from teachers.cache_size import cache_bytes
-from teachers.coca_fixed import FixedCocaDecoder
-from teachers.coca_network import CocaNetwork
-from teachers.device import Accelerator
+from teachers.coca.fixed_decoder import FixedCocaDecoder
+from teachers.coca.network import CocaNetwork
+from teachers.device.accelerator import Accelerator
+from teachers.device.cache_size import cache_bytes
 from tests.helpers.stand_in_cuda import stand_in_cuda
 
 GIB = 2**30

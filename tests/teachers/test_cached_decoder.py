@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from teachers.cached_decoder import CachedDecoder, merge_end_tokens
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
+from teachers.transformers.cached_decoder import CachedDecoder, merge_end_tokens
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import transformers as hf
 
-from teachers.chat_captioner import chat_image_spec
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from teachers.protocols import ImageSpec
-from teachers.transformers_captioner import load
+from teachers.transformers.captioner import load
+from teachers.transformers.chat import chat_image_spec
 from tests.helpers import tiny_captioners
 from tests.helpers.tiny_captioners import Captioners, captioned, spec_of
 

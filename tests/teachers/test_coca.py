@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from teachers.coca import CocaCaptioner
-from teachers.decoding import decode
-from teachers.device import Accelerator
+from teachers.coca.captioner import CocaCaptioner
+from teachers.decoding.decode import decode
+from teachers.device.accelerator import Accelerator
 from teachers.protocols import Captioner, ImageSpec
 from teachers.spec import CaptionerSpec
 from tests.helpers.tiny_coca import END, IMAGE_SIZE, coca_config, coca_model
@@ -71,7 +71,7 @@ def test_splitting_a_batch_by_memory_does_not_change_captions(model, monkeypatch
     captioner, pixels, all_seeds = build_captioner(model, captions=3), images(5), seeds(5, 3)
     together = captioner.caption(pixels, all_seeds)
     for rows in (1, 7):
-        monkeypatch.setattr("teachers.coca._MAX_ROWS", rows)
+        monkeypatch.setattr("teachers.coca.captioner._MAX_ROWS", rows)
         assert captioner.caption(pixels, all_seeds) == together
 
 

@@ -6,12 +6,12 @@ import open_clip
 import pytest
 import torch
 
-from teachers.choosing import greedy
-from teachers.coca_decoder import CocaDecoder
-from teachers.coca_network import CocaNetwork, check_decodable
-from teachers.decoding import sample
-from teachers.device import Accelerator
-from teachers.rules import DecodingRules
+from teachers.coca.decoder import CocaDecoder
+from teachers.coca.network import CocaNetwork, check_decodable
+from teachers.decoding.choosing import greedy
+from teachers.decoding.decode import sample
+from teachers.decoding.rules import DecodingRules
+from teachers.device.accelerator import Accelerator
 from tests.helpers.tiny_coca import coca_config
 from tests.helpers.uncached_decoder import UncachedDecoder
 

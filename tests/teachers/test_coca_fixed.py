@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from teachers.coca import CocaCaptioner
-from teachers.coca_fixed import SIZES, FixedCocaDecoder
-from teachers.coca_network import CocaNetwork
-from teachers.device import Accelerator
+from teachers.coca.captioner import CocaCaptioner
+from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
+from teachers.coca.network import CocaNetwork
+from teachers.device.accelerator import Accelerator
 from teachers.spec import CaptionerSpec
 from tests.helpers.stand_in_cuda import StandIn, stand_in_cuda
 from tests.teachers.test_coca_decoder import LENGTH, coca, difference
@@ -42,8 +42,8 @@ def batch(captioner: CocaCaptioner, count: int) -> tuple[torch.Tensor, np.ndarra
 
 @pytest.mark.parametrize("text", [{}, {"pad_id": 7}], ids=str)
 def test_logits_match_the_full_forward_pass_while_rows_are_repeated_dropped_and_reordered(text, monkeypatch):
-    monkeypatch.setattr("teachers.coca_fixed.SIZES", (2, 4, 6, 9))
-    monkeypatch.setattr("teachers.coca_fixed._MIN_VISIBLE", 2)
+    monkeypatch.setattr("teachers.coca.fixed_decoder.SIZES", (2, 4, 6, 9))
+    monkeypatch.setattr("teachers.coca.fixed_decoder._MIN_VISIBLE", 2)
     whole, accelerator = coca(text), Accelerator("cpu")
     forward = FixedCocaDecoder(CocaNetwork(whole, accelerator, LENGTH), accelerator)
     assert difference(whole, forward=forward) < 1e-5
@@ -136,7 +136,7 @@ def test_attention_never_uses_cudnn_while_captions_are_decoded(monkeypatch):
         enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
         return attend(*arguments, **options)
 
-    monkeypatch.setattr("teachers.coca_blocks.scaled_dot_product_attention", record)
+    monkeypatch.setattr("teachers.coca.blocks.scaled_dot_product_attention", record)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from teachers.choosing import greedy
-from teachers.decoding import decode, sample
+from teachers.decoding.choosing import greedy
+from teachers.decoding.decode import decode, sample
 from teachers.spec import CaptionerSpec
 from tests.helpers.toy_language import (
     END,

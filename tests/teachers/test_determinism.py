@@ -19,10 +19,10 @@ from reinforce.errors import UserError
 from reinforce.training.launch import launch
 from reinforce.training.ranks import join_ranks
 from reinforce.training.ray_train import environment_of_ranks
-from teachers import coca, determinism, process_flags
-from teachers.device import Accelerator
+from teachers.coca.captioner import captioner as coca
+from teachers.device.accelerator import Accelerator, determinism, process_flags
+from teachers.device.step_graphs import decoding_kernels
 from teachers.spec import CaptionerSpec
-from teachers.step_graphs import decoding_kernels
 from tests.helpers.data import config_of
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.tiny_coca import IMAGE_SIZE, coca_model

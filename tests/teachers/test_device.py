@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 
 
 def test_auto_uses_the_cpu_without_cuda() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import open_clip
 import torch
 
-from teachers.export import write_open_clip
+from teachers.open_clip.export import write_open_clip
 from tests.helpers import tiny_models
 
 

@@ -4,8 +4,8 @@ import open_clip
 import pytest
 import torch
 
-from teachers.device import Accelerator
-from teachers.frozen import FrozenAttention, FrozenLinear, freeze
+from teachers.device.accelerator import Accelerator
+from teachers.device.frozen import FrozenAttention, FrozenLinear, freeze
 from tests.helpers.tiny_coca import coca_config
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from teachers.image_to_text import end_tokens_of
+from teachers.transformers.image_to_text import end_tokens_of
 from tests.helpers.tiny_captioners import Captioners, captioned
 
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, Siglip2Model
 
-from teachers.naflex import square_size
 from teachers.registry import load_teacher
 from teachers.spec import TeacherSpec
+from teachers.transformers.naflex import square_size
 from tests.helpers import named_models
 
 

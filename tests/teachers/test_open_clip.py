@@ -10,9 +10,8 @@ import open_clip
 import pytest
 import torch
 
-from teachers import open_clip_catalog as catalog
-from teachers.device import Accelerator
-from teachers.open_clip import OpenClipTeacher, image_spec
+from teachers.device.accelerator import Accelerator
+from teachers.open_clip.teacher import OpenClipTeacher, catalog, image_spec
 from teachers.spec import TeacherSpec
 from tests.helpers import tiny_models
 from tests.helpers.tiny_models import FULL_LENGTH, TRIMMED

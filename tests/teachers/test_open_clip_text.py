@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import get_clean_fn
 from safetensors.torch import save_file
 
-from teachers.device import Accelerator
-from teachers.open_clip import OpenClipTeacher
-from teachers.open_clip_text import clean_text
+from teachers.device.accelerator import Accelerator
+from teachers.open_clip.teacher import OpenClipTeacher
+from teachers.open_clip.text import clean_text
 from teachers.spec import TeacherSpec
 from tests.helpers import tiny_models
 from tests.helpers.tiny_models import FULL_LENGTH, TRIMMED
@@ -79,7 +79,7 @@ def test_clean_text_matches_open_clip(text: str) -> None:
 
 
 def test_the_token_cache_is_bounded(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teachers.open_clip_text._MAX_CACHED_WORDS", 100)
+    monkeypatch.setattr("teachers.open_clip.text._MAX_CACHED_WORDS", 100)
     teacher = _teacher(models["small"])
     first = teacher.encode_texts(["a dog"])
     for i in range(40):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teachers.open_clip_tokens import Tokenizer
+from teachers.open_clip.tokenizer import Tokenizer
 
 OWN, SAFE = open_clip.get_tokenizer("ViT-B-32"), Tokenizer("ViT-B-32")
 

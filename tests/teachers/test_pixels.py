@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from teachers.fitting import fit
-from teachers.pixels import to_pixels
+from teachers.preprocessing.fit import fit
+from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.26, 0.27, 0.28)

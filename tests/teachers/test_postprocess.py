@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teachers.postprocess import COUNTS, clean, first_sentence, is_repetitive, shorten
+from teachers.decoding.postprocess import COUNTS, clean, first_sentence, is_repetitive, shorten
 from teachers.spec import Clean
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from teachers import process_flags
-from teachers.determinism import tf32
+from teachers.device.accelerator import process_flags
+from teachers.device.determinism import tf32
 
 
 def started(work: Callable[[], None]) -> threading.Thread:

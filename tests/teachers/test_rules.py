@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from teachers.rules import DecodingRules, compact
+from teachers.decoding.rules import DecodingRules, compact
 from tests.helpers.toy_language import (
     END,
     START,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from teachers.sampling import (
+from teachers.decoding.sampling import (
     sample_narrow_nuclei,
     sample_nucleus,
     sample_top_k,

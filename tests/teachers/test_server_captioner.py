@@ -91,7 +91,7 @@ def test_other_captions_of_the_image_fill_the_place_of_a_missing_one() -> None:
 
 
 def test_a_request_at_which_a_working_server_fails_costs_its_caption_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teachers.servers.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("teachers.server.servers.FIRST_PAUSE", 0.01)
     with chat_server(by_color((500, {"error": {"message": "out of memory"}}))) as url:
         first, second = caption(url, [GRAY, RED])
     assert first == ["a wall"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teachers.special_tokens import special_token_escaper
+from teachers.tokens.special_tokens import special_token_escaper
 
 
 @settings(max_examples=200, deadline=None)

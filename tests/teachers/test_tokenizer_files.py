@@ -9,7 +9,7 @@ import pytest
 
 from teachers.describe import describe_captioner, describe_teacher
 from teachers.spec import TeacherSpec
-from teachers.tokenizer_files import check_tokenizer_files
+from teachers.tokens.files import check_tokenizer_files
 from tests.helpers import tiny_models
 from tests.helpers.tiny_captioners import blip, spec_of
 from tests.helpers.tiny_coca import coca_model

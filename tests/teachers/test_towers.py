@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from teachers import describe, towers
-from teachers.device import Accelerator
-from teachers.open_clip import OpenClipTeacher
-from teachers.open_clip_text import keep_residual_in_float32
-from teachers.pixels import to_pixels
+from teachers import describe
+from teachers.device.accelerator import Accelerator, towers
+from teachers.open_clip.teacher import OpenClipTeacher
+from teachers.open_clip.text import keep_residual_in_float32
+from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import TeacherSpec
-from teachers.trimming import PROBE_TEXTS
+from teachers.tokens.trimming import PROBE_TEXTS
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.tiny_models import FULL_LENGTH, TRIMMED, open_clip_model
 

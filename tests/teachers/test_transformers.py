@@ -21,9 +21,9 @@ from transformers import (
     SiglipModel,
 )
 
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from teachers.spec import TeacherSpec
-from teachers.transformers import ImageTeacher, TextTeacher, TransformersTeacher, image_spec, load
+from teachers.transformers.teacher import ImageTeacher, TextTeacher, TransformersTeacher, image_spec, load
 from tests.helpers import tiny_models
 
 CPU = Accelerator("cpu")

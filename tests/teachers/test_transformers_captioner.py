@@ -12,12 +12,12 @@ import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from teachers import transformers_captioner
-from teachers import transformers_catalog as catalog
-from teachers.device import Accelerator
-from teachers.image_to_text import Git
+from teachers.device.accelerator import Accelerator
 from teachers.registry import load_captioner
-from teachers.transformers_captioner import load
+from teachers.transformers.captioner import load
+from teachers.transformers.image_to_text import Git
+from teachers.transformers.teacher import captioner as transformers_captioner
+from teachers.transformers.teacher import catalog
 from tests.helpers import tiny_captioners
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.tiny_captioners import PROMPT, Captioners, captioned, pictures, pixels_of, seeds, spec_of

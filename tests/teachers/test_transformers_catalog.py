@@ -10,10 +10,9 @@ from transformers import (
     CLIPModel,
 )
 
-from teachers import transformers_catalog as catalog
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from teachers.spec import TeacherSpec
-from teachers.transformers import load
+from teachers.transformers.teacher import catalog, load
 
 CPU = Accelerator("cpu")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from teachers.trimming import PROBE_TEXTS, trimming_is_exact
+from teachers.tokens.trimming import PROBE_TEXTS, trimming_is_exact
 
 
 def _encode(texts: Sequence[str], trim: bool, padding: float) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reinforce.training.batches import Prefetcher, slice_batch
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 
 
 def batch(start: int) -> dict[str, object]:

@@ -27,7 +27,7 @@ from reinforce.training.ranks import Ranks
 from reinforce.training.results import Results
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, curve, job, rows
 
 

@@ -22,7 +22,7 @@ from reinforce.training.loop import run_rank
 from reinforce.training.ranks import join_ranks, share_from_first
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Feed, Task
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from tests.helpers.data import free_port
 from tests.helpers.trainings import PairFeed, TowersTask, builder, curve, job, rows
 

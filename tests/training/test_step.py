@@ -10,7 +10,7 @@ import torch
 from reinforce.training.batches import slice_batch
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.task import Batch
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from tests.helpers.trainings import PairFeed, TowersTask
 
 SIZE = 16

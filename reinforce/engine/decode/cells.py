@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from reinforce.dataset.augment.backends import Replay
 from reinforce.dataset.augment.records import Augmentation
-from teachers.fitting import fit
+from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
 
 Bytes = npt.NDArray[np.uint8]

@@ -25,7 +25,7 @@ from reinforce.engine.messages.pulse import PREPARING, SERVER, WAITING, LeaseWat
 from reinforce.engine.messages.results import raising_layer_failure
 from reinforce.engine.messages.tracebacks import shorten
 from reinforce.seeds import seed_for
-from teachers.pixels import to_pixels
+from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import Captioner, ImageSpec, NoCaptions, Teacher
 
 Floats = npt.NDArray[np.float32]

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from reinforce.engine.inference.turns import Turns
-from teachers import process_flags
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator, process_flags
 
 
 class Lanes:

@@ -23,7 +23,7 @@ from reinforce.engine.inference.token_cache import TokenCache
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.record.rates import Cost
 from reinforce.errors import UserError
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from teachers.protocols import Captioner, NoCaptions, Teacher
 from teachers.registry import load_captioner, load_teacher
 

@@ -12,7 +12,7 @@ were not compared. GeForce cards have half the rate with sums in fp32.
 
 from __future__ import annotations
 
-from teachers.device import Precision
+from teachers.device.accelerator import Precision
 
 _TERA = 1e12
 #: TFLOP/s in bf16 and fp16 with sums in fp32, in TF32, and in fp32, by words that torch's name of the card contains.

@@ -32,7 +32,7 @@ from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.out_of_memory import memory_hint
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.errors import UserError
-from teachers.pixels import to_pixels
+from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import Captioner, ImageSpec, NoCaptions, Teacher
 from teachers.spec import Precision
 

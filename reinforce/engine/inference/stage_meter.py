@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from reinforce.engine.record.rates import Cost, Stages
-from teachers.device import Accelerator, TimeMark
+from teachers.device.accelerator import Accelerator, TimeMark
 
 _ANCHOR_SECONDS = 60.0
 #: Intervals are added in the order of their ends, apart from those that a shard counts later.

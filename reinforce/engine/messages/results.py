@@ -65,7 +65,9 @@ class ShardResult:
     seconds: float
     busy: float
     bytes: int
-    cleaned: Mapping[str, Mapping[str, int]]  # effects of `clean`, by captioner and teachers.postprocess.COUNTS
+    cleaned: Mapping[
+        str, Mapping[str, int]
+    ]  # effects of `clean`, by captioner and teachers.decoding.postprocess.COUNTS
     examples: Mapping[str, str] = field(default_factory=dict)  # by reason: key and detail of the first refusal
     source_note: str | None = None  # how the source file has changed since the samples were written, if it has
     record: ShardRecord | None = None  # None if the shard is quarantined

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.config import Config
-from teachers.open_clip_catalog import FOLDER_PREFIX, HUB_PREFIX
+from teachers.open_clip.catalog import FOLDER_PREFIX, HUB_PREFIX
 from teachers.redact import CONTAINER_SCHEMES
 from teachers.spec import ModelSpec
-from teachers.transformers_catalog import is_local_folder
+from teachers.transformers.catalog import is_local_folder
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/\s,'\"]*)")
 _LIST_BYTES = 2**20  # of a text file of URLs

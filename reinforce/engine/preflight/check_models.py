@@ -35,8 +35,8 @@ from reinforce.engine.plan.recipe import version_notes
 from reinforce.errors import UserError
 from reinforce.terminal import Screen
 from teachers.describe import import_class
-from teachers.determinism import set_flags
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
+from teachers.device.determinism import set_flags
 from teachers.protocols import ImageSpec
 from teachers.redact import Redactor
 from teachers.registry import describe_captioner, describe_teacher, load_captioner, load_teacher

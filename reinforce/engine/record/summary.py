@@ -15,7 +15,7 @@ from reinforce.engine.record.rates import Stages, add_numbers, add_stages, fulle
 from reinforce.errors import UserError
 from reinforce.terminal import format_bytes, format_duration
 from schemas import Reason
-from teachers.postprocess import COUNTS
+from teachers.decoding.postprocess import COUNTS
 from teachers.redact import redact
 
 WORKER_LOST = "worker lost"  # why a shard is leased again, if its worker is gone

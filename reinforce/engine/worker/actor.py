@@ -32,7 +32,7 @@ from reinforce.engine.plan.plan import PendingShard
 from reinforce.engine.record.metrics import Recorder
 from reinforce.engine.worker.shard import allocate_pixels, process_shard
 from reinforce.errors import StorageError, UserError
-from teachers import determinism
+from teachers.device.accelerator import determinism
 from teachers.redact import Redactor
 
 SHARDS_IN_FLIGHT = 2

@@ -44,7 +44,7 @@ from reinforce.source.identity import SourceState, former_url, read_state
 from reinforce.source.references import ChangedImages
 from reinforce.source.urls import canonical
 from schemas import IMAGE_DIGEST, Reason
-from teachers.postprocess import clean
+from teachers.decoding.postprocess import clean
 from teachers.protocols import NoCaptions
 from teachers.redact import Redactor
 

@@ -30,7 +30,7 @@ from reinforce.training.task import Batch, Reading
 
 _LOG = logging.getLogger(__name__)
 #: Modules that loader processes need and that take seconds to import: the fork server imports them once.
-_PRELOADED = ["open_clip", "reinforce.student.data.stream", "teachers.open_clip_text"]
+_PRELOADED = ["open_clip", "reinforce.student.data.stream", "teachers.open_clip.text"]
 
 T = TypeVar("T")
 _Assembled: TypeAlias = "tuple[Batch, Counter[str]]"  # a batch, and the unusable rows since the last one, by reason

@@ -13,7 +13,7 @@ from benchmarks.ablations.encoders import Encoder
 from benchmarks.ablations.measures import MILLISECONDS, MILLISECONDS_ALONE
 from benchmarks.ablations.questions import STAGES
 from reinforce.student.pointwise import avoid_faulty_convolutions
-from teachers.open_clip import random_model
+from teachers.open_clip.teacher import random_model
 from tests.helpers.demo import ROOT
 
 

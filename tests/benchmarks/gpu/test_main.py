@@ -23,7 +23,7 @@ def test_a_tiny_run_on_a_cpu_measures_every_figure(
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("benchmarks.gpu.shards.DecodePool", lambda _: contextlib.nullcontext(decode_pool()))
     monkeypatch.setattr("reinforce.training.log.draw_curves", lambda *_: None)  # a second each
-    monkeypatch.setattr("teachers.determinism.set_flags", lambda *_, **__: None)  # flags of the other tests
+    monkeypatch.setattr("teachers.device.determinism.set_flags", lambda *_, **__: None)  # flags of the other tests
     main(["--device", "cpu", "--tiny", "--cores", "1", "--results", f"{tmp_path}/gpu.json"])
     output = capsys.readouterr().out
     results = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def test_a_part_that_fails_is_reported_and_the_others_are_stored(
 
     sections = {"captions": captions, "shards": shards, "students": lambda _: [Figure("students", "third", 3.0, "")]}
     monkeypatch.setattr("benchmarks.gpu.__main__.SECTIONS", sections)
-    monkeypatch.setattr("teachers.determinism.set_flags", lambda *_, **__: None)
+    monkeypatch.setattr("teachers.device.determinism.set_flags", lambda *_, **__: None)
     with pytest.raises(SystemExit) as ended:
         main(["--device", "cpu", "--tiny", "--cores", "1", "--results", f"{tmp_path}/gpu.json"])
     results = json.loads((tmp_path / "gpu.json").read_text())

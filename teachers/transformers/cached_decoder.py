@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from teachers.device import Accelerator
-from teachers.step_graphs import Step, decoding_kernels
+from teachers.device.accelerator import Accelerator
+from teachers.device.step_graphs import Step, decoding_kernels
 
 
 class CachedDecoder:

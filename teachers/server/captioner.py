@@ -3,7 +3,7 @@
 Each caption is one request with the prompt, the image as a JPEG, and a seed. Requests of a worker run in parallel. The
 accelerator is not used while they are under way.
 
-- A server that is down, overloaded or hangs costs waiting, see ``teachers.servers``.
+- A server that is down, overloaded or hangs costs waiting, see ``teachers.server.servers``.
 - An answer without a caption (a refusal, an empty text) and a request that the server rejects cost the caption. The
   others of the image fill its place; an image without any is quarantined with the reason of the first.
 - A request that fails three times, each time after the server has answered a request with a plain image, is at fault
@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from teachers import server_options
 from teachers.protocols import ImageSpec, NoCaptions
 from teachers.redact import REDACTED
-from teachers.servers import Server, Servers
+from teachers.server import options as server_options
+from teachers.server.servers import Server, Servers
 from teachers.spec import CaptionerSpec
 
 if TYPE_CHECKING:

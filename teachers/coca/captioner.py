@@ -10,19 +10,18 @@ import numpy.typing as npt
 import open_clip
 import torch
 
-from teachers import open_clip_catalog as catalog
-from teachers.cache_size import GIB, cache_bytes
-from teachers.choosing import TokenChooser
-from teachers.coca_decoder import CocaDecoder
-from teachers.coca_fixed import SIZES, FixedCocaDecoder
-from teachers.coca_network import CocaNetwork, check_decodable
-from teachers.decoding import decode
-from teachers.determinism import unique_indices
-from teachers.device import Accelerator
-from teachers.device_sampling import DeviceSampler
-from teachers.frozen import freeze
-from teachers.open_clip import image_spec, load_model, model_name
-from teachers.rules import DecodingRules
+from teachers.coca.decoder import CocaDecoder
+from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
+from teachers.coca.network import CocaNetwork, check_decodable
+from teachers.decoding.choosing import TokenChooser
+from teachers.decoding.decode import decode
+from teachers.decoding.device_sampling import DeviceSampler
+from teachers.decoding.rules import DecodingRules
+from teachers.device.accelerator import Accelerator
+from teachers.device.cache_size import GIB, cache_bytes
+from teachers.device.determinism import unique_indices
+from teachers.device.frozen import freeze
+from teachers.open_clip.teacher import catalog, image_spec, load_model, model_name
 from teachers.spec import CaptionerSpec
 
 #: Limits on captions decoded in parallel and on the bytes of their caches on a CPU, independent of the batch size.

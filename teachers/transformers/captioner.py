@@ -17,19 +17,18 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from teachers import transformers_catalog as catalog
-from teachers.cache_size import GIB, cache_bytes
-from teachers.cached_decoder import merge_end_tokens
-from teachers.chat_captioner import Chat
-from teachers.choosing import TokenChooser
-from teachers.decoding import decode
-from teachers.device import Accelerator
-from teachers.device_sampling import DeviceSampler
-from teachers.image_to_text import CaptioningModel, EncoderDecoder, Git
+from teachers.decoding.choosing import TokenChooser
+from teachers.decoding.decode import decode
+from teachers.decoding.device_sampling import DeviceSampler
+from teachers.decoding.rules import DecodingRules
+from teachers.device.accelerator import Accelerator
+from teachers.device.cache_size import GIB, cache_bytes
 from teachers.protocols import Captioner
-from teachers.rules import DecodingRules
 from teachers.spec import CaptionerSpec
-from teachers.transformers import image_spec
+from teachers.transformers.cached_decoder import merge_end_tokens
+from teachers.transformers.chat import Chat
+from teachers.transformers.image_to_text import CaptioningModel, EncoderDecoder, Git
+from teachers.transformers.teacher import catalog, image_spec
 
 #: Limits on captions decoded in parallel and on the bytes of their caches on a CPU, independent of the batch size.
 _MAX_ROWS, _MAX_CACHE_BYTES = 1024, 4 * GIB

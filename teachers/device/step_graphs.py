@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from teachers import process_flags
-from teachers.determinism import unique_indices
+from teachers.device.accelerator import process_flags
+from teachers.device.determinism import unique_indices
 
 Step = Callable[[], None]
 

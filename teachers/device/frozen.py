@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 
 
 class FrozenLinear(torch.nn.Module):

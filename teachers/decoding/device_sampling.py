@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from teachers.choosing import TokenChooser
-from teachers.device import upload
-from teachers.rules import Decoder, DecodingRules
-from teachers.step_graphs import Step
+from teachers.decoding.choosing import TokenChooser
+from teachers.decoding.rules import Decoder, DecodingRules
+from teachers.device.accelerator import upload
+from teachers.device.step_graphs import Step
 
 Tensor = torch.Tensor
 #: Bits of a row's byte after a step: its text has ended; its token is not yet decided.

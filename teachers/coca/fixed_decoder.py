@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from teachers.coca_network import CocaNetwork
-from teachers.device import Accelerator
-from teachers.step_graphs import EagerSteps, GraphedSteps, Step, Steps
+from teachers.coca.network import CocaNetwork
+from teachers.device.accelerator import Accelerator
+from teachers.device.step_graphs import EagerSteps, GraphedSteps, Step, Steps
 
 Tensor = torch.Tensor
 #: Numbers of rows, and of images, that steps have. The last one is the largest number of rows of a part.

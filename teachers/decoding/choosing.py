@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from teachers.sampling import sample_narrow_nuclei, sample_nucleus, sample_top_k, sample_wide_nuclei
+from teachers.decoding.sampling import sample_narrow_nuclei, sample_nucleus, sample_top_k, sample_wide_nuclei
 from teachers.spec import CaptionerSpec
 
 Tensor = torch.Tensor

@@ -12,11 +12,11 @@ from typing import Any
 import open_clip
 import torch
 
-from teachers import open_clip_catalog as catalog
-from teachers import towers, weights
-from teachers.device import Accelerator
-from teachers.open_clip_text import TextEncoder, keep_residual_in_float32
-from teachers.pixels import channels
+from teachers import weights
+from teachers.device.accelerator import Accelerator, towers
+from teachers.open_clip.teacher import catalog
+from teachers.open_clip.text import TextEncoder, keep_residual_in_float32
+from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec, TeacherSpec
 

@@ -23,7 +23,7 @@ class Tokenizer:
         """B texts -> int64 [B, context length]."""
         import open_clip
 
-        from teachers.open_clip_text import disable_special_tokens
+        from teachers.open_clip.text import disable_special_tokens
 
         if self._tokenizer is None:
             self._tokenizer = disable_special_tokens(open_clip.get_tokenizer(self.model))

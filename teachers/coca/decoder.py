@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from teachers.coca_network import CocaNetwork
-from teachers.device import Accelerator
-from teachers.rules import compact
+from teachers.coca.network import CocaNetwork
+from teachers.decoding.rules import compact
+from teachers.device.accelerator import Accelerator
 
 
 class CocaDecoder:

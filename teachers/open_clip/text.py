@@ -10,9 +10,9 @@ import torch
 from open_clip.tokenizer import get_clean_fn
 from open_clip.transformer import text_global_pool
 
-from teachers.device import Accelerator
-from teachers.special_tokens import special_token_escaper
-from teachers.trimming import trimming_is_exact
+from teachers.device.accelerator import Accelerator
+from teachers.tokens.special_tokens import special_token_escaper
+from teachers.tokens.trimming import trimming_is_exact
 
 #: Limit of the token cache in words, since workers and loader processes run for days.
 _MAX_CACHED_WORDS = 200_000

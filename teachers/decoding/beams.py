@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from teachers.device import upload
-from teachers.rules import Decoder, DecodingRules
+from teachers.decoding.rules import Decoder, DecodingRules
+from teachers.device.accelerator import upload
 
 Tensor = torch.Tensor
 

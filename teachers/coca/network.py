@@ -8,9 +8,9 @@ from typing import Any
 import open_clip.transformer as towers
 import torch
 
-from teachers.coca_blocks import CrossAttentionBlock, SelfAttentionBlock, check_block
-from teachers.device import Accelerator
-from teachers.frozen import FrozenLinear
+from teachers.coca.blocks import CrossAttentionBlock, SelfAttentionBlock, check_block
+from teachers.device.accelerator import Accelerator
+from teachers.device.frozen import FrozenLinear
 
 Tensor = torch.Tensor
 

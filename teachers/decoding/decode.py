@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from teachers.beams import BeamOptions, beam_search
-from teachers.choosing import TokenChooser
-from teachers.device_sampling import DeviceDecoder, DeviceSampler
-from teachers.rules import Decoder, DecodingRules, compact
-from teachers.sampling import uniforms
+from teachers.decoding.beams import BeamOptions, beam_search
+from teachers.decoding.choosing import TokenChooser
+from teachers.decoding.device_sampling import DeviceDecoder, DeviceSampler
+from teachers.decoding.rules import Decoder, DecodingRules, compact
+from teachers.decoding.sampling import uniforms
 from teachers.spec import CaptionerSpec
 
 #: Logits [rows, vocabulary] and float64 [rows] in (0, 1] -> tokens [rows].

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import transformers
 
-from teachers.cached_decoder import CachedDecoder
-from teachers.device import Accelerator
-from teachers.image_to_text import end_tokens_of
+from teachers.device.accelerator import Accelerator
 from teachers.protocols import ImageSpec
 from teachers.spec import CaptionerSpec
-from teachers.transformers import image_spec
+from teachers.transformers.cached_decoder import CachedDecoder
+from teachers.transformers.image_to_text import end_tokens_of
+from teachers.transformers.teacher import image_spec
 
 #: Default image side for models that accept any resolution: 256 tokens for Qwen2-VL.
 _DEFAULT_SIDE = 448

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import torch
 
-from teachers.cached_decoder import CachedDecoder
-from teachers.device import Accelerator
+from teachers.device.accelerator import Accelerator
 from teachers.protocols import ImageSpec
+from teachers.transformers.cached_decoder import CachedDecoder
 
 
 class CaptioningModel(Protocol):

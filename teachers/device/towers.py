@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from teachers.device import Accelerator
-from teachers.trimming import PROBE_TEXTS
+from teachers.device.accelerator import Accelerator
+from teachers.tokens.trimming import PROBE_TEXTS
 
 _LOG = logging.getLogger(__name__)
 #: Modules that do nothing with their weights but what autocast computes in its precision.

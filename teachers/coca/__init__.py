@@ -1,0 +1,1 @@
+"""CoCa captioners of open_clip."""

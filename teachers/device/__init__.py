@@ -1,0 +1,1 @@
+"""Device, precision, determinism, CUDA graphs, fast towers."""

@@ -1,0 +1,1 @@
+"""From RGB pixels to the input of a model."""

@@ -1,0 +1,1 @@
+"""Captioners behind servers that speak the chat completions protocol."""

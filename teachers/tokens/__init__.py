@@ -1,0 +1,1 @@
+"""Special tokens, tokenizer files, and batches of shorter texts."""
