@@ -32,8 +32,9 @@ from rich.table import Table
 from benchmarks.loader import photo
 from benchmarks.stored import write_results
 from reinforce.config import Augmentations, Limits
+from reinforce.dataset.augment import fixed_point
 from reinforce.dataset.augment.backends import BACKENDS, Replay, load_backend
-from reinforce.dataset.augment.records import Augmentation, fixed_point, replay_with, sample_augmentation
+from reinforce.dataset.augment.records import Augmentation, replay_with, sample_augmentation
 from reinforce.images import fast_jpeg
 from reinforce.images.policy import decode
 from teachers.preprocessing.pixels import to_pixels

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from reinforce.errors import UserError
 from reinforce.source.urls import filesystem
-from teachers.open_clip.teacher import catalog
+from teachers.open_clip import catalog
 from teachers.spec import ModelSpec
 
 _CONFIG = "open_clip_config.json"

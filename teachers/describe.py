@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from teachers import weights
-from teachers.decoding.decode import postprocess
-from teachers.open_clip.teacher import catalog as open_clip_catalog
+from teachers.decoding import postprocess
+from teachers.open_clip import catalog as open_clip_catalog
 from teachers.redact import redact_values
 from teachers.server import options as server_options
 from teachers.spec import DECODING_FIELDS, CaptionerSpec, ModelSpec, TeacherSpec
 from teachers.tokens.files import check_tokenizer_files
-from teachers.transformers.teacher import catalog as transformers_catalog
+from teachers.transformers import catalog as transformers_catalog
 
 #: Options of chat models of transformers; part of the identity only where they are set.
 _CHAT_OPTIONS = ("prompt", "image_size")

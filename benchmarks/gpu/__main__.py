@@ -27,7 +27,7 @@ from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import make_table
 from reinforce.cores import available_cores
 from reinforce.shipping.machine import describe_machine
-from teachers.device.accelerator import determinism
+from teachers.device import determinism
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "pyarrow", "numpy")
 MINUTES = 7.0  # after which trainings are not compiled any more, which takes minutes; towers 4 minutes earlier

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.pipeline.figures import Figure
-from reinforce.engine.inference.peak_flops import peak_flops
+from reinforce.engine.inference.flops import peak_flops
 from teachers.device.accelerator import Accelerator, Precision
 
 

@@ -26,7 +26,8 @@ from reinforce.engine.decode.pool import DecodePool
 from reinforce.engine.inference.lanes import Lanes
 from reinforce.engine.inference.models import Counters, Models, load_models
 from reinforce.engine.messages.results import ShardResult
-from reinforce.engine.plan.plan import PendingShard, make_plan
+from reinforce.engine.messages.task import PendingShard
+from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT
 from reinforce.engine.worker.shard import allocate_pixels, process_shard

@@ -20,7 +20,8 @@ from benchmarks.pipeline.stand_ins import STAND_IN, FixedTimeTeacher, StandInAcc
 from reinforce.dataset.files.store import Store
 from reinforce.engine.decode.pool import DecodePool
 from reinforce.engine.inference.models import Models
-from reinforce.engine.plan.plan import PendingShard, make_plan
+from reinforce.engine.messages.task import PendingShard
+from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, environment
 from reinforce.engine.worker.shard import allocate_pixels, process_shard

@@ -24,7 +24,7 @@ from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import ShardRecord
 from reinforce.engine.messages.pulse import Pulse
 from reinforce.engine.messages.results import ShardResult, WorkerInfo
-from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.messages.task import PendingShard
 
 _KEYS = 1024  # hashes of a shard's record
 _NEVER = float("inf")
@@ -221,7 +221,7 @@ class SimulatedRay:
 def simulated(cluster: Cluster, layers: Sequence[str]) -> Iterator[SimulatedRay]:
     """Replace Ray in the modules of the driver."""
     from reinforce import cluster as reinforce_cluster
-    from reinforce.engine.driver.driver import driver, pool
+    from reinforce.engine.driver import driver, pool
 
     ray = SimulatedRay(cluster, layers)
     with contextlib.ExitStack() as stack:

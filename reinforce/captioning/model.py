@@ -17,7 +17,8 @@ from reinforce.errors import UserError
 from reinforce.training.task import Batch, Encoded
 from teachers.coca.captioner import check_model, check_model_name
 from teachers.device.accelerator import upload
-from teachers.open_clip.teacher import catalog, image_spec, load_model, model_name
+from teachers.open_clip import catalog
+from teachers.open_clip.teacher import image_spec, load_model, model_name
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import CaptionerSpec

@@ -21,9 +21,9 @@ from reinforce.errors import UserError
 from reinforce.evaluation.fields import read_captions
 from reinforce.evaluation.reading import detect_kind, input_of, list_shards, raise_on_damage
 from reinforce.source.file_types import DATASET, FOLDER, TAR
-from reinforce.source.formats.tar import Refusal
 from reinforce.source.reading import Shard, read_samples
 from reinforce.source.references import ImageRoots
+from reinforce.source.samples import Refusal
 from reinforce.source.urls import canonical, compression
 from schemas import Reason
 

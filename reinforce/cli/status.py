@@ -62,7 +62,7 @@ def dashboard(
     ] = None,
 ) -> None:
     """Write the Grafana dashboard of runs into the folder from which Grafana provisions its dashboards."""
-    from reinforce.engine.record.dashboard import write_dashboard
+    from reinforce.engine.record.metrics import write_dashboard
 
     typer.echo(escape(f"written: {write_dashboard(folder)}"))
 

@@ -18,7 +18,8 @@ from reinforce.datacompdr.values import Members, PublishedReader
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.errors import StorageError, UserError
 from reinforce.source.captions import parse_json
-from reinforce.source.formats.tar import RawSample, Refusal, read_shard
+from reinforce.source.formats.tar import read_shard
+from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.urls import canonical
 from schemas import WHOLE_SHARD, Reason
 

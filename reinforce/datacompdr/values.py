@@ -21,7 +21,7 @@ from reinforce.datacompdr.members import (
 from reinforce.dataset.augment.records import Augmentation
 from reinforce.dataset.layers import TRUE_CAPTION, Layer
 from reinforce.source.captions import clean_text, parse_json
-from reinforce.source.formats.tar import Refusal
+from reinforce.source.samples import Refusal
 from schemas import Reason
 
 _IMAGES, _TEXTS = "image_emb", "text_emb"  # names of arrays

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,13 +21,12 @@ from reinforce.config import LAYER_NAME
 from reinforce.dataset.files.damage import set_aside
 from reinforce.dataset.files.index import FOLDER, index_file
 from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer
+from reinforce.dataset.layers import SAMPLES, deletion_order, drop_command, with_dependants
 from reinforce.dataset.manifest.manifest import TUNED_KEY, find_manifest, write_manifest
 from reinforce.errors import UserError
 from reinforce.terminal import format_bytes
 
 _DELETED_AT_ONCE = 16  # requests in flight
-_ORDER = ("embeddings", "captions", SAMPLES)  # layers are deleted after those that depend on them
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def plan_drop(store: Store, patterns: Iterable[str]) -> DropPlan:
         if not matches:
             raise UserError(f"{store.url} has no layer {pattern}; it has: {', '.join(known)}.")
         chosen |= matches
-    names = sorted(chosen, key=_deletion_order)
+    names = sorted(chosen, key=deletion_order)
     for name in names:
         _check_links(store, name)
     sizes = {name: _file_sizes(store, name) for name in names}
@@ -133,38 +131,6 @@ def drop(store: Store, plan: DropPlan) -> None:
             _remove_entry(store, layer)
 
 
-def with_dependants(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Layers by name, and those of ``known`` that are computed from them, in the order of deletion."""
-    names = {*names}
-    dependants = {name for name in known if any(depends(name, on) for on in names)}
-    return sorted(names | dependants, key=_deletion_order)
-
-
-def drop_command(url: str, names: Collection[str], known: Collection[str]) -> str:
-    """The command that drops layers, with a pattern where all of a teacher's ``known`` layers are among them."""
-    if SAMPLES in names:
-        return shlex.join(["reinforce", "drop", url, "*"])
-    arguments: dict[str, None] = {}
-    for name in names:
-        folder = posixpath.dirname(name)
-        of_teacher = {layer for layer in {*known, *names} if posixpath.dirname(layer) == folder}
-        whole = folder.startswith("embeddings/") and len(of_teacher) > 1 and of_teacher <= {*names}
-        arguments[f"{folder}/*" if whole else name] = None
-    return shlex.join(["reinforce", "drop", url, *arguments])
-
-
-def depends(layer: str, on: str) -> bool:
-    """Whether a layer is computed from another one: all from the samples, embeddings of captions from these."""
-    if on == SAMPLES:
-        return layer != SAMPLES
-    folder, _, texts = layer.rpartition("/")
-    return folder.startswith("embeddings/") and texts not in ("images", TRUE_CAPTION) and on == captions_layer(texts)
-
-
-def _deletion_order(layer: str) -> tuple[int, str]:
-    return _ORDER.index(layer.partition("/")[0]), layer
-
-
 def _describe_files(sizes: Collection[int]) -> str:
     return f"{len(sizes):,} {'file' if len(sizes) == 1 else 'files'} ({format_bytes(sum(sizes))})"
 
@@ -173,7 +139,7 @@ def _known_layers(store: Store, manifest: Mapping[str, Any] | None) -> list[str]
     """The layers that ``dataset.json`` lists, and others that have files."""
     listed = [name for name in (manifest or {}).get("layers", {}) if _is_layer(name)]
     stored = {name for name in layers_with_folders(store) if name not in listed and any(_file_sizes(store, name))}
-    return sorted({*listed, *stored}, key=_deletion_order)
+    return sorted({*listed, *stored}, key=deletion_order)
 
 
 def _is_layer(name: str) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import posixpath
+import shlex
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -106,3 +108,38 @@ def compute_fingerprint(recipe: Mapping[str, Any]) -> str:
     """Hash the schema version and a recipe -> 16 hex digits."""
     text = json.dumps({"schema": schemas.SCHEMA_VERSION, **recipe}, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+_ORDER = ("embeddings", "captions", SAMPLES)  # layers are deleted after those that depend on them
+
+
+def with_dependants(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Layers by name, and those of ``known`` that are computed from them, in the order of deletion."""
+    names = {*names}
+    dependants = {name for name in known if any(depends(name, on) for on in names)}
+    return sorted(names | dependants, key=deletion_order)
+
+
+def drop_command(url: str, names: Collection[str], known: Collection[str]) -> str:
+    """The command that drops layers, with a pattern where all of a teacher's ``known`` layers are among them."""
+    if SAMPLES in names:
+        return shlex.join(["reinforce", "drop", url, "*"])
+    arguments: dict[str, None] = {}
+    for name in names:
+        folder = posixpath.dirname(name)
+        of_teacher = {layer for layer in {*known, *names} if posixpath.dirname(layer) == folder}
+        whole = folder.startswith("embeddings/") and len(of_teacher) > 1 and of_teacher <= {*names}
+        arguments[f"{folder}/*" if whole else name] = None
+    return shlex.join(["reinforce", "drop", url, *arguments])
+
+
+def depends(layer: str, on: str) -> bool:
+    """Whether a layer is computed from another one: all from the samples, embeddings of captions from these."""
+    if on == SAMPLES:
+        return layer != SAMPLES
+    folder, _, texts = layer.rpartition("/")
+    return folder.startswith("embeddings/") and texts not in ("images", TRUE_CAPTION) and on == captions_layer(texts)
+
+
+def deletion_order(layer: str) -> tuple[int, str]:
+    return _ORDER.index(layer.partition("/")[0]), layer

@@ -29,7 +29,7 @@ from reinforce.dataset.validate.findings import Finding
 from reinforce.engine.decode.pool import DecodePool
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.messages.results import LayerFailure
-from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.precision import nodes_of_run, resolve_precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.shard import process_shard

@@ -16,7 +16,7 @@ from reinforce.evaluation.reading import Example
 from reinforce.evaluation.sets import Examples
 from reinforce.images.policy import ImageRefused, decode
 from reinforce.prefetch import prefetch
-from reinforce.source.formats.tar import Refusal
+from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec

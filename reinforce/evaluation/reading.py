@@ -20,8 +20,8 @@ from reinforce.source import reading
 from reinforce.source.file_types import FOLDER, IMAGE_EXTENSIONS
 from reinforce.source.formats.folder import list_folder
 from reinforce.source.formats.recognise import source_format
-from reinforce.source.formats.tar import RawSample, Refusal
 from reinforce.source.reading import Shard
+from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.urls import COMPRESSIONS, canonical, expand, filesystem, shard_names
 from schemas import Reason
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from reinforce.errors import UserError
 from reinforce.plots import write_file
-from reinforce.source.formats.tar import Refusal
+from reinforce.source.samples import Refusal
 
 _LISTED = 3  # refused images that are named in a line
 

@@ -22,7 +22,7 @@ from reinforce.evaluation.reading import (
     make_loader,
     read_samples,
 )
-from reinforce.source.formats.tar import RawSample, Refusal
+from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
 
 #: Further columns of a label of this name.

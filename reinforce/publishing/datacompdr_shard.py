@@ -32,8 +32,8 @@ from reinforce.errors import UserError
 from reinforce.images.policy import PUBLISHED_POLICY, ImageRefused
 from reinforce.publishing.datacompdr_images import has_published_pixels, image_member
 from reinforce.source.captions import parse_json
-from reinforce.source.formats.tar import referenced_images, split_name
-from reinforce.source.references import ImageRoots
+from reinforce.source.formats.tar import split_name
+from reinforce.source.references import ImageRoots, referenced_images
 from reinforce.storage import Storage
 from reinforce.terminal import escape
 from schemas import IMAGE_DIGEST, image_columns

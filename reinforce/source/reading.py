@@ -9,21 +9,15 @@ from dataclasses import dataclass
 
 from reinforce.config import Input, Limits
 from reinforce.parquet.footers import RefusedFile
-from reinforce.source.file_types import CSV, DATASET, FOLDER, JSONL, PARQUET, TAR, lines, parquet
+from reinforce.source.file_types import CSV, DATASET, FOLDER, JSONL, PARQUET, TAR
+from reinforce.source.formats import lines, parquet
 from reinforce.source.formats.columns import Columns, NoColumn, Place, RowReader, find_columns
 from reinforce.source.formats.dataset import read_samples_layer
 from reinforce.source.formats.folder import read_list
 from reinforce.source.formats.parts import Part, group_sizes
-from reinforce.source.formats.tar import (
-    RawSample,
-    ReadBudget,
-    Refusal,
-    read_shard,
-    refused_key,
-    refused_rest,
-    refusing_absent,
-)
+from reinforce.source.formats.tar import read_shard
 from reinforce.source.linked_images.places import Places
+from reinforce.source.samples import RawSample, ReadBudget, Refusal, refused_key, refused_rest, refusing_absent
 from reinforce.source.urls import filesystem
 from schemas import Reason
 

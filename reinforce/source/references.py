@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from urllib.parse import urlsplit
 
 from reinforce.errors import UserError
 from reinforce.source.identity import current_url
-from reinforce.source.urls import canonical
+from reinforce.source.streams import BLOCK_BYTES, check_file
+from reinforce.source.tar import DamagedTar
+from reinforce.source.urls import canonical, compression, filesystem
 from reinforce.terminal import escape
 
 #: Schemes of references, besides paths of local files. Others can read anything, such as ``reference://``.
@@ -154,3 +157,44 @@ def _is_link_local(url: str) -> bool:
         return ipaddress.ip_address(urlsplit(url).hostname or "").is_link_local
     except ValueError:
         return False
+
+
+def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """Yield the bytes at each (offset, length) of an uncompressed tar; the ranges must be in ascending order.
+
+    Requests read ahead by 8 MiB, so that neighbouring ranges share them. Web servers cannot redirect
+    them. Raises DamagedTar where the file ends before a range does, and what the storage raises.
+    """
+    if compression(url):
+        raise UserError(f"{canonical(url)}: images cannot be read by reference from a compressed tar. Unpack it.")
+    fs, path = filesystem(url, redirects=False)
+    check_file(fs, path)
+    with fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
+        for offset, length in ranges:
+            file.seek(offset)
+            data = bytearray()
+            while len(data) < length and (part := file.read(length - len(data))):
+                data += part
+            if len(data) < length:
+                raise DamagedTar(offset + len(data), f"the file ends inside the {length} bytes at {offset}")
+            yield bytes(data)
+
+
+def referenced_images(
+    references: Sequence[Mapping[str, Any]],
+    roots: ImageRoots,
+    moved: Mapping[str, str] | None = None,
+    digests: Sequence[int | None] | None = None,
+) -> Iterator[bytes]:
+    """Yield the images of one row group from their tars; consecutive rows of one URL are read sequentially.
+
+    ``moved`` is that of the config: references name the former places of the tars. ``digests`` are those of the images
+    if they are known. Raises UserError before anything is read if a reference is outside ``roots``, and ChangedImages.
+    """
+    images = _read_references(roots.ranges(references, moved))
+    yield from images if digests is None else check_digests(images, digests, references)
+
+
+def _read_references(ranges: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
+    for url, rows in itertools.groupby(ranges, key=lambda found: found[0]):
+        yield from read_ranges(url, ((offset, length) for _, offset, length in rows))

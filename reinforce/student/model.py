@@ -17,7 +17,8 @@ from reinforce.student.distillation import CAPTION, IMAGE, IMAGES, SYNTHETIC, TE
 from reinforce.student.loss import Form
 from reinforce.student.pointwise import avoid_faulty_convolutions
 from reinforce.training.task import Batch, Encoded
-from teachers.open_clip.teacher import catalog, image_spec, load_model, model_name, random_model
+from teachers.open_clip import catalog
+from teachers.open_clip.teacher import image_spec, load_model, model_name, random_model
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec

@@ -12,7 +12,7 @@ import torch
 from reinforce.errors import UserError
 from reinforce.student.distillation import IMAGE, IMAGES, TEXTS, TeacherInfo
 from reinforce.training.task import Batch
-from teachers.device.accelerator import determinism
+from teachers.device import determinism
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import Teacher
 from teachers.registry import load_teacher

@@ -46,7 +46,7 @@ from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Build, Feed, Task
 from reinforce.training.trackers import open_trackers
-from teachers.device.accelerator import determinism
+from teachers.device import determinism
 from teachers.redact import redact
 
 _MAX_SKIPPED = 20  # steps in a row without a finite gradient

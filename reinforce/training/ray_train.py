@@ -25,7 +25,7 @@ from reinforce.training.ranks import join_ranks
 from reinforce.training.results import Results, read_results
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Build
-from teachers.device.accelerator import determinism
+from teachers.device import determinism
 
 _TICK = 0.2
 #: Callbacks of Ray Train that are not used. The cleaner is for long-lived drivers, and without a dashboard it delays

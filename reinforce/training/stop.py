@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from types import FrameType
+
+from reinforce.signals import handled_signals
 
 _REPEAT_SECONDS = 2.0
 
@@ -58,19 +57,6 @@ class StopSignal:
         finally:
             self._interruptible = False
 
-    @contextlib.contextmanager
-    def handle_signals(self) -> Iterator[None]:
-        """Call ``request`` on SIGINT and SIGTERM. Does nothing outside the main thread, where Python forbids it."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def request(signum: int, frame: FrameType | None) -> None:
-            self.request(signum)
-
-        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def handle_signals(self) -> contextlib.AbstractContextManager[None]:
+        """Call ``request`` on SIGINT and SIGTERM, inside the main thread."""
+        return handled_signals(self.request)

@@ -21,7 +21,8 @@ from teachers.device.accelerator import Accelerator
 from teachers.device.cache_size import GIB, cache_bytes
 from teachers.device.determinism import unique_indices
 from teachers.device.frozen import freeze
-from teachers.open_clip.teacher import catalog, image_spec, load_model, model_name
+from teachers.open_clip import catalog
+from teachers.open_clip.teacher import image_spec, load_model, model_name
 from teachers.spec import CaptionerSpec
 
 #: Limits on captions decoded in parallel and on the bytes of their caches on a CPU, independent of the batch size.

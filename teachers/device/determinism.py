@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 import torch
 
-from teachers.device.accelerator import process_flags
+from teachers.device import process_flags
 
 _LOG = logging.getLogger(__name__)
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from teachers.device.accelerator import process_flags
+from teachers.device import process_flags
 from teachers.device.determinism import unique_indices
 
 Step = Callable[[], None]

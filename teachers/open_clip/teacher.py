@@ -13,8 +13,9 @@ import open_clip
 import torch
 
 from teachers import weights
-from teachers.device.accelerator import Accelerator, towers
-from teachers.open_clip.teacher import catalog
+from teachers.device import towers
+from teachers.device.accelerator import Accelerator
+from teachers.open_clip import catalog
 from teachers.open_clip.text import TextEncoder, keep_residual_in_float32
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec

@@ -25,10 +25,11 @@ from teachers.device.accelerator import Accelerator
 from teachers.device.cache_size import GIB, cache_bytes
 from teachers.protocols import Captioner
 from teachers.spec import CaptionerSpec
+from teachers.transformers import catalog
 from teachers.transformers.cached_decoder import merge_end_tokens
 from teachers.transformers.chat import Chat
 from teachers.transformers.image_to_text import CaptioningModel, EncoderDecoder, Git
-from teachers.transformers.teacher import catalog, image_spec
+from teachers.transformers.teacher import image_spec
 
 #: Limits on captions decoded in parallel and on the bytes of their caches on a CPU, independent of the batch size.
 _MAX_ROWS, _MAX_CACHE_BYTES = 1024, 4 * GIB

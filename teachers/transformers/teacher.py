@@ -10,13 +10,14 @@ from typing import Any, Literal, cast
 import torch
 import transformers
 
-from teachers.device.accelerator import Accelerator, towers
+from teachers.device import towers
+from teachers.device.accelerator import Accelerator
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec, Teacher
 from teachers.spec import TeacherSpec
 from teachers.tokens.special_tokens import special_token_escaper
 from teachers.tokens.trimming import PROBE_TEXTS, trimming_is_exact
-from teachers.transformers.teacher import catalog, naflex
+from teachers.transformers import catalog, naflex
 
 _log = logging.getLogger(__name__)
 _RESAMPLING: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from benchmarks import sources
 from reinforce.config import Input
-from reinforce.source.formats.tar import RawSample
 from reinforce.source.reading import read_samples
+from reinforce.source.samples import RawSample
 
 
 def test_every_format_has_the_same_samples(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ def test_the_crop_is_inside_the_image(policy, seed, size):
 
 def test_the_golden_record_is_sampled_in_any_process():
     code = (
-        "from reinforce.dataset.augment.records import sample_augmentation; from reinforce.config import Augmentations; "
+        "from reinforce.dataset.augment.records import sample_augmentation\n"
+        "from reinforce.config import Augmentations\n"
         f"import sys; print(sample_augmentation(Augmentations(), *{GOLDEN_ARGUMENTS!a}), "
         "'torch' in sys.modules, 'torchvision' in sys.modules)"
     )

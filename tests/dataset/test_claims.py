@@ -17,8 +17,8 @@ import s3fs
 import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.manifest import claims as module
 from reinforce.dataset.manifest.claims import Claims
-from reinforce.dataset.manifest.manifest import claims as module
 from reinforce.dataset.manifest.manifest import update_manifest
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reinforce.config import Augmentations, RandAugment
+from reinforce.dataset.augment import fixed_point
+from reinforce.dataset.augment import records as augment
 from reinforce.dataset.augment.backends import Replay, load_backend
 from reinforce.dataset.augment.fixed_point import OPERATIONS, RESIZERS, load_resizer
-from reinforce.dataset.augment.records import OPS, Augmentation, Crop, Op, fixed_point, sample_augmentation
-from reinforce.dataset.augment.records import records as augment
+from reinforce.dataset.augment.records import OPS, Augmentation, Crop, Op, sample_augmentation
 from reinforce.errors import UserError
 from tests.helpers.random_images import natural, noise
 

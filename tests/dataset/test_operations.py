@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageFilter
 
-from reinforce.dataset.augment.records import operations
+from reinforce.dataset.augment import operations
 from tests.helpers.random_images import noise
 
 SIDES = st.integers(1, 40)

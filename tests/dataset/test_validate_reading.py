@@ -15,7 +15,7 @@ import pytest
 from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.validate.validate import process_pool as shard_pool
+from reinforce.dataset.validate import process_pool as shard_pool
 from reinforce.dataset.validate.validate import validate
 from reinforce.errors import UserError
 from tests.helpers.data import members_of, write_tar

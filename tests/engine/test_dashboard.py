@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reinforce.engine.record.dashboard import NAME, dashboard_text, write_dashboard
+from reinforce.engine.record.metrics import NAME, dashboard_text, write_dashboard
 from reinforce.errors import UserError
 
 

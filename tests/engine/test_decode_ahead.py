@@ -9,7 +9,7 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.engine.decode.ahead import chunk_items, decode_ahead
 from reinforce.engine.decode.rows import RowSpec
-from reinforce.source.formats.tar import RawSample, Refusal
+from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
 from tests.helpers.data import config_of, picture
 from tests.helpers.decode_faults import SizedItem

@@ -22,7 +22,7 @@ from reinforce.engine.decode.ahead import decode_ahead
 from reinforce.engine.decode.cells import PixelLayout
 from reinforce.engine.decode.item import Decoded, DecodeSpec, Outcome, SourceItem
 from reinforce.engine.decode.pool import DecodePool, Lease
-from reinforce.source.formats.tar import RawSample, Refusal
+from reinforce.source.samples import RawSample, Refusal
 from tests.helpers.data import config_of, picture
 from tests.helpers.decode_faults import CrashingSample, FailingSample, OnceCrashingSample
 from tests.hostile.images import scan_bomb

@@ -28,7 +28,7 @@ from reinforce.engine.driver.policy.failures import (
 )
 from reinforce.engine.driver.policy.hangs import Hang
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId
-from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.messages.task import PendingShard
 from reinforce.errors import StorageError, UserError
 from schemas import Reason
 

@@ -1,4 +1,4 @@
-"""What is the fault of a worker or a node: each sentence of reinforce/engine/driver/policy/faults.py, and simulated clusters."""
+"""What is the fault of a worker or a node: each sentence of policy/faults.py, and simulated clusters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reinforce.engine.driver.policy.faults import AVOID_SECONDS, Faults
 from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.shard_queue import ShardQueue
 from reinforce.engine.messages.results import ShardFailure, WorkerId, WorkerInfo
-from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.messages.task import PendingShard
 
 A, B, C = (WorkerId(f"node {name}", number, f"host-{name}") for number, name in enumerate("abc"))
 A2 = WorkerId(A.node, 9, A.host)

@@ -1,4 +1,4 @@
-"""When a worker counts as hung, and which workers are asked: each sentence of reinforce/engine/driver/policy/hangs.py."""
+"""When a worker counts as hung, and which workers are asked: each sentence of policy/hangs.py."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.messages.results import LayerFailure
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.seeds import seed_for
-from reinforce.source.formats.tar import Refusal
+from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.device.accelerator import Accelerator
 from teachers.preprocessing.pixels import to_pixels

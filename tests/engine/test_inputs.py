@@ -18,7 +18,7 @@ from reinforce.dataset.validate.validate import validate
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
-from reinforce.engine.worker.actor import stale_files as inputs
+from reinforce.engine.worker import stale_files as inputs
 from reinforce.engine.worker.shard import process_shard
 from reinforce.source.identity import read_state
 from tests.helpers.data import config_of, members_of, tree, write_tar

@@ -11,7 +11,7 @@ from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.policy.failures import Decision, EndedWorker, FailurePolicy, Quarantine, Requeue, RunAlone
 from reinforce.engine.driver.policy.memory import MemoryDeaths, MemoryUse
 from reinforce.engine.messages.results import WorkerId
-from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.messages.task import PendingShard
 from schemas import Reason
 
 LAYERS = {"samples": Layer("samples", "samples", "0")}

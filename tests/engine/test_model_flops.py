@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from reinforce.config import parse_config
-from reinforce.engine.inference.model_flops import costs_on, count_flops, measure_costs
+from reinforce.engine.inference.flops import costs_on, count_flops, measure_costs
 from reinforce.engine.inference.models import Counters, load_models
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from tests.helpers import tiny_models

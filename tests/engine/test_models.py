@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from reinforce.config import parse_config
+from reinforce.dataset.augment import fixed_point
 from reinforce.dataset.augment.backends import load_backend
-from reinforce.dataset.augment.records import fixed_point
-from reinforce.engine.inference.inference import models as engine_models
+from reinforce.engine.inference import models as engine_models
 from reinforce.engine.inference.models import Models, load_models
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from teachers.device.accelerator import Accelerator
-from teachers.open_clip.teacher import text as open_clip_text
+from teachers.open_clip import text as open_clip_text
 from tests.helpers.data import config_of
 from tests.helpers.models import ColorTeacher, SeedCaptioner
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from reinforce.engine.inference.peak_flops import peak_flops
+from reinforce.engine.inference.flops import peak_flops
 from teachers.device.accelerator import Precision
 
 

@@ -10,7 +10,7 @@ import pytest
 from reinforce.config import Workers, parse_config
 from reinforce.engine.driver.pool import Pool, Slot, describe_workers
 from reinforce.engine.messages.results import WorkerInfo
-from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.messages.task import PendingShard
 
 INFO = WorkerInfo("node", 1, "cpu", {})
 SHARD = PendingShard("a", "a.tar", ("samples",))

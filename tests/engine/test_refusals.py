@@ -7,7 +7,7 @@ from pathlib import Path
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.engine.worker.refusals import Refusals
-from reinforce.source.formats.tar import Refusal
+from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.redact import Redactor
 

@@ -13,7 +13,7 @@ from reinforce.engine.driver.policy.failures import FailurePolicy
 from reinforce.engine.driver.pool import Pool, Slot
 from reinforce.engine.driver.worker_lifecycle import WorkerHandling
 from reinforce.engine.messages.results import ShardResult, WorkerInfo
-from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.messages.task import PendingShard
 from schemas import Reason
 
 

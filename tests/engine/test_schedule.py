@@ -7,7 +7,7 @@ from collections.abc import Callable
 from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.shard_queue import ShardQueue
 from reinforce.engine.messages.results import WorkerId, WorkerInfo
-from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.messages.task import PendingShard
 
 SHARDS = [PendingShard(name, f"{name}.tar", ("samples",)) for name in "abcdefgh"]
 

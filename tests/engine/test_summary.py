@@ -9,7 +9,8 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.engine.messages.results import ShardResult
-from reinforce.engine.plan.plan import LayerState, NotInSource, PendingShard, Plan
+from reinforce.engine.messages.task import PendingShard
+from reinforce.engine.plan.plan import LayerState, NotInSource, Plan
 from reinforce.engine.record.summary import (
     Ending,
     RunSummary,

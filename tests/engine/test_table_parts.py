@@ -20,9 +20,9 @@ from reinforce.engine.plan.recipe import build_layers
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.errors import UserError
 from reinforce.source import streams
-from reinforce.source.file_types import lines
-from reinforce.source.formats.tar import RawSample, Refusal
+from reinforce.source.formats import lines
 from reinforce.source.reading import read_samples
+from reinforce.source.samples import RawSample, Refusal
 from tests.helpers.data import picture
 from tests.helpers.reinforced import reinforce_here
 

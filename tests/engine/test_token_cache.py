@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reinforce.engine.inference.inference import token_cache
-from reinforce.engine.inference.token_cache import TokenCache
+from reinforce.engine.inference import models as token_cache
+from reinforce.engine.inference.models import TokenCache
 
 
 class Counting:

@@ -15,9 +15,10 @@ from reinforce.config import parse_config
 from reinforce.engine.decode.pool import DecodePool
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, ShardResult
-from reinforce.engine.plan.plan import PendingShard, make_plan
+from reinforce.engine.messages.task import PendingShard
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker import stale_files as inputs
 from reinforce.engine.worker.actor import Worker, as_actor
-from reinforce.engine.worker.actor import stale_files as inputs
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
 from tests.helpers.decoding import decode_pool

@@ -18,7 +18,7 @@ from reinforce.config import Limits
 from reinforce.evaluation import images
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.reading import Example
-from reinforce.source.formats.tar import Refusal
+from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec

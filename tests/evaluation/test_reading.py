@@ -18,7 +18,7 @@ from reinforce.evaluation.reading import (
     make_loader,
     read_samples,
 )
-from reinforce.source.formats.tar import RawSample, Refusal
+from reinforce.source.samples import RawSample, Refusal
 from tests.helpers.data import write_tar
 from tests.helpers.evaluation import COLOURS, solid_image, write_colour_folder, write_colour_shard
 from tests.helpers.reinforced import small_dataset

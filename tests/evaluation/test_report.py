@@ -11,7 +11,7 @@ from rich.console import Console
 
 from reinforce.errors import UserError
 from reinforce.evaluation.report import Report, Result, SetSummary
-from reinforce.source.formats.tar import Refusal
+from reinforce.source.samples import Refusal
 from schemas import Reason
 
 

@@ -17,7 +17,7 @@ from reinforce.errors import UserError
 from reinforce.evaluation.config import RetrievalSet, ZeroShotSet
 from reinforce.evaluation.reading import Example
 from reinforce.evaluation.sets import Examples, ZeroShot, open_retrieval_set, open_zero_shot_set
-from reinforce.source.formats.tar import Refusal
+from reinforce.source.samples import Refusal
 from tests.helpers.evaluation import COLOURS, solid_image, write_colour_folder, write_colour_shard, write_shard
 from tests.helpers.tables import write_huggingface
 

@@ -16,7 +16,7 @@ from reinforce.datacompdr.members import Unreadable
 from reinforce.datacompdr.reinforcements import Reinforcements
 from reinforce.datacompdr.values import PublishedReader
 from reinforce.engine.plan.recipe import build_layers, describe_models
-from reinforce.source.formats.tar import Refusal
+from reinforce.source.samples import Refusal
 from tests.helpers.published import COUNT, HEIGHT, WIDTH, config_of, published_members, published_sample
 from tests.helpers.tars import tar_bytes
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from reinforce.config import Input, Limits
-from reinforce.source.file_types import parquet
-from reinforce.source.formats.tar import RawSample, Refusal
+from reinforce.source.formats import parquet
 from reinforce.source.reading import Shard, read_samples
+from reinforce.source.samples import RawSample, Refusal
 from tests.fuzz.datasets import CHANGES
 
 ROWS = 300

@@ -20,7 +20,8 @@ from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker.shard import process_shard
 from teachers.coca.captioner import CocaCaptioner
-from teachers.device.accelerator import Accelerator, process_flags
+from teachers.device import process_flags
+from teachers.device.accelerator import Accelerator
 from teachers.device.step_graphs import GraphedSteps
 from tests.engine.test_inference import CONFIG, LAYERS, pixels, rows
 from tests.helpers.data import config_of, members_of, tree, write_tar

@@ -14,9 +14,9 @@ import torch
 
 from reinforce.config import Config, parse_config
 from reinforce.dataset.files.store import Store
+from reinforce.engine.inference import full_batch
+from reinforce.engine.inference.flops import measure_costs
 from reinforce.engine.inference.full_batch import find_batch
-from reinforce.engine.inference.inference import full_batch
-from reinforce.engine.inference.model_flops import measure_costs
 from reinforce.engine.inference.models import Models, load_models
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.worker.shard import process_shard

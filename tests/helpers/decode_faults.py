@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.engine.decode.item import SourceItem
-from reinforce.source.formats.tar import RawSample
+from reinforce.source.samples import RawSample
 
 
 class _Faulty(RawSample):

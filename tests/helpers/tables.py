@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 
 from reinforce.config import Input
-from reinforce.source.formats.tar import RawSample, Refusal
 from reinforce.source.reading import Shard, read_samples
+from reinforce.source.samples import RawSample, Refusal
 
 datasets.disable_progress_bars()
 #: Written by img2dataset 1.47 with output_format=parquet: 6 images, and 4 with a row of a download that failed.

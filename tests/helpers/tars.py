@@ -10,7 +10,8 @@ import fsspec
 import pyarrow as pa
 
 from reinforce.config import Limits
-from reinforce.source.formats.tar import RawSample, Refusal, read_shard
+from reinforce.source.formats.tar import read_shard
+from reinforce.source.samples import RawSample, Refusal
 
 Member = tuple[str, bytes]
 

@@ -14,7 +14,7 @@ VOCABULARY = 5
 
 
 class ToyDecoder:
-    """A ``teachers.decoding.rules.Decoder`` of the toy language. Raises AssertionError if rows and tokens do not match."""
+    """A ``Decoder`` of the toy language. Raises AssertionError if rows and tokens do not match."""
 
     def __init__(self, images: Sequence[int]) -> None:
         self._rows = [(image, [START]) for image in images]

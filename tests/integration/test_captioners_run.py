@@ -19,8 +19,7 @@ from PIL import Image
 import reinforce
 from reinforce.cli import main
 from reinforce.config import Limits
-from reinforce.engine.record.dashboard import dashboard_text
-from reinforce.engine.record.metrics import SERIES
+from reinforce.engine.record.metrics import SERIES, dashboard_text
 from reinforce.engine.record.summary import RunSummary
 from reinforce.images.policy import decode
 from reinforce.seeds import seed_for

@@ -14,8 +14,9 @@ import pytest
 import reinforce
 from reinforce.config import Config, Input, parse_config
 from reinforce.dataset.files.store import Store
+from reinforce.engine.plan import folder_lists
 from reinforce.engine.plan.folder_lists import write_lists
-from reinforce.engine.plan.plan import Plan, folder_lists, make_plan
+from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.preflight.estimate_bytes import expected_bytes
 from reinforce.errors import UserError

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from reinforce.config import Limits
-from reinforce.source.formats.tar import RawSample, Refusal
+from reinforce.source.samples import RawSample, Refusal
 from tests.helpers.data import picture
 from tests.helpers.tables import outcomes, read_table
 

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.config import Input, Limits
-from reinforce.source.file_types import parquet
-from reinforce.source.formats.tar import RawSample, Refusal
+from reinforce.source.formats import parquet
 from reinforce.source.reading import Shard, read_samples
+from reinforce.source.samples import RawSample, Refusal
 from tests.helpers.data import picture
 from tests.helpers.tables import IMG2DATASET, outcomes, read_table, write_huggingface
 from tests.hostile.bombs import BOMBS

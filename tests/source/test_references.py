@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from reinforce.errors import UserError
-from reinforce.source.formats.tar import referenced_images
-from reinforce.source.references import ImageRoots
+from reinforce.source.references import ImageRoots, referenced_images
 from reinforce.source.tar import DamagedTar
 from tests.helpers.web import redirecting_server
 

@@ -13,7 +13,9 @@ import pytest
 
 from reinforce.config import Limits
 from reinforce.errors import UserError
-from reinforce.source.formats.tar import RawSample, Refusal, read_ranges, read_shard
+from reinforce.source.formats.tar import read_shard
+from reinforce.source.references import read_ranges
+from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.tar import DamagedTar
 from reinforce.source.urls import expand
 from schemas import Reason

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reinforce.config import Limits
-from reinforce.source.formats.tar import RawSample, Refusal
+from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.tar import DamagedTar, Member, members
 from schemas import Reason
 from tests.helpers.tars import BODY, KEYS, TAR, outcomes, read, sample_members, tar_bytes, zstd

@@ -19,8 +19,9 @@ from reinforce.errors import UserError
 from reinforce.training.launch import launch
 from reinforce.training.ranks import join_ranks
 from reinforce.training.ray_train import environment_of_ranks
-from teachers.coca.captioner import captioner as coca
-from teachers.device.accelerator import Accelerator, determinism, process_flags
+from teachers.coca import captioner as coca
+from teachers.device import determinism, process_flags
+from teachers.device.accelerator import Accelerator
 from teachers.device.step_graphs import decoding_kernels
 from teachers.spec import CaptionerSpec
 from tests.helpers.data import config_of

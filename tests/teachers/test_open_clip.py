@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from teachers.device.accelerator import Accelerator
-from teachers.open_clip.teacher import OpenClipTeacher, catalog, image_spec
+from teachers.open_clip import catalog
+from teachers.open_clip.teacher import OpenClipTeacher, image_spec
 from teachers.spec import TeacherSpec
 from tests.helpers import tiny_models
 from tests.helpers.tiny_models import FULL_LENGTH, TRIMMED

@@ -8,7 +8,7 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from teachers.open_clip.teacher import catalog
+from teachers.open_clip import catalog
 from tests.helpers import tiny_models
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from teachers.device.accelerator import process_flags
+from teachers.device import process_flags
 from teachers.device.determinism import tf32
 
 

@@ -11,7 +11,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from teachers import describe
-from teachers.device.accelerator import Accelerator, towers
+from teachers.device import towers
+from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.open_clip.text import keep_residual_in_float32
 from teachers.preprocessing.pixels import to_pixels

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from teachers.device.accelerator import Accelerator
 from teachers.registry import load_captioner
+from teachers.transformers import captioner as transformers_captioner
+from teachers.transformers import catalog
 from teachers.transformers.captioner import load
 from teachers.transformers.image_to_text import Git
-from teachers.transformers.teacher import captioner as transformers_captioner
-from teachers.transformers.teacher import catalog
 from tests.helpers import tiny_captioners
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.tiny_captioners import PROMPT, Captioners, captioned, pictures, pixels_of, seeds, spec_of

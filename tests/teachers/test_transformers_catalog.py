@@ -12,7 +12,8 @@ from transformers import (
 
 from teachers.device.accelerator import Accelerator
 from teachers.spec import TeacherSpec
-from teachers.transformers.teacher import catalog, load
+from teachers.transformers import catalog
+from teachers.transformers.teacher import load
 
 CPU = Accelerator("cpu")
 

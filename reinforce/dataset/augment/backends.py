@@ -12,9 +12,10 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from reinforce.dataset.augment import fixed_point
+from reinforce.dataset.augment import records as augment
 from reinforce.dataset.augment.fixed_point import FIXED_POINT_BACKEND
-from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation, fixed_point
-from reinforce.dataset.augment.records import records as augment
+from reinforce.dataset.augment.records import AUGMENTATION_BACKEND, Augmentation
 from reinforce.errors import UserError
 
 

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import schemas
-from reinforce.dataset.drop import drop_command, with_dependants
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.layers import SAMPLES, Layer, drop_command, with_dependants
 from reinforce.errors import UserError
 from reinforce.settings import flatten
 

@@ -29,8 +29,7 @@ from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.dataset.reading.sample import ImagePolicies, Sample
 from reinforce.errors import UserError
-from reinforce.source.formats.tar import referenced_images
-from reinforce.source.references import ChangedImages, ImageRoots
+from reinforce.source.references import ChangedImages, ImageRoots, referenced_images
 from reinforce.terminal import escape, format_bytes
 from schemas import IMAGE_DIGEST, image_column
 

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 import schemas
-from reinforce.dataset.drop import depends, layers_with_folders
+from reinforce.dataset.drop import layers_with_folders
 from reinforce.dataset.files.index import LayerIndex
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import MANIFEST, Store
@@ -18,6 +18,7 @@ from reinforce.dataset.layers import (
     captions_layer,
     captions_recipe,
     compute_fingerprint,
+    depends,
     embeddings_fingerprint,
     embeddings_recipe,
 )

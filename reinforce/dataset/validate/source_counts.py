@@ -15,7 +15,8 @@ from reinforce.config import Limits
 from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.validate.key_hashes import hash_keys
 from reinforce.parquet.footers import RefusedFile
-from reinforce.source.file_types import CSV, JSONL, PARQUET, TAR, lines
+from reinforce.source.file_types import CSV, JSONL, PARQUET, TAR
+from reinforce.source.formats import lines
 from reinforce.source.formats.parquet import ParquetFile
 from reinforce.source.formats.recognise import format_of_name
 from reinforce.source.formats.tar import read_shard

@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from reinforce.engine.decode.item import Decoded, Failed, Item, Outcome
 from reinforce.engine.decode.pool import Lease
 from reinforce.engine.messages.pulse import DECODING, READING
-from reinforce.source.formats.tar import Refusal
+from reinforce.source.samples import Refusal
 
 #: Limits of a chunk, of which the first that is reached closes it: items and encoded bytes.
 CHUNK_ITEMS = 8

@@ -19,7 +19,7 @@ from reinforce.dataset.augment.records import Augmentation, Crop, from_records, 
 from reinforce.engine.decode.cells import PixelCells, PixelLayout
 from reinforce.images.policy import ImageRefused, decode, image_policy
 from reinforce.source.captions import json_error, metadata_of
-from reinforce.source.formats.tar import RawSample, Refusal
+from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
 
 _PLACEHOLDER_CROP = Crop(0, 0, 8, 8)

@@ -27,7 +27,7 @@ from reinforce.engine.decode.item import DecodeSpec, Item, Outcome, SourceItem
 from reinforce.engine.decode.process import Chunk, StatusBoard
 from reinforce.engine.messages.pulse import LeaseWatch
 from reinforce.shared_memory import SharedMemory
-from reinforce.source.formats.tar import Refusal
+from reinforce.source.samples import Refusal
 from schemas import Reason
 
 _MAX_LOOK_SECONDS = 1.0  # between two looks at what a busy process works on

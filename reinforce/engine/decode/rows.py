@@ -22,10 +22,10 @@ from reinforce.engine.decode.pool import Lease
 from reinforce.engine.messages.pulse import READING
 from reinforce.errors import UserError
 from reinforce.source.file_types import TAR
-from reinforce.source.formats.tar import RawSample, Refusal, referenced_images
 from reinforce.source.identity import former_url
 from reinforce.source.reading import Shard, read_samples
-from reinforce.source.references import ImageRoots
+from reinforce.source.references import ImageRoots, referenced_images
+from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.urls import canonical, is_public
 from schemas import IMAGE_DIGEST, Reason, image_columns
 from teachers.protocols import ImageSpec

@@ -39,15 +39,16 @@ from reinforce.engine.driver.policy.hangs import StallLimits, find_hang
 from reinforce.engine.driver.pool import Pool, Slot
 from reinforce.engine.driver.reporter import RunReporting
 from reinforce.engine.driver.shard_queue import ShardQueue
-from reinforce.engine.driver.stop import stop_requests
 from reinforce.engine.driver.worker_lifecycle import WorkerHandling
 from reinforce.engine.messages.results import ShardResult, WorkerInfo
+from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.messages.tracebacks import shorten
-from reinforce.engine.plan.plan import PendingShard, Plan
+from reinforce.engine.plan.plan import Plan
 from reinforce.engine.record.events import Events
 from reinforce.engine.record.progress import Progress
 from reinforce.engine.record.summary import WORKER_LOST, Ending, RunSummary, RunTotals, ending_of, summarize
 from reinforce.errors import StorageError, UserError
+from reinforce.signals import stop_requests
 from teachers.redact import Redactor
 
 #: Reasons of retries, in metrics.

@@ -19,7 +19,7 @@ from reinforce.engine.driver.policy.hangs import Polls
 from reinforce.engine.driver.policy.memory import MemoryUse
 from reinforce.engine.messages.pulse import LeasePulse, Pulse, read_board
 from reinforce.engine.messages.results import WorkerInfo
-from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, as_actor
 
 _CAPACITY_SECONDS = 5.0  # between two counts of the cluster's resources

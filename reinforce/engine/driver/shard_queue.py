@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from reinforce.engine.driver.pool import Slot
 from reinforce.engine.messages.results import WorkerId
-from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT
 
 #: Workers at which a shard has failed.

@@ -19,8 +19,8 @@ from reinforce.engine.driver.policy.hangs import Hang, StallLimits, find_silence
 from reinforce.engine.driver.pool import Pool, Slot
 from reinforce.engine.driver.shard_queue import ShardQueue
 from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.messages.tracebacks import shorten
-from reinforce.engine.plan.plan import PendingShard
 from reinforce.engine.record.events import Events
 from reinforce.engine.record.summary import WORKER_LOST, RunTotals
 from teachers.redact import Redactor

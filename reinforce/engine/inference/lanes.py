@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 
 from reinforce.engine.inference.turns import Turns
-from teachers.device.accelerator import Accelerator, process_flags
+from teachers.device import process_flags
+from teachers.device.accelerator import Accelerator
 
 
 class Lanes:

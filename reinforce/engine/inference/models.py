@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,6 @@ from reinforce.engine.inference.batch_sizes import BatchSizes
 from reinforce.engine.inference.lanes import Lanes
 from reinforce.engine.inference.out_of_memory import memory_hint, release_cache
 from reinforce.engine.inference.stage_meter import DeviceTime
-from reinforce.engine.inference.token_cache import TokenCache
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.record.rates import Cost
 from reinforce.errors import UserError
@@ -34,6 +34,29 @@ class Counters:
 
     samples: int = 0
     busy: float = 0.0  # seconds in which the accelerator worked
+
+
+#: Batches to keep: those of the row groups in work, since each teacher encodes all texts of a row group in turn.
+_MAX_BATCHES = 64
+
+
+class TokenCache:
+    """The tokens of the last batches, by tokenizer and texts."""
+
+    def __init__(self) -> None:
+        self._tokens: OrderedDict[tuple[Hashable, tuple[str, ...]], Any] = OrderedDict()
+
+    def get(self, tokenizer: Hashable | None, texts: Sequence[str], tokenize: Callable[[Sequence[str]], Any]) -> Any:
+        """The tokens of a batch; nothing is kept for ``tokenizer`` None, which equals no other."""
+        if tokenizer is None:
+            return tokenize(texts)
+        entry = (tokenizer, tuple(texts))
+        if entry not in self._tokens:
+            self._tokens[entry] = tokenize(texts)
+            if len(self._tokens) > _MAX_BATCHES:
+                self._tokens.popitem(last=False)
+        self._tokens.move_to_end(entry)
+        return self._tokens[entry]
 
 
 @dataclass

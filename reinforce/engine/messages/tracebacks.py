@@ -15,7 +15,7 @@ import teachers
 _MAX_FRAMES = 5
 _MAX_SOURCE = 160  # characters; a longer line is left out and not cut, since half a secret is not redacted
 #: Folders of ``reinforce`` and ``teachers``.
-_OURS = tuple(str(path) + os.sep for path in (Path(__file__).parents[1], *teachers.__path__))
+_OURS = tuple(str(path) + os.sep for path in (Path(__file__).parents[2], *teachers.__path__))
 _STANDARD = sysconfig.get_path("stdlib") + os.sep
 _INSTALLED = ("site-packages", "dist-packages")
 #: Installed packages that load and run named models.

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.runs.shard_records import SourceRecord
+from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.duplicates import evenly_spread
-from reinforce.engine.plan.plan import PendingShard, Plan
+from reinforce.engine.plan.plan import Plan
 from reinforce.source.identity import SourceState, listed_state, probe_state
 from reinforce.source.urls import canonical
 

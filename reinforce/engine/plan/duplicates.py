@@ -15,11 +15,12 @@ from reinforce.config import Config
 from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.layers import SAMPLES
-from reinforce.engine.plan.plan import PendingShard, Plan
+from reinforce.engine.messages.task import PendingShard
+from reinforce.engine.plan.plan import Plan
 from reinforce.errors import UserError
-from reinforce.source.formats.tar import RawSample
 from reinforce.source.identity import SourceState, moved_folders, probe_state
 from reinforce.source.reading import Shard, read_samples
+from reinforce.source.samples import RawSample
 from reinforce.source.urls import canonical, shard_stem
 
 T = TypeVar("T")

@@ -24,46 +24,16 @@ from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
 from reinforce.dataset.manifest.differences import recipe_error
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.dataset.reading.aligned import layer_errors
+from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.folder_lists import list_url
 from reinforce.engine.plan.precision import nodes_of_run, resolve_precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.plan.source_shards import SourceShards, source_shards
-from reinforce.engine.worker.stale_files import stored_layers
+from reinforce.engine.plan.stored_layers import stored_layers
 from reinforce.errors import UserError
-from reinforce.source.file_types import FOLDER, TAR
-from reinforce.source.formats.parts import Part
-from reinforce.source.identity import SourceState
+from reinforce.source.file_types import FOLDER
 from reinforce.source.reading import Shard
 from reinforce.source.urls import Info, canonical, expand
-
-
-@dataclass(frozen=True, slots=True)
-class PendingShard:
-    """A source shard and its missing layers, each after the layers it needs.
-
-    ``stored`` are layers that exist although samples are missing, also of other configs, and ``recorded`` is the state
-    of the source file when its samples were written before, if a run has recorded it.
-    """
-
-    name: str
-    url: str
-    layers: tuple[str, ...]
-    reinforcements: str | None = None  # URL of its published reinforcements, if a missing layer reads them
-    stored: tuple[str, ...] = ()
-    recorded: SourceState | None = None
-    format: str = TAR
-    listing: str = ""  # URL of the list of its files
-    part: Part | None = None  # of a table that is divided
-
-    @property
-    def source(self) -> Shard:
-        """The shard as it is read."""
-        return Shard(self.url, self.name, self.format, self.listing, self.part)
-
-    @property
-    def is_file(self) -> bool:
-        """Whether its URL is that of a file, which it has all samples of."""
-        return self.format != FOLDER and self.part is None
 
 
 @dataclass(frozen=True)

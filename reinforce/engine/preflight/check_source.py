@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from reinforce.config import Config
 from reinforce.datacompdr.reinforcements import check_reinforcements
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
-from reinforce.engine.plan.plan import PendingShard, Plan
+from reinforce.engine.messages.task import PendingShard
+from reinforce.engine.plan.plan import Plan
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, check_header
 from reinforce.source.file_types import CSV, ENDINGS, FOLDER, IMAGE_EXTENSIONS, JSONL, PARQUET, TAR
 from reinforce.source.formats.recognise import unexpected_name
-from reinforce.source.formats.tar import RawSample, ReadBudget, Refusal
 from reinforce.source.identity import probe_state
 from reinforce.source.reading import Shard, read_samples
+from reinforce.source.samples import RawSample, ReadBudget, Refusal
 from reinforce.source.urls import canonical, filesystem
 
 _READ_ITEMS = 64  # samples and refusals at the beginning of a shard, among which one sample must be readable

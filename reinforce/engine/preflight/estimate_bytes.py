@@ -15,8 +15,8 @@ from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.engine.plan.plan import Plan
 from reinforce.source.file_types import FOLDER, TAR
-from reinforce.source.formats.tar import RawSample
 from reinforce.source.reading import Shard, read_listing, read_samples
+from reinforce.source.samples import RawSample
 from reinforce.source.urls import filesystem
 from reinforce.terminal import format_bytes
 

@@ -7,11 +7,16 @@ labels are bounded: reasons, stages, layers, and numbers of workers.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from reinforce.errors import UserError
 
 if TYPE_CHECKING:
     from reinforce.engine.record.summary import RunTotals
@@ -141,3 +146,35 @@ def totals_values(totals: RunTotals, events: Mapping[str, int]) -> Values:
         "reinforce_retries_total": totals.retries,
         "reinforce_workers_ended_total": {reason: events.get(event, 0) for reason, event in _ENDED.items()},
     }
+
+
+NAME = "reinforce_grafana_dashboard.json"
+
+
+_FOLDER_VARIABLE = "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"  # Ray's, for its own dashboards
+
+
+_SESSION_FOLDER = "/tmp/ray/session_latest/metrics/grafana/dashboards"  # noqa: S108 - Ray's default
+
+
+def dashboard_text() -> str:
+    """The dashboard as JSON."""
+    return files("reinforce.engine.record").joinpath("grafana_dashboard.json").read_text(encoding="utf-8")
+
+
+def ray_folder() -> Path:
+    """The folder in which Ray puts its own dashboards on this machine."""
+    return Path(os.environ.get(_FOLDER_VARIABLE) or _SESSION_FOLDER)
+
+
+def write_dashboard(folder: Path | None = None) -> Path:
+    """Write the dashboard into a folder, by default beside those of Ray. Raises UserError."""
+    target = folder or ray_folder()
+    if folder is None and not target.is_dir():
+        raise UserError(f"{target} does not exist: name a folder, or start Ray with its dashboard on this machine.")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / NAME).write_text(dashboard_text(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{target / NAME} cannot be written: {error}.") from error
+    return target / NAME

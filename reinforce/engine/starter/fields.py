@@ -15,8 +15,8 @@ from reinforce.source.file_types import CSV, JSONL, PARQUET
 from reinforce.source.formats.columns import Columns, NoColumn, find_columns, is_image_name
 from reinforce.source.formats.lines import BrokenRow, csv_rows, jsonl_rows
 from reinforce.source.formats.parquet import ParquetFile, is_binary
-from reinforce.source.formats.tar import RawSample
 from reinforce.source.reading import Shard, read_samples
+from reinforce.source.samples import RawSample
 from reinforce.source.urls import canonical
 
 #: Names of captions besides those that are read by default, in the order of preference, in lower case.

@@ -21,18 +21,18 @@ from reinforce.config import Config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.pool import DecodePool
+from reinforce.engine.inference.flops import measure_costs
 from reinforce.engine.inference.full_batch import fit_batch
-from reinforce.engine.inference.model_flops import measure_costs
 from reinforce.engine.inference.models import Counters, Models, load_models
 from reinforce.engine.inference.self_test import check_models, precisions
 from reinforce.engine.inference.stage_meter import device_report
 from reinforce.engine.messages.pulse import Pulse, WorkerWatch, output_path, process_memory
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, ShardResult, WorkerId, WorkerInfo
-from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.record.metrics import Recorder
 from reinforce.engine.worker.shard import allocate_pixels, process_shard
 from reinforce.errors import StorageError, UserError
-from teachers.device.accelerator import determinism
+from teachers.device import determinism
 from teachers.redact import Redactor
 
 SHARDS_IN_FLIGHT = 2

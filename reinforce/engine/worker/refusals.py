@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from reinforce.dataset.files.store import Store
 from reinforce.engine.messages.tracebacks import shorten
-from reinforce.source.formats.tar import Refusal
+from reinforce.source.samples import Refusal
 from schemas import WHOLE_SHARD
 
 _EXAMPLE_CHARS = 300

@@ -34,14 +34,14 @@ from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.stage_meter import device_report
 from reinforce.engine.messages.pulse import WRITING, LeaseWatch
 from reinforce.engine.messages.results import LayerFailure, ShardResult
+from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.changed_sources import referenced_source_change
-from reinforce.engine.plan.plan import PendingShard
 from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import IMAGES, OutOfStep, origin_entries, set_inputs_aside, set_stale_aside
 from reinforce.engine.worker.tables import aligned_captions, captions_table, samples_table, vectors_table
-from reinforce.source.formats.tar import Refusal
 from reinforce.source.identity import SourceState, former_url, read_state
 from reinforce.source.references import ChangedImages
+from reinforce.source.samples import Refusal
 from reinforce.source.urls import canonical
 from schemas import IMAGE_DIGEST, Reason
 from teachers.decoding.postprocess import clean

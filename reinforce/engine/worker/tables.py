@@ -15,8 +15,8 @@ from reinforce.engine.decode.rows import NewSample, Row
 from reinforce.engine.messages.results import raising_layer_failure
 from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import OutOfStep
-from reinforce.source.formats.tar import Refusal
 from reinforce.source.references import image_digest
+from reinforce.source.samples import Refusal
 from schemas import IMAGE_DIGEST, Reason
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from reinforce.config import Input, Limits
 from reinforce.source.file_types import IMAGE_EXTENSIONS, image_extension
-from reinforce.source.formats.tar import RawSample, Refusal
+from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
 
 #: Names of columns with images, with their places, and with keys: upper or lower case, in the order of preference.

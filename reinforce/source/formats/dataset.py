@@ -11,8 +11,8 @@ from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.formats.columns import Columns, Place, make_sample
 from reinforce.source.formats.parquet import ParquetFile, Row
-from reinforce.source.formats.tar import RawSample, Refusal, read_ranges
-from reinforce.source.references import ImageRoots, image_digest
+from reinforce.source.references import ImageRoots, image_digest, read_ranges
+from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.tar import DamagedTar
 from schemas import IMAGE_DIGEST, Reason, image_column
 

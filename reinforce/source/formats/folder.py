@@ -22,7 +22,8 @@ from reinforce.source.formats.columns import NoColumn, Place, RowReader, find_co
 from reinforce.source.formats.lines import BrokenRow, csv_rows, jsonl_rows
 from reinforce.source.formats.parquet import ParquetFile, is_binary
 from reinforce.source.formats.recognise import format_of_name
-from reinforce.source.formats.tar import RawSample, Refusal, sample_of_files, split_name
+from reinforce.source.formats.tar import sample_of_files, split_name
+from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.streams import check_file
 from reinforce.source.urls import canonical, filesystem
 from schemas import Reason

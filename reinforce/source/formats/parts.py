@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from reinforce.parquet.footers import RefusedFile
-from reinforce.source.file_types import CSV, JSONL, PARQUET, lines
+from reinforce.source.file_types import CSV, JSONL, PARQUET
+from reinforce.source.formats import lines
 from reinforce.source.formats.parquet import ParquetFile
 
 #: Formats whose files can be divided.

@@ -5,70 +5,26 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 from reinforce.config import Limits
-from reinforce.errors import UserError
-from reinforce.source.captions import caption_of, why_no_caption
-from reinforce.source.file_types import IMAGE_EXTENSIONS, NOT_A_FILE, folder_detail
-from reinforce.source.references import ImageRoots, check_digests
-from reinforce.source.streams import BLOCK_BYTES, check_file, open_stream
+from reinforce.source.file_types import IMAGE_EXTENSIONS
+from reinforce.source.samples import (
+    RawSample,
+    ReadBudget,
+    Refusal,
+    T,
+    as_utf8,
+    refused_key,
+    refused_rest,
+    refusing_absent,
+)
+from reinforce.source.streams import open_stream
 from reinforce.source.tar import DamagedTar, File, Member, Readable, members
-from reinforce.source.urls import canonical, compression, filesystem
 from schemas import Reason
 
-T = TypeVar("T")
 _META = re.compile(r"__[^/]*__(/|$)")
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A sample, or a part of it, that cannot be read; with key None, a problem of the shard as a whole."""
-
-    key: str | None
-    reason: Reason
-    detail: str
-
-
-@dataclass(frozen=True)
-class RawSample:
-    """A sample as stored in its shard; ``offset`` and ``length`` locate the image in the uncompressed tar, in bytes."""
-
-    key: str  # bytes of the name that are not UTF-8 are written as %XX
-    image: bytes
-    offset: int
-    length: int
-    sidecars: dict[str, bytes]  # by lower-case extension: txt, json, ...
-    left_out: Mapping[str, Refusal] = field(default_factory=dict)  # by extension: sidecars that were not read, and why
-    of_image: Mapping[str, bytes] = field(default_factory=dict)  # of an image v1.png: the sidecar v1.txt, as txt
-    members: tuple[str, ...] = ()  # the extensions of all members, in order
-    columns: tuple[str, ...] | None = None  # of a row of a table: the names of all columns
-    url: str | None = None  # of a file that holds this image alone
-
-    @property
-    def all_sidecars(self) -> dict[str, bytes]:
-        """The sidecars by extension, those that share the image's compound extension included."""
-        return {**self.of_image, **self.sidecars}
-
-    def caption(self, fields: Sequence[str], limits: Limits) -> str | None:
-        """The caption by ``caption_of``; the sample's own sidecars take precedence over those of its image."""
-        return caption_of(self.sidecars, fields, limits) or caption_of(self.all_sidecars, fields, limits)
-
-    def why_no_caption(self, fields: Sequence[str]) -> str:
-        """Where ``caption`` looked in vain, and what the sample has."""
-        if self.columns is None:
-            return why_no_caption(self.all_sidecars, fields, self.members)
-        looked = ", ".join(field.partition(":")[2] or field for field in fields)
-        return f"no caption: looked for text in the columns {looked}; the row has {', '.join(self.columns)}"[:500]
-
-
-@dataclass
-class ReadBudget:
-    """Bytes of an uncompressed tar that may still be read. At 0 the tar ends for its reader."""
-
-    left: int
 
 
 def read_shard(
@@ -91,19 +47,6 @@ def read_shard(
     yield from refusing_absent(url, _read_tar(url, limits, images, budget))
 
 
-def refusing_absent(url: str, items: Iterator[T]) -> Iterator[T | Refusal]:
-    """Yield what is read of a shard, and a Refusal without a key if there is no file, or none that can be read."""
-    try:
-        yield from items
-    except (FileNotFoundError, NotADirectoryError) as error:
-        yield Refusal(None, Reason.SHARD_MISSING, _describe(error))
-    except IsADirectoryError as error:
-        detail = NOT_A_FILE if error.strerror == NOT_A_FILE else folder_detail(canonical(url))
-        yield Refusal(None, Reason.SHARD_UNREADABLE, detail)
-    except PermissionError as error:
-        yield Refusal(None, Reason.SHARD_UNREADABLE, _describe(error))
-
-
 def _read_tar(url: str, limits: Limits, images: bool, budget: ReadBudget | None) -> Iterator[RawSample | Refusal]:
     with open_stream(url) as (stream, size):
         bounded = stream if budget is None else _BoundedStream(stream, budget)
@@ -118,63 +61,6 @@ def sample_of_files(key: str, files: Iterable[tuple[str, File]], limits: Limits)
     yield from group.close(limits)
 
 
-def refused_key(key: str, limits: Limits, repeated: bool) -> Refusal | None:
-    """Why a sample with this key is not stored; ``repeated`` is whether its shard has another before it."""
-    if len(key) > limits.key_chars:
-        detail = f"{len(key)} characters, above limits.key_chars of {limits.key_chars}"
-        return Refusal(key[:100], Reason.KEY_CHARS, detail)
-    if repeated:
-        return Refusal(key, Reason.DUPLICATE_KEY, "the key occurs earlier in this shard; the first is kept")
-    return None
-
-
-def refused_rest(limits: Limits, first: str) -> Refusal:
-    """The refusal of what follows the last sample that is read of a shard, from ``first`` on."""
-    detail = f"more than limits.shard_samples of {limits.shard_samples}; the rest, from {first} on, is not read"
-    return Refusal(None, Reason.SHARD_SAMPLES, detail)
-
-
-def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-    """Yield the bytes at each (offset, length) of an uncompressed tar; the ranges must be in ascending order.
-
-    Requests read ahead by 8 MiB, so that neighbouring ranges share them. Web servers cannot redirect
-    them. Raises DamagedTar where the file ends before a range does, and what the storage raises.
-    """
-    if compression(url):
-        raise UserError(f"{canonical(url)}: images cannot be read by reference from a compressed tar. Unpack it.")
-    fs, path = filesystem(url, redirects=False)
-    check_file(fs, path)
-    with fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
-        for offset, length in ranges:
-            file.seek(offset)
-            data = bytearray()
-            while len(data) < length and (part := file.read(length - len(data))):
-                data += part
-            if len(data) < length:
-                raise DamagedTar(offset + len(data), f"the file ends inside the {length} bytes at {offset}")
-            yield bytes(data)
-
-
-def referenced_images(
-    references: Sequence[Mapping[str, Any]],
-    roots: ImageRoots,
-    moved: Mapping[str, str] | None = None,
-    digests: Sequence[int | None] | None = None,
-) -> Iterator[bytes]:
-    """Yield the images of one row group from their tars; consecutive rows of one URL are read sequentially.
-
-    ``moved`` is that of the config: references name the former places of the tars. ``digests`` are those of the images
-    if they are known. Raises UserError before anything is read if a reference is outside ``roots``, and ChangedImages.
-    """
-    images = _read_references(roots.ranges(references, moved))
-    yield from images if digests is None else check_digests(images, digests, references)
-
-
-def _read_references(ranges: Sequence[tuple[str, int, int]]) -> Iterator[bytes]:
-    for url, rows in itertools.groupby(ranges, key=lambda found: found[0]):
-        yield from read_ranges(url, ((offset, length) for _, offset, length in rows))
-
-
 def split_name(name: str) -> tuple[str, str]:
     """Split a member's name into key and lower-case extension; the key is empty if it belongs to no sample."""
     folder, slash, base = name.rpartition("/")
@@ -182,11 +68,6 @@ def split_name(name: str) -> tuple[str, str]:
     if not stem or not dot or _META.match(name) or "__MACOSX" in folder.split("/"):
         return "", ""
     return folder + slash + stem, extension.lower()
-
-
-def as_utf8(name: str) -> str:
-    """Write bytes of a name that are not UTF-8 as %XX, so that different names stay different."""
-    return re.sub(r"[\udc80-\udcff]", lambda match: f"%{ord(match[0]) - 0xDC00:02X}", name)
 
 
 @dataclass
@@ -362,7 +243,3 @@ def _read(member: File, limit: int) -> tuple[bytes | None, bool]:
         return member.read(limit), False
     except DamagedTar:  # the same damage is reported again after this member
         return None, True
-
-
-def _describe(error: OSError) -> str:
-    return as_utf8(error.strerror or str(error) or type(error).__name__)

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from reinforce.config import Input
 from reinforce.prefetch import prefetch
 from reinforce.source.formats.columns import Place, make_sample
-from reinforce.source.formats.tar import RawSample, Refusal
 from reinforce.source.linked_images.http import ImageRefusedByPlace, Unreachable, fetch
 from reinforce.source.references import MAX_URL_CHARS, ImageRoots
+from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.streams import check_file
 from reinforce.source.urls import canonical, filesystem
 from schemas import Reason

@@ -20,8 +20,7 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embe
 from reinforce.errors import UserError
 from reinforce.images.policy import IMAGE_POLICY
 from reinforce.seeds import uniforms
-from reinforce.source.formats.tar import referenced_images
-from reinforce.source.references import ImageRoots
+from reinforce.source.references import ImageRoots, referenced_images
 from reinforce.source.tar import DamagedTar
 from schemas import IMAGE_DIGEST, image_columns
 

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from reinforce.dataset.augment import fixed_point
 from reinforce.dataset.augment.backends import load_backend
-from reinforce.dataset.augment.records import fixed_point
 from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
 from reinforce.student.config import Data

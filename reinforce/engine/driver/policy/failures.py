@@ -32,7 +32,7 @@ from reinforce.engine.driver.policy.faults import Faults, Faulty
 from reinforce.engine.driver.policy.hangs import Hang
 from reinforce.engine.driver.policy.memory import MemoryDeaths, MemoryUse
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId
-from reinforce.engine.plan.plan import PendingShard
+from reinforce.engine.messages.task import PendingShard
 from reinforce.errors import RayEnded, TooManyQuarantined, UserError
 from schemas import Reason
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from reinforce.engine.driver.stop import stop_requests
+from reinforce.signals import stop_requests
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

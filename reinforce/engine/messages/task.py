@@ -1,0 +1,39 @@
+"""A source shard to compute, as the driver sends it to a worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reinforce.source.file_types import FOLDER, TAR
+from reinforce.source.formats.parts import Part
+from reinforce.source.identity import SourceState
+from reinforce.source.reading import Shard
+
+
+@dataclass(frozen=True, slots=True)
+class PendingShard:
+    """A source shard and its missing layers, each after the layers it needs.
+
+    ``stored`` are layers that exist although samples are missing, also of other configs, and ``recorded`` is the state
+    of the source file when its samples were written before, if a run has recorded it.
+    """
+
+    name: str
+    url: str
+    layers: tuple[str, ...]
+    reinforcements: str | None = None  # URL of its published reinforcements, if a missing layer reads them
+    stored: tuple[str, ...] = ()
+    recorded: SourceState | None = None
+    format: str = TAR
+    listing: str = ""  # URL of the list of its files
+    part: Part | None = None  # of a table that is divided
+
+    @property
+    def source(self) -> Shard:
+        """The shard as it is read."""
+        return Shard(self.url, self.name, self.format, self.listing, self.part)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether its URL is that of a file, which it has all samples of."""
+        return self.format != FOLDER and self.part is None

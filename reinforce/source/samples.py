@@ -1,0 +1,102 @@
+"""Samples and refusals as sources yield them, and the limits on keys and shards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from reinforce.config import Limits
+from reinforce.source.captions import caption_of, why_no_caption
+from reinforce.source.file_types import NOT_A_FILE, folder_detail
+from reinforce.source.urls import canonical
+from schemas import Reason
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A sample, or a part of it, that cannot be read; with key None, a problem of the shard as a whole."""
+
+    key: str | None
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as stored in its shard; ``offset`` and ``length`` locate the image in the uncompressed tar, in bytes."""
+
+    key: str  # bytes of the name that are not UTF-8 are written as %XX
+    image: bytes
+    offset: int
+    length: int
+    sidecars: dict[str, bytes]  # by lower-case extension: txt, json, ...
+    left_out: Mapping[str, Refusal] = field(default_factory=dict)  # by extension: sidecars that were not read, and why
+    of_image: Mapping[str, bytes] = field(default_factory=dict)  # of an image v1.png: the sidecar v1.txt, as txt
+    members: tuple[str, ...] = ()  # the extensions of all members, in order
+    columns: tuple[str, ...] | None = None  # of a row of a table: the names of all columns
+    url: str | None = None  # of a file that holds this image alone
+
+    @property
+    def all_sidecars(self) -> dict[str, bytes]:
+        """The sidecars by extension, those that share the image's compound extension included."""
+        return {**self.of_image, **self.sidecars}
+
+    def caption(self, fields: Sequence[str], limits: Limits) -> str | None:
+        """The caption by ``caption_of``; the sample's own sidecars take precedence over those of its image."""
+        return caption_of(self.sidecars, fields, limits) or caption_of(self.all_sidecars, fields, limits)
+
+    def why_no_caption(self, fields: Sequence[str]) -> str:
+        """Where ``caption`` looked in vain, and what the sample has."""
+        if self.columns is None:
+            return why_no_caption(self.all_sidecars, fields, self.members)
+        looked = ", ".join(field.partition(":")[2] or field for field in fields)
+        return f"no caption: looked for text in the columns {looked}; the row has {', '.join(self.columns)}"[:500]
+
+
+@dataclass
+class ReadBudget:
+    """Bytes of an uncompressed tar that may still be read. At 0 the tar ends for its reader."""
+
+    left: int
+
+
+def refusing_absent(url: str, items: Iterator[T]) -> Iterator[T | Refusal]:
+    """Yield what is read of a shard, and a Refusal without a key if there is no file, or none that can be read."""
+    try:
+        yield from items
+    except (FileNotFoundError, NotADirectoryError) as error:
+        yield Refusal(None, Reason.SHARD_MISSING, _describe(error))
+    except IsADirectoryError as error:
+        detail = NOT_A_FILE if error.strerror == NOT_A_FILE else folder_detail(canonical(url))
+        yield Refusal(None, Reason.SHARD_UNREADABLE, detail)
+    except PermissionError as error:
+        yield Refusal(None, Reason.SHARD_UNREADABLE, _describe(error))
+
+
+def refused_key(key: str, limits: Limits, repeated: bool) -> Refusal | None:
+    """Why a sample with this key is not stored; ``repeated`` is whether its shard has another before it."""
+    if len(key) > limits.key_chars:
+        detail = f"{len(key)} characters, above limits.key_chars of {limits.key_chars}"
+        return Refusal(key[:100], Reason.KEY_CHARS, detail)
+    if repeated:
+        return Refusal(key, Reason.DUPLICATE_KEY, "the key occurs earlier in this shard; the first is kept")
+    return None
+
+
+def refused_rest(limits: Limits, first: str) -> Refusal:
+    """The refusal of what follows the last sample that is read of a shard, from ``first`` on."""
+    detail = f"more than limits.shard_samples of {limits.shard_samples}; the rest, from {first} on, is not read"
+    return Refusal(None, Reason.SHARD_SAMPLES, detail)
+
+
+def as_utf8(name: str) -> str:
+    """Write bytes of a name that are not UTF-8 as %XX, so that different names stay different."""
+    return re.sub(r"[\udc80-\udcff]", lambda match: f"%{ord(match[0]) - 0xDC00:02X}", name)
+
+
+def _describe(error: OSError) -> str:
+    return as_utf8(error.strerror or str(error) or type(error).__name__)
