@@ -30,12 +30,12 @@ __all__ = ["Config", "Dataset", "Sample", "UserError", "load_config", "open", "r
 
 _HOMES = {
     "Config": "config",
-    "Dataset": "dataset.reader",
-    "Sample": "dataset.sample",
+    "Dataset": "dataset.reading.dataset",
+    "Sample": "dataset.reading.sample",
     "UserError": "errors",
     "load_config": "config",
-    "open": "dataset.reader",
-    "run": "engine.runner",
+    "open": "dataset.reading.dataset",
+    "run": "engine.run",
     "train": "student.train",
 }
 

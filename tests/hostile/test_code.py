@@ -19,7 +19,7 @@ SOURCES = [path for folder in ("reinforce", "teachers", "schemas", "jobs") for p
 NEVER = {"pickle.load", "pickle.loads", "joblib.load", "marshal.loads", "shelve.open", "eval", "exec", "os.system"}
 NEVER |= {"yaml.load", "tar.extract", "tar.extractall", "archive.extractall"}
 #: Messages between a worker and its own decode processes, over a socket without a name.
-OWN_MESSAGES = {("decode_handle.py", "pickle.loads"), ("decode_process.py", "pickle.loads")}
+OWN_MESSAGES = {("handle.py", "pickle.loads"), ("process.py", "pickle.loads")}
 
 
 def calls(path: Path) -> Iterator[tuple[str, dict[str | None, str]]]:

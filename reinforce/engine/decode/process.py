@@ -31,7 +31,7 @@ READY = b"ready"
 #: What follows ``python -c``; the module is found where the parent finds it.
 COMMAND = (
     "import json, sys; arguments = json.loads(sys.argv[1]); sys.path[:] = arguments.pop('path'); "
-    "from reinforce.engine import decode_process; decode_process.main(**arguments)"
+    "from reinforce.engine.decode import process; process.main(**arguments)"
 )
 _KEPT_SPECS = 8
 _PR_SET_PDEATHSIG = 1

@@ -1,7 +1,7 @@
 """The driver: leases the shards of a plan to workers until every one is finished or quarantined.
 
 This is the part that talks to Ray and to the storage. `failures.py` decides what happens when something fails,
-`schedule.py` which worker gets which shard, and `pool.py` how many workers there are.
+`shard_queue.py` which worker gets which shard, and `pool.py` how many workers there are.
 """
 
 from __future__ import annotations
