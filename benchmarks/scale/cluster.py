@@ -171,7 +171,7 @@ class SimulatedRay:
                 np.sort(np.random.default_rng(hash(shard.name) % 2**32).integers(0, 2**63, _KEYS, np.uint64))
             )
             result = ShardResult(
-                shard.name, shard.layers, 10_000, {}, None, seconds, seconds, 10**9, {},
+                shard=shard.name, layers=shard.layers, samples=10_000, seconds=seconds, busy=seconds, bytes=10**9,
                 record=ShardRecord(shard.name, keys, None),
                 files=dict.fromkeys(shard.layers, FileEntry(10**8, (1024,) * 10)),
             )  # fmt: skip

@@ -21,7 +21,7 @@ from reinforce.config import parse_config
 from reinforce.engine.decode.ahead import decode_ahead
 from reinforce.engine.decode.cells import PixelLayout
 from reinforce.engine.decode.item import Decoded, DecodeSpec, Outcome, SourceItem
-from reinforce.engine.decode.pool import DecodePool, Lease
+from reinforce.engine.decode.pool import CellLease, DecodePool
 from reinforce.source.samples import RawSample, Refusal
 from tests.helpers.data import config_of, picture
 from tests.helpers.decode_faults import CrashingSample, FailingSample, OnceCrashingSample
@@ -260,7 +260,7 @@ def test_a_process_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 def test_a_lease_needs_no_memory_where_no_pixels_are_needed() -> None:
     with pool_of(1) as pool, pool.lease(DecodeSpec(CONFIG, PixelLayout(None)), 8) as lease:
-        assert isinstance(lease, Lease)
+        assert isinstance(lease, CellLease)
         [outcome] = lease.submit([0], [item(0)]).result()
         assert isinstance(outcome, Decoded)
         assert (outcome.width, outcome.height, outcome.caption) == (40, 30, "a caption")

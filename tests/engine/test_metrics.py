@@ -94,22 +94,17 @@ def test_the_totals_of_a_run_are_the_series_that_the_driver_records() -> None:
         "captions/c": {"inputs": 6, "seconds": 2.0, "tokens": 50},
         "embeddings/t/images": {"inputs": 4, "seconds": 1},
     }
-    result = ShardResult(
-        "a",
-        ("samples",),
-        2,
-        {"no_text": 1},
-        None,
-        3.0,
-        2.5,
-        100,
-        {},
-        stages=stages,
-        read_bytes=70,
-        times={"reading": 3.0},
-    )
-    totals.add(result)
-    totals.add(ShardResult("b", (), 0, {"shard_missing": 1}, "shard_missing", 1.0, 0.0, 0, {}, times={"reading": 1.0}))
+    times, refused = {"reading": 3.0}, {"no_text": 1}
+    totals.add(
+        ShardResult(
+            shard="a", samples=2, refused=refused, seconds=3.0, busy=2.5, bytes=100,
+            stages=stages, read_bytes=70, times=times,
+        )
+    )  # fmt: skip
+    refused, times = {"shard_missing": 1}, {"reading": 1.0}
+    totals.add(
+        ShardResult(shard="b", refused=refused, quarantine_reason="shard_missing", seconds=1.0, times=times)
+    )  # fmt: skip
     totals.add_quarantined("c", "samples", "shard_crashed", "it died")
     totals.retries["error"] += 1
     values = totals_values(totals, {"worker_died": 2, "shard": 2})

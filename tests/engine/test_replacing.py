@@ -30,9 +30,9 @@ class Handling(WorkerHandling):
     def _replace(self, slot: Slot, reason: str) -> None:
         self.replaced.append(slot)
 
-    def finish(self, slot: Slot, shard: str, given_up: Reason | None) -> None:
-        reason = given_up.value if given_up else None
-        self._count_success(slot, ShardResult(shard, (), 0, {}, reason, 1.0, 0.5, 0, {}))
+    def finish(self, slot: Slot, shard: str, refused: Reason | None) -> None:
+        reason = refused.value if refused else None
+        self._count_success(slot, ShardResult(shard=shard, quarantine_reason=reason, seconds=1.0, busy=0.5))
 
 
 def unread(handling: Handling, *names: str) -> None:

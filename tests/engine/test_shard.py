@@ -37,7 +37,7 @@ def test_a_result_lists_the_committed_layers_their_bytes_and_what_was_refused(tm
     result = process(shard_config(tmp_path, members))
     files = {name: data for name, data in tree(tmp_path / "out").items() if not name.startswith("quarantine")}
     assert {name.rpartition("/")[0] for name in files} == set(result.layers)
-    assert (result.samples, result.bytes, result.given_up) == (8, sum(map(len, files.values())), None)
+    assert (result.samples, result.bytes, result.quarantine_reason) == (8, sum(map(len, files.values())), None)
     assert result.refused == {"image_broken": 1, "no_text": 3}, "one caption is missing, for both teachers"
     [path] = (tmp_path / "out/quarantine/embeddings/red/caption").iterdir()
     [row] = pq.read_table(path).to_pylist()
@@ -61,7 +61,7 @@ def test_a_shard_that_is_refused_as_a_whole_commits_nothing_but_its_quarantine(t
     config = shard_config(tmp_path, members_of(0, 3))
     (tmp_path / "source" / "0.tar").write_text("not a tar\n" * 100)
     result = process(config)
-    assert (result.layers, result.samples, result.given_up) == ((), 0, "shard_unreadable")
+    assert (result.layers, result.samples, result.quarantine_reason) == ((), 0, "shard_unreadable")
     [file] = tree(tmp_path / "out")
     assert file.startswith("quarantine/samples/")
 

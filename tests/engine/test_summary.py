@@ -24,7 +24,16 @@ from reinforce.engine.record.summary import (
 )
 from reinforce.errors import StorageError, TooManyQuarantined, UserError
 
-RESULT = ShardResult("a", ("samples",), 10, {"image_broken": 1}, None, 1.0, 0.5, 100, {"c": {"captions": 20, "cut": 1}})
+RESULT = ShardResult(
+    shard="a",
+    layers=("samples",),
+    samples=10,
+    refused={"image_broken": 1},
+    seconds=1.0,
+    busy=0.5,
+    bytes=100,
+    cleaned={"c": {"captions": 20, "cut": 1}},
+)
 
 
 def plan(shards: int = 10, quarantined: int = 0, pending: tuple[str, ...] = ("samples",), **failures: Any) -> Plan:

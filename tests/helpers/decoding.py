@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from reinforce.config import Config
 from reinforce.engine.decode.item import DecodeSpec
-from reinforce.engine.decode.pool import DecodePool, Lease
+from reinforce.engine.decode.pool import CellLease, DecodePool
 from reinforce.engine.decode.rows import Row, RowSpec
 
 
@@ -19,7 +19,7 @@ def decode_pool() -> DecodePool:
 
 
 @contextmanager
-def lease(config: Config, spec: RowSpec, cells: int = 64) -> Iterator[Lease]:
+def lease(config: Config, spec: RowSpec, cells: int = 64) -> Iterator[CellLease]:
     """Pixel cells for rows of ``spec``."""
     with decode_pool().lease(DecodeSpec(config, spec.layout(config)), cells) as taken:
         yield taken

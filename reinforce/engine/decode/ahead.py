@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 
 from reinforce.engine.decode.item import Decoded, Failed, Item, Outcome
-from reinforce.engine.decode.pool import Lease
+from reinforce.engine.decode.pool import CellLease
 from reinforce.engine.messages.pulse import DECODING, READING
 from reinforce.source.samples import Refusal
 
@@ -33,7 +33,7 @@ def chunk_items(window: int, processes: int) -> int:
 
 
 def decode_ahead(
-    lease: Lease, items: Iterable[Item | Refusal], window: int
+    lease: CellLease, items: Iterable[Item | Refusal], window: int
 ) -> Iterator[tuple[Item | None, int, Decoded | Refusal]]:
     """Yield each item, its cell and what it was decoded to, in order; a Refusal passes through.
 
@@ -56,7 +56,7 @@ def decode_ahead(
 class _Ahead:
     """The pending items, in order, and the chunks that they are in."""
 
-    def __init__(self, lease: Lease, chunk_limit: int) -> None:
+    def __init__(self, lease: CellLease, chunk_limit: int) -> None:
         self.bytes = 0  # encoded, of all pending items
         self._lease, self._chunk_limit = lease, chunk_limit
         self._pending: deque[Refusal | tuple[_Chunk, int]] = deque()

@@ -40,7 +40,7 @@ class Job:
     """A chunk of items, which is finished once each has an outcome."""
 
     number: int
-    lease: Lease
+    lease: CellLease
     cells: Sequence[int]
     items: Sequence[Item]
     future: Future[list[Outcome]] = field(default_factory=Future)
@@ -80,8 +80,8 @@ class Task:
 
 
 @dataclass(eq=False)
-class Lease:
-    """Pixel cells for one shard; ``spec`` is the pickled DecodeSpec of its items."""
+class CellLease:
+    """The pixel cells that one shard uses; ``spec`` is the pickled DecodeSpec of its items."""
 
     number: int
     spec: bytes
@@ -107,7 +107,7 @@ class DecodePool:
         self.jobs: queue.PriorityQueue[tuple[float, int, Job | None]] = queue.PriorityQueue()
         self.status = SharedMemory(StatusBoard.bytes(processes))
         self.pixels = SharedMemory(1)  # the byte that processes lock
-        self._regions: list[tuple[int, Bytes]] = []  # start and memory of each region that no lease uses
+        self._regions: list[tuple[int, Bytes]] = []  # start and memory of each region that no shard uses
         self._changing = threading.Lock()
         self._job_numbers, self._lease_numbers = itertools.count(1), itertools.count(1)
         self._servers = [_Server(self, number) for number in range(processes)]
@@ -126,7 +126,7 @@ class DecodePool:
                 raise RuntimeError(server.start_error)
 
     def allocate(self, size: int) -> Bytes:
-        """Add a region of pixel memory of ``size`` bytes, which one lease at a time uses, and return it."""
+        """Add a region of pixel memory of ``size`` bytes, which one shard at a time uses, and return it."""
         with self._changing:
             start = -(-self.pixels.size // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages can be locked for a device
             self.pixels.resize(start + size)
@@ -135,13 +135,13 @@ class DecodePool:
             return region
 
     @contextlib.contextmanager
-    def lease(self, spec: DecodeSpec, cells: int, watch: LeaseWatch | None = None) -> Iterator[Lease]:
+    def lease(self, spec: DecodeSpec, cells: int, watch: LeaseWatch | None = None) -> Iterator[CellLease]:
         """Cells for one shard, whose steps ``watch`` receives. No process uses them when the context ends."""
         size = cells * spec.layout.cell_bytes
         start, region = self._take_region(size)
         memory = region[:size]
         placed = replace(spec, start=start, stop=start + size)
-        lease = Lease(
+        lease = CellLease(
             next(self._lease_numbers),
             pickle.dumps(placed, pickle.HIGHEST_PROTOCOL),
             spec.layout.cells(memory),
@@ -155,7 +155,7 @@ class DecodePool:
             with self._changing:
                 self._regions.append((start, region))
 
-    def submit(self, lease: Lease, cells: Sequence[int], items: Sequence[Item]) -> Future[list[Outcome]]:
+    def submit(self, lease: CellLease, cells: Sequence[int], items: Sequence[Item]) -> Future[list[Outcome]]:
         """Decode items into cells of a lease. The result has one outcome per item."""
         job = Job(next(self._job_numbers), lease, cells, items)
         with self._changing:

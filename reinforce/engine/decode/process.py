@@ -83,7 +83,7 @@ def main(number: int, parent: int, socket: int, status: int, pixels: int, messag
     image.large_image_lock = _FileLock(pixels)
     board = StatusBoard(SharedMemory(descriptor=status))
     inbox = [SharedMemory(descriptor=descriptor) for descriptor in messages]
-    leases = _Leases(SharedMemory(descriptor=pixels))
+    leases = _CellLeases(SharedMemory(descriptor=pixels))
     connection = Connection(socket)
     gc.freeze()  # garbage collections skip all imported modules
     try:
@@ -102,7 +102,7 @@ def main(number: int, parent: int, socket: int, status: int, pixels: int, messag
         sys.exit(0)
 
 
-class _Leases:
+class _CellLeases:
     """The specs of recent leases, and their cells in the pixel memory."""
 
     def __init__(self, memory: SharedMemory) -> None:

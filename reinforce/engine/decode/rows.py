@@ -18,7 +18,7 @@ from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.engine.decode.ahead import decode_ahead
 from reinforce.engine.decode.cells import PixelLayout
 from reinforce.engine.decode.item import Decoded, SourceItem, StoredItem
-from reinforce.engine.decode.pool import Lease
+from reinforce.engine.decode.pool import CellLease
 from reinforce.engine.messages.pulse import READING
 from reinforce.errors import UserError
 from reinforce.source.file_types import TAR
@@ -94,7 +94,7 @@ def max_group_rows(augmentations: int, group_rows: int = GROUP_ROWS) -> int:
 
 
 def rows_from_source(
-    config: Config, shard: Shard, spec: RowSpec, lease: Lease, window: int, group_rows: int = GROUP_ROWS
+    config: Config, shard: Shard, spec: RowSpec, lease: CellLease, window: int, group_rows: int = GROUP_ROWS
 ) -> Iterator[Row | Refusal]:
     """Read a source shard. Every image is decoded, even where no layer needs it, so that broken ones are refused.
 
@@ -127,7 +127,7 @@ def rows_from_source(
 
 
 def rows_from_samples(
-    config: Config, shard: Shard, file: LayerFile, spec: RowSpec, lease: Lease, window: int
+    config: Config, shard: Shard, file: LayerFile, spec: RowSpec, lease: CellLease, window: int
 ) -> Iterator[Row]:
     """Read the rows back from the samples layer of a shard, with images only if ``spec`` needs them.
 
@@ -220,7 +220,7 @@ def _new_sample(raw: RawSample, decoded: Decoded) -> NewSample:
     )
 
 
-def _stored_row(item: StoredItem, cell: int, outcome: Decoded | Refusal, lease: Lease) -> Row:
+def _stored_row(item: StoredItem, cell: int, outcome: Decoded | Refusal, lease: CellLease) -> Row:
     if isinstance(outcome, Decoded):
         return Row(item.key, item.caption, cell, outcome.published, None, outcome.unreadable, item.group)
     cell = lease.free.take()  # an image that was accepted before crashes its decode process now

@@ -240,7 +240,7 @@ class Driver(WorkerHandling, RunReporting):
             self.policy.worker_died(worker, reason, time.monotonic(), dead, memory)
         else:
             shard = self.pool.end_lease(ref)
-            if not (result.given_up and self._try_elsewhere(slot, shard, result.given_up)):
+            if not (result.quarantine_reason and self._try_elsewhere(slot, shard, result.quarantine_reason)):
                 self._count_success(slot, result)
                 self._handle_result(result)
         if slot.exhausted and not slot.leases and slot in self.pool.slots:
@@ -259,10 +259,10 @@ class Driver(WorkerHandling, RunReporting):
             self.records.add(result.record)
         if result.source_note:
             self._log(f"{result.shard}: {result.source_note}")
-        if result.given_up:
-            detail = result.examples.get(result.given_up, "")
-            self._log(f"{result.shard} is quarantined: {result.given_up}: {detail}")
-            self._count_quarantined(result.shard, f"{result.given_up}: {detail}")
+        if result.quarantine_reason:
+            detail = result.examples.get(result.quarantine_reason, "")
+            self._log(f"{result.shard} is quarantined: {result.quarantine_reason}: {detail}")
+            self._count_quarantined(result.shard, f"{result.quarantine_reason}: {detail}")
 
     def _try_elsewhere(self, slot: Slot, shard: PendingShard, reason: str) -> bool:
         """Whether a shard that could not be read is tried on another node."""

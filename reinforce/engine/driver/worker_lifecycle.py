@@ -44,7 +44,7 @@ class WorkerHandling:
     def _count_success(self, slot: Slot, result: ShardResult) -> None:
         assert slot.info is not None
         slot.failures, slot.failed, slot.finished, slot.memory = 0, 0, slot.finished + 1, result.memory
-        if result.given_up:  # that a shard is refused here proves nothing about workers at which it failed
+        if result.quarantine_reason:  # that a shard is refused here proves nothing about workers at which it failed
             self.policy.memory.passed()
             return
         faulty = self.policy.lease_passed(result.shard, slot.info.id, time.monotonic(), len(self.pool.slots))

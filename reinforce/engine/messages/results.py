@@ -52,43 +52,38 @@ class WorkerInfo:
         return WorkerId(self.node, self.pid, self.host)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardResult:
-    """Result of one lease. The fields but ``record`` and ``files`` are the keys of the ``shard`` event in
-    events.jsonl."""
+    """Result of one lease. Its fields are the keys of the ``shard`` event in events.jsonl, except ``record`` and
+    ``files``, which are not in it, and ``quarantine_reason``, which is ``given_up`` there."""
 
     shard: str
-    layers: tuple[str, ...]  # committed by this lease
-    samples: int
-    refused: Mapping[str, int]  # rows that this lease quarantined, by reason
-    given_up: str | None  # reason for which the shard as a whole is quarantined, or None
+    layers: tuple[str, ...] = ()  # committed by this lease
+    samples: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)  # rows that this lease quarantined, by reason
+    quarantine_reason: str | None = None  # of the shard as a whole; None if it is not quarantined
     seconds: float
-    busy: float
-    bytes: int
-    cleaned: Mapping[
-        str, Mapping[str, int]
-    ]  # effects of `clean`, by captioner and teachers.decoding.postprocess.COUNTS
+    busy: float = 0.0  # seconds of the accelerator
+    bytes: int = 0  # of the files
+    cleaned: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # `postprocess.COUNTS` by captioner
     examples: Mapping[str, str] = field(default_factory=dict)  # by reason: key and detail of the first refusal
     source_note: str | None = None  # how the source file has changed since the samples were written, if it has
     record: ShardRecord | None = None  # None if the shard is quarantined
     files: Mapping[str, FileEntry] = field(default_factory=dict)  # committed by this lease, by layer
     memory: int = 0  # bytes of the worker's process afterwards
-    set_aside: Mapping[str, str] = field(default_factory=dict)  # files that are to be computed again: reason by layer
+    set_aside: Mapping[str, str] = field(default_factory=dict)  # files that must be computed again: reason by layer
     notes: tuple[str, ...] = ()  # about the worker, such as a batch that did not fit in the memory of its device
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # sums of `rates.Stages`, by layer
     device: Mapping[str, Any] = field(default_factory=dict)  # name and memory of a CUDA device
     read_bytes: int = 0  # encoded images and texts, of the source or of stored samples
-    times: Mapping[str, float] = field(default_factory=dict)  # seconds by stage of `watch`, which add up to `seconds`
-
-    @classmethod
-    def postponed(cls, shard: str, seconds: float, set_aside: Mapping[str, str]) -> ShardResult:
-        """The result of a lease that has computed nothing, because it needs files that were set aside."""
-        return cls(shard, (), 0, {}, None, seconds, 0.0, 0, {}, set_aside=set_aside)
+    times: Mapping[str, float] = field(default_factory=dict)  # seconds by stage of the lease; their sum is `seconds`
 
     def event(self) -> dict[str, Any]:
         """The values of the event."""
-        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("record", "files")}
+        names = {one.name: one.name for one in fields(self) if one.name not in ("record", "files")}
+        names["quarantine_reason"] = "given_up"
         stages = {layer: _rounded(stage) for layer, stage in self.stages.items()}
+        values = {key: getattr(self, name) for name, key in names.items()}
         return {**values, "stages": stages, "times": _rounded(self.times)}
 
 

@@ -162,8 +162,8 @@ class RunTotals:
 
     def add(self, result: ShardResult) -> None:
         (self.postponed if result.set_aside else self.finished).add(result.shard)
-        self.written += not (result.set_aside or result.given_up)
-        self.given_up += result.given_up is not None
+        self.written += not (result.set_aside or result.quarantine_reason)
+        self.given_up += result.quarantine_reason is not None
         self.read_bytes += result.read_bytes
         add_numbers(self.times, result.times)
         self.samples += result.samples

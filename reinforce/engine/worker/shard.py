@@ -26,7 +26,7 @@ from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer, captions_laye
 from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import ShardRecord, SourceRecord
 from reinforce.engine.decode.item import DecodeSpec
-from reinforce.engine.decode.pool import DecodePool, Lease
+from reinforce.engine.decode.pool import CellLease, DecodePool
 from reinforce.engine.decode.rows import GROUP_ROWS, Row, RowSpec, rows_from_samples, rows_from_source
 from reinforce.engine.inference.batches import Batches, cells_per_shard, rows_ahead
 from reinforce.engine.inference.inference import Inference
@@ -119,7 +119,7 @@ class _ShardProcess:
             files = set_inputs_aside(self.store, self.shard.name, others, error)
             if not files:
                 raise
-            return ShardResult.postponed(self.shard.name, time.perf_counter() - start, files)
+            return ShardResult(shard=self.shard.name, seconds=time.perf_counter() - start, set_aside=files)
 
     def _run(self, start: float) -> ShardResult:
         with contextlib.ExitStack() as stack:
@@ -140,19 +140,19 @@ class _ShardProcess:
         reason = self.refusals.shard_reason
         stages = self.inference.meter.collect()
         return ShardResult(
-            self.shard.name,
-            () if reason else self.shard.layers,
-            self.counters.samples,
-            self.refusals.counts(),
-            reason,
-            time.perf_counter() - start,
-            self.counters.busy,
-            size,
-            {captioner: dict(+counts) for captioner, counts in self.cleaned.items()},
-            self.refusals.examples(self.redact),
-            self.source_note,
-            None if reason else ShardRecord(self.shard.name, self.keys, self.source_record),
-            {} if reason else {name: FileEntry(one.bytes, tuple(one.groups)) for name, one in writers.items()},
+            shard=self.shard.name,
+            layers=() if reason else self.shard.layers,
+            samples=self.counters.samples,
+            refused=self.refusals.counts(),
+            quarantine_reason=reason,
+            seconds=time.perf_counter() - start,
+            busy=self.counters.busy,
+            bytes=size,
+            cleaned={captioner: dict(+counts) for captioner, counts in self.cleaned.items()},
+            examples=self.refusals.examples(self.redact),
+            source_note=self.source_note,
+            record=None if reason else ShardRecord(self.shard.name, self.keys, self.source_record),
+            files={} if reason else {name: FileEntry(one.bytes, tuple(one.groups)) for name, one in writers.items()},
             set_aside=stale,
             notes=self.models.batches.take_notes(),
             stages=stages,
@@ -170,13 +170,13 @@ class _ShardProcess:
             stack.enter_context(contextlib.closing(published))
         return RowSpec(bool(self.inference.image_layers), self.inference.captioner_specs, published)
 
-    def _lease(self, spec: RowSpec) -> contextlib.AbstractContextManager[Lease]:
+    def _lease(self, spec: RowSpec) -> contextlib.AbstractContextManager[CellLease]:
         """Pixel cells for the rows that are pending and those of a batch."""
         published = PublishedReader(self.config, self.layers.values()) if spec.published else None
         decoding = DecodeSpec(self.config, spec.layout(self.config), published=published)
         return self.pool.lease(decoding, cells_per_shard(self.config), self.watch)
 
-    def _rows(self, stack: contextlib.ExitStack, spec: RowSpec, lease: Lease) -> Generator[Row]:
+    def _rows(self, stack: contextlib.ExitStack, spec: RowSpec, lease: CellLease) -> Generator[Row]:
         """The rows of the shard; records what is refused at reading."""
         window = rows_ahead(self.config)
         if SAMPLES not in self.layers:
@@ -214,7 +214,7 @@ class _ShardProcess:
 
     # -- models
 
-    def _run_models(self, rows: Iterator[Row], lease: Lease) -> tuple[list[Row], dict[str, list[Any]]]:
+    def _run_models(self, rows: Iterator[Row], lease: CellLease) -> tuple[list[Row], dict[str, list[Any]]]:
         """The rows of one row group, and the outputs of their batches by layer."""
         group: list[Row] = []
         outputs: dict[str, list[Any]] = {}
