@@ -103,7 +103,7 @@ def test_of_many_runs_that_start_at_once_those_of_one_config_start_at_most(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(240)
     assert len(set(started)) == 1
     assert len(started) == 3
 

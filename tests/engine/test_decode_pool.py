@@ -177,7 +177,7 @@ def test_closing_ends_the_processes_and_whoever_waits() -> None:
         future: Future[list[Outcome]] = lease.submit([0], [item(0, scan_bomb(4_000))])
         pool.close()
         with pytest.raises(RuntimeError, match="the decode processes were stopped"):
-            future.result(timeout=10)
+            future.result(timeout=120)
         with pytest.raises(RuntimeError, match="the decode processes were stopped"):
             lease.submit([0], [item(0)])
     assert not Path(f"/proc/{pid}").exists()
@@ -205,7 +205,7 @@ def test_no_process_outlives_its_parent_not_even_inside_a_decoder() -> None:
         children = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(children) == 2
         parent.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while any(_runs(pid) for pid in children):
         assert time.monotonic() < deadline, children
         time.sleep(0.05)
@@ -254,7 +254,7 @@ def test_a_process_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RuntimeError, match="a decode process does not start: exit status 1"):
         pool.wait_until_ready()
     with pool.lease(SPEC, 8) as lease, pytest.raises(RuntimeError, match="does not start"):
-        lease.submit([0], [item(0)]).result(timeout=60)
+        lease.submit([0], [item(0)]).result(timeout=240)
     pool.close()
 
 
@@ -275,5 +275,5 @@ def test_the_images_of_the_oldest_lease_are_decoded_first() -> None:
             jobs.append(lease.submit([number], [item(number)]))
             jobs[-1].add_done_callback(lambda _, name=name: order.append(name))
         for job in [blocker, *jobs]:
-            job.result(30)
+            job.result(240)
     assert "".join(order) in ("aabb", "baab")  # a process receives one chunk ahead

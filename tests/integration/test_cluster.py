@@ -54,7 +54,7 @@ with open(log, "w") as out:
     wait(lambda: events("worker_drained"))
     wait(lambda: second.dead_processes())  # Ray ends a drained node once it is idle
     quick.touch()
-    status = run.wait(150)
+    status = run.wait(300)
 kinds = ("worker_died", "shard_quarantined", "node_drained", "worker_drained", "shard")
 print(json.dumps({"status": status, "drained": second.node_id, **{kind: events(kind) for kind in kinds}}))
 cluster.shutdown()

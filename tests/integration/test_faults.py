@@ -95,7 +95,7 @@ def test_a_run_whose_driver_was_killed_or_stopped_resumes(
     with slow_run(simple_config(source, out), tmp_path) as process:
         wait_for(lambda: finished(out) >= 2)
         process.send_signal(sent)
-        output = process.communicate(timeout=240)[0]
+        output = process.communicate(timeout=540)[0]
     if sent != signal.SIGKILL:
         assert process.returncode == 130, output
         assert "Run the same command again to resume" in output
@@ -129,7 +129,7 @@ def test_a_second_run_is_refused_and_a_killed_worker_costs_nothing(
         assert all(Path(worker.log).is_file() for worker in now.workers)
         assert all(lease.shard.startswith("0000") for worker in now.workers for lease in worker.shards)
         os.kill(events(out, "worker_started")[0]["pid"], signal.SIGKILL)
-        output = process.communicate(timeout=240)[0]
+        output = process.communicate(timeout=540)[0]
     assert process.returncode == 0, output
     assert running_job(out) is None
     assert "a worker died" in output
@@ -228,7 +228,7 @@ def test_a_run_whose_raylet_is_killed_ends_with_one_message_and_a_summary(source
         wait_for(lambda: finished(out) >= 1)
         [raylet] = [pid for pid in children(process.pid) if Path(f"/proc/{pid}/comm").read_text().strip() == "raylet"]
         os.kill(raylet, signal.SIGKILL)
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=240)[0]
     assert process.returncode == 1, output
     assert output.count("Ray ended on this machine before the run did") == 1
     assert "are kept" in output

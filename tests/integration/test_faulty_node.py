@@ -39,7 +39,7 @@ def test_a_node_with_a_full_temporary_folder_costs_no_shard_and_is_avoided(
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**config, "workers": {"batch": 16, "recycle": 6}}, sort_keys=False))
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", SCRIPT, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=540, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     status, quarantined, samples, notes = json.loads(done.stdout.splitlines()[-1])

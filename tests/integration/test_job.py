@@ -49,7 +49,7 @@ def head() -> Iterator[dict[str, str]]:
     yield environment
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(20)
+        process.wait(120)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
 

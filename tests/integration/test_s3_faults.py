@@ -93,7 +93,7 @@ def test_two_runs_at_once_put_equal_objects(
     for run in runs:
         run.start()
     for run in runs:
-        run.join(90)
+        run.join(300)
     assert [summary.status for summary in done] == [0, 0]
     assert layers(s3, "twice") == undisturbed
     puts = Counter(request.key for request in s3_proxy.requests if writes_layer(request))
@@ -157,7 +157,7 @@ def test_wrong_credentials_are_one_clear_error(s3: s3fs.S3FileSystem, s3_server:
             reinforce.run(config("x"))
     finally:
         check_credentials_after("inf")
-    assert time.monotonic() - began < 10, "credentials are not retried"
+    assert time.monotonic() - began < 60, "credentials are not retried, which takes three minutes"
 
 
 def test_an_endpoint_that_does_not_answer_is_one_clear_error(

@@ -80,7 +80,7 @@ def test_a_tracker_that_fails_is_reported_once(
     for step in range(50):
         tracker.add(step, {"loss": 1.0})
     tracker.close(failed=False)
-    tracker._thread.join(5)
+    tracker._thread.join(120)
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert "log.wandb failed, and gets no further rows; the training goes on: " in record.getMessage()
