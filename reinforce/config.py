@@ -199,11 +199,7 @@ class Workers(Section):
         description="use the kernels of CUDA that give equal bytes again; false: the fastest ones, and a shard that is "
         "computed again may differ in rounding",
     )
-    overlap: bool = Field(
-        False,
-        description="on a GPU, write captions beside the embeddings of other images, and not in turns with them; takes "
-        "the memory of both",
-    )
+    overlap: bool = Field(False, description="has no effect; remove it", json_schema_extra={"deprecated": True})
     start_timeout: float = Field(600.0, gt=0, description="seconds to wait for `min` workers")
 
     @property

@@ -23,7 +23,6 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest.manifest import update_manifest
 from reinforce.engine.decode.pool import DecodePool
-from reinforce.engine.inference.lanes import Lanes
 from reinforce.engine.inference.models import Counters, Models, load_models
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.messages.task import PendingShard
@@ -122,7 +121,6 @@ def measure_shards(bench: Bench, pool: DecodePool | None = None) -> list[Figure]
             source = write_shards(bench.folder / f"source-{augmentations}", shards, images, photos)
             work = partial(_measure, bench, worker, source, augmentations)
             figures += bench.attempt(f"shards: {augmentations} augmentations", work)
-        figures += bench.attempt("shards: overlap", lambda: _overlap(bench, worker))
         figures += bench.attempt("shards: equal bytes", lambda: _compare_bytes(bench, worker))
         return figures + bench.attempt("shards: too little memory", lambda: [_run_short_of_memory(bench, worker)])
 
@@ -137,26 +135,6 @@ def _measure(bench: Bench, worker: Worker, source: str, augmentations: int) -> l
     return [
         Figure(SHARDS, f"decoding to Parquet, {what}", measured.rate, "images/s", *target),
         Figure(SHARDS, f"busy share of the device, {what}", measured.busy, "", 1.0, "limit"),
-    ]
-
-
-def _overlap(bench: Bench, worker: Worker) -> list[Figure]:
-    """The run with 2 augmentations and ``workers.overlap``, whose first shards capture graphs while teachers wait."""
-    models = worker.models
-    models.overlap()
-    try:
-        if not models.lanes.two:
-            return []  # on a CPU
-        measured = worker.run(f"{bench.folder}/source-2/*.tar", bench.folder / "overlap")
-        overlapped = models.lanes.overlap
-    finally:
-        models.release_memory()
-        models.lanes, models.device_time = Lanes(), None
-    different = _differing(bench.folder / "run-2", measured.output)
-    note = "" if overlapped else " (memory was short, so they took turns)"
-    return [
-        Figure(SHARDS, f"decoding to Parquet, captions beside embeddings{note}", measured.rate, "images/s"),
-        Figure(SHARDS, "files that differ with captions beside embeddings", different, "", 0.0, "at most"),
     ]
 
 

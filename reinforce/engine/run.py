@@ -78,6 +78,8 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
             )  # fmt: skip
         for note in scale_notes(manifest, config):
             _LOG.warning(note)
+        if config.workers.overlap:
+            _LOG.warning("workers.overlap has no effect; remove it: captions and embeddings take turns on the GPU")
         if not plan.pending:
             updated = update_manifest(manifest, config, plan.layers, {})
             if not same_content(updated, manifest):  # a logit scale may have changed

@@ -80,21 +80,10 @@ class CocaCaptioner:
     @torch.inference_mode()
     def generate(self, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]) -> list[list[list[int]] | None]:
         """As ``caption``, but the tokens of each caption between start and end."""
-        return self.decode(self.encode(pixels), seeds)
-
-    @torch.inference_mode()
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels float32 [B, 3, H, W] -> image tokens [B, n, width]. May run while ``decode`` does for other images."""
+        if seeds.shape != (len(pixels), self.captions):
+            raise ValueError(f"expected seeds of shape {(len(pixels), self.captions)}, got {seeds.shape}")
         with self._accelerator.forward():
             _, images = self._visual(self._accelerator.layout(pixels))
-        result: torch.Tensor = images
-        return result
-
-    @torch.inference_mode()
-    def decode(self, images: torch.Tensor, seeds: npt.NDArray[np.uint64]) -> list[list[list[int]] | None]:
-        """The result of ``generate`` from that of ``encode``."""
-        if seeds.shape != (len(images), self.captions):
-            raise ValueError(f"expected seeds of shape {(len(images), self.captions)}, got {seeds.shape}")
         rows = self._spec.rows_per_image
         budget = cache_bytes(self._accelerator.device, _MAX_CACHE_BYTES)
         at_once = min(_MAX_ROWS // rows, budget // self._decoder.bytes_per_image(rows, images.shape[1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Literal, TypeAlias, TypeVar
 
@@ -145,25 +145,6 @@ class Accelerator:
             stream.wait_stream(self._copies)
             for tensor in tensors:
                 tensor.record_stream(stream)  # keeps their memory until the queued work is done
-
-    def hand_over(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """A function that returns a tensor for use on another stream, which then waits for what is queued for it."""
-        if self.device.type != "cuda":
-            return lambda: tensor
-        ready = torch.cuda.current_stream(self.device).record_event()
-
-        def take() -> torch.Tensor:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(ready)
-            tensor.record_stream(stream)
-            return tensor
-
-        return take
-
-    def side_stream(self) -> torch.cuda.Stream | None:
-        """A stream for small kernels that run beside large ones, None on CPUs. It has priority: each of its kernels
-        waits for the end of some block of a large one, and not of all of them."""
-        return torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
 
     def mark(self) -> TimeMark:
         """A point in time on the device's clock: when it starts what is queued next."""

@@ -24,8 +24,6 @@ from collections.abc import Iterator
 
 import torch
 
-from teachers.device import process_flags
-
 _LOG = logging.getLogger(__name__)
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
@@ -90,14 +88,15 @@ def allow_tf32(allowed: bool) -> None:
 
 @contextlib.contextmanager
 def tf32() -> Iterator[None]:
-    """TF32 for the fp32 products and convolutions that are queued inside. The flag is the process's: other threads
-    that launch models wait."""
-    with process_flags.changing():
-        allow_tf32(True)
-        try:
-            yield
-        finally:
-            allow_tf32(False)
+    """TF32 for the fp32 products and convolutions that are queued inside.
+
+    The flag belongs to the process, as all flags of this module: one thread at a time may launch models.
+    """
+    allow_tf32(True)
+    try:
+        yield
+    finally:
+        allow_tf32(False)
 
 
 @contextlib.contextmanager
@@ -116,12 +115,8 @@ def inference() -> Iterator[None]:
 def unique_indices() -> Iterator[None]:
     """Work that writes to each index once, which is deterministic as it is.
 
-    The flag would have CUDA sort the indices of each copy: several kernels in each layer of a decoding step. It does,
-    with the same results, where another thread relies on the flag.
+    The flag would have CUDA sort the indices of each copy: several kernels in each layer of a decoding step.
     """
-    if process_flags.are_shared():
-        yield
-        return
     before = _mode()
     _set_mode(False, False)
     compiler = sys.modules.get("torch._inductor.config")

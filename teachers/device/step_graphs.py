@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from teachers.device import process_flags
 from teachers.device.determinism import unique_indices
 
 Step = Callable[[], None]
@@ -46,21 +45,19 @@ class GraphedSteps:
     """Launches each step as one CUDA graph.
 
     The first step with a key runs eagerly, which also lets libraries choose and load their kernels, and is then
-    captured. A capture runs nothing. All graphs share one memory pool, since a step keeps no result in it. Meanwhile
-    other threads launch no models: torch changes flags for it, and they could spoil a capture (``synchronize``).
+    captured. A capture runs nothing. All graphs share one memory pool, since a step keeps no result in it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        # Kernels of a graph keep the priority of the stream of their capture; see ``Accelerator.side_stream``.
-        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._stream = torch.cuda.Stream(device)
 
     def run(self, key: Hashable, step: Step) -> None:
         if key in self._graphs:
             self._graphs[key].replay()
             return
-        with process_flags.changing(), decoding_kernels(self._device):
+        with decoding_kernels(self._device):
             step()
             self._graphs[key] = self._capture(step)
 
@@ -85,10 +82,9 @@ def decoding_kernels(device: torch.device) -> Iterator[None]:
 
     Attention never uses cuDNN, which builds a plan for each new shape in tens of milliseconds, and whose results may
     differ between runs. Writes by index need no sorting, which torch's deterministic mode adds: rows are distinct
-    wherever their values are used. Where another thread relies on the flags they stay: ``determinism.set_flags`` has
-    chosen the same attention, and sorted writes have the same results.
+    wherever their values are used.
     """
-    if device.type != "cuda" or process_flags.are_shared():
+    if device.type != "cuda":
         yield
         return
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

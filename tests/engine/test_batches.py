@@ -10,7 +10,7 @@ import pytest
 
 from reinforce.engine.decode.rows import Row
 from reinforce.engine.inference.batches import Batches
-from reinforce.engine.inference.turns import Turns
+from reinforce.engine.inference.turns import PriorityLock
 from reinforce.engine.messages.pulse import LeaseWatch
 
 
@@ -29,7 +29,7 @@ def test_batches_are_yielded_in_order_and_the_end_gets_all_rows() -> None:
 
 
 def test_the_older_of_two_shards_keeps_the_accelerator_between_its_batches() -> None:
-    turns, used, started = Turns(), "", threading.Event()
+    turns, used, started = PriorityLock(), "", threading.Event()
 
     def shard(name: str, order: int) -> None:
         def run(batch: list[Row]) -> None:

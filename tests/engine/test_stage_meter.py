@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from reinforce.engine.inference.models import Counters, Models
-from reinforce.engine.inference.stage_meter import DeviceTime, StageMeter, device_report
+from reinforce.engine.inference.stage_meter import StageMeter, device_report
 from reinforce.engine.record.rates import Cost
 from teachers.device.accelerator import Accelerator
 from tests.engine.test_inference import CONFIG, LAYERS, Inference, pixels, rows
@@ -38,17 +36,6 @@ class QueuingAccelerator(Accelerator):
 
     def synchronize(self) -> None:
         self.clock, self.queued = self.clock + self.queued, 0.0
-
-
-class FloatingMarks(Accelerator):
-    """A device whose clock is set by hand."""
-
-    def __init__(self) -> None:
-        super().__init__("cpu")
-        self.now = 0.0
-
-    def mark(self) -> Any:
-        return self.now
 
 
 class Launching(ColorTeacher):
@@ -123,28 +110,3 @@ def test_stages_are_counted_once_the_device_has_passed_their_end_and_without_wai
     assert counters.busy == 2.0
     assert meter.collect() == {"embeddings/t/images": {"inputs": 6, "seconds": 4.0}}
     assert counters.busy == 4.0
-
-
-@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 30)), max_size=30))
-def test_intervals_that_overlap_are_busy_time_once(intervals: list[tuple[int, int]]) -> None:
-    device_time, covered = DeviceTime(FloatingMarks()), set[int]()
-    for start, length in sorted(intervals, key=sum):
-        seconds = set(range(start, start + length))
-        assert device_time.add(float(start), float(start + length)) == pytest.approx(len(seconds - covered))
-        covered |= seconds
-
-
-def test_two_lanes_are_at_most_wholly_busy_and_each_stage_keeps_its_own_time() -> None:
-    accelerator, counters = FloatingMarks(), Counters()
-    device_time = DeviceTime(accelerator)
-    captions, teacher = (StageMeter(accelerator, {}, counters, device_time=device_time) for _ in range(2))
-    with captions.stage("captions/c", 1):
-        for _ in range(3):
-            with teacher.stage("embeddings/t/images", 1):
-                accelerator.now += 2.0
-            accelerator.now += 1.0
-        teacher.update()
-        assert counters.busy == 6.0
-    captions.update()
-    assert counters.busy == 9.0
-    assert (captions.collect()["captions/c"]["seconds"], teacher.collect()["embeddings/t/images"]["seconds"]) == (9, 6)

@@ -1,4 +1,4 @@
-"""Turns at the accelerator."""
+"""PriorityLock at the accelerator."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from reinforce.engine.inference.turns import Turns
+from reinforce.engine.inference.turns import PriorityLock
 
 
 def test_of_those_who_wait_the_oldest_shard_comes_first() -> None:
-    turns, order = Turns(), []
+    turns, order = PriorityLock(), []
 
     def use(number: int) -> None:
         with turns.take(number):
@@ -31,7 +31,7 @@ def test_of_those_who_wait_the_oldest_shard_comes_first() -> None:
 
 
 def test_one_at_a_time_holds_it_and_an_exception_gives_it_back() -> None:
-    turns, inside, most = Turns(), [0], [0]
+    turns, inside, most = PriorityLock(), [0], [0]
 
     def use(number: int) -> None:
         for _ in range(50):
@@ -52,5 +52,5 @@ def test_one_at_a_time_holds_it_and_an_exception_gives_it_back() -> None:
 
 
 def test_later_shards_have_higher_numbers() -> None:
-    turns = Turns()
+    turns = PriorityLock()
     assert [turns.next_order() for _ in range(3)] == [1, 2, 3]

@@ -20,7 +20,7 @@ from reinforce.training.launch import launch
 from reinforce.training.ranks import join_ranks
 from reinforce.training.ray_train import environment_of_ranks
 from teachers.coca import captioner as coca
-from teachers.device import determinism, process_flags
+from teachers.device import determinism
 from teachers.device.accelerator import Accelerator
 from teachers.device.step_graphs import decoding_kernels
 from teachers.spec import CaptionerSpec
@@ -154,15 +154,11 @@ def test_captions_are_decoded_without_sorting_the_indices_of_each_copy(
     assert torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def test_a_thread_that_shares_flags_with_others_has_indices_sorted_and_leaves_the_flags() -> None:
+def test_steps_of_a_decoder_sort_no_indices_on_cuda_and_leave_the_flags_as_they_were() -> None:
     determinism.set_flags("cuda")
-    for work in (determinism.unique_indices, lambda: decoding_kernels(torch.device("cuda"))):
-        with work():
-            assert not torch.are_deterministic_algorithms_enabled()
-        with process_flags.relying(), work():
-            assert torch.are_deterministic_algorithms_enabled()
-            with process_flags.changing(), work():
-                assert not torch.are_deterministic_algorithms_enabled()
+    with decoding_kernels(torch.device("cuda")):
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_training_with_an_operation_without_a_deterministic_kernel_names_it_and_the_switch(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """A full batch of every model before a run, so that its memory is known to suffice, and ``workers.batch: auto``.
 
 As many are copied to the device at the same time as in a run, where one computes and the others wait for their turn.
-With two lanes, teachers and captioners then run at the same time.
 """
 
 from __future__ import annotations
@@ -78,11 +77,9 @@ def _try_batch(models: Models, config: Config, layers: list[Layer]) -> bool:
 
     try:
         with ThreadPoolExecutor(_COPIED) as threads:
-            with models.lanes.use_all(0):  # until all are copied, or one could not be
+            with models.lock.take(0):  # until all are copied, or one could not be
                 futures = [threads.submit(run, inference) for inference in inferences]
-                while (
-                    models.lanes.waiting < _COPIED and not models.batches.short and not any(map(Future.done, futures))
-                ):
+                while models.lock.waiting < _COPIED and not models.batches.short and not any(map(Future.done, futures)):
                     time.sleep(_POLL_SECONDS)
             for future in futures:
                 future.result()

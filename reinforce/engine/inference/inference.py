@@ -1,4 +1,4 @@
-"""Batches of images and of texts through the models, one batch at a time in each lane of the accelerator."""
+"""Batches of images and of texts through the models, one batch at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.engine.decode.cells import PixelCells, runs
 from reinforce.engine.decode.rows import Row
 from reinforce.engine.inference.batch_sizes import rows_per_batch
-from reinforce.engine.inference.models import Counters, Models, encodes
+from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt
 from reinforce.engine.inference.stage_meter import StageMeter
 from reinforce.engine.messages.pulse import PREPARING, SERVER, WAITING, LeaseWatch
@@ -32,9 +32,6 @@ Floats = npt.NDArray[np.float32]
 Seeds = npt.NDArray[np.uint64]
 _Texts: TypeAlias = "Callable[[], Sequence[list[str] | NoCaptions | None]]"
 _T = TypeVar("_T")
-_TAKE_TURNS = (
-    "captions and embeddings do not fit in the memory of the device at the same time; from now on they take turns."
-)
 _Pixels: TypeAlias = "tuple[torch.Tensor | None, dict[ImageSpec, torch.Tensor]]"
 
 
@@ -51,10 +48,8 @@ class Inference:
     ) -> None:
         self._config, self._models = config, models
         self._watch = watch or LeaseWatch()
-        self._order = models.lanes.next_order()
-        self.meter = StageMeter(
-            models.accelerator, models.costs, models.counters, counters, device_time=models.device_time
-        )
+        self._order = models.lock.next_order()
+        self.meter = StageMeter(models.accelerator, models.costs, models.counters, counters)
         computed = [layer for layer in layers if not layer.published]
         self.image_layers = [layer for layer in computed if layer.kind == "images"]
         self.caption_layers = [layer for layer in computed if layer.kind == "captions"]
@@ -122,23 +117,13 @@ class Inference:
 
     def _attempt(self, work: Callable[[bool], _T]) -> tuple[_T | OutOfMemory, bool]:
         """The result of ``work``, which holds tensors on the device, and its argument: whether others may, too."""
-        while True:
-            overlapped = self._models.lanes.overlap
-            with self._watch.stage(WAITING), self._models.batches.on_device() as shared:
-                output = attempt(partial(work, shared))
-            if not (isinstance(output, OutOfMemory) and overlapped):
-                return output, shared
-            if self._models.lanes.end_overlap():
-                self._models.batches.note(f"{_TAKE_TURNS} Cause: {output.text}")
-            self._release_memory()
+        with self._watch.stage(WAITING), self._models.batches.on_device() as shared:
+            return attempt(partial(work, shared)), shared
 
     def _halve(self, shortage: OutOfMemory, layer: Layer | None, size: int, shared: bool) -> None:
         """Halve the batches after one of ``size`` inputs did not fit. Raises UserError if they cannot be smaller."""
         self._models.batches.halve(shortage, layer, size, self._config, shared)
-        self._release_memory()
-
-    def _release_memory(self) -> None:
-        with self._models.lanes.use_all(self._order):
+        with self._models.lock.take(self._order):
             self._models.release_memory()
 
     def _compute(
@@ -147,28 +132,11 @@ class Inference:
         """Embeddings and captions of rows that must fit."""
         seeds = {layer.name: self._caption_seeds(layer, rows) for layer in self.caption_layers}
         # The copies come first, on a stream of their own, while the other shard uses the accelerator.
-        lanes, ready = self._models.lanes, self._models.accelerator.wait_for_copies
         copied = self._put(rows, pixels, what) if shared else None
-        if not lanes.two:
-            with self._use_accelerator():
-                crops, views = copied or self._put(rows, pixels, what)
-                ready([*views.values(), *([] if crops is None else [crops])])
-                return self._embed(crops, rows, what), self._caption(views, seeds, what)
-        crops, views = copied or self._put(rows, pixels, what)
-        embeddings, captions, encoded = {}, {}, {}
-        encoding = [layer for layer in self.caption_layers if encodes(self._captioner(layer))]
-        if crops is not None or encoding:
-            with self._use_accelerator():
-                ready([*(views.values() if encoding else []), *([] if crops is None else [crops])])
-                embeddings = self._embed(crops, rows, what)
-                encoded = {layer.name: self._encode_for_captions(layer, views, seeds, what) for layer in encoding}
-            del crops  # its memory is free for the next batch of teachers
-            copied = None
-        if views:
-            with self._use_accelerator(captioning=True):
-                ready(views.values())
-                captions = self._caption(views, seeds, what, encoded)
-        return embeddings, captions
+        with self._use_accelerator():
+            crops, views = copied or self._put(rows, pixels, what)
+            self._models.accelerator.wait_for_copies([*views.values(), *([] if crops is None else [crops])])
+            return self._embed(crops, rows, what), self._caption(views, seeds, what)
 
     def _encode(self, layer: Layer, encode: Callable[[], torch.Tensor], count: int, what: str, shared: bool) -> Floats:
         """Embeddings [B, dim] of texts that must fit."""
@@ -178,8 +146,8 @@ class Inference:
             return to_numpy(vectors, count, self._teacher(layer).dim)
 
     @contextlib.contextmanager
-    def _use_accelerator(self, captioning: bool = False) -> Iterator[None]:
-        with self._models.use_accelerator(self._order, captioning):
+    def _use_accelerator(self) -> Iterator[None]:
+        with self._models.use_accelerator(self._order):
             yield
             self.meter.update()
 
@@ -228,30 +196,14 @@ class Inference:
             outputs[layer.name] = values.reshape(len(rows), count, dim)
         return outputs
 
-    def _encode_for_captions(
-        self, layer: Layer, views: Mapping[ImageSpec, torch.Tensor], seeds: Mapping[str, Seeds], what: str
-    ) -> Callable[[], _Texts]:
-        """The images of a captions layer, encoded in the lane of teachers -> the rest, for the lane of captioners."""
-        captioner = self._captioner(layer)
-        with self._run(layer.name, what), self.meter.stage(layer.name, 0):
-            pixels = to_pixels(views[captioner.image], captioner.image)
-            return self._models.encode_for_captions(captioner, pixels, seeds[layer.name])
-
     def _caption(
-        self,
-        views: Mapping[ImageSpec, torch.Tensor],
-        seeds: Mapping[str, Seeds],
-        what: str,
-        encoded: Mapping[str, Callable[[], _Texts]] | None = None,
+        self, views: Mapping[ImageSpec, torch.Tensor], seeds: Mapping[str, Seeds], what: str
     ) -> dict[str, _Texts]:
         """Functions that return the captions, by layer, with ``seeds`` [B, captions] of each layer."""
         captions = {}
         for layer in self.caption_layers:
             captioner = self._captioner(layer)
             with self._run(layer.name, what, seeds[layer.name].size):
-                if encoded and layer.name in encoded:
-                    captions[layer.name] = encoded[layer.name]()
-                    continue
                 pixels = to_pixels(views[captioner.image], captioner.image)
                 captions[layer.name], tokens = self._models.captions(captioner, pixels, seeds[layer.name])
             self.meter.add_tokens(layer.name, tokens)

@@ -17,9 +17,8 @@ from reinforce.config import Config
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.batch_sizes import BatchSizes
-from reinforce.engine.inference.lanes import Lanes
 from reinforce.engine.inference.out_of_memory import memory_hint, release_cache
-from reinforce.engine.inference.stage_meter import DeviceTime
+from reinforce.engine.inference.turns import PriorityLock
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.record.rates import Cost
 from reinforce.errors import UserError
@@ -61,14 +60,13 @@ class TokenCache:
 
 @dataclass
 class Models:
-    """The loaded models of a worker and the accelerator they share, one batch at a time in each of its lanes."""
+    """The loaded models of a worker and the accelerator they share, one batch at a time."""
 
     teachers: Mapping[str, Teacher]
     captioners: Mapping[str, Captioner]
     accelerator: Accelerator
     counters: Counters = field(default_factory=Counters)
-    lanes: Lanes = field(default_factory=Lanes)
-    device_time: DeviceTime | None = None  # if lanes overlap
+    lock: PriorityLock = field(default_factory=PriorityLock)  # of the accelerator
     batches: BatchSizes = field(default_factory=BatchSizes)
     costs: Mapping[str, Cost] = field(default_factory=dict)  # of layers, where they are known
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
@@ -99,51 +97,21 @@ class Models:
         tokens = splitting.generate(pixels, seeds)
         return lambda: splitting.to_texts(tokens), _count_tokens(tokens)
 
-    def encode_for_captions(
-        self, captioner: Captioner, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]
-    ) -> Callable[[], Callable[[], Sequence[list[str] | NoCaptions | None]]]:
-        """Encode images, of a captioner that ``encodes`` -> a function that does the rest of ``captions``."""
-        splitting: Any = captioner
-        images = self.accelerator.hand_over(splitting.encode(pixels))
-
-        def decode() -> Callable[[], Sequence[list[str] | NoCaptions | None]]:
-            tokens = splitting.decode(images(), seeds)
-            return lambda: splitting.to_texts(tokens)
-
-        return decode
-
     def release_memory(self) -> None:
         """Return memory that models keep between batches, and that torch keeps for them, to the device.
 
         Call it while no other thread uses the accelerator.
         """
-        if self.lanes.two:
-            self.accelerator.synchronize()  # memory of one lane's stream may be in use on another
         for model in (*self.teachers.values(), *self.captioners.values()):
             if callable(release := getattr(model, "release_memory", None)):
                 release()
         release_cache(self.accelerator.device)
 
     @contextlib.contextmanager
-    def use_accelerator(self, order: int = 0, captioning: bool = False) -> Iterator[None]:
-        """Exclusive use of the accelerator, or of one of its two lanes; the lowest ``order`` of those who wait comes
-        first."""
-        with self.lanes.use(order, captioning), torch.inference_mode():
+    def use_accelerator(self, order: int = 0) -> Iterator[None]:
+        """Exclusive use of the accelerator; the lowest ``order`` of those that wait comes first."""
+        with self.lock.take(order), torch.inference_mode():
             yield
-
-    def overlap(self) -> None:
-        """Give captioners a lane of their own, if there are teachers, too, and the accelerator has streams."""
-        if self.teachers and self.captioners:
-            self.release_memory()  # which would be of the stream that captioners used before
-            self.lanes = Lanes.of(self.accelerator)
-        if self.lanes.two:
-            self.device_time = DeviceTime(self.accelerator)
-
-
-def encodes(captioner: Captioner) -> bool:
-    """Whether a captioner encodes images by a function of its own, which may run while it decodes others."""
-    parts = ("caption", "generate", "to_texts"), ("generate", "encode", "decode")
-    return all(_splits(captioner, *names) for names in parts)
 
 
 def load_models(config: Config, layers: Iterable[Layer]) -> Models:
@@ -158,7 +126,7 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
     captioners = {layer.model for layer in layers if layer.kind == "captions"}
     teachers = {layer.model for layer in layers if layer.kind in ("images", "texts")}
     try:
-        models = Models(
+        return Models(
             {name: load_teacher(name, spec, device) for name, spec in config.teachers.items() if name in teachers},
             {
                 name: load_captioner(name, spec, device)
@@ -167,9 +135,6 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
             },
             Accelerator(device),
         )
-        if config.workers.overlap:
-            models.overlap()
-        return models
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(f"{error}{user_frames(error)}{memory_hint(error)}") from error
 

@@ -149,7 +149,7 @@ def check_captioner(models: Models, name: str, count: int) -> None:
 def _caption(
     models: Models, captioner: Captioner, rows: Sequence[int], seeds: npt.NDArray[np.uint64]
 ) -> list[list[str]]:
-    with models.use_accelerator(captioning=True):
+    with models.use_accelerator():
         captions, _ = models.captions(captioner, probe_images(models, captioner.image, rows), seeds)
     texts = captions()
     count = seeds.shape[1]

@@ -1,4 +1,4 @@
-"""Turns at the accelerator: one user at a time, and of those who wait the oldest shard first."""
+"""The order in which shards use the accelerator."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import threading
 from collections.abc import Iterator
 
 
-class Turns:
-    """A lock that goes to the lowest number among those who wait, and among equal ones to the first.
+class PriorityLock:
+    """A lock that the oldest waiting shard gets first.
 
-    With turns in alternation, two shards of one length would also end together, and the accelerator would wait until
-    the first images of the next two are decoded. So the older shard comes first, and the younger one is decoded ahead.
+    If two shards of equal length alternated, they would also end together, and the accelerator would wait until the
+    first images of the next two are decoded. So the older shard comes first, and the younger one is decoded ahead.
     """
 
     def __init__(self) -> None:
@@ -24,17 +24,17 @@ class Turns:
         self._taken = False
 
     def next_order(self) -> int:
-        """A number above all before, for a shard that begins."""
+        """Return the number of a shard that begins, which is above those of all older shards."""
         return next(self._numbers)
 
     @property
     def waiting(self) -> int:
-        """Number of those who wait."""
+        """Number of threads that wait."""
         return len(self._waiting)
 
     @contextlib.contextmanager
     def take(self, order: int) -> Iterator[None]:
-        """Hold the lock."""
+        """Hold the lock. Among equal ``order``, the thread that has waited longest comes first."""
         with self._changed:
             entry = (order, next(self._tickets))
             heapq.heappush(self._waiting, entry)
