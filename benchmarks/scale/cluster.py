@@ -221,11 +221,11 @@ class SimulatedRay:
 def simulated(cluster: Cluster, layers: Sequence[str]) -> Iterator[SimulatedRay]:
     """Replace Ray in the modules of the driver."""
     from reinforce import cluster as reinforce_cluster
-    from reinforce.engine.driver import driver, pool
+    from reinforce.engine.driver import driver, pool, worker_lifecycle
 
     ray = SimulatedRay(cluster, layers)
     with contextlib.ExitStack() as stack:
-        for module in (driver, pool, reinforce_cluster):
+        for module in (driver, pool, worker_lifecycle, reinforce_cluster):
             stack.enter_context(mock.patch.object(module, "ray", ray))
         stack.enter_context(mock.patch.object(pool, "as_actor", return_value=ray))
         stack.enter_context(mock.patch.object(driver, "RayletWatch"))

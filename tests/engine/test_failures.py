@@ -10,22 +10,19 @@ import pytest
 
 from reinforce.config import Failures
 from reinforce.dataset.layers import Layer
-from reinforce.engine.driver.policy.failures import (
-    NODE_VERDICT_SECONDS,
+from reinforce.engine.driver.policy.decisions import (
     Death,
     Decision,
     EndedWorker,
-    FailurePolicy,
+    PauseWorker,
     Quarantine,
+    ReplaceWorker,
     Requeue,
     Retry,
     RunAlone,
     StopRun,
-    count_failure,
-    error_text,
-    needs_replacement,
-    pause_seconds,
 )
+from reinforce.engine.driver.policy.failures import NODE_VERDICT_SECONDS, FailurePolicy, error_text, pause_seconds
 from reinforce.engine.driver.policy.hangs import Hang
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
@@ -40,6 +37,7 @@ LAYERS = {
 }
 A = PendingShard("a", "s3://bucket/a.tar", tuple(LAYERS))
 B = PendingShard("b", "s3://bucket/b.tar", tuple(LAYERS))
+WORKER = WorkerId("node", 1)
 RAISED = ShardFailure("ValueError: odd", False)
 
 
@@ -49,7 +47,7 @@ def policy(shards: int = 1000, quarantined_before: int = 0, **settings: Any) -> 
 
 def die(failures: FailurePolicy, *shards: PendingShard, alone: bool = False, hung: bool = False) -> list[Decision]:
     """The decisions after a worker died (or hung) on a node that is alive."""
-    worker = EndedWorker("node", 1, shards, alone)
+    worker = EndedWorker(WORKER, shards, alone)
     if hung:
         failures.worker_hung(worker, Hang("no progress"), 0.0)
     else:
@@ -160,7 +158,7 @@ def test_the_shards_of_a_worker_that_hangs_are_suspects_too() -> None:
 
 
 def test_a_shard_beside_one_that_hung_is_leased_again_and_is_a_suspect_the_second_time() -> None:
-    failures, worker = policy(solo_attempts=1), EndedWorker("node", 1, (A, B), alone=False)
+    failures, worker = policy(solo_attempts=1), EndedWorker(WORKER, (A, B), alone=False)
     for expected in ((RunAlone(A), Requeue(B)), (RunAlone(A), RunAlone(B))):
         failures.worker_hung(worker, Hang("a has made no progress", frozenset({"a"})), 0.0)
         [verdict] = failures.judge_deaths(0.0, lambda: {"node"})
@@ -178,7 +176,7 @@ def test_the_nodes_are_asked_for_once_however_many_workers_died_and_not_at_all_w
     assert failures.judge_deaths(0.0, live_nodes) == []
     assert asked == 0
     for number in range(800):
-        worker = EndedWorker(f"node {number % 40}", number, (A,), alone=False)
+        worker = EndedWorker(WorkerId(f"node {number % 40}", number), (A,), alone=False)
         failures.worker_died(worker, "unreachable", 0.0, process_dead=False)
     start = time.thread_time()
     verdicts = failures.judge_deaths(0.5, live_nodes)
@@ -189,14 +187,14 @@ def test_the_nodes_are_asked_for_once_however_many_workers_died_and_not_at_all_w
 def test_a_lost_node_counts_against_no_shard() -> None:
     failures = policy(solo_attempts=1)
     for _ in range(20):
-        failures.worker_died(EndedWorker("node", 1, (A,), alone=True), "unreachable", 0.0, process_dead=True)
+        failures.worker_died(EndedWorker(WORKER, (A,), alone=True), "unreachable", 0.0, process_dead=True)
         [verdict] = failures.judge_deaths(0.0, set[str])
         assert verdict.node_lost
         assert verdict.decisions == (Requeue(A),)
 
 
 def test_shards_of_an_unreachable_worker_wait_until_its_node_is_lost_or_the_deadline() -> None:
-    failures, worker = policy(), EndedWorker("node", 1, (A, B), alone=False)
+    failures, worker = policy(), EndedWorker(WORKER, (A, B), alone=False)
     failures.worker_died(worker, "unreachable", 10.0, process_dead=False)
     assert failures.undecided_shards == 2
     assert failures.judge_deaths(10.0 + NODE_VERDICT_SECONDS - 0.1, lambda: {"node"}) == []
@@ -204,7 +202,7 @@ def test_shards_of_an_unreachable_worker_wait_until_its_node_is_lost_or_the_dead
     assert verdict.death == Death(worker, "unreachable", 10.0 + NODE_VERDICT_SECONDS)
     assert verdict.decisions == (RunAlone(A), RunAlone(B))
     assert failures.undecided_shards == 0
-    failures.worker_died(EndedWorker("node", 1, (A,), alone=False), "unreachable", 10.0, process_dead=False)
+    failures.worker_died(EndedWorker(WORKER, (A,), alone=False), "unreachable", 10.0, process_dead=False)
     [verdict] = failures.judge_deaths(10.5, set[str])
     assert verdict.decisions == (Requeue(A),)
 
@@ -220,11 +218,29 @@ def test_a_worker_is_replaced_after_three_failures_in_a_row_storage_errors_aside
         ShardFailure("StorageError: no", False),
         ShardFailure("MemoryError: ", True),
     ]
-    count, counts = 0, []
-    for error in errors:
-        count = count_failure(count, error)
-        counts.append((count, needs_replacement(count)))
-    assert counts == [(1, False), (1, False), (2, False), (2, False), (3, True)]
+    failures, decisions = policy(), []
+    for number, error in enumerate(errors):
+        decisions.append(failures.worker_failed(WORKER, str(number), error, "odd", 0.0, workers=1))
+    assert decisions[:-1] == [None] * 4
+    reason = "3 leases in a row have failed at it; the last error: odd"
+    assert decisions[-1] == ReplaceWorker(WORKER, reason)
+    assert failures.consecutive_failures(WORKER) == 5
+
+
+def test_a_worker_at_which_leases_fail_in_a_row_is_paused_where_there_are_others_until_it_succeeds() -> None:
+    failures = policy()
+
+    def fail(shard: str, workers: int = 2) -> object:
+        return failures.worker_failed(WORKER, shard, RAISED, "odd", 10.0, workers)
+
+    assert [fail("1"), fail("2"), fail("3", workers=1)] == [None] * 3
+    decision = fail("4")
+    assert isinstance(decision, PauseWorker)
+    assert (decision.worker, decision.until) == (WORKER, pytest.approx(11.5, abs=0.5))
+    assert failures.failing_workers == {WORKER}
+    failures.lease_returned("5", WORKER, False, 11.0, 2)
+    assert failures.failing_workers == set()
+    assert fail("6") is None
 
 
 def test_models_that_cannot_be_loaded_stop_the_run_at_once() -> None:
@@ -260,7 +276,7 @@ def test_models_that_one_node_cannot_load_do_not_stop_a_run_whose_other_nodes_fi
     stop = failures.load_raised(error)
     assert stop is not None
     assert str(stop.error) == "no space left"
-    failures.lease_passed("a", WorkerId("good", 2), 0.0, 2)
+    failures.lease_returned("a", WorkerId("good", 2), False, 0.0, 2)
     assert failures.load_raised(error) is None
     other = failures.load_raised(LoadFailure(("good", 2, "host"), "KeyError: 'x'", False))
     assert other is not None
@@ -269,11 +285,11 @@ def test_models_that_one_node_cannot_load_do_not_stop_a_run_whose_other_nodes_fi
 
 def test_a_shard_that_cannot_be_read_is_tried_on_another_node_once() -> None:
     failures, here, there = policy(), WorkerId("x", 1), WorkerId("y", 2)
-    assert isinstance(failures.shard_unread(A, "shard_missing", here, 2, 0.0), Retry)
-    assert failures.shard_unread(A, "shard_missing", there, 2, 0.0) is None
-    assert failures.shard_unread(B, "shard_missing", here, 1, 0.0) is None, "there is no other node"
+    assert isinstance(failures.read_failed(A, "shard_missing", here, 2, 0.0), Retry)
+    assert failures.read_failed(A, "shard_missing", there, 2, 0.0) is None
+    assert failures.read_failed(B, "shard_missing", here, 1, 0.0) is None, "there is no other node"
     c = PendingShard("c", "c.tar", ("samples",))
-    assert failures.shard_unread(c, "shard_damaged", here, 2, 0.0) is None, "it has been read"
+    assert failures.read_failed(c, "shard_damaged", here, 2, 0.0) is None, "it has been read"
 
 
 # -- too many quarantined shards

@@ -13,7 +13,8 @@ import pytest
 
 from reinforce.config import Failures
 from reinforce.dataset.layers import Layer
-from reinforce.engine.driver.policy.failures import FailurePolicy, Quarantine, Retry
+from reinforce.engine.driver.policy.decisions import PauseWorker, Quarantine, ReplaceWorker, Retry
+from reinforce.engine.driver.policy.failures import FailurePolicy
 from reinforce.engine.driver.policy.faults import AVOID_SECONDS, Faults
 from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.shard_queue import ShardQueue
@@ -27,7 +28,7 @@ FULL = "OSError: No space left on device"
 
 def fail(faults: Faults, worker: WorkerId, *shards: str, now: float = 1.0) -> str | None:
     """Record failures -> the reason for which the worker is at fault after the last of them."""
-    found = [faults.failed(shard, worker, FULL, now, 2) for shard in shards]
+    found = [faults.record_failure(shard, worker, FULL, now, 2) for shard in shards]
     return found[-1].reason if found[-1] else None
 
 
@@ -35,8 +36,8 @@ def test_a_worker_at_which_two_shards_failed_that_passed_elsewhere_is_at_fault()
     faults = Faults([])
     assert fail(faults, A, "1", "2") is None
     assert faults.tried("1") == {A}
-    assert faults.passed("1", B, 2.0, 2) == []
-    [faulty] = faults.passed("2", B, 3.0, 2)
+    assert faults.record_success("1", B, 2.0, 2) == []
+    [faulty] = faults.record_success("2", B, 3.0, 2)
     assert faulty.worker == A
     assert faulty.reason == f"2 shards that failed there passed elsewhere; the last error: {FULL}"
 
@@ -44,29 +45,29 @@ def test_a_worker_at_which_two_shards_failed_that_passed_elsewhere_is_at_fault()
 def test_a_success_clears_a_worker() -> None:
     faults = Faults([])
     fail(faults, A, "1", "2")
-    faults.passed("3", A, 1.5, 2)
-    assert faults.passed("1", B, 2.0, 2) == []
-    assert faults.passed("2", B, 3.0, 2) == []
+    faults.record_success("3", A, 1.5, 2)
+    assert faults.record_success("1", B, 2.0, 2) == []
+    assert faults.record_success("2", B, 3.0, 2) == []
 
 
 def test_three_shards_in_a_row_that_fail_while_others_pass_elsewhere_are_the_workers_fault() -> None:
     faults = Faults([])
     assert fail(faults, A, "1", "2", "3", now=1.0) is None, "nothing has passed elsewhere since"
-    faults.passed("9", B, 2.0, 2)
+    faults.record_success("9", B, 2.0, 2)
     assert "4 shards in a row failed there while shards passed elsewhere" in str(fail(faults, A, "4", now=3.0))
 
 
 def test_a_shard_that_fails_again_and_again_at_one_worker_is_not_three_shards() -> None:
     faults = Faults([])
     fail(faults, A, "1", now=1.0)
-    faults.passed("9", B, 2.0, 2)
+    faults.record_success("9", B, 2.0, 2)
     assert fail(faults, A, "1", "1", "1", "1", now=3.0) is None
 
 
 def test_shards_that_fail_on_two_nodes_are_themselves_the_cause() -> None:
     faults = Faults([])
     for shard in "12345":
-        faults.passed("9", C, 1.0, 3)
+        faults.record_success("9", C, 1.0, 3)
         assert fail(faults, A, shard, now=0.5) is None
         assert fail(faults, B, shard, now=0.6) is None
 
@@ -76,20 +77,20 @@ def test_a_node_whose_workers_are_replaced_twice_in_an_hour_gets_no_workers_for_
     faults = Faults(notes)
     fail(faults, A, "1")
     fail(faults, A2, "2")
-    assert faults.replaced(A, 100.0) == {"1": 1}
-    assert faults.replaced(A2, 100.0) == {"2": 1}
+    assert faults.record_replacement(A, 100.0) == {"1": 1}
+    assert faults.record_replacement(A2, 100.0) == {"2": 1}
     assert faults.avoided(100.0) == frozenset(), "nothing that failed there has passed elsewhere"
-    faults.passed("1", B, 100.0, 2)
+    faults.record_success("1", B, 100.0, 2)
     assert faults.avoided(100.0) == frozenset()
-    faults.passed("2", B, 200.0, 2)
+    faults.record_success("2", B, 200.0, 2)
     assert faults.avoided(200.0 + AVOID_SECONDS - 1) == {A.node}
     assert faults.avoided(200.0 + AVOID_SECONDS + 1) == frozenset()
     [note] = notes
     assert note.startswith("node host-a gets no new workers for 10 minutes, because what failed at 2 of its workers")
     assert note.endswith(f"The last error: {FULL}")
     fail(faults, A, "3")
-    faults.replaced(A, 1000.0)
-    faults.passed("3", B, 1000.0, 2)
+    faults.record_replacement(A, 1000.0)
+    faults.record_success("3", B, 1000.0, 2)
     assert faults.avoided(1000.0 + 2 * AVOID_SECONDS - 1) == {A.node}
     assert faults.avoided(9000.0) == frozenset()
 
@@ -97,9 +98,9 @@ def test_a_node_whose_workers_are_replaced_twice_in_an_hour_gets_no_workers_for_
 def test_shards_that_fail_in_a_row_and_everywhere_leave_their_nodes_in_use() -> None:
     faults = Faults([])
     for worker in (A, A2):
-        faults.passed("9", B, 0.5, 3)
+        faults.record_success("9", B, 0.5, 3)
         fail(faults, worker, "1", "2", "3", now=0.1)
-        faults.replaced(worker, 1.0)
+        faults.record_replacement(worker, 1.0)
     for shard in "123":
         fail(faults, B, shard)
     assert faults.avoided(1.0) == frozenset()
@@ -107,49 +108,51 @@ def test_shards_that_fail_in_a_row_and_everywhere_leave_their_nodes_in_use() -> 
 
 def test_a_shard_that_one_node_cannot_read_and_another_can_is_the_fault_of_the_first() -> None:
     faults = Faults([])
-    assert faults.unread("1", A, "shard_missing")
-    assert faults.unread("2", A, "shard_missing")
-    assert faults.passed("1", B, 1.0, 2) == []
-    [faulty] = faults.passed("2", B, 2.0, 2)
+    assert faults.record_read_failure("1", A, "shard_missing")
+    assert faults.record_read_failure("2", A, "shard_missing")
+    assert faults.record_success("1", B, 1.0, 2) == []
+    [faulty] = faults.record_success("2", B, 2.0, 2)
     assert faulty.worker == A
-    assert not faults.unread("3", A, "shard_missing") or not faults.unread("3", B, "shard_missing")
+    assert not faults.record_read_failure("3", A, "shard_missing") or not faults.record_read_failure(
+        "3", B, "shard_missing"
+    )
 
 
 def test_missing_shards_in_a_row_replace_no_worker() -> None:
     faults = Faults([])
-    faults.passed("9", B, 0.5, 2)
+    faults.record_success("9", B, 0.5, 2)
     for shard in "12345":
-        faults.unread(shard, A, "shard_missing")
-        faults.unread(shard, B, "shard_missing")
-    assert faults.pause_failures(A) == 0
-    assert faults.passed("8", B, 2.0, 2) == []
+        faults.record_read_failure(shard, A, "shard_missing")
+        faults.record_read_failure(shard, B, "shard_missing")
+    assert faults.excess_failures(A) == 0
+    assert faults.record_success("8", B, 2.0, 2) == []
     assert fail(faults, A, "7", now=0.1) is None
 
 
 def test_a_node_where_models_cannot_be_loaded_is_avoided_while_other_nodes_finish_shards() -> None:
     notes: list[str] = []
     faults = Faults(notes)
-    assert not faults.not_started(A, FULL, 1.0), "no worker has finished a shard: the cause may be the config"
-    faults.passed("1", B, 1.0, 2)
-    assert not faults.not_started(B, FULL, 1.0), "its own node has finished shards"
-    assert faults.not_started(A, FULL, 1.0)
+    assert not faults.record_failed_start(A, FULL, 1.0), "no worker has finished a shard: the cause may be the config"
+    faults.record_success("1", B, 1.0, 2)
+    assert not faults.record_failed_start(B, FULL, 1.0), "its own node has finished shards"
+    assert faults.record_failed_start(A, FULL, 1.0)
     assert faults.avoided(2.0) == {A.node}
     assert "because models cannot be loaded there" in notes[0]
     for _ in range(20):
-        stopped = not faults.not_started(A, FULL, 1.0)
+        stopped = not faults.record_failed_start(A, FULL, 1.0)
     assert stopped, "not without end"
-    faults.started()
-    assert faults.not_started(A, FULL, 1.0)
+    faults.record_start()
+    assert faults.record_failed_start(A, FULL, 1.0)
 
 
 def test_workers_that_die_of_shards_that_pass_on_another_node_count_against_their_node() -> None:
     faults = Faults([])
     for number in range(2):
         worker = WorkerId(A.node, number, A.host)
-        faults.died((f"{number}a", f"{number}b"), worker, "segfault")
-        faults.passed(f"{number}a", WorkerId(A.node, 7), 1.0, 2)
+        faults.record_death((f"{number}a", f"{number}b"), worker, "segfault")
+        faults.record_success(f"{number}a", WorkerId(A.node, 7), 1.0, 2)
         assert faults.avoided(1.0) == frozenset(), "it passed on the same node"
-        faults.passed(f"{number}b", B, 1.0, 2)
+        faults.record_success(f"{number}b", B, 1.0, 2)
     assert faults.avoided(1.0) == {A.node}
 
 
@@ -158,21 +161,21 @@ def test_where_most_workers_fail_none_of_them_is_at_fault_and_few_are_replaced_a
     found = []
     for number, worker in enumerate(workers[1:]):
         for shard in range(4):
-            faults.failed(f"{number}/{shard}", worker, "timeout", 1.0, len(workers))
+            faults.record_failure(f"{number}/{shard}", worker, "timeout", 1.0, len(workers))
     for shard in range(4):
-        found += faults.passed(f"5/{shard}", workers[0], 2.0, len(workers))
+        found += faults.record_success(f"5/{shard}", workers[0], 2.0, len(workers))
     for number, worker in enumerate(workers[1:]):
-        if faulty := faults.failed(f"{number}/4", worker, "timeout", 3.0, len(workers)):
+        if faulty := faults.record_failure(f"{number}/4", worker, "timeout", 3.0, len(workers)):
             found.append(faulty)
     assert found == []
     for number, worker in enumerate(workers[1:]):
-        faults.passed(f"{number}/0", worker, 4.0, len(workers))
+        faults.record_success(f"{number}/0", worker, 4.0, len(workers))
     replaced = 0
     for number, worker in enumerate(workers[1:401]):  # now four in ten fail
         for shard in range(4):
-            faults.passed("x", workers[-1], 10.5 + shard, len(workers))
-            if faults.failed(f"late {number}/{shard}", worker, "timeout", 10.0 + shard, len(workers)):
-                faults.replaced(worker, 10.0)
+            faults.record_success("x", workers[-1], 10.5 + shard, len(workers))
+            if faults.record_failure(f"late {number}/{shard}", worker, "timeout", 10.0 + shard, len(workers)):
+                faults.record_replacement(worker, 10.0)
                 replaced += 1
                 break
     assert replaced == 20, "2% of the workers in a minute"
@@ -210,7 +213,7 @@ class Simulation:
                 _, number, slot, shard = heapq.heappop(self.running)
                 if slot.leases.pop(number, None) is not None:
                     self._end(slot, shard)
-            self.queue.hand_out(self.slots, self._lease, self.now)
+            self.queue.hand_out(self.slots, self._lease, self.now, self.policy.failing_workers)
         return self
 
     def _start(self, node: str) -> Slot:
@@ -222,34 +225,31 @@ class Simulation:
     def _lease(self, slot: Slot, shard: PendingShard, alone: bool = False) -> None:
         number = next(self.numbers)
         slot.alone, slot.draining, slot.leases[number] = alone, False, shard
-        assert slot.info is not None
-        seconds = 0.1 if self.fails(shard.name, slot.info.id) else self.seconds
+        seconds = 0.1 if self.fails(shard.name, slot.id) else self.seconds
         heapq.heappush(self.running, (self.now + seconds, number, slot, shard))
 
     def _end(self, slot: Slot, shard: PendingShard) -> None:
-        assert slot.info is not None
-        slot.alone, worker, faults = False, slot.info.id, self.policy.faults
+        slot.alone, worker = False, slot.id
         if not self.fails(shard.name, worker):
             self.passed.add(shard.name)
-            slot.failed = 0
-            for one in self.policy.lease_passed(shard.name, worker, self.now, len(self.slots)):
+            for one in self.policy.lease_returned(shard.name, worker, False, self.now, len(self.slots)):
                 self._replace(one.worker)
             return
         self.failures[shard.name] += 1
-        slot.failed += 1
         error = ShardFailure(FULL, False)
-        if faults.failed(shard.name, worker, FULL, self.now, len(self.slots)):
-            self._replace(worker)
-        elif count := faults.pause_failures(worker):
-            slot.paused_until = self.now + 2.0**count
+        match self.policy.worker_failed(worker, shard.name, error, FULL, self.now, len(self.slots)):
+            case ReplaceWorker():
+                self._replace(worker)
+            case PauseWorker(_, until):
+                self.queue.pause(worker, until)
         decision = self.policy.lease_raised(shard, error, self.now)
         if isinstance(decision, Quarantine):
             self.quarantined.append(shard.name)
         elif isinstance(decision, Retry):
-            self.queue.add_delayed(shard, decision.at, faults.tried(shard.name))
+            self.queue.add_delayed(shard, decision.at, self.policy.faults.tried(shard.name))
 
     def _replace(self, worker: WorkerId) -> None:
-        for slot in [slot for slot in self.slots if slot.info is not None and slot.info.id == worker]:
+        for slot in [slot for slot in self.slots if slot.id == worker]:
             self.slots.remove(slot)
             self.replaced.append(worker)
             for shard in slot.leases.values():
@@ -260,7 +260,7 @@ class Simulation:
 
 
 def test_a_full_temporary_folder_of_one_of_two_nodes_quarantines_nothing_and_the_node_is_avoided() -> None:
-    run = Simulation(2, 1, 30, lambda shard, worker: worker.node == "node 0").run()
+    run = Simulation(2, 1, 30, lambda shard, worker: worker.node == "node 0", seconds=2.0).run()
     assert run.quarantined == []
     assert len(run.passed) == 30
     assert run.failures.total() <= 20

@@ -12,16 +12,14 @@ import pytest
 from reinforce.config import Failures
 from reinforce.engine.driver.policy.hangs import (
     CEILING,
-    MAX_IN_FLIGHT,
     MODEL_FLOOR,
     STORAGE_FLOOR,
-    Polls,
     StallLimits,
     find_hang,
     find_silence,
-    poll_interval,
     silence_limit,
 )
+from reinforce.engine.driver.polls import MAX_IN_FLIGHT, Polls, poll_interval
 from reinforce.engine.messages.pulse import DECODING, READING, SERVER, WAITING, WRITING, LeasePulse, Pulse
 
 LAYER = "embeddings/red/images"

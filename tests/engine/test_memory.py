@@ -8,7 +8,8 @@ import pytest
 
 from reinforce.config import Failures
 from reinforce.dataset.layers import Layer
-from reinforce.engine.driver.policy.failures import Decision, EndedWorker, FailurePolicy, Quarantine, Requeue, RunAlone
+from reinforce.engine.driver.policy.decisions import Decision, EndedWorker, Quarantine, Requeue, RunAlone
+from reinforce.engine.driver.policy.failures import FailurePolicy
 from reinforce.engine.driver.policy.memory import MemoryDeaths, MemoryUse
 from reinforce.engine.messages.results import WorkerId
 from reinforce.engine.messages.task import PendingShard
@@ -24,7 +25,7 @@ WORKER = WorkerId("node", 12, "host-a")
 def kill(
     policy: FailurePolicy, *shards: PendingShard, use: MemoryUse = LEAK, alone: bool = False, neighbours: int = 0
 ) -> list[Decision]:
-    worker = EndedWorker("node", 12, shards, alone, "host-a", use, neighbours)
+    worker = EndedWorker(WORKER, shards, alone, use, neighbours)
     policy.worker_died(worker, "Memory on the node was low", 0.0, process_dead=True, memory=True)
     [verdict] = policy.judge_deaths(0.0, lambda: {"node"})
     return list(verdict.decisions)
@@ -33,7 +34,7 @@ def kill(
 def test_a_leaking_worker_costs_no_shard_however_often_it_is_killed() -> None:
     policy, rng = FailurePolicy(Failures(solo_attempts=1), LAYERS, 30, 0), random.Random(0)
     for _ in range(100):
-        policy.lease_passed("x", WORKER, 0.0, 2)
+        policy.lease_returned("x", WORKER, False, 0.0, 2)
         if rng.random() < 0.5:
             assert kill(policy, A, B) == [Requeue(A), Requeue(B)]
         else:
@@ -74,7 +75,7 @@ def test_the_message_names_the_worker_its_growth_per_shard_and_the_mend() -> Non
 
 def test_the_message_of_workers_that_do_not_grow_asks_for_smaller_batches() -> None:
     deaths = MemoryDeaths(2)
-    notes = [deaths.died(WORKER, MemoryUse(5_000_000_000, 5_100_000_000, 40), None) for _ in range(3)]
+    notes = [deaths.record_death(WORKER, MemoryUse(5_000_000_000, 5_100_000_000, 40), None) for _ in range(3)]
     assert str(notes[-1]).endswith(
         "with 5,100 MB after 40 shards. Lower workers.batch, or give each worker more of its node by workers.cpus"
     )
@@ -82,23 +83,23 @@ def test_the_message_of_workers_that_do_not_grow_asks_for_smaller_batches() -> N
 
 def test_there_is_a_message_after_three_deaths_and_whenever_their_number_has_doubled() -> None:
     deaths = MemoryDeaths(2)
-    assert [n for n in range(1, 50) if deaths.died(WORKER, LEAK, None)] == [3, 6, 12, 24, 48]
+    assert [n for n in range(1, 50) if deaths.record_death(WORKER, LEAK, None)] == [3, 6, 12, 24, 48]
 
 
 @pytest.mark.parametrize(("workers", "most"), [(1, 10), (2, 10), (1000, 2000)])
 def test_a_run_in_which_no_shard_can_be_finished_ends_with_one_error(workers: int, most: int) -> None:
     deaths = MemoryDeaths(2)
     for _ in range(most - 1):
-        deaths.died(WORKER, LEAK, None)
+        deaths.record_death(WORKER, LEAK, None)
     assert deaths.must_stop(workers) is None
-    deaths.passed()
+    deaths.record_success()
     for _ in range(most):
         assert deaths.must_stop(workers) is None
-        deaths.died(WORKER, LEAK, None)
+        deaths.record_death(WORKER, LEAK, None)
     assert str(deaths.must_stop(workers)).startswith("no shard can be finished: ")
 
 
 def test_the_advice_is_below_a_number_of_shards_that_did_not_suffice() -> None:
     deaths = MemoryDeaths(2)
-    deaths.died(WORKER, LEAK, 6)
+    deaths.record_death(WORKER, LEAK, 6)
     assert str(deaths.note).endswith("workers.recycle: 5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,11 +98,11 @@ def test_a_new_worker_gets_the_number_of_one_that_has_ended(monkeypatch: pytest.
 def test_the_pool_shrinks_by_workers_that_have_not_started_and_then_by_those_that_fail(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    good, bad, loading = Slot(_Actor(), INFO), Slot(_Actor(), INFO, failed=2), Slot(_Actor())
+    good, bad, loading = Slot(_Actor(), INFO), Slot(_Actor(), replace(INFO, pid=2)), Slot(_Actor())
     pool = pool_of(monkeypatch, [good, bad, loading])
-    pool.shrink(2)
+    pool.shrink(2, lambda worker: 0)
     assert pool.slots == [good, bad]
-    pool.shrink(1)
+    pool.shrink(1, lambda worker: 2 if worker.pid == 2 else 0)
     assert pool.slots == [good]
 
 
@@ -127,7 +128,7 @@ def test_workers_on_a_drained_node_get_no_further_leases_and_others_are_started_
     assert list(drained.leases.values()) == [SHARD], "what is in flight goes on"
     pool.grow(10)
     assert len(pool.slots) == 3
-    pool.shrink(2)
+    pool.shrink(2, lambda worker: 0)
     pool.grow(2)
     assert len(pool.slots) == 3, "a worker that leaves is not counted"
     pool.end_lease(next(iter(drained.leases)))

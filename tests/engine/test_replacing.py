@@ -1,103 +1,117 @@
-"""Which results count as a success of a worker, and so as a proof against others."""
+"""Which workers are ended: those that results prove to be at fault, and those of drained nodes."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from reinforce.config import Failures, parse_config
-from reinforce.engine.driver.policy.drains import Drains
+from reinforce.config import parse_config
+from reinforce.dataset.files.store import Store
 from reinforce.engine.driver.policy.failures import FailurePolicy
 from reinforce.engine.driver.pool import Pool, Slot
-from reinforce.engine.driver.worker_lifecycle import WorkerHandling
-from reinforce.engine.messages.results import ShardResult, WorkerInfo
+from reinforce.engine.driver.shard_queue import ShardQueue
+from reinforce.engine.driver.state import RunState
+from reinforce.engine.driver.worker_lifecycle import WorkerLifecycle
+from reinforce.engine.messages.results import ShardFailure, ShardResult, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
+from reinforce.engine.plan.plan import Plan
+from reinforce.engine.record.events import Events
+from reinforce.engine.record.progress import Progress
+from reinforce.engine.record.summary import RunTotals
 from schemas import Reason
+from teachers.redact import Redactor
+
+MISSING = Reason.SHARD_MISSING.value
 
 
-class Handling(WorkerHandling):
-    """Two workers on two nodes; what is replaced is recorded."""
-
-    def __init__(self) -> None:
-        self.here, self.there = (Slot(None, WorkerInfo(node, 1, "cpu", {})) for node in "xy")
-        self.policy = FailurePolicy(Failures(), {}, 10, 0)
-        self.replaced: list[Slot] = []
-        pool: Any = SimpleNamespace(slots=[self.here, self.there], started=[self.here, self.there])
-        self.pool = pool
-
-    def _replace(self, slot: Slot, reason: str) -> None:
-        self.replaced.append(slot)
-
-    def finish(self, slot: Slot, shard: str, refused: Reason | None) -> None:
-        reason = refused.value if refused else None
-        self._count_success(slot, ShardResult(shard=shard, quarantine_reason=reason, seconds=1.0, busy=0.5))
+def shard(name: str) -> PendingShard:
+    return PendingShard(name, f"{name}.tar", ("samples",))
 
 
-def unread(handling: Handling, *names: str) -> None:
-    assert handling.here.info is not None
-    for name in names:
-        shard = PendingShard(name, f"{name}.tar", ("samples",))
-        assert handling.policy.shard_unread(shard, Reason.SHARD_MISSING.value, handling.here.info.id, 2, 0.0)
+class Workers:
+    """A lifecycle with one worker on each of the nodes x and y. Nothing runs in them."""
 
-
-def test_shards_that_are_missing_on_both_nodes_replace_no_worker() -> None:
-    handling = Handling()
-    unread(handling, *"abcde")
-    for name in "abcde":
-        handling.finish(handling.there, name, Reason.SHARD_MISSING)
-    assert handling.replaced == []
-
-
-def test_shards_that_are_missing_on_one_node_only_replace_its_worker() -> None:
-    handling = Handling()
-    unread(handling, *"ab")
-    for name in "ab":
-        handling.finish(handling.there, name, None)
-    assert handling.replaced == [handling.here]
-
-
-class Draining(WorkerHandling):
-    """Two workers on two nodes, of which Ray may drain one or both; events and messages are recorded."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("reinforce.engine.driver.pool.ray.put", lambda value: value)
         monkeypatch.setattr("reinforce.engine.driver.pool.ray.kill", lambda actor: None)
-        self.pool, self.drains = (
-            Pool(parse_config({"source": "a.tar", "output": "/tmp/out"}), {}, frozenset()),
-            Drains(),
+        config = parse_config({"source": "a.tar", "output": str(folder)})
+        self.lines: list[str] = []
+        progress = Progress()
+        monkeypatch.setattr(progress, "log", self.lines.append)
+        redact = Redactor({})
+        self.state = RunState(
+            plan=Plan(config, {}, 10, {}, []),
+            config=config,
+            store=(store := Store(config.output)),
+            queue=ShardQueue([]),
+            pool=Pool(config, {}, frozenset()),
+            policy=FailurePolicy(config.failures, {}, 10, 0),
+            totals=RunTotals(),
+            events=Events(store, config, redact),
+            progress=progress,
+            redact=redact,
         )
+        self.pool = self.state.pool
         for node in "xy":
             self.pool.slots.append(slot := Slot(None))
             self.pool.record_start(slot, WorkerInfo(node, 1, "cpu", {}))
-        self.slots = list(self.pool.slots)
-        self.recorded: list[tuple[str, Any]] = []
-        events: Any = SimpleNamespace(add=lambda event, **values: self.recorded.append((event, values["node"])))
-        self.events = events
-        self.lines: list[str] = []
+        self.here, self.there = self.pool.slots
+        self.lifecycle = WorkerLifecycle(self.state)
 
-    def _log(self, text: str) -> None:
-        self.lines.append(text)
+    def finish(self, slot: Slot, name: str, reason: str | None = None) -> None:
+        self.lifecycle.record_success(slot, ShardResult(shard=name, quarantine_reason=reason, seconds=1.0))
 
-    def follow(self, **deadlines: int) -> None:
-        self._follow_drains(deadlines)
+    def lease(self, slot: Slot, name: str) -> Any:
+        ref = object()
+        slot.leases[ref] = shard(name)
+        self.pool.leases[ref] = slot
+        return ref
+
+    def events(self, kind: str) -> int:
+        return self.state.events.digest.counts[kind]
 
 
-def test_a_worker_on_a_drained_node_is_ended_once_its_leases_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    handling = Draining(monkeypatch)
-    here, there = handling.slots
-    shard = PendingShard("a", "a.tar", ("samples",))
-    here.leases[0] = shard
-    handling.pool.leases[0] = here
-    handling.follow(x=0)
-    handling.follow(x=0)
-    assert handling.recorded == [("node_drained", "x")]
-    assert len(handling.lines) == 1
-    handling.pool.end_lease(0)
-    handling.follow(x=0)
-    assert handling.recorded[1:] == [("worker_drained", "x")]
-    assert handling.pool.slots == [there]
-    handling.follow(x=0, y=0)
-    assert handling.pool.slots == []
-    assert handling.lines[-1] == "no worker is left, because the nodes are drained; the run waits for other nodes"
+@pytest.fixture
+def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workers:
+    return Workers(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(("reason", "replaced"), [(MISSING, 0), (None, 1)])
+def test_shards_that_are_missing_on_one_node_replace_its_worker_unless_they_are_missing_on_the_other_as_well(
+    workers: Workers, reason: str | None, replaced: int
+) -> None:
+    for name in "abcde":
+        assert workers.state.policy.read_failed(shard(name), MISSING, workers.here.id, 2, 0.0)
+    for name in "abcde":
+        workers.finish(workers.there, name, reason)
+    assert workers.events("worker_replaced") == replaced
+    assert workers.pool.slots == ([workers.there] if replaced else [workers.here, workers.there])
+
+
+def test_the_shards_of_a_worker_that_is_replaced_are_leased_again_first(workers: Workers) -> None:
+    workers.lease(workers.here, "beside")
+    for name in "abc":
+        error = ShardFailure("RuntimeError: device-side assert", True)
+        workers.lifecycle.record_failure(workers.here, shard(name), error)
+    assert workers.pool.slots == [workers.there]
+    assert (len(workers.state.queue), dict(workers.state.totals.retries)) == (1, {"worker lost": 1})
+    assert workers.lines == [
+        "a worker is replaced, pid 1 on x: 3 leases in a row have failed at it; the last error: RuntimeError: "
+        "device-side assert"
+    ]
+
+
+def test_a_worker_on_a_drained_node_is_ended_once_its_leases_have_ended(workers: Workers) -> None:
+    ref = workers.lease(workers.here, "a")
+    for _ in range(2):
+        workers.lifecycle.follow_drains({"x": 0})
+    assert (workers.events("node_drained"), len(workers.lines)) == (1, 1)
+    workers.pool.end_lease(ref)
+    workers.lifecycle.follow_drains({"x": 0})
+    assert workers.events("worker_drained") == 1
+    assert workers.pool.slots == [workers.there]
+    workers.lifecycle.follow_drains({"x": 0, "y": 0})
+    assert workers.pool.slots == []
+    assert workers.lines[-1] == "no worker is left, because the nodes are drained; the run waits for other nodes"

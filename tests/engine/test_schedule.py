@@ -137,7 +137,7 @@ def test_a_suspect_prefers_another_node_and_does_not_wait_for_it() -> None:
 
 def test_a_worker_gets_no_lease_during_a_pause_or_once_it_is_to_be_restarted() -> None:
     queue, slot = ShardQueue(SHARDS[:2]), at("x", 1)
-    slot.paused_until = 5.0
+    queue.pause(slot.id, 5.0)
     queue.hand_out([slot], leaser(), now=4.9)
     assert leases_of(slot) == ""
     slot.exhausted = True

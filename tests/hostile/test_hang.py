@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import reinforce
-from reinforce.engine.driver.driver.policy import hangs
+from reinforce.engine.driver import polls
 from reinforce.source.urls import shard_name
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.hostile.images import scan_bomb
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 def test_a_slow_image_costs_its_sample_and_a_hung_model_its_shard(
     shards: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hangs, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(polls, "POLL_SECONDS", 0.2)
     source = shards(*[6] * 3)
     bomb = members_of(9, 3)
     bomb[3] = (bomb[3][0].replace("png", "jpg"), scan_bomb(4_000))  # takes three minutes; two seconds are allowed

@@ -13,34 +13,31 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from reinforce.cluster import RayletWatch, cause_of, draining_nodes, is_node_lost, live_nodes, live_resources
+from reinforce.cluster import RayletWatch, cause_of, draining_nodes, live_nodes, live_resources
 from reinforce.dataset.files.damage import DamagedFile, set_aside, set_aside_notes
 from reinforce.dataset.files.index import IndexWriter
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.claims import Claims
 from reinforce.dataset.runs.shard_records import RecordWriter, read_records
-from reinforce.engine.driver.policy.drains import Drains
-from reinforce.engine.driver.policy.failures import (
+from reinforce.engine.driver.policy.decisions import (
     DeathVerdict,
     Decision,
-    FailurePolicy,
     Quarantine,
     Requeue,
     Retry,
     RunAlone,
     StopRun,
-    error_text,
-    ray_ended,
 )
-from reinforce.engine.driver.policy.hangs import StallLimits, find_hang
+from reinforce.engine.driver.policy.failures import FailurePolicy, error_text, ray_ended
 from reinforce.engine.driver.pool import Pool, Slot
-from reinforce.engine.driver.reporter import RunReporting
+from reinforce.engine.driver.reporter import Reporter
 from reinforce.engine.driver.shard_queue import ShardQueue
-from reinforce.engine.driver.worker_lifecycle import WorkerHandling
-from reinforce.engine.messages.results import ShardResult, WorkerInfo
+from reinforce.engine.driver.state import RunState
+from reinforce.engine.driver.worker_lifecycle import WorkerLifecycle
+from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.plan.plan import Plan
@@ -59,7 +56,7 @@ _RAY_SECONDS = 2.0  # between two looks at Ray on this machine
 _QUIET_START_SECONDS = 15.0  # before a slow start is logged
 
 
-class Driver(WorkerHandling, RunReporting):
+class Driver:
     """Runs one plan to its end. Ray must be initialised."""
 
     def __init__(self, plan: Plan, store: Store, progress: Progress, claims: Claims | None = None) -> None:
@@ -70,26 +67,34 @@ class Driver(WorkerHandling, RunReporting):
         workers = plan.config.workers.fitted_to(live_resources(), models)
         self.config = plan.config.model_copy(update={"workers": workers})
         self.redact = Redactor(self.config.model_dump(mode="json"))
-        self.queue = ShardQueue(plan.pending)
+        self.queue, self.totals = ShardQueue(plan.pending), RunTotals()
         self.policy = FailurePolicy(self.config.failures, plan.layers, plan.shards, plan.quarantined, workers.recycle)
-        self.totals = RunTotals()
+        self.events = Events(store, self.config, self.redact)
+        self.records, self.index = RecordWriter(store, self.events.run), IndexWriter(store, plan.layers)
+        self.pool = Pool(self.config, plan.layers, self.needed)
+        self.state = RunState(
+            plan=plan,
+            config=self.config,
+            store=store,
+            queue=self.queue,
+            pool=self.pool,
+            policy=self.policy,
+            totals=self.totals,
+            events=self.events,
+            progress=progress,
+            redact=self.redact,
+        )
+        self.lifecycle, self.reporter = WorkerLifecycle(self.state), Reporter(self.state)
+        self.raylet, self.ray_checked = RayletWatch(), time.monotonic()
         self.manifest_written = self.wait_logged = False
-        self.notes_logged, self.ray_checked = 0, time.monotonic()
-        self.raylet, self.drains = RayletWatch(), Drains()
-        self.limits = StallLimits(self.config.failures)
-        self.polled: dict[Any, Slot] = {}
+        self.notes_logged = 0
 
     def run(self) -> RunSummary:
         start = time.monotonic()
-        self.events = Events(self.store, self.config, self.redact)
-        self.records = RecordWriter(self.store, self.events.run)
-        self.index = IndexWriter(self.store, self.plan.layers)
         self.events.add("start", shards=len(self.plan.pending), layers=sorted(self.needed), ray=ray.__version__)
-        self.pool = Pool(self.config, self.plan.layers, self.needed)
         for line in (self.pool.describe(len(self.plan.pending)), *self.plan.notes):
             self._log(line)
         ending = Ending()
-        self._begin_reports()
         try:
             self._set_damaged_aside()
             with stop_requests() as stop:
@@ -98,11 +103,9 @@ class Driver(WorkerHandling, RunReporting):
             ending = ending_of(error, self.redact)
             raise
         finally:
-            seconds, alive = time.monotonic() - start, self._snapshot().alive
-            quarantined = self.policy.quarantined_shards
-            summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
-            summary = replace(summary, notes=self.policy.notes)
-            self._report(last=True)
+            seconds, alive = time.monotonic() - start, self.pool.alive(time.monotonic())
+            summary = self._summarize(seconds, alive, ending)
+            self.reporter.report(last=True)
             self.pool.close()
             self.raylet.close()
             with contextlib.suppress(StorageError):  # a cache
@@ -112,6 +115,11 @@ class Driver(WorkerHandling, RunReporting):
             with contextlib.nullcontext() if ending == Ending() else contextlib.suppress(UserError):
                 self.events.finish(asdict(summary))
         return summary
+
+    def _summarize(self, seconds: float, alive: float, ending: Ending) -> RunSummary:
+        quarantined = self.policy.quarantined_shards
+        summary = summarize(self.events.run, self.plan, self.totals, quarantined, seconds, alive, ending)
+        return replace(summary, notes=self.policy.notes)
 
     def _set_damaged_aside(self) -> None:
         """Move damaged files away before their shards are computed again."""
@@ -137,26 +145,25 @@ class Driver(WorkerHandling, RunReporting):
                 raise KeyboardInterrupt
             self._check_ray(remaining)
             self.pool.grow(remaining)
-            self.pool.shrink(remaining)
-            for verdict in self.policy.judge_deaths(time.monotonic(), lambda: self.drains.remaining(live_nodes())):
+            self.pool.shrink(remaining, self.policy.consecutive_failures)
+            for verdict in self.policy.judge_deaths(time.monotonic(), live_nodes):
                 self._handle_death(verdict)
             self._report_workers()
             if self.manifest_written or self.pool.started_count >= self.config.workers.min:
                 slots = self.pool.started if self.queue.needs_all_slots else self.pool.free
-                self.queue.hand_out(slots, self.pool.lease, time.monotonic())
-            for ref in _ready([*self.pool.loading, *self.pool.leases, *self.polled]):
-                if ref in self.polled:
-                    self._record_pulse(self.polled.pop(ref), ref)
+                self.queue.hand_out(slots, self.pool.lease, time.monotonic(), self.policy.failing_workers)
+            for ref in _ready([*self.pool.loading, *self.pool.leases, *self.lifecycle.polled]):
+                if ref in self.lifecycle.polled:
+                    self.lifecycle.record_pulse(ref)
                 elif ref in self.pool.loading:
                     self._handle_start(ref)
                 elif ref in self.pool.leases:  # else the worker was found dead through its other lease
                     self._handle_lease_end(ref)
-            self._kill_silent_workers()
-            self._poll_workers()
+            self.lifecycle.poll()
             if not self.manifest_written:
                 self._check_start(time.monotonic() - start)
-            self.progress.show(self._snapshot())
-            self._report()
+            self.progress.show(self.state.snapshot(time.monotonic()))
+            self.reporter.report()
             self.events.flush_when_due()
             self.records.flush_when_due()
             self.index.flush_when_due()
@@ -168,7 +175,7 @@ class Driver(WorkerHandling, RunReporting):
         self.ray_checked = time.monotonic()
         if not self.raylet.is_alive():
             raise ray_ended(len(self.totals.finished), remaining)
-        self._follow_drains(draining_nodes())
+        self.lifecycle.follow_drains(draining_nodes())
 
     def _report_workers(self) -> None:
         """Log what the policy found about workers and nodes. Raise UserError if no shard can be finished."""
@@ -193,36 +200,18 @@ class Driver(WorkerHandling, RunReporting):
                 f"(workers.start_timeout): {cause}"
             )
 
-    # -- starts
-
     def _handle_start(self, ref: Any) -> None:
-        slot = self.pool.loading.pop(ref)
-        try:
-            info: WorkerInfo = ray.get(ref)
-        except RayTaskError as error:
-            if stop := self.policy.load_raised(cause_of(error), time.monotonic()):
-                raise stop.error from error
-            self.pool.remove(slot)
+        """Handle a worker that has loaded its models or failed. The first ``workers.min`` publish the manifest."""
+        info = self.lifecycle.finish_start(ref)
+        if info is None:
             return
-        except RayError as error:
-            self.events.add("worker_failed_to_start", error=str(error)[:500])
-            workers = self.pool.count_placeable()
-            if stop := self.policy.load_died(str(error), is_node_lost(error), self.pool.started_count, workers):
-                raise stop.error from error
-            self.pool.discard(slot)
-            return
-        self.policy.load_passed()
-        self.pool.record_start(slot, info)
-        self.policy.add_notes(info.notes)
-        started = {"accelerator": info.accelerator, "batch": info.batch, "device": info.device}
-        self.events.add("worker_started", node=info.node, pid=info.pid, **started)
         if self.pool.started_count == 1 and self.config.workers.batch == "auto":
             self._log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
         if not self.manifest_written and self.pool.started_count >= self.config.workers.min:
             self.claims.publish(info.models, self.needed)
             self.manifest_written = True
 
-    # -- ends of leases and of workers
+    # -- leases that have ended
 
     def _handle_lease_end(self, ref: Any) -> None:
         slot = self.pool.leases[ref]
@@ -231,20 +220,14 @@ class Driver(WorkerHandling, RunReporting):
         except RayTaskError as error:
             self._handle_error(slot, self.pool.end_lease(ref), cause_of(error))
         except RayError as error:
-            # A process that died is reported as dead at once. An unreachable one may be on a node that is being lost.
-            dead = not isinstance(error, ActorUnavailableError)
-            reason = str(error).strip().splitlines()[0][:300]
-            memory, worker = isinstance(error, OutOfMemoryError), self._end_worker(slot)
-            if memory:
-                worker = replace(worker, neighbours=self.pool.count_on_node(worker.node))
-            self.policy.worker_died(worker, reason, time.monotonic(), dead, memory)
+            self.lifecycle.record_death(slot, error)
         else:
             shard = self.pool.end_lease(ref)
             if not (result.quarantine_reason and self._try_elsewhere(slot, shard, result.quarantine_reason)):
-                self._count_success(slot, result)
+                self.lifecycle.record_success(slot, result)
                 self._handle_result(result)
-        if slot.exhausted and not slot.leases and slot in self.pool.slots:
-            self._recycle(slot)
+        if slot.exhausted and not slot.leases and self.pool.is_started(slot):
+            self.lifecycle.recycle(slot)
 
     def _handle_result(self, result: ShardResult) -> None:
         self.totals.add(result)
@@ -266,20 +249,17 @@ class Driver(WorkerHandling, RunReporting):
 
     def _try_elsewhere(self, slot: Slot, shard: PendingShard, reason: str) -> bool:
         """Whether a shard that could not be read is tried on another node."""
-        assert slot.info is not None
-        now, nodes = time.monotonic(), self.pool.count_nodes()
-        decision = self.policy.shard_unread(shard, reason, slot.info.id, nodes, now)
+        decision = self.policy.read_failed(shard, reason, slot.id, self.pool.count_nodes(), time.monotonic())
         if decision is None:
             return False
-        slot.failed += 1
         self.store.forget_quarantine(SAMPLES, shard.name)
-        self._log(f"{shard.name} is tried on another node: {reason} on {slot.info.id.place}")
+        self._log(f"{shard.name} is tried on another node: {reason} on {slot.id.place}")
         self._carry_out(decision)
         return True
 
     def _handle_error(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
         if not isinstance(error, UserError):
-            self._count_failure(slot, shard, error)
+            self.lifecycle.record_failure(slot, shard, error)
         decision = self.policy.lease_raised(shard, error, time.monotonic())
         if isinstance(decision, StopRun):
             raise decision.error
@@ -293,7 +273,7 @@ class Driver(WorkerHandling, RunReporting):
         death = verdict.death
         names = [shard.name for shard in death.worker.shards]
         event = "worker_hung" if death.hung else "worker_died"
-        self.events.add(event, pid=death.worker.pid, shards=names, node_lost=verdict.node_lost, error=death.error)
+        self.events.add(event, pid=death.worker.id.pid, shards=names, node_lost=verdict.node_lost, error=death.error)
         reason = "its node was lost" if verdict.node_lost else death.error
         what = "hung and was killed" if death.hung else "died"
         self._log(f"a worker {what} ({reason}); in flight: {', '.join(names)}")
@@ -331,24 +311,8 @@ class Driver(WorkerHandling, RunReporting):
         if stop := self.policy.shard_quarantined(name, cause):
             raise stop.error
 
-    # -- progress
-
-    def _poll_workers(self) -> None:
-        """Ask workers for their counts, in turns."""
-        for slot in self.pool.polls.due(time.monotonic(), self.limits.least):
-            self.polled[slot.actor.pulse.options(concurrency_group="control").remote()] = slot
-
-    def _record_pulse(self, slot: Slot, ref: Any) -> None:
-        self.pool.polls.answered(slot)
-        with contextlib.suppress(RayError):  # a dead worker is detected when its leases fail
-            self.pool.record_pulse(slot, ray.get(ref))
-            self.limits.record(slot.pulse.slowest)
-            shards = {shard.name for shard in slot.leases.values()}
-            if hang := find_hang(slot.pulse, shards, self.limits):
-                self._kill_hung(slot, hang)
-
     def _log(self, text: str) -> None:
-        self.progress.log(self.redact(text))
+        self.state.log(text)
 
 
 def _ready(refs: list[Any]) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,10 @@ from reinforce.cluster import call_on_nodes, live_nodes, live_resources
 from reinforce.config import Config, Workers
 from reinforce.cores import Node, capacity, cores_per_process
 from reinforce.dataset.layers import Layer
-from reinforce.engine.driver.policy.hangs import Polls
 from reinforce.engine.driver.policy.memory import MemoryUse
+from reinforce.engine.driver.polls import Polls
 from reinforce.engine.messages.pulse import LeasePulse, Pulse, read_board
-from reinforce.engine.messages.results import WorkerInfo
+from reinforce.engine.messages.results import WorkerId, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, as_actor
 
@@ -40,9 +40,6 @@ class Slot:
     draining: bool = False
     exhausted: bool = False
     leaving: bool = False
-    failures: int = 0  # leases in a row that raised, where the worker may be the cause
-    failed: int = 0  # leases in a row that raised
-    paused_until: float = 0.0  # it gets no lease before
     leased: int = 0  # leases so far
     finished: int = 0  # those that returned
     memory: int = 0  # bytes after the last of them
@@ -52,6 +49,12 @@ class Slot:
     index: int = 0  # a number that no other worker of the pool has, for metrics and status
     pulse_at: float = 0.0
     leased_at: dict[str, float] = field(default_factory=dict)  # by shard
+
+    @property
+    def id(self) -> WorkerId:
+        """The process of a worker that has started."""
+        assert self.info is not None
+        return self.info.id
 
     @property
     def free(self) -> int:
@@ -152,13 +155,14 @@ class Pool:
         """A line about the workers that ``size`` shards will have."""
         return describe_workers(self._config.workers, size, self._limit(), live_resources())
 
-    def shrink(self, size: int) -> None:
-        """Remove workers without leases until ``size`` are left: those that have not started, and those that fail."""
+    def shrink(self, size: int, failures: Callable[[WorkerId], int]) -> None:
+        """Remove workers without leases until ``size`` are left: first those that have not started, then those with
+        the most ``failures``."""
         excess = len(self.slots) - len(self.leaving) - size
         if excess <= 0:
             return
         idle = [slot for slot in self.slots if not slot.leases and not slot.leaving]
-        for slot in sorted(idle, key=lambda slot: (slot.info is not None, -slot.failed))[:excess]:
+        for slot in sorted(idle, key=lambda slot: (1, -failures(slot.id)) if slot.info else (0, 0))[:excess]:
             self.remove(slot)
 
     def remove(self, slot: Slot) -> None:
@@ -191,6 +195,10 @@ class Pool:
     def started(self) -> list[Slot]:
         """Workers whose models are loaded."""
         return list(self._started)
+
+    def is_started(self, slot: Slot) -> bool:
+        """Whether a worker has loaded its models and has not ended."""
+        return slot in self._started
 
     @property
     def started_count(self) -> int:

@@ -1,4 +1,4 @@
-"""The part of the driver that reports a run while it goes: metrics, and ``runs/<run>/progress.json``."""
+"""Reports a run while it goes: metrics, and ``runs/<run>/progress.json``."""
 
 from __future__ import annotations
 
@@ -9,26 +9,13 @@ import socket
 import time
 from typing import Any
 
-from reinforce.dataset.files.store import Store
-from reinforce.dataset.runs.progress import (
-    FILE,
-    FailingShard,
-    LeaseProgress,
-    RunProgress,
-    SlowShard,
-    WorkerProgress,
-)
-from reinforce.engine.driver.policy.failures import FailurePolicy
-from reinforce.engine.driver.pool import Pool, Slot
-from reinforce.engine.driver.shard_queue import ShardQueue
-from reinforce.engine.plan.plan import Plan
-from reinforce.engine.record.events import Events
+from reinforce.dataset.runs.progress import FILE, FailingShard, LeaseProgress, RunProgress, SlowShard, WorkerProgress
+from reinforce.engine.driver.pool import Slot
+from reinforce.engine.driver.state import RunState
 from reinforce.engine.record.metrics import Recorder, totals_values
-from reinforce.engine.record.progress import Progress, Rates, Snapshot
-from reinforce.engine.record.summary import RunTotals
+from reinforce.engine.record.progress import Rates, Snapshot
 from reinforce.errors import UserError
 from reinforce.storage import JOB_VARIABLE
-from teachers.redact import Redactor
 
 _METRICS_SECONDS = 2.0
 _PROGRESS_SECONDS, _PROGRESS_SECONDS_LOCAL = 10.0, 2.0
@@ -36,71 +23,50 @@ _SECONDS_PER_WORKER = 0.006  # a driver of 10,000 workers writes 3 MB once a min
 _FAILING = 20  # shards that are named
 
 
-class RunReporting:
-    """Reports the state of the driver, in which it changes nothing."""
+class Reporter:
+    """Records metrics and writes ``progress.json``. Changes nothing of the run."""
 
-    plan: Plan
-    store: Store
-    pool: Pool
-    policy: FailurePolicy
-    queue: ShardQueue
-    totals: RunTotals
-    events: Events
-    progress: Progress
-    redact: Redactor
-
-    def _begin_reports(self) -> None:
+    def __init__(self, state: RunState) -> None:
+        self._state = state
         self._recorder = Recorder()
         self._metrics_due = self._progress_due = 0.0
         self._started = time.time()
 
-    def _report(self, last: bool = False) -> None:
+    def report(self, last: bool = False) -> None:
         """Record metrics and write the progress if they are due, or at the end of the run."""
         now = time.monotonic()
         if not (last or now >= self._metrics_due):
             return
         self._metrics_due = now + _METRICS_SECONDS
-        snapshot = self._snapshot()
-        rates = self.progress.rates(snapshot)
+        snapshot = self._state.snapshot(now)
+        rates = self._state.progress.rates(snapshot)
         self._record_metrics(snapshot, Rates(eta=0.0) if last else rates, 0 if last else snapshot.workers)
         if last or now >= self._progress_due:
-            least = _PROGRESS_SECONDS_LOCAL if self.store.local else _PROGRESS_SECONDS
-            interval = least + len(self.pool.slots) * _SECONDS_PER_WORKER
+            least = _PROGRESS_SECONDS_LOCAL if self._state.store.local else _PROGRESS_SECONDS
+            interval = least + len(self._state.pool.slots) * _SECONDS_PER_WORKER
             self._progress_due = now + interval
             with contextlib.suppress(UserError):  # the run itself does not need it
-                self._write_progress(self._state(snapshot, rates, interval))
-
-    def _snapshot(self) -> Snapshot:
-        return Snapshot(
-            shards_done=len(self.totals.finished),
-            shards=len(self.plan.pending),
-            samples=max(self.totals.samples, self.pool.samples),
-            samples_done=self.totals.samples,
-            busy=self.pool.busy,
-            alive=self.pool.alive(time.monotonic()),
-            workers=self.pool.started_count,
-            quarantined_shards=len(self.policy.quarantined),
-            refused_rows=sum(self.totals.refused.values()),
-        )
+                self._write(self._progress(snapshot, rates, interval))
 
     def _record_metrics(self, snapshot: Snapshot, rates: Rates, workers: int) -> None:
+        state = self._state
         self._recorder.record(
             {
-                **totals_values(self.totals, self.events.digest.counts),
-                "reinforce_accelerator_busy_seconds_total": max(snapshot.busy, self.totals.busy),
+                **totals_values(state.totals, state.events.digest.counts),
+                "reinforce_accelerator_busy_seconds_total": max(snapshot.busy, state.totals.busy),
                 "reinforce_worker_seconds_total": snapshot.alive,
                 "reinforce_workers": workers,
-                "reinforce_waiting_shards": len(self.queue),
-                "reinforce_leased_shards": len(self.pool.leases),
+                "reinforce_waiting_shards": len(state.queue),
+                "reinforce_leased_shards": len(state.pool.leases),
                 **({} if rates.eta is None else {"reinforce_eta_seconds": rates.eta}),
             }
         )
 
-    def _state(self, snapshot: Snapshot, rates: Rates, interval: float) -> RunProgress:
-        digest = self.events.digest
+    def _progress(self, snapshot: Snapshot, rates: Rates, interval: float) -> RunProgress:
+        state, digest = self._state, self._state.events.digest
         failing = list(digest.failing.items())[-_FAILING:]
         return RunProgress(
-            run=self.events.run,
+            run=state.events.run,
             time=time.time(),
             interval=interval,
             started=self._started,
@@ -112,24 +78,24 @@ class RunReporting:
             samples_per_second=rates.samples_per_second,
             busy_share=rates.busy_share,
             eta_seconds=rates.eta,
-            waiting_shards=len(self.queue),
-            starting_workers=len(self.pool.loading),
+            waiting_shards=len(state.queue),
+            starting_workers=len(state.pool.loading),
             quarantined_shards=snapshot.quarantined_shards,
-            quarantined=self.totals.refused + self.totals.quarantined,
-            workers=[worker_progress(slot) for slot in self.pool.started],
+            quarantined=state.totals.refused + state.totals.quarantined,
+            workers=[worker_progress(slot) for slot in state.pool.started],
             slowest=[SlowShard(shard=name, seconds=s, stage=stage) for s, name, stage in sorted(digest.slowest)[::-1]],
             failing=[FailingShard(shard=name, failures=count, error=error) for name, (count, error) in failing],
             failing_shards=len(digest.failing),
             job=job_id(),
         )
 
-    def _write_progress(self, state: RunProgress) -> None:
-        text = self.redact(json.dumps(state.model_dump(mode="json"), ensure_ascii=False))
-        self.store.write_bytes(text.encode("utf-8", "replace"), "runs", self.events.run, FILE)
+    def _write(self, progress: RunProgress) -> None:
+        text = self._state.redact(json.dumps(progress.model_dump(mode="json"), ensure_ascii=False))
+        self._state.store.write_bytes(text.encode("utf-8", "replace"), "runs", progress.run, FILE)
 
 
 def worker_progress(slot: Slot) -> WorkerProgress:
-    """Where the shards of a started worker were at its last answer."""
+    """A started worker with its shards, and the stage of each at its last pulse."""
     assert slot.info is not None
     now, clock = time.time(), time.monotonic()
     seen = {lease.shard: lease for lease in slot.pulse.leases}
@@ -140,12 +106,11 @@ def worker_progress(slot: Slot) -> WorkerProgress:
             since = now - (clock - slot.pulse_at) - lease.seconds
             found |= {"stage": lease.stage, "what": lease.what, "since": round(since, 3)}
         shards.append(LeaseProgress(**found))
-    info = slot.info
     return WorkerProgress(
         worker=slot.index,
-        host=info.id.place,
-        pid=info.pid,
-        log=info.log,
+        host=slot.id.place,
+        pid=slot.id.pid,
+        log=slot.info.log,
         samples=slot.pulse.samples,
         shards=shards,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeAlias
 
 from reinforce.engine.driver.pool import Slot
@@ -20,7 +20,7 @@ _MAX_RETRIES = 64  # that are looked at in one call
 
 def _distance(slot: Slot, tried: Tried) -> int:
     """How far a worker is from those that have tried a shard: 2 on another node, 1 in another process, else 0."""
-    if slot.info is None or slot.info.id in tried:
+    if slot.info is None or slot.id in tried:
         return 0
     return 1 if any(worker.node == slot.info.node for worker in tried) else 2
 
@@ -35,6 +35,7 @@ class ShardQueue:
         self._delayed: list[tuple[float, int, PendingShard, Tried]] = []
         self._order = itertools.count()  # heapq must never compare shards
         self._draining = False  # whether a worker may be
+        self._paused: dict[WorkerId, float] = {}  # until when
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._suspects) + len(self._delayed) + len(self._retries)
@@ -60,12 +61,22 @@ class ShardQueue:
         one is idle."""
         self._suspects.append((shard, tried))
 
-    def hand_out(self, slots: Sequence[Slot], lease: Callable[..., None], now: float) -> None:
+    def pause(self, worker: WorkerId, until: float) -> None:
+        """Lease nothing to a worker before time ``until``."""
+        self._paused[worker] = until
+
+    def hand_out(
+        self,
+        slots: Sequence[Slot],
+        lease: Callable[..., None],
+        now: float,
+        failing: Collection[WorkerId] = frozenset(),
+    ) -> None:
         """Lease two shards to every started worker, and a suspect to a worker that has nothing else.
 
-        ``slots`` are all workers, or those that can take a lease unless ``needs_all_slots``.
-        ``lease(slot, shard)`` or ``lease(slot, shard, alone=True)`` starts a lease. Where no worker is idle, as many
-        workers as there are suspects get no further leases until they are.
+        ``slots`` are all workers, or those that can take a lease unless ``needs_all_slots``; ``failing`` are those at
+        which the last lease failed. ``lease(slot, shard)`` or ``lease(slot, shard, alone=True)`` starts a lease. Where
+        no worker is idle, as many workers as there are suspects get no further leases until they are.
         """
         while self._delayed and self._delayed[0][0] <= now:
             _, _, shard, tried = heapq.heappop(self._delayed)
@@ -73,7 +84,8 @@ class ShardQueue:
                 self._retries.append((shard, tried))
             else:
                 self._ready.append(shard)
-        slots = [slot for slot in slots if slot.paused_until <= now and not slot.leaving]
+        self._paused = {worker: until for worker, until in self._paused.items() if until > now}
+        slots = [slot for slot in slots if not slot.leaving and not (self._paused and self._is_paused(slot))]
         idle = [slot for slot in slots if slot.free == SHARDS_IN_FLIGHT] if self._suspects else []
         while self._suspects and idle:
             shard, tried = self._suspects.popleft()
@@ -82,18 +94,24 @@ class ShardQueue:
             lease(slot, shard, alone=True)
         self._drain(slots)
         if self._retries:
-            self._hand_out_retries(slots, lease)
+            self._hand_out_retries(slots, lease, failing)
         for _ in range(SHARDS_IN_FLIGHT if self._ready else 0):
             for slot in slots:
                 if self._ready and slot.free and not slot.draining:
                     lease(slot, self._ready.popleft())
 
-    def _hand_out_retries(self, slots: Sequence[Slot], lease: Callable[..., None]) -> None:
+    def _is_paused(self, slot: Slot) -> bool:
+        return slot.info is not None and slot.id in self._paused
+
+    def _hand_out_retries(
+        self, slots: Sequence[Slot], lease: Callable[..., None], failing: Collection[WorkerId]
+    ) -> None:
         """Lease shards that have failed to workers as far as possible from where they did.
 
-        Workers at which the last lease failed get none while there are others: they are free all the time.
+        The ``failing`` workers get none while there are others, because they are free most of the time.
         """
-        slots = [slot for slot in slots if not slot.failed] or slots
+        if failing:
+            slots = [slot for slot in slots if slot.info is None or slot.id not in failing] or slots
         nodes = {slot.info.node for slot in slots if slot.info}
         for _ in range(min(len(self._retries), _MAX_RETRIES)):
             free = [slot for slot in slots if slot.free and not slot.draining]
@@ -102,7 +120,7 @@ class ShardQueue:
             shard, tried = self._retries.popleft()
             best = max(free, key=lambda slot: _distance(slot, tried))
             elsewhere = nodes - {worker.node for worker in tried}
-            others = elsewhere or any(slot.info and slot.info.id not in tried for slot in slots)
+            others = elsewhere or any(slot.info and slot.id not in tried for slot in slots)
             if _distance(best, tried) == (2 if elsewhere else 1 if others else 0):
                 lease(best, shard)
             else:  # wait for a worker that has not tried it

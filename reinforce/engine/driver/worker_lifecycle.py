@@ -1,116 +1,170 @@
-"""The part of the driver that ends workers: at fault, hung, on drained nodes, or after as many shards as the config
-allows."""
+"""Starts and ends workers: at fault, dead, hung, on drained nodes, or after as many shards as the config allows."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-from reinforce.engine.driver.policy.drains import Drain, Drains
-from reinforce.engine.driver.policy.failures import (
-    EndedWorker,
-    FailurePolicy,
-    count_failure,
-    error_text,
-    needs_replacement,
-    pause_seconds,
-)
-from reinforce.engine.driver.policy.hangs import Hang, StallLimits, find_silence, is_silent
-from reinforce.engine.driver.pool import Pool, Slot
-from reinforce.engine.driver.shard_queue import ShardQueue
-from reinforce.engine.messages.results import ShardResult
+import ray
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
+
+from reinforce.cluster import cause_of, is_node_lost
+from reinforce.engine.driver.policy.decisions import EndedWorker, PauseWorker, ReplaceWorker
+from reinforce.engine.driver.policy.drains import Drain
+from reinforce.engine.driver.policy.failures import error_text
+from reinforce.engine.driver.policy.hangs import Hang, StallLimits, find_hang, find_silence, is_silent
+from reinforce.engine.driver.pool import Slot
+from reinforce.engine.driver.state import RunState
+from reinforce.engine.messages.results import ShardResult, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.messages.tracebacks import shorten
-from reinforce.engine.record.events import Events
-from reinforce.engine.record.summary import WORKER_LOST, RunTotals
-from teachers.redact import Redactor
+from reinforce.engine.record.summary import WORKER_LOST
 
 
-class WorkerHandling:
-    """Ends workers of the ``pool``, which grows again by others."""
+class WorkerLifecycle:
+    """Removes workers from the pool, which starts others in their place, and reports them to the policy."""
 
-    pool: Pool
-    policy: FailurePolicy
-    drains: Drains
-    queue: ShardQueue
-    limits: StallLimits
-    events: Events
-    redact: Redactor
-    totals: RunTotals
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self._pool, self._policy, self._events = state.pool, state.policy, state.events
+        self._limits = StallLimits(state.config.failures)
+        self._polled: dict[Any, Slot] = {}
 
-    def _log(self, text: str) -> None:
-        raise NotImplementedError
+    # -- starts
 
-    def _count_success(self, slot: Slot, result: ShardResult) -> None:
-        assert slot.info is not None
-        slot.failures, slot.failed, slot.finished, slot.memory = 0, 0, slot.finished + 1, result.memory
-        if result.quarantine_reason:  # that a shard is refused here proves nothing about workers at which it failed
-            self.policy.memory.passed()
-            return
-        faulty = self.policy.lease_passed(result.shard, slot.info.id, time.monotonic(), len(self.pool.slots))
-        for one in faulty:
-            for other in [slot for slot in self.pool.started if slot.info and slot.info.id == one.worker]:
-                self._replace(other, one.reason)
+    def finish_start(self, ref: Any) -> WorkerInfo | None:
+        """Record that a worker has loaded its models, or that it failed. Raises UserError if no other could start."""
+        slot = self._pool.loading.pop(ref)
+        try:
+            info: WorkerInfo = ray.get(ref)
+        except RayTaskError as error:
+            if stop := self._policy.load_raised(cause_of(error), time.monotonic()):
+                raise stop.error from error
+            self._pool.remove(slot)
+            return None
+        except RayError as error:
+            self._events.add("worker_failed_to_start", error=str(error)[:500])
+            running, possible = self._pool.started_count, self._pool.count_placeable()
+            if stop := self._policy.load_died(str(error), is_node_lost(error), running, possible):
+                raise stop.error from error
+            self._pool.discard(slot)
+            return None
+        self._policy.load_passed()
+        self._pool.record_start(slot, info)
+        self._policy.add_notes(info.notes)
+        started = {"accelerator": info.accelerator, "batch": info.batch, "device": info.device}
+        self._events.add("worker_started", node=info.node, pid=info.pid, **started)
+        return info
 
-    def _count_failure(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
-        """Replace a worker that is the cause of what fails at it."""
-        assert slot.info is not None
-        slot.failures, slot.failed = count_failure(slot.failures, error), slot.failed + 1
-        now, text, workers = time.monotonic(), shorten(self.redact(error_text(error)), 500), len(self.pool.slots)
-        if faulty := self.policy.faults.failed(shard.name, slot.info.id, text, now, workers):
-            self._replace(slot, faulty.reason)
-        elif needs_replacement(slot.failures):
-            self._replace(slot, f"{slot.failures} leases in a row have failed at it; the last error: {text}")
-        elif workers > 1 and (count := self.policy.faults.pause_failures(slot.info.id)):
-            slot.paused_until = now + pause_seconds(count)
+    # -- leases that have ended
+
+    def record_success(self, slot: Slot, result: ShardResult) -> None:
+        """Record that a lease returned, and replace the workers that this proves to be at fault."""
+        slot.finished, slot.memory = slot.finished + 1, result.memory
+        quarantined, workers = result.quarantine_reason is not None, len(self._pool.slots)
+        for decision in self._policy.lease_returned(result.shard, slot.id, quarantined, time.monotonic(), workers):
+            for other in [other for other in self._pool.started if other.id == decision.worker]:
+                self._replace(other, decision.reason)
+
+    def record_failure(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
+        """Record that a lease raised, and replace or pause its worker if that is the cause."""
+        text = shorten(self._state.redact(error_text(error)), 500)
+        now, workers = time.monotonic(), len(self._pool.slots)
+        match self._policy.worker_failed(slot.id, shard.name, error, text, now, workers):
+            case ReplaceWorker(_, reason):
+                self._replace(slot, reason)
+            case PauseWorker(worker, until):
+                self._state.queue.pause(worker, until)
+
+    def record_death(self, slot: Slot, error: RayError) -> None:
+        """Record that the process of a worker has died, or that its node cannot be reached."""
+        # A process that died is reported as dead at once. An unreachable one may be on a node that is being lost.
+        dead, memory = not isinstance(error, ActorUnavailableError), isinstance(error, OutOfMemoryError)
+        worker, reason = self._end(slot), str(error).strip().splitlines()[0][:300]
+        if memory:
+            worker = replace(worker, neighbours=self._pool.count_on_node(worker.id.node))
+        self._policy.worker_died(worker, reason, time.monotonic(), dead, memory)
+
+    def recycle(self, slot: Slot) -> None:
+        """End a worker after ``workers.recycle`` shards."""
+        worker = self._end(slot)
+        node, pid, _ = worker.id
+        self._events.add("worker_recycled", node=node, pid=pid, shards=slot.leased, memory=worker.use.last)
 
     def _replace(self, slot: Slot, reason: str) -> None:
-        """Kill a worker that is the cause of failures; the pool grows again by another one."""
-        worker, now = self._end_worker(slot), time.monotonic()
-        self.events.add("worker_replaced", node=worker.node, pid=worker.pid, failures=slot.failed, reason=reason)
-        self._log(f"a worker is replaced, {worker.id}: {reason}")
+        """Kill a worker that is at fault."""
+        failures = self._policy.consecutive_failures(slot.id)
+        worker = self._end(slot)
+        node, pid, _ = worker.id
+        self._events.add("worker_replaced", node=node, pid=pid, failures=failures, reason=reason)
+        self._state.log(f"a worker is replaced, {worker.id}: {reason}")
         for shard in worker.shards:
-            self.queue.add(shard, first=True)
-            self.totals.retries[WORKER_LOST] += 1
-        self.policy.worker_replaced(worker.id, now)
+            self._state.queue.add(shard, first=True)
+            self._state.totals.retries[WORKER_LOST] += 1
+        self._policy.worker_replaced(worker.id, time.monotonic())
 
-    def _recycle(self, slot: Slot) -> None:
-        """End a worker after ``workers.recycle`` shards; the pool grows again by another one."""
-        worker = self._end_worker(slot)
-        self.events.add("worker_recycled", node=worker.node, pid=worker.pid, shards=slot.leased, memory=worker.use.last)
+    def _end(self, slot: Slot) -> EndedWorker:
+        """Remove a worker from the pool."""
+        worker = EndedWorker(slot.id, tuple(slot.leases.values()), slot.alone, slot.use)
+        self._pool.remove(slot)
+        self._policy.forget_worker(worker.id)
+        return worker
 
-    def _follow_drains(self, deadlines: Mapping[str, int]) -> None:
+    # -- drained nodes
+
+    def follow_drains(self, deadlines: Mapping[str, int]) -> None:
         """Give no leases to workers on nodes that Ray drains, and end those that have finished theirs."""
-        for drain in self.drains.update(deadlines, time.time()):
+        drains = self._policy.drains
+        for drain in drains.update(deadlines, time.time()):
             self._report_drain(drain)
-        self.pool.drain(self.drains.nodes)
-        for slot in [slot for slot in self.pool.leaving if not slot.leases]:
-            worker = self._end_worker(slot)
-            self.events.add("worker_drained", node=worker.node, pid=worker.pid, shards=slot.finished)
-            if not self.pool.started_count:
-                self._log("no worker is left, because the nodes are drained; the run waits for other nodes")
+        self._pool.drain(drains.nodes)
+        for slot in [slot for slot in self._pool.leaving if not slot.leases]:
+            node, pid, _ = self._end(slot).id
+            self._events.add("worker_drained", node=node, pid=pid, shards=slot.finished)
+            if not self._pool.started_count:
+                self._state.log("no worker is left, because the nodes are drained; the run waits for other nodes")
 
     def _report_drain(self, drain: Drain) -> None:
-        slots = {slot: slot.info for slot in self.pool.started if slot.info and slot.info.node == drain.node}
+        slots = [slot for slot in self._pool.started if slot.id.node == drain.node]
         shards = [shard.name for slot in slots for shard in slot.leases.values()]
-        self.events.add("node_drained", node=drain.node, seconds=drain.seconds, workers=len(slots), shards=shards)
-        place = next((info.id.place for info in slots.values()), drain.node[:12])
-        self._log(drain.line(place, len(slots), len(shards)))
+        self._events.add("node_drained", node=drain.node, seconds=drain.seconds, workers=len(slots), shards=shards)
+        place = slots[0].id.place if slots else drain.node[:12]
+        self._state.log(drain.line(place, len(slots), len(shards)))
 
-    def _end_worker(self, slot: Slot) -> EndedWorker:
-        """Remove a worker from the pool."""
-        assert slot.info is not None
-        shards, info = tuple(slot.leases.values()), slot.info
-        self.pool.remove(slot)
-        return EndedWorker(info.node, info.pid, shards, slot.alone, info.host, slot.use)
+    # -- pulses and hangs
+
+    @property
+    def polled(self) -> Mapping[Any, Slot]:
+        """Requests for pulses that are under way."""
+        return self._polled
+
+    def poll(self) -> None:
+        """Ask workers for their pulse, in turns, and kill those that have not answered for too long."""
+        now = time.monotonic()
+        unanswered = self._pool.polls.unanswered(now)
+        silent = {slot: t for slot, t in unanswered if slot.leases and is_silent(t, slot.pulse, self._limits)}
+        for slot, board in self._pool.read_boards(silent).items():
+            self._kill_hung(slot, find_silence(silent[slot], slot.pulse, board, self._limits))
+        for slot in self._pool.polls.due(now, self._limits.least):
+            self._polled[slot.actor.pulse.options(concurrency_group="control").remote()] = slot
+
+    def record_pulse(self, ref: Any) -> None:
+        """Record the answer of a worker, and kill the worker if a shard in it makes no progress."""
+        slot = self._polled.pop(ref)
+        self._pool.polls.answered(slot)
+        if not self._pool.is_started(slot):  # it has ended since
+            return
+        with contextlib.suppress(RayError):  # a dead worker is detected when its leases fail
+            self._pool.record_pulse(slot, ray.get(ref))
+            self._limits.record(slot.pulse.slowest)
+            shards = {shard.name for shard in slot.leases.values()}
+            if hang := find_hang(slot.pulse, shards, self._limits):
+                self._kill_hung(slot, hang)
 
     def _kill_hung(self, slot: Slot, hang: Hang) -> None:
-        """Kill a worker in which a shard makes no progress: a hanging thread cannot be stopped otherwise."""
-        self.limits.record_hang(hang)
-        self.policy.worker_hung(self._end_worker(slot), hang, time.monotonic())
-
-    def _kill_silent_workers(self) -> None:
-        unanswered = self.pool.polls.unanswered(time.monotonic())
-        silent = {slot: t for slot, t in unanswered if slot.leases and is_silent(t, slot.pulse, self.limits)}
-        for slot, board in self.pool.read_boards(silent).items():
-            self._kill_hung(slot, find_silence(silent[slot], slot.pulse, board, self.limits))
+        """Kill a worker in which a shard makes no progress: a thread that hangs cannot be stopped otherwise."""
+        self._limits.record_hang(hang)
+        self._policy.worker_hung(self._end(slot), hang, time.monotonic())

@@ -22,15 +22,28 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from dataclasses import replace
 
 from reinforce.config import Failures
 from reinforce.dataset.layers import SAMPLES, Layer
-from reinforce.engine.driver.policy.faults import Faults, Faulty
+from reinforce.engine.driver.policy.decisions import (
+    Death,
+    DeathVerdict,
+    Decision,
+    EndedWorker,
+    PauseWorker,
+    Quarantine,
+    ReplaceWorker,
+    Requeue,
+    Retry,
+    RunAlone,
+    StopRun,
+)
+from reinforce.engine.driver.policy.drains import Drains
+from reinforce.engine.driver.policy.faults import Faults
 from reinforce.engine.driver.policy.hangs import Hang
-from reinforce.engine.driver.policy.memory import MemoryDeaths, MemoryUse
+from reinforce.engine.driver.policy.memory import MemoryDeaths
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
 from reinforce.errors import RayEnded, TooManyQuarantined, UserError
@@ -41,89 +54,6 @@ MAX_FAILED_STARTS = 3  # in a row; with more workers, two for each
 TOLERATED_SHARDS = 10  # quarantined shards that never stop a run
 NODE_VERDICT_SECONDS = 60.0  # time that Ray may take to notice a lost node
 _MAX_PAUSE_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Retry:
-    """Lease the shard again at time ``at``; ``attempt`` attempts have failed."""
-
-    shard: PendingShard
-    at: float
-    attempt: int
-
-
-@dataclass(frozen=True)
-class Quarantine:
-    """Quarantine the shard in ``layer``, and lease ``rest``: its layers that do not need that one, or None."""
-
-    shard: PendingShard
-    layer: str
-    reason: Reason
-    detail: str
-    rest: PendingShard | None
-    attempt: int
-
-
-@dataclass(frozen=True)
-class Requeue:
-    """Lease the shard again at once."""
-
-    shard: PendingShard
-
-
-@dataclass(frozen=True)
-class RunAlone:
-    """Lease the shard, a suspect, to a worker that has no other shard."""
-
-    shard: PendingShard
-
-
-@dataclass(frozen=True)
-class StopRun:
-    """End the run with ``error``."""
-
-    error: UserError
-
-
-Decision: TypeAlias = "Retry | Quarantine | Requeue | RunAlone"
-
-
-@dataclass(frozen=True)
-class EndedWorker:
-    """A worker that is gone, and the shards that were in flight in it; ``alone`` if that was a single suspect."""
-
-    node: str
-    pid: int
-    shards: tuple[PendingShard, ...]
-    alone: bool
-    host: str = ""
-    use: MemoryUse = field(default_factory=MemoryUse)
-    neighbours: int = 0  # other workers on its node
-
-    @property
-    def id(self) -> WorkerId:
-        return WorkerId(self.node, self.pid, self.host)
-
-
-@dataclass(frozen=True)
-class Death:
-    """A worker that died, or hung and was killed."""
-
-    worker: EndedWorker
-    error: str
-    deadline: float  # the node counts as alive if it is not known to be lost by then
-    hung: bool = False
-    cause: frozenset[str] = frozenset()  # the shards that hung; empty if it is not known which
-    memory: bool = False  # it was killed because the memory of its node ran out
-
-
-@dataclass(frozen=True)
-class DeathVerdict:
-    """Whether a worker died with its node, and what happens to its shards."""
-
-    death: Death
-    node_lost: bool
-    decisions: tuple[Decision, ...]
 
 
 class FailurePolicy:
@@ -148,8 +78,10 @@ class FailurePolicy:
         self._attempts: Counter[str] = Counter()
         self._deaths_alone: Counter[str] = Counter()
         self._bystanders: set[str] = set()  # shards in a worker in which another shard hung
+        self._consecutive_failures: Counter[WorkerId] = Counter()  # leases since the worker's last success
+        self._charged_failures: Counter[WorkerId] = Counter()  # those of them that the worker may be the cause of
         self.notes: list[str] = []  # messages about workers and nodes, which are logged and part of the summary
-        self.faults = Faults(self.notes)
+        self.faults, self.drains = Faults(self.notes), Drains()
         self.memory = MemoryDeaths(settings.solo_attempts)
         self._failed_starts = 0
 
@@ -178,14 +110,51 @@ class FailurePolicy:
         layer = error.layer if isinstance(error, LayerFailure) else shard.layers[0]
         return self._quarantine(shard, layer, Reason.SHARD_FAILED, error_text(error), attempt)
 
-    def lease_passed(self, shard: str, worker: WorkerId, now: float, workers: int) -> list[Faulty]:
-        """Record that a lease returned, where ``workers`` are running -> the workers that are at fault, therefore."""
-        self.memory.passed()
-        return self.faults.passed(shard, worker, now, workers)
+    def lease_returned(
+        self, shard: str, worker: WorkerId, quarantined: bool, now: float, workers: int
+    ) -> list[ReplaceWorker]:
+        """Record that a lease returned, where ``workers`` are running -> the workers that this proves to be at fault.
+
+        A ``quarantined`` shard was refused, which proves nothing about workers at which it failed before.
+        """
+        self.forget_worker(worker)
+        self.memory.record_success()
+        return [] if quarantined else self.faults.record_success(shard, worker, now, workers)
+
+    def worker_failed(
+        self, worker: WorkerId, shard: str, error: Exception, text: str, now: float, workers: int
+    ) -> ReplaceWorker | PauseWorker | None:
+        """Decide about a worker at which a lease raised ``error``, where ``workers`` are running.
+
+        ``text`` is that of the error, without secrets.
+        """
+        self._consecutive_failures[worker] += 1
+        self._charged_failures[worker] += error.worker_at_fault if isinstance(error, ShardFailure) else 1
+        if replacement := self.faults.record_failure(shard, worker, text, now, workers):
+            return replacement
+        if (charged := self._charged_failures[worker]) >= MAX_WORKER_FAILURES:
+            return ReplaceWorker(worker, f"{charged} leases in a row have failed at it; the last error: {text}")
+        if workers > 1 and (failures := self.faults.excess_failures(worker)):
+            return PauseWorker(worker, now + pause_seconds(failures))
+        return None
+
+    def consecutive_failures(self, worker: WorkerId) -> int:
+        """Number of leases that failed at a worker since its last success."""
+        return self._consecutive_failures[worker]
+
+    @property
+    def failing_workers(self) -> Set[WorkerId]:
+        """Workers at which the last lease failed."""
+        return self._consecutive_failures.keys()
+
+    def forget_worker(self, worker: WorkerId) -> None:
+        """Reset the failures in a row of a worker, which has succeeded or ended."""
+        self._consecutive_failures.pop(worker, None)
+        self._charged_failures.pop(worker, None)
 
     def worker_replaced(self, worker: WorkerId, now: float) -> None:
         """Record that a worker at fault was replaced. What failed at it does not count as an attempt."""
-        for shard, attempts in self.faults.replaced(worker, now).items():
+        for shard, attempts in self.faults.record_replacement(worker, now).items():
             self._attempts[shard] = max(0, self._attempts[shard] - attempts)
 
     def worker_died(
@@ -205,13 +174,13 @@ class FailurePolicy:
     def judge_deaths(self, now: float, live_nodes: Callable[[], Collection[str]]) -> list[DeathVerdict]:
         """Decide about the shards of dead workers, as soon as it is known whether their node is lost.
 
-        ``live_nodes`` is called at most once, because it is a request to the cluster.
+        ``live_nodes`` is called at most once, because it is a request to the cluster. A drained node counts as lost.
         """
         if not self.deaths:
             return []
-        alive, verdicts, undecided = live_nodes(), [], []
+        alive, verdicts, undecided = self.drains.remaining(live_nodes()), [], []
         for death in self.deaths:
-            node_lost = death.worker.node not in alive
+            node_lost = death.worker.id.node not in alive
             if node_lost or now >= death.deadline:
                 if not node_lost:
                     self._count_death(death)
@@ -236,18 +205,21 @@ class FailurePolicy:
             )
         )
 
-    def shard_unread(self, shard: PendingShard, reason: str, worker: WorkerId, nodes: int, now: float) -> Retry | None:
+    def read_failed(self, shard: PendingShard, reason: str, worker: WorkerId, nodes: int, now: float) -> Retry | None:
         """Decide about a shard that could not be read; ``nodes`` is the number of nodes with workers."""
         if reason not in (Reason.SHARD_MISSING.value, Reason.SHARD_UNREADABLE.value) or SAMPLES not in shard.layers:
             return None
-        first = self.faults.unread(shard.name, worker, reason)
-        return Retry(shard, now + pause_seconds(1), 1) if first and nodes > 1 else None
+        first = self.faults.record_read_failure(shard.name, worker, reason)
+        if not first or nodes == 1:
+            return None
+        self._consecutive_failures[worker] += 1
+        return Retry(shard, now + pause_seconds(1), 1)
 
     def load_raised(self, error: Exception, now: float = 0.0) -> StopRun | None:
         """Decide about a worker that could not load its models: no other worker could, unless shards pass on other
         nodes."""
         if isinstance(error, LoadFailure):
-            return None if self.faults.not_started(error.worker, str(error), now) else StopRun(error.error)
+            return None if self.faults.record_failed_start(error.worker, str(error), now) else StopRun(error.error)
         if isinstance(error, UserError):
             return StopRun(error)
         return StopRun(UserError(f"a worker could not load its models: {type(error).__name__}: {error}"))
@@ -255,7 +227,7 @@ class FailurePolicy:
     def load_passed(self) -> None:
         """Record that a worker has loaded its models."""
         self._failed_starts = 0
-        self.faults.started()
+        self.faults.record_start()
 
     def load_died(self, error: str, node_lost: bool, running: int, workers: int) -> StopRun | None:
         """Decide about a worker that died while it loaded its models, or whose node was lost then.
@@ -275,8 +247,8 @@ class FailurePolicy:
     def _count_death(self, death: Death) -> None:
         worker = death.worker
         if not death.memory:
-            self.faults.died(tuple(shard.name for shard in worker.shards), worker.id, death.error)
-        elif note := self.memory.died(worker.id, worker.use, self.recycle):
+            self.faults.record_death(tuple(shard.name for shard in worker.shards), worker.id, death.error)
+        elif note := self.memory.record_death(worker.id, worker.use, self.recycle):
             self.notes.append(note)
 
     def _judge_shard(self, shard: PendingShard, death: Death, node_lost: bool) -> Decision:
@@ -329,16 +301,6 @@ def pause_seconds(attempt: int) -> float:
     """Exponential back-off with jitter after ``attempt`` failed attempts: between half of 2^(attempt - 1) and all of
     it, at most a minute."""
     return min(_MAX_PAUSE_SECONDS, 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
-
-
-def count_failure(failures: int, error: Exception) -> int:
-    """The number of leases in a row that failed at a worker, after ``failures`` and ``error``."""
-    return failures + (error.worker_at_fault if isinstance(error, ShardFailure) else 1)
-
-
-def needs_replacement(failures: int) -> bool:
-    """Whether a worker is replaced after so many failures in a row; its accelerator may be in a bad state."""
-    return failures >= MAX_WORKER_FAILURES
 
 
 def error_text(error: Exception) -> str:

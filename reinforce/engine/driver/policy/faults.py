@@ -17,26 +17,18 @@ accelerator, a missing mount).
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass
 
+from reinforce.engine.driver.policy.decisions import ReplaceWorker
 from reinforce.engine.messages.results import WorkerId
 
 PROVEN = 2  # shards that failed at a worker and passed elsewhere
 IN_A_ROW = 3  # shards that failed at a worker since its last success
 NODE_FAULTS = 2  # within an hour
-MAX_FAILED_STARTS = 10  # in a row, on whatever nodes
+MAX_FAILED_STARTS = 10  # in a row, on all nodes together
 AVOID_SECONDS = 600.0  # the first time
 _HOUR = 3600.0
 _REPLACED_SHARE = 0.02  # of the workers, per minute
 _OWN_NODES, _OWN_WORKERS = 2, 3  # a shard that fails at so many is the cause
-
-
-@dataclass(frozen=True)
-class Faulty:
-    """A worker to replace, and why."""
-
-    worker: WorkerId
-    reason: str
 
 
 class Faults:
@@ -60,7 +52,9 @@ class Faults:
         """The workers at which a shard has failed."""
         return frozenset(self._failed.get(shard, ()))
 
-    def failed(self, shard: str, worker: WorkerId, error: str, now: float, workers: int) -> Faulty | None:
+    def record_failure(
+        self, shard: str, worker: WorkerId, error: str, now: float, workers: int
+    ) -> ReplaceWorker | None:
         """Record that a lease raised, where ``workers`` are running -> its worker, if it is at fault."""
         places = self._failed.setdefault(shard, Counter())
         places[worker] += 1
@@ -73,10 +67,10 @@ class Faults:
         elsewhere = any(passed > min(row.values(), default=now) and other != worker for passed, other in self._passes)
         if len(row) >= IN_A_ROW and elsewhere:
             what = f"{len(row)} shards in a row failed there while shards passed elsewhere"
-            return self._faulty(worker, what, now, workers)
+            return self._replacement(worker, what, now, workers)
         return None
 
-    def unread(self, shard: str, worker: WorkerId, error: str) -> bool:
+    def record_read_failure(self, shard: str, worker: WorkerId, error: str) -> bool:
         """Record that a shard could not be read -> whether this is its first failure."""
         places = self._failed.setdefault(shard, Counter())
         places[worker] += 1
@@ -84,11 +78,11 @@ class Faults:
         self._unread.setdefault(worker, set()).add(shard)
         return places.total() == 1
 
-    def started(self) -> None:
+    def record_start(self) -> None:
         """Record that a worker has loaded its models."""
         self._failed_starts = 0
 
-    def not_started(self, worker: WorkerId, error: str, now: float) -> bool:
+    def record_failed_start(self, worker: WorkerId, error: str, now: float) -> bool:
         """Record that models could not be loaded -> whether only the node of the worker is at fault."""
         self._failed_starts += 1
         if self._failed_starts > MAX_FAILED_STARTS or not any(other.node != worker.node for _, other in self._passes):
@@ -97,14 +91,14 @@ class Faults:
         self._notes.append(_avoidance(worker, AVOID_SECONDS, "models cannot be loaded there", error))
         return True
 
-    def died(self, shards: tuple[str, ...], worker: WorkerId, error: str) -> None:
+    def record_death(self, shards: tuple[str, ...], worker: WorkerId, error: str) -> None:
         """Record that a worker died, or hung, with ``shards`` in flight."""
         self._died.add(worker)
         self._errors[worker] = error
         for shard in shards:
             self._failed.setdefault(shard, Counter())[worker] += 1
 
-    def passed(self, shard: str, worker: WorkerId, now: float, workers: int) -> list[Faulty]:
+    def record_success(self, shard: str, worker: WorkerId, now: float, workers: int) -> list[ReplaceWorker]:
         """Record that a lease returned -> the workers that are at fault because of it."""
         if self._passes and self._passes[-1][1] == worker:
             self._passes.pop()
@@ -123,11 +117,11 @@ class Faults:
                 proven = self._proven.setdefault(place, set())
                 proven.add(shard)
                 what = f"{len(proven)} shards that failed there passed elsewhere"
-                if len(proven) >= PROVEN and (faulty := self._faulty(place, what, now, workers)):
-                    found.append(faulty)
+                if len(proven) >= PROVEN and (decision := self._replacement(place, what, now, workers)):
+                    found.append(decision)
         return found
 
-    def replaced(self, worker: WorkerId, now: float) -> dict[str, int]:
+    def record_replacement(self, worker: WorkerId, now: float) -> dict[str, int]:
         """Record that a worker was replaced -> the failed attempts of shards at it, which do not count any more."""
         self._replaced.append(now)
         for counts in (self._row, self._unread):
@@ -142,16 +136,16 @@ class Faults:
         """The nodes that get no new workers now."""
         return frozenset(node for node, until in self._avoided.items() if now < until)
 
-    def pause_failures(self, worker: WorkerId) -> int:
-        """Number of shards in a row that failed at a worker, those aside that any worker may have."""
+    def excess_failures(self, worker: WorkerId) -> int:
+        """Consecutive failures at a worker beyond the ``IN_A_ROW - 1`` that are normal."""
         return max(0, len(self._row.get(worker, ())) - IN_A_ROW + 1)
 
-    def _faulty(self, worker: WorkerId, what: str, now: float, workers: int) -> Faulty | None:
+    def _replacement(self, worker: WorkerId, what: str, now: float, workers: int) -> ReplaceWorker | None:
         failing = sum(len(row) >= PROVEN for row in self._row.values())
         recent = sum(now - at < 60.0 for at in self._replaced)
         if failing > max(1, workers // 2) or recent >= max(NODE_FAULTS, _REPLACED_SHARE * workers):
             return None
-        return Faulty(worker, f"{what}; the last error: {self._errors[worker]}")
+        return ReplaceWorker(worker, f"{what}; the last error: {self._errors[worker]}")
 
     def _count_node_fault(self, worker: WorkerId, now: float) -> None:
         faults = [at for at in self._node_faults.get(worker.node, []) if now - at < _HOUR] + [now]

@@ -44,11 +44,11 @@ class MemoryDeaths:
         self.deaths = 0
         self.note: str | None = None  # the last one
 
-    def passed(self) -> None:
+    def record_success(self) -> None:
         """Record that a shard was finished."""
         self._in_a_row = 0
 
-    def died(self, worker: WorkerId, use: MemoryUse, recycle: int | None) -> str | None:
+    def record_death(self, worker: WorkerId, use: MemoryUse, recycle: int | None) -> str | None:
         """Record a death -> a message after a few, and then whenever their number has doubled."""
         self.deaths += 1
         self._in_a_row += 1
