@@ -18,7 +18,6 @@ import numpy.typing as npt
 from reinforce.dataset.augment.records import OPS, Augmentation, Crop, Op
 
 #: Name and version of how the members are read; recorded in dataset.json.
-FORMAT = "datacompdr-1"
 
 PARAMETERS, CAPTIONS = "paug.json", "syn.json"
 VECTORS = ("npz", "pth.gz")  # the more precise one first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -57,23 +58,25 @@ class PublishedReader:
         if members is None:
             refusal = Refusal(key, Reason.NOT_REINFORCED, "no longer among the reinforcements")
             return {layer.name: refusal for layer in self._layers}
-        arrays: dict[str, Floats] = {}
+        sample = _Sample(self._config, members)
         values: dict[str, PublishedValue] = {}
         for layer in self._layers:
             try:
-                if layer.kind == "captions":
-                    values[layer.name] = self._captions(members, layer)
-                else:
-                    with np.errstate(all="ignore"):  # overflow is refused by the norm
-                        arrays = arrays or _arrays(members)
-                        values[layer.name] = self._vectors(arrays, layer)
+                values[layer.name] = layer.kind.published_value(layer, sample)
             except Unreadable as error:
                 values[layer.name] = Refusal(key, Reason.REINFORCEMENT_BROKEN, str(error))
         return values
 
-    def _captions(self, members: Members, layer: Layer) -> list[str]:
+
+class _Sample:
+    """The values of a sample's members, by layer. All raise Unreadable."""
+
+    def __init__(self, config: Config, members: Members) -> None:
+        self._config, self._members = config, members
+
+    def captions(self, layer: Layer) -> list[str]:
         name = self._list_of(str(layer.model))
-        document = _json(members, CAPTIONS)
+        document = _json(self._members, CAPTIONS)
         texts = document.get(name)
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise Unreadable(f"no list {name!r} of texts in {CAPTIONS}, which has: {list_names(document)}")
@@ -81,14 +84,24 @@ class PublishedReader:
             raise Unreadable(f"{len(texts)} captions in {name!r}, expected {layer.count}: set `captions`")
         return [clean_text(text, self._config.input.limits.caption_chars) for text in texts[: layer.count]]
 
-    def _vectors(self, arrays: Mapping[str, Floats], layer: Layer) -> Floats:
-        """The layer's unit vectors [count, dim]: rows and columns of one of a sample's arrays. Raises Unreadable."""
-        name, first = _IMAGES, 0
-        if layer.kind == "texts":
-            name = _TEXTS
-            if layer.texts != TRUE_CAPTION:
-                own = self._list_of(str(layer.texts))
-                name, first = (f"{own}_emb", 0) if f"{own}_emb" in arrays or own != _UNTAGGED else (_TEXTS, 1)
+    def image_vectors(self, layer: Layer) -> Floats:
+        return self._vectors(layer, _IMAGES, 0)
+
+    def text_vectors(self, layer: Layer) -> Floats:
+        if layer.texts == TRUE_CAPTION:
+            return self._vectors(layer, _TEXTS, 0)
+        own = self._list_of(str(layer.texts))
+        followed = own == _UNTAGGED and f"{own}_emb" not in self._arrays
+        return self._vectors(layer, _TEXTS, 1) if followed else self._vectors(layer, f"{own}_emb", 0)
+
+    @cached_property
+    def _arrays(self) -> Mapping[str, Floats]:
+        with np.errstate(all="ignore"):  # overflow is refused by the norm
+            return _arrays(self._members)
+
+    def _vectors(self, layer: Layer, name: str, first: int) -> Floats:
+        """The layer's unit vectors [count, dim]: rows from ``first`` on and columns of one of a sample's arrays."""
+        arrays = self._arrays
         if name not in arrays:
             raise Unreadable(f"no vectors {name!r}, only: {list_names(arrays)}")
         columns = self._config.teachers[str(layer.model)].columns
@@ -100,7 +113,8 @@ class PublishedReader:
                 f"{columns[0]} to {columns[1]} for {layer.model}"
             )
         part = arrays[name][first : first + layer.count, columns[0] : columns[1]]
-        norms = np.linalg.norm(part, axis=1, keepdims=True)
+        with np.errstate(all="ignore"):
+            norms = np.linalg.norm(part, axis=1, keepdims=True)
         if not (np.isfinite(norms).all() and _NORM_RANGE[0] < norms.min() and norms.max() < _NORM_RANGE[1]):
             raise Unreadable(
                 f"{name}: norms of {norms.min():.3g} to {norms.max():.3g} in columns {columns[0]} to {columns[1]}, "

@@ -17,11 +17,18 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from reinforce.config import LAYER_NAME
 from reinforce.dataset.files.damage import set_aside
 from reinforce.dataset.files.index import FOLDER, index_file
 from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.layers import SAMPLES, deletion_order, drop_command, with_dependants
+from reinforce.dataset.kinds.registry import (
+    deletion_order,
+    drop_command,
+    find_kind,
+    holds_layers,
+    kind_of,
+    with_dependants,
+)
+from reinforce.dataset.layers import folders_of, model_of
 from reinforce.dataset.manifest.manifest import TUNED_KEY, find_manifest, write_manifest
 from reinforce.errors import UserError
 from reinforce.terminal import format_bytes
@@ -137,26 +144,25 @@ def _describe_files(sizes: Collection[int]) -> str:
 
 def _known_layers(store: Store, manifest: Mapping[str, Any] | None) -> list[str]:
     """The layers that ``dataset.json`` lists, and others that have files."""
-    listed = [name for name in (manifest or {}).get("layers", {}) if _is_layer(name)]
+    listed = [name for name in (manifest or {}).get("layers", {}) if find_kind(name) is not None]
     stored = {name for name in layers_with_folders(store) if name not in listed and any(_file_sizes(store, name))}
     return sorted({*listed, *stored}, key=deletion_order)
-
-
-def _is_layer(name: str) -> bool:
-    parts = name.split("/")
-    folders = {1: SAMPLES, 2: "captions", 3: "embeddings"}
-    return folders.get(len(parts)) == parts[0] and all(LAYER_NAME.fullmatch(part) for part in parts)
 
 
 def layers_with_folders(store: Store) -> set[str]:
     """Names of the layers that have a folder, or one in the quarantine."""
     names = set()
     for root in ((), ("quarantine",)):
-        names |= {SAMPLES} & {*_folders(store, *root)}
-        names |= {f"captions/{name}" for name in _folders(store, *root, "captions")}
-        for teacher in _folders(store, *root, "embeddings"):
-            names |= {f"embeddings/{teacher}/{name}" for name in _folders(store, *root, "embeddings", teacher)}
-    return {name for name in names if _is_layer(name)}
+        above: list[tuple[str, ...]] = [()]
+        while above:
+            parts = above.pop()
+            for folder in _folders(store, *root, *parts):
+                name = "/".join((*parts, folder))
+                if find_kind(name) is not None:
+                    names.add(name)
+                elif holds_layers(name):
+                    above.append((*parts, folder))
+    return names
 
 
 def _folders(store: Store, *parts: str) -> Iterator[str]:
@@ -184,14 +190,12 @@ def _orphans(manifest: Mapping[str, Any], dropped: Collection[str]) -> dict[str,
 
 def _owner(layer: str) -> tuple[str, str]:
     """The section of ``dataset.json`` and the name of the model that made a layer."""
-    kind, _, rest = layer.partition("/")
-    return {"embeddings": "teachers", "captions": "captioners"}.get(kind, ""), rest.partition("/")[0]
+    return kind_of(layer).section or "", model_of(layer)
 
 
 def _check_links(store: Store, layer: str) -> None:
     """Raise UserError if the folder of a layer or of its quarantine is a link: the files in it belong to others."""
-    parts = layer.split("/")
-    folders = [parts[:depth] for depth in range(1, len(parts) + 1)]
+    folders = folders_of(layer)
     for folder in [*folders, *(["quarantine", *folder] for folder in ([], *folders))] if store.local else ():
         path = store.path(*folder)
         if os.path.islink(path):

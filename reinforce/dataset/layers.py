@@ -1,4 +1,4 @@
-"""Layers: their description, names and fingerprints.
+"""Layers: their names, their description, and what a kind of layers must offer.
 
 A fingerprint covers all that determines a layer's content. Fingerprints form a chain: each layer's recipe includes the
 fingerprint of ``samples`` (rows, images, augmentation records), and that of embeddings of synthetic captions includes
@@ -9,20 +9,59 @@ from __future__ import annotations
 
 import hashlib
 import json
-import posixpath
-import shlex
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 import schemas
+from reinforce.config import LAYER_NAME, Config
+from reinforce.dataset.comparison import Comparison
+
+if TYPE_CHECKING:
+    from teachers.registry import ModelInfo
 
 SAMPLES = "samples"
 #: Name of the true caption among the texts that teachers encode; the other names are captioners.
 TRUE_CAPTION = "caption"
-Kind = Literal["samples", "captions", "images", "texts"]
+
+
+def captions_layer(captioner: str) -> str:
+    """Name of a captioner's layer."""
+    return f"captions/{captioner}"
+
+
+def embeddings_layer(teacher: str, inputs: str) -> str:
+    """Name of a teacher's layer. ``inputs`` is ``images``, ``caption`` (the true one) or a captioner's name."""
+    return f"embeddings/{teacher}/{inputs}"
+
+
+def model_of(name: str) -> str:
+    """The model in the name of a layer; empty for samples."""
+    return name.split("/")[1] if "/" in name else ""
+
+
+def inputs_of(name: str) -> str:
+    """What a teacher encodes in an embeddings layer of this name: ``images``, ``caption`` or a captioner's name."""
+    return name.rsplit("/", maxsplit=1)[-1]
+
+
+def folders_of(name: str) -> list[list[str]]:
+    """The folder of a layer and those above it, outermost first, each as the names of folders from the dataset on."""
+    parts = name.split("/")
+    return [parts[:depth] for depth in range(1, len(parts) + 1)]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name fits a kind's pattern, in which ``*`` stands for the name of a model or of its inputs."""
+    parts, wanted = name.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(
+        LAYER_NAME.fullmatch(part) and one in ("*", part) for part, one in zip(parts, wanted, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -42,7 +81,7 @@ class Layer:
     """
 
     name: str
-    kind: Kind
+    kind: LayerKind
     fingerprint: str
     needs: tuple[str, ...] = ()
     model: str | None = None
@@ -55,53 +94,18 @@ class Layer:
     code: str | None = field(default=None, compare=False)
 
     @property
-    def row_bytes(self) -> int | None:
-        """Stored bytes of one row's vectors, None if the dimension is unknown or the row holds text."""
-        if self.kind not in ("images", "texts") or self.dim is None:
-            return None
-        width = {"float16": 2, "float32": 4, "int8": 1}[self.dtype]
-        return self.count * (self.dim * width + (4 if self.dtype == "int8" else 0))
+    def owner(self) -> tuple[str | None, str | None]:
+        """The section of the config with the model that makes it, and the model's name."""
+        return self.kind.section, self.model
 
     def schema(self, images: str, dim: int | None = None) -> pa.Schema:
         """The pyarrow schema of its files; ``images`` is the config's key, ``dim`` that of the loaded model."""
-        if self.kind == "samples":
-            return schemas.samples_schema(images)
-        if self.kind == "captions":
-            return schemas.captions_schema()
-        dim = dim or self.dim
-        assert dim is not None
-        return schemas.embeddings_schema(self.count, dim, self.dtype)
+        return self.kind.schema(replace(self, dim=dim or self.dim), images)
 
 
 def reads_reinforcements(layers: Iterable[Layer]) -> bool:
     """Whether computing any of these layers reads the published reinforcements, if the config names any."""
     return any(layer.published or layer.name == SAMPLES for layer in layers)
-
-
-def captions_layer(captioner: str) -> str:
-    """Name of a captioner's layer."""
-    return f"captions/{captioner}"
-
-
-def embeddings_layer(teacher: str, inputs: str) -> str:
-    """Name of a teacher's layer. ``inputs`` is ``images``, ``caption`` (the true one) or a captioner's name."""
-    return f"embeddings/{teacher}/{inputs}"
-
-
-def captions_recipe(samples: str, model: Mapping[str, Any]) -> dict[str, Any]:
-    """What the fingerprint of a captions layer covers: that of the samples, and the identity of the captioner."""
-    return {"samples": samples, "model": model}
-
-
-def embeddings_recipe(source: str, model: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """What the fingerprint of an embeddings layer covers besides its kind: that of the layer it is computed from, the
-    identity of the teacher, and the storage type."""
-    return {"source": source, "model": model, "dtype": dtype}
-
-
-def embeddings_fingerprint(recipe: Mapping[str, Any], kind: str) -> str:
-    """The fingerprint of an embeddings layer, of images or texts."""
-    return compute_fingerprint({**recipe, "what": kind})
 
 
 def compute_fingerprint(recipe: Mapping[str, Any]) -> str:
@@ -110,36 +114,129 @@ def compute_fingerprint(recipe: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-_ORDER = ("embeddings", "captions", SAMPLES)  # layers are deleted after those that depend on them
+@dataclass(frozen=True)
+class SampleBytes:
+    """Stored bytes of one sample: its image or reference, its texts, and its augmentation records."""
+
+    image: float
+    text: float
+    records: float
 
 
-def with_dependants(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Layers by name, and those of ``known`` that are computed from them, in the order of deletion."""
-    names = {*names}
-    dependants = {name for name in known if any(depends(name, on) for on in names)}
-    return sorted(names | dependants, key=deletion_order)
+class PublishedValues(Protocol):
+    """Values of a published sample, by layer."""
+
+    def captions(self, layer: Layer) -> list[str]: ...
+
+    def image_vectors(self, layer: Layer) -> npt.NDArray[np.float32]: ...
+
+    def text_vectors(self, layer: Layer) -> npt.NDArray[np.float32]: ...
 
 
-def drop_command(url: str, names: Collection[str], known: Collection[str]) -> str:
-    """The command that drops layers, with a pattern where all of a teacher's ``known`` layers are among them."""
-    if SAMPLES in names:
-        return shlex.join(["reinforce", "drop", url, "*"])
-    arguments: dict[str, None] = {}
-    for name in names:
-        folder = posixpath.dirname(name)
-        of_teacher = {layer for layer in {*known, *names} if posixpath.dirname(layer) == folder}
-        whole = folder.startswith("embeddings/") and len(of_teacher) > 1 and of_teacher <= {*names}
-        arguments[f"{folder}/*" if whole else name] = None
-    return shlex.join(["reinforce", "drop", url, *arguments])
+@dataclass(frozen=True)
+class LayerKind(ABC):
+    """All that is stored and shown of layers of one kind. ``kinds.registry`` has an object of each kind.
+
+    Attributes:
+        name: of the kind in dataset.json.
+        pattern: of the names of its layers; the first kind whose pattern fits a name has it.
+        level: its layers are computed from layers of lower levels only, and deleted before them.
+        columns: without which a file is damaged.
+        values: the column that is null in rows with a reason in the quarantine, None if there is none.
+        unit: what rates count.
+        section: of the config and dataset.json with the models that make its layers, None if no model does.
+        required: keys of a layer's entry in dataset.json.
+        crops, views: whether its models see the augmented images, or the image as a whole.
+    """
+
+    name: ClassVar[str]
+    pattern: ClassVar[str]
+    level: ClassVar[int]
+    columns: ClassVar[tuple[str, ...]]
+    values: ClassVar[str | None]
+    unit: ClassVar[str]
+    section: ClassVar[str | None] = None
+    required: ClassVar[tuple[str, ...]] = ()
+    crops: ClassVar[bool] = False
+    views: ClassVar[bool] = False
+
+    # -- what is computed
+
+    @abstractmethod
+    def layers(
+        self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
+    ) -> Iterable[Layer]:
+        """Layers of this kind that a config names. ``infos`` describe the models by section and name, ``known`` are the
+        layers of lower levels."""
+
+    def inputs(self, name: str) -> tuple[str, ...]:
+        """Names of the layers that a layer is computed from: by default the samples."""
+        return (SAMPLES,)
+
+    @abstractmethod
+    def schema(self, layer: Layer, images: str) -> pa.Schema:
+        """The schema of a file; ``images`` is the config's key."""
+
+    @abstractmethod
+    def row_bytes(self, layer: Layer, sample: SampleBytes) -> float | None:
+        """Expected bytes of a row; None if the dimension is not known before the model is loaded."""
+
+    # -- dataset.json
+
+    def entry(self, layer: Layer, dim: int | None) -> dict[str, Any]:
+        """What a layer's entry has besides its kind and fingerprint; ``dim`` is that of the loaded model."""
+        return {}
+
+    @abstractmethod
+    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
+        """The fingerprint of what dataset.json states of a layer; None if it does not state everything."""
+
+    def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The settings of a layer in dataset.json and in a config, without the fingerprints of other layers."""
+        before = mapping_at(manifest, self.section, layer.model, "model")
+        return dict(before), dict(layer.recipe["model"]) if before else {}
+
+    # -- rows
+
+    def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
+        """What is wrong with rows of a row group, and a mask of them [rows]; ``records`` is the number of augmentation
+        records in dataset.json."""
+        return iter(())
+
+    @abstractmethod
+    def decode(self, table: pa.Table) -> Any:
+        """The value of each row of a row group."""
+
+    @abstractmethod
+    def compare(self, layer: str, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
+        """Compare stored row groups of a layer with those that were computed again."""
+
+    def published_value(self, layer: Layer, values: PublishedValues) -> Any:
+        """The value of a row in a published layer."""
+        raise ValueError(f"{layer.name} cannot be published")
+
+    # -- for people
+
+    @abstractmethod
+    def content(self, layer: Layer) -> str:
+        """What a row holds, in a few words."""
+
+    def row_and_type(self, layer: Layer) -> tuple[str, str]:
+        """What a row holds, and the type of its values, in a notebook."""
+        return self.content(layer), ""
+
+    def card_content(self, layer: Layer) -> str:
+        """What a row holds, on the card of a published dataset."""
+        return self.content(layer)
+
+    def report_content(self, layer: Layer) -> str:
+        """What a row holds, in ``reinforce inspect``."""
+        return self.content(layer)
 
 
-def depends(layer: str, on: str) -> bool:
-    """Whether a layer is computed from another one: all from the samples, embeddings of captions from these."""
-    if on == SAMPLES:
-        return layer != SAMPLES
-    folder, _, texts = layer.rpartition("/")
-    return folder.startswith("embeddings/") and texts not in ("images", TRUE_CAPTION) and on == captions_layer(texts)
-
-
-def deletion_order(layer: str) -> tuple[int, str]:
-    return _ORDER.index(layer.partition("/")[0]), layer
+def mapping_at(manifest: Mapping[str, Any], *keys: str | None) -> Mapping[str, Any]:
+    """The mapping at a path of keys; an empty one if the manifest has none there."""
+    value: Any = manifest
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, Mapping) else {}

@@ -12,6 +12,7 @@ from reinforce.dataset.files.damage import find_damaged, without_files
 from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.completeness import check_completeness
@@ -75,10 +76,8 @@ def status_table(status: dict[str, Any]) -> Table:
         justify: Literal["left", "right"] = "right" if heading in ("shards", "bytes") else "left"
         table.add_column(heading, justify=justify, no_wrap=True)
     for name, layer in status["layers"].items():
-        content = {
-            "samples": "rows and images",
-            "captions": f"{layer.get('count')} captions",
-        }.get(layer["kind"], f"[{layer.get('count')}, {layer.get('dim')}] {layer.get('dtype')}")
+        stored = stored_layer(name, layer)
+        content = stored.kind.content(stored)
         row = (name, f"{layer['shards']:,}/{status['samples']:,}", format_bytes(layer["bytes"]))
         table.add_row(*(Text(escape(cell)) for cell in (*row, content)))
     return table

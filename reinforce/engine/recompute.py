@@ -14,12 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
 from reinforce.config import Config
-from reinforce.dataset import vectors
+from reinforce.dataset.comparison import Comparison
 from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES, Layer
@@ -38,36 +37,6 @@ from reinforce.errors import UserError
 from teachers.device.determinism import set_flags
 
 _SHARDS = 16  # from which rows are taken, at most
-#: The smallest cosine of a stored vector and the one that is computed again that counts as rounding.
-MIN_COSINE = 0.99
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Stored values of a layer against those computed again, in ``rows`` rows.
-
-    ``equal`` counts rows without any difference, ``nulls`` those that are null on one side only. ``difference`` is the
-    largest of a component and ``cosine`` the smallest of two vectors, None for captions.
-    """
-
-    layer: str
-    rows: int
-    equal: int
-    nulls: int
-    difference: float | None = None
-    cosine: float | None = None
-
-    @property
-    def fits(self) -> bool:
-        return not self.nulls and (self.cosine is None or self.cosine >= MIN_COSINE)
-
-    def line(self) -> str:
-        parts = [f"{self.layer}: {self.equal:,} of {self.rows:,} rows are equal when computed again"]
-        if self.nulls:
-            parts.append(f"{self.nulls:,} rows are null on one side only")
-        if self.cosine is not None:
-            parts.append(f"largest difference {self.difference:.2g}, smallest cosine {self.cosine:.6f}")
-        return ", ".join(parts) + ("" if self.fits else ": not what the model computes")
 
 
 @dataclass
@@ -117,15 +86,11 @@ def recompute(config: Config, url: str, rows: int, seed: int = 0, pool: DecodePo
     set_flags("cuda" if gpus else "cpu", config.workers.deterministic)
     picked = [*_pick(store, chosen, config, rows, random.Random(seed))]  # noqa: S311
     computed = {name: layer for name, layer in chosen.items() if name != SAMPLES and not layer.published}
-    models = dict.fromkeys((layer.kind == "captions", layer.model) for layer in computed.values())
+    owners = dict.fromkeys(layer.owner for layer in computed.values())
     own = pool or DecodePool(config.workers.cores)
     try:
-        for captions, model in models:
-            of_model = {
-                name: layer
-                for name, layer in computed.items()
-                if layer.model == model and (layer.kind == "captions") == captions
-            }
+        for owner in owners:
+            of_model = {name: layer for name, layer in computed.items() if layer.owner == owner}
             try:
                 found.layers += _compare_model(config, layers, of_model, picked, own)
             except (UserError, LayerFailure, RefusedFile, OutOfStep) as error:
@@ -194,16 +159,16 @@ def _compare_model(
     with tempfile.TemporaryDirectory(prefix="reinforce-recompute-") as folder:
         store = Store(folder)
         here = config.model_copy(update={"output": folder})
+        inputs = {name for layer in of_model.values() for name in layer.needs} - of_model.keys()
         for rows in picked:
-            for name, table in rows.tables.items():
-                if name not in of_model and layers[name].kind in ("samples", "captions"):
-                    _write(store, layers[name], config, rows, table)
+            for name in inputs & rows.tables.keys():
+                _write(store, layers[name], config, rows, rows.tables[name])
             process_shard(PendingShard(rows.shard, rows.source, tuple(of_model)), here, layers, store, models, pool)
             for name in of_model:
                 with store.open_layer(name, rows.shard) as file:
                     computed[name].append(file.read())
     stored = {name: [rows.tables[name] for rows in picked] for name in of_model}
-    return [_compare(layer, stored[name], computed[name]) for name, layer in of_model.items()]
+    return [layer.kind.compare(name, stored[name], computed[name]) for name, layer in of_model.items()]
 
 
 def _write(store: Store, layer: Layer, config: Config, rows: _Rows, table: pa.Table) -> None:
@@ -212,22 +177,3 @@ def _write(store: Store, layer: Layer, config: Config, rows: _Rows, table: pa.Ta
     with store.writer(layer, schema, rows.shard, rows.source) as writer:
         writer.write(table.select(schema.names).cast(schema))
         writer.commit(origin_entries(rows.footer))
-
-
-def _compare(layer: Layer, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
-    if layer.kind == "captions":
-        before, now = ([row for table in of for row in table["captions"].to_pylist()] for of in (stored, computed))
-        nulls = sum((one is None) != (other is None) for one, other in zip(before, now, strict=True))
-        equal = sum(one == other for one, other in zip(before, now, strict=True))
-        return Comparison(layer.name, len(before), equal, nulls)
-    old, new = (np.concatenate([vectors.decode(table) for table in of]) for of in (stored, computed))
-    null = np.isnan(old).any(axis=(1, 2)), np.isnan(new).any(axis=(1, 2))
-    both = ~(null[0] | null[1])
-    equal = int((old == new).all(axis=(1, 2)).sum() + (null[0] & null[1]).sum())
-    nulls = int((null[0] != null[1]).sum())
-    if not both.any():
-        return Comparison(layer.name, len(old), equal, nulls)
-    old, new = old[both], new[both]
-    norms = np.linalg.norm(old, axis=2) * np.linalg.norm(new, axis=2)
-    cosines = np.einsum("rcd,rcd->rc", old, new) / np.maximum(norms, np.finfo(np.float32).tiny)
-    return Comparison(layer.name, len(both), equal, nulls, float(np.abs(old - new).max()), float(cosines.min()))

@@ -14,7 +14,8 @@ from reinforce.dataset.files.damage import describe_damaged, find_damaged, witho
 from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
+from reinforce.dataset.kinds.registry import stored_layer
+from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.schema import check_run
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.reading.dataset import Dataset
@@ -107,22 +108,13 @@ def read_overview(data: Dataset, seed: int) -> Overview:
     found = check_completeness(store, readable, [committed, *listings.values()])
     problems = [text for text in (describe_damaged(store.url, damaged), found.describe_missing()) if text]
     facts = tuple(
-        LayerFacts(name, _content(entry), len(readable[name]), readable[name].total_bytes, entry["fingerprint"])
-        for name, entry in entries.items()
+        LayerFacts(layer.name, layer.kind.report_content(layer), len(files), files.total_bytes, layer.fingerprint)
+        for layer in (stored_layer(name, entry) for name, entry in entries.items())
+        for files in [readable[layer.name]]
     )
     quarantine = _quarantine(store, {name: every[f"quarantine/{name}"] for name in entries}, seed, problems)
     runs = tuple(_runs(store, problems))
     return Overview(len(readable[SAMPLES]), facts, quarantine, runs, tuple(problems))
-
-
-def _content(entry: Mapping[str, Any]) -> str:
-    if entry["kind"] == "samples":
-        return "keys, captions, images, augmentation records"
-    if entry["kind"] == "captions":
-        return f"{entry['count']} captions"
-    texts = entry.get("texts")
-    what = {None: "images", TRUE_CAPTION: "true caption"}.get(texts, f"captions of {texts}")
-    return f"{what}, {entry['count']} \u00d7 {entry['dim']} {entry['dtype']}"
 
 
 def _quarantine(store: Store, files: Mapping[str, Listing], seed: int, problems: list[str]) -> Quarantine:

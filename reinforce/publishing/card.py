@@ -13,13 +13,14 @@ import pyarrow as pa
 import yaml
 
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.kinds.registry import stored_layer
+from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.errors import UserError
 from reinforce.publishing.card_page import MARK, LayerCard, one_line, render_page
 from reinforce.storage import Storage
-from schemas import IMAGE_DIGEST, captions_schema, embeddings_schema, samples_schema
+from schemas import IMAGE_DIGEST
 
 NAME = "README.md"
 _MAX_BYTES = 2**22  # of a README.md that is replaced
@@ -74,19 +75,15 @@ def read_layers(store: Store, manifest: Mapping[str, Any]) -> list[LayerCard]:
     cards = []
     for name, listing in listings.items():
         if listing:
-            schema = _schema(store, manifest, name, names)
+            layer = stored_layer(name, entries[name])
+            schema = _schema(store, layer, manifest["images"], names)
             total = sum(rows.get(shard, 0) for shard in listing)
-            cards.append(LayerCard(name, entries[name], schema, len(listing), total, listing.total_bytes))
+            cards.append(LayerCard(layer, schema, len(listing), total, listing.total_bytes))
     return cards
 
 
-def _schema(store: Store, manifest: Mapping[str, Any], name: str, shards: Sequence[str]) -> pa.Schema:
-    entry = manifest["layers"][name]
-    if entry["kind"] == "captions":
-        return captions_schema()
-    if entry["kind"] != "samples":
-        return embeddings_schema(entry["count"], entry["dim"] or 1, entry["dtype"])
-    schema = samples_schema(manifest["images"])
+def _schema(store: Store, layer: Layer, images: str, shards: Sequence[str]) -> pa.Schema:
+    schema = layer.schema(images, layer.dim or 1)
     at = schema.get_field_index(IMAGE_DIGEST)
     if at >= 0:
         with store.open_layer(SAMPLES, shards[0]) as file:  # absent in files of earlier versions

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.terminal import escape, format_bytes
 
 #: By which a README.md is recognised as one that may be replaced.
@@ -23,12 +23,15 @@ _MAX_CHARS = 200
 class LayerCard:
     """A layer as the card shows it: its configuration for ``datasets``, and numbers of its files."""
 
-    name: str
-    entry: Mapping[str, Any]
+    layer: Layer
     schema: pa.Schema
     shards: int
     rows: int
     size: int
+
+    @property
+    def name(self) -> str:
+        return self.layer.name
 
     @property
     def config(self) -> str:
@@ -61,7 +64,8 @@ def render_page(url: str, manifest: Mapping[str, Any], layers: Sequence[LayerCar
         "All layers have the same rows in the same order within each shard; `key` names a row within its shard.",
         _table(
             ("configuration", "rows", "shards", "size", "content"),
-            ((f"`{one.config}`", f"{one.rows:,}", f"{one.shards:,}", format_bytes(one.size), _content(one))
+            ((f"`{one.config}`", f"{one.rows:,}", f"{one.shards:,}", format_bytes(one.size),
+              one.layer.kind.card_content(one.layer))
              for one in layers),
         ),
     ]  # fmt: skip
@@ -80,16 +84,6 @@ def render_page(url: str, manifest: Mapping[str, Any], layers: Sequence[LayerCar
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _content(layer: LayerCard) -> str:
-    entry = layer.entry
-    if entry["kind"] == "samples":
-        return "images, captions, metadata, augmentation records"
-    if entry["kind"] == "captions":
-        return f"{entry['count']} synthetic captions"
-    what = "augmented images" if entry["kind"] == "images" else "texts"
-    return f"[{entry['count']}, {entry['dim']}] {entry['dtype']}, of {what}, flat"
 
 
 def _model(entry: Mapping[str, Any]) -> str:
@@ -122,10 +116,10 @@ def _usage(manifest: Mapping[str, Any], layers: Sequence[LayerCard]) -> list[str
         "",
         f'samples = load_dataset("ORG/NAME", "{SAMPLES}", split="train")  # or streaming=True',
     ]
-    vectors = next((layer for layer in layers if layer.entry["kind"] in ("images", "texts")), None)
+    vectors = next((layer for layer in layers if "embeddings" in layer.schema.names), None)
     if vectors is not None:
-        count, dim = vectors.entry["count"], vectors.entry["dim"]
-        scaled = vectors.entry["dtype"] == "int8"
+        count, dim = vectors.layer.count, vectors.layer.dim
+        scaled = "scales" in vectors.schema.names
         lines += [
             f'vectors = load_dataset("ORG/NAME", "{vectors.config}", split="train")',
             'assert samples["key"][:] == vectors["key"][:]  # where both have all shards; else join by key',

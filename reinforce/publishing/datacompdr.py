@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from reinforce.datacompdr.members import FORMAT, MAX_OPS
+from reinforce.datacompdr.members import MAX_OPS
 from reinforce.dataset.augment.fixed_point import FIXED_POINT_BACKEND
 from reinforce.dataset.augment.records import AUGMENTATION_BACKEND
+from reinforce.dataset.kinds.samples import PUBLISHED_FORMAT
 from reinforce.dataset.layers import TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading.dataset import Dataset
 from reinforce.dataset.reading.sample import ImagePolicies
@@ -203,7 +204,7 @@ def build_config(data: Dataset, operations: int, precision: str, images: bool) -
             }
         },
         "reinforced_dataset": {
-            "format": FORMAT,
+            "format": PUBLISHED_FORMAT,
             "teachers": teachers,
             "captioners": {name: _captioner(manifest, name) for name in data.captioners},
             "vectors": precision,

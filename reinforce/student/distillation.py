@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reinforce.dataset.layers import embeddings_layer
 from reinforce.dataset.manifest.manifest import select_names
 from reinforce.errors import UserError
 from reinforce.student.config import Data, Loss, StudentConfig
@@ -158,14 +159,14 @@ def _stored_teacher(name: str, data: Data, url: str, manifest: Mapping[str, Any]
     entry, layers = manifest["teachers"][name], manifest["layers"]
     captioners = select_names(url, "captioners", None if data.captioners is None else list(data.captioners), manifest)
     texts = ("caption", *captioners)
-    found = [what for what in texts if f"embeddings/{name}/{what}" in layers]
+    found = [what for what in texts if embeddings_layer(name, what) in layers]
     missing = [what for what in texts if what not in found]
     if found and missing:
         raise UserError(
             f"{url}: teacher {name} has vectors of {', '.join(found)}, not of {', '.join(missing)}. "
             "Run `reinforce run` for the missing layers, or name other data.captioners or data.teachers."
         )
-    sides = {IMAGES} if f"embeddings/{name}/images" in layers else set()
+    sides = {IMAGES} if embeddings_layer(name, IMAGES) in layers else set()
     sides |= {TEXTS} if found else set()
     return TeacherInfo(entry["dim"], frozenset(sides), entry["logit_scale"], f"dataset: {entry['logit_scale_from']}")
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.reading.aligned import AlignedLayers, read_errors
 from reinforce.errors import UserError
@@ -17,7 +18,7 @@ GROUPS = [["a", "b"], ["c"]]
 
 
 def write(store: Store, name: str, groups: list[list[str]], fingerprint: str = "f00d") -> None:
-    with store.writer(Layer(name, "captions", fingerprint), SCHEMA, "s", "s.tar") as writer:
+    with store.writer(Layer(name, KINDS["captions"], fingerprint), SCHEMA, "s", "s.tar") as writer:
         for keys in groups:
             writer.write(pa.table([keys, [len(name)] * len(keys)], schema=SCHEMA))
         writer.commit()

@@ -10,12 +10,16 @@ from reinforce.dataset.files import index as layer_index
 from reinforce.dataset.files.index import FileEntry, IndexWriter, prune_index, read_index, write_index
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.errors import StorageError
 from tests.helpers.reinforced import small_dataset
 
-LAYERS = {SAMPLES: Layer(SAMPLES, "samples", "f0"), "embeddings/a/images": Layer("embeddings/a/images", "images", "f1")}
+LAYERS = {
+    SAMPLES: Layer(SAMPLES, KINDS["samples"], "f0"),
+    "embeddings/a/images": Layer("embeddings/a/images", KINDS["images"], "f1"),
+}
 
 
 @pytest.fixture

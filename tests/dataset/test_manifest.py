@@ -10,6 +10,7 @@ import pytest
 import schemas
 from reinforce.config import Config, parse_config
 from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales, scale_notes, select_names, update_manifest
 from reinforce.errors import UserError
@@ -19,10 +20,10 @@ RECIPE = {"model": "m", "seed": 0}
 LAYERS = {
     layer.name: layer
     for layer in (
-        Layer("samples", "samples", "a", recipe={"seed": 0, "images": "embed"}),
-        Layer("captions/namer", "captions", "b", model="namer", count=2, recipe=RECIPE),
-        Layer("embeddings/red/images", "images", "c", model="red", count=2, recipe=RECIPE),
-        Layer("embeddings/red/caption", "texts", "d", model="red", texts="caption", count=1, recipe=RECIPE),
+        Layer("samples", KINDS["samples"], "a", recipe={"seed": 0, "images": "embed"}),
+        Layer("captions/namer", KINDS["captions"], "b", model="namer", count=2, recipe=RECIPE),
+        Layer("embeddings/red/images", KINDS["images"], "c", model="red", count=2, recipe=RECIPE),
+        Layer("embeddings/red/caption", KINDS["texts"], "d", model="red", texts="caption", count=1, recipe=RECIPE),
     )
 }
 

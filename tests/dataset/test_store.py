@@ -13,12 +13,13 @@ import schemas
 from reinforce.config import Augmentations
 from reinforce.dataset.augment.records import sample_augmentation, to_records
 from reinforce.dataset.files.store import Store, parse_footer
-from reinforce.dataset.layers import Layer
+from reinforce.dataset.kinds.registry import KINDS
+from reinforce.dataset.layers import Layer, SampleBytes
 from reinforce.dataset.vectors import encode
 from reinforce.errors import UserError
 from schemas import Reason
 
-LAYER = Layer("captions/c", "captions", "f00d", needs=("samples",), model="c", count=1)
+LAYER = Layer("captions/c", KINDS["captions"], "f00d", needs=("samples",), model="c", count=1)
 
 
 def table(*keys: str) -> pa.Table:
@@ -79,7 +80,7 @@ def test_augmentation_records_and_captions_are_compressed(tmp_path: Path) -> Non
         {"key": key, "width": 640, "height": 480, "image": b"", "augmentations": augmentations}
         for key, augmentations in zip(keys, records, strict=True)
     ]
-    samples = Layer("samples", "samples", "f00d")
+    samples = Layer("samples", KINDS["samples"], "f00d")
     sizes = column_bytes(Store(str(tmp_path)), samples, pa.Table.from_pylist(rows, schemas.samples_schema("embed")))
     record_bytes = sum(size for path, size in sizes.items() if path.startswith("augmentations.")) / 10
     assert record_bytes < 10, f"{record_bytes} bytes per record, which has 54 bytes of values"
@@ -93,10 +94,12 @@ def test_a_component_of_a_vector_takes_the_bytes_of_its_type(tmp_path: Path, dty
     vectors = np.random.default_rng(0).normal(size=(256, 3, 64)).astype(np.float32)
     schema = schemas.embeddings_schema(3, 64, dtype)
     columns = [[str(i) for i in range(256)], *encode(vectors, dtype, np.ones(256, bool))]
-    layer = Layer("embeddings/t/images", "images", "f00d", ("samples",), "t", count=3, dim=64, dtype=dtype)
+    layer = Layer("embeddings/t/images", KINDS["images"], "f00d", ("samples",), "t", count=3, dim=64, dtype=dtype)
     sizes = column_bytes(Store(str(tmp_path)), layer, pa.table(columns, schema=schema))
     assert sizes["embeddings.list.element"] == pytest.approx(3 * 64 * width, rel=0.06)
-    assert sum(size for path, size in sizes.items() if path != "key") == pytest.approx(layer.row_bytes, rel=0.05)
+    assert sum(size for path, size in sizes.items() if path != "key") == pytest.approx(
+        layer.kind.row_bytes(layer, SampleBytes(0, 0, 0)), rel=0.05
+    )
 
 
 def test_another_fingerprint_is_an_error_that_names_both(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from reinforce.config import Failures
+from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.policy.decisions import (
     Death,
@@ -30,10 +31,10 @@ from reinforce.errors import StorageError, UserError
 from schemas import Reason
 
 LAYERS = {
-    "samples": Layer("samples", "samples", "0"),
-    "captions/c": Layer("captions/c", "captions", "1", needs=("samples",)),
-    "embeddings/t/images": Layer("embeddings/t/images", "images", "2", needs=("samples",)),
-    "embeddings/t/c": Layer("embeddings/t/c", "texts", "3", needs=("samples", "captions/c")),
+    "samples": Layer("samples", KINDS["samples"], "0"),
+    "captions/c": Layer("captions/c", KINDS["captions"], "1", needs=("samples",)),
+    "embeddings/t/images": Layer("embeddings/t/images", KINDS["images"], "2", needs=("samples",)),
+    "embeddings/t/c": Layer("embeddings/t/c", KINDS["texts"], "3", needs=("samples", "captions/c")),
 }
 A = PendingShard("a", "s3://bucket/a.tar", tuple(LAYERS))
 B = PendingShard("b", "s3://bucket/b.tar", tuple(LAYERS))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from reinforce.config import Failures
+from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.policy.decisions import PauseWorker, Quarantine, ReplaceWorker, Retry
 from reinforce.engine.driver.policy.failures import FailurePolicy
@@ -200,7 +201,7 @@ class Simulation:
 
     def run(self) -> Simulation:
         names = [f"{number:05d}" for number in range(self.shards)]
-        layers = {"samples": Layer("samples", "samples", "0")}
+        layers = {"samples": Layer("samples", KINDS["samples"], "0")}
         self.policy = FailurePolicy(Failures(allowed_share=1.0), layers, self.shards, 0)
         self.queue = ShardQueue([PendingShard(name, f"{name}.tar", ("samples",)) for name in names])
         self.pids, self.numbers, self.now = itertools.count(), itertools.count(), 0.0

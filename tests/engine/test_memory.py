@@ -7,6 +7,7 @@ import random
 import pytest
 
 from reinforce.config import Failures
+from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.policy.decisions import Decision, EndedWorker, Quarantine, Requeue, RunAlone
 from reinforce.engine.driver.policy.failures import FailurePolicy
@@ -15,7 +16,7 @@ from reinforce.engine.messages.results import WorkerId
 from reinforce.engine.messages.task import PendingShard
 from schemas import Reason
 
-LAYERS = {"samples": Layer("samples", "samples", "0")}
+LAYERS = {"samples": Layer("samples", KINDS["samples"], "0")}
 A, B = (PendingShard(name, f"{name}.tar", ("samples",)) for name in "ab")
 LEAK = MemoryUse(1_200_000_000, 9_870_000_000, 17)
 FRESH = MemoryUse(1_200_000_000, 1_200_000_000, 0)

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from reinforce.dataset.augment.records import Augmentation, Crop, from_records, to_records
+from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.rows import NewSample, Row
 from reinforce.engine.worker.refusals import Refusals
@@ -43,7 +44,7 @@ def test_a_captions_table_keeps_rows_without_captions() -> None:
 
 
 def test_vectors_are_null_where_they_are_not_valid_or_not_finite_and_only_the_latter_are_refused() -> None:
-    layer = Layer("embeddings/t/images", "images", "0", model="t", count=2, dim=3, dtype="float32")
+    layer = Layer("embeddings/t/images", KINDS["images"], "0", model="t", count=2, dim=3, dtype="float32")
     values = np.ones((4, 2, 3), np.float32)
     values[1, 1, 2] = np.nan
     values[2] = np.inf

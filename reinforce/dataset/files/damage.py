@@ -21,17 +21,11 @@ from reinforce.dataset.files.index import LayerIndex, read_index
 from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store, parse_footer
-from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.kinds.registry import kind_of
 
 SET_ASIDE = "set-aside"
 MIN_BYTES = 12  # of a Parquet file
 _THREADS = 16
-#: Columns without which a file is damaged, by the folder of its layer.
-_COLUMNS = {
-    SAMPLES: ("key", "caption", "augmentations"),
-    "captions": ("key", "captions"),
-    "embeddings": ("key", "embeddings"),
-}
 _NAMED = 3
 
 
@@ -95,7 +89,7 @@ def footer_damage(store: Store, layer: str, shard: str) -> str | None:
 
 def check_columns(layer: str, table: pa.Table) -> None:
     """Raise RefusedFile if rows of a layer's file lack columns."""
-    if missing := {*_COLUMNS[layer.partition("/")[0]]} - {*table.column_names}:
+    if missing := {*kind_of(layer).columns} - {*table.column_names}:
         raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
 
 

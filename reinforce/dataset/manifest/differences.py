@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import schemas
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.layers import SAMPLES, Layer, drop_command, with_dependants
+from reinforce.dataset.kinds.registry import drop_command, with_dependants
+from reinforce.dataset.layers import SAMPLES, Layer, mapping_at
 from reinforce.errors import UserError
 from reinforce.settings import flatten
 
@@ -32,7 +32,7 @@ def recipe_error(
             for name in names
         ]
         lines += [f"    {line}" for line in reason]
-    known = {*_section(manifest or {}, "layers"), *found}
+    known = {*mapping_at(manifest or {}, "layers"), *found}
     command = drop_command(store.url, with_dependants(found, known), known)
     choices = "write to another `output`" + (", give the changed model another name" if SAMPLES not in found else "")
     lines.append(f"Undo the change, {choices}, or delete these layers and compute them again: {command}")
@@ -43,38 +43,16 @@ def recipe_differences(
     manifest: Mapping[str, Any], layer: Layer, found: Mapping[str, str | None], where: str = "the dataset"
 ) -> list[str]:
     """Why a layer's fingerprint differs from that in a manifest, one line each; ``where`` names what it belongs to."""
-    lines = list(_differences(*_recipes(manifest, layer), where))
+    lines = list(_differences(*layer.kind.recipes(layer, manifest), where))
     if lines:
         return lines
     if upstream := [name for name in layer.needs if name in found]:
         return [f"computed from {upstream[-1]}, which differs"]
-    entry = _section(manifest, "layers", layer.name)
+    entry = mapping_at(manifest, "layers", layer.name)
     now = {"count": layer.count, "dim": layer.dim, "dtype": layer.dtype, "texts": layer.texts}
     known = [key for key, value in now.items() if value and entry.get(key)]
     lines = list(_differences({key: entry[key] for key in known}, {key: now[key] for key in known}, where))
     return lines or ["nothing in dataset.json explains the difference"]
-
-
-def _recipes(manifest: Mapping[str, Any], layer: Layer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recipe of a layer in the manifest and in the config, apart from the fingerprints of other layers."""
-    if layer.kind == "samples":
-        before = {key: manifest[key] for key in ("schema_version", *layer.recipe) if key in manifest}
-        return before, {"schema_version": schemas.SCHEMA_VERSION, **layer.recipe} if before else {}
-    folder = "captioners" if layer.kind == "captions" else "teachers"
-    before = dict(_section(manifest, folder, str(layer.model), "model"))
-    now = dict(layer.recipe["model"]) if before else {}
-    entry = _section(manifest, "layers", layer.name)
-    if "dtype" in entry:
-        before["dtype"], now["dtype"] = entry["dtype"], layer.dtype
-    return before, now
-
-
-def _section(manifest: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """The mapping at a path of keys; an empty one if the manifest has none there."""
-    value: Any = manifest
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value if isinstance(value, Mapping) else {}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> Iterator[str]:

@@ -96,15 +96,16 @@ def update_manifest(
         "layers": dict((old or {}).get("layers", {})),
     }
     for name, layer in layers.items():
-        manifest["layers"][name] = _layer_entry(
-            layer, manifest["layers"].get(name, {}), loaded.get(layer.model or "", {})
-        )
+        before = manifest["layers"].get(name, {})
+        dim = loaded.get(layer.model or "", {}).get("dim", layer.dim) or before.get("dim")
+        entry = layer.kind.entry(layer, dim)
+        manifest["layers"][name] = {"kind": layer.kind.name, "fingerprint": layer.fingerprint, **entry}
     for name, teacher in config.teachers.items():
         before = manifest["teachers"].get(name, {})
         of_model = loaded.get(name, {})
         manifest["teachers"][name] = {
-            "model": _model_identity(layers, name, "embeddings") or before.get("model"),
-            **_code(before, _model_layer(made, name, "embeddings")),
+            "model": _model_identity(layers, "teachers", name) or before.get("model"),
+            **_code(before, _model_layer(made, "teachers", name)),
             **_logit_scale(before, teacher.logit_scale, of_model.get("logit_scale")),
             "dim": of_model.get("dim") or before.get("dim"),
             "image": of_model.get("image") or before.get("image"),
@@ -114,8 +115,8 @@ def update_manifest(
     for name in config.captioners:
         before = manifest["captioners"].get(name, {})
         manifest["captioners"][name] = {
-            "model": _model_identity(layers, name, "captions"),
-            **_code(before, _model_layer(made, name, "captions")),
+            "model": _model_identity(layers, "captioners", name),
+            **_code(before, _model_layer(made, "captioners", name)),
         }
     return manifest
 
@@ -124,16 +125,6 @@ def _moved(before: Mapping[str, str], config: Config) -> dict[str, str]:
     """Former folders of the source by where they are now; those of this config replace earlier places."""
     now = {canonical(new): canonical(old) for new, old in config.moved.items()}
     return {**{new: old for new, old in before.items() if old not in now.values()}, **now}
-
-
-def _layer_entry(layer: Layer, before: Mapping[str, Any], of_model: Mapping[str, Any]) -> dict[str, Any]:
-    entry: dict[str, Any] = {"kind": layer.kind, "fingerprint": layer.fingerprint}
-    if layer.kind == "captions":
-        entry |= {"captioner": layer.model, "count": layer.count}
-    elif layer.model is not None:
-        dim = of_model.get("dim", layer.dim) or before.get("dim")
-        entry |= {"teacher": layer.model, "texts": layer.texts, "count": layer.count, "dim": dim, "dtype": layer.dtype}
-    return entry
 
 
 def _logit_scale(before: Mapping[str, Any], of_config: float | None, of_model: float | None) -> dict[str, Any]:
@@ -184,15 +175,16 @@ def code_notes(old: Mapping[str, Any] | None, layers: Iterable[Layer]) -> list[s
     """
     notes: dict[tuple[str, str], str] = {}
     for layer in layers:
-        kind = "captioner" if layer.kind == "captions" else "teacher"
-        before = (old or {}).get(f"{kind}s", {}).get(layer.model, {})
+        section = str(layer.kind.section)
+        before = (old or {}).get(section, {}).get(layer.model, {})
         known = before.get(CODE_KEY)
         if layer.code is None or not known or known[-1] == layer.code or before.get("model") != layer.recipe["model"]:
             continue
         model = layer.recipe["model"]
         version = f"is still {model['version']!r}" if "version" in model else "is not set"
-        notes[kind, str(layer.model)] = (
-            f"{kind} {layer.model}: the file of class {model['class']} has changed since its layers were computed "
+        what = section[:-1]
+        notes[section, str(layer.model)] = (
+            f"{what} {layer.model}: the file of class {model['class']} has changed since its layers were computed "
             f"(hash {known[-1]} then, {layer.code} now), and its `version` {version}. If its outputs are the same, "
             "continue: this run records the new hash. If they have changed, stop the run and set another `version`; "
             "otherwise one layer will have outputs of both."
@@ -218,11 +210,11 @@ def scale_notes(old: Mapping[str, Any] | None, config: Config) -> list[str]:
     return notes
 
 
-def _model_identity(layers: Mapping[str, Layer], name: str, folder: str) -> Any:
-    layer = _model_layer(layers.values(), name, folder)
+def _model_identity(layers: Mapping[str, Layer], section: str, name: str) -> Any:
+    layer = _model_layer(layers.values(), section, name)
     return layer.recipe["model"] if layer else None
 
 
-def _model_layer(layers: Iterable[Layer], name: str, folder: str) -> Layer | None:
-    """A layer of a teacher (``embeddings``) or captioner (``captions``), or None."""
-    return next((layer for layer in layers if layer.model == name and layer.name.startswith(f"{folder}/")), None)
+def _model_layer(layers: Iterable[Layer], section: str, name: str) -> Layer | None:
+    """A layer of a model, or None."""
+    return next((layer for layer in layers if layer.owner == (section, name)), None)

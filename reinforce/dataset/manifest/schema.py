@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from reinforce.config import LAYER_NAME
+from reinforce.dataset.kinds.registry import KINDS
 from reinforce.errors import UserError
 from reinforce.terminal import escape
 
 _Text = Annotated[str, Field(max_length=4096)]
 _Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _MAX_LAYERS = 4096
-_NEEDED = {"captions": ("count",), "images": ("count", "dim", "dtype"), "texts": ("count", "dim", "dtype")}
 _SHOWN_ERRORS = 3
 _SECTIONS = ("layers", "teachers", "captioners")
+
+
+def _known_kind(name: str) -> str:
+    if name not in KINDS:
+        *names, last = (repr(kind) for kind in KINDS)
+        raise PydanticCustomError("literal_error", f"Input should be {', '.join(names)} or {last}")
+    return name
 
 
 class _Part(BaseModel):
@@ -24,7 +32,7 @@ class _Part(BaseModel):
 
 
 class _LayerEntry(_Part):
-    kind: Literal["samples", "captions", "images", "texts"]
+    kind: Annotated[str, AfterValidator(_known_kind)]
     fingerprint: _Text
     count: Annotated[int, Field(ge=0, le=2**16)] | None = None
     dim: Annotated[int, Field(ge=1, le=2**20)] | None = None
@@ -35,10 +43,10 @@ class _LayerEntry(_Part):
 
     @model_validator(mode="after")
     def _check_kind(self) -> _LayerEntry:
-        needed = _NEEDED.get(self.kind, ())
+        needed = KINDS[self.kind].required
         if missing := [key for key in needed if key not in self.model_fields_set]:
             raise ValueError(f"a layer of {self.kind} without {', '.join(missing)}")
-        if needed and self.count is None:
+        if "count" in needed and self.count is None:
             raise ValueError(f"a layer of {self.kind} without count")
         return self
 

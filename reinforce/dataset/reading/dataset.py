@@ -320,13 +320,17 @@ class _RowGroupLayers:
     """The captions and vectors of a row group, by row."""
 
     def __init__(self, tables: Mapping[str, pa.Table], teachers: Sequence[str], captioners: Sequence[str]) -> None:
-        self._teachers = teachers
+        inputs = (TRUE_CAPTION, *captioners)
         self._captions = {
             c: tables[captions_layer(c)]["captions"].to_pylist() for c in captioners if captions_layer(c) in tables
         }
-        arrays = {name: vectors.decode(table) for name, table in tables.items() if name.startswith("embeddings/")}
-        self._images = {name.split("/")[1]: v for name, v in arrays.items() if name.endswith("/images")}
-        self._texts = {name: v for name, v in arrays.items() if not name.endswith("/images")}
+        self._images = {
+            t: vectors.decode(tables[name]) for t in teachers if (name := embeddings_layer(t, "images")) in tables
+        }
+        self._texts = {
+            t: {i: vectors.decode(tables[name]) for i in inputs if (name := embeddings_layer(t, i)) in tables}
+            for t in teachers
+        }
 
     def captions(self, row: int) -> dict[str, list[str] | None]:
         return {name: texts[row] for name, texts in self._captions.items()}
@@ -335,8 +339,4 @@ class _RowGroupLayers:
         return {teacher: values[row] for teacher, values in self._images.items()}
 
     def texts(self, row: int) -> dict[str, dict[str, np.ndarray]]:
-        texts: dict[str, dict[str, np.ndarray]] = {teacher: {} for teacher in self._teachers}
-        for name, values in self._texts.items():
-            _, teacher, inputs = name.split("/")
-            texts[teacher][inputs] = values[row]
-        return texts
+        return {t: {name: values[row] for name, values in of.items()} for t, of in self._texts.items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.reading.sample_view import SampleView, Shown, draw
 from reinforce.errors import UserError
 from reinforce.markup import render
@@ -31,25 +32,16 @@ def sample_html(sample: Shown) -> str:
 
 def dataset_html(url: str, facts: Sequence[tuple[str, str]], layers: Mapping[str, Mapping[str, Any]]) -> str:
     """A dataset: facts by name, and the entries in dataset.json of the layers that are read."""
-    names = [*layers][:_LAYERS]
-    lines = [(name, *_describe(layers[name]), layers[name]["fingerprint"]) for name in names]
+    shown = [stored_layer(name, layers[name]) for name in [*layers][:_LAYERS]]
+    lines = [(layer.name, *layer.kind.row_and_type(layer), layer.fingerprint) for layer in shown]
     return render(
         "notebook/table.html",
         title=url,
         facts=facts,
         heads=("layer", "a row", "type", "fingerprint"),
         lines=lines,
-        more=len(layers) - len(names),
+        more=len(layers) - len(shown),
     )
-
-
-def _describe(entry: Mapping[str, Any]) -> tuple[str, str]:
-    """What a row of a layer holds, and its type."""
-    if entry["kind"] == "samples":
-        return "image, caption, augmentations", ""
-    if entry["kind"] == "captions":
-        return f"{entry['count']} captions", "text"
-    return f"[{entry['count']}, {entry['dim']}]", str(entry["dtype"])
 
 
 def _parts(strip: bytes, count: int) -> list[str]:

@@ -12,20 +12,11 @@ from reinforce.dataset.drop import layers_with_folders
 from reinforce.dataset.files.index import LayerIndex
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.layers import (
-    SAMPLES,
-    TRUE_CAPTION,
-    captions_layer,
-    captions_recipe,
-    compute_fingerprint,
-    depends,
-    embeddings_fingerprint,
-    embeddings_recipe,
-)
+from reinforce.dataset.kinds.registry import depends, stored_layer
+from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import DIGEST_KEY, manifest_digest
 from reinforce.dataset.validate.findings import Finding
 
-_SAMPLES_RECIPE = ("images", "seed", "policies", "input", "augmentations")
 _NAMED = 3
 
 
@@ -50,7 +41,8 @@ def _wrong_fingerprints(manifest: Mapping[str, Any]) -> Iterator[Finding]:
     if manifest.get("schema_version") != schemas.SCHEMA_VERSION:
         return
     for name, entry in manifest["layers"].items():
-        computed = _fingerprint(manifest, name, entry)
+        layer = stored_layer(name, entry)
+        computed = layer.kind.recorded_fingerprint(layer, manifest)
         if computed is not None and computed != entry["fingerprint"]:
             yield Finding(
                 "manifest",
@@ -58,23 +50,6 @@ def _wrong_fingerprints(manifest: Mapping[str, Any]) -> Iterator[Finding]:
                 f"{entry['fingerprint'][:40]}: one of them was changed. Restore {MANIFEST}.",
                 name,
             )
-
-
-def _fingerprint(manifest: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> str | None:
-    """The fingerprint of a layer's settings; None if dataset.json does not record them."""
-    layers = manifest["layers"]
-    if name == SAMPLES:
-        known = all(key in manifest for key in _SAMPLES_RECIPE)
-        return compute_fingerprint({key: manifest[key] for key in _SAMPLES_RECIPE}) if known else None
-    if entry["kind"] == "captions":
-        model = manifest["captioners"].get(entry.get("captioner"), {}).get("model")
-        return compute_fingerprint(captions_recipe(layers[SAMPLES]["fingerprint"], model)) if model else None
-    model = manifest["teachers"].get(entry.get("teacher"), {}).get("model")
-    own = entry["kind"] == "images" or entry.get("texts") == TRUE_CAPTION
-    source = layers.get(SAMPLES if own else captions_layer(str(entry.get("texts"))))
-    if not model or source is None:
-        return None
-    return embeddings_fingerprint(embeddings_recipe(source["fingerprint"], model, entry.get("dtype")), entry["kind"])
 
 
 def check_missing(

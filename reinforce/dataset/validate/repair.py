@@ -14,7 +14,8 @@ from typing import Any
 from reinforce.dataset.files.damage import SET_ASIDE, file_damage, set_aside
 from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.store import MANIFEST, Store, parse_footer
-from reinforce.dataset.layers import SAMPLES, drop_command, with_dependants
+from reinforce.dataset.kinds.registry import drop_command, with_dependants
+from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.runs.shard_records import read_records
 from reinforce.dataset.validate.findings import Finding

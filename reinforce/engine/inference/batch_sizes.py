@@ -111,9 +111,9 @@ class BatchSizes:
 
 def _bound(layer: Layer | None, size: int) -> _Bound:
     """What is halved: the augmented images only where a batch cannot have fewer rows."""
-    if layer is not None and layer.kind == "texts":
+    if layer is not None and layer.kind.name == "texts":
         return "texts"
-    return "crops" if layer is not None and layer.kind == "images" and size == 1 else "rows"
+    return "crops" if layer is not None and layer.kind.name == "images" and size == 1 else "rows"
 
 
 def _halved(size: int, failed: int) -> int:
@@ -135,12 +135,12 @@ def _too_large(shortage: OutOfMemory, layer: Layer | None) -> str:
     model = layer and layer.model
     if layer is None or model is None:
         what, mend = "copying images: the pixels of one image do", "a smaller augmentations.count or augmentations.size"
-    elif layer.kind == "captions":
+    elif layer.kind.name == "captions":
         section = f"captioners.{model}"
         what = f"{layer.name}: one image with its {layer.count} captions does"
         mend = f"{section}: a smaller model, `precision: bf16`, or fewer `captions` or `beams`"
     else:
-        what = f"{layer.name}: one {'text' if layer.kind == 'texts' else 'augmented image'} does"
+        what = f"{layer.name}: one {'text' if layer.kind.name == 'texts' else 'augmented image'} does"
         mend = f"teachers.{model}: a smaller model, or `precision: bf16`"
     return (
         f"{what} not fit in the memory of the device. Use {mend}; or a device with more memory, or one that no other "

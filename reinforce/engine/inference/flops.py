@@ -91,7 +91,7 @@ def costs_on(card: str, models: Models, config: Config, layers: Iterable[Layer])
     costs = {}
     for layer in layers:
         spec = config.teachers.get(layer.model or "")
-        if layer.published or layer.kind not in ("images", "texts") or spec is None or spec.class_ is not None:
+        if layer.published or layer.kind.name not in ("images", "texts") or spec is None or spec.class_ is not None:
             continue
         peak = peak_flops(card, spec.resolved_precision)
         if peak is not None and (flops := _flops_of_input(models, layer)):
@@ -103,7 +103,7 @@ def _flops_of_input(models: Models, layer: Layer) -> float:
     """FLOPs of an image, or the mean of a few texts."""
     teacher = models.teachers[str(layer.model)]
     with models.use_accelerator():
-        if layer.kind == "images":
+        if layer.kind.name == "images":
             pixels = probe_images(models, teacher.image, [0])
             return count_flops(lambda: teacher.encode_images(pixels))
         return count_flops(models.text_encoder(teacher, TEXTS)) / len(TEXTS)

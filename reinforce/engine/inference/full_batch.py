@@ -67,7 +67,7 @@ def _try_batch(models: Models, config: Config, layers: list[Layer]) -> bool:
     inferences = [Inference(config, layers, models, Counters()) for _ in range(_COPIED)]
     rows = [Row(f"{i}", None, i) for i in range(inferences[0].rows_per_batch)]
     pixels = _noise(config, inferences[0], len(rows))
-    texts = [layer for layer in layers if layer.kind == "texts" and not layer.published]
+    texts = [layer for layer in layers if layer.kind.name == "texts" and not layer.published]
 
     def run(inference: Inference) -> None:
         inference.run(rows, pixels)

@@ -51,8 +51,8 @@ class Inference:
         self._order = models.lock.next_order()
         self.meter = StageMeter(models.accelerator, models.costs, models.counters, counters)
         computed = [layer for layer in layers if not layer.published]
-        self.image_layers = [layer for layer in computed if layer.kind == "images"]
-        self.caption_layers = [layer for layer in computed if layer.kind == "captions"]
+        self.image_layers = [layer for layer in computed if layer.kind.name == "images"]
+        self.caption_layers = [layer for layer in computed if layer.kind.name == "captions"]
 
     @property
     def captioner_specs(self) -> tuple[ImageSpec, ...]:

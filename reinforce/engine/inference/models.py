@@ -123,8 +123,8 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
         raise UserError(
             "a worker has a GPU, but torch does not see it. Install a torch that supports it, or set workers.gpus to 0."
         )
-    captioners = {layer.model for layer in layers if layer.kind == "captions"}
-    teachers = {layer.model for layer in layers if layer.kind in ("images", "texts")}
+    captioners = {layer.model for layer in layers if layer.kind.name == "captions"}
+    teachers = {layer.model for layer in layers if layer.kind.name in ("images", "texts")}
     try:
         return Models(
             {name: load_teacher(name, spec, device) for name, spec in config.teachers.items() if name in teachers},

@@ -79,9 +79,9 @@ def check_models(models: Models, layers: Iterable[Layer], precisions: Mapping[st
             continue
         tested.add((layer.model, layer.kind))
         precision = precisions.get(layer.model, "fp32")
-        if layer.kind == "captions":
+        if layer.kind.name == "captions":
             check_captioner(models, layer.model, layer.count)
-        elif layer.kind == "images":
+        elif layer.kind.name == "images":
             check_image_encoder(models, layer.model, precision)
         else:
             check_text_encoder(models, layer.model, precision)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from reinforce.config import Config
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.layers import Layer
+from reinforce.dataset.layers import Layer, SampleBytes
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.engine.plan.plan import Plan
 from reinforce.source.file_types import FOLDER, TAR
@@ -25,7 +25,6 @@ _READ_SAMPLES = 2000
 _READ_FILES = 32  # images in files of their own
 _REFERENCE_BYTES = 24  # per image
 _RECORD_BYTES = 6  # per augmentation record, dictionary-encoded and compressed from 54
-_CAPTION_BYTES = 20  # compressed
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,10 @@ def plan_table(plan: Plan, expected: Mapping[str, int | None]) -> Table:
 
 def _shard_bytes(plan: Plan, layer: Layer, statistics: SourceStatistics) -> float | None:
     """Expected bytes of one shard of a layer; None if the model's dimension is not known before it is loaded."""
-    if layer.kind == "samples":
-        image = statistics.image_bytes if plan.config.embeds_images else _REFERENCE_BYTES
-        records = _RECORD_BYTES * plan.config.augmentations.count
-        return statistics.rows * (image + statistics.text_bytes + records)
-    if layer.kind == "captions":
-        return statistics.rows * layer.count * _CAPTION_BYTES
-    return None if layer.row_bytes is None else statistics.rows * layer.row_bytes
+    image = statistics.image_bytes if plan.config.embeds_images else _REFERENCE_BYTES
+    records = _RECORD_BYTES * plan.config.augmentations.count
+    row = layer.kind.row_bytes(layer, SampleBytes(image, statistics.text_bytes, records))
+    return None if row is None else statistics.rows * row
 
 
 def _recorded_dims(plan: Plan) -> dict[str, int | None]:

@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from reinforce.engine.record.rates import unit_of
 from reinforce.errors import UserError
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _metric(name: str) -> Any:
 
 def totals_values(totals: RunTotals, events: Mapping[str, int]) -> Values:
     """The series of what a run has done so far; ``events`` counts its events by kind."""
-    stages, captions = totals.stages, [one for layer, one in totals.stages.items() if layer.startswith("captions/")]
+    stages, captions = totals.stages, [one for layer, one in totals.stages.items() if unit_of(layer) == "captions"]
     return {
         "reinforce_samples_total": totals.samples,
         "reinforce_shards_total": {"finished": totals.written, "quarantined": totals.given_up},

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from reinforce.dataset.kinds.registry import find_kind
 from reinforce.terminal import format_bytes
 
 #: What is summed over batches, shards and workers, by layer: ``inputs``, ``seconds``, and, where they are known,
@@ -59,6 +60,12 @@ def fuller(one: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any
     return max(one, other, key=lambda device: device["memory_peak"] / device["memory_total"] if device else -1.0)
 
 
+def unit_of(layer: str) -> str:
+    """What the rates of a layer count; ``inputs`` for a layer of an unknown kind."""
+    kind = find_kind(layer)
+    return "inputs" if kind is None else kind.unit
+
+
 def rate_lines(summary: Mapping[str, Any]) -> list[str]:
     """Lines about the speed of a run, from its summary; none for one of a version that had not measured it."""
     stages, device = summary.get("stages") or {}, summary.get("device") or {}
@@ -70,7 +77,7 @@ def rate_lines(summary: Mapping[str, Any]) -> list[str]:
             memory = f", {device.get('name')}: tensors took at most {peak} of {total}"
         lines.append(f"accelerator busy {summary.get('busy_share', 0):.0%}{memory}")
     for layer, stage in stages.items():
-        unit = "captions" if layer.startswith("captions/") else "images" if layer.endswith("/images") else "texts"
+        unit = unit_of(layer)
         mfu = f", MFU {stage['mfu']:.0%}" if "mfu" in stage else ""
         tokens = f", {stage['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in stage else ""
         speed = f"{stage.get('per_second', 0):,.0f} {unit}/s{tokens}{mfu}"

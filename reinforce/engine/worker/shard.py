@@ -210,7 +210,7 @@ class _ShardProcess:
         return note
 
     def _first_image_layer(self) -> str:
-        return next(name for name, layer in self.layers.items() if layer.kind in ("images", "captions"))
+        return next(name for name, layer in self.layers.items() if layer.kind.name in ("images", "captions"))
 
     # -- models
 
@@ -248,11 +248,11 @@ class _ShardProcess:
         tables: dict[str, pa.Table] = {}
         for name, layer in self.layers.items():
             schema = self._schema(layer)
-            if layer.kind == "samples":
+            if layer.kind.name == "samples":
                 tables[name] = samples_table(schema, rows, self.source)
                 if IMAGE_DIGEST in schema.names:
                     self.images.update(tables[name][IMAGE_DIGEST].to_numpy().tobytes())
-            elif layer.kind == "captions":
+            elif layer.kind.name == "captions":
                 captions[name] = self._captions(layer, rows, outputs)
                 tables[name] = captions_table(schema, keys, captions[name])
             else:
@@ -286,7 +286,7 @@ class _ShardProcess:
             for i in np.flatnonzero(valid):
                 values[i] = found[i]
             return values, valid
-        if layer.kind == "images":
+        if layer.kind.name == "images":
             self._refuse_unreadable(layer, rows)
             return np.concatenate(outputs[layer.name]), np.array([row.unreadable is None for row in rows])
         if layer.texts == TRUE_CAPTION:

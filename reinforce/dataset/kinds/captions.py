@@ -1,0 +1,103 @@
+"""Synthetic captions: a list of texts a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+import schemas
+from reinforce.config import Config
+from reinforce.dataset.comparison import Comparison
+from reinforce.dataset.layers import (
+    SAMPLES,
+    Layer,
+    LayerKind,
+    PublishedValues,
+    SampleBytes,
+    captions_layer,
+    compute_fingerprint,
+    mapping_at,
+)
+
+if TYPE_CHECKING:
+    from teachers.registry import ModelInfo
+
+_TEXT_BYTES = 20  # of a caption, compressed
+
+
+class Captions(LayerKind):
+    name = "captions"
+    pattern = captions_layer("*")
+    level = 1
+    columns = ("key", "captions")
+    values = "captions"
+    unit = "captions"
+    section = "captioners"
+    required = ("count",)
+    views = True
+
+    def layers(
+        self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
+    ) -> Iterable[Layer]:
+        for name, captioner in config.captioners.items():
+            info = infos["captioners", name]
+            recipe = _recipe(known[SAMPLES].fingerprint, info.identity)
+            yield Layer(
+                captions_layer(name),
+                self,
+                compute_fingerprint(recipe),
+                needs=(SAMPLES,),
+                model=name,
+                count=captioner.captions,
+                published=captioner.family == "published",
+                recipe=recipe,
+                code=info.code,
+            )
+
+    def schema(self, layer: Layer, images: str) -> pa.Schema:
+        return schemas.captions_schema()
+
+    def row_bytes(self, layer: Layer, sample: SampleBytes) -> float | None:
+        return layer.count * _TEXT_BYTES
+
+    def entry(self, layer: Layer, dim: int | None) -> dict[str, Any]:
+        return {"captioner": layer.model, "count": layer.count}
+
+    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
+        model = mapping_at(manifest, self.section, layer.model, "model")
+        samples = manifest["layers"][SAMPLES]["fingerprint"]
+        return compute_fingerprint(_recipe(samples, model)) if model else None
+
+    def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
+        wrong = pc.not_equal(pc.list_value_length(table["captions"]), layer.count)
+        yield f"do not have {layer.count} captions", pc.fill_null(wrong, False).to_numpy()
+
+    def decode(self, table: pa.Table) -> list[list[str] | None]:
+        captions: list[list[str] | None] = table["captions"].to_pylist()
+        return captions
+
+    def compare(self, layer: str, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
+        before, now = ([row for table in of for row in self.decode(table)] for of in (stored, computed))
+        nulls = sum((one is None) != (other is None) for one, other in zip(before, now, strict=True))
+        equal = sum(one == other for one, other in zip(before, now, strict=True))
+        return Comparison(layer, len(before), equal, nulls)
+
+    def published_value(self, layer: Layer, values: PublishedValues) -> list[str]:
+        return values.captions(layer)
+
+    def content(self, layer: Layer) -> str:
+        return f"{layer.count} captions"
+
+    def row_and_type(self, layer: Layer) -> tuple[str, str]:
+        return self.content(layer), "text"
+
+    def card_content(self, layer: Layer) -> str:
+        return f"{layer.count} synthetic captions"
+
+
+def _recipe(samples: str, model: Mapping[str, Any]) -> dict[str, Any]:
+    """What the fingerprint covers: that of the samples, and the identity of the captioner."""
+    return {"samples": samples, "model": model}

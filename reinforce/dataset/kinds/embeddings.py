@@ -1,0 +1,213 @@
+"""Embeddings of a teacher: of the augmented images [K, D], or of the texts of a row [1 or N, D]."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+import schemas
+from reinforce.config import Config
+from reinforce.dataset import vectors
+from reinforce.dataset.comparison import Comparison
+from reinforce.dataset.layers import (
+    SAMPLES,
+    TRUE_CAPTION,
+    Layer,
+    LayerKind,
+    PublishedValues,
+    SampleBytes,
+    captions_layer,
+    compute_fingerprint,
+    embeddings_layer,
+    inputs_of,
+    mapping_at,
+)
+
+if TYPE_CHECKING:
+    from teachers.registry import ModelInfo
+    from teachers.spec import TeacherSpec
+
+_FLOAT_ERROR = 2e-3  # of the norm of a vector that is stored in float16
+_WIDTHS = {"float16": 2, "float32": 4, "int8": 1}
+_SCALE_BYTES = 4  # of a vector in int8
+
+
+class _Embeddings(LayerKind):
+    level = 2
+    columns = ("key", "embeddings")
+    values = "embeddings"
+    section = "teachers"
+    required = ("count", "dim", "dtype")
+
+    def layers(
+        self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
+    ) -> Iterable[Layer]:
+        for name, teacher in config.teachers.items():
+            info = infos["teachers", name]
+            for inputs, count in self._sides(config, teacher, info):
+                layer = embeddings_layer(name, inputs)
+                needs = self.inputs(layer)
+                recipe = _recipe(known[needs[-1]].fingerprint, info.identity, teacher.dtype)
+                yield Layer(
+                    layer,
+                    self,
+                    self._fingerprint(recipe),
+                    needs=needs,
+                    model=name,
+                    texts=self._texts(inputs),
+                    count=count,
+                    dim=info.dim,
+                    dtype=teacher.dtype,
+                    published=teacher.family == "published",
+                    recipe=recipe,
+                    code=info.code,
+                )
+
+    @abstractmethod
+    def _sides(self, config: Config, teacher: TeacherSpec, info: ModelInfo) -> Iterable[tuple[str, int]]:
+        """What a teacher encodes in layers of this kind, and the number of vectors of a row."""
+
+    def _texts(self, inputs: str) -> str | None:
+        return inputs
+
+    def _fingerprint(self, recipe: Mapping[str, Any]) -> str:
+        return compute_fingerprint({**recipe, "what": self.name})
+
+    def schema(self, layer: Layer, images: str) -> pa.Schema:
+        assert layer.dim is not None
+        return schemas.embeddings_schema(layer.count, layer.dim, layer.dtype)
+
+    def row_bytes(self, layer: Layer, sample: SampleBytes) -> float | None:
+        if layer.dim is None:
+            return None
+        return layer.count * (layer.dim * _WIDTHS[layer.dtype] + (_SCALE_BYTES if layer.dtype == "int8" else 0))
+
+    def entry(self, layer: Layer, dim: int | None) -> dict[str, Any]:
+        return {
+            "teacher": layer.model,
+            "texts": layer.texts,
+            "count": layer.count,
+            "dim": dim,
+            "dtype": layer.dtype,
+        }
+
+    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
+        model = mapping_at(manifest, self.section, layer.model, "model")
+        source = manifest["layers"].get(self.inputs(layer.name)[-1])
+        if not model or source is None:
+            return None
+        return self._fingerprint(_recipe(source["fingerprint"], model, layer.dtype))
+
+    def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        before, now = super().recipes(layer, manifest)
+        entry = mapping_at(manifest, "layers", layer.name)
+        if "dtype" in entry:
+            before["dtype"], now["dtype"] = entry["dtype"], layer.dtype
+        return before, now
+
+    def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
+        column = table["embeddings"]
+        shape, stored = [*column.type.shape], {"halffloat": "float16", "float": "float32"}
+        found = stored.get(str(column.type.value_type), str(column.type.value_type))
+        if shape != [layer.count, layer.dim or shape[1]] or found != layer.dtype:
+            stated = f"{layer.dtype} {[layer.count, layer.dim]}"
+            every = np.ones(table.num_rows, np.bool_)
+            yield f"have {found} vectors of shape {shape}, dataset.json states {stated}", every
+            return
+        values = vectors.decode(table)
+        norms = np.sqrt(np.einsum("rcd,rcd->rc", values, values))
+        wrong = ~(np.abs(norms - 1) <= _norm_tolerance(table, shape)).all(axis=1)
+        yield "have a vector whose norm is not 1", wrong & np.asarray(column.is_valid())
+
+    def decode(self, table: pa.Table) -> npt.NDArray[np.float32]:
+        return vectors.decode(table)
+
+    def compare(self, layer: str, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
+        old, new = (np.concatenate([vectors.decode(table) for table in of]) for of in (stored, computed))
+        null = np.isnan(old).any(axis=(1, 2)), np.isnan(new).any(axis=(1, 2))
+        both = ~(null[0] | null[1])
+        equal = int((old == new).all(axis=(1, 2)).sum() + (null[0] & null[1]).sum())
+        nulls = int((null[0] != null[1]).sum())
+        if not both.any():
+            return Comparison(layer, len(old), equal, nulls)
+        old, new = old[both], new[both]
+        norms = np.linalg.norm(old, axis=2) * np.linalg.norm(new, axis=2)
+        cosines = np.einsum("rcd,rcd->rc", old, new) / np.maximum(norms, np.finfo(np.float32).tiny)
+        return Comparison(layer, len(both), equal, nulls, float(np.abs(old - new).max()), float(cosines.min()))
+
+    def content(self, layer: Layer) -> str:
+        return f"[{layer.count}, {layer.dim}] {layer.dtype}"
+
+    def row_and_type(self, layer: Layer) -> tuple[str, str]:
+        return f"[{layer.count}, {layer.dim}]", str(layer.dtype)
+
+    def card_content(self, layer: Layer) -> str:
+        return f"{self.content(layer)}, of {self._inputs_in_words}, flat"
+
+    _inputs_in_words: str
+
+
+class ImageEmbeddings(_Embeddings):
+    name = "images"
+    pattern = embeddings_layer("*", "images")
+    unit = "images"
+    crops = True
+    _inputs_in_words = "augmented images"
+
+    def _sides(self, config: Config, teacher: TeacherSpec, info: ModelInfo) -> Iterable[tuple[str, int]]:
+        return [("images", config.augmentations.count)] if info.images else []
+
+    def _texts(self, inputs: str) -> str | None:
+        return None
+
+    def published_value(self, layer: Layer, values: PublishedValues) -> npt.NDArray[np.float32]:
+        return values.image_vectors(layer)
+
+    def report_content(self, layer: Layer) -> str:
+        return f"images, {layer.count} \u00d7 {layer.dim} {layer.dtype}"
+
+
+class TextEmbeddings(_Embeddings):
+    name = "texts"
+    pattern = embeddings_layer("*", "*")
+    unit = "texts"
+    _inputs_in_words = "texts"
+
+    def inputs(self, name: str) -> tuple[str, ...]:
+        texts = inputs_of(name)
+        return (SAMPLES,) if texts == TRUE_CAPTION else (SAMPLES, captions_layer(texts))
+
+    def _sides(self, config: Config, teacher: TeacherSpec, info: ModelInfo) -> Iterable[tuple[str, int]]:
+        if not info.texts:
+            return []
+        synthetic = [
+            (name, spec.captions)
+            for name, spec in config.captioners.items()
+            if spec.family == "published" or teacher.family != "published"
+        ]
+        return [(TRUE_CAPTION, 1), *synthetic]
+
+    def published_value(self, layer: Layer, values: PublishedValues) -> npt.NDArray[np.float32]:
+        return values.text_vectors(layer)
+
+    def report_content(self, layer: Layer) -> str:
+        what = "true caption" if layer.texts == TRUE_CAPTION else f"captions of {layer.texts}"
+        return f"{what}, {layer.count} \u00d7 {layer.dim} {layer.dtype}"
+
+
+def _recipe(source: str, model: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """What the fingerprint covers besides the kind: that of the layer it is computed from, the identity of the
+    teacher, and the storage type."""
+    return {"source": source, "model": model, "dtype": dtype}
+
+
+def _norm_tolerance(table: pa.Table, shape: list[int]) -> Any:
+    """How far the norm of a stored vector may be from 1; for int8 [rows, count], from the step of each vector."""
+    if "scales" not in table.column_names:
+        return vectors.NORM_TOLERANCE + _FLOAT_ERROR
+    return vectors.NORM_TOLERANCE + vectors.from_scales(table["scales"]) * (0.5 * np.sqrt(shape[1]))

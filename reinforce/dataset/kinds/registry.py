@@ -1,0 +1,81 @@
+"""The kinds of layers, and what follows from the names of layers: their kind, their dependencies, how to drop them."""
+
+from __future__ import annotations
+
+import posixpath
+import shlex
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from reinforce.dataset.kinds.captions import Captions
+from reinforce.dataset.kinds.embeddings import ImageEmbeddings, TextEmbeddings
+from reinforce.dataset.kinds.samples import Samples
+from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, folders_of, matches
+
+#: Every kind by its name in dataset.json. Kinds of lower levels come first.
+KINDS: dict[str, LayerKind] = {kind.name: kind for kind in (Samples(), Captions(), ImageEmbeddings(), TextEmbeddings())}
+
+
+def find_kind(name: str) -> LayerKind | None:
+    """The kind of a layer by its name, None if it is not the name of a layer."""
+    return next((kind for kind in KINDS.values() if matches(name, kind.pattern)), None)
+
+
+def holds_layers(folder: str) -> bool:
+    """Whether layers may be in a folder of the dataset, given as a path such as ``embeddings/dfn2b``."""
+    depth = len(folders_of(folder))
+    return any(matches(folder, "/".join(folders_of(kind.pattern)[:depth][-1])) for kind in KINDS.values())
+
+
+def kind_of(name: str) -> LayerKind:
+    """The kind of a layer by its name. Raises ValueError if it is not the name of a layer."""
+    kind = find_kind(name)
+    if kind is None:
+        raise ValueError(f"{name} is not the name of a layer")
+    return kind
+
+
+def stored_layer(name: str, entry: Mapping[str, Any]) -> Layer:
+    """A layer by its entry in dataset.json."""
+    kind = KINDS[entry["kind"]]
+    return Layer(
+        name,
+        kind,
+        entry["fingerprint"],
+        kind.inputs(name),
+        entry.get("captioner") or entry.get("teacher"),
+        entry.get("texts"),
+        entry.get("count") or 0,
+        entry.get("dim"),
+        entry.get("dtype", "float16"),
+    )
+
+
+def depends(layer: str, on: str) -> bool:
+    """Whether a layer is computed from another one: all from the samples, embeddings of captions from these."""
+    return on in kind_of(layer).inputs(layer)
+
+
+def deletion_order(layer: str) -> tuple[int, str]:
+    """Sort key: layers are deleted after those that depend on them."""
+    return -kind_of(layer).level, layer
+
+
+def with_dependants(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Layers by name, and those of ``known`` that are computed from them, in the order of deletion."""
+    names = {*names}
+    dependants = {name for name in known if any(depends(name, on) for on in names)}
+    return sorted(names | dependants, key=deletion_order)
+
+
+def drop_command(url: str, names: Collection[str], known: Collection[str]) -> str:
+    """The command that drops layers, with a pattern where all of a model's ``known`` layers are among them."""
+    if SAMPLES in names:
+        return shlex.join(["reinforce", "drop", url, "*"])
+    arguments: dict[str, None] = {}
+    for name in names:
+        folder = posixpath.dirname(name)
+        of_model = {layer for layer in {*known, *names} if posixpath.dirname(layer) == folder}
+        whole = "/" in folder and len(of_model) > 1 and of_model <= {*names}
+        arguments[f"{folder}/*" if whole else name] = None
+    return shlex.join(["reinforce", "drop", url, *arguments])

@@ -1,0 +1,113 @@
+"""The samples: rows of all other layers, with images, captions, metadata and augmentation records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+import schemas
+from reinforce.config import Config, Limits
+from reinforce.dataset.comparison import Comparison
+from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, SampleBytes, compute_fingerprint
+from reinforce.images.policy import image_policy
+from reinforce.source.captions import CAPTION_POLICY
+
+if TYPE_CHECKING:
+    from teachers.registry import ModelInfo
+
+#: Format of published reinforcements, from which the augmentation records are read.
+PUBLISHED_FORMAT = "datacompdr-1"
+_RECIPE = ("images", "seed", "policies", "input", "augmentations")
+#: Limits that were added after the first datasets were made. At their defaults they are left out of the recipe, so
+#: that the fingerprints of those datasets stay valid.
+_LATER_LIMITS = ("scans", "members", "key_chars", "shard_samples")
+#: Keys of `input` that were added later, in the same way.
+_LATER_KEYS = ("image", "key", "rows_per_shard")
+
+
+class Samples(LayerKind):
+    name = "samples"
+    pattern = SAMPLES
+    level = 0
+    columns = ("key", "caption", "augmentations")
+    values = None
+    unit = "samples"
+
+    def layers(
+        self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
+    ) -> Iterable[Layer]:
+        recipe: dict[str, Any] = {
+            "images": config.images,
+            "seed": config.seed,
+            "policies": {
+                "image": image_policy(config),
+                "caption": CAPTION_POLICY,
+                "augmentation": config.augmentations.backend,
+            },
+            "input": _input_recipe(config),
+            "augmentations": _augmentations_recipe(config),
+        }
+        yield Layer(SAMPLES, self, compute_fingerprint(recipe), recipe=recipe)
+
+    def inputs(self, name: str) -> tuple[str, ...]:
+        return ()
+
+    def schema(self, layer: Layer, images: str) -> pa.Schema:
+        return schemas.samples_schema(images)
+
+    def row_bytes(self, layer: Layer, sample: SampleBytes) -> float | None:
+        return sample.image + sample.text + sample.records
+
+    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
+        known = all(key in manifest for key in _RECIPE)
+        return compute_fingerprint({key: manifest[key] for key in _RECIPE}) if known else None
+
+    def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        before = {key: manifest[key] for key in ("schema_version", *layer.recipe) if key in manifest}
+        return before, {"schema_version": schemas.SCHEMA_VERSION, **layer.recipe} if before else {}
+
+    def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
+        if records is not None:
+            wrong = pc.not_equal(pc.list_value_length(table["augmentations"]), records)
+            yield f"do not have {records} augmentation records", pc.fill_null(wrong, True).to_numpy()
+
+    def decode(self, table: pa.Table) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = table.to_pylist()
+        return rows
+
+    def compare(self, layer: str, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
+        raise NotImplementedError("samples are read from their source")
+
+    def content(self, layer: Layer) -> str:
+        return "rows and images"
+
+    def row_and_type(self, layer: Layer) -> tuple[str, str]:
+        return "image, caption, augmentations", ""
+
+    def card_content(self, layer: Layer) -> str:
+        return "images, captions, metadata, augmentation records"
+
+    def report_content(self, layer: Layer) -> str:
+        return "keys, captions, images, augmentation records"
+
+
+def _input_recipe(config: Config) -> dict[str, Any]:
+    # The first two say which files are read, and reduce_to is recorded in the name of the image policy.
+    recipe = config.input.model_dump(mode="json", exclude={"format", "images_from", "reduce_to"})
+    for name in _LATER_KEYS:
+        if recipe[name] is None:
+            del recipe[name]
+    for name in _LATER_LIMITS:
+        if recipe["limits"][name] == Limits.model_fields[name].default:
+            del recipe["limits"][name]
+    return recipe
+
+
+def _augmentations_recipe(config: Config) -> dict[str, Any]:
+    if config.reinforcements is not None:
+        return {"published": PUBLISHED_FORMAT, "count": config.augmentations.count, "size": config.augmentations.size}
+    # The backend is recorded among the policies.
+    return config.augmentations.model_dump(mode="json", exclude={"backend"})
