@@ -36,7 +36,8 @@ from reinforce.engine.decode.pool import DecodePool
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker.shard import process_shard
-from reinforce.source.reading import Shard, read_samples
+from reinforce.source.formats.base import Shard
+from reinforce.source.reading import read_samples
 
 RESULTS = Path(__file__).parent / "results" / "sources.json"
 BOUND = 1.1  # of the CPU of tars

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from reinforce import settings
+from reinforce import settings, source_formats
 from reinforce.config_schema import InSchema, either, keys_match
 from reinforce.cores import Node, cores_per_process, default_gpus, describe_share
 from reinforce.settings import Section
@@ -38,7 +38,10 @@ ImageFolders = Annotated[
 ]
 
 
-Format = Literal["tar", "parquet", "jsonl", "csv", "folder", "dataset"]
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal[tuple(source_formats.MODULES)]  # the name of a registered format
 
 
 class Limits(Section):
@@ -280,8 +283,7 @@ class Config(Section):
     """A run, which computes the layers of a dataset from source shards."""
 
     source: str | list[str] = Field(
-        description="fsspec URLs of WebDataset shards, or Parquet or jsonl files: braces, globs, a .txt file of URLs, "
-        "or a list of these"
+        description=f"fsspec URLs of {source_formats.SOURCES}: braces, globs, a .txt file of URLs, or a list of these"
     )
     output: str = Field(min_length=1, description="folder or fsspec URL of the dataset")
     moved: dict[str, str] = Field(

@@ -16,7 +16,8 @@ from reinforce.config import Input
 from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.reading.aligned import read_errors
 from reinforce.evaluation.reading import raise_on_damage
-from reinforce.source.reading import Shard, read_samples
+from reinforce.source.formats.base import Shard
+from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample
 from reinforce.source.urls import canonical, filesystem, shard_name
 from teachers.weights import cache_folder, locked

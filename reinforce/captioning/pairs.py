@@ -23,7 +23,7 @@ from reinforce.captioning.scan import copied_input, list_files, scan
 from reinforce.errors import UserError
 from reinforce.seeds import seed_for
 from reinforce.source.captions import CAPTION_POLICY
-from reinforce.source.reading import Shard
+from reinforce.source.formats.base import Shard
 from reinforce.source.urls import canonical, filesystem
 from reinforce.storage import Storage
 

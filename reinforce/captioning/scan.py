@@ -20,8 +20,10 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.evaluation.fields import read_captions
 from reinforce.evaluation.reading import detect_kind, input_of, list_shards, raise_on_damage
-from reinforce.source.file_types import DATASET, FOLDER, TAR
-from reinforce.source.reading import Shard, read_samples
+from reinforce.source.formats import dataset as samples_layer
+from reinforce.source.formats.base import Shard
+from reinforce.source.formats.registry import find_format
+from reinforce.source.reading import read_samples
 from reinforce.source.references import ImageRoots
 from reinforce.source.samples import Refusal
 from reinforce.source.urls import canonical, compression
@@ -45,12 +47,12 @@ def input_of_data(data: Data) -> Input:
 
 def list_files(source: str | list[str], data: Data, where: str) -> list[Shard]:
     """List the files with the images, or the samples layer of a reinforced dataset. Raises UserError."""
-    if detect_kind(source) == "dataset":
+    if detect_kind(source) == "layers":
         dataset = Dataset(str(source), [], [])
-        return [Shard(_samples_file(dataset, shard), shard, DATASET) for shard in dataset.shards]
+        return [Shard(_samples_file(dataset, shard), shard, samples_layer.FORMAT.name) for shard in dataset.shards]
     shards = list_shards(source, input_of_data(data))
     for shard in shards:
-        if shard.format == TAR and compression(shard.url):
+        if find_format(shard.format).has_offsets and compression(shard.url):
             raise UserError(
                 f"{where}: {canonical(shard.url)} is compressed, and images are read in random order, which a "
                 "compressed tar does not allow. Decompress it."
@@ -63,7 +65,7 @@ def copied_input(shard: Shard, data: Data) -> str | None:
 
     None for tars and folders, whose images are bytes of files, and for the files of a reinforced dataset.
     """
-    if shard.format in (TAR, FOLDER, DATASET):
+    if not find_format(shard.format).copied:
         return None
     return input_of_data(data).model_copy(update={"format": shard.format}).model_dump_json()
 
@@ -74,7 +76,7 @@ def scan(source: str | list[str], data: Data, where: str) -> pa.Table:
     ``where`` is the config key for messages. Raises UserError for a shard that cannot be read completely, and where no
     sample has a caption.
     """
-    if detect_kind(source) == "dataset":
+    if detect_kind(source) == "layers":
         dataset = Dataset(str(source), [], [])
         parts = [_scan_dataset_shard(dataset, shard, data) for shard in dataset.shards]
     else:
@@ -88,10 +90,11 @@ def scan(source: str | list[str], data: Data, where: str) -> pa.Table:
 
 def _scan_file(shard: Shard, data: Data, where: str) -> ShardPairs:
     pairs, offset = _PairsBuilder(data), 0
+    has_offsets = find_format(shard.format).has_offsets
     for item in raise_on_damage(read_samples(shard, input_of_data(data)), shard.file, where):
         if isinstance(item, Refusal):
             pairs.refused.append(item)
-        elif shard.format == TAR:
+        elif has_offsets:
             pairs.add(item.key, canonical(shard.url), item.offset, item.length, item.all_sidecars)
         elif item.url is None:  # the copy has the images of the file one after the other
             pairs.add(item.key, canonical(shard.url), offset, item.length, item.all_sidecars)

@@ -17,10 +17,9 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.evaluation.fields import LINES, is_json_field
 from reinforce.source import reading
-from reinforce.source.file_types import FOLDER, IMAGE_EXTENSIONS
-from reinforce.source.formats.folder import list_folder
+from reinforce.source.file_types import IMAGE_EXTENSIONS
+from reinforce.source.formats.base import Shard
 from reinforce.source.formats.recognise import source_format
-from reinforce.source.reading import Shard
 from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.urls import COMPRESSIONS, canonical, expand, filesystem, shard_names
 from schemas import Reason
@@ -44,8 +43,8 @@ class File:
     size: int
 
 
-def detect_kind(urls: str | Sequence[str]) -> Literal["folder", "dataset", "shards"]:
-    """Return what a set's URL refers to: a directory is a reinforced dataset or class folders, all else are shards.
+def detect_kind(urls: str | Sequence[str]) -> Literal["classes", "layers", "shards"]:
+    """Return what a set's URL refers to: a directory has the layers of a dataset, or a folder for each class.
 
     Raises UserError where the storage cannot be reached.
     """
@@ -55,7 +54,7 @@ def detect_kind(urls: str | Sequence[str]) -> Literal["folder", "dataset", "shar
     try:
         if not fs.isdir(path):
             return "shards"
-        return "dataset" if fs.isfile(posixpath.join(path, MANIFEST)) else "folder"
+        return "layers" if fs.isfile(posixpath.join(path, MANIFEST)) else "classes"
     except Exception as error:  # each storage driver raises its own exceptions
         raise UserError(
             f"{canonical(urls)} cannot be reached: {type(error).__name__}: {error}. Check the URL and your "
@@ -130,7 +129,7 @@ def read_samples(urls: str | Sequence[str], spec: Input, where: str) -> Iterator
     A dataset's samples have the true caption as ``txt`` and the metadata as ``json``. Raises UserError for a shard
     that cannot be read completely, since metrics on a part of a set do not compare.
     """
-    if detect_kind(urls) == "dataset":
+    if detect_kind(urls) == "layers":
         assert isinstance(urls, str)
         yield from raise_on_damage(_read_dataset(urls, spec.images_from or ()), urls, where)
         return
@@ -142,10 +141,10 @@ def list_shards(urls: str | Sequence[str], spec: Input) -> list[Shard]:
     """The files of a source that is no reinforced dataset, and each folder of images as one shard. Raises UserError."""
     found = expand(urls)
     format_ = source_format(found, spec.format)
-    if format_ != FOLDER:
-        return [Shard(url, name, format_) for url, name in zip(found, shard_names(found), strict=True)]
-    lists = {url: b"".join(sample.line() for sample in list_folder(url, spec).samples) for url in found}
-    return [Shard(f"{url.rstrip('/')}/all", format=format_, listing=lines) for url, lines in lists.items()]
+    if not format_.is_listed:
+        return [Shard(url, name, format_.name) for url, name in zip(found, shard_names(found), strict=True)]
+    lists = {url: b"".join(sample.line() for sample in format_.list_folder(url, spec).samples) for url in found}
+    return [Shard(f"{url.rstrip('/')}/all", format=format_.name, listing=lines) for url, lines in lists.items()]
 
 
 def input_of(

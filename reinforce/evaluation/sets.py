@@ -56,7 +56,7 @@ def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits, images_fr
     """Check a classification set and count its images. Raises UserError."""
     name = f"{ZERO_SHOT}/{name}"
     templates = load_templates(config.templates, name)
-    if config.format is None and detect_kind(config.images) == "folder":
+    if config.format is None and detect_kind(config.images) == "classes":
         return _open_folders(name, config, templates, limits)
     given = None if config.classes is None else load_class_names(config.classes, name)
     labels: list[int | str] = []

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-#: What a source can be. Of the others than tars, the endings of the files' names.
-TAR, PARQUET, JSONL, CSV, FOLDER, DATASET = "tar", "parquet", "jsonl", "csv", "folder", "dataset"
 #: The file by which a reinforced dataset is recognised.
 MANIFEST = "dataset.json"
-ENDINGS = {
-    PARQUET: (".parquet", ".pq"),
-    JSONL: tuple(f".{name}{end}" for name in ("jsonl", "ndjson") for end in ("", ".gz", ".zst", ".zstd")),
-    CSV: tuple(f".{name}{end}" for name in ("csv", "tsv") for end in ("", ".gz", ".zst", ".zstd")),
-}
-#: Compression of a table by the last extension of its name.
-TABLE_COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "zstd": "zstd"}
 
 #: Extensions of images, in formats that reinforce.images.policy reads.
 IMAGE_EXTENSIONS = frozenset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,21 @@ class RawSample:
         return f"no caption: looked for text in the columns {looked}; the row has {', '.join(self.columns)}"[:500]
 
 
+@dataclass(frozen=True)
+class Place:
+    """A sample whose image is a file of its own, at a path or URL."""
+
+    key: str
+    location: str
+    sidecars: dict[str, bytes]
+    left_out: Mapping[str, Refusal]
+    columns: tuple[str, ...]
+
+
+#: What formats yield.
+Item = RawSample | Place | Refusal
+
+
 @dataclass
 class ReadBudget:
     """Bytes of an uncompressed tar that may still be read. At 0 the tar ends for its reader."""
@@ -85,6 +101,24 @@ def refused_key(key: str, limits: Limits, repeated: bool) -> Refusal | None:
     if repeated:
         return Refusal(key, Reason.DUPLICATE_KEY, "the key occurs earlier in this shard; the first is kept")
     return None
+
+
+def unique_keys(items: Iterator[Item], limits: Limits) -> Iterator[Item]:
+    """Refuse keys that are too long or occur again, and end after ``limits.shard_samples`` rows."""
+    seen: set[bytes] = set()
+    for number, item in enumerate(items):
+        if number == limits.shard_samples:
+            yield refused_rest(limits, f"row {number:,}")
+            return
+        if isinstance(item, Refusal):
+            yield item
+            continue
+        digest = hashlib.blake2b(item.key.encode("utf-8", "replace"), digest_size=8).digest()
+        if refusal := refused_key(item.key, limits, digest in seen):
+            yield refusal
+        else:
+            seen.add(digest)
+            yield item
 
 
 def refused_rest(limits: Limits, first: str) -> Refusal:

@@ -15,6 +15,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import UserError
+from reinforce.source_formats import SOURCES
 from teachers.redact import CONTAINER_SCHEMES
 
 #: Compression by the ending of a tar's name.
@@ -98,7 +99,7 @@ def expand(source: str | Sequence[str], listed: dict[str, Info] | None = None) -
             if len(urls) > _MAX_URLS:
                 raise _too_many(entry)
     if not urls:
-        raise UserError("source is empty. Give at least one URL of a WebDataset tar.")
+        raise UserError(f"source is empty. Give at least one URL, of {SOURCES}.")
     return list(urls)
 
 
@@ -225,7 +226,7 @@ def _printable(pattern: str) -> str:
 def _expand(entry: str, listed: dict[str, Info], folder: str = "", lists: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield the URLs of one entry. ``folder`` is put before relative ones; ``lists`` are the text files being read."""
     if not entry:
-        raise UserError("source has an empty entry. Remove it, or give the URL of a WebDataset tar.")
+        raise UserError(f"source has an empty entry. Remove it, or give a URL, of {SOURCES}.")
     if entry.startswith("pipe:"):
         raise UserError(
             f"source {_printable(entry)}: commands are not run. Give the URL itself, such as s3://bucket/shard.tar."

@@ -99,7 +99,7 @@ def test_the_format_is_recognised_by_names_then_by_content(tmp_path: Path) -> No
     assert make_plan(parse_config(config(tmp_path, f"{tmp_path}/part"))).pending[0].format == "parquet"
     write_tar(tmp_path / "00000.tar", [("a.png", IMAGES[0])])
     assert {shard.format for shard in make_plan(parse_config(config(tmp_path, f"{tmp_path}/0*"))).pending} == {"tar"}
-    with pytest.raises(UserError, match="tar: a tar file by its name, not a jsonl file"):
+    with pytest.raises(UserError, match="tar: a tar by its name, not a jsonl file"):
         probe(config(tmp_path, f"{tmp_path}/00000.tar", input={"format": "jsonl"}))
 
 

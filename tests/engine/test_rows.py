@@ -19,7 +19,7 @@ from reinforce.engine.decode.cells import PixelCells
 from reinforce.engine.decode.rows import GROUP_ROWS, Row, RowSpec, max_group_rows, rows_from_samples, rows_from_source
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
-from reinforce.source.reading import Shard
+from reinforce.source.formats.base import Shard
 from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.preprocessing.fit import fit

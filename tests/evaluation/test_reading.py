@@ -28,7 +28,7 @@ def test_kind_follows_from_the_url_and_the_files(tmp_path: Path) -> None:
     folder = write_colour_folder(tmp_path / "folder")
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset" / "dataset.json").write_text("{}")
-    kinds = {folder: "folder", f"{tmp_path}/dataset": "dataset", f"{tmp_path}/{{0..3}}.tar": "shards"}
+    kinds = {folder: "classes", f"{tmp_path}/dataset": "layers", f"{tmp_path}/{{0..3}}.tar": "shards"}
     assert {url: detect_kind(url) for url in kinds} == kinds
     assert detect_kind([folder]) == "shards"
 

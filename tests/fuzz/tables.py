@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from reinforce.config import Input, Limits
 from reinforce.source.formats import parquet
-from reinforce.source.reading import Shard, read_samples
+from reinforce.source.formats.base import Shard
+from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample, Refusal
 from tests.fuzz.datasets import CHANGES
 

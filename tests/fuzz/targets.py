@@ -28,8 +28,8 @@ from reinforce.dataset.augment.records import replay, sample_augmentation
 from reinforce.engine.decode.rows import NewSample, Row, RowSpec, rows_from_source
 from reinforce.images.policy import FORMATS, ImageRefused, decode
 from reinforce.source.captions import caption_of, json_error, metadata_of
+from reinforce.source.formats.base import Shard
 from reinforce.source.formats.tar import split_name
-from reinforce.source.reading import Shard
 from reinforce.source.samples import Refusal, as_utf8
 from tests.fuzz import datasets, published, tables
 from tests.helpers.data import picture

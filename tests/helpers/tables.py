@@ -9,7 +9,8 @@ from typing import Any
 import datasets
 
 from reinforce.config import Input
-from reinforce.source.reading import Shard, read_samples
+from reinforce.source.formats.base import Shard
+from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample, Refusal
 
 datasets.disable_progress_bars()

@@ -20,7 +20,9 @@ from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.preflight.estimate_bytes import expected_bytes
 from reinforce.errors import UserError
+from reinforce.source.formats.base import Shard
 from reinforce.source.formats.folder import list_folder
+from reinforce.source.reading import read_samples
 from tests.helpers.data import config_of, picture, tree
 from tests.helpers.reinforced import reinforce_here
 
@@ -167,7 +169,7 @@ def test_files_that_disappear_cost_their_samples_and_a_list_is_written_once(phot
     [
         ({}, "is an empty folder. Name one with images, or files by a pattern such as"),
         ({"b.txt": "y", "data/a.parquet": "x"}, "x/data/*.parquet, or a folder with images."),
-        ({"x.arrow": "x"}, "none that is read: images, tars, Parquet, jsonl or csv. Name a folder or files of these."),
+        ({"x.arrow": "x"}, "none that is read: images, or tars, Parquet, jsonl or csv files"),
         ({"a.png": "x", "metadata.csv": "name,text\na.png,x\n"}, "/metadata.csv: no row has the path of an image,"),
         ({"a.png": "x", "metadata.jsonl": "{broken"}, "/metadata.jsonl cannot be read: invalid JSON"),
     ],
@@ -183,9 +185,7 @@ def test_a_folder_that_cannot_be_used_is_one_error(tmp_path: Path, files: dict[s
 
 
 def test_a_list_names_no_file_outside_its_folder(photos: Path) -> None:
-    from reinforce.source.formats.folder import read_list
-
     line = json.dumps({"key": "x", "files": {"png": ["../secret.png", 1]}}).encode()
-    [refusal] = read_list([line], str(photos), Input())
+    [refusal] = read_samples(Shard(f"{photos}/x", format="folder", listing=line), Input())
     assert refusal.reason.value == "image_place"  # type: ignore[union-attr]
     assert len(list_folder(str(photos), Input()).samples) == 4

@@ -13,6 +13,7 @@ import pytest
 
 from reinforce.source.file_types import folder_detail, foreign_content, foreign_name
 from reinforce.source.formats.recognise import unexpected_name
+from reinforce.source.formats.registry import find_format
 from reinforce.source.formats.tar import read_shard
 from tests.helpers.data import picture
 from tests.helpers.tars import LIMITS, TAR, outcomes, read
@@ -114,4 +115,4 @@ def test_other_formats_are_recognised_by_names(url: str, kind: str | None) -> No
     ],
 )
 def test_names_that_do_not_fit_the_format_are_described(name: str, format_: str, kind: str | None) -> None:
-    assert unexpected_name(f"/data/{name}", format_) == kind
+    assert unexpected_name(f"/data/{name}", find_format(format_)) == kind

@@ -84,7 +84,7 @@ def test_files_of_the_hub_are_listed_and_read(hub: Path) -> None:
     url = "hf://datasets/lab/photos/data/train-0.parquet"
     urls = expand("hf://datasets/lab/photos/**/*.parquet")
     assert urls == [url, url.replace("-0", "-1")] == expand("hf://datasets/lab/photos/data/train-{0,1}.parquet")
-    assert (source_format(urls, None), canonical(url)) == ("parquet", url)
+    assert (source_format(urls, None).name, canonical(url)) == ("parquet", url)
     assert shard_name(url).startswith("train-0.parquet-")
     assert [outcomes(read_table(one)) for one in urls] == [{"shard-00000000": f"thing {n}"} for n in range(2)]
     assert read_state(url).bytes == (hub / "data/train-0.parquet").stat().st_size

@@ -18,7 +18,8 @@ import pytest
 
 from reinforce.config import Input, Limits
 from reinforce.source.formats import parquet
-from reinforce.source.reading import Shard, read_samples
+from reinforce.source.formats.base import Shard
+from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample, Refusal
 from tests.helpers.data import picture
 from tests.helpers.tables import IMG2DATASET, outcomes, read_table, write_huggingface

@@ -86,7 +86,7 @@ def test_a_dataset_that_cannot_be_read_is_one_error(first: Path, tmp_path: Path)
         make_plan(parse_config(config(first / "embed", first / "embed")))
     with pytest.raises(UserError, match=r"is not a reinforced dataset: it has no dataset\.json"):
         make_plan(parse_config(config(first / "tars", tmp_path / "out", input={"format": "dataset"})))
-    with pytest.raises(UserError, match=r"images: reference needs files .* is a dataset; set images: embed"):
+    with pytest.raises(UserError, match=r"images: reference needs files .* is a reinforced dataset; set images: embed"):
         make_plan(parse_config(config(first / "embed", tmp_path / "out", images="reference")))
     pq.write_table(
         pa.table({"key": [1], "caption": ["a"], "metadata": ["{}"], "image": [b"x"]}), tmp_path / "x.parquet"

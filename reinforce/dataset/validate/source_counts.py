@@ -14,33 +14,17 @@ import pyarrow as pa
 from reinforce.config import Limits
 from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.validate.key_hashes import hash_keys
-from reinforce.parquet.footers import RefusedFile
-from reinforce.source.file_types import CSV, JSONL, PARQUET, TAR
-from reinforce.source.formats import lines
-from reinforce.source.formats.parquet import ParquetFile
 from reinforce.source.formats.recognise import format_of_name
-from reinforce.source.formats.tar import read_shard
+from reinforce.source.formats.registry import find_format
+from reinforce.source_formats import DEFAULT
 from schemas import Reason
-
-_LINE_BYTES = 2**30
 
 Quarantine = Sequence[Mapping[str, str | None]]
 
 
 def count_source(url: str, limits: Limits) -> int | None:
     """Samples that a source file has for a run; None if nothing of it can be read. Raises what the storage raises."""
-    format_ = format_of_name(url) or TAR
-    try:
-        if format_ == PARQUET:
-            with ParquetFile(url) as file:
-                return min(int(file.footer.num_rows), limits.shard_samples)
-        if format_ == TAR:
-            keys = [item.key for item in read_shard(url, limits, images=False) if item.key is not None]
-            return len(ShardKeys.of(keys).hashes) or None
-        rows = lines.jsonl_rows(url, _LINE_BYTES) if format_ == JSONL else lines.csv_rows(url)
-        return min(sum(1 for _ in rows), limits.shard_samples)
-    except (RefusedFile, EOFError):
-        return None
+    return (format_of_name(url) or find_format(DEFAULT)).count(url, limits)
 
 
 def count_stored(url: str, rows: int, keys: ShardKeys, quarantine: Quarantine) -> int | None:
@@ -49,7 +33,8 @@ def count_stored(url: str, rows: int, keys: ShardKeys, quarantine: Quarantine) -
     ``keys`` are all hashes of its rows by ``hash_keys``. None where a part of a table could not be read, of which the
     quarantine does not say how many rows it had.
     """
-    table = format_of_name(url) in (PARQUET, JSONL, CSV)
+    format_ = format_of_name(url)
+    table = format_ is not None and format_.is_table
     if table and any(row["key"] is None and row["reason"] != Reason.SHARD_SAMPLES for row in quarantine):
         return None
     refused = {row["key"] for row in quarantine if row["key"] is not None}

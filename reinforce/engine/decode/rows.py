@@ -21,9 +21,10 @@ from reinforce.engine.decode.item import Decoded, SourceItem, StoredItem
 from reinforce.engine.decode.pool import CellLease
 from reinforce.engine.messages.pulse import READING
 from reinforce.errors import UserError
-from reinforce.source.file_types import TAR
+from reinforce.source.formats.base import Shard
+from reinforce.source.formats.registry import find_format
 from reinforce.source.identity import former_url
-from reinforce.source.reading import Shard, read_samples
+from reinforce.source.reading import read_samples
 from reinforce.source.references import ImageRoots, referenced_images
 from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.urls import canonical, is_public
@@ -147,7 +148,7 @@ def rows_from_samples(
 def _read_samples(config: Config, shard: Shard) -> Iterator[RawSample | Refusal]:
     """The samples of a shard; with images by reference, only those whose images can be read again."""
     items = read_samples(shard, config.input)
-    if config.embeds_images or shard.format == TAR:
+    if config.embeds_images or find_format(shard.format).has_offsets:
         yield from items
         return
     roots = _image_roots(config, shard)
@@ -171,7 +172,7 @@ def _referenced(item: RawSample, roots: ImageRoots, config: Config) -> RawSample
 def _image_roots(config: Config, shard: Shard) -> ImageRoots:
     """Where the images of a shard may be read by reference."""
     size = config.input.limits.image_bytes
-    if shard.format == TAR:
+    if find_format(shard.format).has_offsets:
         return ImageRoots.of_shard(shard.url, size)
     key = 'input.images_from: ["{}"]'
     return ImageRoots.named([shard.folder, *(config.input.images_from or ())], key, size)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reinforce.source.file_types import FOLDER, TAR
-from reinforce.source.formats.parts import Part
+from reinforce.source.formats.base import Part, Shard
+from reinforce.source.formats.registry import find_format
 from reinforce.source.identity import SourceState
-from reinforce.source.reading import Shard
+from reinforce.source_formats import DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class PendingShard:
     reinforcements: str | None = None  # URL of its published reinforcements, if a missing layer reads them
     stored: tuple[str, ...] = ()
     recorded: SourceState | None = None
-    format: str = TAR
+    format: str = DEFAULT
     listing: str = ""  # URL of the list of its files
     part: Part | None = None  # of a table that is divided
 
@@ -36,4 +36,4 @@ class PendingShard:
     @property
     def is_file(self) -> bool:
         """Whether its URL is that of a file, which it has all samples of."""
-        return self.format != FOLDER and self.part is None
+        return self.part is None and not find_format(self.format).is_listed

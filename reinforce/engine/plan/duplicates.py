@@ -18,8 +18,9 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import Plan
 from reinforce.errors import UserError
+from reinforce.source.formats.base import Shard
 from reinforce.source.identity import SourceState, moved_folders, probe_state
-from reinforce.source.reading import Shard, read_samples
+from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample
 from reinforce.source.urls import canonical, shard_stem
 

@@ -14,7 +14,7 @@ from reinforce.config import Config
 from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
 from reinforce.source.captions import parse_json
-from reinforce.source.formats.folder import FolderSample, list_folder
+from reinforce.source.formats.base import ListedSample, SourceFormat
 from reinforce.source.identity import former_url
 from reinforce.source.urls import canonical, shard_name
 
@@ -34,12 +34,12 @@ class FolderShards:
     notes: list[str] = field(default_factory=list)
 
 
-def folder_shards(folders: Sequence[str], config: Config) -> FolderShards:
+def folder_shards(folders: Sequence[str], config: Config, format_: SourceFormat) -> FolderShards:
     """List folders, and form shards of the files that are in no list of the dataset. Raises UserError."""
     store, result = Store(config.output), FolderShards()
     written = written_lists(store)
     for url in folders:
-        folder = list_folder(url, config.input, canonical(config.output))
+        folder = format_.list_folder(url, config.input, canonical(config.output))
         result.notes.extend(folder.notes)
         listed: set[str] = set()
         for number in itertools.count():
@@ -88,6 +88,6 @@ def _keys(store: Store, shard: str) -> set[str]:
     return {entry["key"] for entry in entries}
 
 
-def _blocks(samples: Sequence[FolderSample]) -> Iterator[bytes]:
+def _blocks(samples: Sequence[ListedSample]) -> Iterator[bytes]:
     for first in range(0, len(samples), BLOCK):
         yield b"".join(sample.line() for sample in samples[first : first + BLOCK])

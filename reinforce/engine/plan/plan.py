@@ -31,8 +31,7 @@ from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.plan.source_shards import SourceShards, source_shards
 from reinforce.engine.plan.stored_layers import stored_layers
 from reinforce.errors import UserError
-from reinforce.source.file_types import FOLDER
-from reinforce.source.reading import Shard
+from reinforce.source.formats.base import Shard
 from reinforce.source.urls import Info, canonical, expand
 
 
@@ -124,8 +123,8 @@ def make_plan(
             todo,
             _reinforcements(published, layers, row, todo),
             *stored.get(name, ((), None)),
-            source.format,
-            list_url(config, name) if source.format == FOLDER else "",
+            source.format.name,
+            list_url(config, name) if source.format.is_listed else "",
             source.part(row),
         )
         for name, row, todo in missing.shards(source.names)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
 from reinforce.config import Config
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.engine.plan.folder_lists import FolderShards, folder_shards
 from reinforce.engine.plan.table_parts import table_shards
 from reinforce.errors import UserError
-from reinforce.source.file_types import CSV, DATASET, FOLDER, TAR
-from reinforce.source.formats.parts import DIVIDED, Part
+from reinforce.source.formats.base import Part, SourceFormat
 from reinforce.source.formats.recognise import source_format
 from reinforce.source.identity import former_urls
 from reinforce.source.urls import Info, canonical, expand, find_compressed, find_private, shard_names
@@ -34,7 +32,7 @@ class SourceShards:
 
     names: pa.StringArray
     urls: Sequence[str]
-    format: str = TAR
+    format: SourceFormat
     lists: Mapping[str, bytes] = field(default_factory=dict)
     notes: Sequence[str] = ()
     parts: Sequence[Part | None] = ()
@@ -54,25 +52,24 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> Sour
     format_ = source_format(urls, config.input.format)
     if not config.embeds_images:
         _check_references(urls, format_)
-    if format_ == DATASET:
-        urls = [shard for url in urls for shard in _dataset_shards(url, config, listed)]
-    if config.input.rows_per_shard is not None and format_ in DIVIDED:
+    urls = format_.shard_urls(urls, config.input, lambda url: _manifest_of_source(url, config), listed)
+    if config.input.rows_per_shard is not None and format_.is_table:
         tables = table_shards(urls, config, format_, listed or {})
         names = pa.array(shard_names(former_urls(tables.urls, config.moved)), pa.string())
         return SourceShards(names, tables.urls, format_, tables.lists, (), tables.parts)
-    folders = folder_shards(urls, config) if format_ == FOLDER else FolderShards(urls)
+    folders = folder_shards(urls, config, format_) if format_.is_listed else FolderShards(urls)
     names = pa.array(shard_names(former_urls(folders.urls, config.moved)), pa.string())
     return SourceShards(names, folders.urls, format_, folders.lists, folders.notes)
 
 
-def _check_references(urls: Sequence[str], format_: str) -> None:
+def _check_references(urls: Sequence[str], format_: SourceFormat) -> None:
     """Raise UserError if images cannot be read from the files of a source again by reference."""
-    if format_ not in (TAR, CSV, FOLDER):
+    if not format_.referable:
         raise UserError(
             f"source: images: reference needs files that hold the images as they are: uncompressed tars, or images; "
-            f"{canonical(urls[0])} is a {format_}{' file' * (format_ != DATASET)}; set images: embed"
+            f"{canonical(urls[0])} is a {format_.noun}; set images: embed"
         )
-    if format_ == TAR and (packed := find_compressed(urls)):
+    if format_.has_offsets and (packed := find_compressed(urls)):
         raise UserError(
             f"source: images: reference needs uncompressed .tar shards, and {canonical(packed)} is compressed; set "
             "images: embed"
@@ -85,19 +82,11 @@ def _check_references(urls: Sequence[str], format_: str) -> None:
         )
 
 
-def _dataset_shards(url: str, config: Config, listed: dict[str, Info] | None) -> list[str]:
-    """The samples files of a reinforced dataset. Raises UserError."""
-    manifest = read_manifest(Store(url))
+def _manifest_of_source(url: str, config: Config) -> Mapping[str, Any]:
+    """The manifest of a reinforced dataset that is a source. Raises UserError."""
     if canonical(url) == canonical(config.output):
         raise UserError(f"source: {canonical(url)} is the output of this run, too. Set another `output`.")
-    if manifest["images"] == "reference" and not config.input.images_from:
-        raise UserError(
-            f"source: {canonical(url)} stores its images by reference. Name the folders with the tars that you allow "
-            "it to read in input.images_from."
-        )
-    folder = url.rstrip("/")
-    literal = folder if "://" in folder else glob.escape(folder)
-    return expand(f"{literal}/{SAMPLES}/*.parquet", listed)
+    return read_manifest(Store(url))
 
 
 def _check_outlives_job(urls: Iterable[str]) -> None:

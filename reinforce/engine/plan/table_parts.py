@@ -18,8 +18,7 @@ from reinforce.engine.plan.folder_lists import LIST_BYTES, LISTS, written_lists
 from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.captions import parse_json
-from reinforce.source.file_types import ENDINGS
-from reinforce.source.formats.parts import Part, find_parts
+from reinforce.source.formats.base import Part, SourceFormat
 from reinforce.source.identity import former_url
 from reinforce.source.urls import Info, canonical, filesystem
 
@@ -44,7 +43,7 @@ class _Table:
     parts: tuple[Part, ...] = ()
 
 
-def table_shards(urls: Sequence[str], config: Config, format_: str, listed: Mapping[str, Info]) -> TableShards:
+def table_shards(urls: Sequence[str], config: Config, format_: SourceFormat, listed: Mapping[str, Info]) -> TableShards:
     """Divide tables into parts; a file that cannot be read is one shard, which says so when it is read.
 
     Only files that are new or have grown are looked into. Raises UserError for a file that has become shorter.
@@ -79,14 +78,14 @@ def table_shards(urls: Sequence[str], config: Config, format_: str, listed: Mapp
     return result
 
 
-def _stem(place: str, format_: str) -> str:
+def _stem(place: str, format_: SourceFormat) -> str:
     """The name of a file without its ending."""
     name = place.rpartition("/")[2]
-    endings = (ending for ending in ENDINGS[format_] if name.lower().endswith(ending))
+    endings = (ending for ending in format_.endings if name.lower().endswith(ending))
     return name[: len(name) - max(map(len, endings), default=0)]
 
 
-def _divided(url: str, format_: str, rows: int, before: _Table, info: Info | None) -> _Table | None:
+def _divided(url: str, format_: SourceFormat, rows: int, before: _Table, info: Info | None) -> _Table | None:
     """A file with its parts, those that were listed ``before`` first; None if it cannot be read."""
     try:
         fs, path = filesystem(url)
@@ -97,7 +96,7 @@ def _divided(url: str, format_: str, rows: int, before: _Table, info: Info | Non
                 "Rows may be added at its end only. Restore it, or write to another `output`."
             )
         old = _at(before.parts, url)
-        new = [] if size == before.size else [*find_parts(url, format_, rows, old[-1] if old else None)]
+        new = [] if size == before.size else [*format_.parts(url, rows, old[-1] if old else None)]
         return _Table(size, (*old, *new)) if old or new else None
     except UserError:
         raise

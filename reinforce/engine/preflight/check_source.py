@@ -18,18 +18,18 @@ from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import Plan
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, check_header
-from reinforce.source.file_types import CSV, ENDINGS, FOLDER, IMAGE_EXTENSIONS, JSONL, PARQUET, TAR
+from reinforce.source.file_types import IMAGE_EXTENSIONS
+from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.recognise import unexpected_name
+from reinforce.source.formats.registry import find_format
 from reinforce.source.identity import probe_state
-from reinforce.source.reading import Shard, read_samples
+from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample, ReadBudget, Refusal
 from reinforce.source.urls import canonical, filesystem
 
 _READ_ITEMS = 64  # samples and refusals at the beginning of a shard, among which one sample must be readable
 _READ_BYTES = 64 * 2**20  # in addition to the largest image
 _CAPTION_CHARS = 60
-#: Bytes above which a file is worth several shards: of one with images, and of one that names images.
-_WHOLE_BYTES = {PARQUET: 2**31, JSONL: 2**31, CSV: 2**24}
 _PILLOW_C_HEADERS = (b"WEBP", b"ftyp")  # at byte 8 and 4: formats whose headers are parsed in C
 
 
@@ -80,7 +80,7 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
     new = [shard for shard in plan.pending if SAMPLES in shard.layers]
     named, notes = _check_names(new, _is_new(plan))
     notes = [*plan.source_notes, *notes]
-    if named and named[0].format == FOLDER:  # its shards are no files
+    if named and find_format(named[0].format).is_listed:  # its shards are no files
         readable = named[:1]
     else:
         found = {*_check_readable("source", [shard.source.file for shard in named])}
@@ -102,7 +102,7 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
 def _undivided(shards: Sequence[PendingShard]) -> list[str]:
     """A note on a large table that is one shard."""
     for shard in shards[:1]:
-        most = _WHOLE_BYTES.get(shard.format)
+        most = find_format(shard.format).whole_bytes
         size = probe_state(shard.url) if most else None
         if most and size and (size.bytes or 0) > most:
             return [
@@ -122,7 +122,10 @@ def _check_names(shards: Sequence[PendingShard], new: bool) -> tuple[Sequence[Pe
 
     Raises UserError if no file of a ``new`` source may.
     """
-    kinds = {shard.url: kind for shard in shards if (kind := unexpected_name(shard.source.file, shard.format))}
+    if not shards:
+        return shards, []
+    format_ = find_format(shards[0].format)
+    kinds = {shard.url: kind for shard in shards if (kind := unexpected_name(shard.source.file, format_))}
     if not kinds:
         return shards, []
     url, kind = next(iter(kinds.items()))
@@ -132,12 +135,10 @@ def _check_names(shards: Sequence[PendingShard], new: bool) -> tuple[Sequence[Pe
         if new:
             raise UserError(f"{message}.")
         return shards, [message]
-    format_ = shards[0].format
-    ending = ENDINGS.get(format_, (".tar",))[0]
     return [shard for shard in shards if shard.url not in kinds], [
-        f"source: {len(kinds):,} of {len(shards):,} files are not {format_}{'s' if format_ == TAR else ' files'} by "
-        f"their names and will be quarantined, such as {canonical(url)}, {kind.partition(',')[0]}; write a pattern "
-        f"that ends in {ending}"
+        f"source: {len(kinds):,} of {len(shards):,} files are not {format_.noun}s by their names and will be "
+        f"quarantined, such as {canonical(url)}, {kind.partition(',')[0]}; write a pattern that ends in "
+        f"{format_.endings[0]}"
     ]
 
 
@@ -199,12 +200,12 @@ def _sample_of(shard: Shard, config: Config, budget: ReadBudget) -> FirstSample 
             refusals.append(Refusal(item.key, refused.reason, refused.detail))
             continue
         return FirstSample(shard.url, item, size, item.caption(config.input.captions, limits))
-    return _describe(refusals, shard.format)
+    return _describe(refusals, find_format(shard.format))
 
 
-def _describe(refusals: Sequence[Refusal], format_: str) -> str:
+def _describe(refusals: Sequence[Refusal], format_: SourceFormat) -> str:
     if not refusals:
-        return f"the {format_}{'' if format_ == TAR else ' file'} contains no sample"
+        return f"the {format_.noun} contains no sample"
     first = next((refusal for refusal in refusals if refusal.key is None), refusals[0])
     if first.key is None:
         return first.detail

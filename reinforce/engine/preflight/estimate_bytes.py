@@ -14,8 +14,9 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer, SampleBytes
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.engine.plan.plan import Plan
-from reinforce.source.file_types import FOLDER, TAR
-from reinforce.source.reading import Shard, read_listing, read_samples
+from reinforce.source.formats.base import Shard
+from reinforce.source.formats.registry import find_format
+from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample
 from reinforce.source.urls import filesystem
 from reinforce.terminal import format_bytes
@@ -97,10 +98,11 @@ def source_statistics(plan: Plan) -> SourceStatistics | None:
 def _statistics(shard: Shard, config: Config) -> SourceStatistics | None:
     samples: list[RawSample] = []
     seen, whole = 0, True
+    has_offsets = find_format(shard.format).has_offsets
     for item in itertools.islice(read_samples(shard, config.input), _READ_SAMPLES):
         if isinstance(item, RawSample):
             samples.append(item)
-            seen = item.offset + item.length if shard.format == TAR else seen + item.length
+            seen = item.offset + item.length if has_offsets else seen + item.length
         if seen > _READ_BYTES or (samples and samples[-1].url and len(samples) == _READ_FILES):
             whole = False
             break
@@ -116,8 +118,8 @@ def _statistics(shard: Shard, config: Config) -> SourceStatistics | None:
 
 def _rows(shard: Shard, samples: Sequence[RawSample], seen: int) -> float | None:
     """The rows of a shard of which the first samples, of ``seen`` bytes, were read; None if that does not show them."""
-    if shard.format == FOLDER:
-        return len(read_listing(shard))
+    if find_format(shard.format).is_listed:
+        return len(shard.lines())
     if shard.part is not None:
         return shard.part.rows
     if samples[-1].url is not None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from reinforce.config import Input
 from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
-from reinforce.source.file_types import CSV, JSONL, PARQUET
-from reinforce.source.formats.columns import Columns, NoColumn, find_columns, is_image_name
-from reinforce.source.formats.lines import BrokenRow, csv_rows, jsonl_rows
-from reinforce.source.formats.parquet import ParquetFile, is_binary
-from reinforce.source.reading import Shard, read_samples
+from reinforce.source.formats.base import Shard
+from reinforce.source.formats.columns import NoColumn, find_columns, is_image_name
+from reinforce.source.formats.registry import find_format
+from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample
 from reinforce.source.urls import canonical
 
@@ -23,7 +22,6 @@ from reinforce.source.urls import canonical
 _CAPTIONS = ("txt", "text", "caption", "captions", "alt_text", "alt", "description", "title", "prompt", "sentence")
 _KEYS = ("id", "image_id", "sample_id", "hash", "sha256", "md5")
 _FIRST_SAMPLES = 16
-_LINE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,8 @@ class Fields:
 
 def find_fields(shard: Shard, spec: Input) -> Fields:
     """Look at the beginning of a shard. Raises UserError if it has no image that can be read."""
-    if shard.format in (PARQUET, JSONL, CSV):
-        fields = _table_fields(shard, spec)
-        return _with_example(shard, fields)
+    if find_format(shard.format).is_table:
+        return _with_example(shard, _table_fields(shard, spec))
     sample = _first_sample(shard, spec)
     if caption := sample.caption(spec.captions, spec.limits):
         return Fields(example=_shorten(caption), names=sample.members)
@@ -92,28 +89,12 @@ def _table_fields(shard: Shard, spec: Input) -> Fields:
 def _columns(shard: Shard) -> tuple[list[str], Mapping[str, Any]]:
     """The binary columns of a table, and a value of each column of its first row."""
     try:
-        if shard.format == PARQUET:
-            with ParquetFile(shard.url) as file:
-                return _parquet_columns(file)
-        rows: Iterator[tuple[int, Any]] = (
-            csv_rows(shard.url) if shard.format == CSV else jsonl_rows(shard.url, _LINE_BYTES)
-        )
-        for _, row in rows:
-            if not isinstance(row, BrokenRow):
-                return [], row
+        found = find_format(shard.format).first_row(shard.url)
     except (RefusedFile, OSError, EOFError) as error:
         raise UserError(f"{canonical(shard.url)} cannot be read: {error}") from error
-    raise UserError(f"{canonical(shard.url)} has no row. Name another file.")
-
-
-def _parquet_columns(file: ParquetFile) -> tuple[list[str], Mapping[str, Any]]:
-    types = file.types
-    binary = [name for name, type_ in types.items() if is_binary(type_)]
-    plain = [name for name in types if name not in binary]
-    read = Columns(plain[0], None, {}, tuple(plain), tuple(types)) if plain else None
-    first = next(file.rows(read), None) if read else None
-    row = first[1] if isinstance(first, tuple) else {}
-    return binary, {name: row.get(name) for name in types}
+    if found is None:
+        raise UserError(f"{canonical(shard.url)} has no row. Name another file.")
+    return found
 
 
 def _first_sample(shard: Shard, spec: Input) -> RawSample:

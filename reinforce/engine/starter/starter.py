@@ -17,13 +17,12 @@ from reinforce.engine.plan.source_shards import source_shards
 from reinforce.engine.starter.fields import find_fields
 from reinforce.engine.starter.template import render
 from reinforce.errors import UserError
-from reinforce.source.file_types import DATASET, ENDINGS, FOLDER, MANIFEST, TAR
+from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.folder import METADATA
-from reinforce.source.formats.recognise import format_of_name
-from reinforce.source.reading import Shard
+from reinforce.source.formats.recognise import format_of_folder, format_of_name
+from reinforce.source.formats.registry import all_formats
 from reinforce.source.urls import Info, canonical, filesystem
 
-_ORDER = (TAR, *ENDINGS)  # what a folder is taken for if it has files of several formats
 _TRAIN = re.compile(r"(^|/)train[-_.0-9][^/]*$")
 
 
@@ -45,7 +44,7 @@ def make_starter(data: str, config_path: Path) -> Starter:
     if not shards.urls:
         raise UserError(f"{canonical(data)} has no files. Check the folder.")
     first = shards.names[0].as_py()
-    shard = Shard(shards.urls[0], first, shards.format, shards.lists.get(first, b""))
+    shard = Shard(shards.urls[0], first, shards.format.name, shards.lists.get(first, b""))
     fields = find_fields(shard, Input())
     gpu = bool(default_gpus(nodes_of_run()))
     sizes = [info.get("size") or 0 for info in listed.values()]
@@ -64,18 +63,18 @@ def find_source(data: str) -> tuple[str, list[str]]:
     if not is_folder:
         return data, []
     folder, path = data.rstrip("/"), path.rstrip("/")
-    if fs.isfile(f"{path}/{MANIFEST}"):
+    whole = format_of_folder(fs, path)
+    if whole and not whole.is_listed:
         return folder, []
     files = sorted(file[len(path) + 1 :] for file in fs.find(path))
     by_format: dict[str, list[str]] = {}
     for file in files:
         kind = format_of_name(file)
         if kind is not None and file.rpartition("/")[2].lower() not in METADATA and not _is_hidden(file):
-            by_format.setdefault(kind, []).append(file)
-    kind = next((kind for kind in _ORDER if kind in by_format), FOLDER)
-    if kind == FOLDER:
+            by_format.setdefault(kind.name, []).append(file)
+    found = next((by_format[one.name] for one in all_formats() if one.name in by_format), None)
+    if found is None:
         return folder, []
-    found = by_format[kind]
     train = [file for file in found if _TRAIN.search(file)]
     chosen = train or found
     pattern = f"{folder if '://' in folder else glob.escape(folder)}/{_pattern(chosen, bool(train))}"
@@ -131,10 +130,10 @@ def default_path(data: str) -> Path:
     return Path(f"{_name(data)}.yaml")
 
 
-def _describe(count: int, format_: str, size: int | None) -> str:
+def _describe(count: int, format_: SourceFormat, size: int | None) -> str:
     from reinforce.terminal import format_bytes
 
-    what = {FOLDER: "folder of images", DATASET: "reinforced dataset"}.get(format_, format_)
+    what = format_.noun.removesuffix(" file")
     return f"{count:,} shard{'s' * (count > 1)} ({what}{'' if size is None else f', {format_bytes(size)}'})"
 
 

@@ -9,7 +9,7 @@ import textwrap
 import yaml
 
 from reinforce.engine.starter.fields import Fields
-from reinforce.source.file_types import CSV, FOLDER, JSONL, PARQUET, TAR
+from reinforce.source.formats.base import SourceFormat
 from reinforce.terminal import escape
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./-][A-Za-z0-9_./*-]*(://[A-Za-z0-9_./*-]+)?")
@@ -68,10 +68,10 @@ workers: {batch: 64}
 
 
 def render(
-    source: str, output: str, found: str, format_: str, fields: Fields, gpu: bool, schema: str, path: str
+    source: str, output: str, found: str, format_: SourceFormat, fields: Fields, gpu: bool, schema: str, path: str
 ) -> str:
     """The config for a source of a format."""
-    reference = "" if format_ in (TAR, CSV, FOLDER) else f"# Sources of format {format_} need `embed`.\n"
+    reference = "" if format_.referable else f"# Sources of format {format_.name} need `embed`.\n"
     head = _HEAD.format(
         schema=_comment(schema),
         found=found,
@@ -83,10 +83,10 @@ def render(
     return head + _input(format_, fields) + _AUGMENTATIONS + (_GPU if gpu else _CPU)
 
 
-def _input(format_: str, fields: Fields) -> str:
+def _input(format_: SourceFormat, fields: Fields) -> str:
     """The section `input`: what was found, and as comments what may be set."""
-    lines = [f"format: {format_}"]
-    if format_ in (PARQUET, JSONL, CSV):
+    lines = [f"format: {format_.name}"]
+    if format_.is_table:
         columns = "columns: " + ", ".join(_scalar(name[:40]) for name in fields.names[:20])
         lines = [*(f"# {line}" for line in textwrap.wrap(columns, 110)), *lines]
         lines.append(

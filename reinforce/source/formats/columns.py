@@ -12,7 +12,7 @@ from typing import Any
 
 from reinforce.config import Input, Limits
 from reinforce.source.file_types import IMAGE_EXTENSIONS, image_extension
-from reinforce.source.samples import RawSample, Refusal
+from reinforce.source.samples import Place, RawSample, Refusal
 from schemas import Reason
 
 #: Names of columns with images, with their places, and with keys: upper or lower case, in the order of preference.
@@ -43,17 +43,6 @@ class Columns:
     def read(self) -> set[str]:
         """Every column that is needed."""
         return {self.image, *self.texts.values(), *self.metadata} | ({self.key} if self.key else set())
-
-
-@dataclass(frozen=True)
-class Place:
-    """A sample whose image is a file of its own, at a path or URL."""
-
-    key: str
-    location: str
-    sidecars: dict[str, bytes]
-    left_out: Mapping[str, Refusal]
-    columns: tuple[str, ...]
 
 
 def find_columns(names: Sequence[str], spec: Input, plain: Sequence[str] | None = None) -> Columns:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from reinforce.config import Input
 from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
-from reinforce.source.formats.columns import Columns, Place, make_sample
+from reinforce.source.file_types import MANIFEST
+from reinforce.source.formats.base import Shard, SourceFormat
+from reinforce.source.formats.columns import Columns, make_sample
 from reinforce.source.formats.parquet import ParquetFile, Row
 from reinforce.source.references import ImageRoots, image_digest, read_ranges
-from reinforce.source.samples import RawSample, Refusal
+from reinforce.source.samples import Item, Place, RawSample, ReadBudget, Refusal, unique_keys
 from reinforce.source.tar import DamagedTar
+from reinforce.source.urls import Info, canonical, expand
 from schemas import IMAGE_DIGEST, Reason, image_column
 
 _CHUNK_ROWS = 64  # of referenced images that are read with one file
@@ -22,7 +26,44 @@ _TYPES = {("key", "string"), ("caption", "string"), ("metadata", "string"), ("im
 _TYPES |= {("image_ref", "struct<url: string, offset: int64, length: int64>")}
 
 
-def read_samples_layer(url: str, spec: Input) -> Iterator[RawSample | Refusal]:
+class SamplesLayer(SourceFormat):
+    name = "dataset"
+    noun = "reinforced dataset"
+    copied = False
+
+    def recognises_folder(self, fs: Any, path: str) -> bool:
+        return bool(fs.isfile(f"{path}/{MANIFEST}"))
+
+    def shard_urls(
+        self,
+        urls: list[str],
+        spec: Input,
+        read_manifest: Callable[[str], Mapping[str, Any]],
+        listed: dict[str, Info] | None = None,
+    ) -> list[str]:
+        found = []
+        for url in urls:
+            if read_manifest(url)["images"] == "reference" and not spec.images_from:
+                raise UserError(
+                    f"source: {canonical(url)} stores its images by reference. Name the folders with the tars that you "
+                    "allow it to read in input.images_from."
+                )
+            folder = url.rstrip("/")
+            literal = folder if "://" in folder else glob.escape(folder)
+            found += expand(f"{literal}/samples/*.parquet", listed)
+        return found
+
+    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[Item]:
+        return unique_keys(self._samples(shard, spec), spec.limits)
+
+    def _samples(self, shard: Shard, spec: Input) -> Iterator[Item]:
+        try:
+            yield from _read_samples_layer(shard.url, spec)
+        except RefusedFile as error:
+            yield Refusal(None, Reason.SHARD_UNREADABLE, f"a samples file that cannot be used: {error}")
+
+
+def _read_samples_layer(url: str, spec: Input) -> Iterator[RawSample | Refusal]:
     """Yield the samples of a samples file, in order. Raises as ``ParquetFile``, and what the storage raises."""
     with ParquetFile(url) as file:
         names = [*file.types]
@@ -71,3 +112,6 @@ def _sample(row: Row, image: bytes, spec: Input) -> RawSample | Refusal:
 
 def _damage(item: Any) -> Refusal:
     return Refusal(None, Reason.SHARD_DAMAGED, str(item))
+
+
+FORMAT = SamplesLayer()

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from glob import escape
 from typing import Any
 
 from reinforce.config import Input
@@ -18,21 +19,22 @@ from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
 from reinforce.prefetch import prefetch
 from reinforce.source.captions import parse_json
-from reinforce.source.formats.columns import NoColumn, Place, RowReader, find_columns, is_image_name
-from reinforce.source.formats.lines import BrokenRow, csv_rows, jsonl_rows
-from reinforce.source.formats.parquet import ParquetFile, is_binary
+from reinforce.source.formats.base import ListedFolder, Shard, SourceFormat
+from reinforce.source.formats.columns import NoColumn, RowReader, find_columns, is_image_name
+from reinforce.source.formats.lines import BrokenRow, LinesFormat
+from reinforce.source.formats.parquet import Parquet, ParquetFile, is_binary
 from reinforce.source.formats.recognise import format_of_name
 from reinforce.source.formats.tar import sample_of_files, split_name
-from reinforce.source.samples import RawSample, Refusal
+from reinforce.source.samples import Item, Place, RawSample, ReadBudget, Refusal, unique_keys
 from reinforce.source.streams import check_file
 from reinforce.source.urls import canonical, filesystem
+from reinforce.source_formats import SOURCES
 from schemas import Reason
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE_NAME = "file_name"
 
 _LINE_BYTES = 2**24
-_READ = "images, tars, Parquet, jsonl or csv"
 _THREADS = 16
 _LOCAL_THREADS = 2
 
@@ -50,15 +52,24 @@ class FolderSample:
         return json.dumps({"key": self.key, "files": self.files, "row": self.row}, default=str).encode() + b"\n"
 
 
-@dataclass
-class Folder:
-    """What a folder holds: its samples in the order of their paths, and notes on what is left out."""
+class Folder(SourceFormat):
+    name = "folder"
+    noun = "folder of images"
+    is_listed = True
+    referable = True
+    copied = False
 
-    samples: list[FolderSample]
-    notes: list[str]
+    def recognises_folder(self, fs: Any, path: str) -> bool:
+        return not fs.glob(f"{escape(path)}/*.tar*")
+
+    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[Item]:
+        return unique_keys(_read_list(shard.lines(), shard.folder, spec), spec.limits)
+
+    def list_folder(self, url: str, spec: Input, output: str = "") -> ListedFolder:
+        return list_folder(url, spec, output)
 
 
-def list_folder(url: str, spec: Input, output: str = "") -> Folder:
+def list_folder(url: str, spec: Input, output: str = "") -> ListedFolder:
     """List a folder with all folders in it, but hidden ones and ``output``, a canonical URL. Raises UserError."""
     root = url.rstrip("/")
     own = f"{output.removeprefix(canonical(root) + '/')}/"
@@ -87,10 +98,10 @@ def list_folder(url: str, spec: Input, output: str = "") -> Folder:
             f"source: {len(others):,} files are ignored, which are no images and belong to none, such as {shown}"
         )
     notes += [note for path in tables if (note := _add_rows(root, path, found))]
-    return Folder(found, notes)
+    return ListedFolder(found, notes)
 
 
-def read_list(lines: Iterable[bytes], folder: str, spec: Input) -> Iterator[RawSample | Refusal]:
+def _read_list(lines: Iterable[bytes], folder: str, spec: Input) -> Iterator[RawSample | Refusal]:
     """Yield the samples of a list, whose lines are those of ``FolderSample``; images are read ahead in threads."""
     reader = _ListReader(folder.rstrip("/"), spec)
     threads = _THREADS if "://" in folder else _LOCAL_THREADS
@@ -186,7 +197,7 @@ def _no_images(root: str, others: list[str]) -> str:
     if example is None:
         return (
             f"source: {shown} is a folder without images; it has {len(others):,} other files, such as {others[0]}, and "
-            f"none that is read: {_READ}. Name a folder or files of these."
+            f"none that is read: images, or {SOURCES}. Name a folder or files of these."
         )
     folder, slash, name = example.rpartition("/")
     return (
@@ -218,7 +229,8 @@ def _add_rows(root: str, table: str, samples: list[FolderSample]) -> str | None:
 
 
 def _rows(url: str) -> Iterator[Mapping[str, Any]]:
-    if url.endswith(".parquet"):
+    table = format_of_name(url)
+    if isinstance(table, Parquet):
         with ParquetFile(url) as file:
             names = [name for name, type_ in file.types.items() if not is_binary(type_)]
             for found in file.rows(find_columns(names, Input(image=FILE_NAME))):
@@ -226,7 +238,11 @@ def _rows(url: str) -> Iterator[Mapping[str, Any]]:
                     raise found
                 yield found[1]
         return
-    for _, row in csv_rows(url) if url.lower().endswith(".csv") else jsonl_rows(url, _LINE_BYTES):
+    assert isinstance(table, LinesFormat)
+    for _, row in table.rows(url, _LINE_BYTES):
         if isinstance(row, BrokenRow):
             raise row
         yield row
+
+
+FORMAT = Folder()

@@ -1,35 +1,27 @@
-"""Rows of jsonl and csv files, plain or compressed, one line at a time and of bounded length."""
+"""Tables of lines, plain or compressed: jsonl and csv. They are read one line at a time and of bounded length."""
 
 from __future__ import annotations
 
-import csv
-import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from reinforce.source.captions import json_error, parse_json
-from reinforce.source.file_types import TABLE_COMPRESSIONS
+from reinforce.config import Input, Limits
+from reinforce.source.formats.base import Part, Shard, SourceFormat
+from reinforce.source.formats.columns import Columns, NoColumn, RowReader, find_columns
+from reinforce.source.samples import Item, ReadBudget, Refusal, unique_keys
 from reinforce.source.streams import Seekable, open_stream
 from reinforce.source.tar import Readable
 from reinforce.source.urls import canonical
+from schemas import Reason
 
 Row = Mapping[str, Any]
 
+#: Compression of a table by the last extension of its name.
+COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "zstd": "zstd"}
+
 _CHUNK_BYTES = 2**20
-_CSV_LINE_BYTES = 2**20
-_ENDS_LINE_BYTES = 2**12  # of a line that only has to be found
-
-
-@dataclass(frozen=True)
-class Span:
-    """Bytes of an uncompressed file: the first ``header``, and those from ``start`` to ``end``; ``first`` is the number
-    of the first row in the second range."""
-
-    header: int
-    start: int
-    end: int
-    first: int
+_COUNTED_LINE_BYTES = 2**30
+_FIRST_LINE_BYTES = 2**26
 
 
 class BrokenRow(ValueError):
@@ -40,142 +32,126 @@ class BrokenRow(ValueError):
         self.too_long = too_long
 
 
-def jsonl_rows(url: str, most: int, span: Span | None = None) -> Iterator[tuple[int, Row] | tuple[int, BrokenRow]]:
-    """Yield (number, row) of a file with a JSON object on each line of at most ``most`` bytes; empty lines are skipped.
+class LinesFormat(SourceFormat):
+    """A table whose rows are lines of text. Rows have no schema: each is read by the columns that it has."""
 
-    With ``span``, only of that part. Raises EOFError for broken compression, and what the storage raises.
-    """
-    for number, line in _lines(url, most, span):
-        if isinstance(line, BrokenRow):
-            yield number, line
-            continue
-        document = parse_json(line)
-        if isinstance(document, dict):
-            yield number, document
-        else:
-            yield number, BrokenRow(f"{json_error(line)}: jsonl has one object on each line")
+    is_table = True
+    #: What a line is, and whether the first one has the names of the columns.
+    line: str
+    has_header: bool = False
 
+    def rows(self, url: str, most: int, part: Part | None = None) -> Iterator[tuple[int, Row | BrokenRow]]:
+        """Yield (number, row) of a file with lines of at most ``most`` bytes, or of a part of it.
 
-def csv_rows(url: str, span: Span | None = None) -> Iterator[tuple[int, Row] | tuple[int, BrokenRow]]:
-    """Yield (number, row) of a csv file, or a tsv file by its name, whose first line has the names of the columns.
+        Raises EOFError for broken compression, and what the storage raises.
+        """
+        raise NotImplementedError
 
-    Raises as ``jsonl_rows``.
-    """
-    reader = _csv_reader(url, _Texts(url, span))
-    names: list[str] | None = None
-    number = span.first if span else 0
-    while True:
-        line = reader.line_num + 1
+    def ends(self, url: str) -> Iterator[int]:
+        """Yield the place after the names of the columns, if the first line has them, and after each row of ``rows``,
+        in bytes of the uncompressed file. Raises as that.
+        """
+        raise NotImplementedError
+
+    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[Item]:
+        return unique_keys(self._samples(shard, spec), spec.limits)
+
+    def _samples(self, shard: Shard, spec: Input) -> Iterator[Item]:
+        reader, known = RowReader(shard.name, spec), _KnownColumns(spec)
+        most = spec.limits.image_bytes * 4 // 3 + 4 * spec.limits.sidecar_bytes + 2**16
+        good = bad = 0
         try:
-            values = next(reader, None)
-        except (csv.Error, BrokenRow) as error:
-            yield number, BrokenRow(f"line {line}: {error}", isinstance(error, BrokenRow))
-            if names is None:  # without the names of the columns, no row can be read
-                return
-            number += 1
-            continue
-        if values is None:
+            for number, row in self.rows(shard.file, most, shard.part):
+                key = f"{shard.name}-{number:08d}"
+                try:
+                    if isinstance(row, BrokenRow):
+                        raise row
+                    item = reader.sample(number, row, known.columns([*row]))
+                    good += 1
+                except BrokenRow as error:
+                    bad += 1
+                    item = Refusal(key, Reason.IMAGE_BYTES if error.too_long else Reason.ROW_BROKEN, str(error))
+                except NoColumn as error:
+                    item = Refusal(key, Reason.NO_IMAGE, str(error))
+                    bad += 1
+                yield item
+        except EOFError as error:
+            detail = str(error).replace(" .tar.", " .")  # what to name a compressed file
+            yield Refusal(None, Reason.SHARD_DAMAGED if good else Reason.SHARD_UNREADABLE, detail)
             return
-        if names is None:
-            names = values
-        elif values:
-            yield number, dict(itertools.zip_longest(names, values[: len(names)]))
-            number += 1
+        if shard.part and good + bad != shard.part.rows:
+            detail = f"{good + bad:,} rows where {shard.part.rows:,} were when its shards were formed"
+            yield Refusal(None, Reason.SHARD_DAMAGED, detail)
+        if bad and not good:
+            detail = f"no line is {self.line} with an image; {item.detail}"  # type: ignore[union-attr]
+            yield Refusal(None, Reason.SHARD_UNREADABLE, detail)
 
-
-def jsonl_ends(url: str) -> Iterator[int]:
-    """Yield the place after each row of ``jsonl_rows``, in bytes of the uncompressed file. Raises as that."""
-    position = 0
-    for line, size in _file_lines(url, _ENDS_LINE_BYTES, None):
-        position += size
-        if line is None or line.strip():
-            yield position
-
-
-def csv_ends(url: str) -> Iterator[int]:
-    """Yield the place after the names of the columns and after each row of ``csv_rows``. Raises as that."""
-    texts = _Texts(url)
-    reader, named = _csv_reader(url, texts), False
-    while True:
+    def count(self, url: str, limits: Limits) -> int | None:
         try:
-            values = next(reader, None)
-        except (csv.Error, BrokenRow):
-            if not named:
-                return
-            yield texts.position
-            continue
-        if values is None:
-            return
-        if values or not named:
-            named = True
-            yield texts.position
+            return min(sum(1 for _ in self.rows(url, _COUNTED_LINE_BYTES)), limits.shard_samples)
+        except EOFError:
+            return None
+
+    def parts(self, url: str, rows: int, last: Part | None = None) -> Iterator[Part]:
+        found = self.ends(url)
+        header = next(found, None) or 0 if self.has_header else 0
+        first, start = (last.first + last.rows, last.end) if last else (0, header)
+        count, end = 0, start
+        for position in found:
+            if position <= start:
+                continue
+            count, end = count + 1, position
+            if count == rows:
+                yield Part(url, first, count, start, end, header)
+                first, start, count = first + count, end, 0
+        if count:
+            yield Part(url, first, count, start, end, header)
+
+    def first_row(self, url: str) -> tuple[list[str], Row] | None:
+        rows = (row for _, row in self.rows(url, _FIRST_LINE_BYTES) if not isinstance(row, BrokenRow))
+        return next((([], row) for row in rows), None)
 
 
-def _csv_reader(url: str, texts: _Texts) -> Any:
-    name = canonical(url).rpartition("/")[2].lower()
-    return csv.reader(texts, delimiter="\t" if ".tsv" in name else ",", strict=True)
+class _KnownColumns:
+    """The columns of rows by their names, found once for rows with equal names."""
+
+    def __init__(self, spec: Input) -> None:
+        self._spec = spec
+        self._last: tuple[Sequence[str], Columns] | None = None
+
+    def columns(self, names: Sequence[str]) -> Columns:
+        """Raises NoColumn."""
+        if self._last is None or self._last[0] != names:
+            self._last = names, find_columns(names, self._spec)
+        return self._last[1]
 
 
-class _Texts:
-    """The lines of a file as texts. Raises BrokenRow for one that is too long, and goes on after it.
-
-    ``position`` is the place after the last one, in bytes of what is read.
-    """
-
-    def __init__(self, url: str, span: Span | None = None) -> None:
-        self._lines = _file_lines(url, _CSV_LINE_BYTES, span)
-        self._first = True
-        self.position = 0
-
-    def __iter__(self) -> _Texts:
-        return self
-
-    def __next__(self) -> str:
-        line, size = next(self._lines)
-        self.position += size
-        encoding, self._first = "utf-8-sig" if self._first else "utf-8", False
-        if line is None:
-            raise BrokenRow(_too_long(_CSV_LINE_BYTES), True)
-        return line.decode(encoding, "replace") + "\n"
-
-
-def _lines(url: str, most: int, span: Span | None) -> Iterator[tuple[int, bytes | BrokenRow]]:
-    """Yield (number, line) without line ends and empty lines; one of more than ``most`` bytes is yielded as broken."""
-    number = span.first if span else 0
-    for line, _ in _file_lines(url, most, span):
-        if line is None:
-            yield number, BrokenRow(_too_long(most), True)
-        elif line.strip():
-            yield number, line
-        else:
-            continue
-        number += 1
-
-
-def _too_long(most: int) -> str:
-    return f"a line of more than {most:,} bytes"
-
-
-def _file_lines(url: str, most: int, span: Span | None) -> Iterator[tuple[bytes | None, int]]:
-    """Yield the lines of a file as ``_split``."""
-    kind = TABLE_COMPRESSIONS.get(canonical(url).rpartition(".")[2].lower())
+def file_lines(url: str, most: int, part: Part | None = None) -> Iterator[tuple[bytes | None, int]]:
+    """Yield the lines of a file, or of a part of it, and their bytes with line ends; None for a line of more than
+    ``most`` bytes."""
+    kind = COMPRESSIONS.get(canonical(url).rpartition(".")[2].lower())
     with open_stream(url, kind) as (stream, _):
-        yield from _split(stream if span is None else _SpanStream(stream, span), most)
+        yield from _split(stream if part is None else _PartStream(stream, part), most)
 
 
-class _SpanStream:
-    """The bytes of a span of a stream. Raises EOFError where the stream ends before."""
+def too_long(most: int) -> BrokenRow:
+    """What is yielded for a line above the limit."""
+    return BrokenRow(f"a line of more than {most:,} bytes", True)
 
-    def __init__(self, stream: Seekable, span: Span) -> None:
-        self._stream, self._span = stream, span
+
+class _PartStream:
+    """The bytes of a part of a stream, after those of its header. Raises EOFError where the stream ends before."""
+
+    def __init__(self, stream: Seekable, part: Part) -> None:
+        self._stream, self._part = stream, part
         self._position = 0
 
     def read(self, size: int, /) -> bytes:
-        span = self._span
-        if span.header <= self._position < span.start:
-            self._stream.skip(span.start - self._position)
-            self._position = span.start
-        end = span.header if self._position < span.header else span.end
+        part = self._part
+        if part.header <= self._position < part.start:
+            self._stream.skip(part.start - self._position)
+            self._position = part.start
+        end = part.header if self._position < part.header else part.end
         data = self._stream.read(min(size, end - self._position)) if self._position < end else b""
         if not data and self._position < end:
             raise EOFError(f"it has less than the {end:,} bytes that it had when its shards were formed")

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from reinforce.config import Input, Limits
 from reinforce.parquet.delta_pages import ColumnLevels, decoded_bytes, is_delta
 from reinforce.parquet.footers import (
     MAX_FOOTER_BYTES,
@@ -25,9 +26,12 @@ from reinforce.parquet.footers import (
     span,
 )
 from reinforce.parquet.pages import DICTIONARY, BadPage, CutOff, Page, longest_entry, read_page
-from reinforce.source.formats.columns import Columns, NoColumn
+from reinforce.source.formats.base import Part, Shard, SourceFormat
+from reinforce.source.formats.columns import Columns, NoColumn, RowReader, find_columns
+from reinforce.source.samples import Item, ReadBudget, Refusal, unique_keys
 from reinforce.source.streams import check_file
 from reinforce.source.urls import filesystem
+from schemas import Reason
 
 Row = Mapping[str, Any]
 
@@ -68,6 +72,11 @@ class ParquetFile:
     def types(self) -> dict[str, pa.DataType]:
         """The types of the columns by name."""
         return {field.name: field.type for field in self.schema}
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """The rows of each row group."""
+        return [self.footer.row_group(number).num_rows for number in range(self.footer.num_row_groups)]
 
     def rows(
         self, columns: Columns, groups: Iterable[int] | None = None, first: int = 0
@@ -117,7 +126,7 @@ def is_binary(type_: pa.DataType) -> bool:
     return any(map(is_binary, nested)) or "binary" in str(type_).partition("<")[0]
 
 
-def check_image_column(columns: Columns, types: Mapping[str, pa.DataType]) -> None:
+def _check_image_column(columns: Columns, types: Mapping[str, pa.DataType]) -> None:
     """Raise NoColumn if the type of the image column is none that images are stored in."""
     type_ = types[columns.image]
     fields = {type_.field(i).name for i in range(type_.num_fields)} if pa.types.is_struct(type_) else set()
@@ -293,10 +302,8 @@ class _Chunk:
     def __init__(self, start: int, end: int, leaf: Any, column: Any) -> None:
         self.next, self.end = start, end
         self.levels = ColumnLevels(column.max_repetition_level, column.max_definition_level, leaf.compression)
-        self.ahead = (
-            0,
-            memoryview(b""),
-        )  # what has been read before Arrow asked for it: where it begins, and its bytes
+        # What has been read before Arrow asked for it: where it begins, and its bytes.
+        self.ahead = (0, memoryview(b""))
         self._values, self._first = leaf.num_values, start
 
     def pass_page(self, page: Page, header: int) -> int:
@@ -315,3 +322,77 @@ class _Chunk:
         if self.next > self.end:
             raise BadPage("a page is longer than its column chunk")
         return body
+
+
+class Parquet(SourceFormat):
+    name = "parquet"
+    noun = "parquet file"
+    endings = (".parquet", ".pq")
+    is_table = True
+    whole_bytes = 2**31
+
+    def recognises(self, head: bytes) -> bool:
+        return head.startswith(b"PAR1")
+
+    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[Item]:
+        return unique_keys(self._samples(shard, spec), spec.limits)
+
+    def _samples(self, shard: Shard, spec: Input) -> Iterator[Item]:
+        reader = RowReader(shard.name, spec)
+        try:
+            with ParquetFile(shard.file) as file:
+                types = file.types
+                columns = find_columns([*types], spec, [name for name, type_ in types.items() if not is_binary(type_)])
+                _check_image_column(columns, types)
+                part = shard.part
+                if part:
+                    _check_groups(part, file.group_sizes)
+                for item in file.rows(columns, *((range(part.start, part.end), part.first) if part else ())):
+                    if isinstance(item, RefusedFile):
+                        yield Refusal(None, Reason.SHARD_DAMAGED, str(item))
+                    else:
+                        yield reader.sample(*item, columns)
+        except (RefusedFile, NoColumn) as error:
+            yield Refusal(None, Reason.SHARD_UNREADABLE, f"a Parquet file that cannot be used: {error}")
+
+    def count(self, url: str, limits: Limits) -> int | None:
+        try:
+            with ParquetFile(url) as file:
+                return min(int(file.footer.num_rows), limits.shard_samples)
+        except RefusedFile:
+            return None
+
+    def parts(self, url: str, rows: int, last: Part | None = None) -> Iterator[Part]:
+        """Yield runs of whole row groups."""
+        with ParquetFile(url) as file:
+            sizes = file.group_sizes
+        if last:
+            _check_groups(last, sizes)
+        first, start = (last.first + last.rows, last.end) if last else (0, 0)
+        count = 0
+        for number in range(start, len(sizes)):
+            count += sizes[number]
+            if count >= rows:
+                yield Part(url, first, count, start, number + 1)
+                first, start, count = first + count, number + 1, 0
+        if count:
+            yield Part(url, first, count, start, len(sizes))
+
+    def first_row(self, url: str) -> tuple[list[str], Row]:
+        with ParquetFile(url) as file:
+            types = file.types
+            binary = [name for name, type_ in types.items() if is_binary(type_)]
+            plain = [name for name in types if name not in binary]
+            columns = Columns(plain[0], None, {}, tuple(plain), tuple(types)) if plain else None
+            first = next(file.rows(columns), None) if columns else None
+            row = first[1] if isinstance(first, tuple) else {}
+            return binary, {name: row.get(name) for name in types}
+
+
+def _check_groups(part: Part, sizes: list[int]) -> None:
+    """Raise RefusedFile if a file with row groups of these rows has others than when a part was formed."""
+    if len(sizes) < part.end or sum(sizes[: part.end]) != part.first + part.rows:
+        raise RefusedFile("it has other row groups than when its shards were formed")
+
+
+FORMAT = Parquet()

@@ -1,4 +1,4 @@
-"""Read source shards as streams of samples. What cannot become a sample is yielded as a refusal with its reason."""
+"""WebDataset tars. What cannot become a sample is yielded as a refusal with its reason."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from reinforce.config import Limits
-from reinforce.source.file_types import IMAGE_EXTENSIONS
+from reinforce.config import Input, Limits
+from reinforce.source.file_types import IMAGE_EXTENSIONS, foreign_name
+from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.samples import (
     RawSample,
     ReadBudget,
@@ -22,14 +23,34 @@ from reinforce.source.samples import (
 )
 from reinforce.source.streams import open_stream
 from reinforce.source.tar import DamagedTar, File, Member, Readable, members
+from reinforce.source.urls import COMPRESSIONS
 from schemas import Reason
 
 _META = re.compile(r"__[^/]*__(/|$)")
+_PACKED_TABLE = re.compile(r"\.(jsonl|ndjson|csv|tsv|json)\.(bz2|xz|lz4|br|snappy|7z|zip)$")
 
 
-def read_shard(
-    url: str, limits: Limits, images: bool = True, budget: ReadBudget | None = None
-) -> Iterator[RawSample | Refusal]:
+class Tar(SourceFormat):
+    name = noun = "tar"
+    endings = tuple(COMPRESSIONS)
+    prevails = True  # as over the Parquet files that img2dataset writes beside its tars
+    has_offsets = referable = True
+    copied = False
+
+    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[RawSample | Refusal]:
+        return _read_tar(shard.file, spec.limits, budget=budget)
+
+    def foreign(self, url: str) -> str | None:
+        if _PACKED_TABLE.search(url.partition("?")[0].lower()):
+            return "a table with a compression that is not read: store it as it is, or as .gz or .zst"
+        return foreign_name(url)
+
+    def count(self, url: str, limits: Limits) -> int | None:
+        keys = {item.key for item in read_shard(url, limits, images=False)}
+        return len(keys - {None}) or None
+
+
+def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSample | Refusal]:
     """Yield the samples of a tar in order, grouped as webdataset groups them, with refusals in between.
 
     A sample is a run of members with the same key. The key is the path up to the first dot of the file name; the rest,
@@ -41,13 +62,15 @@ def read_shard(
     samples are split in this way, the shard as a whole is refused at its end.
     A shard that is missing, unreadable or damaged yields a Refusal without a key; samples before and after the damage
     are read. Memory does not grow with the shard, except for an 8-byte hash per key.
-    With ``images=False`` only sidecars are read, and samples need no image. ``budget`` bounds what is read of the tar.
+    With ``images=False`` only sidecars are read, and samples need no image.
     Raises the storage's other errors (timeouts, lost connections), for which the shard can be retried.
     """
-    yield from refusing_absent(url, _read_tar(url, limits, images, budget))
+    yield from refusing_absent(url, _read_tar(url, limits, images))
 
 
-def _read_tar(url: str, limits: Limits, images: bool, budget: ReadBudget | None) -> Iterator[RawSample | Refusal]:
+def _read_tar(
+    url: str, limits: Limits, images: bool = True, budget: ReadBudget | None = None
+) -> Iterator[RawSample | Refusal]:
     with open_stream(url) as (stream, size):
         bounded = stream if budget is None else _BoundedStream(stream, budget)
         yield from _samples(bounded, size, limits, images)
@@ -243,3 +266,6 @@ def _read(member: File, limit: int) -> tuple[bytes | None, bool]:
         return member.read(limit), False
     except DamagedTar:  # the same damage is reported again after this member
         return None, True
+
+
+FORMAT = Tar()

@@ -13,15 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from reinforce.config import Input
 from reinforce.prefetch import prefetch
-from reinforce.source.formats.columns import Place, make_sample
+from reinforce.source.formats.columns import make_sample
 from reinforce.source.linked_images.http import ImageRefusedByPlace, Unreachable, fetch
 from reinforce.source.references import MAX_URL_CHARS, ImageRoots
-from reinforce.source.samples import RawSample, Refusal
+from reinforce.source.samples import Item, Place, RawSample, Refusal
 from reinforce.source.streams import check_file
 from reinforce.source.urls import canonical, filesystem
 from schemas import Reason
-
-_Item = RawSample | Place | Refusal
 
 _THREADS = 16
 _LOCAL_THREADS = 2
@@ -41,7 +39,7 @@ class Places:
         self._roots = ImageRoots.named(spec.images_from or (), 'input.images_from: ["{}"]')
         self._reached = self._unreachable = 0
 
-    def samples(self, items: Iterable[_Item]) -> Iterator[RawSample | Refusal]:
+    def samples(self, items: Iterable[Item]) -> Iterator[RawSample | Refusal]:
         """Yield the items in order, those at places with their images, which are read ahead in threads.
 
         Raises the storage's errors, and ConnectionError if none of the first images can be reached.
@@ -67,7 +65,7 @@ class Places:
             )
         return url
 
-    def _read(self, item: _Item) -> RawSample | Refusal:
+    def _read(self, item: Item) -> RawSample | Refusal:
         if not isinstance(item, Place):
             return item
         try:

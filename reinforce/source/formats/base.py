@@ -1,0 +1,173 @@
+"""What a source format offers: recognising, reading, counting and dividing its files.
+
+A format is one object. All other code reads sources through it, and never asks which format it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from reinforce.config import Input, Limits
+from reinforce.source.file_types import foreign_name
+from reinforce.source.samples import Item, ReadBudget
+from reinforce.source.urls import Info, filesystem
+from reinforce.source_formats import DEFAULT
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of the table ``file``, a URL: ``rows`` rows from row ``first`` on.
+
+    ``start`` and ``end`` are row groups of Parquet, else bytes of the uncompressed content; the first ``header`` bytes
+    have the names of columns.
+    """
+
+    file: str
+    first: int
+    rows: int
+    start: int
+    end: int
+    header: int = 0
+
+    def numbers(self) -> list[int]:
+        """The part without its file, for a list."""
+        return [self.first, self.rows, self.start, self.end, self.header]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard of a source: its URL, its name, of which keys are made where rows have none, and the name of its format.
+
+    A shard of a folder has the URL ``FOLDER/<block>``, and ``listing`` is the list of its files: a URL, or the content.
+    A shard that is a part of a table has the URL ``TABLE/<part>``, and ``part`` says which rows it has.
+    """
+
+    url: str
+    name: str = ""
+    format: str = DEFAULT
+    listing: str | bytes = ""
+    part: Part | None = None
+
+    @property
+    def file(self) -> str:
+        """The URL of the file that is read; of a folder, that of the shard."""
+        return self.part.file if self.part else self.url
+
+    @property
+    def folder(self) -> str:
+        """The folder that the shard is in."""
+        return self.file.rpartition("/")[0]
+
+    def lines(self) -> list[bytes]:
+        """The lines of its list, one for each sample."""
+        content = self.listing
+        if isinstance(content, str):
+            fs, path = filesystem(content)
+            content = fs.cat_file(path)
+        return content.splitlines()
+
+
+class ListedSample(Protocol):
+    """A sample of a folder before its files are read."""
+
+    @property
+    def key(self) -> str: ...
+
+    def line(self) -> bytes:
+        """The sample as a line of a list."""
+
+
+@dataclass
+class ListedFolder:
+    """What a folder holds: its samples in the order of their paths, and notes on what is left out."""
+
+    samples: Sequence[ListedSample]
+    notes: list[str]
+
+
+class SourceFormat:
+    """One format of sources. The defaults are those of files that hold samples and cannot be divided."""
+
+    #: The name in configs, and the word for one of its files in messages.
+    name: str
+    noun: str
+    #: Endings of the names of its files in lower case, and further ones that are read if a config names the format.
+    endings: tuple[str, ...] = ()
+    other_endings: tuple[str, ...] = ()
+    #: Whether all files of a source are read as this format if one is by its name.
+    prevails: bool = False
+    #: Whether each row of a file is a sample, with columns. Such a file can be divided into parts.
+    is_table: bool = False
+    #: Bytes above which a file is worth several shards.
+    whole_bytes: int | None = None
+    #: Whether a shard is a list of files of a folder, and no file.
+    is_listed: bool = False
+    #: Whether ``RawSample.offset`` is the place of the image in the file, from which it can be read again.
+    has_offsets: bool = False
+    #: Whether images can be stored by reference.
+    referable: bool = False
+    #: Whether images are copied before they are read in random order: those that ``read`` yields without a URL.
+    copied: bool = True
+
+    def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[Item]:
+        """Yield the samples of a shard in order, each key once, with refusals in between.
+
+        ``budget`` bounds what is read before the first sample, where that can be much. Damage is yielded as a Refusal
+        without a key. Raises what the storage raises.
+        """
+        raise NotImplementedError
+
+    def recognises(self, head: bytes) -> bool:
+        """Whether a file begins with ``head``, its first bytes, in this format alone."""
+        return False
+
+    def recognises_folder(self, fs: Any, path: str) -> bool:
+        """Whether a folder as a whole is a source of this format. Raises what the storage raises."""
+        return False
+
+    def foreign(self, url: str) -> str | None:
+        """What a file is, by a name without the endings of any format; None if it may have this format."""
+        kind = foreign_name(url)
+        return None if kind is None else f"{kind.partition(',')[0]}, not a {self.noun}"
+
+    def shard_urls(
+        self,
+        urls: list[str],
+        spec: Input,
+        read_manifest: Callable[[str], Mapping[str, Any]],
+        listed: dict[str, Info] | None = None,
+    ) -> list[str]:
+        """The URLs of the shards of the entries of ``source``; ``read_manifest`` reads the manifest of a dataset, and
+        ``listed`` is as in ``expand``. Raises UserError.
+        """
+        return urls
+
+    def count(self, url: str, limits: Limits) -> int | None:
+        """Samples that a file has for a run; None if nothing of it can be read. Raises what the storage raises."""
+        keys = {item.key for item in self.read(Shard(url, format=self.name), Input(limits=limits))}
+        return len(keys - {None}) or None
+
+    # Of tables.
+
+    def parts(self, url: str, rows: int, last: Part | None = None) -> Iterator[Part]:
+        """Yield the parts of a table of ``rows`` rows, or more where it cannot be divided there, but the last one.
+
+        With ``last``, the parts of the rows after it. Raises RefusedFile, EOFError and csv.Error for damage, and what
+        the storage raises.
+        """
+        raise NotImplementedError
+
+    def first_row(self, url: str) -> tuple[list[str], Mapping[str, Any]] | None:
+        """The binary columns of a table, and a value of each column of its first row; None if it has no row.
+
+        Raises RefusedFile, EOFError, and what the storage raises.
+        """
+        raise NotImplementedError
+
+    # Of folders.
+
+    def list_folder(self, url: str, spec: Input, output: str = "") -> ListedFolder:
+        """List a folder with all folders in it, but ``output``, a canonical URL. Raises UserError."""
+        raise NotImplementedError

@@ -1,0 +1,132 @@
+"""What grows has one place: one more of its sort needs no other file, and nothing else asks which one it is."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import reinforce
+from reinforce import source_formats
+from reinforce.cli import main
+from reinforce.config import parse_config
+from reinforce.dataset.validate.validate import validate
+from reinforce.engine.plan.plan import make_plan
+from reinforce.source.formats.registry import all_formats
+from tests.helpers.data import config_of, picture
+from tests.helpers.record_format import write_records
+from tests.helpers.reinforced import reinforce_here
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a command prints that succeeds."""
+    with pytest.raises(SystemExit) as ended:
+        main([*words])
+    out, err = capfd.readouterr()
+    assert not ended.value.code, err
+    return out
+
+
+# Source formats.
+
+
+def compared_texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The line and the text of each string that is compared, looked up in a mapping, or matched."""
+    for node in ast.walk(tree):
+        sides: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            sides = [node.value]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            sides = [node.func.value] if isinstance(node.func.value, ast.Dict) else []
+        for side in sides:
+            for leaf in ast.walk(side):
+                if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str):
+                    yield leaf.lineno, leaf.value
+
+
+def test_no_other_code_asks_which_format_a_source_has() -> None:
+    asked = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for path in sorted((ROOT / "reinforce").rglob("*.py"))
+        if "source/formats" not in str(path.relative_to(ROOT))
+        for line, text in compared_texts(ast.parse(path.read_text()))
+        if text in source_formats.MODULES
+    ]
+    assert asked == []
+    found = [*compared_texts(ast.parse('a.format in ("tar", "csv") or {"folder": 1}.get(b)'))]
+    assert [text for _, text in found] == ["tar", "csv", "folder"], "the search finds such code"
+
+
+def test_each_format_has_the_name_it_is_registered_by_and_endings_of_its_own() -> None:
+    formats = all_formats()
+    assert [one.name for one in formats] == [*source_formats.MODULES]
+    endings = [ending for one in formats for ending in one.endings]
+    assert len({*endings}) == len(endings)
+    schema = json.loads((ROOT / "schemas/json/run.json").read_text())
+    assert [one.name for one in formats] in [part.get("enum") for part in _parts(schema)]
+
+
+def _parts(document: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(document, dict):
+        yield document
+    for value in document.values() if isinstance(document, dict) else document if isinstance(document, list) else ():
+        yield from _parts(value)
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two files of one more format; the last sample of the second has a key that is there already."""
+    monkeypatch.setitem(source_formats.MODULES, "records", "tests.helpers.record_format")
+    monkeypatch.chdir(tmp_path)
+    for shard in "ab":
+        samples = [(f"{shard}{n}", f"thing {shard}{n}", picture(ord(shard) + n)) for n in range(4)]
+        write_records(tmp_path / "source" / f"{shard}.records", samples + samples[: shard == "b"])
+    return tmp_path / "source"
+
+
+def test_one_more_format_needs_a_module_and_a_line(records: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    made = run(capfd, "init", str(records), "my.yaml")
+    assert "source: 2 shards (records, " in made
+    assert "caption of the first sample: 'thing a0'" in made
+    begun = yaml.safe_load(Path("my.yaml").read_text())
+    assert (begun["source"], begun["input"]) == (f"{records}/*.records", {"format": "records"})
+    assert "# Sources of format records need `embed`." in Path("my.yaml").read_text()
+
+    config = config_of(begun["source"], "out")
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    planned = run(capfd, "plan", "run.yaml")
+    assert "2 shards, 2 with something missing" in planned
+    assert "first sample: a0 (.png, 40 x 30), caption 'thing a0'" in planned
+    assert {shard.format for shard in make_plan(parse_config(config)).pending} == {"records"}
+
+    url = reinforce_here(config)
+    assert make_plan(parse_config(config)).pending == []
+    status = json.loads(run(capfd, "status", url, "--json"))
+    assert status["layers"]["samples"]["shards"] == 2
+    found = validate(url, [str(records)], count=True)
+    assert (found.findings, found.as_json()["sources"]) == ([], {"same": 2})
+    opened = {sample.key: sample for sample in reinforce.open(url)}
+    assert {key: sample.caption for key, sample in opened.items()} == {
+        f"{s}{n}": f"thing {s}{n}" for s in "ab" for n in range(4)
+    }
+    assert opened["a0"].image == picture(ord("a"))
+    run(capfd, "inspect", url, "report")
+    assert "thing a0" in "".join(path.read_text() for path in Path("report").rglob("*.html"))
+
+
+def test_a_damaged_file_and_another_name_of_one_more_format_are_reported(records: Path) -> None:
+    whole = (records / "a.records").read_bytes()
+    (records / "a.records").write_bytes(whole[:-100])
+    url = reinforce_here(config_of(f"{records}/a.records", "out"))
+    assert [sample.key for sample in reinforce.open(url)] == ["a0", "a1", "a2"]
+    (records / "unnamed").write_bytes(whole)
+    assert make_plan(parse_config(config_of(f"{records}/unnamed", "other"))).pending[0].format == "records"
