@@ -17,8 +17,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from reinforce.cores import available_cores
 from reinforce.errors import UserError
+from reinforce.processes.cores import available_cores
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from reinforce import settings, source_formats
 from reinforce.config_schema import InSchema, either, keys_match
-from reinforce.cores import Node, cores_per_process, default_gpus, describe_share
+from reinforce.processes.cores import Node, cores_per_process, default_gpus, describe_share
 from reinforce.settings import Section
 from teachers.spec import CaptionerSpec, TeacherSpec
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reinforce.cores import (
+from reinforce.processes.cores import (
     arithmetic_threads,
     available_cores,
     capacity,

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from reinforce.prefetch import prefetch
+from reinforce.processes.prefetch import prefetch
 
 
 def test_items_are_read_ahead_up_to_a_number() -> None:

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from reinforce.shared_memory import SharedMemory
+from reinforce.processes.shared_memory import SharedMemory
 
 
 def test_what_a_child_writes_is_seen_here() -> None:
     memory = SharedMemory(8)
     code = (
-        "import sys; from reinforce.shared_memory import SharedMemory; "
+        "import sys; from reinforce.processes.shared_memory import SharedMemory; "
         "SharedMemory(descriptor=int(sys.argv[1])).array()[3] = 7"
     )
     command = [sys.executable, "-c", code, str(memory.descriptor)]

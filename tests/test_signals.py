@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from reinforce.signals import stop_requests
+from reinforce.processes.signals import stop_requests
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -23,8 +23,8 @@ from reinforce.shipping.machine import machine_name
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import make_job
 from reinforce.training.config import describe_changes
-from reinforce.training.log import LOG
-from reinforce.training.results import Results, read_results
+from reinforce.training.record.log import LOG
+from reinforce.training.record.results import Results, read_results
 
 _TRAINING = "training.json"
 

@@ -23,8 +23,8 @@ from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, make_job
 from reinforce.terminal import Screen, format_duration
+from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
-from reinforce.training.ranks import join_ranks
 from reinforce.training.stop import Stopped, StopSignal
 
 _TICK = 2.0

@@ -25,7 +25,7 @@ from benchmarks.gpu.students import measure_students
 from benchmarks.gpu.towers import measure_towers
 from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import make_table
-from reinforce.cores import available_cores
+from reinforce.processes.cores import available_cores
 from reinforce.shipping.machine import describe_machine
 from teachers.device import determinism
 

@@ -17,8 +17,8 @@ from benchmarks.pipeline.figures import Figure
 from reinforce import settings
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, make_job
+from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.loop import run_rank
-from reinforce.training.ranks import Ranks
 from reinforce.training.stop import StopSignal
 from teachers.device.accelerator import Precision
 

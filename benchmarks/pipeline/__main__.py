@@ -23,7 +23,7 @@ from benchmarks.pipeline.memory import measure_memory
 from benchmarks.pipeline.stand_ins import STAND_IN
 from benchmarks.pipeline.student import measure_loader
 from benchmarks.pipeline.texts import measure_texts
-from reinforce.cores import available_cores
+from reinforce.processes.cores import available_cores
 from reinforce.shipping.machine import describe_machine
 
 PACKAGES = ("torch", "torchvision", "pillow", "pyarrow", "numpy", "webdataset")

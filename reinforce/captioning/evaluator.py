@@ -19,11 +19,11 @@ from reinforce.captioning.images import read_images
 from reinforce.captioning.metrics import bleu, cider
 from reinforce.captioning.model import CaptionerModel
 from reinforce.captioning.pairs import Pairs
-from reinforce.cores import available_cores
 from reinforce.errors import UserError
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.ranking import compute_recalls
 from reinforce.evaluation.reading import Example
+from reinforce.processes.cores import available_cores
 from teachers.coca.captioner import CocaCaptioner
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.export import write_open_clip

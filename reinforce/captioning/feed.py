@@ -34,7 +34,7 @@ from reinforce.config import Augmentations, RandAugment
 from reinforce.dataset.augment.records import replay, sample_augmentation
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode
-from reinforce.prefetch import prefetch
+from reinforce.processes.prefetch import prefetch
 from reinforce.seeds import permutation, uniforms
 from reinforce.training.task import Reading
 

@@ -16,13 +16,13 @@ from reinforce.captioning.model import build_captioner, check_captioner, describ
 from reinforce.captioning.pairs import PAIRS_FILE, Pairs, load_pairs
 from reinforce.captioning.task import CaptioningTask
 from reinforce.storage import Storage
-from reinforce.training import gather
 from reinforce.training.config import MUTABLE_KEYS, fixed_config
+from reinforce.training.distributed import gather
 from reinforce.training.job import Job, model_settings
 from reinforce.training.launch import launch, runs_on_ray
-from reinforce.training.log import LOG
-from reinforce.training.results import Results
-from reinforce.training.trackers import check_trackers
+from reinforce.training.record.log import LOG
+from reinforce.training.record.results import Results
+from reinforce.training.record.trackers import check_trackers
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.tokenizer import Tokenizer
 

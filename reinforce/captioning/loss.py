@@ -16,7 +16,7 @@ import torch
 
 from reinforce.captioning.config import Loss
 from reinforce.student.loss import Objective, contrastive_losses
-from reinforce.training import gather
+from reinforce.training.distributed import gather
 
 #: CLIP's loss without distillation.
 _CLIP = Objective(lambda_=0.0)

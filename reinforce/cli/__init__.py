@@ -15,8 +15,8 @@ import typer
 import reinforce
 from reinforce.cli import config, dataset, export, inspect, run, status, training
 from reinforce.cli.common import examples
-from reinforce.cores import let_waiting_threads_sleep
 from reinforce.errors import UserError
+from reinforce.processes.cores import let_waiting_threads_sleep
 from reinforce.terminal import escape
 from teachers.redact import redact
 

@@ -19,7 +19,7 @@ from reinforce import plots
 from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig, load_student_config
-from reinforce.training.results import Results, read_results
+from reinforce.training.record.results import Results, read_results
 
 _PLAIN, _NOISY = ("loss.lambda=0", "data.captioners=[]"), ("data.datasets=demo/noisy-dataset",)
 #: Overrides of CONFIG for each student.

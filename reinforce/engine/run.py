@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.config import Config, load_config, parse_config
-from reinforce.cores import Node
 from reinforce.dataset.files.index import prune_index
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
@@ -34,6 +33,7 @@ from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.record.progress import Progress
 from reinforce.engine.record.summary import RunSummary, add_summaries, nothing_to_do
 from reinforce.errors import RayEnded, StorageError, TooManyQuarantined, UserError
+from reinforce.processes.cores import Node
 from teachers.redact import Redactor
 
 _LOG = logging.getLogger(__name__)

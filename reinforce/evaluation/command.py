@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reinforce import settings
-from reinforce.cores import available_cores
 from reinforce.errors import UserError
 from reinforce.evaluation import clip_benchmark
 from reinforce.evaluation.config import RETRIEVAL, ZERO_SHOT, Evaluation
 from reinforce.evaluation.report import Report
 from reinforce.model_names import model_errors
+from reinforce.processes.cores import available_cores
 from reinforce.terminal import Screen
 from teachers.spec import ModelSpec, TeacherSpec
 

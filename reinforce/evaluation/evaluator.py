@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from reinforce.cores import available_cores
 from reinforce.errors import UserError
 from reinforce.evaluation.config import Evaluation
 from reinforce.evaluation.encoding import Encoder, build_classifier, encode_texts
@@ -18,6 +17,7 @@ from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.ranking import compute_accuracies, compute_recalls, rank_classes
 from reinforce.evaluation.report import Result, SetSummary
 from reinforce.evaluation.sets import Retrieval, ZeroShot, open_retrieval_set, open_zero_shot_set
+from reinforce.processes.cores import available_cores
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipEncoder
 from teachers.preprocessing.pixels import to_pixels

@@ -15,7 +15,7 @@ from reinforce.config import Limits
 from reinforce.evaluation.reading import Example
 from reinforce.evaluation.sets import Examples
 from reinforce.images.policy import ImageRefused, decode
-from reinforce.prefetch import prefetch
+from reinforce.processes.prefetch import prefetch
 from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.preprocessing.fit import fit

@@ -21,8 +21,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from reinforce.cores import available_cores, describe_share
 from reinforce.model_names import model_errors
+from reinforce.processes.cores import available_cores, describe_share
 from reinforce.shipping import graph
 from reinforce.shipping.machine import describe_machine
 from reinforce.shipping.report import LatencyReport

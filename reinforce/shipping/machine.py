@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from reinforce.cores import available_cores
+from reinforce.processes.cores import available_cores
 
 
 def machine_name() -> str:

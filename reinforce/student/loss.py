@@ -47,7 +47,7 @@ from typing import Literal
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from reinforce.training import gather
+from reinforce.training.distributed import gather
 
 Form = Literal["softmax", "sigmoid"]
 #: Tensors [b, D] by ``image`` and kind of text.

@@ -23,7 +23,7 @@ from reinforce.student.distillation import (
 from reinforce.student.export import export
 from reinforce.student.loss import Objective, contrastive_losses, scale_losses
 from reinforce.student.model import Student, build_student, load_tokenizer, scale_name
-from reinforce.training import gather
+from reinforce.training.distributed import gather
 from reinforce.training.task import Batch, Encoded
 from teachers.device.accelerator import Accelerator
 from teachers.protocols import Teacher

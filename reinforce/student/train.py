@@ -14,8 +14,8 @@ from reinforce.student.task import StudentTask
 from reinforce.training.config import MUTABLE_KEYS, fixed_config
 from reinforce.training.job import Job, model_settings
 from reinforce.training.launch import launch, runs_on_ray
-from reinforce.training.results import Results
-from reinforce.training.trackers import check_trackers
+from reinforce.training.record.results import Results
+from reinforce.training.record.trackers import check_trackers
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.tokenizer import Tokenizer
 

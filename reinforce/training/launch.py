@@ -6,10 +6,10 @@ import contextlib
 import os
 
 from reinforce.storage import Storage
+from reinforce.training.distributed.ranks import join_ranks, under_torchrun
 from reinforce.training.job import Job
 from reinforce.training.loop import run_rank
-from reinforce.training.ranks import join_ranks, under_torchrun
-from reinforce.training.results import Results
+from reinforce.training.record.results import Results
 from reinforce.training.stop import StopSignal
 from reinforce.training.task import Build
 

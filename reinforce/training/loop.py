@@ -27,25 +27,25 @@ from typing import Any
 
 import torch
 
-from reinforce.cores import arithmetic_threads, loader_processes
 from reinforce.errors import UserError
+from reinforce.processes.cores import arithmetic_threads, loader_processes
 from reinforce.seeds import seed_for
 from reinforce.storage import Storage
 from reinforce.terminal import Screen
 from reinforce.training.batches import Prefetcher
 from reinforce.training.checkpoint import Checkpoints, Progress
 from reinforce.training.config import HIGHEST_LOGIT_SCALE, describe_changes
+from reinforce.training.distributed.ranks import Ranks, wrap_ddp
 from reinforce.training.job import Job, total_steps
-from reinforce.training.log import Log
 from reinforce.training.optimizer import learning_rate, make_adamw
-from reinforce.training.progress import Throughput, TimeLeft, format_row
-from reinforce.training.ranks import Ranks, wrap_ddp
-from reinforce.training.results import Results, read_results
+from reinforce.training.record.log import Log
+from reinforce.training.record.progress import Throughput, TimeLeft, format_row
+from reinforce.training.record.results import Results, read_results
+from reinforce.training.record.trackers import open_trackers
 from reinforce.training.state import State, make_average
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Build, Feed, Task
-from reinforce.training.trackers import open_trackers
 from teachers.device import determinism
 from teachers.redact import redact
 

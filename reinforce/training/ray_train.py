@@ -12,17 +12,17 @@ from typing import Any
 import ray
 
 from reinforce.cluster import live_resources, ray_cluster
-from reinforce.cores import capacity, cores_per_process, default_gpus, describe_share
 from reinforce.errors import UserError
+from reinforce.processes.cores import capacity, cores_per_process, default_gpus, describe_share
 from reinforce.storage import Storage
 from reinforce.terminal import Screen
 from reinforce.training.config import Compute
+from reinforce.training.distributed.mailbox import Mailbox
+from reinforce.training.distributed.rank_watch import TIMEOUT
+from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.job import Job
 from reinforce.training.loop import run_rank
-from reinforce.training.mailbox import Mailbox
-from reinforce.training.rank_watch import TIMEOUT
-from reinforce.training.ranks import join_ranks
-from reinforce.training.results import Results, read_results
+from reinforce.training.record.results import Results, read_results
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Build
 from teachers.device import determinism

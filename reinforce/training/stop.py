@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from reinforce.signals import handled_signals
+from reinforce.processes.signals import handled_signals
 
 _REPEAT_SECONDS = 2.0
 

@@ -20,15 +20,15 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from reinforce.cluster import live_resources
-from reinforce.cores import capacity
 from reinforce.errors import UserError
+from reinforce.processes.cores import capacity
 from reinforce.storage import Storage
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import build, make_job
 from reinforce.terminal import Screen
 from reinforce.training.config import Compute
+from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.loop import run_rank
-from reinforce.training.ranks import join_ranks
 from reinforce.training.ray_train import Reserved, check_capacity, reserve
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.tuning.config import EarlyStopping

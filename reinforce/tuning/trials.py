@@ -17,8 +17,8 @@ from reinforce.student.config import StudentConfig
 from reinforce.student.train import make_job
 from reinforce.training.checkpoint import Checkpoints
 from reinforce.training.config import describe_changes
-from reinforce.training.log import LOG
-from reinforce.training.results import read_results
+from reinforce.training.record.log import LOG
+from reinforce.training.record.results import read_results
 
 _TRIAL, _STOPPED = "trial.json", "stopped.json"
 

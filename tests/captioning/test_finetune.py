@@ -19,7 +19,7 @@ from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.finetune import build, count_truncated, finetune, format_comparison
 from reinforce.cli import main
 from reinforce.errors import UserError
-from reinforce.training.results import Results
+from reinforce.training.record.results import Results
 from teachers.device.accelerator import Accelerator
 from tests.helpers.captioning import captioner_config, write_shards
 from tests.helpers.data import picture, write_tar

@@ -10,7 +10,7 @@ import pytest
 
 import reinforce
 from reinforce.engine.record.summary import RunSummary
-from reinforce.training.results import Results
+from reinforce.training.record.results import Results
 from tests.helpers.reinforced import small_dataset
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from reinforce.dataset.files.store import Store
 from reinforce.demo.compare import ARMS, MEASURES, PAIRS, compare_students, student_config
 from reinforce.errors import UserError
-from reinforce.training.results import Results
+from reinforce.training.record.results import Results
 from tests.helpers.demo import ROOT
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from reinforce.cores import available_cores
+from reinforce.processes.cores import available_cores
 from tests.helpers import tiny_models
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import solid_image, write_colour_folder, write_colour_shard, write_shard

@@ -21,8 +21,8 @@ from reinforce.engine.worker.shard import allocate_pixels, process_shard
 from reinforce.student.train import train
 from reinforce.training import loop
 from reinforce.training.batches import Prefetcher
+from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.loop import fit
-from reinforce.training.ranks import Ranks
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from teachers.coca.captioner import CocaCaptioner

@@ -13,7 +13,7 @@ from benchmarks.ablations.questions import Question
 from benchmarks.ablations.results import Answer, Training, add_derived_measures
 from reinforce.dataset.files.store import Store
 from reinforce.demo.compare import MEASURES, SECONDS
-from reinforce.training.results import Results
+from reinforce.training.record.results import Results
 
 
 def numbers_of(**arms: Sequence[float]) -> dict[str, dict[str, Sequence[float]]]:

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from reinforce.training.config import Training, fixed_config
-from reinforce.training.gather import gather
+from reinforce.training.distributed.gather import gather
 from reinforce.training.job import Job
 from reinforce.training.stop import StopSignal
 from reinforce.training.task import Batch, Build, Encoded, Reading

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 
 import reinforce
 from reinforce.cli import main
-from reinforce.cores import available_cores, describe_share
 from reinforce.dataset.files.store import MANIFEST
+from reinforce.processes.cores import available_cores, describe_share
 from tests.helpers.commands import Command
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.students import student_folder

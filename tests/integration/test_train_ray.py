@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load
 
 from reinforce.errors import UserError
+from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
-from reinforce.training.ranks import Ranks
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch
 from teachers.device.accelerator import Accelerator

@@ -16,8 +16,8 @@ from reinforce.config import parse_config
 from reinforce.engine.preflight.check_models import check_class
 from reinforce.engine.worker.actor import Worker, as_actor
 from reinforce.errors import UserError
+from reinforce.training.distributed.ranks import join_ranks
 from reinforce.training.launch import launch
-from reinforce.training.ranks import join_ranks
 from reinforce.training.ray_train import environment_of_ranks
 from teachers.coca import captioner as coca
 from teachers.device import determinism

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from reinforce.training import curves
-from reinforce.training.curves import draw_curves
+from reinforce.training.record import curves
+from reinforce.training.record.curves import draw_curves
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "loss": 2.0, "losses": {"clip": 2.0}, "lr": 0.1, "scalars": {"logit_scale": 14.0}},

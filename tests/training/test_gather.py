@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from reinforce.training import gather
+from reinforce.training.distributed import gather
 
 RANKS, ROWS = 2, 3
 

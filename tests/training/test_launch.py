@@ -67,7 +67,7 @@ def test_a_training_uses_all_cores_unless_the_config_says_otherwise(
     cpus: int,
     threads: int,
 ) -> None:
-    monkeypatch.setattr("reinforce.training.ranks.available_cores", lambda: 16)
+    monkeypatch.setattr("reinforce.training.distributed.ranks.available_cores", lambda: 16)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before, feed = torch.get_num_threads(), CountingFeed(3)
     launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=3, compute=compute))

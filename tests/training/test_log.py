@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reinforce.storage import Storage
-from reinforce.training.log import Log
+from reinforce.training.record.log import Log
 
 
 def row(step: int, loss: float = 1.0) -> dict[str, Any]:

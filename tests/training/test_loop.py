@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reinforce.errors import UserError
+from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
 from reinforce.training.loop import fit
-from reinforce.training.ranks import Ranks
-from reinforce.training.results import Results
+from reinforce.training.record.results import Results
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch
 from teachers.device.accelerator import Accelerator

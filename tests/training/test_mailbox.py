@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 
-from reinforce.training.mailbox import Mailbox
+from reinforce.training.distributed.mailbox import Mailbox
 
 
 def test_the_screen_gets_each_line_once_and_the_last_bar() -> None:
@@ -57,5 +57,8 @@ def test_user_errors_are_kept_by_rank() -> None:
 
 
 def test_its_process_imports_neither_torch_nor_open_clip() -> None:
-    code = "import sys; import reinforce.training.mailbox; sys.exit(not {'torch', 'open_clip'}.isdisjoint(sys.modules))"
+    code = (
+        "import sys; import reinforce.training.distributed.mailbox\n"
+        "sys.exit(not {'torch', 'open_clip'}.isdisjoint(sys.modules))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-import reinforce.training.progress
-from reinforce.training.progress import Throughput, TimeLeft, format_row
+import reinforce.training.record.progress
+from reinforce.training.record.progress import Throughput, TimeLeft, format_row
 
 ROW = {"step": 1200, "epoch": 0.5, "loss": 3.25, "samples_per_second": 2048.0, "waiting": 0.125, "skipped": 0}
 
@@ -21,7 +21,7 @@ def test_throughput_counts_samples_and_waiting_since_the_last_row() -> None:
 
 def test_the_time_left_follows_from_the_average_step_since_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([100.0, 130.0])
-    monkeypatch.setattr(reinforce.training.progress.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(reinforce.training.record.progress.time, "monotonic", lambda: next(now))
     assert TimeLeft(start=10, steps=40).seconds(20) == 60.0  # 3 s a step, 20 steps left
 
 

@@ -12,8 +12,15 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from reinforce.training import rank_watch
-from reinforce.training.rank_watch import AbsentRanks, Place, RankWatch, absent_ranks, describe_rank, next_report
+from reinforce.training.distributed import rank_watch
+from reinforce.training.distributed.rank_watch import (
+    AbsentRanks,
+    Place,
+    RankWatch,
+    absent_ranks,
+    describe_rank,
+    next_report,
+)
 
 TIMED_OUT = RuntimeError("[unbound_buffer.cc:78] Timed out waiting 1000ms for recv operation to complete")
 

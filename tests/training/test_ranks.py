@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from reinforce.errors import UserError
+from reinforce.training.distributed.ranks import join_ranks, share_from_first
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
-from reinforce.training.ranks import join_ranks, share_from_first
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Feed, Task
 from teachers.device.accelerator import Accelerator

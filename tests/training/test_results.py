@@ -10,7 +10,7 @@ import pytest
 
 from reinforce.storage import Storage
 from reinforce.training.checkpoint import BestCheckpoint
-from reinforce.training.results import Results, read_results
+from reinforce.training.record.results import Results, read_results
 
 RESULTS = Results(
     output="out",

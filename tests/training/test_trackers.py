@@ -17,7 +17,7 @@ from reinforce.student.config import StudentConfig
 from reinforce.student.train import make_job
 from reinforce.training.config import Trackers
 from reinforce.training.job import Job
-from reinforce.training.trackers import RUNS, Scalars, Tracker, check_trackers, open_trackers
+from reinforce.training.record.trackers import RUNS, Scalars, Tracker, check_trackers, open_trackers
 from tests.helpers.trainings import job, rows
 from tests.training.test_loop import run, stopped_after
 

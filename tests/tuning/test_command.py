@@ -16,7 +16,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.student.config import load_student_config
 from reinforce.student.train import build
-from reinforce.training.log import LOG
+from reinforce.training.record.log import LOG
 from teachers.device.accelerator import Accelerator
 from tests.helpers.reinforced import small_dataset
 from tests.helpers.students import student_folder

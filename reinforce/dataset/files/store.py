@@ -23,7 +23,7 @@ from reinforce.dataset.files.listing import Listing, list_folders
 from reinforce.dataset.files.range_file import RangeFile
 from reinforce.dataset.layers import Layer
 from reinforce.errors import UserError
-from reinforce.prefetch import prefetch
+from reinforce.processes.prefetch import prefetch
 from reinforce.source import file_types as formats
 from reinforce.storage import Storage
 from reinforce.terminal import escape

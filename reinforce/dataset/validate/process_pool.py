@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from reinforce.cores import available_cores
 from reinforce.dataset.validate.shard_reader import ReadOptions, ReadShards, ShardReader, Shards
 from reinforce.errors import UserError
-from reinforce.prefetch import prefetch
+from reinforce.processes.cores import available_cores
+from reinforce.processes.prefetch import prefetch
 from reinforce.storage import Storage
 
 #: Threads of a process, for the latency of storage; on a local disk, more of them only wait for each other.

@@ -17,7 +17,7 @@ import numpy as np
 
 from reinforce.engine.decode.item import Outcome
 from reinforce.engine.decode.process import COMMAND, READY, Chunk
-from reinforce.shared_memory import SharedMemory
+from reinforce.processes.shared_memory import SharedMemory
 
 #: Chunks that a process has at a time: it begins the second without waiting for its parent.
 DEPTH = 2

@@ -26,7 +26,7 @@ from reinforce.engine.decode.handle import DEPTH, ProcessDied, ProcessHandle
 from reinforce.engine.decode.item import DecodeSpec, Item, Outcome, SourceItem
 from reinforce.engine.decode.process import Chunk, StatusBoard
 from reinforce.engine.messages.pulse import LeaseWatch
-from reinforce.shared_memory import SharedMemory
+from reinforce.processes.shared_memory import SharedMemory
 from reinforce.source.samples import Refusal
 from schemas import Reason
 

@@ -25,7 +25,7 @@ import numpy as np
 from reinforce.engine.decode.cells import PixelCells
 from reinforce.engine.decode.item import DecodeSpec, Item, decode_item
 from reinforce.images import policy as image
-from reinforce.shared_memory import SharedMemory
+from reinforce.processes.shared_memory import SharedMemory
 
 READY = b"ready"
 #: What follows ``python -c``; the module is found where the parent finds it.

@@ -45,7 +45,7 @@ from reinforce.engine.record.events import Events
 from reinforce.engine.record.progress import Progress
 from reinforce.engine.record.summary import WORKER_LOST, Ending, RunSummary, RunTotals, ending_of, summarize
 from reinforce.errors import StorageError, UserError
-from reinforce.signals import stop_requests
+from reinforce.processes.signals import stop_requests
 from teachers.redact import Redactor
 
 #: Reasons of retries, in metrics.

@@ -13,7 +13,6 @@ import ray
 
 from reinforce.cluster import call_on_nodes, live_nodes, live_resources
 from reinforce.config import Config, Workers
-from reinforce.cores import Node, capacity, cores_per_process
 from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.policy.memory import MemoryUse
 from reinforce.engine.driver.polls import Polls
@@ -21,6 +20,7 @@ from reinforce.engine.messages.pulse import LeasePulse, Pulse, read_board
 from reinforce.engine.messages.results import WorkerId, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT, as_actor
+from reinforce.processes.cores import Node, capacity, cores_per_process
 
 _CAPACITY_SECONDS = 5.0  # between two counts of the cluster's resources
 _BOARD_SECONDS = 10.0  # for the boards of workers that do not answer

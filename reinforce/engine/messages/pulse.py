@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
-from reinforce.shared_memory import SharedMemory
+from reinforce.processes.shared_memory import SharedMemory
 
 #: Stages of a lease. A lease that runs a model is in a stage with the name of the layer.
 READING = "reading"

@@ -15,7 +15,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.config import Config
-from reinforce.cores import Node
 from reinforce.dataset.files.damage import DamagedFile, find_damaged, without_files
 from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.listing import Listing
@@ -31,6 +30,7 @@ from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.plan.source_shards import SourceShards, source_shards
 from reinforce.engine.plan.stored_layers import stored_layers
 from reinforce.errors import UserError
+from reinforce.processes.cores import Node
 from reinforce.source.formats.base import Shard
 from reinforce.source.urls import Info, canonical, expand
 

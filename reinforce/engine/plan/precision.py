@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 from reinforce.config import Config
-from reinforce.cores import Node, default_gpus
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import find_manifest
+from reinforce.processes.cores import Node, default_gpus
 from teachers.spec import ModelSpec, Precision
 
 #: Of these one exists where torch may find a GPU.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from reinforce.config import Workers
-from reinforce.cores import Node, available_cores, capacity
 from reinforce.engine.plan.precision import nodes_of_run
+from reinforce.processes.cores import Node, available_cores, capacity
 from reinforce.storage import Storage
 from reinforce.terminal import format_bytes
 

@@ -16,7 +16,6 @@ import torch
 from rich.table import Table
 
 from reinforce.config import Config, load_config
-from reinforce.cores import available_cores, describe_share
 from reinforce.dataset.files.store import Store
 from reinforce.engine.inference.full_batch import MAX_AUTO_BATCH
 from reinforce.engine.inference.models import Models
@@ -33,6 +32,7 @@ from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.plan.precision import resolve_precisions
 from reinforce.engine.plan.recipe import version_notes
 from reinforce.errors import UserError
+from reinforce.processes.cores import available_cores, describe_share
 from reinforce.terminal import Screen
 from teachers.describe import import_class
 from teachers.device.accelerator import Accelerator

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import schemas
 from reinforce.config import Config, Input
-from reinforce.cores import default_gpus
 from reinforce.engine.plan.precision import nodes_of_run
 from reinforce.engine.plan.source_shards import source_shards
 from reinforce.engine.starter.fields import find_fields
 from reinforce.engine.starter.template import render
 from reinforce.errors import UserError
+from reinforce.processes.cores import default_gpus
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.folder import METADATA
 from reinforce.source.formats.recognise import format_of_folder, format_of_name

@@ -17,7 +17,7 @@ from typing import Any
 from reinforce.config import Input
 from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
-from reinforce.prefetch import prefetch
+from reinforce.processes.prefetch import prefetch
 from reinforce.source.captions import parse_json
 from reinforce.source.formats.base import ListedFolder, Shard, SourceFormat
 from reinforce.source.formats.columns import NoColumn, RowReader, find_columns, is_image_name

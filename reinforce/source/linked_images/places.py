@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from reinforce.config import Input
-from reinforce.prefetch import prefetch
+from reinforce.processes.prefetch import prefetch
 from reinforce.source.formats.columns import make_sample
 from reinforce.source.linked_images.http import ImageRefusedByPlace, Unreachable, fetch
 from reinforce.source.references import MAX_URL_CHARS, ImageRoots

@@ -25,7 +25,7 @@ from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.parts import Part, PartMaker, Tokenize
 from reinforce.student.data.reading import plan_reading
 from reinforce.student.data.stream import RankStream, StreamPlan
-from reinforce.training.ranks import share_from_first
+from reinforce.training.distributed.ranks import share_from_first
 from reinforce.training.task import Batch, Reading
 
 _LOG = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import torch
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode
-from reinforce.shared_memory import SharedMemory
+from reinforce.processes.shared_memory import SharedMemory
 from reinforce.student.data.examples import Example
 
 #: n texts -> int64 [n, context].

@@ -22,7 +22,7 @@ def test_a_tiny_run_on_a_cpu_measures_every_figure(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("benchmarks.gpu.shards.DecodePool", lambda _: contextlib.nullcontext(decode_pool()))
-    monkeypatch.setattr("reinforce.training.log.draw_curves", lambda *_: None)  # a second each
+    monkeypatch.setattr("reinforce.training.record.log.draw_curves", lambda *_: None)  # a second each
     monkeypatch.setattr("teachers.device.determinism.set_flags", lambda *_, **__: None)  # flags of the other tests
     main(["--device", "cpu", "--tiny", "--cores", "1", "--results", f"{tmp_path}/gpu.json"])
     output = capsys.readouterr().out

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.pipeline import proc
-from reinforce.shared_memory import SharedMemory
+from reinforce.processes.shared_memory import SharedMemory
 
 MEGABYTE = 10**6
 _BUSY = "import time; t = time.process_time\nwhile t() < {}: pass\nprint('done', flush=True); input()"
 _TOUCH = """\
 import sys
-from reinforce.shared_memory import SharedMemory
+from reinforce.processes.shared_memory import SharedMemory
 memory = SharedMemory(descriptor=int(sys.argv[1])).array()
 memory[:] = 1
 print("done", flush=True); input()

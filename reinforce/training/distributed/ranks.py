@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from reinforce.cores import available_cores, cores_per_process, default_gpus, describe_share
 from reinforce.errors import UserError
+from reinforce.processes.cores import available_cores, cores_per_process, default_gpus, describe_share
 from reinforce.training.config import Compute
-from reinforce.training.rank_watch import TIMEOUT, RankWatch
+from reinforce.training.distributed.rank_watch import TIMEOUT, RankWatch
 from reinforce.training.stop import Stopped
 from teachers.device.accelerator import Accelerator
 from teachers.device.determinism import strict_flags

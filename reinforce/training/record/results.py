@@ -9,7 +9,7 @@ from typing import Any
 from reinforce.storage import Storage
 from reinforce.terminal import format_duration
 from reinforce.training.checkpoint import FOLDER, BestCheckpoint
-from reinforce.training.log import CURVES, EVENTS, LOG
+from reinforce.training.record.log import CURVES, EVENTS, LOG
 
 RESULTS = "results.json"
 

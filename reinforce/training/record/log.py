@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.storage import Storage
-from reinforce.training.curves import draw_curves
-from reinforce.training.trackers import Tracker
+from reinforce.training.record.curves import draw_curves
+from reinforce.training.record.trackers import Tracker
 
 _DRAWING_SECONDS = 30.0
 LOG, CURVES, EVENTS = "log.jsonl", "curves.png", "tensorboard"

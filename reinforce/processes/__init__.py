@@ -1,0 +1,1 @@
+"""Cores, shared memory, threads and signals of processes."""

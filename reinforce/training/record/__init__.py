@@ -1,0 +1,1 @@
+"""What a training records: logs, curves, trackers, progress, results."""
