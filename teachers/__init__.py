@@ -1,0 +1,1 @@
+"""Models that label: teachers and captioners. Imports nothing of ``reinforce``."""

@@ -1,0 +1,1 @@
+"""Models for other runtimes: ``reinforce export onnx`` and ``reinforce latency``."""

@@ -1,0 +1,1 @@
+"""``reinforce tune``: logit scales and lambda, by screening and short trainings."""

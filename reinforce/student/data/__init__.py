@@ -1,0 +1,1 @@
+"""Batches from reinforced datasets: streamed, shuffled, divided among ranks, resumable."""
