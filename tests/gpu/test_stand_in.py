@@ -1,29 +1,13 @@
-"""The stand-in for CUDA behaves and counts as CUDA does."""
+"""The stand-in for CUDA raises and counts where CUDA raises, waits and copies."""
 
 from __future__ import annotations
-
-import threading
 
 import numpy as np
 import pytest
 import torch
 
 from teachers.device.accelerator import Accelerator
-from tests.helpers.stand_in_cuda import CudaTensor, stand_in_cuda
-
-
-def test_tensors_made_on_or_moved_to_the_device_report_it_and_compute_as_the_cpu() -> None:
-    values = torch.randn(4, 3)
-    with stand_in_cuda():
-        made = [torch.zeros(2, device="cuda"), torch.tensor([1, 2], device="cuda:0"), values.to("cuda"), values.cuda()]
-        made += [made[2].half(), made[2].to(made[0]), torch.nn.Linear(3, 2).to("cuda").weight, made[2][1:].T]
-        assert all(type(tensor) is CudaTensor and tensor.is_cuda and tensor.device.type == "cuda" for tensor in made)
-        assert made[2].to("cuda") is made[2]
-        assert torch.equal((made[2] @ made[2].T).cpu(), values @ values.T)
-        assert type(made[2].cpu()) is torch.Tensor
-        with pytest.raises(TypeError, match="numpy"):
-            made[0].numpy()
-    assert not torch.zeros(1).is_cuda
+from tests.helpers.stand_in_cuda import stand_in_cuda
 
 
 def test_mixed_devices_raise_and_scalars_and_indices_of_the_cpu_do_not() -> None:
@@ -39,12 +23,11 @@ def test_mixed_devices_raise_and_scalars_and_indices_of_the_cpu_do_not() -> None
         ):
             with pytest.raises(RuntimeError, match="same device"):
                 mix()
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
         with cuda.counted() as counts:
-            _ = there * torch.tensor(2.0) + 1
-        assert not counts.copies
-        with cuda.counted() as counts:
-            _ = there[torch.tensor([0, 2])]
-        assert [(copy.to_device, copy.blocking) for copy in counts.copies] == [(True, True)]
+            _ = there[torch.tensor([0, 2])] * torch.tensor(2.0) + 1
+        assert [(copy.to_device, copy.blocking) for copy in counts.copies] == [(True, True)], "the indices"
 
 
 @pytest.mark.parametrize(
@@ -61,10 +44,12 @@ def test_mixed_devices_raise_and_scalars_and_indices_of_the_cpu_do_not() -> None
         lambda x: torch.ones(3).to(x.device, non_blocking=True),  # from memory that is not pinned
     ],
 )
-def test_each_wait_of_the_host_is_counted_with_its_place(wait) -> None:
+def test_each_wait_of_the_host_is_counted_with_its_place_and_spoils_a_capture(wait) -> None:
     with stand_in_cuda() as cuda:
         tensor = torch.ones(3, device="cuda")
         with cuda.counted() as counts:
+            wait(tensor)
+        with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
             wait(tensor)
     assert counts.synchronizations == 1, counts.describe()
     assert "tests/gpu/test_stand_in.py:" in next(iter(counts.waits))
@@ -78,20 +63,14 @@ def test_copies_from_and_to_pinned_memory_do_not_wait() -> None:
         with cuda.counted() as counts:
             tensor = accelerator.put(np.ones(8, np.float32))
             parts = accelerator.put_parts([arena[:1], arena[2:]])
-            back = parts.to("cpu", non_blocking=True)
+            assert parts.to("cpu", non_blocking=True).shape == (3, 2)
             torch.empty(8, pin_memory=True).copy_(tensor, non_blocking=True)
-        assert back.shape == (3, 2)
-    assert [(copy.to_device, copy.bytes) for copy in counts.copies] == [
-        (True, 32),
-        (True, 8),
-        (True, 16),
-        (False, 24),
-        (False, 32),
-    ]
+    copies = [(copy.to_device, copy.bytes) for copy in counts.copies]
+    assert copies == [(True, 32), (True, 8), (True, 16), (False, 24), (False, 32)]
     assert counts.synchronizations == 0, counts.describe()
 
 
-def test_operations_are_counted_as_kernels_also_in_backward_passes_and_threads() -> None:
+def test_operations_are_counted_as_kernels_also_in_backward_passes() -> None:
     with stand_in_cuda() as cuda:
         layer = torch.nn.Linear(3, 2).to("cuda")
         inputs = torch.ones(4, 3, device="cuda")
@@ -102,29 +81,21 @@ def test_operations_are_counted_as_kernels_also_in_backward_passes_and_threads()
         with cuda.counted() as counts:
             layer(inputs).sum().backward()
         assert {"addmm", "mm", "sum"} <= counts.by_name.keys()
-        assert type(layer.weight.grad) is CudaTensor
-        with cuda.counted() as counts:
-            thread = threading.Thread(target=lambda: torch.tensor([3.0], device="cuda"))
-            thread.start()
-            thread.join()
-        assert counts.allocations == 1
 
 
-def test_memory_is_bounded_and_allocations_can_be_made_to_fail() -> None:
+def test_memory_is_bounded_and_allocations_are_counted() -> None:
     with stand_in_cuda(memory=1000) as cuda:
         kept = torch.zeros(100, device="cuda")
         with cuda.counted() as counts:
             kept.add_(1).view(10, 10).mul_(2)
             assert not counts.allocations
             _ = kept + 1
-            assert (counts.allocations, counts.allocated_bytes) == (1, 400)
+            assert counts.allocations == 1
         with pytest.raises(torch.OutOfMemoryError):
             torch.zeros(200, device="cuda")
         del _
         assert torch.cuda.mem_get_info() == (600, 1000)
         assert torch.cuda.max_memory_allocated() == 800
-        with cuda.failing_allocations(lambda size: size > 16), pytest.raises(torch.OutOfMemoryError):
-            torch.zeros(5, device="cuda")
 
 
 def test_a_captured_graph_reads_and_writes_the_tensors_of_its_capture() -> None:
@@ -141,53 +112,3 @@ def test_a_captured_graph_reads_and_writes_the_tensors_of_its_capture() -> None:
             graph.replay()
         assert (counts.operations, counts.graph_launches) == (2, 2)
         assert (doubled.tolist(), total.tolist()) == ([8, 8, 8], [16, 16, 16])
-        with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            total.sum().item()
-        assert not torch.cuda.is_current_stream_capturing()
-
-
-def test_autocast_of_the_device_computes_in_its_precision() -> None:
-    with stand_in_cuda():
-        accelerator = Accelerator("cuda", "bf16")
-        layer = accelerator.prepare(torch.nn.Linear(3, 2))
-        with accelerator.forward():
-            assert layer(torch.ones(1, 3, device="cuda")).dtype is torch.bfloat16
-
-
-def test_a_stream_that_does_not_wait_for_another_is_a_race() -> None:
-    with stand_in_cuda():
-        side, source = torch.cuda.Stream(), torch.ones(3, device="cuda")
-        with torch.cuda.stream(side), pytest.raises(RuntimeError, match=r"uses what another stream writes"):
-            source.add(1)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            made = source.add(1)
-        with pytest.raises(RuntimeError, match=r"uses what another stream writes at tests/gpu/test_stand_in.py"):
-            made.add(1)
-        with pytest.raises(RuntimeError, match="writes what another stream reads"):
-            source.zero_()
-        torch.cuda.current_stream().wait_event(side.record_event())
-        made.add(1)
-        made.record_stream(torch.cuda.current_stream())
-        source.zero_()
-        with torch.cuda.stream(side):
-            made = torch.ones(3, device="cuda")
-            made.sum().item()  # the host waits
-        made.add(1)
-
-
-def test_memory_of_one_stream_used_on_another_needs_record_stream() -> None:
-    def use_elsewhere(record: bool) -> None:
-        with stand_in_cuda():
-            side = torch.cuda.Stream()
-            with torch.cuda.stream(side):
-                made = torch.ones(3, device="cuda")
-            torch.cuda.current_stream().wait_stream(side)
-            made.add(1)
-            if record:
-                made.record_stream(torch.cuda.current_stream())
-            del made
-
-    use_elsewhere(record=True)
-    with pytest.raises(RuntimeError, match="freed without record_stream"):
-        use_elsewhere(record=False)

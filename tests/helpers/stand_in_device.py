@@ -1,4 +1,4 @@
-"""The device of ``stand_in_cuda``: its tensors, its memory, and what is counted."""
+"""The device of ``stand_in_cuda``: its tensors, its memory, its streams, and what is counted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ from weakref import finalize
 import torch
 from torch.utils._pytree import tree_map_only
 
-from tests.helpers.stand_in_counts import Copy, Counts
-from tests.helpers.stand_in_streams import DEVICE, Races, Stream, current, host_waits_for
+from tests.helpers.stand_in_streams import DEVICE, Stream, current
 
 aten = torch.ops.aten
 _ROOT = str(Path(__file__).parents[2])
@@ -26,7 +26,44 @@ _WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique
 _CPU_VALUES = {"fill_", "masked_fill_", "masked_fill", "where", "index_put_", "index_put"}  # and pointwise ones
 
 
-_races: list[Races] = []  # of the device that there is
+@dataclass(frozen=True)
+class Copy:
+    """A copy between the host and the device."""
+
+    to_device: bool
+    bytes: int
+    blocking: bool
+    place: str
+    stream: Stream
+
+
+@dataclass
+class Counts:
+    """What a piece of code asked the device to do."""
+
+    operations: int = 0
+    allocations: int = 0
+    graph_launches: int = 0
+    by_name: Counter[str] = field(default_factory=Counter)
+    copies: list[Copy] = field(default_factory=list)
+    waits: Counter[str] = field(default_factory=Counter)  # by reason and place
+
+    @property
+    def synchronizations(self) -> int:
+        """How often the host waited for the device; blocking copies are among them."""
+        return self.waits.total()
+
+    def copies_to_device(self) -> list[Copy]:
+        return [copy for copy in self.copies if copy.to_device]
+
+    def describe(self) -> str:
+        """A text for messages of assertions."""
+        waits = "; ".join(f"{count}x {what}" for what, count in self.waits.most_common(12))
+        names = ", ".join(f"{name} {count}" for name, count in self.by_name.most_common(20))
+        return (
+            f"{self.operations} operations ({names}), {self.allocations} allocations, {len(self.copies)} copies, "
+            f"{self.synchronizations} synchronizations: {waits}"
+        )
 
 
 class CudaTensor(torch.Tensor):
@@ -39,7 +76,7 @@ class CudaTensor(torch.Tensor):
 
     def record_stream(self, stream: Stream) -> None:
         """Keep the memory until what is queued on ``stream`` is done."""
-        _races[0].record(_storage(self), stream)
+        stream.recorded.append(_storage(self))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,11 +88,8 @@ class StandIn:
 
     def __init__(self, memory: int) -> None:
         self.memory, self.allocated, self.peak = memory, 0, 0
-        self._capturing = threading.local()
-        self.captures = 0  # in progress
+        self.tape: list[tuple[Any, Any, Any, Any]] | None = None  # of the graph that is captured
         self._one_thread = threading.RLock()
-        self.races = Races()
-        _races[:] = [self.races]
         self.compiled: list[dict[str, Any]] = []
         self._counting: list[Counts] = []
         self._pinned: dict[int, tuple[int, Any]] = {}  # address -> (bytes, what keeps the memory)
@@ -63,21 +97,6 @@ class StandIn:
         self._sizes: dict[int, int] = {}
         self._fail: Callable[[int], bool] | None = None
         self._leaving = False
-
-    @property
-    def tape(self) -> list[tuple[Any, Any, Any, Any]] | None:
-        """Of the graph that this thread captures (capture_error_mode="thread_local")."""
-        return getattr(self._capturing, "tape", None)
-
-    def capture(self, tape: list[tuple[Any, Any, Any, Any]] | None) -> None:
-        """Begin or end a capture."""
-        self.captures += (tape is not None) - (self.tape is not None)
-        self._capturing.tape = tape
-
-    def forbid_captures(self, what: str) -> None:
-        """Raise for what concerns all streams, of which one is being captured."""
-        if self.captures:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {what} at {_place()}")
 
     @contextmanager
     def counted(self) -> Iterator[Counts]:
@@ -113,19 +132,9 @@ class StandIn:
             raise RuntimeError(f"operation not permitted when stream is capturing: {reason} at {_place()}")
         for counts in self._counting:
             counts.waits[f"{reason} at {_place()}"] += 1
-        host_waits_for(current())
-
-    def synchronize(self) -> None:
-        """Wait for all streams."""
-        self.forbid_captures("torch.cuda.synchronize")
-        self.wait("torch.cuda.synchronize")
-        self.races.synchronize()
 
     def pin(self, address: int, size: int, owner: Any = None) -> None:
         self._pinned[address] = (size, owner)
-
-    def unpin(self, address: int) -> None:
-        self._pinned.pop(address, None)
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         start = tensor.data_ptr()
@@ -233,11 +242,10 @@ class StandIn:
         if blocking:
             self.wait("blocking copy to the device" if to_device else "blocking copy to the host")
         for counts in self._counting:
-            counts.copies.append(Copy(to_device, source.nbytes, pinned, blocking, _place()))
+            counts.copies.append(Copy(to_device, source.nbytes, blocking, _place(), current()))
 
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.tape is None:
-            self._check_races(func, args, kwargs)
             return _run(func, args, kwargs)
         # A capture runs nothing, but the shapes are needed: only what changes tensors is left out.
         out = args[0] if func._schema.is_mutable else _run(func, args, kwargs)
@@ -249,24 +257,12 @@ class StandIn:
         for func, args, kwargs, out in tape:
             if _is_view(func):
                 continue
-            self._check_races(func, args, kwargs)
             again = _run(func, args, kwargs)
             if func._schema.is_mutable:
                 continue
             with torch._C._DisableTorchDispatch():
                 for old, new in zip(_tensors(out), _tensors(again), strict=True):
                     old.copy_(new)
-
-    def _check_races(self, func: Any, args: Any, kwargs: Any) -> None:
-        if _is_view(func):
-            return
-        used = [tensor for tensor in _tensors((args, kwargs)) if isinstance(tensor, CudaTensor)]
-        written = []
-        if func._schema.is_mutable:
-            names = _written_arguments(func)
-            by_name = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-            written = [t for name in names for t in _tensors(by_name.get(name)) if isinstance(t, CudaTensor)]
-        self.races.operate(map(_storage, used), map(_storage, written), _place)
 
     # -- memory
 
@@ -289,13 +285,11 @@ class StandIn:
             raise torch.OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {size} bytes; {self.allocated} of {self.memory} are in use"
             )
-        self.races.allocate(storage, _place)
         self._sizes[storage] = size
         self.allocated += size
         self.peak = max(self.peak, self.allocated)
         for counts in self._counting:
             counts.allocations += 1
-            counts.allocated_bytes += size
 
     def _release(self, storage: int) -> None:
         with self._one_thread:
@@ -306,16 +300,10 @@ class StandIn:
         if not self._alive[storage]:
             del self._alive[storage]
             self.allocated -= self._sizes.pop(storage)
-            self.races.release(storage)
 
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-@cache
-def _written_arguments(func: Any) -> tuple[str, ...]:
-    return tuple(a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:

@@ -30,10 +30,10 @@ class CUDAGraph:
 
     def capture_begin(self, *_: Any, **__: Any) -> None:
         self._tape = []
-        _device[0].capture(self._tape)
+        _device[0].tape = self._tape
 
     def capture_end(self) -> None:
-        _device[0].capture(None)
+        _device[0].tape = None
 
     def replay(self) -> None:
         _device[0].count_launch()
@@ -51,8 +51,7 @@ _device: list[StandIn] = []  # of the stand_in_cuda() that is entered
 
 @contextmanager
 def _graph(graph: CUDAGraph, pool: Any = None, stream: Any = None, **_: Any) -> Iterator[None]:
-    _device[0].synchronize()  # as torch does
-    _device[0].forbid_captures("torch.cuda.empty_cache")
+    torch.cuda.synchronize()  # as torch does
     with streams.use(stream or streams.Stream()):
         graph.capture_begin()
         try:
@@ -91,7 +90,7 @@ def _grouped(*arguments: Any) -> Any:
 def replaced_runtime(cuda: StandIn) -> Iterator[None]:
     """Replace them while the context lasts."""
     _device[:] = [cuda]
-    streams.start(cuda.wait)
+    streams.Event.on_wait = staticmethod(cuda.wait)
     with ExitStack() as stack:
         for name, value in _replacements(cuda).items():
             stack.enter_context(patch.object(torch.cuda, name, value))
@@ -128,9 +127,6 @@ def _replacements(cuda: StandIn) -> dict[str, Any]:
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
-    def limit(fraction: float, device: Any = None) -> None:
-        cuda.memory = int(fraction * total)
-
     def forget_peak(device: Any = None) -> None:
         cuda.peak = cuda.allocated
 
@@ -138,15 +134,11 @@ def _replacements(cuda: StandIn) -> dict[str, Any]:
         cuda.pin(address, size)
         return 0
 
-    def unregister(address: int) -> int:
-        cuda.unpin(address)
-        return 0
-
     total = cuda.memory
     properties = SimpleNamespace(
         name="stand-in", major=9, minor=0, total_memory=total, multi_processor_count=132, uuid="stand-in"
     )
-    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
+    runtime = SimpleNamespace(cudaHostRegister=register)
     return {
         "_lazy_init": nothing,
         "is_available": lambda: True,
@@ -161,14 +153,10 @@ def _replacements(cuda: StandIn) -> dict[str, Any]:
         "get_device_properties": lambda device=None: properties,
         "mem_get_info": lambda device=None: (cuda.memory - cuda.allocated, total),
         "memory_allocated": lambda device=None: cuda.allocated,
-        "memory_reserved": lambda device=None: cuda.allocated,
         "max_memory_allocated": lambda device=None: cuda.peak,
-        "max_memory_reserved": lambda device=None: cuda.peak,
-        "memory_stats": lambda device=None: {"allocated_bytes.all.peak": cuda.peak},
         "reset_peak_memory_stats": forget_peak,
-        "empty_cache": lambda: cuda.forbid_captures("torch.cuda.empty_cache"),
-        "set_per_process_memory_fraction": limit,
-        "synchronize": lambda device=None: cuda.synchronize(),
+        "empty_cache": nothing,
+        "synchronize": lambda device=None: cuda.wait("torch.cuda.synchronize"),
         "cudart": lambda: runtime,
         "Stream": streams.Stream,
         "Event": streams.Event,
@@ -177,7 +165,6 @@ def _replacements(cuda: StandIn) -> dict[str, Any]:
         "default_stream": streams.default,
         "CUDAGraph": CUDAGraph,
         "graph": _graph,
-        "graph_pool_handle": lambda: (0, 0),
         "is_current_stream_capturing": lambda: cuda.tape is not None,
         "manual_seed": nothing,
         "manual_seed_all": nothing,

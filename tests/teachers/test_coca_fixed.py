@@ -12,6 +12,7 @@ from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
 from teachers.coca.network import CocaNetwork
 from teachers.device.accelerator import Accelerator
 from teachers.spec import CaptionerSpec
+from tests.helpers.real_sizes import RAISING
 from tests.helpers.stand_in_cuda import StandIn, stand_in_cuda
 from tests.teachers.test_coca_decoder import LENGTH, coca, difference
 
@@ -64,6 +65,7 @@ def test_captions_on_cuda_are_those_of_the_cpu_and_each_word_waits_once(options)
         # the texts are read once, and those of beams with their scores
         assert counts.synchronizations <= counts.graph_launches + 2, counts.describe()
         assert not any(copy.blocking for copy in counts.copies_to_device()), counts.describe()
+        assert not RAISING & counts.by_name.keys()
 
 
 def per_word(cuda: StandIn, **options: Any) -> dict[str, float]:

@@ -50,13 +50,8 @@ class BatchSizes:
         """Texts of a forward pass that may have ``texts``."""
         return min(texts, self._bounds.get("texts", texts))
 
-    def note(self, text: str) -> None:
-        """Add a message about the memory of the device."""
-        with self._changed:
-            self._notes.append(text)
-
     def take_notes(self) -> tuple[str, ...]:
-        """Messages, such as about sizes that were halved, since the last call."""
+        """Messages about sizes that were halved since the last call."""
         with self._changed:
             notes, self._notes = tuple(self._notes), []
         return notes

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from reinforce.engine.inference.inference import Inference
 from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.stage_meter import StageMeter, device_report
 from reinforce.engine.record.rates import Cost
 from teachers.device.accelerator import Accelerator
-from tests.engine.test_inference import CONFIG, LAYERS, Inference, pixels, rows
+from tests.helpers.batches import CONFIG, LAYERS, pixels, rows
 from tests.helpers.models import ColorTeacher, SeedCaptioner
 
 SECONDS = 1000.0  # of a batch on the device

@@ -9,25 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from reinforce.config import parse_config
-from reinforce.engine.decode.cells import PixelCells
-from reinforce.engine.decode.rows import Row
 from reinforce.engine.inference.inference import Inference, to_numpy
 from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.messages.results import LayerFailure
-from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.seeds import seed_for
 from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.device.accelerator import Accelerator
 from teachers.preprocessing.pixels import to_pixels
-from tests.helpers.data import config_of
+from tests.helpers.batches import CONFIG, CPU, LAYERS, pixels, rows
 from tests.helpers.models import ColorTeacher, SeedCaptioner, WrongShapeTeacher
-
-CPU = torch.device("cpu")
-CONFIG = parse_config(config_of("x.tar", "out", workers={"batch": 3}))
-LAYERS = build_layers(CONFIG, describe_models(CONFIG))
-VIEW = SeedCaptioner(CPU).image
 
 
 class Recording(ColorTeacher):
@@ -44,17 +35,6 @@ def inference(*names: str, red: ColorTeacher | None = None, counters: Counters |
     teachers = {"red": red or ColorTeacher(CPU), "blue": ColorTeacher(CPU, size=24, dim=12, seed=1)}
     models = Models(teachers, {"namer": SeedCaptioner(CPU)}, Accelerator("cpu"))
     return Inference(CONFIG, [LAYERS[name] for name in names], models, counters or Counters())
-
-
-def rows(count: int) -> list[Row]:
-    return [Row(f"key{i}", None, i) for i in range(count)]
-
-
-def pixels() -> PixelCells:
-    """The pixels of three rows."""
-    rng = np.random.default_rng(0)
-    views = {VIEW: rng.integers(0, 255, (3, 8, 8, 3), np.uint8)}
-    return PixelCells(rng.integers(0, 255, (3, 2, 24, 24, 3), np.uint8), views)
 
 
 def test_a_batch_gives_each_layer_the_outputs_of_its_model() -> None:
@@ -131,28 +111,27 @@ def test_rows_that_are_not_finite_are_left_to_the_quarantine(value: float) -> No
         to_numpy(values, 4, 4)
 
 
-class Growing(ColorTeacher):
-    """Embeddings of norm 3 from the second batch on."""
+@pytest.mark.parametrize("layer", ["embeddings/red/images", "embeddings/red/namer"])
+def test_a_teacher_whose_norm_changes_after_its_first_batch_fails(layer: str) -> None:
+    class Growing(ColorTeacher):
+        norm = 1.0
 
-    calls = 0
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            return super().encode_images(pixels) * self.norm
 
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return super().encode_images(pixels) * (3 if self.calls > 1 else 1)
+        def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+            return super().encode_texts(texts) * self.norm
 
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        self.calls += 1
-        return super().encode_texts(texts) * (3 if self.calls > 1 else 1)
+    teacher = Growing(CPU)
+    run = inference("embeddings/red/images", red=teacher)
 
+    def encode() -> None:
+        run.run(rows(2), pixels()) if layer.endswith("images") else run.encode_texts(LAYERS[layer], [["a", "b"]])
 
-def test_a_teacher_whose_norm_changes_after_its_first_batch_fails() -> None:
-    run = inference("embeddings/red/images", red=Growing(CPU))
-    run.run(rows(2), pixels())
-    with pytest.raises(LayerFailure, match=r"embeddings/red/images: ValueError: embeddings must have norm 1, got 3\.0"):
-        run.run(rows(2), pixels())
-    run = inference(red=Growing(CPU))
-    with pytest.raises(LayerFailure, match=r"embeddings/red/namer: ValueError: embeddings must have norm 1, got 3\.0"):
-        run.encode_texts(LAYERS["embeddings/red/namer"], [["a", "b"], ["c", "d"]])
+    encode()
+    teacher.norm = 3.0
+    with pytest.raises(LayerFailure, match=rf"{layer}: ValueError: embeddings must have norm 1, got 3\.0"):
+        encode()
 
 
 def test_the_norm_of_an_unreadable_images_embedding_is_not_checked() -> None:

@@ -1,4 +1,4 @@
-"""Images are copied on a stream of their own, and models wait for them."""
+"""Copies, page-locked memory and captures on a stand-in for CUDA."""
 
 from __future__ import annotations
 
@@ -12,40 +12,47 @@ from reinforce.engine.inference.inference import Inference
 from reinforce.engine.inference.models import Counters, Models
 from teachers.device.accelerator import Accelerator
 from teachers.device.step_graphs import GraphedSteps
-from tests.engine.test_inference import CONFIG, LAYERS, pixels, rows
+from tests.helpers.batches import CONFIG, LAYERS, pixels, rows
 from tests.helpers.models import ColorTeacher, SeedCaptioner
 from tests.helpers.stand_in_cuda import stand_in_cuda
 
 NAMES = ("embeddings/red/images", "captions/namer")
 
 
-def outputs(device: str) -> dict[str, Any]:
+class Noting(ColorTeacher):
+    """Notes what the stream of the first batch has waited for, and what memory is kept for it."""
+
+    awaited: list[Any]
+    recorded: int
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.is_cuda:
+            stream: Any = torch.cuda.current_stream()
+            self.awaited, self.recorded = [*stream.awaited], len(stream.recorded)
+        return super().encode_images(pixels)
+
+
+def outputs(device: str) -> tuple[dict[str, Any], Noting]:
     there = torch.device(device)
-    models = Models({"red": ColorTeacher(there)}, {"namer": SeedCaptioner(there)}, Accelerator(device))
+    models = Models({"red": Noting(there)}, {"namer": SeedCaptioner(there)}, Accelerator(device))
     cells = pixels()
     for array in (cells.crops, *cells.views.values()):
         assert array is not None
         models.accelerator.pin(array)
-    return Inference(CONFIG, [LAYERS[name] for name in NAMES], models, Counters()).run(rows(3), cells)
+    run = Inference(CONFIG, [LAYERS[name] for name in NAMES], models, Counters()).run
+    return run(rows(3), cells), models.teachers["red"]  # type: ignore[return-value]
 
 
-def test_images_are_copied_while_the_device_computes_and_models_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = outputs("cpu")
-    on_default: list[bool] = []
-    put_parts = Accelerator.put_parts
-
-    def noting(self: Accelerator, parts: Any) -> torch.Tensor:
-        on_default.append(torch.cuda.current_stream() is torch.cuda.default_stream())
-        return put_parts(self, parts)
-
-    monkeypatch.setattr(Accelerator, "put_parts", noting)
-    with stand_in_cuda() as cuda:  # raises where a stream reads what another one has not finished
-        found = outputs("cuda")
-        assert cuda.races.at_release == []
-        monkeypatch.setattr(Accelerator, "wait_for_copies", lambda self, tensors: None)
-        with pytest.raises(RuntimeError, match="race"):
-            outputs("cuda")
-    assert on_default == [False] * 4
+def test_images_are_copied_while_the_device_computes_and_models_wait_for_them() -> None:
+    expected, _ = outputs("cpu")
+    with stand_in_cuda() as cuda:
+        with cuda.counted() as counts:
+            found, teacher = outputs("cuda")
+        copies = [copy for copy in counts.copies_to_device() if copy.place.startswith("teachers/device/accelerator")]
+        assert {copy.blocking for copy in copies} == {False}
+        (stream,) = {copy.stream for copy in copies}
+        assert stream is not torch.cuda.default_stream()
+        assert (teacher.awaited, teacher.recorded) == ([stream], 2), "crops and whole images"
     np.testing.assert_allclose(found[NAMES[0]], expected[NAMES[0]], atol=1e-6)
     assert found[NAMES[1]] == expected[NAMES[1]]
 

@@ -1,7 +1,8 @@
-"""Batches of rows, two of a shard in work."""
+"""Batches of rows, two of a shard in work, and the order in which shards use the accelerator."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,14 +30,14 @@ def test_batches_are_yielded_in_order_and_the_end_gets_all_rows() -> None:
 
 
 def test_the_older_of_two_shards_keeps_the_accelerator_between_its_batches() -> None:
-    turns, used, started = PriorityLock(), "", threading.Event()
+    lock, used, started = PriorityLock(), "", threading.Event()
 
     def shard(name: str, order: int) -> None:
         def run(batch: list[Row]) -> None:
             nonlocal used
-            with turns.take(order):
+            with lock.take(order):
                 started.set()
-                while name == "a" and keys(batch) != "3" and not any(order == 1 for order, _ in turns._waiting):
+                while name == "a" and keys(batch) != "3" and not any(order == 1 for order, _ in lock._waiting):
                     time.sleep(0.001)
                 used += name
 
@@ -66,3 +67,42 @@ def test_an_error_arrives_once_no_batch_is_in_work() -> None:
     with pytest.raises(ValueError, match="odd"), Batches(lambda: 1, LeaseWatch("a")) as batches:
         list(batches.run(rows(3), run, lambda _: None))
     assert ended.is_set()
+
+
+def test_the_oldest_waiting_shard_gets_the_lock_first() -> None:
+    lock, order = PriorityLock(), []
+
+    def use(number: int) -> None:
+        with lock.take(number):
+            order.append(number)
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in (5, 3, 4, 3)]
+    with lock.take(9):
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 120
+        while lock.waiting < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join(120)
+    assert order == [3, 3, 4, 5]
+
+
+def test_one_thread_at_a_time_holds_the_lock_and_an_exception_releases_it() -> None:
+    lock, inside, most = PriorityLock(), 0, 0
+    orders = [lock.next_order() for _ in range(4)]
+    assert orders == [1, 2, 3, 4]
+
+    def use(order: int) -> None:
+        nonlocal inside, most
+        for _ in range(50):
+            with contextlib.suppress(ZeroDivisionError), lock.take(order):
+                inside += 1
+                most = max(most, inside)
+                inside -= 1
+                raise ZeroDivisionError
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(use, orders))
+    assert most == 1

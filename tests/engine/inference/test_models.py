@@ -1,4 +1,4 @@
-"""Loading models, and sharing the accelerator."""
+"""Loading models, their two halves, and the tokens that they share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reinforce.config import parse_config
 from reinforce.dataset.augment import fixed_point
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.engine.inference import models as engine_models
-from reinforce.engine.inference.models import Models, load_models
+from reinforce.engine.inference.models import Models, TokenCache, load_models
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from teachers.device.accelerator import Accelerator
@@ -100,14 +100,11 @@ def test_an_augmentation_backend_without_a_package_is_a_user_error_before_any_im
         load_models(config, [LAYERS["samples"]])
 
 
-def test_models_use_the_accelerator_in_inference_mode() -> None:
-    with models().use_accelerator():
-        assert torch.is_inference_mode_enabled()
-
-
 def test_texts_are_tokenized_before_the_accelerator_is_used_where_the_teacher_supports_it() -> None:
     encode = models().text_encoder(Tokenizing(CPU), ["one", "two"])
-    torch.testing.assert_close(encode(), ColorTeacher(CPU).encode_texts(["ONE", "TWO"]))
+    with models().use_accelerator():
+        assert encode().is_inference()
+        torch.testing.assert_close(encode(), ColorTeacher(CPU).encode_texts(["ONE", "TWO"]))
     encode = models().text_encoder(ColorTeacher(CPU), ["one"])
     torch.testing.assert_close(encode(), ColorTeacher(CPU).encode_texts(["one"]))
 
@@ -147,3 +144,37 @@ def test_teachers_of_open_clip_with_one_tokenizer_share_the_tokens_of_a_batch() 
     assert open_clip_text._tokenizer_key(open_clip.SimpleTokenizer(context_length=64)) != keys[0]
     assert open_clip_text._tokenizer_key(open_clip.SimpleTokenizer(clean="whitespace")) != keys[0]
     assert open_clip_text._tokenizer_key(open_clip.SimpleTokenizer(reduction_mask="shuffle")) is None
+
+
+class Counting:
+    """A tokenizer that counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, texts: Sequence[str]) -> list[int]:
+        self.calls += 1
+        return [len(text) for text in texts]
+
+
+def test_equal_tokenizers_tokenize_a_batch_once() -> None:
+    cache, first, second, other = TokenCache(), Counting(), Counting(), Counting()
+    assert cache.get("a", ["one", "three"], first) == [3, 5]
+    assert cache.get("a", ["one", "three"], second) == [3, 5]
+    assert cache.get("b", ["one", "three"], other) == [3, 5]
+    assert cache.get("a", ["one"], first) == [3]
+    assert (first.calls, second.calls, other.calls) == (2, 0, 1)
+    for calls in (2, 3):
+        cache.get(None, ["one"], other)
+        assert other.calls == calls, "a tokenizer without a key shares nothing"
+
+
+def test_only_recent_batches_are_kept() -> None:
+    cache, tokenize = TokenCache(), Counting()
+    for number in range(engine_models._MAX_BATCHES + 1):
+        cache.get("a", [str(number)], tokenize)
+        cache.get("a", ["0"], tokenize)
+    assert tokenize.calls == engine_models._MAX_BATCHES + 1, "the one that is used again stays"
+    cache.get("a", ["1"], tokenize)
+    assert tokenize.calls == engine_models._MAX_BATCHES + 2
+    assert len(cache._tokens) == engine_models._MAX_BATCHES

@@ -66,6 +66,22 @@ class Network(ColorTeacher):
         return torch.nn.functional.normalize(self.head(super().encode_texts(texts)), dim=-1)
 
 
+class Split(ColorTeacher):
+    """Encodes texts by their tokens, in a run too, to embeddings of norm 3."""
+
+    def tokenize(self, texts: Sequence[str]) -> list[str]:
+        return list(texts)
+
+    def encode_tokens(self, tokens: list[str]) -> torch.Tensor:
+        return 3 * super().encode_texts(tokens)
+
+
+def without_image() -> ColorTeacher:
+    teacher = ColorTeacher(CPU)
+    teacher.image = None  # type: ignore[assignment]
+    return teacher
+
+
 def sort_by_length(out: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
     """The embeddings from the longest to the shortest text."""
     return out[np.argsort([-len(text) for text in texts])]
@@ -77,6 +93,7 @@ def test_good_models_pass_and_the_check_does_not_count_as_work() -> None:
     assert checked.counters == Counters()
     check(IMAGES, red=ImageOnly(CPU))
     check(TRUE, "embeddings/red/namer", red=TextOnly(CPU))
+    np.testing.assert_allclose(check_text_encoder(models(), "red", "fp32"), [1] * len(TEXTS), atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -115,6 +132,13 @@ def test_models_of_both_libraries_pass_in_every_precision(tmp_path: Path, precis
         (IMAGES, Changed(lambda out, _: out[:1].expand(len(out), -1)), "two different images get the same embedding"),
         (TRUE, Changed(lambda out, _: out.roll(1, 1) if len(out) > 1 else out), "in a batch than alone .cosine"),
         (TRUE, Changed(sort_by_length), "in a batch than alone .*order of the rows"),
+        (
+            TRUE,
+            Changed(lambda out, _: torch.nn.functional.normalize(out + 0.1 * torch.randn_like(out), dim=-1)),
+            r"second time \(cosine 0\.\d+, at least 0\.9999 is required\)",
+        ),
+        (TRUE, Split(CPU), r"norm 1, got 3\.000"),
+        (IMAGES, without_image(), "no `image`"),
         (IMAGES, Changed(lambda out, _: out.flip(0)), "in a batch than alone .*order of the rows"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -137,12 +161,6 @@ def test_a_network_in_training_mode_is_named(layer: str) -> None:
         check(layer, red=teacher)
 
 
-def test_random_embeddings_are_not_repeatable() -> None:
-    noise = Changed(lambda out, _: torch.nn.functional.normalize(out + 0.1 * torch.randn_like(out), dim=-1))
-    with pytest.raises(UserError, match=r"second time \(cosine 0\.\d+, at least 0\.9999 is required\)"):
-        check(TRUE, red=noise)
-
-
 def test_tolerances_depend_on_the_precision_of_the_output_and_of_the_config() -> None:
     def turned(degrees: float) -> Any:
         """Embeddings of a batch, turned by so many degrees."""
@@ -163,55 +181,37 @@ def test_tolerances_depend_on_the_precision_of_the_output_and_of_the_config() ->
         check(TRUE, red=Changed(turned(10)), precision="bf16")
 
 
-def test_texts_are_encoded_as_in_a_run() -> None:
-    class Split(ColorTeacher):
-        def tokenize(self, texts: Sequence[str]) -> list[str]:
-            return list(texts)
+class Writing(SeedCaptioner):
+    """A captioner whose captions are changed by a function of the captions, the seeds and the number of the call."""
 
-        def encode_tokens(self, tokens: list[str]) -> torch.Tensor:
-            return 3 * super().encode_texts(tokens)
+    def __init__(self, change: Any) -> None:
+        super().__init__(CPU)
+        self.change, self.calls = change, 0
 
-    with pytest.raises(UserError, match=r"norm 1, got 3\.000"):
-        check(TRUE, red=Split(CPU))
-
-
-def test_norms_are_returned() -> None:
-    norms = check_text_encoder(models(), "red", "fp32")
-    assert len(norms) == len(TEXTS)
-    np.testing.assert_allclose(norms, 1, atol=1e-6)
+    def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
+        self.calls += 1
+        return self.change(super().caption(pixels, seeds), seeds, self.calls)
 
 
-def test_a_captioner_with_another_number_of_captions_is_a_user_error() -> None:
-    class OneCaption(SeedCaptioner):
-        def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
-            return [row[:1] for row in super().caption(pixels, seeds)]
-
-    with pytest.raises(UserError, match=r"namer fails .* list of 2 texts for each of 2 images, got \[\['a picture of"):
-        check(CAPTIONS, namer=OneCaption(CPU))
-    with pytest.raises(UserError, match=r"namer fails its self-test \(captions\): AttributeError: .*'caption'"):
-        check(CAPTIONS, namer=ColorTeacher(CPU))
-
-
-def test_a_captioner_that_does_not_use_its_seeds_alone_is_a_user_error() -> None:
-    class Unseeded(SeedCaptioner):
-        calls = 0
-
-        def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
-            self.calls += 1
-            return [[f"call {self.calls}"] * seeds.shape[1] for _ in seeds]
-
-    class SeededByTheBatch(SeedCaptioner):
-        def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
-            return [[f"{int(seeds.sum())}, caption of a batch"] * seeds.shape[1] for _ in seeds]
-
-    with pytest.raises(UserError, match=r"other captions the second time, \['call 1', .*`seeds`"):
-        check(CAPTIONS, namer=Unseeded(CPU))
-    with pytest.raises(UserError, match=r"captions in a batch, .* than alone, .* image b and seeds\[b, n\] alone"):
-        check(CAPTIONS, namer=SeededByTheBatch(CPU))
-
-
-def test_a_teacher_without_an_image_spec_cannot_encode_images() -> None:
-    teacher = ColorTeacher(CPU)
-    teacher.image = None  # type: ignore[assignment]
-    with pytest.raises(UserError, match="no `image`"):
-        check(IMAGES, red=teacher)
+@pytest.mark.parametrize(
+    ("namer", "message"),
+    [
+        (
+            Writing(lambda texts, *_: [row[:1] for row in texts]),
+            r"list of 2 texts for each of 2 images, got \[\['a pict",
+        ),
+        (ColorTeacher(CPU), r"\(captions\): AttributeError: .*'caption'"),
+        (
+            Writing(lambda texts, _, call: [[f"call {call}"] * 2 for _ in texts]),
+            r"other captions the second time, \['call 1', .*`seeds`",
+        ),
+        (
+            Writing(lambda texts, seeds, _: [[f"{int(seeds.sum())}, caption of a batch"] * 2 for _ in texts]),
+            r"captions in a batch, .* than alone, .* image b and seeds\[b, n\] alone",
+        ),
+    ],
+    ids=["number", "method", "unseeded", "batch"],
+)
+def test_a_captioner_without_its_number_of_seeded_captions_is_a_user_error(namer: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"namer fails its self-test .*{message}"):
+        check(CAPTIONS, namer=namer)

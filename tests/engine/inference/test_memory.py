@@ -1,9 +1,10 @@
-"""Batches that are halved where the memory of the device runs out."""
+"""Errors of a device that is out of memory, batches that are halved then, and full batches before a run."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from reinforce.config import parse_config
+from reinforce.config import Config, parse_config
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.cells import PixelCells
 from reinforce.engine.decode.rows import Row
 from reinforce.engine.inference.batch_sizes import BatchSizes
+from reinforce.engine.inference.full_batch import find_batch, fit_batch
 from reinforce.engine.inference.inference import Inference
 from reinforce.engine.inference.models import Counters, Models, load_models
-from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt, is_out_of_memory, memory_hint
+from reinforce.engine.messages.results import ShardResult, raising_layer_failure
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.shard import process_shard
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
-from tests.helpers.models import ColorTeacher
+from tests.helpers.models import ColorTeacher, SeedCaptioner
 from tests.helpers.small_device import MESSAGE, SmallDevice
 
 CPU = torch.device("cpu")
@@ -150,3 +154,126 @@ def test_without_a_shortage_no_shard_waits_for_the_other() -> None:
     sizes = BatchSizes()
     with sizes.on_device() as first, sizes.on_device() as second:
         assert (first, second) == (True, True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported asynchronously"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_errors_of_memory_are_recognised_also_as_the_cause_of_another(error: Exception) -> None:
+    assert is_out_of_memory(error)
+    other = ValueError("our_lab: encoding failed")
+    other.__cause__ = error
+    assert is_out_of_memory(other)
+    assert memory_hint(other).startswith(". The models of the config do not fit")
+
+
+def test_other_errors_are_not_of_memory() -> None:
+    for error in (RuntimeError("device-side assert triggered"), ValueError("CUDA out of memory"), MemoryError()):
+        assert not is_out_of_memory(error)
+        assert memory_hint(error) == ""
+        with pytest.raises(type(error)):
+            attempt(lambda error=error: _raise(error))  # type: ignore[misc]
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_an_attempt_that_runs_out_of_memory_releases_what_its_functions_held() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def encode() -> torch.Tensor:
+        large = torch.zeros(1000)
+        held.append(weakref.ref(large))
+        return large @ torch.empty(2**60)  # the CPU's allocator raises
+
+    def run() -> torch.Tensor:
+        with raising_layer_failure("embeddings/red/images"):
+            return encode()
+
+    result = attempt(run)
+    assert isinstance(result, OutOfMemory)
+    assert result.layer == "embeddings/red/images"
+    assert "DefaultCPUAllocator" in result.text
+    assert held[0]() is None
+    assert attempt(lambda: 3) == 3
+
+
+class Large(ColorTeacher):
+    """Needs memory for three rows of a device for each row that it encodes, and encodes at most 10 texts."""
+
+    def __init__(self, device: SmallDevice) -> None:
+        super().__init__(CPU)
+        self.memory = device
+        self.longest = 0
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.memory.check(3 * len(pixels) // 2)
+        return super().encode_images(pixels)
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        self.longest = max(self.longest, *map(len, texts))
+        if len(texts) > 10:
+            raise torch.cuda.OutOfMemoryError(MESSAGE)
+        return super().encode_texts(texts)
+
+
+def loaded(batch: Any, capacity: int = 17) -> tuple[Models, Config, list[Layer]]:
+    device = SmallDevice(capacity)
+    config = parse_config(config_of("x.tar", "out", workers={"batch": batch}))
+    layers = [*build_layers(config, describe_models(config)).values()]
+    teachers = {"red": Large(device), "blue": ColorTeacher(CPU, size=24, dim=12)}
+    return Models(teachers, {"namer": SeedCaptioner(CPU)}, device), config, layers
+
+
+def test_auto_is_the_largest_batch_that_fits_while_others_are_copied() -> None:
+    models, config, layers = loaded(
+        "auto", 50
+    )  # four batches of 4 crops and 4 views are copied, and 12 more are needed
+    found = find_batch(models, config, layers, largest=64)
+    assert found.workers.images == 8, "4 rows with 2 augmentations"
+    assert models.batches.texts(64) == 8
+    assert models.batches.take_notes() == ()
+    assert models.counters == Counters()
+    with models.batches.on_device() as shared:
+        assert shared, "the search is no reason to copy one batch at a time"
+
+
+def test_a_batch_that_does_not_fit_is_reported_before_the_run() -> None:
+    models, config, layers = loaded(16)
+    assert find_batch(models, config, layers).workers.batch == 16
+    notes = models.batches.take_notes()
+    assert any(
+        "8 images at once do not fit in the memory of the device; from now on 4 images" in note for note in notes
+    )
+
+
+def test_on_the_cpu_auto_is_a_fixed_number_and_nothing_is_tried() -> None:
+    models, config, layers = loaded("auto", 0)
+    assert fit_batch(models, config, layers).workers.batch == 256
+    assert models.counters == Counters()
+
+
+def test_a_model_that_fails_in_a_full_batch_only_ends_the_run_before_it_begins() -> None:
+    models, config, layers = loaded(64, 10_000)
+
+    def caption(pixels: torch.Tensor, seeds: np.ndarray) -> Any:
+        raise IndexError(f"no room for {len(pixels)}")
+
+    captioner: Any = models.captioners["namer"]
+    captioner.caption = caption
+    with pytest.raises(UserError, match=r"captions/namer fails in a full batch of 64: IndexError: no room for 32"):
+        find_batch(models, config, layers)
+
+
+def test_a_batch_must_be_a_number_or_auto() -> None:
+    for wrong in (0, "large", True, 1.5):
+        with pytest.raises(UserError, match=r"workers\.batch: must be a number of images, at least 1, or auto, got"):
+            parse_config(config_of("x.tar", "out", workers={"batch": wrong}))
