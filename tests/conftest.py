@@ -114,3 +114,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def command(capfd: pytest.CaptureFixture[str]) -> Command:
     """Runs a command."""
     return partial(run_command, capfd)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings leave out the pictures of their curves, which take half a second each."""
+    monkeypatch.setattr("reinforce.training.record.log.draw_curves", lambda *_: None)

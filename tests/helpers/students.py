@@ -11,6 +11,7 @@ import torch
 from reinforce.student.config import Student as StudentSpec
 from reinforce.student.distillation import IMAGES, TEXTS, TeacherInfo
 from reinforce.student.model import Student, build_student
+from tests.helpers import shipping  # noqa: F401 (registers tiny_fastvit)
 from tests.helpers.tiny_models import open_clip_config, tokenizer
 
 KINDS = ("vit", "mobileclip", "hf")
@@ -21,14 +22,14 @@ TEACHER = TeacherInfo(5, frozenset([IMAGES, TEXTS]), 50.0, "")
 def student_folder(folder: Path, kind: str = "vit", **changes: Any) -> str:
     """Write an ``open_clip_config.json`` and return the model's name; ``changes`` update its ``model_cfg``.
 
-    ``vit`` is like OpenAI's CLIP; ``mobileclip`` has a FastViT and a text tower that is not causal, like
-    MobileCLIP2-S0; ``hf`` has a text tower and a tokenizer from transformers.
+    ``vit`` is like OpenAI's CLIP; ``mobileclip`` has a small FastViT and a text tower that is not causal,
+    like MobileCLIP2-S0; ``hf`` has a text tower and a tokenizer from transformers.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = open_clip_config(context_length=16)
     if kind == "mobileclip":
         config["vision_cfg"] = {
-            "timm_model_name": "fastvit_mci0",
+            "timm_model_name": "tiny_fastvit",
             "timm_model_pretrained": False,
             "timm_pool": "avg",
             "timm_proj": None,

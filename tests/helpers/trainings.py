@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from reinforce.training.config import Training, fixed_config
+from reinforce.training.config import MUTABLE_KEYS, Training, fixed_config
 from reinforce.training.distributed.gather import gather
 from reinforce.training.job import Job
 from reinforce.training.stop import StopSignal
@@ -127,8 +127,7 @@ def training(**changes: Any) -> Training:
 
 def job(output: Path | str, evaluate_every: int | None = None, best: str | None = None, **changes: Any) -> Job:
     config = training(**changes)
-    mutable = ("steps", "checkpoints", "log_every", "compute.ranks", "compute.cpus", "compute.accumulate", "retries")
-    return Job(config, str(output), 0, fixed_config(config, mutable), evaluate_every=evaluate_every, best=best)
+    return Job(config, str(output), 0, fixed_config(config, MUTABLE_KEYS), evaluate_every=evaluate_every, best=best)
 
 
 def build(accelerator: Accelerator, options: dict[str, Any], feed: dict[str, Any]) -> tuple[TowersTask, PairFeed]:

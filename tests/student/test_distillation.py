@@ -1,15 +1,24 @@
-"""Which teachers are distilled, and how; errors name the key to set."""
+"""Which teachers are distilled and how, and the targets of online teachers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
 
 from reinforce import settings
 from reinforce.errors import UserError
+from reinforce.student import online
 from reinforce.student.config import Loss, StudentConfig
-from reinforce.student.distillation import IMAGES, TEXTS, TeacherInfo, plan_distillation, stored_teachers
+from reinforce.student.distillation import (
+    IMAGES,
+    TEXTS,
+    TeacherInfo,
+    plan_distillation,
+    stored_teachers,
+)
+from teachers.spec import TeacherSpec
 
 TWO = TeacherInfo(8, frozenset([IMAGES, TEXTS]), 70.0, "dataset: config")
 UNSCALED = TeacherInfo(8, frozenset([IMAGES, TEXTS]), None, "dataset: model")
@@ -65,11 +74,6 @@ def test_feature_targets_are_all_teachers_or_none(features: str, approached: lis
     assert ("unused" in plan.notes[1]) == (features == "none")
 
 
-def test_lambda_0_uses_no_teacher() -> None:
-    plan = plan_distillation(loss(**{"lambda": 0.0}), {"vit": UNSCALED, "dino": EYES})
-    assert plan.teachers == []
-
-
 def test_a_logit_scale_in_the_config_replaces_that_of_the_dataset() -> None:
     plan = plan_distillation(loss(logit_scales={"vit": 55.0}), {"vit": TWO})
     assert plan.scales == {"vit": 55.0}
@@ -78,6 +82,7 @@ def test_a_logit_scale_in_the_config_replaces_that_of_the_dataset() -> None:
 
 
 def test_a_teacher_without_a_scale_is_refused_with_the_key_to_set() -> None:
+    assert plan_distillation(loss(**{"lambda": 0.0}), {"vit": UNSCALED, "dino": EYES}).teachers == []
     with pytest.raises(UserError, match=r"teacher vit has no logit scale.*Set loss\.logit_scales\.vit"):
         plan_distillation(loss(), {"vit": UNSCALED})
 
@@ -125,3 +130,52 @@ def test_datasets_must_agree_on_a_teacher() -> None:
     with pytest.raises(UserError, match=r"logit scale 70.0 in a and 60.0 in b\. Set loss\.logit_scales\.vit"):
         stored_teachers(config("a", "b"), manifests)
     assert stored_teachers(config("a", "b", loss={"logit_scales": {"vit": 65.0}}), manifests).keys() == {"vit"}
+
+
+SPECS = {
+    "both": TeacherSpec.model_validate(
+        {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16}, "dtype": "float32"}
+    ),
+    "eyes": TeacherSpec.model_validate({"class": "tests.helpers.models:ImageOnly", "dtype": "float32"}),
+    "ears": TeacherSpec.model_validate({"class": "tests.helpers.models:TextOnly", "dtype": "float32"}),
+}
+
+
+@pytest.fixture(scope="module")
+def teachers() -> Any:
+    return online.load_teachers(SPECS, "cpu")
+
+
+def batch(size: int) -> dict[str, Any]:
+    images = torch.randint(0, 256, (size, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    texts = ["word " * (1 + 7 * i % 5) + str(i) for i in range(size)]
+    return {"image": images, "views": dict.fromkeys(SPECS, images), "texts": {"caption": texts}}
+
+
+def test_a_loaded_teacher_is_described_by_its_sides_dimension_and_scale(teachers: Any) -> None:
+    infos = {name: online.teacher_info(teacher, SPECS[name]) for name, teacher in teachers.items()}
+    sides = {name: info.sides for name, info in infos.items()}
+    assert sides == {"both": {IMAGES, TEXTS}, "eyes": {IMAGES}, "ears": {TEXTS}}
+    assert {name: info.dim for name, info in infos.items()} == {"both": 8, "eyes": 5, "ears": 6}
+    assert (infos["both"].logit_scale, infos["both"].scale_source) == (30.0, "model")
+    scaled = SPECS["both"].model_copy(update={"logit_scale": 5.0})
+    assert online.teacher_info(teachers["both"], scaled).scale_source == "config: loss.teachers"
+
+
+def test_targets_keep_their_rows_in_batches_of_any_size(teachers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = online.add_targets(batch(11), teachers)["targets"]
+    shapes = {name: {what: tuple(v.shape) for what, v in of.items()} for name, of in whole.items()}
+    assert shapes == {
+        "both": {"image": (11, 8), "caption": (11, 8)},
+        "eyes": {"image": (11, 5)},
+        "ears": {"caption": (11, 6)},
+    }
+    monkeypatch.setattr(online, "_MAX_BATCH", 4)
+    torch.testing.assert_close(online.add_targets(batch(11), teachers)["targets"], whole)
+    each = torch.cat([teachers["both"].encode_texts([text]) for text in batch(11)["texts"]["caption"]])
+    torch.testing.assert_close(whole["both"]["caption"], each)
+
+
+def test_a_teacher_that_cannot_be_loaded_is_an_error_for_the_user() -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        online.load_teachers({"x": TeacherSpec.model_validate({"class": "nowhere:Model"})}, "cpu")

@@ -12,7 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reinforce.student.loss import Objective, contrastive_losses, implied_bias, scale_losses
+from reinforce.student.loss import (
+    Objective,
+    contrastive_losses,
+    implied_bias,
+    scale_losses,
+)
 
 KINDS = {"both": ("caption", "synthetic"), "mixed": ("caption",)}
 SCALES = {"one": 70.0, "two": 60.0, "three": 33.0}
@@ -122,14 +127,6 @@ def test_without_teachers_it_equals_open_clips_losses() -> None:
     torch.testing.assert_close(siglip, open_clip.loss.SigLipLoss()(student["image"], student["caption"], scale, bias))
 
 
-def test_lambda_0_reads_no_targets() -> None:
-    class Unread(dict):  # type: ignore[type-arg]
-        def __getitem__(self, key: object) -> object:
-            raise AssertionError(f"{key} was read")
-
-    contrastive_losses(Objective(0.0, "softmax", SCALES), vectors("student"), torch.tensor(10.0), None, Unread())
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("form", ["softmax", "sigmoid"])
 def test_the_largest_scales_in_half_precision_stay_finite(form: str, dtype: torch.dtype) -> None:
@@ -194,12 +191,8 @@ def test_the_implied_bias_reproduces_the_softmax_of_similar_rows() -> None:
     logits = torch.stack([row.roll(shift) for shift in range(5)])
     bias = implied_bias(logits)
     torch.testing.assert_close((logits + bias).sigmoid().diagonal(), logits.softmax(dim=1).diagonal())
-
-
-def test_the_implied_bias_is_minus_the_logarithm_of_the_number_of_other_samples() -> None:
-    few, many = (implied_bias(torch.zeros(size, size)).item() for size in (9, 65))
-    assert few == pytest.approx(-math.log(8))
-    assert many == pytest.approx(-math.log(64))
+    for size in (9, 65):
+        assert implied_bias(torch.zeros(size, size)).item() == pytest.approx(-math.log(size - 1)), "the other samples"
 
 
 @pytest.mark.parametrize(("form", "matrices"), [("softmax", 4), ("sigmoid", 2)])
@@ -251,15 +244,3 @@ def test_a_learnt_scale_converges_to_where_the_true_pairs_are_most_likely() -> N
     assert 2.1 < best < 95
     assert found.exp().item() == pytest.approx(best, rel=5e-3)
     assert loss().item() == pytest.approx(curve.min(), abs=1e-5)
-
-
-def test_scales_may_be_tensors_or_numbers() -> None:
-    features, teachers = vectors("student"), {name: vectors(name) for name in ("one", "two")}
-    numbers = {"one": 70.0, "two": 60.0}
-    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-    scale = torch.tensor(20.0, dtype=torch.float64)
-    losses = [
-        contrastive_losses(Objective(0.7, "softmax", scales), features, scale, None, teachers)
-        for scales in (numbers, tensors)
-    ]
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)

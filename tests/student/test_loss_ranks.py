@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from reinforce.student.loss import Objective, contrastive_losses
+from tests.helpers.ranks import results_of_ranks
 
 RANKS, PAIRS = 2, 3  # pairs of a rank
 WHATS = ("image", "caption", "synthetic")
@@ -45,20 +44,14 @@ def computed(objective: Objective, rows: slice) -> dict[str, torch.Tensor]:
     return {"loss": total.detach(), **gradients}
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+def of_rank(rank: int) -> dict[str, dict[str, torch.Tensor]]:
     rows = slice(rank * PAIRS, (rank + 1) * PAIRS)
-    torch.save({name: computed(objective, rows) for name, objective in CASES.items()}, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return {name: computed(objective, rows) for name, objective in CASES.items()}
 
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
-    return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
+    return results_of_ranks(of_rank, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)

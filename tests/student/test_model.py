@@ -1,42 +1,58 @@
-"""Students of any architecture: initialisation, features, losses, and refused models."""
+"""Students of any architecture: initialisation, features, losses, refused models, and exports."""
 
 from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from reinforce.errors import UserError
 from reinforce.student.export import export
 from reinforce.student.model import load_tokenizer
-from tests.helpers.students import IMAGE_TEACHER, KINDS, TEACHER, batch, batch_for, built, student_folder, train_briefly
+from reinforce.student.pointwise import avoid_faulty_convolutions
+from teachers.preprocessing.fit import fit
+from tests.helpers.demo import ROOT
+from tests.helpers.students import (
+    IMAGE_TEACHER,
+    KINDS,
+    TEACHER,
+    batch,
+    batch_for,
+    built,
+    student_folder,
+    train_briefly,
+)
 from tests.helpers.tiny_models import open_clip_model
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_seed_determines_the_weights_and_the_global_generator_is_untouched(tmp_path: Path, kind: str) -> None:
+def test_the_seed_determines_the_weights_without_warnings_and_the_global_generator_is_untouched(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     name = student_folder(tmp_path, kind)
     before = torch.get_rng_state()
-    first, again, other = (built(name, seed, features={"t": TEACHER}).state_dict() for seed in (3, 3, 4))
+    students = [built(name, seed, features={"t": TEACHER}) for seed in (3, 3, 4)]
     assert torch.equal(before, torch.get_rng_state())
+    load_tokenizer(students[0])
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+    first, again, other = (student.state_dict() for student in students)
     assert all(torch.equal(value, again[key]) for key, value in first.items())
     assert all(value.isfinite().all() for value in first.values())
     drawn = [key for key, value in first.items() if value.ndim > 1 and value.std() > 1e-6]
     assert drawn
     assert not any(torch.equal(first[key], other[key]) for key in drawn)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_random_weights_are_no_warning(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    name = student_folder(tmp_path, kind)
-    load_tokenizer(built(name))
-    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+    faulty = [name for name, module in students[0].named_modules() if module._forward_pre_hooks]
+    assert faulty == ["clip.visual.trunk.stem.0.conv_scale.conv"] * (kind == "mobileclip")
     open_clip.create_model(name, load_weights=False, pretrained_text=False)
     assert [record.message.split(" ")[0] for record in caplog.records] == ["Local", "No"], "elsewhere it is"
 
@@ -67,20 +83,20 @@ def test_features_equal_open_clips_on_normalised_pixels(tmp_path: Path) -> None:
     torch.testing.assert_close(encoded.scalars, {"logit_scale": scale})
 
 
-def test_features_under_autocast_are_float32_with_unit_norm(tmp_path: Path) -> None:
+def test_features_under_autocast_are_float32_with_unit_norm_and_a_mixed_batch_has_one_kind_of_text(
+    tmp_path: Path,
+) -> None:
     student = built(student_folder(tmp_path))
     with torch.autocast("cpu", torch.bfloat16):
         features = student(batch_for(student)).features
     for value in features.values():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.norm(dim=1), torch.ones(4))
-
-
-def test_a_mixed_batch_has_one_kind_of_text(tmp_path: Path) -> None:
-    student = built(student_folder(tmp_path))
     both, mixed = student(batch_for(student)), student(batch_for(student, kinds=("caption",)))
     assert set(mixed.features) == {"image", "caption"}
     torch.testing.assert_close(mixed.features["caption"], both.features["caption"])
+    with pytest.raises(UserError, match="the batch has images of 24 x 24; the student takes 32"):
+        student(batch(24))
 
 
 def test_feature_losses_are_weighted_means_of_one_minus_cosine(tmp_path: Path) -> None:
@@ -137,12 +153,9 @@ def test_a_random_student_with_sigmoid_starts_with_siglips_scale_and_bias(tmp_pa
     assert model.logit_bias.item() == student.clip.logit_bias.item()
     again = built(f"local-dir:{tmp_path / 'b'}", form="sigmoid")
     assert torch.equal(again.clip.logit_bias, student.clip.logit_bias)
-
-
-def test_a_models_bias_is_frozen_with_softmax(tmp_path: Path) -> None:
-    student = built(student_folder(tmp_path, init_logit_bias=-4.0))
-    assert not student.clip.logit_bias.requires_grad
-    assert student.clip.logit_bias.item() == -4
+    frozen = built(student_folder(tmp_path / "c", init_logit_bias=-4.0))
+    assert not frozen.clip.logit_bias.requires_grad, "with a softmax"
+    assert frozen.clip.logit_bias.item() == -4
 
 
 def test_a_student_starts_from_given_weights(tmp_path: Path) -> None:
@@ -168,15 +181,12 @@ def test_a_model_that_cannot_be_a_student_is_refused(model: str, message: str) -
         built(model)
 
 
-def test_a_model_with_images_that_are_not_square_is_refused(tmp_path: Path) -> None:
-    name = student_folder(tmp_path, vision_cfg={"image_size": [32, 48]})
+def test_images_that_are_not_square_and_sigmoid_without_a_bias_are_refused(tmp_path: Path) -> None:
+    name = student_folder(tmp_path / "portrait", vision_cfg={"image_size": [32, 48]})
     with pytest.raises(UserError, match="images of 32 x 48, and augmented crops are square"):
         built(name)
-
-
-def test_weights_without_a_bias_are_refused_with_sigmoid(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="were trained with a softmax and have no logit bias"):
-        built(open_clip_model(tmp_path), form="sigmoid")
+        built(open_clip_model(tmp_path / "softmax"), form="sigmoid")
 
 
 def test_a_tokenizer_that_does_not_fit_the_context_is_refused(tmp_path: Path) -> None:
@@ -188,6 +198,80 @@ def test_a_tokenizer_that_does_not_fit_the_context_is_refused(tmp_path: Path) ->
         load_tokenizer(student)
 
 
-def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the batch has images of 24 x 24; the student takes 32"):
-        built(student_folder(tmp_path))(batch(24))
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_open_clip_loads_the_trained_weights(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    student = built(student_folder(tmp_path / "architecture", kind), features={"t": TEACHER, "s": IMAGE_TEACHER})
+    train_briefly(student)
+    with caplog.at_level(logging.WARNING, "reinforce"):
+        export(student, str(tmp_path / "exported"))
+    needed = f"{tmp_path}/exported needs the folder {tmp_path}/architecture/text"
+    assert (needed in caplog.text) == (kind == "hf"), "a text tower in a local folder"
+    name = f"local-dir:{tmp_path / 'exported'}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    trained = student.clip.state_dict()
+    loaded = model.state_dict()
+    assert loaded.keys() == trained.keys() == load_file(tmp_path / "exported/open_clip_model.safetensors").keys()
+    assert all(torch.equal(value, trained[key]) for key, value in loaded.items())
+
+    student.eval()
+    inputs = batch_for(student)
+    with torch.no_grad():
+        features = student(inputs).features
+        picture = Image.fromarray(inputs["image"][0].numpy())
+        assert np.array_equal(fit(picture, student.image), inputs["image"][0].numpy())
+        images = model.eval().encode_image(transform(picture)[None], normalize=True)
+        texts = model.encode_text(inputs["caption"], normalize=True)
+    torch.testing.assert_close(images, features["image"][:1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(texts, features["caption"], rtol=0, atol=1e-6)
+    captions = ["a photo of a cat", "A dog."]
+    assert torch.equal(open_clip.get_tokenizer(name)(captions), load_tokenizer(student)(captions))
+
+
+def test_mobileclip2_s0_is_exported(tmp_path: Path) -> None:
+    student = built("MobileCLIP2-S0")
+    export(student, str(tmp_path))
+    model = open_clip.create_model(f"local-dir:{tmp_path}")
+    state = student.clip.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert model.visual.image_size == (256, 256)
+
+
+# This runs in its own process, because the fault can end a process with a signal. It can also give wrong gradients.
+_GRADIENTS = """
+import torch
+from reinforce.student.pointwise import avoid_faulty_convolutions
+
+for channels, out, size in ((3, 64, 256), (3, 24, 96), (4, 8, 32), (5, 64, 256), (12, 32, 64)):
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(channels, out, 1, 2, bias=False)
+    reference = torch.nn.Conv2d(channels, out, 1, 2, bias=False).double()
+    reference.load_state_dict(convolution.state_dict())
+    assert avoid_faulty_convolutions(convolution) == 1
+    for _ in range(3):
+        images = torch.randn(4, channels, size, size).contiguous(memory_format=torch.channels_last)
+        features = convolution(images)
+        assert features.is_contiguous(memory_format=torch.channels_last)
+        seen = torch.randn_like(features)
+        for module, given, gradient in ((convolution, features, seen), (reference, None, seen.double())):
+            module.zero_grad()
+            (module(images.double()) if given is None else given).backward(gradient)
+        torch.testing.assert_close(convolution.weight.grad.double(), reference.weight.grad, rtol=1e-4, atol=1e-3)
+"""
+
+
+def test_gradients_are_those_of_double_precision() -> None:
+    process = subprocess.run([sys.executable, "-c", _GRADIENTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_only_affected_convolutions_are_changed() -> None:
+    affected = torch.nn.Conv2d(3, 8, 1, 2)
+    others = [
+        torch.nn.Conv2d(3, 8, 3, 2),
+        torch.nn.Conv2d(3, 8, 1),
+        torch.nn.Conv2d(16, 8, 1, 2),
+        torch.nn.Conv2d(8, 8, 1, 2, groups=8),
+    ]
+    assert avoid_faulty_convolutions(torch.nn.Sequential(affected, *others)) == 1
+    assert affected._forward_hooks
+    assert not any(other._forward_hooks for other in others)

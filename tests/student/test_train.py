@@ -1,4 +1,4 @@
-"""The job of a student config. Trainings as users start them are in tests/integration/test_train.py."""
+"""The config and the job of a student. Trainings as users start them are in tests/integration/test_train.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,39 @@ import pytest
 
 from reinforce import settings
 from reinforce.errors import UserError
-from reinforce.student.config import StudentConfig
+from reinforce.student.config import Data, Loss, StudentConfig
 from reinforce.student.train import make_job, train
+
+
+@pytest.mark.parametrize("datasets", ["a", ["a"], {"url": "a"}, [{"url": "a"}]])
+def test_datasets_are_a_url_a_section_or_a_list(datasets: Any) -> None:
+    data = settings.parse(Data, {"datasets": datasets})
+    assert [(source.url, source.weight) for source in data.datasets] == [("a", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("captioners", "weights"), [(["a", "b"], {"a": 1.0, "b": 1.0}), ({"a": 3}, {"a": 3.0}), ([], {}), (None, None)]
+)
+def test_captioners_are_names_or_weights(captioners: Any, weights: Any) -> None:
+    assert settings.parse(Data, {"datasets": "a", "captioners": captioners}).captioners == weights
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"targets": "online"}, "targets `online` needs `teachers`"),
+        ({"teachers": {"a": {"model": "ViT-B-32"}}}, "`teachers` needs `targets: online`"),
+        ({"logit_biases": {"a": -10.0}}, "`logit_biases` needs `form: sigmoid`"),
+        ({"learn_scales": True, "form": "sigmoid"}, "learn_scales` needs `form: softmax`"),
+        ({"learn_scales": True, "lambda": 0.0}, "a lambda above 0"),
+        ({"lambda": 1.5}, "less than or equal to 1"),
+        ({"lamda": 0.5}, "unknown key"),
+    ],
+)
+def test_losses_that_contradict_themselves_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        settings.parse(Loss, keys)
+
 
 CONFIG: dict[str, Any] = {
     "output": "out",
@@ -21,11 +52,6 @@ CONFIG: dict[str, Any] = {
     "train": {"steps": 5},
     "evaluate": {"every": 2},
 }
-
-
-def test_the_job_has_the_output_the_seed_and_the_evaluation_of_the_config() -> None:
-    job = make_job(settings.parse(StudentConfig, CONFIG))
-    assert (job.output, job.seed, job.evaluate_every, job.export) == ("out", 7, 2, "student")
 
 
 def test_the_job_has_the_config_of_a_model_in_a_folder(tmp_path: Path) -> None:
@@ -40,13 +66,19 @@ def test_the_job_has_the_config_of_a_model_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_keys_that_change_what_is_learnt_may_not_change_on_resume() -> None:
-    fixed = make_job(settings.parse(StudentConfig, CONFIG)).fixed_config
+    job = make_job(settings.parse(StudentConfig, CONFIG))
+    assert (job.output, job.seed, job.evaluate_every, job.export) == ("out", 7, 2, "student")
+    fixed = job.fixed_config
     assert {"seed", "student.model", "data.window", "data.streams", "loss.lambda", "train.batch"} <= fixed.keys()
     mutable = {"output", "data.workers", "data.prefetch", "train.steps", "train.compute.ranks"}
     assert not mutable & fixed.keys()
     assert not any(key.startswith("evaluate") for key in fixed)
 
 
-def test_a_wrong_config_is_refused_as_a_dict_too() -> None:
+def test_a_config_needs_an_output_a_student_data_and_a_length_and_no_other_key() -> None:
+    with pytest.raises(UserError) as raised:
+        settings.parse(StudentConfig, {})
+    for key in ("output", "student", "data", "train"):
+        assert key in str(raised.value)
     with pytest.raises(UserError, match=r"train\.stepz: unknown key"):
         train({**CONFIG, "train": {"stepz": 5}})

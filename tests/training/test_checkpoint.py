@@ -1,4 +1,4 @@
-"""Checkpoints: content, cleaning up, damage, and processes that are killed while they write."""
+"""Checkpoints: the state as named tensors, files, cleaning up, damage, and processes killed while they write."""
 
 from __future__ import annotations
 
@@ -18,6 +18,53 @@ from safetensors import safe_open
 from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
 from reinforce.training.checkpoint import BestCheckpoint, Checkpoints, Progress
+from reinforce.training.config import Optimizer
+from reinforce.training.optimizer import make_adamw
+from reinforce.training.state import State, make_average
+from tests.helpers.trainings import Towers
+
+
+def test_a_loaded_state_continues_as_the_saved_one() -> None:
+    def state() -> State:
+        model = Towers(norm=True)
+        return State(model, make_adamw(model, Optimizer(lr=0.1)), make_average(model, 0.9))
+
+    def step(state: State, seed: int) -> None:
+        rows = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+        encoded = state.model({"left": rows, "deep": {"right": rows}})
+        (encoded.losses["closeness"] * encoded.scalars["logit_scale"]).backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        assert state.average is not None
+        state.average.update(state.model, seed + 1)
+
+    one, two = state(), state()
+    for seed in range(3):
+        step(one, seed)
+    two.load({name: tensor.clone() for name, tensor in one.tensors().items()})
+    for seed in range(3, 6):
+        step(one, seed)
+        step(two, seed)
+    assert one.tensors().keys() == two.tensors().keys()
+    assert "optimizer/left.0.weight/exp_avg_sq" in one.tensors()
+    assert "average/left.1.running_mean" in one.tensors()
+    assert all(torch.equal(two.tensors()[name], tensor) for name, tensor in one.tensors().items())
+
+
+def test_the_average_is_the_final_model_if_there_is_one() -> None:
+    model = Towers()
+    optimizer = make_adamw(model, Optimizer())
+    assert State(model, optimizer).final_model is model
+    average = make_average(model, 0.9)
+    assert State(model, optimizer, average).final_model is average.module
+
+
+def test_tensors_of_another_model_are_refused() -> None:
+    one, other = Towers(), Towers(width=20)
+    saved = State(one, make_adamw(one, Optimizer())).tensors()
+    state = State(other, make_adamw(other, Optimizer()))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        state.load(saved)
 
 
 def checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
@@ -26,11 +73,14 @@ def checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
 
 def test_header_and_tensors_are_loaded_as_they_were_saved(tmp_path: Path) -> None:
     progress = Progress(7, {"train.batch": 16, "data.teachers": None, "train.optimizer.betas": [0.9, 0.95]}, 1.5, 2)
+    tied = torch.randn(3)
     tensors = {
         "model/w": torch.randn(3, 4).T,
         "model/scale": torch.tensor(2.5),
         "model/steps": torch.tensor(3),
         "model/bf": torch.randn(2, 2).bfloat16(),
+        "model/a": tied,
+        "model/b": tied,
         "model/conv": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
     }
     made = checkpoints(tmp_path)
@@ -60,19 +110,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
         made.update_best(step, "top1", value)
     assert made.steps() == [2, 5, 6]
     assert made.best() == BestCheckpoint(2, "top1", 0.7)
-
-
-def test_a_best_step_by_another_metric_is_replaced(tmp_path: Path) -> None:
-    made = checkpoints(tmp_path)
-    made.update_best(1, "top1", 0.7)
-    assert made.update_best(2, "recall", 0.1) == BestCheckpoint(2, "recall", 0.1)
-
-
-def test_tied_weights_are_saved(tmp_path: Path) -> None:
-    shared = torch.randn(3)
-    made = checkpoints(tmp_path)
-    made.save(Progress(1, {}), {"model/a": shared, "model/b": shared})
-    assert torch.equal(made.load(1)[1]["model/b"], shared)
+    assert made.update_best(7, "recall", 0.1) == BestCheckpoint(7, "recall", 0.1), "another metric"
 
 
 @pytest.mark.parametrize("damage", [b"", b"not safetensors", b"\x02\0\0\0\0\0\0\0{}"])

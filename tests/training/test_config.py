@@ -1,4 +1,4 @@
-"""The config sections of every training, and which keys may change on resume."""
+"""The config sections of every training, which keys may change on resume, and the number of steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from reinforce.errors import UserError
 from reinforce.training.config import MUTABLE_KEYS, Training, describe_changes, fixed_config
+from reinforce.training.job import total_steps
 from tests.helpers.trainings import training
 
 
@@ -57,3 +59,26 @@ def test_what_does_not_fit_together_is_refused(changes: dict[str, Any], message:
 def test_defaults_are_those_of_mobileclip2() -> None:
     optimizer = Training(steps=1).optimizer
     assert (optimizer.lr, optimizer.final_lr, optimizer.betas, optimizer.weight_decay) == (1e-3, 1e-6, (0.9, 0.95), 0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"steps": 12}, 12),
+        ({"steps": None, "epochs": 2.5}, 10),  # 2.5 x 64 / 16
+        ({"steps": None, "epochs": 0.01, "optimizer": {"warmup": 0}}, 1),
+    ],
+)
+def test_the_length_is_given_in_steps_or_in_epochs(changes: dict[str, Any], steps: int) -> None:
+    assert total_steps(training(**changes), samples=64, ranks=1) == steps
+
+
+def test_the_batch_must_be_divisible_among_ranks_and_parts() -> None:
+    with pytest.raises(UserError, match=r"train\.batch \(16\) must be a multiple of .* \(6\)"):
+        total_steps(training(compute={"accumulate": 2}), samples=64, ranks=3)
+
+
+@pytest.mark.parametrize(("length", "steps"), [({"steps": 12}, 12), ({"steps": None, "epochs": 0.5}, 2)])
+def test_the_warm_up_must_be_shorter_than_the_training(length: dict[str, Any], steps: int) -> None:
+    with pytest.raises(UserError, match=rf"warmup \({steps}\) must be below the training's {steps} steps"):
+        total_steps(training(optimizer={"warmup": steps}, **length), samples=64, ranks=1)

@@ -1,18 +1,27 @@
-"""Where a training runs."""
+"""Where a training runs, what ends it, and the mailbox between driver and ranks."""
 
 from __future__ import annotations
 
+import asyncio
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import reinforce.training.stop
 from reinforce.errors import UserError
 from reinforce.storage import Storage
+from reinforce.training.distributed.mailbox import Mailbox
 from reinforce.training.launch import launch, runs_on_ray
+from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Reading
 from tests.helpers.trainings import PairFeed, TowersTask, builder, job
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.mark.parametrize(
@@ -85,3 +94,56 @@ def test_a_second_training_with_the_same_output_is_refused(tmp_path: Path, monke
     with Storage(str(tmp_path)).lock(), pytest.raises(UserError, match="another run is writing to"):
         launch(builder(), job(tmp_path))
     assert launch(builder(), job(tmp_path, steps=3)).steps == 3
+
+
+def test_a_repeated_signal_by_torchrun_is_ignored_and_a_later_one_ends_the_training_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stop = StopSignal()
+    stop.request(signal.SIGINT)
+    stop.request(signal.SIGTERM)
+    assert stop.signum == signal.SIGINT
+    monkeypatch.setattr(reinforce.training.stop, "_REPEAT_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        stop.request(signal.SIGINT)
+
+
+def test_an_interruptible_block_is_ended_by_a_signal_before_or_within_it() -> None:
+    stop = StopSignal()
+    with pytest.raises(Stopped), stop.interruptible():
+        stop.request(signal.SIGTERM)
+    with pytest.raises(Stopped), stop.interruptible():
+        raise AssertionError("the block was entered")
+
+
+def test_the_mailbox_passes_lines_bars_stops_and_errors_between_driver_and_ranks() -> None:
+    async def exchange() -> None:
+        mailbox = Mailbox()
+        await mailbox.log("one")
+        await mailbox.draw(("a", 1, 9))
+        await mailbox.draw(("b", 2, 9))
+        await mailbox.log("two")
+        assert await mailbox.read_screen() == (["one", "two"], ("b", 2, 9), 0), "the last bar"
+        assert await mailbox.read_screen() == ([], None, 0), "each line once"
+        assert [await mailbox.report_start() for _ in range(3)] == [0, 1, 2]
+        assert (await mailbox.read_screen())[2] == 3, "restarts"
+        waiting = asyncio.create_task(mailbox.wait_for_stop())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await mailbox.request_stop(15)
+        assert await waiting == 15
+        assert await mailbox.outcome() == ({}, 0), "the ranks have not stopped yet"
+        await mailbox.report_stopped(15)
+        await mailbox.report_user_error(1, "second")
+        await mailbox.report_user_error(0, "first")
+        assert await mailbox.outcome() == ({0: "first", 1: "second"}, 15)
+
+    asyncio.run(exchange())
+
+
+def test_the_mailboxs_process_imports_neither_torch_nor_open_clip() -> None:
+    code = (
+        "import sys; import reinforce.training.distributed.mailbox\n"
+        "sys.exit(not {'torch', 'open_clip'}.isdisjoint(sys.modules))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,17 +1,25 @@
-"""The rows of a log, on a disk and in an object store, and its TensorBoard events."""
+"""What a training writes and shows: rows of its log, TensorBoard events, curves, lines and results."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import reinforce.training.record.progress
 from reinforce.storage import Storage
+from reinforce.training.checkpoint import BestCheckpoint
+from reinforce.training.record import curves
+from reinforce.training.record.curves import draw_curves
 from reinforce.training.record.log import Log
+from reinforce.training.record.progress import Throughput, TimeLeft, format_row
+from reinforce.training.record.results import Results, read_results
 
 
 def row(step: int, loss: float = 1.0) -> dict[str, Any]:
@@ -22,12 +30,22 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_row_is_on_disk_at_once_and_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+def test_a_row_is_on_disk_at_once_and_a_scalar_for_every_number_in_the_events(tmp_path: Path) -> None:
+    """Numbers that are not finite are null."""
     with Log(Storage(str(tmp_path)), 0) as log:
-        log.add(row(1))
+        log.add({**row(1, 0.25), "lr": 0.1})
         log.add(row(2, math.nan))
-        assert read(tmp_path / "log.jsonl") == [row(1), {"step": 2, "loss": None, "losses": {"clip": None}}]
-        assert log.rows == read(tmp_path / "log.jsonl")
+        written = [{**row(1, 0.25), "lr": 0.1}, {"step": 2, "loss": None, "losses": {"clip": None}}]
+        assert log.rows == read(tmp_path / "log.jsonl") == written
+        log.publish()
+        assert not (tmp_path / "curves.png").exists()
+        log.publish(last=True)
+    assert (tmp_path / "curves.png").exists()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "losses/clip", "lr"}
+    first, second = events.Scalars("losses/clip")
+    assert (first.step, first.value, second.step) == (1, 0.25, 2)
 
 
 def test_rows_after_the_last_checkpoint_and_a_truncated_row_are_deleted(tmp_path: Path) -> None:
@@ -37,23 +55,6 @@ def test_rows_after_the_last_checkpoint_and_a_truncated_row_are_deleted(tmp_path
         assert read(tmp_path / "log.jsonl") == [row(1), row(2)]
         log.add(row(3, 0.5))
     assert read(tmp_path / "log.jsonl") == [row(1), row(2), row(3, 0.5)]
-
-
-def test_events_have_a_scalar_for_every_number(tmp_path: Path) -> None:
-    with Log(Storage(str(tmp_path)), 0) as log:
-        log.add(row(1, 0.25))
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "losses/clip"}
-    assert [(event.step, event.value) for event in events.Scalars("losses/clip")] == [(1, 0.25)]
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_publish_draws_the_curves_at_the_end_but_not_at_once(tmp_path: Path, last: bool) -> None:
-    with Log(Storage(str(tmp_path)), 0) as log:
-        log.add({**row(1), "lr": 0.1})
-        log.publish(last)
-    assert (tmp_path / "curves.png").exists() == last
 
 
 def test_in_an_object_store_rows_appear_with_publish_and_are_continued() -> None:
@@ -68,3 +69,92 @@ def test_in_an_object_store_rows_appear_with_publish_and_are_continued() -> None
     lines = storage.fs.cat_file(storage.path("log.jsonl")).decode().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert len(storage.fs.ls(storage.path("tensorboard"), detail=False)) == 2
+
+
+ROWS: list[dict[str, Any]] = [
+    {"step": 1, "loss": 2.0, "losses": {"clip": 2.0}, "lr": 0.1, "scalars": {"logit_scale": 14.0}},
+    {"step": 2, "loss": None, "losses": {"clip": None}, "lr": 0.2, "scalars": {"logit_scale": 15.0}},
+    {"step": 2, "metrics": {"retrieval/own/r1": 0.5, "zero_shot/top1": 0.4, "caption_loss": 3.0}},
+]
+
+
+def test_series_are_grouped_by_panel_and_nulls_are_skipped() -> None:
+    panels = {title: curves._series(ROWS, values) for title, _, values in curves._PANELS}
+    assert panels == {
+        "Loss": {"all": [(1, 2.0)], "clip": [(1, 2.0)]},
+        "Learning rate": {"": [(1, 0.1), (2, 0.2)]},
+        "Learnt scalars": {"logit_scale": [(1, 14.0), (2, 15.0)]},
+        "Evaluation: losses": {"caption_loss": [(2, 3.0)]},
+        "Evaluation: retrieval": {"own/r1": [(2, 0.5)]},
+        "Evaluation": {"zero_shot/top1": [(2, 0.4)]},
+    }
+
+
+@pytest.mark.parametrize(("rows", "lines"), [(ROWS, 2), (ROWS[:1], 1), ([{"step": 0, "metrics": {}}], 0)])
+def test_the_picture_has_three_panels_a_line(tmp_path: Path, rows: list[dict[str, Any]], lines: int) -> None:
+    draw_curves(rows, f"{tmp_path}/curves.png")
+    assert (tmp_path / "curves.png").exists() == bool(lines), "none without values"
+    if lines:
+        with Image.open(tmp_path / "curves.png") as picture:
+            assert picture.width / picture.height == pytest.approx(3 * 4.6 / (lines * 3.6), rel=0.1)
+
+
+ROW = {"step": 1200, "epoch": 0.5, "loss": 3.25, "samples_per_second": 2048.0, "waiting": 0.125, "skipped": 0}
+
+
+def test_throughput_counts_samples_and_waiting_since_the_last_row() -> None:
+    throughput = Throughput()
+    throughput.add_step(seconds=1.5, idle=0.5)
+    throughput.add_step(seconds=0.5, idle=0.0)
+    assert throughput.measure(batch=64) == {"samples_per_second": 64.0, "waiting": 0.25}
+    throughput.add_step(seconds=0.5, idle=0.5)
+    assert throughput.measure(batch=64) == {"samples_per_second": 128.0, "waiting": 1.0}
+
+
+def test_the_time_left_follows_from_the_average_step_since_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([100.0, 130.0])
+    monkeypatch.setattr(reinforce.training.record.progress.time, "monotonic", lambda: next(now))
+    assert TimeLeft(start=10, steps=40).seconds(20) == 60.0  # 3 s a step, 20 steps left
+
+
+def test_a_row_is_one_line() -> None:
+    line = "step 1,200 of 5,000  epoch 0.50  loss 3.2500  2,048 samples/s  waiting for data 12%  ETA 0:01:30"
+    assert format_row(ROW, 5000, 90.0) == line
+    assert format_row({**ROW, "skipped": 3}, 5000, 90.0) == f"{line}  3 steps skipped"
+
+
+RESULTS = Results(
+    output="out", export="student", steps=100, samples=3200, seconds=50.0, parameters=12_300_000, loss=1.25,
+    metrics={"top1": 0.5, "recall": None}, best=BestCheckpoint(80, "top1", 0.75), skipped=0,
+)  # fmt: skip
+
+
+def test_results_are_read_as_they_were_written_and_their_keys_stay(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    assert read_results(storage) is None
+    for results in (replace(RESULTS, best=None, loss=None), RESULTS):
+        results.write(storage)
+        assert read_results(storage) == results
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert list(written) == [
+        "output", "export", "steps", "samples", "seconds", "parameters", "loss", "metrics", "best", "skipped",
+        "seconds_per_step", "samples_per_second", "files",
+    ]  # fmt: skip
+    assert (written["seconds_per_step"], written["samples_per_second"]) == (0.5, 64.0)
+    assert written["best"] == {"step": 80, "metric": "top1", "value": 0.75}
+    names = ("weights", "checkpoints", "log", "tensorboard", "curves")
+    files = ("student", "checkpoints", "log.jsonl", "tensorboard", "curves.png")
+    assert written["files"] == dict(zip(names, files, strict=True))
+
+
+def test_the_summary_has_a_line_for_each_number() -> None:
+    assert replace(RESULTS, skipped=2).summary().splitlines() == [
+        "trained 12.3 million parameters for 100 steps on 3,200 samples in 0:00:50 (0.5 s per step, 64 samples/s)",
+        "final loss: 1.2500",
+        "top1: 0.5000",
+        "recall: not finite",
+        "best top1: 0.7500 at step 80, kept as a checkpoint",
+        "2 steps were skipped because their gradient was not finite",
+        "weights: out/student   curves: out/curves.png",
+    ]
+    assert "best" not in replace(RESULTS, best=BestCheckpoint(100, "top1", 0.5)).summary(), "the last step is the best"

@@ -1,32 +1,48 @@
-"""Several ranks, in separate processes, have the curve of one rank, stop together and fail together."""
+"""Several ranks have the curve of one, stop together and fail together; absent ones are named."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from reinforce.errors import UserError
+from reinforce.training.distributed import gather, rank_watch
+from reinforce.training.distributed.rank_watch import (
+    AbsentRanks,
+    Place,
+    RankWatch,
+    absent_ranks,
+    describe_rank,
+    next_report,
+)
 from reinforce.training.distributed.ranks import join_ranks, share_from_first
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
+from reinforce.training.record import log
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Feed, Task
 from teachers.device.accelerator import Accelerator
 from tests.helpers.data import free_port
+from tests.helpers.ranks import start_ranks
 from tests.helpers.trainings import PairFeed, TowersTask, builder, curve, job, rows
 
-RANKS = 3
+#: The folder and the outcomes of each rank.
+Trained = tuple[Path, list[dict[str, Any]]]
+RANKS, ROWS = 3, 3
 BATCH = 24
 #: More gradients than the first bucket of DistributedDataParallel holds.
 WIDE = {"width": 40_000}
@@ -55,11 +71,26 @@ def hanging(accelerator: Accelerator) -> tuple[Task, Feed]:
     return TowersTask(), HangingFeed()
 
 
+def values(rank: int, dim: int) -> torch.Tensor:
+    return torch.randn(ROWS, dim, generator=torch.Generator().manual_seed(10 * rank + dim))
+
+
+def gathered(rank: int) -> tuple[int, int, dict[str, torch.Tensor], dict[str, torch.Tensor | None], torch.Tensor]:
+    """Rank, ranks, rows of all ranks, gradients of the own rows, and a mean over ranks."""
+    parts = {"a": values(rank, 2).requires_grad_(), "b": values(rank, 4).requires_grad_()}
+    whole = gather.gather(parts)
+    ((rank + 1) * (whole["a"].sum() + 2 * whole["b"].sum())).backward()
+    gradients = {name: part.grad for name, part in parts.items()}
+    found = {name: value.detach() for name, value in whole.items()}
+    return gather.rank(), gather.world_size(), found, gradients, gather.mean(torch.tensor(float(rank)))
+
+
 def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
     """All the trainings of this file, one after the other, because processes take seconds to start."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
+    log.draw_curves = lambda *_: None  # half a second for each training
     outcomes: dict[str, Any] = {}
     with join_ranks(job(folder).training.compute) as ranks:
 
@@ -76,6 +107,7 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
         def gone() -> None:
             raise UserError(f"gone on rank {rank}")
 
+        torch.save(gathered(rank), f"{folder}/{rank}.pt")
         outcomes["shared"] = share_from_first(lambda: f"of rank {rank}")
         try:
             share_from_first(gone)
@@ -102,9 +134,9 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder), free_port(), free_port()), nprocs=RANKS)
+    start_ranks(work, RANKS, str(folder), free_port(), free_port())
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -115,20 +147,18 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.slow
-def test_several_ranks_have_the_curve_of_one_with_the_whole_batch(trained: tuple[Path, Any], one: Path) -> None:
-    np.testing.assert_allclose(curve(trained[0] / "ranks"), curve(one), rtol=2e-4)
-    metrics = [[row["metrics"] for row in rows(output) if "metrics" in row] for output in (trained[0] / "ranks", one)]
+@pytest.mark.parametrize("name", ["ranks", "parts"])
+def test_several_ranks_have_the_curve_of_one_also_with_gradient_accumulation(
+    trained: Trained, one: Path, name: str
+) -> None:
+    np.testing.assert_allclose(curve(trained[0] / name), curve(one), rtol=2e-4)
+    metrics = [[row["metrics"] for row in rows(output) if "metrics" in row] for output in (trained[0] / name, one)]
     assert len(metrics[0]) == 2
     for ours, theirs in zip(*metrics, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-def test_gradient_accumulation_on_several_ranks_has_the_same_curve(trained: tuple[Path, Any], one: Path) -> None:
-    np.testing.assert_allclose(curve(trained[0] / "parts"), curve(one), rtol=2e-4)
-
-
-def test_all_ranks_stop_after_the_same_step_when_one_gets_a_signal(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_all_ranks_stop_after_the_same_step_when_one_gets_a_signal(trained: Trained) -> None:
     assert [outcomes["stopped"] for outcomes in trained[1]] == [f"Stopped: {int(signal.SIGTERM)}"] * RANKS
     assert [outcomes["resumed"] for outcomes in trained[1]] == [6] * RANKS
     stopped, whole = (
@@ -138,38 +168,30 @@ def test_all_ranks_stop_after_the_same_step_when_one_gets_a_signal(trained: tupl
     assert curve(trained[0] / "stopped") == curve(trained[0] / "wide")
 
 
-def test_an_output_that_ranks_do_not_share_is_refused_at_the_start(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_an_output_that_ranks_do_not_share_is_refused_at_the_start(trained: Trained) -> None:
     for outcomes in trained[1]:
         assert "not every rank sees what another writes" in outcomes["apart"]
         assert "Set `output` to a folder that all nodes share" in outcomes["apart"]
     assert not (trained[0] / "apart-0/log.jsonl").exists()
 
 
-def test_an_error_on_rank_0_ends_all_ranks(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_what_rank_0_finds_is_shared_and_its_error_ends_all_ranks(trained: Trained) -> None:
+    others = ["rank 0 failed: see its message"] * (RANKS - 1)
+    assert [outcomes["shared"] for outcomes in trained[1]] == ["of rank 0"] * RANKS
+    assert [outcomes["gone"] for outcomes in trained[1]] == ["gone on rank 0", *others]
     assert [outcomes["failed"] for outcomes in trained[1]] == [
-        "UserError: the set is gone",
-        *["UserError: rank 0 failed: see its message"] * (RANKS - 1),
+        f"UserError: {message}" for message in ["the set is gone", *others]
     ]
 
 
-def test_what_rank_0_finds_is_shared_and_its_error_ends_all_ranks(
-    trained: tuple[Path, list[dict[str, Any]]],
-) -> None:
-    assert [outcomes["shared"] for outcomes in trained[1]] == ["of rank 0"] * RANKS
-    others = ["rank 0 failed: see its message"] * (RANKS - 1)
-    assert [outcomes["gone"] for outcomes in trained[1]] == ["gone on rank 0", *others]
-
-
-def test_all_ranks_skip_the_same_steps(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_all_ranks_skip_the_same_steps(trained: Trained) -> None:
     """Only rank 0 gets data without a finite loss."""
     assert [outcomes["poisoned"] for outcomes in trained[1]] == [12] * RANKS
     skipped = [row["skipped"] for row in rows(trained[0] / "poisoned") if "loss" in row]
     assert skipped == [0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2]
 
 
-def test_a_rank_that_others_wait_for_in_vain_is_named_with_where_it_is(
-    trained: tuple[Path, list[dict[str, Any]]],
-) -> None:
+def test_a_rank_that_others_wait_for_in_vain_is_named_with_where_it_is(trained: Trained) -> None:
     for rank in (0, 2):
         error = trained[1][rank]["hanging"]
         assert error.startswith(f"AbsentRanks: rank {rank} waits at the update of step 2 for rank 1. Rank 1 (pid ")
@@ -177,3 +199,126 @@ def test_a_rank_that_others_wait_for_in_vain_is_named_with_where_it_is(
         assert "tests/training/test_ranks.py" in error
         assert "in batches. Look at what it waits for there: `py-spy dump --pid" in error
         assert "Timed out waiting 1000ms" in error
+
+
+def test_every_rank_gathers_the_rows_of_all_in_the_order_of_the_ranks(trained: Trained) -> None:
+    """The gradient of a row is the sum over the ranks, whose losses are weighted by 1, 2 and 3."""
+    for rank in range(RANKS):
+        own, size, whole, gradients, mean = torch.load(trained[0] / f"{rank}.pt", weights_only=True)
+        assert (own, size, mean) == (rank, RANKS, 1.0)
+        for name, dim, factor in (("a", 2, 6.0), ("b", 4, 12.0)):
+            assert torch.equal(whole[name], torch.cat([values(other, dim) for other in range(RANKS)]))
+            assert torch.equal(gradients[name], torch.full((ROWS, dim), factor))
+
+
+def test_one_rank_gets_its_own_tensors_back() -> None:
+    parts = {"a": values(0, 2)}
+    assert gather.gather(parts) is parts
+    assert (gather.rank(), gather.world_size()) == (0, 1)
+    value = torch.tensor(2.0)
+    assert gather.mean(value) is value
+
+
+TIMED_OUT = RuntimeError("[unbound_buffer.cc:78] Timed out waiting 1000ms for recv operation to complete")
+
+
+def place(count: int, waits: bool = False, age: float = 0.0, ended: str = "") -> Place:
+    now = time.time() - age
+    return Place(count, "the gradients of step 3", now - 60, "model.py:7 in forward", waits, "node", 12, now, ended)
+
+
+@pytest.mark.parametrize(
+    ("others", "absent"),
+    [
+        ({1: partial(place, 7), 2: partial(place, 6)}, [2]),
+        ({1: partial(place, 7)}, [2]),
+        ({1: partial(place, 7, age=60), 2: partial(place, 7)}, [1]),
+        ({1: partial(place, 7, waits=True), 2: partial(place, 7, ended="ValueError")}, [2]),
+        ({1: partial(place, 7, waits=True), 2: partial(place, 7)}, [2]),
+        ({1: partial(place, 8), 2: partial(place, 7, waits=True)}, [1]),
+        ({1: partial(place, 7, waits=True), 2: partial(place, 7, waits=True)}, []),
+    ],
+)
+def test_the_absent_are_those_behind_or_lost_or_busy_with_their_own_code(
+    others: dict[int, Callable[[], Place]], absent: list[int]
+) -> None:
+    places = {rank: make() for rank, make in others.items()}
+    assert absent_ranks({0: place(7, waits=True), **places}, 0, 3, silence=30) == absent
+
+
+def test_a_message_says_where_a_rank_is_and_what_to_look_at() -> None:
+    assert describe_rank(4, place(7), 30) == (
+        "Rank 4 (pid 12 on node) has been at the gradients of step 3 for 60 s, in model.py:7 in forward. Look at what "
+        "it waits for there: `py-spy dump --pid 12` on node shows its threads."
+    )
+    assert "has written nothing for 90 s, at the gradients of step 3: it was killed" in describe_rank(
+        4, place(7, age=90), 30
+    )
+    assert describe_rank(4, place(7, ended="KeyError: x"), 30).endswith(
+        "has failed at the gradients of step 3: KeyError: x."
+    )
+    assert describe_rank(4, None, 30) == "Rank 4 has not started: look at the log of its process."
+
+
+def watches(count: int, **options: Any) -> list[RankWatch]:
+    store = dist.HashStore()
+    return [RankWatch(store, rank, count, interval=0.02, **options) for rank in range(count)]
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_wait_is_reported_by_one_rank_each_time_and_ends_the_processes_at_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rank_watch, "_GRACE", 0.1)
+    reports: list[str] = []
+    ended = threading.Event()
+    first, second, third = all_ = watches(
+        3, timeout=timedelta(seconds=0.4), report=reports.append, end_process=lambda status: ended.set()
+    )
+    first.at("the update of step 1", waits=True)
+    third.at("the update of step 1", waits=True)
+    wait_for(ended.is_set)
+    second.at("the update of step 1", waits=True)
+    for one in all_:
+        one.close()
+    assert "for rank 1. Rank 1 (pid " in reports[0]
+    assert "has been at the start for " in reports[0]
+    early = [text for text in reports if text.endswith("It has waited for 0 s.")]
+    assert len(early) <= 4, "at 0.2 s, at 0.4 s, and each of two ranks at the limit of 0.5 s"
+
+
+def test_reports_are_due_at_the_same_times_on_all_ranks() -> None:
+    due, times = 300.0, []
+    while due < 5000:
+        times.append(due)
+        due = next_report(due + 7, 300, 3720)
+    assert times == [300, 600, 1200, 2400, 3720, 4027, 4334, 4641, 4948]
+
+
+def test_an_error_of_a_collective_names_the_ranks_and_another_error_is_left_alone() -> None:
+    first, second = watches(2)
+    first.at("the gradients of step 1")
+    second.close(ValueError("no memory"))
+    absent = first.explain(TIMED_OUT)
+    assert isinstance(absent, AbsentRanks)
+    assert "Rank 1 (pid " in str(absent)
+    assert "has failed at the start: ValueError: no memory." in str(absent)
+    assert str(absent).endswith(f"The error of rank 0 is: {TIMED_OUT}")
+    assert first.explain(RuntimeError("size mismatch")) is None
+    first.close()
+
+
+def test_where_rank_0_is_gone_it_is_the_absent_one() -> None:
+    class Gone(dist.HashStore):
+        def check(self, keys: list[str]) -> bool:
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    watch = RankWatch(Gone(), 1, 2, interval=60)
+    assert "rank 0, which keeps the list of places, cannot be reached" in watch.describe()
+    watch._closed.set()

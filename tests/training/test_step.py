@@ -1,17 +1,46 @@
-"""The gradient of a batch in parts is the gradient of the batch."""
+"""One step: the batch on its way to the device, the gradient of a batch in parts, and the optimizer."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import open_clip
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from reinforce.training.batches import slice_batch
+from reinforce.training.batches import Prefetcher, slice_batch
+from reinforce.training.config import Optimizer
+from reinforce.training.optimizer import learning_rate, make_adamw, undecayed_parameters
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.task import Batch
 from teachers.device.accelerator import Accelerator
+from tests.helpers.tiny_models import open_clip_config
 from tests.helpers.trainings import PairFeed, TowersTask
+
+
+def test_a_slice_has_the_same_samples_of_every_entry_and_shares_memory() -> None:
+    whole = {"key": list("abcd"), "deep": {"left": torch.arange(8).reshape(4, 2)}}
+    part = slice_batch(whole, 1, 3)
+    assert part["key"] == ["b", "c"]
+    assert part["deep"]["left"].tolist() == [[2, 3], [4, 5]]
+    assert part["deep"]["left"].data_ptr() == whole["deep"]["left"][1:].data_ptr()  # type: ignore[index]
+
+
+def test_batches_arrive_in_order_with_all_entries() -> None:
+    batches = [{"key": [str(i)], "deep": {"left": torch.tensor([i])}} for i in range(2)]
+    prefetcher = Prefetcher(batches, Accelerator("cpu"))
+    for i in range(2):
+        prefetcher.fetch()
+        found = prefetcher.take()
+        assert (found["key"], found["deep"]["left"].tolist()) == ([str(i)], [i])
+
+
+def test_a_feed_that_ends_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="the feed ended before the training"):
+        Prefetcher([], Accelerator("cpu")).fetch()
+
 
 SIZE = 16
 
@@ -39,15 +68,6 @@ def test_parts_give_the_losses_and_gradients_of_the_whole_batch(parts: int) -> N
     assert {"logit_scale", "right.weight", "left.0.weight"} <= found.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def test_contrasting_each_part_alone_would_give_another_loss() -> None:
-    """The test above can fail: the mean over parts, as in plain gradient accumulation, is another loss."""
-    task = TowersTask()
-    parts = [slice_batch(batch(), start, start + 4) for start in range(0, SIZE, 4)]
-    apart = torch.stack([task.losses(task.model(piece), piece)["contrast"] for piece in parts]).mean()
-    whole = task.losses(task.model(batch()), batch())["contrast"]
-    assert abs(apart - whole) > 0.1
 
 
 def test_both_passes_draw_the_same_dropout() -> None:
@@ -105,3 +125,45 @@ def test_prepare_sees_the_whole_batch_without_gradients() -> None:
     expected = backpropagate(plain, plain.model, doubled, SIZE, [0], Accelerator("cpu"))
     assert seen == [(SIZE, False)]
     torch.testing.assert_close(outcome.losses, expected.losses)
+
+
+def test_the_learning_rate_warms_up_linearly_and_decays_as_a_cosine() -> None:
+    config = Optimizer(lr=1.0, final_lr=0.1, warmup=4)
+    rates = [learning_rate(step, 9, config) for step in range(9)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[6] == pytest.approx(0.55)  # half way, between 1 and 0.1
+    assert rates[8] == pytest.approx(0.1)
+
+
+@given(steps=st.integers(1, 300), data=st.data())
+def test_the_learning_rate_never_rises_after_the_warm_up_nor_leaves_its_bounds(steps: int, data: st.DataObject) -> None:
+    warmup = data.draw(st.integers(0, steps - 1))
+    config = Optimizer(lr=1.0, final_lr=0.01, warmup=warmup)
+    rates = [learning_rate(step, steps, config) for step in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert steps == warmup + 1 or rates[-1] == pytest.approx(0.01)
+
+
+def test_matrices_are_decayed_but_gains_biases_scales_and_positions_are_not() -> None:
+    model = torch.nn.ModuleDict({"clip": open_clip.CLIP(**open_clip_config())})
+    undecayed = undecayed_parameters(model)
+    assert {"clip.logit_scale", "clip.positional_embedding", "clip.visual.positional_embedding"} <= undecayed
+    assert {"clip.ln_final.weight", "clip.ln_final.bias", "clip.visual.ln_post.weight"} <= undecayed
+    decayed = dict(model.named_parameters()).keys() - undecayed
+    assert "clip.token_embedding.weight" in decayed
+    assert "clip.visual.conv1.weight" in decayed
+    assert all(dict(model.named_parameters())[name].ndim >= 2 for name in decayed)
+    scaled = torch.nn.Module()
+    scaled.gamma = torch.nn.Parameter(torch.ones(8, 1, 1))  # as in timm's LayerScale2d
+    assert undecayed_parameters(scaled) == {"gamma"}
+
+
+def test_frozen_parameters_are_not_optimised() -> None:
+    model = torch.nn.Linear(2, 3)
+    model.bias.requires_grad_(False)
+    optimizer = make_adamw(model, Optimizer(weight_decay=0.3))
+    weights = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert weights == {id(model.weight): 0.3}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import shutil
@@ -40,11 +39,6 @@ def open_(dataset: Path | str | list[Any], **data: Any) -> StudentFeed:
     return StudentFeed(Data.model_validate({"datasets": urls, "workers": 0, **data}), 0, 16, letters)
 
 
-def epoch(feed: StudentFeed) -> list[str]:
-    steps = itertools.islice(feed.batches(0, 1, 4, 0), feed.samples // 4)
-    return [key for batch in steps for key in batch["key"]]
-
-
 def file_of(dataset: Path, layer: str, number: int = 0) -> Path:
     return sorted((dataset / layer).glob("*.parquet"))[number]
 
@@ -66,14 +60,11 @@ def test_a_folder_that_is_not_a_dataset_is_refused(tmp_path: Path) -> None:
         open_(tmp_path)
 
 
-def test_unknown_names_are_reported_with_the_known_ones(made: Path) -> None:
+def test_unknown_names_and_layers_are_reported_with_the_known_ones(dataset: Path) -> None:
     with pytest.raises(UserError, match=r"has no teacher 'rde'; it has: red, blue"):
-        open_(made, teachers=["rde"])
+        open_(dataset, teachers=["rde"])
     with pytest.raises(UserError, match=r"has no captioner 'cocoa'; it has: namer"):
-        open_(made, captioners={"cocoa": 1.0})
-
-
-def test_a_layer_that_does_not_exist_is_named(dataset: Path) -> None:
+        open_(dataset, captioners={"cocoa": 1.0})
     manifest = json.loads((dataset / "dataset.json").read_text())
     del manifest["layers"]["embeddings/red/namer"]
     (dataset / "dataset.json").write_text(json.dumps(manifest))
@@ -106,18 +97,13 @@ def test_quarantined_shards_are_left_out_with_a_warning(dataset: Path, caplog: p
 
 
 @pytest.mark.parametrize("layer", ["samples", "captions/namer", "embeddings/red/images"])
-def test_a_truncated_file_is_named(dataset: Path, layer: str) -> None:
-    path = file_of(dataset, layer, 2)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=rf"{layer}/{path.name}: it is not a .* reinforce drop {dataset} {layer} "):
-        open_(dataset)
-
-
-@pytest.mark.parametrize("layer", ["samples", "embeddings/red/caption"])
-def test_a_file_with_another_fingerprint_is_named(dataset: Path, layer: str) -> None:
+def test_a_truncated_file_and_one_with_another_fingerprint_are_named(dataset: Path, layer: str) -> None:
     path = file_of(dataset, layer, 1)
     rewrite(path, lambda table: table, fingerprint="0123456789abcdef")
     with pytest.raises(UserError, match=rf"{path} has fingerprint 0123456789abcdef"):
+        open_(dataset)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"{layer}/{path.name}: it is not a .* reinforce drop {dataset} {layer} "):
         open_(dataset)
 
 
@@ -137,22 +123,21 @@ def test_datasets_that_give_different_examples_are_refused(made: Path, tmp_path:
     assert open_([str(made), other], captioners=[]).samples == 49
 
 
-def test_a_backend_without_a_package_is_reported_when_the_dataset_is_opened(
+def set_policy(dataset: Path, **policies: str) -> None:
+    manifest = json.loads((dataset / "dataset.json").read_text())
+    manifest["policies"] |= policies
+    (dataset / "dataset.json").write_text(json.dumps(manifest))
+
+
+def test_policies_that_cannot_be_replayed_are_reported_when_the_dataset_is_opened(
     dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = json.loads((dataset / "dataset.json").read_text())
-    manifest["policies"]["augmentation"] = "fixed-point-1"
-    (dataset / "dataset.json").write_text(json.dumps(manifest))
+    set_policy(dataset, augmentation="fixed-point-1")
     monkeypatch.setattr(fixed_point, "RESIZERS", {})
     load_backend.cache_clear()
     with pytest.raises(UserError, match="fixed-point-1: no installed package"):
         open_(dataset)
-
-
-def test_images_of_an_unknown_policy_are_refused(dataset: Path) -> None:
-    manifest = json.loads((dataset / "dataset.json").read_text())
-    manifest["policies"]["image"] = "datacomp-1"
-    (dataset / "dataset.json").write_text(json.dumps(manifest))
+    set_policy(dataset, image="datacomp-1")
     with pytest.raises(UserError, match=r"image policy datacomp-1, this version supports"):
         open_(dataset)
 

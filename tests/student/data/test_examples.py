@@ -14,7 +14,12 @@ import pytest
 import schemas
 from reinforce.config import Limits
 from reinforce.dataset import vectors
-from reinforce.student.data.examples import Examples, ExampleSpec, SampleFile, make_examples
+from reinforce.student.data.examples import (
+    Examples,
+    ExampleSpec,
+    SampleFile,
+    make_examples,
+)
 
 ROWS = 400
 FILE = SampleFile("samples/x.parquet", Limits())

@@ -1,10 +1,10 @@
-"""The examples of one stream of a dataset: read ahead, unusable rows, and damage that shows up when it is read."""
+"""One stream of a dataset, the stream of a rank, and how many processes read them."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +12,23 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from reinforce.errors import UserError
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.examples import Example
 from reinforce.student.data.feed import StudentFeed
+from reinforce.student.data.parts import Part, PartMaker
 from reinforce.student.data.reader import DatasetReader, StreamedDataset
+from reinforce.student.data.reading import plan_reading
+from reinforce.student.data.stream import (
+    RankStream,
+    StreamPlan,
+    StreamReader,
+    make_orders,
+)
 from reinforce.training.order import Chunk, Order
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.reinforced import letters, reinforce_here, small_dataset
@@ -137,21 +147,148 @@ def test_damage_inside_a_page_is_reported_when_it_is_read_also_by_a_loader_proce
         assert "Traceback" not in str(raised.value)
 
 
-class TestReferences:
-    """Images that stay in their tars."""
+def test_references_to_a_missing_tar_and_to_changed_images_are_named(tmp_path: Path) -> None:
+    dataset = Path(small_dataset(tmp_path, (20,), images="reference"))
+    tar = tmp_path / "source" / "00000.tar"
+    tar.rename(tar.with_suffix(".gone"))
+    with pytest.raises(UserError, match=rf"stored by reference, and {tar} cannot be read: FileNotFoundError"):
+        read_epoch(feed_of(dataset, images_from=str(tar.parent)))
+    write_tar(tar, [(f"x{i}.png", picture(i, width=8, height=6)) for i in range(200)])
+    with pytest.raises(UserError, match=rf"of \d+ images that were read .* {tar} .* drop {dataset} samples"):
+        read_epoch(feed_of(dataset, images_from=str(tar.parent)))
 
-    @pytest.fixture
-    def dataset(self, tmp_path: Path) -> Path:
-        return Path(small_dataset(tmp_path, (20,), images="reference"))
 
-    def test_a_missing_tar_is_named(self, dataset: Path) -> None:
-        tar = dataset.parent / "source" / "00000.tar"
-        tar.rename(tar.with_suffix(".gone"))
-        with pytest.raises(UserError, match=rf"stored by reference, and {tar} cannot be read: FileNotFoundError"):
-            read_epoch(feed_of(dataset, images_from=str(dataset.parent / "source")))
+SEED = 5
 
-    def test_changed_images_are_named_by_file_number_and_command(self, dataset: Path) -> None:
-        tar = dataset.parent / "source" / "00000.tar"
-        write_tar(tar, [(f"x{i}.png", picture(i, width=8, height=6)) for i in range(200)])
-        with pytest.raises(UserError, match=rf"of \d+ images that were read .* {tar} .* drop {dataset} samples"):
-            read_epoch(feed_of(dataset, images_from=str(dataset.parent / "source")))
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> StreamedDataset:
+    url = small_dataset(tmp_path_factory.mktemp("dataset"))
+    [dataset] = open_datasets(Data.model_validate({"datasets": url}), SEED, None)
+    return dataset
+
+
+def stream_of(dataset: StreamedDataset, rank: int = 0, ranks: int = 1, batch: int = 6, **options: Any) -> RankStream:
+    width = sum(dim for _, dim in dataset.targets)
+    plan = StreamPlan([dataset], PartMaker(20, width, letters), SEED, streams=2, window=10)
+    return RankStream(plan, rank, ranks, batch, **options)
+
+
+def keys(parts: Sequence[Part]) -> list[list[str]]:
+    return [part.keys for part in parts]
+
+
+def test_the_state_dict_lets_a_stateful_loader_resume_exactly(streamed: StreamedDataset) -> None:
+    def loader() -> StatefulDataLoader:
+        return StatefulDataLoader(
+            stream_of(streamed),
+            batch_size=None,
+            num_workers=2,
+            collate_fn=_identity,
+            multiprocessing_context="forkserver",
+        )
+
+    interrupted = loader()
+    reading = iter(interrupted)
+    for _ in range(5):
+        next(reading)
+    state = interrupted.state_dict()
+    undisturbed = list(itertools.islice(reading, 7))
+    again = loader()
+    again.load_state_dict(state)
+    resumed = list(itertools.islice(again, 7))
+    assert keys(resumed) == keys(undisturbed)
+    pairs = zip(resumed, undisturbed, strict=True)
+    assert all(torch.equal(part.buffers.image, old.buffers.image) for part, old in pairs)
+
+
+def _identity(part: Any) -> Any:
+    return part
+
+
+def test_a_stream_starts_at_any_step_and_counts_on(streamed: StreamedDataset) -> None:
+    undisturbed = list(itertools.islice(stream_of(streamed), 10))
+    stream = stream_of(streamed, step=4)
+    assert keys(list(itertools.islice(stream, 6))) == keys(undisturbed[4:])
+    assert stream.state_dict() == {"step": 10}
+
+
+def test_ranks_read_their_share_of_the_streams(streamed: StreamedDataset) -> None:
+    one = keys(list(itertools.islice(stream_of(streamed), 8)))
+    of_ranks = [keys(list(itertools.islice(stream_of(streamed, rank, 2, 3), 8))) for rank in range(2)]
+    assert one == [first + second for first, second in zip(*of_ranks, strict=True)]
+
+
+def test_parts_are_made_in_the_given_buffers_by_turns(streamed: StreamedDataset) -> None:
+    stream = stream_of(streamed)
+    buffers = stream.buffers = stream.plan.maker.allocate(1, 3, 6)
+    for step, part in enumerate(itertools.islice(stream, 5)):
+        assert part.buffers is not None
+        assert part.buffers.image.data_ptr() == buffers.image[0, step % 3].data_ptr()
+
+
+def test_a_reader_draws_from_the_datasets_by_weight_and_from_any_position(
+    streamed: StreamedDataset, tmp_path: Path
+) -> None:
+    orders = make_orders([replace(streamed, weight=3.0), streamed, replace(streamed, weight=0.01)], SEED, 2, 100)
+    assert [(order.name, order.window) for order in orders] == [("dataset 0", 75), ("dataset 1", 25), ("dataset 2", 1)]
+    [other] = open_datasets(Data.model_validate({"datasets": small_dataset(tmp_path, (12, 4))}), SEED, None)
+    datasets = [replace(streamed, weight=3.0), replace(other, weight=1.0)]
+    orders = make_orders(datasets, SEED, 1, 16)
+
+    def read(position: int, count: int) -> list[tuple[str, str]]:
+        with ThreadPoolExecutor(1) as pool:
+            reader = StreamReader(datasets, orders, SEED, 0, position, pool)
+            examples = [next(reader) for _ in range(count)]
+            assert reader.take_unusable() == {}
+            return [(example.file.path, example.key) for example in examples]
+
+    whole = read(0, 200)
+    assert read(150, 50) == whole[150:]
+    counts = Counter(path.startswith(str(tmp_path)) for path, _ in whole)
+    assert counts[True] / 200 == pytest.approx(0.25, abs=0.1)
+
+
+def plan(
+    ranks: int = 1, batch: int = 64, start: int = 0, loaders: int = 8, recorded: int | None = None, **data: Any
+) -> tuple[int, int | None, bool]:
+    """Loader processes, streams, and whether there is a note."""
+    reading = plan_reading(Data.model_validate({"datasets": "d", **data}), ranks, batch, start, loaders, recorded)
+    return reading.loaders, reading.streams, reading.note is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"loaders": 1}, (1, 1, False)),
+        ({"ranks": 2}, (8, 16, False)),
+        ({"batch": 3}, (3, 3, False)),  # a process needs a sample of each batch
+        # given numbers are used unchanged
+        ({"ranks": 2, "workers": 3}, (3, 6, False)),
+        ({"ranks": 2, "workers": 0}, (0, 2, False)),
+        ({"ranks": 2, "workers": 3, "streams": 12}, (3, 12, False)),
+        ({"start": 5, "workers": 3}, (3, 3, False)),  # an old checkpoint, continued as before
+        # processes divide the streams
+        ({"ranks": 2, "streams": 12}, (6, 12, False)),
+        ({"ranks": 2, "streams": 10, "loaders": 4}, (1, 10, False)),
+        # a checkpoint without a record is continued with the default of its time
+        ({"ranks": 2, "start": 5}, (1, 2, True)),
+        ({"ranks": 2, "start": 5, "streams": 4}, (2, 4, False)),
+        # another order after a resume is reported
+        ({"start": 5, "recorded": 8, "workers": 4}, (4, 8, False)),
+        ({"start": 5, "recorded": 8, "workers": 3}, (3, 3, True)),
+        ({"ranks": 3, "start": 5, "recorded": 8, "loaders": 2}, (2, 6, True)),
+    ],
+)
+def test_a_training_has_the_processes_that_suit_the_machine_and_a_stream_for_each(
+    options: dict[str, Any], expected: tuple[int, int, bool]
+) -> None:
+    assert plan(**options) == expected
+
+
+@pytest.mark.parametrize("loaders", [1, 2, 3, 8])
+def test_a_resumed_training_keeps_its_streams_on_another_machine(loaders: int) -> None:
+    workers, streams, note = plan(start=5, loaders=loaders, recorded=8)
+    assert (streams, note) == (8, False)
+    assert 8 % workers == 0
+    assert 1 <= workers <= loaders

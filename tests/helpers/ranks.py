@@ -1,0 +1,34 @@
+"""Ranks in processes that fork from one that has imported torch, because each import takes three seconds of CPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+#: An optimizer's first step imports the second.
+_PRELOADED = ["reinforce.training.loop", "torch._dynamo", "torch.utils.tensorboard"]
+
+
+def start_ranks(work: Callable[..., None], ranks: int, *arguments: Any) -> None:
+    """Run ``work(rank, *arguments)`` in a process for each rank, and wait for all of them."""
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    torch.multiprocessing.start_processes(work, arguments, nprocs=ranks, start_method="forkserver")
+
+
+def results_of_ranks(compute: Callable[[int], Any], ranks: int, folder: Path) -> list[Any]:
+    """Return what ``compute(rank)`` returns on each rank of a process group, tensors and containers of them."""
+    start_ranks(_join, ranks, compute, ranks, str(folder))
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def _join(rank: int, compute: Callable[[int], Any], ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    torch.save(compute(rank), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
