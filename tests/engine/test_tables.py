@@ -9,19 +9,26 @@ import pytest
 from reinforce.dataset.augment.records import Augmentation, Crop, from_records, to_records
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
-from reinforce.engine.decode.rows import NewSample, Row
+from reinforce.engine.decode.row import Decoded, Row
 from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import OutOfStep
 from reinforce.engine.worker.tables import aligned_captions, captions_table, samples_table, vectors_table
 from reinforce.source.references import image_digest
+from reinforce.source.samples import RawSample
 from schemas import captions_schema, embeddings_schema, samples_schema
 
 AUGMENTATION = Augmentation(Crop(1, 2, 10, 20), 24, None)
-SAMPLES = [
-    NewSample('{"a": 1}', 40, 30, b"first", 512, to_records([AUGMENTATION]), ()),
-    NewSample(None, 20, 10, b"second", 2048, to_records([AUGMENTATION]), ()),
+
+
+def row(key: str, caption: str | None, image: bytes, offset: int, decoded: Decoded) -> Row:
+    return Row(key, caption, sample=RawSample(key, image, offset, len(image), {}), decoded=decoded)
+
+
+RECORDS = to_records([AUGMENTATION])
+ROWS = [
+    row("a", "A", b"first", 512, Decoded(metadata='{"a": 1}', width=40, height=30, records=RECORDS)),
+    row("b", None, b"second", 2048, Decoded(width=20, height=10, records=RECORDS)),
 ]
-ROWS = [Row(key, caption, sample=sample) for key, caption, sample in zip("ab", ("A", None), SAMPLES, strict=True)]
 
 
 def test_a_samples_table_has_the_encoded_images_or_references_to_them() -> None:

@@ -25,12 +25,13 @@ from PIL import Image
 
 from reinforce.config import Config, Limits, parse_config
 from reinforce.dataset.augment.records import replay, sample_augmentation
-from reinforce.engine.decode.rows import NewSample, Row, RowSpec, rows_from_source
+from reinforce.engine.decode.row import Row
+from reinforce.engine.decode.rows import RowSpec, rows_from_source
 from reinforce.images.policy import FORMATS, ImageRefused, decode
 from reinforce.source.captions import caption_of, json_error, metadata_of
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.tar import split_name
-from reinforce.source.samples import Refusal, as_utf8
+from reinforce.source.samples import RawSample, Refusal, as_utf8
 from tests.fuzz import datasets, published, tables
 from tests.helpers.data import picture
 from tests.helpers.decoding import cell_of, lease
@@ -85,7 +86,7 @@ class Found:
     """A row, its sample and its crops [K, S, S, 3]."""
 
     row: Row
-    sample: NewSample
+    sample: RawSample
     crops: np.ndarray
 
     @property
@@ -102,7 +103,7 @@ def rows(data: bytes, name: str = "x.tar") -> list[Found | Refusal]:
             if isinstance(row, Refusal):
                 found.append(row)
                 continue
-            assert row.sample is not None
+            assert isinstance(row.sample, RawSample)
             assert taken.cells.crops is not None
             found.append(Found(row, row.sample, taken.cells.crops[cell_of(row)].copy()))
             taken.free.release([cell_of(row)])

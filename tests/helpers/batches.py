@@ -7,7 +7,7 @@ import torch
 
 from reinforce.config import parse_config
 from reinforce.engine.decode.cells import PixelCells
-from reinforce.engine.decode.rows import Row
+from reinforce.engine.decode.row import Row
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from tests.helpers.data import config_of
 from tests.helpers.models import SeedCaptioner

@@ -1,4 +1,4 @@
-"""Samples at which a decode process really crashes or raises after decoding, and items of any size."""
+"""Samples at which a decode process really crashes or raises after decoding, and rows of any size."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reinforce.engine.decode.item import SourceItem
+from reinforce.engine.decode.row import Row
 from reinforce.source.samples import RawSample
 
 
@@ -50,8 +50,18 @@ class FailingSample(_Faulty):
             raise ZeroDivisionError("decoders do not do this")
 
 
-@dataclass(frozen=True)
-class SizedItem(SourceItem):
+class CrashingRecords(list[Any]):
+    """Augmentations of a stored image that segfaults."""
+
+    def __reduce__(self) -> Any:
+        return CrashingRecords, ()
+
+    def __iter__(self) -> Any:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+@dataclass(eq=False)
+class SizedRow(Row):
     """Counts as ``size`` encoded bytes."""
 
     size: int = 0  # type: ignore[misc]

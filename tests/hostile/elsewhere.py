@@ -16,7 +16,7 @@ SOURCES = "tests/engine/test_sources.py"
 CHANGES = "tests/engine/test_changes.py"
 EXPORT = "tests/publishing/test_datacompdr.py"
 CARD = "tests/publishing/test_card.py"
-DECODE_POOL = "tests/engine/test_decode_pool.py"
+DECODE_POOL = "tests/engine/decode/test_pool.py"
 #: Cases of other tests: defect, outcome, test.
 OTHERS = [
     (

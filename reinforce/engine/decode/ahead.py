@@ -4,47 +4,35 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 
-from reinforce.engine.decode.item import Decoded, Failed, Item, Outcome
-from reinforce.engine.decode.pool import CellLease
+from reinforce.engine.decode.pool import CellLease, Chunk
+from reinforce.engine.decode.row import Decoded, Failed, Row
 from reinforce.engine.messages.pulse import DECODING, READING
-from reinforce.source.samples import Refusal
+from reinforce.source.samples import RawSample, Refusal
 
-#: Limits of a chunk, of which the first that is reached closes it: items and encoded bytes.
-CHUNK_ITEMS = 8
+#: A chunk is full at CHUNK_ROWS rows or _CHUNK_BYTES encoded bytes.
+CHUNK_ROWS = 8
 _CHUNK_BYTES = 2**20
 _MAX_PENDING_BYTES = 128 * 2**20
 
 
-class _Chunk:
-    """Items that are sent to a decode process together."""
-
-    def __init__(self) -> None:
-        self.cells: list[int] = []
-        self.items: list[Item] = []
-        self.size = 0  # encoded bytes
-        self.future: Future[list[Outcome]] | None = None
+def chunk_rows(window: int, processes: int) -> int:
+    """Rows of a chunk: as many as spread a window over all processes, with two chunks for each."""
+    return max(1, min(CHUNK_ROWS, window // (2 * processes)))
 
 
-def chunk_items(window: int, processes: int) -> int:
-    """Items of a chunk: as many as spread a window over all processes, with two chunks for each."""
-    return max(1, min(CHUNK_ITEMS, window // (2 * processes)))
+def decode_ahead(lease: CellLease, rows: Iterable[Row | Refusal], window: int) -> Iterator[Row | Refusal]:
+    """Yield each row with its cell and what was decoded, in order; a Refusal passes through.
 
-
-def decode_ahead(
-    lease: CellLease, items: Iterable[Item | Refusal], window: int
-) -> Iterator[tuple[Item | None, int, Decoded | Refusal]]:
-    """Yield each item, its cell and what it was decoded to, in order; a Refusal passes through.
-
-    At most ``window`` items are pending, and fewer if their encoded bytes add up to more than 128 MiB. The consumer
-    releases the cells of decoded items; those of refused ones are released here. Raises RuntimeError for an item at
-    which a decode process raised.
+    A sample of the source that cannot be used gives its Refusal; a row of the samples layer is black then. At most
+    ``window`` rows are pending, and fewer if their encoded bytes add up to more than 128 MiB. The consumer releases the
+    cells. Raises RuntimeError for a row at which a decode process raised.
     """
-    ahead = _Ahead(lease, chunk_items(window, lease.pool.processes))
+    ahead = _Ahead(lease, chunk_rows(window, lease.pool.processes))
     try:
-        for item in lease.watch.steps(READING, items):
-            ahead.add(item)
+        for row in lease.watch.steps(READING, rows):
+            ahead.add(row)
             while len(ahead) > window or (ahead.bytes > _MAX_PENDING_BYTES and len(ahead) > 1):
                 yield ahead.take()
         while len(ahead):
@@ -54,60 +42,66 @@ def decode_ahead(
 
 
 class _Ahead:
-    """The pending items, in order, and the chunks that they are in."""
+    """The pending rows, in order, and the chunks that they are in."""
 
     def __init__(self, lease: CellLease, chunk_limit: int) -> None:
-        self.bytes = 0  # encoded, of all pending items
+        self.bytes = 0  # encoded, of all pending rows
         self._lease, self._chunk_limit = lease, chunk_limit
-        self._pending: deque[Refusal | tuple[_Chunk, int]] = deque()
-        self._open = _Chunk()
-        self._submitted: deque[_Chunk] = deque()
+        self._pending: deque[Refusal | tuple[Chunk, int]] = deque()
+        self._open, self._open_bytes = Chunk(lease), 0
+        self._submitted: deque[Chunk] = deque()
 
     def __len__(self) -> int:
         return len(self._pending)
 
-    def add(self, item: Item | Refusal) -> None:
-        if isinstance(item, Refusal):
-            self._pending.append(item)
+    def add(self, row: Row | Refusal) -> None:
+        if isinstance(row, Refusal):
+            self._pending.append(row)
             return
-        chunk = self._open
-        self._pending.append((chunk, len(chunk.items)))
-        chunk.cells.append(self._lease.free.take())
-        chunk.items.append(item)
-        chunk.size += item.size
-        self.bytes += item.size
-        if len(chunk.items) == self._chunk_limit or chunk.size > _CHUNK_BYTES:
+        rows, size = self._open.rows, row.size
+        self._pending.append((self._open, len(rows)))
+        row.cell = self._lease.free.take()
+        rows.append(row)
+        self._open_bytes += size
+        self.bytes += size
+        if len(rows) == self._chunk_limit or self._open_bytes > _CHUNK_BYTES:
             self._submit()
 
-    def take(self) -> tuple[Item | None, int, Decoded | Refusal]:
-        """The oldest item, its cell and its outcome, once it is decoded."""
+    def take(self) -> Row | Refusal:
+        """The oldest row, once it is decoded."""
         entry = self._pending.popleft()
         if isinstance(entry, Refusal):
-            return None, 0, entry
+            return entry
         chunk, number = entry
-        if chunk.future is None:
+        if chunk is self._open:
             self._submit()
-        assert chunk.future is not None
-        item, cell = chunk.items[number], chunk.cells[number]
-        with self._lease.watch.stage(DECODING, f"key {item.key!r}"):
+        row = chunk.rows[number]
+        with self._lease.watch.stage(DECODING, f"key {row.key!r}"):
             outcome = chunk.future.result()[number]
-        self.bytes -= item.size
+        self.bytes -= row.size
         if isinstance(outcome, Failed):
             raise RuntimeError(outcome.error)
+        assert row.cell is not None
         if isinstance(outcome, Refusal):
-            self._lease.free.release([cell])
-        return item, cell, outcome
+            if isinstance(row.sample, RawSample):
+                self._lease.free.release([row.cell])
+                return outcome
+            self._lease.cells.blacken(row.cell)  # an image that was accepted before crashes its decode process now
+            outcome = Decoded(unreadable=outcome)
+        row.finish(outcome)
+        return row
 
     def cancel(self) -> None:
         """Withdraw what no process has begun, and wait until no process writes into the cells any more."""
-        futures = [chunk.future for chunk in self._submitted if chunk.future is not None]
+        futures = [chunk.future for chunk in self._submitted]
         wait([future for future in futures if not future.cancel()])
 
     def _submit(self) -> None:
         """Submit the open chunk and open another."""
-        chunk, self._open = self._open, _Chunk()
-        chunk.future = self._lease.submit(chunk.cells, chunk.items)
-        self._lease.watch.read_bytes += chunk.size
+        chunk = self._open
+        self._lease.pool.submit(chunk)
+        self._lease.watch.read_bytes += self._open_bytes
+        self._open, self._open_bytes = Chunk(self._lease), 0
         self._submitted.append(chunk)
-        while self._submitted[0].future is not None and self._submitted[0].future.done():
+        while self._submitted[0].future.done():
             self._submitted.popleft()

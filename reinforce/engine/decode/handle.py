@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from reinforce.engine.decode.item import Outcome
-from reinforce.engine.decode.process import COMMAND, READY, Chunk
+from reinforce.engine.decode.process import COMMAND, READY, Message
+from reinforce.engine.decode.row import Outcome
 from reinforce.processes.shared_memory import SharedMemory
 
 #: Chunks that a process has at a time: it begins the second without waiting for its parent.
@@ -70,17 +70,17 @@ class ProcessHandle:
     def pid(self) -> int:
         return self._process.pid
 
-    def send(self, chunk: Chunk) -> None:
-        """Send a chunk; at most ``DEPTH`` may be without outcomes. ``receive`` reports a process that has died."""
-        message = pickle.dumps(chunk, pickle.HIGHEST_PROTOCOL)
+    def send(self, message: Message) -> None:
+        """Send a message; at most ``DEPTH`` may be without outcomes. ``receive`` reports a process that has died."""
+        pickled = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         slot = self._sent % DEPTH
         self._sent += 1
         memory = self._messages[slot]
-        if memory.size > max(_KEPT_BYTES, len(message)):
+        if memory.size > max(_KEPT_BYTES, len(pickled)):
             memory.resize(0)
-        memory.write(message)
+        memory.write(pickled)
         with contextlib.suppress(OSError):
-            self._connection.send_bytes(np.array([slot, len(message)], np.int64).tobytes())
+            self._connection.send_bytes(np.array([slot, len(pickled)], np.int64).tobytes())
 
     def receive(self, seconds: float) -> list[Outcome] | None:
         """The outcomes of the oldest chunk, or None if there are none after ``seconds``. Raises ProcessDied."""

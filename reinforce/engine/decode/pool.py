@@ -23,8 +23,8 @@ from dataclasses import dataclass, field, replace
 
 from reinforce.engine.decode.cells import Bytes, FreeCells, PixelCells
 from reinforce.engine.decode.handle import DEPTH, ProcessDied, ProcessHandle
-from reinforce.engine.decode.item import DecodeSpec, Item, Outcome, SourceItem
-from reinforce.engine.decode.process import Chunk, StatusBoard
+from reinforce.engine.decode.process import StatusBoard
+from reinforce.engine.decode.row import DecodeSpec, Outcome, Row
 from reinforce.engine.messages.pulse import LeaseWatch
 from reinforce.processes.shared_memory import SharedMemory
 from reinforce.source.samples import Refusal
@@ -36,52 +36,43 @@ _MAX_LOST_STARTS = 3  # deaths in a row of processes that had not begun an image
 
 
 @dataclass(eq=False)
-class Job:
-    """A chunk of items, which is finished once each has an outcome."""
+class Chunk:
+    """Rows of one lease that a decode process receives together; ``future`` has one outcome for each of them.
 
-    number: int
+    After a process has died at a row, that row is sent again alone and first, and then all others without an outcome.
+    """
+
     lease: CellLease
-    cells: Sequence[int]
-    items: Sequence[Item]
+    rows: list[Row] = field(default_factory=list)
+    number: int = field(default_factory=itertools.count(1).__next__)
     future: Future[list[Outcome]] = field(default_factory=Future)
     outcomes: dict[int, Outcome] = field(default_factory=dict)
-    deaths: Counter[int] = field(default_factory=Counter)  # of processes that worked on an item
+    deaths: Counter[int] = field(default_factory=Counter)  # of processes that worked on a row
+    sent: Sequence[int] = ()  # the rows that a process has now
 
+    def send(self) -> list[Row]:
+        """The rows that a process receives now."""
+        left = [row for row in range(len(self.rows)) if row not in self.outcomes]
+        self.sent = next(([row] for row in left if row in self.deaths), left)
+        return [self.rows[row] for row in self.sent]
 
-@dataclass(frozen=True)
-class Task:
-    """The items ``start`` to ``stop`` of a job, which a process receives together."""
+    def receive(self, outcomes: Iterable[Outcome]) -> bool:
+        """Record the outcomes of the rows that were sent; returns whether all rows have one now."""
+        self.outcomes.update(zip(self.sent, outcomes, strict=True))
+        if len(self.outcomes) < len(self.rows):
+            return False
+        self.future.set_result([self.outcomes[row] for row in range(len(self.rows))])
+        return True
 
-    job: Job
-    start: int
-    stop: int
-
-    def finish(self, outcomes: Iterable[Outcome]) -> None:
-        """Record the outcomes of the items; the job's future gets its result with the last one."""
-        self.job.outcomes.update(zip(range(self.start, self.stop), outcomes, strict=True))
-        if len(self.job.outcomes) == len(self.job.items):
-            self.job.future.set_result([outcome for _, outcome in sorted(self.job.outcomes.items())])
-
-    def without(self, item: int) -> list[Task]:
-        """The tasks that are left without one of the items."""
-        parts = [Task(self.job, self.start, item), Task(self.job, item + 1, self.stop)]
-        return [part for part in parts if part.start < part.stop]
-
-    def blame(self, item: int, refusal: Refusal, attempts: int) -> list[Task]:
-        """The tasks that are left after a process died at ``item``, which begins again alone and first.
-
-        It is refused instead if its processes have died ``attempts`` times.
-        """
-        self.job.deaths[item] += 1
-        if self.job.deaths[item] < attempts:
-            return [Task(self.job, item, item + 1), *self.without(item)]
-        Task(self.job, item, item + 1).finish([refusal])
-        return self.without(item)
+    def fail(self, error: str | None = None) -> None:
+        """End with a RuntimeError."""
+        if not self.future.done():
+            self.future.set_exception(RuntimeError(error or STOPPED))
 
 
 @dataclass(eq=False)
 class CellLease:
-    """The pixel cells that one shard uses; ``spec`` is the pickled DecodeSpec of its items."""
+    """The pixel cells that one shard uses; ``spec`` is the pickled DecodeSpec of its rows."""
 
     number: int
     spec: bytes
@@ -90,26 +81,22 @@ class CellLease:
     pool: DecodePool
     watch: LeaseWatch
 
-    def submit(self, cells: Sequence[int], items: Sequence[Item]) -> Future[list[Outcome]]:
-        """Decode items into cells. The result has one outcome per item."""
-        return self.pool.submit(self, cells, items)
-
 
 class DecodePool:
     """``processes`` decode processes. ``sample_seconds`` is the longest time for one image, ``attempts`` the number of
-    deaths of its process after which an image is refused. ``finished`` counts the items so far."""
+    deaths of its process after which an image is refused. ``finished`` counts the rows so far."""
 
     def __init__(self, processes: int, sample_seconds: float = 300.0, attempts: int = 2) -> None:
         self.sample_seconds, self.attempts = sample_seconds, attempts
         self.finished = 0  # approximate under threads; only its changes matter
         self.idle = 0
         self.closed = False
-        self.jobs: queue.PriorityQueue[tuple[float, int, Job | None]] = queue.PriorityQueue()
+        self.chunks: queue.PriorityQueue[tuple[float, int, Chunk | None]] = queue.PriorityQueue()
         self.status = SharedMemory(StatusBoard.bytes(processes))
         self.pixels = SharedMemory(1)  # the byte that processes lock
         self._regions: list[tuple[int, Bytes]] = []  # start and memory of each region that no shard uses
         self._changing = threading.Lock()
-        self._job_numbers, self._lease_numbers = itertools.count(1), itertools.count(1)
+        self._lease_numbers = itertools.count(1)
         self._servers = [_Server(self, number) for number in range(processes)]
         for server in self._servers:
             server.start()
@@ -155,32 +142,31 @@ class DecodePool:
             with self._changing:
                 self._regions.append((start, region))
 
-    def submit(self, lease: CellLease, cells: Sequence[int], items: Sequence[Item]) -> Future[list[Outcome]]:
-        """Decode items into cells of a lease. The result has one outcome per item."""
-        job = Job(next(self._job_numbers), lease, cells, items)
+    def submit(self, chunk: Chunk) -> Future[list[Outcome]]:
+        """Decode the rows of a chunk into their cells."""
         with self._changing:
             if self.closed:
                 raise RuntimeError(STOPPED)
-            self.jobs.put((lease.number, job.number, job))
-        return job.future
+            self.chunks.put((chunk.lease.number, chunk.number, chunk))
+        return chunk.future
 
     def longest(self) -> str | None:
-        """Key of the item that a process has worked on for the longest time, or None if none is in work."""
+        """Key of the row that a process has worked on for the longest time, or None if none is in work."""
         working = [at for server in self._servers if (at := server.working_on()) is not None]
         return max(working, key=lambda at: at[1])[0] if working else None
 
-    def next_job(self, wait: bool) -> Job | None:
-        """The next job. Without ``wait``, None if other processes have nothing to do and can take what there is."""
-        while wait or self.jobs.qsize() > self.idle:
+    def next_chunk(self, wait: bool) -> Chunk | None:
+        """The next chunk. Without ``wait``, None if other processes have nothing to do and can take what there is."""
+        while wait or self.chunks.qsize() > self.idle:
             self._count_idle(+wait)
             try:
-                _, _, job = self.jobs.get(block=wait)
+                _, _, chunk = self.chunks.get(block=wait)
             except queue.Empty:
                 return None
             finally:
                 self._count_idle(-wait)
-            if job is None or job.future.set_running_or_notify_cancel():
-                return job
+            if chunk is None or chunk.future.set_running_or_notify_cancel():
+                return chunk
         return None
 
     def close(self) -> None:
@@ -188,14 +174,14 @@ class DecodePool:
         with self._changing:
             self.closed = True
         for _ in self._servers:
-            self.jobs.put((math.inf, 0, None))
+            self.chunks.put((math.inf, 0, None))
         for server in self._servers:
             server.kill()
             server.join()
         with contextlib.suppress(queue.Empty):
             while True:
-                if (job := self.jobs.get_nowait()[2]) is not None:
-                    fail(job)
+                if (chunk := self.chunks.get_nowait()[2]) is not None:
+                    chunk.fail()
 
     def __enter__(self) -> DecodePool:
         return self
@@ -217,7 +203,7 @@ class DecodePool:
 
 
 class _Server(threading.Thread):
-    """The thread that serves one process: starts and replaces it, sends it tasks and receives their outcomes.
+    """The thread that serves one process: starts and replaces it, sends it chunks and receives their outcomes.
 
     The kernel kills the process when this thread ends.
     """
@@ -231,19 +217,19 @@ class _Server(threading.Thread):
         self._handle: ProcessHandle | None = None
         self._lost_starts = 0
         self._known: set[int] = set()  # leases whose spec the process has
-        self._todo: deque[Task] = deque()  # what is left of tasks of a process that died
-        self._sent: deque[Task] = deque()
-        self._hung: tuple[int, int] | None = None  # job and item at which the process was killed
+        self._todo: deque[Chunk] = deque()  # begun in a process that died
+        self._sent: deque[Chunk] = deque()
+        self._hung: tuple[int, int] | None = None  # chunk and row at which the process was killed
 
     def run(self) -> None:
         self._start()
         self.ready.set()
         while not self.pool.closed:
-            self._send_tasks()
+            self._send_chunks()
             if self._sent:
                 self._receive()
-        for task in [*self._sent, *self._todo]:
-            fail(task.job)
+        for chunk in [*self._sent, *self._todo]:
+            chunk.fail()
         if self._handle is not None:
             self._handle.close()
 
@@ -252,11 +238,13 @@ class _Server(threading.Thread):
             handle.kill()
 
     def working_on(self) -> tuple[str, float] | None:
-        """Key of the item in work and the seconds, or None."""
+        """Key of the row in work and the seconds, or None."""
         if (at := self.board.get(self.number)) is None:
             return None
-        items = (task.job.items for task in list(self._sent) if task.job.number == at[0])
-        return next(((of_job[at[1]].key, at[2]) for of_job in items), None)
+        number, row, seconds = at
+        chunk = next((chunk for chunk in list(self._sent) if chunk.number == number), None)
+        sent = () if chunk is None else chunk.sent  # it may have been sent again since
+        return (chunk.rows[sent[row]].key, seconds) if chunk is not None and row < len(sent) else None
 
     def _start(self) -> None:
         """Start the process; one that dies before it is ready, such as for lack of memory, is started again."""
@@ -269,29 +257,22 @@ class _Server(threading.Thread):
                 self.start_error = None
                 return
 
-    def _send_tasks(self) -> None:
-        """Send tasks until the process has enough of them; wait for one if it has none."""
+    def _send_chunks(self) -> None:
+        """Send chunks until the process has enough of them; wait for one if it has none."""
         while len(self._sent) < DEPTH:
-            task = self._todo.popleft() if self._todo else self._next_task()
-            if task is None:
+            chunk = self._todo.popleft() if self._todo else self.pool.next_chunk(wait=not self._sent)
+            if chunk is None:
                 return
-            if task.job.future.done():  # it has failed
-                continue
             if self._handle is None:
                 self._start()
             if self._handle is None:
-                fail(task.job, self.start_error)
+                chunk.fail(self.start_error)
                 continue
-            lease, part = task.job.lease, slice(task.start, task.stop)
+            lease = chunk.lease
             spec = None if lease.number in self._known else lease.spec
             self._known.add(lease.number)
-            job = task.job
-            self._sent.append(task)
-            self._handle.send(Chunk(job.number, task.start, lease.number, spec, job.cells[part], job.items[part]))
-
-    def _next_task(self) -> Task | None:
-        job = self.pool.next_job(wait=not self._sent)
-        return None if job is None else Task(job, 0, len(job.items))
+            self._sent.append(chunk)
+            self._handle.send((chunk.number, lease.number, spec, chunk.send()))
 
     def _receive(self) -> None:
         assert self._handle is not None
@@ -302,9 +283,9 @@ class _Server(threading.Thread):
             self._handle_death(str(error))
             return
         if outcomes is not None:
-            task = self._sent.popleft()
-            if not task.job.future.done():
-                task.finish(outcomes)
+            chunk = self._sent.popleft()
+            if not chunk.receive(outcomes):
+                self._todo.appendleft(chunk)
             self.pool.finished += len(outcomes)
             self._lost_starts = 0
         elif (at := self.board.get(self.number)) is not None and at[2] > limit and self._hung is None:
@@ -315,35 +296,28 @@ class _Server(threading.Thread):
         """Put what the process had not finished in front of the queue; another process is started for it."""
         at, hung = self.board.get(self.number), self._hung
         self.board.clear(self.number)
-        tasks, self._handle, self._hung = list(self._sent), None, None
+        self._todo.extendleft(reversed(self._sent))
+        guilty = next((chunk for chunk in self._sent if at is not None and chunk.number == at[0]), None)
+        self._handle, self._hung = None, None
         self._sent.clear()
         self._known.clear()
         self.pool.finished += 1
-        guilty = next(
-            (t for t in tasks if at is not None and t.job.number == at[0] and t.start <= at[1] < t.stop), None
-        )
         if at is None or guilty is None:
             self._lost_starts += 1
-            self._todo.extend(tasks)
-            if self._lost_starts >= _MAX_LOST_STARTS and tasks:
-                fail(self._todo.popleft().job, f"decode processes die before they begin an image: {ending}")
+            if self._lost_starts >= _MAX_LOST_STARTS and self._todo:
+                self._todo.popleft().fail(f"decode processes die before they begin an image: {ending}")
             return
-        item = guilty.job.items[at[1]]
-        refusal = self._refusal(item, ending, hung == at[:2])
-        for task in tasks:
-            self._todo.extend(guilty.blame(at[1], refusal, self.pool.attempts) if task is guilty else [task])
+        row = guilty.sent[at[1]]
+        guilty.deaths[row] += 1
+        if guilty.deaths[row] >= self.pool.attempts:
+            guilty.sent = [row]
+            if guilty.receive([self._refusal(guilty.rows[row], ending, hung == at[:2])]):
+                self._todo.remove(guilty)
 
-    def _refusal(self, item: Item, ending: str, hung: bool) -> Refusal:
-        key = item.raw.key if isinstance(item, SourceItem) else item.key
+    def _refusal(self, row: Row, ending: str, hung: bool) -> Refusal:
         attempts = self.pool.attempts
         if hung:
             limit = f"failures.sample_seconds = {self.pool.sample_seconds:g}"
-            return Refusal(key, Reason.IMAGE_HUNG, f"decoding took longer than {limit}, {attempts} times")
+            return Refusal(row.source_key, Reason.IMAGE_HUNG, f"decoding took longer than {limit}, {attempts} times")
         detail = f"the process that decoded it ended with {ending}, {attempts} times"
-        return Refusal(key, Reason.IMAGE_CRASHED, detail)
-
-
-def fail(job: Job, error: str | None = None) -> None:
-    """End a job with a RuntimeError."""
-    if not job.future.done():
-        job.future.set_exception(RuntimeError(error or STOPPED))
+        return Refusal(row.source_key, Reason.IMAGE_CRASHED, detail)

@@ -16,14 +16,13 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from reinforce.engine.decode.cells import PixelCells
-from reinforce.engine.decode.item import DecodeSpec, Item, decode_item
+from reinforce.engine.decode.row import DecodeSpec, Row, decode_row
 from reinforce.images import policy as image
 from reinforce.processes.shared_memory import SharedMemory
 
@@ -35,22 +34,13 @@ COMMAND = (
 )
 _KEPT_SPECS = 8
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Items of one lease with their cells. ``spec`` is None if the process has received that of the lease before."""
-
-    job: int
-    first: int  # number of the first item in its job
-    lease: int
-    spec: bytes | None  # a pickled DecodeSpec
-    cells: Sequence[int]
-    items: Sequence[Item]
+#: What a process receives: the numbers of a chunk and of its lease, the pickled DecodeSpec of the lease, which is None
+#: if the process has received it before, and the rows to be decoded.
+Message: TypeAlias = "tuple[int, int, bytes | None, Sequence[Row]]"
 
 
 class StatusBoard:
-    """What each process works on, in shared memory: the job, the item's number in it, and since when.
+    """What each process works on, in shared memory: the chunk, the number of its row among those sent, and since when.
 
     The parent reads it when a process has died or takes too long.
     """
@@ -63,16 +53,16 @@ class StatusBoard:
         """Size of a board."""
         return processes * 3 * 8
 
-    def set(self, process: int, job: int, item: int) -> None:
-        self._entries[process] = (job, item, time.monotonic())
+    def set(self, process: int, chunk: int, row: int) -> None:
+        self._entries[process] = (chunk, row, time.monotonic())
 
     def clear(self, process: int) -> None:
         self._entries[process] = (0, 0, 0)
 
     def get(self, process: int) -> tuple[int, int, float] | None:
-        """Job, item and seconds of a process, or None if it is idle."""
-        job, item, began = self._entries[process].tolist()
-        return (int(job), int(item), time.monotonic() - began) if job else None
+        """Chunk, row and seconds of a process, or None if it is idle."""
+        chunk, row, began = self._entries[process].tolist()
+        return (int(chunk), int(row), time.monotonic() - began) if chunk else None
 
 
 def main(number: int, parent: int, socket: int, status: int, pixels: int, messages: Sequence[int]) -> None:
@@ -90,12 +80,13 @@ def main(number: int, parent: int, socket: int, status: int, pixels: int, messag
         connection.send_bytes(READY)
         while True:
             slot, length = np.frombuffer(connection.recv_bytes(), np.int64).tolist()
-            chunk: Chunk = pickle.loads(inbox[slot].read(length))  # noqa: S301 - from the parent
-            spec, cells = leases.get(chunk)
+            message: Message = pickle.loads(inbox[slot].read(length))  # noqa: S301 - from the parent
+            chunk, lease, pickled, rows = message
+            spec, cells = leases.get(lease, pickled)
             outcomes = []
-            for number_in_job, (cell, item) in enumerate(zip(chunk.cells, chunk.items, strict=True), chunk.first):
-                board.set(number, chunk.job, number_in_job)
-                outcomes.append(decode_item(spec, cells, cell, item))
+            for row_number, row in enumerate(rows):
+                board.set(number, chunk, row_number)
+                outcomes.append(decode_row(spec, cells, row))
             board.clear(number)
             connection.send_bytes(pickle.dumps(outcomes, pickle.HIGHEST_PROTOCOL))
     except (EOFError, OSError):  # the parent is gone
@@ -110,15 +101,15 @@ class _CellLeases:
         self._pixels = memory.array()
         self._known: dict[int, tuple[DecodeSpec, PixelCells]] = {}
 
-    def get(self, chunk: Chunk) -> tuple[DecodeSpec, PixelCells]:
-        if chunk.spec is not None:
-            spec: DecodeSpec = pickle.loads(chunk.spec)  # noqa: S301 - from the parent
+    def get(self, lease: int, pickled: bytes | None) -> tuple[DecodeSpec, PixelCells]:
+        if pickled is not None:
+            spec: DecodeSpec = pickle.loads(pickled)  # noqa: S301 - from the parent
             if spec.stop > len(self._pixels):
                 self._pixels = self._memory.array()
-            self._known[chunk.lease] = spec, spec.layout.cells(self._pixels[spec.start : spec.stop])
-            for lease in list(self._known)[:-_KEPT_SPECS]:
-                del self._known[lease]
-        return self._known[chunk.lease]
+            self._known[lease] = spec, spec.layout.cells(self._pixels[spec.start : spec.stop])
+            for old in list(self._known)[:-_KEPT_SPECS]:
+                del self._known[old]
+        return self._known[lease]
 
 
 class _FileLock:

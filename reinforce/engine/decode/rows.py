@@ -7,18 +7,16 @@ augmented ahead in decode processes. Memory grows with the window and the row gr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from reinforce.config import Config
 from reinforce.datacompdr.reinforcements import Reinforcements
-from reinforce.datacompdr.values import PublishedValue
 from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.engine.decode.ahead import decode_ahead
 from reinforce.engine.decode.cells import PixelLayout
-from reinforce.engine.decode.item import Decoded, SourceItem, StoredItem
 from reinforce.engine.decode.pool import CellLease
+from reinforce.engine.decode.row import Row, StoredImage
 from reinforce.engine.messages.pulse import READING
 from reinforce.errors import UserError
 from reinforce.source.formats.base import Shard
@@ -36,39 +34,6 @@ from teachers.protocols import ImageSpec
 GROUP_ROWS = 1024
 GROUP_BYTES = 32 * 2**20
 _NOMINAL_VECTOR_BYTES = 1536 * 2
-
-
-@dataclass(frozen=True)
-class NewSample:
-    """A sample read from the source, as the samples layer stores it. ``augmentations`` are records as dicts;
-    ``left_out`` lists the parts that are missing."""
-
-    metadata: str | None
-    width: int
-    height: int
-    image: bytes
-    offset: int
-    augmentations: Sequence[Mapping[str, Any]]
-    left_out: tuple[Refusal, ...]
-    url: str | None = None  # of a file that holds the image alone
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sample on its way through the models; its pixels are in the lease's ``cell``, None where none are needed.
-
-    ``published`` holds the values of published layers, by layer, and ``group`` numbers the row group. ``sample`` is
-    set only for a row from the source. ``unreadable`` is set only for a row from the samples layer: why its
-    referenced image can no longer be read; its pixels are black then.
-    """
-
-    key: str
-    caption: str | None
-    cell: int | None = None
-    published: Mapping[str, PublishedValue] = field(default_factory=dict)
-    sample: NewSample | None = None
-    unreadable: Refusal | None = None
-    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,21 +72,20 @@ def rows_from_source(
         return
     grouping = _Grouping(max_group_rows(config.augmentations.count, group_rows))
     seen: set[str] = set()  # published keys: several samples of the source may match one
-    items = _source_items(_read_samples(config, shard), published)
-    for item, cell, decoded in decode_ahead(lease, items, window):
-        if isinstance(decoded, Refusal):
-            yield decoded
+    for row in decode_ahead(lease, _source_rows(_read_samples(config, shard), published), window):
+        if isinstance(row, Refusal):
+            yield row
             continue
-        assert isinstance(item, SourceItem)
-        if item.key in seen:
-            lease.free.release([cell])
-            yield Refusal(item.key, Reason.DUPLICATE_KEY, "another sample has the same reinforcements; it is kept")
+        assert isinstance(row.sample, RawSample)
+        if row.key in seen:
+            assert row.cell is not None
+            lease.free.release([row.cell])
+            yield Refusal(row.key, Reason.DUPLICATE_KEY, "another sample has the same reinforcements; it is kept")
             continue
         if published is not None:
-            seen.add(item.key)
-        sample = _new_sample(item.raw, decoded)
-        group = grouping.add(len(sample.image))
-        yield Row(item.key, decoded.caption, cell, decoded.published, sample, group=group)
+            seen.add(row.key)
+        row.group = grouping.add(len(row.sample.image))
+        yield row
     if published is not None:
         yield from published.refusals
         yield from published.unmatched()
@@ -135,14 +99,13 @@ def rows_from_samples(
     Images that are stored by reference are read from the shard itself, or from the files that it names. The cells of
     yielded rows are to be released by the caller.
     """
-    stored = _stored_items(config, shard, file, spec)
+    stored = _stored_rows(config, shard, file, spec)
     if not spec.needs_image and spec.published is None:
-        for row in lease.watch.steps(READING, stored):
-            yield Row(row.key, row.caption, group=row.group)
+        yield from lease.watch.steps(READING, stored)
         return
-    for item, cell, outcome in decode_ahead(lease, stored, window):
-        assert isinstance(item, StoredItem)
-        yield _stored_row(item, cell, outcome, lease)
+    for row in decode_ahead(lease, stored, window):
+        assert isinstance(row, Row)
+        yield row
 
 
 def _read_samples(config: Config, shard: Shard) -> Iterator[RawSample | Refusal]:
@@ -193,43 +156,20 @@ class _Grouping:
         return self._group
 
 
-def _source_items(
-    samples: Iterable[RawSample | Refusal], published: Reinforcements | None
-) -> Iterator[SourceItem | Refusal]:
+def _source_rows(samples: Iterable[RawSample | Refusal], published: Reinforcements | None) -> Iterator[Row | Refusal]:
     for raw in samples:
         if isinstance(raw, Refusal):
             yield raw
         elif published is None:
-            yield SourceItem(raw.key, raw)
+            yield Row(raw.key, sample=raw)
         elif (key := published.match(raw)) is not None:
-            yield SourceItem(key, raw, published.members(key))
+            yield Row(key, sample=raw, members=published.members(key))
         else:
             detail = "the published reinforcements have neither its key nor its uid"
             yield Refusal(raw.key, Reason.NOT_REINFORCED, detail)
 
 
-def _new_sample(raw: RawSample, decoded: Decoded) -> NewSample:
-    return NewSample(
-        decoded.metadata,
-        decoded.width,
-        decoded.height,
-        raw.image,
-        raw.offset,
-        decoded.records,
-        decoded.left_out,
-        raw.url,
-    )
-
-
-def _stored_row(item: StoredItem, cell: int, outcome: Decoded | Refusal, lease: CellLease) -> Row:
-    if isinstance(outcome, Decoded):
-        return Row(item.key, item.caption, cell, outcome.published, None, outcome.unreadable, item.group)
-    cell = lease.free.take()  # an image that was accepted before crashes its decode process now
-    lease.cells.blacken(cell)
-    return Row(item.key, item.caption, cell, unreadable=outcome, group=item.group)
-
-
-def _stored_items(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -> Iterator[StoredItem]:
+def _stored_rows(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -> Iterator[Row]:
     """The rows of the samples layer, without images where none are needed."""
     columns = ["key", "caption"]
     roots = _image_roots(config, shard)
@@ -248,4 +188,5 @@ def _stored_items(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) 
         keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
         for key, caption, image, record in zip(keys, captions, images, records, strict=False):
             members = None if published is None else published.members(key)
-            yield StoredItem(key, caption, group, image, record, members)
+            stored = None if image is None else StoredImage(image, record)
+            yield Row(key, caption, group=group, sample=stored, members=members)

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from reinforce.config import Config
-from reinforce.engine.decode.rows import Row
+from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batch_sizes import rows_per_batch
 from reinforce.engine.messages.pulse import WAITING, LeaseWatch
 

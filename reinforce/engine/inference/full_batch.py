@@ -14,7 +14,8 @@ import numpy as np
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.cells import PixelCells
-from reinforce.engine.decode.rows import Row, RowSpec
+from reinforce.engine.decode.row import Row
+from reinforce.engine.decode.rows import RowSpec
 from reinforce.engine.inference.batch_sizes import rows_per_batch
 from reinforce.engine.inference.batches import IN_WORK
 from reinforce.engine.inference.inference import Inference

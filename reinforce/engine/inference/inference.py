@@ -16,7 +16,7 @@ from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.engine.decode.cells import PixelCells, runs
-from reinforce.engine.decode.rows import Row
+from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batch_sizes import rows_per_batch
 from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt

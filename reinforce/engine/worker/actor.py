@@ -154,7 +154,7 @@ class Worker:
             {
                 "reinforce_worker_samples_total": self.models.counters.samples,
                 "reinforce_worker_busy_seconds_total": self.models.counters.busy,
-                "reinforce_worker_decode_queue": self.pool.jobs.qsize(),
+                "reinforce_worker_decode_queue": self.pool.chunks.qsize(),
                 "reinforce_worker_accelerator_queue": self.models.lock.waiting,
                 "reinforce_worker_memory_bytes": process_memory(),
             }

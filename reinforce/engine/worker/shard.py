@@ -25,9 +25,9 @@ from reinforce.dataset.files.store import LayerWriter, Store, parse_footer
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, Layer, captions_layer, reads_reinforcements
 from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import ShardRecord, SourceRecord
-from reinforce.engine.decode.item import DecodeSpec
 from reinforce.engine.decode.pool import CellLease, DecodePool
-from reinforce.engine.decode.rows import GROUP_ROWS, Row, RowSpec, rows_from_samples, rows_from_source
+from reinforce.engine.decode.row import DecodeSpec, Row
+from reinforce.engine.decode.rows import GROUP_ROWS, RowSpec, rows_from_samples, rows_from_source
 from reinforce.engine.inference.batches import Batches, cells_per_shard, rows_ahead
 from reinforce.engine.inference.inference import Inference
 from reinforce.engine.inference.models import Counters, Models
@@ -197,7 +197,7 @@ class _ShardProcess:
             if isinstance(row, Refusal):
                 self.refusals.add(SAMPLES, row)
             else:
-                for refusal in row.sample.left_out if row.sample else ():
+                for refusal in row.decoded.left_out:
                     self.refusals.add(SAMPLES, refusal)
                 yield row
 

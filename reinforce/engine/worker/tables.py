@@ -11,26 +11,26 @@ import pyarrow as pa
 
 from reinforce.dataset import vectors
 from reinforce.dataset.layers import Layer
-from reinforce.engine.decode.rows import NewSample, Row
+from reinforce.engine.decode.row import Row
 from reinforce.engine.messages.results import raising_layer_failure
 from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import OutOfStep
 from reinforce.source.references import image_digest
-from reinforce.source.samples import Refusal
+from reinforce.source.samples import RawSample, Refusal
 from schemas import IMAGE_DIGEST, Reason
 
 
 def samples_table(schema: pa.Schema, rows: Sequence[Row], source: str) -> pa.Table:
     """Rows that were read from the source. ``source`` is the shard's URL, for image references."""
-    samples = [_sample_of(row) for row in rows]
     columns: dict[str, list[Any]] = {
         "key": [row.key for row in rows],
         "caption": [row.caption for row in rows],
-        "metadata": [sample.metadata for sample in samples],
-        "width": [sample.width for sample in samples],
-        "height": [sample.height for sample in samples],
-        "augmentations": [sample.augmentations for sample in samples],
+        "metadata": [row.decoded.metadata for row in rows],
+        "width": [row.decoded.width for row in rows],
+        "height": [row.decoded.height for row in rows],
+        "augmentations": [row.decoded.records for row in rows],
     }
+    samples = [row.sample for row in rows if isinstance(row.sample, RawSample)]
     if "image" in schema.names:
         columns["image"] = [sample.image for sample in samples]
     else:
@@ -72,8 +72,3 @@ def aligned_captions(layer: str, table: pa.Table, keys: Sequence[str]) -> list[l
         raise OutOfStep(layer)
     captions: list[list[str] | None] = table["captions"].to_pylist()
     return captions
-
-
-def _sample_of(row: Row) -> NewSample:
-    assert row.sample is not None
-    return row.sample

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from reinforce.engine.decode.rows import Row
+from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batches import Batches
 from reinforce.engine.inference.turns import PriorityLock
 from reinforce.engine.messages.pulse import LeaseWatch

@@ -16,7 +16,7 @@ from reinforce.config import Config, parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.cells import PixelCells
-from reinforce.engine.decode.rows import Row
+from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batch_sizes import BatchSizes
 from reinforce.engine.inference.full_batch import find_batch, fit_batch
 from reinforce.engine.inference.inference import Inference

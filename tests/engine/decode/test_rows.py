@@ -16,11 +16,12 @@ from reinforce.config import parse_config
 from reinforce.dataset.augment.records import from_records, replay
 from reinforce.dataset.files.store import Store
 from reinforce.engine.decode.cells import PixelCells
-from reinforce.engine.decode.rows import GROUP_ROWS, Row, RowSpec, max_group_rows, rows_from_samples, rows_from_source
+from reinforce.engine.decode.row import Row
+from reinforce.engine.decode.rows import GROUP_ROWS, RowSpec, max_group_rows, rows_from_samples, rows_from_source
 from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from reinforce.source.formats.base import Shard
-from reinforce.source.samples import Refusal
+from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
 from teachers.preprocessing.fit import fit
 from teachers.protocols import ImageSpec
@@ -93,13 +94,13 @@ def test_rows_from_samples_equal_those_from_the_source(tmp_path: Path, images: s
 def test_pixels_are_those_of_the_recorded_augmentations_and_of_the_whole_image(tmp_path: Path) -> None:
     config = shard_config(tmp_path, members_of(0, 1))
     [found] = rows_of(from_source(config))
-    sample = found.row.sample
-    assert sample is not None
+    sample, decoded = found.row.sample, found.row.decoded
+    assert isinstance(sample, RawSample)
     image = decode(sample.image, parse_config(config).input.limits)
-    assert (sample.width, sample.height) == image.size
+    assert (decoded.width, decoded.height) == image.size
     assert found.crops is not None
     assert found.crops.shape == (2, 24, 24, 3)
-    for crop, record in zip(found.crops, from_records(sample.augmentations), strict=True):
+    for crop, record in zip(found.crops, from_records(decoded.records), strict=True):
         np.testing.assert_array_equal(crop, np.asarray(replay(image, record)))
     np.testing.assert_array_equal(found.views[VIEW], fit(image, VIEW))
 
@@ -115,17 +116,15 @@ def test_a_broken_image_is_refused_even_where_no_layer_needs_pixels(tmp_path: Pa
 def test_an_unusable_sidecar_is_left_out_of_its_sample(tmp_path: Path) -> None:
     members = [(name, b"{" if name.endswith("json") else data) for name, data in members_of(0, 1)]
     [found] = rows_of(from_source(shard_config(tmp_path, members)))
-    assert found.row.sample is not None
-    assert [(part.key, part.reason.value) for part in found.row.sample.left_out] == [(found.row.key, "sidecar_broken")]
+    assert [(part.key, part.reason.value) for part in found.row.decoded.left_out] == [(found.row.key, "sidecar_broken")]
 
 
 def test_a_caption_is_found_by_the_compound_extension_of_its_image(tmp_path: Path) -> None:
     (_, image), *_ = members_of(0, 1)
     members = [("pic 0.v1.png", image), ("pic 0.v1.txt", b"a cat"), ("pic 0.v1.json", b'{"uid": 1}')]
     [found] = rows_of(from_source(shard_config(tmp_path, members)))
-    assert found.row.sample is not None
-    assert (found.row.key, found.row.caption, found.row.sample.metadata) == ("pic 0", "a cat", '{"uid":1}')
-    assert found.row.sample.left_out == ()
+    assert (found.row.key, found.row.caption, found.row.decoded.metadata) == ("pic 0", "a cat", '{"uid":1}')
+    assert found.row.decoded.left_out == ()
 
 
 def test_a_caption_that_was_read_without_compound_extensions_stays(tmp_path: Path) -> None:
@@ -138,9 +137,7 @@ def test_a_caption_that_was_read_without_compound_extensions_stays(tmp_path: Pat
 def test_a_sample_without_a_caption_records_what_was_looked_for_and_what_is_there(tmp_path: Path) -> None:
     (_, image), *_ = members_of(0, 1)
     config = shard_config(tmp_path, [("0.png", image), ("0.caption", b"a cat"), ("1.png", image)])
-    first, second = (found.row.sample for found in rows_of(from_source(config)))
-    assert first is not None
-    assert second is not None
+    first, second = (found.row.decoded for found in rows_of(from_source(config)))
     [refusal] = first.left_out
     detail = "no caption: looked for .txt, json:caption; the sample has .caption, .png"
     assert refusal == Refusal("0", Reason.NO_TEXT, detail)
@@ -148,8 +145,7 @@ def test_a_sample_without_a_caption_records_what_was_looked_for_and_what_is_ther
     [found, _] = rows_of(from_source({**config, "input": {"captions": ["caption"]}}))
     assert found.row.caption == "a cat"
     [unwanted, _] = rows_of(from_source({**config, "input": {"captions": []}}))
-    assert unwanted.row.sample is not None
-    assert unwanted.row.sample.left_out == ()
+    assert unwanted.row.decoded.left_out == ()
 
 
 def test_images_are_not_read_back_where_no_layer_needs_them(tmp_path: Path) -> None:

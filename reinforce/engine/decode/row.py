@@ -1,4 +1,4 @@
-"""What a decode process computes: it decodes images, and augments and fits them into their pixel cells.
+"""One row of a shard, and what a decode process computes of it: its image decoded, augmented and fitted into a cell.
 
 Imports neither torch nor Ray, so that the processes start fast and stay small.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+from PIL.Image import Image
 from PIL.Image import new as new_image
 
 from reinforce.config import Config
@@ -38,43 +39,20 @@ class DecodeSpec:
 
 
 @dataclass(frozen=True)
-class SourceItem:
-    """A sample of the source. ``key`` is that of its row, ``members`` are those of published reinforcements."""
+class StoredImage:
+    """The encoded image of a row of the samples layer, and its augmentations as dicts."""
 
-    key: str
-    raw: RawSample
-    members: Members | None = None
-
-    @property
-    def size(self) -> int:
-        """Encoded bytes."""
-        return len(self.raw.image) + sum(map(len, self.raw.sidecars.values()))
-
-
-@dataclass(frozen=True)
-class StoredItem:
-    """A row of the samples layer, in row group ``group``; ``records`` are its augmentations as dicts. ``image`` is None
-    where none is needed."""
-
-    key: str
-    caption: str | None
-    group: int
-    image: bytes | None
+    image: bytes
     records: Sequence[Mapping[str, Any]]
-    members: Members | None = None
-
-    @property
-    def size(self) -> int:
-        """Encoded bytes."""
-        return len(self.image or b"")
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A row whose pixels are in its cell.
+    """What a decode process returns of a row; ``published`` holds the values of published layers, by layer.
 
     ``records``, ``caption``, ``metadata`` and the size in pixels are set for a sample of the source only; ``left_out``
-    lists its parts that are missing. ``unreadable`` is set only for a row of the samples layer.
+    lists its parts that are missing. ``unreadable`` is set only for a row of the samples layer: why its referenced
+    image can no longer be read; its pixels are black then.
     """
 
     published: Mapping[str, PublishedValue] = field(default_factory=dict)
@@ -94,22 +72,71 @@ class Failed:
     error: str
 
 
-Item: TypeAlias = "SourceItem | StoredItem"
 Outcome: TypeAlias = "Decoded | Refusal | Failed"
+_NOTHING = Decoded()
 
 
-def decode_item(spec: DecodeSpec, cells: PixelCells, cell: int, item: Item) -> Outcome:
-    """Decode one item and write its pixels. A sample of the source that cannot be used gives its Refusal."""
-    decode_one = _decode_stored if isinstance(item, StoredItem) else _decode_new
+@dataclass(eq=False)
+class Row:
+    """One row on its way from its encoded image through the models to the tables.
+
+    ``sample`` is what is decoded: a sample of the source, which stays without its sidecars, or the image of a row of
+    the samples layer. ``members`` are those of published reinforcements. The pixels are in the ``cell`` of the lease,
+    None where none are needed, and ``group`` numbers the row group.
+    """
+
+    key: str
+    caption: str | None = None
+    cell: int | None = None
+    group: int = 0
+    sample: RawSample | StoredImage | None = None
+    members: Members | None = None
+    decoded: Decoded = _NOTHING
+
+    @property
+    def size(self) -> int:
+        """Encoded bytes."""
+        if self.sample is None:
+            return 0
+        sidecars = self.sample.sidecars.values() if isinstance(self.sample, RawSample) else ()
+        return len(self.sample.image) + sum(map(len, sidecars))
+
+    @property
+    def source_key(self) -> str:
+        """The key in the source, which a refusal names."""
+        return self.sample.key if isinstance(self.sample, RawSample) else self.key
+
+    @property
+    def published(self) -> Mapping[str, PublishedValue]:
+        return self.decoded.published
+
+    @property
+    def unreadable(self) -> Refusal | None:
+        return self.decoded.unreadable
+
+    def finish(self, decoded: Decoded) -> None:
+        """Take what was decoded. What no table needs is released: memory is bounded by the images of a row group."""
+        self.decoded, self.members = decoded, None
+        if isinstance(self.sample, RawSample):
+            self.caption = decoded.caption
+            self.sample = replace(self.sample, sidecars={}, of_image={})
+        else:
+            self.sample = None
+
+
+def decode_row(spec: DecodeSpec, cells: PixelCells, row: Row) -> Outcome:
+    """Decode one row and write its pixels. A sample of the source that cannot be used gives its Refusal."""
     try:
-        return decode_one(spec, cells, cell, item)  # type: ignore[arg-type]
-    except Exception as error:  # the parent raises it where the item's turn is
+        if isinstance(row.sample, RawSample):
+            return _decode_new(spec, cells, row, row.sample)
+        return _decode_stored(spec, cells, row, row.sample)
+    except Exception as error:  # the parent raises it where the row's turn is
         return Failed(f"{type(error).__name__}: {error}")
 
 
-def _decode_new(spec: DecodeSpec, cells: PixelCells, cell: int, item: SourceItem) -> Decoded | Refusal:
+def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -> Decoded | Refusal:
     """Decode a sample of the source, and draw its augmentations or take the published ones."""
-    config, raw, key = spec.config, item.raw, item.key
+    config, key = spec.config, row.key
     limits, policy = config.input.limits, config.augmentations
     try:
         image = decode(raw.image, limits, strict=True, policy=image_policy(config))
@@ -120,12 +147,12 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, cell: int, item: SourceItem
                 sample_augmentation(policy, config.seed, key, k, width, height) for k in range(policy.count)
             ]
         else:
-            augmentations = spec.published.augmentations(item.members or {}, width, height)
+            augmentations = spec.published.augmentations(row.members or {}, width, height)
     except ImageRefused as refused:
         return Refusal(raw.key, refused.reason, refused.detail)
     except Unreadable as error:
         return Refusal(key, Reason.REINFORCEMENT_BROKEN, str(error))
-    cells.write(cell, image, augmentations, load_backend(policy.backend))
+    _write(cells, row, image, augmentations, policy.backend)
     fields = config.input.captions
     metadata = metadata_of(raw.all_sidecars, config.input.metadata)
     caption = raw.caption(fields, limits)
@@ -133,7 +160,7 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, cell: int, item: SourceItem
     if caption is None and fields and len(raw.members) > 1:
         left_out.append(Refusal(raw.key, Reason.NO_TEXT, raw.why_no_caption(fields)))
     return Decoded(
-        {} if spec.published is None else spec.published.values(key, item.members),
+        {} if spec.published is None else spec.published.values(key, row.members),
         caption,
         metadata,
         width,
@@ -143,22 +170,27 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, cell: int, item: SourceItem
     )
 
 
-def _decode_stored(spec: DecodeSpec, cells: PixelCells, cell: int, item: StoredItem) -> Decoded:
+def _decode_stored(spec: DecodeSpec, cells: PixelCells, row: Row, stored: StoredImage | None) -> Decoded:
     """Decode a row of the samples layer again. An image that cannot be used any more gives black pixels."""
     config = spec.config
-    published = {} if spec.published is None else spec.published.values(item.key, item.members)
-    if item.image is None:
+    published = {} if spec.published is None else spec.published.values(row.key, row.members)
+    if stored is None:
         return Decoded(published)
-    augmentations: Sequence[Augmentation] = from_records(item.records)
+    augmentations: Sequence[Augmentation] = from_records(stored.records)
     unreadable = None
     try:
-        image = decode(item.image, config.input.limits, policy=image_policy(config))
+        image = decode(stored.image, config.input.limits, policy=image_policy(config))
     except ImageRefused as refused:  # only a referenced image can change after it was accepted
-        unreadable = Refusal(item.key, refused.reason, refused.detail)
+        unreadable = Refusal(row.key, refused.reason, refused.detail)
         image = new_image("RGB", (config.augmentations.size,) * 2)
         augmentations = [replace(augmentation, crop=_PLACEHOLDER_CROP) for augmentation in augmentations]
-    cells.write(cell, image, augmentations, load_backend(config.augmentations.backend))
+    _write(cells, row, image, augmentations, config.augmentations.backend)
     return Decoded(published, unreadable=unreadable)
+
+
+def _write(cells: PixelCells, row: Row, image: Image, augmentations: Sequence[Augmentation], backend: str) -> None:
+    assert row.cell is not None
+    cells.write(row.cell, image, augmentations, load_backend(backend))
 
 
 def _left_out(config: Config, raw: RawSample, metadata: str | None) -> Iterator[Refusal]:
