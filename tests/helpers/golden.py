@@ -15,11 +15,12 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reinforce.config import load_config, parse_config
+from reinforce.config import Config, load_config, parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.engine.plan.precision import resolve_precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from tests.helpers.data import config_of, members_of, write_tar
+from tests.helpers.published import config_of as published_config
 from tests.helpers.reinforced import reinforce_here
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -29,11 +30,48 @@ MODELS = "tests.helpers.models"
 
 def fingerprints() -> dict[str, dict[str, str]]:
     """The fingerprint of every layer of the shipped run configs."""
-    return {name: _fingerprints(f"configs/{name}.yaml") for name in [*CONFIGS, "demo-teachers/samples"]}
+    shipped = {name: load_config(f"configs/{name}.yaml") for name in [*CONFIGS, "demo-teachers/samples"]}
+    return {name: _fingerprints(config) for name, config in {**shipped, **_families()}.items()}
 
 
-def _fingerprints(path: str) -> dict[str, str]:
-    config = load_config(path)
+def _families() -> dict[str, Config]:
+    """Configs with models of each family that need no weights, and with each of their keys that fingerprints cover."""
+    hub = {"family": "transformers", "model": "org/repo"}
+    clip = {"model": "ViT-L-14", "pretrained": "dfn2b_s39b"}
+    coca = {"model": "coca_ViT-L-14", "pretrained": "laion2b_s13b_b90k"}
+    owned = {"class": "tests.helpers.custom_models:Radiology", "options": {"weights": "s3://me:secret@b/a.pt"}}
+    server = {"family": "openai", "url": "http://host:8000", "model": "m", "prompt": "Describe.", "captions": 2}
+    teachers: dict[str, Any] = {
+        "tag": {**clip, "dtype": "int8"},
+        "bf16": {**clip, "precision": "bf16", "dtype": "float32"},
+        "hub": {"model": "hf-hub:org/repo", "logit_scale": 7.0},
+        "transformers": hub,
+        "keys": {**hub, "image_size": 64, "pooling": "mean", "lowercase": True, "precision": "fp16"},
+        "defaults": {**hub, "lowercase": False},
+        "versioned": owned,
+        "sight": {"class": f"{MODELS}:ImageOnly", "dtype": "float32"},
+        "reader": {"class": f"{MODELS}:TextOnly"},
+    }
+    captioners: dict[str, Any] = {
+        "coca": coca,
+        "beams": {**coca, "strategy": "diverse_beams", "captions": 6, "repetition_penalty": 1.2, "clean": {"words": 9}},
+        "blip": {**hub, "strategy": "greedy", "captions": 1, "clean": {}},
+        "chat": {**hub, "prompt": "Describe.", "image_size": 64, "strategy": "top_k", "precision": "bf16"},
+        "server": server,
+        "sampled": {
+            **server, "strategy": "top_k", "options": {"min_p": 0.1}, "image_size": 64, "image_quality": 70,
+            "clean": {"first_sentence": True},
+        },
+        "class": {"class": "tests.helpers.custom_models:Writer", "captions": 3, "clean": {"characters": 50}},
+    }  # fmt: skip
+    places = {"source": "memory://golden/*.tar", "output": "memory://golden/out"}
+    return {
+        "families": parse_config({**places, "teachers": teachers, "captioners": captioners}),
+        "published": parse_config({**published_config(Path("golden")), **places}),
+    }
+
+
+def _fingerprints(config: Config) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         config, _ = resolve_precisions(config, Store(f"{folder}/absent"), lambda: [])
     layers = build_layers(config, describe_models(config))
