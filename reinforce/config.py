@@ -13,7 +13,7 @@ from reinforce import settings, source_formats
 from reinforce.config_schema import InSchema, either, keys_match
 from reinforce.processes.cores import Node, cores_per_process, default_gpus, describe_share
 from reinforce.settings import Section
-from teachers.spec import CaptionerSpec, TeacherSpec
+from teachers.registry import AnyCaptioner, AnyTeacher
 
 #: Pattern of the names of teachers and captioners, which become names of folders.
 LAYER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -303,10 +303,10 @@ class Config(Section):
     )
     input: Input = Input()
     augmentations: Augmentations = Augmentations()
-    captioners: Annotated[dict[LayerName, CaptionerSpec], LAYER_NAMES] = Field(
+    captioners: Annotated[dict[LayerName, AnyCaptioner], LAYER_NAMES] = Field(
         default_factory=dict, description="captioners by name"
     )
-    teachers: Annotated[dict[LayerName, TeacherSpec], LAYER_NAMES] = Field(
+    teachers: Annotated[dict[LayerName, AnyTeacher], LAYER_NAMES] = Field(
         default_factory=dict, description="teachers by name"
     )
     workers: Workers = Workers()
@@ -322,7 +322,7 @@ class Config(Section):
     def classes(self) -> list[str]:
         """Custom classes of teachers and captioners, ``package.module:Class``, which are imported and run."""
         specs = (*self.teachers.values(), *self.captioners.values())
-        return list(dict.fromkeys(spec.class_ for spec in specs if spec.class_ is not None))
+        return list(dict.fromkeys(spec.imports for spec in specs if spec.imports is not None))
 
     @model_validator(mode="after")
     def _check_moved(self) -> Config:
@@ -333,7 +333,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_published(self) -> Config:
         models = (*self.teachers.items(), *self.captioners.items())
-        published = [name for name, spec in models if spec.family == "published"]
+        published = [name for name, spec in models if spec.published]
         if published and self.reinforcements is None:
             raise ValueError(
                 f"{', '.join(published)}: family published is read from `reinforcements`, which is not set; set it"

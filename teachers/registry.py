@@ -1,14 +1,67 @@
-"""Load a model from its spec. ``describe_*`` is used while planning, ``load_*`` in the workers."""
+"""Families of models: their config, how they are described while planning and loaded in the workers.
+
+A family is a package with a module ``family.py``, and one line of ``FAMILIES``. Models and torch are imported when one
+is loaded.
+"""
 
 from __future__ import annotations
 
-from typing import Any, cast
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
-from teachers.describe import ModelInfo, describe_captioner, describe_teacher, errors_naming, import_class
-from teachers.protocols import Captioner, ImageSpec, Teacher
-from teachers.spec import CaptionerSpec, ModelSpec, TeacherSpec
+from pydantic import Field, GetCoreSchemaHandler, create_model
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
 
-__all__ = ["ModelInfo", "describe_captioner", "describe_teacher", "load_captioner", "load_teacher"]
+from teachers.protocols import Captioner, Teacher
+from teachers.spec import CaptionerSpec, ModelInfo, ModelSpec, TeacherSpec
+
+
+class Family(NamedTuple):
+    """The classes that a family derives from ``TeacherSpec`` and ``CaptionerSpec``, as ``package.module:Class``."""
+
+    teacher: str | None = None
+    captioner: str | None = None
+
+
+#: Key of the family whose entries have ``class`` instead of ``family``.
+_CLASS = "class"
+#: Families by the value of ``family``.
+FAMILIES: dict[str, Family] = {
+    "open_clip": Family("teachers.open_clip.family:OpenClipTeacherSpec", "teachers.coca.family:CocaSpec"),
+    "transformers": Family(
+        "teachers.transformers.family:TransformersTeacherSpec", "teachers.transformers.family:TransformersCaptionerSpec"
+    ),
+    "published": Family(
+        "teachers.published.family:PublishedTeacherSpec", "teachers.published.family:PublishedCaptionerSpec"
+    ),
+    "openai": Family(captioner="teachers.server.family:ServerCaptionerSpec"),
+    _CLASS: Family("teachers.custom.family:ClassTeacherSpec", "teachers.custom.family:ClassCaptionerSpec"),
+}
+
+
+def teacher_spec(**values: Any) -> TeacherSpec:
+    """Validate the keys of a teacher. Raises pydantic's ValidationError, which is a ValueError."""
+    return AnyTeacher.model_validate(values)
+
+
+def captioner_spec(**values: Any) -> CaptionerSpec:
+    """Validate the keys of a captioner; raises as ``teacher_spec`` does."""
+    return AnyCaptioner.model_validate(values)
+
+
+def describe_teacher(name: str, spec: TeacherSpec) -> ModelInfo:
+    """Describe a teacher without loading it. Raises ValueError or OSError that names the teacher and the fix."""
+    with _errors_naming(f"teacher {name}"):
+        return spec.describe()
+
+
+def describe_captioner(name: str, spec: CaptionerSpec) -> ModelInfo:
+    """Describe a captioner without loading it; raises as ``describe_teacher`` does."""
+    with _errors_naming(f"captioner {name}"):
+        return spec.describe()
 
 
 def load_teacher(name: str, spec: TeacherSpec, device: str) -> Teacher:
@@ -17,78 +70,104 @@ def load_teacher(name: str, spec: TeacherSpec, device: str) -> Teacher:
     Raises ValueError, OSError (FileNotFoundError included) for a wrong config and RuntimeError for errors in the
     model's own code. Each message starts with the teacher's name.
     """
-    from teachers.device.accelerator import Accelerator
-
-    with errors_naming(f"teacher {name}"):
-        if spec.class_ is not None:
-            return _load_custom_teacher(spec, device)
-        accelerator = Accelerator(device, spec.precision)
-        if spec.family == "transformers":
-            from teachers.transformers.teacher import load
-
-            return load(spec, accelerator)
-        from teachers.open_clip.teacher import OpenClipTeacher
-
-        return OpenClipTeacher(spec, accelerator)
+    with _errors_naming(f"teacher {name}"):
+        return spec.load(device)
 
 
 def load_captioner(name: str, spec: CaptionerSpec, device: str) -> Captioner:
     """Load a captioner with its weights on a device; raises as ``load_teacher`` does."""
-    from teachers.device.accelerator import Accelerator
-
-    with errors_naming(f"captioner {name}"):
-        if spec.class_ is not None:
-            return _load_custom_captioner(spec, device)
-        if spec.family == "openai":
-            from teachers.server.captioner import ServerCaptioner
-
-            return ServerCaptioner(name, spec)
-        accelerator = Accelerator(device, spec.precision)
-        if spec.family == "transformers":
-            from teachers.transformers.captioner import load
-
-            return load(spec, accelerator)
-        from teachers.coca.captioner import CocaCaptioner
-
-        return CocaCaptioner(spec, accelerator)
+    with _errors_naming(f"captioner {name}"):
+        return spec.load(name, device)
 
 
-def _load_custom_teacher(spec: TeacherSpec, device: str) -> Teacher:
-    teacher = _build(spec, device)
-    dim = getattr(teacher, "dim", None)
-    if not isinstance(dim, int) or dim < 1:
-        raise ValueError(f"class {spec.class_} must set `dim`, the length of its embeddings, got {dim!r}")
-    if callable(getattr(teacher, "encode_images", None)):
-        if not hasattr(teacher, "image"):
-            raise ValueError(
-                f"class {spec.class_} has `encode_images` and must set `image` to a teachers.protocols.ImageSpec"
-            )
-        if teacher.image is not None and not isinstance(teacher.image, ImageSpec):
-            raise ValueError(
-                f"class {spec.class_}: `image` must be a teachers.protocols.ImageSpec, got {teacher.image!r}"
-            )
-    else:
-        teacher.image = None
-    if spec.logit_scale is not None or not hasattr(teacher, "logit_scale"):
-        teacher.logit_scale = spec.logit_scale
-    return cast(Teacher, teacher)
+@contextmanager
+def _errors_naming(what: str) -> Iterator[None]:
+    """Prefix the message of every error with ``what``; errors of other types become RuntimeError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{what}: {error}") from error
+    except OSError as error:
+        raise OSError(f"{what}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    except Exception as error:
+        raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error
 
 
-def _load_custom_captioner(spec: CaptionerSpec, device: str) -> Captioner:
-    captioner = _build(spec, device)
-    if not isinstance(getattr(captioner, "image", None), ImageSpec):
-        raise ValueError(f"class {spec.class_} must set `image` to a teachers.protocols.ImageSpec")
-    captions = getattr(captioner, "captions", spec.captions)
-    if captions != spec.captions:
-        raise ValueError(
-            f"class {spec.class_} gives {captions} captions an image and the config has `captions: {spec.captions}`: "
-            "make them equal"
-        )
-    captioner.captions = captions
-    return cast(Captioner, captioner)
+def _specs(role: str) -> dict[str, type[ModelSpec]]:
+    """The classes of all families with such models, by family."""
+    paths = {name: path.split(":") for name, family in FAMILIES.items() if (path := getattr(family, role))}
+    return {name: getattr(importlib.import_module(module), spec) for name, (module, spec) in paths.items()}
 
 
-def _build(spec: ModelSpec, device: str) -> Any:
-    from teachers.device.accelerator import Accelerator
+class _AnyFamily:
+    """Base of the classes that configs name: they have the keys of all families, for schemas, pages and messages.
 
-    return import_class(spec)(Accelerator(device).device, **spec.options)
+    Validation returns the spec of the family that a mapping names. This is a union discriminated by ``family``. One of
+    pydantic's would divide the JSON schema and could not discriminate by ``class``.
+    """
+
+    role: ClassVar[str]
+    base: ClassVar[type[ModelSpec]]
+    model_fields: ClassVar[dict[str, FieldInfo]]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        keys = dict(handler.resolve_ref_schema(handler(source)))
+        ref = keys.pop("ref")  # of the whole, so that JSON schemas name it
+        as_its_class = core_schema.simple_ser_schema("any")
+        return core_schema.no_info_wrap_validator_function(cls._validate, keys, ref=ref, serialization=as_its_class)
+
+    @classmethod
+    def _validate(cls, value: Any, handler: Callable[[Any], Any]) -> Any:
+        if isinstance(value, cls.base):
+            return value
+        family = _family_of(value)
+        if family is None:
+            return handler(value)  # raises what is wrong
+        specs = _specs(cls.role)
+        if family not in specs:
+            [other] = {"teacher", "captioner"} - {cls.role}
+            names = ", ".join(name for name in specs if name != _CLASS)
+            raise ValueError(f"family {family} is for {other}s; {cls.role}s are of {names} or a `class`")
+        own = specs.pop(family)
+        for name, spec in specs.items():
+            theirs = spec.model_fields.keys() - own.model_fields.keys()
+            if given := [key for key in value if key in theirs and value[key] is not None]:
+                raise ValueError(f"{', '.join(given)}: used only with family {name}; remove it")
+        foreign = cls.model_fields.keys() - own.model_fields.keys()
+        return own.model_validate({key: item for key, item in value.items() if key not in foreign})
+
+
+def _family_of(value: Any) -> str | None:
+    """The family that a mapping of config keys names; None if there is none."""
+    if not isinstance(value, Mapping):
+        return None
+    if value.get("class", value.get("class_")) is not None:
+        return _CLASS
+    name = value.get("family", "open_clip")
+    return name if isinstance(name, str) and name in FAMILIES and name != _CLASS else None
+
+
+class _AnyTeacher(_AnyFamily):
+    role, base = "teacher", TeacherSpec
+
+
+class _AnyCaptioner(_AnyFamily):
+    role, base = "captioner", CaptionerSpec
+
+
+def _with_keys(kind: type[_AnyFamily]) -> Any:
+    """The class of all families' keys. It is named as its base, since JSON schemas show the name."""
+    names: Any = Literal[tuple(name for name in FAMILIES if name != _CLASS)]
+    family: Any = (names, Field("open_clip", description=kind.base.model_fields["family"].description))
+    parents: Any = (kind, *_specs(kind.role).values())
+    return create_model(kind.base.__name__, __base__=parents, __doc__=kind.base.__doc__, family=family)
+
+
+if TYPE_CHECKING:
+    AnyTeacher: TypeAlias = TeacherSpec
+    AnyCaptioner: TypeAlias = CaptionerSpec
+else:
+    AnyTeacher, AnyCaptioner = _with_keys(_AnyTeacher), _with_keys(_AnyCaptioner)

@@ -1,21 +1,52 @@
-"""Config schema of one teacher or captioner."""
+"""What a config contains for one teacher or captioner of any family, and what its family must offer.
+
+A family derives from ``TeacherSpec``, ``CaptionerSpec`` or both, in ``teachers/<family>/family.py``: it adds its own
+keys and implements ``describe``, ``load`` and ``hosts``. ``teachers.registry.FAMILIES`` lists the families.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from teachers.protocols import Captioner, Teacher
+
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model without loading it.
+
+    ``dim`` is the length of its embeddings, None where it is known only after loading and for captioners. ``images``
+    and ``texts`` say which inputs it takes. ``identity`` is a JSON object that the layer fingerprint covers: models
+    with equal identities give equal outputs on the same software. ``code`` is the hash of the file that defines a
+    custom class, None for other models; no fingerprint covers it.
+    """
+
+    dim: int | None
+    images: bool
+    texts: bool
+    identity: dict[str, Any]
+    code: str | None = None
 
 
 class ModelSpec(BaseModel):
     """A model by name and weights, or a custom class."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
-    _PUBLISHED: ClassVar[tuple[str, ...]] = ()  # fields allowed with family published, besides `model`
 
-    family: Literal["open_clip", "transformers", "published", "openai"] = Field(
+    #: Whether a run computes the model in ``precision``, and so resolves ``auto``.
+    uses_precision: ClassVar[bool] = True
+    #: Whether the outputs are read from the config's ``reinforcements`` instead of computed.
+    published: ClassVar[bool] = False
+    #: Whether the family uses ``options``.
+    takes_options: ClassVar[bool] = False
+
+    family: str = Field(
         "open_clip",
         description="library that `model` belongs to; published: read the outputs from `reinforcements`; openai: "
         "captions by a server at `url`",
@@ -46,16 +77,8 @@ class ModelSpec(BaseModel):
     def _check_source(self) -> ModelSpec:
         if (self.model is None) == (self.class_ is None):
             raise ValueError("set either `model` (with `pretrained` if needed) or `class`, not both")
-        if self.class_ is not None:
-            module, _, name = self.class_.partition(":")
-            if not module or not name:
-                raise ValueError(f"`class` must be package.module:Class, got {self.class_!r}")
-            if self.pretrained is not None:
-                raise ValueError("`pretrained` belongs to `model`; pass weights to your class in `options`")
-        elif self.options and self.family != "openai":
+        if self.options and not self.takes_options:
             raise ValueError("`options` are used only with `class`")
-        if self.family == "published" and (unused := self.model_fields_set - {"family", "model", *self._PUBLISHED}):
-            raise ValueError(f"{', '.join(sorted(unused))}: not used with family published; remove it")
         return self
 
     @property
@@ -63,15 +86,32 @@ class ModelSpec(BaseModel):
         """``precision``, or fp32 where it is ``auto``, which a run resolves before anything else."""
         return "fp32" if self.precision == "auto" else self.precision
 
+    @property
+    def name(self) -> str:
+        """``model``, in families that need it."""
+        assert self.model is not None
+        return self.model
 
-#: Options of teachers of transformers.
-_TRANSFORMERS = ("image_size", "pooling", "lowercase")
+    @property
+    def imports(self) -> str | None:
+        """The user's class that is imported and run, ``package.module:Class``."""
+        return None
+
+    def describe(self) -> ModelInfo:
+        """Describe the model. Raises ValueError or FileNotFoundError that names the fix.
+
+        Neither weights nor torch are loaded (a custom class may import anything), and hub models are not looked up, so
+        that planning is fast and works offline.
+        """
+        raise NotImplementedError
+
+    def hosts(self) -> Iterator[str]:
+        """Where the weights come from, unless they are local files or at a URL of the config."""
+        return iter(())
 
 
 class TeacherSpec(ModelSpec):
     """One entry of ``teachers:``."""
-
-    _PUBLISHED: ClassVar[tuple[str, ...]] = ("columns", "logit_scale", "dtype")
 
     logit_scale: float | None = Field(
         None, gt=0, description="1/temperature used in distillation; default: the model's own"
@@ -82,56 +122,10 @@ class TeacherSpec(ModelSpec):
     compile: bool | None = Field(
         None, description="compile the blocks of the image tower (torch.compile); takes a minute at the start of a run"
     )
-    image_size: int | None = Field(
-        None,
-        ge=8,
-        description="family transformers: side in pixels of the square image, for models that accept several sizes; "
-        "default: the model's own",
-    )
-    pooling: Literal["cls", "mean", "summary"] | None = Field(
-        None,
-        description="family transformers, models of texts or images alone: which outputs become the embedding. mean: "
-        "the mean of the text's tokens; cls: the first token; summary: C-RADIO's summary; default: mean for texts, the "
-        "pooler if it has weights or else cls for images",
-    )
-    lowercase: bool | None = Field(
-        None,
-        description="family transformers: texts in lower case, as SigLIP 2 needs; default: as the tokenizer does",
-    )
-    columns: tuple[int, int] | None = Field(
-        None,
-        strict=False,
-        description="family published: first and end column of its vectors in the published embeddings",
-    )
 
-    @model_validator(mode="after")
-    def _check_transformers(self) -> TeacherSpec:
-        given = [name for name in _TRANSFORMERS if getattr(self, name) is not None]
-        if self.family != "transformers" and given:
-            raise ValueError(f"{', '.join(given)}: used only with family transformers; remove it")
-        return self
-
-    @property
-    def transformers_options(self) -> dict[str, Any]:
-        """Options of family transformers that are set, as part of the model's identity: absent where they are not, so
-        that older fingerprints stay valid. ``lowercase: false`` is the default, which can be confirmed."""
-        options = {name: getattr(self, name) for name in _TRANSFORMERS}
-        return {name: value for name, value in options.items() if value}
-
-    @model_validator(mode="after")
-    def _check_published(self) -> TeacherSpec:
-        if self.family == "openai":
-            raise ValueError("family openai is for captioners; teachers are of open_clip, transformers or a `class`")
-        if (self.family == "published") != (self.columns is not None):
-            raise ValueError("`columns` and `family: published` require each other, as in `columns: [0, 768]`")
-        if self.columns is not None:
-            if not 0 <= self.columns[0] < self.columns[1]:
-                raise ValueError(f"columns: expected 0 <= first < end, got {[*self.columns]}")
-            if self.logit_scale is None:
-                raise ValueError(
-                    "a teacher of family published needs `logit_scale`, since no model is loaded that has one"
-                )
-        return self
+    def load(self, device: str) -> Teacher:
+        """Load the model with its weights on a device. Raises ValueError, OSError, or what the model raises."""
+        raise NotImplementedError
 
 
 class Clean(BaseModel):
@@ -152,8 +146,6 @@ class CaptionerSpec(ModelSpec):
     ``strategy`` is the decoding strategy and decides which of the fields below it are used. Sampling strategies
     (nucleus, top_k) are seeded per (key, caption index); the others depend on the image alone.
     """
-
-    _PUBLISHED: ClassVar[tuple[str, ...]] = ("captions",)
 
     captions: int = Field(
         5, ge=1, le=64, description="captions per image; 1 for greedy, at most `beams` for beam search"
@@ -191,26 +183,6 @@ class CaptionerSpec(ModelSpec):
         description="CoCa: auto: one CUDA graph a word, on CPUs nothing; true: decoding steps are compiled as well, "
         "which takes a minute for each shape; false: neither",
     )
-
-    url: str | list[str] | None = Field(
-        None, description="openai: address of the server, such as http://HOST:8000/v1, or a list of equal servers"
-    )
-    api_key_env: str | None = Field(None, description="openai: environment variable that holds the API key")
-    image_quality: int | None = Field(
-        None, ge=1, le=100, description="openai: quality of the JPEG that is sent; default: 90"
-    )
-    concurrency: int | None = Field(
-        None, ge=1, le=1024, description="openai: requests of a worker under way at a time; default: 32"
-    )
-    timeout: float | None = Field(
-        None, gt=0, description="openai: seconds for one request, after which it is sent again; default: 120"
-    )
-    wait: float | None = Field(
-        None,
-        gt=0,
-        description="openai: seconds without an answer of any server after which the run ends; default: 3600",
-    )
-
     clean: Clean | None = Field(
         None, description="cleaning of captions before they are stored; dropped ones are replaced by the others"
     )
@@ -219,13 +191,6 @@ class CaptionerSpec(ModelSpec):
     def _check_lengths(self) -> CaptionerSpec:
         if self.min_length + 2 > self.max_length:
             raise ValueError("max_length must be at least min_length + 2 (start and end count)")
-        return self
-
-    @model_validator(mode="after")
-    def _check_server(self) -> CaptionerSpec:
-        given = [field for field in _SERVER_FIELDS if field in self.model_fields_set]
-        if given and self.family != "openai":
-            raise ValueError(f"{', '.join(given)}: used only with family openai; remove it")
         return self
 
     @model_validator(mode="after")
@@ -247,6 +212,10 @@ class CaptionerSpec(ModelSpec):
         if self.strategy == "diverse_beams" and self.beams % self.groups:
             raise ValueError(f"{self.beams} beams cannot be divided among {self.groups} groups of equal size")
         return self
+
+    def load(self, name: str, device: str) -> Captioner:
+        """Load the model as ``TeacherSpec.load`` does. ``name`` is the captioner's name in the config."""
+        raise NotImplementedError
 
     @property
     def rows_per_image(self) -> int:
@@ -273,8 +242,8 @@ _STRATEGIES: dict[str, tuple[str, ...]] = {
     "diverse_beams": ("beams", "groups", "diversity", "length_penalty"),
 }
 _LENGTHS = ("min_length", "max_length")
-#: Fields that only family openai uses.
-_SERVER_FIELDS = ("url", "api_key_env", "image_quality", "concurrency", "timeout", "wait")
+#: Fields that only chat models use.
+CHAT_FIELDS = ("prompt", "image_size")
 #: All decoding fields; custom classes do not use them.
 DECODING_FIELDS = (
     *("strategy", "temperature", "top_p", "top_k", "beams", "groups", "diversity", "length_penalty"),

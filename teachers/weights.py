@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+#: Host of hub models.
+HUB = "huggingface.co"
 #: Suffixes of checkpoints that can be read.
 CHECKPOINTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -17,8 +18,11 @@ from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.dataset.validate.validate import validate
 from reinforce.engine.plan.plan import make_plan
+from reinforce.errors import UserError
 from reinforce.source.formats.registry import all_formats
-from tests.helpers.data import config_of, picture
+from teachers import registry
+from tests.helpers.data import config_of, members_of, picture, write_tar
+from tests.helpers.palette_family import PALETTE
 from tests.helpers.record_format import write_records
 from tests.helpers.reinforced import reinforce_here
 
@@ -130,3 +134,73 @@ def test_a_damaged_file_and_another_name_of_one_more_format_are_reported(records
     assert [sample.key for sample in reinforce.open(url)] == ["a0", "a1", "a2"]
     (records / "unnamed").write_bytes(whole)
     assert make_plan(parse_config(config_of(f"{records}/unnamed", "other"))).pending[0].format == "records"
+
+
+# Families of models.
+
+
+def attributes(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The line and the name of each attribute that is read."""
+    return ((node.lineno, node.attr) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+
+
+def test_no_other_code_asks_which_family_a_model_is_of() -> None:
+    asked = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for folder in ("reinforce", "benchmarks", "jobs", "reinforce_docs", "schemas")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line, name in attributes(ast.parse(path.read_text()))
+        if name in ("family", "class_")
+    ]
+    assert asked == []
+    found = [*attributes(ast.parse("spec.family == 'openai' or spec.class_ is None"))]
+    assert [name for _, name in found] == ["family", "class_"], "the search finds such code"
+
+
+@pytest.fixture
+def palette(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A config with models of one more family."""
+    monkeypatch.setitem(registry.FAMILIES, "palette", PALETTE)
+    monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "source" / "0.tar", members_of(0, 5))
+    teachers = {"hue": {"family": "palette", "model": "sea", "colors": 6}}
+    captioners = {"says": {"family": "palette", "model": "sea", "captions": 2}}
+    return config_of("source/*.tar", "out", teachers=teachers, captioners=captioners)
+
+
+def test_one_more_family_of_models_needs_a_package_and_a_line(
+    palette: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("run.yaml").write_text(yaml.safe_dump(palette))
+    planned = run(capfd, "plan", "run.yaml")
+    assert "it reaches palettes.example (sea)" in planned
+    assert "precision: fp32 for hue (auto: workers use CPUs)" in planned
+    url = reinforce_here(palette)
+    assert make_plan(parse_config(palette)).pending == []
+    assert "embeddings/hue/says" in run(capfd, "status", url)
+    assert validate(url).findings == []
+    samples = list(reinforce.open(url))
+    assert len(samples) == 5
+    for sample in samples:
+        assert (sample.images["hue"].shape, len(sample.captions["says"])) == ((2, 6), 2)
+        np.testing.assert_allclose(np.linalg.norm(sample.texts["hue"]["says"], axis=1), 1, atol=1e-3)
+    run(capfd, "inspect", url, "report")
+    assert "hue" in Path("report", "index.html").read_text()
+
+
+def test_keys_of_one_more_family_are_validated_and_change_its_fingerprint(palette: dict[str, Any]) -> None:
+    [hue] = palette["teachers"].values()
+
+    def parsed(**keys: Any) -> Any:
+        return parse_config({**palette, "teachers": {"hue": {**hue, **keys}}})
+
+    name = "embeddings/hue/images"
+    assert make_plan(parsed()).layers[name].fingerprint != make_plan(parsed(colors=7)).layers[name].fingerprint
+    for keys, message in (
+        ({"colors": 0}, r"teachers\.hue\.colors: Input should be greater than or equal to 1, got 0"),
+        ({"shades": 3}, r"teachers\.hue\.shades: unknown key"),
+        ({"pooling": "cls"}, r"teachers\.hue: pooling: used only with family transformers; remove it"),
+        ({"family": "open_clip"}, r"teachers\.hue: colors: used only with family palette; remove it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parsed(**keys)

@@ -24,6 +24,7 @@ from reinforce.dataset.layers import TRUE_CAPTION, Layer
 from reinforce.source.captions import clean_text, parse_json
 from reinforce.source.samples import Refusal
 from schemas import Reason
+from teachers.published.family import PublishedTeacherSpec
 
 _IMAGES, _TEXTS = "image_emb", "text_emb"  # names of arrays
 _UNTAGGED = "syn_text"  # the list whose vectors may follow that of the true caption in text_emb
@@ -104,8 +105,10 @@ class _Sample:
         arrays = self._arrays
         if name not in arrays:
             raise Unreadable(f"no vectors {name!r}, only: {list_names(arrays)}")
-        columns = self._config.teachers[str(layer.model)].columns
-        assert columns is not None
+        teacher = self._config.teachers[str(layer.model)]
+        assert isinstance(teacher, PublishedTeacherSpec)
+        assert teacher.columns is not None
+        columns = teacher.columns
         rows, width = arrays[name].shape
         if rows < first + layer.count or width < columns[1]:
             raise Unreadable(

@@ -23,7 +23,7 @@ from reinforce.config import LAYER_NAME, Config
 from reinforce.dataset.comparison import Comparison
 
 if TYPE_CHECKING:
-    from teachers.registry import ModelInfo
+    from teachers.spec import ModelInfo
 
 SAMPLES = "samples"
 #: Name of the true caption among the texts that teachers encode; the other names are captioners.

@@ -13,6 +13,7 @@ from reinforce.config_schema import InSchema, either
 from reinforce.evaluation.config import Evaluation
 from reinforce.settings import Section
 from reinforce.training.config import Trackers, Training
+from teachers.registry import AnyTeacher
 from teachers.spec import TeacherSpec
 
 
@@ -125,7 +126,7 @@ class Loss(Section):
         "one-sided", description="teachers whose vectors a projection of the student's features approaches (1 - cosine)"
     )
     features_weight: float = Field(1.0, gt=0, description="weight of the `features` loss, relative to distillation")
-    teachers: Annotated[dict[LayerName, TeacherSpec], LAYER_NAMES] = Field(
+    teachers: Annotated[dict[LayerName, AnyTeacher], LAYER_NAMES] = Field(
         default_factory=dict,
         description="for `online`: the models to run, as in `reinforce run`; precision: fp32 unless it is given",
     )

@@ -11,6 +11,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from teachers.spec import Clean
 
@@ -25,6 +26,11 @@ _SENTENCE_END = re.compile(r"""[.!?]+["'”’)\]]*(?=\s|$)|[。！？]+[」』�
 _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|e\.g|i\.e|jr|sr|u\.s)\.$", re.IGNORECASE)
 _MAX_PERIOD, _COPIES = 8, 3
 _TRAILING = " ,;:-–—(\"'"
+
+
+def cleaning_identity(rules: Clean | None) -> dict[str, Any]:
+    """Part of a captioner's identity; empty without rules, so that captions made before they existed stay valid."""
+    return {"clean": {"policy": POLICY, **rules.model_dump()}} if rules else {}
 
 
 def clean(captions: Sequence[str], rules: Clean) -> tuple[list[str] | None, Counter[str]]:

@@ -28,13 +28,13 @@ from PIL import Image
 
 from teachers.protocols import ImageSpec, NoCaptions
 from teachers.redact import REDACTED
-from teachers.server import options as server_options
+from teachers.server.options import ServerOptions
 from teachers.server.servers import Server, Servers
-from teachers.spec import CaptionerSpec
 
 if TYPE_CHECKING:
     import openai
 
+_CONCURRENCY, _TIMEOUT, _WAIT = 32, 120.0, 3600.0  # requests, seconds, seconds
 _STRIKES = 3
 _SEED_BITS = 31  # every server takes seeds of this size
 _DETAIL_CHARS = 300
@@ -56,21 +56,18 @@ class ServerCaptioner:
     #: ``to_texts`` waits for servers, within bounds of its own.
     waits = True
 
-    def __init__(self, name: str, spec: CaptionerSpec) -> None:
-        assert spec.url is not None
+    def __init__(self, name: str, spec: ServerOptions) -> None:
         self._openai = _import_client()
         self.captions = spec.captions
-        side = server_options.image_side(spec)
-        self.image = ImageSpec(side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), resize="squash")
-        self._spec, self._key, self._quality = spec, _api_key(spec), server_options.image_quality(spec)
-        clients = [Server(url, self._client(url)) for url in server_options.addresses(spec.url)]
-        self._servers = Servers(name, clients, server_options.wait(spec))
-        self._threads = ThreadPoolExecutor(server_options.concurrency(spec), thread_name_prefix="captions")
-        fields = server_options.sampling(spec)
+        self.image = ImageSpec(spec.side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), resize="squash")
+        self._spec, self._key, self._quality = spec, _api_key(spec), spec.quality
+        self._servers = Servers(name, [Server(url, self._client(url)) for url in spec.addresses], spec.wait or _WAIT)
+        self._threads = ThreadPoolExecutor(spec.concurrency or _CONCURRENCY, thread_name_prefix="captions")
+        fields = spec.sampling()
         # What the protocol does not have goes into the body as it is.
         self._body = {**spec.options, **({"top_k": fields.pop("top_k")} if "top_k" in fields else {})}
         self._fields = {**fields, "model": spec.model}
-        self._plain = _data_url(np.full((side, side, 3), 127, np.uint8), self._quality)
+        self._plain = _data_url(np.full((spec.side, spec.side, 3), 127, np.uint8), self._quality)
 
     def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str] | NoCaptions]:
         """RGB [B, 3, H, W] in 0 to 1, uint64 seeds [B, captions] -> captions of each image, or why it has none."""
@@ -137,7 +134,7 @@ class ServerCaptioner:
 
     def _client(self, url: str) -> openai.OpenAI:
         key = self._key or "none"  # the client wants one
-        return self._openai.OpenAI(base_url=url, api_key=key, timeout=server_options.timeout(self._spec), max_retries=0)
+        return self._openai.OpenAI(base_url=url, api_key=key, timeout=self._spec.timeout or _TIMEOUT, max_retries=0)
 
     def _describe(self, error: Exception, status: int | None) -> str:
         text = str(error.__cause__ or error) if status is None else str(error)
@@ -190,7 +187,7 @@ def _retry_after(error: Exception) -> float | None:
     return float(value) if re.fullmatch(r"\d{1,6}(\.\d+)?", value) else None
 
 
-def _api_key(spec: CaptionerSpec) -> str | None:
+def _api_key(spec: ServerOptions) -> str | None:
     if spec.api_key_env is None:
         return None
     key = os.environ.get(spec.api_key_env)

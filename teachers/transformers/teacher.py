@@ -14,10 +14,10 @@ from teachers.device import towers
 from teachers.device.accelerator import Accelerator
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec, Teacher
-from teachers.spec import TeacherSpec
 from teachers.tokens.special_tokens import special_token_escaper
 from teachers.tokens.trimming import PROBE_TEXTS, trimming_is_exact
 from teachers.transformers import catalog, naflex
+from teachers.transformers.options import TransformersOptions
 
 _log = logging.getLogger(__name__)
 _RESAMPLING: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
@@ -25,7 +25,7 @@ _RESAMPLING: dict[int, Literal["nearest", "bilinear", "bicubic"]] = {0: "nearest
 EncodeImages = Callable[[torch.Tensor], torch.Tensor]
 
 
-def load(spec: TeacherSpec, accelerator: Accelerator) -> Teacher:
+def load(spec: TransformersOptions, accelerator: Accelerator) -> Teacher:
     """Load the teacher of a spec, with both encoders or the one that the model has.
 
     Raises ValueError for a model that cannot be a teacher or lacks weights; OSError for a model that does not exist.
@@ -48,7 +48,7 @@ class TransformersTeacher:
     model gets the patches of square images of one size.
     """
 
-    def __init__(self, spec: TeacherSpec, accelerator: Accelerator) -> None:
+    def __init__(self, spec: TransformersOptions, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._model, _ = _load_model(spec, accelerator)
         for method in ("get_image_features", "get_text_features"):
@@ -98,7 +98,7 @@ class ImageTeacher:
     ``pooling`` chooses: the CLS token, or C-RADIO's summary, which is several class tokens in a row.
     """
 
-    def __init__(self, spec: TeacherSpec, accelerator: Accelerator) -> None:
+    def __init__(self, spec: TransformersOptions, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._model, pools = _load_model(spec, accelerator)
         self._pools = pools and spec.pooling is None
@@ -139,7 +139,7 @@ class TextTeacher:
 
     image = None
 
-    def __init__(self, spec: TeacherSpec, accelerator: Accelerator) -> None:
+    def __init__(self, spec: TransformersOptions, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._model, _ = _load_model(spec, accelerator)
         if spec.image_size or spec.pooling == "summary":
@@ -170,7 +170,7 @@ class TextTeacher:
 class _Tokenizer:
     """The model's tokenizer, with special tokens in texts escaped."""
 
-    def __init__(self, spec: TeacherSpec, positions: int, masked: bool) -> None:
+    def __init__(self, spec: TransformersOptions, positions: int, masked: bool) -> None:
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model, trust_remote_code=False)
         if self._tokenizer.pad_token is None:
             raise ValueError(f"the tokenizer of {spec.model} has no padding token")
@@ -241,13 +241,13 @@ def image_spec(config: dict[str, Any], side: int | None = None) -> ImageSpec:
     )
 
 
-def _load_processor(spec: TeacherSpec) -> dict[str, Any]:
+def _load_processor(spec: TransformersOptions) -> dict[str, Any]:
     processor = transformers.AutoImageProcessor.from_pretrained(spec.model, trust_remote_code=False)
     config: dict[str, Any] = processor.to_dict()
     return config
 
 
-def _load_model(spec: TeacherSpec, accelerator: Accelerator) -> tuple[Any, bool]:
+def _load_model(spec: TransformersOptions, accelerator: Accelerator) -> tuple[Any, bool]:
     """Load the model -> (model, whether its pooler has weights). Hub downloads use huggingface_hub's file locks."""
     model, report = transformers.AutoModel.from_pretrained(
         spec.model, trust_remote_code=False, output_loading_info=True
@@ -267,7 +267,7 @@ def _hold_in_precision(teacher: Any, model: Any, accelerator: Accelerator) -> No
 
 
 def _make_fast(
-    teacher: Any, model: Any, spec: TeacherSpec, accelerator: Accelerator, encode: EncodeImages
+    teacher: Any, model: Any, spec: TransformersOptions, accelerator: Accelerator, encode: EncodeImages
 ) -> EncodeImages:
     """Hold the weights of a teacher in its precision on CUDA, and compile its image tower if the spec asks for it."""
     _hold_in_precision(teacher, model, accelerator)

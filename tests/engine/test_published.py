@@ -185,7 +185,7 @@ def test_a_missing_published_shard_quarantines_the_shard(tmp_path: Path) -> None
             "first < end",
         ),
         ({"captioners": {"coca": {"family": "published", "model": "syn_text", "top_p": 0.5}}}, "top_p: not used with"),
-        ({"teachers": {"one": {"model": "ViT-B-32", "columns": [0, 6]}}}, "require each other"),
+        ({"teachers": {"one": {"model": "ViT-B-32", "columns": [0, 6]}}}, "columns: used only with family published"),
     ],
 )
 def test_a_contradictory_config_is_rejected(tmp_path: Path, change: dict[str, Any], message: str) -> None:

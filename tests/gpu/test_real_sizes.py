@@ -20,7 +20,7 @@ from teachers.decoding.rules import DecodingRules
 from teachers.device.accelerator import Accelerator
 from teachers.device.cache_size import _PART, GIB
 from teachers.open_clip.teacher import image_spec
-from teachers.spec import CaptionerSpec
+from teachers.registry import captioner_spec
 from tests.helpers.real_sizes import Operations, SavedForBackward, build_without_memory, counted_attention
 
 # GFLOPs of an image and of a text, in docs/model_profile.csv of open_clip.
@@ -52,7 +52,7 @@ def test_towers_compute_in_bf16_and_have_the_flops_that_open_clip_publishes(name
 def test_128_images_with_5_captions_are_one_part_on_80_gib_and_a_step_waits_for_nothing() -> None:
     mode, accelerator = FakeTensorMode(), Accelerator("cpu", "bf16")
     model = build_without_memory(mode, "coca_ViT-L-14").requires_grad_(False)
-    spec = CaptionerSpec(model="coca_ViT-L-14", captions=CAPTIONS, repetition_penalty=1.2)
+    spec = captioner_spec(model="coca_ViT-L-14", captions=CAPTIONS, repetition_penalty=1.2)
     with mode, torch.inference_mode():
         with accelerator.forward():
             _, images = model.visual(torch.empty(IMAGES, 3, 224, 224))

@@ -20,7 +20,7 @@ from reinforce.evaluation.evaluator import Evaluator
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipTeacher, image_spec
 from teachers.protocols import ImageSpec
-from teachers.spec import TeacherSpec
+from teachers.registry import teacher_spec
 from tests.helpers import tiny_models
 from tests.helpers.data import picture, write_tar
 
@@ -89,7 +89,7 @@ def write_models(root: Path) -> dict[str, str]:
 
 
 def load_teacher(name: str, accelerator: Accelerator = CPU) -> OpenClipTeacher:
-    return OpenClipTeacher(TeacherSpec(model=name), accelerator)
+    return OpenClipTeacher(teacher_spec(model=name), accelerator)
 
 
 def load_spec(model: torch.nn.Module) -> ImageSpec:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from teachers.preprocessing.fit import fit
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
+from teachers.registry import captioner_spec
 from teachers.spec import CaptionerSpec
 from teachers.transformers.captioner import TransformersCaptioner
 
@@ -303,7 +304,7 @@ Captioners = Callable[..., TransformersCaptioner]
 
 def spec_of(model: Path | str, kind: str, **options: Any) -> CaptionerSpec:
     chat = {"prompt": PROMPT} if kind in CHAT else {}
-    return CaptionerSpec(family="transformers", model=str(model), **{**chat, **options})
+    return captioner_spec(family="transformers", model=str(model), **{**chat, **options})
 
 
 def pictures(count: int, side: int = 40) -> list[Image.Image]:

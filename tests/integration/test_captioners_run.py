@@ -25,8 +25,7 @@ from reinforce.images.policy import decode
 from reinforce.seeds import seed_for
 from teachers.preprocessing.fit import fit
 from teachers.preprocessing.pixels import to_pixels
-from teachers.registry import load_captioner
-from teachers.spec import CaptionerSpec
+from teachers.registry import captioner_spec, load_captioner
 from tests.helpers import tiny_captioners
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.prometheus import BINARY, Prometheus, scraping, wait_for_reports
@@ -75,7 +74,7 @@ def test_captioners_of_two_libraries_write_layers_of_one_dataset(finished: Finis
     assert summary.cleaned["coca"]["cut"] > 0
     assert "blip" not in summary.cleaned, "counted only with `clean`"
 
-    captioner = load_captioner("blip", CaptionerSpec.model_validate(finished.blip), "cpu")
+    captioner = load_captioner("blip", captioner_spec(**finished.blip), "cpu")
     rows = list(reinforce.open(finished.url))
     assert len(rows) == 9
     for sample in rows:

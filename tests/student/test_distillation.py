@@ -18,7 +18,7 @@ from reinforce.student.distillation import (
     plan_distillation,
     stored_teachers,
 )
-from teachers.spec import TeacherSpec
+from teachers.registry import teacher_spec
 
 TWO = TeacherInfo(8, frozenset([IMAGES, TEXTS]), 70.0, "dataset: config")
 UNSCALED = TeacherInfo(8, frozenset([IMAGES, TEXTS]), None, "dataset: model")
@@ -133,11 +133,9 @@ def test_datasets_must_agree_on_a_teacher() -> None:
 
 
 SPECS = {
-    "both": TeacherSpec.model_validate(
-        {"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16}, "dtype": "float32"}
-    ),
-    "eyes": TeacherSpec.model_validate({"class": "tests.helpers.models:ImageOnly", "dtype": "float32"}),
-    "ears": TeacherSpec.model_validate({"class": "tests.helpers.models:TextOnly", "dtype": "float32"}),
+    "both": teacher_spec(**{"class": "tests.helpers.models:ColorTeacher", "options": {"size": 16}, "dtype": "float32"}),
+    "eyes": teacher_spec(**{"class": "tests.helpers.models:ImageOnly", "dtype": "float32"}),
+    "ears": teacher_spec(**{"class": "tests.helpers.models:TextOnly", "dtype": "float32"}),
 }
 
 
@@ -178,4 +176,4 @@ def test_targets_keep_their_rows_in_batches_of_any_size(teachers: Any, monkeypat
 
 def test_a_teacher_that_cannot_be_loaded_is_an_error_for_the_user() -> None:
     with pytest.raises(UserError, match="nowhere"):
-        online.load_teachers({"x": TeacherSpec.model_validate({"class": "nowhere:Model"})}, "cpu")
+        online.load_teachers({"x": teacher_spec(**{"class": "nowhere:Model"})}, "cpu")

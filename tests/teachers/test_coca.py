@@ -15,7 +15,7 @@ from teachers.coca.captioner import CocaCaptioner
 from teachers.decoding.decode import decode
 from teachers.device.accelerator import Accelerator
 from teachers.protocols import Captioner, ImageSpec
-from teachers.spec import CaptionerSpec
+from teachers.registry import captioner_spec
 from tests.helpers.tiny_coca import END, IMAGE_SIZE, coca_config, coca_model
 
 START = END - 1
@@ -28,7 +28,7 @@ def model(tmp_path_factory) -> str:
 
 def build_captioner(model: str, **options) -> CocaCaptioner:
     precision = options.get("precision", "fp32")
-    return CocaCaptioner(CaptionerSpec(model=model, **options), Accelerator("cpu", precision))
+    return CocaCaptioner(captioner_spec(model=model, **options), Accelerator("cpu", precision))
 
 
 def images(count: int, seed: int = 0) -> torch.Tensor:

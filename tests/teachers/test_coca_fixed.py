@@ -11,7 +11,7 @@ from teachers.coca.captioner import CocaCaptioner
 from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
 from teachers.coca.network import CocaNetwork
 from teachers.device.accelerator import Accelerator
-from teachers.spec import CaptionerSpec
+from teachers.registry import captioner_spec
 from tests.helpers.real_sizes import RAISING
 from tests.helpers.stand_in_cuda import StandIn, stand_in_cuda
 from tests.teachers.test_coca_decoder import LENGTH, coca, difference
@@ -29,7 +29,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 def build(device: str, **options: Any) -> CocaCaptioner:
-    spec = CaptionerSpec.model_validate({"model": MODEL, "captions": 3, "max_length": 23, **options})
+    spec = captioner_spec(**{"model": MODEL, "captions": 3, "max_length": 23, **options})
     return CocaCaptioner(spec, Accelerator(device))
 
 

@@ -8,6 +8,7 @@ import torch
 
 from teachers.decoding.choosing import greedy
 from teachers.decoding.decode import decode, sample
+from teachers.registry import captioner_spec
 from teachers.spec import CaptionerSpec
 from tests.helpers.toy_language import (
     END,
@@ -30,7 +31,7 @@ STRATEGIES = {
 
 
 def make_spec(strategy: str = "nucleus", **options) -> CaptionerSpec:
-    return CaptionerSpec.model_validate({"model": "any", "captions": 3, "strategy": strategy, **options})
+    return captioner_spec(**{"model": "any", "captions": 3, "strategy": strategy, **options})
 
 
 def seeds(images: int, captions: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from teachers.describe import describe_captioner, describe_teacher
+from teachers.registry import captioner_spec, describe_captioner, describe_teacher, teacher_spec
 from teachers.spec import CaptionerSpec, TeacherSpec
 from tests.helpers import tiny_models
 from tests.helpers.tiny_captioners import spec_of
@@ -22,11 +22,11 @@ COCA = {"model": "coca_ViT-B-32", "pretrained": "laion2b_s13b_b90k"}
 
 
 def _custom_teacher(name: str, **spec: Any) -> TeacherSpec:
-    return TeacherSpec.model_validate({"class": f"{CUSTOM}:{name}", **spec})
+    return teacher_spec(**{"class": f"{CUSTOM}:{name}", **spec})
 
 
 def _custom_captioner(name: str = "Writer", **spec: Any) -> CaptionerSpec:
-    return CaptionerSpec.model_validate({"class": f"{CUSTOM}:{name}", **spec})
+    return captioner_spec(**{"class": f"{CUSTOM}:{name}", **spec})
 
 
 @pytest.mark.parametrize(
@@ -51,33 +51,33 @@ def _custom_captioner(name: str = "Writer", **spec: Any) -> CaptionerSpec:
 )
 def test_a_wrong_teacher_spec_is_rejected_before_loading(spec: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=f"teacher mine: .*(?:{message})"):
-        describe_teacher("mine", TeacherSpec.model_validate(spec))
+        describe_teacher("mine", teacher_spec(**spec))
 
 
 def test_the_identity_of_an_open_clip_folder_is_its_content_not_its_path(tmp_path: Path) -> None:
     model = tiny_models.open_clip_model(tmp_path / "a", embed_dim=24)
-    info = describe_teacher("a", TeacherSpec(model=model))
+    info = describe_teacher("a", teacher_spec(model=model))
     assert (info.dim, info.images, info.texts) == (24, True, True)
     json.dumps(info.identity)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert describe_teacher("b", TeacherSpec(model=f"local-dir:{tmp_path / 'b'}")) == info
-    half = describe_teacher("a", TeacherSpec(model=model, precision="bf16"))
+    assert describe_teacher("b", teacher_spec(model=f"local-dir:{tmp_path / 'b'}")) == info
+    half = describe_teacher("a", teacher_spec(model=model, precision="bf16"))
     assert half.identity != info.identity
     for place, change in ((tmp_path / "b", "weights"), (tmp_path / "c", "preprocessing")):
         changed = {"seed": 1} if change == "weights" else {"preprocess": {"std": 0.5}}
         other = tiny_models.open_clip_model(place, embed_dim=24, **changed)  # type: ignore[arg-type]
-        assert describe_teacher("a", TeacherSpec(model=other)).identity != info.identity, change
+        assert describe_teacher("a", teacher_spec(model=other)).identity != info.identity, change
 
 
 def test_the_identity_of_a_checkpoint_is_its_content_and_of_a_tag_its_name(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(b"weights")
-    first = describe_teacher("a", TeacherSpec(model="ViT-B-32", pretrained=str(tmp_path / "a.pt")))
+    first = describe_teacher("a", teacher_spec(model="ViT-B-32", pretrained=str(tmp_path / "a.pt")))
     (tmp_path / "a.pt").rename(tmp_path / "b.pt")
-    assert describe_teacher("a", TeacherSpec(model="ViT-B-32", pretrained=str(tmp_path / "b.pt"))) == first
+    assert describe_teacher("a", teacher_spec(model="ViT-B-32", pretrained=str(tmp_path / "b.pt"))) == first
     (tmp_path / "b.pt").write_bytes(b"others")
-    assert describe_teacher("a", TeacherSpec(model="ViT-B-32", pretrained=str(tmp_path / "b.pt"))) != first
-    tagged = describe_teacher("a", TeacherSpec(model="ViT-L/14", pretrained="dfn2b-s39b"))
-    assert tagged == describe_teacher("a", TeacherSpec(model="ViT-L-14", pretrained="dfn2b_s39b"))
+    assert describe_teacher("a", teacher_spec(model="ViT-B-32", pretrained=str(tmp_path / "b.pt"))) != first
+    tagged = describe_teacher("a", teacher_spec(model="ViT-L/14", pretrained="dfn2b-s39b"))
+    assert tagged == describe_teacher("a", teacher_spec(model="ViT-L-14", pretrained="dfn2b_s39b"))
     assert tagged.dim == 768
     assert tagged.identity == {
         "family": "open_clip",
@@ -89,25 +89,26 @@ def test_the_identity_of_a_checkpoint_is_its_content_and_of_a_tag_its_name(tmp_p
 
 def test_hub_models_are_not_looked_up() -> None:
     for spec in (
-        TeacherSpec(model="hf-hub:apple/DFN2B-CLIP-ViT-L-14"),
-        TeacherSpec(family="transformers", model="google/siglip-base-patch16-224"),
+        teacher_spec(model="hf-hub:apple/DFN2B-CLIP-ViT-L-14"),
+        teacher_spec(family="transformers", model="google/siglip-base-patch16-224"),
     ):
         info = describe_teacher("hub", spec)
         assert (info.dim, info.images, info.texts) == (None, True, True)
         assert info.identity == {"family": spec.family, "model": spec.model, "precision": "fp32"}
 
 
-def test_describing_models_does_not_import_torch(tmp_path: Path) -> None:
+def test_describing_models_does_not_import_torch(tmp_path: Path, captioner_folder: Callable[[str], Path]) -> None:
     folder = tiny_models.transformers_clip(tmp_path / "clip")
     code = f"""
 import sys
-from teachers.describe import describe_captioner, describe_teacher
-from teachers.spec import CaptionerSpec, TeacherSpec
-describe_teacher("a", TeacherSpec(model="ViT-L-14-quickgelu", pretrained="dfn2b"))
-describe_teacher("b", TeacherSpec(model={tiny_models.open_clip_model(tmp_path / "m")!r}))
-describe_teacher("c", TeacherSpec(family="transformers", model={folder!r}))
-describe_teacher("d", TeacherSpec(family="transformers", model="openai/clip-vit-base-patch32"))
-describe_captioner("e", CaptionerSpec(model="coca_ViT-L-14", pretrained="laion2b_s13b_b90k"))
+from teachers.registry import captioner_spec, describe_captioner, describe_teacher, teacher_spec
+describe_teacher("a", teacher_spec(model="ViT-L-14-quickgelu", pretrained="dfn2b"))
+describe_teacher("b", teacher_spec(model={tiny_models.open_clip_model(tmp_path / "m")!r}))
+describe_teacher("c", teacher_spec(family="transformers", model={folder!r}))
+describe_teacher("d", teacher_spec(family="transformers", model="openai/clip-vit-base-patch32"))
+describe_captioner("e", captioner_spec(model="coca_ViT-L-14", pretrained="laion2b_s13b_b90k"))
+describe_captioner("f", captioner_spec(family="transformers", model={str(captioner_folder("git"))!r}))
+describe_captioner("g", captioner_spec(family="transformers", model="Salesforce/blip-image-captioning-base"))
 print(sorted({{"torch", "open_clip", "transformers"}} & set(sys.modules)))
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
@@ -115,10 +116,10 @@ print(sorted({{"torch", "open_clip", "transformers"}} & set(sys.modules)))
 
 def test_a_captioners_identity_includes_its_sampling_options() -> None:
     name = {"model": "coca_ViT-L-14", "pretrained": "laion2b_s13b_b90k"}
-    info = describe_captioner("c", CaptionerSpec(**name))  # type: ignore[arg-type]
+    info = describe_captioner("c", captioner_spec(**name))  # type: ignore[arg-type]
     assert (info.dim, info.images, info.texts) == (None, True, False)
     for change in ({"captions": 2}, {"top_p": 0.5}, {"temperature": 0.7}, {"min_length": 3}, {"max_length": 20}):
-        assert describe_captioner("c", CaptionerSpec(**name, **change)).identity != info.identity  # type: ignore[arg-type]
+        assert describe_captioner("c", captioner_spec(**name, **change)).identity != info.identity  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -136,25 +137,25 @@ def test_a_captioners_identity_includes_its_sampling_options() -> None:
 )
 def test_a_wrong_captioner_spec_is_rejected_before_loading(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"captioner mine: .*{message}"):
-        describe_captioner("mine", CaptionerSpec.model_validate(spec))
+        describe_captioner("mine", captioner_spec(**spec))
 
 
 def test_compile_is_rejected_for_other_models_than_coca():
-    captioner = CaptionerSpec.model_validate({"model": "any", "family": "transformers", "compile": True})
+    captioner = captioner_spec(**{"model": "any", "family": "transformers", "compile": True})
     with pytest.raises(ValueError, match="captioner blip: `compile` works only with CoCa"):
         describe_captioner("blip", captioner)
 
 
 def test_cleaning_is_in_the_identity_only_if_it_is_configured() -> None:
-    plain = describe_captioner("c", CaptionerSpec.model_validate(COCA)).identity
-    asked = describe_captioner("c", CaptionerSpec.model_validate({**COCA, "clean": {}})).identity
+    plain = describe_captioner("c", captioner_spec(**COCA)).identity
+    asked = describe_captioner("c", captioner_spec(**{**COCA, "clean": {}})).identity
     assert "clean" not in plain
     assert {name: value for name, value in asked.items() if name != "clean"} == plain
-    other = describe_captioner("c", CaptionerSpec.model_validate({**COCA, "clean": {"words": 9}})).identity
+    other = describe_captioner("c", captioner_spec(**{**COCA, "clean": {"words": 9}})).identity
     assert other["clean"] != asked["clean"]
     own = {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}
-    assert "clean" not in describe_captioner("c", CaptionerSpec.model_validate(own)).identity
-    assert "clean" in describe_captioner("c", CaptionerSpec.model_validate({**own, "clean": {}})).identity
+    assert "clean" not in describe_captioner("c", captioner_spec(**own)).identity
+    assert "clean" in describe_captioner("c", captioner_spec(**{**own, "clean": {}})).identity
 
 
 @pytest.mark.parametrize(
@@ -196,20 +197,6 @@ def test_a_model_that_cannot_caption_is_rejected_before_loading(
         describe_captioner("mine", spec_of("/absent/it", "blip"))
 
 
-def test_describing_a_transformers_captioner_imports_neither_torch_nor_transformers(
-    captioner_folder: Callable[[str], Path],
-) -> None:
-    code = f"""
-import sys
-from teachers.registry import describe_captioner
-from teachers.spec import CaptionerSpec
-describe_captioner("a", CaptionerSpec(family="transformers", model={str(captioner_folder("git"))!r}))
-describe_captioner("b", CaptionerSpec(family="transformers", model="Salesforce/blip-image-captioning-base"))
-print(sorted({{"torch", "transformers"}} & set(sys.modules)))
-"""
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
-
-
 def test_a_transformers_captioners_identity_includes_files_prompt_and_sampling(
     captioner_folder: Callable[[str], Path],
 ) -> None:
@@ -222,5 +209,5 @@ def test_a_transformers_captioners_identity_includes_files_prompt_and_sampling(
             describe_captioner("c", spec_of(captioner_folder("qwen2_vl"), "qwen2_vl", **change)).identity
             != plain.identity
         )
-    hub = describe_captioner("c", CaptionerSpec(family="transformers", model="Salesforce/blip-image-captioning-base"))
+    hub = describe_captioner("c", captioner_spec(family="transformers", model="Salesforce/blip-image-captioning-base"))
     assert hub.identity["model"] == "Salesforce/blip-image-captioning-base"

@@ -23,7 +23,7 @@ from teachers.coca import captioner as coca
 from teachers.device import determinism
 from teachers.device.accelerator import Accelerator
 from teachers.device.step_graphs import decoding_kernels
-from teachers.spec import CaptionerSpec
+from teachers.registry import captioner_spec
 from tests.helpers.data import config_of
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.tiny_coca import IMAGE_SIZE, coca_model
@@ -138,7 +138,7 @@ def test_captions_are_decoded_without_sorting_the_indices_of_each_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captioner = coca.CocaCaptioner(
-        CaptionerSpec(model=coca_model(tmp_path), captions=1, max_length=8), Accelerator("cpu")
+        captioner_spec(model=coca_model(tmp_path), captions=1, max_length=8), Accelerator("cpu")
     )
     seen: list[bool] = []
     begin = captioner._decoder.begin

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, Siglip2Model
 
-from teachers.registry import load_teacher
-from teachers.spec import TeacherSpec
+from teachers.registry import load_teacher, teacher_spec
 from teachers.transformers.naflex import square_size
 from tests.helpers import named_models
 
@@ -19,7 +18,7 @@ from tests.helpers import named_models
 @pytest.mark.parametrize("size", [None, 64])
 def test_square_images_get_the_embeddings_of_transformers(tmp_path: Path, size: int | None) -> None:
     folder = named_models.naflex(tmp_path / "naflex")
-    teacher = load_teacher("naflex", TeacherSpec(family="transformers", model=folder, image_size=size), "cpu")
+    teacher = load_teacher("naflex", teacher_spec(family="transformers", model=folder, image_size=size), "cpu")
     side = size or 32
     assert teacher.image is not None
     assert teacher.image.size == side

@@ -14,9 +14,7 @@ from reinforce.config import parse_config
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.inference.self_test import check_models, precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
-from teachers.describe import describe_teacher
-from teachers.registry import load_teacher
-from teachers.spec import TeacherSpec
+from teachers.registry import describe_teacher, load_teacher, teacher_spec
 from tests.helpers import named_models
 from tests.helpers.pages import blocks
 
@@ -30,7 +28,7 @@ def tiny(name: str, entry: dict[str, Any], root: Path) -> dict[str, Any]:
 
 
 def load(model: str, **options: Any) -> Any:
-    return load_teacher("named", TeacherSpec(family="transformers", model=model, **options), "cpu")
+    return load_teacher("named", teacher_spec(family="transformers", model=model, **options), "cpu")
 
 
 def test_each_passes_the_self_test_with_the_sides_and_the_dimension_that_were_described(tmp_path: Path) -> None:
@@ -64,7 +62,7 @@ def test_options_change_the_fingerprint_where_they_are_set(tmp_path: Path) -> No
     folder = named_models.siglip2(tmp_path / "siglip2")
 
     def identity(**options: Any) -> dict[str, Any]:
-        return describe_teacher("named", TeacherSpec(family="transformers", model=folder, **options)).identity
+        return describe_teacher("named", teacher_spec(family="transformers", model=folder, **options)).identity
 
     assert identity() == identity(lowercase=False)
     assert identity(lowercase=True, image_size=64) == {**identity(), "lowercase": True, "image_size": 64}
@@ -110,4 +108,4 @@ def test_options_that_a_model_does_not_use_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"teacher named: .*{message}"):
             load(model, **options)
     with pytest.raises(ValueError, match="pooling: used only with family transformers; remove it"):
-        TeacherSpec(model="ViT-B-32", pretrained="openai", pooling="cls")
+        teacher_spec(model="ViT-B-32", pretrained="openai", pooling="cls")

@@ -13,7 +13,7 @@ import torch
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip import catalog
 from teachers.open_clip.teacher import OpenClipTeacher, image_spec
-from teachers.spec import TeacherSpec
+from teachers.registry import teacher_spec
 from tests.helpers import tiny_models
 from tests.helpers.tiny_models import FULL_LENGTH, TRIMMED
 
@@ -27,7 +27,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _teacher(model: str, device: Accelerator = CPU, **spec: Any) -> OpenClipTeacher:
-    return OpenClipTeacher(TeacherSpec(model=model, **spec), device)
+    return OpenClipTeacher(teacher_spec(model=model, **spec), device)
 
 
 def _load_open_clip(model: str) -> tuple[Any, Any]:

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from teachers import protocols
-from teachers.describe import describe_teacher
 from teachers.protocols import ImageSpec
-from teachers.spec import TeacherSpec
+from teachers.registry import describe_teacher, teacher_spec
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -31,7 +30,7 @@ def test_the_documented_example_is_a_valid_teacher(monkeypatch: pytest.MonkeyPat
     exec(textwrap.dedent("\n".join(lines)), vars(module))
     monkeypatch.setitem(sys.modules, "documented_teacher", module)
     options = {"weights": "s3://bucket/rad.pt"}
-    spec = TeacherSpec.model_validate({"class": "documented_teacher:Radiology", "options": options})
+    spec = teacher_spec(**{"class": "documented_teacher:Radiology", "options": options})
     info = describe_teacher("ours", spec)
     assert (info.dim, info.images, info.texts) == (512, True, True)
     assert info.identity == {"class": "documented_teacher:Radiology", "options": options, "version": 1}

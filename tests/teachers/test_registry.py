@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from teachers.registry import describe_captioner, describe_teacher, load_captioner, load_teacher
+from teachers.registry import (
+    captioner_spec,
+    describe_captioner,
+    describe_teacher,
+    load_captioner,
+    load_teacher,
+    teacher_spec,
+)
 from teachers.spec import CaptionerSpec, TeacherSpec
 from tests.helpers import tiny_models
 
@@ -17,11 +24,11 @@ CUSTOM = "tests.helpers.custom_models"
 
 
 def _custom_teacher(name: str, **spec: Any) -> TeacherSpec:
-    return TeacherSpec.model_validate({"class": f"{CUSTOM}:{name}", **spec})
+    return teacher_spec(**{"class": f"{CUSTOM}:{name}", **spec})
 
 
 def _custom_captioner(name: str = "Writer", **spec: Any) -> CaptionerSpec:
-    return CaptionerSpec.model_validate({"class": f"{CUSTOM}:{name}", **spec})
+    return captioner_spec(**{"class": f"{CUSTOM}:{name}", **spec})
 
 
 def test_a_custom_class_is_built_with_the_device_and_its_options() -> None:
@@ -75,13 +82,13 @@ def test_an_unavailable_device_error_names_the_teacher() -> None:
 @pytest.mark.parametrize("kind", ["clip", "dinov2", "bert"])
 def test_a_transformers_folder_loads_as_described(tmp_path: Path, kind: str) -> None:
     model = getattr(tiny_models, f"transformers_{kind}")(tmp_path / kind)
-    spec = TeacherSpec(family="transformers", model=model)
+    spec = teacher_spec(family="transformers", model=model)
     info, teacher = describe_teacher("t", spec), load_teacher("t", spec, "cpu")
     assert info.dim == teacher.dim
     assert info.images == hasattr(teacher, "encode_images")
     assert info.texts == hasattr(teacher, "encode_texts")
     shutil.copytree(tmp_path / kind, tmp_path / "moved")
-    assert describe_teacher("t", TeacherSpec(family="transformers", model=str(tmp_path / "moved"))) == info
+    assert describe_teacher("t", teacher_spec(family="transformers", model=str(tmp_path / "moved"))) == info
 
 
 def test_a_custom_captioner_gets_its_number_of_captions() -> None:

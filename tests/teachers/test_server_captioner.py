@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from teachers.describe import describe_captioner
 from teachers.protocols import NoCaptions, ServerUnavailable
-from teachers.registry import load_captioner
+from teachers.registry import captioner_spec, describe_captioner, load_captioner
 from teachers.spec import CaptionerSpec
 from tests.helpers.chat_server import Answer, chat_server, completion, describe, image_of
 from tests.helpers.data import free_port
@@ -27,7 +26,7 @@ GRAY, RED = np.array([127, 127, 127]), np.array([255, 0, 0])
 
 def spec_of(url: str | list[str], **options: Any) -> CaptionerSpec:
     given = {"family": "openai", "url": url, "model": "tiny", "prompt": "Describe.", "captions": 1, "image_size": SIDE}
-    return CaptionerSpec(**{**given, **options})
+    return captioner_spec(**{**given, **options})
 
 
 def caption(url: str | list[str], colors: list[np.ndarray], **options: Any) -> list[Any]:

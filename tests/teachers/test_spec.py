@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from teachers.registry import captioner_spec
 from teachers.spec import CaptionerSpec, Clean
 
 
 def make_spec(strategy: str = "nucleus", **options) -> CaptionerSpec:
-    return CaptionerSpec.model_validate({"model": "any", "captions": 3, "strategy": strategy, **options})
+    return captioner_spec(**{"model": "any", "captions": 3, "strategy": strategy, **options})
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def make_spec(strategy: str = "nucleus", **options) -> CaptionerSpec:
 )
 def test_incompatible_fields_are_rejected_with_the_fix(options, message):
     with pytest.raises(ValueError, match=message):
-        CaptionerSpec.model_validate({"model": "any", **options})
+        captioner_spec(**{"model": "any", **options})
 
 
 def test_decoding_includes_later_options_only_if_they_are_used():

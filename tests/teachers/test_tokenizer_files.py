@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from teachers.describe import describe_captioner, describe_teacher
-from teachers.spec import TeacherSpec
+from teachers.registry import describe_captioner, describe_teacher, teacher_spec
 from teachers.tokens.files import check_tokenizer_files
 from tests.helpers import tiny_models
 from tests.helpers.tiny_captioners import blip, spec_of
@@ -26,15 +25,15 @@ def delete_tokenizer(folder: Path) -> Path:
 def test_a_clip_folder_saved_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = delete_tokenizer(Path(tiny_models.transformers_clip(tmp_path / "clip")))
     with pytest.raises(FileNotFoundError, match=f"teacher mine: folder {folder} {FIX}"):
-        describe_teacher("mine", TeacherSpec(family="transformers", model=str(folder)))
+        describe_teacher("mine", teacher_spec(family="transformers", model=str(folder)))
     tiny_models.tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=24)
-    assert describe_teacher("mine", TeacherSpec(family="transformers", model=str(folder))).texts
+    assert describe_teacher("mine", teacher_spec(family="transformers", model=str(folder))).texts
 
 
 def test_a_text_encoder_and_a_captioner_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
     bert = delete_tokenizer(Path(tiny_models.transformers_bert(tmp_path / "bert")))
     with pytest.raises(FileNotFoundError, match=FIX):
-        describe_teacher("mine", TeacherSpec(family="transformers", model=str(bert)))
+        describe_teacher("mine", teacher_spec(family="transformers", model=str(bert)))
     folder = delete_tokenizer(Path(blip(tmp_path / "blip")))
     with pytest.raises(FileNotFoundError, match=f"captioner mine: .*{FIX}"):
         describe_captioner("mine", spec_of(folder, "blip"))
@@ -42,21 +41,21 @@ def test_a_text_encoder_and_a_captioner_without_a_tokenizer_are_refused(tmp_path
 
 def test_an_image_encoder_needs_no_tokenizer(tmp_path: Path) -> None:
     folder = tiny_models.transformers_dinov2(tmp_path / "dino")
-    assert not describe_teacher("mine", TeacherSpec(family="transformers", model=folder)).texts
+    assert not describe_teacher("mine", teacher_spec(family="transformers", model=folder)).texts
 
 
 @pytest.mark.parametrize("make", [tiny_models.open_clip_model, coca_model])
 def test_an_open_clip_folder_that_names_a_hugging_face_tokenizer_needs_its_files(tmp_path: Path, make: object) -> None:
     model = make(tmp_path / "vit")  # type: ignore[operator]
-    assert describe_teacher("mine", TeacherSpec(model=model)).texts
+    assert describe_teacher("mine", teacher_spec(model=model)).texts
     path = tmp_path / "vit" / "open_clip_config.json"
     config = json.loads(path.read_text())
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "org/tokenizer"
     path.write_text(json.dumps(config))
     with pytest.raises(FileNotFoundError, match=FIX):
-        describe_teacher("mine", TeacherSpec(model=model))
+        describe_teacher("mine", teacher_spec(model=model))
     tiny_models.tokenizer(tmp_path / "vit", start="<s>", end="</s>", pad="<pad>", length=77)
-    assert describe_teacher("mine", TeacherSpec(model=model)).texts
+    assert describe_teacher("mine", teacher_spec(model=model)).texts
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "spiece.model", "source.spm", "qwen.tiktoken"])

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from teachers import describe
+from teachers import registry
 from teachers.device import towers
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip.teacher import OpenClipTeacher
 from teachers.open_clip.text import keep_residual_in_float32
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
-from teachers.spec import TeacherSpec
+from teachers.registry import teacher_spec
 from teachers.tokens.trimming import PROBE_TEXTS
 from tests.helpers.stand_in_cuda import stand_in_cuda
 from tests.helpers.tiny_models import FULL_LENGTH, TRIMMED, open_clip_model
@@ -50,7 +50,7 @@ def test_weights_that_are_held_in_the_precision_give_the_bits_of_autocast(
 ) -> None:
     model = open_clip_model(tmp_path, **{**TRIMMED, **FULL_LENGTH}[kind])
     accelerator = Accelerator("cpu", precision)
-    teacher = OpenClipTeacher(TeacherSpec(model=model, precision=precision), accelerator)
+    teacher = OpenClipTeacher(teacher_spec(model=model, precision=precision), accelerator)
     before = embeddings(teacher)
     keep_residual_in_float32(teacher._model)
     assert towers.hold_in_precision(teacher._model, accelerator, lambda: towers.probe_outputs(teacher, accelerator))
@@ -64,7 +64,7 @@ def test_weights_that_are_held_in_the_precision_give_the_bits_of_autocast(
 
 def test_weights_stay_in_float32_where_the_outputs_would_change(tmp_path: Path) -> None:
     accelerator = Accelerator("cpu", "bf16")
-    spec = TeacherSpec(model=open_clip_model(tmp_path, **FULL_LENGTH["bidirectional"]), precision="bf16")
+    spec = teacher_spec(model=open_clip_model(tmp_path, **FULL_LENGTH["bidirectional"]), precision="bf16")
     teacher = OpenClipTeacher(spec, accelerator)
     before = embeddings(teacher)  # open_clip takes the data type of the residual stream from a matrix
     assert not towers.hold_in_precision(teacher._model, accelerator, lambda: towers.probe_outputs(teacher, accelerator))
@@ -73,7 +73,7 @@ def test_weights_stay_in_float32_where_the_outputs_would_change(tmp_path: Path) 
 
 
 def test_a_teacher_on_cuda_holds_its_weights_in_bf16_with_the_embeddings_of_before(tmp_path: Path) -> None:
-    spec = TeacherSpec(model=open_clip_model(tmp_path), precision="bf16")
+    spec = teacher_spec(model=open_clip_model(tmp_path), precision="bf16")
     expected = embeddings(OpenClipTeacher(spec, Accelerator("cpu", "bf16")))
     with stand_in_cuda() as cuda:
         teacher = OpenClipTeacher(spec, Accelerator("cuda", "bf16"))
@@ -109,7 +109,7 @@ def compiled(model: torch.nn.Module, sizes: Sequence[int]) -> tuple[CompileCount
 def test_growing_and_shrinking_batches_compile_one_graph_for_each_power_of_two_and_all_blocks(tmp_path: Path) -> None:
     torch._dynamo.reset()
     teacher = OpenClipTeacher(
-        TeacherSpec(model=open_clip_model(tmp_path), precision="bf16"), Accelerator("cpu", "bf16")
+        teacher_spec(model=open_clip_model(tmp_path), precision="bf16"), Accelerator("cpu", "bf16")
     )
     model: Any = teacher._model
     sizes = [8, 3, 32, 31, 1, 17, 5, 25, 2]
@@ -142,6 +142,6 @@ def test_only_blocks_that_are_alike_are_compiled_and_a_custom_class_compiles_its
     first, second = torch.nn.Sequential(block(4), block(4)), torch.nn.ModuleList([block(8), block(8), block(4)])
     tower = torch.nn.ModuleDict({"stem": torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1)), "a": first, "b": second})
     assert list(towers._alike(tower)) == [first[0], first[1], second[0], second[1]]
-    spec = TeacherSpec.model_validate({"class": "tests.helpers.models:ColorTeacher", "compile": True})
+    spec = teacher_spec(**{"class": "tests.helpers.models:ColorTeacher", "compile": True})
     with pytest.raises(ValueError, match="`compile` is not used with `class`"):
-        describe.describe_teacher("red", spec)
+        registry.describe_teacher("red", spec)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from teachers.device.accelerator import Accelerator
-from teachers.spec import TeacherSpec
+from teachers.registry import teacher_spec
 from teachers.transformers.teacher import ImageTeacher, TextTeacher, TransformersTeacher, image_spec, load
 from tests.helpers import tiny_models
 
@@ -31,7 +31,7 @@ TEXTS = ["a", "a photo of a dog on the beach", "", "so many words " * 60, "Ünï
 
 
 def _load(folder: Path, device: Accelerator = CPU, **spec: Any) -> Any:
-    return load(TeacherSpec(family="transformers", model=str(folder), **spec), device)
+    return load(teacher_spec(family="transformers", model=str(folder), **spec), device)
 
 
 def _pixels(size: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from teachers.device.accelerator import Accelerator
-from teachers.spec import TeacherSpec
+from teachers.registry import teacher_spec
 from teachers.transformers import catalog
 from teachers.transformers.teacher import load
 
@@ -19,7 +19,7 @@ CPU = Accelerator("cpu")
 
 
 def _load(folder: Path, device: Accelerator = CPU, **spec: Any) -> Any:
-    return load(TeacherSpec(family="transformers", model=str(folder), **spec), device)
+    return load(teacher_spec(family="transformers", model=str(folder), **spec), device)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "bert"])

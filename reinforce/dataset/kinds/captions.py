@@ -23,7 +23,7 @@ from reinforce.dataset.layers import (
 )
 
 if TYPE_CHECKING:
-    from teachers.registry import ModelInfo
+    from teachers.spec import ModelInfo
 
 _TEXT_BYTES = 20  # of a caption, compressed
 
@@ -52,7 +52,7 @@ class Captions(LayerKind):
                 needs=(SAMPLES,),
                 model=name,
                 count=captioner.captions,
-                published=captioner.family == "published",
+                published=captioner.published,
                 recipe=recipe,
                 code=info.code,
             )

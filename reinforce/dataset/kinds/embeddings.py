@@ -29,8 +29,7 @@ from reinforce.dataset.layers import (
 )
 
 if TYPE_CHECKING:
-    from teachers.registry import ModelInfo
-    from teachers.spec import TeacherSpec
+    from teachers.spec import ModelInfo, TeacherSpec
 
 _FLOAT_ERROR = 2e-3  # of the norm of a vector that is stored in float16
 _WIDTHS = {"float16": 2, "float32": 4, "int8": 1}
@@ -63,7 +62,7 @@ class _Embeddings(LayerKind):
                     count=count,
                     dim=info.dim,
                     dtype=teacher.dtype,
-                    published=teacher.family == "published",
+                    published=teacher.published,
                     recipe=recipe,
                     code=info.code,
                 )
@@ -186,9 +185,7 @@ class TextEmbeddings(_Embeddings):
         if not info.texts:
             return []
         synthetic = [
-            (name, spec.captions)
-            for name, spec in config.captioners.items()
-            if spec.family == "published" or teacher.family != "published"
+            (name, spec.captions) for name, spec in config.captioners.items() if spec.published or not teacher.published
         ]
         return [(TRUE_CAPTION, 1), *synthetic]
 

@@ -16,7 +16,7 @@ from reinforce.images.policy import image_policy
 from reinforce.source.captions import CAPTION_POLICY
 
 if TYPE_CHECKING:
-    from teachers.registry import ModelInfo
+    from teachers.spec import ModelInfo
 
 #: Format of published reinforcements, from which the augmentation records are read.
 PUBLISHED_FORMAT = "datacompdr-1"

@@ -91,7 +91,7 @@ def costs_on(card: str, models: Models, config: Config, layers: Iterable[Layer])
     costs = {}
     for layer in layers:
         spec = config.teachers.get(layer.model or "")
-        if layer.published or layer.kind.name not in ("images", "texts") or spec is None or spec.class_ is not None:
+        if layer.published or layer.kind.name not in ("images", "texts") or spec is None or not spec.uses_precision:
             continue
         peak = peak_flops(card, spec.resolved_precision)
         if peak is not None and (flops := _flops_of_input(models, layer)):

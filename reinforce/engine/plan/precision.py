@@ -29,7 +29,10 @@ def resolve_precisions(config: Config, store: Store, nodes: Callable[[], Sequenc
     ``nodes`` are those on which workers will run; it is called if `workers.gpus` is not set and they matter.
     """
     specs: dict[str, Mapping[str, ModelSpec]] = {"teachers": config.teachers, "captioners": config.captioners}
-    open_ = {kind: [name for name, spec in of.items() if _is_open(spec)] for kind, of in specs.items()}
+    open_ = {
+        kind: [name for name, spec in of.items() if spec.uses_precision and spec.precision == "auto"]
+        for kind, of in specs.items()
+    }
     if not any(open_.values()):
         return config, []
     manifest = find_manifest(store) or {}
@@ -65,10 +68,6 @@ def nodes_of_run() -> list[Node]:
     import torch
 
     return [{"GPU": torch.cuda.device_count()}]
-
-
-def _is_open(spec: ModelSpec) -> bool:
-    return spec.precision == "auto" and spec.class_ is None and spec.family not in ("published", "openai")
 
 
 def _recorded(manifest: Mapping[str, Any], kind: str, name: str) -> Precision | None:

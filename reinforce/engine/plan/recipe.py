@@ -10,7 +10,8 @@ from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.errors import UserError
-from teachers.registry import ModelInfo, describe_captioner, describe_teacher
+from teachers.registry import describe_captioner, describe_teacher
+from teachers.spec import ModelInfo
 
 
 def describe_models(config: Config) -> dict[tuple[str, str], ModelInfo]:

@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.config import Config
-from teachers.open_clip.catalog import FOLDER_PREFIX, HUB_PREFIX
 from teachers.redact import CONTAINER_SCHEMES
-from teachers.spec import ModelSpec
-from teachers.transformers.catalog import is_local_folder
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/\s,'\"]*)")
 _LIST_BYTES = 2**20  # of a text file of URLs
-_HUB = "huggingface.co"
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ def config_uses(config: Config) -> Uses:
     values = config.model_dump(mode="json", by_alias=True)
     found = [place for text in _texts(values) for place in _places(text)]
     found += [place for text in _lists(config) for place in _places(text)]
-    found += [place for spec in (*config.teachers.values(), *config.captioners.values()) for place in _hubs(spec)]
+    found += [host for spec in (*config.teachers.values(), *config.captioners.values()) for host in spec.hosts()]
     return Uses(tuple(config.classes), tuple(sorted(set(found))))
 
 
@@ -70,16 +66,3 @@ def _lists(config: Config) -> Iterator[str]:
         if text.endswith(".txt") and path.is_file():
             with path.open("rb") as file:
                 yield file.read(_LIST_BYTES).decode("utf-8", "replace")
-
-
-def _hubs(spec: ModelSpec) -> Iterator[str]:
-    """Where the weights of a model come from, unless they are local files or at a URL of the config."""
-    if spec.model is None or spec.family in ("published", "openai"):
-        return
-    if spec.family == "transformers":
-        if not is_local_folder(spec.model):
-            yield f"{_HUB} ({spec.model})"
-    elif spec.model.startswith(HUB_PREFIX):
-        yield f"{_HUB} ({spec.model.removeprefix(HUB_PREFIX)})"
-    elif not spec.model.startswith(FOLDER_PREFIX) and spec.pretrained and not Path(spec.pretrained).suffix:
-        yield f"{_HUB} or the host that open_clip names ({spec.model}, {spec.pretrained})"

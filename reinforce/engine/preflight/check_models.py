@@ -34,12 +34,19 @@ from reinforce.engine.plan.recipe import version_notes
 from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores, describe_share
 from reinforce.terminal import Screen
-from teachers.describe import import_class
+from teachers.custom.family import ClassTeacherSpec
 from teachers.device.accelerator import Accelerator
 from teachers.device.determinism import set_flags
 from teachers.protocols import ImageSpec
 from teachers.redact import Redactor
-from teachers.registry import describe_captioner, describe_teacher, load_captioner, load_teacher
+from teachers.registry import (
+    captioner_spec,
+    describe_captioner,
+    describe_teacher,
+    load_captioner,
+    load_teacher,
+    teacher_spec,
+)
 from teachers.spec import CaptionerSpec, TeacherSpec
 
 Kind = Literal["teacher", "captioner"]
@@ -110,7 +117,7 @@ def check_config(config: Config) -> Report:
     with _threads(workers.cores):
         specs: list[tuple[str, TeacherSpec | CaptionerSpec]] = [*config.teachers.items(), *config.captioners.items()]
         for name, spec in specs:
-            if spec.family == "published":
+            if spec.published:
                 report.notes.append(f"{name} is read from published reinforcements: no model is loaded")
             else:
                 _check_model(report, redact, name, spec, device, largest)
@@ -120,14 +127,14 @@ def check_config(config: Config) -> Report:
 def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) -> Report:
     """Check a custom class on CUDA if available, else on the CPU."""
     report, redact = Report(), Redactor(options)
-    spec = {"class": target, "options": options}
+    spec: dict[str, Any] = {"class": target, "options": options}
     try:
-        cls = import_class(TeacherSpec.model_validate(spec))
+        cls = ClassTeacherSpec.model_validate(spec).import_class()
         checked: TeacherSpec | CaptionerSpec
         if (kind or _kind_of(cls)) == "teacher":
-            checked = TeacherSpec.model_validate(spec)
+            checked = teacher_spec(**spec)
         else:
-            checked = CaptionerSpec.model_validate({**spec, "captions": options.get("captions", _captions_of(cls))})
+            checked = captioner_spec(**spec, captions=options.get("captions", _captions_of(cls)))
     except ValueError as error:
         raise UserError(redact(f"{error}{user_frames(error)}")) from error
     set_flags("auto")

@@ -16,8 +16,7 @@ from reinforce.engine.inference.self_test import TEXTS, check_models, check_text
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from teachers.device.accelerator import Accelerator, Precision
-from teachers.registry import load_captioner, load_teacher
-from teachers.spec import CaptionerSpec, TeacherSpec
+from teachers.registry import captioner_spec, load_captioner, load_teacher, teacher_spec
 from tests.helpers import tiny_models
 from tests.helpers.data import config_of
 from tests.helpers.models import ColorTeacher, ImageOnly, SeedCaptioner, TextOnly, WrongShapeTeacher
@@ -102,11 +101,11 @@ def test_models_of_both_libraries_pass_in_every_precision(tmp_path: Path, precis
     bert, dino = tiny_models.transformers_bert(tmp_path / "bert"), tiny_models.transformers_dinov2(tmp_path / "dino")
     hugging_face: Any = {"family": "transformers", "precision": precision}
     specs = {
-        "vit": TeacherSpec(model=vit, precision=precision),
-        **{n: TeacherSpec(model=m, **hugging_face) for n, m in {"clip": clip, "bert": bert, "dino": dino}.items()},
+        "vit": teacher_spec(model=vit, precision=precision),
+        **{n: teacher_spec(model=m, **hugging_face) for n, m in {"clip": clip, "bert": bert, "dino": dino}.items()},
     }
     captioners = {
-        "coca": CaptionerSpec(model=coca_model(tmp_path / "coca"), captions=2, max_length=10, precision=precision),
+        "coca": captioner_spec(model=coca_model(tmp_path / "coca"), captions=2, max_length=10, precision=precision),
         "blip": spec_of(blip(tmp_path / "blip"), "blip", captions=2, max_length=10, precision=precision),
     }
     config = parse_config({"source": "x.tar", "output": "out", "teachers": specs, "captioners": captioners})

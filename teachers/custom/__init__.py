@@ -1,0 +1,1 @@
+"""Teachers and captioners that are classes of the user's."""

@@ -1,0 +1,149 @@
+"""A class of the user's, named by ``class``. It is imported while planning already, and may import anything."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from pydantic import model_validator
+
+from teachers.decoding.postprocess import cleaning_identity
+from teachers.protocols import Captioner, ImageSpec, Teacher
+from teachers.redact import redact_values
+from teachers.spec import CHAT_FIELDS, DECODING_FIELDS, CaptionerSpec, ModelInfo, ModelSpec, TeacherSpec
+
+
+class _Class(ModelSpec):
+    uses_precision: ClassVar[bool] = False
+    takes_options: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _check_class(self) -> _Class:
+        module, _, name = self.imports.partition(":")
+        if not module or not name:
+            raise ValueError(f"`class` must be package.module:Class, got {self.class_!r}")
+        if self.pretrained is not None:
+            raise ValueError("`pretrained` belongs to `model`; pass weights to your class in `options`")
+        return self
+
+    @property
+    def imports(self) -> str:
+        assert self.class_ is not None
+        return self.class_
+
+    def import_class(self) -> type:
+        """Import the class and check the options against its ``__init__``. Raises ValueError.
+
+        The working folder is searched, too, after the installed packages: a file in it replaces none of them.
+        """
+        module_name, _, class_name = self.imports.partition(":")
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:  # importing the module may raise anything
+            raise ValueError(
+                f"class {self.class_} cannot be imported: {type(error).__name__}: {error}. "
+                "Install its package, or put its folder on PYTHONPATH."
+            ) from error
+        cls = getattr(module, class_name, None)
+        if not isinstance(cls, type):
+            found = "no such name" if cls is None else f"a {type(cls).__name__} of that name, not a class"
+            raise ValueError(f"class {self.class_}: {module.__file__} has {found}")
+        if self.precision not in ("auto", "fp32"):
+            raise ValueError("`precision` is not used with `class`; pass it to your class in `options`")
+        try:
+            json.dumps(self.options)
+        except TypeError as error:
+            raise ValueError(f"options of {self.class_}: {error}; use numbers, strings, lists and mappings") from error
+        signature = inspect.signature(cls)
+        try:
+            signature.bind("device", **self.options)
+        except TypeError as error:
+            raise ValueError(f"options of {self.class_}: {error}; its signature is {class_name}{signature}") from error
+        return cls
+
+    def build(self, device: str) -> Any:
+        """An object of the class on a device."""
+        from teachers.device.accelerator import Accelerator
+
+        return self.import_class()(Accelerator(device).device, **self.options)
+
+    def identity(self, cls: type) -> dict[str, Any]:
+        identity: dict[str, Any] = {"class": self.class_, "options": redact_values(self.options)}
+        version = getattr(cls, "version", None)
+        if isinstance(version, (str, int, float)):
+            identity["version"] = version
+        return identity
+
+
+class ClassTeacherSpec(_Class, TeacherSpec):
+    def describe(self) -> ModelInfo:
+        cls = self.import_class()
+        if self.compile is not None:
+            raise ValueError("`compile` is not used with `class`; compile your class itself")
+        images = callable(getattr(cls, "encode_images", None)) and getattr(cls, "image", "unset") is not None
+        texts = callable(getattr(cls, "encode_texts", None))
+        if not images and not texts:
+            raise ValueError(f"class {self.class_} has neither `encode_images` nor `encode_texts`")
+        dim = getattr(cls, "dim", None)
+        return ModelInfo(dim if isinstance(dim, int) else None, images, texts, self.identity(cls), _hash_of_code(cls))
+
+    def load(self, device: str) -> Teacher:
+        teacher = self.build(device)
+        dim = getattr(teacher, "dim", None)
+        if not isinstance(dim, int) or dim < 1:
+            raise ValueError(f"class {self.class_} must set `dim`, the length of its embeddings, got {dim!r}")
+        if callable(getattr(teacher, "encode_images", None)):
+            if not hasattr(teacher, "image"):
+                raise ValueError(
+                    f"class {self.class_} has `encode_images` and must set `image` to a teachers.protocols.ImageSpec"
+                )
+            if teacher.image is not None and not isinstance(teacher.image, ImageSpec):
+                raise ValueError(
+                    f"class {self.class_}: `image` must be a teachers.protocols.ImageSpec, got {teacher.image!r}"
+                )
+        else:
+            teacher.image = None
+        if self.logit_scale is not None or not hasattr(teacher, "logit_scale"):
+            teacher.logit_scale = self.logit_scale
+        return cast(Teacher, teacher)
+
+
+class ClassCaptionerSpec(_Class, CaptionerSpec):
+    def describe(self) -> ModelInfo:
+        cls = self.import_class()
+        if not callable(getattr(cls, "caption", None)):
+            raise ValueError(f"class {self.class_} has no method `caption(pixels, seeds)`")
+        if given := [field for field in (*DECODING_FIELDS, *CHAT_FIELDS) if field in self.model_fields_set]:
+            raise ValueError(f"{', '.join(given)}: not used with `class`; pass them to your class in `options`")
+        identity = {**self.identity(cls), "captions": self.captions, **cleaning_identity(self.clean)}
+        return ModelInfo(dim=None, images=True, texts=False, identity=identity, code=_hash_of_code(cls))
+
+    def load(self, name: str, device: str) -> Captioner:
+        captioner = self.build(device)
+        if not isinstance(getattr(captioner, "image", None), ImageSpec):
+            raise ValueError(f"class {self.class_} must set `image` to a teachers.protocols.ImageSpec")
+        captions = getattr(captioner, "captions", self.captions)
+        if captions != self.captions:
+            raise ValueError(
+                f"class {self.class_} gives {captions} captions an image and the config has "
+                f"`captions: {self.captions}`: make them equal"
+            )
+        captioner.captions = captions
+        return cast(Captioner, captioner)
+
+
+def _hash_of_code(cls: type) -> str | None:
+    """Hash of the file that defines a class -> 16 hex digits; None if there is none."""
+    try:
+        path = inspect.getsourcefile(cls)
+        return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest() if path else None
+    except (OSError, TypeError):
+        return None

@@ -1,0 +1,72 @@
+"""Models of open_clip by name and weights, as teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from teachers import weights
+from teachers.open_clip import catalog
+from teachers.protocols import Teacher
+from teachers.spec import ModelInfo, ModelSpec, TeacherSpec
+from teachers.tokens.files import check_tokenizer_files
+
+#: Tokenizer files of a local folder.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
+
+
+class OpenClipTeacherSpec(TeacherSpec):
+    def describe(self) -> ModelInfo:
+        identity = model_identity(self)
+        config = catalog.model_config(self.name)
+        return ModelInfo(config["embed_dim"] if config else None, images=True, texts=True, identity=identity)
+
+    def load(self, device: str) -> Teacher:
+        from teachers.device.accelerator import Accelerator
+        from teachers.open_clip.teacher import OpenClipTeacher
+
+        return OpenClipTeacher(self, Accelerator(device, self.precision))
+
+    def hosts(self) -> Iterator[str]:
+        return weight_hosts(self)
+
+
+def model_identity(spec: ModelSpec) -> dict[str, Any]:
+    """What determines the outputs of a model. Raises ValueError or FileNotFoundError for one that cannot be loaded."""
+    model = spec.name
+    catalog.check_model(model, spec.pretrained)
+    identity: dict[str, Any] = {"family": "open_clip", "precision": spec.resolved_precision}
+    if model.startswith(catalog.FOLDER_PREFIX):
+        # Identified by its files: a folder that was moved is the same model.
+        folder = catalog.local_folder(model)
+        config = catalog.model_config(model)
+        if config is not None and config["text_cfg"].get("hf_tokenizer_name"):
+            check_tokenizer_files(folder)
+        checkpoint = catalog.folder_weights(model)
+        others = [path for path in folder.glob("*.json") if path.name in _TOKENIZER_FILES or "open_clip" in path.name]
+        identity["files"] = {path.name: weights.identity(path) for path in (checkpoint, *sorted(others))}
+    elif model.startswith(catalog.HUB_PREFIX):
+        identity["model"] = model
+    else:
+        identity["model"] = catalog.builtin_name(model)
+        assert spec.pretrained is not None
+        if catalog.is_checkpoint_file(spec.pretrained):
+            identity["weights"] = weights.identity(spec.pretrained)
+        else:
+            identity["pretrained"] = catalog.canonical_tag(spec.pretrained)
+    return identity
+
+
+def weight_hosts(spec: ModelSpec) -> Iterator[str]:
+    """Where the weights of a model come from, unless they are local files or at a URL of the config."""
+    if spec.name.startswith(catalog.HUB_PREFIX):
+        yield f"{weights.HUB} ({spec.name.removeprefix(catalog.HUB_PREFIX)})"
+    elif not spec.name.startswith(catalog.FOLDER_PREFIX) and spec.pretrained and not Path(spec.pretrained).suffix:
+        yield f"{weights.HUB} or the host that open_clip names ({spec.name}, {spec.pretrained})"

@@ -1,0 +1,1 @@
+"""Outputs that others have published: nothing is loaded."""

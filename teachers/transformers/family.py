@@ -1,0 +1,79 @@
+"""Models of Hugging Face transformers by hub name or local folder, as teachers and captioners."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from teachers import weights
+from teachers.decoding.postprocess import cleaning_identity
+from teachers.protocols import Captioner, Teacher
+from teachers.spec import CHAT_FIELDS, CaptionerSpec, ModelInfo, ModelSpec
+from teachers.tokens.files import check_tokenizer_files
+from teachers.transformers import catalog
+from teachers.transformers.options import TransformersOptions
+
+
+class _Transformers(ModelSpec):
+    def hosts(self) -> Iterator[str]:
+        if not catalog.is_local_folder(self.name):
+            yield f"{weights.HUB} ({self.name})"
+
+    def read_config(self) -> dict[str, Any] | None:
+        if self.pretrained is not None:
+            raise ValueError(
+                "`pretrained` is not used with family transformers, whose models include their weights; remove it"
+            )
+        return catalog.read_config(self.name)
+
+    def check_tokenizer(self) -> None:
+        if catalog.is_local_folder(self.name):
+            check_tokenizer_files(Path(self.name).expanduser())
+
+    def identity(self, extra: tuple[str, ...] = ()) -> dict[str, Any]:
+        """``extra`` are names of further files that determine the outputs of a local model."""
+        identity: dict[str, Any] = {"family": "transformers", "precision": self.resolved_precision}
+        if catalog.is_local_folder(self.name):
+            files = catalog.content_files(Path(self.name).expanduser(), extra)
+            identity["files"] = {path.name: weights.identity(path) for path in files}
+        else:
+            identity["model"] = self.model
+        return identity
+
+
+class TransformersTeacherSpec(_Transformers, TransformersOptions):
+    def describe(self) -> ModelInfo:
+        config = self.read_config()
+        images, texts = catalog.modalities(config)
+        dim = catalog.embedding_dim(config, self.pooling)
+        if texts:
+            self.check_tokenizer()
+        # Absent where they are not set, so that older fingerprints stay valid. ``lowercase: false`` is the default.
+        given = {"image_size": self.image_size, "pooling": self.pooling, "lowercase": self.lowercase}
+        identity = {**self.identity(), **{name: value for name, value in given.items() if value}}
+        return ModelInfo(dim=dim, images=images, texts=texts, identity=identity)
+
+    def load(self, device: str) -> Teacher:
+        from teachers.device.accelerator import Accelerator
+        from teachers.transformers.teacher import load
+
+        return load(self, Accelerator(device, self.precision))
+
+
+class TransformersCaptionerSpec(_Transformers, CaptionerSpec):
+    def describe(self) -> ModelInfo:
+        if self.compile is True:
+            raise ValueError("`compile` works only with CoCa; remove it")
+        catalog.check_captioner(self.read_config(), self)
+        self.check_tokenizer()
+        chat = {field: value for field in CHAT_FIELDS if (value := getattr(self, field)) is not None}
+        model = self.identity(catalog.CAPTIONER_FILES)
+        identity = {**model, **self.decoding(), **chat, **cleaning_identity(self.clean)}
+        return ModelInfo(dim=None, images=True, texts=False, identity=identity)
+
+    def load(self, name: str, device: str) -> Captioner:
+        from teachers.device.accelerator import Accelerator
+        from teachers.transformers.captioner import load
+
+        return load(self, Accelerator(device, self.precision))
