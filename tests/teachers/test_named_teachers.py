@@ -42,7 +42,7 @@ def test_each_passes_the_self_test_with_the_sides_and_the_dimension_that_were_de
     for layer in layers:
         if layer.model is not None:
             assert layer.dim == models.teachers[layer.model].dim, layer.name
-    sides = {name.removeprefix("embeddings/"): (info.images, info.texts) for name, info in described.items()}
+    sides = {name: (info.images, info.texts) for (_, name), info in described.items()}
     assert {name for name, found in sides.items() if found == (True, False)} == {"dinov3", "c-radio"}
     assert {name for name, found in sides.items() if found == (False, True)} == {"minilm", "e5", "bge"}
 
