@@ -5,9 +5,13 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+#: Options with which JPEGs are written.
+JPEGS: list[dict[str, Any]] = [{}, {"subsampling": 0}, {"restart_marker_blocks": 3}, {"optimize": True, "quality": 95}]
 
 
 def noise(width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
@@ -34,3 +38,18 @@ def raw_png(
         png_chunk(b"IHDR", header), *extra, png_chunk(b"IDAT", zlib.compress(scanlines)), png_chunk(b"IEND", b"")
     ]  # fmt: skip
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def scan_of(data: bytes) -> tuple[int, int]:
+    """Offsets of the first scan data of a JPEG and of its end mark."""
+    start = data.index(b"\xff\xda")
+    return start + 2 + int.from_bytes(data[start + 2 : start + 4], "big"), len(data) - 2
+
+
+def without_scan_data(data: bytes, share: float) -> bytes:
+    """The JPEG with that share of its scan data, and an end mark."""
+    start, end = scan_of(data)
+    cut = start + int((end - start) * share)
+    while data[cut - 1] == 0xFF:
+        cut -= 1
+    return data[:cut] + b"\xff\xd9"

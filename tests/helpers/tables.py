@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from reinforce.config import Input
 from reinforce.source.formats.base import Shard
@@ -15,7 +17,7 @@ from reinforce.source.samples import RawSample, Refusal
 
 datasets.disable_progress_bars()
 #: Written by img2dataset 1.47 with output_format=parquet: 6 images, and 4 with a row of a download that failed.
-IMG2DATASET = sorted(Path(__file__).parents[1].glob("source/files/img2dataset-*.parquet"))
+IMG2DATASET = sorted(Path(__file__).parents[1].glob("helpers/img2dataset/*.parquet"))
 
 
 def write_huggingface(path: Path, images: Sequence[bytes | None], columns: Mapping[str, Sequence[Any]]) -> str:
@@ -26,8 +28,18 @@ def write_huggingface(path: Path, images: Sequence[bytes | None], columns: Mappi
     return str(path)
 
 
+def write_columns(path: Path, columns: Mapping[str, Any], **options: Any) -> Path:
+    """A Parquet file of pyarrow."""
+    pq.write_table(pa.table(dict(columns)), path, **options)
+    return path
+
+
+def read_lazily(path: Path | str, format_: str = "parquet", **spec: Any) -> Iterator[Any]:
+    return read_samples(Shard(str(path), "shard", format_), Input(**spec))
+
+
 def read_table(path: Path | str, format_: str = "parquet", **spec: Any) -> list[RawSample | Refusal]:
-    return list(read_samples(Shard(str(path), "shard", format_), Input(**spec)))
+    return list(read_lazily(path, format_, **spec))
 
 
 def outcomes(items: Sequence[RawSample | Refusal]) -> dict[str | None, str]:

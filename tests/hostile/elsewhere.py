@@ -12,8 +12,8 @@ S3 = "tests/integration/test_s3_faults.py"
 PARTIAL = "tests/integration/test_s3_partial.py"
 SCARCITY = "tests/integration/test_scarcity.py"
 CLUSTER = "tests/integration/test_cluster.py"
-SOURCES = "tests/engine/test_sources.py"
-CHANGES = "tests/engine/test_changes.py"
+SOURCES = "tests/engine/plan/test_duplicates.py"
+CHANGES = "tests/engine/plan/test_changed_sources.py"
 EXPORT = "tests/publishing/test_datacompdr.py"
 CARD = "tests/publishing/test_card.py"
 DECODE_POOL = "tests/engine/decode/test_pool.py"
@@ -73,27 +73,27 @@ OTHERS = [
     (
         "a source file of Parquet that is damaged in a row group",
         "`shard_damaged`: the rows of this row group that were not read yet are left out, all others are kept",
-        "tests/source/test_parquet.py::test_a_damaged_row_group_costs_its_rows_only",
+        "tests/source/formats/test_parquet.py::test_a_damaged_row_group_costs_its_rows_only",
     ),
     (
         "a source file of Parquet of kilobytes that asks its decoder for gigabytes",
         "`shard_damaged` or `shard_unreadable`: footers, pages and batches are bounded before they are decoded",
-        "tests/source/test_parquet.py::test_files_of_kilobytes_do_not_need_gigabytes",
+        "tests/parquet/test_pages.py::test_files_of_kilobytes_do_not_need_gigabytes",
     ),
     (
         "rows of a table whose image is null, of another type or no base64, and lines that are no JSON",
         "`no_image`, `image_broken`, `row_broken`: only these rows are refused",
-        "tests/source/test_lines.py::test_broken_lines_cost_their_rows",
+        "tests/source/formats/test_lines.py::test_broken_lines_cost_their_rows",
     ),
     (
         "a table that names an absolute path, `..`, another file system, or a URL of a private address",
         "`image_place`: not read, unless input.images_from allows it",
-        "tests/source/test_places.py::test_paths_of_a_table_are_relative_to_its_folder_and_stay_in_it",
+        "tests/source/linked_images/test_places.py::test_paths_of_a_table_are_relative_to_its_folder_and_stay_in_it",
     ),
     (
         "an image of a folder that is gone before its shard is computed",
         "`image_missing`: only its sample is refused",
-        "tests/source/test_folders.py::test_files_that_disappear_cost_their_samples_and_a_list_is_written_once",
+        "tests/source/formats/test_folder.py::test_files_that_disappear_cost_their_samples_and_a_list_is_written_once",
     ),
     (
         "a special token of a tokenizer in a caption",
@@ -143,7 +143,7 @@ OTHERS = [
     (
         "a shard of any length, a member of 100 MB",
         "memory stays at a few megabytes",
-        "tests/source/test_shards.py::test_memory_does_not_grow_with_the_shard",
+        "tests/source/formats/test_tar.py::test_memory_does_not_grow_with_the_shard",
     ),
     (
         "arbitrary bytes",

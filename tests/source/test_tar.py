@@ -52,15 +52,6 @@ def test_base_256_sizes_are_read():
     assert outcomes(read(checked(member))) == [("a", "abc")]
 
 
-def test_concatenated_tars_are_read_to_the_end():
-    parts = [tar_bytes(sample_members(key, key.encode())) for key in "abc"]
-    assert outcomes(read(b"".join(parts))) == [("a", "a"), ("b", "b"), ("c", "c")]
-
-
-def test_a_tar_of_zero_blocks_is_empty():
-    assert read(tar_bytes([])) == []
-
-
 def test_padding_of_concatenated_tars_to_two_blocks_or_to_a_mebibyte_is_accepted():
     body = tar_bytes(sample_members("z"), end=False)
     for padding in (1024, 2**20 - len(body)):
@@ -198,26 +189,7 @@ def test_at_most_a_hundred_damages_are_reported():
     assert "the rest is not read" in rows[-1].detail
 
 
-def test_a_sample_interrupted_by_damage_is_kept_if_it_has_its_image():
-    image_end = ENDS[1] + 512 + 1024
-    assert [(row.key, type(row)) for row in read(TAR[: image_end + 100])][2:] == [
-        ("c", RawSample),
-        (None, Refusal),
-    ]
-    rows = read(TAR[: image_end - 600])
-    assert outcomes(rows)[2:] == [("c", "image_broken"), (None, "shard_damaged")]
-
-
-@pytest.mark.parametrize(
-    "size",
-    [
-        b"\x80" + (2**62).to_bytes(11, "big"),
-        b"\xff" * 12,
-        b"-0000000010\0",
-        b"77777777777\0",
-        b"\x80" + (2**33).to_bytes(11, "big"),
-    ],
-)
+@pytest.mark.parametrize("size", [b"-0000000010\0", b"77777777777\0"])
 def test_members_are_found_after_negative_and_absurd_sizes(size):
     data = bytearray(TAR)
     data[ENDS[0] + 124 : ENDS[0] + 136] = size

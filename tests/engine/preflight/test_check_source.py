@@ -24,7 +24,7 @@ from tests.helpers.published import config_of as published_config
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tars import tar_bytes
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def config(folder: Path, source: str | list[str], **changes: Any) -> dict[str, Any]:

@@ -14,10 +14,9 @@ from PIL import Image
 from reinforce.config import Limits
 from reinforce.images import fast_jpeg
 from reinforce.images.policy import ImageRefused, decode
-from tests.helpers.images import encode
+from tests.helpers.images import encode, without_scan_data
 from tests.helpers.random_images import natural, noise
 from tests.hostile.images import IMAGES, ImageCase
-from tests.source.test_jpeg import without_scan_data
 
 pytest.importorskip("simplejpeg")
 LIMITS = Limits(aspect=100)

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import reinforce
@@ -23,13 +21,12 @@ from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode, image_policy, is_image_policy
 from schemas import Reason
 from tests.helpers.data import config_of, write_tar
-from tests.helpers.images import encode, noise
+from tests.helpers.images import JPEGS, encode, noise
 from tests.helpers.pixels import PixelRecorder
 from tests.helpers.random_images import natural
 from tests.helpers.reduced import decoded_digest, policy
 from tests.helpers.reinforced import reinforce_here
 from tests.hostile.images import IMAGES, ImageCase
-from tests.source.test_jpeg import JPEGS, without_scan_data
 
 LIMITS = Limits(aspect=100)
 
@@ -89,30 +86,6 @@ def test_limits_apply_to_the_full_size() -> None:
     data = encode(noise(100, 80), "JPEG")
     with pytest.raises(ImageRefused, match="100x80 pixels, above"):
         decode(data, Limits(pixels=7999), policy=policy(10))
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("options", JPEGS)
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("side", [10, 20, 40])
-def test_missing_scan_data_is_found_at_every_scale(mode: str, options: dict[str, Any], share: float, side: int) -> None:
-    data = without_scan_data(encode(noise(100, 80, mode), "JPEG", **options), share)
-    with pytest.raises(ImageRefused, match="image_broken: the JPEG lacks scan data"):
-        decode(data, LIMITS, strict=True, policy=policy(side))
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.tuples(st.integers(1, 90), st.integers(1, 90)),
-    st.sampled_from([0, 127, 128, None]),
-    st.sampled_from([*JPEGS, {"progressive": True}]),
-    st.integers(1, 100),
-)
-def test_no_complete_jpeg_is_refused(size: tuple[int, int], grey: int | None, options: Any, quality: int) -> None:
-    image = noise(*size) if grey is None else Image.new("RGB", size, (grey,) * 3)
-    data = encode(image, "JPEG", **{"quality": quality, **options})
-    strict = decode(data, LIMITS, strict=True, policy=policy(8))
-    assert strict.tobytes() == decode(data, LIMITS, policy=policy(8)).tobytes()
 
 
 @pytest.mark.parametrize("case", IMAGES, ids=lambda case: case.defect)

@@ -1,11 +1,10 @@
-"""The image policy: pixels of every format and mode, and refusals with their reason."""
+"""The image policy: pixels of every format and mode, and refusals that tests/hostile/images.py does not have."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import io
 import struct
-import zlib
 
 import numpy as np
 import PIL
@@ -233,12 +232,7 @@ def test_conversion_in_strips_equals_conversion_at_once(monkeypatch):
 # --- refusals
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
-def test_other_files_are_refused_for_their_format(data):
-    assert refusal(data) is Reason.IMAGE_FORMAT
-
-
-@pytest.mark.parametrize("format", ["ICO", "TGA", "PCX", "JPEG2000", "SGI", "ICNS"])
+@pytest.mark.parametrize("format", ["ICO", "TGA", "PCX", "SGI", "ICNS"])
 def test_exotic_formats_are_refused(format):
     assert refusal(encode(Image.new("RGB", (32, 32)), format)) is Reason.IMAGE_FORMAT
 
@@ -256,8 +250,6 @@ def test_limits_are_checked_against_the_header():
     assert refusal(encode(Image.new("RGB", (101, 100))), limits) is Reason.IMAGE_PIXELS
     assert decode(encode(Image.new("RGB", (10, 100))), limits).size == (10, 100)
     assert refusal(encode(Image.new("RGB", (101, 10))), limits) is Reason.IMAGE_ASPECT
-    assert refusal(raw_png(2**31 - 1, 2**31 - 1, 8, 2, b"")) is Reason.IMAGE_PIXELS
-    assert refusal(raw_png(0, 5, 8, 2, b"")) is Reason.IMAGE_BROKEN
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "BMP", "PPM"])
@@ -274,18 +266,6 @@ OLD_PILLOW = pytest.mark.skipif(int(PIL.__version__.partition(".")[0]) < 13, rea
 def test_webp_and_tiff_above_twice_pillows_limit_are_refused_for_their_pixels(format, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert refusal(encode(noise(), format)) is Reason.IMAGE_PIXELS
-
-
-def test_the_decoded_size_of_a_gif_frame_is_checked():
-    data = bytearray(encode(Image.new("P", (200, 100), 1), "GIF"))
-    data[6:10] = struct.pack("<HH", 2, 2)
-    assert refusal(bytes(data), Limits(pixels=10_000)) is Reason.IMAGE_PIXELS
-
-
-def test_huge_text_and_profile_chunks_are_refused_as_broken():
-    bomb = zlib.compress(bytes(50 * 2**20))
-    for extra in (png_chunk(b"zTXt", b"a\0\0" + bomb), png_chunk(b"iCCP", b"a\0\0" + bomb)):
-        assert refusal(raw_png(1, 1, 8, 0, b"\0\1", extra)) is Reason.IMAGE_BROKEN
 
 
 def test_refusals_describe_the_problem_in_valid_text():

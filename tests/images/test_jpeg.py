@@ -1,0 +1,59 @@
+"""JPEGs with missing scan data, at their size and reduced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reinforce.config import Limits
+from reinforce.images.policy import ImageRefused, decode
+from tests.helpers.images import JPEGS, encode, noise, scan_of, without_scan_data
+from tests.helpers.reduced import policy
+
+LIMITS = Limits(aspect=100)
+POLICIES = ["rgb-1", policy(40), policy(20), policy(10)]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", JPEGS)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_jpeg_that_lacks_scan_data_is_refused_only_by_strict_decoding(
+    mode: str, options: dict[str, Any], share: float
+) -> None:
+    data = without_scan_data(encode(noise(100, 80, mode), "JPEG", **options), share)
+    for name in POLICIES:
+        with pytest.raises(ImageRefused, match="image_broken: the JPEG lacks scan data"):
+            decode(data, LIMITS, strict=True, policy=name)
+    assert decode(data, LIMITS).size == (100, 80)
+
+
+def test_a_progressive_jpeg_is_refused_if_its_first_scan_is_cut_but_not_if_a_later_one_is() -> None:
+    data = encode(noise(100, 70), "JPEG", progressive=True)
+    begin, end = scan_of(data)
+    first_scan = data.index(b"\xff\xda", begin) - begin
+    with pytest.raises(ImageRefused):
+        decode(without_scan_data(data, 0.5 * first_scan / (end - begin)), LIMITS, strict=True)
+    assert decode(without_scan_data(data, 0.9), LIMITS, strict=True).size == (100, 70)
+
+
+@given(
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.sampled_from([0, 127, 128, None]),
+    st.sampled_from(["L", "RGB", "CMYK"]),
+    st.sampled_from([*JPEGS, {"progressive": True}]),
+    st.integers(1, 100),
+    st.sampled_from(["rgb-1", policy(8)]),
+)
+@settings(max_examples=200, deadline=None)
+def test_no_complete_jpeg_is_refused(
+    size: tuple[int, int], colour: int | None, mode: str, options: dict[str, Any], quality: int, name: str
+) -> None:
+    image = noise(*size, mode)
+    if colour is not None:  # missing data looks grey
+        image.paste(colour if mode == "L" else (colour,) * len(mode), (0, 0, *size))
+    data = encode(image, "JPEG", **{"quality": quality, **options})
+    strict = decode(data, LIMITS, strict=True, policy=name)
+    assert strict.tobytes() == decode(data, LIMITS, policy=name).tobytes()
