@@ -37,8 +37,8 @@ from reinforce.processes.cores import Node
 from teachers.redact import Redactor
 
 _LOG = logging.getLogger(__name__)
-#: How often a run goes on with shards of which files were set aside: stored captions that do not fit new samples, then
-#: the other layers of the shard. A disk that damages file after file needs its user.
+#: Extra passes over shards whose files were set aside: first stored captions that do not match new samples, then the
+#: other layers of the shard. More would hide a failing disk.
 _MAX_CONTINUATIONS = 2
 
 

@@ -120,10 +120,14 @@ def test_a_run_goes_on_with_shards_whose_files_were_set_aside(tmp_path: Path, mo
     write_tar(tmp_path / "0.tar", members_of(0, 3))
     summaries = [
         RunSummary(
-            "r1", 4, 40, 2.0, 0.5, 100, {"no_text": 1}, 0, 1, "not finished", notes=["x was set aside"], postponed=1
+            run="r1", shards=4, samples=40, seconds=2.0, busy_share=0.5, bytes=100, refused={"no_text": 1}, status=1,
+            message="not finished", notes=["x was set aside"], postponed=1,
         ),
-        RunSummary("r2", 1, 9, 2.0, 0.1, 10, {"no_text": 2}, 0, 0, "done"),
-    ]
+        RunSummary(
+            run="r2", shards=1, samples=9, seconds=2.0, busy_share=0.1, bytes=10, refused={"no_text": 2},
+            message="done",
+        ),
+    ]  # fmt: skip
     left = [*summaries]
 
     class Recorded:

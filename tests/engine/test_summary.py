@@ -125,7 +125,10 @@ def test_the_first_example_of_each_reason_is_kept_and_a_bounded_number_shown() -
 
 def test_the_text_lists_quarantined_rows_and_shards_and_hides_credentials() -> None:
     cleaned = {"c": {"captions": 20, "null_rows": 1}}
-    summary = RunSummary("run", 2, 10, 5.0, 0.5, 2048, {"no_text": 3}, 1, 1, "stopped", cleaned)
+    summary = RunSummary(
+        run="run", shards=2, samples=10, seconds=5.0, busy_share=0.5, refused={"no_text": 3}, quarantined_shards=1,
+        status=1, message="stopped", cleaned=cleaned,
+    )  # fmt: skip
     lines = summary.text("s3://user:secret@bucket/out").splitlines()
     assert lines[0].startswith("2 shards, 10 samples in 5.0 s (2 samples/s, accelerator busy 50%), ")
     assert lines[1:3] == ["captions by c: 20 captions, 1 null rows", "quarantined rows: 3 no_text"]

@@ -1,7 +1,8 @@
 """Claims on the recipes of layers that ``dataset.json`` does not list yet: ``claims/<layer>.json``.
 
-A run lists its layers in dataset.json once its models are loaded. Until then a claim keeps a second run of another
-config from starting: one of several runs can create it, the others compare recipes. Runs of one config share it.
+A run lists its layers in dataset.json once its models are loaded. Until then a claim prevents a run of another config
+from starting. Only one of several runs can create a claim; the others compare their recipes with it. Runs of one config
+share it. There is one claim for each layer, so runs that add different layers can start at the same time.
 
 - A run takes its claims before it writes anything, then reads dataset.json once more, because another run may have
   written it in between. It does both again just before it writes dataset.json, and then removes its claims.
@@ -47,8 +48,8 @@ class Claims:
         self._manifest: dict[str, Any] = {}
 
     def take(self) -> None:
-        """Claim the layers that dataset.json does not list. Raises UserError if they are of another recipe there, or
-        another run has claimed them with another."""
+        """Claim the layers that dataset.json does not list. Raises UserError if dataset.json lists a layer with another
+        recipe, or another run has claimed it with another recipe."""
         manifest = find_manifest(self.store)
         unlisted = [name for name in self.layers if name not in (manifest or {}).get("layers", {})]
         self._manifest = update_manifest(manifest, self.config, self.layers, {})
@@ -100,7 +101,7 @@ class Claims:
             found = self._read(name)
             if found is None:
                 self.store.create(self._claim_json(name), *_parts(name))
-                continue  # whatever the store reports, what can be read is what counts
+                continue  # some stores ignore the condition of the put, so the claim is read back
             if found.get("token") == self.token:
                 self._owned.add(name)
                 return None

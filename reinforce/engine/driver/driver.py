@@ -1,7 +1,12 @@
 """The driver: leases the shards of a plan to workers until every one is finished or quarantined.
 
-This is the part that talks to Ray and to the storage. `failures.py` decides what happens when something fails,
-`shard_queue.py` which worker gets which shard, and `pool.py` how many workers there are.
+Each turn of its loop
+
+1. asks for as many workers as there are shards left, at most `workers.max` (`pool.py`),
+2. decides about the shards of workers that have died (`policy/failures.py`),
+3. leases shards to workers that can take one (`shard_queue.py`),
+4. handles what is ready: started workers, ended leases, pulses of workers (`worker_lifecycle.py`),
+5. reports metrics and progress (`reporter.py`), and writes new events and records.
 """
 
 from __future__ import annotations
@@ -52,8 +57,8 @@ from teachers.redact import Redactor
 RETRY_REASONS: dict[type, str] = {Retry: "error", Requeue: WORKER_LOST, RunAlone: "suspect"}
 _TICK_SECONDS = 0.5
 _PAUSE_SECONDS_PER_REF, _MAX_PAUSE_SECONDS = 5e-5, 1.0
-_RAY_SECONDS = 2.0  # between two looks at Ray on this machine
-_QUIET_START_SECONDS = 15.0  # before a slow start is logged
+_RAY_SECONDS = 2.0  # between two checks of Ray on this machine
+_QUIET_START_SECONDS = 15.0  # after which a slow start is logged
 
 
 class Driver:
@@ -90,6 +95,7 @@ class Driver:
         self.notes_logged = 0
 
     def run(self) -> RunSummary:
+        """Run the plan. Raises UserError, also after it has recorded how the run ended."""
         start = time.monotonic()
         self.events.add("start", shards=len(self.plan.pending), layers=sorted(self.needed), ray=ray.__version__)
         for line in (self.pool.describe(len(self.plan.pending)), *self.plan.notes):
@@ -157,7 +163,7 @@ class Driver:
                     self.lifecycle.record_pulse(ref)
                 elif ref in self.pool.loading:
                     self._handle_start(ref)
-                elif ref in self.pool.leases:  # else the worker was found dead through its other lease
+                elif ref in self.pool.leases:  # not if the other lease of its worker has failed just now
                     self._handle_lease_end(ref)
             self.lifecycle.poll()
             if not self.manifest_written:
@@ -178,7 +184,7 @@ class Driver:
         self.lifecycle.follow_drains(draining_nodes())
 
     def _report_workers(self) -> None:
-        """Log what the policy found about workers and nodes. Raise UserError if no shard can be finished."""
+        """Log the policy's notes and avoid the nodes that it names. Raise UserError if no shard can be finished."""
         for note in self.policy.notes[self.notes_logged :]:
             self.events.add("note", text=note)
             self._log(note)
@@ -201,7 +207,7 @@ class Driver:
             )
 
     def _handle_start(self, ref: Any) -> None:
-        """Handle a worker that has loaded its models or failed. The first ``workers.min`` publish the manifest."""
+        """Handle a worker that has loaded its models, or has failed to. Writes dataset.json after ``workers.min``."""
         info = self.lifecycle.finish_start(ref)
         if info is None:
             return
@@ -248,7 +254,7 @@ class Driver:
             self._count_quarantined(result.shard, f"{result.quarantine_reason}: {detail}")
 
     def _try_elsewhere(self, slot: Slot, shard: PendingShard, reason: str) -> bool:
-        """Whether a shard that could not be read is tried on another node."""
+        """Queue a shard that could not be read for another node; False if it is not tried again."""
         decision = self.policy.read_failed(shard, reason, slot.id, self.pool.count_nodes(), time.monotonic())
         if decision is None:
             return False
@@ -316,10 +322,10 @@ class Driver:
 
 
 def _ready(refs: list[Any]) -> list[Any]:
-    """All refs that are ready, after waiting for the first for at most a tick.
+    """The refs that are ready; waits up to ``_TICK_SECONDS`` for the first.
 
-    Ray takes 0.6 us of CPU for each ref that it looks at. So with 20,000 refs it is asked once a second; the workers
-    have another shard meanwhile.
+    Ray needs 0.6 us of CPU for each ref. So with 20,000 refs it is asked once a second; a worker whose shard has ended
+    continues with its other one.
     """
     if not refs:
         time.sleep(_TICK_SECONDS)

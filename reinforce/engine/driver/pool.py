@@ -29,9 +29,12 @@ _NODE_LABEL = "ray.io/node-id"
 
 @dataclass(eq=False)
 class Slot:
-    """One actor. ``alone``: its one lease is a suspect, and it gets no other. ``draining``: it gets no further lease
-    until a suspect can run in it. ``exhausted``: it has had as many leases as ``workers.recycle`` allows. ``leaving``:
-    Ray drains its node."""
+    """One worker actor.
+
+    ``alone``: its one lease is a suspect, and it gets no other. ``draining``: it gets no further lease until a suspect
+    can run in it. ``exhausted``: it has had as many leases as ``workers.recycle`` allows. ``leaving``: Ray drains its
+    node.
+    """
 
     actor: Any
     info: WorkerInfo | None = None  # None while the models are loading
@@ -42,12 +45,12 @@ class Slot:
     leaving: bool = False
     leased: int = 0  # leases so far
     finished: int = 0  # those that returned
-    memory: int = 0  # bytes after the last of them
+    memory: int = 0  # bytes of its process after the last of them
     avoids: frozenset[str] = frozenset()  # nodes on which it must not be placed
     pulse: Pulse = field(default_factory=Pulse)
     started_at: float = field(default_factory=time.monotonic)
-    index: int = 0  # a number that no other worker of the pool has, for metrics and status
-    pulse_at: float = 0.0
+    index: int = 0  # unique in the pool, for metrics and status
+    pulse_at: float = 0.0  # when the pulse was received
     leased_at: dict[str, float] = field(default_factory=dict)  # by shard
 
     @property
@@ -64,13 +67,13 @@ class Slot:
 
     @property
     def use(self) -> MemoryUse:
-        """Its memory, as far as it was measured."""
+        """The memory of its process, as far as it was measured."""
         first = self.info.memory if self.info else 0
         return MemoryUse(first, max(self.memory, self.pulse.memory, first), self.finished)
 
 
 def describe_workers(workers: Workers, shards: int, limit: int, nodes: Sequence[Node]) -> str:
-    """A line about the workers of a run, at most ``limit`` and one for each shard, and about cores that stay idle."""
+    """A line about the workers of a run (at most ``limit``, and one for each shard) and about cores that stay idle."""
     count = min(shards, limit)
     device = "cuda" if workers.gpus else "cpu"
     what = f"{count} worker{'s' * (count != 1)} x {workers.describe()}"
@@ -89,7 +92,7 @@ def describe_workers(workers: Workers, shards: int, limit: int, nodes: Sequence[
 
 
 class Pool:
-    """The actors of a run. Ray keeps those that cannot be placed pending, and starts them when a node joins."""
+    """The worker actors of a run. Those that cannot be placed are pending in Ray until a node joins."""
 
     def __init__(self, config: Config, layers: Mapping[str, Layer], needed: frozenset[str]) -> None:
         self._arguments = [ray.put(value) for value in (config, layers, needed, os.getcwd())]
@@ -99,14 +102,14 @@ class Pool:
         self.polls: Polls[Slot] = Polls()
         self.loading: dict[Any, Slot] = {}
         self.leases: dict[Any, Slot] = {}
-        self._indexes: list[int] = []  # a heap of those that are free again
+        self._indexes: list[int] = []  # a heap of free indexes
         self._to_avoid: frozenset[str] = frozenset()
         self._avoided: frozenset[str] = frozenset()  # the same, or empty if there are no other nodes
         self._drained: frozenset[str] = frozenset()  # Ray places no workers on them
         self.samples = 0  # by the workers' last pulses
         self.busy = 0.0  # accelerator-seconds, also of workers that are no longer in the pool
-        self._past_alive = self._started_sum = 0.0
-        # With 10,000 workers, nothing may look at all of them whenever a shard ends.
+        self._past_alive = self._started_sum = 0.0  # worker-seconds that ended; sum of `started_at`
+        # Subsets of `slots`: with 10,000 workers, nothing may loop over all of them whenever a shard ends.
         self._started: dict[Slot, None] = {}
         self._free: dict[Slot, None] = {}
         self.leaving: dict[Slot, None] = {}  # workers on nodes that Ray drains
@@ -122,7 +125,7 @@ class Pool:
             self.loading[slot.actor.load.remote()] = slot
 
     def avoid(self, nodes: frozenset[str]) -> None:
-        """Place no new workers on ``nodes``, unless there are no others; move those that have not started."""
+        """Place no new workers on ``nodes``, unless there are no others. Replaces workers that have not started."""
         if nodes == self._to_avoid:
             return
         self._to_avoid = nodes
@@ -152,7 +155,7 @@ class Pool:
         return self._class.options(label_selector={_NODE_LABEL: f"!in({','.join(sorted(self._avoided))})"})
 
     def describe(self, size: int) -> str:
-        """A line about the workers that ``size`` shards will have."""
+        """A line about the workers for ``size`` shards."""
         return describe_workers(self._config.workers, size, self._limit(), live_resources())
 
     def shrink(self, size: int, failures: Callable[[WorkerId], int]) -> None:
@@ -230,20 +233,20 @@ class Pool:
         self.polls.add(slot, slot.started_at)
 
     def record_pulse(self, slot: Slot, pulse: Pulse) -> None:
-        """Record a worker's counts."""
+        """Record the pulse of a worker."""
         self.samples += pulse.samples - slot.pulse.samples
         self.busy += pulse.busy - slot.pulse.busy
         slot.pulse, slot.pulse_at = pulse, time.monotonic()
 
     def read_boards(self, slots: Iterable[Slot]) -> dict[Slot, tuple[LeasePulse, ...]]:
-        """Where the leases of workers that do not answer are; empty where it cannot be read."""
+        """The leases of workers that do not answer, read from their boards; empty if they cannot be read."""
         running = {slot: slot.info for slot in slots if slot.info is not None}
         calls = [(info.node, (info.pid, info.board)) for info in running.values()]
         boards = call_on_nodes(read_board, calls, _BOARD_SECONDS)
         return {slot: board or () for slot, board in zip(running, boards, strict=True)}
 
     def alive(self, now: float) -> float:
-        """Seconds for which workers have been in the pool, all added up."""
+        """Worker-seconds since the models were loaded, of all workers of the run."""
         return self._past_alive + len(self._started) * now - self._started_sum
 
     def lease(self, slot: Slot, shard: PendingShard, alone: bool = False) -> None:
@@ -258,7 +261,7 @@ class Pool:
             self._free.pop(slot, None)
 
     def end_lease(self, ref: Any) -> PendingShard:
-        """Remove a lease that has returned or raised."""
+        """Remove a lease that has returned or raised, and return its shard."""
         slot = self.leases.pop(ref)
         slot.alone = False
         if not slot.leaving:
@@ -268,7 +271,7 @@ class Pool:
         return shard
 
     def _limit(self) -> int:
-        """Most workers that may exist."""
+        """Maximum number of workers."""
         workers = self._config.workers
         return max(workers.min, self._cluster_capacity()) if workers.max is None else workers.max
 
@@ -284,7 +287,7 @@ class Pool:
         return capacity(live_resources(self._avoided | self._drained), workers.cores, workers.gpus or 0)
 
     def resource_error(self) -> str | None:
-        """Message if no node of the cluster can hold a worker, else None."""
+        """A message if no node of the cluster can hold a worker, else None."""
         if self._count_places():
             return None
         workers = self._config.workers

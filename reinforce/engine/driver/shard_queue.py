@@ -1,4 +1,4 @@
-"""Shards that wait for a worker, and which worker gets which shard."""
+"""Shards that wait for a worker, and the choice of the worker."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from reinforce.engine.worker.actor import SHARDS_IN_FLIGHT
 
 #: Workers at which a shard has failed.
 Tried: TypeAlias = "frozenset[WorkerId]"
-_MAX_RETRIES = 64  # that are looked at in one call
+_MAX_RETRIES = 64  # handed out in one call
 
 
 def _distance(slot: Slot, tried: Tried) -> int:
-    """How far a worker is from those that have tried a shard: 2 on another node, 1 in another process, else 0."""
+    """Distance of a worker from those that have tried a shard: 2 on another node, 1 in another process, else 0."""
     if slot.info is None or slot.id in tried:
         return 0
     return 1 if any(worker.node == slot.info.node for worker in tried) else 2
@@ -34,7 +34,7 @@ class ShardQueue:
         self._retries: deque[tuple[PendingShard, Tried]] = deque()
         self._delayed: list[tuple[float, int, PendingShard, Tried]] = []
         self._order = itertools.count()  # heapq must never compare shards
-        self._draining = False  # whether a worker may be
+        self._draining = False  # whether a worker may be draining
         self._paused: dict[WorkerId, float] = {}  # until when
 
     def __len__(self) -> int:
@@ -52,13 +52,13 @@ class ShardQueue:
             self._ready.append(shard)
 
     def add_delayed(self, shard: PendingShard, at: float, tried: Tried = frozenset()) -> None:
-        """Add a shard that is not leased before time ``at``, and not to workers that have ``tried`` it, nor to others
-        of their nodes, where there are others."""
+        """Add a shard that is not leased before time ``at``. It goes to another node than those of the workers that
+        have ``tried`` it, or at least to another worker, if there is one."""
         heapq.heappush(self._delayed, (at, next(self._order), shard, tried))
 
     def add_suspect(self, shard: PendingShard, tried: Tried = frozenset()) -> None:
-        """Add a shard that is leased only to a worker without other leases, on other nodes than those of ``tried`` if
-        one is idle."""
+        """Add a shard that is leased only to a worker without other leases, on another node than those of ``tried`` if
+        a worker is idle there."""
         self._suspects.append((shard, tried))
 
     def pause(self, worker: WorkerId, until: float) -> None:
@@ -106,7 +106,7 @@ class ShardQueue:
     def _hand_out_retries(
         self, slots: Sequence[Slot], lease: Callable[..., None], failing: Collection[WorkerId]
     ) -> None:
-        """Lease shards that have failed to workers as far as possible from where they did.
+        """Lease shards that have failed to workers that are as far as possible from those that tried them.
 
         The ``failing`` workers get none while there are others, because they are free most of the time.
         """

@@ -1,4 +1,4 @@
-"""Starts and ends workers: at fault, dead, hung, on drained nodes, or after as many shards as the config allows."""
+"""Starts of workers, and their ends: at fault, dead, hung, on drained nodes, or after ``workers.recycle`` shards."""
 
 from __future__ import annotations
 

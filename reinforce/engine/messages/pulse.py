@@ -1,4 +1,4 @@
-"""What a worker reports to the driver while its shards run: counts, and where each lease is."""
+"""What a worker reports to the driver while its shards run: counts, and the stage of each lease."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import TypeAlias, TypeVar
 
 from reinforce.processes.shared_memory import SharedMemory
 
-#: Stages of a lease. A lease that runs a model is in a stage with the name of the layer.
+#: Stages of a lease. While it runs a model, its stage is the name of the layer.
 READING = "reading"
 DECODING = "decoding"
 WRITING = "writing"
 WAITING = "waiting for the accelerator"  # which the other lease of the worker uses
-SERVER = "waiting for a server"  # that writes captions; the captioner bounds this time
+SERVER = "waiting for a server"  # a captioner; it bounds this time itself
 PREPARING = "preparing"
 #: Stages that never count as a hang.
 UNLIMITED_STAGES = (WAITING, SERVER)
-_SHORT_STAGES = (READING, DECODING)  # of which there is one for each sample
+_SHORT_STAGES = (READING, DECODING)  # entered for each sample
 _STAGES_WITHOUT_MODEL = (READING, DECODING, WRITING, WAITING, SERVER, PREPARING)
 
 _At: TypeAlias = "tuple[str, str, float]"  # stage, what it works on, since when
@@ -32,7 +32,7 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class LeasePulse:
-    """Where the lease of a shard is: its ``stage``, for how many ``seconds``, and ``what`` it works on."""
+    """The ``stage`` of the lease of a shard, for how many ``seconds`` it is in it, and ``what`` it works on."""
 
     shard: str
     stage: str
@@ -58,9 +58,9 @@ class Pulse:
 
 
 class Board:
-    """Where the leases of a worker are, in memory that other processes of its node can read.
+    """The stages of the leases of a worker, in memory that other processes of its node can read.
 
-    Code that holds the interpreter lock keeps the worker from answering, and not from being read.
+    Code that holds the interpreter lock keeps a worker from answering, but its board can be read.
     """
 
     BYTES = 1024  # of an entry
@@ -81,7 +81,7 @@ class Board:
 
 
 def read_board(pid: int, descriptor: int) -> tuple[LeasePulse, ...]:
-    """The entries of the board of a process of this machine; none if they cannot be read."""
+    """The entries of the board of a process on this machine; none if it cannot be read."""
     data, found = b"", []
     with contextlib.suppress(OSError), open(f"/proc/{pid}/fd/{descriptor}", "rb") as file:
         data = file.read()
@@ -93,12 +93,12 @@ def read_board(pid: int, descriptor: int) -> tuple[LeasePulse, ...]:
 
 
 class LeaseWatch:
-    """Where one lease is. Its threads write it, and the thread that answers the driver reads it.
+    """The stage of one lease. Its threads write it, and the thread that answers the driver reads it.
 
-    A lease is where the thread is that made this object, unless another of its threads runs a model. Entering and
-    leaving a stage is progress. ``slowest`` receives the seconds of the slowest step by stage, and ``board`` at
-    ``entry`` the stages that run models. ``read_bytes`` counts the encoded images and texts that were read, and
-    ``seconds`` has the time of the thread that made this object by stage, in the innermost one.
+    The stage of the lease is that of its main thread, which created this object, or of its longest-running model.
+    Entering and leaving a stage is progress. ``slowest`` receives the seconds of the slowest step by stage, and
+    ``board`` at ``entry`` the current stage. ``read_bytes`` counts the encoded images and texts that were read, and
+    ``seconds`` the time of the main thread by innermost stage.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class LeaseWatch:
         self.shard = shard
         self._slowest = {} if slowest is None else slowest
         self._board, self._entry = board, entry
-        self._showing = threading.Lock()  # what is written last must be the latest
+        self._showing = threading.Lock()  # the last write must be the latest state
         self.read_bytes = 0
         self.seconds: dict[str, float] = {}
         self._thread = threading.get_ident()
@@ -139,7 +139,7 @@ class LeaseWatch:
             self._show(name)
 
     def _count(self, now: float) -> None:
-        """Add the time of the thread that made this object to the stage that it leaves, or interrupts."""
+        """Add the time of the main thread to the stage that it leaves or interrupts."""
         stage, _, since = self._at[self._thread]
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - since
 
@@ -161,18 +161,18 @@ class LeaseWatch:
             yield item
 
     def pulse(self, prepared_at: float, now: float) -> LeasePulse:
-        """Where the lease is. ``prepared_at`` is when a decode process of the worker last finished an item."""
+        """The pulse of the lease. ``prepared_at`` is when a decode process of the worker last finished an item."""
         stage, what, since = self._where()
         return LeasePulse(self.shard, stage, now - (max(since, prepared_at) if stage == DECODING else since), what)
 
     def _where(self) -> _At:
-        """The longest-running model, or else the stage of the first thread."""
+        """The stage of the longest-running model, or else of the main thread."""
         threads = list(self._at.values())
         models = [at for at in threads if at[0] not in _STAGES_WITHOUT_MODEL]
         return min(models, key=lambda at: at[2]) if models else threads[0]
 
     def _show(self, changed: str) -> None:
-        """Show on the board where the lease is, after a stage was entered or left."""
+        """Write the stage of the lease to the board, after one was entered or left."""
         if self._board is None or changed in _SHORT_STAGES:
             return
         with self._showing:
@@ -183,14 +183,14 @@ class LeaseWatch:
 
 
 class WorkerWatch:
-    """The leases of a worker, and the counts that say whether its decode processes make progress."""
+    """The leases of a worker, and the progress of its decode processes."""
 
     def __init__(self, leases: int = 2) -> None:
         self.slowest: dict[str, float] = {}
         self.board = Board(leases)
         self._leases: dict[int, LeaseWatch] = {}  # by entry of the board
         self._free = list(range(leases))
-        self._prepared = (0, time.monotonic())  # items that were decoded, and since when there are so many
+        self._prepared = (0, time.monotonic())  # number of decoded items, and when it last changed
 
     @contextlib.contextmanager
     def lease(self, shard: str) -> Iterator[LeaseWatch]:
@@ -205,7 +205,7 @@ class WorkerWatch:
             self._free.append(entry)
 
     def pulses(self, prepared: int, now: float) -> tuple[LeasePulse, ...]:
-        """Where the leases are, after ``prepared`` items were decoded."""
+        """The pulses of the leases, after ``prepared`` items were decoded."""
         if prepared != self._prepared[0]:
             self._prepared = (prepared, now)
         return tuple(watch.pulse(self._prepared[1], now) for watch in list(self._leases.values()))

@@ -31,9 +31,12 @@ class WorkerId(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """A worker whose models are loaded. ``models`` holds what is known of a model only once it is loaded, by name,
-    ``memory`` is the bytes of its process, ``board`` the descriptor of its ``watch.Board``, ``batch`` the number of
-    images in a batch, and ``notes`` are messages about it."""
+    """A worker whose models are loaded.
+
+    ``models`` has by name what only a loaded model reports (dimension, logit scale), ``memory`` is the bytes of the
+    process, ``board`` the descriptor of its ``pulse.Board``, ``batch`` the number of images in a batch, and ``notes``
+    are messages for the user.
+    """
 
     node: str
     pid: int
@@ -88,7 +91,7 @@ class ShardResult:
 
 
 def _rounded(stage: Mapping[str, float]) -> dict[str, float]:
-    """Sums for the record of a run, where the events of 190,000 shards should be small."""
+    """Sums with five digits, since the events of 190,000 shards should be small."""
     return {key: value if isinstance(value, int) else float(f"{value:.5g}") for key, value in stage.items()}
 
 
@@ -107,8 +110,8 @@ class LayerFailure(RuntimeError):
 def raising_layer_failure(layer: str) -> Iterator[None]:
     """Turn an error of a layer's model into a LayerFailure with the frames of the user's code.
 
-    It costs the layers of this model only. Raises UserError if the model waited for a server in vain, since that costs
-    no shard.
+    Only the layers of this model are quarantined for it. Raises UserError if a server did not answer, since no shard is
+    the cause.
     """
     try:
         yield

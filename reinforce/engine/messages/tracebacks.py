@@ -35,7 +35,7 @@ def error_with_frames(error: BaseException) -> str:
 def user_frames(error: BaseException) -> str:
     """The innermost frames of an error in the user's code, as `` (FILE:LINE in FUNCTION: `SOURCE` -> ...)``.
 
-    They are those of the error, or of its cause if it was raised here. Empty if no code of the user is involved.
+    The frames of its cause if the error itself has none. Empty if no code of the user is involved.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -48,7 +48,7 @@ def user_frames(error: BaseException) -> str:
 
 
 def shorten(text: str, characters: int) -> str:
-    """Cut a text in its middle, since the place of an error is at its end. Redact it before."""
+    """Cut a text in its middle, since its end names the place of the error. Redact it before: half a secret stays."""
     half = (characters - 5) // 2
     return text if len(text) <= characters else f"{text[:half]} ... {text[-half:]}"
 
@@ -66,7 +66,7 @@ def _user_frames(error: BaseException) -> Iterator[str]:
 
 
 def _is_ours(frame: FrameType) -> bool:
-    """Whether a frame is of this project, of Python's own modules, or of no file."""
+    """Whether a frame is of this project, of the standard library, or of no file."""
     file = frame.f_code.co_filename
     standard = file.startswith(_STANDARD) and not any(folder in Path(file).parts for folder in _INSTALLED)
     return file.startswith(("<", *_OURS)) or standard

@@ -137,18 +137,18 @@ def make_plan(
     extended = (shard.url for shard in pending if SAMPLES not in shard.layers)
     listed = {url: listed[url] for url in extended if url in listed}
     return Plan(
-        config,
-        layers,
-        len(source.urls),
-        states,
-        pending,
-        committed[SAMPLES],
-        not_in_source,
-        listed,
-        damaged,
-        notes,
-        source.notes,
-        source.lists,
+        config=config,
+        layers=layers,
+        shards=len(source.urls),
+        states=states,
+        pending=pending,
+        committed=committed[SAMPLES],
+        not_in_source=not_in_source,
+        listed=listed,
+        damaged=damaged,
+        notes=notes,
+        source_notes=source.notes,
+        lists=source.lists,
     )
 
 

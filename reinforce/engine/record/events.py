@@ -28,8 +28,8 @@ _PATIENCE_SECONDS = 300.0  # during which failed writes are tolerated
 
 
 class EventDigest:
-    """What events say of the run as a whole: counts by kind, the slowest shards, and those that have failed and are
-    not finished, each with its failures and its last error."""
+    """Figures of the events so far: counts by kind, the slowest shards, and the unfinished shards that have failed,
+    each with its number of failures and its last error."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -53,8 +53,8 @@ class EventDigest:
 
 
 class Events:
-    """Appends events to numbered parts. An object store cannot append, so the current part is rewritten as a whole
-    every few seconds; the next part begins after one MiB."""
+    """Writes events to numbered parts. An object store cannot append, so the current part is rewritten every few
+    seconds; a new part begins after one MiB."""
 
     def __init__(self, store: Storage, config: Config, redact: Callable[[str], str]) -> None:
         """``redact`` removes secrets from texts."""

@@ -1,8 +1,8 @@
 """Series for Ray's metrics, which Ray's dashboard and Prometheus show; ``SERIES`` lists them all.
 
-The driver and the workers record what they have counted anyway, every few seconds and at the end of a shard. Ray
-exports a series from the node where it is recorded, with the prefix ``ray_`` and the labels of its process. Values of
-labels are bounded: reasons, stages, layers, and numbers of workers.
+The driver and the workers record their counts every few seconds and at the end of a shard. Ray exports a series from
+the node where it is recorded, with the prefix ``ray_`` and the labels of its process. The number of label values is
+bounded: reasons, stages, layers, and indexes of workers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ENDED = {
 
 @dataclass(frozen=True)
 class Series:
-    """One series. ``label`` is its label, if it has one, and ``source`` the process that records it."""
+    """One series. ``label`` is the name of its label, or None, and ``source`` the process that records it."""
 
     name: str
     kind: Literal["counter", "gauge"]
@@ -90,9 +90,9 @@ SERIES = {
 
 
 class Recorder:
-    """Gives values to Ray: gauges as they are, counters by how much they have grown.
+    """Passes values to Ray: gauges unchanged, counters as the growth since the last call.
 
-    ``label`` is the value of the label of all series, if they are those of a worker. Does nothing without Ray.
+    ``label`` is the label value of a worker's series. Does nothing if Ray is not initialised.
     """
 
     def __init__(self, label: str = "") -> None:
@@ -101,7 +101,7 @@ class Recorder:
         self._lock = threading.Lock()  # a worker records from several threads
 
     def record(self, values: Values) -> None:
-        """Record totals so far."""
+        """Record the current totals."""
         import ray
 
         if not ray.is_initialized():
@@ -122,7 +122,7 @@ class Recorder:
 
 @cache
 def _metric(name: str) -> Any:
-    """Ray's metric of a series, which a process makes once."""
+    """Ray's metric of a series; a process creates it once."""
     from ray.util.metrics import Counter, Gauge
 
     series = SERIES[name]
@@ -131,11 +131,11 @@ def _metric(name: str) -> Any:
 
 
 def totals_values(totals: RunTotals, events: Mapping[str, int]) -> Values:
-    """The series of what a run has done so far; ``events`` counts its events by kind."""
+    """The series of a run's totals; ``events`` counts its events by kind."""
     stages, captions = totals.stages, [one for layer, one in totals.stages.items() if unit_of(layer) == "captions"]
     return {
         "reinforce_samples_total": totals.samples,
-        "reinforce_shards_total": {"finished": totals.written, "quarantined": totals.given_up},
+        "reinforce_shards_total": {"finished": totals.written, "quarantined": totals.quarantined_shards},
         "reinforce_captions_total": sum(stage["inputs"] for stage in captions),
         "reinforce_tokens_total": sum(stage["tokens"] for stage in captions),
         "reinforce_read_bytes_total": totals.read_bytes,
@@ -150,11 +150,7 @@ def totals_values(totals: RunTotals, events: Mapping[str, int]) -> Values:
 
 
 NAME = "reinforce_grafana_dashboard.json"
-
-
 _FOLDER_VARIABLE = "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"  # Ray's, for its own dashboards
-
-
 _SESSION_FOLDER = "/tmp/ray/session_latest/metrics/grafana/dashboards"  # noqa: S108 - Ray's default
 
 

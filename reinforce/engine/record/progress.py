@@ -29,7 +29,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Rates:
-    """What snapshots of the last minute show; None where they show nothing. ``eta`` is in seconds."""
+    """Rates over the snapshots of the last minute; None if they are not known. ``eta`` is in seconds."""
 
     samples_per_second: float | None = None
     busy_share: float | None = None
@@ -85,6 +85,6 @@ class Progress(Screen):
 
 def _expected_samples(now: Snapshot) -> float | None:
     """Estimated samples of all shards, from the mean of the finished ones; None if none is finished."""
-    if now.samples_done == 0 or now.shards_done == 0:  # a shard of which a file was set aside is not finished
+    if now.samples_done == 0 or now.shards_done == 0:  # a postponed shard has samples and is not finished
         return None
     return max(now.samples, now.samples_done / now.shards_done * now.shards)

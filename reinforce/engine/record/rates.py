@@ -1,6 +1,6 @@
-"""Speed of the models of a run, by layer: inputs a second, and model FLOP utilisation (MFU).
+"""Speed of the models of a run, by layer: inputs per second, and model FLOP utilisation (MFU).
 
-MFU is the model's operations in a second of its layer's time, as a share of what the card could do in its precision.
+MFU is the model's FLOP/s over its layer's time, as a share of the peak FLOP/s of the card in the model's precision.
 """
 
 from __future__ import annotations
@@ -13,36 +13,34 @@ from typing import Any, TypeAlias
 from reinforce.dataset.kinds.registry import find_kind
 from reinforce.terminal import format_bytes
 
-#: What is summed over batches, shards and workers, by layer: ``inputs``, ``seconds``, and, where they are known,
-#: ``flops`` and ``peak_flops``, those that the card could have done in these seconds, and ``tokens`` of captions.
+#: Sums over batches, shards and workers, by layer: ``inputs``, ``seconds``, and, if known, ``flops``, ``peak_flops``
+#: (what the card could have done in these seconds) and ``tokens`` of captions.
 Stages: TypeAlias = "dict[str, Counter[str]]"
-
-
 _RATES = ("per_second", "tokens_per_second", "mfu")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of one input of a layer, and the FLOP/s that the card can do at most in the precision of its model."""
+    """FLOPs of one input of a layer, and the peak FLOP/s of the card in the precision of its model."""
 
     flops: float
     peak: float
 
 
 def add_stages(sums: Stages, stages: Mapping[str, Mapping[str, float]]) -> None:
-    """Add what ``StageMeter`` has measured, or an earlier sum."""
+    """Add the sums of a ``StageMeter``, or of a summary."""
     for layer, stage in stages.items():
         entry: Any = sums.setdefault(layer, Counter())
         entry.update({key: value for key, value in stage.items() if key not in _RATES})
 
 
 def add_numbers(sums: Any, numbers: Mapping[str, float]) -> None:
-    """Add numbers by name to a Counter, whose type is that of whole numbers."""
+    """Add floats by name to a Counter, which is typed for integers."""
     sums.update(numbers)
 
 
 def with_rates(stages: Stages) -> dict[str, dict[str, float]]:
-    """Sums with ``per_second`` and, where it is known, ``mfu``."""
+    """Sums with ``per_second`` and, if known, ``tokens_per_second`` and ``mfu``."""
     found: dict[str, dict[str, float]] = {}
     for layer, stage in stages.items():
         entry = found[layer] = {key: round(value, 3) for key, value in stage.items()}
@@ -56,7 +54,7 @@ def with_rates(stages: Stages) -> dict[str, dict[str, float]]:
 
 
 def fuller(one: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The report of the device that has used more of its memory; an empty report is of no device."""
+    """The report of the device that has used the larger share of its memory; a report may be empty."""
     return max(one, other, key=lambda device: device["memory_peak"] / device["memory_total"] if device else -1.0)
 
 
@@ -67,7 +65,7 @@ def unit_of(layer: str) -> str:
 
 
 def rate_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Lines about the speed of a run, from its summary; none for one of a version that had not measured it."""
+    """Lines about the speed of a run, from its summary; none if an earlier version wrote it without rates."""
     stages, device = summary.get("stages") or {}, summary.get("device") or {}
     lines = []
     if stages:

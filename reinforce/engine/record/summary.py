@@ -22,7 +22,7 @@ WORKER_LOST = "worker lost"  # why a shard is leased again, if its worker is gon
 _STOPPED_STATUS = 130  # as of a command that a shell stops by Ctrl-C
 _EXAMPLE_CHARS = 300
 _MAX_EXAMPLES = 10
-#: What to do about shards that fail while they are processed, by reason.
+#: Advice for shards that fail while they are processed, by reason.
 _REMEDIES = {
     Reason.SHARD_CRASHED.value: (
         "The output of the worker shows why it died. A segmentation fault is a defect of a model or a library at this "
@@ -34,9 +34,10 @@ _REMEDIES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """Figures of one run. ``status`` is the exit status of the command, 0 for success.
+    """Figures of one run. ``status`` is the exit status of the command, 0 for success; ``run`` is None if there was
+    nothing to do.
 
     ``samples`` counts those with at least one new layer, ``busy_share`` is the accelerators' busy time over the
     workers' time, ``refused`` counts quarantined rows by reason, ``quarantined_shards`` the shards that are quarantined
@@ -47,15 +48,15 @@ class RunSummary:
     memory. The fields are the keys of summary.json.
     """
 
-    run: str | None
-    shards: int
-    samples: int
-    seconds: float
-    busy_share: float
-    bytes: int
-    refused: Mapping[str, int]
-    quarantined_shards: int
-    status: int
+    run: str | None = None
+    shards: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    busy_share: float = 0.0
+    bytes: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)
+    quarantined_shards: int = 0
+    status: int = 0
     message: str
     cleaned: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     examples: Mapping[str, str] = field(default_factory=dict)
@@ -122,14 +123,14 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended: the exit status of its command, and why it stopped if it did not finish."""
+    """The exit status of a run's command, and why the run stopped if it did not finish."""
 
     status: int = 0
     message: str = "done"
 
 
 def ending_of(error: BaseException, redactor: Callable[[str], str]) -> Ending:
-    """How a run ends with an error that is raised in the driver; ``redactor`` removes secrets."""
+    """The ending of a run whose driver raised ``error``; ``redactor`` removes secrets."""
     if isinstance(error, UserError):
         return Ending(error.exit_status, redactor(str(error)))
     if isinstance(error, KeyboardInterrupt):
@@ -146,15 +147,15 @@ class RunTotals:
     busy: float = 0.0
     refused: Counter[str] = field(default_factory=Counter)
     cleaned: dict[str, Counter[str]] = field(default_factory=dict)
-    finished: set[str] = field(default_factory=set)  # shards of which nothing is left to do
+    finished: set[str] = field(default_factory=set)  # shards with nothing left to compute
     examples: dict[str, str] = field(default_factory=dict)  # by reason
-    failed: dict[str, str] = field(default_factory=dict)  # reason by shard: those that failed before any layer
+    failed: dict[str, str] = field(default_factory=dict)  # reason by shard, of those without samples
     set_aside: list[str] = field(default_factory=list)  # files, each with its reason
-    postponed: set[str] = field(default_factory=set)  # shards of which files are to be computed again
+    postponed: set[str] = field(default_factory=set)  # shards with files that must be computed again
     stages: Stages = field(default_factory=dict)
     device: Mapping[str, Any] = field(default_factory=dict)
-    written: int = 0  # shards of which all was written
-    given_up: int = 0  # shards that are quarantined, in some layer
+    written: int = 0  # shards with all layers written
+    quarantined_shards: int = 0  # in some layer
     quarantined: Counter[str] = field(default_factory=Counter)  # those of them that failed, by reason
     read_bytes: int = 0
     times: Counter[str] = field(default_factory=Counter)  # seconds of shards by stage
@@ -163,7 +164,7 @@ class RunTotals:
     def add(self, result: ShardResult) -> None:
         (self.postponed if result.set_aside else self.finished).add(result.shard)
         self.written += not (result.set_aside or result.quarantine_reason)
-        self.given_up += result.quarantine_reason is not None
+        self.quarantined_shards += result.quarantine_reason is not None
         self.read_bytes += result.read_bytes
         add_numbers(self.times, result.times)
         self.samples += result.samples
@@ -179,7 +180,7 @@ class RunTotals:
 
     def add_quarantined(self, shard: str, layer: str, reason: str, detail: str) -> None:
         """Count a shard that failed while a layer was computed."""
-        self.given_up += 1
+        self.quarantined_shards += 1
         self.quarantined[reason] += 1
         where = shard if layer == SAMPLES else f"{shard} in {layer}"
         self.examples.setdefault(reason, f"{where}: {shorten(' '.join(detail.split()), _EXAMPLE_CHARS)}")
@@ -190,8 +191,8 @@ class RunTotals:
 def summarize(
     run: str, plan: Plan, totals: RunTotals, quarantined: int, seconds: float, alive: float, ending: Ending
 ) -> RunSummary:
-    """The summary of run ``run`` after ``seconds``. ``alive`` is the workers' time in seconds, ``quarantined`` counts
-    shards."""
+    """The summary of run ``run`` after ``seconds``, in which workers were ``alive`` for so many worker-seconds and
+    ``quarantined`` shards were quarantined."""
     status, message = verdict(quarantined, plan.shards, plan.config.failures.allowed_share)
     if ending != Ending():
         status, message = ending.status, ending.message
@@ -206,19 +207,19 @@ def summarize(
     elif totals.samples == 0 and any(SAMPLES in shard.layers for shard in plan.pending):
         status, message = 1, f"no samples: {_why_no_samples(totals)}"
     return RunSummary(
-        run,
-        len(totals.finished),
-        totals.samples,
-        round(seconds, 3),
-        round(min(1.0, totals.busy / (alive or seconds)), 4),
-        totals.bytes,
-        dict(totals.refused),
-        quarantined,
-        status,
-        message,
-        {captioner: dict(counts) for captioner, counts in totals.cleaned.items()},
-        totals.examples,
-        asdict(plan.not_in_source),
+        run=run,
+        shards=len(totals.finished),
+        samples=totals.samples,
+        seconds=round(seconds, 3),
+        busy_share=round(min(1.0, totals.busy / (alive or seconds)), 4),
+        bytes=totals.bytes,
+        refused=dict(totals.refused),
+        quarantined_shards=quarantined,
+        status=status,
+        message=message,
+        cleaned={captioner: dict(counts) for captioner, counts in totals.cleaned.items()},
+        examples=totals.examples,
+        not_in_source=asdict(plan.not_in_source),
         postponed=len(totals.postponed),
         stages=with_rates(totals.stages),
         device=totals.device,
@@ -226,7 +227,7 @@ def summarize(
 
 
 def add_summaries(first: RunSummary, second: RunSummary) -> RunSummary:
-    """The summary of a run that was continued for the shards that its first part has postponed."""
+    """The summary of a run and of its second pass over the shards that the first postponed."""
     seconds = first.seconds + second.seconds
     stages: Stages = {}
     for summary in (first, second):
@@ -251,7 +252,7 @@ def add_summaries(first: RunSummary, second: RunSummary) -> RunSummary:
 
 
 def _why_no_samples(totals: RunTotals) -> str:
-    """What happened to the shards of a run that has not a single sample."""
+    """The reason why a run has no samples."""
     if totals.failed:
         shard, reason = next(iter(totals.failed.items()))
         failed = "the shard" if len(totals.failed) == 1 else f"{len(totals.failed):,} shards, such as"
@@ -281,7 +282,7 @@ def cleaned_lines(cleaned: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def not_in_source_lines(counts: Mapping[str, Any]) -> list[str]:
-    """What a dataset has of shards that ``source`` does not name; ``counts`` are the fields of ``NotInSource``."""
+    """Lines about shards of a dataset that ``source`` does not name; ``counts`` are the fields of ``NotInSource``."""
     lines = []
     if count := counts.get("finished"):
         lines.append(
@@ -318,4 +319,4 @@ def nothing_to_do(plan: Plan) -> RunSummary:
     text = "\n".join([text, *not_in_source_lines(asdict(plan.not_in_source))])
     if status:
         text += f"\n{message}"
-    return RunSummary(None, 0, 0, 0.0, 0.0, 0, {}, plan.quarantined, status, text)
+    return RunSummary(quarantined_shards=plan.quarantined, status=status, message=text)

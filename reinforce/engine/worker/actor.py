@@ -93,13 +93,21 @@ class Worker:
             }
             for name, teacher in self.models.teachers.items()
         }
-        device, board = str(self.models.accelerator.device), self.watch.board.descriptor
         node, pid, host = self._id()
-        notes = self.models.batches.take_notes()
-        batch, report = self.config.workers.images, device_report(self.models.accelerator)
-        memory, log = process_memory(), output_path()
         self._record_metrics()
-        return WorkerInfo(node, pid, device, loaded, host, memory, board, batch, notes, report, log)
+        return WorkerInfo(
+            node=node,
+            pid=pid,
+            accelerator=str(self.models.accelerator.device),
+            models=loaded,
+            host=host,
+            memory=process_memory(),
+            board=self.watch.board.descriptor,
+            batch=self.config.workers.images,
+            notes=self.models.batches.take_notes(),
+            device=device_report(self.models.accelerator),
+            log=output_path(),
+        )
 
     def _check_output(self) -> None:
         """Raise UserError if ``output`` is relative to a folder of the driver that this node does not have."""
@@ -143,9 +151,16 @@ class Worker:
         counters = self.models.counters if self.models else Counters()
         prepared, key = (self.pool.finished, self.pool.longest()) if self.pool else (0, None)
         leases = self.watch.pulses(prepared, time.monotonic())
-        slowest = dict(self.watch.slowest)
         self._record_metrics()
-        return Pulse(counters.samples, counters.busy, prepared, key, leases, slowest, process_memory())
+        return Pulse(
+            samples=counters.samples,
+            busy=counters.busy,
+            prepared=prepared,
+            key=key,
+            leases=leases,
+            slowest=dict(self.watch.slowest),
+            memory=process_memory(),
+        )
 
     def _record_metrics(self) -> None:
         if self.models is None or self.pool is None:

@@ -2,7 +2,7 @@
 
 Ray drains a node after a preemption notice, a SIGTERM to its `ray start --block`, `ray drain-node`, or when an
 autoscaler removes it. Its workers get no further leases, finish those in flight, and are ended, so that Ray can end
-the node before its deadline. What is still in flight when the node ends counts against no shard.
+the node before its deadline. A shard that is still in flight when the node ends is leased again; it is no suspect.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Drain:
-    """A node whose drain was found. ``seconds`` until Ray expects it to end; None if there is no deadline."""
+    """A node that Ray drains, ``seconds`` before Ray expects it to end; None if there is no deadline."""
 
     node: str
     seconds: float | None
@@ -26,13 +26,13 @@ class Drain:
 
 
 class Drains:
-    """The nodes that are being drained, or were: a drain is never taken back."""
+    """The nodes that are or were drained. A drain is never cancelled."""
 
     def __init__(self) -> None:
         self.nodes: frozenset[str] = frozenset()
 
     def update(self, deadlines: Mapping[str, int], now: float) -> list[Drain]:
-        """Record the nodes that Ray drains, with deadlines in ms since 1970 or 0 -> those that are new at ``now``."""
+        """Record the nodes that Ray drains, with deadlines in ms since 1970, or 0. Return those that are new."""
         new = [
             Drain(node, max(0.0, deadline / 1000 - now) if deadline else None)
             for node, deadline in sorted(deadlines.items())
@@ -42,5 +42,5 @@ class Drains:
         return new
 
     def remaining(self, alive: Collection[str]) -> frozenset[str]:
-        """The nodes of ``alive`` on which a process that died may have been at fault: those that are not drained."""
+        """The nodes of ``alive`` that are not drained. What dies on a drained node dies with the node."""
         return frozenset(alive) - self.nodes

@@ -7,8 +7,8 @@
 - A worker in which a shard makes no progress is killed (`hangs.py`). That shard is a suspect. The others of the worker
   are leased again as they are, and are suspects only if it happens to them a second time.
 - A lost node counts against no shard.
-- A worker at which several leases in a row fail is replaced. Storage errors do not count, unless the shards pass
-  elsewhere (`faults.py`).
+- A worker at which three leases in a row fail is replaced. Storage errors do not count, unless the shards pass
+  elsewhere (`faults.py`). While they do not count, the worker is paused between its leases.
 - A worker that is killed for its memory counts against no shard (`memory.py`). Where the memory of its device runs out,
   the worker halves its batches, and the run stops only if a single input does not fit (`batch_sizes.py`).
 - An error that the user must fix (a fingerprint, missing weights, a full disk) stops the run at once.
@@ -57,7 +57,7 @@ _MAX_PAUSE_SECONDS = 60.0
 
 
 class FailurePolicy:
-    """Counts the failures of a run and decides what follows from them.
+    """Counts the failures of a run and decides what happens next.
 
     ``layers`` are all layers of the run, ``shards`` the number of source shards, ``quarantined_before`` those that
     earlier runs have quarantined, and ``recycle`` the number of shards after which workers are restarted.
@@ -72,7 +72,7 @@ class FailurePolicy:
         recycle: int | None = None,
     ) -> None:
         self.settings, self.layers, self.shards, self.recycle = settings, layers, shards, recycle
-        self.deaths: list[Death] = []  # whose node may still turn out to be lost
+        self.deaths: list[Death] = []  # not decided yet, since the node may be lost
         self.quarantined: set[str] = set()  # shards, by this run
         self._quarantined_before = quarantined_before
         self._attempts: Counter[str] = Counter()
@@ -80,7 +80,7 @@ class FailurePolicy:
         self._bystanders: set[str] = set()  # shards in a worker in which another shard hung
         self._consecutive_failures: Counter[WorkerId] = Counter()  # leases since the worker's last success
         self._charged_failures: Counter[WorkerId] = Counter()  # those of them that the worker may be the cause of
-        self.notes: list[str] = []  # messages about workers and nodes, which are logged and part of the summary
+        self.notes: list[str] = []  # messages about workers and nodes, for the log and the summary
         self.faults, self.drains = Faults(self.notes), Drains()
         self.memory = MemoryDeaths(settings.solo_attempts)
         self._failed_starts = 0
@@ -96,7 +96,7 @@ class FailurePolicy:
         return sum(len(death.worker.shards) for death in self.deaths)
 
     def add_notes(self, notes: Iterable[str]) -> None:
-        """Add messages of a worker. Those that another worker has sent, too, are left out."""
+        """Add messages of a worker, without repetitions."""
         self.notes.extend(note for note in notes if note not in self.notes)
 
     def lease_raised(self, shard: PendingShard, error: Exception, now: float) -> Retry | Quarantine | StopRun:
@@ -192,7 +192,8 @@ class FailurePolicy:
         return verdicts
 
     def shard_quarantined(self, name: str, cause: str) -> StopRun | None:
-        """Count a quarantined shard. A fault of so many shards (credentials, a disk) would also hit the rest."""
+        """Count a quarantined shard. If too many are, the run stops: they probably share a cause (credentials, a disk)
+        that would fail the rest as well."""
         self.quarantined.add(name)
         count, share = self.quarantined_shards, self.settings.allowed_share
         if count <= max(TOLERATED_SHARDS, share * self.shards):
@@ -216,8 +217,7 @@ class FailurePolicy:
         return Retry(shard, now + pause_seconds(1), 1)
 
     def load_raised(self, error: Exception, now: float = 0.0) -> StopRun | None:
-        """Decide about a worker that could not load its models: no other worker could, unless shards pass on other
-        nodes."""
+        """Decide about a worker that could not load its models. The run stops unless shards pass on other nodes."""
         if isinstance(error, LoadFailure):
             return None if self.faults.record_failed_start(error.worker, str(error), now) else StopRun(error.error)
         if isinstance(error, UserError):
@@ -230,9 +230,9 @@ class FailurePolicy:
         self.faults.record_start()
 
     def load_died(self, error: str, node_lost: bool, running: int, workers: int) -> StopRun | None:
-        """Decide about a worker that died while it loaded its models, or whose node was lost then.
+        """Decide about a worker that died, or whose node was lost, while it loaded its models.
 
-        Of ``workers``, as many as the cluster can hold, ``running`` have loaded theirs.
+        ``running`` workers have loaded theirs; the cluster can hold ``workers``.
         """
         self._failed_starts += not node_lost
         if running or self._failed_starts < max(MAX_FAILED_STARTS, 2 * workers):
@@ -289,7 +289,7 @@ class FailurePolicy:
 
 
 def ray_ended(finished: int, remaining: int) -> RayEnded:
-    """The error that ends a run when Ray has ended on the machine of the driver."""
+    """The error for a run whose driver finds that Ray has ended on its machine."""
     return RayEnded(
         "Ray ended on this machine before the run did: its process (raylet) was killed, perhaps for lack of memory, or "
         f"crashed. The {finished:,} shards that are finished are kept; {remaining:,} are left. Run the same command "
@@ -298,8 +298,8 @@ def ray_ended(finished: int, remaining: int) -> RayEnded:
 
 
 def pause_seconds(attempt: int) -> float:
-    """Exponential back-off with jitter after ``attempt`` failed attempts: between half of 2^(attempt - 1) and all of
-    it, at most a minute."""
+    """Exponential back-off with jitter after ``attempt`` failures: 2^(attempt - 1) s, at most 60 s, times a random
+    factor between 0.5 and 1."""
     return min(_MAX_PAUSE_SECONDS, 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
 
 

@@ -1,17 +1,17 @@
-"""What is the fault of a worker or of its node, and not of a shard: pure policy.
+"""Which failures are the fault of a worker or of its node, and not of a shard: pure policy.
 
-What fails at one worker and passes at another is the fault of the first, or of its node (a full disk, a bad
-accelerator, a missing mount).
+A shard that fails at one worker and passes at another was not the cause. The first worker was, or its node (a full
+disk, a bad accelerator, a missing mount).
 
 - A shard that failed is tried elsewhere: on another node where there is one, else at another worker.
 - A worker is replaced when two shards that failed at it have passed elsewhere, or when three different shards in a row
   failed at it while others passed. A shard that fails on two nodes, or at three workers, is itself the cause.
-- What failed at a replaced worker does not count as an attempt of the shard.
-- A node gets no new workers for a while when what failed at two of its workers, which were replaced or died, passed on
-  other nodes within an hour. The time doubles with each further one. A node where models cannot be loaded, while
-  workers of other nodes finish shards, gets none at once.
-- A shard that cannot be read from one node may be readable from another (a mount, credentials): it is tried there.
-- Where half of the workers fail, the cause is neither: a storage, for example. Few are replaced at a time.
+- Failures at a replaced worker do not count as attempts of the shards.
+- A node gets no new workers for ten minutes when, within an hour, two of its workers were replaced or died and their
+  shards passed on other nodes. The time doubles with each further worker. A node where models cannot be loaded, while
+  workers of other nodes finish shards, gets no new workers at once.
+- A shard that cannot be read from one node may be readable from another (a mount, credentials), so it is tried there.
+- If half of the workers fail, the cause is something else, such as a storage. Few workers are replaced at a time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Faults:
         self._failed_starts = 0  # in a row
         self._errors: dict[WorkerId, str] = {}
         self._died: set[WorkerId] = set()
-        self._passes: deque[tuple[float, WorkerId]] = deque(maxlen=2)  # the last ones, of different workers
+        self._passes: deque[tuple[float, WorkerId]] = deque(maxlen=2)  # the last successes, of different workers
         self._replaced: deque[float] = deque(maxlen=1000)
         self._node_faults: dict[str, list[float]] = {}
         self._avoided: dict[str, float] = {}  # until when
@@ -71,7 +71,7 @@ class Faults:
         return None
 
     def record_read_failure(self, shard: str, worker: WorkerId, error: str) -> bool:
-        """Record that a shard could not be read -> whether this is its first failure."""
+        """Record that a shard could not be read. Return whether this is its first failure."""
         places = self._failed.setdefault(shard, Counter())
         places[worker] += 1
         self._errors[worker] = error
@@ -83,7 +83,7 @@ class Faults:
         self._failed_starts = 0
 
     def record_failed_start(self, worker: WorkerId, error: str, now: float) -> bool:
-        """Record that models could not be loaded -> whether only the node of the worker is at fault."""
+        """Record that models could not be loaded. Return whether only the node of the worker is at fault."""
         self._failed_starts += 1
         if self._failed_starts > MAX_FAILED_STARTS or not any(other.node != worker.node for _, other in self._passes):
             return False
@@ -99,7 +99,7 @@ class Faults:
             self._failed.setdefault(shard, Counter())[worker] += 1
 
     def record_success(self, shard: str, worker: WorkerId, now: float, workers: int) -> list[ReplaceWorker]:
-        """Record that a lease returned -> the workers that are at fault because of it."""
+        """Record that a lease returned. Return the workers that this proves to be at fault."""
         if self._passes and self._passes[-1][1] == worker:
             self._passes.pop()
         self._passes.append((now, worker))
@@ -122,14 +122,14 @@ class Faults:
         return found
 
     def record_replacement(self, worker: WorkerId, now: float) -> dict[str, int]:
-        """Record that a worker was replaced -> the failed attempts of shards at it, which do not count any more."""
+        """Record that a worker was replaced. Return its failures by shard, which do not count as attempts any more."""
         self._replaced.append(now)
         for counts in (self._row, self._unread):
             counts.pop(worker, None)
         if self._proven.pop(worker, None):
             self._count_node_fault(worker, now)
         else:
-            self._died.add(worker)  # its node is at fault when one of its shards passes on another
+            self._died.add(worker)  # if one of its shards passes on another node, its own node is at fault
         return {shard: places[worker] for shard, places in self._failed.items() if worker in places}
 
     def avoided(self, now: float) -> frozenset[str]:

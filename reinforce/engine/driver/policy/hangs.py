@@ -1,15 +1,15 @@
-"""When a worker counts as hung, and which workers are asked for their counts: pure policy.
+"""When a worker counts as hung: pure policy.
 
-Progress is that of a lease. A worker measures itself for how long each of its leases has been in its step, so a hang is
-found whenever the worker is asked, and never because it was not asked. How long a step may take follows from the steps
-that all workers have finished: ``FACTOR`` times the slowest of that stage, within bounds. ``failures.stall_seconds``
-sets one limit for all instead.
+A worker measures for how long each of its leases has been in its current step, and reports that in its pulse. So the
+result does not depend on how often it is asked. The limit of a step follows from the steps that all workers have
+finished: ``FACTOR`` times the slowest of that stage, within bounds. ``failures.stall_seconds`` sets one limit for all
+stages instead.
 
-- A worker in which a lease is over its limit has hung. The other leases of the worker are not the cause.
-- A worker that was asked and has not answered for the limit of its leases has hung as a whole.
-- Before a batch of a layer has ended, an hour is the limit; after a hang in it, 15 minutes.
-- A lease that waits for the accelerator never counts: the other lease of its worker uses it. Nor does one that waits
-  for a server: its captioner bounds the time of a request, and that without an answer.
+- A worker in which a lease is over its limit has hung. Its other lease is not the cause.
+- A worker that has not answered a request for longer than the limit of its leases has hung as a whole.
+- Before any batch of a layer has ended, the limit is an hour; after a hang in it, 15 minutes.
+- A lease that waits for the accelerator never counts, since the other lease of its worker uses it. Nor does one that
+  waits for a server, since its captioner bounds the time of a request.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _DECODE_ATTEMPTS = 2.5  # times failures.sample_seconds; a decode process that h
 
 @dataclass(frozen=True)
 class Hang:
-    """Why a worker counts as hung, and the ``shards`` that are the cause with their ``stages``; empty if it is not
-    known which."""
+    """Reason why a worker counts as hung, with the ``shards`` that are the cause and their ``stages``; empty if the
+    cause is not known."""
 
     reason: str
     shards: frozenset[str] = frozenset()
@@ -52,7 +52,7 @@ class StallLimits:
         self._hung: set[str] = set()  # stages in which a lease was over the limit
 
     def record_hang(self, hang: Hang) -> None:
-        """Record a hang: what took longer than an hour once does not get an hour each time."""
+        """Record a hang, so that its stages do not get an hour again."""
         self._hung |= hang.stages
 
     def record(self, slowest: Mapping[str, float]) -> None:
@@ -69,7 +69,7 @@ class StallLimits:
         slowest = self._slowest.get(stage)
         if slowest is None:
             return STORAGE_FLOOR if stage in self._hung else floor if stage in _STORAGE_STAGES else CEILING
-        # A step that may take an hour and a half must not be refused because an hour is the ceiling.
+        # A step that once took longer than the ceiling must be able to pass again.
         return max(floor, min(FACTOR * slowest, CEILING), 3.0 * slowest)
 
     @property
@@ -78,7 +78,7 @@ class StallLimits:
         return MODEL_FLOOR if self._explicit is None else self._explicit
 
     def origin(self, stage: str) -> str:
-        """Where the limit of a stage comes from, for messages."""
+        """The limit of a stage and what it follows from, for messages."""
         if self._explicit is not None:
             return f"failures.stall_seconds = {self._explicit:g}"
         slowest = self._slowest.get(stage)
@@ -122,8 +122,8 @@ def is_silent(seconds: float, pulse: Pulse, limits: StallLimits) -> bool:
 
 
 def find_silence(seconds: float, pulse: Pulse, board: tuple[LeasePulse, ...], limits: StallLimits) -> Hang:
-    """The hang of a worker that has not answered for ``seconds``. ``board`` is where its leases are, read from outside;
-    where it is empty, all that is known is the last answer."""
+    """The hang of a worker that has not answered for ``seconds``. ``board`` has its leases, read by another process; if
+    it is empty, the message names those of the last answer."""
     leases = board or pulse.leases
     seen = "; ".join(f"{one.shard} in {_where(one)}" for one in leases)
     at = f"; {'it is' if board else 'at its last answer it was'} at {seen}" if seen else ""

@@ -1,9 +1,9 @@
 """Workers that are killed for their memory: pure policy.
 
-- Such a death counts against no shard: a worker that leaks memory fails at whichever shard it has.
-- Only a shard that kills a fresh worker alone is quarantined, after ``ALONE`` times. Where other workers share the node
-  and its memory, such a death counts a third.
-- Where no shard is finished between many such deaths, the run ends with one error.
+- Such a death counts against no shard, since a worker that leaks memory fails at any shard.
+- Only a shard that kills a new worker alone is quarantined, after ``ALONE`` times. If other workers share the memory of
+  the node, such a death counts a third.
+- If many workers die and no shard is finished in between, the run ends with one error.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class MemoryDeaths:
         self._in_a_row = 0
 
     def record_death(self, worker: WorkerId, use: MemoryUse, recycle: int | None) -> str | None:
-        """Record a death -> a message after a few, and then whenever their number has doubled."""
+        """Record a death. Return a message after three, and then whenever their number has doubled, else None."""
         self.deaths += 1
         self._in_a_row += 1
         self.note = _describe(self.deaths, worker, use, recycle)
@@ -57,14 +57,14 @@ class MemoryDeaths:
         return self.note if rest == 0 and doublings & (doublings - 1) == 0 else None
 
     def is_cause(self, shard: str, use: MemoryUse, alone: bool, neighbours: int) -> bool:
-        """Whether a shard that was in flight needs more memory than there is; ``neighbours`` are other workers of the
-        node."""
+        """Whether a shard that was in flight needs more memory than there is; ``neighbours`` counts other workers of
+        its node."""
         if alone and use.shards == 0:
             self._alone[shard] += 1 if neighbours else 3
         return self._alone[shard] >= 3 * self._limit
 
     def must_stop(self, workers: int) -> UserError | None:
-        """The error that ends the run, or None; ``workers`` are running."""
+        """The error that ends the run, or None, where ``workers`` are running."""
         if self._in_a_row < max(MAX_IN_A_ROW, 2 * workers):
             return None
         return UserError(f"no shard can be finished: {self.note}")
