@@ -57,7 +57,7 @@ CHECKED = {
     r"reinforce run my\.yaml --set source=.*": "a run like the others; tests/cli sets keys",
     r"reinforce tune .*": "trains for minutes on Ray Tune; tests/tuning/test_search.py runs a small one",
     r"reinforce validate my-data --recompute .*": "loads all models; tests/engine/test_recompute.py does",
-    r"reinforce dashboard": "needs the folder of a running Ray; tests/engine/test_dashboard.py",
+    r"reinforce dashboard": "needs the folder of a running Ray; tests/engine/record/test_metrics.py",
     r"reinforce drop my-data .*": "deletes layers that other commands need; tests/dataset/test_drop.py",
     r"reinforce train runs/tuning/student\.yaml": "its config is written by a tuning; see tests/tuning/test_command.py",
     r"reinforce (train|finetune-captioner) configs/.*": "trains for minutes; tests/training and tests/captioning",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-HANGS = "tests/engine/test_hangs.py"
+POLLS = "tests/engine/driver/test_polls.py"
 CLAIMS = "tests/dataset/test_claims.py"
 HANG = "tests/hostile/test_hang.py::test_a_slow_image_costs_its_sample_and_a_hung_model_its_shard"
 FAULTS = "tests/integration/test_faults.py"
@@ -33,7 +33,7 @@ OTHERS = [
     (
         "10,000 workers that are asked in turns for their progress, 40 of which hang",
         "these are found within a round, and no healthy one is killed",
-        f"{HANGS}::test_no_healthy_worker_is_killed_and_every_hang_is_found_in_time_in_a_large_cluster",
+        f"{POLLS}::test_no_healthy_worker_is_killed_and_every_hang_is_found_in_time_in_a_large_cluster",
     ),
     (
         "an image that crashes its decoder",
@@ -123,7 +123,7 @@ OTHERS = [
     (
         "a custom class whose file changed without its `version`, while shards are added",
         "a run warns once, with the hashes of both files",
-        "tests/engine/test_runner.py::test_a_class_whose_file_changed_without_its_version_is_warned_of_once",
+        "tests/engine/test_run.py::test_a_class_whose_file_changed_without_its_version_is_warned_of_once",
     ),
     (
         "keys that occur in several shards",
@@ -191,7 +191,7 @@ PROCESSES = [
     (
         "a model that leaks memory until its worker is killed, again and again",
         "counts against no shard; the run names the worker, its growth per shard and `workers.recycle`",
-        "tests/engine/test_memory.py::test_a_leaking_worker_costs_no_shard_however_often_it_is_killed",
+        "tests/engine/driver/policy/test_memory.py::test_a_leaking_worker_costs_no_shard_however_often_it_is_killed",
     ),
     (
         "a node whose TMPDIR is full",

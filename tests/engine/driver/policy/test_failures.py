@@ -1,15 +1,13 @@
-"""The failure policy: each sentence of reinforce/engine/driver/policy/failures.py."""
+"""The failure policy: each sentence of policy/failures.py and policy/drains.py."""
 
 from __future__ import annotations
 
 import random
-import time
 from typing import Any
 
 import pytest
 
 from reinforce.config import Failures
-from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.policy.decisions import (
     Death,
@@ -23,6 +21,7 @@ from reinforce.engine.driver.policy.decisions import (
     RunAlone,
     StopRun,
 )
+from reinforce.engine.driver.policy.drains import Drain, Drains
 from reinforce.engine.driver.policy.failures import NODE_VERDICT_SECONDS, FailurePolicy, error_text, pause_seconds
 from reinforce.engine.driver.policy.hangs import Hang
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId
@@ -31,10 +30,10 @@ from reinforce.errors import StorageError, UserError
 from schemas import Reason
 
 LAYERS = {
-    "samples": Layer("samples", KINDS["samples"], "0"),
-    "captions/c": Layer("captions/c", KINDS["captions"], "1", needs=("samples",)),
-    "embeddings/t/images": Layer("embeddings/t/images", KINDS["images"], "2", needs=("samples",)),
-    "embeddings/t/c": Layer("embeddings/t/c", KINDS["texts"], "3", needs=("samples", "captions/c")),
+    "samples": Layer("samples", "samples", "0"),
+    "captions/c": Layer("captions/c", "captions", "1", needs=("samples",)),
+    "embeddings/t/images": Layer("embeddings/t/images", "images", "2", needs=("samples",)),
+    "embeddings/t/c": Layer("embeddings/t/c", "texts", "3", needs=("samples", "captions/c")),
 }
 A = PendingShard("a", "s3://bucket/a.tar", tuple(LAYERS))
 B = PendingShard("b", "s3://bucket/b.tar", tuple(LAYERS))
@@ -61,30 +60,16 @@ def die(failures: FailurePolicy, *shards: PendingShard, alone: bool = False, hun
 # -- leases that raise
 
 
-def test_a_lease_that_raises_is_retried_and_quarantined_after_the_last_attempt() -> None:
+def test_a_lease_that_raises_is_retried_and_quarantined_after_the_last_attempt_of_its_shard() -> None:
     failures = policy(attempts=3)
     for attempt in (1, 2):
-        decision = failures.lease_raised(A, RAISED, now=100.0)
-        assert isinstance(decision, Retry)
-        assert (decision.shard, decision.attempt) == (A, attempt)
-        assert 100.0 < decision.at <= 160.0
-    assert failures.lease_raised(A, RAISED, 100.0) == Quarantine(
-        A, "samples", Reason.SHARD_FAILED, "ValueError: odd", None, 3
-    )
-
-
-def test_a_message_of_several_workers_is_noted_once() -> None:
-    failures = policy()
-    for notes in (("8 images do not fit", "4 images do not fit"), ("8 images do not fit",), ()):
-        failures.add_notes(notes)
-    assert failures.notes == ["8 images do not fit", "4 images do not fit"]
-
-
-def test_attempts_are_counted_for_each_shard() -> None:
-    failures = policy(attempts=2)
-    assert isinstance(failures.lease_raised(A, RAISED, 0.0), Retry)
-    assert isinstance(failures.lease_raised(B, RAISED, 0.0), Retry)
-    assert isinstance(failures.lease_raised(A, RAISED, 0.0), Quarantine)
+        for shard in (A, B):
+            decision = failures.lease_raised(shard, RAISED, now=100.0)
+            assert isinstance(decision, Retry)
+            assert (decision.shard, decision.attempt) == (shard, attempt)
+            assert 100.0 < decision.at <= 160.0
+    failed = Quarantine(A, "samples", Reason.SHARD_FAILED, "ValueError: odd", None, 3)
+    assert failures.lease_raised(A, RAISED, 100.0) == failed
 
 
 @pytest.mark.parametrize(("attempt", "most"), [(1, 1.0), (2, 2.0), (3, 4.0), (7, 60.0), (1000, 60.0)])
@@ -93,20 +78,19 @@ def test_pauses_double_up_to_a_minute_with_bounded_jitter(attempt: int, most: fl
     assert most / 2 <= min(pauses) < max(pauses) <= most
 
 
-def test_the_layer_whose_model_raised_is_quarantined_with_those_that_need_it_and_no_others() -> None:
-    failures = policy(attempts=1)
-    decision = failures.lease_raised(A, LayerFailure("captions/c", "ValueError: odd"), 0.0)
-    rest = PendingShard("a", A.url, ("samples", "embeddings/t/images"))
-    detail = "LayerFailure: captions/c: ValueError: odd"
-    assert decision == Quarantine(A, "captions/c", Reason.SHARD_FAILED, detail, rest, 1)
-
-
-def test_the_first_missing_layer_is_quarantined_where_no_model_raised() -> None:
-    later = PendingShard("a", A.url, ("embeddings/t/images", "embeddings/t/c"))
-    decision = policy(attempts=1).lease_raised(later, RAISED, 0.0)
-    assert isinstance(decision, Quarantine)
-    assert decision.layer == "embeddings/t/images"
-    assert decision.rest == PendingShard("a", A.url, ("embeddings/t/c",))
+@pytest.mark.parametrize(
+    ("missing", "error", "layer", "rest"),
+    [
+        (A.layers, LayerFailure("captions/c", "ValueError: odd"), "captions/c", ("samples", "embeddings/t/images")),
+        (("embeddings/t/images", "embeddings/t/c"), RAISED, "embeddings/t/images", ("embeddings/t/c",)),
+    ],
+)
+def test_the_layer_whose_model_raised_or_the_first_missing_one_is_quarantined_with_those_that_need_it_and_no_others(
+    missing: tuple[str, ...], error: Exception, layer: str, rest: tuple[str, ...]
+) -> None:
+    shard, left = (PendingShard("a", A.url, layers) for layers in (missing, rest))
+    decision = policy(attempts=1).lease_raised(shard, error, 0.0)
+    assert decision == Quarantine(shard, layer, Reason.SHARD_FAILED, error_text(error), left, 1)
 
 
 def test_the_layers_that_remain_have_all_their_attempts_again() -> None:
@@ -120,42 +104,44 @@ def test_the_layers_that_remain_have_all_their_attempts_again() -> None:
     assert die(failures, decision.rest, alone=True) == [RunAlone(decision.rest)]
 
 
-@pytest.mark.parametrize(
-    "error",
-    [UserError("fingerprint differs"), UserError("disk is full; make room in /data")],
-    ids=["fingerprint", "full disk"],
-)
-def test_an_error_that_the_user_must_fix_stops_the_run_at_once(error: UserError) -> None:
-    assert policy(attempts=9).lease_raised(A, error, 0.0) == StopRun(error)
+def test_an_error_that_the_user_must_fix_stops_the_run_at_once_and_a_workers_storage_error_costs_an_attempt() -> None:
+    for error in (UserError("fingerprint differs"), StorageError("bucket is unreachable")):
+        assert policy(attempts=9).lease_raised(A, error, 0.0) == StopRun(error)
+    assert isinstance(policy().lease_raised(A, ShardFailure("bucket is unreachable", False), 0.0), Retry)
+
+
+def test_a_shard_that_cannot_be_read_is_tried_on_another_node_once() -> None:
+    failures, here, there = policy(), WorkerId("x", 1), WorkerId("y", 2)
+    assert isinstance(failures.read_failed(A, "shard_missing", here, 2, 0.0), Retry)
+    assert failures.read_failed(A, "shard_missing", there, 2, 0.0) is None
+    assert failures.failing_workers == {here}
+    assert failures.read_failed(B, "shard_missing", here, 1, 0.0) is None, "there is no other node"
+    c = PendingShard("c", "c.tar", ("samples",))
+    assert failures.read_failed(c, "shard_damaged", here, 2, 0.0) is None, "it has been read"
 
 
 # -- workers that die or hang
 
 
-def test_every_shard_in_flight_in_a_worker_that_dies_runs_alone_next() -> None:
-    assert die(policy(solo_attempts=1), A, B) == [RunAlone(A), RunAlone(B)]
+def test_every_shard_in_flight_in_a_worker_that_dies_or_hangs_is_a_suspect_and_never_quarantined_for_that() -> None:
+    rng, failures = random.Random(0), policy(attempts=1000, solo_attempts=1)
+    for _ in range(500):
+        shards = (A, B) if rng.random() < 0.5 else (B, A)
+        assert die(failures, *shards, hung=rng.random() < 0.5) == [RunAlone(shard) for shard in shards]
 
 
-def test_dying_together_with_others_never_quarantines_a_shard() -> None:
-    failures = policy(solo_attempts=1)
-    for _ in range(20):
-        assert die(failures, A, B) == [RunAlone(A), RunAlone(B)]
-
-
-def test_a_shard_that_kills_its_worker_alone_again_is_quarantined() -> None:
+@pytest.mark.parametrize(
+    ("hung", "reason", "detail"),
+    [
+        (False, Reason.SHARD_CRASHED, "its worker died each time that it ran this shard alone, 2 times: killed"),
+        (True, Reason.SHARD_HUNG, "no progress"),
+    ],
+)
+def test_a_shard_that_ends_its_worker_alone_again_is_quarantined(hung: bool, reason: Reason, detail: str) -> None:
     failures = policy(solo_attempts=2)
-    assert die(failures, A, alone=True) == [RunAlone(A)]
-    assert die(failures, B, alone=True) == [RunAlone(B)], "each shard has its own count"
-    detail = "its worker died each time that it ran this shard alone, 2 times: killed"
-    assert die(failures, A, alone=True) == [Quarantine(A, "samples", Reason.SHARD_CRASHED, detail, None, 2)]
-
-
-def test_the_shards_of_a_worker_that_hangs_are_suspects_too() -> None:
-    failures = policy(solo_attempts=1)
-    assert die(failures, A, B, hung=True) == [RunAlone(A), RunAlone(B)]
-    assert die(failures, B, alone=True, hung=True) == [
-        Quarantine(B, "samples", Reason.SHARD_HUNG, "no progress", None, 1)
-    ]
+    assert die(failures, A, alone=True, hung=hung) == [RunAlone(A)]
+    assert die(failures, B, alone=True, hung=hung) == [RunAlone(B)], "each shard has its own count"
+    assert die(failures, A, alone=True, hung=hung) == [Quarantine(A, "samples", reason, detail, None, 2)]
 
 
 def test_a_shard_beside_one_that_hung_is_leased_again_and_is_a_suspect_the_second_time() -> None:
@@ -179,17 +165,18 @@ def test_the_nodes_are_asked_for_once_however_many_workers_died_and_not_at_all_w
     for number in range(800):
         worker = EndedWorker(WorkerId(f"node {number % 40}", number), (A,), alone=False)
         failures.worker_died(worker, "unreachable", 0.0, process_dead=False)
-    start = time.thread_time()
     verdicts = failures.judge_deaths(0.5, live_nodes)
     assert (len(verdicts), asked, failures.undecided_shards) == (800, 1, 0)
-    assert time.thread_time() - start < 0.5
 
 
-def test_a_lost_node_counts_against_no_shard() -> None:
+@pytest.mark.parametrize("drained", [False, True])
+def test_a_lost_or_drained_node_counts_against_no_shard(drained: bool) -> None:
     failures = policy(solo_attempts=1)
+    if drained:
+        failures.drains.update({"node": 0}, 0.0)
     for _ in range(20):
         failures.worker_died(EndedWorker(WORKER, (A,), alone=True), "unreachable", 0.0, process_dead=True)
-        [verdict] = failures.judge_deaths(0.0, set[str])
+        [verdict] = failures.judge_deaths(0.0, lambda: {"node"} if drained else set())
         assert verdict.node_lost
         assert verdict.decisions == (Requeue(A),)
 
@@ -203,15 +190,15 @@ def test_shards_of_an_unreachable_worker_wait_until_its_node_is_lost_or_the_dead
     assert verdict.death == Death(worker, "unreachable", 10.0 + NODE_VERDICT_SECONDS)
     assert verdict.decisions == (RunAlone(A), RunAlone(B))
     assert failures.undecided_shards == 0
-    failures.worker_died(EndedWorker(WORKER, (A,), alone=False), "unreachable", 10.0, process_dead=False)
+    failures.worker_died(worker, "unreachable", 10.0, process_dead=False)
     [verdict] = failures.judge_deaths(10.5, set[str])
-    assert verdict.decisions == (Requeue(A),)
+    assert verdict.decisions == (Requeue(A), Requeue(B))
 
 
-# -- workers that are replaced or do not start
+# -- workers that are replaced or paused, or do not start
 
 
-def test_a_worker_is_replaced_after_three_failures_in_a_row_storage_errors_aside() -> None:
+def test_a_worker_is_replaced_after_three_failures_in_a_row_not_counting_storage_errors() -> None:
     errors = [
         LayerFailure("captions/c", "device-side assert"),
         ShardFailure("PermissionError: no", False),
@@ -250,28 +237,6 @@ def test_models_that_cannot_be_loaded_stop_the_run_at_once() -> None:
     assert str(policy().load_raised(KeyError("x")).error) == "a worker could not load its models: KeyError: 'x'"
 
 
-def test_workers_that_die_in_a_row_while_they_load_stop_the_run_unless_one_runs() -> None:
-    failures = policy()
-    assert [failures.load_died("killed\nstack", False, running, 1) for running in (0, 0, 1)] == [None] * 3
-    stop = failures.load_died("killed\nstack", False, 0, 1)
-    assert stop is not None
-    assert "workers die while they load their models (killed). Check the memory" in str(stop.error)
-
-
-def test_with_many_workers_each_may_die_twice_while_it_loads() -> None:
-    failures = policy()
-    stops = [failures.load_died("killed", False, 0, 8) for _ in range(16)]
-    assert [stop is not None for stop in stops] == [False] * 15 + [True]
-
-
-def test_deaths_before_a_worker_has_loaded_and_those_of_lost_nodes_do_not_count() -> None:
-    failures = policy()
-    for _ in range(3):
-        assert [failures.load_died("killed", False, 0, 1) for _ in range(2)] == [None, None]
-        failures.load_passed()
-    assert [failures.load_died("its node has died", True, 0, 1) for _ in range(10)] == [None] * 10
-
-
 def test_models_that_one_node_cannot_load_do_not_stop_a_run_whose_other_nodes_finish_shards() -> None:
     failures, error = policy(), LoadFailure(("bad", 1, "host"), "no space left", True)
     stop = failures.load_raised(error)
@@ -284,13 +249,24 @@ def test_models_that_one_node_cannot_load_do_not_stop_a_run_whose_other_nodes_fi
     assert str(other.error) == "a worker could not load its models: KeyError: 'x'"
 
 
-def test_a_shard_that_cannot_be_read_is_tried_on_another_node_once() -> None:
-    failures, here, there = policy(), WorkerId("x", 1), WorkerId("y", 2)
-    assert isinstance(failures.read_failed(A, "shard_missing", here, 2, 0.0), Retry)
-    assert failures.read_failed(A, "shard_missing", there, 2, 0.0) is None
-    assert failures.read_failed(B, "shard_missing", here, 1, 0.0) is None, "there is no other node"
-    c = PendingShard("c", "c.tar", ("samples",))
-    assert failures.read_failed(c, "shard_damaged", here, 2, 0.0) is None, "it has been read"
+@pytest.mark.parametrize(("workers", "most"), [(1, 3), (8, 16)])
+def test_workers_that_die_in_a_row_while_they_load_stop_the_run_unless_one_runs(workers: int, most: int) -> None:
+    failures = policy()
+    for _ in range(3):
+        assert [failures.load_died("killed", False, 0, workers) for _ in range(most - 1)] == [None] * (most - 1)
+        failures.load_passed()
+    assert [failures.load_died("its node has died", True, 0, workers) for _ in range(20)] == [None] * 20
+    assert [failures.load_died("killed", False, 1, workers) for _ in range(most)] == [None] * most
+    stop = failures.load_died("killed\nstack", False, 0, workers)
+    assert stop is not None
+    assert "workers die while they load their models (killed). Check the memory" in str(stop.error)
+
+
+def test_a_message_of_several_workers_is_noted_once() -> None:
+    failures = policy()
+    for notes in (("8 images do not fit", "4 images do not fit"), ("8 images do not fit",), ()):
+        failures.add_notes(notes)
+    assert failures.notes == ["8 images do not fit", "4 images do not fit"]
 
 
 # -- too many quarantined shards
@@ -302,33 +278,32 @@ def test_ten_quarantined_shards_are_tolerated_and_more_than_the_allowed_share_st
     assert failures.shard_quarantined("0", "x") is None, "a shard counts once"
     stop = failures.shard_quarantined("10", "shard_missing: no such file")
     assert stop is not None
-    assert "stopped: 11 of 200 shards are quarantined, more than failures.allowed_share = 0.01" in str(stop.error)
-    assert "share the cause of the last one, 10: shard_missing: no such file. Fix it and run" in str(stop.error)
-    assert "--retry-quarantined" in str(stop.error)
-
-
-def test_the_allowed_share_counts_shards_that_earlier_runs_quarantined() -> None:
-    failures = policy(shards=1000, quarantined_before=49, allowed_share=0.05)
+    assert str(stop.error) == (
+        "stopped: 11 of 200 shards are quarantined, more than failures.allowed_share = 0.01. They probably share the "
+        "cause of the last one, 10: shard_missing: no such file. Fix it and run with --retry-quarantined."
+    )
+    failures = policy(shards=1000, quarantined_before=49, allowed_share=0.05)  # by earlier runs
     assert failures.shard_quarantined("a", "x") is None
     assert failures.quarantined_shards == 50
     assert failures.shard_quarantined("b", "x") is not None
 
 
-def test_error_texts_name_the_error_once() -> None:
-    assert error_text(RAISED) == "ValueError: odd"
-    assert error_text(LayerFailure("captions/c", "odd")) == "LayerFailure: captions/c: odd"
+# -- drained nodes
 
 
-def test_storage_errors_of_a_worker_cost_an_attempt_and_of_the_driver_stop_the_run() -> None:
-    error = StorageError("bucket is unreachable")
-    assert policy().lease_raised(A, error, 0.0) == StopRun(error)
-    assert isinstance(policy().lease_raised(A, ShardFailure(str(error), False), 0.0), Retry)
+def test_each_drain_is_found_once_with_the_seconds_that_are_left_and_stays() -> None:
+    drains = Drains()
+    assert drains.update({}, 100.0) == []
+    assert drains.update({"b": 130_000, "a": 0}, 100.0) == [Drain("a", None), Drain("b", 30.0)]
+    assert drains.update({"b": 130_000, "a": 0}, 110.0) == []
+    assert drains.update({"c": 90_000}, 110.0) == [Drain("c", 0.0)]
+    drains.update({}, 200.0)  # the nodes have ended
+    assert drains.remaining({"a", "b", "d"}) == {"d"}
 
 
-def test_no_sequence_of_failures_quarantines_a_shard_that_never_fails_alone() -> None:
-    rng = random.Random(0)
-    failures = policy(attempts=1000, solo_attempts=1)
-    for _ in range(500):
-        shards = (A, B) if rng.random() < 0.5 else (B, A)
-        decisions = die(failures, *shards, hung=rng.random() < 0.5)
-        assert decisions == [RunAlone(shard) for shard in shards]
+def test_a_drain_is_reported_with_what_is_in_flight() -> None:
+    assert Drain("a", 29.6).line("spot-7", 1, 2) == (
+        "node spot-7 is drained and ends in 30 s (1 worker, 2 shards in flight): its workers finish these and get no "
+        "others"
+    )
+    assert Drain("a", None).line("spot-7", 2, 1).startswith("node spot-7 is drained (2 workers, 1 shard in flight)")

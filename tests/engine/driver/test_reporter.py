@@ -10,7 +10,6 @@ from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.reporter import job_id, worker_progress
 from reinforce.engine.messages.pulse import LeasePulse, Pulse
 from reinforce.engine.messages.results import WorkerInfo
-from reinforce.engine.record.events import EventDigest
 
 
 def test_a_worker_is_shown_with_the_times_of_its_shards_and_stages() -> None:
@@ -32,21 +31,3 @@ def test_the_job_is_that_of_ray_job_submit(monkeypatch: pytest.MonkeyPatch) -> N
     for text, name in (('{"metadata": {"job_submission_id": "raysubmit_x"}}', "raysubmit_x"), ("[]", ""), ("{", "")):
         monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", text)
         assert job_id() == name
-
-
-def test_events_show_the_slowest_shards_and_those_that_fail_until_they_are_finished() -> None:
-    digest = EventDigest()
-    for number in range(8):
-        times = {"reading": 0.1, "decoding": number}
-        digest.add("shard", {"shard": f"s{number}", "seconds": float(number), "times": times})
-    assert sorted(digest.slowest)[-1] == (7.0, "s7", "decoding")
-    assert len(digest.slowest) == 5
-    digest.add("shard_raised", {"shard": "a", "error": "one"})
-    digest.add("shard_raised", {"shard": "a", "error": "two"})
-    digest.add("worker_died", {"shards": ["a", "b"], "error": "killed", "node_lost": False})
-    digest.add("worker_died", {"shards": ["c"], "error": "its node was lost", "node_lost": True})
-    assert digest.failing == {"a": (3, "killed"), "b": (1, "killed")}
-    digest.add("shard", {"shard": "a", "seconds": 1.0})
-    digest.add("shard_quarantined", {"shard": "b"})
-    assert digest.failing == {}
-    assert (digest.counts["shard"], digest.counts["worker_died"]) == (9, 2)

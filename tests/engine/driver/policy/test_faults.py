@@ -1,4 +1,4 @@
-"""What is the fault of a worker or a node: each sentence of policy/faults.py, and simulated clusters."""
+"""Which failures are the fault of a worker or a node: each sentence of policy/faults.py, and simulated clusters."""
 
 from __future__ import annotations
 
@@ -12,19 +12,29 @@ from dataclasses import dataclass, field
 import pytest
 
 from reinforce.config import Failures
-from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.policy.decisions import PauseWorker, Quarantine, ReplaceWorker, Retry
 from reinforce.engine.driver.policy.failures import FailurePolicy
 from reinforce.engine.driver.policy.faults import AVOID_SECONDS, Faults
 from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.shard_queue import ShardQueue
-from reinforce.engine.messages.results import ShardFailure, WorkerId, WorkerInfo
+from reinforce.engine.messages.results import ShardFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
+from tests.helpers.driver import SAMPLES_ONLY, started
+from tests.helpers.driver import shard as pending
 
 A, B, C = (WorkerId(f"node {name}", number, f"host-{name}") for number, name in enumerate("abc"))
 A2 = WorkerId(A.node, 9, A.host)
 FULL = "OSError: No space left on device"
+
+
+@pytest.fixture
+def notes() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def faults(notes: list[str]) -> Faults:
+    return Faults(notes)
 
 
 def fail(faults: Faults, worker: WorkerId, *shards: str, now: float = 1.0) -> str | None:
@@ -33,49 +43,41 @@ def fail(faults: Faults, worker: WorkerId, *shards: str, now: float = 1.0) -> st
     return found[-1].reason if found[-1] else None
 
 
-def test_a_worker_at_which_two_shards_failed_that_passed_elsewhere_is_at_fault() -> None:
-    faults = Faults([])
+def test_a_worker_at_which_two_shards_failed_that_passed_elsewhere_is_at_fault_unless_it_succeeds(
+    faults: Faults,
+) -> None:
     assert fail(faults, A, "1", "2") is None
     assert faults.tried("1") == {A}
     assert faults.record_success("1", B, 2.0, 2) == []
-    [faulty] = faults.record_success("2", B, 3.0, 2)
-    assert faulty.worker == A
-    assert faulty.reason == f"2 shards that failed there passed elsewhere; the last error: {FULL}"
+    reason = f"2 shards that failed there passed elsewhere; the last error: {FULL}"
+    assert faults.record_success("2", B, 3.0, 2) == [ReplaceWorker(A, reason)]
+    fail(faults, C, "3", "4")
+    faults.record_success("5", C, 3.5, 2)
+    assert [faults.record_success(shard, B, 4.0, 2) for shard in "34"] == [[], []]
 
 
-def test_a_success_clears_a_worker() -> None:
-    faults = Faults([])
-    fail(faults, A, "1", "2")
-    faults.record_success("3", A, 1.5, 2)
-    assert faults.record_success("1", B, 2.0, 2) == []
-    assert faults.record_success("2", B, 3.0, 2) == []
-
-
-def test_three_shards_in_a_row_that_fail_while_others_pass_elsewhere_are_the_workers_fault() -> None:
-    faults = Faults([])
+def test_three_shards_in_a_row_that_fail_while_others_pass_elsewhere_are_the_workers_fault(faults: Faults) -> None:
     assert fail(faults, A, "1", "2", "3", now=1.0) is None, "nothing has passed elsewhere since"
     faults.record_success("9", B, 2.0, 2)
     assert "4 shards in a row failed there while shards passed elsewhere" in str(fail(faults, A, "4", now=3.0))
 
 
-def test_a_shard_that_fails_again_and_again_at_one_worker_is_not_three_shards() -> None:
-    faults = Faults([])
+def test_a_shard_that_fails_again_and_again_at_one_worker_is_not_three_shards(faults: Faults) -> None:
     fail(faults, A, "1", now=1.0)
     faults.record_success("9", B, 2.0, 2)
     assert fail(faults, A, "1", "1", "1", "1", now=3.0) is None
 
 
-def test_shards_that_fail_on_two_nodes_are_themselves_the_cause() -> None:
-    faults = Faults([])
+def test_shards_that_fail_on_two_nodes_are_themselves_the_cause(faults: Faults) -> None:
     for shard in "12345":
         faults.record_success("9", C, 1.0, 3)
         assert fail(faults, A, shard, now=0.5) is None
         assert fail(faults, B, shard, now=0.6) is None
 
 
-def test_a_node_whose_workers_are_replaced_twice_in_an_hour_gets_no_workers_for_a_while_and_longer_each_time() -> None:
-    notes: list[str] = []
-    faults = Faults(notes)
+def test_a_node_whose_workers_are_replaced_twice_in_an_hour_gets_no_workers_for_a_while_and_longer_each_time(
+    faults: Faults, notes: list[str]
+) -> None:
     fail(faults, A, "1")
     fail(faults, A2, "2")
     assert faults.record_replacement(A, 100.0) == {"1": 1}
@@ -96,8 +98,7 @@ def test_a_node_whose_workers_are_replaced_twice_in_an_hour_gets_no_workers_for_
     assert faults.avoided(9000.0) == frozenset()
 
 
-def test_shards_that_fail_in_a_row_and_everywhere_leave_their_nodes_in_use() -> None:
-    faults = Faults([])
+def test_shards_that_fail_in_a_row_and_everywhere_leave_their_nodes_in_use(faults: Faults) -> None:
     for worker in (A, A2):
         faults.record_success("9", B, 0.5, 3)
         fail(faults, worker, "1", "2", "3", now=0.1)
@@ -107,32 +108,27 @@ def test_shards_that_fail_in_a_row_and_everywhere_leave_their_nodes_in_use() -> 
     assert faults.avoided(1.0) == frozenset()
 
 
-def test_a_shard_that_one_node_cannot_read_and_another_can_is_the_fault_of_the_first() -> None:
-    faults = Faults([])
+def test_a_shard_that_one_node_cannot_read_and_another_can_is_the_fault_of_the_first(faults: Faults) -> None:
     assert faults.record_read_failure("1", A, "shard_missing")
     assert faults.record_read_failure("2", A, "shard_missing")
     assert faults.record_success("1", B, 1.0, 2) == []
-    [faulty] = faults.record_success("2", B, 2.0, 2)
-    assert faulty.worker == A
-    assert not faults.record_read_failure("3", A, "shard_missing") or not faults.record_read_failure(
-        "3", B, "shard_missing"
-    )
+    [decision] = faults.record_success("2", B, 2.0, 2)
+    assert decision.worker == A
 
 
-def test_missing_shards_in_a_row_replace_no_worker() -> None:
-    faults = Faults([])
+def test_shards_that_no_node_can_read_replace_no_worker(faults: Faults) -> None:
     faults.record_success("9", B, 0.5, 2)
     for shard in "12345":
-        faults.record_read_failure(shard, A, "shard_missing")
-        faults.record_read_failure(shard, B, "shard_missing")
+        assert faults.record_read_failure(shard, A, "shard_missing")
+        assert not faults.record_read_failure(shard, B, "shard_missing"), "it is the second failure"
     assert faults.excess_failures(A) == 0
     assert faults.record_success("8", B, 2.0, 2) == []
     assert fail(faults, A, "7", now=0.1) is None
 
 
-def test_a_node_where_models_cannot_be_loaded_is_avoided_while_other_nodes_finish_shards() -> None:
-    notes: list[str] = []
-    faults = Faults(notes)
+def test_a_node_where_models_cannot_be_loaded_is_avoided_while_other_nodes_finish_shards(
+    faults: Faults, notes: list[str]
+) -> None:
     assert not faults.record_failed_start(A, FULL, 1.0), "no worker has finished a shard: the cause may be the config"
     faults.record_success("1", B, 1.0, 2)
     assert not faults.record_failed_start(B, FULL, 1.0), "its own node has finished shards"
@@ -146,8 +142,7 @@ def test_a_node_where_models_cannot_be_loaded_is_avoided_while_other_nodes_finis
     assert faults.record_failed_start(A, FULL, 1.0)
 
 
-def test_workers_that_die_of_shards_that_pass_on_another_node_count_against_their_node() -> None:
-    faults = Faults([])
+def test_workers_that_die_of_shards_that_pass_on_another_node_count_against_their_node(faults: Faults) -> None:
     for number in range(2):
         worker = WorkerId(A.node, number, A.host)
         faults.record_death((f"{number}a", f"{number}b"), worker, "segfault")
@@ -157,18 +152,15 @@ def test_workers_that_die_of_shards_that_pass_on_another_node_count_against_thei
     assert faults.avoided(1.0) == {A.node}
 
 
-def test_where_most_workers_fail_none_of_them_is_at_fault_and_few_are_replaced_at_a_time() -> None:
-    faults, workers = Faults([]), [WorkerId(f"node {number}", number) for number in range(1000)]
-    found = []
+def test_where_most_workers_fail_none_of_them_is_at_fault_and_few_are_replaced_at_a_time(faults: Faults) -> None:
+    workers = [WorkerId(f"node {number}", number) for number in range(1000)]
     for number, worker in enumerate(workers[1:]):
         for shard in range(4):
             faults.record_failure(f"{number}/{shard}", worker, "timeout", 1.0, len(workers))
     for shard in range(4):
-        found += faults.record_success(f"5/{shard}", workers[0], 2.0, len(workers))
+        assert faults.record_success(f"5/{shard}", workers[0], 2.0, len(workers)) == []
     for number, worker in enumerate(workers[1:]):
-        if faulty := faults.record_failure(f"{number}/4", worker, "timeout", 3.0, len(workers)):
-            found.append(faulty)
-    assert found == []
+        assert faults.record_failure(f"{number}/4", worker, "timeout", 3.0, len(workers)) is None
     for number, worker in enumerate(workers[1:]):
         faults.record_success(f"{number}/0", worker, 4.0, len(workers))
     replaced = 0
@@ -200,10 +192,8 @@ class Simulation:
     passed: set[str] = field(default_factory=set)
 
     def run(self) -> Simulation:
-        names = [f"{number:05d}" for number in range(self.shards)]
-        layers = {"samples": Layer("samples", KINDS["samples"], "0")}
-        self.policy = FailurePolicy(Failures(allowed_share=1.0), layers, self.shards, 0)
-        self.queue = ShardQueue([PendingShard(name, f"{name}.tar", ("samples",)) for name in names])
+        self.policy = FailurePolicy(Failures(allowed_share=1.0), SAMPLES_ONLY, self.shards, 0)
+        self.queue = ShardQueue([pending(f"{number:05d}") for number in range(self.shards)])
         self.pids, self.numbers, self.now = itertools.count(), itertools.count(), 0.0
         self.running: list[tuple[float, int, Slot, PendingShard]] = []
         self.slots = [self._start(f"node {node}") for node in range(self.nodes) for _ in range(self.per_node)]
@@ -211,9 +201,9 @@ class Simulation:
             self.now += 0.5
             assert self.now < 100_000, "the run does not end"
             while self.running and self.running[0][0] <= self.now:
-                _, number, slot, shard = heapq.heappop(self.running)
+                _, number, slot, ended = heapq.heappop(self.running)
                 if slot.leases.pop(number, None) is not None:
-                    self._end(slot, shard)
+                    self._end(slot, ended)
             self.queue.hand_out(self.slots, self._lease, self.now, self.policy.failing_workers)
         return self
 
@@ -221,40 +211,40 @@ class Simulation:
         avoided = self.policy.faults.avoided(self.now)
         if node in avoided:
             node = next(f"node {number}" for number in range(self.nodes) if f"node {number}" not in avoided)
-        return Slot(None, WorkerInfo(node, next(self.pids), "cpu", {}, f"host of {node}"))
+        return started(node, next(self.pids))
 
-    def _lease(self, slot: Slot, shard: PendingShard, alone: bool = False) -> None:
+    def _lease(self, slot: Slot, leased: PendingShard, alone: bool = False) -> None:
         number = next(self.numbers)
-        slot.alone, slot.draining, slot.leases[number] = alone, False, shard
-        seconds = 0.1 if self.fails(shard.name, slot.id) else self.seconds
-        heapq.heappush(self.running, (self.now + seconds, number, slot, shard))
+        slot.alone, slot.draining, slot.leases[number] = alone, False, leased
+        seconds = 0.1 if self.fails(leased.name, slot.id) else self.seconds
+        heapq.heappush(self.running, (self.now + seconds, number, slot, leased))
 
-    def _end(self, slot: Slot, shard: PendingShard) -> None:
-        slot.alone, worker = False, slot.id
-        if not self.fails(shard.name, worker):
-            self.passed.add(shard.name)
-            for one in self.policy.lease_returned(shard.name, worker, False, self.now, len(self.slots)):
+    def _end(self, slot: Slot, ended: PendingShard) -> None:
+        slot.alone, name, worker = False, ended.name, slot.id
+        if not self.fails(name, worker):
+            self.passed.add(name)
+            for one in self.policy.lease_returned(name, worker, False, self.now, len(self.slots)):
                 self._replace(one.worker)
             return
-        self.failures[shard.name] += 1
+        self.failures[name] += 1
         error = ShardFailure(FULL, False)
-        match self.policy.worker_failed(worker, shard.name, error, FULL, self.now, len(self.slots)):
+        match self.policy.worker_failed(worker, name, error, FULL, self.now, len(self.slots)):
             case ReplaceWorker():
                 self._replace(worker)
             case PauseWorker(_, until):
                 self.queue.pause(worker, until)
-        decision = self.policy.lease_raised(shard, error, self.now)
+        decision = self.policy.lease_raised(ended, error, self.now)
         if isinstance(decision, Quarantine):
-            self.quarantined.append(shard.name)
+            self.quarantined.append(name)
         elif isinstance(decision, Retry):
-            self.queue.add_delayed(shard, decision.at, self.policy.faults.tried(shard.name))
+            self.queue.add_delayed(ended, decision.at, self.policy.faults.tried(name))
 
     def _replace(self, worker: WorkerId) -> None:
         for slot in [slot for slot in self.slots if slot.id == worker]:
             self.slots.remove(slot)
             self.replaced.append(worker)
-            for shard in slot.leases.values():
-                self.queue.add(shard, first=True)
+            for ended in slot.leases.values():
+                self.queue.add(ended, first=True)
             slot.leases = {}
             self.policy.worker_replaced(worker, self.now)
             self.slots.append(self._start(worker.node))
@@ -267,32 +257,26 @@ def test_a_full_temporary_folder_of_one_of_two_nodes_quarantines_nothing_and_the
     assert run.failures.total() <= 20
     assert {worker.node for worker in run.replaced} == {"node 0"}
     assert len(run.replaced) <= 3
-    assert "node host of node 0 gets no new workers" in run.policy.notes[0]
+    assert "node node 0 gets no new workers" in run.policy.notes[0]
 
 
 def test_a_single_bad_worker_is_replaced_and_its_node_stays_in_use() -> None:
     run = Simulation(2, 2, 60, lambda shard, worker: worker.pid == 1).run()
-    assert (run.quarantined, run.replaced, run.policy.notes) == ([], [WorkerId("node 0", 1, "host of node 0")], [])
+    assert (run.quarantined, run.replaced, run.policy.notes) == ([], [WorkerId("node 0", 1)], [])
 
 
-def test_shards_that_fail_everywhere_are_quarantined_and_replace_no_worker() -> None:
-    bad = {"00003", "00004", "00005", "00017", "00040", "00041"}
-    run = Simulation(3, 2, 60, lambda shard, worker: shard in bad).run()
+@pytest.mark.parametrize(("nodes", "per_node"), [(3, 2), (1, 1)])
+def test_shards_that_fail_everywhere_are_quarantined_and_replace_no_worker(nodes: int, per_node: int) -> None:
+    bad = {"00003", "00004", "00005", "00017", "00040", "00041"} if nodes > 1 else {"00002"}
+    run = Simulation(nodes, per_node, 60, lambda shard, worker: shard in bad).run()
     assert set(run.quarantined) == bad
     assert all(run.failures[shard] == 3 for shard in bad)
-    assert len(run.passed) == 54
+    assert len(run.passed) == 60 - len(bad)
     assert run.replaced == []
 
 
-def test_a_shard_that_always_fails_is_quarantined_also_with_a_single_worker() -> None:
-    run = Simulation(1, 1, 5, lambda shard, worker: shard == "00002").run()
-    assert run.quarantined == ["00002"]
-    assert len(run.passed) == 4
-
-
-@pytest.mark.parametrize("nodes", [250])
-def test_a_bad_rack_of_a_cluster_of_2000_workers_quarantines_nothing(nodes: int) -> None:
-    rng = random.Random(0)
+def test_a_bad_rack_of_a_cluster_of_2000_workers_quarantines_nothing() -> None:
+    rng, nodes = random.Random(0), 250
     rack = {f"node {number}" for number in range(10)}
     flaky = {(f"{rng.randrange(6000):05d}", rng.randrange(nodes)) for _ in range(50)}
 

@@ -1,8 +1,9 @@
-"""The frames of the user's code in the messages of errors."""
+"""Errors that travel from a worker to the driver, with the frames of the user's code in their messages."""
 
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.inference.self_test import TEXTS, check_models
-from reinforce.engine.messages.results import LayerFailure
+from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId, raising_layer_failure
 from reinforce.engine.messages.tracebacks import error_with_frames, shorten, user_frames
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
@@ -68,24 +69,50 @@ def start(config: dict[str, Any]) -> None:
     check_models(load_models(parsed, layers.values()), layers.values(), {})
 
 
+def test_failures_survive_pickling() -> None:
+    layer = pickle.loads(pickle.dumps(LayerFailure("captions/c", "odd")))
+    assert (layer.layer, str(layer)) == ("captions/c", "captions/c: odd")
+    for worker_at_fault in (True, False):
+        shard = pickle.loads(pickle.dumps(ShardFailure("odd", worker_at_fault)))
+        assert (str(shard), shard.worker_at_fault) == ("odd", worker_at_fault)
+    load = pickle.loads(pickle.dumps(LoadFailure(("node", 1, "host"), "no weights", True)))
+    assert (load.worker, str(load.error)) == (WorkerId("node", 1, "host"), "no weights")
+
+
+def test_an_error_of_a_model_names_its_layer() -> None:
+    with pytest.raises(LayerFailure) as raised, raising_layer_failure("captions/c"):
+        raise ValueError("odd")
+    message = re.escape("captions/c: ValueError: odd (tests/engine/messages/test_results.py:")
+    assert re.fullmatch(message + r'\d+ in test_\w+: `raise ValueError\("odd"\)`\)', str(raised.value))
+    assert isinstance(raised.value.__cause__, ValueError)
+
+
 @pytest.mark.parametrize(
-    ("fail", "message"),
+    ("options", "message"),
     [
-        ("load", r"JSONDecodeError|Expecting value.* \(\w+_lab\.py:13 in __init__: `json\.loads\(\"nothing\"\)`\)"),
-        ("test", r"ValueError: unknown text.* \(\w+_lab\.py:17 in encode_texts: `self\.look_up\(texts\)` -> \w+:23 in"),
-        ("torch", r"RuntimeError: .* \(\w+_lab\.py:19 in encode_texts: `torch\.ones\(2\) @ torch\.ones\(3\)`\)"),
+        (
+            {"fail": "load"},
+            r"Expecting value.* \(\w+_lab\.py:13 in __init__: `json\.loads\(\"nothing\"\)`\)",
+        ),
+        (
+            {"fail": "test"},
+            r"ValueError: unknown text.* \(\w+_lab\.py:17 in encode_texts: `self\.look_up\(texts\)` -> \w+_lab\.py:23",
+        ),
+        (
+            {"fail": "torch"},
+            r"RuntimeError: .* \(\w+_lab\.py:19 in encode_texts: `torch\.ones\(2\) @ torch\.ones\(3\)`\)",
+        ),
+        (
+            {"code": "\nimport no_such_thing\n"},
+            r"cannot be imported: .*\w+_lab\.py:2 in <module>: `import no_such_thing`\)",
+        ),
     ],
 )
 def test_an_error_at_the_start_shows_the_users_code(
-    write: Callable[..., dict[str, Any]], fail: str, message: str
+    write: Callable[..., dict[str, Any]], options: dict[str, str], message: str
 ) -> None:
-    with pytest.raises(UserError, match=message.replace(r"\w+:23", r"\w+_lab\.py:23")):
-        start(write("x.tar", fail=fail))
-
-
-def test_an_error_of_an_import_shows_its_line(write: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(UserError, match=r"cannot be imported: .*\w+_lab\.py:2 in <module>: `import no_such_thing`\)"):
-        start(write("x.tar", code="\nimport no_such_thing\n"))
+    with pytest.raises(UserError, match=message):
+        start(write("x.tar", **options))
 
 
 def test_an_error_in_a_run_shows_the_users_code_and_no_secrets(
@@ -101,7 +128,7 @@ def test_an_error_in_a_run_shows_the_users_code_and_no_secrets(
     assert TOKEN not in text
 
 
-def test_errors_without_code_of_the_user_are_as_they_were() -> None:
+def test_errors_without_code_of_the_user_are_unchanged() -> None:
     import huggingface_hub
 
     for call in (lambda: parse_config([]), lambda: huggingface_hub.hf_hub_download("a//b", "c")):  # type: ignore[arg-type]

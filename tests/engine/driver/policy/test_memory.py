@@ -1,4 +1,4 @@
-"""Workers that are killed for their memory: each sentence of reinforce/engine/driver/policy/memory.py."""
+"""Workers that are killed for their memory: each sentence of policy/memory.py."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import random
 import pytest
 
 from reinforce.config import Failures
-from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.policy.decisions import Decision, EndedWorker, Quarantine, Requeue, RunAlone
 from reinforce.engine.driver.policy.failures import FailurePolicy
 from reinforce.engine.driver.policy.memory import MemoryDeaths, MemoryUse
 from reinforce.engine.messages.results import WorkerId
 from reinforce.engine.messages.task import PendingShard
 from schemas import Reason
+from tests.helpers.driver import SAMPLES_ONLY, shard
 
-LAYERS = {"samples": Layer("samples", KINDS["samples"], "0")}
-A, B = (PendingShard(name, f"{name}.tar", ("samples",)) for name in "ab")
+A, B = map(shard, "ab")
 LEAK = MemoryUse(1_200_000_000, 9_870_000_000, 17)
 FRESH = MemoryUse(1_200_000_000, 1_200_000_000, 0)
 WORKER = WorkerId("node", 12, "host-a")
+
+
+@pytest.fixture
+def policy() -> FailurePolicy:
+    return FailurePolicy(Failures(solo_attempts=1), SAMPLES_ONLY, 30, 0)
 
 
 def kill(
@@ -32,8 +35,8 @@ def kill(
     return list(verdict.decisions)
 
 
-def test_a_leaking_worker_costs_no_shard_however_often_it_is_killed() -> None:
-    policy, rng = FailurePolicy(Failures(solo_attempts=1), LAYERS, 30, 0), random.Random(0)
+def test_a_leaking_worker_costs_no_shard_however_often_it_is_killed(policy: FailurePolicy) -> None:
+    rng = random.Random(0)
     for _ in range(100):
         policy.lease_returned("x", WORKER, False, 0.0, 2)
         if rng.random() < 0.5:
@@ -43,26 +46,19 @@ def test_a_leaking_worker_costs_no_shard_however_often_it_is_killed() -> None:
     assert policy.memory.must_stop(2) is None
 
 
-def test_a_shard_that_kills_fresh_workers_alone_three_times_is_quarantined() -> None:
-    policy = FailurePolicy(Failures(), LAYERS, 30, 0)
+@pytest.mark.parametrize(("neighbours", "deaths"), [(0, 3), (3, 9)])
+def test_a_shard_that_kills_new_workers_alone_three_times_is_quarantined_and_beside_others_after_nine(
+    policy: FailurePolicy, neighbours: int, deaths: int
+) -> None:
     assert kill(policy, A, B, use=FRESH) == [RunAlone(A), RunAlone(B)]
-    assert kill(policy, A, use=FRESH, alone=True) == [RunAlone(A)]
-    assert kill(policy, A, use=FRESH, alone=True) == [RunAlone(A)]
-    [decision] = kill(policy, A, use=FRESH, alone=True)
-    assert isinstance(decision, Quarantine)
-    assert decision.reason == Reason.SHARD_CRASHED
-    assert "it needs more memory than there is: Memory on the node was low" in decision.detail
+    decisions = [kill(policy, A, use=FRESH, alone=True, neighbours=neighbours)[0] for _ in range(deaths)]
+    assert decisions[:-1] == [RunAlone(A)] * (deaths - 1)
+    assert isinstance(decisions[-1], Quarantine)
+    assert decisions[-1].reason == Reason.SHARD_CRASHED
+    assert "it needs more memory than there is: Memory on the node was low" in decisions[-1].detail
 
 
-def test_deaths_beside_other_workers_of_the_node_count_a_third() -> None:
-    policy = FailurePolicy(Failures(), LAYERS, 30, 0)
-    decisions = [kill(policy, A, use=FRESH, alone=True, neighbours=3)[0] for _ in range(9)]
-    assert decisions[:8] == [RunAlone(A)] * 8
-    assert isinstance(decisions[8], Quarantine)
-
-
-def test_the_message_names_the_worker_its_growth_per_shard_and_the_mend() -> None:
-    policy = FailurePolicy(Failures(), LAYERS, 30, 0)
+def test_the_message_names_the_worker_its_growth_per_shard_and_the_fix(policy: FailurePolicy) -> None:
     for _ in range(2):
         kill(policy, A, B)
     assert policy.notes == []
@@ -76,10 +72,16 @@ def test_the_message_names_the_worker_its_growth_per_shard_and_the_mend() -> Non
 
 def test_the_message_of_workers_that_do_not_grow_asks_for_smaller_batches() -> None:
     deaths = MemoryDeaths(2)
-    notes = [deaths.record_death(WORKER, MemoryUse(5_000_000_000, 5_100_000_000, 40), None) for _ in range(3)]
-    assert str(notes[-1]).endswith(
+    deaths.record_death(WORKER, MemoryUse(5_000_000_000, 5_100_000_000, 40), None)
+    assert str(deaths.note).endswith(
         "with 5,100 MB after 40 shards. Lower workers.batch, or give each worker more of its node by workers.cpus"
     )
+
+
+def test_the_advice_is_below_a_number_of_shards_that_did_not_suffice() -> None:
+    deaths = MemoryDeaths(2)
+    deaths.record_death(WORKER, LEAK, 6)
+    assert str(deaths.note).endswith("workers.recycle: 5")
 
 
 def test_there_is_a_message_after_three_deaths_and_whenever_their_number_has_doubled() -> None:
@@ -92,15 +94,8 @@ def test_a_run_in_which_no_shard_can_be_finished_ends_with_one_error(workers: in
     deaths = MemoryDeaths(2)
     for _ in range(most - 1):
         deaths.record_death(WORKER, LEAK, None)
-    assert deaths.must_stop(workers) is None
     deaths.record_success()
     for _ in range(most):
         assert deaths.must_stop(workers) is None
         deaths.record_death(WORKER, LEAK, None)
     assert str(deaths.must_stop(workers)).startswith("no shard can be finished: ")
-
-
-def test_the_advice_is_below_a_number_of_shards_that_did_not_suffice() -> None:
-    deaths = MemoryDeaths(2)
-    deaths.record_death(WORKER, LEAK, 6)
-    assert str(deaths.note).endswith("workers.recycle: 5")

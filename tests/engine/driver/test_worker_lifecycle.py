@@ -10,64 +10,49 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.dataset.files.store import Store
 from reinforce.engine.driver.policy.failures import FailurePolicy
-from reinforce.engine.driver.pool import Pool, Slot
+from reinforce.engine.driver.pool import Slot
 from reinforce.engine.driver.shard_queue import ShardQueue
 from reinforce.engine.driver.state import RunState
 from reinforce.engine.driver.worker_lifecycle import WorkerLifecycle
-from reinforce.engine.messages.results import ShardFailure, ShardResult, WorkerInfo
-from reinforce.engine.messages.task import PendingShard
+from reinforce.engine.messages.results import ShardFailure, ShardResult
 from reinforce.engine.plan.plan import Plan
 from reinforce.engine.record.events import Events
 from reinforce.engine.record.progress import Progress
 from reinforce.engine.record.summary import RunTotals
 from schemas import Reason
 from teachers.redact import Redactor
+from tests.helpers.driver import pool_of, shard, started
 
 MISSING = Reason.SHARD_MISSING.value
-
-
-def shard(name: str) -> PendingShard:
-    return PendingShard(name, f"{name}.tar", ("samples",))
 
 
 class Workers:
     """A lifecycle with one worker on each of the nodes x and y. Nothing runs in them."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("reinforce.engine.driver.pool.ray.put", lambda value: value)
-        monkeypatch.setattr("reinforce.engine.driver.pool.ray.kill", lambda actor: None)
         config = parse_config({"source": "a.tar", "output": str(folder)})
         self.lines: list[str] = []
-        progress = Progress()
+        progress, redact, store = Progress(), Redactor({}), Store(config.output)
         monkeypatch.setattr(progress, "log", self.lines.append)
-        redact = Redactor({})
+        self.here, self.there = started("x"), started("y")
+        self.pool = pool_of(monkeypatch, [self.here, self.there])
         self.state = RunState(
             plan=Plan(config, {}, 10, {}, []),
             config=config,
-            store=(store := Store(config.output)),
+            store=store,
             queue=ShardQueue([]),
-            pool=Pool(config, {}, frozenset()),
+            pool=self.pool,
             policy=FailurePolicy(config.failures, {}, 10, 0),
             totals=RunTotals(),
             events=Events(store, config, redact),
             progress=progress,
             redact=redact,
         )
-        self.pool = self.state.pool
-        for node in "xy":
-            self.pool.slots.append(slot := Slot(None))
-            self.pool.record_start(slot, WorkerInfo(node, 1, "cpu", {}))
-        self.here, self.there = self.pool.slots
         self.lifecycle = WorkerLifecycle(self.state)
 
-    def finish(self, slot: Slot, name: str, reason: str | None = None) -> None:
-        self.lifecycle.record_success(slot, ShardResult(shard=name, quarantine_reason=reason, seconds=1.0))
-
     def lease(self, slot: Slot, name: str) -> Any:
-        ref = object()
-        slot.leases[ref] = shard(name)
-        self.pool.leases[ref] = slot
-        return ref
+        self.pool.lease(slot, shard(name))
+        return next(reversed(slot.leases))
 
     def events(self, kind: str) -> int:
         return self.state.events.digest.counts[kind]
@@ -85,7 +70,8 @@ def test_shards_that_are_missing_on_one_node_replace_its_worker_unless_they_are_
     for name in "abcde":
         assert workers.state.policy.read_failed(shard(name), MISSING, workers.here.id, 2, 0.0)
     for name in "abcde":
-        workers.finish(workers.there, name, reason)
+        result = ShardResult(shard=name, quarantine_reason=reason, seconds=1.0)
+        workers.lifecycle.record_success(workers.there, result)
     assert workers.events("worker_replaced") == replaced
     assert workers.pool.slots == ([workers.there] if replaced else [workers.here, workers.there])
 

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 
-from reinforce.config import Workers, parse_config
-from reinforce.engine.driver.pool import Pool, Slot, describe_workers
-from reinforce.engine.messages.results import WorkerInfo
-from reinforce.engine.messages.task import PendingShard
+from reinforce.config import Workers
+from reinforce.engine.driver.pool import Slot, describe_workers
+from tests.helpers.driver import Actor, pool_of, shard, started
 
-INFO = WorkerInfo("node", 1, "cpu", {})
-SHARD = PendingShard("a", "a.tar", ("samples",))
+SHARD = shard("a")
 
 
 def test_a_worker_takes_two_leases_once_it_has_started_and_one_if_it_runs_a_suspect() -> None:
-    slot = Slot(None)
-    assert slot.free == 0
-    slot.info = INFO
-    assert slot.free == 2
-    slot.leases[1] = SHARD
-    assert slot.free == 1
-    slot.leases[2] = SHARD
-    assert slot.free == 0
-    assert Slot(None, INFO, {1: SHARD}, alone=True).free == 0
+    slot = started()
+    free = [Slot(None).free, slot.free]
+    for number in range(2):
+        slot.leases[number] = SHARD
+        free.append(slot.free)
+    assert free == [0, 2, 1, 0]
+    assert started(leases={1: SHARD}, alone=True).free == 0
 
 
 def test_a_run_names_its_workers_and_the_cores_that_few_shards_leave_idle() -> None:
@@ -52,31 +44,8 @@ def test_a_run_names_its_workers_and_the_cores_that_few_shards_leave_idle() -> N
     assert line(15, batch="auto") == line(15)
 
 
-class _Actor:
-    """Takes calls and does nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=lambda *_: object())
-
-
-def pool_of(monkeypatch: pytest.MonkeyPatch, slots: list[Slot], **workers: Any) -> Pool:
-    monkeypatch.setattr("reinforce.engine.driver.pool.ray.put", lambda value: value)
-    monkeypatch.setattr("reinforce.engine.driver.pool.ray.kill", lambda actor: None)
-    monkeypatch.setattr(
-        "reinforce.engine.driver.pool.as_actor", lambda config: SimpleNamespace(remote=lambda *_: _Actor())
-    )
-    config = parse_config({"source": "a.tar", "output": "/tmp/out", "workers": workers})
-    pool = Pool(config, {}, frozenset())
-    pool.slots = slots
-    for slot in slots:
-        if slot.info:
-            pool.record_start(slot, slot.info)
-    return pool
-
-
 def test_a_worker_gets_as_many_leases_as_recycle_allows_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    slot = Slot(_Actor(), INFO)
-    pool = pool_of(monkeypatch, [slot], recycle=3)
+    pool = pool_of(monkeypatch, [slot := started()], recycle=3)
     for lease in range(3):
         assert slot.free > 0
         pool.lease(slot, SHARD)
@@ -98,29 +67,28 @@ def test_a_new_worker_gets_the_number_of_one_that_has_ended(monkeypatch: pytest.
 def test_the_pool_shrinks_by_workers_that_have_not_started_and_then_by_those_that_fail(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    good, bad, loading = Slot(_Actor(), INFO), Slot(_Actor(), replace(INFO, pid=2)), Slot(_Actor())
+    good, bad, loading = started(pid=1), started(pid=2), Slot(Actor())
     pool = pool_of(monkeypatch, [good, bad, loading])
-    pool.shrink(2, lambda worker: 0)
-    assert pool.slots == [good, bad]
-    pool.shrink(1, lambda worker: 2 if worker.pid == 2 else 0)
-    assert pool.slots == [good]
+    for size, left in ((2, [good, bad]), (1, [good])):
+        pool.shrink(size, lambda worker: 2 if worker == bad.id else 0)
+        assert pool.slots == left
 
 
 def test_no_worker_is_placed_on_an_avoided_node_unless_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    started, loading = Slot(_Actor(), INFO), Slot(_Actor())
-    pool = pool_of(monkeypatch, [started, loading])
+    running, loading = started(), Slot(Actor())
+    pool = pool_of(monkeypatch, [running, loading])
     monkeypatch.setattr("reinforce.engine.driver.pool.live_nodes", lambda: frozenset({"x"}))
     pool.avoid(frozenset({"x"}))
-    assert pool.slots == [started, loading], "it is the only node"
+    assert pool.slots == [running, loading], "it is the only node"
     monkeypatch.setattr("reinforce.engine.driver.pool.live_nodes", lambda: frozenset({"x", "y"}))
     pool.avoid(frozenset({"x", "z"}))
-    assert pool.slots == [started], "what has not started may be on the node"
+    assert pool.slots == [running], "what has not started may be on the node"
 
 
 def test_workers_on_a_drained_node_get_no_further_leases_and_others_are_started_in_their_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    drained, other = Slot(_Actor(), INFO), Slot(_Actor(), WorkerInfo("other", 1, "cpu", {}))
+    drained, other, late = started(), started("other"), Slot(Actor())
     pool = pool_of(monkeypatch, [drained, other], max=2, cpus=1)
     pool.lease(drained, SHARD)
     pool.drain(frozenset({"node"}))
@@ -133,15 +101,11 @@ def test_workers_on_a_drained_node_get_no_further_leases_and_others_are_started_
     assert len(pool.slots) == 3, "a worker that leaves is not counted"
     pool.end_lease(next(iter(drained.leases)))
     assert pool.free == [other]
+    assert drained.info is not None
+    pool.record_start(late, drained.info)
+    assert (late.free, pool.free) == (0, [other]), "it has started on the drained node"
     pool.remove(drained)
-    assert list(pool.leaving) == []
-
-
-def test_a_worker_that_starts_on_a_drained_node_gets_no_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = pool_of(monkeypatch, [late := Slot(_Actor())], max=1, cpus=1)
-    pool.drain(frozenset({"node"}))
-    pool.record_start(late, INFO)
-    assert (late.free, pool.free) == (0, [])
+    assert list(pool.leaving) == [late]
 
 
 def test_a_drained_node_has_no_places_for_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.engine.messages.results import ShardResult
-from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import LayerState, NotInSource, Plan
 from reinforce.engine.record.summary import (
     Ending,
@@ -20,9 +19,9 @@ from reinforce.engine.record.summary import (
     not_in_source_lines,
     nothing_to_do,
     summarize,
-    verdict,
 )
 from reinforce.errors import StorageError, TooManyQuarantined, UserError
+from tests.helpers.driver import shard
 
 RESULT = ShardResult(
     shard="a",
@@ -35,43 +34,45 @@ RESULT = ShardResult(
     cleaned={"c": {"captions": 20, "cut": 1}},
 )
 
+DONE = Ending()
+
 
 def plan(shards: int = 10, quarantined: int = 0, pending: tuple[str, ...] = ("samples",), **failures: Any) -> Plan:
     config = parse_config({"source": "x.tar", "output": "s3://user:secret@bucket/out", "failures": failures})
     states = {"samples": LayerState(shards - quarantined, 0, quarantined, 0)}
-    return Plan(config, {}, shards, states, [PendingShard("a", "a.tar", pending)] if pending else [])
+    return Plan(config, {}, shards, states, [replace(shard("a"), layers=pending)] if pending else [])
+
+
+def totals_of(*results: ShardResult) -> RunTotals:
+    totals = RunTotals()
+    for result in results:
+        totals.add(result)
+    return totals
+
+
+def summary_of(
+    totals: RunTotals, of: Plan | None = None, quarantined: int = 0, alive: float = 1.0, ending: Ending = DONE
+) -> RunSummary:
+    return summarize("run", of or plan(), totals, quarantined, 2.0, alive, ending)
 
 
 def test_totals_are_sums_over_results_and_a_shard_counts_once() -> None:
-    totals = RunTotals()
-    for _ in range(2):
-        totals.add(RESULT)
+    totals = totals_of(RESULT, RESULT)
     assert (totals.samples, totals.bytes, totals.busy, totals.finished) == (20, 200, 1.0, {"a"})
     assert totals.refused == {"image_broken": 2}
     assert totals.cleaned == {"c": {"captions": 40, "cut": 2}}
 
 
 def test_a_summary_has_the_share_of_the_workers_time_in_which_accelerators_were_busy() -> None:
-    totals = RunTotals()
-    totals.add(RESULT)
-    summary = summarize("run", plan(), totals, 0, seconds=2.0, alive=4.0, ending=Ending())
+    summary = summary_of(totals_of(RESULT), alive=4.0)
     assert (summary.status, summary.message, summary.busy_share) == (0, "done", 0.125)
-    assert summarize("run", plan(), totals, 0, 2.0, alive=0.0, ending=Ending()).busy_share == 0.25
+    assert summary_of(totals_of(RESULT), alive=0.0).busy_share == 0.25
 
 
 @pytest.mark.parametrize(("quarantined", "status"), [(1, 0), (2, 1)])
 def test_the_status_depends_on_the_share_of_quarantined_shards(quarantined: int, status: int) -> None:
-    assert verdict(quarantined, 10, 0.1)[0] == status
-    totals = RunTotals()
-    totals.add(RESULT)
-    assert summarize("run", plan(allowed_share=0.1), totals, quarantined, 1.0, 1.0, Ending()).status == status
-
-
-def test_a_run_that_reads_a_source_and_finds_no_sample_fails() -> None:
-    summary = summarize("run", plan(), RunTotals(), 0, 1.0, 1.0, Ending())
-    assert (summary.status, summary.message.partition(":")[0]) == (1, "no samples")
-    later = summarize("run", plan(pending=("embeddings/t/caption",)), RunTotals(), 0, 1.0, 1.0, Ending())
-    assert later.status == 0, "a layer that is added to an empty dataset is complete"
+    of = plan(allowed_share=0.1)
+    assert summary_of(totals_of(RESULT), of, quarantined).status == status
 
 
 @pytest.mark.parametrize(
@@ -88,36 +89,37 @@ def test_a_run_that_was_stopped_has_the_exit_status_of_its_command(
     error: BaseException, status: int, message: str
 ) -> None:
     ending = ending_of(error, lambda text: text.replace("TOKEN", "***"))
-    summary = summarize("run", plan(), RunTotals(), 0, 1.0, 1.0, ending)
+    summary = summary_of(RunTotals(), ending=ending)
     assert (summary.status, summary.message) == (status, message)
 
 
-def test_a_run_without_samples_says_what_happened_to_its_shards() -> None:
-    def message(totals: RunTotals) -> str:
-        return summarize("run", plan(), totals, 0, 1.0, 1.0, Ending()).message
-
-    assert message(RunTotals()) == "no samples: the source contains no image-text pair. Check `source`."
-    totals = RunTotals()
-    totals.add(replace(RESULT, samples=0, refused={"shard_unreadable": 1}, examples={"shard_unreadable": "a folder"}))
-    assert message(totals).endswith("could be read from the source; shard_unreadable: a: a folder")
+def test_a_run_that_reads_a_source_and_finds_no_sample_fails_and_says_what_happened_to_its_shards() -> None:
+    summary = summary_of(RunTotals())
+    assert summary.status == 1
+    assert summary.message == "no samples: the source contains no image-text pair. Check `source`."
+    later = summary_of(RunTotals(), plan(pending=("embeddings/t/caption",)))
+    assert later.status == 0, "a layer that is added to an empty dataset is complete"
+    reason = "shard_unreadable"
+    totals = totals_of(replace(RESULT, samples=0, refused={reason: 1}, examples={reason: "a folder"}))
+    message = summary_of(totals).message
+    assert message.endswith("could be read from the source; shard_unreadable: a: a folder")
     totals = RunTotals()
     totals.add_quarantined("a", "samples", "shard_crashed", "its worker died:\n out of memory")
-    assert message(totals).startswith("no samples: the shard a: its worker died: out of memory (shard_crashed). The ")
-    assert "workers.batch" in message(totals)
-    assert "--retry-quarantined" in message(totals)
+    message = summary_of(totals).message
+    assert message.startswith("no samples: the shard a: its worker died: out of memory (shard_crashed). The ")
+    assert "workers.batch" in message
+    assert "--retry-quarantined" in message
     totals.add_quarantined("b", "samples", "shard_failed", "RuntimeError")
-    assert message(totals).startswith("no samples: 2 shards, such as a: its worker died")
+    assert summary_of(totals).message.startswith("no samples: 2 shards, such as a: its worker died")
 
 
 def test_the_first_example_of_each_reason_is_kept_and_a_bounded_number_shown() -> None:
-    totals = RunTotals()
-    for shard in ("a", "b"):
-        totals.add(replace(RESULT, shard=shard, examples={"image_broken": "7: cut"}))
+    totals = totals_of(*(replace(RESULT, shard=name, examples={"image_broken": "7: cut"}) for name in "ab"))
     totals.add_quarantined("b", "embeddings/t/images", "shard_failed", "x" * 5000)
     assert totals.examples["image_broken"] == "a: 7: cut"
     assert totals.examples["shard_failed"].startswith("b in embeddings/t/images: xxx")
     assert len(totals.examples["shard_failed"]) < 400
-    text = summarize("run", plan(), totals, 1, 1.0, 1.0, Ending()).text("out")
+    text = summary_of(totals, quarantined=1).text("out")
     assert "\n  image_broken, for example a: 7: cut\n  shard_failed, for example b in embeddings/t/images: xxx" in text
     lines = example_lines({f"reason_{i:02d}": "x" for i in range(13)})
     assert (len(lines), lines[-1]) == (11, "  and 3 more reasons")
@@ -137,7 +139,7 @@ def test_the_text_lists_quarantined_rows_and_shards_and_hides_credentials() -> N
     assert "secret" not in "".join(lines)
 
 
-def test_shards_that_are_not_in_the_source_are_told_with_what_to_do() -> None:
+def test_shards_that_are_not_in_the_source_are_reported_with_what_to_do() -> None:
     absent = NotInSource(3, 2, "00000-ab", "samples/00007-cd")
     lines = [
         "not in `source`: 3 finished shards, such as 00000-ab. They stay in the dataset and are read; to remove one, "
@@ -147,9 +149,7 @@ def test_shards_that_are_not_in_the_source_are_told_with_what_to_do() -> None:
     ]
     done = nothing_to_do(replace(plan(pending=()), not_in_source=absent))
     assert done.message.splitlines()[1:] == lines
-    totals = RunTotals()
-    totals.add(RESULT)
-    summary = summarize("run", replace(plan(), not_in_source=absent), totals, 0, 1.0, 1.0, Ending())
+    summary = summary_of(totals_of(RESULT), replace(plan(), not_in_source=absent))
     assert summary.text("out").splitlines()[-2:] == lines
     assert summary.not_in_source["finished"] == 3, "for `reinforce status`"
     assert not_in_source_lines({}) == [], "of runs of earlier versions"

@@ -1,0 +1,45 @@
+"""Shards and workers of a driver in which nothing runs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from reinforce.config import parse_config
+from reinforce.dataset.layers import Layer
+from reinforce.engine.driver.pool import Pool, Slot
+from reinforce.engine.messages.results import WorkerInfo
+from reinforce.engine.messages.task import PendingShard
+
+SAMPLES_ONLY = {"samples": Layer("samples", "samples", "0")}
+
+
+def shard(name: str) -> PendingShard:
+    return PendingShard(name, f"{name}.tar", ("samples",))
+
+
+def started(node: str = "node", pid: int = 1, **values: Any) -> Slot:
+    """A worker whose models are loaded."""
+    return Slot(Actor(), WorkerInfo(node, pid, "cpu", {}), **values)
+
+
+class Actor:
+    """Takes calls and does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *_: object())
+
+
+def pool_of(monkeypatch: pytest.MonkeyPatch, slots: list[Slot], **workers: Any) -> Pool:
+    """A pool with ``slots``, whose new workers are of ``Actor``."""
+    monkeypatch.setattr("reinforce.engine.driver.pool.ray.put", lambda value: value)
+    monkeypatch.setattr("reinforce.engine.driver.pool.ray.kill", lambda actor: None)
+    monkeypatch.setattr("reinforce.engine.driver.pool.as_actor", lambda _: SimpleNamespace(remote=lambda *_: Actor()))
+    pool = Pool(parse_config({"source": "a.tar", "output": "/tmp/out", "workers": workers}), {}, frozenset())
+    pool.slots = slots
+    for slot in slots:
+        if slot.info:
+            pool.record_start(slot, slot.info)
+    return pool
