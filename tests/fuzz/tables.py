@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from reinforce.config import Input, Limits
-from reinforce.source.formats import parquet
+from reinforce.parquet import checked_file
 from reinforce.source.formats.base import Shard
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample, Refusal
@@ -62,7 +62,7 @@ def changed_table(file: tuple[str, str, str], changes: list[tuple[tuple[int, flo
         data[at : at if inserted else at + len(value)] = value
     fsspec.filesystem("memory").pipe("/fuzz/x.parquet", bytes(data))
     bounds = {"MAX_PAGE_BYTES": 2**24, "MAX_BATCH_BYTES": 2**26, "MAX_LIST_VALUES": 2**20}
-    with mock.patch.multiple(parquet, **bounds):
+    with mock.patch.multiple(checked_file, **bounds):
         read = Shard("memory://fuzz/x.parquet", "x", "parquet")
         for item in read_samples(read, Input(limits=Limits(shard_samples=2 * ROWS))):
             assert isinstance(item, RawSample | Refusal)

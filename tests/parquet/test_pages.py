@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.config import Limits
-from reinforce.source.formats import parquet
+from reinforce.parquet import checked_file
 from reinforce.source.samples import RawSample
 from tests.helpers.data import picture
 from tests.helpers.tables import read_lazily, read_table, write_columns
@@ -164,7 +164,7 @@ def test_delta_encoded_pages_are_bounded_by_what_their_bodies_say(
 
 
 def test_pages_are_bounded_by_their_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "MAX_PAGE_BYTES", 10_000)
+    monkeypatch.setattr(checked_file, "MAX_PAGE_BYTES", 10_000)
     for dictionary in (True, False):
         path = write_columns(tmp_path / "x.parquet", {"image": [bytes(20_000)]}, use_dictionary=dictionary)
         [refusal] = read_table(path)
@@ -174,7 +174,7 @@ def test_pages_are_bounded_by_their_headers(tmp_path: Path, monkeypatch: pytest.
 def test_rows_of_a_long_dictionary_entry_are_read_a_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet, "MAX_BATCH_BYTES", 16_000_000)
+    monkeypatch.setattr(checked_file, "MAX_BATCH_BYTES", 16_000_000)
     rows, image = 200, base64.b64encode(bytes(300_000))
     pages = [
         Page(text(image), 1, dictionary=True),

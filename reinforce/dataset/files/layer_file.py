@@ -23,17 +23,9 @@ import pyarrow.parquet as pq
 
 import schemas
 from reinforce.dataset import vectors
-from reinforce.parquet.footers import (
-    MAX_FOOTER_BYTES,
-    TAIL_BYTES,
-    ArrowInput,
-    FooterCheck,
-    RefusedFile,
-    footer_bytes,
-    read_footer,
-    span,
-)
+from reinforce.parquet.footers import FooterCheck, RefusedFile, span
 from reinforce.parquet.pages import DICTIONARY, BadPage, Bytes, Page, longest_entry, read_pages
+from reinforce.parquet.window import WindowFile
 
 #: Bounds of a file. A run writes at most 1,024 rows and 32 MiB of images in a row group.
 MAX_ROWS = 2**14  # of a row group
@@ -41,7 +33,6 @@ MAX_VALUES = 2**20  # of a column of texts or structs in a row group
 MAX_BYTES = 2**30  # of the columns of a row group that are read together
 
 _KEYS = "key"
-_GAP = 2**13  # bytes between two columns that are read with them in one request
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 _TENSORS = ("embeddings", "scales")
 
@@ -108,19 +99,12 @@ class LayerFile:
     """
 
     def __init__(self, source: Any, size: int, max_rows: int = MAX_ROWS, file: tuple[str, str] | None = None) -> None:
-        self._source, self._max_rows, self._name = _Source(source, size), max_rows, file
-        tail = self._source.tail(TAIL_BYTES)
-        footer = read_footer(tail, size)
-        if footer is None:
-            tail = self._source.tail(MAX_FOOTER_BYTES + 8)
-            footer = read_footer(tail, size)
-            assert footer is not None
+        self._source, self._max_rows, self._name = WindowFile(source, size), max_rows, file
+        self.metadata, self._footer = self._source.footer()
         self._readable = source if isinstance(source, pa.NativeFile) else None
-        self.metadata: pq.FileMetaData = footer
-        self.num_row_groups: int = footer.num_row_groups
-        self._names = _column_names(footer)
+        self.num_row_groups: int = self.metadata.num_row_groups
+        self._names = _column_names(self.metadata)
         self._check: FooterCheck | None = None
-        self._footer = footer_bytes(tail)
 
     @property
     def footer(self) -> tuple[pq.FileMetaData, Sequence[str], bytes]:
@@ -153,9 +137,13 @@ class LayerFile:
             raise RefusedFile(f"it has no column {', '.join(sorted(missing))}")
         group = self._row_group(number)
         leaves = [leaf for leaf in map(group.column, range(group.num_columns)) if _column(leaf) in names]
-        with self._source.fetched([span(leaf, self._source.size()) for leaf in leaves]), _decode_errors():
-            self._check_bytes(group.num_rows, leaves)
-            table = self._file.read_row_group(number, columns=names, use_threads=use_threads)
+        self._source.fetch([span(leaf, self._source.size()) for leaf in leaves])
+        try:
+            with _decode_errors():
+                self._check_bytes(group.num_rows, leaves)
+                table = self._file.read_row_group(number, columns=names, use_threads=use_threads)
+        finally:
+            self._source.fetch([])
         return self._with_tensors(table)
 
     def stored_keys(self, number: int, most_bytes: int) -> StoredKeys | None:
@@ -202,7 +190,7 @@ class LayerFile:
     def _decoded_bytes(self, leaf: Any, values: int) -> int:
         """An upper bound of the bytes of a column chunk, decompressed and decoded, by the headers of its pages."""
         start, length = span(leaf, self._source.size())
-        chunk = self._source.view(start, length)
+        chunk = self._source.read_at(start, length)
         pages = list(read_pages(chunk, values))
         total = sum(page.uncompressed for page in pages)
         if leaf.physical_type == "BYTE_ARRAY":
@@ -232,55 +220,6 @@ def _decode_errors() -> Iterator[None]:
         if "CRC checksum" in str(error):
             raise RefusedFile("a page does not have its checksum: bytes of it have changed") from error
         raise RefusedFile(f"a page cannot be decoded: {str(error)[:300]}") from error
-
-
-class _Source(ArrowInput):
-    """A file whose column chunks are fetched once, checked, and then read by Arrow from memory."""
-
-    def __init__(self, file: Any, size: int) -> None:
-        self._file, self._size, self._position = file, size, 0
-        self._parts: list[tuple[int, memoryview]] = []
-
-    def tail(self, length: int) -> bytes:
-        """The last bytes of the file."""
-        return self.read_at(max(0, self._size - length), min(self._size, length))
-
-    def read_at(self, start: int, length: int) -> bytes:
-        self._file.seek(start)
-        data: bytes = self._file.read(length)
-        return data
-
-    def fetched(self, spans: Sequence[tuple[int, int]]) -> _Source:
-        """Fetch these (start, length), neighbours in one request; they are kept until the ``with`` block ends."""
-        for start, length in _merged(spans):
-            self._file.seek(start)
-            data = self._file.read_buffer(length) if hasattr(self._file, "read_buffer") else self._file.read(length)
-            self._parts.append((start, memoryview(data).cast("B")))
-        return self
-
-    def __enter__(self) -> _Source:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._parts.clear()
-
-    def view(self, start: int, length: int) -> memoryview:
-        """The fetched bytes at ``start``."""
-        for first, data in self._parts:
-            if first <= start and start + length <= first + len(data):
-                return data[start - first : start - first + length]
-        raise RefusedFile("a column chunk is cut off")
-
-    # The file that Arrow reads.
-
-    def read(self, count: int = -1) -> Bytes:
-        count = min(self._size - self._position, count if count >= 0 else self._size)
-        try:
-            data: Bytes = self.view(self._position, count)
-        except RefusedFile:
-            data = self.read_at(self._position, count)
-        self._position += len(data)
-        return data
 
 
 def _column_names(footer: pq.FileMetaData) -> list[str]:
@@ -319,18 +258,6 @@ def _elements(shape: Sequence[int]) -> int:
 
 def _column(leaf: Any) -> str:
     return str(leaf.path_in_schema).partition(".")[0]
-
-
-def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The spans in order, with neighbours joined."""
-    merged: list[tuple[int, int]] = []
-    for start, length in sorted(spans):
-        if merged and start <= sum(merged[-1]) + _GAP:
-            first, before = merged[-1]
-            merged[-1] = (first, max(before, start + length - first))
-        else:
-            merged.append((start, length))
-    return merged
 
 
 def _expanded(page: Page, values: int, chunk: Bytes, compression: str) -> int:

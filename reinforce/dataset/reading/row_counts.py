@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.dataset.files.index import read_index
-from reinforce.dataset.files.layer_file import TAIL_BYTES, check_rows, read_footer
+from reinforce.dataset.files.layer_file import check_rows
 from reinforce.dataset.files.store import Store, check_footer
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import layer_errors
+from reinforce.parquet.footers import TAIL_BYTES, read_footer
 from teachers.weights import cache_folder, locked
 
 _LOG = logging.getLogger(__name__)

@@ -15,17 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reinforce.config import Input, Limits
-from reinforce.parquet.delta_pages import ColumnLevels, decoded_bytes, is_delta
-from reinforce.parquet.footers import (
-    MAX_FOOTER_BYTES,
-    TAIL_BYTES,
-    ArrowInput,
-    FooterCheck,
-    RefusedFile,
-    read_footer,
-    span,
-)
-from reinforce.parquet.pages import DICTIONARY, BadPage, CutOff, Page, longest_entry, read_page
+from reinforce.parquet.checked_file import CheckedFile
+from reinforce.parquet.footers import FooterCheck, RefusedFile
+from reinforce.parquet.pages import BadPage
 from reinforce.source.formats.base import Part, Shard, SourceFormat
 from reinforce.source.formats.columns import Columns, NoColumn, RowReader, find_columns
 from reinforce.source.samples import Item, ReadBudget, Refusal, unique_keys
@@ -35,16 +27,7 @@ from schemas import Reason
 
 Row = Mapping[str, Any]
 
-#: Bytes of a page and of the pages of one batch, when decompressed, that are decoded at most.
-MAX_PAGE_BYTES = 2**29
-MAX_BATCH_BYTES = 2**30
-MAX_LIST_VALUES = 2**24  # of a column of lists in a row group
-_BATCH_BYTES = 16 * 2**20  # of a batch, by the sizes in the footer
-_BATCH_ROWS = 256
 _READ_BYTES = 4 * 2**20  # per request and column
-_WINDOW_BYTES = 32 * 2**20  # of a row group that is fetched by one request
-_HEADER_BYTES = 2**14  # of a page header; statistics in it can be longer
-_MAX_HEADER_BYTES = 2**24
 
 
 class ParquetFile:
@@ -54,9 +37,9 @@ class ParquetFile:
         fs, path = filesystem(url)
         check_file(fs, path)
         self._stack = contextlib.ExitStack()
-        self._file = _CheckedFile(self._stack.enter_context(fs.open(path, "rb", cache_type="none")))
+        self._file = CheckedFile(self._stack.enter_context(fs.open(path, "rb", cache_type="none")))
         try:
-            self.footer = self._file.footer()
+            self.footer, _ = self._file.footer()
             self.schema = _schema(self.footer)
         except BaseException:
             self._stack.close()
@@ -165,163 +148,6 @@ def _describe(error: Exception) -> str:
     if "CRC checksum" in str(error):
         return "a page does not have its checksum: bytes of it have changed"
     return str(error)[:300]
-
-
-class _CheckedFile(ArrowInput):
-    """A file that Arrow reads column chunks from; each page header is checked when it is read.
-
-    ``error`` is what the storage has raised, ``batch_bytes`` are the decompressed bytes of the pages since it was set.
-    """
-
-    closed = False
-
-    def __init__(self, file: Any) -> None:
-        self._file, self._position = file, 0
-        self._size: int = file.seek(0, 2)
-        self._chunks: list[_Chunk] = []
-        self._window = (0, memoryview(b""))  # where it begins, and its bytes
-        self.error: Exception | None = None
-        self.batch_bytes = 0
-
-    def footer(self) -> pq.FileMetaData:
-        """The footer. Raises RefusedFile."""
-        for length in (TAIL_BYTES, MAX_FOOTER_BYTES + 8):
-            start = max(0, self._size - length)
-            footer = read_footer(bytes(self._read_at(start, self._size - start)), self._size)
-            if footer is not None:
-                return footer
-        raise RefusedFile("its footer cannot be read")
-
-    def check(self, group: Any, leaves: Mapping[int, Any], schema: pq.ParquetSchema) -> int:
-        """Prepare to read these leaves of a row group, by their place in the schema; returns the rows of a batch.
-
-        Raises RefusedFile for a leaf that is above the bounds.
-        """
-        rows = max(1, group.num_rows)
-        size = sum(max(0, leaf.total_uncompressed_size) for leaf in leaves.values())
-        batch = max(1, min(_BATCH_ROWS, _BATCH_BYTES * rows // max(1, size)))
-        self._chunks = []
-        for place, leaf in leaves.items():
-            if leaf.num_values != group.num_rows and leaf.num_values > MAX_LIST_VALUES:
-                raise RefusedFile(f"column {leaf.path_in_schema} has {leaf.num_values:,} values in {rows:,} rows")
-            start, length = span(leaf, self._size)
-            self._chunks.append(_Chunk(start, start + length, leaf, schema.column(place)))
-            if leaf.physical_type == "BYTE_ARRAY" and leaf.has_dictionary_page:
-                batch = min(batch, self._dictionary_rows(start, leaf, batch))
-        first, last = min(chunk.next for chunk in self._chunks), max(chunk.end for chunk in self._chunks)
-        self._window = (0, memoryview(b""))
-        if last - first <= _WINDOW_BYTES:
-            self._window = (first, memoryview(self._read_at(first, last - first)))
-        return batch
-
-    def _dictionary_rows(self, start: int, leaf: Any, rows: int) -> int:
-        """Rows of a batch whose values together stay within the bounds if each is the longest of the dictionary."""
-        page, header = self._page(start, b"")
-        if page.type != DICTIONARY or page.uncompressed * rows <= MAX_BATCH_BYTES // 16:
-            return rows
-        if page.uncompressed > MAX_PAGE_BYTES:
-            raise BadPage(f"a dictionary of {page.uncompressed:,} bytes; at most {MAX_PAGE_BYTES:,} are read")
-        stored = self._read_at(start + header, page.stored)
-        return max(1, MAX_BATCH_BYTES // 16 // max(1, longest_entry(page, stored, leaf.compression)))
-
-    def _page(self, position: int, known: bytes | memoryview) -> tuple[Page, int]:
-        """The page whose header is at ``position``, and the bytes of its header. ``known`` are bytes from there on."""
-        length = _HEADER_BYTES
-        while True:
-            try:
-                page = read_page(known, 0)
-                return page, page.start
-            except CutOff:
-                if length > _MAX_HEADER_BYTES or len(known) >= self._size - position:
-                    raise
-                known = self._read_at(position, min(length, self._size - position))
-                length *= 16
-
-    def _check_pages(self, start: int, data: bytes | memoryview) -> None:
-        end = start + len(data)
-        for chunk in self._chunks:
-            while chunk.next < min(end, chunk.end) and start <= chunk.next:
-                known = memoryview(data)[chunk.next - start :]
-                page, header = self._page(chunk.next, known)
-                body = chunk.pass_page(page, header)
-                self.batch_bytes += page.uncompressed
-                if is_delta(page):
-                    self.batch_bytes += self._check_delta(chunk, page, body, known[header:])
-                if self.batch_bytes > MAX_BATCH_BYTES:
-                    raise BadPage(f"some rows need more than {MAX_BATCH_BYTES:,} bytes")
-
-    def _check_delta(self, chunk: _Chunk, page: Page, start: int, known: memoryview) -> int:
-        """Bytes of the texts of a page whose body is at ``start``; ``known`` is what has been read from there on.
-
-        The rest of the body is kept for Arrow, which reads it next.
-        """
-        body: bytes | memoryview = known[: page.stored]
-        if len(body) < page.stored:
-            rest = self._read_at(start + len(body), page.stored - len(body))
-            chunk.ahead = (start + len(body), memoryview(rest))
-            body = b"".join((body, rest))
-        size = decoded_bytes(page, body, chunk.levels)
-        if size > MAX_PAGE_BYTES:
-            raise BadPage(f"a page of texts of {size:,} bytes; at most {MAX_PAGE_BYTES:,} are read")
-        return size
-
-    def _read_at(self, start: int, length: int) -> bytes | memoryview:
-        for first, part in (self._window, *(chunk.ahead for chunk in self._chunks)):
-            if first <= start and start + length <= first + len(part):
-                return part[start - first : start - first + length]
-            if first <= start < first + len(part):
-                done = part[start - first :]
-                return b"".join((done, self._read_at(start + len(done), length - len(done))))
-        try:
-            self._file.seek(start)
-            data = bytearray()
-            while len(data) < length and (part := self._file.read(length - len(data))):
-                if len(part) == length:
-                    return bytes(part)
-                data += part
-        except Exception as error:
-            self.error = error
-            raise
-        if len(data) < length:
-            raise BadPage("the file ends before its footer says")
-        return bytes(data)
-
-    # The file that Arrow reads.
-
-    def read(self, count: int = -1) -> bytes | memoryview:
-        left = max(0, self._size - self._position)
-        data = self._read_at(self._position, left if count < 0 else min(count, left))
-        self._check_pages(self._position, data)
-        self._position += len(data)
-        return data
-
-
-class _Chunk:
-    """A column chunk that is being read: the place of its next page header, and how many values are to come."""
-
-    def __init__(self, start: int, end: int, leaf: Any, column: Any) -> None:
-        self.next, self.end = start, end
-        self.levels = ColumnLevels(column.max_repetition_level, column.max_definition_level, leaf.compression)
-        # What has been read before Arrow asked for it: where it begins, and its bytes.
-        self.ahead = (0, memoryview(b""))
-        self._values, self._first = leaf.num_values, start
-
-    def pass_page(self, page: Page, header: int) -> int:
-        """Check a page and go on to the next; returns the place of its body. Raises BadPage."""
-        if page.uncompressed > MAX_PAGE_BYTES:
-            raise BadPage(f"a page of {page.uncompressed:,} bytes; at most {MAX_PAGE_BYTES:,} are read")
-        if page.type == DICTIONARY:
-            if self.next != self._first:
-                raise BadPage("a dictionary that is not the first page")
-        else:
-            self._values -= page.values
-        if self._values < 0:
-            raise BadPage("the pages have more values than the footer")
-        body = self.next + header
-        self.next = body + page.stored
-        if self.next > self.end:
-            raise BadPage("a page is longer than its column chunk")
-        return body
 
 
 class Parquet(SourceFormat):

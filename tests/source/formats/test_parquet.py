@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reinforce.config import Limits
+from reinforce.parquet import checked_file
 from reinforce.source.formats import parquet
 from reinforce.source.samples import RawSample, Refusal
 from tests.helpers.data import picture
@@ -150,7 +151,7 @@ def test_texts_in_columns_of_paths_are_paths(tmp_path: Path) -> None:
 def test_long_pages_of_delta_encoded_images_are_read_once(
     tmp_path: Path, unsteady: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet, "_WINDOW_BYTES", 0)
+    monkeypatch.setattr(checked_file, "_WINDOW_BYTES", 0)
     monkeypatch.setattr(parquet, "_READ_BYTES", 2**16)
     images = [bytes([n]) * 40_000 for n in range(100)]
     options = {"compression": "none", "use_dictionary": False, "column_encoding": "DELTA_LENGTH_BYTE_ARRAY"}
