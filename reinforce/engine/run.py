@@ -25,10 +25,10 @@ from reinforce.dataset.manifest.manifest import (
 from reinforce.dataset.runs.shard_records import read_records
 from reinforce.engine.plan.changed_sources import changed_sources, changes_note
 from reinforce.engine.plan.duplicates import check_copies
-from reinforce.engine.plan.folder_lists import write_lists
 from reinforce.engine.plan.plan import Plan, make_plan
 from reinforce.engine.plan.precision import nodes_of_run
 from reinforce.engine.plan.recipe import version_notes
+from reinforce.engine.plan.shard_lists import write_lists
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.record.progress import Progress
 from reinforce.engine.record.summary import RunSummary, add_summaries, nothing_to_do

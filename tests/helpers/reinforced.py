@@ -16,8 +16,8 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import update_manifest, write_manifest
 from reinforce.engine.decode.rows import GROUP_ROWS
 from reinforce.engine.inference.models import load_models
-from reinforce.engine.plan.folder_lists import write_lists
 from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.plan.shard_lists import write_lists
 from reinforce.engine.worker.shard import process_shard
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool

@@ -24,9 +24,9 @@ from reinforce.dataset.manifest.differences import recipe_error
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.engine.messages.task import PendingShard
-from reinforce.engine.plan.folder_lists import list_url
 from reinforce.engine.plan.precision import nodes_of_run, resolve_precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.plan.shard_lists import list_url
 from reinforce.engine.plan.source_shards import SourceShards, source_shards
 from reinforce.engine.plan.stored_layers import stored_layers
 from reinforce.errors import UserError

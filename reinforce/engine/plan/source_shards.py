@@ -12,8 +12,7 @@ import pyarrow as pa
 from reinforce.config import Config
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest
-from reinforce.engine.plan.folder_lists import FolderShards, folder_shards
-from reinforce.engine.plan.table_parts import table_shards
+from reinforce.engine.plan.shard_lists import ListedShards, folder_shards, table_shards
 from reinforce.errors import UserError
 from reinforce.source.formats.base import Part, SourceFormat
 from reinforce.source.formats.recognise import source_format
@@ -54,12 +53,11 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> Sour
         _check_references(urls, format_)
     urls = format_.shard_urls(urls, config.input, lambda url: _manifest_of_source(url, config), listed)
     if config.input.rows_per_shard is not None and format_.is_table:
-        tables = table_shards(urls, config, format_, listed or {})
-        names = pa.array(shard_names(former_urls(tables.urls, config.moved)), pa.string())
-        return SourceShards(names, tables.urls, format_, tables.lists, (), tables.parts)
-    folders = folder_shards(urls, config, format_) if format_.is_listed else FolderShards(urls)
-    names = pa.array(shard_names(former_urls(folders.urls, config.moved)), pa.string())
-    return SourceShards(names, folders.urls, format_, folders.lists, folders.notes)
+        found = table_shards(urls, config, format_, listed or {})
+    else:
+        found = folder_shards(urls, config, format_) if format_.is_listed else ListedShards(urls)
+    names = pa.array(shard_names(former_urls(found.urls, config.moved)), pa.string())
+    return SourceShards(names, found.urls, format_, found.lists, found.notes, found.parts)
 
 
 def _check_references(urls: Sequence[str], format_: SourceFormat) -> None:

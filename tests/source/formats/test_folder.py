@@ -14,9 +14,9 @@ import pytest
 import reinforce
 from reinforce.config import Config, Input, parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.plan import folder_lists
-from reinforce.engine.plan.folder_lists import write_lists
+from reinforce.engine.plan import shard_lists
 from reinforce.engine.plan.plan import Plan, make_plan
+from reinforce.engine.plan.shard_lists import write_lists
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.preflight.estimate_bytes import expected_bytes
 from reinforce.errors import UserError
@@ -82,7 +82,7 @@ def test_a_folder_gives_the_samples_of_a_tar_of_it(photos: Path, tmp_path: Path)
 def test_files_that_are_added_form_new_shards_and_finished_ones_stay(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder_lists, "BLOCK", 3)
+    monkeypatch.setattr(shard_lists, "BLOCK", 3)
     values = config(photos, photos / "out", teachers=RED)
     reinforce_here(values)
     before = tree(photos / "out")

@@ -1,38 +1,105 @@
-"""Shards that are parts of tables, where ``input.rows_per_shard`` is set: ``lists/parts-<number>.jsonl``.
+"""Lists that freeze the shards of a source: ``lists/<name>.jsonl`` in the dataset.
 
-A list has a line for each file with new rows, and never changes. Rows that are added at the end of a file form new
-shards, so finished shards stay valid.
+``lists/<shard>.jsonl`` has the files of a shard of a folder of images. Where ``input.rows_per_shard`` is set,
+``lists/parts-<number>.jsonl`` has a line for each table with new rows, which are divided into parts. A list is written
+before its shards are computed, and never changes. Files and rows that are added later form new shards, so finished
+shards stay valid.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from reinforce.config import Config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.plan.folder_lists import LIST_BYTES, LISTS, written_lists
 from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
 from reinforce.source.captions import parse_json
-from reinforce.source.formats.base import Part, SourceFormat
+from reinforce.source.formats.base import ListedSample, Part, SourceFormat
 from reinforce.source.identity import former_url
-from reinforce.source.urls import Info, canonical, filesystem
+from reinforce.source.urls import Info, canonical, filesystem, shard_name
 
+#: Samples of a shard of a folder.
+BLOCK = 2048
+_LISTS = "lists"
+_PARTS = "parts-"
+_LIST_BYTES = 2**28  # that are read
 _THREADS = 16
-_PREFIX = "parts-"
 
 
 @dataclass
-class TableShards:
-    """The shards of tables: their URLs and parts, None for a whole file, and the list that is not written yet."""
+class ListedShards:
+    """The shards of a source: their URLs, their parts if they are tables (None for a whole file), the lists that are
+    not written yet by name, and notes for the user."""
 
     urls: list[str] = field(default_factory=list)
     parts: list[Part | None] = field(default_factory=list)
     lists: dict[str, bytes] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def write_lists(store: Store, lists: Mapping[str, bytes]) -> None:
+    """Write new lists. Raises UserError if another run has written one in the meantime."""
+    for name, content in lists.items():
+        if not store.create(content, _LISTS, f"{name}.jsonl"):
+            raise UserError(f"{store.path(_LISTS, name)}.jsonl was written by another run. Run the same command again.")
+
+
+def list_url(config: Config, shard: str) -> str:
+    """The URL of the list of a shard."""
+    return f"{config.output.rstrip('/')}/{_LISTS}/{shard}.jsonl"
+
+
+def _written_lists(store: Store) -> set[str]:
+    """The names of the lists that the dataset has."""
+    with store.storage_errors("read", _LISTS):
+        if not store.fs.isdir(store.path(_LISTS)):
+            return set()
+        paths = store.fs.ls(store.path(_LISTS), detail=False, refresh=True)
+    return {path.rpartition("/")[2].removesuffix(".jsonl") for path in paths}
+
+
+def folder_shards(folders: Sequence[str], config: Config, format_: SourceFormat) -> ListedShards:
+    """List folders, and form shards of the files that are in no list of the dataset. Raises UserError."""
+    store, result = Store(config.output), ListedShards()
+    written = _written_lists(store)
+    for url in folders:
+        folder = format_.list_folder(url, config.input, canonical(config.output))
+        result.notes.extend(folder.notes)
+        listed: set[str] = set()
+        for number in itertools.count():
+            shard = f"{url.rstrip('/')}/block-{number:06d}"
+            name = shard_name(former_url(shard, config.moved))
+            if name in written:
+                listed |= _keys(store, name)
+                result.urls.append(shard)
+                continue
+            blocks = _blocks([sample for sample in folder.samples if sample.key not in listed])
+            for content, at in zip(blocks, itertools.count(number), strict=False):
+                shard = f"{url.rstrip('/')}/block-{at:06d}"
+                result.urls.append(shard)
+                result.lists[shard_name(former_url(shard, config.moved))] = content
+            break
+    return result
+
+
+def _keys(store: Store, shard: str) -> set[str]:
+    """The keys of a list. Raises UserError if it is damaged."""
+    lines = store.read_bytes(_LISTS, f"{shard}.jsonl", limit=_LIST_BYTES).splitlines()
+    entries = [parse_json(line) for line in lines]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("key"), str) for entry in entries):
+        raise UserError(f"{store.path(_LISTS, shard)}.jsonl is damaged. Restore it from a backup or another copy.")
+    return {entry["key"] for entry in entries}
+
+
+def _blocks(samples: Sequence[ListedSample]) -> Iterator[bytes]:
+    for first in range(0, len(samples), BLOCK):
+        yield b"".join(sample.line() for sample in samples[first : first + BLOCK])
 
 
 @dataclass(frozen=True)
@@ -43,14 +110,16 @@ class _Table:
     parts: tuple[Part, ...] = ()
 
 
-def table_shards(urls: Sequence[str], config: Config, format_: SourceFormat, listed: Mapping[str, Info]) -> TableShards:
+def table_shards(
+    urls: Sequence[str], config: Config, format_: SourceFormat, listed: Mapping[str, Info]
+) -> ListedShards:
     """Divide tables into parts; a file that cannot be read is one shard, which says so when it is read.
 
     Only files that are new or have grown are looked into. Raises UserError for a file that has become shorter.
     """
     assert config.input.rows_per_shard is not None
-    store, result = Store(config.output), TableShards()
-    names = sorted(name for name in written_lists(store) if name.startswith(_PREFIX))
+    store, result = Store(config.output), ListedShards()
+    names = sorted(name for name in _written_lists(store) if name.startswith(_PARTS))
     known = _read_lists(store, names)
     places = [former_url(url, config.moved) for url in urls]
     rows = config.input.rows_per_shard
@@ -74,7 +143,7 @@ def table_shards(urls: Sequence[str], config: Config, format_: SourceFormat, lis
         result.urls += [f"{url}/{stem}-{number:06d}" for number in range(len(table.parts))]
         result.parts += table.parts
     if lines:
-        result.lists[f"{_PREFIX}{len(names):06d}"] = "".join(f"{line}\n" for line in lines).encode()
+        result.lists[f"{_PARTS}{len(names):06d}"] = "".join(f"{line}\n" for line in lines).encode()
     return result
 
 
@@ -119,13 +188,13 @@ def _read_lists(store: Store, names: Sequence[str]) -> dict[str, _Table]:
     """The files of the lists by their places, with their parts. Raises UserError if a list is damaged."""
     known: dict[str, _Table] = {}
     for name in names:
-        for line in store.read_bytes(LISTS, f"{name}.jsonl", limit=LIST_BYTES).splitlines():
+        for line in store.read_bytes(_LISTS, f"{name}.jsonl", limit=_LIST_BYTES).splitlines():
             try:
                 entry = parse_json(line)
                 place, size = entry["file"], int(entry["size"])
                 parts = tuple(Part(place, *map(int, numbers)) for numbers in entry["parts"])
             except (TypeError, KeyError, ValueError) as error:
-                where = store.path(LISTS, name)
+                where = store.path(_LISTS, name)
                 raise UserError(f"{where}.jsonl is damaged. Restore it from a backup or another copy.") from error
             known[place] = _Table(size, (*known.get(place, _Table(None)).parts, *parts))
     return known
