@@ -1,15 +1,24 @@
-"""Inputs and measurements of the loader benchmark."""
+"""Inputs and measurements of the benchmarks of loading, augmenting and sources, on a few small images."""
 
 from __future__ import annotations
 
+import argparse
 import io
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from benchmarks import loader
+from benchmarks import augment, loader, sources
+from benchmarks.augment import Variant, compare, cosines, report, variants
+from benchmarks.loader import photo
+from reinforce.config import Input, Limits
+from reinforce.images.policy import decode
+from reinforce.source.reading import read_samples as read_source
+from reinforce.source.samples import RawSample
 from tests.helpers.demo import read_samples
 
 
@@ -45,3 +54,48 @@ def test_random_models_return_unit_vectors_and_captions() -> None:
     captioner = loader.RandomCaptioner(torch.device("cpu"), captions=2)
     captions = captioner.caption(torch.zeros(1, 3, 8, 8), np.array([[1, 2]]))
     assert captions == [[loader.sentence(1), loader.sentence(2)]]
+
+
+def test_the_variants_of_the_new_backend_have_the_same_pixels() -> None:
+    image = decode(photo(1, 300), Limits())
+    assert max(image.size) == 300
+    [records] = augment.records_of([image], 4)
+    pixels = {name: [variant.replay(image, record) for record in records] for name, variant in variants().items()}
+    np.testing.assert_array_equal(pixels["fixed-point-1"], pixels["fixed-point-1 (torch)"])
+    assert not np.array_equal(pixels["fixed-point-1"], pixels["torchvision-pil-1"])
+
+
+def test_results_have_ratios_to_the_default_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(augment, "SIZE", 64)
+    photos = [photo(seed, 200) for seed in range(2)]
+    of = variants()
+    chosen = {name: of[name] for name in ("torchvision-pil-1", "fixed-point-1")}
+    chosen["reduced"] = Variant(of["fixed-point-1"].replay, "rgb-1-reduced-60")
+    tables = {"web images": compare(photos, chosen, 2, rounds=2)}
+    similar = {"web images": cosines(photos, chosen, 2)}
+    assert all(values["1st percentile"] > 0.8 for values in similar["web images"].values())
+    assert similar["web images"]["torchvision-pil-1"]["mean"] == pytest.approx(1)
+    options = argparse.Namespace(rounds=2, results=tmp_path / "augment.json")
+    report(tables, similar, {"web images": photos}, options)
+    written = json.loads(options.results.read_text())
+    assert written["ratios"]["web images"]["torchvision-pil-1"] == 1, "the first variant"
+    assert written["cpu ms per sample"]["web images"]["reduced"].keys() == {"decode", "crops", "ops", "all"}
+
+
+def test_every_format_has_the_same_samples(tmp_path: Path) -> None:
+    samples = sources.make_samples(3, 60)
+    for file, write in sources.WRITERS.values():
+        write(tmp_path / file, samples)
+        found = [*read_source(sources._shard(tmp_path / file), Input())]
+        spec = Input()
+        assert [
+            (item.key, item.image, item.caption(spec.captions, spec.limits)) if isinstance(item, RawSample) else item
+            for item in found
+        ] == samples
+
+
+def test_medians_and_ratios_are_those_of_the_rounds() -> None:
+    figures = {"tar": {"read": [1.0, 2.0, 9.0], "run": [4.0, 5.0, 5.0]}, "jsonl": {"read": [3.0], "run": [6.0]}}
+    found = sources.summarize(figures)
+    assert found["tar"] == {"read": 2.0, "run": 5.0, "run / tar": 1.0}
+    assert found["jsonl"]["run / tar"] == 1.2

@@ -1,3 +1,5 @@
+"""Metrics of captioners, compared with open_clip's, a run's and published values."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -6,6 +8,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from reinforce.captioning.evaluator import CaptionerEvaluator
@@ -126,3 +130,36 @@ def test_broken_held_out_images_are_left_out(tmp_path: Path) -> None:
 
 def _members(key: str, image: bytes, text: bytes = b"a caption") -> list[tuple[str, bytes]]:
     return [(f"{key}.png", image), (f"{key}.txt", text)]
+
+
+REFERENCES = [
+    ["a red apple on a table", "an apple"],
+    ["a dog with a hat"],
+    ["the face of a small cat", "a cat", "a small cat looks"],
+]
+CAPTIONS = ["a red apple", "a cat with a hat", "a small cat"]
+
+
+def test_cider_d_equals_that_of_pycocoevalcap() -> None:
+    # value of pycocoevalcap 1.2 for the same words (its Cider is CIDEr-D)
+    assert cider(CAPTIONS, REFERENCES) == pytest.approx(3.3992980299586297, rel=1e-12)
+
+
+def test_scores_of_perfect_unrelated_repeated_and_punctuated_captions() -> None:
+    first = [texts[0] for texts in REFERENCES]
+    assert bleu(first, REFERENCES) == pytest.approx(1)
+    assert cider(first, [[text] for text in first]) == pytest.approx(10), "the highest score"
+    unrelated = ["x y z w v"] * 3
+    assert cider(unrelated, REFERENCES) == 0
+    assert bleu(unrelated, REFERENCES) < 0.05  # smoothed
+    same = ["A red, apple!", "a CAT with a hat.", "a small cat"]
+    assert cider(same, REFERENCES) == cider(CAPTIONS, REFERENCES), "case and punctuation are ignored"
+    assert cider([f"{text} {text} {text} {text}" for text in CAPTIONS], REFERENCES) < cider(CAPTIONS, REFERENCES)
+
+
+@given(st.lists(st.tuples(st.text("abc ", max_size=20), st.lists(st.text("abc ", max_size=20), min_size=1, max_size=3))
+                , min_size=1, max_size=5))  # fmt: skip
+def test_scores_are_in_range_for_any_text(rows: list[tuple[str, list[str]]]) -> None:
+    captions, references = [text for text, _ in rows], [texts for _, texts in rows]
+    assert 0 <= cider(captions, references) <= 10 + 1e-9
+    assert 0 <= bleu(captions, references) <= 1 + 1e-9

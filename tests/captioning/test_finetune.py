@@ -1,3 +1,5 @@
+"""Fine-tuning of a captioner: its config, notes, metrics, resumption, and the model in open_clip and in a run."""
+
 from __future__ import annotations
 
 import json
@@ -15,8 +17,8 @@ import pytest
 import torch
 import yaml
 
-from reinforce.captioning.config import CaptionerConfig
-from reinforce.captioning.finetune import build, count_truncated, finetune, format_comparison
+from reinforce.captioning.config import CaptionerConfig, load_captioner_config
+from reinforce.captioning.finetune import build, finetune, format_comparison
 from reinforce.cli import main
 from reinforce.errors import UserError
 from reinforce.training.record.results import Results
@@ -25,6 +27,43 @@ from tests.helpers.captioning import captioner_config, write_shards
 from tests.helpers.data import picture, write_tar
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tiny_coca import coca_model
+
+CONFIGS = sorted(Path(__file__).parents[2].glob("configs/finetune-*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_example_configs_are_valid(path: Path) -> None:
+    config = load_captioner_config(path)
+    assert config.loss.contrastive == 1
+    assert config.loss.caption == 2
+    again = CaptionerConfig.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
+    assert again == config
+
+
+@pytest.mark.parametrize("name", ["coco38k", "docci"])
+def test_published_recipes_have_the_published_values_and_two_overrides_give_open_clips(name: str) -> None:
+    path = next(path for path in CONFIGS if path.stem == f"finetune-{name}")
+    train = load_captioner_config(path).train
+    optimizer = train.optimizer
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.warmup, train.batch) == (1e-5, 0.1, 1000, 128)
+    loss = load_captioner_config(path, ["loss.contrastive=0", "loss.caption=1"]).loss
+    assert (loss.contrastive, loss.caption) == (0, 1)
+
+
+def test_the_default_best_metric_is_one_that_is_computed() -> None:
+    path = next(path for path in CONFIGS if path.stem == "finetune-demo")
+    assert load_captioner_config(path).evaluate.best_metric == "cider"
+    assert load_captioner_config(path, ["evaluate.captioned=0"]).evaluate.best_metric == "token_accuracy"
+
+
+@pytest.mark.parametrize(
+    ("freeze", "loss"),
+    [(["image", "text", "decoder"], {}), (["image", "text"], {"contrastive": 1, "caption": 0})],
+)
+def test_a_config_without_trainable_towers_is_refused(tmp_path: Path, freeze: list[str], loss: dict) -> None:
+    with pytest.raises(UserError, match="nothing is left to train"):
+        captioner_config(tmp_path, captioner={"model": f"local-dir:{tmp_path}/model", "freeze": freeze}, loss=loss)
+
 
 STEPS = 12
 
@@ -175,11 +214,6 @@ def test_notes_describe_parameters_data_and_truncated_captions(tmp_path: Path) -
     assert "M parameters are trained (image " in parameters
     assert "images with" in data
     assert truncated == "2 of 33 captions are longer than the model's context and truncated"
-
-
-def test_a_caption_that_fills_the_context_is_not_truncated() -> None:
-    assert count_truncated(["word " * 74], "coca_ViT-B-32") == 0
-    assert count_truncated(["word " * 75, "fog", "x" * 80], "coca_ViT-B-32") == 1
 
 
 def _members(key: str, image: bytes, text: bytes = b"a caption") -> list[tuple[str, bytes]]:

@@ -1,14 +1,25 @@
+"""CoCa in training: its losses compared with open_clip's, towers that are frozen, and the exported model."""
+
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
-from reinforce.captioning.model import build_captioner, describe_parameters
+from reinforce.captioning.model import CaptionerModel, build_captioner, describe_parameters
+from reinforce.captioning.task import CaptioningTask
 from reinforce.errors import UserError
+from reinforce.training.step import backpropagate
+from reinforce.training.task import Batch
+from teachers.device.accelerator import Accelerator
+from teachers.preprocessing.pixels import to_pixels
+from tests.helpers.caption_ranks import RANKS, compute, of_rank
 from tests.helpers.captioning import TEXTS, captioner_config, gradients_of, make_batch, make_captioner, task_losses
+from tests.helpers.ranks import results_of_ranks
 from tests.helpers.tiny_models import open_clip_model
 
 
@@ -34,6 +45,10 @@ def test_frozen_towers_are_not_trained_and_stay_in_eval_mode(tmp_path: Path) -> 
     assert model.coca.text_decoder.training
     trainable = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {"text_decoder", "logit_scale"}
+    counts = model.trainable_counts()
+    assert (counts["image"], counts["scales"]) == (0, 1)
+    assert counts["decoder"] == sum(p.numel() for p in model.coca.text_decoder.parameters())
+    assert sum(counts.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     line = describe_parameters(model)
     assert "decoder" in line
     assert "frozen: image, text" in line
@@ -59,15 +74,6 @@ def test_other_models_are_refused_before_loading(tmp_path: Path) -> None:
         build_captioner(captioner_config(tmp_path, captioner={"model": "coca_ViT-XL"}))
 
 
-def test_trainable_parameters_are_counted_by_tower(tmp_path: Path) -> None:
-    model = make_captioner(tmp_path, captioner={"model": f"local-dir:{tmp_path}/model", "freeze": ["image"]})
-    counts = model.trainable_counts()
-    assert counts["image"] == 0
-    assert counts["scales"] == 1
-    assert counts["decoder"] == sum(p.numel() for p in model.coca.text_decoder.parameters())
-    assert sum(counts.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 @pytest.mark.slow
 def test_a_compiled_captioner_has_few_graphs_whatever_the_lengths_of_captions(tmp_path: Path) -> None:
     model = make_captioner(tmp_path)
@@ -86,3 +92,98 @@ def test_a_compiled_captioner_has_few_graphs_whatever_the_lengths_of_captions(tm
         counts.append(len(graphs))
     assert counts[0] < counts[1] < 2 * counts[0], "the parts that depend on lengths"
     assert counts[1:] == [counts[1]] * 5
+
+
+#: The tokenizer encodes "&!;" as the tokens 5, 0 and 282: open_clip's padding is also a word.
+WITH_ZERO = "a sign that says &!;"
+
+
+def open_clip_losses(model: CaptionerModel, batch: Batch) -> dict[str, torch.Tensor]:
+    """Losses by open_clip's forward pass and CoCaLoss."""
+    outputs = model.coca(to_pixels(batch["image"], model.image), batch["caption"])
+    loss = open_clip.loss.CoCaLoss(caption_loss_weight=2, clip_loss_weight=1, pad_id=0)
+    losses: dict[str, torch.Tensor] = loss(**outputs, output_dict=True)
+    return losses
+
+
+def test_losses_and_gradients_equal_those_of_open_clip(tmp_path: Path) -> None:
+    model = make_captioner(tmp_path)
+    batch = make_batch(TEXTS)
+    ours = task_losses(model, batch, model.loss)
+    sum(ours.values()).backward()  # type: ignore[union-attr]
+    our_gradients = gradients_of(model)
+    model.zero_grad()
+    reference = open_clip_losses(model, batch)
+    sum(reference.values()).backward()  # type: ignore[union-attr]
+    reference_gradients = gradients_of(model)
+
+    torch.testing.assert_close(ours["contrastive"], reference["contrastive_loss"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours["caption"], reference["caption_loss"], rtol=1e-5, atol=1e-5)
+    assert our_gradients.keys() == reference_gradients.keys()
+    for name, gradient in our_gradients.items():
+        torch.testing.assert_close(gradient, reference_gradients[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_word_with_the_token_of_the_padding_counts(tmp_path: Path) -> None:
+    model = make_captioner(tmp_path)
+    batch = make_batch([WITH_ZERO, "two dogs"])
+    assert 0 in batch["caption"][0, 1 : batch["length"][0]]
+    with torch.no_grad():
+        ours = task_losses(model, batch, model.loss)["caption"]
+        logits = model.coca(to_pixels(batch["image"], model.image), batch["caption"])["logits"]
+        token_by_token = [
+            cross_entropy(logits[row, position], batch["caption"][row, position + 1])
+            for row in range(2)
+            for position in range(batch["length"][row])
+        ]
+        torch.testing.assert_close(ours, 2 * torch.stack(token_by_token).mean(), rtol=1e-5, atol=1e-5)
+        assert abs(float(ours - open_clip_losses(model, batch)["caption_loss"])) > 1e-3  # which ignores the word
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+    return results_of_ranks(of_rank, RANKS, tmp_path_factory.mktemp("ranks"))
+
+
+def test_the_mean_over_ranks_is_the_loss_and_the_gradient_of_the_global_batch(
+    by_rank: list[dict[str, torch.Tensor]],
+) -> None:
+    whole = compute(slice(None))
+    for name in ("contrastive", "caption"):
+        parts = torch.stack([results[name] for results in by_rank])
+        torch.testing.assert_close(parts.mean(), whole[name])
+        assert parts[0] != parts[1]
+    for name in ("of image", "of text", "of nll"):
+        torch.testing.assert_close(torch.cat([results[name] for results in by_rank]) / RANKS, whole[name])
+
+
+def test_batch_parts_give_the_gradients_of_the_whole_batch_and_bf16_is_close(tmp_path: Path) -> None:
+    model = make_captioner(tmp_path)
+    task = CaptioningTask(model, model.loss, evaluator=None)  # type: ignore[arg-type]
+    batch = make_batch(TEXTS)
+    assert len(set(batch["length"])) == 4  # parts differ in their number of tokens
+    results = []
+    for seeds, precision in (([0], "fp32"), ([0, 1], "fp32"), ([0], "bf16")):
+        model.zero_grad()
+        outcome = backpropagate(task, model, batch, len(TEXTS), seeds, Accelerator("cpu", precision))  # type: ignore[arg-type]
+        results.append((outcome.losses, gradients_of(model)))
+    (whole, gradients), (of_parts, gradients_of_parts), (half, _) = results
+    for name, value in whole.items():
+        torch.testing.assert_close(value, of_parts[name], rtol=1e-5, atol=1e-5)
+        assert half[name].dtype == torch.float32
+        assert half[name] != value
+        torch.testing.assert_close(half[name], value, rtol=0.03, atol=0.03)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, gradients_of_parts[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_exported_folder_loads_with_the_same_weights(tmp_path: Path) -> None:
+    model = make_captioner(tmp_path)
+    task = CaptioningTask(model, model.loss, evaluator=None)  # type: ignore[arg-type]
+    (tmp_path / "export").mkdir()
+    task.export(model, f"{tmp_path}/export")
+    name = f"local-dir:{tmp_path}/export"
+    again = build_captioner(captioner_config(tmp_path, captioner={"model": name}))
+    assert again.image == model.image
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+    assert open_clip.get_tokenizer(name)("fog").shape == (1, 76)

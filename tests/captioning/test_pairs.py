@@ -1,21 +1,57 @@
+"""Images with captions: how shards, tables and datasets are scanned, the held-out part, and reading of images."""
+
 from __future__ import annotations
 
 import base64
 import gzip
 import json
+import logging
+import os
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import schemas
+from reinforce.captioning.config import Data
 from reinforce.captioning.images import read_images
-from reinforce.captioning.pairs import PAIRS_FILE, Pairs, load_pairs
+from reinforce.captioning.pairs import PAIRS_FILE, ImageLocation, Pairs, load_pairs
+from reinforce.captioning.scan import scan
 from reinforce.errors import UserError
+from teachers.weights import cache_folder
 from tests.helpers.captioning import captioner_config, write_shards
-from tests.helpers.data import picture
+from tests.helpers.data import picture, write_tar
 from tests.helpers.tables import write_huggingface
-from tests.helpers.web import redirecting_server
+from tests.helpers.web import SECRET, redirecting_server
+
+
+def test_captions_are_read_from_lines_lists_or_one_text(tmp_path: Path) -> None:
+    document = json.dumps({"many": [" two ", "", "one", "two"], "single": "s"}).encode()
+    members = [("a.png", picture(0)), ("a.json", document), ("a.txt", b"first\n\n  second\nfirst\n")]
+    path = write_tar(tmp_path / "0.tar", [*members, ("b.png", picture(1)), ("b.txt", b"of b")])
+
+    def captions_by(*fields: str) -> list[str]:
+        data = Data(source=str(path), captions=list(fields))
+        captions: list[str] = scan(data.source, data, "data")["captions"][0].as_py()
+        return captions
+
+    assert captions_by("json:many", "txt") == ["two", "one"]
+    assert captions_by("json:single", "txt") == ["s"]
+    assert captions_by("json:none", "lines:txt") == ["first", "second"]
+    assert captions_by("txt") == ["first    second first"]
+
+
+def test_samples_without_captions_are_left_out_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = [(f"{i}.png", picture(i)) for i in range(30)]
+    members += [("30.png", picture(30)), ("30.json", b'{"captions": []}'), ("31.txt", b"no image")]
+    members += [member for i in range(40, 60) for member in ((f"{i}.png", picture(i)), (f"{i}.txt", b"c"))]
+    data = Data(source=str(write_tar(tmp_path / "0.tar", members)))
+    with caplog.at_level(logging.WARNING):
+        table = scan(data.source, data, "data")
+    assert table["key"].to_pylist() == [str(i) for i in range(40, 60)]
+    assert "32 samples refused (31 no_text, 1 no_image), 20 images with captions kept" in caplog.text
+    assert "refused 0: no_text (members other than the image: none)" in caplog.text
 
 
 def keys(pairs: Pairs) -> list[str]:
@@ -33,27 +69,22 @@ def test_pairs_hold_captions_and_image_locations(tmp_path: Path) -> None:
 
 
 def test_the_held_out_share_is_seeded_by_key_and_stored(tmp_path: Path) -> None:
-    write_shards(tmp_path, 40)
+    write_shards(tmp_path, 60)
     config = captioner_config(tmp_path)
     first = load_pairs(config)
     again = load_pairs(config.model_copy(update={"output": str(tmp_path / "other")}))
     other = load_pairs(config.model_copy(update={"output": str(tmp_path / "third"), "seed": 1}))
     assert keys(first.held_out()) == keys(again.held_out()) != keys(other.held_out())
-    assert 4 < len(first.held_out()) < 20
+    assert 6 < len(first.held_out()) < 30
     stored = pq.read_table(tmp_path / "out" / PAIRS_FILE)
     held_out = stored.filter(stored["held_out"])["key"].to_pylist()
     assert held_out == keys(first.held_out())
     assert not set(held_out) & set(keys(first.training()))
-
-
-def test_a_part_of_the_held_out_images_is_a_seeded_sample(tmp_path: Path) -> None:
-    write_shards(tmp_path, 60)
-    held_out = load_pairs(captioner_config(tmp_path)).held_out()
-    order = keys(held_out.shuffled(0))
-    assert sorted(order) == keys(held_out) != order
-    assert keys(held_out.shuffled(0).first(3)) == order[:3]
-    assert keys(held_out.shuffled(1)) != order
-    assert keys(held_out.first(None)) == keys(held_out)
+    order = keys(first.held_out().shuffled(0))  # a part of the held-out images is a seeded sample
+    assert sorted(order) == held_out != order
+    assert keys(first.held_out().shuffled(0).first(3)) == order[:3]
+    assert keys(first.held_out().shuffled(1)) != order
+    assert keys(first.held_out().first(None)) == held_out
 
 
 def test_pairs_are_scanned_again_only_if_the_data_has_changed(tmp_path: Path) -> None:
@@ -151,3 +182,40 @@ def test_pairs_are_not_read_from_web_addresses(tmp_path: Path) -> None:
         data = {"source": f"{tmp_path}/x.csv", "captions": ["txt"], "images_from": [address]}
         with pytest.raises(UserError, match="names images at web addresses"):
             load_pairs(config.model_copy(update={"data": config.data.model_copy(update=data)}))
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
+
+
+def test_ranges_of_several_files_are_returned_in_the_given_order(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.tar").write_bytes(f"0123456789{name}".encode())
+    locations = [("b", 8, 3), ("a", 0, 2), ("b", 0, 1), ("a", 10, 1)]
+    images = read_images([ImageLocation(f"{tmp_path}/{name}.tar", start, length) for name, start, length in locations])
+    assert images == [b"89b", b"01", b"0", b"a"]
+    with pytest.raises(FileNotFoundError):
+        read_images([ImageLocation(f"{tmp_path}/none.tar", 0, 1)])
+
+
+def test_images_of_parquet_files_are_read_from_a_local_copy(tmp_path: Path) -> None:
+    path = tmp_path / "samples.parquet"
+    table = pa.table({"key": ["x", "y", "z"], "image": [b"first", b"second", b"third"]})
+    pq.write_table(table, path, row_group_size=2)
+    locations = [ImageLocation(str(path), offset, length) for offset, length in ((11, 5), (0, 5), (5, 6))]
+    assert read_images(locations) == [b"third", b"first", b"second"]
+    [copy] = (cache_folder() / "images").glob("*.bin")
+    assert copy.read_bytes() == b"firstsecondthird"
+    os.truncate(path, 0)  # not read again
+    assert read_images(locations[:1]) == [b"third"]
+
+
+def test_a_web_server_can_redirect_shards_of_the_config_but_no_reference() -> None:
+    with redirecting_server() as (address, asked):
+        own = ImageLocation(f"{address}/0.tar", 0, len(SECRET))
+        assert read_images([own]) == [SECRET]
+        assert "/secret" in asked
+        asked.clear()
+        read_images([own._replace(referenced=True)])
+        assert {*asked} == {"/0.tar"}

@@ -115,17 +115,12 @@ def test_watch_prints_lines_until_the_run_ends_and_exits_with_its_status(
     assert [line[:13] for line in lines[:2]] == ["0 of 2 shards", "1 of 2 shards"], "nothing where nothing is new"
     assert lines[2].startswith("layer"), "at the end, what is there now"
     assert "\x1b" not in out
-
-
-def test_watch_as_json_prints_a_line_for_each_report(
-    dataset: Path, command: Command, quick: list[Callable[[], None]]
-) -> None:
-    store = Store(str(dataset))
+    (dataset / "runs/r/summary.json").unlink()
     report(store, 0)
     quick += [lambda: report(store, 2), end(store)]
     status, out, _ = command("status", str(dataset), "--watch", "--json")
     assert status == 0
-    assert [json.loads(line)["shards_done"] for line in out.splitlines()] == [0, 2]
+    assert [json.loads(line)["shards_done"] for line in out.splitlines()] == [0, 2], "a line for each report"
 
 
 def test_watch_on_a_terminal_replaces_what_it_has_shown(
@@ -161,15 +156,12 @@ def test_ctrl_c_ends_watch_and_nothing_else(dataset: Path, command: Command, qui
     def interrupt() -> None:
         raise KeyboardInterrupt
 
+    assert "no run has begun in" in command("status", str(dataset), "--watch")[2]
     report(Store(str(dataset)), 1)
     quick.append(interrupt)
     status, out, err = command("status", str(dataset), "--watch")
     assert (status, err) == (130, "")
     assert out.splitlines() == ["1 of 2 shards  10 samples  1 worker"]
-
-
-def test_watch_without_a_run_is_an_error(dataset: Path, command: Command) -> None:
-    assert "no run has begun in" in command("status", str(dataset), "--watch")[2]
 
 
 def test_status_shows_an_example_of_each_reason_when_asked(dataset: Path, command: Command) -> None:

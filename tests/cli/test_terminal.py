@@ -1,4 +1,4 @@
-"""What the command line shows in a terminal and in a pipe, and how a shell completes it."""
+"""What the command line shows in a terminal and in a pipe, how a shell completes it, and what it imports."""
 
 from __future__ import annotations
 
@@ -102,3 +102,26 @@ def test_help_and_completion_import_no_heavy_library() -> None:
         assert ("Usage: reinforce" if arguments else "--retry-quarantined") in done.stdout
         heavy = {"torch", "ray", "numpy", "pyarrow", "yaml", "fsspec", "transformers", "open_clip", "matplotlib"}
         assert heavy & set(done.stderr.split()) == set()
+
+
+ROOT = Path(__file__).parents[2]
+CODE = """
+import sys
+from reinforce.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as ended:
+    print(ended.code, sorted({"torch", "open_clip"} & {*sys.modules}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "config"), [("train", "student-demo.yaml"), ("finetune-captioner", "finetune-demo.yaml")]
+)
+def test_errors_in_a_config_are_reported_before_models_are_imported(command: str, config: str) -> None:
+    arguments = [command, f"configs/{config}", "--set", "unknown=1"]
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "unknown: unknown key" in done.stderr
+    assert done.stdout.split("\n")[-2] == "2 []"

@@ -1,8 +1,10 @@
-"""The demo's training shards and test sets."""
+"""The demo's training shards and test sets: drawings, icon sets, symbols, teachers' data and wrong captions."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from reinforce.demo import glyphs, icon_sets
 from reinforce.demo.data import (
     CLASSES,
     GROUPS,
@@ -19,8 +22,11 @@ from reinforce.demo.data import (
     shared_concepts,
     write_shards,
 )
-from reinforce.demo.styles import PIXELS
+from reinforce.demo.styles import PIXELS, render_cropped, twemoji
+from reinforce.demo.teacher_data import write_teacher_data
+from reinforce.demo.wrong_captions import write_wrong_captions
 from reinforce.errors import UserError
+from tests.helpers.data import members_of, write_tar
 from tests.helpers.demo import read_samples, read_shards
 
 
@@ -34,6 +40,11 @@ def test_each_concept_is_one_sample_with_image_caption_and_sidecar(shards: list[
         assert sidecar["key"] == key
         assert sidecar["caption"] == members["txt"].decode()
         assert sidecar["sha256"] == hashlib.sha256(members["png"]).hexdigest()
+        with Image.open(io.BytesIO(members["png"])) as image:
+            assert image.size == (72, 72)
+    credits = shards[0].with_name("CREDITS.txt").read_text()
+    assert "Twitter" in credits
+    assert "CC-BY 4.0" in credits
 
 
 def test_shards_have_equal_size_and_mixed_categories(shards: list[Path]) -> None:
@@ -42,29 +53,6 @@ def test_shards_have_equal_size_and_mixed_categories(shards: list[Path]) -> None
     assert max(sizes) - min(sizes) <= 1
     for path in shards:
         assert len({json.loads(members["json"])["category"] for members in read_samples(path).values()}) >= 8
-
-
-def test_images_are_72_pixels_square(shards: list[Path]) -> None:
-    with tarfile.open(shards[0]) as tar:
-        for member in tar:
-            if member.name.endswith(".png"):
-                with Image.open(tar.extractfile(member)) as image:
-                    assert image.size == (PIXELS, PIXELS)
-
-
-def test_complete_shards_are_not_rewritten_and_a_damaged_one_is_repaired(tmp_path: Path) -> None:
-    first, second, *_ = write_shards(tmp_path)
-    whole, before = second.read_bytes(), first.stat().st_mtime_ns
-    second.write_bytes(whole[:1000])
-    write_shards(tmp_path)
-    assert first.stat().st_mtime_ns == before
-    assert second.read_bytes() == whole
-
-
-def test_credits_name_the_artists_and_the_licence(shards: list[Path]) -> None:
-    text = shards[0].with_name("CREDITS.txt").read_text()
-    assert "Twitter" in text
-    assert "CC-BY 4.0" in text
 
 
 def test_test_sets_have_a_quarter_of_unseen_concepts_and_unique_class_names(shards: list[Path], tests: Path) -> None:
@@ -88,10 +76,121 @@ def test_test_sets_have_a_quarter_of_unseen_concepts_and_unique_class_names(shar
     }
     apple = json.loads(theirs["1f34e"]["json"])
     assert (apple["class"], apple["group"]) == ("red apple", "food-fruit")
-    assert "OpenMoji" in (tests / UNSEEN_STYLE / "CREDITS.txt").read_text()
+    credits = (tests / UNSEEN_STYLE / "CREDITS.txt").read_text()
+    assert "OpenMoji" in credits
+    assert "CC BY-SA 4.0" in credits
 
 
 def test_folder_that_cannot_be_created_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Give another --out"):
         write_shards(tmp_path / "file" / "shards")
+
+
+def test_openmoji_drawings_have_no_margins(tests: Path) -> None:
+    for members in read_shards(sorted((tests / UNSEEN_PICTURES).glob("*.tar"))).values():
+        left, top, right, bottom = Image.open(io.BytesIO(members["png"])).convert("RGBA").getchannel("A").getbbox()
+        assert max(right - left, bottom - top) >= PIXELS - 2
+
+
+def test_svg_is_cropped_to_what_is_drawn() -> None:
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 40"><path fill="red" d="M10 15h20v10h-20z"/></svg>'
+    image = Image.open(io.BytesIO(render_cropped(svg))).convert("RGBA")
+    assert image.size == (PIXELS, PIXELS)
+    assert image.getchannel("A").getbbox() == (0, PIXELS // 4, PIXELS, 3 * PIXELS // 4)
+
+
+def test_twemoji_has_no_skin_tones() -> None:
+    drawings = twemoji()
+    assert "1f34e" in drawings
+    assert not any("1f3fd" in key.split("-")[1:] for key in drawings)
+
+
+def test_symbols_are_black_and_have_the_name_of_a_concept() -> None:
+    concepts = [concept for concept in shared_concepts() if concept.name in ("anchor", "camera", "mouse", "cat face")]
+    found = [(style, concept.name, png) for style, concept, png in glyphs.read_symbols(concepts)]
+    assert [(style, name) for style, name, _ in found] == [
+        ("material", "anchor"), ("material", "camera"), ("fontawesome", "anchor"), ("fontawesome", "camera"),
+    ]  # fmt: skip  # the symbol `mouse` is a computer mouse
+    for _, _, png in found:
+        with Image.open(io.BytesIO(png)) as image:
+            assert (image.size, image.mode) == ((PIXELS, PIXELS), "RGBA")
+            assert image.convert("RGB").getextrema() == ((0, 0),) * 3
+            left, top, right, bottom = image.getchannel("A").point(lambda alpha: 255 * (alpha > 99)).getbbox() or ()
+            assert max(right - left, bottom - top) >= PIXELS - 2  # without margins
+    assert "SIL OFL" in glyphs.credits_text()
+
+
+def test_a_missing_package_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"qtawesome.*pip install -e"):
+        next(glyphs.read_symbols([]))
+
+
+def test_missing_npm_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="npm, which is not installed"):
+        icon_sets.fetch_packages(tmp_path / "npm")
+
+
+def test_drawings_and_keywords_are_read_by_code_points(npm: Path) -> None:
+    icon_sets.fetch_packages(npm)  # downloads nothing again
+    drawings = icon_sets.read_drawings(npm, "noto")
+    assert "1f34e" in drawings
+    assert len(drawings) == 2
+    assert Image.open(io.BytesIO(drawings["1f34e"]())).convert("RGB").getpixel((36, 36)) == (255, 0, 0)
+    assert icon_sets.read_drawings(npm, "fxemoji").keys() == drawings.keys()  # whose names have no hyphens
+    assert icon_sets.read_keywords(npm) == {"1f34e": ["fruit", "ripe"]}
+    assert "Apache-2.0" in icon_sets.credits_text("noto")
+
+
+def test_teacher_data_excludes_openmoji_pictures_of_unseen_concepts(npm: Path, tmp_path: Path) -> None:
+    write_teacher_data(tmp_path, npm)
+    unseen = {concept.emoji.key for concept in shared_concepts() if concept.unseen}
+    folders = {path.name: read_shards(sorted(path.glob("*.tar"))) for path in tmp_path.iterdir()}
+    assert folders.keys() == {"twemoji", "openmoji", *icon_sets.ICON_SETS}
+    assert not {key.removesuffix("-openmoji") for key in folders["openmoji"]} & unseen
+    assert {key.removesuffix("-twemoji") for key in folders["twemoji"]} > unseen
+    assert "1f34e-openmoji" in folders["openmoji"]
+    for style in icon_sets.ICON_SETS:
+        assert len(folders[style]) == 2
+        members = folders[style][f"1f34e-{style}"]
+        with Image.open(io.BytesIO(members["png"])) as image:
+            assert image.convert("RGB").getpixel((36, 36)) == (255, 0, 0)
+        assert "red apple" in members["txt"].decode()
+        assert json.loads(members["json"])["phrase"] == "a red apple"
+        assert icon_sets.ICON_SETS[style].licence in (tmp_path / style / "CREDITS.txt").read_text()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The members of all shards by name."""
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found |= {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    return found
+
+
+def test_share_of_captions_is_exchanged_and_the_rest_is_unchanged(tmp_path: Path) -> None:
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", members_of(shard, 25))
+    made = write_wrong_captions(f"{tmp_path}/*.tar", tmp_path / "wrong", share=0.4)
+    before, after = contents(tmp_path), contents(tmp_path / "wrong")
+    assert list(before) == list(after)
+    wrong = {name for name in before if before[name] != after[name] and name.endswith(".txt")}
+    assert len(wrong) == 20
+    assert sorted(after[name] for name in wrong) == sorted(before[name] for name in wrong)
+    for name, content in before.items():
+        if name.endswith(".json") and f"{name.removesuffix('.json')}.txt" in wrong:
+            caption = after[f"{name.removesuffix('.json')}.txt"].decode()
+            assert json.loads(after[name]) == {**json.loads(content), "caption": caption}
+        elif name not in wrong:
+            assert after[name] == content
+    again = write_wrong_captions(f"{tmp_path}/*.tar", tmp_path / "again", share=0.4)
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in made]
+
+
+def test_shards_without_captions_are_a_user_error(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.jpg", b"")])
+    with pytest.raises(UserError, match="has no captions to exchange"):
+        write_wrong_captions(f"{tmp_path}/*.tar", tmp_path / "wrong", share=0.4)

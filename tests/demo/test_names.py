@@ -1,4 +1,4 @@
-"""Captions and phrases from Unicode's names."""
+"""Captions and phrases from Unicode's names, and the selection of concepts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from reinforce.demo.concepts import select_concepts
 from reinforce.demo.names import base_code, make_phrase, name_emoji
 from tests.helpers.demo import read_shards
 
@@ -21,10 +22,6 @@ def test_captions_are_plain_english(shards: list[Path]) -> None:
         assert not re.search(r"\b[A-Z]{4,}\b", caption), f"{key} has upper-case words: {caption}"
         assert "  " not in caption, key
         assert not re.search(r"\ba (?!one-)[aeio]|\ban [^aeiouAEIOUhSx]", caption), f"{key}: {caption}"
-
-
-def test_skin_tones_are_excluded() -> None:
-    assert [emoji.key for emoji in name_emoji(["1f44b", "1f44b-1f3fe", "1f3fe"])] == ["1f44b"]
 
 
 def test_all_caption_templates_are_used(shards: list[Path]) -> None:
@@ -54,8 +51,8 @@ def test_unicode_names_become_phrases(name: str, short_name: str, expected: str)
     assert make_phrase(name, short_name) == expected
 
 
-def test_emoji_without_a_name_are_excluded() -> None:
-    assert [emoji.key for emoji in name_emoji(["ffff", "1f34e"])] == ["1f34e"]
+def test_skin_tones_and_emoji_without_a_name_are_excluded() -> None:
+    assert [emoji.key for emoji in name_emoji(["1f44b", "1f44b-1f3fe", "1f3fe", "ffff"])] == ["1f44b"]
 
 
 def test_base_code_removes_zeros_variation_joiners_and_tones() -> None:
@@ -63,3 +60,21 @@ def test_base_code_removes_zeros_variation_joiners_and_tones() -> None:
     assert base_code("1F44B-1F3FD") == "1f44b"
     assert base_code("1f9d1-200d-1f680") == "1f9d1-1f680"
     assert base_code("1f3fd") == "1f3fd"  # a lone tone
+
+
+def test_concepts_have_class_names_and_subgroups() -> None:
+    (apple,) = select_concepts(["1f34e"])
+    assert (apple.name, apple.group, apple.emoji.phrase) == ("red apple", "food-fruit", "a red apple")
+
+
+def test_flags_letters_families_and_gendered_variants_are_excluded() -> None:
+    excluded = ["1f1f5-1f1ea", "1f170", "39-20e3", "1f468-1f469-1f467", "1f468-1f680", "1f3c3-2642", "1f44b-1f3fd"]
+    assert select_concepts(excluded) == []
+    assert [concept.emoji.key for concept in select_concepts([*excluded, "1f34e", "1f3c3"])] == ["1f34e", "1f3c3"]
+
+
+def test_unseen_concepts_depend_only_on_the_key() -> None:
+    keys = ["1f34e", "1f600", "1f438", "1f6b2"]
+    alone = {key: select_concepts([key])[0].unseen for key in keys}
+    assert {concept.emoji.key: concept.unseen for concept in select_concepts(keys)} == alone
+    assert set(alone.values()) == {True, False}

@@ -1,15 +1,24 @@
-"""Trainings that run in parallel."""
+"""The demo's commands, trainings that run in parallel, and the comparison of the students."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
 
+from reinforce.dataset.files.store import Store
 from reinforce.demo import students
+from reinforce.demo.__main__ import app
+from reinforce.demo.compare import ARMS, MEASURES, PAIRS, compare_students, student_config
 from reinforce.demo.students import train_side_by_side
 from reinforce.errors import UserError
+from reinforce.training.record.results import Results
+from tests.helpers.data import tree
 from tests.helpers.demo import ROOT
 
 
@@ -34,3 +43,92 @@ def test_progress_is_shown_and_metrics_are_not() -> None:
     shown = ["step 1,040 of 2,000  loss 4.5", "resuming after step 40 of 200"]
     lines = [*shown, "step 200: zero_shot/own-style/top1 0.3", "final loss: 2.1"]
     assert [line for line in lines if students._SHOWN.match(line)] == shown
+
+
+def finish_training(folder: Path, metric: float, steps: int = 300) -> None:
+    """Write the files of a finished training."""
+    metrics = {name: metric for _, name in MEASURES.values()}
+    results = Results(str(folder), "student", steps, steps * 192, 60.0, 1_000_000, 1.0, metrics, None, 0)
+    results.write(Store(str(folder)))
+    rows = [{"step": step, "metrics": dict.fromkeys(metrics, metric * step / steps)} for step in (100, steps)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"step": 10, "loss": 5.0}, *rows]))
+
+
+def test_comparison_prints_a_table_and_writes_results_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arm, metric in zip(ARMS, (0.125, 0.25, 0.0625, 0.1875), strict=True):
+        finish_training(tmp_path / "students" / arm, metric)
+    compare_students(tmp_path / "students", tmp_path)
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"unseen \w+ +│ +12\.5% │ +25\.0% │ +2\.0 │ +6\.2% │ +18\.8% │ +3\.0 │", printed)) >= 3
+    assert f"{tmp_path}/students/distilled/student" in printed
+    finish_training(tmp_path / "students" / "plain", 0.0)
+    compare_students(tmp_path / "students", tmp_path)
+    assert re.search(r"unseen icons +│ +0\.0% │ +25\.0% │ +- │", capsys.readouterr().out)
+    finish_training(tmp_path / "students" / "plain", 0.125)
+    compare_students(tmp_path / "students", tmp_path)
+    assert len(printed.splitlines()) < 30
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["distilled"] == {**dict.fromkeys(MEASURES, 0.25), "seconds_per_step": 0.2}
+    assert {"own_style", "unseen_style", "unseen_pictures", "retrieval"} <= found["plain"].keys()
+    with Image.open(tmp_path / "summary.png") as picture:
+        assert len(picture.convert("RGB").getcolors(maxcolors=2**20) or []) > 20
+
+
+def test_unfinished_or_unequal_trainings_are_a_user_error(tmp_path: Path) -> None:
+    finish_training(tmp_path / "plain", 0.1)
+    with pytest.raises(UserError, match="distilled has no finished training"):
+        compare_students(tmp_path, tmp_path)
+    finish_training(tmp_path / "distilled", 0.1, steps=200)
+    for arm in ("plain-noisy", "distilled-noisy"):
+        finish_training(tmp_path / arm, 0.1)
+    with pytest.raises(UserError, match="200 and 300 steps"):
+        compare_students(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("arms", PAIRS.values(), ids=["right", "wrong"])
+def test_students_differ_only_in_lambda_and_captions(monkeypatch: pytest.MonkeyPatch, arms: tuple[str, str]) -> None:
+    monkeypatch.chdir(ROOT)
+    plain, distilled = (student_config(arm, "out", seed=3).model_dump() for arm in arms)
+    assert (plain["loss"]["lambda_"], plain["data"]["captioners"]) == (0, {})
+    for section, key in (("loss", "lambda_"), ("data", "captioners")):
+        assert plain[section].pop(key) != distilled[section].pop(key)
+    assert plain == distilled
+    assert plain["seed"] == 3
+    assert {name for _, name in MEASURES.values()} <= set(student_config("plain", "out").evaluate.metrics)
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, [*arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_commands_of_the_makefile_exist() -> None:
+    commands = set(re.findall(r"reinforce\.demo ([\w-]+)", (ROOT / "Makefile").read_text()))
+    assert commands == {"data", "teacher-data", "initial-models", "keep", "students", "compare"}
+    for command in commands:
+        assert "--help" in run(command, "--help")
+
+
+def test_data_repairs_damaged_shards_and_does_not_write_complete_ones_again(demo_folder: Path, tmp_path: Path) -> None:
+    """All is drawn again, to the same bytes."""
+    folder = Path(shutil.copytree(demo_folder, tmp_path / "demo"))
+    out, noisy, tests = (folder / name for name in ("shards", "noisy-shards", "tests"))
+    damaged = {out / "00001.tar", noisy / "00001.tar", tests / "unseen-style/00000.tar"}
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:1000])
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    output = run("data", "--out", str(out), "--noisy", str(noisy), "--tests", str(tests))
+    assert f"3 shards in {out}" in output
+    assert {path.name for path in tests.iterdir()} == {
+        "classes.txt", "groups.json", "unseen-icons", "unseen-pictures", "unseen-style",
+    }  # fmt: skip
+    assert tree(folder) == tree(demo_folder)
+    assert {path for path, written in before.items() if path.stat().st_mtime_ns != written} == damaged
+
+
+def test_compare_without_students_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"python -m reinforce\.demo students"):
+        run("compare", str(tmp_path))

@@ -1,8 +1,10 @@
-"""The command ``reinforce evaluate``."""
+"""The command `reinforce evaluate`, the report it prints, and the program clip_benchmark."""
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -12,8 +14,14 @@ import fsspec
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
+from reinforce.evaluation import clip_benchmark
+from reinforce.evaluation.report import Report, Result, SetSummary
 from reinforce.processes.cores import available_cores
+from reinforce.source.samples import Refusal
+from schemas import Reason
+from teachers.spec import ModelSpec
 from tests.helpers import tiny_models
 from tests.helpers.commands import Command
 from tests.helpers.evaluation import solid_image, write_colour_folder, write_colour_shard, write_shard
@@ -110,14 +118,13 @@ FAULTS: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_user_error_is_one_message(evaluate: Command, root: Path, fault: str) -> None:
-    arguments, message = FAULTS[fault]
-    status, out, err = evaluate(*(argument.format(root=root) for argument in arguments))
-    assert status == 2
-    assert err.startswith("error: ")
-    assert message in err
-    assert "Traceback" not in out + err
+def test_a_user_error_is_one_message(evaluate: Command, root: Path) -> None:
+    for fault, (arguments, message) in FAULTS.items():
+        status, out, err = evaluate(*(argument.format(root=root) for argument in arguments))
+        assert status == 2, fault
+        assert err.startswith("error: "), fault
+        assert message in err, fault
+        assert "Traceback" not in out + err, fault
 
 
 # --- clip_benchmark
@@ -161,4 +168,46 @@ def test_clip_benchmark_results_are_part_of_the_report(
     }
     program.write_text("#!/bin/sh\nexit 3\n")
     status, _, err = evaluate(*arguments)
-    assert (status, "clip_benchmark ended with status 3" in err) == (2, True)
+    assert status == 2
+    assert re.search(r"clip_benchmark ended with status 3; .* in .*/b/", err.replace("\n", " "))
+
+
+def refusals(count: int) -> list[Refusal]:
+    return [Refusal(f"k{i}", Reason.IMAGE_BROKEN, "cut") for i in range(count)]
+
+
+@pytest.fixture
+def report() -> Report:
+    report = Report()
+    report.add("a", Result({"zero_shot/x/top1": 0.25, "zero_shot/x/top5": 1.0}, {"zero_shot/x": SetSummary(4, [])}))
+    report.add("b", Result({"zero_shot/x/top1": 0.5}, {"zero_shot/x": SetSummary(4, refusals(1))}))
+    return report
+
+
+def test_summary_counts_images_and_names_the_first_refused_ones() -> None:
+    assert str(SetSummary(1234, [])) == "1,234 images"
+    assert str(SetSummary(5, refusals(1))) == "5 images; 1 refused: k0 (image_broken)"
+    assert str(SetSummary(5, refusals(4))).endswith(
+        "4 refused: k0 (image_broken), k1 (image_broken), k2 (image_broken), ..."
+    )
+
+
+def test_the_table_has_a_column_per_model_in_percent_and_equal_summaries_share_a_line(report: Report) -> None:
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(report.table())
+    lines = [line.split() for line in capture.get().splitlines()]
+    assert lines == [["%", "a", "b"], ["zero_shot/x/top1", "25.00", "50.00"], ["zero_shot/x/top5", "100.00"]]
+    assert report.lines() == ["zero_shot/x: 4 images", "zero_shot/x: 4 images; 1 refused: k0 (image_broken)"]
+    report.add("c", Result({}, {"zero_shot/x": SetSummary(4, [])}))
+    assert len(report.lines()) == 2
+
+
+def test_command_names_the_model_and_the_output_as_clip_benchmark_parses_them(tmp_path: Path) -> None:
+    spec = ModelSpec(model="ViT-B-32", pretrained="openai")
+    arguments = clip_benchmark.build_command(spec, tmp_path / "{a}", ["wds/x"])
+    named = dict(zip(arguments[2::2], arguments[3::2], strict=False))
+    assert named["--pretrained_model"] == "ViT-B-32,openai"
+    assert arguments[arguments.index("--output") + 1].format(dataset="x", task="y") == f"{tmp_path}/{{a}}/x_y.json"
+    with pytest.raises(Exception, match="splits names at commas"):
+        clip_benchmark.build_command(ModelSpec(model="local-dir:/a,b"), tmp_path)

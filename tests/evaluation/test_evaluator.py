@@ -34,7 +34,6 @@ from tests.helpers.evaluation import (
     make_photos,
     solid_image,
     write_colour_folder,
-    write_colour_shard,
     write_models,
     write_shard,
 )
@@ -125,14 +124,6 @@ def test_a_perfect_model_scores_one_and_a_constant_one_is_at_chance(folder: str)
     assert evaluate_zero_shot(NanEncoder(), folder, groups=groups) == dict.fromkeys(perfect, 0)
 
 
-def test_folders_and_shards_of_the_same_images_agree(names: dict[str, str], folder: str, tmp_path: Path) -> None:
-    url = write_colour_shard(tmp_path / "a.tar")
-    for model in (ColourOracle(), load_teacher(names["shortest"])):
-        of_folder = evaluate_zero_shot(model, folder)
-        assert evaluate_zero_shot(model, url, classes=NAMES) == of_folder
-        assert evaluate_zero_shot(model, url, label="json:class") == of_folder
-
-
 def test_any_true_match_is_a_hit(tmp_path: Path) -> None:
     """Two red images share a caption; the blue one has two, of which one is misleading."""
     samples = [
@@ -211,19 +202,18 @@ def test_refused_images_are_listed_and_do_not_change_retrieval(
     assert {name: result.metrics[name] for name in retrieval} == retrieval
 
 
-def test_a_set_whose_images_are_all_refused_is_an_error(tmp_path: Path) -> None:
+def test_a_set_whose_images_are_all_refused_and_a_model_without_an_image_side_are_errors(
+    names: dict[str, str], folder: str, tmp_path: Path
+) -> None:
     url = write_shard(tmp_path / "a.tar", [("k", b"no image", {"cls": "red"})])
+    model, tokenizer = open_clip.create_model(names["shortest"]).train(), open_clip.get_tokenizer(names["shortest"])
     with pytest.raises(UserError, match=r"zero_shot/set: every image is refused, the first \(k\) for image_format"):
-        evaluate_zero_shot(ColourOracle(), url)
-
-
-def test_files_above_the_size_limit_are_refused(folder: str) -> None:
-    sets = make_evaluator(zero_shot={"set": {"images": folder}}, limits={"image_bytes": 10})
+        make_evaluator(zero_shot={"set": {"images": url}}).evaluate_module(model, load_spec(model), tokenizer, CPU)
+    assert all(module.training for module in model.modules()), "modes are restored"
+    large = make_evaluator(zero_shot={"set": {"images": folder}}, limits={"image_bytes": 10})
     with pytest.raises(UserError, match=r"every image is refused, the first \(blue/0\.png\) for image_bytes: \d+"):
-        sets.evaluate(ColourOracle(), CPU)
+        large.evaluate(ColourOracle(), CPU)
 
-
-def test_a_model_without_an_image_side_is_an_error(folder: str) -> None:
     class TextEncoder(ColourOracle):
         image = None
 
@@ -273,12 +263,3 @@ def test_evaluation_has_no_side_effects_on_training(names: dict[str, str], folde
     assert all(torch.equal(one, other) for one, other in zip(alone, evaluated, strict=True))
     assert len(metrics) == 2
     assert set(metrics[0]) == set(evaluator.config.metrics)
-
-
-def test_modes_are_restored_when_evaluation_fails(names: dict[str, str], tmp_path: Path) -> None:
-    url = write_shard(tmp_path / "a.tar", [("k", b"bad", {"cls": "red"})])
-    evaluator = make_evaluator(zero_shot={"a": {"images": url}})
-    model, tokenizer = open_clip.create_model(names["shortest"]).train(), open_clip.get_tokenizer(names["shortest"])
-    with pytest.raises(UserError):
-        evaluator.evaluate_module(model, load_spec(model), tokenizer, CPU)
-    assert all(module.training for module in model.modules())

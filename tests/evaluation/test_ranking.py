@@ -1,18 +1,25 @@
-"""Ranks and metrics compared with sorting in numpy, including ties."""
+"""Embeddings of texts and images, classifiers, ranks and metrics, compared with open_clip's and with sorting."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+import open_clip
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
+from reinforce.evaluation.classes import load_templates
 from reinforce.evaluation.config import RECALLS
+from reinforce.evaluation.encoding import build_classifier, encode_texts
 from reinforce.evaluation.ranking import BLOCK, compute_accuracies, compute_recalls, rank_classes, rank_matches
-from teachers.device.accelerator import Accelerator
-
-CPU = Accelerator("cpu")
+from teachers.open_clip.teacher import OpenClipEncoder
+from tests.helpers import tiny_models
+from tests.helpers.evaluation import CPU, ColourOracle, load_spec, load_teacher
 
 
 def vectors(rng: np.random.Generator, count: int, levels: int) -> np.ndarray:
@@ -63,20 +70,6 @@ def test_the_best_true_match_counts_for_any_block_size(
     assert ranks.tolist() == sorted_ranks(left @ right.T, matches).tolist()
 
 
-def test_block_size_does_not_change_ranks() -> None:
-    generator = torch.Generator().manual_seed(0)
-    images, texts = (
-        torch.nn.functional.normalize(torch.randn(count, 64, generator=generator), dim=-1) for count in (150, 500)
-    )
-    texts[100:200] = texts[:100]  # equal vectors tie for any block size
-    pairs = np.arange(500) % 150, np.arange(500)
-    pairs = tuple(side[np.argsort(pairs[0], kind="stable")] for side in pairs)
-    reference = rank_matches(images, texts, pairs, CPU, block=1000)
-    assert reference.max() > 10
-    for block in (30, 64, 499):
-        assert rank_matches(images, texts, pairs, CPU, block).tolist() == reference.tolist()
-
-
 def test_recall_over_several_blocks_equals_that_of_a_full_sort() -> None:
     rng = np.random.default_rng(0)
     images, texts = vectors(rng, 300, 9), vectors(rng, BLOCK + 100, 9)
@@ -120,3 +113,48 @@ def test_accuracies_are_means_over_images_and_classes() -> None:
         4 / 6
     )
     assert "group" not in compute_accuracies(ranks, labels, predicted, None)
+
+
+WORDS = ["dog", "red car", "great white shark", "Ünïcode"]
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_models.open_clip_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("templates", ["openai", "simple", ["a photo of {}.", "{}"]])
+def test_classifier_equals_that_of_open_clip(name: str, templates: Any) -> None:
+    model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
+    theirs = {"openai": OPENAI_IMAGENET_TEMPLATES, "simple": SIMPLE_IMAGENET_TEMPLATES}
+    given = templates if isinstance(templates, list) else theirs[templates]
+    expected = open_clip.build_zero_shot_classifier(model, tokenizer, WORDS, given)
+    ours = build_classifier(load_teacher(name), WORDS, load_templates(templates, ""), 7)
+    torch.testing.assert_close(ours.T, expected, rtol=0, atol=1e-6)
+    assert (expected.T @ expected).fill_diagonal_(0).max() < 1 - 1e-4, "the classes differ"
+
+
+def test_texts_are_batched_by_length_and_returned_in_their_order() -> None:
+    batches: list[list[str]] = []
+
+    class Recorder(ColourOracle):
+        def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+            batches.append(list(texts))
+            return super().encode_texts(texts)
+
+    texts = ["a long text about red", "blue", "the green one", "grey"]
+    vectors = encode_texts(Recorder(), texts, 2)
+    assert batches == [["blue", "grey"], ["the green one", "a long text about red"]]
+    assert torch.equal(vectors, ColourOracle().encode_texts(texts))
+
+
+def test_special_tokens_in_texts_are_plain_text(name: str) -> None:
+    model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
+    encoder = OpenClipEncoder(model, load_spec(model), tokenizer, CPU)
+    texts = ["a <end_of_text> b", "a", "a < end_of_text> b"]
+    literal, cut, spelled = encoder.encode_texts(texts)
+    assert torch.equal(literal, spelled)
+    assert not torch.equal(literal, cut)
+    with torch.no_grad():
+        theirs = model.encode_text(tokenizer(texts[:2]), normalize=True)
+    torch.testing.assert_close(theirs[0], theirs[1], rtol=0, atol=1e-6)  # the caller's tokenizer is unchanged

@@ -1,4 +1,4 @@
-"""Evaluation sets: their examples, and the faults that are reported before any model is evaluated."""
+"""Evaluation sets: their examples, labels, captions and class names, and faults that are reported at the start."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ import fsspec
 import pytest
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
-from reinforce.config import Limits
+from reinforce.config import Input, Limits
 from reinforce.errors import UserError
+from reinforce.evaluation.classes import load_class_names, load_templates
+from reinforce.evaluation.command import build_evaluation
 from reinforce.evaluation.config import RetrievalSet, ZeroShotSet
-from reinforce.evaluation.reading import Example
+from reinforce.evaluation.fields import read_captions, read_label
+from reinforce.evaluation.reading import (
+    Example,
+    make_loader,
+    read_samples,
+)
 from reinforce.evaluation.sets import Examples, ZeroShot, open_retrieval_set, open_zero_shot_set
 from reinforce.source.samples import Refusal
 from tests.helpers.evaluation import COLOURS, solid_image, write_colour_folder, write_colour_shard, write_shard
+from tests.helpers.reinforced import small_dataset
 from tests.helpers.tables import write_huggingface
 
 LIMITS = Limits()
@@ -226,24 +234,79 @@ def faults(root: Path) -> dict[str, tuple[Callable[[], Any], str]]:
     }
 
 
-FAULTS = [
-    "missing folder", "missing shard", "no match", "damaged shard", "unknown driver", "no class folder",
-    "empty class folder", "images next to class folders", "no image", "fewer names than folders",
-    "fewer names than labels", "negative label", "label without a class", "numbers without names", "no label",
-    "no classes file", "empty classes file", "gap in the classes", "empty classes", "unknown templates",
-    "template without a placeholder", "no templates", "class without a group", "groups that are not names",
-    "groups that are not JSON", "groups of folders in data", "no group in the data", "two groups of a class",
-    "retrieval from class folders", "no captions",
-]  # fmt: skip
+def test_a_faulty_set_is_reported(tmp_path: Path) -> None:
+    for fault, (open_set, message) in faults(tmp_path).items():
+        with pytest.raises(UserError) as error:
+            open_set()
+        assert message in str(error.value), fault
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_set_is_reported(tmp_path: Path, fault: str) -> None:
-    open_set, message = faults(tmp_path)[fault]
-    with pytest.raises(UserError) as error:
-        open_set()
-    assert message in str(error.value)
+def test_templates_are_built_in_or_custom(tmp_path: Path) -> None:
+    def texts(templates: str | list[str]) -> list[str]:
+        return [template("{cat}") for template in load_templates(templates, "set")]
+
+    assert len(texts("openai")) == 80
+    assert len(texts("simple")) == 7
+    assert texts("openai")[0] == "a bad photo of a {cat}."
+    assert texts("none") == ["{cat}"]
+    assert texts(["a {} in {0.__class__}", "{c} and {}"]) == ["a {cat} in {0.__class__}", "{cat} and {cat}"]
+    (tmp_path / "own.txt").write_text("photo of {}\n\ta {c}.\n")
+    assert texts(str(tmp_path / "own.txt")) == ["photo of {cat}", "a {cat}."]
 
 
-def test_every_fault_is_tested(tmp_path: Path) -> None:
-    assert list(faults(tmp_path)) == FAULTS
+def test_class_names_come_from_a_list_a_file_or_imagenet(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_bytes("\ufeffred\r\n dark blue \r\n\r\n".encode())
+    assert load_class_names(["red", "blue"], "set") == ["red", "blue"]
+    assert load_class_names(str(tmp_path / "names.txt"), "set") == ["red", "dark blue"]
+    assert load_class_names("imagenet", "set") == list(IMAGENET_CLASSNAMES)
+
+
+def test_a_file_that_cannot_be_loaded_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.png cannot be read: FileNotFoundError"):
+        make_loader(str(tmp_path))(f"{tmp_path}/none.png")
+
+
+def test_images_by_reference_are_read_from_named_folders(tmp_path: Path) -> None:
+    url = small_dataset(tmp_path, (2,), images="reference")
+    message = rf'add evaluate\.images_from: \["{tmp_path}/source"\], or --images-from "{tmp_path}/source"'
+    with pytest.raises(UserError, match=message):
+        list(read_samples(url, Input(), "set"))
+    assert len(list(read_samples(url, Input(images_from=[f"{tmp_path}/source"]), "set"))) == 2
+    evaluation = build_evaluation(None, [], [f"pairs={url}"], {}, None, None, [f"{tmp_path}/source"])
+    assert evaluation.images_from == [f"{tmp_path}/source"]
+
+
+@pytest.mark.parametrize(
+    ("sidecars", "field", "label"),
+    [
+        ({"cls": b"7\n"}, "cls", 7),
+        ({"cls": b"red"}, "cls", "red"),
+        ({"cls": b" "}, "cls", None),
+        ({}, "cls", None),
+        ({"json": b'{"class": 7}'}, "json:class", 7),
+        ({"json": b'{"class": "7"}'}, "json:class", "7"),
+        ({"json": b'{"class": true}'}, "json:class", None),
+        ({"json": b'{"class": 7.0}'}, "json:class", None),
+        ({"json": b'{"other": 7}'}, "json:class", None),
+        ({"json": b"[7]"}, "json:class", None),
+    ],
+)
+def test_label_is_an_index_or_a_name(sidecars: dict[str, bytes], field: str, label: int | str | None) -> None:
+    assert read_label(sidecars, field) == label
+
+
+@pytest.mark.parametrize(
+    ("fields", "captions"),
+    [
+        (["txt"], ("a dog a cat  a dog",)),
+        (["lines:txt"], ("a dog", "a cat")),
+        (["json:texts"], ("one", "two")),
+        (["json:text"], ("three",)),
+        (["json:number", "absent", "lines:absent", "json:text"], ("three",)),
+        (["json:number"], ()),
+    ],
+)
+def test_captions_come_from_the_first_field_that_has_any(fields: list[str], captions: tuple[str, ...]) -> None:
+    document = {"texts": ["one", " two\n", "one", "", 3], "text": "three", "number": 4}
+    sidecars = {"txt": b"a dog\na cat\n\na dog\n", "json": json.dumps(document).encode()}
+    assert read_captions(sidecars, fields, Limits()) == captions

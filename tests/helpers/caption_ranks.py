@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from reinforce.captioning.config import Loss
 from reinforce.captioning.loss import captioning_losses
@@ -24,9 +23,5 @@ def compute(rows: slice) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in losses.items()} | gradients
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    torch.save(compute(slice(rank * PAIRS, (rank + 1) * PAIRS)), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+def of_rank(rank: int) -> dict[str, torch.Tensor]:
+    return compute(slice(rank * PAIRS, (rank + 1) * PAIRS))

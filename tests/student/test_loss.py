@@ -9,8 +9,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from reinforce.student.loss import (
     Objective,
@@ -154,35 +152,6 @@ def test_half_precision_features_are_multiplied_in_float32() -> None:
     )
     for name, value in half.items():
         assert value.item() == pytest.approx(full[name].item(), abs=1e-5)
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 2**32 - 1), st.integers(2, 9), st.sampled_from(["softmax", "sigmoid"]), st.permutations(range(9)))
-def test_the_loss_does_not_depend_on_the_order_of_samples(seed: int, pairs: int, form: str, order: list[int]) -> None:
-    order = [place for place in order if place < pairs]
-    features = {what: unit(pairs, 6, seed + i) for i, what in enumerate(("image", "caption", "synthetic"))}
-    targets = {"one": {what: unit(pairs, 4, seed + 10 + i) for i, what in enumerate(features)}}
-    objective = Objective(0.5, form, {"one": 30.0})  # type: ignore[arg-type]
-
-    def loss(order: list[int]) -> torch.Tensor:
-        rows = {what: value[order] for what, value in features.items()}
-        permuted = {"one": {what: value[order] for what, value in targets["one"].items()}}
-        return sum(contrastive_losses(objective, rows, torch.tensor(12.0), torch.tensor(-2.0), permuted).values())  # type: ignore[return-value]
-
-    torch.testing.assert_close(loss(order), loss(list(range(pairs))))
-
-
-@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
-def test_a_student_equal_to_its_teacher_has_no_gradient(form: str) -> None:
-    teacher = vectors("one")
-    student = {what: value.clone().requires_grad_() for what, value in teacher.items()}
-    scale = torch.tensor(40.0, dtype=torch.float64, requires_grad=True)
-    bias = torch.tensor(-11.0, dtype=torch.float64, requires_grad=True)
-    objective = Objective(1.0, form, {"one": 40.0}, {"one": -11.0})  # type: ignore[arg-type]
-    torch.stack(list(contrastive_losses(objective, student, scale, bias, {"one": teacher}).values())).sum().backward()
-    for value in (*student.values(), scale):
-        assert value.grad is not None
-        assert value.grad.abs().max() < 1e-12
 
 
 def test_the_implied_bias_reproduces_the_softmax_of_similar_rows() -> None:

@@ -63,7 +63,7 @@ class HangingFeed(PairFeed):
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
         for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
             if (rank, step) == (1, 2):
-                time.sleep(3)
+                time.sleep(6)
             yield made
 
 
@@ -126,7 +126,7 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
     os.environ["MASTER_PORT"] = str(port_of_hanging)
     reports: list[str] = []
     try:
-        with join_ranks(job(folder).training.compute, None, None, reports.append, timedelta(seconds=1)) as ranks:
+        with join_ranks(job(folder).training.compute, None, None, reports.append, timedelta(seconds=3)) as ranks:
             run_rank(hanging, job(f"{folder}/hanging", batch=BATCH), ranks, StopSignal())
     except RuntimeError as error:
         outcomes["hanging"] = f"{type(error).__name__}: {error}"
@@ -198,7 +198,7 @@ def test_a_rank_that_others_wait_for_in_vain_is_named_with_where_it_is(trained: 
         assert "has been at reading the batch of step 3 for " in error
         assert "tests/training/test_ranks.py" in error
         assert "in batches. Look at what it waits for there: `py-spy dump --pid" in error
-        assert "Timed out waiting 1000ms" in error
+        assert "Timed out waiting 3000ms" in error
 
 
 def test_every_rank_gathers_the_rows_of_all_in_the_order_of_the_ranks(trained: Trained) -> None:

@@ -1,13 +1,20 @@
-"""Means, deviations, plateaus and best settings, compared with values worked out by hand."""
+"""Curves, plateaus, tables and plots of a tuning, and its screening compared with trained students."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from PIL import Image
+from rich.table import Table
+
+from reinforce.tuning import plot
+from reinforce.tuning.correlation import check_screening, spearman
 from reinforce.tuning.results import make_curves, make_rows
 from reinforce.tuning.space import Setting, Trial
+from reinforce.tuning.tables import results_table, screening_table
 from reinforce.tuning.trials import Outcome
-from tests.helpers.tuning import scale_curve, scale_outcomes
+from tests.helpers.tuning import scale_curve, scale_outcomes, toy_screening
 
 
 def test_plateau_is_within_one_standard_error_of_the_best() -> None:
@@ -65,3 +72,67 @@ def test_row_is_stored_under_the_keys_of_table_json() -> None:
     assert {key: stopped.json()[key] for key in ("state", "mean", "values", "reached", "last")} == {
         "state": "stopped", "mean": None, "values": {}, "reached": 5, "last": 0.1,
     }  # fmt: skip
+
+
+def cells(table: Table) -> list[tuple[str, ...]]:
+    """The rows of a table."""
+    return list(zip(*(map(str, column.cells) for column in table.columns), strict=True))
+
+
+def test_results_show_the_best_a_stopped_and_a_failed_setting() -> None:
+    outcomes = scale_outcomes({10.0: [0.2, 0.2], 20.0: [0.3, 0.3], 40.0: None})
+    outcomes[Trial(Setting("red", {"red": 80.0}, alone=True), 0)] = Outcome("open", error="no memory")
+    assert cells(results_table(make_rows(outcomes, [0, 1]), "accuracy")) == [
+        ("red", "red 10", "0.2000", "0.0000", "2", ""),
+        ("red", "red 20", "0.3000", "0.0000", "2", "best"),
+        ("red", "red 40", "(0.1000)", "", "", "stopped at step 5"),
+        ("red", "red 80", "", "", "0", "failed: no memory"),
+    ]
+
+
+def test_screening_marks_the_scale_nearest_to_the_most_likely_one() -> None:
+    rows = cells(screening_table({"red": toy_screening(10.0, 40.0)}))
+    assert rows == [
+        ("red", "10", "0.100", "0.100", "20.000", "-", ""),
+        ("red", "40", "0.025", "0.400", "10.000", "-", "most likely: 30"),
+    ]
+
+
+def test_plot_has_a_column_for_each_teacher_and_a_row_for_trials_and_screening(tmp_path: Path) -> None:
+    curve = scale_curve({10.0: [0.2, 0.21], 20.0: [0.3, 0.31], 40.0: None})
+    screening = toy_screening(10.0, 20.0, 40.0)
+    check = check_screening(curve, screening, [{5: 0.1}] * 3)
+    paths = [tmp_path / f"{name}.png" for name in ("both", "screening", "two")]
+    plot.draw([curve], {"red": screening}, {"red": check}, "accuracy", str(paths[0]))
+    plot.draw([], {"red": screening}, {}, "accuracy", str(paths[1]))
+    plot.draw([curve], {"red": screening, "blue": screening}, {"red": check}, "accuracy", str(paths[2]))
+    both, alone, two = (Image.open(path).size for path in paths)
+    assert both[1] > 1.5 * alone[1]
+    assert two[0] > 1.5 * both[0]
+
+
+def test_spearman_of_worked_examples() -> None:
+    assert spearman([1, 2, 3, 4], [10, 30, 50, 900]) == pytest.approx(1)
+    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    # Worked example with a tie: ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4.
+    assert spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert spearman([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_screening_is_compared_at_the_end_of_training() -> None:
+    curve = scale_curve({10.0: [0.1, 0.1], 20.0: [0.3, 0.3], 40.0: [0.4, 0.4]})
+    check = check_screening(curve, toy_screening(10.0, 20.0, 40.0), [])
+    assert check.correlations["entropy"] == pytest.approx(-1)
+    assert check.correlations["true_pair"] == pytest.approx(1)
+    assert check.correlations["agreement"] is None
+    assert (check.step, check.count, check.nearest) == (None, 3, 40.0)
+    assert check.gap == pytest.approx(0)
+    assert list(check.json()) == ["ranks", "count", "step", "calibrated", "best", "nearest", "lost"]
+
+
+def test_screening_is_compared_at_the_last_shared_step_if_trials_were_stopped() -> None:
+    curve = scale_curve({10.0: None, 20.0: [0.3, 0.3], 40.0: [0.2, 0.2]})
+    check = check_screening(curve, toy_screening(10.0, 20.0, 40.0), [{5: 0.1}, {5: 0.2, 10: 0.3}, {5: 0.3, 10: 0.2}])
+    assert check.step == 5
+    assert check.correlations["true_pair"] == pytest.approx(1)
+    assert "at step 5, which all trials reached" in check.describe("red")

@@ -83,7 +83,8 @@ def test_most_likely_scale_has_the_lowest_loss_on_a_grid(config: StudentConfig) 
 def test_screening_is_deterministic_and_depends_on_the_seed(
     config: StudentConfig, screenings: dict[str, TeacherScreening]
 ) -> None:
-    again = screen(config, ["red", "blue"], SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None)
-    assert again == screenings
-    other = config.model_copy(update={"seed": 1})
-    assert screen(other, ["red", "blue"], SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None) != screenings
+    for seed in (config.seed, config.seed + 1):
+        again = screen(
+            config.model_copy(update={"seed": seed}), ["red", "blue"], SCALES, {"red": 50.0, "blue": 30.0}, COUNT, None
+        )
+        assert (again == screenings) == (seed == config.seed)

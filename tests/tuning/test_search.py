@@ -1,4 +1,4 @@
-"""Decisions of the scheduler, which are the same after a search is killed and resumed."""
+"""Trial folders, and decisions of the scheduler, which are the same after a search is killed and resumed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,50 @@ from types import SimpleNamespace
 
 import pytest
 
+from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
 from reinforce.terminal import Screen
 from reinforce.tuning.config import EarlyStopping
 from reinforce.tuning.search import Search, _Scheduler
 from reinforce.tuning.space import Setting, Trial
-from reinforce.tuning.trials import read_outcome
+from reinforce.tuning.trials import Outcome, begin_trial, mark_stopped, read_outcome
 from tests.helpers.tuning import METRIC, trial_student
+
+
+def write_log(config: StudentConfig, *lines: str) -> None:
+    Path(config.output).mkdir(exist_ok=True)
+    Path(config.output, "log.jsonl").write_text("\n".join(lines))
+
+
+def evaluation(step: int, value: float) -> str:
+    return json.dumps({"step": step, "metrics": {METRIC: value}})
+
+
+def test_log_is_read_up_to_a_line_that_a_kill_truncated(tmp_path: Path) -> None:
+    config = trial_student(tmp_path / "one")
+    assert read_outcome(config, 12, METRIC) == Outcome("open", []), "no log yet"
+    write_log(config, evaluation(4, 0.1), json.dumps({"step": 5, "loss": 1.0}), evaluation(8, 0.2), '{"step": 9, "lo')
+    assert read_outcome(config, 12, METRIC) == Outcome("open", [(4, 0.1), (8, 0.2)])
+
+
+def test_stopped_trial_ends_at_the_evaluation_that_stopped_it(tmp_path: Path) -> None:
+    config = trial_student(tmp_path / "one")
+    write_log(config, evaluation(4, 0.1), evaluation(8, 0.2))
+    mark_stopped(config, METRIC, 4, 0.1)
+    assert read_outcome(config, 12, METRIC) == Outcome("stopped", [(4, 0.1)])
+    assert read_outcome(config, 12, "another").state == "open"
+    stored = json.loads((tmp_path / "one" / "stopped.json").read_text())
+    assert stored == {"metric": METRIC, "step": 4, "value": 0.1, "by": "ASHA"}
+
+
+def test_folder_of_another_training_is_rejected(tmp_path: Path) -> None:
+    begin_trial(trial_student(tmp_path / "one"), 12)
+    begin_trial(trial_student(tmp_path / "one", checkpoints={"every": 5}), 12)  # no effect on the weights
+    with pytest.raises(UserError, match=r"train\.batch: 8 before, 16 now"):
+        begin_trial(trial_student(tmp_path / "one", batch=16), 12)
+    with pytest.raises(UserError, match=r"train\.steps: 12 before, 13 now"):
+        begin_trial(trial_student(tmp_path / "one"), 13)
+
 
 STEPS = 12
 #: The metric at steps 4, 8 and 12, by scale.
@@ -110,10 +147,3 @@ def test_evaluation_that_was_logged_but_not_reported_is_decided_on_resume(tmp_pa
     for trial in (first, second, third):
         again.replay(trial, read_outcome(configs[trial], STEPS, METRIC))
     assert read_outcome(configs[third], STEPS, METRIC).state == "stopped"
-
-
-def test_trial_stopped_by_another_metric_is_open(tmp_path: Path) -> None:
-    configs = trials(tmp_path)
-    run_trials(make_scheduler(configs), configs)
-    stopped = next(trial for trial in configs if trial.setting.scales["red"] == 30.0)
-    assert read_outcome(configs[stopped], STEPS, "another").state == "open"

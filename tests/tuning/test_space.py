@@ -1,17 +1,46 @@
-"""The search space: settings, and the student config of each trial."""
+"""The config of a tuning, the settings it tries, the config of each trial, and the config it writes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from reinforce import settings
 from reinforce.errors import UserError
+from reinforce.student.config import StudentConfig, load_student_config
 from reinforce.tuning.config import load_tune_config
-from reinforce.tuning.space import BaseStudent, Setting, Trial, lambda_settings, scale_settings
+from reinforce.tuning.space import LAMBDA, BaseStudent, Setting, Trial, lambda_settings, scale_settings
+from reinforce.tuning.student_yaml import render_student_yaml
 from tests.helpers.tuning import STUDENT, tune_config
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"scales": {"red": [10.0]}}, "scales.red: 10 is the only value, nothing to compare"),
+        ({"scales": {}, "lambda": [1.0]}, "lambda: 1 is the only value, nothing to compare"),
+        ({"scales": {}}, "nothing to try"),
+        ({"mode": "joint", "scales": {"red": [10.0], "blue": [20.0]}}, "nothing to try"),
+        ({"scales": {"red": [10.0, 10.0, 20.0]}}, "scales.red: duplicate value"),
+        ({"seeds": [1, 1]}, "seeds: duplicate seed"),
+        ({"scales": {"red": [0.0, 10.0]}}, "greater than 0"),
+        ({"scales": {"red": {"from": 10, "to": 90}}}, "must be a list of values, or {from, to, count}"),
+        ({"scales": {"red": {"from": -1, "to": 90, "count": 3}}}, "`from` and `to` must be numbers above 0"),
+        ({"sample": 3}, "`sample` requires `mode: joint`"),
+        ({"early_stopping": {"grase": 0.2}}, "known keys here: grace, reduction"),
+    ],
+)
+def test_invalid_configs_are_rejected(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tune_config(**keys)
+
+
+def test_grid_has_equal_ratios() -> None:
+    assert tune_config(scales={"red": {"from": 10, "to": 90, "count": 3}}).scales == {"red": [10.0, 30.0, 90.0]}
 
 
 def test_independent_mode_tries_each_teacher_alone_and_lambda_with_all() -> None:
@@ -62,3 +91,42 @@ def test_demo_tuning_config_matches_its_student(monkeypatch: pytest.MonkeyPatch)
     assert list(base.short.evaluate.zero_shot) == ["held-out"]  # none of the demo's tests
     assert not base.short.evaluate.retrieval
     assert (base.short.evaluate.every or 0) < base.short.train.steps
+
+
+def raw_student(url: str, loss: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A student's config as a user writes it."""
+    return {
+        "output": "before",
+        "student": {"model": "MobileCLIP2-S0"},
+        "data": {"datasets": url, "teachers": ["red", "blue", "x"], "captioners": {"coca": 2.0}},
+        **({} if loss is None else {"loss": loss}),
+        "train": {"epochs": 8, "batch": 128, "optimizer": {"lr": 1e-3}},
+    }
+
+
+@pytest.mark.parametrize("loss", [None, {"lambda": 0.7, "logit_scales": {"red": 10.0, "x": 5.0}, "features": "all"}])
+def test_written_config_differs_in_scales_and_lambda_and_states_their_origins(
+    tmp_path: Path, loss: dict[str, Any] | None
+) -> None:
+    best = {"red": 43.0, LAMBDA: 0.5}
+    origins = {
+        "red": "reinforce tune: best at 43 (0.6), # plateau",
+        "blue": "unchanged: 30, dataset: model",
+        LAMBDA: "best",
+    }
+    path = tmp_path / "student.yaml"
+    path.write_text(
+        render_student_yaml(raw_student("data", loss), best, origins, "runs/tuning/student", "Written by a test.")
+    )
+    text = path.read_text()
+    written = load_student_config(path)
+    before = settings.parse(StudentConfig, raw_student("data", loss))
+    assert written.loss.logit_scales == {**before.loss.logit_scales, "red": 43.0}
+    assert (written.loss.lambda_, written.loss.features) == (0.5, before.loss.features)
+    assert written.output == "runs/tuning/student"
+    assert written.model_copy(update={"output": "before", "loss": before.loss}) == before
+    assert text.startswith("# Written by a test.\n")
+    lines = [line.strip() for line in text.splitlines()]
+    assert lines[lines.index("red: 43.0") - 1] == "# reinforce tune: best at 43 (0.6), # plateau"
+    assert "# blue: unchanged: 30, dataset: model" in lines
+    assert yaml.safe_load(text)["data"] == json.loads(json.dumps(raw_student("data")["data"]))

@@ -1,16 +1,20 @@
-"""Arms and datasets of the ablations."""
+"""Arms, datasets and questions of the ablations, which follow the demo's configs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import yaml
 
+from benchmarks.ablations import __main__ as ablations
+from benchmarks.ablations import questions
 from benchmarks.ablations.arms import BASE, WRONG, Study
-from benchmarks.ablations.questions import make_questions
+from benchmarks.ablations.questions import SCALES, make_questions
 from reinforce.config import load_config
 from reinforce.demo.compare import MEASURES
 from reinforce.errors import UserError
+from reinforce.terminal import Screen
 from tests.helpers.demo import ROOT
 
 
@@ -71,3 +75,56 @@ def test_overrides_apply_to_all_students_and_errors_are_reported_early(
 
 def test_own_scales_are_those_of_the_teachers_weights(study: Study) -> None:
     assert study.own_scales() == {"conv-64": 27.3, "conv-48": 29.8, "styles-64": 24.0}
+
+
+def test_teachers_and_captioners_are_read_from_the_demo_configs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo, student = (yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text()) for name in ("demo", "student-demo"))
+    others = list(demo["teachers"])[1:]
+    demo["teachers"] = dict(zip(["dr.one", *others], demo["teachers"].values(), strict=True))
+    demo["captioners"] = dict(zip(["words"], demo["captioners"].values(), strict=False))
+    student["data"] |= {"teachers": ["dr.one", *others], "captioners": ["words"]}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/demo-models").symlink_to(ROOT / "configs/demo-models")
+    for name, config in (("demo", demo), ("student-demo", student)):
+        (tmp_path / f"configs/{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    monkeypatch.chdir(tmp_path)
+    study = Study(tmp_path)
+    questions = make_questions(study)
+    assert [arm.label for arm in questions["teachers"].arms] == ["dr.one", *others, "ensemble"]
+    online = study.student_config(questions["ways"].arms[1], 0)
+    assert online.loss.targets == "online"
+    in_fp32 = {name: spec.model_copy(update={"precision": "fp32"}) for name, spec in study.demo.teachers.items()}
+    assert online.loss.teachers == in_fp32
+    assert study.student_config(questions["scales"].arms[0], 0).loss.logit_scales == dict.fromkeys(
+        ["dr.one", *others], float(SCALES[0])
+    )
+    two = study.student_config(questions["captions"].arms[-1], 0)
+    assert list(two.data.captioners or {}) == list(study.dataset_config("two-captioners").captioners)
+
+
+def test_a_named_question_without_its_captioner_is_an_error_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(questions, "PRETRAINED_CAPTIONER", tmp_path / "captioner")
+    with pytest.raises(UserError, match=r"finetuning needs .*captioner, which `make demo-teachers` writes"):
+        ablations.main(tmp_path / "out", ["lambda", "finetuning"], 3, [], None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_among_all_questions_it_is_left_out_with_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    captioner = tmp_path / "captioner"
+    monkeypatch.setattr(questions, "PRETRAINED_CAPTIONER", captioner)
+    study = ablations.Study(tmp_path / "out")
+    finetuning, others = make_questions(study)["finetuning"], make_questions(study)["lambda"]
+    assert ablations.can_answer(others, [], Screen())
+    assert not ablations.can_answer(finetuning, [], Screen())
+    assert "left out: finetuning needs" in "".join(capsys.readouterr())
+    captioner.mkdir()
+    assert ablations.can_answer(finetuning, ["finetuning"], Screen())
+    assert study.dataset_config("pretrained-captioner").captioners["coca"].model == f"local-dir:{captioner}"

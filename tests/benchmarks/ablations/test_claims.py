@@ -1,13 +1,11 @@
-"""Claims, checked on small numbers."""
+"""Claims and measures, checked on small numbers."""
 
 from __future__ import annotations
 
 import math
 
-import pytest
-
-from benchmarks.ablations.claims import Compare, Pick, Sooner, Verdict, agreement, standard_error
-from benchmarks.ablations.measures import REACHED_AT
+from benchmarks.ablations.claims import Compare, Pick, Sooner
+from benchmarks.ablations.measures import ALL_MEASURES, REACHED_AT, step_of_level
 from tests.helpers.ablations import numbers_of
 
 
@@ -42,14 +40,8 @@ def test_first_arm_must_be_sooner_with_every_seed() -> None:
     assert "never with 1" in verdict.text
 
 
-def test_standard_error_pools_the_variances_of_all_arms() -> None:
-    numbers = numbers_of(a=[0.30, 0.32, 0.31], b=[0.1, 0.12, 0.11])
-    assert standard_error(numbers, "unseen_style") == pytest.approx((2 * 0.01**2 / 3) ** 0.5)
-
-
-def test_agreement_counts_the_claims_that_hold() -> None:
-    holds, fails = Verdict(True, ""), Verdict(False, "")
-    assert agreement([holds, holds]) == "agree"
-    assert agreement([holds, fails, fails]) == "agree in 1 of 3 points"
-    assert agreement([fails]) == "do not agree"
-    assert "no conclusion" in agreement([])
+def test_step_of_a_level_is_interpolated() -> None:
+    curve = [(10, 0.1), (20, 0.3), (30, 0.2)]
+    assert [step_of_level(curve, level) for level in (0, 0.05, 0.1, 0.2, 0.3)] == [0, 5, 10, 15, 20]
+    assert math.isinf(step_of_level(curve, 0.31))
+    assert ALL_MEASURES["own_style" + REACHED_AT].format_cell([5, math.inf, math.inf]) == "never in 2 of 3"

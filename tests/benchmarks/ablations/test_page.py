@@ -43,19 +43,6 @@ def test_page_reports_agreement_and_disagreement(study: Study, tmp_path: Path) -
     assert "- Lambda\n" not in text
 
 
-def test_every_question_has_a_section(study: Study) -> None:
-    questions = make_questions(study)
-    checked = [(answer, page.check_claims(answer)) for answer in map(rising_answer, questions.values())]
-    text = page.render_page(checked, page.describe_study(study, 3, list(questions)))
-    assert "make ablations" in text
-    assert "Not measured yet" not in text
-    for (name, question), (answer, verdicts) in zip(questions.items(), checked, strict=True):
-        assert f"\n## {question.title}\n\n{question.paper}\n" in text
-        assert f"(ablations/{name}.png)" in text
-        assert all(f"- {verdict.text}.\n" in text for verdict in verdicts)
-        assert all(f"\n| {label} |" in text for label in answer.numbers)
-
-
 def test_figures_and_derived_measures_are_written(study: Study, tmp_path: Path) -> None:
     questions = make_questions(study)
     (tmp_path / "page").mkdir()

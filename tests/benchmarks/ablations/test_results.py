@@ -1,4 +1,4 @@
-"""Finished trainings and answers, read from their folders."""
+"""Finished trainings, answers and progress, read from their folders."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from benchmarks.ablations.arms import BASE, Study
 from benchmarks.ablations.questions import make_questions
 from benchmarks.ablations.results import find_training, read_answer
+from benchmarks.ablations.trainings import _Progress
 from reinforce.errors import UserError
 from tests.helpers.ablations import finish_training, write_dataset, write_page
 
@@ -54,3 +55,17 @@ def test_training_of_another_config_or_dataset_is_rejected(study: Study) -> None
     assert other is not None
     with pytest.raises(UserError, match="fingerprint of samples"):
         other.begin()
+
+
+def test_progress_counts_finished_trainings_and_logged_steps(study: Study) -> None:
+    write_dataset(study)
+    found = [find_training(study, arm, 0) for arm in (study.plain, study.distilled)]
+    first, second = (training for training in found if training is not None)
+    progress = _Progress([first, second], done=3)
+    assert (progress.total, progress.steps) == (2 * study.steps, 0)
+    second.folder.mkdir(parents=True)
+    (second.folder / "log.jsonl").write_text('{"step": 80, "loss": 1.0}\n{"step": 90, "lo')
+    progress.finish(first)
+    line = progress.line([second])
+    assert line.startswith(f"4 of 5 trainings  distilled-0 at 80 of {study.steps}  about ")
+    assert progress.steps == study.steps + 80

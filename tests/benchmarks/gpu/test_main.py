@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.gpu import page
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.bench import Bench, Size
+from benchmarks.gpu.models import load_tokenizer, vocabulary_size
 from benchmarks.pipeline.figures import Figure
 from benchmarks.pipeline.page import read_figures
 from tests.helpers.decoding import decode_pool
@@ -84,3 +85,11 @@ def test_what_this_machine_cannot_measure_is_one_message(
     with pytest.raises(SystemExit):
         main(words)
     assert advice in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", Size().teachers)
+def test_tokenizers_are_not_downloaded_and_their_tokens_are_in_the_vocabulary(name: str) -> None:
+    tokens = load_tokenizer(name)(["a photo of a dog", ""])
+    assert tokens.shape[0] == 2
+    assert tokens.min() >= 0
+    assert tokens.max() < vocabulary_size(name)

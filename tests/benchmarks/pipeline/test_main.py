@@ -1,15 +1,30 @@
-"""The benchmark of the pipeline, small."""
+"""The benchmark of the pipeline, small: its inputs, stand-ins, and CPU and memory of its processes."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from benchmarks.pipeline import page
+from benchmarks.pipeline import page, proc
 from benchmarks.pipeline.__main__ import SECTIONS, main, make_parser, measure
 from benchmarks.pipeline.figures import QUICK, Bench
+from benchmarks.pipeline.inputs import make_config, photo, write_shards
+from benchmarks.pipeline.stand_ins import FixedTimeTeacher, StandInAccelerator
+from reinforce.engine.plan.plan import make_plan
+from reinforce.processes.shared_memory import SharedMemory
+from tests.helpers.demo import read_samples
 
 
 def test_a_small_run_measures_the_figures_of_its_parts(
@@ -60,3 +75,99 @@ def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         make_parser().parse_args(["--only", "hosts"])
     assert "invalid choice: 'hosts'" in capsys.readouterr().err
+
+
+def test_shards_repeat_deterministic_photos_and_differ(tmp_path: Path) -> None:
+    photos = [photo(i, side=64) for i in range(3)]
+    assert photos[1] == photo(1, side=64) != photos[2]
+    with Image.open(io.BytesIO(photos[1])) as image:
+        assert (image.format, image.size) == ("JPEG", (64, 64))
+    source = write_shards(tmp_path / "source", 2, 4, photos)
+    samples = [read_samples(tmp_path / "source" / f"0000{i}.tar") for i in range(2)]
+    assert samples[0]["000001"] == {"jpg": photos[1], "txt": b"a photo of thing 1"}
+    assert [sample["jpg"] for sample in samples[1].values()] == [photos[i] for i in (1, 2, 0, 1)]
+    plan = make_plan(make_config(source, f"{tmp_path}/out", augmentations=10, cores=1))
+    assert [shard.url for shard in plan.pending] == [f"{tmp_path}/source/0000{i}.tar" for i in range(2)]
+
+
+def test_teacher_takes_time_for_each_image_and_no_cpu() -> None:
+    teacher = FixedTimeTeacher(torch.device("cpu"), 0.02)
+    assert teacher.encode_texts(["a", "b"]).shape == (2, teacher.dim)
+    torch.testing.assert_close(teacher.encode_images(torch.zeros(3, 3, 4, 4)).norm(dim=-1), torch.ones(3))
+    teacher.reset(0.02)
+    start, cpu = time.perf_counter(), time.thread_time()
+    teacher.encode_images(torch.zeros(5, 3, 4, 4))
+    teacher.encode_images(torch.zeros(5, 3, 4, 4))
+    assert time.perf_counter() - start >= teacher.last - teacher.first >= teacher.busy == pytest.approx(0.2)
+    assert time.thread_time() - cpu < 0.1
+    teacher.reset(0.0)
+    assert teacher.busy == 0
+
+
+def test_stand_in_accelerator_keeps_shapes_and_copies_nothing() -> None:
+    parts = [np.zeros((count, 2, 8, 8, 3), np.uint8) for count in (3, 1)]
+    tensor = StandInAccelerator().put_parts(parts)
+    assert tensor.shape == (4, 2, 8, 8, 3)
+    assert tensor.flatten(0, 1).shape == (8, 8, 8, 3)
+    assert tensor.untyped_storage().nbytes() == 1
+
+
+MEGABYTE = 10**6
+_BUSY = "import time; t = time.process_time\nwhile t() < {}: pass\nprint('done', flush=True); input()"
+_TOUCH = """\
+import sys
+from reinforce.processes.shared_memory import SharedMemory
+memory = SharedMemory(descriptor=int(sys.argv[1])).array()
+memory[:] = 1
+print("done", flush=True); input()
+"""
+
+
+@pytest.fixture
+def shared() -> Iterator[SharedMemory]:
+    memory = SharedMemory(50 * MEGABYTE)
+    yield memory
+    memory.close()
+
+
+def start(code: str, *words: str, **more: object) -> subprocess.Popen[bytes]:
+    """A child that has done its work and waits."""
+    child = subprocess.Popen(  # type: ignore[call-overload]
+        [sys.executable, "-c", code, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **more
+    )
+    assert child.stdout.readline() == b"done\n"
+    return child  # type: ignore[no-any-return]
+
+
+def test_cpu_of_a_child_is_counted_and_waiting_is_not() -> None:
+    with start(_BUSY.format(0.3)) as child:
+        assert child.pid in proc.children(os.getpid())
+        assert 0.25 < proc.cpu_seconds(child.pid) < 0.6
+        child.kill()
+    assert proc.cpu_seconds(child.pid) == 0
+    assert child.returncode == -signal.SIGKILL
+
+
+def test_shared_memory_of_several_processes_counts_once(shared: SharedMemory) -> None:
+    shared.array()[:] = 1
+    here = shared.array()
+    assert here.sum() == 50 * MEGABYTE  # mapped and read in this process, too
+    descriptor = str(shared.descriptor)
+    with start(_TOUCH, descriptor, pass_fds=[shared.descriptor]) as child:
+        sizes = [proc.memory(pid) for pid in (os.getpid(), child.pid)]
+        with proc.watch_memory(os.getpid(), seconds=0.01) as peak:
+            child.communicate(b"\n")  # ends it
+    assert 45 * MEGABYTE < sum(size.shared for size in sizes) < 60 * MEGABYTE
+    assert min(size.own for size in sizes) > MEGABYTE
+    assert proc.memory(child.pid) == proc.Memory()
+    assert peak.total >= peak.parent > MEGABYTE
+
+
+def test_peak_keeps_the_parts_of_the_largest_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {1: proc.Memory(10, 4), 2: proc.Memory(3, 4), 3: proc.Memory(5, 4)}
+    monkeypatch.setattr(proc, "memory", found.__getitem__)
+    peak = proc.Peak()
+    peak.look(1, [2, 3])
+    found[1] = proc.Memory(9, 4)
+    peak.look(1, [2, 3])
+    assert peak == proc.Peak(total=30, parent=10, child=4.0, shared=12)

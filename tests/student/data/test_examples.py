@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,19 +65,6 @@ def examples(layers: Mapping[str, pa.Table], spec: ExampleSpec = SPEC, first: in
     return make_examples(layers["samples"], layers.__getitem__, first, ROWS, FILE, spec, epoch)
 
 
-def test_picked_image_text_and_vectors_belong_together() -> None:
-    made = examples(tables())
-    assert made.unusable == {}
-    for row, example in enumerate(made.rows):
-        assert example is not None
-        true, synthetic = example.texts
-        image, caption, other = example.vectors.reshape(3, 4)
-        assert (example.key, example.image, true) == (f"k{row}", str(row).encode(), f"true {row}")
-        assert image.argmax() == example.augmentation.crop.top
-        assert caption.argmax() == 0
-        assert synthetic.split() == [synthetic[0], str(row), str(other.argmax())]
-
-
 def test_picks_are_uniform_and_captioners_are_picked_by_weight() -> None:
     made = [example for example in examples(tables()).rows if example]
     views = Counter(example.augmentation.crop.top for example in made)
@@ -110,39 +96,4 @@ def test_unusable_rows_are_counted_by_reason() -> None:
         "no vectors of the caption": 1,
         "no synthetic caption": 1,
         "no vectors of the synthetic caption": 1,
-    }
-
-
-def test_mixed_texts_come_from_all_sources() -> None:
-    mixed = replace(SPEC, captions="mixed", synthetic=0.4)
-    assert mixed.kinds == ("caption",)
-    made = [example for example in examples(tables(caption={0, 1}), mixed).rows if example]
-    sources = Counter(example.texts[0].split()[0] for example in made)
-    assert len(made) == ROWS
-    assert sources["true"] / ROWS == pytest.approx(0.6, abs=0.1)
-    assert sources["a"] > sources["b"] > 0
-    assert {example.vectors.size for example in made} == {8}
-
-
-def test_sequential_picks_use_every_element_once_before_repeating() -> None:
-    spec = replace(SPEC, pick="sequential", captioners={"a": 1.0})
-    epochs = [examples(tables(), spec, epoch=epoch).rows for epoch in range(6)]
-    for row in range(ROWS):
-        seen = [epoch[row] for epoch in epochs]
-        assert {e.augmentation.crop.top for e in seen[:2] if e} == {0, 1}
-        assert {e.texts[1] for e in seen[:3] if e} == {f"a {row} {n}" for n in range(3)}
-        assert [e.texts[1] for e in seen[:3] if e] == [e.texts[1] for e in seen[3:] if e]
-    assert len({e.augmentation.crop.top for e in epochs[0] if e}) == 2
-
-
-def test_only_the_needed_columns_are_listed() -> None:
-    plain = replace(SPEC, image_teachers=(), text_teachers=(), captioners={})
-    assert plain.columns("reference") == {"samples": ("key", "augmentations", "image_ref", "image_digest", "caption")}
-    synthetic = replace(SPEC, captions="mixed", synthetic=1.0, image_teachers=())
-    assert synthetic.columns("embed") == {
-        "samples": ("key", "augmentations", "image"),
-        "captions/a": ("key", "captions"),
-        "captions/b": ("key", "captions"),
-        "embeddings/t/a": ("key", "embeddings"),
-        "embeddings/t/b": ("key", "embeddings"),
     }

@@ -296,6 +296,8 @@ def test_online_teachers_get_the_views_and_texts_that_stored_ones_got(url: str) 
     assert online["targets"] == {}
     assert online["key"] == stored["key"]
     assert torch.equal(online["views"]["red"], stored["image"])
+    [alike] = take(StudentFeed(data, 5, 24, letters, teachers=[], online=["red"]), 1, 6)
+    assert alike["views"]["red"] is alike["image"], "of the size at which the teachers saw it"
     assert online["views"]["new"] is online["views"]["red"]
     assert online["image"].shape == (6, 20, 20, 3)
     assert online["texts"] == {kind: read_whole(stored[kind], online["texts"][kind]) for kind in online["texts"]}

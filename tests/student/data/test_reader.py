@@ -206,27 +206,6 @@ def _identity(part: Any) -> Any:
     return part
 
 
-def test_a_stream_starts_at_any_step_and_counts_on(streamed: StreamedDataset) -> None:
-    undisturbed = list(itertools.islice(stream_of(streamed), 10))
-    stream = stream_of(streamed, step=4)
-    assert keys(list(itertools.islice(stream, 6))) == keys(undisturbed[4:])
-    assert stream.state_dict() == {"step": 10}
-
-
-def test_ranks_read_their_share_of_the_streams(streamed: StreamedDataset) -> None:
-    one = keys(list(itertools.islice(stream_of(streamed), 8)))
-    of_ranks = [keys(list(itertools.islice(stream_of(streamed, rank, 2, 3), 8))) for rank in range(2)]
-    assert one == [first + second for first, second in zip(*of_ranks, strict=True)]
-
-
-def test_parts_are_made_in_the_given_buffers_by_turns(streamed: StreamedDataset) -> None:
-    stream = stream_of(streamed)
-    buffers = stream.buffers = stream.plan.maker.allocate(1, 3, 6)
-    for step, part in enumerate(itertools.islice(stream, 5)):
-        assert part.buffers is not None
-        assert part.buffers.image.data_ptr() == buffers.image[0, step % 3].data_ptr()
-
-
 def test_a_reader_draws_from_the_datasets_by_weight_and_from_any_position(
     streamed: StreamedDataset, tmp_path: Path
 ) -> None:
