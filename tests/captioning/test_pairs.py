@@ -26,22 +26,6 @@ from tests.helpers.tables import write_huggingface
 from tests.helpers.web import SECRET, redirecting_server
 
 
-def test_captions_are_read_from_lines_lists_or_one_text(tmp_path: Path) -> None:
-    document = json.dumps({"many": [" two ", "", "one", "two"], "single": "s"}).encode()
-    members = [("a.png", picture(0)), ("a.json", document), ("a.txt", b"first\n\n  second\nfirst\n")]
-    path = write_tar(tmp_path / "0.tar", [*members, ("b.png", picture(1)), ("b.txt", b"of b")])
-
-    def captions_by(*fields: str) -> list[str]:
-        data = Data(source=str(path), captions=list(fields))
-        captions: list[str] = scan(data.source, data, "data")["captions"][0].as_py()
-        return captions
-
-    assert captions_by("json:many", "txt") == ["two", "one"]
-    assert captions_by("json:single", "txt") == ["s"]
-    assert captions_by("json:none", "lines:txt") == ["first", "second"]
-    assert captions_by("txt") == ["first    second first"]
-
-
 def test_samples_without_captions_are_left_out_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     members = [(f"{i}.png", picture(i)) for i in range(30)]
     members += [("30.png", picture(30)), ("30.json", b'{"captions": []}'), ("31.txt", b"no image")]
@@ -187,16 +171,6 @@ def test_pairs_are_not_read_from_web_addresses(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
-
-
-def test_ranges_of_several_files_are_returned_in_the_given_order(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.tar").write_bytes(f"0123456789{name}".encode())
-    locations = [("b", 8, 3), ("a", 0, 2), ("b", 0, 1), ("a", 10, 1)]
-    images = read_images([ImageLocation(f"{tmp_path}/{name}.tar", start, length) for name, start, length in locations])
-    assert images == [b"89b", b"01", b"0", b"a"]
-    with pytest.raises(FileNotFoundError):
-        read_images([ImageLocation(f"{tmp_path}/none.tar", 0, 1)])
 
 
 def test_images_of_parquet_files_are_read_from_a_local_copy(tmp_path: Path) -> None:

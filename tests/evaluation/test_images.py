@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -18,18 +17,14 @@ from reinforce.config import Limits
 from reinforce.evaluation import images
 from reinforce.evaluation.images import CacheBudget, ImageBatches
 from reinforce.evaluation.reading import Example
-from reinforce.source.samples import Refusal
-from schemas import Reason
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from tests.helpers.evaluation import (
-    COLOURS,
     CPU,
     ColourOracle,
     load_teacher,
     make_evaluator,
     make_photos,
-    solid_image,
     write_colour_folder,
     write_colour_shard,
     write_models,
@@ -53,40 +48,6 @@ def test_pixels_equal_those_of_open_clips_validation_transform(tmp_path: Path, k
     batches = ImageBatches(lambda: iter(examples), len(photos), Limits(), CacheBudget(0)).batches(spec, 4, 2)
     pixels = torch.cat([to_pixels(CPU.put(batch.pixels), spec) for batch in batches])
     assert torch.equal(pixels, torch.stack([transform(Image.open(io.BytesIO(data))) for data in photos]))
-
-
-def test_refused_images_are_listed_and_left_out() -> None:
-    examples = [
-        Example("a", lambda: solid_image("red"), 0),
-        Refusal("b", Reason.NO_TEXT, "no caption"),
-        Example("c", lambda: b"no image", 1),
-        Example("d", lambda: solid_image("blue") + bytes(9000), 2),
-        Example("e", lambda: solid_image("grey"), 3),
-    ]
-    batches = ImageBatches(lambda: iter(examples), len(examples), Limits(image_bytes=9000), CacheBudget(10**6))
-    for _ in range(2):  # decoded, then cached
-        [batch] = batches.batches(SPEC, 5, 2)
-        assert batch.targets == [0, 3]
-        assert batch.pixels[:, 0, 0].tolist() == [list(COLOURS["red"]), list(COLOURS["grey"])]
-        assert [(r.key, r.reason.value) for r in batches.refused] == [
-            ("b", "no_text"), ("c", "image_format"), ("d", "image_bytes"),
-        ]  # fmt: skip
-
-
-@pytest.mark.parametrize("free", [0, 10**6])
-def test_batches_keep_the_order_and_only_the_last_is_smaller(free: int) -> None:
-    def examples() -> Iterator[Example]:
-        for index, colour in enumerate(COLOURS):
-            yield Example(colour, lambda colour=colour: solid_image(colour), index)
-
-    budget = CacheBudget(free)
-    batches = ImageBatches(examples, len(COLOURS), Limits(), budget)
-    first = list(batches.batches(SPEC, 4, 3))
-    assert [batch.targets for batch in first] == [[0, 1, 2, 3], [4, 5]]
-    again = list(batches.batches(SPEC, 3, 3))
-    assert [batch.targets for batch in again] == [[0, 1, 2], [3, 4, 5]]
-    assert np.array_equal(*(np.concatenate([batch.pixels for batch in run]) for run in (first, again)))
-    assert budget.free == (free - len(COLOURS) * 8 * 8 * 3 if free else 0)
 
 
 class DecodeCounter:

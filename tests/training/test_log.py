@@ -48,15 +48,6 @@ def test_a_row_is_on_disk_at_once_and_a_scalar_for_every_number_in_the_events(tm
     assert (first.step, first.value, second.step) == (1, 0.25, 2)
 
 
-def test_rows_after_the_last_checkpoint_and_a_truncated_row_are_deleted(tmp_path: Path) -> None:
-    rows = [json.dumps(row(step)) for step in (1, 2, 3)]
-    (tmp_path / "log.jsonl").write_text("\n".join([*rows, '{"step": 4, "lo']))
-    with Log(Storage(str(tmp_path)), 2) as log:
-        assert read(tmp_path / "log.jsonl") == [row(1), row(2)]
-        log.add(row(3, 0.5))
-    assert read(tmp_path / "log.jsonl") == [row(1), row(2), row(3, 0.5)]
-
-
 def test_in_an_object_store_rows_appear_with_publish_and_are_continued() -> None:
     storage = Storage("memory://logs/one")
     with Log(storage, 0) as log:

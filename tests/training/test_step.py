@@ -20,23 +20,6 @@ from tests.helpers.tiny_models import open_clip_config
 from tests.helpers.trainings import PairFeed, TowersTask
 
 
-def test_a_slice_has_the_same_samples_of_every_entry_and_shares_memory() -> None:
-    whole = {"key": list("abcd"), "deep": {"left": torch.arange(8).reshape(4, 2)}}
-    part = slice_batch(whole, 1, 3)
-    assert part["key"] == ["b", "c"]
-    assert part["deep"]["left"].tolist() == [[2, 3], [4, 5]]
-    assert part["deep"]["left"].data_ptr() == whole["deep"]["left"][1:].data_ptr()  # type: ignore[index]
-
-
-def test_batches_arrive_in_order_with_all_entries() -> None:
-    batches = [{"key": [str(i)], "deep": {"left": torch.tensor([i])}} for i in range(2)]
-    prefetcher = Prefetcher(batches, Accelerator("cpu"))
-    for i in range(2):
-        prefetcher.fetch()
-        found = prefetcher.take()
-        assert (found["key"], found["deep"]["left"].tolist()) == ([str(i)], [i])
-
-
 def test_a_feed_that_ends_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="the feed ended before the training"):
         Prefetcher([], Accelerator("cpu")).fetch()

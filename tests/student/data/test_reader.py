@@ -67,35 +67,6 @@ def order_of(dataset: StreamedDataset, window: int = 16) -> Order:
     return Order(dataset.groups[:, 2], 0, "d", 1, window)
 
 
-def keys_in_order(dataset: StreamedDataset, order: Order, position: int, count: int) -> list[str]:
-    """Keys by reading row groups one by one, with the unusable rows."""
-    keys: list[str] = []
-    for window in order.windows(0, position):
-        rows = []
-        for chunk in window.chunks:
-            shard, place, _ = dataset.groups[chunk.group].tolist()
-            with dataset.layers.open(dataset.shards[shard], whole=False) as layers:
-                rows += layers.row_group(place).samples["key"].to_pylist()[chunk.first : chunk.stop]
-        keys += [rows[row] for row in window.order[window.skip :]]
-        if len(keys) >= count:
-            return keys[:count]
-    raise AssertionError
-
-
-@pytest.mark.parametrize("position", [0, 7, 95])
-def test_examples_come_in_the_order_and_unusable_rows_are_replaced(
-    dataset: StreamedDataset, pool: ThreadPoolExecutor, position: int
-) -> None:
-    order = order_of(dataset)
-    reader = DatasetReader(dataset, order, 0, position, pool)
-    found = [example.key for example in itertools.islice(reader, 80)]
-    expected = keys_in_order(dataset, order, position, 80)
-    replaced = [(new, old) for new, old in zip(found, expected, strict=True) if new != old]
-    assert {old for _, old in replaced} == set(NO_CAPTION)
-    assert not {new for new, _ in replaced} & set(NO_CAPTION)
-    assert reader.unusable["no caption"] >= 4
-
-
 def test_at_most_a_window_and_a_row_group_are_read_ahead(dataset: StreamedDataset, pool: ThreadPoolExecutor) -> None:
     order = order_of(dataset)
     reader = DatasetReader(dataset, order, 0, 0, pool)
