@@ -46,7 +46,7 @@ def caption_of(sidecars: Mapping[str, bytes], fields: Sequence[str], limits: Lim
 
 
 def why_no_caption(sidecars: Mapping[str, bytes], fields: Sequence[str], members: Sequence[str]) -> str:
-    """Return where :func:`caption_of` looked in vain, and which ``members`` (extensions) the sample has."""
+    """Explain why no caption was found: where it was looked for, and the sample's ``members`` (extensions)."""
     looked = [f"{_place(field)}{_state(sidecars, field, members)}" for field in fields]
     present = ", ".join(sorted(f".{extension}" for extension in members))
     return f"no caption: looked for {', '.join(looked)}; the sample has {present}"[:500]

@@ -51,7 +51,7 @@ class RawSample:
         return caption_of(self.sidecars, fields, limits) or caption_of(self.all_sidecars, fields, limits)
 
     def why_no_caption(self, fields: Sequence[str]) -> str:
-        """Where ``caption`` looked in vain, and what the sample has."""
+        """Explain why no caption was found, with what the sample has."""
         if self.columns is None:
             return why_no_caption(self.all_sidecars, fields, self.members)
         looked = ", ".join(field.partition(":")[2] or field for field in fields)

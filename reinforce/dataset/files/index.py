@@ -160,7 +160,7 @@ class IndexWriter:
             self._entries.setdefault(layer, {})[shard] = entry
 
     def flush_when_due(self) -> None:
-        """Write what is new now and then. After an error of the storage, the next time."""
+        """Write new entries if the last write is old. After a storage error, the next call writes them."""
         if self._entries and time.monotonic() - self._written > _WRITE_SECONDS:
             try:
                 self.flush()

@@ -131,10 +131,10 @@ def alignment_error(store: Store, layer: str, shard: str) -> MisalignedKeys:
 
 
 @contextlib.contextmanager
-def read_errors(path: str, mend: Callable[[], str] = lambda: "delete it") -> Iterator[None]:
+def read_errors(path: str, fix: Callable[[], str] = lambda: "delete it") -> Iterator[None]:
     """Turn what reading a layer file raises into a UserError that names the file and the fix.
 
-    ``mend`` returns what to do with a damaged file.
+    ``fix`` returns what to do with a damaged file.
     """
     try:
         yield
@@ -145,7 +145,7 @@ def read_errors(path: str, mend: Callable[[], str] = lambda: "delete it") -> Ite
     except Exception as error:  # each storage driver has its own exceptions
         kind = "" if isinstance(error, RefusedFile) else f"{type(error).__name__}: "
         raise UserError(
-            f"{path} cannot be read ({kind}{escape(str(error)[:500])}). If it is damaged, {mend()}: `reinforce run` "
+            f"{path} cannot be read ({kind}{escape(str(error)[:500])}). If it is damaged, {fix()}: `reinforce run` "
             "with its config computes what is missing."
         ) from error
 

@@ -53,7 +53,7 @@ class Replay:
 
     @property
     def text(self) -> str:
-        """The record in one line, for whoever does not see the image."""
+        """Alt text of the record, in one line."""
         return ", ".join([f"crop of {self.share:.0%} of the image", *self.operations])
 
 

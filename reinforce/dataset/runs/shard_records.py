@@ -102,7 +102,7 @@ class RecordWriter:
             yield ShardRecord(shard, self._keys[shard], source)
 
     def flush_when_due(self) -> None:
-        """Write the records now and then. After an error of the storage, the next time."""
+        """Write new records if the last write is old. After a storage error, the next call writes them."""
         if self._changed and time.monotonic() - self._written > _WRITE_SECONDS:
             try:
                 self.flush()

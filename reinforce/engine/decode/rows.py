@@ -29,8 +29,8 @@ from reinforce.source.urls import canonical, is_public
 from schemas import IMAGE_DIGEST, Reason, image_columns
 from teachers.protocols import ImageSpec
 
-#: Limits of a row group, of which the first that is reached closes it: rows, bytes of encoded images, and bytes of
-#: vectors at a nominal width. Small enough to shuffle and to stream.
+#: A row group is full at the first of these limits: rows, bytes of encoded images, and bytes of vectors at a nominal
+#: width. Small enough to shuffle and to stream.
 GROUP_ROWS = 1024
 GROUP_BYTES = 32 * 2**20
 _NOMINAL_VECTOR_BYTES = 1536 * 2

@@ -129,15 +129,15 @@ def _note(shortage: OutOfMemory, failed: int, after: int, bound: _Bound) -> str:
 def _too_large(shortage: OutOfMemory, layer: Layer | None) -> str:
     model = layer and layer.model
     if layer is None or model is None:
-        what, mend = "copying images: the pixels of one image do", "a smaller augmentations.count or augmentations.size"
+        what, fix = "copying images: the pixels of one image do", "a smaller augmentations.count or augmentations.size"
     elif layer.kind.name == "captions":
         section = f"captioners.{model}"
         what = f"{layer.name}: one image with its {layer.count} captions does"
-        mend = f"{section}: a smaller model, `precision: bf16`, or fewer `captions` or `beams`"
+        fix = f"{section}: a smaller model, `precision: bf16`, or fewer `captions` or `beams`"
     else:
         what = f"{layer.name}: one {'text' if layer.kind.name == 'texts' else 'augmented image'} does"
-        mend = f"teachers.{model}: a smaller model, or `precision: bf16`"
+        fix = f"teachers.{model}: a smaller model, or `precision: bf16`"
     return (
-        f"{what} not fit in the memory of the device. Use {mend}; or a device with more memory, or one that no other "
+        f"{what} not fit in the memory of the device. Use {fix}; or a device with more memory, or one that no other "
         f"program uses. The error was {shortage.text}"
     )

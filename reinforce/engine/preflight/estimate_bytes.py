@@ -117,7 +117,7 @@ def _statistics(shard: Shard, config: Config) -> SourceStatistics | None:
 
 
 def _rows(shard: Shard, samples: Sequence[RawSample], seen: int) -> float | None:
-    """The rows of a shard of which the first samples, of ``seen`` bytes, were read; None if that does not show them."""
+    """Estimated rows of a shard, from its first samples of ``seen`` bytes; None if unknown."""
     if find_format(shard.format).is_listed:
         return len(shard.lines())
     if shard.part is not None:

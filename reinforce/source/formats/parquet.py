@@ -1,4 +1,4 @@
-"""Rows of a Parquet file of anyone's, a few at a time: neither a row group nor a column is decoded as a whole.
+"""Read untrusted Parquet in small batches of bounded memory: no row group or column is decoded as a whole.
 
 A file may come from somebody else, and some kilobytes can ask a decoder for gigabytes: by the footer, by the headers of
 pages, by a dictionary with one long value, or by delta-encoded texts that repeat each other. Arrow reads through a file

@@ -41,7 +41,7 @@ class Unreachable(Exception):
 
 
 def fetch(url: str, limit: int, private: Callable[[str], bool]) -> bytes:
-    """Return what is at an http or https URL. ``private`` tells for which URLs any address is allowed.
+    """Return what is at an http or https URL. ``private`` returns whether a URL may have any address.
 
     Raises ImageRefusedByPlace, also for more than ``limit`` bytes, and Unreachable after two attempts.
     """
