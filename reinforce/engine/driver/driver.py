@@ -54,7 +54,7 @@ from reinforce.processes.signals import stop_requests
 from teachers.redact import Redactor
 
 #: Reasons of retries, in metrics.
-RETRY_REASONS: dict[type, str] = {Retry: "error", Requeue: WORKER_LOST, RunAlone: "suspect"}
+_RETRY_REASONS: dict[type, str] = {Retry: "error", Requeue: WORKER_LOST, RunAlone: "suspect"}
 _TICK_SECONDS = 0.5
 _PAUSE_SECONDS_PER_REF, _MAX_PAUSE_SECONDS = 5e-5, 1.0
 _RAY_SECONDS = 2.0  # between two checks of Ray on this machine
@@ -99,7 +99,7 @@ class Driver:
         start = time.monotonic()
         self.events.add("start", shards=len(self.plan.pending), layers=sorted(self.needed), ray=ray.__version__)
         for line in (self.pool.describe(len(self.plan.pending)), *self.plan.notes):
-            self._log(line)
+            self.state.log(line)
         ending = Ending()
         try:
             self._set_damaged_aside()
@@ -132,7 +132,7 @@ class Driver:
         for file in self.plan.recomputed:
             path = set_aside(self.store, file.layer, file.shard)
             self.events.add("set_aside", shard=file.shard, layer=file.layer, reason=file.reason, path=path)
-            self._log(f"{file.line()}; it is set aside as {path} and computed again")
+            self.state.log(f"{file.line()}; it is set aside as {path} and computed again")
             self.totals.set_aside.append(file.line())
 
     def _compare_keys(self) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class Driver:
         """Log the policy's notes and avoid the nodes that it names. Raise UserError if no shard can be finished."""
         for note in self.policy.notes[self.notes_logged :]:
             self.events.add("note", text=note)
-            self._log(note)
+            self.state.log(note)
         self.notes_logged = len(self.policy.notes)
         self.pool.avoid(self.policy.faults.avoided(time.monotonic()))
         if error := self.policy.memory.must_stop(len(self.pool.slots)):
@@ -197,7 +197,7 @@ class Driver:
         """Log a slow start once. Raise UserError after ``workers.start_timeout``."""
         if waited > _QUIET_START_SECONDS and not self.wait_logged:
             self.wait_logged = True
-            self._log(self.pool.resource_error() or "waiting for workers to load their models ...")
+            self.state.log(self.pool.resource_error() or "waiting for workers to load their models ...")
         workers = self.config.workers
         if waited > workers.start_timeout:
             cause = self.pool.resource_error() or "see the workers' logs"
@@ -212,7 +212,7 @@ class Driver:
         if info is None:
             return
         if self.pool.started_count == 1 and self.config.workers.batch == "auto":
-            self._log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
+            self.state.log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
         if not self.manifest_written and self.pool.started_count >= self.config.workers.min:
             self.claims.publish(info.models, self.needed)
             self.manifest_written = True
@@ -241,16 +241,16 @@ class Driver:
         self.index.add(result.shard, result.files)
         for layer, reason in result.set_aside.items():
             text = DamagedFile(layer, result.shard, reason).line()
-            self._log(f"{text}; it is set aside, and the shard is finished after the others")
+            self.state.log(f"{text}; it is set aside, and the shard is finished after the others")
             self.totals.set_aside.append(text)
         self.policy.add_notes(result.notes)
         if result.record:
             self.records.add(result.record)
         if result.source_note:
-            self._log(f"{result.shard}: {result.source_note}")
+            self.state.log(f"{result.shard}: {result.source_note}")
         if result.quarantine_reason:
             detail = result.examples.get(result.quarantine_reason, "")
-            self._log(f"{result.shard} is quarantined: {result.quarantine_reason}: {detail}")
+            self.state.log(f"{result.shard} is quarantined: {result.quarantine_reason}: {detail}")
             self._count_quarantined(result.shard, f"{result.quarantine_reason}: {detail}")
 
     def _try_elsewhere(self, slot: Slot, shard: PendingShard, reason: str) -> bool:
@@ -259,7 +259,7 @@ class Driver:
         if decision is None:
             return False
         self.store.forget_quarantine(SAMPLES, shard.name)
-        self._log(f"{shard.name} is tried on another node: {reason} on {slot.id.place}")
+        self.state.log(f"{shard.name} is tried on another node: {reason} on {slot.id.place}")
         self._carry_out(decision)
         return True
 
@@ -272,7 +272,7 @@ class Driver:
         text = self.redact(error_text(error))
         self.events.add("shard_raised", shard=shard.name, attempt=decision.attempt, error=shorten(text, 2000))
         shown = shorten(text, 1000)
-        self._log(f"{shard.name}: attempt {decision.attempt} of {self.config.failures.attempts} raised {shown}")
+        self.state.log(f"{shard.name}: attempt {decision.attempt} of {self.config.failures.attempts} raised {shown}")
         self._carry_out(decision)
 
     def _handle_death(self, verdict: DeathVerdict) -> None:
@@ -282,12 +282,12 @@ class Driver:
         self.events.add(event, pid=death.worker.id.pid, shards=names, node_lost=verdict.node_lost, error=death.error)
         reason = "its node was lost" if verdict.node_lost else death.error
         what = "hung and was killed" if death.hung else "died"
-        self._log(f"a worker {what} ({reason}); in flight: {', '.join(names)}")
+        self.state.log(f"a worker {what} ({reason}); in flight: {', '.join(names)}")
         for decision in verdict.decisions:
             self._carry_out(decision)
 
     def _carry_out(self, decision: Decision) -> None:
-        if (reason := RETRY_REASONS.get(type(decision))) is not None:
+        if (reason := _RETRY_REASONS.get(type(decision))) is not None:
             self.totals.retries[reason] += 1
         match decision:
             case Retry(shard, at):
@@ -305,7 +305,7 @@ class Driver:
         self.store.quarantine(layer, name, [(None, reason, detail)])
         self.events.add("shard_quarantined", shard=name, layer=layer, reason=reason.value, detail=detail)
         cause = f"{reason.value}: {shorten(detail, 300)}"
-        self._log(f"{name} is quarantined in {layer}: {cause}")
+        self.state.log(f"{name} is quarantined in {layer}: {cause}")
         self.totals.add_quarantined(name, layer, reason.value, detail)
         self._count_quarantined(name, cause)
         if decision.rest is not None:
@@ -316,9 +316,6 @@ class Driver:
     def _count_quarantined(self, name: str, cause: str) -> None:
         if stop := self.policy.shard_quarantined(name, cause):
             raise stop.error
-
-    def _log(self, text: str) -> None:
-        self.state.log(text)
 
 
 def _ready(refs: list[Any]) -> list[Any]:

@@ -20,9 +20,9 @@ _MAX_RETRIES = 64  # handed out in one call
 
 def _distance(slot: Slot, tried: Tried) -> int:
     """Distance of a worker from those that have tried a shard: 2 on another node, 1 in another process, else 0."""
-    if slot.info is None or slot.id in tried:
+    if slot.id in tried:
         return 0
-    return 1 if any(worker.node == slot.info.node for worker in tried) else 2
+    return 1 if any(worker.node == slot.id.node for worker in tried) else 2
 
 
 class ShardQueue:
@@ -74,9 +74,9 @@ class ShardQueue:
     ) -> None:
         """Lease two shards to every started worker, and a suspect to a worker that has nothing else.
 
-        ``slots`` are all workers, or those that can take a lease unless ``needs_all_slots``; ``failing`` are those at
-        which the last lease failed. ``lease(slot, shard)`` or ``lease(slot, shard, alone=True)`` starts a lease. Where
-        no worker is idle, as many workers as there are suspects get no further leases until they are.
+        ``slots`` are all started workers, or those that can take a lease unless ``needs_all_slots``; ``failing`` are
+        those at which the last lease failed. ``lease(slot, shard)`` or ``lease(slot, shard, alone=True)`` starts a
+        lease. Where no worker is idle, as many workers as there are suspects get no further leases until they are.
         """
         while self._delayed and self._delayed[0][0] <= now:
             _, _, shard, tried = heapq.heappop(self._delayed)
@@ -85,7 +85,7 @@ class ShardQueue:
             else:
                 self._ready.append(shard)
         self._paused = {worker: until for worker, until in self._paused.items() if until > now}
-        slots = [slot for slot in slots if not slot.leaving and not (self._paused and self._is_paused(slot))]
+        slots = [slot for slot in slots if not slot.leaving and not (self._paused and slot.id in self._paused)]
         idle = [slot for slot in slots if slot.free == SHARDS_IN_FLIGHT] if self._suspects else []
         while self._suspects and idle:
             shard, tried = self._suspects.popleft()
@@ -100,9 +100,6 @@ class ShardQueue:
                 if self._ready and slot.free and not slot.draining:
                     lease(slot, self._ready.popleft())
 
-    def _is_paused(self, slot: Slot) -> bool:
-        return slot.info is not None and slot.id in self._paused
-
     def _hand_out_retries(
         self, slots: Sequence[Slot], lease: Callable[..., None], failing: Collection[WorkerId]
     ) -> None:
@@ -111,8 +108,8 @@ class ShardQueue:
         The ``failing`` workers get none while there are others, because they are free most of the time.
         """
         if failing:
-            slots = [slot for slot in slots if slot.info is None or slot.id not in failing] or slots
-        nodes = {slot.info.node for slot in slots if slot.info}
+            slots = [slot for slot in slots if slot.id not in failing] or slots
+        nodes = {slot.id.node for slot in slots}
         for _ in range(min(len(self._retries), _MAX_RETRIES)):
             free = [slot for slot in slots if slot.free and not slot.draining]
             if not free:
@@ -120,7 +117,7 @@ class ShardQueue:
             shard, tried = self._retries.popleft()
             best = max(free, key=lambda slot: _distance(slot, tried))
             elsewhere = nodes - {worker.node for worker in tried}
-            others = elsewhere or any(slot.info and slot.id not in tried for slot in slots)
+            others = elsewhere or any(slot.id not in tried for slot in slots)
             if _distance(best, tried) == (2 if elsewhere else 1 if others else 0):
                 lease(best, shard)
             else:  # wait for a worker that has not tried it

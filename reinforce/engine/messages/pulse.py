@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
@@ -24,6 +24,8 @@ PREPARING = "preparing"
 UNLIMITED_STAGES = (WAITING, SERVER)
 _SHORT_STAGES = (READING, DECODING)  # entered for each sample
 _STAGES_WITHOUT_MODEL = (READING, DECODING, WRITING, WAITING, SERVER, PREPARING)
+
+_BOARD_BYTES = 4096
 
 _At: TypeAlias = "tuple[str, str, float]"  # stage, what it works on, since when
 
@@ -57,39 +59,12 @@ class Pulse:
     memory: int = 0
 
 
-class Board:
-    """The stages of the leases of a worker, in memory that other processes of its node can read.
-
-    Code that holds the interpreter lock keeps a worker from answering, but its board can be read.
-    """
-
-    BYTES = 1024  # of an entry
-
-    def __init__(self, entries: int) -> None:
-        self._memory = SharedMemory(entries * self.BYTES)
-
-    @property
-    def descriptor(self) -> int:
-        return self._memory.descriptor
-
-    def set(self, entry: int, shard: str, stage: str, what: str) -> None:
-        data = json.dumps([shard, stage, what[:150], time.monotonic()], ensure_ascii=False).encode()
-        os.pwrite(self.descriptor, data[: self.BYTES].ljust(self.BYTES, b"\0"), entry * self.BYTES)
-
-    def clear(self, entry: int) -> None:
-        os.pwrite(self.descriptor, bytes(self.BYTES), entry * self.BYTES)
-
-
 def read_board(pid: int, descriptor: int) -> tuple[LeasePulse, ...]:
-    """The entries of the board of a process on this machine; none if it cannot be read."""
-    data, found = b"", []
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/fd/{descriptor}", "rb") as file:
-        data = file.read()
-    for start in range(0, len(data), Board.BYTES):
-        with contextlib.suppress(ValueError):  # an empty entry, or one that is being written
-            shard, stage, what, since = json.loads(data[start : start + Board.BYTES].rstrip(b"\0"))
-            found.append(LeasePulse(shard, stage, time.monotonic() - since, what))
-    return tuple(found)
+    """The leases on the board of a ``WorkerWatch`` in a process on this machine; none if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/fd/{descriptor}", "rb") as file:
+        entries, now = json.loads(file.read().rstrip(b"\0")), time.monotonic()
+        return tuple(LeasePulse(shard, stage, now - since, what) for shard, stage, what, since in entries)
+    return ()
 
 
 class LeaseWatch:
@@ -97,22 +72,23 @@ class LeaseWatch:
 
     The stage of the lease is that of its main thread, which created this object, or of its longest-running model.
     Entering and leaving a stage is progress. ``slowest`` receives the seconds of the slowest step by stage, and
-    ``board`` at ``entry`` the current stage. ``read_bytes`` counts the encoded images and texts that were read, and
-    ``seconds`` the time of the main thread by innermost stage.
+    ``changed`` is called after a change of a stage that is not short. ``read_bytes`` counts the encoded images and
+    texts that were read, and ``seconds`` the time of the main thread by innermost stage.
     """
 
     def __init__(
-        self, shard: str = "", slowest: dict[str, float] | None = None, board: Board | None = None, entry: int = 0
+        self,
+        shard: str = "",
+        slowest: dict[str, float] | None = None,
+        changed: Callable[[], None] | None = None,
     ) -> None:
         self.shard = shard
         self._slowest = {} if slowest is None else slowest
-        self._board, self._entry = board, entry
-        self._showing = threading.Lock()  # the last write must be the latest state
+        self._changed = changed
         self.read_bytes = 0
         self.seconds: dict[str, float] = {}
         self._thread = threading.get_ident()
         self._at: dict[int, _At] = {self._thread: (PREPARING, "", time.monotonic())}  # by thread
-        self._show(PREPARING)
 
     @contextlib.contextmanager
     def stage(self, name: str, what: str = "") -> Iterator[None]:
@@ -123,7 +99,7 @@ class LeaseWatch:
         if thread == self._thread:
             self._count(entered)
         self._at[thread] = (name, what, entered)
-        self._show(name)
+        self._report_change(name)
         try:
             yield
         finally:
@@ -136,7 +112,7 @@ class LeaseWatch:
                 del self._at[thread]
             else:
                 self._at[thread] = (before[0], before[1], left)
-            self._show(name)
+            self._report_change(name)
 
     def _count(self, now: float) -> None:
         """Add the time of the main thread to the stage that it leaves or interrupts."""
@@ -171,44 +147,53 @@ class LeaseWatch:
         models = [at for at in threads if at[0] not in _STAGES_WITHOUT_MODEL]
         return min(models, key=lambda at: at[2]) if models else threads[0]
 
-    def _show(self, changed: str) -> None:
-        """Write the stage of the lease to the board, after one was entered or left."""
-        if self._board is None or changed in _SHORT_STAGES:
-            return
-        with self._showing:
-            stage, what, _ = self._where()
-            if stage in _SHORT_STAGES:
-                stage, what = PREPARING, ""
-            self._board.set(self._entry, self.shard, stage, what)
+    def board_entry(self) -> tuple[str, str, str, float]:
+        """Shard, stage, what it works on, and since when; short stages are not shown."""
+        stage, what, since = self._where()
+        return self.shard, *((PREPARING, "") if stage in _SHORT_STAGES else (stage, what[:150])), since
+
+    def _report_change(self, stage: str) -> None:
+        if self._changed is not None and stage not in _SHORT_STAGES:
+            self._changed()
 
 
 class WorkerWatch:
-    """The leases of a worker, and the progress of its decode processes."""
+    """The leases of a worker, and the progress of its decode processes.
 
-    def __init__(self, leases: int = 2) -> None:
+    ``board`` is the descriptor of memory with the stages of the leases, which other processes of the node can read.
+    Code that holds the interpreter lock keeps a worker from answering, but its board can be read.
+    """
+
+    def __init__(self) -> None:
         self.slowest: dict[str, float] = {}
-        self.board = Board(leases)
-        self._leases: dict[int, LeaseWatch] = {}  # by entry of the board
-        self._free = list(range(leases))
+        self._memory = SharedMemory(_BOARD_BYTES)
+        self.board = self._memory.descriptor
+        self._writing = threading.Lock()  # the last write must be the latest state
+        self._leases: list[LeaseWatch] = []
         self._prepared = (0, time.monotonic())  # number of decoded items, and when it last changed
 
     @contextlib.contextmanager
     def lease(self, shard: str) -> Iterator[LeaseWatch]:
         """The watch of a lease, while it runs."""
-        entry = self._free.pop()
-        watch = self._leases[entry] = LeaseWatch(shard, self.slowest, self.board, entry)
+        watch = LeaseWatch(shard, self.slowest, self._write_board)
+        self._leases.append(watch)
+        self._write_board()
         try:
             yield watch
         finally:
-            del self._leases[entry]
-            self.board.clear(entry)
-            self._free.append(entry)
+            self._leases.remove(watch)
+            self._write_board()
+
+    def _write_board(self) -> None:
+        with self._writing:
+            data = json.dumps([watch.board_entry() for watch in list(self._leases)], ensure_ascii=False).encode()
+            os.pwrite(self.board, data[:_BOARD_BYTES].ljust(_BOARD_BYTES, b"\0"), 0)
 
     def pulses(self, prepared: int, now: float) -> tuple[LeasePulse, ...]:
         """The pulses of the leases, after ``prepared`` items were decoded."""
         if prepared != self._prepared[0]:
             self._prepared = (prepared, now)
-        return tuple(watch.pulse(self._prepared[1], now) for watch in list(self._leases.values()))
+        return tuple(watch.pulse(self._prepared[1], now) for watch in list(self._leases))
 
 
 def process_memory() -> int:

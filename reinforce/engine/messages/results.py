@@ -34,8 +34,8 @@ class WorkerInfo:
     """A worker whose models are loaded.
 
     ``models`` has by name what only a loaded model reports (dimension, logit scale), ``memory`` is the bytes of the
-    process, ``board`` the descriptor of its ``pulse.Board``, ``batch`` the number of images in a batch, and ``notes``
-    are messages for the user.
+    process, ``board`` the descriptor of its board (`pulse.py`), ``batch`` the number of images in a batch, and
+    ``notes`` are messages for the user.
     """
 
     node: str

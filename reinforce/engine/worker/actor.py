@@ -55,7 +55,7 @@ class Worker:
         self.redact = Redactor(config.model_dump(mode="json"))
         self.models: Models | None = None
         self.pool: DecodePool | None = None
-        self.watch = WorkerWatch(SHARDS_IN_FLIGHT)
+        self.watch = WorkerWatch()
         self.metrics = Recorder(str(index))
 
     def load(self) -> WorkerInfo:
@@ -102,7 +102,7 @@ class Worker:
             models=loaded,
             host=host,
             memory=process_memory(),
-            board=self.watch.board.descriptor,
+            board=self.watch.board,
             batch=self.config.workers.images,
             notes=self.models.batches.take_notes(),
             device=device_report(self.models.accelerator),

@@ -38,7 +38,7 @@ def at(watch: LeaseWatch, now: float) -> tuple[str, str, float]:
 
 
 def board_of(worker: WorkerWatch) -> dict[str, LeasePulse]:
-    return {one.shard: one for one in read_board(os.getpid(), worker.board.descriptor)}
+    return {one.shard: one for one in read_board(os.getpid(), worker.board)}
 
 
 def test_a_lease_is_in_the_innermost_stage_and_entering_and_leaving_one_is_progress(clock: list[float]) -> None:
@@ -134,7 +134,7 @@ with worker.lease("ended"):
     pass
 with worker.lease("a") as a, worker.lease("b") as b, a.stage("embeddings/t/images", "4 rows, keys 'x' to 'y'"):
     with b.stage(READING):
-        print(worker.board.descriptor, flush=True)
+        print(worker.board, flush=True)
         re.match("(a+)+$", "a" * 99 + "b")
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:

@@ -1,11 +1,11 @@
 """The failure policy of a run: what happens to shards and workers when something fails.
 
-- A lease that raises is retried after a pause, a few times. Then the shard is quarantined in the layer
-  whose model raised, or in its first missing layer if no model did; layers that do not need that one are retried.
+- A lease that raises is retried after a pause, a few times. Then the shard is quarantined in the layer whose model
+  raised, or in its first missing layer if no model did. Layers that do not need that one are retried.
 - When a worker's process dies, every shard in flight in it becomes a suspect and runs alone next. Only a shard that
   kills its process alone, ``failures.solo_attempts`` times, is quarantined.
-- A worker in which a shard makes no progress is killed (`hangs.py`). That shard is a suspect. The others of the worker
-  are leased again as they are, and are suspects only if it happens to them a second time.
+- A worker in which a shard makes no progress is killed (`hangs.py`). That shard is a suspect. The other shard of the
+  worker is leased again, and is a suspect only if this happens to it a second time.
 - A lost node counts against no shard.
 - A worker at which three leases in a row fail is replaced. Storage errors do not count, unless the shards pass
   elsewhere (`faults.py`). While they do not count, the worker is paused between its leases.
@@ -113,7 +113,7 @@ class FailurePolicy:
     def lease_returned(
         self, shard: str, worker: WorkerId, quarantined: bool, now: float, workers: int
     ) -> list[ReplaceWorker]:
-        """Record that a lease returned, where ``workers`` are running -> the workers that this proves to be at fault.
+        """Record that a lease returned, where ``workers`` are running. Replace workers that this proves to be at fault.
 
         A ``quarantined`` shard was refused, which proves nothing about workers at which it failed before.
         """

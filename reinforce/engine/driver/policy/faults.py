@@ -55,7 +55,7 @@ class Faults:
     def record_failure(
         self, shard: str, worker: WorkerId, error: str, now: float, workers: int
     ) -> ReplaceWorker | None:
-        """Record that a lease raised, where ``workers`` are running -> its worker, if it is at fault."""
+        """Record that a lease raised, where ``workers`` are running. Replace its worker if that is at fault."""
         places = self._failed.setdefault(shard, Counter())
         places[worker] += 1
         self._errors[worker] = error
