@@ -7,14 +7,9 @@ draw at the same time.
 from __future__ import annotations
 
 import io
-import os
-import posixpath
-import tempfile
 from typing import TYPE_CHECKING
 
-from fsspec.implementations.local import LocalFileSystem
-
-from reinforce.source.urls import filesystem
+from reinforce.storage import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,22 +65,3 @@ def save(fig: Figure, url: str) -> None:
     # Without the software version, so that equal figures are equal bytes.
     fig.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     write_file(buffer.getvalue(), url)
-
-
-def write_file(data: bytes, url: str) -> None:
-    """Write a small file to a path or fsspec URL, atomically; create missing folders."""
-    fs, path = filesystem(url)
-    if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)
-        return
-    folder = posixpath.dirname(path) or "."
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".report-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp creates files that only the owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -25,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from reinforce.errors import StorageError, UserError
 from reinforce.source.urls import filesystem
 from teachers.redact import redact
+from teachers.weights import replacing
 
 _JSON_BYTES = 16 * 2**20  # of a file that is read as JSON
 _PUTS_AT_ONCE = 16
@@ -47,6 +48,31 @@ def is_job_folder(path: str) -> bool:
 
 def _is_relative(path: str) -> bool:
     return not os.path.isabs(os.path.expanduser(path.partition("://")[2] or path))
+
+
+def write_file(data: bytes, url: str) -> None:
+    """Write a small file at a path or fsspec URL, atomically; create missing folders."""
+    fs, path = filesystem(url)
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, data)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
+        temporary.write_bytes(data)
+        temporary.chmod(0o644)  # temporary files can be read by their owner only
+
+
+def write_json(data: Mapping[str, Any], url: str) -> None:
+    """Write JSON as ``write_file``. Raises UserError if it cannot be written."""
+    try:
+        write_file(_json_bytes(data), url)
+    except OSError as error:
+        raise UserError(f"{url} cannot be written: {error}. Name another file.") from error
+
+
+def _json_bytes(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 class Storage:
@@ -166,7 +192,7 @@ class Storage:
             list(pool.map(self.fs.put_file, map(str, paths), names))
 
     def write_json(self, data: Mapping[str, Any], *parts: str) -> None:
-        self.write_bytes((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), *parts)
+        self.write_bytes(_json_bytes(data), *parts)
 
     def check_writable(self) -> None:
         """Raise UserError if nothing can be written here, or if Ray deletes it after the job."""

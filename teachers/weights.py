@@ -60,7 +60,7 @@ def fetch(location: str | Path) -> Path:
     target = cache_folder() / "weights" / _digest(url, _remote_identity(info)) / name
     with _lock_if_missing(target) as missing:
         if missing:
-            with _replacing(target) as temporary:
+            with replacing(target) as temporary:
                 fs.get_file(path, str(temporary))
                 _check_size(url, temporary, info.get("size"))
     return target
@@ -84,7 +84,7 @@ def as_safetensors(path: Path) -> Path:
             from safetensors.torch import save_file
 
             state = _state_dict(path)
-            with _replacing(target) as temporary:
+            with replacing(target) as temporary:
                 save_file(state, str(temporary))
     return target
 
@@ -112,7 +112,7 @@ def _lock_if_missing(target: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """Yield a temporary file in the target's folder, which is renamed to the target if the block succeeds."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)

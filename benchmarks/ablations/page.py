@@ -19,7 +19,7 @@ from benchmarks.ablations.claims import ERRORS, ERRORS_OF_PICKED, Verdict, agree
 from benchmarks.ablations.measures import ALL_MEASURES
 from benchmarks.ablations.questions import Question, make_questions
 from benchmarks.ablations.results import Answer
-from reinforce import plots
+from reinforce.storage import write_file, write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "ablations.json"
 PAGE = Path(__file__).parents[2] / "docs" / "ablations.md"
@@ -137,8 +137,8 @@ def write_page(
             old.unlink()
     by_question = {answer.question.name: _to_json(study, answer, verdicts) for answer, verdicts in checked}
     stored = {**asdict(info), "questions": by_question}
-    plots.write_file((json.dumps(stored, indent=2) + "\n").encode(), str(results))
-    plots.write_file(render_page(checked, info).encode(), str(page))
+    write_json(stored, str(results))
+    write_file(render_page(checked, info).encode(), str(page))
 
 
 def check_claims(answer: Answer) -> list[Verdict]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from reinforce.source.formats.base import Shard
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample
 from reinforce.source.urls import canonical, filesystem, shard_name
-from teachers.weights import cache_folder, locked
+from teachers.weights import cache_folder, locked, replacing
 
 _log = logging.getLogger(__name__)
 
@@ -70,15 +68,9 @@ def _local_copy(url: str, spec: str | None) -> str:
 
 def _copy_images(url: str, spec: str | None, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".images-")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            for image in _samples_images(url) if spec is None else _table_images(url, spec):
-                out.write(image)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(target) as temporary, temporary.open("wb") as out:
+        for image in _samples_images(url) if spec is None else _table_images(url, spec):
+            out.write(image)
     _log.info("copied the images of %s to %s", canonical(url), target)
 
 

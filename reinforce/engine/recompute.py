@@ -29,11 +29,12 @@ from reinforce.engine.decode.pool import DecodePool
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.messages.results import LayerFailure
 from reinforce.engine.messages.task import PendingShard
-from reinforce.engine.plan.precision import nodes_of_run, resolve_precisions
+from reinforce.engine.plan.precision import resolve_precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.shard import process_shard
 from reinforce.engine.worker.stale_files import OutOfStep, origin_entries
 from reinforce.errors import UserError
+from reinforce.nodes import nodes_of_run
 from teachers.device.determinism import set_flags
 
 _SHARDS = 16  # from which rows are taken, at most

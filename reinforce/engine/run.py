@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,13 @@ from reinforce.dataset.runs.shard_records import read_records
 from reinforce.engine.plan.changed_sources import changed_sources, changes_note
 from reinforce.engine.plan.duplicates import check_copies
 from reinforce.engine.plan.plan import Plan, make_plan
-from reinforce.engine.plan.precision import nodes_of_run
 from reinforce.engine.plan.recipe import version_notes
 from reinforce.engine.plan.shard_lists import write_lists
 from reinforce.engine.preflight.check_source import check_source
 from reinforce.engine.record.progress import Progress
 from reinforce.engine.record.summary import RunSummary, add_summaries, nothing_to_do
 from reinforce.errors import RayEnded, StorageError, TooManyQuarantined, UserError
+from reinforce.nodes import cluster_of_run, nodes_of_run
 from reinforce.processes.cores import Node
 from teachers.redact import Redactor
 
@@ -66,7 +65,12 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
     store = Store(config.output)
     store.check_writable()
     with store.lock(), contextlib.ExitStack() as connection:
-        plan = make_plan(config, retry_quarantined, lambda: _nodes(address, connection))
+
+        def nodes() -> Sequence[Node]:
+            connection.enter_context(cluster_of_run(address))  # stays connected for the run
+            return nodes_of_run()
+
+        plan = make_plan(config, retry_quarantined, nodes)
         config = plan.config
         manifest = find_manifest(store)
         pending = [shard.name for shard in plan.pending]
@@ -87,15 +91,6 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
             return nothing_to_do(plan)
         with Claims(store, config, plan.layers) as claims:
             return _compute(plan, store, manifest, claims, address, retry_quarantined)
-
-
-def _nodes(address: str | None, connection: contextlib.ExitStack) -> Sequence[Node]:
-    """The nodes on which workers will run; a cluster stays connected until ``connection`` ends."""
-    if address or os.environ.get("RAY_ADDRESS"):
-        from reinforce.cluster import ray_cluster
-
-        connection.enter_context(ray_cluster(address))
-    return nodes_of_run()
 
 
 def _compute(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
 
-from reinforce.errors import UserError
-from reinforce.plots import write_file
 from reinforce.source.samples import Refusal
+from reinforce.storage import write_json
 
 _LISTED = 3  # refused images that are named in a line
 
@@ -78,10 +76,7 @@ class Report:
 
     def write(self, url: str) -> None:
         """Write ``as_json`` to a path or fsspec URL. Raises UserError where the file cannot be written."""
-        try:
-            write_file((json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n").encode(), url)
-        except OSError as error:
-            raise UserError(f"{url} cannot be written: {error}. Give another --json FILE.") from error
+        write_json(self.as_json(), url)
 
 
 def _set_as_json(summary: SetSummary) -> dict[str, Any]:

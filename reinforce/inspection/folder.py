@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce.errors import UserError
-from reinforce.plots import write_file
-from reinforce.storage import Storage
+from reinforce.storage import Storage, write_file
 
 CONTENTS = "report.json"
 _FIRST = "index.html"

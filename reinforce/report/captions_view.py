@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from reinforce import plots
 from reinforce.dataset.layers import TRUE_CAPTION
+from reinforce.storage import write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ def captions_table(report: Mapping[str, Any]) -> Table:
 def write_report(report: Mapping[str, Any], folder: str) -> list[str]:
     """Write ``report.json`` and the plots to a folder or fsspec URL, replacing earlier ones -> their paths."""
     paths = {name: posixpath.join(folder, name) for name in ("report.json", "lengths.png", "distinct.png")}
-    plots.write_file((json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode(), paths["report.json"])
+    write_json(report, paths["report.json"])
     _draw_lengths(report, paths["lengths.png"])
     _draw_distinct(report, paths["distinct.png"])
     if any(report["similarity"].values()):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
-from reinforce.errors import UserError
-from reinforce.plots import write_file
+from reinforce.storage import write_json
 
 SIDES = ("image", "text")
 
@@ -62,10 +60,7 @@ class LatencyReport:
 
     def write(self, url: str) -> None:
         """Write the report as JSON to a path or fsspec URL. Raises UserError if it cannot be written."""
-        try:
-            write_file((json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n").encode(), url)
-        except OSError as error:
-            raise UserError(f"{url} cannot be written: {error}. Give another --json FILE.") from error
+        write_json(self.as_json(), url)
 
 
 def _sum_of_medians(times: dict[str, dict[str, float]]) -> float:

@@ -13,8 +13,8 @@ import torch
 from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.engine.plan.plan import Plan, make_plan
-from reinforce.engine.plan.precision import nodes_of_run
 from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.nodes import nodes_of_run
 from reinforce.student.config import StudentConfig
 from reinforce.student.train import make_job
 from teachers.device.accelerator import Accelerator

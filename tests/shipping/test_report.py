@@ -40,5 +40,5 @@ def test_report_is_written_as_json(tmp_path: Path) -> None:
     report.write(str(tmp_path / "report.json"))
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored == {"cpu": "a cpu", "models": report.models}
-    with pytest.raises(UserError, match="Give another --json FILE"):
+    with pytest.raises(UserError, match="Name another file"):
         report.write(str(tmp_path / "report.json" / "inside"))

@@ -24,12 +24,13 @@ from reinforce.dataset.manifest.differences import recipe_error
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.engine.messages.task import PendingShard
-from reinforce.engine.plan.precision import nodes_of_run, resolve_precisions
+from reinforce.engine.plan.precision import resolve_precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.plan.shard_lists import list_url
 from reinforce.engine.plan.source_shards import SourceShards, source_shards
 from reinforce.engine.plan.stored_layers import stored_layers
 from reinforce.errors import UserError
+from reinforce.nodes import nodes_of_run
 from reinforce.processes.cores import Node
 from reinforce.source.formats.base import Shard
 from reinforce.source.urls import Info, canonical, expand

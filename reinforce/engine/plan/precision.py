@@ -7,8 +7,6 @@ machine. A model that it does not list is computed in bf16 where workers use GPU
 from __future__ import annotations
 
 import itertools
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -18,8 +16,6 @@ from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.processes.cores import Node, default_gpus
 from teachers.spec import ModelSpec, Precision
 
-#: Of these one exists where torch may find a GPU.
-_DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _RECORDED, _GPUS, _CPUS = "as dataset.json records", "workers use GPUs", "workers use CPUs"
 
 
@@ -53,21 +49,6 @@ def resolve_precisions(config: Config, store: Store, nodes: Callable[[], Sequenc
         for kind, of in specs.items()
     }
     return config.model_copy(update=changed), _lines(found)
-
-
-def nodes_of_run() -> list[Node]:
-    """The nodes of the initialised Ray, or of the cluster at RAY_ADDRESS, else this machine."""
-    ray = sys.modules.get("ray")
-    if os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized()):
-        from reinforce.cluster import live_resources, ray_cluster  # imports Ray
-
-        with ray_cluster(None):
-            return [*live_resources()]
-    if not any(map(os.path.exists, _DEVICE_FILES)):
-        return []
-    import torch
-
-    return [{"GPU": torch.cuda.device_count()}]
 
 
 def _recorded(manifest: Mapping[str, Any], kind: str, name: str) -> Precision | None:

@@ -6,13 +6,12 @@ import contextlib
 import os
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from reinforce.config import Workers
-from reinforce.engine.plan.precision import nodes_of_run
+from reinforce.nodes import cluster_of_run, nodes_of_run
 from reinforce.processes.cores import Node, available_cores, capacity
 from reinforce.storage import Storage
 from reinforce.terminal import format_bytes
@@ -45,14 +44,8 @@ def machines_of_plan(address: str | None) -> Iterator[Callable[[], Sequence[Mach
 
     Raises UserError if there is no cluster at the address.
     """
-    ray = sys.modules.get("ray")
-    if not (address or os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized())):
-        yield lambda: [this_machine(dict(*nodes_of_run()[:1]))]
-        return
-    from reinforce.cluster import ray_cluster  # imports Ray
-
-    with ray_cluster(address, log_to_driver=False):
-        yield cluster_machines
+    with cluster_of_run(address, log_to_driver=False) as has_cluster:
+        yield cluster_machines if has_cluster else lambda: [this_machine(dict(*nodes_of_run()[:1]))]
 
 
 def cluster_machines() -> list[Machine]:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import schemas
 from reinforce.config import Config, Input
-from reinforce.engine.plan.precision import nodes_of_run
 from reinforce.engine.plan.source_shards import source_shards
 from reinforce.engine.starter.fields import find_fields
 from reinforce.engine.starter.template import render
 from reinforce.errors import UserError
+from reinforce.nodes import nodes_of_run
 from reinforce.processes.cores import default_gpus
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.folder import METADATA
