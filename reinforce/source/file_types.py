@@ -1,4 +1,4 @@
-"""Files that are not tars: recognised by their names or first bytes, and described with what to do about them."""
+"""Types of files that are not tars, by name or first bytes, with what the user can do about them."""
 
 from __future__ import annotations
 

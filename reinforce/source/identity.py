@@ -78,7 +78,7 @@ def probe_state(url: str) -> SourceState | None:
         if isinstance(fs, LocalFileSystem) and not os.path.isfile(path):  # opening a pipe would block
             return None
         return read_state(url)
-    except Exception:  # each driver has its own exceptions; whoever reads the whole file reports them
+    except Exception:  # each driver has its own exceptions; reading the whole file reports them
         return None
 
 

@@ -23,7 +23,7 @@ def read_samples(shard: Shard, spec: Input, budget: ReadBudget | None = None) ->
 
 
 def _with_images(items: Iterator[Item], table: str, spec: Input) -> Iterator[RawSample | Refusal]:
-    """The items, with the images of those that are in files of their own."""
+    """Yield the items; images in files of their own are read."""
     for item in items:
         if isinstance(item, Place):
             yield from Places(table, spec).samples(itertools.chain([item], items))

@@ -60,11 +60,11 @@ class ImageRoots:
         return cls(tuple(roots), key, max_bytes)
 
     def holds(self, url: str) -> bool:
-        """Whether a canonical URL is one of these folders and files, or in one."""
+        """Whether a canonical URL is one of these folders and files, or is in one of the folders."""
         return any(url == root or url.startswith(f"{root}/") for root in self.urls)
 
     def check(self, url: str) -> str:
-        """Return a URL that may be read. Raises UserError, with what to add if it would be allowed then."""
+        """Return a URL that may be read. Raises UserError, which names the folder to add if that would allow it."""
         if url == self.own:
             return url
         shown = escape(url[:200])
@@ -98,7 +98,7 @@ class ImageRoots:
 
 
 class ChangedImages(UserError):
-    """Images that are stored by reference are not those that were there. Carries how many of how many, and where."""
+    """Images that are stored by reference have changed since the samples were written."""
 
     def __init__(self, changed: int, total: int, url: str) -> None:
         self._what = (

@@ -81,7 +81,7 @@ class ReadBudget:
 
 
 def refusing_absent(url: str, items: Iterator[T]) -> Iterator[T | Refusal]:
-    """Yield what is read of a shard, and a Refusal without a key if there is no file, or none that can be read."""
+    """Yield the items of a shard, and a Refusal without a key if its file is missing or cannot be read."""
     try:
         yield from items
     except (FileNotFoundError, NotADirectoryError) as error:

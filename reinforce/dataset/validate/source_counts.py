@@ -23,15 +23,15 @@ Quarantine = Sequence[Mapping[str, str | None]]
 
 
 def count_source(url: str, limits: Limits) -> int | None:
-    """Samples that a source file has for a run; None if nothing of it can be read. Raises what the storage raises."""
+    """Number of samples of a source file, or None if it cannot be read. Raises the errors of the storage."""
     return (format_of_name(url) or find_format(DEFAULT)).count(url, limits)
 
 
 def count_stored(url: str, rows: int, keys: ShardKeys, quarantine: Quarantine) -> int | None:
     """Samples of a shard of the dataset: its rows and those that are only in the quarantine of the samples layer.
 
-    ``keys`` are all hashes of its rows by ``hash_keys``. None where a part of a table could not be read, of which the
-    quarantine does not say how many rows it had.
+    ``keys`` are all hashes of its rows by ``hash_keys``. None if a part of a table could not be read: the
+    quarantine does not record how many rows it had.
     """
     format_ = format_of_name(url)
     table = format_ is not None and format_.is_table

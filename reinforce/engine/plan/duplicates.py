@@ -26,7 +26,7 @@ from reinforce.source.urls import canonical, shard_stem
 
 T = TypeVar("T")
 
-_COMPARED = 64  # new shards, evenly spread over those whose file name another shard has
+_COMPARED = 64  # new shards that share their file name with another shard, evenly spread
 _TWINS = 8  # other shards that each of them is compared with
 _WITHOUT_STATE = 4  # new shards that are compared by rows with files of earlier versions, which reads more
 _THREADS = 16

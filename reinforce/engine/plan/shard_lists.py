@@ -113,7 +113,7 @@ class _Table:
 def table_shards(
     urls: Sequence[str], config: Config, format_: SourceFormat, listed: Mapping[str, Info]
 ) -> ListedShards:
-    """Divide tables into parts; a file that cannot be read is one shard, which says so when it is read.
+    """Divide tables into parts; a file that cannot be read is one shard, which is refused when it is read.
 
     Only files that are new or have grown are looked into. Raises UserError for a file that has become shorter.
     """
@@ -155,7 +155,7 @@ def _stem(place: str, format_: SourceFormat) -> str:
 
 
 def _divided(url: str, format_: SourceFormat, rows: int, before: _Table, info: Info | None) -> _Table | None:
-    """A file with its parts, those that were listed ``before`` first; None if it cannot be read."""
+    """A file with its parts: those of ``before``, then new ones. None if it cannot be read."""
     try:
         fs, path = filesystem(url)
         size = int((info or fs.info(path)).get("size") or 0)

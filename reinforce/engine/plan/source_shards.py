@@ -1,4 +1,4 @@
-"""The shards of a source: its format is recognised, datasets are listed, and each shard gets its name."""
+"""The shards of a source: its format, its files and the names of its shards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from reinforce.storage import is_job_folder, is_ray_job
 
 @dataclass(frozen=True)
 class SourceShards:
-    """The shards of a source in order: their names, their URLs, and what the files are.
+    """The shards of a source in order: their names, their URLs and their format.
 
     ``lists`` are those of new shards of folders, by name, ``notes`` are for the user, and ``parts`` are those of tables
     that are divided.

@@ -143,7 +143,7 @@ def _check_names(shards: Sequence[PendingShard], new: bool) -> tuple[Sequence[Pe
 
 
 def _check_readable(key: str, urls: Sequence[str]) -> list[str]:
-    """Return those of the first, the middle and the last file that exist. Raises UserError if there is none."""
+    """Return which of the first, the middle and the last file exist. Raises UserError if none does."""
     probes = list(dict.fromkeys((urls[0], urls[len(urls) // 2], urls[-1]))) if urls else []
     with ThreadPoolExecutor(3) as pool:  # a storage that does not answer takes minutes for each
         faults = [*pool.map(_read_error, probes)]
@@ -164,8 +164,8 @@ def _read_error(url: str) -> str | None:
 
 
 def _first_sample(shards: Sequence[Shard], config: Config) -> tuple[FirstSample | None, list[str], list[str]]:
-    """The first sample of the first of these shards that has one; of those before, why they have none, and which were
-    not read far enough to know."""
+    """The first sample of the first shard that has one; the faults of the shards before it, and those of them that
+    were not read to their end."""
     faults: list[str] = []
     doubts: list[str] = []
     for shard in shards:

@@ -115,7 +115,7 @@ def _is_hidden(file: str) -> bool:
 
 
 def _name(data: str) -> str:
-    """A name for what is made of the data: its last part that is neither a pattern nor a file's ending."""
+    """A name for the dataset: the last part of the path that is no pattern, without the ending of a file."""
     parts = [part for part in re.split(r"[/:]+", data.rstrip("/")) if part and not re.search(r"[*?\[{]", part)]
     name = parts[-1] if parts else "data"
     if parts and format_of_name(name):

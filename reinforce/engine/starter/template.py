@@ -84,7 +84,7 @@ def render(
 
 
 def _input(format_: SourceFormat, fields: Fields) -> str:
-    """The section `input`: what was found, and as comments what may be set."""
+    """The section `input`: the keys that were found, and optional ones as comments."""
     lines = [f"format: {format_.name}"]
     if format_.is_table:
         columns = "columns: " + ", ".join(_scalar(name[:40]) for name in fields.names[:20])

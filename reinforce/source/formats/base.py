@@ -38,10 +38,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of a source: its URL, its name, of which keys are made where rows have none, and the name of its format.
+    """A shard of a source: its URL, its name and the name of its format. Rows without a key get one from the name.
 
     A shard of a folder has the URL ``FOLDER/<block>``, and ``listing`` is the list of its files: a URL, or the content.
-    A shard that is a part of a table has the URL ``TABLE/<part>``, and ``part`` says which rows it has.
+    A shard that is a part of a table has the URL ``TABLE/<part>``, and ``part`` are its rows.
     """
 
     url: str
@@ -81,7 +81,7 @@ class ListedSample(Protocol):
 
 @dataclass
 class ListedFolder:
-    """What a folder holds: its samples in the order of their paths, and notes on what is left out."""
+    """The samples of a folder in the order of their paths, and notes on files that are left out."""
 
     samples: Sequence[ListedSample]
     notes: list[str]
@@ -108,14 +108,14 @@ class SourceFormat:
     has_offsets: bool = False
     #: Whether images can be stored by reference.
     referable: bool = False
-    #: Whether images are copied before they are read in random order: those that ``read`` yields without a URL.
+    #: Whether reading in random order needs a copy of the images that ``read`` yields without a URL.
     copied: bool = True
 
     def read(self, shard: Shard, spec: Input, budget: ReadBudget | None = None) -> Iterator[Item]:
         """Yield the samples of a shard in order, each key once, with refusals in between.
 
-        ``budget`` bounds what is read before the first sample, where that can be much. Damage is yielded as a Refusal
-        without a key. Raises what the storage raises.
+        ``budget`` bounds the bytes that are read before the first sample. Damage is yielded as a Refusal without a key.
+        Raises the errors of the storage.
         """
         raise NotImplementedError
 
@@ -124,7 +124,7 @@ class SourceFormat:
         return False
 
     def recognises_folder(self, fs: Any, path: str) -> bool:
-        """Whether a folder as a whole is a source of this format. Raises what the storage raises."""
+        """Whether a folder as a whole is a source of this format. Raises the errors of the storage."""
         return False
 
     def foreign(self, url: str) -> str | None:
@@ -145,7 +145,7 @@ class SourceFormat:
         return urls
 
     def count(self, url: str, limits: Limits) -> int | None:
-        """Samples that a file has for a run; None if nothing of it can be read. Raises what the storage raises."""
+        """Number of samples of a file, or None if it cannot be read. Raises the errors of the storage."""
         keys = {item.key for item in self.read(Shard(url, format=self.name), Input(limits=limits))}
         return len(keys - {None}) or None
 
@@ -154,15 +154,15 @@ class SourceFormat:
     def parts(self, url: str, rows: int, last: Part | None = None) -> Iterator[Part]:
         """Yield the parts of a table of ``rows`` rows, or more where it cannot be divided there, but the last one.
 
-        With ``last``, the parts of the rows after it. Raises RefusedFile, EOFError and csv.Error for damage, and what
-        the storage raises.
+        With ``last``, the parts of the rows after it. Raises RefusedFile, EOFError and csv.Error for damage, and the
+        errors of the storage.
         """
         raise NotImplementedError
 
     def first_row(self, url: str) -> tuple[list[str], Mapping[str, Any]] | None:
         """The binary columns of a table, and a value of each column of its first row; None if it has no row.
 
-        Raises RefusedFile, EOFError, and what the storage raises.
+        Raises RefusedFile, EOFError, and the errors of the storage.
         """
         raise NotImplementedError
 

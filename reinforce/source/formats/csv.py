@@ -69,9 +69,9 @@ def _csv_reader(url: str, texts: _Texts) -> Any:
 
 
 class _Texts:
-    """The lines of a file as texts. Raises BrokenRow for one that is too long, and goes on after it.
+    """The lines of a file as texts. Raises BrokenRow for one that is too long; the next call returns the line after it.
 
-    ``position`` is the place after the last one, in bytes of what is read.
+    ``position`` is the end of the last line, in bytes of the uncompressed file.
     """
 
     def __init__(self, url: str, part: Part | None = None) -> None:

@@ -207,7 +207,7 @@ def _no_images(root: str, others: list[str]) -> str:
 
 
 def _add_rows(root: str, table: str, samples: list[FolderSample]) -> str | None:
-    """Add the rows of a metadata file to the samples of its folder; returns a note on those that belong to none."""
+    """Add the rows of a metadata file to the samples of its folder; returns a note on rows without an image."""
     folder = table.rpartition("/")[0]
     by_path = {path: sample for sample in samples for path, _ in sample.files.values()}
     strays, count = 0, 0

@@ -38,7 +38,7 @@ class Jsonl(LinesFormat):
             number += 1
 
     def ends(self, url: str) -> Iterator[int]:
-        # The longest line is not held in memory, and what it contains does not matter.
+        # Lines are only counted, so long ones are not held in memory.
         position = 0
         for line, size in file_lines(url, _ENDS_LINE_BYTES):
             position += size

@@ -43,7 +43,7 @@ class LinesFormat(SourceFormat):
     def rows(self, url: str, most: int, part: Part | None = None) -> Iterator[tuple[int, Row | BrokenRow]]:
         """Yield (number, row) of a file with lines of at most ``most`` bytes, or of a part of it.
 
-        Raises EOFError for broken compression, and what the storage raises.
+        Raises EOFError for broken compression, and the errors of the storage.
         """
         raise NotImplementedError
 
@@ -76,7 +76,7 @@ class LinesFormat(SourceFormat):
                     bad += 1
                 yield item
         except EOFError as error:
-            detail = str(error).replace(" .tar.", " .")  # what to name a compressed file
+            detail = str(error).replace(" .tar.", " .")  # the detail names the ending that the file needs
             yield Refusal(None, Reason.SHARD_DAMAGED if good else Reason.SHARD_UNREADABLE, detail)
             return
         if shard.part and good + bad != shard.part.rows:

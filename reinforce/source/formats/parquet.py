@@ -216,7 +216,7 @@ class Parquet(SourceFormat):
 
 
 def _check_groups(part: Part, sizes: list[int]) -> None:
-    """Raise RefusedFile if a file with row groups of these rows has others than when a part was formed."""
+    """Raise RefusedFile if the row groups, of ``sizes`` rows, are no longer those of a part."""
     if len(sizes) < part.end or sum(sizes[: part.end]) != part.first + part.rows:
         raise RefusedFile("it has other row groups than when its shards were formed")
 

@@ -43,7 +43,7 @@ def unexpected_name(url: str, format_: SourceFormat) -> str | None:
 
 
 def format_of_folder(fs: Any, path: str) -> SourceFormat | None:
-    """The format that a folder has as a whole, or None. Raises what the storage raises."""
+    """The format that a folder has as a whole, or None. Raises the errors of the storage."""
     # A later format is a more special one: a reinforced dataset is a folder, too.
     return next((one for one in reversed(all_formats()) if one.recognises_folder(fs, path)), None)
 
@@ -53,7 +53,7 @@ def _name(url: str) -> str:
 
 
 def _format_of_content(url: str) -> SourceFormat:
-    """The format of a file or folder by what it holds; the default where nothing is recognised or can be read."""
+    """The format of a file or folder by its content; the default if it is not recognised or cannot be read."""
     found = None
     if foreign_name(url) is None:
         try:
@@ -63,6 +63,6 @@ def _format_of_content(url: str) -> SourceFormat:
                 found = next((one for one in all_formats() if one.recognises(head)), None)
             elif fs.isdir(path):
                 found = format_of_folder(fs, path.rstrip("/"))
-        except Exception:  # each driver has its own exceptions; whoever reads the file reports them
+        except Exception:  # each driver has its own exceptions; reading reports them
             found = None
     return found or find_format(DEFAULT)

@@ -57,7 +57,7 @@ def read_shard(url: str, limits: Limits, images: bool = True) -> Iterator[RawSam
     in lower case, is the extension. Hidden files and ``__MACOSX`` and ``__meta__`` names belong to no sample. The image
     is the first member with an image extension; ``jpg`` takes precedence over a compound extension such as
     ``depth.png``. Of the other members, those of at most ``limits.sidecar_bytes`` are kept. Where the image's extension
-    is compound (``v1.png``), a sidecar with the same beginning (``v1.txt``) stands in for an absent ``txt``.
+    is compound (``v1.png``), a sidecar with the same beginning (``v1.txt``) replaces a missing ``txt``.
     A key that occurs again later is refused, because the members of a sample must be next to each other. If most
     samples are split in this way, the shard as a whole is refused at its end.
     A shard that is missing, unreadable or damaged yields a Refusal without a key; samples before and after the damage
@@ -146,7 +146,7 @@ class _Group:
         return self.earlier is not None and not (self.earlier and self.complete)
 
     def close(self, limits: Limits) -> Iterator[RawSample | Refusal]:
-        """Yield the sample, or the refusal of the key, and what was refused of the sample."""
+        """Yield the sample or its refusal, then refusals of parts of it."""
         key = as_utf8(self.key)
         if refusal := refused_key(key, limits, self.earlier is not None and not self.split):
             yield refusal

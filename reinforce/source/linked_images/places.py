@@ -23,10 +23,10 @@ from schemas import Reason
 
 _THREADS = 16
 _LOCAL_THREADS = 2
-_FIRST_UNREACHABLE = 20  # images of a shard, none of which can be reached, after which it counts as failed
+_FIRST_UNREACHABLE = 20  # unreachable images at the start of a shard after which the shard fails
 _NOT_IN_PLACES = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # what a file system raises for impossible paths
+_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # errors of file systems for impossible paths
 _WEB = ("http://", "https://")
 
 
