@@ -15,11 +15,6 @@ from tests.helpers.images import png_chunk, raw_png
 LIMITS = Limits()
 
 
-def test_the_header_is_parsed() -> None:
-    header = png.header(raw_png(13, 11, 16, 2, b"", interlace=1))
-    assert (header.width, header.height, header.depth, header.colour, header.interlace) == (13, 11, 16, 2, 1)
-
-
 @pytest.mark.parametrize("interlace", [0, 1])
 @pytest.mark.parametrize(
     ("depth", "colour", "bits"), [(1, 0, 1), (2, 3, 2), (8, 0, 8), (16, 0, 16), (8, 2, 24), (8, 6, 32)]

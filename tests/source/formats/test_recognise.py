@@ -11,12 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reinforce.source.file_types import folder_detail, foreign_content, foreign_name
+from reinforce.source.file_types import foreign_content, foreign_name
 from reinforce.source.formats.recognise import unexpected_name
 from reinforce.source.formats.registry import find_format
-from reinforce.source.formats.tar import read_shard
 from tests.helpers.data import picture
-from tests.helpers.tars import LIMITS, TAR, outcomes, read
+from tests.helpers.tars import TAR, outcomes, read
 
 
 def parquet() -> bytes:
@@ -70,12 +69,6 @@ def test_a_damaged_tar_and_unknown_bytes_are_not_taken_for_another_format() -> N
         assert "not a tar header" in refusal.detail or "ends inside a header" in refusal.detail  # type: ignore[union-attr]
     assert foreign_content(b"") is None
     assert "name the file .tar.gz" in read(gzip.compress(TAR))[0].detail  # type: ignore[union-attr]
-
-
-def test_a_folder_is_described_with_the_pattern_for_the_tars_in_it(tmp_path) -> None:
-    [refusal] = read_shard(f"{tmp_path}/", LIMITS)
-    assert refusal.detail.startswith(f"a folder, not a tar: write {tmp_path}/*.tar for the tars in it")
-    assert folder_detail("s3://bucket/x/").startswith("a folder, not a tar: write s3://bucket/x/*.tar ")
 
 
 def test_a_tar_is_read_whatever_its_name() -> None:
