@@ -152,7 +152,7 @@ def _fail(message: str, status: int) -> None:
 
 
 def _describe(error: Exception) -> str:
-    """An error that nobody has foreseen, in one line: what it is, where it was raised, and what to do."""
+    """Describe an unexpected error in one line: what it is, where it was raised, and what to do."""
     frames = traceback.extract_tb(error.__traceback__)
     root = Path(__file__).parents[2]
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(root)] or [*frames]

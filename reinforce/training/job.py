@@ -19,8 +19,8 @@ class Job:
     ``fixed_config`` is the part of the config that determines the training, by dotted keys: a checkpoint with another
     one is refused. ``evaluate_every`` is in steps (None: only at the end); ``evaluate_start`` also evaluates before
     the first step. ``best`` is the metric whose best checkpoint is kept (default: the first metric). ``export`` is the
-    folder of ``output`` for the final weights. ``trackers`` get the rows of the log, too. ``model_config`` is what the
-    folder of a model says of it, by dotted keys; it must not change either.
+    folder of ``output`` for the final weights. ``trackers`` get the rows of the log, too. ``model_config`` is the
+    config in the model's folder, by dotted keys; it must not change either.
     """
 
     training: Training

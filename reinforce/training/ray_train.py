@@ -45,7 +45,7 @@ class Reserved:
 
     @property
     def resources(self) -> dict[str, float]:
-        """By Ray's names."""
+        """The reserved resources by Ray's names."""
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
     def __str__(self) -> str:

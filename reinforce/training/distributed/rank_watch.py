@@ -37,13 +37,17 @@ _COLLECTIVES = re.compile(r"/torch/(distributed|autograd)/")
 
 
 class AbsentRanks(RuntimeError):
-    """Ranks did not arrive where the others wait for them. The message names them, and where they are."""
+    """Some ranks did not reach the collective in which the others wait. The message names them and where they are."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is: the ``count`` of places that it has passed, ``what`` it does, since when, in which frame, and
-    whether it waits for others. ``written`` is the time of this message, ``ended`` the error that ended the rank."""
+    """Where a rank is in its training.
+
+    ``count`` numbers the places of a rank, ``what`` names the place, ``since`` is when it was reached, ``frame`` the
+    line of code, and ``waits`` whether the rank waits for others there. ``written`` is the time of this message,
+    ``ended`` the error that ended the rank.
+    """
 
     count: int
     what: str
@@ -156,8 +160,10 @@ class RankWatch:
 
 
 def next_report(waited: float, first: float, limit: float) -> float:
-    """Seconds of waiting until the report after that at ``waited``: a power of two times ``first``, at most ``limit``
-    until that has passed. It is the same on all ranks, of which one reports."""
+    """Seconds of waiting at which the next report is due, after one at ``waited``; the same on all ranks.
+
+    Reports are due at ``first``, at twice that, and so on up to ``limit``; after it, every ``first`` seconds.
+    """
     if waited >= limit:
         return waited + first
     due = first
@@ -167,8 +173,11 @@ def next_report(waited: float, first: float, limit: float) -> float:
 
 
 def absent_ranks(places: dict[int, Place], own: int, size: int, silence: float) -> list[int]:
-    """The ranks that have not arrived at the place of rank ``own``: those behind it, or else those that have ended or
-    have written nothing for ``silence`` seconds, or else those that are in code of their own at the same place."""
+    """The ranks that have not arrived at the place of rank ``own``.
+
+    They are the ranks behind it; if there are none, those that have ended or have written nothing for ``silence``
+    seconds; if there are none either, those that run other code at the same place.
+    """
     now, here = time.time(), places[own].count
     others = [rank for rank in range(size) if rank != own]
     behind = [rank for rank in others if rank not in places or places[rank].count < here]
@@ -197,8 +206,7 @@ def describe_rank(rank: int, place: Place | None, silence: float) -> str:
 
 
 def _frame_of(frame: FrameType | None) -> tuple[str, bool]:
-    """The innermost frame in code that is not of torch or Python, as ``FILE:LINE in FUNCTION``, and whether it waits in
-    a collective."""
+    """The innermost frame outside torch and Python, as ``FILE:LINE in FUNCTION``, and whether it is in a collective."""
     collective = False
     while frame is not None:
         file = frame.f_code.co_filename

@@ -140,7 +140,7 @@ def join_ranks(
 def _process_group(
     accelerator: Accelerator, owns_group: bool, cpus: int, report: Callable[[str], None] | None, timeout: timedelta
 ) -> Iterator[Ranks]:
-    """This process as a rank of the process group, which is made and destroyed here if this ``owns_group``."""
+    """Yield this process as a rank of the process group, which is created and destroyed here if ``owns_group``."""
     if accelerator.device.type == "cuda":
         torch.cuda.set_device(accelerator.device)
     threads = torch.get_num_threads()
@@ -165,8 +165,7 @@ def _process_group(
 def watching(
     rank: int, size: int, timeout: timedelta, report: Callable[[str], None] | None
 ) -> Iterator[RankWatch | None]:
-    """The watch of this rank in the store of the process group; errors of collectives name the ranks that are absent.
-    None for a single rank."""
+    """Yield the watch of this rank, or None for a single rank; errors of collectives then name the absent ranks."""
     if size == 1:
         yield None
         return
@@ -187,8 +186,8 @@ def watching(
 def share_from_first(work: Callable[[], T]) -> T:
     """Run ``work`` on rank 0 and return its result, which must be picklable, on every rank.
 
-    For what asks a storage for much. Every rank calls this, or none. If it raises, rank 0 raises the error itself and
-    the others UserError or RuntimeError.
+    Use it for work with many requests to a storage. Every rank must call it, or none. If ``work`` raises, rank 0 raises
+    its error and the others UserError or RuntimeError.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
