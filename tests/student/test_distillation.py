@@ -60,7 +60,8 @@ def test_feature_targets_are_all_teachers_or_none(features: str, approached: lis
     plan = plan_distillation(loss(features=features), {"vit": TWO, "dino": EYES})
     assert list(plan.features) == approached
     assert plan.teachers == ["vit", *approached[1:]]
-    assert plan.notes[0] == "teacher vit: similarities, logit scale 70 (dataset: config)"
+    note = "teacher vit: similarities, logit scale 70 (dataset: config)"
+    assert plan.notes[0] == note + "; vectors of images and texts, 8 dimensions" * (features == "all")
     use = "unused" if features == "none" else "vectors of images, 5 dimensions"
     assert plan.notes[1].startswith(f"teacher dino: {use}")
 
