@@ -136,8 +136,11 @@ def photo(seed: int, side: int | None = None) -> bytes:
 
 def write_source(folder: Path, images: int, processes: int, distinct: int = PHOTOS) -> tuple[str, dict[str, float]]:
     """Write shards of photographs with captions; return their URL, and the mean size of the photographs."""
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        photos = list(pool.map(photo, range(distinct), chunksize=8))
+    if processes == 1:
+        photos = [photo(seed) for seed in range(distinct)]
+    else:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            photos = list(pool.map(photo, range(distinct), chunksize=8))
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for i in range(shard, images, SHARDS):

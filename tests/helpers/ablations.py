@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 from benchmarks.ablations import page
 from benchmarks.ablations.arms import BASE, Study
@@ -62,8 +64,11 @@ def finish_training(training: Training, metric: float, steps: int) -> None:
     (training.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_page(study: Study, answers: Sequence[Answer], folder: Path, seeds: int = 3) -> tuple[str, dict[str, object]]:
-    """Write the page and the numbers to a folder; return both."""
+def write_page(
+    study: Study, answers: Sequence[Answer], folder: Path, seeds: int = 3, draw: bool = False
+) -> tuple[str, dict[str, object]]:
+    """Write the page and the numbers to a folder; return both. Figures are left out by default: they take seconds."""
     info = page.describe_study(study, seeds, [answer.question.name for answer in answers])
-    page.write_page(study, answers, info, folder / "page.md", folder / "numbers.json")
+    with contextlib.nullcontext() if draw else patch.object(page.figures, "draw"):
+        page.write_page(study, answers, info, folder / "page.md", folder / "numbers.json")
     return (folder / "page.md").read_text(), json.loads((folder / "numbers.json").read_text())

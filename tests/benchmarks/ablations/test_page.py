@@ -47,9 +47,8 @@ def test_figures_and_derived_measures_are_written(study: Study, tmp_path: Path) 
     questions = make_questions(study)
     (tmp_path / "page").mkdir()
     (tmp_path / "page" / "scales.png").touch()  # figure of an earlier page
-    _, numbers = write_page(
-        study, [rising_answer(questions[name]) for name in ("augmentations", "noise", "steps")], tmp_path
-    )
+    answers = [rising_answer(questions[name]) for name in ("augmentations", "noise", "steps")]
+    _, numbers = write_page(study, answers, tmp_path, draw=True)
     assert {path.name for path in (tmp_path / "page").iterdir()} == {"augmentations.png", "noise.png", "steps.png"}
     noise, steps = (numbers["questions"][name]["arms"] for name in ("noise", "steps"))  # type: ignore[index]
     wrong = [label for label in noise if RETAINED in noise[label]]
