@@ -78,7 +78,8 @@ def serve_worker(pipe: Connection, setup: WorkerSetup) -> None:
     layers = build_layers(config, describe_models(config))
     with contextlib.ExitStack() as stack:
         if stand_in:
-            stack.enter_context(patch("reinforce.engine.inference.inference.to_pixels", skip_conversion))
+            target = "reinforce.engine.worker.producers.image_embeddings.to_pixels"
+            stack.enter_context(patch(target, skip_conversion))
         pool = stack.enter_context(DecodePool(setup.cores))
         allocate_pixels(pool, config, layers.values(), models, SHARDS_IN_FLIGHT)
         pool.wait_until_ready()

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from reinforce.engine.inference.inference import Inference
-from reinforce.engine.inference.models import Counters, Models
+from reinforce.engine.inference.models import Models
 from teachers.device.accelerator import Accelerator
 from teachers.device.step_graphs import GraphedSteps
-from tests.helpers.batches import CONFIG, LAYERS, pixels, rows
+from tests.helpers.batches import CONFIG, LAYERS, make_inference, pixels, rows
 from tests.helpers.models import ColorTeacher, SeedCaptioner
 from tests.helpers.stand_in_cuda import stand_in_cuda
 
@@ -39,7 +38,7 @@ def outputs(device: str) -> tuple[dict[str, Any], Noting]:
     for array in (cells.crops, *cells.views.values()):
         assert array is not None
         models.accelerator.pin(array)
-    run = Inference(CONFIG, [LAYERS[name] for name in NAMES], models, Counters()).run
+    run = make_inference(CONFIG, [LAYERS[name] for name in NAMES], models).run
     return run(rows(3), cells), models.teachers["red"]  # type: ignore[return-value]
 
 

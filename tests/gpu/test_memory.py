@@ -14,11 +14,12 @@ import torch
 
 from reinforce.config import Config, parse_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.inference import full_batch
 from reinforce.engine.inference.flops import measure_costs
-from reinforce.engine.inference.full_batch import find_batch
 from reinforce.engine.inference.models import Models, load_models
 from reinforce.engine.plan.plan import Plan, make_plan
+from reinforce.engine.worker import full_batch
+from reinforce.engine.worker.full_batch import find_batch
+from reinforce.engine.worker.producers.registry import flops_of
 from reinforce.engine.worker.shard import process_shard
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, tree, write_tar
@@ -62,7 +63,7 @@ def test_a_shard_is_finished_with_less_memory_and_reports_it(
     results = []
     # Without a captioner: its caches are far larger, and do not fit again if it runs out of memory before the teacher.
     parsed, plan, models = load(config, captioners={}, output=str(tmp_path / "whole"))
-    models.costs = measure_costs(models, parsed, plan.layers.values())
+    models.costs = measure_costs(models, parsed, plan.layers.values(), flops_of)
     for output in ("whole", "halved"):
         store = Store(str(tmp_path / output))
         results.append(process_shard(plan.pending[0], parsed, plan.layers, store, models, decode_pool(), 8))

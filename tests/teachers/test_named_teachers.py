@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, RadioModel, XLMRobertaModel
 
 from reinforce.config import parse_config
 from reinforce.engine.inference.models import load_models
-from reinforce.engine.inference.self_test import check_models, precisions
+from reinforce.engine.inference.self_test import precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.worker.producers.registry import check_models
 from teachers.registry import describe_teacher, load_teacher, teacher_spec
 from tests.helpers import named_models
 from tests.helpers.pages import blocks

@@ -12,15 +12,37 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 from reinforce.config import Config
-from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.out_of_memory import OutOfMemory
 from reinforce.errors import UserError
 
+#: Largest batch of ``workers.batch: auto``. Larger ones are hardly faster, and take more shared memory for pixels.
+MAX_AUTO_BATCH = 1024
 _Bound = Literal["rows", "crops", "texts"]
 _UNITS: dict[_Bound, str] = {"rows": "image", "crops": "augmented image", "texts": "text"}
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a batch needs on the device, for when it does not fit.
+
+    Attributes:
+        bound: what is halved.
+        one: the layer and a single input of it, with a verb: "captions/c: one image with its 5 captions does".
+        fix: what the user can change if a single input does not fit.
+    """
+
+    bound: _Bound
+    one: str
+    fix: str
+
+
+COPYING = Demand(
+    "rows", "copying images: the pixels of one image do", "a smaller augmentations.count or augmentations.size"
+)
 
 
 def rows_per_batch(config: Config) -> int:
@@ -84,13 +106,12 @@ class BatchSizes:
             found, self._one_at_a_time = self._one_at_a_time, False
         return found
 
-    def halve(self, shortage: OutOfMemory, layer: Layer | None, size: int, config: Config, shared: bool) -> None:
-        """Halve the size of a batch that did not fit: ``size`` rows, or texts of a layer of texts; ``layer`` is None if
-        the images could not be copied.
+    def halve(self, shortage: OutOfMemory, demand: Demand, size: int, config: Config, shared: bool) -> None:
+        """Halve the size of a batch of ``size`` inputs that did not fit.
 
         Raises UserError for a single input, unless the device was ``shared``.
         """
-        bound, count = _bound(layer, size), config.augmentations.count
+        bound, count = demand.bound, config.augmentations.count
         failed = self.crops(count) if bound == "crops" else size
         planned: dict[_Bound, int] = {"rows": rows_per_batch(config), "crops": count, "texts": config.workers.images}
         with self._changed:
@@ -101,14 +122,7 @@ class BatchSizes:
                 if after < before:
                     self._notes.append(_note(shortage, failed, after, bound))
         if failed == 1 and not shared:
-            raise UserError(_too_large(shortage, layer))
-
-
-def _bound(layer: Layer | None, size: int) -> _Bound:
-    """What is halved: the augmented images only where a batch cannot have fewer rows."""
-    if layer is not None and layer.kind.name == "texts":
-        return "texts"
-    return "crops" if layer is not None and layer.kind.name == "images" and size == 1 else "rows"
+            raise UserError(_too_large(shortage, demand))
 
 
 def _halved(size: int, failed: int) -> int:
@@ -126,18 +140,8 @@ def _note(shortage: OutOfMemory, failed: int, after: int, bound: _Bound) -> str:
     )
 
 
-def _too_large(shortage: OutOfMemory, layer: Layer | None) -> str:
-    model = layer and layer.model
-    if layer is None or model is None:
-        what, fix = "copying images: the pixels of one image do", "a smaller augmentations.count or augmentations.size"
-    elif layer.kind.name == "captions":
-        section = f"captioners.{model}"
-        what = f"{layer.name}: one image with its {layer.count} captions does"
-        fix = f"{section}: a smaller model, `precision: bf16`, or fewer `captions` or `beams`"
-    else:
-        what = f"{layer.name}: one {'text' if layer.kind.name == 'texts' else 'augmented image'} does"
-        fix = f"teachers.{model}: a smaller model, or `precision: bf16`"
+def _too_large(shortage: OutOfMemory, demand: Demand) -> str:
     return (
-        f"{what} not fit in the memory of the device. Use {fix}; or a device with more memory, or one that no other "
-        f"program uses. The error was {shortage.text}"
+        f"{demand.one} not fit in the memory of the device. Use {demand.fix}; or a device with more memory, or one "
+        f"that no other program uses. The error was {shortage.text}"
     )

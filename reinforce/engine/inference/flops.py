@@ -18,7 +18,7 @@ were not compared. GeForce cards have half the rate with sums in fp32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +26,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.models import Models
-from reinforce.engine.inference.self_test import TEXTS, probe_images
 from reinforce.engine.record.rates import Cost
 from teachers.device.accelerator import Precision
 
@@ -78,35 +77,28 @@ def peak_flops(card: str, precision: Precision) -> float | None:
     return None
 
 
-def measure_costs(models: Models, config: Config, layers: Iterable[Layer]) -> dict[str, Cost]:
-    """The costs of layers by name, where they are known."""
+FlopsOf: TypeAlias = "Callable[[Models, Layer], float]"
+
+
+def measure_costs(models: Models, config: Config, layers: Iterable[Layer], flops_of: FlopsOf) -> dict[str, Cost]:
+    """The costs of layers by name, where they are known; ``flops_of`` counts the FLOPs of one input."""
     device = models.accelerator.device
     if device.type != "cuda":
         return {}
-    return costs_on(torch.cuda.get_device_name(device), models, config, layers)
+    return costs_on(torch.cuda.get_device_name(device), models, config, layers, flops_of)
 
 
-def costs_on(card: str, models: Models, config: Config, layers: Iterable[Layer]) -> dict[str, Cost]:
+def costs_on(card: str, models: Models, config: Config, layers: Iterable[Layer], flops_of: FlopsOf) -> dict[str, Cost]:
     """As ``measure_costs``, on a card by torch's name of it."""
     costs = {}
     for layer in layers:
         spec = config.teachers.get(layer.model or "")
-        if layer.published or layer.kind.name not in ("images", "texts") or spec is None or not spec.uses_precision:
+        if layer.published or spec is None or not spec.uses_precision:
             continue
         peak = peak_flops(card, spec.resolved_precision)
-        if peak is not None and (flops := _flops_of_input(models, layer)):
+        if peak is not None and (flops := flops_of(models, layer)):
             costs[layer.name] = Cost(flops, peak)
     return costs
-
-
-def _flops_of_input(models: Models, layer: Layer) -> float:
-    """FLOPs of an image, or the mean of a few texts."""
-    teacher = models.teachers[str(layer.model)]
-    with models.use_accelerator():
-        if layer.kind.name == "images":
-            pixels = probe_images(models, teacher.image, [0])
-            return count_flops(lambda: teacher.encode_images(pixels))
-        return count_flops(models.text_encoder(teacher, TEXTS)) / len(TEXTS)
 
 
 def count_flops(work: Callable[[], Any]) -> int:

@@ -1,238 +1,169 @@
-"""Batches of images and of texts through the models, one batch at a time."""
+"""Batches of rows through all models that see their images, one batch at a time."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.engine.decode.cells import PixelCells, runs
 from reinforce.engine.decode.row import Row
-from reinforce.engine.inference.batch_sizes import rows_per_batch
-from reinforce.engine.inference.models import Counters, Models
-from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt
-from reinforce.engine.inference.stage_meter import StageMeter
-from reinforce.engine.messages.pulse import PREPARING, SERVER, WAITING, LeaseWatch
-from reinforce.engine.messages.results import raising_layer_failure
-from reinforce.engine.messages.tracebacks import shorten
-from reinforce.seeds import seed_for
-from teachers.preprocessing.pixels import to_pixels
-from teachers.protocols import Captioner, ImageSpec, NoCaptions, Teacher
+from reinforce.engine.inference.batch_sizes import COPYING, Demand, rows_per_batch
+from reinforce.engine.inference.out_of_memory import OutOfMemory
+from reinforce.engine.inference.session import Session
+from reinforce.engine.messages.pulse import PREPARING
+from teachers.protocols import ImageSpec
 
 Floats = npt.NDArray[np.float32]
-Seeds = npt.NDArray[np.uint64]
-_Texts: TypeAlias = "Callable[[], Sequence[list[str] | NoCaptions | None]]"
-_T = TypeVar("_T")
-_Pixels: TypeAlias = "tuple[torch.Tensor | None, dict[ImageSpec, torch.Tensor]]"
+#: Outputs of a batch by layer: an array whose first axis is that of the rows, or a list.
+Outputs: TypeAlias = "dict[str, Any]"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows whose pixels are on the device.
+
+    ``crops`` are the augmented images [rows * K, S, S, 3], ``views`` the whole images by preprocessing [rows, H, W, 3].
+    ``what`` describes the rows.
+    """
+
+    rows: Sequence[Row]
+    what: str
+    crops: torch.Tensor | None
+    views: Mapping[ImageSpec, torch.Tensor]
+
+
+class Encoder(ABC):
+    """Runs the models of some layers on batches of rows. The defaults are those of models that see no image."""
+
+    def __init__(self, layers: Iterable[Layer], session: Session) -> None:
+        self.layers, self.session = [*layers], session
+        self.computed = [layer for layer in self.layers if not layer.published]
+
+    @property
+    def crops(self) -> bool:
+        """Whether it sees the augmented images."""
+        return False
+
+    @property
+    def views(self) -> Iterable[ImageSpec]:
+        """The preprocessing of the whole images that it sees."""
+        return ()
+
+    def prepare(self, rows: Sequence[Row]) -> Any:
+        """What ``encode`` needs besides the pixels; called while others use the accelerator."""
+        return None
+
+    def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
+        """Run the models on the accelerator -> a function that returns the outputs, for which it is not needed.
+
+        Raises LayerFailure.
+        """
+        raise NotImplementedError
+
+    def encode_group(self, rows: Sequence[Row]) -> Outputs:
+        """Run models on what a row group needs no pixels for, beside its last batch. Raises LayerFailure."""
+        return {}
+
+    def fill(self) -> None:  # noqa: B027 - most see pixels only
+        """Run the largest batches of what needs no pixels. Raises LayerFailure."""
+
+    @abstractmethod
+    def demand(self, layer: Layer, rows: int) -> Demand:
+        """What can be smaller if ``rows`` rows of a layer do not fit in the memory of the device."""
 
 
 class Inference:
-    """Runs the models that make ``layers``. ``counters`` receives the busy time of this shard, ``watch`` its steps."""
+    """Runs the models of ``encoders``, which share the pixels of each batch."""
 
-    def __init__(
-        self,
-        config: Config,
-        layers: Iterable[Layer],
-        models: Models,
-        counters: Counters,
-        watch: LeaseWatch | None = None,
-    ) -> None:
-        self._config, self._models = config, models
-        self._watch = watch or LeaseWatch()
-        self._order = models.lock.next_order()
-        self.meter = StageMeter(models.accelerator, models.costs, models.counters, counters)
-        computed = [layer for layer in layers if not layer.published]
-        self.image_layers = [layer for layer in computed if layer.kind.name == "images"]
-        self.caption_layers = [layer for layer in computed if layer.kind.name == "captions"]
+    def __init__(self, session: Session, encoders: Iterable[Encoder]) -> None:
+        self._session, self._encoders = session, [*encoders]
+        # Teachers come before captioners: their large forward passes show first whether the memory suffices.
+        self._seeing = [one for one in reversed(self._encoders) if one.crops or any(True for _ in one.views)]
 
     @property
-    def captioner_specs(self) -> tuple[ImageSpec, ...]:
-        """The image preprocessing of the captioners, each once."""
-        return tuple(sorted({self._captioner(layer).image for layer in self.caption_layers}, key=repr))
+    def crops(self) -> bool:
+        """Whether a model sees the augmented images."""
+        return any(encoder.crops for encoder in self._seeing)
+
+    @property
+    def views(self) -> tuple[ImageSpec, ...]:
+        """The preprocessing of the whole images that models see, each once."""
+        return tuple(sorted({view for encoder in self._seeing for view in encoder.views}, key=repr))
 
     @property
     def rows_per_batch(self) -> int:
         """Rows of the next batch."""
-        return self._models.batches.rows(rows_per_batch(self._config))
+        return self._session.models.batches.rows(rows_per_batch(self._session.config))
 
-    def run(self, rows: Sequence[Row], pixels: PixelCells) -> dict[str, Any]:
-        """The outputs for one batch by layer: embeddings float32 [B, K, D] or B lists of captions (None for NaN).
+    def run(self, rows: Sequence[Row], pixels: PixelCells) -> Outputs:
+        """The outputs of the models that see images, for one batch.
 
         ``pixels`` hold the cells of the rows. A batch that does not fit in the memory of the device is run in parts.
         Raises LayerFailure, and UserError if a single row does not fit.
         """
-        if not self.image_layers and not self.caption_layers:
+        if not self._seeing:
             return {}
-        parts: list[dict[str, Any]] = []
-        layers = {layer.name: layer for layer in (*self.image_layers, *self.caption_layers)}
+        parts: list[Outputs] = []
         rest = rows
         while rest:
-            part = rest[: self._models.batches.rows(len(rest))]
+            part = rest[: self._session.models.batches.rows(len(rest))]
             what = f"{len(part)} rows, keys {part[0].key!r} to {part[-1].key!r}"
-            output, shared = self._attempt(partial(self._compute, part, pixels, what))
-            if isinstance(output, OutOfMemory):
-                self._halve(output, layers.get(output.layer or ""), len(part), shared)
+            finishes, shared = self._session.attempt(partial(self._encode, part, pixels, what))
+            if isinstance(finishes, OutOfMemory):
+                self._session.halve(finishes, self._demand(finishes.layer, len(part)), len(part), shared)
             else:
-                embeddings, captions = output
-                parts.append({**embeddings, **self._texts(captions, len(part), what)})
+                parts.append({name: output for finish in finishes for name, output in finish().items()})
                 rest = rest[len(part) :]
         return parts[0] if len(parts) == 1 else {name: _join([part[name] for part in parts]) for name in parts[0]}
 
-    def encode_texts(self, layer: Layer, texts: Sequence[list[str] | None]) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        """Embeddings [rows, count, dim] of each row's texts, and the rows that have texts [rows].
+    def finish_group(self, rows: Sequence[Row]) -> Outputs:
+        """The outputs of the models that see no images, for the rows of a row group."""
+        return {name: output for one in self._encoders for name, output in one.encode_group(rows).items()}
 
-        Each distinct text is encoded once, in a batch with texts of similar length. Raises LayerFailure, and UserError
-        if a single text does not fit in the memory of the device.
-        """
-        teacher = self._teacher(layer)
-        distinct = sorted({t for row in texts if row for t in row}, key=lambda t: (len(t), t))
-        index = {text: i for i, text in enumerate(distinct)}
-        encoded = np.zeros((len(distinct), teacher.dim), np.float32)
-        start = 0
-        while start < len(distinct):
-            batch = distinct[start : start + self._models.batches.texts(self._config.workers.images)]
-            what = f"{len(batch):,} texts, the first {shorten(batch[0], 60)!r}"
-            with self._run(layer.name, what):
-                encode = self._models.text_encoder(teacher, batch)
-            output, shared = self._attempt(partial(self._encode, layer, encode, len(batch), what))
-            if isinstance(output, OutOfMemory):
-                self._halve(output, layer, len(batch), shared)
-            else:
-                encoded[start : start + len(batch)] = output
-                start += len(batch)
-        values = np.zeros((len(texts), layer.count, teacher.dim), np.float32)
-        for i, row in enumerate(texts):
-            if row:
-                values[i] = encoded[[index[text] for text in row]]
-        return values, np.array([bool(row) for row in texts], bool)
+    def fill(self) -> None:
+        """Run the largest batches of the models that see no images."""
+        for encoder in self._encoders:
+            encoder.fill()
 
-    def _attempt(self, work: Callable[[bool], _T]) -> tuple[_T | OutOfMemory, bool]:
-        """The result of ``work``, which holds tensors on the device, and its argument: whether others may, too."""
-        with self._watch.stage(WAITING), self._models.batches.on_device() as shared:
-            return attempt(partial(work, shared)), shared
+    def _demand(self, name: str | None, rows: int) -> Demand:
+        found = ((encoder, layer) for encoder in self._seeing for layer in encoder.layers if layer.name == name)
+        return next((encoder.demand(layer, rows) for encoder, layer in found), COPYING)
 
-    def _halve(self, shortage: OutOfMemory, layer: Layer | None, size: int, shared: bool) -> None:
-        """Halve the batches after one of ``size`` inputs did not fit. Raises UserError if they cannot be smaller."""
-        self._models.batches.halve(shortage, layer, size, self._config, shared)
-        with self._models.lock.take(self._order):
-            self._models.release_memory()
-
-    def _compute(
-        self, rows: Sequence[Row], pixels: PixelCells, what: str, shared: bool
-    ) -> tuple[dict[str, Any], dict[str, _Texts]]:
-        """Embeddings and captions of rows that must fit."""
-        seeds = {layer.name: self._caption_seeds(layer, rows) for layer in self.caption_layers}
+    def _encode(self, rows: Sequence[Row], pixels: PixelCells, what: str, shared: bool) -> list[Callable[[], Outputs]]:
+        """Start the outputs of rows that must fit."""
+        prepared = [encoder.prepare(rows) for encoder in self._seeing]
         # The copies come first, on a stream of their own, while the other shard uses the accelerator.
         copied = self._put(rows, pixels, what) if shared else None
-        with self._use_accelerator():
-            crops, views = copied or self._put(rows, pixels, what)
-            self._models.accelerator.wait_for_copies([*views.values(), *([] if crops is None else [crops])])
-            return self._embed(crops, rows, what), self._caption(views, seeds, what)
+        with self._session.use_accelerator():
+            batch = copied or self._put(rows, pixels, what)
+            tensors = [*batch.views.values(), *([] if batch.crops is None else [batch.crops])]
+            self._session.models.accelerator.wait_for_copies(tensors)
+            finishes = []
+            for encoder, given in zip(self._seeing, prepared, strict=True):  # a comprehension would keep a failed batch
+                finishes.append(encoder.encode(batch, given))
+            return finishes
 
-    def _encode(self, layer: Layer, encode: Callable[[], torch.Tensor], count: int, what: str, shared: bool) -> Floats:
-        """Embeddings [B, dim] of texts that must fit."""
-        with self._use_accelerator(), self._run(layer.name, what):
-            with self.meter.stage(layer.name, count):
-                vectors = encode()
-            return to_numpy(vectors, count, self._teacher(layer).dim)
-
-    @contextlib.contextmanager
-    def _use_accelerator(self) -> Iterator[None]:
-        with self._models.use_accelerator(self._order):
-            yield
-            self.meter.update()
-
-    def _put(self, rows: Sequence[Row], pixels: PixelCells, what: str) -> _Pixels:
-        """Crops [rows * K, S, S, 3] and whole images by preprocessing, on the device after ``wait_for_copies``."""
-        put = self._models.accelerator.put_parts
+    def _put(self, rows: Sequence[Row], pixels: PixelCells, what: str) -> Batch:
+        """Copy the pixels of rows to the device; they are there after ``wait_for_copies``."""
+        accelerator = self._session.models.accelerator
         cells = [row.cell for row in rows if row.cell is not None]
         crops = None
-        with self._watch.stage(PREPARING, what), self._models.accelerator.copy_stream():
-            if self.image_layers:
+        with self._session.watch.stage(PREPARING, what), accelerator.copy_stream():
+            if self.crops:
                 assert pixels.crops is not None
-                crops = put(runs(pixels.crops, cells)).flatten(0, 1)
-            return crops, {spec: put(runs(pixels.views[spec], cells)) for spec in self.captioner_specs}
-
-    @contextlib.contextmanager
-    def _run(self, layer: str, what: str, inputs: int = 0) -> Iterator[None]:
-        """Run a layer's model on ``what``; the time for ``inputs`` is measured."""
-        measured = self.meter.stage(layer, inputs) if inputs else contextlib.nullcontext()
-        with self._watch.stage(layer, what), raising_layer_failure(layer), measured:
-            yield
-
-    def _embed(self, crops: torch.Tensor | None, rows: Sequence[Row], what: str) -> dict[str, Any]:
-        """Image embeddings [rows, K, D] by layer, from crops [rows * K, S, S, 3]."""
-        count = self._config.augmentations.count
-        size = self._models.batches.crops(len(rows) * count)
-        placeholders = np.repeat([row.unreadable is not None for row in rows], count)
-        prepared: dict[ImageSpec, torch.Tensor] = {}
-        encoded: dict[str, torch.Tensor] = {}
-        for layer in self.image_layers:
-            teacher = self._teacher(layer)
-            assert teacher.image is not None
-            assert crops is not None
-            with self._run(layer.name, what, len(crops)):
-                if len(crops) > size:
-                    parts = [teacher.encode_images(to_pixels(part, teacher.image)) for part in crops.split(size)]
-                    encoded[layer.name] = torch.cat(parts)
-                    continue
-                if teacher.image not in prepared:
-                    prepared[teacher.image] = to_pixels(crops, teacher.image)
-                encoded[layer.name] = teacher.encode_images(prepared[teacher.image])
-        outputs = {}
-        for layer in self.image_layers:  # copied to the CPU only when all teachers' work is queued
-            dim = self._teacher(layer).dim
-            with self._run(layer.name, what):
-                values = to_numpy(encoded[layer.name], len(rows) * count, dim, placeholders)
-            outputs[layer.name] = values.reshape(len(rows), count, dim)
-        return outputs
-
-    def _caption(
-        self, views: Mapping[ImageSpec, torch.Tensor], seeds: Mapping[str, Seeds], what: str
-    ) -> dict[str, _Texts]:
-        """Functions that return the captions, by layer, with ``seeds`` [B, captions] of each layer."""
-        captions = {}
-        for layer in self.caption_layers:
-            captioner = self._captioner(layer)
-            with self._run(layer.name, what, seeds[layer.name].size):
-                pixels = to_pixels(views[captioner.image], captioner.image)
-                captions[layer.name], tokens = self._models.captions(captioner, pixels, seeds[layer.name])
-            self.meter.add_tokens(layer.name, tokens)
-        return captions
-
-    def _texts(self, captions: Mapping[str, _Texts], count: int, what: str) -> dict[str, Any]:
-        """The captions of ``count`` images, by layer."""
-        outputs = {}
-        for layer in self.caption_layers:
-            stage = SERVER if getattr(self._captioner(layer), "waits", False) else layer.name
-            with self._watch.stage(stage, what), raising_layer_failure(layer.name):
-                texts = outputs[layer.name] = captions[layer.name]()
-                rows = [row for row in texts if row is not None and not isinstance(row, NoCaptions)]
-                if len(texts) != count or any(len(row) != layer.count for row in rows):
-                    raise ValueError(
-                        f"{layer.model}: caption() must return {layer.count} texts for each of {count} images"
-                    )
-        return outputs
-
-    def _caption_seeds(self, layer: Layer, rows: Sequence[Row]) -> Seeds:
-        seed = self._config.seed
-        seeds = [[seed_for(seed, row.key, layer.name, n) for n in range(layer.count)] for row in rows]
-        return np.array(seeds, np.uint64)
-
-    def _teacher(self, layer: Layer) -> Teacher:
-        return self._models.teachers[str(layer.model)]
-
-    def _captioner(self, layer: Layer) -> Captioner:
-        return self._models.captioners[str(layer.model)]
+                crops = accelerator.put_parts(runs(pixels.crops, cells)).flatten(0, 1)
+            views = {spec: accelerator.put_parts(runs(pixels.views[spec], cells)) for spec in self.views}
+            return Batch(rows, what, crops, views)
 
 
 def _join(parts: Sequence[Any]) -> Any:

@@ -123,15 +123,18 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
         raise UserError(
             "a worker has a GPU, but torch does not see it. Install a torch that supports it, or set workers.gpus to 0."
         )
-    captioners = {layer.model for layer in layers if layer.kind.name == "captions"}
-    teachers = {layer.model for layer in layers if layer.kind.name in ("images", "texts")}
+    owners = {layer.owner for layer in layers}
     try:
         return Models(
-            {name: load_teacher(name, spec, device) for name, spec in config.teachers.items() if name in teachers},
+            {
+                name: load_teacher(name, spec, device)
+                for name, spec in config.teachers.items()
+                if ("teachers", name) in owners
+            },
             {
                 name: load_captioner(name, spec, device)
                 for name, spec in config.captioners.items()
-                if name in captioners
+                if ("captioners", name) in owners
             },
             Accelerator(device),
         )

@@ -17,7 +17,7 @@ that is not ``repeatable`` it requires texts alone, or reasons why there are non
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,8 @@ import numpy.typing as npt
 import torch
 
 from reinforce.config import Config
-from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.inference import to_numpy
-from reinforce.engine.inference.models import Counters, Models
+from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.out_of_memory import memory_hint
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.errors import UserError
@@ -66,26 +65,6 @@ TOLERANCES: dict[Precision, Tolerance] = {
     "fp16": Tolerance(batch=0.99, repeat=0.999, equal=1e-4),
 }
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-def check_models(models: Models, layers: Iterable[Layer], precisions: Mapping[str, Precision]) -> None:
-    """Test the models that make ``layers``. ``precisions`` are those of the forward passes, by name of the model.
-
-    Raises UserError that names the model, the check that failed and what was measured.
-    """
-    tested = set()
-    for layer in layers:
-        if layer.model is None or layer.published or (layer.model, layer.kind) in tested:
-            continue
-        tested.add((layer.model, layer.kind))
-        precision = precisions.get(layer.model, "fp32")
-        if layer.kind.name == "captions":
-            check_captioner(models, layer.model, layer.count)
-        elif layer.kind.name == "images":
-            check_image_encoder(models, layer.model, precision)
-        else:
-            check_text_encoder(models, layer.model, precision)
-    models.counters = Counters()
 
 
 def precisions(config: Config) -> dict[str, Precision]:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from reinforce.config import Config, load_config
 from reinforce.dataset.files.store import Store
-from reinforce.engine.inference.full_batch import MAX_AUTO_BATCH
+from reinforce.engine.inference.batch_sizes import MAX_AUTO_BATCH
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.out_of_memory import is_out_of_memory, memory_hint
 from reinforce.engine.inference.self_test import (

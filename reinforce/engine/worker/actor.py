@@ -22,14 +22,15 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.pool import DecodePool
 from reinforce.engine.inference.flops import measure_costs
-from reinforce.engine.inference.full_batch import fit_batch
 from reinforce.engine.inference.models import Counters, Models, load_models
-from reinforce.engine.inference.self_test import check_models, precisions
+from reinforce.engine.inference.self_test import precisions
 from reinforce.engine.inference.stage_meter import device_report
 from reinforce.engine.messages.pulse import Pulse, WorkerWatch, output_path, process_memory
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, ShardResult, WorkerId, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.record.metrics import Recorder
+from reinforce.engine.worker.full_batch import fit_batch
+from reinforce.engine.worker.producers.registry import check_models, flops_of
 from reinforce.engine.worker.shard import allocate_pixels, process_shard
 from reinforce.errors import StorageError, UserError
 from teachers.device import determinism
@@ -82,7 +83,7 @@ class Worker:
         self.models = load_models(self.config, layers)
         check_models(self.models, layers, precisions(self.config))
         self.config = fit_batch(self.models, self.config, layers)
-        self.models.costs = measure_costs(self.models, self.config, layers)
+        self.models.costs = measure_costs(self.models, self.config, layers, flops_of)
         allocate_pixels(self.pool, self.config, layers, self.models, SHARDS_IN_FLIGHT)
         self.pool.wait_until_ready()
         loaded = {

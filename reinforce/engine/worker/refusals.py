@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from reinforce.dataset.files.store import Store
 from reinforce.engine.messages.tracebacks import shorten
@@ -16,17 +16,23 @@ _EXAMPLE_CHARS = 300
 class Refusals:
     """Refusals by layer, kept until they are written to the quarantine.
 
-    ``shard_reason`` is the reason for which the shard as a whole is refused, or None.
+    ``shard_reason`` is the reason for which the shard as a whole is refused, or None. ``cleaned`` counts the captions
+    that the rules of ``clean`` have changed or dropped, by captioner and rule.
     """
 
     def __init__(self) -> None:
         self.shard_reason: str | None = None
+        self.cleaned: dict[str, Counter[str]] = {}
         self._by_layer: dict[str, list[Refusal]] = {}
 
     def add(self, layer: str, refusal: Refusal) -> None:
         self._by_layer.setdefault(layer, []).append(refusal)
         if refusal.key is None and refusal.reason.value in WHOLE_SHARD:
             self.shard_reason = refusal.reason.value
+
+    def count_cleaned(self, captioner: str, counts: Mapping[str, int]) -> None:
+        """Add what ``clean`` has done to the captions of one image."""
+        self.cleaned.setdefault(captioner, Counter()).update(counts)
 
     def counts(self) -> dict[str, int]:
         """Number of refusals by reason."""

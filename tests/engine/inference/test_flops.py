@@ -11,6 +11,7 @@ from reinforce.config import parse_config
 from reinforce.engine.inference.flops import costs_on, count_flops, measure_costs, peak_flops
 from reinforce.engine.inference.models import Counters, load_models
 from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.worker.producers.registry import flops_of
 from teachers.device.accelerator import Precision
 from tests.helpers import tiny_models
 from tests.helpers.data import config_of
@@ -39,12 +40,12 @@ def test_costs_are_those_of_teachers_on_cards_whose_peak_is_known(tmp_path: Path
     layers = [*build_layers(config, describe_models(config)).values()]
     models = load_models(config, layers)
     models.counters = Counters()
-    costs = costs_on("NVIDIA H100 80GB HBM3", models, config, layers)
+    costs = costs_on("NVIDIA H100 80GB HBM3", models, config, layers, flops_of)
     assert costs.keys() == {"embeddings/tiny/images", "embeddings/tiny/caption", "embeddings/tiny/namer"}
     assert {cost.peak for cost in costs.values()} == {989e12}
     assert all(cost.flops > 0 for cost in costs.values())
-    assert costs_on("a card of next year", models, config, layers) == {}
-    assert measure_costs(models, config, layers) == {}, "a CPU"
+    assert costs_on("a card of next year", models, config, layers, flops_of) == {}
+    assert measure_costs(models, config, layers, flops_of) == {}, "a CPU"
 
 
 @pytest.mark.parametrize(

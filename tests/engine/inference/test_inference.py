@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from reinforce.engine.decode.row import Decoded
 from reinforce.engine.inference.inference import Inference, to_numpy
 from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.messages.results import LayerFailure
@@ -17,7 +20,7 @@ from reinforce.source.samples import Refusal
 from schemas import Reason
 from teachers.device.accelerator import Accelerator
 from teachers.preprocessing.pixels import to_pixels
-from tests.helpers.batches import CONFIG, CPU, LAYERS, pixels, rows
+from tests.helpers.batches import CONFIG, CPU, LAYERS, make_inference, pixels, rows, text_encoder
 from tests.helpers.models import ColorTeacher, SeedCaptioner, WrongShapeTeacher
 
 
@@ -31,10 +34,19 @@ class Recording(ColorTeacher):
         return super().encode_texts(texts)
 
 
-def inference(*names: str, red: ColorTeacher | None = None, counters: Counters | None = None) -> Inference:
+def models_with(red: ColorTeacher | None = None) -> Models:
     teachers = {"red": red or ColorTeacher(CPU), "blue": ColorTeacher(CPU, size=24, dim=12, seed=1)}
-    models = Models(teachers, {"namer": SeedCaptioner(CPU)}, Accelerator("cpu"))
-    return Inference(CONFIG, [LAYERS[name] for name in names], models, counters or Counters())
+    return Models(teachers, {"namer": SeedCaptioner(CPU)}, Accelerator("cpu"))
+
+
+def inference(*names: str, red: ColorTeacher | None = None, counters: Counters | None = None) -> Inference:
+    return make_inference(CONFIG, [LAYERS[name] for name in names], models_with(red), counters)
+
+
+def texts_of(red: ColorTeacher) -> Callable[[Sequence[list[str] | None]], Any]:
+    """The encoder of the captions of ``namer``."""
+    layer = LAYERS["embeddings/red/namer"]
+    return partial(text_encoder(CONFIG, layer, models_with(red)).encode_texts, layer)
 
 
 def test_a_batch_gives_each_layer_the_outputs_of_its_model() -> None:
@@ -63,8 +75,7 @@ def test_a_lease_of_text_layers_only_runs_no_batch() -> None:
 def test_each_distinct_text_is_encoded_once_in_batches_of_similar_length() -> None:
     teacher = Recording(CPU)
     texts = [["a", "ccc"], None, ["bb", "a"], [], ["dddd", "ccc"]]
-    run = inference("embeddings/red/namer", red=teacher)
-    values, valid = run.encode_texts(LAYERS["embeddings/red/namer"], texts)
+    values, valid = texts_of(teacher)(texts)
     assert teacher.batches == [["a", "bb", "ccc"], ["dddd"]]
     assert valid.tolist() == [True, False, True, False, True]
     assert values.shape == (5, 2, 8)
@@ -79,12 +90,12 @@ def test_an_error_of_a_model_names_its_layer() -> None:
     with pytest.raises(LayerFailure, match=message):
         inference("embeddings/red/images", red=wrong).run(rows(3), pixels())
     with pytest.raises(LayerFailure, match=r"embeddings/red/namer: ValueError: .* \(1, 6\), got \(1, 7\)"):
-        inference(red=wrong).encode_texts(LAYERS["embeddings/red/namer"], [["a"]])
-    run = inference("captions/namer")
-    run.caption_layers = [replace(LAYERS["captions/namer"], count=3)]
-    run._models.captioners["namer"].caption = lambda pixels, seeds: [["one"]] * len(pixels)  # type: ignore[method-assign]
+        texts_of(wrong)([["a"]])
+    layer = replace(LAYERS["captions/namer"], count=3)
+    models = models_with()
+    models.captioners["namer"].caption = lambda pixels, seeds: [["one"]] * len(pixels)  # type: ignore[method-assign]
     with pytest.raises(LayerFailure, match=r"captions/namer: .* must return 3 texts for each of 2 images"):
-        run.run(rows(2), pixels())
+        make_inference(CONFIG, [layer], models).run(rows(2), pixels())
 
 
 def test_the_norm_of_every_row_of_embeddings_is_checked() -> None:
@@ -123,10 +134,10 @@ def test_a_teacher_whose_norm_changes_after_its_first_batch_fails(layer: str) ->
             return super().encode_texts(texts) * self.norm
 
     teacher = Growing(CPU)
-    run = inference("embeddings/red/images", red=teacher)
+    run, encode_texts = inference("embeddings/red/images", red=teacher), texts_of(teacher)
 
     def encode() -> None:
-        run.run(rows(2), pixels()) if layer.endswith("images") else run.encode_texts(LAYERS[layer], [["a", "b"]])
+        run.run(rows(2), pixels()) if layer.endswith("images") else encode_texts([["a", "b"]])
 
     encode()
     teacher.norm = 3.0
@@ -148,5 +159,5 @@ def test_the_norm_of_an_unreadable_images_embedding_is_not_checked() -> None:
     run = inference("embeddings/red/images", red=Brightness(CPU))
     with pytest.raises(LayerFailure, match=r"got 0\.000 in row 3 of 6"):
         run.run(batch, cells)
-    batch[1] = replace(batch[1], unreadable=Refusal("key1", Reason.IMAGE_BROKEN, "gone"))
+    batch[1] = replace(batch[1], decoded=Decoded(unreadable=Refusal("key1", Reason.IMAGE_BROKEN, "gone")))
     assert not run.run(batch, cells)["embeddings/red/images"][1].any()

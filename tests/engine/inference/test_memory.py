@@ -18,15 +18,15 @@ from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.cells import PixelCells
 from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batch_sizes import BatchSizes
-from reinforce.engine.inference.full_batch import find_batch, fit_batch
-from reinforce.engine.inference.inference import Inference
 from reinforce.engine.inference.models import Counters, Models, load_models
 from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt, is_out_of_memory, memory_hint
 from reinforce.engine.messages.results import ShardResult, raising_layer_failure
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.worker.full_batch import find_batch, fit_batch
 from reinforce.engine.worker.shard import process_shard
 from reinforce.errors import UserError
+from tests.helpers.batches import make_inference
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
 from tests.helpers.models import ColorTeacher, SeedCaptioner
@@ -136,7 +136,7 @@ def test_the_batch_that_the_other_shard_has_copied_is_not_the_cause_of_a_second_
 
     def shard() -> None:
         rows = [Row(f"key{i}", None, i) for i in range(8)]
-        outputs.append(Inference(config, [layer], models, Counters()).run(rows, PixelCells(crops)))
+        outputs.append(make_inference(config, [layer], models).run(rows, PixelCells(crops)))
 
     threads = [threading.Thread(target=shard) for _ in range(2)]
     for thread in threads:

@@ -12,8 +12,9 @@ import torch
 
 from reinforce.config import parse_config
 from reinforce.engine.inference.models import Counters, Models
-from reinforce.engine.inference.self_test import TEXTS, check_models, check_text_encoder
+from reinforce.engine.inference.self_test import TEXTS, check_text_encoder
 from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.worker.producers.registry import check_models
 from reinforce.errors import UserError
 from teachers.device.accelerator import Accelerator, Precision
 from teachers.registry import captioner_spec, load_captioner, load_teacher, teacher_spec

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from reinforce.engine.inference.inference import Inference
 from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.stage_meter import StageMeter, device_report
 from reinforce.engine.record.rates import Cost
 from teachers.device.accelerator import Accelerator
-from tests.helpers.batches import CONFIG, LAYERS, pixels, rows
+from tests.helpers.batches import CONFIG, LAYERS, make_inference, pixels, rows, text_encoder
 from tests.helpers.models import ColorTeacher, SeedCaptioner
 
 SECONDS = 1000.0  # of a batch on the device
@@ -70,10 +69,12 @@ class Waiting:
 def test_a_run_counts_what_the_device_spent_on_models_and_nothing_of_the_host() -> None:
     accelerator, counters = QueuingAccelerator(), Counters()
     models = Models({"red": Launching(accelerator)}, {"namer": SeedCaptioner(torch.device("cpu"))}, accelerator)
-    run = Inference(CONFIG, [LAYERS["embeddings/red/images"], LAYERS["captions/namer"]], models, counters)
+    run = make_inference(CONFIG, [LAYERS["embeddings/red/images"], LAYERS["captions/namer"]], models, counters)
     run.run(rows(3), pixels())
     assert counters.busy == models.counters.busy == SECONDS
-    run.encode_texts(LAYERS["embeddings/red/caption"], [["a cat"], ["a dog"], ["a bird"], ["a fish"]])
+    layer = LAYERS["embeddings/red/caption"]
+    texts = text_encoder(CONFIG, layer, models, counters)
+    texts.encode_texts(layer, [["a cat"], ["a dog"], ["a bird"], ["a fish"]])
     assert counters.busy == models.counters.busy == 3 * SECONDS, "two batches of texts"
 
 

@@ -13,10 +13,11 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.engine.inference.models import load_models
-from reinforce.engine.inference.self_test import TEXTS, check_models
+from reinforce.engine.inference.self_test import TEXTS
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId, raising_layer_failure
 from reinforce.engine.messages.tracebacks import error_with_frames, shorten, user_frames
 from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.worker.producers.registry import check_models
 from reinforce.errors import UserError
 from tests.engine.test_worker import TOKEN, LocalWorker
 from tests.helpers.data import config_of

@@ -16,19 +16,18 @@ from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.cells import PixelCells
 from reinforce.engine.decode.row import Row
 from reinforce.engine.decode.rows import RowSpec
-from reinforce.engine.inference.batch_sizes import rows_per_batch
+from reinforce.engine.inference.batch_sizes import MAX_AUTO_BATCH, rows_per_batch
 from reinforce.engine.inference.batches import IN_WORK
 from reinforce.engine.inference.inference import Inference
 from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.out_of_memory import forget_peak
+from reinforce.engine.inference.session import Session
 from reinforce.engine.messages.results import LayerFailure
+from reinforce.engine.worker.producers.registry import make_producers
 from reinforce.errors import UserError
 
-#: Largest batch of ``workers.batch: auto``. Larger ones are hardly faster, and take more shared memory for pixels.
-MAX_AUTO_BATCH = 1024
 _COPIED = 2 * IN_WORK  # batches on the device, of two shards
 _POLL_SECONDS = 0.001
-_LONG_TEXT = "a photo of two children in red coats who fly a kite on a wide beach in the evening, " * 6
 
 
 def fit_batch(models: Models, config: Config, layers: Iterable[Layer]) -> Config:
@@ -65,16 +64,14 @@ def _with_batch(config: Config, batch: int) -> Config:
 
 def _try_batch(models: Models, config: Config, layers: list[Layer]) -> bool:
     """Run full batches side by side -> whether something did not fit and batches are smaller now."""
-    inferences = [Inference(config, layers, models, Counters()) for _ in range(_COPIED)]
+    sessions = [Session(config, models) for _ in range(_COPIED)]
+    inferences = [Inference(session, make_producers(layers, session)) for session in sessions]
     rows = [Row(f"{i}", None, i) for i in range(inferences[0].rows_per_batch)]
     pixels = _noise(config, inferences[0], len(rows))
-    texts = [layer for layer in layers if layer.kind.name == "texts" and not layer.published]
 
     def run(inference: Inference) -> None:
         inference.run(rows, pixels)
-        for layer in texts:
-            count = -(-models.batches.texts(config.workers.images) // layer.count)
-            inference.encode_texts(layer, [[f"{i} {n} {_LONG_TEXT}" for n in range(layer.count)] for i in range(count)])
+        inference.fill()
 
     try:
         with ThreadPoolExecutor(_COPIED) as threads:
@@ -91,5 +88,5 @@ def _try_batch(models: Models, config: Config, layers: list[Layer]) -> bool:
 
 def _noise(config: Config, inference: Inference, rows: int) -> PixelCells:
     """Random pixels of so many rows."""
-    layout = RowSpec(bool(inference.image_layers), inference.captioner_specs).layout(config)
+    layout = RowSpec(inference.crops, inference.views).layout(config)
     return layout.cells(np.random.default_rng(0).integers(0, 256, rows * layout.cell_bytes, np.uint8))

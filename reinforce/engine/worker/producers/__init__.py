@@ -1,0 +1,1 @@
+"""Producers: how the layers of each kind are computed, refused and written."""

@@ -1,0 +1,122 @@
+"""What a producer of layers must offer, and the row groups that it makes tables of."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from reinforce.dataset.kinds.registry import kind_of
+from reinforce.dataset.layers import Layer
+from reinforce.engine.decode.row import Row
+from reinforce.engine.inference.batch_sizes import Demand
+from reinforce.engine.inference.inference import Encoder, Outputs
+from reinforce.engine.inference.models import Models
+from reinforce.engine.worker.refusals import Refusals
+from reinforce.engine.worker.stale_files import OutOfStep
+from reinforce.source.samples import Refusal
+from teachers.spec import Precision
+
+
+class RowGroup:
+    """The rows of one row group, the outputs of their batches, and the tables of their layers so far.
+
+    ``stored`` are tables of layers that were committed before. Raises OutOfStep unless they have the keys of the rows,
+    in the same order.
+    """
+
+    def __init__(self, rows: Sequence[Row], outputs: Sequence[Outputs], stored: Mapping[str, pa.Table]) -> None:
+        self.rows, self.keys = rows, [row.key for row in rows]
+        self.tables = dict(stored)
+        self._outputs = outputs
+        self._values: dict[str, Any] = {}
+        for name, table in stored.items():
+            if table["key"].to_pylist() != self.keys:
+                raise OutOfStep(name)
+
+    def outputs(self, layer: str) -> list[Any]:
+        """The outputs of a layer in the batches that have some, in order."""
+        return [outputs[layer] for outputs in self._outputs if layer in outputs]
+
+    def values(self, layer: str) -> Any:
+        """The value of each row in a layer that was committed or computed before, as its kind decodes it."""
+        if layer not in self._values:
+            self._values[layer] = kind_of(layer).decode(self.tables[layer])
+        return self._values[layer]
+
+    def set_values(self, layer: str, values: Any) -> None:
+        """Keep the values of a layer, so that its table is not decoded."""
+        self._values[layer] = values
+
+
+class Producer(Encoder):
+    """Computes the layers of one kind in one shard, and records what they refuse.
+
+    Attributes:
+        refusals: of the shard.
+        source: the URL of the source shard that is recorded.
+    """
+
+    refusals: Refusals
+    source: str
+    #: Name of the kind.
+    kind: ClassVar[str]
+
+    # -- models
+
+    @staticmethod
+    def self_test(models: Models, layer: Layer, precision: Precision) -> None:
+        """Test the model of a layer before the run. Raises UserError."""
+
+    @staticmethod
+    def flops(models: Models, layer: Layer) -> float:
+        """FLOPs of one input of a layer's model; 0 if they are not known."""
+        return 0.0
+
+    def demand(self, layer: Layer, rows: int) -> Demand:
+        return Demand("rows", f"{layer.name}: one image does", "a smaller model")
+
+    # -- tables
+
+    def schema(self, layer: Layer) -> pa.Schema:
+        """The schema of a layer's file."""
+        teacher = self.session.models.teachers.get(str(layer.model))
+        return layer.schema(self.session.config.images, teacher.dim if teacher else None)
+
+    def tables(self, group: RowGroup) -> Iterator[tuple[str, pa.Table]]:
+        """The tables of a row group by layer; records what is refused. Raises LayerFailure."""
+        for layer in self.layers:
+            table = group.tables[layer.name] = self.table(layer, group)
+            yield layer.name, table
+
+    @abstractmethod
+    def table(self, layer: Layer, group: RowGroup) -> pa.Table:
+        """The table of a row group."""
+
+    def footer(self) -> dict[str, str]:
+        """What the footers of all files of the shard record of its layers."""
+        return {}
+
+    # -- refusals
+
+    def refuse_unreadable(self, layer: Layer, group: RowGroup) -> None:
+        """Record the rows of which the image cannot be read any more."""
+        for row in group.rows:
+            if row.unreadable:
+                self.refusals.add(layer.name, row.unreadable)
+
+    def published(self, layer: Layer, group: RowGroup) -> list[Any]:
+        """The published value of each row, or None; records why there is none."""
+        values: list[Any] = []
+        for row in group.rows:
+            value = self.published_refusal(layer, row) or row.published[layer.name]
+            if isinstance(value, Refusal):
+                self.refusals.add(layer.name, value)
+            values.append(None if isinstance(value, Refusal) else value)
+        return values
+
+    def published_refusal(self, layer: Layer, row: Row) -> Refusal | None:
+        """Why the published value of a row is not used, None if it is."""
+        return None

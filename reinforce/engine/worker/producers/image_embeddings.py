@@ -1,0 +1,75 @@
+"""Embeddings of the augmented images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from reinforce.dataset.layers import Layer
+from reinforce.engine.inference.batch_sizes import Demand
+from reinforce.engine.inference.flops import count_flops
+from reinforce.engine.inference.inference import Batch, Outputs, to_numpy
+from reinforce.engine.inference.models import Models
+from reinforce.engine.inference.self_test import check_image_encoder, probe_images
+from reinforce.engine.worker.producers.base import RowGroup
+from reinforce.engine.worker.producers.vectors import Embeddings, Floats, Mask
+from teachers.preprocessing.pixels import to_pixels
+from teachers.protocols import ImageSpec
+from teachers.spec import Precision
+
+
+class ImageEmbeddings(Embeddings):
+    kind = "images"
+
+    @staticmethod
+    def self_test(models: Models, layer: Layer, precision: Precision) -> None:
+        check_image_encoder(models, str(layer.model), precision)
+
+    @staticmethod
+    def flops(models: Models, layer: Layer) -> float:
+        teacher = models.teachers[str(layer.model)]
+        with models.use_accelerator():
+            pixels = probe_images(models, teacher.image, [0])
+            return count_flops(lambda: teacher.encode_images(pixels))
+
+    @property
+    def crops(self) -> bool:
+        return bool(self.computed)
+
+    def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
+        """Embeddings [rows, K, D] by layer."""
+        assert batch.crops is not None
+        crops, count = batch.crops, self.session.config.augmentations.count
+        size = self.session.models.batches.crops(len(crops))
+        placeholders = np.repeat([row.unreadable is not None for row in batch.rows], count)
+        prepared_pixels: dict[ImageSpec, torch.Tensor] = {}
+        encoded: dict[str, torch.Tensor] = {}
+        for layer in self.computed:
+            teacher = self.session.teacher(layer)
+            assert teacher.image is not None
+            with self.session.stage(layer.name, batch.what, len(crops)):
+                if len(crops) > size:
+                    parts = [teacher.encode_images(to_pixels(part, teacher.image)) for part in crops.split(size)]
+                    encoded[layer.name] = torch.cat(parts)
+                    continue
+                if teacher.image not in prepared_pixels:
+                    prepared_pixels[teacher.image] = to_pixels(crops, teacher.image)
+                encoded[layer.name] = teacher.encode_images(prepared_pixels[teacher.image])
+        outputs: Outputs = {}
+        for layer in self.computed:  # copied to the CPU only when all teachers' work is queued
+            dim = self.session.teacher(layer).dim
+            with self.session.stage(layer.name, batch.what):
+                values = to_numpy(encoded[layer.name], len(crops), dim, placeholders)
+            outputs[layer.name] = values.reshape(len(batch.rows), count, dim)
+        return lambda: outputs
+
+    def demand(self, layer: Layer, rows: int) -> Demand:
+        one = f"{layer.name}: one augmented image does"
+        return Demand("crops" if rows == 1 else "rows", one, self.smaller_model(layer))
+
+    def vectors(self, layer: Layer, group: RowGroup) -> tuple[Floats, Mask]:
+        self.refuse_unreadable(layer, group)
+        return np.concatenate(group.outputs(layer.name)), np.array([row.unreadable is None for row in group.rows])

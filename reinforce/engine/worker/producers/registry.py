@@ -1,0 +1,47 @@
+"""The producer of each kind of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from reinforce.dataset.kinds.registry import KINDS
+from reinforce.dataset.layers import Layer
+from reinforce.engine.inference.models import Counters, Models
+from reinforce.engine.inference.session import Session
+from reinforce.engine.worker.producers.base import Producer
+from reinforce.engine.worker.producers.captions import Captions
+from reinforce.engine.worker.producers.image_embeddings import ImageEmbeddings
+from reinforce.engine.worker.producers.samples import Samples
+from reinforce.engine.worker.producers.text_embeddings import TextEmbeddings
+from teachers.spec import Precision
+
+#: Producers by the name of their kind.
+PRODUCERS: dict[str, type[Producer]] = {
+    producer.kind: producer for producer in (Samples, Captions, ImageEmbeddings, TextEmbeddings)
+}
+
+
+def make_producers(layers: Iterable[Layer], session: Session) -> list[Producer]:
+    """A producer for each kind that some of the layers have, each after those whose layers it may need."""
+    layers = [*layers]
+    of_kind = {name: [layer for layer in layers if layer.kind == kind] for name, kind in KINDS.items()}
+    return [PRODUCERS[name](found, session) for name, found in of_kind.items() if found]
+
+
+def check_models(models: Models, layers: Iterable[Layer], precisions: Mapping[str, Precision]) -> None:
+    """Test the models that make ``layers``. ``precisions`` are those of the forward passes, by name of the model.
+
+    Raises UserError that names the model, the check that failed and what was measured.
+    """
+    tested = set()
+    for layer in layers:
+        if layer.model is None or layer.published or (layer.model, layer.kind) in tested:
+            continue
+        tested.add((layer.model, layer.kind))
+        PRODUCERS[layer.kind.name].self_test(models, layer, precisions.get(layer.model, "fp32"))
+    models.counters = Counters()
+
+
+def flops_of(models: Models, layer: Layer) -> float:
+    """FLOPs of one input of a layer's model; 0 if they are not known."""
+    return PRODUCERS[layer.kind.name].flops(models, layer)

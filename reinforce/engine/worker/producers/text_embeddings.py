@@ -1,0 +1,108 @@
+"""Embeddings of texts: the true caption, or the captions of a captioner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from reinforce.dataset.layers import TRUE_CAPTION, Layer
+from reinforce.engine.decode.row import Row
+from reinforce.engine.inference.batch_sizes import Demand
+from reinforce.engine.inference.flops import count_flops
+from reinforce.engine.inference.inference import Outputs, to_numpy
+from reinforce.engine.inference.models import Models
+from reinforce.engine.inference.out_of_memory import OutOfMemory
+from reinforce.engine.inference.self_test import TEXTS, check_text_encoder
+from reinforce.engine.messages.tracebacks import shorten
+from reinforce.engine.worker.producers.base import RowGroup
+from reinforce.engine.worker.producers.vectors import Embeddings, Floats, Mask
+from reinforce.source.samples import Refusal
+from schemas import Reason
+from teachers.spec import Precision
+
+_LONG_TEXT = "a photo of two children in red coats who fly a kite on a wide beach in the evening, " * 6
+
+
+class TextEmbeddings(Embeddings):
+    kind = "texts"
+
+    @staticmethod
+    def self_test(models: Models, layer: Layer, precision: Precision) -> None:
+        check_text_encoder(models, str(layer.model), precision)
+
+    @staticmethod
+    def flops(models: Models, layer: Layer) -> float:
+        """The mean of a few texts."""
+        with models.use_accelerator():
+            return count_flops(models.text_encoder(models.teachers[str(layer.model)], TEXTS)) / len(TEXTS)
+
+    def encode_group(self, rows: Sequence[Row]) -> Outputs:
+        """Embeddings of the rows' own captions, and which rows have some, by layer."""
+        layers = [layer for layer in self.computed if layer.texts == TRUE_CAPTION]
+        texts = [[row.caption] if row.caption else None for row in rows]
+        return {layer.name: self.encode_texts(layer, texts) for layer in layers}
+
+    def encode_texts(self, layer: Layer, texts: Sequence[list[str] | None]) -> tuple[Floats, Mask]:
+        """Embeddings [rows, count, dim] of each row's texts, and the rows that have texts [rows].
+
+        Each distinct text is encoded once, in a batch with texts of similar length. Raises LayerFailure, and UserError
+        if a single text does not fit in the memory of the device.
+        """
+        session = self.session
+        teacher = session.teacher(layer)
+        distinct = sorted({t for row in texts if row for t in row}, key=lambda t: (len(t), t))
+        index = {text: i for i, text in enumerate(distinct)}
+        encoded = np.zeros((len(distinct), teacher.dim), np.float32)
+        start = 0
+        while start < len(distinct):
+            batch = distinct[start : start + session.models.batches.texts(session.config.workers.images)]
+            what = f"{len(batch):,} texts, the first {shorten(batch[0], 60)!r}"
+            with session.stage(layer.name, what):
+                encode = session.models.text_encoder(teacher, batch)
+            output, shared = session.attempt(partial(self._encode, layer, encode, len(batch), what))
+            if isinstance(output, OutOfMemory):
+                session.halve(output, self.demand(layer, len(texts)), len(batch), shared)
+            else:
+                encoded[start : start + len(batch)] = output
+                start += len(batch)
+        values = np.zeros((len(texts), layer.count, teacher.dim), np.float32)
+        for i, row in enumerate(texts):
+            if row:
+                values[i] = encoded[[index[text] for text in row]]
+        return values, np.array([bool(row) for row in texts], bool)
+
+    def _encode(self, layer: Layer, encode: Callable[[], torch.Tensor], count: int, what: str, shared: bool) -> Floats:
+        """Embeddings [B, dim] of texts that must fit."""
+        with self.session.use_accelerator(), self.session.stage(layer.name, what):
+            with self.session.meter.stage(layer.name, count):
+                vectors = encode()
+            return to_numpy(vectors, count, self.session.teacher(layer).dim)
+
+    def fill(self) -> None:
+        for layer in self.computed:
+            rows = -(-self.session.models.batches.texts(self.session.config.workers.images) // layer.count)
+            self.encode_texts(layer, [[f"{i} {n} {_LONG_TEXT}" for n in range(layer.count)] for i in range(rows)])
+
+    def demand(self, layer: Layer, rows: int) -> Demand:
+        return Demand("texts", f"{layer.name}: one text does", self.smaller_model(layer))
+
+    def vectors(self, layer: Layer, group: RowGroup) -> tuple[Floats, Mask]:
+        if layer.texts == TRUE_CAPTION:
+            values, valid = group.outputs(layer.name)[0]
+            where = f"none at input.captions ({', '.join(self.session.config.input.captions) or 'empty'})"
+        else:
+            captions = layer.needs[-1]
+            values, valid = self.encode_texts(layer, group.values(captions))
+            where = f"{captions} has none for this key"
+        for row, encoded in zip(group.rows, valid, strict=True):
+            if not encoded:
+                self.refusals.add(layer.name, Refusal(row.key, Reason.NO_TEXT, f"no caption to encode: {where}"))
+        return values, valid
+
+    def published_refusal(self, layer: Layer, row: Row) -> Refusal | None:
+        if layer.texts != TRUE_CAPTION or row.caption or isinstance(row.published[layer.name], Refusal):
+            return None
+        return Refusal(row.key, Reason.NO_TEXT, "no caption that the published vector could belong to")

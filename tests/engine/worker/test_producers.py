@@ -1,0 +1,85 @@
+"""Tables of one row group, by the producers of their layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from reinforce.config import parse_config
+from reinforce.dataset.augment.records import Augmentation, Crop, from_records, to_records
+from reinforce.engine.decode.row import Decoded, Row
+from reinforce.engine.inference.models import Models
+from reinforce.engine.inference.session import Session
+from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.engine.worker.producers.base import RowGroup
+from reinforce.engine.worker.producers.registry import make_producers
+from reinforce.engine.worker.refusals import Refusals
+from reinforce.engine.worker.stale_files import OutOfStep
+from reinforce.source.references import image_digest
+from reinforce.source.samples import RawSample, Refusal
+from schemas import Reason
+from teachers.device.accelerator import Accelerator
+from tests.helpers.data import config_of
+from tests.helpers.models import ColorTeacher
+
+AUGMENTATION = Augmentation(Crop(1, 2, 10, 20), 24, None)
+
+
+def row(key: str, caption: str | None, image: bytes, offset: int, decoded: Decoded) -> Row:
+    return Row(key, caption, sample=RawSample(key, image, offset, len(image), {}), decoded=decoded)
+
+
+RECORDS = to_records([AUGMENTATION])
+ROWS = [
+    row("a", "A", b"first", 512, Decoded(metadata='{"a": 1}', width=40, height=30, records=RECORDS)),
+    row("b", None, b"second", 2048, Decoded(width=20, height=10, records=RECORDS)),
+]
+
+
+def table(layer: str, group: RowGroup, **changes: Any) -> tuple[pa.Table, Refusals]:
+    """The table of a layer of a config with a teacher ``red`` of dimension 8 and 2 augmentations."""
+    config = parse_config(config_of("x.tar", "out", **changes))
+    models = Models({"red": ColorTeacher(torch.device("cpu"))}, {}, Accelerator("cpu"))
+    layers = build_layers(config, describe_models(config))
+    [producer] = make_producers([layers[layer]], Session(config, models))
+    producer.refusals, producer.source = Refusals(), "s3://bucket/x.tar"
+    [(_, found)] = producer.tables(group)
+    return found, producer.refusals
+
+
+def test_a_samples_table_has_the_encoded_images_or_references_to_them() -> None:
+    embedded = table("samples", RowGroup(ROWS, [], {}), images="embed")[0].to_pylist()
+    referenced = table("samples", RowGroup(ROWS, [], {}), images="reference")[0].to_pylist()
+    assert [row.pop("image") for row in embedded] == [b"first", b"second"]
+    assert [row.pop("image_ref") for row in referenced] == [
+        {"url": "s3://bucket/x.tar", "offset": 512, "length": 5},
+        {"url": "s3://bucket/x.tar", "offset": 2048, "length": 6},
+    ]
+    assert [row.pop("image_digest") for row in referenced] == [image_digest(b"first"), image_digest(b"second")]
+    assert embedded == referenced
+    assert from_records(embedded[0].pop("augmentations")) == [AUGMENTATION]
+    assert embedded[0] == {"key": "a", "caption": "A", "metadata": '{"a": 1}', "width": 40, "height": 30}
+
+
+def test_vectors_are_null_where_an_image_is_unreadable_or_they_are_not_finite_and_both_are_refused() -> None:
+    values = np.ones((4, 2, 8), np.float32)
+    values[1, 1, 2] = np.nan
+    values[2] = np.inf
+    rows = [Row(key, None) for key in "abc"] + [
+        Row("d", decoded=Decoded(unreadable=Refusal("d", Reason.IMAGE_BROKEN, "gone")))
+    ]
+    name = "embeddings/red/images"
+    found, refusals = table(name, RowGroup(rows, [{name: values[:3]}, {name: values[3:]}, {}], {}))
+    assert [value is None for value in found["embeddings"].to_pylist()] == [False, True, True, True]
+    assert refusals.counts() == {"not_finite": 2, "image_broken": 1}
+
+
+def test_stored_captions_must_have_the_keys_of_samples_in_their_order() -> None:
+    stored = {"captions/c": pa.table({"key": ["a", "b"], "captions": [["x"], None]})}
+    assert RowGroup(ROWS, [], stored).values("captions/c") == [["x"], None]
+    with pytest.raises(OutOfStep, match=r"captions/c does not have the rows of the samples"):
+        RowGroup(ROWS[::-1], [], stored)
