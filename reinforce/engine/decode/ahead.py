@@ -103,5 +103,5 @@ class _Ahead:
         self._lease.watch.read_bytes += self._open_bytes
         self._open, self._open_bytes = Chunk(self._lease), 0
         self._submitted.append(chunk)
-        while self._submitted[0].future.done():
+        while self._submitted and self._submitted[0].future.done():
             self._submitted.popleft()
