@@ -128,7 +128,7 @@ OTHERS = [
     (
         "keys that occur in several shards",
         "stored, counted, and reported by runs, status and validate",
-        "tests/dataset/test_validate.py::test_keys_that_repeat_across_shards_are_counted",
+        "tests/dataset/validate/test_validate.py::test_keys_that_repeat_across_shards_are_counted",
     ),
     (
         "a header whose long name may be lost in damage",

@@ -1,21 +1,24 @@
-"""What `reinforce validate` reads: requests to object stores, samples of shards, and shards in several processes."""
+"""What `reinforce validate` reads, and hashes of keys."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate import process_pool as shard_pool
+from reinforce.dataset.validate.key_hashes import digest_keys, hash_keys
 from reinforce.dataset.validate.validate import validate
 from reinforce.errors import UserError
 from tests.helpers.data import members_of, write_tar
@@ -23,11 +26,6 @@ from tests.helpers.reinforced import small_dataset
 from tests.helpers.validated import printed
 
 RED = "embeddings/red/images"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(small_dataset(tmp_path_factory.mktemp("dataset"), (5, 3)))
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -57,9 +55,8 @@ def test_an_object_store_is_asked_once_for_a_small_file(
 
 
 def test_a_file_that_was_replaced_after_it_was_listed_is_read_as_it_is(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset = shutil.copytree(made, tmp_path / "out")
     listings = Store.listings
 
     def listed(store: Store, *rest: Any) -> dict[str, Listing]:
@@ -129,3 +126,42 @@ def test_a_process_that_dies_ends_the_command_with_one_line(made: Path, monkeypa
     monkeypatch.setattr(shard_pool, "_start", os._exit)
     with pytest.raises(UserError, match=r"has ended, probably for lack of memory. Use fewer of them: --workers 1"):
         validate(str(made), processes=2)
+
+
+texts = st.lists(st.text(max_size=20) | st.sampled_from(["x" * 255, "x" * 256, "x" * 257]), max_size=8)
+few = settings(max_examples=40, deadline=None)
+
+
+@few
+@given(texts)
+def test_keys_have_equal_hashes_exactly_if_they_are_equal(keys: list[str]) -> None:
+    every = [*keys, *(f"{key}\0" for key in keys), *keys[::-1]]
+    hashes = hash_keys(pa.array(every, pa.string())).tolist()
+    assert len({*hashes}) == len({*every})
+    assert dict(zip(every, hashes, strict=True)) == {
+        key: hash_keys(pa.array([key], pa.string())).tolist()[0] for key in every
+    }
+
+
+@few
+@given(texts, st.integers(0, 5))
+def test_hashes_and_digests_do_not_depend_on_how_arrow_holds_the_keys(keys: list[str], start: int) -> None:
+    whole = pa.array(["before", *keys], pa.string())[1:]
+    parts = pa.chunked_array([whole[:start], whole[start:]])
+    assert hash_keys(parts).tolist() == hash_keys(pa.array(keys, pa.string())).tolist()
+    assert digest_keys(parts) == digest_keys(pa.array(keys, pa.string()))
+
+
+@few
+@given(texts, texts)
+def test_other_keys_have_another_digest(first: list[str], second: list[str]) -> None:
+    digests = [digest_keys(pa.array(keys, pa.string())) for keys in (first, second, [*first, None], [*first, ""])]
+    assert (digests[0] == digests[1]) == (first == second)
+    assert len({digests[0], *digests[2:]}) == 3
+
+
+def test_hashes_are_spread_evenly() -> None:
+    hashes = hash_keys(pa.array([f"{number:08d}" for number in range(20_000)]))
+    shares = [(hashes < share * 2**64).mean() for share in (0.01, 0.25, 0.5, 0.75)]
+    assert all(abs(found - share) < 0.01 for found, share in zip(shares, (0.01, 0.25, 0.5, 0.75), strict=True))
+    assert abs((hashes & 1).mean() - 0.5) < 0.02

@@ -25,13 +25,14 @@ from tests.helpers.reinforced import reinforce_here, small_dataset
 from tests.helpers.validated import printed
 
 
-def test_a_sound_dataset_is_valid_and_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    url = small_dataset(tmp_path)
-    before = tree(tmp_path, layers_only=False)
-    assert printed(url, 0, capsys) == f"{url}: 3 shards were read, valid\n"
-    out = printed(url, 0, capsys, "--sources", f"{tmp_path}/source")
-    assert out == f"source files: 3 as when their samples were written\n{url}: 3 shards were read, valid\n"
-    assert tree(tmp_path, layers_only=False) == before
+def test_a_sound_dataset_is_valid_and_not_written_to(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url, before = str(made), tree(made, layers_only=False)
+    assert printed(url, 0, capsys) == f"{url}: 2 shards were read, valid\n"
+    out = printed(url, 0, capsys, "--sources", f"{made.parent}/source")
+    assert out == f"source files: 2 as when their samples were written\n{url}: 2 shards were read, valid\n"
+    report = json.loads(printed(url, 0, capsys, "--json", "--quick"))
+    assert (report["valid"], report["shards"], report["rows"], report["findings"]) == (True, 2, 12, [])
+    assert tree(made, layers_only=False) == before
 
 
 def test_keys_that_repeat_across_shards_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,8 +69,8 @@ def test_a_file_that_was_touched_or_copied_is_valid(tmp_path: Path) -> None:
     assert found.sources == {"same": 1, "touched": 1}
 
 
-def test_layers_of_several_states_of_a_class_are_named(tmp_path: Path) -> None:
-    url = small_dataset(tmp_path, sizes=(2,))
+def test_layers_of_several_states_of_a_class_are_named(dataset: Path) -> None:
+    url = str(dataset)
     manifest = Store(url).read_json("dataset.json")
     assert manifest is not None
     manifest["teachers"]["red"]["code"] = ["aa", "bb"]
@@ -82,27 +83,13 @@ def test_layers_of_several_states_of_a_class_are_named(tmp_path: Path) -> None:
     assert len(lines) == 2
 
 
-def test_damaged_and_stray_files_are_errors_of_their_own(tmp_path: Path) -> None:
-    url = small_dataset(tmp_path, sizes=(3, 2, 2))
-    first, second, third = sorted((tmp_path / "out" / "embeddings" / "red" / "images").iterdir())
-    first.write_bytes(first.read_bytes()[:100])
-    shutil.copy(second, third)  # keys of another shard
-    shutil.copy(second, second.with_name("stray-0123456789.parquet"))
-    found = validate(url)
-    assert not found.valid
-    assert len(found.errors) == 3
-    for part in ("cannot be read", "it is of the source shard", "stray-0123456789.parquet has no samples"):
-        assert sum(part in error for error in found.errors) == 1, found.errors
-
-
-def test_files_that_the_user_has_not_named_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = small_dataset(tmp_path, sizes=(2,))
+def test_files_that_the_user_has_not_named_are_not_opened(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "reinforce.dataset.validate.shard_reader.probe_state", lambda url: pytest.fail(f"{url} was opened")
     )
-    found = validate(url, [f"{tmp_path}/sour", "s3://bucket/source"])
-    assert found.sources == {"elsewhere": 1}
-    assert "source files: 1 outside of the folders of --sources, which were not looked at" in list(found.lines())
+    found = validate(str(made), [f"{made.parent}/sour", "s3://bucket/source"])
+    assert found.sources == {"elsewhere": 2}
+    assert "source files: 2 outside of the folders of --sources, which were not looked at" in list(found.lines())
 
 
 def test_a_dataset_whose_source_moved_is_compared_where_it_is_now(tmp_path: Path) -> None:
@@ -112,29 +99,6 @@ def test_a_dataset_whose_source_moved_is_compared_where_it_is_now(tmp_path: Path
     moved = {f"{tmp_path}/new": f"{tmp_path}/source"}
     reinforce_here(config_of(f"{tmp_path}/new/*.tar", tmp_path / "out", moved=moved))
     assert validate(url, [f"{tmp_path}/new"]).sources == {"same": 1}
-
-
-@pytest.mark.parametrize("column", ["key", "captions"])
-def test_a_file_without_a_column_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str) -> None:
-    url = small_dataset(tmp_path, sizes=(2,))
-    [path] = Path(url, "captions", "namer").iterdir()
-    table = pq.read_table(path)
-    pq.write_table(table.drop_columns([column]).replace_schema_metadata(pq.read_schema(path).metadata), path)
-    out = printed(url, 1, capsys)
-    assert f"it has no column {column}" in out
-    assert f"reinforce drop {url} captions/namer --shard {path.stem}" in out
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(small_dataset(tmp_path_factory.mktemp("dataset"), (5, 3)))
-
-
-def _flip(dataset: Path, files: list[Path]) -> None:
-    column = pq.ParquetFile(files[0]).metadata.row_group(0).column(1)
-    content = bytearray(files[0].read_bytes())
-    content[column.data_page_offset + column.total_compressed_size // 2] ^= 0x10
-    files[0].write_bytes(content)
 
 
 def _truncate(dataset: Path, files: list[Path]) -> None:
@@ -193,53 +157,29 @@ def _without_second(table: pa.Table) -> pa.Table:
     return table.set_column(1, "captions", pa.array([rows[0], None, *rows[2:]], pa.list_(pa.string())))
 
 
-RED = "embeddings/red/images"
+def _flip(column: int, from_end: int = 0) -> Callable[[Path, list[Path]], None]:
+    """Change a byte in the middle of a column's first page, or ``from_end`` bytes before its end."""
+
+    def flip(_: Path, files: list[Path]) -> None:
+        chunk = pq.ParquetFile(files[0]).metadata.row_group(0).column(column)
+        content, size = bytearray(files[0].read_bytes()), chunk.total_compressed_size
+        content[chunk.data_page_offset + (size - from_end if from_end else size // 2)] ^= 0x10
+        files[0].write_bytes(content)
+
+    return flip
 
 
-@pytest.mark.parametrize(
-    ("damage", "layer", "found"),
-    [
-        (_flip, RED, [("damaged", "a page does not have its checksum")]),
-        (_truncate, RED, [("damaged", "cannot be read")]),
-        (_truncate, "samples", [("damaged", "cannot be read")]),
-        (_swap_shards, RED, [("misplaced", "00001.tar"), ("misplaced", "00000.tar")]),
-        (_swap_shards, "samples", [("misplaced", "00001.tar"), ("misplaced", "00000.tar")]),
-        (_other_layer, RED, [("misplaced", "it is a file of layer embeddings/red/caption")]),
-        (_delete, RED, [("missing", "a run has committed it")]),
-        (_delete, "samples", [("missing", "a run has committed it"), *[("orphan", "has no samples")] * 7]),
-        (_change("seed", 7), RED, [("manifest", "the settings of samples have fingerprint")]),
-        (_change("teachers.red.model.options.size", 7), RED, [("manifest", "the settings of embeddings/red")] * 3),
-        (_change("augmentations.count", 3), RED, [("manifest", "the settings of samples"), *[("rows", "3 aug")] * 2]),
-        (_change("teachers.red.logit_scale", 3.0), RED, [("manifest", "A logit scale or another value was changed")]),
-        (_change(f"layers.{RED}.dim", 9), RED, [("manifest", "is not as"), *[("rows", "float16 [2, 9]")] * 2]),
-        (_remove_layer, RED, [("manifest", "is not as"), ("orphan", "has 2 files, but dataset.json does not")]),
-        (_rewrite(RED, _scaled), RED, [("rows", "1 row have a vector whose norm is not 1 (00000001)")]),
-        (_rewrite(RED, lambda table: table.slice(1)), RED, [("misplaced", "does not have the keys of samples")]),
-        (_rewrite("captions/namer", _without_second), RED, [("rows", "1 row are null without a reason")]),
-    ],
-)  # fmt: skip
-def test_each_kind_of_damage_is_found_once_and_names_its_file(
-    made: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    damage: Callable[[Path, list[Path]], None],
-    layer: str,
-    found: list[tuple[str, str]],
-) -> None:
-    dataset = shutil.copytree(made, tmp_path / "out")
-    damage(dataset, sorted((dataset / layer).glob("*.parquet")))
-    report = json.loads(printed(str(dataset), 1, capsys, "--json"))
-    assert report["valid"] is False
-    assert [finding["kind"] for finding in report["findings"]] == [kind for kind, _ in found]
-    for finding, (kind, text) in zip(report["findings"], found, strict=True):
-        assert text in finding["message"]
-        if kind == "damaged":
-            assert (finding["layer"], finding["shard"]) == (layer, sorted((dataset / layer).iterdir())[0].stem)
+def _flip_end(_: Path, files: list[Path]) -> None:
+    files[0].write_bytes(files[0].read_bytes()[:-1] + b"2")
 
 
-def test_json_of_a_valid_dataset(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = json.loads(printed(str(made), 0, capsys, "--json", "--quick"))
-    assert (report["valid"], report["shards"], report["rows"], report["findings"]) == (True, 2, 8, [])
+def _without(column: str) -> Callable[[Path, list[Path]], None]:
+    def rewrite(_: Path, files: list[Path]) -> None:
+        table = pq.read_table(files[0])
+        footer = pq.read_schema(files[0]).metadata
+        pq.write_table(table.drop_columns([column]).replace_schema_metadata(footer), files[0], row_group_size=8)
+
+    return rewrite
 
 
 def _other_keys(table: pa.Table) -> pa.Table:
@@ -247,48 +187,65 @@ def _other_keys(table: pa.Table) -> pa.Table:
     return table.set_column(0, "key", pa.array([keys[0], "another", *keys[2:]]))
 
 
-def _flip_keys(_: Path, files: list[Path]) -> None:
-    column = pq.ParquetFile(files[0]).metadata.row_group(0).column(0)
-    content = bytearray(files[0].read_bytes())
-    content[column.data_page_offset + column.total_compressed_size - 3] ^= 0x10
-    files[0].write_bytes(content)
-
-
-def _flip_end(_: Path, files: list[Path]) -> None:
-    content = files[0].read_bytes()
-    files[0].write_bytes(content[:-1] + b"2")
+RED = "embeddings/red/images"
+NAMER = "captions/namer"
+CHECKSUM = ("damaged", "a page does not have its checksum")
+CUT = ("damaged", "cannot be read")
+SWAPPED = [("misplaced", "00001.tar"), ("misplaced", "00000.tar")]
+ORPHANS = [("orphan", "has no samples")] * 7
+OTHER_KEYS = ("misplaced", "does not have the keys of samples")
+SCALE = "A logit scale or another value was changed"
 
 
 @pytest.mark.parametrize(
-    ("damage", "layer", "found"),
+    ("damage", "layer", "found", "quick"),
     [
-        (_flip_keys, RED, ["damaged"]),
-        (_flip_keys, "samples", ["damaged"]),
-        (_flip_end, RED, ["damaged"]),
-        (_truncate, RED, ["damaged"]),
-        (_truncate, "samples", ["damaged"]),
-        (_swap_shards, RED, ["misplaced"] * 2),
-        (_swap_shards, "samples", ["misplaced"] * 2),
-        (_other_layer, RED, ["misplaced"]),
-        (_rewrite(RED, _other_keys), RED, ["misplaced"]),
-        (_rewrite("samples", _other_keys), "samples", ["misplaced"] * 7),
-        (_rewrite(RED, lambda table: table.slice(1)), RED, ["misplaced"]),
-        (_rewrite(RED, lambda table: table.take([1, 0, *range(2, len(table))])), RED, ["misplaced"]),
-        (_rewrite(RED, lambda table: table), RED, []),
-        (_flip, RED, []),
+        (_flip(1), RED, [CHECKSUM], 0),
+        (_flip(0, 3), RED, [CHECKSUM], None),
+        (_flip(0, 3), "samples", [CHECKSUM], None),
+        (_flip_end, RED, [CUT], None),
+        (_truncate, RED, [CUT], None),
+        (_truncate, "samples", [CUT], None),
+        (_swap_shards, RED, SWAPPED, None),
+        (_swap_shards, "samples", SWAPPED, None),
+        (_other_layer, RED, [("misplaced", "it is a file of layer embeddings/red/caption")], None),
+        (_delete, RED, [("missing", "a run has committed it")], None),
+        (_delete, "samples", [("missing", "a run has committed it"), *ORPHANS], None),
+        (_without("key"), NAMER, [("damaged", "it has no column key")], None),
+        (_without("captions"), NAMER, [("damaged", "it has no column captions")], 0),
+        (_change("seed", 7), RED, [("manifest", "the settings of samples have fingerprint")], None),
+        (_change("teachers.red.model.options.size", 7), RED, [("manifest", "settings of embeddings/red")] * 3, None),
+        (_change("augmentations.count", 3), RED, [("manifest", "settings of samples"), *[("rows", "3 aug")] * 2], 1),
+        (_change("teachers.red.logit_scale", 3.0), RED, [("manifest", SCALE)], None),
+        (_change(f"layers.{RED}.dim", 9), RED, [("manifest", "is not as"), *[("rows", "float16 [2, 9]")] * 2], 1),
+        (_remove_layer, RED, [("manifest", "is not as"), ("orphan", "has 2 files, but dataset.json does not")], None),
+        (_rewrite(RED, _scaled), RED, [("rows", "1 row have a vector whose norm is not 1 (00000001)")], 0),
+        (_rewrite(RED, lambda table: table.slice(1)), RED, [OTHER_KEYS], None),
+        (_rewrite(RED, lambda table: table.take([1, 0, *range(2, len(table))])), RED, [OTHER_KEYS], None),
+        (_rewrite(RED, _other_keys), RED, [OTHER_KEYS], None),
+        (_rewrite("samples", _other_keys), "samples", [OTHER_KEYS] * 7, None),
+        (_rewrite(NAMER, _without_second), NAMER, [("rows", "1 row are null without a reason")], 0),
+        (_rewrite(RED, lambda table: table), RED, [], None),
     ],
 )  # fmt: skip
-def test_quick_finds_what_is_wrong_with_footers_and_keys(
-    made: Path, tmp_path: Path, damage: Callable[[Path, list[Path]], None], layer: str, found: list[str]
+def test_each_kind_of_damage_is_found_once_and_names_its_file(
+    dataset: Path,
+    damage: Callable[[Path, list[Path]], None],
+    layer: str,
+    found: list[tuple[str, str]],
+    quick: int | None,
 ) -> None:
-    dataset = shutil.copytree(made, tmp_path / "out")
+    """``quick`` is the number of findings that need no more than footers and keys: by default all."""
     damage(dataset, sorted((dataset / layer).glob("*.parquet")))
-    findings = validate(str(dataset), quick=True).findings
-    assert [finding.kind for finding in findings] == found
-    if found and found[0] == "damaged":
-        assert [(finding.layer, finding.shard) for finding in findings] == [
-            (layer, sorted((dataset / layer).glob("*.parquet"))[0].stem)
-        ]
+    for report, expected in ((validate(str(dataset)), found), (validate(str(dataset), quick=True), found[:quick])):
+        assert report.valid == (not expected)
+        assert [finding.kind for finding in report.findings] == [kind for kind, _ in expected]
+        for finding, (kind, text) in zip(report.findings, expected, strict=True):
+            assert text in finding.message
+            if kind == "damaged":
+                shard = min(path.stem for path in (dataset / layer).iterdir())
+                assert (finding.layer, finding.shard) == (layer, shard)
+                assert f"reinforce drop {dataset} {layer} --shard {shard}" in finding.message
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet", "jsonl"])

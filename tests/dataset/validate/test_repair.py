@@ -13,19 +13,9 @@ from reinforce.cli import main
 from reinforce.dataset.validate.repair import repair
 from reinforce.dataset.validate.validate import validate
 from tests.helpers.data import config_of, tree
-from tests.helpers.reinforced import reinforce_here, small_dataset
+from tests.helpers.reinforced import reinforce_here
 
 RED = "embeddings/red/images"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(small_dataset(tmp_path_factory.mktemp("dataset"), (5, 3)))
-
-
-@pytest.fixture
-def dataset(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "out"))
 
 
 def repaired(dataset: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:

@@ -1,3 +1,7 @@
+"""Augmentation records, their operations and the backends that replay them, compared with torchvision and Pillow."""
+
+from __future__ import annotations
+
 import io
 import math
 import subprocess
@@ -11,14 +15,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter
 from torchvision.transforms import InterpolationMode, RandAugment, RandomResizedCrop
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
-from reinforce.config import Augmentations
+from reinforce.config import Augmentations, parse_config
 from reinforce.config import RandAugment as RandAugmentPolicy
+from reinforce.dataset.augment import operations
+from reinforce.dataset.augment.backends import BACKENDS, load_backend
 from reinforce.dataset.augment.records import (
+    AUGMENTATION_BACKEND,
     OPS,
     Augmentation,
     Crop,
@@ -28,7 +35,12 @@ from reinforce.dataset.augment.records import (
     sample_augmentation,
     to_records,
 )
+from reinforce.dataset.layers import Layer
+from reinforce.engine.plan.recipe import build_layers, describe_models
+from reinforce.errors import UserError
 from schemas import AUGMENTATION
+from tests.helpers.data import config_of
+from tests.helpers.random_images import noise
 
 POLICY = Augmentations()
 # The record of this seed, key and index. If it changes, no dataset can be reproduced any more.
@@ -230,12 +242,6 @@ def test_other_operations_keep_their_magnitude_at_another_size():
     assert same(replay(image, Augmentation(Crop(2, 3, 60, 80), 64, ops), 100), theirs)
 
 
-def test_skipped_and_empty_rand_augment_stay_different_in_parquet():
-    crop = Crop(0, 0, 5, 5)
-    records = [Augmentation(crop, 224, None), Augmentation(crop, 224, ())]
-    assert through_parquet(records) == records
-
-
 @pytest.mark.parametrize(
     ("image", "augmentation"),
     [
@@ -246,5 +252,58 @@ def test_skipped_and_empty_rand_augment_stay_different_in_parquet():
     ],
 )
 def test_a_record_that_does_not_fit_the_image_is_an_error(image, augmentation):
-    with pytest.raises(ValueError, match=r"another image|unknown operation"):
-        replay(image, augmentation)
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match=r"another image|unknown operation"):
+            load_backend(backend)(image, augmentation)
+
+
+@pytest.mark.parametrize("name", ["Brightness", "Color", "Contrast", "Sharpness"])
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.floats(-1.5, 1.5, width=32))
+def test_enhancements_equal_pillows(name: str, seed: int, width: int, height: int, saturated: bool, by: float) -> None:
+    image = noise(width, height, seed, saturated)
+    expected = getattr(ImageEnhance, name)(image).enhance(1.0 + by)
+    assert operations.TORCHVISION[name](image, by).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("value", range(0, 256, 15))
+def test_smoothing_rounds_as_pillow_does_for_every_sum(value: int) -> None:
+    """Images of two values have every sum of neighbours, next to each centre."""
+    rng = np.random.default_rng(value)
+    chosen = rng.choice(np.array([0, 1, value, 254, 255], np.uint8), (64, 64, 3))
+    image = Image.fromarray(chosen)
+    expected = Image.blend(image.filter(ImageFilter.SMOOTH), image, 0.0)
+    assert operations.sharpness(image, -1.0).tobytes() == expected.tobytes()
+
+
+def test_the_config_accepts_every_backend_and_no_other() -> None:
+    assert Augmentations().backend == AUGMENTATION_BACKEND
+    assert [Augmentations(backend=name).backend for name in BACKENDS] == list(BACKENDS)
+    with pytest.raises(UserError, match=r"augmentations\.backend.*torchvision-pil-1"):
+        parse_config({"source": "x.tar", "output": "out", "augmentations": {"backend": "torchvision-pil-0"}})
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"backend 'other-1'; this version has torchvision-pil-1, fixed-point-1\."):
+        load_backend("other-1")
+
+
+def test_another_backend_is_another_fingerprint_and_the_default_one_is_as_before() -> None:
+    def layers(**augmentations: str) -> dict[str, Layer]:
+        config = parse_config(config_of("x/{0..1}.tar", "out", augmentations=augmentations))
+        return build_layers(config, describe_models(config))
+
+    assert layers()["samples"].fingerprint == layers(backend=AUGMENTATION_BACKEND)["samples"].fingerprint
+    assert layers()["samples"].fingerprint == "9a59ea0ee9feb030", "that of all datasets before there was a choice"
+    assert "backend" not in layers()["samples"].recipe["augmentations"]
+    assert layers()["samples"].recipe["policies"]["augmentation"] == AUGMENTATION_BACKEND
+    other = layers(backend="fixed-point-1")
+    assert other["samples"].recipe["policies"]["augmentation"] == "fixed-point-1"
+    assert all(other[name].fingerprint != layer.fingerprint for name, layer in layers().items())
+
+
+def test_published_augmentations_keep_their_backend() -> None:
+    augmentations = {"count": 2, "backend": "fixed-point-1"}
+    config = {"source": "x.tar", "output": "out", "reinforcements": "y.tar", "augmentations": augmentations}
+    with pytest.raises(UserError, match=r"augmentations\.backend: remove it"):
+        parse_config(config)

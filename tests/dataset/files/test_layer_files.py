@@ -1,0 +1,271 @@
+"""Layer files: committed whole or not at all, read back, listed, and read by ranges."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+import schemas
+from benchmarks.scale.object_store import Content, counts, serve
+from reinforce.config import Augmentations
+from reinforce.dataset.augment.records import sample_augmentation, to_records
+from reinforce.dataset.files import listing
+from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.range_file import RangeFile
+from reinforce.dataset.files.store import Store, parse_footer
+from reinforce.dataset.kinds.registry import KINDS
+from reinforce.dataset.layers import Layer, SampleBytes
+from reinforce.dataset.vectors import encode
+from reinforce.errors import UserError
+from schemas import Reason
+
+LAYER = Layer("captions/c", KINDS["captions"], "f00d", needs=("samples",), model="c", count=1)
+
+
+def table(*keys: str) -> pa.Table:
+    return pa.table([list(keys), [[f"a {k}"] for k in keys]], schema=schemas.captions_schema())
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """A folder, and an object store."""
+    return Store(str(tmp_path / "out") if request.param == "local" else f"memory://store-test{tmp_path}")
+
+
+def test_a_committed_file_is_listed_and_records_its_origin(store: Store) -> None:
+    assert store.shards("captions/c") == {}
+    with store.writer(LAYER, schemas.captions_schema(), "shard-1", "s3://b/1.tar") as writer:
+        writer.write(table("a", "b"))
+        writer.write(table("c"))
+        assert store.shards("captions/c") == {}, "no file before the commit"
+        writer.commit()
+    assert store.shards("captions/c") == {"shard-1": writer.bytes}
+    with store.open_layer("captions/c", "shard-1", "f00d") as file:
+        assert file.num_row_groups == 2
+        assert file.read()["key"].to_pylist() == ["a", "b", "c"]
+        assert parse_footer(file.metadata) == {
+            "schema_version": "1", "layer": "captions/c", "fingerprint": "f00d", "source": "s3://b/1.tar", "rows": "3",
+        }  # fmt: skip
+    with store.fs.open(store.layer_path("captions/c", "shard-1")) as file:
+        assert pq.read_schema(file).field("key").metadata[b"description"]
+
+
+def test_an_error_while_writing_leaves_no_file(store: Store, tmp_path: Path) -> None:
+    def write() -> None:
+        with store.writer(LAYER, schemas.captions_schema(), "s", "u") as writer:
+            writer.write(table("a"))
+            writer.write(table("b").select(["key"]))
+
+    with pytest.raises(ValueError, match="schema"):
+        write()
+    assert store.shards("captions/c") == {}
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def column_bytes(store: Store, layer: Layer, written: pa.Table) -> dict[str, float]:
+    """Bytes per row of each column, by its path in Parquet."""
+    with store.writer(layer, written.schema, "s", "u") as writer:
+        writer.write(written)
+        writer.commit()
+    with store.open_layer(layer.name, "s", layer.fingerprint) as file:
+        assert file.read() == written
+        group = file.metadata.row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    return {column.path_in_schema: column.total_compressed_size / written.num_rows for column in columns}
+
+
+def test_augmentation_records_and_captions_are_compressed(tmp_path: Path) -> None:
+    policy, keys = Augmentations(count=10), [str(i) for i in range(200)]
+    records = [to_records(sample_augmentation(policy, 0, key, i, 640, 480) for i in range(10)) for key in keys]
+    rows = [
+        {"key": key, "width": 640, "height": 480, "image": b"", "augmentations": augmentations}
+        for key, augmentations in zip(keys, records, strict=True)
+    ]
+    samples = Layer("samples", KINDS["samples"], "f00d")
+    sizes = column_bytes(Store(str(tmp_path)), samples, pa.Table.from_pylist(rows, schemas.samples_schema("embed")))
+    record_bytes = sum(size for path, size in sizes.items() if path.startswith("augmentations.")) / 10
+    assert record_bytes < 10, f"{record_bytes} bytes per record, which has 54 bytes of values"
+    texts = [[f"a picture of a dog and {i} other animals by the sea" for i in range(5)] for _ in keys]
+    sizes = column_bytes(Store(str(tmp_path)), LAYER, pa.table([keys, texts], schema=schemas.captions_schema()))
+    assert sizes["captions.list.element"] < 50, "for 250 bytes of text"
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("float16", 2), ("int8", 1)])
+def test_a_component_of_a_vector_takes_the_bytes_of_its_type(tmp_path: Path, dtype: str, width: int) -> None:
+    vectors = np.random.default_rng(0).normal(size=(256, 3, 64)).astype(np.float32)
+    schema = schemas.embeddings_schema(3, 64, dtype)
+    columns = [[str(i) for i in range(256)], *encode(vectors, dtype, np.ones(256, bool))]
+    layer = Layer("embeddings/t/images", KINDS["images"], "f00d", ("samples",), "t", count=3, dim=64, dtype=dtype)
+    sizes = column_bytes(Store(str(tmp_path)), layer, pa.table(columns, schema=schema))
+    assert sizes["embeddings.list.element"] == pytest.approx(3 * 64 * width, rel=0.06)
+    assert sum(size for path, size in sizes.items() if path != "key") == pytest.approx(
+        layer.kind.row_bytes(layer, SampleBytes(0, 0, 0)), rel=0.05
+    )
+
+
+def test_a_file_of_a_newer_schema_is_an_error(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    (tmp_path / "captions" / "c").mkdir(parents=True)
+    newer = table("a").replace_schema_metadata({"reinforce.schema_version": str(schemas.SCHEMA_VERSION + 1)})
+    pq.write_table(newer, tmp_path / "captions" / "c" / "s.parquet")
+    with pytest.raises(UserError, match="newer version"), store.open_layer("captions/c", "s"):
+        pass
+
+
+def test_quarantine_rows_are_read_back(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.quarantine("samples", "s", [("k", Reason.IMAGE_BROKEN, "cut"), (None, Reason.SHARD_DAMAGED, "at byte 7")])
+    assert store.quarantined("samples", "s") == [
+        {"key": "k", "reason": "image_broken", "detail": "cut"},
+        {"key": None, "reason": "shard_damaged", "detail": "at byte 7"},
+    ]
+
+
+DATA = bytes(range(200))
+
+
+class Recorded:
+    def __init__(self) -> None:
+        self.ranges: list[tuple[int, int]] = []
+
+    def cat_file(self, path: str, *, start: int, end: int) -> bytes:
+        self.ranges.append((start, end))
+        return DATA[start:end]
+
+
+def read(file: RangeFile, start: int, length: int) -> bytes:
+    file.seek(start)
+    return file.read(length)
+
+
+def test_the_end_of_a_file_and_its_last_range_are_requested_once() -> None:
+    fs = Recorded()
+    file = RangeFile(fs, "x", 200)
+    for start, length in ((150, 50), (160, 10), (10, 20), (12, 5), (10, 20), (190, 30)):
+        assert read(file, start, length) == DATA[start : min(200, start + length)]
+    assert fs.ranges == [(150, 200), (10, 30)]
+    assert read(file, 200, 5) == b""
+    assert read(file, 40, 5) == DATA[40:45]
+    assert read(file, 12, 5) == DATA[12:17], "only the last range is kept"
+    assert fs.ranges[2:] == [(40, 45), (12, 17)]
+
+
+def test_a_local_file_is_read_and_a_pipe_does_not_block(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(DATA)
+    assert read(RangeFile(None, str(tmp_path / "file"), 200), 20, 9) == DATA[20:29]
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="Illegal seek"):
+        read(RangeFile(None, str(tmp_path / "pipe"), 200), 20, 9)
+
+
+SHARDS = [f"{number:06d}-0123456789" for number in range(2500)]
+DONE = {"samples": 2500, "captions/c": 1000, "embeddings/t/images": 0}
+
+
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An S3 endpoint at which every request takes 50 ms."""
+    with serve(Content(SHARDS, DONE, seconds=0.05)) as address:
+        for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("DEFAULT_REGION", "us-east-1")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield address
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_layers_in_s3_are_listed_side_by_side_with_a_request_for_a_thousand_names(address: str) -> None:
+    found = Store("s3://bucket/data").listings(DONE)
+    assert {layer: len(listing) for layer, listing in found.items()} == DONE
+    assert list(found["captions/c"].items()) == [(shard, 1000) for shard in SHARDS[:1000]]
+    assert counts(address)["LIST"] == 5
+    assert counts(address)["at once"] == 3
+
+
+def test_listings_of_s3_are_not_kept_by_the_driver_nor_parsed_by_botocore(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from botocore.parsers import BaseXMLResponseParser
+
+    parsed: list[int] = []
+    parse = BaseXMLResponseParser._parse_xml_string_to_dom
+
+    def counting(self: Any, text: bytes) -> Any:
+        parsed.append(len(text))
+        return parse(self, text)
+
+    monkeypatch.setattr(BaseXMLResponseParser, "_parse_xml_string_to_dom", counting)
+    store = Store("s3://bucket/data")
+    store.listings(DONE)
+    assert not dict(store.fs.dircache), "s3fs keeps 1,250 bytes for each file"
+    assert max(parsed) < 1000, "an answer with 1,000 names takes botocore 0.1 s of CPU"
+    assert len(store.fs.call_s3("list_objects_v2", Bucket="bucket", Prefix="data/samples/")["Contents"]) == 1000
+
+
+def test_objects_that_are_no_layer_files_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a.parquet", "b c.parquet", "b.parquet", "c.txt", "d.parquet\ne.parquet"]
+    pages = [(names, [1, 2, 3, 4, 5]), ([], []), (["f.parquet"], [6])]
+    monkeypatch.setattr(listing, "_s3_pages", lambda *_: iter(pages))
+    assert dict(listing._list_s3(None, "", ("", None))) == {"a": 1, "b": 3, "f": 6}
+    assert dict(listing._list_s3(None, "", ("a.parquet", "b.parquet"))) == {"b": 3}
+
+
+def test_a_listing_of_another_driver_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped: list[str] = []
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda self, path=None: dropped.append(path))
+    store = Store("memory://listing-test")
+    for shard in ("b", "a"):
+        store.fs.pipe_file(store.layer_path("samples", shard), b"12345")
+    assert dict(store.shards("samples")) == {"a": 5, "b": 5}
+    assert dropped == [store.path("samples")]
+
+
+def test_local_files_that_are_no_layer_files_are_not_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    (folder / "folder.parquet").mkdir(parents=True)
+    for name in ("b.parquet", "a.parquet", ".hidden.parquet", "a name.parquet", "c.txt"):
+        (folder / name).write_bytes(b"123")
+    assert list(Store(str(tmp_path)).shards("samples").items()) == [("a", 3), ("b", 3)]
+    assert len(Store(str(tmp_path)).shards("captions/c")) == 0
+
+
+def test_a_listing_is_a_mapping_and_answers_for_many_names() -> None:
+    listing = Listing.of((name, size) for size, name in enumerate(("c", "a", "b")))
+    assert listing == {"a": 1, "b": 2, "c": 0}
+    assert ("b" in listing, "aa" in listing, "d" in listing, 1 in listing) == (True, False, False, False)
+    assert (listing["c"], list(listing), list(listing.values()), listing.total_bytes) == (
+        0,
+        ["a", "b", "c"],
+        [1, 2, 0],
+        3,
+    )
+    with pytest.raises(KeyError):
+        listing["bb"]
+    assert listing.has(pa.array(["z", "a"])).tolist() == [False, True]
+    assert listing.within(pa.array(["z", "a"])).tolist() == [True, False, False]
+    assert listing.only(listing.within(pa.array(["c"]))) == {"c": 0}
+    assert listing.sizes_of(["c", "a"]).tolist() == [0, 1]
+    assert Listing.union([listing, Listing.of([("0", 1)]), Listing.of([])]).to_pylist() == ["0", "a", "b", "c"]
+    assert listing.nbytes < 100
+
+
+@pytest.mark.parametrize("known", [SHARDS, SHARDS[::-7], ["0", "zz"] * 5])
+def test_a_listing_in_ranges_is_the_same_whatever_is_known(
+    address: str, known: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "_MIN_RANGE", 2)
+    found = Store("s3://bucket/data").listings(DONE, Listing.of((name, 1) for name in known))
+    assert {layer: list(one) for layer, one in found.items()} == {
+        layer: SHARDS[:count] for layer, count in DONE.items()
+    }
+    assert counts(address)["LIST"] <= 5 + 3 * 4
+    assert counts(address)["at once"] > 3

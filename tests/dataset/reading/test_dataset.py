@@ -1,0 +1,339 @@
+"""Opening, counting, restricting and iterating a dataset."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import reinforce
+from reinforce.dataset.files.listing import Listing
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.registry import KINDS
+from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.manifest.manifest import read_manifest
+from reinforce.dataset.reading import row_counts
+from reinforce.dataset.reading.aligned import AlignedLayers, read_errors
+from reinforce.dataset.reading.completeness import check_completeness
+from reinforce.dataset.reading.row_counts import row_group_table
+from reinforce.errors import UserError
+from schemas import Reason
+from tests.helpers.reinforced import small_dataset
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Shards of 21, 9 and 14 samples."""
+    return small_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture
+def copy(url: str, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(url, tmp_path / "copy"))
+
+
+def remove(dataset: Path, layer: str, *numbers: int) -> list[str]:
+    """Delete a layer's files of some shards; returns the shards' names."""
+    files = [sorted((dataset / layer).glob("*.parquet"))[number] for number in numbers]
+    for file in files:
+        file.unlink()
+    return [file.stem for file in files]
+
+
+def keys(data: reinforce.Dataset) -> list[str]:
+    return [sample.key for sample in data]
+
+
+def test_len_is_the_number_of_samples(url: str) -> None:
+    data = reinforce.open(url)
+    assert len(data) == len(keys(data)) == 44
+    assert [len(data[shard]) for shard in data.shards] == [21, 9, 14]
+
+
+def test_opening_and_truth_read_no_footer(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "open_layer", None)
+    monkeypatch.setattr(row_counts, "read_footer", None)
+    assert reinforce.open(url)
+
+
+def test_a_dataset_is_restricted_by_name_number_and_slice(url: str) -> None:
+    data = reinforce.open(url)
+    every = keys(data)
+    first, second, third = data.shards
+    assert keys(data[second]) == keys(data[1]) == keys(data[-2]) == every[21:30]
+    assert data[1:].shards == [second, third]
+    assert keys(data[1:]) == every[21:]
+    assert data[::2].shards == [first, third]
+    assert (data[5:].shards, len(data[5:]), keys(data[5:]), bool(data[5:])) == ([], 0, [], False)
+    assert data[1:][0].shards == [second]
+    assert (data.shards, len(data)) == ([first, second, third], 44), "the dataset itself is not changed"
+
+
+def test_a_shard_that_does_not_exist_is_an_error_with_its_name(url: str) -> None:
+    data = reinforce.open(url)
+    with pytest.raises(KeyError, match="has no shard '00009' that is complete in every selected layer"):
+        data["00009"]
+    for number in (3, -4):
+        with pytest.raises(IndexError, match=f"shard {number} is out of range: .* has 3 shards"):
+            data[number]
+
+
+def test_teachers_and_captioners_are_selected_by_name(url: str) -> None:
+    data = reinforce.open(url, teachers=["blue"], captioners=[])
+    sample = next(iter(data))
+    assert (list(sample.images), list(sample.texts), sample.captions) == (["blue"], ["blue"], {})
+    assert data.layers == ["samples", "embeddings/blue/images", "embeddings/blue/caption"]
+    with pytest.raises(UserError, match="has no teacher 'green'; it has: red, blue"):
+        reinforce.open(url, teachers=["green"])
+
+
+def test_a_folder_without_a_dataset_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a reinforced dataset"):
+        reinforce.open(str(tmp_path))
+
+
+def test_missing_files_are_a_warning_with_the_numbers(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lost = remove(copy, "embeddings/red/images", 0, 2)
+    remove(copy, "embeddings/red/caption", 2)
+    assert len(reinforce.open(str(copy))) == 9
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        (
+            "WARNING",
+            f"{copy}: 1 of 3 shards are read, because embeddings/red/images lacks 2 of 3 shards ({', '.join(lost)}); "
+            f"embeddings/red/caption lacks 1 of 3 shards ({lost[1]}). `reinforce run` with the dataset's config "
+            "computes what is missing.",
+        )
+    ]
+    caplog.clear()
+    assert len(reinforce.open(str(copy), teachers=["blue"])) == 44
+    assert not caplog.records
+
+
+def test_strict_refuses_missing_files(url: str, copy: Path) -> None:
+    assert len(reinforce.open(url, strict=True)) == 44
+    remove(copy, "embeddings/blue/caption", 1)
+    with pytest.raises(UserError, match=r"embeddings/blue/caption lacks 1 of 3 shards .*, 2 of 3 shards are read\.$"):
+        reinforce.open(str(copy), strict=True)
+    assert len(reinforce.open(str(copy), teachers=["red"], strict=True)) == 44
+
+
+def test_quarantined_shards_are_logged_without_a_warning(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for layer in ("captions/namer", "embeddings/red/namer", "embeddings/blue/namer"):
+        (lost,) = remove(copy, layer, 1)
+    Store(str(copy)).quarantine("captions/namer", lost, [(None, Reason.SHARD_FAILED, "the captioner raised")])
+    with caplog.at_level(logging.INFO, "reinforce"):
+        assert len(reinforce.open(str(copy), strict=True)) == 35
+    text = f"{copy}: 2 of 3 shards are read; 1 shard is left out because it is quarantined in a layer"
+    assert [(record.levelname, record.message) for record in caplog.records] == [("INFO", text)]
+    caplog.clear()
+    remove(copy, "embeddings/red/images", 0)
+    assert len(reinforce.open(str(copy))) == 14
+    (record,) = caplog.records
+    assert "lacks 1 of 3 shards" in record.message
+    assert "; 1 shard is left out because it is quarantined" in record.message
+
+
+def test_nothing_else_is_listed_if_nothing_is_missing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = []
+    listings = Store.listings
+    monkeypatch.setattr(Store, "listings", lambda store, layers: (listed.extend(layers), listings(store, layers))[1])
+    layers = reinforce.open(url).layers
+    assert listed == layers
+
+
+def test_a_dataset_without_a_complete_shard_is_an_error_with_the_numbers(copy: Path) -> None:
+    remove(copy, "embeddings/red/images", 0, 1)
+    remove(copy, "embeddings/blue/images", 2)
+    with pytest.raises(UserError, match=r"no shard that is complete in samples.*\n.*red/images lacks 2 of 3 shards"):
+        reinforce.open(str(copy))
+
+
+def test_repr_is_a_summary(url: str) -> None:
+    data = reinforce.open(url)
+    lines = repr(data).splitlines()
+    size = sum(path.stat().st_size for path in Path(url).rglob("*.parquet") if path.parent.name != "index")
+    assert lines == [
+        f"Dataset({url!r})",
+        f"  44 samples in 3 shards, {size / 1024:.1f} KiB",
+        "  teachers: red (dim 8, K 2, logit scale 50), blue (dim 12, K 2, logit scale 30)",
+        "  captioners: namer (N 2)",
+    ]
+    assert "9 samples in 1 shard, " in repr(reinforce.open(url, teachers=[], captioners=[])[1])
+    assert repr(reinforce.open(url, teachers=[], captioners=[])).splitlines()[2:] == [
+        "  teachers: none",
+        "  captioners: none",
+    ]
+
+
+def test_reading_imports_neither_torch_nor_ray(url: str) -> None:
+    code = (
+        f"import reinforce, sys; data = reinforce.open({url!r}); print(repr(data)); next(iter(data)).augmented(0); "
+        "print({'torch', 'ray'} & set(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.splitlines()[-1] == "set()"
+
+
+def of(*numbers: str) -> Listing:
+    return Listing.of((f"s{number}", 1) for number in numbers)
+
+
+def test_a_layer_lacks_shards_of_which_some_are_named_but_not_those_that_another_layer_has_quarantined(
+    tmp_path: Path,
+) -> None:
+    store = Store(str(tmp_path))
+    store.quarantine("captions/c", "s1", [(None, Reason.SHARD_FAILED, "raised")])
+    store.quarantine("captions/c", "s2", [("a key", Reason.NO_TEXT, "one row")])
+    layers = {"samples": of(*"0123456"), "captions/c": of(*"03456"), "embeddings/t/c": of(*"03")}
+    found = check_completeness(store, layers)
+    assert (found.complete, found.total, found.quarantined) == (["s0", "s3"], 7, 1)
+    assert found.describe_missing() == (
+        "captions/c lacks 1 of 7 shards (s2); embeddings/t/c lacks 4 of 7 shards (s2, s4, s5, ...)"
+    )
+
+
+SCHEMA = pa.schema([("key", pa.string()), ("value", pa.int64())])
+GROUPS = [["a", "b"], ["c"]]
+
+
+def write(store: Store, name: str, groups: list[list[str]], fingerprint: str = "f00d") -> None:
+    with store.writer(Layer(name, KINDS["captions"], fingerprint), SCHEMA, "s", "s.tar") as writer:
+        for keys in groups:
+            writer.write(pa.table([keys, [len(name)] * len(keys)], schema=SCHEMA))
+        writer.commit()
+
+
+def open_(store: Store, **columns: list[str]) -> AlignedLayers:
+    return AlignedLayers(store, {"samples": "f00d", "other": "f00d"}, columns)
+
+
+@pytest.fixture
+def aligned(tmp_path: Path) -> Store:
+    store = Store(str(tmp_path))
+    write(store, "samples", GROUPS)
+    return store
+
+
+def test_every_layer_of_a_row_group_is_read(aligned: Store) -> None:
+    write(aligned, "other", GROUPS)
+    with open_(aligned).open("s") as shard:
+        assert (shard.row_groups, shard.layers) == (2, ("samples", "other"))
+        tables = [shard.read(number) for number in range(2)]
+    assert [table["other"]["key"].to_pylist() for table in tables] == GROUPS
+    assert [table["other"]["value"].to_pylist() for table in tables] == [[5, 5], [5]]
+    assert [table["samples"]["value"].to_pylist() for table in tables] == [[7, 7], [7]]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_layers_of_a_row_group_are_read_on_request(aligned: Store, whole: bool) -> None:
+    write(aligned, "other", [["a", "b"], ["changed"]])
+    with open_(aligned, other=["key"]).open("s", whole=whole) as shard:
+        group = shard.row_group(0)
+        assert group.samples["key"].to_pylist() == ["a", "b"]
+        assert group.read("samples") is group.samples
+        assert group.read("other").column_names == ["key"]
+        later = shard.row_group(1)
+        with pytest.raises(UserError, match=r"other/s\.parquet does not have the keys of samples/s\.parquet"):
+            later.read("other")
+
+
+def test_another_number_of_row_groups_is_an_error(aligned: Store) -> None:
+    write(aligned, "other", [["a", "b", "c"]])
+    with pytest.raises(UserError, match=r"other/s\.parquet does not have the keys"), open_(aligned).open("s"):
+        pass
+
+
+def test_a_missing_file_and_another_fingerprint_are_errors(aligned: Store) -> None:
+    with pytest.raises(UserError, match=r"other/s\.parquet is missing\. `reinforce run`"), open_(aligned).open("s"):
+        pass
+    write(aligned, "other", GROUPS, fingerprint="beef")
+    with pytest.raises(UserError, match="has fingerprint beef, its layer has f00d"), open_(aligned).open("s"):
+        pass
+
+
+def test_any_error_of_a_reader_names_the_file_and_a_user_error_is_kept() -> None:
+    with pytest.raises(UserError, match=r"^x\.parquet cannot be read \(ZeroDivisionError"), read_errors("x.parquet"):
+        _ = 1 // 0
+    with pytest.raises(UserError, match=r"^as it is$"), read_errors("x.parquet"):
+        raise UserError("as it is")
+
+
+TABLE = [[0, 0, 8], [0, 1, 8], [0, 2, 5], [1, 0, 8], [1, 1, 1], [2, 0, 8], [2, 1, 6]]
+
+
+@pytest.fixture
+def store(copy: Path) -> Store:
+    """A dataset of an earlier version, without an index."""
+    shutil.rmtree(copy / "index")
+    return Store(str(copy))
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Datasets of two shards and more use this cache."""
+    monkeypatch.setattr(row_counts, "_CACHE_FROM", 2)
+    monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "rows"
+
+
+def read_table(store: Store, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[list[int]]]:
+    """The number of footers that were read, and the table."""
+    footers: list[str] = []
+    check = row_counts.check_footer
+    fingerprint = read_manifest(store)["layers"][SAMPLES]["fingerprint"]
+    with monkeypatch.context() as patch:
+        patch.setattr(row_counts, "check_footer", lambda path, *rest: (footers.append(path), check(path, *rest)))
+        table = row_group_table(store, fingerprint, dict(sorted(store.shards(SAMPLES).items())))
+    return len(footers), table.tolist()
+
+
+def test_row_groups_are_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_table(store, monkeypatch) == (3, TABLE)
+    assert read_table(store, monkeypatch) == (3, TABLE), "a small dataset is not cached"
+    assert row_group_table(store, "", {}).tolist() == []
+
+
+def test_footers_are_read_once_per_node_and_again_for_changed_files(
+    store: Store, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert read_table(store, monkeypatch) == (3, TABLE)
+    assert read_table(store, monkeypatch) == (0, TABLE)
+    path = store.layer_path(SAMPLES, sorted(store.shards(SAMPLES))[1])
+    pq.write_table(pq.read_table(path), path, row_group_size=8, compression="none")
+    assert read_table(store, monkeypatch) == (1, TABLE)
+    [cached] = cache.iterdir()
+    cached.write_bytes(b"PAR1 no")
+    assert read_table(store, monkeypatch) == (3, TABLE), "a broken cache is replaced"
+    assert read_table(store, monkeypatch) == (0, TABLE)
+
+
+def test_the_index_replaces_footers(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    indexed = Store(str(copy))
+    assert read_table(indexed, monkeypatch) == (0, TABLE)
+    path = indexed.layer_path(SAMPLES, sorted(indexed.shards(SAMPLES))[1])
+    pq.write_table(pq.read_table(path), path, row_group_size=8, compression="none")
+    assert read_table(indexed, monkeypatch) == (1, TABLE), "a file of another size"
+    Path(indexed.path("index", "samples.parquet")).write_bytes(b"PAR1 no")
+    assert read_table(indexed, monkeypatch) == (3, TABLE), "a damaged index"
+
+
+def test_footers_longer_than_the_tail_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_counts, "TAIL_BYTES", 100)
+    assert read_table(store, monkeypatch) == (3, TABLE)
+
+
+def test_a_damaged_file_and_another_fingerprint_are_named(store: Store) -> None:
+    shards = store.shards(SAMPLES)
+    first = min(shards)
+    with pytest.raises(UserError, match=rf"samples/{first}\.parquet has fingerprint .*, its layer has beef"):
+        row_group_table(store, "beef", {first: shards[first]})
+    Path(store.layer_path(SAMPLES, first)).write_bytes(b"PAR1 cut")
+    with pytest.raises(UserError, match=rf"samples/{first}\.parquet cannot be read .* set it aside by reinforce drop "):
+        row_group_table(store, "beef", {first: 8})

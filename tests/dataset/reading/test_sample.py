@@ -1,0 +1,222 @@
+"""A sample decoded and augmented as the teachers saw it, in notebooks and in torch's DataLoader."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import distributed
+from torch.utils.data import DataLoader
+
+import reinforce
+from reinforce.dataset.augment.backends import load_backend
+from reinforce.dataset.augment.records import replay
+from reinforce.engine.record.summary import RunSummary
+from reinforce.errors import UserError
+from reinforce.training.record.results import Results
+from tests.helpers.data import config_of, picture, write_tar
+from tests.helpers.pixels import PixelRecorder, torchvision_replay
+from tests.helpers.published import COUNT, SIZE, published_members, published_sample, source_members, write_published
+from tests.helpers.published import config_of as published_config
+from tests.helpers.reinforced import reinforce_here, small_dataset
+
+
+def rotated_by_exif(seed: int = 1) -> bytes:
+    """A PNG of 40 x 30 pixels, partly transparent, that EXIF turns by 90 degrees."""
+    out = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(seed).integers(0, 255, (30, 40, 4), np.uint8)
+    Image.fromarray(pixels, "RGBA").save(out, "PNG", exif=exif)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> reinforce.Dataset:
+    """Shards of 5, 3 and 4 samples."""
+    return reinforce.open(small_dataset(tmp_path_factory.mktemp("dataset"), (5, 3, 4)))
+
+
+@pytest.fixture
+def dataset(data: reinforce.Dataset) -> reinforce.Dataset:
+    """The same dataset with a manifest that a test may change."""
+    return reinforce.open(data.store.root)
+
+
+@pytest.mark.parametrize(
+    ("images", "backend"),
+    [("embed", "torchvision-pil-1"), ("reference", "torchvision-pil-1"), ("embed", "fixed-point-1")],
+)
+def test_augmented_is_the_crop_that_the_teachers_saw(tmp_path: Path, images: str, backend: str) -> None:
+    members = [(f"{i}.png", rotated_by_exif(i) if i % 2 else picture(i)) for i in range(5)]
+    write_tar(tmp_path / "source" / "0.tar", members)
+    config = config_of(f"{tmp_path}/source/*.tar", tmp_path / "out", images=images, captioners={})
+    config["augmentations"] |= {"backend": backend}
+    config["teachers"] = {"recorder": {"class": "tests.helpers.pixels:PixelRecorder"}}
+    PixelRecorder.seen.clear()
+    samples = list(reinforce.open(reinforce_here(config), images_from=f"{tmp_path}/source"))
+    crops = [np.asarray(sample.augmented(k)) for sample in samples for k in range(2)]
+    assert len(samples) == 5
+    np.testing.assert_array_equal(crops, PixelRecorder.seen[-10:])  # before these: a check of the loaded model
+    expected = [load_backend(backend)(sample.pil(), record) for sample in samples for record in sample.augmentations]
+    np.testing.assert_array_equal(crops, expected)
+    assert samples[0].augmented(1, image=samples[0].pil()).tobytes() == expected[1].tobytes()
+
+
+def test_published_records_are_replayed_as_torchvision_does(tmp_path: Path) -> None:
+    one, data = published_sample(5), rotated_by_exif()
+    name, _ = source_members(one)[0]
+    write_published(tmp_path, [[(name, data), *source_members(one)[1:]]], [published_members(one)])
+    [sample] = reinforce.open(reinforce_here(published_config(tmp_path)))
+    assert sample.policies.image == "pillow-rgb-1"
+    assert sample.pil().tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+    for k in range(COUNT):
+        np.testing.assert_array_equal(sample.augmented(k), torchvision_replay(data, one.records[k], SIZE))
+
+
+def test_the_default_policy_applies_exif_and_composites_over_white(tmp_path: Path) -> None:
+    write_tar(tmp_path / "source" / "0.tar", [("a.png", rotated_by_exif())])
+    config = config_of(f"{tmp_path}/source/*.tar", tmp_path / "out", captioners={}, teachers={})
+    [sample] = reinforce.open(reinforce_here(config))
+    rgba = Image.open(io.BytesIO(sample.image)).transpose(Image.Transpose.ROTATE_270)
+    white = Image.new("RGB", rgba.size, "white")
+    white.paste(rgba, mask=rgba.getchannel("A"))
+    assert sample.pil().size == (sample.width, sample.height) == (30, 40)
+    assert sample.pil().tobytes() == white.tobytes()
+
+
+def test_augmented_takes_a_size_and_the_number_of_a_record(dataset: reinforce.Dataset) -> None:
+    sample = next(iter(dataset))
+    assert sample.augmented(0).size == (24, 24)
+    for k, record in enumerate(sample.augmentations):
+        assert sample.augmented(k, size=36).tobytes() == replay(sample.pil(), record, 36).tobytes()
+    assert sample.augmented(-1).tobytes() == sample.augmented(1).tobytes()
+    for k in (2, -3):
+        with pytest.raises(IndexError, match=f"record {k} is out of range: sample 00000000 has 2 augmentation records"):
+            sample.augmented(k)
+
+
+def test_an_image_that_was_changed_is_named_by_dataset_and_key(dataset: reinforce.Dataset) -> None:
+    sample = next(iter(dataset))
+    smaller = dataclasses.replace(sample, image=picture(0, width=2, height=2))
+    broken = dataclasses.replace(sample, image=b"no image")
+    for changed in (smaller, broken):
+        with pytest.raises(UserError, match=rf"out, key {sample.key}: this is not the image that was augmented"):
+            changed.augmented(0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "supported"),
+    [("image", "rgb-1, rgb-1-reduced-N and pillow-rgb-1"), ("augmentation", "torchvision-pil-1 and fixed-point-1")],
+)
+def test_a_policy_of_another_version_is_an_error(dataset: reinforce.Dataset, policy: str, supported: str) -> None:
+    dataset.manifest["policies"][policy] = "new-2"
+    sample = next(iter(dataset))
+    with pytest.raises(UserError, match=f"{policy} policy new-2, this version supports {supported}"):
+        sample.augmented(0)
+
+
+def test_limits_are_the_recorded_ones(dataset: reinforce.Dataset) -> None:
+    limits = dataset.manifest["input"].pop("limits")
+    with pytest.raises(UserError, match=r"does not record image policies and limits"):
+        next(iter(dataset))
+    dataset.manifest["input"]["limits"] = {**limits, "pixels": 10}
+    with pytest.raises(UserError, match=r"above limits\.pixels of 10"):
+        next(iter(dataset)).pil()
+
+
+def test_repr_shows_shapes_instead_of_content(dataset: reinforce.Dataset) -> None:
+    sample = dataclasses.replace(next(iter(dataset)), caption="word " * 100)
+    text = repr(sample)
+    assert len(text) < 450
+    assert f"image=<{len(sample.image):,} bytes>, augmentations=2, captions={{'namer': 2}}" in text
+    assert "images={'red': (2, 8), 'blue': (2, 12)}" in text
+    assert "'caption': (1, 8), 'namer': (2, 8)" in text
+
+
+def test_show_finds_the_sample_of_a_key(data: reinforce.Dataset) -> None:
+    for sample in (next(iter(data)), list(data)[-1]):
+        found = data.show(sample.key)
+        assert (found.key, found.caption, found.image) == (sample.key, sample.caption, sample.image)
+        assert found.augmentations == sample.augmentations
+    assert data[1].show("00100002").caption == "thing 2 of shard 1"
+    with pytest.raises(KeyError, match="00100002"):
+        data[0].show("00100002")
+
+
+def test_a_sample_is_shown_with_its_crops_and_similarities_and_markup_stays_text(data: reinforce.Dataset) -> None:
+    sample = dataclasses.replace(data.show("00000001"), caption="<script>alert(1)</script> \x1b[31m")
+    shown = sample._repr_html_()
+    assert "<script" not in shown
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; \\x1b[31m" in shown
+    assert shown.count("<rect ") == shown.count('class="replay"') == len(sample.augmentations)
+    assert shown.count("data:image/webp;base64,") == 1 + len(sample.augmentations)
+    assert not re.search(r"(src|href)=\"(?!data:)", shown)
+
+
+def test_a_sample_whose_image_is_broken_is_shown_with_the_reason(data: reinforce.Dataset) -> None:
+    shown = dataclasses.replace(data.show("00000001"), image=b"broken")._repr_html_()
+    assert "not the image that was augmented" in shown
+    assert "thing 1 of shard 0" in shown
+
+
+def test_a_dataset_and_the_results_of_runs_are_shown_as_tables(data: reinforce.Dataset, tmp_path: Path) -> None:
+    shown = data._repr_html_()
+    for text in ("12", "3", "red (dim 8, K 2, logit scale 50)", "embeddings/blue/namer", data.fingerprints["samples"]):
+        assert text in shown
+    run = RunSummary("r1", 3, 44, 2.0, 0.9, 2048, {"no_text": 2}, 0, 0, "done", stages={"captions/a": {"inputs": 9.0}})
+    assert all(text in run._repr_html_() for text in ("r1: done", "2.0 KiB", "2 no_text", "captions/a", "22 samples/s"))
+    results = Results("runs/<s0>", "student", 10, 40, 5.0, 2_000_000, 1.25, {"top1": 0.5, "bad": None}, None, 0)
+    assert all(
+        text in results._repr_html_() for text in ("runs/&lt;s0&gt;", "1.2500", "top1", "not finite", "2.0 million")
+    )
+
+
+def key_and_crop(sample: reinforce.Sample) -> tuple[str, torch.Tensor]:
+    return sample.key, torch.tensor(list(sample.augmented(0, size=8).tobytes()))
+
+
+def test_samples_come_in_the_order_of_the_dataset(data: reinforce.Dataset) -> None:
+    keys = [sample.key for sample in data]
+    assert [sample.key for sample in data.to_torch()] == keys
+    assert [key for key, _ in data.to_torch(key_and_crop)] == keys
+    assert isinstance(data.to_torch(), torch.utils.data.IterableDataset)
+
+
+def test_ranks_read_every_sample_once_also_in_batches_of_spawned_workers(
+    data: reinforce.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    here = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        here.append(dict(data.to_torch(key_and_crop)))
+    assert sorted([*here[0], *here[1]]) == [sample.key for sample in data]
+    loader = DataLoader(data.to_torch(key_and_crop), batch_size=2, num_workers=1, multiprocessing_context="spawn")
+    batches = list(loader)
+    assert sum(len(keys) for keys, _ in batches) == len(here[1]), "a worker has the rank of its parent"
+    crops = {key: crop.tolist() for keys, made in batches for key, crop in zip(keys, made, strict=True)}
+    assert crops == {key: crop.tolist() for key, crop in here[1].items()}
+
+
+def test_more_readers_than_shards_leave_some_without_samples(data: reinforce.Dataset) -> None:
+    loader = DataLoader(data[:1].to_torch(key_and_crop), batch_size=None, num_workers=2)
+    assert len(list(loader)) == 5
+
+
+def test_forked_workers_read_from_an_object_store(data: reinforce.Dataset, s3: Any) -> None:
+    s3.put(data.store.root, "bucket/forked", recursive=True)
+    stored = reinforce.open("s3://bucket/forked", teachers=["red"], captioners=[])
+    here = [sample.key for sample in stored]
+    loader = DataLoader(
+        stored.to_torch(key_and_crop), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    assert sorted(key for key, _ in loader) == here
