@@ -17,6 +17,9 @@ CHANGES = "tests/engine/plan/test_changed_sources.py"
 EXPORT = "tests/publishing/test_datacompdr.py"
 CARD = "tests/publishing/test_card.py"
 DECODE_POOL = "tests/engine/decode/test_pool.py"
+ENDED = f"{FAULTS}::test_a_run_whose_driver_was_killed_or_interrupted_resumes"
+ONCE = f"{FAULTS}::test_single_failures_leave_no_trace_and_lasting_ones_cost_a_shard_or_the_layers_of_a_model"
+SECOND = f"{FAULTS}::test_a_second_run_is_refused_a_killed_worker_is_replaced_and_a_terminated_run_resumes"
 #: Cases of other tests: defect, outcome, test.
 OTHERS = [
     (
@@ -43,7 +46,7 @@ OTHERS = [
     (
         "a model that raises an exception for a shard",
         "retried, then `shard_failed`, only in the layers of that model",
-        f"{FAULTS}::test_a_model_that_always_raises_quarantines_its_own_layers_only",
+        ONCE,
     ),
     (
         "an embedding of NaN or infinity",
@@ -161,9 +164,6 @@ OTHERS = [
         f"{CARD}::test_what_comes_from_data_is_escaped",
     ),
 ]
-ENDED = f"{FAULTS}::test_a_run_whose_driver_was_killed_or_stopped_resumes"
-ONCE = f"{FAULTS}::test_single_failures_leave_no_trace_and_a_shard_that_always_segfaults_is_quarantined"
-SECOND = f"{FAULTS}::test_a_second_run_is_refused_and_a_killed_worker_costs_nothing"
 NODES = f"{CLUSTER}::test_the_pool_follows_the_cluster_and_lost_and_drained_nodes_cost_no_shard"
 FULL = f"{SCARCITY}::test_a_full_disk_ends_a_run_with_one_error_and_nothing_half_written"
 MEMORY = f"{SCARCITY}::test_a_worker_killed_by_the_memory_monitor_costs_no_shard"
@@ -174,7 +174,7 @@ PROCESSES = [
     ("kill -9 of a decode process", "its images are decoded by the next one", KILLED),
     ("a decode process whose worker is gone", "the kernel kills it, even inside a decoder", ORPHANED),
     ("kill -9 of the driver", "the same command resumes the run", ENDED),
-    ("SIGTERM or Ctrl-C", "a clean stop; finished shards are kept, and the same command resumes the run", ENDED),
+    ("SIGTERM or Ctrl-C", "a clean stop; finished shards are kept, and the same command resumes the run", SECOND),
     ("a second run on a local dataset", "refused: another run is writing", SECOND),
     ("a worker that raises an exception or dies once", "its shards are retried", ONCE),
     (

@@ -6,7 +6,6 @@ Of a run that a signal stops, tests/integration/test_faults.py compares them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +89,3 @@ def test_a_run_that_a_defect_of_the_program_stops(source: str, tmp_path: Path, m
     assert (summary(tmp_path)["status"], summary(tmp_path)["message"]) == (
         1, "stopped by an error: ZeroDivisionError: a defect",
     )  # fmt: skip
-
-
-def test_a_lone_shard_whose_worker_dies_is_named_with_the_cause(
-    shards: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    options = {"trigger": "thing 1", "failure": "kill"}
-    teachers = {"ill": {"class": "tests.helpers.models:FailingTeacher", "options": options}}
-    assert run(tmp_path, config_of(shards(3), tmp_path / "out", captioners={}, teachers=teachers)) == 1
-    found = summary(tmp_path)
-    assert found["status"] == 1
-    assert found["message"].startswith("no samples: the shard 00000-")
-    for part in ("its worker died each time that it ran this shard alone", "shard_crashed", "workers.batch"):
-        assert part in found["message"]
-    assert capfd.readouterr().out.rstrip().endswith(found["message"])

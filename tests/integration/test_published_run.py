@@ -18,21 +18,21 @@ from tests.helpers.published import (
     source_members,
     write_published,
 )
+from tests.helpers.reinforced import fresh_dataset
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_run_reads_published_reinforcements_and_adds_a_custom_teacher(tmp_path: Path) -> None:
     write_published(tmp_path, [source_members(one) for one in ALL], [published_members(one) for one in ALL])
-    summary = reinforce.run(config_of(tmp_path))
-    assert (summary.status, summary.samples, summary.shards) == (0, 12, 1)
+    fresh_dataset(config_of(tmp_path))
     custom = config_of(tmp_path)
     custom["teachers"]["custom"] = {
         "class": "tests.helpers.models:ColorTeacher",
         "options": {"size": 16, "dim": 8},
         "logit_scale": 20.0,
     }
-    again = reinforce.run(custom)
-    assert (again.status, again.samples) == (0, 12)
+    summary = reinforce.run(custom)
+    assert (summary.status, summary.samples, summary.shards) == (0, 12, 1)
     for one, sample in zip(ALL, reinforce.open(f"{tmp_path}/out"), strict=True):
         check_sample(one, sample)
         assert sample.images["custom"].shape == (COUNT, 8)

@@ -18,6 +18,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.engine.record.summary import RunSummary
 from reinforce.source import urls
 from tests.helpers.data import members_of
+from tests.helpers.reinforced import fresh_dataset
 from tests.helpers.s3_proxy import Fault, Proxy, Request, cut, hold, refuse, run_first, slow
 from tests.helpers.s3_runs import SHARDS, config, events, layers, put_source, reads_shard, writes_layer
 from tests.helpers.tars import tar_bytes
@@ -26,16 +27,9 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 @pytest.fixture(scope="module")
-def first_run(s3: s3fs.S3FileSystem, s3_proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -> list[Request]:
-    """The requests of an undisturbed run."""
+def undisturbed(s3: s3fs.S3FileSystem, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     put_source(s3, tmp_path_factory.mktemp("source"))
-    s3_proxy.requests.clear()
-    assert reinforce.run(config("undisturbed")).status == 0
-    return [*s3_proxy.requests]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(s3: s3fs.S3FileSystem, first_run: list[Request]) -> dict[str, bytes]:
+    fresh_dataset(config("undisturbed"))
     made = layers(s3, "undisturbed")
     assert len(made) == 5 * SHARDS + 1
     return made
@@ -43,17 +37,20 @@ def undisturbed(s3: s3fs.S3FileSystem, first_run: list[Request]) -> dict[str, by
 
 @pytest.mark.slow
 def test_each_layer_is_listed_once_in_a_run(
-    s3_proxy: Proxy, first_run: list[Request], undisturbed: dict[str, bytes]
+    s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]
 ) -> None:
     folders = {name.rpartition("/")[0] for name in undisturbed} - {""}
-    listed = Counter(request.prefix for request in first_run if request.is_list)
-    assert {name: listed[f"undisturbed/{name}/"] for name in folders} == dict.fromkeys(folders, 1)
+    s3_proxy.requests.clear()
+    assert reinforce.run(config("listed")).status == 0
+    listed = Counter(request.prefix for request in s3_proxy.requests if request.is_list)
+    assert {name: listed[f"listed/{name}/"] for name in folders} == dict.fromkeys(folders, 1)
+    assert layers(s3, "listed") == undisturbed
 
     s3_proxy.requests.clear()
-    assert reinforce.run(config("undisturbed")).run is None
+    assert reinforce.run(config("listed")).run is None
     listed = Counter(request.prefix for request in s3_proxy.requests if request.is_list)
-    layer = {f"undisturbed/{name}/": 1 for name in folders}
-    quarantine = {f"undisturbed/quarantine/{name}/": 1 for name in folders}
+    layer = {f"listed/{name}/": 1 for name in folders}
+    quarantine = {f"listed/quarantine/{name}/": 1 for name in folders}
     assert listed == {**layer, **quarantine}
 
 

@@ -1,16 +1,19 @@
-"""Captioners of both libraries in one run, with and without `clean`."""
+"""Teachers and captioners of both libraries in one run: its layers, what it counts, and what Prometheus scrapes."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,6 +22,7 @@ from PIL import Image
 import reinforce
 from reinforce.cli import main
 from reinforce.config import Limits
+from reinforce.dataset.augment.records import from_records, replay
 from reinforce.engine.record.metrics import SERIES, dashboard_text
 from reinforce.engine.record.summary import RunSummary
 from reinforce.images.policy import decode
@@ -30,16 +34,19 @@ from tests.helpers import tiny_captioners
 from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.prometheus import BINARY, Prometheus, scraping, wait_for_reports
 from tests.helpers.tiny_coca import coca_model
+from tests.helpers.tiny_models import open_clip_model, transformers_siglip
 
 pytestmark = pytest.mark.usefixtures("ray_session")
+
+SIZES = (3, 2, 2, 2)
+KEYS = [f"{shard:03d}{number:05d}" for shard, size in enumerate(SIZES) for number in range(size)]
 
 
 @dataclass(frozen=True)
 class Finished:
     """A run, and what Prometheus has scraped of it, if there is one."""
 
-    blip: dict[str, Any]
-    url: str
+    config: dict[str, Any]
     summary: RunSummary
     before: dict[str, float]  # totals of earlier runs of this process
     prometheus: Prometheus | None
@@ -47,15 +54,25 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    """A run of 9 samples and 45 captions, whose only worker takes a second for each shard."""
+    """A run of 9 samples and 72 captions, whose only worker takes a second for each shard."""
     folder = tmp_path_factory.mktemp("two-libraries")
-    for number, size in enumerate((3, 2, 2, 2)):
+    for number, size in enumerate(SIZES):
         write_tar(folder / "source" / f"{number}.tar", members_of(number, size))
     blip = {"family": "transformers", "model": tiny_captioners.blip(folder / "blip"), "captions": 3, "max_length": 9}
     coca = {"model": coca_model(folder / "coca"), "captions": 2, "max_length": 12, "clean": {"characters": 20}}
-    red = {"class": "tests.helpers.models:ColorTeacher", "options": {"delay": 1.0}}
-    config = config_of(f"{folder}/source/*.tar", folder / "out", captioners={"blip": blip, "coca": coca})
-    config |= {"teachers": {"red": red}, "workers": {"max": 1}}
+    clean = {"first_sentence": True}
+    stammerer = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": clean}
+    small = open_clip_model(folder / "small", image_size=32, width=32, embed_dim=16, seed=0)
+    large = open_clip_model(folder / "large", image_size=48, width=48, embed_dim=24, seed=1)
+    teachers = {
+        "red": {"class": "tests.helpers.models:ColorTeacher", "options": {"delay": 1.0}},
+        "small": {"model": small, "dtype": "float32"},
+        "large": {"model": large},
+        "siglip": {"family": "transformers", "model": transformers_siglip(folder / "siglip")},
+    }
+    captioners = {"blip": blip, "coca": coca, "stammerer": stammerer}
+    config = config_of(f"{folder}/source/*.tar", folder / "out", captioners=captioners, teachers=teachers)
+    config |= {"augmentations": {"count": 2, "size": 32}, "workers": {"max": 1}}
     with contextlib.ExitStack() as stack:
         prometheus = stack.enter_context(scraping(folder / "prometheus")) if BINARY else None
         if prometheus:
@@ -64,7 +81,7 @@ def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
         summary = reinforce.run(config)
         if prometheus:
             wait_for_reports(lambda: _total(prometheus, "samples") == before["samples"] + 9)
-        yield Finished(blip, config["output"], summary, before, prometheus)
+        yield Finished(config, summary, before, prometheus)
 
 
 def test_captioners_of_two_libraries_write_layers_of_one_dataset(finished: Finished) -> None:
@@ -74,9 +91,8 @@ def test_captioners_of_two_libraries_write_layers_of_one_dataset(finished: Finis
     assert summary.cleaned["coca"]["cut"] > 0
     assert "blip" not in summary.cleaned, "counted only with `clean`"
 
-    captioner = load_captioner("blip", captioner_spec(**finished.blip), "cpu")
-    rows = list(reinforce.open(finished.url))
-    assert len(rows) == 9
+    captioner = load_captioner("blip", captioner_spec(**finished.config["captioners"]["blip"]), "cpu")
+    rows = list(reinforce.open(finished.config["output"]))
     for sample in rows:
         pixels = to_pixels(torch.tensor(fit(_rgb(sample.image), captioner.image)[None]), captioner.image)
         seeds = np.array([[seed_for(0, sample.key, "captions/blip", n) for n in range(3)]], np.uint64)
@@ -85,8 +101,6 @@ def test_captioners_of_two_libraries_write_layers_of_one_dataset(finished: Finis
         assert short is not None
         assert len(short) == 2
         assert all(0 < len(text) <= 20 for text in short)
-        assert sample.texts["red"]["blip"].shape == (3, 8)
-        assert sample.texts["red"]["coca"].shape == (2, 8)
 
 
 #: Series whose values are compared with what the run has written.
@@ -109,12 +123,12 @@ def test_every_query_of_the_dashboard_returns_data_of_a_run_and_totals_are_those
         values = prometheus.series(query.replace("$SessionName", ".+").replace("$__rate_interval", "30s"))
         assert values, query
     grown = {name: _total(prometheus, name) - finished.before[name] for name in COUNTED}
-    files = [path for path in Path(finished.url).rglob("*.parquet") if path.parts[-2] != "index"]
-    read = sum(len(data) for number, size in enumerate((3, 2, 2, 2)) for _, data in members_of(number, size))
+    files = [path for path in Path(finished.config["output"]).rglob("*.parquet") if path.parts[-2] != "index"]
+    read = sum(len(data) for number, size in enumerate(SIZES) for _, data in members_of(number, size))
     tokens = sum(stage.get("tokens", 0) for stage in summary.stages.values())
     assert tokens > 45
     written = sum(path.stat().st_size for path in files)
-    expected = {"samples": 9, "captions": 45, "tokens": tokens, "read_bytes": read, "written_bytes": written}
+    expected = {"samples": 9, "captions": 72, "tokens": tokens, "read_bytes": read, "written_bytes": written}
     assert grown == expected
     stages = {series["metric"]["stage"] for series in prometheus.series("ray_reinforce_stage_seconds_total")}
     assert stages >= {"reading", "decoding", "writing", "waiting for the accelerator"}
@@ -131,21 +145,18 @@ def _rgb(encoded: bytes) -> Image.Image:
 
 
 def test_dropped_captions_are_not_stored_and_are_counted_in_summary_events_and_status(
-    shards: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    captioner = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": {"first_sentence": True}}
-    config = config_of(shards(20), tmp_path / "out", captioners={"stammerer": captioner})
-    summary = reinforce.run(config)
-    keys = [f"{number:08d}" for number in range(20)]
-    bad = [key for key in keys if seed_for(0, key, "captions/stammerer", 0) % 4 == 0]
+    summary, out = finished.summary, Path(finished.config["output"])
+    bad = [key for key in KEYS if seed_for(0, key, "captions/stammerer", 0) % 4 == 0]
     assert len(bad) == 5
-    counts = {"captions": 60, "cut": 15, "repetitive": 15 + 3 * 5, "null_rows": 5}
-    assert summary.cleaned == {"stammerer": counts}
-    assert summary.refused == {"no_text": 5 + 2 * 5}, "in the captions layer and in both layers of its embeddings"
-    line = "captions by stammerer: 60 captions, 15 cut, 30 repetitive, 5 null rows"
+    counts = {"captions": 27, "cut": 4, "repetitive": 4 + 3 * 5, "null_rows": 5}
+    assert summary.cleaned["stammerer"] == counts
+    assert summary.refused == {"no_text": 5 + 4 * 5}, "in the captions layer and in the layers of its embeddings"
+    line = "captions by stammerer: 27 captions, 4 cut, 19 repetitive, 5 null rows"
     assert line in summary.text("x")
 
-    for sample in reinforce.open(str(tmp_path / "out")):
+    for sample in reinforce.open(str(out)):
         vectors = sample.texts["red"]["stammerer"]
         if sample.key in bad:
             assert sample.captions["stammerer"] is None
@@ -153,14 +164,52 @@ def test_dropped_captions_are_not_stored_and_are_counted_in_summary_events_and_s
         else:
             assert sample.captions["stammerer"] == ["good", "longer.", "good"]
             np.testing.assert_array_equal(vectors[0], vectors[2])
-    [refused] = (tmp_path / "out" / "quarantine" / "captions" / "stammerer").glob("*.parquet")
-    assert [(r["key"], r["reason"]) for r in pq.read_table(refused).to_pylist()] == [(key, "no_text") for key in bad]
-    [event] = [e for e in _events(tmp_path / "out") if e["event"] == "shard"]
-    assert event["cleaned"] == {"stammerer": counts}
+    files = sorted((out / "quarantine/captions/stammerer").glob("*.parquet"))
+    refused = [row for path in files for row in pq.read_table(path).to_pylist()]
+    assert [(row["key"], row["reason"]) for row in refused] == [(key, "no_text") for key in bad]
+    lines = [line for part in out.glob("runs/*/events-*.jsonl") for line in part.read_text().splitlines()]
+    events = [event for event in map(json.loads, lines) if event["event"] == "shard"]
+    assert sum((Counter(event["cleaned"]["stammerer"]) for event in events), Counter()) == counts
     with pytest.raises(SystemExit):
-        main(["status", str(tmp_path / "out")])
+        main(["status", str(out)])
     assert line in capsys.readouterr().out
 
 
-def _events(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for part in output.glob("runs/*/events-*.jsonl") for line in part.read_text().splitlines()]
+def test_stored_embeddings_equal_open_clips_for_the_replayed_image_and_the_captions(finished: Finished) -> None:
+    out = Path(finished.config["output"])
+    name = finished.config["teachers"]["small"]["model"]
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    tokenizer = open_clip.get_tokenizer(name)
+    model.eval()
+    [shard] = [path.name for path in (out / "samples").glob("0-*.parquet")]
+    samples = pq.read_table(out / "samples" / shard)
+    captions = pq.read_table(out / "captions" / "coca" / shard)["captions"].to_pylist()
+
+    def stored(what: str) -> np.ndarray:
+        column = pq.read_table(out / "embeddings" / "small" / what / shard)["embeddings"]
+        return column.combine_chunks().to_numpy_ndarray()
+
+    for row, sample in enumerate(samples.to_pylist()):
+        image = Image.open(io.BytesIO(sample["image"])).convert("RGB")
+        crops = [preprocess(replay(image, record)) for record in from_records(sample["augmentations"])]
+        with torch.no_grad():
+            images = model.encode_image(torch.stack(crops), normalize=True).numpy()
+            texts = model.encode_text(tokenizer([sample["caption"], *captions[row]]), normalize=True).numpy()
+        np.testing.assert_allclose(stored("images")[row], images, atol=1e-5)
+        np.testing.assert_allclose(stored("caption")[row], texts[:1], atol=1e-5)
+        np.testing.assert_allclose(stored("coca")[row], texts[1:], atol=1e-5)
+
+
+def test_ensembles_of_different_sizes_families_and_dimensions_work(finished: Finished) -> None:
+    data = reinforce.open(finished.config["output"])
+    dims = {name: teacher["dim"] for name, teacher in data.manifest["teachers"].items()}
+    assert len(set(dims.values())) == len(dims) == 4
+    samples = list(data)
+    assert [sample.key for sample in samples] == KEYS
+    for sample in samples:
+        for teacher, dim in dims.items():
+            assert sample.images[teacher].shape == (2, dim)
+            assert sample.texts[teacher]["caption"].shape == (1, dim)
+            assert sample.texts[teacher]["coca"].shape == (2, dim)
+            assert sample.texts[teacher]["blip"].shape == (3, dim)
+            np.testing.assert_allclose(np.linalg.norm(sample.images[teacher], axis=-1), 1, atol=2e-3)
