@@ -44,24 +44,8 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("program", [[REINFORCE], [sys.executable, "-m", "reinforce"]], ids=["script", "module"])
 def test_a_command_about_a_dataset_runs_no_file_of_it(dataset: Path, program: list[str]) -> None:
-    for arguments in (["status", "."], ["drop", ".", "embeddings/red/namer"]):
-        done = run(dataset, *program, *arguments)
-        assert (done.returncode, ran(dataset)) == (0, []), done.stderr
-
-
-def test_a_plan_runs_no_file_of_the_working_folder(dataset: Path, tmp_path: Path) -> None:
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config_of(f"{tmp_path}/source/*.tar", dataset)))
-    done = run(dataset, REINFORCE, "plan", f"{tmp_path}/my.yaml")
+    done = run(dataset, *program, "status", ".")
     assert (done.returncode, ran(dataset)) == (0, []), done.stderr
-    assert "1 shards, 0 with something missing" in done.stdout
-
-
-def test_a_class_in_the_working_folder_is_found_after_the_packages(dataset: Path) -> None:
-    code = "from tests.helpers.models import ColorTeacher\n\n\nclass Mine(ColorTeacher):\n    version = 1\n"
-    (dataset / "our_lab.py").write_text(code)
-    done = run(dataset, REINFORCE, "check", "our_lab:Mine", "--options", '{"size": 8}')
-    assert (done.returncode, ran(dataset)) == (0, []), done.stderr
-    assert "Mine" in done.stdout
 
 
 def test_the_workers_of_a_run_import_packages_first(dataset: Path, shards: Callable[..., str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whole runs on a local Ray: the files they write, and that nothing is computed twice."""
+"""Whole runs on a local Ray: the files they write, that nothing is computed twice, and their exit status."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 import reinforce
 from reinforce.cli import main
@@ -16,6 +17,8 @@ from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.validate.validate import validate
+from reinforce.engine.driver.driver import Driver
+from tests.helpers import published
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import fresh_dataset
 
@@ -116,3 +119,98 @@ def test_a_run_reports_damaged_files_replaced_sources_and_repeated_keys(
     assert not any("record" in event for event in events_of(out, "shard"))
     assert reinforce.run(whole).run is None
     assert validate(whole["output"]).errors == []
+
+
+def run(folder: Path, config: dict[str, Any]) -> int:
+    """Run the command; return its exit status."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(path)])
+    return int(ended.value.code or 0)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """The summary.json of the only run."""
+    [path] = (folder / "out" / "runs").glob("*/summary.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """A good shard and one that does not exist."""
+    write_tar(tmp_path / "source" / "0.tar", members_of(0, 3))
+    return f"{tmp_path}/source/{{0..1}}.tar"
+
+
+def test_a_finished_run_with_too_many_quarantined_shards(
+    source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(source, tmp_path / "out", failures={"allowed_share": 0.4})
+    assert run(tmp_path, config) == 1
+    assert summary(tmp_path)["status"] == 1
+    [(reason, example)] = summary(tmp_path)["examples"].items()
+    lines = capfd.readouterr().out.splitlines()
+    assert f"  {reason}, for example {example}" in lines[-3:]
+    assert reason == "shard_missing"
+    assert run(tmp_path, config) == 1, "also when there is nothing left to do"
+
+
+def test_a_fault_of_all_shards_stops_the_run_before_it_quarantines_the_rest(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(tmp_path / "source" / "000.tar", members_of(0, 3))
+    config = config_of(f"{tmp_path}/source/{{000..199}}.tar", tmp_path / "out", failures={"allowed_share": 0.05})
+    assert run(tmp_path, config) == 1
+    assert summary(tmp_path)["status"] == 1
+    assert summary(tmp_path)["message"] in (err := capfd.readouterr().err)
+    assert "stopped: 11 of 200 shards" in err
+    assert "shard_missing: No such file or directory. Fix it and run with --retry-quarantined." in err
+    assert len(list((tmp_path / "out" / "quarantine" / "samples").iterdir())) < 20
+
+
+def test_a_model_with_a_wrong_output_shape_fails_before_the_first_shard(
+    source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    teachers = {"odd": {"class": "tests.helpers.models:WrongShapeTeacher"}}
+    assert run(tmp_path, config_of(source, tmp_path / "out", teachers=teachers)) == 2
+    assert summary(tmp_path)["status"] == 2
+    for text in (summary(tmp_path)["message"], capfd.readouterr().err):
+        assert "odd" in text
+        assert "(3, 7)" in text
+    assert not list(tmp_path.glob("out/samples/*"))
+
+
+def test_a_run_that_a_defect_of_the_program_stops(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(Driver, "_handle_start", fail)
+    assert run(tmp_path, config_of(source, tmp_path / "out")) == 1
+    assert (summary(tmp_path)["status"], summary(tmp_path)["message"]) == (
+        1, "stopped by an error: ZeroDivisionError: a defect",
+    )  # fmt: skip
+
+
+def test_a_run_reads_published_reinforcements_and_adds_a_custom_teacher(tmp_path: Path) -> None:
+    published.write_published(
+        tmp_path,
+        [published.source_members(one) for one in published.ALL],
+        [published.published_members(one) for one in published.ALL],
+    )
+    fresh_dataset(published.config_of(tmp_path))
+    custom = published.config_of(tmp_path)
+    custom["teachers"]["custom"] = {
+        "class": "tests.helpers.models:ColorTeacher",
+        "options": {"size": 16, "dim": 8},
+        "logit_scale": 20.0,
+    }
+    summary = reinforce.run(custom)
+    assert (summary.status, summary.samples, summary.shards) == (0, 12, 1)
+    for one, sample in zip(published.ALL, reinforce.open(f"{tmp_path}/out"), strict=True):
+        published.check_sample(one, sample)
+        assert sample.images["custom"].shape == (published.COUNT, 8)
+        assert sample.texts["custom"]["coca"].shape == (published.CAPTIONS, 8)
+    scales = json.loads((tmp_path / "out" / "dataset.json").read_text())["teachers"]
+    assert {name: entry["logit_scale"] for name, entry in scales.items()} == {"one": 70, "two": 60, "custom": 20}

@@ -1,16 +1,32 @@
-"""S3 in and out, against moto's server: the same files as on a local disk."""
+"""An object store (moto's server): the files of a disk, faults that pass or last, and files that are put in parts."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
+from urllib.request import Request as HttpRequest
+from urllib.request import urlopen
 
 import pytest
 import s3fs
 
 import reinforce
-from tests.helpers.data import config_of, tree
+from reinforce.dataset.files.store import Store
+from reinforce.engine.record.summary import RunSummary
+from reinforce.errors import StorageError
+from reinforce.source import urls
+from tests.helpers.data import config_of, members_of, tree
 from tests.helpers.reinforced import fresh_dataset
+from tests.helpers.s3_proxy import Fault, Proxy, Request, cut, hold, refuse, run_first, slow
+from tests.helpers.s3_runs import SHARDS, config, events, layers, put_source, reads_shard, writes_layer
+from tests.helpers.tars import tar_bytes
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -52,3 +68,204 @@ def test_a_missing_bucket_is_reported(s3: s3fs.S3FileSystem, shards: Callable[..
 def test_an_unreadable_source_is_reported(s3: s3fs.S3FileSystem, tmp_path: Path) -> None:
     with pytest.raises(reinforce.UserError, match="source cannot be read"):
         reinforce.run(config_of("s3://bucket/nothing/{0..9}.tar", tmp_path / "out"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(s3: s3fs.S3FileSystem, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    put_source(s3, tmp_path_factory.mktemp("source"))
+    fresh_dataset(config("undisturbed"))
+    made = layers(s3, "undisturbed")
+    assert len(made) == 5 * SHARDS + 1
+    return made
+
+
+@pytest.mark.slow
+def test_each_layer_is_listed_once_in_a_run(
+    s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]
+) -> None:
+    folders = {name.rpartition("/")[0] for name in undisturbed} - {""}
+    s3_proxy.requests.clear()
+    assert reinforce.run(config("listed")).status == 0
+    listed = Counter(request.prefix for request in s3_proxy.requests if request.is_list)
+    assert {name: listed[f"listed/{name}/"] for name in folders} == dict.fromkeys(folders, 1)
+    assert layers(s3, "listed") == undisturbed
+
+    s3_proxy.requests.clear()
+    assert reinforce.run(config("listed")).run is None
+    listed = Counter(request.prefix for request in s3_proxy.requests if request.is_list)
+    layer = {f"listed/{name}/": 1 for name in folders}
+    quarantine = {f"listed/quarantine/{name}/": 1 for name in folders}
+    assert listed == {**layer, **quarantine}
+
+
+def test_transient_faults_leave_no_trace(s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]) -> None:
+    """Several kinds of faults in one run."""
+    real = s3.cat_file("bucket/source/1.tar")
+    other = tar_bytes(members_of(9, 8))
+    s3.pipe_file("bucket/source/1.tar", other)
+    faults: list[tuple[Fault, Callable[[Request], bool], int]] = [
+        # The object changes between the requests for its length and for its bytes.
+        (run_first(lambda: s3.pipe_file("bucket/source/1.tar", real)), lambda r: reads_shard(r, 1), 1),
+        (refuse(503, "SlowDown", "Please reduce your request rate."), lambda r: reads_shard(r, 0), 3),
+        (cut, reads_shard, 2),
+        (slow(0.1), reads_shard, 2),
+        # Two shards are in flight, and each of their files is put four times in one attempt.
+        (refuse(500, "InternalError"), writes_layer, 2 * urls._BOTOCORE_ATTEMPTS),
+        (refuse(503, "SlowDown"), lambda r: r.key.startswith("bucket/passing"), 3),
+    ]
+    with contextlib.ExitStack() as stack:
+        done = [stack.enter_context(s3_proxy.inject(*fault)) for fault in faults]
+        summary = reinforce.run(config("passing"))
+    assert [len(affected) for affected in done] == [times for _, _, times in faults], "each fault was injected"
+    assert (summary.status, summary.quarantined_shards, summary.refused) == (0, 0, {})
+    raised = "".join(event["error"] for event in events(s3, "passing", "shard_raised"))
+    assert "FileExpired" in raised
+    assert "cannot be written: OSError" in raised
+    assert layers(s3, "passing") == undisturbed
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_put_equal_objects(
+    s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]
+) -> None:
+    s3_proxy.requests.clear()
+    done: list[RunSummary] = []
+    runs = [Thread(target=lambda: done.append(reinforce.run(config("twice")))) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(300)
+    assert [summary.status for summary in done] == [0, 0]
+    assert layers(s3, "twice") == undisturbed
+    puts = Counter(request.key for request in s3_proxy.requests if writes_layer(request))
+    assert max(puts.values()) == 2, "both wrote the same shards"
+
+
+def test_shards_that_cannot_be_read_are_quarantined_and_their_neighbours_finish(
+    s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]
+) -> None:
+    gone = s3.cat_file("bucket/source/0.tar")
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: s3.pipe_file("bucket/source/0.tar", gone))
+        vanish = run_first(lambda: s3.rm_file("bucket/source/0.tar"))
+        stack.enter_context(s3_proxy.inject(vanish, lambda r: reads_shard(r, 0), 1))
+        never = stack.enter_context(s3_proxy.inject(refuse(503, "SlowDown"), lambda r: r.key == "bucket/source/1.tar"))
+        stack.enter_context(s3_proxy.inject(refuse(403, "AccessDenied"), lambda r: reads_shard(r, 2)))
+        summary = reinforce.run(config("lasting", failures={"attempts": 1, "allowed_share": 1.0}))
+    assert (summary.status, summary.quarantined_shards, summary.samples) == (0, 3, 8)
+    assert len(never) == urls._BOTOCORE_ATTEMPTS
+    store = Store("s3://bucket/lasting")
+    found = {
+        shard.partition("-")[0]: [(row["reason"], row["key"]) for row in store.quarantined("samples", shard)]
+        for shard in store.shards("quarantine/samples")
+    }
+    assert found == {"0": [("shard_missing", None)], "1": [("shard_failed", None)], "2": [("shard_unreadable", None)]}
+    assert [name.partition("-")[0] for name in store.shards("embeddings/red/caption")] == ["3"]
+    # The storage works again.
+    assert reinforce.run(config("lasting"), retry_quarantined=True).status == 0
+    assert layers(s3, "lasting") == undisturbed
+
+
+def test_an_output_that_refuses_files_is_one_clear_error(
+    s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]
+) -> None:
+    refused = refuse(403, "AccessDenied", "not for you")
+    with (
+        s3_proxy.inject(refused, lambda r: r.method == "PUT" and r.key.endswith(".parquet")) as tried,
+        pytest.raises(reinforce.UserError) as raised,
+    ):
+        reinforce.run(config("refused", failures={"attempts": 2}))
+    message = str(raised.value)
+    assert "cannot be written: PermissionError: not for you; check the storage" in message
+    assert message.endswith("Finished shards are kept. Run the same command again to resume.")
+    assert 3 <= len(tried) <= 2 * SHARDS + 1
+    assert events(s3, "refused", "worker_replaced") == [], "a storage error is not the worker's fault"
+    assert [name for name in layers(s3, "refused") if name != "dataset.json"] == []
+    assert message.startswith(events(s3, "refused", "end")[0]["message"])
+
+
+def test_wrong_credentials_are_one_clear_error(s3: s3fs.S3FileSystem, s3_server: str) -> None:
+    def check_credentials_after(requests: str) -> None:
+        url, headers = f"{s3_server}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+        urlopen(HttpRequest(url, requests.encode(), headers, method="POST")).close()
+
+    check_credentials_after("0")
+    began = time.monotonic()
+    try:
+        with pytest.raises(
+            reinforce.UserError, match=r"output s3://bucket/x cannot be written: PermissionError: .*exist"
+        ):
+            reinforce.run(config("x"))
+    finally:
+        check_credentials_after("inf")
+    assert time.monotonic() - began < 60, "credentials are not retried, which takes three minutes"
+
+
+def test_an_endpoint_that_does_not_answer_is_one_clear_error(
+    s3: s3fs.S3FileSystem, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(urls, "_BOTOCORE_ATTEMPTS", 2)
+    fs, _ = urls.filesystem("s3://bucket/x")
+    fs.read_timeout = 0.2
+    with (
+        s3_proxy.inject(hold, lambda r: True) as asked,
+        pytest.raises(reinforce.UserError, match=r"cannot be written: ReadTimeoutError.*the address and the cred"),
+    ):
+        reinforce.run(config("x"))
+    assert len(asked) == 2 * urls._S3FS_ATTEMPTS
+
+
+ROOT = Path(__file__).parents[2]
+BYTES = 101 * 2**20  # from 100 MiB s3fs uploads parts of 50 MiB
+
+
+def write(folder: str) -> None:
+    with Store(f"s3://bucket/{folder}").new_file("large.bin") as path, open(path, "wb") as file:
+        file.truncate(BYTES)
+
+
+def second_part(request: Request) -> bool:
+    return request.method == "PUT" and "partNumber=2" in request.query
+
+
+def uploads(s3: s3fs.S3FileSystem, folder: str) -> int:
+    """Number of unfinished multipart uploads."""
+    listed = s3.call_s3("list_multipart_uploads", Bucket="bucket").get("Uploads", [])
+    return sum(upload["Key"].startswith(folder) for upload in listed)
+
+
+def test_a_process_killed_in_the_middle_of_an_upload_leaves_no_object(s3: s3fs.S3FileSystem, s3_proxy: Proxy) -> None:
+    code = "from tests.integration.test_s3 import write; write('killed')"
+    with s3_proxy.inject(hold, second_part) as reached:
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+        while not reached:
+            assert process.poll() is None, "it ended before its second part"
+        process.kill()
+        process.wait()
+    assert s3.find("bucket/killed", refresh=True) == []
+    assert uploads(s3, "killed") == 1, "its parts cost money until a lifecycle rule removes them: see docs/clusters.md"
+
+
+def test_a_process_killed_while_it_puts_a_file_leaves_none_on_its_machine(
+    s3: s3fs.S3FileSystem, s3_proxy: Proxy, tmp_path: Path
+) -> None:
+    code = "from reinforce.dataset.files.store import Store; Store('s3://bucket/put').write_bytes(b'whole', 'file')"
+    with s3_proxy.inject(hold, lambda request: request.method == "PUT") as reached:
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)})
+        while not reached:
+            assert process.poll() is None, "it ended before its request"
+        process.kill()
+        process.wait()
+    assert [*tmp_path.iterdir()] == []
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert s3.cat("bucket/put/file") == b"whole"
+
+
+def test_an_error_in_the_middle_of_an_upload_leaves_no_object(s3: s3fs.S3FileSystem, s3_proxy: Proxy) -> None:
+    with (
+        s3_proxy.inject(refuse(400, "InvalidPart"), second_part),
+        pytest.raises(StorageError, match=r"bucket/failed/large\.bin cannot be written: OSError"),
+    ):
+        write("failed")
+    assert s3.find("bucket/failed", refresh=True) == []
+    assert uploads(s3, "failed") == 0
