@@ -9,7 +9,7 @@ ROUNDS ?= 10
 LOWEST_PYTHON ?= python3.10
 # The fake hub of tests/source/test_hub.py answers newer versions of huggingface_hub than the lowest.
 CORE_TESTS := --ignore=tests/source/test_hub.py tests/images tests/parquet \
-	tests/cli tests/test_config.py tests/test_init.py tests/test_settings.py tests/test_storage.py \
+	tests/cli tests/test_config.py tests/test_init.py tests/test_storage.py \
 	tests/schemas tests/source tests/dataset tests/engine/inference/test_models.py tests/engine/test_plan.py \
 	tests/engine/test_recipe.py tests/engine/decode/test_rows.py tests/engine/test_shard.py tests/teachers/test_coca.py \
 	tests/teachers/test_decoding.py tests/teachers/test_open_clip.py tests/teachers/test_transformers.py \

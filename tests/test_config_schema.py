@@ -6,7 +6,6 @@ import copy
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -180,7 +179,3 @@ def test_a_tuning_completes_the_keys_of_its_student() -> None:
     for key in ("trial", "student"):
         assert accepted_by_schema("tune", {**TUNE, key: {"train": {"steps": 5}}}), "parts of a student's config"
         assert not accepted_by_schema("tune", {**TUNE, key: {"train": {"stepps": 5}}})
-
-
-def test_the_schemas_are_in_the_package(tmp_path: Path) -> None:
-    assert '"json/*.json"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -58,12 +58,6 @@ def test_the_version_is_that_of_the_code_without_an_installation() -> None:
     assert 'version = { attr = "reinforce.__version__" }' in PYPROJECT
 
 
-@pytest.mark.parametrize("name", ["reinforce", "teachers", "schemas"])
-def test_type_checkers_of_users_read_the_annotations(name: str) -> None:
-    assert (ROOT / name / "py.typed").is_file()
-    assert 'package-data = { "*" = ["*"' in PYPROJECT, "tests/test_wheel.py reads the wheel"
-
-
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'missing'"):
         reinforce.missing  # noqa: B018

@@ -45,7 +45,7 @@ def test_the_wheel_has_every_module_and_nothing_of_the_repository_besides(wheel:
     modules = {module for module in modules if "__pycache__" not in module}
     information = {name for name in wheel.namelist() if ".dist-info/" in name or ".data/" in name}
     assert {*wheel.namelist()} - information == modules
-    assert {f"{package}/py.typed" for package in PACKAGES} <= modules
+    assert {*(f"{package}/py.typed" for package in PACKAGES), "schemas/json/run.json"} <= modules
 
 
 def test_the_wheel_has_the_configs_that_work_without_the_repository(wheel: zipfile.ZipFile) -> None:

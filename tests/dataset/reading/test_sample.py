@@ -171,7 +171,10 @@ def test_a_dataset_and_the_results_of_runs_are_shown_as_tables(data: reinforce.D
     shown = data._repr_html_()
     for text in ("12", "3", "red (dim 8, K 2, logit scale 50)", "embeddings/blue/namer", data.fingerprints["samples"]):
         assert text in shown
-    run = RunSummary("r1", 3, 44, 2.0, 0.9, 2048, {"no_text": 2}, 0, 0, "done", stages={"captions/a": {"inputs": 9.0}})
+    run = RunSummary(
+        run="r1", shards=3, samples=44, seconds=2.0, busy_share=0.9, bytes=2048, refused={"no_text": 2},
+        message="done", stages={"captions/a": {"inputs": 9.0}},
+    )  # fmt: skip
     assert all(text in run._repr_html_() for text in ("r1: done", "2.0 KiB", "2 no_text", "captions/a", "22 samples/s"))
     results = Results("runs/<s0>", "student", 10, 40, 5.0, 2_000_000, 1.25, {"top1": 0.5, "bad": None}, None, 0)
     assert all(

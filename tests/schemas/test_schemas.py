@@ -1,4 +1,4 @@
-"""Schemas of the layer files."""
+"""Schemas of the layer files, and the reasons of the quarantine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from schemas import (
-    PAIRS,
-    captions_schema,
-    embeddings_schema,
-    quarantine_schema,
-    samples_schema,
-)
+from schemas import PAIRS, WHOLE_SHARD, Reason, captions_schema, embeddings_schema, quarantine_schema, samples_schema
 
 SCHEMAS = {
     "samples, embed": samples_schema("embed"),
@@ -59,3 +53,13 @@ def test_embeddings_are_tensors_of_count_and_dim_with_scales_for_int8(dtype: str
 def test_samples_have_the_image_or_a_reference_to_it() -> None:
     either = {"image", "image_ref", "image_digest"}
     assert set(samples_schema("embed").names) ^ set(samples_schema("reference").names) == either
+
+
+def test_values_are_the_names_in_lower_case() -> None:
+    assert all(reason.value == reason.name.lower() for reason in Reason)
+
+
+def test_whole_shard_reasons_are_of_shards_and_damage_is_not_among_them() -> None:
+    assert {Reason(value) for value in WHOLE_SHARD} == {
+        reason for reason in Reason if reason.value.startswith("shard_")
+    } - {Reason.SHARD_DAMAGED, Reason.SHARD_SAMPLES}

@@ -1,17 +1,21 @@
-"""The Dockerfiles, scripts and units of deploy/, by their linters."""
+"""The files of deploy/: images, scripts, units and the folder that a job uploads, by their linters; and its README."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
+from ray._private.ray_constants import get_runtime_env_default_excludes
+from ray._private.runtime_env.packaging import create_package
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -91,3 +95,64 @@ def test_the_command_lines_of_ray_start_are_those_of_the_installed_ray() -> None
         assert set(re.findall(r"--[a-z-]+", match[2])) <= options[match[1]], match[0]
     drained = (DEPLOY / "drain_on_notice.py").read_text()
     assert set(re.findall(r"(--[a-z-]+)[=\"]", drained)) <= options["drain-node"]
+
+
+REASON = "set DEPLOY_BUILD to the command that builds an image, such as DEPLOY_BUILD='docker build' (minutes)"
+
+
+@pytest.mark.skipif("DEPLOY_BUILD" not in os.environ, reason=REASON)
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("image", ["cpu", "cuda"])
+def test_images_build(image: str) -> None:
+    command = [*shlex.split(os.environ["DEPLOY_BUILD"]), "-f", f"deploy/docker/{image}.Dockerfile"]
+    done = subprocess.run([*command, "-t", f"reinforce:{image}", "."], cwd=ROOT, check=False)
+    assert done.returncode == 0
+
+
+LARGE = [
+    ".venv/lib/python3/site-packages/torch/lib.so",
+    ".git/objects/pack/a.pack",
+    "demo/shards/000.tar",
+    "data/000.tar",
+    "checkpoints/step-1.pt",
+    "wandb/run/log.txt",
+    "outputs/samples/a.parquet",
+    "mine/000.tar.gz",
+    "mine/a.parquet",
+]
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip(f"not a checkout of git: {listed.stderr.strip()}")
+    return listed.stdout.splitlines()
+
+
+def test_a_job_uploads_code_and_configs_and_nothing_large(tracked: list[str], tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for name in [*tracked, *LARGE, "mine/teachers.py", "mine/run.yaml"]:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).touch()
+    for name in (".gitignore", ".rayignore"):
+        (checkout / name).write_text((ROOT / name).read_text())
+    excludes = get_runtime_env_default_excludes()
+    create_package(str(checkout), tmp_path / "a.zip", include_gitignore=True, excludes=excludes)
+    with zipfile.ZipFile(tmp_path / "a.zip") as package:
+        uploaded = {name for name in package.namelist() if not name.endswith("/")}
+    assert not uploaded & set(LARGE)
+    folders = ("reinforce", "teachers", "schemas", "jobs", "configs")
+    code = {name for name in tracked if name.split("/")[0] in folders}
+    assert code | {"mine/teachers.py", "mine/run.yaml"} <= uploaded
+    assert {name.split("/")[0] for name in uploaded if "/" in name} == {*folders, "mine"}
+    size = sum((ROOT / name).stat().st_size for name in uploaded & set(tracked))
+    assert size < 20e6, "of which the models of the demo are 12 MB"
+
+
+def test_each_link_has_a_file_and_each_file_is_linked() -> None:
+    text = (DEPLOY / "README.md").read_text()
+    links = {(DEPLOY / link.split("#")[0]).resolve() for link in re.findall(r"\]\(([^)]+)\)", text)}
+    assert [link for link in links if not link.exists()] == []
+    files = {path for path in DEPLOY.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {path for path in files if path not in links and path.parent not in links} == {DEPLOY / "README.md"}
