@@ -60,6 +60,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
+def as_config(model: type[Model], config: Model | str | Path | Mapping[str, Any]) -> Model:
+    """A validated config from a config, a YAML file or a mapping. Raises UserError."""
+    if isinstance(config, Mapping):
+        return parse(model, config)
+    return load(model, config) if isinstance(config, (str, Path)) else config
+
+
 def parse(model: type[Model], data: Mapping[str, Any], where: str = "config") -> Model:
     """Validate a mapping. Raises UserError with one line per error, each with the key and the fix."""
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reinforce import settings
-from reinforce.captioning.config import CaptionerConfig, load_captioner_config
+from reinforce.captioning.config import CaptionerConfig
 from reinforce.captioning.evaluator import CaptionerEvaluator
 from reinforce.captioning.feed import CaptionFeed
 from reinforce.captioning.model import build_captioner, check_captioner, describe_parameters
@@ -47,7 +47,7 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
     ``reinforce.student.train.train``. Raises UserError for user errors, and ``reinforce.training.stop.Stopped`` after
     a signal.
     """
-    config = _parse_config(config)
+    config = settings.as_config(CaptionerConfig, config)
     Storage(config.output).check_writable()
     check_captioner(config)
     check_trackers(config.log)
@@ -121,9 +121,3 @@ def _data_notes(pairs: Pairs, model: str) -> list[str]:
     if truncated := count_truncated(captions, model):
         notes.append(f"{truncated:,} of {len(captions):,} captions are longer than the model's context and truncated")
     return notes
-
-
-def _parse_config(config: CaptionerConfig | str | Path | dict[str, Any]) -> CaptionerConfig:
-    if isinstance(config, CaptionerConfig):
-        return config
-    return settings.parse(CaptionerConfig, config) if isinstance(config, dict) else load_captioner_config(config)

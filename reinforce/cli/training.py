@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,6 +15,10 @@ from reinforce.cli.common import STDOUT, Address, AsJson, JsonFile, Overrides, c
 from reinforce.errors import UserError
 from reinforce.terminal import escape
 from teachers.redact import redact
+
+if TYPE_CHECKING:
+    from reinforce.evaluation.report import Report
+    from reinforce.shipping.report import LatencyReport
 
 T = TypeVar("T")
 
@@ -36,10 +40,8 @@ def train(
         from reinforce.student.train import train as train_student  # takes seconds, so the config is checked before
 
         results = _run_training(lambda: train_student(checked, address=address))
-        if _is_first_rank() and as_json:
-            print_json(results.as_json())
-        elif _is_first_rank():
-            typer.echo(results.summary())
+        if _is_first_rank():
+            print_json(results.as_json()) if as_json else typer.echo(results.summary())
 
 
 def finetune_captioner(
@@ -178,14 +180,7 @@ def evaluate(
             raise UserError("nothing to evaluate on: name sets with --zero-shot, --retrieval or --config.")
         with resolve_models(models, pretrained) as specs:
             report = command.evaluate_models(specs, sets, device, precision, clip_benchmark)
-        if json_ == STDOUT:
-            print_json(report.as_json())
-            return
-        Console().print(report.table())
-        for line in report.lines():
-            typer.echo(line)
-        if json_ is not None:
-            report.write(json_)
+        show_report(report, json_, print_json)
 
 
 def latency(
@@ -217,13 +212,21 @@ def latency(
     with only_json(json_ == STDOUT) as print_json:
         with resolve_models(models, weights=False) as specs:
             report = measure_latency(specs, rounds=rounds, threads=threads, onnx=onnx_, clock=clock)
-        if json_ == STDOUT:
-            print_json(report.as_json())
-            return
-        Console().print(report.table())
-        typer.echo(report.conditions())
-        if json_ is not None:
-            report.write(json_)
+        show_report(report, json_, print_json)
+
+
+def show_report(report: Report | LatencyReport, file: str | None, print_json: Callable[[Any], None]) -> None:
+    """Show a report on the terminal, and write it to the file of --json. Raises UserError."""
+    from reinforce.storage import write_json
+
+    if file == STDOUT:
+        print_json(report.as_json())
+        return
+    Console().print(report.table())
+    for line in report.lines():
+        typer.echo(line)
+    if file is not None:
+        write_json(report.as_json(), file)
 
 
 def _run_training(work: Callable[[], T]) -> T:

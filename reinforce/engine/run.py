@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reinforce.config import Config, load_config, parse_config
+from reinforce.config import Config
 from reinforce.dataset.files.index import prune_index
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
@@ -33,6 +33,7 @@ from reinforce.engine.record.summary import RunSummary, add_summaries, nothing_t
 from reinforce.errors import RayEnded, StorageError, TooManyQuarantined, UserError
 from reinforce.nodes import cluster_of_run, nodes_of_run
 from reinforce.processes.cores import Node
+from reinforce.settings import as_config
 from teachers.redact import Redactor
 
 _LOG = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def run(
     ``retry_quarantined`` removes shards that are quarantined as a whole from the quarantine and tries them again.
     Raises UserError for errors that the user must fix.
     """
-    config = as_config(config)
+    config = as_config(Config, config)
     redact = Redactor(config.model_dump(mode="json"))  # errors of storages and models may quote the config
     try:
         return _run(config, address, retry_quarantined)
@@ -129,13 +130,6 @@ def _compute(
             if not summary.postponed:
                 break
         return summary
-
-
-def as_config(config: Config | str | Path | dict[str, Any]) -> Config:
-    """A validated config from a config, a YAML file or a mapping. Raises UserError."""
-    if isinstance(config, Config):
-        return config
-    return parse_config(config) if isinstance(config, dict) else load_config(config)
 
 
 def _forget_quarantine(plan: Plan, store: Store) -> None:

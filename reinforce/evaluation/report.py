@@ -8,7 +8,6 @@ from typing import Any
 from rich.table import Table
 
 from reinforce.source.samples import Refusal
-from reinforce.storage import write_json
 
 _LISTED = 3  # refused images that are named in a line
 
@@ -73,10 +72,6 @@ class Report:
             for model in self.metrics
         }
         return {"models": models}
-
-    def write(self, url: str) -> None:
-        """Write ``as_json`` to a path or fsspec URL. Raises UserError where the file cannot be written."""
-        write_json(self.as_json(), url)
 
 
 def _set_as_json(summary: SetSummary) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,9 +15,9 @@ from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.manifest.schema import check_run
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.reading.dataset import Dataset
+from reinforce.dataset.runs.progress import list_runs, read_summary
 from reinforce.errors import UserError
 from reinforce.seeds import permutation
 
@@ -149,15 +148,9 @@ def _in_turn(lists: list[list[Quarantined]]) -> Iterator[Quarantined]:
 
 
 def _runs(store: Store, problems: list[str]) -> Iterator[RunFacts]:
-    try:
-        names = [posixpath.basename(str(path).rstrip("/")) for path in store.fs.ls(store.path("runs"), detail=False)]
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for name in sorted(names, reverse=True)[:_RUNS]:
+    for name in list_runs(store)[:_RUNS]:
         try:
-            summary = store.read_json("runs", name, "summary.json")
-            if summary is not None:
-                check_run(summary, store.path("runs", name, "summary.json"))
+            if (summary := read_summary(store, name)) is not None:
                 yield _run(name, summary)
         except UserError as error:
             problems.append(str(error))

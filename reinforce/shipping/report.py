@@ -7,8 +7,6 @@ from typing import Any
 
 from rich.table import Table
 
-from reinforce.storage import write_json
-
 SIDES = ("image", "text")
 
 
@@ -46,21 +44,17 @@ class LatencyReport:
             )
         return table
 
-    def conditions(self) -> str:
+    def lines(self) -> list[str]:
         """Return the machine, the method and the versions as one line."""
         about = self.about
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         cores = f"{about['threads']} of {about['cores']} cores, load average {about['load average']} at the start"
         rounds = f"medians of {about['rounds']} rounds by the {about['clock']}, one image or text at a time"
-        return f"{about['cpu']}, {cores}; {rounds}, random weights; {versions}"
+        return [f"{about['cpu']}, {cores}; {rounds}, random weights; {versions}"]
 
     def as_json(self) -> dict[str, Any]:
         """The report as it is written."""
         return {**self.about, "models": self.models}
-
-    def write(self, url: str) -> None:
-        """Write the report as JSON to a path or fsspec URL. Raises UserError if it cannot be written."""
-        write_json(self.as_json(), url)
 
 
 def _sum_of_medians(times: dict[str, dict[str, float]]) -> float:

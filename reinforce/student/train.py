@@ -8,7 +8,7 @@ from typing import Any
 
 from reinforce import settings
 from reinforce.storage import Storage
-from reinforce.student.config import StudentConfig, load_student_config
+from reinforce.student.config import StudentConfig
 from reinforce.student.data.feed import StudentFeed
 from reinforce.student.task import StudentTask
 from reinforce.training.config import MUTABLE_KEYS, fixed_config
@@ -38,7 +38,7 @@ def train(config: StudentConfig | str | Path | dict[str, Any], *, address: str |
     Train. Raises UserError for errors that the user can fix, and ``reinforce.training.stop.Stopped`` after a signal,
     when a checkpoint has been written.
     """
-    config = _as_student_config(config)
+    config = settings.as_config(StudentConfig, config)
     Storage(config.output).check_writable()
     job = make_job(config)
     check_trackers(config.log)
@@ -80,9 +80,3 @@ def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask,
             "contrasts samples with copies of themselves. Lower it."
         )
     return task, feed
-
-
-def _as_student_config(config: StudentConfig | str | Path | dict[str, Any]) -> StudentConfig:
-    if isinstance(config, StudentConfig):
-        return config
-    return settings.parse(StudentConfig, config) if isinstance(config, dict) else load_student_config(config)

@@ -11,22 +11,23 @@ from typing import Any
 import pytest
 import yaml
 
-from reinforce.config import parse_config
+from reinforce.config import Config, parse_config
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.record.summary import RunSummary
-from reinforce.engine.run import as_config, run
+from reinforce.engine.run import run
 from reinforce.errors import UserError
+from reinforce.settings import as_config
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.reinforced import reinforce_here
 
 
 def test_a_config_is_accepted_as_an_object_a_mapping_and_a_file(tmp_path: Path) -> None:
     mapping = config_of("x.tar", tmp_path / "out")
-    config = as_config(mapping)
-    assert as_config(config) is config
+    config = as_config(Config, mapping)
+    assert as_config(Config, config) is config
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(mapping))
-    assert as_config(path) == as_config(str(path)) == config
+    assert as_config(Config, path) == as_config(Config, str(path)) == config
 
 
 def test_a_run_warns_once_of_a_class_without_a_version_and_of_a_key_without_effect(

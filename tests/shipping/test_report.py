@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from reinforce.cli.training import show_report
 from reinforce.errors import UserError
 from reinforce.shipping.report import LatencyReport
 
@@ -35,10 +36,11 @@ def test_table_shows_the_speedup_over_the_slowest_line() -> None:
     ]
 
 
-def test_report_is_written_as_json(tmp_path: Path) -> None:
-    report = LatencyReport({"cpu": "a cpu"}, {"fast": model(2.0, 2.0)})
-    report.write(str(tmp_path / "report.json"))
-    stored = json.loads((tmp_path / "report.json").read_text())
-    assert stored == {"cpu": "a cpu", "models": report.models}
+def test_a_report_is_shown_and_written_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = {"cpu": "a cpu", "threads": 1, "cores": 2, "load average": 0, "rounds": 3, "clock": "clock", "versions": {}}
+    report = LatencyReport(about, {"fast": model(2.0, 2.0)})
+    show_report(report, str(tmp_path / "sub" / "report.json"), print)
+    assert json.loads((tmp_path / "sub" / "report.json").read_text()) == {**about, "models": report.models}
+    assert "a cpu, 1 of 2 cores" in capsys.readouterr().out
     with pytest.raises(UserError, match="Name another file"):
-        report.write(str(tmp_path / "report.json" / "inside"))
+        show_report(report, str(tmp_path / "sub" / "report.json" / "inside"), print)

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import multiprocessing.connection
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from reinforce.dataset.validate.shard_reader import ReadOptions, ReadShards, ShardReader, Shards
 from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores
+from reinforce.processes.parent import exit_with_parent
 from reinforce.processes.prefetch import prefetch
 from reinforce.storage import Storage
 
@@ -80,17 +78,9 @@ _readers: list[ShardReader] = []  # of a process of the pool
 def _start(options: ReadOptions, threads: int) -> None:
     """Set up a process of the pool."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), name="exit-with-parent", daemon=True).start()
+    exit_with_parent()
     _readers.append(ShardReader(options, threads))
 
 
 def _read_in_process(shards: Shards) -> ReadShards:
     return _readers[0].read(shards)
-
-
-def _exit_with_parent(sentinel: int) -> None:
-    """Exit when the parent has been killed, which the pool does not notice."""
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)

@@ -7,18 +7,18 @@ import gc
 import itertools
 import logging
 import multiprocessing
-import multiprocessing.connection
 import os
-import queue
-import threading
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset
 
 from reinforce.errors import UserError
+from reinforce.processes.parent import exit_with_parent
+from reinforce.processes.prefetch import prefetch
 from reinforce.student.config import Data
 from reinforce.student.data.assembly import Assembler
 from reinforce.student.data.datasets import open_datasets
@@ -91,7 +91,7 @@ class StudentFeed:
         stream = RankStream(plan, rank, ranks, batch, start)
         batches = self._read_here(stream)
         if reading.loaders:
-            batches = _prefetch_one(self._read_in_workers(stream, processes))
+            batches = _made_in_thread(self._read_in_workers(stream, processes))
         unusable, samples = Counter[str](), start * batch * ranks
         with contextlib.closing(batches):
             for assembled, new_unusable in batches:
@@ -165,44 +165,10 @@ def _init_worker(environment: Mapping[str, str], _: int) -> None:
     """Set up a loader process."""
     os.environ.update(environment)  # a fork server has the environment of its own start
     gc.freeze()  # garbage collections skip all imported modules
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), name="exit-with-parent", daemon=True).start()
+    exit_with_parent()  # torch only watches the process that forked this one, the fork server
 
 
-def _exit_with_parent(sentinel: int) -> None:
-    """Exit when the training exits. Torch only watches the process that forked this one, the fork server."""
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
-
-
-def _prefetch_one(items: Generator[T]) -> Generator[T]:
-    """Yield the items; a thread makes the next one while the consumer uses the last."""
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=1)
-    closed = threading.Event()
-
-    def run() -> None:
-        try:
-            for item in items:
-                ready.put((item, None))
-                if closed.is_set():
-                    break
-        except BaseException as error:
-            ready.put((None, error))
-        finally:
-            items.close()
-
-    thread = threading.Thread(target=run, name="batches", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            assert item is not None
-            yield item
-    finally:
-        closed.set()
-        while thread.is_alive():
-            with contextlib.suppress(queue.Empty):
-                ready.get(timeout=0.05)
+def _made_in_thread(items: Generator[T]) -> Generator[T]:
+    """Yield endless items; a thread makes the next one while the consumer uses the last."""
+    with contextlib.closing(items), ThreadPoolExecutor(1, "batches") as pool:
+        yield from prefetch(pool, lambda _: next(items), itertools.count(), 1)
