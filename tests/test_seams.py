@@ -16,11 +16,19 @@ import reinforce
 from reinforce import source_formats
 from reinforce.cli import main
 from reinforce.config import parse_config
+from reinforce.dataset.drop import plan_drop
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.registry import KINDS
+from reinforce.dataset.layers import parts_of
 from reinforce.dataset.validate.validate import validate
 from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.recompute import recompute
+from reinforce.engine.worker.producers.registry import PRODUCERS
 from reinforce.errors import UserError
 from reinforce.source.formats.registry import all_formats
 from teachers import registry
+from tests.helpers.brightness import LAYER as BRIGHTNESS
+from tests.helpers.brightness import Brightness, BrightnessProducer
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.palette_family import PALETTE
 from tests.helpers.record_format import write_records
@@ -204,3 +212,73 @@ def test_keys_of_one_more_family_are_validated_and_change_its_fingerprint(palett
     ):
         with pytest.raises(UserError, match=message):
             parsed(**keys)
+
+
+# Kinds of layers.
+
+DIVIDES, PARTS = ("split", "rsplit", "partition", "rpartition"), ("dirname", "basename")
+
+
+def kind_questions(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The line and the text of each comparison of a kind with a name, of each name of a layer that is built or
+    compared, and of each that is divided into its parts."""
+    names = {*KINDS}
+    folders = tuple(f"{parts_of(kind.pattern)[0]}/" for kind in KINDS.values())
+    for node in ast.walk(tree):
+        found = False
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            texts = {leaf.value for side in sides for leaf in ast.walk(side) if isinstance(leaf, ast.Constant)}
+            found = bool(names & texts) and any("kind" in ast.unparse(side) for side in sides)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found = node.value.startswith(folders) and " " not in node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            on, of = ast.unparse(node.func.value), "".join(ast.unparse(argument) for argument in node.args[:1])
+            divided = on if of == "'/'" and node.func.attr in DIVIDES else of if node.func.attr in PARTS else ""
+            found = divided in ("name", "layer", "layer.name", "self.name")
+        if found:
+            yield node.lineno, ast.unparse(node)  # type: ignore[attr-defined]
+
+
+def test_no_other_code_asks_which_kind_a_layer_is_of_or_reads_its_name() -> None:
+    own = ("dataset/kinds/", "dataset/layers.py", "engine/worker/producers/", "source/formats/tar.py")
+    asked = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for path in sorted((ROOT / "reinforce").rglob("*.py"))
+        if not str(path.relative_to(ROOT / "reinforce")).startswith(own)
+        for line, text in kind_questions(ast.parse(path.read_text()))
+    ]
+    assert asked == []
+    code = "layer.kind.name in ('images', 'texts'); f'captions/{c}'; layer.split('/'); posixpath.dirname(name)"
+    assert len({text for _, text in kind_questions(ast.parse(code))}) == 4, "the search finds such code"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_one_more_kind_of_layers_needs_a_kind_and_a_producer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "source" / "0.tar", members_of(0, 5))
+    config = config_of(f"{tmp_path}/source/*.tar", tmp_path / "out", captioners={})
+    del config["teachers"]["blue"]
+    url = reinforce_here(config)  # the layer is added to a finished dataset
+    monkeypatch.setitem(KINDS, "brightness", Brightness())
+    monkeypatch.setitem(PRODUCERS, "brightness", BrightnessProducer)
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    assert [shard.layers for shard in make_plan(parse_config(config)).pending] == [(BRIGHTNESS,)]
+    assert BRIGHTNESS in run(capfd, "plan", "run.yaml")
+    assert reinforce.run(config).status == 0
+    assert make_plan(parse_config(config)).pending == []
+    assert "mean of the first crop" in run(capfd, "status", url)
+    assert validate(url).findings == []
+    [comparison] = [one for one in recompute(parse_config(config), url, 5).layers if one.layer == BRIGHTNESS]
+    assert (comparison.rows, comparison.equal) == (5, 5)
+    samples = list(reinforce.open(url))
+    assert len(samples) == 5
+    for sample in samples:
+        assert sample.values[BRIGHTNESS] == pytest.approx(np.asarray(sample.augmented(0)).mean(), abs=0.01)
+    run(capfd, "inspect", url, "report")
+    assert "mean of the first crop" in Path("report", "index.html").read_text()
+    with pytest.raises(UserError, match=f"{BRIGHTNESS} depends? on samples"):
+        plan_drop(Store(url), ["samples"]).check()
+    assert f"{BRIGHTNESS}: 1 file" in run(capfd, "drop", url, "measures/*")

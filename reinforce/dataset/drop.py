@@ -28,7 +28,7 @@ from reinforce.dataset.kinds.registry import (
     kind_of,
     with_dependants,
 )
-from reinforce.dataset.layers import folders_of, model_of
+from reinforce.dataset.layers import model_of, parts_of
 from reinforce.dataset.manifest.manifest import TUNED_KEY, find_manifest, write_manifest
 from reinforce.errors import UserError
 from reinforce.terminal import format_bytes
@@ -195,7 +195,8 @@ def _owner(layer: str) -> tuple[str, str]:
 
 def _check_links(store: Store, layer: str) -> None:
     """Raise UserError if the folder of a layer or of its quarantine is a link: the files in it belong to others."""
-    folders = folders_of(layer)
+    parts = parts_of(layer)
+    folders = [parts[:depth] for depth in range(1, len(parts) + 1)]
     for folder in [*folders, *(["quarantine", *folder] for folder in ([], *folders))] if store.local else ():
         path = store.path(*folder)
         if os.path.islink(path):

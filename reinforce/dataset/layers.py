@@ -42,23 +42,27 @@ def embeddings_layer(teacher: str, inputs: str) -> str:
 
 def model_of(name: str) -> str:
     """The model in the name of a layer; empty for samples."""
-    return name.split("/")[1] if "/" in name else ""
+    return "".join(parts_of(name)[1:2])
 
 
 def inputs_of(name: str) -> str:
     """What a teacher encodes in an embeddings layer of this name: ``images``, ``caption`` or a captioner's name."""
-    return name.rsplit("/", maxsplit=1)[-1]
+    return parts_of(name)[-1]
 
 
-def folders_of(name: str) -> list[list[str]]:
-    """The folder of a layer and those above it, outermost first, each as the names of folders from the dataset on."""
-    parts = name.split("/")
-    return [parts[:depth] for depth in range(1, len(parts) + 1)]
+def parts_of(name: str) -> list[str]:
+    """The names of the folders from the dataset down to that of a layer."""
+    return name.split("/")
+
+
+def folder_of(name: str) -> str:
+    """The folder that holds a layer's folder."""
+    return name.rpartition("/")[0]
 
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a name fits a kind's pattern, in which ``*`` stands for the name of a model or of its inputs."""
-    parts, wanted = name.split("/"), pattern.split("/")
+    parts, wanted = parts_of(name), parts_of(pattern)
     return len(parts) == len(wanted) and all(
         LAYER_NAME.fullmatch(part) and one in ("*", part) for part, one in zip(parts, wanted, strict=True)
     )

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from reinforce.dataset import vectors
 from reinforce.dataset.augment.records import OPS
+from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.reading.aligned import AlignedLayers, row_errors
 from reinforce.dataset.reading.dataset import Dataset
@@ -126,7 +127,8 @@ def _add(rows: Rows, group: Group, tables: Mapping[str, pa.Table]) -> None:
     """Add a row group. Nothing is added if something in it cannot be read."""
     samples = tables[SAMPLES]
     areas, operations = _augmentations(samples)
-    decoded = {name: vectors.decode(table) for name, table in tables.items() if name.startswith("embeddings/")}
+    names = [embeddings_layer(t, i) for t in rows.teachers for i in ("images", TRUE_CAPTION, *rows.captioners)]
+    decoded = {name: vectors.decode(tables[name]) for name in names if name in tables}
     similarity = _similarities(rows, decoded)
     pixels = np.stack([samples["width"].to_numpy(), samples["height"].to_numpy()], axis=1)
     captions = {name: tables[captions_layer(name)]["captions"].to_pylist() for name in rows.captioners}
@@ -138,9 +140,12 @@ def _add(rows: Rows, group: Group, tables: Mapping[str, pa.Table]) -> None:
     rows.operations.append(operations)
     for name, texts in captions.items():
         rows.synthetic[name] += texts
-        rows.layers[captions_layer(name)].add_nulls(np.array([text is None for text in texts], bool))
-    for name, values in decoded.items():
-        rows.layers[name].add_vectors(values)
+    for name, figures in rows.layers.items():
+        column = kind_of(name).values
+        if name in decoded:
+            figures.add_vectors(decoded[name])
+        elif column is not None:
+            figures.add_nulls(np.asarray(tables[name][column].is_null()))
     for which, values in similarity.items():
         rows.similarity.setdefault(which, []).append(values)
     rows.targets.add(

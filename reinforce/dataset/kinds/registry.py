@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from reinforce.dataset.kinds.captions import Captions
 from reinforce.dataset.kinds.embeddings import ImageEmbeddings, TextEmbeddings
 from reinforce.dataset.kinds.samples import Samples
-from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, folders_of, matches
+from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, folder_of, matches, parts_of
 
 #: Every kind by its name in dataset.json. Kinds of lower levels come first.
 KINDS: dict[str, LayerKind] = {kind.name: kind for kind in (Samples(), Captions(), ImageEmbeddings(), TextEmbeddings())}
@@ -23,8 +22,8 @@ def find_kind(name: str) -> LayerKind | None:
 
 def holds_layers(folder: str) -> bool:
     """Whether layers may be in a folder of the dataset, given as a path such as ``embeddings/dfn2b``."""
-    depth = len(folders_of(folder))
-    return any(matches(folder, "/".join(folders_of(kind.pattern)[:depth][-1])) for kind in KINDS.values())
+    depth = len(parts_of(folder))
+    return any(matches(folder, "/".join(parts_of(kind.pattern)[:depth])) for kind in KINDS.values())
 
 
 def kind_of(name: str) -> LayerKind:
@@ -74,8 +73,8 @@ def drop_command(url: str, names: Collection[str], known: Collection[str]) -> st
         return shlex.join(["reinforce", "drop", url, "*"])
     arguments: dict[str, None] = {}
     for name in names:
-        folder = posixpath.dirname(name)
-        of_model = {layer for layer in {*known, *names} if posixpath.dirname(layer) == folder}
+        folder = folder_of(name)
+        of_model = {layer for layer in {*known, *names} if folder_of(layer) == folder}
         whole = "/" in folder and len(of_model) > 1 and of_model <= {*names}
         arguments[f"{folder}/*" if whole else name] = None
     return shlex.join(["reinforce", "drop", url, *arguments])

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from reinforce.config import LAYER_NAME
 from reinforce.dataset.kinds.registry import KINDS
+from reinforce.dataset.layers import parts_of
 from reinforce.errors import UserError
 from reinforce.terminal import escape
 
@@ -128,7 +129,7 @@ def _check_names(manifest: Mapping[str, Any], where: str) -> None:
     if len(sections) < len(_SECTIONS):
         raise UserError(f"{where}: dataset.json is not that of a reinforced dataset. Restore it.")
     layers, *models = sections
-    parts = [part for layer in layers for part in layer.split("/")]
+    parts = [part for layer in layers for part in parts_of(layer)]
     for name in (*parts, *(name for section in models for name in section)):
         if not LAYER_NAME.fullmatch(name):
             raise UserError(

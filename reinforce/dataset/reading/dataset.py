@@ -22,6 +22,7 @@ from reinforce.dataset.files.damage import describe_damaged, drop_shard_command,
 from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
+from reinforce.dataset.kinds.registry import kind_of, stored_layer
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION, captions_layer, embeddings_layer
 from reinforce.dataset.manifest.manifest import read_manifest, select_names
 from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors, row_errors
@@ -97,6 +98,8 @@ class Dataset:
         self.captioners = select_names(self.store.url, "captioners", captioners, self.manifest)
         wanted = [captions_layer(c) for c in self.captioners]
         wanted += [embeddings_layer(t, i) for t in self.teachers for i in ("images", TRUE_CAPTION, *self.captioners)]
+        stored = [stored_layer(name, entry) for name, entry in self.manifest["layers"].items()]
+        wanted += [layer.name for layer in stored if layer.model is None and layer.name != SAMPLES]
         self.layers = [SAMPLES, *(name for name in wanted if name in self.manifest["layers"])]
         listings = self.store.listings(self.layers)
         self.shards = self._complete_shards(listings, strict)
@@ -311,6 +314,7 @@ class Dataset:
                     captions=layers.captions(i),
                     images=layers.images(i),
                     texts=layers.texts(i),
+                    values=layers.values(i),
                     policies=self._policies,
                 )
             yield sample
@@ -331,6 +335,13 @@ class _RowGroupLayers:
             t: {i: vectors.decode(tables[name]) for i in inputs if (name := embeddings_layer(t, i)) in tables}
             for t in teachers
         }
+
+        known = {SAMPLES, *map(captions_layer, captioners)}
+        known |= {embeddings_layer(t, i) for t in teachers for i in ("images", *inputs)}
+        self._values = {name: kind_of(name).decode(tables[name]) for name in tables.keys() - known}
+
+    def values(self, row: int) -> dict[str, Any]:
+        return {name: values[row] for name, values in self._values.items()}
 
     def captions(self, row: int) -> dict[str, list[str] | None]:
         return {name: texts[row] for name, texts in self._captions.items()}

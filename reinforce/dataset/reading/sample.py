@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,7 @@ class Sample:
         images: float32 [K, D] by teacher; row k is the embedding of ``augmented(k)``.
         texts: float32 [1 or N, D] by teacher, then by ``caption`` (the true caption) or captioner.
         policies: how the dataset's images become pixels.
+        values: by layer, what layers have that no model of the config makes.
 
     Vectors are NaN if the layer is null for this sample.
     """
@@ -91,6 +92,7 @@ class Sample:
     images: Mapping[str, np.ndarray]
     texts: Mapping[str, Mapping[str, np.ndarray]]
     policies: ImagePolicies
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     def pil(self) -> Image.Image:
         """Decode the image to RGB by the dataset's recorded image policy and limits.

@@ -67,6 +67,24 @@ TOLERANCES: dict[Precision, Tolerance] = {
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What an encoder is tested on: their name in messages, their number, and what to check if two of them get the same
+    embedding."""
+
+    name: str
+    count: int
+    cause: str
+    texts: Sequence[str] = ()
+
+    def describe(self, one: int, other: int) -> str:
+        return f"{self.texts[other]!r} and {self.texts[one]!r}" if self.texts else "two different images"
+
+
+_IMAGE_INPUTS = _Inputs("images", _IMAGES, "image encoder and `image`")
+_TEXT_INPUTS = _Inputs("texts", len(TEXTS), "tokenizer and the text encoder", TEXTS)
+
+
 def precisions(config: Config) -> dict[str, Precision]:
     """The precision of the forward passes of each model, by name."""
     return {name: spec.resolved_precision for name, spec in (*config.captioners.items(), *config.teachers.items())}
@@ -81,7 +99,7 @@ def check_image_encoder(models: Models, name: str, precision: Precision) -> Floa
         with models.use_accelerator():
             return teacher.encode_images(pixels)
 
-    return _check_encoder(name, "images", teacher, encode, precision)
+    return _check_encoder(name, _IMAGE_INPUTS, teacher, encode, precision)
 
 
 def check_text_encoder(models: Models, name: str, precision: Precision) -> Floats:
@@ -93,7 +111,7 @@ def check_text_encoder(models: Models, name: str, precision: Precision) -> Float
         with models.use_accelerator():
             return run()
 
-    return _check_encoder(name, "texts", teacher, encode, precision)
+    return _check_encoder(name, _TEXT_INPUTS, teacher, encode, precision)
 
 
 def check_captioner(models: Models, name: str, count: int) -> None:
@@ -144,19 +162,19 @@ def _any_begins_alike(a: list[list[str]], b: list[list[str]]) -> bool:
 
 
 def _check_encoder(
-    name: str, kind: str, teacher: Teacher, encode: Callable[[Sequence[int]], torch.Tensor], precision: Precision
+    name: str, inputs: _Inputs, teacher: Teacher, encode: Callable[[Sequence[int]], torch.Tensor], precision: Precision
 ) -> Floats:
-    everything = range(len(TEXTS) if kind == "texts" else _IMAGES)
+    everything = range(inputs.count)
     try:
         out = encode(everything)
         tolerance = TOLERANCES[_PRECISIONS.get(out.dtype, precision)]
         together = _embeddings(out, len(everything), teacher.dim)
         _check_repeatable(together, _embeddings(encode(everything), len(everything), teacher.dim), tolerance)
-        _check_different(together, kind, tolerance)
+        _check_different(together, inputs, tolerance)
         alone = np.concatenate([_embeddings(encode([row]), 1, teacher.dim) for row in everything])
         _check_independent(together, alone, tolerance)
     except Exception as error:
-        raise _failed(name, kind, teacher, error) from error
+        raise _failed(name, inputs.name, teacher, error) from error
     norms: Floats = np.linalg.norm(together, axis=1)
     return norms
 
@@ -177,15 +195,14 @@ def _check_repeatable(first: Floats, second: Floats, tolerance: Tolerance) -> No
         )
 
 
-def _check_different(values: Floats, kind: str, tolerance: Tolerance) -> None:
+def _check_different(values: Floats, inputs: _Inputs, tolerance: Tolerance) -> None:
     for one in range(len(values)):
         for other in range(one):
             difference = float(np.abs(values[one] - values[other]).max())
             if difference <= tolerance.equal:
-                what = f"{TEXTS[other]!r} and {TEXTS[one]!r}" if kind == "texts" else "two different images"
-                cause = "tokenizer and the text encoder" if kind == "texts" else "image encoder and `image`"
                 raise ValueError(
-                    f"{what} get the same embedding (largest difference {difference:.1g}); check the {cause}"
+                    f"{inputs.describe(one, other)} get the same embedding (largest difference {difference:.1g}); "
+                    f"check the {inputs.cause}"
                 )
 
 
