@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field, GetCoreSchemaHandler, create_model
-from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 from teachers.protocols import Captioner, Teacher
@@ -110,13 +109,14 @@ class _AnyFamily:
 
     role: ClassVar[str]
     base: ClassVar[type[ModelSpec]]
-    model_fields: ClassVar[dict[str, FieldInfo]]
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         keys = dict(handler.resolve_ref_schema(handler(source)))
         ref = keys.pop("ref")  # of the whole, so that JSON schemas name it
-        as_its_class = core_schema.simple_ser_schema("any")
+        as_its_class = core_schema.wrap_serializer_function_ser_schema(
+            lambda value, serialize: serialize(value), schema=core_schema.any_schema()
+        )
         return core_schema.no_info_wrap_validator_function(cls._validate, keys, ref=ref, serialization=as_its_class)
 
     @classmethod
@@ -131,12 +131,12 @@ class _AnyFamily:
             [other] = {"teacher", "captioner"} - {cls.role}
             names = ", ".join(name for name in specs if name != _CLASS)
             raise ValueError(f"family {family} is for {other}s; {cls.role}s are of {names} or a `class`")
-        own = specs.pop(family)
+        own, foreign = specs.pop(family), set()
         for name, spec in specs.items():
             theirs = spec.model_fields.keys() - own.model_fields.keys()
             if given := [key for key in value if key in theirs and value[key] is not None]:
                 raise ValueError(f"{', '.join(given)}: used only with family {name}; remove it")
-        foreign = cls.model_fields.keys() - own.model_fields.keys()
+            foreign |= theirs
         return own.model_validate({key: item for key, item in value.items() if key not in foreign})
 
 
