@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from teachers.coca.captioner import CocaCaptioner
 from teachers.device.accelerator import Accelerator
-from teachers.transformers.captioner import TransformersCaptioner, load
+from teachers.registry import captioner_spec
+from teachers.transformers.captioner import load
 from tests.helpers import tiny_captioners, tiny_models
 from tests.helpers.tiny_captioners import Captioners, spec_of
+from tests.helpers.tiny_coca import coca_model
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +41,7 @@ def captioner_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
     def save(kind: str) -> Path:
         if not (root / kind).exists():
-            {**tiny_captioners.IMAGE_TO_TEXT, **tiny_captioners.CHAT}[kind](root / kind)
+            {"coca": coca_model, **tiny_captioners.IMAGE_TO_TEXT, **tiny_captioners.CHAT}[kind](root / kind)
         return root / kind
 
     return save
@@ -48,11 +51,10 @@ def captioner_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 def build_captioner(captioner_folder: Callable[[str], Path]) -> Captioners:
     """Load a tiny captioner by its model type and options of its spec."""
 
-    def build(kind: str, **options: Any) -> TransformersCaptioner:
-        found = load(
-            spec_of(captioner_folder(kind), kind, **options), Accelerator("cpu", options.get("precision", "fp32"))
-        )
-        assert isinstance(found, TransformersCaptioner)
-        return found
+    def build(kind: str, **options: Any) -> Any:
+        accelerator = Accelerator("cpu", options.get("precision", "fp32"))
+        if kind == "coca":
+            return CocaCaptioner(captioner_spec(model=f"local-dir:{captioner_folder(kind)}", **options), accelerator)
+        return load(spec_of(captioner_folder(kind), kind, **options), accelerator)
 
     return build

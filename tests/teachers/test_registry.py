@@ -1,101 +1,167 @@
-"""Loading of models from their specs."""
+"""Families of models: how their keys are validated, and how they are described without being loaded."""
 
 from __future__ import annotations
 
-import shutil
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from pydantic import ValidationError
 
-from teachers.registry import (
-    captioner_spec,
-    describe_captioner,
-    describe_teacher,
-    load_captioner,
-    load_teacher,
-    teacher_spec,
-)
-from teachers.spec import CaptionerSpec, TeacherSpec
+from teachers.registry import captioner_spec, describe_captioner, describe_teacher, teacher_spec
+from teachers.spec import Clean
 from tests.helpers import tiny_models
+from tests.helpers.tiny_captioners import spec_of
 
-CUSTOM = "tests.helpers.custom_models"
-
-
-def _custom_teacher(name: str, **spec: Any) -> TeacherSpec:
-    return teacher_spec(**{"class": f"{CUSTOM}:{name}", **spec})
-
-
-def _custom_captioner(name: str = "Writer", **spec: Any) -> CaptionerSpec:
-    return captioner_spec(**{"class": f"{CUSTOM}:{name}", **spec})
-
-
-def test_a_custom_class_is_built_with_the_device_and_its_options() -> None:
-    spec = _custom_teacher("Radiology", options={"weights": "here", "scale": 2.0})
-    teacher: Any = load_teacher("ours", spec, "cpu")
-    assert (teacher.device, teacher.weights, teacher.scale) == (torch.device("cpu"), "here", 2.0)
-    assert teacher.logit_scale == 50
-    info = describe_teacher("ours", spec)
-    assert (info.dim, info.images, info.texts) == (4, True, True)
-    assert info.identity == {"class": f"{CUSTOM}:Radiology", "options": {"weights": "here", "scale": 2.0}, "version": 3}
-
-
-def test_the_configs_logit_scale_overrides_the_class_and_is_not_in_the_identity() -> None:
-    plain = _custom_teacher("Radiology", options={"weights": "here"})
-    scaled = _custom_teacher("Radiology", options={"weights": "here"}, logit_scale=70.0, dtype="int8")
-    assert load_teacher("ours", scaled, "cpu").logit_scale == 70
-    assert describe_teacher("ours", scaled) == describe_teacher("ours", plain)
-
-
-def test_a_class_with_one_encoder_is_supported() -> None:
-    info = describe_teacher("texts", _custom_teacher("TextsOnly"))
-    assert (info.dim, info.images, info.texts) == (None, False, True)
-    teacher = load_teacher("texts", _custom_teacher("TextsOnly"), "cpu")
-    assert (teacher.image, teacher.logit_scale, teacher.dim) == (None, None, 4)
+CLIP = {"model": "ViT-B-32-quickgelu", "pretrained": "openai"}
+COCA = {"model": "coca_ViT-L-14", "pretrained": "laion2b_s13b_b90k"}
+HUB = {"family": "transformers", "model": "google/siglip-base-patch16-224"}
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (_custom_teacher("NoDim", options={"weights": "w"}), "must set `dim`, the length of its embeddings, got None"),
-        (_custom_teacher("NoImage"), "has `encode_images` and must set `image` to a teachers.protocols.ImageSpec"),
-        (_custom_teacher("WrongImage"), "`image` must be a teachers.protocols.ImageSpec, got 224"),
+        ({"model": "ViT-L-14", "pretrained": "dfn2b"}, "use model ViT-L-14-quickgelu"),
+        ({"model": "local-dir:/absent"}, "folder /absent does not exist"),
+        ({"family": "transformers", "model": "/absent/it"}, "folder /absent/it does not exist"),
+        ({**HUB, "pretrained": "x"}, "`pretrained` is not used with family"),
     ],
 )
-def test_missing_attributes_of_a_class_are_named(spec: TeacherSpec, message: str) -> None:
-    with pytest.raises(ValueError, match=f"teacher mine: .*{message}"):
-        load_teacher("mine", spec, "cpu")
+def test_a_wrong_teacher_is_rejected_before_loading(spec: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=f"teacher mine: .*{message}"):
+        describe_teacher("mine", teacher_spec(**spec))
 
 
-def test_errors_of_custom_code_name_the_teacher() -> None:
-    with pytest.raises(RuntimeError, match="teacher mine: KeyError: 'lost'") as caught:
-        load_teacher("mine", _custom_teacher("Fails"), "cpu")
-    assert isinstance(caught.value.__cause__, KeyError)
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (CLIP, "does not write captions: use one of coca_ViT-B-32"),
+        ({**COCA, "prompt": "What?"}, "prompt: used only by chat models of `family: transformers`"),
+        ({**HUB, "pretrained": "x"}, "`pretrained` is not used with family transformers"),
+        ({**HUB, "compile": True}, "`compile` works only with CoCa"),
+        ({"family": "transformers", "model": "/absent/it"}, "folder /absent/it does not exist"),
+    ],
+)
+def test_a_wrong_captioner_is_rejected_before_loading(spec: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=f"captioner mine: .*{message}"):
+        describe_captioner("mine", captioner_spec(**spec))
 
 
-def test_an_unavailable_device_error_names_the_teacher() -> None:
-    with pytest.raises(ValueError, match="teacher mine: device 'cuda:64' is not available"):
-        load_teacher("mine", _custom_teacher("TextsOnly"), "cuda:64")
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            "llava",
+            {"prompt": None},
+            "'llava' needs a prompt, such as prompt: .Describe the image in one sentence",
+        ),
+        ("blip", {"prompt": "a photo of"}, "`prompt` is not used by a model of type 'blip': remove it"),
+        ("git", {"image_size": 64}, "`image_size` is not used by a model of type 'git'"),
+        ("git", {"max_length": 65}, "max_length 65 exceeds the model's context of 64 tokens"),
+        ("vision-encoder-decoder", {"max_length": 65}, "max_length 65 exceeds the model's context of 64 tokens"),
+        ("qwen2_vl", {"max_length": 257}, "max_length 257 exceeds the model's context of 256 tokens"),
+    ],
+)
+def test_keys_that_a_model_of_transformers_does_not_support_are_rejected_before_loading(
+    captioner_folder: Callable[[str], Path], kind: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"captioner mine: .*{message}"):
+        describe_captioner("mine", spec_of(captioner_folder(kind), kind, **options))
 
 
-@pytest.mark.parametrize("kind", ["clip", "dinov2", "bert"])
-def test_a_transformers_folder_loads_as_described(tmp_path: Path, kind: str) -> None:
-    model = getattr(tiny_models, f"transformers_{kind}")(tmp_path / kind)
-    spec = teacher_spec(family="transformers", model=model)
-    info, teacher = describe_teacher("t", spec), load_teacher("t", spec, "cpu")
-    assert info.dim == teacher.dim
-    assert info.images == hasattr(teacher, "encode_images")
-    assert info.texts == hasattr(teacher, "encode_texts")
-    shutil.copytree(tmp_path / kind, tmp_path / "moved")
-    assert describe_teacher("t", teacher_spec(family="transformers", model=str(tmp_path / "moved"))) == info
+def test_a_model_of_transformers_that_cannot_caption_is_rejected_before_loading(
+    root: Path, tmp_path: Path, captioner_folder: Callable[[str], Path]
+) -> None:
+    with pytest.raises(ValueError, match=r"mine: .* type 'siglip' is not a supported captioner: use blip, git"):
+        describe_captioner("mine", spec_of(root / "siglip", "siglip"))
+    config = json.loads((captioner_folder("blip") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BlipForQuestionAnswering"]}))
+    with pytest.raises(ValueError, match="BlipForQuestionAnswering does not write captions"):
+        describe_captioner("mine", spec_of(tmp_path, "blip"))
 
 
-def test_a_custom_captioner_gets_its_number_of_captions() -> None:
-    captioner = load_captioner("mine", _custom_captioner(captions=3), "cpu")
-    assert captioner.captions == 3
-    assert describe_captioner("mine", _custom_captioner(captions=3)).identity["captions"] == 3
-    with pytest.raises(
-        ValueError, match=r"captioner mine: .* gives 2 captions an image .* `captions: 5`: make them equal"
-    ):
-        load_captioner("mine", _custom_captioner(options={"captions": 2}), "cpu")
+def test_hub_models_are_not_looked_up() -> None:
+    for spec in (teacher_spec(model="hf-hub:apple/DFN2B-CLIP-ViT-L-14"), teacher_spec(**HUB)):
+        info = describe_teacher("hub", spec)
+        assert (info.dim, info.images, info.texts) == (None, True, True)
+        assert info.identity == {"family": spec.family, "model": spec.model, "precision": "fp32"}
+
+
+def test_describing_models_does_not_import_torch(
+    tmp_path: Path, root: Path, captioner_folder: Callable[[str], Path]
+) -> None:
+    code = f"""
+import sys
+from teachers.registry import captioner_spec, describe_captioner, describe_teacher, teacher_spec
+describe_teacher("a", teacher_spec(model="ViT-L-14-quickgelu", pretrained="dfn2b"))
+describe_teacher("b", teacher_spec(model={tiny_models.open_clip_model(tmp_path / "m")!r}))
+describe_teacher("c", teacher_spec(family="transformers", model={str(root / "clip")!r}))
+describe_teacher("d", teacher_spec(family="transformers", model="openai/clip-vit-base-patch32"))
+describe_captioner("e", captioner_spec(model="coca_ViT-L-14", pretrained="laion2b_s13b_b90k"))
+describe_captioner("f", captioner_spec(family="transformers", model={str(captioner_folder("git"))!r}))
+describe_captioner("g", captioner_spec(family="transformers", model="Salesforce/blip-image-captioning-base"))
+print(sorted({{"torch", "open_clip", "transformers"}} & set(sys.modules)))
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_a_captioners_identity_includes_its_files_its_prompt_and_its_sampling(
+    captioner_folder: Callable[[str], Path],
+) -> None:
+    chat = {"family": "transformers", "model": str(captioner_folder("qwen2_vl")), "prompt": "Describe it."}
+    sampling = [{"captions": 2}, {"top_p": 0.5}, {"temperature": 0.7}, {"min_length": 3}, {"max_length": 20}]
+    for spec, changes in ((COCA, sampling), (chat, [*sampling, {"prompt": "What is it?"}, {"image_size": 64}])):
+        info = describe_captioner("c", captioner_spec(**spec))
+        assert (info.dim, info.images, info.texts) == (None, True, False)
+        identities = [describe_captioner("c", captioner_spec(**{**spec, **change})).identity for change in changes]
+        assert info.identity not in identities
+    files = {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"}
+    assert files <= info.identity["files"].keys()
+
+
+def test_cleaning_is_in_the_identity_only_if_it_is_configured() -> None:
+    for spec in (COCA, {"class": "tests.helpers.models:SeedCaptioner", "captions": 2}):
+        plain, asked, other = (
+            describe_captioner("c", captioner_spec(**spec, **clean)).identity
+            for clean in ({}, {"clean": {}}, {"clean": {"words": 9}})
+        )
+        assert {name: value for name, value in asked.items() if name != "clean"} == plain
+        assert asked["clean"] != other["clean"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "beams", "top_k": 5}, "`top_k` is not used by strategy beams: .* `strategy` to top_k"),
+        ({"top_k": 5}, "`top_k` is not used by strategy nucleus"),
+        ({"strategy": "top_k", "top_p": 0.5}, "`top_p` is not used by strategy top_k: .* nucleus"),
+        ({"strategy": "greedy", "captions": 1, "temperature": 0.5}, "to nucleus or top_k"),
+        ({"strategy": "beams", "groups": 2}, "`groups` is not used by strategy beams: .* diverse_beams"),
+        ({"strategy": "greedy"}, "one caption per image: set `captions: 1`"),
+        ({"strategy": "beams", "captions": 8}, "`captions: 8` exceeds `beams: 6`: set `beams` to 8"),
+        ({"strategy": "diverse_beams", "beams": 8}, "8 beams cannot be divided among 3 groups"),
+    ],
+)
+def test_incompatible_keys_are_rejected_with_the_fix(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        captioner_spec(model="any", **options)
+
+
+def test_decoding_includes_later_options_only_if_they_are_used() -> None:
+    lengths = {"min_length": 5, "max_length": 30}
+    plain = captioner_spec(model="any", captions=5)
+    assert plain.decoding() == {"captions": 5, "temperature": 1.0, "top_p": 0.9, **lengths}
+    greedy = {"strategy": "greedy", "captions": 1, "repetition_penalty": 1.2}
+    assert captioner_spec(model="any", compile=True, **greedy).decoding() == {**greedy, **lengths}
+    beams = {"strategy": "beams", "captions": 3}
+    assert captioner_spec(model="any", **beams).decoding() == {**beams, "beams": 6, "length_penalty": 1.0, **lengths}
+
+
+def test_invalid_cleaning_rules_are_rejected() -> None:
+    for wrong in ({"words": 0}, {"sentences": 1}, {"characters": "9"}):
+        with pytest.raises(ValidationError):
+            Clean.model_validate(wrong)

@@ -96,12 +96,6 @@ def test_an_interrupted_download_leaves_no_file(server: _Server, cache: Path) ->
     assert weights.fetch(server.url).stat().st_size == 300_000
 
 
-def test_local_files_are_not_copied(tmp_path: Path) -> None:
-    path = tmp_path / "w.safetensors"
-    path.write_bytes(b"abc")
-    assert weights.fetch(path) == weights.fetch(f"file://{path}") == path
-
-
 @pytest.mark.parametrize("location", ["absent.bin", "file:///absent.bin", "memory://absent.bin"])
 def test_a_missing_file_is_named(location: str) -> None:
     for function in (weights.fetch, weights.identity):
@@ -179,9 +173,10 @@ def test_an_overwritten_checkpoint_is_converted_again(tmp_path: Path) -> None:
     assert load_file(weights.as_safetensors(path))["a"].shape == (3,)
 
 
-def test_safetensors_are_not_converted(tmp_path: Path) -> None:
-    save_file(_state(), tmp_path / "w.safetensors")
-    assert weights.as_safetensors(tmp_path / "w.safetensors") == tmp_path / "w.safetensors"
+def test_local_files_are_not_copied_and_safetensors_are_not_converted(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(_state(), path)
+    assert weights.fetch(path) == weights.fetch(f"file://{path}") == weights.as_safetensors(path) == path
 
 
 class _Runs:

@@ -1,0 +1,170 @@
+"""CoCa captioners compared with open_clip."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from teachers.coca.captioner import CocaCaptioner
+from teachers.decoding.decode import decode
+from teachers.device.accelerator import Accelerator
+from teachers.protocols import Captioner, ImageSpec
+from teachers.registry import captioner_spec
+from tests.helpers.tiny_coca import END, IMAGE_SIZE, coca_config, coca_model
+
+START = END - 1
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return coca_model(tmp_path_factory.mktemp("coca"))
+
+
+def build_captioner(model: str, **options) -> CocaCaptioner:
+    precision = options.get("precision", "fp32")
+    return CocaCaptioner(captioner_spec(model=model, **options), Accelerator("cpu", precision))
+
+
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def seeds(rows: int, count: int, first: int = 0) -> np.ndarray:
+    return np.arange(first, first + rows * count, dtype=np.uint64).reshape(rows, count)
+
+
+def decoded(captioner: CocaCaptioner, pixels: torch.Tensor, row_seeds: np.ndarray) -> list[list[int]]:
+    """Tokens of each caption."""
+    with torch.inference_mode():
+        captioner._decoder.begin(captioner._visual(pixels)[1], captioner.captions)
+        texts = decode(captioner._decoder, captioner._rules, captioner._spec, row_seeds)
+    return [words for of_image in texts for words in of_image or []]
+
+
+def test_the_captioner_has_the_models_own_preprocessing(model):
+    captioner = build_captioner(model, captions=3)
+    typed: Captioner = captioner
+    assert typed.captions == 3
+    assert typed.image == ImageSpec(IMAGE_SIZE, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", "crop")
+
+
+def test_a_tiny_top_p_matches_greedy_decoding_by_open_clips_forward_pass(model):
+    captioner = build_captioner(model, captions=1, top_p=1e-6, min_length=3, max_length=12)
+    whole = open_clip.create_model(model).eval()
+    pixels = images(4)
+    for tokens, pixel in zip(decoded(captioner, pixels, seeds(4, 1)), pixels, strict=True):
+        path = [START]
+        while len(path) < 11:
+            with torch.no_grad():
+                out = whole(pixel[None], torch.tensor([path]), output_labels=False)
+            logits = out["logits"][0, -1]
+            logits[START] = -torch.inf
+            if len(path) <= 3:
+                logits[END] = -torch.inf
+            best = int(logits.argmax())
+            if best == END:
+                break
+            path.append(best)
+        assert tokens == path[1:]
+
+
+@pytest.mark.parametrize(("shortest", "longest"), [(0, 2), (0, 6), (4, 6), (10, 12)])
+def test_lengths_are_within_bounds_and_captions_have_no_special_tokens(model, shortest, longest):
+    captioner = build_captioner(model, captions=8, min_length=shortest, max_length=longest, temperature=3.0, top_p=1.0)
+    rows = decoded(captioner, images(8), seeds(8, 8))
+    assert all(shortest <= len(tokens) <= longest - 2 for tokens in rows)
+    assert len({len(tokens) for tokens in rows}) > 1 or shortest == longest - 2, "rows end at different steps"
+    assert not {START, END} & {token for tokens in rows for token in tokens}
+
+
+def test_the_start_token_is_never_sampled(tmp_path):
+    name = coca_model(tmp_path)
+    path = Path(tmp_path, "open_clip_model.safetensors")
+    state = load_file(path)
+    state["text_decoder.text_projection"][:, START] = 50 * state["text_decoder.ln_final.bias"]
+    save_file(state, path)
+    captioner = build_captioner(name, captions=4, top_p=1.0)
+    rows = decoded(captioner, images(2), seeds(2, 4))
+    assert rows
+    assert all(START not in tokens for tokens in rows)
+
+
+def test_captions_are_decoded_and_stripped_text(model):
+    captioner = build_captioner(model, captions=4)
+    tokenizer = open_clip.SimpleTokenizer()
+    expected = [tokenizer.decode(tokens).strip() for tokens in decoded(captioner, images(3), seeds(3, 4))]
+    captions = captioner.caption(images(3), seeds(3, 4))
+    assert [text for row in captions for text in row] == expected
+    assert all(text == text.strip() and "_of_text>" not in text for text in expected)
+
+
+def test_a_hugging_face_tokenizer_is_supported(tmp_path):
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "cat": 4, "dog": 5, "Grass": 6, "on": 7}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $0 </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    wrapped.save_pretrained(tmp_path)
+    # two more outputs than the tokenizer has tokens
+    name = coca_model(tmp_path, vocab_size=10, hf_tokenizer_name="words")
+    captions = build_captioner(name, captions=6, top_p=1.0, temperature=50.0).caption(images(6), seeds(6, 6))
+    found = {word for row in captions for text in row for word in text.split()}
+    assert found == {"cat", "dog", "Grass", "on"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config["model_cfg"].pop("multimodal_cfg"), "is not a CoCa"),
+        (lambda config: config["model_cfg"]["text_cfg"].update(no_causal_mask=True), "not causal"),
+    ],
+)
+def test_a_model_that_cannot_caption_is_rejected_by_name(tmp_path, change, message):
+    name = coca_model(tmp_path)
+    config = coca_config()
+    change(config)
+    Path(tmp_path, "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as refusal:
+        build_captioner(name)
+    assert name in str(refusal.value)
+
+
+def test_a_model_known_not_to_be_a_coca_is_rejected_before_download():
+    with pytest.raises(ValueError, match=r"'ViT-B-32' is not a CoCa .* coca_ViT-L-14"):
+        build_captioner("ViT-B-32", pretrained="laion2b_s34b_b79k")
+
+
+def test_captions_can_fill_the_context_and_longer_ones_are_rejected(model):
+    with pytest.raises(ValueError, match=r"max_length 78 exceeds the 77 tokens .* can write"):
+        build_captioner(model, max_length=78)
+    long = build_captioner(model, captions=1, min_length=75, max_length=77)
+    assert [len(tokens) for tokens in decoded(long, images(1), seeds(1, 1))] == [75]
+
+
+def test_an_image_with_nan_logits_gives_none_without_affecting_others(model):
+    captioner = build_captioner(model, captions=2)
+    pixels, all_seeds = images(3), seeds(3, 2)
+    whole = captioner.caption(pixels, all_seeds)
+    pixels[1] = torch.nan
+    assert captioner.caption(pixels, all_seeds) == [whole[0], None, whole[2]]
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "beams"}])
+def test_nan_logits_for_all_images_are_an_error(tmp_path, options):
+    name = coca_model(tmp_path)
+    path = Path(tmp_path, "open_clip_model.safetensors")
+    state = load_file(path)
+    state["text_decoder.text_projection"][3, 3] = torch.nan
+    save_file(state, path)
+    with pytest.raises(ValueError, match="not finite"):
+        build_captioner(name, **options).caption(images(2), seeds(2, 5))

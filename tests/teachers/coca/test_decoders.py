@@ -1,0 +1,379 @@
+"""CoCa's decoders compared with open_clip's full forward pass, on a CPU and on a stand-in for a CUDA device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from teachers.coca.captioner import CocaCaptioner
+from teachers.coca.decoder import CocaDecoder
+from teachers.coca.fixed_decoder import SIZES, FixedCocaDecoder
+from teachers.coca.network import CocaNetwork, check_decodable
+from teachers.device.accelerator import Accelerator
+from teachers.device.cache_size import cache_bytes
+from teachers.registry import captioner_spec
+from tests.helpers.pages import ROOT
+from tests.helpers.real_sizes import RAISING
+from tests.helpers.stand_in_cuda import StandIn, stand_in_cuda
+from tests.helpers.tiny_coca import coca_config
+from tests.helpers.uncached_decoder import UncachedDecoder
+
+VOCABULARY, START, END, LENGTH = 60, 58, 59, 8
+#: Variants of the text tower, as keys of its ``text_cfg``.
+TOWERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layer scale": {"ls_init_value": 0.3},
+    "query and key norms": {"qk_norm": True},
+    "scaled heads": {"scale_heads": True},
+    "norms inside": {"scale_attn_inner": True, "scale_attn": True, "scale_fc": True},
+    "custom block without any of them": {"block_type": "custom"},
+    "tanh": {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}},
+    "another padding": {"pad_id": 7},
+    "more layers, wider words": {"layers": 3, "mlp_ratio": 2.0},
+    "a linear projection with bias": {"proj_bias": True},
+}
+
+
+DECODERS: list[dict[str, Any]] = [
+    {"quick_gelu": True},
+    {"multimodal": {"ls_init_value": 0.3, "layers": 3}},
+    {"multimodal": {"heads": 4}},
+    {"vision": {"attentional_pool": False}},
+    {"cast_dtype": torch.bfloat16},
+]
+
+
+def coca(text: dict[str, Any], **model: Any) -> Any:
+    """A tiny CoCa with random parameters."""
+    config = coca_config(vocab_size=VOCABULARY, **text)["model_cfg"]
+    config["multimodal_cfg"].update(model.pop("multimodal", {}))
+    config["vision_cfg"].update(model.pop("vision", {}))
+    del config["custom_text"]
+    coca_model = open_clip.CoCa(**config, **model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in coca_model.named_parameters():
+            if parameter.ndim:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (2.0 if "gamma" in name else 0.5))
+    return coca_model.eval().requires_grad_(False)
+
+
+def image_tokens(model: Any, count: int) -> torch.Tensor:
+    pixels = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        tokens: torch.Tensor = model._encode_image(pixels)[1]
+    return tokens
+
+
+def logits_of_steps(forward: Any, images: int) -> list[torch.Tensor]:
+    """Logits along fixed tokens while rows are repeated, dropped and reordered. Token 0 is an ordinary token."""
+    words = torch.randint(0, VOCABULARY - 2, (LENGTH, 20), generator=torch.Generator().manual_seed(2))
+    words[2, ::2] = words[4, 1::3] = 0  # the model's padding token
+    words[3, ::2] = 7
+    taken = {0: torch.arange(images).repeat_interleave(3), 3: [0, 5, 2, 3], 4: [1, 1, 0, 3, 2], 6: [4, 2]}
+    tokens = torch.full((images, 1), START)
+    logits = []
+    for step in range(LENGTH):
+        logits.append(forward.next_logits(tokens).clone())  # a decoder may use their memory again
+        rows = torch.as_tensor(taken.get(step, torch.arange(len(tokens))))
+        forward.select_rows(rows)
+        tokens = torch.cat([tokens[rows], words[step, : len(rows), None]], dim=1)
+    return logits
+
+
+def build_decoder(model: Any, precision: str = "fp32", length: int = LENGTH) -> CocaDecoder:
+    accelerator = Accelerator("cpu", precision)
+    return CocaDecoder(CocaNetwork(model, accelerator, length), accelerator)
+
+
+def difference(model: Any, precision: str = "fp32", forward: Any = None) -> float:
+    forward = forward or build_decoder(model, precision)
+    images = image_tokens(model, 3)
+    for batch in (images * torch.nan, images):  # the second reuses the caches of the first
+        forward.begin(batch, 3)
+        found = logits_of_steps(forward, 3)
+    with Accelerator("cpu", precision).forward():
+        wanted = logits_of_steps(UncachedDecoder(model, images), 3)
+    assert [len(rows) for rows in found] == [3, 9, 9, 9, 4, 5, 5, 2]
+    return max((a - b).abs().max().item() / b.abs().max().item() for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("text", TOWERS.values(), ids=TOWERS)
+def test_logits_match_the_full_forward_pass_for_every_kind_of_text_tower(text):
+    assert difference(coca(text)) < 1e-5
+
+
+@pytest.mark.parametrize("options", DECODERS, ids=str)
+def test_logits_match_the_full_forward_pass_for_every_kind_of_decoder(options):
+    assert difference(coca({}, **options)) < 1e-5
+
+
+def test_a_correct_class_token_mask_hides_the_padding_itself():
+    model = coca({})
+    model.text.correct_cls_mask = True
+    assert difference(model) < 1e-5
+
+
+def test_a_tower_without_class_token_matches_the_logits_of_a_text_of_full_length():
+    model = coca({"embed_cls": False})
+    forward, images = build_decoder(model), image_tokens(model, 2)
+    forward.begin(images, 1)
+    tokens = torch.full((2, 76), START)  # open_clip's forward pass accepts no shorter text
+    tokens[:, 1:] = torch.randint(0, VOCABULARY, (2, 75), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        wanted = model(None, tokens, image_latent=images[:, 0], image_embs=images, output_labels=False)["logits"]
+        for length in range(1, LENGTH + 1):
+            found = forward.next_logits(tokens[:, :length])
+            torch.testing.assert_close(found, wanted[:, length - 1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "apart"), [("bf16", 0.03), ("fp16", 0.005)])
+def test_lower_precisions_match_autocast_within_rounding(precision, apart):
+    model = coca({})
+    assert difference(model, precision) < apart
+    full, low = build_decoder(model), build_decoder(model, precision)
+    assert low.bytes_per_image(5, 10) * 2 == full.bytes_per_image(5, 10)
+
+
+def test_caches_have_the_computed_size_and_are_reused():
+    model = coca({})
+    forward, images = build_decoder(model), image_tokens(model, 4)
+    forward.begin(images, 3)
+    caches = forward.cache, forward.image_cache
+    assert sum(cache.nbytes for cache in caches) == 4 * forward.bytes_per_image(3, images.shape[1])
+    forward.begin(images[:2], 3)
+    assert forward.cache is caches[0]
+    assert forward.image_cache is caches[1]
+
+
+def test_unsupported_towers_are_rejected():
+    with pytest.raises(ValueError, match="scaled_cosine_attn"):
+        check_decodable(coca({"scaled_cosine_attn": True}))
+    with pytest.raises(ValueError, match="not causal"):
+        check_decodable(coca({"no_causal_mask": True}))
+    odd = coca({})
+    odd.text_decoder.resblocks[0].attn = torch.nn.Identity()
+    with pytest.raises(ValueError, match="blocks of type ResidualAttentionBlock"):
+        check_decodable(odd)
+    odd.text_decoder.resblocks[0] = torch.nn.Identity()
+    with pytest.raises(ValueError, match="blocks of type Identity are unknown"):
+        check_decodable(odd)
+
+
+#: The demo's captioner, which is small and trained.
+MODEL = f"local-dir:{ROOT / 'configs' / 'demo-models' / 'coca-64'}"
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "nucleus": {"top_p": 0.9},
+    "wide nuclei": {"top_p": 0.99, "temperature": 2.0, "max_length": 12},
+    "all tokens": {"top_p": 1.0, "repetition_penalty": 1.3},
+    "top_k": {"strategy": "top_k", "top_k": 20},
+    "greedy": {"strategy": "greedy", "captions": 1},
+    "diverse_beams": {"strategy": "diverse_beams", "beams": 4, "groups": 2},
+}
+
+
+def build(device: str, **options: Any) -> CocaCaptioner:
+    spec = captioner_spec(**{"model": MODEL, "captions": 3, "max_length": 23, **options})
+    return CocaCaptioner(spec, Accelerator(device))
+
+
+def batch(captioner: CocaCaptioner, count: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Pixels on the device of a captioner, and seeds."""
+    pixels = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    pixels = torch.nn.functional.interpolate(pixels, (64, 64))
+    seeds = np.arange(count * captioner.captions, dtype=np.uint64).reshape(count, captioner.captions)
+    return captioner._accelerator.put(pixels), seeds
+
+
+@pytest.mark.parametrize("text", [{}, {"pad_id": 7}], ids=str)
+def test_logits_match_the_full_forward_pass_while_rows_are_repeated_dropped_and_reordered(text, monkeypatch):
+    monkeypatch.setattr("teachers.coca.fixed_decoder.SIZES", (2, 4, 6, 9))
+    monkeypatch.setattr("teachers.coca.fixed_decoder._MIN_VISIBLE", 2)
+    whole, accelerator = coca(text), Accelerator("cpu")
+    forward = FixedCocaDecoder(CocaNetwork(whole, accelerator, LENGTH), accelerator)
+    assert difference(whole, forward=forward) < 1e-5
+
+
+@pytest.mark.parametrize("options", STRATEGIES.values(), ids=STRATEGIES)
+def test_captions_on_cuda_are_those_of_the_cpu_and_each_word_waits_once(options):
+    on_cpu = build("cpu", **options)
+    wanted = on_cpu.caption(*batch(on_cpu, 10))
+    assert len({len(text) for of in wanted for text in of}) > 1
+    with stand_in_cuda() as cuda:
+        captioner = build("cuda", **options)
+        pixels, seeds = batch(captioner, 10)
+        assert captioner.caption(pixels[:3], seeds[:3]) == wanted[:3]
+        assert captioner.caption(pixels, seeds) == wanted
+        with cuda.counted() as counts:
+            assert captioner.caption(pixels, seeds) == wanted
+        # the texts are read once, and those of beams with their scores
+        assert counts.synchronizations <= counts.graph_launches + 2, counts.describe()
+        assert not any(copy.blocking for copy in counts.copies_to_device()), counts.describe()
+        assert not RAISING & counts.by_name.keys()
+
+
+def per_word(cuda: StandIn, **options: Any) -> dict[str, float]:
+    """What each word of captions of equal length costs."""
+    counted = []
+    for length in (12, 15):
+        captioner = build("cuda", max_length=length, min_length=length - 2, **options)
+        pixels, seeds = batch(captioner, 2)
+        captioner.generate(pixels, seeds)  # captures the graphs
+        with cuda.counted() as counts:
+            captioner.generate(pixels, seeds)
+        counted.append(counts)
+    few, many = ((c.operations, c.graph_launches, c.synchronizations, c.allocations, len(c.copies)) for c in counted)
+    names = ("operations", "graphs", "waits", "allocations", "copies")
+    return {name: (b - a) / 3 for name, a, b in zip(names, few, many, strict=True)}
+
+
+def test_a_word_is_one_graph_and_one_wait_and_allocates_nothing():
+    with stand_in_cuda() as cuda:
+        graphs = per_word(cuda, top_p=0.3)  # no wide nuclei
+        eager = per_word(cuda, top_p=0.3, compile=False)
+        wide = per_word(cuda, top_p=0.99, temperature=3.0)
+        beams = per_word(cuda, strategy="beams", beams=4)
+    assert graphs == {"operations": 1, "graphs": 1, "waits": 1, "allocations": 0, "copies": 1}
+    assert (eager["graphs"], eager["waits"], eager["copies"]) == (0, 1, 1)
+    assert eager["operations"] <= 145
+    assert (beams["graphs"], beams["waits"], beams["copies"]) == (1, 1, 1)
+    assert beams["operations"] <= 80
+    assert (wide["graphs"], wide["waits"], wide["copies"]) == (1, 1, 1)
+    assert wide["operations"] <= 55
+
+
+def test_graphs_are_captured_once_for_each_shape_and_replaced_only_when_the_batch_grows():
+    with stand_in_cuda():
+        captioner = build("cuda")
+        steps = captioner._decoder.steps
+        captioner.caption(*batch(captioner, 10))
+        cache, captured = captioner._decoder.cache, dict(steps._graphs)
+        assert 1 < len(captured) <= len(SIZES)
+        for count in (10, 3, 10):
+            captioner.caption(*batch(captioner, count))
+        assert captioner._decoder.cache is cache
+        assert all(steps._graphs[key] is graph for key, graph in captured.items())
+        captioner.caption(*batch(captioner, 20))
+        assert captioner._decoder.cache is not cache
+
+
+def test_shapes_do_not_depend_on_earlier_batches():
+    with stand_in_cuda() as cuda:
+        fresh, used = build("cuda", compile=False), build("cuda", compile=False)
+        used.caption(*batch(used, 20))
+        shapes: dict[CocaCaptioner, list[Any]] = {fresh: [], used: []}
+        for captioner, seen in shapes.items():
+            step = captioner._decoder._network_step
+
+            def record(*arguments: Any, step: Any = step, seen: list[Any] = seen) -> torch.Tensor:
+                seen.append([(*a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in arguments])
+                return step(*arguments)
+
+            captioner._decoder._network_step = record
+            captioner.caption(*batch(captioner, 4))
+        assert shapes[fresh] == shapes[used] != []
+        assert cuda.compiled == []
+
+
+def test_attention_never_uses_cudnn_while_captions_are_decoded(monkeypatch):
+    enabled, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(*arguments: Any, **options: Any) -> torch.Tensor:
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*arguments, **options)
+
+    monkeypatch.setattr("teachers.coca.blocks.scaled_dot_product_attention", record)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        with stand_in_cuda():
+            for compile_ in ("auto", False):
+                captioner = build("cuda", compile=compile_)
+                captioner.caption(*batch(captioner, 2))
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert enabled
+    assert not any(enabled)
+
+
+def test_a_compiled_captioner_gives_the_same_captions_for_batches_that_grow_and_shrink(monkeypatch):
+    shapes, plain = [], torch.compile
+
+    def backend(graph: Any, _: Any) -> Any:  # without code generation, which takes a minute for each shape
+        shapes.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda step, **options: plain(step, backend=backend, **options))
+    on_cpu, compiled = build("cpu"), build("cpu", compile=True)
+    pixels, seeds = batch(on_cpu, 10)
+    wanted = on_cpu.caption(pixels, seeds)
+    with torch._dynamo.config.patch(recompile_limit=1):  # 8 by default
+        for count in (1, 10, 1, 10):
+            assert compiled.caption(pixels[:count], seeds[:count]) == wanted[:count]
+        assert torch._dynamo.config.recompile_limit == 1
+    assert len(shapes) == 2  # 16 and 32 rows
+
+
+def test_broken_images_give_none_on_cuda_without_affecting_others():
+    with stand_in_cuda():
+        captioner = build("cuda")
+        pixels, seeds = batch(captioner, 3)
+        whole = captioner.caption(pixels, seeds)
+        pixels[1] = torch.nan
+        assert captioner.caption(pixels, seeds) == [whole[0], None, whole[2]]
+        assert captioner.caption(*batch(captioner, 3)) == whole  # nothing of them stays in the caches
+
+
+def test_a_captioner_that_ran_out_of_memory_returns_what_it_keeps_and_captions_a_smaller_batch():
+    with stand_in_cuda() as cuda:
+        captioner = build("cuda")
+        pixels, seeds = batch(captioner, 10)
+        whole = captioner.caption(pixels[:3], seeds[:3])
+        with cuda.failing_allocations(lambda size: size > 400_000), pytest.raises(torch.OutOfMemoryError):
+            captioner.caption(pixels, seeds)
+        captioner.release_memory()
+        assert captioner._decoder.capacity == 0
+        assert captioner._sampler._state is None
+        assert captioner.caption(pixels[:3], seeds[:3]) == whole
+
+
+def test_compile_compiles_the_step_that_cuda_captures():
+    with stand_in_cuda() as cuda:
+        captioner = build("cuda", compile=True)
+        pixels, seeds = batch(captioner, 3)
+        captioner.caption(pixels, seeds)
+        assert len(cuda.compiled) == 1
+        with cuda.counted() as counts:
+            captioner.caption(pixels, seeds)
+        assert counts.graph_launches
+
+
+GIB = 2**30
+
+
+def test_caches_on_a_cpu_have_the_given_bytes():
+    assert cache_bytes(torch.device("cpu"), 7) == 7
+
+
+@pytest.mark.parametrize(("total", "expected"), [(79.6, 79), (79.1, 79), (24, 24), (0.5, 1)])
+def test_caches_on_cuda_have_a_sixth_of_the_card_whatever_is_free(total, expected):
+    with stand_in_cuda(int(total * GIB)):
+        held = torch.zeros(2**20, device="cuda")
+        assert cache_bytes(held.device, 7) == expected * GIB // 6
+
+
+def test_128_images_with_five_captions_of_coca_vit_l_14_are_one_part_on_a_card_of_40_gib():
+    config = open_clip.get_model_config("coca_ViT-L-14")
+    with torch.device("meta"):
+        model = open_clip.CoCa(**{key: value for key, value in config.items() if key != "custom_text"})
+        accelerator = Accelerator("meta", "bf16")
+        decoder = FixedCocaDecoder(CocaNetwork(model, accelerator, 77 - 2, packed=False), accelerator)
+    image = decoder.bytes_per_image(5, config["vision_cfg"].get("attn_pooler_queries", 256) - 1)
+    assert 40e6 < image < 45e6
+    with stand_in_cuda(40 * GIB):
+        assert 128 * image < cache_bytes(torch.device("cuda"), 2 * GIB)

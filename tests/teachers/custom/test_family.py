@@ -1,0 +1,129 @@
+"""Teachers and captioners that are classes of the user's."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from teachers import protocols
+from teachers.protocols import ImageSpec
+from teachers.registry import (
+    captioner_spec,
+    describe_captioner,
+    describe_teacher,
+    load_captioner,
+    load_teacher,
+    teacher_spec,
+)
+from teachers.spec import TeacherSpec
+
+MODULE = "tests.helpers.custom_models"
+WEIGHTS = {"weights": "here"}
+
+
+def custom(name: str, **spec: Any) -> TeacherSpec:
+    return teacher_spec(class_=f"{MODULE}:{name}", **spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "message"),
+    [
+        ("no.such.module:T", {}, r"no\.such\.module:T cannot be imported: ModuleNotFoundError.*PYTHONPATH"),
+        ("Absent", {}, r"custom_models\.py has no such name"),
+        ("SPEC", {}, "an? ImageSpec of that name, not a class"),
+        ("Neither", {}, "neither `encode_images` nor `encode_texts`"),
+        ("Radiology", {}, "missing a required argument: 'weights'.*signature is Radiology"),
+        ("TextsOnly", {"options": {"size": 3}}, "unexpected keyword argument 'size'"),
+        ("Radiology", {"options": {"weights": {1, 2}}}, "not JSON serializable; use numbers, strings"),
+        ("TextsOnly", {"precision": "bf16"}, "`precision` is not used with `class`"),
+        ("TextsOnly", {"compile": True}, "`compile` is not used with `class`"),
+    ],
+)
+def test_a_wrong_teacher_is_rejected_before_loading(name: str, spec: dict[str, Any], message: str) -> None:
+    wrong = teacher_spec(class_=name if ":" in name else f"{MODULE}:{name}", **spec)
+    with pytest.raises(ValueError, match=f"teacher mine: .*(?:{message})"):
+        describe_teacher("mine", wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "message"),
+    [
+        ("Radiology", {"options": WEIGHTS}, r"has no method `caption\(pixels, seeds\)`"),
+        ("Writer", {"top_p": 0.5}, "top_p: not used with `class`"),
+        ("Writer", {"prompt": "What?"}, "prompt: not used with `class`"),
+    ],
+)
+def test_a_wrong_captioner_is_rejected_before_loading(name: str, spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"captioner mine: .*{message}"):
+        describe_captioner("mine", captioner_spec(class_=f"{MODULE}:{name}", **spec))
+
+
+def test_a_class_is_built_with_the_device_and_its_options() -> None:
+    spec = custom("Radiology", options={"weights": "here", "scale": 2.0})
+    teacher: Any = load_teacher("ours", spec, "cpu")
+    assert (teacher.device, teacher.weights, teacher.scale) == (torch.device("cpu"), "here", 2.0)
+    assert teacher.logit_scale == 50
+    info = describe_teacher("ours", spec)
+    assert (info.dim, info.images, info.texts) == (4, True, True)
+    assert info.identity == {"class": f"{MODULE}:Radiology", "options": {"weights": "here", "scale": 2.0}, "version": 3}
+
+
+def test_the_configs_logit_scale_overrides_the_class_and_is_not_in_the_identity() -> None:
+    scaled = custom("Radiology", options=WEIGHTS, logit_scale=70.0, dtype="int8")
+    assert load_teacher("ours", scaled, "cpu").logit_scale == 70
+    assert describe_teacher("ours", scaled) == describe_teacher("ours", custom("Radiology", options=WEIGHTS))
+
+
+def test_a_class_with_one_encoder_is_supported() -> None:
+    info = describe_teacher("texts", custom("TextsOnly"))
+    assert (info.dim, info.images, info.texts) == (None, False, True)
+    teacher = load_teacher("texts", custom("TextsOnly"), "cpu")
+    assert (teacher.image, teacher.logit_scale, teacher.dim) == (None, None, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NoDim", "must set `dim`, the length of its embeddings, got None"),
+        ("NoImage", "has `encode_images` and must set `image` to a teachers.protocols.ImageSpec"),
+        ("WrongImage", "`image` must be a teachers.protocols.ImageSpec, got 224"),
+    ],
+)
+def test_missing_attributes_of_a_class_are_named(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"teacher mine: .*{message}"):
+        load_teacher("mine", custom(name, options=WEIGHTS if name == "NoDim" else {}), "cpu")
+
+
+def test_errors_of_the_class_and_of_the_device_name_the_teacher() -> None:
+    with pytest.raises(RuntimeError, match="teacher mine: KeyError: 'lost'") as caught:
+        load_teacher("mine", custom("Fails"), "cpu")
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(ValueError, match="teacher mine: device 'cuda:64' is not available"):
+        load_teacher("mine", custom("TextsOnly"), "cuda:64")
+
+
+def test_a_captioner_gets_its_number_of_captions() -> None:
+    three = captioner_spec(class_=f"{MODULE}:Writer", captions=3)
+    assert load_captioner("mine", three, "cpu").captions == 3
+    assert describe_captioner("mine", three).identity["captions"] == 3
+    other = captioner_spec(class_=f"{MODULE}:Writer", options={"captions": 2})
+    with pytest.raises(ValueError, match=r"captioner mine: .* gives 2 captions an image .* `captions: 5`: make them"):
+        load_captioner("mine", other, "cpu")
+
+
+def test_the_documented_example_is_a_valid_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line for line in str(protocols.__doc__).splitlines() if line.startswith("    ") or not line]
+    module = ModuleType("documented_teacher")
+    vars(module).update(ImageSpec=ImageSpec, Sequence=Sequence, torch=torch)
+    exec(textwrap.dedent("\n".join(lines)), vars(module))
+    monkeypatch.setitem(sys.modules, "documented_teacher", module)
+    options = {"weights": "s3://bucket/rad.pt"}
+    info = describe_teacher("ours", teacher_spec(class_="documented_teacher:Radiology", options=options))
+    assert (info.dim, info.images, info.texts) == (512, True, True)
+    assert info.identity == {"class": "documented_teacher:Radiology", "options": options, "version": 1}

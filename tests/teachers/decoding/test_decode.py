@@ -1,0 +1,248 @@
+"""Decoding strategies on a toy language: compared with enumeration and with reference implementations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from teachers.decoding.beams import BeamOptions, beam_search
+from teachers.decoding.choosing import greedy
+from teachers.decoding.decode import decode, sample
+from teachers.decoding.rules import DecodingRules, compact
+from teachers.registry import captioner_spec
+from teachers.spec import CaptionerSpec
+from tests.helpers.toy_language import (
+    END,
+    START,
+    VOCABULARY,
+    WORDS,
+    ToyDecoder,
+    all_texts,
+    log_probabilities,
+    rules,
+)
+
+IMAGES = tuple(range(20, 32))
+STRATEGIES = {
+    "nucleus": {"top_p": 0.8},
+    "top_k": {"top_k": 2},
+    "greedy": {"captions": 1},
+    "beams": {"beams": 3},
+    "diverse_beams": {"beams": 4, "groups": 2},
+}
+
+
+def make_spec(strategy: str = "nucleus", **options) -> CaptionerSpec:
+    return captioner_spec(**{"model": "any", "captions": 3, "strategy": strategy, **options})
+
+
+def seeds(images: int, captions: int) -> np.ndarray:
+    return np.arange(images * captions, dtype=np.uint64).reshape(images, captions)
+
+
+@pytest.mark.parametrize(("strategy", "options"), STRATEGIES.items(), ids=STRATEGIES)
+@pytest.mark.parametrize(
+    "decoding_rules", [rules(), rules(min_tokens=3, repetition_penalty=1.5)], ids=["plain", "penalty"]
+)
+def test_captions_do_not_depend_on_the_batch_for_any_strategy(strategy, options, decoding_rules):
+    spec = make_spec(strategy, **options)
+    row_seeds = seeds(len(IMAGES), spec.captions)
+    together = decode(ToyDecoder(IMAGES), decoding_rules, spec, row_seeds)
+    for i, image in enumerate(IMAGES):
+        assert decode(ToyDecoder([image]), decoding_rules, spec, row_seeds[i : i + 1]) == [together[i]]
+    assert all(
+        decoding_rules.min_tokens <= len(words) <= decoding_rules.max_tokens
+        for of_image in together
+        for words in of_image
+    )
+    assert all(set(words) <= set(WORDS) for of_image in together for words in of_image)
+
+
+@pytest.mark.parametrize("strategy", ["nucleus", "top_k"])
+def test_seeds_determine_sampled_captions(strategy):
+    spec, row_seeds = make_spec(strategy, **STRATEGIES[strategy]), seeds(len(IMAGES), 3)
+    found = decode(ToyDecoder(IMAGES), rules(), spec, row_seeds)
+    assert decode(ToyDecoder(IMAGES), rules(), spec, row_seeds[:, ::-1]) == [texts[::-1] for texts in found]
+    assert decode(ToyDecoder(IMAGES), rules(), spec, row_seeds + np.uint64(1000)) != found
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "beams", "diverse_beams"])
+def test_seeds_do_not_affect_strategies_without_sampling(strategy):
+    spec = make_spec(strategy, **STRATEGIES[strategy])
+    row_seeds = seeds(len(IMAGES), spec.captions)
+    found = decode(ToyDecoder(IMAGES), rules(), spec, row_seeds)
+    assert decode(ToyDecoder(IMAGES), rules(), spec, row_seeds + np.uint64(1000)) == found
+
+
+def test_greedy_chooses_the_most_probable_token():
+    decoding_rules = rules(min_tokens=2, max_tokens=6, repetition_penalty=1.4)
+    found = decode(ToyDecoder(IMAGES), decoding_rules, make_spec("greedy", captions=1), seeds(len(IMAGES), 1))
+    for image, [words] in zip(IMAGES, found, strict=True):
+        path: list[int] = []
+        while len(path) < 6 and (best := int(np.argmax(log_probabilities(image, path, decoding_rules)))) != END:
+            path.append(best)
+        assert words == path
+
+
+def test_sampled_captions_follow_the_models_distribution():
+    """A chi-square test over all 40 texts of at most 3 tokens with 20,000 samples."""
+    decoding_rules, count = rules(min_tokens=0, max_tokens=3), 20_000
+    spec = make_spec(captions=50, top_p=1.0)
+    drawn = decode(ToyDecoder([11] * (count // 50)), decoding_rules, spec, seeds(count // 50, 50))
+    found: dict[tuple[int, ...], int] = {}
+    for words in (words for of_image in drawn for words in of_image):
+        found[tuple(words)] = found.get(tuple(words), 0) + 1
+    expected = {tuple(words): count * math.exp(total) for words, total in all_texts(11, decoding_rules)}
+    assert abs(sum(expected.values()) - count) < 1e-6 * count
+    assert set(found) <= set(expected)
+    chi_square = sum((found.get(words, 0) - n) ** 2 / n for words, n in expected.items())
+    assert chi_square < 72.1  # 39 degrees, p = 0.001
+
+
+def test_captions_share_a_row_until_the_first_token_and_ended_rows_leave_the_batch():
+    forward = ToyDecoder(IMAGES)
+    texts = sample(forward, rules(), greedy, torch.ones(len(IMAGES), 3, 4))
+    lengths = [len(words) for of_image in texts for words in of_image]
+    assert forward.steps == [len(IMAGES), *(sum(length >= step for length in lengths) for step in (1, 2, 3))]
+
+
+def test_an_image_with_non_finite_logits_gives_none_without_affecting_others():
+    class Broken(ToyDecoder):
+        def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+            logits = super().next_logits(tokens)
+            logits[torch.tensor([image == 22 and words[1:] == [1] for image, words in self._rows])] = torch.inf
+            return logits
+
+    spec = make_spec(temperature=3.0, top_p=1.0)
+    whole = decode(ToyDecoder(IMAGES), rules(2), spec, seeds(len(IMAGES), 3))
+    found = decode(Broken(IMAGES), rules(2), spec, seeds(len(IMAGES), 3))
+    assert any(words[0] == 1 for words in whole[2])
+    assert found == [*whole[:2], None, *whole[3:]]
+
+
+@pytest.mark.parametrize("strategy", ["nucleus", "beams"])
+def test_non_finite_logits_for_all_images_are_an_error(strategy):
+    class Broken(ToyDecoder):
+        def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+            return super().next_logits(tokens).fill_(torch.nan)
+
+    with pytest.raises(ValueError, match="not finite: check the weights, or use `precision: bf16`"):
+        decode(Broken(IMAGES), rules(), make_spec(strategy), seeds(len(IMAGES), 3))
+    assert decode(Broken([20]), rules(), make_spec(strategy), seeds(1, 3)) == [None]
+
+
+FEW_IMAGES = (11, 12, 13, 14)
+
+
+def score(words: list[int], total: float, beams: BeamOptions) -> float:
+    return total / (len(words) + 1) ** beams.length_penalty
+
+
+def reference_search(
+    image: int, decoding_rules: DecodingRules, beams: BeamOptions
+) -> list[list[tuple[float, list[int]]]]:
+    """Beam search by its definition, for one image, without early stopping.
+
+    Returns each group's best texts with their scores.
+    """
+    growing: list[list[tuple[float, list[int]]]] = [[(0.0, [])] for _ in range(beams.groups)]
+    ended: list[list[tuple[float, list[int]]]] = [[] for _ in range(beams.groups)]
+    size = beams.beams // beams.groups
+    for _ in range(decoding_rules.max_tokens):
+        taken: list[int] = []
+        for group in range(beams.groups):
+            grown = []
+            for total, words in growing[group]:
+                log_p = log_probabilities(image, words, decoding_rules)
+                ended[group].append((score(words, total + log_p[END], beams), words))
+                grown += [(total + log_p[word], [*words, word]) for word in WORDS]
+            grown.sort(key=lambda text: -(text[0] - beams.diversity * taken.count(text[1][-1])))
+            growing[group] = grown[:size]
+            taken += [words[-1] for _, words in growing[group]]
+    for group in range(beams.groups):
+        ended[group] += [(score(words, total, beams), words) for total, words in growing[group]]
+    best = [sorted(texts, key=lambda text: -text[0])[:size] for texts in ended]
+    return [[text for text in texts if text[0] > -torch.inf] for texts in best]
+
+
+def best_of_groups(groups: list[list[tuple[float, list[int]]]]) -> list[list[int]]:
+    """The best text of each group, then the second best of each, and so on, without repetition."""
+    ranks = itertools.zip_longest(*groups)
+    texts = [words for rank in ranks for _, words in sorted((t for t in rank if t), key=lambda text: -text[0])]
+    return [list(words) for words in dict.fromkeys(map(tuple, texts))]
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.5, -0.7])
+@pytest.mark.parametrize(
+    "decoding_rules", [rules(max_tokens=6), rules(min_tokens=3), rules(min_tokens=0, repetition_penalty=1.8)], ids=repr
+)
+@pytest.mark.parametrize("beams", [2, 3, 5, 81])
+def test_beam_search_matches_a_plain_one_also_with_beams_for_all_texts(beams, decoding_rules, length_penalty):
+    options = BeamOptions(beams, length_penalty=length_penalty)
+    found = beam_search(ToyDecoder(FEW_IMAGES), decoding_rules, len(FEW_IMAGES), min(beams, 6), options)
+    wanted = [best_of_groups(reference_search(image, decoding_rules, options)) for image in FEW_IMAGES]
+    assert found == [texts[: min(beams, 6)] for texts in wanted]
+
+
+@pytest.mark.parametrize(("beams", "groups"), [(4, 2), (6, 3), (3, 3)])
+def test_groups_avoid_the_tokens_of_earlier_groups_and_results_are_ordered_by_rank(beams, groups):
+    decoding_rules, diverse = rules(max_tokens=5), BeamOptions(beams, groups, diversity=1.5)
+    wanted = [best_of_groups(reference_search(image, decoding_rules, diverse)) for image in FEW_IMAGES]
+    found = beam_search(ToyDecoder(FEW_IMAGES), decoding_rules, len(FEW_IMAGES), beams, diverse)
+    assert [texts[: len(of)] for texts, of in zip(found, wanted, strict=True)] == wanted
+    alike = beam_search(ToyDecoder(FEW_IMAGES), decoding_rules, len(FEW_IMAGES), beams, BeamOptions(beams, groups))
+    assert all(len(set(map(tuple, texts))) <= beams // groups for texts in alike)
+    assert sum(map(len, wanted)) > len(FEW_IMAGES) * beams // groups
+
+
+def test_texts_shared_by_groups_repeat_only_if_there_are_too_few():
+    decoding_rules = rules(min_tokens=1, max_tokens=1)  # three texts in all
+    [texts] = beam_search(ToyDecoder([11]), decoding_rules, 1, 5, BeamOptions(6, 2, diversity=0.01))
+    assert sorted(text[0] for text in texts[:3]) == [0, 1, 2]
+    assert texts[3:] == texts[:2]
+    assert beam_search(ToyDecoder([11]), rules(min_tokens=0, max_tokens=0), 1, 3, BeamOptions(3)) == [[[], [], []]]
+
+
+def test_finished_images_leave_the_batch_and_images_are_independent():
+    decoding_rules, beams = rules(max_tokens=8), BeamOptions(3, length_penalty=0.0)
+    forward = ToyDecoder(FEW_IMAGES)
+    together = beam_search(forward, decoding_rules, len(FEW_IMAGES), 3, beams)
+    assert forward.steps[0] == len(FEW_IMAGES)
+    assert forward.steps[1] == 3 * len(FEW_IMAGES)
+    assert any(later < now for now, later in itertools.pairwise(forward.steps[1:]))
+    assert together == [beam_search(ToyDecoder([image]), decoding_rules, 1, 3, beams)[0] for image in FEW_IMAGES]
+
+
+def test_an_image_with_non_finite_logits_does_not_affect_the_beams_of_others():
+    class Broken(ToyDecoder):
+        def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+            logits = super().next_logits(tokens)
+            broken = [image == 12 and len(words) == 3 for image, words in self._rows]
+            return logits.masked_fill(torch.tensor(broken)[:, None], torch.nan)
+
+    decoding_rules, beams = rules(min_tokens=3), BeamOptions(3)
+    found = beam_search(Broken(FEW_IMAGES), decoding_rules, len(FEW_IMAGES), 2, beams)
+    whole = beam_search(ToyDecoder(FEW_IMAGES), decoding_rules, len(FEW_IMAGES), 2, beams)
+    assert found == [whole[0], None, whole[2], whole[3]]
+
+
+def test_rules_mask_impossible_tokens_and_apply_the_repetition_penalty():
+    decoding_rules = DecodingRules(START, END, torch.arange(VOCABULARY) == START, 2, 4, repetition_penalty=2.0)
+    logits = torch.tensor([[1.0, -1.0, 3.0, 9.0, 5.0]])
+    tokens = torch.tensor([[START, 0, 1, 1]])
+    assert decoding_rules.apply(logits, tokens).tolist() == [[0.5, -2.0, 3.0, -math.inf, 5.0]]
+    assert decoding_rules.apply(logits, tokens[:, :2]).tolist() == [[0.5, -1.0, 3.0, -math.inf, -math.inf]]
+    assert logits[0, 3] == 9.0
+
+
+def test_compact_moves_rows_only_to_fill_gaps():
+    for seed in range(200):
+        going = np.random.default_rng(seed).random(seed % 13) < 0.6
+        order = compact(going)
+        assert sorted(order) == np.flatnonzero(going).tolist()
+        stay = going[: len(order)]
+        assert (order[stay] == np.flatnonzero(stay)).all()

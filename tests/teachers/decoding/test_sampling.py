@@ -1,0 +1,160 @@
+"""Nucleus and top-k sampling compared with their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from teachers.decoding.sampling import (
+    sample_narrow_nuclei,
+    sample_nucleus,
+    sample_top_k,
+    sample_wide_nuclei,
+    uniforms,
+)
+from tests.helpers.stand_in_cuda import stand_in_cuda
+
+TEN_THOUSAND = torch.from_numpy((np.arange(10_000) + 0.5) / 10_000)
+GOLDEN = [0.8720734548204874, 0.29536538151378366, 0.42009767850724233]
+
+
+def nucleus(probabilities: list[float], top_p: float) -> dict[int, float]:
+    """Probabilities in the nucleus by token, by the definition, for probabilities without ties."""
+    kept: dict[int, float] = {}
+    for token in sorted(range(len(probabilities)), key=lambda i: -probabilities[i]):
+        if sum(kept.values()) >= top_p:
+            break
+        kept[token] = probabilities[token]
+    return {token: p / sum(kept.values()) for token, p in kept.items()}
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_follow_their_probabilities_in_the_nucleus(top_p, temperature):
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.9, -math.inf, 1.9, -0.2])
+    expected = nucleus(torch.softmax(logits / temperature, 0).tolist(), top_p)
+    exact = torch.bincount(sample_nucleus(logits.repeat(10_000, 1), TEN_THOUSAND, temperature, top_p), minlength=8)
+    assert torch.allclose(exact / 10_000, torch.tensor([expected.get(i, 0.0) for i in range(8)]), atol=2e-4)
+
+
+def by_sorting(logits: torch.Tensor, u: torch.Tensor, top_p: float) -> list[int]:
+    """Expected tokens of sample_nucleus, computed from sorted rows."""
+    tokens = []
+    for row, at in zip(torch.softmax(logits, -1).double().numpy(), u.tolist(), strict=True):
+        falling = np.sort(row)[::-1]
+        before = np.cumsum(falling) - falling
+        weights = np.where(row >= falling[np.flatnonzero(before < top_p)[-1]], row, 0)
+        tokens.append(int(np.searchsorted(np.cumsum(weights), at * np.cumsum(weights)[-1])))
+    return tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(300, 9_000),
+    st.sampled_from([0.0, 1e-3, 0.1, 1.0, 3.0, 8.0]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.floats(0.01, 1, exclude_max=True),
+    st.integers(0, 2**32),
+)
+def test_nuclei_match_those_of_sorted_rows(size, spread, dtype, top_p, seed):
+    """Rounded to bfloat16, hundreds of logits tie; without spread, all of them do."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (spread * torch.randn(4, size, generator=generator)).to(dtype).float()
+    logits[:, :50] = -torch.inf
+    logits[1] *= 0.01
+    u = torch.rand(4, dtype=torch.float64, generator=generator).clamp(min=2**-53)
+    assert sample_nucleus(logits, u, 1.0, top_p).tolist() == by_sorting(logits, u, top_p)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 50])
+def test_top_k_includes_tokens_as_probable_as_the_last(top_k):
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.1, 1.1, -math.inf, 1.9, -0.2])
+    expected = {token: math.exp(logits[token] / 2) for token in sorted(range(8), key=lambda i: -logits[i])[:top_k]}
+    if top_k == 3:
+        expected[4] = expected[3]
+    exact = torch.bincount(sample_top_k(logits.repeat(10_000, 1), TEN_THOUSAND, 2.0, top_k), minlength=8)
+    wanted = torch.tensor([expected.get(i, 0.0) / sum(expected.values()) for i in range(8)])
+    assert torch.allclose(exact / 10_000, wanted, atol=2e-4)
+
+
+def test_non_finite_rows_do_not_affect_others():
+    logits = torch.randn(3, 5_000, generator=torch.Generator().manual_seed(1))
+    u = TEN_THOUSAND[[500, 5000, 9000]]
+    for top_p in (0.5, 1.0):
+        alone = sample_nucleus(logits, u, 1.0, top_p)
+        for value in (math.nan, math.inf):
+            broken = logits.clone()
+            broken[1, 7] = value
+            found = sample_nucleus(broken, u, 1.0, top_p)
+            assert found[[0, 2]].tolist() == alone[[0, 2]].tolist()
+            assert 0 <= found[1] < 5_000
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    arrays.arrays(
+        np.float32, st.tuples(st.integers(1, 5), st.integers(1, 400)), elements=st.sampled_from([-9, 0, 0.5, 3])
+    ),
+    st.floats(2**-53, 1),
+    st.floats(1e-3, 1),
+    st.data(),
+)
+def test_a_token_depends_only_on_its_row_and_is_possible(logits, u, top_p, data):
+    possible = data.draw(arrays.arrays(np.bool_, logits.shape[1]))
+    possible[data.draw(st.integers(0, len(possible) - 1))] = True
+    masked = torch.from_numpy(np.where(possible, logits, -np.inf).astype(np.float32))
+    us = torch.full((len(masked),), u, dtype=torch.float64)
+    together = sample_nucleus(masked, us, 1.0, top_p)
+    alone = torch.cat([sample_nucleus(masked[i : i + 1], us[:1], 1.0, top_p) for i in range(len(masked))])
+    assert torch.equal(together, alone)
+    assert possible[together.numpy()].all()
+
+
+@pytest.mark.parametrize(("size", "spread", "top_p"), [(9_000, 0.1, 0.9), (3_000, 0.0, 0.5), (9_000, 8.0, 0.99)])
+def test_nuclei_without_waiting_are_the_same(size, spread, top_p):
+    """Both halves together, on a CPU and with the sums of CUDA."""
+    generator = torch.Generator().manual_seed(3)
+    logits = spread * torch.randn(200, size, generator=generator)
+    logits[1] *= 100
+    u = torch.rand(200, dtype=torch.float64, generator=generator).clamp(min=2**-53)
+    expected = sample_nucleus(logits, u, 1.0, top_p)
+
+    def sample(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        probabilities = torch.empty_like(logits)
+        tokens, wide = sample_narrow_nuclei(logits, u, 1.0, top_p, probabilities)
+        return torch.where(wide, sample_wide_nuclei(probabilities, u, top_p), tokens)
+
+    assert torch.equal(sample(logits, u), expected)
+    with stand_in_cuda() as cuda:
+        on_device = logits.to("cuda"), u.to("cuda")
+        with cuda.counted() as counts:
+            found = sample(*on_device)
+        assert torch.equal(found.cpu(), expected)
+        assert counts.synchronizations == 0, counts.describe()
+        assert counts.by_name["cumsum"] == 0  # torch has no deterministic one on CUDA
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_the_largest_u_gives_the_last_possible_token(top_p):
+    logits = torch.tensor([[0.0, 1.0, 0.5, -math.inf]])
+    assert sample_nucleus(logits, torch.ones(1, dtype=torch.float64), 1.0, top_p).item() == 2
+    assert sample_nucleus(logits, torch.full((1,), 2.0**-53, dtype=torch.float64), 1.0, top_p).item() == 0
+
+
+def test_uniforms_depend_only_on_their_seed_and_match_golden_values():
+    seeds = np.array([0, 7, 2**64 - 1], np.uint64)
+    drawn = uniforms(seeds, 3)
+    assert np.array_equal(uniforms(seeds[::-1], 3), drawn[::-1])
+    assert np.array_equal(uniforms(seeds[1:2], 5)[0, :3], drawn[1])
+    assert drawn[1].tolist() == GOLDEN
+    many = uniforms(np.arange(200, dtype=np.uint64), 50)
+    assert many.min() > 0
+    assert many.max() <= 1
+    assert abs(many.mean() - 0.5) < 4 / math.sqrt(12 * 10_000)
+    assert abs(np.corrcoef(many[:-1].ravel(), many[1:].ravel())[0, 1]) < 0.04

@@ -1,0 +1,236 @@
+"""Teachers of open_clip, their texts, tokens and exports compared with the library itself."""
+
+from __future__ import annotations
+
+import html
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.tokenizer import get_clean_fn
+from safetensors.torch import save_file
+
+from teachers.device.accelerator import Accelerator
+from teachers.open_clip import catalog
+from teachers.open_clip.export import write_open_clip
+from teachers.open_clip.teacher import OpenClipTeacher, image_spec
+from teachers.open_clip.text import clean_text
+from teachers.open_clip.tokenizer import Tokenizer
+from teachers.registry import teacher_spec
+from tests.helpers import tiny_models
+from tests.helpers.tiny_models import FULL_LENGTH, TRIMMED
+
+CPU = Accelerator("cpu")
+TEXTS = ["a", "a photo of a dog on the beach", "", "so many words " * 60, "Ünïcode – 犬"]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REINFORCE_CACHE", str(tmp_path / "cache"))
+
+
+def _teacher(model: str, device: Accelerator = CPU, **spec: Any) -> OpenClipTeacher:
+    return OpenClipTeacher(teacher_spec(model=model, **spec), device)
+
+
+def _load_open_clip(model: str) -> tuple[Any, Any]:
+    return open_clip.create_model(model).eval(), open_clip.get_tokenizer(model)
+
+
+def _length_seen(teacher: OpenClipTeacher, texts: list[str]) -> int:
+    seen: list[int] = []
+    blocks = teacher._model.transformer if hasattr(teacher._model, "transformer") else teacher._model.text.transformer
+    hook = blocks.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    teacher.encode_texts(texts)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("kind", [*TRIMMED, *FULL_LENGTH])
+def test_embeddings_match_open_clip_and_only_causal_towers_trim_texts(models: dict[str, str], kind: str) -> None:
+    teacher, (model, tokenizer) = _teacher(models[kind]), _load_open_clip(models[kind])
+    size = TRIMMED.get(kind, {}).get("image_size", 32)
+    pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        images = model.encode_image(pixels, normalize=True)
+        texts = model.encode_text(tokenizer(TEXTS), normalize=True)
+    torch.testing.assert_close(teacher.encode_images(pixels), images, rtol=0, atol=1e-6)
+    torch.testing.assert_close(teacher.encode_texts(TEXTS), texts, rtol=0, atol=1e-6)
+    torch.testing.assert_close(teacher.encode_texts(TEXTS[:2]), texts[:2], rtol=0, atol=1e-6)
+    assert teacher.dim == images.shape[1] == texts.shape[1]
+    assert min(images.std(dim=0).max(), texts.std(dim=0).max()) > 0.01, "outputs depend on the inputs"
+    full = 77 + (kind == "class-token")
+    assert _length_seen(teacher, ["a", "a dog"]) == (4 if kind in TRIMMED else full)
+    assert _length_seen(teacher, ["word " * 200]) == full
+
+
+def test_logit_scale_defaults_to_the_models_own(models: dict[str, str]) -> None:
+    assert _teacher(models["small"]).logit_scale == pytest.approx(1 / 0.07)
+    assert _teacher(models["small"], logit_scale=60.0).logit_scale == 60
+
+
+def test_each_model_has_its_own_preprocessing(models: dict[str, str]) -> None:
+    small, large = _teacher(models["small"]).image, _teacher(models["large"]).image
+    assert small is not None
+    assert large is not None
+    assert (small.size, small.mean) == (32, tiny_models.MEAN)
+    assert (large.size, large.mean, large.std) == (48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "weights.pt"])
+def test_torch_checkpoints_load_like_safetensors(models: dict[str, str], tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(catalog.local_folder(models["small"]), folder)
+    (folder / "open_clip_model.safetensors").unlink()
+    torch.save({"state_dict": _load_open_clip(models["small"])[0].state_dict()}, folder / name)
+    copy = _teacher(f"local-dir:{folder}")
+    assert torch.equal(copy.encode_texts(TEXTS), _teacher(models["small"]).encode_texts(TEXTS))
+
+
+def test_weights_that_do_not_fit_are_rejected(models: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    shutil.copytree(catalog.local_folder(models["small"]), folder)
+    shutil.copy(catalog.folder_weights(models["large"]), folder)
+    with pytest.raises(ValueError, match=r"open_clip_model.safetensors do not fit local-dir:.*: \w+"):
+        _teacher(f"local-dir:{folder}")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt do not fit ViT-B-32"):
+        _teacher("ViT-B-32", pretrained=str(tmp_path / "a.pt"))
+
+
+def test_padding_preprocessing_is_rejected(tmp_path: Path) -> None:
+    model = tiny_models.open_clip_model(tmp_path / "m", preprocess={"resize_mode": "longest"})
+    with pytest.raises(ValueError, match=r"resize_mode 'longest' pads images.*shortest or squash"):
+        _teacher(model)
+
+
+def test_preprocessing_is_converted_as_open_clip_applies_it() -> None:
+    config = {"size": [32, 48], "mean": 0.5, "std": [1, 2, 3], "interpolation": "bilinear", "resize_mode": "shortest"}
+    assert image_spec(config).interpolation == "bicubic"  # open_clip always uses bicubic for crops that are not square
+    assert (image_spec(config).height, image_spec(config).width) == (32, 48)
+    assert image_spec({**config, "resize_mode": "squash"}).interpolation == "bilinear"
+    assert image_spec({**config, "size": (48, 48)}).size == 48
+    assert image_spec({**config, "size": 48, "interpolation": "random"}).interpolation == "bicubic"
+
+
+def test_weights_of_the_other_activation_are_rejected_before_download() -> None:
+    with pytest.raises(ValueError, match=r"trained with QuickGELU .* use model ViT-L-14-quickgelu"):
+        _teacher("ViT-L-14", pretrained="dfn2b")
+    with pytest.raises(ValueError, match="models with that tag: ViT-L-14"):
+        _teacher("ViT-L-14-quickgelu", pretrained="dfn2b_s39b")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a <end_of_text> b", "A <END_OF_TEXT> B", "a &lt;end_of_text&gt; b", "a ＜end_of_text＞ b", "<start_of_text>"],
+)
+def test_special_tokens_in_texts_are_read_as_plain_text(models: dict[str, str], text: str) -> None:
+    teacher = _teacher(models["small"])
+    assert bool((open_clip.tokenize([text]) >= 49406).sum() > 2), "open_clip reads it as a special token"
+    tokens = teacher._text.tokenize([text])[0]
+    assert int((tokens == 49406).sum()) == 1
+    assert int((tokens == 49407).sum()) == 1
+    assert not torch.equal(teacher.encode_texts([text]), teacher.encode_texts(["a b"]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(max_codepoint=0x17F)) | st.text("ab <&;>\t\n\x1b[0m'\"", max_size=20))
+def test_clean_text_matches_open_clip(text: str) -> None:
+    assert clean_text(text) == get_clean_fn("lower")(text)
+
+
+def test_the_token_cache_is_bounded(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teachers.open_clip.text._MAX_CACHED_WORDS", 100)
+    teacher = _teacher(models["small"])
+    first = teacher.encode_texts(["a dog"])
+    for i in range(40):
+        teacher.encode_texts([f"word{'abcdefghij'[i % 10]}{'klmnop'[i % 6]} number {chr(97 + i % 26)}x{'yz' * i}"])
+        assert len(teacher._text._tokenizer.cache) <= 100
+    assert torch.equal(teacher.encode_texts(["a dog"]), first)
+
+
+def test_a_hugging_face_tokenizer_is_used_and_its_special_tokens_are_plain_text(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    model = tiny_models.open_clip_model(
+        folder, custom_text=True, pool_type="eos", eos_id=2, vocab_size=300, context_length=24, hf_tokenizer_name="own"
+    )
+    tiny_models.tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=24)
+    teacher, (plain, tokenizer) = _teacher(model), _load_open_clip(model)
+    texts = ["a photo of a cat", "dog"]
+    with torch.no_grad():
+        expected = plain.encode_text(tokenizer(texts), normalize=True)
+    torch.testing.assert_close(teacher.encode_texts(texts), expected, rtol=0, atol=1e-6)
+    tokens = teacher._text.tokenize(["a </s> b </S> c <pad>"])[0]
+    assert int((tokens == 2).sum()) == 1
+    assert _length_seen(teacher, ["a", "a cat"]) < 24
+
+
+def test_text_towers_of_transformers_encode_the_full_length(tmp_path: Path) -> None:
+    tower = tiny_models.transformers_bert(tmp_path / "bert")
+    config = tiny_models.open_clip_config()
+    config["text_cfg"] = {"hf_model_name": tower, "hf_tokenizer_name": tower, "context_length": 24}
+    model = tiny_models.seeded(lambda: open_clip.CustomTextCLIP(**config), 0)
+    folder = tmp_path / "model"
+    tiny_models.tokenizer(folder, start="[CLS]", end="[SEP]", pad="[PAD]", length=24)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    save_file(model.state_dict(), str(folder / "open_clip_model.safetensors"))
+    teacher = _teacher(f"local-dir:{folder}")
+    with torch.no_grad():
+        expected = model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS), normalize=True)
+    torch.testing.assert_close(teacher.encode_texts(TEXTS), expected, rtol=0, atol=1e-6)
+
+
+OWN, SAFE = open_clip.get_tokenizer("ViT-B-32"), Tokenizer("ViT-B-32")
+
+
+def test_tokens_match_open_clip_also_after_pickling() -> None:
+    texts = ["A photo of a  cat.", "naïve café, ünïcode", "", "word " * 200]
+    here = Tokenizer("ViT-B-32")
+    expected = open_clip.get_tokenizer("ViT-B-32")(texts)
+    assert torch.equal(here(texts), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(here))(texts), expected)
+
+
+@given(st.text(max_size=60).filter(lambda text: "<" not in html.unescape(html.unescape(text))))
+@settings(max_examples=300, deadline=None)
+def test_tokens_of_any_text_match_open_clip(text: str) -> None:
+    twice = [text, text]  # the second text uses the token cache
+    assert torch.equal(SAFE(twice), OWN(twice))
+
+
+def test_a_tokenizer_reads_special_tokens_as_plain_text() -> None:
+    [start, *_, end] = open_clip.get_tokenizer("ViT-B-32").all_special_ids[:2]
+    [tokens] = Tokenizer("ViT-B-32")(["a <end_of_text> b <start_of_text>"]).tolist()
+    assert tokens.count(end) == tokens.count(start) == 1
+    assert tokens.index(end) > 8
+
+
+def test_an_exported_folder_loads_in_open_clip_with_equal_outputs(tmp_path: Path) -> None:
+    name = tiny_models.open_clip_model(tmp_path / "a", preprocess={"mean": 0.5, "std": 0.25})
+    config = json.loads((tmp_path / "a" / "open_clip_config.json").read_text())["model_cfg"]
+    model = open_clip.create_model(name).eval()
+    write_open_clip(model, config, open_clip.get_tokenizer(name), str(tmp_path / "b" / "deep"))
+    loaded = open_clip.create_model(f"local-dir:{tmp_path / 'b' / 'deep'}").eval()
+    pixels, tokens = torch.randn(2, 3, 32, 32), open_clip.get_tokenizer(name)(["a cat", "a dog"])
+    with torch.inference_mode():
+        assert torch.equal(loaded.encode_image(pixels), model.encode_image(pixels))
+        assert torch.equal(loaded.encode_text(tokens), model.encode_text(tokens))
+    assert open_clip.get_model_preprocess_cfg(loaded) == open_clip.get_model_preprocess_cfg(model)
+
+
+def test_the_files_of_a_hugging_face_tokenizer_are_exported(tmp_path: Path) -> None:
+    name = tiny_models.open_clip_model(
+        tmp_path / "a", custom_text=True, vocab_size=300, context_length=24, hf_tokenizer_name="own"
+    )
+    tiny_models.tokenizer(tmp_path / "a", start="<s>", end="</s>", pad="<pad>", length=24)
+    config = json.loads((tmp_path / "a" / "open_clip_config.json").read_text())["model_cfg"]
+    write_open_clip(open_clip.create_model(name), config, open_clip.get_tokenizer(name), str(tmp_path / "b"))
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'b'}")(["a cat"])
+    assert torch.equal(tokens, open_clip.get_tokenizer(name)(["a cat"]))

@@ -1,0 +1,111 @@
+"""Special tokens, the files of a tokenizer, and trimmed texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teachers.registry import describe_captioner, describe_teacher, teacher_spec
+from teachers.tokens.files import check_tokenizer_files
+from teachers.tokens.special_tokens import special_token_escaper
+from teachers.tokens.trimming import PROBE_TEXTS, trimming_is_exact
+from tests.helpers import tiny_models
+from tests.helpers.tiny_captioners import blip, spec_of
+from tests.helpers.tiny_coca import coca_model
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(["<s>", "</S>", "<", "s>", "[cls]", "x", " ", "<<s>>"])).map("".join))
+def test_every_special_token_is_broken_and_characters_are_kept(text: str) -> None:
+    special = ["<s>", "</s>", "[CLS]", "s><", "<"]
+    result = special_token_escaper(special)(text)
+    assert not any(token.lower() in result.lower() for token in special if len(token) > 1)
+    assert result.replace(" ", "") == text.replace(" ", "")
+
+
+FIX = r"has no tokenizer files.*tokenizer\.json, vocab\.json, vocab\.txt.*save_pretrained\("
+
+
+def delete_tokenizer(folder: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    return folder
+
+
+def test_a_clip_folder_saved_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = delete_tokenizer(Path(tiny_models.transformers_clip(tmp_path / "clip")))
+    with pytest.raises(FileNotFoundError, match=f"teacher mine: folder {folder} {FIX}"):
+        describe_teacher("mine", teacher_spec(family="transformers", model=str(folder)))
+    tiny_models.tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=24)
+    assert describe_teacher("mine", teacher_spec(family="transformers", model=str(folder))).texts
+
+
+def test_a_text_encoder_and_a_captioner_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
+    bert = delete_tokenizer(Path(tiny_models.transformers_bert(tmp_path / "bert")))
+    with pytest.raises(FileNotFoundError, match=FIX):
+        describe_teacher("mine", teacher_spec(family="transformers", model=str(bert)))
+    folder = delete_tokenizer(Path(blip(tmp_path / "blip")))
+    with pytest.raises(FileNotFoundError, match=f"captioner mine: .*{FIX}"):
+        describe_captioner("mine", spec_of(folder, "blip"))
+
+
+def test_an_image_encoder_needs_no_tokenizer(tmp_path: Path) -> None:
+    folder = tiny_models.transformers_dinov2(tmp_path / "dino")
+    assert not describe_teacher("mine", teacher_spec(family="transformers", model=folder)).texts
+
+
+@pytest.mark.parametrize("make", [tiny_models.open_clip_model, coca_model])
+def test_an_open_clip_folder_that_names_a_hugging_face_tokenizer_needs_its_files(tmp_path: Path, make: object) -> None:
+    model = make(tmp_path / "vit")  # type: ignore[operator]
+    assert describe_teacher("mine", teacher_spec(model=model)).texts
+    path = tmp_path / "vit" / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "org/tokenizer"
+    path.write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match=FIX):
+        describe_teacher("mine", teacher_spec(model=model))
+    tiny_models.tokenizer(tmp_path / "vit", start="<s>", end="</s>", pad="<pad>", length=77)
+    assert describe_teacher("mine", teacher_spec(model=model)).texts
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "spiece.model", "source.spm", "qwen.tiktoken"])
+def test_any_vocabulary_is_enough(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    with pytest.raises(FileNotFoundError, match=FIX):
+        check_tokenizer_files(tmp_path)
+    (tmp_path / name).touch()
+    check_tokenizer_files(tmp_path)
+
+
+@pytest.mark.parametrize(("file", "key"), [("tokenizer_config.json", "tokenizer_class"), ("config.json", "model_type")])
+def test_a_tokenizer_of_bytes_needs_no_vocabulary(tmp_path: Path, file: str, key: str) -> None:
+    (tmp_path / file).write_text(json.dumps({key: "ByT5Tokenizer"}))
+    check_tokenizer_files(tmp_path)
+
+
+def _encode(texts: Sequence[str], trim: bool, padding: float) -> torch.Tensor:
+    """Embeddings by length, plus ``padding`` per position that is not trimmed."""
+    longest = max(map(len, texts)) if trim else 1000
+    return torch.stack([torch.tensor([len(text), 1.0, padding * (longest - len(text))]) for text in texts])
+
+
+def test_an_encoder_that_ignores_padding_is_exact() -> None:
+    assert trimming_is_exact(lambda texts, trim: _encode(texts, trim, padding=0.0))
+
+
+def test_an_encoder_that_uses_padding_is_not_exact_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    assert not trimming_is_exact(lambda texts, trim: _encode(texts, trim, padding=0.1))
+    assert "texts are encoded at full length" in caplog.text
+
+
+def test_differences_of_longer_batches_are_found() -> None:
+    def encode(texts: Sequence[str], trim: bool) -> torch.Tensor:
+        return _encode(texts, trim, padding=0.1 if len(texts) == len(PROBE_TEXTS) else 0.0)
+
+    assert not trimming_is_exact(encode)
