@@ -101,10 +101,10 @@ def _specs(role: str) -> dict[str, type[ModelSpec]]:
 
 
 class _AnyFamily:
-    """Base of the classes that configs name: they have the keys of all families, for schemas, pages and messages.
+    """Base of the classes in configs. They have the keys of all families, for JSON schemas, pages and messages.
 
-    Validation returns the spec of the family that a mapping names. This is a union discriminated by ``family``. One of
-    pydantic's would divide the JSON schema and could not discriminate by ``class``.
+    Validation returns the spec of the family that a mapping names: a union discriminated by ``family``. A union of
+    pydantic would divide the JSON schema and could not discriminate by ``class``.
     """
 
     role: ClassVar[str]
@@ -121,7 +121,9 @@ class _AnyFamily:
 
     @classmethod
     def _validate(cls, value: Any, handler: Callable[[Any], Any]) -> Any:
-        if isinstance(value, cls.base):
+        if type(value) is cls.base:  # made in Python, with the common keys alone
+            value = value.model_dump(exclude_unset=True)
+        elif isinstance(value, cls.base):
             return value
         family = _family_of(value)
         if family is None:

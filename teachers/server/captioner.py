@@ -74,7 +74,7 @@ class ServerCaptioner:
         return self.to_texts(self.generate(pixels, seeds))
 
     def generate(self, pixels: torch.Tensor, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What is to be sent: uint8 [B, H, W, 3] and the seeds. ``to_texts`` sends it."""
+        """Prepare the requests: images uint8 [B, H, W, 3] and seeds. ``to_texts`` sends them."""
         images = pixels.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1)
         return images.contiguous().cpu().numpy(), seeds
 

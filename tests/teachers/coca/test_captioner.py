@@ -81,7 +81,6 @@ def test_lengths_are_within_bounds_and_captions_have_no_special_tokens(model, sh
     captioner = build_captioner(model, captions=8, min_length=shortest, max_length=longest, temperature=3.0, top_p=1.0)
     rows = decoded(captioner, images(8), seeds(8, 8))
     assert all(shortest <= len(tokens) <= longest - 2 for tokens in rows)
-    assert len({len(tokens) for tokens in rows}) > 1 or shortest == longest - 2, "rows end at different steps"
     assert not {START, END} & {token for tokens in rows for token in tokens}
 
 
@@ -100,8 +99,10 @@ def test_the_start_token_is_never_sampled(tmp_path):
 def test_captions_are_decoded_and_stripped_text(model):
     captioner = build_captioner(model, captions=4)
     tokenizer = open_clip.SimpleTokenizer()
-    expected = [tokenizer.decode(tokens).strip() for tokens in decoded(captioner, images(3), seeds(3, 4))]
-    captions = captioner.caption(images(3), seeds(3, 4))
+    rows = decoded(captioner, images(6), seeds(6, 4))
+    assert len({len(tokens) for tokens in rows}) > 3  # rows end at different steps
+    expected = [tokenizer.decode(tokens).strip() for tokens in rows]
+    captions = captioner.caption(images(6), seeds(6, 4))
     assert [text for row in captions for text in row] == expected
     assert all(text == text.strip() and "_of_text>" not in text for text in expected)
 
