@@ -1,4 +1,4 @@
-"""``reinforce export onnx`` from the command line, and the exported folder in use."""
+"""``reinforce export onnx``, the exported folder in use, and its parts: towers, graphs and README."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
+import onnx
 import onnxruntime
 import open_clip
 import pytest
@@ -20,13 +21,19 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from reinforce.cli import main
-from reinforce.shipping import packages
+from reinforce.shipping import graph, packages
+from reinforce.shipping.readme import render_readme
+from reinforce.shipping.towers import count_parameters, reparameterize
+from teachers.open_clip.teacher import load_model
+from teachers.protocols import ImageSpec
+from teachers.spec import ModelSpec
 from tests.helpers import shipping as models
 from tests.helpers.data import picture
 from tests.helpers.tiny_coca import coca_model
 
 FILES = {"README.md", "image.onnx", "preprocess.json", "text.onnx", "tokenizer.json"}
 CLASSES = ["a cat", "a dog"]  # of the README
+HALF = ((0.5,) * 3,) * 2  # mean and deviation
 
 
 class Exported(NamedTuple):
@@ -77,6 +84,10 @@ def test_towers_match_torch_for_any_batch_size(exported: Exported) -> None:
         np.testing.assert_allclose(image(pixels), images, rtol=0, atol=1e-4)
         np.testing.assert_allclose(text(tokens), texts, rtol=0, atol=1e-4)
         assert images.shape == (count, about["dim"])
+    written = onnx.load(str(exported.folder / "image.onnx"))
+    assert (written.producer_name, [(one.key, one.value) for one in written.metadata_props]) == (
+        "reinforce", [("model", about["model"])],
+    )  # fmt: skip
     if count > 1:
         assert np.abs(images - images.mean(0)).max() > 0.01, "a constant would agree too"
         assert np.abs(texts - texts.mean(0)).max() > 0.01
@@ -151,3 +162,56 @@ def test_models_that_cannot_be_exported_are_reported(
     assert export("MobileCLIP2-S0") == 2
     assert "onnx_that_is_not_there: run pip install -e '.[export]'" in capfd.readouterr().err
     assert not (tmp_path / "onnx").exists()
+
+
+def test_reparameterize_fuses_branches_and_leaves_the_model_unchanged(tmp_path: Path) -> None:
+    clip = load_model(ModelSpec(model=models.fastvit(tmp_path / "model"))).eval()
+    images = torch.rand(2, 3, 96, 64)
+    before = clip.encode_image(images)
+    fused = reparameterize(clip)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fused.visual.trunk.stem.modules())
+    assert count_parameters(fused)["image"] < count_parameters(clip)["image"]
+    assert count_parameters(fused)["text"] == count_parameters(clip)["text"]
+    assert torch.equal(clip.encode_image(images), before)
+    torch.testing.assert_close(fused.encode_image(images), before, rtol=1e-3, atol=1e-4)
+    assert fused.text is clip.text
+
+
+class Double(torch.nn.Module):
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows * 2.0
+
+
+def test_large_weights_are_stored_in_a_separate_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "EXTERNAL_DATA_BYTES", 1000)
+    linear = torch.nn.Linear(40, 30)
+    tower = graph.Tower("image", "images", linear, lambda count: torch.rand(count, 40))
+    graph.write_onnx(tower, tmp_path / "image.onnx", {})
+    assert (tmp_path / "image.onnx.data").stat().st_size >= 40 * 30 * 4
+    (tmp_path / "image.onnx").rename(tmp_path / "moved.onnx")  # the graph does not depend on its own name
+    assert graph.largest_difference(tmp_path / "moved.onnx", linear, [torch.rand(3, 40)]) < 1e-5
+
+
+def test_largest_difference_is_infinite_where_a_number_is_not_finite(tmp_path: Path) -> None:
+    tower = graph.Tower("image", "images", Double(), lambda count: torch.rand(count, 4))
+    graph.write_onnx(tower, tmp_path / "image.onnx", {})
+    rows = torch.ones(2, 4)
+    assert graph.largest_difference(tmp_path / "image.onnx", lambda x: 2 * x + 0.5, [rows]) == pytest.approx(0.5)
+    assert graph.largest_difference(tmp_path / "image.onnx", lambda x: 2 * x / 0, [rows]) == float("inf")
+    assert graph.largest_difference(tmp_path / "image.onnx", lambda x: x[:, :3], [rows]) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("spec", "line"),
+    [
+        (ImageSpec(64, *HALF, "bicubic", "crop"), "image.crop((left, top, left + size, top + size))"),
+        (ImageSpec((96, 64), *HALF, "bicubic", "crop"), "image.crop((left, top, left + width, top + height))"),
+        (ImageSpec(64, *HALF, "bilinear", "squash"), 'resize(config["size"][::-1], Image.Resampling.BILINEAR)'),
+    ],
+)
+def test_example_resizes_as_the_model_expects(spec: ImageSpec, line: str) -> None:
+    text = render_readme({"model": "tiny", "dim": 16, "context_length": 77}, spec)
+    assert line in text
+    assert f"uint8 [N, {spec.height}, {spec.width}, 3]" in text
+    assert "float32 [N, 16]" in text
+    assert "int64 [N, 77]" in text

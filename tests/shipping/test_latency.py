@@ -1,4 +1,4 @@
-"""``reinforce latency`` from the command line, and its measurements."""
+"""``reinforce latency`` from the command line, its measurements and its table."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 
 from reinforce.model_names import resolve_models
 from reinforce.shipping.latency import measure_latency
+from reinforce.shipping.machine import cpu_name, machine_name
+from reinforce.shipping.report import LatencyReport
 from reinforce.shipping.towers import reparameterize
 from tests.helpers import shipping as models
 from tests.helpers.commands import Command
@@ -44,7 +46,9 @@ def test_command_measures_several_models(latency: Command, tmp_path: Path, threa
         assert text in out
     measured = json.loads((tmp_path / "out" / "latency.json").read_text())
     assert (measured["threads"], measured["rounds"], measured["batch"]) == (1, 5, 1)
-    assert measured["cpu"]
+    assert measured["cpu"] == cpu_name() != ""
+    assert measured["cores"] >= 1
+    assert machine_name().startswith(f"{cpu_name()}, ")
     assert measured["versions"]["torch"] == torch.__version__
     assert list(measured["models"]) == [f"{tmp_path}/runs", fast]
     for name, about in zip((vit, fast), measured["models"].values(), strict=True):
@@ -109,3 +113,26 @@ def test_documentation_shows_the_stored_measurements() -> None:
         assert [cell.split()[0] for cell in table[model][3:5]] == [f"{image:.1f}", f"{text:.1f}"]
         both = slowest["image"]["median"] + slowest["text"]["median"]
         assert table[model][5:] == [f"{slowest['image']['median'] / image:.1f}", f"{both / (image + text):.1f}"]
+
+
+def figures(image: float, text: float) -> dict[str, Any]:
+    """Measurements with these median milliseconds."""
+    times = {"image": image, "text": text}
+    ranges = {
+        side: {"median": t, "lower quartile": t, "upper quartile": t + 1, "fastest": t} for side, t in times.items()
+    }
+    sizes = {"image": 2_000_000, "text": 1_000_000}
+    return {"parameters": sizes, "gflop": {"image": 1.0, "text": 2.0}, "milliseconds": {"torch": ranges}}
+
+
+def test_table_shows_the_speedup_over_the_slowest_line() -> None:
+    table = LatencyReport({}, {"slow": figures(8.0, 2.0), "fast": figures(2.0, 2.0)}).table()
+    columns = [list(column.cells) for column in table.columns]
+    assert columns == [
+        ["slow", "fast"],
+        ["2.0 + 1.0"] * 2,
+        ["1.0 + 2.0"] * 2,
+        ["8.0 ±0.5", "2.0 ±0.5"],
+        ["2.0 ±0.5"] * 2,
+        ["1.0x", "2.5x"],
+    ]

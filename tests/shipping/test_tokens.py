@@ -95,21 +95,13 @@ def test_hugging_face_tokenizers_include_the_cleaning_of_open_clip(tmp_path: Pat
     assert Tokenizer.from_str(converted.to_str()).encode(texts[1]).ids == converted.encode(texts[1]).ids
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tokenizer_kwargs": {"strip_sep_token": True}}, "cannot be expressed as tokenizer.json"),
-        ({"tokenizer_mode": "clips"}, "cannot be expressed as tokenizer.json"),
-    ],
-)
-def test_tokenizers_that_cannot_be_converted_are_rejected(
-    tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
+@pytest.mark.parametrize("options", [{"tokenizer_kwargs": {"strip_sep_token": True}}, {"tokenizer_mode": "clips"}])
+def test_tokenizers_that_cannot_be_converted_are_rejected(tmp_path: Path, options: dict[str, Any]) -> None:
     name = student_folder(tmp_path, "hf", text_cfg=options)
     special = json.loads((tmp_path / "tokenizer_config.json").read_text())
     special |= {"sep_token": "</s>", "cls_token": "<s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"cannot be expressed as tokenizer\.json"):
         tokens.convert_tokenizer(name)
 
 

@@ -31,12 +31,6 @@ def test_a_layout_divides_memory_into_cells_that_share_it() -> None:
     assert np.bincount(memory).tolist() == [5, 3 * 2 * 8 * 8 * 3, 3 * 6 * 4 * 3]
 
 
-def test_a_layout_without_pixels_takes_no_memory() -> None:
-    layout = PixelLayout(None)
-    assert layout.cell_bytes == 0
-    assert layout.cells(np.zeros(0, np.uint8)).crops is None
-
-
 def test_pixels_are_written_into_one_cell_only() -> None:
     layout = PixelLayout((1, 8), (VIEW,))
     cells = layout.cells(np.full(3 * layout.cell_bytes, 7, np.uint8))
