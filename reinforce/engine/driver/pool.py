@@ -143,7 +143,7 @@ class Pool:
             self._mark_leaving(slot)
 
     def _mark_leaving(self, slot: Slot) -> None:
-        if slot.info is not None and slot.info.node in self._drained and not slot.leaving:
+        if slot.id.node in self._drained and not slot.leaving:
             slot.leaving = True
             self.leaving[slot] = None
             self._free.pop(slot, None)
@@ -213,11 +213,11 @@ class Pool:
 
     def count_nodes(self) -> int:
         """Number of nodes with started workers."""
-        return len({slot.info.node for slot in self._started if slot.info})
+        return len({slot.id.node for slot in self._started})
 
     def count_on_node(self, node: str) -> int:
         """Number of started workers on a node."""
-        return sum(slot.info is not None and slot.info.node == node for slot in self._started)
+        return sum(slot.id.node == node for slot in self._started)
 
     @property
     def free(self) -> list[Slot]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from reinforce.dataset.files.index import FileEntry
@@ -50,7 +51,7 @@ class WorkerInfo:
     device: Mapping[str, Any] = field(default_factory=dict)  # name and memory of a CUDA device
     log: str = ""  # path of its output on its node, if that is a file
 
-    @property
+    @cached_property
     def id(self) -> WorkerId:
         return WorkerId(self.node, self.pid, self.host)
 
