@@ -12,7 +12,6 @@ share it. There is one claim for each layer, so runs that add different layers c
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import socket
@@ -25,8 +24,8 @@ from typing import Any
 
 from reinforce.config import Config
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.layers import Layer
-from reinforce.dataset.manifest.differences import recipe_differences, recipe_error
+from reinforce.dataset.layers import Layer, mapping_at
+from reinforce.dataset.manifest.differences import check_recipes, difference_lines
 from reinforce.dataset.manifest.manifest import find_manifest, update_manifest, write_manifest
 from reinforce.errors import StorageError, UserError
 
@@ -142,10 +141,8 @@ class Claims:
     def _check_manifest(self) -> None:
         manifest = find_manifest(self.store)
         listed = (manifest or {}).get("layers", {})
-        fingerprints = {name: listed[name]["fingerprint"] for name in self.layers if name in listed}
-        others = {name: found for name, found in fingerprints.items() if found != self.layers[name].fingerprint}
-        if others:
-            raise recipe_error(self.store, manifest, self.layers, others)
+        found = {name: listed[name]["fingerprint"] for name in self.layers if name in listed}
+        check_recipes(self.store, manifest, self.layers, found)
 
     def _error(self, claims: Mapping[str, Mapping[str, Any]]) -> UserError:
         first = next(iter(claims.values()))
@@ -154,24 +151,15 @@ class Claims:
             f"another run writes to {self.store.url} with another config: pid {first.get('pid')} on "
             f"{first.get('host')}, which started {minutes:.0f} minutes ago. The results would be mixed:"
         ]
-        fingerprints = {name: str(claim.get("fingerprint")) for name, claim in claims.items()}
-        reasons = {name: tuple(self._differences(name, claim, fingerprints)) for name, claim in claims.items()}
-        for reason, names in itertools.groupby(reasons, key=reasons.__getitem__):
-            for name in names:
-                here = self.layers[name].fingerprint
-                lines.append(f"  {name}: fingerprint {fingerprints[name]} in that run, {here} in this config")
-            lines += [f"    {line}" for line in reason]
+        found = {name: str(claim.get("fingerprint")) for name, claim in claims.items()}
+        manifests = {name: mapping_at(claim, "manifest") for name, claim in claims.items()}
+        lines += difference_lines(manifests, self.layers, found, "that run")
         path = f"{self.store.url}/{FOLDER}"
         lines.append(
             f"Use its config, or write to another `output`. If it is not running any more, delete {path}, or wait: "
             f"claims end {self.seconds / 60:.0f} minutes after the start of a run that was killed."
         )
         return UserError("\n".join(lines))
-
-    def _differences(self, name: str, claim: Mapping[str, Any], fingerprints: Mapping[str, str]) -> list[str]:
-        manifest = claim.get("manifest")
-        known = manifest if isinstance(manifest, Mapping) else {}
-        return recipe_differences(known, self.layers[name], fingerprints, "that run")
 
 
 def _parts(name: str) -> tuple[str, str]:

@@ -16,33 +16,45 @@ from reinforce.settings import flatten
 _VALUE_CHARS = 200  # of a value in a message
 
 
-def recipe_error(
+def check_recipes(
     store: Store, manifest: Mapping[str, Any] | None, layers: Mapping[str, Layer], found: Mapping[str, str | None]
-) -> UserError:
-    """The error for layers that were made by other recipes than those of the config's ``layers``.
+) -> None:
+    """Raise UserError if layers were made by other recipes than those of the config's ``layers``.
 
-    ``found`` maps each of them to its fingerprint in the dataset. The message has both fingerprints of every layer,
-    the settings that differ, and the command that deletes the layers.
+    ``found`` maps layers to their fingerprints in the dataset. The message has both fingerprints of every layer that
+    differs, the settings that differ, and the command that deletes the layers.
     """
+    others = {name: fingerprint for name, fingerprint in found.items() if fingerprint != layers[name].fingerprint}
+    if not others:
+        return
     lines = [f"{store.url} was made by another config, and the results would be mixed:"]
-    reasons = {name: recipe_differences(manifest or {}, layers[name], found) for name in found}
-    for reason, names in itertools.groupby(reasons, key=reasons.__getitem__):
-        lines += [
-            f"  {name}: fingerprint {found[name]} in the dataset, {layers[name].fingerprint} in this config"
-            for name in names
-        ]
-        lines += [f"    {line}" for line in reason]
-    known = {*mapping_at(manifest or {}, "layers"), *found}
-    command = drop_command(store.url, with_dependants(found, known), known)
-    choices = "write to another `output`" + (", give the changed model another name" if SAMPLES not in found else "")
+    lines += difference_lines(dict.fromkeys(others, manifest or {}), layers, others, "the dataset")
+    known = {*mapping_at(manifest or {}, "layers"), *others}
+    command = drop_command(store.url, with_dependants(others, known), known)
+    choices = "write to another `output`" + (", give the changed model another name" if SAMPLES not in others else "")
     lines.append(f"Undo the change, {choices}, or delete these layers and compute them again: {command}")
-    return UserError("\n".join(lines))
+    raise UserError("\n".join(lines))
 
 
-def recipe_differences(
-    manifest: Mapping[str, Any], layer: Layer, found: Mapping[str, str | None], where: str = "the dataset"
-) -> list[str]:
-    """Why a layer's fingerprint differs from that in a manifest, one line each; ``where`` names what it belongs to."""
+def difference_lines(
+    manifests: Mapping[str, Mapping[str, Any]],
+    layers: Mapping[str, Layer],
+    found: Mapping[str, str | None],
+    where: str,
+) -> Iterator[str]:
+    """Both fingerprints of each layer of ``found``, and the settings that differ from those in its manifest.
+
+    ``where`` names what the manifests belong to.
+    """
+    reasons = {name: _reasons(manifests[name], layers[name], found, where) for name in found}
+    for reason, names in itertools.groupby(reasons, key=reasons.__getitem__):
+        for name in names:
+            yield f"  {name}: fingerprint {found[name]} in {where}, {layers[name].fingerprint} in this config"
+        yield from (f"    {line}" for line in reason)
+
+
+def _reasons(manifest: Mapping[str, Any], layer: Layer, found: Mapping[str, str | None], where: str) -> list[str]:
+    """Why a layer's fingerprint differs from that in a manifest, one line each."""
     lines = list(_differences(*layer.kind.recipes(layer, manifest), where))
     if lines:
         return lines

@@ -20,7 +20,7 @@ from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import MANIFEST, Store, check_footer, parse_footer
 from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
-from reinforce.dataset.manifest.differences import recipe_error
+from reinforce.dataset.manifest.differences import check_recipes
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.engine.messages.task import PendingShard
@@ -270,8 +270,7 @@ def check_fingerprints(store: Store, layers: Mapping[str, Layer], committed: Map
             # A layer that dataset.json does not list.
             with layer_errors(store, name, shard), store.open_layer(name, shard, whole=False) as file:
                 found[name] = parse_footer(file.metadata).get("fingerprint")
-    if others := {name: value for name, value in found.items() if value != layers[name].fingerprint}:
-        raise recipe_error(store, manifest, layers, others)
+    check_recipes(store, manifest, layers, found)
     _check_files(store, layers, committed)
     if recorded and SAMPLES not in recorded:
         raise UserError(f"{store.path(MANIFEST)} lists layers but no samples. Restore the file or start a new output.")
