@@ -20,7 +20,7 @@ from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.published import config_of as published_config
 from tests.helpers.reinforced import reinforce_here
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_planning_a_hundred_thousand_shards_is_quick_and_lean(tmp_path: Path) -> None:

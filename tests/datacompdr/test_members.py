@@ -85,24 +85,12 @@ BROKEN: dict[str, tuple[str, dict[str, bytes | Callable[[], bytes] | None]]] = {
     "no augmentations": ("samples", {"paug.json": None}),
     "augmentations that are no JSON": ("samples", {"paug.json": b"{"}),
     "augmentations nested too deeply": ("samples", {"paug.json": b"[" * 100_000}),
-    "too few augmentations": (
-        "samples",
-        {"paug.json": paug(ALL[0].records[:2])},
-    ),
+    "too few augmentations": ("samples", {"paug.json": paug(ALL[0].records[:2])}),
     "no crop": ("samples", {"paug.json": paug([[None, None]] * 3)}),
-    "a crop of halves": (
-        "samples",
-        {"paug.json": paug([[[0.5, 0, 9, 9]]] * 3)},
-    ),
+    "a crop of halves": ("samples", {"paug.json": paug([[[0.5, 0, 9, 9]]] * 3)}),
     "an empty crop": ("samples", {"paug.json": paug([[[0, 0, 0, 9]]] * 3)}),
-    "a crop of another image": (
-        "samples",
-        {"paug.json": paug([[[0, 0, 31, 40], None]] * 3)},
-    ),
-    "an operation that there is not": (
-        "samples",
-        {"paug.json": paug([[CROP, [[14, 1.0]]]] * 3)},
-    ),
+    "a crop of another image": ("samples", {"paug.json": paug([[[0, 0, 31, 40], None]] * 3)}),
+    "an operation that there is not": ("samples", {"paug.json": paug([[CROP, [[14, 1.0]]]] * 3)}),
     "an operation without end": (
         "samples",
         {"paug.json": b'{"param_aug": [' + b", ".join([b"[[0, 0, 9, 9], [[1, 1e999]]]"] * 3) + b"]}"},

@@ -11,7 +11,7 @@ from reinforce.engine.plan.recipe import build_layers, describe_models, version_
 from reinforce.source.urls import expand
 from tests.helpers.data import config_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def layers_for(**changes: Any) -> dict[str, str]:
