@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from reinforce.config import Config, parse_config
-from reinforce.engine.plan.plan import make_plan
+from reinforce.config import Config
 from reinforce.engine.record.summary import RunSummary
 from reinforce.engine.run import run
 from reinforce.errors import UserError
@@ -104,17 +103,6 @@ def test_a_class_whose_file_changed_without_its_version_is_warned_of_once(
     assert f"(hash {first} then, {second} now), and its `version` is still 3." in warning
     extended["source"].append(f"{tmp_path}/lost.tar")
     assert warnings(extended) == []
-
-
-def test_the_code_of_a_class_is_in_no_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "stable_teacher.py").write_text(CLASS)
-    monkeypatch.syspath_prepend(tmp_path)
-    config = parse_config(config_of("x.tar", tmp_path / "out", teachers={"my": {"class": "stable_teacher:Changing"}}))
-    before = make_plan(config).layers["embeddings/my/images"]
-    (tmp_path / "stable_teacher.py").write_text(CLASS + "# other code\n")
-    after = make_plan(config).layers["embeddings/my/images"]
-    assert before.code != after.code
-    assert (before.fingerprint, before.recipe) == (after.fingerprint, after.recipe)
 
 
 def test_a_run_goes_on_with_shards_whose_files_were_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from reinforce.config import parse_config
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.inference.self_test import TEXTS
-from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId, raising_layer_failure
+from reinforce.engine.messages.results import LayerFailure
 from reinforce.engine.messages.tracebacks import error_with_frames, shorten, user_frames
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.producers.registry import check_models
@@ -68,24 +67,6 @@ def start(config: dict[str, Any]) -> None:
     parsed = parse_config(config)
     layers = build_layers(parsed, describe_models(parsed))
     check_models(load_models(parsed, layers.values()), layers.values(), {})
-
-
-def test_failures_survive_pickling() -> None:
-    layer = pickle.loads(pickle.dumps(LayerFailure("captions/c", "odd")))
-    assert (layer.layer, str(layer)) == ("captions/c", "captions/c: odd")
-    for worker_at_fault in (True, False):
-        shard = pickle.loads(pickle.dumps(ShardFailure("odd", worker_at_fault)))
-        assert (str(shard), shard.worker_at_fault) == ("odd", worker_at_fault)
-    load = pickle.loads(pickle.dumps(LoadFailure(("node", 1, "host"), "no weights", True)))
-    assert (load.worker, str(load.error)) == (WorkerId("node", 1, "host"), "no weights")
-
-
-def test_an_error_of_a_model_names_its_layer() -> None:
-    with pytest.raises(LayerFailure) as raised, raising_layer_failure("captions/c"):
-        raise ValueError("odd")
-    message = re.escape("captions/c: ValueError: odd (tests/engine/messages/test_results.py:")
-    assert re.fullmatch(message + r'\d+ in test_\w+: `raise ValueError\("odd"\)`\)', str(raised.value))
-    assert isinstance(raised.value.__cause__, ValueError)
 
 
 @pytest.mark.parametrize(

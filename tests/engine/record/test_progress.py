@@ -21,21 +21,6 @@ IMAGES = {"inputs": 100, "seconds": 2.0, "flops": 3e12, "peak_flops": 6e12}
 CARD = {"name": "NVIDIA H100 80GB HBM3", "memory_peak": 2**30, "memory_total": 80 * 2**30}
 
 
-def test_a_log_gets_a_plain_line_every_few_seconds_and_not_at_every_call(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr("reinforce.terminal._LOG_SECONDS", 0.2)
-    with Progress() as progress:
-        for samples in range(30):
-            progress.show(replace(START, samples=samples))
-            now[0] += 0.01
-    out = capsys.readouterr().out
-    assert len(out.splitlines()) == 1
-    assert "\x1b" not in out
-
-
 def test_the_line_shows_speed_busy_share_and_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -220,8 +220,6 @@ class FailurePolicy:
         """Decide about a worker that could not load its models. The run stops unless shards pass on other nodes."""
         if isinstance(error, LoadFailure):
             return None if self.faults.record_failed_start(error.worker, str(error), now) else StopRun(error.error)
-        if isinstance(error, UserError):
-            return StopRun(error)
         return StopRun(UserError(f"a worker could not load its models: {type(error).__name__}: {error}"))
 
     def load_passed(self) -> None:
