@@ -62,15 +62,6 @@ def test_measures_match_their_definitions(config: StudentConfig, screenings: dic
     assert np.mean([measured.entropy_of_images, measured.entropy_of_texts]) == pytest.approx(measured.entropy)
 
 
-def test_scale_near_zero_gives_the_uniform_distribution(screenings: dict[str, TeacherScreening]) -> None:
-    flat = screenings["red"].scales[0]
-    assert flat.entropy == pytest.approx(1, abs=1e-3)
-    assert flat.true_pair == pytest.approx(1 / SIZE, abs=1e-3)
-    assert flat.calibration == pytest.approx(np.log(SIZE), abs=1e-3)
-    sharper = [at.entropy for at in screenings["red"].scales]
-    assert sharper == sorted(sharper, reverse=True)
-
-
 def test_most_likely_scale_has_the_lowest_loss_on_a_grid(config: StudentConfig) -> None:
     grid = [float(scale) for scale in np.geomspace(1, 30, 60)]
     screening = screen(config, ["blue"], {"blue": grid}, {"blue": 30.0}, COUNT, None)["blue"]

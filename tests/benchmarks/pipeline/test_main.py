@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from benchmarks.pipeline import page, proc
-from benchmarks.pipeline.__main__ import SECTIONS, main, make_parser, measure
+from benchmarks.pipeline.__main__ import SECTIONS, main, measure
 from benchmarks.pipeline.figures import QUICK, Bench
 from benchmarks.pipeline.inputs import make_config, photo, write_shards
 from benchmarks.pipeline.stand_ins import FixedTimeTeacher, StandInAccelerator
@@ -69,12 +69,6 @@ def test_only_what_a_part_needs_is_measured(
     monkeypatch.setitem(SECTIONS, "memory", lambda _: [])
     measure(Bench(tmp_path, "stand-in", 1, QUICK, lines.append, photos=[]), sections)
     assert [line.partition(":")[0] for line in lines] == measured
-
-
-def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        make_parser().parse_args(["--only", "hosts"])
-    assert "invalid choice: 'hosts'" in capsys.readouterr().err
 
 
 def test_shards_repeat_deterministic_photos_and_differ(tmp_path: Path) -> None:
