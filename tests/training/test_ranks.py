@@ -29,7 +29,7 @@ from reinforce.training.distributed.rank_watch import (
     describe_rank,
     next_report,
 )
-from reinforce.training.distributed.ranks import join_ranks, share_from_first
+from reinforce.training.distributed.ranks import Ranks, join_ranks, share_from_first
 from reinforce.training.launch import launch
 from reinforce.training.loop import run_rank
 from reinforce.training.record import log
@@ -58,17 +58,30 @@ def failing(accelerator: Accelerator) -> tuple[Task, Feed]:
 
 
 class HangingFeed(PairFeed):
-    """Rank 1 hangs while it reads the third batch."""
+    """Rank 1 hangs while it reads the third batch, until the others have failed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
         for step, made in enumerate(super().batches(rank, ranks, batch, start), start=start):
             if (rank, step) == (1, 2):
-                time.sleep(6)
+                while not ((self.folder / "0.json").exists() and (self.folder / "2.json").exists()):
+                    time.sleep(0.05)
             yield made
 
 
-def hanging(accelerator: Accelerator) -> tuple[Task, Feed]:
-    return TowersTask(), HangingFeed()
+def hang(folder: Path, rank: int, ranks: Ranks) -> None:
+    """Train until rank 1 hangs. Rank 0, which keeps the list of places, ends after rank 2."""
+    try:
+        run_rank(
+            lambda _: (TowersTask(), HangingFeed(folder)), job(folder / "hanging", batch=BATCH), ranks, StopSignal()
+        )
+    except RuntimeError:
+        if rank == 0:
+            wait_for((folder / "2.json").exists)
+        raise
 
 
 def values(rank: int, dim: int) -> torch.Tensor:
@@ -127,7 +140,7 @@ def work(rank: int, folder: str, port: int, port_of_hanging: int) -> None:
     reports: list[str] = []
     try:
         with join_ranks(job(folder).training.compute, None, None, reports.append, timedelta(seconds=3)) as ranks:
-            run_rank(hanging, job(f"{folder}/hanging", batch=BATCH), ranks, StopSignal())
+            hang(Path(folder), rank, ranks)
     except RuntimeError as error:
         outcomes["hanging"] = f"{type(error).__name__}: {error}"
     Path(folder, f"{rank}.json").write_text(json.dumps(outcomes))
