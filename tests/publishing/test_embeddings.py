@@ -55,11 +55,8 @@ def test_rows_of_images_texts_and_metadata_belong_together(dataset: str, tmp_pat
         *(f"metadata/metadata_{n}.parquet" for n in range(2)),
         *(f"text_emb/text_emb_{n}.npy" for n in range(2)),
     ]
-    images, texts, table = (
-        read(tmp_path, "img_emb"),
-        read(tmp_path, "text_emb"),
-        pandas.read_parquet(tmp_path / "metadata"),
-    )
+    images, texts = (read(tmp_path, name) for name in ("img_emb", "text_emb"))
+    table = pandas.read_parquet(tmp_path / "metadata")
     assert (images.dtype, images.shape, texts.shape, len(table)) == (np.float16, (8, 8), (8, 8), 8)
     samples = [sample for sample in reinforce.open(dataset) if sample.caption is not None]
     for sample, image, text, (_, row) in zip(samples, images, texts, table.iterrows(), strict=True):
@@ -74,11 +71,8 @@ def test_options_choose_augmentation_caption_and_type(dataset: str, tmp_path: Pa
     with pytest.raises(SystemExit) as ended:
         main([*words, "--image", "1", "--text", "1", "--dtype", "float32"])
     assert not ended.value.code
-    images, texts, table = (
-        read(tmp_path, "img_emb"),
-        read(tmp_path, "text_emb"),
-        pandas.read_parquet(tmp_path / "metadata"),
-    )
+    images, texts = (read(tmp_path, name) for name in ("img_emb", "text_emb"))
+    table = pandas.read_parquet(tmp_path / "metadata")
     samples = list(reinforce.open(dataset))
     assert (images.dtype, len(images)) == (np.float32, len(samples))  # each has synthetic captions
     for sample, image, text, caption in zip(samples, images, texts, table["caption"], strict=True):

@@ -14,20 +14,19 @@ from reinforce_docs import api, commands, formats, keys, statuses
 KEYS = [key for model, _ in keys.CONFIGS.values() for group in keys.groups(model) for key in group.keys]
 
 
-def test_every_key_of_every_config_has_a_meaning() -> None:
+def test_every_key_of_every_config_has_a_meaning_in_mappings_and_lists_too() -> None:
+    names = {key.name for key in KEYS}
     assert [key.name for key in KEYS if not key.meaning] == []
     assert len(KEYS) > 200
-
-
-def test_keys_of_sections_in_mappings_and_lists_are_listed() -> None:
-    names = {key.name for key in KEYS}
     assert {"teachers.NAME.model", "captioners.NAME.clean.words", "data.datasets[].url", "workers.cpus"} <= names
 
 
-def test_the_meaning_stands_next_to_the_key_so_that_narrow_screens_show_it() -> None:
-    titles = [line for line in keys.keys_page("run").splitlines() if line.startswith("| key")]
-    assert titles
-    assert {*titles} == {"| key | meaning | type | default | bounds |"}
+@pytest.mark.parametrize("name", keys.CONFIGS)
+def test_the_page_of_a_config_has_a_row_for_each_key_with_its_meaning_next_to_it(name: str) -> None:
+    lines = keys.keys_page(name).splitlines()
+    assert {line for line in lines if line.startswith("| key")} == {"| key | meaning | type | default | bounds |"}
+    rows = [line for line in lines if line.startswith("| `")]
+    assert len(rows) == sum(len(group.keys) for group in keys.groups(keys.CONFIGS[name][0]))
 
 
 def test_types_defaults_and_bounds_are_in_words() -> None:
@@ -63,13 +62,10 @@ def test_every_exit_status_of_an_error_is_explained() -> None:
     assert len(statuses.error_classes()) > 2
 
 
-def test_every_environment_variable_of_the_code_is_explained_or_internal() -> None:
+def test_environment_variables_are_those_of_the_code_and_explained_or_internal() -> None:
     found = statuses.variables_in_code()
     assert {"REINFORCE_CACHE", "RAY_ADDRESS", "OMP_WAIT_POLICY"} <= found
     assert found - {*statuses.VARIABLES} - statuses.INTERNAL == set()
-
-
-def test_every_variable_that_is_explained_is_in_the_code() -> None:
     folders = ("reinforce", "teachers", "jobs")
     text = "".join(path.read_text() for name in folders for path in (statuses.ROOT / name).rglob("*.py"))
     assert [name for name in statuses.VARIABLES if f'"{name}"' not in text] == []
@@ -98,9 +94,3 @@ def test_every_public_name_of_the_package_has_a_docstring_in_the_page() -> None:
             assert f"### {value.__qualname__}\n" in page
             assert (value.__doc__ or "").strip().splitlines()[0].replace("``", "`") in page
     assert "#### Sample.augmented" in page
-
-
-@pytest.mark.parametrize("name", keys.CONFIGS)
-def test_the_page_of_a_config_has_a_row_for_each_key(name: str) -> None:
-    page = keys.keys_page(name)
-    assert page.count("\n| `") == sum(len(group.keys) for group in keys.groups(keys.CONFIGS[name][0]))

@@ -113,41 +113,33 @@ def test_rows_are_read_ahead_up_to_a_number_and_a_number_of_bytes(mebibytes: int
     assert max(furthest) == most
 
 
-def test_refusals_pass_through_in_order() -> None:
+def test_refusals_pass_in_order_and_decoded_rows_keep_their_image_without_its_sidecars() -> None:
     refusal = Refusal("bad", Reason.NO_IMAGE, "no image")
     with pool_of(1) as pool, pool.lease(SPEC, 64) as lease:
-        found = [*decode_ahead(lease, [row(0), refusal, row(1), refusal], 16)]
-    assert [one == refusal for one in found] == [False, True, False, True]
-
-
-def test_a_decoded_row_keeps_its_image_and_releases_its_sidecars() -> None:
-    with pool_of(1) as pool, pool.lease(SPEC, 64) as lease:
-        [found] = decode_ahead(lease, [row(0)], 16)
-    assert isinstance(found, Row)
-    assert isinstance(found.sample, RawSample)
-    assert (found.caption, found.sample.image, found.sample.all_sidecars) == ("a caption", picture(0, 40, 30), {})
+        first, bad, second, worse = decode_ahead(lease, [row(0), refusal, row(1), refusal], 16)
+    assert bad == worse == refusal
+    for number, found in enumerate((first, second)):
+        assert isinstance(found, Row)
+        assert isinstance(found.sample, RawSample)
+        assert (found.caption, found.sample.image) == ("a caption", picture(number, 40, 30))
+        assert found.sample.all_sidecars == {}
 
 
 def test_chunks_spread_a_window_over_all_processes() -> None:
     assert [chunk_rows(256, 2), chunk_rows(256, 24), chunk_rows(50, 12), chunk_rows(4, 8)] == [8, 5, 2, 1]
 
 
-def test_an_image_that_crashes_its_process_is_refused_and_all_others_are_decoded(expected: Found) -> None:
-    crashing = [3, 4, 20]
-    with pool_of(2) as pool:
-        found = decode_all(pool, [row(i, kind=CrashingSample if i in crashing else RawSample) for i in range(40)])
-    detail = "the process that decoded it ended with signal SIGSEGV, 2 times"
-    assert assert_equal(found, expected, crashing) == [Refusal(f"k{i}", Reason.IMAGE_CRASHED, detail) for i in crashing]
-
-
-def test_an_image_whose_process_dies_once_is_decoded_by_the_next(
+def test_an_image_that_crashes_its_process_is_refused_and_all_others_are_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: Found
 ) -> None:
     monkeypatch.setenv("TESTS_CRASHED", str(tmp_path / "crashed"))
+    kinds: dict[int, type[RawSample]] = {**dict.fromkeys((3, 4, 20), CrashingSample), 5: OnceCrashingSample}
     with pool_of(2) as pool:
-        found = decode_all(pool, [row(i, kind=OnceCrashingSample if i == 5 else RawSample) for i in range(40)])
-    assert (tmp_path / "crashed").exists()
-    assert_equal(found, expected)
+        found = decode_all(pool, [row(i, kind=kinds.get(i, RawSample)) for i in range(40)])
+    detail = "the process that decoded it ended with signal SIGSEGV, 2 times"
+    refused = assert_equal(found, expected, [3, 4, 20])
+    assert refused == [Refusal(f"k{i}", Reason.IMAGE_CRASHED, detail) for i in (3, 4, 20)]
+    assert (tmp_path / "crashed").exists(), "an image whose process dies once is decoded by the next"
 
 
 def test_an_image_that_takes_too_long_is_refused_and_all_others_are_decoded(expected: Found) -> None:
