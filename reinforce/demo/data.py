@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
-import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from reinforce.demo import glyphs
 from reinforce.demo.concepts import Concept, select_concepts
 from reinforce.demo.styles import PIXELS, credits_text, openmoji, twemoji
-from reinforce.demo.wrong_captions import SHARE, write_wrong_captions
+from reinforce.demo.wrong_captions import SHARE, encode_tar, write_if_changed, write_wrong_captions
 from reinforce.errors import UserError
 
 SAMPLES_PER_SHARD = 512
@@ -64,7 +62,7 @@ def write_shards(out: str | Path) -> list[Path]:
 def write_noisy_shards(out: str | Path, shards: Sequence[Path]) -> list[Path]:
     """Write shards with 40 % of the captions exchanged, and their CREDITS.txt; return the paths. Raises UserError."""
     paths = write_wrong_captions([str(path) for path in shards], Path(out), SHARE)
-    _write_if_changed(Path(out) / "CREDITS.txt", credits_text("twemoji").encode())
+    write_if_changed(Path(out) / "CREDITS.txt", credits_text("twemoji").encode())
     return paths
 
 
@@ -77,9 +75,9 @@ def write_tests(out: str | Path) -> list[Path]:
         paths += write_pictures(Path(out) / name, pictures, credits_text("openmoji"))
     icons = (make_picture(c, png, key=f"{c.emoji.key}-{style}") for style, c, png in glyphs.read_symbols(concepts))
     paths += write_pictures(Path(out) / UNSEEN_ICONS, icons, glyphs.credits_text())
-    _write_if_changed(Path(out) / CLASSES, "".join(f"{c.name}\n" for c in concepts).encode())
+    write_if_changed(Path(out) / CLASSES, "".join(f"{c.name}\n" for c in concepts).encode())
     groups = {c.name: c.group for c in concepts}
-    _write_if_changed(Path(out) / GROUPS, (json.dumps(groups, indent=0, ensure_ascii=False) + "\n").encode())
+    write_if_changed(Path(out) / GROUPS, (json.dumps(groups, indent=0, ensure_ascii=False) + "\n").encode())
     return paths
 
 
@@ -99,41 +97,24 @@ def write_pictures(out: str | Path, pictures: Iterable[Picture], notice: str) ->
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for i in range(count):
-            paths.append(folder / f"{i:05d}.tar")
-            _write_if_changed(paths[-1], _encode_shard(sorted(ordered[i::count], key=lambda sample: sample.key)))
-        _write_if_changed(folder / "CREDITS.txt", notice.encode())
+            samples = sorted(ordered[i::count], key=lambda sample: sample.key)
+            paths.append(write_if_changed(folder / f"{i:05d}.tar", encode_tar(_members(samples))))
+        write_if_changed(folder / "CREDITS.txt", notice.encode())
     except OSError as error:
         raise UserError(f"cannot write the demo's shards to {folder}: {error}. Give another --out.") from error
     return paths
 
 
-def _encode_shard(samples: list[Picture]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            sidecar = {
-                "key": sample.key,
-                "caption": sample.caption,
-                **sample.about,
-                "width": PIXELS,
-                "height": PIXELS,
-                "sha256": hashlib.sha256(sample.png).hexdigest(),
-            }
-            _add(tar, f"{sample.key}.json", json.dumps(sidecar, ensure_ascii=False).encode())
-            _add(tar, f"{sample.key}.png", sample.png)
-            _add(tar, f"{sample.key}.txt", sample.caption.encode())
-    return buffer.getvalue()
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # without time and user, so that bytes are equal on every machine
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
-def _write_if_changed(path: Path, data: bytes) -> None:
-    if path.exists() and path.read_bytes() == data:
-        return
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
+def _members(samples: Iterable[Picture]) -> Iterator[tuple[str, bytes]]:
+    for sample in samples:
+        sidecar = {
+            "key": sample.key,
+            "caption": sample.caption,
+            **sample.about,
+            "width": PIXELS,
+            "height": PIXELS,
+            "sha256": hashlib.sha256(sample.png).hexdigest(),
+        }
+        yield f"{sample.key}.json", json.dumps(sidecar, ensure_ascii=False).encode()
+        yield f"{sample.key}.png", sample.png
+        yield f"{sample.key}.txt", sample.caption.encode()

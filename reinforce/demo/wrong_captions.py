@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from reinforce.errors import UserError
@@ -33,7 +33,10 @@ def write_wrong_captions(source: str | Sequence[str], out: Path, share: float, s
     chosen = [names[index] for index in order[: max(2, round(share * len(names)))]]
     wrong = {name: captions[other] for name, other in zip(chosen, [*chosen[1:], chosen[0]], strict=True)}
     out.mkdir(parents=True, exist_ok=True)
-    return [_write(out / path.name, _replace_captions(shard, wrong)) for path, shard in zip(paths, shards, strict=True)]
+    return [
+        write_if_changed(out / path.name, encode_tar(_replace_captions(shard, wrong).items()))
+        for path, shard in zip(paths, shards, strict=True)
+    ]
 
 
 def _read_members(path: Path) -> dict[str, bytes]:
@@ -53,15 +56,21 @@ def _replace_captions(shard: dict[str, bytes], wrong: dict[str, bytes]) -> dict[
     return replaced
 
 
-def _write(path: Path, members: dict[str, bytes]) -> Path:
+def encode_tar(members: Iterable[tuple[str, bytes]]) -> bytes:
+    """Return a tar of these names and contents, whose bytes are equal on every machine."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)  # without time and user, so that bytes are equal on every machine
+        for name, data in members:
+            member = tarfile.TarInfo(name)  # without time and user
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    if not path.exists() or path.read_bytes() != buffer.getvalue():
+    return buffer.getvalue()
+
+
+def write_if_changed(path: Path, data: bytes) -> Path:
+    """Write a file unless it has this content; return its path."""
+    if not path.exists() or path.read_bytes() != data:
         part = path.with_name(path.name + ".part")
-        part.write_bytes(buffer.getvalue())
+        part.write_bytes(data)
         part.replace(path)
     return path
