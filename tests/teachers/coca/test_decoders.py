@@ -23,28 +23,24 @@ from tests.helpers.tiny_coca import coca_config
 from tests.helpers.uncached_decoder import UncachedDecoder
 
 VOCABULARY, START, END, LENGTH = 60, 58, 59, 8
-#: Variants of the text tower, as keys of its ``text_cfg``.
-TOWERS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "layer scale": {"ls_init_value": 0.3},
-    "query and key norms": {"qk_norm": True},
-    "scaled heads": {"scale_heads": True},
-    "norms inside": {"scale_attn_inner": True, "scale_attn": True, "scale_fc": True},
-    "custom block without any of them": {"block_type": "custom"},
-    "tanh": {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}},
-    "another padding": {"pad_id": 7},
-    "more layers, wider words": {"layers": 3, "mlp_ratio": 2.0},
-    "a linear projection with bias": {"proj_bias": True},
+#: Kinds of models: keys of ``text_cfg``, and others.
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "layer scale": ({"ls_init_value": 0.3}, {}),
+    "query and key norms": ({"qk_norm": True}, {}),
+    "scaled heads": ({"scale_heads": True}, {}),
+    "norms inside": ({"scale_attn_inner": True, "scale_attn": True, "scale_fc": True}, {}),
+    "custom block without any of them": ({"block_type": "custom"}, {}),
+    "tanh": ({"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}}, {}),
+    "another padding": ({"pad_id": 7}, {}),
+    "more layers, wider words": ({"layers": 3, "mlp_ratio": 2.0}, {}),
+    "a linear projection with bias": ({"proj_bias": True}, {}),
+    "quick gelu": ({}, {"quick_gelu": True}),
+    "a deeper decoder": ({}, {"multimodal": {"ls_init_value": 0.3, "layers": 3}}),
+    "other heads": ({}, {"multimodal": {"heads": 4}}),
+    "no pooling of images": ({}, {"vision": {"attentional_pool": False}}),
+    "cast to bf16": ({}, {"cast_dtype": torch.bfloat16}),
 }
-
-
-DECODERS: list[dict[str, Any]] = [
-    {"quick_gelu": True},
-    {"multimodal": {"ls_init_value": 0.3, "layers": 3}},
-    {"multimodal": {"heads": 4}},
-    {"vision": {"attentional_pool": False}},
-    {"cast_dtype": torch.bfloat16},
-]
 
 
 def coca(text: dict[str, Any], **model: Any) -> Any:
@@ -102,14 +98,10 @@ def difference(model: Any, precision: str = "fp32", forward: Any = None) -> floa
     return max((a - b).abs().max().item() / b.abs().max().item() for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("text", TOWERS.values(), ids=TOWERS)
-def test_logits_match_the_full_forward_pass_for_every_kind_of_text_tower(text):
-    assert difference(coca(text)) < 1e-5
-
-
-@pytest.mark.parametrize("options", DECODERS, ids=str)
-def test_logits_match_the_full_forward_pass_for_every_kind_of_decoder(options):
-    assert difference(coca({}, **options)) < 1e-5
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_logits_match_the_full_forward_pass_for_every_kind_of_model(options):
+    text, others = options
+    assert difference(coca(text, **others)) < 1e-5
 
 
 def test_a_correct_class_token_mask_hides_the_padding_itself():

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teachers.registry import describe_captioner, describe_teacher, teacher_spec
+from teachers.registry import captioner_spec, describe_captioner, describe_teacher, teacher_spec
 from teachers.tokens.files import check_tokenizer_files
 from teachers.tokens.special_tokens import special_token_escaper
 from teachers.tokens.trimming import PROBE_TEXTS, trimming_is_exact
 from tests.helpers import tiny_models
-from tests.helpers.tiny_captioners import blip, spec_of
+from tests.helpers.tiny_captioners import blip
 from tests.helpers.tiny_coca import coca_model
 
 
@@ -32,32 +33,17 @@ def test_every_special_token_is_broken_and_characters_are_kept(text: str) -> Non
 FIX = r"has no tokenizer files.*tokenizer\.json, vocab\.json, vocab\.txt.*save_pretrained\("
 
 
-def delete_tokenizer(folder: Path) -> Path:
+@pytest.mark.parametrize("make", [tiny_models.transformers_clip, tiny_models.transformers_bert, blip])
+def test_a_model_of_texts_saved_without_its_tokenizer_is_refused(tmp_path: Path, make: Any) -> None:
+    spec = {"family": "transformers", "model": str(make(tmp_path / "model"))}
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).unlink()
-    return folder
-
-
-def test_a_clip_folder_saved_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
-    folder = delete_tokenizer(Path(tiny_models.transformers_clip(tmp_path / "clip")))
-    with pytest.raises(FileNotFoundError, match=f"teacher mine: folder {folder} {FIX}"):
-        describe_teacher("mine", teacher_spec(family="transformers", model=str(folder)))
-    tiny_models.tokenizer(folder, start="<s>", end="</s>", pad="<pad>", length=24)
-    assert describe_teacher("mine", teacher_spec(family="transformers", model=str(folder))).texts
-
-
-def test_a_text_encoder_and_a_captioner_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
-    bert = delete_tokenizer(Path(tiny_models.transformers_bert(tmp_path / "bert")))
-    with pytest.raises(FileNotFoundError, match=FIX):
-        describe_teacher("mine", teacher_spec(family="transformers", model=str(bert)))
-    folder = delete_tokenizer(Path(blip(tmp_path / "blip")))
-    with pytest.raises(FileNotFoundError, match=f"captioner mine: .*{FIX}"):
-        describe_captioner("mine", spec_of(folder, "blip"))
-
-
-def test_an_image_encoder_needs_no_tokenizer(tmp_path: Path) -> None:
-    folder = tiny_models.transformers_dinov2(tmp_path / "dino")
-    assert not describe_teacher("mine", teacher_spec(family="transformers", model=folder)).texts
+        (tmp_path / "model" / name).unlink()
+    describe: Any = describe_captioner if make is blip else describe_teacher
+    parsed = captioner_spec(**spec) if make is blip else teacher_spec(**spec)
+    with pytest.raises(FileNotFoundError, match=f"er mine: folder {tmp_path}/model {FIX}"):
+        describe("mine", parsed)
+    tiny_models.tokenizer(tmp_path / "model", start="<s>", end="</s>", pad="<pad>", length=24)
+    assert describe("mine", parsed).texts == (make is not blip)
 
 
 @pytest.mark.parametrize("make", [tiny_models.open_clip_model, coca_model])
