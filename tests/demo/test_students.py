@@ -11,15 +11,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from reinforce.dataset.files.store import Store
 from reinforce.demo import students
 from reinforce.demo.__main__ import app
 from reinforce.demo.compare import ARMS, MEASURES, PAIRS, compare_students, student_config
 from reinforce.demo.students import train_side_by_side
 from reinforce.errors import UserError
-from reinforce.training.record.results import Results
 from tests.helpers.data import tree
-from tests.helpers.demo import ROOT
+from tests.helpers.demo import ROOT, finish_training
 
 
 def test_failed_training_is_named_and_terminates_the_others(
@@ -43,15 +41,6 @@ def test_progress_is_shown_and_metrics_are_not() -> None:
     shown = ["step 1,040 of 2,000  loss 4.5", "resuming after step 40 of 200"]
     lines = [*shown, "step 200: zero_shot/own-style/top1 0.3", "final loss: 2.1"]
     assert [line for line in lines if students._SHOWN.match(line)] == shown
-
-
-def finish_training(folder: Path, metric: float, steps: int = 300) -> None:
-    """Write the files of a finished training."""
-    metrics = {name: metric for _, name in MEASURES.values()}
-    results = Results(str(folder), "student", steps, steps * 192, 60.0, 1_000_000, 1.0, metrics, None, 0)
-    results.write(Store(str(folder)))
-    rows = [{"step": step, "metrics": dict.fromkeys(metrics, metric * step / steps)} for step in (100, steps)]
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"step": 10, "loss": 5.0}, *rows]))
 
 
 def test_comparison_prints_a_table_and_writes_results_and_a_picture(

@@ -15,7 +15,7 @@ from benchmarks.ablations.questions import Question
 from benchmarks.ablations.results import Answer, Training, add_derived_measures
 from reinforce.dataset.files.store import Store
 from reinforce.demo.compare import MEASURES, SECONDS
-from reinforce.training.record.results import Results
+from tests.helpers import demo
 
 
 def numbers_of(**arms: Sequence[float]) -> dict[str, dict[str, Sequence[float]]]:
@@ -56,12 +56,8 @@ def write_dataset(study: Study, name: str = BASE) -> None:
 
 def finish_training(training: Training, metric: float, steps: int) -> None:
     """Write the files of a finished training."""
-    metrics = {name: metric for _, name in MEASURES.values()}
     training.begin()
-    results = Results(str(training.folder), "student", steps, steps * 192, 60.0, 1_000_000, 1.0, metrics, None, 0)
-    results.write(Store(str(training.folder)))
-    rows = [{"step": step, "metrics": dict.fromkeys(metrics, metric * step / steps)} for step in (steps // 2, steps)]
-    (training.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    demo.finish_training(training.folder, metric, steps)
 
 
 def write_page(

@@ -1,5 +1,5 @@
 """The series of metrics: their names, what is given to Ray, and the dashboard that shows them. The dashboard's queries
-are tested in tests/integration/test_captioners_run.py."""
+are tested in tests/integration/test_models_run.py."""
 
 from __future__ import annotations
 
