@@ -32,7 +32,7 @@ from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.precision import resolve_precisions
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.shard import process_shard
-from reinforce.engine.worker.stale_files import OutOfStep, origin_entries
+from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries
 from reinforce.errors import UserError
 from reinforce.nodes import nodes_of_run
 from teachers.device.determinism import set_flags
@@ -94,7 +94,7 @@ def recompute(config: Config, url: str, rows: int, seed: int = 0, pool: DecodePo
             of_model = {name: layer for name, layer in computed.items() if layer.owner == owner}
             try:
                 found.layers += _compare_model(config, layers, of_model, picked, own)
-            except (UserError, LayerFailure, RefusedFile, OutOfStep) as error:
+            except (UserError, LayerFailure, RefusedFile, MisalignedLayer) as error:
                 found.left_out.append(f"{', '.join(of_model)}: not computed again: {error}")
     finally:
         if pool is None:

@@ -16,7 +16,6 @@ from reinforce.config import parse_config
 from reinforce.dataset import drop as dropping
 from reinforce.dataset.drop import drop, drop_shard, layers_with_shard, plan_drop
 from reinforce.dataset.files.store import MANIFEST, Store
-from reinforce.dataset.kinds.registry import drop_command, with_dependants
 from reinforce.dataset.manifest.manifest import read_manifest, record_scales
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
@@ -230,7 +229,7 @@ def test_after_an_interrupted_drop_of_everything_a_run_computes_it_again(made: P
     assert content(dataset) == before
 
 
-def test_layers_in_s3_are_deleted_and_computed_again(s3: Any, made: Path) -> None:
+def test_layers_and_damaged_files_in_s3_are_removed_and_computed_again(s3: Any, made: Path) -> None:
     url = "s3://bucket/out"
     reinforce_here(config(made, url))
     before = {path: s3.cat_file(path) for path in s3.find("bucket/out")}
@@ -242,6 +241,18 @@ def test_layers_in_s3_are_deleted_and_computed_again(s3: Any, made: Path) -> Non
     after = {path: s3.cat_file(path) for path in s3.find("bucket/out")}
     assert json.loads(after.pop(f"bucket/out/{MANIFEST}")) == json.loads(before.pop(f"bucket/out/{MANIFEST}"))
     assert after == before
+
+    store, layer = Store(url), "embeddings/red/images"
+    shard = min(store.shards(layer))
+    path = store.layer_path(layer, shard)
+    s3.pipe_file(path, before[path][:-9])
+    assert [(one.layer, one.shard) for one in make_plan(parse_config(config(made, url))).damaged] == [(layer, shard)]
+    reinforce_here(config(made, url))
+    s3.invalidate_cache()
+    assert s3.cat_file(path) == before[path]
+    [moved] = s3.find(store.path("set-aside"))
+    assert s3.cat_file(moved) == before[path][:-9]
+    s3.rm(moved)
     drop_layers(url, "*")
     assert s3.find("bucket/out") == []
 
@@ -261,37 +272,6 @@ def test_a_file_of_a_shard_is_set_aside_and_computed_again(made: Path, dataset: 
     assert content(dataset) == content(made), "a run computes the same again"
     with pytest.raises(UserError, match=r"has no file embeddings/red/caption/zero\.parquet"):
         layers_with_shard(store, [layer], "zero")
-
-
-def test_a_file_in_s3_is_set_aside_and_computed_again(s3: Any, made: Path) -> None:
-    url, layer = "s3://bucket/set-aside-test", "embeddings/red/images"
-    reinforce_here(config(made, url))
-    store = Store(url)
-    shard = min(store.shards(layer))
-    content = s3.cat_file(store.layer_path(layer, shard))
-    s3.pipe_file(store.layer_path(layer, shard), content[:-9])
-    assert [(one.layer, one.shard) for one in make_plan(parse_config(config(made, url))).damaged] == [(layer, shard)]
-    reinforce_here(config(made, url))
-    s3.invalidate_cache()
-    assert s3.cat_file(store.layer_path(layer, shard)) == content
-    [moved] = s3.find(store.path("set-aside"))
-    assert s3.cat_file(moved) == content[:-9]
-
-
-def test_dependants_are_found_by_name() -> None:
-    known = ["samples", "captions/coca", "embeddings/a/images", "embeddings/a/caption", "embeddings/a/coca"]
-    assert with_dependants(["captions/coca"], known) == ["embeddings/a/coca", "captions/coca"]
-    assert with_dependants(["embeddings/a/images"], known) == ["embeddings/a/images"]
-    assert set(with_dependants(["samples"], known)) == set(known)
-
-
-def test_the_command_has_a_pattern_only_where_all_layers_of_a_teacher_are_named() -> None:
-    images, caption = "embeddings/a/images", "embeddings/a/caption"
-    assert drop_command("my data", [images, caption], [images, caption]) == "reinforce drop 'my data' 'embeddings/a/*'"
-    assert drop_command("d", [images], [images, caption]) == f"reinforce drop d {images}"
-    assert drop_command("d", [images], [images]) == f"reinforce drop d {images}"
-    assert drop_command("d", ["captions/c"], ["captions/c", "captions/d"]) == "reinforce drop d captions/c"
-    assert drop_command("d", ["samples", images], ["samples", images]) == "reinforce drop d '*'"
 
 
 @pytest.mark.parametrize("linked", ["captions/namer", "embeddings", "quarantine/captions"])

@@ -1,18 +1,9 @@
-"""Names, sizes, schemas and fingerprints of layers."""
+"""Layers: their fingerprints, how they depend on each other, and how they are dropped."""
 
 from __future__ import annotations
 
-import pytest
-
-from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.layers import (
-    Layer,
-    SampleBytes,
-    captions_layer,
-    compute_fingerprint,
-    embeddings_layer,
-    reads_reinforcements,
-)
+from reinforce.dataset.kinds.registry import KINDS, drop_command
+from reinforce.dataset.layers import Layer, compute_fingerprint, reads_reinforcements
 
 
 def test_a_fingerprint_depends_on_content_and_not_on_order() -> None:
@@ -22,32 +13,18 @@ def test_a_fingerprint_depends_on_content_and_not_on_order() -> None:
     assert compute_fingerprint({"seed": 0, "images": "embed"}) == "389e7ca116e06093"
 
 
-def test_names_are_paths_in_the_dataset() -> None:
-    assert captions_layer("coca") == "captions/coca"
-    assert embeddings_layer("dfn2b", "images") == "embeddings/dfn2b/images"
-
-
-@pytest.mark.parametrize(("dtype", "size"), [("float16", 2 * 12), ("float32", 4 * 12), ("int8", 12 + 3 * 4)])
-def test_a_row_of_vectors_takes_the_bytes_of_its_type(dtype: str, size: int) -> None:
-    layer = Layer("embeddings/t/images", KINDS["images"], "f00d", count=3, dim=4, dtype=dtype)  # type: ignore[arg-type]
-    assert layer.kind.row_bytes(layer, SampleBytes(0, 0, 0)) == size
-    names = layer.schema("embed").names
-    assert names == (["key", "embeddings", "scales"] if dtype == "int8" else ["key", "embeddings"])
-
-
-def test_bytes_of_a_row_of_vectors_are_unknown_without_a_dimension() -> None:
-    layer = Layer("embeddings/t/images", KINDS["images"], "f00d", count=3)
-    assert layer.kind.row_bytes(layer, SampleBytes(0, 0, 0)) is None
-
-
-def test_the_dimension_of_a_loaded_model_completes_the_schema() -> None:
-    layer = Layer("embeddings/t/images", KINDS["images"], "f00d", count=3)
-    assert layer.schema("embed", 5).field("embeddings").type.shape == [3, 5]
-
-
 def test_samples_and_published_layers_read_the_reinforcements() -> None:
     samples, computed = Layer("samples", KINDS["samples"], "a"), Layer("captions/c", KINDS["captions"], "b")
     published = Layer("captions/p", KINDS["captions"], "c", published=True)
     assert [reads_reinforcements(layers) for layers in ([samples], [computed], [computed, published], [])] == [
         True, False, True, False,
     ]  # fmt: skip
+
+
+def test_the_command_has_a_pattern_only_where_all_layers_of_a_teacher_are_named() -> None:
+    images, caption = "embeddings/a/images", "embeddings/a/caption"
+    assert drop_command("my data", [images, caption], [images, caption]) == "reinforce drop 'my data' 'embeddings/a/*'"
+    assert drop_command("d", [images], [images, caption]) == f"reinforce drop d {images}"
+    assert drop_command("d", [images], [images]) == f"reinforce drop d {images}"
+    assert drop_command("d", ["captions/c"], ["captions/c", "captions/d"]) == "reinforce drop d captions/c"
+    assert drop_command("d", ["samples", images], ["samples", images]) == "reinforce drop d '*'"

@@ -33,7 +33,7 @@ from reinforce.engine.plan.changed_sources import referenced_source_change
 from reinforce.engine.worker.producers.base import RowGroup
 from reinforce.engine.worker.producers.registry import make_producers
 from reinforce.engine.worker.refusals import Refusals
-from reinforce.engine.worker.stale_files import OutOfStep, origin_entries, set_inputs_aside, set_stale_aside
+from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries, set_inputs_aside, set_stale_aside
 from reinforce.source.identity import SourceState, former_url, read_state
 from reinforce.source.references import ChangedImages
 from reinforce.source.samples import Refusal
@@ -109,7 +109,7 @@ class _ShardProcess:
         start = time.perf_counter()
         try:
             return self._run(start)
-        except (RefusedFile, OutOfStep) as error:
+        except (RefusedFile, MisalignedLayer) as error:
             others = [name for name in self.all_layers if name not in self.layers]
             files = set_inputs_aside(self.store, self.shard.name, others, error)
             if not files:
@@ -126,7 +126,7 @@ class _ShardProcess:
             with contextlib.closing(self._rows(stack, spec, lease)) as rows:
                 for index, group in itertools.groupby(rows, key=lambda row: row.group):
                     if short := [name for name, file in inputs.items() if index >= file.num_row_groups]:
-                        raise OutOfStep(short[0])
+                        raise MisalignedLayer(short[0])
                     stored = {name: file.read_row_group(index) for name, file in inputs.items()}
                     self._write(RowGroup(*self._run_models(group, lease), stored), writers)
             stale = self._commit(writers)

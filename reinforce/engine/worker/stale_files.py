@@ -1,4 +1,4 @@
-"""Files of a shard that a lease does not compute: those that it reads, and those that must fit the samples it writes.
+"""Stale or damaged layer files of a shard: found and set aside.
 
 A file that is damaged, or whose rows are not those of the samples, is set aside, and the run computes it again after
 its other shards. Samples decide the rows, so they stay.
@@ -21,7 +21,7 @@ _MISSING = "it does not exist any more"
 _OTHER_ROWS = "its rows are not those of the samples"
 
 
-class OutOfStep(Exception):
+class MisalignedLayer(Exception):
     """A layer of the shard, the first of ``args``, does not have the rows of its samples."""
 
     def __str__(self) -> str:
@@ -35,14 +35,14 @@ def origin_entries(footer: Mapping[str, str]) -> dict[str, str]:
 
 
 def set_inputs_aside(
-    store: Store, shard: str, layers: Collection[str], error: RefusedFile | OutOfStep
+    store: Store, shard: str, layers: Collection[str], error: RefusedFile | MisalignedLayer
 ) -> dict[str, str] | None:
     """Set aside the files because of which reading has failed with ``error``; returns the reasons by layer.
 
     ``layers`` are those of the shard that the lease does not compute. Returns None if no file is at fault: a file that
     reads well at the second time was damaged on its way.
     """
-    if isinstance(error, OutOfStep):
+    if isinstance(error, MisalignedLayer):
         if SAMPLES in layers:
             return set_stale_aside(store, shard, layers, _stored_keys(store, shard), {}, None)
         set_aside(store, error.args[0], shard)  # the samples are being computed

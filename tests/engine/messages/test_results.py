@@ -18,7 +18,7 @@ from reinforce.engine.messages.tracebacks import error_with_frames, shorten, use
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.producers.registry import check_models
 from reinforce.errors import UserError
-from tests.engine.test_worker import TOKEN, LocalWorker
+from tests.engine.worker.test_actor import TOKEN, LocalWorker
 from tests.helpers.data import config_of
 
 CODE = f"""

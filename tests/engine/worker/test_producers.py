@@ -18,7 +18,7 @@ from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker.producers.base import RowGroup
 from reinforce.engine.worker.producers.registry import make_producers
 from reinforce.engine.worker.refusals import Refusals
-from reinforce.engine.worker.stale_files import OutOfStep
+from reinforce.engine.worker.stale_files import MisalignedLayer
 from reinforce.source.references import image_digest
 from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
@@ -81,5 +81,5 @@ def test_vectors_are_null_where_an_image_is_unreadable_or_they_are_not_finite_an
 def test_stored_captions_must_have_the_keys_of_samples_in_their_order() -> None:
     stored = {"captions/c": pa.table({"key": ["a", "b"], "captions": [["x"], None]})}
     assert RowGroup(ROWS, [], stored).values("captions/c") == [["x"], None]
-    with pytest.raises(OutOfStep, match=r"captions/c does not have the rows of the samples"):
+    with pytest.raises(MisalignedLayer, match=r"captions/c does not have the rows of the samples"):
         RowGroup(ROWS[::-1], [], stored)

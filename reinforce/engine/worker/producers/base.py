@@ -15,7 +15,7 @@ from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.inference import Encoder, Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.worker.refusals import Refusals
-from reinforce.engine.worker.stale_files import OutOfStep
+from reinforce.engine.worker.stale_files import MisalignedLayer
 from reinforce.source.samples import Refusal
 from teachers.spec import Precision
 
@@ -23,8 +23,8 @@ from teachers.spec import Precision
 class RowGroup:
     """The rows of one row group, the outputs of their batches, and the tables of their layers so far.
 
-    ``stored`` are tables of layers that were committed before. Raises OutOfStep unless they have the keys of the rows,
-    in the same order.
+    ``stored`` are tables of layers that were committed before. Raises MisalignedLayer unless they have the keys of the
+    rows, in the same order.
     """
 
     def __init__(self, rows: Sequence[Row], outputs: Sequence[Outputs], stored: Mapping[str, pa.Table]) -> None:
@@ -34,7 +34,7 @@ class RowGroup:
         self._values: dict[str, Any] = {}
         for name, table in stored.items():
             if table["key"].to_pylist() != self.keys:
-                raise OutOfStep(name)
+                raise MisalignedLayer(name)
 
     def outputs(self, layer: str) -> list[Any]:
         """The outputs of a layer in the batches that have some, in order."""

@@ -20,7 +20,7 @@ from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker import stale_files as inputs
 from reinforce.engine.worker.actor import Worker, as_actor
 from reinforce.errors import UserError
-from tests.helpers.data import config_of
+from tests.helpers.data import config_of, tree
 from tests.helpers.decoding import decode_pool
 
 TOKEN = "hf_t0ken-of-eve"
@@ -48,6 +48,7 @@ def test_an_error_of_a_model_names_its_layer_and_hides_secrets(shards: Callable[
     with pytest.raises(LayerFailure, match=r"^embeddings/leaks/caption: RuntimeError: https://models") as raised:
         worker.run()
     assert TOKEN not in str(raised.value)
+    assert tree(tmp_path / "out") == {}, "nothing is committed"
 
 
 def test_an_error_of_a_storage_is_not_the_workers_fault(shards: Callable[..., str], tmp_path: Path) -> None:

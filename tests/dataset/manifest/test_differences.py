@@ -13,7 +13,7 @@ from reinforce.config import parse_config
 from reinforce.engine.plan.plan import make_plan
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
-from tests.helpers.reinforced import reinforce_here, small_dataset
+from tests.helpers.reinforced import small_dataset
 from tests.helpers.tiny_models import open_clip_model
 
 
@@ -157,7 +157,3 @@ def test_a_layer_that_the_manifest_does_not_list_is_checked_by_a_footer(made: Pa
     assert make_plan(parse_config(config(made, dataset))).pending == []
     lines = refusal(config(made, dataset, teachers=teachers(dtype="int8")))
     assert f"embeddings/red/images: fingerprint {entry['fingerprint']} in the dataset, " in "\n".join(lines)
-
-
-def test_a_config_that_fits_is_not_refused(made: Path) -> None:
-    reinforce_here(config(made, teachers=teachers(logit_scale=70.0)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,22 @@ def damage(path: Path, group: int) -> None:
     path.write_bytes(content)
 
 
-def lease(made: Path, folder: Path) -> ShardResult:
-    """One lease of the first pending shard."""
+def planned_lease(made: Path, folder: Path) -> Callable[[], ShardResult]:
+    """A lease of the first pending shard, any number of times by one plan."""
     parsed = parse_config(config(made, folder))
     plan = make_plan(parsed)
-    models = load_models(parsed, plan.layers.values())
-    return process_shard(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, decode_pool(), 8)
+    models, store = load_models(parsed, plan.layers.values()), Store(parsed.output)
+    return lambda: process_shard(plan.pending[0], parsed, plan.layers, store, models, decode_pool(), 8)
+
+
+def lease(made: Path, folder: Path) -> ShardResult:
+    return planned_lease(made, folder)()
+
+
+def remove(folder: Path, *layers: str) -> None:
+    """Delete the first file of each layer."""
+    for layer in layers:
+        file_of(folder / "out", layer).unlink()
 
 
 @pytest.mark.parametrize("layer", ["samples", "captions/namer"])
@@ -73,8 +84,7 @@ def test_a_damaged_file_that_others_are_computed_from_is_set_aside_and_computed_
     made: Path, folder: Path, layer: str, group: int
 ) -> None:
     before = tree(folder / "out")
-    for name in LATER:
-        file_of(folder / "out", name).unlink()
+    remove(folder, *LATER)
     path = file_of(folder / "out", layer)
     damage(path, group)
     result = lease(made, folder)
@@ -88,29 +98,23 @@ def test_a_damaged_file_that_others_are_computed_from_is_set_aside_and_computed_
 
 
 def test_a_footer_that_has_lost_a_column_is_damage(made: Path, folder: Path) -> None:
-    for name in LATER:
-        file_of(folder / "out", name).unlink()
+    remove(folder, *LATER)
     path = file_of(folder / "out", "samples")
     path.write_bytes(path.read_bytes().replace(b"caption", b"caqtion"))
     assert lease(made, folder).set_aside == {"samples": "it has no column caption"}
 
 
 def test_a_file_that_vanishes_after_the_plan_is_computed_again(made: Path, folder: Path) -> None:
-    for name in LATER:
-        file_of(folder / "out", name).unlink()
-    parsed = parse_config(config(made, folder))
-    plan = make_plan(parsed)
-    models = load_models(parsed, plan.layers.values())
-    file_of(folder / "out", "captions/namer").unlink()
-    result = process_shard(plan.pending[0], parsed, plan.layers, Store(parsed.output), models, decode_pool(), 8)
-    assert result.set_aside == {"captions/namer": "it does not exist any more"}
+    remove(folder, *LATER)
+    attempt = planned_lease(made, folder)
+    remove(folder, "captions/namer")
+    assert attempt().set_aside == {"captions/namer": "it does not exist any more"}
 
 
 def test_a_file_that_reads_well_the_second_time_stays_and_the_lease_fails(
     made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in LATER:
-        file_of(folder / "out", name).unlink()
+    remove(folder, *LATER)
     path = file_of(folder / "out", "samples")
     damage(path, 1)
     monkeypatch.setattr(inputs, "file_damage", lambda *_: None)
@@ -119,18 +123,17 @@ def test_a_file_that_reads_well_the_second_time_stays_and_the_lease_fails(
     assert path.exists()
 
 
-def rewrite_source(folder: Path, keys: int, pictures: int) -> None:
+def rewrite_source(folder: Path, keys: int, pictures: int, count: int = 12) -> None:
     """Replace the first tar by one with keys of shard 0 and pictures of another one."""
-    members = members_of(pictures, 12)
-    names = [name for name, _ in members_of(0, 12)]
-    write_tar(folder / "source" / "00000.tar", [(n, data) for n, (_, data) in zip(names, members, strict=True)][keys:])
+    pairs = zip(members_of(0, count), members_of(pictures, count), strict=True)
+    write_tar(folder / "source" / "00000.tar", [(name, data) for (name, _), (_, data) in pairs][keys:])
 
 
 @pytest.mark.parametrize("keys", [3, 9], ids=["the same number of other keys", "fewer keys"])
 def test_samples_of_a_changed_source_replace_the_other_layers_of_their_shard(
     made: Path, folder: Path, keys: int
 ) -> None:
-    file_of(folder / "out", "samples").unlink()
+    remove(folder, "samples")
     rewrite_source(folder, keys * 3 if keys == 9 else 9, 0)
     result = lease(made, folder)
     assert result.layers == ("samples",)
@@ -146,20 +149,14 @@ def test_samples_of_a_changed_source_replace_the_other_layers_of_their_shard(
 def test_layers_that_a_failed_attempt_has_set_aside_are_still_to_be_computed(
     made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file_of(folder / "out", "samples").unlink()
+    remove(folder, "samples")
     rewrite_source(folder, 9, 0)
-    parsed = parse_config(config(made, folder))
-    plan, store = make_plan(parsed), Store(parsed.output)
-    models = load_models(parsed, plan.layers.values())
-
-    def attempt() -> ShardResult:
-        return process_shard(plan.pending[0], parsed, plan.layers, store, models, decode_pool(), 8)
-
+    attempt, stem = planned_lease(made, folder), file_of(folder / "out", "captions/namer").stem
     with monkeypatch.context() as patch:
         patch.setattr("reinforce.dataset.files.store.LayerWriter.commit", _fail)
         with pytest.raises(OSError, match="the storage is away"):
             attempt()
-    assert not [*(folder / "out" / "embeddings/red/images").glob(f"{plan.pending[0].name}*")]
+    assert not [*(folder / "out" / "embeddings/red/images").glob(f"{stem}*")]
     assert len(attempt().set_aside) == 7
 
 
@@ -178,9 +175,7 @@ def test_other_images_under_the_same_keys_are_noticed_by_the_recorded_source(
         writer.add(ShardRecord(name, ShardKeys.of([]), SourceRecord(f"{folder}/source/00000.tar", before)))
         writer.flush()
     set_aside(store, "samples", name)
-    members = members_of(7, 9)
-    names = [name for name, _ in members_of(0, 9)]
-    write_tar(folder / "source" / "00000.tar", [(n, data) for n, (_, data) in zip(names, members, strict=True)])
+    rewrite_source(folder, 0, 7, 9)
     result = lease(made, folder)
     if recorded == "nowhere":
         assert not result.set_aside, "the keys are the same, and nothing else is known"
@@ -198,7 +193,7 @@ def test_samples_that_are_the_same_again_leave_the_other_layers_alone(made: Path
 
 
 def test_layers_of_other_configs_are_compared_too(made: Path, folder: Path) -> None:
-    file_of(folder / "out", "samples").unlink()
+    remove(folder, "samples")
     rewrite_source(folder, 9, 0)
     whole = config(made, folder)
     reinforce_here({**whole, "captioners": {}, "teachers": {"red": whole["teachers"]["red"]}})
@@ -209,8 +204,7 @@ def test_layers_of_other_configs_are_compared_too(made: Path, folder: Path) -> N
 
 
 def test_stored_captions_that_do_not_fit_new_samples_are_replaced_with_the_rest(made: Path, folder: Path) -> None:
-    for name in ("samples", *LATER):
-        file_of(folder / "out", name).unlink()
+    remove(folder, "samples", *LATER)
     rewrite_source(folder, 9, 0)
     result = lease(made, folder)
     assert (result.layers, result.set_aside) == ((), {"captions/namer": "its rows are not those of the samples"})
@@ -223,12 +217,9 @@ def test_stored_captions_that_do_not_fit_new_samples_are_replaced_with_the_rest(
 
 def test_stored_captions_of_other_rows_are_set_aside_with_all_layers_that_do_not_fit(made: Path, folder: Path) -> None:
     """An earlier version has written samples of a changed source next to the other layers."""
-    for name in LATER:
-        file_of(folder / "out", name).unlink()
+    remove(folder, *LATER)
     rewrite_source(folder, 9, 0)
-    other = small_dataset(folder / "other", (3,))
     new = reinforce_here({**config(made, folder), "output": str(folder / "new")})
-    assert other != new
     shutil.copy(file_of(Path(new), "samples"), file_of(folder / "out", "samples"))
     result = lease(made, folder)
     assert {*result.set_aside} == {

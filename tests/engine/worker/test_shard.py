@@ -1,10 +1,11 @@
-"""What the files of a dataset contain: rows in order, the models' values, nulls where a model fails."""
+"""One shard through its layers, in this process: its result, and what its files contain."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,12 +15,73 @@ import torch
 import reinforce
 from reinforce.config import parse_config
 from reinforce.dataset.augment.records import replay
+from reinforce.dataset.files.store import Store
+from reinforce.engine.inference.models import load_models
+from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.worker.shard import process_shard
 from reinforce.images.policy import decode
 from reinforce.seeds import seed_for
 from teachers.preprocessing.pixels import to_pixels
-from tests.helpers.data import config_of, tree
+from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.decoding import decode_pool
 from tests.helpers.models import ColorTeacher
 from tests.helpers.reinforced import reinforce_here
+
+
+def process(config: dict[str, Any], group_rows: int = 4) -> ShardResult:
+    parsed = parse_config(config)
+    plan = make_plan(parsed)
+    [shard] = plan.pending
+    models = load_models(parsed, [plan.layers[name] for name in shard.layers])
+    return process_shard(shard, parsed, plan.layers, Store(parsed.output), models, decode_pool(), group_rows)
+
+
+def shard_config(folder: Path, members: list[tuple[str, bytes]], **changes: Any) -> dict[str, Any]:
+    write_tar(folder / "source" / "0.tar", members)
+    return config_of(f"{folder}/source/0.tar", folder / "out", **changes)
+
+
+def test_a_result_lists_the_committed_layers_their_bytes_and_what_was_refused(tmp_path: Path) -> None:
+    members = [member for member in members_of(0, 9) if member[0] != "00000002.txt"]
+    members[3] = (members[3][0], members[3][1][:200])
+    result = process(shard_config(tmp_path, members))
+    files = {name: data for name, data in tree(tmp_path / "out").items() if not name.startswith("quarantine")}
+    assert {name.rpartition("/")[0] for name in files} == set(result.layers)
+    assert (result.samples, result.bytes, result.quarantine_reason) == (8, sum(map(len, files.values())), None)
+    assert result.refused == {"image_broken": 1, "no_text": 3}, "one caption is missing, for both teachers"
+    [path] = (tmp_path / "out/quarantine/embeddings/red/caption").iterdir()
+    [row] = pq.read_table(path).to_pylist()
+    assert row["detail"] == "no caption to encode: none at input.captions (txt, json:caption)"
+    assert 0 < result.busy < result.seconds
+    assert result.read_bytes == sum(len(data) for _, data in members), "also of what is refused"
+    assert sum(result.times.values()) == pytest.approx(result.seconds, abs=0.5)
+    assert result.event()["times"].keys() == result.times.keys() >= {"reading", "decoding", "writing"}
+    inputs = {name: stage["inputs"] for name, stage in result.stages.items()}
+    images = {"embeddings/red/images": 16, "embeddings/blue/images": 16, "captions/namer": 16}
+    assert {name: inputs[name] for name in images} == images, "8 rows with 2 augmentations and 2 captions"
+    assert all(stage["seconds"] > 0 for stage in result.stages.values())
+    stage = result.event()["stages"]["embeddings/red/images"]
+    assert (stage["inputs"], len(str(stage["seconds"])) < 12) == (16, True), "rounded, as there may be many events"
+    for name in files:
+        metadata = pq.read_metadata(tmp_path / "out" / name)
+        assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [4, 4]
+
+
+def test_a_shard_that_is_refused_as_a_whole_commits_nothing_but_its_quarantine(tmp_path: Path) -> None:
+    config = shard_config(tmp_path, members_of(0, 3))
+    (tmp_path / "source" / "0.tar").write_text("not a tar\n" * 100)
+    result = process(config)
+    assert (result.layers, result.samples, result.quarantine_reason) == ((), 0, "shard_unreadable")
+    [file] = tree(tmp_path / "out")
+    assert file.startswith("quarantine/samples/")
+
+
+def test_the_effects_of_clean_are_counted(tmp_path: Path) -> None:
+    captioner = {"class": "tests.helpers.models:RepetitiveCaptioner", "captions": 3, "clean": {"first_sentence": True}}
+    result = process(shard_config(tmp_path, members_of(0, 4), captioners={"c": captioner}, teachers={}))
+    assert result.cleaned["c"]["captions"] == 12
+    assert all(result.cleaned["c"].values()), "counts of zero are left out"
 
 
 def test_every_layer_has_the_rows_of_samples_in_their_order(shards: Callable[..., str], tmp_path: Path) -> None:
@@ -107,35 +169,24 @@ def test_embeddings_are_stored_in_the_configured_dtype(
         np.testing.assert_allclose(sample.texts["red"]["caption"], expected, atol=tolerance)
 
 
-def test_a_row_whose_embedding_is_not_finite_is_null_and_quarantined(
-    shards: Callable[..., str], tmp_path: Path
-) -> None:
-    config = config_of(shards(12), tmp_path / "out", captioners={})
+def test_a_row_that_a_model_cannot_serve_is_null_and_quarantined(shards: Callable[..., str], tmp_path: Path) -> None:
+    captioners = {"ill": {"class": "tests.helpers.models:NanCaptioner", "captions": 2}}
+    config = config_of(shards(12), tmp_path / "out", captioners=captioners)
     config["teachers"] = {
         "ill": {"class": "tests.helpers.models:FailingTeacher", "options": {"trigger": "thing 7 ", "failure": "nan"}},
         "red": config["teachers"]["red"],
     }
     reinforce_here(config)
-    [path] = (tmp_path / "out" / "quarantine").rglob("*.parquet")
-    assert pq.read_table(path)["reason"].to_pylist() == ["not_finite"]
-    rows = {s.key: s for s in reinforce.open(str(tmp_path / "out"))}
-    assert np.isnan(rows["00000007"].texts["ill"]["caption"]).all()
-    assert np.isfinite(rows["00000007"].texts["red"]["caption"]).all()
-    assert np.isfinite(rows["00000006"].texts["ill"]["caption"]).all()
-
-
-def test_an_image_without_captions_is_null_and_quarantined_and_its_neighbours_are_not(
-    shards: Callable[..., str], tmp_path: Path
-) -> None:
-    captioner = {"class": "tests.helpers.models:NanCaptioner", "captions": 2}
-    config = config_of(shards(12), tmp_path / "out", captioners={"ill": captioner})
-    reinforce_here(config)
-    samples = {s.key: s.captions["ill"] for s in reinforce.open(str(tmp_path / "out"))}
-    without = [key for key in samples if seed_for(0, key, "captions/ill") % 4 == 1]
+    rows = {sample.key: sample for sample in reinforce.open(str(tmp_path / "out"))}
+    without = {key for key in rows if seed_for(0, key, "captions/ill") % 4 == 1}
     assert 0 < len(without) < 12
-    assert sorted(key for key, texts in samples.items() if texts is None) == sorted(without)
-    assert all(len(texts) == 2 for texts in samples.values() if texts)
-    [quarantined] = (tmp_path / "out" / "quarantine" / "captions" / "ill").glob("*.parquet")
-    table = pq.read_table(quarantined)
-    assert set(table["key"].to_pylist()) == set(without)
-    assert set(table["reason"].to_pylist()) == {"not_finite"}
+    assert {key for key, row in rows.items() if row.captions["ill"] is None} == without
+    assert all(len(texts) == 2 for row in rows.values() if (texts := row.captions["ill"]))
+    assert [key for key, row in rows.items() if np.isnan(row.texts["ill"]["caption"]).all()] == ["00000007"]
+    assert all(np.isfinite(row.texts["red"]["caption"]).all() for row in rows.values())
+    for layer, keys in (("captions/ill", without), ("embeddings/ill/caption", {"00000007"})):
+        [path] = (tmp_path / "out" / "quarantine" / layer).glob("*.parquet")
+        table = pq.read_table(path)
+        assert {*zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True)} == {
+            (key, "not_finite") for key in keys
+        }
