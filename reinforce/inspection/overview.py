@@ -83,7 +83,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Overview:
-    """The facts. ``shards`` counts those of the samples layer."""
+    """The facts of a dataset. ``shards`` is the number of shards of the samples layer."""
 
     shards: int
     layers: tuple[LayerFacts, ...]

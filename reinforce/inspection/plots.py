@@ -16,7 +16,7 @@ from reinforce.inspection.texts import TextFigures
 _BINS = 40
 _AREA_BINS = 8
 _LONGEST = 0.995  # of the captions are in the chart of lengths; the rest would stretch it
-_FEW = 30  # crops, with fewer of which an operation is not shown
+_FEW = 30  # an operation with fewer crops is not shown
 TRUE_LABEL = "true captions"
 
 

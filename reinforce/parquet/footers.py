@@ -92,13 +92,13 @@ class ArrowInput:
 
 
 class FooterCheck:
-    """Checks what a footer says of the columns ``names``.
+    """A check of the columns ``names`` in a footer.
 
     Where ``content`` gives its bytes, a footer that this process has accepted before is not checked again: loaders open
     the same files many times.
 
-    Reading that from Python would end the process where Arrow rejects it, because its exceptions are not caught there.
-    So Arrow first begins to read the columns from a file that cannot be read.
+    Python must not read values of a footer that Arrow rejects: nothing catches Arrow's exception there, and the process
+    would end. So Arrow first begins to read the columns from a file that cannot be read.
     """
 
     def __init__(self, footer: pq.FileMetaData, names: Sequence[str], content: bytes | None = None) -> None:

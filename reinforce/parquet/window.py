@@ -63,7 +63,7 @@ class WindowFile(ArrowInput):
             self.error = error
             raise
         if len(data) < length:
-            raise RefusedFile("it is cut off: the file ends before its footer says")
+            raise RefusedFile("it is cut off: the file is shorter than its footer states")
         return bytes(data)
 
     # The file that Arrow reads.

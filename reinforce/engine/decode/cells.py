@@ -78,7 +78,7 @@ class PixelLayout:
 
 
 class FreeCells:
-    """The numbers of unused cells; the lowest are taken first, so that the rows of a batch lie side by side."""
+    """The numbers of unused cells; the lowest are taken first, so that the rows of a batch are neighbours."""
 
     def __init__(self, count: int) -> None:
         self._free = list(range(count))  # a heap

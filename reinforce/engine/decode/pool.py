@@ -170,7 +170,7 @@ class DecodePool:
         return None
 
     def close(self) -> None:
-        """Kill the processes; whoever waits for an outcome gets a RuntimeError."""
+        """Kill the processes. Futures that are not done get a RuntimeError."""
         with self._changing:
             self.closed = True
         for _ in self._servers:
