@@ -37,6 +37,7 @@ from reinforce.engine.inference.models import load_models
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker.shard import process_shard
 from reinforce.source.formats.base import Shard
+from reinforce.source.formats.recognise import source_format
 from reinforce.source.reading import read_samples
 
 RESULTS = Path(__file__).parent / "results" / "sources.json"
@@ -115,7 +116,7 @@ def measure_reading(source: Path) -> float:
 
 
 def _shard(source: Path) -> Shard:
-    return Shard(str(source), "x", {".tar": "tar", ".jsonl": "jsonl"}.get(source.suffix, "parquet"))
+    return Shard(str(source), "x", source_format([str(source)], None).name)
 
 
 class Runs:
