@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,7 +22,6 @@ from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
 from tests.helpers.stand_in_cuda import StandIn, stand_in_cuda
-from tests.helpers.tiny_coca import coca_model
 from tests.helpers.tiny_models import open_clip_model
 
 
@@ -36,9 +32,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return config_of(
         f"{folder}/source/*.tar",
         folder / "out",
-        captioners={
-            "coca": {"model": coca_model(folder / "coca"), "captions": 2, "max_length": 8, "precision": "fp32"}
-        },
+        captioners={},
         teachers={"vit": {"model": open_clip_model(folder / "vit"), "precision": "bf16"}},
         workers={"batch": 16, "max": 1, "gpus": 1},
     )
@@ -61,8 +55,7 @@ def test_a_shard_is_finished_with_less_memory_and_reports_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
     results = []
-    # Without a captioner: its caches are far larger, and do not fit again if it runs out of memory before the teacher.
-    parsed, plan, models = load(config, captioners={}, output=str(tmp_path / "whole"))
+    parsed, plan, models = load(config, output=str(tmp_path / "whole"))
     models.costs = measure_costs(models, parsed, plan.layers.values(), flops_of)
     for output in ("whole", "halved"):
         store = Store(str(tmp_path / output))
@@ -83,7 +76,7 @@ def test_a_shard_is_finished_with_less_memory_and_reports_it(
 def test_auto_is_what_fits_and_without_memory_for_one_image_the_run_ends(
     config: dict[str, Any], cuda: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parsed, plan, models = load(config, captioners={}, workers={"batch": "auto", "gpus": 1})
+    parsed, plan, models = load(config, workers={"batch": "auto", "gpus": 1})
     layers, models_only = [plan.layers["embeddings/vit/images"]], cuda.allocated
     with monkeypatch.context() as patch:
         patch.setattr(full_batch, "forget_peak", lambda _: None)
@@ -94,29 +87,3 @@ def test_auto_is_what_fits_and_without_memory_for_one_image_the_run_ends(
     cuda.memory = models_only + 1000
     with pytest.raises(UserError, match=r"does not fit in the memory of the device|do not fit"):
         find_batch(models, parsed, layers, largest=8)
-
-
-def test_a_captioner_without_memory_for_a_larger_batch_goes_on_with_smaller_ones(
-    config: dict[str, Any], cuda: StandIn
-) -> None:
-    captioner: Any = load(config, teachers={})[2].captioners["coca"]
-    decoder, size = captioner._decoder, captioner.image.height
-    pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0)).to("cuda")
-    seeds = np.arange(6, dtype=np.uint64).reshape(3, 2)
-    expected = captioner.generate(pixels, seeds)
-    tokens = decoder.image_cache.shape[2]
-    for number in range(0, 12, 2):  # of the allocation that fails
-        allocations = itertools.count()
-
-        def fail(_: int, number: int = number, allocations: Iterator[int] = allocations) -> bool:
-            return next(allocations) == number
-
-        with contextlib.suppress(torch.OutOfMemoryError), cuda.failing_allocations(fail):
-            decoder._reserve(24, 2, tokens)
-        assert captioner.generate(pixels, seeds) == expected
-        captioner.release_memory()
-    kept = cuda.allocated
-    decoder._reserve(24, 2, tokens)
-    grown = cuda.allocated
-    captioner.release_memory()
-    assert cuda.allocated - kept < 0.1 * (grown - kept)

@@ -151,7 +151,6 @@ def _replacements(cuda: StandIn) -> dict[str, Any]:
         "get_device_name": lambda device=None: properties.name,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: properties,
-        "mem_get_info": lambda device=None: (cuda.memory - cuda.allocated, total),
         "memory_allocated": lambda device=None: cuda.allocated,
         "max_memory_allocated": lambda device=None: cuda.peak,
         "reset_peak_memory_stats": forget_peak,

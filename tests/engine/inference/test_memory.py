@@ -17,7 +17,6 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.cells import PixelCells
 from reinforce.engine.decode.row import Row
-from reinforce.engine.inference.batch_sizes import BatchSizes
 from reinforce.engine.inference.models import Counters, Models, load_models
 from reinforce.engine.inference.out_of_memory import OutOfMemory, attempt, is_out_of_memory, memory_hint
 from reinforce.engine.messages.results import ShardResult, raising_layer_failure
@@ -150,12 +149,6 @@ def test_the_batch_that_the_other_shard_has_copied_is_not_the_cause_of_a_second_
     assert device.used == 0
 
 
-def test_without_a_shortage_no_shard_waits_for_the_other() -> None:
-    sizes = BatchSizes()
-    with sizes.on_device() as first, sizes.on_device() as second:
-        assert (first, second) == (True, True)
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -242,8 +235,9 @@ def test_auto_is_the_largest_batch_that_fits_while_others_are_copied() -> None:
     assert models.batches.texts(64) == 8
     assert models.batches.take_notes() == ()
     assert models.counters == Counters()
-    with models.batches.on_device() as shared:
-        assert shared, "the search is no reason to copy one batch at a time"
+    with models.batches.on_device() as first, models.batches.on_device() as second:
+        assert first
+        assert second, "the search is no reason to copy one batch at a time"
 
 
 def test_a_batch_that_does_not_fit_is_reported_before_the_run() -> None:
