@@ -15,16 +15,12 @@ from reinforce.dataset.augment import fixed_point
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.engine.inference import models as engine_models
 from reinforce.engine.inference.models import Models, TokenCache, load_models
-from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip import text as open_clip_text
+from tests.helpers.batches import CONFIG, CPU, LAYERS
 from tests.helpers.data import config_of
 from tests.helpers.models import ColorTeacher, SeedCaptioner
-
-CPU = torch.device("cpu")
-CONFIG = parse_config(config_of("x.tar", "out"))
-LAYERS = build_layers(CONFIG, describe_models(CONFIG))
 
 
 class Tokenizing(ColorTeacher):

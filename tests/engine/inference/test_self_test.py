@@ -19,14 +19,11 @@ from reinforce.errors import UserError
 from teachers.device.accelerator import Accelerator, Precision
 from teachers.registry import captioner_spec, load_captioner, load_teacher, teacher_spec
 from tests.helpers import tiny_models
-from tests.helpers.data import config_of
+from tests.helpers.batches import CPU, LAYERS
 from tests.helpers.models import ColorTeacher, ImageOnly, SeedCaptioner, TextOnly, WrongShapeTeacher
 from tests.helpers.tiny_captioners import blip, spec_of
 from tests.helpers.tiny_coca import coca_model
 
-CPU = torch.device("cpu")
-CONFIG = parse_config(config_of("x.tar", "out"))
-LAYERS = build_layers(CONFIG, describe_models(CONFIG))
 IMAGES, TRUE, CAPTIONS = "embeddings/red/images", "embeddings/red/caption", "captions/namer"
 
 
