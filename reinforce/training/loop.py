@@ -35,6 +35,7 @@ from reinforce.terminal import Screen
 from reinforce.training.batches import Prefetcher
 from reinforce.training.checkpoint import Checkpoints, Progress
 from reinforce.training.config import HIGHEST_LOGIT_SCALE, describe_changes
+from reinforce.training.distributed import gather
 from reinforce.training.distributed.ranks import Ranks, wrap_ddp
 from reinforce.training.job import Job, total_steps
 from reinforce.training.optimizer import learning_rate, make_adamw
@@ -51,8 +52,6 @@ from teachers.redact import redact
 
 _MAX_SKIPPED = 20  # steps in a row without a finite gradient
 _SHARED_PROBE = (".tmp", "shared-output.json")
-
-
 #: Called on rank 0 with the step and the metrics of each new evaluation.
 OnEvaluation = Callable[[int, Mapping[str, float]], None]
 
@@ -319,7 +318,7 @@ class _Loop:
 
     def _log_step(self, output: StepOutput, lr: float, norm: float, time_left: TimeLeft) -> None:
         """Write a row of the log; its losses are the means over the ranks of this step's losses."""
-        losses = self.ranks.mean(torch.stack([loss.float() for loss in output.losses.values()])).tolist()
+        losses = gather.mean(torch.stack([loss.float() for loss in output.losses.values()])).tolist()
         if self.log is None:
             return
         step = self.progress.step

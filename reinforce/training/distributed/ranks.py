@@ -96,14 +96,6 @@ class Ranks:
 
         return result
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean over the ranks of a tensor on the device."""
-        if self.size > 1:
-            values = values.clone()
-            dist.all_reduce(values)
-            values /= self.size
-        return values
-
 
 @contextlib.contextmanager
 def join_ranks(
