@@ -133,6 +133,10 @@ class _AnyFamily:
             [other] = {"teacher", "captioner"} - {cls.role}
             names = ", ".join(name for name in specs if name != _CLASS)
             raise ValueError(f"family {family} is for {other}s; {cls.role}s are of {names} or a `class`")
+        if value.get(_CLASS, value.get("class_")) is not None:
+            if not specs[family].uses_precision:
+                raise ValueError(f"class: not used with family {family}; remove it")
+            family = _CLASS
         own, foreign = specs.pop(family), set()
         for name, spec in specs.items():
             theirs = spec.model_fields.keys() - own.model_fields.keys()
@@ -143,11 +147,9 @@ class _AnyFamily:
 
 
 def _family_of(value: Any) -> str | None:
-    """The family that a mapping of config keys names; None if there is none."""
+    """The value of ``family`` in a mapping of config keys, or its default; None if there is no such family."""
     if not isinstance(value, Mapping):
         return None
-    if value.get("class", value.get("class_")) is not None:
-        return _CLASS
     name = value.get("family", "open_clip")
     return name if isinstance(name, str) and name in FAMILIES and name != _CLASS else None
 

@@ -186,6 +186,9 @@ def test_a_missing_published_shard_quarantines_the_shard(tmp_path: Path) -> None
         ),
         ({"captioners": {"coca": {"family": "published", "model": "syn_text", "top_p": 0.5}}}, "top_p: not used with"),
         ({"teachers": {"one": {"model": "ViT-B-32", "columns": [0, 6]}}}, "columns: used only with family published"),
+        ({"teachers": {"one": {"family": "published", "class": "a:B"}}}, "class: not used with family published"),
+        ({"captioners": {"one": {"family": "openai", "class": "a:B"}}}, "class: not used with family openai"),
+        ({"teachers": {"one": {"family": "opneai", "class": "a:B"}}}, "teachers.one.family: Input should be"),
     ],
 )
 def test_a_contradictory_config_is_rejected(tmp_path: Path, change: dict[str, Any], message: str) -> None:
