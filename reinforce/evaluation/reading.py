@@ -17,7 +17,7 @@ from reinforce.dataset.reading.dataset import Dataset
 from reinforce.errors import UserError
 from reinforce.evaluation.fields import LINES, is_json_field
 from reinforce.source import reading
-from reinforce.source.file_types import IMAGE_EXTENSIONS
+from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard
 from reinforce.source.formats.recognise import source_format
 from reinforce.source.samples import RawSample, Refusal
@@ -70,7 +70,7 @@ def list_class_folders(url: str, where: str) -> dict[str, list[File]]:
     loose = 0
     for file in sorted(files, key=lambda file: file.key):
         name, slash, _ = file.key.partition("/")
-        if any(part.startswith(".") for part in file.key.split("/")) or not _is_image(file.key):
+        if any(part.startswith(".") for part in file.key.split("/")) or not is_image_name(file.key):
             continue
         if slash:
             folders[name].append(file)
@@ -191,7 +191,3 @@ def check_file_size(file: File, limits: Limits) -> Refusal | None:
     if file.size <= limits.image_bytes:
         return None
     return Refusal(file.key, Reason.IMAGE_BYTES, f"{file.size} bytes, above limits.image_bytes of {limits.image_bytes}")
-
-
-def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS

@@ -65,6 +65,11 @@ _IMAGE_MAGIC = (
 )
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file name, or an extension of several parts, ends with the extension of an image."""
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
 def image_extension(image: bytes) -> str:
     """The extension of an image's format by its first bytes, for messages."""
     return next((name for offset, magic, name in _IMAGE_MAGIC if image.startswith(magic, offset)), "image")

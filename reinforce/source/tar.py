@@ -185,10 +185,7 @@ class _Reader:
     def _member(self, header: tarfile.TarInfo, records: dict[str, str], start: int) -> Member:
         name = records.get("path") or header.name
         if header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in records):
-            raise DamagedTar(
-                start,
-                f"{name[:100]!r} is a sparse file, which is not read: write tars without --sparse",
-            )
+            raise DamagedTar(start, f"{name[:100]!r} is a sparse file, which is not read: write tars without --sparse")
         size = header.size
         if not header.isreg() and header.type in tarfile.SUPPORTED_TYPES:
             size = 0  # links, folders and devices have no data, even if their size field is set

@@ -24,7 +24,7 @@ from reinforce.images.policy import (
     format_extension,
     is_plain,
 )
-from reinforce.source.formats.tar import IMAGE_EXTENSIONS
+from reinforce.source.file_types import IMAGE_EXTENSIONS
 from schemas import Reason
 from tests.helpers.images import encode, noise, png_chunk, raw_png
 
@@ -219,10 +219,7 @@ def test_conversion_in_strips_equals_conversion_at_once(monkeypatch):
     rgba.putalpha(noise(mode="L"))
     values = np.random.default_rng(1).normal(100, 90, (30, 40)).astype(np.float32)
     images = [encode(rgba), encode(rgba.convert("LA")), encode(Image.fromarray(values), "TIFF")]
-    images += [
-        encode(noise(mode="P"), transparency=bytes(range(256))),
-        encode(noise(), transparency=(1, 2, 3)),
-    ]
+    images += [encode(noise(mode="P"), transparency=bytes(range(256))), encode(noise(), transparency=(1, 2, 3))]
     images += [encode(Image.fromarray(values.clip(0).astype(np.uint16)), transparency=7)]
     at_once = [decode(data, LIMITS).tobytes() for data in images]
     monkeypatch.setattr("reinforce.images.policy._STRIP_PIXELS", 1)

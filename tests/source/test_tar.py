@@ -142,10 +142,7 @@ def test_a_damaged_header_is_reported_and_skipped_where_tarfile_stops_silently()
 @pytest.mark.parametrize("change", [1, 100, 511, 513, 1000])
 def test_missing_or_inserted_bytes_cost_only_their_sample(change):
     at = ENDS[0] + 600  # in the image of b
-    for data in (
-        TAR[:at] + TAR[at + change :],
-        TAR[:at] + b"x" * change + TAR[at:],
-    ):
+    for data in (TAR[:at] + TAR[at + change :], TAR[:at] + b"x" * change + TAR[at:]):
         rows = read(data)
         assert rows[0] == read(TAR)[0]
         assert rows[2].key == "c"
@@ -231,11 +228,7 @@ def test_malformed_pax_headers_are_damage(records):
 
 def test_an_extended_header_without_a_member_is_damage():
     lone = pax(b"10 path=z\n", b"")
-    for data in (
-        BODY + lone,
-        BODY + lone + TAR[-1024:],
-        BODY + lone + bytes(1024) + tar_bytes([("d.jpg", b"D")]),
-    ):
+    for data in (BODY + lone, BODY + lone + TAR[-1024:], BODY + lone + bytes(1024) + tar_bytes([("d.jpg", b"D")])):
         *rows, damage = read(data)
         assert damage.detail.startswith(f"damaged at byte {len(BODY + lone)}: nothing follows an extended header")
         assert [row.key for row in rows] == [*KEYS, "d"][: len(rows)]

@@ -18,7 +18,7 @@ from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import Plan
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, check_header
-from reinforce.source.file_types import IMAGE_EXTENSIONS
+from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.recognise import unexpected_name
 from reinforce.source.formats.registry import find_format
@@ -44,8 +44,7 @@ class FirstSample:
 
     def line(self) -> str:
         """The sample in one line."""
-        known = (e for e in self.raw.members if e.rpartition(".")[2] in IMAGE_EXTENSIONS)
-        image = next(known, self.raw.members[0])
+        image = next(filter(is_image_name, self.raw.members), self.raw.members[0])
         size = "" if self.size is None else f", {self.size[0]} x {self.size[1]}"
         caption = "no caption" if self.caption is None else f"caption {_quote(self.caption)}"
         return f"first sample: {self.raw.key} (.{image}{size}), {caption}"
@@ -58,7 +57,7 @@ class FirstSample:
         if self.caption is None and fields and encoded:
             why = self.raw.why_no_caption(fields)
             notes.append(f"{self._place()}: {why}; set input.captions to where captions are, or to []")
-        images = [e for e in self.raw.members if e.rpartition(".")[2] in IMAGE_EXTENSIONS]
+        images = [*filter(is_image_name, self.raw.members)]
         if len(images) > 1:
             listed = ", ".join(f".{extension}" for extension in images[:5])
             notes.append(

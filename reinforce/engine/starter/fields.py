@@ -11,8 +11,9 @@ from typing import Any
 from reinforce.config import Input
 from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
+from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard
-from reinforce.source.formats.columns import NoColumn, find_columns, is_image_name
+from reinforce.source.formats.columns import NoColumn, find_columns
 from reinforce.source.formats.registry import find_format
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample

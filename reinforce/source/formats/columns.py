@@ -11,7 +11,7 @@ from datetime import date, time
 from typing import Any
 
 from reinforce.config import Input, Limits
-from reinforce.source.file_types import IMAGE_EXTENSIONS, image_extension
+from reinforce.source.file_types import image_extension
 from reinforce.source.samples import Place, RawSample, Refusal
 from schemas import Reason
 
@@ -178,8 +178,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, date | time):
         return value.isoformat()
     return None if isinstance(value, bytes | bytearray) else str(value)
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file name has the extension of an image."""
-    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS

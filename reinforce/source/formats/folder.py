@@ -19,8 +19,9 @@ from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
 from reinforce.processes.prefetch import prefetch
 from reinforce.source.captions import parse_json
+from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import ListedFolder, Shard, SourceFormat
-from reinforce.source.formats.columns import NoColumn, RowReader, find_columns, is_image_name
+from reinforce.source.formats.columns import NoColumn, RowReader, find_columns
 from reinforce.source.formats.lines import BrokenRow, LinesFormat
 from reinforce.source.formats.parquet import Parquet, ParquetFile, is_binary
 from reinforce.source.formats.recognise import format_of_name

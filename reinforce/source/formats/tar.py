@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from reinforce.config import Input, Limits
-from reinforce.source.file_types import IMAGE_EXTENSIONS, foreign_name
+from reinforce.source.file_types import foreign_name, is_image_name
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.samples import (
     RawSample,
@@ -123,7 +123,7 @@ class _Group:
         self.extensions.append(f"{extension} (a link)" if member.is_link else extension)
         if member.is_link:
             self._leave_out(extension, Reason.SIDECAR_BROKEN, "a link, which is not followed")
-        elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+        elif is_image_name(extension):
             if self.needs_image and (self.image is None or ("." in self.image_extension and "." not in extension)):
                 self.image, self.image_extension = member, extension
                 self.data, self.cut_off = _read(member, limits.image_bytes)

@@ -206,13 +206,7 @@ def test_ranges_beyond_the_file_and_in_compressed_tars_raise(tmp_path):
 
 def test_shards_are_read_from_s3(s3):
     s3.mkdir("shards")
-    s3.pipe(
-        {
-            "shards/x/1.tar": TAR,
-            "shards/x/2.tar.gz": gzip.compress(TAR),
-            "shards/x/3.tar": TAR[:-600],
-        }
-    )
+    s3.pipe({"shards/x/1.tar": TAR, "shards/x/2.tar.gz": gzip.compress(TAR), "shards/x/3.tar": TAR[:-600]})
     assert [row.key for row in read_shard("s3://shards/x/1.tar", LIMITS)] == KEYS
     assert list(read_shard("s3://shards/x/2.tar.gz", LIMITS)) == read(TAR)
     assert list(read_shard("s3://shards/x/3.tar", LIMITS))[-1].reason is Reason.SHARD_DAMAGED

@@ -91,14 +91,7 @@ def test_paths_of_a_table_are_relative_to_its_folder_and_stay_in_it(folder: Path
         f"{outside}/c.png",
         f"file://{outside}/c.png",
     ]
-    named += [
-        "s3://bucket/x.png",
-        "deep/../a.png",
-        "~/x.png",
-        "a\tb.png",
-        "x.zip::memory://y.png",
-        "..\\c.png",
-    ]
+    named += ["s3://bucket/x.png", "deep/../a.png", "~/x.png", "a\tb.png", "x.zip::memory://y.png", "..\\c.png"]
     path = table(folder / "x.csv", named)
     found = refusals(read_table(path, "csv"))
     assert found[:2] == ["0", "1"]
