@@ -195,10 +195,17 @@ def interrupted_drop(dataset: Path, pattern: str, step: int) -> None:
             drop_layers(dataset, pattern)
 
 
-@pytest.mark.parametrize("step", range(10))
-def test_after_an_interrupted_drop_a_run_computes_what_was_deleted(made: Path, dataset: Path, step: int) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "step"),
+    [*(("embeddings/red/*", step) for step in range(10)), *(("*", step) for step in range(0, 20, 3))],
+)
+def test_after_an_interrupted_drop_a_run_computes_what_was_deleted_and_another_seed_is_refused(
+    made: Path, dataset: Path, pattern: str, step: int
+) -> None:
     before = content(dataset)
-    interrupted_drop(dataset, "embeddings/red/*", step)
+    interrupted_drop(dataset, pattern, step)
+    with pytest.raises(UserError, match="seed: 0 in the dataset, 5 in this config"):
+        make_plan(parse_config(config(made, dataset, seed=5)))
     reinforce_here(config(made, dataset))
     assert content(dataset) == before
 
@@ -217,16 +224,6 @@ def test_after_an_interrupted_drop_another_config_is_refused_until_it_is_finishe
     reinforce_here(config(made, dataset, teachers=other))
     fresh = Path(reinforce_here(config(made, dataset.parent / "fresh", teachers=other)))
     assert content(dataset) == content(fresh), "as if the other config had been there from the start"
-
-
-@pytest.mark.parametrize("step", range(0, 20, 3))
-def test_after_an_interrupted_drop_of_everything_a_run_computes_it_again(made: Path, dataset: Path, step: int) -> None:
-    before = content(dataset)
-    interrupted_drop(dataset, "*", step)
-    with pytest.raises(UserError, match="seed: 0 in the dataset, 5 in this config"):
-        make_plan(parse_config(config(made, dataset, seed=5)))
-    reinforce_here(config(made, dataset))
-    assert content(dataset) == before
 
 
 def test_layers_and_damaged_files_in_s3_are_removed_and_computed_again(s3: Any, made: Path) -> None:
