@@ -118,15 +118,6 @@ def compute_fingerprint(recipe: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-@dataclass(frozen=True)
-class SampleBytes:
-    """Stored bytes of one sample: its image or reference, its texts, and its augmentation records."""
-
-    image: float
-    text: float
-    records: float
-
-
 class PublishedValues(Protocol):
     """Values of a published sample, by layer."""
 
@@ -182,8 +173,9 @@ class LayerKind(ABC):
         """The schema of a file; ``images`` is the config's key."""
 
     @abstractmethod
-    def row_bytes(self, layer: Layer, sample: SampleBytes) -> float | None:
-        """Expected bytes of a row; None if the dimension is not known before the model is loaded."""
+    def row_bytes(self, layer: Layer, sample: float) -> float | None:
+        """Expected bytes of a row, of a sample that takes ``sample`` bytes; None if the dimension is not known before
+        the model is loaded."""
 
     # -- dataset.json
 
@@ -207,13 +199,16 @@ class LayerKind(ABC):
         records in dataset.json."""
         return iter(())
 
-    @abstractmethod
     def decode(self, table: pa.Table) -> Any:
-        """The value of each row of a row group."""
+        """The value of each row of a row group, by default that of its column ``values``."""
+        return table[self.values].to_pylist()
 
-    @abstractmethod
     def compare(self, layer: str, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
         """Compare stored row groups of a layer with those that were computed again."""
+        before, now = ([value for table in of for value in self.decode(table)] for of in (stored, computed))
+        pairs = [*zip(before, now, strict=True)]
+        nulls = sum((one is None) != (other is None) for one, other in pairs)
+        return Comparison(layer, len(pairs), sum(one == other for one, other in pairs), nulls)
 
     def published_value(self, layer: Layer, values: PublishedValues) -> Any:
         """The value of a row in a published layer."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from reinforce.config import Config
-from reinforce.dataset.comparison import Comparison
 from reinforce.dataset.kinds.registry import KINDS
-from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, SampleBytes, compute_fingerprint
+from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, compute_fingerprint
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.worker.producers.base import Producer, RowGroup
 from reinforce.engine.worker.producers.registry import PRODUCERS
@@ -39,7 +38,7 @@ class Brightness(LayerKind):
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         return pa.schema([pa.field("key", pa.string(), False), pa.field("value", pa.float32())])
 
-    def row_bytes(self, layer: Layer, sample: SampleBytes) -> float | None:
+    def row_bytes(self, layer: Layer, sample: float) -> float | None:
         return 4
 
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
@@ -48,14 +47,6 @@ class Brightness(LayerKind):
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
         values = np.array(self.decode(table), np.float32)
         yield "are not between 0 and 255", (values < 0) | (values > 255)
-
-    def decode(self, table: pa.Table) -> list[float | None]:
-        values: list[float | None] = table["value"].to_pylist()
-        return values
-
-    def compare(self, layer: str, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
-        before, now = ([value for table in of for value in self.decode(table)] for of in (stored, computed))
-        return Comparison(layer, len(before), sum(map(float.__eq__, before, now)), 0)
 
     def content(self, layer: Layer) -> str:
         return "mean of the first crop"

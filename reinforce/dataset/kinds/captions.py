@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -10,13 +10,11 @@ import pyarrow.compute as pc
 
 import schemas
 from reinforce.config import Config
-from reinforce.dataset.comparison import Comparison
 from reinforce.dataset.layers import (
     SAMPLES,
     Layer,
     LayerKind,
     PublishedValues,
-    SampleBytes,
     captions_layer,
     compute_fingerprint,
     mapping_at,
@@ -60,7 +58,7 @@ class Captions(LayerKind):
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         return schemas.captions_schema()
 
-    def row_bytes(self, layer: Layer, sample: SampleBytes) -> float | None:
+    def row_bytes(self, layer: Layer, sample: float) -> float | None:
         return layer.count * _TEXT_BYTES
 
     def entry(self, layer: Layer, dim: int | None) -> dict[str, Any]:
@@ -74,16 +72,6 @@ class Captions(LayerKind):
     def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
         wrong = pc.not_equal(pc.list_value_length(table["captions"]), layer.count)
         yield f"do not have {layer.count} captions", pc.fill_null(wrong, False).to_numpy()
-
-    def decode(self, table: pa.Table) -> list[list[str] | None]:
-        captions: list[list[str] | None] = table["captions"].to_pylist()
-        return captions
-
-    def compare(self, layer: str, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
-        before, now = ([row for table in of for row in self.decode(table)] for of in (stored, computed))
-        nulls = sum((one is None) != (other is None) for one, other in zip(before, now, strict=True))
-        equal = sum(one == other for one, other in zip(before, now, strict=True))
-        return Comparison(layer, len(before), equal, nulls)
 
     def published_value(self, layer: Layer, values: PublishedValues) -> list[str]:
         return values.captions(layer)

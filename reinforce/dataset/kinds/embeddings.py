@@ -20,7 +20,6 @@ from reinforce.dataset.layers import (
     Layer,
     LayerKind,
     PublishedValues,
-    SampleBytes,
     captions_layer,
     compute_fingerprint,
     embeddings_layer,
@@ -81,7 +80,7 @@ class _Embeddings(LayerKind):
         assert layer.dim is not None
         return schemas.embeddings_schema(layer.count, layer.dim, layer.dtype)
 
-    def row_bytes(self, layer: Layer, sample: SampleBytes) -> float | None:
+    def row_bytes(self, layer: Layer, sample: float) -> float | None:
         if layer.dim is None:
             return None
         return layer.count * (layer.dim * _WIDTHS[layer.dtype] + (_SCALE_BYTES if layer.dtype == "int8" else 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -10,8 +10,7 @@ import pyarrow.compute as pc
 
 import schemas
 from reinforce.config import Config, Limits
-from reinforce.dataset.comparison import Comparison
-from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, SampleBytes, compute_fingerprint
+from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, compute_fingerprint
 from reinforce.images.policy import image_policy
 from reinforce.source.captions import CAPTION_POLICY
 
@@ -58,8 +57,8 @@ class Samples(LayerKind):
     def schema(self, layer: Layer, images: str) -> pa.Schema:
         return schemas.samples_schema(images)
 
-    def row_bytes(self, layer: Layer, sample: SampleBytes) -> float | None:
-        return sample.image + sample.text + sample.records
+    def row_bytes(self, layer: Layer, sample: float) -> float | None:
+        return sample
 
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
         known = all(key in manifest for key in _RECIPE)
@@ -73,13 +72,6 @@ class Samples(LayerKind):
         if records is not None:
             wrong = pc.not_equal(pc.list_value_length(table["augmentations"]), records)
             yield f"do not have {records} augmentation records", pc.fill_null(wrong, True).to_numpy()
-
-    def decode(self, table: pa.Table) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = table.to_pylist()
-        return rows
-
-    def compare(self, layer: str, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
-        raise NotImplementedError("samples are read from their source")
 
     def content(self, layer: Layer) -> str:
         return "rows and images"

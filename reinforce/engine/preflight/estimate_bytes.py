@@ -11,7 +11,7 @@ from rich.table import Table
 
 from reinforce.config import Config
 from reinforce.dataset.files.store import Store
-from reinforce.dataset.layers import Layer, SampleBytes
+from reinforce.dataset.layers import Layer
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.engine.plan.plan import Plan
 from reinforce.source.formats.base import Shard
@@ -72,7 +72,7 @@ def _shard_bytes(plan: Plan, layer: Layer, statistics: SourceStatistics) -> floa
     """Expected bytes of one shard of a layer; None if the model's dimension is not known before it is loaded."""
     image = statistics.image_bytes if plan.config.embeds_images else _REFERENCE_BYTES
     records = _RECORD_BYTES * plan.config.augmentations.count
-    row = layer.kind.row_bytes(layer, SampleBytes(image, statistics.text_bytes, records))
+    row = layer.kind.row_bytes(layer, image + statistics.text_bytes + records)
     return None if row is None else statistics.rows * row
 
 
