@@ -65,6 +65,20 @@ def test_a_samples_table_has_the_encoded_images_or_references_to_them() -> None:
     assert embedded[0] == {"key": "a", "caption": "A", "metadata": '{"a": 1}', "width": 40, "height": 30}
 
 
+@pytest.mark.parametrize("side", ["images", "caption"])
+def test_a_row_whose_decode_process_crashed_has_no_published_vector_and_its_refusal(side: str) -> None:
+    name = f"embeddings/old/{side}"
+    old = {"family": "published", "model": "OLD", "columns": [0, 8], "logit_scale": 50.0}
+    count = 2 if side == "images" else 1
+    rows = [
+        Row("a", decoded=Decoded({name: np.ones((count, 8), np.float32)}), caption="A"),
+        Row("b", decoded=Decoded(unreadable=Refusal("b", Reason.IMAGE_CRASHED, "gone"))),
+    ]
+    found, refusals = table(name, RowGroup(rows, [], {}), teachers={"old": old}, reinforcements="x.tar", captioners={})
+    assert [value is None for value in found["embeddings"].to_pylist()] == [False, True]
+    assert refusals.counts() == {"image_crashed": 1}
+
+
 def test_vectors_are_null_where_an_image_is_unreadable_or_they_are_not_finite_and_both_are_refused() -> None:
     values = np.ones((4, 2, 8), np.float32)
     values[1, 1, 2] = np.nan

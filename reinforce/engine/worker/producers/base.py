@@ -111,7 +111,8 @@ class Producer(Encoder):
         """The published value of each row, or None; records why there is none."""
         values: list[Any] = []
         for row in group.rows:
-            value = self.published_refusal(layer, row) or row.published[layer.name]
+            # A row whose decode process crashed has no values, but the reason.
+            value = self.published_refusal(layer, row) or row.published.get(layer.name, row.unreadable)
             if isinstance(value, Refusal):
                 self.refusals.add(layer.name, value)
             values.append(None if isinstance(value, Refusal) else value)

@@ -103,6 +103,10 @@ class TextEmbeddings(Embeddings):
         return values, valid
 
     def published_refusal(self, layer: Layer, row: Row) -> Refusal | None:
-        if layer.texts != TRUE_CAPTION or row.caption or isinstance(row.published[layer.name], Refusal):
+        if (
+            layer.texts != TRUE_CAPTION
+            or row.caption
+            or isinstance(row.published.get(layer.name, row.unreadable), Refusal)
+        ):
             return None
         return Refusal(row.key, Reason.NO_TEXT, "no caption that the published vector could belong to")
