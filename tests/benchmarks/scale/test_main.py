@@ -98,7 +98,7 @@ def test_only_workers_that_can_take_a_lease_are_looked_at(tmp_path: Path, monkey
 
     monkeypatch.setattr(ShardQueue, "hand_out", counting)
     monkeypatch.setattr(driver, "_PAUSE_SECONDS_PER_REF", 0.0)
-    run(tmp_path, 500, Cluster(10, 8, lambda draw: draw.uniform(0.01, 0.1)))
+    run(tmp_path, 500, Cluster(10, 8, lambda draw: draw.uniform(0.05, 0.5)))
     assert sum(looked_at[: len(looked_at) // 2]) < 3 * 500
 
 
