@@ -85,3 +85,15 @@ def wait_for_reports(arrived: Callable[[], bool] = lambda: True) -> None:
     while not arrived() and time.monotonic() < deadline:
         time.sleep(0.5)
     time.sleep(2.0)
+
+
+def wait_until_unchanged(totals: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Wait until no totals of earlier runs arrive any more, for four reports -> the totals."""
+    wait_for_reports()
+    deadline = time.monotonic() + 240
+    before, since = totals(), time.monotonic()
+    while time.monotonic() - since < 4 * REPORT_SECONDS and time.monotonic() < deadline:
+        time.sleep(0.5)
+        if (now := totals()) != before:
+            before, since = now, time.monotonic()
+    return before

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from teachers.preprocessing.pixels import to_pixels
 from teachers.registry import captioner_spec, load_captioner
 from tests.helpers import tiny_captioners
 from tests.helpers.data import config_of, members_of, write_tar
-from tests.helpers.prometheus import BINARY, Prometheus, scraping, wait_for_reports
+from tests.helpers.prometheus import BINARY, Prometheus, scraping, wait_for_reports, wait_until_unchanged
 from tests.helpers.tiny_coca import coca_model
 from tests.helpers.tiny_models import open_clip_model, transformers_siglip
 
@@ -75,12 +76,10 @@ def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     config |= {"augmentations": {"count": 2, "size": 32}, "workers": {"max": 1}}
     with contextlib.ExitStack() as stack:
         prometheus = stack.enter_context(scraping(folder / "prometheus")) if BINARY else None
-        if prometheus:
-            wait_for_reports()
-        before = {name: _total(prometheus, name) for name in COUNTED} if prometheus else {}
+        before = wait_until_unchanged(partial(_totals, prometheus)) if prometheus else {}
         summary = reinforce.run(config)
         if prometheus:
-            wait_for_reports(lambda: _total(prometheus, "samples") == before["samples"] + 9)
+            wait_for_reports(lambda: _totals(prometheus)["samples"] == before["samples"] + 9)
         yield Finished(config, summary, before, prometheus)
 
 
@@ -107,8 +106,8 @@ def test_captioners_of_two_libraries_write_layers_of_one_dataset(finished: Finis
 COUNTED = ("samples", "captions", "tokens", "read_bytes", "written_bytes")
 
 
-def _total(prometheus: Prometheus, name: str) -> float:
-    return prometheus.last(f"sum(ray_reinforce_{name}_total) or vector(0)")
+def _totals(prometheus: Prometheus) -> dict[str, float]:
+    return {name: prometheus.last(f"sum(ray_reinforce_{name}_total) or vector(0)") for name in COUNTED}
 
 
 @pytest.mark.skipif(BINARY is None, reason="no prometheus on this machine: apt-get install prometheus")
@@ -122,7 +121,7 @@ def test_every_query_of_the_dashboard_returns_data_of_a_run_and_totals_are_those
     for query in queries:
         values = prometheus.series(query.replace("$SessionName", ".+").replace("$__rate_interval", "30s"))
         assert values, query
-    grown = {name: _total(prometheus, name) - finished.before[name] for name in COUNTED}
+    grown = {name: total - finished.before[name] for name, total in _totals(prometheus).items()}
     out = Path(finished.config["output"])
     layers = [path for path in out.rglob("*.parquet") if path.relative_to(out).parts[0] not in ("index", "quarantine")]
     read = sum(len(data) for number, size in enumerate(SIZES) for _, data in members_of(number, size))
