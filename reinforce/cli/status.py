@@ -186,7 +186,7 @@ def _print_dataset(found: Mapping[str, Any], reasons: bool) -> None:
     from reinforce.dataset.files.damage import describe_damaged
     from reinforce.dataset.status import status_table
     from reinforce.engine.record.rates import rate_lines
-    from reinforce.engine.record.summary import cleaned_lines, not_in_source_lines
+    from reinforce.engine.record.summary import cleaned_lines, not_in_source_lines, source_lines
 
     Console().print(status_table(dict(found)))
     if damage := describe_damaged(found["url"], found["damaged"]):
@@ -204,6 +204,7 @@ def _print_dataset(found: Mapping[str, Any], reasons: bool) -> None:
         shards, seconds = last.get("shards", 0), last.get("seconds", 0)
         text = f"last run {last.get('run')}: {shards:,} shards in {seconds:.0f} s, {last.get('message')}"
         typer.echo(escape(text))
-        lines = [*cleaned_lines(last.get("cleaned", {})), *not_in_source_lines(last.get("not_in_source", {}))]
+        lines = [*source_lines(last.get("source_counts", {})), *cleaned_lines(last.get("cleaned", {}))]
+        lines += not_in_source_lines(last.get("not_in_source", {}))
         for line in [*rate_lines(last), *lines, *map(str, last.get("notes", []))]:
             typer.echo(escape(line))

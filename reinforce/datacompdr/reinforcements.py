@@ -10,21 +10,24 @@ import contextlib
 import itertools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from reinforce.config import Config
+from reinforce.datacompdr.matching import Matcher, describe_counts, identity_of
 from reinforce.datacompdr.members import CAPTIONS, PARAMETERS, VECTORS, Unreadable
 from reinforce.datacompdr.values import Members, PublishedReader
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.errors import StorageError, UserError
-from reinforce.source.captions import parse_json
+from reinforce.source.formats.base import Shard
 from reinforce.source.formats.tar import read_shard
-from reinforce.source.samples import RawSample, Refusal
+from reinforce.source.reading import read_samples
+from reinforce.source.samples import RawSample, ReadBudget, Refusal
 from reinforce.source.urls import canonical
 from schemas import WHOLE_SHARD, Reason
 
-_SIDECAR, _URL = "json", "url.txt"
 _CHECKED_SAMPLES = 8
+_JOINED_SAMPLES = 32  # of source and reinforcements each, that are joined before a run
 _LARGEST_IMAGE = (2**31, 2**31)  # any crop fits into it
 
 
@@ -37,9 +40,7 @@ class Reinforcements:
 
     def __init__(self, url: str, config: Config, limit: int | None = None) -> None:
         self._members: dict[str, dict[str, tuple[int, int]]] = {}  # offset and length, by key and name
-        self._keys: dict[str, str] = {}  # by uid
-        self._keys_with_uid: set[str] = set()
-        self._keys_of_urls: dict[str, str] = {}
+        self._matcher = Matcher()
         self._matched: set[str] = set()
         self.refusals: list[Refusal] = []
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
@@ -49,11 +50,7 @@ class Reinforcements:
                 self.refusals.append(Refusal(item.key, item.reason, f"reinforcements: {item.detail}"))
                 continue
             members = self._members[item.key] = {}
-            if (uid := _uid(item.sidecars)) is not None:
-                self._keys.setdefault(uid, item.key)
-                self._keys_with_uid.add(item.key)
-            if (url_of_image := _url(item.sidecars)) is not None:
-                self._keys_of_urls.setdefault(url_of_image, item.key)
+            self._matcher.add(item.key, identity_of(item.sidecars))
             for name in (PARAMETERS, CAPTIONS, *VECTORS):
                 if name in item.left_out:
                     self.refusals.append(item.left_out[name])
@@ -76,18 +73,16 @@ class Reinforcements:
         """The keys."""
         return iter(self._members)
 
-    def match(self, raw: RawSample) -> str | None:
-        """The key of a source sample's reinforcements, found by its ``uid``, URL or key; None without any."""
-        uid = _uid(raw.sidecars)
-        key = raw.key if uid is None else self._keys.get(uid, uid)
-        if uid is None or key not in self._members:
-            url = _url(raw.all_sidecars)
-            key = key if url is None else self._keys_of_urls.get(url, key)
-        # A key whose reinforcements have a uid belongs to the sample of that uid.
-        if key not in self._members and raw.key not in self._keys_with_uid:
-            key = raw.key
-        if key not in self._members:
-            return None
+    @property
+    def counts(self) -> Counter[str]:
+        """The samples that were matched by what they were matched by, and those without a match by why."""
+        return self._matcher.counts
+
+    def match(self, raw: RawSample) -> str | Refusal:
+        """The key of a source sample's reinforcements, or why it has none."""
+        key, why = self._matcher.match(raw.key, identity_of(raw.all_sidecars))
+        if key is None:
+            return Refusal(raw.key, Reason.NOT_REINFORCED, f"published reinforcements: {why}")
         self._matched.add(key)
         return key
 
@@ -95,7 +90,7 @@ class Reinforcements:
         """Refusals of the reinforcements that no source sample has matched."""
         for key in self._members:
             if key not in self._matched:
-                yield Refusal(key, Reason.NO_IMAGE, "reinforced, but the source's shard has no sample of this key")
+                yield Refusal(key, Reason.NO_IMAGE, "reinforced, but no sample of the source's shard is of its image")
 
     def members(self, key: str) -> dict[str, bytes] | None:
         """The members of a sample by name, or None if the reinforcements lack the key."""
@@ -130,6 +125,21 @@ def check_reinforcements(url: str, config: Config, layers: Iterable[Layer]) -> N
             )
 
 
+def preview_join(url: str, config: Config, shard: Shard, budget: ReadBudget) -> str | None:
+    """How the first samples of a shard join with the first of its reinforcements; None if none of either can be read.
+
+    Raises the errors of the storage.
+    """
+    items = itertools.islice(read_samples(shard, config.input, budget), _JOINED_SAMPLES)
+    with contextlib.closing(Reinforcements(url, config, _JOINED_SAMPLES)) as published:
+        matches = [published.match(item) for item in items if isinstance(item, RawSample)]
+        if not matches or not [*published]:
+            return None
+        joined = f"join the first {len([*published])} published ones: {describe_counts(published.counts)}"
+    example = next((f"; {match.key}: {match.detail}" for match in matches if isinstance(match, Refusal)), "")
+    return f"reinforcements: the first {len(matches)} samples of {canonical(shard.url)} {joined}{example}"
+
+
 def _layer_errors(reader: PublishedReader, key: str, members: Members) -> dict[str, str]:
     """What cannot be read of a sample, by layer, independently of its image."""
     errors = {}
@@ -140,18 +150,3 @@ def _layer_errors(reader: PublishedReader, key: str, members: Members) -> dict[s
     return errors | {
         name: value.detail for name, value in reader.values(key, members).items() if isinstance(value, Refusal)
     }
-
-
-def _uid(sidecars: Mapping[str, bytes]) -> str | None:
-    document = parse_json(sidecars[_SIDECAR]) if _SIDECAR in sidecars else None
-    uid = document.get("uid") if isinstance(document, dict) else None
-    return uid if isinstance(uid, str) else None
-
-
-def _url(sidecars: Mapping[str, bytes]) -> str | None:
-    """The URL of an image: the member ``url.txt``, or ``url`` of the JSON member, as img2dataset writes it."""
-    if _URL in sidecars:
-        return sidecars[_URL].decode(errors="replace").strip() or None
-    document = parse_json(sidecars[_SIDECAR]) if _SIDECAR in sidecars else None
-    url = document.get("url") if isinstance(document, dict) else None
-    return url if isinstance(url, str) else None

@@ -14,6 +14,9 @@ from reinforce.config import Limits
 #: Name and version of the text cleaning in :func:`caption_of`; recorded in dataset.json.
 CAPTION_POLICY = "text-1"
 
+#: What bytes become that cannot be decoded, and the name under which captions that have it are counted.
+REPLACED, CAPTIONS_REPLACED = "\ufffd", "captions_replaced"
+
 #: Levels of JSON. Python's own limit differs between its versions: 3.11 takes fewer than 1,000, 3.13 takes 10,000.
 _MAX_DEPTH = 900
 

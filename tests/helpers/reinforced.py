@@ -16,6 +16,7 @@ from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.manifest.manifest import update_manifest, write_manifest
 from reinforce.engine.decode.rows import GROUP_ROWS
 from reinforce.engine.inference.models import load_models
+from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.shard_lists import write_lists
 from reinforce.engine.worker.shard import process_shard
@@ -23,8 +24,11 @@ from tests.helpers.data import config_of, members_of, write_tar
 from tests.helpers.decoding import decode_pool
 
 
-def reinforce_here(config: dict[str, Any], group_rows: int = 8) -> str:
-    """Compute the missing layers of a config, without Ray and in small row groups; returns the dataset's URL."""
+def reinforce_here(config: dict[str, Any], group_rows: int = 8, results: list[ShardResult] | None = None) -> str:
+    """Compute the missing layers of a config, without Ray and in small row groups; returns the dataset's URL.
+
+    ``results`` collects those of the shards.
+    """
     parsed = parse_config(config)
     plan, store = make_plan(parsed), Store(parsed.output)
     write_lists(store, plan.lists)
@@ -37,10 +41,12 @@ def reinforce_here(config: dict[str, Any], group_rows: int = 8) -> str:
     for shard in plan.pending:
         result = process_shard(shard, parsed, plan.layers, store, models, decode_pool(), group_rows)
         index.add(shard.name, result.files)
+        if results is not None:
+            results.append(result)
         postponed |= bool(result.set_aside)
     index.flush()
     write_manifest(store, update_manifest(store.read_json(MANIFEST), parsed, plan.layers, loaded, plan.layers))
-    return reinforce_here(config, group_rows) if postponed else parsed.output
+    return reinforce_here(config, group_rows, results) if postponed else parsed.output
 
 
 def _describe(teacher: Any) -> dict[str, Any]:

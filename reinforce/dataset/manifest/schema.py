@@ -100,6 +100,7 @@ class RunRecord(_Part):
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     message: _Text | None = None
     cleaned: dict[str, dict[str, int]] = Field(default_factory=dict)
+    source_counts: dict[str, int] = Field(default_factory=dict)
     not_in_source: dict[str, int | _Text | None] = Field(default_factory=dict)
     busy_share: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     stages: dict[_Text, _Stage] = Field(default_factory=dict)

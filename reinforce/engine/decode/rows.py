@@ -162,11 +162,10 @@ def _source_rows(samples: Iterable[RawSample | Refusal], published: Reinforcemen
             yield raw
         elif published is None:
             yield Row(raw.key, sample=raw)
-        elif (key := published.match(raw)) is not None:
-            yield Row(key, sample=raw, members=published.members(key))
+        elif isinstance(key := published.match(raw), Refusal):
+            yield key
         else:
-            detail = "the published reinforcements have neither its key nor its uid"
-            yield Refusal(raw.key, Reason.NOT_REINFORCED, detail)
+            yield Row(key, sample=raw, members=published.members(key))
 
 
 def _stored_rows(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -> Iterator[Row]:

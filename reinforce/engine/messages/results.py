@@ -81,6 +81,7 @@ class ShardResult:
     device: Mapping[str, Any] = field(default_factory=dict)  # name and memory of a CUDA device
     read_bytes: int = 0  # encoded images and texts, of the source or of stored samples
     times: Mapping[str, float] = field(default_factory=dict)  # seconds by stage of the lease; their sum is `seconds`
+    source_counts: Mapping[str, int] = field(default_factory=dict)  # of samples at reading, as `source_lines` describes
 
     def event(self) -> dict[str, Any]:
         """The values of the event."""

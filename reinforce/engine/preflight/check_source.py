@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from reinforce.config import Config
-from reinforce.datacompdr.reinforcements import check_reinforcements
+from reinforce.datacompdr.reinforcements import check_reinforcements, preview_join
 from reinforce.dataset.layers import SAMPLES, TRUE_CAPTION
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import Plan
@@ -90,12 +90,26 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
     if published:
         layers = [plan.layers[name] for name in published[0].layers]
         check_reinforcements(str(published[0].reinforcements), plan.config, layers)
+        notes += _preview_join(plan, published[0])
     notes += _undivided(named) if _is_new(plan) and plan.config.input.rows_per_shard is None else []
     sample, faults, doubts = _first_sample([plan.shard(shard) for shard in readable], plan.config)
     if faults and _is_new(plan) and sample is None and not doubts:
         raise UserError(f"source: no sample can be read. {'; '.join(faults)}.")
     notes += [f"source: {fault}" for fault in faults + doubts]
     return sample, notes + (sample.notes(plan) if sample else [])
+
+
+def _preview_join(plan: Plan, shard: PendingShard) -> list[str]:
+    """A note on how the first samples of a shard join with its reinforcements, if they are still to be joined."""
+    if SAMPLES not in shard.layers:
+        return []
+    config = plan.config
+    budget = ReadBudget(config.input.limits.image_bytes + _READ_BYTES)
+    try:
+        note = preview_join(str(shard.reinforcements), config, plan.shard(shard), budget)
+    except Exception:  # each driver has its own exceptions; reading the first sample reports them
+        return []
+    return [note] if note else []
 
 
 def _undivided(shards: Sequence[PendingShard]) -> list[str]:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from reinforce.datacompdr.matching import describe_counts
 from reinforce.dataset.layers import SAMPLES
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.plan.plan import Plan
 from reinforce.engine.record.rates import Stages, add_numbers, add_stages, fuller, with_rates
 from reinforce.errors import UserError
+from reinforce.source.captions import CAPTIONS_REPLACED
 from reinforce.terminal import format_bytes, format_duration
 from schemas import Reason
 from teachers.decoding.postprocess import COUNTS
@@ -44,8 +46,9 @@ class RunSummary:
     in some layer, ``cleaned`` the effects of ``clean`` by captioner, ``examples`` has a shard, a key and a detail for
     each reason of quarantine, ``not_in_source`` the fields of ``NotInSource``, and ``repeated_keys`` counts keys that
     occur in more than one shard, as ``notes`` describe. ``postponed`` counts shards that wait for files that were set
-    aside, ``stages`` has the sums and rates of ``rates.with_rates``, and ``device`` the device with the least free
-    memory. The fields are the keys of summary.json.
+    aside, ``stages`` has the sums and rates of ``rates.with_rates``, ``device`` the device with the least free
+    memory, and ``source_counts`` samples that were read, as ``source_lines`` describes. The fields are the keys of
+    summary.json.
     """
 
     run: str | None = None
@@ -66,6 +69,7 @@ class RunSummary:
     postponed: int = 0
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     device: Mapping[str, Any] = field(default_factory=dict)
+    source_counts: Mapping[str, int] = field(default_factory=dict)
 
     def text(self, output: str) -> str:
         """The summary for people, a few lines."""
@@ -77,7 +81,7 @@ class RunSummary:
             f"{self.shards:,} shards, {self.samples:,} samples in {self.seconds:.1f} s ({rate:,.0f} samples/s, "
             f"accelerator busy {self.busy_share:.0%}), {format_bytes(self.bytes)} written to {output}"
         ]
-        lines += cleaned_lines(self.cleaned)
+        lines += [*source_lines(self.source_counts), *cleaned_lines(self.cleaned)]
         if self.refused:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.refused.items()))
             lines.append(f"quarantined rows: {reasons}")
@@ -160,6 +164,7 @@ class RunTotals:
     read_bytes: int = 0
     times: Counter[str] = field(default_factory=Counter)  # seconds of shards by stage
     retries: Counter[str] = field(default_factory=Counter)  # shards that were leased again, by reason
+    source_counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, result: ShardResult) -> None:
         (self.postponed if result.set_aside else self.finished).add(result.shard)
@@ -171,6 +176,7 @@ class RunTotals:
         self.bytes += result.bytes
         self.busy += result.busy
         self.refused.update(result.refused)
+        self.source_counts.update(result.source_counts)
         add_stages(self.stages, result.stages)
         self.device = fuller(self.device, result.device)
         for captioner, counts in result.cleaned.items():
@@ -223,6 +229,7 @@ def summarize(
         postponed=len(totals.postponed),
         stages=with_rates(totals.stages),
         device=totals.device,
+        source_counts=dict(totals.source_counts),
     )
 
 
@@ -247,6 +254,7 @@ def add_summaries(first: RunSummary, second: RunSummary) -> RunSummary:
         examples={**second.examples, **first.examples},
         stages=with_rates(stages),
         device=fuller(first.device, second.device),
+        source_counts=dict(Counter(first.source_counts) + Counter(second.source_counts)),
         notes=[*first.notes, *(note for note in second.notes if note not in first.notes)],
     )
 
@@ -278,6 +286,16 @@ def cleaned_lines(cleaned: Mapping[str, Mapping[str, int]]) -> list[str]:
     for captioner, counts in sorted(cleaned.items()):
         parts = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in COUNTS if counts.get(name)]
         lines.append(f"captions by {captioner}: {', '.join(parts)}")
+    return lines
+
+
+def source_lines(counts: Mapping[str, int]) -> list[str]:
+    """The samples that were read, by what joined them with reinforcements, and captions that could not be decoded."""
+    joined, lines = describe_counts(counts), []
+    if joined:
+        lines.append(f"samples joined with reinforcements: {joined}")
+    if count := counts.get(CAPTIONS_REPLACED):
+        lines.append(f"captions with characters that could not be decoded (U+FFFD): {count:,}; store them as UTF-8")
     return lines
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import partial
 
@@ -34,6 +35,7 @@ from reinforce.engine.worker.producers.base import RowGroup
 from reinforce.engine.worker.producers.registry import make_producers
 from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries, set_inputs_aside, set_stale_aside
+from reinforce.source.captions import CAPTIONS_REPLACED, REPLACED
 from reinforce.source.identity import SourceState, former_url, read_state
 from reinforce.source.references import ChangedImages
 from reinforce.source.samples import Refusal
@@ -98,6 +100,7 @@ class _ShardProcess:
         self.origin: dict[str, str] = {}  # footer entries about the source file that the samples were read from
         self.source_record: SourceRecord | None = None
         self.source_note: str | None = None
+        self.source_counts: Counter[str] = Counter()
         self.counters = Counters()
         self.session = Session(config, models, self.counters, watch)
         self.producers = make_producers(self.layers.values(), self.session)
@@ -153,6 +156,7 @@ class _ShardProcess:
             device=device_report(self.models.accelerator),
             read_bytes=self.watch.read_bytes,
             times=self.watch.take_seconds(),
+            source_counts={**self.source_counts, **(spec.published.counts if spec.published else {})},
         )
 
     # -- rows
@@ -193,6 +197,8 @@ class _ShardProcess:
             else:
                 for refusal in row.decoded.left_out:
                     self.refusals.add(SAMPLES, refusal)
+                if REPLACED in (row.caption or ""):
+                    self.source_counts[CAPTIONS_REPLACED] += 1
                 yield row
 
     def _check_referenced_source(self, footer: Mapping[str, str]) -> str | None:

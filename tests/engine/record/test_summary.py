@@ -14,6 +14,7 @@ from reinforce.engine.record.summary import (
     Ending,
     RunSummary,
     RunTotals,
+    add_summaries,
     ending_of,
     example_lines,
     not_in_source_lines,
@@ -124,6 +125,16 @@ def test_the_text_lists_quarantined_rows_and_shards_and_hides_credentials() -> N
     assert "--retry-quarantined" in lines[3]
     assert lines[4] == "stopped"
     assert "secret" not in "".join(lines)
+
+
+def test_samples_are_counted_by_what_joined_them_and_captions_that_could_not_be_decoded_too() -> None:
+    counts = {"uid": 8, "key": 1, "other_image": 2, "captions_replaced": 3}
+    summary = summary_of(totals_of(*(replace(RESULT, source_counts=counts) for _ in range(2))))
+    assert summary.text("out").splitlines()[1:3] == [
+        "samples joined with reinforcements: 16 by uid, 2 by key alone, which nothing confirms, 4 not (another image)",
+        "captions with characters that could not be decoded (U+FFFD): 6; store them as UTF-8",
+    ]
+    assert add_summaries(summary, summary).source_counts["uid"] == 32
 
 
 def test_shards_that_are_not_in_the_source_are_reported_with_what_to_do() -> None:

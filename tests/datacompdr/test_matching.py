@@ -1,0 +1,110 @@
+"""Published samples and samples of the source belong together by what both state of the image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import reinforce
+from reinforce.config import parse_config
+from reinforce.datacompdr.matching import Matcher, normal_url
+from reinforce.datacompdr.reinforcements import Reinforcements
+from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.preflight.check_source import check_source
+from reinforce.source.samples import RawSample, Refusal
+from tests.helpers.data import write_tar
+from tests.helpers.published import (
+    ALL,
+    check_sample,
+    config_of,
+    published_members,
+    quarantine,
+    source_members,
+    write_published,
+)
+from tests.helpers.reinforced import reinforce_here
+
+URL = "https://example.org/"
+ONE, TWO = {"sha256": "1" * 64}, {"sha256": "2" * 64}
+
+
+def members(url: str | None = None, **fields: str) -> dict[str, bytes]:
+    """The members that state what an image is: ``url.txt`` and ``json``."""
+    found = {"url.txt": (URL + url).encode()} if url else {}
+    return found | ({"json": json.dumps(fields).encode()} if fields else {})
+
+
+@pytest.mark.parametrize(
+    ("key", "sample", "published", "expected"),
+    [
+        ("a", members("cat"), {"a": members("truck")}, "other_image"),
+        ("a", members("cat", uid="u"), {"a": members("truck")}, "other_image"),
+        ("a", members("cat"), {"a": members("truck", uid="u")}, "other_image"),
+        ("x", members("cat", uid="b"), {"b": members("truck")}, "absent"),  # a uid is no key
+        ("a", members("cat", **ONE), {"a": members("cat", **TWO)}, "other_image"),  # the URL has another file now
+        ("a", members(uid="u", **ONE), {"a": members(uid="u", **TWO)}, "other_image"),
+        ("z", members(**ONE), {"a": members(**ONE), "z": members(**TWO)}, "a by sha256"),
+        ("z", members("cat", uid="u"), {"z": members("cat", uid="v"), "a": members("cat", uid="u")}, "a by uid"),
+        ("z", members("cat", **TWO), {"a": members("cat", **ONE), "b": members("cat", **TWO)}, "b by sha256"),
+        ("z", members("cat", **ONE), {"a": members("cat"), "z": members("truck")}, "a by url"),
+        ("a", members(uid="u"), {"a": members(uid="v")}, "other_image"),
+        ("a", members(), {"a": members("cat")}, "a by key"),
+        ("a", members(uid="u"), {"a": members("cat")}, "a by key"),
+        ("q", members(), {"a": members("cat")}, "absent"),
+    ],
+)
+def test_published_samples_are_found_by_identity_and_a_contradiction_is_no_match(
+    tmp_path: Path, key: str, sample: dict[str, bytes], published: dict[str, dict[str, bytes]], expected: str
+) -> None:
+    tar = [
+        (f"{name}.{end}", data) for name, one in published.items() for end, data in {"syn.json": b"{}", **one}.items()
+    ]
+    write_tar(tmp_path / "dr.tar", tar)
+    reinforcements = Reinforcements(f"{tmp_path}/dr.tar", parse_config(config_of(tmp_path)))
+    found = reinforcements.match(RawSample(key, b"", 0, 0, sample))
+    [count] = reinforcements.counts
+    assert (count if isinstance(found, Refusal) else f"{found} by {count}") == expected
+
+
+def test_without_keys_only_identities_join() -> None:
+    matcher = Matcher(by_key=False)
+    matcher.add("a", {})
+    assert matcher.match("a", {}) == (None, "none with its key")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("HTTPS://Example.org:443/a b.jpg#top", "https://example.org/a%20b.jpg", True),
+        ("http://example.org", "http://example.org/", True),
+        ("https://example.org/a?w=1", "https://example.org/a?w=2", False),
+        ("https://example.org/A", "https://example.org/a", False),
+        ("http://example.org:8080/a", "http://example.org/a", False),
+        ("http://[broken/a", "http://[broken/a", True),
+        ("http://example.org/\ud800", "http://example.org/\ud800", True),
+    ],
+)
+def test_urls_are_compared_in_one_spelling(one: str, other: str, same: bool) -> None:
+    assert (normal_url(one) == normal_url(other)) is same
+
+
+def test_exchanged_images_get_no_labels_and_plan_and_summary_count_what_joined(tmp_path: Path) -> None:
+    def url(number: int) -> dict[str, Any]:
+        return {"url.txt": f"{URL}{number}".encode()}
+
+    source = [source_members(ALL[0], **url(0)), source_members(ALL[1], **url(99)), source_members(ALL[2])]
+    write_published(tmp_path, source, [published_members(ALL[number], json=None, **url(number)) for number in range(3)])
+    config = config_of(tmp_path)
+    _, notes = check_source(make_plan(parse_config(config)))
+    assert len([note for note in notes if "1 by url, 1 by key alone, which nothing confirms, 1 not" in note]) == 1
+    results: list[ShardResult] = []
+    reinforce_here(config, results=results)
+    [result] = results
+    assert result.source_counts == {"url": 1, "key": 1, "other_image": 1}
+    for one, sample in zip((ALL[0], ALL[2]), reinforce.open(f"{tmp_path}/out"), strict=True):
+        check_sample(one, sample)
+    assert quarantine(tmp_path) == [(ALL[1].key, "not_reinforced"), (ALL[1].key, "no_image")]
