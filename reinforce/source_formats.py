@@ -17,4 +17,4 @@ MODULES = {
 #: What a source is read as if nothing of it is recognised, which reports what its files are instead.
 DEFAULT = "tar"
 #: What a source can be, for messages.
-SOURCES = "tars, Parquet, jsonl or csv files, a folder of images or a reinforced dataset"
+SOURCES = "tars, Parquet, jsonl or csv files, a folder of these or of images, or a reinforced dataset"

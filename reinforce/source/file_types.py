@@ -4,6 +4,8 @@ from __future__ import annotations
 
 #: The file by which a reinforced dataset is recognised.
 MANIFEST = "dataset.json"
+#: Tables in a folder of images whose rows belong to its images.
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 #: Extensions of images, in formats that reinforce.images.policy reads.
 IMAGE_EXTENSIONS = frozenset(

@@ -15,6 +15,7 @@ from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.engine.plan.shard_lists import ListedShards, folder_shards, table_shards
 from reinforce.errors import UserError
 from reinforce.source.formats.base import Part, SourceFormat
+from reinforce.source.formats.folder_files import expand_folders
 from reinforce.source.formats.recognise import source_format
 from reinforce.source.identity import former_urls
 from reinforce.source.urls import Info, canonical, expand, find_compressed, find_private, shard_names
@@ -46,7 +47,8 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> Sour
 
     Raises UserError if the source is empty, two shards have the same name, or Ray deletes a shard after the job.
     """
-    urls = expand(config.source, listed)
+    source, notes = expand_folders(config.source, config.input.format)
+    urls = expand(source, listed)
     _check_outlives_job(urls)
     format_ = source_format(urls, config.input.format)
     if not config.embeds_images:
@@ -57,7 +59,7 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> Sour
     else:
         found = folder_shards(urls, config, format_) if format_.is_listed else ListedShards(urls)
     names = pa.array(shard_names(former_urls(found.urls, config.moved)), pa.string())
-    return SourceShards(names, found.urls, format_, found.lists, found.notes, found.parts)
+    return SourceShards(names, found.urls, format_, found.lists, [*notes, *found.notes], found.parts)
 
 
 def _check_references(urls: Sequence[str], format_: SourceFormat) -> None:

@@ -19,7 +19,7 @@ from reinforce.errors import UserError
 from reinforce.parquet.footers import RefusedFile
 from reinforce.processes.prefetch import prefetch
 from reinforce.source.captions import parse_json
-from reinforce.source.file_types import is_image_name
+from reinforce.source.file_types import METADATA, is_image_name
 from reinforce.source.formats.base import ListedFolder, Shard, SourceFormat
 from reinforce.source.formats.columns import NoColumn, RowReader, find_columns
 from reinforce.source.formats.lines import BrokenRow, LinesFormat
@@ -32,7 +32,6 @@ from reinforce.source.urls import canonical, filesystem
 from reinforce.source_formats import SOURCES
 from schemas import Reason
 
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE_NAME = "file_name"
 
 _LINE_BYTES = 2**24
@@ -194,16 +193,9 @@ def _no_images(root: str, others: list[str]) -> str:
     shown = canonical(root)
     if not others:
         return f"source: {shown} is an empty folder. Name one with images, or files by a pattern such as {shown}/*.tar."
-    example = next((path for path in others if format_of_name(path)), None)
-    if example is None:
-        return (
-            f"source: {shown} is a folder without images; it has {len(others):,} other files, such as {others[0]}, and "
-            f"none that is read: images, or {SOURCES}. Name a folder or files of these."
-        )
-    folder, slash, name = example.rpartition("/")
     return (
-        f"source: {shown} is a folder without images; it has {len(others):,} other files, such as {example}. Name "
-        f"files by a pattern such as {shown}/{folder}{slash}*.{name.rpartition('.')[2]}, or a folder with images."
+        f"source: {shown} is a folder without images; it has {len(others):,} other files, such as {others[0]}. Name "
+        f"what is read: {SOURCES}."
     )
 
 

@@ -11,6 +11,9 @@ import pytest
 import yaml
 
 from reinforce.cli import main
+from reinforce.config import Config
+from reinforce.engine.plan.source_shards import source_shards
+from reinforce.errors import UserError
 from tests.helpers.data import members_of, picture
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tables import IMG2DATASET
@@ -114,6 +117,27 @@ def test_the_config_for_each_kind_of_source_passes_plan_unchanged(
     for key in ("source", "output", "seed", "images", "input", "augmentations", "teachers", "workers"):
         before = text.partition(f"\n{key}:")[0].splitlines()[-1]
         assert before.startswith("#"), f"{key} has a comment above it"
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, data, *_) in SOURCES.items() if not data])
+def test_a_run_reads_the_files_of_a_folder_as_by_their_pattern(kind: str, folder: Path) -> None:
+    files, _, source, _, count = SOURCES[kind]
+    root = write(folder / "source", files)
+    by_folder, by_pattern = (source_shards(Config(source=url, output="out")) for url in (root + "/", root + source))
+    assert by_folder.names.to_pylist() == by_pattern.names.to_pylist()
+    assert len(by_folder.urls) == count
+    assert by_folder.format is by_pattern.format
+    assert bool(by_folder.notes) == (kind == "a folder as on the hub"), "files that are left out are named"
+
+
+def test_a_folder_with_images_is_one_of_images_and_the_output_is_no_source(folder: Path) -> None:
+    root = write(folder / "photos", {**IMAGE, "deep/rows.parquet": HUB})
+    assert source_shards(Config(source=root, output="out")).format.name == "folder"
+    root = write(folder / "tables", {"rows.parquet": HUB, "out/dataset.json": b"{}", "out/samples/a.parquet": HUB})
+    assert source_shards(Config(source=root, output=f"{root}/out")).urls == [f"{root}/rows.parquet"]
+    write(folder / "tables", {"more/rows.parquet": HUB})
+    with pytest.raises(UserError, match="has a reinforced dataset in it, out"):
+        source_shards(Config(source=root, output=f"{root}/out"))
 
 
 def test_the_samples_of_a_dataset_are_a_source(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
