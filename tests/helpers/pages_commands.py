@@ -54,6 +54,7 @@ CHECKED = {
     r"torchrun .*": "needs several ranks; tests/integration/test_train.py runs them",
     r"reinforce --(install|show)-completion": "needs a shell that it knows; tests/cli completes in a bash",
     r"reinforce (plan|run) configs/.*": "needs the data of the config; tests/integration runs small ones",
+    r"reinforce init (photos/|shards) my\.yaml": "its config exists; see tests/engine/starter/test_starter.py",
     r"reinforce run my\.yaml --set source=.*": "a run like the others; tests/cli sets keys",
     r"reinforce tune .*": "trains for minutes on Ray Tune; tests/tuning/test_search.py runs a small one",
     r"reinforce validate my-data --recompute .*": "loads all models; tests/engine/test_recompute.py does",
