@@ -65,7 +65,8 @@ class WorkerLifecycle:
         """Record that a lease returned, and replace the workers that this proves to be at fault."""
         slot.finished, slot.memory = slot.finished + 1, result.memory
         quarantined, workers = result.quarantine_reason is not None, len(self._pool.slots)
-        for decision in self._policy.lease_returned(result.shard, slot.id, quarantined, time.monotonic(), workers):
+        returned = (result.shard, slot.id, quarantined, time.monotonic(), workers, result.layers)
+        for decision in self._policy.lease_returned(*returned):
             for other in [other for other in self._pool.started if other.id == decision.worker]:
                 self._replace(other, decision.reason)
 

@@ -42,9 +42,10 @@ class Requeue:
 
 @dataclass(frozen=True)
 class RunAlone:
-    """Lease the shard, a suspect, to a worker that has no other shard."""
+    """Lease the shard, a suspect, to a worker that has no other shard; ``attempt`` attempts have raised."""
 
     shard: PendingShard
+    attempt: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,12 @@
   worker is leased again, and is a suspect only if this happens to it a second time.
 - A lost node counts against no shard.
 - A worker at which three leases in a row fail is replaced. Storage errors do not count, unless the shards pass
-  elsewhere (`faults.py`). While they do not count, the worker is paused between its leases.
+  elsewhere (`faults.py`). While they do not count, the worker is paused between its leases. A model that fails at more
+  than three workers and passes at none replaces no further worker.
 - A worker that is killed for its memory counts against no shard (`memory.py`). Where the memory of its device runs out,
   the worker halves its batches, and the run stops only if a single input does not fit (`batch_sizes.py`).
+- The last attempt of a shard that failed at a replaced worker runs alone, in case another shard had broken the worker.
+  If it fails there, too, the worker is replaced.
 - An error that the user must fix (a fingerprint, missing weights, a full disk) stops the run at once.
 - Too many quarantined shards stop the run, and so do workers that die again and again while they load their models.
 
@@ -50,6 +53,7 @@ from reinforce.errors import RayEnded, TooManyQuarantined, UserError
 from schemas import Reason
 
 MAX_WORKER_FAILURES = 3  # leases in a row
+MAX_MODEL_WORKERS = 3  # a model that fails at more, and passes at none, is itself the cause
 MAX_FAILED_STARTS = 3  # in a row; with more workers, two for each
 TOLERATED_SHARDS = 10  # quarantined shards that never stop a run
 NODE_VERDICT_SECONDS = 60.0  # time that Ray may take to notice a lost node
@@ -80,6 +84,7 @@ class FailurePolicy:
         self._bystanders: set[str] = set()  # shards in a worker in which another shard hung
         self._consecutive_failures: Counter[WorkerId] = Counter()  # leases since the worker's last success
         self._charged_failures: Counter[WorkerId] = Counter()  # those of them that the worker may be the cause of
+        self._failed_models: dict[str, set[WorkerId]] = {}  # by layer: where its model raised, since it last passed
         self.notes: list[str] = []  # messages about workers and nodes, for the log and the summary
         self.faults, self.drains = Faults(self.notes), Drains()
         self.memory = MemoryDeaths(settings.solo_attempts)
@@ -99,27 +104,38 @@ class FailurePolicy:
         """Add messages of a worker, without repetitions."""
         self.notes.extend(note for note in notes if note not in self.notes)
 
-    def lease_raised(self, shard: PendingShard, error: Exception, now: float) -> Retry | Quarantine | StopRun:
+    def lease_raised(
+        self, shard: PendingShard, error: Exception, now: float
+    ) -> Retry | RunAlone | Quarantine | StopRun:
         """Decide about a lease that raised."""
         if isinstance(error, UserError):
             return StopRun(error)
         self._attempts[shard.name] += 1
         attempt = self._attempts[shard.name]
         if attempt < self.settings.attempts:
+            if self._is_last(shard.name, attempt) and _may_be_worker(error):
+                return RunAlone(shard, attempt)
             return Retry(shard, now + pause_seconds(attempt), attempt)
         layer = error.layer if isinstance(error, LayerFailure) else shard.layers[0]
         return self._quarantine(shard, layer, Reason.SHARD_FAILED, error_text(error), attempt)
 
     def lease_returned(
-        self, shard: str, worker: WorkerId, quarantined: bool, now: float, workers: int
+        self, shard: str, worker: WorkerId, quarantined: bool, now: float, workers: int, layers: Iterable[str] = ()
     ) -> list[ReplaceWorker]:
-        """Record that a lease returned, where ``workers`` are running. Replace workers that this proves to be at fault.
+        """Record that a lease returned with ``layers``, where ``workers`` are running. Replace workers that this proves
+        to be at fault.
 
         A ``quarantined`` shard was refused, which proves nothing about workers at which it failed before.
         """
         self.forget_worker(worker)
         self.memory.record_success()
-        return [] if quarantined else self.faults.record_success(shard, worker, now, workers)
+        if quarantined:
+            return []
+        for layer in layers:
+            self._failed_models.pop(layer, None)
+        found = self.faults.record_success(shard, worker, now, workers)
+        self._take_attempts_back()
+        return found
 
     def worker_failed(
         self, worker: WorkerId, shard: str, error: Exception, text: str, now: float, workers: int
@@ -129,7 +145,15 @@ class FailurePolicy:
         ``text`` is that of the error, without secrets.
         """
         self._consecutive_failures[worker] += 1
-        self._charged_failures[worker] += error.worker_at_fault if isinstance(error, ShardFailure) else 1
+        if isinstance(error, LayerFailure):
+            places = self._failed_models.setdefault(error.layer, set())
+            places.add(worker)
+            if len(places) > MAX_MODEL_WORKERS:
+                self.faults.record_place(shard, worker)
+                return None
+        self._charged_failures[worker] += _may_be_worker(error)
+        if self._is_last(shard, self._attempts[shard]) and _may_be_worker(error):
+            return ReplaceWorker(worker, f"{shard} failed there for the last time and may have broken it: {text}")
         if replacement := self.faults.record_failure(shard, worker, text, now, workers):
             return replacement
         if (charged := self._charged_failures[worker]) >= MAX_WORKER_FAILURES:
@@ -153,8 +177,13 @@ class FailurePolicy:
         self._charged_failures.pop(worker, None)
 
     def worker_replaced(self, worker: WorkerId, now: float) -> None:
-        """Record that a worker at fault was replaced. What failed at it does not count as an attempt."""
-        for shard, attempts in self.faults.record_replacement(worker, now).items():
+        """Record that a worker at fault was replaced. What failed at it does not count as an attempt, once one of its
+        shards has passed elsewhere."""
+        self.faults.record_replacement(worker, now)
+        self._take_attempts_back()
+
+    def _take_attempts_back(self) -> None:
+        for shard, attempts in self.faults.take_attempts_back().items():
             self._attempts[shard] = max(0, self._attempts[shard] - attempts)
 
     def worker_died(
@@ -283,7 +312,17 @@ class FailurePolicy:
                 lost.add(name)
         rest = tuple(name for name in shard.layers if name not in lost)
         self._attempts[shard.name] = self._deaths_alone[shard.name] = 0
+        self.faults.forget_shard(shard.name)
         return Quarantine(shard, layer, reason, detail, replace(shard, layers=rest) if rest else None, attempt)
+
+    def _is_last(self, shard: str, attempt: int) -> bool:
+        """Whether the attempt after this one is the last of a shard that another one may have made fail."""
+        return attempt == self.settings.attempts - 1 and self.faults.is_doubtful(shard)
+
+
+def _may_be_worker(error: Exception) -> bool:
+    """Whether the cause of an error may be the worker at which it was raised."""
+    return error.worker_at_fault if isinstance(error, ShardFailure) else True
 
 
 def ray_ended(finished: int, remaining: int) -> RayEnded:

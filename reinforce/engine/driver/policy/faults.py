@@ -6,7 +6,8 @@ disk, a bad accelerator, a missing mount).
 - A shard that failed is tried elsewhere: on another node where there is one, else at another worker.
 - A worker is replaced when two shards that failed at it have passed elsewhere, or when three different shards in a row
   failed at it while others passed. A shard that fails on two nodes, or at three workers, is itself the cause.
-- Failures at a replaced worker do not count as attempts of the shards.
+- Failures at a replaced worker do not count as attempts of its shards, once one of them has passed elsewhere. A shard
+  that has failed at three workers keeps its attempts, so every shard passes or is quarantined.
 - A node gets no new workers for ten minutes when, within an hour, two of its workers were replaced or died and their
   shards passed on other nodes. The time doubles with each further worker. A node where models cannot be loaded, while
   workers of other nodes finish shards, gets no new workers at once.
@@ -43,7 +44,9 @@ class Faults:
         self._failed_starts = 0  # in a row
         self._errors: dict[WorkerId, str] = {}
         self._died: set[WorkerId] = set()
+        self._unproven: set[WorkerId] = set()  # replaced, and none of their shards has passed elsewhere
         self._passes: deque[tuple[float, WorkerId]] = deque(maxlen=2)  # the last successes, of different workers
+        self._given_back: Counter[str] = Counter()
         self._replaced: deque[float] = deque(maxlen=1000)
         self._node_faults: dict[str, list[float]] = {}
         self._avoided: dict[str, float] = {}  # until when
@@ -52,12 +55,17 @@ class Faults:
         """The workers at which a shard has failed."""
         return frozenset(self._failed.get(shard, ()))
 
+    def record_place(self, shard: str, worker: WorkerId) -> Counter[WorkerId]:
+        """Record where a shard failed. Return all its failures by worker."""
+        places = self._failed.setdefault(shard, Counter())
+        places[worker] += 1
+        return places
+
     def record_failure(
         self, shard: str, worker: WorkerId, error: str, now: float, workers: int
     ) -> ReplaceWorker | None:
         """Record that a lease raised, where ``workers`` are running. Replace its worker if that is at fault."""
-        places = self._failed.setdefault(shard, Counter())
-        places[worker] += 1
+        places = self.record_place(shard, worker)
         self._errors[worker] = error
         row = self._row.setdefault(worker, {})
         row.setdefault(shard, now)
@@ -72,11 +80,19 @@ class Faults:
 
     def record_read_failure(self, shard: str, worker: WorkerId, error: str) -> bool:
         """Record that a shard could not be read. Return whether this is its first failure."""
-        places = self._failed.setdefault(shard, Counter())
-        places[worker] += 1
+        places = self.record_place(shard, worker)
         self._errors[worker] = error
         self._unread.setdefault(worker, set()).add(shard)
         return places.total() == 1
+
+    def is_doubtful(self, shard: str) -> bool:
+        """Whether a shard failed at a replaced worker that another shard may have broken."""
+        return not self._unproven.isdisjoint(self._failed.get(shard, ()))
+
+    def forget_shard(self, shard: str) -> None:
+        """Forget where a shard failed, because one of its layers was the cause and is left out from now on."""
+        for place in self._failed.pop(shard, ()):
+            self._row.get(place, {}).pop(shard, None)
 
     def record_start(self) -> None:
         """Record that a worker has loaded its models."""
@@ -96,7 +112,7 @@ class Faults:
         self._died.add(worker)
         self._errors[worker] = error
         for shard in shards:
-            self._failed.setdefault(shard, Counter())[worker] += 1
+            self.record_place(shard, worker)
 
     def record_success(self, shard: str, worker: WorkerId, now: float, workers: int) -> list[ReplaceWorker]:
         """Record that a lease returned. Return the workers that this proves to be at fault."""
@@ -110,6 +126,9 @@ class Faults:
         for place in self._failed.pop(shard, ()):
             if place == worker:
                 continue
+            if place in self._unproven:
+                self._unproven.discard(place)
+                self._given_back.update(self._failures_at(place))
             if place in self._died and place.node != worker.node:
                 self._died.discard(place)
                 self._count_node_fault(place, now)
@@ -121,16 +140,27 @@ class Faults:
                     found.append(decision)
         return found
 
-    def record_replacement(self, worker: WorkerId, now: float) -> dict[str, int]:
-        """Record that a worker was replaced. Return its failures by shard, which do not count as attempts any more."""
+    def record_replacement(self, worker: WorkerId, now: float) -> None:
+        """Record that a worker was replaced."""
         self._replaced.append(now)
         for counts in (self._row, self._unread):
             counts.pop(worker, None)
         if self._proven.pop(worker, None):
+            self._given_back.update(self._failures_at(worker))
             self._count_node_fault(worker, now)
         else:
+            self._unproven.add(worker)
             self._died.add(worker)  # if one of its shards passes on another node, its own node is at fault
-        return {shard: places[worker] for shard, places in self._failed.items() if worker in places}
+
+    def take_attempts_back(self) -> Counter[str]:
+        """Failures by shard that do not count as attempts any more, once."""
+        given_back, self._given_back = self._given_back, Counter()
+        return given_back
+
+    def _failures_at(self, worker: WorkerId) -> dict[str, int]:
+        """Failures at a worker by shard, of shards that may not be the cause themselves."""
+        found = self._failed.items()
+        return {shard: places[worker] for shard, places in found if worker in places and len(places) < _OWN_WORKERS}
 
     def avoided(self, now: float) -> frozenset[str]:
         """The nodes that get no new workers now."""

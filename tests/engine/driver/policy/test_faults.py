@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import random
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pytest
 
-from reinforce.config import Failures
-from reinforce.engine.driver.policy.decisions import PauseWorker, Quarantine, ReplaceWorker, Retry
-from reinforce.engine.driver.policy.failures import FailurePolicy
+from reinforce.engine.driver.policy.decisions import ReplaceWorker
 from reinforce.engine.driver.policy.faults import AVOID_SECONDS, Faults
-from reinforce.engine.driver.pool import Slot
-from reinforce.engine.driver.shard_queue import ShardQueue
 from reinforce.engine.messages.results import ShardFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
-from tests.helpers.driver import SAMPLES_ONLY, started
-from tests.helpers.driver import shard as pending
+from tests.helpers.simulated_run import Outcome, SimulatedRun
 
 A, B, C = (WorkerId(f"node {name}", number, f"host-{name}") for number, name in enumerate("abc"))
 A2 = WorkerId(A.node, 9, A.host)
@@ -80,8 +71,8 @@ def test_a_node_whose_workers_are_replaced_twice_in_an_hour_gets_no_workers_for_
 ) -> None:
     fail(faults, A, "1")
     fail(faults, A2, "2")
-    assert faults.record_replacement(A, 100.0) == {"1": 1}
-    assert faults.record_replacement(A2, 100.0) == {"2": 1}
+    for worker in (A, A2):
+        faults.record_replacement(worker, 100.0)
     assert faults.avoided(100.0) == frozenset(), "nothing that failed there has passed elsewhere"
     faults.record_success("1", B, 100.0, 2)
     assert faults.avoided(100.0) == frozenset()
@@ -96,6 +87,24 @@ def test_a_node_whose_workers_are_replaced_twice_in_an_hour_gets_no_workers_for_
     faults.record_success("3", B, 1000.0, 2)
     assert faults.avoided(1000.0 + 2 * AVOID_SECONDS - 1) == {A.node}
     assert faults.avoided(9000.0) == frozenset()
+
+
+def test_failures_at_a_replaced_worker_are_given_back_once_one_of_its_shards_passes_elsewhere(faults: Faults) -> None:
+    for worker in (B, C):
+        fail(faults, worker, "own")
+    fail(faults, A, "1", "2", "2", "own")
+    faults.record_replacement(A, 1.0)
+    assert faults.take_attempts_back() == {}, "the shards may be the cause"
+    faults.record_success("1", B, 2.0, 3)
+    assert faults.take_attempts_back() == {"2": 2}, "a shard that failed at three workers is itself the cause"
+    assert faults.take_attempts_back() == {}
+
+
+def test_layers_that_pass_without_the_one_that_failed_prove_nothing_about_a_worker(faults: Faults) -> None:
+    for shard in "12":
+        fail(faults, A, shard)
+        faults.forget_shard(shard)
+        assert faults.record_success(shard, B, 2.0, 2) == []
 
 
 def test_shards_that_fail_in_a_row_and_everywhere_leave_their_nodes_in_use(faults: Faults) -> None:
@@ -174,84 +183,16 @@ def test_where_most_workers_fail_none_of_them_is_at_fault_and_few_are_replaced_a
     assert replaced == 20, "2% of the workers in a minute"
 
 
-# -- simulated runs: the policy, the queue and workers with a clock
+# -- simulated runs
 
 
-@dataclass
-class Simulation:
-    """Workers that take ``seconds`` for a shard, or fail after 0.1 s where ``fails(shard, worker)``."""
-
-    nodes: int
-    per_node: int
-    shards: int
-    fails: Callable[[str, WorkerId], bool]
-    seconds: float = 5.0
-    failures: Counter[str] = field(default_factory=Counter)  # by shard
-    replaced: list[WorkerId] = field(default_factory=list)
-    quarantined: list[str] = field(default_factory=list)
-    passed: set[str] = field(default_factory=set)
-
-    def run(self) -> Simulation:
-        self.policy = FailurePolicy(Failures(allowed_share=1.0), SAMPLES_ONLY, self.shards, 0)
-        self.queue = ShardQueue([pending(f"{number:05d}") for number in range(self.shards)])
-        self.pids, self.numbers, self.now = itertools.count(), itertools.count(), 0.0
-        self.running: list[tuple[float, int, Slot, PendingShard]] = []
-        self.slots = [self._start(f"node {node}") for node in range(self.nodes) for _ in range(self.per_node)]
-        while len(self.queue) or self.running:
-            self.now += 0.5
-            assert self.now < 100_000, "the run does not end"
-            while self.running and self.running[0][0] <= self.now:
-                _, number, slot, ended = heapq.heappop(self.running)
-                if slot.leases.pop(number, None) is not None:
-                    self._end(slot, ended)
-            self.queue.hand_out(self.slots, self._lease, self.now, self.policy.failing_workers)
-        return self
-
-    def _start(self, node: str) -> Slot:
-        avoided = self.policy.faults.avoided(self.now)
-        if node in avoided:
-            node = next(f"node {number}" for number in range(self.nodes) if f"node {number}" not in avoided)
-        return started(node, next(self.pids))
-
-    def _lease(self, slot: Slot, leased: PendingShard, alone: bool = False) -> None:
-        number = next(self.numbers)
-        slot.alone, slot.draining, slot.leases[number] = alone, False, leased
-        seconds = 0.1 if self.fails(leased.name, slot.id) else self.seconds
-        heapq.heappush(self.running, (self.now + seconds, number, slot, leased))
-
-    def _end(self, slot: Slot, ended: PendingShard) -> None:
-        slot.alone, name, worker = False, ended.name, slot.id
-        if not self.fails(name, worker):
-            self.passed.add(name)
-            for one in self.policy.lease_returned(name, worker, False, self.now, len(self.slots)):
-                self._replace(one.worker)
-            return
-        self.failures[name] += 1
-        error = ShardFailure(FULL, False)
-        match self.policy.worker_failed(worker, name, error, FULL, self.now, len(self.slots)):
-            case ReplaceWorker():
-                self._replace(worker)
-            case PauseWorker(_, until):
-                self.queue.pause(worker, until)
-        decision = self.policy.lease_raised(ended, error, self.now)
-        if isinstance(decision, Quarantine):
-            self.quarantined.append(name)
-        elif isinstance(decision, Retry):
-            self.queue.add_delayed(ended, decision.at, self.policy.faults.tried(name))
-
-    def _replace(self, worker: WorkerId) -> None:
-        for slot in [slot for slot in self.slots if slot.id == worker]:
-            self.slots.remove(slot)
-            self.replaced.append(worker)
-            for ended in slot.leases.values():
-                self.queue.add(ended, first=True)
-            slot.leases = {}
-            self.policy.worker_replaced(worker, self.now)
-            self.slots.append(self._start(worker.node))
+def full_where(fails: Callable[[str, WorkerId], bool]) -> Callable[[PendingShard, WorkerId], Outcome]:
+    """Leases that raise where ``fails(shard, worker)``."""
+    return lambda shard, worker: ShardFailure(FULL, False) if fails(shard.name, worker) else None
 
 
 def test_a_full_temporary_folder_of_one_of_two_nodes_quarantines_nothing_and_the_node_is_avoided() -> None:
-    run = Simulation(2, 1, 30, lambda shard, worker: worker.node == "node 0", seconds=2.0).run()
+    run = SimulatedRun(2, 1, 30, full_where(lambda shard, worker: worker.node == "node 0"), seconds=2.0).run()
     assert run.quarantined == []
     assert len(run.passed) == 30
     assert run.failures.total() <= 20
@@ -261,14 +202,14 @@ def test_a_full_temporary_folder_of_one_of_two_nodes_quarantines_nothing_and_the
 
 
 def test_a_single_bad_worker_is_replaced_and_its_node_stays_in_use() -> None:
-    run = Simulation(2, 2, 60, lambda shard, worker: worker.pid == 1).run()
+    run = SimulatedRun(2, 2, 60, full_where(lambda shard, worker: worker.pid == 1)).run()
     assert (run.quarantined, run.replaced, run.policy.notes) == ([], [WorkerId("node 0", 1)], [])
 
 
 @pytest.mark.parametrize(("nodes", "per_node"), [(3, 2), (1, 1)])
 def test_shards_that_fail_everywhere_are_quarantined_and_replace_no_worker(nodes: int, per_node: int) -> None:
     bad = {"00003", "00004", "00005", "00017", "00040", "00041"} if nodes > 1 else {"00002"}
-    run = Simulation(nodes, per_node, 60, lambda shard, worker: shard in bad).run()
+    run = SimulatedRun(nodes, per_node, 60, full_where(lambda shard, worker: shard in bad)).run()
     assert set(run.quarantined) == bad
     assert all(run.failures[shard] == 3 for shard in bad)
     assert len(run.passed) == 60 - len(bad)
@@ -283,7 +224,7 @@ def test_a_bad_rack_of_a_cluster_of_2000_workers_quarantines_nothing() -> None:
     def fails(shard: str, worker: WorkerId) -> bool:
         return worker.node in rack or (shard, int(worker.node.split()[1])) in flaky
 
-    run = Simulation(nodes, 8, 6000, fails, seconds=20.0).run()
+    run = SimulatedRun(nodes, 8, 6000, full_where(fails), seconds=20.0).run()
     assert run.quarantined == []
     assert len(run.passed) == 6000
     assert {worker.node for worker in run.replaced} <= rack

@@ -1,0 +1,138 @@
+"""A simulated run: the real policy and queue, and workers with a clock."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from reinforce.config import Failures
+from reinforce.dataset.layers import Layer
+from reinforce.engine.driver.policy.decisions import (
+    Decision,
+    EndedWorker,
+    PauseWorker,
+    Quarantine,
+    ReplaceWorker,
+    Requeue,
+    Retry,
+    RunAlone,
+)
+from reinforce.engine.driver.policy.failures import FailurePolicy
+from reinforce.engine.driver.pool import Slot
+from reinforce.engine.driver.shard_queue import ShardQueue
+from reinforce.engine.messages.results import WorkerId
+from reinforce.engine.messages.task import PendingShard
+from tests.helpers.driver import SAMPLES_ONLY, started
+
+#: What a lease does: it returns (None), raises, or ends its process (the text of the error).
+Outcome: TypeAlias = "Exception | str | None"
+
+
+@dataclass
+class SimulatedRun:
+    """Workers that take ``seconds`` for a shard, or 0.1 s where ``outcome(shard, worker)`` is a failure."""
+
+    nodes: int
+    per_node: int
+    shards: int
+    outcome: Callable[[PendingShard, WorkerId], Outcome]
+    seconds: float = 5.0
+    layers: Mapping[str, Layer] = field(default_factory=lambda: SAMPLES_ONLY)
+    allowed_seconds: float = 100_000.0
+    failures: Counter[str] = field(default_factory=Counter)  # by shard
+    leases: Counter[str] = field(default_factory=Counter)  # by shard
+    replaced: list[WorkerId] = field(default_factory=list)
+    quarantined: list[str] = field(default_factory=list)
+    quarantined_layers: set[tuple[str, str]] = field(default_factory=set)
+    passed: set[str] = field(default_factory=set)
+    passed_layers: set[tuple[str, str]] = field(default_factory=set)
+
+    def run(self) -> SimulatedRun:
+        self.policy = FailurePolicy(Failures(allowed_share=1.0), self.layers, self.shards, 0)
+        names = [f"{number:05d}" for number in range(self.shards)]
+        self.queue = ShardQueue([PendingShard(name, f"{name}.tar", tuple(self.layers)) for name in names])
+        self.pids, self.numbers, self.now = itertools.count(), itertools.count(), 0.0
+        self.running: list[tuple[float, int, Slot, PendingShard, Outcome]] = []
+        self.slots = [self._start(f"node {node}") for node in range(self.nodes) for _ in range(self.per_node)]
+        while len(self.queue) or self.running:
+            self.now += 0.5
+            assert self.now < self.allowed_seconds, "the run does not end"
+            while self.running and self.running[0][0] <= self.now:
+                _, number, slot, ended, outcome = heapq.heappop(self.running)
+                if slot.leases.pop(number, None) is not None:
+                    self._end(slot, ended, outcome)
+            for verdict in self.policy.judge_deaths(self.now, lambda: {f"node {node}" for node in range(self.nodes)}):
+                for decision in verdict.decisions:
+                    self._carry_out(decision)
+            self.queue.hand_out(self.slots, self._lease, self.now, self.policy.failing_workers)
+        return self
+
+    def _start(self, node: str) -> Slot:
+        avoided = self.policy.faults.avoided(self.now)
+        if node in avoided:
+            others = (f"node {number}" for number in range(self.nodes) if f"node {number}" not in avoided)
+            node = next(others, node)
+        return started(node, next(self.pids))
+
+    def _lease(self, slot: Slot, leased: PendingShard, alone: bool = False) -> None:
+        number, outcome = next(self.numbers), self.outcome(leased, slot.id)
+        slot.alone, slot.draining, slot.leases[number] = alone, False, leased
+        self.leases[leased.name] += 1
+        heapq.heappush(self.running, (self.now + (0.1 if outcome else self.seconds), number, slot, leased, outcome))
+
+    def _end(self, slot: Slot, ended: PendingShard, outcome: Outcome) -> None:
+        alone, slot.alone, name, worker = slot.alone, False, ended.name, slot.id
+        if outcome is None:
+            self.passed.add(name)
+            self.passed_layers |= {(name, layer) for layer in ended.layers}
+            for one in self.policy.lease_returned(name, worker, False, self.now, len(self.slots), ended.layers):
+                self._replace(one.worker)
+            return
+        self.failures[name] += 1
+        if isinstance(outcome, str):
+            self._remove(slot)
+            self.policy.forget_worker(worker)
+            died = EndedWorker(worker, (ended, *slot.leases.values()), alone)
+            self.policy.worker_died(died, outcome, self.now, process_dead=True)
+            slot.leases = {}
+            return
+        match self.policy.worker_failed(worker, name, outcome, str(outcome), self.now, len(self.slots)):
+            case ReplaceWorker():
+                self._replace(worker)
+            case PauseWorker(_, until):
+                self.queue.pause(worker, until)
+        decision = self.policy.lease_raised(ended, outcome, self.now)
+        assert isinstance(decision, (Retry, Quarantine, RunAlone))
+        self._carry_out(decision)
+
+    def _carry_out(self, decision: Decision) -> None:
+        match decision:
+            case Retry(shard, at):
+                self.queue.add_delayed(shard, at, self.policy.faults.tried(shard.name))
+            case Requeue(shard):
+                self.queue.add(shard, first=True)
+            case RunAlone(shard):
+                self.queue.add_suspect(shard, self.policy.faults.tried(shard.name))
+            case Quarantine(shard, layer, _, _, rest):
+                self.quarantined.append(shard.name)
+                self.quarantined_layers.add((shard.name, layer))
+                if rest is not None:
+                    self.queue.add(rest)
+
+    def _remove(self, slot: Slot) -> None:
+        self.slots.remove(slot)
+        self.slots.append(self._start(slot.id.node))
+
+    def _replace(self, worker: WorkerId) -> None:
+        for slot in [slot for slot in self.slots if slot.id == worker]:
+            self.replaced.append(worker)
+            for ended in slot.leases.values():
+                self.queue.add(ended, first=True)
+            slot.leases = {}
+            self.policy.forget_worker(worker)
+            self.policy.worker_replaced(worker, self.now)
+            self._remove(slot)
