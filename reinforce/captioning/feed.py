@@ -73,6 +73,7 @@ class CaptionFeed:
         counts = pairs.caption_counts() if data.use == "all" else np.ones(len(pairs), np.int64)
         self._example_ends = np.cumsum(counts)  # of each image
         self.samples = int(self._example_ends[-1])
+        self.data = {"data": pairs.describe()}
         self._order = functools.lru_cache(maxsize=2)(self._shuffled_examples)
         self._threads = data.threads or 1
 

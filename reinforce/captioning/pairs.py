@@ -73,6 +73,11 @@ class Pairs:
         """Number of captions of each image, int64."""
         return np.asarray(pc.list_value_length(self.table["captions"]), np.int64)
 
+    def describe(self) -> str:
+        """Return their number and a hash of their keys, captions and sizes in bytes."""
+        digest = hashlib.sha256(json.dumps(self.table.select(["key", "captions", "length"]).to_pydict()).encode())
+        return f"{len(self):,} images with {self.caption_counts().sum():,} captions, SHA-256 {digest.hexdigest()[:16]}"
+
     def training(self) -> Pairs:
         return Pairs(self.table.filter(pc.invert(self.table["held_out"])).combine_chunks(), self.urls, self.inputs)
 

@@ -74,6 +74,8 @@ def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask,
         online=task.plan.teachers if online else (),
         pin=accelerator.device.type == "cuda",
     )
+    if not config.loss.learn_scales:  # else they are among the weights
+        feed.data |= {f"loss.logit_scales.{name}": scale for name, scale in task.plan.scales.items()}
     if config.train.batch > feed.rows:
         task.notes.append(
             f"train.batch ({config.train.batch:,}) is larger than the data ({feed.rows:,} samples), so that a batch "

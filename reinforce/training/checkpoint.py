@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file each, with a JSON header for everything that is not a tensor. No pickle.
 
-A file appears whole or not at all, so every checkpoint that exists is complete. The state of random generators is not
-stored: the random numbers of a step are seeded from the training's seed, the step and the rank.
+A file appears whole or not at all, so every checkpoint that exists is complete, and a checksum finds later damage. The
+state of random generators is not stored: the random numbers of a step are seeded from the training's seed, the step and
+the rank.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from reinforce.storage import Storage
 
 FOLDER = "checkpoints"
 _BEST = "best.json"
-_HEADER = "reinforce.checkpoint"
+_HEADER, _CHECKSUM = "reinforce.checkpoint", "reinforce.checksum"
 _VERSION = 1
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
 
@@ -35,7 +37,8 @@ class Progress:
     ``step`` is the number of finished steps, ``skipped`` how many of them made no update, ``seconds`` the time spent
     in steps. ``fixed_config`` is the part of the config that determines the training, by dotted keys. ``streams`` is
     the number of streams that the feed reads, if the order of samples depends on one, and ``samples`` those of an
-    epoch; ``model_config`` is that of the job. Older checkpoints do not have these.
+    epoch; ``model_config`` is that of the job, ``data`` that of the feed, and ``division`` the parts of a batch. Older
+    checkpoints do not have these. ``skipped_last`` is the number of steps without an update since the last update.
     """
 
     step: int
@@ -45,6 +48,9 @@ class Progress:
     streams: int | None = None
     samples: int | None = None
     model_config: Mapping[str, Any] | None = None
+    data: Mapping[str, Any] | None = None
+    division: str | None = None
+    skipped_last: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,10 @@ class Checkpoints:
 
     def save(self, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> None:
         """Publish a checkpoint, then delete those that are neither among the latest ``keep`` nor the best."""
+        header, separate = _encode_header(progress), _separate_copies(tensors)
+        metadata = {_HEADER: header, _CHECKSUM: _checksum(header, separate)}
         with self._storage.new_file(FOLDER, _file_name(progress.step)) as path:
-            save_file(_separate_copies(tensors), path, metadata={_HEADER: _encode_header(progress)})
+            save_file(separate, path, metadata=metadata)
         best = self.best()
         for step in self.steps()[: -self._keep]:
             if best is None or step != best.step:
@@ -110,7 +118,8 @@ def _file_name(step: int) -> str:
 
 
 def _encode_header(progress: Progress) -> str:
-    optional = {"streams": progress.streams, "samples": progress.samples, "model_config": progress.model_config}
+    names = ("streams", "samples", "model_config", "data", "division")
+    optional = {**{name: getattr(progress, name) for name in names}, "skipped_last": progress.skipped_last or None}
     fields = {
         "version": _VERSION,
         "step": progress.step,
@@ -126,8 +135,11 @@ def _read(local: str, shown: str) -> tuple[Progress, dict[str, torch.Tensor]]:
     """Read the file at ``local``; errors name it ``shown``."""
     try:
         with safe_open(local, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_HEADER])
+            metadata = file.metadata() or {}
+            header = json.loads(metadata[_HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.get(_CHECKSUM) not in (None, _checksum(metadata[_HEADER], tensors)):
+            raise ValueError("its checksum is wrong, so it was damaged after it was written")
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(
             f"{shown} is not a checkpoint of a training ({type(error).__name__}: {error}). "
@@ -136,6 +148,15 @@ def _read(local: str, shown: str) -> tuple[Progress, dict[str, torch.Tensor]]:
     if header.pop("version") > _VERSION:
         raise UserError(f"{shown} was written by a newer version of this program. Upgrade to resume from it.")
     return Progress(fixed_config=header.pop("course"), **header), tensors
+
+
+def _checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """CRC-32 of the header and of the tensors on the CPU, by name: dtype, shape and bytes."""
+    checksum = zlib.crc32(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
+        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
+    return f"crc32:{checksum:08x}"
 
 
 def _separate_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

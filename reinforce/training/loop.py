@@ -34,7 +34,7 @@ from reinforce.storage import Storage
 from reinforce.terminal import Screen
 from reinforce.training.batches import Prefetcher
 from reinforce.training.checkpoint import Checkpoints, Progress
-from reinforce.training.config import HIGHEST_LOGIT_SCALE, describe_changes
+from reinforce.training.config import HIGHEST_LOGIT_SCALE
 from reinforce.training.distributed import gather
 from reinforce.training.distributed.ranks import Ranks, wrap_ddp
 from reinforce.training.job import Job, total_steps
@@ -43,6 +43,7 @@ from reinforce.training.record.log import Log
 from reinforce.training.record.progress import Throughput, TimeLeft, format_row
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import open_trackers
+from reinforce.training.resume import check_resumable, describe_differences
 from reinforce.training.state import State, make_average
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
@@ -121,7 +122,7 @@ class _Loop:
         self.accelerator = ranks.accelerator
         self.storage = Storage(job.output)
         self.checkpoints = Checkpoints(self.storage, self.training.checkpoints.keep)
-        self.progress = Progress(0, job.fixed_config, model_config=job.model_config)
+        self.progress = Progress(0, job.fixed_config, model_config=job.model_config, data=feed.data)
         model = self.accelerator.place(task.model).train()
         average = make_average(model, self.training.ema) if self.training.ema and ranks.is_first else None
         self.state = State(model, make_adamw(model, self.training.optimizer), average)
@@ -155,23 +156,20 @@ class _Loop:
 
     def _set_up_reading(self) -> list[str]:
         """Share the rank's cores between arithmetic and reading; returns lines about both."""
-        ranks, accelerated = self.ranks.size, self.accelerator.device.type != "cpu"
+        ranks, parts = self.ranks.size, self.training.compute.accumulate
+        accelerated = self.accelerator.device.type != "cpu"
         cores = -self.ranks.start_max(-self.ranks.cpus)()  # all ranks read in the same way
         loaders, step = loader_processes(cores, accelerated), self.progress.step
         reading = self.feed.set_up(ranks, self.training.batch // ranks, step, loaders, self.progress.streams)
-        before, samples = self.progress.samples, self.feed.samples
-        self.progress = replace(self.progress, streams=reading.streams, samples=samples)
+        before = self.progress
+        division = f"{ranks} rank{'s' * (ranks > 1)} x {parts} part{'s' * (parts > 1)}"
+        self.progress = replace(before, streams=reading.streams, samples=self.feed.samples, division=division)
         threads = arithmetic_threads(self.ranks.cpus, reading.loaders, accelerated)
         if self.training.compute.cpus is None and threads < self.ranks.cpus:
             torch.set_num_threads(threads)
         line = self.ranks.describe(reading.text)
         notes = [line] if reading.note is None else [line, reading.note]
-        if before not in (None, samples):
-            notes.append(
-                f"an epoch has {samples:,} samples now and had {before:,} at the last checkpoint: the data have "
-                "changed, and the order of samples is another one from here on"
-            )
-        return notes
+        return notes + describe_differences(before, self.progress)
 
     # -- checkpoints
 
@@ -196,18 +194,7 @@ class _Loop:
         if not latest:
             return
         progress, tensors = self.checkpoints.load(latest)
-        model = self.job.model_config
-        changed = describe_changes(progress.fixed_config, self.job.fixed_config)
-        if changed := changed + describe_changes(progress.model_config or model or {}, model or {}):
-            raise UserError(
-                f"{self.job.output} has a training of another config:\n  " + "\n  ".join(changed) + "\n"
-                "Write to another `output`, restore these values, or delete the folder to start over."
-            )
-        if latest > self.steps:
-            raise UserError(
-                f"{self.job.output} is already at step {latest:,}, beyond the {self.steps:,} steps of this config. "
-                "Raise train.steps (or epochs), or write to another `output`."
-            )
+        check_resumable(progress, self.progress, self.steps, self.job.output)
         try:
             self.state.load(tensors)
         except (KeyError, RuntimeError) as error:
@@ -215,7 +202,7 @@ class _Loop:
                 f"the checkpoint of step {latest:,} in {self.job.output} is of another model: {error}. Write to "
                 "another `output`, or resume with the versions of this program and of open_clip that wrote it."
             ) from error
-        self.progress = replace(progress, model_config=model)
+        self.progress = replace(progress, model_config=self.job.model_config, data=self.progress.data)
 
     def _save(self, last: bool = False) -> None:
         def save() -> None:

@@ -1,4 +1,4 @@
-"""AdamW as open_clip sets it up, and the learning rate of every step."""
+"""AdamW, and the learning rate of every step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The gradient of one batch, computed at once or in parts with the same result."""
+"""The gradient of one batch, computed at once or in parts, with the same result if the model treats samples alone.
+
+Batch normalisation and dropout do not: they see one part at a time.
+"""
 
 from __future__ import annotations
 

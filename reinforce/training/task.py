@@ -100,6 +100,14 @@ class Feed(Protocol):
         """Samples per epoch over all ranks."""
         ...
 
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """Which data are read, as JSON values by dotted keys; a training resumes only if they are equal.
+
+        A key of the config stands for what the config leaves to the data, such as the teachers of a dataset.
+        """
+        ...
+
     def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None) -> Reading:
         """Choose what the config leaves open, before ``batches`` with the same arguments; the same on every rank.
 

@@ -170,3 +170,21 @@ def test_predicted_tokens_end_with_the_first_end_token() -> None:
     assert lengths[2] == tokens[2].tolist().index(END)
     assert lengths[3] > 4  # a special token within a caption is plain text
     assert lengths[4] == 75  # truncated to the context, with the end token last
+
+
+def test_other_captions_or_images_are_other_data(tmp_path: Path) -> None:
+    """A fine-tuning resumes only if ``data`` is equal."""
+
+    def data() -> dict[str, Any]:
+        return dict(make_feed(*make_pairs(tmp_path)).data)
+
+    write_shards(tmp_path, 20)
+    before = data()
+    path = tmp_path / "shards" / "00000.tar"
+    path.touch()
+    assert data() == before
+    assert before["data"].startswith(f"{make_feed(*make_pairs(tmp_path)).samples} images with ")
+    path.write_bytes(path.read_bytes().replace(b"thing 3 of", b"thing 8 of"))
+    after = data()
+    assert after != before
+    assert after["data"].partition(",")[0] == before["data"].partition(",")[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,8 @@ class PairFeed:
 
     samples = 64
 
-    def __init__(self, poisoned: range = range(0)) -> None:
-        self.poisoned = poisoned
+    def __init__(self, poisoned: Container[int] = range(0), data: Mapping[str, Any] | None = None) -> None:
+        self.poisoned, self.data = poisoned, data or {}
         self.seen: list[int] = []
 
     def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None) -> Reading:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -216,6 +217,36 @@ def test_the_result_loads_in_plain_open_clip(undisturbed: Path) -> None:
     assert results["metrics"].keys() == {
         f"retrieval/own/{way}/r{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)
     }
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_training_does_not_resume_with_other_teachers_of_the_same_shards(
+    base: dict[str, Any], tmp_path: Path, command: Command
+) -> None:
+    def reinforced(**teachers: dict[str, Any]) -> str:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        return small_dataset(tmp_path, sizes=(9,), teachers=teachers)
+
+    def train(output: str, steps: int) -> tuple[int, str]:
+        changes = {"data": {**base["data"], "datasets": url, "workers": 0}, "loss": {}, "evaluate": {}}
+        warmup = {"optimizer": {"warmup": 0}}
+        config = written(base, tmp_path / output, {**changes, "train": {"steps": steps, "batch": 4, **warmup}})
+        status, out, err = command("train", config)
+        return status, " ".join((out + err).split())
+
+    teacher = {"class": "tests.helpers.models:ColorTeacher", "options": {"dim": 8}, "logit_scale": 50.0}
+    url = reinforced(red=teacher)
+    assert train("student", 2)[0] == 0
+    url = reinforced(red={**teacher, "options": {"dim": 8, "seed": 1}})
+    status, shown = train("student", 3)
+    assert status == 2
+    assert re.search(f"{url}: embeddings/red/images: '[0-9a-f]+' before, '[0-9a-f]+' now", shown)
+    url = reinforced(red=teacher, blue={**teacher, "options": {"dim": 8, "seed": 1}})
+    assert "data.teachers: ['red'] before, ['red', 'blue'] now" in train("student", 3)[1]
+    url = reinforced(red={**teacher, "logit_scale": 60.0})
+    assert "loss.logit_scales.red: 50.0 before, 60.0 now" in train("student", 3)[1]
+    url = reinforced(red=teacher)
+    assert train("student", 3)[0] == 0
 
 
 ConfigError = Callable[[dict[str, Any]], dict[str, Any]]

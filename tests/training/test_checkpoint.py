@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from reinforce.dataset.files.store import Store
 from reinforce.errors import UserError
@@ -53,7 +54,28 @@ def test_the_header_format_stays(tmp_path: Path) -> None:
     with safe_open(tmp_path / "checkpoints/step-000000007.safetensors", framework="pt") as file:
         header = file.metadata()
     expected = '{"version": 1, "step": 7, "course": {"train.batch": 16}, "seconds": 1.5, "skipped": 2}'
-    assert header == {"reinforce.checkpoint": expected}
+    assert header == {"reinforce.checkpoint": expected, "reinforce.checksum": "crc32:5f29dd5b"}
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksum_and_loads(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "step-000000007.safetensors"
+    path.parent.mkdir()
+    header = '{"version": 1, "step": 7, "course": {"train.batch": 16}, "seconds": 1.5, "skipped": 2}'
+    save_file({"model/w": torch.ones(2)}, path, metadata={"reinforce.checkpoint": header})
+    progress, tensors = checkpoints(tmp_path).load(7)
+    assert progress == Progress(7, {"train.batch": 16}, 1.5, 2)
+    assert torch.equal(tensors["model/w"], torch.ones(2))
+
+
+def test_a_changed_bit_in_a_checkpoint_is_found(tmp_path: Path) -> None:
+    made = checkpoints(tmp_path)
+    made.save(Progress(7, {"train.batch": 16}), {"model/w": torch.ones(6), "model/b": torch.zeros(3)})
+    path = tmp_path / "checkpoints" / "step-000000007.safetensors"
+    sound = path.read_bytes()
+    for place in [sound.index(b"16}") + 1, *range(len(sound) - 36, len(sound))]:  # the config, and all values
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        with pytest.raises(UserError, match=r"step-000000007.safetensors is not .*checksum is wrong.*Delete it"):
+            made.load(7)
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reinforce.errors import UserError
+from reinforce.storage import Storage
+from reinforce.training.checkpoint import Checkpoints, Progress
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
 from reinforce.training.loop import fit
@@ -173,6 +175,41 @@ def test_a_checkpoint_of_a_model_whose_folder_has_changed_is_refused(tmp_path: P
         run(with_model(model_config={"size": 32, "width": 16}))
     results, _ = run(with_model(model_config={"size": 48, "width": 16}))
     assert results.steps == 12
+
+
+def test_a_training_resumes_on_the_same_data_only(tmp_path: Path) -> None:
+    """A key of the config that the data resolve may be stated later; checkpoints of earlier versions have no data."""
+
+    def resumed(data: dict[str, Any], steps: int, **config: Any) -> Progress:
+        made = job(tmp_path, steps=steps, evaluate_every=1)
+        run(replace(made, fixed_config={**made.fixed_config, **config}), PairFeed(data=data))
+        return Checkpoints(Storage(str(tmp_path)), 1).load(steps)[0]
+
+    first = {"data.teachers": ["a"], "url: embeddings/a/images": "4f3e"}
+    assert resumed(first, 3, **{"data.teachers": None}).data == first
+    with pytest.raises(UserError) as raised:
+        resumed({"data.teachers": ["b"], "url: embeddings/b/images": "4f3e"}, 4, **{"data.teachers": None})
+    assert str(raised.value).startswith(
+        f"{tmp_path} has a training on other data:\n  data.teachers: ['a'] before, ['b'] now\n"
+        "  url: embeddings/a/images: '4f3e' before, None now\n  url: embeddings/b/images: None before, '4f3e' now\n"
+    )
+    with pytest.raises(UserError, match="'4f3e' before, '0000' now"):
+        resumed({**first, "url: embeddings/a/images": "0000"}, 4, **{"data.teachers": None})
+    found = resumed(first, 4, **{"data.teachers": ["a"]})
+    tensors = Checkpoints(Storage(str(tmp_path)), 1).load(4)[1]
+    Checkpoints(Storage(str(tmp_path)), 1).save(replace(found, data=None), tensors)
+    assert resumed({"data.teachers": ["b"]}, 5, **{"data.teachers": None}).data == {"data.teachers": ["b"]}
+
+
+def test_resuming_with_another_division_of_the_batch_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped_after(3, job(tmp_path))
+    stopped_after(6, job(tmp_path))
+    assert "divided" not in capsys.readouterr().out
+    run(job(tmp_path, compute={"accumulate": 4}))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "divided into 1 rank x 4 parts now and was divided into 1 rank x 1 part at the last checkpoint" in shown
 
 
 def test_the_average_is_evaluated_and_exported(tmp_path: Path) -> None:

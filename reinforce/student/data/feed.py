@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from reinforce.errors import UserError
 from reinforce.processes.parent import exit_with_parent
 from reinforce.processes.prefetch import prefetch
+from reinforce.settings import flatten
 from reinforce.student.config import Data
 from reinforce.student.data.assembly import Assembler
 from reinforce.student.data.datasets import open_datasets
@@ -27,6 +28,7 @@ from reinforce.student.data.reading import plan_reading
 from reinforce.student.data.stream import RankStream, StreamPlan
 from reinforce.training.distributed.ranks import share_from_first
 from reinforce.training.task import Batch, Reading
+from teachers.redact import redact
 
 _LOG = logging.getLogger(__name__)
 #: Modules that loader processes need and that take seconds to import: the fork server imports them once.
@@ -41,7 +43,8 @@ class StudentFeed:
 
     ``size`` is the side of the student's images in pixels. ``teachers`` are those whose stored vectors are read,
     instead of ``data.teachers``; for the teachers in ``online``, batches have ``views`` and ``texts``. ``pin`` puts
-    batches into pinned memory. ``rows`` counts the samples of the datasets, ``samples`` those of an epoch. Raises
+    batches into pinned memory. ``rows`` counts the samples of the datasets, ``samples`` those of an epoch; ``data``
+    has the teachers, the captioners with their weights, and the fingerprints of the layers that are read. Raises
     UserError if a dataset is incomplete, damaged, or does not fit the others.
     """
 
@@ -66,6 +69,13 @@ class StudentFeed:
         self._maker = PartMaker(size, width, tokenize, view)
         self.rows: int = sum(dataset.rows for dataset in self._datasets)
         self.samples: int = data.samples or self.rows
+        read = {
+            "teachers": list(dict.fromkeys(teacher for (teacher, _), _ in targets)),
+            "captioners": {name: w for dataset in self._datasets for name, w in dataset.spec.captioners.items()},
+        }
+        self.data = dict(flatten(read, "data."))
+        for dataset in self._datasets:
+            self.data |= flatten(dataset.layers.fingerprints, f"{redact(dataset.url)}: ")
         self._reading: Reading | None = None
 
     def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None) -> Reading:

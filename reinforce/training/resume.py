@@ -1,0 +1,50 @@
+"""Whether a training may resume from a checkpoint, and what has changed since then."""
+
+from __future__ import annotations
+
+from reinforce.errors import UserError
+from reinforce.training.checkpoint import Progress
+from reinforce.training.config import describe_changes
+
+
+def check_resumable(before: Progress, now: Progress, steps: int, output: str) -> None:
+    """Compare the header of a checkpoint with that of a training of ``steps`` steps that is about to resume from it.
+
+    ``data`` replaces the keys of the config that are resolved by the data. Older checkpoints have no ``data``. Raises
+    UserError with one line per difference, and for a checkpoint beyond the last step.
+    """
+    config = (before.fixed_config, now.fixed_config)
+    data = (before.data or {}, (now.data or {}) if before.data is not None else {})
+    model = (before.model_config or now.model_config or {}, now.model_config or {})
+    changed = describe_changes(*({**c, **d, **m} for c, d, m in zip(config, data, model, strict=True)))
+    if changed:
+        kind = (
+            "on other data"
+            if {*changed} - {*describe_changes(*config), *describe_changes(*model)}
+            else "of another config"
+        )
+        raise UserError(
+            f"{output} has a training {kind}:\n  " + "\n  ".join(changed) + "\n"
+            "Write to another `output`, restore these values, or delete the folder to start over."
+        )
+    if before.step > steps:
+        raise UserError(
+            f"{output} is already at step {before.step:,}, beyond the {steps:,} steps of this config. "
+            "Raise train.steps (or epochs), or write to another `output`."
+        )
+
+
+def describe_differences(before: Progress, now: Progress) -> list[str]:
+    """Lines about changes with which a training may resume, but not bit for bit."""
+    notes = []
+    if before.samples not in (None, now.samples):
+        notes.append(
+            f"an epoch has {now.samples:,} samples now and had {before.samples:,} at the last checkpoint: the data "
+            "have changed, and the order of samples is another one from here on"
+        )
+    if before.division not in (None, now.division):
+        notes.append(
+            f"a batch is divided into {now.division} now and was divided into {before.division} at the last "
+            "checkpoint: batch normalisation and dropout, where the model has them, differ from here on"
+        )
+    return notes
