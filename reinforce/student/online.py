@@ -57,14 +57,15 @@ def add_targets(batch: Batch, teachers: Mapping[str, Teacher]) -> Batch:
 def _encode_images(teacher: Teacher, views: torch.Tensor) -> torch.Tensor:
     """uint8 [B, h, w, 3] -> float32 [B, D]."""
     assert teacher.image is not None
-    parts = [teacher.encode_images(to_pixels(part, teacher.image)).float() for part in views.split(_MAX_BATCH)]
-    return torch.cat(parts)  # a new tensor: parts may be inference tensors, which autograd refuses
+    # Each part is copied: the teacher may reuse its memory in the next call.
+    parts = [teacher.encode_images(to_pixels(part, teacher.image)).clone() for part in views.split(_MAX_BATCH)]
+    return torch.cat(parts).float()  # a new tensor: parts may be inference tensors, which autograd refuses
 
 
 def _encode_texts(teacher: Teacher, texts: Sequence[str]) -> torch.Tensor:
     """B texts -> float32 [B, D]. Texts of similar length are encoded together, which saves padding."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     starts = range(0, len(texts), _MAX_BATCH)
-    parts = [teacher.encode_texts([texts[i] for i in order[start : start + _MAX_BATCH]]) for start in starts]
+    parts = [teacher.encode_texts([texts[i] for i in order[start : start + _MAX_BATCH]]).clone() for start in starts]
     vectors = torch.cat(parts).float()
     return vectors[torch.tensor(order, device=vectors.device).argsort()]

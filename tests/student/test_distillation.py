@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from reinforce.student.distillation import (
     stored_teachers,
 )
 from teachers.registry import teacher_spec
+from tests.helpers.models import ColorTeacher
 
 TWO = TeacherInfo(8, frozenset([IMAGES, TEXTS]), 70.0, "dataset: config")
 UNSCALED = TeacherInfo(8, frozenset([IMAGES, TEXTS]), None, "dataset: model")
@@ -164,6 +166,23 @@ def test_targets_keep_their_rows_in_batches_of_any_size(teachers: Any, monkeypat
     torch.testing.assert_close(online.add_targets(batch(11), teachers)["targets"], whole)
     each = torch.cat([teachers["both"].encode_texts([text]) for text in batch(11)["texts"]["caption"]])
     torch.testing.assert_close(whole["both"]["caption"], each)
+
+
+def test_targets_do_not_change_when_a_teacher_reuses_the_memory_of_its_output(
+    teachers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reusing(ColorTeacher):
+        buffer = torch.empty(4, 8)
+
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            return self.buffer[: len(pixels)].copy_(super().encode_images(pixels))
+
+        def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+            return self.buffer[: len(texts)].copy_(super().encode_texts(texts))
+
+    monkeypatch.setattr(online, "_MAX_BATCH", 4)
+    found = online.add_targets(batch(11), {"both": Reusing(torch.device("cpu"))})["targets"]
+    torch.testing.assert_close(found["both"], online.add_targets(batch(11), teachers)["targets"]["both"])
 
 
 def test_a_teacher_that_cannot_be_loaded_is_an_error_for_the_user() -> None:

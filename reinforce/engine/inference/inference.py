@@ -10,11 +10,9 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from reinforce.dataset.layers import Layer
-from reinforce.dataset.vectors import NORM_TOLERANCE
 from reinforce.engine.decode.cells import PixelCells, runs
 from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batch_sizes import COPYING, Demand, rows_per_batch
@@ -23,7 +21,6 @@ from reinforce.engine.inference.session import Session
 from reinforce.engine.messages.pulse import PREPARING
 from teachers.protocols import ImageSpec
 
-Floats = npt.NDArray[np.float32]
 #: Outputs of a batch by layer: an array whose first axis is that of the rows, or a list.
 Outputs: TypeAlias = "dict[str, Any]"
 
@@ -169,25 +166,3 @@ class Inference:
 def _join(parts: Sequence[Any]) -> Any:
     """The outputs of a layer for a batch, from those of its parts."""
     return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else list(itertools.chain(*parts))
-
-
-def to_numpy(out: torch.Tensor, rows: int, dim: int, ignored: npt.NDArray[np.bool_] | None = None) -> Floats:
-    """Embeddings on the CPU as float32.
-
-    Raises ValueError unless they are [rows, dim] and have norm 1. The norm of ``ignored`` rows [rows] and of rows with
-    NaN or infinity is not checked.
-    """
-    if tuple(out.shape) != (rows, dim):
-        raise ValueError(f"embeddings must have shape {(rows, dim)}, got {tuple(out.shape)}; correct encode_* or `dim`")
-    values: Floats = out.float().cpu().numpy()
-    norms = np.sqrt(np.einsum("ij,ij->i", values, values))
-    wrong = ~(np.abs(norms - 1) <= NORM_TOLERANCE)
-    if ignored is not None:
-        wrong &= ~ignored
-    if wrong.any():
-        wrong[wrong] = np.isfinite(values[wrong]).all(axis=1)
-        for row in np.flatnonzero(wrong)[:1]:
-            raise ValueError(
-                f"embeddings must have norm 1, got {norms[row]:.3f} in row {row + 1} of {rows}; normalize them"
-            )
-    return values

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.batch_sizes import BatchSizes
 from reinforce.engine.inference.out_of_memory import memory_hint, release_cache
+from reinforce.engine.inference.outputs import copied, encode
 from reinforce.engine.inference.turns import PriorityLock
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.engine.record.rates import Cost
@@ -46,16 +48,19 @@ class TokenCache:
         self._tokens: OrderedDict[tuple[Hashable, tuple[str, ...]], Any] = OrderedDict()
 
     def get(self, tokenizer: Hashable | None, texts: Sequence[str], tokenize: Callable[[Sequence[str]], Any]) -> Any:
-        """The tokens of a batch; nothing is kept for ``tokenizer`` None, which equals no other."""
+        """The tokens of a batch, a copy of its own for each call: a model may change them, or reuse their memory.
+
+        Nothing is kept for ``tokenizer`` None, which equals no other.
+        """
         if tokenizer is None:
-            return tokenize(texts)
+            return copied(tokenize(texts))
         entry = (tokenizer, tuple(texts))
         if entry not in self._tokens:
-            self._tokens[entry] = tokenize(texts)
+            self._tokens[entry] = copied(tokenize(texts))
             if len(self._tokens) > _MAX_BATCHES:
                 self._tokens.popitem(last=False)
         self._tokens.move_to_end(entry)
-        return self._tokens[entry]
+        return copied(self._tokens[entry])
 
 
 @dataclass
@@ -72,18 +77,22 @@ class Models:
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
     _tokens: TokenCache = field(default_factory=TokenCache)
 
+    def encode_images(self, teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode pixels, which the teacher may change, on the accelerator -> [B, dim], which no later call changes."""
+        return encode(teacher, "encode_images", pixels, len(pixels))
+
     def text_encoder(self, teacher: Teacher, texts: Sequence[str]) -> Callable[[], torch.Tensor]:
         """A function that encodes ``texts`` on the accelerator. They are tokenized now if the teacher supports it.
 
         Teachers with one tokenizer share the tokens of a batch.
         """
         if not _splits(teacher, "encode_texts", "tokenize", "encode_tokens"):
-            return lambda: teacher.encode_texts(texts)
+            return partial(encode, teacher, "encode_texts", texts, len(texts))
         splitting: Any = teacher
         key: Hashable | None = getattr(teacher, "tokenizer_key", None)
         with self._tokenizing:
             tokens = self._tokens.get(key, texts, splitting.tokenize)
-        return lambda: splitting.encode_tokens(tokens)
+        return partial(encode, teacher, "encode_tokens", tokens, len(texts))
 
     def captions(
         self, captioner: Captioner, pixels: torch.Tensor, seeds: npt.NDArray[np.uint64]
@@ -91,11 +100,11 @@ class Models:
         """Caption on the accelerator -> a function that returns the texts, for which it is not needed, and the number
         of tokens, 0 where it is not known."""
         if not _splits(captioner, "caption", "generate", "to_texts"):
-            texts = captioner.caption(pixels, seeds)
+            texts = copied(captioner.caption(pixels, seeds))
             return lambda: texts, 0
         splitting: Any = captioner
-        tokens = splitting.generate(pixels, seeds)
-        return lambda: splitting.to_texts(tokens), _count_tokens(tokens)
+        tokens = copied(splitting.generate(pixels, seeds))
+        return lambda: copied(splitting.to_texts(tokens)), _count_tokens(tokens)
 
     def release_memory(self) -> None:
         """Return memory that models keep between batches, and that torch keeps for them, to the device.

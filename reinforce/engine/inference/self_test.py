@@ -26,16 +26,14 @@ import numpy.typing as npt
 import torch
 
 from reinforce.config import Config
-from reinforce.engine.inference.inference import to_numpy
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.out_of_memory import memory_hint
+from reinforce.engine.inference.outputs import Floats, to_numpy
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.errors import UserError
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import Captioner, ImageSpec, NoCaptions, Teacher
 from teachers.spec import Precision
-
-Floats = npt.NDArray[np.float32]
 
 #: The first two have the same numbers of words and letters; the third is longer.
 TEXTS = (
@@ -97,7 +95,7 @@ def check_image_encoder(models: Models, name: str, precision: Precision) -> Floa
     def encode(rows: Sequence[int]) -> torch.Tensor:
         pixels = probe_images(models, teacher.image, rows)
         with models.use_accelerator():
-            return teacher.encode_images(pixels)
+            return models.encode_images(teacher, pixels)
 
     return _check_encoder(name, _IMAGE_INPUTS, teacher, encode, precision)
 
@@ -168,10 +166,10 @@ def _check_encoder(
     try:
         out = encode(everything)
         tolerance = TOLERANCES[_PRECISIONS.get(out.dtype, precision)]
-        together = _embeddings(out, len(everything), teacher.dim)
-        _check_repeatable(together, _embeddings(encode(everything), len(everything), teacher.dim), tolerance)
+        together = _embeddings(out)
+        _check_repeatable(together, _embeddings(encode(everything)), tolerance)
         _check_different(together, inputs, tolerance)
-        alone = np.concatenate([_embeddings(encode([row]), 1, teacher.dim) for row in everything])
+        alone = np.concatenate([_embeddings(encode([row])) for row in everything])
         _check_independent(together, alone, tolerance)
     except Exception as error:
         raise _failed(name, inputs.name, teacher, error) from error
@@ -179,8 +177,8 @@ def _check_encoder(
     return norms
 
 
-def _embeddings(out: torch.Tensor, rows: int, dim: int) -> Floats:
-    values = to_numpy(out, rows, dim)
+def _embeddings(out: torch.Tensor) -> Floats:
+    values = to_numpy(out)
     if not np.isfinite(values).all():
         raise ValueError("embeddings must be finite, got NaN or infinity; check the weights and the precision")
     return values

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from reinforce.engine.decode.row import Decoded
-from reinforce.engine.inference.inference import Inference, to_numpy
+from reinforce.engine.inference.inference import Inference
 from reinforce.engine.inference.models import Counters, Models
+from reinforce.engine.inference.outputs import to_numpy
 from reinforce.engine.messages.results import LayerFailure
 from reinforce.seeds import seed_for
 from reinforce.source.samples import Refusal
@@ -86,10 +87,12 @@ def test_each_distinct_text_is_encoded_once_in_batches_of_similar_length() -> No
 
 def test_an_error_of_a_model_names_its_layer() -> None:
     wrong = WrongShapeTeacher(CPU)
-    message = r"embeddings/red/images: ValueError: embeddings must have shape \(6, 6\), got \(6, 7\)"
+    message = r"red/images: ValueError: .* have shape \(6, 6\), got \(6, 7\) from WrongShapeTeacher.encode_images"
     with pytest.raises(LayerFailure, match=message):
         inference("embeddings/red/images", red=wrong).run(rows(3), pixels())
-    with pytest.raises(LayerFailure, match=r"embeddings/red/namer: ValueError: .* \(1, 6\), got \(1, 7\)"):
+    with pytest.raises(
+        LayerFailure, match=r"embeddings/red/namer: .* \(1, 6\), got \(1, 7\) from WrongShapeTeacher.encode_t"
+    ):
         texts_of(wrong)([["a"]])
     layer = replace(LAYERS["captions/namer"], count=3)
     models = models_with()
@@ -100,26 +103,26 @@ def test_an_error_of_a_model_names_its_layer() -> None:
 
 def test_the_norm_of_every_row_of_embeddings_is_checked() -> None:
     values = torch.nn.functional.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    np.testing.assert_array_equal(to_numpy(values, 50, 8), values.numpy())
-    assert to_numpy(values.half(), 50, 8).dtype == np.float32
-    to_numpy(values * 1.009, 50, 8)
+    np.testing.assert_array_equal(to_numpy(values), values.numpy())
+    assert to_numpy(values.half()).dtype == np.float32
+    to_numpy(values * 1.009)
     for scale in (3.0, 1.011, 0.989, 0.0, 1e30):
         wrong = values.clone()
         wrong[41] *= scale
         with pytest.raises(ValueError, match=rf"norm 1, got {'inf' if scale > 9 else f'{scale:.3f}'} in row 42 of 50"):
-            to_numpy(wrong, 50, 8)
+            to_numpy(wrong)
         ignored = np.arange(50) == 41
-        np.testing.assert_array_equal(to_numpy(wrong, 50, 8, ignored), wrong.numpy())
+        np.testing.assert_array_equal(to_numpy(wrong, ignored), wrong.numpy())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_rows_that_are_not_finite_are_left_to_the_quarantine(value: float) -> None:
     values = torch.eye(4)
     values[2, 1] = value
-    np.testing.assert_array_equal(to_numpy(values, 4, 4), values.numpy())
+    np.testing.assert_array_equal(to_numpy(values), values.numpy())
     values[3] *= 3
     with pytest.raises(ValueError, match=r"got 3\.000 in row 4 of 4"):
-        to_numpy(values, 4, 4)
+        to_numpy(values)
 
 
 @pytest.mark.parametrize("layer", ["embeddings/red/images", "embeddings/red/namer"])
@@ -161,3 +164,110 @@ def test_the_norm_of_an_unreadable_images_embedding_is_not_checked() -> None:
         run.run(batch, cells)
     batch[1] = replace(batch[1], decoded=Decoded(unreadable=Refusal("key1", Reason.IMAGE_BROKEN, "gone")))
     assert not run.run(batch, cells)["embeddings/red/images"][1].any()
+
+
+# -- models that change their inputs, or reuse the memory of their outputs
+
+
+def multiply(pixels: torch.Tensor) -> None:
+    pixels.mul_(0.5)
+
+
+def multiply_data(pixels: torch.Tensor) -> None:
+    pixels.data.mul_(0.5)
+
+
+def fill_array(pixels: torch.Tensor) -> None:
+    pixels.numpy()[:, 0] = 0
+
+
+@pytest.mark.parametrize("change", [multiply, multiply_data, fill_array])
+def test_a_teacher_that_changes_its_pixels_changes_no_other_teachers_embeddings(
+    change: Callable[[torch.Tensor], None],
+) -> None:
+    class Changing(ColorTeacher):
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            out = super().encode_images(pixels)
+            change(pixels)
+            return out
+
+    layers = [LAYERS[f"embeddings/{name}/images"] for name in ("red", "blue")]
+
+    def run(red: ColorTeacher) -> Any:
+        models = Models({"red": red, "blue": ColorTeacher(CPU, dim=12, seed=1)}, {}, Accelerator("cpu"))
+        return make_inference(CONFIG, layers, models).run(rows(3), pixels())
+
+    found, right = run(Changing(CPU)), run(ColorTeacher(CPU))
+    for name in right:
+        np.testing.assert_array_equal(found[name], right[name], err_msg=name)
+
+
+class Reusing(ColorTeacher):
+    """Returns views of one buffer for batches of four or more, as captured graphs do; of that of ``other``, if any."""
+
+    def __init__(self, other: Reusing | None = None) -> None:
+        super().__init__(CPU)
+        self.buffer = torch.empty(64, 8) if other is None else other.buffer
+
+    def _store(self, out: torch.Tensor) -> torch.Tensor:
+        return self.buffer[: len(out)].copy_(out) if len(out) >= 4 else out
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._store(super().encode_images(pixels))
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return self._store(super().encode_texts(texts))
+
+
+@pytest.mark.parametrize("crops", [6, 4], ids=["whole batch", "batch in parts"])
+def test_embeddings_do_not_change_when_a_teacher_reuses_the_memory_of_its_output(crops: int) -> None:
+    first, second = pixels(), pixels()
+    assert second.crops is not None
+    second.crops[:] = 255 - second.crops
+
+    def run(red: ColorTeacher, blue: ColorTeacher) -> list[Any]:
+        models = Models({"red": red, "blue": blue}, {}, Accelerator("cpu"))
+        models.batches._bounds["crops"] = crops
+        shard = make_inference(CONFIG, [LAYERS[f"embeddings/{name}/images"] for name in ("red", "blue")], models)
+        return [shard.run(rows(3), first), shard.run(rows(3), second)]
+
+    red = Reusing()
+    found, right = run(red, Reusing(red)), run(ColorTeacher(CPU), ColorTeacher(CPU))
+    for mine, theirs in zip(found, right, strict=True):
+        for name in theirs:
+            np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+
+
+def test_a_teacher_may_change_its_list_of_texts_and_reuse_the_memory_of_its_output() -> None:
+    class Emptying(Reusing):
+        def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+            out = super().encode_texts(texts)
+            assert isinstance(texts, list)
+            texts.clear()
+            return out
+
+    layer = LAYERS["embeddings/red/namer"]
+    config = CONFIG.model_copy(update={"workers": CONFIG.workers.model_copy(update={"batch": 4})})
+    texts = [["a", "bb"], ["ccc", "dddd"], ["eeeee", "ffffff"], ["ggggggg", "hhhhhhhh"]]
+    found = text_encoder(config, layer, models_with(Emptying())).encode_texts(layer, texts)[0]
+    np.testing.assert_allclose(found, texts_of(ColorTeacher(CPU))(texts)[0], atol=1e-6)
+
+
+def test_captions_do_not_change_when_a_captioner_reuses_the_lists_that_it_returns() -> None:
+    class Reusing(SeedCaptioner):
+        kept: list[list[str]]
+
+        def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> list[list[str]]:
+            new = super().caption(pixels, seeds)
+            self.kept = getattr(self, "kept", new)
+            for row, texts in zip(self.kept, new, strict=True):
+                row[:] = texts
+            return self.kept
+
+    models = models_with()
+    models.captioners["namer"] = Reusing(CPU)
+    runs = [make_inference(CONFIG, [LAYERS["captions/namer"]], one) for one in (models, models_with())]
+    cells = pixels()
+    batches = [rows(3), [replace(row, key=f"other {row.key}") for row in rows(3)]]
+    found, right = ([run.run(batch, cells) for batch in batches] for run in runs)
+    assert found == right

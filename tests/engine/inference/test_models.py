@@ -174,3 +174,66 @@ def test_only_recent_batches_are_kept() -> None:
     cache.get("a", ["1"], tokenize)
     assert tokenize.calls == engine_models._MAX_BATCHES + 2
     assert len(cache._tokens) == engine_models._MAX_BATCHES
+
+
+def test_a_teacher_that_changes_the_tokens_of_a_batch_changes_no_others() -> None:
+    class Shared(ColorTeacher):
+        """Tokens are the letters of each text, in an array that is used again for texts of other shards."""
+
+        tokenizer_key = "letters"
+
+        def tokenize(self, texts: Sequence[str]) -> dict[str, Any]:
+            tokens = np.array([[ord(text[0]), ord(text[1])] for text in texts])
+            return {"ids": tokens, "lists": [torch.from_numpy(tokens)]}
+
+        def encode_tokens(self, tokens: dict[str, Any]) -> torch.Tensor:
+            [letters] = tokens["lists"]
+            out = self.encode_texts(["".join(map(chr, row)) for row in letters.tolist()])
+            tokens["ids"][:] = 0
+            letters.zero_()
+            del tokens["ids"]
+            return out
+
+    loaded = models()
+    first, second = (loaded.text_encoder(Shared(CPU, seed=seed), ["ab", "cd"]) for seed in (0, 1))
+    torch.testing.assert_close(first(), ColorTeacher(CPU).encode_texts(["ab", "cd"]))
+    torch.testing.assert_close(second(), ColorTeacher(CPU, seed=1).encode_texts(["ab", "cd"]))
+
+
+def test_tokens_do_not_change_when_a_model_reuses_their_memory() -> None:
+    class Buffered(ColorTeacher):
+        buffer = torch.zeros(2, 2, dtype=torch.int64)
+
+        def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
+            return self.buffer.copy_(torch.tensor([[ord(letter) for letter in text] for text in texts]))
+
+        def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.encode_texts(["".join(map(chr, row)) for row in tokens.tolist()])
+
+    class BufferedCaptioner(Splitting):
+        buffer = np.zeros((1, 2), np.int64)
+
+        def generate(self, pixels: torch.Tensor, seeds: np.ndarray) -> Any:
+            self.buffer[:] = seeds
+            return self.buffer
+
+    loaded, teacher = models(), Buffered(CPU)
+    encode, _ = (loaded.text_encoder(teacher, texts) for texts in (["ab", "cd"], ["xx", "yy"]))
+    torch.testing.assert_close(encode(), ColorTeacher(CPU).encode_texts(["ab", "cd"]))
+    captioner, pixels = BufferedCaptioner(CPU), torch.zeros(1, 3, 8, 8)
+    texts, _ = loaded.captions(captioner, pixels, np.array([[1, 2]], np.uint64))
+    loaded.captions(captioner, pixels, np.array([[3, 4]], np.uint64))
+    assert texts() == [["seed 1", "seed 2"]]
+
+
+@pytest.mark.parametrize("out", [torch.zeros(1, 8), torch.zeros(2, 8, 1), np.zeros((2, 8)), None], ids=str)
+def test_the_class_of_embeddings_that_do_not_fit_their_batch_is_named(out: Any) -> None:
+    class Halving(ColorTeacher):
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            return out
+
+    found = r"got \(\d, 8(, 1)?\)" if isinstance(out, torch.Tensor) else f"got a {type(out).__name__}"
+    with pytest.raises(
+        ValueError, match=rf"shape \(2, 8\), {found} from Halving.encode_images\(\); correct it or `dim`"
+    ):
+        models().encode_images(Halving(CPU), torch.zeros(2, 3, 16, 16))

@@ -47,23 +47,31 @@ class Launching(ColorTeacher):
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         self.accelerator.queued += SECONDS
-        return Waiting(super().encode_images(pixels), self.accelerator)  # type: ignore[return-value]
+        return waiting(super().encode_images(pixels), self.accelerator)
 
     def encode_texts(self, texts: Any) -> torch.Tensor:
         self.accelerator.queued += SECONDS
-        return Waiting(super().encode_texts(texts), self.accelerator)  # type: ignore[return-value]
+        return waiting(super().encode_texts(texts), self.accelerator)
 
 
-class Waiting:
-    """An output that the host waits for."""
+class Waiting(torch.Tensor):
+    """An output that the host waits for when it reads it, not when it queues a copy of it."""
 
-    def __init__(self, values: torch.Tensor, accelerator: QueuingAccelerator) -> None:
-        self.values, self.accelerator, self.shape = values, accelerator, values.shape
+    accelerator: QueuingAccelerator
 
-    def float(self) -> torch.Tensor:
+    def clone(self, **_: Any) -> Waiting:
+        return self
+
+    def float(self, *_: Any, **__: Any) -> torch.Tensor:
         self.accelerator.synchronize()
         time.sleep(0.01)
-        return self.values
+        return self.as_subclass(torch.Tensor)
+
+
+def waiting(values: torch.Tensor, accelerator: QueuingAccelerator) -> Waiting:
+    out = values.as_subclass(Waiting)
+    out.accelerator = accelerator
+    return out
 
 
 def test_a_run_counts_what_the_device_spent_on_models_and_nothing_of_the_host() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.flops import count_flops
-from reinforce.engine.inference.inference import Batch, Outputs, to_numpy
+from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models
+from reinforce.engine.inference.outputs import to_numpy
 from reinforce.engine.inference.self_test import check_image_encoder, probe_images
 from reinforce.engine.worker.producers.base import RowGroup
 from reinforce.engine.worker.producers.vectors import Embeddings, Floats, Mask
@@ -42,27 +44,34 @@ class ImageEmbeddings(Embeddings):
     def encode(self, batch: Batch, prepared: Any) -> Callable[[], Outputs]:
         """Embeddings [rows, K, D] by layer."""
         assert batch.crops is not None
-        crops, count = batch.crops, self.session.config.augmentations.count
-        size = self.session.models.batches.crops(len(crops))
+        crops, count, models = batch.crops, self.session.config.augmentations.count, self.session.models
+        size = models.batches.crops(len(crops))
         placeholders = np.repeat([row.unreadable is not None for row in batch.rows], count)
         prepared_pixels: dict[ImageSpec, torch.Tensor] = {}
+        waiting = Counter(self.session.teacher(layer).image for layer in self.computed)
         encoded: dict[str, torch.Tensor] = {}
         for layer in self.computed:
             teacher = self.session.teacher(layer)
             assert teacher.image is not None
+            waiting[teacher.image] -= 1
             with self.session.stage(layer.name, batch.what, len(crops)):
                 if len(crops) > size:
-                    parts = [teacher.encode_images(to_pixels(part, teacher.image)) for part in crops.split(size)]
+                    parts = [
+                        models.encode_images(teacher, to_pixels(part, teacher.image)) for part in crops.split(size)
+                    ]
                     encoded[layer.name] = torch.cat(parts)
                     continue
                 if teacher.image not in prepared_pixels:
                     prepared_pixels[teacher.image] = to_pixels(crops, teacher.image)
-                encoded[layer.name] = teacher.encode_images(prepared_pixels[teacher.image])
+                pixels = prepared_pixels[teacher.image]
+                # A teacher may change its pixels, so only the last one that shares them gets the tensor itself.
+                own = pixels.clone() if waiting[teacher.image] else pixels
+                encoded[layer.name] = models.encode_images(teacher, own)
         outputs: Outputs = {}
         for layer in self.computed:  # copied to the CPU only when all teachers' work is queued
             dim = self.session.teacher(layer).dim
             with self.session.stage(layer.name, batch.what):
-                values = to_numpy(encoded[layer.name], len(crops), dim, placeholders)
+                values = to_numpy(encoded[layer.name], placeholders)
             outputs[layer.name] = values.reshape(len(batch.rows), count, dim)
         return lambda: outputs
 

@@ -12,9 +12,10 @@ from reinforce.dataset.layers import TRUE_CAPTION, Layer
 from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.flops import count_flops
-from reinforce.engine.inference.inference import Outputs, to_numpy
+from reinforce.engine.inference.inference import Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.out_of_memory import OutOfMemory
+from reinforce.engine.inference.outputs import to_numpy
 from reinforce.engine.inference.self_test import TEXTS, check_text_encoder
 from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.worker.producers.base import RowGroup
@@ -59,15 +60,15 @@ class TextEmbeddings(Embeddings):
         start = 0
         while start < len(distinct):
             batch = distinct[start : start + session.models.batches.texts(session.config.workers.images)]
-            what = f"{len(batch):,} texts, the first {shorten(batch[0], 60)!r}"
+            count, what = len(batch), f"{len(batch):,} texts, the first {shorten(batch[0], 60)!r}"
             with session.stage(layer.name, what):
                 encode = session.models.text_encoder(teacher, batch)
-            output, shared = session.attempt(partial(self._encode, layer, encode, len(batch), what))
+            output, shared = session.attempt(partial(self._encode, layer, encode, count, what))
             if isinstance(output, OutOfMemory):
-                session.halve(output, self.demand(layer, len(texts)), len(batch), shared)
+                session.halve(output, self.demand(layer, len(texts)), count, shared)
             else:
-                encoded[start : start + len(batch)] = output
-                start += len(batch)
+                encoded[start : start + count] = output
+                start += count
         values = np.zeros((len(texts), layer.count, teacher.dim), np.float32)
         for i, row in enumerate(texts):
             if row:
@@ -79,7 +80,7 @@ class TextEmbeddings(Embeddings):
         with self.session.use_accelerator(), self.session.stage(layer.name, what):
             with self.session.meter.stage(layer.name, count):
                 vectors = encode()
-            return to_numpy(vectors, count, self.session.teacher(layer).dim)
+            return to_numpy(vectors)
 
     def fill(self) -> None:
         for layer in self.computed:

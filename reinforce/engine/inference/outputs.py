@@ -1,0 +1,67 @@
+"""Outputs of models: checked, and copied before any model is called again, since a model may reuse their memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import MutableMapping
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from reinforce.dataset.vectors import NORM_TOLERANCE
+from teachers.protocols import Teacher
+
+Floats = npt.NDArray[np.float32]
+_T = TypeVar("_T")
+
+
+def copied(value: _T) -> _T:
+    """A copy of tensors and arrays, also inside of lists, tuples and mappings; other objects are kept."""
+    found: Any = value
+    if isinstance(found, torch.Tensor):
+        found = found.clone()
+    elif isinstance(found, np.ndarray):
+        found = found.copy()
+    elif isinstance(found, MutableMapping):
+        found = copy.copy(found)
+        for key, item in found.items():
+            found[key] = copied(item)
+    elif type(found) in (list, tuple):
+        found = type(found)(map(copied, found))
+    result: _T = found
+    return result
+
+
+def encode(teacher: Teacher, method: str, inputs: Any, count: int) -> torch.Tensor:
+    """A copy of the embeddings [count, dim] that a method of a teacher returns. Raises ValueError for another shape."""
+    out: object = getattr(teacher, method)(inputs)
+    wanted = (count, teacher.dim)
+    if isinstance(out, torch.Tensor) and tuple(out.shape) == wanted:
+        return out.clone()
+    found = tuple(out.shape) if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
+    raise ValueError(
+        f"embeddings must have shape {wanted}, got {found} from {type(teacher).__name__}.{method}(); correct it or "
+        "`dim`"
+    )
+
+
+def to_numpy(out: torch.Tensor, ignored: npt.NDArray[np.bool_] | None = None) -> Floats:
+    """Embeddings [rows, dim] on the CPU as float32.
+
+    Raises ValueError unless they have norm 1. The norm of ``ignored`` rows [rows] and of rows with NaN or infinity is
+    not checked.
+    """
+    values: Floats = out.float().cpu().numpy()
+    norms = np.sqrt(np.einsum("ij,ij->i", values, values))
+    wrong = ~(np.abs(norms - 1) <= NORM_TOLERANCE)
+    if ignored is not None:
+        wrong &= ~ignored
+    if wrong.any():
+        wrong[wrong] = np.isfinite(values[wrong]).all(axis=1)
+        for row in np.flatnonzero(wrong)[:1]:
+            raise ValueError(
+                f"embeddings must have norm 1, got {norms[row]:.3f} in row {row + 1} of {len(out)}; normalize them"
+            )
+    return values
