@@ -1,18 +1,19 @@
-"""Self-test of the loaded models before a run: a few small forward passes, whose outputs are checked.
+"""Self-test of the loaded models before a run: small forward passes and a full batch, whose outputs are checked.
 
 Of each encoder of a teacher it requires, on a batch of three inputs, that
 
 - the shape is [3, dim], every value is finite and every norm is within ``NORM_TOLERANCE`` of 1,
 - the same batch gives the same embeddings again,
 - different inputs give different embeddings,
-- the batch gives what each input gives alone.
+- the batch gives what each input gives alone, and so does a full batch, in which the three are repeated at random.
 
 How close is close enough depends on the precision: see ``TOLERANCES``.
 
 Of a captioner it requires ``captions`` texts for each image, that the same images and seeds give the same texts again,
 and that some caption of a batch begins as it does for its image alone. It does not require more, because the rounding
-of matrix products may depend on the batch and change a sampled word. Different images may get the same caption. Of one
-that is not ``repeatable`` it requires texts alone, or reasons why there are none.
+of matrix products may depend on the batch and change a sampled word. In a full batch, at least twice as many captions
+must begin as those of their image than as those of another. Different images may get the same caption. Of one that is
+not ``repeatable`` it requires texts alone, or reasons why there are none.
 """
 
 from __future__ import annotations
@@ -88,20 +89,23 @@ def precisions(config: Config) -> dict[str, Precision]:
     return {name: spec.resolved_precision for name, spec in (*config.captioners.items(), *config.teachers.items())}
 
 
-def check_image_encoder(models: Models, name: str, precision: Precision) -> Floats:
-    """Test the image encoder of a teacher -> the norms of its embeddings. Raises UserError."""
+def check_image_encoder(models: Models, name: str, precision: Precision, batch: int | None = None) -> Floats:
+    """Test the image encoder of a teacher -> the norms of its embeddings. Raises UserError.
+
+    ``batch`` is the size of a full batch to test; None: three images.
+    """
     teacher = models.teachers[name]
 
     def encode(rows: Sequence[int]) -> torch.Tensor:
-        pixels = probe_images(models, teacher.image, rows)
+        pixels = probe_images(models, teacher.image, range(_IMAGES))[rows]
         with models.use_accelerator():
             return models.encode_images(teacher, pixels)
 
-    return _check_encoder(name, _IMAGE_INPUTS, teacher, encode, precision)
+    return _check_encoder(name, _IMAGE_INPUTS, teacher, encode, precision, batch)
 
 
-def check_text_encoder(models: Models, name: str, precision: Precision) -> Floats:
-    """Test the text encoder of a teacher -> the norms of its embeddings. Raises UserError."""
+def check_text_encoder(models: Models, name: str, precision: Precision, batch: int | None = None) -> Floats:
+    """Test the text encoder of a teacher -> the norms of its embeddings; as ``check_image_encoder``."""
     teacher = models.teachers[name]
 
     def encode(rows: Sequence[int]) -> torch.Tensor:
@@ -109,19 +113,26 @@ def check_text_encoder(models: Models, name: str, precision: Precision) -> Float
         with models.use_accelerator():
             return run()
 
-    return _check_encoder(name, _TEXT_INPUTS, teacher, encode, precision)
+    return _check_encoder(name, _TEXT_INPUTS, teacher, encode, precision, batch)
 
 
-def check_captioner(models: Models, name: str, count: int) -> None:
-    """Test a captioner that writes ``count`` captions for an image. Raises UserError."""
+def check_captioner(models: Models, name: str, count: int, batch: int | None = None) -> None:
+    """Test a captioner that writes ``count`` captions for an image. Raises UserError.
+
+    ``batch`` is the size of a full batch to test, unless it is not ``repeatable``; None: two images.
+    """
     captioner = models.captioners[name]
-    seeds = np.arange(_CAPTIONED_IMAGES * count, dtype=np.uint64).reshape(_CAPTIONED_IMAGES, count)
+    seeds = np.arange(_IMAGES * count, dtype=np.uint64).reshape(_IMAGES, count)
     everything = list(range(_CAPTIONED_IMAGES))
 
     def caption(rows: list[int]) -> list[list[str]]:
         return _caption(models, captioner, rows, seeds[rows])
 
     try:
+        if batch is not None:
+            if getattr(captioner, "repeatable", True):
+                _check_captions_of_batch(caption, _shuffled(_IMAGES, batch))
+            return
         together = caption(everything)
         if not getattr(captioner, "repeatable", True):
             return
@@ -138,7 +149,31 @@ def check_captioner(models: Models, name: str, count: int) -> None:
                 "depend on image b and seeds[b, n] alone"
             )
     except Exception as error:
-        raise _failed(name, "captions", captioner, error) from error
+        raise _failed(name, "captions", captioner, error, batch) from error
+
+
+def _check_captions_of_batch(caption: Callable[[list[int]], list[list[str]]], rows: list[int]) -> None:
+    """Compare the captions of a full batch of ``rows`` with those of each image alone. Raises ValueError."""
+    together, alone = caption(rows), [caption([row])[0] for row in range(_IMAGES)]
+    own = [_any_begins_alike([texts], [alone[row]]) for texts, row in zip(together, rows, strict=True)]
+    mixed = [
+        (texts, alone[row])
+        for texts, row, right in zip(together, rows, own, strict=True)
+        if not right and any(_any_begins_alike([texts], [other]) for other in alone)
+    ]
+    if 2 * len(mixed) > sum(own):
+        raise ValueError(
+            f"{len(mixed)} images get the captions of other images, such as {mixed[0][0]!r} for {mixed[0][1]!r}; keep "
+            "the order of the rows"
+        )
+
+
+def _shuffled(count: int, size: int) -> list[int]:
+    """A batch of ``size`` rows, each one of ``count`` inputs.
+
+    Whatever the size is from 4, at least 44 % of the rows differ if they are reversed or rotated, or halves exchanged.
+    """
+    return np.random.default_rng(171).integers(0, count, size).tolist()
 
 
 def _caption(
@@ -160,19 +195,26 @@ def _any_begins_alike(a: list[list[str]], b: list[list[str]]) -> bool:
 
 
 def _check_encoder(
-    name: str, inputs: _Inputs, teacher: Teacher, encode: Callable[[Sequence[int]], torch.Tensor], precision: Precision
+    name: str,
+    inputs: _Inputs,
+    teacher: Teacher,
+    encode: Callable[[Sequence[int]], torch.Tensor],
+    precision: Precision,
+    batch: int | None,
 ) -> Floats:
-    everything = range(inputs.count)
+    everything = [*range(inputs.count)]
+    rows = everything if batch is None else _shuffled(inputs.count, batch)
     try:
-        out = encode(everything)
+        out = encode(rows)
         tolerance = TOLERANCES[_PRECISIONS.get(out.dtype, precision)]
         together = _embeddings(out)
-        _check_repeatable(together, _embeddings(encode(everything)), tolerance)
-        _check_different(together, inputs, tolerance)
+        if batch is None:
+            _check_repeatable(together, _embeddings(encode(rows)), tolerance)
+            _check_different(together, inputs, tolerance)
         alone = np.concatenate([_embeddings(encode([row])) for row in everything])
-        _check_independent(together, alone, tolerance)
+        _check_independent(together, alone[rows], tolerance)
     except Exception as error:
-        raise _failed(name, inputs.name, teacher, error) from error
+        raise _failed(name, inputs.name, teacher, error, batch) from error
     norms: Floats = np.linalg.norm(together, axis=1)
     return norms
 
@@ -228,14 +270,15 @@ def probe_images(models: Models, spec: ImageSpec | None, rows: Sequence[int]) ->
     return to_pixels(models.accelerator.put(np.ascontiguousarray(colors[:, y][:, :, x])), spec)
 
 
-def _failed(name: str, kind: str, model: Any, error: Exception) -> UserError:
+def _failed(name: str, kind: str, model: Any, error: Exception, batch: int | None) -> UserError:
     frames = user_frames(error)
     text = str(error) if isinstance(error, ValueError) and not frames else f"{type(error).__name__}: {error}{frames}"
     training = _networks_in_training(model)
     hint = (
         f" Call `.eval()` on `{'`, `'.join(training)}`, which is in training mode." if training else memory_hint(error)
     )
-    return UserError(f"{name} fails its self-test ({kind}): {text}{hint}")
+    where = kind if batch is None else f"{kind}, a batch of {batch:,}"
+    return UserError(f"{name} fails its self-test ({where}): {text}{hint}")
 
 
 def _networks_in_training(model: Any) -> list[str]:

@@ -176,7 +176,9 @@ def _measure_images(models: Models, name: str, spec: TeacherSpec, batch: int) ->
         pixels = _pixels(models, teacher.image, size)
         return lambda: teacher.encode_images(pixels)
 
-    return Measurement(name, "images", teacher.dim, norms, *_measure(models, prepare, batch, f"{name} (images)"))
+    rate, size = _measure(models, prepare, batch, f"{name} (images)")
+    check_image_encoder(models, name, spec.resolved_precision, size)
+    return Measurement(name, "images", teacher.dim, norms, rate, size)
 
 
 def _measure_texts(models: Models, name: str, spec: TeacherSpec, batch: int) -> Measurement:
@@ -191,7 +193,9 @@ def _measure_texts(models: Models, name: str, spec: TeacherSpec, batch: int) -> 
 
         return run
 
-    return Measurement(name, "texts", teacher.dim, norms, *_measure(models, prepare, batch, f"{name} (texts)"))
+    rate, size = _measure(models, prepare, batch, f"{name} (texts)")
+    check_text_encoder(models, name, spec.resolved_precision, size)
+    return Measurement(name, "texts", teacher.dim, norms, rate, size)
 
 
 def _measure_captioner(models: Models, name: str, spec: CaptionerSpec, batch: int) -> Measurement:
@@ -204,6 +208,7 @@ def _measure_captioner(models: Models, name: str, spec: CaptionerSpec, batch: in
         return lambda: captioner.caption(pixels, seeds)
 
     rate, size = _measure(models, prepare, batch, f"{name} (captions)")
+    check_captioner(models, name, spec.captions, size)
     return Measurement(name, "captions", None, None, rate * spec.captions, size)
 
 

@@ -83,6 +83,7 @@ class Worker:
         self.models = load_models(self.config, layers)
         check_models(self.models, layers, precisions(self.config))
         self.config = fit_batch(self.models, self.config, layers)
+        check_models(self.models, layers, precisions(self.config), self.config)
         self.models.costs = measure_costs(self.models, self.config, layers, flops_of)
         allocate_pixels(self.pool, self.config, layers, self.models, SHARDS_IN_FLIGHT)
         self.pool.wait_until_ready()

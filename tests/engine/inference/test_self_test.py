@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from reinforce.config import parse_config
+from reinforce.config import Config, parse_config
 from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.self_test import TEXTS, check_text_encoder
 from reinforce.engine.plan.recipe import build_layers, describe_models
@@ -19,7 +19,7 @@ from reinforce.errors import UserError
 from teachers.device.accelerator import Accelerator, Precision
 from teachers.registry import captioner_spec, load_captioner, load_teacher, teacher_spec
 from tests.helpers import tiny_models
-from tests.helpers.batches import CPU, LAYERS
+from tests.helpers.batches import CONFIG, CPU, LAYERS
 from tests.helpers.models import ColorTeacher, ImageOnly, SeedCaptioner, TextOnly, WrongShapeTeacher
 from tests.helpers.tiny_captioners import blip, spec_of
 from tests.helpers.tiny_coca import coca_model
@@ -31,8 +31,8 @@ def models(red: Any = None, namer: Any = None) -> Models:
     return Models({"red": red or ColorTeacher(CPU)}, {"namer": namer or SeedCaptioner(CPU)}, Accelerator("cpu"))
 
 
-def check(*layers: str, precision: Precision = "fp32", **loaded: Any) -> None:
-    check_models(models(**loaded), [LAYERS[layer] for layer in layers], {"red": precision})
+def check(*layers: str, precision: Precision = "fp32", config: Config | None = None, **loaded: Any) -> None:
+    check_models(models(**loaded), [LAYERS[layer] for layer in layers], {"red": precision}, config)
 
 
 class Changed(ColorTeacher):
@@ -119,7 +119,11 @@ def test_models_of_both_libraries_pass_in_every_precision(tmp_path: Path, precis
 @pytest.mark.parametrize(
     ("layer", "red", "message"),
     [
-        (TRUE, WrongShapeTeacher(CPU), r"\(texts\): embeddings must have shape \(3, 6\), got \(3, 7\)"),
+        (
+            TRUE,
+            WrongShapeTeacher(CPU),
+            r"\(texts\): embeddings must have shape \(3, 6\), got \(3, 7\) from WrongShapeTeacher\.encode_texts",
+        ),
         (IMAGES, WrongShapeTeacher(CPU), r"\(images\): embeddings must have shape \(3, 6\)"),
         (TRUE, ImageOnly(CPU), r"\(texts\): AttributeError: .*encode_texts"),
         (TRUE, Changed(lambda out, _: 2 * out), r"norm 1, got 2\.000.*normalize"),
@@ -212,3 +216,49 @@ class Writing(SeedCaptioner):
 def test_a_captioner_without_its_number_of_seeded_captions_is_a_user_error(namer: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"namer fails its self-test .*{message}"):
         check(CAPTIONS, namer=namer)
+
+
+def full_batch(size: int) -> Config:
+    return CONFIG.model_copy(update={"workers": CONFIG.workers.model_copy(update={"batch": size})})
+
+
+def from_eight(change: Any) -> Any:
+    """``change`` of outputs and inputs, in batches of eight or more."""
+    return lambda out, *inputs: change(out) if len(out) >= 8 else out
+
+
+WRONG_BATCHES = {
+    "reversed": (lambda out: out[::-1] if isinstance(out, list) else out.flip(0), "order of the rows"),
+    "rotated": (lambda out: [*out[1:], out[0]] if isinstance(out, list) else out.roll(1, 0), "order of the rows"),
+    "half": (lambda out: out[: len(out) // 2], "must"),
+}
+
+
+@pytest.mark.parametrize("size", [16, 18, 64, 200])
+@pytest.mark.parametrize("wrong", WRONG_BATCHES)
+def test_a_model_that_is_wrong_in_full_batches_alone_fails_its_self_test(wrong: str, size: int) -> None:
+    change, message = WRONG_BATCHES[wrong]
+    teacher, namer = Changed(from_eight(change)), Writing(from_eight(change))
+    check(IMAGES, TRUE, CAPTIONS, red=teacher, namer=namer)
+    check(IMAGES, TRUE, CAPTIONS, config=full_batch(size))
+    for layer, kind, rows in ((IMAGES, "images", size), (TRUE, "texts", size), (CAPTIONS, "captions", size // 2)):
+        named = "Changed.encode_" if (wrong, kind) == ("half", kind) and kind != "captions" else ""
+        with pytest.raises(UserError, match=rf"self-test \({kind}, a batch of {rows}\): .*{message}.*{named}"):
+            check(layer, red=teacher, namer=namer, config=full_batch(size))
+
+
+def test_a_full_batch_is_that_of_the_config_or_what_fits_in_memory() -> None:
+    sizes: list[int] = []
+    red = Changed(lambda out, _: sizes.append(len(out)) or out)
+    loaded = models(red=red)
+    check_models(loaded, [LAYERS[IMAGES], LAYERS[TRUE]], {}, full_batch(20))
+    loaded.batches._bounds |= {"rows": 4, "texts": 7}
+    check_models(loaded, [LAYERS[IMAGES], LAYERS[TRUE]], {}, full_batch(20))
+    assert [size for size in sizes if size > 1] == [20, 20, 8, 7]
+
+
+def test_a_captioner_that_is_not_repeatable_is_not_asked_for_a_full_batch() -> None:
+    namer = Writing(lambda texts, *_: texts)
+    namer.repeatable = False
+    check(CAPTIONS, namer=namer, config=full_batch(64))
+    assert namer.calls == 0

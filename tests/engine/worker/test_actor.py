@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from reinforce.config import parse_config
 from reinforce.engine.decode.pool import DecodePool
@@ -17,13 +19,22 @@ from reinforce.engine.inference.models import load_models
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, ShardResult
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker import stale_files as inputs
 from reinforce.engine.worker.actor import Worker, as_actor
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, tree
 from tests.helpers.decoding import decode_pool
+from tests.helpers.models import ColorTeacher
 
 TOKEN = "hf_t0ken-of-eve"
+
+
+class Reversing(ColorTeacher):
+    """Reverses the rows of large batches."""
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        return super().encode_images(pixels.flip(0) if len(pixels) > 100 else pixels)
 
 
 class LocalWorker(Worker):
@@ -112,6 +123,21 @@ def test_a_relative_output_without_the_folder_of_the_driver_is_an_error(
         Worker(config, {}, frozenset(), str(tmp_path / "driver")).load()
     absolute = parse_config(config_of("source.tar", tmp_path / "out", captioners={}, teachers={}))
     Worker(absolute, {}, frozenset(), str(tmp_path / "driver"))._check_output()
+
+
+def test_a_worker_does_not_start_with_a_teacher_that_is_wrong_in_full_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    teachers = {"red": {"class": "tests.engine.worker.test_actor:Reversing"}}
+    config = parse_config(config_of("x.tar", "out", captioners={}, teachers=teachers, workers={"batch": 128}))
+    layers = build_layers(config, describe_models(config))
+    worker = Worker(config, layers, frozenset(layers), str(tmp_path))
+    with pytest.raises(LoadFailure, match=r"red fails its self-test \(images, a batch of 128\): .*order of the rows"):
+        worker.load()
+    assert worker.pool is not None
+    worker.pool.close()
 
 
 def test_a_worker_reports_the_layer_and_the_batch_in_which_a_shard_hangs_while_it_hangs(

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from reinforce.config import Config
 from reinforce.dataset.kinds.registry import kind_of
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.row import Row
@@ -67,8 +68,8 @@ class Producer(Encoder):
     # -- models
 
     @staticmethod
-    def self_test(models: Models, layer: Layer, precision: Precision) -> None:
-        """Test the model of a layer before the run. Raises UserError."""
+    def self_test(models: Models, layer: Layer, precision: Precision, config: Config | None) -> None:
+        """Test the model of a layer before the run, with a full batch of ``config`` if given. Raises UserError."""
 
     @staticmethod
     def flops(models: Models, layer: Layer) -> float:

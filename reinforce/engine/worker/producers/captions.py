@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from reinforce.config import Config
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.row import Row
-from reinforce.engine.inference.batch_sizes import Demand
+from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models
 from reinforce.engine.inference.self_test import check_captioner
@@ -35,8 +36,9 @@ class Captions(Producer):
     kind = "captions"
 
     @staticmethod
-    def self_test(models: Models, layer: Layer, precision: Precision) -> None:
-        check_captioner(models, str(layer.model), layer.count)
+    def self_test(models: Models, layer: Layer, precision: Precision, config: Config | None) -> None:
+        batch = None if config is None else models.batches.rows(rows_per_batch(config))
+        check_captioner(models, str(layer.model), layer.count, batch)
 
     @property
     def views(self) -> Iterable[ImageSpec]:

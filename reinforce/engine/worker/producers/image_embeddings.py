@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from reinforce.config import Config
 from reinforce.dataset.layers import Layer
-from reinforce.engine.inference.batch_sizes import Demand
+from reinforce.engine.inference.batch_sizes import Demand, rows_per_batch
 from reinforce.engine.inference.flops import count_flops
 from reinforce.engine.inference.inference import Batch, Outputs
 from reinforce.engine.inference.models import Models
@@ -27,8 +28,11 @@ class ImageEmbeddings(Embeddings):
     kind = "images"
 
     @staticmethod
-    def self_test(models: Models, layer: Layer, precision: Precision) -> None:
-        check_image_encoder(models, str(layer.model), precision)
+    def self_test(models: Models, layer: Layer, precision: Precision, config: Config | None) -> None:
+        batch = None
+        if config is not None:
+            batch = models.batches.crops(models.batches.rows(rows_per_batch(config)) * config.augmentations.count)
+        check_image_encoder(models, str(layer.model), precision, batch)
 
     @staticmethod
     def flops(models: Models, layer: Layer) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from reinforce.config import Config
 from reinforce.dataset.kinds.registry import KINDS
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.models import Counters, Models
@@ -28,8 +29,12 @@ def make_producers(layers: Iterable[Layer], session: Session) -> list[Producer]:
     return [PRODUCERS[name](found, session) for name, found in of_kind.items() if found]
 
 
-def check_models(models: Models, layers: Iterable[Layer], precisions: Mapping[str, Precision]) -> None:
-    """Test the models that make ``layers``. ``precisions`` are those of the forward passes, by name of the model.
+def check_models(
+    models: Models, layers: Iterable[Layer], precisions: Mapping[str, Precision], config: Config | None = None
+) -> None:
+    """Test the models that make ``layers``, on a few inputs or, with ``config``, on a full batch of it.
+
+    ``precisions`` are those of the forward passes, by name of the model.
 
     Raises UserError that names the model, the check that failed and what was measured.
     """
@@ -38,7 +43,7 @@ def check_models(models: Models, layers: Iterable[Layer], precisions: Mapping[st
         if layer.model is None or layer.published or (layer.model, layer.kind) in tested:
             continue
         tested.add((layer.model, layer.kind))
-        PRODUCERS[layer.kind.name].self_test(models, layer, precisions.get(layer.model, "fp32"))
+        PRODUCERS[layer.kind.name].self_test(models, layer, precisions.get(layer.model, "fp32"), config)
     models.counters = Counters()
 
 

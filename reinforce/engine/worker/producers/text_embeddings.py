@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from reinforce.config import Config
 from reinforce.dataset.layers import TRUE_CAPTION, Layer
 from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batch_sizes import Demand
@@ -31,8 +32,9 @@ class TextEmbeddings(Embeddings):
     kind = "texts"
 
     @staticmethod
-    def self_test(models: Models, layer: Layer, precision: Precision) -> None:
-        check_text_encoder(models, str(layer.model), precision)
+    def self_test(models: Models, layer: Layer, precision: Precision, config: Config | None) -> None:
+        batch = None if config is None else models.batches.texts(config.workers.images)
+        check_text_encoder(models, str(layer.model), precision, batch)
 
     @staticmethod
     def flops(models: Models, layer: Layer) -> float:
