@@ -66,6 +66,8 @@ class Teacher(Protocol):
     A teacher with a slow tokenizer may add ``tokenize(texts) -> tokens`` and ``encode_tokens(tokens) -> embeddings``.
     A run then calls these two instead of ``encode_texts``, so that one shard is tokenized while another uses the
     accelerator. Teachers with an equal, hashable ``tokenizer_key`` share the tokens of a batch.
+
+    Inputs are the model's own and may be changed; outputs are copied before the next call and may reuse their memory.
     """
 
     #: Length of the embeddings.

@@ -116,7 +116,7 @@ def check(
         Literal["teacher", "captioner"] | None, typer.Option(help="What the class is. Default: by its methods.")
     ] = None,
 ) -> None:
-    """Load teachers and captioners, test them on small batches as before a run, and measure their speed.
+    """Load teachers and captioners, test them as before a run, and measure their speed.
 
     Starts nothing and writes nothing. Exits with status 2 if a model fails.
     """

@@ -103,9 +103,7 @@ class _ShardProcess:
         self.source_counts: Counter[str] = Counter()
         self.counters = Counters()
         self.session = Session(config, models, self.counters, watch)
-        self.producers = make_producers(self.layers.values(), self.session)
-        for producer in self.producers:
-            producer.refusals, producer.source = self.refusals, self.source
+        self.producers = make_producers(self.layers.values(), self.session, self.refusals, self.source)
         self.inference = Inference(self.session, self.producers)
 
     def run(self) -> ShardResult:

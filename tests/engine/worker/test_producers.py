@@ -45,8 +45,7 @@ def table(layer: str, group: RowGroup, **changes: Any) -> tuple[pa.Table, Refusa
     config = parse_config(config_of("x.tar", "out", **changes))
     models = Models({"red": ColorTeacher(torch.device("cpu"))}, {}, Accelerator("cpu"))
     layers = build_layers(config, describe_models(config))
-    [producer] = make_producers([layers[layer]], Session(config, models))
-    producer.refusals, producer.source = Refusals(), "s3://bucket/x.tar"
+    [producer] = make_producers([layers[layer]], Session(config, models), source="s3://bucket/x.tar")
     [(_, found)] = producer.tables(group)
     return found, producer.refusals
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -15,6 +15,7 @@ from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.inference import Encoder, Outputs
 from reinforce.engine.inference.models import Models
+from reinforce.engine.inference.session import Session
 from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import MisalignedLayer
 from reinforce.source.samples import Refusal
@@ -53,17 +54,19 @@ class RowGroup:
 
 
 class Producer(Encoder):
-    """Computes the layers of one kind in one shard, and records what they refuse.
+    """Computes the layers of one kind in one shard, and records what they refuse in ``refusals``.
 
-    Attributes:
-        refusals: of the shard.
-        source: the URL of the source shard that is recorded.
+    ``source`` is the URL of the source shard that is recorded.
     """
 
-    refusals: Refusals
-    source: str
     #: Name of the kind.
     kind: ClassVar[str]
+
+    def __init__(
+        self, layers: Iterable[Layer], session: Session, refusals: Refusals | None = None, source: str = ""
+    ) -> None:
+        super().__init__(layers, session)
+        self.refusals, self.source = refusals or Refusals(), source
 
     # -- models
 

@@ -14,6 +14,7 @@ from reinforce.engine.worker.producers.captions import Captions
 from reinforce.engine.worker.producers.image_embeddings import ImageEmbeddings
 from reinforce.engine.worker.producers.samples import Samples
 from reinforce.engine.worker.producers.text_embeddings import TextEmbeddings
+from reinforce.engine.worker.refusals import Refusals
 from teachers.spec import Precision
 
 #: Producers by the name of their kind.
@@ -22,11 +23,13 @@ PRODUCERS: dict[str, type[Producer]] = {
 }
 
 
-def make_producers(layers: Iterable[Layer], session: Session) -> list[Producer]:
+def make_producers(
+    layers: Iterable[Layer], session: Session, refusals: Refusals | None = None, source: str = ""
+) -> list[Producer]:
     """A producer for each kind that some of the layers have, each after those whose layers it may need."""
     layers = [*layers]
     of_kind = {name: [layer for layer in layers if layer.kind == kind] for name, kind in KINDS.items()}
-    return [PRODUCERS[name](found, session) for name, found in of_kind.items() if found]
+    return [PRODUCERS[name](found, session, refusals, source) for name, found in of_kind.items() if found]
 
 
 def check_models(

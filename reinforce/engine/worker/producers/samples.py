@@ -11,6 +11,7 @@ import pyarrow as pa
 from reinforce.dataset.layers import Layer
 from reinforce.engine.inference.session import Session
 from reinforce.engine.worker.producers.base import Producer, RowGroup
+from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import IMAGES
 from reinforce.source.references import image_digest
 from reinforce.source.samples import RawSample
@@ -20,8 +21,10 @@ from schemas import IMAGE_DIGEST
 class Samples(Producer):
     kind = "samples"
 
-    def __init__(self, layers: Iterable[Layer], session: Session) -> None:
-        super().__init__(layers, session)
+    def __init__(
+        self, layers: Iterable[Layer], session: Session, refusals: Refusals | None = None, source: str = ""
+    ) -> None:
+        super().__init__(layers, session, refusals, source)
         self._images = hashlib.blake2b(digest_size=8)  # of the digests of referenced images
 
     def table(self, layer: Layer, group: RowGroup) -> pa.Table:
