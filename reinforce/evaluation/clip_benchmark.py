@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from reinforce.errors import UserError
+from reinforce.model_names import model_errors
+from teachers.open_clip import catalog
 from teachers.spec import ModelSpec
 
 PROGRAM = "clip_benchmark"
@@ -44,9 +46,17 @@ SETS = [f"wds/{name}" for name in _OTHERS.split()] + [f"wds/vtab/{name}" for nam
 def build_command(spec: ModelSpec, folder: Path, sets: list[str] | None = None, root: str = ROOT) -> list[str]:
     """Return the command that writes one JSON file per set into ``folder``.
 
-    Raises UserError for a model name that clip_benchmark cannot parse.
+    Raises UserError for a model name that clip_benchmark cannot parse, and for a checkpoint with preprocessing of its
+    own, which clip_benchmark would not read.
     """
     name = str(spec.model)
+    with model_errors(name):
+        file = spec.pretrained is not None and catalog.is_checkpoint_file(spec.pretrained)
+        if file and catalog.changed_preprocess(name, spec.pretrained, {}):
+            raise ValueError(
+                f"clip_benchmark does not read the preprocessing of {spec.pretrained} from the {catalog.CONFIG_FILE} "
+                "beside it. Name the folder, as local-dir:PATH."
+            )
     if "," in name:
         raise UserError(f"{name}: clip_benchmark splits names at commas. Move the folder to a path without a comma.")
     if name.startswith("local-dir:"):

@@ -13,6 +13,7 @@ from reinforce.config_schema import InSchema, either
 from reinforce.evaluation.config import Evaluation
 from reinforce.settings import Section
 from reinforce.training.config import Trackers, Training
+from teachers.open_clip.options import PREPROCESS, Preprocess
 from teachers.registry import AnyTeacher
 from teachers.spec import TeacherSpec
 
@@ -158,6 +159,7 @@ class Student(Section):
 
     model: str = Field(min_length=1, description="an open_clip name such as MobileCLIP2-S0, or local-dir:PATH")
     pretrained: str | None = Field(None, description="pretrained tag or checkpoint to start from; default: random")
+    preprocess: Preprocess | None = Field(None, description=PREPROCESS)
 
 
 class StudentConfig(Section):

@@ -18,6 +18,7 @@ from reinforce.student.loss import Form
 from reinforce.student.pointwise import avoid_faulty_convolutions
 from reinforce.training.task import Batch, Encoded
 from teachers.open_clip import catalog
+from teachers.open_clip.options import OpenClipOptions, stated_preprocess
 from teachers.open_clip.teacher import image_spec, load_model, model_name, random_model
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
@@ -126,10 +127,10 @@ def build_student(
     UserError if the model is unknown, cannot be loaded, or cannot be trained with this loss.
     """
     try:
-        model = ModelSpec(model=spec.model, pretrained=spec.pretrained)
+        model = OpenClipOptions(model=spec.model, pretrained=spec.pretrained, preprocess=spec.preprocess)
         name, pretrained = model_name(model), _has_weights(model)
         config = _model_config(name)
-        clip = load_model(model) if pretrained else _random_model(name, seed)
+        clip = load_model(model) if pretrained else _random_model(name, seed, stated_preprocess(model))
         image = image_spec(open_clip.get_model_preprocess_cfg(clip))
         if image.height != image.width:
             raise ValueError(
@@ -192,9 +193,9 @@ def _model_config(name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def _random_model(name: str, seed: int) -> Any:
+def _random_model(name: str, seed: int, preprocess: Mapping[str, Any]) -> Any:
     with _seeded(seed):
-        return random_model(name)
+        return random_model(name, preprocess)
 
 
 def _init_as_siglip(clip: Any) -> dict[str, float]:

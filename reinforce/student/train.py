@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from reinforce.training.launch import launch, runs_on_ray
 from reinforce.training.record.results import Results
 from reinforce.training.record.trackers import check_trackers
 from teachers.device.accelerator import Accelerator
+from teachers.open_clip.catalog import DEFAULT_PREPROCESS
+from teachers.open_clip.options import stated_preprocess
 from teachers.open_clip.tokenizer import Tokenizer
 
 #: Keys that may change when a training resumes: where it writes, how it is evaluated, how fast it reads.
@@ -53,12 +56,21 @@ def make_job(config: StudentConfig) -> Job:
         training=config.train,
         output=config.output,
         seed=config.seed,
-        fixed_config=fixed_config(config, _MUTABLE),
+        fixed_config=fixed_config(config, (*_MUTABLE, *_default_preprocess(config))),
         evaluate_every=config.evaluate.every,
         best=config.evaluate.best_metric,
         trackers=config.log,
         model_config=model_settings(config.student.model),
     )
+
+
+def _default_preprocess(config: StudentConfig) -> Iterator[str]:
+    """Keys that state open_clip's default preprocessing. A training that began before they existed has it, too."""
+    teachers = {f"loss.teachers.{name}": spec for name, spec in config.loss.teachers.items()}
+    for place, spec in {"student": config.student, **teachers}.items():
+        for key, value in stated_preprocess(spec).items():
+            if value == DEFAULT_PREPROCESS[key]:
+                yield f"{place}.preprocess.{key}"
 
 
 def build(config: StudentConfig, accelerator: Accelerator) -> tuple[StudentTask, StudentFeed]:

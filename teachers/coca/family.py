@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from teachers.decoding.postprocess import cleaning_identity
 from teachers.open_clip import catalog
 from teachers.open_clip.family import model_identity, weight_hosts
+from teachers.open_clip.options import OpenClipOptions
 from teachers.protocols import Captioner
 from teachers.spec import CHAT_FIELDS, CaptionerSpec, ModelInfo
 
 
-class CocaSpec(CaptionerSpec):
+class CocaSpec(OpenClipOptions, CaptionerSpec):
     def describe(self) -> ModelInfo:
         if given := [field for field in CHAT_FIELDS if getattr(self, field) is not None]:
             raise ValueError(f"{', '.join(given)}: used only by chat models of `family: transformers`; remove it")

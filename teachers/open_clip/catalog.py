@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,14 @@ from teachers.weights import CHECKPOINTS, is_url
 HUB_PREFIX = "hf-hub:"
 FOLDER_PREFIX = "local-dir:"
 CONFIG_FILE = "open_clip_config.json"
+
+#: Preprocessing that open_clip assumes where weights state none, by key of ``preprocess_cfg``.
+DEFAULT_PREPROCESS: dict[str, Any] = {
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
 
 #: Weights in a local-dir folder, in order of preference; another checkpoint is used if it is the only one.
 _WEIGHTS = (
@@ -136,6 +145,69 @@ def tag_config(model: str, tag: str) -> dict[str, Any]:
             f"with{'out' if quick else ''} it, which gives wrong embeddings: use model {other}"
         )
     return found
+
+
+def changed_preprocess(model: str, pretrained: str | None, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of ``preprocess_cfg`` whose values differ from those that open_clip gives the model with these weights.
+
+    They come from ``stated``, the config's keys, or from the config in the folder of a checkpoint file. Raises
+    ValueError for a checkpoint file without keys for which a tag of the model differs from open_clip's default.
+    """
+    if model.startswith(HUB_PREFIX):
+        return dict(stated)  # its own are not known without the network
+    if model.startswith(FOLDER_PREFIX):
+        own = _preprocess_of(_read_json(local_folder(model) / CONFIG_FILE))
+    elif pretrained is None or is_checkpoint_file(pretrained):
+        own = {}
+        if pretrained is not None:
+            stated = {**_preprocess_beside(pretrained), **stated}
+            _check_stated(builtin_name(model), pretrained, stated)
+    else:
+        own = _preprocess_of({"preprocess_cfg": tag_config(model, pretrained)})
+    own = {**DEFAULT_PREPROCESS, **own}
+    return {key: value for key, value in stated.items() if value != own[key]}
+
+
+def _preprocess_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``DEFAULT_PREPROCESS`` in ``preprocess_cfg``, as the config of a run writes them."""
+    found = config.get("preprocess_cfg") or {}
+    found = {key: found[key] for key in DEFAULT_PREPROCESS if found.get(key) is not None}
+    channels = {key: found[key] for key in ("mean", "std") if key in found}
+    return found | {
+        key: [float(item) for item in (value if isinstance(value, (list, tuple)) else [value] * 3)]
+        for key, value in channels.items()
+    }
+
+
+def _preprocess_beside(checkpoint: str) -> dict[str, Any]:
+    """What an open_clip_config.json states whose weights are this local file."""
+    path = Path(checkpoint.removeprefix("file://")).expanduser()
+    if is_url(checkpoint) or not (path.parent / CONFIG_FILE).is_file():
+        return {}
+    try:
+        theirs = folder_weights(f"{FOLDER_PREFIX}{path.parent}") == path
+    except (ValueError, FileNotFoundError):
+        theirs = False
+    return _preprocess_of(_read_json(path.parent / CONFIG_FILE)) if theirs else {}
+
+
+def _check_stated(name: str, checkpoint: str, stated: Mapping[str, Any]) -> None:
+    """Raise ValueError if a tag of a built-in model has another value than open_clip for a key that is not stated."""
+    options: dict[str, list[str]] = {}
+    missing: set[str] = set()
+    for tag in _pretrained().list_pretrained_tags_by_model(name):
+        values = _preprocess_of({"preprocess_cfg": _pretrained().get_pretrained_cfg(name, tag)})
+        options.setdefault(json.dumps(values), []).append(tag)
+        missing |= {key for key, value in values.items() if value != DEFAULT_PREPROCESS[key]} - stated.keys()
+    if missing:
+        choices = []
+        for text, tags in options.items():
+            shown = ", ".join(f"{key}: {value}" for key, value in json.loads(text).items() if key in missing)
+            choices.append(f"`preprocess: {{{shown}}}` as its tag {', '.join(tags[:3])}{', ...' * (len(tags) > 3)}")
+        raise ValueError(
+            f"checkpoint {checkpoint} does not state its preprocessing, which depends on the weights of {name}: add "
+            f"{', or '.join(choices)}; or put the weights' {CONFIG_FILE} into its folder"
+        )
 
 
 def local_folder(model: str) -> Path:

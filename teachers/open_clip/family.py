@@ -8,6 +8,7 @@ from typing import Any
 
 from teachers import weights
 from teachers.open_clip import catalog
+from teachers.open_clip.options import OpenClipOptions, stated_preprocess
 from teachers.protocols import Teacher
 from teachers.spec import ModelInfo, ModelSpec, TeacherSpec
 from teachers.tokens.files import check_tokenizer_files
@@ -22,7 +23,7 @@ _TOKENIZER_FILES = (
 )
 
 
-class OpenClipTeacherSpec(TeacherSpec):
+class OpenClipTeacherSpec(OpenClipOptions, TeacherSpec):
     def describe(self) -> ModelInfo:
         identity = model_identity(self)
         config = catalog.model_config(self.name)
@@ -61,6 +62,8 @@ def model_identity(spec: ModelSpec) -> dict[str, Any]:
             identity["weights"] = weights.identity(spec.pretrained)
         else:
             identity["pretrained"] = catalog.canonical_tag(spec.pretrained)
+    if changed := catalog.changed_preprocess(model, spec.pretrained, stated_preprocess(spec)):
+        identity["preprocess"] = changed  # absent without changes, so that older fingerprints stay valid
     return identity
 
 

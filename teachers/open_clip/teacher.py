@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from teachers import weights
 from teachers.device import towers
 from teachers.device.accelerator import Accelerator
 from teachers.open_clip import catalog
+from teachers.open_clip.options import stated_preprocess
 from teachers.open_clip.text import TextEncoder, keep_residual_in_float32
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec
@@ -76,15 +77,16 @@ class OpenClipTeacher(OpenClipEncoder):
 def load_model(spec: ModelSpec) -> Any:
     """Load the model of a spec with its weights, in float32 on the CPU. Never returns random weights.
 
-    Raises ValueError for an unknown name or tag, weights trained with another activation, and weights that do not fit
-    the model; FileNotFoundError for missing files.
+    Raises ValueError for an unknown name or tag, weights trained with another activation, a checkpoint whose
+    preprocessing is not stated, and weights that do not fit the model; FileNotFoundError for missing files.
     """
     name = model_name(spec)
     catalog.check_model(name, spec.pretrained)
-    path, preprocessing = _weights(name, spec.pretrained)
+    changed = catalog.changed_preprocess(name, spec.pretrained, stated_preprocess(spec))
+    path, preprocess = _weights(name, spec.pretrained)
     with _no_random_weights_warning():
         model = open_clip.create_model(
-            name, load_weights=False, pretrained_text=False, force_preprocess_cfg=preprocessing
+            name, load_weights=False, pretrained_text=False, force_preprocess_cfg={**(preprocess or {}), **changed}
         )
     try:
         open_clip.load_checkpoint(model, str(weights.as_safetensors(path)), strict=True)
@@ -94,10 +96,13 @@ def load_model(spec: ModelSpec) -> Any:
     return model.float()
 
 
-def random_model(name: str) -> Any:
+def random_model(name: str, preprocess: Mapping[str, Any] | None = None) -> Any:
     """Build an architecture by open_clip's name or ``local-dir:PATH`` with random weights, without downloads."""
     with _no_random_weights_warning():
-        return open_clip.create_model(name, load_weights=False, pretrained_text=False).float().eval()
+        model = open_clip.create_model(
+            name, load_weights=False, pretrained_text=False, force_preprocess_cfg=dict(preprocess or {})
+        )
+    return model.float().eval()
 
 
 def image_spec(config: dict[str, Any]) -> ImageSpec:

@@ -16,6 +16,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from reinforce.errors import UserError
 from reinforce.evaluation import clip_benchmark
 from reinforce.evaluation.report import Report, Result, SetSummary
 from reinforce.processes.cores import available_cores
@@ -211,3 +212,12 @@ def test_command_names_the_model_and_the_output_as_clip_benchmark_parses_them(tm
     assert arguments[arguments.index("--output") + 1].format(dataset="x", task="y") == f"{tmp_path}/{{a}}/x_y.json"
     with pytest.raises(Exception, match="splits names at commas"):
         clip_benchmark.build_command(ModelSpec(model="local-dir:/a,b"), tmp_path)
+
+
+def test_a_checkpoint_whose_preprocessing_clip_benchmark_would_not_read_is_refused(tmp_path: Path) -> None:
+    tiny_models.open_clip_model(tmp_path, preprocess={"std": 0.5})
+    spec = ModelSpec(model="ViT-B-32", pretrained=f"{tmp_path}/open_clip_model.safetensors")
+    with pytest.raises(UserError, match=r"does not read the preprocessing of .* Name the folder, as local-dir:PATH"):
+        clip_benchmark.build_command(spec, tmp_path)
+    (tmp_path / "open_clip_config.json").unlink()
+    assert clip_benchmark.build_command(spec, tmp_path)

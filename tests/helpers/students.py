@@ -69,8 +69,8 @@ def batch(size: int, pairs: int = 4, context: int = 16, kinds: tuple[str, ...] =
     return made
 
 
-def built(name: str, seed: int = 0, pretrained: str | None = None, **options: Any) -> Student:
-    return build_student(StudentSpec(model=name, pretrained=pretrained), seed=seed, **options)
+def built(name: str, seed: int = 0, pretrained: str | None = None, preprocess: Any = None, **options: Any) -> Student:
+    return build_student(StudentSpec(model=name, pretrained=pretrained, preprocess=preprocess), seed=seed, **options)
 
 
 def batch_for(student: Student, pairs: int = 4, **options: Any) -> Any:

@@ -21,6 +21,7 @@ from reinforce.student.export import export
 from reinforce.student.model import load_tokenizer
 from reinforce.student.pointwise import avoid_faulty_convolutions
 from teachers.preprocessing.fit import fit
+from teachers.protocols import ImageSpec
 from tests.helpers.demo import ROOT
 from tests.helpers.students import (
     IMAGE_TEACHER,
@@ -149,10 +150,20 @@ def test_a_student_starts_from_given_weights(tmp_path: Path) -> None:
     name = open_clip_model(tmp_path / "trained")
     weights = load_file(tmp_path / "trained" / "open_clip_model.safetensors")
     assert all(torch.equal(value, weights[key]) for key, value in built(name).clip.state_dict().items())
-    vit = built("ViT-S-32", seed=1)
+    stated = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0], "interpolation": "bilinear"}
+    vit = built("ViT-S-32", seed=1, preprocess=stated)
+    assert vit.image == ImageSpec(224, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear", "crop")
     export(vit, str(tmp_path / "vit"))
-    again = built("ViT-S-32", seed=2, pretrained=str(tmp_path / "vit" / "open_clip_model.safetensors"))
+    weights = str(tmp_path / "vit" / "open_clip_model.safetensors")
+    again = built("ViT-S-32", seed=2, pretrained=weights)
     assert torch.equal(again.clip.visual.proj, vit.clip.visual.proj)
+    assert again.image == vit.image, "from the config beside the weights"
+
+
+def test_weights_of_a_released_model_without_its_preprocessing_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").touch()
+    with pytest.raises(UserError, match=r"student: checkpoint .*a\.pt does not state its preprocessing"):
+        built("MobileCLIP2-S0", pretrained=str(tmp_path / "a.pt"))
 
 
 @pytest.mark.parametrize(

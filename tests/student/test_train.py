@@ -12,6 +12,8 @@ from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.student.config import Data, Loss, StudentConfig
 from reinforce.student.train import make_job, train
+from reinforce.training.config import describe_changes
+from teachers.open_clip.catalog import DEFAULT_PREPROCESS
 
 
 @pytest.mark.parametrize("datasets", ["a", ["a"], {"url": "a"}, [{"url": "a"}]])
@@ -73,6 +75,18 @@ def test_keys_that_change_what_is_learnt_may_not_change_on_resume() -> None:
     mutable = {"output", "data.workers", "data.prefetch", "train.steps", "train.compute.ranks"}
     assert not mutable & fixed.keys()
     assert not any(key.startswith("evaluate") for key in fixed)
+
+
+def test_a_training_that_began_before_preprocessing_was_stated_resumes_with_what_it_had() -> None:
+    def changes(**keys: Any) -> list[str]:
+        stated = {**CONFIG, "student": {**CONFIG["student"], "preprocess": keys}}
+        before, now = (make_job(settings.parse(StudentConfig, config)) for config in (CONFIG, stated))
+        return describe_changes(before.fixed_config, now.fixed_config)
+
+    assert changes(**DEFAULT_PREPROCESS) == []
+    assert changes(**{**DEFAULT_PREPROCESS, "interpolation": "bilinear"}) == [
+        "student.preprocess.interpolation: None before, 'bilinear' now"
+    ]
 
 
 def test_a_config_needs_an_output_a_student_data_and_a_length_and_no_other_key() -> None:

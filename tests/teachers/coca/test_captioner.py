@@ -56,6 +56,11 @@ def test_the_captioner_has_the_models_own_preprocessing(model):
     assert typed.image == ImageSpec(IMAGE_SIZE, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", "crop")
 
 
+def test_stated_preprocessing_replaces_that_of_the_model(model):
+    captioner = build_captioner(model, captions=1, preprocess={"mean": [0.1, 0.1, 0.1], "interpolation": "bilinear"})
+    assert captioner.image == ImageSpec(IMAGE_SIZE, (0.1, 0.1, 0.1), (0.2, 0.3, 0.4), "bilinear", "crop")
+
+
 def test_a_tiny_top_p_matches_greedy_decoding_by_open_clips_forward_pass(model):
     captioner = build_captioner(model, captions=1, top_p=1e-6, min_length=3, max_length=12)
     whole = open_clip.create_model(model).eval()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
+import yaml
 
 from teachers.open_clip import catalog
 from teachers.registry import describe_teacher, teacher_spec
@@ -97,3 +101,76 @@ def test_the_identity_of_a_checkpoint_is_its_content_and_of_a_tag_its_name(tmp_p
     assert tagged.identity == {
         "family": "open_clip", "model": "ViT-L-14", "pretrained": "dfn2b_s39b", "precision": "fp32",
     }  # fmt: skip
+
+
+def preprocess_of(model: str, tag: str) -> dict[str, Any]:
+    """The preprocessing of a tag in open_clip's own table, as a config writes it."""
+    found = open_clip.get_pretrained_cfg(model, tag)
+    channels = {key: [float(value) for value in found[key]] for key in ("mean", "std")}
+    return {**channels, "interpolation": found["interpolation"], "resize_mode": found["resize_mode"]}
+
+
+def test_a_file_of_a_released_model_needs_the_preprocessing_in_which_its_tags_differ_from_open_clip(
+    tmp_path: Path,
+) -> None:
+    file = str(tmp_path / "a.pt")
+    Path(file).write_bytes(b"weights")
+    weights = describe_teacher("a", teacher_spec(model="ViT-B-32", pretrained=file)).identity["weights"]
+    refused = 0
+    for model in catalog.builtin_models():
+        tags = {tag: preprocess_of(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)}
+        # The fingerprint of right preprocessing is that of versions without the key.
+        before = {"family": "open_clip", "precision": "fp32", "model": model, "weights": weights}
+        if all(values == catalog.DEFAULT_PREPROCESS for values in tags.values()):
+            assert describe_teacher("a", teacher_spec(model=model, pretrained=file)).identity == before
+            continue
+        refused += 1
+        with pytest.raises(ValueError, match=r"does not state its preprocessing, .* add `preprocess: ") as caught:
+            describe_teacher("a", teacher_spec(model=model, pretrained=file))
+        offers = re.findall(r"`(preprocess: {.*?})` as its tag (\w+)", str(caught.value))
+        assert offers
+        for line, tag in offers:
+            spec = teacher_spec(model=model, pretrained=file, **yaml.safe_load(line))
+            identity = describe_teacher("a", spec).identity
+            changed = identity.pop("preprocess", {})
+            assert (identity, {**catalog.DEFAULT_PREPROCESS, **changed}) == (before, tags[tag])
+    assert refused == 54
+
+
+def test_a_part_of_the_preprocessing_is_not_enough(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(b"weights")
+    spec = teacher_spec(
+        model="MobileCLIP2-S0", pretrained=str(tmp_path / "a.pt"), preprocess={"interpolation": "bilinear"}
+    )
+    with pytest.raises(ValueError, match=r"add `preprocess: \{mean: \[0.0, 0.0, 0.0\], std: \[1.0, 1.0, 1.0\]\}`"):
+        describe_teacher("a", spec)
+
+
+def test_the_folder_of_a_checkpoint_states_its_preprocessing(tmp_path: Path) -> None:
+    stated = {"mean": 0.25, "std": [0.5, 0.5, 0.5], "interpolation": "bilinear", "size": 64}
+    tiny_models.open_clip_model(tmp_path, preprocess=stated)
+
+    def changed(file: str, **keys: Any) -> Any:
+        spec = teacher_spec(model="MobileCLIP2-S0", pretrained=str(tmp_path / file), **keys)
+        return describe_teacher("a", spec).identity["preprocess"]
+
+    found = {"mean": [0.25] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
+    assert changed("open_clip_model.safetensors") == found
+    mean = [0.1, 0.2, 0.3]
+    assert changed("open_clip_model.safetensors", preprocess={"mean": mean}) == {**found, "mean": mean}
+    (tmp_path / "other.pt").write_bytes(b"weights")
+    with pytest.raises(ValueError, match="does not state its preprocessing"):
+        changed("other.pt")  # the folder's config is that of other weights
+
+
+def test_stated_preprocessing_replaces_that_of_tags_and_folders(tmp_path: Path) -> None:
+    def identity(model: str, tag: str | None, **keys: Any) -> dict[str, Any]:
+        return describe_teacher("a", teacher_spec(model=model, pretrained=tag, preprocess=keys)).identity
+
+    folder = tiny_models.open_clip_model(tmp_path, preprocess={"mean": [0.5] * 3})
+    for model, tag in (("MobileCLIP2-S0", "dfndr2b"), (folder, None)):
+        own = json.loads((tmp_path / "open_clip_config.json").read_text())["preprocess_cfg"]
+        own = own if tag is None else preprocess_of(model, tag)
+        before = identity(model, tag)
+        assert identity(model, tag, mean=own["mean"]) == before, "stated as it is"
+        assert identity(model, tag, mean=[0.1] * 3) == {**before, "preprocess": {"mean": [0.1] * 3}}

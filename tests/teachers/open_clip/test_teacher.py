@@ -6,6 +6,7 @@ import html
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from teachers.open_clip.export import write_open_clip
 from teachers.open_clip.teacher import OpenClipTeacher, image_spec
 from teachers.open_clip.text import clean_text
 from teachers.open_clip.tokenizer import Tokenizer
+from teachers.protocols import ImageSpec
 from teachers.registry import teacher_spec
 from tests.helpers import tiny_models
 from tests.helpers.tiny_models import FULL_LENGTH, TRIMMED
@@ -82,6 +84,18 @@ def test_each_model_has_its_own_preprocessing(models: dict[str, str]) -> None:
     assert large is not None
     assert (small.size, small.mean) == (32, tiny_models.MEAN)
     assert (large.size, large.mean, large.std) == (48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def test_stated_preprocessing_is_that_of_the_loaded_model(models: dict[str, str], tmp_path: Path) -> None:
+    stated = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0], "interpolation": "bilinear", "resize_mode": "squash"}
+    teacher = _teacher(models["small"], preprocess=stated)
+    assert teacher.image == ImageSpec(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear", "squash")
+    assert _teacher(models["small"], preprocess={"mean": [0.0, 0.0, 0.0]}).image == replace(
+        _teacher(models["small"]).image, mean=(0.0, 0.0, 0.0)
+    )
+    (tmp_path / "a.pt").touch()
+    with pytest.raises(ValueError, match=r"does not state its preprocessing, .* add `preprocess: \{mean: \[0\.0, "):
+        _teacher("MobileCLIP2-S0", pretrained=str(tmp_path / "a.pt"))
 
 
 @pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "weights.pt"])
