@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import functools
 import http.client
+import io
 import ipaddress
 import socket
 import ssl
 import time
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from schemas import Reason
 
 _TIMEOUT = 10.0  # seconds without an answer
-_DEADLINE = 60.0  # seconds for an image
+_DEADLINE = 60.0  # seconds for an image, from the first connection to the last byte
+_MAX_HEAD_BYTES = 2**20  # of all that precedes the body, such as interim answers of status 100
 _ATTEMPTS = 2
 _MAX_REDIRECTS = 5
 _CHUNK_BYTES = 2**16
@@ -43,7 +46,8 @@ class Unreachable(Exception):
 def fetch(url: str, limit: int, private: Callable[[str], bool]) -> bytes:
     """Return what is at an http or https URL. ``private`` returns whether a URL may have any address.
 
-    Raises ImageRefusedByPlace, also for more than ``limit`` bytes, and Unreachable after two attempts.
+    Raises ImageRefusedByPlace, also for more than ``limit`` bytes, and Unreachable after two attempts, each of which
+    ends after a minute whatever is sent. Names are resolved in the time that the system allows.
     """
     for attempt in range(_ATTEMPTS):
         try:
@@ -55,16 +59,17 @@ def fetch(url: str, limit: int, private: Callable[[str], bool]) -> bytes:
 
 
 def _follow(url: str, limit: int, private: Callable[[str], bool]) -> bytes:
+    end = time.monotonic() + _DEADLINE
     for _ in range(_MAX_REDIRECTS + 1):
-        found = _get(url, limit, private(url))
+        found = _get(url, limit, private(url), end)
         if isinstance(found, bytes):
             return found
         url = urljoin(url, found)
     raise ImageRefusedByPlace(Reason.IMAGE_MISSING, f"more than {_MAX_REDIRECTS} redirects")
 
 
-def _get(url: str, limit: int, private: bool) -> bytes | str:
-    """The content at a URL, or the URL that it redirects to."""
+def _get(url: str, limit: int, private: bool, end: float) -> bytes | str:
+    """The content at a URL, or the URL that it redirects to. ``end`` is a time of the monotonic clock."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -72,34 +77,82 @@ def _get(url: str, limit: int, private: bool) -> bytes | str:
         raise ImageRefusedByPlace(Reason.IMAGE_PLACE, f"no valid URL: {error}") from error
     if parts.scheme not in ("http", "https") or not host or parts.username is not None:
         raise ImageRefusedByPlace(Reason.IMAGE_PLACE, "only http and https URLs without a user are read")
-    connection = _connect(host, port, parts.scheme == "https", private)
+    connection = _connect(host, port, parts.scheme == "https", private, end)
     try:
         target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", target, headers=_HEADERS)
-        answer = connection.getresponse()
-        if answer.status in _REDIRECTS:
-            return answer.headers.get("Location") or ""
-        if answer.status >= 500 or answer.status == 429:
-            raise Unreachable(f"HTTP status {answer.status}")
-        if answer.status != 200:
-            raise ImageRefusedByPlace(Reason.IMAGE_MISSING, f"HTTP status {answer.status}")
-        return _body(answer, limit)
+        with _Answer(connection.sock, end) as answer:
+            answer.begin()
+            if answer.status in _REDIRECTS:
+                return answer.headers.get("Location") or ""
+            if answer.status >= 500 or answer.status == 429:
+                raise Unreachable(f"HTTP status {answer.status}")
+            if answer.status != 200:
+                raise ImageRefusedByPlace(Reason.IMAGE_MISSING, f"HTTP status {answer.status}")
+            return _body(answer, limit)
     finally:
         connection.close()
 
 
 def _body(answer: http.client.HTTPResponse, limit: int) -> bytes:
-    end, data = time.monotonic() + _DEADLINE, bytearray()
+    data = bytearray()
     while part := answer.read1(_CHUNK_BYTES):
         data += part
         if len(data) > limit:
             raise ImageRefusedByPlace(Reason.IMAGE_BYTES, f"more bytes than limits.image_bytes of {limit}")
-        if time.monotonic() > end:
-            raise Unreachable(f"not read after {_DEADLINE:.0f} seconds")
+    if answer.length:  # what Content-Length announced and did not come; http.client raises for chunks alone
+        raise Unreachable(f"the answer ended after {len(data):,} of {len(data) + answer.length:,} bytes")
     return bytes(data)
 
 
-def _connect(host: str, port: int | None, secure: bool, private: bool) -> http.client.HTTPConnection:
+class _Answer(http.client.HTTPResponse):
+    """An answer whose every byte is read before ``end``, and whose head is bounded."""
+
+    def __init__(self, sock: socket.socket, end: float) -> None:
+        super().__init__(sock, method="GET")
+        self.fp.close()
+        self._bytes = _TimedBytes(sock, end)
+        self.fp = io.BufferedReader(self._bytes)
+
+    def begin(self) -> None:
+        super().begin()
+        self._bytes.head_left = None
+
+
+class _TimedBytes(io.RawIOBase):
+    """The bytes of a socket, each of which must come before ``end``; at most ``head_left``, if that is not None."""
+
+    def __init__(self, sock: socket.socket, end: float) -> None:
+        self._sock, self._end = sock, end
+        self._file = sock.makefile("rb", buffering=0)
+        self.head_left: int | None = _MAX_HEAD_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(_seconds_left(self._end))
+        count = self._file.readinto(buffer)
+        if self.head_left is not None and count:
+            self.head_left -= count
+            if self.head_left < 0:
+                raise Unreachable(f"more than {_MAX_HEAD_BYTES:,} bytes precede the image")
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _seconds_left(end: float) -> float:
+    """Timeout of the next operation of a socket. Raises Unreachable where the deadline is over."""
+    left = end - time.monotonic()
+    if left <= 0:
+        raise Unreachable(f"not read after {_DEADLINE:.0f} seconds")
+    return min(_TIMEOUT, left)
+
+
+def _connect(host: str, port: int | None, secure: bool, private: bool, end: float) -> http.client.HTTPConnection:
     """A connection to the address that was checked."""
     port = port or (443 if secure else 80)
     try:
@@ -111,8 +164,9 @@ def _connect(host: str, port: int | None, secure: bool, private: bool) -> http.c
         named = "" if host == others[0] else f"{host[:200]} is "
         detail = f"{named}{others[0]}, an address that is not public; allow it in input.images_from"
         raise ImageRefusedByPlace(Reason.IMAGE_PLACE, detail)
-    connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
-    raw = socket.create_connection((addresses[0], port), timeout=_TIMEOUT)
+    connection = http.client.HTTPConnection(host, port)
+    raw = socket.create_connection((addresses[0], port), timeout=_seconds_left(end))
+    raw.settimeout(_seconds_left(end))  # for the handshake and the request
     connection.sock = _tls().wrap_socket(raw, server_hostname=host) if secure else raw
     return connection
 
