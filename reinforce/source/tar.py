@@ -96,7 +96,8 @@ def members(stream: Readable, size: int | None = None) -> Iterator[Member | Dama
     """Yield the regular files and links of a tar, and its damage; folders and devices are skipped.
 
     Damage is yielded in place instead of raised. Reading resumes at the next block with the magic and the checksum of a
-    header, and a name that a lost long-name header cannot have replaced. (If the header of a member that is itself a
+    header, and a name that a lost long-name header cannot have replaced. A member whose extended header is too long or
+    malformed is skipped. (If the header of a member that is itself a
     tar is damaged, the members of that tar are read as members of this one.)
     Three more things count as damage: an end without zero blocks, since the tar may be cut off between members; zeros
     of a length that no writer leaves between concatenated tars; a member that exceeds ``size``, the length of the
@@ -128,6 +129,8 @@ class _Reader:
         self._begin = 0  # offset of the current one of concatenated tars
         self._global_records: dict[str, str] = {}  # pax records for all members that follow
         self._next_records: dict[str, str] = {}  # pax records and GNU long name of the next member
+        self._after_unusable = False  # the position is behind an extended header that cannot be used
+        self._unnamed = False  # which may have had the name of the next member
 
     @property
     def position(self) -> int:
@@ -142,19 +145,26 @@ class _Reader:
                 self._source.unread(block)  # the next header may begin inside this block
                 raise damage if start else _not_a_tar(block, damage) from None
             if header.type in _EXTENDED_TYPES:
-                records = _extended(self._source, header, start)
+                try:
+                    records = _extended(self._source, header, start)
+                except DamagedTar:
+                    whole = self.position == start + BLOCK + _padded(header.size)
+                    self._after_unusable = whole and header.type != tarfile.XGLTYPE
+                    raise
                 (self._global_records if header.type == tarfile.XGLTYPE else self._next_records).update(records)
                 continue
             records, self._next_records = {**self._global_records, **self._next_records}, {}
             member = self._member(header, records, start)
-            if header.isreg() or member.is_link:
+            unnamed, self._unnamed = self._unnamed, False
+            if (header.isreg() or member.is_link) and not unnamed:
                 yield member
             self._finish(member)
 
     def resume(self) -> bool:
         """Move to the next header after damage; return False if there is none."""
         self._next_records = {}
-        return not self._source.broken and self._source.find(_is_header)
+        self._unnamed, self._after_unusable = self._after_unusable, False
+        return not self._source.broken and (self._unnamed or self._source.find(_is_header))
 
     def _next_block(self) -> bytes:
         """Return the next block that is not zeros, or no bytes at the end."""
@@ -202,7 +212,7 @@ class _Reader:
         if member.cut_off:  # or its size is wrong and members follow: reading resumes right after the header
             raise _cut_off(member)
         end = member.offset + member.size
-        padded = end + -member.size % BLOCK
+        padded = member.offset + _padded(member.size)
         self._source.skip(padded - self.position)
         if self.position < end:
             raise _cut_off(member)
@@ -311,9 +321,10 @@ def _is_header(block: bytes) -> bool:
 
 def _extended(source: _Stream, header: tarfile.TarInfo, start: int) -> dict[str, str]:
     """Read the records of an extended header; a GNU long name is returned as the pax record ``path``."""
+    padded = _padded(header.size)
     if header.size > _MAX_EXTENDED_BYTES:
-        raise DamagedTar(start, f"an extended header of {header.size} bytes")
-    padded = header.size + -header.size % BLOCK
+        source.skip(padded)
+        raise DamagedTar(start, f"an extended header of {header.size} bytes; the member after it is not read")
     data = source.read(padded)
     if len(data) < padded:
         raise DamagedTar(start, "the file ends inside an extended header")
@@ -336,6 +347,11 @@ def _pax(data: bytes, start: int) -> dict[str, str]:
         records[_text(match[2])] = _text(data[match.end() : end - 1])
         position = end
     return records
+
+
+def _padded(size: int) -> int:
+    """Bytes of the blocks that hold ``size`` bytes."""
+    return size + -size % BLOCK
 
 
 def _text(data: bytes) -> str:

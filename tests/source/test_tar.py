@@ -203,9 +203,9 @@ def test_a_size_beyond_the_end_of_a_compressed_tar_is_damage():
     assert outcomes(rows)[1:] == [("b", "image_bytes"), (None, "shard_damaged")]
 
 
-def pax(records: bytes, after: bytes) -> bytes:
+def pax(records: bytes, after: bytes, kind: bytes = b"x") -> bytes:
     header = bytearray(tar_bytes([("x", records)], end=False))
-    header[156:157] = b"x"
+    header[156:157] = kind
     return checked(header) + after
 
 
@@ -221,9 +221,29 @@ def pax(records: bytes, after: bytes) -> bytes:
         b"6 a=b\n\xff",
     ],
 )
-def test_malformed_pax_headers_are_damage(records):
+def test_malformed_pax_headers_are_damage_and_their_member_is_skipped(records):
     rows = read(TAR[: ENDS[0]] + pax(records, TAR[ENDS[0] :]))
-    assert outcomes(rows) == [*outcomes(read(TAR)), (None, "shard_damaged")]
+    first, _, third = outcomes(read(TAR))
+    assert outcomes(rows) == [first, ("b", "no_image"), third, (None, "shard_damaged")]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", [b"x", b"L", b"g"])
+def test_the_member_after_an_extended_header_that_is_too_long_is_not_read_under_its_short_name(kind, packed):
+    name = b"52 path=" + b"folder/" * 5 + b"name.jpg\n"
+    records = name + b"1048587 comment=".ljust(1048586, b"n") + b"\n" if kind != b"L" else b"folder/" * 2**18
+    others = tar_bytes([("d.jpg", b"D"), ("e.jpg", b"E")])
+    data = BODY + pax(records, tar_bytes([("name.jpg", b"N")], end=False) + others, kind)
+    rows = read(gzip.compress(data), "x.tar.gz") if packed else read(data)
+    found = [row.key for row in rows if isinstance(row, RawSample)]
+    assert found == [*KEYS, *(["name"] if kind == b"g" else []), "d", "e"], "a global header names no member"
+    assert "an extended header of" in rows[-1].detail
+
+
+def test_members_after_an_overlong_header_and_a_damaged_one_are_read():
+    records = b"1048587 comment=".ljust(1048586, b"n") + b"\n"
+    rows = read(BODY + pax(records, b"?" * 512 + tar_bytes([("d.jpg", b"D"), ("e.jpg", b"E")])))
+    assert [row.key for row in rows if isinstance(row, RawSample)] == [*KEYS, "d", "e"]
 
 
 def test_an_extended_header_without_a_member_is_damage():
