@@ -11,6 +11,7 @@ from PIL import Image
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
 _SOS, _EOI, _TEM, _DRI = 0xDA, 0xD9, 0x01, 0xDD
 _RESTARTS = range(0xD0, 0xD8)
+_FILL = 0xFF  # any number of it may come before a marker
 _BLOCK = 8  # side in pixels of a block at full size
 #: Bytes without a marker. As scan data, they decode to something other than grey.
 _NOISE = bytes(1 + (i * i * 31 + i * 17) % 253 for i in range(64))
@@ -33,6 +34,14 @@ def lacks_scan_data(image: Image.Image, data: bytes, decode: Callable[[bytes], I
         return decode(_with_noise(data)).tobytes() != full.tobytes()
     except Exception:  # the noise was read, so data is missing
         return True
+
+
+def ends_in_zeros(data: bytes) -> bool:
+    """Return whether a JPEG ends with zeros in its last scan, without an end mark: libjpeg decodes them as pixels."""
+    if not data.endswith(bytes(2)):  # one may be the end of scan data
+        return False
+    scan = max((end for marker, end in _segments(data) if marker == _SOS), default=0)
+    return all(data[found.start() + 1] in _RESTARTS for found in _MARKER.finditer(data, scan))
 
 
 def _has_flat_block(image: Image.Image, restarts: bool) -> bool:
@@ -71,7 +80,7 @@ def _with_noise(data: bytes) -> bytes:
 
 
 def _has_restarts(data: bytes) -> bool:
-    return any(marker == _DRI for marker, _ in _segments(data))
+    return bytes((0xFF, _DRI)) in data and any(marker == _DRI for marker, _ in _segments(data))
 
 
 def _scan_ends(data: bytes) -> Iterator[tuple[int, int]]:
@@ -79,7 +88,10 @@ def _scan_ends(data: bytes) -> Iterator[tuple[int, int]]:
     for marker, begin in _segments(data):
         if marker == _SOS:
             for found in _MARKER.finditer(data, begin):
-                yield found.start(), data[found.start() + 1]
+                end = found.start()
+                while data[end - 1] == _FILL:
+                    end -= 1
+                yield end, data[found.start() + 1]
                 if data[found.start() + 1] not in _RESTARTS:
                     break
 

@@ -1,4 +1,4 @@
-"""Detect PNGs whose pixel data ends early: Pillow leaves the missing rows at zero without an error.
+"""Detect PNGs whose pixel data ends early or is damaged: Pillow leaves missing rows at zero, and checks no checksum.
 
 The chunks are those of the PNG specification (W3C), sections 5.3 and 11.
 """
@@ -34,7 +34,7 @@ class Header(NamedTuple):
 
 def header(data: bytes) -> Header:
     """Parse the IHDR chunk."""
-    return Header._make(struct.unpack(">IIBBBBB", next(body for kind, body in _chunks(data) if kind == b"IHDR")))
+    return Header._make(struct.unpack(">IIBBBBB", next(body for kind, body, _ in _chunks(data) if kind == b"IHDR")))
 
 
 def missing_bytes(image: Image.Image, data: bytes) -> int:
@@ -49,13 +49,23 @@ def missing_bytes(image: Image.Image, data: bytes) -> int:
         return 0
     missing = _expected_bytes(ihdr)
     inflate = zlib.decompressobj()
-    for body in (body for kind, body in _chunks(data) if kind == b"IDAT"):
+    for body in (body for kind, body, _ in _chunks(data) if kind == b"IDAT"):
         pending: bytes | memoryview = body
         while missing > 0 and len(pending):
             missing -= len(inflate.decompress(pending, _INFLATE_BYTES))
             pending = inflate.unconsumed_tail
     missing -= len(inflate.flush()) if missing > 0 else 0
     return max(missing, 0)
+
+
+def damage(data: bytes) -> str | None:
+    """What shows that the PNG ``data`` is damaged: the checksum of a part of its pixel data, or no end; or None."""
+    for kind, body, checksum in _chunks(data):
+        if kind == b"IEND":
+            return None
+        if kind == b"IDAT" and zlib.crc32(body, zlib.crc32(kind)) != checksum:
+            return "a part of the PNG's pixel data does not have its checksum"
+    return "the PNG has no end"
 
 
 def _expected_bytes(ihdr: Header) -> int:
@@ -68,11 +78,12 @@ def _expected_bytes(ihdr: Header) -> int:
     return total
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Yield (type, data) of each chunk."""
+def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview, int]]:
+    """Yield (type, data, checksum) of each chunk; what is cut off is shorter."""
     view = memoryview(data)
     position = _SIGNATURE_BYTES
     while position + 8 <= len(data):
         length, kind = struct.unpack(">I4s", view[position : position + 8])
-        yield kind, view[position + 8 : position + 8 + length]
+        end = position + 8 + length
+        yield kind, view[position + 8 : end], int.from_bytes(view[end : end + 4], "big")
         position += 12 + length

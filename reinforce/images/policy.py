@@ -17,7 +17,7 @@ from PIL import Image, ImageFile
 from reinforce.config import Config, Limits
 from reinforce.errors import UserError
 from reinforce.images import fast_jpeg, png
-from reinforce.images.jpeg import lacks_scan_data
+from reinforce.images.jpeg import ends_in_zeros, lacks_scan_data
 from schemas import Reason
 
 #: Name and version of the conversion to RGB in :func:`decode`; recorded in dataset.json.
@@ -87,8 +87,8 @@ def decode(data: bytes, limits: Limits, strict: bool = False, policy: str = IMAG
     - ICC profiles are ignored: most are sRGB, and a broken profile should not cost an image.
 
     ``strict`` is for images that are not yet in a dataset. It also refuses JPEGs with too little scan data, which
-    libjpeg fills in silently, and JPEGs with more than ``limits.scans`` scans, which can take hours to decode. Stored
-    images are read without it, so that they stay readable.
+    libjpeg fills in silently, JPEGs with more than ``limits.scans`` scans, which can take hours to decode, and PNGs
+    whose pixel data does not have its checksums. Stored images are read without it, so that they stay readable.
     With ``policy`` ``pillow-rgb-1`` the conversion is ``Image.convert("RGB")`` alone: EXIF orientation and transparency
     are ignored. With ``rgb-1-reduced-N`` a JPEG is decoded at 1/8, 1/4 or 1/2 of its size, the first of these at which
     both sides keep at least N pixels (the full side // N decides, and sides are rounded up), or at its size. The
@@ -214,8 +214,13 @@ def _check_complete(image: Image.Image, data: bytes, strict: bool) -> None:
     if image.format == "PNG":
         if missing := png.missing_bytes(image, data):
             raise ImageRefused(Reason.IMAGE_BROKEN, f"the PNG lacks {missing} bytes of pixel data")
-    elif strict and _is_jpeg(image) and lacks_scan_data(image, data, _load):
-        raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG lacks scan data")
+        if strict and (fault := png.damage(data)):
+            raise ImageRefused(Reason.IMAGE_BROKEN, fault)
+    elif strict and _is_jpeg(image):
+        if ends_in_zeros(data):
+            raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG ends in zeros, without an end mark")
+        if lacks_scan_data(image, data, _load):
+            raise ImageRefused(Reason.IMAGE_BROKEN, "the JPEG lacks scan data")
 
 
 def _to_rgb(image: Image.Image, data: bytes) -> Image.Image:

@@ -49,7 +49,4 @@ def scan_of(data: bytes) -> tuple[int, int]:
 def without_scan_data(data: bytes, share: float) -> bytes:
     """The JPEG with that share of its scan data, and an end mark."""
     start, end = scan_of(data)
-    cut = start + int((end - start) * share)
-    while data[cut - 1] == 0xFF:
-        cut -= 1
-    return data[:cut] + b"\xff\xd9"
+    return data[: start + int((end - start) * share)] + b"\xff\xd9"

@@ -95,6 +95,10 @@ def broken_crc() -> bytes:
     return bytes(data)
 
 
+def zeroed(data: bytes) -> bytes:
+    return data[: len(data) * 3 // 4] + bytes(len(data) // 4)
+
+
 def large_frame() -> bytes:
     data = bytearray(encode(Image.new("P", (12_000, 9_000), 1), "GIF"))
     data[6:10] = struct.pack("<HH", 2, 2)
@@ -133,6 +137,10 @@ IMAGES = [
               size=(100, 70), note="blurred where data is missing; looks like a blurred image"),
     ImageCase("JPEG of 600 scans", "jpg", lambda: scan_bomb(600, 64), "image_scans",
               note="above `limits.scans`; many scans can take hours to decode"),
+    ImageCase("JPEG that ends in zeros", "jpg", lambda: zeroed(encode(noise(), "JPEG")), "image_broken"),
+    ImageCase("PNG that ends in zeros", "png", lambda: zeroed(encode(noise().quantize(4), "PNG")), "image_broken"),
+    ImageCase("BMP that ends in zeros", "bmp", lambda: zeroed(encode(noise(), "BMP")),
+              note="cannot be seen: the format has no checksum"),
     ImageCase("JPEG with junk after its end", "jpg", lambda: encode(noise(), "JPEG") + b"junk" * 100,
               note="the junk is ignored"),
     ImageCase("PNG with too few scanlines", "png", lambda: raw_png(4, 4, 8, 2, bytes(13) * 3), "image_broken",

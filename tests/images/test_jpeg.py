@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from reinforce.config import Limits
 from reinforce.images.policy import ImageRefused, decode
@@ -37,6 +38,34 @@ def test_a_progressive_jpeg_is_refused_if_its_first_scan_is_cut_but_not_if_a_lat
     with pytest.raises(ImageRefused):
         decode(without_scan_data(data, 0.5 * first_scan / (end - begin)), LIMITS, strict=True)
     assert decode(without_scan_data(data, 0.9), LIMITS, strict=True).size == (100, 70)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 0, "restart_marker_blocks": 3}])
+def test_a_jpeg_that_is_cut_after_any_ff_and_closed_is_refused(mode: str, options: dict[str, Any]) -> None:
+    data = encode(noise(100, 80, mode), "JPEG", quality=80, **options)
+    begin, end = scan_of(data)
+    last_block = begin + (end - begin) * 98 // 100
+    cuts = [place + 1 for place in range(begin, last_block) if data[place] == 0xFF]
+    assert len(cuts) >= 3
+    for cut in cuts:
+        with pytest.raises(ImageRefused, match="the JPEG lacks scan data"):
+            decode(data[:cut] + b"\xff\xd9", LIMITS, strict=True)
+
+
+@pytest.mark.parametrize("options", [*JPEGS, {"progressive": True}])
+def test_a_jpeg_that_ends_in_zeros_is_refused_unless_they_follow_its_end_mark(options: dict[str, Any]) -> None:
+    data = encode(noise(40, 40), "JPEG", **options)
+    begin, end = scan_of(data)
+    for cut in range(begin + 1, end, 61):
+        with pytest.raises(ImageRefused, match="image_broken"):
+            decode(data[:cut] + bytes(len(data) - cut), LIMITS, strict=True)
+    assert decode(data + bytes(512), LIMITS, strict=True).tobytes() == decode(data, LIMITS).tobytes()
+
+
+def test_a_complete_grey_jpeg_with_fill_bytes_before_its_end_mark_is_not_refused() -> None:
+    data = encode(Image.new("RGB", (40, 30), (128, 128, 128)), "JPEG")
+    assert decode(data[:-2] + b"\xff\xff\xff\xd9", LIMITS, strict=True).size == (40, 30)
 
 
 @given(

@@ -1,7 +1,8 @@
-"""PNGs with missing pixel data."""
+"""PNGs with missing or damaged pixel data."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from reinforce.config import Limits
 from reinforce.images import png
 from reinforce.images.policy import ImageRefused, decode
-from tests.helpers.images import png_chunk, raw_png
+from tests.helpers.images import encode, noise, png_chunk, raw_png
 
 LIMITS = Limits()
 
@@ -36,3 +37,21 @@ def test_a_png_with_missing_rows_is_refused_and_one_with_black_rows_is_not(depth
         assert png.missing_bytes(Image.open(io.BytesIO(whole)), short) == missing
         with pytest.raises(ImageRefused, match=r"^image_broken: "):
             decode(short, LIMITS)
+
+
+def test_a_png_with_damaged_pixel_data_or_without_an_end_is_refused_only_by_strict_decoding():
+    data = encode(noise(6, 5).resize((48, 40), Image.Resampling.BICUBIC).quantize(16), "PNG")
+    whole = decode(data, LIMITS, strict=True).tobytes()
+    begin, end = data.index(b"IDAT") + 4, data.index(b"IEND") - 4
+    unnoticed = []
+    for place in range(begin, end, 7):
+        for damaged in (data[:place] + bytes(len(data) - place), data[:place] + bytes(9) + data[place + 9 :]):
+            with pytest.raises(ImageRefused, match="image_broken: "):
+                decode(damaged, LIMITS, strict=True)
+            with contextlib.suppress(ImageRefused):
+                unnoticed.append(decode(damaged, LIMITS).tobytes() != whole)
+    assert any(unnoticed), "damage that Pillow alone does not notice"
+    with pytest.raises(ImageRefused, match="image_broken: the PNG has no end"):
+        decode(data[:end], LIMITS, strict=True)
+    assert decode(data[:end], LIMITS).tobytes() == whole
+    assert decode(data + b"junk", LIMITS, strict=True).tobytes() == whole
