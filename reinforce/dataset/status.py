@@ -8,10 +8,10 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
-from reinforce.dataset.files.damage import find_damaged, without_files
+from reinforce.dataset.files.damage import damaged_quarantine, find_damaged, without_files
 from reinforce.dataset.files.index import read_index
 from reinforce.dataset.files.listing import Listing
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.files.store import DamagedFiles, Store
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
@@ -39,27 +39,29 @@ def read_status(url: str) -> dict[str, Any]:
     damaged = find_damaged(store, listings, fingerprints)
     found = check_completeness(store, {SAMPLES: listings[SAMPLES]}, [committed, *listings.values()])
     layers, quarantine = {}, {}
+    unreadable: DamagedFiles = {}
     for name, listing in without_files(listings, damaged).items():
         layers[name] = {**manifest["layers"][name], "shards": len(listing), "bytes": listing.total_bytes}
         files = quarantined[f"quarantine/{name}"]
         if files:
-            quarantine[name] = {"files": len(files), **_quarantine(store, name, files.first(_QUARANTINE_FILES))}
+            part = files.first(_QUARANTINE_FILES)
+            quarantine[name] = {"files": len(files), **_quarantine(store, name, part, unreadable)}
     return {
         "url": store.url,
         "samples": layers[SAMPLES]["shards"],
         "layers": layers,
         "quarantine": quarantine,
-        "damaged": damaged,
+        "damaged": [*damaged, *damaged_quarantine(unreadable)],
         "lost": found.describe_missing(),
         "last_run": _last_run(store),
     }
 
 
-def _quarantine(store: Store, layer: str, files: Listing) -> dict[str, Any]:
-    """Counts and first examples by reason, of the quarantine of a layer."""
+def _quarantine(store: Store, layer: str, files: Listing, damaged: DamagedFiles) -> dict[str, Any]:
+    """Counts and first examples by reason, of the quarantine of a layer; ``damaged`` receives damaged files."""
     reasons: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    for shard, rows in store.quarantined_rows(layer, files):
+    for shard, rows in store.quarantined_rows(layer, files, damaged):
         for row in rows:
             reason = f"{row['reason']}" + (" (shard)" if row["key"] is None else "")
             reasons[reason] += 1

@@ -10,7 +10,7 @@ from typing import Any
 
 from reinforce.config import Config
 from reinforce.dataset.files.index import prune_index
-from reinforce.dataset.files.store import Store
+from reinforce.dataset.files.store import DamagedFiles, Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.claims import Claims
 from reinforce.dataset.manifest.manifest import (
@@ -134,6 +134,7 @@ def _compute(
 
 def _forget_quarantine(plan: Plan, store: Store) -> None:
     pending = {shard.name for shard in plan.pending}
-    for layer, shards in store.quarantined_shards(store.listings(plan.layers)).items():
+    damaged: DamagedFiles = {}  # the driver sets them aside
+    for layer, shards in store.quarantined_shards(store.listings(plan.layers), damaged).items():
         for shard in shards & pending:
             store.forget_quarantine(layer, shard)

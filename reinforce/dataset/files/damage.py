@@ -24,6 +24,7 @@ from reinforce.dataset.files.store import Store, parse_footer
 from reinforce.dataset.kinds.registry import kind_of
 
 SET_ASIDE = "set-aside"
+QUARANTINE = "quarantine/"  # before the layer, in the paths of quarantine files
 MIN_BYTES = 12  # of a Parquet file
 _THREADS = 16
 _NAMED = 3
@@ -107,7 +108,8 @@ def file_damage(store: Store, layer: str, shard: str) -> str | None:
 def set_aside(store: Store, layer: str, shard: str) -> str:
     """Move a file to a name that no reader looks at, below ``set-aside``; returns the new path. Raises StorageError.
 
-    The refused rows of its quarantine are forgotten: whoever computes the file again writes them again.
+    The refused rows of its quarantine are forgotten: whoever computes the file again writes them again. The layer of a
+    quarantine file is that of the rows after ``quarantine/``.
     """
     now = datetime.datetime.now(datetime.timezone.utc)
     target = store.path(SET_ASIDE, layer, f"{shard}.{now:%Y%m%dT%H%M%S.%fZ}.parquet")
@@ -117,9 +119,15 @@ def set_aside(store: Store, layer: str, shard: str) -> str:
             os.replace(store.layer_path(layer, shard), target)
         else:
             store.fs.mv(store.layer_path(layer, shard), target)
-    with contextlib.suppress(FileNotFoundError):
-        store.forget_quarantine(layer, shard)
+    if not layer.startswith(QUARANTINE):
+        with contextlib.suppress(FileNotFoundError):
+            store.forget_quarantine(layer, shard)
     return target
+
+
+def damaged_quarantine(found: Mapping[tuple[str, str], str]) -> list[DamagedFile]:
+    """The damaged files of ``Store.quarantined_rows``; their layers begin with ``quarantine/``."""
+    return [DamagedFile(f"{QUARANTINE}{layer}", shard, reason) for (layer, shard), reason in sorted(found.items())]
 
 
 def drop_shard_command(url: str, layers: Sequence[str], shard: str) -> str:
@@ -137,10 +145,14 @@ def describe_damaged(url: str, files: Sequence[DamagedFile]) -> str:
     if not files:
         return ""
     what, them = ("1 file is damaged", "it") if len(files) == 1 else (f"{len(files):,} files are damaged", "them")
+    layer, shard = files[0].layer, files[0].shard
+    if layer.startswith(QUARANTINE):
+        command = shlex.join(["reinforce", "validate", url, "--repair"])
+    else:
+        command = f"{drop_shard_command(url, [layer], shard)} --yes"
     return (
         f"{what} ({_first([file.line() for file in files])}). `reinforce run` with the dataset's config sets {them} "
-        f"aside and computes {them} again; to set one aside before: "
-        f"{drop_shard_command(url, [files[0].layer], files[0].shard)} --yes"
+        f"aside and computes {them} again; to set one aside before: {command}"
     )
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +36,17 @@ _QUARANTINE_ROWS = 2**20  # a quarantine file has one row group
 _READ_AT_ONCE = 32  # quarantine files
 _READ_AHEAD_BYTES = 2**20  # of a quarantine file that is read while others are
 _INCOMPRESSIBLE = ("image", "embeddings")  # columns that are stored without compression
+
+
+class DamagedQuarantine(UserError):
+    """A quarantine file is damaged; ``args`` are the message and the reason."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+#: Quarantine files that are damaged: the reason by layer and shard.
+DamagedFiles: TypeAlias = "dict[tuple[str, str], str]"
 
 
 class Store(Storage):
@@ -69,44 +81,73 @@ class Store(Storage):
         self.write_bytes(buffer.getvalue().to_pybytes(), "quarantine", layer, f"{shard}.parquet")
 
     def quarantined(self, layer: str, shard: str) -> list[dict[str, str | None]]:
-        """Read the rows of a quarantine file: key, reason, detail. Raises UserError if it is damaged."""
+        """Read the rows of a quarantine file: key, reason, detail. Raises DamagedQuarantine."""
         content = self.read_bytes("quarantine", layer, f"{shard}.parquet", limit=_QUARANTINE_BYTES)
         try:
             file = LayerFile(pa.BufferReader(content), len(content), max_rows=_QUARANTINE_ROWS)
             rows: list[dict[str, str | None]] = file.read(schemas.quarantine_schema().names).to_pylist()
         except Exception as error:  # Arrow raises several for damage
-            path = self.quarantine_path(layer, shard)
-            raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}). Delete it.") from error
+            reason = f"{type(error).__name__}: {escape(str(error)[:500])}"
+            fix = shlex.join(["reinforce", "validate", self.url, "--repair"])
+            raise DamagedQuarantine(
+                f"{self.quarantine_path(layer, shard)} is damaged ({reason}). `{fix}` sets it aside.", reason
+            ) from error
         return rows
 
-    def quarantined_rows(self, layer: str, files: Listing) -> Iterator[tuple[str, list[dict[str, str | None]]]]:
-        """``quarantined`` of some listed quarantine files, of which small ones are read many at a time."""
+    def quarantined_rows(
+        self, layer: str, files: Listing, damaged: DamagedFiles | None = None
+    ) -> Iterator[tuple[str, list[dict[str, str | None]]]]:
+        """``quarantined`` of some listed quarantine files, of which small ones are read many at a time.
+
+        ``damaged`` receives those that are damaged, which then have no rows.
+        """
         large = {shard for shard, size in files.items() if size > _READ_AHEAD_BYTES}
 
+        def read_any(shard: str) -> list[dict[str, str | None]]:
+            try:
+                return self.quarantined(layer, shard)
+            except DamagedQuarantine as error:
+                if damaged is None:
+                    raise
+                damaged[layer, shard] = error.args[1]
+                return []
+
         def read(shard: str) -> list[dict[str, str | None]] | None:
-            return None if shard in large else self.quarantined(layer, shard)
+            return None if shard in large else read_any(shard)
 
         with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
             for shard, rows in zip(files, prefetch(pool, read, files, 2 * _READ_AT_ONCE), strict=True):
-                yield shard, self.quarantined(layer, shard) if rows is None else rows
+                yield shard, read_any(shard) if rows is None else rows
 
-    def quarantined_shards(self, committed: Mapping[str, Listing]) -> dict[str, set[str]]:
-        """Shards that are quarantined as a whole, by layer; ``committed`` are those that have a file, by layer.
+    def lone_quarantine(
+        self,
+        committed: Mapping[str, Listing],
+        damaged: DamagedFiles | None = None,
+        files: Mapping[str, Listing] | None = None,
+    ) -> dict[str, dict[str, bool]]:
+        """Shards with a quarantine file and no file of the layer, by layer, and whether they are refused as a whole.
 
-        A quarantine file is written before the layer's file, so a run that was killed between the two also leaves
-        a quarantine file alone. Only the rows distinguish these cases.
+        ``committed`` are the shards that have a file, by layer. A quarantine file is written before the layer's file,
+        so a run that was killed between the two also leaves a quarantine file alone. Only the rows distinguish these
+        cases. ``damaged`` is as for ``quarantined_rows``, and ``files`` are the listings of the quarantine, if known.
         """
-        files = self.listings(f"quarantine/{layer}" for layer in committed)
+        files = self.listings(f"quarantine/{layer}" for layer in committed) if files is None else files
         found = {}
         for layer, listing in committed.items():
             alone = files[f"quarantine/{layer}"]
             alone = alone.only(~alone.within(listing.names))
             found[layer] = {
-                shard
-                for shard, rows in self.quarantined_rows(layer, alone)
-                if any(row["key"] is None and row["reason"] in WHOLE_SHARD for row in rows)
+                shard: any(row["key"] is None and row["reason"] in WHOLE_SHARD for row in rows)
+                for shard, rows in self.quarantined_rows(layer, alone, damaged)
             }
         return found
+
+    def quarantined_shards(
+        self, committed: Mapping[str, Listing], damaged: DamagedFiles | None = None
+    ) -> dict[str, set[str]]:
+        """Shards that are quarantined as a whole, by layer, as ``lone_quarantine`` finds them."""
+        found = self.lone_quarantine(committed, damaged)
+        return {layer: {shard for shard, whole in shards.items() if whole} for layer, shards in found.items()}
 
     def forget_quarantine(self, layer: str, shard: str) -> None:
         """Remove a quarantine file."""

@@ -8,8 +8,8 @@ from typing import Literal
 #: ``unreadable``: the storage has failed. ``damaged``: the bytes are not those that were written. ``misplaced``: a file
 #: of another layer, shard or recipe. ``rows``: values that a run does not write. ``missing``: a file that should exist.
 #: ``orphan``: a file that belongs to nothing. ``manifest``: dataset.json contradicts itself or the files.
-#: ``count``: the source has another number of samples.
-Kind = Literal["unreadable", "damaged", "misplaced", "rows", "missing", "orphan", "manifest", "count"]
+#: ``count``: the source has another number of samples. ``quarantine``: the quarantine file of the layer is damaged.
+Kind = Literal["unreadable", "damaged", "misplaced", "rows", "missing", "orphan", "manifest", "count", "quarantine"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import schemas
 from reinforce.dataset.drop import layers_with_folders
 from reinforce.dataset.files.index import LayerIndex
 from reinforce.dataset.files.listing import Listing
-from reinforce.dataset.files.store import MANIFEST, Store
+from reinforce.dataset.files.store import MANIFEST, DamagedFiles, Store
 from reinforce.dataset.kinds.registry import depends, stored_layer
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import DIGEST_KEY, manifest_digest
@@ -53,19 +53,24 @@ def _wrong_fingerprints(manifest: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def check_missing(
-    store: Store, listings: Mapping[str, Listing], indexes: Mapping[str, LayerIndex]
+    store: Store, listings: Mapping[str, Listing], indexes: Mapping[str, LayerIndex], quarantine: Mapping[str, Listing]
 ) -> Iterator[Finding]:
     """Files that runs have committed, by the indexes, and that are gone, and those that are not computed yet.
 
-    A shard that is quarantined in a layer lacks this layer and those that are computed from it.
+    A shard that is quarantined in a layer lacks this layer and those that are computed from it. Of the listed
+    ``quarantine``, the files without a file of the layer are read.
     """
+    damaged: DamagedFiles = {}
+    refused = store.lone_quarantine(listings, damaged, quarantine)
+    for layer, shard in sorted(damaged):
+        yield quarantine_finding(store, layer, shard, damaged[layer, shard])
     committed = {name: index.listing() for name, index in indexes.items()}
     every = Listing.union([listings[SAMPLES], committed[SAMPLES]])
     if all(listing.has(every).all() for listing in listings.values()):
         return
-    refused = store.quarantined_shards(listings)
     for layer, listing in listings.items():
-        unusable = set().union(*(refused[name] for name in listings if name == layer or depends(layer, name)))
+        needed = [name for name in listings if name == layer or depends(layer, name)]
+        unusable = {shard for name in needed for shard, whole in refused[name].items() if whole}
         absent = set(every.filter(pa.array(~listing.has(every))).to_pylist()) - unusable
         names = pa.array(sorted(absent), pa.string())
         gone = committed[layer].has(names)
@@ -85,6 +90,12 @@ def check_missing(
                 "not computed yet",
                 layer,
             )
+
+
+def quarantine_finding(store: Store, layer: str, shard: str, reason: str) -> Finding:
+    """The finding for a damaged quarantine file of a layer."""
+    message = f"{store.quarantine_path(layer, shard)} is damaged: {reason}. --repair sets it aside."
+    return Finding("quarantine", message, layer, shard)
 
 
 def check_orphans(store: Store, listings: Mapping[str, Listing]) -> Iterator[Finding]:

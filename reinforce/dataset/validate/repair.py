@@ -6,14 +6,15 @@ Samples come from the source, so theirs stay unless the source file can be read 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reinforce.dataset.files.damage import SET_ASIDE, file_damage, set_aside
+from reinforce.dataset.files.damage import QUARANTINE, SET_ASIDE, file_damage, set_aside
 from reinforce.dataset.files.layer_file import RefusedFile
-from reinforce.dataset.files.store import MANIFEST, Store, parse_footer
+from reinforce.dataset.files.store import MANIFEST, DamagedQuarantine, Store, parse_footer
 from reinforce.dataset.kinds.registry import drop_command, with_dependants
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
@@ -73,6 +74,7 @@ def repair(url: str, findings: Sequence[Finding], sources: Sequence[str] = ()) -
     damaged = {(f.layer, f.shard) for f in findings if f.kind == "damaged"}
     passed = {file for file in damaged if file_damage(store, str(file[0]), str(file[1])) is None}
     with store.lock():
+        _repair_quarantine(store, findings, done)
         for layer, shards in files.items():
             if len(shards) == len(listings[layer]) > 1:
                 command = drop_command(store.url, with_dependants([layer], manifest["layers"]), manifest["layers"])
@@ -91,6 +93,24 @@ def repair(url: str, findings: Sequence[Finding], sources: Sequence[str] = ()) -
                     done.computed[layer] += 1
     done.computed.update(f.layer for f in findings if f.kind == "missing" and f.layer and f.shard)
     return done
+
+
+def _repair_quarantine(store: Store, findings: Sequence[Finding], done: Repair) -> None:
+    """Set damaged quarantine files aside, and with each the file of its layer, so that a run writes the reasons of its
+    null rows again. Samples stay, since they have no such rows."""
+    quarantine = [(str(f.layer), str(f.shard)) for f in findings if f.kind == "quarantine"]
+    others = {(f.layer, f.shard) for f in findings if f.at_fault}  # are set aside for themselves
+    listings = store.listings({layer for layer, _ in quarantine})
+    for layer, shard in quarantine:
+        with contextlib.suppress(DamagedQuarantine):
+            store.quarantined(layer, shard)
+            done.kept.append(f"{QUARANTINE}{layer}/{shard}.parquet was not moved: it can be read now")
+            continue
+        done.moved.append((f"{QUARANTINE}{layer}/{shard}.parquet", set_aside(store, f"{QUARANTINE}{layer}", shard)))
+        stored = shard in listings[layer]
+        if stored and layer != SAMPLES and (layer, shard) not in others:
+            done.moved.append((f"{layer}/{shard}.parquet", set_aside(store, layer, shard)))
+        done.computed[layer] += layer != SAMPLES or not stored
 
 
 def _only_copies(store: Store, manifest: Mapping[str, Any], shards: Iterable[str], roots: ImageRoots) -> dict[str, str]:

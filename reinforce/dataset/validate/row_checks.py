@@ -43,9 +43,12 @@ class RowChecks:
         if wrong.any():
             self._wrong.setdefault(what, []).extend(table["key"].filter(pa.array(wrong)).to_pylist())
 
-    def problems(self, quarantined: Collection[str]) -> list[str]:
-        """One phrase for each kind of problem; ``quarantined`` are the keys in the layer's quarantine of the shard."""
+    def problems(self, quarantined: Collection[str] | None) -> list[str]:
+        """One phrase for each kind of problem; ``quarantined`` are the keys in the layer's quarantine of the shard, or
+        None if they are not known."""
         lines = [_describe(keys, what) for what, keys in self._wrong.items()]
+        if quarantined is None:
+            return lines
         if unexplained := self._null.difference(quarantined):
             lines.append(_describe(unexplained, "are null without a reason in the quarantine"))
         if present := self._present.intersection(quarantined):

@@ -13,11 +13,12 @@ import pyarrow as pa
 
 from reinforce.dataset.files.damage import check_columns, compute_again
 from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, StoredKeys
-from reinforce.dataset.files.store import Store, check_footer, parse_footer
+from reinforce.dataset.files.store import DamagedQuarantine, Store, check_footer, parse_footer
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import MisalignedKeys, alignment_error, layer_errors
 from reinforce.dataset.runs.key_sample import ALL, ShardKeys
 from reinforce.dataset.validate.findings import Finding
+from reinforce.dataset.validate.inventory import quarantine_finding
 from reinforce.dataset.validate.key_hashes import Hashes, digest_keys, hash_keys
 from reinforce.dataset.validate.row_checks import RowChecks
 from reinforce.errors import UserError
@@ -113,20 +114,40 @@ class ShardChecks:
         keys: _Keys | None = _Keys(limit)
         for layer in sorted(self.manifest["layers"], key=lambda name: name != SAMPLES):
             if layer in shard.sizes:
-                found.findings += self._layer(layer, shard, files.get((layer, shard.name)), found, keys)
+                refused = self._read_quarantine(layer, shard)
+                end = files.get((layer, shard.name))
+                found.findings += self._layer(layer, shard, end, found, keys, refused)
+                found.findings += [refused] if isinstance(refused, Finding) else []
             if layer == SAMPLES and keys is not None:
                 found.keys = keys.sample()
                 if any(finding.kind != "rows" for finding in found.findings):
                     keys = None
         return found
 
+    def _read_quarantine(self, layer: str, shard: ShardFiles) -> set[str] | Finding:
+        """The keys in a layer's quarantine of a shard, or what is wrong with it."""
+        if layer not in shard.quarantined:
+            return set()
+        try:
+            return {row["key"] for row in self.store.quarantined(layer, shard.name) if row["key"] is not None}
+        except DamagedQuarantine as error:
+            return quarantine_finding(self.store, layer, shard.name, error.args[1])
+        except (UserError, OSError) as error:
+            return Finding("unreadable", str(error), layer, shard.name)
+
     def _layer(
-        self, layer: str, shard: ShardFiles, end: LayerFile | None, found: CheckedShard, keys: _Keys | None
+        self,
+        layer: str,
+        shard: ShardFiles,
+        end: LayerFile | None,
+        found: CheckedShard,
+        keys: _Keys | None,
+        refused: set[str] | Finding,
     ) -> Iterator[Finding]:
         """What is wrong with a layer's file, whose rows are compared with the ``keys`` of the samples.
 
         Those of the samples themselves are added to them. They are None if the samples are damaged. ``end`` is the file
-        if its end was read before.
+        if its end was read before, and ``refused`` is from ``_read_quarantine``.
         """
         try:
             with layer_errors(self.store, layer, shard.name), self._opened(layer, shard, end) as file:
@@ -139,7 +160,7 @@ class ShardChecks:
                     for number in range(file.num_row_groups):
                         file.read_row_group(number, ("key",) if self.quick else None)
                 elif not wrong:
-                    yield from self._rows(layer, shard, file, found, keys)
+                    yield from self._rows(layer, shard, file, found, keys, refused)
         except MisalignedKeys as error:
             yield Finding("misplaced", str(error), layer, shard.name)
         except (UserError, OSError) as error:
@@ -167,7 +188,13 @@ class ShardChecks:
         yield Finding("misplaced", self._message(layer, shard, reason), layer, shard)
 
     def _rows(
-        self, layer: str, shard: ShardFiles, file: LayerFile, found: CheckedShard, keys: _Keys
+        self,
+        layer: str,
+        shard: ShardFiles,
+        file: LayerFile,
+        found: CheckedShard,
+        keys: _Keys,
+        refused: set[str] | Finding,
     ) -> Iterator[Finding]:
         checks = RowChecks(layer, self.manifest["layers"][layer], self.manifest["augmentations"].get("count"))
         if layer != SAMPLES and file.num_row_groups != len(keys.digests):
@@ -190,14 +217,10 @@ class ShardChecks:
                 check_columns(layer, table)
                 checks.add(table)
         if not self.quick:
-            for problem in checks.problems(self._quarantined(layer, shard)):
+            # Keys that the samples refuse have no row. Which ones a damaged quarantine has is not known.
+            known = None if isinstance(refused, Finding) else refused if layer != SAMPLES else set()
+            for problem in checks.problems(known):
                 yield Finding("rows", self._message(layer, shard.name, problem), layer, shard.name)
-
-    def _quarantined(self, layer: str, shard: ShardFiles) -> set[str]:
-        """The keys in a layer's quarantine of a shard; empty for samples, whose refused keys have no row."""
-        if layer == SAMPLES or layer not in shard.quarantined:
-            return set()
-        return {row["key"] for row in self.store.quarantined(layer, shard.name) if row["key"] is not None}
 
     def _message(self, layer: str, shard: str, reason: str) -> str:
         return f"{self.store.layer_path(layer, shard)}: {reason}. {compute_again(self.store.url, layer, shard)}"

@@ -6,7 +6,7 @@ import heapq
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -255,7 +255,7 @@ class Pool:
         slot.exhausted = self._config.workers.recycle is not None and slot.leased >= self._config.workers.recycle
         slot.leased_at[shard.name] = time.monotonic()
         ref = slot.actor.process.remote(shard)
-        slot.leases[ref] = shard
+        slot.leases[ref] = replace(shard, quarantined=shard.layers)  # if it is leased again
         self.leases[ref] = slot
         if not slot.free:
             self._free.pop(slot, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from reinforce.source.formats.base import Part, Shard
 from reinforce.source.formats.registry import find_format
@@ -15,7 +15,8 @@ class PendingShard:
     """A source shard and its missing layers, each after the layers it needs.
 
     ``stored`` are layers that exist although samples are missing, also of other configs, and ``recorded`` is the state
-    of the source file when its samples were written before, if a run has recorded it.
+    of the source file when its samples were written before, if a run has recorded it. ``quarantined`` are layers that
+    may have a quarantine file of an earlier attempt.
     """
 
     name: str
@@ -27,6 +28,7 @@ class PendingShard:
     format: str = DEFAULT
     listing: str = ""  # URL of the list of its files
     part: Part | None = None  # of a table that is divided
+    quarantined: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def source(self) -> Shard:

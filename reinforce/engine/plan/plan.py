@@ -15,10 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from reinforce.config import Config
-from reinforce.dataset.files.damage import DamagedFile, find_damaged, without_files
+from reinforce.dataset.files.damage import DamagedFile, damaged_quarantine, find_damaged, without_files
 from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.listing import Listing
-from reinforce.dataset.files.store import MANIFEST, Store, check_footer, parse_footer
+from reinforce.dataset.files.store import MANIFEST, DamagedFiles, Store, check_footer, parse_footer
 from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
 from reinforce.dataset.manifest.differences import check_recipes
 from reinforce.dataset.manifest.manifest import find_manifest
@@ -113,7 +113,10 @@ def make_plan(
     damaged = find_damaged(store, committed, {name: layer.fingerprint for name, layer in layers.items()})
     committed = without_files(committed, damaged)
     check_fingerprints(store, layers, committed)
-    quarantine = store.quarantined_shards(committed)
+    unreadable: DamagedFiles = {}
+    lone = store.lone_quarantine(committed, unreadable)
+    quarantine = {layer: {shard for shard, whole in shards.items() if whole} for layer, shards in lone.items()}
+    damaged += damaged_quarantine(unreadable)
     refused = {} if retry_quarantined else quarantine
     missing = _subtract(source.names, layers, committed, refused)
     stored = stored_layers(store, source.names, committed)
@@ -127,6 +130,7 @@ def make_plan(
             source.format.name,
             list_url(config, name) if source.format.is_listed else "",
             source.part(row),
+            tuple(layer for layer in todo if name in lone[layer]),
         )
         for name, row, todo in missing.shards(source.names)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
 from reinforce.dataset.files.store import Store
 from reinforce.engine.messages.tracebacks import shorten
@@ -29,6 +29,11 @@ class Refusals:
         self._by_layer.setdefault(layer, []).append(refusal)
         if refusal.key is None and refusal.reason.value in WHOLE_SHARD:
             self.shard_reason = refusal.reason.value
+
+    @property
+    def layers(self) -> Set[str]:
+        """The layers that refuse something."""
+        return self._by_layer.keys()
 
     def count_cleaned(self, captioner: str, counts: Mapping[str, int]) -> None:
         """Add what ``clean`` has done to the captions of one image."""

@@ -265,6 +265,8 @@ class _ShardProcess:
         """
         with self.watch.stage(WRITING, "quarantine"):
             self.refusals.write(self.store, self.shard.name, self.redact)
+            for layer in {*self.shard.quarantined} & self.layers.keys() - self.refusals.layers:
+                self.store.remove("quarantine", layer, f"{self.shard.name}.parquet")
         if self.refusals.shard_reason is not None:
             return {}
         stale = {}

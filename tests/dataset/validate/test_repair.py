@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from reinforce.cli import main
+from reinforce.dataset.files.store import Store
 from reinforce.dataset.validate.repair import repair
 from reinforce.dataset.validate.validate import validate
+from schemas import Reason
 from tests.helpers.data import config_of, tree
 from tests.helpers.reinforced import reinforce_here
 
@@ -87,6 +89,43 @@ def test_a_file_that_reads_well_the_second_time_stays(dataset: Path) -> None:
     path.write_bytes(content)
     done = repair(str(dataset), findings)
     assert (done.moved, done.kept) == ([], [f"{RED}/{path.name} was not moved: it can be read now"])
+
+
+def test_a_damaged_quarantine_is_found_and_set_aside_with_a_copy_and_the_next_run_restores_the_dataset(
+    made: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, store, shard = tree(dataset), Store(str(dataset)), first(dataset, RED).stem
+    store.quarantine("samples", shard, [("odd", Reason.IMAGE_BROKEN, "not an image")])
+    store.quarantine(RED, shard, [("odd", Reason.NOT_FINITE, "NaN")])
+    store.quarantine("samples", "absent-0123456789", [(None, Reason.SHARD_MISSING, "no such file")])
+    paths = sorted((dataset / "quarantine").rglob("*.parquet"))
+    whole = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, whole, strict=True):
+        pages = range(20, content.index(b"reason"), 60)
+        flipped = [content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :] for place in pages]
+        for damaged in (*flipped[:3], b"", content[:-9]):
+            path.write_bytes(damaged)
+            for quick in (True, False):
+                [finding] = validate(str(dataset), quick=quick).findings
+                assert (finding.kind, f"{finding.layer}/{finding.shard}") == ("quarantine", _name(path))
+        path.write_bytes(content)
+    for path in (paths[0], paths[2]):
+        cut(path)
+    done = repaired(dataset, capsys)
+    assert [moved["file"] for moved in done["moved"]] == [
+        f"quarantine/{_name(paths[2])}.parquet",
+        f"quarantine/{_name(paths[0])}.parquet",
+        f"{RED}/{shard}.parquet",
+    ]
+    assert [Path(moved["to"]).read_bytes() for moved in done["moved"][:2]] == [whole[2][:-100], whole[0][:-100]]
+    assert (done["kept"], done["computed"]) == ([], {RED: 1, "samples": 1})
+    reinforce_here(config_of(f"{made.parent}/source/*.tar", dataset))
+    assert tree(dataset) == {**before, f"quarantine/{_name(paths[1])}.parquet": whole[1]}
+
+
+def _name(path: Path) -> str:
+    """Layer and shard of a quarantine file."""
+    return str(path).partition("/quarantine/")[2].removesuffix(".parquet")
 
 
 def test_nothing_is_moved_where_dataset_json_is_wrong_and_not_the_files(

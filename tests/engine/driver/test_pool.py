@@ -54,6 +54,14 @@ def test_a_worker_gets_as_many_leases_as_recycle_allows_and_no_more(monkeypatch:
     assert (slot.free, slot.exhausted, len(slot.leases)) == (0, True, 2)
 
 
+def test_a_shard_that_is_leased_again_may_have_been_quarantined_by_its_first_lease(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = pool_of(monkeypatch, [slot := started()])
+    pool.lease(slot, SHARD)
+    assert pool.end_lease(next(iter(slot.leases))).quarantined == SHARD.layers
+
+
 def test_a_new_worker_gets_the_number_of_one_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = pool_of(monkeypatch, [], max=4)
     pool.grow(3)
