@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from reinforce.errors import UserError
-from reinforce.source.file_types import MANIFEST, METADATA, is_image_name
+from reinforce.source.file_types import MANIFEST, METADATA, foreign_name, is_image_name
 from reinforce.source.formats.recognise import format_of_folder, format_of_name
 from reinforce.source.formats.registry import all_formats
 from reinforce.source.urls import canonical, filesystem
@@ -25,7 +25,7 @@ def expand_folders(source: str | Sequence[str], named: str | None) -> tuple[list
     """
     entries, notes = [], []
     for entry in [source] if isinstance(source, str) else source:
-        is_path = not _NO_FOLDER.search(entry) and format_of_name(entry) is None
+        is_path = not _NO_FOLDER.search(entry) and format_of_name(entry) is None and foreign_name(entry) is None
         expanded, found = files_of_folder(entry, named, images_first=True) if is_path else (entry, [])
         entries.append(expanded)
         notes += found
