@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from glob import escape
 from itertools import pairwise
 from typing import Any
@@ -34,6 +34,7 @@ _ENDING = re.compile(rf"({'|'.join(map(re.escape, COMPRESSIONS))})\Z")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _SPECIAL = re.compile(r"[?#]|::")  # after them, the canonical form is not that of the folder and the name
+_HEAD_BYTES = 2**16  # of a text file, by which a table is told from a list
 _MAX_URLS = 10_000_000
 _BOTOCORE_ATTEMPTS = 4
 _CONNECTIONS = 32  # requests in flight; botocore's default is 10
@@ -83,18 +84,23 @@ def _retry_options(url: str) -> dict[str, Any]:
 Info = Mapping[str, Any]
 
 
-def expand(source: str | Sequence[str], listed: dict[str, Info] | None = None) -> list[str]:
+def expand(
+    source: str | Sequence[str],
+    listed: dict[str, Info] | None = None,
+    is_table: Callable[[bytes], bool] = lambda head: False,
+) -> list[str]:
     """Expand URLs with braces or globs, ``.txt`` files of such URLs, or a list of these, to the URLs of shards.
 
     Braces expand as in a shell: ``{a,b}``, ``{00..10}`` (zero-padded), ``{0..10..2}``, ``{a..e}``, several, nested.
     In a text file, blank lines and lines that begin with ``#`` are skipped, and relative paths are relative to the
     folder of the file. The matches of a glob are sorted; otherwise the order is kept. Exact duplicates are removed.
-    ``listed`` receives what the file system lists of each match of a glob.
+    ``listed`` receives what the file system lists of each match of a glob. A text file whose first bytes ``is_table``
+    accepts is a shard itself.
     Raises UserError for a glob without a match, an unreadable text file, unbalanced braces, or an empty result.
     """
     urls: dict[str, None] = {}
     for entry in [source] if isinstance(source, str) else source:
-        for url in _expand(entry.strip(), {} if listed is None else listed):
+        for url in _expand(entry.strip(), {} if listed is None else listed, is_table):
             urls[url] = None
             if len(urls) > _MAX_URLS:
                 raise _too_many(entry)
@@ -223,7 +229,13 @@ def _printable(pattern: str) -> str:
     return re.sub(r"://[^/@]*@", "://", pattern)
 
 
-def _expand(entry: str, listed: dict[str, Info], folder: str = "", lists: tuple[str, ...] = ()) -> Iterator[str]:
+def _expand(
+    entry: str,
+    listed: dict[str, Info],
+    is_table: Callable[[bytes], bool],
+    folder: str = "",
+    lists: tuple[str, ...] = (),
+) -> Iterator[str]:
     """Yield the URLs of one entry. ``folder`` is put before relative ones; ``lists`` are the text files being read."""
     if not entry:
         raise UserError(f"source has an empty entry. Remove it, or give a URL, of {SOURCES}.")
@@ -238,19 +250,25 @@ def _expand(entry: str, listed: dict[str, Info], folder: str = "", lists: tuple[
     for url in _expand_braces(entry, entry):
         for match in _expand_glob(literal + url, listed) if has_glob and _has_glob(url) else (folder + url,):
             if match.partition("?")[0].endswith(".txt"):
-                yield from _expand_list(match, listed, lists)
+                yield from _expand_list(match, listed, is_table, lists)
             else:
                 yield match
 
 
-def _expand_list(url: str, listed: dict[str, Info], lists: tuple[str, ...]) -> Iterator[str]:
-    """Yield the URLs of a text file."""
+def _expand_list(
+    url: str, listed: dict[str, Info], is_table: Callable[[bytes], bool], lists: tuple[str, ...]
+) -> Iterator[str]:
+    """Yield the URLs of a text file, or its own if it is a table."""
     shown = canonical(url)
     if shown in lists:
         raise UserError(f"source {shown}: this list of URLs contains itself. Remove the line that names it.")
     try:
         fs, path = filesystem(url)
-        text = fs.cat_file(path).decode("utf-8-sig")
+        data = fs.cat_file(path)
+        if is_table(data[:_HEAD_BYTES]):
+            yield url
+            return
+        text = data.decode("utf-8-sig")
     except UserError:
         raise
     except Exception as error:  # each driver has its own exceptions
@@ -264,7 +282,7 @@ def _expand_list(url: str, listed: dict[str, Info], lists: tuple[str, ...]) -> I
     if not lines:
         raise UserError(f"source {shown}: this list contains no URL. Write one URL per line.")
     for line in lines:
-        yield from _expand(line, listed, head + slash, (*lists, shown))
+        yield from _expand(line, listed, is_table, head + slash, (*lists, shown))
 
 
 def _has_glob(url: str) -> bool:

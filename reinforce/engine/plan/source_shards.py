@@ -17,6 +17,7 @@ from reinforce.errors import UserError
 from reinforce.source.formats.base import Part, SourceFormat
 from reinforce.source.formats.folder_files import expand_folders
 from reinforce.source.formats.recognise import source_format
+from reinforce.source.formats.registry import find_format
 from reinforce.source.identity import former_urls
 from reinforce.source.urls import Info, canonical, expand, find_compressed, find_private, shard_names
 from reinforce.storage import is_job_folder, is_ray_job
@@ -48,7 +49,7 @@ def source_shards(config: Config, listed: dict[str, Info] | None = None) -> Sour
     Raises UserError if the source is empty, two shards have the same name, or Ray deletes a shard after the job.
     """
     source, notes = expand_folders(config.source, config.input.format)
-    urls = expand(source, listed)
+    urls = expand(source, listed, find_format("csv").recognises)
     _check_outlives_job(urls)
     format_ = source_format(urls, config.input.format)
     if not config.embeds_images:

@@ -18,6 +18,7 @@ from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import Plan
 from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, check_header
+from reinforce.source.captions import REPLACED
 from reinforce.source.file_types import is_image_name
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.recognise import unexpected_name
@@ -57,6 +58,8 @@ class FirstSample:
         if self.caption is None and fields and encoded:
             why = self.raw.why_no_caption(fields)
             notes.append(f"{self._place()}: {why}; set input.captions to where captions are, or to []")
+        if REPLACED in (self.caption or ""):
+            notes.append(f"{self._place()}: its caption has bytes that are not UTF-8, which become U+FFFD")
         images = [*filter(is_image_name, self.raw.members)]
         if len(images) > 1:
             listed = ", ".join(f".{extension}" for extension in images[:5])
@@ -95,6 +98,7 @@ def check_source(plan: Plan) -> tuple[FirstSample | None, list[str]]:
     sample, faults, doubts = _first_sample([plan.shard(shard) for shard in readable], plan.config)
     if faults and _is_new(plan) and sample is None and not doubts:
         raise UserError(f"source: no sample can be read. {'; '.join(faults)}.")
+    notes += _format_notes(readable[:1])
     notes += [f"source: {fault}" for fault in faults + doubts]
     return sample, notes + (sample.notes(plan) if sample else [])
 
@@ -110,6 +114,14 @@ def _preview_join(plan: Plan, shard: PendingShard) -> list[str]:
     except Exception:  # each driver has its own exceptions; reading the first sample reports them
         return []
     return [note] if note else []
+
+
+def _format_notes(shards: Sequence[PendingShard]) -> list[str]:
+    """What may be read wrongly in the first file that can be read."""
+    try:
+        return [note for shard in shards for note in find_format(shard.format).notes(shard.source.file)]
+    except Exception:  # each driver has its own exceptions; reading the first sample reports them
+        return []
 
 
 def _undivided(shards: Sequence[PendingShard]) -> list[str]:

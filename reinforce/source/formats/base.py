@@ -127,6 +127,10 @@ class SourceFormat:
         """Whether a folder as a whole is a source of this format. Raises the errors of the storage."""
         return False
 
+    def notes(self, url: str) -> list[str]:
+        """What may be read wrongly in a file, for the user. Raises the errors of the storage."""
+        return []
+
     def foreign(self, url: str) -> str | None:
         """What a file is, by a name without the endings of any format; None if it may have this format."""
         kind = foreign_name(url)

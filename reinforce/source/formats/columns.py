@@ -17,7 +17,7 @@ from schemas import Reason
 
 #: Names of columns with images, with their places, and with keys: upper or lower case, in the order of preference.
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "image_base64")
-PLACES = ("file_name", "filename", "image_path", "filepath", "path", "image_url", "url")
+PLACES = ("file_name", "filename", "image_path", "filepath", "path", "image_url", "url", "image_name")
 KEYS = ("key", "__key__", "uid")
 
 _SHOWN_COLUMNS = 30
@@ -31,7 +31,8 @@ class NoColumn(ValueError):
 @dataclass(frozen=True)
 class Columns:
     """The columns of a table that are read. ``texts`` maps caption fields without ``json:`` to their columns;
-    ``metadata`` are those of the json member, and ``all`` names all columns, for messages."""
+    ``metadata`` are those of the json member, which has that of the image where it is a path or URL, and ``all`` names
+    all columns, for messages."""
 
     image: str
     key: str | None
@@ -65,7 +66,7 @@ def find_columns(names: Sequence[str], spec: Input, plain: Sequence[str] | None 
         wanted |= {*names}
     elif spec.metadata != "none":
         wanted |= {*spec.metadata}
-    metadata = tuple(name for name in (names if plain is None else plain) if name in wanted and name != image)
+    metadata = tuple(name for name in (names if plain is None else plain) if name in wanted)
     return Columns(image, key, texts, metadata, tuple(names))
 
 
@@ -79,13 +80,14 @@ class RowReader:
         """The sample of row ``number`` of the shard."""
         value = row.get(columns.key) if columns.key else None
         key = f"{self._shard}-{number:08d}" if value is None or value == "" else str(value)
-        sidecars, left_out = self._sidecars(key, row, columns)
         image, named = row.get(columns.image), columns.image.lower() in PLACES
         if isinstance(image, dict):
             named = image.get("bytes") is None
             image = image.get("path") if named else image.get("bytes")
-        if isinstance(image, str) and ((named and not image.startswith("data:")) or is_place(image)):
-            return Place(key, image, sidecars, left_out, columns.all)
+        place = image if isinstance(image, str) and (is_place(image) or (named and not is_data(image))) else None
+        sidecars, left_out = self._sidecars(key, row, columns, place)
+        if place is not None:
+            return Place(key, place, sidecars, left_out, columns.all)
         if isinstance(image, str):
             image = _from_base64(image, self._limits)
         if isinstance(image, Refusal):
@@ -96,7 +98,7 @@ class RowReader:
         return make_sample(Place(key, "", sidecars, left_out, columns.all), image, self._limits)
 
     def _sidecars(
-        self, key: str, row: Mapping[str, Any], columns: Columns
+        self, key: str, row: Mapping[str, Any], columns: Columns, place: str | None
     ) -> tuple[dict[str, bytes], dict[str, Refusal]]:
         found: dict[str, bytes] = {}
         for field, column in columns.texts.items():
@@ -105,8 +107,10 @@ class RowReader:
                 value = next((one for one in value if isinstance(one, str) and one.strip()), None)
             if isinstance(value, str):
                 found[field] = value.encode("utf-8", "replace")
-        if columns.metadata:
-            document = {name: row[name] for name in columns.metadata if name in row}
+        document = {name: row[name] for name in columns.metadata if name in row and name != columns.image}
+        if place is not None and columns.image in columns.metadata:
+            document[columns.image] = place
+        if document:
             found["json"] = _to_json(document)
         limit = self._limits.sidecar_bytes
         left_out = {
@@ -133,7 +137,12 @@ def make_sample(place: Place, image: bytes, limits: Limits, url: str | None = No
 def is_place(text: str) -> bool:
     """Whether a text is a path or URL, and not a base64 image: these contain neither a dot nor ``://``."""
     head = text[:_LONGEST_PLACE]
-    return not head.startswith("data:") and ("." in head or "://" in head)
+    return not is_data(head) and ("." in head or "://" in head)
+
+
+def is_data(text: str) -> bool:
+    """Whether a text is a URL that holds the image itself."""
+    return text.startswith("data:")
 
 
 def _named(names: Sequence[str], configured: str | None, key: str, known: Sequence[str]) -> str | None:

@@ -1,14 +1,29 @@
-"""csv, and tsv by its name, plain or compressed: the first line has the names of the columns."""
+"""csv and tsv, plain or compressed, in the encoding and with the delimiter that the file shows.
+
+The first line has the names of the columns.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from reinforce.source.captions import REPLACED
+from reinforce.source.formats import csv_dialect
 from reinforce.source.formats.base import Part
-from reinforce.source.formats.lines import COMPRESSIONS, BrokenRow, LinesFormat, Row, file_lines, too_long
+from reinforce.source.formats.csv_dialect import HEAD_BYTES, Dialect, find_dialect, header_fault
+from reinforce.source.formats.lines import (
+    COMPRESSIONS,
+    BrokenRow,
+    LinesFormat,
+    Row,
+    file_head,
+    file_lines,
+    too_long,
+)
 from reinforce.source.urls import canonical
 
 _LINE_BYTES = 2**20
@@ -23,8 +38,24 @@ class Csv(LinesFormat):
     whole_bytes = 2**24  # it names images, and holds none
     referable = True
 
+    def recognises(self, head: bytes) -> bool:
+        return csv_dialect.is_table(head)
+
+    def notes(self, url: str) -> list[str]:
+        head, shown = file_head(url, HEAD_BYTES), canonical(url)
+        dialect = _dialect_of(url, head)
+        if not dialect.guessed:
+            return []
+        notes = [f"source: {shown} is not UTF-8 and is read as {dialect.encoding}; if that is wrong, store it as UTF-8"]
+        if count := codecs.getincrementaldecoder(dialect.encoding)("replace").decode(head).count(REPLACED):
+            notes.append(
+                f"source: {shown} has {count:,} characters in its first {len(head):,} bytes that become U+FFFD"
+            )
+        return notes
+
     def rows(self, url: str, most: int, part: Part | None = None) -> Iterator[tuple[int, Row | BrokenRow]]:
-        reader = _csv_reader(url, _Texts(url, part))
+        dialect = _dialect(url)
+        reader = _csv_reader(dialect, _Texts(url, dialect, part))
         names: list[str] | None = None
         number = part.first if part else 0
         while True:
@@ -40,14 +71,18 @@ class Csv(LinesFormat):
             if values is None:
                 return
             if names is None:
-                names = values
+                names = [name.strip() for name in values]
+                if fault := header_fault(names):
+                    yield number, BrokenRow(f"line 1: {fault}")
+                    return
             elif values:
-                yield number, dict(itertools.zip_longest(names, values[: len(names)]))
+                yield number, _row(names, values, line)
                 number += 1
 
     def ends(self, url: str) -> Iterator[int]:
-        texts = _Texts(url)
-        reader, named = _csv_reader(url, texts), False
+        dialect = _dialect(url)
+        texts = _Texts(url, dialect)
+        reader, named = _csv_reader(dialect, texts), False
         while True:
             try:
                 values = next(reader, None)
@@ -63,20 +98,34 @@ class Csv(LinesFormat):
                 yield texts.position
 
 
-def _csv_reader(url: str, texts: _Texts) -> Any:
+def _row(names: list[str], values: list[str], line: int) -> Row | BrokenRow:
+    if any(values[len(names) :]):
+        return BrokenRow(f"line {line}: {len(values)} values for {len(names)} columns: quote texts with the delimiter")
+    return dict(itertools.zip_longest(names, values[: len(names)]))
+
+
+def _dialect(url: str) -> Dialect:
+    return _dialect_of(url, file_head(url, HEAD_BYTES))
+
+
+def _dialect_of(url: str, head: bytes) -> Dialect:
     name = canonical(url).rpartition("/")[2].lower()
-    return csv.reader(texts, delimiter="\t" if ".tsv" in name else ",", strict=True)
+    return find_dialect(head, "\t" if ".tsv" in name else ",")
+
+
+def _csv_reader(dialect: Dialect, texts: _Texts) -> Any:
+    return csv.reader(texts, delimiter=dialect.delimiter, skipinitialspace=dialect.spaced, strict=True)
 
 
 class _Texts:
     """The lines of a file as texts. Raises BrokenRow for one that is too long; the next call returns the line after it.
 
-    ``position`` is the end of the last line, in bytes of the uncompressed file.
+    ``position`` is the end of the last line, in bytes of the uncompressed file; of UTF-16, in those of its UTF-8.
     """
 
-    def __init__(self, url: str, part: Part | None = None) -> None:
-        self._lines = file_lines(url, _LINE_BYTES, part)
-        self._first = True
+    def __init__(self, url: str, dialect: Dialect, part: Part | None = None) -> None:
+        self._encoding = "utf-8" if dialect.is_wide else dialect.encoding
+        self._lines = file_lines(url, _LINE_BYTES, part, dialect.encoding if dialect.is_wide else None)
         self.position = 0
 
     def __iter__(self) -> _Texts:
@@ -85,9 +134,9 @@ class _Texts:
     def __next__(self) -> str:
         line, size = next(self._lines)
         self.position += size
-        encoding, self._first = "utf-8-sig" if self._first else "utf-8", False
         if line is None:
             raise too_long(_LINE_BYTES)
+        encoding, self._encoding = self._encoding, self._encoding.removesuffix("-sig")
         return line.decode(encoding, "replace") + "\n"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import escape
 from typing import Any
 
@@ -137,6 +137,7 @@ class _ListReader:
             columns = find_columns([FILE_NAME, *row], self._spec.model_copy(update={"image": FILE_NAME, "key": None}))
         except NoColumn:
             return item
+        columns = replace(columns, metadata=tuple(name for name in columns.metadata if name != FILE_NAME))
         place = self._rows.sample(0, {FILE_NAME: "x.png", **row}, columns)
         assert isinstance(place, Place)
         values = {name: getattr(item, name) for name in item.__dataclass_fields__}

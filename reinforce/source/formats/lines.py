@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from reinforce.config import Input, Limits
+from reinforce.parquet.footers import RefusedFile
 from reinforce.source.formats.base import Part, Shard, SourceFormat
 from reinforce.source.formats.columns import Columns, NoColumn, RowReader, find_columns
 from reinforce.source.samples import Item, ReadBudget, Refusal, unique_keys
@@ -108,8 +111,14 @@ class LinesFormat(SourceFormat):
             yield Part(url, first, count, start, end, header)
 
     def first_row(self, url: str) -> tuple[list[str], Row] | None:
-        rows = (row for _, row in self.rows(url, _FIRST_LINE_BYTES) if not isinstance(row, BrokenRow))
-        return next((([], row) for row in rows), None)
+        broken = None
+        for _, row in self.rows(url, _FIRST_LINE_BYTES):
+            if not isinstance(row, BrokenRow):
+                return [], row
+            broken = broken or row
+        if broken:
+            raise RefusedFile(str(broken))
+        return None
 
 
 class _KnownColumns:
@@ -126,17 +135,54 @@ class _KnownColumns:
         return self._last[1]
 
 
-def file_lines(url: str, most: int, part: Part | None = None) -> Iterator[tuple[bytes | None, int]]:
+def file_lines(
+    url: str, most: int, part: Part | None = None, encoding: str | None = None
+) -> Iterator[tuple[bytes | None, int]]:
     """Yield the lines of a file, or of a part of it, and their bytes with line ends; None for a line of more than
-    ``most`` bytes."""
-    kind = COMPRESSIONS.get(canonical(url).rpartition(".")[2].lower())
-    with open_stream(url, kind) as (stream, _):
-        yield from _split(stream if part is None else _PartStream(stream, part), most)
+    ``most`` bytes. A file with an ``encoding`` is read as if it were UTF-8."""
+    with open_stream(url, _compression(url)) as (stream, _):
+        text = stream if encoding is None else _AsUtf8(stream, encoding)
+        yield from _split(text if part is None else _PartStream(text, part), most)
+
+
+def file_head(url: str, count: int) -> bytes:
+    """The first bytes of a file, uncompressed; fewer where the compression is broken."""
+    head = b""
+    with open_stream(url, _compression(url)) as (stream, _), contextlib.suppress(EOFError):
+        while len(head) < count and (data := stream.read(count - len(head))):
+            head += data
+    return head
+
+
+def _compression(url: str) -> str | None:
+    return COMPRESSIONS.get(canonical(url).rpartition(".")[2].lower())
 
 
 def too_long(most: int) -> BrokenRow:
     """What is yielded for a line above the limit."""
     return BrokenRow(f"a line of more than {most:,} bytes", True)
+
+
+class _AsUtf8:
+    """A stream of text in another encoding, as UTF-8."""
+
+    def __init__(self, stream: Readable, encoding: str) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)("replace")
+        self._data = b""
+
+    def read(self, size: int, /) -> bytes:
+        more = True
+        while more and not self._data:
+            data = self._stream.read(size)
+            more = bool(data)
+            self._data = self._decoder.decode(data, final=not data).encode()
+        data, self._data = self._data[:size], self._data[size:]
+        return data
+
+    def skip(self, count: int, /) -> None:
+        while count and (data := self.read(min(count, _CHUNK_BYTES))):
+            count -= len(data)
 
 
 class _PartStream:
@@ -164,9 +210,8 @@ def _split(stream: Readable, most: int) -> Iterator[tuple[bytes | None, int]]:
     parts: list[bytes] = []
     size = 0
     while chunk := stream.read(_CHUNK_BYTES):
-        first, *rest = chunk.split(b"\n")
-        for line in (first, *rest):
-            if line is not first:
+        for number, line in enumerate(chunk.split(b"\n")):
+            if number:
                 yield None if size > most else b"".join(parts), size + 1
                 parts, size = [], 0
             size += len(line)

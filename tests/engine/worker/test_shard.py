@@ -84,6 +84,12 @@ def test_the_effects_of_clean_are_counted(tmp_path: Path) -> None:
     assert all(result.cleaned["c"].values()), "counts of zero are left out"
 
 
+def test_captions_that_could_not_be_decoded_are_counted(tmp_path: Path) -> None:
+    members = [(name, b"caf\xe9" if name == "00000001.txt" else data) for name, data in members_of(0, 3)]
+    result = process(shard_config(tmp_path, members, teachers={}, captioners={}))
+    assert result.source_counts == result.event()["source_counts"] == {"captions_replaced": 1}
+
+
 @pytest.mark.parametrize(
     ("dtype", "stored", "tolerance"),
     [("float16", "halffloat", 1e-3), ("float32", "float", 1e-7), ("int8", "int8", 8e-3)],

@@ -1,4 +1,4 @@
-"""Files with a row on each line: jsonl, plain and compressed, as RayGen writes it, and damaged."""
+"""Files with a row on each line, plain and compressed: jsonl as RayGen writes it, csv of many programs, and damage."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from reinforce.config import Limits
+from reinforce.config import Input, Limits, parse_config
+from reinforce.engine.plan.source_shards import SourceShards, source_shards
+from reinforce.parquet.footers import RefusedFile
+from reinforce.source.formats.base import Shard
+from reinforce.source.formats.registry import find_format
+from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample, Refusal
 from tests.helpers.data import picture
-from tests.helpers.tables import outcomes, read_table
+from tests.helpers.tables import outcomes, read_table, write_columns
 
 IMAGES = [picture(number) for number in range(3)]
 
@@ -107,7 +112,130 @@ def test_csv_and_tsv_are_read_with_quotes_and_compression(tmp_path: Path) -> Non
     assert list(outcomes(read_table(tmp_path / "x.csv", "csv")).values()) == [
         "one", "image_bytes: line 3: a line of more than 1,048,576 bytes", "three",
     ]  # fmt: skip
+    (tmp_path / "x.csv").write_text("a\na\nb\n")
+    assert len(read_table(tmp_path / "x.csv", "csv", image="a")) == 2, "lines of one character that are equal"
     (tmp_path / "x.csv").write_text('file_name,text\na.png,"cut off\n')
     [broken, whole] = read_table(tmp_path / "x.csv", "csv")
     assert (broken.key, broken.reason.value) == ("shard-00000000", "row_broken")  # type: ignore[union-attr]
     assert whole.detail.startswith("no line is a row with an image; line 2: unexpected end of data")  # type: ignore[union-attr]
+
+
+EXCEL = 'file_name,text\r\na.png,"schön, süß"\r\na.png,“zwei” – drei\r\n'
+LATIN = 'file_name,text\na.png,"schön, süß"\na.png,Mädchen\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "second"),
+    [
+        ("x.csv", EXCEL.encode(), "“zwei” – drei"),
+        ("x.csv", EXCEL.encode("utf-8-sig"), "“zwei” – drei"),
+        ("x.csv", EXCEL.encode("utf-16"), "“zwei” – drei"),
+        ("x.csv.gz", gzip.compress(b"\xfe\xff" + EXCEL.encode("utf-16-be")), "“zwei” – drei"),
+        ("x.csv", EXCEL.encode("utf-16-be"), "“zwei” – drei"),
+        ("x.csv", LATIN.encode("latin-1"), "Mädchen"),
+        ("x.csv", EXCEL.encode("cp1252"), "“zwei” – drei"),
+        ("x.csv", 'file_name;text\na.png;schön, süß\na.png;"drei; vier"\n'.encode(), "drei; vier"),
+        ("x.csv", "file_name\ttext\r\na.png\tschön, süß\r\na.png\tdrei\r\n".encode("utf-16"), "drei"),
+        ("x.tsv", "file_name;text\na.png;schön, süß\na.png;drei\n".encode(), "drei"),
+        ("x.csv", 'image_name, text\na.png, "schön, süß"\na.png, drei\n'.encode(), "drei"),
+        ("x.csv", "image_name| number| text\na.png| 0| schön, süß\na.png| 1| drei\n".encode(), "drei"),
+        ("x.csv", "bild;text\na.png;schön, süß\na.png;drei\n".encode(), "drei"),
+    ],
+    ids=[
+        "UTF-8",
+        "with a mark",
+        "UTF-16",
+        "big-endian",
+        "without a mark",
+        "Latin-1",
+        "Windows",
+        "semicolons",
+        "Excel",
+        "no tab in a tsv",
+        "spaces",
+        "Flickr30k",
+        "named in the config",
+    ],
+)
+def test_csv_is_read_in_the_encoding_and_with_the_delimiter_that_the_file_shows(
+    tmp_path: Path, name: str, content: bytes, second: str
+) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    (tmp_path / name).write_bytes(content)
+    spec = {"image": "bild"} if b"bild" in content else {}
+    whole = read_table(tmp_path / name, "csv", **spec)
+    assert list(outcomes(whole).values()) == ["schön, süß", second]
+    parts = [*find_format("csv").parts(str(tmp_path / name), 1)]
+    shards = [Shard("x/<part>", "shard", "csv", part=part) for part in parts]
+    assert [item for shard in shards for item in read_samples(shard, Input(**spec))] == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("x.csv", b"a.png,A dog\na.png,two\n", "the first line has 'a.png', so it is a sample"),
+        ("x.csv", b"A dog;http://example.org/1\n", "the first line has 'http://example.org/1', so it is a sample"),
+        ("x.txt", b"a.png#0\tA dog\na.png#1\ttwo\n", "the first line has 'a.png#0', so it is a sample"),
+        ("x.csv", b"file_name,text,text\na.png,one,two\n", "2 columns have the name 'text'"),
+    ],
+)
+def test_a_first_line_that_cannot_be_the_names_of_columns_refuses_the_file(
+    tmp_path: Path, name: str, content: bytes, fault: str
+) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    (tmp_path / name).write_bytes(content)
+    *_, last = read_table(tmp_path / name, "csv", image="a.png" if name == "x.csv" else None)
+    assert isinstance(last, Refusal)
+    assert (last.key, last.reason.value) == (None, "shard_unreadable")
+    assert fault in last.detail
+    with pytest.raises(RefusedFile, match="line 1: "):
+        find_format("csv").first_row(str(tmp_path / name))
+
+
+def test_a_row_with_more_values_than_columns_is_refused_and_not_cut(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    (tmp_path / "x.csv").write_text("file_name,text\na.png,one, two\na.png,three,,\n")
+    assert list(outcomes(read_table(tmp_path / "x.csv", "csv")).values()) == [
+        "row_broken: line 2: 3 values for 2 columns: quote texts with the delimiter", "three",
+    ]  # fmt: skip
+
+
+def test_the_path_or_url_of_an_image_is_kept_in_the_metadata_and_its_bytes_are_not(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    (tmp_path / "x.csv").write_text("path,text\na.png,one\n")
+    encoded = base64.b64encode(IMAGES[1]).decode()
+    rows = [{"image": "a.png", "text": "one"}, {"image": encoded, "text": "two"}]
+    (tmp_path / "x.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_columns(tmp_path / "x.parquet", {"url": ["a.png"], "text": ["one"]})
+
+    def metadata(name: str, **spec: object) -> list[object]:
+        items = read_table(tmp_path / name, name.partition(".")[2], **spec)
+        return [json.loads(item.sidecars.get("json", b"null")) for item in items]  # type: ignore[union-attr]
+
+    assert metadata("x.csv") == [{"path": "a.png", "text": "one"}]
+    assert metadata("x.csv", metadata=["path"]) == [{"path": "a.png"}]
+    assert metadata("x.csv", metadata="none") == metadata("x.csv", metadata=["absent"]) == [None]
+    assert metadata("x.jsonl") == [{"image": "a.png", "text": "one"}, {"text": "two"}]
+    assert metadata("x.parquet") == [{"url": "a.png", "text": "one"}]
+
+
+def test_a_text_file_of_image_names_and_captions_is_a_table_and_no_list_of_urls(tmp_path: Path) -> None:
+    (tmp_path / "captions.txt").write_text("image,caption\na.png,A child in a pink dress .\n")
+    (tmp_path / "list.txt").write_text("x/{a,b}.csv\ns3://bucket/image,text.csv\n")
+
+    def shards(name: str) -> SourceShards:
+        return source_shards(parse_config({"source": f"{tmp_path}/{name}", "output": f"{tmp_path}/out"}))
+
+    assert (shards("captions.txt").urls, shards("captions.txt").format.name) == ([f"{tmp_path}/captions.txt"], "csv")
+    urls = [f"{tmp_path}/x/a.csv", f"{tmp_path}/x/b.csv", "s3://bucket/image,text.csv"]
+    assert (shards("list.txt").urls, shards("list.txt").format.name) == (urls, "csv")
+
+
+def test_a_guessed_encoding_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    for content, note in ((LATIN.encode(), ""), (LATIN.encode("utf-16"), ""), (LATIN.encode("latin-1"), "as cp1252")):
+        path.write_bytes(content)
+        assert note in "".join(notes := find_format("csv").notes(str(path)))
+        assert len(notes) == bool(note)
+    path.write_bytes(LATIN.encode() + b"a.png,\x81\x8d\xff\n")
+    assert "characters in its first" in find_format("csv").notes(str(path))[-1]
