@@ -18,6 +18,7 @@ from tests.helpers.s3_proxy import Proxy
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # defaults use a GPU, and tests compare bits and speeds of one device
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch threads that wait would use CPU
 os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's default of 15, other tests starve the workers
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # processes for tasks, of which runs have none
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor for each group of ranks
