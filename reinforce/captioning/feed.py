@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ from reinforce.errors import UserError
 from reinforce.images.policy import ImageRefused, decode
 from reinforce.processes.prefetch import prefetch
 from reinforce.seeds import permutation, uniforms
+from reinforce.training.order import ORDER
 from reinforce.training.task import Reading
 
 #: Consecutive broken images after which the feed fails.
@@ -58,7 +60,8 @@ class CaptionFeed:
     """The feed of a fine-tuning; implements ``reinforce.training.task.Feed``.
 
     ``tokenize`` maps B texts to int64 [B, context], ``end`` is the token after the last word. An image that cannot be
-    decoded is logged with its reason and replaced by the next one, in the order before shuffling, that can.
+    decoded is logged with its reason and replaced by one of another batch of the epoch that can. (In version 1 of the
+    order it was the next one in the order before shuffling, the same for neighbours.)
     """
 
     def __init__(self, pairs: Pairs, data: Data, seed: int, size: int, tokenize: Tokenize, end: int) -> None:
@@ -75,10 +78,12 @@ class CaptionFeed:
         self.samples = int(self._example_ends[-1])
         self.data = {"data": pairs.describe()}
         self._order = functools.lru_cache(maxsize=2)(self._shuffled_examples)
+        self._order_version = ORDER
         self._threads = data.threads or 1
 
-    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None) -> Reading:
+    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None, order: int) -> Reading:
         """See ``reinforce.training.task.Feed``; the order of samples depends on nothing that is chosen here."""
+        self._order_version = order
         self._threads = self._data.threads or loaders
         return Reading(self._threads, f"{self._threads} loader thread{'s' * (self._threads > 1)}")
 
@@ -127,7 +132,7 @@ class CaptionFeed:
         }
 
     def _crop(self, example: Example, data: bytes, position: int) -> tuple[Example, np.ndarray]:
-        """Return an example and its crop, or the next example, before shuffling, whose image can be decoded."""
+        """Return an example and its crop, or another example whose image can be decoded."""
         epoch, index = divmod(position, self.samples)
         for step in range(1, _MOST_BROKEN + 1):
             try:
@@ -135,7 +140,7 @@ class CaptionFeed:
             except ImageRefused as refused:
                 self._log_broken(example.image, refused)
                 last = refused
-                example = self._example((int(self._order(epoch)[index]) + step) % self.samples, epoch)
+                example = self._example(self._replacement(epoch, index, step), epoch)
                 [data] = read_images([self._pairs.location(example.image)])
                 continue
             record = sample_augmentation(
@@ -143,6 +148,14 @@ class CaptionFeed:
             )
             return example, np.asarray(replay(image, record))
         raise UserError(f"data: {_MOST_BROKEN} images in a row cannot be decoded, the last: {last}. Check the shards.")
+
+    def _replacement(self, epoch: int, index: int, step: int) -> int:
+        """The index, before shuffling, of the example that is tried as number ``step`` in place of one of an epoch."""
+        if self._order_version == 1:
+            return (int(self._order(epoch)[index]) + step) % self.samples
+        # Multiples of the golden ratio: the replacements of one batch are apart from it and from each other.
+        stride = next(n for n in itertools.count(round(0.618 * self.samples)) if math.gcd(n, self.samples) == 1)
+        return int(self._order(epoch)[(index + step * stride) % self.samples])
 
     def _log_broken(self, image: int, refused: ImageRefused) -> None:
         with self._lock:
@@ -152,7 +165,7 @@ class CaptionFeed:
             count = len(self._broken)
         key, url = self._pairs.key(image), self._pairs.table["url"][image]
         _log.warning(
-            "image %s of %s cannot be decoded and is replaced by the next one: %s (%d images so far)",
+            "image %s of %s cannot be decoded and is replaced by another one: %s (%d images so far)",
             key,
             url,
             refused,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -99,8 +99,19 @@ def from_lists(column: pa.ChunkedArray, shape: Sequence[int]) -> pa.Array:
     return _tensor_column(rows, [*shape], valid)
 
 
-def pick(data: pa.Table | pa.RecordBatch, index: npt.NDArray[np.intp]) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Select vector ``index[row]`` of every row -> float32 [rows, dim], and a mask [rows] of those that are not null.
+class Picked(NamedTuple):
+    """One vector of every row, float32 [rows, dim], with masks [rows].
+
+    ``stored`` rows are not null, and ``unit`` rows have unit norm: the others are null, NaN, infinite or zero.
+    """
+
+    vectors: Floats
+    stored: npt.NDArray[np.bool_]
+    unit: npt.NDArray[np.bool_]
+
+
+def pick(data: pa.Table | pa.RecordBatch, index: npt.NDArray[np.intp]) -> Picked:
+    """Select vector ``index[row]`` of every row.
 
     Only the selected vectors are decoded. They are normalised to unit norm, so int8's scales are not needed. The
     vectors of null rows are arbitrary.
@@ -108,7 +119,8 @@ def pick(data: pa.Table | pa.RecordBatch, index: npt.NDArray[np.intp]) -> tuple[
     stored, valid = _tensor_rows(data.column("embeddings"))
     vectors: Floats = stored[np.arange(len(index)), index].astype(np.float32)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, norms, out=vectors, where=norms > 0), valid
+    unit = np.isfinite(norms) & (norms > 0)
+    return Picked(np.divide(vectors, norms, out=vectors, where=unit), valid, valid & unit[:, 0])
 
 
 def _check_finite(values: npt.NDArray[np.floating]) -> None:

@@ -38,7 +38,8 @@ class Progress:
     in steps. ``fixed_config`` is the part of the config that determines the training, by dotted keys. ``streams`` is
     the number of streams that the feed reads, if the order of samples depends on one, and ``samples`` those of an
     epoch; ``model_config`` is that of the job, ``data`` that of the feed, and ``division`` the parts of a batch. Older
-    checkpoints do not have these. ``skipped_last`` is the number of steps without an update since the last update.
+    checkpoints do not have these. ``skipped_last`` is the number of steps without an update since the last update,
+    ``order`` the version of the order of samples.
     """
 
     step: int
@@ -51,6 +52,7 @@ class Progress:
     data: Mapping[str, Any] | None = None
     division: str | None = None
     skipped_last: int = 0
+    order: int = 1
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def _file_name(step: int) -> str:
 def _encode_header(progress: Progress) -> str:
     names = ("streams", "samples", "model_config", "data", "division")
     optional = {**{name: getattr(progress, name) for name in names}, "skipped_last": progress.skipped_last or None}
+    optional["order"] = progress.order if progress.order > 1 else None
     fields = {
         "version": _VERSION,
         "step": progress.step,

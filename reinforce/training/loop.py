@@ -39,6 +39,7 @@ from reinforce.training.distributed import gather
 from reinforce.training.distributed.ranks import Ranks, wrap_ddp
 from reinforce.training.job import Job, total_steps
 from reinforce.training.optimizer import learning_rate, make_adamw
+from reinforce.training.order import ORDER
 from reinforce.training.record.log import Log
 from reinforce.training.record.progress import Throughput, TimeLeft, format_row
 from reinforce.training.record.results import Results, read_results
@@ -122,7 +123,7 @@ class _Loop:
         self.accelerator = ranks.accelerator
         self.storage = Storage(job.output)
         self.checkpoints = Checkpoints(self.storage, self.training.checkpoints.keep)
-        self.progress = Progress(0, job.fixed_config, model_config=job.model_config, data=feed.data)
+        self.progress = Progress(0, job.fixed_config, model_config=job.model_config, data=feed.data, order=ORDER)
         model = self.accelerator.place(task.model).train()
         average = make_average(model, self.training.ema) if self.training.ema and ranks.is_first else None
         self.state = State(model, make_adamw(model, self.training.optimizer), average)
@@ -160,8 +161,8 @@ class _Loop:
         accelerated = self.accelerator.device.type != "cpu"
         cores = -self.ranks.start_max(-self.ranks.cpus)()  # all ranks read in the same way
         loaders, step = loader_processes(cores, accelerated), self.progress.step
-        reading = self.feed.set_up(ranks, self.training.batch // ranks, step, loaders, self.progress.streams)
-        before = self.progress
+        before, batch = self.progress, self.training.batch // ranks
+        reading = self.feed.set_up(ranks, batch, step, loaders, before.streams, before.order)
         division = f"{ranks} rank{'s' * (ranks > 1)} x {parts} part{'s' * (parts > 1)}"
         self.progress = replace(before, streams=reading.streams, samples=self.feed.samples, division=division)
         threads = arithmetic_threads(self.ranks.cpus, reading.loaders, accelerated)

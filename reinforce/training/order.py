@@ -11,6 +11,9 @@ so any position of any stream is found with a few additions, without reading wha
 stream contributes the same number of samples (up to one), and a rank reads S / ranks of the streams: the samples of a
 step depend on the number of streams, not on the number of ranks or loader processes.
 
+``ORDER`` is the version of the order, which checkpoints record. They differ in what replaces unusable rows: since
+version 2, replacements are distinct within a batch where there are enough usable rows.
+
 All shuffles are permutations seeded from (seed, dataset, purpose, epoch, stream), see ``reinforce.seeds``.
 """
 
@@ -25,6 +28,8 @@ import numpy as np
 
 from reinforce.seeds import Ints, permutation
 
+#: Version of the order of samples of new trainings.
+ORDER = 2
 #: Samples of a stream among which every dataset of a mixture has exactly its share.
 BLOCK = 10_000
 
@@ -52,7 +57,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive chunks of a span whose rows are shuffled together.
+    """Consecutive chunks of a span, after ``start`` rows of it, whose rows are shuffled together.
 
     ``order`` [rows] is a permutation of the rows of the concatenated chunks. The first ``skip`` entries come before the
     requested position.
@@ -62,6 +67,7 @@ class Window:
     chunks: tuple[Chunk, ...]
     order: Ints
     skip: int
+    start: int
 
 
 class Order:
@@ -105,7 +111,7 @@ class Order:
             length = sum(chunk.rows for chunk in chunks)
             if skip < start + length:
                 order = permutation(length, self.seed, f"{self.name} window {stream} {epoch}", start)
-                yield Window(epoch, chunks, order, max(0, skip - start))
+                yield Window(epoch, chunks, order, max(0, skip - start), start)
             start += length
 
     def _chunks(self, stream: int, epoch: int) -> Iterator[tuple[int, Chunk]]:

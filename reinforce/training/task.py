@@ -108,19 +108,19 @@ class Feed(Protocol):
         """
         ...
 
-    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None) -> Reading:
+    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None, order: int) -> Reading:
         """Choose what the config leaves open, before ``batches`` with the same arguments; the same on every rank.
 
         ``loaders`` is the number of processes or threads that suits the machine, ``streams`` what the checkpoint
-        recorded, if there is one.
+        recorded, if there is one, and ``order`` the version of the order of samples.
         """
         ...
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterable[Batch]:
         """Endless batches of ``batch`` samples for one rank, beginning with step ``start``; epochs follow one another.
 
-        Must be a pure function of its arguments and of ``Reading.streams``, so that a resumed training gets the batches
-        that an uninterrupted one would have got.
+        Must be a pure function of its arguments, of ``Reading.streams`` and of the ``order`` of ``set_up``, so that a
+        resumed training gets the batches that an uninterrupted one would have got.
         """
         ...
 

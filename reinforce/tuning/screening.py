@@ -94,7 +94,7 @@ def _read_batches(config: StudentConfig, teachers: Sequence[str], count: int, si
     orders = make_orders(datasets, config.seed, 1, config.data.window)
     pool = ThreadPoolExecutor(_READERS, "screening")
     try:
-        reader = StreamReader(datasets, orders, config.seed, 0, 0, pool)
+        reader = StreamReader(datasets, orders, config.seed, 0, 0, pool, size)
         for _ in range(count):
             vectors = np.split(np.stack([next(reader).vectors for _ in range(size)]), ends, axis=1)
             by_target = {target: torch.from_numpy(v) for (target, _), v in zip(targets, vectors, strict=True)}

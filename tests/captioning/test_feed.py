@@ -118,6 +118,20 @@ def test_an_example_is_a_crop_by_policy_with_a_caption_of_its_image(source: tupl
         assert batch["caption"][row, batch["length"][row]] == END
 
 
+def test_broken_neighbours_are_replaced_by_different_images_of_other_batches(tmp_path: Path) -> None:
+    members = []
+    for i in range(40):
+        members += [(f"{i:02d}.png", picture(i)[: 99 if i < 10 else None]), (f"{i:02d}.txt", f"number {i}".encode())]
+    write_tar(tmp_path / "shards" / "0.tar", members)
+    feed = make_feed(*make_pairs(tmp_path, captions=["txt"]))
+    batches = [batch["key"] for batch in take(feed, 12, batch=10)]
+    assert all(len(set(keys)) == 10 for keys in batches)
+    old = make_feed(*make_pairs(tmp_path, captions=["txt"]))
+    old.set_up(ranks=1, batch=10, start=0, loaders=2, streams=None, order=1)
+    keys = [key for batch in take(old, 4, batch=10) for key in batch["key"]]
+    assert keys.count("10") == 11, "as before in a training of an earlier version"
+
+
 def test_broken_images_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken = {"2", "5"}
     members = []
@@ -129,7 +143,7 @@ def test_broken_images_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFix
     feed = make_feed(pairs, data)
     with caplog.at_level(logging.WARNING):
         batches = take(feed, 20, batch=3)
-    assert caplog.text.count("cannot be decoded and is replaced by the next one: image_broken") == 2
+    assert caplog.text.count("cannot be decoded and is replaced by another one: image_broken") == 2
     assert "2 images so far" in caplog.text
     keys = [key for batch in batches for key in batch["key"]]
     assert len(keys) == 60

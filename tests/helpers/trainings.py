@@ -85,7 +85,7 @@ class PairFeed:
         self.poisoned, self.data = poisoned, data or {}
         self.seen: list[int] = []
 
-    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None) -> Reading:
+    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None, order: int) -> Reading:
         return Reading(0, "pairs as needed")
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:

@@ -17,6 +17,7 @@ from reinforce.errors import UserError
 from reinforce.storage import Storage
 from reinforce.training.distributed.mailbox import Mailbox
 from reinforce.training.launch import launch, runs_on_ray
+from reinforce.training.order import ORDER
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch, Reading
 from tests.helpers.trainings import PairFeed, TowersTask, builder, job
@@ -54,10 +55,11 @@ class CountingFeed(PairFeed):
 
     def __init__(self, loaders: int) -> None:
         super().__init__()
-        self.loaders, self.threads, self.asked = loaders, 0, (0, None)
+        self.loaders, self.threads = loaders, 0
+        self.asked: tuple[int, int | None, int] = (0, None, 0)
 
-    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None) -> Reading:
-        self.asked = (loaders, streams)
+    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None, order: int) -> Reading:
+        self.asked = (loaders, streams, order)
         return Reading(self.loaders, f"{self.loaders} loaders", streams or 6, "read in six streams")
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
@@ -80,13 +82,25 @@ def test_a_training_uses_all_cores_unless_the_config_says_otherwise(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before, feed = torch.get_num_threads(), CountingFeed(3)
     launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=3, compute=compute))
-    assert (feed.threads, feed.asked) == (threads, (1, None))
+    assert (feed.threads, feed.asked) == (threads, (1, None, ORDER))
     assert capsys.readouterr().out.startswith(
         f"1 rank x {cpus} CPUs, 3 loaders, device cpu\nread in six streams\ntwo towers\n"
     )
     assert torch.get_num_threads() == before
     launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=4, compute=compute))
-    assert feed.asked == (1, 6), "the checkpoint's streams"
+    assert feed.asked == (1, 6, ORDER), "the checkpoint's streams and order"
+
+
+def test_a_training_of_an_earlier_version_goes_on_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    feed = CountingFeed(3)
+    monkeypatch.setattr("reinforce.training.loop.ORDER", 1)  # the checkpoint names no order
+    launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=3))
+    monkeypatch.undo()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for steps in (4, 5):
+        launch(lambda _: (TowersTask(), feed), job(tmp_path, steps=steps))
+        assert feed.asked[1:] == (6, 1)
 
 
 def test_a_second_training_with_the_same_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

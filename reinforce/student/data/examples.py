@@ -121,9 +121,9 @@ def make_examples(
     """Make the examples of rows ``first`` to ``stop`` of a row group in one epoch.
 
     ``read`` reads the row group of another layer; one layer is in memory at a time. A row is usable if it has a text
-    of every kind and all vectors; if one captioner has none for it, its text comes from another one. Images that are
-    stored by reference are read from their tar, in the tar's order. Raises UserError if they cannot be read, and
-    ChangedImages.
+    of every kind and all vectors, none of them NaN, infinite or zero; if one captioner has none for it, its text comes
+    from another one. Images that are stored by reference are read from their tar, in the tar's order. Raises UserError
+    if they cannot be read, and ChangedImages.
     """
     samples = samples.slice(first, stop - first)
     keys: list[str] = samples["key"].to_pylist()
@@ -144,9 +144,10 @@ def make_examples(
     blocks: list[Floats] = []
     for teacher in spec.image_teachers:
         layer = embeddings_layer(teacher, "images")
-        picked, valid = vectors.pick(rows_of(layer), views)
-        require(valid, f"{layer} is null")
-        blocks.append(picked)
+        picked = vectors.pick(rows_of(layer), views)
+        require(picked.stored, f"{layer} is null")
+        require(picked.unit, f"{layer} is NaN or zero")
+        blocks.append(picked.vectors)
     texts: list[list[str]] = []
     for number, kind in enumerate(spec.kinds):
         weights = spec.sources(kind)
@@ -154,10 +155,12 @@ def make_examples(
         chosen, found = picks.source(2 + number, [source.complete for source in sources], list(weights.values()))
         name = "caption" if kind == TRUE_CAPTION else "synthetic caption"
         require(np.any([source.has_text for source in sources], axis=0), f"no {name}")
+        for layer, vector in (item for source in sources for item in source.picked.items()):
+            require(found | ~vector.stored | vector.unit, f"{layer} is NaN or zero")
         require(found, f"no vectors of the {name}")
         texts.append([sources[source].texts[row] or "" for row, source in enumerate(chosen.tolist())])
-        for of_sources in zip(*(source.vectors for source in sources), strict=True):
-            blocks.append(np.stack(of_sources)[chosen, np.arange(len(keys))])
+        for of_sources in zip(*(source.picked.values() for source in sources), strict=True):
+            blocks.append(np.stack([of_source.vectors for of_source in of_sources])[chosen, np.arange(len(keys))])
     block = np.concatenate(blocks, axis=1) if blocks else np.empty((len(keys), 0), np.float32)
 
     places = np.flatnonzero(usable).tolist()
@@ -192,7 +195,7 @@ class _PickedTexts(NamedTuple):
     """The texts picked from one source, for every row."""
 
     texts: list[str | None]
-    vectors: list[Floats]  # [rows, D] by teacher
+    picked: dict[str, vectors.Picked]  # by layer, one for each teacher
     has_text: Bools
     complete: Bools  # has a text and all vectors of it
 
@@ -209,9 +212,9 @@ def _pick_texts(
         has_text = lists.counts > 0
         index = picks.index(1, lists.counts)
         texts = lists.take(index)
-    picked = [vectors.pick(read(embeddings_layer(teacher, source)), index) for teacher in teachers]
-    complete = np.logical_and.reduce([has_text, *(valid for _, valid in picked)])
-    return _PickedTexts(texts, [found for found, _ in picked], has_text, complete)
+    picked = {layer: vectors.pick(read(layer), index) for layer in (embeddings_layer(t, source) for t in teachers)}
+    complete = np.logical_and.reduce([has_text, *(of_layer.unit for of_layer in picked.values())])
+    return _PickedTexts(texts, picked, has_text, complete)
 
 
 def _read_images(samples: pa.Table, rows: Sequence[int], roots: ImageRoots) -> Iterator[bytes]:

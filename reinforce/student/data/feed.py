@@ -27,6 +27,7 @@ from reinforce.student.data.parts import Part, PartMaker, Tokenize
 from reinforce.student.data.reading import plan_reading
 from reinforce.student.data.stream import RankStream, StreamPlan
 from reinforce.training.distributed.ranks import share_from_first
+from reinforce.training.order import ORDER
 from reinforce.training.task import Batch, Reading
 from teachers.redact import redact
 
@@ -77,9 +78,13 @@ class StudentFeed:
         for dataset in self._datasets:
             self.data |= flatten(dataset.layers.fingerprints, f"{redact(dataset.url)}: ")
         self._reading: Reading | None = None
+        self._order = ORDER
 
-    def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None) -> Reading:
+    def set_up(
+        self, ranks: int, batch: int, start: int, loaders: int, streams: int | None, order: int = ORDER
+    ) -> Reading:
         """See ``reinforce.training.task.Feed`` and ``plan_reading``."""
+        self._order = order
         self._reading = plan_reading(self._data, ranks, batch, start, loaders, streams)
         return self._reading
 
@@ -97,7 +102,7 @@ class StudentFeed:
             )
         if batch < processes:
             raise UserError(f"data.workers ({processes}) must be at most the batch of a rank ({batch}).")
-        plan = StreamPlan(self._datasets, self._maker, self._seed, streams, self._data.window)
+        plan = StreamPlan(self._datasets, self._maker, self._seed, streams, self._data.window, self._order)
         stream = RankStream(plan, rank, ranks, batch, start)
         batches = self._read_here(stream)
         if reading.loaders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -80,14 +81,23 @@ class DatasetReader:
 
     Rows are read ahead in threads while fewer than a window of them are in memory, so at most a window and a row group
     are, each as its encoded image and its float32 vectors (with 50 KB and 2 x 3 x 768 numbers, 4,096 rows take 280 MB).
-    An unusable row is replaced by a usable one half a window away.
+    In place of unusable rows, the usable ones of a window follow one another again, so copies are as far apart as they
+    can be. A window with fewer than ``apart`` usable rows, those of the stream that are in one batch, takes more from
+    later epochs. With ``apart`` None, an unusable row is replaced by the one half a window away, which is version 1 of
+    the order.
     """
 
     def __init__(
-        self, dataset: StreamedDataset, order: Order, stream: int, position: int, pool: ThreadPoolExecutor
+        self,
+        dataset: StreamedDataset,
+        order: Order,
+        stream: int,
+        position: int,
+        pool: ThreadPoolExecutor,
+        apart: int | None = 1,
     ) -> None:
         self.unusable: Counter[str] = Counter()  # unusable rows so far, by reason
-        self._dataset, self._order, self._stream, self._pool = dataset, order, stream, pool
+        self._dataset, self._order, self._stream, self._pool, self._apart = dataset, order, stream, pool, apart
         self._chunks = ((window, chunk) for window in order.windows(stream, position) for chunk in window.chunks)
         self._pending: deque[tuple[Window, Future[Examples]]] = deque()
         self._rows_held = 0
@@ -119,23 +129,32 @@ class DatasetReader:
             self._rows_held += chunk.rows
 
     def _replace_unusable(self, rows: list[Example | None], window: Window) -> list[Example]:
-        usable = [row for row in rows if row is not None] or [self._next_usable(window)]
+        usable = [row for row in rows if row is not None]
         if len(usable) == len(rows):
             return usable
+        if self._apart is not None:
+            if len(usable) < min(len(rows), self._apart):
+                usable = self._with_later_ones(usable, window, window.start, self._apart)[: len(rows)]
+            return list(itertools.islice(itertools.cycle(usable), len(rows)))
+        usable = usable or self._with_later_ones([], window, 0, 1)[:1]
         before = np.cumsum([row is not None for row in rows]).tolist()
         return [row or usable[(b + len(usable) // 2) % len(usable)] for row, b in zip(rows, before, strict=True)]
 
-    def _next_usable(self, window: Window) -> Example:
-        """The first usable row of the epochs after a window without one. Raises UserError if there seems to be none."""
+    def _with_later_ones(self, usable: list[Example], window: Window, start: int, count: int) -> list[Example]:
+        """``count`` or more distinct usable rows: those of a window, and of the stream from row ``start`` of its next
+        epoch on. Fewer if eight windows do not have so many. Raises UserError if there seems to be none.
+        """
+        found = {(row.file.path, row.key): row for row in usable}
         searched, unusable = 0, Counter[str]()
-        for later in self._order.windows(self._stream, self._order.before(self._stream, window.epoch + 1)):
+        for later in self._order.windows(self._stream, self._order.before(self._stream, window.epoch + 1) + start):
             for chunk in later.chunks:
                 examples = self._dataset.load(chunk, later.epoch)
-                found = next((row for row in examples.rows if row is not None), None)
-                if found is not None:
-                    return found
+                for row in filter(None, examples.rows):
+                    found.setdefault((row.file.path, row.key), row)
                 searched += chunk.rows
                 unusable.update(examples.unusable)
+                if len(found) >= count or (found and searched >= 8 * len(window.order)):
+                    return list(found.values())
             if searched >= min(_MAX_UNUSABLE_ROWS, 2 * self._order.total):
                 break
         raise UserError(

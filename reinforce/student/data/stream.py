@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from reinforce.student.data.examples import Example
 from reinforce.student.data.parts import Part, PartBuffers, PartMaker
 from reinforce.student.data.reader import DatasetReader, StreamedDataset
-from reinforce.training.order import Mixture, Order, share
+from reinforce.training.order import ORDER, Mixture, Order, share
 
 #: Row groups that a process reads at a time: enough to hide the latency of an object store; each is in memory.
 _READERS = 2
@@ -21,13 +21,17 @@ _READERS = 2
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """What is streamed, the same on every rank. ``streams`` and ``window`` are those of the config."""
+    """What is streamed, the same on every rank. ``streams`` and ``window`` are those of the config.
+
+    ``order`` is the version of the order of samples, see ``reinforce.training.order``.
+    """
 
     datasets: Sequence[StreamedDataset]
     maker: PartMaker
     seed: int
     streams: int
     window: int
+    order: int = ORDER
 
 
 class RankStream(IterableDataset[Part]):
@@ -58,11 +62,14 @@ class RankStream(IterableDataset[Part]):
         local = self.plan.streams // self.ranks
         orders = make_orders(self.plan.datasets, self.plan.seed, self.plan.streams, self.plan.window)
         pool = ThreadPoolExecutor(_READERS, "reader")
+        apart = -(-self.batch // local) if self.plan.order > 1 else None
         try:
             readers: dict[int, StreamReader] = {}
             for number in range(process, local, processes):
                 stream, position = self.rank * local + number, share(self.batch * self.step, local, number)
-                readers[number] = StreamReader(self.plan.datasets, orders, self.plan.seed, stream, position, pool)
+                readers[number] = StreamReader(
+                    self.plan.datasets, orders, self.plan.seed, stream, position, pool, apart
+                )
             while True:
                 examples: list[Example] = []
                 for number, reader in readers.items():
@@ -90,7 +97,10 @@ def make_orders(datasets: Sequence[StreamedDataset], seed: int, streams: int, wi
 
 
 class StreamReader:
-    """Endless examples of one stream, drawn from all datasets by weight, beginning at a position."""
+    """Endless examples of one stream, drawn from all datasets by weight, beginning at a position.
+
+    ``apart`` is that of ``DatasetReader``.
+    """
 
     def __init__(
         self,
@@ -100,11 +110,12 @@ class StreamReader:
         stream: int,
         position: int,
         pool: ThreadPoolExecutor,
+        apart: int | None = 1,
     ) -> None:
         mixture = Mixture([dataset.weight for dataset in datasets], seed)
         self._draws = mixture.draws(stream, position)
         self._readers = [
-            DatasetReader(dataset, order, stream, start, pool)
+            DatasetReader(dataset, order, stream, start, pool, apart)
             for dataset, order, start in zip(datasets, orders, mixture.before(stream, position), strict=True)
         ]
         self._examples = [iter(reader) for reader in self._readers]

@@ -88,6 +88,40 @@ def test_without_a_text_of_one_captioner_the_other_is_picked() -> None:
     assert all(str(old) == str(new) for old, new in rest)
 
 
+def test_nan_infinite_and_zero_vectors_are_nulls_under_their_own_name() -> None:
+    layers = tables(a={9}, t_b={6})
+    spoil(layers, "images", {1: np.nan, 2: 0})
+    spoil(layers, "caption", {2: np.nan, 3: np.inf})
+    spoil(layers, "a", {5: 0, 6: np.nan})
+    spoil(layers, "b", {7: np.nan, 9: 0})
+    made = examples(layers)
+    assert [row for row, example in enumerate(made.rows) if example is None] == [1, 2, 3, 6, 9]
+    assert made.unusable == {
+        "embeddings/t/images is NaN or zero": 2,
+        "embeddings/t/caption is NaN or zero": 1,
+        "embeddings/t/a is NaN or zero": 1,
+        "embeddings/t/b is NaN or zero": 1,
+    }
+    assert [example.texts[1][0] for row in (5, 7) if (example := made.rows[row])] == ["b", "a"]
+    found = np.stack([example.vectors for example in made.rows if example])
+    assert np.allclose(np.linalg.norm(found.reshape(len(found), 3, 4), axis=2), 1)
+
+
+def spoil(layers: dict[str, pa.Table], what: str, rows: Mapping[int, float]) -> None:
+    """Set the vectors of some rows to a value, as another program might have stored them."""
+    name = f"embeddings/t/{what}"
+    table = layers[name]
+    values = vectors.decode(table).copy()
+    valid = np.asarray(table["embeddings"].is_valid())
+    for row, value in rows.items():
+        values[row] = value
+    stored = np.where(valid[:, None, None], values, 0).astype(np.float16)
+    column = pa.FixedShapeTensorArray.from_numpy_ndarray(stored).storage
+    nulls = pa.FixedSizeListArray.from_arrays(column.values, column.type.list_size, mask=pa.array(~valid))
+    tensor = table.schema.field("embeddings").type
+    layers[name] = table.set_column(1, "embeddings", pa.ExtensionArray.from_storage(tensor, nulls))
+
+
 def test_unusable_rows_are_counted_by_reason() -> None:
     made = examples(tables(caption={1}, a={2, 3}, b={2}, t_b={3}, t_images={1, 4}, t_caption={5}))
     assert [row for row, example in enumerate(made.rows) if example is None] == [1, 2, 3, 4, 5]

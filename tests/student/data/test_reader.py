@@ -36,15 +36,18 @@ from tests.helpers.reinforced import letters, reinforce_here, small_dataset
 NO_CAPTION = ("00000003", "00000017")
 
 
+def with_nulls(folder: Path, count: int, without: Sequence[str]) -> str:
+    """A dataset of ``count`` samples in row groups of eight, some of them without a caption."""
+    dropped, emptied = {f"{key}.txt" for key in without}, {f"{key}.json" for key in without}
+    members = [(name, b"" if name in emptied else data) for name, data in members_of(0, count) if name not in dropped]
+    write_tar(folder / "0.tar", members)
+    return reinforce_here(config_of(f"{folder}/0.tar", folder / "out", captioners={}))
+
+
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """40 samples, two of them without a caption."""
-    folder = tmp_path_factory.mktemp("dataset")
-    dropped = {f"{key}.txt" for key in NO_CAPTION}
-    emptied = {f"{key}.json" for key in NO_CAPTION}
-    members = [(name, b"" if name in emptied else data) for name, data in members_of(0, 40) if name not in dropped]
-    write_tar(folder / "0.tar", members)
-    return reinforce_here(config_of(f"{folder}/0.tar", folder / "out", captioners={}))
+    return with_nulls(tmp_path_factory.mktemp("dataset"), 40, NO_CAPTION)
 
 
 @pytest.fixture
@@ -87,6 +90,48 @@ def test_a_window_without_a_usable_row_takes_one_from_later_epochs(
         unusable.update(reader.unusable)
     assert unusable["no caption"] >= 2
     assert not {example.key for example in examples} & set(NO_CAPTION)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """64 samples, half of them without a caption: the first two row groups, and more than every third of the rest."""
+    lacking = [n for n in range(64) if n < 16 or n % 3 == 0]
+    return with_nulls(tmp_path_factory.mktemp("half"), 64, [f"{n:08d}" for n in lacking])
+
+
+@pytest.mark.parametrize(("streams", "batch"), [(1, 16), (2, 16), (4, 8)])
+def test_a_batch_has_no_example_twice_although_half_of_the_rows_are_null(half: str, streams: int, batch: int) -> None:
+    steps = 4 * 64 // batch
+    batches = [
+        taken["key"]
+        for taken in itertools.islice(feed_of(half, streams=streams, window=32).batches(0, 1, batch, 0), steps)
+    ]
+    assert [keys for keys in batches if len(set(keys)) < batch] == []
+    counts = Counter(key for keys in batches for key in keys)
+    assert len(counts) == 32
+    assert max(counts.values()) <= 12, "about twice in each of four epochs"
+
+
+def test_windows_without_a_usable_row_take_distinct_ones_from_any_position(half: str, pool: ThreadPoolExecutor) -> None:
+    dataset = opened(half)
+    order = order_of(dataset, 8)  # a window is a row group
+
+    def read(position: int, count: int) -> list[str]:
+        reader = DatasetReader(dataset, order, 0, position, pool, apart=4)
+        return [example.key for example in itertools.islice(reader, count)]
+
+    keys = read(0, 128)
+    assert all(len(set(keys[start : start + 4])) == 4 for start in range(0, 128, 4))
+    assert all(read(position, 9) == keys[position : position + 9] for position in (1, 8, 37, 100))
+
+
+def test_a_training_of_an_earlier_version_gets_its_replacements(half: str) -> None:
+    """These keys must stay: trainings resume after an upgrade."""
+    feed = feed_of(half, streams=2, window=32)
+    feed.set_up(ranks=1, batch=16, start=1, loaders=0, streams=2, order=1)
+    [batch] = itertools.islice(feed.batches(0, 1, 16, 1), 1)
+    expected = [20, 62, 23, 19, 25, 17, 29, 31, 38, 37, 34, 47, 41, 55, 49, 49]
+    assert [int(key) for key in batch["key"]] == expected
 
 
 def test_a_file_that_changed_after_the_start_is_named(dataset: StreamedDataset) -> None:
