@@ -1,11 +1,12 @@
-"""Shared fixtures: one Ray and one S3 server per session, because each takes seconds to start."""
+"""Shared fixtures and the order of files: one Ray and one S3 server serve many, since each takes seconds to start."""
 
 from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -61,16 +62,42 @@ def _set_s3_environment(patch: pytest.MonkeyPatch, endpoint: str) -> None:
     patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
 
 
-@pytest.fixture(scope="session")
-def ray_session(s3_server: str) -> Iterator[None]:
+@pytest.fixture(scope="module")
+def ray_session(s3_server: str) -> None:
+    """Ray on this machine, which runs until the first file that does not use it: even idle it takes CPU."""
     import ray
 
-    with pytest.MonkeyPatch.context() as patch:  # workers get the environment of the first ray.init
-        _set_s3_environment(patch, s3_server)
-        patch.setenv("RAY_metrics_report_interval_ms", "2000")  # instead of 10,000, for which a test would wait
-        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        with pytest.MonkeyPatch.context() as patch:  # workers get the environment of the first ray.init
+            _set_s3_environment(patch, s3_server)
+            patch.setenv("RAY_metrics_report_interval_ms", "2000")  # instead of 10,000, for which a test would wait
+            ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized() and item.path not in _files_with_ray():
+        sys.modules["ray"].shutdown()
+
+
+@cache
+def _files_with_ray() -> dict[Path, int]:
+    """The files whose tests share Ray, with the number of the half that each belongs to."""
+    files = sorted(path for path in Path(__file__).parent.rglob("test_*.py") if "ray_session" in path.read_text())
+    return {path: number % 2 for number, path in enumerate(files)}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give whole files to each process, but each half of those that share Ray to one process."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            half = _files_with_ray().get(config.rootpath / file)
+            return file if half is None else f"files with Ray, half {half}"
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +129,13 @@ def shards(tmp_path: Path) -> Callable[..., str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spread the files that mostly wait (for clusters and killed processes) over those that mostly compute."""
+    """Put the files that share Ray first; spread others that mostly wait over those that mostly compute."""
     files = list(dict.fromkeys(item.path for item in items))
     waiting = [file for file in files if file.parent.name == "integration"]
     computing = [file for file in files if file.parent.name != "integration"]
     step = 0.8 * len(computing) / max(1, len(waiting))  # the last files are short, so that no process ends late
     place = {file: float(n) for n, file in enumerate(computing)} | {file: n * step for n, file in enumerate(waiting)}
-    items.sort(key=lambda item: place[item.path])
+    items.sort(key=lambda item: (item.path not in _files_with_ray(), place[item.path]))
 
 
 @pytest.fixture
