@@ -30,11 +30,11 @@ def _check_layer_name(name: str) -> str:
 LayerName = Annotated[str, AfterValidator(_check_layer_name)]
 #: Of a mapping from layer names.
 LAYER_NAMES = keys_match(f"^{LAYER_NAME.pattern}$", "caption", "images")
-#: One URL, or a list of URLs.
-ImageFolders = Annotated[
+#: One text, or a list of texts.
+OneOrMore = Annotated[
     list[str],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    InSchema(lambda urls: either({"type": "string"}, urls)),
+    InSchema(lambda texts: either({"type": "string"}, texts)),
 ]
 
 
@@ -105,7 +105,7 @@ class Input(Section):
         description="rows of a shard of Parquet, jsonl and csv: files are divided into shards, Parquet at its row "
         "groups; default: a file is a shard",
     )
-    images_from: ImageFolders | None = Field(
+    images_from: OneOrMore | None = Field(
         None,
         description="folders that a source may name images in: one URL or a list; for tables with places outside their "
         "folder and at private addresses, and for datasets whose images are stored by reference",
@@ -265,6 +265,36 @@ class Failures(Section):
     )
 
 
+#: What can be told of a sample without a model.
+Fact = Literal["width", "height", "aspect", "bytes", "characters", "words"]
+
+
+class Score(Section):
+    """Scores of each sample, from what is stored: ``similarity``, ``head`` or ``facts``."""
+
+    similarity: OneOrMore | None = Field(None, description="teachers whose similarity of images and texts it is")
+    texts: OneOrMore = Field(["caption"], min_length=1, description="similarity: `caption`, and names of captioners")
+    head: str | None = Field(None, description="safetensors file of a linear layer: `weight` [N, D], `bias` [N]")
+    teacher: str | None = Field(None, description="head: the teacher to whose embeddings of images it is applied")
+    names: OneOrMore = Field(["score"], min_length=1, description="head: a name for each of its N outputs")
+    facts: list[Fact] | None = Field(None, min_length=1, description="sizes of the image and the caption")
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Score:
+        uses = {"similarity": {"texts"}, "head": {"teacher", "names"}, "facts": set[str]()}
+        chosen = [key for key in uses if getattr(self, key) is not None]
+        if len(chosen) != 1:
+            raise ValueError(f"set one of {', '.join(uses)}")
+        if unused := self.model_fields_set - uses[chosen[0]] - {chosen[0]}:
+            raise ValueError(f"{', '.join(sorted(unused))}: not used with `{chosen[0]}`; remove it")
+        if self.head is not None and self.teacher is None:
+            raise ValueError("set `teacher`, to whose embeddings `head` is applied")
+        for names in (self.similarity or [], self.texts, self.names, self.facts or []):
+            if len({*names}) < len(names):
+                raise ValueError(f"{', '.join(names)}: a name occurs twice")
+        return self
+
+
 class Estimate(Section):
     """What `reinforce plan` takes for granted when it estimates hours and costs. A run does not read it."""
 
@@ -308,6 +338,9 @@ class Config(Section):
     )
     teachers: Annotated[dict[LayerName, AnyTeacher], LAYER_NAMES] = Field(
         default_factory=dict, description="teachers by name"
+    )
+    scores: Annotated[dict[LayerName, Score], LAYER_NAMES] = Field(
+        default_factory=dict, description="scores by name, from layers that this config names"
     )
     workers: Workers = Workers()
     failures: Failures = Failures()

@@ -11,6 +11,7 @@ from schemas.layers import (
     index_schema,
     quarantine_schema,
     samples_schema,
+    scores_schema,
 )
 from schemas.pairs import PAIRS
 from schemas.reasons import WHOLE_SHARD, Reason
@@ -29,4 +30,5 @@ __all__ = [
     "index_schema",
     "quarantine_schema",
     "samples_schema",
+    "scores_schema",
 ]

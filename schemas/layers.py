@@ -6,6 +6,8 @@ same row groups; each repeats ``key``, so that readers can check the alignment.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
@@ -110,6 +112,13 @@ def embeddings_schema(count: int, dim: int, dtype: str) -> pa.Schema:
             _field("scales", pa.fixed_shape_tensor(pa.float32(), [count]), "vector j = embeddings[j] * scales[j]")
         )
     return pa.schema(fields)
+
+
+def scores_schema(names: Sequence[str]) -> pa.Schema:
+    """Schema of ``scores/<name>/<shard>.parquet``: a struct of scores by name."""
+    scores = pa.struct([pa.field(name, pa.float32()) for name in names])
+    description = "of the sample; one is null where a value that it is computed from is null"
+    return pa.schema([_KEY, _field("scores", scores, description, nullable=False)])
 
 
 def quarantine_schema() -> pa.Schema:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from reinforce import settings
-from reinforce.config import Format, ImageFolders, Limits
+from reinforce.config import Format, Limits, OneOrMore
 from reinforce.evaluation.config import RECALLS
 from reinforce.settings import Section
 from reinforce.training.config import Trackers, Training
@@ -42,7 +42,7 @@ class Data(Section):
     image: str | None = Field(
         None, description="column of a table with the images, or with their paths; default: as in a run"
     )
-    images_from: ImageFolders | None = Field(
+    images_from: OneOrMore | None = Field(
         None,
         description="folders or URLs of the tars from which images that a dataset stores by reference may be read",
     )

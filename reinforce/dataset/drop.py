@@ -45,14 +45,14 @@ class DropPlan:
         sizes: for each layer, in the order of deletion, the bytes of its files and of its quarantine files.
         entries: for each teacher or captioner that loses its last layer, such as ``teachers.dfn2b``, its entry.
         dependants: other layers of the dataset that were computed from these.
-        known: all layers of the dataset.
+        known: all layers of the dataset, with their entries in dataset.json.
     """
 
     url: str
     sizes: Mapping[str, tuple[list[int], list[int]]]
     entries: Mapping[str, Mapping[str, Any]]
     dependants: list[str]
-    known: list[str]
+    known: Mapping[str, Mapping[str, Any]]
 
     def lines(self) -> list[str]:
         """The plan for people."""
@@ -142,11 +142,11 @@ def _describe_files(sizes: Collection[int]) -> str:
     return f"{len(sizes):,} {'file' if len(sizes) == 1 else 'files'} ({format_bytes(sum(sizes))})"
 
 
-def _known_layers(store: Store, manifest: Mapping[str, Any] | None) -> list[str]:
-    """The layers that ``dataset.json`` lists, and others that have files."""
-    listed = [name for name in (manifest or {}).get("layers", {}) if find_kind(name) is not None]
+def _known_layers(store: Store, manifest: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    """The layers that ``dataset.json`` lists, with their entries, and others that have files."""
+    listed = {name: entry for name, entry in (manifest or {}).get("layers", {}).items() if find_kind(name) is not None}
     stored = {name for name in layers_with_folders(store) if name not in listed and any(_file_sizes(store, name))}
-    return sorted({*listed, *stored}, key=deletion_order)
+    return {name: listed.get(name, {}) for name in sorted({*listed, *stored}, key=deletion_order)}
 
 
 def layers_with_folders(store: Store) -> set[str]:

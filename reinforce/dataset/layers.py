@@ -40,8 +40,13 @@ def embeddings_layer(teacher: str, inputs: str) -> str:
     return f"embeddings/{teacher}/{inputs}"
 
 
+def scores_layer(name: str) -> str:
+    """Name of a layer of scores."""
+    return f"scores/{name}"
+
+
 def model_of(name: str) -> str:
-    """The model in the name of a layer; empty for samples."""
+    """The model, or the entry of ``scores``, in the name of a layer; empty for samples."""
     return "".join(parts_of(name)[1:2])
 
 
@@ -79,6 +84,7 @@ class Layer:
         texts: what a teacher encodes in a layer of texts: ``caption`` or a captioner's name.
         count: vectors or captions per row (K or N).
         dim: dimension of the vectors, None until a model of unknown dimension has been loaded.
+        names: of the values of a row, where these have names.
         published: whether it is read from published reinforcements, without loading a model.
         recipe: what the fingerprint covers.
         code: hash of the file that defines the model's class, if it is a custom one; the fingerprint does not cover it.
@@ -93,6 +99,7 @@ class Layer:
     count: int = 0
     dim: int | None = None
     dtype: Literal["float16", "float32", "int8"] = "float16"
+    names: tuple[str, ...] = ()
     published: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict, compare=False)
     code: str | None = field(default=None, compare=False)
@@ -164,8 +171,9 @@ class LayerKind(ABC):
         """Layers of this kind that a config names. ``infos`` describe the models by section and name, ``known`` are the
         layers of lower levels."""
 
-    def inputs(self, name: str) -> tuple[str, ...]:
-        """Names of the layers that a layer is computed from: by default the samples."""
+    def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the layers that a layer is computed from, by its name and its entry in dataset.json, if it has one:
+        by default the samples."""
         return (SAMPLES,)
 
     @abstractmethod

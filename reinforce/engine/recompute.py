@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -93,7 +93,7 @@ def recompute(config: Config, url: str, rows: int, seed: int = 0, pool: DecodePo
         for owner in owners:
             of_model = {name: layer for name, layer in computed.items() if layer.owner == owner}
             try:
-                found.layers += _compare_model(config, layers, of_model, picked, own)
+                found.layers += _compare_model(config, {**layers, **chosen}, of_model, picked, own)
             except (UserError, LayerFailure, RefusedFile, MisalignedLayer) as error:
                 found.left_out.append(f"{', '.join(of_model)}: not computed again: {error}")
     finally:
@@ -122,7 +122,7 @@ def _known(layers: Mapping[str, Layer], manifest: Mapping[str, Any], found: Reco
     for name, layer in layers.items():
         stored = manifest["layers"].get(name, {}).get("fingerprint")
         if stored == layer.fingerprint:
-            known[name] = layer
+            known[name] = replace(layer, dim=layer.dim or manifest["layers"][name].get("dim"))
         elif stored is not None:
             found.left_out.append(f"{name}: not computed again: the config has another recipe than the dataset")
     return known

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
-from reinforce.config import Format, ImageFolders, Limits
+from reinforce.config import Format, Limits, OneOrMore
 from reinforce.config_schema import keys_match
 from reinforce.settings import Section
 
@@ -118,7 +118,7 @@ class Evaluation(Section):
         ge=0,
         description="bytes of decoded images kept between evaluations; a set that does not fit is decoded each time",
     )
-    images_from: ImageFolders | None = Field(
+    images_from: OneOrMore | None = Field(
         None,
         description="folders or URLs of the tars from which images that a dataset stores by reference may be read",
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from reinforce import settings
-from reinforce.config import LAYER_NAMES, ImageFolders, LayerName, ReadLimits
+from reinforce.config import LAYER_NAMES, LayerName, OneOrMore, ReadLimits
 from reinforce.config_schema import InSchema, either
 from reinforce.evaluation.config import Evaluation
 from reinforce.settings import Section
@@ -63,7 +63,7 @@ class Data(Section):
         None,
         description="captioners whose captions are read: names or {name: weight}; default: all, equally; []: none",
     )
-    images_from: ImageFolders | None = Field(
+    images_from: OneOrMore | None = Field(
         None,
         description="folders or URLs of the tars from which images that a dataset stores by reference may be read",
     )

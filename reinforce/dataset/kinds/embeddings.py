@@ -49,7 +49,7 @@ class _Embeddings(LayerKind):
             info = infos["teachers", name]
             for inputs, count in self._sides(config, teacher, info):
                 layer = embeddings_layer(name, inputs)
-                needs = self.inputs(layer)
+                needs = self.inputs(layer, {})
                 recipe = _recipe(known[needs[-1]].fingerprint, info.identity, teacher.dtype)
                 yield Layer(
                     layer,
@@ -96,7 +96,7 @@ class _Embeddings(LayerKind):
 
     def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
         model = mapping_at(manifest, self.section, layer.model, "model")
-        source = manifest["layers"].get(self.inputs(layer.name)[-1])
+        source = manifest["layers"].get(self.inputs(layer.name, {})[-1])
         if not model or source is None:
             return None
         return self._fingerprint(_recipe(source["fingerprint"], model, layer.dtype))
@@ -176,7 +176,7 @@ class TextEmbeddings(_Embeddings):
     unit = "texts"
     _inputs_in_words = "texts"
 
-    def inputs(self, name: str) -> tuple[str, ...]:
+    def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         texts = inputs_of(name)
         return (SAMPLES,) if texts == TRUE_CAPTION else (SAMPLES, captions_layer(texts))
 

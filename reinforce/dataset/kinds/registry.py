@@ -9,10 +9,13 @@ from typing import Any
 from reinforce.dataset.kinds.captions import Captions
 from reinforce.dataset.kinds.embeddings import ImageEmbeddings, TextEmbeddings
 from reinforce.dataset.kinds.samples import Samples
+from reinforce.dataset.kinds.scores import Scores
 from reinforce.dataset.layers import SAMPLES, Layer, LayerKind, folder_of, matches, parts_of
 
 #: Every kind by its name in dataset.json. Kinds of lower levels come first.
-KINDS: dict[str, LayerKind] = {kind.name: kind for kind in (Samples(), Captions(), ImageEmbeddings(), TextEmbeddings())}
+KINDS: dict[str, LayerKind] = {
+    kind.name: kind for kind in (Samples(), Captions(), ImageEmbeddings(), TextEmbeddings(), Scores())
+}
 
 
 def find_kind(name: str) -> LayerKind | None:
@@ -41,18 +44,26 @@ def stored_layer(name: str, entry: Mapping[str, Any]) -> Layer:
         name,
         kind,
         entry["fingerprint"],
-        kind.inputs(name),
+        kind.inputs(name, entry),
         entry.get("captioner") or entry.get("teacher"),
         entry.get("texts"),
         entry.get("count") or 0,
         entry.get("dim"),
         entry.get("dtype", "float16"),
+        tuple(entry.get("names") or ()),
     )
 
 
-def depends(layer: str, on: str) -> bool:
-    """Whether a layer is computed from another one: all from the samples, embeddings of captions from these."""
-    return on in kind_of(layer).inputs(layer)
+def depends(layer: str, on: str, entries: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a layer is computed from another one, also through others. ``entries`` are those of dataset.json."""
+    known, pending = {layer}, [layer]
+    while pending:
+        name = pending.pop()
+        kind = find_kind(name)
+        needs = {*kind.inputs(name, entries.get(name, {}))} - known if kind else set()
+        known |= needs
+        pending += needs
+    return on in known - {layer}
 
 
 def deletion_order(layer: str) -> tuple[int, str]:
@@ -60,10 +71,13 @@ def deletion_order(layer: str) -> tuple[int, str]:
     return -kind_of(layer).level, layer
 
 
-def with_dependants(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Layers by name, and those of ``known`` that are computed from them, in the order of deletion."""
+def with_dependants(names: Iterable[str], known: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Layers by name, and those of ``known`` that are computed from them, in the order of deletion.
+
+    ``known`` are the entries of layers in dataset.json, empty ones for layers that it does not list.
+    """
     names = {*names}
-    dependants = {name for name in known if any(depends(name, on) for on in names)}
+    dependants = {name for name in known if any(depends(name, on, known) for on in names)}
     return sorted(names | dependants, key=deletion_order)
 
 

@@ -51,7 +51,7 @@ class Samples(LayerKind):
         }
         yield Layer(SAMPLES, self, compute_fingerprint(recipe), recipe=recipe)
 
-    def inputs(self, name: str) -> tuple[str, ...]:
+    def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
 
     def schema(self, layer: Layer, images: str) -> pa.Schema:

@@ -29,7 +29,7 @@ def check_recipes(
         return
     lines = [f"{store.url} was made by another config, and the results would be mixed:"]
     lines += difference_lines(dict.fromkeys(others, manifest or {}), layers, others, "the dataset")
-    known = {*mapping_at(manifest or {}, "layers"), *others}
+    known = {**{name: {} for name in others}, **mapping_at(manifest or {}, "layers")}
     command = drop_command(store.url, with_dependants(others, known), known)
     choices = "write to another `output`" + (", give the changed model another name" if SAMPLES not in others else "")
     lines.append(f"Undo the change, {choices}, or delete these layers and compute them again: {command}")

@@ -41,6 +41,9 @@ class _LayerEntry(_Part):
     texts: _Text | None = None
     teacher: _Text | None = None
     captioner: _Text | None = None
+    names: list[_Text] | None = None
+    needs: list[_Text] | None = None
+    score: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check_kind(self) -> _LayerEntry:

@@ -53,12 +53,16 @@ def _wrong_fingerprints(manifest: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def check_missing(
-    store: Store, listings: Mapping[str, Listing], indexes: Mapping[str, LayerIndex], quarantine: Mapping[str, Listing]
+    store: Store,
+    listings: Mapping[str, Listing],
+    indexes: Mapping[str, LayerIndex],
+    quarantine: Mapping[str, Listing],
+    entries: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[Finding]:
     """Files that runs have committed, by the indexes, and that are gone, and those that are not computed yet.
 
     A shard that is quarantined in a layer lacks this layer and those that are computed from it. Of the listed
-    ``quarantine``, the files without a file of the layer are read.
+    ``quarantine``, the files without a file of the layer are read. ``entries`` are those of the layers in dataset.json.
     """
     damaged: DamagedFiles = {}
     refused = store.lone_quarantine(listings, damaged, quarantine)
@@ -69,7 +73,7 @@ def check_missing(
     if all(listing.has(every).all() for listing in listings.values()):
         return
     for layer, listing in listings.items():
-        needed = [name for name in listings if name == layer or depends(layer, name)]
+        needed = [name for name in listings if name == layer or depends(layer, name, entries)]
         unusable = {shard for name in needed for shard, whole in refused[name].items() if whole}
         absent = set(every.filter(pa.array(~listing.has(every))).to_pylist()) - unusable
         names = pa.array(sorted(absent), pa.string())

@@ -145,7 +145,7 @@ def validate(
     found = Validation(store.url, len(listings[SAMPLES]), len(chosen), keys.repeated(), code=_code_lines(manifest))
     found.findings += check_recipes(manifest)
     indexes = {name: read_index(store, name, entry["fingerprint"]) for name, entry in manifest["layers"].items()}
-    found.findings += check_missing(store, listings, indexes, every)
+    found.findings += check_missing(store, listings, indexes, every, manifest["layers"])
     found.findings += check_orphans(store, listings)
     if len(chosen) < len(listings[SAMPLES]):
         found.findings += _check_sizes(store, manifest, listings, indexes, chosen)

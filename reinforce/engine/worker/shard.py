@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import partial
 
+import schemas
 from reinforce.config import Config
 from reinforce.datacompdr.reinforcements import Reinforcements
 from reinforce.datacompdr.values import PublishedReader
@@ -121,6 +122,7 @@ class _ShardProcess:
         with contextlib.ExitStack() as stack:
             writers = self._writers(stack)
             inputs = {name: self._open_input(stack, name) for name in self._stored_inputs()}
+            columns = {SAMPLES: self._sample_columns()}
             spec = self._row_spec(stack)
             lease = stack.enter_context(self._lease(spec))
             self.batches = stack.enter_context(Batches(lambda: self.inference.rows_per_batch, self.watch))
@@ -128,7 +130,7 @@ class _ShardProcess:
                 for index, group in itertools.groupby(rows, key=lambda row: row.group):
                     if short := [name for name, file in inputs.items() if index >= file.num_row_groups]:
                         raise MisalignedLayer(short[0])
-                    stored = {name: file.read_row_group(index) for name, file in inputs.items()}
+                    stored = {name: file.read_row_group(index, columns.get(name)) for name, file in inputs.items()}
                     self._write(RowGroup(*self._run_models(group, lease), stored), writers)
             stale = self._commit(writers)
             size = sum(writer.bytes for writer in writers.values())
@@ -237,9 +239,16 @@ class _ShardProcess:
     # -- files
 
     def _stored_inputs(self) -> list[str]:
-        """Layers besides the samples that are committed already, and that others are computed from."""
+        """Layers that are committed already, and that others are computed from; samples for their columns."""
         needed = {name: None for layer in self.layers.values() for name in layer.needs}
-        return [name for name in needed if name != SAMPLES and name not in self.layers]
+        unused = {SAMPLES} if not self._sample_columns() else set()
+        return [name for name in needed if name not in self.layers and name not in unused]
+
+    def _sample_columns(self) -> list[str]:
+        """Columns of stored samples that producers need; without any, samples are only read as rows."""
+        stored = {*schemas.samples_schema(self.config.images).names}
+        wanted = {column for producer in self.producers for column in producer.sample_columns} & stored
+        return ["key", *sorted(wanted)] if wanted else []
 
     def _writers(self, stack: contextlib.ExitStack) -> dict[str, LayerWriter]:
         """A writer for each layer, in the order in which their files are committed."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pyarrow as pa
 
 from reinforce.config import Config
 from reinforce.dataset.kinds.registry import kind_of
-from reinforce.dataset.layers import Layer
+from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.engine.decode.row import Row
 from reinforce.engine.inference.batch_sizes import Demand
 from reinforce.engine.inference.inference import Encoder, Outputs
@@ -48,6 +48,10 @@ class RowGroup:
             self._values[layer] = kind_of(layer).decode(self.tables[layer])
         return self._values[layer]
 
+    def samples(self) -> pa.Table:
+        """The samples, at least with the columns that a producer names."""
+        return self.tables[SAMPLES]
+
     def set_values(self, layer: str, values: Any) -> None:
         """Keep the values of a layer, so that its table is not decoded."""
         self._values[layer] = values
@@ -83,6 +87,11 @@ class Producer(Encoder):
         return Demand("rows", f"{layer.name}: one image does", "a smaller model")
 
     # -- tables
+
+    @property
+    def sample_columns(self) -> Collection[str]:
+        """Columns of the samples, besides keys, that it needs in files that were stored before, if they are there."""
+        return ()
 
     def schema(self, layer: Layer) -> pa.Schema:
         """The schema of a layer's file."""

@@ -13,13 +13,14 @@ from reinforce.engine.worker.producers.base import Producer
 from reinforce.engine.worker.producers.captions import Captions
 from reinforce.engine.worker.producers.image_embeddings import ImageEmbeddings
 from reinforce.engine.worker.producers.samples import Samples
+from reinforce.engine.worker.producers.scores import Scores
 from reinforce.engine.worker.producers.text_embeddings import TextEmbeddings
 from reinforce.engine.worker.refusals import Refusals
 from teachers.spec import Precision
 
 #: Producers by the name of their kind.
 PRODUCERS: dict[str, type[Producer]] = {
-    producer.kind: producer for producer in (Samples, Captions, ImageEmbeddings, TextEmbeddings)
+    producer.kind: producer for producer in (Samples, Captions, ImageEmbeddings, TextEmbeddings, Scores)
 }
 
 

@@ -1,0 +1,117 @@
+"""Scores: a struct of some numbers a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+import schemas
+from reinforce.config import Config
+from reinforce.dataset.comparison import Comparison
+from reinforce.dataset.layers import (
+    SAMPLES,
+    Layer,
+    LayerKind,
+    compute_fingerprint,
+    mapping_at,
+    scores_layer,
+)
+from reinforce.dataset.scoring.registry import make_scorer
+from reinforce.errors import UserError
+
+if TYPE_CHECKING:
+    from teachers.spec import ModelInfo
+
+_WIDTH = 4
+
+
+class Scores(LayerKind):
+    name = "scores"
+    pattern = scores_layer("*")
+    level = 3
+    columns = ("key", "scores")
+    values = None  # a score is null where one of its inputs is, which says why in the quarantine of its layer
+    unit = "samples"
+    required = ("names", "needs", "score")
+
+    def layers(
+        self, config: Config, infos: Mapping[tuple[str, str], ModelInfo], known: Mapping[str, Layer]
+    ) -> Iterable[Layer]:
+        for name, spec in config.scores.items():
+            try:
+                scorer = make_scorer(spec)
+                identity = scorer.identity()
+            except (ValueError, OSError) as error:
+                raise UserError(f"scores.{name}: {error}") from error
+            if missing := [need for need in scorer.needs if need not in known]:
+                raise UserError(
+                    f"scores.{name}: {', '.join(missing)} is no layer of this config. Name its teacher in `teachers`, "
+                    "and the captioner of its texts in `captioners`."
+                )
+            needs = (SAMPLES, *scorer.needs)
+            recipe = _recipe({need: known[need].fingerprint for need in needs}, identity)
+            layer = scores_layer(name)
+            fingerprint = compute_fingerprint(recipe)
+            yield Layer(layer, self, fingerprint, needs, names=scorer.names, recipe=recipe)
+
+    def inputs(self, name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(entry.get("needs") or (SAMPLES,))
+
+    def schema(self, layer: Layer, images: str) -> pa.Schema:
+        return schemas.scores_schema(layer.names)
+
+    def row_bytes(self, layer: Layer, sample: float) -> float | None:
+        return len(layer.names) * _WIDTH
+
+    def entry(self, layer: Layer, dim: int | None) -> dict[str, Any]:
+        return {"names": [*layer.names], "needs": [*layer.needs], "score": layer.recipe["score"]}
+
+    def recorded_fingerprint(self, layer: Layer, manifest: Mapping[str, Any]) -> str | None:
+        entry, layers = mapping_at(manifest, "layers", layer.name), manifest["layers"]
+        if not all(need in layers for need in layer.needs):
+            return None
+        return compute_fingerprint(_recipe({need: layers[need]["fingerprint"] for need in layer.needs}, entry["score"]))
+
+    def recipes(self, layer: Layer, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        before = mapping_at(manifest, "layers", layer.name, "score")
+        return dict(before), dict(layer.recipe["score"]) if before else {}
+
+    def wrong_rows(self, layer: Layer, table: pa.Table, records: int | None) -> Iterator[tuple[str, Any]]:
+        expected = self.schema(layer, "").field("scores").type
+        if table["scores"].type != expected:
+            found = f"{table['scores'].type}, dataset.json states {expected}"
+            yield f"have scores of type {found}", np.ones(table.num_rows, np.bool_)
+            return
+        for name in layer.names:
+            wrong = pc.invert(pc.is_finite(pc.struct_field(table["scores"], name)))
+            yield f"have a score {name} that is NaN or infinite", pc.fill_null(wrong, False).to_numpy()
+
+    def decode(self, table: pa.Table) -> list[dict[str, float | None]]:
+        found: list[dict[str, float | None]] = table["scores"].to_pylist()
+        return found
+
+    def compare(self, layer: str, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
+        old, new = (_numbers(pa.concat_tables(of)) for of in (stored, computed))
+        null = np.isnan(old), np.isnan(new)
+        equal = int(((old == new) | (null[0] & null[1])).all(axis=1).sum())
+        both = ~(null[0] | null[1])
+        difference = float(np.abs(old[both] - new[both]).max()) if both.any() else None
+        return Comparison(layer, len(old), equal, int((null[0] != null[1]).any(axis=1).sum()), difference)
+
+    def content(self, layer: Layer) -> str:
+        return ", ".join(layer.names)
+
+
+def _recipe(sources: Mapping[str, str], score: Mapping[str, Any]) -> dict[str, Any]:
+    """What the fingerprint covers: those of the layers it is computed from, and the identity of the scorer."""
+    return {"sources": dict(sources), "score": dict(score)}
+
+
+def _numbers(table: pa.Table) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Scores [rows, names]; NaN where they are null."""
+    scores = table["scores"].combine_chunks()
+    return np.stack([pc.fill_null(field, np.nan).to_numpy() for field in scores.flatten()], axis=1)

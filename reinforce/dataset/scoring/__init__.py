@@ -1,0 +1,1 @@
+"""Scorers: numbers for each sample, computed from what is stored of it."""

@@ -1,0 +1,52 @@
+"""Similarity of images and texts by teachers: the score by which data filtering networks choose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from reinforce.config import Score
+from reinforce.dataset.layers import embeddings_layer
+from reinforce.dataset.scoring.base import Floats, Scorer, StoredRows
+
+_VERSION = 1
+
+
+class Similarity(Scorer):
+    """Cosines of a row's augmented images and its texts.
+
+    For each kind of texts, such as ``caption``: ``caption_mean`` and ``caption_max`` over augmentations and texts,
+    both averaged over the teachers, and with several teachers ``caption_spread``, the standard deviation of their
+    means.
+    """
+
+    key = "similarity"
+    used = ("texts",)
+
+    def __init__(self, spec: Score) -> None:
+        self._teachers, self._texts = spec.similarity or [], spec.texts
+        statistics = ("mean", "max", "spread")[: 3 if len(self._teachers) > 1 else 2]
+        self.names = tuple(f"{texts}_{statistic}" for texts in self._texts for statistic in statistics)
+        self.needs = tuple(embeddings_layer(t, inputs) for t in self._teachers for inputs in ("images", *self._texts))
+
+    def identity(self) -> dict[str, Any]:
+        return {"similarity": self._teachers, "texts": self._texts, "version": _VERSION}
+
+    def scores(self, rows: StoredRows) -> Mapping[str, Floats]:
+        found: dict[str, Floats] = {}
+        for texts in self._texts:
+            cosines = [self._cosines(rows, teacher, texts) for teacher in self._teachers]
+            means = np.stack([of.mean(axis=(1, 2)) for of in cosines])
+            found[f"{texts}_mean"] = means.mean(axis=0)
+            found[f"{texts}_max"] = np.stack([of.max(axis=(1, 2)) for of in cosines]).mean(axis=0)
+            if len(cosines) > 1:
+                found[f"{texts}_spread"] = means.std(axis=0)
+        return found
+
+    @staticmethod
+    def _cosines(rows: StoredRows, teacher: str, texts: str) -> Floats:
+        """Cosines [rows, K, N] of vectors with unit norm."""
+        images, vectors = (rows.values(embeddings_layer(teacher, inputs)) for inputs in ("images", texts))
+        return np.matmul(images, vectors.transpose(0, 2, 1))

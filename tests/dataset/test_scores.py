@@ -1,0 +1,205 @@
+"""Layers of scores: what they hold, what they depend on, and what they cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+import reinforce
+from reinforce.cli import main
+from reinforce.config import parse_config
+from reinforce.dataset.drop import plan_drop
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest, write_manifest
+from reinforce.dataset.validate.validate import validate
+from reinforce.engine.plan.plan import make_plan
+from reinforce.engine.recompute import recompute
+from reinforce.engine.worker.producers.scores import Scores
+from reinforce.errors import UserError
+from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.reinforced import reinforce_here
+
+SCORES: dict[str, Any] = {
+    "match": {"similarity": ["red", "blue"], "texts": ["caption", "namer"]},
+    "pretty": {"head": "head.safetensors", "teacher": "red", "names": ["nice", "safe"]},
+    "sizes": {"facts": ["width", "height", "aspect", "bytes", "characters", "words"]},
+}
+CAPTIONLESS, COUNT = "00000003", 11
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The config of a dataset with scores, one sample of which has no caption."""
+    monkeypatch.chdir(tmp_path)
+    members = [member for member in members_of(0, COUNT) if member[0] != f"{CAPTIONLESS}.txt"]
+    write_tar(tmp_path / "source" / "0.tar", members)
+    rng = np.random.default_rng(0)
+    head = {"weight": rng.normal(size=(2, 8)).astype(np.float32), "bias": np.array([1, -1], np.float32)}
+    save_file(head, tmp_path / "head.safetensors")
+    return config_of("source/*.tar", "out", scores=SCORES)
+
+
+def run(capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([*words])
+    out, err = capfd.readouterr()
+    assert not ended.value.code, err
+    return out
+
+
+def similarities(sample: reinforce.Sample, teacher: str, texts: str) -> np.ndarray[Any, Any]:
+    return sample.images[teacher] @ sample.texts[teacher][texts].T
+
+
+def test_scores_are_those_of_the_stored_vectors_and_samples(config: dict[str, Any]) -> None:
+    samples = list(reinforce.open(reinforce_here(config)))
+    assert len(samples) == COUNT
+    with_caption = [sample for sample in samples if sample.key != CAPTIONLESS]
+    [without] = [sample for sample in samples if sample.key == CAPTIONLESS]
+    for sample in with_caption:
+        match, pretty, sizes = (sample.values[f"scores/{name}"] for name in SCORES)
+        for texts in ("caption", "namer"):
+            found = [similarities(sample, teacher, texts) for teacher in ("red", "blue")]
+            means = [one.mean() for one in found]
+            assert match[f"{texts}_mean"] == pytest.approx(np.mean(means), abs=1e-6)
+            assert match[f"{texts}_max"] == pytest.approx(np.mean([one.max() for one in found]), abs=1e-6)
+            assert match[f"{texts}_spread"] == pytest.approx(np.std(means), abs=1e-6)
+        rng = np.random.default_rng(0)
+        outputs = sample.images["red"] @ rng.normal(size=(2, 8)).astype(np.float32).T + np.array([1, -1])
+        assert [pretty[f"{name}_mean"] for name in ("nice", "safe")] == pytest.approx(outputs.mean(axis=0), abs=1e-5)
+        assert [pretty[f"{name}_max"] for name in ("nice", "safe")] == pytest.approx(outputs.max(axis=0), abs=1e-5)
+        caption = str(sample.caption)
+        facts = {"width": 40, "height": 30, "aspect": 4 / 3, "bytes": len(sample.image)}
+        assert sizes == pytest.approx({**facts, "characters": len(caption), "words": len(caption.split())})
+    match, sizes = without.values["scores/match"], without.values["scores/sizes"]
+    assert {name for name, value in {**match, **sizes}.items() if value is None} == {
+        *("caption_mean", "caption_max", "caption_spread", "characters", "words")
+    }, "null where an input is null"
+
+
+def test_scores_that_are_added_later_are_equal_and_load_no_model(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reinforce_here({**config, "output": "at-once"})
+    reinforce_here({**config, "scores": {}})
+    plan = make_plan(parse_config(config))
+    assert [shard.layers for shard in plan.pending] == [tuple(f"scores/{name}" for name in SCORES)]
+    monkeypatch.setattr("tests.helpers.models.ColorTeacher.encode_images", lambda *_: 1 / 0)
+    results: list[Any] = []
+    reinforce_here(config, results=results)
+    assert (results[0].samples, results[0].busy) == (COUNT, 0)
+    at_once, in_turn = (tree(tmp_path / of) for of in ("at-once", "out"))
+    assert at_once.keys() == in_turn.keys()
+    assert [name for name, data in at_once.items() if in_turn[name] != data] == []
+
+
+@pytest.mark.parametrize("images", ["embed", "reference"])
+def test_stored_samples_give_the_facts_that_read_ones_give(images: str, config: dict[str, Any]) -> None:
+    facts = {"sizes": SCORES["sizes"]}
+    config = {**config, "images": images, "teachers": {}, "captioners": {}}
+    [first, later] = [{**config, "output": output, "scores": facts} for output in ("first", "later")]
+    reinforce_here(first)
+    reinforce_here({**later, "scores": {}})
+    reinforce_here(later)
+    tables = [pq.read_table(next(Path(of, "scores/sizes").glob("*.parquet"))) for of in ("first", "later")]
+    assert tables[0].equals(tables[1])
+    assert tables[0]["scores"].to_pylist()[0]["bytes"] > 100
+
+
+def test_commands_know_scores_like_other_layers(config: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    url = reinforce_here(config)
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    assert "scores/match" in run(capfd, "plan", "run.yaml")
+    status = json.loads(run(capfd, "status", url, "--json"))
+    assert status["layers"]["scores/pretty"]["shards"] == 1
+    assert "caption_mean, caption_max" in run(capfd, "status", url)
+    assert validate(url).findings == []
+    compared = {one.layer: one for one in recompute(parse_config(config), url, COUNT).layers}
+    assert all(compared[f"scores/{name}"].equal == compared[f"scores/{name}"].rows > 0 for name in SCORES)
+    run(capfd, "inspect", url, "report")
+    assert "nice_mean" in Path("report", "index.html").read_text()
+
+
+def test_scores_depend_on_what_they_are_computed_from(config: dict[str, Any]) -> None:
+    store = Store(reinforce_here(config))
+    of_namer = ["scores/match", "embeddings/blue/namer", "embeddings/red/namer"]
+    assert plan_drop(store, ["captions/namer"]).dependants == of_namer
+    assert plan_drop(store, ["embeddings/red/images"]).dependants == ["scores/match", "scores/pretty"]
+    assert plan_drop(store, ["scores/*"]).dependants == []
+
+
+def test_another_head_is_another_layer_and_says_so(config: dict[str, Any]) -> None:
+    reinforce_here(config)
+    save_file({"weight": np.ones((2, 8), np.float32)}, "head.safetensors")
+    with pytest.raises(UserError, match=r"scores/pretty: fingerprint .*\n    head: \"sha256:") as raised:
+        make_plan(parse_config(config))
+    assert "scores/match" not in str(raised.value)
+
+
+def test_a_captioner_that_is_added_changes_no_score(config: dict[str, Any]) -> None:
+    reinforce_here({**config, "scores": {"match": {"similarity": "red"}}, "captioners": {}})
+    plan = make_plan(parse_config({**config, "scores": {"match": {"similarity": "red"}}}))
+    assert all("scores/match" not in shard.layers for shard in plan.pending)
+
+
+def test_a_damaged_or_changed_layer_of_scores_is_found(config: dict[str, Any]) -> None:
+    store = Store(reinforce_here(config))
+    [path] = Path("out/scores/pretty").glob("*.parquet")
+    groups = pq.ParquetFile(pa.BufferReader(path.read_bytes()))
+    schema = groups.schema_arrow
+    with pq.ParquetWriter(path, schema) as writer:
+        for group in map(groups.read_row_group, range(groups.num_row_groups)):
+            scores = [{**row, "nice_mean": float("inf")} for row in group["scores"].to_pylist()]
+            writer.write_table(pa.table([group["key"], pa.array(scores, schema.field("scores").type)], schema=schema))
+    messages = [finding.message for finding in validate(store.url).findings]
+    assert any("nice_mean that is NaN or infinite" in message for message in messages), messages
+    manifest = read_manifest(store)
+    manifest["layers"]["scores/pretty"]["needs"].append("scores/pretty")  # a circle
+    write_manifest(store, manifest)
+    assert any("scores/pretty" in finding.message for finding in validate(store.url).findings)
+
+
+def test_a_model_that_gives_other_vectors_than_the_head_takes_costs_the_layer(config: dict[str, Any]) -> None:
+    save_file({"weight": np.ones((2, 5), np.float32)}, "head.safetensors")
+    with pytest.raises(Exception, match=r"head\.safetensors is for vectors of 5 numbers, not 8"):
+        reinforce_here(config)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ({}, "set one of similarity, head, facts"),
+        ({"similarity": "red", "facts": ["width"]}, "set one of similarity, head, facts"),
+        ({"similarity": "red", "teacher": "red"}, "teacher: not used with `similarity`; remove it"),
+        ({"similarity": ["red", "red"]}, "red, red: a name occurs twice"),
+        ({"head": "head.safetensors"}, "set `teacher`, to whose embeddings"),
+        ({"facts": ["weight"]}, "facts"),
+        ({"similarity": "green"}, "embeddings/green/images, embeddings/green/caption is no layer of this config"),
+        ({"similarity": "red", "texts": "poet"}, "embeddings/red/poet is no layer of this config"),
+        ({"head": "nowhere.safetensors", "teacher": "red"}, "nowhere.safetensors"),
+    ],
+)
+def test_a_score_that_cannot_be_computed_is_one_error(score: Any, message: str, config: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as raised:
+        make_plan(parse_config({**config, "scores": {"mine": score}}))
+    assert message in str(raised.value)
+    assert "scores.mine" in str(raised.value)
+
+
+def test_the_producer_reads_only_the_columns_of_samples_that_facts_need(config: dict[str, Any]) -> None:
+    config["scores"] = {"words": {"facts": ["words"]}}
+    parsed = parse_config(config)
+    layer = make_plan(parsed).layers["scores/words"]
+
+    class Session:
+        config = parsed
+
+    assert Scores([layer], Session()).sample_columns == {"caption"}  # type: ignore[arg-type]
