@@ -158,6 +158,14 @@ def test_what_is_read_with_and_without_this_project_is_equal(workspace: Path) ->
     assert first.images["tiny"].shape == (2, 64)
 
 
+def test_scores_are_read_as_the_page_shows(workspace: Path) -> None:
+    names = executed("docs/scores.md")
+    samples = list(reinforce.open("my-data"))
+    found = dict(names["best"])
+    assert found == {sample.key: pytest.approx(sample.values["scores/match"]["caption_mean"]) for sample in samples}
+    assert [score for _, score in names["best"]] == sorted(found.values(), reverse=True)
+
+
 def test_layers_joined_in_sql_and_frames_are_those_of_the_samples(workspace: Path) -> None:
     names = executed("docs/sql.md")
     samples = list(reinforce.open("my-data"))

@@ -211,6 +211,10 @@ class LayerKind(ABC):
         """The value of each row of a row group, by default that of its column ``values``."""
         return table[self.values].to_pylist()
 
+    def numbers(self, table: pa.Table) -> Mapping[str, npt.NDArray[np.float32]]:
+        """Numbers of each row of a row group by name [rows], for plots; NaN where one is null."""
+        return {}
+
     def compare(self, layer: str, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
         """Compare stored row groups of a layer with those that were computed again."""
         before, now = ([value for table in of for value in self.decode(table)] for of in (stored, computed))

@@ -43,6 +43,26 @@ def similarity_charts(rows: Rows) -> Iterator[Chart]:
         )
 
 
+def number_charts(rows: Rows) -> Iterator[Chart]:
+    """The distribution of each score."""
+    for (layer, name), parts in rows.numbers.items():
+        every = np.concatenate(parts)
+        found = every[np.isfinite(every)]
+        if not len(found):
+            continue
+        edges = np.linspace(found.min(), max(found.max(), found.min() + 1e-3), _BINS + 1)
+        yield Chart(
+            f"{layer}: {name}",
+            f"Of {len(found):,} samples; {len(every) - len(found):,} have none.",
+            name,
+            "share of samples",
+            [_histogram(name, found, edges, 0)],
+            ["score", "number", "mean", "5 %", "median", "95 %"],
+            [[name, f"{len(found):,}", f"{found.mean():.3f}", *_quantiles(found)]],
+            y_share=True,
+        )
+
+
 def zip_colours(named: Mapping[str, np.ndarray]) -> Iterator[tuple[tuple[str, np.ndarray], int | None]]:
     """Items with their colours: grey for true captions, the palette for captioners."""
     colour = 0

@@ -177,6 +177,7 @@ class _Page:
         operations = plots.operation_chart(rows)
         sections: Mapping[str, list[Any]] = {
             "similarity": [*plots.similarity_charts(rows)],
+            "scores": [*plots.number_charts(rows)],
             "crops": [plots.area_chart(rows)],
             "targets": [plots.entropy_chart(rows), plots.agreement_chart(rows)],
             "captions": [lengths],

@@ -59,7 +59,7 @@ class Rows:
 
     ``areas`` and ``operations`` are [R, K] by row group: the crop's share of the image, and a bit for each of
     ``OPS``. ``similarity`` of a teacher and kind of text is [R, K] for the true caption, by augmentation, and [R, N]
-    for captioners, mean over the augmentations.
+    for captioners, mean over the augmentations. ``numbers`` are scores by layer and name.
     """
 
     teachers: list[str]
@@ -73,6 +73,7 @@ class Rows:
     areas: list[np.ndarray] = field(default_factory=list)
     operations: list[np.ndarray] = field(default_factory=list)
     similarity: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
+    numbers: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
     layers: dict[str, LayerFigures] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -146,6 +147,8 @@ def _add(rows: Rows, group: Group, tables: Mapping[str, pa.Table]) -> None:
             figures.add_vectors(decoded[name])
         elif column is not None:
             figures.add_nulls(np.asarray(tables[name][column].is_null()))
+        for number, values in kind_of(name).numbers(tables[name]).items():
+            rows.numbers.setdefault((name, number), []).append(values)
     for which, values in similarity.items():
         rows.similarity.setdefault(which, []).append(values)
     rows.targets.add(

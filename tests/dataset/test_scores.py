@@ -17,12 +17,12 @@ import reinforce
 from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.dataset.drop import plan_drop
+from reinforce.dataset.files.layer_file import LayerFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import read_manifest, write_manifest
 from reinforce.dataset.validate.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.recompute import recompute
-from reinforce.engine.worker.producers.scores import Scores
 from reinforce.errors import UserError
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
@@ -126,6 +126,9 @@ def test_commands_know_scores_like_other_layers(config: dict[str, Any], capfd: p
     assert all(compared[f"scores/{name}"].equal == compared[f"scores/{name}"].rows > 0 for name in SCORES)
     run(capfd, "inspect", url, "report")
     assert "nice_mean" in Path("report", "index.html").read_text()
+    plots = Path("report", "plots.html").read_text()
+    assert "scores/match: caption_spread" in plots
+    assert f"Of {COUNT - 1} samples; 1 have none." in plots
 
 
 def test_scores_depend_on_what_they_are_computed_from(config: dict[str, Any]) -> None:
@@ -194,12 +197,20 @@ def test_a_score_that_cannot_be_computed_is_one_error(score: Any, message: str, 
     assert "scores.mine" in str(raised.value)
 
 
-def test_the_producer_reads_only_the_columns_of_samples_that_facts_need(config: dict[str, Any]) -> None:
-    config["scores"] = {"words": {"facts": ["words"]}}
-    parsed = parse_config(config)
-    layer = make_plan(parsed).layers["scores/words"]
+@pytest.mark.parametrize(("fact", "reads_images"), [("bytes", True), ("words", False)])
+def test_only_facts_about_bytes_read_images(
+    fact: str, reads_images: bool, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {**config, "teachers": {}, "captioners": {}, "scores": {}}
+    reinforce_here(config)
+    asked: list[Any] = []
+    read = LayerFile.read_row_group
 
-    class Session:
-        config = parsed
+    def recorded(self: LayerFile, number: int, columns: Any = None, use_threads: bool = True) -> pa.Table:
+        asked.extend(self._names if columns is None else columns)
+        return read(self, number, columns, use_threads)
 
-    assert Scores([layer], Session()).sample_columns == {"caption"}  # type: ignore[arg-type]
+    monkeypatch.setattr(LayerFile, "read_row_group", recorded)
+    reinforce_here({**config, "scores": {"sizes": {"facts": [fact]}}})
+    assert "key" in asked
+    assert ("image" in asked) == reads_images

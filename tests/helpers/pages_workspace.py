@@ -42,6 +42,7 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
             "conv-64": {"model": vit, "logit_scale": 20},
             "tiny": {"class": "our_teachers:Tiny", "options": {"width": SIZE}},
         },
+        "scores": {"match": {"similarity": ["conv-64", "tiny"], "texts": ["caption", "coca"]}},
         "workers": {"max": 1},
     }
     student = {

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -94,8 +95,13 @@ class Scores(LayerKind):
         found: list[dict[str, float | None]] = table["scores"].to_pylist()
         return found
 
+    def numbers(self, table: pa.Table) -> Mapping[str, npt.NDArray[np.float32]]:
+        scores = table["scores"].combine_chunks()
+        names = [field.name for field in scores.type]
+        return {name: pc.fill_null(one, np.nan).to_numpy() for name, one in zip(names, scores.flatten(), strict=True)}
+
     def compare(self, layer: str, stored: Sequence[pa.Table], computed: Sequence[pa.Table]) -> Comparison:
-        old, new = (_numbers(pa.concat_tables(of)) for of in (stored, computed))
+        old, new = (np.stack([*self.numbers(pa.concat_tables(of)).values()], axis=1) for of in (stored, computed))
         null = np.isnan(old), np.isnan(new)
         equal = int(((old == new) | (null[0] & null[1])).all(axis=1).sum())
         both = ~(null[0] | null[1])
@@ -109,9 +115,3 @@ class Scores(LayerKind):
 def _recipe(sources: Mapping[str, str], score: Mapping[str, Any]) -> dict[str, Any]:
     """What the fingerprint covers: those of the layers it is computed from, and the identity of the scorer."""
     return {"sources": dict(sources), "score": dict(score)}
-
-
-def _numbers(table: pa.Table) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Scores [rows, names]; NaN where they are null."""
-    scores = table["scores"].combine_chunks()
-    return np.stack([pc.fill_null(field, np.nan).to_numpy() for field in scores.flatten()], axis=1)

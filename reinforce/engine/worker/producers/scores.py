@@ -12,13 +12,16 @@ from reinforce.dataset.scoring.registry import make_scorer
 from reinforce.engine.inference.session import Session
 from reinforce.engine.messages.results import raising_layer_failure
 from reinforce.engine.worker.producers.base import Producer, RowGroup
+from reinforce.engine.worker.refusals import Refusals
 
 
 class Scores(Producer):
     kind = "scores"
 
-    def __init__(self, layers: Iterable[Layer], session: Session) -> None:
-        super().__init__(layers, session)
+    def __init__(
+        self, layers: Iterable[Layer], session: Session, refusals: Refusals | None = None, source: str = ""
+    ) -> None:
+        super().__init__(layers, session, refusals, source)
         self._scorers = {layer.name: make_scorer(session.config.scores[model_of(layer.name)]) for layer in self.layers}
 
     @property
