@@ -19,7 +19,7 @@ it is built in each worker as ``Class(device, **options)``, with a ``torch.devic
 
 Attributes may also be set in ``__init__``. The layer fingerprint covers the class name, ``options`` and ``version``,
 but neither the code nor the contents of files named in ``options``: raise ``version`` whenever the same options give
-other outputs.
+other outputs. A run stops if the file of the class has changed and ``version`` has not.
 """
 
 from __future__ import annotations

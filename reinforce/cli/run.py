@@ -23,6 +23,12 @@ def run(
     retry_quarantined: Annotated[
         bool, typer.Option("--retry-quarantined", help="Retry the shards that are quarantined as a whole.")
     ] = False,
+    accept_changed_classes: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changed-classes", help="Extend layers of classes whose file has changed and `version` has not."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compute the missing layers of a dataset, and nothing else.
@@ -37,7 +43,12 @@ def run(
     with only_json(as_json) as print_json:
         checked = load_config(config, set_)
         try:
-            summary = run_config(checked, address=address, retry_quarantined=retry_quarantined)
+            summary = run_config(
+                checked,
+                address=address,
+                retry_quarantined=retry_quarantined,
+                accept_changed_classes=accept_changed_classes,
+            )
         except KeyboardInterrupt:
             typer.echo("stopped; finished shards are kept. Run the same command again to resume.", err=True)
             raise typer.Exit(130) from None
@@ -69,6 +80,7 @@ def plan(
     """
     from reinforce.config import load_config
     from reinforce.dataset.files.store import Store
+    from reinforce.dataset.manifest.class_code import check_classes
     from reinforce.engine.plan.duplicates import check_copies
     from reinforce.engine.plan.plan import make_plan
     from reinforce.engine.preflight.access import config_uses
@@ -102,6 +114,7 @@ def plan(
         for note in notes:
             typer.echo(escape(redact(note)), err=True)
         check_copies(current, Store(current.config.output))
+        check_classes(current.codes)
         if as_json:
             print_json(report.as_json(sample, notes))
 

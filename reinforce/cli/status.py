@@ -97,6 +97,7 @@ def _as_json(url: str, progress: RunProgress | None, found: Mapping[str, Any]) -
         "quarantine": found.get("quarantine", {}),
         "damaged": [asdict(file) for file in found.get("damaged", ())],
         "missing": found.get("lost") or None,
+        "notes": found.get("notes", []),
         "last_run": found.get("last_run"),
     }
 
@@ -193,6 +194,8 @@ def _print_dataset(found: Mapping[str, Any], reasons: bool) -> None:
         typer.echo(escape(damage))
     if found["lost"]:
         typer.echo(escape(f"{found['lost']}. `reinforce run` with the dataset's config computes what is missing."))
+    for line in found["notes"]:
+        typer.echo(escape(line))
     for layer, entry in found["quarantine"].items():
         counts = ", ".join(f"{count:,} {reason}" for reason, count in entry["reasons"].items())
         typer.echo(escape(f"quarantine/{layer}: {entry['files']:,} shards; {counts}"))

@@ -14,6 +14,7 @@ from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import DamagedFiles, Store
 from reinforce.dataset.kinds.registry import stored_layer
 from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.manifest.class_code import code_lines
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.runs.progress import list_runs, read_summary
@@ -26,8 +27,8 @@ def read_status(url: str) -> dict[str, Any]:
     """Read shards and bytes by layer, quarantined rows by layer and reason, and the last run's summary.
 
     ``examples`` of a layer's quarantine has the shard, the key and the detail of the first row of each reason.
-    ``damaged`` are ``DamagedFile`` and count as missing, ``lost`` names shards whose samples are gone. Raises UserError
-    if there is no dataset.
+    ``damaged`` are ``DamagedFile`` and count as missing, ``lost`` names shards whose samples are gone, ``notes`` are
+    lines about custom classes that have changed. Raises UserError if there is no dataset.
     """
     store = Store(url)
     manifest = read_manifest(store)
@@ -53,6 +54,7 @@ def read_status(url: str) -> dict[str, Any]:
         "quarantine": quarantine,
         "damaged": [*damaged, *damaged_quarantine(unreadable)],
         "lost": found.describe_missing(),
+        "notes": code_lines(manifest),
         "last_run": _last_run(store),
     }
 

@@ -13,9 +13,10 @@ from reinforce.dataset.files.index import prune_index
 from reinforce.dataset.files.store import DamagedFiles, Store
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.claims import Claims
+from reinforce.dataset.manifest.class_code import check_classes
 from reinforce.dataset.manifest.manifest import (
-    code_notes,
     find_manifest,
+    forget_code,
     same_content,
     scale_notes,
     update_manifest,
@@ -43,18 +44,23 @@ _MAX_CONTINUATIONS = 2
 
 
 def run(
-    config: Config | str | Path | dict[str, Any], *, address: str | None = None, retry_quarantined: bool = False
+    config: Config | str | Path | dict[str, Any],
+    *,
+    address: str | None = None,
+    retry_quarantined: bool = False,
+    accept_changed_classes: bool = False,
 ) -> RunSummary:
     """Compute every missing layer of ``config`` and nothing else.
 
     Uses the initialised Ray if there is one, else the cluster at ``address`` (or RAY_ADDRESS), else this machine.
     ``retry_quarantined`` removes shards that are quarantined as a whole from the quarantine and tries them again.
+    ``accept_changed_classes`` extends layers of custom classes whose files have changed under one ``version``.
     Raises UserError for errors that the user must fix.
     """
     config = as_config(Config, config)
     redact = Redactor(config.model_dump(mode="json"))  # errors of storages and models may quote the config
     try:
-        return _run(config, address, retry_quarantined)
+        return _run(config, address, retry_quarantined, accept_changed_classes)
     except StorageError as error:
         raise StorageError(redact(f"{error} Finished shards are kept. Run the same command again to resume.")) from None
     except UserError as error:
@@ -62,7 +68,7 @@ def run(
         raise kind(redact(str(error))) from None
 
 
-def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSummary:
+def _run(config: Config, address: str | None, retry_quarantined: bool, accept_changed_classes: bool) -> RunSummary:
     store = Store(config.output)
     store.check_writable()
     with store.lock(), contextlib.ExitStack() as connection:
@@ -90,14 +96,15 @@ def _run(config: Config, address: str | None, retry_quarantined: bool) -> RunSum
             if not same_content(updated, manifest):  # a logit scale may have changed
                 write_manifest(store, updated)
             return nothing_to_do(plan)
+        for note in check_classes(plan.codes, accept_changed_classes):
+            _LOG.warning(note)
         with Claims(store, config, plan.layers) as claims:
-            return _compute(plan, store, manifest, claims, address, retry_quarantined)
+            return _compute(plan, store, claims, address, retry_quarantined)
 
 
 def _compute(
     plan: Plan,
     store: Store,
-    manifest: dict[str, Any] | None,
     claims: Claims,
     address: str | None,
     retry_quarantined: bool,
@@ -105,12 +112,13 @@ def _compute(
     needed = {name for shard in plan.pending for name in shard.layers}
     layers = [layer for name, layer in plan.layers.items() if name in needed]
     models = [layer.recipe["model"] for layer in layers if "model" in layer.recipe]
-    for note in [*version_notes(models), *code_notes(manifest, layers)]:
+    for note in version_notes(models):
         _LOG.warning(note)
     redact = Redactor(plan.config.model_dump(mode="json"))
     for note in check_source(plan)[1]:
         _LOG.warning(redact(note))
     check_copies(plan, store)
+    forget_code(store, plan.codes)
     write_lists(store, plan.lists)
     if plan.listed and (changed := changed_sources(plan, read_records(store).sources)):
         _LOG.warning(redact(changes_note(plan, changed)))
@@ -124,6 +132,7 @@ def _compute(
         summary = Driver(plan, store, progress, claims).run()
         for _ in range(_MAX_CONTINUATIONS if summary.postponed else 0):
             plan = make_plan(plan.config)
+            check_classes(plan.codes)
             write_lists(store, plan.lists)
             rest = Driver(plan, store, progress, claims).run() if plan.pending else nothing_to_do(plan)
             summary = add_summaries(summary, rest)

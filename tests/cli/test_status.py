@@ -90,7 +90,7 @@ def test_json_has_the_run_and_the_dataset(dataset: Path, command: Command) -> No
     store.quarantine("samples", shard, [("k", Reason.IMAGE_BROKEN, "cut off")])
     report(store, 1, job="raysubmit_1")
     found = json.loads(command("status", str(dataset), "--json")[1])
-    assert found.keys() == {"url", "run", "shards", "layers", "quarantine", "damaged", "missing", "last_run"}
+    assert found.keys() == {"url", "run", "shards", "layers", "quarantine", "damaged", "missing", "notes", "last_run"}
     assert (found["url"], found["shards"], found["last_run"]) == (str(dataset), 2, None)
     assert found["layers"][layer]["shards"] == 1
     assert [(file["layer"], file["shard"]) for file in found["damaged"]] == [(layer, shard)]

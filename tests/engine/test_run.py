@@ -5,18 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from reinforce.config import Config
+from reinforce.cli import main
+from reinforce.config import Config, parse_config
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.manifest.manifest import read_manifest, write_manifest
+from reinforce.engine.plan.recipe import build_layers, check_class_files, describe_models
 from reinforce.engine.record.summary import RunSummary
 from reinforce.engine.run import run
 from reinforce.errors import UserError
 from reinforce.settings import as_config
-from tests.helpers.data import config_of, members_of, picture, write_tar
+from tests.helpers.data import config_of, members_of, picture, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
 
 
@@ -64,45 +71,131 @@ class Changing(ColorTeacher):
 """
 
 
-@pytest.mark.parametrize("kind", ["teachers", "captioners"])
-def test_a_class_whose_file_changed_without_its_version_is_warned_of_once(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    name = f"changing_{kind}"
-    code = CLASS if kind == "teachers" else CLASS.replace("ColorTeacher", "SeedCaptioner")
-    (tmp_path / f"{name}.py").write_text(code)
+@dataclass
+class Changing:
+    """A dataset of one of two shards, by a class in a file of its own."""
+
+    folder: Path
+    kind: str
+    caplog: pytest.LogCaptureFixture
+
+    def __post_init__(self) -> None:
+        self.file = self.folder / f"changing_{self.kind}.py"
+        self.spec = {"class": f"{self.file.stem}:Changing", **({} if self.kind == "teachers" else {"captions": 2})}
+        self.file.write_text(CLASS if self.kind == "teachers" else CLASS.replace("ColorTeacher", "SeedCaptioner"))
+        for number in range(2):
+            write_tar(self.folder / "source" / f"{number}.tar", members_of(number, 2))
+        reinforce_here(self.config("0"))
+
+    def change(self) -> None:
+        self.file.write_text(f"{self.file.read_text()}# other code\n")
+
+    def config(self, shards: str = "*", **changes: Any) -> dict[str, Any]:
+        models = {"teachers": {}, "captioners": {}, self.kind: {"my": self.spec}}
+        return config_of(f"{self.folder}/source/{shards}.tar", self.folder / "out", **{**models, **changes})
+
+    def started(self, **options: Any) -> list[str]:
+        """The warnings about the class of a run of both shards, up to where it starts Ray."""
+        self.caplog.clear()
+        with self.caplog.at_level(logging.WARNING), pytest.raises(UserError, match="no Ray here"):
+            run(self.config(), **options)
+        return [record.message for record in self.caplog.records if "has changed" in record.message]
+
+    @property
+    def hashes(self) -> list[str]:
+        manifest = json.loads((self.folder / "out" / "dataset.json").read_text())
+        found: list[str] = manifest[self.kind]["my"].get("code", [])
+        return found
+
+
+@pytest.fixture(params=["teachers", "captioners"])
+def changing(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Changing:
+    def refuse(*_: object) -> None:
+        raise UserError("no Ray here")
+
+    monkeypatch.setattr("reinforce.cluster.ray_cluster", refuse)
     monkeypatch.syspath_prepend(tmp_path)
-    write_tar(tmp_path / "source" / "0.tar", members_of(0, 2))
-    spec = {"class": f"{name}:Changing", **({} if kind == "teachers" else {"captions": 2})}
-    config = config_of(
-        f"{tmp_path}/source/0.tar", tmp_path / "out", **{"teachers": {}, "captioners": {}, kind: {"my": spec}}
-    )
-    extended = {**config, "source": [f"{tmp_path}/source/0.tar", f"{tmp_path}/missing.tar"]}
+    monkeypatch.delitem(sys.modules, f"changing_{request.param}", raising=False)  # of the test before
+    return Changing(tmp_path, request.param, caplog)
 
-    def warnings(config: dict[str, Any]) -> list[str]:
-        caplog.clear()
-        with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="source cannot be read"):
-            run(config)
-        return [record.message for record in caplog.records if "has changed" in record.message]
 
-    def recorded() -> list[str]:
-        hashes: list[str] = json.loads((tmp_path / "out" / "dataset.json").read_text())[kind]["my"]["code"]
-        return hashes
+def test_a_run_that_would_mix_states_of_a_class_under_one_version_stops_unless_that_is_accepted(
+    changing: Changing,
+) -> None:
+    assert changing.started() == []
+    [first] = changing.hashes
+    changing.change()
+    run(changing.config("0"))  # nothing to compute: nothing is mixed, and nothing is recorded
+    files = tree(changing.folder / "out", layers_only=False)
+    with pytest.raises(UserError, match="One layer could have outputs of two models, so nothing was started") as raised:
+        run(changing.config())
+    assert tree(changing.folder / "out", layers_only=False) == files
+    [accepted] = changing.started(accept_changed_classes=True)
+    for message in (str(raised.value), accepted):
+        assert message.startswith(f"{changing.kind[:-1]} my: the file of class {changing.spec['class']} has changed")
+        assert f"(hash {first} then, " in message
+        assert "and its `version` is still 3" in message
+    reinforce_here(changing.config())
+    assert len(changing.hashes) == 2
+    write_tar(changing.folder / "source" / "2.tar", members_of(2, 2))
+    assert changing.started() == []
 
-    reinforce_here(config)
-    assert len(recorded()) == 1
-    assert warnings(extended) == []
-    (tmp_path / f"{name}.py").write_text(code + "# other code\n")
-    run(config)  # nothing to compute: nothing is mixed, and nothing is recorded
-    assert len(recorded()) == 1
-    [warning] = warnings(extended)
-    write_tar(tmp_path / "missing.tar", members_of(1, 2))
-    reinforce_here(extended)
-    first, second = recorded()
-    assert f"{kind[:-1]} my: the file of class {name}:Changing has changed" in warning
-    assert f"(hash {first} then, {second} now), and its `version` is still 3." in warning
-    extended["source"].append(f"{tmp_path}/lost.tar")
-    assert warnings(extended) == []
+
+def test_a_class_may_change_where_none_of_its_layers_is_computed_or_has_files(changing: Changing) -> None:
+    [first] = changing.hashes
+    changing.change()
+    with pytest.raises(UserError, match="no Ray here"):
+        run(changing.config(captioners={}, teachers={}))
+    assert changing.hashes == [first]
+    shutil.rmtree(changing.folder / "out" / ("embeddings" if changing.kind == "teachers" else "captions"))
+    assert changing.started() == []
+    assert changing.hashes == [], "of no file"
+
+
+def test_a_class_of_a_dataset_without_hashes_is_accepted_as_it_is(changing: Changing) -> None:
+    store = Store(str(changing.folder / "out"))
+    manifest = read_manifest(store)
+    del manifest[changing.kind]["my"]["code"]
+    write_manifest(store, manifest)
+    changing.change()
+    assert changing.started() == []
+
+
+def test_plan_shows_the_file_of_a_class_and_fails_where_a_run_would_mix_two(
+    changing: Changing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = changing.folder / "config.yaml"
+    path.write_text(yaml.safe_dump(changing.config()))
+
+    def plan(*options: str) -> tuple[Any, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", str(path), *options])
+        return ended.value.code, *capsys.readouterr()
+
+    [first] = changing.hashes
+    shown = f"{changing.kind[:-1]} my: class {changing.spec['class']}, version 3, file "
+    status, out, _ = plan()
+    assert not status
+    assert f"{shown}{first}\n" in out
+    [found] = json.loads(plan("--json")[1])["class_files"]
+    assert (found["code"], found["recorded"], found["changed"]) == (first, [first], False)
+    changing.change()
+    status, out, error = plan()
+    assert status == 2
+    assert shown in out
+    assert ", changed since its layers were computed\n" in out
+    assert f"(hash {first} then, " in error
+
+
+def test_a_worker_with_another_file_of_a_class_does_not_start(changing: Changing) -> None:
+    config = parse_config(changing.config())
+    layers = build_layers(config, describe_models(config))
+    check_class_files(config, layers.values(), "node-7")
+    changing.change()
+    with pytest.raises(UserError, match=r"my: the file of class changing_\w+:Changing on node-7 is not that of"):
+        check_class_files(config, layers.values(), "node-7")
 
 
 def test_a_run_goes_on_with_shards_whose_files_were_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

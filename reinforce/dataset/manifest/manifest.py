@@ -11,6 +11,7 @@ import schemas
 from reinforce.config import Config
 from reinforce.dataset.files.store import MANIFEST, Store
 from reinforce.dataset.layers import SAMPLES, Layer
+from reinforce.dataset.manifest.class_code import CODE_KEY, ClassCode, recorded_code
 from reinforce.dataset.manifest.schema import check_manifest
 from reinforce.errors import UserError
 from reinforce.source.urls import canonical
@@ -19,8 +20,6 @@ from reinforce.source.urls import canonical
 TUNED_KEY = "logit_scale_tuned"
 #: Key of the hash of all else in dataset.json; earlier versions did not write it.
 DIGEST_KEY = "digest"
-#: Key of the entry of a custom class with the hashes of the file that defines it, one for each change.
-CODE_KEY = "code"
 
 
 def read_manifest(store: Store) -> dict[str, Any]:
@@ -160,7 +159,7 @@ def _code(before: Mapping[str, Any], layer: Layer | None) -> dict[str, Any]:
 
     ``layer`` is one that is computed now, None if there is none. Another model or version begins a new list.
     """
-    known = list(before.get(CODE_KEY, ()))
+    known = [*recorded_code(before)]
     if layer is not None and before.get("model") != layer.recipe["model"]:
         known = []
     if layer is not None and layer.code is not None and known[-1:] != [layer.code]:
@@ -168,28 +167,14 @@ def _code(before: Mapping[str, Any], layer: Layer | None) -> dict[str, Any]:
     return {CODE_KEY: known} if known else {}
 
 
-def code_notes(old: Mapping[str, Any] | None, layers: Iterable[Layer]) -> list[str]:
-    """Warnings that a run logs: one for each custom class whose file has changed while its ``version`` has not.
-
-    ``layers`` are those that the run computes.
-    """
-    notes: dict[tuple[str, str], str] = {}
-    for layer in layers:
-        section = str(layer.kind.section)
-        before = (old or {}).get(section, {}).get(layer.model, {})
-        known = before.get(CODE_KEY)
-        if layer.code is None or not known or known[-1] == layer.code or before.get("model") != layer.recipe["model"]:
-            continue
-        model = layer.recipe["model"]
-        version = f"is still {model['version']!r}" if "version" in model else "is not set"
-        what = section[:-1]
-        notes[section, str(layer.model)] = (
-            f"{what} {layer.model}: the file of class {model['class']} has changed since its layers were computed "
-            f"(hash {known[-1]} then, {layer.code} now), and its `version` {version}. If its outputs are the same, "
-            "continue: this run records the new hash. If they have changed, stop the run and set another `version`; "
-            "otherwise one layer will have outputs of both."
-        )
-    return list(notes.values())
+def forget_code(store: Store, codes: Iterable[ClassCode]) -> None:
+    """Remove hashes of classes from dataset.json that belong to no file, such as those of a run that committed none."""
+    forgotten = [code for code in codes if code.forgotten and code.computed]
+    manifest = find_manifest(store) if forgotten else None
+    if manifest is not None:
+        for code in forgotten:
+            manifest[code.section].get(code.model, {}).pop(CODE_KEY, None)
+        write_manifest(store, manifest)
 
 
 def scale_notes(old: Mapping[str, Any] | None, config: Config) -> list[str]:

@@ -16,7 +16,8 @@ from reinforce.dataset.files.index import LayerIndex, read_index
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.manifest.manifest import CODE_KEY, read_manifest
+from reinforce.dataset.manifest.class_code import code_lines
+from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.runs.key_sample import ALL, KeySample, RepeatedKeys
 from reinforce.dataset.runs.shard_records import SourceRecord, read_records
 from reinforce.dataset.validate.findings import Finding
@@ -142,7 +143,7 @@ def validate(
     listings = {name: every[name] for name in names}
     keys = KeySample(_CAPACITY)
     chosen = _choose(listings[SAMPLES], sample, seed)
-    found = Validation(store.url, len(listings[SAMPLES]), len(chosen), keys.repeated(), code=_code_lines(manifest))
+    found = Validation(store.url, len(listings[SAMPLES]), len(chosen), keys.repeated(), code=code_lines(manifest))
     found.findings += check_recipes(manifest)
     indexes = {name: read_index(store, name, entry["fingerprint"]) for name, entry in manifest["layers"].items()}
     found.findings += check_missing(store, listings, indexes, every, manifest["layers"])
@@ -211,17 +212,6 @@ def _batches(
     while batch := [*itertools.islice(files, size)]:
         known = {file.name: recorded[file.name] for file in batch if file.name in recorded}
         yield Shards(batch, known, ALL if count else keys.limit)
-
-
-def _code_lines(manifest: Mapping[str, Any]) -> list[str]:
-    """One line for each custom class whose file has changed while its layers were computed."""
-    return [
-        f"{kind[:-1]} {name}: its layers were computed with {len(entry[CODE_KEY])} states of the file of its class "
-        f"(hashes {', '.join(map(str, entry[CODE_KEY]))}) under one `version`"
-        for kind in ("teachers", "captioners")
-        for name, entry in manifest[kind].items()
-        if isinstance(entry.get(CODE_KEY), list) and len(entry[CODE_KEY]) > 1
-    ]
 
 
 def _first(lines: list[str], what: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.listing import Listing
 from reinforce.dataset.files.store import MANIFEST, DamagedFiles, Store, check_footer, parse_footer
 from reinforce.dataset.layers import SAMPLES, Layer, reads_reinforcements
+from reinforce.dataset.manifest.class_code import ClassCode, class_codes
 from reinforce.dataset.manifest.differences import check_recipes
 from reinforce.dataset.manifest.manifest import find_manifest
 from reinforce.dataset.reading.aligned import layer_errors
@@ -66,8 +68,9 @@ class Plan:
     ``shards`` counts all source shards, ``pending`` lists those that lack a layer, ``committed`` names those that the
     samples layer has, also of other sources, and ``not_in_source`` counts these. ``listed`` is what the file system
     lists, by URL, of the source files of pending shards that have samples already. ``damaged`` are files that count as
-    missing. ``notes`` are lines about precisions that the config leaves open; those of ``config`` are resolved.
-    ``source_notes`` are lines about the source, and ``lists`` those of new shards of folders, by name.
+    missing. ``codes`` are those of the custom classes. ``notes`` are lines about precisions that the config leaves
+    open; those of ``config`` are resolved. ``source_notes`` are lines about the source, and ``lists`` those of new
+    shards of folders, by name.
     """
 
     config: Config
@@ -79,6 +82,7 @@ class Plan:
     not_in_source: NotInSource = NotInSource()
     listed: Mapping[str, Info] = field(default_factory=dict)
     damaged: Sequence[DamagedFile] = ()
+    codes: Sequence[ClassCode] = ()
     notes: Sequence[str] = ()
     source_notes: Sequence[str] = ()
     lists: Mapping[str, bytes] = field(default_factory=dict)
@@ -112,7 +116,7 @@ def make_plan(
     committed = store.listings(layers)
     damaged = find_damaged(store, committed, {name: layer.fingerprint for name, layer in layers.items()})
     committed = without_files(committed, damaged)
-    check_fingerprints(store, layers, committed)
+    manifest = check_fingerprints(store, layers, committed)
     unreadable: DamagedFiles = {}
     lone = store.lone_quarantine(committed, unreadable)
     quarantine = {layer: {shard for shard, whole in shards.items() if whole} for layer, shards in lone.items()}
@@ -151,6 +155,7 @@ def make_plan(
         not_in_source=not_in_source,
         listed=listed,
         damaged=damaged,
+        codes=class_codes(manifest, layers, filter(committed.get, layers), filter(missing.missing.get, layers)),
         notes=notes,
         source_notes=source.notes,
         lists=source.lists,
@@ -262,8 +267,13 @@ def _check_files(store: Store, layers: Mapping[str, Layer], committed: Mapping[s
         list(pool.map(check, layers))
 
 
-def check_fingerprints(store: Store, layers: Mapping[str, Layer], committed: Mapping[str, Listing]) -> None:
-    """Raise UserError if layers exist already and were made by other recipes. Names all of them and what differs."""
+def check_fingerprints(
+    store: Store, layers: Mapping[str, Layer], committed: Mapping[str, Listing]
+) -> dict[str, Any] | None:
+    """Raise UserError if layers exist already and were made by other recipes. Names all of them and what differs.
+
+    Returns dataset.json.
+    """
     manifest = find_manifest(store)
     recorded = (manifest or {}).get("layers", {})
     found: dict[str, str | None] = {}
@@ -278,3 +288,4 @@ def check_fingerprints(store: Store, layers: Mapping[str, Layer], committed: Map
     _check_files(store, layers, committed)
     if recorded and SAMPLES not in recorded:
         raise UserError(f"{store.path(MANIFEST)} lists layers but no samples. Restore the file or start a new output.")
+    return manifest

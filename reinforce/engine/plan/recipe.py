@@ -30,6 +30,19 @@ def describe_models(config: Config) -> dict[tuple[str, str], ModelInfo]:
     return infos
 
 
+def check_class_files(config: Config, layers: Iterable[Layer], host: str) -> None:
+    """Raise UserError if the file of a class on this ``host`` is not the one that ``layers`` were planned with."""
+    for layer in {layer.owner: layer for layer in layers if layer.code is not None}.values():
+        spec = config.teachers.get(str(layer.model)) if layer.owner[0] == "teachers" else None
+        found = (spec or config.captioners[str(layer.model)]).describe().code
+        if found is not None and found != layer.code:
+            raise UserError(
+                f"{layer.model}: the file of class {layer.recipe['model']['class']} on {host} is not that of the plan "
+                f"(hash {layer.code} there, {found} here). Finished shards are kept. Give all nodes the same file, and "
+                "run again."
+            )
+
+
 def build_layers(config: Config, infos: Mapping[tuple[str, str], ModelInfo]) -> dict[str, Layer]:
     """Every layer of the config by name, each after the layers it needs, and those of a model in turn."""
     layers: dict[str, Layer] = {}

@@ -43,7 +43,11 @@ class PlanReport:
         size += "" if self.bytes is not None else " or more"
         lines = [f"{plan.shards:,} shards, {len(plan.pending):,} with something missing, about {size} to write"]
         damage = describe_damaged(Store(plan.config.output).url, plan.damaged)
-        lines += [*filter(None, [*plan.notes, damage]), *not_in_source_lines(asdict(plan.not_in_source))]
+        lines += [
+            *(code.line() for code in plan.codes),
+            *filter(None, [*plan.notes, damage]),
+            *not_in_source_lines(asdict(plan.not_in_source)),
+        ]
         return lines + (self.effort.lines(self.hours) if self.effort is not None else [])
 
     def as_json(self, sample: FirstSample | None, warnings: Sequence[str]) -> dict[str, Any]:
@@ -63,6 +67,7 @@ class PlanReport:
             "first_sample": None if sample is None else _sample(sample),
             "classes": [*self.uses.classes],
             "places": [*self.uses.places],
+            "class_files": [code.as_json() for code in plan.codes],
             "notes": [*plan.notes],
             "warnings": [*warnings],
             "estimate": None if self.effort is None else self.effort.as_json(),

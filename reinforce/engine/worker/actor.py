@@ -28,6 +28,7 @@ from reinforce.engine.inference.stage_meter import device_report
 from reinforce.engine.messages.pulse import Pulse, WorkerWatch, output_path, process_memory
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, ShardResult, WorkerId, WorkerInfo
 from reinforce.engine.messages.task import PendingShard
+from reinforce.engine.plan.recipe import check_class_files
 from reinforce.engine.record.metrics import Recorder
 from reinforce.engine.worker.full_batch import fit_batch
 from reinforce.engine.worker.producers.registry import check_models, flops_of
@@ -81,6 +82,7 @@ class Worker:
         failures = self.config.failures
         self.pool = DecodePool(self.config.workers.cores, failures.sample_seconds, failures.solo_attempts)
         self.models = load_models(self.config, layers)
+        check_class_files(self.config, layers, socket.gethostname())
         check_models(self.models, layers, precisions(self.config))
         self.config = fit_batch(self.models, self.config, layers)
         check_models(self.models, layers, precisions(self.config), self.config)

@@ -18,6 +18,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.manifest.manifest import write_manifest
 from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import RecordWriter, ShardRecord, SourceRecord
+from reinforce.dataset.status import read_status
 from reinforce.dataset.validate.validate import validate
 from reinforce.source.identity import read_state
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
@@ -81,6 +82,7 @@ def test_layers_of_several_states_of_a_class_are_named(dataset: Path) -> None:
         "teacher red: its layers were computed with 2 states of the file of its class (hashes aa, "
     )
     assert len(lines) == 2
+    assert read_status(url)["notes"] == lines[:1]
 
 
 def test_files_that_the_user_has_not_named_are_not_opened(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
