@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import posixpath
+import re
 import shutil
 import stat
 import tempfile
@@ -69,6 +70,13 @@ def write_json(data: Mapping[str, Any], url: str) -> None:
         write_file(_json_bytes(data), url)
     except OSError as error:
         raise UserError(f"{url} cannot be written: {error}. Name another file.") from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a disk is full, by Python or by a library in Rust, such as safetensors, which has it in its message."""
+    in_rust = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(in_rust[1]) if in_rust else None
+    return number in _NO_SPACE
 
 
 def _json_bytes(data: Mapping[str, Any]) -> bytes:
@@ -169,11 +177,12 @@ class Storage:
 
         The block may replace the file at the path, and create others in its folder, which are deleted.
         """
-        with tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX, dir=self._temporary()) as folder:
+        with self.temporary_folder() as folder:
             local_path = os.path.join(folder, parts[-1])
             with open(local_path, "xb") as file:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # the mode of new files under the umask
-            yield local_path
+            with self.space_errors(*parts):
+                yield local_path
             os.chmod(local_path, mode)
             with self.storage_errors("written", *parts), open(local_path, "rb") as file:
                 self.publish(file, local_path, self.path(*parts))
@@ -230,12 +239,27 @@ class Storage:
         except Exception as error:  # each driver has its own exceptions
             if what != "written" and isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 raise
-            full = isinstance(error, OSError) and error.errno in _NO_SPACE
+            full = _is_full(error)
             place = self.url if self.local else f"{tempfile.gettempdir()} of the machine that writes it"
             fix = f"make room in {place}" if full else "check the storage, the network and the permissions"
             raise (UserError if full and self.local else StorageError)(
                 f"{self.path(*parts)} cannot be {what}: {type(error).__name__}: {error}; {fix}."
             ) from error
+
+    @contextlib.contextmanager
+    def space_errors(self, *parts: str) -> Iterator[None]:
+        """Treat errors of a full disk as ``storage_errors`` does; all others stay what they are."""
+        try:
+            yield
+        except Exception as error:  # libraries have their own exceptions
+            if isinstance(error, UserError) or not _is_full(error):
+                raise
+            with self.storage_errors("written", *parts):
+                raise
+
+    def temporary_folder(self) -> tempfile.TemporaryDirectory[str]:
+        """A local folder, which is deleted at the end of the block; on the disk of a local dataset."""
+        return tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX, dir=self._temporary())
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[tuple[IO[bytes], str]]:

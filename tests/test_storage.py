@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from reinforce.errors import StorageError, UserError
 from reinforce.storage import Storage
@@ -105,6 +106,21 @@ def test_errors_of_a_local_storage_name_the_path_and_the_fix(
     ):
         raise raised
     assert type(caught.value) is expected
+
+
+def test_a_full_disk_is_recognised_in_errors_of_libraries_and_other_errors_pass(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    expected = rf"{tmp_path}/a cannot be written: .*os error 28\); make room in {tmp_path}\."
+    with pytest.raises(UserError, match=expected), storage.new_file("a"):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    for error in (
+        SafetensorError("I/O error: Permission denied (os error 13)"),
+        KeyError("k"),
+        OSError(errno.EIO, "x"),
+    ):
+        with pytest.raises(type(error)), storage.new_file("a"):
+            raise error
+    assert files(storage) == []
 
 
 def test_a_full_disk_on_the_way_to_an_object_store_costs_an_attempt() -> None:

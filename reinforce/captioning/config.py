@@ -138,6 +138,9 @@ class Evaluation(Section):
         description="metric that selects the best checkpoint, higher is better; default: cider, or token_accuracy "
         "where nothing is captioned",
     )
+    export: Literal["last", "best"] = Field(
+        "last", description="weights that a training exports: of its last step, or of its best evaluated one by `best`"
+    )
     batch: int = Field(128, ge=2, description="images in one forward pass, and the batch size of contrastive_loss")
 
     @property

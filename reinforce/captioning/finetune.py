@@ -60,6 +60,7 @@ def finetune(config: CaptionerConfig | str | Path | dict[str, Any], *, address: 
         evaluate_every=config.evaluate.every,
         evaluate_start=True,
         best=config.evaluate.best_metric,
+        export_best=config.evaluate.export == "best",
         export=EXPORT,
         trackers=config.log,
         model_config=model_settings(config.captioner.model),

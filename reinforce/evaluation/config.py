@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -111,6 +111,9 @@ class Evaluation(Section):
         "earlier of two equal ones is kept; default: top1 of the first zero-shot set, else text_to_image/r1 of the "
         "first retrieval set",
     )
+    export: Literal["last", "best"] = Field(
+        "last", description="weights that a training exports: of its last step, or of its best evaluated one by `best`"
+    )
     batch: int = Field(256, ge=1, description="images or texts in one forward pass")
     threads: int | None = Field(None, ge=1, description="threads that decode images; default: one per core")
     memory: int = Field(
@@ -146,4 +149,6 @@ class Evaluation(Section):
         if self.best is not None and self.best not in self.metrics:
             known = ", ".join(self.metrics) or "none, since there are no sets"
             raise ValueError(f"best: no set gives {self.best!r}; the metrics are: {known}")
+        if self.export == "best" and not self.metrics:
+            raise ValueError("export: best needs a set to evaluate on; add one, or remove `export`")
         return self

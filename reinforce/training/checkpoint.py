@@ -12,7 +12,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,16 @@ class Progress:
     division: str | None = None
     skipped_last: int = 0
     order: int = 1
+
+    def after_step(self, seconds: float, skipped: bool) -> Progress:
+        """The progress after one more step, of ``seconds``, which may have been ``skipped``."""
+        return replace(
+            self,
+            step=self.step + 1,
+            seconds=self.seconds + seconds,
+            skipped=self.skipped + skipped,
+            skipped_last=self.skipped_last + 1 if skipped else 0,
+        )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,12 @@ class Optimizer(Section):
         (0.9, 0.95), strict=False, description="decay of AdamW's averages of gradients and their squares"
     )
     eps: float = Field(1e-8, gt=0, description="added to AdamW's denominator")
-    weight_decay: float = Field(0.2, ge=0, description="of matrices; gains, biases and logit scales are not decayed")
+    weight_decay: float = Field(
+        0.2,
+        ge=0,
+        description="of matrices, kernels and token embeddings; not of gains, biases and logit scales, nor of what "
+        "modules list in `no_weight_decay()`, such as positional embeddings",
+    )
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
 
 
@@ -47,6 +52,11 @@ class Compute(Section):
         ge=1,
         description="parts into which a rank's batch is split (gradient accumulation); the loss still contrasts the "
         "whole batch",
+    )
+    sync_batch_norm: bool = Field(
+        False,
+        description="batch normalisations take their statistics over all ranks, on accelerators; each of the "
+        "`accumulate` parts still has its own",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations instead of storing them")
     compile: bool = Field(False, description="torch.compile the model")

@@ -19,7 +19,8 @@ class Job:
     ``fixed_config`` is the part of the config that determines the training, by dotted keys: a checkpoint with another
     one is refused. ``evaluate_every`` is in steps (None: only at the end); ``evaluate_start`` also evaluates before
     the first step. ``best`` is the metric whose best checkpoint is kept (default: the first metric). ``export`` is the
-    folder of ``output`` for the final weights. ``trackers`` get the rows of the log, too. ``model_config`` is the
+    folder of ``output`` for the weights: the last ones, or with ``export_best`` those of the best evaluated step, which
+    may be the one before the first step. ``trackers`` get the rows of the log, too. ``model_config`` is the
     config in the model's folder, by dotted keys; it must not change either.
     """
 
@@ -31,6 +32,7 @@ class Job:
     evaluate_start: bool = False
     best: str | None = None
     export: str = "student"
+    export_best: bool = False
     trackers: Trackers | None = None
     model_config: Mapping[str, Any] | None = None
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -34,9 +33,8 @@ from reinforce.storage import Storage
 from reinforce.terminal import Screen
 from reinforce.training.batches import Prefetcher
 from reinforce.training.checkpoint import Checkpoints, Progress
-from reinforce.training.config import HIGHEST_LOGIT_SCALE
 from reinforce.training.distributed import gather
-from reinforce.training.distributed.ranks import Ranks, wrap_ddp
+from reinforce.training.distributed.ranks import Ranks, synchronize_batch_norms, wrap_ddp
 from reinforce.training.job import Job, total_steps
 from reinforce.training.optimizer import learning_rate, make_adamw
 from reinforce.training.order import ORDER
@@ -45,14 +43,13 @@ from reinforce.training.record.progress import Throughput, TimeLeft, format_row
 from reinforce.training.record.results import Results, read_results
 from reinforce.training.record.trackers import open_trackers
 from reinforce.training.resume import check_resumable, describe_differences
-from reinforce.training.state import State, make_average
+from reinforce.training.state import State, check_skipped, make_average
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Build, Feed, Task
 from teachers.device import determinism
 from teachers.redact import redact
 
-_MAX_SKIPPED = 20  # steps in a row without a finite gradient
 _SHARED_PROBE = (".tmp", "shared-output.json")
 #: Called on rank 0 with the step and the metrics of each new evaluation.
 OnEvaluation = Callable[[int, Mapping[str, float]], None]
@@ -125,10 +122,10 @@ class _Loop:
         self.checkpoints = Checkpoints(self.storage, self.training.checkpoints.keep)
         self.progress = Progress(0, job.fixed_config, model_config=job.model_config, data=feed.data, order=ORDER)
         model = self.accelerator.place(task.model).train()
+        if self.training.compute.sync_batch_norm:
+            synchronize_batch_norms(model, ranks)
         average = make_average(model, self.training.ema) if self.training.ema and ranks.is_first else None
         self.state = State(model, make_adamw(model, self.training.optimizer), average)
-        self.logit_scales = [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "logit_scale"]
-        self.skipped_in_a_row = 0
         self.throughput = Throughput()
         self.log: Log | None = None  # only on rank 0
 
@@ -136,10 +133,12 @@ class _Loop:
         self._check_output_is_shared()
         self._resume()
         results = read_results(self.storage)
-        if results is not None and results.steps == self.progress.step == self.steps:
+        finished = results is not None and results.steps == self.progress.step == self.steps
+        if results is not None and finished and results.exported == self._exported_step():
             return results
         notes = [*self._set_up_reading(), *self.task.notes]
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.storage.space_errors())
             if self.ranks.is_first:
                 trackers = open_trackers(self.job, self.storage)
                 self.log = stack.enter_context(Log(self.storage, self.progress.step, trackers))
@@ -148,6 +147,8 @@ class _Loop:
                     self.screen.log(note)
                 if self.progress.step:
                     self.screen.log(f"resuming after step {self.progress.step:,} of {self.steps:,}")
+            if self.job.export_best and not self.progress.step and self._evaluation_due():
+                self._save()  # the state before the first step may be the best one
             self._evaluate()  # in case the process was killed between a checkpoint and its evaluation
             self._train()
             self.ranks.run_on_first(self._finish)
@@ -164,6 +165,8 @@ class _Loop:
         before, batch = self.progress, self.training.batch // ranks
         reading = self.feed.set_up(ranks, batch, step, loaders, before.streams, before.order)
         division = f"{ranks} rank{'s' * (ranks > 1)} x {parts} part{'s' * (parts > 1)}"
+        if self.training.compute.sync_batch_norm and ranks > 1:
+            division += " with shared batch statistics"
         self.progress = replace(before, streams=reading.streams, samples=self.feed.samples, division=division)
         threads = arithmetic_threads(self.ranks.cpus, reading.loaders, accelerated)
         if self.training.compute.cpus is None and threads < self.ranks.cpus:
@@ -264,45 +267,16 @@ class _Loop:
         fetched = self.accelerator.mark()
         self.ranks.at(f"the update of step {step + 1:,}", waits=True)
         stop_of_ranks = self.ranks.start_max(self.stop.signum)
-        norm = self._update()
+        norm = self.state.update(self.training.optimizer.clip, step + 1)
         seconds = time.perf_counter() - begun
         self.throughput.add_step(seconds, self.accelerator.seconds_between(computed, fetched))
-        self.progress = replace(self.progress, step=step + 1, seconds=self.progress.seconds + seconds)
+        self.progress = self.progress.after_step(seconds, skipped=not math.isfinite(norm))
+        check_skipped(self.progress, self.steps)
         if self.progress.step % self.training.log_every == 0 or self.progress.step == self.steps:
             self._log_step(output, lr, norm, time_left)
         elif self.ranks.is_first:
             self.screen.advance(self.progress.step)
         return stop_of_ranks() if self.ranks.size > 1 else self.stop.signum
-
-    def _update(self) -> float:
-        """Clip the gradient and update the weights, or skip if it is not finite; returns the norm before clipping.
-
-        Raises UserError after 20 skipped steps in a row.
-        """
-        optimizer = self.state.optimizer
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        clip = self.training.optimizer.clip
-        # The norm is the same on all ranks, so all skip the same steps. Reading it waits for the device.
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
-        if math.isfinite(norm):
-            self.skipped_in_a_row = 0
-            optimizer.step()
-            with torch.no_grad():
-                for scale in self.logit_scales:
-                    scale.clamp_(0, math.log(HIGHEST_LOGIT_SCALE))
-            if self.state.average is not None:
-                self.state.average.update(self.state.model, self.progress.step + 1)
-        else:
-            self.skipped_in_a_row += 1
-            self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
-        optimizer.zero_grad(set_to_none=True)
-        if self.skipped_in_a_row >= _MAX_SKIPPED:
-            raise UserError(
-                f"the gradient was not finite in {_MAX_SKIPPED} steps in a row up to step {self.progress.step + 1:,}. "
-                "Lower train.optimizer.lr, raise its warmup, or set train.compute.precision to fp32; earlier progress "
-                "is in the last checkpoint."
-            )
-        return norm
 
     def _log_step(self, output: StepOutput, lr: float, norm: float, time_left: TimeLeft) -> None:
         """Write a row of the log; its losses are the means over the ranks of this step's losses."""
@@ -340,7 +314,7 @@ class _Loop:
     def _evaluate_on_first(self) -> None:
         assert self.log is not None
         step = self.progress.step
-        if self._logged_metrics() is not None:
+        if self._logged_metrics(step) is not None:
             return
         self.state.model.eval()
         with self.stop.interruptible(), determinism.inference():
@@ -350,7 +324,7 @@ class _Loop:
             chosen = self.job.best or next(iter(metrics))
             if chosen not in metrics:
                 raise UserError(f"evaluate.best: there is no metric {chosen}; there are {', '.join(metrics)}.")
-            if step and math.isfinite(metrics[chosen]):  # step 0 has no checkpoint
+            if (step or self.job.export_best) and math.isfinite(metrics[chosen]):  # else step 0 has no checkpoint
                 self.checkpoints.update_best(step, chosen, metrics[chosen])
             self.screen.log(f"step {step:,}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         self.log.add({"step": step, "metrics": metrics})
@@ -358,16 +332,31 @@ class _Loop:
         if self.on_evaluation is not None:
             self.on_evaluation(step, metrics)
 
-    def _logged_metrics(self) -> dict[str, float | None] | None:
-        """Metrics of the current step in the log, or None if it was not evaluated."""
+    def _logged_metrics(self, step: int) -> dict[str, float | None] | None:
+        """Metrics of a step in the log, or None if it was not evaluated."""
         assert self.log is not None
-        found = [row["metrics"] for row in self.log.rows if row["step"] == self.progress.step and "metrics" in row]
+        found = [row["metrics"] for row in self.log.rows if row["step"] == step and "metrics" in row]
         return found[-1] if found else None
+
+    def _exported_step(self) -> int:
+        """The step whose weights are exported. Raises UserError if the best one is wanted and not known."""
+        if not self.job.export_best:
+            return self.steps
+        best = self.checkpoints.best()
+        if best is None or best.metric != (self.job.best or best.metric) or best.step not in self.checkpoints.steps():
+            raise UserError(
+                f"evaluate.export: best, but {self.job.output} has no checkpoint of a step that is known to be the "
+                f"best by {self.job.best or 'a finite metric'}. Set it to last."
+            )
+        return best.step
 
     def _finish(self) -> None:
         """Export the weights, then write results.json, which marks the training as finished."""
         assert self.log is not None
-        with self.stop.interruptible(), tempfile.TemporaryDirectory(prefix="reinforce-export-") as folder:
+        exported = self._exported_step()
+        if exported != self.steps:
+            self.state.load(self.checkpoints.load(exported)[1])
+        with self.stop.interruptible(), self.storage.temporary_folder() as folder:
             self.task.export(self.state.final_model, folder)
             self.storage.put_folder(folder, self.job.export)
         losses = [row["loss"] for row in self.log.rows if "loss" in row]
@@ -379,9 +368,10 @@ class _Loop:
             seconds=self.progress.seconds,
             parameters=sum(p.numel() for p in self.state.model.parameters()),
             loss=losses[-1] if losses else None,
-            metrics=self._logged_metrics() or {},
+            metrics=self._logged_metrics(exported) or {},
             best=self.checkpoints.best(),
             skipped=self.progress.skipped,
+            exported=exported,
         )
         self.log.publish(last=True)
         results.write(self.storage)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from reinforce.errors import UserError
+from reinforce.training.checkpoint import Progress
+from reinforce.training.config import HIGHEST_LOGIT_SCALE
+
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
 
+#: Steps without an update that end a training: in a row, in a row at its end, and as a share of its steps so far, which
+#: counts at the end or from ``_MAX_SKIPPED`` steps without an update.
+_MAX_SKIPPED, _MAX_SKIPPED_LAST, _MAX_SKIPPED_SHARE = 20, 3, 0.25
 _MODEL, _OPTIMIZER, _AVERAGE = "model/", "optimizer/", "average/"
 
 
@@ -36,6 +45,28 @@ class State:
     def final_model(self) -> torch.nn.Module:
         """The model that is evaluated and exported: the average if there is one."""
         return self.model if self.average is None else self.average.module
+
+    @functools.cached_property
+    def _logit_scales(self) -> list[torch.Tensor]:
+        return [p for name, p in self.model.named_parameters() if name.rpartition(".")[2] == "logit_scale"]
+
+    def update(self, clip: float | None, step: int) -> float:
+        """Clip the gradient and update the weights as step ``step``, or skip if it is not finite.
+
+        Returns the norm before clipping, which is the same on all ranks, so that all skip the same steps.
+        """
+        # Reading the norm waits for the device.
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
+        if math.isfinite(norm):
+            self.optimizer.step()
+            with torch.no_grad():
+                for scale in self._logit_scales:
+                    scale.clamp_(0, math.log(HIGHEST_LOGIT_SCALE))
+            if self.average is not None:
+                self.average.update(self.model, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by name, without copies: ``model/WEIGHT``, ``average/WEIGHT``, ``optimizer/WEIGHT/MOMENT``."""
@@ -64,6 +95,20 @@ class State:
             if names[parameter] in moments
         }
         self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def check_skipped(progress: Progress, steps: int) -> None:
+    """Raise UserError if so many of the steps so far made no update that the training of ``steps`` steps has failed."""
+    ended, step = progress.step == steps, progress.step
+    last = progress.skipped_last >= (_MAX_SKIPPED_LAST if ended else _MAX_SKIPPED)
+    share = (ended or progress.skipped >= _MAX_SKIPPED) and progress.skipped > _MAX_SKIPPED_SHARE * step
+    if last or share:
+        count = f"{progress.skipped_last} steps in a row" if last else f"{progress.skipped:,} of {step:,} steps"
+        raise UserError(
+            f"the gradient was not finite in {count} up to step {step:,}{', the last one' * ended}, so they made no "
+            "update. Lower train.optimizer.lr, raise its warmup, or set train.compute.precision to fp32, in another "
+            "`output`; earlier progress is in the last checkpoint."
+        )
 
 
 def _with_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

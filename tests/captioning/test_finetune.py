@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from reinforce.captioning.config import CaptionerConfig, load_captioner_config
 from reinforce.captioning.finetune import build, finetune, format_comparison
@@ -161,6 +163,21 @@ def test_the_command_prints_metrics_before_and_after(
     with pytest.raises(SystemExit):
         main(["finetune-captioner", str(path), "--json"])
     assert json.loads(capsys.readouterr().out) == json.loads((folder / "out" / "results.json").read_text())
+
+
+def test_the_best_evaluated_captioner_is_exported_where_the_config_asks(trained: tuple[Path, Results]) -> None:
+    """Of a finished fine-tuning, without further steps."""
+    folder, _ = trained
+    shutil.copytree(folder / "out", folder / "best")
+    best = {"step": STEPS - 2, "metric": "cider", "value": 1.5}
+    (folder / "best" / "checkpoints" / "best.json").write_text(json.dumps(best))
+    config = make_config(folder, output="best")
+    results = finetune(config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"export": "best"})}))
+    assert (results.exported, results.steps) == (STEPS - 2, STEPS)
+    checkpoint = load_file(folder / "best" / "checkpoints" / f"step-{STEPS - 2:09d}.safetensors")
+    exported = load_file(folder / "best" / "captioner" / "open_clip_model.safetensors")
+    assert exported
+    assert all(torch.equal(value, checkpoint[f"model/coca.{name}"]) for name, value in exported.items())
 
 
 def test_a_checkpoint_of_another_config_is_refused(trained: tuple[Path, Results]) -> None:

@@ -46,6 +46,7 @@ def test_the_first_metric_selects_unless_best_is_set() -> None:
         ({**SETS, "best": "zero_shot/emojis/top1"}, "no set gives 'zero_shot/emojis/top1'; the metrics are: zero_shot"),
         ({**SETS, "best": "zero_shot/in1k/group"}, "no set gives 'zero_shot/in1k/group'"),
         ({"best": "zero_shot/in1k/top1"}, "none, since there are no sets"),
+        ({"export": "best"}, "export: best needs a set to evaluate on"),
         ({"zero_shot": {"a/b": {"images": "x"}}}, "'a/b' cannot name a set"),
         ({"zero_shot": {"a": {"images": "x", "class": "y"}}}, "known keys here: format, image, images, classes, label"),
         ({"retrieval": {"a": {"pairs": "x", "captions": []}}}, "retrieval.a.captions"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from reinforce.dataset.files.store import Store
 from reinforce.engine.inference.models import load_models
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.worker.shard import allocate_pixels, process_shard
+from reinforce.errors import UserError
 from reinforce.student.train import train
 from reinforce.training import loop
 from reinforce.training.batches import Prefetcher
-from reinforce.training.distributed.ranks import Ranks
+from reinforce.training.distributed.ranks import Ranks, synchronize_batch_norms
 from reinforce.training.loop import fit
 from reinforce.training.step import StepOutput, backpropagate
 from reinforce.training.stop import Stopped, StopSignal
@@ -32,7 +35,7 @@ from tests.helpers.decoding import decode_pool
 from tests.helpers.real_sizes import RAISING
 from tests.helpers.reinforced import reinforce_here, small_dataset
 from tests.helpers.stand_in_cuda import Counts, StandIn, stand_in_cuda
-from tests.helpers.students import student_folder
+from tests.helpers.students import batch_for, built, student_folder
 from tests.helpers.tiny_coca import coca_model
 from tests.helpers.tiny_models import open_clip_model, transformers_siglip
 from tests.helpers.trainings import PairFeed, StoppingFeed, TowersTask, job
@@ -149,6 +152,26 @@ def test_a_training_on_a_gpu_that_resumes_has_the_weights_of_one_that_does_not(t
     )
     assert whole.keys() == parts.keys()
     assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+
+
+def test_shared_batch_statistics_keep_weights_and_activations_and_need_accelerators(tmp_path: Path) -> None:
+    student = built(student_folder(tmp_path, "mobileclip"))
+    one, two = Ranks(0, 1, Accelerator("cpu")), Ranks(0, 2, Accelerator("cpu"))
+    with torch.no_grad():
+        expected = copy.deepcopy(student)(batch_for(student)).features["image"]
+    synchronize_batch_norms(student, one)
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in student.modules())
+    with pytest.raises(UserError, match=r"train.compute.sync_batch_norm needs accelerators.*Set it to false"):
+        synchronize_batch_norms(student, two)
+    parameters = [id(parameter) for parameter in student.parameters()]
+    with stand_in_cuda():
+        synchronize_batch_norms(student, replace(two, accelerator=Accelerator("cuda")))
+    norms = [module for module in student.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(module, torch.nn.SyncBatchNorm) for module in norms)
+    assert [id(parameter) for parameter in student.parameters()] == parameters
+    with torch.no_grad():  # without a process group, of the samples of this rank
+        torch.testing.assert_close(student(batch_for(student)).features["image"], expected)
 
 
 def _is_decoding(wait: str) -> bool:

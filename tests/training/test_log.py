@@ -129,13 +129,16 @@ def test_results_are_read_as_they_were_written_and_their_keys_stay(tmp_path: Pat
     written = json.loads((tmp_path / "results.json").read_text())
     assert list(written) == [
         "output", "export", "steps", "samples", "seconds", "parameters", "loss", "metrics", "best", "skipped",
-        "seconds_per_step", "samples_per_second", "files",
+        "exported", "seconds_per_step", "samples_per_second", "files",
     ]  # fmt: skip
     assert (written["seconds_per_step"], written["samples_per_second"]) == (0.5, 64.0)
     assert written["best"] == {"step": 80, "metric": "top1", "value": 0.75}
     names = ("weights", "checkpoints", "log", "tensorboard", "curves")
     files = ("student", "checkpoints", "log.jsonl", "tensorboard", "curves.png")
     assert written["files"] == dict(zip(names, files, strict=True))
+    del written["exported"]  # as by earlier versions, which exported the last step
+    storage.write_json(written, "results.json")
+    assert read_results(storage) == replace(RESULTS, exported=100)
 
 
 def test_the_summary_has_a_line_for_each_number() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,16 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reinforce.errors import UserError
 from reinforce.storage import Storage
-from reinforce.training.checkpoint import Checkpoints, Progress
+from reinforce.training.checkpoint import BestCheckpoint, Checkpoints, Progress
 from reinforce.training.distributed.ranks import Ranks
 from reinforce.training.job import Job
 from reinforce.training.loop import fit
-from reinforce.training.record.results import Results
+from reinforce.training.record.results import Results, read_results
 from reinforce.training.stop import Stopped, StopSignal
 from reinforce.training.task import Batch
 from teachers.device.accelerator import Accelerator
@@ -243,6 +244,32 @@ def test_a_training_ends_after_20_steps_without_a_finite_gradient(tmp_path: Path
         run(job(tmp_path, steps=40), PairFeed(poisoned=range(3, 40)))
 
 
+@pytest.mark.parametrize(
+    ("steps", "poisoned", "count"),
+    [
+        (15, range(1, 15), "14 steps in a row up to step 15, the last one"),
+        (24, range(21, 24), "3 steps in a row up to step 24, the last one"),
+        (12, range(2, 12, 3), "4 of 12 steps up to step 12, the last one"),
+        (60, range(0, 60, 2), "20 of 39 steps up to step 39, so"),
+    ],
+)
+def test_a_training_fails_with_many_updates_skipped_or_the_last_ones(
+    tmp_path: Path, steps: int, poisoned: range, count: str
+) -> None:
+    """Neither results nor weights are written, however often it is started."""
+    made = job(tmp_path, steps=steps, checkpoints={"every": 2})
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"the gradient was not finite in {count}.*in another `output`"):
+            run(made, PairFeed(poisoned))
+    assert not (tmp_path / "results.json").exists()
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_training_with_a_skipped_update_at_its_end_succeeds(tmp_path: Path) -> None:
+    results, _ = run(job(tmp_path, steps=24), PairFeed([2, 3, 22, 23]))
+    assert results.skipped == 4
+
+
 def test_the_logit_scale_is_clamped_to_100(tmp_path: Path) -> None:
     _, task = run(job(tmp_path, steps=4), scale=1000.0)
     scales = [row["scalars"]["logit_scale"] for row in rows(tmp_path) if "loss" in row]
@@ -251,18 +278,27 @@ def test_the_logit_scale_is_clamped_to_100(tmp_path: Path) -> None:
     assert task.model.logit_scale.item() <= math.log(100) + 1e-6
 
 
+class Scored(TowersTask):
+    """Evaluations give these scores, in order."""
+
+    def __init__(self, *scores: float) -> None:
+        super().__init__()
+        self.scores = iter(scores)
+
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        return {"other": 0.0, "top1": next(self.scores)}
+
+
+def scored(made: Job, *scores: float) -> Results:
+    torch.manual_seed(0)
+    return fit(Scored(*scores), PairFeed(), made, Ranks(0, 1, Accelerator("cpu")))
+
+
 def test_the_best_checkpoint_is_kept_in_addition_to_the_latest(tmp_path: Path) -> None:
     """A metric that is not finite is reported, and never the best."""
 
-    class Worsening(TowersTask):
-        scores = iter([math.nan, 0.9, 0.4, math.nan])
-
-        def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-            return {"other": 0.0, "top1": next(self.scores)}
-
-    torch.manual_seed(0)
     made = job(tmp_path, evaluate_every=3, best="top1", checkpoints={"every": 100, "keep": 1})
-    results = fit(Worsening(), PairFeed(), made, Ranks(0, 1, Accelerator("cpu")))
+    results = scored(made, math.nan, 0.9, 0.4, math.nan)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
         "best.json",
         "step-000000006.safetensors",
@@ -272,6 +308,67 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_latest(tmp_path: Path) -
     assert (results.best.step, results.best.value) == (6, 0.9)
     assert "best top1: 0.9000 at step 6" in results.summary()
     assert "top1: not finite" in results.summary()
+
+
+def exported(output: Path) -> torch.Tensor:
+    return torch.tensor(json.loads((output / "student/weights/right.json").read_text()))
+
+
+def test_the_best_evaluated_state_is_exported_with_its_step_and_metrics(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "evaluate_every": 4,
+        "best": "top1",
+        "ema": 0.9,
+        "checkpoints": {"every": 100, "keep": 1},
+    }
+    last = job(tmp_path, **changes)
+    wanted = replace(last, export_best=True)
+    results = scored(wanted, 0.2, 0.9, 0.4)
+    assert (results.exported, results.steps, results.metrics["top1"]) == (8, 12, 0.9)
+    assert "best top1: 0.9000 at step 8, exported" in results.summary()
+    best = load_file(tmp_path / "checkpoints/step-000000008.safetensors")["average/right.weight"]
+    assert torch.equal(exported(tmp_path), best)
+    results = scored(last)
+    assert (results.exported, results.metrics["top1"]) == (12, 0.4), "a finished training exports again where asked"
+    assert not torch.equal(exported(tmp_path), best)
+    assert scored(wanted).exported == 8
+    assert torch.equal(exported(tmp_path), best)
+    assert scored(wanted) == read_results(Storage(str(tmp_path)))
+    with pytest.raises(UserError, match=r"has no checkpoint of a step that is known to be the best by other"):
+        scored(replace(wanted, best="other"))
+
+
+def test_the_state_before_the_first_step_may_be_the_best_one(tmp_path: Path) -> None:
+    made = replace(job(tmp_path, best="top1", checkpoints={"every": 4, "keep": 1}), evaluate_start=True)
+    assert scored(made, 0.9, 0.4).best == BestCheckpoint(12, "top1", 0.4), "which has no checkpoint unless it is wanted"
+    made = replace(made, export_best=True, output=str(tmp_path / "best"))
+    assert scored(made, 0.9, 0.4).exported == 0
+    torch.manual_seed(0)
+    assert torch.equal(exported(tmp_path / "best"), TowersTask().model.right.weight)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's writer
+@pytest.mark.parametrize("limit", [900, 2000, 20_000])
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path: Path, limit: int) -> None:
+    """Limits of a file's size stand for a full disk: in the log, in a checkpoint, and in the export."""
+
+    class Large(TowersTask):
+        def export(self, model: torch.nn.Module, folder: str) -> None:
+            save_file({"w": torch.zeros(6000)}, Path(folder, "large.safetensors"))
+
+    made = job(tmp_path, checkpoints={"every": 4})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(
+            UserError, match=rf"^{tmp_path}.* cannot be written: .*File too large.*; make room in .*\.$"
+        ):
+            fit(Large(), PairFeed(), made, Ranks(0, 1, Accelerator("cpu")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "results.json").exists()
+    assert [path.name for path in (tmp_path / ".tmp").iterdir()] == []
+    assert fit(TowersTask(), PairFeed(), made, Ranks(0, 1, Accelerator("cpu"))).steps == 12
 
 
 def test_logs_have_the_speed_and_the_time_spent_waiting_for_data(tmp_path: Path) -> None:

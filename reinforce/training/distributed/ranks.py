@@ -213,6 +213,22 @@ def _local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
 
 
+def synchronize_batch_norms(model: torch.nn.Module, ranks: Ranks) -> None:
+    """Let batch normalisations inside ``model`` take their statistics over all ranks, with the same weights.
+
+    Raises UserError for several ranks on CPUs, for which torch does not have it.
+    """
+    if ranks.size == 1:
+        return
+    if ranks.accelerator.device.type == "cpu":
+        raise UserError(
+            "train.compute.sync_batch_norm needs accelerators: torch has it for them only. Set it to false."
+        )
+    from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of timm's layers
+
+    convert_sync_batchnorm(model)
+
+
 def wrap_ddp(model: torch.nn.Module, ranks: Ranks) -> Any:
     """The model in DistributedDataParallel if there is more than one rank, else the model itself.
 

@@ -18,8 +18,9 @@ RESULTS = "results.json"
 class Results:
     """The results of a finished training; the field names are the keys of results.json.
 
-    ``seconds`` is the time spent in steps, over all starts; ``export`` is a folder in ``output``; numbers that are
-    not finite are None.
+    ``seconds`` is the time spent in steps, over all starts; ``export`` is a folder in ``output`` with the weights of
+    step ``exported``, of which ``metrics`` are; earlier versions exported the last step. Numbers that are not finite
+    are None.
     """
 
     output: str
@@ -32,6 +33,7 @@ class Results:
     metrics: Mapping[str, float | None]
     best: BestCheckpoint | None
     skipped: int
+    exported: int | None = None
 
     @property
     def seconds_per_step(self) -> float:
@@ -53,9 +55,8 @@ class Results:
         for name, value in self.metrics.items():
             lines.append(f"{name}: {'not finite' if value is None else f'{value:.4f}'}")
         if self.best is not None and self.best.step != self.steps:
-            lines.append(
-                f"best {self.best.metric}: {self.best.value:.4f} at step {self.best.step:,}, kept as a checkpoint"
-            )
+            where = "exported" if self.best.step == self.exported else "kept as a checkpoint"
+            lines.append(f"best {self.best.metric}: {self.best.value:.4f} at step {self.best.step:,}, {where}")
         if self.skipped:
             lines.append(f"{self.skipped:,} steps were skipped because their gradient was not finite")
         lines.append(f"weights: {self.output}/{self.export}   curves: {self.output}/{CURVES}")
@@ -102,5 +103,6 @@ def read_results(storage: Storage) -> Results | None:
     if found is None:
         return None
     best = found["best"]
-    fields = {name: found[name] for name in Results.__dataclass_fields__}
-    return Results(**{**fields, "best": BestCheckpoint(**best) if best else None})
+    fields = {name: found[name] for name in Results.__dataclass_fields__ if name != "exported"}
+    exported = found.get("exported", found["steps"])
+    return Results(**{**fields, "exported": exported, "best": BestCheckpoint(**best) if best else None})
