@@ -172,6 +172,8 @@ def test_layers_joined_in_sql_and_frames_are_those_of_the_samples(workspace: Pat
     vectors = np.stack([sample.images["conv-64"] for sample in samples])
     for joined in ("by_polars", "by_pandas"):
         np.testing.assert_array_equal(names[joined].astype(np.float32), vectors)
+    converted = names["pd"].concat([names["pd"].read_parquet(path) for path in sorted(Path("for-spark").iterdir())])
+    np.testing.assert_array_equal(np.stack(converted["embeddings"]).reshape(vectors.shape), vectors.astype(np.float32))
     loaded = [vector.numpy().astype(np.float32) for _, vector in names["Captions"]()]
     np.testing.assert_array_equal(loaded, vectors)
     scores = {

@@ -66,6 +66,7 @@ class Exported:
         yield from ("--distill-teacher-dimension", *(str(teacher["dim"]) for teacher in teachers))
         if all(teacher["logit_scale"] for teacher in teachers):
             yield from ("--distill-logit-scale", *(f"{teacher['logit_scale']:g}" for teacher in teachers))
+        yield from ("--distill-loss-weights", "0.0", "1.0")  # of CLIP's loss and the distillation; else both count 1
         yield "--distill-average-after-softmax"
 
 

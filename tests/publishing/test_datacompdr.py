@@ -94,7 +94,9 @@ def test_reading_an_export_as_reinforcements_gives_the_same_dataset(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_published_trainer_can_read_an_export(plain: Path, tmp_path: Path, precision: Any) -> None:
-    export(plain, tmp_path / "tars", precision=precision, teachers=["red", "blue"])
+    exported = export(plain, tmp_path / "tars", precision=precision, teachers=["red", "blue"])
+    assert " --distill-teacher-dimension 8 12 " in exported.lines()[-1]
+    assert exported.lines()[-1].endswith(" --distill-loss-weights 0.0 1.0 --distill-average-after-softmax")
     config = json.loads((tmp_path / "tars" / "config.json").read_text())["reinforce"]["image_augmentation"]
     assert config["random_resized_crop"] == {"interpolation": "bicubic", "size": 24}
     assert (config["rand_augment"]["num_ops"], {"normalize"} <= config.keys()) == (2, True)
