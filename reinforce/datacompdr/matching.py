@@ -7,6 +7,7 @@ joins samples that have no kind in common.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
@@ -22,6 +23,7 @@ KEY, OTHER_IMAGE, ABSENT = "key", "other_image", "absent"
 Identity: TypeAlias = "Mapping[str, str]"
 
 _DEFAULT_PORTS = {("http", "80"), ("https", "443")}
+_NORMAL_URL = re.compile(r"https?://[a-z0-9.-]+/[\w%/:?@!$&'()*+,;=~.-]*", re.ASCII)  # as most are
 _KEPT = "%/:?#[]@!$&'()*+,;=~"  # characters of a URL that are not percent-encoded
 
 
@@ -37,6 +39,8 @@ def identity_of(sidecars: Mapping[str, bytes]) -> Identity:
 
 def normal_url(url: str) -> str:
     """A URL in one spelling: scheme and host in lower case, without default port and fragment, percent-encoded."""
+    if _NORMAL_URL.fullmatch(url):
+        return url
     try:
         parts = urlsplit(url)
         path = quote(parts.path or "/", _KEPT) + (f"?{quote(parts.query, _KEPT)}" if parts.query else "")
