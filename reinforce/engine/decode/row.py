@@ -157,7 +157,7 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -
     metadata = metadata_of(raw.all_sidecars, config.input.metadata)
     caption = raw.caption(fields, limits)
     left_out = [*_left_out(config, raw, metadata)]
-    if caption is None and fields and len(raw.members) > 1:
+    if caption is None and fields and min(len(raw.members), len(raw.columns or raw.members)) > 1:  # than an image
         left_out.append(Refusal(raw.key, Reason.NO_TEXT, raw.why_no_caption(fields)))
     return Decoded(
         {} if spec.published is None else spec.published.values(key, row.members),
