@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import time
@@ -21,6 +22,7 @@ _LOG_SECONDS = 10.0
 _NOTEBOOK_SECONDS = 0.5
 _NOTEBOOK_COLUMNS = 115
 _BAR_COLUMNS = 20
+_PIPE_COLUMNS = 10_000
 
 # Control characters except line ends and tabs, and characters that change the direction of writing.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -124,6 +126,18 @@ def _as_text(row: Table) -> str:
     out = io.StringIO()
     Console(file=out, width=_NOTEBOOK_COLUMNS, force_jupyter=False, force_terminal=False, no_color=True).print(row)
     return out.getvalue().rstrip("\n")
+
+
+def plural(count: int, noun: str) -> str:
+    """A number of things: '1 shard', '2,000 shards'."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def print_table(table: Table) -> None:
+    """Print a table; in a pipe or file without ``COLUMNS``, as wide as it is."""
+    console = Console()
+    fits = console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ
+    (console if fits else Console(width=_PIPE_COLUMNS)).print(table)
 
 
 def format_duration(seconds: float) -> str:

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.table import Table
 
 from reinforce import terminal
-from reinforce.terminal import Screen, escape, format_bytes, format_duration
+from reinforce.terminal import Screen, escape, format_bytes, format_duration, plural, print_table
 
 
 class Notebook(types.ModuleType):
@@ -112,3 +113,22 @@ def test_durations_are_formatted_like_a_clock(seconds: float, text: str) -> None
 )
 def test_bytes_have_a_binary_unit(count: int, text: str) -> None:
     assert format_bytes(count) == text
+
+
+def test_a_table_that_is_piped_is_not_wrapped_or_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = Table(box=None)
+    table.add_column("layer", no_wrap=True)
+    table.add_column("content")
+    table.add_row("embeddings/" + "x" * 100, "words " * 40)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    print_table(table)
+    assert [len(line) > 300 for line in capsys.readouterr().out.splitlines()] == [True, True]
+    monkeypatch.setenv("COLUMNS", "60")
+    print_table(table)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
+
+
+def test_one_thing_is_singular() -> None:
+    assert [plural(count, "shard") for count in (0, 1, 2000)] == ["0 shards", "1 shard", "2,000 shards"]

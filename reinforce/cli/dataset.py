@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from reinforce.cli.common import DatasetUrl
 from reinforce.errors import UserError
-from reinforce.terminal import escape
+from reinforce.terminal import escape, print_table
 from teachers.redact import redact
 
 if TYPE_CHECKING:
@@ -165,5 +164,5 @@ def captions_report(
     from reinforce.report.captions_view import captions_table, write_report
 
     report = report_on(dataset, captioner, teacher, limit)
-    Console().print(captions_table(report))
+    print_table(captions_table(report))
     typer.echo(f"{report['rows']:,} images; written: {', '.join(write_report(report, out))}")

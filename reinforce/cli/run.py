@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from reinforce.cli.common import Address, AsJson, Overrides, config_argument, only_json
 from reinforce.errors import UserError
-from reinforce.terminal import escape
+from reinforce.terminal import escape, print_table
 from teachers.redact import redact
 
 
@@ -104,7 +103,7 @@ def plan(
         current = make_plan(checked)
         report = make_report(current, used, source_statistics(current), machines(), hours)
         if not as_json:
-            Console().print(plan_table(current, report.expected))
+            print_table(plan_table(current, report.expected))
             for line in report.lines():
                 typer.echo(escape(line))
         sample, notes = check_source(current)
@@ -137,7 +136,7 @@ def check(
 
     report = check_target(target, options, kind, set_)
     if report.rows:
-        Console().print(report.table())
+        print_table(report.table())
     for note in report.notes:
         typer.echo(escape(note))
     if report.errors:

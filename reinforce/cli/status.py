@@ -14,7 +14,7 @@ from rich.live import Live
 
 from reinforce.cli.common import DatasetUrl, print_json
 from reinforce.errors import UserError
-from reinforce.terminal import escape
+from reinforce.terminal import escape, plural, print_table
 
 if TYPE_CHECKING:
     from reinforce.dataset.files.store import Store
@@ -95,6 +95,7 @@ def _as_json(url: str, progress: RunProgress | None, found: Mapping[str, Any]) -
         "shards": found.get("samples", 0),
         "layers": found.get("layers", {}),
         "quarantine": found.get("quarantine", {}),
+        "quarantined": found.get("quarantined", {}),
         "damaged": [asdict(file) for file in found.get("damaged", ())],
         "missing": found.get("lost") or None,
         "notes": found.get("notes", []),
@@ -178,34 +179,31 @@ def _print_run(progress: RunProgress) -> None:
 
     typer.echo(state_line(progress))
     typer.echo(headline(progress))
-    Console().print(workers_table(progress))
+    print_table(workers_table(progress))
     for line in detail_lines(progress):
         typer.echo(line)
 
 
 def _print_dataset(found: Mapping[str, Any], reasons: bool) -> None:
     from reinforce.dataset.files.damage import describe_damaged
-    from reinforce.dataset.status import status_table
+    from reinforce.dataset.status import quarantine_lines, status_table
     from reinforce.engine.record.rates import rate_lines
     from reinforce.engine.record.summary import cleaned_lines, not_in_source_lines, source_lines
 
-    Console().print(status_table(dict(found)))
+    print_table(status_table(dict(found)))
     if damage := describe_damaged(found["url"], found["damaged"]):
         typer.echo(escape(damage))
     if found["lost"]:
         typer.echo(escape(f"{found['lost']}. `reinforce run` with the dataset's config computes what is missing."))
     for line in found["notes"]:
         typer.echo(escape(line))
-    for layer, entry in found["quarantine"].items():
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in entry["reasons"].items())
-        typer.echo(escape(f"quarantine/{layer}: {entry['files']:,} shards; {counts}"))
-        for reason in entry["reasons"] if reasons else ():
-            typer.echo(escape(f"  {reason}, for example {entry['examples'][reason]}"))
+    for line in quarantine_lines(dict(found), reasons):
+        typer.echo(escape(line))
     if found["quarantine"] and not reasons:
         typer.echo(escape(f"`reinforce status {found['url']} --reasons` shows an example of each reason"))
     if last := found["last_run"]:
         shards, seconds = last.get("shards", 0), last.get("seconds", 0)
-        text = f"last run {last.get('run')}: {shards:,} shards in {seconds:.0f} s, {last.get('message')}"
+        text = f"last run {last.get('run')}: {plural(shards, 'shard')} in {seconds:.0f} s, {last.get('message')}"
         typer.echo(escape(text))
         lines = [*source_lines(last.get("source_counts", {})), *cleaned_lines(last.get("cleaned", {}))]
         lines += not_in_source_lines(last.get("not_in_source", {}))

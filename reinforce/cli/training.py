@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
-from rich.console import Console
 
 from reinforce.cli.common import STDOUT, Address, AsJson, JsonFile, Overrides, config_argument, only_json
 from reinforce.errors import UserError
-from reinforce.terminal import escape
+from reinforce.terminal import escape, print_table
 from teachers.redact import redact
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def tune(
             if as_json:
                 print_json({name: screening.json() for name, screening in screenings.items()})
                 return
-            Console().print(screening_table(screenings))
+            print_table(screening_table(screenings))
             typer.echo(f"plot: {redact(checked.output)}/{command.PLOT}")
             return
         result = _run_training(lambda: command.tune(checked, address=address))
@@ -104,8 +103,8 @@ def tune(
         if as_json:
             print_json({"output": result.output, **result.json(), "errors": result.errors, "recorded": recorded})
         else:
-            Console().print(screening_table(result.screenings))
-            Console().print(results_table(result.rows, result.metric))
+            print_table(screening_table(result.screenings))
+            print_table(results_table(result.rows, result.metric))
             for line in [*result.lines(), *recorded]:
                 typer.echo(escape(line))
     if result.errors:
@@ -222,7 +221,7 @@ def show_report(report: Report | LatencyReport, file: str | None, print_json: Ca
     if file == STDOUT:
         print_json(report.as_json())
         return
-    Console().print(report.table())
+    print_table(report.table())
     for line in report.lines():
         typer.echo(line)
     if file is not None:

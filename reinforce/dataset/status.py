@@ -18,7 +18,7 @@ from reinforce.dataset.manifest.class_code import code_lines
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.runs.progress import list_runs, read_summary
-from reinforce.terminal import escape, format_bytes
+from reinforce.terminal import escape, format_bytes, plural
 
 _QUARANTINE_FILES = 1000  # per layer whose reasons are counted
 
@@ -27,6 +27,8 @@ def read_status(url: str) -> dict[str, Any]:
     """Read shards and bytes by layer, quarantined rows by layer and reason, and the last run's summary.
 
     ``examples`` of a layer's quarantine has the shard, the key and the detail of the first row of each reason.
+    ``quarantined`` counts samples once: ``samples``, by layer the rows of those that no layer before has, by reason,
+    and ``following`` rows of the others in ``following_layers``.
     ``damaged`` are ``DamagedFile`` and count as missing, ``lost`` names shards whose samples are gone, ``notes`` are
     lines about custom classes that have changed. Raises UserError if there is no dataset.
     """
@@ -40,18 +42,20 @@ def read_status(url: str) -> dict[str, Any]:
     damaged = find_damaged(store, listings, fingerprints)
     found = check_completeness(store, {SAMPLES: listings[SAMPLES]}, [committed, *listings.values()])
     layers, quarantine = {}, {}
+    samples = _Samples()
     unreadable: DamagedFiles = {}
     for name, listing in without_files(listings, damaged).items():
         layers[name] = {**manifest["layers"][name], "shards": len(listing), "bytes": listing.total_bytes}
         files = quarantined[f"quarantine/{name}"]
         if files:
             part = files.first(_QUARANTINE_FILES)
-            quarantine[name] = {"files": len(files), **_quarantine(store, name, part, unreadable)}
+            quarantine[name] = {"files": len(files), **_quarantine(store, name, part, unreadable, samples)}
     return {
         "url": store.url,
         "samples": layers[SAMPLES]["shards"],
         "layers": layers,
         "quarantine": quarantine,
+        "quarantined": samples.counts(),
         "damaged": [*damaged, *damaged_quarantine(unreadable)],
         "lost": found.describe_missing(),
         "notes": code_lines(manifest),
@@ -59,18 +63,60 @@ def read_status(url: str) -> dict[str, Any]:
     }
 
 
-def _quarantine(store: Store, layer: str, files: Listing, damaged: DamagedFiles) -> dict[str, Any]:
-    """Counts and first examples by reason, of the quarantine of a layer; ``damaged`` receives damaged files."""
+class _Samples:
+    """Quarantined samples, each with the first layer that has it."""
+
+    def __init__(self) -> None:
+        self._layers: dict[tuple[str, str | None], str] = {}  # by shard and key
+        self._own: dict[str, Counter[str]] = {}
+        self._following: Counter[str] = Counter()
+
+    def add(self, layer: str, shard: str, key: str | None, reason: str) -> None:
+        if self._layers.setdefault((shard, key), layer) == layer:
+            self._own.setdefault(layer, Counter())[reason] += 1
+        else:
+            self._following[layer] += 1
+
+    def counts(self) -> dict[str, Any]:
+        return {
+            "samples": sum(key is not None for _, key in self._layers),
+            "layers": {layer: dict(reasons.most_common()) for layer, reasons in self._own.items()},
+            "following": self._following.total(),
+            "following_layers": len(self._following),
+        }
+
+
+def _quarantine(store: Store, layer: str, files: Listing, damaged: DamagedFiles, samples: _Samples) -> dict[str, Any]:
+    """Counts and first examples by reason, of the quarantine of a layer; ``damaged`` receives damaged files, and
+    ``samples`` the rows."""
     reasons: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for shard, rows in store.quarantined_rows(layer, files, damaged):
         for row in rows:
             reason = f"{row['reason']}" + (" (shard)" if row["key"] is None else "")
             reasons[reason] += 1
+            samples.add(layer, shard, row["key"], reason)
             if reason not in examples:
                 parts = [shard, row["key"], row["detail"]]
                 examples[reason] = ": ".join(" ".join(part.split()) for part in parts if part)
     return {"reasons": dict(reasons.most_common()), "examples": examples}
+
+
+def quarantine_lines(status: dict[str, Any], with_examples: bool) -> list[str]:
+    """The quarantine of ``read_status`` for people: samples are counted in the first layer that has them."""
+    lines = []
+    counted = status["quarantined"]
+    for layer, reasons in counted["layers"].items():
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+        entry = status["quarantine"][layer]
+        lines.append(f"quarantine/{layer}: {plural(entry['files'], 'shard')}; {counts}")
+        lines += [f"  {reason}, for example {entry['examples'][reason]}" for reason in reasons if with_examples]
+    if rows := counted["following"]:
+        layers = plural(counted["following_layers"], "layer")
+        lines.append(f"quarantine of {layers} computed from these: {plural(rows, 'row')} of the same samples")
+    if len(counted["layers"]) > 1 or counted["following"]:
+        lines.append(f"quarantined in all: {plural(counted['samples'], 'sample')}")
+    return lines
 
 
 def status_table(status: dict[str, Any]) -> Table:

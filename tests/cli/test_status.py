@@ -90,7 +90,9 @@ def test_json_has_the_run_and_the_dataset(dataset: Path, command: Command) -> No
     store.quarantine("samples", shard, [("k", Reason.IMAGE_BROKEN, "cut off")])
     report(store, 1, job="raysubmit_1")
     found = json.loads(command("status", str(dataset), "--json")[1])
-    assert found.keys() == {"url", "run", "shards", "layers", "quarantine", "damaged", "missing", "notes", "last_run"}
+    assert found.keys() == {
+        "url", "run", "shards", "layers", "quarantine", "quarantined", "damaged", "missing", "notes", "last_run",
+    }  # fmt: skip
     assert (found["url"], found["shards"], found["last_run"]) == (str(dataset), 2, None)
     assert found["layers"][layer]["shards"] == 1
     assert [(file["layer"], file["shard"]) for file in found["damaged"]] == [(layer, shard)]
@@ -168,7 +170,7 @@ def test_status_shows_an_example_of_each_reason_when_asked(dataset: Path, comman
     [shard, *_] = sorted(Store(str(dataset)).shards("samples"))
     rows = [("k\x1b", Reason.IMAGE_BROKEN, "the file ends early"), (None, Reason.SHARD_DAMAGED, "at byte 9")]
     Store(str(dataset)).quarantine("samples", shard, rows)
-    counts = "quarantine/samples: 1 shards; 1 image_broken, 1 shard_damaged (shard)"
+    counts = "quarantine/samples: 1 shard; 1 image_broken, 1 shard_damaged (shard)"
     out = command("status", str(dataset))[1].splitlines()
     assert out[-2:] == [counts, f"`reinforce status {dataset} --reasons` shows an example of each reason"]
     out = command("status", str(dataset), "--reasons")[1].splitlines()
@@ -176,6 +178,23 @@ def test_status_shows_an_example_of_each_reason_when_asked(dataset: Path, comman
         counts,
         f"  image_broken, for example {shard}: k\\x1b: the file ends early",
         f"  shard_damaged (shard), for example {shard}: at byte 9",
+    ]
+
+
+def test_quarantined_samples_are_counted_once_and_rows_that_follow_from_them_are_grouped(
+    dataset: Path, command: Command
+) -> None:
+    store = Store(str(dataset))
+    [shard, *_] = sorted(store.shards("samples"))
+    store.quarantine("samples", shard, [("a", Reason.IMAGE_BROKEN, ""), ("b", Reason.NO_TEXT, "")])
+    for layer, keys in (("embeddings/blue/caption", "bc"), ("embeddings/red/caption", "bc")):
+        store.quarantine(layer, shard, [(key, Reason.NO_TEXT, "") for key in keys])
+    out = command("status", str(dataset))[1].splitlines()
+    assert out[-5:-1] == [
+        "quarantine/samples: 1 shard; 1 image_broken, 1 no_text",
+        "quarantine/embeddings/red/caption: 1 shard; 1 no_text",
+        "quarantine of 2 layers computed from these: 3 rows of the same samples",
+        "quarantined in all: 3 samples",
     ]
 
 

@@ -65,6 +65,7 @@ class ShardResult:
     layers: tuple[str, ...] = ()  # committed by this lease
     samples: int = 0
     refused: Mapping[str, int] = field(default_factory=dict)  # rows that this lease quarantined, by reason
+    refused_samples: int = 0  # whose rows these are
     quarantine_reason: str | None = None  # of the shard as a whole; None if it is not quarantined
     seconds: float
     busy: float = 0.0  # seconds of the accelerator

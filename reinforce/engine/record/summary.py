@@ -15,7 +15,7 @@ from reinforce.engine.plan.plan import Plan
 from reinforce.engine.record.rates import Stages, add_numbers, add_stages, fuller, with_rates
 from reinforce.errors import UserError
 from reinforce.source.captions import CAPTIONS_REPLACED
-from reinforce.terminal import format_bytes, format_duration
+from reinforce.terminal import format_bytes, format_duration, plural
 from schemas import Reason
 from teachers.decoding.postprocess import COUNTS
 from teachers.redact import redact
@@ -42,13 +42,13 @@ class RunSummary:
     nothing to do.
 
     ``samples`` counts those with at least one new layer, ``busy_share`` is the accelerators' busy time over the
-    workers' time, ``refused`` counts quarantined rows by reason, ``quarantined_shards`` the shards that are quarantined
-    in some layer, ``cleaned`` the effects of ``clean`` by captioner, ``examples`` has a shard, a key and a detail for
-    each reason of quarantine, ``not_in_source`` the fields of ``NotInSource``, and ``repeated_keys`` counts keys that
-    occur in more than one shard, as ``notes`` describe. ``postponed`` counts shards that wait for files that were set
-    aside, ``stages`` has the sums and rates of ``rates.with_rates``, ``device`` the device with the least free
-    memory, and ``source_counts`` samples that were read, as ``source_lines`` describes. The fields are the keys of
-    summary.json.
+    workers' time, ``refused`` counts rows of ``refused_samples`` in the quarantine by reason, ``quarantined_shards``
+    the shards that are quarantined in some layer, ``cleaned`` the effects of ``clean`` by captioner, ``examples`` has a
+    shard, a key and a detail for each reason of quarantine, ``not_in_source`` the fields of ``NotInSource``, and
+    ``repeated_keys`` counts keys that occur in more than one shard, as ``notes`` describe. ``postponed`` counts shards
+    that wait for files that were set aside, ``stages`` has the sums and rates of ``rates.with_rates``, ``device`` the
+    device with the least free memory, and ``source_counts`` samples that were read, as ``source_lines`` describes. The
+    fields are the keys of summary.json.
     """
 
     run: str | None = None
@@ -58,6 +58,7 @@ class RunSummary:
     busy_share: float = 0.0
     bytes: int = 0
     refused: Mapping[str, int] = field(default_factory=dict)
+    refused_samples: int = 0
     quarantined_shards: int = 0
     status: int = 0
     message: str
@@ -78,13 +79,15 @@ class RunSummary:
             return self.message
         rate = self.samples / self.seconds if self.seconds else 0.0
         lines = [
-            f"{self.shards:,} shards, {self.samples:,} samples in {self.seconds:.1f} s ({rate:,.0f} samples/s, "
-            f"accelerator busy {self.busy_share:.0%}), {format_bytes(self.bytes)} written to {output}"
+            f"{plural(self.shards, 'shard')}, {plural(self.samples, 'sample')} in {self.seconds:.1f} s "
+            f"({rate:,.0f} samples/s, accelerator busy {self.busy_share:.0%}), "
+            f"{format_bytes(self.bytes)} written to {output}"
         ]
         lines += [*source_lines(self.source_counts), *cleaned_lines(self.cleaned)]
         if self.refused:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.refused.items()))
-            lines.append(f"quarantined rows: {reasons}")
+            of = f" of {plural(self.refused_samples, 'sample')}" if self.refused_samples else ""
+            lines.append(f"quarantined rows{of}: {reasons}")
         lines += example_lines(self.examples)
         lines += self.notes
         if self.quarantined_shards:
@@ -150,6 +153,7 @@ class RunTotals:
     bytes: int = 0
     busy: float = 0.0
     refused: Counter[str] = field(default_factory=Counter)
+    refused_samples: int = 0
     cleaned: dict[str, Counter[str]] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)  # shards with nothing left to compute
     examples: dict[str, str] = field(default_factory=dict)  # by reason
@@ -176,6 +180,7 @@ class RunTotals:
         self.bytes += result.bytes
         self.busy += result.busy
         self.refused.update(result.refused)
+        self.refused_samples += result.refused_samples
         self.source_counts.update(result.source_counts)
         add_stages(self.stages, result.stages)
         self.device = fuller(self.device, result.device)
@@ -220,6 +225,7 @@ def summarize(
         busy_share=round(min(1.0, totals.busy / (alive or seconds)), 4),
         bytes=totals.bytes,
         refused=dict(totals.refused),
+        refused_samples=totals.refused_samples,
         quarantined_shards=quarantined,
         status=status,
         message=message,
@@ -249,6 +255,7 @@ def add_summaries(first: RunSummary, second: RunSummary) -> RunSummary:
         busy_share=round(busy, 4),
         bytes=first.bytes + second.bytes,
         refused=dict(Counter(first.refused) + Counter(second.refused)),
+        refused_samples=first.refused_samples + second.refused_samples,
         message="done" if second.status == 0 else second.message,
         cleaned={**first.cleaned, **second.cleaned},
         examples={**second.examples, **first.examples},

@@ -43,6 +43,11 @@ class Refusals:
         """Number of refusals by reason."""
         return dict(Counter(refusal.reason.value for rows in self._by_layer.values() for refusal in rows))
 
+    @property
+    def samples(self) -> int:
+        """Number of samples that are refused in any layer."""
+        return len({row.key for rows in self._by_layer.values() for row in rows} - {None})
+
     def examples(self, redact: Callable[[str], str]) -> dict[str, str]:
         """Key and detail of the first refusal of each reason, in one line; ``redact`` removes secrets from details."""
         first: dict[str, str] = {}

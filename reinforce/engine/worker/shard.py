@@ -141,6 +141,7 @@ class _ShardProcess:
             layers=() if reason else self.shard.layers,
             samples=self.counters.samples,
             refused=self.refusals.counts(),
+            refused_samples=self.refusals.samples,
             quarantine_reason=reason,
             seconds=time.perf_counter() - start,
             busy=self.counters.busy,

@@ -117,11 +117,11 @@ def test_the_text_lists_quarantined_rows_and_shards_and_hides_credentials() -> N
     cleaned = {"c": {"captions": 20, "null_rows": 1}}
     summary = RunSummary(
         run="run", shards=2, samples=10, seconds=5.0, busy_share=0.5, refused={"no_text": 3}, quarantined_shards=1,
-        status=1, message="stopped", cleaned=cleaned,
+        refused_samples=1, status=1, message="stopped", cleaned=cleaned,
     )  # fmt: skip
     lines = summary.text("s3://user:secret@bucket/out").splitlines()
     assert lines[0].startswith("2 shards, 10 samples in 5.0 s (2 samples/s, accelerator busy 50%), ")
-    assert lines[1:3] == ["captions by c: 20 captions, 1 null rows", "quarantined rows: 3 no_text"]
+    assert lines[1:3] == ["captions by c: 20 captions, 1 null rows", "quarantined rows of 1 sample: 3 no_text"]
     assert "--retry-quarantined" in lines[3]
     assert lines[4] == "stopped"
     assert "secret" not in "".join(lines)

@@ -50,6 +50,7 @@ def test_a_result_lists_the_committed_layers_their_bytes_and_what_was_refused(tm
     assert {name.rpartition("/")[0] for name in files} == set(result.layers)
     assert (result.samples, result.bytes, result.quarantine_reason) == (8, sum(map(len, files.values())), None)
     assert result.refused == {"image_broken": 1, "no_text": 3}, "one caption is missing, for both teachers"
+    assert result.refused_samples == 2
     [path] = (tmp_path / "out/quarantine/embeddings/red/caption").iterdir()
     [row] = pq.read_table(path).to_pylist()
     assert row["detail"] == "no caption to encode: none at input.captions (txt, json:caption)"
