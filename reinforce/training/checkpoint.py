@@ -37,9 +37,9 @@ class Progress:
     ``step`` is the number of finished steps, ``skipped`` how many of them made no update, ``seconds`` the time spent
     in steps. ``fixed_config`` is the part of the config that determines the training, by dotted keys. ``streams`` is
     the number of streams that the feed reads, if the order of samples depends on one, and ``samples`` those of an
-    epoch; ``model_config`` is that of the job, ``data`` that of the feed, and ``division`` the parts of a batch. Older
-    checkpoints do not have these. ``skipped_last`` is the number of steps without an update since the last update,
-    ``order`` the version of the order of samples.
+    epoch; ``model_config`` is that of the job, ``data`` that of the feed, ``files`` the hash of its files, and
+    ``division`` the parts of a batch. Older checkpoints do not have these. ``skipped_last`` is the number of steps
+    without an update since the last update, ``order`` the version of the order of samples.
     """
 
     step: int
@@ -51,6 +51,7 @@ class Progress:
     model_config: Mapping[str, Any] | None = None
     data: Mapping[str, Any] | None = None
     division: str | None = None
+    files: str | None = None
     skipped_last: int = 0
     order: int = 1
 
@@ -130,7 +131,7 @@ def _file_name(step: int) -> str:
 
 
 def _encode_header(progress: Progress) -> str:
-    names = ("streams", "samples", "model_config", "data", "division")
+    names = ("streams", "samples", "model_config", "data", "division", "files")
     optional = {**{name: getattr(progress, name) for name in names}, "skipped_last": progress.skipped_last or None}
     optional["order"] = progress.order if progress.order > 1 else None
     fields = {

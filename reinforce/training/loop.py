@@ -167,7 +167,8 @@ class _Loop:
         division = f"{ranks} rank{'s' * (ranks > 1)} x {parts} part{'s' * (parts > 1)}"
         if self.training.compute.sync_batch_norm and ranks > 1:
             division += " with shared batch statistics"
-        self.progress = replace(before, streams=reading.streams, samples=self.feed.samples, division=division)
+        now = replace(before, streams=reading.streams, samples=self.feed.samples, files=reading.files)
+        self.progress = replace(now, division=division)
         threads = arithmetic_threads(self.ranks.cpus, reading.loaders, accelerated)
         if self.training.compute.cpus is None and threads < self.ranks.cpus:
             torch.set_num_threads(threads)

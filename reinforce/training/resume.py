@@ -42,6 +42,11 @@ def describe_differences(before: Progress, now: Progress) -> list[str]:
             f"an epoch has {now.samples:,} samples now and had {before.samples:,} at the last checkpoint: the data "
             "have changed, and the order of samples is another one from here on"
         )
+    elif before.files not in (None, now.files):
+        notes.append(
+            "the files with the samples have changed since the last checkpoint, though not their number of samples: if "
+            "they are other samples, write to another `output`"
+        )
     if before.division not in (None, now.division):
         notes.append(
             f"a batch is divided into {now.division} now and was divided into {before.division} at the last "

@@ -83,13 +83,15 @@ class Reading:
     """How a feed reads: the result of ``Feed.set_up``.
 
     ``loaders`` is the number of processes or threads of each rank that read, ``text`` describes them. ``streams`` is a
-    number on which the order of samples depends, which checkpoints record. ``note`` is a line for the user.
+    number on which the order of samples depends, which checkpoints record. ``note`` is a line for the user. ``files``
+    is a hash of the names and sizes of the files with the samples, which checkpoints record, too.
     """
 
     loaders: int
     text: str
     streams: int | None = None
     note: str | None = None
+    files: str | None = None
 
 
 class Feed(Protocol):

@@ -80,13 +80,14 @@ class PairFeed:
     """
 
     samples = 64
+    files = "as first"
 
     def __init__(self, poisoned: Container[int] = range(0), data: Mapping[str, Any] | None = None) -> None:
         self.poisoned, self.data = poisoned, data or {}
         self.seen: list[int] = []
 
     def set_up(self, ranks: int, batch: int, start: int, loaders: int, streams: int | None, order: int) -> Reading:
-        return Reading(0, "pairs as needed")
+        return Reading(0, "pairs as needed", files=self.files)
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Iterator[Batch]:
         step = start

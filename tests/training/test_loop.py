@@ -202,15 +202,18 @@ def test_a_training_resumes_on_the_same_data_only(tmp_path: Path) -> None:
     assert resumed({"data.teachers": ["b"]}, 5, **{"data.teachers": None}).data == {"data.teachers": ["b"]}
 
 
-def test_resuming_with_another_division_of_the_batch_is_noted(
+def test_resuming_with_another_division_of_the_batch_or_other_files_is_noted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    feed = PairFeed()
+    feed.files = "others"
     stopped_after(3, job(tmp_path))
     stopped_after(6, job(tmp_path))
-    assert "divided" not in capsys.readouterr().out
-    run(job(tmp_path, compute={"accumulate": 4}))
+    assert "the last checkpoint" not in capsys.readouterr().out
+    run(job(tmp_path, compute={"accumulate": 4}), feed)
     shown = " ".join(capsys.readouterr().out.split())
     assert "divided into 1 rank x 4 parts now and was divided into 1 rank x 1 part at the last checkpoint" in shown
+    assert "the files with the samples have changed since the last checkpoint, though not their number" in shown
 
 
 def test_the_average_is_evaluated_and_exported(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ Missing layers and shards, damaged files and datasets that do not fit together a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +91,8 @@ def _open_dataset(url: str, weight: float, data: Data, seed: int, teachers: Sequ
     if unknown := [teacher for (teacher, _), dim in targets if dim is None]:
         raise UserError(f"{url}: dataset.json has no dimension of teacher {unknown[0]}. Finish the run.")
     size = manifest["augmentations"]["size"]
-    return StreamedDataset(url, weight, aligned, spec, targets, policies, size, shards, groups, roots)
+    files = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
+    return StreamedDataset(url, weight, aligned, spec, targets, policies, size, shards, groups, roots, files)
 
 
 def _complete_shards(store: Store, fingerprints: Mapping[str, str]) -> dict[str, int]:

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -85,7 +86,8 @@ class StudentFeed:
     ) -> Reading:
         """See ``reinforce.training.task.Feed`` and ``plan_reading``."""
         self._order = order
-        self._reading = plan_reading(self._data, ranks, batch, start, loaders, streams)
+        reading = plan_reading(self._data, ranks, batch, start, loaders, streams)
+        self._reading = replace(reading, files=" ".join(dataset.files for dataset in self._datasets))
         return self._reading
 
     def batches(self, rank: int, ranks: int, batch: int, start: int) -> Generator[Batch]:

@@ -35,6 +35,7 @@ class StreamedDataset:
 
     ``policies`` decode its images and replay its augmentations, ``size`` is the side in pixels at which augmentations
     were recorded. ``groups`` int64 [row groups, 3] are the number of the shard, the place in its file and the rows.
+    ``files`` is a hash of the names and sizes of the files of the samples.
     """
 
     url: str
@@ -47,6 +48,7 @@ class StreamedDataset:
     shards: tuple[str, ...]
     groups: npt.NDArray[np.int64]
     roots: ImageRoots = field(default_factory=ImageRoots)
+    files: str = ""
 
     @property
     def rows(self) -> int:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -359,3 +360,18 @@ def test_loader_processes_and_their_fork_server_exit_when_the_training_is_killed
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left
+
+
+def test_other_samples_in_as_many_rows_are_other_files(tmp_path: Path) -> None:
+    """Fingerprints do not cover the source; a resume on other files is noted."""
+
+    def made(seed: int) -> tuple[str | None, int, Any]:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        write_tar(tmp_path / "source" / "0.tar", members_of(seed, 9))
+        feed = feed_of(reinforce_here(config_of(f"{tmp_path}/source/*.tar", tmp_path / "out")))
+        return feed.set_up(1, 6, 0, 1, None).files, feed.rows, feed.data
+
+    first, again, other = made(0), made(0), made(5)
+    assert again == first
+    assert other[1:] == first[1:]
+    assert other[0] != first[0]
