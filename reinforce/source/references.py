@@ -21,6 +21,7 @@ from reinforce.source.streams import BLOCK_BYTES, check_file
 from reinforce.source.tar import DamagedTar
 from reinforce.source.urls import canonical, compression, filesystem
 from reinforce.terminal import escape
+from schemas import Reason
 
 #: Schemes of references, besides paths of local files. Others can read anything, such as ``reference://``.
 SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "hdfs", "https", "http")
@@ -135,6 +136,59 @@ def check_digests(
         yield image
 
 
+@dataclass(frozen=True)
+class LostImage:
+    """Why an image by reference is not the one that the samples were made of."""
+
+    reason: Reason
+    detail: str
+
+
+def images_or_losses(
+    ranges: Sequence[tuple[str, int, int]], digests: Iterable[int | None]
+) -> Iterator[bytes | LostImage]:
+    """Yield the image at each (URL, offset, length), or why it is lost: its file, or a part of it, does not exist, or
+    it does not have its digest. Consecutive images of one URL are read sequentially.
+    """
+    for url, group in itertools.groupby(zip(ranges, digests, strict=True), key=lambda row: row[0][0]):
+        part = [(place, digest) for (_, *place), digest in group]
+        done = 0
+        try:
+            for image in read_ranges(url, ((offset, length) for (offset, length), _ in part)):
+                digest, done = part[done][1], done + 1
+                if digest is None or image_digest(image) == digest:
+                    yield image
+                else:
+                    yield LostImage(Reason.IMAGE_BROKEN, "another image than when the samples were written")
+        except (DamagedTar, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            yield from [LostImage(Reason.IMAGE_MISSING, f"{url[:500]}: {error}")] * (len(part) - done)
+
+
+def images_of_group(
+    references: Sequence[Mapping[str, Any]],
+    roots: ImageRoots,
+    moved: Mapping[str, str] | None = None,
+    digests: Sequence[int | None] | None = None,
+) -> Iterator[bytes | LostImage]:
+    """Yield the images of one row group as ``referenced_images`` does, where single ones may be lost.
+
+    Where more than half of them are, the source was replaced or is not there: raises ChangedImages, or
+    FileNotFoundError.
+    """
+    found = images_or_losses(roots.ranges(references, moved), digests or [None] * len(references))
+    for number, image in enumerate(found):
+        if isinstance(image, LostImage):
+            rest = [image, *found]
+            lost = [one for one in rest if isinstance(one, LostImage)]
+            if 2 * len(lost) > len(references):
+                if all(one.reason is Reason.IMAGE_MISSING for one in lost):
+                    raise FileNotFoundError(image.detail)
+                raise ChangedImages(len(lost), len(references), references[number]["url"])
+            yield from rest
+            return
+        yield image
+
+
 def _fault(url: str) -> str | None:
     """Why a URL is not one that a run writes, or None."""
     scheme, remote, rest = url.partition("://")
@@ -163,7 +217,8 @@ def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
     """Yield the bytes at each (offset, length) of an uncompressed tar; the ranges must be in ascending order.
 
     Requests read ahead by 8 MiB, so that neighbouring ranges share them. Web servers cannot redirect
-    them. Raises DamagedTar where the file ends before a range does, and what the storage raises.
+    them. Raises DamagedTar where the file ends before a range does, and what the storage raises, or OSError where it
+    sends less than there is.
     """
     if compression(url):
         raise UserError(f"{canonical(url)}: images cannot be read by reference from a compressed tar. Unpack it.")
@@ -176,6 +231,8 @@ def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
             while len(data) < length and (part := file.read(length - len(data))):
                 data += part
             if len(data) < length:
+                if offset + length <= (getattr(file, "size", None) or 0):
+                    raise OSError(f"{canonical(url)}: the storage sent {len(data)} of {length} bytes at {offset}")
                 raise DamagedTar(offset + len(data), f"the file ends inside the {length} bytes at {offset}")
             yield bytes(data)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from reinforce.errors import UserError
-from reinforce.source.references import ImageRoots, referenced_images
+from reinforce.source.references import ImageRoots, LostImage, images_or_losses, referenced_images
 from reinforce.source.tar import DamagedTar
 from tests.helpers.web import redirecting_server
 
@@ -101,6 +105,31 @@ def test_a_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "0.tar")
     with pytest.raises(IsADirectoryError):
         [*referenced_images([reference(f"{tmp_path}/0.tar")], ImageRoots.named(str(tmp_path), KEY))]
+
+
+class _Short(MemoryFileSystem):
+    """Sends three bytes less of each file than it lists."""
+
+    protocol = "short"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return f"/{path.rpartition('/')[2]}"
+
+    def _open(self, path: str, *args: Any, **options: Any) -> Any:
+        whole = super()._open(path, *args, **options).getvalue()
+        file = io.BytesIO(whole[:-3])
+        file.size = len(whole)  # type: ignore[attr-defined]
+        return file
+
+
+def test_less_than_there_is_is_an_error_of_the_storage_and_not_of_the_file() -> None:
+    fsspec.register_implementation("short", _Short, clobber=True)
+    fsspec.filesystem("short").pipe_file("/0.tar", b"0123456789")
+    with pytest.raises(OSError, match=r"short://0\.tar: the storage sent 2 of 5 bytes at 5"):
+        [*images_or_losses([("short://0.tar", 0, 5), ("short://0.tar", 5, 5)], [None, None])]
+    [beyond] = images_or_losses([("short://0.tar", 8, 5)], [None])
+    assert isinstance(beyond, LostImage)
 
 
 def test_a_web_server_cannot_redirect_a_reference() -> None:

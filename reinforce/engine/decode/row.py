@@ -20,6 +20,7 @@ from reinforce.dataset.augment.records import Augmentation, Crop, from_records, 
 from reinforce.engine.decode.cells import PixelCells, PixelLayout
 from reinforce.images.policy import ImageRefused, decode, image_policy
 from reinforce.source.captions import json_error, metadata_of
+from reinforce.source.references import LostImage
 from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
 
@@ -40,9 +41,9 @@ class DecodeSpec:
 
 @dataclass(frozen=True)
 class StoredImage:
-    """The encoded image of a row of the samples layer, and its augmentations as dicts."""
+    """The encoded image of a row of the samples layer, or why it is lost, and its augmentations as dicts."""
 
-    image: bytes
+    image: bytes | LostImage
     records: Sequence[Mapping[str, Any]]
 
 
@@ -99,7 +100,7 @@ class Row:
         if self.sample is None:
             return 0
         sidecars = self.sample.sidecars.values() if isinstance(self.sample, RawSample) else ()
-        return len(self.sample.image) + sum(map(len, sidecars))
+        return (0 if isinstance(self.sample.image, LostImage) else len(self.sample.image)) + sum(map(len, sidecars))
 
     @property
     def source_key(self) -> str:
@@ -179,6 +180,8 @@ def _decode_stored(spec: DecodeSpec, cells: PixelCells, row: Row, stored: Stored
     augmentations: Sequence[Augmentation] = from_records(stored.records)
     unreadable = None
     try:
+        if isinstance(stored.image, LostImage):
+            raise ImageRefused(stored.image.reason, stored.image.detail)
         image = decode(stored.image, config.input.limits, policy=image_policy(config))
     except ImageRefused as refused:  # only a referenced image can change after it was accepted
         unreadable = Refusal(row.key, refused.reason, refused.detail)

@@ -23,7 +23,7 @@ from reinforce.source.formats.base import Shard
 from reinforce.source.formats.registry import find_format
 from reinforce.source.identity import former_url
 from reinforce.source.reading import read_samples
-from reinforce.source.references import ImageRoots, referenced_images
+from reinforce.source.references import ImageRoots, LostImage, images_of_group
 from reinforce.source.samples import RawSample, Refusal
 from reinforce.source.urls import canonical, is_public
 from schemas import IMAGE_DIGEST, Reason, image_columns
@@ -177,12 +177,12 @@ def _stored_rows(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -
     published = spec.published
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=columns)
-        images: Iterable[bytes | None] = itertools.repeat(None)
+        images: Iterable[bytes | LostImage | None] = itertools.repeat(None)
         if "image" in columns:
             images = (value.as_py() for value in table["image"])
         elif "image_ref" in columns:
             digests = table[IMAGE_DIGEST].to_pylist() if IMAGE_DIGEST in table.column_names else None
-            images = referenced_images(table["image_ref"].to_pylist(), roots, config.moved, digests)
+            images = images_of_group(table["image_ref"].to_pylist(), roots, config.moved, digests)
         records = table["augmentations"].to_pylist() if spec.needs_image else itertools.repeat([])
         keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
         for key, caption, image, record in zip(keys, captions, images, records, strict=False):

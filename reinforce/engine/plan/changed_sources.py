@@ -26,16 +26,22 @@ _REMEDY = (
 def referenced_source_change(shard: PendingShard, footer: Mapping[str, str]) -> tuple[str | None, bool]:
     """How the file that holds the referenced images of a shard differs from the one that its samples were read from.
 
-    ``footer`` is that of the samples file. Returns a note, or None, and whether it is another file, in which images are
-    not at their offsets; a file that only became longer or shorter begins with the same bytes.
+    ``footer`` is that of the samples file. Returns a note, or None, and whether it is another file, in which images may
+    not be at their offsets; a file that only became longer or shorter begins with the same bytes.
     """
     before, now = SourceState.from_footer(footer), probe_state(shard.url)
     if now is None or before.same_content(now) is not False:
         return None, False
-    note = f"{canonical(shard.url)} has changed since its samples were written: {before.describe_change(now)}"
-    if None in (before.head, now.head) or before.head == now.head:
-        return f"{note}; its images are read by reference", False
-    return f"{note}, so referenced images are not where they were. {_REMEDY.format(name=shard.name)}", True
+    note = (
+        f"{canonical(shard.url)} has changed since its samples were written: {before.describe_change(now)}; its images "
+        "are read by reference"
+    )
+    return note, None not in (before.head, now.head) and before.head != now.head
+
+
+def describe_replaced(shard: PendingShard, note: str | None) -> str:
+    """The error where the referenced images of a file are not those that were in it."""
+    return f"{note}. The referenced images are not where they were. {_REMEDY.format(name=shard.name)}"
 
 
 @dataclass(frozen=True)

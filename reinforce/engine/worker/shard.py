@@ -31,7 +31,7 @@ from reinforce.engine.inference.stage_meter import device_report
 from reinforce.engine.messages.pulse import WRITING, LeaseWatch
 from reinforce.engine.messages.results import LayerFailure, ShardResult
 from reinforce.engine.messages.task import PendingShard
-from reinforce.engine.plan.changed_sources import referenced_source_change
+from reinforce.engine.plan.changed_sources import describe_replaced, referenced_source_change
 from reinforce.engine.worker.producers.base import RowGroup
 from reinforce.engine.worker.producers.registry import make_producers
 from reinforce.engine.worker.refusals import Refusals
@@ -41,6 +41,7 @@ from reinforce.source.identity import SourceState, former_url, read_state
 from reinforce.source.references import ChangedImages
 from reinforce.source.samples import Refusal
 from reinforce.source.urls import canonical
+from schemas import IMAGE_DIGEST
 from teachers.redact import Redactor
 
 
@@ -184,13 +185,7 @@ class _ShardProcess:
             if spec.published is not None and (refusal := spec.published.shard_refusal):
                 layer = next(name for name, layer in self.layers.items() if layer.published)
                 raise LayerFailure(layer, f"{refusal.reason.value}: {refusal.detail}")
-            if spec.needs_image and not self.config.embeds_images:
-                self.source_note = self._check_referenced_source(parse_footer(file.metadata))
-            try:
-                yield from rows_from_samples(self.config, self.shard.source, file, spec, lease, window)
-            except ChangedImages as error:
-                drop = drop_shard_command(self.store.url, [SAMPLES], self.shard.name)
-                raise LayerFailure(self._first_image_layer(), error.describe(drop)) from error
+            yield from self._stored_rows(file, spec, lease, window)
             return
         for row in rows_from_source(self.config, self.shard.source, spec, lease, window, self.group_rows):
             if isinstance(row, Refusal):
@@ -202,13 +197,23 @@ class _ShardProcess:
                     self.source_counts[CAPTIONS_REPLACED] += 1
                 yield row
 
-    def _check_referenced_source(self, footer: Mapping[str, str]) -> str | None:
-        """A note if the source file has changed since the samples were written. Raises LayerFailure if its images are
-        not at their offsets any more."""
-        note, replaced = referenced_source_change(self.shard, footer)
-        if replaced:
-            raise LayerFailure(self._first_image_layer(), str(note))
-        return note
+    def _stored_rows(self, file: LayerFile, spec: RowSpec, lease: CellLease, window: int) -> Iterator[Row]:
+        """The rows of the samples layer. Raises LayerFailure where the source of referenced images was replaced."""
+        replaced = False
+        if spec.needs_image and not self.config.embeds_images:
+            self.source_note, replaced = referenced_source_change(self.shard, parse_footer(file.metadata))
+            if replaced and IMAGE_DIGEST not in file.footer[1]:  # else the digests decide
+                raise LayerFailure(self._first_image_layer(), describe_replaced(self.shard, self.source_note))
+        try:
+            yield from rows_from_samples(self.config, self.shard.source, file, spec, lease, window)
+        except (ChangedImages, FileNotFoundError) as error:
+            if replaced:
+                reason = describe_replaced(self.shard, self.source_note)
+            elif isinstance(error, ChangedImages):
+                reason = error.describe(drop_shard_command(self.store.url, [SAMPLES], self.shard.name))
+            else:
+                raise
+            raise LayerFailure(self._first_image_layer(), reason) from error
 
     def _first_image_layer(self) -> str:
         return next(name for name, layer in self.layers.items() if layer.kind.crops or layer.kind.views)

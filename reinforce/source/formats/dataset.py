@@ -14,9 +14,8 @@ from reinforce.source.file_types import MANIFEST
 from reinforce.source.formats.base import Shard, SourceFormat
 from reinforce.source.formats.columns import Columns, make_sample
 from reinforce.source.formats.parquet import ParquetFile, Row
-from reinforce.source.references import ImageRoots, image_digest, read_ranges
+from reinforce.source.references import ImageRoots, LostImage, images_or_losses
 from reinforce.source.samples import Item, Place, RawSample, ReadBudget, Refusal, unique_keys
-from reinforce.source.tar import DamagedTar
 from reinforce.source.urls import Info, canonical, expand
 from schemas import IMAGE_DIGEST, Reason, image_column
 
@@ -90,19 +89,15 @@ def _referenced(rows: Sequence[Row], roots: ImageRoots, spec: Input) -> Iterator
         done = 0
         try:
             ranges = roots.ranges([row["image_ref"] for row in part])
-            for image in read_ranges(ranges[0][0], ((offset, length) for _, offset, length in ranges)):
+            for image in images_or_losses(ranges, [row.get(IMAGE_DIGEST) for row in part]):
                 row, done = part[done], done + 1
-                if row.get(IMAGE_DIGEST) not in (None, image_digest(image)):
-                    yield Refusal(row["key"], Reason.IMAGE_BROKEN, "another image than when the samples were written")
+                if isinstance(image, LostImage):
+                    yield Refusal(row["key"], image.reason, image.detail)
                 else:
                     yield _sample(row, image, spec)
-        except (UserError, DamagedTar, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            allowed = not isinstance(error, UserError)
-            reason = Reason.IMAGE_MISSING if allowed else Reason.IMAGE_PLACE
+        except UserError as error:
             for row in part[done:]:
-                yield Refusal(
-                    row["key"], reason, f"{row['image_ref']['url'][:500]}: {error}" if allowed else str(error)
-                )
+                yield Refusal(row["key"], Reason.IMAGE_PLACE, str(error))
 
 
 def _sample(row: Row, image: bytes, spec: Input) -> RawSample | Refusal:

@@ -126,3 +126,63 @@ def test_files_without_digests_are_read_as_before(made: Path, folder: Path) -> N
     read_dataset(made, folder)
     train(made, folder)
     assert "embeddings/blue/images" in lease(made, folder).layers
+
+
+def of_pictures(folder: Path, count: int = 8) -> dict[str, Any]:
+    """A config over a folder of pictures, by reference, with samples and one teacher computed."""
+    (folder / "pictures").mkdir()
+    for number in range(count):
+        (folder / "pictures" / f"{number}.png").write_bytes(picture(number))
+        (folder / "pictures" / f"{number}.txt").write_text(f"thing {number}")
+    made = config_of(f"{folder}/pictures", folder / "out", images="reference")
+    reinforce_here({**made, "captioners": {}, "teachers": {"red": made["teachers"]["red"]}})
+    return made
+
+
+def layer_of(folder: Path, layer: str) -> list[Any]:
+    [path] = (folder / "out" / layer).glob("*.parquet")
+    table = pq.read_table(path)
+    return table[table.column_names[1]].to_pylist()
+
+
+def test_a_replaced_picture_costs_its_row_in_a_layer_that_is_added_later(tmp_path: Path) -> None:
+    made = of_pictures(tmp_path)
+    reinforce_here({**made, "output": f"{tmp_path}/whole/out"})
+    (tmp_path / "pictures" / "2.png").write_bytes(picture(99) + picture(98))
+    (tmp_path / "pictures" / "3.png").write_bytes(picture(3)[:50])
+    (tmp_path / "pictures" / "5.png").unlink()
+    reinforce_here(made)
+    for layer in ("embeddings/blue/images", "captions/namer"):
+        whole, rows = layer_of(tmp_path / "whole", layer), layer_of(tmp_path, layer)
+        assert rows == [None if number in (2, 3, 5) else row for number, row in enumerate(whole)]
+        [file] = (tmp_path / "out" / "quarantine" / layer).glob("*.parquet")
+        refused = {row["key"]: (row["reason"], row["detail"]) for row in pq.read_table(file).to_pylist()}
+        assert {key: reason for key, (reason, _) in refused.items()} == {
+            "2": "image_broken", "3": "image_missing", "5": "image_missing",
+        }  # fmt: skip
+        assert "another image than when the samples were written" in refused["2"][1]
+    assert all(row is not None for row in layer_of(tmp_path, "embeddings/blue/caption")), "of the true captions"
+
+
+def test_one_replaced_picture_of_a_tar_costs_its_row_also_at_the_beginning(tmp_path: Path) -> None:
+    images = [picture(number, format_="BMP") for number in range(6)]
+    write_tar(tmp_path / "0.tar", [(f"{number}.bmp", image) for number, image in enumerate(images)])
+    made = config_of(f"{tmp_path}/0.tar", tmp_path / "out", images="reference", captioners={})
+    reinforce_here({**made, "teachers": {"red": made["teachers"]["red"]}})
+    images[0] = picture(99, format_="BMP")
+    write_tar(tmp_path / "0.tar", [(f"{number}.bmp", image) for number, image in enumerate(images)])
+    reinforce_here(made)
+    assert [row is None for row in layer_of(tmp_path, "embeddings/blue/images")] == [True] + [False] * 5
+
+
+def test_a_source_that_is_replaced_or_gone_as_a_whole_gives_no_layer_of_nulls(tmp_path: Path) -> None:
+    made = of_pictures(tmp_path)
+    for number in range(5):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(picture(50 + number))
+    with pytest.raises(LayerFailure, match=r"5 of 8 images that were read are not those that were in .*0\.png when"):
+        reinforce_here(made)
+    for number in range(5):
+        (tmp_path / "pictures" / f"{number}.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"0\.png"):
+        reinforce_here(made)
+    assert not (tmp_path / "out" / "embeddings" / "blue").exists()
