@@ -23,6 +23,7 @@ from reinforce import settings
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.cli import main
 from reinforce.config import Config, Limits
+from reinforce.images.policy import decode
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig
 from schemas import Reason
@@ -142,7 +143,7 @@ def test_commands_and_options_in_sentences_exist(page: str) -> None:
 # --- Python
 
 #: Pages whose Python leaves names that are checked.
-CHECKED_BELOW = ("docs/reading.md", "docs/sql.md")
+CHECKED_BELOW = ("docs/reading.md", "docs/sql.md", "docs/students.md")
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if blocks(page, "python") and page not in CHECKED_BELOW])
@@ -164,6 +165,14 @@ def test_scores_are_read_as_the_page_shows(workspace: Path) -> None:
     found = dict(names["best"])
     assert found == {sample.key: pytest.approx(sample.values["scores/match"]["caption_mean"]) for sample in samples}
     assert [score for _, score in names["best"]] == sorted(found.values(), reverse=True)
+
+
+def test_a_picture_is_shown_to_a_student_as_the_image_policy_decodes_it(workspace: Path) -> None:
+    names = executed("docs/students.md")
+    expected = decode((workspace / "cat.png").read_bytes(), Limits())
+    np.testing.assert_array_equal(np.asarray(names["image"]), np.asarray(expected))
+    assert expected.size == (40, 60), "turned"
+    assert names["similarity"].shape == (1, 1)
 
 
 def test_layers_joined_in_sql_and_frames_are_those_of_the_samples(workspace: Path) -> None:

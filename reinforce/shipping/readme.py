@@ -17,8 +17,8 @@ _README = """# {model} in ONNX
 | `preprocess.json` | how to resize an image to {height} x {width}, and the logit scale |
 
 `image.onnx` takes bytes: it normalizes by mean and standard deviation itself. N may be any number. Weights of 1.9 GB or
-more are stored in `.onnx.data` files next to the graphs. Before resizing, apply the image's orientation (EXIF) and
-composite transparency on white.
+more are stored in `.onnx.data` files next to the graphs. Before an image is resized, its orientation (EXIF) is applied
+and its transparency is composited on white, as in the example; `convert("RGB")` alone does neither.
 
 Install `pip install onnxruntime pillow numpy tokenizers`, and run this in the folder:
 
@@ -27,11 +27,12 @@ import json
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 config = json.load(open("preprocess.json"))
-image = Image.open("cat.jpg").convert("RGB")
+image = ImageOps.exif_transpose(Image.open("cat.jpg")).convert("RGBA")
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 {resize}
 tokens = [text.ids for text in Tokenizer.from_file("tokenizer.json").encode_batch(["a cat", "a dog"])]
 images = onnxruntime.InferenceSession("image.onnx").run(None, {{"images": np.asarray(image)[None]}})[0]

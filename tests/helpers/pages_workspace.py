@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from tests.helpers.data import members_of, write_tar
 from tests.helpers.pages import ROOT, blocks
@@ -24,6 +25,11 @@ def write_inputs(folder: Path) -> None:
     for shard in range(2):
         write_tar(folder / "shards" / f"{shard:05d}.tar", members_of(shard, 6))
     shutil.copy(folder / "shards" / "00000.tar", folder / "flickr30k-test.tar")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    cat = Image.linear_gradient("L").resize((60, 40))
+    cat.putalpha(cat.copy())
+    cat.save(folder / "cat.png", exif=exif)
     (folder / "our_teachers.py").write_text(blocks("docs/teachers.md", "python")[0].text)
     for name in ("configs", "jobs"):
         os.symlink(ROOT / name, folder / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -21,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from reinforce.cli import main
+from reinforce.config import Limits
+from reinforce.images.policy import decode
 from reinforce.shipping import graph, packages
 from reinforce.shipping.readme import render_readme
 from reinforce.shipping.towers import count_parameters, reparameterize
@@ -93,25 +96,48 @@ def test_towers_match_torch_for_any_batch_size(exported: Exported) -> None:
         assert np.abs(texts - texts.mean(0)).max() > 0.01
 
 
+def pictures() -> dict[str, bytes]:
+    """Encoded images of one scene: plain, with an orientation, with a transparent colour and half transparent."""
+    plain = Image.open(io.BytesIO(picture(3, width=143, height=86)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    half = plain.convert("RGBA")
+    half.putalpha(Image.linear_gradient("L").resize(plain.size))
+    return {
+        "plain.jpg": encoded(plain, "JPEG"),
+        "turned.jpg": encoded(plain, "JPEG", exif=exif),
+        "palette.png": encoded(plain.quantize(8), "PNG", transparency=bytes([0] * 4 + [255] * 4)),
+        "half.png": encoded(half, "PNG"),
+    }
+
+
+def encoded(image: Image.Image, format_: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format_, **options)
+    return out.getvalue()
+
+
 def test_readme_example_runs_without_torch_and_open_clip(exported: Exported) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (exported.folder / "README.md").read_text(), flags=re.DOTALL)
     lines = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
-    assert len(lines) <= 11
-    wide = exported.folder.parent / "cat.jpg"
-    wide.write_bytes(picture(3, width=143, height=86, format_="JPEG"))
+    assert len(lines) <= 12
     hide = "import sys; sys.modules.update(dict.fromkeys(['torch', 'open_clip', 'transformers', 'reinforce']))\n"
-    program = [sys.executable, "-I", "-c", hide + code.replace("cat.jpg", "../cat.jpg")]
+    for name, data in pictures().items():
+        (exported.folder.parent / name).write_bytes(data)
+    each = f"for name in {[*pictures()]}: exec({code!r}.replace('cat.jpg', f'../{{name}}'))"
+    program = [sys.executable, "-I", "-c", hide + each]
     out = subprocess.run(program, cwd=exported.folder, check=True, capture_output=True, text=True).stdout
 
     model, _, preprocess = open_clip.create_model_and_transforms(exported.model)
     model.eval()
-    image = preprocess(Image.open(wide))[None]
+    images = torch.stack([preprocess(decode(data, Limits())) for data in pictures().values()])
     with torch.no_grad():
-        images, texts, scale = model(image, open_clip.get_tokenizer(exported.model)(CLASSES))
-    expected = (scale * images @ texts.T).softmax(dim=-1).numpy()[0]
-    actual = [float(number) for number in re.findall(r"[\d.]+(?:e-?\d+)?", out)]
+        images, texts, scale = model(images, open_clip.get_tokenizer(exported.model)(CLASSES))
+    expected = (scale * images @ texts.T).softmax(dim=-1).numpy()
+    actual = [[float(number) for number in re.findall(r"[\d.]+(?:e-?\d+)?", line)] for line in out.splitlines()]
     np.testing.assert_allclose(actual, expected, rtol=1e-3)
-    assert abs(expected[0] - 0.5) > 1e-3, "as a tie would"
+    assert np.abs(expected[:, 0] - 0.5).min() > 1e-3, "as a tie would"
+    assert np.diff(np.sort(expected[:, 0])).min() > 1e-3, "each picture differs from the others"
 
 
 def test_exported_files_contain_no_paths_of_this_machine(exported: Exported) -> None:
