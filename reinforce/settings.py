@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,24 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads ``1e-5`` as a number, as YAML 1.2 does; YAML 1.1 wants ``1.0e-5``."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d{1,3}$"), [*"-+.0123456789"]
+)
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text, of plain types alone. Raises yaml.YAMLError."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def load(model: type[Model], path: str | Path, overrides: list[str] | None = None, section: str | None = None) -> Model:
     """Read a YAML config, or one ``section`` of it, and apply ``key.sub=value`` overrides (values are YAML).
 
@@ -33,7 +52,7 @@ def load(model: type[Model], path: str | Path, overrides: list[str] | None = Non
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror or error}. Give the path of a YAML file.") from error
     try:
-        data = yaml.safe_load(text)
+        data = load_yaml(text)
     except yaml.YAMLError as error:
         # Not chained: the YAML error quotes the file, which may hold secrets.
         raise UserError(f"config {path} is not valid YAML: {_describe_yaml(error)}") from None
@@ -155,7 +174,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"--set {path}: `{part}` is not a section")
     try:
-        node[last] = yaml.safe_load(value)
+        node[last] = load_yaml(value)
     except yaml.YAMLError as error:
         raise UserError(f"--set {path}: the value is not valid YAML: {_describe_yaml(error)}") from None
 

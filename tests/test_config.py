@@ -12,6 +12,7 @@ from reinforce import settings
 from reinforce.config import Workers, load_config, parse_config
 from reinforce.errors import UserError
 from reinforce.settings import Section, flatten
+from reinforce.student.config import load_student_config
 
 MINIMAL = {"source": "shards/{0..3}.tar", "output": "out"}
 
@@ -69,6 +70,23 @@ def test_overrides_are_yaml_values_of_nested_keys(tmp_path: Path) -> None:
     path.write_text("source: a.tar\noutput: out\nworkers: {cpus: 1}\n")
     config = load_config(path, ["workers.cpus=4", "teachers.t.model=ViT-B-32", "augmentations.scale=[0.5, 1.0]"])
     assert (config.workers.cpus, config.teachers["t"].model, config.augmentations.scale) == (4, "ViT-B-32", (0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("-2E3", -2000.0), ("1.e+2", 100.0), (".5e1", 5.0), ("1.0e-5", 1e-5), ("'1e-5'", "1e-5"),
+     ("1e5a", "1e5a"), ("e5", "e5"), ("12e3456", "12e3456"), ("0x1e5", 0x1E5)],
+)  # fmt: skip
+def test_a_number_with_an_exponent_needs_no_point(text: str, value: Any) -> None:
+    found = settings.load_yaml(f"key: {text}")["key"]
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_learning_rates_are_read_as_they_are_usually_written(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("{output: o, student: {model: m}, data: {datasets: d}, train: {steps: 1, optimizer: {lr: 1e-5}}}")
+    config = load_student_config(path, ["train.optimizer.final_lr=1e-6"])
+    assert (config.train.optimizer.lr, config.train.optimizer.final_lr) == (1e-5, 1e-6)
 
 
 @pytest.mark.parametrize("override", ["workers", "=3", "source.x=1", "seed=[1"])

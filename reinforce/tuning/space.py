@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from reinforce import settings
 from reinforce.errors import UserError
 from reinforce.student.config import StudentConfig
@@ -115,7 +113,7 @@ def _read_raw(student: str | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(student, str):
         return dict(student)
     settings.load(StudentConfig, student)  # raises UserError with the place of a fault
-    data: dict[str, Any] = yaml.safe_load(Path(student).read_text(encoding="utf-8"))
+    data: dict[str, Any] = settings.load_yaml(Path(student).read_text(encoding="utf-8"))
     return data
 
 

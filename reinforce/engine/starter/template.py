@@ -6,9 +6,8 @@ import json
 import re
 import textwrap
 
-import yaml
-
 from reinforce.engine.starter.fields import Fields
+from reinforce.settings import load_yaml
 from reinforce.source.formats.base import SourceFormat
 from reinforce.terminal import escape
 
@@ -113,4 +112,4 @@ def _comment(text: str) -> str:
 
 def _scalar(text: str) -> str:
     """A text as a YAML scalar: quoted unless it is plain, since a name or URL may contain anything."""
-    return text if _PLAIN.fullmatch(text) and yaml.safe_load(text) == text else json.dumps(text)
+    return text if _PLAIN.fullmatch(text) and load_yaml(text) == text else json.dumps(text)
