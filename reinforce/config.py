@@ -257,6 +257,12 @@ class Failures(Section):
         "written) after which its worker is killed; default: 20 times the slowest batch so far, at least 5 minutes and "
         "at most an hour",
     )
+    outage_seconds: float = Field(
+        600.0,
+        ge=0,
+        description="seconds for which a shard is tried again while the storage fails, before it is left for the next "
+        "run; storage errors quarantine nothing",
+    )
     allowed_share: float = Field(
         0.01,
         ge=0,

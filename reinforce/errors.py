@@ -25,6 +25,6 @@ class RayEnded(UserError):
 
 
 class StorageError(UserError):
-    """A storage request failed after all retries. In a worker, it costs the shard an attempt."""
+    """A storage request failed after all retries. In a worker, it counts against no shard."""
 
     exit_status = 1

@@ -32,6 +32,8 @@ _JSON_BYTES = 16 * 2**20  # of a file that is read as JSON
 _PUTS_AT_ONCE = 16
 _TEMPORARY_FOLDER = ".tmp"
 _TEMPORARY_PREFIX = "reinforce-"
+#: Packages whose exceptions are errors of a storage, beside OSError.
+_DRIVERS = frozenset({"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs", "requests", "urllib3"})
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota reached, file too large
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the process that `ray job submit` starts
 _UPLOADED_FOLDER = "working_dir_files"  # in Ray's temporary folder, with what --working-dir uploaded
@@ -49,6 +51,20 @@ def is_job_folder(path: str) -> bool:
 
 def _is_relative(path: str) -> bool:
     return not os.path.isabs(os.path.expanduser(path.partition("://")[2] or path))
+
+
+def is_storage_error(error: Exception) -> bool:
+    """Whether an error comes from a storage or from the network to it."""
+    if isinstance(error, (OSError, StorageError)):
+        return True
+    return type(error).__module__.partition(".")[0] in _DRIVERS
+
+
+def forget_credentials(url: str) -> None:
+    """Forget the connections to the storage of a URL. The next one takes the credentials that are in force then."""
+    fs, _ = filesystem(url)
+    if not isinstance(fs, LocalFileSystem):
+        type(fs).clear_instance_cache()
 
 
 def write_file(data: bytes, url: str) -> None:
@@ -91,10 +107,15 @@ class Storage:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = redact(url.rstrip("/"))
+        self.url, self._url = redact(url.rstrip("/")), url
         self.fs, root = filesystem(url.rstrip("/"))
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
+
+    def refresh(self) -> None:
+        """Take the credentials that are in force now."""
+        forget_credentials(self._url)
+        self.fs, _ = filesystem(self._url.rstrip("/"))
 
     @property
     def relative(self) -> bool:

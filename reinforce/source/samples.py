@@ -24,6 +24,15 @@ class Refusal:
     key: str | None
     reason: Reason
     detail: str
+    by_storage: bool = field(default=False, compare=False)  # whether the storage refused the file as a whole
+
+
+class AbsentShard(OSError):
+    """The storage of a shard states that it does not exist or may not be read; ``refusal`` is what follows from it."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.detail)
+        self.refusal = refusal
 
 
 @dataclass(frozen=True)
@@ -85,12 +94,12 @@ def refusing_absent(url: str, items: Iterator[T]) -> Iterator[T | Refusal]:
     try:
         yield from items
     except (FileNotFoundError, NotADirectoryError) as error:
-        yield Refusal(None, Reason.SHARD_MISSING, _describe(error))
+        yield Refusal(None, Reason.SHARD_MISSING, _describe(error), by_storage=True)
     except IsADirectoryError as error:
         detail = NOT_A_FILE if error.strerror == NOT_A_FILE else folder_detail(canonical(url))
         yield Refusal(None, Reason.SHARD_UNREADABLE, detail)
     except PermissionError as error:
-        yield Refusal(None, Reason.SHARD_UNREADABLE, _describe(error))
+        yield Refusal(None, Reason.SHARD_UNREADABLE, _describe(error), by_storage=True)
 
 
 def refused_key(key: str, limits: Limits, repeated: bool) -> Refusal | None:

@@ -64,12 +64,17 @@ def filesystem(url: str, redirects: bool = True) -> tuple[Any, str]:
     return fs, path
 
 
+def is_local(url: str) -> bool:
+    """Whether a URL is of a local disk."""
+    return isinstance(filesystem(url)[0], LocalFileSystem)
+
+
 def _retry_options(url: str) -> dict[str, Any]:
     """Return options for retries of S3 requests with exponential backoff and jitter, unless the user has set others.
 
     They also allow more requests in flight. With them, an error of the server is raised after seconds, an unreachable
     address after a minute, and a server that accepts connections but does not answer after three minutes. What is
-    raised then costs the shard an attempt.
+    raised then counts against no shard.
     """
     configured = "config_kwargs" in fsspec.config.conf.get("s3", {})
     if configured or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & {*os.environ}:

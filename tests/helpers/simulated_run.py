@@ -14,6 +14,7 @@ from reinforce.dataset.layers import Layer
 from reinforce.engine.driver.policy.decisions import (
     Decision,
     EndedWorker,
+    LeaveShard,
     PauseWorker,
     Quarantine,
     ReplaceWorker,
@@ -68,7 +69,8 @@ class SimulatedRun:
             for verdict in self.policy.judge_deaths(self.now, lambda: {f"node {node}" for node in range(self.nodes)}):
                 for decision in verdict.decisions:
                     self._carry_out(decision)
-            self.queue.hand_out(self.slots, self._lease, self.now, self.policy.failing_workers)
+            if self.now >= self.policy.outages.held_until:
+                self.queue.hand_out(self.slots, self._lease, self.now, self.policy.failing_workers)
         return self
 
     def _start(self, node: str) -> Slot:
@@ -106,7 +108,7 @@ class SimulatedRun:
             case PauseWorker(_, until):
                 self.queue.pause(worker, until)
         decision = self.policy.lease_raised(ended, outcome, self.now)
-        assert isinstance(decision, (Retry, Quarantine, RunAlone))
+        assert isinstance(decision, (Retry, Quarantine, LeaveShard, RunAlone))
         self._carry_out(decision)
 
     def _carry_out(self, decision: Decision) -> None:

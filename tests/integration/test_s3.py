@@ -98,6 +98,11 @@ def test_each_layer_is_listed_once_in_a_run(
     assert listed == {**layer, **quarantine}
 
 
+def has_begun(proxy: Proxy) -> bool:
+    """Whether a worker has started, before which the source is looked at."""
+    return any(request.method == "PUT" and request.key.endswith("dataset.json") for request in proxy.requests)
+
+
 def test_transient_faults_leave_no_trace(s3: s3fs.S3FileSystem, s3_proxy: Proxy, undisturbed: dict[str, bytes]) -> None:
     """Several kinds of faults in one run."""
     real = s3.cat_file("bucket/source/1.tar")
@@ -112,7 +117,10 @@ def test_transient_faults_leave_no_trace(s3: s3fs.S3FileSystem, s3_proxy: Proxy,
         # Two shards are in flight, and each of their files is put four times in one attempt.
         (refuse(500, "InternalError"), writes_layer, 2 * urls._BOTOCORE_ATTEMPTS),
         (refuse(503, "SlowDown"), lambda r: r.key.startswith("bucket/passing"), 3),
+        (refuse(403, "ExpiredToken"), lambda r: reads_shard(r, 2) and has_begun(s3_proxy), 2),
+        (refuse(404, "NoSuchKey"), lambda r: reads_shard(r, 3) and has_begun(s3_proxy), 1),
     ]
+    s3_proxy.requests.clear()
     with contextlib.ExitStack() as stack:
         done = [stack.enter_context(s3_proxy.inject(*fault)) for fault in faults]
         summary = reinforce.run(config("passing"))
@@ -151,15 +159,16 @@ def test_shards_that_cannot_be_read_are_quarantined_and_their_neighbours_finish(
         stack.enter_context(s3_proxy.inject(vanish, lambda r: reads_shard(r, 0), 1))
         never = stack.enter_context(s3_proxy.inject(refuse(503, "SlowDown"), lambda r: r.key == "bucket/source/1.tar"))
         stack.enter_context(s3_proxy.inject(refuse(403, "AccessDenied"), lambda r: reads_shard(r, 2)))
-        summary = reinforce.run(config("lasting", failures={"attempts": 1, "allowed_share": 1.0}))
-    assert (summary.status, summary.quarantined_shards, summary.samples) == (0, 3, 8)
-    assert len(never) == urls._BOTOCORE_ATTEMPTS
+        failures = {"attempts": 1, "allowed_share": 1.0, "outage_seconds": 6}
+        with pytest.raises(StorageError, match=r"So the storage failed for 1 shard, such as 1-.* None is quarantined"):
+            reinforce.run(config("lasting", failures=failures))
+    assert len(never) % urls._BOTOCORE_ATTEMPTS == 0
     store = Store("s3://bucket/lasting")
     found = {
         shard.partition("-")[0]: [(row["reason"], row["key"]) for row in store.quarantined("samples", shard)]
         for shard in store.shards("quarantine/samples")
     }
-    assert found == {"0": [("shard_missing", None)], "1": [("shard_failed", None)], "2": [("shard_unreadable", None)]}
+    assert found == {"0": [("shard_missing", None)], "2": [("shard_unreadable", None)]}
     assert [name.partition("-")[0] for name in store.shards("embeddings/red/caption")] == ["3"]
     # The storage works again.
     assert reinforce.run(config("lasting"), retry_quarantined=True).status == 0
@@ -174,7 +183,7 @@ def test_an_output_that_refuses_files_is_one_clear_error(
         s3_proxy.inject(refused, lambda r: r.method == "PUT" and r.key.endswith(".parquet")) as tried,
         pytest.raises(reinforce.UserError) as raised,
     ):
-        reinforce.run(config("refused", failures={"attempts": 2}))
+        reinforce.run(config("refused", failures={"outage_seconds": 0}))
     message = str(raised.value)
     assert "cannot be written: PermissionError: not for you; check the storage" in message
     assert message.endswith("Finished shards are kept. Run the same command again to resume.")

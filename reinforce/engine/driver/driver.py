@@ -30,6 +30,7 @@ from reinforce.dataset.runs.shard_records import RecordWriter, read_records
 from reinforce.engine.driver.policy.decisions import (
     DeathVerdict,
     Decision,
+    LeaveShard,
     Quarantine,
     Requeue,
     Retry,
@@ -42,7 +43,7 @@ from reinforce.engine.driver.reporter import Reporter
 from reinforce.engine.driver.shard_queue import ShardQueue
 from reinforce.engine.driver.state import RunState
 from reinforce.engine.driver.worker_lifecycle import WorkerLifecycle
-from reinforce.engine.messages.results import ShardResult
+from reinforce.engine.messages.results import ShardResult, StorageFailure
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.messages.tracebacks import shorten
 from reinforce.engine.plan.plan import Plan
@@ -155,7 +156,8 @@ class Driver:
             for verdict in self.policy.judge_deaths(time.monotonic(), live_nodes):
                 self._handle_death(verdict)
             self._report_workers()
-            if self.manifest_written or self.pool.started_count >= self.config.workers.min:
+            held = time.monotonic() < self.policy.outages.held_until
+            if not held and (self.manifest_written or self.pool.started_count >= self.config.workers.min):
                 slots = self.pool.started if self.queue.needs_all_slots else self.pool.free
                 self.queue.hand_out(slots, self.pool.lease, time.monotonic(), self.policy.failing_workers)
             for ref in _ready([*self.pool.loading, *self.pool.leases, *self.lifecycle.polled]):
@@ -173,6 +175,8 @@ class Driver:
             self.events.flush_when_due()
             self.records.flush_when_due()
             self.index.flush_when_due()
+        if error := self.policy.outages.error():
+            raise error
 
     def _check_ray(self, remaining: int) -> None:
         """Raise RayEnded if Ray has ended on this machine. Look for nodes that Ray drains."""
@@ -264,6 +268,8 @@ class Driver:
         return True
 
     def _handle_error(self, slot: Slot, shard: PendingShard, error: Exception) -> None:
+        if isinstance(error, StorageFailure):
+            self.store.refresh()
         if not isinstance(error, UserError):
             self.lifecycle.record_failure(slot, shard, error)
         decision = self.policy.lease_raised(shard, error, time.monotonic())
@@ -272,7 +278,8 @@ class Driver:
         text = self.redact(error_text(error))
         self.events.add("shard_raised", shard=shard.name, attempt=decision.attempt, error=shorten(text, 2000))
         shown = shorten(text, 1000)
-        self.state.log(f"{shard.name}: attempt {decision.attempt} of {self.config.failures.attempts} raised {shown}")
+        of = "" if isinstance(error, StorageFailure) else f" of {self.config.failures.attempts}"
+        self.state.log(f"{shard.name}: attempt {decision.attempt}{of} raised {shown}")
         self._carry_out(decision)
 
     def _handle_death(self, verdict: DeathVerdict) -> None:
@@ -298,6 +305,8 @@ class Driver:
                 self.queue.add_suspect(shard, self.policy.faults.tried(shard.name))
             case Quarantine():
                 self._quarantine(decision)
+            case LeaveShard(shard, _):
+                self.state.log(f"{shard.name} is left for the next run, because the storage has failed for too long")
 
     def _quarantine(self, decision: Quarantine) -> None:
         name, layer, reason = decision.shard.name, decision.layer, decision.reason

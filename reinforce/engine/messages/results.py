@@ -12,6 +12,7 @@ from reinforce.dataset.files.index import FileEntry
 from reinforce.dataset.runs.shard_records import ShardRecord
 from reinforce.engine.messages.tracebacks import error_with_frames
 from reinforce.errors import UserError
+from schemas import Reason
 from teachers.protocols import ServerUnavailable
 
 
@@ -151,3 +152,19 @@ class ShardFailure(RuntimeError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class StorageFailure(ShardFailure):
+    """The storage of a shard or of the dataset failed after all retries.
+
+    ``args`` are the text, False, the reason for which the shard is quarantined if it is found to be the cause, or None,
+    and whether a file does not exist.
+    """
+
+    @property
+    def reason(self) -> Reason | None:
+        return None if self.args[2] is None else Reason(self.args[2])
+
+    @property
+    def missing(self) -> bool:
+        return bool(self.args[3])

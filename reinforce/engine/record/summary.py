@@ -33,6 +33,8 @@ _REMEDIES = {
     ),
     Reason.SHARD_HUNG.value: ("If its batches are only slow, raise failures.stall_seconds."),
     Reason.SHARD_FAILED.value: "Fix what raised this error.",
+    Reason.SHARD_MISSING.value: "Check `source`.",
+    Reason.SHARD_UNREADABLE.value: "Check the permissions of the source.",
 }
 
 

@@ -26,7 +26,15 @@ from reinforce.engine.inference.models import Counters, Models, load_models
 from reinforce.engine.inference.self_test import precisions
 from reinforce.engine.inference.stage_meter import device_report
 from reinforce.engine.messages.pulse import Pulse, WorkerWatch, output_path, process_memory
-from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, ShardResult, WorkerId, WorkerInfo
+from reinforce.engine.messages.results import (
+    LayerFailure,
+    LoadFailure,
+    ShardFailure,
+    ShardResult,
+    StorageFailure,
+    WorkerId,
+    WorkerInfo,
+)
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.recipe import check_class_files
 from reinforce.engine.record.metrics import Recorder
@@ -34,6 +42,10 @@ from reinforce.engine.worker.full_batch import fit_batch
 from reinforce.engine.worker.producers.registry import check_models, flops_of
 from reinforce.engine.worker.shard import allocate_pixels, process_shard
 from reinforce.errors import StorageError, UserError
+from reinforce.source.samples import AbsentShard
+from reinforce.source.urls import is_local
+from reinforce.storage import forget_credentials, is_storage_error
+from schemas import Reason
 from teachers.device import determinism
 from teachers.redact import Redactor
 
@@ -140,15 +152,29 @@ class Worker:
                 )
             self._record_metrics()
             return replace(result, memory=process_memory())
-        except StorageError as error:
-            raise ShardFailure(self.redact(str(error)), False) from None
+        except (StorageError, AbsentShard) as error:
+            raise self._storage_failure(shard, error, str(error)) from None
         except UserError:
             raise
         except LayerFailure as error:
             raise LayerFailure(error.layer, self.redact(str(error.args[1]))) from None
         except Exception as error:
+            if is_storage_error(error) and not is_local(shard.url):
+                raise self._storage_failure(shard, error, f"{type(error).__name__}: {error}") from None
             worker_at_fault = isinstance(error, (RuntimeError, MemoryError))  # storage drivers raise neither
             raise ShardFailure(self.redact(f"{type(error).__name__}: {error}"), worker_at_fault) from None
+
+    def _storage_failure(self, shard: PendingShard, error: Exception, text: str) -> StorageFailure:
+        """The failure that the driver receives. The next lease takes the credentials that are in force then."""
+        self.store.refresh()
+        forget_credentials(shard.url)
+        reason = None
+        if isinstance(error, AbsentShard):
+            reason = error.refusal.reason.value
+        elif isinstance(error, (FileNotFoundError, PermissionError)):
+            reason = Reason.SHARD_FAILED.value
+        missing = isinstance(error, FileNotFoundError) or reason == Reason.SHARD_MISSING.value
+        return StorageFailure(self.redact(text), False, reason, missing)
 
     def pulse(self) -> Pulse:
         """The counts so far and the longest-running decode; also answers while shards run."""

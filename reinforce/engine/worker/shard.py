@@ -39,8 +39,8 @@ from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries,
 from reinforce.source.captions import CAPTIONS_REPLACED, REPLACED
 from reinforce.source.identity import SourceState, former_url, read_state
 from reinforce.source.references import ChangedImages
-from reinforce.source.samples import Refusal
-from reinforce.source.urls import canonical
+from reinforce.source.samples import AbsentShard, Refusal
+from reinforce.source.urls import canonical, is_local
 from schemas import IMAGE_DIGEST
 from teachers.redact import Redactor
 
@@ -189,6 +189,8 @@ class _ShardProcess:
             return
         for row in rows_from_source(self.config, self.shard.source, spec, lease, window, self.group_rows):
             if isinstance(row, Refusal):
+                if row.by_storage and not is_local(self.shard.url):
+                    raise AbsentShard(row)  # the storage may fail for a while
                 self.refusals.add(SAMPLES, row)
             else:
                 for refusal in row.decoded.left_out:

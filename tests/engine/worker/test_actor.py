@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import sys
 import threading
@@ -16,16 +17,18 @@ import torch
 from reinforce.config import parse_config
 from reinforce.engine.decode.pool import DecodePool
 from reinforce.engine.inference.models import load_models
-from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, ShardResult
+from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, ShardResult, StorageFailure
 from reinforce.engine.messages.task import PendingShard
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.engine.worker import stale_files as inputs
 from reinforce.engine.worker.actor import Worker, as_actor
 from reinforce.errors import UserError
-from tests.helpers.data import config_of, tree
+from schemas import Reason
+from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.decoding import decode_pool
 from tests.helpers.models import ColorTeacher
+from tests.helpers.s3_proxy import Proxy, refuse
 
 TOKEN = "hf_t0ken-of-eve"
 
@@ -69,6 +72,43 @@ def test_an_error_of_a_storage_is_not_the_workers_fault(shards: Callable[..., st
     with pytest.raises(ShardFailure, match="cannot be written") as raised:
         worker.run()
     assert not raised.value.worker_at_fault
+
+
+def test_a_failing_object_store_charges_no_shard_and_the_next_lease_takes_fresh_credentials(
+    s3: Any, s3_proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.put_file(str(write_tar(tmp_path / "0.tar", members_of(0, 3))), "bucket/0.tar")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+
+    def use_key(key: str) -> None:
+        text = f"[default]\naws_access_key_id = {key}\naws_secret_access_key = k\n"
+        (tmp_path / "credentials").write_text(text)
+
+    def raised(worker: LocalWorker) -> StorageFailure:
+        with pytest.raises(StorageFailure) as caught:
+            worker.run()
+        found = pickle.loads(pickle.dumps(caught.value))
+        assert isinstance(found, StorageFailure)
+        assert not found.worker_at_fault
+        return found
+
+    use_key("OLD")
+    type(s3).clear_instance_cache()
+    worker = LocalWorker(config_of("s3://bucket/0.tar", "s3://bucket/out", captioners={}, teachers={}))
+    with s3_proxy.inject(refuse(404, "NoSuchKey"), lambda r: r.key == "bucket/0.tar"):
+        error = raised(worker)
+    assert (error.reason, error.missing) == (Reason.SHARD_MISSING, True)
+    with s3_proxy.inject(refuse(403, "AccessDenied"), lambda r: r.method == "PUT"):
+        error = raised(worker)
+    assert (error.reason, error.missing) == (None, False)
+    with s3_proxy.inject(refuse(403, "ExpiredToken"), lambda r: "=OLD/" in r.headers["Authorization"]):
+        error = raised(worker)
+        assert (str(error), error.reason, error.missing) == ("Forbidden", Reason.SHARD_UNREADABLE, False)
+        use_key("NEW")
+        assert worker.run().samples == 3
+    assert not s3.exists("bucket/out/quarantine")
 
 
 def test_a_runtime_error_outside_a_model_may_be_the_workers_fault(shards: Callable[..., str], tmp_path: Path) -> None:

@@ -34,6 +34,14 @@ class Quarantine:
 
 
 @dataclass(frozen=True)
+class LeaveShard:
+    """Leave the shard for the next run, because the storage has failed for too long."""
+
+    shard: PendingShard
+    attempt: int
+
+
+@dataclass(frozen=True)
 class Requeue:
     """Lease the shard again at once."""
 
@@ -72,7 +80,7 @@ class PauseWorker:
 
 
 #: What happens to a shard that was in flight.
-Decision: TypeAlias = "Retry | Quarantine | Requeue | RunAlone"
+Decision: TypeAlias = "Retry | Quarantine | LeaveShard | Requeue | RunAlone"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@
 - A worker in which a shard makes no progress is killed (`hangs.py`). That shard is a suspect. The other shard of the
   worker is leased again, and is a suspect only if this happens to it a second time.
 - A lost node counts against no shard.
+- A storage error counts against no shard (`outages.py`).
 - A worker at which three leases in a row fail is replaced. Storage errors do not count, unless the shards pass
   elsewhere (`faults.py`). While they do not count, the worker is paused between its leases. A model that fails at more
   than three workers and passes at none replaces no further worker.
@@ -23,7 +24,6 @@ the decisions that are returned.
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import replace
@@ -35,6 +35,7 @@ from reinforce.engine.driver.policy.decisions import (
     DeathVerdict,
     Decision,
     EndedWorker,
+    LeaveShard,
     PauseWorker,
     Quarantine,
     ReplaceWorker,
@@ -47,7 +48,8 @@ from reinforce.engine.driver.policy.drains import Drains
 from reinforce.engine.driver.policy.faults import Faults
 from reinforce.engine.driver.policy.hangs import Hang
 from reinforce.engine.driver.policy.memory import MemoryDeaths
-from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId
+from reinforce.engine.driver.policy.outages import Outages, pause_seconds
+from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, StorageFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
 from reinforce.errors import RayEnded, TooManyQuarantined, UserError
 from schemas import Reason
@@ -57,7 +59,6 @@ MAX_MODEL_WORKERS = 3  # a model that fails at more, and passes at none, is itse
 MAX_FAILED_STARTS = 3  # in a row; with more workers, two for each
 TOLERATED_SHARDS = 10  # quarantined shards that never stop a run
 NODE_VERDICT_SECONDS = 60.0  # time that Ray may take to notice a lost node
-_MAX_PAUSE_SECONDS = 60.0
 
 
 class FailurePolicy:
@@ -88,6 +89,7 @@ class FailurePolicy:
         self.notes: list[str] = []  # messages about workers and nodes, for the log and the summary
         self.faults, self.drains = Faults(self.notes), Drains()
         self.memory = MemoryDeaths(settings.solo_attempts)
+        self.outages = Outages(settings, self.notes.append)
         self._failed_starts = 0
 
     @property
@@ -106,10 +108,12 @@ class FailurePolicy:
 
     def lease_raised(
         self, shard: PendingShard, error: Exception, now: float
-    ) -> Retry | RunAlone | Quarantine | StopRun:
+    ) -> Retry | RunAlone | Quarantine | LeaveShard | StopRun:
         """Decide about a lease that raised."""
         if isinstance(error, UserError):
             return StopRun(error)
+        if isinstance(error, StorageFailure):
+            return self._storage_failed(shard, error, now)
         self._attempts[shard.name] += 1
         attempt = self._attempts[shard.name]
         if attempt < self.settings.attempts:
@@ -118,6 +122,17 @@ class FailurePolicy:
             return Retry(shard, now + pause_seconds(attempt), attempt)
         layer = error.layer if isinstance(error, LayerFailure) else shard.layers[0]
         return self._quarantine(shard, layer, Reason.SHARD_FAILED, error_text(error), attempt)
+
+    def _storage_failed(
+        self, shard: PendingShard, error: StorageFailure, now: float
+    ) -> Retry | Quarantine | LeaveShard:
+        attempt = self.outages.record_failure(shard.name, now)
+        if error.reason is not None and self.outages.is_own(shard.name, error):
+            self.outages.forget(shard.name)
+            return self._quarantine(shard, shard.layers[0], error.reason, str(error), attempt)
+        if self.outages.is_over(shard.name, str(error), now):
+            return LeaveShard(shard, attempt)
+        return Retry(shard, now + pause_seconds(attempt), attempt)
 
     def lease_returned(
         self, shard: str, worker: WorkerId, quarantined: bool, now: float, workers: int, layers: Iterable[str] = ()
@@ -131,6 +146,7 @@ class FailurePolicy:
         self.memory.record_success()
         if quarantined:
             return []
+        self.outages.record_pass(shard, now)
         for layer in layers:
             self._failed_models.pop(layer, None)
         found = self.faults.record_success(shard, worker, now, workers)
@@ -332,12 +348,6 @@ def ray_ended(finished: int, remaining: int) -> RayEnded:
         f"crashed. The {finished:,} shards that are finished are kept; {remaining:,} are left. Run the same command "
         "again to resume."
     )
-
-
-def pause_seconds(attempt: int) -> float:
-    """Exponential back-off with jitter after ``attempt`` failures: 2^(attempt - 1) s, at most 60 s, times a random
-    factor between 0.5 and 1."""
-    return min(_MAX_PAUSE_SECONDS, 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
 
 
 def error_text(error: Exception) -> str:

@@ -22,8 +22,9 @@ from reinforce.engine.driver.policy.decisions import (
     StopRun,
 )
 from reinforce.engine.driver.policy.drains import Drain, Drains
-from reinforce.engine.driver.policy.failures import NODE_VERDICT_SECONDS, FailurePolicy, error_text, pause_seconds
+from reinforce.engine.driver.policy.failures import NODE_VERDICT_SECONDS, FailurePolicy, error_text
 from reinforce.engine.driver.policy.hangs import Hang
+from reinforce.engine.driver.policy.outages import pause_seconds
 from reinforce.engine.messages.results import LayerFailure, LoadFailure, ShardFailure, WorkerId
 from reinforce.engine.messages.task import PendingShard
 from reinforce.errors import StorageError, UserError
