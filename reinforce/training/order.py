@@ -8,8 +8,8 @@ groups, of about ``window`` rows. The number of samples of stream s before epoch
     before(s, e) = floor((N * e + s) / S)
 
 so any position of any stream is found with a few additions, without reading what comes before it. In every step each
-stream contributes the same number of samples (up to one), and a rank reads S / ranks of the streams: the samples of a
-step depend on the number of streams, not on the number of ranks or loader processes.
+stream contributes the same number of samples (up to one), and a rank reads S / ranks of the streams. Where S divides
+the batch, the samples of a step depend on the number of streams, not on the number of ranks or loader processes.
 
 ``ORDER`` is the version of the order, which checkpoints record. They differ in what replaces unusable rows: since
 version 2, replacements are distinct within a batch where there are enough usable rows.
