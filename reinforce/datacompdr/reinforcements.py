@@ -11,12 +11,12 @@ import itertools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from reinforce.config import Config
 from reinforce.datacompdr.matching import Matcher, describe_counts, identity_of
 from reinforce.datacompdr.members import CAPTIONS, PARAMETERS, VECTORS, Unreadable
-from reinforce.datacompdr.values import Members, PublishedReader
+from reinforce.datacompdr.values import LARGEST_IMAGE, Members, PublishedReader
 from reinforce.dataset.layers import SAMPLES, Layer
 from reinforce.errors import StorageError, UserError
 from reinforce.source.formats.base import Shard
@@ -28,7 +28,6 @@ from schemas import WHOLE_SHARD, Reason
 
 _CHECKED_SAMPLES = 8
 _JOINED_SAMPLES = 32  # of source and reinforcements each, that are joined before a run
-_LARGEST_IMAGE = (2**31, 2**31)  # any crop fits into it
 
 
 class Reinforcements:
@@ -78,13 +77,18 @@ class Reinforcements:
         """The samples that were matched by what they were matched by, and those without a match by why."""
         return self._matcher.counts
 
-    def match(self, raw: RawSample) -> str | Refusal:
-        """The key of a source sample's reinforcements, or why it has none."""
-        key, why = self._matcher.match(raw.key, identity_of(raw.all_sidecars))
-        if key is None:
-            return Refusal(raw.key, Reason.NOT_REINFORCED, f"published reinforcements: {why}")
-        self._matched.add(key)
-        return key
+    def match(self, key: str, sidecars: Mapping[str, bytes]) -> str | Refusal:
+        """The key of the reinforcements of a sample with this ``key``, or why it has none."""
+        found, why = self._matcher.match(key, identity_of(sidecars))
+        if found is None:
+            return Refusal(key, Reason.NOT_REINFORCED, f"published reinforcements: {why}")
+        self._matched.add(found)
+        return found
+
+    def members_of_stored(self, key: str, metadata: str | None) -> dict[str, bytes] | Refusal:
+        """The members that belong to a stored sample; these may be others than when it was stored."""
+        found = self.match(key, {} if metadata is None else {"json": metadata.encode()})
+        return found if isinstance(found, Refusal) else self.members(found)
 
     def unmatched(self) -> Iterator[Refusal]:
         """Refusals of the reinforcements that no source sample has matched."""
@@ -92,12 +96,10 @@ class Reinforcements:
             if key not in self._matched:
                 yield Refusal(key, Reason.NO_IMAGE, "reinforced, but no sample of the source's shard is of its image")
 
-    def members(self, key: str) -> dict[str, bytes] | None:
-        """The members of a sample by name, or None if the reinforcements lack the key."""
-        places = self._members.get(key)
-        if places is None:
-            return None
-        return {name: os.pread(self._file.fileno(), size, offset) for name, (offset, size) in places.items()}
+    def members(self, key: str) -> dict[str, bytes]:
+        """The members of one of the keys, by name."""
+        places = self._members[key].items()
+        return {name: os.pread(self._file.fileno(), size, offset) for name, (offset, size) in places}
 
 
 @contextlib.contextmanager
@@ -116,7 +118,7 @@ def check_reinforcements(url: str, config: Config, layers: Iterable[Layer]) -> N
     samples of a shard."""
     reader = PublishedReader(config, layers)
     with contextlib.closing(Reinforcements(url, config, _CHECKED_SAMPLES)) as reinforcements:
-        errors = [_layer_errors(reader, key, reinforcements.members(key) or {}) for key in reinforcements]
+        errors = [_layer_errors(reader, key, reinforcements.members(key)) for key in reinforcements]
     for layer in errors[0] if errors else ():
         if all(layer in others for others in errors):
             raise UserError(
@@ -132,7 +134,7 @@ def preview_join(url: str, config: Config, shard: Shard, budget: ReadBudget) -> 
     """
     items = itertools.islice(read_samples(shard, config.input, budget), _JOINED_SAMPLES)
     with contextlib.closing(Reinforcements(url, config, _JOINED_SAMPLES)) as published:
-        matches = [published.match(item) for item in items if isinstance(item, RawSample)]
+        matches = [published.match(one.key, one.all_sidecars) for one in items if isinstance(one, RawSample)]
         if not matches or not [*published]:
             return None
         joined = f"join the first {len([*published])} published ones: {describe_counts(published.counts)}"
@@ -144,7 +146,7 @@ def _layer_errors(reader: PublishedReader, key: str, members: Members) -> dict[s
     """What cannot be read of a sample, by layer, independently of its image."""
     errors = {}
     try:
-        reader.augmentations(members, *_LARGEST_IMAGE)
+        reader.augmentations(members, *LARGEST_IMAGE)
     except Unreadable as error:
         errors[SAMPLES] = str(error)
     return errors | {

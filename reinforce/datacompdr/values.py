@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ from reinforce.datacompdr.members import (
     parse_augmentation,
     parse_vectors,
 )
-from reinforce.dataset.augment.records import Augmentation
+from reinforce.dataset.augment.records import Augmentation, from_records
 from reinforce.dataset.layers import TRUE_CAPTION, Layer
 from reinforce.source.captions import clean_text, parse_json
 from reinforce.source.samples import Refusal
@@ -29,6 +29,7 @@ from teachers.published.family import PublishedTeacherSpec
 _IMAGES, _TEXTS = "image_emb", "text_emb"  # names of arrays
 _UNTAGGED = "syn_text"  # the list whose vectors may follow that of the true caption in text_emb
 _NORM_RANGE = (0.9, 1.1)
+LARGEST_IMAGE = (2**31, 2**31)  # any crop fits into it
 
 #: Value of a row in a published layer: captions, embeddings [count, dim], or why it is null there.
 PublishedValue: TypeAlias = "list[str] | Floats | Refusal"
@@ -45,21 +46,16 @@ class PublishedReader:
 
     def augmentations(self, members: Members, width: int, height: int) -> tuple[Augmentation, ...]:
         """The first ``augmentations.count`` records of a sample, for an image of this size. Raises Unreadable."""
-        policy = self._config.augmentations
-        records = _json(members, PARAMETERS).get("param_aug")
-        if isinstance(records, str):
-            records = parse_json(records.encode())
-        if not isinstance(records, list) or len(records) < policy.count:
-            count = len(records) if isinstance(records, list) else "no"
-            raise Unreadable(f"{count} augmentations in {PARAMETERS}, expected {policy.count}: set augmentations.count")
-        return tuple(parse_augmentation(record, policy.size, width, height) for record in records[: policy.count])
+        return _augmentations(self._config, members, width, height)
 
-    def values(self, key: str, members: Members | None) -> dict[str, PublishedValue]:
-        """The value of a sample in each layer; ``members`` is None for a key without reinforcements."""
-        if members is None:
-            refusal = Refusal(key, Reason.NOT_REINFORCED, "no longer among the reinforcements")
-            return {layer.name: refusal for layer in self._layers}
-        sample = _Sample(self._config, members)
+    def values(
+        self, key: str, members: Members | Refusal, records: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, PublishedValue]:
+        """The value of a sample in each layer; ``members`` may be why it has none. ``records`` are the augmentations of
+        a sample that is stored already: vectors of images must belong to them."""
+        if isinstance(members, Refusal):
+            return {layer.name: members for layer in self._layers}
+        sample = _Sample(self._config, members, records)
         values: dict[str, PublishedValue] = {}
         for layer in self._layers:
             try:
@@ -72,8 +68,8 @@ class PublishedReader:
 class _Sample:
     """The values of a sample's members, by layer. All raise Unreadable."""
 
-    def __init__(self, config: Config, members: Members) -> None:
-        self._config, self._members = config, members
+    def __init__(self, config: Config, members: Members, records: Sequence[Mapping[str, Any]] | None) -> None:
+        self._config, self._members, self._records = config, members, records
 
     def captions(self, layer: Layer) -> list[str]:
         name = self._list_of(str(layer.model))
@@ -86,6 +82,10 @@ class _Sample:
         return [clean_text(text, self._config.input.limits.caption_chars) for text in texts[: layer.count]]
 
     def image_vectors(self, layer: Layer) -> Floats:
+        if self._records is not None:
+            published = _augmentations(self._config, self._members, *LARGEST_IMAGE)
+            if [*published] != from_records(self._records):
+                raise Unreadable(f"the crops of its vectors, in {PARAMETERS}, are not those of the stored sample")
         return self._vectors(layer, _IMAGES, 0)
 
     def text_vectors(self, layer: Layer) -> Floats:
@@ -129,6 +129,17 @@ class _Sample:
     def _list_of(self, captioner: str) -> str:
         """The list of synthetic captions that a captioner of the config names."""
         return str(self._config.captioners[captioner].model)
+
+
+def _augmentations(config: Config, members: Members, width: int, height: int) -> tuple[Augmentation, ...]:
+    policy = config.augmentations
+    records = _json(members, PARAMETERS).get("param_aug")
+    if isinstance(records, str):
+        records = parse_json(records.encode())
+    if not isinstance(records, list) or len(records) < policy.count:
+        count = len(records) if isinstance(records, list) else "no"
+        raise Unreadable(f"{count} augmentations in {PARAMETERS}, expected {policy.count}: set augmentations.count")
+    return tuple(parse_augmentation(record, policy.size, width, height) for record in records[: policy.count])
 
 
 def _json(members: Members, name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import reinforce
@@ -15,13 +16,14 @@ from reinforce.datacompdr.reinforcements import Reinforcements
 from reinforce.engine.messages.results import ShardResult
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.preflight.check_source import check_source
-from reinforce.source.samples import RawSample, Refusal
+from reinforce.source.samples import Refusal
 from tests.helpers.data import write_tar
 from tests.helpers.published import (
     ALL,
     check_sample,
     config_of,
     published_members,
+    published_sample,
     quarantine,
     source_members,
     write_published,
@@ -65,7 +67,7 @@ def test_published_samples_are_found_by_identity_and_a_contradiction_is_no_match
     ]
     write_tar(tmp_path / "dr.tar", tar)
     reinforcements = Reinforcements(f"{tmp_path}/dr.tar", parse_config(config_of(tmp_path)))
-    found = reinforcements.match(RawSample(key, b"", 0, 0, sample))
+    found = reinforcements.match(key, sample)
     [count] = reinforcements.counts
     assert (count if isinstance(found, Refusal) else f"{found} by {count}") == expected
 
@@ -108,3 +110,33 @@ def test_exchanged_images_get_no_labels_and_plan_and_summary_count_what_joined(t
     for one, sample in zip((ALL[0], ALL[2]), reinforce.open(f"{tmp_path}/out"), strict=True):
         check_sample(one, sample)
     assert quarantine(tmp_path) == [(ALL[1].key, "not_reinforced"), (ALL[1].key, "no_image")]
+
+
+@pytest.mark.parametrize(
+    ("other_url", "other_crops", "reason"),
+    [(500, 0, "not_reinforced"), (0, 100, "reinforcement_broken"), (0, 0, None)],
+)
+def test_a_teacher_added_from_another_set_gets_no_vectors_of_other_images_or_crops(
+    tmp_path: Path, other_url: int, other_crops: int, reason: str | None
+) -> None:
+    """As keys of img2dataset, which are numbers: those of two sets are equal, and their images are not."""
+    numbers = range(3)
+    source = [source_members(ALL[n], json=json.dumps({"url": f"{URL}{n}"}).encode()) for n in numbers]
+
+    def published(url: int, crops: int) -> list[Any]:
+        changed = [ALL[n]._replace(records=published_sample(n + crops).records) for n in numbers]
+        return [
+            published_members(one, json=None, **{"url.txt": f"{URL}{n + url}".encode()})
+            for n, one in zip(numbers, changed, strict=True)
+        ]
+
+    write_published(tmp_path, source, published(0, 0))
+    first = config_of(tmp_path)
+    del first["teachers"]["two"]
+    reinforce_here(first)
+    write_published(tmp_path, source, published(other_url, other_crops))
+    reinforce_here(config_of(tmp_path))
+    rows = [sample.images["two"] for sample in reinforce.open(f"{tmp_path}/out")]
+    assert [bool(np.isnan(vectors).all()) for vectors in rows] == [reason is not None] * 3
+    assert {found for _, found in quarantine(tmp_path, "embeddings/two/images")} == ({reason} - {None})
+    assert bool(quarantine(tmp_path, "embeddings/two/caption")) == bool(other_url), "captions have no crops"

@@ -68,7 +68,6 @@ def published(member: tuple[str, bytes]) -> None:
         reader = PublishedReader(CONFIG, LAYERS.values())
         for key in found:
             members = found.members(key)
-            assert members is not None
             with contextlib.suppress(Unreadable):
                 for record in reader.augmentations(members, WIDTH, HEIGHT):
                     assert 0 <= record.crop.top < record.crop.top + record.crop.height <= HEIGHT

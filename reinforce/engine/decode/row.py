@@ -82,7 +82,8 @@ class Row:
     """One row on its way from its encoded image through the models to the tables.
 
     ``sample`` is what is decoded: a sample of the source, which stays without its sidecars, or the image of a row of
-    the samples layer. ``members`` are those of published reinforcements. The pixels are in the ``cell`` of the lease,
+    the samples layer. ``members`` are those of published reinforcements, or why there are none, and ``records`` the
+    augmentations of a row of the samples layer that has them. The pixels are in the ``cell`` of the lease,
     None where none are needed, and ``group`` numbers the row group.
     """
 
@@ -91,7 +92,8 @@ class Row:
     cell: int | None = None
     group: int = 0
     sample: RawSample | StoredImage | None = None
-    members: Members | None = None
+    members: Members | Refusal | None = None
+    records: Sequence[Mapping[str, Any]] | None = None
     decoded: Decoded = _NOTHING
 
     @property
@@ -117,7 +119,7 @@ class Row:
 
     def finish(self, decoded: Decoded) -> None:
         """Take what was decoded. What no table needs is released: memory is bounded by the images of a row group."""
-        self.decoded, self.members = decoded, None
+        self.decoded, self.members, self.records = decoded, None, None
         if isinstance(self.sample, RawSample):
             self.caption = decoded.caption
             self.sample = replace(self.sample, sidecars={}, of_image={})
@@ -148,7 +150,7 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -
                 sample_augmentation(policy, config.seed, key, k, width, height) for k in range(policy.count)
             ]
         else:
-            augmentations = spec.published.augmentations(row.members or {}, width, height)
+            augmentations = spec.published.augmentations(_members(row), width, height)
     except ImageRefused as refused:
         return Refusal(raw.key, refused.reason, refused.detail)
     except Unreadable as error:
@@ -161,7 +163,7 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -
     if caption is None and fields and min(len(raw.members), len(raw.columns or raw.members)) > 1:  # than an image
         left_out.append(Refusal(raw.key, Reason.NO_TEXT, raw.why_no_caption(fields)))
     return Decoded(
-        {} if spec.published is None else spec.published.values(key, row.members),
+        {} if spec.published is None else spec.published.values(key, _members(row)),
         caption,
         metadata,
         width,
@@ -174,7 +176,9 @@ def _decode_new(spec: DecodeSpec, cells: PixelCells, row: Row, raw: RawSample) -
 def _decode_stored(spec: DecodeSpec, cells: PixelCells, row: Row, stored: StoredImage | None) -> Decoded:
     """Decode a row of the samples layer again. An image that cannot be used any more gives black pixels."""
     config = spec.config
-    published = {} if spec.published is None else spec.published.values(row.key, row.members)
+    published: Mapping[str, PublishedValue] = {}
+    if spec.published is not None and row.members is not None:
+        published = spec.published.values(row.key, row.members, row.records)
     if stored is None:
         return Decoded(published)
     augmentations: Sequence[Augmentation] = from_records(stored.records)
@@ -189,6 +193,12 @@ def _decode_stored(spec: DecodeSpec, cells: PixelCells, row: Row, stored: Stored
         augmentations = [replace(augmentation, crop=_PLACEHOLDER_CROP) for augmentation in augmentations]
     _write(cells, row, image, augmentations, config.augmentations.backend)
     return Decoded(published, unreadable=unreadable)
+
+
+def _members(row: Row) -> Members:
+    assert row.members is not None
+    assert not isinstance(row.members, Refusal), "a sample without reinforcements is refused when it is read"
+    return row.members
 
 
 def _write(cells: PixelCells, row: Row, image: Image, augmentations: Sequence[Augmentation], backend: str) -> None:

@@ -162,7 +162,7 @@ def _source_rows(samples: Iterable[RawSample | Refusal], published: Reinforcemen
             yield raw
         elif published is None:
             yield Row(raw.key, sample=raw)
-        elif isinstance(key := published.match(raw), Refusal):
+        elif isinstance(key := published.match(raw.key, raw.all_sidecars), Refusal):
             yield key
         else:
             yield Row(key, sample=raw, members=published.members(key))
@@ -175,6 +175,8 @@ def _stored_rows(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -
     if spec.needs_image:
         columns += ["augmentations", *image_columns(config.images)]
     published = spec.published
+    if published is not None:
+        columns = [*dict.fromkeys([*columns, "augmentations", "metadata"])]
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=columns)
         images: Iterable[bytes | LostImage | None] = itertools.repeat(None)
@@ -183,9 +185,11 @@ def _stored_rows(config: Config, shard: Shard, file: LayerFile, spec: RowSpec) -
         elif "image_ref" in columns:
             digests = table[IMAGE_DIGEST].to_pylist() if IMAGE_DIGEST in table.column_names else None
             images = images_of_group(table["image_ref"].to_pylist(), roots, config.moved, digests)
-        records = table["augmentations"].to_pylist() if spec.needs_image else itertools.repeat([])
+        records = table["augmentations"].to_pylist() if "augmentations" in columns else itertools.repeat([])
+        metadata = table["metadata"].to_pylist() if "metadata" in columns else itertools.repeat(None)
         keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
-        for key, caption, image, record in zip(keys, captions, images, records, strict=False):
-            members = None if published is None else published.members(key)
-            stored = None if image is None else StoredImage(image, record)
-            yield Row(key, caption, group=group, sample=stored, members=members)
+        for key, caption, image, record, text in zip(keys, captions, images, records, metadata, strict=False):
+            row = Row(key, caption, group=group, sample=None if image is None else StoredImage(image, record))
+            if published is not None:
+                row.members, row.records = published.members_of_stored(key, text), record
+            yield row
