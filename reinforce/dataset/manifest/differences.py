@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,8 +11,10 @@ from reinforce.dataset.kinds.registry import drop_command, with_dependants
 from reinforce.dataset.layers import SAMPLES, Layer, mapping_at
 from reinforce.errors import UserError
 from reinforce.settings import flatten
+from reinforce.terminal import plural
 
 _VALUE_CHARS = 200  # of a value in a message
+_NAMES = 3  # of layers in a message
 
 
 def check_recipes(
@@ -21,8 +22,8 @@ def check_recipes(
 ) -> None:
     """Raise UserError if layers were made by other recipes than those of the config's ``layers``.
 
-    ``found`` maps layers to their fingerprints in the dataset. The message has both fingerprints of every layer that
-    differs, the settings that differ, and the command that deletes the layers.
+    ``found`` maps layers to their fingerprints in the dataset. The message has the settings that differ, with a layer
+    and its fingerprints and the number of the others, and the command that deletes the layers.
     """
     others = {name: fingerprint for name, fingerprint in found.items() if fingerprint != layers[name].fingerprint}
     if not others:
@@ -42,29 +43,41 @@ def difference_lines(
     found: Mapping[str, str | None],
     where: str,
 ) -> Iterator[str]:
-    """Both fingerprints of each layer of ``found``, and the settings that differ from those in its manifest.
+    """The settings that differ from those in manifests, each with the first layer of ``found`` that has them and its
+    fingerprints; and the other layers.
 
     ``where`` names what the manifests belong to.
     """
-    reasons = {name: _reasons(manifests[name], layers[name], found, where) for name in found}
-    for reason, names in itertools.groupby(reasons, key=reasons.__getitem__):
-        for name in names:
-            yield f"  {name}: fingerprint {found[name]} in {where}, {layers[name].fingerprint} in this config"
+    by_reason: dict[tuple[str, ...], list[str]] = {}
+    for name in found:
+        by_reason.setdefault(_reasons(manifests[name], layers[name], found, where), []).append(name)
+    following = by_reason.pop((), [])
+    for reason, (name, *others) in by_reason.items():
+        yield f"  {name}: fingerprint {found[name]} in {where}, {layers[name].fingerprint} in this config"
         yield from (f"    {line}" for line in reason)
+        if others:
+            yield f"  {_some(others)} for the same reason"
+    if following:
+        yield f"  {_some(following)} computed from what differs"
 
 
-def _reasons(manifest: Mapping[str, Any], layer: Layer, found: Mapping[str, str | None], where: str) -> list[str]:
-    """Why a layer's fingerprint differs from that in a manifest, one line each."""
-    lines = list(_differences(*layer.kind.recipes(layer, manifest), where))
-    if lines:
+def _some(names: list[str]) -> str:
+    """A number of layers, with the names of the first."""
+    more = ", ..." if len(names) > _NAMES else ""
+    return f"{plural(len(names), 'more layer')} ({', '.join(names[:_NAMES])}{more})"
+
+
+def _reasons(manifest: Mapping[str, Any], layer: Layer, found: Mapping[str, str | None], where: str) -> tuple[str, ...]:
+    """Why a layer's fingerprint differs from that in a manifest, one line each; nothing if a layer that it is computed
+    from differs."""
+    lines = tuple(_differences(*layer.kind.recipes(layer, manifest), where))
+    if lines or any(name in found for name in layer.needs):
         return lines
-    if upstream := [name for name in layer.needs if name in found]:
-        return [f"computed from {upstream[-1]}, which differs"]
     entry = mapping_at(manifest, "layers", layer.name)
     now = {"count": layer.count, "dim": layer.dim, "dtype": layer.dtype, "texts": layer.texts}
     known = [key for key, value in now.items() if value and entry.get(key)]
-    lines = list(_differences({key: entry[key] for key in known}, {key: now[key] for key in known}, where))
-    return lines or ["nothing in dataset.json explains the difference"]
+    lines = tuple(_differences({key: entry[key] for key in known}, {key: now[key] for key in known}, where))
+    return lines or ("nothing in dataset.json explains the difference",)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> Iterator[str]:
