@@ -55,9 +55,10 @@ def is_table(head: bytes) -> bool:
 def header_fault(names: Sequence[str]) -> str | None:
     """Why the first line cannot be the names of columns, or None."""
     if place := next(filter(_is_place, names), None):
+        numbers = " and remove #0 and other numbers of captions" if _CAPTION_NUMBER.search(place) else ""
         return (
             f"the first line has {place[:100]!r}, so it is a sample and no names of columns: put a line such as "
-            "`file_name,text` before it"
+            f"`file_name,text` before it{numbers}"
         )
     name, count = next(iter(Counter(filter(None, names)).most_common(1)), ("", 0))
     return f"{count} columns have the name {name[:100]!r}: rename the others" if count > 1 else None
