@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -69,9 +70,8 @@ def test_a_submitted_job_finishes_and_submitting_it_again_does_nothing(
     config["teachers"]["red"] = {"class": "tests.helpers.models:PrintingTeacher"}
     (work / "job.yaml").write_text(yaml.safe_dump(config))
 
-    def submit(*overrides: str) -> subprocess.CompletedProcess[str]:
-        command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--"]
-        command += ["python", "jobs/reinforce_dfn.py", "--config", "job.yaml", *overrides]
+    def submit(*entrypoint: str) -> subprocess.CompletedProcess[str]:
+        command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *entrypoint]
         for _ in range(20):
             done = subprocess.run(command, cwd=work, env=head, capture_output=True, text=True, timeout=240, check=False)
             if "No available agent" not in done.stderr:  # the head is still starting
@@ -79,7 +79,8 @@ def test_a_submitted_job_finishes_and_submitting_it_again_does_nothing(
             time.sleep(1)
         return done
 
-    first = submit()
+    program = ("python", "jobs/reinforce_dfn.py", "--config", "job.yaml")
+    first = submit(*program)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "9 samples" in first.stdout
     [run] = list_runs(store := Storage(str(tmp_path / "out")))
@@ -90,13 +91,9 @@ def test_a_submitted_job_finishes_and_submitting_it_again_does_nothing(
     assert re.search(r"^\(\w+ pid=\d+\) printed by a worker$", first.stdout, re.MULTILINE), "nor colours"
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")}
     assert len(stamps) == 2 * 8 + 8, "two shards and the index of each layer"
-    again = submit()
-    assert again.returncode == 0
-    assert "nothing to do" in again.stdout
+    again = f"{shlex.join(program)} && ! {shlex.join(program)} --set output=runs/out"
+    second = submit("sh", "-c", again)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "nothing to do" in second.stdout
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")} == stamps
-    lost = submit("--set", "output=runs/out")
-    assert lost.returncode != 0
-    assert "error: output runs/out is in the temporary folder of a Ray job" in lost.stdout
-    renamed = submit("--set", "source=data/{0..1}.tar")
-    assert renamed.returncode != 0
-    assert re.search(r"error: source /\S+/data/0\.tar is in the temporary folder of a Ray job", renamed.stdout)
+    assert "error: output runs/out is in the temporary folder of a Ray job" in second.stdout

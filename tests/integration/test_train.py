@@ -62,7 +62,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def undisturbed(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed")
-    results = reinforce.train({**base, "output": str(output)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reinforce.training.record.log.draw_curves", lambda *_: None)  # half a second each
+        results = reinforce.train({**base, "output": str(output)})
     assert results.steps == STEPS
     return output
 
@@ -121,6 +123,7 @@ def assert_same(output: Path, undisturbed: Path) -> None:
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_killed_and_interrupted_training_has_the_curve_of_an_uninterrupted_one(
     start: Start, base: dict[str, Any], undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
