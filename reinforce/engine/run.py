@@ -10,8 +10,8 @@ from typing import Any
 
 from reinforce.config import Config
 from reinforce.dataset.files.index import prune_index
-from reinforce.dataset.files.store import DamagedFiles, Store
-from reinforce.dataset.layers import SAMPLES
+from reinforce.dataset.files.store import MANIFEST, DamagedFiles, Store
+from reinforce.dataset.layers import SAMPLES, mapping_at
 from reinforce.dataset.manifest.claims import Claims
 from reinforce.dataset.manifest.class_code import check_classes
 from reinforce.dataset.manifest.manifest import (
@@ -92,6 +92,7 @@ def _run(config: Config, address: str | None, retry_quarantined: bool, accept_ch
         if config.workers.overlap:
             _LOG.warning("workers.overlap has no effect; remove it: captions and embeddings take turns on the GPU")
         if not plan.pending:
+            manifest = _complete_manifest(plan, store, manifest)
             updated = update_manifest(manifest, config, plan.layers, {})
             if not same_content(updated, manifest):  # a logit scale may have changed
                 write_manifest(store, updated)
@@ -99,7 +100,42 @@ def _run(config: Config, address: str | None, retry_quarantined: bool, accept_ch
         for note in check_classes(plan.codes, accept_changed_classes):
             _LOG.warning(note)
         with Claims(store, config, plan.layers) as claims:
+            _complete_manifest(plan, store, manifest)
             return _compute(plan, store, claims, address, retry_quarantined)
+
+
+def _complete_manifest(plan: Plan, store: Store, manifest: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Load the models of stored layers whose dimension dataset.json does not have, since it was lost, and write it.
+
+    Raises UserError if one cannot be loaded here.
+    """
+    stored = [layer for name, layer in plan.layers.items() if plan.states[name].done and not layer.published]
+    known = {name for name, entry in mapping_at(manifest or {}, "teachers").items() if entry.get("dim")}
+    lost = [layer for layer in stored if layer.kind.section == "teachers" and layer.model not in known]
+    if not lost:
+        return manifest
+    import torch
+
+    from reinforce.engine.inference.models import describe_loaded, load_models
+
+    names = ", ".join(dict.fromkeys(str(layer.model) for layer in lost))
+    path = store.path(MANIFEST)
+    _LOG.warning(
+        "%s does not state what %s have, so they are loaded to write it again. If it was lost, restore a copy instead: "
+        "tuned logit scales, and layers of other configs, are in no other file.",
+        path, names,
+    )  # fmt: skip
+    gpus = float(torch.cuda.is_available() and plan.config.workers.gpus != 0)
+    here = plan.config.model_copy(update={"workers": plan.config.workers.model_copy(update={"gpus": gpus})})
+    try:
+        loaded = describe_loaded(load_models(here, lost))
+    except UserError as error:
+        raise UserError(
+            f"{path} was lost or is incomplete: restore a copy. A model cannot be loaded: {error}"
+        ) from None
+    manifest = update_manifest(manifest, plan.config, plan.layers, loaded)
+    write_manifest(store, manifest)
+    return manifest
 
 
 def _compute(

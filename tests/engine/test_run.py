@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from reinforce.cli import main
@@ -24,6 +26,7 @@ from reinforce.engine.run import run
 from reinforce.errors import UserError
 from reinforce.settings import as_config
 from tests.helpers.data import config_of, members_of, picture, tree, write_tar
+from tests.helpers.models import ColorTeacher
 from tests.helpers.reinforced import reinforce_here
 
 
@@ -196,6 +199,61 @@ def test_a_worker_with_another_file_of_a_class_does_not_start(changing: Changing
     changing.change()
     with pytest.raises(UserError, match=r"my: the file of class changing_\w+:Changing on node-7 is not that of"):
         check_class_files(config, layers.values(), "node-7")
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["nothing to compute", "a shard is missing"])
+@pytest.mark.parametrize("lost", ["the file", "what its models state"])
+def test_a_lost_manifest_is_written_again_with_what_its_models_state(
+    missing: bool, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("no Ray here")
+
+    monkeypatch.setattr("reinforce.cluster.ray_cluster", refuse)
+    write_tar(tmp_path / "0.tar", members_of(0, 2))
+    config = config_of(f"{tmp_path}/*.tar", tmp_path / "out")
+    store = Store(reinforce_here(config))
+    whole = read_manifest(store)
+    assert (whole["teachers"]["blue"]["logit_scale"], whole["teachers"]["blue"]["dim"]) == (30.0, 12)
+    if lost == "the file":
+        os.remove(tmp_path / "out" / "dataset.json")
+    else:
+        entries = {name: {**entry, "dim": None, "image": None} for name, entry in whole["teachers"].items()}
+        write_manifest(store, {**whole, "teachers": entries})
+    if missing:
+        write_tar(tmp_path / "1.tar", members_of(1, 2))
+    with contextlib.nullcontext() if not missing else pytest.raises(UserError, match="no Ray here"):
+        run(config)
+    assert "does not state what red, blue have" in caplog.text
+    found = read_manifest(store)
+    for manifest in (found, whole):
+        manifest.pop("digest")
+        for entry in (*manifest["teachers"].values(), *manifest["captioners"].values()):
+            entry.pop("code", None)  # the file of the class at that time is not known
+    assert found == whole
+
+
+def test_a_lost_manifest_whose_models_cannot_be_loaded_is_an_error_that_says_what_to_restore(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", members_of(0, 2))
+    token = tmp_path / "token"
+    token.touch()
+    teacher = {"class": "tests.engine.test_run:Guarded", "options": {"path": str(token)}}
+    config = config_of(f"{tmp_path}/0.tar", tmp_path / "out", captioners={}, teachers={"red": teacher})
+    reinforce_here(config)
+    token.unlink()
+    os.remove(tmp_path / "out" / "dataset.json")
+    with pytest.raises(UserError, match=r"out/dataset.json was lost or is incomplete: restore a copy\. .*no token"):
+        run(config)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+class Guarded(ColorTeacher):
+    """A teacher that needs a file to be loaded."""
+
+    def __init__(self, device: torch.device, path: str) -> None:
+        super().__init__(device)
+        if not os.path.exists(path):
+            raise ValueError("no token")
 
 
 def test_a_run_goes_on_with_shards_whose_files_were_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -149,6 +149,18 @@ def load_models(config: Config, layers: Iterable[Layer]) -> Models:
         )
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         raise UserError(f"{error}{user_frames(error)}{memory_hint(error)}") from error
+
+
+def describe_loaded(models: Models) -> dict[str, dict[str, Any]]:
+    """What dataset.json has of each loaded teacher, by name."""
+    return {
+        name: {
+            "dim": teacher.dim,
+            "logit_scale": getattr(teacher, "logit_scale", None),
+            "image": asdict(image) if (image := getattr(teacher, "image", None)) else None,
+        }
+        for name, teacher in models.teachers.items()
+    }
 
 
 def _count_tokens(captions: object) -> int:

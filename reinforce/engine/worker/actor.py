@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -22,7 +22,7 @@ from reinforce.dataset.files.store import Store
 from reinforce.dataset.layers import Layer
 from reinforce.engine.decode.pool import DecodePool
 from reinforce.engine.inference.flops import measure_costs
-from reinforce.engine.inference.models import Counters, Models, load_models
+from reinforce.engine.inference.models import Counters, Models, describe_loaded, load_models
 from reinforce.engine.inference.self_test import precisions
 from reinforce.engine.inference.stage_meter import device_report
 from reinforce.engine.messages.pulse import Pulse, WorkerWatch, output_path, process_memory
@@ -101,21 +101,13 @@ class Worker:
         self.models.costs = measure_costs(self.models, self.config, layers, flops_of)
         allocate_pixels(self.pool, self.config, layers, self.models, SHARDS_IN_FLIGHT)
         self.pool.wait_until_ready()
-        loaded = {
-            name: {
-                "dim": teacher.dim,
-                "logit_scale": getattr(teacher, "logit_scale", None),
-                "image": asdict(image) if (image := getattr(teacher, "image", None)) else None,
-            }
-            for name, teacher in self.models.teachers.items()
-        }
         node, pid, host = self._id()
         self._record_metrics()
         return WorkerInfo(
             node=node,
             pid=pid,
             accelerator=str(self.models.accelerator.device),
-            models=loaded,
+            models=describe_loaded(self.models),
             host=host,
             memory=process_memory(),
             board=self.watch.board,
