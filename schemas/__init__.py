@@ -12,6 +12,8 @@ from schemas.layers import (
     quarantine_schema,
     samples_schema,
     scores_schema,
+    view_schema,
+    view_shards_schema,
 )
 from schemas.pairs import PAIRS
 from schemas.reasons import WHOLE_SHARD, Reason
@@ -31,4 +33,6 @@ __all__ = [
     "quarantine_schema",
     "samples_schema",
     "scores_schema",
+    "view_schema",
+    "view_shards_schema",
 ]

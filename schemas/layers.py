@@ -121,6 +121,23 @@ def scores_schema(names: Sequence[str]) -> pa.Schema:
     return pa.schema([_KEY, _field("scores", scores, description, nullable=False)])
 
 
+def view_schema() -> pa.Schema:
+    """Schema of ``views/<name>/rows/<shard>.parquet``: a row for each sample, in their order."""
+    description = "number and name of the rule that leaves the sample out; null where it is kept"
+    return pa.schema([_KEY, _field("left_out", pa.string(), description)])
+
+
+def view_shards_schema() -> pa.Schema:
+    """Schema of ``views/<name>/shards.parquet``, sorted by shard."""
+    return pa.schema(
+        [
+            _field("shard", pa.string(), "name of the shard", nullable=False),
+            _field("rows", pa.int64(), "samples of the shard", nullable=False),
+            _field("kept", pa.int64(), "samples that the view keeps", nullable=False),
+        ]
+    )
+
+
 def quarantine_schema() -> pa.Schema:
     """Schema of ``quarantine/<layer>/<shard>.parquet``."""
     return pa.schema(

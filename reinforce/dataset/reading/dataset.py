@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors, row_e
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.dataset.reading.sample import ImagePolicies, Sample
+from reinforce.dataset.view import View, read_rows, read_view
 from reinforce.errors import UserError
 from reinforce.source.references import ChangedImages, ImageRoots, referenced_images
 from reinforce.terminal import escape, format_bytes
@@ -46,6 +47,7 @@ def open(
     teachers: Sequence[str] | None = None,
     captioners: Sequence[str] | None = None,
     *,
+    view: str | None = None,
     strict: bool = False,
     images_from: str | Sequence[str] = (),
     limits: Mapping[str, int] | None = None,
@@ -56,11 +58,15 @@ def open(
     Quarantined shards are not read either, and are only logged. Raises UserError if there is no dataset, or it has no
     teacher or captioner of a given name.
 
+    With ``view``, only the samples that a view of `reinforce select` keeps. Raises UserError if there is none of that
+    name, or a layer that it was made from has changed. Shards that are newer than the view are not read: a warning
+    counts them.
+
     If the dataset stores its images by reference, ``images_from`` are the folders or URLs of tars that it may read them
     from, such as the folder of its ``source``. ``limits`` are ``image_bytes`` and ``pixels`` of
     ``reinforce.config.ReadLimits``, above which an image is not read.
     """
-    return Dataset(url, teachers, captioners, strict=strict, images_from=images_from, limits=limits)
+    return Dataset(url, teachers, captioners, view=view, strict=strict, images_from=images_from, limits=limits)
 
 
 class Dataset:
@@ -75,6 +81,7 @@ class Dataset:
         teachers, captioners: names of those selected.
         layers: names of the layers that are read.
         manifest: content of dataset.json.
+        view: the view whose samples these are, None for all.
         store: the dataset's files.
         roots: where images that are stored by reference may be read.
     """
@@ -85,6 +92,7 @@ class Dataset:
         teachers: Sequence[str] | None = None,
         captioners: Sequence[str] | None = None,
         *,
+        view: str | None = None,
         strict: bool = False,
         images_from: str | Sequence[str] = (),
         limits: Mapping[str, int] | None = None,
@@ -103,6 +111,7 @@ class Dataset:
         self.layers = [SAMPLES, *(name for name in wanted if name in self.manifest["layers"])]
         listings = self.store.listings(self.layers)
         self.shards = self._complete_shards(listings, strict)
+        self.view = None if view is None else self._open_view(view)
         sizes = {name: listing.sizes_of(self.shards) for name, listing in listings.items()}
         self._samples_bytes = dict(zip(self.shards, sizes[SAMPLES].tolist(), strict=True))
         self._total_bytes = dict(zip(self.shards, np.sum([*sizes.values()], axis=0).tolist(), strict=True))
@@ -132,6 +141,15 @@ class Dataset:
             _LOG.info("%s: %s; %s", self.store.url, read, notes[0])
         return found.complete
 
+    def _open_view(self, name: str) -> View:
+        view = read_view(self.store, name)
+        view.check(self.store.url, self.manifest)
+        shards = [shard for shard in self.shards if shard in view.kept]
+        if newer := len(self.shards) - len(shards):
+            _LOG.warning("%s: %s shards are newer than view %s and are not read", self.store.url, f"{newer:,}", name)
+        self.shards = shards
+        return view
+
     @property
     def fingerprints(self) -> dict[str, str]:
         """The fingerprint of each layer that is read."""
@@ -142,6 +160,8 @@ class Dataset:
 
     @cached_property
     def _rows(self) -> int:
+        if self.view is not None:
+            return sum(map(self.view.kept.__getitem__, self.shards))
         fingerprint = self.manifest["layers"][SAMPLES]["fingerprint"]
         sizes = {shard: self._samples_bytes[shard] for shard in self.shards}
         return int(row_group_table(self.store, fingerprint, sizes)[:, 2].sum())
@@ -180,7 +200,23 @@ class Dataset:
     def row_groups(self, shard: str) -> Iterator[dict[str, pa.Table]]:
         """Tables of each row group by layer, aligned by key. Raises UserError if they are not or one is damaged."""
         with AlignedLayers(self.store, self.fingerprints, {}, self.manifest.get("moved", {})).open(shard) as layers:
-            yield from map(layers.read, range(layers.row_groups))
+            groups = map(layers.read, range(layers.row_groups))
+            yield from groups if self.view is None else self._kept(shard, groups)
+
+    def _kept(self, shard: str, groups: Iterable[dict[str, pa.Table]]) -> Iterator[dict[str, pa.Table]]:
+        """The rows of row groups that the view keeps. Raises UserError if the view is of other rows."""
+        assert self.view is not None
+        keys, keeps = read_rows(self.store, self.view, shard)
+        start = 0
+        for tables in groups:
+            rows = slice(start, start + tables[SAMPLES].num_rows)
+            if not tables[SAMPLES]["key"].combine_chunks().equals(keys[rows]):
+                raise UserError(
+                    f"{self.store.url}: view {self.view.name} is of other samples of {shard}. Make it again with "
+                    "reinforce select."
+                )
+            yield {name: table.filter(pa.array(keeps[rows])) for name, table in tables.items()}
+            start = rows.stop
 
     def rows(self, shard: str, group: int, places: Sequence[int], *, images: bool = True) -> list[Sample]:
         """The samples at some places of a row group, or all but their images. Raises UserError as iterating does."""
@@ -250,6 +286,7 @@ class Dataset:
             f"{format_bytes(self.nbytes)}",
             f"  teachers: {', '.join(map(self._describe_teacher, self.teachers)) or 'none'}",
             f"  captioners: {', '.join(map(self._describe_captioner, self.captioners)) or 'none'}",
+            *([f"  view: {self.view.name}"] if self.view else []),
         ]
         return escape("\n".join(lines))
 

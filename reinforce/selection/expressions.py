@@ -1,0 +1,169 @@
+"""Expressions of SQL over the rows of a shard, computed by duckdb."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from reinforce.dataset.kinds.registry import stored_layer
+from reinforce.dataset.layers import SAMPLES, captions_layer, scores_layer
+from reinforce.errors import UserError
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+#: Columns of the samples that an expression may name, and their types.
+_SAMPLES = {
+    **dict.fromkeys(("key", "caption", "metadata"), pa.string()),
+    **dict.fromkeys(("width", "height"), pa.int32()),
+}
+_NUMBERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "FLOAT", "DOUBLE", "DECIMAL"}
+_NUMBERS |= {f"U{name}" for name in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")}
+#: Folders of layers that an expression may name, as ``FOLDER.NAME``, with the column that has their values.
+_FOLDERS = {"scores": (scores_layer, "scores"), "captions": (captions_layer, "captions")}
+
+
+def connect() -> DuckDBPyConnection:
+    """A database in memory, of one thread, that reads no files. Raises UserError."""
+    try:
+        import duckdb
+    except ImportError as error:
+        raise UserError("reinforce select needs duckdb: run pip install -e '.[select]' in the checkout") from error
+    config: dict[str, Any] = {"threads": 1, "enable_external_access": "false", "allow_community_extensions": "false"}
+    return duckdb.connect(":memory:", config=config)
+
+
+@dataclass(frozen=True)
+class Expression:
+    """An expression that was checked against a dataset: its text, and the columns that it names."""
+
+    text: str
+    columns: tuple[tuple[str, ...], ...]
+
+    @property
+    def layers(self) -> set[str]:
+        """The layers that it is computed from, besides the samples."""
+        return {_layer_of(path) for path in self.columns if path[0] in _FOLDERS}
+
+    @property
+    def sample_columns(self) -> set[str]:
+        return {path[0] for path in self.columns if path[0] not in _FOLDERS}
+
+
+def check(text: str, manifest: Mapping[str, Any], where: str, boolean: bool) -> Expression:
+    """Check an expression before anything is read: its syntax, its columns and its type.
+
+    ``where`` names it in messages. Raises UserError.
+    """
+    with connect() as database:
+        [[serialized]] = database.execute("SELECT json_serialize_sql(?)", [f"SELECT {text}"]).fetchall()
+        parsed = json.loads(serialized)
+        if parsed["error"]:
+            raise UserError(f"{where}: {text!r} is not an expression of SQL: {parsed['error_message']}")
+        nodes = [statement["node"] for statement in parsed["statements"]]
+        plain = len(nodes) == 1 and nodes[0]["type"] == "SELECT_NODE" and len(nodes[0]["select_list"]) == 1
+        if not plain or nodes[0]["from_table"]["type"] != "EMPTY" or _has_query(nodes[0]["select_list"]):
+            raise UserError(f"{where}: {text!r} must be one expression, without SELECT, FROM and subqueries")
+        columns = tuple(dict.fromkeys(_columns(nodes[0]["select_list"])))
+        if not columns:
+            raise UserError(f"{where}: {text!r} names no column. It may name {_known(manifest)}.")
+        found = Expression(text, tuple(_known_column(path, manifest, where) for path in columns))
+        rows = _schema(found, manifest).empty_table()
+        try:
+            [kind] = database.from_arrow(rows).project(f"({text}) AS value").types
+        except Exception as error:  # duckdb has many, without a common base that is public
+            raise UserError(f"{where}: {text!r}: {str(error).splitlines()[0]}") from error
+    if not (str(kind) == "BOOLEAN" if boolean else str(kind).partition("(")[0] in _NUMBERS):
+        wanted = "true or false" if boolean else "a number"
+        raise UserError(f"{where}: {text!r} is {kind}, and must be {wanted}")
+    return found
+
+
+def evaluate(
+    database: DuckDBPyConnection, expressions: Sequence[Expression], tables: Mapping[str, pa.Table]
+) -> list[pa.Array]:
+    """The value of each expression [rows]: booleans, or float32. ``tables`` are those of a row group by layer."""
+    rows = _rows(expressions, tables)
+    values = ", ".join(f"({one.text}) AS value_{n}" for n, one in enumerate(expressions))
+    # Rows that duckdb divides among vectors keep their order, since there is one thread.
+    found = database.from_arrow(rows).project(values).to_arrow_table()
+    return [column.combine_chunks() for column in found.columns]
+
+
+def _layer_of(path: Sequence[str]) -> str:
+    return _FOLDERS[path[0]][0](path[1])
+
+
+def _columns(node: Any) -> Iterator[tuple[str, ...]]:
+    """The path of each column that a parsed expression names."""
+    if isinstance(node, dict):
+        if node.get("class") == "COLUMN_REF":
+            yield tuple(node["column_names"])
+        for value in node.values():
+            yield from _columns(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _columns(value)
+
+
+def _has_query(node: Any) -> bool:
+    """Whether a parsed expression has a subquery or a star in it."""
+    if isinstance(node, dict):
+        return node.get("class") in ("SUBQUERY", "STAR", "WINDOW") or any(map(_has_query, node.values()))
+    return isinstance(node, list) and any(map(_has_query, node))
+
+
+def _known(manifest: Mapping[str, Any]) -> str:
+    """The columns that an expression may name."""
+    names = [*_SAMPLES]
+    for name, entry in manifest["layers"].items():
+        layer = stored_layer(name, entry)
+        for folder, (layer_name, _) in _FOLDERS.items():
+            own = name.removeprefix(layer_name(""))
+            if own != name:
+                names += [f"{folder}.{own}.{score}" for score in layer.names] or [f"{folder}.{own}"]
+    return ", ".join(names)
+
+
+def _known_column(path: tuple[str, ...], manifest: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The part of a path that names a column, or a score of a layer. Raises UserError."""
+    if path[0] in _SAMPLES:
+        return path[:1]
+    entry = manifest["layers"].get(_layer_of(path)) if path[0] in _FOLDERS and len(path) > 1 else None
+    names = stored_layer(_layer_of(path), entry).names if entry else ()
+    if entry is None or (names and len(path) > 2 and path[2] not in names):
+        raise UserError(f"{where}: there is no column {'.'.join(path)}. It may name {_known(manifest)}.")
+    return path[:2]
+
+
+def _schema(expression: Expression, manifest: Mapping[str, Any]) -> pa.Schema:
+    """The columns that an expression names, with their types."""
+    tables = {SAMPLES: pa.schema([*_SAMPLES.items()]).empty_table()}
+    for name in expression.layers:
+        schema = stored_layer(name, manifest["layers"][name]).schema(manifest["images"])
+        tables[name] = schema.empty_table()
+    return _rows([expression], tables).schema
+
+
+def _rows(expressions: Sequence[Expression], tables: Mapping[str, pa.Table]) -> pa.Table:
+    """One table of all that expressions name: columns of samples, and structs of layers by name."""
+    columns: dict[str, Any] = {}
+    for one in expressions:
+        columns |= {name: tables[SAMPLES][name] for name in one.sample_columns}
+    for folder, (_, column) in _FOLDERS.items():
+        paths = sorted({path for one in expressions for path in one.columns if path[0] == folder})
+        if paths:
+            arrays = [tables[_layer_of(path)][column].combine_chunks() for path in paths]
+            columns[folder] = pa.StructArray.from_arrays(arrays, names=[path[1] for path in paths])
+    return pa.table(columns)
+
+
+def numbers(values: pa.Array) -> npt.NDArray[np.float32]:
+    """Values of an expression as float32 [rows]; NaN where they are null."""
+    return values.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(zero_copy_only=False).astype(np.float32)
