@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.config import Config
+from reinforce.selection.config import SelectConfig
 from reinforce.settings import union_members
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig
@@ -26,6 +27,7 @@ CONFIGS: dict[str, tuple[type[BaseModel], str]] = {
     "student": (StudentConfig, "`reinforce train`"),
     "tune": (TuneConfig, "`reinforce tune`"),
     "captioner": (CaptionerConfig, "`reinforce finetune-captioner`"),
+    "select": (SelectConfig, "`reinforce select`"),
 }
 _NAMES = {str: "string", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "any"}
 _SIGNS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))

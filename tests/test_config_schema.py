@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from reinforce.captioning.config import CaptionerConfig
 from reinforce.cli.config import Kind, schema_of
 from reinforce.config import Config
+from reinforce.selection.config import SelectConfig
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig
 from tests.helpers.pages import ROOT
@@ -23,12 +24,13 @@ from tests.helpers.pages import ROOT
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MODELS: dict[str, type[BaseModel]] = {
     "run": Config, "student": StudentConfig, "tune": TuneConfig, "captioner": CaptionerConfig,
+    "select": SelectConfig,
 }  # fmt: skip
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.yaml"))
 #: A config of each kind of which single keys are changed.
 EXAMPLES = {
     "run": "configs/demo.yaml", "student": "configs/student-demo.yaml", "tune": "configs/tune-demo.yaml",
-    "captioner": "configs/finetune-demo.yaml",
+    "captioner": "configs/finetune-demo.yaml", "select": "configs/select-demo.yaml",
 }  # fmt: skip
 SCHEMAS = {kind: schema_of(kind) for kind in KINDS}
 

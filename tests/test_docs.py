@@ -24,6 +24,7 @@ from reinforce.captioning.config import CaptionerConfig
 from reinforce.cli import main
 from reinforce.config import Config, Limits
 from reinforce.images.policy import decode
+from reinforce.selection.config import SelectConfig
 from reinforce.student.config import StudentConfig
 from reinforce.tuning.config import TuneConfig
 from schemas import Reason
@@ -50,6 +51,7 @@ CONFIGS: dict[str, type[BaseModel]] = {
     "student.yaml": StudentConfig,
     "tune.yaml": TuneConfig,
     "finetune.yaml": CaptionerConfig,
+    "select.yaml": SelectConfig,
 }
 #: Endings of names that are files and no keys.
 FILES = (".json", ".jsonl", ".md", ".onnx", ".parquet", ".png", ".py", ".txt", ".yaml")

@@ -12,7 +12,7 @@ from reinforce.errors import UserError
 from reinforce.terminal import escape
 from teachers.redact import redact
 
-Kind = Literal["run", "student", "tune", "captioner"]
+Kind = Literal["run", "student", "tune", "captioner", "select"]
 
 
 def init(
@@ -44,7 +44,7 @@ def init(
 
 def schema(
     kind: Annotated[
-        Kind, typer.Argument(metavar="KIND", help="run, student, tune or captioner: what the config is for.")
+        Kind, typer.Argument(metavar="KIND", help="run, student, tune, captioner or select: what the config is for.")
     ],
 ) -> None:
     """Print the JSON schema of a config, by which editors complete and check YAML.
@@ -70,6 +70,10 @@ def schema_of(kind: Kind) -> dict[str, Any]:
         from reinforce.captioning.config import CaptionerConfig
 
         return json_schema(CaptionerConfig)
+    if kind == "select":
+        from reinforce.selection.config import SelectConfig
+
+        return json_schema(SelectConfig)
     return _tune_schema()
 
 

@@ -9,21 +9,22 @@ from pydantic import Field, model_validator
 
 from reinforce import settings
 from reinforce.config import LayerName
+from reinforce.config_schema import InSchema
 from reinforce.settings import Section
 
 
 class Keep(Section):
     """The samples with the largest values of an expression."""
 
-    top: int | float = Field(description="number of samples, or with a decimal point their share")
+    top: Annotated[int | float, InSchema(lambda _: {"type": "number", "exclusiveMinimum": 0})] = Field(
+        gt=0, description="number of samples, or with a decimal point their share"
+    )
     by: str = Field(description="an expression of SQL that gives a number")
 
     @model_validator(mode="after")
-    def _check_top(self) -> Keep:
-        if isinstance(self.top, float) and not 0 < self.top <= 1:
-            raise ValueError(f"top: a share is above 0 and at most 1, got {self.top}; write a number without a point")
-        if self.top <= 0:
-            raise ValueError(f"top: a number of samples is at least 1, got {self.top}")
+    def _check_share(self) -> Keep:
+        if isinstance(self.top, float) and self.top > 1:
+            raise ValueError(f"top: a share is at most 1, got {self.top}; write a number of samples without a point")
         return self
 
 

@@ -39,6 +39,7 @@ RUN = [
     r"reinforce tune tune\.yaml --screen-only",
     r"reinforce schema run",
     r"reinforce init shards",
+    r"reinforce select select\.yaml",
 ]
 
 #: Commands that are only parsed, with the files that they name, and why they are not run here.

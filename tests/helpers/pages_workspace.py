@@ -71,4 +71,8 @@ def _configs(folder: Path) -> dict[str, dict[str, Any]]:
         "data": {"source": "shards/*.tar"},
         "train": {"steps": 1, "batch": 2},
     }
-    return {"my.yaml": run, "student.yaml": student, "tune.yaml": tuning, "finetune.yaml": captioner}
+    selection = {"dataset": "my-data", "name": "best", "rules": [{"sample": 4}]}
+    return {
+        "my.yaml": run, "student.yaml": student, "tune.yaml": tuning, "finetune.yaml": captioner,
+        "select.yaml": selection,
+    }  # fmt: skip
