@@ -19,7 +19,7 @@ from reinforce.student.pointwise import avoid_faulty_convolutions
 from reinforce.training.task import Batch, Encoded
 from teachers.open_clip import catalog
 from teachers.open_clip.options import OpenClipOptions, stated_preprocess
-from teachers.open_clip.teacher import image_spec, load_model, model_name, random_model
+from teachers.open_clip.teacher import FUSED, image_spec, load_model, model_name, random_model
 from teachers.preprocessing.pixels import to_pixels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec
@@ -131,6 +131,11 @@ def build_student(
         name, pretrained = model_name(model), _has_weights(model)
         config = _model_config(name)
         clip = load_model(model) if pretrained else _random_model(name, seed, stated_preprocess(model))
+        if any(FUSED in key for key in clip.state_dict()):
+            raise ValueError(
+                f"the weights of {name} are reparameterised for inference and lack the branches that are trained: "
+                "start from the weights before that"
+            )
         image = image_spec(open_clip.get_model_preprocess_cfg(clip))
         if image.height != image.width:
             raise ValueError(

@@ -11,6 +11,8 @@ from typing import Any
 
 import open_clip
 import torch
+from safetensors import safe_open
+from timm.utils.model import reparameterize_model
 
 from teachers import weights
 from teachers.device import towers
@@ -21,6 +23,9 @@ from teachers.open_clip.text import TextEncoder, keep_residual_in_float32
 from teachers.preprocessing.pixels import channels
 from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec, TeacherSpec
+
+#: In the names of weights of a FastViT (MobileCLIP) whose training branches are fused.
+FUSED = ".reparam_conv."
 
 
 class OpenClipEncoder:
@@ -77,8 +82,9 @@ class OpenClipTeacher(OpenClipEncoder):
 def load_model(spec: ModelSpec) -> Any:
     """Load the model of a spec with its weights, in float32 on the CPU. Never returns random weights.
 
-    Raises ValueError for an unknown name or tag, weights trained with another activation, a checkpoint whose
-    preprocessing is not stated, and weights that do not fit the model; FileNotFoundError for missing files.
+    The training branches of an image tower of timm are fused where those of the weights are. Raises ValueError for an
+    unknown name or tag, weights trained with another activation, a checkpoint whose preprocessing is not stated, and
+    weights that do not fit the model; FileNotFoundError for missing files.
     """
     name = model_name(spec)
     catalog.check_model(name, spec.pretrained)
@@ -89,7 +95,11 @@ def load_model(spec: ModelSpec) -> Any:
             name, load_weights=False, pretrained_text=False, force_preprocess_cfg={**(preprocess or {}), **changed}
         )
     try:
-        open_clip.load_checkpoint(model, str(weights.as_safetensors(path)), strict=True)
+        file = str(weights.as_safetensors(path))
+        with safe_open(file, "pt") as content:
+            if any(FUSED in key for key in content.keys()):  # noqa: SIM118  (it is no dict)
+                model.visual = reparameterize_model(model.visual)
+        open_clip.load_checkpoint(model, file, strict=True)
     except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the weights in {path} do not fit {name}: {reason}") from error

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from reinforce.cli import main
 from reinforce.config import Limits
+from reinforce.errors import UserError
 from reinforce.images.policy import decode
 from reinforce.shipping import graph, packages
 from reinforce.shipping.readme import render_readme
@@ -32,6 +33,7 @@ from teachers.protocols import ImageSpec
 from teachers.spec import ModelSpec
 from tests.helpers import shipping as models
 from tests.helpers.data import picture
+from tests.helpers.students import built
 from tests.helpers.tiny_coca import coca_model
 
 FILES = {"README.md", "image.onnx", "preprocess.json", "text.onnx", "tokenizer.json"}
@@ -201,6 +203,19 @@ def test_reparameterize_fuses_branches_and_leaves_the_model_unchanged(tmp_path: 
     assert torch.equal(clip.encode_image(images), before)
     torch.testing.assert_close(fused.encode_image(images), before, rtol=1e-3, atol=1e-4)
     assert fused.text is clip.text
+
+
+def test_a_reparameterised_checkpoint_loads_as_a_teacher_and_not_as_a_student(tmp_path: Path) -> None:
+    clip = load_model(ModelSpec(model=models.fastvit(tmp_path / "model"))).eval()
+    fused = reparameterize(clip)
+    models.fastvit(tmp_path / "fused", weights=False)
+    save_file(fused.state_dict(), tmp_path / "fused" / "open_clip_model.safetensors")
+    name = f"local-dir:{tmp_path}/fused"
+    loaded, images = load_model(ModelSpec(model=name)).eval(), torch.rand(2, 3, 96, 64)
+    assert torch.equal(loaded.encode_image(images), fused.encode_image(images))
+    torch.testing.assert_close(loaded.encode_image(images), clip.encode_image(images), rtol=1e-3, atol=1e-4)
+    with pytest.raises(UserError, match="are reparameterised for inference and lack the branches that are trained"):
+        built(name)
 
 
 class Double(torch.nn.Module):
