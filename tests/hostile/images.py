@@ -96,7 +96,8 @@ def broken_crc() -> bytes:
 
 
 def zeroed(data: bytes) -> bytes:
-    return data[: len(data) * 3 // 4] + bytes(len(data) // 4)
+    kept = len(data) * 3 // 4
+    return data[:kept] + bytes(len(data) - kept)
 
 
 def large_frame() -> bytes:
