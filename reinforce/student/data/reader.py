@@ -2,31 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from threading import Lock
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from reinforce.dataset.files.damage import drop_shard_command
 from reinforce.dataset.layers import SAMPLES
-from reinforce.dataset.reading.aligned import row_errors
+from reinforce.dataset.reading.aligned import RowGroup, row_errors
 from reinforce.dataset.reading.dataset import AlignedLayers
 from reinforce.dataset.reading.sample import ImagePolicies
 from reinforce.errors import UserError
 from reinforce.source.references import ChangedImages, ImageRoots
-from reinforce.student.data.examples import Example, Examples, ExampleSpec, SampleFile, make_examples
+from reinforce.student.data.examples import Example, Examples, ExampleSpec, ReadLayer, SampleFile, make_examples
 from reinforce.training.order import Chunk, Order, Window
 
 #: Rows that are searched for a usable one before the training fails.
 _MAX_UNUSABLE_ROWS = 100_000
+#: Bytes of row groups of a dataset that a process keeps, where several streams read the same ones.
+_KEPT_BYTES = 128 * 2**20
 
 #: (teacher, ``image`` or kind of text) and dimension of each vector of an example, in order.
 Targets: TypeAlias = tuple[tuple[tuple[str, str], int], ...]
+
+
+class KeptGroups:
+    """Row groups as tables by layer: those that were used last, up to ``_KEPT_BYTES``. A copy by pickle is empty."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._groups: dict[tuple[str, int], Future[dict[str, pa.Table]]] = {}  # by shard and place, the last used last
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeptGroups, ()
+
+    def get(self, key: tuple[str, int], read: Callable[[], dict[str, pa.Table]]) -> dict[str, pa.Table]:
+        """Return a row group; one thread reads it while others wait. Raises what ``read`` raises."""
+        with self._lock:
+            known = self._groups.pop(key, None)
+            group = self._groups[key] = known or Future()
+        if known is None:
+            try:
+                group.set_result(read())
+            except BaseException as error:
+                group.set_exception(error)
+            self._drop_oldest()
+        return group.result()
+
+    def _drop_oldest(self) -> None:
+        left = _KEPT_BYTES
+        with self._lock:
+            for key, group in reversed([*self._groups.items()]):
+                if group.done() and group.exception() is None:
+                    left -= sum(table.nbytes for table in group.result().values())
+                    if left < 0:
+                        del self._groups[key]
 
 
 @dataclass(frozen=True)
@@ -49,29 +87,49 @@ class StreamedDataset:
     groups: npt.NDArray[np.int64]
     roots: ImageRoots = field(default_factory=ImageRoots)
     files: str = ""
+    kept: KeptGroups = field(default_factory=KeptGroups, compare=False, repr=False)
 
     @property
     def rows(self) -> int:
         return int(self.groups[:, 2].sum())
 
-    def load(self, chunk: Chunk, epoch: int) -> Examples:
-        """Read a chunk's examples of one epoch. Raises UserError if files or images are missing or damaged."""
+    def load(self, chunk: Chunk, epoch: int, keep: bool = False) -> Examples:
+        """Read a chunk's examples of one epoch; with ``keep``, its row group is kept for other chunks of it.
+
+        Raises UserError if files or images are missing or damaged.
+        """
         number, place, rows = self.groups[chunk.group].tolist()
         shard = self.shards[number]
+
+        def read_whole() -> dict[str, pa.Table]:
+            with self._open(shard, place, rows) as group:
+                return {layer: group.read(layer) for layer in self.layers.fingerprints}
+
+        if keep and chunk.rows < rows:
+            tables = self.kept.get((shard, place), read_whole)
+            return self._make_examples(shard, tables[SAMPLES], tables.__getitem__, chunk, epoch)
+        with self._open(shard, place, rows) as group:
+            return self._make_examples(shard, group.samples, group.read, chunk, epoch)
+
+    @contextlib.contextmanager
+    def _open(self, shard: str, place: int, rows: int) -> Iterator[RowGroup]:
         with self.layers.open(shard, whole=False) as layers:
             group = layers.row_group(place)
             if group.samples.num_rows != rows:
                 raise UserError(
                     f"{self.url}: samples/{shard}.parquet changed after the training started. Start it again."
                 )
-            path, policies = self.layers.store.layer_path(SAMPLES, shard), self.policies
-            file = SampleFile(path, policies.limits, policies.image, policies.augmentation, self.roots)
-            try:
-                with row_errors(path):
-                    found = make_examples(group.samples, group.read, chunk.first, chunk.stop, file, self.spec, epoch)
-            except ChangedImages as error:
-                drop = drop_shard_command(self.layers.store.url, [SAMPLES], shard)
-                raise UserError(error.describe(drop)) from error
+            yield group
+
+    def _make_examples(self, shard: str, samples: pa.Table, read: ReadLayer, chunk: Chunk, epoch: int) -> Examples:
+        path, policies = self.layers.store.layer_path(SAMPLES, shard), self.policies
+        file = SampleFile(path, policies.limits, policies.image, policies.augmentation, self.roots)
+        try:
+            with row_errors(path):
+                found = make_examples(samples, read, chunk.first, chunk.stop, file, self.spec, epoch)
+        except ChangedImages as error:
+            drop = drop_shard_command(self.layers.store.url, [SAMPLES], shard)
+            raise UserError(error.describe(drop)) from error
         width = sum(dim for _, dim in self.targets)
         if any(row is not None and len(row.vectors) != width for row in found.rows):
             raise UserError(f"{path}: vectors of the shard do not have the dimensions in dataset.json. Restore it.")
@@ -81,8 +139,11 @@ class StreamedDataset:
 class DatasetReader:
     """Endless examples of one stream of a dataset, beginning at a position.
 
-    Rows are read ahead in threads while fewer than a window of them are in memory, so at most a window and a row group
-    are, each as its encoded image and its float32 vectors (with 50 KB and 2 x 3 x 768 numbers, 4,096 rows take 280 MB).
+    Rows are read ahead in threads, the first window of every stream before others, while fewer are in memory than a
+    window has and than the stream reads in an epoch. So at most as many and a row group are, each as its encoded image
+    and its float32 vectors (with 50 KB and 2 x 3 x 768 numbers, 4,096 rows take 280 MB). Streams that read less than a
+    window in an epoch read parts of the same row groups at about the same time: a process keeps these.
+
     In place of unusable rows, the usable ones of a window follow one another again, so copies are as far apart as they
     can be. A window with fewer than ``apart`` usable rows, those of the stream that are in one batch, takes more from
     later epochs. With ``apart`` None, an unusable row is replaced by the one half a window away, which is version 1 of
@@ -103,7 +164,9 @@ class DatasetReader:
         self._chunks = ((window, chunk) for window in order.windows(stream, position) for chunk in window.chunks)
         self._pending: deque[tuple[Window, Future[Examples]]] = deque()
         self._rows_held = 0
-        self._read_ahead()
+        epoch = -(-order.total // order.streams)  # rows of the stream
+        self._most_rows, self._keep = min(order.window, epoch), epoch <= order.window
+        self._read_ahead(len(next(order.windows(stream, position)).order))
 
     def __iter__(self) -> Iterator[Example]:
         while True:
@@ -119,15 +182,15 @@ class DatasetReader:
             self._rows_held -= window.skip
             waiting.reverse()
             while waiting:
-                self._read_ahead()
+                self._read_ahead(self._most_rows)
                 self._rows_held -= 1
                 yield waiting.pop()  # drops the reference: images take most of the memory
-            self._read_ahead()
+            self._read_ahead(self._most_rows)
 
-    def _read_ahead(self) -> None:
-        while self._rows_held < self._order.window:
+    def _read_ahead(self, rows: int) -> None:
+        while self._rows_held < rows:
             window, chunk = next(self._chunks)
-            self._pending.append((window, self._pool.submit(self._dataset.load, chunk, window.epoch)))
+            self._pending.append((window, self._pool.submit(self._dataset.load, chunk, window.epoch, self._keep)))
             self._rows_held += chunk.rows
 
     def _replace_unusable(self, rows: list[Example | None], window: Window) -> list[Example]:
@@ -150,7 +213,7 @@ class DatasetReader:
         searched, unusable = 0, Counter[str]()
         for later in self._order.windows(self._stream, self._order.before(self._stream, window.epoch + 1) + start):
             for chunk in later.chunks:
-                examples = self._dataset.load(chunk, later.epoch)
+                examples = self._dataset.load(chunk, later.epoch, self._keep)
                 for row in filter(None, examples.rows):
                     found.setdefault((row.file.path, row.key), row)
                 searched += chunk.rows

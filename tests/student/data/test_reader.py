@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,18 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from reinforce.dataset.reading.aligned import AlignedShard, RowGroup
 from reinforce.errors import UserError
 from reinforce.student.config import Data
 from reinforce.student.data.datasets import open_datasets
 from reinforce.student.data.examples import Example
 from reinforce.student.data.feed import StudentFeed
 from reinforce.student.data.parts import Part, PartMaker
-from reinforce.student.data.reader import DatasetReader, StreamedDataset
+from reinforce.student.data.reader import DatasetReader, KeptGroups, StreamedDataset
 from reinforce.student.data.reading import plan_reading
 from reinforce.student.data.stream import (
     RankStream,
@@ -70,12 +74,63 @@ def order_of(dataset: StreamedDataset, window: int = 16) -> Order:
     return Order(dataset.groups[:, 2], 0, "d", 1, window)
 
 
-def test_at_most_a_window_and_a_row_group_are_read_ahead(dataset: StreamedDataset, pool: ThreadPoolExecutor) -> None:
-    order = order_of(dataset)
+@pytest.mark.parametrize(("streams", "window"), [(1, 16), (4, 4096), (16, 4096)])
+def test_at_most_a_window_or_an_epoch_of_the_stream_and_a_row_group_are_read_ahead(
+    dataset: StreamedDataset, pool: ThreadPoolExecutor, streams: int, window: int
+) -> None:
+    order = Order(dataset.groups[:, 2], 0, "d", streams, window)
     reader = DatasetReader(dataset, order, 0, 0, pool)
-    largest = int(dataset.groups[:, 2].max())
+    assert reader._rows_held == len(next(order.windows(0)).order), "the first window is not delayed by later ones"
+    most = min(window, 40 // streams + 1) + int(dataset.groups[:, 2].max())
     for _ in itertools.islice(reader, 100):
-        assert 0 < reader._rows_held < order.window + largest
+        assert 0 < reader._rows_held < most
+
+
+@pytest.mark.parametrize("streams", [1, 4, 16])
+def test_streams_of_a_small_dataset_do_not_each_read_the_row_groups_that_they_share(
+    url: str, monkeypatch: pytest.MonkeyPatch, streams: int
+) -> None:
+    read, row_group = [], AlignedShard.row_group
+
+    def noting(shard: AlignedShard, number: int) -> RowGroup:
+        read.append(number)
+        return row_group(shard, number)
+
+    feed = feed_of(url, streams=streams)
+    monkeypatch.setattr(AlignedShard, "row_group", noting)
+    batches = feed.batches(0, 1, 20, 0)
+    keys = [next(batches)["key"]]
+    assert 5 <= len(read) <= 10, "an epoch and what is read ahead, of 5 row groups of 8 rows"
+    keys += [next(batches)["key"] for _ in range(7)]
+    assert len(read) <= 25, "four epochs and what is read ahead"
+    batches.close()
+    monkeypatch.setattr("reinforce.student.data.reader._KEPT_BYTES", 1)
+    again = feed_of(url, streams=streams).batches(0, 1, 20, 3)
+    assert [next(again)["key"] for _ in range(5)] == keys[3:], "whatever is kept"
+
+
+def test_the_row_groups_that_were_used_last_are_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reinforce.student.data.reader._KEPT_BYTES", 20_000)
+    read, kept = [], KeptGroups()
+
+    def get(place: int) -> None:
+        def reading() -> dict[str, pa.Table]:
+            read.append(place)
+            return {"samples": pa.table({"key": np.zeros(1000)})}  # 8,000 bytes
+
+        kept.get(("shard", place), reading)
+
+    for place in (0, 1, 0, 2, 0, 1):
+        get(place)
+    assert read == [0, 1, 2, 1], "1 made room for 2"
+
+    def fail() -> dict[str, pa.Table]:
+        raise UserError("damaged")
+
+    for _ in range(2):
+        with pytest.raises(UserError, match="damaged"):
+            kept.get(("shard", 3), fail)
+    assert pickle.loads(pickle.dumps(kept))._groups == {}
 
 
 def test_a_window_without_a_usable_row_takes_one_from_later_epochs(
