@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,9 @@ def run_command(*words: str) -> None:
     assert ended.value.code in (0, None), words
 
 
+run_once = cache(run_command)  # the workspace is the same for each page
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Iterator[Path]:
     """The workspace after the first commands of README.md: a dataset, and a student that was trained from it."""
@@ -102,7 +106,7 @@ def test_every_command_shown_runs_or_is_parsed(block: Block, words: list[str], w
     assert rule is not None, f"{block}: add `{' '.join(words)}` to RUN or, with a reason, to CHECKED"
     commands.check(words)
     if rule in commands.RUN:
-        run_command(*commands.local(words)[1:])
+        run_once(*commands.local(words)[1:])
 
 
 def test_no_rule_is_left_over() -> None:

@@ -51,12 +51,6 @@ def check(folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def copy_to(folder: Path) -> None:
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
-
-
 def sections(output: str) -> dict[str, str]:
     """What is printed about each broken contract, by its name."""
     found: dict[str, str] = {}
@@ -77,27 +71,21 @@ def test_the_contracts_hold() -> None:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What is printed about each contract where all are broken."""
+    """What is printed about each contract where all are broken, and folders have a module that no contract names."""
     folder = tmp_path_factory.mktemp("imports")
-    copy_to(folder)
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
     for file, module in [*((file, module) for _, file, module in BROKEN), *CIRCLE]:
         package, _, name = module.rpartition(".")
         code = f"from {package} import {name}" if package else f"import {name}"
         with (folder / file).open("a") as changed:
             changed.write(f"\ndef _broken() -> None:\n    {code}\n")
+    for place in EXHAUSTIVE.values():
+        (folder / place / "unplaced.py").touch()
     done = check(folder)
     assert done.returncode == 1, done.stdout + done.stderr
     return sections(done.stdout)
-
-
-@pytest.fixture(scope="module")
-def unlisted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What is printed about each contract where folders have a module that no contract names."""
-    folder = tmp_path_factory.mktemp("imports")
-    copy_to(folder)
-    for place in EXHAUSTIVE.values():
-        (folder / place / "unplaced.py").touch()
-    return sections(check(folder).stdout)
 
 
 @pytest.mark.parametrize(("contract", "file", "module"), BROKEN)
@@ -115,6 +103,6 @@ def test_a_circle_of_imports_is_reported(broken: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("contract", "folder"), EXHAUSTIVE.items())
-def test_a_module_without_a_place_is_reported(unlisted: dict[str, str], contract: str, folder: str) -> None:
-    section = next(text for name, text in unlisted.items() if name.startswith(contract))
+def test_a_module_without_a_place_is_reported(broken: dict[str, str], contract: str, folder: str) -> None:
+    section = next(text for name, text in broken.items() if name.startswith(contract))
     assert f"{folder.replace('/', '.')}.unplaced" in section

@@ -134,7 +134,7 @@ def test_a_killed_fine_tuning_resumes_with_identical_results(trained: tuple[Path
         while not list(checkpoints.glob("step-*.safetensors")):
             assert process.poll() is None
             assert time.monotonic() < deadline
-            time.sleep(0.005)
+            time.sleep(0.02)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -23,6 +23,7 @@ from reinforce.engine.record.summary import RunSummary
 from reinforce.errors import StorageError
 from reinforce.source import urls
 from tests.helpers.data import config_of, members_of, tree
+from tests.helpers.large_object import write
 from tests.helpers.reinforced import fresh_dataset
 from tests.helpers.s3_proxy import Fault, Proxy, Request, cut, hold, refuse, run_first, slow
 from tests.helpers.s3_runs import SHARDS, config, events, layers, put_source, reads_shard, writes_layer
@@ -225,12 +226,6 @@ def test_an_endpoint_that_does_not_answer_is_one_clear_error(
 
 
 ROOT = Path(__file__).parents[2]
-BYTES = 101 * 2**20  # from 100 MiB s3fs uploads parts of 50 MiB
-
-
-def write(folder: str) -> None:
-    with Store(f"s3://bucket/{folder}").new_file("large.bin") as path, open(path, "wb") as file:
-        file.truncate(BYTES)
 
 
 def second_part(request: Request) -> bool:
@@ -244,11 +239,12 @@ def uploads(s3: s3fs.S3FileSystem, folder: str) -> int:
 
 
 def test_a_process_killed_in_the_middle_of_an_upload_leaves_no_object(s3: s3fs.S3FileSystem, s3_proxy: Proxy) -> None:
-    code = "from tests.integration.test_s3 import write; write('killed')"
+    code = "from tests.helpers.large_object import write; write('killed')"
     with s3_proxy.inject(hold, second_part) as reached:
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
         while not reached:
             assert process.poll() is None, "it ended before its second part"
+            time.sleep(0.05)
         process.kill()
         process.wait()
     assert s3.find("bucket/killed", refresh=True) == []
@@ -263,6 +259,7 @@ def test_a_process_killed_while_it_puts_a_file_leaves_none_on_its_machine(
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)})
         while not reached:
             assert process.poll() is None, "it ended before its request"
+            time.sleep(0.05)
         process.kill()
         process.wait()
     assert [*tmp_path.iterdir()] == []

@@ -107,7 +107,7 @@ def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> No
     while not log.exists() or f'"step": {step},' not in log.read_text():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 def assert_same(output: Path, undisturbed: Path) -> None:

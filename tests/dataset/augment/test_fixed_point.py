@@ -62,10 +62,10 @@ def test_the_golden_pixels() -> None:
 
 
 def test_threads_and_processes_replay_the_golden_pixels() -> None:
-    with ThreadPoolExecutor(4) as threads:
-        assert {future.result() for future in [threads.submit(replayed_digest) for _ in range(4)]} == {GOLDEN}
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
-        assert set(processes.map(replayed_digest, [None, None])) == {GOLDEN}
+    with ThreadPoolExecutor(2) as threads:
+        assert {future.result() for future in [threads.submit(replayed_digest) for _ in range(2)]} == {GOLDEN}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
+        assert processes.submit(replayed_digest).result() == GOLDEN
 
 
 @pytest.mark.parametrize(
