@@ -31,17 +31,6 @@ def events_of(output: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == kind]
 
 
-def test_a_second_run_does_nothing(shards: Callable[..., str], tmp_path: Path) -> None:
-    config = config_of(shards(10, 3), tmp_path / "out")
-    summary = reinforce.run(config)
-    assert (summary.status, summary.samples, summary.shards) == (0, 13, 2)
-    before = tree(tmp_path / "out", layers_only=False)
-    summary = reinforce.run(config)
-    assert summary.run is None
-    assert "nothing to do" in summary.message
-    assert tree(tmp_path / "out", layers_only=False) == before
-
-
 @pytest.mark.slow
 def test_two_runs_into_two_folders_give_equal_files(
     shards: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -76,7 +65,7 @@ def test_an_added_teacher_and_captioner_compute_only_their_layers_and_end_as_a_f
     assert manifests[0] == manifests[1]
 
 
-def test_a_run_reports_damaged_files_replaced_sources_and_repeated_keys(
+def test_a_run_reports_damaged_files_replaced_sources_and_repeated_keys_and_the_next_does_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One damaged file is found by its size before the run, one when another layer is computed from it."""
@@ -84,7 +73,7 @@ def test_a_run_reports_damaged_files_replaced_sources_and_repeated_keys(
     write_tar(source / "0.tar", members_of(0, 5))
     whole = config_of(f"{source}/*.tar", out)
     first = reinforce.run({**whole, "teachers": {"red": whole["teachers"]["red"]}})
-    assert (first.status, first.repeated_keys) == (0, 0)
+    assert (first.status, first.samples, first.shards, first.repeated_keys) == (0, 5, 1, 0)
     store = Store(whole["output"])
     for name, entry in read_manifest(store)["layers"].items():
         assert dict(read_index(store, name, entry["fingerprint"]).listing().items()) == store.shards(name), name
@@ -117,7 +106,11 @@ def test_a_run_reports_damaged_files_replaced_sources_and_repeated_keys(
         main(["status", str(out)])
     assert repeated in capsys.readouterr().out
     assert not any("record" in event for event in events_of(out, "shard"))
-    assert reinforce.run(whole).run is None
+    after = tree(out, layers_only=False)
+    again = reinforce.run(whole)
+    assert again.run is None
+    assert "nothing to do" in again.message
+    assert tree(out, layers_only=False) == after
     assert validate(whole["output"]).errors == []
 
 
