@@ -16,10 +16,10 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -28,6 +28,8 @@ from reinforce.source.urls import filesystem
 from teachers.redact import redact
 from teachers.weights import replacing
 
+_READS = 3  # of a file of which only a part arrives
+T = TypeVar("T")
 _JSON_BYTES = 16 * 2**20  # of a file that is read as JSON
 _PUTS_AT_ONCE = 16
 _TEMPORARY_FOLDER = ".tmp"
@@ -129,7 +131,7 @@ class Storage:
         """Read a JSON object; return None if the file does not exist. Raises UserError for any other file."""
         path = self.path(*parts)
         try:
-            data = json.loads(self.read_bytes(*parts, limit=_JSON_BYTES))
+            data = self.read_parsed(json.loads, *parts, limit=_JSON_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, UnicodeDecodeError, RecursionError) as error:
@@ -150,6 +152,22 @@ class Storage:
         if len(content) > limit:
             raise UserError(f"{path} has more than {limit:,} bytes. Restore it from a backup or from another copy.")
         return content
+
+    def read_parsed(self, parse: Callable[[bytes], T], *parts: str, limit: int) -> T:
+        """Read a small file and parse it. Raises what ``parse`` raises, unless only a part of the file has arrived."""
+        for _ in range(_READS):
+            content = self.read_bytes(*parts, limit=limit)
+            try:
+                return parse(content)
+            except Exception:
+                with self.storage_errors("read", *parts):
+                    self.fs.invalidate_cache()
+                    size = self.fs.info(self.path(*parts))["size"]
+                if size <= len(content):
+                    raise
+        raise StorageError(
+            f"{self.path(*parts)} cannot be read: the storage sent {len(content):,} of {size:,} bytes. Check it."
+        )
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
         """Publish a small file."""
@@ -182,7 +200,8 @@ class Storage:
                 self.fs.invalidate_cache()
                 if self.fs.exists(path):
                     return False
-                if not (isinstance(error, (NotImplementedError, TypeError)) or "NotImplemented" in str(error)):
+                unsupported = isinstance(error, (NotImplementedError, TypeError)) or "NotImplemented" in str(error)
+                if not unsupported and getattr(error, "errno", None) != errno.ENOSYS:  # s3fs raises it for status 501
                     raise
                 self.fs.pipe_file(path, data)
             return True

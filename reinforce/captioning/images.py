@@ -18,6 +18,7 @@ from reinforce.source.formats.base import Shard
 from reinforce.source.reading import read_samples
 from reinforce.source.samples import RawSample
 from reinforce.source.urls import canonical, filesystem, shard_name
+from reinforce.source.whole_reads import open_whole
 from teachers.weights import cache_folder, locked, replacing
 
 _log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def _copy_images(url: str, spec: str | None, target: Path) -> None:
 
 def _samples_images(url: str) -> Iterator[Any]:
     fs, path = filesystem(url)
-    with fs.open(path, "rb") as source, read_errors(canonical(url)):
+    with open_whole(fs, path) as source, read_errors(canonical(url)):
         file = LayerFile(source, source.size)
         for index in range(file.num_row_groups):
             for image in file.read_row_group(index, columns=["image"])["image"]:

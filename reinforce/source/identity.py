@@ -11,6 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import UserError
 from reinforce.source.urls import Info, canonical, filesystem
+from reinforce.source.whole_reads import open_whole
 
 _HEAD_BYTES = 64 * 2**10  # holds the headers of the first members, and most of the first image
 _STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified")
@@ -57,7 +58,7 @@ class SourceState:
 def read_state(url: str) -> SourceState:
     """Read the state of a source file with one request for its first bytes. Raises what the storage raises."""
     fs, path = filesystem(url)
-    with fs.open(path, "rb", block_size=_HEAD_BYTES, cache_type="none") as file:
+    with open_whole(fs, path, block_size=_HEAD_BYTES, cache_type="none") as file:
         info = getattr(file, "details", None) or fs.info(path)
         data = b""
         while len(data) < _HEAD_BYTES and (part := file.read(_HEAD_BYTES - len(data))):

@@ -20,6 +20,7 @@ from reinforce.source.identity import current_url
 from reinforce.source.streams import BLOCK_BYTES, check_file
 from reinforce.source.tar import DamagedTar
 from reinforce.source.urls import canonical, compression, filesystem
+from reinforce.source.whole_reads import open_whole
 from reinforce.terminal import escape
 from schemas import Reason
 
@@ -224,7 +225,7 @@ def read_ranges(url: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
         raise UserError(f"{canonical(url)}: images cannot be read by reference from a compressed tar. Unpack it.")
     fs, path = filesystem(url, redirects=False)
     check_file(fs, path)
-    with fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
+    with open_whole(fs, path, block_size=BLOCK_BYTES, cache_type="readahead") as file:
         for offset, length in ranges:
             file.seek(offset)
             data = bytearray()

@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from reinforce.source.file_types import NOT_A_FILE
 from reinforce.source.tar import Readable
 from reinforce.source.urls import compression, filesystem
+from reinforce.source.whole_reads import open_whole
 
 BLOCK_BYTES = 8 * 2**20  # bytes per request to an object store
 _MAGIC = {b"\x1f\x8b": ".tar.gz", b"\xfd7zXZ": ".tar.xz", b"BZh": ".tar.bz2", b"\x28\xb5\x2f\xfd": ".tar.zst"}
@@ -40,7 +41,7 @@ def open_stream(url: str, kind: str | None = None) -> Iterator[tuple[Seekable, i
     fs, path = filesystem(url)
     kind = kind or compression(url)
     check_file(fs, path)
-    with fs.open(path, "rb", block_size=BLOCK_BYTES, cache_type="readahead") as file:
+    with open_whole(fs, path, block_size=BLOCK_BYTES, cache_type="readahead") as file:
         size = getattr(file, "size", None)
         if size == 0 and fs.isdir(path):  # s3fs opens a folder as an empty file
             raise IsADirectoryError(errno.EISDIR, "a folder")

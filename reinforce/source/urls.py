@@ -15,6 +15,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from reinforce.errors import UserError
+from reinforce.source.whole_reads import read_whole
 from reinforce.source_formats import SOURCES
 from teachers.redact import CONTAINER_SCHEMES
 
@@ -269,7 +270,7 @@ def _expand_list(
         raise UserError(f"source {shown}: this list of URLs contains itself. Remove the line that names it.")
     try:
         fs, path = filesystem(url)
-        data = fs.cat_file(path)
+        data = read_whole(fs, path)
         if is_table(data[:_HEAD_BYTES]):
             yield url
             return

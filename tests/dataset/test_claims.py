@@ -23,6 +23,7 @@ from reinforce.dataset.manifest.manifest import update_manifest
 from reinforce.engine.plan.recipe import build_layers, describe_models
 from reinforce.errors import UserError
 from tests.helpers.data import config_of
+from tests.helpers.s3_proxy import Proxy, refuse
 
 
 @pytest.fixture
@@ -149,15 +150,24 @@ def test_a_claim_of_a_run_on_this_machine_ends_with_the_lock_of_a_local_dataset(
     claims_of(str(tmp_path / "out"), seed=7).take()
 
 
-@pytest.mark.parametrize("refuses", [False, True], ids=["ignores the condition", "refuses the condition"])
-def test_a_store_without_conditional_puts_has_claims_that_are_read_back(
-    memory: str, monkeypatch: pytest.MonkeyPatch, refuses: bool
+def test_a_store_that_refuses_conditional_puts_is_written_without_them(s3: s3fs.S3FileSystem, s3_proxy: Proxy) -> None:
+    implied = "A header you provided implies functionality that is not implemented"
+    with s3_proxy.inject(refuse(501, "NotImplemented", implied), lambda r: "If-None-Match" in r.headers) as refused:
+        with claims_of("s3://bucket/refusing"):
+            assert len(s3.ls("bucket/refusing/claims")) == len(refused)
+        store = Store("s3://bucket/refusing")
+        assert store.create(b"first", "file")
+        assert not store.create(b"second", "file")
+    assert refused
+    assert s3.cat_file("bucket/refusing/file") == b"first"
+
+
+def test_a_store_that_ignores_the_condition_of_puts_has_claims_that_are_read_back(
+    memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put = fsspec.implementations.memory.MemoryFileSystem.pipe_file
 
     def pipe_file(self: Any, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
-        if refuses and mode == "create":
-            raise OSError(22, "NotImplemented: A header you provided implies functionality that is not implemented")
         put(self, path, value)
 
     monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "pipe_file", pipe_file)

@@ -64,6 +64,18 @@ def cut(handler: Handler, request: Request) -> None:
     handler.close_connection = True
 
 
+def shorten(share: float) -> Fault:
+    """Send the first part of the body, with a Content-Length that fits it and no checksum."""
+
+    def fault(handler: Handler, request: Request) -> None:
+        answer = handler.forward(request)
+        body = answer.body[: int(share * len(answer.body))]
+        kept = [(k, v) for k, v in answer.headers if k.lower() != "content-length" and "checksum" not in k.lower()]
+        handler.send(Response(answer.status, [*kept, ("Content-Length", str(len(body)))], body))
+
+    return fault
+
+
 def slow(seconds: float, pieces: int = 4) -> Fault:
     """Send the body in pieces, with a pause before each."""
 

@@ -101,8 +101,8 @@ def read_index(store: Store, layer: str, fingerprint: str) -> LayerIndex:
 
 def _read_index(store: Store, layer: str, fingerprint: str) -> LayerIndex:
     """The same for who writes it again. Raises StorageError."""
-    try:
-        content = store.read_bytes(FOLDER, index_file(layer), limit=_MAX_BYTES)
+
+    def parse(content: bytes) -> LayerIndex:
         file = LayerFile(pa.BufferReader(content), len(content))
         footer = parse_footer(file.metadata)
         if (footer.get("layer"), footer.get("fingerprint")) != (layer, fingerprint):
@@ -110,6 +110,9 @@ def _read_index(store: Store, layer: str, fingerprint: str) -> LayerIndex:
         table = file.read(schemas.index_schema().names).cast(schemas.index_schema())
         named = pc.all(pc.match_substring_regex(table["shard"], f"^{SHARD_NAME.pattern}$"), min_count=0).as_py()
         return LayerIndex(table) if named else LayerIndex()
+
+    try:
+        return store.read_parsed(parse, FOLDER, index_file(layer), limit=_MAX_BYTES)
     except StorageError:
         raise
     except (OSError, ValueError, UserError, pa.ArrowException):  # among them FileNotFoundError and RefusedFile

@@ -139,7 +139,7 @@ class LayerFile:
         leaves = [leaf for leaf in map(group.column, range(group.num_columns)) if _column(leaf) in names]
         self._source.fetch([span(leaf, self._source.size()) for leaf in leaves])
         try:
-            with _decode_errors():
+            with self._decode_errors():
                 self._check_bytes(group.num_rows, leaves)
                 table = self._file.read_row_group(number, columns=names, use_threads=use_threads)
         finally:
@@ -165,6 +165,20 @@ class LayerFile:
                 leaf.compression, leaf.total_uncompressed_size, leaf.data_page_offset - start,
             )  # fmt: skip
             return StoredKeys(group.num_rows, form, bytes(self._source.read_at(start, length)))
+
+    @contextlib.contextmanager
+    def _decode_errors(self) -> Iterator[None]:
+        """Turn what Arrow raises for damage into RefusedFile, and raise what the storage has raised as it is."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except (BadPage, pa.ArrowException, OSError) as error:
+            if self._source.error is not None:
+                raise self._source.error from None
+            if "CRC checksum" in str(error):
+                raise RefusedFile("a page does not have its checksum: bytes of it have changed") from error
+            raise RefusedFile(f"a page cannot be decoded: {str(error)[:300]}") from error
 
     def _row_group(self, number: int) -> pq.RowGroupMetaData:
         """What the footer says of a row group, after Arrow has accepted it."""
@@ -207,19 +221,6 @@ class LayerFile:
                 index = table.column_names.index(name)
                 table = table.set_column(index, name, vectors.from_lists(table[name], self._shapes[name]))
         return table.replace_schema_metadata(None)
-
-
-@contextlib.contextmanager
-def _decode_errors() -> Iterator[None]:
-    """Turn what Arrow raises for damage into RefusedFile; the bytes are in memory, or in a memory map."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except (BadPage, pa.ArrowException, OSError) as error:
-        if "CRC checksum" in str(error):
-            raise RefusedFile("a page does not have its checksum: bytes of it have changed") from error
-        raise RefusedFile(f"a page cannot be decoded: {str(error)[:300]}") from error
 
 
 def _column_names(footer: pq.FileMetaData) -> list[str]:

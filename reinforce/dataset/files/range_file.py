@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from reinforce.source.whole_reads import read_range
+
 
 class RangeFile:
     """A file of ``size`` bytes at a path of an fsspec file system, or of the local disk if ``fs`` is None.
@@ -32,7 +34,7 @@ class RangeFile:
         if self._fs is None:
             data = _read_local(self._path, start, stop)
         else:
-            data = self._fs.cat_file(self._path, start=start, end=stop)
+            data = read_range(self._fs, self._path, start, stop)
         self._parts = [*self._parts[:1], (start, data)]
         return data
 

@@ -23,9 +23,10 @@ from reinforce.dataset.files.layer_file import LayerFile, RefusedFile, naming_re
 from reinforce.dataset.files.listing import Listing, list_folders
 from reinforce.dataset.files.range_file import RangeFile
 from reinforce.dataset.layers import Layer
-from reinforce.errors import UserError
+from reinforce.errors import StorageError, UserError
 from reinforce.processes.prefetch import prefetch
 from reinforce.source import file_types as formats
+from reinforce.source.whole_reads import open_whole
 from reinforce.storage import Storage
 from reinforce.terminal import escape
 from schemas import WHOLE_SHARD, Reason
@@ -82,17 +83,22 @@ class Store(Storage):
 
     def quarantined(self, layer: str, shard: str) -> list[dict[str, str | None]]:
         """Read the rows of a quarantine file: key, reason, detail. Raises DamagedQuarantine."""
-        content = self.read_bytes("quarantine", layer, f"{shard}.parquet", limit=_QUARANTINE_BYTES)
-        try:
+
+        def parse(content: bytes) -> list[dict[str, str | None]]:
             file = LayerFile(pa.BufferReader(content), len(content), max_rows=_QUARANTINE_ROWS)
             rows: list[dict[str, str | None]] = file.read(schemas.quarantine_schema().names).to_pylist()
+            return rows
+
+        try:
+            return self.read_parsed(parse, "quarantine", layer, f"{shard}.parquet", limit=_QUARANTINE_BYTES)
+        except (StorageError, FileNotFoundError):
+            raise
         except Exception as error:  # Arrow raises several for damage
             reason = f"{type(error).__name__}: {escape(str(error)[:500])}"
             fix = shlex.join(["reinforce", "validate", self.url, "--repair"])
             raise DamagedQuarantine(
                 f"{self.quarantine_path(layer, shard)} is damaged ({reason}). `{fix}` sets it aside.", reason
             ) from error
-        return rows
 
     def quarantined_rows(
         self, layer: str, files: Listing, damaged: DamagedFiles | None = None
@@ -181,7 +187,7 @@ class Store(Storage):
                     with contextlib.suppress(RefusedFile):  # it may have been replaced since it was listed
                         file = self.layer_end(layer, shard, size)
                 if file is None:
-                    opened = _memory_map(path) if self.local else self.fs.open(path, "rb", **options)
+                    opened = _memory_map(path) if self.local else open_whole(self.fs, path, **options)
                     source = stack.enter_context(opened)
                     file = LayerFile(source, source.size() if self.local else source.size, file=(layer, shard))
                 check_footer(path, file.metadata, fingerprint)

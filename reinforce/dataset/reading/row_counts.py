@@ -19,6 +19,7 @@ from reinforce.dataset.files.store import Store, check_footer
 from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.reading.aligned import layer_errors
 from reinforce.parquet.footers import TAIL_BYTES, read_footer
+from reinforce.source.whole_reads import read_range
 from teachers.weights import cache_folder, locked
 
 _LOG = logging.getLogger(__name__)
@@ -79,7 +80,10 @@ def _footer_counts(store: Store, fingerprint: str, shards: Mapping[str, int]) ->
             with layer_errors(store, SAMPLES, shard):
                 if isinstance(tail, Exception):
                     raise tail
-                metadata = read_footer(tail, shards[shard])
+                size = shards[shard]
+                whole = len(tail) == min(size, TAIL_BYTES)
+                end = tail if whole else read_range(store.fs, path, max(0, size - TAIL_BYTES), size)
+                metadata = read_footer(end, size)
                 if metadata is None:  # the footer is longer than the tail
                     with store.open_layer(SAMPLES, shard, whole=False) as file:
                         metadata = file.metadata

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from reinforce.dataset.runs.key_sample import ALL, KeySample, ShardKeys
 from reinforce.errors import StorageError
 from reinforce.source.identity import SourceState
+from reinforce.source.whole_reads import read_range
 from reinforce.storage import Storage
 
 FILE = "shards.jsonl"
@@ -134,6 +135,9 @@ def read_records(store: Storage) -> Records:
         found = store.fs.glob(store.path("runs", "*", FILE), detail=True)
         paths = sorted(path for path, info in found.items() if _is_readable(info))
         contents = store.fs.cat(paths, on_error="omit") if paths else {}
+        for path, content in contents.items():
+            if len(content) < (size := found[path].get("size") or 0):
+                contents[path] = read_range(store.fs, path, 0, size)
     keys, sources = KeySample(), {}
     for path in sorted(contents):
         for line in contents.pop(path).decode(errors="replace").split("\n"):

@@ -151,7 +151,7 @@ class Worker:
         except LayerFailure as error:
             raise LayerFailure(error.layer, self.redact(str(error.args[1]))) from None
         except Exception as error:
-            if is_storage_error(error) and not is_local(shard.url):
+            if is_storage_error(error) and not (self.store.local and is_local(shard.url)):
                 raise self._storage_failure(shard, error, f"{type(error).__name__}: {error}") from None
             worker_at_fault = isinstance(error, (RuntimeError, MemoryError))  # storage drivers raise neither
             raise ShardFailure(self.redact(f"{type(error).__name__}: {error}"), worker_at_fault) from None

@@ -37,7 +37,7 @@ from reinforce.engine.worker.producers.registry import make_producers
 from reinforce.engine.worker.refusals import Refusals
 from reinforce.engine.worker.stale_files import MisalignedLayer, origin_entries, set_inputs_aside, set_stale_aside
 from reinforce.source.captions import CAPTIONS_REPLACED, REPLACED
-from reinforce.source.identity import SourceState, former_url, read_state
+from reinforce.source.identity import SourceState, former_url, probe_state, read_state
 from reinforce.source.references import ChangedImages
 from reinforce.source.samples import AbsentShard, Refusal
 from reinforce.source.urls import canonical, is_local
@@ -114,10 +114,17 @@ class _ShardProcess:
             return self._run(start)
         except (RefusedFile, MisalignedLayer) as error:
             others = [name for name in self.all_layers if name not in self.layers]
-            files = set_inputs_aside(self.store, self.shard.name, others, error)
+            files = set_inputs_aside(self.store, self.shard.name, others, error, self._samples_can_be_replaced)
             if not files:
                 raise
             return ShardResult(shard=self.shard.name, seconds=time.perf_counter() - start, set_aside=files)
+
+    def _samples_can_be_replaced(self) -> bool:
+        """Whether the source of stored samples can be read and has not changed."""
+        if not self.shard.is_file:
+            return True
+        now = probe_state(self.shard.url)
+        return now is not None and SourceState.from_footer(self.origin).same_content(now) is not False
 
     def _run(self, start: float) -> ShardResult:
         with contextlib.ExitStack() as stack:

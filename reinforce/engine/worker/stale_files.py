@@ -6,7 +6,7 @@ its other shards. Samples decide the rows, so they stay.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from reinforce.dataset.files.damage import file_damage, set_aside
 from reinforce.dataset.files.layer_file import RefusedFile
@@ -35,12 +35,17 @@ def origin_entries(footer: Mapping[str, str]) -> dict[str, str]:
 
 
 def set_inputs_aside(
-    store: Store, shard: str, layers: Collection[str], error: RefusedFile | MisalignedLayer
+    store: Store,
+    shard: str,
+    layers: Collection[str],
+    error: RefusedFile | MisalignedLayer,
+    replaceable: Callable[[], bool],
 ) -> dict[str, str] | None:
     """Set aside the files because of which reading has failed with ``error``; returns the reasons by layer.
 
     ``layers`` are those of the shard that the lease does not compute. Returns None if no file is at fault: a file that
-    reads well at the second time was damaged on its way.
+    reads well at the second time was damaged on its way. Samples are set aside only where ``replaceable()``; otherwise
+    raises RefusedFile.
     """
     if isinstance(error, MisalignedLayer):
         if SAMPLES in layers:
@@ -56,6 +61,11 @@ def set_inputs_aside(
         return {layer: _MISSING}
     if reason is None:
         return None
+    if layer == SAMPLES and not replaceable():
+        raise RefusedFile(
+            f"{store.layer_path(layer, shard)} is damaged ({reason}). It stays, because its source cannot be read or "
+            "has changed, and it may be the only copy of its images. Restore it, or its source."
+        )
     set_aside(store, layer, shard)
     return {layer: reason}
 

@@ -13,6 +13,7 @@ from reinforce.config import Input, Limits
 from reinforce.source.file_types import foreign_name
 from reinforce.source.samples import Item, ReadBudget
 from reinforce.source.urls import Info, filesystem
+from reinforce.source.whole_reads import read_whole
 from reinforce.source_formats import DEFAULT
 
 
@@ -65,7 +66,7 @@ class Shard:
         content = self.listing
         if isinstance(content, str):
             fs, path = filesystem(content)
-            content = fs.cat_file(path)
+            content = read_whole(fs, path)
         return content.splitlines()
 
 

@@ -29,6 +29,7 @@ from reinforce.source.formats.tar import sample_of_files, split_name
 from reinforce.source.samples import Item, Place, RawSample, ReadBudget, Refusal, unique_keys
 from reinforce.source.streams import check_file
 from reinforce.source.urls import canonical, filesystem
+from reinforce.source.whole_reads import open_whole
 from reinforce.source_formats import SOURCES
 from schemas import Reason
 
@@ -168,7 +169,7 @@ class _LocalFile:
             return self._data
         fs, path = filesystem(self.url)
         check_file(fs, path)
-        with fs.open(path, "rb", block_size=limit + 1, cache_type="none") as file:
+        with open_whole(fs, path, block_size=limit + 1, cache_type="none") as file:
             data: bytes = file.read(limit + 1)
         self.size = len(data)
         return None if len(data) > limit else data

@@ -23,6 +23,7 @@ from reinforce.source.formats.columns import Columns, NoColumn, RowReader, find_
 from reinforce.source.samples import Item, ReadBudget, Refusal, unique_keys
 from reinforce.source.streams import check_file
 from reinforce.source.urls import filesystem
+from reinforce.source.whole_reads import open_whole
 from schemas import Reason
 
 Row = Mapping[str, Any]
@@ -37,7 +38,7 @@ class ParquetFile:
         fs, path = filesystem(url)
         check_file(fs, path)
         self._stack = contextlib.ExitStack()
-        self._file = CheckedFile(self._stack.enter_context(fs.open(path, "rb", cache_type="none")))
+        self._file = CheckedFile(self._stack.enter_context(open_whole(fs, path, cache_type="none")))
         try:
             self.footer, _ = self._file.footer()
             self.schema = _schema(self.footer)

@@ -19,6 +19,7 @@ from reinforce.source.references import MAX_URL_CHARS, ImageRoots
 from reinforce.source.samples import Item, Place, RawSample, Refusal
 from reinforce.source.streams import check_file
 from reinforce.source.urls import canonical, filesystem
+from reinforce.source.whole_reads import open_whole
 from schemas import Reason
 
 _THREADS = 16
@@ -81,7 +82,7 @@ class Places:
         limit = self._limits.image_bytes
         try:
             check_file(fs, path)
-            with fs.open(path, "rb", block_size=limit + 1, cache_type="none") as file:
+            with open_whole(fs, path, block_size=limit + 1, cache_type="none") as file:
                 data: bytes = file.read(limit + 1)
         except OSError as error:
             if not isinstance(error, _MISSING) and error.errno not in _NO_NAME:

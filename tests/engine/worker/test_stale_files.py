@@ -12,6 +12,7 @@ import pytest
 
 from reinforce.config import parse_config
 from reinforce.dataset.files.damage import set_aside
+from reinforce.dataset.files.layer_file import RefusedFile
 from reinforce.dataset.files.store import Store
 from reinforce.dataset.runs.key_sample import ShardKeys
 from reinforce.dataset.runs.shard_records import RecordWriter, ShardRecord, SourceRecord
@@ -95,6 +96,23 @@ def test_a_damaged_file_that_others_are_computed_from_is_set_aside_and_computed_
     assert {k: v for k, v in tree(folder / "out").items() if k != "dataset.json"} == {
         k: v for k, v in before.items() if k != "dataset.json"
     }
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_damaged_samples_stay_where_their_source_is_gone_or_another(made: Path, folder: Path, change: str) -> None:
+    shutil.rmtree(folder / "out" / "embeddings" / "blue")
+    path = file_of(folder / "out", "samples")
+    damage(path, 0)
+    before = path.read_bytes()
+    parsed = parse_config(config(made, folder))
+    plan = make_plan(parsed)
+    source = folder / "source" / f"{path.stem.partition('-')[0]}.tar"
+    source.unlink() if change == "removed" else write_tar(source, members_of(7, 9))
+    shard = next(shard for shard in plan.pending if shard.name == path.stem)
+    models = load_models(parsed, [plan.layers[name] for name in shard.layers])
+    with pytest.raises(RefusedFile, match="It stays, because its source cannot be read or has changed"):
+        process_shard(shard, parsed, plan.layers, Store(parsed.output), models, decode_pool())
+    assert path.read_bytes() == before
 
 
 def test_a_footer_that_has_lost_a_column_is_damage(made: Path, folder: Path) -> None:

@@ -1,0 +1,86 @@
+"""An object store that answers with fewer bytes than there are, and a Content-Length that fits them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+
+import reinforce
+from reinforce.config import Input
+from reinforce.dataset.files.store import Store
+from reinforce.dataset.status import read_status
+from reinforce.dataset.validate.validate import validate
+from reinforce.errors import StorageError
+from reinforce.source.formats.base import Shard
+from reinforce.source.reading import read_samples
+from reinforce.source.urls import expand
+from reinforce.source.whole_reads import ShortRead
+from schemas import Reason
+from tests.helpers.data import config_of, members_of, tree, write_tar
+from tests.helpers.reinforced import fresh_dataset
+from tests.helpers.s3_proxy import Proxy, Request, shorten
+
+pytestmark = pytest.mark.parametrize("share", [0.0, 0.5])
+
+
+def every_other_read() -> Any:
+    """Whether a request is the first, third, ... for an object."""
+    seen: Counter[str] = Counter()
+
+    def selects(request: Request) -> bool:
+        if not request.is_read:
+            return False
+        seen[request.key] += 1
+        return seen[request.key] % 2 == 1
+
+    return selects
+
+
+def test_short_answers_change_nothing_of_a_dataset_and_damage_nothing(
+    s3: s3fs.S3FileSystem, s3_proxy: Proxy, tmp_path: Path, share: float
+) -> None:
+    for number in range(2):
+        path = write_tar(tmp_path / "source" / f"{number}.tar", members_of(number, 5))
+        s3.put_file(str(path), f"bucket/{share}/{number}.tar")
+    whole = config_of(f"s3://bucket/{share}/{{0..1}}.tar", tmp_path / "whole", captioners={})
+    fresh_dataset(whole)
+    config = {**whole, "output": f"s3://bucket/{share}/out"}
+    with s3_proxy.inject(shorten(share), every_other_read()) as affected:
+        fresh_dataset({**config, "teachers": {"red": config["teachers"]["red"]}})
+        fresh_dataset(config)
+        found = validate(config["output"], [f"s3://bucket/{share}"])
+        assert (found.errors, found.changed, found.repeated.keys) == ([], [], 0)
+        assert validate(config["output"], quick=True).valid
+        assert read_status(config["output"])["damaged"] == []
+        assert len({sample.key for sample in reinforce.open(config["output"])}) == 10
+    assert len({request.key.rpartition(".")[2] for request in affected}) == 3, "tars, layers and dataset.json"
+    s3.invalidate_cache()
+    root = f"bucket/{share}/out/"
+    files = {path.removeprefix(root): s3.cat_file(path) for path in s3.find(root)}
+    assert {name: data for name, data in files.items() if not name.startswith(("runs/", "index/"))} == tree(
+        tmp_path / "whole"
+    )
+
+
+def test_a_storage_that_never_sends_all_is_an_error_and_no_damage(
+    s3: s3fs.S3FileSystem, s3_proxy: Proxy, tmp_path: Path, share: float
+) -> None:
+    write_tar(tmp_path / "0.tar", members_of(0, 3))
+    s3.put_file(str(tmp_path / "0.tar"), "bucket/never/0.tar")
+    store, shard = Store("s3://bucket/never"), Shard("s3://bucket/never/0.tar", "0")
+    store.quarantine("samples", "0", [("a", Reason.IMAGE_BROKEN, "b")])
+    store.write_json({"a": 1}, "dataset.json")
+    store.write_bytes(b"a.tar\nb.tar\n", "list.txt")
+    with s3_proxy.inject(shorten(share), lambda request: request.is_read):
+        with pytest.raises(ShortRead, match=r"0\.tar: the storage sent \d"):
+            list(read_samples(shard, Input()))
+        with pytest.raises(StorageError, match=r"quarantine/samples/0\.parquet cannot be read: the storage sent"):
+            store.quarantined("samples", "0")
+        with pytest.raises(StorageError, match=r"dataset\.json cannot be read: the storage sent"):
+            store.read_json("dataset.json")
+        with pytest.raises(reinforce.UserError, match=r"cannot read this list of URLs .*the storage sent"):
+            expand("s3://bucket/never/list.txt")
