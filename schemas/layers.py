@@ -133,7 +133,7 @@ def view_shards_schema() -> pa.Schema:
         [
             _field("shard", pa.string(), "name of the shard", nullable=False),
             _field("rows", pa.int64(), "samples of the shard", nullable=False),
-            _field("kept", pa.int64(), "samples that the view keeps", nullable=False),
+            _field("kept", pa.list_(pa.int32()), "samples of each row group that the view keeps", nullable=False),
         ]
     )
 

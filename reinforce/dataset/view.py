@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -30,24 +28,64 @@ _MAX_BYTES = 2**30
 
 
 @dataclass(frozen=True)
+class ViewRows:
+    """The files that say of each row of a shard whether a view keeps it."""
+
+    name: str
+    fingerprint: str
+
+    def write(self, store: Store, shard: str, groups: Sequence[tuple[pa.Array, pa.Array]]) -> None:
+        """Write why each row of a shard is left out, null where it is kept; ``groups`` are keys and reasons by row
+        group."""
+        buffer = io.BytesIO()
+        schema = schemas.view_schema()
+        with pq.ParquetWriter(buffer, schema, compression="zstd", use_dictionary=["left_out"]) as writer:
+            for keys, reasons in groups:
+                writer.write_table(pa.table([keys, reasons], schema=schema))
+        store.write_bytes(buffer.getvalue(), *self._path(shard))
+
+    def kept(self, store: Store, shard: str, group: int, keys: pa.ChunkedArray) -> pa.Array:
+        """Which rows of a row group are kept [rows]. Raises UserError unless they have the ``keys``."""
+        try:
+            table = _read(store, schemas.view_schema(), *self._path(shard), group=group)
+        except FileNotFoundError as error:
+            raise UserError(f"{store.url}: view {self.name} has no rows of {shard}. Make it again.") from error
+        if not table["key"].equals(keys):
+            raise UserError(f"{store.url}: view {self.name} is of other samples of {shard}. Make it again.")
+        return table["left_out"].combine_chunks().is_null()
+
+    def remove(self, store: Store, shards: Iterable[str]) -> None:
+        for shard in shards:
+            store.remove(*self._path(shard))
+
+    def _path(self, shard: str) -> tuple[str, ...]:
+        return FOLDER, self.name, f"rows-{self.fingerprint}", f"{shard}.parquet"
+
+
+@dataclass(frozen=True)
 class View:
     """A view that was made: ``rules`` with their ``seed``, the fingerprints of its ``inputs``, and what it keeps.
 
-    ``rows`` and ``kept`` are by shard. ``report`` has the counts of each rule.
+    ``fingerprint`` is that of ``view_fingerprint``. ``counts`` has the rows of each shard, ``kept`` the number of those
+    that are kept in each of its row groups. ``report`` has the counts of each rule.
     """
 
     name: str
+    fingerprint: str
     rules: Sequence[Mapping[str, Any]]
     seed: int
     inputs: Mapping[str, str]
-    rows: Mapping[str, int]
-    kept: Mapping[str, int]
+    counts: Mapping[str, int]
+    kept: Mapping[str, Sequence[int]]
     report: Sequence[Mapping[str, Any]]
 
     @property
-    def fingerprint(self) -> str:
-        """Hash of what it was made from."""
-        return view_fingerprint(self.rules, self.seed, self.inputs, self.rows)
+    def rows(self) -> ViewRows:
+        return ViewRows(self.name, self.fingerprint)
+
+    def __len__(self) -> int:
+        """Number of samples that are kept."""
+        return sum(map(sum, self.kept.values()))
 
     def check(self, url: str, manifest: Mapping[str, Any]) -> None:
         """Raise UserError if a layer that it was made from is another one now."""
@@ -69,29 +107,18 @@ def view_fingerprint(
     return compute_fingerprint({"view": recipe})
 
 
-def write_rows(
-    store: Store, view: str, fingerprint: str, shard: str, groups: Sequence[tuple[pa.Array, pa.Array]]
-) -> None:
-    """Write why each row of a shard is left out, null where it is kept.
-
-    ``fingerprint`` is that of the view, ``groups`` are keys and reasons by row group.
-    """
-    buffer = io.BytesIO()
-    schema = schemas.view_schema()
-    with pq.ParquetWriter(buffer, schema, compression="zstd", use_dictionary=["left_out"]) as writer:
-        for keys, reasons in groups:
-            writer.write_table(pa.table([keys, reasons], schema=schema))
-    store.write_bytes(buffer.getvalue(), FOLDER, view, _rows(fingerprint), f"{shard}.parquet")
-
-
 def write_view(store: Store, view: View) -> None:
     """Write the description of a view, after its rows, and remove the rows of an earlier view of its name."""
     try:
         before = read_view(store, view.name)
     except UserError:  # there is none, or it is damaged
         before = None
-    shards = sorted(view.rows)
-    columns = {"shard": shards, "rows": [view.rows[one] for one in shards], "kept": [view.kept[one] for one in shards]}
+    shards = sorted(view.counts)
+    columns = {
+        "shard": shards,
+        "rows": [view.counts[one] for one in shards],
+        "kept": [[*view.kept[one]] for one in shards],
+    }
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns, schema=schemas.view_shards_schema()), buffer, compression="zstd")
     store.write_bytes(buffer.getvalue(), FOLDER, view.name, _SHARDS)
@@ -106,8 +133,7 @@ def write_view(store: Store, view: View) -> None:
     }
     store.write_json(description, FOLDER, view.name, _DESCRIPTION)
     if before is not None and before.fingerprint != view.fingerprint:
-        for shard in before.rows:
-            store.remove(FOLDER, view.name, _rows(before.fingerprint), f"{shard}.parquet")
+        before.rows.remove(store, before.counts)
 
 
 def list_views(store: Store) -> list[str]:
@@ -136,6 +162,7 @@ def read_view(store: Store, name: str) -> View:
         shards, rows, kept = (table[column].to_pylist() for column in ("shard", "rows", "kept"))
         view = View(
             name,
+            description["fingerprint"],
             description["rules"],
             description["seed"],
             {str(layer): str(fingerprint) for layer, fingerprint in description["inputs"].items()},
@@ -143,7 +170,7 @@ def read_view(store: Store, name: str) -> View:
             dict(zip(shards, kept, strict=True)),
             description["report"],
         )
-        same = view.fingerprint == description["fingerprint"]
+        same = view.fingerprint == view_fingerprint(view.rules, view.seed, view.inputs, view.counts)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}). Make the view again with reinforce select.") from error
     if not same:
@@ -151,26 +178,15 @@ def read_view(store: Store, name: str) -> View:
     return view
 
 
-def read_rows(store: Store, view: View, shard: str) -> tuple[pa.Array, npt.NDArray[np.bool_]]:
-    """Keys of the rows of a shard, and which of them a view keeps [rows]. Raises UserError."""
-    try:
-        table = _read(store, schemas.view_schema(), FOLDER, view.name, _rows(view.fingerprint), f"{shard}.parquet")
-    except FileNotFoundError as error:
-        raise UserError(f"{store.url}: view {view.name} has no rows of {shard}. Make it again.") from error
-    return table["key"].combine_chunks(), np.asarray(table["left_out"].is_null())
-
-
-def _rows(fingerprint: str) -> str:
-    """The folder of the rows of a view."""
-    return f"rows-{fingerprint}"
-
-
-def _read(store: Store, schema: pa.Schema, *parts: str) -> pa.Table:
+def _read(store: Store, schema: pa.Schema, *parts: str, group: int | None = None) -> pa.Table:
+    """Read a file of a view, or one of its row groups."""
     data = store.read_bytes(*parts, limit=_MAX_BYTES)
+    path = store.path(*parts)
     try:
-        table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{store.path(*parts)} cannot be read ({error}). Make the view again.") from error
+        file = pq.ParquetFile(pa.BufferReader(data))
+        table = file.read() if group is None else file.read_row_group(group)
+    except (pa.ArrowException, OSError, IndexError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Make the view again.") from error
     if table.schema.names != schema.names or table.schema.types != schema.types:
-        raise UserError(f"{store.path(*parts)} has other columns than a view. Make the view again.")
+        raise UserError(f"{path} has other columns than a view. Make the view again.")
     return table

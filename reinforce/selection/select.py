@@ -24,7 +24,7 @@ from reinforce.dataset.layers import SAMPLES
 from reinforce.dataset.manifest.manifest import read_manifest
 from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.reading.completeness import check_completeness
-from reinforce.dataset.view import View, view_fingerprint, write_rows, write_view
+from reinforce.dataset.view import View, ViewRows, view_fingerprint, write_view
 from reinforce.errors import UserError
 from reinforce.processes.cores import available_cores
 from reinforce.selection.config import Rule, SelectConfig
@@ -90,15 +90,15 @@ def select(config: SelectConfig, log: Callable[[str], None] = lambda line: None)
                 selection.find_threshold(place)
         log(f"writing {len(shards):,} shards")
         written = [rule.model_dump(mode="json", exclude_unset=True) for rule in config.rules]
-        counts = selection.write(config.name, view_fingerprint(written, config.seed, inputs, shards))
-    total = sum(counts.values())
+        fingerprint = view_fingerprint(written, config.seed, inputs, shards)
+        counts = selection.write(ViewRows(config.name, fingerprint))
     rows = {shard: int(found.sum()) for shard, found in counts.items()}
-    kept = {shard: int(found[0]) for shard, found in counts.items()}
-    report = _report(rules, np.asarray(total, np.int64))
-    if not sum(kept.values()):
+    kept = {shard: found[:, 0].tolist() for shard, found in counts.items()}
+    report = _report(rules, np.sum([found.sum(axis=0) for found in counts.values()], axis=0))
+    view = View(config.name, fingerprint, written, config.seed, inputs, rows, kept, report)
+    if not len(view):
         last = next(line["rule"] for line in reversed(report) if line["rows"])
         raise UserError(f"the rules keep no sample: rule {last} leaves out the last; view {config.name} is not written")
-    view = View(config.name, written, config.seed, inputs, rows, kept, report)
     write_view(store, view)
     return view
 
@@ -109,7 +109,7 @@ def report_lines(view: View) -> Iterator[str]:
         null = f", of which {line['null']:,} have no value" if line["null"] else ""
         above = f"; keeps values of at least {line['threshold']:g}" if line.get("threshold") is not None else ""
         yield f"{line['rule']}: {line['left_out']:,} of {line['rows']:,} samples are left out{null}{above}"
-    yield f"view {view.name}: {sum(view.kept.values()):,} of {sum(view.rows.values()):,} samples are kept"
+    yield f"view {view.name}: {len(view):,} of {sum(view.counts.values()):,} samples are kept"
 
 
 def _checked(number_: int, rule: Rule, manifest: Any) -> _Rule:
@@ -175,13 +175,9 @@ class _Selection:
             search = search.narrowed(counts)
         rule.threshold = search.prefix
 
-    def write(self, view: str, fingerprint: str) -> dict[str, npt.NDArray[np.int64]]:
-        """Write the rows of all shards -> how many rows of each shard have each code."""
-        return dict(
-            zip(
-                self._shards, self._map(functools.partial(self._write, view=view, fingerprint=fingerprint)), strict=True
-            )
-        )
+    def write(self, rows: ViewRows) -> dict[str, npt.NDArray[np.int64]]:
+        """Write the rows of all shards -> how many rows of each row group of a shard have each code [groups, codes]."""
+        return dict(zip(self._shards, self._map(functools.partial(self._write, rows=rows)), strict=True))
 
     def _map(self, work: Callable[[str], _T]) -> Iterator[_T]:
         return self._pool.map(work, self._shards)
@@ -193,16 +189,15 @@ class _Selection:
             counts += search.counts(values[valid & (group.codes == 0)])
         return counts
 
-    def _write(self, shard: str, view: str, fingerprint: str) -> npt.NDArray[np.int64]:
-        labels = ["", ""] + [text for rule in self._rules for text in (rule.label, f"{rule.label}: null")]
-        reasons = pa.array([label or None for label in labels], pa.string())
-        counts = np.zeros(len(labels), np.int64)
-        groups = []
+    def _write(self, shard: str, rows: ViewRows) -> npt.NDArray[np.int64]:
+        labels = [None, None, *(text for rule in self._rules for text in (rule.label, f"{rule.label}: null"))]
+        reasons = pa.array(labels, pa.string())
+        counts, groups = [np.zeros((0, len(labels)), np.int64)], []
         for group in self._groups(shard, len(self._rules)):
-            counts += np.bincount(group.codes, minlength=len(labels))
+            counts.append(np.bincount(group.codes, minlength=len(labels))[None])
             groups.append((group.keys, reasons.take(pa.array(group.codes))))
-        write_rows(self._store, view, fingerprint, shard, groups)
-        return counts
+        rows.write(self._store, shard, groups)
+        return np.concatenate(counts)
 
     def _groups(self, shard: str, rules: int) -> Iterator[_Group]:
         """The row groups of a shard after its first ``rules`` rules."""

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from reinforce import settings
 from reinforce.config import LAYER_NAMES, LayerName, OneOrMore, ReadLimits
@@ -48,13 +55,20 @@ class Source(Section):
 
     url: str = Field(min_length=1, description="folder or fsspec URL of a reinforced dataset")
     weight: float = Field(1.0, gt=0, description="relative share of the samples that come from it")
+    view: str | None = Field(None, description="view of `reinforce select` whose samples are read; default: all")
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Checkpoints of earlier versions have no ``view``, and are compared with this as a whole."""
+        values: dict[str, Any] = serialize(self)
+        return {key: value for key, value in values.items() if key != "view" or value is not None}
 
 
 class Data(Section):
     """What is read from the reinforced datasets, and how a training example is made from a sample."""
 
     datasets: Annotated[list[Source], BeforeValidator(_as_sources), InSchema(_sources_schema)] = Field(
-        min_length=1, description="a URL, or a list of URLs or {url, weight}"
+        min_length=1, description="a URL, or a list of URLs or {url, weight, view}"
     )
     teachers: list[str] | None = Field(
         None, description="teachers whose embeddings are read; default: all of the dataset"

@@ -100,12 +100,19 @@ class RowGroup:
     def __init__(self, shard: AlignedShard, number: int) -> None:
         self._shard, self._number = shard, number
         self.samples: pa.Table = shard.read_unchecked(SAMPLES, number)
+        self._kept: pa.Array | None = None
+
+    def keep(self, kept: pa.Array) -> None:
+        """Leave out the rows of all layers that are not ``kept`` [rows]."""
+        self.samples, self._kept = self.samples.filter(kept), kept
 
     def read(self, layer: str) -> pa.Table:
         """Read a layer. Raises UserError if its keys are not those of the samples or its file is damaged."""
         if layer == SAMPLES:
             return self.samples
         table = self._shard.read_unchecked(layer, self._number)
+        if self._kept is not None and len(table) == len(self._kept):
+            table = table.filter(self._kept)
         if not table["key"].equals(self.samples["key"]):
             raise alignment_error(self._shard.store, layer, self._shard.shard)
         return table

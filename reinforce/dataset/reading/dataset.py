@@ -29,7 +29,7 @@ from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors, row_e
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.dataset.reading.sample import ImagePolicies, Sample
-from reinforce.dataset.view import View, read_rows, read_view
+from reinforce.dataset.view import View, read_view
 from reinforce.errors import UserError
 from reinforce.source.references import ChangedImages, ImageRoots, referenced_images
 from reinforce.terminal import escape, format_bytes
@@ -161,7 +161,7 @@ class Dataset:
     @cached_property
     def _rows(self) -> int:
         if self.view is not None:
-            return sum(map(self.view.kept.__getitem__, self.shards))
+            return sum(sum(self.view.kept[shard]) for shard in self.shards)
         fingerprint = self.manifest["layers"][SAMPLES]["fingerprint"]
         sizes = {shard: self._samples_bytes[shard] for shard in self.shards}
         return int(row_group_table(self.store, fingerprint, sizes)[:, 2].sum())
@@ -206,17 +206,9 @@ class Dataset:
     def _kept(self, shard: str, groups: Iterable[dict[str, pa.Table]]) -> Iterator[dict[str, pa.Table]]:
         """The rows of row groups that the view keeps. Raises UserError if the view is of other rows."""
         assert self.view is not None
-        keys, keeps = read_rows(self.store, self.view, shard)
-        start = 0
-        for tables in groups:
-            rows = slice(start, start + tables[SAMPLES].num_rows)
-            if not tables[SAMPLES]["key"].combine_chunks().equals(keys[rows]):
-                raise UserError(
-                    f"{self.store.url}: view {self.view.name} is of other samples of {shard}. Make it again with "
-                    "reinforce select."
-                )
-            yield {name: table.filter(pa.array(keeps[rows])) for name, table in tables.items()}
-            start = rows.stop
+        for number, tables in enumerate(groups):
+            kept = self.view.rows.kept(self.store, shard, number, tables[SAMPLES]["key"])
+            yield {name: table.filter(kept) for name, table in tables.items()}
 
     def rows(self, shard: str, group: int, places: Sequence[int], *, images: bool = True) -> list[Sample]:
         """The samples at some places of a row group, or all but their images. Raises UserError as iterating does."""

@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
+
 from reinforce.dataset.augment.backends import load_backend
 from reinforce.dataset.files.damage import describe_damaged, find_damaged
 from reinforce.dataset.files.index import read_index
@@ -22,9 +25,10 @@ from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.dataset.reading.sample import ImagePolicies
+from reinforce.dataset.view import View, read_view
 from reinforce.errors import UserError
 from reinforce.source.references import ImageRoots
-from reinforce.student.config import Data
+from reinforce.student.config import Data, Source
 from reinforce.student.data.examples import ExampleSpec
 from reinforce.student.data.reader import StreamedDataset, Targets
 
@@ -38,7 +42,7 @@ def open_datasets(data: Data, seed: int, teachers: Sequence[str] | None) -> list
 
     Raises UserError if something is missing, damaged or does not fit together.
     """
-    datasets = [_open_dataset(source.url, source.weight, data, seed, teachers) for source in data.datasets]
+    datasets = [_open_dataset(source, data, seed, teachers) for source in data.datasets]
     first = datasets[0]
     for other in datasets[1:]:
         if (other.targets, other.spec.kinds) != (first.targets, first.spec.kinds):
@@ -49,7 +53,8 @@ def open_datasets(data: Data, seed: int, teachers: Sequence[str] | None) -> list
     return datasets
 
 
-def _open_dataset(url: str, weight: float, data: Data, seed: int, teachers: Sequence[str] | None) -> StreamedDataset:
+def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str] | None) -> StreamedDataset:
+    url = source.url
     store = Store(url)
     manifest = read_manifest(store)
     policies = ImagePolicies.from_manifest(manifest, url, data.limits)
@@ -76,7 +81,14 @@ def _open_dataset(url: str, weight: float, data: Data, seed: int, teachers: Sequ
     fingerprints = {layer: layers[layer]["fingerprint"] for layer in columns}
     aligned = AlignedLayers(store, fingerprints, columns, manifest.get("moved", {}))
     sizes = _complete_shards(store, fingerprints)
+    view = None
+    if source.view is not None:
+        view = read_view(store, source.view)
+        view.check(url, manifest)
+        sizes = {shard: size for shard, size in sizes.items() if shard in view.kept}
     groups = row_group_table(store, fingerprints[SAMPLES], sizes)
+    if view is not None:
+        groups = _kept_rows(groups, [*sizes], view)
     if not groups[:, 2].sum():
         raise UserError(
             f"{url} has no sample in {len(sizes)} shards. `reinforce status {url}` shows what was quarantined."
@@ -92,7 +104,33 @@ def _open_dataset(url: str, weight: float, data: Data, seed: int, teachers: Sequ
         raise UserError(f"{url}: dataset.json has no dimension of teacher {unknown[0]}. Finish the run.")
     size = manifest["augmentations"]["size"]
     files = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
-    return StreamedDataset(url, weight, aligned, spec, targets, policies, size, shards, groups, roots, files)
+    return StreamedDataset(
+        url,
+        source.weight,
+        aligned,
+        spec,
+        targets,
+        policies,
+        size,
+        shards,
+        groups,
+        roots,
+        files,
+        None if view is None else view.rows,
+    )
+
+
+def _kept_rows(groups: npt.NDArray[np.int64], shards: Sequence[str], view: View) -> npt.NDArray[np.int64]:
+    """The row groups [n, 3] with the numbers of their rows that a view keeps, without those of which it keeps none.
+
+    Raises UserError if the view has another number of row groups.
+    """
+    kept = [view.kept[shard] for shard in shards]
+    if [len(one) for one in kept] != np.bincount(groups[:, 0], minlength=len(shards)).tolist():
+        raise UserError(f"view {view.name} is of other samples. Make it again with reinforce select.")
+    groups = groups.copy()
+    groups[:, 2] = [count for one in kept for count in one]
+    return groups[groups[:, 2] > 0]
 
 
 def _complete_shards(store: Store, fingerprints: Mapping[str, str]) -> dict[str, int]:
