@@ -18,7 +18,7 @@ CORE_TESTS := --ignore=tests/source/test_hub.py tests/images tests/parquet \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: deploy-check help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-latency bench-scale bench-sources bench-transfer ablations lint clean fuzz soak audit \
+.PHONY: deploy-check help install demo demo-teachers test bench bench-step bench-loader bench-augment bench-captions bench-gpu bench-latency bench-scale bench-select bench-sources bench-transfer ablations lint clean fuzz soak audit \
 	docs test-lowest test-slow wheel-check
 
 help: ## list the targets
@@ -107,6 +107,9 @@ bench-latency: $(INSTALLED) ## MobileCLIP2 compared with ViT-L/14 on one core (m
 
 bench-sources: $(INSTALLED) ## CPU of a run by the format of its source, compared with tars (five minutes)
 	$(BIN)/python -m benchmarks.sources
+
+bench-select: $(INSTALLED) ## how well scores find wrong captions, and what choosing samples costs (ten minutes)
+	$(BIN)/python -m benchmarks.selection
 
 bench-scale: $(INSTALLED) ## planning, starting and driving at the size of DFN-5B, simulated (five minutes)
 	$(BIN)/python -m benchmarks.scale
