@@ -22,6 +22,7 @@ from reinforce.evaluation.reading import (
     make_loader,
     read_samples,
 )
+from reinforce.source.captions import json_error
 from reinforce.source.samples import RawSample, Refusal
 from schemas import Reason
 
@@ -63,14 +64,23 @@ def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits, images_fr
     group_of: dict[int | str, str] = {}
     images = 0
     spec = input_of(limits, images_from, [config.label], config.image, config.format)
-    for item in itertools.islice(read_samples(config.images, spec, name), config.limit):
+    fields = [field for field in (config.label, config.groups) if is_json_field(field)]
+
+    def samples() -> Iterator[RawSample | Refusal]:
+        for item in itertools.islice(read_samples(config.images, spec, name), config.limit):
+            yield (fields and isinstance(item, RawSample) and _broken_json(item)) or item
+
+    for item in samples():
         images += 1
         if isinstance(item, RawSample):
             labels.append(_require_label(item, config.label, name))
             if is_json_field(config.groups):
                 _record_group(group_of, labels[-1], item, str(config.groups), name)
-    if not labels:
+        last = item
+    if not images:
         raise UserError(f"{name}: no image in {config.images}. Check the URL of the set.")
+    if isinstance(last, Refusal) and not labels:
+        raise UserError(f"{name}: every image in {config.images} is refused, the last ({last.key}): {last.detail}.")
     classes = _choose_classes(given, labels, config.label, name)
     index = _index_labels(classes, labels, name)
     groups: Sequence[str | None] | None = None
@@ -81,7 +91,7 @@ def open_zero_shot_set(name: str, config: ZeroShotSet, limits: Limits, images_fr
         groups = load_groups(config.groups, classes, name)
 
     def examples() -> Iterator[Example | Refusal]:
-        for item in itertools.islice(read_samples(config.images, spec, name), config.limit):
+        for item in samples():
             if isinstance(item, Refusal):
                 yield item
             else:
@@ -141,6 +151,15 @@ def _select_files(folders: Sequence[list[File]], limit: int | None) -> list[tupl
         kept = {file.key for file in itertools.islice((file for file in in_turn if file is not None), limit)}
         folders = [[file for file in files if file.key in kept] for files in folders]
     return [(label, file) for label, files in enumerate(folders) for file in files]
+
+
+def _broken_json(sample: RawSample) -> Refusal | None:
+    """A refusal if the JSON of a sample is broken or was not read; its label is not known."""
+    data = sample.all_sidecars.get("json")
+    fault = None if data is None else json_error(data)
+    return (
+        sample.left_out.get("json") if fault is None else Refusal(sample.key, Reason.SIDECAR_BROKEN, f".json: {fault}")
+    )
 
 
 def _require_label(sample: RawSample, field: str, where: str) -> int | str:

@@ -158,11 +158,15 @@ def _current_scales(config: TuneConfig, base: BaseStudent) -> tuple[dict[str, fl
 
 
 def screen_only(config: TuneConfig) -> dict[str, TeacherScreening]:
-    """Run the screening and write it to the output; trains nothing."""
-    checked = check_config(config)
+    """Run the screening and write it to the output; trains nothing, so trials need not be configured."""
+    if not config.scales:
+        raise UserError("scales: --screen-only has no scales to screen. Give two or more by teacher.")
+    base = BaseStudent(config)
+    current_scales, _ = _current_scales(config, base)
+    Store(config.output).check_writable()
     with Store(config.output).lock():
-        screenings = _run_screening(config, checked)
-        _draw_plot(config, [], screenings, {}, checked.metric)
+        screenings = _run_screening(config, base, current_scales)
+        _draw_plot(config, [], screenings, {}, "")
     return screenings
 
 
@@ -174,7 +178,7 @@ def tune(config: TuneConfig, address: str | None = None) -> TuningResult:
     checked = check_config(config)
     store, terminal = Store(config.output), Screen()
     with store.lock():
-        screenings = _run_screening(config, checked)
+        screenings = _run_screening(config, checked.base, checked.current_scales)
         with contextlib.ExitStack() as stack:
 
             def start_cluster() -> None:  # once, and only if trials are left to run
@@ -227,14 +231,16 @@ def record_scales_in_datasets(config: TuneConfig, result: TuningResult) -> list[
     return lines
 
 
-def _run_screening(config: TuneConfig, checked: CheckedConfig) -> dict[str, TeacherScreening]:
+def _run_screening(
+    config: TuneConfig, base: BaseStudent, current_scales: Mapping[str, float]
+) -> dict[str, TeacherScreening]:
     if not config.scales:
         return {}
     screenings = screen(
-        checked.base.short,
-        list(checked.current_scales),
+        base.short,
+        list(current_scales),
         {name: sorted(values) for name, values in config.scales.items()},
-        checked.current_scales,
+        current_scales,
         config.screening.batches,
         config.screening.batch,
     )

@@ -147,6 +147,20 @@ def test_groups_come_from_a_mapping_a_file_or_the_data(tmp_path: Path) -> None:
     assert some == [*expected, None], "a class without images has no group"
 
 
+def test_broken_json_among_labels_is_refused_like_a_broken_image(tmp_path: Path) -> None:
+    samples = [(key, solid_image("red"), {"json": text}) for key, text in (
+        ("a", '{"class": "red"}'), ("b", '{"class": "re'), ("c", '{"class": "blue"}'), ("d", "[]"),
+    )]  # fmt: skip
+    image_set = zero_shot(write_shard(tmp_path / "a.tar", samples), label="json:class")
+    assert (image_set.classes, image_set.images) == (["blue", "red"], 4)
+    found = [
+        item.target if isinstance(item, Example) else (item.key, item.reason.value) for item in image_set.examples()
+    ]
+    assert found == [1, ("b", "sidecar_broken"), 0, ("d", "sidecar_broken")]
+    with pytest.raises(UserError, match=r"every image in .* is refused, the last \(d\): \.json: not a JSON object"):
+        zero_shot(write_shard(tmp_path / "b.tar", samples[1::2]), label="json:class")
+
+
 def test_images_without_a_caption_are_refused(tmp_path: Path) -> None:
     url = write_shard(
         tmp_path / "a.tar", [("a", solid_image("red"), {"txt": "red"}), ("b", solid_image("blue"), {"txt": " "})]

@@ -121,6 +121,19 @@ def test_screen_only_trains_nothing(config: dict[str, Any], tmp_path: Path, capf
     assert {path.name for path in output.iterdir()} == {".tmp", "screening.json", "scales.png"}
 
 
+def test_screen_only_asks_for_no_trials(
+    config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    without = with_student(lambda student: student.pop("evaluate"))(config)
+    without = {**without, "trial": {}, "metric": None}
+    assert tune(without, tmp_path / "trials") == 2
+    assert "no evaluation set" in capfd.readouterr().err
+    assert tune(without, tmp_path / "out", "--screen-only") == 0
+    assert set(json.loads((tmp_path / "out/screening.json").read_text())) == {"red"}
+    assert tune({**without, "scales": {}, "lambda": [0.5, 1.0]}, tmp_path / "none", "--screen-only") == 2
+    assert "has no scales to screen" in capfd.readouterr().err
+
+
 def with_student(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def changed(config: dict[str, Any]) -> dict[str, Any]:
         student = yaml.safe_load(Path(config["student"]).read_text())
