@@ -18,6 +18,7 @@ not ``repeatable`` it requires texts alone, or reasons why there are none.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ from reinforce.engine.inference.outputs import Floats, to_numpy
 from reinforce.engine.messages.tracebacks import user_frames
 from reinforce.errors import UserError
 from teachers.preprocessing.pixels import to_pixels
-from teachers.protocols import Captioner, ImageSpec, NoCaptions, Teacher
+from teachers.protocols import Captioner, ImageSpec, NoCaptions
 from teachers.spec import Precision
 
 #: The first two have the same numbers of words and letters; the third is longer.
@@ -45,6 +46,8 @@ TEXTS = (
 _IMAGES = 3
 _CAPTIONED_IMAGES = 2
 _COMPARED_CHARACTERS = 24  # at the start of a caption
+#: Bounds of a full batch on CPUs, where one of a large model would take longer than workers may take to start.
+_SECONDS, _LEAST_BATCH = 10.0, 8
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def precisions(config: Config) -> dict[str, Precision]:
 def check_image_encoder(models: Models, name: str, precision: Precision, batch: int | None = None) -> Floats:
     """Test the image encoder of a teacher -> the norms of its embeddings. Raises UserError.
 
-    ``batch`` is the size of a full batch to test; None: three images.
+    ``batch`` is the size of a full batch to test, on CPUs of as many inputs as are computed in ten seconds, at least
+    eight; None: three images.
     """
     teacher = models.teachers[name]
 
@@ -101,7 +105,7 @@ def check_image_encoder(models: Models, name: str, precision: Precision, batch: 
         with models.use_accelerator():
             return models.encode_images(teacher, pixels)
 
-    return _check_encoder(name, _IMAGE_INPUTS, teacher, encode, precision, batch)
+    return _check_encoder(models, name, _IMAGE_INPUTS, encode, precision, batch)
 
 
 def check_text_encoder(models: Models, name: str, precision: Precision, batch: int | None = None) -> Floats:
@@ -113,13 +117,13 @@ def check_text_encoder(models: Models, name: str, precision: Precision, batch: i
         with models.use_accelerator():
             return run()
 
-    return _check_encoder(name, _TEXT_INPUTS, teacher, encode, precision, batch)
+    return _check_encoder(models, name, _TEXT_INPUTS, encode, precision, batch)
 
 
 def check_captioner(models: Models, name: str, count: int, batch: int | None = None) -> None:
     """Test a captioner that writes ``count`` captions for an image. Raises UserError.
 
-    ``batch`` is the size of a full batch to test, unless it is not ``repeatable``; None: two images.
+    ``batch`` is that of ``check_image_encoder``; one that is not ``repeatable`` is not asked for it. None: two images.
     """
     captioner = models.captioners[name]
     seeds = np.arange(_IMAGES * count, dtype=np.uint64).reshape(_IMAGES, count)
@@ -131,7 +135,10 @@ def check_captioner(models: Models, name: str, count: int, batch: int | None = N
     try:
         if batch is not None:
             if getattr(captioner, "repeatable", True):
-                _check_captions_of_batch(caption, _shuffled(_IMAGES, batch))
+                start = time.process_time()
+                single = [caption([row])[0] for row in range(_IMAGES)]
+                batch = _affordable(models, batch, start)
+                _check_captions_of_batch(caption, _shuffled(_IMAGES, batch), single)
             return
         together = caption(everything)
         if not getattr(captioner, "repeatable", True):
@@ -152,9 +159,11 @@ def check_captioner(models: Models, name: str, count: int, batch: int | None = N
         raise _failed(name, "captions", captioner, error, batch) from error
 
 
-def _check_captions_of_batch(caption: Callable[[list[int]], list[list[str]]], rows: list[int]) -> None:
+def _check_captions_of_batch(
+    caption: Callable[[list[int]], list[list[str]]], rows: list[int], alone: list[list[str]]
+) -> None:
     """Compare the captions of a full batch of ``rows`` with those of each image alone. Raises ValueError."""
-    together, alone = caption(rows), [caption([row])[0] for row in range(_IMAGES)]
+    together = caption(rows)
     own = [_any_begins_alike([texts], [alone[row]]) for texts, row in zip(together, rows, strict=True)]
     mixed = [
         (texts, alone[row])
@@ -166,6 +175,18 @@ def _check_captions_of_batch(caption: Callable[[list[int]], list[list[str]]], ro
             f"{len(mixed)} images get the captions of other images, such as {mixed[0][0]!r} for {mixed[0][1]!r}; keep "
             "the order of the rows"
         )
+    if any(together) and not any(own):
+        raise ValueError(
+            f"images get other captions in a batch, such as {together[0]!r}, than alone, {alone[rows[0]]!r}"
+        )
+
+
+def _affordable(models: Models, batch: int, start: float) -> int:
+    """The size of a full batch to test; ``start`` is the CPU time of this process before three inputs were computed."""
+    if models.accelerator.device.type == "cuda":
+        return batch
+    seconds = (time.process_time() - start) / _IMAGES / torch.get_num_threads()
+    return min(batch, max(_LEAST_BATCH, int(_SECONDS / max(seconds, 1e-6))))
 
 
 def _shuffled(count: int, size: int) -> list[int]:
@@ -195,26 +216,30 @@ def _any_begins_alike(a: list[list[str]], b: list[list[str]]) -> bool:
 
 
 def _check_encoder(
+    models: Models,
     name: str,
     inputs: _Inputs,
-    teacher: Teacher,
     encode: Callable[[Sequence[int]], torch.Tensor],
     precision: Precision,
     batch: int | None,
 ) -> Floats:
-    everything = [*range(inputs.count)]
-    rows = everything if batch is None else _shuffled(inputs.count, batch)
+    rows = everything = [*range(inputs.count)]
     try:
+        start = time.process_time()
+        alone = [] if batch is None else [encode([row]) for row in everything]
+        if batch is not None:
+            batch = _affordable(models, batch, start)
+            rows = _shuffled(inputs.count, batch)
         out = encode(rows)
         tolerance = TOLERANCES[_PRECISIONS.get(out.dtype, precision)]
         together = _embeddings(out)
         if batch is None:
             _check_repeatable(together, _embeddings(encode(rows)), tolerance)
             _check_different(together, inputs, tolerance)
-        alone = np.concatenate([_embeddings(encode([row])) for row in everything])
-        _check_independent(together, alone[rows], tolerance)
+            alone = [encode([row]) for row in everything]
+        _check_independent(together, np.concatenate([_embeddings(one) for one in alone])[rows], tolerance)
     except Exception as error:
-        raise _failed(name, inputs.name, teacher, error, batch) from error
+        raise _failed(name, inputs.name, models.teachers[name], error, batch) from error
     norms: Floats = np.linalg.norm(together, axis=1)
     return norms
 

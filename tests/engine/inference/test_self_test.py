@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from reinforce.config import Config, parse_config
+from reinforce.engine.inference import self_test
 from reinforce.engine.inference.models import Counters, Models
 from reinforce.engine.inference.self_test import TEXTS, check_text_encoder
 from reinforce.engine.plan.recipe import build_layers, describe_models
@@ -231,6 +232,10 @@ WRONG_BATCHES = {
     "reversed": (lambda out: out[::-1] if isinstance(out, list) else out.flip(0), "order of the rows"),
     "rotated": (lambda out: [*out[1:], out[0]] if isinstance(out, list) else out.roll(1, 0), "order of the rows"),
     "half": (lambda out: out[: len(out) // 2], "must"),
+    "other": (
+        lambda out: [["x"] * 2] * len(out) if isinstance(out, list) else out.roll(1, 1),
+        "in a batch.* than alone",
+    ),
 }
 
 
@@ -262,3 +267,14 @@ def test_a_captioner_that_is_not_repeatable_is_not_asked_for_a_full_batch() -> N
     namer.repeatable = False
     check(CAPTIONS, namer=namer, config=full_batch(64))
     assert namer.calls == 0
+
+
+def test_a_full_batch_on_a_cpu_takes_seconds_and_not_the_time_of_a_slow_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    red, namer = (
+        Changed(lambda out, _: sizes.append(len(out)) or out),
+        Writing(lambda out, *_: sizes.append(len(out)) or out),
+    )
+    monkeypatch.setattr(self_test, "_SECONDS", 0.0)
+    check(IMAGES, TRUE, CAPTIONS, red=red, namer=namer, config=full_batch(200))
+    assert [size for size in sizes if size > 1] == [8, 8, 8]
