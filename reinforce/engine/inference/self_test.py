@@ -47,7 +47,7 @@ _IMAGES = 3
 _CAPTIONED_IMAGES = 2
 _COMPARED_CHARACTERS = 24  # at the start of a caption
 #: Bounds of a full batch on CPUs, where one of a large model would take longer than workers may take to start.
-_SECONDS, _LEAST_BATCH = 10.0, 8
+_SECONDS, _LEAST_BATCH = 5.0, 8
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def precisions(config: Config) -> dict[str, Precision]:
 def check_image_encoder(models: Models, name: str, precision: Precision, batch: int | None = None) -> Floats:
     """Test the image encoder of a teacher -> the norms of its embeddings. Raises UserError.
 
-    ``batch`` is the size of a full batch to test, on CPUs of as many inputs as are computed in ten seconds, at least
+    ``batch`` is the size of a full batch to test, on CPUs of as many inputs as are computed in five seconds, at least
     eight; None: three images.
     """
     teacher = models.teachers[name]
@@ -176,9 +176,7 @@ def _check_captions_of_batch(
             "the order of the rows"
         )
     if any(together) and not any(own):
-        raise ValueError(
-            f"images get other captions in a batch, such as {together[0]!r}, than alone, {alone[rows[0]]!r}"
-        )
+        raise ValueError(f"images get other captions in a batch, {together[0]!r}, than alone, {alone[rows[0]]!r}")
 
 
 def _affordable(models: Models, batch: int, start: float) -> int:
