@@ -69,8 +69,9 @@ def test_threads_and_processes_replay_the_golden_pixels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "threads"), [("default", 3), pytest.param("avx2", 1, marks=pytest.mark.slow), ("avx512", 2)]
-)
+    ("capability", "threads"),
+    [("default", 3), *(pytest.param(name, n, marks=pytest.mark.slow) for n, name in enumerate(("avx2", "avx512"), 1))],
+)  # the default is the best of the processor
 def test_torch_gives_the_golden_pixels_on_every_processor_and_with_any_threads(capability: str, threads: int) -> None:
     flag = {"default": "", "avx2": "avx2", "avx512": "avx512f"}[capability]
     if flag not in Path("/proc/cpuinfo").read_text():
