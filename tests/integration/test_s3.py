@@ -118,6 +118,7 @@ def test_transient_faults_leave_no_trace(s3: s3fs.S3FileSystem, s3_proxy: Proxy,
         # Two shards are in flight, and each of their files is put four times in one attempt.
         (refuse(500, "InternalError"), writes_layer, 2 * urls._BOTOCORE_ATTEMPTS),
         (refuse(503, "SlowDown"), lambda r: r.key.startswith("bucket/passing"), 3),
+        (refuse(403, "ExpiredToken"), lambda r: r.method == "PUT" and r.key == "bucket/passing/dataset.json", 1),
         (refuse(403, "ExpiredToken"), lambda r: reads_shard(r, 2) and has_begun(s3_proxy), 2),
         (refuse(404, "NoSuchKey"), lambda r: reads_shard(r, 3) and has_begun(s3_proxy), 1),
     ]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -59,6 +60,7 @@ _RETRY_REASONS: dict[type, str] = {Retry: "error", Requeue: WORKER_LOST, RunAlon
 _TICK_SECONDS = 0.5
 _PAUSE_SECONDS_PER_REF, _MAX_PAUSE_SECONDS = 5e-5, 1.0
 _RAY_SECONDS = 2.0  # between two checks of Ray on this machine
+_MANIFEST_SECONDS = 5.0  # between two attempts to write dataset.json
 _QUIET_START_SECONDS = 15.0  # after which a slow start is logged
 
 
@@ -94,6 +96,8 @@ class Driver:
         self.raylet, self.ray_checked = RayletWatch(), time.monotonic()
         self.manifest_written = self.wait_logged = False
         self.notes_logged = 0
+        self.loaded: Mapping[str, Mapping[str, Any]] | None = None  # what the models of a worker report
+        self.manifest_due = self.manifest_failed = 0.0
 
     def run(self) -> RunSummary:
         """Run the plan. Raises UserError, also after it has recorded how the run ended."""
@@ -156,8 +160,7 @@ class Driver:
             for verdict in self.policy.judge_deaths(time.monotonic(), live_nodes):
                 self._handle_death(verdict)
             self._report_workers()
-            held = time.monotonic() < self.policy.outages.held_until
-            if not held and (self.manifest_written or self.pool.started_count >= self.config.workers.min):
+            if self.manifest_written and time.monotonic() >= self.policy.outages.held_until:
                 slots = self.pool.started if self.queue.needs_all_slots else self.pool.free
                 self.queue.hand_out(slots, self.pool.lease, time.monotonic(), self.policy.failing_workers)
             for ref in _ready([*self.pool.loading, *self.pool.leases, *self.lifecycle.polled]):
@@ -169,6 +172,7 @@ class Driver:
                     self._handle_lease_end(ref)
             self.lifecycle.poll()
             if not self.manifest_written:
+                self._write_manifest()
                 self._check_start(time.monotonic() - start)
             self.progress.show(self.state.snapshot(time.monotonic()))
             self.reporter.report()
@@ -211,14 +215,29 @@ class Driver:
             )
 
     def _handle_start(self, ref: Any) -> None:
-        """Handle a worker that has loaded its models, or has failed to. Writes dataset.json after ``workers.min``."""
+        """Handle a worker that has loaded its models, or has failed to."""
         info = self.lifecycle.finish_start(ref)
         if info is None:
             return
         if self.pool.started_count == 1 and self.config.workers.batch == "auto":
             self.state.log(f"workers.batch: auto gives {info.batch:,} images at the first worker")
-        if not self.manifest_written and self.pool.started_count >= self.config.workers.min:
-            self.claims.publish(info.models, self.needed)
+        self.loaded = info.models
+
+    def _write_manifest(self) -> None:
+        """Write dataset.json once ``workers.min`` workers have started; while the storage fails, every few seconds."""
+        now = time.monotonic()
+        if self.loaded is None or self.pool.started_count < self.config.workers.min or now < self.manifest_due:
+            return
+        try:
+            self.claims.publish(self.loaded, self.needed)
+        except StorageError as error:
+            self.manifest_failed = self.manifest_failed or now
+            if now - self.manifest_failed >= self.config.failures.outage_seconds:
+                raise
+            self.state.log(f"{error} It is tried again.")
+            self.store.refresh()
+            self.manifest_due = time.monotonic() + _MANIFEST_SECONDS
+        else:
             self.manifest_written = True
 
     # -- leases that have ended
