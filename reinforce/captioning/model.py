@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from reinforce.captioning.config import TOWERS, CaptionerConfig, Loss, Tower
 from reinforce.errors import UserError
 from reinforce.training.task import Batch, Encoded
-from teachers.coca.captioner import check_model, check_model_name
+from teachers.coca.captioner import check_max_length, check_model, check_model_name
 from teachers.device.accelerator import upload
 from teachers.open_clip import catalog
 from teachers.open_clip.teacher import image_spec, load_model, model_name
@@ -178,6 +178,10 @@ def build_captioner(config: CaptionerConfig) -> CaptionerModel:
         image = image_spec(open_clip.get_model_preprocess_cfg(coca))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"captioner: {error}") from error
+    try:
+        check_max_length(spec, coca)
+    except ValueError as error:
+        raise UserError(f"evaluate.generate.max_length: {error}. Lower it.") from error
     if image.height != image.width:
         raise UserError(
             f"captioner: images of {image.height} x {image.width} are not square, but training crops are: use another "

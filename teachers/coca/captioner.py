@@ -40,6 +40,7 @@ class CocaCaptioner:
         check_model_name(spec.model)
         model: Any = load_model(spec)
         check_model(spec, model)
+        check_max_length(spec, model)
         self.image = image_spec(open_clip.get_model_preprocess_cfg(model))
         self.captions = spec.captions
         self._spec = spec
@@ -141,13 +142,17 @@ def check_model_name(name: str) -> None:
 
 
 def check_model(spec: CaptionerSpec, model: Any) -> None:
-    """Raise ValueError if a loaded model is not a CoCa that can write captions of the spec's length."""
+    """Raise ValueError if a loaded model is not a CoCa that can write captions."""
     if not isinstance(model, open_clip.CoCa):
         raise ValueError(f"captioner model {spec.model!r} is a {type(model).__name__}, not a CoCa, and cannot caption")
     try:
         check_decodable(model)
     except ValueError as error:
         raise ValueError(f"captioner model {spec.model!r} cannot caption: {error}") from error
+
+
+def check_max_length(spec: CaptionerSpec, model: open_clip.CoCa) -> None:
+    """Raise ValueError if a model cannot write captions of the spec's length."""
     # The end token is never an input, so a caption has one token more than the context.
     longest = min(model.text.context_length, model.text_decoder.context_length) + 1
     if spec.max_length > longest:

@@ -208,7 +208,9 @@ def test_user_errors_are_reported_before_training(tmp_path: Path, capsys: pytest
     assert "give either `source` or `share`" in fault("held_out.source=x")
     assert "want one of cider, bleu, token_accuracy" in fault("evaluate.best=caption_loss")
     assert "evaluate.generate: max_length" in fault("evaluate.generate.min_length=9")
-    assert "exceeds the 77 tokens" in fault("evaluate.generate.max_length=90")
+    assert "evaluate.generate.max_length: max_length 90 exceeds the 77" in fault("evaluate.generate.max_length=90")
+    if not torch.cuda.is_available():
+        assert "error: train.compute.gpus: device 'cuda:0'" in fault("train.compute.gpus=1")
     assert "data.crop: want 0 < low" in fault("data.crop=[0.9, 1.1]") or "want 0 < low" in fault("data.crop=[0.9,1.1]")
     assert "images are held out" in fault("held_out.share=1.0e-9")
 

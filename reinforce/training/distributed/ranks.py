@@ -123,7 +123,7 @@ def join_ranks(
         try:
             accelerator = Accelerator(device, compute.precision)
         except ValueError as error:
-            raise UserError(f"compute.gpus: {error}. Set train.compute.gpus to 0 to train on the CPU.") from error
+            raise UserError(f"train.compute.gpus: {error}. Set train.compute.gpus to 0 to train on the CPU.") from error
         with _process_group(accelerator, owns_group, cpus, report, timeout) as ranks:
             yield ranks
 
