@@ -73,7 +73,7 @@ def secretive(address: str, output: Path, **changes: Any) -> dict[str, Any]:
         "red": {"class": "tests.helpers.models:ColorTeacher"},
         "chatty": {"class": "tests.helpers.models:TokenLeakingTeacher", "options": options},
     }
-    config["failures"] = {"allowed_share": 1.0, "attempts": 1}
+    config["failures"] = {"allowed_share": 1.0, "attempts": 1, "outage_seconds": 0.1}
     return config
 
 
@@ -83,10 +83,10 @@ def test_a_run_uses_secrets_but_neither_prints_nor_stores_them(
 ) -> None:
     monkeypatch.setenv("SOME_API_KEY", "k3y-of-the-environment")
     output = tmp_path / "out"
-    summary = reinforce.run(secretive(address, output))
-    assert summary.refused == {}
-    assert summary.quarantined_shards == 2, "the broken shard, and the good shard at the teacher whose token is refused"
-    printed = "".join(capfd.readouterr())
+    with pytest.raises(reinforce.UserError) as ended:  # the broken shard is left for the next run
+        reinforce.run(secretive(address, output))
+    printed = "".join([*capfd.readouterr(), str(ended.value)])
+    assert "so the storage failed for 1 shard" in str(ended.value).lower()
     assert f"500, message='Internal Server Error', url='http://{address}/broken.tar'" in printed
     assert f"https://models.example/v1 does not accept {REDACTED}" in printed
 
