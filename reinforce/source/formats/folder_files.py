@@ -48,32 +48,28 @@ def files_of_folder(data: str, named: str | None = None, images_first: bool = Fa
     whole = format_of_folder(fs, path)
     if whole and not whole.is_listed:
         return folder, []
+    files = sorted(file[len(path) + 1 :] for file in fs.find(path))
+    inner = [file.removesuffix(MANIFEST) for file in files if file.endswith(f"/{MANIFEST}")]
     by_format: dict[str, list[str]] = {}
-    inner = None
-    for root, folders, names in fs.walk(path):
-        if MANIFEST in names:
-            inner = root[len(path) + 1 :]
-            folders.clear()
+    for file in files:
+        name = file.rpartition("/")[2].lower()
+        if _is_hidden(file) or name in METADATA or file.startswith(tuple(inner)):
             continue
-        for name in names:
-            file = f"{root}/{name}"[len(path) + 1 :]
-            if _is_hidden(file) or name.lower() in METADATA:
-                continue
-            if whole and images_first and is_image_name(name):
-                return folder, []
-            kind = format_of_name(file)
-            if kind is not None and named in (None, kind.name):
-                by_format.setdefault(kind.name, []).append(file)
-    found = next((sorted(by_format[one.name]) for one in all_formats() if one.name in by_format), None)
+        if whole and images_first and is_image_name(name):
+            return folder, []
+        kind = format_of_name(file)
+        if kind is not None and named in (None, kind.name):
+            by_format.setdefault(kind.name, []).append(file)
+    found = next((by_format[one.name] for one in all_formats() if one.name in by_format), None)
     if found is None:
         return folder, []
     train = [file for file in found if _TRAIN.search(file)]
     chosen = train or found
     pattern = f"{folder if '://' in folder else glob.escape(folder)}/{_pattern(chosen, bool(train))}"
-    if inner is not None and "**" in pattern:
+    if inner and "**" in pattern:
         raise UserError(
-            f"source: {canonical(folder)} has a reinforced dataset in it, {inner}. Name the files of the source by "
-            "patterns, such as FOLDER/*.parquet."
+            f"source: {canonical(folder)} has a reinforced dataset in it, {inner[0].rstrip('/')}. Name the files "
+            "of the source by patterns, such as FOLDER/*.parquet."
         )
     left = len(found) - len(chosen)
     notes = [f"files of other splits than `train` are left out: {left:,}; `source` can name them"] if left else []
