@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 #: Environment variables that commands read or set -> what they mean for users.
 VARIABLES = {
     "RAY_TMPDIR": "folder of Ray's files on a machine, whose free space `plan` checks; default: `/tmp`",
+    "COLUMNS": "width of printed tables; in a pipe or file without it, tables are as wide as they are",
     "REINFORCE_CACHE": "folder for weights that were fetched and converted; default: `~/.cache/reinforce`",
     "RAY_ADDRESS": "Ray cluster of commands without `--address`: `auto` or HOST:PORT; default: this machine",
     "RAY_COLOR_PREFIX": "set to 0, unless it is set: Ray's log lines have no colour codes where they are no terminal",

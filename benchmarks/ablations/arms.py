@@ -39,7 +39,8 @@ _NOT_IN_STUDENTS: dict[str, Any] = {
     "output": True,
     "seed": True,
     "data": {"workers"},
-    "train": {"compute": {"ranks", "gpus", "cpus", "deterministic"}},
+    "train": {"compute": {"ranks", "gpus", "cpus", "deterministic", "sync_batch_norm"}},
+    "evaluate": {"export"},
 }
 
 
@@ -48,7 +49,7 @@ _FIRST_STALL_SECONDS = 3600.0  # the default before it followed from the batches
 
 def _dataset_json(config: Config) -> str:
     """A run's config without what changes no number, and with later keys and defaults as they were at first."""
-    exclude: dict[str, Any] = {"output": True, "workers": True}
+    exclude: dict[str, Any] = {"output": True, "workers": True, "scores": True, "failures": {"outage_seconds"}}
     if config.augmentations.backend == AUGMENTATION_BACKEND:
         exclude["augmentations"] = {"backend"}
     if not config.moved:

@@ -128,9 +128,9 @@ def test_picked_vectors_are_the_decoded_ones_at_unit_norm(dtype):
     index = np.array([0, 2, 1, 1, 0, 2])
     for start, part in ((0, written), (2, written.slice(2, 3))):
         selected = index[start : start + len(part)]
-        picked, present = pick(part, selected)
+        picked, present, unit = pick(part, selected)
         expected = decode(part)[np.arange(len(part)), selected]
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-        assert present.tolist() == valid[start : start + len(part)].tolist()
+        assert present.tolist() == unit.tolist() == valid[start : start + len(part)].tolist()
         assert np.allclose(np.linalg.norm(picked[present], axis=1), 1, atol=1e-6)
         assert np.allclose(picked[present], expected[present], atol=1e-6)

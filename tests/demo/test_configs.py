@@ -12,6 +12,7 @@ from reinforce import settings
 from reinforce.captioning.config import CaptionerConfig, load_captioner_config
 from reinforce.config import Config, load_config
 from reinforce.demo.models import MODELS
+from reinforce.selection.config import SelectConfig
 from reinforce.source.urls import expand
 from reinforce.student.config import StudentConfig, load_student_config
 from reinforce.tuning.config import TuneConfig
@@ -71,6 +72,7 @@ def test_dfn5b_config_matches_the_paper() -> None:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_every_config_is_valid(path: Path) -> None:
     kinds = {"student": StudentConfig, "mobileclip2": StudentConfig, "finetune": CaptionerConfig, "tune": TuneConfig}
+    kinds["select"] = SelectConfig
     settings.load(kinds.get(path.stem.partition("-")[0], Config), path)
 
 
