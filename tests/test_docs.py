@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import shutil
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from importlinter.api import read_configuration
 from pydantic import BaseModel
 
 import reinforce
@@ -370,43 +368,3 @@ def test_a_page_names_every_module_that_describes_keys_of_its_config(page: str, 
     modules = {section.__module__.replace(".", "/") + ".py" for section in sections(model)}
     assert len(modules) > 1
     assert modules - {target.removeprefix("../") for target in links(page)} == set()
-
-
-def packages_in_the_map() -> set[str]:
-    """Paths of the packages in the map of ARCHITECTURE.md, where a folder is indented below the one that it is in."""
-    found: set[str] = set()
-    parents: list[str] = []
-    for line in blocks("ARCHITECTURE.md", "text")[-1].text.splitlines():
-        entry = re.split(r"  +", line.strip())[0]
-        del parents[(len(line) - len(line.lstrip())) // 2 :]
-        if folders := [name for name in entry.split(", ") if name.endswith("/")]:
-            found |= {"".join([*parents, name]).rstrip("/") for name in folders}
-            parents.append(folders[0])
-    return found
-
-
-def test_the_map_in_architecture_has_every_package() -> None:
-    parents = [ROOT / name for name in ("reinforce", "teachers", "schemas", "jobs")]
-    packages = {str(path.parent.relative_to(ROOT)) for folder in parents for path in folder.rglob("*.py")}
-    assert {
-        name for name in packages_in_the_map() if name.split("/")[0] in {folder.name for folder in parents}
-    } == packages
-
-
-def test_packages_are_small_and_name_their_subject() -> None:
-    for folder in {path.parent for name in ("reinforce", "teachers") for path in (ROOT / name).rglob("*.py")}:
-        files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
-        assert len(files) <= 14, f"{folder}: {len(files)} files"
-        subject = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
-        assert subject, f"{folder}/__init__.py does not name the subject of the package"
-    for path in (path for name in ("reinforce", "teachers") for path in (ROOT / name).rglob("*.py")):
-        assert len(path.read_text().splitlines()) <= 400, path
-
-
-def test_the_import_order_in_architecture_is_the_contract() -> None:
-    options = read_configuration(str(ROOT / "pyproject.toml"))
-    layers = next(c for c in options["contracts_options"] if c.get("containers") == ["reinforce"])["layers"]
-    contract = [set(re.split(r" [|:] ", layer)) - {"__main__"} for layer in layers]
-    shown = blocks("ARCHITECTURE.md", "text")[0]
-    lines = [line.removeprefix("reinforce.") for line in shown.text.splitlines() if line.startswith("reinforce.")]
-    assert [set(line.split(", ")) for line in lines] == [layer for layer in contract if layer]
