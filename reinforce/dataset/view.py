@@ -146,6 +146,13 @@ def list_views(store: Store) -> list[str]:
     return sorted(str(one["name"]).rstrip("/").rpartition("/")[2] for one in entries if one["type"] == "directory")
 
 
+def open_view(store: Store, manifest: Mapping[str, Any], name: str) -> View:
+    """Read a view of the dataset as it is now. Raises UserError as ``read_view`` and ``View.check``."""
+    view = read_view(store, name)
+    view.check(store.url, manifest)
+    return view
+
+
 def read_view(store: Store, name: str) -> View:
     """Read the description of a view. Raises UserError if there is none, it is damaged, or a newer version wrote it."""
     description = store.read_json(FOLDER, name, _DESCRIPTION)

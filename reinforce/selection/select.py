@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -64,8 +64,8 @@ class _Group:
 
     shard: str
     keys: pa.Array
-    values: dict[str, pa.Array] = field(default_factory=dict)
-    codes: _Codes = field(default_factory=lambda: np.zeros(0, np.int64))
+    values: Mapping[str, pa.Array]
+    codes: _Codes
 
 
 def select(config: SelectConfig, log: Callable[[str], None] = lambda line: None) -> View:
@@ -153,8 +153,7 @@ class _Selection:
         pool: ThreadPoolExecutor,
     ) -> None:
         self._store, self._rules, self._seed, self._shards, self._pool = store, rules, seed, shards, pool
-        self._expressions = [rule.expression for rule in rules if rule.expression]
-        columns = {name for one in self._expressions for name in one.sample_columns}
+        columns = {name for rule in rules if rule.expression for name in rule.expression.sample_columns}
         self._layers = AlignedLayers(store, inputs, {SAMPLES: ["key", *sorted(columns - {"key"})]})
         self._local = threading.local()
 
@@ -184,8 +183,9 @@ class _Selection:
 
     def _count(self, shard: str, place: int, search: Search) -> npt.NDArray[np.int64]:
         counts = np.zeros(2**16, np.int64)
-        for group in self._groups(shard, place):
-            values, valid = self._ordered(self._rules[place], group)
+        *earlier, rule = self._rules[: place + 1]
+        for group in self._groups(shard, earlier, rule):
+            values, valid = self._ordered(rule, group)
             counts += search.counts(values[valid & (group.codes == 0)])
         return counts
 
@@ -193,22 +193,23 @@ class _Selection:
         labels = [None, None, *(text for rule in self._rules for text in (rule.label, f"{rule.label}: null"))]
         reasons = pa.array(labels, pa.string())
         counts, groups = [np.zeros((0, len(labels)), np.int64)], []
-        for group in self._groups(shard, len(self._rules)):
+        for group in self._groups(shard, self._rules):
             counts.append(np.bincount(group.codes, minlength=len(labels))[None])
             groups.append((group.keys, reasons.take(pa.array(group.codes))))
         rows.write(self._store, shard, groups)
         return np.concatenate(counts)
 
-    def _groups(self, shard: str, rules: int) -> Iterator[_Group]:
-        """The row groups of a shard after its first ``rules`` rules."""
+    def _groups(self, shard: str, rules: Sequence[_Rule], *others: _Rule) -> Iterator[_Group]:
+        """The row groups of a shard after the first ``rules``, with the values of these and of ``others``."""
+        expressions = [rule.expression for rule in (*rules, *others) if rule.expression]
         with self._layers.open(shard, whole=False) as files:
             for index in range(files.row_groups):
                 tables = files.read(index)
-                group = _Group(shard, tables[SAMPLES]["key"].combine_chunks())
-                found = evaluate(self._database, self._expressions, tables) if self._expressions else []
-                group.values = {one.text: values for one, values in zip(self._expressions, found, strict=True)}
-                group.codes = np.zeros(len(group.keys), np.int64)
-                for n, rule in enumerate(self._rules[:rules], 1):
+                found = evaluate(self._database, expressions, tables) if expressions else []
+                values = {one.text: value for one, value in zip(expressions, found, strict=True)}
+                keys = tables[SAMPLES]["key"].combine_chunks()
+                group = _Group(shard, keys, values, np.zeros(len(keys), np.int64))
+                for n, rule in enumerate(rules, 1):
                     self._apply(n, rule, group)
                 yield group
 

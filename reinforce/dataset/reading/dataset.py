@@ -29,7 +29,7 @@ from reinforce.dataset.reading.aligned import AlignedLayers, layer_errors, row_e
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.dataset.reading.sample import ImagePolicies, Sample
-from reinforce.dataset.view import View, read_view
+from reinforce.dataset.view import View, open_view
 from reinforce.errors import UserError
 from reinforce.source.references import ChangedImages, ImageRoots, referenced_images
 from reinforce.terminal import escape, format_bytes
@@ -142,8 +142,7 @@ class Dataset:
         return found.complete
 
     def _open_view(self, name: str) -> View:
-        view = read_view(self.store, name)
-        view.check(self.store.url, self.manifest)
+        view = open_view(self.store, self.manifest, name)
         shards = [shard for shard in self.shards if shard in view.kept]
         if newer := len(self.shards) - len(shards):
             _LOG.warning("%s: %s shards are newer than view %s and are not read", self.store.url, f"{newer:,}", name)
@@ -278,7 +277,7 @@ class Dataset:
             f"{format_bytes(self.nbytes)}",
             f"  teachers: {', '.join(map(self._describe_teacher, self.teachers)) or 'none'}",
             f"  captioners: {', '.join(map(self._describe_captioner, self.captioners)) or 'none'}",
-            *([f"  view: {self.view.name}"] if self.view else []),
+            *([f"  view: {self.view.name}"] if self.view is not None else []),
         ]
         return escape("\n".join(lines))
 

@@ -25,7 +25,7 @@ from reinforce.dataset.reading.aligned import AlignedLayers
 from reinforce.dataset.reading.completeness import check_completeness
 from reinforce.dataset.reading.row_counts import row_group_table
 from reinforce.dataset.reading.sample import ImagePolicies
-from reinforce.dataset.view import View, read_view
+from reinforce.dataset.view import View, open_view
 from reinforce.errors import UserError
 from reinforce.source.references import ImageRoots
 from reinforce.student.config import Data, Source
@@ -83,8 +83,7 @@ def _open_dataset(source: Source, data: Data, seed: int, teachers: Sequence[str]
     sizes = _complete_shards(store, fingerprints)
     view = None
     if source.view is not None:
-        view = read_view(store, source.view)
-        view.check(url, manifest)
+        view = open_view(store, manifest, source.view)
         sizes = {shard: size for shard, size in sizes.items() if shard in view.kept}
     groups = row_group_table(store, fingerprints[SAMPLES], sizes)
     if view is not None:
