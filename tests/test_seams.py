@@ -14,7 +14,6 @@ import yaml
 
 import reinforce
 from reinforce import source_formats
-from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.dataset.drop import plan_drop
 from reinforce.dataset.files.store import Store
@@ -29,21 +28,13 @@ from reinforce.source.formats.registry import all_formats
 from teachers import registry
 from tests.helpers.brightness import LAYER as BRIGHTNESS
 from tests.helpers.brightness import Brightness, BrightnessProducer
+from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, picture, write_tar
 from tests.helpers.palette_family import PALETTE
 from tests.helpers.record_format import write_records
 from tests.helpers.reinforced import reinforce_here
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(capfd: pytest.CaptureFixture[str], *words: str) -> str:
-    """What a command prints that succeeds."""
-    with pytest.raises(SystemExit) as ended:
-        main([*words])
-    out, err = capfd.readouterr()
-    assert not ended.value.code, err
-    return out
 
 
 # Source formats.
@@ -107,7 +98,7 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_one_more_format_needs_a_module_and_a_line(records: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    made = run(capfd, "init", str(records), "my.yaml")
+    made = printed_by(capfd, "init", str(records), "my.yaml")
     assert "source: 2 shards (records, " in made
     assert "caption of the first sample: 'thing a0'" in made
     begun = yaml.safe_load(Path("my.yaml").read_text())
@@ -116,14 +107,14 @@ def test_one_more_format_needs_a_module_and_a_line(records: Path, capfd: pytest.
 
     config = config_of(begun["source"], "out")
     Path("run.yaml").write_text(yaml.safe_dump(config))
-    planned = run(capfd, "plan", "run.yaml")
+    planned = printed_by(capfd, "plan", "run.yaml")
     assert "2 shards, 2 with something missing" in planned
     assert "first sample: a0 (.png, 40 x 30), caption 'thing a0'" in planned
     assert {shard.format for shard in make_plan(parse_config(config)).pending} == {"records"}
 
     url = reinforce_here(config)
     assert make_plan(parse_config(config)).pending == []
-    status = json.loads(run(capfd, "status", url, "--json"))
+    status = json.loads(printed_by(capfd, "status", url, "--json"))
     assert status["layers"]["samples"]["shards"] == 2
     found = validate(url, [str(records)], count=True)
     assert (found.findings, found.as_json()["sources"]) == ([], {"same": 2})
@@ -132,7 +123,7 @@ def test_one_more_format_needs_a_module_and_a_line(records: Path, capfd: pytest.
         f"{s}{n}": f"thing {s}{n}" for s in "ab" for n in range(4)
     }
     assert opened["a0"].image == picture(ord("a"))
-    run(capfd, "inspect", url, "report")
+    printed_by(capfd, "inspect", url, "report")
     assert "thing a0" in "".join(path.read_text() for path in Path("report").rglob("*.html"))
 
 
@@ -181,19 +172,19 @@ def test_one_more_family_of_models_needs_a_package_and_a_line(
     palette: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     Path("run.yaml").write_text(yaml.safe_dump(palette))
-    planned = run(capfd, "plan", "run.yaml")
+    planned = printed_by(capfd, "plan", "run.yaml")
     assert "it reaches palettes.example (sea)" in planned
     assert "precision: fp32 for hue (auto: workers use CPUs)" in planned
     url = reinforce_here(palette)
     assert make_plan(parse_config(palette)).pending == []
-    assert "embeddings/hue/says" in run(capfd, "status", url)
+    assert "embeddings/hue/says" in printed_by(capfd, "status", url)
     assert validate(url).findings == []
     samples = list(reinforce.open(url))
     assert len(samples) == 5
     for sample in samples:
         assert (sample.images["hue"].shape, len(sample.captions["says"])) == ((2, 6), 2)
         np.testing.assert_allclose(np.linalg.norm(sample.texts["hue"]["says"], axis=1), 1, atol=1e-3)
-    run(capfd, "inspect", url, "report")
+    printed_by(capfd, "inspect", url, "report")
     assert "hue" in Path("report", "index.html").read_text()
 
 
@@ -267,10 +258,10 @@ def test_one_more_kind_of_layers_needs_a_kind_and_a_producer(
     monkeypatch.setitem(PRODUCERS, "brightness", BrightnessProducer)
     Path("run.yaml").write_text(yaml.safe_dump(config))
     assert [shard.layers for shard in make_plan(parse_config(config)).pending] == [(BRIGHTNESS,)]
-    assert BRIGHTNESS in run(capfd, "plan", "run.yaml")
+    assert BRIGHTNESS in printed_by(capfd, "plan", "run.yaml")
     assert reinforce.run(config).status == 0
     assert make_plan(parse_config(config)).pending == []
-    assert "mean of the first crop" in run(capfd, "status", url)
+    assert "mean of the first crop" in printed_by(capfd, "status", url)
     assert validate(url).findings == []
     [comparison] = [one for one in recompute(parse_config(config), url, 5).layers if one.layer == BRIGHTNESS]
     assert (comparison.rows, comparison.equal) == (5, 5)
@@ -278,8 +269,8 @@ def test_one_more_kind_of_layers_needs_a_kind_and_a_producer(
     assert len(samples) == 5
     for sample in samples:
         assert sample.values[BRIGHTNESS] == pytest.approx(np.asarray(sample.augmented(0)).mean(), abs=0.01)
-    run(capfd, "inspect", url, "report")
+    printed_by(capfd, "inspect", url, "report")
     assert "mean of the first crop" in Path("report", "index.html").read_text()
     with pytest.raises(UserError, match=f"{BRIGHTNESS} depends? on samples"):
         plan_drop(Store(url), ["samples"]).check()
-    assert f"{BRIGHTNESS}: 1 file" in run(capfd, "drop", url, "measures/*")
+    assert f"{BRIGHTNESS}: 1 file" in printed_by(capfd, "drop", url, "measures/*")

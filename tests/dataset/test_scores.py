@@ -14,7 +14,6 @@ import yaml
 from safetensors.numpy import save_file
 
 import reinforce
-from reinforce.cli import main
 from reinforce.config import parse_config
 from reinforce.dataset.drop import plan_drop
 from reinforce.dataset.files.layer_file import LayerFile
@@ -24,6 +23,7 @@ from reinforce.dataset.validate.validate import validate
 from reinforce.engine.plan.plan import make_plan
 from reinforce.engine.recompute import recompute
 from reinforce.errors import UserError
+from tests.helpers.commands import printed_by
 from tests.helpers.data import config_of, members_of, tree, write_tar
 from tests.helpers.reinforced import reinforce_here
 
@@ -45,14 +45,6 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     head = {"weight": rng.normal(size=(2, 8)).astype(np.float32), "bias": np.array([1, -1], np.float32)}
     save_file(head, tmp_path / "head.safetensors")
     return config_of("source/*.tar", "out", scores=SCORES)
-
-
-def run(capfd: pytest.CaptureFixture[str], *words: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main([*words])
-    out, err = capfd.readouterr()
-    assert not ended.value.code, err
-    return out
 
 
 def similarities(sample: reinforce.Sample, teacher: str, texts: str) -> np.ndarray[Any, Any]:
@@ -117,14 +109,14 @@ def test_stored_samples_give_the_facts_that_read_ones_give(images: str, config: 
 def test_commands_know_scores_like_other_layers(config: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     url = reinforce_here(config)
     Path("run.yaml").write_text(yaml.safe_dump(config))
-    assert "scores/match" in run(capfd, "plan", "run.yaml")
-    status = json.loads(run(capfd, "status", url, "--json"))
+    assert "scores/match" in printed_by(capfd, "plan", "run.yaml")
+    status = json.loads(printed_by(capfd, "status", url, "--json"))
     assert status["layers"]["scores/pretty"]["shards"] == 1
-    assert "caption_mean, caption_max" in run(capfd, "status", url)
+    assert "caption_mean, caption_max" in printed_by(capfd, "status", url)
     assert validate(url).findings == []
     compared = {one.layer: one for one in recompute(parse_config(config), url, COUNT).layers}
     assert all(compared[f"scores/{name}"].equal == compared[f"scores/{name}"].rows > 0 for name in SCORES)
-    run(capfd, "inspect", url, "report")
+    printed_by(capfd, "inspect", url, "report")
     assert "nice_mean" in Path("report", "index.html").read_text()
     plots = Path("report", "plots.html").read_text()
     assert "scores/match: caption_spread" in plots

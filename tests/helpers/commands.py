@@ -17,3 +17,10 @@ def run_command(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, st
         main(list(words))
     code = ended.value.code
     return (code if isinstance(code, int) else 0), *capfd.readouterr()
+
+
+def printed_by(capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a command prints that succeeds."""
+    code, out, err = run_command(capfd, *words)
+    assert not code, err
+    return out

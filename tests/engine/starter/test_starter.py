@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from reinforce.cli import main
 from reinforce.config import Config
 from reinforce.engine.plan.source_shards import source_shards
 from reinforce.errors import UserError
+from tests.helpers.commands import run_command
 from tests.helpers.data import members_of, picture
 from tests.helpers.reinforced import reinforce_here
 from tests.helpers.tables import IMG2DATASET
@@ -81,18 +81,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([*words])
-    out, err = capfd.readouterr()
-    return int(ended.value.code or 0), out, err
-
-
 def init(capfd: pytest.CaptureFixture[str], data: str) -> Made:
     """The config that `reinforce init` writes, and what it and `reinforce plan` print."""
-    status, out, err = run(capfd, "init", data, "my.yaml")
+    status, out, err = run_command(capfd, "init", data, "my.yaml")
     assert status == 0, err
-    status, planned, err = run(capfd, "plan", "my.yaml")
+    status, planned, err = run_command(capfd, "plan", "my.yaml")
     assert status == 0, err
     return yaml.safe_load(Path("my.yaml").read_text()), out, planned + err
 
@@ -170,13 +163,13 @@ def test_names_of_columns_cannot_write_into_the_config(folder: Path, capfd: pyte
 
 def test_an_existing_config_is_replaced_only_by_force(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = write(folder / "photos", TARS)
-    assert run(capfd, "init", data)[0] == 0
+    assert run_command(capfd, "init", data)[0] == 0
     before = (folder / "photos.yaml").read_text()
     (folder / "photos.yaml").write_text("mine")
-    status, _, err = run(capfd, "init", data)
+    status, _, err = run_command(capfd, "init", data)
     assert (status, "photos.yaml exists" in err) == (2, True)
     assert (folder / "photos.yaml").read_text() == "mine"
-    assert run(capfd, "init", data, "--force")[0] == 0
+    assert run_command(capfd, "init", data, "--force")[0] == 0
     assert (folder / "photos.yaml").read_text() == before
     assert "photos-reinforced" in before
 
@@ -195,7 +188,7 @@ def test_data_that_cannot_be_read_is_an_error_and_writes_nothing(
 ) -> None:
     (folder / "empty").mkdir()
     pq.write_table(pa.table({"a": [1], "b": [2.0]}), folder / "rows.parquet")
-    status, _, err = run(capfd, "init", data, "my.yaml")
+    status, _, err = run_command(capfd, "init", data, "my.yaml")
     assert status == 2
     assert message in err
     assert not (folder / "my.yaml").exists()
