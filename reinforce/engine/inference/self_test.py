@@ -46,8 +46,9 @@ TEXTS = (
 _IMAGES = 3
 _CAPTIONED_IMAGES = 2
 _COMPARED_CHARACTERS = 24  # at the start of a caption
-#: Bounds of a full batch on CPUs, where one of a large model would take longer than workers may take to start.
-_SECONDS, _LEAST_BATCH = 5.0, 8
+#: Bounds of a full batch on CPUs, where one of a large model would take longer than workers may take to start, and one
+#: of a small model a noticeable part of a small run.
+_SECONDS, _LEAST_BATCH, _LARGEST_BATCH = 5.0, 8, 64
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ def precisions(config: Config) -> dict[str, Precision]:
 def check_image_encoder(models: Models, name: str, precision: Precision, batch: int | None = None) -> Floats:
     """Test the image encoder of a teacher -> the norms of its embeddings. Raises UserError.
 
-    ``batch`` is the size of a full batch to test, on CPUs of as many inputs as are computed in five seconds, at least
-    eight; None: three images.
+    ``batch`` is the size of a full batch to test, on CPUs of as many inputs as are computed in five seconds, from 8 to
+    64; None: three images.
     """
     teacher = models.teachers[name]
 
@@ -184,7 +185,7 @@ def _affordable(models: Models, batch: int, start: float) -> int:
     if models.accelerator.device.type == "cuda":
         return batch
     seconds = (time.process_time() - start) / _IMAGES / torch.get_num_threads()
-    return min(batch, max(_LEAST_BATCH, int(_SECONDS / max(seconds, 1e-6))))
+    return min(batch, _LARGEST_BATCH, max(_LEAST_BATCH, int(_SECONDS / max(seconds, 1e-6))))
 
 
 def _shuffled(count: int, size: int) -> list[int]:
