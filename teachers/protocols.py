@@ -116,7 +116,8 @@ class Captioner(Protocol):
 
     #: Preprocessing of ``pixels``.
     image: ImageSpec
-    #: Captions per image. It must equal ``captions`` in the config.
+    #: Captions per image, of the class or its argument of this name: the default of ``captions`` in the config, which
+    #: may state no other number.
     captions: int
 
     def caption(self, pixels: torch.Tensor, seeds: np.ndarray) -> Sequence[list[str] | NoCaptions | None]:

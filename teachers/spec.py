@@ -148,7 +148,10 @@ class CaptionerSpec(ModelSpec):
     """
 
     captions: int = Field(
-        5, ge=1, le=64, description="captions per image; 1 for greedy, at most `beams` for beam search"
+        5,
+        ge=1,
+        le=64,
+        description="captions per image; 1 for greedy, at most `beams` for beam search; of a class by default its own",
     )
     prompt: str | None = Field(None, min_length=1, description="instruction for a chat model")
     image_size: int | None = Field(
@@ -216,6 +219,11 @@ class CaptionerSpec(ModelSpec):
     def load(self, name: str, device: str) -> Captioner:
         """Load the model as ``TeacherSpec.load`` does. ``name`` is the captioner's name in the config."""
         raise NotImplementedError
+
+    @property
+    def count(self) -> int:
+        """Captions of an image: ``captions``, or the number of the user's class where the config states none."""
+        return self.captions
 
     @property
     def rows_per_image(self) -> int:

@@ -117,27 +117,44 @@ class ClassTeacherSpec(_Class, TeacherSpec):
 
 
 class ClassCaptionerSpec(_Class, CaptionerSpec):
+    @property
+    def count(self) -> int:
+        stated = None if "captions" in self.model_fields_set else self._stated(self.import_class())
+        return self.captions if stated is None else stated
+
     def describe(self) -> ModelInfo:
         cls = self.import_class()
         if not callable(getattr(cls, "caption", None)):
             raise ValueError(f"class {self.class_} has no method `caption(pixels, seeds)`")
         if given := [field for field in (*DECODING_FIELDS, *CHAT_FIELDS) if field in self.model_fields_set]:
             raise ValueError(f"{', '.join(given)}: not used with `class`; pass them to your class in `options`")
-        identity = {**self.identity(cls), "captions": self.captions, **cleaning_identity(self.clean)}
+        self._check_captions(self._stated(cls))
+        identity = {**self.identity(cls), "captions": self.count, **cleaning_identity(self.clean)}
         return ModelInfo(dim=None, images=True, texts=False, identity=identity, code=_hash_of_code(cls))
 
     def load(self, name: str, device: str) -> Captioner:
         captioner = self.build(device)
         if not isinstance(getattr(captioner, "image", None), ImageSpec):
             raise ValueError(f"class {self.class_} must set `image` to a teachers.protocols.ImageSpec")
-        captions = getattr(captioner, "captions", self.captions)
-        if captions != self.captions:
-            raise ValueError(
-                f"class {self.class_} gives {captions} captions an image and the config has "
-                f"`captions: {self.captions}`: make them equal"
-            )
-        captioner.captions = captions
+        captions = getattr(captioner, "captions", None)
+        self._check_captions(captions)
+        captioner.captions = self.count
         return cast(Captioner, captioner)
+
+    def _stated(self, cls: type) -> int | None:
+        """Captions of an image by ``options``, the class's attribute or its argument's default; None if not stated."""
+        parameter = inspect.signature(cls).parameters.get("captions")
+        default = None if parameter is None else parameter.default
+        numbers = (self.options.get("captions"), getattr(cls, "captions", None), default)
+        return next((number for number in numbers if isinstance(number, int) and number > 0), None)
+
+    def _check_captions(self, captions: Any) -> None:
+        """Raise ValueError if the class gives another number of captions."""
+        if captions not in (None, self.count):
+            raise ValueError(
+                f"class {self.class_} gives {captions} captions an image, not {self.count}: set `captions: {captions}` "
+                "or change the class"
+            )
 
 
 def _hash_of_code(cls: type) -> str | None:

@@ -68,3 +68,12 @@ class Writer:
 
     def caption(self, pixels: torch.Tensor, seeds: Any) -> list[list[str]]:
         return [["a"] * seeds.shape[1] for _ in pixels]
+
+
+class TwoCaptions(Writer):
+    captions = 2
+
+
+class FourCaptions(Writer):
+    def __init__(self, device: torch.device) -> None:
+        self.captions = 4

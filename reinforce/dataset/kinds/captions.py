@@ -49,7 +49,7 @@ class Captions(LayerKind):
                 compute_fingerprint(recipe),
                 needs=(SAMPLES,),
                 model=name,
-                count=captioner.captions,
+                count=captioner.count,
                 published=captioner.published,
                 recipe=recipe,
                 code=info.code,

@@ -184,7 +184,7 @@ class TextEmbeddings(_Embeddings):
         if not info.texts:
             return []
         synthetic = [
-            (name, spec.captions) for name, spec in config.captioners.items() if spec.published or not teacher.published
+            (name, spec.count) for name, spec in config.captioners.items() if spec.published or not teacher.published
         ]
         return [(TRUE_CAPTION, 1), *synthetic]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -131,10 +130,7 @@ def check_class(target: str, options: dict[str, Any], kind: Kind | None = None) 
     try:
         cls = ClassTeacherSpec.model_validate(spec).import_class()
         checked: TeacherSpec | CaptionerSpec
-        if (kind or _kind_of(cls)) == "teacher":
-            checked = teacher_spec(**spec)
-        else:
-            checked = captioner_spec(**spec, captions=options.get("captions", _captions_of(cls)))
+        checked = teacher_spec(**spec) if (kind or _kind_of(cls)) == "teacher" else captioner_spec(**spec)
     except ValueError as error:
         raise UserError(redact(f"{error}{user_frames(error)}")) from error
     set_flags("auto")
@@ -199,17 +195,18 @@ def _measure_texts(models: Models, name: str, spec: TeacherSpec, batch: int) -> 
 
 
 def _measure_captioner(models: Models, name: str, spec: CaptionerSpec, batch: int) -> Measurement:
-    check_captioner(models, name, spec.captions)
+    count = spec.count
+    check_captioner(models, name, count)
     captioner = models.captioners[name]
 
     def prepare(size: int) -> Callable[[], Any]:
         pixels = _pixels(models, captioner.image, size)
-        seeds = np.arange(size * spec.captions, dtype=np.uint64).reshape(size, spec.captions)
+        seeds = np.arange(size * count, dtype=np.uint64).reshape(size, count)
         return lambda: captioner.caption(pixels, seeds)
 
     rate, size = _measure(models, prepare, batch, f"{name} (captions)")
-    check_captioner(models, name, spec.captions, size)
-    return Measurement(name, "captions", None, None, rate * spec.captions, size)
+    check_captioner(models, name, count, size)
+    return Measurement(name, "captions", None, None, rate * count, size)
 
 
 def _measure(models: Models, prepare: Callable[[int], Callable[[], Any]], largest: int, what: str) -> tuple[float, int]:
@@ -255,16 +252,6 @@ def _kind_of(cls: type) -> Kind:
         has = "both `caption` and `encode_*`" if captions else "none of `encode_images`, `encode_texts` and `caption`"
         raise ValueError(f"class {cls.__name__} has {has}: add a method, or set --kind teacher or --kind captioner")
     return "captioner" if captions else "teacher"
-
-
-def _captions_of(cls: type) -> Any:
-    """Captions per image that a class writes by default."""
-    parameter = inspect.signature(cls).parameters.get("captions")
-    default = parameter.default if parameter is not None else None
-    return next(
-        (value for value in (getattr(cls, "captions", None), default) if isinstance(value, int)),
-        CaptionerSpec.model_fields["captions"].default,
-    )
 
 
 def _parse_options(options: str | None) -> dict[str, Any]:

@@ -112,9 +112,26 @@ def test_a_captioner_gets_its_number_of_captions() -> None:
     three = captioner_spec(class_=f"{MODULE}:Writer", captions=3)
     assert load_captioner("mine", three, "cpu").captions == 3
     assert describe_captioner("mine", three).identity["captions"] == 3
-    other = captioner_spec(class_=f"{MODULE}:Writer", options={"captions": 2})
-    with pytest.raises(ValueError, match=r"captioner mine: .* gives 2 captions an image .* `captions: 5`: make them"):
-        load_captioner("mine", other, "cpu")
+
+
+def test_a_captioner_s_own_number_of_captions_is_the_default() -> None:
+    of_options = captioner_spec(class_=f"{MODULE}:Writer", options={"captions": 2})
+    for own, number in ((of_options, 2), (captioner_spec(class_=f"{MODULE}:TwoCaptions"), 2)):
+        assert describe_captioner("mine", own).identity["captions"] == own.count == number
+        assert load_captioner("mine", own, "cpu").captions == number
+    assert captioner_spec(class_=f"{MODULE}:Writer").count == 5
+
+
+def test_a_number_that_a_captioner_does_not_give_is_refused_before_it_is_loaded() -> None:
+    message = r"captioner mine: .* gives 2 captions an image, not 3: set `captions: 2` or change the class"
+    for own in ({"class_": f"{MODULE}:TwoCaptions"}, {"class_": f"{MODULE}:Writer", "options": {"captions": 2}}):
+        with pytest.raises(ValueError, match=message):
+            describe_captioner("mine", captioner_spec(**own, captions=3))
+
+
+def test_a_number_that_a_captioner_has_only_as_an_object_is_compared_when_it_is_loaded() -> None:
+    with pytest.raises(ValueError, match=r"captioner mine: .* gives 4 captions an image, not 5: set `captions: 4`"):
+        load_captioner("mine", captioner_spec(class_=f"{MODULE}:FourCaptions"), "cpu")
 
 
 def test_the_documented_example_is_a_valid_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
